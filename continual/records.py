@@ -1,0 +1,152 @@
+"""The frozen records that pass between stages. No behaviour beyond what follows from the fields."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["matrix", "plain", "carried"]
+Fate = Literal["folded", "refused", "duplicate", "deferred", "rolled-back", "retry"]
+
+ITEMSIZE: Mapping[str, int] = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+}
+"""Bytes per element of the safetensors dtypes that can be carried; F32, F16 and BF16 are the ones that can be folded."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of the base: `dtype` is the safetensors word (F32, BF16, …); `depth` in [0, 1] is its layer's place in the stack (0 for what is before the layers)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+    depth: float = 0.0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSpec:
+    """Shape and dtype (`float32`, `float64`, `uint16`) of one accumulator of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * {"float32": 4, "float64": 8, "uint16": 2}[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class FileStat:
+    """A file of a candidate, as it was when it was looked at: the name is relative to the model's directory."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A source saw something that may be a candidate. `path` is the model's directory."""
+
+    source: str
+    path: Path
+    order: tuple[int, str] = (0, "")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A fine-tune as known from its headers. `key` says which bytes at which place (store.md); `origin` is the place alone."""
+
+    key: str
+    name: str
+    source: str
+    origin: str
+    path: Path
+    form: Literal["full", "adapter"]
+    files: tuple[FileStat, ...]
+    nbytes: int
+
+    def identity(self) -> dict[str, Any]:
+        """What a commit record keeps of it."""
+        return {
+            "key": self.key,
+            "name": self.name,
+            "source": self.source,
+            "origin": self.origin,
+            "form": self.form,
+            "bytes": self.nbytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """How a candidate's tensors map to the base's, from headers only.
+
+    `folded`: base names that get a task vector. `unchanged`: base names the candidate lacks and is allowed to lack (task vector zero).
+    `extra`: the candidate's tensors the base lacks; they stay out. `prefix`: (base's, candidate's) leading part that differs. `narrowed`: base name to
+    the candidate's narrower dtype, to which the base is cast before subtracting. `rows`: base name to the number of vocabulary rows in common.
+    """
+
+    folded: tuple[str, ...]
+    unchanged: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    prefix: tuple[str, str] = ("", "")
+    narrowed: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldReport:
+    """What one fold did, measured while its tensors streamed by. Seconds are wall time summed over workers, by stage."""
+
+    candidate: Candidate
+    digest: str
+    lineage: Lineage
+    totals: Mapping[str, float]
+    numbers: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    bytes_read: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a commit record says besides its place in the chain; unset fields are stored as null."""
+
+    kind: Literal["init", "fold", "refuse", "defer", "round", "rollback", "unfold", "tune", "tag", "publish", "retry"]
+    candidate: Mapping[str, Any] | None = None
+    digest: str | None = None
+    fate: Fate | None = None
+    reason: str | None = None
+    message: str | None = None
+    totals: Mapping[str, float] | None = None
+    numbers: Mapping[str, Any] | None = None
+    read: Mapping[str, Any] | None = None
+    software: Mapping[str, str] | None = None
+    device: str | None = None
