@@ -1,0 +1,273 @@
+"""The public Python API: make a state, open it, plan, fold, read, export. The commands call this and nothing below it.
+
+    import continual
+    with continual.open("state", write=True) as merge:
+        merge.fold("fine-tunes/alice")
+        merge.export("merged")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from continual import provenance
+from continual.config import Settings
+from continual.engine import Engine, Outcome, Plan, Policy, Progress, silent, state_bytes
+from continual.errors import Damaged, Misconfigured
+from continual.executors.local import Local
+from continual.gates.lineage import LineagePolicy
+from continual.gates.safety import NormPolicy
+from continual.publish import folder
+from continual.records import Entry, TensorSpec
+from continual.rules import ReadOptions, default_read, rule
+from continual.state import Commit, State
+from continual.tensors import Adapter, BaseModel, Checkpoint, describe, open_model
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a state is to be. `options` are fold-time options of the rule and part of the state; `scale` is the read-time policy (`norm`,
+    `norm:KAPPA` or a number) and can change later; tensors whose names match `plain` take the rule's plain form, those that match `exclude`
+    are carried untouched."""
+
+    rule: str = "opcm"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scale: str | None = None
+    plain: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a state of a base holds: `kinds` are rows of (kind, tensors, parameters), `tensors` the kind of each by name."""
+
+    base: str
+    rule: str
+    options: Mapping[str, Any]
+    scale: str
+    state_bytes: int
+    kinds: tuple[tuple[str, int, int], ...]
+    tensors: Mapping[str, str]
+    aliases: Mapping[str, str]
+
+
+def survey(base: str | Path, asked: Asked | None = None) -> Survey:
+    """What `init` would make of `base`, from its headers. Raises as `init` does."""
+    asked = asked or Asked()
+    with _checkpoint(Path(base)) as checkpoint:
+        return _survey(Path(base), describe(checkpoint, plain=asked.plain, exclude=asked.exclude), asked)
+
+
+def init(base: str | Path, state: str | Path, asked: Asked | None = None, *, progress: Progress = silent) -> Survey:
+    """Makes a state for the model directory `base` in the directory `state`.
+
+    Reads the base once, for its digests. Raises Misconfigured for unknown rules or options, Refuse for a base that cannot be read.
+    """
+    asked = asked or Asked()
+    with _checkpoint(Path(base)) as checkpoint:
+        model = describe(checkpoint, plain=asked.plain, exclude=asked.exclude)
+        found = _survey(Path(base), model, asked)
+        chosen = rule(asked.rule, asked.options)
+        record = {
+            "path": str(Path(base).resolve()),
+            "revision": None,
+            "files": _files(checkpoint),
+            "digests": hash_base(checkpoint, progress),
+            "plain": list(asked.plain),
+            "exclude": list(asked.exclude),
+        }
+        checkpoint.check_unchanged()
+    State.create(
+        Path(state),
+        base=record,
+        tensors=model.specs,
+        rule=asked.rule,
+        options=chosen.options,
+        read=_read_options(asked).to_mapping(),
+        slots={spec.name: chosen.slots(spec) if spec.kind != "carried" else {} for spec in model.specs},
+        software=provenance.software(),
+        device="cpu",
+    ).close()
+    return found
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """`key=value` pairs as rule options; values are TOML where they can be, else text. Raises Misconfigured for what is no pair."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise Misconfigured(f"option {pair!r}: write it as key=value, as alpha=0.5")
+        try:
+            options[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[key.strip()] = value.strip()
+    return options
+
+
+def open(state: str | Path = "state", *, write: bool = False, **settings: Any) -> Merge:
+    """Opens the state at `state`; `settings` are those of `continual.config.Settings`. Raises Misconfigured, Busy or Damaged."""
+    return Merge(Settings(state=Path(state), **settings), write=write)
+
+
+class Merge:
+    """An open state with its base and rule: what the commands and the daemon work with. A context manager."""
+
+    def __init__(self, settings: Settings, *, write: bool = False, url: str | None = None) -> None:
+        self.settings = settings
+        self.state = State.open(settings.state, write=write, url=url)
+        self.rule = rule(self.state.format.rule, self.state.format.options)
+        self._base: BaseModel | None = None
+        self._engine: Engine | None = None
+
+    def __enter__(self) -> Merge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the base's files and the state."""
+        if self._base is not None:
+            self._base.checkpoint.close()
+        self.state.close()
+
+    @property
+    def base(self) -> BaseModel:
+        """The base, checked against what the state was made from. Raises Misconfigured if it is gone, Damaged if it is another."""
+        if self._base is None:
+            self._base = open_base(self.state, self.settings.base)
+        return self._base
+
+    @property
+    def engine(self) -> Engine:
+        """The engine on this state, with the gates and the executor that the settings ask for."""
+        if self._engine is None:
+            s = self.settings
+            policy = Policy(LineagePolicy(s.missing, s.vocab), NormPolicy(s.max_base_ratio, s.max_mean_ratio), s.updates)
+            self._engine = Engine(self.state, self.base, self.rule, Local(s.workers, s.memory), policy=policy, device=s.device)
+        return self._engine
+
+    def plan(self, model: str | Path) -> Plan:
+        """What folding `model` would take and whether it would be let in; reads headers only."""
+        return self.engine.plan(Path(model))
+
+    def fold(self, model: str | Path, *, source: str = "hand", root: Path | None = None, progress: Progress = silent) -> Outcome:
+        """Folds one model directory and drops generations beyond those kept. Raises Retry and Halt; a refusal is an outcome."""
+        outcome = self.engine.fold(Path(model), source=source, root=root, progress=progress)
+        if outcome.fate == "folded":
+            self.state.expire(self.settings.keep)
+        return outcome
+
+    def read(self, name: str, *, at: int | None = None) -> torch.Tensor:
+        """The merged task vector of tensor `name` (float32, the tensor's shape) at record `at`, before any cast."""
+        spec = self.spec(name)
+        seq = self.state.head.seq if at is None else at
+        options = ReadOptions.from_mapping(self.state.read_options_at(seq))
+        return folder.merged_vector(self.state, self.rule, spec, self.state.totals_at(seq), options, seq)
+
+    def spec(self, name: str) -> TensorSpec:
+        """The tensor `name` of the base. Raises Misconfigured if there is none or it is carried untouched."""
+        for spec in self.state.format.tensors:
+            if spec.name == name and spec.kind != "carried":
+                return spec
+        raise Misconfigured(f"{name}: the state keeps no such tensor")
+
+    def export(self, target: folder.Target, progress: Progress = silent) -> Path:
+        """Writes the merged model as an ordinary model directory."""
+        executor = Local(self.settings.workers, self.settings.memory)
+        return folder.export(self.state, self.base, self.rule, target, executor, progress)
+
+    def retry(self, word: str) -> list[Commit]:
+        """Makes the settled candidates that `word` names (a name, path, key or record number) be looked at again.
+
+        Raises Misconfigured if it names none that is settled and not in the merge.
+        """
+        found = self._settled(word)
+        if not found:
+            raise Misconfigured(f"{word}: no refused or rolled-back candidate of this name, path, key or record number; see 'continual log'")
+        return [self.state.record(Entry(kind="retry", candidate=c.entry.candidate, fate="retry", message=f"after record {c.seq}")) for c in found]
+
+    def _settled(self, word: str) -> list[Commit]:
+        latest: dict[str, Commit] = {}
+        place = str(Path(word).absolute())
+        for commit in self.state.log:
+            candidate = commit.entry.candidate
+            if candidate and (word in (candidate["name"], candidate["key"], str(commit.seq)) or candidate["origin"] == place):
+                fate = self.state.fate(candidate["key"])
+                if fate is not None and not any(fold.seq == fate.seq for fold in self.state.folds()):
+                    latest[candidate["key"]] = fate
+        return list(latest.values())
+
+
+def open_base(state: State, moved: Path | None = None) -> BaseModel:
+    """The base of `state`, from where it was at init or from `moved`.
+
+    Where the files' sizes and times are those of init they are taken as they are, else every tensor is hashed and compared.
+    Raises Misconfigured if it is not there, Damaged naming the first tensor that differs.
+    """
+    record = state.format.base
+    path = moved or Path(record["path"])
+    if not path.exists():
+        raise Misconfigured(f"base {path} is gone: put it back, or say where it is now with base = DIR (--base)")
+    model = describe(_checkpoint(path), plain=record["plain"], exclude=record["exclude"])
+    if model.specs != state.format.tensors:
+        raise Damaged(f"base {path} is not the one this state was made from: its tensors have other names, shapes or dtypes")
+    if _files(model.checkpoint) != list(record["files"]):
+        digests = hash_base(model.checkpoint, silent)
+        if differing := sorted(name for name, digest in record["digests"].items() if digests.get(name) != digest):
+            raise Damaged(f"base {path} is not the one this state was made from: tensor {differing[0]} differs")
+    return model
+
+
+def hash_base(checkpoint: Checkpoint, progress: Progress) -> dict[str, str]:
+    """SHA-256 of every tensor's bytes, by name."""
+    digests = {}
+    names = sorted(checkpoint.tensors)
+    progress("hash", 0, len(names))
+    for done, name in enumerate(names, 1):
+        tensor = checkpoint.read(name)
+        raw = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        digests[name] = hashlib.sha256(raw).hexdigest()
+        progress("hash", done, len(names))
+    return digests
+
+
+def _checkpoint(path: Path) -> Checkpoint:
+    if not path.exists():
+        raise Misconfigured(f"base {path}: no such directory")
+    model = open_model(path)
+    if isinstance(model, Adapter):
+        model.close()
+        raise Misconfigured(f"base {path} is an adapter: a state needs the full model it adapts")
+    return model
+
+
+def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    return [{"name": f.name, "size": f.size, "mtime_ns": f.mtime_ns} for f in checkpoint.files]
+
+
+def _read_options(asked: Asked) -> ReadOptions:
+    return ReadOptions.parse(asked.scale) if asked.scale is not None else default_read(asked.rule)
+
+
+def _survey(base: Path, model: BaseModel, asked: Asked) -> Survey:
+    chosen = rule(asked.rule, asked.options)
+    counted = {kind: [spec.numel for spec in model.specs if spec.kind == kind] for kind in ("matrix", "plain", "carried")}
+    return Survey(
+        base=str(base),
+        rule=asked.rule,
+        options=chosen.options,
+        scale=str(_read_options(asked)),
+        state_bytes=state_bytes(chosen, model.specs),
+        kinds=tuple((kind, len(sizes), sum(sizes)) for kind, sizes in counted.items()),
+        tensors={spec.name: spec.kind for spec in model.specs},
+        aliases=model.aliases,
+    )

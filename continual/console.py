@@ -1,0 +1,106 @@
+"""What the commands print: tables and progress for people, one JSON document for machines. No decisions here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from continual.engine import Progress
+    from continual.state import Commit
+
+
+def emit(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def say(text: str = "") -> None:
+    """A line on standard output."""
+    sys.stdout.write(text + "\n")
+
+
+def warn(text: str) -> None:
+    """A line on standard error."""
+    sys.stderr.write(text + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Records, mappings, paths and tuples as what JSON has."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Aligned columns on standard output; the last column takes what room is left and is never cut."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for name in head:
+        shown.add_column(name, overflow="fold", no_wrap=name != head[-1])
+    for row in rows:
+        shown.add_row(*("" if cell is None else str(cell) for cell in row))
+    console = Console(highlight=False, markup=False)
+    console.print(shown) if console.is_terminal else Console(highlight=False, markup=False, width=400).print(shown)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A progress callback that draws a bar on standard error where that is a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        stages: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done, total=total)
+
+        yield report
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units, three figures."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    raise AssertionError(nbytes)
+
+
+def record(commit: Commit) -> dict[str, Any]:
+    """A commit as `show` and `log --json` print it."""
+    body = {"seq": commit.seq, "time": commit.time, "generation": commit.generation, "prev": commit.prev, "crc": commit.crc}
+    return body | plain(commit.entry)
+
+
+def log_row(commit: Commit) -> tuple[object, ...]:
+    """A commit as a row of `log`."""
+    entry, numbers = commit.entry, commit.entry.numbers or {}
+    name = (entry.candidate or {}).get("name", "")
+    told = entry.message or ""
+    if entry.kind == "fold":
+        told = f"norm {numbers['tau_norm']:.4g}, cosine {numbers['cosine']:+.3f}"
+        if "lambda" in numbers:
+            told += f", lambda {numbers['lambda']:.3f}"
+    return commit.seq, commit.time[:19] + "Z", entry.kind, name, entry.fate or "", entry.reason or "", told
+
+
+LOG_HEAD = ("seq", "time", "kind", "model", "fate", "reason", "what")

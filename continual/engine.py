@@ -1,0 +1,394 @@
+"""One candidate end to end: look at its headers, vet it, stream its tensors through the rule, judge the report, commit.
+
+The engine never sees HTTP, metrics or the clock of the daemon; it is given an executor and returns outcomes. Refusals become ledger records here;
+Retry and Halt pass through with nothing settled.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from continual import provenance
+from continual.errors import Abandoned, ContinualError, Refuse, Retry
+from continual.gates import safety
+from continual.gates.lineage import LineagePolicy, trace
+from continual.records import Candidate, Entry, FoldReport, Lineage, TensorSpec
+from continual.rules import Inputs, Rule
+from continual.state import Commit, State, Transaction
+from continual.tensors import Adapter, BaseModel, Checkpoint, TaskVectors, candidate_of, open_model
+
+SUMS = ("tau_sq", "before_sq", "merged_sq", "dot")
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total) while work goes on."""
+T = TypeVar("T")
+
+
+class Task(NamedTuple, Generic[T]):
+    """A piece of work: `need` is its peak memory in bytes, `prefetch` asks the kernel for its input ahead of time."""
+
+    name: str
+    need: int
+    run: Callable[[], T]
+    prefetch: Callable[[], None] | None = None
+
+
+class Executor(Protocol):
+    """Where tensors are folded: at most `workers` tasks at a time, together under `budget` bytes."""
+
+    workers: int
+    budget: int
+
+    def map(self, tasks: Sequence[Task[T]]) -> Iterator[tuple[str, T]]:
+        """Results as (name, result) in any order; the first error is raised once nothing runs any more."""
+        ...
+
+
+class Outcome(NamedTuple):
+    """What became of a candidate. `known`: its fate was settled earlier; `commit` is then that earlier record."""
+
+    fate: Literal["folded", "refused", "duplicate", "known"]
+    name: str
+    message: str
+    reason: str | None
+    commit: Commit
+    report: FoldReport | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether this model is kept out: refused now, or refused or rolled back earlier."""
+        return self.fate == "refused" or (self.fate == "known" and self.commit.entry.fate in ("refused", "rolled-back"))
+
+    def line(self) -> str:
+        """What happened, for people, in one line."""
+        if self.report is None:
+            return self.message
+        n = self.report.numbers
+        return f"{self.message}: norm {n['tau_norm']:.4g}, cosine {n['cosine']:+.3f}, {self.report.seconds.get('total', 0):.2f} s"
+
+    def summary(self) -> dict[str, Any]:
+        """What happened, for machines."""
+        body = {"model": self.name, "fate": self.fate, "reason": self.reason, "message": self.message, "seq": self.commit.seq}
+        if self.report is not None:
+            body |= {"numbers": self.report.numbers, "seconds": self.report.seconds, "bytes_read": self.report.bytes_read}
+        return body
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What folding a candidate would take and whether it would be let in, from headers alone. Sizes in bytes."""
+
+    name: str
+    path: str
+    form: str
+    ok: bool
+    reason: str | None
+    message: str
+    read_bytes: int = 0
+    disk_bytes: int = 0
+    memory_bytes: int = 0
+    folded: int = 0
+    matrices: int = 0
+    plain: int = 0
+    unchanged: int = 0
+    prefix: tuple[str, str] = ("", "")
+    extra: tuple[str, ...] = ()
+    narrowed: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the gates let in."""
+
+    lineage: LineagePolicy = LineagePolicy()
+    norms: safety.NormPolicy = safety.NormPolicy()
+    updates: Literal["refuse", "add"] = "refuse"
+
+
+class Piece(NamedTuple):
+    """What folding one tensor gave."""
+
+    digest: bytes
+    sums: Mapping[str, float]
+    notes: Mapping[str, float]
+    base_sq: float
+    nbytes: int
+    seconds: Mapping[str, float]
+
+
+class Engine:
+    """Folds candidates into one open state, one at a time."""
+
+    def __init__(
+        self, state: State, base: BaseModel, rule: Rule, executor: Executor, *, policy: Policy | None = None, device: str = "auto"
+    ) -> None:
+        self.state = state
+        self.base = base
+        self.rule = rule
+        self.policy = policy or Policy()
+        self.executor = executor
+        self.device = pick_device(device)
+        self.stop = threading.Event()
+        self._specs = {spec.name: spec for spec in base.specs}
+
+    def fold(self, path: Path, *, source: str = "hand", root: Path | None = None, progress: Progress | None = None) -> Outcome:
+        """Takes the model directory `path` from its headers to a commit.
+
+        `root` is the watched folder its files must lie in, None for a path given by hand. Raises Retry (environment; nothing settled) and Halt;
+        a candidate that is refused is a record in the ledger and an outcome.
+        """
+        with ExitStack() as open_files:
+            candidate = None
+            try:
+                model = open_files.enter_context(open_model(path, root=root))
+                candidate = candidate_of(model, source=source)
+                if known := self.state.fate(candidate.key):
+                    return _known(candidate, known)
+                lineage = self._vet(candidate, model)
+                return self._fold(candidate, model, lineage, progress or silent)
+            except Refuse as refusal:
+                return self._refuse(candidate or provenance.unreadable(path, source), refusal)
+
+    def plan(self, path: Path) -> Plan:
+        """Says what folding the model at `path` would take, reading nothing but headers; never raises for a bad candidate."""
+        try:
+            with open_model(path) as model:
+                candidate = candidate_of(model, source="hand")
+                if known := self.state.fate(candidate.key):
+                    return Plan(candidate.name, str(path), candidate.form, False, "known", _known(candidate, known).message)
+                lineage = self._vet(candidate, model)
+                vectors = TaskVectors(self.base, model, lineage)
+                kinds = [self._specs[name].kind for name in lineage.folded]
+                return Plan(
+                    name=candidate.name,
+                    path=str(path),
+                    form=candidate.form,
+                    ok=True,
+                    reason=None,
+                    message="fits this base",
+                    read_bytes=candidate.nbytes + sum(self._specs[name].nbytes for name in lineage.folded),
+                    disk_bytes=state_bytes(self.rule, self.base.specs),
+                    memory_bytes=self._peak([self._need(self._specs[name], vectors) for name in lineage.folded]),
+                    folded=len(lineage.folded),
+                    matrices=kinds.count("matrix"),
+                    plain=kinds.count("plain"),
+                    unchanged=len(lineage.unchanged),
+                    prefix=lineage.prefix,
+                    extra=lineage.extra,
+                    narrowed=lineage.narrowed,
+                )
+        except (Refuse, Retry) as error:
+            return Plan(path.name, str(path), "?", False, error.reason if isinstance(error, Refuse) else "retry", str(error))
+
+    def _vet(self, candidate: Candidate, model: Checkpoint | Adapter) -> Lineage:
+        provenance.refuse_own_release(candidate, self.state.id)
+        if self.policy.updates == "refuse" and (earlier := self.state.revisions(candidate.origin)):
+            raise Refuse(
+                "update",
+                f"{candidate.name}: other files at {candidate.origin} were folded as record {earlier[-1].seq}; "
+                "set updates = add to fold these as well, or publish them under a new name",
+            )
+        return trace(self.base, model, self.policy.lineage)
+
+    def _fold(self, candidate: Candidate, model: Checkpoint | Adapter, lineage: Lineage, progress: Progress) -> Outcome:
+        begun = time.perf_counter()
+        before = dict(self.state.totals)
+        vectors = TaskVectors(self.base, model, lineage)
+        with self.state.begin() as transaction:
+            pieces = self._stream(transaction, vectors, candidate, lineage, before, progress)
+            model.check_unchanged()
+            report = self._report(candidate, lineage, pieces, before, vectors.digest({n: pieces[n].digest for n in lineage.folded}))
+            if twin := self.state.folded_digest(report.digest):
+                return self._duplicate(candidate, report, twin)
+            safety.norms(
+                candidate.name, report.numbers["tau_norm"] ** 2, report.numbers["base_norm"] ** 2, before, self.policy.norms
+            )
+            if self.stop.is_set():
+                raise Abandoned(f"{candidate.name}: the fold was given up because continual is stopping; it will be taken up at the next start")
+            streamed = time.perf_counter()
+            progress("commit", 0, 1)
+            entry = Entry(
+                kind="fold",
+                candidate=candidate.identity(),
+                digest=report.digest,
+                fate="folded",
+                totals=report.totals,
+                numbers=report.numbers,
+                software=provenance.software(),
+                device=report.device,
+            )
+            commit = transaction.commit(entry)
+        seconds = {**report.seconds, "commit": time.perf_counter() - streamed, "total": time.perf_counter() - begun}
+        message = f"{candidate.name}: folded as record {commit.seq}"
+        return Outcome("folded", candidate.name, message, None, commit, provenance.timed(report, seconds))
+
+    def _stream(
+        self, transaction: Transaction, vectors: TaskVectors, candidate: Candidate, lineage: Lineage, before: Mapping[str, float], progress: Progress
+    ) -> dict[str, Piece]:
+        """Every foldable tensor of the base through the rule, in parallel; the pieces by name."""
+        folded = set(lineage.folded)
+        tasks = []
+        for spec in self.base.specs:
+            if spec.kind == "carried":
+                continue
+            if spec.name in folded:
+                run = lambda spec=spec: self._one(transaction, vectors, candidate, spec, before)  # noqa: E731
+                tasks.append(Task(spec.name, self._need(spec, vectors), run, lambda name=spec.name: vectors.prefetch(name)))
+            else:
+                run = lambda spec=spec: self._untouched(transaction, spec, before)  # noqa: E731
+                tasks.append(Task(spec.name, self._need(spec, None), run))
+        pieces: dict[str, Piece] = {}
+        progress("fold", 0, len(tasks))
+        for name, piece in self.executor.map(tasks):
+            pieces[name] = piece
+            progress("fold", len(pieces), len(tasks))
+        return pieces
+
+    def _one(self, transaction: Transaction, vectors: TaskVectors, candidate: Candidate, spec: TensorSpec, before: Mapping[str, float]) -> Piece:
+        """One tensor: read, subtract, fold, write."""
+        if self.stop.is_set():
+            raise Abandoned(f"{candidate.name}: the fold was given up because continual is stopping; it will be taken up at the next start")
+        started = time.perf_counter()
+        tau, digest, base_sq, nbytes = vectors.vector(spec.name)
+        read = time.perf_counter()
+        folded = self._apply(transaction, spec, tau, before, candidate.key)
+        safety.finite(candidate.name, spec.name, folded.sums["tau_sq"])
+        computed = time.perf_counter()
+        self._write(transaction, spec, folded)
+        seconds = {"read": read - started, "rule": computed - read, "write": time.perf_counter() - computed}
+        return Piece(digest, folded.sums, folded.notes, base_sq, nbytes, seconds)
+
+    def _untouched(self, transaction: Transaction, spec: TensorSpec, before: Mapping[str, float]) -> Piece:
+        """A tensor that this fine-tune leaves as it is: a zero task vector changes no accumulator, only its norm is needed."""
+        folded = self._apply(transaction, spec, torch.zeros(spec.shape), before, "")
+        self._write(transaction, spec, folded)
+        return Piece(b"", folded.sums, {}, 0.0, 0, {})
+
+    def _apply(self, transaction: Transaction, spec: TensorSpec, tau: torch.Tensor, before: Mapping[str, float], seed: str) -> Any:
+        slots = self.state.format.slots[spec.name]
+        accumulators = {slot: torch.from_numpy(transaction.read(spec.name, slot)).to(self.device) for slot in slots}
+        return self.rule.fold(accumulators, tau.to(self.device), Inputs(spec), before)
+
+    def _write(self, transaction: Transaction, spec: TensorSpec, folded: Any) -> None:
+        if folded.sums["tau_sq"] == 0.0:
+            transaction.keep(spec.name)
+            return
+        for slot, value in folded.accumulators.items():
+            transaction.write(spec.name, slot, value.to("cpu").contiguous().numpy())
+
+    def _report(self, candidate: Candidate, lineage: Lineage, pieces: Mapping[str, Piece], before: Mapping[str, float], digest: str) -> FoldReport:
+        ordered = [pieces[name] for name in sorted(pieces)]
+        sums = {key: math.fsum(piece.sums[key] for piece in ordered) for key in ordered[0].sums} if ordered else dict.fromkeys(SUMS, 0.0)
+        base_sq = math.fsum(piece.base_sq for piece in ordered)
+        totals = self.rule.settle(before, sums, 1.0)
+        tau, cross = math.sqrt(sums["tau_sq"]), math.sqrt(sums["tau_sq"] * sums["before_sq"])
+        numbers: dict[str, Any] = {
+            "tau_norm": tau,
+            "base_norm": math.sqrt(base_sq),
+            "merged_norm": math.sqrt(sums["merged_sq"]),
+            "cosine": sums["dot"] / cross if cross else 0.0,
+            **self.rule.gauges(totals),
+            "tensors": len(lineage.folded),
+            "unchanged": len(lineage.unchanged),
+            "extra": list(lineage.extra),
+            "prefix": list(lineage.prefix),
+            "narrowed": dict(lineage.narrowed),
+            "rows": dict(lineage.rows),
+            "notes": summarise([piece.notes for piece in ordered if piece.notes]),
+        }
+        stages: dict[str, float] = {}
+        for piece in ordered:
+            for stage, value in piece.seconds.items():
+                stages[stage] = stages.get(stage, 0.0) + value
+        return FoldReport(
+            candidate=candidate,
+            digest=digest,
+            lineage=lineage,
+            totals=totals,
+            numbers=numbers,
+            seconds=stages,
+            bytes_read=sum(piece.nbytes for piece in ordered),
+            device=str(self.device),
+        )
+
+    def _refuse(self, candidate: Candidate, refusal: Refuse) -> Outcome:
+        if known := self.state.fate(candidate.key):
+            return _known(candidate, known)
+        entry = Entry(
+            kind="refuse",
+            candidate=candidate.identity(),
+            fate="refused",
+            reason=refusal.reason,
+            message=str(refusal),
+            software=provenance.software(),
+        )
+        return Outcome("refused", candidate.name, str(refusal), refusal.reason, self.state.record(entry))
+
+    def _duplicate(self, candidate: Candidate, report: FoldReport, twin: Commit) -> Outcome:
+        message = f"{candidate.name}: duplicate of record {twin.seq} ({(twin.entry.candidate or {}).get('name')}): the same tensors, already in the state"
+        entry = Entry(
+            kind="refuse",
+            candidate=candidate.identity(),
+            digest=report.digest,
+            fate="duplicate",
+            reason="duplicate",
+            message=message,
+            software=provenance.software(),
+        )
+        return Outcome("duplicate", candidate.name, message, "duplicate", self.state.record(entry), report)
+
+    def _need(self, spec: TensorSpec, vectors: TaskVectors | None) -> int:
+        reading = vectors.nbytes(spec.name) if vectors is not None else spec.numel * 4
+        return reading + sum(slot.nbytes for slot in self.rule.slots(spec).values()) + self.rule.workspace(spec)
+
+    def _peak(self, needs: list[int]) -> int:
+        most = sorted(needs, reverse=True)[: self.executor.workers]
+        return max([min(sum(most), self.executor.budget), *most[:1]], default=0)
+
+
+def pick_device(word: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU. TF32 is off: it would round to 10 bits.
+
+    Raises ContinualError if CUDA is asked for and not there.
+    """
+    if word != "cpu":
+        if torch.cuda.is_available():
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
+            return torch.device("cuda" if word == "auto" else word)
+        if word != "auto":
+            raise ContinualError(f"device = {word}: this torch sees no CUDA device; use auto or cpu")
+    return torch.device("cpu")
+
+
+def state_bytes(rule: Rule, specs: tuple[TensorSpec, ...]) -> int:
+    """Bytes of one generation, without its metadata."""
+    return sum(slot.nbytes for spec in specs if spec.kind != "carried" for slot in rule.slots(spec).values())
+
+
+def summarise(notes: list[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Smallest, mean and largest of each note over the tensors that have it."""
+    columns: dict[str, list[float]] = {}
+    for row in notes:
+        for key, value in row.items():
+            columns.setdefault(key, []).append(value)
+    return {key: {"min": min(v), "mean": math.fsum(v) / len(v), "max": max(v), "tensors": len(v)} for key, v in sorted(columns.items())}
+
+
+def _known(candidate: Candidate, known: Commit) -> Outcome:
+    message = f"{candidate.name}: already settled as record {known.seq} ({known.entry.fate})"
+    if known.entry.message and known.entry.fate != "folded":
+        message += f": {known.entry.message}"
+    return Outcome("known", candidate.name, message, known.entry.reason, known)
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A progress callback that shows nothing."""

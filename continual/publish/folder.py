@@ -1,0 +1,276 @@
+"""The merged model as an ordinary model directory: the base's layout, streamed tensor by tensor, written beside and renamed into place.
+
+Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header padded with spaces, tensors back to back).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from continual import provenance
+from continual.config import parse_bytes
+from continual.engine import Executor, Progress, Task
+from continual.errors import Halt, Misconfigured
+from continual.records import ITEMSIZE, TensorSpec
+from continual.rules import ReadOptions, Rule
+from continual.state import State
+from continual.state.durable import publish_dir, replace_link
+from continual.tensors import BaseModel
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+INDEX = "model.safetensors.index.json"
+_LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")
+_SMALL = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What an export is to be: `dtype` a safetensors word or None for the base's own, `shard_size` bytes or None for the base's sharding."""
+
+    directory: Path
+    at: int | None = None
+    dtype: str | None = None
+    shard_size: int | None = None
+
+
+class Placed(NamedTuple):
+    """A tensor's place in an exported file; `source` is the base tensor it is made from (another one where it is a tied alias)."""
+
+    name: str
+    source: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def parse_dtype(word: str | None) -> str | None:
+    """`float32`, `bf16`, `F16`… as a safetensors word. Raises Misconfigured for any other."""
+    if word is None:
+        return None
+    found = WORDS.get(word.lower(), word.upper())
+    if found not in DTYPES:
+        raise Misconfigured(f"dtype {word!r}: use one of float32, float16, bfloat16")
+    return found
+
+
+def parse_size(text: str | None) -> int | None:
+    """`5GB`, `500MiB` or a number as bytes. Raises Misconfigured for anything else."""
+    if text is None:
+        return None
+    found = parse_bytes(text)
+    if not isinstance(found, int) or found <= 0:
+        raise Misconfigured(f"size {text!r}: write it as 5GB or 500MiB")
+    return found
+
+
+def merged_vector(state: State, rule: Rule, spec: TensorSpec, totals: Mapping[str, float], read: ReadOptions, at: int | None) -> torch.Tensor:
+    """The merged task vector of one tensor, float32 of the tensor's shape, before any cast."""
+    accumulators = {slot: torch.from_numpy(state.read(spec.name, slot, at=at)) for slot in state.format.slots[spec.name]}
+    return rule.read(spec, accumulators, totals, read)
+
+
+def export(state: State, base: BaseModel, rule: Rule, target: Target, executor: Executor, progress: Progress) -> Path:
+    """Writes the merged model at record `target.at` (default: now) to `target.directory`, which must not exist yet.
+
+    Returns the directory. Raises Misconfigured if the directory is there or cannot be made, Halt if a value overflows the dtype asked for; then
+    nothing is left behind.
+    """
+    final = target.directory.absolute()
+    if final.exists() or final.is_symlink():
+        raise Misconfigured(f"{target.directory} exists: export writes a new directory, name one that is not there yet")
+    if not final.parent.is_dir():
+        raise Misconfigured(f"{final.parent}: no such directory to write {final.name} in")
+    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
+    with ExitStack() as stack:
+        commit = state.get(target.at) if target.at is not None else state.head
+        stack.enter_context(state.lease(commit.seq))
+        temporary.mkdir()
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        source = base.checkpoint.path if base.checkpoint.path.is_dir() else base.checkpoint.path.parent
+        copy_small_files(source, temporary)
+        set_config_dtype(temporary / "config.json", target.dtype)
+        options = ReadOptions.from_mapping(state.read_options_at(commit.seq))
+        _write_weights(state, base, rule, target, temporary, (commit.seq, state.totals_at(commit.seq), options), executor, progress)
+        body = provenance_of(state, commit.seq, options.to_mapping())
+        (temporary / provenance.RELEASE).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
+        publish_dir(temporary, final)
+    return final
+
+
+def provenance_of(state: State, seq: int, read: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of `continual.json`: which state and record, which base, rule and options, and every fold in it."""
+    commit = state.get(seq)
+    return {
+        "state": state.id,
+        "seq": seq,
+        "generation": commit.generation,
+        "time": commit.time,
+        "base": {"path": state.format.base["path"], "revision": state.format.base.get("revision")},
+        "rule": state.format.rule,
+        "options": dict(state.format.options),
+        "read": dict(read),
+        "totals": dict(state.totals_at(seq)),
+        "folded": [
+            {"seq": fold.seq, "digest": fold.entry.digest, **{k: (fold.entry.candidate or {}).get(k) for k in ("name", "origin", "form")}}
+            for fold in state.folds(at=seq)
+        ],
+        "software": dict(provenance.software()),
+        "exported": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def keep_current(link: Path, seq: int, write: Callable[[Path], Path]) -> Path:
+    """Has `write` export into `LINK-<seq>` beside `link`, points the link there in one step, then removes what it pointed at before.
+
+    Raises Misconfigured if `link` is there and no link.
+    """
+    link = link.absolute()
+    if link.exists() and not link.is_symlink():
+        raise Misconfigured(f"current = {link}: this is no link; name a place that is free, or remove it")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    before = link.resolve() if link.is_symlink() else None
+    directory = link.parent / f"{link.name}-{seq:08d}"
+    if not directory.exists():
+        write(directory)
+    replace_link(link, directory)
+    if before is not None and before != directory and before.parent == link.parent and before.name.startswith(f"{link.name}-"):
+        shutil.rmtree(before, ignore_errors=True)
+    return directory
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Config, tokenizer and whatever else stands beside the weights: regular files under 64 MiB, one level of folders deep, no weights."""
+    for file in sorted(source.iterdir()):
+        if file.name.startswith(".") or file.name in (provenance.RELEASE,):
+            continue
+        if file.is_dir():
+            inner = [f for f in sorted(file.iterdir()) if _is_small(f)]
+            if inner and not any(f.name.endswith(_LEFT_OUT) for f in file.iterdir()):
+                (target / file.name).mkdir()
+                for f in inner:
+                    shutil.copyfile(f, target / file.name / f.name)
+        elif _is_small(file):
+            shutil.copyfile(file, target / file.name)
+
+
+def _is_small(file: Path) -> bool:
+    return file.is_file() and not file.name.startswith(".") and not file.name.endswith(_LEFT_OUT) and file.stat().st_size <= _SMALL
+
+
+def set_config_dtype(config: Path, dtype: str | None) -> None:
+    """Makes the exported config.json name the dtype the weights now have."""
+    if dtype is None or not config.is_file():
+        return
+    body = json.loads(config.read_bytes())
+    name = next(word for word, short in WORDS.items() if short == dtype)
+    for key in ("torch_dtype", "dtype"):
+        if key in body:
+            body[key] = name
+    config.write_text(json.dumps(body, indent=2) + "\n", "utf-8")
+
+
+def layout(base: BaseModel, dtype: str | None, shard_size: int | None) -> dict[str, list[Placed]]:
+    """Which tensor goes where: file name to its tensors in order. Without `shard_size` the files are the base's own."""
+    checkpoint = base.checkpoint
+    floats = {spec.name for spec in base.specs if spec.dtype in DTYPES}
+    infos = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.offset))
+    groups: list[tuple[str, list[Placed]]] = []
+    end = 0
+    for info in infos:
+        source = base.aliases.get(info.name, info.name)
+        word = dtype if dtype is not None and source in floats else info.dtype
+        nbytes = torch.Size(info.shape).numel() * ITEMSIZE[word]
+        file = Path(checkpoint.files[info.file].name).name
+        if not groups or (groups[-1][0] != file if shard_size is None else end + nbytes > shard_size):
+            groups.append((file, []))
+            end = 0
+        groups[-1][1].append(Placed(info.name, source, word, info.shape, end, end + nbytes))
+        end += nbytes
+    if shard_size is None:
+        return dict(groups)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0][1]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": placed for i, (_, placed) in enumerate(groups, 1)}
+
+
+def header(placed: Sequence[Placed]) -> bytes:
+    """The head of a safetensors file: length and JSON, padded so that the data begin at a multiple of 8."""
+    body: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    body.update({p.name: {"dtype": p.dtype, "shape": list(p.shape), "data_offsets": [p.begin, p.end]} for p in placed})
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_weights(
+    state: State,
+    base: BaseModel,
+    rule: Rule,
+    target: Target,
+    directory: Path,
+    point: tuple[int, Mapping[str, float], ReadOptions],
+    executor: Executor,
+    progress: Progress,
+) -> None:
+    files = layout(base, target.dtype, target.shard_size)
+    specs = {spec.name: spec for spec in base.specs}
+    if len(files) > 1 or next(iter(files)) != "model.safetensors":
+        weight_map = {p.name: file for file, placed in files.items() for p in placed}
+        size = sum(p.end - p.begin for placed in files.values() for p in placed)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+    with ExitStack() as stack:
+        tasks: list[Task[None]] = []
+        for file, placed in files.items():
+            head = header(placed)
+            fd = os.open(directory / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            stack.callback(os.close, fd)
+            _write_at(fd, memoryview(head), 0)
+            for p in placed:
+                run = lambda p=p, fd=fd, offset=len(head) + p.begin: _write_at(fd, _bytes(merged(p)), offset)  # noqa: E731
+                tasks.append(Task(p.name, _need(specs[p.source], rule), run))
+
+        def merged(p: Placed) -> torch.Tensor:
+            spec = specs[p.source]
+            theta = base.checkpoint.read(p.source)
+            if spec.kind == "carried":
+                return theta
+            seq, totals, read = point
+            vector = merged_vector(state, rule, spec, totals, read, seq)
+            result = vector.add_(theta).to(DTYPES[p.dtype])
+            if not bool(torch.isfinite(result).all()):
+                raise Halt(f"tensor {p.name} has values that {p.dtype} cannot hold: export with --dtype float32 or bfloat16")
+            return result
+
+        progress("export", 0, len(tasks))
+        for done, _ in enumerate(executor.map(tasks), 1):
+            progress("export", done, len(tasks))
+    base.checkpoint.check_unchanged()
+
+
+def _need(spec: TensorSpec, rule: Rule) -> int:
+    slots = sum(slot.nbytes for slot in rule.slots(spec).values()) if spec.kind != "carried" else 0
+    return slots + spec.numel * 8 + spec.nbytes
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
+    data = data.cast("B")
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
