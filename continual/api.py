@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,9 +120,10 @@ def open(state: str | Path = "state", *, write: bool = False, **settings: Any) -
 class Merge:
     """An open state with its base and rule: what the commands and the daemon work with. A context manager."""
 
-    def __init__(self, settings: Settings, *, write: bool = False, url: str | None = None) -> None:
+    def __init__(self, settings: Settings, *, write: bool = False, on_step: Callable[[str], None] | None = None) -> None:
+        """Opens the state; `on_step` hears of each step of the commit protocol before it begins (for fault campaigns)."""
         self.settings = settings
-        self.state = State.open(settings.state, write=write, url=url)
+        self.state = State.open(settings.state, write=write, on_step=on_step)
         self.rule = rule(self.state.format.rule, self.state.format.options)
         self._base: BaseModel | None = None
         self._engine: Engine | None = None

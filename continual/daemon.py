@@ -1,0 +1,243 @@
+"""The daemon: wires settings to parts, runs them in one task group, takes the signals, drains. One candidate folds at a time, on a thread.
+
+All waiting is on the event loop; the engine is synchronous and knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from continual import logs, provenance
+from continual.api import Merge
+from continual.config import Settings
+from continual.engine import Outcome
+from continual.errors import Abandoned, ContinualError, Halt, Misconfigured, Retry
+from continual.metrics import Metrics
+from continual.publish import folder
+from continual.queue import Queue, Waiting
+from continual.sources.folder import FolderSource, forbidden
+from continual.status import Live
+from continual.web import create_app, serve
+
+
+def run(settings: Settings) -> int:
+    """Runs until a signal or a Halt; returns the exit code. Raises ContinualError for what keeps it from starting."""
+    logs.configure(json=settings.log_json, level=settings.log_level)
+    check_places(settings)
+    with Merge(settings, write=True) as merge:
+        daemon = Daemon(merge)
+        asyncio.run(daemon.run())
+        return 4 if daemon.halted else 0
+
+
+def check_places(settings: Settings) -> None:
+    """Refuses a configuration in which what we write would be seen as something to fold, or in which nothing is watched."""
+    if not settings.watch:
+        raise Misconfigured("nothing to watch: name a folder with watch = [DIR] (--watch DIR)")
+    ours = [settings.state] + ([settings.current.parent] if settings.current else [])
+    for root in settings.watch:
+        if not root.is_dir():
+            raise Misconfigured(f"watch = {root}: no such directory")
+        if found := forbidden(root):
+            raise Misconfigured(f"watch = {root}: {found} is a state; keep states outside the watched folders")
+        for place in ours:
+            if place.resolve().is_relative_to(root.resolve()):
+                raise Misconfigured(f"{place} lies in the watched folder {root}: what is published there would be folded again; move one of them")
+
+
+class Daemon:
+    """One running service on one open state."""
+
+    def __init__(self, merge: Merge) -> None:
+        self.merge = merge
+        self.settings = merge.settings
+        self.log = structlog.get_logger("continual")
+        self.metrics = Metrics()
+        self.queue = Queue()
+        self.live = Live(merge, self.queue)
+        self.sources = [FolderSource(root, settle=self.settings.settle, rescan=self.settings.rescan) for root in self.settings.watch]
+        self.stopping = asyncio.Event()
+        self.wake = asyncio.Event()
+        self.released = asyncio.Event()
+        self.halted: Halt | None = None
+        self._thread = ThreadPoolExecutor(1, "engine")
+
+    async def run(self) -> None:
+        """Starts everything, waits for a signal or a Halt, and drains within the time that is set."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+        engine = await asyncio.to_thread(lambda: self.merge.engine)
+        self.metrics.build(rule=self.merge.rule.name, device=str(engine.device), software=provenance.software())
+        self._gauge()
+        self.log.info("started", pid=os.getpid(), state=str(self.settings.state), head=self.merge.state.head.seq, rule=self.merge.rule.name)
+        for orphan in self.merge.state.orphans:
+            self.log.info("orphan removed", generation=orphan)
+        served = asyncio.Event()
+        try:
+            async with asyncio.TaskGroup() as group:
+                web = group.create_task(self._serve(served))
+                group.create_task(self._heartbeat())
+                folding = group.create_task(self._folding())
+                releasing = group.create_task(self._releasing())
+                feeding = [group.create_task(self._feed(source, root)) for source, root in zip(self.sources, self.settings.watch, strict=True)]
+                await self.stopping.wait()
+                await self._drain(folding)
+                for task in (releasing, *feeding):
+                    task.cancel()
+                served.set()
+                await web
+        except* Halt as group_error:
+            self._halt(_first(group_error))
+        finally:
+            self._thread.shutdown()
+        self.log.info("stopped", head=self.merge.state.head.seq, clean=self.halted is None)
+
+    def _signalled(self, number: int) -> None:
+        if self.stopping.is_set():
+            self.merge.engine.stop.set()
+        self.log.info("stopping", signal=signal.Signals(number).name, drain_seconds=self.settings.drain)
+        self.stopping.set()
+        self.wake.set()
+
+    def _halt(self, error: Halt) -> None:
+        self.halted = error
+        self.metrics.error("halt")
+        self.log.error("halted", error=str(error))
+        self.stopping.set()
+        self.wake.set()
+
+    async def _drain(self, folding: asyncio.Task[None]) -> None:
+        """Lets the fold under way finish, and gives it up where it takes longer than `drain` seconds."""
+        done, _ = await asyncio.wait({folding}, timeout=self.settings.drain)
+        if not done:
+            self.merge.engine.stop.set()
+            await asyncio.wait({folding})
+
+    async def _serve(self, stop: asyncio.Event) -> None:
+        app = create_app(self.live, self.metrics)
+        await serve(app, self.settings.host, self.settings.port, self._listening, stop, allow_remote=self.settings.allow_remote)
+
+    def _listening(self, url: str) -> None:
+        self.merge.state.set_url(url)
+        self.live.url = url
+        self.log.info("listening", url=url)
+
+    async def _heartbeat(self) -> None:
+        while not self.stopping.is_set():
+            self.live.beat = time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.stopping.wait(), 1.0)
+
+    async def _feed(self, source: FolderSource, root: Path) -> None:
+        async for event in source.events(self.stopping):
+            if self.live.current == event.path:
+                continue
+            self.queue.put(event, root)
+            self.metrics.queue(len(self.queue.waiting))
+            self.wake.set()
+
+    async def _folding(self) -> None:
+        """Takes one candidate after the other until told to stop; nothing begins before every source has scanned once."""
+        loop = asyncio.get_running_loop()
+        while not self.stopping.is_set():
+            self.live.scanned = all(source.scanned.is_set() for source in self.sources)
+            waiting = self.queue.take(loop.time()) if self.live.scanned else None
+            if waiting is None:
+                self.wake.clear()
+                due = self.queue.next_due()
+                delay = 0.2 if not self.live.scanned else None if due is None else max(0.0, due - loop.time())
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.wake.wait(), delay)
+                continue
+            await self._one(waiting, loop)
+
+    async def _one(self, waiting: Waiting, loop: asyncio.AbstractEventLoop) -> None:
+        path = waiting.event.path
+        if not path.exists():
+            self.log.info("vanished", model=path.name, path=str(path))
+            return
+        self.live.begin(path)
+        try:
+            outcome = await loop.run_in_executor(self._thread, self._consider, waiting)
+        except Abandoned as error:
+            self.log.info("abandoned", model=path.name, error=str(error))
+            return
+        except Retry as error:
+            delay = self.queue.again(waiting, loop.time())
+            self.metrics.retried()
+            self.log.warning("retry", model=path.name, error=str(error), seconds=delay)
+            return
+        except Halt as error:
+            self._halt(error)
+            return
+        finally:
+            self.live.end()
+            self.metrics.queue(len(self.queue.waiting))
+        self._tell(outcome)
+
+    def _consider(self, waiting: Waiting) -> Outcome:
+        return self.merge.fold(waiting.event.path, source=waiting.event.source, root=waiting.root, progress=self.live.progress)
+
+    def _tell(self, outcome: Outcome) -> None:
+        """One log line and the metrics of what became of a candidate."""
+        facts: dict[str, Any] = {"model": outcome.name, "seq": outcome.commit.seq}
+        if outcome.fate == "folded" and outcome.report is not None:
+            report = outcome.report
+            self.metrics.observe(report)
+            numbers = {k: round(report.numbers[k], 4) for k in ("tau_norm", "cosine", "lambda") if k in report.numbers}
+            self.log.info("folded", **facts, **numbers, seconds=round(report.seconds["total"], 3), bytes_read=report.bytes_read)
+            self.released.set()
+        elif outcome.fate == "known":
+            self.log.debug("known", **facts, fate=outcome.commit.entry.fate)
+        else:
+            self.metrics.refused(outcome.reason or "unknown")
+            self.log.warning(outcome.fate, **facts, reason=outcome.reason, message=outcome.message)
+        self._gauge()
+
+    def _gauge(self) -> None:
+        state = self.merge.state
+        self.metrics.state(state.generation_bytes(), len(state.generations()), state.head.seq, len(state.folds()))
+        self.metrics.gauges(self.merge.rule.gauges(state.totals))
+
+    async def _releasing(self) -> None:
+        """Keeps the `current` link on the newest merge: an export at a time, folds that come meanwhile are made up for by the next."""
+        link = self.settings.current
+        if link is None:
+            return
+        if self.merge.state.folds():
+            self.released.set()
+        while True:
+            await self.released.wait()
+            self.released.clear()
+            in_force = self.merge.state.in_force
+            if in_force is None:
+                continue
+            try:
+                target = await asyncio.to_thread(folder.keep_current, link, in_force.seq, self._export_at(in_force.seq))
+                self.log.info("published", seq=in_force.seq, directory=str(target))
+            except (OSError, ContinualError) as error:
+                self.metrics.error("publish")
+                self.log.error("publish failed", seq=in_force.seq, error=str(error))
+
+    def _export_at(self, seq: int) -> Any:
+        return lambda directory: self.merge.export(folder.Target(directory, at=seq))
+
+
+def _first(group: BaseExceptionGroup[Halt]) -> Halt:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, Halt)
+    return found
+
+

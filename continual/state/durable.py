@@ -1,0 +1,123 @@
+"""The one writer: every write that must survive a power cut goes through here. No knowledge of what is written.
+
+The order is always: write, fsync the file, make its name appear in one step (rename or link), fsync the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from continual.errors import Halt, Misconfigured, Retry
+
+_HINTS = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied: run as the user that owns it",
+    errno.EPERM: "permission denied: run as the user that owns it",
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+}
+
+
+@contextlib.contextmanager
+def environment(what: str) -> Iterator[None]:
+    """Turns an OSError into Retry that says what was being done, to which path, and what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, error.strerror or str(error))
+        raise Retry(f"{what}: {error.filename or ''}: {hint}; nothing was settled") from error
+
+
+def sync_file(path: Path) -> None:
+    """fsync of a file or directory. Raises Halt if it fails: what reached the disk is then unknown."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise Halt(f"fsync of {path} failed ({error.strerror}): what reached the disk is unknown; check the disk, then start again") from error
+    finally:
+        os.close(fd)
+
+
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
+    """A new file with `parts` as its contents, not yet synced. Raises FileExistsError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        for part in parts:
+            view = memoryview(part).cast("B") if part else memoryview(b"")
+            while view:
+                view = view[os.write(fd, view) :]
+    finally:
+        os.close(fd)
+
+
+def write_temporary(path: Path, data: bytes) -> Path:
+    """A synced file with `data` beside `path` under a temporary name, which is returned."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write_bytes(temporary, data)
+        sync_file(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Makes `path` hold `data`: the old contents or the new, never anything between."""
+    temporary = write_temporary(path, data)
+    os.rename(temporary, path)
+    sync_file(path.parent)
+
+
+def link_new(path: Path, temporary: Path) -> None:
+    """Gives the synced file `temporary` the name `path`, which must be free. Raises Retry if another writer took it."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise Retry(f"{path}: another writer was first; nothing was settled") from None
+    finally:
+        temporary.unlink()
+
+
+def replace_link(path: Path, target: Path) -> None:
+    """Points the symbolic link `path` at `target` (relative where they are neighbours), in one step."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    os.symlink(target.name if target.parent == path.parent else target, temporary)
+    os.rename(temporary, path)
+    sync_file(path.parent)
+
+
+def sync_tree(directory: Path, between: Callable[[], None] | None = None) -> None:
+    """fsync of every file below `directory` on a few threads, then of every directory, innermost first; `between` is called between the two."""
+    files: list[Path] = []
+    directories: list[Path] = []
+    for root, _, names in os.walk(directory):
+        directories.append(Path(root))
+        files.extend(Path(root, name) for name in names)
+    with ThreadPoolExecutor(4, "fsync") as pool:
+        list(pool.map(sync_file, files))
+        if between is not None:
+            between()
+        depth = max(len(d.parts) for d in directories)
+        while directories:  # a level at a time: a directory only after all that is in it
+            level = [d for d in directories if len(d.parts) == depth]
+            directories = [d for d in directories if len(d.parts) < depth]
+            list(pool.map(sync_file, level))
+            depth -= 1
+
+
+def publish_dir(temporary: Path, final: Path) -> None:
+    """Syncs the directory `temporary` and gives it the name `final`, which must be free. Raises Misconfigured if it is not."""
+    sync_tree(temporary)
+    if final.exists() or final.is_symlink():
+        raise Misconfigured(f"{final} exists")
+    os.rename(temporary, final)
+    sync_file(final.parent)

@@ -1,0 +1,98 @@
+"""`Format` and `Commit`: what format.json and a commit file say, as frozen records, and their JSON bodies."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from continual.errors import Damaged
+from continual.records import Entry, SlotSpec, TensorSpec
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What never changes in a state. `slots`: tensor name to slot name to shape and dtype; empty for carried tensors."""
+
+    version: int
+    id: str
+    base: Mapping[str, Any]
+    tensors: tuple[TensorSpec, ...]
+    rule: str
+    options: Mapping[str, Any]
+    slots: Mapping[str, Mapping[str, SlotSpec]]
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        return tuple(sorted({slot for slots in self.slots.values() for slot in slots}))
+
+    @property
+    def generation_bytes(self) -> int:
+        """Bytes of all accumulators, without metadata and checksums."""
+        return sum(slot.nbytes for slots in self.slots.values() for slot in slots.values())
+
+    def body(self) -> dict[str, Any]:
+        """As format.json holds it."""
+        tensors = [
+            {
+                "name": t.name,
+                "shape": list(t.shape),
+                "dtype": t.dtype,
+                "kind": t.kind,
+                "depth": t.depth,
+                "slots": {k: {"shape": list(s.shape), "dtype": s.dtype} for k, s in self.slots[t.name].items()},
+            }
+            for t in self.tensors
+        ]
+        return {
+            "version": self.version,
+            "id": self.id,
+            "base": dict(self.base),
+            "rule": self.rule,
+            "options": dict(self.options),
+            "tensors": tensors,
+        }
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any], path: Path) -> Format:
+        """From format.json. Raises Damaged for a newer format or one that lacks something."""
+        if body.get("version") != VERSION:
+            raise Damaged(f"{path}: format {body.get('version')}; this continual understands format {VERSION}: install the version that wrote it")
+        try:
+            tensors = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"], t["kind"], t["depth"]) for t in body["tensors"])
+            slots = {t["name"]: {k: SlotSpec(tuple(s["shape"]), s["dtype"]) for k, s in t["slots"].items()} for t in body["tensors"]}
+            return cls(body["version"], body["id"], body["base"], tensors, body["rule"], body["options"], slots)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Damaged(f"{path}: {error!r} is missing or malformed") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One record of the ledger. `generation` is the one in force after it, None before the first fold; `receipts` the CRC of its receipts.json."""
+
+    seq: int
+    prev: str | None
+    crc: str
+    generation: str | None
+    receipts: str | None
+    time: str
+    entry: Entry
+
+    def body(self) -> dict[str, Any]:
+        """As the commit file holds it, without its own CRC."""
+        entry = {f.name: getattr(self.entry, f.name) for f in dataclasses.fields(Entry)}
+        own = {"seq": self.seq, "prev": self.prev, "generation": self.generation, "receipts": self.receipts, "time": self.time}
+        return own | entry
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any], crc: str, path: Path) -> Commit:
+        """From a commit file. Raises Damaged if it lacks something."""
+        try:
+            entry = Entry(**{f.name: body[f.name] for f in dataclasses.fields(Entry)})
+            return cls(body["seq"], body["prev"], crc, body["generation"], body["receipts"], body["time"], entry)
+        except KeyError as error:
+            raise Damaged(f"{path}: {error} is missing") from None

@@ -1,0 +1,396 @@
+"""`State`: a directory opened for reading or writing. The commit protocol, what is in force, rollback, tags, retention. FORMAT.md has every byte."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from continual.errors import Damaged, Misconfigured, Retry
+from continual.records import Entry, SlotSpec, TensorSpec
+from continual.state import framing, lock, names
+from continual.state.arrays import Array
+from continual.state.durable import environment, link_new, replace_bytes, sync_file, write_temporary
+from continual.state.generation import Generation
+from continual.state.ledger import Ledger, chain
+from continual.state.records import VERSION, Commit, Format
+from continual.state.transaction import Transaction, room
+
+if TYPE_CHECKING:
+    import zarr
+
+DIRECTORIES = ("commits", "generations", "tags", "leases")
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_READS = 50
+Step = Callable[[str], None]
+
+
+class State:
+    """An open state. Make one with `State.create`, open it with `State.open`; a context manager.
+
+    Reading is safe from several threads and beside a writer in another process; one process at a time opens it for writing.
+    """
+
+    def __init__(self, path: Path, form: Format, ledger: Ledger, lock_fd: int | None, on_step: Step) -> None:
+        self.path = path
+        self.format = form
+        self.orphans: tuple[str, ...] = ()
+        self._ledger = ledger
+        self._lock_fd = lock_fd
+        self._on_step = on_step
+        self._open: dict[str, Generation] = {}
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        *,
+        base: Mapping[str, Any],
+        tensors: Sequence[TensorSpec],
+        rule: str,
+        options: Mapping[str, Any],
+        read: Mapping[str, Any],
+        slots: Mapping[str, Mapping[str, SlotSpec]],
+        software: Mapping[str, str],
+        device: str,
+    ) -> State:
+        """Makes a state in `path`, which must be absent or empty (hidden files and FORMAT.md aside), and opens it for writing.
+
+        Raises Misconfigured if something is there, Retry if the disk gets in the way, Refuse for tensor names that cannot be stored.
+        """
+        if (path / "format.json").exists():
+            raise Misconfigured(f"{path} already is a state: open it, or name another directory")
+        _must_be_free(path)
+        for tensor in tensors:
+            names.encode(tensor.name)
+        ordered = tuple(sorted(tensors, key=lambda t: t.name))
+        form = Format(VERSION, secrets.token_hex(16), base, ordered, rule, options, slots)
+        with environment(f"cannot make a state in {path}"):
+            path.mkdir(parents=True, exist_ok=True)
+            for name in DIRECTORIES:
+                (path / name).mkdir(exist_ok=True)
+            state = cls(path, form, Ledger(), lock.take(path / "lock"), _nothing)
+            state._append(Entry(kind="init", read=read, software=software, device=device), None, None)
+            # last: a directory without format.json is no state, so a kill before this leaves none behind
+            replace_bytes(path / "format.json", framing.encode(form.body())[0])
+            sync_file(path.absolute().parent)
+        return state
+
+    @classmethod
+    def open(cls, path: Path, *, write: bool = False, on_step: Step | None = None) -> State:
+        """Opens the state in `path`. For writing it takes the lock, completes a commit that was in flight and removes orphans.
+
+        Raises Misconfigured if there is none or it is read-only, Busy if another process writes, Damaged for anything that is not as it was written.
+        """
+        if not (path / "format.json").exists():
+            if _unfinished(path) is False:
+                raise Damaged(f"{path / 'format.json'} is missing; restore it from a backup")
+            raise Misconfigured(f"no state in {path}: make one with 'continual init BASE --state {path}'")
+        form = Format.of(framing.decode(path / "format.json")[0], path / "format.json")
+        lock_fd = lock.take(path / "lock") if write else None
+        try:
+            ledger = _load(path)
+            state = cls(path, form, ledger, lock_fd, on_step or _nothing)
+            if (now := state._generation(ledger.log[-1])) is not None:
+                _ = _in_force(now)
+            state.orphans = tuple(sorted(set(_listed(path / "generations")) - {c.generation for c in ledger.log if c.generation}))
+            if write:
+                state._settle_head()
+                for orphan in state.orphans:
+                    shutil.rmtree(path / "generations" / orphan, ignore_errors=True)
+        except BaseException:
+            if lock_fd is not None:
+                os.close(lock_fd)
+            raise
+        return state
+
+    def __enter__(self) -> State:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    @property
+    def id(self) -> str:
+        return self.format.id
+
+    @property
+    def log(self) -> Sequence[Commit]:
+        """Every record, oldest first."""
+        return self._ledger.log
+
+    @property
+    def head(self) -> Commit:
+        """The newest record."""
+        return self._ledger.log[-1]
+
+    @property
+    def in_force(self) -> Commit | None:
+        """The last fold in force, None before the first."""
+        fold = self._ledger.history(self.head.seq)
+        return fold.commit if fold else None
+
+    @property
+    def totals(self) -> Mapping[str, float]:
+        """The rule's totals in force."""
+        return self.totals_at(self.head.seq)
+
+    def totals_at(self, seq: int) -> Mapping[str, float]:
+        """The rule's totals that were in force at record `seq`."""
+        fold = self._ledger.history(seq)
+        return (fold.commit.entry.totals or {}) if fold else {}
+
+    def read_options_at(self, seq: int) -> Mapping[str, Any]:
+        """The read-time options that were in force at record `seq`."""
+        return self._ledger.read_options(seq)
+
+    def get(self, seq: int) -> Commit:
+        """Record `seq`. Raises Misconfigured if there is none."""
+        return self._ledger.get(seq)
+
+    def fate(self, key: str) -> Commit | None:
+        """The record that settled the candidate `key`; its entry's fate is `rolled-back` where a rollback undid it. None where it is open."""
+        return self._ledger.fate(key)
+
+    def folded_digest(self, digest: str) -> Commit | None:
+        """The fold in force of a model with this content digest."""
+        return self._ledger.folded_digest(digest)
+
+    def folds(self, at: int | None = None) -> list[Commit]:
+        """The folds in force now, or at record `at`, oldest first."""
+        return chain(self._ledger.history(self.head.seq if at is None else at))
+
+    def revisions(self, origin: str) -> list[Commit]:
+        """The folds in force of models from this place."""
+        return [c for c in self.folds() if c.entry.candidate and c.entry.candidate["origin"] == origin]
+
+    def begin(self) -> Transaction:
+        """Begins a fold. Raises Retry if the disk has no room for one more generation."""
+        self._needs_lock()
+        self._on_step("begin")
+        room(self.path, self.format)
+        before, head = self._generation(self.head), self.head
+
+        def publish(entry: Entry, generation: str, receipts: str) -> Commit:
+            if self.head.generation != head.generation:
+                raise Retry("another fold was committed meanwhile; nothing was settled")
+            return self._append(entry, generation, receipts)
+
+        transaction = Transaction(self.path / "generations", self.format, before, publish, self._on_step)
+        self._on_step("chunks")
+        return transaction
+
+    def record(self, entry: Entry) -> Commit:
+        """Adds a record that changes no tensor. Durable when it returns."""
+        self._needs_lock()
+        return self._append(entry, self.head.generation, self.head.receipts)
+
+    def rollback(self, seq: int) -> Commit:
+        """Puts the generation of record `seq` in force again. Raises Misconfigured if it has expired."""
+        self._needs_lock()
+        target = self.get(seq)
+        if (generation := self._generation(target)) is not None:
+            _ = generation.receipts
+        undone = len(self.folds()) - len(set(map(_seq, self.folds())) & set(map(_seq, self.folds(at=seq))))
+        entry = Entry(kind="rollback", numbers={"to": seq, "undone": undone}, message=f"back to record {seq}")
+        return self._append(entry, target.generation, target.receipts)
+
+    def tag(self, name: str, seq: int | None = None) -> Commit:
+        """Names record `seq` (default: the newest), so that its generation does not expire. Raises Misconfigured for a bad name or an expired record."""
+        self._needs_lock()
+        if not _TAG.fullmatch(name):
+            raise Misconfigured(f"tag {name!r}: use letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit")
+        target = self.get(self.head.seq if seq is None else seq)
+        if (generation := self._generation(target)) is not None:
+            _ = generation.receipts
+        commit = self.record(Entry(kind="tag", numbers={"tag": name, "of": target.seq}))
+        with environment(f"cannot write tag {name}"):
+            replace_bytes(self.path / "tags" / f"{name}.json", framing.encode({"tag": name, "seq": target.seq})[0])
+        return commit
+
+    def tags(self) -> dict[str, int]:
+        """Tag names and the records they name."""
+        return dict(self._ledger.tags)
+
+    def read(self, name: str, slot: str, at: int | None = None) -> Array:
+        """An accumulator in force now or at record `at`, checked against its receipt; zeros before the first fold."""
+        import numpy as np
+
+        generation = self._generation(self.head if at is None else self.get(at))
+        if generation is None:
+            spec = self.format.slots[name][slot]
+            return np.zeros(spec.shape, spec.dtype)
+        return generation.read(name, slot)
+
+    def group(self, at: int | None = None) -> zarr.Group:
+        """The generation of record `at` (default: the newest) as zarr-python opens it, read-only. Raises Misconfigured before the first fold."""
+        import zarr
+
+        commit = self.head if at is None else self.get(at)
+        if commit.generation is None:
+            raise Misconfigured(f"record {commit.seq}: nothing is folded yet, so there is no generation to open")
+        return zarr.open_group(self.path / "generations" / commit.generation, mode="r", zarr_format=3)
+
+    def generations(self) -> list[str]:
+        """Generations on disk that a record names."""
+        named = {c.generation for c in self.log if c.generation}
+        return [g for g in _listed(self.path / "generations") if g in named]
+
+    def generation_bytes(self) -> int:
+        """Bytes of the accumulators in one generation: the same from the first fold on."""
+        return self.format.generation_bytes if self.head.generation else 0
+
+    @contextlib.contextmanager
+    def lease(self, seq: int | None = None) -> Iterator[None]:
+        """Keeps the generation of record `seq` (default: the newest) from expiring while the block runs."""
+        commit = self.head if seq is None else self.get(seq)
+        if commit.generation is None:
+            yield
+            return
+        with lock.lease(self.path / "leases", commit.generation):
+            generation = self._generation(commit)
+            assert generation is not None
+            _ = generation.receipts
+            yield
+
+    def expire(self, keep: int) -> list[str]:
+        """Deletes generations but the last `keep`, the tagged ones and those a living reader has leased; returns what was deleted."""
+        self._needs_lock()
+        recent = list(dict.fromkeys(c.generation for c in reversed(self.log) if c.generation))[:keep]
+        held = {self.get(seq).generation for seq in self._ledger.tags.values()} | lock.leased(self.path / "leases") | {self.head.generation, *recent}
+        expired = [g for g in self.generations() if g not in held]
+        for generation in expired:
+            self._open.pop(generation, None)
+            shutil.rmtree(self.path / "generations" / generation, ignore_errors=True)
+        return expired
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Checks every byte of what is kept; returns what is wrong. The log and format.json were checked when the state was opened."""
+        from continual.state.verify import verify
+
+        return verify(self, progress or (lambda _done, _total: None))
+
+    def set_url(self, url: str) -> None:
+        """Tells who asks the lock where the daemon answers."""
+        assert self._lock_fd is not None
+        lock.tell(self._lock_fd, {"pid": os.getpid(), "url": url})
+
+    def _needs_lock(self) -> None:
+        if self._lock_fd is None:
+            raise Misconfigured(f"{self.path} is open for reading only: open it with write=True")
+
+    def _generation(self, commit: Commit) -> Generation | None:
+        if commit.generation is None:
+            return None
+        found = self._open.get(commit.generation)
+        if found is None:
+            found = Generation(self.path / "generations" / commit.generation, self.format, commit.receipts or "")
+            self._open[commit.generation] = found
+        return found
+
+    def _append(self, entry: Entry, generation: str | None, receipts: str | None) -> Commit:
+        """The commit protocol from the record on: temporary file, link, fsync, HEAD. Durable when it returns."""
+        last = self._ledger.log[-1] if self._ledger.log else None
+        time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        commit = Commit(last.seq + 1 if last else 0, last.crc if last else None, "", generation, receipts, time, entry)
+        data, checksum = framing.encode(commit.body())
+        commit = Commit(commit.seq, commit.prev, checksum, generation, receipts, time, entry)
+        place = self.path / "commits" / f"{commit.seq:08d}.json"
+        with environment("cannot write the record"):
+            self._on_step("temp-commit")
+            temporary = write_temporary(place, data)
+            self._on_step("link")
+            link_new(place, temporary)
+        # the commit point is passed: whatever fails from here on, the record stands and the next open completes it
+        self._ledger.add(commit)
+        self._on_step("fsync-commits")
+        sync_file(place.parent)
+        self._on_step("head")
+        with environment(f"record {commit.seq} is committed, but HEAD could not be written"):
+            self._write_head(commit)
+        self._on_step("acknowledged")
+        return commit
+
+    def _write_head(self, commit: Commit) -> None:
+        replace_bytes(self.path / "HEAD", framing.encode({"seq": commit.seq, "crc": commit.crc})[0])
+
+    def _settle_head(self) -> None:
+        """Completes the commit that was in flight when the last writer died."""
+        sync_file(self.path / "commits")
+        if framing.decode(self.path / "HEAD")[0]["seq"] != self.head.seq:
+            self._write_head(self.head)
+        for leftover in self.path.rglob(".*.tmp"):
+            if leftover.parent.parent == self.path or leftover.parent == self.path:
+                leftover.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> bool | None:
+    """Whether a directory without format.json is what a killed `create` leaves; None where there is no commit log at all."""
+    commits = path / "commits"
+    return len(_listed(commits)) <= 1 and not any((path / "generations").iterdir()) if commits.is_dir() else None
+
+
+def _must_be_free(path: Path) -> None:
+    """Raises Misconfigured unless a state can be made in `path`; removes what a killed `create` left there."""
+    if not path.exists():
+        return
+    found = {p.name for p in path.iterdir() if p.name != "FORMAT.md" and not p.name.startswith(".")} if path.is_dir() else {path.name}
+    if found and not (found <= {*DIRECTORIES, "HEAD", "lock"} and (_unfinished(path) or not (path / "commits").exists())):
+        raise Misconfigured(f"{path} is not empty: a state needs a directory of its own")
+    if (path / "commits").exists():
+        shutil.rmtree(path / "commits")
+        (path / "HEAD").unlink(missing_ok=True)
+
+
+def _load(path: Path) -> Ledger:
+    """Replays the commit log. Raises Damaged for a missing HEAD or record, a gap, or a broken chain."""
+    for _ in range(_READS):
+        head, _crc = framing.decode(path / "HEAD")
+        found = sorted(p.name for p in (path / "commits").iterdir() if not p.name.startswith("."))
+        if len(found) <= head["seq"] + 2:
+            break  # else a writer went on between the two looks
+    if found != [f"{i:08d}.json" for i in range(len(found))] or not head["seq"] < len(found) <= head["seq"] + 2:
+        raise Damaged(f"{path / 'commits'}: HEAD is at record {head['seq']} and {len(found)} files are there: records are missing; restore from a backup")
+    ledger = Ledger()
+    for seq, name in enumerate(found):
+        place = path / "commits" / name
+        body, checksum = framing.decode(place)
+        commit = Commit.of(body, checksum, place)
+        if commit.seq != seq or commit.prev != (ledger.log[-1].crc if ledger.log else None):
+            raise Damaged(f"{place} does not follow the record before it: the chain of checksums is broken; restore from a backup")
+        ledger.add(commit)
+    if ledger.log[head["seq"]].crc != head["crc"]:
+        raise Damaged(f"{path / 'HEAD'} names another record {head['seq']} than the one in commits/: restore from a backup")
+    return ledger
+
+
+def _in_force(generation: Generation) -> Generation:
+    try:
+        _ = generation.receipts
+    except Misconfigured:
+        raise Damaged(f"{generation.directory} is missing, and it is the generation in force; restore it from a backup") from None
+    return generation
+
+
+def _listed(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir())
+
+
+def _seq(commit: Commit) -> int:
+    return commit.seq
+
+
+def _nothing(_step: str) -> None:
+    pass

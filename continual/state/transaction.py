@@ -1,0 +1,129 @@
+"""A fold being written: a new generation beside the old one, which becomes the one in force by its commit or is dropped."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from continual.errors import Retry
+from continual.records import Entry
+from continual.state import arrays, framing
+from continual.state.arrays import Array
+from continual.state.durable import environment, sync_file, sync_tree, write_bytes
+from continual.state.generation import RECEIPTS, Generation, node
+from continual.state.records import Commit, Format
+
+Publish = Callable[[Entry, str, str], Commit]
+"""Makes a record of an entry, a generation's id and the CRC of its receipts."""
+
+
+class Transaction:
+    """Writes one generation. A context manager: leaving it without a commit drops what was written. `read`, `write`, `keep` are thread-safe."""
+
+    def __init__(self, root: Path, form: Format, before: Generation | None, publish: Publish, on_step: Callable[[str], None]) -> None:
+        self.id = secrets.token_hex(8)
+        self.directory = root / self.id
+        self._form = form
+        self._before = before
+        self._publish = publish
+        self._on_step = on_step
+        self._receipts: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._done = False
+        with environment("cannot begin a fold"):
+            self.directory.mkdir()
+            groups = ["", *(arrays_of for arrays_of in sorted({node(s, "x").split("/")[0] for s in form.slot_names}))]
+            for path in groups:
+                (self.directory / path).mkdir(exist_ok=True)
+                write_bytes(self.directory / path / "zarr.json", arrays.group_metadata())
+        self._groups = {path: framing.crc(arrays.group_metadata()) for path in groups}
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._done:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Drops what was written."""
+        self._done = True
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def read(self, name: str, slot: str) -> Array:
+        """The accumulator as it was before this fold, freshly allocated and writable; zeros before the first."""
+        if self._before is None:
+            spec = self._form.slots[name][slot]
+            return np.zeros(spec.shape, spec.dtype)
+        return self._before.read(name, slot)
+
+    def write(self, name: str, slot: str, array: Array) -> None:
+        """The accumulator after this fold: an array of exactly the slot's shape and dtype."""
+        path, spec = node(slot, name), self._form.slots[name][slot]
+        with environment(f"cannot write tensor {name}"):
+            directory = self.directory / path
+            directory.mkdir()
+            checksum = self._metadata(path, name, slot)
+            chunks = arrays.write(directory, spec, array)
+        with self._lock:
+            self._receipts[path] = {"metadata": checksum, "bytes": spec.nbytes, "chunks": chunks}
+
+    def keep(self, name: str) -> None:
+        """The tensor did not change: its files are hard links to those of the generation before; zeros where there is none."""
+        for slot, spec in self._form.slots[name].items():
+            if self._before is None:
+                self.write(name, slot, np.zeros(spec.shape, spec.dtype))
+                continue
+            path = node(slot, name)
+            with environment(f"cannot write tensor {name}"):
+                for file in ["zarr.json", *arrays.chunk_names(spec)]:
+                    target = self.directory / path / file
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.link(self._before.directory / path / file, target)
+            with self._lock:
+                self._receipts[path] = self._before.receipts["arrays"][path]
+
+    def commit(self, entry: Entry) -> Commit:
+        """Makes this the generation in force, with its record. Returns only when both are on disk.
+
+        Raises Retry (nothing settled) if the disk or another writer got in the way, Halt if an fsync failed.
+        """
+        expected = {node(slot, name) for name, slots in self._form.slots.items() for slot in slots}
+        assert self._receipts.keys() == expected, sorted(expected ^ self._receipts.keys())[:3]
+        with environment(f"cannot commit {self.directory}"):
+            data, checksum = framing.encode({"arrays": self._receipts, "groups": self._groups})
+            write_bytes(self.directory / RECEIPTS, data)
+            self._on_step("fsync-files")
+            sync_tree(self.directory, between=lambda: self._on_step("fsync-dirs"))
+            sync_file(self.directory.parent)
+        commit = self._publish(entry, self.id, checksum)
+        self._done = True
+        return commit
+
+    def _metadata(self, path: str, name: str, slot: str) -> str:
+        """Gives the array its zarr.json, linked from the generation before where there is one: it is the same, and already on disk."""
+        target = self.directory / path / "zarr.json"
+        if self._before is not None:
+            os.link(self._before.directory / path / "zarr.json", target)
+            checksum: str = self._before.receipts["arrays"][path]["metadata"]
+            return checksum
+        data = arrays.metadata(self._form.slots[name][slot], name)
+        write_bytes(target, data)
+        return framing.crc(data)
+
+
+def room(directory: Path, form: Format) -> None:
+    """Raises Retry if the disk has no room for one full generation beside what is there."""
+    with environment("cannot look at the disk"):
+        free = shutil.disk_usage(directory).free
+    need = form.generation_bytes + (16 << 20)
+    if free < need:
+        raise Retry(f"{directory}: {free / 1e9:.2f} GB free, a fold needs {need / 1e9:.2f} GB: free some space; nothing was settled")

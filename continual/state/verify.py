@@ -1,0 +1,41 @@
+"""Every byte of a state against its receipt. Reports, repairs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from continual.errors import ContinualError
+from continual.state import framing
+from continual.state.generation import Generation
+
+if TYPE_CHECKING:
+    from continual.state.store import State
+
+
+def verify(state: State, progress: Callable[[int, int], None]) -> list[str]:
+    """What is wrong with any kept generation or tag of an open state; an empty list if all is as it was written."""
+    receipts = {c.generation: c.receipts for c in state.log if c.generation}
+    kept = state.generations()
+    tagged = {state.get(seq).generation for seq in state.tags().values()} - {None}
+    findings = [f"generation {missing} is tagged, but missing" for missing in sorted(tagged - set(kept), key=str)]
+    arrays = sum(len(slots) for slots in state.format.slots.values())
+    total, done = len(kept) * arrays, 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    for name in kept:
+        with state.lease(next(c.seq for c in state.log if c.generation == name)):
+            findings += Generation(state.path / "generations" / name, state.format, receipts[name] or "").check(step)
+    for tag, seq in state.tags().items():
+        path = state.path / "tags" / f"{tag}.json"
+        try:
+            body, _ = framing.decode(path)
+            if body != {"tag": tag, "seq": seq}:
+                findings.append(f"{path} is not what the ledger says: record {seq}")
+        except ContinualError as error:
+            findings.append(str(error))
+    return findings

@@ -1,0 +1,83 @@
+"""Speed of a fold, as ratios within one run.
+
+    python -m tests.bench.fold
+
+The OPCM step against a plain implementation with a full float32 SVD, and both against the float64 truth; then the CPU of a durable `mean` fold against
+a synced copy of the same bytes: what the fold must read (base, fine-tune, state) is read, what it must write (state) is written and fsynced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+from tests import models
+from tests.bench import opcm_step
+
+
+def cpu() -> float:
+    """CPU seconds of this process so far, all threads."""
+    used = os.times()
+    return used.user + used.system
+
+
+def synced_copy(reads: list[Path], write: Path, nbytes: int) -> None:
+    """Reads all of `reads` and writes `nbytes` into files of at most 32 MiB under `write`, each synced."""
+    buffer = bytearray(32 << 20)
+    for path in reads:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    write.mkdir()
+    left, number = nbytes, 0
+    while left:
+        part = min(left, len(buffer))
+        with open(write / str(number), "wb", buffering=0) as file:
+            file.write(memoryview(buffer)[:part])
+            os.fsync(file.fileno())
+        left, number = left - part, number + 1
+
+
+def mean_against_copy(repeats: int) -> None:
+    """CPU of folds two and later against copies of the same bytes, alternating."""
+    from continual import api
+    from continual.config import Settings
+
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        base = models.base(work / "base", shapes=models.big_shapes(0.4, layers=24))
+        api.init(base, work / "state", api.Asked(rule="mean"))
+        ratios, folds, copies = [], [], []
+        with api.Merge(Settings(state=work / "state", keep=1), write=True) as merge:
+            for number in range(repeats + 1):
+                model = models.fine_tune(base, work / f"ft-{number}", number)
+                began = cpu()
+                merge.fold(model)
+                folded = cpu() - began
+                generation = work / "state" / "generations" / str(merge.state.head.generation)
+                reads = [base / "model.safetensors", model / "model.safetensors", *(p for p in generation.rglob("*") if p.is_file())]
+                began = cpu()
+                synced_copy(reads, work / f"copy-{number}", merge.state.generation_bytes())
+                copied = cpu() - began
+                if number:
+                    ratios.append(folded / copied)
+                    folds.append(folded)
+                    copies.append(copied)
+        size = base.joinpath("model.safetensors").stat().st_size
+        print(f"durable mean fold of a {size / 1e9:.2f} GB float32 model, {repeats} times after the first:")
+        print(f"  fold {statistics.median(folds):.2f} CPU s, synced copy {statistics.median(copies):.2f} CPU s, ratio {statistics.median(ratios):.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    opcm_step.main()
+    mean_against_copy(args.repeats)
+
+
+if __name__ == "__main__":
+    main()

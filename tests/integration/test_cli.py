@@ -1,0 +1,157 @@
+"""The command: exit codes, machine output, what each message says, help for all, and its cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import models
+
+
+def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`continual ARGUMENTS` in a process of its own, without a terminal."""
+    command = [sys.executable, "-m", "continual", *(str(a) for a in arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})})
+
+
+def machine(*arguments: object, code: int = 0) -> Any:
+    """The JSON a command prints."""
+    done = run(*arguments, "--json")
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> tuple[Path, Path]:
+    base = models.base(tmp_path / "base")
+    assert run("init", base, "--rule", "opcm", "-o", "alpha=0.4", "--state", tmp_path / "state").returncode == 0
+    return base, tmp_path / "state"
+
+
+def test_a_day_with_the_command(tmp_path: Path, place: tuple[Path, Path]) -> None:
+    base, state = place
+    good = [models.fine_tune(base, tmp_path / f"ft-{i}", i) for i in range(3)]
+    bad = models.fine_tune(base, tmp_path / "bad", 9, change=lambda t: t["model.norm.weight"].fill_(float("nan")))
+    plans = machine("plan", *good, "--state", state)
+    assert [p["ok"] for p in plans] == [True] * 3
+    told = machine("fold", good[0], bad, good[1], "--state", state, code=1)
+    assert [t["fate"] for t in told] == ["folded", "refused", "folded"]
+    again = run("fold", good[0], "--state", state)
+    assert (again.returncode, "already settled" in again.stdout) == (0, True)
+    assert run("fold", bad, "--state", state).returncode == 1
+    records = machine("log", "--state", state)
+    assert [r["kind"] for r in records] == ["init", "fold", "refuse", "fold"]
+    assert machine("show", 1, "--state", state)["candidate"]["name"] == "ft-0"
+    assert run("tag", "first", "--at", 1, "--state", state).returncode == 0
+    assert machine("tag", "--state", state) == {"first": 1}
+    dry = machine("rollback", 1, "--dry-run", "--state", state)
+    assert [c["seq"] for c in dry["undone"]] == [3]
+    assert run("rollback", 1, "--state", state).returncode == 0
+    assert machine("status", "--state", state)["folds"] == 1
+    assert run("retry", "ft-1", "--state", state).returncode == 0
+    assert machine("fold", good[1], "--state", state)[0]["fate"] == "folded"
+    assert Path(machine("export", tmp_path / "out", "--at", 1, "--dtype", "bf16", "--state", state)["directory"]).is_dir()
+    assert machine("verify", "--state", state) == {"ok": True, "findings": []}
+    assert "ft-2" not in run("log", "--state", state).stdout
+    assert "first" in run("tag", "--state", state).stdout
+
+
+def test_damage_is_found_and_named(tmp_path: Path, place: tuple[Path, Path]) -> None:
+    base, state = place
+    assert run("fold", models.fine_tune(base, tmp_path / "ft", 1), "--state", state).returncode == 0
+    chunk = max((p for p in (state / "generations").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(chunk.read_bytes())
+    data[7] ^= 4
+    chunk.write_bytes(data)
+    told = run("verify", "--state", state)
+    assert told.returncode == 4
+    assert chunk.name in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("log", "--state", "{tmp}/none"), 2, ("none", "continual init")),
+        (("init", "{tmp}/none", "--state", "{tmp}/s"), 2, ("none", "no such directory")),
+        (("init", "{tmp}/base", "--rule", "best", "--state", "{tmp}/s"), 2, ("best", "opcm")),
+        (("init", "{tmp}/base", "-o", "alhpa=1", "--state", "{tmp}/s"), 2, ("alhpa", "alpha")),
+        (("init", "{tmp}/base", "-o", "alpha", "--state", "{tmp}/s"), 2, ("key=value",)),
+        (("init", "{tmp}/base", "--scale", "big", "--state", "{tmp}/s"), 2, ("big", "norm")),
+        (("init", "{tmp}/base", "--state", "{tmp}/state"), 2, ("state",)),
+        (("show", "99", "--state", "{tmp}/state"), 2, ("99",)),
+        (("rollback", "99", "--state", "{tmp}/state"), 2, ("99",)),
+        (("retry", "nobody", "--state", "{tmp}/state"), 2, ("nobody",)),
+        (("export", "{tmp}/base", "--state", "{tmp}/state"), 2, ("exists",)),
+        (("export", "{tmp}/o", "--dtype", "int4", "--state", "{tmp}/state"), 2, ("int4",)),
+        (("run", "--state", "{tmp}/state"), 2, ("--watch",)),
+        (("run", "--state", "{tmp}/state", "--watch", "{tmp}/nowhere"), 2, ("nowhere",)),
+        (("fold", "{tmp}/nowhere", "--state", "{tmp}/state"), 1, ("nowhere",)),
+    ],
+)
+def test_wrong_input_says_what_to_do(tmp_path: Path, place: tuple[Path, Path], arguments: tuple[str, ...], code: int, words: tuple[str, ...]) -> None:
+    assert place[1].is_dir()
+    done = run(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+
+
+def test_settings_from_the_environment_and_unknown_ones(place: tuple[Path, Path]) -> None:
+    assert run("log", env={"CONTINUAL_STATE": str(place[1])}).returncode == 0
+    done = run("log", "--state", place[1], env={"CONTINUAL_KEPE": "1"})
+    assert (done.returncode, "CONTINUAL_KEPE" in done.stderr) == (2, True)
+
+
+def test_a_writer_while_another_writes_exits_with_its_pid(tmp_path: Path, place: tuple[Path, Path]) -> None:
+    from continual import api
+
+    with api.open(place[1], write=True):
+        done = run("fold", models.fine_tune(place[0], tmp_path / "ft", 1), "--state", place[1])
+        assert done.returncode == 5
+        assert str(os.getpid()) in done.stderr
+        assert run("log", "--state", place[1]).returncode == 0
+
+
+def test_every_command_has_help_and_a_line_in_the_reference() -> None:
+    from continual.cli import app
+
+    reference = (Path(__file__).parents[2] / "ops/docs/commands.md").read_text()
+    names = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
+    assert len(names) == 13
+    for command in app.registered_commands:
+        name = command.name or getattr(command.callback, "__name__", "")
+        assert command.callback is not None
+        assert command.callback.__doc__
+        assert f"continual {name}" in reference
+
+
+def test_help_and_completion_are_cheap() -> None:
+    """Imports only: CPU time of a child, with torch and zarr left alone. The bar is 0.3 s; what is asserted is that nothing heavy is imported."""
+    code = "import sys, continual.cli; print([m for m in ('torch', 'zarr', 'numpy', 'pydantic', 'rich', 'starlette') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert run("--help").returncode == 0
+    completed = run(env={"_CONTINUAL_COMPLETE": "complete_bash", "COMP_WORDS": "continual ro", "COMP_CWORD": "1"})
+    assert "rollback" in completed.stdout
+
+
+def test_adapter_with_a_huge_alpha_is_refused(tmp_path: Path, place: tuple[Path, Path]) -> None:
+    from safetensors.torch import save_file
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(16, 2)}, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1e6, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    done = machine("fold", adapter, "--state", place[1], code=1)
+    assert done[0]["reason"] == "norm-base"

@@ -1,0 +1,165 @@
+"""The daemon as a real process: folds what is published, survives SIGKILL and SIGTERM, answers over HTTP, stops loudly on damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from continual import api
+from continual.state import State
+from tests import models
+
+LIMIT = 60.0
+
+
+@contextmanager
+def daemon(state: Path, watch: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """A running daemon; killed at the end if it still runs. Its log lines are in `state`'s parent, daemon.log."""
+    command = [sys.executable, "-m", "continual", "run", "--state", str(state), "--watch", str(watch), "--port", "0", "--settle", "0.2", *flags]
+    with open(state.parent / "daemon.log", "a") as log, subprocess.Popen(command, stderr=log, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until(found: Callable[[], Any], what: str) -> Any:
+    """Polls `found` until it is true."""
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end:
+        try:
+            if value := found():
+                return value
+        except OSError:
+            pass  # not listening yet
+        time.sleep(0.05)
+    raise AssertionError(f"not within {LIMIT:.0f} s: {what}")
+
+
+def url(process: subprocess.Popen[str], state: Path) -> str:
+    def listening() -> str | None:
+        assert process.poll() is None, (state.parent / "daemon.log").read_text()
+        held = (state / "lock").read_text()
+        found = json.loads(held[held.index("{") :]) if "{" in held else {}
+        return found.get("url") if found.get("pid") == process.pid else None
+
+    return str(until(listening, "the daemon listens"))
+
+
+def get(address: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def status(address: str) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(get(f"{address}/api/status")[1])
+    return body
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> tuple[Path, Path, Path]:
+    base = models.base(tmp_path / "base")
+    (tmp_path / "in").mkdir()
+    api.init(base, tmp_path / "state")
+    return base, tmp_path / "state", tmp_path / "in"
+
+
+def test_folds_is_killed_comes_back_and_stops(place: tuple[Path, Path, Path]) -> None:
+    base, state, watch = place
+    models.fine_tune(base, watch / "early", 1)
+    with daemon(state, watch) as process:
+        address = url(process, state)
+        until(lambda: status(address)["folds"] == 1, "the one published before the start is folded")
+        models.fine_tune(base, watch / "live", 2)
+        until(lambda: status(address)["folds"] == 2, "the one published now is folded")
+        assert get(f"{address}/healthz")[0] == 200
+        assert get(f"{address}/readyz")[0] == 200
+        metrics = get(f"{address}/metrics")[1]
+        assert "continual_folds_total 2.0" in metrics
+        page = get(f"{address}/")[1]
+        assert "live" in page
+        told = subprocess.run([sys.executable, "-m", "continual", "status", "--state", str(state), "--json"], capture_output=True, text=True, check=True)
+        assert json.loads(told.stdout)["pid"] == process.pid
+        busy = subprocess.run([sys.executable, "-m", "continual", "rollback", "0", "--state", str(state)], capture_output=True, text=True, check=False)
+        assert busy.returncode == 5
+        assert str(process.pid) in busy.stderr
+        assert address in busy.stderr
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    models.fine_tune(base, watch / "while-down", 3)
+    with daemon(state, watch) as process:
+        address = url(process, state)
+        until(lambda: status(address)["folds"] == 3, "the one published while it was down is folded")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == 0
+    with State.open(state) as opened:
+        assert [(c.entry.candidate or {})["name"] for c in opened.folds()] == ["early", "live", "while-down"]
+        assert opened.verify() == []
+
+
+def test_bad_candidates_do_not_stop_it_and_the_next_is_folded(place: tuple[Path, Path, Path]) -> None:
+    base, state, watch = place
+    (watch / "pickle").mkdir()
+    (watch / "pickle" / "pytorch_model.bin").write_bytes(b"x")
+    models.fine_tune(base, watch / "outsider", 1)
+    outside = models.fine_tune(base, watch.parent / "outside", 2)
+    (watch / "outsider" / "model.safetensors").unlink()
+    (watch / "outsider" / "model.safetensors").symlink_to(outside / "model.safetensors")
+    with daemon(state, watch) as process:
+        address = url(process, state)
+        models.fine_tune(base, watch / "good", 3)
+        until(lambda: status(address)["folds"] == 1, "the good one is folded")
+        until(lambda: "continual_refusals_total" in get(f"{address}/metrics")[1], "refusals are counted")
+    with State.open(state) as opened:
+        refused = {(c.entry.candidate or {})["name"]: c.entry.reason for c in opened.log if c.entry.fate == "refused"}
+    assert set(refused) == {"pickle", "outsider"}
+    assert refused["pickle"] == "pickle"
+
+
+def test_current_link_follows(place: tuple[Path, Path, Path]) -> None:
+    base, state, watch = place
+    link = state.parent / "published" / "current"
+    with daemon(state, watch, "--current", str(link)):
+        models.fine_tune(base, watch / "a", 1)
+        until(lambda: link.exists() and len(json.loads((link / "continual.json").read_text())["folded"]) == 1, "the link shows the fold")
+
+
+def test_damage_stops_it_loudly(place: tuple[Path, Path, Path]) -> None:
+    base, state, watch = place
+    with api.open(state, write=True) as merge:
+        merge.fold(models.fine_tune(base, state.parent / "ft", 1))
+        chunk = next(p for p in (state / "generations").rglob("c/**/*") if p.is_file())
+    data = bytearray(chunk.read_bytes())
+    data[0] ^= 1
+    chunk.write_bytes(data)
+    models.fine_tune(base, watch / "next", 2)
+    with daemon(state, watch) as process:
+        assert process.wait(LIMIT) == 4
+    assert "halted" in (state.parent / "daemon.log").read_text()
+    with State.open(state) as opened:
+        assert len(opened.folds()) == 1
+
+
+@pytest.mark.parametrize("inside", ["state", "current"])
+def test_our_own_output_in_a_watched_folder_is_a_wrong_configuration(place: tuple[Path, Path, Path], inside: str) -> None:
+    _, state, watch = place
+    flags = ["--watch", str(state.parent)] if inside == "state" else ["--watch", str(watch), "--current", str(watch / "current")]
+    told = subprocess.run([sys.executable, "-m", "continual", "run", "--state", str(state), *flags], capture_output=True, text=True, check=False)
+    assert told.returncode == 2
+    assert "watch" in told.stderr
+    assert os.listdir(state / "generations") == []

@@ -1,0 +1,246 @@
+"""The engine on real files: what a fold does to the state, and every way a candidate or its environment can be bad."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from continual import api
+from continual.config import Settings
+from continual.errors import Abandoned, Damaged, Misconfigured
+from continual.publish.folder import Target
+from tests import models
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return models.base(tmp_path / "base")
+
+
+def opened(tmp_path: Path, base: Path, rule: str = "opcm", **settings: object) -> api.Merge:
+    state = tmp_path / "state"
+    if not state.exists():
+        api.init(base, state, api.Asked(rule=rule))
+    return api.Merge(Settings(state=state, **settings), write=True)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def merge(tmp_path: Path, base: Path) -> Iterator[api.Merge]:
+    with opened(tmp_path, base) as found:
+        yield found
+
+
+def snapshot(merge: api.Merge) -> tuple[str | None, dict[tuple[str, str], bytes]]:
+    slots = merge.state.format.slots
+    return merge.state.head.generation, {(n, s): merge.state.read(n, s).tobytes() for n in slots for s in slots[n]}
+
+
+def test_mean_is_the_mean(tmp_path: Path, base: Path) -> None:
+    fine_tunes = [models.fine_tune(base, tmp_path / f"ft-{i}", i) for i in range(3)]
+    with opened(tmp_path, base, "mean") as merge:
+        for model in fine_tunes:
+            outcome = merge.fold(model)
+            assert outcome.fate == "folded", outcome.message
+        origin = load_file(base / "model.safetensors")[NAME]
+        expected = sum(load_file(m / "model.safetensors")[NAME].double() - origin.double() for m in fine_tunes) / 3
+        torch.testing.assert_close(merge.read(NAME).double(), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_known_model_is_a_no_op_and_a_copy_is_a_duplicate(tmp_path: Path, base: Path, merge: api.Merge) -> None:
+    alice = models.fine_tune(base, tmp_path / "alice", 1)
+    copy = models.fine_tune(base, tmp_path / "copy", 1)
+    first = merge.fold(alice)
+    before = snapshot(merge)
+    again = merge.fold(alice)
+    assert (again.fate, again.commit.seq, again.refused) == ("known", first.commit.seq, False)
+    twin = merge.fold(copy)
+    assert (twin.fate, twin.refused) == ("duplicate", False)
+    assert f"duplicate of record {first.commit.seq}" in twin.message
+    assert merge.fold(copy).fate == "known"
+    assert snapshot(merge) == before
+
+
+def test_update_in_place_follows_the_setting(tmp_path: Path, base: Path) -> None:
+    alice = models.fine_tune(base, tmp_path / "alice", 1)
+    with opened(tmp_path, base) as merge:
+        merge.fold(alice)
+    (alice / "model.safetensors").unlink()
+    (alice / "config.json").unlink()
+    alice.rmdir()
+    models.fine_tune(base, alice, 2)
+    with opened(tmp_path, base) as merge:
+        assert merge.fold(alice).reason == "update"
+        merge.retry("alice")
+    with opened(tmp_path, base, updates="add") as merge:
+        assert merge.fold(alice).fate == "folded"
+
+
+def _nan(t: dict[str, torch.Tensor]) -> None:
+    t[NAME][3, 4] = math.nan
+
+
+def _inf(t: dict[str, torch.Tensor]) -> None:
+    t["model.norm.weight"][0] = math.inf
+
+
+def _other(t: dict[str, torch.Tensor]) -> None:
+    for name in t:
+        t[name] = torch.randn(t[name].shape, generator=torch.Generator().manual_seed(5)) * 0.1
+
+
+def _shape(t: dict[str, torch.Tensor]) -> None:
+    t[NAME] = t[NAME][:-1].clone()
+
+
+def _missing(t: dict[str, torch.Tensor]) -> None:
+    del t[NAME]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_nan, (NAME, "NaN")),
+        (_inf, ("model.norm.weight", "infinite")),
+        (_other, ("max_base_ratio", "another base")),
+        (_shape, (NAME, "47", "48")),
+        (_missing, (NAME,)),
+    ],
+)
+def test_bad_candidate_is_refused_and_the_state_is_as_before(
+    tmp_path: Path, base: Path, merge: api.Merge, change: Callable[[dict[str, torch.Tensor]], None], words: tuple[str, ...]
+) -> None:
+    merge.fold(models.fine_tune(base, tmp_path / "good", 1))
+    before = snapshot(merge)
+    outcome = merge.fold(models.fine_tune(base, tmp_path / "bad", 2, change=change))
+    assert outcome.refused
+    for word in ("bad", *words):
+        assert word in outcome.message
+    assert "\n" not in outcome.message
+    assert snapshot(merge) == before
+    assert len(list((tmp_path / "state" / "generations").iterdir())) == 1, "the dropped generation is still there"
+    assert merge.state.verify() == []
+    assert merge.fold(tmp_path / "bad").fate == "known"
+    assert merge.fold(models.fine_tune(base, tmp_path / "next", 3)).fate == "folded"
+
+
+def test_the_base_itself_is_refused_as_zero(tmp_path: Path, base: Path, merge: api.Merge) -> None:
+    assert merge.fold(models.fine_tune(base, tmp_path / "same", 0, size=0.0)).reason == "zero"
+
+
+def test_own_export_is_refused(tmp_path: Path, base: Path, merge: api.Merge) -> None:
+    merge.fold(models.fine_tune(base, tmp_path / "alice", 1))
+    merge.export(Target(tmp_path / "merged"))
+    outcome = merge.fold(tmp_path / "merged")
+    assert outcome.reason == "own-release"
+
+
+def test_bits_do_not_depend_on_the_workers(tmp_path: Path, base: Path) -> None:
+    fine_tunes = [models.fine_tune(base, tmp_path / f"ft-{i}", i) for i in range(3)]
+    seen = []
+    for workers in (1, 4):
+        state = tmp_path / f"state-{workers}"
+        api.init(base, state)
+        with api.open(state, write=True, workers=workers) as merge:
+            for model in fine_tunes:
+                merge.fold(model)
+            seen.append((snapshot(merge)[1], dict(merge.state.totals)))
+    assert seen[0] == seen[1]
+
+
+def test_untouched_tensors_are_hard_links_and_state_size_is_constant(tmp_path: Path, base: Path, merge: api.Merge) -> None:
+    origin = load_file(base / "model.safetensors")
+
+    def only_one(t: dict[str, torch.Tensor]) -> None:
+        for name in t:
+            if name != NAME:
+                t[name] = origin[name].clone()
+
+    merge.fold(models.fine_tune(base, tmp_path / "first", 1))
+    size = merge.state.generation_bytes()
+    merge.fold(models.fine_tune(base, tmp_path / "second", 2, change=only_one))
+    assert merge.state.generation_bytes() == size
+    chunks = [p for p in (tmp_path / "state/generations" / str(merge.state.head.generation)).rglob("*") if p.is_file() and "c" in p.parts]
+    shared = [p for p in chunks if p.stat().st_nlink > 1]
+    assert 0 < len(shared) < len(chunks)
+
+
+def test_stop_abandons_the_fold_and_settles_nothing(tmp_path: Path, base: Path, merge: api.Merge) -> None:
+    alice = models.fine_tune(base, tmp_path / "alice", 1)
+    before = merge.state.head.seq
+    merge.engine.stop.set()
+    with pytest.raises(Abandoned):
+        merge.fold(alice)
+    merge.engine.stop = threading.Event()
+    assert merge.state.head.seq == before
+    assert merge.fold(alice).fate == "folded"
+
+
+def test_another_base_in_its_place_is_noticed(tmp_path: Path, base: Path) -> None:
+    with opened(tmp_path, base):
+        pass
+    file = base / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with opened(tmp_path, base) as merge, pytest.raises(Damaged, match="tensor .* differs"):
+        _ = merge.base
+
+
+def test_a_moved_base_is_found_again(tmp_path: Path, base: Path) -> None:
+    with opened(tmp_path, base):
+        pass
+    alice = models.fine_tune(base, tmp_path / "alice", 1)
+    base.rename(tmp_path / "elsewhere")
+    with opened(tmp_path, base) as merge, pytest.raises(Misconfigured, match="--base"):
+        _ = merge.base
+    os.utime(tmp_path / "elsewhere/model.safetensors")
+    with opened(tmp_path, base, base=tmp_path / "elsewhere") as merge:
+        assert merge.fold(alice).fate == "folded"
+
+
+def test_rollback_then_retry_folds_again(tmp_path: Path, base: Path, merge: api.Merge) -> None:
+    first = merge.fold(models.fine_tune(base, tmp_path / "alice", 1))
+    before = snapshot(merge)
+    bob = models.fine_tune(base, tmp_path / "bob", 2)
+    merge.fold(bob)
+    after = snapshot(merge)[1]
+    merge.state.rollback(first.commit.seq)
+    assert snapshot(merge) == before
+    assert merge.fold(bob).refused
+    merge.retry("bob")
+    assert merge.fold(bob).fate == "folded"
+    assert snapshot(merge)[1] == after
+
+
+def test_generations_expire_beyond_those_kept_and_tags_hold_one(tmp_path: Path, base: Path) -> None:
+    with opened(tmp_path, base, keep=2) as merge:
+        first = merge.fold(models.fine_tune(base, tmp_path / "ft-0", 0))
+        merge.state.tag("gold", first.commit.seq)
+        for i in range(1, 5):
+            merge.fold(models.fine_tune(base, tmp_path / f"ft-{i}", i))
+        kept = {p.name for p in (tmp_path / "state/generations").iterdir()}
+        assert len(kept) == 3
+        assert first.commit.generation in kept
+        assert merge.state.verify() == []
+        old = merge.state.read(NAME, next(iter(merge.state.format.slots[NAME])), at=first.commit.seq)
+        assert np.isfinite(old).all()
+
+
+def test_plan_reads_headers_and_says_why(tmp_path: Path, base: Path, merge: api.Merge) -> None:
+    good = merge.plan(models.fine_tune(base, tmp_path / "good", 1))
+    assert good.ok
+    assert (good.matrices, good.plain) == (6, 5)
+    assert good.disk_bytes == sum(4 * torch.Size(s).numel() for s in models.SHAPES.values())
+    bad = merge.plan(models.fine_tune(base, tmp_path / "bad", 2, change=_shape))
+    assert (bad.ok, NAME in bad.message) == (False, True)
+    assert merge.state.head.seq == 0, "a plan must leave no record"

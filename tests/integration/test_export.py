@@ -1,0 +1,131 @@
+"""Exports: the base's own layout and names, values as the state says, loadable by transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from continual import api
+from continual.errors import Halt, Misconfigured
+from continual.publish import folder
+from continual.publish.folder import Target
+from tests import models
+
+NAME = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> api.Merge:
+    base = models.base(tmp_path / "base", dtype=torch.bfloat16)
+    (base / "tokenizer.json").write_text("{}")
+    (base / "pytorch_model.bin").write_bytes(b"not copied")
+    api.init(base, tmp_path / "state", api.Asked(rule="mean"))
+    made = api.open(tmp_path / "state", write=True)
+    for i in range(2):
+        assert made.fold(models.fine_tune(base, tmp_path / f"ft-{i}", i, size=0.5)).fate == "folded"
+    return made
+
+
+def test_layout_values_and_provenance(tmp_path: Path, merge: api.Merge) -> None:
+    with merge:
+        out = merge.export(Target(tmp_path / "out"))
+        assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json", "continual.json"}
+        base, merged = load_file(tmp_path / "base/model.safetensors"), load_file(out / "model.safetensors")
+        assert list(merged) == list(base)
+        for name in merged:
+            assert merged[name].dtype == torch.bfloat16
+            torch.testing.assert_close(merged[name], (merge.read(name) + base[name].float()).bfloat16(), rtol=0, atol=0)
+        told = json.loads((out / "continual.json").read_text())
+        assert told["state"] == merge.state.id
+        assert [f["name"] for f in told["folded"]] == ["ft-0", "ft-1"]
+
+
+def test_dtype_and_shards(tmp_path: Path, merge: api.Merge) -> None:
+    with merge:
+        out = merge.export(Target(tmp_path / "out", dtype="F32", shard_size=4000))
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        files = sorted(set(index["weight_map"].values()))
+        assert len(files) > 2
+        assert all((out / f).stat().st_size < 4000 + 1000 or len([n for n, g in index["weight_map"].items() if g == f]) == 1 for f in files)
+        for name, file in index["weight_map"].items():
+            with safe_open(out / file, "pt") as opened:
+                assert opened.get_tensor(name).dtype == torch.float32
+        assert index["metadata"]["total_size"] == 4 * sum(torch.Size(s).numel() for s in models.SHAPES.values())
+
+
+def test_an_export_at_an_older_record(tmp_path: Path, merge: api.Merge) -> None:
+    with merge:
+        first = merge.state.folds()[0].seq
+        told = json.loads((merge.export(Target(tmp_path / "out", at=first)) / "continual.json").read_text())
+        assert [f["name"] for f in told["folded"]] == ["ft-0"]
+
+
+def test_before_any_fold_the_export_is_the_base(tmp_path: Path) -> None:
+    base = models.base(tmp_path / "base")
+    api.init(base, tmp_path / "state")
+    with api.open(tmp_path / "state") as merge:
+        merged = load_file(merge.export(Target(tmp_path / "out")) / "model.safetensors")
+    for name, tensor in load_file(base / "model.safetensors").items():
+        assert torch.equal(merged[name], tensor)
+
+
+def test_carried_tensors_and_overflow(tmp_path: Path) -> None:
+    base = models.base(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.position_ids"] = torch.arange(8)
+    tensors[NAME] *= 1e6
+    save_file(tensors, base / "model.safetensors")
+    api.init(base, tmp_path / "state")
+    with api.open(tmp_path / "state") as merge:
+        out = merge.export(Target(tmp_path / "out"))
+        assert torch.equal(load_file(out / "model.safetensors")["model.position_ids"], torch.arange(8))
+        with pytest.raises(Halt, match=NAME):
+            merge.export(Target(tmp_path / "half", dtype="F16"))
+        assert not (tmp_path / "half").exists()
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_an_existing_directory_is_left_alone(tmp_path: Path, merge: api.Merge) -> None:
+    with merge:
+        (tmp_path / "out").mkdir()
+        with pytest.raises(Misconfigured, match="exists"):
+            merge.export(Target(tmp_path / "out"))
+
+
+def test_current_link_moves_in_one_step(tmp_path: Path, merge: api.Merge) -> None:
+    with merge:
+        link = tmp_path / "published" / "current"
+        first, second = (f.seq for f in merge.state.folds())
+        for seq in (first, second):
+            folder.keep_current(link, seq, lambda d, seq=seq: merge.export(Target(d, at=seq)))  # type: ignore[misc]
+            assert json.loads((link / "continual.json").read_text())["seq"] == seq
+        assert sorted(p.name for p in link.parent.iterdir()) == ["current", f"current-{second:08d}"]
+        (tmp_path / "file").write_text("")
+        with pytest.raises(Misconfigured, match="no link"):
+            folder.keep_current(tmp_path / "file", 1, lambda d: d)
+
+
+def test_transformers_loads_an_export(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=16
+    )
+    torch.manual_seed(0)
+    model = transformers.BertModel(config)
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 1e-3)
+    model.save_pretrained(tmp_path / "ft", max_shard_size="20KB")
+    api.init(tmp_path / "base", tmp_path / "state")
+    with api.open(tmp_path / "state", write=True) as merge:
+        assert merge.fold(tmp_path / "ft").fate == "folded"
+        merge.export(Target(tmp_path / "out"))
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    for (name, ours), (_, theirs) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, msg=name)

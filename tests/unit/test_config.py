@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from continual.config import Settings, load, parse_bytes
+from continual.errors import Misconfigured
+
+
+def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
+    file = tmp_path / "continual.toml"
+    file.write_text('keep = 7\nsettle = 1.5\nmemory = "2GiB"\nwatch = ["in", "more"]\n')
+    found = load({"keep": 9, "port": None}, file=file, environ={"CONTINUAL_KEEP": "8", "CONTINUAL_SETTLE": "2.5", "HOME": "/"})
+    assert (found.keep, found.settle, found.memory) == (9, 2.5, 2 << 30)
+    assert found.watch == (Path("in"), Path("more"))
+    assert found.port == Settings().port
+
+
+def test_file_named_by_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("keep = 4\n")
+    assert load({}, environ={"CONTINUAL_CONFIG": str(file), "CONTINUAL_WATCH": "a,b"}).watch == (Path("a"), Path("b"))
+
+
+@pytest.mark.parametrize(
+    ("toml", "environ", "words"),
+    [
+        ("kepe = 3", {}, ("kepe", "continual.toml")),
+        ("keep = 0", {}, ("keep", "continual.toml")),
+        ("keep = ", {}, ("continual.toml", "line 1")),
+        ("", {"CONTINUAL_KEPE": "3"}, ("CONTINUAL_KEPE", "environment")),
+        ("", {"CONTINUAL_UPDATES": "merge"}, ("CONTINUAL_UPDATES", "merge", "refuse")),
+        ("", {"CONTINUAL_MEMORY": "lots"}, ("CONTINUAL_MEMORY", "lots")),
+        ("", {"CONTINUAL_DEVICE": "tpu"}, ("CONTINUAL_DEVICE", "tpu")),
+    ],
+)
+def test_errors_name_the_setting_and_where_it_was_set(tmp_path: Path, toml: str, environ: dict[str, str], words: tuple[str, ...]) -> None:
+    file = tmp_path / "continual.toml"
+    file.write_text(toml)
+    with pytest.raises(Misconfigured) as raised:
+        load({}, file=file, environ=environ)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(Misconfigured, match="No such file"):
+        load({}, file=tmp_path / "no.toml")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Settings().keep = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("text", "value"), [("4GB", 4_000_000_000), ("512 MiB", 512 << 20), ("1000", 1000), ("1.5k", 1500), ("x", "x")])
+def test_sizes(text: str, value: object) -> None:
+    assert parse_bytes(text) == value
