@@ -1,83 +1,120 @@
-"""Exact kernels on tensors: reductions in float64 and the leading singular directions of a matrix by its Gram matrix.
+"""Exact kernels that the rules share: float64 reductions in chunks, and the right singular vectors of a matrix from its float64 Gram.
 
-Everything runs on the device of its inputs, in blocks of rows, so that what is needed beyond the inputs is bounded by the small side of the matrix.
-Results do not depend on how many threads of this process compute at the same time.
+No rule and no decision about tensors lives here. All work is bounded by the small side: beyond its inputs a kernel holds a few n×n float64 matrices
+and a few blocks of rows. Float32 Grams and randomised methods have no place here: the first are wrong by 1e-2, the second cannot give Σσ.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20
-"""Elements that are cast to float64 at a time."""
+BLOCK = 1 << 19
+"""Elements of a block of rows in float64 (4 MiB): large enough for GEMM, small enough that six of them never matter."""
+CHUNK = 1 << 17
+ROW = 1 << 10
 NULL = 1e-6
-"""Singular values at or under this share of the largest are null directions."""
+"""Singular values at or below this fraction of the largest count as zero."""
+STEEP = 1e-4
+"""Below this fraction of the largest a singular value of a Gram is refined: the Gram's error there is about ε·(σ₁/σ)²."""
 
 
-def dot(x: Tensor, y: Tensor) -> float:
-    """⟨x, y⟩ summed in float64, whatever the shapes (equal) and dtypes."""
-    x, y = x.reshape(-1), y.reshape(-1)
-    parts = [torch.dot(x[i : i + CHUNK].double(), y[i : i + CHUNK].double()) for i in range(0, x.numel(), CHUNK)]
-    return float(torch.stack(parts).sum()) if parts else 0.0
+def _chunks(numel: int) -> Iterator[tuple[int, int]]:
+    """Flat ranges that are a multiple of ROW long, and one tail shorter than ROW."""
+    whole = numel - numel % ROW
+    for start in range(0, whole, CHUNK):
+        yield start, min(start + CHUNK, whole)
+    if whole < numel:
+        yield whole, numel
 
 
-def sum_squares(x: Tensor) -> float:
-    """‖x‖² summed in float64."""
-    return dot(x, x)
+def _rows(values: Tensor) -> Tensor:
+    """Sums of rows of ROW elements. A row is summed by one thread in a fixed order, so the bits do not depend on the number of threads."""
+    return values.view(-1, min(ROW, values.numel())).sum(1)
 
 
-def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices that cut `rows` rows of `columns` entries into blocks of about `CHUNK` entries, never under 64 rows."""
-    step = max(64, CHUNK // max(columns, 1))
-    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+def dot(a: Tensor, b: Tensor) -> float:
+    """⟨a, b⟩ of two tensors of one shape, in float64, without a float64 copy of either; the same bits whatever the number of threads."""
+    a, b = a.reshape(-1), b.reshape(-1)
+    parts = [_rows(a[i:j].double() * b[i:j].double()) for i, j in _chunks(a.numel())]
+    return math.fsum(torch.cat(parts).tolist()) if parts else 0.0
 
 
-class Leading(NamedTuple):
-    """Right singular directions of a tall matrix: `sigma` (n, descending), `vectors` (n × k), float64; `rank` counts the directions not null."""
+def add(total: Tensor, term: Tensor, weight: float) -> dict[str, float]:
+    """total += weight·term in place, each element computed in float64 and rounded once; contiguous tensors of one shape.
 
-    sigma: Tensor
-    vectors: Tensor
-    rank: int
-
-
-def right_singular(tall: Tensor) -> Leading:
-    """σ and V of an m×n matrix, m ≥ n, by the eigenvectors of its float64 Gram matrix AᵀA.
-
-    The Gram matrix squares the spectrum: a singular value is right to about ε(σ₁/σ)², relative. See `separated` for when that is not enough.
+    Returns ‖term‖², ‖total‖² before, ‖total‖² after and ⟨term, total before⟩ as tau_sq, before_sq, merged_sq and dot, from the same single pass.
     """
-    rows, columns = tall.shape
-    gram = torch.zeros(columns, columns, dtype=torch.float64, device=tall.device)
-    for part in row_blocks(rows, columns):
-        block = tall[part].double()
-        gram.addmm_(block.T, block)
-    values, vectors = torch.linalg.eigh(gram)
-    sigma = values.flip(0).clamp_(min=0.0).sqrt_()
-    return Leading(sigma, vectors.flip(1), _rank(sigma))
+    flat, x = total.view(-1), term.reshape(-1)
+    parts: dict[str, list[Tensor]] = {"tau_sq": [], "before_sq": [], "merged_sq": [], "dot": []}
+    for i, j in _chunks(flat.numel()):
+        before, added = flat[i:j].double(), x[i:j].double()
+        parts["tau_sq"].append(_rows(added * added))
+        parts["before_sq"].append(_rows(before * before))
+        parts["dot"].append(_rows(added * before))
+        flat[i:j].copy_(before.add_(added, alpha=weight))
+        after = flat[i:j].double()
+        parts["merged_sq"].append(_rows(after.mul_(after)))
+    return {key: math.fsum(torch.cat(rows).tolist()) if rows else 0.0 for key, rows in parts.items()}
 
 
-def right_singular_svd(tall: Tensor) -> Leading:
-    """The same by a full float64 SVD: slower and larger, and right where the Gram matrix is not."""
-    _, sigma, vectors = torch.linalg.svd(tall.double(), full_matrices=False)
-    return Leading(sigma, vectors.T.contiguous(), _rank(sigma))
+def tall(matrix: Tensor) -> Tensor:
+    """The view of an m×n matrix, or of its transpose, that has at least as many rows as columns."""
+    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
 
 
-def separated(sigma: Tensor, r: int) -> bool:
-    """Whether the Gram route finds the span of the first `r` directions about as well as an SVD would.
+def row_blocks(rows: int, columns: int) -> list[slice]:
+    """Row ranges of at most BLOCK elements each."""
+    step = max(1, BLOCK // max(1, columns))
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
-    It is off by about nεσ₁²/(σ_r² − σ_{r+1}²), an SVD by nεσ₁/(σ_r − σ_{r+1}). Only where the first is over 1e-7 and a thousand times the second is
-    there something to gain: a span without a gap is arbitrary by any route.
+
+def workspace(m: int, n: int) -> int:
+    """Peak bytes of `right_singular` and of what a rule does with it: the Gram, its eigenvectors in place, LAPACK's work (2n²), one more n², six blocks."""
+    small = min(m, n)
+    return 8 * (4 * small * small + 6 * min(BLOCK, m * n))
+
+
+def _gram(columns: int, blocks: Iterator[Tensor], like: Tensor) -> Tensor:
+    """Lower triangle (by panels) of Σ BᵀB over float64 blocks of rows; what is above the diagonal panels stays zero."""
+    gram = torch.zeros(columns, columns, dtype=torch.float64, device=like.device)
+    panel = max(64, -(-columns // 8))
+    for block in blocks:
+        for p in range(0, columns, panel):
+            gram[p:, p : p + panel].addmm_(block[:, p:].mT, block[:, p : p + panel])
+    return gram
+
+
+def _eigh_descending(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (clipped at 0) and eigenvectors of a symmetric matrix given by its lower triangle, largest first. On a CPU the vectors take its memory."""
+    if gram.is_cpu and gram.numel():
+        # The memory read as columns holds the upper triangle; written as columns it receives the eigenvectors.
+        vectors = gram.mT
+        values = torch.empty(len(gram), dtype=torch.float64)
+        torch.linalg.eigh(vectors, UPLO="U", out=(values, vectors))
+    else:
+        values, vectors = torch.linalg.eigh(gram)
+    return values.clamp_(min=0).flip(0), vectors.flip(1)
+
+
+def right_singular(matrix: Tensor, need: float = 1.0) -> tuple[Tensor, Tensor]:
+    """σ (n, descending, float64, exact zeros at or below NULL·σ₁) and V (n×n, float64) of an m×n matrix with m ≥ n, U not formed.
+
+    From the float64 Gram: values and subspaces at a fraction f of σ₁ are right to about 1e-16/f². `need` is the smallest fraction of σ₁ that matters to
+    the caller; if singular values between NULL and STEEP lie there, the Gram of what is left outside the steep directions is taken a second time.
     """
-    if not 0 < r < len(sigma):
-        return True
-    first, last, after = (float(sigma[i]) for i in (0, r - 1, r))
-    gap = (last - after) * (last + after)
-    error = len(sigma) * torch.finfo(torch.float64).eps * first * first
-    return error <= 1e-7 * gap or first <= 1e3 * (last + after)
-
-
-def _rank(sigma: Tensor) -> int:
-    return int((sigma > NULL * sigma[0]).sum()) if len(sigma) and float(sigma[0]) > 0 else 0
+    m, n = matrix.shape
+    blocks = row_blocks(m, n)
+    values, v = _eigh_descending(_gram(n, (matrix[rows].double() for rows in blocks), matrix))
+    sigma = values.sqrt()
+    top = float(sigma[0])
+    steep = int((sigma > STEEP * top).sum())
+    if need < STEEP and steep < n and top > 0:
+        rest = v[:, steep:]
+        inner, w = _eigh_descending(_gram(n - steep, (matrix[rows].double() @ rest for rows in blocks), matrix))
+        sigma = torch.cat([sigma[:steep], inner.sqrt()])
+        v = torch.cat([v[:, :steep], rest @ w], dim=1)
+    return torch.where(sigma > NULL * top, sigma, 0.0), v

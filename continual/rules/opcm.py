@@ -1,161 +1,157 @@
-"""OPCM: orthogonal projection of each new task vector against what was merged, with adaptive scaling.
+"""OPCM: each new task vector is freed of what lies in the leading singular subspaces of the merged one, then added.
 
-Tang et al. 2025, "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging". The paper keeps the merged
-model and rescales it at each step by λ_t; kept here is R_t = R_{t−1} + C_t, never rescaled: both have the same singular subspaces, and the paper's
-merged task vector is R_t · n̄/‖R_t‖ with n̄ the mean norm of the task vectors (`read` under the policy `norm`, κ = 1).
-
-For a matrix, with R = U S Vᵀ and r the 0-based index of the first k with Σ_{i≤k}σ_i / Σσ > α, at most the rank: U_r, V_r are the first r directions and
-  block            C = τ − U_r (U_rᵀ τ V_r) V_rᵀ                            (the paper's released code)
-  block+radial     then C −= ⟨C, R′⟩/‖R′‖² · R′, R′ = R minus its first r directions, so that C ⟂ R
-  block+diagonal   then C −= Σ_{i≥r} (u_iᵀ τ v_i) u_i v_iᵀ                  (fusion_bench since March 2025; amplifies rounding, for parity)
-  rows+columns     C = (I − U_r U_rᵀ) τ (I − V_r V_rᵀ)                      (the paper's text)
-Everything that is no matrix: C = τ.
-
-U is never formed: with Y = R V_r (= U_r Σ_r), U_rᵀ τ V_r = Σ_r⁻¹ Yᵀ τ V_r, in float64 and in blocks of rows of the tall side.
+Tang et al. 2025, "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging"; released code in fusion_bench.
+The paper keeps merged = θ₀ + (λ_{t−1}D + C)/λ_t. Singular subspaces do not change with scale, so we keep R_t = R_{t−1} + C_t, never rescaled, and
+λ_t = ‖R_t‖/n̄ enters when the result is read: one pass a fold. How R's subspaces are computed is `continual.linalg`'s.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from continual import linalg
-from continual.linalg import dot, sum_squares
-from continual.records import SlotSpec, TensorSpec
-from continual.rules import Accumulators, Folded, Inputs, ReadOptions, Rule, Totals, mean_norm, scale_of, settle
+from continual.errors import Misconfigured
+from continual.records import TensorSpec
+from continual.rules import sums
+from continual.rules.contract import Accumulators, Folded, Inputs, Option, ReadOptions, Row, Rule, Totals
 
-VARIANTS = ("block", "block+radial", "block+diagonal", "rows+columns")
+Variant = Literal["block", "block+radial", "block+diagonal", "rows+columns"]
+VARIANTS: tuple[Variant, ...] = ("block", "block+radial", "block+diagonal", "rows+columns")
 
 
-def make(options: Mapping[str, Any]) -> Rule:
-    """OPCM with `alpha` in [0, 1), a `variant`, and `include`: globs of plain tensors (embeddings, heads) that are to be matrices as well."""
-    alpha, variant, include = float(options["alpha"]), str(options["variant"]), list(options["include"])
+def cut(sigma: Tensor, alpha: float) -> int:
+    """r, the 0-based index of the first k with cumsum(σ)_k / Σσ > α (the crossing one stays out), at most the numerical rank. σ descending, null ones 0."""
+    share = sigma.cumsum(0)
+    first = int((share <= alpha * share[-1]).sum())
+    return min(first, int((sigma > 0).sum()))
 
-    def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, _totals: Totals) -> Folded:
-        merged = accumulators["sum"]
-        tau_sq, before_sq = sum_squares(tau), sum_squares(merged)
-        sums = {"tau_sq": tau_sq, "before_sq": before_sq, "dot": dot(tau, merged) if tau_sq and before_sq else 0.0}
-        notes: dict[str, float] = {}
-        if tau_sq and is_matrix(inputs.spec, include):
-            shape = (inputs.spec.shape[0], -1)
-            split = project(merged.reshape(shape), tau.reshape(shape), alpha, variant) if before_sq and math.isfinite(tau_sq) else None
-            kept = tau_sq if split is None else split.kept_sq
-            notes = {"r": float(split.r if split else 0), "energy": kept / tau_sq}
-            if split is None:
-                merged.add_(tau)
-        elif tau_sq:
-            merged.add_(tau)
-        return Folded({"sum": merged}, {**sums, "merged_sq": sum_squares(merged) if tau_sq else before_sq}, notes)
+
+def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple[int, int]:
+    """τ becomes C in place, given R (`total`), both m×n float32 with m ≥ n, R not zero; returns r and the numerical rank of R.
+
+    With U = R V/σ, Z = Uᵀ τ V and R′ = R − U_r Σ_r V_rᵀ, per variant:
+    block           C = τ − U_r Z_r V_rᵀ (the released code)
+    block+radial    C −= (⟨C, R′⟩/‖R′‖²)·R′, after block: C ⟂ R
+    block+diagonal  C −= Σ_{i≥r} Z_ii u_i v_iᵀ over non-null i, after block (the released code since March 2025)
+    rows+columns    C = (I − U_rU_rᵀ) τ (I − V_rV_rᵀ) (the paper's text)
+    Everything in float64 by blocks of rows, rounded once into τ.
+    """
+    m, n = total.shape
+    # As Σ_{i≥r} σ_i ≥ (1−α)Σσ, the smallest σ of the block is at least (1−α)/n of σ₁: the Gram is refined only where that bound is too little.
+    sigma, v = linalg.right_singular(total, linalg.NULL if variant == "block+diagonal" else (1.0 - alpha) / n)
+    r, rank = cut(sigma, alpha), int((sigma > 0).sum())
+    k = rank if variant == "block+diagonal" else r
+    rest_sq = float(sigma[r:].square().sum())  # ‖R′‖²; the crossing σ is in it, so it is never 0
+    sigma, v = sigma[:k], v[:, :k].contiguous()
+    wide, radial = variant == "rows+columns", 0.0
+    inner = linalg.dot(tau, total) if variant == "block+radial" else 0.0
+    blocks = linalg.row_blocks(m, n)
+    # Y = R V is kept for the second pass where it fits into what the eigenproblem has just freed, else computed again.
+    kept: list[Tensor] | None = [] if m * k <= 2 * n * n else None
+    cross = torch.zeros(k, n if wide else k, dtype=torch.float64, device=tau.device)
+    for rows in blocks:
+        y, t = total[rows].double() @ v, tau[rows].double()
+        cross.addmm_(y.mT, t if wide else t @ v)
+        if kept is not None:
+            kept.append(y)
+    z = cross.div_(sigma[:, None])  # k×k: Z; for rows+columns k×n: Uᵀτ
+    if variant == "block+radial":
+        # C after block has nothing in the block, so ⟨C, R′⟩ = ⟨C, R⟩ = ⟨τ, R⟩ − tr Z_rΣ_r; and C −= ρR′ is C −= ρR, Z_r −= ρΣ_r.
+        radial = (inner - float((z.diagonal() * sigma).sum())) / rest_sq
+        z.diagonal().sub_(radial * sigma)
+    elif variant == "block+diagonal":
+        diagonal = z.diagonal()[r:].clone()
+        z[r:] = 0.0
+        z[:, r:] = 0.0
+        z.diagonal()[r:] = diagonal
+    z.div_(sigma[:, None])
+    back = z if wide else z @ v.mT  # k×n, and U·… = Y·back
+    for index, rows in enumerate(blocks):
+        t = tau[rows].double()
+        if radial:
+            t.sub_(total[rows].double(), alpha=radial)
+        t.addmm_(kept[index] if kept is not None else total[rows].double() @ v, back, alpha=-1.0)
+        if wide:
+            t.addmm_(t @ v, v.mT, alpha=-1.0)
+        tau[rows].copy_(t)
+    return r, rank
+
+
+def fold_matrix(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> Folded:
+    """One matrix: τ is projected in place and added to R in place; both contiguous float32 of one shape, at least 2-D, not empty."""
+    before_sq, tau_sq, dot = linalg.dot(total, total), linalg.dot(tau, tau), linalg.dot(tau, total)
+    r, rank = 0, 0
+    if before_sq > 0.0 and tau_sq > 0.0:
+        r, rank = project(linalg.tall(total.flatten(1)), linalg.tall(tau.flatten(1)), alpha, variant)
+    added = linalg.add(total, tau, 1.0)
+    notes = {"r": float(r), "kept": added["tau_sq"] / tau_sq, "rank": float(rank)} if tau_sq > 0.0 else {}
+    return Folded({sums.SLOT: total}, {"tau_sq": tau_sq, "before_sq": before_sq, "merged_sq": added["merged_sq"], "dot": dot}, notes)
+
+
+def gauges(totals: Totals) -> dict[str, float]:
+    """λ_t = ‖R_t‖/n̄, n̄ the plain mean of ‖τ_1‖ … ‖τ_t‖ over the whole model."""
+    count, norm_sum = totals.get("count", 0.0), totals.get("norm_sum", 0.0)
+    return {"lambda": math.sqrt(totals["merged_sq"]) * count / norm_sum} if norm_sum else {}
+
+
+def _make(options: Mapping[str, Any]) -> Rule:
+    alpha, variant, include = options["alpha"], options["variant"], options["include"]
+
+    def is_matrix(spec: TensorSpec) -> bool:
+        named = spec.kind == "matrix" or any(fnmatch.fnmatchcase(spec.name, glob) for glob in include)
+        return named and len(spec.shape) >= 2 and spec.numel > 0
+
+    def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
+        if inputs.weight != 1.0:
+            raise Misconfigured(
+                f"opcm folds every model with weight 1, not {inputs.weight:g}; a model cannot be unfolded: roll back and fold the others"
+            )
+        if not is_matrix(inputs.spec):
+            return sums.fold(accumulators, tau, inputs, totals)
+        return fold_matrix(accumulators[sums.SLOT], tau.contiguous(), alpha, variant)
 
     def workspace(spec: TensorSpec) -> int:
-        if not is_matrix(spec, include):
-            return 0
-        small = min(spec.shape[0], spec.numel // spec.shape[0])
-        # Gram matrix, eigenvectors and LAPACK's 2n² of work, Y for half of the directions, a few blocks
-        return 8 * (5 * small * small + spec.numel // 2 + 6 * linalg.CHUNK)
+        if not is_matrix(spec):
+            return sums.workspace(spec)
+        return linalg.workspace(spec.shape[0], spec.numel // spec.shape[0])
 
-    return Rule("opcm", dict(options), _slots, fold, settle, _read, _gauges, workspace, group=False)
+    return Rule(OPCM.name, OPCM.summary, options, sums.slots, fold, sums.settle, sums.read_sum, workspace, gauges, group=False)
 
 
-def is_matrix(spec: TensorSpec, include: Sequence[str]) -> bool:
-    """Whether the spectral form applies: linear weights (2-D), convolutions (4-D, flattened to 2-D), and 2-D tensors that `include` names."""
-    if spec.numel == 0 or len(spec.shape) not in (2, 4):
-        return False
-    return spec.kind == "matrix" or any(fnmatch.fnmatchcase(spec.name, glob) for glob in include)
+def _alpha(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        raise ValueError("a number at least 0 and below 1")
+    return float(value)
 
 
-def _slots(spec: TensorSpec) -> dict[str, SlotSpec]:
-    return {"sum": SlotSpec(spec.shape)}
+def _variant(value: Any) -> str:
+    if value not in VARIANTS:
+        raise ValueError(f"one of {', '.join(VARIANTS)}")
+    return str(value)
 
 
-def _read(_spec: TensorSpec, accumulators: Accumulators, totals: Totals, options: ReadOptions) -> Tensor:
-    return accumulators["sum"].mul(scale_of(totals, options))
+def _include(value: Any) -> list[str]:
+    if not isinstance(value, list | tuple) or not all(isinstance(glob, str) and glob for glob in value):
+        raise ValueError("a list of globs over tensor names")
+    return list(value)
 
 
-def _gauges(totals: Totals) -> dict[str, float]:
-    """λ_t = ‖R_t‖ / n̄, the paper's scaling factor; 1 after the first fold."""
-    mean = mean_norm(totals)
-    return {"lambda": math.sqrt(totals["merged_sq"]) / mean} if mean else {}
-
-
-class Split(NamedTuple):
-    """What a projection did: the number of directions in the block and ‖C‖²."""
-
-    r: int
-    kept_sq: float
-
-
-def leading(tall: Tensor, alpha: float) -> tuple[linalg.Leading, int]:
-    """Singular directions of R and r for `alpha`."""
-    found = linalg.right_singular(tall)
-    r = crossing(found, alpha)
-    if not linalg.separated(found.sigma, r):
-        found = linalg.right_singular_svd(tall)
-        r = crossing(found, alpha)
-    return found, r
-
-
-def crossing(found: linalg.Leading, alpha: float) -> int:
-    """The 0-based index of the first k with cumsum(σ)_k / Σσ > α, at most the rank."""
-    share = found.sigma.cumsum(0) / found.sigma.sum()
-    return min(int((share <= alpha).sum()), found.rank)
-
-
-def project(merged: Tensor, tau: Tensor, alpha: float, variant: str) -> Split:
-    """R += C in place, for R = `merged` and τ = `tau`, both m×n float32, R not zero; C and the sum are rounded once, from float64."""
-    tall, task = (merged, tau) if merged.shape[0] >= merged.shape[1] else (merged.T, tau.T)
-    found, r = leading(tall, alpha)
-    sigma = found.sigma
-    k = found.rank if variant == "block+diagonal" else r
-    if k == 0:
-        kept_sq = _apply(tall, task, lambda _part, t: t)
-        return Split(r, kept_sq)
-    v = found.vectors[:, :k].contiguous()
-    del found
-    y = torch.empty(tall.shape[0], k, dtype=torch.float64, device=tall.device)
-    inner = torch.zeros(k, k, dtype=torch.float64, device=tall.device)  # Yᵀ τ V
-    across = torch.zeros(k, tall.shape[1], dtype=torch.float64, device=tall.device) if variant == "rows+columns" else None  # Yᵀ τ
-    for part in linalg.row_blocks(*tall.shape):
-        t = task[part].double()
-        torch.mm(tall[part].double(), v, out=y[part])
-        inner.addmm_(y[part].T, t @ v)
-        if across is not None:
-            across.addmm_(y[part].T, t)
-    inverse_sq = sigma[:k].pow(-2).unsqueeze(1)
-    if across is not None:
-        rest = inverse_sq * (across - inner @ v.T)  # Σ⁻² Yᵀ τ (I − V Vᵀ)
-        return Split(r, _apply(tall, task, lambda part, t: t - (t @ v) @ v.T - y[part] @ rest))
-    if variant == "block+diagonal":
-        block = torch.zeros_like(inner)
-        block[:r, :r] = inner[:r, :r]
-        block.diagonal()[r:] = inner.diagonal()[r:]
-        inner = block
-    weights = (inverse_sq * inner) @ v.T  # k × n: Σ⁻¹ (Uᵀ τ V) Vᵀ
-
-    def projected(part: slice, t: Tensor) -> Tensor:
-        return t.addmm_(y[part], weights, alpha=-1)
-
-    if variant != "block+radial":
-        return Split(r, _apply(tall, task, projected))
-    along = norm_sq = 0.0
-    for part in linalg.row_blocks(*tall.shape):
-        c, rest = projected(part, task[part].double()), tall[part].double().addmm_(y[part], v.T, alpha=-1)
-        along += dot(c, rest)
-        norm_sq += sum_squares(rest)
-    ratio = along / norm_sq if norm_sq > (linalg.NULL * float(sigma[0])) ** 2 else 0.0
-    return Split(r, _apply(tall, task, lambda p, t: projected(p, t) - ratio * tall[p].double().addmm_(y[p], v.T, alpha=-1)))
-
-
-def _apply(tall: Tensor, task: Tensor, residual: Callable[[slice, Tensor], Tensor]) -> float:
-    """R += C block by block, C = residual(rows, τ of these rows in float64); returns ‖C‖²."""
-    kept = 0.0
-    for part in linalg.row_blocks(*tall.shape):
-        c = residual(part, task[part].double())
-        kept += float(torch.dot(c.reshape(-1), c.reshape(-1)))
-        tall[part] = (tall[part].double() + c).to(tall.dtype)
-    return kept
+OPCM = Row(
+    name="opcm",
+    summary="task vectors projected away from the leading singular subspaces of the merged one, then added",
+    paper="Tang et al. 2025, Merging Models on the Fly Without Retraining (OPCM)",
+    options={
+        "alpha": Option(0.5, "share of Σσ whose directions are protected, in [0, 1)", _alpha),
+        "variant": Option("block", f"what is projected out: {', '.join(VARIANTS)}", _variant),
+        "include": Option([], "globs of tensors that are matrices here too: embeddings, output heads", _include),
+    },
+    read=ReadOptions("norm", 1.0),
+    bytes_per_parameter=4,
+    make=_make,
+)

@@ -1,52 +1,95 @@
-"""Rules whose state is the weighted sum of the task vectors: the plain mean and task arithmetic. Both are groups: weight −1 takes a model out.
+"""The rules that are weighted sums: `mean` and `task-arithmetic`; and what every rule shares, the totals of norms.
 
-Mean: Wortsman et al. 2022, "Model soups", applied to task vectors. Task arithmetic: Ilharco et al. 2023, "Editing Models with Task Arithmetic", eq. 1.
+X = Σ wτ per tensor. Ilharco et al. 2023, "Editing Models with Task Arithmetic", merged = θ₀ + λ Σ τ; the mean is "Model Soups" (Wortsman et al. 2022)
+of fine-tunes of one base. Both are groups: any order gives the same up to rounding, and folding with minus the weight takes a model out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from continual.linalg import dot, sum_squares
+from continual import linalg
 from continual.records import SlotSpec, TensorSpec
-from continual.rules import Accumulators, Folded, Inputs, ReadOptions, Rule, Totals, scale_of, settle
+from continual.rules.contract import Accumulators, Folded, Inputs, ReadOptions, Row, Rule, Sums, Totals
+
+SLOT = "sum"
 
 
-def mean(options: Mapping[str, Any]) -> Rule:
-    """merged = s·Σwτ / Σw."""
-    return _sum_rule("mean", options, averaged=True)
+def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
+    """One float32 tensor of the weight's own shape."""
+    return {SLOT: SlotSpec(spec.shape)}
 
 
-def task_arithmetic(options: Mapping[str, Any]) -> Rule:
-    """merged = s·Σwτ, with s = λ of the paper."""
-    return _sum_rule("task-arithmetic", options, averaged=False)
+def settle(totals: Totals, sums: Sums, weight: float) -> dict[str, float]:
+    """Totals after a fold: count, weight Σw, norm_sum Σ‖τ_i‖ (whole model), merged_sq ‖X‖². A negative weight takes a model out; none left is exactly 0."""
+    sign = math.copysign(1.0, weight)
+    after = {
+        "count": totals.get("count", 0.0) + sign,
+        "weight": totals.get("weight", 0.0) + weight,
+        "norm_sum": totals.get("norm_sum", 0.0) + sign * math.sqrt(sums["tau_sq"]),
+        "merged_sq": sums["merged_sq"],
+    }
+    return dict.fromkeys(after, 0.0) if after["count"] == 0 or after["weight"] == 0 else after
 
 
-def _sum_rule(name: str, options: Mapping[str, Any], *, averaged: bool) -> Rule:
-    def read(_spec: TensorSpec, accumulators: Accumulators, totals: Totals, options: ReadOptions) -> Tensor:
-        s = scale_of(totals, options)
-        if averaged and options.policy == "number" and s:
-            s /= totals["weight"]
-        return accumulators["sum"].mul(s)
-
-    return Rule(name, dict(options), _slots, _fold, settle, read, lambda _totals: {}, lambda _spec: 0, group=True)
-
-
-def _slots(spec: TensorSpec) -> dict[str, SlotSpec]:
-    return {"sum": SlotSpec(spec.shape)}
+def fold(accumulators: Accumulators, tau: torch.Tensor, inputs: Inputs, totals: Totals) -> Folded:
+    """X += w·τ, each element rounded once. Where the last model is taken out X becomes exact zeros, not what rounding left."""
+    sums = linalg.add(accumulators[SLOT], tau, inputs.weight)
+    if totals.get("count", 0.0) + math.copysign(1.0, inputs.weight) == 0 or totals.get("weight", 0.0) + inputs.weight == 0:
+        accumulators[SLOT].zero_()
+        sums["merged_sq"] = 0.0
+    return Folded(accumulators, sums, {})
 
 
-def _fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
-    """Σwτ += wτ."""
-    x = accumulators["sum"]
-    sums = {"tau_sq": sum_squares(tau), "before_sq": sum_squares(x), "dot": dot(tau, x)}
-    if totals.get("count", 0.0) + (1.0 if inputs.weight > 0 else -1.0) == 0.0:
-        x.zero_()  # the last model is taken out: no rounding of what was in is left behind
-    else:
-        x.add_(tau, alpha=inputs.weight)
-    # ‖x + wτ‖² from the new x: the expansion by the three sums would cancel where x nearly vanishes
-    return Folded({"sum": x}, {**sums, "merged_sq": sum_squares(x)}, {})
+def workspace(spec: TensorSpec) -> int:
+    """A few float64 chunks."""
+    return 8 * 6 * min(linalg.CHUNK, spec.numel)
 
+
+def no_gauges(totals: Totals) -> dict[str, float]:  # noqa: ARG001 - the contract's signature
+    """Nothing to watch beyond what every rule reports."""
+    return {}
+
+
+def read_mean(spec: TensorSpec, accumulators: Accumulators, totals: Totals, options: ReadOptions) -> torch.Tensor:  # noqa: ARG001
+    """(Σwτ / Σw)·number, or Σwτ at the length the policy asks for."""
+    weight = totals.get("weight", 0.0)
+    return accumulators[SLOT] * options.factor(totals, 1.0 / weight if weight else 0.0)
+
+
+def read_sum(spec: TensorSpec, accumulators: Accumulators, totals: Totals, options: ReadOptions) -> torch.Tensor:  # noqa: ARG001
+    """Σwτ·number, or Σwτ at the length the policy asks for."""
+    return accumulators[SLOT] * options.factor(totals)
+
+
+def _mean(options: Mapping[str, Any]) -> Rule:
+    return Rule(MEAN.name, MEAN.summary, options, slots, fold, settle, read_mean, workspace, no_gauges, group=True)
+
+
+def _task_arithmetic(options: Mapping[str, Any]) -> Rule:
+    row = TASK_ARITHMETIC
+    return Rule(row.name, row.summary, options, slots, fold, settle, read_sum, workspace, no_gauges, group=True)
+
+
+MEAN = Row(
+    name="mean",
+    summary="the (weighted) mean of the task vectors",
+    paper="Wortsman et al. 2022, Model soups",
+    options={},
+    read=ReadOptions("number", 1.0),
+    bytes_per_parameter=4,
+    make=_mean,
+)
+TASK_ARITHMETIC = Row(
+    name="task-arithmetic",
+    summary="the (weighted) sum of the task vectors, scaled when read",
+    paper="Ilharco et al. 2023, Editing Models with Task Arithmetic",
+    options={},
+    read=ReadOptions("number", 0.3),
+    bytes_per_parameter=4,
+    make=_task_arithmetic,
+)

@@ -1,0 +1,10 @@
+"""Models on disk: strict safetensors headers, reads by pread, and task vectors one tensor at a time, of a full checkpoint or an adapter."""
+
+from continual.tensors.adapter import Adapter
+from continual.tensors.checkpoint import Checkpoint
+from continual.tensors.header import TensorInfo
+from continual.tensors.kinds import BaseModel, describe
+from continual.tensors.model import candidate_of, open_model
+from continual.tensors.vectors import TaskVectors, candidate_name
+
+__all__ = ["Adapter", "BaseModel", "Checkpoint", "TaskVectors", "TensorInfo", "candidate_name", "candidate_of", "describe", "open_model"]

@@ -1,0 +1,157 @@
+"""A full checkpoint: one safetensors file, or shards with an index. Headers in memory, tensors read one at a time."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from continual.errors import Refuse
+from continual.tensors import header
+from continual.tensors.files import Files, small_file
+from continual.tensors.header import TensorInfo
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TORCH: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+}
+FLOATS = ("F32", "F16", "BF16")
+
+
+class Checkpoint:
+    """A model's weight files, open for reading; a context manager. Thread-safe. `tensors` maps names to places, `config` is config.json or empty."""
+
+    def __init__(self, path: Path, files: Files, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
+        self.path = path
+        self.tensors = tensors
+        self.config = config
+        self.files = files.stats
+        self._files = files
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._files.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Tensor `name` in its own dtype, on the CPU. `out` is a flat uint8 buffer to read into, at least as long as the tensor's bytes.
+
+        Raises Retry if the file cannot be read to its end any more.
+        """
+        info = self.tensors[name]
+        raw = torch.empty(info.nbytes, dtype=torch.uint8) if out is None else out[: info.nbytes]
+        if info.nbytes:
+            self._files.preadv(info.file, memoryview(raw.numpy()), info.offset)
+        return raw.view(TORCH[info.dtype]).reshape(info.shape) if info.nbytes else torch.empty(info.shape, dtype=TORCH[info.dtype])
+
+    def prefetch(self, name: str) -> None:
+        """Asks the kernel to read tensor `name` ahead."""
+        info = self.tensors[name]
+        self._files.will_need(info.file, info.offset, info.nbytes)
+
+    def check_unchanged(self) -> None:
+        """Raises Retry naming a file that changed since it was opened."""
+        self._files.check_unchanged()
+
+
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """The weight files of a model directory (or the one file it is), in the order of their names. Raises Refuse if there are none to use."""
+    if path.is_file():
+        return (path,)
+    if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
+        return (path / SINGLE,)
+    if (path / INDEX).exists():
+        return tuple(path / shard for shard in sorted(set(_weight_map(path, None).values())))
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return (found[0],)
+    if found:
+        raise Refuse("index", f"{path}: {len(found)} safetensors files and no {INDEX} that says what belongs together")
+    if pickled := sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")):
+        raise Refuse("pickle", f"{path}: only pickled weights ({pickled[0]}), which can run code when loaded; convert them to safetensors")
+    raise Refuse("no-weights", f"{path}: no safetensors file in it")
+
+
+def open_checkpoint(path: Path, root: Path | None) -> Checkpoint:
+    """Opens a full checkpoint and reads its headers. Raises Refuse for anything malformed, Retry for what cannot be read now."""
+    paths = weight_files(path)
+    if missing := next((p for p in paths if not p.exists()), None):
+        raise Refuse("missing-shard", f"{path}: {missing.name} is named by the index and is not there")
+    files = Files(paths, root)
+    try:
+        tensors: dict[str, TensorInfo] = {}
+        for i, shard in enumerate(paths):
+            found = header.parse(functools.partial(files.pread, i), files.stats[i].size, str(shard), i)
+            if twice := next((name for name in found if name in tensors), None):
+                raise Refuse("header", f"{shard}: tensor {twice} is in {paths[tensors[twice].file].name} as well")
+            tensors |= found
+        if path.is_dir() and (path / INDEX).exists() and paths[0].name != SINGLE:
+            _check_index(path, root, tensors, paths)
+        return Checkpoint(path, files, tensors, read_config(path, root))
+    except BaseException:
+        files.close()
+        raise
+
+
+def read_config(path: Path, root: Path | None) -> dict[str, Any]:
+    """config.json beside the weights, an empty dictionary where there is none. Raises Refuse if it is no JSON object."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    return read_json(config, root) if config.exists() else {}
+
+
+def read_json(path: Path, root: Path | None) -> dict[str, Any]:
+    """A small JSON object. Raises Refuse if the file is none."""
+    try:
+        body = json.loads(small_file(path, root))
+    except (ValueError, RecursionError) as error:
+        raise Refuse("config", f"{path}: no valid JSON ({error})") from None
+    if not isinstance(body, dict):
+        raise Refuse("config", f"{path}: no JSON object")
+    return body
+
+
+def _weight_map(path: Path, root: Path | None) -> dict[str, str]:
+    body = read_json(path / INDEX, root).get("weight_map")
+    if not isinstance(body, dict) or not body:
+        raise Refuse("index", f"{path / INDEX}: no weight_map")
+    for name, shard in body.items():
+        if not isinstance(shard, str) or shard != Path(shard).name or not shard.endswith(".safetensors") or shard.startswith("."):
+            raise Refuse("index", f"{path / INDEX}: tensor {name} is said to be in {shard!r}: a shard is a safetensors file in the same directory")
+    return body
+
+
+def _check_index(path: Path, root: Path | None, tensors: Mapping[str, TensorInfo], paths: tuple[Path, ...]) -> None:
+    claimed = _weight_map(path, root)
+    for name, shard in claimed.items():
+        if name not in tensors or paths[tensors[name].file].name != shard:
+            raise Refuse("index", f"{path / INDEX}: tensor {name} is said to be in {shard}, where it is not")
+    if unclaimed := sorted(tensors.keys() - claimed.keys()):
+        raise Refuse("index", f"{path / INDEX}: tensor {unclaimed[0]} is in a shard, but not in the index")
+
