@@ -158,11 +158,14 @@ class Merge:
 
     def plan(self, model: str | Path) -> Plan:
         """What folding `model` would take and whether it would be let in; reads headers only."""
-        return self.engine.plan(Path(model))
+        return self.engine.plan(existing(model))
 
     def fold(self, model: str | Path, *, source: str = "hand", root: Path | None = None, progress: Progress = silent) -> Outcome:
-        """Folds one model directory and drops generations beyond those kept. Raises Retry and Halt; a refusal is an outcome."""
-        outcome = self.engine.fold(Path(model), source=source, root=root, progress=progress)
+        """Folds one model directory and drops generations beyond those kept.
+
+        Raises Misconfigured if there is no such path, Retry and Halt; a refusal is an outcome.
+        """
+        outcome = self.engine.fold(existing(model), source=source, root=root, progress=progress)
         if outcome.fate == "folded":
             self.state.expire(self.settings.keep)
         return outcome
@@ -206,6 +209,14 @@ class Merge:
                 if fate is not None and not any(fold.seq == fate.seq for fold in self.state.folds()):
                     latest[candidate["key"]] = fate
         return list(latest.values())
+
+
+def existing(model: str | Path) -> Path:
+    """`model` as a path. Raises Misconfigured if nothing is there."""
+    path = Path(model)
+    if not path.exists():
+        raise Misconfigured(f"{path}: no such model directory")
+    return path
 
 
 def open_base(state: State, moved: Path | None = None) -> BaseModel:

@@ -150,11 +150,12 @@ def fold(
     """Fold models now. One that is in the state already is left alone; a refused one does not stop the rest."""
     skipped = ("models", "dry_run", "config", "json")
     flags = {k: v for k, v in locals().items() if k not in skipped and k != "skipped"}
-    from continual import console
-
     if dry_run:
         _plan(models, config, flags, json)
-        return
+    from continual import api, console
+
+    for model in models:
+        api.existing(model)
     outcomes = []
     with _merge(config, write=True, **flags) as merge:
         for model in models:

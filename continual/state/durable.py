@@ -87,6 +87,12 @@ def link_new(path: Path, temporary: Path) -> None:
         temporary.unlink()
 
 
+def move_away(path: Path, target: Path) -> None:
+    """Gives `path` another name in the same directory, durably."""
+    os.rename(path, target)
+    sync_file(path.parent)
+
+
 def replace_link(path: Path, target: Path) -> None:
     """Points the symbolic link `path` at `target` (relative where they are neighbours), in one step."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

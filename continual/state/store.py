@@ -16,7 +16,7 @@ from continual.errors import Damaged, Misconfigured, Retry
 from continual.records import Entry, SlotSpec, TensorSpec
 from continual.state import framing, lock, names
 from continual.state.arrays import Array
-from continual.state.durable import environment, link_new, replace_bytes, sync_file, write_temporary
+from continual.state.durable import environment, link_new, move_away, replace_bytes, sync_file, write_temporary
 from continual.state.generation import Generation
 from continual.state.ledger import Ledger, chain
 from continual.state.records import VERSION, Commit, Format
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DIRECTORIES = ("commits", "generations", "tags", "leases")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _READS = 50
+_EXPIRED = ".expired-"
 Step = Callable[[str], None]
 
 
@@ -99,11 +100,12 @@ class State:
             state = cls(path, form, ledger, lock_fd, on_step or _nothing)
             if (now := state._generation(ledger.log[-1])) is not None:
                 _ = _in_force(now)
-            state.orphans = tuple(sorted(set(_listed(path / "generations")) - {c.generation for c in ledger.log if c.generation}))
+            unnamed = set(_listed(path / "generations")) - {c.generation for c in ledger.log if c.generation}
+            state.orphans = tuple(sorted(name for name in unnamed if not name.startswith(_EXPIRED)))
             if write:
                 state._settle_head()
-                for orphan in state.orphans:
-                    shutil.rmtree(path / "generations" / orphan, ignore_errors=True)
+                for name in unnamed:
+                    shutil.rmtree(path / "generations" / name, ignore_errors=True)
         except BaseException:
             if lock_fd is not None:
                 os.close(lock_fd)
@@ -271,9 +273,13 @@ class State:
         recent = list(dict.fromkeys(c.generation for c in reversed(self.log) if c.generation))[:keep]
         held = {self.get(seq).generation for seq in self._ledger.tags.values()} | lock.leased(self.path / "leases") | {self.head.generation, *recent}
         expired = [g for g in self.generations() if g not in held]
-        for generation in expired:
-            self._open.pop(generation, None)
-            shutil.rmtree(self.path / "generations" / generation, ignore_errors=True)
+        with environment("cannot delete old generations"):
+            for generation in expired:
+                # renamed first: a kill while its files are deleted must not leave half of it under a name that a record knows
+                self._open.pop(generation, None)
+                move_away(self.path / "generations" / generation, self.path / "generations" / f"{_EXPIRED}{generation}")
+            for generation in expired:
+                shutil.rmtree(self.path / "generations" / f"{_EXPIRED}{generation}")
         return expired
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:

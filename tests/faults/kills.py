@@ -58,7 +58,7 @@ def campaign(work: Path, kills: int, seed: int = 0) -> dict[str, object]:
     api.init(base, state)
     shutil.copytree(state, straight)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["continual.api", "tests.faults.kills"])
+    context.set_forkserver_preload(["continual.api"])
     draw = random.Random(seed)
     fell: Counter[str] = Counter()
     inside = 0

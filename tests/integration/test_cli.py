@@ -92,7 +92,7 @@ def test_damage_is_found_and_named(tmp_path: Path, place: tuple[Path, Path]) -> 
         (("export", "{tmp}/o", "--dtype", "int4", "--state", "{tmp}/state"), 2, ("int4",)),
         (("run", "--state", "{tmp}/state"), 2, ("--watch",)),
         (("run", "--state", "{tmp}/state", "--watch", "{tmp}/nowhere"), 2, ("nowhere",)),
-        (("fold", "{tmp}/nowhere", "--state", "{tmp}/state"), 1, ("nowhere",)),
+        (("fold", "{tmp}/nowhere", "--state", "{tmp}/state"), 2, ("nowhere",)),
     ],
 )
 def test_wrong_input_says_what_to_do(tmp_path: Path, place: tuple[Path, Path], arguments: tuple[str, ...], code: int, words: tuple[str, ...]) -> None:

@@ -27,10 +27,10 @@ def base(tmp_path: Path) -> Path:
     return models.base(tmp_path / "base")
 
 
-def opened(tmp_path: Path, base: Path, rule: str = "opcm", **settings: object) -> api.Merge:
+def opened(tmp_path: Path, origin: Path, rule: str = "opcm", **settings: object) -> api.Merge:
     state = tmp_path / "state"
     if not state.exists():
-        api.init(base, state, api.Asked(rule=rule))
+        api.init(origin, state, api.Asked(rule=rule))
     return api.Merge(Settings(state=state, **settings), write=True)  # type: ignore[arg-type]
 
 

@@ -27,7 +27,7 @@ def merge(tmp_path: Path) -> api.Merge:
     api.init(base, tmp_path / "state", api.Asked(rule="mean"))
     made = api.open(tmp_path / "state", write=True)
     for i in range(2):
-        assert made.fold(models.fine_tune(base, tmp_path / f"ft-{i}", i, size=0.5)).fate == "folded"
+        assert made.fold(models.fine_tune(base, tmp_path / f"ft-{i}", i, size=0.3)).fate == "folded"
     return made
 
 

@@ -27,7 +27,7 @@ def test_file_named_by_the_environment(tmp_path: Path) -> None:
     [
         ("kepe = 3", {}, ("kepe", "continual.toml")),
         ("keep = 0", {}, ("keep", "continual.toml")),
-        ("keep = ", {}, ("continual.toml", "line 1")),
+        ("keep = x", {}, ("continual.toml", "line 1")),
         ("", {"CONTINUAL_KEPE": "3"}, ("CONTINUAL_KEPE", "environment")),
         ("", {"CONTINUAL_UPDATES": "merge"}, ("CONTINUAL_UPDATES", "merge", "refuse")),
         ("", {"CONTINUAL_MEMORY": "lots"}, ("CONTINUAL_MEMORY", "lots")),
