@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from continual import logs, provenance
+from continual import console, logs, provenance
 from continual.api import Merge
 from continual.config import Settings
 from continual.engine import Outcome
@@ -26,7 +27,7 @@ from continual.publish import folder
 from continual.queue import Queue, Waiting
 from continual.sources.folder import FolderSource, forbidden
 from continual.status import Live
-from continual.web import create_app, serve
+from continual.web import create_app, listen, serve
 
 
 def run(settings: Settings) -> int:
@@ -34,7 +35,8 @@ def run(settings: Settings) -> int:
     logs.configure(json=settings.log_json, level=settings.log_level)
     check_places(settings)
     with Merge(settings, write=True) as merge:
-        daemon = Daemon(merge)
+        sock = listen(settings.host, settings.port, settings.allow_remote)
+        daemon = Daemon(merge, sock)
         asyncio.run(daemon.run())
         return 4 if daemon.halted else 0
 
@@ -57,8 +59,9 @@ def check_places(settings: Settings) -> None:
 class Daemon:
     """One running service on one open state."""
 
-    def __init__(self, merge: Merge) -> None:
+    def __init__(self, merge: Merge, sock: socket.socket) -> None:
         self.merge = merge
+        self.socket = sock
         self.settings = merge.settings
         self.log = structlog.get_logger("continual")
         self.metrics = Metrics()
@@ -124,8 +127,7 @@ class Daemon:
             await asyncio.wait({folding})
 
     async def _serve(self, stop: asyncio.Event) -> None:
-        app = create_app(self.live, self.metrics)
-        await serve(app, self.settings.host, self.settings.port, self._listening, stop, allow_remote=self.settings.allow_remote)
+        await serve(create_app(self.live, self.metrics, console.plain), self.socket, self._listening, stop)
 
     def _listening(self, url: str) -> None:
         self.merge.state.set_url(url)
@@ -193,7 +195,7 @@ class Daemon:
         facts: dict[str, Any] = {"model": outcome.name, "seq": outcome.commit.seq}
         if outcome.fate == "folded" and outcome.report is not None:
             report = outcome.report
-            self.metrics.observe(report)
+            self.metrics.observe(report, time.time())
             numbers = {k: round(report.numbers[k], 4) for k in ("tau_norm", "cosine", "lambda") if k in report.numbers}
             self.log.info("folded", **facts, **numbers, seconds=round(report.seconds["total"], 3), bytes_read=report.bytes_read)
             self.released.set()

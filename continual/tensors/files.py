@@ -1,39 +1,47 @@
-"""The files of a model, opened once and read by `pread`: never mapped, because a mapped file that its publisher truncates kills the process."""
+"""The files of a model, opened once and read by `pread`: never mapped, because a mapped file that its publisher truncates kills the process.
+
+What is opened here was put there by others: only regular files are read, and where a root is given only such as lie in it, whatever links lead to them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from continual.errors import Refuse, Retry
 from continual.records import FileStat
 
-_LARGE_CONFIG = 32 << 20
+_LARGEST_CONFIG = 32 << 20
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns an OSError into Retry that names the file: a file that cannot be read now says nothing about the model."""
+    """Turns an OSError into Retry that names the file: a file that cannot be read now says nothing about the model.
+
+    What can never be read whatever the environment does (a circle of links, a name too long, a socket) is Refuse.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
+            raise Refuse("no-file", f"{path}: leads to no file ({error.strerror})") from error
         raise Retry(f"{path}: cannot be read ({error.strerror}); nothing was settled") from error
 
 
 class Files:
-    """Weight files of one model, open for reading. `stats` says what they were when they were opened."""
+    """Files of one model, open for reading. `stats` says what they were when they were opened."""
 
     def __init__(self, paths: Sequence[Path], root: Path | None) -> None:
-        """Opens `paths`. Raises Refuse if one leads out of `root` through a symbolic link, Retry if one cannot be opened."""
+        """Opens `paths`. Raises Refuse if one is no regular file or lies outside `root`, Retry if one cannot be opened."""
         self.paths = tuple(paths)
         self._fds: list[int] = []
         try:
             for path in paths:
-                inside(path, root)
-                with reading(path):
-                    self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                self._fds.append(_open(path, root))
             self.stats = tuple(self._stat(i) for i in range(len(paths)))
         except BaseException:
             self.close()
@@ -46,8 +54,7 @@ class Files:
 
     def _stat(self, file: int) -> FileStat:
         with reading(self.paths[file]):
-            stat = os.fstat(self._fds[file])
-        return FileStat(self.paths[file].name, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+            return _file_stat(self.paths[file], os.fstat(self._fds[file]))
 
     def pread(self, file: int, length: int, offset: int) -> bytes:
         """`length` bytes at `offset`. Raises Retry if the file ends before."""
@@ -74,22 +81,39 @@ class Files:
         """Raises Retry naming the first file that was rewritten, replaced or deleted since it was opened."""
         for i, (path, before) in enumerate(zip(self.paths, self.stats, strict=True)):
             with reading(path):
-                named = os.stat(path)
-            now = FileStat(path.name, named.st_size, named.st_mtime_ns, named.st_ino)
-            if self._stat(i) != before or now != before:
+                named = _file_stat(path, os.stat(path))
+            if self._stat(i) != before or named != before:
                 raise Retry(f"{path}: changed while it was read; nothing was settled, it is taken up again when it is still")
 
 
-def inside(path: Path, root: Path | None) -> None:
-    """Raises Refuse if `path` leads out of `root` when its symbolic links are followed; None allows any place."""
-    if root is not None and not path.resolve().is_relative_to(root.resolve()):
-        raise Refuse("outside", f"{path} leads out of the watched folder, to {path.resolve()}: publish the file itself")
-
-
 def small_file(path: Path, root: Path | None) -> bytes:
-    """A configuration file's contents, of at most 32 MiB."""
-    inside(path, root)
+    """The contents of a configuration file of at most 32 MiB. Raises Refuse if it is larger, as for any other file of a model."""
+    files = Files([path], root)
+    try:
+        size = files.stats[0].size
+        if size > _LARGEST_CONFIG:
+            raise Refuse("config", f"{path}: {size} bytes are too many for a configuration file")
+        return files.pread(0, size, 0)
+    finally:
+        files.close()
+
+
+def _open(path: Path, root: Path | None) -> int:
+    """A descriptor of a regular file. Where it lies is asked of the kernel once it is open, so that no link can be exchanged in between."""
     with reading(path):
-        if path.stat().st_size > _LARGE_CONFIG:
-            raise Refuse("header", f"{path}: too large for a configuration file")
-        return path.read_bytes()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)  # a FIFO without a writer must not block
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise Refuse("no-file", f"{path}: is no regular file")
+            if root is not None:
+                place = Path(os.readlink(f"/proc/self/fd/{fd}"))
+                if not place.is_relative_to(root.resolve()):
+                    raise Refuse("outside", f"{path} leads out of the watched folder, to {place}: publish the file itself")
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def _file_stat(path: Path, found: os.stat_result) -> FileStat:
+    return FileStat(path.name, found.st_size, found.st_mtime_ns, found.st_ino)

@@ -1,7 +1,8 @@
 """The head of a safetensors file, parsed strictly: whatever is not exactly as the format says is refused by name.
 
 Format: https://huggingface.co/docs/safetensors. Eight little-endian bytes with the length N of the header, N bytes of JSON (tensor name to dtype, shape
-and data_offsets, and `__metadata__` of strings), then the data, which the offsets cover without gap or overlap.
+and data_offsets, and `__metadata__` of strings), then the data, which the offsets cover without gap or overlap. Stricter than the format in two points:
+names are printable (they go into paths, logs and records), and a header is at most 25 MB, as the Hub's own client has it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any, NamedTuple
 from continual.errors import Refuse
 from continual.records import ITEMSIZE
 
-LONGEST = 100_000_000
-"""Bytes of the longest header that is read, as in the reference implementation."""
+LONGEST = 25_000_000
+"""Bytes of the longest header that is read: some 200,000 tensors. A parsed header takes many times its size in memory."""
+_LONGEST_NAME = 1000
+_SHOWN = 80
 
 
 class TensorInfo(NamedTuple):
@@ -42,38 +45,40 @@ def parse(pread: Callable[[int, int], bytes], size: int, where: str, file: int =
         raise Refuse("header", f"{where}: the header claims {length} bytes; at most {LONGEST} are read: this is no safetensors file, or a damaged one")
     if 8 + length > size:
         raise Refuse("truncated", f"{where}: the header claims {length} bytes and the file has {size}: it is cut off")
-    text = pread(length, 8)
-    body = _json(text, where)
+    body = json_object(pread(length, 8), where, "header")
     _metadata(body.pop("__metadata__", {}), where)
     infos = {name: _tensor(name, entry, where, file, 8 + length) for name, entry in body.items()}
     _covered(sorted(infos.values(), key=lambda t: (t.offset, t.nbytes)), 8 + length, size, where)
     return infos
 
 
-def _json(text: bytes, where: str) -> dict[str, Any]:
-    """The header as a dictionary; duplicate names, nesting too deep for the parser and anything that is no object are refused."""
-    if text[:1] != b"{":
-        raise Refuse("header", f"{where}: the header does not begin with '{{'")
+def json_object(text: bytes, where: str, reason: str) -> dict[str, Any]:
+    """Untrusted bytes as a JSON object. Raises Refuse(reason) for anything else: another type, a key twice, NaN, nesting too deep to parse."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise Refuse("header", f"{where}: the header has {twice!r} twice")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise Refuse(reason, f"{where}: {shown(name)} is there twice")
+            found[name] = value
         return found
 
+    def constant(word: str) -> None:
+        raise Refuse(reason, f"{where}: holds {word}, which is no JSON")
+
     try:
-        body = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=lambda word: _bad(where, word))
+        body = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise Refuse("header", f"{where}: the header is no valid JSON ({error})") from None
+        raise Refuse(reason, f"{where}: no valid JSON ({error})") from None
     if not isinstance(body, dict):
-        raise Refuse("header", f"{where}: the header is no JSON object")
+        raise Refuse(reason, f"{where}: no JSON object")
     return body
 
 
-def _bad(where: str, word: str) -> None:
-    raise Refuse("header", f"{where}: the header holds {word}")
+def shown(value: Any) -> str:
+    """A value from an untrusted file as it may stand in a message: one line, and short."""
+    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _metadata(body: Any, where: str) -> None:
@@ -82,18 +87,20 @@ def _metadata(body: Any, where: str) -> None:
 
 
 def _tensor(name: str, entry: Any, where: str, file: int, start: int) -> TensorInfo:
+    if not name or not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise Refuse("header", f"{where}: tensor name {shown(name)} is empty, not printable or longer than {_LONGEST_NAME}")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise Refuse("header", f"{where}: tensor {name}: the entry must have dtype, shape and data_offsets and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise Refuse("dtype", f"{where}: tensor {name} has dtype {dtype}, which cannot be folded or carried; convert it to F32, F16 or BF16")
-    if not _sizes(shape):
-        raise Refuse("header", f"{where}: tensor {name}: shape {shape!r} is no list of sizes")
+        raise Refuse("dtype", f"{where}: tensor {name} has dtype {shown(dtype)}, which cannot be folded or carried; convert it to F32, F16 or BF16")
+    if not _sizes(shape) or math.prod(n for n in shape if n) >= 1 << 62:
+        raise Refuse("header", f"{where}: tensor {name}: shape {shown(shape)} is no list of sizes")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise Refuse("header", f"{where}: tensor {name}: data_offsets {offsets!r} are no range")
+        raise Refuse("header", f"{where}: tensor {name}: data_offsets {shown(offsets)} are no range")
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     if offsets[1] - offsets[0] != nbytes:
-        raise Refuse("header", f"{where}: tensor {name}: {offsets[1] - offsets[0]} bytes for {dtype} {shape}, which takes {nbytes}")
+        raise Refuse("header", f"{where}: tensor {name}: {offsets[1] - offsets[0]} bytes for {dtype} {shown(shape)}, which takes {nbytes}")
     return TensorInfo(name, dtype, tuple(shape), file, start + offsets[0], nbytes)
 
 

@@ -1,0 +1,6 @@
+"""The daemon's one port: status page, JSON, metrics and probes."""
+
+from continual.web.app import create_app, listen, parse, serve
+from continual.web.view import Status, View
+
+__all__ = ["Status", "View", "create_app", "listen", "parse", "serve"]

@@ -140,7 +140,8 @@ def test_help_and_completion_are_cheap() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert run("--help").returncode == 0
-    completed = run(env={"_CONTINUAL_COMPLETE": "complete_bash", "COMP_WORDS": "continual ro", "COMP_CWORD": "1"})
+    asked = {**os.environ, "_CONTINUAL_COMPLETE": "complete_bash", "COMP_WORDS": "continual ro", "COMP_CWORD": "1"}
+    completed = subprocess.run([Path(sys.executable).parent / "continual"], capture_output=True, text=True, check=False, env=asked)
     assert "rollback" in completed.stdout
 
 

@@ -21,11 +21,11 @@ ROWS = (
     ("publish",),
     ("metrics", "logs"),
     ("api",),
+    ("console",),
     ("web",),
     ("status",),
     ("daemon",),
     ("demo",),
-    ("console",),
     ("cli",),
     ("__main__", "__init__"),
 )

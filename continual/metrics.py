@@ -1,0 +1,121 @@
+"""Every series the daemon exposes, in one table, fed by the engine's reports. No label is a model's name: their number must stay bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+from continual.records import FoldReport
+
+
+class Series(NamedTuple):
+    """A row of the table; `kind` is the Prometheus type."""
+
+    kind: type[Counter] | type[Gauge] | type[Histogram]
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+_SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
+TABLE: tuple[Series, ...] = (
+    Series(Counter, "continual_folds_total", "Fine-tunes folded by this process."),
+    Series(Counter, "continual_refusals_total", "Candidates refused by this process, duplicates included.", ("reason",)),
+    Series(Counter, "continual_retries_total", "Times a candidate was put back because the environment got in the way."),
+    Series(Counter, "continual_errors_total", "Things that went wrong outside any candidate.", ("kind",)),
+    Series(Counter, "continual_read_bytes_total", "Bytes read from bases and fine-tunes."),
+    Series(Counter, "continual_fold_stage_seconds_total", "Seconds spent in folds by stage, summed over workers.", ("stage",)),
+    Series(Histogram, "continual_fold_seconds", "Wall time of a fold from headers to acknowledged commit.", (), _SECONDS),
+    Series(Gauge, "continual_queue_candidates", "Candidates waiting."),
+    Series(Gauge, "continual_last_fold_timestamp_seconds", "When this process last folded, as seconds since 1970; 0 if it has not."),
+    Series(Gauge, "continual_state_bytes", "Bytes of the accumulators in one generation."),
+    Series(Gauge, "continual_state_generations", "Generations kept on disk."),
+    Series(Gauge, "continual_state_head", "Number of the newest record."),
+    Series(Gauge, "continual_state_folds", "Folds in force."),
+    Series(Gauge, "continual_lambda_ratio", "The scaling factor of OPCM: norm of the merged direction over the mean task-vector norm."),
+    Series(Gauge, "continual_energy_kept_ratio", "Share of the last task vector's energy that its projection kept, mean over matrices."),
+    Series(Gauge, "continual_peak_memory_bytes", "Largest resident set of the process so far (VmHWM)."),
+    Series(Gauge, "continual_build_info", "Always 1; the labels say what runs.", ("version", "torch", "rule", "device")),
+)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """The series of one process, on a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        self._series: dict[str, Any] = {}
+        for row in TABLE:
+            extra = {"buckets": row.buckets} if row.buckets else {}
+            self._series[row.name] = row.kind(row.name, row.help, row.labels, registry=self.registry, **extra)
+        self._series["continual_peak_memory_bytes"].set_function(peak_memory)
+
+    def observe(self, report: FoldReport, now: float) -> None:
+        """A committed fold; `now` in seconds since 1970."""
+        self._series["continual_folds_total"].inc()
+        self._series["continual_read_bytes_total"].inc(report.bytes_read)
+        self._series["continual_fold_seconds"].observe(report.seconds["total"])
+        for stage, seconds in report.seconds.items():
+            if stage != "total":
+                self._series["continual_fold_stage_seconds_total"].labels(stage).inc(seconds)
+        if kept := report.numbers["notes"].get("kept"):
+            self._series["continual_energy_kept_ratio"].set(kept["mean"])
+        self._series["continual_last_fold_timestamp_seconds"].set(now)
+
+    def refused(self, reason: str) -> None:
+        """A candidate that was kept out."""
+        self._series["continual_refusals_total"].labels(reason).inc()
+
+    def retried(self) -> None:
+        """A candidate that was put back."""
+        self._series["continual_retries_total"].inc()
+
+    def error(self, kind: str) -> None:
+        """Something that went wrong outside any candidate: `halt` or `publish`."""
+        self._series["continual_errors_total"].labels(kind).inc()
+
+    def queue(self, waiting: int) -> None:
+        """How many candidates wait."""
+        self._series["continual_queue_candidates"].set(waiting)
+
+    def state(self, nbytes: int, generations: int, head: int, folds: int) -> None:
+        """What the state holds now."""
+        for name, value in (("bytes", nbytes), ("generations", generations), ("head", head), ("folds", folds)):
+            self._series[f"continual_state_{name}"].set(value)
+
+    def gauges(self, gauges: Mapping[str, float]) -> None:
+        """What the rule says of its totals."""
+        if "lambda" in gauges:
+            self._series["continual_lambda_ratio"].set(gauges["lambda"])
+
+    def build(self, *, rule: str, device: str, software: Mapping[str, str]) -> None:
+        """What runs."""
+        self._series["continual_build_info"].labels(software["continual"], software["torch"], rule, device).set(1)
+
+    def text(self) -> bytes:
+        """All series in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+def peak_memory() -> float:
+    """VmHWM of this process in bytes, 0 where /proc does not tell."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as lines:
+            return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0.0)
+    except OSError:
+        return 0.0

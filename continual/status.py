@@ -1,0 +1,193 @@
+"""The status of a state: from the running daemon over HTTP, from inside it, or from the files alone; and as text for people."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from continual import provenance
+from continual.api import Merge
+from continual.config import Settings
+from continual.console import plain, record, size
+from continual.metrics import peak_memory
+from continual.queue import Queue
+from continual.rules import ReadOptions
+from continual.state import Commit, lock
+from continual.web import Status, parse
+from continual.web.page import duration, when
+
+_SHOWN = 15
+_STUCK = 900.0
+"""Seconds without any progress in a fold after which the daemon no longer calls itself healthy."""
+_SILENT = 30.0
+
+
+class Live:
+    """What the daemon is doing now, and the view the service shows of it. Written by the daemon, read by the service."""
+
+    def __init__(self, merge: Merge, queue: Queue) -> None:
+        self.merge = merge
+        self.queue = queue
+        self.url: str | None = None
+        self.scanned = False
+        self.beat = time.monotonic()
+        self.current: Path | None = None
+        self._begun = time.monotonic()
+        self._moved = time.monotonic()
+        self._stage: tuple[str, int, int] = ("", 0, 0)
+
+    def begin(self, path: Path) -> None:
+        """A candidate is looked at."""
+        self.current, self._stage, self._moved = path, ("inspect", 0, 1), time.monotonic()
+
+    def end(self) -> None:
+        """It is done with."""
+        self.current = None
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """The engine's progress callback."""
+        self._stage, self._moved = (stage, done, total), time.monotonic()
+
+    def healthy(self) -> tuple[bool, str]:
+        """Not if the event loop or a fold has been standing still."""
+        now = time.monotonic()
+        if now - self.beat > _SILENT:
+            return False, f"no heartbeat for {now - self.beat:.0f} s"
+        if self.current is not None and now - self._moved > _STUCK:
+            return False, f"{self.current.name}: no progress for {now - self._moved:.0f} s"
+        return True, "ok"
+
+    def ready(self) -> tuple[bool, str]:
+        """Once every folder has been scanned."""
+        return (True, "ok") if self.scanned else (False, "the first scan of the watched folders is under way")
+
+    def log(self, limit: int, before: int | None) -> list[dict[str, Any]]:
+        """Records of the ledger."""
+        commits = self.merge.state.log[: len(self.merge.state.log) if before is None else before]
+        return [record(c) for c in commits[-limit:]]
+
+    def status(self) -> Status:
+        """Everything there is to show."""
+        good, why = self.healthy()
+        stage, done, total = self._stage
+        current = self.current
+        return _status(
+            self.merge,
+            health="ok" if good else "stuck",
+            why="" if good else why,
+            pid=os.getpid(),
+            url=self.url,
+            uptime=time.monotonic() - self._begun,
+            queue=[w.event.path.name for w in self.queue.ordered()],
+            current=None if current is None else {"model": current.name, "stage": stage, "done": done, "total": total},
+            memory=peak_memory(),
+        )
+
+
+def ask(state: Path) -> dict[str, Any] | None:
+    """What the daemon on `state` answers; None if none runs or it does not answer."""
+    url = lock.holder(state / "lock").get("url")
+    if not isinstance(url, str) or not url.startswith("http://"):
+        return None
+    try:
+        with urllib.request.urlopen(f"{url}/api/status", timeout=5) as answer:
+            body = parse(answer.read().decode())
+    except (OSError, ValueError):
+        return None
+    return body if Path(str(body["state"])) == state.absolute() else None
+
+
+def at_rest(settings: Settings) -> dict[str, Any]:
+    """The same from the files, where no daemon runs."""
+    with Merge(settings) as merge:
+        found = _status(merge, health="not running", why="no daemon has this state open", pid=None, url=None, uptime=None, queue=[], current=None, memory=None)
+    body: dict[str, Any] = plain(found)
+    return body
+
+
+def text(body: Mapping[str, Any]) -> str:
+    """A status for people."""
+    lines = [
+        f"{body['health']}{': ' + body['why'] if body['why'] else ''}" + (f", process {body['pid']} at {body['url']}" if body["pid"] else ""),
+        f"state      {body['state']}, record {body['head']}, {body['folds']} folded, {size(body['state_bytes'])} a generation, {body['generations']} kept",
+        f"base       {body['base']}",
+        f"rule       {body['rule']} {body['options'] or ''}, scale {body['scale']}" + "".join(f", {k} {v:.4g}" for k, v in body["gauges"].items()),
+    ]
+    if body["uptime_seconds"] is not None:
+        lines.append(f"up         {duration(body['uptime_seconds'])}, peak memory {size(body['peak_memory_bytes'])}, watching {', '.join(body['watch'])}")
+    if body["current"]:
+        lines.append(f"folding    {body['current']['model']}: {body['current']['stage']} {body['current']['done']}/{body['current']['total']}")
+    lines.append(f"waiting    {', '.join(body['queue']) or 'nothing'}")
+    lines += [f"folded     {when(f['time'])}  {f['seq']}  {f['model']}" for f in body["last_folds"][:5]]
+    lines += [f"refused    {when(r['time'])}  {r['seq']}  {r['model']}: {r['reason']}" for r in body["refusals"][:5]]
+    return "\n".join(lines)
+
+
+def _status(
+    merge: Merge,
+    *,
+    health: str,
+    why: str,
+    pid: int | None,
+    url: str | None,
+    uptime: float | None,
+    queue: list[str],
+    current: dict[str, Any] | None,
+    memory: float | None,
+) -> Status:
+    state, folds = merge.state, merge.state.folds()
+    refused = [c for c in state.log if c.entry.kind == "refuse"][-_SHOWN:]
+    return Status(
+        version=provenance.software()["continual"],
+        health=health,
+        why=why,
+        pid=pid,
+        url=url,
+        uptime_seconds=uptime,
+        state=str(state.path.absolute()),
+        state_id=state.id,
+        base=state.format.base["path"],
+        rule=state.format.rule,
+        options=state.format.options,
+        scale=str(ReadOptions.from_mapping(state.read_options_at(state.head.seq))),
+        watch=[str(path) for path in merge.settings.watch],
+        head=state.head.seq,
+        folds=len(folds),
+        generations=len(state.generations()),
+        state_bytes=state.generation_bytes(),
+        disk_free_bytes=shutil.disk_usage(state.path).free,
+        totals=state.totals,
+        gauges=merge.rule.gauges(state.totals),
+        queue=queue,
+        current=current,
+        last_folds=[_fold(c) for c in reversed(folds[-_SHOWN:])],
+        refusals=[_refusal(c) for c in reversed(refused)],
+        peak_memory_bytes=memory,
+    )
+
+
+def _fold(commit: Commit) -> dict[str, Any]:
+    candidate, numbers = commit.entry.candidate or {}, commit.entry.numbers or {}
+    return {
+        "seq": commit.seq,
+        "time": commit.time,
+        "model": candidate.get("name"),
+        "form": candidate.get("form"),
+        "tau_norm": numbers.get("tau_norm"),
+        "cosine": numbers.get("cosine"),
+    }
+
+
+def _refusal(commit: Commit) -> dict[str, Any]:
+    return {
+        "seq": commit.seq,
+        "time": commit.time,
+        "model": (commit.entry.candidate or {}).get("name"),
+        "reason": commit.entry.reason,
+        "message": commit.entry.message,
+    }

@@ -1,0 +1,108 @@
+"""The status page: one document, no script, every value escaped. It reloads itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from continual.web.view import Status
+
+_STYLE = """
+:root{color-scheme:light dark;--line:#8884;--soft:#8882;--good:#1a7f37;--bad:#cf222e}
+@media(prefers-color-scheme:dark){:root{--good:#3fb950;--bad:#ff7b72}}
+*{box-sizing:border-box}body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:0 auto;padding:1.2rem}
+h1{font-size:1.4rem;margin:0}h2{font-size:1.05rem;margin:1.8rem 0 .5rem}header{display:flex;gap:.8rem;align-items:baseline;flex-wrap:wrap}
+.tag{border-radius:1rem;padding:.05rem .7rem;font-weight:600;border:1px solid currentColor}.good{color:var(--good)}.bad{color:var(--bad)}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.6rem;margin:1rem 0 0;padding:0}
+.cards div{background:var(--soft);border-radius:.5rem;padding:.5rem .8rem}.cards dt{opacity:.7;font-size:.85rem}.cards dd{margin:0;font-size:1.15rem;overflow-wrap:anywhere}
+.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.3rem .7rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top}
+th{font-weight:600;opacity:.75;white-space:nowrap}td.n{font-variant-numeric:tabular-nums;white-space:nowrap}td.wide{min-width:18rem;overflow-wrap:anywhere}
+p.none{opacity:.65;margin:.2rem 0}footer{margin-top:2rem;opacity:.65;font-size:.85rem;overflow-wrap:anywhere}progress{width:10rem;vertical-align:middle}
+"""
+SECONDS = 5
+
+
+def render(status: Status) -> str:
+    """The page for `status`."""
+    good = status.health == "ok"
+    cards = [
+        ("folded", status.folds),
+        ("waiting", len(status.queue)),
+        ("record", status.head),
+        ("rule", status.rule),
+        ("scale", status.scale),
+        *((name, f"{value:.4g}") for name, value in status.gauges.items()),
+        ("state", size(status.state_bytes)),
+        ("disk free", size(status.disk_free_bytes)),
+        ("peak memory", size(status.peak_memory_bytes or 0)),
+        ("up", duration(status.uptime_seconds or 0)),
+    ]
+    body = [
+        f'<header><h1>continual</h1><span class="tag {"good" if good else "bad"}">{escape(status.health)}</span><span>{escape(status.why)}</span></header>',
+        '<dl class="cards">' + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in cards) + "</dl>",
+        "<h2>Queue</h2>",
+        _current(status.current),
+        _table(("waiting",), ((name,) for name in status.queue)) if status.queue else '<p class="none">Nothing waits.</p>',
+        "<h2>Last folds</h2>",
+        _folds(status.last_folds),
+        "<h2>Refusals</h2>",
+        _refusals(status.refusals),
+        f"<footer>continual {escape(status.version)}, process {status.pid}; state {escape(status.state)} ({escape(status.state_id[:12])}); base {escape(status.base)}; "
+        f"watching {escape(', '.join(status.watch)) or 'nothing'}. "
+        '<a href="/api/status">status as JSON</a>, <a href="/api/log">ledger</a>, <a href="/metrics">metrics</a></footer>',
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="refresh" content="{SECONDS}">'
+    return f'<!doctype html><html lang="en"><head>{head}<title>continual: {status.folds} folded</title><style>{_STYLE}</style></head><body>{"".join(body)}</body></html>'
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """A time span in its two largest units."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    return f"{days} d {h} h" if days else f"{h} h {m} min" if h else f"{m} min {s} s" if m else f"{s} s"
+
+
+def _current(current: Mapping[str, Any] | None) -> str:
+    if current is None:
+        return ""
+    done, total = int(current["done"]), int(current["total"])
+    return f'<p>Folding <b>{escape(str(current["model"]))}</b>: {escape(str(current["stage"]))} <progress value="{done}" max="{max(total, 1)}"></progress> {done}/{total}</p>'
+
+
+def _folds(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return '<p class="none">No fold yet.</p>'
+    head = ("record", "when", "model", "form", "norm", "cosine")
+    return _table(head, ((r["seq"], when(r["time"]), r["model"], r["form"], f"{r['tau_norm']:.4g}", f"{r['cosine']:+.3f}") for r in rows))
+
+
+def _refusals(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return '<p class="none">None.</p>'
+    return _table(("record", "when", "model", "reason", "why"), ((r["seq"], when(r["time"]), r["model"], r["reason"], r["message"]) for r in rows))
+
+
+def when(time: str) -> str:
+    """An RFC 3339 time to the second, without the T."""
+    return time[:19].replace("T", " ")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    def cell(name: str, value: object) -> str:
+        kind = ' class="wide"' if name == "why" else ' class="n"' if name in ("record", "when", "norm", "cosine") else ""
+        return f"<td{kind}>{escape(str(value))}</td>"
+
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = "".join("<tr>" + "".join(map(cell, head, row)) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{top}</tr>{lines}</table></div>'

@@ -1,0 +1,58 @@
+"""What the service shows, as one frozen record, and where it gets it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The state and, where one runs, its daemon. Sizes in bytes, times as RFC 3339 or seconds. `current` is the candidate being folded, with its stage."""
+
+    version: str
+    health: str
+    why: str
+    pid: int | None
+    url: str | None
+    uptime_seconds: float | None
+    state: str
+    state_id: str
+    base: str
+    rule: str
+    options: Mapping[str, Any]
+    scale: str
+    watch: Sequence[str]
+    head: int
+    folds: int
+    generations: int
+    state_bytes: int
+    disk_free_bytes: int
+    totals: Mapping[str, float]
+    gauges: Mapping[str, float]
+    queue: Sequence[str]
+    current: Mapping[str, Any] | None
+    last_folds: Sequence[Mapping[str, Any]]
+    refusals: Sequence[Mapping[str, Any]]
+    peak_memory_bytes: float | None
+
+
+class View(Protocol):
+    """What the app asks of the daemon."""
+
+    def status(self) -> Status:
+        """Everything there is to show."""
+        ...
+
+    def healthy(self) -> tuple[bool, str]:
+        """Whether the daemon is alive, and why not."""
+        ...
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether it has opened its state and scanned its folders once, and why not."""
+        ...
+
+    def log(self, limit: int, before: int | None) -> list[dict[str, Any]]:
+        """The newest `limit` records, or those before record `before`, oldest first."""
+        ...
