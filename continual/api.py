@@ -1,9 +1,9 @@
 """The public Python API: make a state, open it, plan, fold, read, export. The commands call this and nothing below it.
 
-    import continual
-    with continual.open("state", write=True) as merge:
-        merge.fold("fine-tunes/alice")
-        merge.export("merged")
+import continual
+with continual.open("state", write=True) as merge:
+    merge.fold("fine-tunes/alice")
+    merge.export("merged")
 """
 
 from __future__ import annotations
@@ -196,8 +196,13 @@ class Merge:
         """
         found = self._settled(word)
         if not found:
-            raise Misconfigured(f"{word}: no refused or rolled-back candidate of this name, path, key or record number; see 'continual log'")
-        return [self.state.record(Entry(kind="retry", candidate=c.entry.candidate, fate="retry", message=f"after record {c.seq}")) for c in found]
+            raise Misconfigured(
+                f"{word}: no refused or rolled-back candidate of this name, path, key or record number; see 'continual log'"
+            )
+        return [
+            self.state.record(Entry(kind="retry", candidate=c.entry.candidate, fate="retry", message=f"after record {c.seq}"))
+            for c in found
+        ]
 
     def _settled(self, word: str) -> list[Commit]:
         latest: dict[str, Commit] = {}

@@ -27,7 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-StateDir = Annotated[Path | None, typer.Option("--state", help="Directory of the state; else CONTINUAL_STATE, else ./state.", show_default=False)]
+StateDir = Annotated[
+    Path | None, typer.Option("--state", help="Directory of the state; else CONTINUAL_STATE, else ./state.", show_default=False)
+]
 Config = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML); else CONTINUAL_CONFIG.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default=False)]
@@ -73,7 +75,9 @@ def _top(_version: Annotated[bool, typer.Option("--version", callback=_version, 
 def init(
     base: Annotated[Path, typer.Argument(help="Directory of the base model (safetensors).")],
     rule: Annotated[str, typer.Option("--rule", help="mean, task-arithmetic or opcm.")] = "opcm",
-    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Fold-time option of the rule as key=value; repeatable.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Fold-time option of the rule as key=value; repeatable.")
+    ] = None,
     scale: Annotated[str | None, typer.Option("--scale", help="Read-time scale: norm, norm:KAPPA or a number.", show_default=False)] = None,
     plain: Annotated[list[str] | None, typer.Option("--plain", help="Glob of tensors that take the rule's plain form; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Glob of tensors that are carried untouched; repeatable.")] = None,
@@ -92,7 +96,9 @@ def init(
     if json:
         console.emit(summary)
         return
-    console.say(f"{'Would make' if dry_run else 'Made'} a state for {summary.base} under {settings.state}: rule {rule}, scale {summary.scale}")
+    console.say(
+        f"{'Would make' if dry_run else 'Made'} a state for {summary.base} under {settings.state}: rule {rule}, scale {summary.scale}"
+    )
     console.table(("kind", "tensors", "parameters"), summary.kinds)
     console.say(f"Each generation takes {console.size(summary.state_bytes)} on disk.")
     if not dry_run:
@@ -106,7 +112,9 @@ def run(
     rescan: Annotated[float | None, typer.Option("--rescan", help="Seconds between full scans.", show_default=False)] = None,
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on (loopback).", show_default=False)] = None,
     port: Annotated[int | None, typer.Option("--port", help="Port of the service; 0 takes a free one.", show_default=False)] = None,
-    current: Annotated[Path | None, typer.Option("--current", help="Link kept on an export of the newest merge.", show_default=False)] = None,
+    current: Annotated[
+        Path | None, typer.Option("--current", help="Link kept on an export of the newest merge.", show_default=False)
+    ] = None,
     keep: Annotated[int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)] = None,
     drain: Annotated[float | None, typer.Option("--drain", help="Seconds a stop waits for the fold under way.", show_default=False)] = None,
     updates: Updates = None,
@@ -204,7 +212,9 @@ def _plan(models: list[Path], config: Path | None, flags: dict[str, Any], json: 
             if p.prefix != ("", ""):
                 console.say(f"{p.name}: prefix {p.prefix[1]!r} stands for the base's {p.prefix[0]!r}")
             if p.narrowed:
-                console.say(f"{p.name}: {len(p.narrowed)} tensors are {', '.join(sorted(set(p.narrowed.values())))}: the base is cast before subtracting")
+                console.say(
+                    f"{p.name}: {len(p.narrowed)} tensors are {', '.join(sorted(set(p.narrowed.values())))}: the base is cast before subtracting"
+                )
     raise typer.Exit(0 if all(p.ok or p.reason == "known" for p in plans) else 1)
 
 
@@ -326,8 +336,12 @@ def retry(
 def export(
     directory: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
     at: Annotated[int | None, typer.Option("--at", help="Record to export; default: the newest.", show_default=False)] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: the base's.", show_default=False)] = None,
-    shard_size: Annotated[str | None, typer.Option("--shard-size", help="Largest shard, as 5GB; default: the base's.", show_default=False)] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: the base's.", show_default=False)
+    ] = None,
+    shard_size: Annotated[
+        str | None, typer.Option("--shard-size", help="Largest shard, as 5GB; default: the base's.", show_default=False)
+    ] = None,
     base: BaseDir = None,
     workers: Workers = None,
     memory: Memory = None,
@@ -363,7 +377,9 @@ def verify(state: StateDir = None, config: Config = None, json: Json = False) ->
 
 @app.command()
 def demo(
-    directory: Annotated[Path | None, typer.Option("--dir", help="Where to work; default: a temporary directory.", show_default=False)] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Where to work; default: a temporary directory.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of data, training and order.")] = 0,
     json: Json = False,
 ) -> None:

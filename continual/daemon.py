@@ -53,7 +53,9 @@ def check_places(settings: Settings) -> None:
             raise Misconfigured(f"watch = {root}: {found} is a state; keep states outside the watched folders")
         for place in ours:
             if place.resolve().is_relative_to(root.resolve()):
-                raise Misconfigured(f"{place} lies in the watched folder {root}: what is published there would be folded again; move one of them")
+                raise Misconfigured(
+                    f"{place} lies in the watched folder {root}: what is published there would be folded again; move one of them"
+                )
 
 
 class Daemon:
@@ -92,7 +94,9 @@ class Daemon:
                 group.create_task(self._heartbeat())
                 folding = group.create_task(self._folding())
                 releasing = group.create_task(self._releasing())
-                feeding = [group.create_task(self._feed(source, root)) for source, root in zip(self.sources, self.settings.watch, strict=True)]
+                feeding = [
+                    group.create_task(self._feed(source, root)) for source, root in zip(self.sources, self.settings.watch, strict=True)
+                ]
                 await self.stopping.wait()
                 await self._drain(folding)
                 for task in (releasing, *feeding):
@@ -241,5 +245,3 @@ def _first(group: BaseExceptionGroup[Halt]) -> Halt:
         found = found.exceptions[0]
     assert isinstance(found, Halt)
     return found
-
-

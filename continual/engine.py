@@ -208,11 +208,11 @@ class Engine:
             report = self._report(candidate, lineage, pieces, before, vectors.digest({n: pieces[n].digest for n in lineage.folded}))
             if twin := self.state.folded_digest(report.digest):
                 return self._duplicate(candidate, report, twin)
-            safety.norms(
-                candidate.name, report.numbers["tau_norm"] ** 2, report.numbers["base_norm"] ** 2, before, self.policy.norms
-            )
+            safety.norms(candidate.name, report.numbers["tau_norm"] ** 2, report.numbers["base_norm"] ** 2, before, self.policy.norms)
             if self.stop.is_set():
-                raise Abandoned(f"{candidate.name}: the fold was given up because continual is stopping; it will be taken up at the next start")
+                raise Abandoned(
+                    f"{candidate.name}: the fold was given up because continual is stopping; it will be taken up at the next start"
+                )
             streamed = time.perf_counter()
             progress("commit", 0, 1)
             entry = Entry(
@@ -231,7 +231,13 @@ class Engine:
         return Outcome("folded", candidate.name, message, None, commit, provenance.timed(report, seconds))
 
     def _stream(
-        self, transaction: Transaction, vectors: TaskVectors, candidate: Candidate, lineage: Lineage, before: Mapping[str, float], progress: Progress
+        self,
+        transaction: Transaction,
+        vectors: TaskVectors,
+        candidate: Candidate,
+        lineage: Lineage,
+        before: Mapping[str, float],
+        progress: Progress,
     ) -> dict[str, Piece]:
         """Every foldable tensor of the base through the rule, in parallel; the pieces by name."""
         folded = set(lineage.folded)
@@ -252,7 +258,9 @@ class Engine:
             progress("fold", len(pieces), len(tasks))
         return pieces
 
-    def _one(self, transaction: Transaction, vectors: TaskVectors, candidate: Candidate, spec: TensorSpec, before: Mapping[str, float]) -> Piece:
+    def _one(
+        self, transaction: Transaction, vectors: TaskVectors, candidate: Candidate, spec: TensorSpec, before: Mapping[str, float]
+    ) -> Piece:
         """One tensor: read, subtract, fold, write."""
         if self.stop.is_set():
             raise Abandoned(f"{candidate.name}: the fold was given up because continual is stopping; it will be taken up at the next start")
@@ -284,7 +292,9 @@ class Engine:
         for slot, value in folded.accumulators.items():
             transaction.write(spec.name, slot, value.to("cpu").contiguous().numpy())
 
-    def _report(self, candidate: Candidate, lineage: Lineage, pieces: Mapping[str, Piece], before: Mapping[str, float], digest: str) -> FoldReport:
+    def _report(
+        self, candidate: Candidate, lineage: Lineage, pieces: Mapping[str, Piece], before: Mapping[str, float], digest: str
+    ) -> FoldReport:
         ordered = [pieces[name] for name in sorted(pieces)]
         sums = {key: math.fsum(piece.sums[key] for piece in ordered) for key in ordered[0].sums} if ordered else dict.fromkeys(SUMS, 0.0)
         base_sq = math.fsum(piece.base_sq for piece in ordered)

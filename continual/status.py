@@ -105,7 +105,17 @@ def ask(state: Path) -> dict[str, Any] | None:
 def at_rest(settings: Settings) -> dict[str, Any]:
     """The same from the files, where no daemon runs."""
     with Merge(settings) as merge:
-        found = _status(merge, health="not running", why="no daemon has this state open", pid=None, url=None, uptime=None, queue=[], current=None, memory=None)
+        found = _status(
+            merge,
+            health="not running",
+            why="no daemon has this state open",
+            pid=None,
+            url=None,
+            uptime=None,
+            queue=[],
+            current=None,
+            memory=None,
+        )
     body: dict[str, Any] = plain(found)
     return body
 
@@ -113,15 +123,21 @@ def at_rest(settings: Settings) -> dict[str, Any]:
 def text(body: Mapping[str, Any]) -> str:
     """A status for people."""
     lines = [
-        f"{body['health']}{': ' + body['why'] if body['why'] else ''}" + (f", process {body['pid']} at {body['url']}" if body["pid"] else ""),
+        f"{body['health']}{': ' + body['why'] if body['why'] else ''}"
+        + (f", process {body['pid']} at {body['url']}" if body["pid"] else ""),
         f"state      {body['state']}, record {body['head']}, {body['folds']} folded, {size(body['state_bytes'])} a generation, {body['generations']} kept",
         f"base       {body['base']}",
-        f"rule       {body['rule']} {body['options'] or ''}, scale {body['scale']}" + "".join(f", {k} {v:.4g}" for k, v in body["gauges"].items()),
+        f"rule       {body['rule']} {body['options'] or ''}, scale {body['scale']}"
+        + "".join(f", {k} {v:.4g}" for k, v in body["gauges"].items()),
     ]
     if body["uptime_seconds"] is not None:
-        lines.append(f"up         {duration(body['uptime_seconds'])}, peak memory {size(body['peak_memory_bytes'])}, watching {', '.join(body['watch'])}")
+        lines.append(
+            f"up         {duration(body['uptime_seconds'])}, peak memory {size(body['peak_memory_bytes'])}, watching {', '.join(body['watch'])}"
+        )
     if body["current"]:
-        lines.append(f"folding    {body['current']['model']}: {body['current']['stage']} {body['current']['done']}/{body['current']['total']}")
+        lines.append(
+            f"folding    {body['current']['model']}: {body['current']['stage']} {body['current']['done']}/{body['current']['total']}"
+        )
     lines.append(f"waiting    {', '.join(body['queue']) or 'nothing'}")
     lines += [f"folded     {when(f['time'])}  {f['seq']}  {f['model']}" for f in body["last_folds"][:5]]
     lines += [f"refused    {when(r['time'])}  {r['seq']}  {r['model']}: {r['reason']}" for r in body["refusals"][:5]]

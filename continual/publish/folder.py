@@ -75,7 +75,9 @@ def parse_size(text: str | None) -> int | None:
     return found
 
 
-def merged_vector(state: State, rule: Rule, spec: TensorSpec, totals: Mapping[str, float], read: ReadOptions, at: int | None) -> torch.Tensor:
+def merged_vector(
+    state: State, rule: Rule, spec: TensorSpec, totals: Mapping[str, float], read: ReadOptions, at: int | None
+) -> torch.Tensor:
     """The merged task vector of one tensor, float32 of the tensor's shape, before any cast."""
     accumulators = {slot: torch.from_numpy(state.read(spec.name, slot, at=at)) for slot in state.format.slots[spec.name]}
     return rule.read(spec, accumulators, totals, read)

@@ -53,7 +53,9 @@ def look(path: Path) -> Sighting | None:
     """The model in directory `path`, None if there is none or it vanished while it was looked at."""
     with contextlib.suppress(OSError):
         files = {e.name: e for e in os.scandir(path) if not ignored(e.name) and not e.is_dir()}
-        mark = next((m for m in MARKS if m in files), None) or next((n for n in sorted(files) if n.endswith((".safetensors", *_PICKLED))), None)
+        mark = next((m for m in MARKS if m in files), None) or next(
+            (n for n in sorted(files) if n.endswith((".safetensors", *_PICKLED))), None
+        )
         if mark is None:
             return None
         kept = sorted(n for n in files if n.endswith((".safetensors", *_PICKLED)) or n in MARKS or n == "config.json")
@@ -94,7 +96,9 @@ def _stat(path: Path) -> FileStat:
 def _whole(path: Path, present: set[str]) -> bool:
     """Whether everything that belongs to the model is there and as long as it says. A malformed file counts as whole: it is refused, not waited for."""
     if "adapter_config.json" in present:
-        return bool({"adapter_model.safetensors", "adapter_model.bin"} & present) and all(map(_complete, path.glob("adapter_model.safetensors")))
+        return bool({"adapter_model.safetensors", "adapter_model.bin"} & present) and all(
+            map(_complete, path.glob("adapter_model.safetensors"))
+        )
     wanted = {n for n in present if n.endswith(".safetensors")}
     if INDEX in present and "model.safetensors" not in present:
         try:

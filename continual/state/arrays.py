@@ -161,7 +161,9 @@ def _read_chunk(path: Path, into: Array, checksum: str) -> None:
     finally:
         os.close(fd)
     if not f"{int.from_bytes(tail, 'little'):08x}" == crc(into) == checksum:
-        raise Damaged(f"chunk {path} is damaged: its contents are not those its receipt is for; restore it, or roll back to an earlier record")
+        raise Damaged(
+            f"chunk {path} is damaged: its contents are not those its receipt is for; restore it, or roll back to an earlier record"
+        )
 
 
 def _gone(path: Path) -> Damaged | Misconfigured:

@@ -37,7 +37,9 @@ class Generation:
             raise Misconfigured(f"{self.directory} has expired: only the last few generations and tagged ones are kept")
         body, checksum = framing.decode(self.directory / RECEIPTS)
         if checksum != self.checksum:
-            raise Damaged(f"{self.directory / RECEIPTS} is not the one its commit was made with: it has the checksum {checksum}, not {self.checksum}")
+            raise Damaged(
+                f"{self.directory / RECEIPTS} is not the one its commit was made with: it has the checksum {checksum}, not {self.checksum}"
+            )
         return body
 
     def read(self, name: str, slot: str, out: Array | None = None) -> Array:

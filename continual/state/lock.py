@@ -20,7 +20,9 @@ def take(path: Path) -> int:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise Misconfigured(f"{path}: cannot open the state for writing ({error.strerror}); use a writable state, or a command that only reads") from None
+        raise Misconfigured(
+            f"{path}: cannot open the state for writing ({error.strerror}); use a writable state, or a command that only reads"
+        ) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -28,7 +30,11 @@ def take(path: Path) -> int:
         held = holder(path)
         pid, url = held.get("pid"), held.get("url")
         where = f" at {url}" if url else ""
-        hint = "stop it first (systemctl stop continual, or kill the process), or publish models into its watched folder" if url else "wait until it is done"
+        hint = (
+            "stop it first (systemctl stop continual, or kill the process), or publish models into its watched folder"
+            if url
+            else "wait until it is done"
+        )
         raise Busy(f"{path.parent} is being written by process {pid}{where}; {hint}", pid, url) from None
     tell(fd, {"pid": os.getpid(), "url": None})
     return fd

@@ -61,7 +61,9 @@ class Format:
     def of(cls, body: Mapping[str, Any], path: Path) -> Format:
         """From format.json. Raises Damaged for a newer format or one that lacks something."""
         if body.get("version") != VERSION:
-            raise Damaged(f"{path}: format {body.get('version')}; this continual understands format {VERSION}: install the version that wrote it")
+            raise Damaged(
+                f"{path}: format {body.get('version')}; this continual understands format {VERSION}: install the version that wrote it"
+            )
         try:
             tensors = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"], t["kind"], t["depth"]) for t in body["tensors"])
             slots = {t["name"]: {k: SlotSpec(tuple(s["shape"]), s["dtype"]) for k, s in t["slots"].items()} for t in body["tensors"]}

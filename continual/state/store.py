@@ -271,7 +271,11 @@ class State:
         """Deletes generations but the last `keep`, the tagged ones and those a living reader has leased; returns what was deleted."""
         self._needs_lock()
         recent = list(dict.fromkeys(c.generation for c in reversed(self.log) if c.generation))[:keep]
-        held = {self.get(seq).generation for seq in self._ledger.tags.values()} | lock.leased(self.path / "leases") | {self.head.generation, *recent}
+        held = (
+            {self.get(seq).generation for seq in self._ledger.tags.values()}
+            | lock.leased(self.path / "leases")
+            | {self.head.generation, *recent}
+        )
         expired = [g for g in self.generations() if g not in held]
         with environment("cannot delete old generations"):
             for generation in expired:
@@ -368,7 +372,9 @@ def _load(path: Path) -> Ledger:
         if len(found) <= head["seq"] + 2:
             break  # else a writer went on between the two looks
     if found != [f"{i:08d}.json" for i in range(len(found))] or not head["seq"] < len(found) <= head["seq"] + 2:
-        raise Damaged(f"{path / 'commits'}: HEAD is at record {head['seq']} and {len(found)} files are there: records are missing; restore from a backup")
+        raise Damaged(
+            f"{path / 'commits'}: HEAD is at record {head['seq']} and {len(found)} files are there: records are missing; restore from a backup"
+        )
     ledger = Ledger()
     for seq, name in enumerate(found):
         place = path / "commits" / name

@@ -24,7 +24,10 @@ from continual.web.view import View
 
 _MOST = 1000
 _HEADERS = (
-    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    ),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
@@ -101,7 +104,9 @@ def listen(host: str, port: int, allow_remote: bool) -> socket.socket:
     except OSError as error:
         raise Misconfigured(f"host = {host}: {error.strerror}") from None
     if not allow_remote and not ipaddress.ip_address(found[4][0]).is_loopback:
-        raise Misconfigured(f"host = {host} is reached by other machines, and the service asks nobody who they are; set allow_remote = true if that is wanted")
+        raise Misconfigured(
+            f"host = {host} is reached by other machines, and the service asks nobody who they are; set allow_remote = true if that is wanted"
+        )
     sock = socket.socket(found[0], found[1])
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -90,7 +90,9 @@ def _folds(rows: Sequence[Mapping[str, Any]]) -> str:
 def _refusals(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return '<p class="none">None.</p>'
-    return _table(("record", "when", "model", "reason", "why"), ((r["seq"], when(r["time"]), r["model"], r["reason"], r["message"]) for r in rows))
+    return _table(
+        ("record", "when", "model", "reason", "why"), ((r["seq"], when(r["time"]), r["model"], r["reason"], r["message"]) for r in rows)
+    )
 
 
 def when(time: str) -> str:

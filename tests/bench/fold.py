@@ -68,7 +68,9 @@ def mean_against_copy(repeats: int) -> None:
                     copies.append(copied)
         size = base.joinpath("model.safetensors").stat().st_size
         print(f"durable mean fold of a {size / 1e9:.2f} GB float32 model, {repeats} times after the first:")
-        print(f"  fold {statistics.median(folds):.2f} CPU s, synced copy {statistics.median(copies):.2f} CPU s, ratio {statistics.median(ratios):.2f}")
+        print(
+            f"  fold {statistics.median(folds):.2f} CPU s, synced copy {statistics.median(copies):.2f} CPU s, ratio {statistics.median(ratios):.2f}"
+        )
 
 
 def main() -> None:

@@ -61,14 +61,18 @@ def main() -> None:
         for rule in ("mean", "opcm"):
             seen = measure(rule, base, work, fine_tunes)
             (second, size), (last, last_size) = seen[1], seen[-1]
-            print(f"{rule}: VmHWM after fold 2 {second / 1e6:.1f} MB, after fold {len(seen)} {last / 1e6:.1f} MB ({last / second - 1:+.2%}); state {size} and {last_size} bytes")
+            print(
+                f"{rule}: VmHWM after fold 2 {second / 1e6:.1f} MB, after fold {len(seen)} {last / 1e6:.1f} MB ({last / second - 1:+.2%}); state {size} and {last_size} bytes"
+            )
         big = models.base(work / "big", shapes=models.big_shapes(args.gigabytes, layers=36), dtype=torch.bfloat16)
         tunes = [models.fine_tune(big, work / f"big-{i}", i) for i in range(2)]
         sizes = [torch.Size(s).numel() * 2 for s in models.big_shapes(args.gigabytes, layers=36).values()]
         print(f"model: {sum(sizes) / 1e9:.2f} GB bf16, {len(sizes)} tensors, largest {max(sizes) / 1e6:.0f} MB")
         for rule in ("mean", "opcm"):
             seen = measure(rule, big, work / "big", tunes)
-            print(f"{rule}: VmHWM {seen[0][0] / 1e6:.0f} MB at fold 1, {seen[-1][0] / 1e6:.0f} MB at fold 2; state {seen[-1][1] / 1e9:.2f} GB")
+            print(
+                f"{rule}: VmHWM {seen[0][0] / 1e6:.0f} MB at fold 1, {seen[-1][0] / 1e6:.0f} MB at fold 2; state {seen[-1][1] / 1e9:.2f} GB"
+            )
 
 
 if __name__ == "__main__":

@@ -73,7 +73,12 @@ def campaign(work: Path, kills: int, seed: int = 0) -> dict[str, object]:
     _finish(context, straight, fine_tunes)
     assert _folded(state) == _folded(straight), "the ledgers differ from an uninterrupted run's"
     assert _bits(state) == _bits(straight), "the end state differs from an uninterrupted run's"
-    return {"kills": kills, "between begin and acknowledgement": inside, "by step": {s: fell[s] for s in ("outside", *STEPS)}, "folds": len(_folded(state))}
+    return {
+        "kills": kills,
+        "between begin and acknowledgement": inside,
+        "by step": {s: fell[s] for s in ("outside", *STEPS)},
+        "folds": len(_folded(state)),
+    }
 
 
 def _one_kill(

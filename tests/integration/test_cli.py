@@ -95,7 +95,9 @@ def test_damage_is_found_and_named(tmp_path: Path, place: tuple[Path, Path]) -> 
         (("fold", "{tmp}/nowhere", "--state", "{tmp}/state"), 2, ("nowhere",)),
     ],
 )
-def test_wrong_input_says_what_to_do(tmp_path: Path, place: tuple[Path, Path], arguments: tuple[str, ...], code: int, words: tuple[str, ...]) -> None:
+def test_wrong_input_says_what_to_do(
+    tmp_path: Path, place: tuple[Path, Path], arguments: tuple[str, ...], code: int, words: tuple[str, ...]
+) -> None:
     assert place[1].is_dir()
     done = run(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
     assert done.returncode == code, done.stderr
@@ -151,7 +153,9 @@ def test_adapter_with_a_huge_alpha_is_refused(tmp_path: Path, place: tuple[Path,
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     name = "base_model.model.model.layers.0.self_attn.q_proj"
-    save_file({f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(16, 2)}, adapter / "adapter_model.safetensors")
+    save_file(
+        {f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(16, 2)}, adapter / "adapter_model.safetensors"
+    )
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1e6, "target_modules": ["q_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     done = machine("fold", adapter, "--state", place[1], code=1)

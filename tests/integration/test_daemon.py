@@ -27,7 +27,21 @@ LIMIT = 60.0
 @contextmanager
 def daemon(state: Path, watch: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
     """A running daemon; killed at the end if it still runs. Its log lines are in `state`'s parent, daemon.log."""
-    command = [sys.executable, "-m", "continual", "run", "--state", str(state), "--watch", str(watch), "--port", "0", "--settle", "0.2", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "continual",
+        "run",
+        "--state",
+        str(state),
+        "--watch",
+        str(watch),
+        "--port",
+        "0",
+        "--settle",
+        "0.2",
+        *flags,
+    ]
     with open(state.parent / "daemon.log", "a") as log, subprocess.Popen(command, stderr=log, text=True) as process:
         try:
             yield process
@@ -93,9 +107,13 @@ def test_folds_is_killed_comes_back_and_stops(place: tuple[Path, Path, Path]) ->
         assert "continual_folds_total 2.0" in metrics
         page = get(f"{address}/")[1]
         assert "live" in page
-        told = subprocess.run([sys.executable, "-m", "continual", "status", "--state", str(state), "--json"], capture_output=True, text=True, check=True)
+        told = subprocess.run(
+            [sys.executable, "-m", "continual", "status", "--state", str(state), "--json"], capture_output=True, text=True, check=True
+        )
         assert json.loads(told.stdout)["pid"] == process.pid
-        busy = subprocess.run([sys.executable, "-m", "continual", "rollback", "0", "--state", str(state)], capture_output=True, text=True, check=False)
+        busy = subprocess.run(
+            [sys.executable, "-m", "continual", "rollback", "0", "--state", str(state)], capture_output=True, text=True, check=False
+        )
         assert busy.returncode == 5
         assert str(process.pid) in busy.stderr
         assert address in busy.stderr
@@ -159,7 +177,9 @@ def test_damage_stops_it_loudly(place: tuple[Path, Path, Path]) -> None:
 def test_our_own_output_in_a_watched_folder_is_a_wrong_configuration(place: tuple[Path, Path, Path], inside: str) -> None:
     _, state, watch = place
     flags = ["--watch", str(state.parent)] if inside == "state" else ["--watch", str(watch), "--current", str(watch / "current")]
-    told = subprocess.run([sys.executable, "-m", "continual", "run", "--state", str(state), *flags], capture_output=True, text=True, check=False)
+    told = subprocess.run(
+        [sys.executable, "-m", "continual", "run", "--state", str(state), *flags], capture_output=True, text=True, check=False
+    )
     assert told.returncode == 2
     assert "watch" in told.stderr
     assert os.listdir(state / "generations") == []
