@@ -251,7 +251,7 @@ def hash_base(checkpoint: Checkpoint, progress: Progress) -> dict[str, str]:
     progress("hash", 0, len(names))
     for done, name in enumerate(names, 1):
         tensor = checkpoint.read(name)
-        raw = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        raw = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
         digests[name] = hashlib.sha256(raw).hexdigest()
         progress("hash", done, len(names))
     return digests

@@ -59,7 +59,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 def progress() -> Iterator[Progress]:
     """A progress callback that draws a bar on standard error where that is a terminal, and nothing elsewhere."""
     if not sys.stderr.isatty():
-        yield lambda stage, done, total: None
+        from continual.engine import silent
+
+        yield silent
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -88,7 +90,8 @@ def size(nbytes: float) -> str:
 def record(commit: Commit) -> dict[str, Any]:
     """A commit as `show` and `log --json` print it."""
     body = {"seq": commit.seq, "time": commit.time, "generation": commit.generation, "prev": commit.prev, "crc": commit.crc}
-    return body | plain(commit.entry)
+    entry: dict[str, Any] = plain(commit.entry)
+    return body | entry
 
 
 def log_row(commit: Commit) -> tuple[object, ...]:

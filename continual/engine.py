@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -22,7 +23,7 @@ from continual.errors import Abandoned, ContinualError, Refuse, Retry
 from continual.gates import safety
 from continual.gates.lineage import LineagePolicy, trace
 from continual.records import Candidate, Entry, FoldReport, Lineage, TensorSpec
-from continual.rules import Inputs, Rule
+from continual.rules import Folded, Inputs, Rule
 from continual.state import Commit, State, Transaction
 from continual.tensors import Adapter, BaseModel, Checkpoint, TaskVectors, candidate_of, open_model
 
@@ -76,7 +77,13 @@ class Outcome(NamedTuple):
 
     def summary(self) -> dict[str, Any]:
         """What happened, for machines."""
-        body = {"model": self.name, "fate": self.fate, "reason": self.reason, "message": self.message, "seq": self.commit.seq}
+        body: dict[str, Any] = {
+            "model": self.name,
+            "fate": self.fate,
+            "reason": self.reason,
+            "message": self.message,
+            "seq": self.commit.seq,
+        }
         if self.report is not None:
             body |= {"numbers": self.report.numbers, "seconds": self.report.seconds, "bytes_read": self.report.bytes_read}
         return body
@@ -108,8 +115,8 @@ class Plan:
 class Policy:
     """What the gates let in."""
 
-    lineage: LineagePolicy = LineagePolicy()
-    norms: safety.NormPolicy = safety.NormPolicy()
+    lineage: LineagePolicy = field(default_factory=LineagePolicy)
+    norms: safety.NormPolicy = field(default_factory=safety.NormPolicy)
     updates: Literal["refuse", "add"] = "refuse"
 
 
@@ -148,7 +155,8 @@ class Engine:
         with ExitStack() as open_files:
             candidate = None
             try:
-                model = open_files.enter_context(open_model(path, root=root))
+                model = open_model(path, root=root)
+                open_files.callback(model.close)
                 candidate = candidate_of(model, source=source)
                 if known := self.state.fate(candidate.key):
                     return _known(candidate, known)
@@ -241,16 +249,15 @@ class Engine:
     ) -> dict[str, Piece]:
         """Every foldable tensor of the base through the rule, in parallel; the pieces by name."""
         folded = set(lineage.folded)
-        tasks = []
+        tasks: list[Task[Piece]] = []
         for spec in self.base.specs:
             if spec.kind == "carried":
                 continue
             if spec.name in folded:
-                run = lambda spec=spec: self._one(transaction, vectors, candidate, spec, before)  # noqa: E731
-                tasks.append(Task(spec.name, self._need(spec, vectors), run, lambda name=spec.name: vectors.prefetch(name)))
+                run = partial(self._one, transaction, vectors, candidate, spec, before)
+                tasks.append(Task(spec.name, self._need(spec, vectors), run, partial(vectors.prefetch, spec.name)))
             else:
-                run = lambda spec=spec: self._untouched(transaction, spec, before)  # noqa: E731
-                tasks.append(Task(spec.name, self._need(spec, None), run))
+                tasks.append(Task(spec.name, self._need(spec, None), partial(self._untouched, transaction, spec, before)))
         pieces: dict[str, Piece] = {}
         progress("fold", 0, len(tasks))
         for name, piece in self.executor.map(tasks):
@@ -267,7 +274,7 @@ class Engine:
         started = time.perf_counter()
         tau, digest, base_sq, nbytes = vectors.vector(spec.name)
         read = time.perf_counter()
-        folded = self._apply(transaction, spec, tau, before, candidate.key)
+        folded = self._apply(transaction, spec, tau, before)
         safety.finite(candidate.name, spec.name, folded.sums["tau_sq"])
         computed = time.perf_counter()
         self._write(transaction, spec, folded)
@@ -276,16 +283,16 @@ class Engine:
 
     def _untouched(self, transaction: Transaction, spec: TensorSpec, before: Mapping[str, float]) -> Piece:
         """A tensor that this fine-tune leaves as it is: a zero task vector changes no accumulator, only its norm is needed."""
-        folded = self._apply(transaction, spec, torch.zeros(spec.shape), before, "")
+        folded = self._apply(transaction, spec, torch.zeros(spec.shape), before)
         self._write(transaction, spec, folded)
         return Piece(b"", folded.sums, {}, 0.0, 0, {})
 
-    def _apply(self, transaction: Transaction, spec: TensorSpec, tau: torch.Tensor, before: Mapping[str, float], seed: str) -> Any:
+    def _apply(self, transaction: Transaction, spec: TensorSpec, tau: torch.Tensor, before: Mapping[str, float]) -> Folded:
         slots = self.state.format.slots[spec.name]
         accumulators = {slot: torch.from_numpy(transaction.read(spec.name, slot)).to(self.device) for slot in slots}
         return self.rule.fold(accumulators, tau.to(self.device), Inputs(spec), before)
 
-    def _write(self, transaction: Transaction, spec: TensorSpec, folded: Any) -> None:
+    def _write(self, transaction: Transaction, spec: TensorSpec, folded: Folded) -> None:
         if folded.sums["tau_sq"] == 0.0:
             transaction.keep(spec.name)
             return

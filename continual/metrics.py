@@ -61,7 +61,7 @@ class Metrics:
             collector(registry=self.registry)
         self._series: dict[str, Any] = {}
         for row in TABLE:
-            extra = {"buckets": row.buckets} if row.buckets else {}
+            extra: dict[str, Any] = {"buckets": row.buckets} if row.buckets else {}
             self._series[row.name] = row.kind(row.name, row.help, row.labels, registry=self.registry, **extra)
         self._series["continual_peak_memory_bytes"].set_function(peak_memory)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,6 +234,21 @@ def _write_weights(
         size = sum(p.end - p.begin for placed in files.values() for p in placed)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+    seq, totals, read = point
+
+    def merged(p: Placed) -> torch.Tensor:
+        spec = specs[p.source]
+        theta = base.checkpoint.read(p.source)
+        if spec.kind == "carried":
+            return theta
+        result = merged_vector(state, rule, spec, totals, read, seq).add_(theta).to(DTYPES[p.dtype])
+        if not bool(torch.isfinite(result).all()):
+            raise Halt(f"tensor {p.name} has values that {p.dtype} cannot hold: export with --dtype float32 or bfloat16")
+        return result
+
+    def place(p: Placed, fd: int, offset: int) -> None:
+        _write_at(fd, _bytes(merged(p)), offset)
+
     with ExitStack() as stack:
         tasks: list[Task[None]] = []
         for file, placed in files.items():
@@ -241,21 +257,7 @@ def _write_weights(
             stack.callback(os.close, fd)
             _write_at(fd, memoryview(head), 0)
             for p in placed:
-                run = lambda p=p, fd=fd, offset=len(head) + p.begin: _write_at(fd, _bytes(merged(p)), offset)  # noqa: E731
-                tasks.append(Task(p.name, _need(specs[p.source], rule), run))
-
-        def merged(p: Placed) -> torch.Tensor:
-            spec = specs[p.source]
-            theta = base.checkpoint.read(p.source)
-            if spec.kind == "carried":
-                return theta
-            seq, totals, read = point
-            vector = merged_vector(state, rule, spec, totals, read, seq)
-            result = vector.add_(theta).to(DTYPES[p.dtype])
-            if not bool(torch.isfinite(result).all()):
-                raise Halt(f"tensor {p.name} has values that {p.dtype} cannot hold: export with --dtype float32 or bfloat16")
-            return result
-
+                tasks.append(Task(p.name, _need(specs[p.source], rule), partial(place, p, fd, len(head) + p.begin)))
         progress("export", 0, len(tasks))
         for done, _ in enumerate(executor.map(tasks), 1):
             progress("export", done, len(tasks))
@@ -268,7 +270,7 @@ def _need(spec: TensorSpec, rule: Rule) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def _write_at(fd: int, data: memoryview, offset: int) -> None:

@@ -178,7 +178,11 @@ class FolderSource:
         loop = asyncio.get_running_loop()
         clock = self._clock or loop.time
         hint = asyncio.Event()
-        with _observed(self.root, lambda: loop.call_soon_threadsafe(hint.set)):
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(hint.set)
+
+        with _observed(self.root, tell):
             while not stop.is_set():
                 hint.clear()
                 sightings = await asyncio.to_thread(scan, self.root)

@@ -30,7 +30,7 @@ class Grid(NamedTuple):
     """How an array is cut: `rows` of the first axis per chunk, `count` chunks."""
 
     rows: int
-    count: int
+    chunks: int
 
 
 @functools.cache
@@ -94,7 +94,7 @@ def chunk_names(spec: SlotSpec) -> list[str]:
     if not spec.shape:
         return ["c"]
     rest = "/0" * (len(spec.shape) - 1)
-    return [f"c/{i}{rest}" for i in range(grid(spec).count)]
+    return [f"c/{i}{rest}" for i in range(grid(spec).chunks)]
 
 
 def write(directory: Path, spec: SlotSpec, array: Array) -> list[str]:
@@ -115,7 +115,7 @@ def write(directory: Path, spec: SlotSpec, array: Array) -> list[str]:
             path.parent.mkdir(parents=True, exist_ok=True)
         elif spec.shape and len(spec.shape) > 1:
             path.parent.mkdir()
-        write_bytes(path, memoryview(block.reshape(-1).view(np.uint8)), value.to_bytes(4, "little"))
+        write_bytes(path, block.reshape(-1).view(np.uint8).data, value.to_bytes(4, "little"))
         checksums.append(f"{value:08x}")
     return checksums
 
@@ -128,8 +128,8 @@ def read(directory: Path, spec: SlotSpec, checksums: list[str], out: Array | Non
     """
     array: Array = np.empty(spec.shape, spec.dtype) if out is None else out
     cut = grid(spec)
-    if len(checksums) != cut.count:
-        raise Damaged(f"{directory}: the receipt has {len(checksums)} chunks, the format {cut.count}")
+    if len(checksums) != cut.chunks:
+        raise Damaged(f"{directory}: the receipt has {len(checksums)} chunks, the format {cut.chunks}")
     flat = array.reshape(-1).view(np.uint8)
     chunk_bytes = spec.nbytes if not spec.shape else cut.rows * (spec.nbytes // max(1, spec.shape[0]))
     for i, (name, checksum) in enumerate(zip(chunk_names(spec), checksums, strict=True)):
@@ -151,7 +151,7 @@ def _read_chunk(path: Path, into: Array, checksum: str) -> None:
         size = os.fstat(fd).st_size
         if size != into.nbytes + 4:
             raise Damaged(f"chunk {path} is damaged: {size} bytes where {into.nbytes + 4} were written")
-        view, done = memoryview(into), 0
+        view, done = into.data, 0
         while done < into.nbytes:
             count = os.preadv(fd, [view[done:]], done)
             if count == 0:

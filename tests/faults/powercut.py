@@ -35,7 +35,7 @@ MEGABYTES = 512
 def fold_loop(state: str, models: list[str], pipe: Connection, durable: bool) -> None:
     """The child: folds every model, says after each which record was acknowledged."""
     if not durable:
-        os.fsync = os.fdatasync = lambda fd: None
+        os.fsync = os.fdatasync = lambda _fd: None
     from continual.api import Merge
     from continual.config import Settings
 

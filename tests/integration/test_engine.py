@@ -192,7 +192,7 @@ def test_another_base_in_its_place_is_noticed(tmp_path: Path, base: Path) -> Non
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with opened(tmp_path, base) as merge, pytest.raises(Damaged, match="tensor .* differs"):
+    with opened(tmp_path, base) as merge, pytest.raises(Damaged, match=r"tensor .* differs"):
         _ = merge.base
 
 
