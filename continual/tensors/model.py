@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from continual.errors import Refuse, Retry
 from continual.records import Candidate
-from continual.tensors.adapter import CONFIG, WEIGHTS, Adapter
-from continual.tensors.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint, weight_files
+from continual.tensors.adapter import CONFIG, Adapter
+from continual.tensors.checkpoint import Checkpoint, open_checkpoint
 
 Model = Checkpoint | Adapter
 
@@ -20,44 +19,16 @@ def open_model(path: Path, *, root: Path | None = None) -> Model:
     `root` is the watched folder its files must lie in, None for a path given by hand. Raises Refuse with a reason for anything malformed or of a kind
     that is not understood, Retry for what cannot be read now.
     """
+    if not path.exists():
+        raise Retry(f"{path}: is gone; nothing was settled")
     try:
-        if not path.exists():
-            raise Retry(f"{path}: is gone, or never was; nothing was settled")
-        if _is_adapter(path):
-            _adapter_files(path)
+        if path.is_dir() and (path / CONFIG).exists():
+            if not (path / "adapter_model.safetensors").exists():
+                raise Refuse("pickle" if (path / "adapter_model.bin").exists() else "no-weights", f"{path}: no adapter_model.safetensors in it")
             return Adapter(path, root)
         return open_checkpoint(path, root)
     except OSError as error:
-        raise Retry(f"{error.filename or path}: cannot be read ({error.strerror}); nothing was settled") from error
-
-
-def model_files(path: Path, *, root: Path | None = None) -> tuple[Path, ...]:
-    """The files that make up the model at `path`, whether or not all are there yet: its weight files, and its index or adapter configuration.
-
-    Reads the index, no header. Raises Refuse if there is no model, or an index that is malformed, Retry for what cannot be read now.
-    """
-    try:
-        if _is_adapter(path):
-            return _adapter_files(path)
-        weights = weight_files(path, root)
-    except OSError as error:
-        raise Retry(f"{error.filename or path}: cannot be read ({error.strerror}); nothing was settled") from error
-    index = path / INDEX
-    return (*weights, index) if weights[0].name not in (SINGLE, path.name) and index.exists() else weights
-
-
-def _is_adapter(path: Path) -> bool:
-    return path.is_dir() and os.path.lexists(path / CONFIG)
-
-
-def _adapter_files(path: Path) -> tuple[Path, ...]:
-    if os.path.lexists(path / SINGLE) or os.path.lexists(path / INDEX):
-        raise Refuse("adapter-kind", f"{path}: holds both an adapter and a full model; publish them in two directories")
-    if not os.path.lexists(path / WEIGHTS):
-        pickled = (path / "adapter_model.bin").exists()
-        what = "only adapter_model.bin, a pickle that can run code when loaded; convert it to safetensors" if pickled else f"no {WEIGHTS} in it"
-        raise Refuse("pickle" if pickled else "no-weights", f"{path}: {what}")
-    return (path / WEIGHTS, path / CONFIG)
+        raise Retry(f"{error.filename}: cannot be read ({error.strerror}); nothing was settled") from error
 
 
 def candidate_of(model: Model, *, source: str) -> Candidate:
