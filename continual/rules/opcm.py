@@ -85,7 +85,7 @@ def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple
 
 def fold_matrix(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> Folded:
     """One matrix: τ is projected in place and added to R in place; both contiguous float32 of one shape, at least 2-D, not empty."""
-    before_sq, tau_sq, dot = linalg.dot(total, total), linalg.dot(tau, tau), linalg.dot(tau, total)
+    before_sq, tau_sq, dot = linalg.inner(total, total), linalg.inner(tau, tau), linalg.inner(tau, total)
     r, rank = 0, 0
     if before_sq > 0.0 and tau_sq > 0.0:
         r, rank = project(linalg.tall(total.flatten(1)), linalg.tall(tau.flatten(1)), alpha, variant)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from continual.errors import Refuse
-from continual.linalg import dot
+from continual.linalg import inner
 from continual.records import Lineage, TensorSpec
 from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import TORCH, Checkpoint
@@ -84,7 +84,7 @@ class TaskVectors:
         raw = model.read(theirs) if info.dtype == "F32" else self._read(model, theirs, "fine-tune")
         digest = self._digest(model, theirs, raw)
         base = self._read(self._base.checkpoint, spec.name, "base")
-        base_sq = dot(base, base)
+        base_sq = inner(base, base)
         nbytes = info.nbytes + spec.nbytes
         # narrower than the base: cast θ₀ as the publisher cast θ_t, so that an untouched weight gives exactly zero
         origin = base.to(TORCH[info.dtype]) if spec.name in self._lineage.narrowed else base
@@ -109,7 +109,7 @@ class TaskVectors:
             part.update(self._digest(model.weights, name, model.weights.read(name)))
         base = self._read(self._base.checkpoint, spec.name, "base")
         nbytes = spec.nbytes + sum(model.weights.tensors[n].nbytes for n in (factors.a, factors.b))
-        return Vector(model.product(theirs).reshape(spec.shape), part.digest(), dot(base, base), nbytes)
+        return Vector(model.product(theirs).reshape(spec.shape), part.digest(), inner(base, base), nbytes)
 
     def _read(self, model: Checkpoint, name: str, use: str) -> torch.Tensor:
         """A tensor in this thread's buffer for `use`: valid until the thread reads the next for the same use."""
