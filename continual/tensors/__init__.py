@@ -7,4 +7,15 @@ from continual.tensors.kinds import BaseModel, describe
 from continual.tensors.model import candidate_of, model_files, open_model
 from continual.tensors.vectors import Piece, TaskVectors
 
-__all__ = ["Adapter", "BaseModel", "Checkpoint", "Piece", "TaskVectors", "TensorInfo", "candidate_of", "describe", "model_files", "open_model"]
+__all__ = [
+    "Adapter",
+    "BaseModel",
+    "Checkpoint",
+    "Piece",
+    "TaskVectors",
+    "TensorInfo",
+    "candidate_of",
+    "describe",
+    "model_files",
+    "open_model",
+]

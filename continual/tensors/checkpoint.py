@@ -69,7 +69,7 @@ class Checkpoint:
         info = self.tensors[name]
         raw = torch.empty(info.nbytes, dtype=torch.uint8) if out is None else out[: info.nbytes]
         if info.nbytes:
-            self._files.preadv(info.file, memoryview(raw.numpy()), info.offset)
+            self._files.preadv(info.file, raw.numpy().data, info.offset)
         return raw.view(TORCH[info.dtype]).reshape(info.shape) if info.nbytes else torch.empty(info.shape, dtype=TORCH[info.dtype])
 
     def read_part(self, info: TensorInfo, start: int, into: memoryview) -> None:
@@ -149,7 +149,8 @@ def _weight_map(path: Path, root: Path | None) -> dict[str, str]:
     for name, shard in body.items():
         if not _is_shard(shard):
             raise Refuse(
-                "index", f"{path / INDEX}: tensor {shown(name)} is said to be in {shown(shard)}: a shard is a safetensors file in the same directory"
+                "index",
+                f"{path / INDEX}: tensor {shown(name)} is said to be in {shown(shard)}: a shard is a safetensors file in the same directory",
             )
     return body
 

@@ -42,7 +42,10 @@ def parse(pread: Callable[[int, int], bytes], size: int, where: str, file: int =
         raise Refuse("truncated", f"{where}: {size} bytes are no safetensors file")
     length = int.from_bytes(pread(8, 0), "little")
     if length > LONGEST:
-        raise Refuse("header", f"{where}: the header claims {length} bytes; at most {LONGEST} are read: this is no safetensors file, or a damaged one")
+        raise Refuse(
+            "header",
+            f"{where}: the header claims {length} bytes; at most {LONGEST} are read: this is no safetensors file, or a damaged one",
+        )
     if 8 + length > size:
         raise Refuse("truncated", f"{where}: the header claims {length} bytes and the file has {size}: it is cut off")
     body = json_object(pread(length, 8), where, "header")
@@ -93,7 +96,9 @@ def _tensor(name: str, entry: Any, where: str, file: int, start: int) -> TensorI
         raise Refuse("header", f"{where}: tensor {name}: the entry must have dtype, shape and data_offsets and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise Refuse("dtype", f"{where}: tensor {name} has dtype {shown(dtype)}, which cannot be folded or carried; convert it to F32, F16 or BF16")
+        raise Refuse(
+            "dtype", f"{where}: tensor {name} has dtype {shown(dtype)}, which cannot be folded or carried; convert it to F32, F16 or BF16"
+        )
     if not _sizes(shape) or math.prod(n for n in shape if n) >= 1 << 62:
         raise Refuse("header", f"{where}: tensor {name}: shape {shown(shape)} is no list of sizes")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Literal
 
 from continual.errors import Refuse, Retry
 from continual.records import Candidate
@@ -55,7 +56,11 @@ def _adapter_files(path: Path) -> tuple[Path, ...]:
         raise Refuse("adapter-kind", f"{path}: holds both an adapter and a full model; publish them in two directories")
     if not os.path.lexists(path / WEIGHTS):
         pickled = (path / "adapter_model.bin").exists()
-        what = "only adapter_model.bin, a pickle that can run code when loaded; convert it to safetensors" if pickled else f"no {WEIGHTS} in it"
+        what = (
+            "only adapter_model.bin, a pickle that can run code when loaded; convert it to safetensors"
+            if pickled
+            else f"no {WEIGHTS} in it"
+        )
         raise Refuse("pickle" if pickled else "no-weights", f"{path}: {what}")
     return (path / WEIGHTS, path / CONFIG)
 
@@ -66,5 +71,5 @@ def candidate_of(model: Model, *, source: str) -> Candidate:
     seen = hashlib.sha256(str(path).encode("utf-8", "surrogateescape"))
     for file in model.files:
         seen.update(f"\0{file.name}\0{file.size}\0{file.mtime_ns}\0{file.inode}".encode("utf-8", "surrogateescape"))
-    form = "adapter" if isinstance(model, Adapter) else "full"
+    form: Literal["full", "adapter"] = "adapter" if isinstance(model, Adapter) else "full"
     return Candidate(f"folder:{seen.hexdigest()}", path.name, source, str(path), path, form, model.files, model.nbytes)
