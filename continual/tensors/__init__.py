@@ -7,4 +7,15 @@ from continual.tensors.kinds import BaseModel, describe
 from continual.tensors.model import candidate_of, open_model
 from continual.tensors.vectors import TaskVectors, candidate_name
 
-__all__ = ["Adapter", "BaseModel", "Checkpoint", "TaskVectors", "TensorInfo", "candidate_name", "candidate_of", "describe", "open_model"]
+__all__ = [
+    "Adapter",
+    "BaseModel",
+    "Checkpoint",
+    "Piece",
+    "TaskVectors",
+    "TensorInfo",
+    "candidate_of",
+    "describe",
+    "model_files",
+    "open_model",
+]

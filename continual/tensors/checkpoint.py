@@ -68,7 +68,7 @@ class Checkpoint:
         info = self.tensors[name]
         raw = torch.empty(info.nbytes, dtype=torch.uint8) if out is None else out[: info.nbytes]
         if info.nbytes:
-            self._files.preadv(info.file, memoryview(raw.numpy()), info.offset)
+            self._files.preadv(info.file, raw.numpy().data, info.offset)
         return raw.view(TORCH[info.dtype]).reshape(info.shape) if info.nbytes else torch.empty(info.shape, dtype=TORCH[info.dtype])
 
     def prefetch(self, name: str) -> None:
@@ -126,14 +126,21 @@ def read_config(path: Path, root: Path | None) -> dict[str, Any]:
     return read_json(config, root) if config.exists() else {}
 
 
-def read_json(path: Path, root: Path | None) -> dict[str, Any]:
-    """A small JSON object. Raises Refuse if the file is none."""
-    try:
-        body = json.loads(small_file(path, root))
-    except (ValueError, RecursionError) as error:
-        raise Refuse("config", f"{path}: no valid JSON ({error})") from None
-    if not isinstance(body, dict):
-        raise Refuse("config", f"{path}: no JSON object")
+def read_json(path: Path, root: Path | None, reason: str = "config") -> dict[str, Any]:
+    """A small JSON object. Raises Refuse(reason) if the file is none, Retry if it cannot be read now."""
+    return header.json_object(small_file(path, root), str(path), reason)
+
+
+def _weight_map(path: Path, root: Path | None) -> dict[str, str]:
+    body = read_json(path / INDEX, root, "index").get("weight_map")
+    if not isinstance(body, dict) or not body:
+        raise Refuse("index", f"{path / INDEX}: no weight_map")
+    for name, shard in body.items():
+        if not _is_shard(shard):
+            raise Refuse(
+                "index",
+                f"{path / INDEX}: tensor {shown(name)} is said to be in {shown(shard)}: a shard is a safetensors file in the same directory",
+            )
     return body
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 from continual.errors import Refuse, Retry
 from continual.records import Candidate
@@ -28,7 +29,40 @@ def open_model(path: Path, *, root: Path | None = None) -> Model:
             return Adapter(path, root)
         return open_checkpoint(path, root)
     except OSError as error:
-        raise Retry(f"{error.filename}: cannot be read ({error.strerror}); nothing was settled") from error
+        raise Retry(f"{error.filename or path}: cannot be read ({error.strerror}); nothing was settled") from error
+
+
+def model_files(path: Path, *, root: Path | None = None) -> tuple[Path, ...]:
+    """The files that make up the model at `path`, whether or not all are there yet: its weight files, and its index or adapter configuration.
+
+    Reads the index, no header. Raises Refuse if there is no model, or an index that is malformed, Retry for what cannot be read now.
+    """
+    try:
+        if _is_adapter(path):
+            return _adapter_files(path)
+        weights = weight_files(path, root)
+    except OSError as error:
+        raise Retry(f"{error.filename or path}: cannot be read ({error.strerror}); nothing was settled") from error
+    index = path / INDEX
+    return (*weights, index) if weights[0].name not in (SINGLE, path.name) and index.exists() else weights
+
+
+def _is_adapter(path: Path) -> bool:
+    return path.is_dir() and os.path.lexists(path / CONFIG)
+
+
+def _adapter_files(path: Path) -> tuple[Path, ...]:
+    if os.path.lexists(path / SINGLE) or os.path.lexists(path / INDEX):
+        raise Refuse("adapter-kind", f"{path}: holds both an adapter and a full model; publish them in two directories")
+    if not os.path.lexists(path / WEIGHTS):
+        pickled = (path / "adapter_model.bin").exists()
+        what = (
+            "only adapter_model.bin, a pickle that can run code when loaded; convert it to safetensors"
+            if pickled
+            else f"no {WEIGHTS} in it"
+        )
+        raise Refuse("pickle" if pickled else "no-weights", f"{path}: {what}")
+    return (path / WEIGHTS, path / CONFIG)
 
 
 def candidate_of(model: Model, *, source: str) -> Candidate:
@@ -37,5 +71,5 @@ def candidate_of(model: Model, *, source: str) -> Candidate:
     seen = hashlib.sha256(str(path).encode("utf-8", "surrogateescape"))
     for file in model.files:
         seen.update(f"\0{file.name}\0{file.size}\0{file.mtime_ns}\0{file.inode}".encode("utf-8", "surrogateescape"))
-    form = "adapter" if isinstance(model, Adapter) else "full"
+    form: Literal["full", "adapter"] = "adapter" if isinstance(model, Adapter) else "full"
     return Candidate(f"folder:{seen.hexdigest()}", path.name, source, str(path), path, form, model.files, model.nbytes)

@@ -1,8 +1,12 @@
-"""The task vectors of one candidate, τ = θ_t − θ₀, one tensor at a time in float32, and the digest of what went into them."""
+"""The task vectors of one candidate, τ = θ_t − θ₀, one tensor at a time in float32, and the digest of what went into them.
+
+A tensor is read in blocks into small buffers that each thread keeps, so that beyond τ itself hardly anything is in memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,120 +14,134 @@ from typing import Any, NamedTuple
 import torch
 
 from continual.errors import Refuse
-from continual.linalg import inner
-from continual.records import Lineage, TensorSpec
+from continual.linalg import dot
+from continual.records import ITEMSIZE, Lineage, TensorSpec
 from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import TORCH, Checkpoint
+from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
-from continual.tensors.model import Model
+from continual.tensors.matching import Source, sources
+
+BLOCK = 1 << 18
+"""Elements read at a time: 1 MiB of float32."""
+_WORKSPACE = 8 * 4 * BLOCK
 
 
-class Vector(NamedTuple):
+class Piece(NamedTuple):
     """One tensor's task vector `tau` (float32, the base's shape, CPU), the SHA-256 of what it was made from, ‖θ₀‖² and the bytes read."""
 
     tau: torch.Tensor
     digest: bytes
     base_sq: float
-    nbytes: int
-
-
-def candidate_name(name: str, prefix: tuple[str, str]) -> str:
-    """The candidate's name for the base's tensor `name`, with the leading part that differs exchanged."""
-    ours, theirs = prefix
-    return theirs + name.removeprefix(ours)
+    nbytes_read: int
 
 
 class TaskVectors:
-    """Reads task vectors of `model` against `base` as `lineage` maps them. Thread-safe: each thread reads into buffers of its own, which it reuses."""
+    """Reads task vectors of `model` against `base` as `lineage` maps them. Thread-safe."""
 
-    def __init__(self, base: BaseModel, model: Model, lineage: Lineage) -> None:
-        self._base = base
+    def __init__(self, base: BaseModel, model: Checkpoint | Adapter, lineage: Lineage) -> None:
+        self._base = base.checkpoint
         self._model = model
+        self._weights = model.weights if isinstance(model, Adapter) else model
         self._lineage = lineage
         self._specs = {spec.name: spec for spec in base.specs}
+        self._sources, _ = sources(base, model, lineage.prefix)
         self._buffers = threading.local()
-        self._aliases: dict[str, list[str]] = {}
-        for alias, name in base.aliases.items():
-            self._aliases.setdefault(name, []).append(alias)
 
-    def vector(self, name: str) -> Vector:
-        """The task vector of the base's tensor `name`. Raises Refuse if tied aliases differ, Retry if a file cannot be read to its end."""
-        spec = self._specs[name]
-        theirs = candidate_name(name, self._lineage.prefix)
-        if isinstance(self._model, Adapter):
-            return self._from_adapter(self._model, spec, theirs)
-        present = [n for n in (theirs, *(candidate_name(a, self._lineage.prefix) for a in self._aliases.get(name, []))) if n in self._model.tensors]
-        vector = self._difference(self._model, present[0], spec)
-        for alias in present[1:]:
-            if self._digest(self._model, alias, self._read(self._model, alias, "fine-tune")) != vector.digest:
-                raise Refuse("tied", f"{self._model.path}: {present[0]} and {alias} are one tensor in the base, and differ here")
-        return vector
+    def vector(self, name: str) -> Piece:
+        """The task vector of the base's tensor `name`. Raises Refuse if tied names differ, Retry if a file cannot be read to its end."""
+        spec, source = self._specs[name], self._sources[name]
+        tau = torch.zeros(spec.shape) if source.full is None or name in self._lineage.rows else torch.empty(spec.shape)
+        content = hashlib.sha256()
+        base_sq = self._differences(spec, source, tau.view(-1), content)
+        nbytes = spec.nbytes + sum(info.nbytes for info in (source.full, *source.twins) if info is not None)
+        if source.factors is not None:
+            nbytes += self._add_product(source, tau, content)
+        return Piece(tau, content.digest(), base_sq, nbytes)
 
     def nbytes(self, name: str) -> int:
         """Peak bytes that `vector(name)` takes, what it returns included."""
-        spec = self._specs[name]
-        narrowed = spec.numel * 2 if name in self._lineage.narrowed else 0
-        return 4 * spec.numel + 2 * spec.nbytes + narrowed
+        spec, source = self._specs[name], self._sources[name]
+        need = 4 * spec.numel + _WORKSPACE
+        if source.factors is not None:
+            read = [self._weights.tensors[n] for n in (source.factors.a, source.factors.b)]
+            need += sum(info.nbytes + 4 * math.prod(info.shape) for info in read) + (4 * spec.numel if source.full else 0)
+        return need
 
     def prefetch(self, name: str) -> None:
         """Asks the kernel to read what `vector(name)` will need."""
-        self._base.checkpoint.prefetch(name)
-        theirs = candidate_name(name, self._lineage.prefix)
-        if isinstance(self._model, Checkpoint) and theirs in self._model.tensors:
-            self._model.prefetch(theirs)
+        source = self._sources[name]
+        self._base.prefetch(self._base.tensors[name])
+        for info in (source.full, *source.twins):
+            if info is not None:
+                self._weights.prefetch(info)
 
     def digest(self, parts: Mapping[str, bytes]) -> str:
         """The content digest of a candidate from the digests of its tensors, by the base's names: the same under another name, place or prefix."""
         whole = hashlib.sha256()
         for name in sorted(parts):
-            whole.update(name.encode("utf-8", "surrogatepass") + b"\0" + parts[name])
+            whole.update(name.encode() + b"\0" + parts[name])
         return f"sha256:{whole.hexdigest()}"
 
-    def _difference(self, model: Checkpoint, theirs: str, spec: TensorSpec) -> Vector:
-        info = model.tensors[theirs]
-        raw = model.read(theirs) if info.dtype == "F32" else self._read(model, theirs, "fine-tune")
-        digest = self._digest(model, theirs, raw)
-        base = self._read(self._base.checkpoint, spec.name, "base")
-        base_sq = inner(base, base)
-        nbytes = info.nbytes + spec.nbytes
-        # narrower than the base: cast θ₀ as the publisher cast θ_t, so that an untouched weight gives exactly zero
-        origin = base.to(TORCH[info.dtype]) if spec.name in self._lineage.narrowed else base
-        if (rows := self._lineage.rows.get(spec.name)) is not None:
-            tau = torch.zeros(spec.shape)
-            tau[:rows] = raw[:rows]
-            tau[:rows].sub_(origin[:rows])
-        else:
-            tau = raw.float()
-            tau.sub_(origin)
-        return Vector(tau, digest, base_sq, nbytes)
+    def _differences(self, spec: TensorSpec, source: Source, tau: torch.Tensor, content: Any) -> float:
+        """Fills the flat `tau` with θ_t − θ₀ where the candidate has a full tensor, feeds its bytes to `content` and returns ‖θ₀‖²."""
+        folded = 0
+        if source.full is not None:
+            rows = self._lineage.rows.get(spec.name)
+            shape = source.full.shape if rows is None else (rows, *spec.shape[1:])
+            folded = math.prod(shape)
+            content.update(f"{source.full.dtype} {shape}".encode())
+        narrower = TORCH[self._lineage.narrowed[spec.name]] if spec.name in self._lineage.narrowed else None
+        squares = []
+        for start in range(0, spec.numel, BLOCK):
+            stop = min(start + BLOCK, spec.numel)
+            origin = self._block("base", self._base, self._base.tensors[spec.name], start, stop)
+            squares.append(dot(origin, origin))
+            if source.full is None or start >= folded:
+                continue
+            stop = min(stop, folded)
+            values = self._block("fine-tune", self._weights, source.full, start, stop)
+            content.update(_raw(values))
+            for twin in source.twins:
+                if _raw(self._block("twin", self._weights, twin, start, stop)) != _raw(values):
+                    raise Refuse(
+                        "tied", f"{self._model.path}: {source.full.name} and {twin.name} are one tensor in the base, and differ here"
+                    )
+            # narrower than the base: θ₀ is cast as the publisher cast θ_t, so that an untouched weight gives exactly zero
+            if narrower is not None:
+                origin = origin.to(narrower)
+            tau[start:stop] = values
+            tau[start:stop] -= origin[: stop - start]
+        return math.fsum(squares)
 
-    def _from_adapter(self, model: Adapter, spec: TensorSpec, theirs: str) -> Vector:
-        if theirs in model.saved:
-            vector = self._difference(model.weights, model.saved[theirs], spec)
-            if theirs not in model.factors:
-                return vector
-            raise Refuse("adapter-kind", f"{model.path}: {theirs} has factors and is in modules_to_save as well")
-        factors = model.factors[theirs]
-        part = hashlib.sha256(f"lora {factors.scale!r} {factors.embedding} {model.transposed}".encode())
-        for name in (factors.a, factors.b):
-            part.update(self._digest(model.weights, name, model.weights.read(name)))
-        base = self._read(self._base.checkpoint, spec.name, "base")
-        nbytes = spec.nbytes + sum(model.weights.tensors[n].nbytes for n in (factors.a, factors.b))
-        return Vector(model.product(theirs).reshape(spec.shape), part.digest(), inner(base, base), nbytes)
+    def _add_product(self, source: Source, tau: torch.Tensor, content: Any) -> int:
+        """Adds scale·B·A to `tau`. Returns the bytes read."""
+        assert isinstance(self._model, Adapter)
+        assert source.factors is not None
+        flat = tau.view(self._model.shape(source.factors, source.transposed))
+        product = flat if source.full is None else torch.empty_like(flat)
+        read = self._model.product(source.factors, source.transposed, product)
+        if source.full is not None:
+            flat += product
+        content.update(f"lora {source.factors.scale!r} {source.factors.embedding} {source.transposed}".encode())
+        for name, factor in read:
+            info = self._weights.tensors[name]
+            content.update(f" {info.dtype} {info.shape} ".encode())
+            content.update(_raw(factor))
+        return sum(self._weights.tensors[name].nbytes for name, _ in read)
 
-    def _read(self, model: Checkpoint, name: str, use: str) -> torch.Tensor:
-        """A tensor in this thread's buffer for `use`: valid until the thread reads the next for the same use."""
-        need = model.tensors[name].nbytes
-        buffer: Any = getattr(self._buffers, use, None)
-        if buffer is None or buffer.numel() < need:
-            buffer = torch.empty(need, dtype=torch.uint8)
+    def _block(self, use: str, checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Elements `start` to `stop` of a tensor in this thread's buffer for `use`: valid until the thread reads the next for the same use."""
+        buffer: torch.Tensor | None = getattr(self._buffers, use, None)
+        if buffer is None:
+            buffer = torch.empty(8 * BLOCK, dtype=torch.uint8)
             setattr(self._buffers, use, buffer)
-        return model.read(name, buffer)
+        size = ITEMSIZE[info.dtype]
+        raw = buffer[: (stop - start) * size]
+        checkpoint.read_part(info, start * size, raw.numpy().data)
+        return raw.view(TORCH[info.dtype])
 
-    @staticmethod
-    def _digest(model: Checkpoint, name: str, tensor: torch.Tensor) -> bytes:
-        info = model.tensors[name]
-        part = hashlib.sha256(f"{info.dtype} {info.shape}".encode())
-        if info.nbytes:
-            part.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
-        return part.digest()
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's bytes."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")

@@ -1,0 +1,196 @@
+"""How a candidate's tensors map to the base's, and every way in which it can be no fine-tune of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from continual.errors import Refuse
+from continual.gates.lineage import LineagePolicy, trace
+from continual.records import Lineage
+from continual.tensors import BaseModel, Checkpoint, TaskVectors, describe, open_model
+from continual.tensors.matching import find_prefix
+
+Tensors = dict[str, torch.Tensor]
+TENSORS: Tensors = {
+    "model.embed_tokens.weight": torch.randn(10, 4),
+    "model.layers.0.mlp.up_proj.weight": torch.randn(6, 4),
+    "model.layers.1.mlp.up_proj.weight": torch.randn(6, 4),
+    "model.norm.weight": torch.randn(4),
+    "model.rotary.inv_ids": torch.arange(3),
+}
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def save(path: Path, tensors: Tensors, config: dict[str, Any] | None = None) -> Path:
+    path.mkdir()
+    save_file({name: t.clone() for name, t in tensors.items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config if config is not None else {"model_type": "gemma"}))
+    return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Iterator[BaseModel]:
+    with open_model(save(tmp_path / "base", TENSORS)) as checkpoint:
+        assert isinstance(checkpoint, Checkpoint)
+        yield describe(checkpoint)
+
+
+def traced(base: BaseModel, tmp_path: Path, tensors: Tensors, **policy: Any) -> Lineage:
+    with open_model(save(tmp_path / "ft", tensors)) as model:
+        lineage = trace(base, model, LineagePolicy(**policy))
+        vectors = TaskVectors(base, model, lineage)
+        for name in lineage.folded:
+            assert vectors.vector(name).tau.shape == base.checkpoint.tensors[name].shape
+        return lineage
+
+
+def refused(base: BaseModel, tmp_path: Path, tensors: Tensors, **policy: Any) -> Refuse:
+    with open_model(save(tmp_path / "ft", tensors)) as model, pytest.raises(Refuse) as refusal:
+        trace(base, model, LineagePolicy(**policy))
+    assert "ft" in str(refusal.value)
+    return refusal.value
+
+
+FOLDED = tuple(sorted(name for name, t in TENSORS.items() if t.is_floating_point()))
+
+
+def test_same_names(base: BaseModel, tmp_path: Path) -> None:
+    assert traced(base, tmp_path, TENSORS) == Lineage(FOLDED)
+
+
+def test_carried_tensors_may_be_missing_or_other(base: BaseModel, tmp_path: Path) -> None:
+    assert traced(base, tmp_path, {n: t for n, t in TENSORS.items() if n in FOLDED}) == Lineage(FOLDED)
+    (tmp_path / "ft").rename(tmp_path / "other")
+    assert traced(base, tmp_path, TENSORS | {"model.rotary.inv_ids": torch.zeros(99)}) == Lineage(FOLDED)
+
+
+def test_a_head_stays_out_and_is_listed(base: BaseModel, tmp_path: Path) -> None:
+    lineage = traced(base, tmp_path, TENSORS | {"score.weight": torch.zeros(2, 4), "classifier.bias": torch.zeros(2)})
+    assert lineage.extra == ("classifier.bias", "score.weight")
+
+
+@pytest.mark.parametrize(("prefix", "strip"), [(("", "wrapped."), ""), (("model.", ""), "model.")])
+def test_one_prefix_may_be_added_or_removed(base: BaseModel, tmp_path: Path, prefix: tuple[str, str], strip: str) -> None:
+    tensors = {prefix[1] + name.removeprefix(strip): t for name, t in TENSORS.items()}
+    lineage = traced(base, tmp_path, tensors | {"score.weight": torch.zeros(2, 4)})
+    assert (lineage.folded, lineage.prefix, lineage.extra) == (FOLDED, prefix, ("score.weight",))
+
+
+def test_two_towers_are_ambiguous(base: BaseModel, tmp_path: Path) -> None:
+    refusal = refused(base, tmp_path, {tower + name: t for tower in ("query.", "doc.") for name, t in TENSORS.items()})
+    assert refusal.reason == "prefix"
+    assert "query." in str(refusal)
+    assert "doc." in str(refusal)
+
+
+def test_prefix_of_a_bare_model_and_its_language_model() -> None:
+    bare = [f"layers.{i}.w" for i in range(50)]
+    assert find_prefix(bare, [f"model.{n}" for n in bare] + ["lm_head.weight"], "x") == ("", "model.")
+    assert find_prefix([f"model.{n}" for n in bare] + ["lm_head.weight"], [*bare, "lm_head.weight"], "x") == ("model.", "")
+    assert find_prefix(bare, bare[:-1], "x") == ("", "")
+    assert find_prefix(bare, ["other"], "x") == ("", "")
+    assert find_prefix(bare, [*bare, *(f"second.{n}" for n in bare)], "x") == ("", "")
+    assert find_prefix(bare, ["adapter.layers.3.w"], "x") == ("", "adapter.")
+
+
+def test_missing_tensors(base: BaseModel, tmp_path: Path) -> None:
+    fewer = {n: t for n, t in TENSORS.items() if n != UP}
+    refusal = refused(base, tmp_path, fewer)
+    assert refusal.reason == "missing"
+    assert UP in str(refusal)
+    assert "missing = unchanged" in str(refusal)
+    (tmp_path / "ft").rename(tmp_path / "first")
+    lineage = traced(base, tmp_path, fewer, missing="unchanged")
+    assert lineage.unchanged == (UP,)
+    assert lineage.folded == tuple(n for n in FOLDED if n != UP)
+
+
+def test_nothing_in_common_is_refused_whatever_the_policy(base: BaseModel, tmp_path: Path) -> None:
+    refusal = refused(base, tmp_path, {"x": torch.zeros(1)}, missing="unchanged")
+    assert (refusal.reason, "not a fine-tune of this base" in str(refusal)) == ("missing", True)
+
+
+def test_other_shapes_are_named(base: BaseModel, tmp_path: Path) -> None:
+    refusal = refused(base, tmp_path, TENSORS | {UP: torch.zeros(7, 4)}, vocab="common-rows")
+    assert refusal.reason == "shape"
+    for word in (UP, "[7, 4]", "[6, 4]"):
+        assert word in str(refusal)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64])
+def test_quantised_or_double_weights(base: BaseModel, tmp_path: Path, dtype: torch.dtype) -> None:
+    refusal = refused(base, tmp_path, TENSORS | {UP: torch.zeros(6, 4, dtype=dtype)})
+    assert (refusal.reason, UP in str(refusal)) == ("dtype", True)
+
+
+@pytest.mark.parametrize("rows", [7, 13])
+def test_vocabulary_rows(base: BaseModel, tmp_path: Path, rows: int) -> None:
+    name = "model.embed_tokens.weight"
+    tensors = TENSORS | {name: torch.randn(rows, 4)}
+    refusal = refused(base, tmp_path, tensors)
+    assert refusal.reason == "vocab"
+    for word in (name, f"[{rows}, 4]", "[10, 4]", "common-rows"):
+        assert word in str(refusal)
+    with open_model(tmp_path / "ft") as model:
+        lineage = trace(base, model, LineagePolicy(vocab="common-rows"))
+        assert lineage.rows == {name: min(rows, 10)}
+        tau = TaskVectors(base, model, lineage).vector(name).tau
+    common = min(rows, 10)
+    assert torch.equal(tau[:common], tensors[name][:common] - TENSORS[name][:common])
+    assert not tau[common:].any()
+
+
+def test_narrower_dtypes_are_recorded(base: BaseModel, tmp_path: Path) -> None:
+    lineage = traced(base, tmp_path, {n: t.bfloat16() if t.is_floating_point() else t for n, t in TENSORS.items()})
+    assert lineage.narrowed == dict.fromkeys(FOLDED, "BF16")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "narrowed"), [("bfloat16", "float32", None), ("bfloat16", "float16", "F16"), ("float16", "bfloat16", "BF16")]
+)
+def test_neither_half_holds_the_other(tmp_path: Path, ours: str, theirs: str, narrowed: str | None) -> None:
+    weight = torch.randn(6, 4)
+    with open_model(save(tmp_path / "base", {"a.weight": weight.to(getattr(torch, ours))})) as checkpoint:
+        assert isinstance(checkpoint, Checkpoint)
+        lineage = traced(describe(checkpoint), tmp_path, {"a.weight": weight.to(getattr(torch, theirs))})
+    assert lineage.narrowed.get("a.weight") == narrowed
+
+
+TABLE = TENSORS["model.embed_tokens.weight"]
+
+
+def test_a_tied_alias_may_be_there_or_not(base: BaseModel, tmp_path: Path) -> None:
+    lineage = traced(base, tmp_path, TENSORS | {"lm_head.weight": TABLE})
+    assert (lineage.folded, lineage.extra) == (FOLDED, ())
+    (tmp_path / "ft").rename(tmp_path / "first")
+    only_head = {n: t for n, t in TENSORS.items() if n != "model.embed_tokens.weight"} | {"lm_head.weight": TABLE + 1}
+    assert traced(base, tmp_path, only_head).folded == FOLDED
+    with open_model(tmp_path / "ft") as model:
+        tau = TaskVectors(base, model, trace(base, model, LineagePolicy())).vector("model.embed_tokens.weight").tau
+    assert torch.equal(tau, (TABLE + 1) - TABLE)
+
+
+def test_tied_names_that_differ_are_refused(base: BaseModel, tmp_path: Path) -> None:
+    assert refused(base, tmp_path, TENSORS | {"lm_head.weight": TABLE.bfloat16()}).reason == "tied"
+    (tmp_path / "ft").rename(tmp_path / "first")
+    other = TABLE.clone()
+    other[-1, -1] += 1
+    with open_model(save(tmp_path / "ft", TENSORS | {"lm_head.weight": other})) as model:
+        vectors = TaskVectors(base, model, trace(base, model, LineagePolicy()))
+        with pytest.raises(Refuse, match=r"embed_tokens.*lm_head") as refusal:
+            vectors.vector("model.embed_tokens.weight")
+    assert refusal.value.reason == "tied"
+
+
+def test_an_untied_head_is_extra(tmp_path: Path) -> None:
+    config = {"model_type": "gemma", "tie_word_embeddings": False}
+    with open_model(save(tmp_path / "base", TENSORS, config)) as checkpoint:
+        assert isinstance(checkpoint, Checkpoint)
+        assert traced(describe(checkpoint), tmp_path, TENSORS | {"lm_head.weight": TABLE}).extra == ("lm_head.weight",)
