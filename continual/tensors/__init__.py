@@ -4,8 +4,8 @@ from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel, describe
-from continual.tensors.model import candidate_of, open_model
-from continual.tensors.vectors import TaskVectors, candidate_name
+from continual.tensors.model import candidate_of, model_files, open_model
+from continual.tensors.vectors import Piece, TaskVectors
 
 __all__ = [
     "Adapter",

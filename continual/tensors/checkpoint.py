@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from continual.errors import Refuse
+from continual.errors import Refuse, Retry
 from continual.tensors import header
 from continual.tensors.files import Files, small_file
-from continual.tensors.header import TensorInfo
+from continual.tensors.header import TensorInfo, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,6 +33,7 @@ TORCH: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
 }
 FLOATS = ("F32", "F16", "BF16")
+_LONGEST_FILE_NAME = 255
 
 
 class Checkpoint:
@@ -71,9 +72,12 @@ class Checkpoint:
             self._files.preadv(info.file, raw.numpy().data, info.offset)
         return raw.view(TORCH[info.dtype]).reshape(info.shape) if info.nbytes else torch.empty(info.shape, dtype=TORCH[info.dtype])
 
-    def prefetch(self, name: str) -> None:
-        """Asks the kernel to read tensor `name` ahead."""
-        info = self.tensors[name]
+    def read_part(self, info: TensorInfo, start: int, into: memoryview) -> None:
+        """Fills `into` with the bytes of a tensor from its byte `start` on. Raises Retry if the file cannot be read to there any more."""
+        self._files.preadv(info.file, into, info.offset + start)
+
+    def prefetch(self, info: TensorInfo) -> None:
+        """Asks the kernel to read a tensor ahead."""
         self._files.will_need(info.file, info.offset, info.nbytes)
 
     def check_unchanged(self) -> None:
@@ -81,14 +85,17 @@ class Checkpoint:
         self._files.check_unchanged()
 
 
-def weight_files(path: Path) -> tuple[Path, ...]:
-    """The weight files of a model directory (or the one file it is), in the order of their names. Raises Refuse if there are none to use."""
+def weight_files(path: Path, root: Path | None = None) -> tuple[Path, ...]:
+    """The weight files of a model directory (or the one file it is), in the order of their names, whether or not they are there.
+
+    As transformers does, one file goes before shards with an index. Raises Refuse if there are none to use, Retry if the index cannot be read now.
+    """
     if path.is_file():
         return (path,)
-    if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
+    if os.path.lexists(path / SINGLE):
         return (path / SINGLE,)
-    if (path / INDEX).exists():
-        return tuple(path / shard for shard in sorted(set(_weight_map(path, None).values())))
+    if os.path.lexists(path / INDEX):
+        return tuple(path / shard for shard in sorted(set(_weight_map(path, root).values())))
     found = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
         return (found[0],)
@@ -101,9 +108,11 @@ def weight_files(path: Path) -> tuple[Path, ...]:
 
 def open_checkpoint(path: Path, root: Path | None) -> Checkpoint:
     """Opens a full checkpoint and reads its headers. Raises Refuse for anything malformed, Retry for what cannot be read now."""
-    paths = weight_files(path)
+    paths = weight_files(path, root)
     if missing := next((p for p in paths if not p.exists()), None):
-        raise Refuse("missing-shard", f"{path}: {missing.name} is named by the index and is not there")
+        if not path.exists():
+            raise Retry(f"{path}: is gone; nothing was settled")
+        raise Refuse("missing-shard", f"{path}: {missing.name} is not there: a file the index names is missing, or a link leads nowhere")
     files = Files(paths, root)
     try:
         tensors: dict[str, TensorInfo] = {}
@@ -112,7 +121,9 @@ def open_checkpoint(path: Path, root: Path | None) -> Checkpoint:
             if twice := next((name for name in found if name in tensors), None):
                 raise Refuse("header", f"{shard}: tensor {twice} is in {paths[tensors[twice].file].name} as well")
             tensors |= found
-        if path.is_dir() and (path / INDEX).exists() and paths[0].name != SINGLE:
+        if not tensors:
+            raise Refuse("no-weights", f"{path}: its weight files hold no tensor")
+        if path.is_dir() and os.path.lexists(path / INDEX) and paths[0].name != SINGLE:
             _check_index(path, root, tensors, paths)
         return Checkpoint(path, files, tensors, read_config(path, root))
     except BaseException:
@@ -144,21 +155,16 @@ def _weight_map(path: Path, root: Path | None) -> dict[str, str]:
     return body
 
 
-def _weight_map(path: Path, root: Path | None) -> dict[str, str]:
-    body = read_json(path / INDEX, root).get("weight_map")
-    if not isinstance(body, dict) or not body:
-        raise Refuse("index", f"{path / INDEX}: no weight_map")
-    for name, shard in body.items():
-        if not isinstance(shard, str) or shard != Path(shard).name or not shard.endswith(".safetensors") or shard.startswith("."):
-            raise Refuse("index", f"{path / INDEX}: tensor {name} is said to be in {shard!r}: a shard is a safetensors file in the same directory")
-    return body
+def _is_shard(shard: Any) -> bool:
+    if not isinstance(shard, str) or not shard.isprintable() or len(shard.encode()) > _LONGEST_FILE_NAME:
+        return False
+    return shard == Path(shard).name and shard.endswith(".safetensors") and not shard.startswith(".")
 
 
 def _check_index(path: Path, root: Path | None, tensors: Mapping[str, TensorInfo], paths: tuple[Path, ...]) -> None:
     claimed = _weight_map(path, root)
     for name, shard in claimed.items():
         if name not in tensors or paths[tensors[name].file].name != shard:
-            raise Refuse("index", f"{path / INDEX}: tensor {name} is said to be in {shard}, where it is not")
+            raise Refuse("index", f"{path / INDEX}: tensor {shown(name)} is said to be in {shard}, where it is not")
     if unclaimed := sorted(tensors.keys() - claimed.keys()):
         raise Refuse("index", f"{path / INDEX}: tensor {unclaimed[0]} is in a shard, but not in the index")
-

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Literal
 
 from continual.errors import Refuse, Retry
 from continual.records import Candidate
-from continual.tensors.adapter import CONFIG, Adapter
-from continual.tensors.checkpoint import Checkpoint, open_checkpoint
+from continual.tensors.adapter import CONFIG, WEIGHTS, Adapter
+from continual.tensors.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint, weight_files
 
 Model = Checkpoint | Adapter
 
@@ -20,12 +21,11 @@ def open_model(path: Path, *, root: Path | None = None) -> Model:
     `root` is the watched folder its files must lie in, None for a path given by hand. Raises Refuse with a reason for anything malformed or of a kind
     that is not understood, Retry for what cannot be read now.
     """
-    if not path.exists():
-        raise Retry(f"{path}: is gone; nothing was settled")
     try:
-        if path.is_dir() and (path / CONFIG).exists():
-            if not (path / "adapter_model.safetensors").exists():
-                raise Refuse("pickle" if (path / "adapter_model.bin").exists() else "no-weights", f"{path}: no adapter_model.safetensors in it")
+        if not path.exists():
+            raise Retry(f"{path}: is gone, or never was; nothing was settled")
+        if _is_adapter(path):
+            _adapter_files(path)
             return Adapter(path, root)
         return open_checkpoint(path, root)
     except OSError as error:
