@@ -31,6 +31,8 @@ SUMS = ("tau_sq", "before_sq", "merged_sq", "dot")
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while work goes on."""
 T = TypeVar("T")
+_LISTED = 100
+"""Names of tensors that stay out that a record lists: a header can claim any number of them."""
 
 
 class Task(NamedTuple, Generic[T]):
@@ -213,6 +215,7 @@ class Engine:
         with self.state.begin() as transaction:
             pieces = self._stream(transaction, vectors, candidate, lineage, before, progress)
             model.check_unchanged()
+            self.base.checkpoint.check_unchanged()
             report = self._report(candidate, lineage, pieces, before, vectors.digest({n: pieces[n].digest for n in lineage.folded}))
             if twin := self.state.folded_digest(report.digest):
                 return self._duplicate(candidate, report, twin)
@@ -315,7 +318,8 @@ class Engine:
             **self.rule.gauges(totals),
             "tensors": len(lineage.folded),
             "unchanged": len(lineage.unchanged),
-            "extra": list(lineage.extra),
+            "extra": list(lineage.extra[:_LISTED]),
+            "extra_count": len(lineage.extra),
             "prefix": list(lineage.prefix),
             "narrowed": dict(lineage.narrowed),
             "rows": dict(lineage.rows),

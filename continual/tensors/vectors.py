@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from continual.errors import Refuse
-from continual.linalg import dot
+from continual.linalg import inner
 from continual.records import ITEMSIZE, Lineage, TensorSpec
 from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import TORCH, Checkpoint
@@ -96,7 +96,7 @@ class TaskVectors:
         for start in range(0, spec.numel, BLOCK):
             stop = min(start + BLOCK, spec.numel)
             origin = self._block("base", self._base, self._base.tensors[spec.name], start, stop)
-            squares.append(dot(origin, origin))
+            squares.append(inner(origin, origin))
             if source.full is None or start >= folded:
                 continue
             stop = min(stop, folded)

@@ -1,0 +1,86 @@
+"""What operators load: alert rules (with promtool where it is installed), the dashboard, the unit; and that they speak of series that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from continual.metrics import TABLE, Metrics
+from continual.records import Candidate, FoldReport, Lineage
+
+OPS = Path(__file__).parents[2] / "ops"
+SUFFIX = re.compile(r"_(bucket|count|sum)$")
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+
+
+def filled() -> Metrics:
+    metrics = Metrics()
+    candidate = Candidate("k", "n", "folder", "/o", Path("/o"), "full", (), 1)
+    numbers = {"notes": {"kept": {"mean": 0.9}}}
+    metrics.observe(FoldReport(candidate, "d", Lineage(()), {}, numbers, {"read": 1.0, "total": 2.0}, 10, "cpu"), now=5.0)
+    metrics.refused("shape")
+    metrics.retried()
+    metrics.error("halt")
+    metrics.queue(3)
+    metrics.state(1, 2, 3, 4)
+    metrics.gauges({"lambda": 1.5})
+    metrics.build(rule="opcm", device="cpu", software={"continual": "0", "torch": "2"})
+    return metrics
+
+
+def test_every_series_says_what_was_observed() -> None:
+    text = filled().text().decode()
+    for line in (
+        "continual_folds_total 1.0",
+        'continual_refusals_total{reason="shape"} 1.0',
+        "continual_read_bytes_total 10.0",
+        'continual_fold_stage_seconds_total{stage="read"} 1.0',
+        "continual_fold_seconds_sum 2.0",
+        "continual_queue_candidates 3.0",
+        "continual_last_fold_timestamp_seconds 5.0",
+        "continual_lambda_ratio 1.5",
+        "continual_energy_kept_ratio 0.9",
+        "continual_state_head 3.0",
+    ):
+        assert line in text
+    assert 'stage="total"' not in text
+    peak = next(float(line.split()[1]) for line in text.splitlines() if line.startswith("continual_peak_memory_bytes "))
+    assert peak > 10e6
+
+
+@needs_promtool
+def test_promtool_accepts_the_metrics() -> None:
+    done = subprocess.run(["promtool", "check", "metrics"], input=filled().text(), capture_output=True, check=False)
+    assert (done.returncode, done.stderr.decode()) == (0, "")
+
+
+@needs_promtool
+@pytest.mark.parametrize("arguments", [("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml"), ("check", "config", "prometheus.yml")])
+def test_promtool_accepts_the_rules(arguments: tuple[str, ...]) -> None:
+    done = subprocess.run(["promtool", *arguments], cwd=OPS / "prometheus", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_alerts_and_dashboard_speak_of_series_that_exist() -> None:
+    known = {row.name for row in TABLE}
+    texts = [(OPS / "prometheus/alerts.yml").read_text(), (OPS / "grafana/continual.json").read_text()]
+    used = {SUFFIX.sub("", name) for text in texts for name in re.findall(r"\bcontinual_\w+", text)}
+    assert used <= known
+    assert known - used == set(), "series that no alert and no panel shows"
+
+
+def test_dashboard_panels_do_not_overlap() -> None:
+    panels = json.loads((OPS / "grafana/continual.json").read_text())["panels"]
+    cells = [(x, y) for p in panels for g in [p["gridPos"]] for x in range(g["x"], g["x"] + g["w"]) for y in range(g["y"], g["y"] + g["h"])]
+    assert len(cells) == len(set(cells))
+    assert len({p["id"] for p in panels}) == len(panels)
+
+
+def test_every_series_is_documented() -> None:
+    page = (OPS / "docs/operations.md").read_text()
+    assert [row.name for row in TABLE if f"`{row.name}`" not in page] == []

@@ -1,0 +1,49 @@
+"""A small state with a history, written through `State` alone, for the tests of the format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from continual.records import Entry, SlotSpec, TensorSpec
+from continual.state import State
+
+SHAPES: dict[str, tuple[int, ...]] = {"a.weight": (3, 4), "scalar": (), "empty": (0, 5), ".hidden/name": (7,), "__x": (2,), "zarr.json": (1,), "wide": (2, 300)}
+
+
+def make(path: Path) -> State:
+    """A new state open for writing, with a slot `sum` per tensor and one carried tensor."""
+    specs = [TensorSpec(name, shape, "F32", "plain") for name, shape in SHAPES.items()] + [TensorSpec("ids", (4,), "I64", "carried")]
+    slots = {s.name: {} if s.kind == "carried" else {"sum": SlotSpec(s.shape)} for s in specs}
+    read = {"policy": "number", "value": 1.0}
+    base = {"path": "/base", "revision": None, "files": [], "digests": {}, "plain": [], "exclude": []}
+    return State.create(path, base=base, tensors=specs, rule="mean", options={}, read=read, slots=slots, software={"continual": "0.1.0"}, device="cpu")
+
+
+def value(name: str, number: int) -> np.ndarray:
+    """What tensor `name` holds after fold `number`."""
+    shape = SHAPES[name]
+    return (np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape) + np.float32(100 * number)).astype(np.float32)
+
+
+def fold(state: State, number: int) -> int:
+    """Fold `number` (from 1) of a made-up candidate; returns its record."""
+    with state.begin() as transaction:
+        for name in SHAPES:
+            transaction.write(name, "sum", value(name, number))
+        key = {"key": f"k{number}", "name": f"n{number}", "origin": f"/o{number}", "source": "test", "form": "full", "bytes": 1}
+        entry = Entry(kind="fold", candidate=key, digest=f"sha256:{number}", fate="folded", totals={"count": float(number)}, numbers={"tau_norm": 1.0})
+        return transaction.commit(entry).seq
+
+
+def history(path: Path) -> None:
+    """Three folds, a refusal, a tag and a rollback to the second fold."""
+    with make(path) as state:
+        fold(state, 1)
+        fold(state, 2)
+        refused = {"key": "bad", "name": "bad", "origin": "/bad", "source": "test", "form": "full", "bytes": 1}
+        state.record(Entry(kind="refuse", candidate=refused, fate="refused", reason="shape", message="bad: does not fit"))
+        state.tag("first", 1)
+        fold(state, 3)
+        state.rollback(2)
