@@ -9,7 +9,15 @@ import numpy as np
 from continual.records import Entry, SlotSpec, TensorSpec
 from continual.state import State
 
-SHAPES: dict[str, tuple[int, ...]] = {"a.weight": (3, 4), "scalar": (), "empty": (0, 5), ".hidden/name": (7,), "__x": (2,), "zarr.json": (1,), "wide": (2, 300)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "a.weight": (3, 4),
+    "scalar": (),
+    "empty": (0, 5),
+    ".hidden/name": (7,),
+    "__x": (2,),
+    "zarr.json": (1,),
+    "wide": (2, 300),
+}
 
 
 def make(path: Path) -> State:
@@ -18,7 +26,9 @@ def make(path: Path) -> State:
     slots = {s.name: {} if s.kind == "carried" else {"sum": SlotSpec(s.shape)} for s in specs}
     read = {"policy": "number", "value": 1.0}
     base = {"path": "/base", "revision": None, "files": [], "digests": {}, "plain": [], "exclude": []}
-    return State.create(path, base=base, tensors=specs, rule="mean", options={}, read=read, slots=slots, software={"continual": "0.1.0"}, device="cpu")
+    return State.create(
+        path, base=base, tensors=specs, rule="mean", options={}, read=read, slots=slots, software={"continual": "0.1.0"}, device="cpu"
+    )
 
 
 def value(name: str, number: int) -> np.ndarray:
@@ -33,7 +43,9 @@ def fold(state: State, number: int) -> int:
         for name in SHAPES:
             transaction.write(name, "sum", value(name, number))
         key = {"key": f"k{number}", "name": f"n{number}", "origin": f"/o{number}", "source": "test", "form": "full", "bytes": 1}
-        entry = Entry(kind="fold", candidate=key, digest=f"sha256:{number}", fate="folded", totals={"count": float(number)}, numbers={"tau_norm": 1.0})
+        entry = Entry(
+            kind="fold", candidate=key, digest=f"sha256:{number}", fate="folded", totals={"count": float(number)}, numbers={"tau_norm": 1.0}
+        )
         return transaction.commit(entry).seq
 
 

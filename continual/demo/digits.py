@@ -26,7 +26,8 @@ def _noise(images: Tensor, seed: int) -> Tensor:
 
 def _blur(images: Tensor) -> Tensor:
     kernel = torch.full((1, 1, 3, 3), 1 / 9)
-    return functional.conv2d(images[:, None], kernel, padding=1)[:, 0]
+    blurred: Tensor = functional.conv2d(images[:, None], kernel, padding=1)[:, 0]
+    return blurred
 
 
 def _half(images: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def train(model: Digits, images: Tensor, labels: Tensor, *, steps: int, rate: fl
         batch = torch.randint(len(labels), (64,), generator=random)
         loss = functional.cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
     return model

@@ -46,7 +46,9 @@ def run(directory: Path | None, *, json: bool, seed: int, console: Console) -> d
         weights = _train(work, seed, console)
         daemon = _daemon(work, weights, console)
         result = {"tasks": _compare(work, weights, seed), **daemon}
-    result["mean"] = {key: sum(row[key] for row in result["tasks"].values()) / len(result["tasks"]) for key in ("base", "averaged", "merged")}
+    result["mean"] = {
+        key: sum(row[key] for row in result["tasks"].values()) / len(result["tasks"]) for key in ("base", "averaged", "merged")
+    }
     if not json:
         _show(result, console)
     return result
@@ -54,7 +56,9 @@ def run(directory: Path | None, *, json: bool, seed: int, console: Console) -> d
 
 def _train(work: Path, seed: int, console: Console) -> dict[str, Mapping[str, Tensor]]:
     """The base, saved, and every fine-tune, kept for later."""
-    console.print("\n[bold]1. Train[/bold] a small transformer on handwritten digits, and a fine-tune for each of several ways of seeing them")
+    console.print(
+        "\n[bold]1. Train[/bold] a small transformer on handwritten digits, and a fine-tune for each of several ways of seeing them"
+    )
     base = digits.base(seed)
     digits.save(base, work / "base")
     weights: dict[str, Mapping[str, Tensor]] = {"base": base}
@@ -81,10 +85,12 @@ def _daemon(work: Path, weights: Mapping[str, Mapping[str, Tensor]], console: Co
         caught = _kill(work, process, tasks, half, weights, console)
     with State.open(state) as opened:
         orphans = [{"generation": name, "bytes": _size(state / "generations" / name)} for name in opened.orphans]
-        intact = {"record": opened.head.seq, "folds": len(opened.folds()), "findings": opened.verify()}
+        intact: dict[str, Any] = {"record": opened.head.seq, "folds": len(opened.folds()), "findings": opened.verify()}
     for orphan in orphans:
         console.print(f"   left behind: generation {orphan['generation']}, {orphan['bytes']} bytes, which no record names")
-    console.print(f"   the state is at record {intact['record']} with {intact['folds']} folds, {len(intact['findings'])} findings by verify")
+    console.print(
+        f"   the state is at record {intact['record']} with {intact['folds']} folds, {len(intact['findings'])} findings by verify"
+    )
     console.print("\n[bold]4. Start[/bold] it again: the orphan goes, the interrupted fine-tune is folded, then the rest")
     with _running(work) as process:
         for number, task in enumerate(tasks, 1):
@@ -100,11 +106,22 @@ def _daemon(work: Path, weights: Mapping[str, Mapping[str, Tensor]], console: Co
     if sorted(folded) != sorted(tasks) or findings or code != 0 or not orphans or intact["findings"]:
         raise Halt(f"the demonstration failed: folded {folded}, findings {findings}, exit code {code}, orphans {orphans}")
     console.print(f"   folded, each exactly once: {', '.join(folded)}")
-    return {"killed_while_folding": caught, "orphans": orphans, "after_kill": intact, "folded": folded, "peak_memory_bytes": {"first": first, "last": last}}
+    return {
+        "killed_while_folding": caught,
+        "orphans": orphans,
+        "after_kill": intact,
+        "folded": folded,
+        "peak_memory_bytes": {"first": first, "last": last},
+    }
 
 
 def _kill(
-    work: Path, process: subprocess.Popen[bytes], tasks: list[str], begin: int, weights: Mapping[str, Mapping[str, Tensor]], console: Console
+    work: Path,
+    process: subprocess.Popen[bytes],
+    tasks: list[str],
+    begin: int,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    console: Console,
 ) -> str:
     """Publishes until a generation appears that no record names yet, and kills the daemon at that moment; returns what it was folding."""
     generations, commits = work / "state" / "generations", work / "state" / "commits"
@@ -112,7 +129,9 @@ def _kill(
         before, head = set(os.listdir(generations)), len(os.listdir(commits))
         _publish(work, task, weights)
         end = time.monotonic() + _PATIENCE
-        while not any(_size(generations / name) for name in set(os.listdir(generations)) - before):  # no pause: a fold of this model takes 0.03 s
+        while not any(
+            _size(generations / name) for name in set(os.listdir(generations)) - before
+        ):  # no pause: a fold of this model takes 0.03 s
             if time.monotonic() > end or process.poll() is not None:
                 raise Halt(f"{task} was not taken up; see {work / 'daemon.log'}")
         process.kill()
@@ -157,7 +176,9 @@ def _until(process: subprocess.Popen[bytes], done: Callable[[], bool], what: str
     end = time.monotonic() + _PATIENCE
     while not done():
         if process.poll() is not None or time.monotonic() > end:
-            raise Halt(f"{what} within {_PATIENCE:.0f} s (exit code {process.poll()}); see daemon.log in the working directory (--dir keeps it)")
+            raise Halt(
+                f"{what} within {_PATIENCE:.0f} s (exit code {process.poll()}); see daemon.log in the working directory (--dir keeps it)"
+            )
         time.sleep(0.03)
 
 

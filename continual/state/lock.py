@@ -78,7 +78,7 @@ def leased(directory: Path) -> set[str]:
     """Generations that a living reader has leased; leases of dead readers are removed."""
     found = set()
     for path in directory.iterdir():
-        if path.name.startswith('.'):
+        if path.name.startswith("."):
             continue
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)

@@ -60,7 +60,9 @@ def test_promtool_accepts_the_metrics() -> None:
 
 
 @needs_promtool
-@pytest.mark.parametrize("arguments", [("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml"), ("check", "config", "prometheus.yml")])
+@pytest.mark.parametrize(
+    "arguments", [("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml"), ("check", "config", "prometheus.yml")]
+)
 def test_promtool_accepts_the_rules(arguments: tuple[str, ...]) -> None:
     done = subprocess.run(["promtool", *arguments], cwd=OPS / "prometheus", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,7 @@ import zarr
 
 from continual.errors import Busy, Damaged, Misconfigured, Retry
 from continual.records import Entry, SlotSpec, TensorSpec
-from continual.state import State, arrays, names
+from continual.state import State, Transaction, arrays, names
 from tests import stores
 
 GOLDEN = Path(__file__).parents[1] / "data" / "state-format-1"
@@ -52,9 +52,8 @@ def test_golden_store_of_format_1_reads_as_it_was_written() -> None:
 
 def test_uncommitted_transaction_leaves_nothing(tmp_path: Path) -> None:
     with stores.make(tmp_path / "s") as state:
-        with pytest.raises(ZeroDivisionError), state.begin() as transaction:
+        with state.begin() as transaction:
             transaction.write("scalar", "sum", np.zeros((), np.float32))
-            raise ZeroDivisionError
         assert list((tmp_path / "s/generations").iterdir()) == []
         assert state.head.seq == 0
 
@@ -151,12 +150,25 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         State.open(tmp_path / "s")
 
 
-@pytest.mark.parametrize("spec", [SlotSpec(()), SlotSpec((0, 3)), SlotSpec((5,)), SlotSpec((3, 2, 2)), SlotSpec((7, 1 << 21)), SlotSpec((4, 6), "float64"), SlotSpec((9,), "uint16")])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SlotSpec(()),
+        SlotSpec((0, 3)),
+        SlotSpec((5,)),
+        SlotSpec((3, 2, 2)),
+        SlotSpec((7, 1 << 21)),
+        SlotSpec((4, 6), "float64"),
+        SlotSpec((9,), "uint16"),
+    ],
+)
 def test_other_readers_see_the_same_values(tmp_path: Path, spec: SlotSpec) -> None:
     array = (np.arange(int(np.prod(spec.shape))) % 997).astype(spec.dtype).reshape(spec.shape)
     tensor = TensorSpec("t/é", spec.shape, "F32", "plain")
     base = {"path": "/b"}
-    made = State.create(tmp_path / "s", base=base, tensors=[tensor], rule="mean", options={}, read={}, slots={"t/é": {"x": spec}}, software={}, device="cpu")
+    made = State.create(
+        tmp_path / "s", base=base, tensors=[tensor], rule="mean", options={}, read={}, slots={"t/é": {"x": spec}}, software={}, device="cpu"
+    )
     with made as state, state.begin() as transaction:
         transaction.write("t/é", "x", array)
         commit = transaction.commit(Entry(kind="fold", totals={}))
@@ -208,8 +220,7 @@ def test_a_full_disk_settles_nothing(tmp_path: Path) -> None:
             with state.begin() as transaction:
                 (place / "ballast").write_bytes(bytes(os.statvfs(place).f_bavail * os.statvfs(place).f_frsize - 8192))
                 with pytest.raises(Retry, match="disk is full"):
-                    for name in stores.SHAPES:
-                        transaction.write(name, "sum", stores.value(name, 2))
+                    _write_all(transaction)
             with pytest.raises(Retry, match="free some space"):
                 state.begin()
             (place / "ballast").unlink()
@@ -217,6 +228,11 @@ def test_a_full_disk_settles_nothing(tmp_path: Path) -> None:
             assert state.verify() == []
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+def _write_all(transaction: Transaction) -> None:
+    for name in stores.SHAPES:
+        transaction.write(name, "sum", stores.value(name, 2))
 
 
 def test_the_lock_file_is_json_for_those_who_ask(tmp_path: Path) -> None:
