@@ -66,7 +66,8 @@ class Block(nn.Module):
         y = self.norm1(x)
         q, k, v = (p(y).unflatten(2, (HEADS, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         x = x + self.o_proj(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.down_proj(functional.gelu(self.up_proj(self.norm2(x))))
+        out: Tensor = x + self.down_proj(functional.gelu(self.up_proj(self.norm2(x))))
+        return out
 
 
 class Digits(nn.Module):
