@@ -16,6 +16,8 @@ BLOCK = 1 << 19
 """Elements of a block of rows in float64 (4 MiB): large enough for GEMM, small enough that six of them never matter."""
 CHUNK = 1 << 17
 ROW = 1 << 10
+SMALL = 16 * ROW
+"""Elements up to which float32 saves `inner` nothing, and few rows average its rounding out."""
 NULL = 1e-6
 """Singular values at or below this fraction of the largest count as zero."""
 STEEP = 1e-4
@@ -46,9 +48,12 @@ def dot(a: Tensor, b: Tensor) -> float:
 def inner(a: Tensor, b: Tensor) -> float:
     """⟨a, b⟩ for reports and norms, at a tenth of the cost of `dot`: rows of ROW products are summed in float32 and the rows in float64.
 
-    Right to about 1e-8 of ‖a‖‖b‖. Where float32 over- or underflows it is `dot` that answers. The same bits whatever the number of threads.
+    Right to about 1e-8 of ‖a‖‖b‖. Where float32 over- or underflows, or the tensors are small, it is `dot` that answers. The same bits whatever the
+    number of threads.
     """
     a, b = a.reshape(-1), b.reshape(-1)
+    if a.numel() <= SMALL:
+        return dot(a, b)
     parts = []
     for i, j in _chunks(a.numel()):
         x, y = a[i:j].float(), b[i:j].float()
