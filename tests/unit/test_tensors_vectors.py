@@ -57,7 +57,7 @@ def test_values_are_those_of_whole_tensors(
     cast = origin if theirs in (ours, torch.float32) else origin.to(theirs)
     assert piece.tau.dtype == torch.float32
     assert torch.equal(piece.tau, tuned.float() - cast.float())
-    assert piece.base_sq == pytest.approx(float(origin.double().square().sum()), rel=1e-12)
+    assert piece.base_sq == pytest.approx(float(origin.double().square().sum()), rel=1e-7)  # what `inner` promises
     assert piece.nbytes_read == origin.numel() * (BITS[ours] + BITS[theirs]) // 8
 
 
