@@ -8,7 +8,7 @@ with continual.open("state", write=True) as merge:
 
 from __future__ import annotations
 
-import hashlib
+import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,19 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 from continual import provenance
 from continual.config import Settings
-from continual.engine import Engine, Outcome, Plan, Policy, Progress, silent, state_bytes
+from continual.engine import Engine, Outcome, Plan, Policy
 from continual.errors import Damaged, Misconfigured
+from continual.executors.contract import Progress, silent
 from continual.executors.local import Local
+from continual.folding import state_bytes
 from continual.gates.lineage import LineagePolicy
 from continual.gates.safety import NormPolicy
+from continual.linalg import dot
 from continual.publish import folder
 from continual.records import Entry, TensorSpec
 from continual.rules import ReadOptions, default_read, rule
 from continual.state import Commit, State
 from continual.tensors import Adapter, BaseModel, Checkpoint, describe, open_model
+from continual.tensors.checkpoint import TORCH
+
+_HASHED = 1 << 20
+"""Bytes of the base read at a time at init."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,7 @@ def survey(base: str | Path, asked: Asked | None = None) -> Survey:
 def init(base: str | Path, state: str | Path, asked: Asked | None = None, *, progress: Progress = silent) -> Survey:
     """Makes a state for the model directory `base` in the directory `state`.
 
-    Reads the base once, for its digests. Raises Misconfigured for unknown rules or options, Refuse for a base that cannot be read.
+    Reads the base once, for its digests and norms. Raises Misconfigured for unknown rules or options, Refuse for a base that cannot be read.
     """
     asked = asked or Asked()
     with _checkpoint(Path(base)) as checkpoint:
@@ -79,7 +87,7 @@ def init(base: str | Path, state: str | Path, asked: Asked | None = None, *, pro
             "path": str(Path(base).resolve()),
             "revision": None,
             "files": _files(checkpoint),
-            "digests": hash_base(checkpoint, progress),
+            **measure_base(model, progress),
             "plain": list(asked.plain),
             "exclude": list(asked.exclude),
         }
@@ -238,23 +246,34 @@ def open_base(state: State, moved: Path | None = None) -> BaseModel:
     if model.specs != state.format.tensors:
         raise Damaged(f"base {path} is not the one this state was made from: its tensors have other names, shapes or dtypes")
     if _files(model.checkpoint) != list(record["files"]):
-        digests = hash_base(model.checkpoint, silent)
+        digests = measure_base(model, silent)["digests"]
         if differing := sorted(name for name, digest in record["digests"].items() if digests.get(name) != digest):
             raise Damaged(f"base {path} is not the one this state was made from: tensor {differing[0]} differs")
     return model
 
 
-def hash_base(checkpoint: Checkpoint, progress: Progress) -> dict[str, str]:
-    """SHA-256 of every tensor's bytes, by name."""
-    digests = {}
-    names = sorted(checkpoint.tensors)
+def measure_base(base: BaseModel, progress: Progress) -> dict[str, dict[str, Any]]:
+    """`digests`: BLAKE3 of every tensor's bytes, by name; `squares`: ‖θ₀‖² of those that are folded."""
+    digests: dict[str, str] = {}
+    squares: dict[str, float] = {}
+    folded = {spec.name for spec in base.specs if spec.kind != "carried"}
+    names = sorted(base.checkpoint.tensors)
+    buffer = torch.empty(_HASHED, dtype=torch.uint8)
     progress("hash", 0, len(names))
     for done, name in enumerate(names, 1):
-        tensor = checkpoint.read(name)
-        raw = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
-        digests[name] = hashlib.sha256(raw).hexdigest()
+        info, whole, parts = base.checkpoint.tensors[name], blake3(), []
+        for start in range(0, info.nbytes, _HASHED):
+            part = buffer[: min(_HASHED, info.nbytes - start)]
+            base.checkpoint.read_part(info, start, part.numpy().data)
+            whole.update(part.numpy().data)
+            if name in folded:
+                values = part.view(TORCH[info.dtype])
+                parts.append(dot(values, values))
+        digests[name] = whole.hexdigest()
+        if name in folded:
+            squares[name] = math.fsum(parts)
         progress("hash", done, len(names))
-    return digests
+    return {"digests": digests, "squares": squares}
 
 
 def _checkpoint(path: Path) -> Checkpoint:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from continual.engine import Progress
+    from continual.executors.contract import Progress
     from continual.state import Commit
 
 
@@ -59,7 +59,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 def progress() -> Iterator[Progress]:
     """A progress callback that draws a bar on standard error where that is a terminal, and nothing elsewhere."""
     if not sys.stderr.isatty():
-        from continual.engine import silent
+        from continual.executors.contract import silent
 
         yield silent
         return

@@ -9,50 +9,28 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from continual import provenance
 from continual.errors import Abandoned, ContinualError, Refuse, Retry
+from continual.executors.contract import Executor, Progress, silent
+from continual.folding import Folding, Piece, need, run_length, state_bytes, total
 from continual.gates import safety
 from continual.gates.lineage import LineagePolicy, trace
-from continual.records import Candidate, Entry, FoldReport, Lineage, TensorSpec
-from continual.rules import Folded, Inputs, Rule
-from continual.state import Commit, State, Transaction
+from continual.records import Candidate, Entry, FoldReport, Lineage
+from continual.rules import Rule
+from continual.state import Commit, State
 from continual.tensors import Adapter, BaseModel, Checkpoint, TaskVectors, candidate_of, open_model
 
-SUMS = ("tau_sq", "before_sq", "merged_sq", "dot")
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total) while work goes on."""
-T = TypeVar("T")
 _LISTED = 100
 """Names of tensors that stay out that a record lists: a header can claim any number of them."""
-
-
-class Task(NamedTuple, Generic[T]):
-    """A piece of work: `need` is its peak memory in bytes, `prefetch` asks the kernel for its input ahead of time."""
-
-    name: str
-    need: int
-    run: Callable[[], T]
-    prefetch: Callable[[], None] | None = None
-
-
-class Executor(Protocol):
-    """Where tensors are folded: at most `workers` tasks at a time, together under `budget` bytes."""
-
-    workers: int
-    budget: int
-
-    def map(self, tasks: Sequence[Task[T]]) -> Iterator[tuple[str, T]]:
-        """Results as (name, result) in any order; the first error is raised once nothing runs any more."""
-        ...
 
 
 class Outcome(NamedTuple):
@@ -122,17 +100,6 @@ class Policy:
     updates: Literal["refuse", "add"] = "refuse"
 
 
-class Piece(NamedTuple):
-    """What folding one tensor gave."""
-
-    digest: bytes
-    sums: Mapping[str, float]
-    notes: Mapping[str, float]
-    base_sq: float
-    nbytes: int
-    seconds: Mapping[str, float]
-
-
 class Engine:
     """Folds candidates into one open state, one at a time."""
 
@@ -186,7 +153,7 @@ class Engine:
                     message="fits this base",
                     read_bytes=candidate.nbytes + sum(self._specs[name].nbytes for name in lineage.folded),
                     disk_bytes=state_bytes(self.rule, self.base.specs),
-                    memory_bytes=self._peak([self._need(self._specs[name], vectors) for name in lineage.folded]),
+                    memory_bytes=self._peak([need(self.rule, self._specs[name], vectors) for name in lineage.folded]),
                     folded=len(lineage.folded),
                     matrices=kinds.count("matrix"),
                     plain=kinds.count("plain"),
@@ -211,19 +178,18 @@ class Engine:
     def _fold(self, candidate: Candidate, model: Checkpoint | Adapter, lineage: Lineage, progress: Progress) -> Outcome:
         begun = time.perf_counter()
         before = dict(self.state.totals)
-        vectors = TaskVectors(self.base, model, lineage)
+        vectors = TaskVectors(self.base, model, lineage, run=run_length(self.device))
+        go_on = partial(self._go_on, candidate.name)
         with self.state.begin() as transaction:
-            pieces = self._stream(transaction, vectors, candidate, lineage, before, progress)
+            folding = Folding(transaction, vectors, self.rule, before, candidate.name, self.device, go_on)
+            pieces = self._stream(folding, lineage, progress)
             model.check_unchanged()
             self.base.checkpoint.check_unchanged()
             report = self._report(candidate, lineage, pieces, before, vectors.digest({n: pieces[n].digest for n in lineage.folded}))
             if twin := self.state.folded_digest(report.digest):
                 return self._duplicate(candidate, report, twin)
             safety.norms(candidate.name, report.numbers["tau_norm"] ** 2, report.numbers["base_norm"] ** 2, before, self.policy.norms)
-            if self.stop.is_set():
-                raise Abandoned(
-                    f"{candidate.name}: the fold was given up because continual is stopping; it will be taken up at the next start"
-                )
+            go_on()
             streamed = time.perf_counter()
             progress("commit", 0, 1)
             entry = Entry(
@@ -241,26 +207,10 @@ class Engine:
         message = f"{candidate.name}: folded as record {commit.seq}"
         return Outcome("folded", candidate.name, message, None, commit, provenance.timed(report, seconds))
 
-    def _stream(
-        self,
-        transaction: Transaction,
-        vectors: TaskVectors,
-        candidate: Candidate,
-        lineage: Lineage,
-        before: Mapping[str, float],
-        progress: Progress,
-    ) -> dict[str, Piece]:
+    def _stream(self, folding: Folding, lineage: Lineage, progress: Progress) -> dict[str, Piece]:
         """Every foldable tensor of the base through the rule, in parallel; the pieces by name."""
         folded = set(lineage.folded)
-        tasks: list[Task[Piece]] = []
-        for spec in self.base.specs:
-            if spec.kind == "carried":
-                continue
-            if spec.name in folded:
-                run = partial(self._one, transaction, vectors, candidate, spec, before)
-                tasks.append(Task(spec.name, self._need(spec, vectors), run, partial(vectors.prefetch, spec.name)))
-            else:
-                tasks.append(Task(spec.name, self._need(spec, None), partial(self._untouched, transaction, spec, before)))
+        tasks = [folding.task(spec, touched=spec.name in folded) for spec in self.base.specs if spec.kind != "carried"]
         pieces: dict[str, Piece] = {}
         progress("fold", 0, len(tasks))
         for name, piece in self.executor.map(tasks):
@@ -268,48 +218,20 @@ class Engine:
             progress("fold", len(pieces), len(tasks))
         return pieces
 
-    def _one(
-        self, transaction: Transaction, vectors: TaskVectors, candidate: Candidate, spec: TensorSpec, before: Mapping[str, float]
-    ) -> Piece:
-        """One tensor: read, subtract, fold, write."""
+    def _go_on(self, name: str) -> None:
+        """Raises Abandoned if continual is stopping."""
         if self.stop.is_set():
-            raise Abandoned(f"{candidate.name}: the fold was given up because continual is stopping; it will be taken up at the next start")
-        started = time.perf_counter()
-        tau, digest, base_sq, nbytes = vectors.vector(spec.name)
-        read = time.perf_counter()
-        folded = self._apply(transaction, spec, tau, before)
-        safety.finite(candidate.name, spec.name, folded.sums["tau_sq"])
-        computed = time.perf_counter()
-        self._write(transaction, spec, folded)
-        seconds = {"read": read - started, "rule": computed - read, "write": time.perf_counter() - computed}
-        return Piece(digest, folded.sums, folded.notes, base_sq, nbytes, seconds)
-
-    def _untouched(self, transaction: Transaction, spec: TensorSpec, before: Mapping[str, float]) -> Piece:
-        """A tensor that this fine-tune leaves as it is: a zero task vector changes no accumulator, only its norm is needed."""
-        folded = self._apply(transaction, spec, torch.zeros(spec.shape), before)
-        self._write(transaction, spec, folded)
-        return Piece(b"", folded.sums, {}, 0.0, 0, {})
-
-    def _apply(self, transaction: Transaction, spec: TensorSpec, tau: torch.Tensor, before: Mapping[str, float]) -> Folded:
-        slots = self.state.format.slots[spec.name]
-        accumulators = {slot: torch.from_numpy(transaction.read(spec.name, slot)).to(self.device) for slot in slots}
-        return self.rule.fold(accumulators, tau.to(self.device), Inputs(spec), before)
-
-    def _write(self, transaction: Transaction, spec: TensorSpec, folded: Folded) -> None:
-        if folded.sums["tau_sq"] == 0.0:
-            transaction.keep(spec.name)
-            return
-        for slot, value in folded.accumulators.items():
-            transaction.write(spec.name, slot, value.to("cpu").contiguous().numpy())
+            raise Abandoned(f"{name}: the fold was given up because continual is stopping; it will be taken up at the next start")
 
     def _report(
         self, candidate: Candidate, lineage: Lineage, pieces: Mapping[str, Piece], before: Mapping[str, float], digest: str
     ) -> FoldReport:
         ordered = [pieces[name] for name in sorted(pieces)]
-        sums = {key: math.fsum(piece.sums[key] for piece in ordered) for key in ordered[0].sums} if ordered else dict.fromkeys(SUMS, 0.0)
-        base_sq = math.fsum(piece.base_sq for piece in ordered)
+        sums = total([piece.sums for piece in ordered])
+        squares = self.state.format.base["squares"]
+        base_sq = math.fsum(squares[name] for name in lineage.folded)
         totals = self.rule.settle(before, sums, 1.0)
-        tau, cross = math.sqrt(sums["tau_sq"]), math.sqrt(sums["tau_sq"] * sums["before_sq"])
+        tau, cross = math.sqrt(sums["tau_sq"]), math.sqrt(sums["tau_sq"] * before.get("merged_sq", 0.0))
         numbers: dict[str, Any] = {
             "tau_norm": tau,
             "base_norm": math.sqrt(base_sq),
@@ -366,10 +288,6 @@ class Engine:
         )
         return Outcome("duplicate", candidate.name, message, "duplicate", self.state.record(entry), report)
 
-    def _need(self, spec: TensorSpec, vectors: TaskVectors | None) -> int:
-        reading = vectors.nbytes(spec.name) if vectors is not None else spec.numel * 4
-        return reading + sum(slot.nbytes for slot in self.rule.slots(spec).values()) + self.rule.workspace(spec)
-
     def _peak(self, needs: list[int]) -> int:
         most = sorted(needs, reverse=True)[: self.executor.workers]
         return max([min(sum(most), self.executor.budget), *most[:1]], default=0)
@@ -390,11 +308,6 @@ def pick_device(word: str) -> torch.device:
     return torch.device("cpu")
 
 
-def state_bytes(rule: Rule, specs: tuple[TensorSpec, ...]) -> int:
-    """Bytes of one generation, without its metadata."""
-    return sum(slot.nbytes for spec in specs if spec.kind != "carried" for slot in rule.slots(spec).values())
-
-
 def summarise(notes: list[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Smallest, mean and largest of each note over the tensors that have it."""
     columns: dict[str, list[float]] = {}
@@ -409,7 +322,3 @@ def _known(candidate: Candidate, known: Commit) -> Outcome:
     if known.entry.message and known.entry.fate != "folded":
         message += f": {known.entry.message}"
     return Outcome("known", candidate.name, message, known.entry.reason, known)
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """A progress callback that shows nothing."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 BLOCK = 1 << 19
 """Elements of a block of rows in float64 (4 MiB): large enough for GEMM, small enough that six of them never matter."""
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 ROW = 1 << 10
 SMALL = 16 * ROW
 """Elements up to which float32 saves `inner` nothing, and few rows average its rounding out."""
@@ -51,26 +51,31 @@ def inner(a: Tensor, b: Tensor) -> float:
     Right to about 1e-8 of ‖a‖‖b‖. Where float32 over- or underflows, or the tensors are small, it is `dot` that answers. The same bits whatever the
     number of threads.
     """
-    a, b = a.reshape(-1), b.reshape(-1)
-    if a.numel() <= SMALL:
-        return dot(a, b)
+    return inners((a, b))[0]
+
+
+def inners(*pairs: tuple[Tensor, Tensor]) -> list[float]:
+    """`inner` of several pairs of tensors of one size, for less than one after the other."""
+    flat = [(a.reshape(-1), b.reshape(-1)) for a, b in pairs]
+    numel = flat[0][0].numel()
+    if numel <= SMALL:
+        return [dot(a, b) for a, b in flat]
     parts = []
-    for i, j in _chunks(a.numel()):
-        x, y = a[i:j].float(), b[i:j].float()
+    for i, j in _chunks(numel):
         width = min(ROW, j - i)
-        parts.append(torch.linalg.vecdot(x.view(-1, width), y.view(-1, width)))
-    total = float(torch.cat(parts).double().sum()) if parts else 0.0
-    return total if math.isfinite(total) and total != 0.0 else dot(a, b)
+        parts.append(torch.stack([torch.linalg.vecdot(a[i:j].float().view(-1, width), b[i:j].float().view(-1, width)) for a, b in flat]))
+    totals: list[float] = torch.cat(parts, 1).double().sum(1).tolist()
+    return [total if math.isfinite(total) and total != 0.0 else dot(a, b) for total, (a, b) in zip(totals, flat, strict=True)]
 
 
 def add(total: Tensor, term: Tensor, weight: float) -> dict[str, float]:
     """total += weight·term in place; contiguous float32 tensors of one shape.
 
-    Returns ‖term‖², ‖total‖² before, ‖total‖² after and ⟨term, total before⟩ as tau_sq, before_sq, merged_sq and dot.
+    Returns ‖term‖², ⟨term, total before⟩ and ‖total‖² after as tau_sq, dot and merged_sq.
     """
-    sums = {"tau_sq": inner(term, term), "before_sq": inner(total, total), "dot": inner(term, total)}
+    tau_sq, product = inners((term, term), (term, total))
     total.add_(term, alpha=weight)
-    return {**sums, "merged_sq": inner(total, total)}
+    return {"tau_sq": tau_sq, "dot": product, "merged_sq": inner(total, total)}
 
 
 def tall(matrix: Tensor) -> Tensor:

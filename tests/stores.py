@@ -25,7 +25,7 @@ def make(path: Path) -> State:
     specs = [TensorSpec(name, shape, "F32", "plain") for name, shape in SHAPES.items()] + [TensorSpec("ids", (4,), "I64", "carried")]
     slots = {s.name: {} if s.kind == "carried" else {"sum": SlotSpec(s.shape)} for s in specs}
     read = {"policy": "number", "value": 1.0}
-    base = {"path": "/base", "revision": None, "files": [], "digests": {}, "plain": [], "exclude": []}
+    base = {"path": "/base", "revision": None, "files": [], "digests": {}, "squares": {}, "plain": [], "exclude": []}
     return State.create(
         path, base=base, tensors=specs, rule="mean", options={}, read=read, slots=slots, software={"continual": "0.1.0"}, device="cpu"
     )
@@ -44,7 +44,7 @@ def fold(state: State, number: int) -> int:
             transaction.write(name, "sum", value(name, number))
         key = {"key": f"k{number}", "name": f"n{number}", "origin": f"/o{number}", "source": "test", "form": "full", "bytes": 1}
         entry = Entry(
-            kind="fold", candidate=key, digest=f"sha256:{number}", fate="folded", totals={"count": float(number)}, numbers={"tau_norm": 1.0}
+            kind="fold", candidate=key, digest=f"blake3:{number}", fate="folded", totals={"count": float(number)}, numbers={"tau_norm": 1.0}
         )
         return transaction.commit(entry).seq
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from continual.engine import Task
+from continual.executors.contract import Task
 
 T = TypeVar("T")
 _M_MMAP_THRESHOLD = -3

@@ -20,8 +20,8 @@ import torch
 
 from continual import provenance
 from continual.config import parse_bytes
-from continual.engine import Executor, Progress, Task
 from continual.errors import Halt, Misconfigured
+from continual.executors.contract import Executor, Progress, Task
 from continual.records import ITEMSIZE, TensorSpec
 from continual.rules import ReadOptions, Rule
 from continual.state import State

@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """One tensor after a fold. `sums`: tau_sq ‖τ‖², before_sq ‖X_old‖², merged_sq ‖X_new‖², dot ⟨τ, X_old⟩. `notes` are reported only."""
+    """One tensor after a fold. `sums`: tau_sq ‖τ‖², dot ⟨τ, X_old⟩, merged_sq ‖X_new‖². `notes` are reported only."""
 
     accumulators: Accumulators
     sums: dict[str, float]
@@ -105,6 +105,7 @@ class Rule(NamedTuple):
     """A fold rule with its fold-time options resolved.
 
     slots(spec): the accumulators of a tensor, which start as zeros; not asked for carried tensors.
+    elementwise(spec): `fold` may be given any run of elements in place of the whole tensor, flat; the accumulators then have the tensor's shape.
     fold(accumulators, τ, inputs, totals before): may overwrite the accumulators and τ in place; τ is float32 of the tensor's shape.
     settle(totals before, sums, weight): totals after.
     read(spec, accumulators, totals, options): the merged task vector, float32, in new memory.
@@ -117,6 +118,7 @@ class Rule(NamedTuple):
     summary: str
     options: Mapping[str, Any]
     slots: Callable[[TensorSpec], dict[str, SlotSpec]]
+    elementwise: Callable[[TensorSpec], bool]
     fold: Callable[[Accumulators, torch.Tensor, Inputs, Totals], Folded]
     settle: Callable[[Totals, Sums, float], dict[str, float]]
     read: Callable[[TensorSpec, Accumulators, Totals, ReadOptions], torch.Tensor]

@@ -85,13 +85,13 @@ def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple
 
 def fold_matrix(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> Folded:
     """One matrix: τ is projected in place and added to R in place; both contiguous float32 of one shape, at least 2-D, not empty."""
-    before_sq, tau_sq, dot = linalg.inner(total, total), linalg.inner(tau, tau), linalg.inner(tau, total)
+    tau_sq, dot = linalg.inners((tau, tau), (tau, total))
     r, rank = 0, 0
-    if before_sq > 0.0 and tau_sq > 0.0:
+    if tau_sq > 0.0 and bool(total.any()):
         r, rank = project(linalg.tall(total.flatten(1)), linalg.tall(tau.flatten(1)), alpha, variant)
     added = linalg.add(total, tau, 1.0)
     notes = {"r": float(r), "kept": added["tau_sq"] / tau_sq, "rank": float(rank)} if tau_sq > 0.0 else {}
-    return Folded({sums.SLOT: total}, {"tau_sq": tau_sq, "before_sq": before_sq, "merged_sq": added["merged_sq"], "dot": dot}, notes)
+    return Folded({sums.SLOT: total}, {"tau_sq": tau_sq, "dot": dot, "merged_sq": added["merged_sq"]}, notes)
 
 
 def gauges(totals: Totals) -> dict[str, float]:
@@ -121,7 +121,19 @@ def _make(options: Mapping[str, Any]) -> Rule:
             return sums.workspace(spec)
         return linalg.workspace(spec.shape[0], spec.numel // spec.shape[0])
 
-    return Rule(OPCM.name, OPCM.summary, options, sums.slots, fold, sums.settle, sums.read_sum, workspace, gauges, group=False)
+    return Rule(
+        OPCM.name,
+        OPCM.summary,
+        options,
+        sums.slots,
+        lambda spec: not is_matrix(spec),
+        fold,
+        sums.settle,
+        sums.read_sum,
+        workspace,
+        gauges,
+        group=False,
+    )
 
 
 def _alpha(value: Any) -> float:

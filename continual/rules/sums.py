@@ -24,6 +24,11 @@ def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
     return {SLOT: SlotSpec(spec.shape)}
 
 
+def elementwise(spec: TensorSpec) -> bool:  # noqa: ARG001 - the contract's signature
+    """Sums are, for every tensor."""
+    return True
+
+
 def settle(totals: Totals, sums: Sums, weight: float) -> dict[str, float]:
     """Totals after a fold: count, weight Σw, norm_sum Σ‖τ_i‖ (whole model), merged_sq ‖X‖². A negative weight takes a model out; none left is exactly 0."""
     sign = math.copysign(1.0, weight)
@@ -67,12 +72,12 @@ def read_sum(spec: TensorSpec, accumulators: Accumulators, totals: Totals, optio
 
 
 def _mean(options: Mapping[str, Any]) -> Rule:
-    return Rule(MEAN.name, MEAN.summary, options, slots, fold, settle, read_mean, workspace, no_gauges, group=True)
+    return Rule(MEAN.name, MEAN.summary, options, slots, elementwise, fold, settle, read_mean, workspace, no_gauges, group=True)
 
 
 def _task_arithmetic(options: Mapping[str, Any]) -> Rule:
     row = TASK_ARITHMETIC
-    return Rule(row.name, row.summary, options, slots, fold, settle, read_sum, workspace, no_gauges, group=True)
+    return Rule(row.name, row.summary, options, slots, elementwise, fold, settle, read_sum, workspace, no_gauges, group=True)
 
 
 MEAN = Row(

@@ -1,15 +1,17 @@
 """One tensor's accumulator as a Zarr v3 array: metadata by zarr-python, chunks written and read directly.
 
-Zarr v3 core specification, regular chunk grid, codecs `bytes` (little endian) and `crc32c`: a chunk file is the raw values, then their CRC32C in four
+Zarr v3 core specification, regular chunk grid, codecs `bytes` (little endian) and `crc32c`, chunk keys with dots: a chunk file is the raw values, then their CRC32C in four
 little-endian bytes. Chunks are equal blocks of rows of at most 32 MiB; where the rows do not divide evenly the last block is padded with zeros.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +21,7 @@ from numpy.typing import NDArray
 
 from continual.errors import Damaged, Misconfigured
 from continual.records import SlotSpec
-from continual.state.durable import write_bytes
-from continual.state.framing import crc
+from continual.state.durable import write_all
 
 CHUNK_BYTES = 32 << 20
 Array = NDArray[Any]
@@ -65,6 +66,7 @@ def _template(spec: SlotSpec) -> dict[str, Any]:
         serializer=BytesCodec(endian="little"),
         compressors=[Crc32cCodec()],
         filters=None,
+        chunk_key_encoding={"name": "default", "separator": "."},
         fill_value=0,
         zarr_format=3,
     )
@@ -90,80 +92,143 @@ def group_metadata() -> bytes:
 
 
 def chunk_names(spec: SlotSpec) -> list[str]:
-    """Paths of the chunk files below the array's directory, in row order."""
+    """Names of the chunk files in the array's directory, in row order."""
     if not spec.shape:
         return ["c"]
-    rest = "/0" * (len(spec.shape) - 1)
-    return [f"c/{i}{rest}" for i in range(grid(spec).chunks)]
+    rest = ".0" * (len(spec.shape) - 1)
+    return [f"c.{i}{rest}" for i in range(grid(spec).chunks)]
 
 
-def write(directory: Path, spec: SlotSpec, array: Array) -> list[str]:
-    """Writes the chunks of `array` below `directory`; returns their CRCs (of values and padding). Not synced."""
-    assert array.shape == spec.shape, (array.shape, spec)
-    assert array.dtype == spec.dtype, (array.dtype, spec)
-    if not array.flags.c_contiguous:
-        array = np.ascontiguousarray(array)
-    checksums = []
-    cut = grid(spec)
-    for i, name in enumerate(chunk_names(spec)):
-        block = array[i * cut.rows : (i + 1) * cut.rows] if spec.shape else array.reshape(1)
-        if spec.shape and block.shape[0] < cut.rows:
-            block = np.concatenate([block, np.zeros((cut.rows - block.shape[0], *spec.shape[1:]), block.dtype)])
-        value = google_crc32c.value(block)
-        path = directory / name
-        if i == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        elif spec.shape and len(spec.shape) > 1:
-            path.parent.mkdir()
-        write_bytes(path, block.reshape(-1).view(np.uint8).data, value.to_bytes(4, "little"))
-        checksums.append(f"{value:08x}")
-    return checksums
+class Writer:
+    """Writes the values of a new array in order, in pieces of any size, as chunks below `directory`. Not synced."""
+
+    def __init__(self, directory: Path, spec: SlotSpec) -> None:
+        self._paths = [directory / name for name in chunk_names(spec)]
+        self._size = _chunk_bytes(spec)
+        self._fd: int | None = None
+        self._at = self._crc = 0
+        self._checksums: list[str] = []
+
+    def write(self, data: memoryview) -> None:
+        """The next values, as bytes."""
+        while data:
+            if self._fd is None:
+                self._fd = os.open(self._paths[len(self._checksums)], os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            part = data[: self._size - self._at]
+            self._crc = _crc(self._crc, part)
+            write_all(self._fd, part)
+            self._at += len(part)
+            data = data[len(part) :]
+            if self._at == self._size:
+                write_all(self._fd, self._crc.to_bytes(4, "little"))
+                self._checksums.append(f"{self._crc:08x}")
+                self.close()
+
+    def finish(self) -> list[str]:
+        """Pads the last chunk and returns the CRCs of all (of values and padding)."""
+        if self._fd is not None:
+            self.write(memoryview(bytes(self._size - self._at)))
+        assert len(self._checksums) == len(self._paths), "fewer values than the array has"
+        return self._checksums
+
+    def close(self) -> None:
+        """Closes the file it is at."""
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd, self._at, self._crc = None, 0, 0
 
 
-def read(directory: Path, spec: SlotSpec, checksums: list[str], out: Array | None = None) -> Array:
-    """The array below `directory`, into `out` if given (C-contiguous, same shape and dtype).
+class Reader:
+    """Reads the values of the array below `directory` in order, in pieces of any size; a chunk is checked as its last value is read.
 
     Raises Damaged naming the chunk that is missing, has another size, or whose CRC is not the one its receipt has; Misconfigured if the generation
     has been deleted meanwhile.
     """
-    array: Array = np.empty(spec.shape, spec.dtype) if out is None else out
-    cut = grid(spec)
-    if len(checksums) != cut.chunks:
-        raise Damaged(f"{directory}: the receipt has {len(checksums)} chunks, the format {cut.chunks}")
-    flat = array.reshape(-1).view(np.uint8)
-    chunk_bytes = spec.nbytes if not spec.shape else cut.rows * (spec.nbytes // max(1, spec.shape[0]))
-    for i, (name, checksum) in enumerate(zip(chunk_names(spec), checksums, strict=True)):
-        part = flat[i * chunk_bytes : (i + 1) * chunk_bytes]
-        padded = np.empty(chunk_bytes, np.uint8) if part.size < chunk_bytes else part
-        _read_chunk(directory / name, padded, checksum)
-        if padded is not part:
-            part[:] = padded[: part.size]
+
+    def __init__(self, directory: Path, spec: SlotSpec, checksums: Sequence[str]) -> None:
+        self._paths = [directory / name for name in chunk_names(spec)]
+        if len(checksums) != len(self._paths):
+            raise Damaged(f"{directory}: the receipt has {len(checksums)} chunks, the format {len(self._paths)}")
+        self._checksums = checksums
+        self._size, self._left = _chunk_bytes(spec), spec.nbytes
+        self._next = 0
+        self._fd: int | None = None
+        self._at = self._crc = 0
+
+    def read(self, into: memoryview) -> None:
+        """Fills `into` with the next values, as bytes."""
+        while into:
+            path = self._paths[self._next]
+            if self._fd is None:
+                self._open(path)
+            assert self._fd is not None
+            count = os.preadv(self._fd, [into[: min(self._size, self._at + self._left) - self._at]], self._at)
+            if count == 0:
+                raise Damaged(f"chunk {path} is damaged: it ends after {self._at} bytes")
+            self._crc = _crc(self._crc, into[:count])
+            self._at += count
+            self._left -= count
+            into = into[count:]
+            if self._at == self._size or self._left == 0:
+                self._check(path)
+
+    def close(self) -> None:
+        """Closes the file it is at."""
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd, self._at, self._crc = None, 0, 0
+
+    def _open(self, path: Path) -> None:
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise _gone(path) from None
+        size = os.fstat(self._fd).st_size
+        if size != self._size + 4:
+            raise Damaged(f"chunk {path} is damaged: {size} bytes where {self._size + 4} were written")
+
+    def _check(self, path: Path) -> None:
+        """Takes padding and checksum, and the next chunk in turn."""
+        assert self._fd is not None
+        rest = os.pread(self._fd, self._size - self._at + 4, self._at)
+        found = _crc(self._crc, rest[:-4])
+        if not f"{int.from_bytes(rest[-4:], 'little'):08x}" == f"{found:08x}" == self._checksums[self._next]:
+            raise Damaged(
+                f"chunk {path} is damaged: its contents are not those its receipt is for; restore it, or roll back to an earlier record"
+            )
+        self.close()
+        self._next += 1
+
+
+def write(directory: Path, spec: SlotSpec, array: Array) -> list[str]:
+    """Writes the chunks of `array` below `directory`; returns their CRCs. Not synced."""
+    assert array.shape == spec.shape, (array.shape, spec)
+    assert array.dtype == spec.dtype, (array.dtype, spec)
+    with contextlib.closing(Writer(directory, spec)) as writer:
+        writer.write(raw(np.ascontiguousarray(array)))
+        return writer.finish()
+
+
+def read(directory: Path, spec: SlotSpec, checksums: Sequence[str]) -> Array:
+    """The array below `directory`. Raises as `Reader` does."""
+    array: Array = np.empty(spec.shape, spec.dtype)
+    with contextlib.closing(Reader(directory, spec, checksums)) as reader:
+        reader.read(raw(array))
     return array
 
 
-def _read_chunk(path: Path, into: Array, checksum: str) -> None:
-    tail = bytearray(4)
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise _gone(path) from None
-    try:
-        size = os.fstat(fd).st_size
-        if size != into.nbytes + 4:
-            raise Damaged(f"chunk {path} is damaged: {size} bytes where {into.nbytes + 4} were written")
-        view, done = into.data, 0
-        while done < into.nbytes:
-            count = os.preadv(fd, [view[done:]], done)
-            if count == 0:
-                raise Damaged(f"chunk {path} is damaged: it ends after {done} bytes")
-            done += count
-        os.preadv(fd, [tail], into.nbytes)
-    finally:
-        os.close(fd)
-    if not f"{int.from_bytes(tail, 'little'):08x}" == crc(into) == checksum:
-        raise Damaged(
-            f"chunk {path} is damaged: its contents are not those its receipt is for; restore it, or roll back to an earlier record"
-        )
+def raw(array: Array) -> memoryview:
+    """The bytes of a C-contiguous array."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _crc(before: int, data: bytes | memoryview) -> int:
+    """The CRC32C of what had the CRC `before`, then `data`."""
+    return int(google_crc32c.extend(before, np.frombuffer(data, np.uint8))) if len(data) else before  # it takes no memoryview
+
+
+def _chunk_bytes(spec: SlotSpec) -> int:
+    return grid(spec).rows * (spec.nbytes // max(1, spec.shape[0])) if spec.shape else spec.nbytes
 
 
 def _gone(path: Path) -> Damaged | Misconfigured:

@@ -53,11 +53,16 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         for part in parts:
-            view = memoryview(part).cast("B") if part else memoryview(b"")
-            while view:
-                view = view[os.write(fd, view) :]
+            write_all(fd, memoryview(part))
     finally:
         os.close(fd)
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """All of `data` (a view of single bytes), however little a write takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def write_temporary(path: Path, data: bytes) -> Path:

@@ -42,13 +42,22 @@ class Generation:
             )
         return body
 
-    def read(self, name: str, slot: str, out: Array | None = None) -> Array:
+    def read(self, name: str, slot: str) -> Array:
         """One accumulator, every byte checked against its receipt."""
         path = node(slot, name)
+        return arrays.read(self.directory / path, self.form.slots[name][slot], self._chunks(path))
+
+    def reader(self, name: str, slot: str) -> arrays.Reader:
+        """The same, to be read in order in pieces."""
+        path = node(slot, name)
+        return arrays.Reader(self.directory / path, self.form.slots[name][slot], self._chunks(path))
+
+    def _chunks(self, path: str) -> list[str]:
         receipt = self.receipts["arrays"].get(path)
         if receipt is None:
             raise Damaged(f"{self.directory}: no receipt for {path}")
-        return arrays.read(self.directory / path, self.form.slots[name][slot], receipt["chunks"], out)
+        chunks: list[str] = receipt["chunks"]
+        return chunks
 
     def check(self, step: Callable[[], None]) -> Iterator[str]:
         """Reads everything and yields what is wrong; `step` is called after each array."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +28,10 @@ Publish = Callable[[Entry, str, str], Commit]
 
 
 class Transaction:
-    """Writes one generation. A context manager: leaving it without a commit drops what was written. `read`, `write`, `keep` are thread-safe."""
+    """Writes one generation. A context manager: leaving it without a commit drops what was written.
+
+    Threads may share it, as long as each tensor is one thread's.
+    """
 
     def __init__(self, root: Path, form: Format, before: Generation | None, publish: Publish, on_step: Callable[[str], None]) -> None:
         self.id = secrets.token_hex(8)
@@ -63,31 +68,56 @@ class Transaction:
         if self._before is None:
             spec = self._form.slots[name][slot]
             return np.zeros(spec.shape, spec.dtype)
-        return self._before.read(name, slot)
+        with environment(f"cannot read tensor {name}"):
+            return self._before.read(name, slot)
 
     def write(self, name: str, slot: str, array: Array) -> None:
         """The accumulator after this fold: an array of exactly the slot's shape and dtype."""
-        path, spec = node(slot, name), self._form.slots[name][slot]
         with environment(f"cannot write tensor {name}"):
-            directory = self.directory / path
-            directory.mkdir()
-            checksum = self._metadata(path, name, slot)
-            chunks = arrays.write(directory, spec, array)
-        with self._lock:
-            self._receipts[path] = {"metadata": checksum, "bytes": spec.nbytes, "chunks": chunks}
+            directory = self._place(name, slot)
+            self._receive(name, slot, arrays.write(directory, self._form.slots[name][slot], array))
+
+    def runs(self, name: str, length: int) -> Iterator[tuple[int, int, dict[str, Array]]]:
+        """Rewrites a tensor whose accumulators all have its shape, in flat runs of at most `length` elements, so that no more is in memory.
+
+        Yields (first element, one past the last, accumulators by slot) as they were before this fold, zeros before the first. What the caller leaves
+        in the arrays is written when it asks for the next; it has to go on to the end.
+        """
+        slots = self._form.slots[name]
+        numel = math.prod(next(iter(slots.values())).shape)
+        with ExitStack() as files, environment(f"cannot rewrite tensor {name}"):
+            readers = {slot: files.enter_context(closing(self._before.reader(name, slot))) for slot in slots} if self._before else {}
+            writers = {slot: files.enter_context(closing(arrays.Writer(self._place(name, slot), spec))) for slot, spec in slots.items()}
+            buffers = {slot: np.zeros(min(length, numel), spec.dtype) for slot, spec in slots.items()}
+            for start in range(0, numel, length):
+                stop = min(start + length, numel)
+                values = {slot: buffer[: stop - start] for slot, buffer in buffers.items()}
+                for slot, value in values.items():
+                    if self._before:
+                        readers[slot].read(arrays.raw(value))
+                    else:
+                        value.fill(0)
+                yield start, stop, values
+                for slot, value in values.items():
+                    writers[slot].write(arrays.raw(value))
+            for slot, writer in writers.items():
+                self._receive(name, slot, writer.finish())
 
     def keep(self, name: str) -> None:
-        """The tensor did not change: its files are hard links to those of the generation before; zeros where there is none."""
+        """The tensor did not change: its files are hard links to those of the generation before; zeros where there is none.
+
+        What was written for it in this transaction is dropped.
+        """
         for slot, spec in self._form.slots[name].items():
+            path = node(slot, name)
+            shutil.rmtree(self.directory / path, ignore_errors=True)
             if self._before is None:
                 self.write(name, slot, np.zeros(spec.shape, spec.dtype))
                 continue
-            path = node(slot, name)
             with environment(f"cannot write tensor {name}"):
+                (self.directory / path).mkdir()
                 for file in ["zarr.json", *arrays.chunk_names(spec)]:
-                    target = self.directory / path / file
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    os.link(self._before.directory / path / file, target)
+                    os.link(self._before.directory / path / file, self.directory / path / file)
             with self._lock:
                 self._receipts[path] = self._before.receipts["arrays"][path]
 
@@ -108,16 +138,22 @@ class Transaction:
         self._done = True
         return commit
 
-    def _metadata(self, path: str, name: str, slot: str) -> str:
-        """Gives the array its zarr.json, linked from the generation before where there is one: it is the same, and already on disk."""
-        target = self.directory / path / "zarr.json"
+    def _place(self, name: str, slot: str) -> Path:
+        """Makes the array's directory with its zarr.json, linked from the generation before where there is one: it is the same, and on disk already."""
+        path = node(slot, name)
+        directory = self.directory / path
+        directory.mkdir()
         if self._before is not None:
-            os.link(self._before.directory / path / "zarr.json", target)
-            checksum: str = self._before.receipts["arrays"][path]["metadata"]
-            return checksum
-        data = arrays.metadata(self._form.slots[name][slot], name)
-        write_bytes(target, data)
-        return framing.crc(data)
+            os.link(self._before.directory / path / "zarr.json", directory / "zarr.json")
+        else:
+            write_bytes(directory / "zarr.json", arrays.metadata(self._form.slots[name][slot], name))
+        return directory
+
+    def _receive(self, name: str, slot: str, chunks: list[str]) -> None:
+        path, spec = node(slot, name), self._form.slots[name][slot]
+        metadata = self._before.receipts["arrays"][path]["metadata"] if self._before else framing.crc(arrays.metadata(spec, name))
+        with self._lock:
+            self._receipts[path] = {"metadata": metadata, "bytes": spec.nbytes, "chunks": chunks}
 
 
 def room(directory: Path, form: Format) -> None:

@@ -55,7 +55,7 @@ def test_swapped_chunks_and_generations_are_found(tmp_path: Path) -> None:
     with State.open(tmp_path / "s") as opened:
         first, second = (str(opened.get(seq).generation) for seq in (1, 2))
     generations = tmp_path / "s/generations"
-    chunk = Path("sum/wide/c/0/0")
+    chunk = Path("sum/wide/c.0.0")
     (generations / second / chunk).write_bytes((generations / first / chunk).read_bytes())
     assert any("wide" in line for line in findings(tmp_path / "s"))
     (generations / second / "receipts.json").write_bytes((generations / first / "receipts.json").read_bytes())

@@ -161,7 +161,7 @@ def test_damage_stops_it_loudly(place: tuple[Path, Path, Path]) -> None:
     base, state, watch = place
     with api.open(state, write=True) as merge:
         merge.fold(models.fine_tune(base, state.parent / "ft", 1))
-        chunk = next(p for p in (state / "generations").rglob("c/**/*") if p.is_file())
+        chunk = next(p for p in (state / "generations").rglob("c.*"))
     data = bytearray(chunk.read_bytes())
     data[0] ^= 1
     chunk.write_bytes(data)

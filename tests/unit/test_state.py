@@ -37,8 +37,8 @@ def _check_history(state: State) -> None:
     assert state.tags() == {"first": 1}
     fates = {key: commit.entry.fate for key in ("k1", "k3", "bad", "new") if (commit := state.fate(key)) or key != "new"}
     assert fates == {"k1": "folded", "k3": "rolled-back", "bad": "refused"}
-    assert state.folded_digest("sha256:2") is not None
-    assert state.folded_digest("sha256:3") is None
+    assert state.folded_digest("blake3:2") is not None
+    assert state.folded_digest("blake3:3") is None
     assert state.verify() == []
     for name in stores.SHAPES:
         np.testing.assert_array_equal(state.read(name, "sum"), stores.value(name, 2))

@@ -1,0 +1,158 @@
+"""One candidate's tensors through the rule, each on its own: read, subtract, fold, write. What it is worth as a whole is the engine's to judge.
+
+Where a rule works element by element a tensor goes through it in short runs that stay in the processor's cache, and is never whole in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from continual.executors.contract import Task
+from continual.gates import safety
+from continual.records import TensorSpec
+from continual.rules import Folded, Inputs, Rule
+from continual.state import Transaction
+from continual.tensors import TaskVectors
+from continual.tensors.vectors import RUN, Content
+
+RUN_ON_DEVICE = 1 << 22
+"""Elements of a run on an accelerator: enough to be worth a transfer and a kernel."""
+
+
+class Piece(NamedTuple):
+    """What folding one tensor gave. `seconds` by stage: `read` of fine-tune and base, `rule`, `write` of the state (and reading what it was)."""
+
+    digest: bytes
+    sums: Mapping[str, float]
+    notes: Mapping[str, float]
+    nbytes: int
+    seconds: Mapping[str, float]
+
+
+class Folding:
+    """Folds tensors of one candidate (called `name` in messages) in one transaction; `totals` are the rule's before it. Thread-safe."""
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        vectors: TaskVectors,
+        rule: Rule,
+        totals: Mapping[str, float],
+        name: str,
+        device: torch.device,
+        check: Callable[[], None],
+    ) -> None:
+        self._transaction = transaction
+        self._vectors = vectors
+        self._rule = rule
+        self._totals = totals
+        self._name = name
+        self._device = device
+        self._check = check
+
+    def task(self, spec: TensorSpec, *, touched: bool) -> Task[Piece]:
+        """The work of one tensor. `touched`: the candidate changes it; else only its norm is needed."""
+        vectors = self._vectors
+        if not touched:
+            return Task(spec.name, need(self._rule, spec, None), partial(self._untouched, spec))
+        run = self._by_runs if self._rule.elementwise(spec) else self._whole
+        return Task(spec.name, need(self._rule, spec, vectors), partial(run, spec), partial(vectors.prefetch, spec.name))
+
+    def _whole(self, spec: TensorSpec) -> Piece:
+        self._check()
+        started = time.perf_counter()
+        tau, digest, nbytes = self._vectors.vector(spec.name)
+        read = time.perf_counter()
+        folded = self._apply(spec, tau)
+        safety.finite(self._name, spec.name, folded.sums["tau_sq"])
+        computed = time.perf_counter()
+        if folded.sums["tau_sq"] == 0.0:
+            self._transaction.keep(spec.name)
+        else:
+            for slot, value in folded.accumulators.items():
+                self._transaction.write(spec.name, slot, value.to("cpu").contiguous().numpy())
+        seconds = {"read": read - started, "rule": computed - read, "write": time.perf_counter() - computed}
+        return Piece(digest, folded.sums, folded.notes, nbytes, seconds)
+
+    def _by_runs(self, spec: TensorSpec) -> Piece:
+        self._check()
+        clock, content = _Clock(), Content()
+        reading = self._vectors.runs(spec.name, content)
+        parts: list[Mapping[str, float]] = []
+        for _, _, values in self._transaction.runs(spec.name, self._vectors.run):
+            clock.ends("write")
+            _, _, tau = next(reading)
+            clock.ends("read")
+            accumulators = {slot: torch.from_numpy(value) for slot, value in values.items()}
+            given = {slot: value.to(self._device) for slot, value in accumulators.items()}
+            folded = self._rule.fold(given, tau.to(self._device), Inputs(spec), self._totals)
+            safety.finite(self._name, spec.name, folded.sums["tau_sq"])
+            for slot, value in folded.accumulators.items():
+                if value is not accumulators[slot]:
+                    accumulators[slot].copy_(value)
+            parts.append(folded.sums)
+            clock.ends("rule")
+        next(reading, None)
+        sums = total(parts)
+        if sums["tau_sq"] == 0.0:
+            self._transaction.keep(spec.name)
+        clock.ends("write")
+        return Piece(content.hash.digest(), sums, {}, content.nbytes, clock.seconds)
+
+    def _untouched(self, spec: TensorSpec) -> Piece:
+        """A tensor that this fine-tune leaves as it is: a zero task vector changes no accumulator, only its norm is needed."""
+        folded = self._apply(spec, torch.zeros(spec.shape))
+        self._transaction.keep(spec.name)
+        return Piece(b"", folded.sums, {}, 0, {})
+
+    def _apply(self, spec: TensorSpec, tau: torch.Tensor) -> Folded:
+        slots = self._rule.slots(spec)
+        accumulators = {slot: torch.from_numpy(self._transaction.read(spec.name, slot)).to(self._device) for slot in slots}
+        return self._rule.fold(accumulators, tau.to(self._device), Inputs(spec), self._totals)
+
+
+class _Clock:
+    """Wall time by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def ends(self, stage: str) -> None:
+        """What passed since the last call was `stage`."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def total(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The sums of several tensors, or runs of one, added exactly: their order does not matter."""
+    keys = parts[0] if parts else ("tau_sq", "dot", "merged_sq")
+    return {key: math.fsum(part[key] for part in parts) for key in keys}
+
+
+def run_length(device: torch.device) -> int:
+    """Elements of a run on this device."""
+    return RUN if device.type == "cpu" else RUN_ON_DEVICE
+
+
+def need(rule: Rule, spec: TensorSpec, vectors: TaskVectors | None) -> int:
+    """Peak bytes of folding one tensor; without `vectors`, of one that the candidate does not change."""
+    slots = rule.slots(spec).values()
+    if vectors is None:
+        return 4 * spec.numel + sum(slot.nbytes for slot in slots) + rule.workspace(spec)
+    if rule.elementwise(spec):
+        share = min(1.0, vectors.run / max(1, spec.numel))
+        return vectors.nbytes(spec.name, whole=False) + int(share * sum(slot.nbytes for slot in slots)) + rule.workspace(spec)
+    return vectors.nbytes(spec.name) + sum(slot.nbytes for slot in slots) + rule.workspace(spec)
+
+
+def state_bytes(rule: Rule, specs: Sequence[TensorSpec]) -> int:
+    """Bytes of one generation, without its metadata."""
+    return sum(slot.nbytes for spec in specs if spec.kind != "carried" for slot in rule.slots(spec).values())
