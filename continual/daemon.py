@@ -24,7 +24,7 @@ from continual.engine import Outcome
 from continual.errors import Abandoned, ContinualError, Halt, Misconfigured, Retry
 from continual.metrics import Metrics
 from continual.publish import folder
-from continual.queue import Queue, Waiting
+from continual.queue import Queue, Waiting, retry_delay
 from continual.sources.folder import FolderSource, forbidden
 from continual.status import Live
 from continual.web import create_app, listen, serve
@@ -216,12 +216,16 @@ class Daemon:
         self.metrics.gauges(self.merge.rule.gauges(state.totals))
 
     async def _releasing(self) -> None:
-        """Keeps the `current` link on the newest merge: an export at a time, folds that come meanwhile are made up for by the next."""
+        """Keeps the `current` link on the newest merge: an export at a time, folds that come meanwhile are made up for by the next.
+
+        One that failed is tried again after a delay that doubles, or with the next fold.
+        """
         link = self.settings.current
         if link is None:
             return
         if self.merge.state.folds():
             self.released.set()
+        failures = 0
         while True:
             await self.released.wait()
             self.released.clear()
@@ -231,9 +235,13 @@ class Daemon:
             try:
                 target = await asyncio.to_thread(folder.keep_current, link, in_force.seq, self._export_at(in_force.seq))
                 self.log.info("published", seq=in_force.seq, directory=str(target))
+                failures = 0
             except (OSError, ContinualError) as error:
+                failures += 1
+                delay = retry_delay(failures)
                 self.metrics.error("publish")
-                self.log.error("publish failed", seq=in_force.seq, error=str(error))
+                self.log.error("publish failed", seq=in_force.seq, error=str(error), retry_seconds=delay)
+                asyncio.get_running_loop().call_later(delay, self.released.set)
 
     def _export_at(self, seq: int) -> Any:
         return lambda directory: self.merge.export(folder.Target(directory, at=seq))

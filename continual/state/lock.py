@@ -60,14 +60,18 @@ def holder(path: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def lease(directory: Path, generation: str) -> Iterator[None]:
     """Keeps `generation` from expiring while the block runs. On a read-only file system it yields without: nothing expires there."""
-    path = directory / f"{generation}-{secrets.token_hex(4)}"
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    except OSError:
-        yield
-        return
-    try:
+    while True:
+        path = directory / f"{generation}-{secrets.token_hex(4)}"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        except OSError:
+            yield
+            return
         fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            break
+        os.close(fd)  # the writer took it for a dead reader's between the two calls
+    try:
         yield
     finally:
         path.unlink(missing_ok=True)

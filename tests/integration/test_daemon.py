@@ -183,3 +183,35 @@ def test_our_own_output_in_a_watched_folder_is_a_wrong_configuration(place: tupl
     assert told.returncode == 2
     assert "watch" in told.stderr
     assert os.listdir(state / "generations") == []
+
+
+def test_a_failed_publication_is_tried_again(place: tuple[Path, Path, Path]) -> None:
+    base, state, watch = place
+    link = state.parent / "releases/current"
+    link.mkdir(parents=True)  # in the way
+    models.fine_tune(base, watch / "alice", 1)
+    with daemon(state, watch, "--current", str(link)):
+        until(lambda: "publish failed" in (state.parent / "daemon.log").read_text(), "the failure is logged")
+        link.rmdir()
+        until(link.is_symlink, "it is tried again without another fold")
+        until((link / "continual.json").is_file, "the release is whole")
+
+
+@pytest.mark.parametrize(("drain", "folds"), [("60", 2), ("0", 1)])
+def test_sigterm_finishes_the_fold_or_gives_it_up_in_time(tmp_path: Path, drain: str, folds: int) -> None:
+    base = models.base(tmp_path / "base", shapes={f"model.layers.{i}.mlp.up_proj.weight": (768, 768) for i in range(24)})
+    state, watch = tmp_path / "state", tmp_path / "in"
+    watch.mkdir()
+    api.init(base, state)
+    models.fine_tune(base, watch / "first", 1)
+    with daemon(state, watch, "--drain", drain) as process:
+        address = url(process, state)
+        until(lambda: status(address)["folds"] == 1, "the first is folded")
+        models.fine_tune(base, watch / "second", 2)
+        until(lambda: (status(address)["current"] or {}).get("done", 0) >= 1, "the second is being folded")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == 0
+    with State.open(state) as found:
+        assert len(found.folds()) == folds
+        assert found.orphans == ()
+        assert found.verify() == []
