@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from continual import api
 from continual.metrics import TABLE, Metrics
 from continual.records import Candidate, FoldReport, Lineage
+from tests import models, services
 
 OPS = Path(__file__).parents[2] / "ops"
 SUFFIX = re.compile(r"_(bucket|count|sum)$")
@@ -66,6 +69,37 @@ def test_promtool_accepts_the_metrics() -> None:
 def test_promtool_accepts_the_rules(arguments: tuple[str, ...]) -> None:
     done = subprocess.run(["promtool", *arguments], cwd=OPS / "prometheus", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
+def test_a_real_prometheus_scrapes_a_running_daemon(tmp_path: Path) -> None:
+    base = models.base(tmp_path / "base")
+    api.init(base, tmp_path / "state")
+    models.fine_tune(base, tmp_path / "in/alice", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with services.daemon(tmp_path / "state", tmp_path / "in") as process:
+        address = services.url(process, tmp_path / "state")
+        services.until(lambda: services.status(address)["folds"] == 1, "the fold")
+        shutil.copy(OPS / "prometheus/alerts.yml", tmp_path)
+        config = (OPS / "prometheus/prometheus.yml").read_text()
+        (tmp_path / "prometheus.yml").write_text(config.replace("127.0.0.1:8321", address.removeprefix("http://")).replace("15s", "1s"))
+        where = f"http://127.0.0.1:{port}"
+        flags = ["--config.file=prometheus.yml", "--storage.tsdb.path=series", f"--web.listen-address=127.0.0.1:{port}"]
+        with subprocess.Popen(["prometheus", *flags], cwd=tmp_path, stderr=subprocess.DEVNULL) as server:
+            try:
+
+                def value(query: str) -> str | None:
+                    found = json.loads(services.get(f"{where}/api/v1/query?query={query}")[1])["data"]["result"]
+                    return str(found[0]["value"][1]) if found else None
+
+                services.until(lambda: value("continual_folds_total") == "1", "Prometheus knows of the fold")
+                assert value("up") == "1"
+                rules = json.loads(services.get(f"{where}/api/v1/rules")[1])["data"]["groups"][0]["rules"]
+                assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
+            finally:
+                server.terminate()
 
 
 def test_alerts_and_dashboard_speak_of_series_that_exist() -> None:

@@ -1,0 +1,77 @@
+"""The daemon as a real process, and asking it over HTTP."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LIMIT = 60.0
+
+
+@contextmanager
+def daemon(state: Path, watch: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """A running daemon; killed at the end if it still runs. Its log lines are in `state`'s parent, daemon.log."""
+    command = [
+        sys.executable,
+        "-m",
+        "continual",
+        "run",
+        "--state",
+        str(state),
+        "--watch",
+        str(watch),
+        "--port",
+        "0",
+        "--settle",
+        "0.2",
+        *flags,
+    ]
+    with open(state.parent / "daemon.log", "a") as log, subprocess.Popen(command, stderr=log, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until(found: Callable[[], Any], what: str) -> Any:
+    """Polls `found` until it is true."""
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end:
+        try:
+            if value := found():
+                return value
+        except OSError:
+            pass  # not listening yet
+        time.sleep(0.05)
+    raise AssertionError(f"not within {LIMIT:.0f} s: {what}")
+
+
+def url(process: subprocess.Popen[str], state: Path) -> str:
+    def listening() -> str | None:
+        assert process.poll() is None, (state.parent / "daemon.log").read_text()
+        held = (state / "lock").read_text()
+        found = json.loads(held[held.index("{") :]) if "{" in held else {}
+        return found.get("url") if found.get("pid") == process.pid else None
+
+    return str(until(listening, "the daemon listens"))
+
+
+def get(address: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def status(address: str) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(get(f"{address}/api/status")[1])
+    return body
