@@ -91,7 +91,8 @@ def test_a_real_prometheus_scrapes_a_running_daemon(tmp_path: Path) -> None:
             try:
 
                 def value(query: str) -> str | None:
-                    found = json.loads(services.get(f"{where}/api/v1/query?query={query}")[1])["data"]["result"]
+                    code, text = services.get(f"{where}/api/v1/query?query={query}")
+                    found = json.loads(text)["data"]["result"] if code == 200 else []  # 503 until it has started
                     return str(found[0]["value"][1]) if found else None
 
                 services.until(lambda: value("continual_folds_total") == "1", "Prometheus knows of the fold")
