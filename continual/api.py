@@ -30,7 +30,7 @@ from continual.gates.safety import NormPolicy
 from continual.linalg import dot
 from continual.publish import folder
 from continual.records import Entry, TensorSpec
-from continual.rules import ReadOptions, default_read, rule
+from continual.rules import RULES, ReadOptions, read_options, rule
 from continual.state import Commit, State
 from continual.tensors import Adapter, BaseModel, Checkpoint, describe, open_model
 from continual.tensors.checkpoint import TORCH
@@ -66,6 +66,40 @@ class Survey:
     aliases: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class RuleInfo:
+    """A fold rule as the registry has it. `options` are its fold-time options with their defaults, `order_free`: the order of the fine-tunes does not
+    matter beyond rounding, `group`: one can be taken out exactly, `scale` and `policies`: how it is read by default and which scales it knows."""
+
+    name: str
+    summary: str
+    paper: str
+    bytes_per_parameter: str
+    order_free: bool
+    group: bool
+    scale: str
+    policies: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+def rules() -> list[RuleInfo]:
+    """Every fold rule."""
+    return [
+        RuleInfo(
+            name=row.name,
+            summary=row.summary,
+            paper=row.paper,
+            bytes_per_parameter=row.bytes_per_parameter,
+            order_free=row.order_free,
+            group=rule(row.name).group,
+            scale=str(row.read),
+            policies=row.policies,
+            options={key: option.default for key, option in row.options.items()},
+        )
+        for row in RULES.values()
+    ]
+
+
 def survey(base: str | Path, asked: Asked | None = None) -> Survey:
     """What `init` would make of `base`, from its headers. Raises as `init` does."""
     asked = asked or Asked()
@@ -98,7 +132,7 @@ def init(base: str | Path, state: str | Path, asked: Asked | None = None, *, pro
         tensors=model.specs,
         rule=asked.rule,
         options=chosen.options,
-        read=_read_options(asked).to_mapping(),
+        read=read_options(asked.rule, asked.scale).to_mapping(),
         slots={spec.name: chosen.slots(spec) if spec.kind != "carried" else {} for spec in model.specs},
         software=provenance.software(),
         device="cpu",
@@ -290,10 +324,6 @@ def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return [{"name": f.name, "size": f.size, "mtime_ns": f.mtime_ns} for f in checkpoint.files]
 
 
-def _read_options(asked: Asked) -> ReadOptions:
-    return ReadOptions.parse(asked.scale) if asked.scale is not None else default_read(asked.rule)
-
-
 def _survey(base: Path, model: BaseModel, asked: Asked) -> Survey:
     chosen = rule(asked.rule, asked.options)
     counted = {kind: [spec.numel for spec in model.specs if spec.kind == kind] for kind in ("matrix", "plain", "carried")}
@@ -301,7 +331,7 @@ def _survey(base: Path, model: BaseModel, asked: Asked) -> Survey:
         base=str(base),
         rule=asked.rule,
         options=chosen.options,
-        scale=str(_read_options(asked)),
+        scale=str(read_options(asked.rule, asked.scale)),
         state_bytes=state_bytes(chosen, model.specs),
         kinds=tuple((kind, len(sizes), sum(sizes)) for kind, sizes in counted.items()),
         tensors={spec.name: spec.kind for spec in model.specs},

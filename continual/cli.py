@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from continual.flags import BaseDir, Config, Device, Json, MaxBase, Memory, Missing, StateDir, Updates, Vocab, Workers
+
 if TYPE_CHECKING:
     from continual.api import Merge
     from continual.config import Settings
@@ -26,22 +28,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-StateDir = Annotated[
-    Path | None, typer.Option("--state", help="Directory of the state; else CONTINUAL_STATE, else ./state.", show_default=False)
-]
-Config = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML); else CONTINUAL_CONFIG.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default=False)]
-Workers = Annotated[int | None, typer.Option("--workers", help="Tensors folded at a time; 0: one per core.", show_default=False)]
-Memory = Annotated[str | None, typer.Option("--memory", help="What the tensors in flight may take, as 4GB.", show_default=False)]
-BaseDir = Annotated[Path | None, typer.Option("--base", help="Where the base is now, if it was moved since init.", show_default=False)]
-Updates = Annotated[str | None, typer.Option("--updates", help="New files at a place folded before: refuse or add.", show_default=False)]
-Missing = Annotated[str | None, typer.Option("--missing", help="A tensor the fine-tune lacks: refuse or unchanged.", show_default=False)]
-Vocab = Annotated[str | None, typer.Option("--vocab", help="Another vocabulary size: refuse or common-rows.", show_default=False)]
-MaxBase = Annotated[
-    float | None, typer.Option("--max-base-ratio", help="Largest task-vector norm, times the base's norm.", show_default=False)
-]
 
 
 def _settings(config: Path | None, **flags: Any) -> Settings:
@@ -74,7 +60,7 @@ def _top(_version: Annotated[bool, typer.Option("--version", callback=_version, 
 @app.command()
 def init(
     base: Annotated[Path, typer.Argument(help="Directory of the base model (safetensors).")],
-    rule: Annotated[str, typer.Option("--rule", help="mean, task-arithmetic or opcm.")] = "opcm",
+    rule: Annotated[str, typer.Option("--rule", help="Fold rule; 'continual rules' lists them.")] = "opcm",
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Fold-time option of the rule as key=value; repeatable.")
     ] = None,
@@ -103,6 +89,27 @@ def init(
     console.say(f"Each generation takes {console.size(summary.state_bytes)} on disk.")
     if not dry_run:
         console.say("Next: continual run --watch FOLDER, or continual fold MODEL")
+
+
+@app.command()
+def rules(json: Json = False) -> None:
+    """List the fold rules: what each is, what its state takes, and what it allows."""
+    from continual import console
+    from continual.api import rules
+
+    found = rules()
+    if json:
+        console.emit(found)
+        return
+    head = ("rule", "bytes per parameter", "order-free", "unfold", "default scale", "options", "what, and where from")
+    yes = {True: "yes", False: "no"}
+    console.table(
+        head,
+        [
+            (r.name, r.bytes_per_parameter, yes[r.order_free], yes[r.group], r.scale, ", ".join(r.options), f"{r.summary} ({r.paper})")
+            for r in found
+        ],
+    )
 
 
 @app.command()
@@ -201,29 +208,8 @@ def _plan(models: list[Path], config: Path | None, flags: dict[str, Any], json: 
 
     with _merge(config, **flags) as merge:
         plans = [merge.plan(model) for model in models]
-    if json:
-        console.emit(plans)
-    else:
-        head = ("model", "form", "verdict", "matrices", "plain", "unchanged", "read", "disk", "memory", "why")
-        console.table(head, [_plan_row(p) for p in plans])
-        for p in plans:
-            if p.extra:
-                console.say(f"{p.name}: stays out, the base has no such tensor: {', '.join(p.extra)}")
-            if p.prefix != ("", ""):
-                console.say(f"{p.name}: prefix {p.prefix[1]!r} stands for the base's {p.prefix[0]!r}")
-            if p.narrowed:
-                console.say(
-                    f"{p.name}: {len(p.narrowed)} tensors are {', '.join(sorted(set(p.narrowed.values())))}: the base is cast before subtracting"
-                )
+    console.emit(plans) if json else console.plans(plans)
     raise typer.Exit(0 if all(p.ok or p.reason == "known" for p in plans) else 1)
-
-
-def _plan_row(p: Any) -> tuple[object, ...]:
-    from continual.console import size
-
-    verdict = "fold" if p.ok else "known" if p.reason == "known" else f"refuse ({p.reason})"
-    sizes = (size(p.read_bytes), size(p.disk_bytes), size(p.memory_bytes)) if p.ok else ("", "", "")
-    return p.name, p.form, verdict, p.matrices, p.plain, p.unchanged, *sizes, p.message
 
 
 @app.command()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from continual.engine import Plan
     from continual.executors.contract import Progress
     from continual.state import Commit
 
@@ -53,6 +54,26 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         shown.add_row(*("" if cell is None else str(cell) for cell in row))
     console = Console(highlight=False, markup=False)
     console.print(shown) if console.is_terminal else Console(highlight=False, markup=False, width=400).print(shown)
+
+
+def plans(found: Sequence[Plan]) -> None:
+    """What folding each model would take, and what is special about it."""
+    head = ("model", "form", "verdict", "matrices", "plain", "unchanged", "read", "disk", "memory", "why")
+    table(head, [_plan_row(p) for p in found])
+    for p in found:
+        if p.extra:
+            say(f"{p.name}: stays out, the base has no such tensor: {', '.join(p.extra)}")
+        if p.prefix != ("", ""):
+            say(f"{p.name}: prefix {p.prefix[1]!r} stands for the base's {p.prefix[0]!r}")
+        if p.narrowed:
+            kinds = ", ".join(sorted(set(p.narrowed.values())))
+            say(f"{p.name}: {len(p.narrowed)} tensors are {kinds}: the base is cast before subtracting")
+
+
+def _plan_row(p: Plan) -> tuple[object, ...]:
+    verdict = "fold" if p.ok else "known" if p.reason == "known" else f"refuse ({p.reason})"
+    sizes = (size(p.read_bytes), size(p.disk_bytes), size(p.memory_bytes)) if p.ok else ("", "", "")
+    return p.name, p.form, verdict, p.matrices, p.plain, p.unchanged, *sizes, p.message
 
 
 @contextmanager

@@ -7,8 +7,12 @@ from typing import Any
 
 from continual.errors import Misconfigured
 from continual.rules.contract import Accumulators, Folded, Inputs, Option, ReadOptions, Row, Rule, Sums, Totals
+from continual.rules.gram import GRAM
+from continual.rules.iso_c import ISO_C
+from continual.rules.magmax import MAGMAX
 from continual.rules.opcm import OPCM
 from continual.rules.sums import MEAN, TASK_ARITHMETIC
+from continual.rules.tsv_m import TSV_M
 
 __all__ = [
     "RULES",
@@ -21,11 +25,11 @@ __all__ = [
     "Rule",
     "Sums",
     "Totals",
-    "default_read",
+    "read_options",
     "rule",
 ]
 
-RULES: Mapping[str, Row] = {row.name: row for row in (MEAN, TASK_ARITHMETIC, OPCM)}
+RULES: Mapping[str, Row] = {row.name: row for row in (MEAN, TASK_ARITHMETIC, MAGMAX, ISO_C, TSV_M, GRAM, OPCM)}
 """Every rule by name."""
 
 
@@ -47,9 +51,13 @@ def rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
     return row.make(resolved)
 
 
-def default_read(name: str) -> ReadOptions:
-    """How a state of this rule is read unless told otherwise. Raises Misconfigured for an unknown rule."""
-    return _row(name).read
+def read_options(name: str, text: str | None = None) -> ReadOptions:
+    """How a state of this rule is read: as `text` says, or the rule's default. Raises Misconfigured for an unknown rule or a scale it does not know."""
+    row = _row(name)
+    found = row.read if text is None else ReadOptions.parse(text)
+    if found.policy not in row.policies:
+        raise Misconfigured(f"scale = {text}: {name} is scaled by {' or '.join(row.policies)} only; its default is {row.read}")
+    return found
 
 
 def _row(name: str) -> Row:

@@ -136,12 +136,18 @@ class Option(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A rule in the registry: what it is, its options, how it is read unless told otherwise, what it costs; `make` gets all options, checked."""
+    """A rule in the registry: what it is, its options, how it is read unless told otherwise; `make` gets all options, checked.
+
+    bytes_per_parameter: size of its state, for people. order_free: the order of the fine-tunes does not matter beyond rounding. group: see Rule.
+    policies: the read-time scales it knows.
+    """
 
     name: str
     summary: str
     paper: str
     options: Mapping[str, Option]
     read: ReadOptions
-    bytes_per_parameter: float
+    bytes_per_parameter: str
     make: Callable[[Mapping[str, Any]], Rule]
+    order_free: bool = True
+    policies: tuple[str, ...] = ("norm", "number")

@@ -7,7 +7,6 @@ The paper keeps merged = θ₀ + (λ_{t−1}D + C)/λ_t. Singular subspaces do n
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor
 
 from continual import linalg
-from continual.errors import Misconfigured
 from continual.records import TensorSpec
-from continual.rules import sums
+from continual.rules import matrices, sums
 from continual.rules.contract import Accumulators, Folded, Inputs, Option, ReadOptions, Row, Rule, Totals
 
 Variant = Literal["block", "block+radial", "block+diagonal", "rows+columns"]
@@ -101,17 +99,10 @@ def gauges(totals: Totals) -> dict[str, float]:
 
 
 def _make(options: Mapping[str, Any]) -> Rule:
-    alpha, variant, include = options["alpha"], options["variant"], options["include"]
-
-    def is_matrix(spec: TensorSpec) -> bool:
-        named = spec.kind == "matrix" or any(fnmatch.fnmatchcase(spec.name, glob) for glob in include)
-        return named and len(spec.shape) >= 2 and spec.numel > 0
+    alpha, variant, is_matrix = options["alpha"], options["variant"], matrices.is_matrix(options)
 
     def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
-        if inputs.weight != 1.0:
-            raise Misconfigured(
-                f"opcm folds every model with weight 1, not {inputs.weight:g}; a model cannot be unfolded: roll back and fold the others"
-            )
+        matrices.whole("opcm", inputs)
         if not is_matrix(inputs.spec):
             return sums.fold(accumulators, tau, inputs, totals)
         return fold_matrix(accumulators[sums.SLOT], tau.contiguous(), alpha, variant)
@@ -119,7 +110,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
     def workspace(spec: TensorSpec) -> int:
         if not is_matrix(spec):
             return sums.workspace(spec)
-        return linalg.workspace(spec.shape[0], spec.numel // spec.shape[0])
+        return linalg.workspace(*matrices.sides(spec))
 
     return Rule(
         OPCM.name,
@@ -148,12 +139,6 @@ def _variant(value: Any) -> str:
     return str(value)
 
 
-def _include(value: Any) -> list[str]:
-    if not isinstance(value, list | tuple) or not all(isinstance(glob, str) and glob for glob in value):
-        raise ValueError("a list of globs over tensor names")
-    return list(value)
-
-
 OPCM = Row(
     name="opcm",
     summary="task vectors projected away from the leading singular subspaces of the merged one, then added",
@@ -161,9 +146,10 @@ OPCM = Row(
     options={
         "alpha": Option(0.5, "share of Σσ whose directions are protected, in [0, 1)", _alpha),
         "variant": Option("block", f"what is projected out: {', '.join(VARIANTS)}", _variant),
-        "include": Option([], "globs of tensors that are matrices here too: embeddings, output heads", _include),
+        "include": matrices.INCLUDE,
     },
     read=ReadOptions("norm", 1.0),
-    bytes_per_parameter=4,
+    bytes_per_parameter="4",
     make=_make,
+    order_free=False,
 )

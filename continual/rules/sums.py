@@ -44,10 +44,15 @@ def settle(totals: Totals, sums: Sums, weight: float) -> dict[str, float]:
 def fold(accumulators: Accumulators, tau: torch.Tensor, inputs: Inputs, totals: Totals) -> Folded:
     """X += w·τ, each element rounded once. Where the last model is taken out X becomes exact zeros, not what rounding left."""
     sums = linalg.add(accumulators[SLOT], tau, inputs.weight)
-    if totals.get("count", 0.0) + math.copysign(1.0, inputs.weight) == 0 or totals.get("weight", 0.0) + inputs.weight == 0:
+    if last_out(totals, inputs.weight):
         accumulators[SLOT].zero_()
         sums["merged_sq"] = 0.0
     return Folded(accumulators, sums, {})
+
+
+def last_out(totals: Totals, weight: float) -> bool:
+    """Whether folding with `weight` takes the last model out."""
+    return totals.get("count", 0.0) + math.copysign(1.0, weight) == 0 or totals.get("weight", 0.0) + weight == 0
 
 
 def workspace(spec: TensorSpec) -> int:
@@ -86,7 +91,7 @@ MEAN = Row(
     paper="Wortsman et al. 2022, Model soups",
     options={},
     read=ReadOptions("number", 1.0),
-    bytes_per_parameter=4,
+    bytes_per_parameter="4",
     make=_mean,
 )
 TASK_ARITHMETIC = Row(
@@ -95,6 +100,6 @@ TASK_ARITHMETIC = Row(
     paper="Ilharco et al. 2023, Editing Models with Task Arithmetic",
     options={},
     read=ReadOptions("number", 0.3),
-    bytes_per_parameter=4,
+    bytes_per_parameter="4",
     make=_task_arithmetic,
 )

@@ -128,7 +128,7 @@ def test_every_command_has_help_and_a_line_in_the_reference() -> None:
 
     reference = (Path(__file__).parents[2] / "ops/docs/commands.md").read_text()
     names = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
-    assert len(names) == 13
+    assert len(names) == 14
     for command in app.registered_commands:
         name = command.name or getattr(command.callback, "__name__", "")
         assert command.callback is not None
@@ -145,6 +145,13 @@ def test_help_and_completion_are_cheap() -> None:
     asked = {**os.environ, "_CONTINUAL_COMPLETE": "complete_bash", "COMP_WORDS": "continual ro", "COMP_CWORD": "1"}
     completed = subprocess.run([Path(sys.executable).parent / "continual"], capture_output=True, text=True, check=False, env=asked)
     assert "rollback" in completed.stdout
+
+
+def test_rules_are_listed() -> None:
+    listed = json.loads(run("rules", "--json").stdout)
+    assert {"name": "opcm", "order_free": False, "group": False}.items() <= next(r for r in listed if r["name"] == "opcm").items()
+    table = run("rules").stdout
+    assert all(r["name"] in table and r["paper"] in table for r in listed)
 
 
 def test_adapter_with_a_huge_alpha_is_refused(tmp_path: Path, place: tuple[Path, Path]) -> None:

@@ -17,6 +17,7 @@ from continual import api
 from continual.config import Settings
 from continual.errors import Abandoned, Damaged, Misconfigured
 from continual.publish.folder import Target
+from continual.rules import RULES
 from tests import models
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -155,6 +156,32 @@ def test_bits_do_not_depend_on_the_workers(tmp_path: Path, base: Path) -> None:
                 merge.fold(model)
             seen.append((snapshot(merge)[1], dict(merge.state.totals)))
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_folds_survives_reopening_and_exports(tmp_path: Path, base: Path, name: str) -> None:
+    """Three folds, the state reopened before each, with one worker and with three: the same bits; a clean state of constant size; a sane export."""
+    fine_tunes = [models.fine_tune(base, tmp_path / f"ft-{i}", i) for i in range(3)]
+    found = []
+    for workers in (1, 3):
+        state, sizes = tmp_path / f"state-{workers}", set()
+        api.init(base, state, api.Asked(rule=name))
+        for model in fine_tunes:
+            with api.Merge(Settings(state=state, workers=workers), write=True) as merge:
+                assert merge.fold(model).fate == "folded"
+                sizes.add(merge.state.generation_bytes())
+        with api.Merge(Settings(state=state)) as merge:
+            assert merge.state.verify() == []
+            found.append((snapshot(merge)[1], dict(merge.state.totals)))
+            exported = load_file(merge.export(Target(tmp_path / f"out-{workers}")) / "model.safetensors")
+        assert len(sizes) == 1
+    assert found[0] == found[1]
+    origin = load_file(base / "model.safetensors")
+    assert exported.keys() == origin.keys()
+    for tensor, value in exported.items():
+        assert torch.isfinite(value).all()
+        moved = float((value - origin[tensor]).norm() / origin[tensor].norm())
+        assert 0.0 < moved < 1.0, (tensor, moved)
 
 
 def test_untouched_tensors_are_hard_links_and_state_size_is_constant(tmp_path: Path, base: Path, merge: api.Merge) -> None:

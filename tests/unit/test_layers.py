@@ -27,6 +27,7 @@ ROWS = (
     ("status",),
     ("daemon",),
     ("demo",),
+    ("flags",),
     ("cli",),
     ("__main__", "__init__"),
 )

@@ -1,0 +1,24 @@
+"""The flags that several commands share. Unset ones leave the setting to the settings file and the environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+StateDir = Annotated[
+    Path | None, typer.Option("--state", help="Directory of the state; else CONTINUAL_STATE, else ./state.", show_default=False)
+]
+Config = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML); else CONTINUAL_CONFIG.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default=False)]
+Workers = Annotated[int | None, typer.Option("--workers", help="Tensors folded at a time; 0: one per core.", show_default=False)]
+Memory = Annotated[str | None, typer.Option("--memory", help="What the tensors in flight may take, as 4GB.", show_default=False)]
+BaseDir = Annotated[Path | None, typer.Option("--base", help="Where the base is now, if it was moved since init.", show_default=False)]
+Updates = Annotated[str | None, typer.Option("--updates", help="New files at a place folded before: refuse or add.", show_default=False)]
+Missing = Annotated[str | None, typer.Option("--missing", help="A tensor the fine-tune lacks: refuse or unchanged.", show_default=False)]
+Vocab = Annotated[str | None, typer.Option("--vocab", help="Another vocabulary size: refuse or common-rows.", show_default=False)]
+MaxBase = Annotated[
+    float | None, typer.Option("--max-base-ratio", help="Largest task-vector norm, times the base's norm.", show_default=False)
+]

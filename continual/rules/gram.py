@@ -1,0 +1,143 @@
+"""Gram: least squares between the merged task vector and each fine-tune's own, in closed form from sums of constant size.
+
+The objective is that of WUDI-Merging (Cheng et al. 2025, "Whoever Started the Interference Should End It", equation 6), solved as RegMean (Jin et al. 2023,
+"Dataless Knowledge Fusion", equation 2) solves its own, with the task vector in place of the data. Right: minimise Σ ‖(τ − τ_i)τ_iᵀ‖²/‖τ_i‖² + ε‖τ − cS‖²,
+τ_R = (B + εcS)(A + εI)⁻¹ with A = Σ τ_iᵀτ_i/‖τ_i‖², B = Σ τ_iτ_iᵀτ_i/‖τ_i‖², S = Στ_i. Left: the same on transposes, with A′ = Σ τ_iτ_iᵀ/‖τ_i‖² and the
+same B. Two-sided, ours: the mean of both. ε is relative to the mean of A's diagonal. Statistics in float64. Everything that is no matrix reads as the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from continual import linalg
+from continual.records import SlotSpec, TensorSpec
+from continual.rules import matrices, sums
+from continual.rules.contract import Accumulators, Folded, Inputs, Option, ReadOptions, Row, Rule, Totals
+
+SIDES = ("both", "right", "left")
+CROSS, RIGHT, LEFT, SUM = "cross", "right", "left", "sum"
+
+
+def fold_matrix(accumulators: Accumulators, tau: Tensor, weight: float) -> Folded:
+    """Adds weight·τᵀτ/‖τ‖², weight·ττᵀ/‖τ‖², weight·ττᵀτ/‖τ‖² and weight·τ to what is kept of an m×n matrix."""
+    cross, exact = accumulators[CROSS], tau.double()
+    tau_sq, dot = linalg.dot(tau, tau), float((exact * cross).sum())
+    if tau_sq > 0.0:
+        scale = weight / tau_sq
+        wide = tau.shape[0] <= tau.shape[1]
+        inner = exact @ exact.mT if wide else exact.mT @ exact
+        cross.add_(inner @ exact if wide else exact @ inner, alpha=scale)
+        for side in {RIGHT, LEFT} & accumulators.keys():
+            mine = (side == LEFT) == wide
+            accumulators[side].add_(inner if mine else (exact.mT @ exact if wide else exact @ exact.mT), alpha=scale)
+        if SUM in accumulators:
+            accumulators[SUM].add_(tau, alpha=weight)
+        # Each Gram's trace is Σ weight of the models that changed this tensor: none left is exact zeros, not what rounding left.
+        if weight < 0 and float(accumulators[next(iter({RIGHT, LEFT} & accumulators.keys()))].trace()) < -1e-6 * weight:
+            for value in accumulators.values():
+                value.zero_()
+    return Folded(accumulators, {"tau_sq": tau_sq, "dot": dot, "merged_sq": float(cross.square().sum())}, {})
+
+
+def solve(accumulators: Accumulators, ridge: float, pull: float) -> Tensor:
+    """The merged m×n task vector, float64: of the right side, the left side, or the mean of both, as there are accumulators for."""
+    cross, found = accumulators[CROSS], []
+    for side in (RIGHT, LEFT):
+        if side not in accumulators:
+            continue
+        gram = accumulators[side]
+        epsilon = ridge * float(gram.diagonal().mean())
+        if epsilon == 0.0:
+            return torch.zeros_like(cross)
+        target = cross + (epsilon * pull) * accumulators[SUM] if SUM in accumulators else cross
+        factor = torch.linalg.cholesky(gram + epsilon * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+        found.append(torch.cholesky_solve(target.mT, factor).mT if side == RIGHT else torch.cholesky_solve(target, factor))
+    return found[0] if len(found) == 1 else (found[0] + found[1]) / 2
+
+
+def _make(options: Mapping[str, Any]) -> Rule:
+    side, ridge, pull, is_matrix = options["side"], options["ridge"], options["pull"], matrices.is_matrix(options)
+
+    def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
+        if not is_matrix(spec):
+            return sums.slots(spec)
+        m, n = matrices.sides(spec)
+        kept = {CROSS: SlotSpec((m, n), "float64")}
+        if side != "left":
+            kept[RIGHT] = SlotSpec((n, n), "float64")
+        if side != "right":
+            kept[LEFT] = SlotSpec((m, m), "float64")
+        return kept | ({SUM: SlotSpec((m, n))} if pull else {})
+
+    def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
+        if not is_matrix(inputs.spec):
+            return sums.fold(accumulators, tau, inputs, totals)
+        folded = fold_matrix(accumulators, tau.flatten(1), inputs.weight)
+        if sums.last_out(totals, inputs.weight):
+            for value in accumulators.values():
+                value.zero_()
+            folded.sums["merged_sq"] = 0.0
+        return folded
+
+    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals, read_options: ReadOptions) -> Tensor:
+        if not is_matrix(spec):
+            return matrices.read_mean(accumulators, totals, read_options)
+        return solve(accumulators, ridge, pull).mul_(read_options.value).float().view(spec.shape)
+
+    def workspace(spec: TensorSpec) -> int:
+        if not is_matrix(spec):
+            return sums.workspace(spec)
+        m, n = matrices.sides(spec)
+        return 8 * (2 * m * n + 2 * max(m, n) ** 2)
+
+    row = GRAM
+    return Rule(
+        row.name,
+        row.summary,
+        options,
+        slots,
+        lambda spec: not is_matrix(spec),
+        fold,
+        sums.settle,
+        read,
+        workspace,
+        sums.no_gauges,
+        group=True,
+    )
+
+
+def _side(value: Any) -> str:
+    if value not in SIDES:
+        raise ValueError(f"one of {', '.join(SIDES)}")
+    return str(value)
+
+
+def _at_least(least: float) -> Any:
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
+            raise ValueError(f"a number at least {least:g}")
+        return float(value)
+
+    return check
+
+
+GRAM = Row(
+    name="gram",
+    summary="least squares between the merged task vector and each fine-tune's own",
+    paper="Cheng et al. 2025, WUDI-Merging, in closed form; two-sided is ours",
+    options={
+        "side": Option("both", f"which side the task vectors act on: {', '.join(SIDES)}", _side),
+        "ridge": Option(0.1, "ε relative to the mean diagonal of the Gram", _at_least(1e-3)),
+        "pull": Option(0.0, "c, what the ridge pulls to: c times the sum of the task vectors", _at_least(0.0)),
+        "include": matrices.INCLUDE,
+    },
+    read=ReadOptions("number", 1.0),
+    bytes_per_parameter="24 of a square matrix, up to 8·(m+n)²/mn + 8",
+    make=_make,
+    policies=("number",),
+)

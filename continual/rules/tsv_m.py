@@ -1,0 +1,145 @@
+"""TSV-M: the leading singular triplets of every fine-tune, made orthogonal to each other.
+
+Gargiulo et al. 2025, "Task Singular Vectors: Reducing Task Interference in Model Merging", algorithm 1: of each of T task matrices keep the first k = ⌊p/T⌋
+triplets, put them side by side, replace U and V by their polar factors, multiply. The first k triplets are a prefix of the first k′ > k, so the state after
+T + 1 fine-tunes is that after T with every block cut, and the new block: p columns for good, and the batch's result at every T ≤ p. Beyond, one triplet each
+of the p fine-tunes with the largest: ours. Triplets at or below 1e-6 of their matrix's largest are left out, and so are null directions of the polar factors.
+Everything that is no matrix reads as the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from continual import linalg
+from continual.errors import Misconfigured
+from continual.records import SlotSpec, TensorSpec
+from continual.rules import matrices, sums
+from continual.rules.contract import Accumulators, Folded, Inputs, ReadOptions, Row, Rule, Totals
+
+U, SIGMA, V, OWNER = "u", "sigma", "v", "owner"
+_MOST = (1 << 16) - 1
+"""Fine-tunes that the numbers of `owner` can tell apart."""
+
+
+def triplets(tau: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `count` singular triplets (fewer where they are null) of an m×n matrix: U (m×k), σ (k), V (n×k) in float64."""
+    rows = linalg.tall(tau)
+    sigma, v = linalg.right_singular(rows, linalg.NULL)
+    k = min(count, int((sigma > 0).sum()))
+    sigma, v = sigma[:k], v[:, :k].contiguous()
+    u = torch.cat([rows[block].double() @ v for block in linalg.row_blocks(*rows.shape)]) / sigma
+    return (u, sigma, v) if rows is tau else (v, sigma, u)
+
+
+def choose(owner: Sequence[int], sigma: Sequence[float], count: int, p: int) -> list[int]:
+    """Which columns stay with `count` fine-tunes: of each its first ⌊p/count⌋; where that is none, the first of each, of those the p largest."""
+    width, place, chosen = max(1, p // count), dict.fromkeys(owner, 0), []
+    for column, number in enumerate(owner):
+        if number and place[number] < width:
+            place[number] += 1
+            chosen.append(column)
+    return sorted(sorted(chosen, key=lambda c: -sigma[c])[:p]) if len(chosen) > p else chosen
+
+
+def polar(columns: Tensor) -> Tensor:
+    """U_kV_kᵀ of an m×r matrix, m ≥ r, over its k directions that are not null; float64."""
+    sigma, v = linalg.right_singular(columns, linalg.NULL)
+    rank = int((sigma > 0).sum())
+    return columns @ (v[:, :rank] / sigma[:rank]) @ v[:, :rank].mT
+
+
+def columns(value: Tensor, chosen: Sequence[int], p: int) -> Tensor:
+    """The chosen columns, then zeros up to p."""
+    found = value.new_zeros((*value.shape[:-1], p))
+    found[..., : len(chosen)] = value[..., chosen]
+    return found
+
+
+def fold_matrix(accumulators: Accumulators, tau: Tensor, totals: Totals) -> Folded:
+    """Puts the triplets of an m×n task vector beside what is kept, and cuts every block to the new width."""
+    count = int(totals.get("count", 0.0)) + 1
+    if count > _MOST:
+        raise Misconfigured(f"tsv-m: {_MOST} fine-tunes are the most that its state can tell apart")
+    u, sigma, v, owner = (accumulators[slot] for slot in (U, SIGMA, V, OWNER))
+    p, tau_sq = len(sigma), linalg.inner(tau, tau)
+    dot = float((sigma.double() * ((u.mT @ tau).double() * v.mT.double()).sum(1)).sum())
+    if tau_sq > 0.0:
+        new_u, new_sigma, new_v = triplets(tau, max(1, p // count))
+        owners, lengths = owner.tolist() + [count] * len(new_sigma), torch.cat([sigma, new_sigma.float()])
+        chosen = choose(owners, lengths.tolist(), count, p)
+        accumulators = {
+            U: columns(torch.cat([u, new_u.float()], 1), chosen, p),
+            SIGMA: columns(lengths, chosen, p),
+            V: columns(torch.cat([v, new_v.float()], 1), chosen, p),
+            OWNER: columns(torch.tensor(owners, device=tau.device), chosen, p).to(owner.dtype),
+        }
+    merged_sq = linalg.inner(accumulators[SIGMA], accumulators[SIGMA])
+    return Folded(accumulators, {"tau_sq": tau_sq, "dot": dot, "merged_sq": merged_sq}, {})
+
+
+def merge(accumulators: Accumulators, totals: Totals) -> Tensor:
+    """polar(U) diag(σ) polar(V)ᵀ, m×n float64; blocks that a later fine-tune did not touch are cut here."""
+    u, sigma, v, owner = (accumulators[slot] for slot in (U, SIGMA, V, OWNER))
+    chosen = choose(owner.tolist(), sigma.tolist(), max(1, int(totals.get("count", 0.0))), len(sigma))
+    if not chosen:
+        return torch.zeros(len(u), len(v), dtype=torch.float64, device=u.device)
+    return polar(u[:, chosen].double()) * sigma[chosen].double() @ polar(v[:, chosen].double()).mT
+
+
+def _make(options: Mapping[str, Any]) -> Rule:
+    row, is_matrix = TSV_M, matrices.is_matrix(options)
+
+    def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
+        if not is_matrix(spec):
+            return sums.slots(spec)
+        m, n = matrices.sides(spec)
+        p = min(m, n)
+        return {U: SlotSpec((m, p)), SIGMA: SlotSpec((p,)), V: SlotSpec((n, p)), OWNER: SlotSpec((p,), "uint16")}
+
+    def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
+        matrices.whole("tsv-m", inputs)
+        if not is_matrix(inputs.spec):
+            return sums.fold(accumulators, tau, inputs, totals)
+        return fold_matrix(accumulators, tau.flatten(1), totals)
+
+    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals, read_options: ReadOptions) -> Tensor:
+        if not is_matrix(spec):
+            return matrices.read_mean(accumulators, totals, read_options)
+        return merge(accumulators, totals).mul_(read_options.value).float().view(spec.shape)
+
+    def workspace(spec: TensorSpec) -> int:
+        if not is_matrix(spec):
+            return sums.workspace(spec)
+        m, n = matrices.sides(spec)
+        return linalg.workspace(m, n) + 16 * (m + n) * min(m, n)
+
+    return Rule(
+        row.name,
+        row.summary,
+        options,
+        slots,
+        lambda spec: not is_matrix(spec),
+        fold,
+        sums.settle,
+        read,
+        workspace,
+        sums.no_gauges,
+        group=False,
+    )
+
+
+TSV_M = Row(
+    name="tsv-m",
+    summary="the leading singular triplets of every fine-tune, made orthogonal",
+    paper="Gargiulo et al. 2025, Task Singular Vectors (TSV-M)",
+    options={"include": matrices.INCLUDE},
+    read=ReadOptions("number", 1.0),
+    bytes_per_parameter="8 of a square matrix, 4 to 5 of long ones",
+    make=_make,
+    policies=("number",),
+)

@@ -1,0 +1,116 @@
+"""What each rule's paper computes from all fine-tunes at once, in float64 with full decompositions; no code of the package is used here.
+
+A batch form takes the task vectors of every fine-tune (name to tensor) and the names of the matrices, and returns the merged task vector at the scale that is
+the rule's default when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tests import reference
+
+Models = Sequence[Mapping[str, Tensor]]
+NULL = 1e-6
+
+
+def _stacked(models: Models, name: str) -> Tensor:
+    return torch.stack([model[name].double() for model in models])
+
+
+def mean(models: Models, _matrices: set[str]) -> dict[str, Tensor]:
+    return {name: _stacked(models, name).mean(0) for name in models[0]}
+
+
+def task_arithmetic(models: Models, _matrices: set[str]) -> dict[str, Tensor]:
+    return {name: 0.3 * _stacked(models, name).sum(0) for name in models[0]}
+
+
+def magmax(models: Models, _matrices: set[str]) -> dict[str, Tensor]:
+    found = {}
+    for name in models[0]:
+        values = _stacked(models, name)
+        highest, lowest = values.amax(0), values.amin(0)
+        found[name] = 0.5 * torch.where(highest >= -lowest, highest, lowest)
+    return found
+
+
+def _spectral(models: Models, matrices: set[str], merge: Callable[[list[Tensor]], Tensor]) -> dict[str, Tensor]:
+    merged = mean(models, matrices)
+    for name in matrices:
+        shape = models[0][name].shape
+        merged[name] = merge([model[name].double().flatten(1) for model in models]).reshape(shape)
+    return merged
+
+
+def _iso(taus: list[Tensor]) -> Tensor:
+    u, sigma, vh = torch.linalg.svd(torch.stack(taus).sum(0), full_matrices=False)
+    held = sigma > NULL * sigma[0]
+    return sigma[held].mean() * u[:, held] @ vh[held]
+
+
+def iso_c(models: Models, matrices: set[str]) -> dict[str, Tensor]:
+    return _spectral(models, matrices, _iso)
+
+
+def _polar(columns: Tensor) -> Tensor:
+    p, d, qh = torch.linalg.svd(columns, full_matrices=False)
+    held = d > NULL * d[0]
+    return p[:, held] @ qh[held]
+
+
+def _tsv(taus: list[Tensor]) -> Tensor:
+    us, sigmas, vhs = [], [], []
+    for tau in taus:
+        u, sigma, vh = torch.linalg.svd(tau, full_matrices=False)
+        k = min(len(sigma) // len(taus), int((sigma > NULL * sigma[0]).sum()))
+        us.append(u[:, :k])
+        sigmas.append(sigma[:k])
+        vhs.append(vh[:k])
+    if not any(len(sigma) for sigma in sigmas):
+        return torch.zeros_like(taus[0])
+    return _polar(torch.cat(us, 1)) @ torch.diag(torch.cat(sigmas)) @ _polar(torch.cat(vhs).mT).mT
+
+
+def tsv_m(models: Models, matrices: set[str]) -> dict[str, Tensor]:
+    return _spectral(models, matrices, _tsv)
+
+
+def _least_squares(taus: list[Tensor], ridge: float) -> Tensor:
+    """argmin Σ ‖(X − τ_i)τ_iᵀ‖²/‖τ_i‖² + ε‖X‖² by a QR of the stacked system, not by its normal equations."""
+    taus = [tau for tau in taus if float(tau.norm()) > 0]
+    if not taus:
+        return torch.zeros(())
+    n = taus[0].shape[1]
+    epsilon = ridge * len(taus) / n  # relative to the mean diagonal: each Gram has the trace 1
+    left = torch.cat([*(tau / tau.norm() for tau in taus), epsilon**0.5 * torch.eye(n, dtype=torch.float64)])
+    right = torch.cat([*(tau @ tau.mT / tau.norm() for tau in taus), torch.zeros(n, taus[0].shape[0], dtype=torch.float64)])
+    return torch.linalg.lstsq(left, right, driver="gelsd").solution.mT
+
+
+def _gram(taus: list[Tensor]) -> Tensor:
+    right, left = _least_squares(taus, 0.1), _least_squares([tau.mT for tau in taus], 0.1)
+    return (right + left.mT) / 2 if right.ndim else torch.zeros_like(taus[0])
+
+
+def gram(models: Models, matrices: set[str]) -> dict[str, Tensor]:
+    return _spectral(models, matrices, _gram)
+
+
+def opcm(models: Models, matrices: set[str]) -> dict[str, Tensor]:
+    return reference.opcm(models, matrices, 0.5)
+
+
+BATCH: Mapping[str, Callable[[Models, set[str]], dict[str, Tensor]]] = {
+    "mean": mean,
+    "task-arithmetic": task_arithmetic,
+    "magmax": magmax,
+    "iso-c": iso_c,
+    "tsv-m": tsv_m,
+    "gram": gram,
+    "opcm": opcm,
+}
+"""The batch form of every rule in the registry."""

@@ -1,0 +1,241 @@
+"""The laws of every rule in the registry: streaming is the batch form at every step, sizes are constant, and what a rule claims of order and unfolding holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from continual.errors import Misconfigured
+from continual.records import TensorSpec
+from continual.rules import RULES, Inputs, gram, read_options, rule
+from tests.batch import BATCH
+
+SHAPES = {
+    "tall": (24, 9),
+    "wide": (8, 21),
+    "square": (12, 12),
+    "conv": (10, 3, 2, 2),
+    "stack": (3, 4, 5),
+    "bias": (11,),
+    "scalar": (),
+    "empty": (0, 4),
+}
+MATRICES = {"tall", "wide", "square", "conv"}
+SPECS = {n: TensorSpec(n, s, "F32", "matrix" if n in MATRICES else "plain") for n, s in SHAPES.items()}
+Model = dict[str, Tensor]
+
+
+class Stream:
+    """A rule driven as the engine does, tensors in any order."""
+
+    def __init__(self, name: str) -> None:
+        self.rule, self.options = rule(name), read_options(name)
+        self.totals: dict[str, float] = {}
+        self.kept = {
+            n: {slot: torch.from_numpy(np.zeros(s.shape, s.dtype)) for slot, s in self.rule.slots(spec).items()}
+            for n, spec in SPECS.items()
+        }
+
+    def fold(self, model: Model, weight: float = 1.0, order: Sequence[str] = tuple(SHAPES)) -> None:
+        sums = {}
+        for name in order:
+            folded = self.rule.fold(self.kept[name], model[name].clone(), Inputs(SPECS[name], weight), self.totals)
+            sums[name] = folded.sums
+            # what is untouched keeps its files: a zero task vector must change nothing
+            self.kept[name] = folded.accumulators
+        self.totals = self.rule.settle(self.totals, {k: math.fsum(s[k] for s in sums.values()) for k in sums["bias"]}, weight)
+
+    def read(self) -> Model:
+        found = {n: self.rule.read(SPECS[n], self.kept[n], self.totals, self.options) for n in SHAPES}
+        assert all(t.dtype == torch.float32 and t.shape == SHAPES[n] for n, t in found.items())
+        return found
+
+
+class Models(list[Model]):
+    """Fine-tunes that are printed by how they were made, not by their values."""
+
+    made = ""
+
+    def __repr__(self) -> str:
+        return self.made
+
+
+@st.composite
+def model_lists(draw: st.DrawFn) -> Models:
+    """Up to five fine-tunes: dense ones, of low rank like adapters, ones that leave tensors alone, and twins."""
+    seed = draw(st.integers(0, 10_000))
+    kinds = draw(st.lists(st.sampled_from(["dense", "low-rank", "partial", "twin"]), min_size=1, max_size=5))
+    random = torch.Generator().manual_seed(seed)
+    found = Models()
+    found.made = f"models({seed}, {kinds})"
+    for kind in kinds:
+        if kind == "twin" and found:
+            found.append(found[-1])
+            continue
+        model = {}
+        for name, shape in SHAPES.items():
+            tau = 0.01 * torch.randn(shape, generator=random)
+            if kind == "low-rank" and name in MATRICES:
+                rows, columns = shape[0], tau.numel() // shape[0]
+                tau = (0.02 * torch.randn(rows, 2, generator=random) @ torch.randn(2, columns, generator=random)).reshape(shape)
+            if kind == "partial" and name in ("tall", "conv", "bias"):
+                tau = torch.zeros(shape)
+            model[name] = tau
+        found.append(model)
+    return found
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Relative Frobenius distance; 0 for two zeros."""
+    length = float(expected.double().norm())
+    return float((found.double() - expected.double()).norm()) / length if length else float(found.double().norm())
+
+
+def test_every_rule_has_a_batch_form() -> None:
+    assert RULES.keys() == BATCH.keys(), "write the paper's form in tests/batch.py"
+
+
+@pytest.mark.parametrize("name", RULES)
+@given(models=model_lists())
+@settings(max_examples=25, deadline=None)
+def test_streaming_is_the_batch_form_at_every_step(name: str, models: Models) -> None:
+    stream = Stream(name)
+    for step in range(1, len(models) + 1):
+        stream.fold(models[step - 1])
+        merged, expected = stream.read(), BATCH[name](models[:step], MATRICES)
+        for tensor in SHAPES:
+            assert distance(merged[tensor], expected[tensor]) < 1e-5, (tensor, step)
+
+
+@given(models=model_lists())
+@settings(max_examples=25, deadline=None)
+def test_float64_statistics_are_exact(models: Models) -> None:
+    stream = Stream("gram")
+    for model in models:
+        stream.fold(model)
+    expected = BATCH["gram"](models, MATRICES)
+    for name in MATRICES:
+        found = gram.solve(stream.kept[name], 0.1, 0.0)
+        assert distance(found, expected[name].reshape(found.shape)) < 1e-10, name
+
+
+@pytest.mark.parametrize("name", RULES)
+@given(models=model_lists())
+@settings(max_examples=10, deadline=None)
+def test_size_is_constant_from_the_first_fold_on(name: str, models: Models) -> None:
+    stream = Stream(name)
+    for model in models:
+        stream.fold(model)
+        for tensor, spec in SPECS.items():
+            slots = stream.rule.slots(spec)
+            kept = {s: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for s, v in stream.kept[tensor].items()}
+            assert kept == {s: (slot.shape, slot.dtype) for s, slot in slots.items()}
+            if stream.rule.elementwise(spec):
+                assert all(slot.shape == spec.shape for slot in slots.values())
+
+
+@pytest.mark.parametrize("name", [n for n, row in RULES.items() if row.order_free])
+@given(models=model_lists(), seed=st.randoms())
+@settings(max_examples=15, deadline=None)
+def test_order_of_the_models_does_not_matter_where_that_is_claimed(name: str, models: Models, seed: object) -> None:
+    shuffled = list(models)
+    seed.shuffle(shuffled)  # type: ignore[attr-defined]
+    one, other = Stream(name), Stream(name)
+    for a, b in zip(models, shuffled, strict=True):
+        one.fold(a)
+        other.fold(b)
+    for tensor, found in one.read().items():
+        assert distance(other.read()[tensor], found) < 1e-5, tensor
+
+
+@pytest.mark.parametrize("name", RULES)
+@given(models=model_lists())
+@settings(max_examples=5, deadline=None)
+def test_order_of_the_tensors_does_not_matter(name: str, models: Models) -> None:
+    one, other = Stream(name), Stream(name)
+    for model in models:
+        one.fold(model)
+        other.fold(model, order=tuple(reversed(SHAPES)))
+    assert one.totals == other.totals
+    assert all(torch.equal(found, other.read()[tensor]) for tensor, found in one.read().items())
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if rule(n).group])
+@given(models=model_lists(), data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_unfolding_is_as_if_it_had_never_been_folded(name: str, models: Models, data: st.DataObject) -> None:
+    out = data.draw(st.integers(0, len(models) - 1))
+    stream, without = Stream(name), Stream(name)
+    for model in models:
+        stream.fold(model)
+    stream.fold(models[out], weight=-1.0)
+    for model in models[:out] + models[out + 1 :]:
+        without.fold(model)
+    for tensor, expected in without.read().items():
+        scale = max(float(model[tensor].double().norm()) for model in models)
+        assert float((stream.read()[tensor].double() - expected.double()).norm()) <= 1e-4 * scale, tensor
+    for model in models[:out] + models[out + 1 :]:
+        stream.fold(model, weight=-1.0)
+    assert not any(bool(value.any()) for kept in stream.kept.values() for value in kept.values()), "none left is exact zero"
+    assert not any(stream.totals.values())
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if not rule(n).group])
+def test_the_others_refuse_a_weight(name: str) -> None:
+    with pytest.raises(Misconfigured, match="unfolded"):
+        Stream(name).fold({n: torch.ones(s) for n, s in SHAPES.items()}, weight=-1.0)
+
+
+@pytest.mark.parametrize("name", RULES)
+@given(models=model_lists(), run=st.integers(1, 40))
+@settings(max_examples=10, deadline=None)
+def test_runs_of_a_tensor_fold_as_the_whole(name: str, models: Models, run: int) -> None:
+    made = rule(name)
+    for tensor in ("bias", "stack", "tall"):
+        spec = SPECS[tensor]
+        if not made.elementwise(spec):
+            continue
+        whole = {s: torch.zeros(slot.shape, dtype=getattr(torch, slot.dtype)) for s, slot in made.slots(spec).items()}
+        parts = {s: value.clone() for s, value in whole.items()}
+        for model in models:
+            whole = made.fold(whole, model[tensor].clone(), Inputs(spec), {}).accumulators
+            flat = model[tensor].reshape(-1)
+            for i in range(0, len(flat), run):
+                piece = {s: value.view(-1)[i : i + run].clone() for s, value in parts.items()}
+                for s, value in made.fold(piece, flat[i : i + run].clone(), Inputs(spec), {}).accumulators.items():
+                    parts[s].view(-1)[i : i + run] = value
+        assert all(torch.equal(parts[s], value) for s, value in whole.items())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_reading_before_the_first_fold_is_zero(name: str) -> None:
+    assert not any(bool(tensor.any()) for tensor in Stream(name).read().values())
+
+
+def test_magmax_takes_the_positive_one_of_equal_magnitudes() -> None:
+    model = {n: torch.full(s, 0.5) for n, s in SHAPES.items()}
+    opposite = {n: -t for n, t in model.items()}
+    for order in ((model, opposite), (opposite, model)):
+        stream = Stream("magmax")
+        for one in order:
+            stream.fold(one)
+        assert torch.equal(stream.kept["bias"]["sum"], model["bias"])
+
+
+def test_beyond_p_models_tsv_m_keeps_one_triplet_of_the_largest() -> None:
+    stream, random = Stream("tsv-m"), torch.Generator().manual_seed(1)
+    p = min(SHAPES["wide"])
+    models = [{n: (i % 7 + 1) * 0.01 * torch.randn(s, generator=random) for n, s in SHAPES.items()} for i in range(p + 6)]
+    for model in models:
+        stream.fold(model)
+    largest = sorted((float(torch.linalg.matrix_norm(m["wide"], 2)) for m in models), reverse=True)[:p]
+    found = sorted(stream.kept["wide"]["sigma"].tolist(), reverse=True)
+    assert found == pytest.approx(largest, rel=1e-5)
+    assert len(set(stream.kept["wide"]["owner"].tolist())) == p
