@@ -182,6 +182,7 @@ class Engine:
         go_on = partial(self._go_on, candidate.name)
         with self.state.begin() as transaction:
             folding = Folding(transaction, vectors, self.rule, before, candidate.name, self.device, go_on)
+            self._measure(folding, lineage, progress)
             pieces = self._stream(folding, lineage, progress)
             model.check_unchanged()
             self.base.checkpoint.check_unchanged()
@@ -206,6 +207,20 @@ class Engine:
         seconds = {**report.seconds, "commit": time.perf_counter() - streamed, "total": time.perf_counter() - begun}
         message = f"{candidate.name}: folded as record {commit.seq}"
         return Outcome("folded", candidate.name, message, None, commit, provenance.timed(report, seconds))
+
+    def _measure(self, folding: Folding, lineage: Lineage, progress: Progress) -> None:
+        """What the rule has to know of the whole model before it folds any of it; counts are whole numbers, so their order does not matter."""
+        measure = self.rule.measure
+        if measure is None:
+            return
+        numel = sum(spec.numel for spec in self.base.specs if spec.kind != "carried")
+        for number in range(measure.passes):
+            tasks = [folding.measuring(self._specs[name], number) for name in lineage.folded]
+            counts = torch.zeros((), dtype=torch.int64)
+            for done, (_, found) in enumerate(self.executor.map(tasks), 1):
+                counts = counts + found
+                progress(f"measure {number + 1}", done, len(tasks))
+            folding.measured = measure.conclude(number, counts, numel, folding.measured)
 
     def _stream(self, folding: Folding, lineage: Lineage, progress: Progress) -> dict[str, Piece]:
         """Every foldable tensor of the base through the rule, in parallel; the pieces by name."""

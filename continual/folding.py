@@ -16,7 +16,7 @@ import torch
 from continual.executors.contract import Task
 from continual.gates import safety
 from continual.records import TensorSpec
-from continual.rules import Folded, Inputs, Rule
+from continual.rules import Folded, Inputs, Measured, Rule
 from continual.state import Transaction
 from continual.tensors import TaskVectors
 from continual.tensors.vectors import RUN, Content
@@ -48,6 +48,7 @@ class Folding:
         device: torch.device,
         check: Callable[[], None],
     ) -> None:
+        self.measured: Measured = {}
         self._transaction = transaction
         self._vectors = vectors
         self._rule = rule
@@ -63,6 +64,21 @@ class Folding:
             return Task(spec.name, need(self._rule, spec, None), partial(self._untouched, spec))
         run = self._by_runs if self._rule.elementwise(spec) else self._whole
         return Task(spec.name, need(self._rule, spec, vectors), partial(run, spec), partial(vectors.prefetch, spec.name))
+
+    def measuring(self, spec: TensorSpec, number: int) -> Task[torch.Tensor]:
+        """The work of one tensor in pass `number` of what the rule measures before the fold."""
+        vectors, measure = self._vectors, self._rule.measure
+        assert measure is not None
+
+        def run() -> torch.Tensor:
+            self._check()
+            counts = torch.zeros((), dtype=torch.int64)
+            for _, _, tau in vectors.runs(spec.name, None):
+                counts = counts + measure.tally(number, tau, self.measured)
+            return counts
+
+        need = vectors.nbytes(spec.name, whole=False) + 8 * 4 * vectors.run
+        return Task(spec.name, need, run, partial(vectors.prefetch, spec.name))
 
     def _whole(self, spec: TensorSpec) -> Piece:
         self._check()
@@ -91,7 +107,7 @@ class Folding:
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value) for slot, value in values.items()}
             given = {slot: value.to(self._device) for slot, value in accumulators.items()}
-            folded = self._rule.fold(given, tau.to(self._device), Inputs(spec), self._totals)
+            folded = self._rule.fold(given, tau.to(self._device), Inputs(spec, measured=self.measured), self._totals)
             safety.finite(self._name, spec.name, folded.sums["tau_sq"])
             for slot, value in folded.accumulators.items():
                 if value is not accumulators[slot]:
@@ -114,7 +130,7 @@ class Folding:
     def _apply(self, spec: TensorSpec, tau: torch.Tensor) -> Folded:
         slots = self._rule.slots(spec)
         accumulators = {slot: torch.from_numpy(self._transaction.read(spec.name, slot)).to(self._device) for slot in slots}
-        return self._rule.fold(accumulators, tau.to(self._device), Inputs(spec), self._totals)
+        return self._rule.fold(accumulators, tau.to(self._device), Inputs(spec, measured=self.measured), self._totals)
 
 
 class _Clock:

@@ -38,6 +38,30 @@ def magmax(models: Models, _matrices: set[str]) -> dict[str, Tensor]:
     return found
 
 
+def _top(values: Tensor, density: float) -> Tensor:
+    """Zeros but for the ⌊density·N⌋ of largest magnitude and those equal to the smallest of them; by a full sort."""
+    if not values.numel():
+        return values
+    kept = max(1, int(density * values.numel()))
+    least = values.abs().flatten().sort(descending=True).values[kept - 1]
+    return torch.where(values.abs() >= least, values, 0.0)
+
+
+def ties(models: Models, _matrices: set[str], density: float = 0.2, trim: str = "model") -> dict[str, Tensor]:
+    names = list(models[0])
+    found = {}
+    flat = [torch.cat([model[name].double().flatten() for name in names]) for model in models]
+    whole = [dict(zip(names, _top(values, density).split([models[0][n].numel() for n in names]), strict=True)) for values in flat]
+    for name in names:
+        rows = [_top(m[name].double(), density).flatten() if trim == "tensor" else w[name] for m, w in zip(models, whole, strict=True)]
+        values = torch.stack(rows)
+        total = values.sum(0)
+        elected = torch.where(total.abs() > 2.0**-20 * values.abs().sum(0), total.sign(), 0.0)
+        agree = (values.sign() == elected) & (elected != 0)
+        found[name] = (torch.where(agree, values, 0.0).sum(0) / agree.sum(0).clamp(min=1)).reshape(models[0][name].shape)
+    return found
+
+
 def _spectral(models: Models, matrices: set[str], merge: Callable[[list[Tensor]], Tensor]) -> dict[str, Tensor]:
     merged = mean(models, matrices)
     for name in matrices:
@@ -107,6 +131,7 @@ def opcm(models: Models, matrices: set[str]) -> dict[str, Tensor]:
 BATCH: Mapping[str, Callable[[Models, set[str]], dict[str, Tensor]]] = {
     "mean": mean,
     "task-arithmetic": task_arithmetic,
+    "ties": ties,
     "magmax": magmax,
     "iso-c": iso_c,
     "tsv-m": tsv_m,

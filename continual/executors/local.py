@@ -14,7 +14,7 @@ import torch
 from continual.executors.contract import Task
 
 T = TypeVar("T")
-_M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class Local:
@@ -66,10 +66,13 @@ def _prefetch(tasks: Iterable[Task[T]]) -> None:
 def give_back_large_blocks() -> None:
     """Has glibc return blocks of 4 MiB and more to the system when they are freed.
 
-    By default it raises that bound to 32 MiB as they come, and every worker's heap keeps what it once needed: a third more at the peak.
+    By default it raises that bound to 32 MiB as they come, and every worker's heap keeps what it once needed: a third more at the peak. Smaller blocks are
+    kept, up to 16 MiB a heap: the buffers of a run would otherwise be given back and faulted in again at every step.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 16 << 20)
 
 
 def available_memory() -> int:

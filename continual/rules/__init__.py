@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from continual.errors import Misconfigured
-from continual.rules.contract import Accumulators, Folded, Inputs, Option, ReadOptions, Row, Rule, Sums, Totals
+from continual.rules.contract import Accumulators, Folded, Inputs, Measured, Option, ReadOptions, Row, Rule, Sums, Totals
 from continual.rules.gram import GRAM
 from continual.rules.iso_c import ISO_C
 from continual.rules.magmax import MAGMAX
 from continual.rules.opcm import OPCM
 from continual.rules.sums import MEAN, TASK_ARITHMETIC
+from continual.rules.ties import TIES
 from continual.rules.tsv_m import TSV_M
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Accumulators",
     "Folded",
     "Inputs",
+    "Measured",
     "Option",
     "ReadOptions",
     "Row",
@@ -29,7 +31,7 @@ __all__ = [
     "rule",
 ]
 
-RULES: Mapping[str, Row] = {row.name: row for row in (MEAN, TASK_ARITHMETIC, MAGMAX, ISO_C, TSV_M, GRAM, OPCM)}
+RULES: Mapping[str, Row] = {row.name: row for row in (MEAN, TASK_ARITHMETIC, TIES, MAGMAX, ISO_C, TSV_M, GRAM, OPCM)}
 """Every rule by name."""
 
 

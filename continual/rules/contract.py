@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,12 +24,31 @@ Sums = Mapping[str, float]
 """What one tensor adds to the whole model's figures; reduced over tensors in float64 in name order."""
 
 
+Measured = Mapping[str, float]
+"""What a rule found out about the whole model before folding it."""
+
+
 class Inputs(NamedTuple):
-    """What a fold is given besides the task vector: `weight` (minus the weight it was folded with unfolds a model), `seed` for random choices."""
+    """What a fold is given besides the task vector: `weight` (minus the weight it was folded with unfolds a model), `seed` for random choices, and what
+    was measured in the passes before the fold."""
 
     spec: TensorSpec
     weight: float = 1.0
     seed: int = 0
+    measured: Measured = MappingProxyType({})
+
+
+class Measure(NamedTuple):
+    """Passes over all task vectors of a model before it is folded.
+
+    tally(pass, flat run of τ, measured so far): int64 counts of a fixed length, which are added up over the model.
+    conclude(pass, counts, number of elements of the model, measured so far): what is measured after the pass. The elements of tensors that the model
+    leaves alone are zeros that were not counted.
+    """
+
+    passes: int
+    tally: Callable[[int, torch.Tensor, Measured], torch.Tensor]
+    conclude: Callable[[int, torch.Tensor, int, Measured], dict[str, float]]
 
 
 class Folded(NamedTuple):
@@ -112,6 +132,7 @@ class Rule(NamedTuple):
     workspace(spec): peak bytes that fold needs beyond the accumulators and τ.
     gauges(totals): figures worth watching, by name (λ of opcm).
     group: folding is adding, so folding again with minus the weight unfolds.
+    measure: what has to be known of a whole model before any of it is folded.
     """
 
     name: str
@@ -125,6 +146,7 @@ class Rule(NamedTuple):
     workspace: Callable[[TensorSpec], int]
     gauges: Callable[[Totals], dict[str, float]]
     group: bool
+    measure: Measure | None = None
 
 
 class Option(NamedTuple):

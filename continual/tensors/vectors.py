@@ -64,10 +64,10 @@ class TaskVectors:
                 flat[start:stop] = values
         return Piece(tau, content.hash.digest(), content.nbytes)
 
-    def runs(self, name: str, content: Content, into: torch.Tensor | None = None) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def runs(self, name: str, content: Content | None, into: torch.Tensor | None = None) -> Iterator[tuple[int, int, torch.Tensor]]:
         """The same in flat runs: (first element, one past the last, values), whose memory the next run reuses unless it is that of the flat `into`.
 
-        `content` is complete once the last run was asked for.
+        `content` is complete once the last run was asked for; without one nothing is hashed, and twins are not compared.
         """
         spec, source = self._specs[name], self._sources[name]
         product = None
@@ -81,9 +81,10 @@ class TaskVectors:
             return
         rows = self._lineage.rows.get(name)
         shape = source.full.shape if rows is None else (rows, *spec.shape[1:])
-        content.hash.update(f"{source.full.dtype} {shape}".encode())
         folded = math.prod(shape)
-        content.nbytes += spec.nbytes + source.full.nbytes + sum(twin.nbytes for twin in source.twins)
+        if content is not None:
+            content.hash.update(f"{source.full.dtype} {shape}".encode())
+            content.nbytes += spec.nbytes + source.full.nbytes + sum(twin.nbytes for twin in source.twins)
         for start, stop in self._ranges(spec.numel):
             tau = self._buffer("tau", stop - start, torch.float32) if into is None else into[start:stop]
             given = max(0, min(stop, folded) - start)
@@ -123,13 +124,14 @@ class TaskVectors:
     def _ranges(self, numel: int) -> Iterator[tuple[int, int]]:
         return ((start, min(start + self.run, numel)) for start in range(0, numel, self.run))
 
-    def _difference(self, spec: TensorSpec, source: Source, start: int, tau: torch.Tensor, content: Content) -> None:
+    def _difference(self, spec: TensorSpec, source: Source, start: int, tau: torch.Tensor, content: Content | None) -> None:
         """Fills `tau` with θ_t − θ₀ from element `start` on and feeds the candidate's bytes to `content`."""
         assert source.full is not None
         origin = self._read("base", self._base, self._base.tensors[spec.name], start, len(tau))
         values = self._read("fine-tune", self._weights, source.full, start, len(tau))
-        content.hash.update(_raw(values))
-        for twin in source.twins:
+        if content is not None:
+            content.hash.update(_raw(values))
+        for twin in source.twins if content is not None else ():
             if _raw(self._read("twin", self._weights, twin, start, len(tau))) != _raw(values):
                 raise Refuse("tied", f"{self._model.path}: {source.full.name} and {twin.name} are one tensor in the base, and differ here")
         # narrower than the base: θ₀ is cast as the publisher cast θ_t, so that an untouched weight gives exactly zero
@@ -140,11 +142,13 @@ class TaskVectors:
         else:
             tau.copy_(values).sub_(origin)
 
-    def _multiply(self, source: Source, out: torch.Tensor, content: Content) -> None:
+    def _multiply(self, source: Source, out: torch.Tensor, content: Content | None) -> None:
         """scale·B·A into the flat `out`."""
         assert isinstance(self._model, Adapter)
         assert source.factors is not None
         read = self._model.product(source.factors, source.transposed, out.view(self._model.shape(source.factors, source.transposed)))
+        if content is None:
+            return
         content.hash.update(f"lora {source.factors.scale!r} {source.factors.embedding} {source.transposed}".encode())
         for name, factor in read:
             info = self._weights.tensors[name]

@@ -3,7 +3,8 @@
     python -m tests.bench.fold
 
 The OPCM step against a plain implementation with a full float32 SVD, and both against the float64 truth; then the CPU of a durable `mean` fold against
-a synced copy of the same bytes: what the fold must read (base, fine-tune, state) is read, what it must write (state) is written and fsynced.
+a synced copy of the same bytes: what the fold must read (base, fine-tune, state) is read, what it must write (state) is written and fsynced; then that of
+`ties` against `task-arithmetic`.
 """
 
 from __future__ import annotations
@@ -88,12 +89,39 @@ def mean_against_copy(repeats: int) -> None:
         )
 
 
+def ties_against_sum(repeats: int) -> None:
+    """CPU of a fold with `ties` (trimmed over the whole model) against one with `task-arithmetic`, the same models, alternating."""
+    from continual import api
+    from continual.config import Settings
+
+    spent: dict[str, list[float]] = {"task-arithmetic": [], "ties": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        base = models.base(work / "base", shapes=models.big_shapes(0.2, layers=12))
+        for rule in spent:
+            api.init(base, work / rule, api.Asked(rule=rule))
+        for number in range(repeats + 1):
+            model = models.fine_tune(base, work / f"fine-tune-{number}", number)
+            for rule, seconds in spent.items():
+                with api.Merge(Settings(state=work / rule, keep=1), write=True) as merge:
+                    settle_memory(work / "scratch", 2 * merge.state.format.generation_bytes)
+                    began = cpu()
+                    merge.fold(model)
+                    if number:
+                        seconds.append(cpu() - began)
+            shutil.rmtree(model)
+    ratio = statistics.median(t / s for t, s in zip(spent["ties"], spent["task-arithmetic"], strict=True))
+    figures = ", ".join(f"{rule} {statistics.median(seconds):.2f}" for rule, seconds in spent.items())
+    print(f"fold of a float32 model, {repeats} times after the first, CPU seconds: {figures}; ratio {ratio:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     opcm_step.main()
     mean_against_copy(args.repeats)
+    ties_against_sum(args.repeats)
 
 
 if __name__ == "__main__":

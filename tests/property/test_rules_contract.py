@@ -14,7 +14,8 @@ from torch import Tensor
 
 from continual.errors import Misconfigured
 from continual.records import TensorSpec
-from continual.rules import RULES, Inputs, gram, read_options, rule
+from continual.rules import RULES, Inputs, Rule, gram, read_options, rule
+from tests import batch
 from tests.batch import BATCH
 
 SHAPES = {
@@ -32,11 +33,22 @@ SPECS = {n: TensorSpec(n, s, "F32", "matrix" if n in MATRICES else "plain") for 
 Model = dict[str, Tensor]
 
 
+def measure(made: Rule, model: Model) -> dict[str, float]:
+    """The passes before a fold, as the engine makes them: over what the model changes."""
+    found: dict[str, float] = {}
+    for number in range(made.measure.passes if made.measure else 0):
+        assert made.measure is not None
+        runs = [run for tau in model.values() if tau.any() for run in tau.reshape(-1).split(7)]
+        counts = torch.stack([made.measure.tally(number, run, found) for run in runs]).sum(0)
+        found = made.measure.conclude(number, counts, sum(tau.numel() for tau in model.values()), found)
+    return found
+
+
 class Stream:
     """A rule driven as the engine does, tensors in any order."""
 
-    def __init__(self, name: str) -> None:
-        self.rule, self.options = rule(name), read_options(name)
+    def __init__(self, name: str, **options: object) -> None:
+        self.rule, self.options = rule(name, options), read_options(name)
         self.totals: dict[str, float] = {}
         self.kept = {
             n: {slot: torch.from_numpy(np.zeros(s.shape, s.dtype)) for slot, s in self.rule.slots(spec).items()}
@@ -44,9 +56,9 @@ class Stream:
         }
 
     def fold(self, model: Model, weight: float = 1.0, order: Sequence[str] = tuple(SHAPES)) -> None:
-        sums = {}
+        sums, measured = {}, measure(self.rule, model)
         for name in order:
-            folded = self.rule.fold(self.kept[name], model[name].clone(), Inputs(SPECS[name], weight), self.totals)
+            folded = self.rule.fold(self.kept[name], model[name].clone(), Inputs(SPECS[name], weight, measured=measured), self.totals)
             sums[name] = folded.sums
             # what is untouched keeps its files: a zero task vector must change nothing
             self.kept[name] = folded.accumulators
@@ -205,11 +217,12 @@ def test_runs_of_a_tensor_fold_as_the_whole(name: str, models: Models, run: int)
         whole = {s: torch.zeros(slot.shape, dtype=getattr(torch, slot.dtype)) for s, slot in made.slots(spec).items()}
         parts = {s: value.clone() for s, value in whole.items()}
         for model in models:
-            whole = made.fold(whole, model[tensor].clone(), Inputs(spec), {}).accumulators
+            inputs = Inputs(spec, measured=measure(made, model))
+            whole = made.fold(whole, model[tensor].clone(), inputs, {}).accumulators
             flat = model[tensor].reshape(-1)
             for i in range(0, len(flat), run):
                 piece = {s: value.view(-1)[i : i + run].clone() for s, value in parts.items()}
-                for s, value in made.fold(piece, flat[i : i + run].clone(), Inputs(spec), {}).accumulators.items():
+                for s, value in made.fold(piece, flat[i : i + run].clone(), inputs, {}).accumulators.items():
                     parts[s].view(-1)[i : i + run] = value
         assert all(torch.equal(parts[s], value) for s, value in whole.items())
 
@@ -217,6 +230,37 @@ def test_runs_of_a_tensor_fold_as_the_whole(name: str, models: Models, run: int)
 @pytest.mark.parametrize("name", RULES)
 def test_reading_before_the_first_fold_is_zero(name: str) -> None:
     assert not any(bool(tensor.any()) for tensor in Stream(name).read().values())
+
+
+@given(models=model_lists(), density=st.sampled_from([0.05, 0.2, 0.5, 0.999, 1.0]), trim=st.sampled_from(["model", "tensor"]))
+@settings(max_examples=40, deadline=None)
+def test_ties_at_every_density_over_the_model_and_per_tensor(models: Models, density: float, trim: str) -> None:
+    stream = Stream("ties", density=density, trim=trim)
+    for step in range(1, len(models) + 1):
+        stream.fold(models[step - 1])
+        merged, expected = stream.read(), batch.ties(models[:step], MATRICES, density, trim)
+        for tensor in SHAPES:
+            assert distance(merged[tensor], expected[tensor]) < 1e-5, (tensor, step)
+
+
+def test_ties_reads_a_draw_as_zero() -> None:
+    model = {n: torch.full(s, 0.3) for n, s in SHAPES.items()}
+    stream = Stream("ties", density=1.0)
+    stream.fold(model)
+    stream.fold({n: -t for n, t in model.items()})
+    assert not any(bool(t.any()) for t in stream.read().values())
+
+
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.73])
+def test_the_measured_threshold_is_the_exact_one(density: float) -> None:
+    values = torch.randn(100_003, generator=torch.Generator().manual_seed(2)) ** 3
+    made = rule("ties", {"density": density})
+    found: dict[str, float] = {}
+    for number in range(2):
+        assert made.measure is not None
+        counts = torch.stack([made.measure.tally(number, part, found) for part in values.split(999)]).sum(0)
+        found = made.measure.conclude(number, counts, len(values), found)
+    assert found["threshold"] == float(values.abs().sort(descending=True).values[int(density * len(values)) - 1])
 
 
 def test_magmax_takes_the_positive_one_of_equal_magnitudes() -> None:
