@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import string
 from urllib.parse import unquote
 
@@ -11,6 +12,7 @@ _SAFE = frozenset((string.ascii_letters + string.digits + "._-").encode())
 _LONGEST = 240
 
 
+@functools.cache
 def encode(name: str) -> str:
     """A file name for the tensor `name`: letters, digits, `.`, `_`, `-` stand for themselves, every other UTF-8 byte as %XX.
 
