@@ -104,10 +104,15 @@ def model_lists(draw: st.DrawFn) -> Models:
     return found
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Relative Frobenius distance; 0 for two zeros."""
-    length = float(expected.double().norm())
+def distance(found: Tensor, expected: Tensor, given: Sequence[Tensor] = ()) -> float:
+    """Frobenius distance relative to the larger of what is expected and of the task vectors `given`: where these cancel, float32 leaves their rounding."""
+    length = max(float(tensor.double().norm()) for tensor in (expected, *given))
     return float((found.double() - expected.double()).norm()) / length if length else float(found.double().norm())
+
+
+def bound(name: str) -> float:
+    """1e-5; for opcm 1e-4: which directions lie in the block is as sharp as the gap between two singular values, and those of twins can be close."""
+    return 1e-4 if name == "opcm" else 1e-5
 
 
 def test_every_rule_has_a_batch_form() -> None:
@@ -123,7 +128,8 @@ def test_streaming_is_the_batch_form_at_every_step(name: str, models: Models) ->
         stream.fold(models[step - 1])
         merged, expected = stream.read(), BATCH[name](models[:step], MATRICES)
         for tensor in SHAPES:
-            assert distance(merged[tensor], expected[tensor]) < 1e-5, (tensor, step)
+            folded = [model[tensor] for model in models[:step]]
+            assert distance(merged[tensor], expected[tensor], folded) < bound(name), (tensor, step)
 
 
 @given(models=model_lists())
@@ -164,7 +170,7 @@ def test_order_of_the_models_does_not_matter_where_that_is_claimed(name: str, mo
         one.fold(a)
         other.fold(b)
     for tensor, found in one.read().items():
-        assert distance(other.read()[tensor], found) < 1e-5, tensor
+        assert distance(other.read()[tensor], found, [model[tensor] for model in models]) < 1e-5, tensor
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -240,7 +246,8 @@ def test_ties_at_every_density_over_the_model_and_per_tensor(models: Models, den
         stream.fold(models[step - 1])
         merged, expected = stream.read(), batch.ties(models[:step], MATRICES, density, trim)
         for tensor in SHAPES:
-            assert distance(merged[tensor], expected[tensor]) < 1e-5, (tensor, step)
+            folded = [model[tensor] for model in models[:step]]
+            assert distance(merged[tensor], expected[tensor], folded) < 1e-5, (tensor, step)
 
 
 def test_ties_reads_a_draw_as_zero() -> None:
