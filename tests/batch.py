@@ -86,14 +86,14 @@ def _polar(columns: Tensor) -> Tensor:
     return p[:, held] @ qh[held]
 
 
+def _leading(tau: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    u, sigma, vh = torch.linalg.svd(tau, full_matrices=False)
+    k = min(len(sigma) // count, int((sigma > NULL * sigma[0]).sum()))
+    return u[:, :k], sigma[:k], vh[:k]
+
+
 def _tsv(taus: list[Tensor]) -> Tensor:
-    us, sigmas, vhs = [], [], []
-    for tau in taus:
-        u, sigma, vh = torch.linalg.svd(tau, full_matrices=False)
-        k = min(len(sigma) // len(taus), int((sigma > NULL * sigma[0]).sum()))
-        us.append(u[:, :k])
-        sigmas.append(sigma[:k])
-        vhs.append(vh[:k])
+    us, sigmas, vhs = zip(*(_leading(tau, len(taus)) for tau in taus), strict=True)
     if not any(len(sigma) for sigma in sigmas):
         return torch.zeros_like(taus[0])
     return _polar(torch.cat(us, 1)) @ torch.diag(torch.cat(sigmas)) @ _polar(torch.cat(vhs).mT).mT
@@ -101,6 +101,22 @@ def _tsv(taus: list[Tensor]) -> Tensor:
 
 def tsv_m(models: Models, matrices: set[str]) -> dict[str, Tensor]:
     return _spectral(models, matrices, _tsv)
+
+
+def condition(matrix: Tensor) -> float:
+    """The largest singular value over the smallest that is not null; 1 for zeros."""
+    sigma = torch.linalg.svdvals(matrix)
+    held = sigma[sigma > NULL * sigma.amax()] if sigma.numel() else sigma
+    return float(held.amax() / held.amin()) if held.numel() else 1.0
+
+
+def _summed(folded: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.stack([tau.double().flatten(1) for tau in folded]).sum(0)] if folded else []
+
+
+def _triplets(folded: Sequence[Tensor]) -> list[Tensor]:
+    parts = [_leading(tau.double().flatten(1), len(folded)) for tau in folded]
+    return [torch.cat([u for u, _, _ in parts], 1), torch.cat([vh for _, _, vh in parts])] if parts else []
 
 
 def _least_squares(taus: list[Tensor], ridge: float) -> Tensor:
@@ -139,3 +155,5 @@ BATCH: Mapping[str, Callable[[Models, set[str]], dict[str, Tensor]]] = {
     "opcm": opcm,
 }
 """The batch form of every rule in the registry."""
+POLAR: Mapping[str, Callable[[Sequence[Tensor]], list[Tensor]]] = {"iso-c": _summed, "tsv-m": _triplets}
+"""Of the rules that take polar factors: the matrices whose factors they are, for one matrix of every fine-tune."""

@@ -110,9 +110,17 @@ def distance(found: Tensor, expected: Tensor, given: Sequence[Tensor] = ()) -> f
     return float((found.double() - expected.double()).norm()) / length if length else float(found.double().norm())
 
 
-def bound(name: str) -> float:
-    """1e-5; for opcm 1e-4: which directions lie in the block is as sharp as the gap between two singular values, and those of twins can be close."""
-    return 1e-4 if name == "opcm" else 1e-5
+def bound(name: str, folded: Sequence[Tensor] = ()) -> float:
+    """1e-5, and where a rule's result is no smoother function of the float32 state than that, what the state allows.
+
+    opcm 1e-4: which directions lie in the block is as sharp as the gap between two singular values, and those of twins can be close.
+    iso-c and tsv-m: a polar factor moves by the rounding over the smallest singular value that it keeps.
+    """
+    if name == "opcm":
+        return 1e-4
+    return (
+        max(1e-5, 4e-7 * max((batch.condition(part) for part in batch.POLAR[name](folded)), default=1.0)) if name in batch.POLAR else 1e-5
+    )
 
 
 def test_every_rule_has_a_batch_form() -> None:
@@ -129,7 +137,8 @@ def test_streaming_is_the_batch_form_at_every_step(name: str, models: Models) ->
         merged, expected = stream.read(), BATCH[name](models[:step], MATRICES)
         for tensor in SHAPES:
             folded = [model[tensor] for model in models[:step]]
-            assert distance(merged[tensor], expected[tensor], folded) < bound(name), (tensor, step)
+            within = bound(name, folded if tensor in MATRICES else ())
+            assert distance(merged[tensor], expected[tensor], folded) < within, (tensor, step)
 
 
 @given(models=model_lists())
@@ -170,7 +179,8 @@ def test_order_of_the_models_does_not_matter_where_that_is_claimed(name: str, mo
         one.fold(a)
         other.fold(b)
     for tensor, found in one.read().items():
-        assert distance(other.read()[tensor], found, [model[tensor] for model in models]) < 1e-5, tensor
+        folded = [model[tensor] for model in models]
+        assert distance(other.read()[tensor], found, folded) < bound(name, folded if tensor in MATRICES else ()), tensor
 
 
 @pytest.mark.parametrize("name", RULES)
