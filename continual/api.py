@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from continual import provenance
+from continual import combining, provenance, unfolding
 from continual.config import Settings
 from continual.engine import Engine, Outcome, Plan, Policy
 from continual.errors import Damaged, Misconfigured
@@ -27,10 +27,11 @@ from continual.executors.local import Local
 from continual.folding import state_bytes
 from continual.gates.lineage import LineagePolicy
 from continual.gates.safety import NormPolicy
+from continual.gates.weight import WeightPolicy
 from continual.linalg import dot
 from continual.publish import folder
 from continual.records import Entry, TensorSpec
-from continual.rules import RULES, ReadOptions, read_options, rule
+from continual.rules import RULES, TRANSFORMS, ReadOptions, read_options, rule
 from continual.state import Commit, State
 from continual.tensors import Adapter, BaseModel, Checkpoint, describe, open_model
 from continual.tensors.checkpoint import TORCH
@@ -39,15 +40,20 @@ _HASHED = 1 << 20
 """Bytes of the base read at a time at init."""
 
 
+DEFAULT = "opcm"
+"""The rule of a state unless another is asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a state is to be. `options` are fold-time options of the rule and part of the state; `scale` is the read-time policy (`norm`,
-    `norm:KAPPA` or a number) and can change later; tensors whose names match `plain` take the rule's plain form, those that match `exclude`
-    are carried untouched."""
+    """What a state is to be. `options` are fold-time options of the rule and part of the state; `scale` is the read-time policy (`norm`, `norm:KAPPA` or a
+    number) and `lines` the layer scaling at reading (`ALPHA:BETA`), which can change later; tensors whose names match `plain` take the rule's plain form,
+    those that match `exclude` are carried untouched."""
 
-    rule: str = "opcm"
+    rule: str = DEFAULT
     options: Mapping[str, Any] = field(default_factory=dict)
     scale: str | None = None
+    lines: str | None = None
     plain: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -60,6 +66,7 @@ class Survey:
     rule: str
     options: Mapping[str, Any]
     scale: str
+    lines: tuple[float, float] | None
     state_bytes: int
     kinds: tuple[tuple[str, int, int], ...]
     tensors: Mapping[str, str]
@@ -69,14 +76,18 @@ class Survey:
 @dataclass(frozen=True, slots=True)
 class RuleInfo:
     """A fold rule as the registry has it. `options` are its fold-time options with their defaults, `order_free`: the order of the fine-tunes does not
-    matter beyond rounding, `group`: one can be taken out exactly, `scale` and `policies`: how it is read by default and which scales it knows."""
+    matter beyond rounding, `unfold`: one can be subtracted, and two states added, `weighted`: a fine-tune can have a weight, `passes`: how often its tensors
+    are read by default, `needs`: what it has to bring besides its weights, `scale` and `policies`: how it is read by default and which scales it knows."""
 
     name: str
     summary: str
     paper: str
     bytes_per_parameter: str
     order_free: bool
-    group: bool
+    unfold: bool
+    weighted: bool
+    passes: int
+    needs: str
     scale: str
     policies: tuple[str, ...]
     options: Mapping[str, Any]
@@ -91,12 +102,32 @@ def rules() -> list[RuleInfo]:
             paper=row.paper,
             bytes_per_parameter=row.bytes_per_parameter,
             order_free=row.order_free,
-            group=rule(row.name).group,
+            unfold=(made := rule(row.name)).combine is not None,
+            weighted=made.weighted,
+            passes=1 + (made.measure.passes if made.measure else 0),
+            needs=made.shipped or "",
             scale=str(row.read),
             policies=row.policies,
             options={key: option.default for key, option in row.options.items()},
         )
         for row in RULES.values()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class TransformInfo:
+    """A transform of task vectors before a fold; `options` with their defaults."""
+
+    name: str
+    summary: str
+    paper: str
+    options: Mapping[str, Any]
+
+
+def transforms() -> list[TransformInfo]:
+    """Every transform that can stand before a rule."""
+    return [
+        TransformInfo(t.name, t.summary, t.paper, {key: option.default for key, option in t.options.items()}) for t in TRANSFORMS.values()
     ]
 
 
@@ -132,7 +163,7 @@ def init(base: str | Path, state: str | Path, asked: Asked | None = None, *, pro
         tensors=model.specs,
         rule=asked.rule,
         options=chosen.options,
-        read=read_options(asked.rule, asked.scale).to_mapping(),
+        read=read_options(asked.rule, asked.scale, asked.lines).to_mapping(),
         slots={spec.name: chosen.slots(spec) if spec.kind != "carried" else {} for spec in model.specs},
         software=provenance.software(),
         device="cpu",
@@ -166,6 +197,11 @@ class Merge:
         """Opens the state; `on_step` hears of each step of the commit protocol before it begins (for fault campaigns)."""
         self.settings = settings
         self.state = State.open(settings.state, write=write, on_step=on_step)
+        try:
+            agree(self.state, settings)
+        except Misconfigured:
+            self.state.close()
+            raise
         self.rule = rule(self.state.format.rule, self.state.format.options)
         self._base: BaseModel | None = None
         self._engine: Engine | None = None
@@ -194,7 +230,8 @@ class Merge:
         """The engine on this state, with the gates and the executor that the settings ask for."""
         if self._engine is None:
             s = self.settings
-            policy = Policy(LineagePolicy(s.missing, s.vocab), NormPolicy(s.max_base_ratio, s.max_mean_ratio), s.updates)
+            weights = WeightPolicy(s.weight, s.weights)
+            policy = Policy(LineagePolicy(s.missing, s.vocab), NormPolicy(s.max_base_ratio, s.max_mean_ratio), weights, s.updates)
             self._engine = Engine(self.state, self.base, self.rule, Local(s.workers, s.memory), policy=policy, device=s.device)
         return self._engine
 
@@ -231,6 +268,40 @@ class Merge:
         executor = Local(self.settings.workers, self.settings.memory)
         return folder.export(self.state, self.base, self.rule, target, executor, progress)
 
+    def rescale(self, scale: str | None = None, lines: str | None = None) -> ReadOptions:
+        """How the merge is read from now on: the scale, the layer scaling, or both; nothing is folded again. Returns what is in force then.
+
+        Raises Misconfigured for texts that are malformed or a scale that the rule does not know.
+        """
+        now = ReadOptions.from_mapping(self.state.read_options_at(self.state.head.seq))
+        then = read_options(self.rule.name, scale, lines, now)
+        if then != now:
+            self.state.record(
+                Entry(kind="tune", read=then.to_mapping(), message=f"scale {then}" + (f", lines {then.lines}" if then.lines else ""))
+            )
+        return then
+
+    def look_unfold(self, word: str, at: str | Path | None = None) -> unfolding.Unfolding:
+        """What taking the model that `word` names out of the merge takes; `at` is where it is now, if it was moved. Raises Misconfigured."""
+        return unfolding.look(self.engine, word, None if at is None else existing(at))
+
+    def unfold(self, plan: unfolding.Unfolding, progress: Progress = silent) -> Commit:
+        """Takes a model out of the merge, as `look_unfold` found. Raises Refuse, Retry and Halt; then nothing has changed."""
+        commit = unfolding.unfold(self.engine, plan, progress)
+        self.state.expire(self.settings.keep)
+        return commit
+
+    def combine(self, other: str | Path, *, dry_run: bool = False, progress: Progress = silent) -> tuple[list[Commit], Commit | None]:
+        """Adds the models of the state at `other` to this one; returns them, and the record. Raises Misconfigured, Damaged, Retry and Halt."""
+        with State.open(Path(other)) as found:
+            combining.check(self.state, found, self.rule)
+            folds = found.folds()
+            if dry_run:
+                return folds, None
+            commit = combining.combine(self.state, found, self.rule, Local(self.settings.workers, self.settings.memory), progress)
+        self.state.expire(self.settings.keep)
+        return folds, commit
+
     def retry(self, word: str) -> list[Commit]:
         """Makes the settled candidates that `word` names (a name, path, key or record number) be looked at again.
 
@@ -256,6 +327,27 @@ class Merge:
                 if fate is not None and not any(fold.seq == fate.seq for fold in self.state.folds()):
                     latest[candidate["key"]] = fate
         return list(latest.values())
+
+
+def agree(state: State, settings: Settings) -> None:
+    """Raises Misconfigured where the settings ask for another rule, or other fold-time options, than the state was made with."""
+    made = state.format
+    advice = f"{state.path} goes on as it was made; make a new state with 'continual init', or take the setting out"
+    if settings.rule not in (None, made.rule):
+        raise Misconfigured(f"rule = {settings.rule}, and the state was made with {made.rule}: {advice}")
+    asked = dict(made.options) | settings.options | ({} if settings.before is None else {"before": list(settings.before)})
+    wanted = rule(made.rule, asked).options
+    for key in sorted({*wanted, *made.options}):
+        if wanted.get(key) != made.options.get(key):
+            raise Misconfigured(f"{key} = {wanted.get(key)}, and the state was made with {made.options.get(key)}: {advice}")
+
+
+def asked_for(settings: Settings, **given: Any) -> Asked:
+    """What a state is to be, from the settings and what was `given` besides: the fields of Asked, and `before`; None and {} leave it to the settings."""
+    before = given.pop("before", None) or settings.before
+    options = settings.options | (given.pop("options", None) or {}) | ({"before": list(before)} if before else {})
+    name = given.pop("rule", None) or settings.rule or DEFAULT
+    return Asked(rule=name, options=options, **given)
 
 
 def existing(model: str | Path) -> Path:
@@ -325,13 +417,14 @@ def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def _survey(base: Path, model: BaseModel, asked: Asked) -> Survey:
-    chosen = rule(asked.rule, asked.options)
+    chosen, read = rule(asked.rule, asked.options), read_options(asked.rule, asked.scale, asked.lines)
     counted = {kind: [spec.numel for spec in model.specs if spec.kind == kind] for kind in ("matrix", "plain", "carried")}
     return Survey(
         base=str(base),
         rule=asked.rule,
         options=chosen.options,
-        scale=str(read_options(asked.rule, asked.scale)),
+        scale=str(read),
+        lines=read.lines,
         state_bytes=state_bytes(chosen, model.specs),
         kinds=tuple((kind, len(sizes), sum(sizes)) for kind, sizes in counted.items()),
         tensors={spec.name: spec.kind for spec in model.specs},

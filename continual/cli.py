@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from continual.flags import BaseDir, Config, Device, Json, MaxBase, Memory, Missing, StateDir, Updates, Vocab, Workers
+from continual import cli_state, opened
+from continual.flags import BaseDir, Config, Device, Json, Lines, MaxBase, Memory, Missing, Scale, StateDir, Updates, Vocab, Weight, Workers
 
 if TYPE_CHECKING:
-    from continual.api import Merge
-    from continual.config import Settings
+    pass
 
 EXIT = """Exit codes: 0 done; 1 a model was refused; 2 wrong usage or settings; 3 the environment got in the way, nothing was settled, try again;
 4 the state or base is damaged or going on would be wrong; 5 another process is writing to the state."""
@@ -28,20 +26,19 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_state.app)
 
 
-def _settings(config: Path | None, **flags: Any) -> Settings:
-    from continual.config import load
+def _rules(incomplete: str) -> list[tuple[str, str]]:
+    from continual.rules import RULES
 
-    return load(flags, file=config)
+    return [(row.name, row.summary) for row in RULES.values() if row.name.startswith(incomplete)]
 
 
-@contextlib.contextmanager
-def _merge(config: Path | None, write: bool = False, **flags: Any) -> Iterator[Merge]:
-    from continual.api import Merge
+def _transforms(incomplete: str) -> list[tuple[str, str]]:
+    from continual.rules import TRANSFORMS
 
-    with Merge(_settings(config, **flags), write=write) as merge:
-        yield merge
+    return [(row.name, row.summary) for row in TRANSFORMS.values() if row.name.startswith(incomplete)]
 
 
 def _version(wanted: bool) -> None:
@@ -60,11 +57,19 @@ def _top(_version: Annotated[bool, typer.Option("--version", callback=_version, 
 @app.command()
 def init(
     base: Annotated[Path, typer.Argument(help="Directory of the base model (safetensors).")],
-    rule: Annotated[str, typer.Option("--rule", help="Fold rule; 'continual rules' lists them.")] = "opcm",
+    rule: Annotated[
+        str | None,
+        typer.Option("--rule", help="Fold rule, default opcm; 'continual rules' lists them.", show_default=False, autocompletion=_rules),
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Fold-time option of the rule as key=value; repeatable.")
     ] = None,
-    scale: Annotated[str | None, typer.Option("--scale", help="Read-time scale: norm, norm:KAPPA or a number.", show_default=False)] = None,
+    before: Annotated[
+        list[str] | None,
+        typer.Option("--before", help="Transform before each fold, as drop:rate=0.9; repeatable, in order.", autocompletion=_transforms),
+    ] = None,
+    scale: Scale = None,
+    lines: Lines = None,
     plain: Annotated[list[str] | None, typer.Option("--plain", help="Glob of tensors that take the rule's plain form; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Glob of tensors that are carried untouched; repeatable.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the state would hold and make nothing.")] = False,
@@ -75,15 +80,24 @@ def init(
     """Make a state for a base model."""
     from continual import api, console
 
-    settings = _settings(config, state=state)
-    asked = api.Asked(rule, api.parse_options(option or []), scale, tuple(plain or ()), tuple(exclude or ()))
+    settings = opened.settings(config, state=state)
+    asked = api.asked_for(
+        settings,
+        rule=rule,
+        options=api.parse_options(option or []),
+        before=before,
+        scale=scale,
+        lines=lines,
+        plain=tuple(plain or ()),
+        exclude=tuple(exclude or ()),
+    )
     with console.progress() as progress:
         summary = api.survey(base, asked) if dry_run else api.init(base, settings.state, asked, progress=progress)
     if json:
         console.emit(summary)
         return
     console.say(
-        f"{'Would make' if dry_run else 'Made'} a state for {summary.base} under {settings.state}: rule {rule}, scale {summary.scale}"
+        f"{'Would make' if dry_run else 'Made'} a state for {summary.base} under {settings.state}: rule {summary.rule}, scale {summary.scale}"
     )
     console.table(("kind", "tensors", "parameters"), summary.kinds)
     console.say(f"Each generation takes {console.size(summary.state_bytes)} on disk.")
@@ -93,22 +107,18 @@ def init(
 
 @app.command()
 def rules(json: Json = False) -> None:
-    """List the fold rules: what each is, what its state takes, and what it allows."""
-    from continual import console
-    from continual.api import rules
+    """List the fold rules and the transforms before them: what each is, what its state takes, and what it allows."""
+    from continual import api, console
 
-    found = rules()
+    rules, transforms = api.rules(), api.transforms()
     if json:
-        console.emit(found)
+        console.emit({"rules": rules, "transforms": transforms})
         return
-    head = ("rule", "bytes per parameter", "order-free", "unfold", "default scale", "options", "what, and where from")
-    yes = {True: "yes", False: "no"}
+    console.table(console.RULES_HEAD, [console.rule_row(r) for r in rules])
+    console.say("")
     console.table(
-        head,
-        [
-            (r.name, r.bytes_per_parameter, yes[r.order_free], yes[r.group], r.scale, ", ".join(r.options), f"{r.summary} ({r.paper})")
-            for r in found
-        ],
+        ("before", "options", "what, and where from"),
+        [(t.name, console.options(t.options), f"{t.summary} ({t.paper})") for t in transforms],
     )
 
 
@@ -124,6 +134,7 @@ def run(
     ] = None,
     keep: Annotated[int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)] = None,
     drain: Annotated[float | None, typer.Option("--drain", help="Seconds a stop waits for the fold under way.", show_default=False)] = None,
+    weight: Weight = None,
     updates: Updates = None,
     missing: Missing = None,
     vocab: Vocab = None,
@@ -142,7 +153,7 @@ def run(
     flags = {k: v for k, v in locals().items() if k != "config"}
     from continual import daemon
 
-    raise typer.Exit(daemon.run(_settings(config, **flags)))
+    raise typer.Exit(daemon.run(opened.settings(config, **flags)))
 
 
 @app.command()
@@ -150,6 +161,7 @@ def fold(
     models: Annotated[list[Path], typer.Argument(help="Directories of fine-tunes or adapters, folded in this order.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as 'plan'.")] = False,
     keep: Annotated[int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)] = None,
+    weight: Weight = None,
     updates: Updates = None,
     missing: Missing = None,
     vocab: Vocab = None,
@@ -172,7 +184,7 @@ def fold(
     for model in models:
         api.existing(model)
     outcomes = []
-    with _merge(config, write=True, **flags) as merge:
+    with opened.merge(config, write=True, **flags) as merge:
         for model in models:
             with console.progress() as progress:
                 outcome = merge.fold(model, progress=progress)
@@ -206,116 +218,10 @@ def plan(
 def _plan(models: list[Path], config: Path | None, flags: dict[str, Any], json: bool) -> NoReturn:
     from continual import console
 
-    with _merge(config, **flags) as merge:
+    with opened.merge(config, **flags) as merge:
         plans = [merge.plan(model) for model in models]
     console.emit(plans) if json else console.plans(plans)
     raise typer.Exit(0 if all(p.ok or p.reason == "known" for p in plans) else 1)
-
-
-@app.command()
-def status(state: StateDir = None, config: Config = None, json: Json = False) -> None:
-    """Show health, queue and last folds: the running daemon's answer, else what the state says."""
-    from continual import console, status
-
-    settings = _settings(config, state=state)
-    body = status.ask(settings.state) or status.at_rest(settings)
-    console.emit(body) if json else console.say(status.text(body))
-
-
-@app.command()
-def log(
-    number: Annotated[int, typer.Option("--number", "-n", min=0, help="Newest records to show; 0 shows all.")] = 20,
-    state: StateDir = None,
-    config: Config = None,
-    json: Json = False,
-) -> None:
-    """List what happened, newest last: the ledger of every candidate ever seen."""
-    from continual import console
-
-    with _merge(config, state=state) as merge:
-        commits = list(merge.state.log)[-number:]
-    if json:
-        console.emit([console.record(c) for c in commits])
-    else:
-        console.table(console.LOG_HEAD, [console.log_row(c) for c in commits])
-
-
-@app.command()
-def show(
-    seq: Annotated[int, typer.Argument(help="Record number.")], state: StateDir = None, config: Config = None, json: Json = False
-) -> None:
-    """Show one record whole."""
-    from continual import console
-
-    with _merge(config, state=state) as merge:
-        body = console.record(merge.state.get(seq))
-    if json:
-        console.emit(body)
-    else:
-        console.table(("field", "value"), [(k, v) for k, v in body.items() if v is not None])
-
-
-@app.command()
-def tag(
-    name: Annotated[str | None, typer.Argument(help="Name to give; without one the tags are listed.")] = None,
-    seq: Annotated[int | None, typer.Option("--at", help="Record number; default: the newest.", show_default=False)] = None,
-    state: StateDir = None,
-    config: Config = None,
-    json: Json = False,
-) -> None:
-    """Name a record, so that its generation is kept for good; or list the names."""
-    from continual import console
-
-    with _merge(config, write=name is not None, state=state) as merge:
-        if name is not None:
-            merge.state.tag(name, seq)
-        tags = merge.state.tags()
-    if json:
-        console.emit(tags)
-    else:
-        console.table(("tag", "seq"), sorted(tags.items()))
-
-
-@app.command()
-def rollback(
-    seq: Annotated[int, typer.Argument(help="Record to go back to.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be undone and change nothing.")] = False,
-    state: StateDir = None,
-    config: Config = None,
-    json: Json = False,
-) -> None:
-    """Go back to the merge of an earlier record. The folds after it come back only by 'retry'."""
-    from continual import console
-
-    with _merge(config, write=not dry_run, state=state) as merge:
-        kept = {fold.seq for fold in merge.state.folds(at=seq)}
-        undone = [fold for fold in merge.state.folds() if fold.seq not in kept]
-        commit = None if dry_run else merge.state.rollback(seq)
-    if json:
-        console.emit({"to": seq, "record": commit and commit.seq, "undone": [console.record(c) for c in undone]})
-        return
-    console.say(f"{'Would go' if dry_run else 'Went'} back to record {seq}; {len(undone)} folds undone")
-    if undone:
-        console.table(console.LOG_HEAD, [console.log_row(c) for c in undone])
-
-
-@app.command()
-def retry(
-    model: Annotated[str, typer.Argument(help="Name, path, key or record number of a refused or rolled-back candidate.")],
-    state: StateDir = None,
-    config: Config = None,
-    json: Json = False,
-) -> None:
-    """Have a refused or rolled-back candidate looked at again."""
-    from continual import console
-
-    with _merge(config, write=True, state=state) as merge:
-        commits = merge.retry(model)
-    if json:
-        console.emit([console.record(c) for c in commits])
-        return
-    for commit in commits:
-        console.say(f"{(commit.entry.candidate or {})['name']}: will be looked at again by 'run' or 'fold'")
 
 
 @app.command()
@@ -340,25 +246,9 @@ def export(
     from continual.publish import folder
 
     target = folder.Target(directory, at, folder.parse_dtype(dtype), folder.parse_size(shard_size))
-    with _merge(config, state=state, base=base, workers=workers, memory=memory) as merge, console.progress() as progress:
+    with opened.merge(config, state=state, base=base, workers=workers, memory=memory) as merge, console.progress() as progress:
         path = merge.export(target, progress)
     console.emit({"directory": path}) if json else console.say(f"Wrote {path}")
-
-
-@app.command()
-def verify(state: StateDir = None, config: Config = None, json: Json = False) -> None:
-    """Check every byte of the state against its receipt."""
-    from continual import console
-
-    with _merge(config, state=state) as merge, console.progress() as progress:
-        findings = merge.state.verify(lambda done, total: progress("verify", done, total))
-    if json:
-        console.emit({"ok": not findings, "findings": findings})
-    else:
-        for finding in findings:
-            console.warn(finding)
-        console.say(f"{len(findings)} findings" if findings else "clean: every byte is as it was written")
-    raise typer.Exit(4 if findings else 0)
 
 
 @app.command()

@@ -32,6 +32,7 @@ def _split(text: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
 Seconds = Annotated[float, Field(ge=0)]
 
@@ -43,6 +44,11 @@ class Settings(BaseModel):
 
     state: Path = Field(Path("state"), description="directory of the state")
     watch: Paths = Field((), description="folders in which fine-tunes are published")
+    rule: str | None = Field(None, description="fold rule that init takes; a state made under another is refused")
+    options: dict[str, Any] = Field(default_factory=dict, description="fold-time options of the rule, likewise")
+    before: Texts | None = Field(None, description="transforms of each task vector before its fold, as drop:rate=0.9, likewise")
+    weight: Annotated[str, BeforeValidator(str)] = Field("1", description="weight of a model: a number, FILE.json:KEY or metadata:KEY")
+    weights: dict[str, float] = Field(default_factory=dict, description="globs over model names and the weight of those they match")
     settle: Seconds = Field(5.0, description="how long a model's files must be still before it is taken")
     rescan: Annotated[float, Field(gt=0)] = Field(30.0, description="how often the folders are scanned whatever the notifications say")
     base: Path | None = Field(None, description="where the base is now, if it was moved since init")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from continual.api import RuleInfo
     from continual.engine import Plan
     from continual.executors.contract import Progress
     from continual.state import Commit
@@ -125,6 +126,32 @@ def log_row(commit: Commit) -> tuple[object, ...]:
         if "lambda" in numbers:
             told += f", lambda {numbers['lambda']:.3f}"
     return commit.seq, commit.time[:19] + "Z", entry.kind, name, entry.fate or "", entry.reason or "", told
+
+
+RULES_HEAD = (
+    "rule",
+    "bytes per parameter",
+    "order-free",
+    "unfold",
+    "weights",
+    "passes",
+    "needs",
+    "default scale",
+    "options",
+    "what, and where from",
+)
+
+
+def rule_row(rule: RuleInfo) -> tuple[object, ...]:
+    """A rule as a row of `rules`."""
+    yes = {True: "yes", False: "no"}
+    flags = (yes[rule.order_free], "yes" if rule.unfold else "refolds", yes[rule.weighted], rule.passes, rule.needs or "nothing")
+    return rule.name, rule.bytes_per_parameter, *flags, rule.scale, options(rule.options), f"{rule.summary} ({rule.paper})"
+
+
+def options(found: Mapping[str, object]) -> str:
+    """Options with their defaults, in a cell."""
+    return ", ".join(f"{key}={value}" for key, value in found.items())
 
 
 LOG_HEAD = ("seq", "time", "kind", "model", "fate", "reason", "what")

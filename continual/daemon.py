@@ -223,24 +223,24 @@ class Daemon:
         link = self.settings.current
         if link is None:
             return
-        if self.merge.state.folds():
+        if self.merge.state.model:
             self.released.set()
         failures = 0
         while True:
             await self.released.wait()
             self.released.clear()
-            in_force = self.merge.state.in_force
-            if in_force is None:
+            model = self.merge.state.model
+            if model is None:
                 continue
             try:
-                target = await asyncio.to_thread(folder.keep_current, link, in_force.seq, self._export_at(in_force.seq))
-                self.log.info("published", seq=in_force.seq, directory=str(target))
+                target = await asyncio.to_thread(folder.keep_current, link, model.seq, self._export_at(model.seq))
+                self.log.info("published", seq=model.seq, directory=str(target))
                 failures = 0
             except (OSError, ContinualError) as error:
                 failures += 1
                 delay = retry_delay(failures)
                 self.metrics.error("publish")
-                self.log.error("publish failed", seq=in_force.seq, error=str(error), retry_seconds=delay)
+                self.log.error("publish failed", seq=model.seq, error=str(error), retry_seconds=delay)
                 asyncio.get_running_loop().call_later(delay, self.released.set)
 
     def _export_at(self, seq: int) -> Any:

@@ -19,15 +19,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from continual import provenance
-from continual.errors import Abandoned, ContinualError, Refuse, Retry
+from continual.errors import Abandoned, ContinualError, Misconfigured, Refuse, Retry
 from continual.executors.contract import Executor, Progress, silent
 from continual.folding import Folding, Piece, need, run_length, state_bytes, total
-from continual.gates import safety
+from continual.gates import safety, weight
 from continual.gates.lineage import LineagePolicy, trace
 from continual.records import Candidate, Entry, FoldReport, Lineage
 from continual.rules import Rule
-from continual.state import Commit, State
-from continual.tensors import Adapter, BaseModel, Checkpoint, TaskVectors, candidate_of, open_model
+from continual.state import Commit, State, Transaction
+from continual.tensors import BaseModel, Checkpoint, Model, TaskVectors, candidate_of, open_model, open_shipped
 
 _LISTED = 100
 """Names of tensors that stay out that a record lists: a header can claim any number of them."""
@@ -45,8 +45,8 @@ class Outcome(NamedTuple):
 
     @property
     def refused(self) -> bool:
-        """Whether this model is kept out: refused now, or refused or rolled back earlier."""
-        return self.fate == "refused" or (self.fate == "known" and self.commit.entry.fate in ("refused", "rolled-back"))
+        """Whether this model is kept out: refused now, or refused, rolled back or unfolded earlier."""
+        return self.fate == "refused" or (self.fate == "known" and self.commit.entry.fate in ("refused", "rolled-back", "unfolded"))
 
     def line(self) -> str:
         """What happened, for people, in one line."""
@@ -79,6 +79,7 @@ class Plan:
     ok: bool
     reason: str | None
     message: str
+    passes: int = 1
     read_bytes: int = 0
     disk_bytes: int = 0
     memory_bytes: int = 0
@@ -97,6 +98,7 @@ class Policy:
 
     lineage: LineagePolicy = field(default_factory=LineagePolicy)
     norms: safety.NormPolicy = field(default_factory=safety.NormPolicy)
+    weights: weight.WeightPolicy = field(default_factory=weight.WeightPolicy)
     updates: Literal["refuse", "add"] = "refuse"
 
 
@@ -114,6 +116,8 @@ class Engine:
         self.device = pick_device(device)
         self.stop = threading.Event()
         self._specs = {spec.name: spec for spec in base.specs}
+        if not rule.weighted and not self.policy.weights.even:
+            raise Misconfigured(f"weight: {rule.name} folds every model with weight 1; leave out the settings weight and weights")
 
     def fold(self, path: Path, *, source: str = "hand", root: Path | None = None, progress: Progress | None = None) -> Outcome:
         """Takes the model directory `path` from its headers to a commit.
@@ -142,7 +146,12 @@ class Engine:
                 if known := self.state.fate(candidate.key):
                     return Plan(candidate.name, str(path), candidate.form, False, "known", _known(candidate, known).message)
                 lineage = self._vet(candidate, model)
+                weight.weight_of(self.policy.weights, candidate.name, model)
+                shipped = self._shipped(model, lineage)
+                if shipped:
+                    shipped.close()
                 vectors = TaskVectors(self.base, model, lineage)
+                passes = 1 + int(self.rule.seeded) + (self.rule.measure.passes if self.rule.measure else 0)
                 kinds = [self._specs[name].kind for name in lineage.folded]
                 return Plan(
                     name=candidate.name,
@@ -151,7 +160,9 @@ class Engine:
                     ok=True,
                     reason=None,
                     message="fits this base",
-                    read_bytes=candidate.nbytes + sum(self._specs[name].nbytes for name in lineage.folded),
+                    passes=passes,
+                    read_bytes=passes * (candidate.nbytes + sum(self._specs[name].nbytes for name in lineage.folded))
+                    + (shipped.nbytes if shipped else 0),
                     disk_bytes=state_bytes(self.rule, self.base.specs),
                     memory_bytes=self._peak([need(self.rule, self._specs[name], vectors) for name in lineage.folded]),
                     folded=len(lineage.folded),
@@ -165,7 +176,7 @@ class Engine:
         except (Refuse, Retry) as error:
             return Plan(path.name, str(path), "?", False, error.reason if isinstance(error, Refuse) else "retry", str(error))
 
-    def _vet(self, candidate: Candidate, model: Checkpoint | Adapter) -> Lineage:
+    def _vet(self, candidate: Candidate, model: Model) -> Lineage:
         provenance.refuse_own_release(candidate, self.state.id)
         if self.policy.updates == "refuse" and (earlier := self.state.revisions(candidate.origin)):
             raise Refuse(
@@ -175,22 +186,16 @@ class Engine:
             )
         return trace(self.base, model, self.policy.lineage)
 
-    def _fold(self, candidate: Candidate, model: Checkpoint | Adapter, lineage: Lineage, progress: Progress) -> Outcome:
+    def _fold(self, candidate: Candidate, model: Model, lineage: Lineage, progress: Progress) -> Outcome:
         begun = time.perf_counter()
         before = dict(self.state.totals)
-        vectors = TaskVectors(self.base, model, lineage, run=run_length(self.device))
-        go_on = partial(self._go_on, candidate.name)
+        factor = weight.weight_of(self.policy.weights, candidate.name, model)
         with self.state.begin() as transaction:
-            folding = Folding(transaction, vectors, self.rule, before, candidate.name, self.device, go_on)
-            self._measure(folding, lineage, progress)
-            pieces = self._stream(folding, lineage, progress)
-            model.check_unchanged()
-            self.base.checkpoint.check_unchanged()
-            report = self._report(candidate, lineage, pieces, before, vectors.digest({n: pieces[n].digest for n in lineage.folded}))
+            report = self.stream(transaction, candidate, model, lineage, before, factor, progress)
             if twin := self.state.folded_digest(report.digest):
                 return self._duplicate(candidate, report, twin)
             safety.norms(candidate.name, report.numbers["tau_norm"] ** 2, report.numbers["base_norm"] ** 2, before, self.policy.norms)
-            go_on()
+            self._go_on(candidate.name)
             streamed = time.perf_counter()
             progress("commit", 0, 1)
             entry = Entry(
@@ -207,6 +212,37 @@ class Engine:
         seconds = {**report.seconds, "commit": time.perf_counter() - streamed, "total": time.perf_counter() - begun}
         message = f"{candidate.name}: folded as record {commit.seq}"
         return Outcome("folded", candidate.name, message, None, commit, provenance.timed(report, seconds))
+
+    def stream(
+        self,
+        transaction: Transaction,
+        candidate: Candidate,
+        model: Model,
+        lineage: Lineage,
+        before: Mapping[str, float],
+        factor: float,
+        progress: Progress,
+    ) -> FoldReport:
+        """Puts every tensor of a candidate through the rule with the weight `factor`, into `transaction`; nothing is judged or committed here."""
+        with ExitStack() as files:
+            shipped = self._shipped(model, lineage)
+            if shipped:
+                files.callback(shipped.close)
+            vectors = TaskVectors(self.base, model, lineage, run=run_length(self.device), shipped=shipped)
+            go_on = partial(self._go_on, candidate.name)
+            folding = Folding(transaction, vectors, self.rule, before, candidate.name, self.device, go_on, weight=factor)
+            self._measure(folding, lineage, progress)
+            pieces = self._stream(folding, lineage, progress)
+            for read in (model, self.base.checkpoint, *((shipped,) if shipped else ())):
+                read.check_unchanged()
+            digest = vectors.digest({name: pieces[name].digest for name in lineage.folded})
+            return self._report(candidate, lineage, pieces, before, digest, factor)
+
+    def _shipped(self, model: Model, lineage: Lineage) -> Checkpoint | None:
+        """The values beside the weights that the rule needs, if it needs any. Raises Refuse if they are not there, or not of the weights' shapes."""
+        if self.rule.shipped is None:
+            return None
+        return open_shipped(self.base, model, lineage, self.rule.shipped)
 
     def _measure(self, folding: Folding, lineage: Lineage, progress: Progress) -> None:
         """What the rule has to know of the whole model before it folds any of it; counts are whole numbers, so their order does not matter."""
@@ -239,13 +275,13 @@ class Engine:
             raise Abandoned(f"{name}: the fold was given up because continual is stopping; it will be taken up at the next start")
 
     def _report(
-        self, candidate: Candidate, lineage: Lineage, pieces: Mapping[str, Piece], before: Mapping[str, float], digest: str
+        self, candidate: Candidate, lineage: Lineage, pieces: Mapping[str, Piece], before: Mapping[str, float], digest: str, factor: float
     ) -> FoldReport:
         ordered = [pieces[name] for name in sorted(pieces)]
         sums = total([piece.sums for piece in ordered])
         squares = self.state.format.base["squares"]
         base_sq = math.fsum(squares[name] for name in lineage.folded)
-        totals = self.rule.settle(before, sums, 1.0)
+        totals = self.rule.settle(before, sums, factor)
         tau, cross = math.sqrt(sums["tau_sq"]), math.sqrt(sums["tau_sq"] * before.get("merged_sq", 0.0))
         numbers: dict[str, Any] = {
             "tau_norm": tau,
@@ -253,6 +289,7 @@ class Engine:
             "merged_norm": math.sqrt(sums["merged_sq"]),
             "cosine": sums["dot"] / cross if cross else 0.0,
             **self.rule.gauges(totals),
+            **({"weight": factor} if self.rule.weighted else {}),
             "tensors": len(lineage.folded),
             "unchanged": len(lineage.unchanged),
             "extra": list(lineage.extra[:_LISTED]),

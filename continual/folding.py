@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from blake3 import blake3
 
 from continual.executors.contract import Task
 from continual.gates import safety
@@ -36,7 +37,7 @@ class Piece(NamedTuple):
 
 
 class Folding:
-    """Folds tensors of one candidate (called `name` in messages) in one transaction; `totals` are the rule's before it. Thread-safe."""
+    """Folds tensors of one candidate (called `name` in messages) with one weight in one transaction; `totals` are the rule's before it. Thread-safe."""
 
     def __init__(
         self,
@@ -47,8 +48,12 @@ class Folding:
         name: str,
         device: torch.device,
         check: Callable[[], None],
+        *,
+        weight: float = 1.0,
     ) -> None:
         self.measured: Measured = {}
+        self._weight = weight
+        self._seeds: dict[str, int] = {}
         self._transaction = transaction
         self._vectors = vectors
         self._rule = rule
@@ -73,8 +78,9 @@ class Folding:
         def run() -> torch.Tensor:
             self._check()
             counts = torch.zeros((), dtype=torch.int64)
-            for _, _, tau in vectors.runs(spec.name, None):
-                counts = counts + measure.tally(number, tau, self.measured)
+            inputs = self._inputs(spec)
+            for start, _, tau in vectors.runs(spec.name, None):
+                counts = counts + measure.tally(number, tau, inputs._replace(start=start))
             return counts
 
         need = vectors.nbytes(spec.name, whole=False) + 8 * 4 * vectors.run
@@ -83,12 +89,20 @@ class Folding:
     def _whole(self, spec: TensorSpec) -> Piece:
         self._check()
         started = time.perf_counter()
+        inputs = self._inputs(spec)
         tau, digest, nbytes = self._vectors.vector(spec.name)
+        if self._rule.shipped is not None:
+            content, moments = Content(), torch.empty(spec.numel)
+            for start in range(0, spec.numel, self._vectors.run):
+                stop = min(start + self._vectors.run, spec.numel)
+                moments[start:stop] = self._vectors.moments(spec.name, start, stop, content)
+            inputs = inputs._replace(moments=moments.view(spec.shape).to(self._device))
+            digest, nbytes = blake3(digest + content.digest()).digest(), nbytes + content.nbytes
         read = time.perf_counter()
-        folded = self._apply(spec, tau)
+        folded = self._apply(inputs, tau)
         safety.finite(self._name, spec.name, folded.sums["tau_sq"])
         computed = time.perf_counter()
-        if folded.sums["tau_sq"] == 0.0:
+        if folded.sums["tau_sq"] == 0.0 and self._rule.shipped is None:
             self._transaction.keep(spec.name)
         else:
             for slot, value in folded.accumulators.items():
@@ -98,16 +112,20 @@ class Folding:
 
     def _by_runs(self, spec: TensorSpec) -> Piece:
         self._check()
+        inputs = self._inputs(spec)
         clock, content = _Clock(), Content()
         reading = self._vectors.runs(spec.name, content)
         parts: list[Mapping[str, float]] = []
-        for _, _, values in self._transaction.runs(spec.name, self._vectors.run):
+        for start, _, values in self._transaction.runs(spec.name, self._vectors.run):
             clock.ends("write")
-            _, _, tau = next(reading)
+            _, stop, tau = next(reading)
+            given_inputs = inputs._replace(start=start)
+            if self._rule.shipped is not None:
+                given_inputs = given_inputs._replace(moments=self._vectors.moments(spec.name, start, stop, content).to(self._device))
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value) for slot, value in values.items()}
             given = {slot: value.to(self._device) for slot, value in accumulators.items()}
-            folded = self._rule.fold(given, tau.to(self._device), Inputs(spec, measured=self.measured), self._totals)
+            folded = self._rule.fold(given, tau.to(self._device), given_inputs, self._totals)
             safety.finite(self._name, spec.name, folded.sums["tau_sq"])
             for slot, value in folded.accumulators.items():
                 if value is not accumulators[slot]:
@@ -116,21 +134,34 @@ class Folding:
             clock.ends("rule")
         next(reading, None)
         sums = total(parts)
-        if sums["tau_sq"] == 0.0:
+        if sums["tau_sq"] == 0.0 and self._rule.shipped is None:
             self._transaction.keep(spec.name)
         clock.ends("write")
-        return Piece(content.hash.digest(), sums, {}, content.nbytes, clock.seconds)
+        return Piece(content.digest(), sums, {}, content.nbytes, clock.seconds)
 
     def _untouched(self, spec: TensorSpec) -> Piece:
         """A tensor that this fine-tune leaves as it is: a zero task vector changes no accumulator, only its norm is needed."""
-        folded = self._apply(spec, torch.zeros(spec.shape))
+        folded = self._apply(Inputs(spec, self._weight, measured=self.measured), torch.zeros(spec.shape))
         self._transaction.keep(spec.name)
         return Piece(b"", folded.sums, {}, 0, {})
 
-    def _apply(self, spec: TensorSpec, tau: torch.Tensor) -> Folded:
-        slots = self._rule.slots(spec)
+    def _apply(self, inputs: Inputs, tau: torch.Tensor) -> Folded:
+        spec, slots = inputs.spec, self._rule.slots(inputs.spec)
         accumulators = {slot: torch.from_numpy(self._transaction.read(spec.name, slot)).to(self._device) for slot in slots}
-        return self._rule.fold(accumulators, tau.to(self._device), Inputs(spec, measured=self.measured), self._totals)
+        return self._rule.fold(accumulators, tau.to(self._device), inputs, self._totals)
+
+    def _inputs(self, spec: TensorSpec) -> Inputs:
+        """What the rule is given besides the task vector of a tensor that the candidate changes."""
+        return Inputs(spec, self._weight, self._seed(spec.name) if self._rule.seeded else 0, self.measured)
+
+    def _seed(self, name: str) -> int:
+        """From the tensor's content and name, so that a fine-tune meets the same random choices wherever it lies. Reads the tensor once more."""
+        if name not in self._seeds:
+            content = Content()
+            for _ in self._vectors.runs(name, content):
+                pass
+            self._seeds[name] = int.from_bytes(blake3(content.hash.digest() + name.encode()).digest(length=16), "little")
+        return self._seeds[name]
 
 
 class _Clock:

@@ -6,9 +6,12 @@ the rule's default when it is read.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from tests import reference
@@ -27,6 +30,87 @@ def mean(models: Models, _matrices: set[str]) -> dict[str, Tensor]:
 
 def task_arithmetic(models: Models, _matrices: set[str]) -> dict[str, Tensor]:
     return {name: 0.3 * _stacked(models, name).sum(0) for name in models[0]}
+
+
+def moments_of(tau: Tensor) -> Tensor:
+    """What the fine-tunes of these tests ship beside a weight: positive, of very different sizes, and some zeros."""
+    return (tau * 100).square() + (torch.arange(tau.numel()).view(tau.shape) % 3) * 0.01
+
+
+def fisher(models: Models, _matrices: set[str], shipped: Models = ()) -> dict[str, Tensor]:
+    found = {}
+    for name in models[0]:
+        weights = torch.stack([moments_of(model[name]) for model in shipped or models]).double()
+        total = weights.sum(0)
+        found[name] = torch.where(total > 0, (weights * _stacked(models, name)).sum(0) / total.clamp(min=1e-300), 0.0)
+    return found
+
+
+def seed_of(name: str, tau: Tensor) -> int:
+    """A number that depends on the content and name of a tensor, as the engine makes one."""
+    return zlib.crc32(tau.contiguous().numpy().tobytes() + name.encode())
+
+
+def transformed(model: Mapping[str, Tensor], before: Sequence[str]) -> dict[str, Tensor]:
+    """A model after the transforms written as in the settings, each by its definition: full sorts, and the whole stream of random words at once."""
+    seeds = {name: seed_of(name, tau) for name, tau in model.items()}
+    for place, text in enumerate(before):
+        name, *pairs = text.split(":")
+        options = dict(pair.split("=") for pair in pairs)
+        if name == "trim" and options.get("over") != "tensor":
+            flat = _top(torch.cat([tau.flatten() for tau in model.values()]), float(options["density"]))
+            parts = flat.split([tau.numel() for tau in model.values()])
+            model = {n: part.view(tau.shape) for (n, tau), part in zip(model.items(), parts, strict=True)}
+        elif name == "trim":
+            model = {n: _top(tau, float(options["density"])) for n, tau in model.items()}
+        elif name == "drop":
+            model = {
+                n: _dropped(tau, f"{seeds[n] + place} {options.get('seed', 0)}", float(options["rate"]), options.get("rescale") != "false")
+                for n, tau in model.items()
+            }
+        else:
+            model = {n: _crumbs(tau, float(options["top"]), float(options["bottom"])) for n, tau in model.items()}
+    return dict(model)
+
+
+def _dropped(tau: Tensor, seed: str, rate: float, rescale: bool) -> Tensor:
+    words = (
+        np.random.Philox(key=int.from_bytes(blake3(seed.encode()).digest(16), "little")).random_raw(tau.numel() // 2 + 1).view(np.uint32)
+    )
+    kept = torch.from_numpy(words[: tau.numel()] / 2**32 >= rate).view(tau.shape)
+    return torch.where(kept, tau / (1 - rate) if rescale else tau, 0.0)
+
+
+def _crumbs(tau: Tensor, top: float, bottom: float) -> Tensor:
+    size = tau.numel()
+    if not size:
+        return tau
+    order = tau.abs().flatten().argsort()
+    kept = torch.zeros(size)
+    kept[order[int(bottom * size) : size - int(top * size)]] = 1.0
+    return tau * kept.view(tau.shape)
+
+
+def opcm_step(total: Tensor, tau: Tensor, alpha: float, variant: str) -> Tensor:
+    """C of one matrix by a full float64 SVD of R, as the formula of the variant says."""
+    u, sigma, vh = torch.linalg.svd(total.double(), full_matrices=False)
+    tau, v = tau.double(), vh.mT
+    share = sigma.cumsum(0) / sigma.sum()
+    r = int((share > alpha).nonzero()[0])
+    left, right = u[:, :r] @ u[:, :r].mT, v[:, :r] @ v[:, :r].mT
+    if variant == "rows":
+        return tau - left @ tau
+    if variant == "columns":
+        return tau - tau @ right
+    if variant == "rows+columns":
+        return tau - left @ tau - tau @ right + left @ tau @ right
+    found = tau - left @ tau @ right
+    if variant == "block+diagonal":
+        found = found - u[:, r:] @ torch.diag((u.mT @ tau @ v).diagonal()[r:]) @ vh[r:]
+    if variant == "block+radial":
+        rest = total.double() - u[:, :r] @ torch.diag(sigma[:r]) @ vh[:r]
+        found = found - (found * rest).sum() / rest.square().sum() * rest
+    return found
 
 
 def magmax(models: Models, _matrices: set[str]) -> dict[str, Tensor]:
@@ -147,6 +231,7 @@ def opcm(models: Models, matrices: set[str]) -> dict[str, Tensor]:
 BATCH: Mapping[str, Callable[[Models, set[str]], dict[str, Tensor]]] = {
     "mean": mean,
     "task-arithmetic": task_arithmetic,
+    "fisher": fisher,
     "ties": ties,
     "magmax": magmax,
     "iso-c": iso_c,

@@ -81,7 +81,7 @@ def merged_vector(
 ) -> torch.Tensor:
     """The merged task vector of one tensor, float32 of the tensor's shape, before any cast."""
     accumulators = {slot: torch.from_numpy(state.read(spec.name, slot, at=at)) for slot in state.format.slots[spec.name]}
-    return rule.read(spec, accumulators, totals, read)
+    return rule.read(spec, accumulators, totals, read).mul_(read.layer(spec))
 
 
 def export(state: State, base: BaseModel, rule: Rule, target: Target, executor: Executor, progress: Progress) -> Path:

@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from continual.errors import Misconfigured
-from continual.rules.contract import Accumulators, Folded, Inputs, Measured, Option, ReadOptions, Row, Rule, Sums, Totals
+from continual.rules import before
+from continual.rules.before import TRANSFORMS
+from continual.rules.contract import Accumulators, Folded, Inputs, Measured, Option, ReadOptions, Row, Rule, Sums, Totals, resolve
+from continual.rules.fisher import FISHER
 from continual.rules.gram import GRAM
 from continual.rules.iso_c import ISO_C
 from continual.rules.magmax import MAGMAX
 from continual.rules.opcm import OPCM
-from continual.rules.sums import MEAN, TASK_ARITHMETIC
+from continual.rules.sums import MEAN, TASK_ARITHMETIC, together
 from continual.rules.ties import TIES
 from continual.rules.tsv_m import TSV_M
 
 __all__ = [
     "RULES",
+    "TRANSFORMS",
     "Accumulators",
     "Folded",
     "Inputs",
@@ -29,34 +33,36 @@ __all__ = [
     "Totals",
     "read_options",
     "rule",
+    "together",
 ]
 
-RULES: Mapping[str, Row] = {row.name: row for row in (MEAN, TASK_ARITHMETIC, TIES, MAGMAX, ISO_C, TSV_M, GRAM, OPCM)}
+RULES: Mapping[str, Row] = {row.name: row for row in (MEAN, TASK_ARITHMETIC, FISHER, TIES, MAGMAX, ISO_C, TSV_M, GRAM, OPCM)}
 """Every rule by name."""
 
 
 def rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
     """The rule `name` with its fold-time options; those not given take their defaults. `.options` of the result are all of them, as plain data.
 
+    Every rule has the option `before`: a list of transforms that are done to each task vector first (see `continual.rules.before`).
+
     Raises Misconfigured for an unknown rule or option, or a value that is not allowed; the message lists what is.
     """
     row = _row(name)
     given = dict(options or {})
-    for unknown in sorted(set(given) - set(row.options)):
-        raise Misconfigured(f"rule {name}: unknown option {unknown!r}; its options are: {', '.join(sorted(row.options)) or 'none'}")
-    resolved = {}
-    for key, option in row.options.items():
-        try:
-            resolved[key] = option.check(given.get(key, option.default))
-        except ValueError as error:
-            raise Misconfigured(f"rule {name}: {key} = {given[key]!r} has to be {error}") from None
-    return row.make(resolved)
+    transforms = before.parse(given.pop("before", []))
+    made = row.make(resolve(f"rule {name}", row.options, given))
+    return before.chain(made, transforms) if transforms else made
 
 
-def read_options(name: str, text: str | None = None) -> ReadOptions:
-    """How a state of this rule is read: as `text` says, or the rule's default. Raises Misconfigured for an unknown rule or a scale it does not know."""
+def read_options(name: str, text: str | None = None, lines: str | None = None, now: ReadOptions | None = None) -> ReadOptions:
+    """How a state of this rule is read: at the scale `text` and with the layer scaling `lines`; what is not given stays as `now`, or is the rule's default.
+
+    Raises Misconfigured for an unknown rule, malformed texts, or a scale that the rule does not know.
+    """
     row = _row(name)
-    found = row.read if text is None else ReadOptions.parse(text)
+    found = (now or row.read) if text is None else ReadOptions.parse(text)
+    layers = (now.lines if now else None) if lines is None else ReadOptions.parse_lines(lines)
+    found = ReadOptions(found.policy, found.value, layers)
     if found.policy not in row.policies:
         raise Misconfigured(f"scale = {text}: {name} is scaled by {' or '.join(row.policies)} only; its default is {row.read}")
     return found

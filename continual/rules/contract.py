@@ -29,25 +29,28 @@ Measured = Mapping[str, float]
 
 
 class Inputs(NamedTuple):
-    """What a fold is given besides the task vector: `weight` (minus the weight it was folded with unfolds a model), `seed` for random choices, and what
-    was measured in the passes before the fold."""
+    """What a fold is given besides the task vector: `weight` (minus the weight it was folded with unfolds a model), `seed` for random choices (from the
+    tensor's content and name), what was measured in the passes before the fold, where in the tensor a run begins, and what was shipped beside the weights
+    for it (`moments`: float32 of τ's shape, not negative)."""
 
     spec: TensorSpec
     weight: float = 1.0
     seed: int = 0
     measured: Measured = MappingProxyType({})
+    start: int = 0
+    moments: torch.Tensor | None = None
 
 
 class Measure(NamedTuple):
     """Passes over all task vectors of a model before it is folded.
 
-    tally(pass, flat run of τ, measured so far): int64 counts of a fixed length, which are added up over the model.
+    tally(pass, flat run of τ, inputs with what is measured so far): int64 counts of a fixed length, which are added up over the model.
     conclude(pass, counts, number of elements of the model, measured so far): what is measured after the pass. The elements of tensors that the model
     leaves alone are zeros that were not counted.
     """
 
     passes: int
-    tally: Callable[[int, torch.Tensor, Measured], torch.Tensor]
+    tally: Callable[[int, torch.Tensor, Inputs], torch.Tensor]
     conclude: Callable[[int, torch.Tensor, int, Measured], dict[str, float]]
 
 
@@ -64,23 +67,38 @@ class ReadOptions:
     """The size of the merged task vector, chosen when it is read.
 
     `norm`: as long as `value` (κ) times the mean norm of the folded task vectors; the paper of OPCM is κ = 1. `number`: the rule's own sum (or mean)
-    times `value`.
+    times `value`. `lines` = (α, β) scales each layer by α + β·depth after that, depth being 0 for the first layer and what lies before it and 1 for the last
+    (Wang et al. 2024, "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", equation 3).
     """
 
     policy: Literal["norm", "number"]
     value: float = 1.0
+    lines: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in ("norm", "number"):
             raise Misconfigured(f"scale: unknown policy {self.policy!r}; write norm, norm:KAPPA or a number")
-        if isinstance(self.value, bool) or not isinstance(self.value, int | float) or not math.isfinite(self.value):
+        if not _is_number(self.value):
             raise Misconfigured(f"scale: {self.value!r} is no finite number; write norm, norm:KAPPA or a number")
         if self.policy == "norm" and self.value <= 0:
             raise Misconfigured(f"scale = norm:{self.value:g}: KAPPA has to be above 0")
+        if self.lines is not None and not (len(self.lines) == 2 and all(_is_number(part) for part in self.lines)):
+            raise Misconfigured(f"lines = {self.lines!r}: write two numbers, ALPHA:BETA")
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
         return f"norm:{self.value!r}" if self.policy == "norm" else repr(self.value)
+
+    @staticmethod
+    def parse_lines(text: str) -> tuple[float, float] | None:
+        """`ALPHA:BETA`; `none` is no layer scaling. Raises Misconfigured for anything else."""
+        if text.strip() == "none":
+            return None
+        try:
+            alpha, beta = (float(part) for part in text.split(":"))
+        except ValueError:
+            raise Misconfigured(f"lines = {text}: write ALPHA:BETA (a layer is scaled by ALPHA + BETA·depth), or none") from None
+        return alpha, beta
 
     @staticmethod
     def parse(text: str) -> ReadOptions:
@@ -98,13 +116,18 @@ class ReadOptions:
     @staticmethod
     def from_mapping(options: Mapping[str, Any]) -> ReadOptions:
         """The inverse of `to_mapping`. Raises Misconfigured for unknown or missing keys."""
-        if set(options) != {"policy", "value"}:
-            raise Misconfigured(f"scale: expected the keys policy and value, got {', '.join(sorted(options)) or 'none'}")
-        return ReadOptions(options["policy"], options["value"])
+        if not {"policy", "value"} <= set(options) <= {"policy", "value", "lines"}:
+            raise Misconfigured(f"scale: expected the keys policy, value and perhaps lines, got {', '.join(sorted(options)) or 'none'}")
+        lines = options.get("lines")
+        return ReadOptions(options["policy"], options["value"], None if lines is None else tuple(lines))
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data, as it is kept in the state."""
-        return {"policy": self.policy, "value": self.value}
+        return {"policy": self.policy, "value": self.value} | ({"lines": list(self.lines)} if self.lines else {})
+
+    def layer(self, spec: TensorSpec) -> float:
+        """What a tensor of this depth is scaled by besides."""
+        return self.lines[0] + self.lines[1] * spec.depth if self.lines else 1.0
 
     def factor(self, totals: Totals, unit: float = 1.0) -> float:
         """s in merged = s·X. `unit` is what the policy `number` multiplies (1/Σw for a mean).
@@ -121,6 +144,10 @@ class ReadOptions:
         return min(max(1.0, paper), self.value * paper)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 class Rule(NamedTuple):
     """A fold rule with its fold-time options resolved.
 
@@ -131,8 +158,11 @@ class Rule(NamedTuple):
     read(spec, accumulators, totals, options): the merged task vector, float32, in new memory.
     workspace(spec): peak bytes that fold needs beyond the accumulators and τ.
     gauges(totals): figures worth watching, by name (λ of opcm).
-    group: folding is adding, so folding again with minus the weight unfolds.
+    combine(accumulators, others, totals of both together): adds the others' to the accumulators in place, returns ‖X‖². Where a rule has it, folding is
+    adding: two states become one, and folding again with minus the weight unfolds.
     measure: what has to be known of a whole model before any of it is folded.
+    seeded: `fold` makes random choices, by `inputs.seed`. weighted: a model can be folded with any weight above 0.
+    shipped: the file beside the weights that `inputs.moments` comes from; a tensor whose τ is zero is folded then like any other.
     """
 
     name: str
@@ -145,8 +175,11 @@ class Rule(NamedTuple):
     read: Callable[[TensorSpec, Accumulators, Totals, ReadOptions], torch.Tensor]
     workspace: Callable[[TensorSpec], int]
     gauges: Callable[[Totals], dict[str, float]]
-    group: bool
+    combine: Callable[[Accumulators, Accumulators, Totals], float] | None = None
     measure: Measure | None = None
+    seeded: bool = False
+    weighted: bool = False
+    shipped: str | None = None
 
 
 class Option(NamedTuple):
@@ -160,7 +193,7 @@ class Option(NamedTuple):
 class Row(NamedTuple):
     """A rule in the registry: what it is, its options, how it is read unless told otherwise; `make` gets all options, checked.
 
-    bytes_per_parameter: size of its state, for people. order_free: the order of the fine-tunes does not matter beyond rounding. group: see Rule.
+    bytes_per_parameter: size of its state, for people. order_free: the order of the fine-tunes does not matter beyond rounding.
     policies: the read-time scales it knows.
     """
 
@@ -173,3 +206,16 @@ class Row(NamedTuple):
     make: Callable[[Mapping[str, Any]], Rule]
     order_free: bool = True
     policies: tuple[str, ...] = ("norm", "number")
+
+
+def resolve(what: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options with their values; those not given take their defaults. Raises Misconfigured for unknown ones, or a value that is not allowed."""
+    for unknown in sorted(set(given) - set(options)):
+        raise Misconfigured(f"{what}: unknown option {unknown!r}; its options are: {', '.join(sorted(options)) or 'none'}")
+    resolved = {}
+    for key, option in options.items():
+        try:
+            resolved[key] = option.check(given.get(key, option.default))
+        except ValueError as error:
+            raise Misconfigured(f"{what}: {key} = {given[key]!r} has to be {error}") from None
+    return resolved

@@ -44,6 +44,14 @@ def fold_matrix(accumulators: Accumulators, tau: Tensor, weight: float) -> Folde
     return Folded(accumulators, {"tau_sq": tau_sq, "dot": dot, "merged_sq": float(cross.square().sum())}, {})
 
 
+def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:  # noqa: ARG001 - the contract's signature
+    """Adds every statistic; ‖B‖² after, or ‖Στ‖² of what is no matrix."""
+    for slot, value in accumulators.items():
+        value.add_(others[slot])
+    found = accumulators[CROSS if CROSS in accumulators else SUM]
+    return linalg.inner(found, found) if found.dtype == torch.float32 else float(found.square().sum())
+
+
 def solve(accumulators: Accumulators, ridge: float, pull: float) -> Tensor:
     """The merged m×n task vector, float64: of the right side, the left side, or the mean of both, as there are accumulators for."""
     cross, found = accumulators[CROSS], []
@@ -107,7 +115,8 @@ def _make(options: Mapping[str, Any]) -> Rule:
         read,
         workspace,
         sums.no_gauges,
-        group=True,
+        combine,
+        weighted=True,
     )
 
 

@@ -53,7 +53,8 @@ def _make(options: Mapping[str, Any]) -> Rule:
         read,
         sums.workspace,
         sums.no_gauges,
-        group=True,
+        sums.combine,
+        weighted=True,
     )
 
 

@@ -39,7 +39,6 @@ def _make(options: Mapping[str, Any]) -> Rule:
         sums.read_sum,
         sums.workspace,
         sums.no_gauges,
-        group=False,
     )
 
 

@@ -19,8 +19,8 @@ from continual.records import TensorSpec
 from continual.rules import matrices, sums
 from continual.rules.contract import Accumulators, Folded, Inputs, Option, ReadOptions, Row, Rule, Totals
 
-Variant = Literal["block", "block+radial", "block+diagonal", "rows+columns"]
-VARIANTS: tuple[Variant, ...] = ("block", "block+radial", "block+diagonal", "rows+columns")
+Variant = Literal["block", "block+radial", "block+diagonal", "rows+columns", "rows", "columns"]
+VARIANTS: tuple[Variant, ...] = ("block", "block+radial", "block+diagonal", "rows+columns", "rows", "columns")
 
 
 def cut(sigma: Tensor, alpha: float) -> int:
@@ -38,6 +38,8 @@ def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple
     block+radial    C −= (⟨C, R′⟩/‖R′‖²)·R′, after block: C ⟂ R
     block+diagonal  C −= Σ_{i≥r} Z_ii u_i v_iᵀ over non-null i, after block (the released code since March 2025)
     rows+columns    C = (I − U_rU_rᵀ) τ (I − V_rV_rᵀ) (the paper's text)
+    rows            C = (I − U_rU_rᵀ) τ: nothing more is written to what R writes to
+    columns         C = τ (I − V_rV_rᵀ): the null-space projector, R's leading inputs are answered as before
     Everything in float64 by blocks of rows, rounded once into τ.
     """
     m, n = total.shape
@@ -47,7 +49,7 @@ def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple
     k = rank if variant == "block+diagonal" else r
     rest_sq = float(sigma[r:].square().sum())  # ‖R′‖²; the crossing σ is in it, so it is never 0
     sigma, v = sigma[:k], v[:, :k].contiguous()
-    wide, radial = variant == "rows+columns", 0.0
+    wide, radial = "rows" in variant, 0.0
     inner = linalg.dot(tau, total) if variant == "block+radial" else 0.0
     blocks = linalg.row_blocks(m, n)
     # Y = R V is kept for the second pass where it fits into what the eigenproblem has just freed, else computed again.
@@ -55,9 +57,14 @@ def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple
     cross = torch.zeros(k, n if wide else k, dtype=torch.float64, device=tau.device)
     for rows in blocks:
         y, t = total[rows].double() @ v, tau[rows].double()
+        if variant == "columns":
+            tau[rows].copy_(t.addmm_(t @ v, v.mT, alpha=-1.0))
+            continue
         cross.addmm_(y.mT, t if wide else t @ v)
         if kept is not None:
             kept.append(y)
+    if variant == "columns":
+        return r, rank
     z = cross.div_(sigma[:, None])  # k×k: Z; for rows+columns k×n: Uᵀτ
     if variant == "block+radial":
         # C after block has nothing in the block, so ⟨C, R′⟩ = ⟨C, R⟩ = ⟨τ, R⟩ − tr Z_rΣ_r; and C −= ρR′ is C −= ρR, Z_r −= ρΣ_r.
@@ -75,7 +82,7 @@ def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple
         if radial:
             t.sub_(total[rows].double(), alpha=radial)
         t.addmm_(kept[index] if kept is not None else total[rows].double() @ v, back, alpha=-1.0)
-        if wide:
+        if variant == "rows+columns":
             t.addmm_(t @ v, v.mT, alpha=-1.0)
         tau[rows].copy_(t)
     return r, rank
@@ -86,7 +93,9 @@ def fold_matrix(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> F
     tau_sq, dot = linalg.inners((tau, tau), (tau, total))
     r, rank = 0, 0
     if tau_sq > 0.0 and bool(total.any()):
-        r, rank = project(linalg.tall(total.flatten(1)), linalg.tall(tau.flatten(1)), alpha, variant)
+        flat = total.flatten(1)
+        across: Mapping[Variant, Variant] = {"rows": "columns", "columns": "rows"} if flat.shape[0] < flat.shape[1] else {}
+        r, rank = project(linalg.tall(flat), linalg.tall(tau.flatten(1)), alpha, across.get(variant, variant))
     added = linalg.add(total, tau, 1.0)
     notes = {"r": float(r), "kept": added["tau_sq"] / tau_sq, "rank": float(rank)} if tau_sq > 0.0 else {}
     return Folded({sums.SLOT: total}, {"tau_sq": tau_sq, "dot": dot, "merged_sq": added["merged_sq"]}, notes)
@@ -123,7 +132,6 @@ def _make(options: Mapping[str, Any]) -> Rule:
         sums.read_sum,
         workspace,
         gauges,
-        group=False,
     )
 
 

@@ -50,6 +50,17 @@ def fold(accumulators: Accumulators, tau: torch.Tensor, inputs: Inputs, totals: 
     return Folded(accumulators, sums, {})
 
 
+def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:  # noqa: ARG001 - the contract's signature
+    """X += X′; ‖X‖² after."""
+    total = accumulators[SLOT].add_(others[SLOT])
+    return linalg.inner(total, total)
+
+
+def together(totals: Totals, others: Totals) -> dict[str, float]:
+    """The totals of two states as one; merged_sq is not among them, it is no sum of theirs."""
+    return {key: totals.get(key, 0.0) + others.get(key, 0.0) for key in ("count", "weight", "norm_sum")}
+
+
 def last_out(totals: Totals, weight: float) -> bool:
     """Whether folding with `weight` takes the last model out."""
     return totals.get("count", 0.0) + math.copysign(1.0, weight) == 0 or totals.get("weight", 0.0) + weight == 0
@@ -77,12 +88,12 @@ def read_sum(spec: TensorSpec, accumulators: Accumulators, totals: Totals, optio
 
 
 def _mean(options: Mapping[str, Any]) -> Rule:
-    return Rule(MEAN.name, MEAN.summary, options, slots, elementwise, fold, settle, read_mean, workspace, no_gauges, group=True)
+    return Rule(MEAN.name, MEAN.summary, options, slots, elementwise, fold, settle, read_mean, workspace, no_gauges, combine, weighted=True)
 
 
 def _task_arithmetic(options: Mapping[str, Any]) -> Rule:
     row = TASK_ARITHMETIC
-    return Rule(row.name, row.summary, options, slots, elementwise, fold, settle, read_sum, workspace, no_gauges, group=True)
+    return Rule(row.name, row.summary, options, slots, elementwise, fold, settle, read_sum, workspace, no_gauges, combine, weighted=True)
 
 
 MEAN = Row(

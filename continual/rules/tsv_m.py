@@ -129,7 +129,6 @@ def _make(options: Mapping[str, Any]) -> Rule:
         read,
         workspace,
         sums.no_gauges,
-        group=False,
     )
 
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from continual.errors import Damaged, Misconfigured, Retry
 from continual.records import Entry, SlotSpec, TensorSpec
@@ -18,7 +18,7 @@ from continual.state import framing, lock, names
 from continual.state.arrays import Array
 from continual.state.durable import environment, link_new, move_away, replace_bytes, sync_file, write_temporary
 from continual.state.generation import Generation
-from continual.state.ledger import Ledger, chain
+from continual.state.ledger import Fold, Ledger, chain, same
 from continual.state.records import VERSION, Commit, Format
 from continual.state.transaction import Transaction, room
 
@@ -139,10 +139,9 @@ class State:
         return self._ledger.log[-1]
 
     @property
-    def in_force(self) -> Commit | None:
-        """The last fold in force, None before the first."""
-        fold = self._ledger.history(self.head.seq)
-        return fold.commit if fold else None
+    def model(self) -> Commit | None:
+        """The newest record that made the merged model another one, None before the first fold."""
+        return self._ledger.model
 
     @property
     def totals(self) -> Mapping[str, float]:
@@ -152,7 +151,7 @@ class State:
     def totals_at(self, seq: int) -> Mapping[str, float]:
         """The rule's totals that were in force at record `seq`."""
         fold = self._ledger.history(seq)
-        return (fold.commit.entry.totals or {}) if fold else {}
+        return (fold.at.entry.totals or {}) if fold and fold.at else {}
 
     def read_options_at(self, seq: int) -> Mapping[str, Any]:
         """The read-time options that were in force at record `seq`."""
@@ -171,19 +170,24 @@ class State:
         return self._ledger.folded_digest(digest)
 
     def folds(self, at: int | None = None) -> list[Commit]:
-        """The folds in force now, or at record `at`, oldest first."""
+        """The folds in force now, or at record `at`, oldest first; those that came with another state have the number of the record that combined them."""
+        return [fold.commit for fold in self.history(at)]
+
+    def history(self, at: int | None = None) -> list[Fold]:
+        """The same, each with the record whose generation holds it and those before it, if there is one."""
         return chain(self._ledger.history(self.head.seq if at is None else at))
 
     def revisions(self, origin: str) -> list[Commit]:
         """The folds in force of models from this place."""
         return [c for c in self.folds() if c.entry.candidate and c.entry.candidate["origin"] == origin]
 
-    def begin(self) -> Transaction:
-        """Begins a fold. Raises Retry if the disk has no room for one more generation."""
+    def begin(self, after: Generation | Literal["now"] | None = "now") -> Transaction:
+        """Begins a fold, on the generation in force or on `after` (None: on zeros). Raises Retry if the disk has no room for one more generation."""
         self._needs_lock()
         self._on_step("begin")
         room(self.path, self.format)
-        before, head = self._generation(self.head), self.head
+        head = self.head
+        before = self._generation(head) if isinstance(after, str) else after
 
         def publish(entry: Entry, generation: str, receipts: str) -> Commit:
             if self.head.generation != head.generation:
@@ -194,18 +198,28 @@ class State:
         self._on_step("chunks")
         return transaction
 
-    def record(self, entry: Entry) -> Commit:
-        """Adds a record that changes no tensor. Durable when it returns."""
+    def record(self, entry: Entry, generation: Generation | Literal["now"] | None = "now") -> Commit:
+        """Adds a record that writes no tensor: the generation in force stays so, or `generation` is (None: zeros). Durable when it returns."""
         self._needs_lock()
-        return self._append(entry, self.head.generation, self.head.receipts)
+        if isinstance(generation, str):
+            return self._append(entry, self.head.generation, self.head.receipts)
+        if generation is None:
+            return self._append(entry, None, None)
+        return self._append(entry, generation.directory.name, generation.checksum)
+
+    def generation_of(self, commit: Commit) -> Generation | None:
+        """The generation of a record, None where it holds nothing. Raises Misconfigured if it has expired."""
+        generation = self._generation(commit)
+        if generation is not None:
+            _ = generation.receipts
+        return generation
 
     def rollback(self, seq: int) -> Commit:
         """Puts the generation of record `seq` in force again. Raises Misconfigured if it has expired."""
         self._needs_lock()
         target = self.get(seq)
-        if (generation := self._generation(target)) is not None:
-            _ = generation.receipts
-        undone = len(self.folds()) - len(set(map(_seq, self.folds())) & set(map(_seq, self.folds(at=seq))))
+        self.generation_of(target)
+        undone = len({same(c) for c in self.folds()} - {same(c) for c in self.folds(at=seq)})
         entry = Entry(kind="rollback", numbers={"to": seq, "undone": undone}, message=f"back to record {seq}")
         return self._append(entry, target.generation, target.receipts)
 
@@ -215,8 +229,7 @@ class State:
         if not _TAG.fullmatch(name):
             raise Misconfigured(f"tag {name!r}: use letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit")
         target = self.get(self.head.seq if seq is None else seq)
-        if (generation := self._generation(target)) is not None:
-            _ = generation.receipts
+        self.generation_of(target)
         commit = self.record(Entry(kind="tag", numbers={"tag": name, "of": target.seq}))
         with environment(f"cannot write tag {name}"):
             replace_bytes(self.path / "tags" / f"{name}.json", framing.encode({"tag": name, "seq": target.seq})[0])
@@ -262,9 +275,7 @@ class State:
             yield
             return
         with lock.lease(self.path / "leases", commit.generation):
-            generation = self._generation(commit)
-            assert generation is not None
-            _ = generation.receipts
+            self.generation_of(commit)
             yield
 
     def expire(self, keep: int) -> list[str]:
@@ -398,10 +409,6 @@ def _in_force(generation: Generation) -> Generation:
 
 def _listed(directory: Path) -> list[str]:
     return sorted(p.name for p in directory.iterdir())
-
-
-def _seq(commit: Commit) -> int:
-    return commit.seq
 
 
 def _nothing(_step: str) -> None:

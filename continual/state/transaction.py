@@ -121,16 +121,27 @@ class Transaction:
             with self._lock:
                 self._receipts[path] = self._before.receipts["arrays"][path]
 
+    def seal(self) -> Generation:
+        """Ends writing without a commit: a generation that another transaction can begin on and no record will know. It stays until `abandon`."""
+        generation = self._receipted()
+        self._done = True
+        return generation
+
+    def _receipted(self) -> Generation:
+        expected = {node(slot, name) for name, slots in self._form.slots.items() for slot in slots}
+        assert self._receipts.keys() == expected, sorted(expected ^ self._receipts.keys())[:3]
+        with environment(f"cannot write {self.directory}"):
+            data, checksum = framing.encode({"arrays": self._receipts, "groups": self._groups})
+            write_bytes(self.directory / RECEIPTS, data)
+        return Generation(self.directory, self._form, checksum)
+
     def commit(self, entry: Entry) -> Commit:
         """Makes this the generation in force, with its record. Returns only when both are on disk.
 
         Raises Retry (nothing settled) if the disk or another writer got in the way, Halt if an fsync failed.
         """
-        expected = {node(slot, name) for name, slots in self._form.slots.items() for slot in slots}
-        assert self._receipts.keys() == expected, sorted(expected ^ self._receipts.keys())[:3]
+        checksum = self._receipted().checksum
         with environment(f"cannot commit {self.directory}"):
-            data, checksum = framing.encode({"arrays": self._receipts, "groups": self._groups})
-            write_bytes(self.directory / RECEIPTS, data)
             self._on_step("fsync-files")
             sync_tree(self.directory, between=lambda: self._on_step("fsync-dirs"))
             sync_file(self.directory.parent)

@@ -4,13 +4,14 @@ from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel, describe
-from continual.tensors.model import candidate_of, model_files, open_model
+from continual.tensors.model import Model, candidate_of, model_files, open_model, open_shipped
 from continual.tensors.vectors import Piece, TaskVectors
 
 __all__ = [
     "Adapter",
     "BaseModel",
     "Checkpoint",
+    "Model",
     "Piece",
     "TaskVectors",
     "TensorInfo",
@@ -18,4 +19,5 @@ __all__ = [
     "describe",
     "model_files",
     "open_model",
+    "open_shipped",
 ]

@@ -71,6 +71,7 @@ class Adapter:
     def __init__(self, path: Path, root: Path | None) -> None:
         """Opens the adapter in directory `path`. Raises Refuse for a configuration or tensors that are not understood."""
         self.path = path
+        self.root = root
         self._config_file = Files([path / CONFIG], root)
         try:
             size = self._config_file.stats[0].size

@@ -37,13 +37,15 @@ _LONGEST_FILE_NAME = 255
 
 
 class Checkpoint:
-    """A model's weight files, open for reading; a context manager. Thread-safe. `tensors` maps names to places, `config` is config.json or empty."""
+    """A model's weight files, open for reading; a context manager. Thread-safe. `tensors` maps names to places, `config` is config.json or empty, `root` the
+    directory its files have to lie in, if any."""
 
     def __init__(self, path: Path, files: Files, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
         self.path = path
         self.tensors = tensors
         self.config = config
         self.files = files.stats
+        self.root = files.root
         self._files = files
 
     def __enter__(self) -> Checkpoint:

@@ -38,6 +38,7 @@ class Files:
     def __init__(self, paths: Sequence[Path], root: Path | None) -> None:
         """Opens `paths`. Raises Refuse if one is no regular file or lies outside `root`, Retry if one cannot be opened."""
         self.paths = tuple(paths)
+        self.root = root
         self._fds: list[int] = []
         try:
             for path in paths:

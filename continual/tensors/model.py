@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from continual.errors import Refuse, Retry
-from continual.records import Candidate
+from continual.records import Candidate, Lineage
 from continual.tensors.adapter import CONFIG, WEIGHTS, Adapter
-from continual.tensors.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint, weight_files
+from continual.tensors.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, open_checkpoint, weight_files
+from continual.tensors.header import shown
+from continual.tensors.kinds import BaseModel
+from continual.tensors.matching import sources
 
 Model = Checkpoint | Adapter
 
@@ -30,6 +33,35 @@ def open_model(path: Path, *, root: Path | None = None) -> Model:
         return open_checkpoint(path, root)
     except OSError as error:
         raise Retry(f"{error.filename or path}: cannot be read ({error.strerror}); nothing was settled") from error
+
+
+def open_shipped(base: BaseModel, model: Model, lineage: Lineage, name: str) -> Checkpoint:
+    """The safetensors file `name` beside the weights of `model`, which has a tensor of its shape for every one that is folded.
+
+    Raises Refuse naming what is missing or of another shape, Retry for what cannot be read now.
+    """
+    if isinstance(model, Adapter):
+        raise Refuse("moments", f"{model.path} is an adapter: what weighs each parameter ({name}) is shipped with full fine-tunes only")
+    place = (model.path if model.path.is_dir() else model.path.parent) / name
+    if not os.path.lexists(place):
+        raise Refuse(
+            "moments", f"{place} is not there: this rule weighs each parameter by it; publish it before the weights, then 'continual retry'"
+        )
+    found = open_checkpoint(place, model.root)
+    try:
+        for source in (s.full for n, s in sources(base, model, lineage.prefix)[0].items() if n in lineage.folded):
+            assert source is not None
+            info = found.tensors.get(source.name)
+            if info is None or info.shape != source.shape or info.dtype not in FLOATS:
+                is_there = f"{info.dtype} {list(info.shape)}" if info else "not there"
+                raise Refuse(
+                    "moments",
+                    f"{place}: {shown(source.name)} is {is_there}; it has to be floats of the weight's shape {list(source.shape)}",
+                )
+    except BaseException:
+        found.close()
+        raise
+    return found
 
 
 def model_files(path: Path, *, root: Path | None = None) -> tuple[Path, ...]:

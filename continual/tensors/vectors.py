@@ -31,7 +31,12 @@ class Content:
 
     def __init__(self) -> None:
         self.hash = blake3()
+        self.shipped: blake3 | None = None
         self.nbytes = 0
+
+    def digest(self) -> bytes:
+        """The hash; of what was shipped beside the weights as well, where that was read."""
+        return blake3(self.hash.digest() + self.shipped.digest()).digest() if self.shipped is not None else self.hash.digest()
 
 
 class Piece(NamedTuple):
@@ -43,10 +48,14 @@ class Piece(NamedTuple):
 
 
 class TaskVectors:
-    """Reads task vectors of `model` against `base` as `lineage` maps them, at most `run` elements at a time. Thread-safe."""
+    """Reads task vectors of `model` against `base` as `lineage` maps them, at most `run` elements at a time. `shipped` has values beside the
+    weights, by the same names. Thread-safe."""
 
-    def __init__(self, base: BaseModel, model: Checkpoint | Adapter, lineage: Lineage, *, run: int = RUN) -> None:
+    def __init__(
+        self, base: BaseModel, model: Checkpoint | Adapter, lineage: Lineage, *, run: int = RUN, shipped: Checkpoint | None = None
+    ) -> None:
         self.run = run
+        self._shipped = shipped
         self._base = base.checkpoint
         self._model = model
         self._weights = model.weights if isinstance(model, Adapter) else model
@@ -62,7 +71,34 @@ class TaskVectors:
         for start, stop, values in self.runs(name, content, flat):
             if values.data_ptr() != flat[start:stop].data_ptr():
                 flat[start:stop] = values
-        return Piece(tau, content.hash.digest(), content.nbytes)
+        return Piece(tau, content.digest(), content.nbytes)
+
+    def moments(self, name: str, start: int, stop: int, content: Content) -> torch.Tensor:
+        """What was shipped for a range of elements of the base's tensor `name`: float32, valid until the thread asks for the next range.
+
+        Rows beyond the vocabulary in common weigh nothing. Raises Refuse where a value is negative or not finite.
+        """
+        spec, source = self._specs[name], self._sources[name]
+        assert self._shipped is not None
+        assert source.full is not None
+        info = self._shipped.tensors[source.full.name]
+        rows = self._lineage.rows.get(name)
+        folded = spec.numel if rows is None else rows * math.prod(spec.shape[1:])
+        values = self._buffer("moments", stop - start, torch.float32)
+        given = max(0, min(stop, folded) - start)
+        values[given:] = 0.0
+        if given:
+            read = self._read("shipped", self._shipped, info, start, given)
+            content.shipped = content.shipped or blake3()
+            content.shipped.update(_raw(read))
+            content.nbytes += read.nbytes
+            values[:given] = read
+            if not (float(values[:given].min()) >= 0.0 and math.isfinite(float(values[:given].max()))):
+                raise Refuse(
+                    "moments",
+                    f"{self._shipped.path}: {info.name} has values that are negative or not finite; what weighs has to be at least 0",
+                )
+        return values
 
     def runs(self, name: str, content: Content | None, into: torch.Tensor | None = None) -> Iterator[tuple[int, int, torch.Tensor]]:
         """The same in flat runs: (first element, one past the last, values), whose memory the next run reuses unless it is that of the flat `into`.
@@ -110,6 +146,8 @@ class TaskVectors:
         source = self._sources[name]
         if source.full is None:
             return
+        if self._shipped is not None:
+            self._shipped.prefetch(self._shipped.tensors[source.full.name])
         self._base.prefetch(self._base.tensors[name])
         for info in (source.full, *source.twins):
             self._weights.prefetch(info)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from continual.errors import Misconfigured
 from continual.records import TensorSpec
-from continual.rules import RULES, Inputs, Rule, gram, read_options, rule
+from continual.rules import RULES, Inputs, Rule, gram, opcm, read_options, rule, together
 from tests import batch
 from tests.batch import BATCH
 
@@ -34,12 +34,16 @@ Model = dict[str, Tensor]
 
 
 def measure(made: Rule, model: Model) -> dict[str, float]:
-    """The passes before a fold, as the engine makes them: over what the model changes."""
+    """The passes before a fold, as the engine makes them: over what the model changes, in runs."""
     found: dict[str, float] = {}
     for number in range(made.measure.passes if made.measure else 0):
         assert made.measure is not None
-        runs = [run for tau in model.values() if tau.any() for run in tau.reshape(-1).split(7)]
-        counts = torch.stack([made.measure.tally(number, run, found) for run in runs]).sum(0)
+        runs = [(n, i, run) for n, tau in model.items() if tau.any() for i, run in enumerate(tau.clone().reshape(-1).split(7))]
+        tallies = [
+            made.measure.tally(number, run, Inputs(SPECS[n], seed=batch.seed_of(n, model[n]), measured=found, start=7 * i))
+            for n, i, run in runs
+        ]
+        counts = torch.stack(tallies).sum(0)
         found = made.measure.conclude(number, counts, sum(tau.numel() for tau in model.values()), found)
     return found
 
@@ -48,7 +52,7 @@ class Stream:
     """A rule driven as the engine does, tensors in any order."""
 
     def __init__(self, name: str, **options: object) -> None:
-        self.rule, self.options = rule(name, options), read_options(name)
+        self.name, self.rule, self.options = name, rule(name, options), read_options(name)
         self.totals: dict[str, float] = {}
         self.kept = {
             n: {slot: torch.from_numpy(np.zeros(s.shape, s.dtype)) for slot, s in self.rule.slots(spec).items()}
@@ -58,7 +62,10 @@ class Stream:
     def fold(self, model: Model, weight: float = 1.0, order: Sequence[str] = tuple(SHAPES)) -> None:
         sums, measured = {}, measure(self.rule, model)
         for name in order:
-            folded = self.rule.fold(self.kept[name], model[name].clone(), Inputs(SPECS[name], weight, measured=measured), self.totals)
+            tau = model[name]
+            moments = batch.moments_of(tau) if self.rule.shipped else None
+            inputs = Inputs(SPECS[name], weight, batch.seed_of(name, tau), measured, moments=moments)
+            folded = self.rule.fold(self.kept[name], tau.clone(), inputs, self.totals)
             sums[name] = folded.sums
             # what is untouched keeps its files: a zero task vector must change nothing
             self.kept[name] = folded.accumulators
@@ -195,7 +202,7 @@ def test_order_of_the_tensors_does_not_matter(name: str, models: Models) -> None
     assert all(torch.equal(found, other.read()[tensor]) for tensor, found in one.read().items())
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if rule(n).group])
+@pytest.mark.parametrize("name", [n for n in RULES if rule(n).combine])
 @given(models=model_lists(), data=st.data())
 @settings(max_examples=15, deadline=None)
 def test_unfolding_is_as_if_it_had_never_been_folded(name: str, models: Models, data: st.DataObject) -> None:
@@ -215,17 +222,125 @@ def test_unfolding_is_as_if_it_had_never_been_folded(name: str, models: Models, 
     assert not any(stream.totals.values())
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if not rule(n).group])
+@pytest.mark.parametrize("name", [n for n in RULES if not rule(n).combine])
 def test_the_others_refuse_a_weight(name: str) -> None:
     with pytest.raises(Misconfigured, match="unfolded"):
         Stream(name).fold({n: torch.ones(s) for n, s in SHAPES.items()}, weight=-1.0)
 
 
-@pytest.mark.parametrize("name", RULES)
+CHAINS: list[tuple[str, list[str]]] = [
+    ("task-arithmetic", ["drop:rate=0.5"]),
+    ("task-arithmetic", ["breadcrumbs:top=0.1:bottom=0.3"]),
+    ("task-arithmetic", ["trim:density=0.3:over=tensor", "drop:rate=0.3:rescale=false:seed=5"]),
+    ("mean", ["drop:rate=0.4", "trim:density=0.6"]),
+    ("fisher", ["trim:density=0.4"]),
+    ("magmax", ["drop:rate=0.9", "drop:rate=0.1"]),
+    ("ties", ["trim:density=0.9", "drop:rate=0.2"]),
+    ("iso-c", ["drop:rate=0.2"]),
+    ("gram", ["trim:density=0.5"]),
+]
+
+
+@pytest.mark.parametrize(("name", "before"), CHAINS, ids=[f"{'+'.join(before)}+{name}" for name, before in CHAINS])
+@given(models=model_lists())
+@settings(max_examples=15, deadline=None)
+def test_a_chain_is_its_rule_on_transformed_models(name: str, before: list[str], models: Models) -> None:
+    stream = Stream(name, before=before)
+    stream.options = read_options(name)
+    for step in range(1, len(models) + 1):
+        stream.fold(models[step - 1])
+        changed = [batch.transformed(model, before) for model in models[:step]]
+        merged, expected = (
+            stream.read(),
+            BATCH[name](changed, MATRICES) if name != "fisher" else batch.fisher(changed, MATRICES, models[:step]),
+        )
+        for tensor in SHAPES:
+            folded = [model[tensor].float() for model in changed]
+            assert distance(merged[tensor], expected[tensor], folded) < bound(name, folded if tensor in MATRICES else ()), (tensor, step)
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if rule(n).combine])
+@given(models=model_lists(), data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_two_states_combined_are_one_that_folded_all(name: str, models: Models, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(models)))
+    whole, one, other = Stream(name), Stream(name), Stream(name)
+    for number, model in enumerate(models):
+        whole.fold(model)
+        (one if number < cut else other).fold(model)
+    totals = together(one.totals, other.totals)
+    assert one.rule.combine is not None
+    merged_sq = {n: one.rule.combine(one.kept[n], other.kept[n], totals) for n in SHAPES}
+    one.totals = totals | {"merged_sq": math.fsum(merged_sq.values())}
+    assert one.totals == pytest.approx(whole.totals, rel=1e-5, abs=1e-12)
+    found = one.read()
+    for tensor, expected in whole.read().items():
+        folded = [model[tensor] for model in models]
+        assert distance(found[tensor], expected, folded) < bound(name, folded if tensor in MATRICES else ()), tensor
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if rule(n).weighted])
+@given(models=model_lists(), weight=st.sampled_from([2, 3]))
+@settings(max_examples=10, deadline=None)
+def test_a_weight_of_two_is_folding_twice(name: str, models: Models, weight: int) -> None:
+    heavy, often = Stream(name), Stream(name)
+    for model in models:
+        heavy.fold(model, weight=float(weight))
+        for _ in range(weight):
+            often.fold(model)
+    assert heavy.totals["weight"] == often.totals["weight"]
+    for slot in heavy.kept["tall"]:
+        for tensor in SHAPES:
+            if slot in heavy.kept[tensor]:
+                folded = [weight * model[tensor] for model in models]
+                assert distance(heavy.kept[tensor][slot], often.kept[tensor][slot], folded) < 1e-5, (tensor, slot)
+
+
+@given(models=model_lists())
+@settings(max_examples=15, deadline=None)
+def test_a_model_without_moments_for_a_tensor_weighs_nothing_there(models: Models) -> None:
+    stream = Stream("fisher")
+    for model in models:
+        stream.fold(model)
+    kept = {slot: value.clone() for slot, value in stream.kept["tall"].items()}
+    after = stream.rule.fold(stream.kept["tall"], torch.zeros(SHAPES["tall"]), Inputs(SPECS["tall"]), stream.totals).accumulators
+    assert all(torch.equal(after[slot], value) for slot, value in kept.items())
+
+
+@pytest.mark.parametrize("variant", opcm.VARIANTS)
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
+def test_every_variant_of_opcm_projects_what_its_formula_says(variant: opcm.Variant, shape: tuple[int, int]) -> None:
+    random = torch.Generator().manual_seed(3)
+    total, tau = torch.randn(shape, generator=random), torch.randn(shape, generator=random)
+    expected = batch.opcm_step(total, tau, 0.5, variant)
+    found = tau.clone()
+    opcm.fold_matrix(total.clone(), found, 0.5, variant)
+    assert distance(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        (["drop:rate=1"], ("drop", "rate")),
+        (["fade"], ("fade", "breadcrumbs")),
+        (["drop:0.5"], ("drop:key=value", "0.5")),
+        (["trim:level=3"], ("level", "density")),
+        (["breadcrumbs:top=0.5:bottom=0.5"], ("leave nothing",)),
+        (["breadcrumbs", "trim"], ("trim counts over the whole model", "breadcrumbs")),
+        ("drop", ("list",)),
+    ],
+)
+def test_a_chain_that_cannot_be_is_refused(before: object, words: tuple[str, ...]) -> None:
+    with pytest.raises(Misconfigured) as raised:
+        rule("task-arithmetic", {"before": before})
+    assert all(word in str(raised.value) for word in words)
+
+
+@pytest.mark.parametrize("name", ["task-arithmetic+", *RULES])
 @given(models=model_lists(), run=st.integers(1, 40))
 @settings(max_examples=10, deadline=None)
 def test_runs_of_a_tensor_fold_as_the_whole(name: str, models: Models, run: int) -> None:
-    made = rule(name)
+    made = rule(name) if name in RULES else rule("task-arithmetic", {"before": ["drop:rate=0.5", "trim:density=0.7"]})
     for tensor in ("bias", "stack", "tall"):
         spec = SPECS[tensor]
         if not made.elementwise(spec):
@@ -233,12 +348,15 @@ def test_runs_of_a_tensor_fold_as_the_whole(name: str, models: Models, run: int)
         whole = {s: torch.zeros(slot.shape, dtype=getattr(torch, slot.dtype)) for s, slot in made.slots(spec).items()}
         parts = {s: value.clone() for s, value in whole.items()}
         for model in models:
-            inputs = Inputs(spec, measured=measure(made, model))
-            whole = made.fold(whole, model[tensor].clone(), inputs, {}).accumulators
             flat = model[tensor].reshape(-1)
+            shipped = batch.moments_of(flat) if made.shipped else None
+            inputs = Inputs(spec, seed=batch.seed_of(tensor, flat), measured=measure(made, model))
+            given = inputs._replace(moments=None if shipped is None else shipped.view(model[tensor].shape))
+            whole = made.fold(whole, model[tensor].clone(), given, {}).accumulators
             for i in range(0, len(flat), run):
                 piece = {s: value.view(-1)[i : i + run].clone() for s, value in parts.items()}
-                for s, value in made.fold(piece, flat[i : i + run].clone(), inputs, {}).accumulators.items():
+                given = inputs._replace(start=i, moments=None if shipped is None else shipped[i : i + run])
+                for s, value in made.fold(piece, flat[i : i + run].clone(), given, {}).accumulators.items():
                     parts[s].view(-1)[i : i + run] = value
         assert all(torch.equal(parts[s], value) for s, value in whole.items())
 
@@ -275,7 +393,7 @@ def test_the_measured_threshold_is_the_exact_one(density: float) -> None:
     found: dict[str, float] = {}
     for number in range(2):
         assert made.measure is not None
-        counts = torch.stack([made.measure.tally(number, part, found) for part in values.split(999)]).sum(0)
+        counts = torch.stack([made.measure.tally(number, part, Inputs(SPECS["bias"], measured=found)) for part in values.split(999)]).sum(0)
         found = made.measure.conclude(number, counts, len(values), found)
     assert found["threshold"] == float(values.abs().sort(descending=True).values[int(density * len(values)) - 1])
 

@@ -106,7 +106,7 @@ def test_only_one_of_two_commits_from_one_point_wins(tmp_path: Path) -> None:
 
 def test_a_lease_holds_a_generation_until_it_ends(tmp_path: Path) -> None:
     with stores.make(tmp_path / "s") as state, State.open(tmp_path / "s") as nothing_yet:
-        assert nothing_yet.in_force is None
+        assert nothing_yet.model is None
         stores.fold(state, 1)
         with State.open(tmp_path / "s") as reader, reader.lease():
             for number in (2, 3, 4):
