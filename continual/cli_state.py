@@ -156,7 +156,7 @@ def scale(
     if json:
         console.emit(found.to_mapping())
     else:
-        console.say(f"scale {found}" + (f", layers {found.lines[0]:g} + {found.lines[1]:g} x depth" if found.lines else ""))
+        console.say(f"scale {found}")
 
 
 @app.command()

@@ -68,3 +68,15 @@ def big_shapes(gigabytes: float, *, layers: int) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{head}.mlp.down_proj.weight": (width, wide)}
         shapes |= {f"{head}.{n}.weight": (width,) for n in ("input_layernorm", "post_attention_layernorm")}
     return shapes
+
+
+def ship(
+    model: Path, seed: int, *, name: str = "fisher.safetensors", change: Callable[[dict[str, torch.Tensor]], None] | None = None
+) -> Path:
+    """Puts Fisher values beside the weights of a fine-tune, one of each parameter; returns the model."""
+    random = torch.Generator().manual_seed(2000 + seed)
+    values = {n: torch.rand(t.shape, generator=random).square() for n, t in load_file(model / "model.safetensors").items()}
+    if change is not None:
+        change(values)
+    save_file(values, model / name)
+    return model

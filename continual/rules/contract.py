@@ -86,8 +86,9 @@ class ReadOptions:
             raise Misconfigured(f"lines = {self.lines!r}: write two numbers, ALPHA:BETA")
 
     def __str__(self) -> str:
-        """The text that `parse` reads."""
-        return f"norm:{self.value!r}" if self.policy == "norm" else repr(self.value)
+        """The text that `parse` reads, and the layer scaling where there is one."""
+        scale = f"norm:{self.value!r}" if self.policy == "norm" else repr(self.value)
+        return scale + (f", lines {self.lines[0]:g}:{self.lines[1]:g}" if self.lines else "")
 
     @staticmethod
     def parse_lines(text: str) -> tuple[float, float] | None:

@@ -124,12 +124,13 @@ def test_a_writer_while_another_writes_exits_with_its_pid(tmp_path: Path, place:
 
 
 def test_every_command_has_help_and_a_line_in_the_reference() -> None:
+    from continual import cli_state
     from continual.cli import app
 
     reference = (Path(__file__).parents[2] / "ops/docs/commands.md").read_text()
-    names = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
-    assert len(names) == 14
-    for command in app.registered_commands:
+    commands = [*app.registered_commands, *cli_state.app.registered_commands]
+    assert len(commands) == 17
+    for command in commands:
         name = command.name or getattr(command.callback, "__name__", "")
         assert command.callback is not None
         assert command.callback.__doc__
@@ -148,8 +149,10 @@ def test_help_and_completion_are_cheap() -> None:
 
 
 def test_rules_are_listed() -> None:
-    listed = json.loads(run("rules", "--json").stdout)
-    assert {"name": "opcm", "order_free": False, "group": False}.items() <= next(r for r in listed if r["name"] == "opcm").items()
+    found = json.loads(run("rules", "--json").stdout)
+    listed = found["rules"]
+    assert [t["name"] for t in found["transforms"]] == ["trim", "drop", "breadcrumbs"]
+    assert {"name": "opcm", "order_free": False, "unfold": False}.items() <= next(r for r in listed if r["name"] == "opcm").items()
     table = run("rules").stdout
     assert all(r["name"] in table and r["paper"] in table for r in listed)
 
@@ -167,3 +170,41 @@ def test_adapter_with_a_huge_alpha_is_refused(tmp_path: Path, place: tuple[Path,
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     done = machine("fold", adapter, "--state", place[1], code=1)
     assert done[0]["reason"] == "norm-base"
+
+
+def test_unfold_combine_and_scale_from_the_command(tmp_path: Path) -> None:
+    base = models.base(tmp_path / "base")
+    settings = tmp_path / "continual.toml"
+    settings.write_text('rule = "mean"\nbefore = ["drop:rate=0.5"]\n')
+    for place in ("one", "two"):
+        assert run("init", base, "--state", tmp_path / place, "--config", settings).returncode == 0
+    tuned = [models.fine_tune(base, tmp_path / f"ft-{i}", i) for i in range(3)]
+    one, two = ("--state", tmp_path / "one"), ("--state", tmp_path / "two")
+    assert run("fold", tuned[0], tuned[1], *one, "--weight", "2").returncode == 0
+    assert run("fold", tuned[2], *two).returncode == 0
+    assert [c["candidate"]["name"] for c in machine("combine", tmp_path / "two", *one, "--dry-run")["added"]] == ["ft-2"]
+    assert "Added as record 3: 1 models" in run("combine", tmp_path / "two", *one).stdout
+    assert run("combine", tmp_path / "two", *one).returncode == 2
+    dry = run("unfold", "ft-0", *one, "--dry-run")
+    assert "ft-0 (record 1) is read once more and subtracted" in dry.stdout
+    assert run("unfold", "ft-0", *one).returncode == 0
+    assert run("unfold", "ft-0", *one).returncode == 2
+    assert [r["kind"] for r in machine("log", *one)] == ["init", "fold", "fold", "combine", "unfold"]
+    assert "unfolded" in run("log", *one).stdout
+    assert run("scale", *one).stdout == "scale 1.0\n"
+    assert machine("scale", "norm:2", "--lines", "0.5:0.5", *one) == {"policy": "norm", "value": 2.0, "lines": [0.5, 0.5]}
+    assert machine("status", *one)["scale"] == "norm:2.0, lines 0.5:0.5"
+    assert run("scale", "loud", *one).returncode == 2
+    assert run("fold", tuned[0], *one, env={"CONTINUAL_RULE": "opcm"}).returncode == 2
+
+
+def test_unfold_shows_its_cost_where_others_are_folded_again(tmp_path: Path, place: tuple[Path, Path]) -> None:
+    base, state = place
+    tuned = [models.fine_tune(base, tmp_path / f"ft-{i}", i) for i in range(3)]
+    assert run("fold", *tuned, "--state", state).returncode == 0
+    plan = machine("unfold", "ft-1", "--state", state, "--dry-run")["plan"]
+    assert (plan["exact"], plan["start"], [m["name"] for m in plan["again"]]) == (False, 1, ["ft-2"])
+    assert plan["read_bytes"] > 0
+    done = run("unfold", "ft-1", "--state", state)
+    assert "1 later models are folded again on the merge of record 1" in done.stdout
+    assert machine("status", "--state", state)["folds"] == 2

@@ -161,7 +161,7 @@ def test_bits_do_not_depend_on_the_workers(tmp_path: Path, base: Path) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_folds_survives_reopening_and_exports(tmp_path: Path, base: Path, name: str) -> None:
     """Three folds, the state reopened before each, with one worker and with three: the same bits; a clean state of constant size; a sane export."""
-    fine_tunes = [models.fine_tune(base, tmp_path / f"ft-{i}", i) for i in range(3)]
+    fine_tunes = [models.ship(models.fine_tune(base, tmp_path / f"ft-{i}", i), i) for i in range(3)]
     found = []
     for workers in (1, 3):
         state, sizes = tmp_path / f"state-{workers}", set()

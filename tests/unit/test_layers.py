@@ -19,6 +19,7 @@ ROWS = (
     ("executors",),
     ("folding",),
     ("engine",),
+    ("unfolding", "combining"),
     ("publish",),
     ("metrics", "logs"),
     ("api",),
@@ -27,7 +28,8 @@ ROWS = (
     ("status",),
     ("daemon",),
     ("demo",),
-    ("flags",),
+    ("flags", "opened"),
+    ("cli_state",),
     ("cli",),
     ("__main__", "__init__"),
 )
