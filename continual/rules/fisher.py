@@ -21,14 +21,14 @@ WEIGHT = "weight"
 
 
 def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
-    """ΣFτ and ΣF of every element."""
-    return {sums.SLOT: SlotSpec(spec.shape), WEIGHT: SlotSpec(spec.shape)}
+    """ΣFτ and ΣF of every element, in float64: F spans orders of magnitude, and what a large one leaves when it is taken out must not outweigh a small one."""
+    return {slot: SlotSpec(spec.shape, "float64") for slot in (sums.SLOT, WEIGHT)}
 
 
 def mean(accumulators: Accumulators) -> torch.Tensor:
-    """ΣFτ/ΣF, 0 where ΣF is."""
+    """ΣFτ/ΣF, 0 where ΣF is; float32."""
     total, weight = accumulators[sums.SLOT], accumulators[WEIGHT]
-    return torch.where(weight > 0, total / weight, 0.0)
+    return torch.where(weight > 0, total / weight, 0.0).float()
 
 
 def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:  # noqa: ARG001 - the contract's signature
@@ -45,8 +45,8 @@ def _make(options: Mapping[str, Any]) -> Rule:
     def fold(accumulators: Accumulators, tau: torch.Tensor, inputs: Inputs, totals: Totals) -> Folded:
         tau_sq, dot = linalg.inners((tau, tau), (tau, mean(accumulators)))
         if inputs.moments is not None:
-            weight = inputs.moments if power == 1.0 else inputs.moments.pow(power)
-            accumulators[sums.SLOT].addcmul_(weight, tau, value=inputs.weight)
+            weight = inputs.moments.double().pow_(power)
+            accumulators[sums.SLOT].addcmul_(weight, tau.double(), value=inputs.weight)
             accumulators[WEIGHT].add_(weight, alpha=inputs.weight)
         if inputs.weight < 0:  # where nobody weighs any more the sums are exact zeros, not what rounding left
             gone = accumulators[WEIGHT] <= 0 if not sums.last_out(totals, inputs.weight) else torch.ones_like(tau, dtype=torch.bool)
@@ -54,6 +54,9 @@ def _make(options: Mapping[str, Any]) -> Rule:
                 value.masked_fill_(gone, 0.0)
         merged = mean(accumulators)
         return Folded(accumulators, {"tau_sq": tau_sq, "dot": dot, "merged_sq": linalg.inner(merged, merged)}, {})
+
+    def workspace(spec: TensorSpec) -> int:
+        return 8 * 8 * min(linalg.CHUNK, spec.numel)
 
     def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals, read_options: ReadOptions) -> torch.Tensor:  # noqa: ARG001
         return mean(accumulators).mul_(read_options.factor(totals))
@@ -67,7 +70,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         fold,
         sums.settle,
         read,
-        sums.workspace,
+        workspace,
         sums.no_gauges,
         combine,
         weighted=True,
@@ -96,6 +99,6 @@ FISHER = Row(
         "power": Option(1.0, "what they are raised to: 1 for Fisher values, 0.5 for Adam's second moments", _power),
     },
     read=ReadOptions("number", 1.0),
-    bytes_per_parameter="8",
+    bytes_per_parameter="16",
     make=_make,
 )
