@@ -77,7 +77,7 @@ class Survey:
 class RuleInfo:
     """A fold rule as the registry has it. `options` are its fold-time options with their defaults, `order_free`: the order of the fine-tunes does not
     matter beyond rounding, `unfold`: one can be subtracted, and two states added, `weighted`: a fine-tune can have a weight, `passes`: how often its tensors
-    are read by default, `needs`: what it has to bring besides its weights, `scale` and `policies`: how it is read by default and which scales it knows."""
+    are read as a rule, `needs`: what it has to bring besides its weights, `scale` and `policies`: how it is read by default and which scales it knows."""
 
     name: str
     summary: str
@@ -86,7 +86,7 @@ class RuleInfo:
     order_free: bool
     unfold: bool
     weighted: bool
-    passes: int
+    passes: float
     needs: str
     scale: str
     policies: tuple[str, ...]
@@ -104,7 +104,7 @@ def rules() -> list[RuleInfo]:
             order_free=row.order_free,
             unfold=(made := rule(row.name)).combine is not None,
             weighted=made.weighted,
-            passes=1 + (made.measure.passes if made.measure else 0),
+            passes=1 + (made.measure.usual if made.measure else 0.0),
             needs=made.shipped or "",
             scale=str(row.read),
             policies=row.policies,

@@ -145,7 +145,7 @@ RULES_HEAD = (
 def rule_row(rule: RuleInfo) -> tuple[object, ...]:
     """A rule as a row of `rules`."""
     yes = {True: "yes", False: "no"}
-    flags = (yes[rule.order_free], "yes" if rule.unfold else "refolds", yes[rule.weighted], rule.passes, rule.needs or "nothing")
+    flags = (yes[rule.order_free], "yes" if rule.unfold else "refolds", yes[rule.weighted], f"{rule.passes:.3g}", rule.needs or "nothing")
     return rule.name, rule.bytes_per_parameter, *flags, rule.scale, options(rule.options), f"{rule.summary} ({rule.paper})"
 
 

@@ -79,7 +79,7 @@ class Plan:
     ok: bool
     reason: str | None
     message: str
-    passes: int = 1
+    passes: float = 1.0
     read_bytes: int = 0
     disk_bytes: int = 0
     memory_bytes: int = 0
@@ -151,7 +151,7 @@ class Engine:
                 if shipped:
                     shipped.close()
                 vectors = TaskVectors(self.base, model, lineage)
-                passes = 1 + int(self.rule.seeded) + (self.rule.measure.passes if self.rule.measure else 0)
+                passes = 1.0 + self.rule.seeded + (self.rule.measure.usual if self.rule.measure else 0.0)
                 kinds = [self._specs[name].kind for name in lineage.folded]
                 return Plan(
                     name=candidate.name,
@@ -161,7 +161,7 @@ class Engine:
                     reason=None,
                     message="fits this base",
                     passes=passes,
-                    read_bytes=passes * (candidate.nbytes + sum(self._specs[name].nbytes for name in lineage.folded))
+                    read_bytes=int(passes * (candidate.nbytes + sum(self._specs[name].nbytes for name in lineage.folded)))
                     + (shipped.nbytes if shipped else 0),
                     disk_bytes=state_bytes(self.rule, self.base.specs),
                     memory_bytes=self._peak([need(self.rule, self._specs[name], vectors) for name in lineage.folded]),
@@ -251,7 +251,10 @@ class Engine:
             return
         numel = sum(spec.numel for spec in self.base.specs if spec.kind != "carried")
         for number in range(measure.passes):
-            tasks = [folding.measuring(self._specs[name], number) for name in lineage.folded]
+            share = measure.share(number, folding.measured)
+            if share == 0.0:
+                continue
+            tasks = [folding.measuring(self._specs[name], number, share) for name in lineage.folded]
             counts = torch.zeros((), dtype=torch.int64)
             for done, (_, found) in enumerate(self.executor.map(tasks), 1):
                 counts = counts + found

@@ -70,8 +70,8 @@ class Folding:
         run = self._by_runs if self._rule.elementwise(spec) else self._whole
         return Task(spec.name, need(self._rule, spec, vectors), partial(run, spec), partial(vectors.prefetch, spec.name))
 
-    def measuring(self, spec: TensorSpec, number: int) -> Task[torch.Tensor]:
-        """The work of one tensor in pass `number` of what the rule measures before the fold."""
+    def measuring(self, spec: TensorSpec, number: int, share: float) -> Task[torch.Tensor]:
+        """The work of one tensor in pass `number` of what the rule measures before the fold, on that share of its elements."""
         vectors, measure = self._vectors, self._rule.measure
         assert measure is not None
 
@@ -79,12 +79,13 @@ class Folding:
             self._check()
             counts = torch.zeros((), dtype=torch.int64)
             inputs = self._inputs(spec)
-            for start, _, tau in vectors.runs(spec.name, None):
-                counts = counts + measure.tally(number, tau, inputs._replace(start=start))
+            for start, stop, tau in vectors.runs(spec.name, None, share=share):
+                stands_for = round(min(vectors.run, spec.numel - start) / (stop - start))
+                counts = counts + measure.tally(number, tau, inputs._replace(start=start)) * stands_for
             return counts
 
         need = vectors.nbytes(spec.name, whole=False) + 8 * 4 * vectors.run
-        return Task(spec.name, need, run, partial(vectors.prefetch, spec.name))
+        return Task(spec.name, need, run, partial(vectors.prefetch, spec.name) if share == 1.0 else None)
 
     def _whole(self, spec: TensorSpec) -> Piece:
         self._check()

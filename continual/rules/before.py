@@ -198,9 +198,7 @@ def chain(rule: Rule, items: Sequence[Mapping[str, Any]]) -> Rule:
     whole_only = not all(step.elementwise for step in steps)
 
     def inputs_of(place: int, inputs: Inputs) -> Inputs:
-        lead = f"{place}."
-        measured = {key[len(lead) :]: value for key, value in inputs.measured.items() if key.startswith(lead)}
-        return inputs._replace(measured=measured, seed=inputs.seed + place)
+        return inputs._replace(measured=lead_of(place, inputs.measured), seed=inputs.seed + place)
 
     def transformed(tau: Tensor, inputs: Inputs, upto: int) -> Tensor:
         for place, step in enumerate(steps[:upto]):
@@ -217,15 +215,24 @@ def chain(rule: Rule, items: Sequence[Mapping[str, Any]]) -> Rule:
             number -= measure.passes
         raise IndexError(number)
 
+    def lead_of(place: int, measured: Measured) -> dict[str, float]:
+        lead = f"{place}."
+        return {key[len(lead) :]: value for key, value in measured.items() if key.startswith(lead)}
+
+    def share(number: int, measured: Measured) -> float:
+        place, own, measure = passes(number)
+        return measure.share(own, lead_of(place, measured))
+
     def tally(number: int, tau: Tensor, inputs: Inputs) -> Tensor:
         place, own, measure = passes(number)
         return measure.tally(own, transformed(tau, inputs, place), inputs_of(place, inputs))
 
     def conclude(number: int, counts: Tensor, numel: int, measured: Measured) -> dict[str, float]:
         place, own, measure = passes(number)
-        lead = f"{place}."
-        before = {key[len(lead) :]: value for key, value in measured.items() if key.startswith(lead)}
-        return {**measured, **{lead + key: value for key, value in measure.conclude(own, counts, numel, before).items()}}
+        return {
+            **measured,
+            **{f"{place}.{key}": value for key, value in measure.conclude(own, counts, numel, lead_of(place, measured)).items()},
+        }
 
     def workspace(spec: TensorSpec) -> int:
         return rule.workspace(spec) + (24 if whole_only else 0) * spec.numel
@@ -236,5 +243,5 @@ def chain(rule: Rule, items: Sequence[Mapping[str, Any]]) -> Rule:
         fold=fold,
         workspace=workspace,
         seeded=rule.seeded or any(step.seeded for step in steps),
-        measure=Measure(sum(m.passes for _, m in measures), tally, conclude) if measures else None,
+        measure=Measure(sum(m.passes for _, m in measures), share, tally, conclude) if measures else None,
     )

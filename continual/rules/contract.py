@@ -44,14 +44,22 @@ class Inputs(NamedTuple):
 class Measure(NamedTuple):
     """Passes over all task vectors of a model before it is folded.
 
-    tally(pass, flat run of τ, inputs with what is measured so far): int64 counts of a fixed length, which are added up over the model.
+    share(pass, measured so far): of which share of the elements the pass has to see: 0 leaves it out, below 1 a sample spread over every tensor will do.
+    tally(pass, flat run of τ, inputs with what is measured so far): int64 counts of a fixed length, which are added up over the model; those of
+    a sample are multiplied first by how many elements each stands for.
     conclude(pass, counts, number of elements of the model, measured so far): what is measured after the pass. The elements of tensors that the model
     leaves alone are zeros that were not counted.
     """
 
     passes: int
+    share: Callable[[int, Measured], float]
     tally: Callable[[int, torch.Tensor, Inputs], torch.Tensor]
     conclude: Callable[[int, torch.Tensor, int, Measured], dict[str, float]]
+
+    @property
+    def usual(self) -> float:
+        """How often the elements are seen as a rule: where no pass finds that another is needed."""
+        return sum(self.share(number, {}) for number in range(self.passes))
 
 
 class Folded(NamedTuple):

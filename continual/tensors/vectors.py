@@ -100,10 +100,13 @@ class TaskVectors:
                 )
         return values
 
-    def runs(self, name: str, content: Content | None, into: torch.Tensor | None = None) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def runs(
+        self, name: str, content: Content | None, into: torch.Tensor | None = None, share: float = 1.0
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
         """The same in flat runs: (first element, one past the last, values), whose memory the next run reuses unless it is that of the flat `into`.
 
-        `content` is complete once the last run was asked for; without one nothing is hashed, and twins are not compared.
+        `content` is complete once the last run was asked for; without one nothing is hashed, and twins are not compared. With `share`
+        below 1 only the beginning of each run is read, that share of its elements and at least one.
         """
         spec, source = self._specs[name], self._sources[name]
         product = None
@@ -112,7 +115,7 @@ class TaskVectors:
             self._multiply(source, product, content)
         if source.full is None:
             assert product is not None, f"{name} is not among the tensors that this fine-tune changes"
-            for start, stop in self._ranges(spec.numel):
+            for start, stop in self._ranges(spec.numel, share):
                 yield start, stop, product[start:stop]
             return
         rows = self._lineage.rows.get(name)
@@ -121,7 +124,7 @@ class TaskVectors:
         if content is not None:
             content.hash.update(f"{source.full.dtype} {shape}".encode())
             content.nbytes += spec.nbytes + source.full.nbytes + sum(twin.nbytes for twin in source.twins)
-        for start, stop in self._ranges(spec.numel):
+        for start, stop in self._ranges(spec.numel, share):
             tau = self._buffer("tau", stop - start, torch.float32) if into is None else into[start:stop]
             given = max(0, min(stop, folded) - start)
             tau[given:] = 0.0
@@ -159,8 +162,8 @@ class TaskVectors:
             whole.update(name.encode() + b"\0" + parts[name])
         return f"blake3:{whole.hexdigest()}"
 
-    def _ranges(self, numel: int) -> Iterator[tuple[int, int]]:
-        return ((start, min(start + self.run, numel)) for start in range(0, numel, self.run))
+    def _ranges(self, numel: int, share: float) -> Iterator[tuple[int, int]]:
+        return ((start, start + max(1, int(share * min(self.run, numel - start)))) for start in range(0, numel, self.run))
 
     def _difference(self, spec: TensorSpec, source: Source, start: int, tau: torch.Tensor, content: Content | None) -> None:
         """Fills `tau` with θ_t − θ₀ from element `start` on and feeds the candidate's bytes to `content`."""

@@ -165,7 +165,7 @@ def test_a_dropped_model_is_the_same_wherever_it_lies_and_can_be_taken_out(tmp_p
 def test_trim_before_a_rule_counts_over_the_whole_model(tmp_path: Path, base: Path) -> None:
     model = models.fine_tune(base, tmp_path / "alice", 1)
     with opened(tmp_path, base, api.Asked(rule="task-arithmetic", options={"before": ["trim:density=0.1"]}, scale="1")) as merge:
-        assert merge.plan(model).passes == 3
+        assert merge.plan(model).passes == pytest.approx(2 + 1 / 16)
         merge.fold(model)
         kept = sum(int(merge.read(spec.name).count_nonzero()) for spec in merge.state.format.tensors)
         assert kept == int(0.1 * sum(spec.numel for spec in merge.state.format.tensors))
