@@ -8,7 +8,6 @@ with continual.open("state", write=True) as merge:
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,29 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
 
 from continual import combining, provenance, unfolding
+from continual.bases import files_of, measure_base, open_base, open_checkpoint
 from continual.config import Settings
 from continual.engine import Engine, Outcome, Plan, Policy
-from continual.errors import Damaged, Misconfigured
+from continual.errors import Misconfigured
 from continual.executors.contract import Progress, silent
 from continual.executors.local import Local
 from continual.folding import state_bytes
 from continual.gates.lineage import LineagePolicy
 from continual.gates.safety import NormPolicy
 from continual.gates.weight import WeightPolicy
-from continual.linalg import dot
 from continual.publish import folder
 from continual.records import Entry, TensorSpec
-from continual.rules import RULES, TRANSFORMS, ReadOptions, read_options, rule
+from continual.rules import ReadOptions, read_options, rule
 from continual.state import Commit, State
-from continual.tensors import Adapter, BaseModel, Checkpoint, describe, open_model
-from continual.tensors.checkpoint import TORCH
-
-_HASHED = 1 << 20
-"""Bytes of the base read at a time at init."""
-
+from continual.tensors import BaseModel, describe
 
 DEFAULT = "opcm"
 """The rule of a state unless another is asked for."""
@@ -73,68 +66,10 @@ class Survey:
     aliases: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class RuleInfo:
-    """A fold rule as the registry has it. `options` are its fold-time options with their defaults, `order_free`: the order of the fine-tunes does not
-    matter beyond rounding, `unfold`: one can be subtracted, and two states added, `weighted`: a fine-tune can have a weight, `passes`: how often its tensors
-    are read as a rule, `needs`: what it has to bring besides its weights, `scale` and `policies`: how it is read by default and which scales it knows."""
-
-    name: str
-    summary: str
-    paper: str
-    bytes_per_parameter: str
-    order_free: bool
-    unfold: bool
-    weighted: bool
-    passes: float
-    needs: str
-    scale: str
-    policies: tuple[str, ...]
-    options: Mapping[str, Any]
-
-
-def rules() -> list[RuleInfo]:
-    """Every fold rule."""
-    return [
-        RuleInfo(
-            name=row.name,
-            summary=row.summary,
-            paper=row.paper,
-            bytes_per_parameter=row.bytes_per_parameter,
-            order_free=row.order_free,
-            unfold=(made := rule(row.name)).combine is not None,
-            weighted=made.weighted,
-            passes=1 + (made.measure.usual if made.measure else 0.0),
-            needs=made.shipped or "",
-            scale=str(row.read),
-            policies=row.policies,
-            options={key: option.default for key, option in row.options.items()},
-        )
-        for row in RULES.values()
-    ]
-
-
-@dataclass(frozen=True, slots=True)
-class TransformInfo:
-    """A transform of task vectors before a fold; `options` with their defaults."""
-
-    name: str
-    summary: str
-    paper: str
-    options: Mapping[str, Any]
-
-
-def transforms() -> list[TransformInfo]:
-    """Every transform that can stand before a rule."""
-    return [
-        TransformInfo(t.name, t.summary, t.paper, {key: option.default for key, option in t.options.items()}) for t in TRANSFORMS.values()
-    ]
-
-
 def survey(base: str | Path, asked: Asked | None = None) -> Survey:
     """What `init` would make of `base`, from its headers. Raises as `init` does."""
     asked = asked or Asked()
-    with _checkpoint(Path(base)) as checkpoint:
+    with open_checkpoint(Path(base)) as checkpoint:
         return _survey(Path(base), describe(checkpoint, plain=asked.plain, exclude=asked.exclude), asked)
 
 
@@ -144,14 +79,14 @@ def init(base: str | Path, state: str | Path, asked: Asked | None = None, *, pro
     Reads the base once, for its digests and norms. Raises Misconfigured for unknown rules or options, Refuse for a base that cannot be read.
     """
     asked = asked or Asked()
-    with _checkpoint(Path(base)) as checkpoint:
+    with open_checkpoint(Path(base)) as checkpoint:
         model = describe(checkpoint, plain=asked.plain, exclude=asked.exclude)
         found = _survey(Path(base), model, asked)
         chosen = rule(asked.rule, asked.options)
         record = {
             "path": str(Path(base).resolve()),
             "revision": None,
-            "files": _files(checkpoint),
+            "files": files_of(checkpoint),
             **measure_base(model, progress),
             "plain": list(asked.plain),
             "exclude": list(asked.exclude),
@@ -356,64 +291,6 @@ def existing(model: str | Path) -> Path:
     if not path.exists():
         raise Misconfigured(f"{path}: no such model directory")
     return path
-
-
-def open_base(state: State, moved: Path | None = None) -> BaseModel:
-    """The base of `state`, from where it was at init or from `moved`.
-
-    Where the files' sizes and times are those of init they are taken as they are, else every tensor is hashed and compared.
-    Raises Misconfigured if it is not there, Damaged naming the first tensor that differs.
-    """
-    record = state.format.base
-    path = moved or Path(record["path"])
-    if not path.exists():
-        raise Misconfigured(f"base {path} is gone: put it back, or say where it is now with base = DIR (--base)")
-    model = describe(_checkpoint(path), plain=record["plain"], exclude=record["exclude"])
-    if model.specs != state.format.tensors:
-        raise Damaged(f"base {path} is not the one this state was made from: its tensors have other names, shapes or dtypes")
-    if _files(model.checkpoint) != list(record["files"]):
-        digests = measure_base(model, silent)["digests"]
-        if differing := sorted(name for name, digest in record["digests"].items() if digests.get(name) != digest):
-            raise Damaged(f"base {path} is not the one this state was made from: tensor {differing[0]} differs")
-    return model
-
-
-def measure_base(base: BaseModel, progress: Progress) -> dict[str, dict[str, Any]]:
-    """`digests`: BLAKE3 of every tensor's bytes, by name; `squares`: ‖θ₀‖² of those that are folded."""
-    digests: dict[str, str] = {}
-    squares: dict[str, float] = {}
-    folded = {spec.name for spec in base.specs if spec.kind != "carried"}
-    names = sorted(base.checkpoint.tensors)
-    buffer = torch.empty(_HASHED, dtype=torch.uint8)
-    progress("hash", 0, len(names))
-    for done, name in enumerate(names, 1):
-        info, whole, parts = base.checkpoint.tensors[name], blake3(), []
-        for start in range(0, info.nbytes, _HASHED):
-            part = buffer[: min(_HASHED, info.nbytes - start)]
-            base.checkpoint.read_part(info, start, part.numpy().data)
-            whole.update(part.numpy().data)
-            if name in folded:
-                values = part.view(TORCH[info.dtype])
-                parts.append(dot(values, values))
-        digests[name] = whole.hexdigest()
-        if name in folded:
-            squares[name] = math.fsum(parts)
-        progress("hash", done, len(names))
-    return {"digests": digests, "squares": squares}
-
-
-def _checkpoint(path: Path) -> Checkpoint:
-    if not path.exists():
-        raise Misconfigured(f"base {path}: no such directory")
-    model = open_model(path)
-    if isinstance(model, Adapter):
-        model.close()
-        raise Misconfigured(f"base {path} is an adapter: a state needs the full model it adapts")
-    return model
-
-
-def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    return [{"name": f.name, "size": f.size, "mtime_ns": f.mtime_ns} for f in checkpoint.files]
 
 
 def _survey(base: Path, model: BaseModel, asked: Asked) -> Survey:

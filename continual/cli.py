@@ -108,9 +108,9 @@ def init(
 @app.command()
 def rules(json: Json = False) -> None:
     """List the fold rules and the transforms before them: what each is, what its state takes, and what it allows."""
-    from continual import api, console
+    from continual import catalogue, console
 
-    rules, transforms = api.rules(), api.transforms()
+    rules, transforms = catalogue.rules(), catalogue.transforms()
     if json:
         console.emit({"rules": rules, "transforms": transforms})
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from continual.api import RuleInfo
+    from continual.catalogue import RuleInfo
     from continual.engine import Plan
     from continual.executors.contract import Progress
     from continual.state import Commit

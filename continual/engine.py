@@ -150,7 +150,7 @@ class Engine:
                 shipped = self._shipped(model, lineage)
                 if shipped:
                     shipped.close()
-                vectors = TaskVectors(self.base, model, lineage)
+                vectors = TaskVectors(self.base, model, lineage, shipped=shipped)
                 passes = 1.0 + self.rule.seeded + (self.rule.measure.usual if self.rule.measure else 0.0)
                 kinds = [self._specs[name].kind for name in lineage.folded]
                 return Plan(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from continual.errors import Damaged, Misconfigured, Retry
 from continual.records import Entry, SlotSpec, TensorSpec
-from continual.state import framing, lock, names
+from continual.state import framing, lock, names, opening
 from continual.state.arrays import Array
 from continual.state.durable import environment, link_new, move_away, replace_bytes, sync_file, write_temporary
 from continual.state.generation import Generation
@@ -25,9 +25,7 @@ from continual.state.transaction import Transaction, room
 if TYPE_CHECKING:
     import zarr
 
-DIRECTORIES = ("commits", "generations", "tags", "leases")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_READS = 50
 _EXPIRED = ".expired-"
 Step = Callable[[str], None]
 
@@ -67,14 +65,14 @@ class State:
         """
         if (path / "format.json").exists():
             raise Misconfigured(f"{path} already is a state: open it, or name another directory")
-        _must_be_free(path)
+        opening.must_be_free(path)
         for tensor in tensors:
             names.encode(tensor.name)
         ordered = tuple(sorted(tensors, key=lambda t: t.name))
         form = Format(VERSION, secrets.token_hex(16), base, ordered, rule, options, slots)
         with environment(f"cannot make a state in {path}"):
             path.mkdir(parents=True, exist_ok=True)
-            for name in DIRECTORIES:
+            for name in opening.DIRECTORIES:
                 (path / name).mkdir(exist_ok=True)
             state = cls(path, form, Ledger(), lock.take(path / "lock"), _nothing)
             state._append(Entry(kind="init", read=read, software=software, device=device), None, None)
@@ -90,17 +88,17 @@ class State:
         Raises Misconfigured if there is none or it is read-only, Busy if another process writes, Damaged for anything that is not as it was written.
         """
         if not (path / "format.json").exists():
-            if _unfinished(path) is False:
+            if opening.unfinished(path) is False:
                 raise Damaged(f"{path / 'format.json'} is missing; restore it from a backup")
             raise Misconfigured(f"no state in {path}: make one with 'continual init BASE --state {path}'")
         form = Format.of(framing.decode(path / "format.json")[0], path / "format.json")
         lock_fd = lock.take(path / "lock") if write else None
         try:
-            ledger = _load(path)
+            ledger = opening.load(path)
             state = cls(path, form, ledger, lock_fd, on_step or _nothing)
             if (now := state._generation(ledger.log[-1])) is not None:
-                _ = _in_force(now)
-            unnamed = set(_listed(path / "generations")) - {c.generation for c in ledger.log if c.generation}
+                _ = opening.in_force(now)
+            unnamed = set(opening.listed(path / "generations")) - {c.generation for c in ledger.log if c.generation}
             state.orphans = tuple(sorted(name for name in unnamed if not name.startswith(_EXPIRED)))
             if write:
                 state._settle_head()
@@ -261,7 +259,7 @@ class State:
     def generations(self) -> list[str]:
         """Generations on disk that a record names."""
         named = {c.generation for c in self.log if c.generation}
-        return [g for g in _listed(self.path / "generations") if g in named]
+        return [g for g in opening.listed(self.path / "generations") if g in named]
 
     def generation_bytes(self) -> int:
         """Bytes of the accumulators in one generation: the same from the first fold on."""
@@ -355,60 +353,6 @@ class State:
         for leftover in self.path.rglob(".*.tmp"):
             if leftover.parent.parent == self.path or leftover.parent == self.path:
                 leftover.unlink(missing_ok=True)
-
-
-def _unfinished(path: Path) -> bool | None:
-    """Whether a directory without format.json is what a killed `create` leaves; None where there is no commit log at all."""
-    commits = path / "commits"
-    return len(_listed(commits)) <= 1 and not any((path / "generations").iterdir()) if commits.is_dir() else None
-
-
-def _must_be_free(path: Path) -> None:
-    """Raises Misconfigured unless a state can be made in `path`; removes what a killed `create` left there."""
-    if not path.exists():
-        return
-    found = {p.name for p in path.iterdir() if p.name != "FORMAT.md" and not p.name.startswith(".")} if path.is_dir() else {path.name}
-    if found and not (found <= {*DIRECTORIES, "HEAD", "lock"} and (_unfinished(path) or not (path / "commits").exists())):
-        raise Misconfigured(f"{path} is not empty: a state needs a directory of its own")
-    if (path / "commits").exists():
-        shutil.rmtree(path / "commits")
-        (path / "HEAD").unlink(missing_ok=True)
-
-
-def _load(path: Path) -> Ledger:
-    """Replays the commit log. Raises Damaged for a missing HEAD or record, a gap, or a broken chain."""
-    for _ in range(_READS):
-        head, _crc = framing.decode(path / "HEAD")
-        found = sorted(p.name for p in (path / "commits").iterdir() if not p.name.startswith("."))
-        if len(found) <= head["seq"] + 2:
-            break  # else a writer went on between the two looks
-    if found != [f"{i:08d}.json" for i in range(len(found))] or not head["seq"] < len(found) <= head["seq"] + 2:
-        raise Damaged(
-            f"{path / 'commits'}: HEAD is at record {head['seq']} and {len(found)} files are there: records are missing; restore from a backup"
-        )
-    ledger = Ledger()
-    for seq, name in enumerate(found):
-        place = path / "commits" / name
-        body, checksum = framing.decode(place)
-        commit = Commit.of(body, checksum, place)
-        if commit.seq != seq or commit.prev != (ledger.log[-1].crc if ledger.log else None):
-            raise Damaged(f"{place} does not follow the record before it: the chain of checksums is broken; restore from a backup")
-        ledger.add(commit)
-    if ledger.log[head["seq"]].crc != head["crc"]:
-        raise Damaged(f"{path / 'HEAD'} names another record {head['seq']} than the one in commits/: restore from a backup")
-    return ledger
-
-
-def _in_force(generation: Generation) -> Generation:
-    try:
-        _ = generation.receipts
-    except Misconfigured:
-        raise Damaged(f"{generation.directory} is missing, and it is the generation in force; restore it from a backup") from None
-    return generation
-
-
-def _listed(directory: Path) -> list[str]:
-    return sorted(p.name for p in directory.iterdir())
 
 
 def _nothing(_step: str) -> None:

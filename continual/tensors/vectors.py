@@ -137,7 +137,8 @@ class TaskVectors:
     def nbytes(self, name: str, *, whole: bool = True) -> int:
         """Peak bytes that `vector(name)` takes, what it returns included; or `runs(name)`."""
         spec, source = self._specs[name], self._sources[name]
-        need = 4 * 4 * self.run + (4 * spec.numel if whole else 0)
+        kinds = 1 if self._shipped is None else 2  # of what is read: task vectors, and what is shipped for them
+        need = 4 * (3 + kinds) * self.run + (4 * kinds * spec.numel if whole else 0)
         if source.factors is not None:
             read = [self._weights.tensors[n] for n in (source.factors.a, source.factors.b)]
             need += sum(info.nbytes + 4 * math.prod(info.shape) for info in read)

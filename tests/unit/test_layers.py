@@ -21,6 +21,7 @@ ROWS = (
     ("engine",),
     ("unfolding", "combining"),
     ("publish",),
+    ("bases", "catalogue"),
     ("metrics", "logs"),
     ("api",),
     ("console",),
