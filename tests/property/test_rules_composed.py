@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from continual.errors import Misconfigured
-from continual.rules import RULES, Inputs, opcm, read_options, rule, together
+from continual.rules import RULES, Inputs, opcm, rule, together
 from tests import batch
 from tests.batch import BATCH
 from tests.streams import MATRICES, SHAPES, SPECS, Models, Stream, bound, distance, model_lists
@@ -33,7 +33,6 @@ CHAINS: list[tuple[str, list[str]]] = [
 @settings(max_examples=15, deadline=None)
 def test_a_chain_is_its_rule_on_transformed_models(name: str, before: list[str], models: Models) -> None:
     stream = Stream(name, before=before)
-    stream.options = read_options(name)
     for step in range(1, len(models) + 1):
         stream.fold(models[step - 1])
         changed = [batch.transformed(model, before) for model in models[:step]]
