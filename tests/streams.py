@@ -127,5 +127,5 @@ def bound(name: str, folded: Sequence[Tensor] = ()) -> float:
     if name == "opcm":
         return 1e-4
     return (
-        max(1e-5, 4e-7 * max((batch.condition(part) for part in batch.POLAR[name](folded)), default=1.0)) if name in batch.POLAR else 1e-5
+        max(1e-5, 1e-7 * max((batch.condition(part) for part in batch.POLAR[name](folded)), default=1.0)) if name in batch.POLAR else 1e-5
     )
