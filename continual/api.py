@@ -28,6 +28,7 @@ from continual.gates.lineage import LineagePolicy
 from continual.gates.safety import NormPolicy
 from continual.gates.weight import WeightPolicy
 from continual.publish import folder
+from continual.reading import Reading
 from continual.records import Entry, TensorSpec
 from continual.rules import ReadOptions, read_options, rule
 from continual.state import Commit, State
@@ -140,6 +141,7 @@ class Merge:
         self.rule = rule(self.state.format.rule, self.state.format.options)
         self._base: BaseModel | None = None
         self._engine: Engine | None = None
+        self._lengths: dict[str, float] = {}
 
     def __enter__(self) -> Merge:
         return self
@@ -167,8 +169,13 @@ class Merge:
             s = self.settings
             weights = WeightPolicy(s.weight, s.weights)
             policy = Policy(LineagePolicy(s.missing, s.vocab), NormPolicy(s.max_base_ratio, s.max_mean_ratio), weights, s.updates)
-            self._engine = Engine(self.state, self.base, self.rule, Local(s.workers, s.memory), policy=policy, device=s.device)
+            self._engine = Engine(self.state, self.base, self.rule, self.executor, policy=policy, device=s.device)
         return self._engine
+
+    @property
+    def executor(self) -> Local:
+        """Threads of this process, as many and with as much memory as the settings say."""
+        return Local(self.settings.workers, self.settings.memory)
 
     def plan(self, model: str | Path) -> Plan:
         """What folding `model` would take and whether it would be let in; reads headers only."""
@@ -186,10 +193,13 @@ class Merge:
 
     def read(self, name: str, *, at: int | None = None) -> torch.Tensor:
         """The merged task vector of tensor `name` (float32, the tensor's shape) at record `at`, before any cast."""
-        spec = self.spec(name)
-        seq = self.state.head.seq if at is None else at
-        options = ReadOptions.from_mapping(self.state.read_options_at(seq))
-        return folder.merged_vector(self.state, self.rule, spec, self.state.totals_at(seq), options, seq)
+        spec, reading = self.spec(name), self.reading(at)
+        reading.settle(self.executor, silent)
+        return reading.vector(spec)
+
+    def reading(self, at: int | None = None, options: ReadOptions | None = None) -> Reading:
+        """The merged model at record `at` (default: the newest), under `options` in place of those in force there."""
+        return Reading(self.state, self.rule, at, options, self._lengths)
 
     def spec(self, name: str) -> TensorSpec:
         """The tensor `name` of the base. Raises Misconfigured if there is none or it is carried untouched."""
@@ -200,8 +210,7 @@ class Merge:
 
     def export(self, target: folder.Target, progress: Progress = silent) -> Path:
         """Writes the merged model as an ordinary model directory."""
-        executor = Local(self.settings.workers, self.settings.memory)
-        return folder.export(self.state, self.base, self.rule, target, executor, progress)
+        return folder.export(self.base, self.reading(target.at), target, self.executor, progress)
 
     def rescale(self, scale: str | None = None, lines: str | None = None) -> ReadOptions:
         """How the merge is read from now on: the scale, the layer scaling, or both; nothing is folded again. Returns what is in force then.
@@ -233,7 +242,7 @@ class Merge:
             folds = found.folds()
             if dry_run:
                 return folds, None
-            commit = combining.combine(self.state, found, self.rule, Local(self.settings.workers, self.settings.memory), progress)
+            commit = combining.combine(self.state, found, self.rule, self.executor, progress)
         self.state.expire(self.settings.keep)
         return folds, commit
 

@@ -13,7 +13,7 @@ from continual.rules import RULES, TRANSFORMS, rule
 class RuleInfo:
     """A fold rule as the registry has it. `options` are its fold-time options with their defaults, `order_free`: the order of the fine-tunes does not
     matter beyond rounding, `unfold`: one can be subtracted, and two states added, `weighted`: a fine-tune can have a weight, `passes`: how often its tensors
-    are read as a rule, `needs`: what it has to bring besides its weights, `scale` and `policies`: how it is read by default and which scales it knows."""
+    are read as a rule, `needs`: what it has to bring besides its weights, `scale`: how it is read by default."""
 
     name: str
     summary: str
@@ -25,7 +25,6 @@ class RuleInfo:
     passes: float
     needs: str
     scale: str
-    policies: tuple[str, ...]
     options: Mapping[str, Any]
 
 
@@ -43,7 +42,6 @@ def rules() -> list[RuleInfo]:
             passes=1 + (made.measure.usual if made.measure else 0.0),
             needs=made.shipped or "",
             scale=str(row.read),
-            policies=row.policies,
             options={key: option.default for key, option in row.options.items()},
         )
         for row in RULES.values()

@@ -73,7 +73,12 @@ class Stream:
         self.totals = self.rule.settle(self.totals, {k: math.fsum(s[k] for s in sums.values()) for k in sums["bias"]}, weight)
 
     def read(self) -> Model:
-        found = {n: self.rule.read(SPECS[n], self.kept[n], self.totals, self.options) for n in SHAPES}
+        """The merged task vector at the rule's default scale."""
+        found = {n: self.rule.read(SPECS[n], self.kept[n], self.totals) for n in SHAPES}
+        size = self.rule.size(self.totals)
+        length = math.sqrt(math.fsum(float(x.double().square().sum()) for x in found.values())) if size.length is None else size.length
+        factor = self.options.factor(self.totals, length, size.most)
+        found = {n: x.mul_(factor) for n, x in found.items()}
         assert all(t.dtype == torch.float32 and t.shape == SHAPES[n] for n, t in found.items())
         return found
 

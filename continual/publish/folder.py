@@ -22,8 +22,8 @@ from continual import provenance
 from continual.config import parse_bytes
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
+from continual.reading import Reading
 from continual.records import ITEMSIZE, TensorSpec
-from continual.rules import ReadOptions, Rule
 from continual.state import State
 from continual.state.durable import publish_dir, replace_link
 from continual.tensors import BaseModel
@@ -76,16 +76,8 @@ def parse_size(text: str | None) -> int | None:
     return found
 
 
-def merged_vector(
-    state: State, rule: Rule, spec: TensorSpec, totals: Mapping[str, float], read: ReadOptions, at: int | None
-) -> torch.Tensor:
-    """The merged task vector of one tensor, float32 of the tensor's shape, before any cast."""
-    accumulators = {slot: torch.from_numpy(state.read(spec.name, slot, at=at)) for slot in state.format.slots[spec.name]}
-    return rule.read(spec, accumulators, totals, read).mul_(read.layer(spec))
-
-
-def export(state: State, base: BaseModel, rule: Rule, target: Target, executor: Executor, progress: Progress) -> Path:
-    """Writes the merged model at record `target.at` (default: now) to `target.directory`, which must not exist yet.
+def export(base: BaseModel, reading: Reading, target: Target, executor: Executor, progress: Progress) -> Path:
+    """Writes the merged model that `reading` reads to `target.directory`, which must not exist yet.
 
     Returns the directory. Raises Misconfigured if the directory is there or cannot be made, Halt if a value overflows the dtype asked for; then
     nothing is left behind.
@@ -97,16 +89,16 @@ def export(state: State, base: BaseModel, rule: Rule, target: Target, executor: 
         raise Misconfigured(f"{final.parent}: no such directory to write {final.name} in")
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
     with ExitStack() as stack:
-        commit = state.get(target.at) if target.at is not None else state.head
-        stack.enter_context(state.lease(commit.seq))
+        state, seq = reading.state, reading.commit.seq
+        stack.enter_context(state.lease(seq))
         temporary.mkdir()
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         source = base.checkpoint.path if base.checkpoint.path.is_dir() else base.checkpoint.path.parent
         copy_small_files(source, temporary)
         set_config_dtype(temporary / "config.json", target.dtype)
-        options = ReadOptions.from_mapping(state.read_options_at(commit.seq))
-        _write_weights(state, base, rule, target, temporary, (commit.seq, state.totals_at(commit.seq), options), executor, progress)
-        body = provenance_of(state, commit.seq, options.to_mapping())
+        factor = reading.settle(executor, progress)
+        _write_weights(base, reading, target, temporary, executor, progress)
+        body = provenance_of(state, seq, reading.options.to_mapping() | {"factor": factor})
         (temporary / provenance.RELEASE).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
         publish_dir(temporary, final)
     return final
@@ -217,16 +209,7 @@ def header(placed: Sequence[Placed]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_weights(
-    state: State,
-    base: BaseModel,
-    rule: Rule,
-    target: Target,
-    directory: Path,
-    point: tuple[int, Mapping[str, float], ReadOptions],
-    executor: Executor,
-    progress: Progress,
-) -> None:
+def _write_weights(base: BaseModel, reading: Reading, target: Target, directory: Path, executor: Executor, progress: Progress) -> None:
     files = layout(base, target.dtype, target.shard_size)
     specs = {spec.name: spec for spec in base.specs}
     if len(files) > 1 or next(iter(files)) != "model.safetensors":
@@ -234,14 +217,13 @@ def _write_weights(
         size = sum(p.end - p.begin for placed in files.values() for p in placed)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
-    seq, totals, read = point
 
     def merged(p: Placed) -> torch.Tensor:
         spec = specs[p.source]
         theta = base.checkpoint.read(p.source)
         if spec.kind == "carried":
             return theta
-        result = merged_vector(state, rule, spec, totals, read, seq).add_(theta).to(DTYPES[p.dtype])
+        result = reading.vector(spec).add_(theta).to(DTYPES[p.dtype])
         if not bool(torch.isfinite(result).all()):
             raise Halt(f"tensor {p.name} has values that {p.dtype} cannot hold: export with --dtype float32 or bfloat16")
         return result
@@ -257,16 +239,15 @@ def _write_weights(
             stack.callback(os.close, fd)
             _write_at(fd, memoryview(head), 0)
             for p in placed:
-                tasks.append(Task(p.name, _need(specs[p.source], rule), partial(place, p, fd, len(head) + p.begin)))
+                tasks.append(Task(p.name, _need(specs[p.source], reading), partial(place, p, fd, len(head) + p.begin)))
         progress("export", 0, len(tasks))
         for done, _ in enumerate(executor.map(tasks), 1):
             progress("export", done, len(tasks))
     base.checkpoint.check_unchanged()
 
 
-def _need(spec: TensorSpec, rule: Rule) -> int:
-    slots = sum(slot.nbytes for slot in rule.slots(spec).values()) if spec.kind != "carried" else 0
-    return slots + spec.numel * 8 + spec.nbytes
+def _need(spec: TensorSpec, reading: Reading) -> int:
+    return spec.nbytes + (reading.need(spec) if spec.kind != "carried" else 0)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

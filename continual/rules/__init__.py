@@ -8,12 +8,13 @@ from typing import Any
 from continual.errors import Misconfigured
 from continual.rules import before
 from continual.rules.before import TRANSFORMS
-from continual.rules.contract import Accumulators, Folded, Inputs, Measured, Option, ReadOptions, Row, Rule, Sums, Totals, resolve
+from continual.rules.contract import Accumulators, Folded, Inputs, Measured, Option, Row, Rule, Sums, Totals, resolve
 from continual.rules.fisher import FISHER
 from continual.rules.gram import GRAM
 from continual.rules.iso_c import ISO_C
 from continual.rules.magmax import MAGMAX
 from continual.rules.opcm import OPCM
+from continual.rules.reading import ReadOptions
 from continual.rules.sums import MEAN, TASK_ARITHMETIC, together
 from continual.rules.ties import TIES
 from continual.rules.tsv_m import TSV_M
@@ -55,17 +56,15 @@ def rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
 
 
 def read_options(name: str, text: str | None = None, lines: str | None = None, now: ReadOptions | None = None) -> ReadOptions:
-    """How a state of this rule is read: at the scale `text` and with the layer scaling `lines`; what is not given stays as `now`, or is the rule's default.
+    """How a state of this rule is read: at the scale `text` (`auto` is the rule's default) and with the layer scaling `lines`; what is not given stays as
+    `now`, or is the rule's default.
 
-    Raises Misconfigured for an unknown rule, malformed texts, or a scale that the rule does not know.
+    Raises Misconfigured for an unknown rule or malformed texts.
     """
     row = _row(name)
-    found = (now or row.read) if text is None else ReadOptions.parse(text)
+    found = row.read if text == "auto" else (now or row.read) if text is None else ReadOptions.parse(text)
     layers = (now.lines if now else None) if lines is None else ReadOptions.parse_lines(lines)
-    found = ReadOptions(found.policy, found.value, layers)
-    if found.policy not in row.policies:
-        raise Misconfigured(f"scale = {text}: {name} is scaled by {' or '.join(row.policies)} only; its default is {row.read}")
-    return found
+    return ReadOptions(found.policy, found.value, layers)
 
 
 def _row(name: str) -> Row:

@@ -15,7 +15,8 @@ import torch
 from continual import linalg
 from continual.records import SlotSpec, TensorSpec
 from continual.rules import sums
-from continual.rules.contract import Accumulators, Folded, Inputs, Option, ReadOptions, Row, Rule, Totals
+from continual.rules.contract import Accumulators, Folded, Inputs, Option, Row, Rule, Totals
+from continual.rules.reading import ReadOptions, Size
 
 WEIGHT = "weight"
 
@@ -58,8 +59,8 @@ def _make(options: Mapping[str, Any]) -> Rule:
     def workspace(spec: TensorSpec) -> int:
         return 8 * 8 * min(linalg.CHUNK, spec.numel)
 
-    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals, read_options: ReadOptions) -> torch.Tensor:  # noqa: ARG001
-        return mean(accumulators).mul_(read_options.factor(totals))
+    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> torch.Tensor:  # noqa: ARG001
+        return mean(accumulators)
 
     return Rule(
         FISHER.name,
@@ -70,6 +71,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         fold,
         sums.settle,
         read,
+        lambda totals: Size(sums.size(totals).length),
         workspace,
         sums.no_gauges,
         combine,

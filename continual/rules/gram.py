@@ -17,7 +17,8 @@ from torch import Tensor
 from continual import linalg
 from continual.records import SlotSpec, TensorSpec
 from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, Folded, Inputs, Option, ReadOptions, Row, Rule, Totals
+from continual.rules.contract import Accumulators, Folded, Inputs, Option, Row, Rule, Totals
+from continual.rules.reading import ReadOptions
 
 SIDES = ("both", "right", "left")
 CROSS, RIGHT, LEFT, SUM = "cross", "right", "left", "sum"
@@ -92,10 +93,10 @@ def _make(options: Mapping[str, Any]) -> Rule:
             folded.sums["merged_sq"] = 0.0
         return folded
 
-    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals, read_options: ReadOptions) -> Tensor:
+    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:
         if not is_matrix(spec):
-            return matrices.read_mean(accumulators, totals, read_options)
-        return solve(accumulators, ridge, pull).mul_(read_options.value).float().view(spec.shape)
+            return sums.read_mean(spec, accumulators, totals)
+        return solve(accumulators, ridge, pull).float().view(spec.shape)
 
     def workspace(spec: TensorSpec) -> int:
         if not is_matrix(spec):
@@ -113,6 +114,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         fold,
         sums.settle,
         read,
+        sums.unknown,
         workspace,
         sums.no_gauges,
         combine,
@@ -148,5 +150,4 @@ GRAM = Row(
     read=ReadOptions("number", 1.0),
     bytes_per_parameter="24 of a square matrix, up to 8·(m+n)²/mn + 8",
     make=_make,
-    policies=("number",),
 )

@@ -15,7 +15,8 @@ import torch
 from continual import linalg
 from continual.records import TensorSpec
 from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, ReadOptions, Row, Rule, Totals
+from continual.rules.contract import Accumulators, Row, Rule, Totals
+from continual.rules.reading import ReadOptions
 
 
 def flat(total: torch.Tensor) -> torch.Tensor:
@@ -37,10 +38,10 @@ def flat(total: torch.Tensor) -> torch.Tensor:
 def _make(options: Mapping[str, Any]) -> Rule:
     row, is_matrix = ISO_C, matrices.is_matrix(options)
 
-    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals, read_options: ReadOptions) -> torch.Tensor:
+    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> torch.Tensor:
         if not is_matrix(spec):
-            return matrices.read_mean(accumulators, totals, read_options)
-        return flat(accumulators[sums.SLOT].flatten(1)).mul_(read_options.value).view(spec.shape)
+            return sums.read_mean(spec, accumulators, totals)
+        return flat(accumulators[sums.SLOT].flatten(1)).view(spec.shape)
 
     return Rule(
         row.name,
@@ -51,6 +52,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         sums.fold,
         sums.settle,
         read,
+        sums.unknown,
         sums.workspace,
         sums.no_gauges,
         sums.combine,
@@ -66,5 +68,4 @@ ISO_C = Row(
     read=ReadOptions("number", 1.0),
     bytes_per_parameter="4",
     make=_make,
-    policies=("number",),
 )

@@ -13,7 +13,8 @@ import torch
 
 from continual import linalg
 from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, Folded, Inputs, ReadOptions, Row, Rule, Totals
+from continual.rules.contract import Accumulators, Folded, Inputs, Row, Rule, Totals
+from continual.rules.reading import ReadOptions
 
 
 def fold(accumulators: Accumulators, tau: torch.Tensor, inputs: Inputs, totals: Totals) -> Folded:  # noqa: ARG001 - the contract's signature
@@ -37,6 +38,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         fold,
         sums.settle,
         sums.read_sum,
+        sums.size,
         sums.workspace,
         sums.no_gauges,
     )

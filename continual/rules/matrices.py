@@ -1,4 +1,4 @@
-"""What the spectral rules share: which tensors are matrices to them, and the mean, which all others get."""
+"""What the spectral rules share: which tensors are matrices to them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from continual.errors import Misconfigured
 from continual.records import TensorSpec
-from continual.rules import sums
-from continual.rules.contract import Accumulators, Inputs, Option, ReadOptions, Totals
+from continual.rules.contract import Inputs, Option
 
 IsMatrix = Callable[[TensorSpec], bool]
 
@@ -48,9 +45,3 @@ def whole(rule: str, inputs: Inputs) -> None:
         raise Misconfigured(
             f"{rule} folds every model with weight 1, not {inputs.weight:g}; a model cannot be unfolded: roll back and fold the others"
         )
-
-
-def read_mean(accumulators: Accumulators, totals: Totals, options: ReadOptions) -> torch.Tensor:
-    """Στ/t times the number: what a tensor that is no matrix reads as."""
-    weight = totals.get("weight", 0.0)
-    return accumulators[sums.SLOT] * (options.value / weight if weight else 0.0)

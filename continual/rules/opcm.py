@@ -17,7 +17,8 @@ from torch import Tensor
 from continual import linalg
 from continual.records import TensorSpec
 from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, Folded, Inputs, Option, ReadOptions, Row, Rule, Totals
+from continual.rules.contract import Accumulators, Folded, Inputs, Option, Row, Rule, Totals
+from continual.rules.reading import ReadOptions
 
 Variant = Literal["block", "block+radial", "block+diagonal", "rows+columns", "rows", "columns"]
 VARIANTS: tuple[Variant, ...] = ("block", "block+radial", "block+diagonal", "rows+columns", "rows", "columns")
@@ -130,6 +131,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         fold,
         sums.settle,
         sums.read_sum,
+        sums.size,
         workspace,
         gauges,
     )

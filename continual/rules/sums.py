@@ -14,7 +14,8 @@ import torch
 
 from continual import linalg
 from continual.records import SlotSpec, TensorSpec
-from continual.rules.contract import Accumulators, Folded, Inputs, ReadOptions, Row, Rule, Sums, Totals
+from continual.rules.contract import Accumulators, Folded, Inputs, Row, Rule, Sums, Totals
+from continual.rules.reading import ReadOptions, Size
 
 SLOT = "sum"
 
@@ -76,24 +77,56 @@ def no_gauges(totals: Totals) -> dict[str, float]:  # noqa: ARG001 - the contrac
     return {}
 
 
-def read_mean(spec: TensorSpec, accumulators: Accumulators, totals: Totals, options: ReadOptions) -> torch.Tensor:  # noqa: ARG001
-    """(Σwτ / Σw)·number, or Σwτ at the length the policy asks for."""
+def read_mean(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> torch.Tensor:  # noqa: ARG001
+    """Σwτ / Σw; zeros where nothing is folded."""
     weight = totals.get("weight", 0.0)
-    return accumulators[SLOT] * options.factor(totals, 1.0 / weight if weight else 0.0)
+    return accumulators[SLOT] * (1.0 / weight if weight else 0.0)
 
 
-def read_sum(spec: TensorSpec, accumulators: Accumulators, totals: Totals, options: ReadOptions) -> torch.Tensor:  # noqa: ARG001
-    """Σwτ·number, or Σwτ at the length the policy asks for."""
-    return accumulators[SLOT] * options.factor(totals)
+def read_sum(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> torch.Tensor:  # noqa: ARG001 - the contract's signature
+    """Σwτ."""
+    return accumulators[SLOT].clone()
+
+
+def size(totals: Totals) -> Size:
+    """Of a rule that reads what merged_sq is the square of, and whose plain sum that is."""
+    return Size(math.sqrt(totals.get("merged_sq", 0.0)), 1.0)
+
+
+def size_of_mean(totals: Totals) -> Size:
+    """‖Σwτ‖ / Σw; Σw of it is the plain sum."""
+    weight = totals.get("weight", 0.0)
+    return Size(math.sqrt(totals["merged_sq"]) / weight, weight) if weight else Size(0.0)
+
+
+def unknown(totals: Totals) -> Size:  # noqa: ARG001 - the contract's signature
+    """Of a rule whose X is made only when it is read."""
+    return Size()
 
 
 def _mean(options: Mapping[str, Any]) -> Rule:
-    return Rule(MEAN.name, MEAN.summary, options, slots, elementwise, fold, settle, read_mean, workspace, no_gauges, combine, weighted=True)
+    return Rule(
+        MEAN.name,
+        MEAN.summary,
+        options,
+        slots,
+        elementwise,
+        fold,
+        settle,
+        read_mean,
+        size_of_mean,
+        workspace,
+        no_gauges,
+        combine,
+        weighted=True,
+    )
 
 
 def _task_arithmetic(options: Mapping[str, Any]) -> Rule:
     row = TASK_ARITHMETIC
-    return Rule(row.name, row.summary, options, slots, elementwise, fold, settle, read_sum, workspace, no_gauges, combine, weighted=True)
+    return Rule(
+        row.name, row.summary, options, slots, elementwise, fold, settle, read_sum, size, workspace, no_gauges, combine, weighted=True
+    )
 
 
 MEAN = Row(

@@ -17,7 +17,8 @@ from continual import linalg
 from continual.errors import Misconfigured
 from continual.records import SlotSpec, TensorSpec
 from continual.rules import sums, trimming
-from continual.rules.contract import Accumulators, Folded, Inputs, Option, ReadOptions, Row, Rule, Totals
+from continual.rules.contract import Accumulators, Folded, Inputs, Option, Row, Rule, Totals
+from continual.rules.reading import ReadOptions
 
 PLUS, MINUS, COUNT_PLUS, COUNT_MINUS = "plus", "minus", "count_plus", "count_minus"
 DRAW = 2.0**-20
@@ -83,8 +84,8 @@ def _make(options: Mapping[str, Any]) -> Rule:
         threshold = inputs.measured["threshold"] if measuring else trimming.own_threshold(tau, density) if density < 1.0 else 0.0
         return add(accumulators, tau, trimming.trimmed(tau, threshold), inputs.weight)
 
-    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals, read_options: ReadOptions) -> Tensor:  # noqa: ARG001
-        return elect(accumulators).mul_(read_options.value)
+    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001
+        return elect(accumulators)
 
     def workspace(spec: TensorSpec) -> int:
         return sums.workspace(spec) if measuring else 24 * spec.numel
@@ -99,6 +100,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         fold,
         sums.settle,
         read,
+        sums.unknown,
         workspace,
         sums.no_gauges,
         combine,
@@ -117,5 +119,4 @@ TIES = Row(
     read=ReadOptions("number", 1.0),
     bytes_per_parameter="12",
     make=_make,
-    policies=("number",),
 )

@@ -19,7 +19,8 @@ from continual import linalg
 from continual.errors import Misconfigured
 from continual.records import SlotSpec, TensorSpec
 from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, Folded, Inputs, ReadOptions, Row, Rule, Totals
+from continual.rules.contract import Accumulators, Folded, Inputs, Row, Rule, Totals
+from continual.rules.reading import ReadOptions
 
 U, SIGMA, V, OWNER = "u", "sigma", "v", "owner"
 _MOST = (1 << 16) - 1
@@ -107,10 +108,10 @@ def _make(options: Mapping[str, Any]) -> Rule:
             return sums.fold(accumulators, tau, inputs, totals)
         return fold_matrix(accumulators, tau.flatten(1), totals)
 
-    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals, read_options: ReadOptions) -> Tensor:
+    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:
         if not is_matrix(spec):
-            return matrices.read_mean(accumulators, totals, read_options)
-        return merge(accumulators, totals).mul_(read_options.value).float().view(spec.shape)
+            return sums.read_mean(spec, accumulators, totals)
+        return merge(accumulators, totals).float().view(spec.shape)
 
     def workspace(spec: TensorSpec) -> int:
         if not is_matrix(spec):
@@ -127,6 +128,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         fold,
         sums.settle,
         read,
+        sums.unknown,
         workspace,
         sums.no_gauges,
     )
@@ -140,5 +142,4 @@ TSV_M = Row(
     read=ReadOptions("number", 1.0),
     bytes_per_parameter="8 of a square matrix, 4 to 5 of long ones",
     make=_make,
-    policies=("number",),
 )

@@ -23,6 +23,14 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, count: int) -> Rows:
+        """The first `count` rows, or all."""
+        return Rows(self.texts[:count], self.labels[:count])
+
+    def last(self, count: int) -> Rows:
+        """The last `count` rows, or all."""
+        return Rows(self.texts[-count:], self.labels[-count:])
+
     def part(self, begin: float, end: float) -> Rows:
         """The rows from share `begin` to share `end`, in order."""
         rows = slice(round(begin * len(self)), round(end * len(self)))

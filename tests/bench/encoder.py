@@ -44,6 +44,7 @@ class Recipe:
     rows: tuple[float, float] = (0.0, 1.0)
     steps: int = 200
     seed: int = 0
+    rate: float = RATE
     dtype: str = "F32"
     shard: str | None = None
 
@@ -99,11 +100,11 @@ def accuracy(encoder: Encoder, head: Tensor, rows: data.Rows) -> float:
 
 
 def learn(encoder: Encoder, head: Tensor, rows: data.Rows, recipe: Recipe) -> None:
-    """AdamW on all weights of the encoder, batches of 16, the rate rising over a tenth of the steps and then falling to 0."""
+    """AdamW on the weights of the encoder that learn, batches of 16, the rate rising over a tenth of the steps and then falling to 0."""
     torch.manual_seed(recipe.seed)  # of the dropout
     random = torch.Generator().manual_seed(recipe.seed)
     order = torch.cat([torch.randperm(len(rows), generator=random) for _ in range(1 + recipe.steps * BATCH // len(rows))])
-    optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([p for p in encoder.model.parameters() if p.requires_grad], lr=recipe.rate, weight_decay=0.01)
     rise = max(1, recipe.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (recipe.steps - step) / (recipe.steps - rise + 1))

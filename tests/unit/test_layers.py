@@ -19,7 +19,7 @@ ROWS = (
     ("executors",),
     ("folding",),
     ("engine",),
-    ("unfolding", "combining"),
+    ("unfolding", "combining", "reading"),
     ("publish",),
     ("bases", "catalogue"),
     ("metrics", "logs"),

@@ -1,0 +1,55 @@
+"""What a suite is to the benchmark: tasks, one base, fine-tunes made by real training, and answers of a model to rows of a task. No rule here.
+
+A suite's folder holds `base/`, `full/TASK/` and `lora/TASK/`, ordinary model directories, each made once under a temporary name and renamed into place.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+Form = Literal["full", "lora"]
+Part = Literal["validation", "test"]
+FORMS: tuple[Form, ...] = ("full", "lora")
+
+
+class Suite(Protocol):
+    """A base, tasks in their published order, and how well weights answer them."""
+
+    name: str
+    folder: Path
+    tasks: tuple[str, ...]
+
+    def prepare(self) -> Path:
+        """The base's directory, made if it is missing."""
+        ...
+
+    def train(self, task: str, form: Form, target: Path) -> None:
+        """Trains a fine-tune of the base on the training rows of `task` and writes it to `target`."""
+        ...
+
+    def correct(self, weights: Mapping[str, Tensor], task: str, part: Part) -> Tensor:
+        """For each row of that part, in order, whether a model with these weights is right (bool)."""
+        ...
+
+
+def fine_tune(suite: Suite, task: str, form: Form) -> Path:
+    """Directory of a fine-tune, trained if it is missing."""
+    target = suite.folder / form / task
+    once(target, lambda temporary: suite.train(task, form, temporary))
+    return target
+
+
+def once(target: Path, write: Callable[[Path], None]) -> None:
+    """Has `write` fill a directory beside `target` and renames it there; nothing where `target` exists."""
+    if target.is_dir():
+        return
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    write(temporary)
+    temporary.rename(target)
