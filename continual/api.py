@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from continual import combining, provenance, unfolding
+from continual import combining, provenance, tuning, unfolding
 from continual.bases import files_of, measure_base, open_base, open_checkpoint
 from continual.config import Settings
 from continual.engine import Engine, Outcome, Plan, Policy
@@ -33,15 +33,16 @@ from continual.records import Entry, TensorSpec
 from continual.rules import ReadOptions, read_options, rule
 from continual.state import Commit, State
 from continual.tensors import BaseModel, describe
+from continual.tuning import Evaluation, Told, Tuned, Tuning
 
-DEFAULT = "opcm"
+DEFAULT = "iso-c"
 """The rule of a state unless another is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a state is to be. `options` are fold-time options of the rule and part of the state; `scale` is the read-time policy (`norm`, `norm:KAPPA` or a
-    number) and `lines` the layer scaling at reading (`ALPHA:BETA`), which can change later; tensors whose names match `plain` take the rule's plain form,
+    """What a state is to be. `options` are fold-time options of the rule and part of the state; `scale` is the read-time policy (`norm`, `norm:KAPPA`, a
+    number or `auto`) and `lines` the layer scaling at reading (`ALPHA:BETA`), which can change later; tensors whose names match `plain` take the rule's plain form,
     those that match `exclude` are carried untouched."""
 
     rule: str = DEFAULT
@@ -141,7 +142,7 @@ class Merge:
         self.rule = rule(self.state.format.rule, self.state.format.options)
         self._base: BaseModel | None = None
         self._engine: Engine | None = None
-        self._lengths: dict[str, float] = {}
+        self._lengths: dict[str, tuple[float, float]] = {}
 
     def __enter__(self) -> Merge:
         return self
@@ -215,15 +216,28 @@ class Merge:
     def rescale(self, scale: str | None = None, lines: str | None = None) -> ReadOptions:
         """How the merge is read from now on: the scale, the layer scaling, or both; nothing is folded again. Returns what is in force then.
 
-        Raises Misconfigured for texts that are malformed or a scale that the rule does not know.
+        `scale` is `norm`, `norm:KAPPA`, a number, `auto` (the rule's default) or `tuned` (what the newest `tune` chose, its layer scaling too).
+        Raises Misconfigured for texts that are malformed, and for `tuned` where nothing was tuned.
         """
         now = ReadOptions.from_mapping(self.state.read_options_at(self.state.head.seq))
-        then = read_options(self.rule.name, scale, lines, now)
-        if then != now:
-            self.state.record(
-                Entry(kind="tune", read=then.to_mapping(), message=f"scale {then}" + (f", lines {then.lines}" if then.lines else ""))
-            )
+        if scale != "tuned":
+            then, numbers = read_options(self.rule.name, scale, lines, now), None
+        else:
+            found = tuning.newest(self.state)
+            if found is None:
+                raise Misconfigured("scale = tuned: nothing was tuned yet; run 'continual tune' first")
+            then = read_options(self.rule.name, None, lines, tuning.chosen(found))
+            numbers = {"of": found.seq} if then == tuning.chosen(found) and tuning.in_force(self.state) != found else None
+        if then != now or numbers:
+            self.state.record(Entry(kind="tune", read=then.to_mapping(), numbers=numbers, message=f"scale {then}"))
         return then
+
+    def tune(self, evaluation: Evaluation, asked: Tuning | None = None, progress: Progress = silent, told: Told | None = None) -> Tuned:
+        """Finds the scale of the merge by evaluating candidates, and records it; `told` hears of each. Nothing is folded again.
+
+        Raises Misconfigured where nothing is folded or the evaluation cannot be used, Retry where the environment got in the way; then nothing is recorded.
+        """
+        return tuning.tune(self.engine, self.reading(), evaluation, asked or Tuning(), progress, told)
 
     def look_unfold(self, word: str, at: str | Path | None = None) -> unfolding.Unfolding:
         """What taking the model that `word` names out of the merge takes; `at` is where it is now, if it was moved. Raises Misconfigured."""
@@ -303,6 +317,8 @@ def existing(model: str | Path) -> Path:
 
 
 def _survey(base: Path, model: BaseModel, asked: Asked) -> Survey:
+    if asked.scale == "tuned":
+        raise Misconfigured("scale = tuned: nothing is folded yet to tune; make the state with another, fold, and run 'continual tune'")
     chosen, read = rule(asked.rule, asked.options), read_options(asked.rule, asked.scale, asked.lines)
     counted = {kind: [spec.numel for spec in model.specs if spec.kind == kind] for kind in ("matrix", "plain", "carried")}
     return Survey(

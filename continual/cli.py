@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from continual import cli_state, opened
+from continual import cli_state, cli_tune, opened
 from continual.flags import BaseDir, Config, Device, Json, Lines, MaxBase, Memory, Missing, Scale, StateDir, Updates, Vocab, Weight, Workers
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_state.app)
+app.add_typer(cli_tune.app)
 
 
 def _rules(incomplete: str) -> list[tuple[str, str]]:

@@ -139,7 +139,11 @@ def verify(state: StateDir = None, config: Config = None, json: Json = False) ->
 @app.command()
 def scale(
     value: Annotated[
-        str | None, typer.Argument(help="norm, norm:KAPPA or a number; without one the scale in force is shown.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="norm, norm:KAPPA, a number, auto (the rule's own) or tuned (what 'tune' chose); without one the scale in force is shown.",
+            show_default=False,
+        ),
     ] = None,
     lines: Lines = None,
     state: StateDir = None,

@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from continual import console, logs, provenance
+from continual import console, logs, provenance, tuning
 from continual.api import Merge
 from continual.config import Settings
 from continual.engine import Outcome
@@ -214,6 +214,8 @@ class Daemon:
         state = self.merge.state
         self.metrics.state(state.generation_bytes(), len(state.generations()), state.head.seq, len(state.folds()))
         self.metrics.gauges(self.merge.rule.gauges(state.totals))
+        tuned = tuning.in_force(state)
+        self.metrics.scale(self.merge.reading().factor(), (tuned.entry.numbers or {})["folds"] if tuned else 0)
 
     async def _releasing(self) -> None:
         """Keeps the `current` link on the newest merge: an export at a time, folds that come meanwhile are made up for by the next.
@@ -236,6 +238,7 @@ class Daemon:
                 target = await asyncio.to_thread(folder.keep_current, link, model.seq, self._export_at(model.seq))
                 self.log.info("published", seq=model.seq, directory=str(target))
                 failures = 0
+                self._gauge()  # an export under norm may have measured what it is scaled by
             except (OSError, ContinualError) as error:
                 failures += 1
                 delay = retry_delay(failures)

@@ -180,9 +180,9 @@ class _Clock:
 
 
 def total(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The sums of several tensors, or runs of one, added exactly: their order does not matter."""
-    keys = parts[0] if parts else ("tau_sq", "dot", "merged_sq")
-    return {key: math.fsum(part[key] for part in parts) for key in keys}
+    """The sums of several tensors, or runs of one, added exactly: their order does not matter. What a part does not have counts as 0."""
+    keys = {key for part in parts for key in part} or {"tau_sq", "dot", "merged_sq"}
+    return {key: math.fsum(part.get(key, 0.0) for part in parts) for key in sorted(keys)}
 
 
 def run_length(device: torch.device) -> int:

@@ -46,6 +46,8 @@ TABLE: tuple[Series, ...] = (
     Series(Gauge, "continual_state_folds", "Folds in force."),
     Series(Gauge, "continual_lambda_ratio", "The scaling factor of OPCM: norm of the merged direction over the mean task-vector norm."),
     Series(Gauge, "continual_energy_kept_ratio", "Share of the last task vector's energy that its projection kept, mean over matrices."),
+    Series(Gauge, "continual_scale_ratio", "What the rule's own result is multiplied by when it is read, where known; 0 until then."),
+    Series(Gauge, "continual_scale_tuned_folds", "Folds in force when the scale was tuned; 0 where it was not."),
     Series(Gauge, "continual_peak_memory_bytes", "Largest resident set of the process so far (VmHWM)."),
     Series(Gauge, "continual_build_info", "Always 1; the labels say what runs.", ("version", "torch", "rule", "device")),
 )
@@ -102,6 +104,12 @@ class Metrics:
         """What the rule says of its totals."""
         if "lambda" in gauges:
             self._series["continual_lambda_ratio"].set(gauges["lambda"])
+
+    def scale(self, ratio: float | None, tuned_folds: int) -> None:
+        """How the merge is read; an unknown ratio leaves the last one that was known."""
+        if ratio is not None:
+            self._series["continual_scale_ratio"].set(ratio)
+        self._series["continual_scale_tuned_folds"].set(tuned_folds)
 
     def build(self, *, rule: str, device: str, software: Mapping[str, str]) -> None:
         """What runs."""

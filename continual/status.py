@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from continual import provenance
+from continual import provenance, tuning
 from continual.api import Merge
 from continual.config import Settings
 from continual.console import plain, record, size
@@ -19,7 +19,7 @@ from continual.queue import Queue
 from continual.rules import ReadOptions
 from continual.state import Commit, lock
 from continual.web import Status, parse
-from continual.web.page import duration, when
+from continual.web.page import duration, scale, when
 
 _SHOWN = 15
 _STUCK = 900.0
@@ -127,7 +127,7 @@ def text(body: Mapping[str, Any]) -> str:
         + (f", process {body['pid']} at {body['url']}" if body["pid"] else ""),
         f"state      {body['state']}, record {body['head']}, {body['folds']} folded, {size(body['state_bytes'])} a generation, {body['generations']} kept",
         f"base       {body['base']}",
-        f"rule       {body['rule']} {body['options'] or ''}, scale {body['scale']}"
+        f"rule       {body['rule']} {body['options'] or ''}, scale {scale(body['scale'], body.get('tuned'))}"
         + "".join(f", {k} {v:.4g}" for k, v in body["gauges"].items()),
     ]
     if body["uptime_seconds"] is not None:
@@ -157,6 +157,7 @@ def _status(
     memory: float | None,
 ) -> Status:
     state, folds = merge.state, merge.state.folds()
+    tuned = tuning.in_force(state)
     refused = [c for c in state.log if c.entry.kind == "refuse"][-_SHOWN:]
     return Status(
         version=provenance.software()["continual"],
@@ -171,6 +172,7 @@ def _status(
         rule=state.format.rule,
         options=state.format.options,
         scale=str(ReadOptions.from_mapping(state.read_options_at(state.head.seq))),
+        tuned=None if tuned is None else {"record": tuned.seq, "folds": (tuned.entry.numbers or {})["folds"]},
         watch=[str(path) for path in merge.settings.watch],
         head=state.head.seq,
         folds=len(folds),

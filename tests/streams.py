@@ -53,7 +53,7 @@ class Stream:
     """A rule driven as the engine does, tensors in any order."""
 
     def __init__(self, name: str, **options: object) -> None:
-        self.name, self.rule, self.options = name, rule(name, options), read_options(name)
+        self.name, self.rule, self.options = name, rule(name, options), read_options(name, "paper")
         self.totals: dict[str, float] = {}
         self.kept = {
             n: {slot: torch.from_numpy(np.zeros(s.shape, s.dtype)) for slot, s in self.rule.slots(spec).items()}
@@ -73,11 +73,9 @@ class Stream:
         self.totals = self.rule.settle(self.totals, {k: math.fsum(s[k] for s in sums.values()) for k in sums["bias"]}, weight)
 
     def read(self) -> Model:
-        """The merged task vector at the rule's default scale."""
+        """The merged task vector at the scale of the rule's paper."""
         found = {n: self.rule.read(SPECS[n], self.kept[n], self.totals) for n in SHAPES}
-        size = self.rule.size(self.totals)
-        length = math.sqrt(math.fsum(float(x.double().square().sum()) for x in found.values())) if size.length is None else size.length
-        factor = self.options.factor(self.totals, length, size.most)
+        factor = self.options.factors(self.totals, self.rule.size(self.totals))[0]
         found = {n: x.mul_(factor) for n, x in found.items()}
         assert all(t.dtype == torch.float32 and t.shape == SHAPES[n] for n, t in found.items())
         return found

@@ -1,7 +1,4 @@
-"""The merged model as an ordinary model directory: the base's layout, streamed tensor by tensor, written beside and renamed into place.
-
-Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header padded with spaces, tensors back to back).
-"""
+"""The merged model as an ordinary model directory: the base's layout, streamed tensor by tensor, written beside and renamed into place."""
 
 from __future__ import annotations
 
@@ -9,12 +6,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,6 +19,7 @@ from continual import provenance
 from continual.config import parse_bytes
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
+from continual.publish.weights import Placed, header, raw, write_at
 from continual.reading import Reading
 from continual.records import ITEMSIZE, TensorSpec
 from continual.state import State
@@ -43,17 +41,6 @@ class Target:
     at: int | None = None
     dtype: str | None = None
     shard_size: int | None = None
-
-
-class Placed(NamedTuple):
-    """A tensor's place in an exported file; `source` is the base tensor it is made from (another one where it is a tied alias)."""
-
-    name: str
-    source: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 def parse_dtype(word: str | None) -> str | None:
@@ -89,19 +76,23 @@ def export(base: BaseModel, reading: Reading, target: Target, executor: Executor
         raise Misconfigured(f"{final.parent}: no such directory to write {final.name} in")
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
     with ExitStack() as stack:
-        state, seq = reading.state, reading.commit.seq
-        stack.enter_context(state.lease(seq))
+        stack.enter_context(reading.state.lease(reading.commit.seq))
         temporary.mkdir()
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-        source = base.checkpoint.path if base.checkpoint.path.is_dir() else base.checkpoint.path.parent
-        copy_small_files(source, temporary)
-        set_config_dtype(temporary / "config.json", target.dtype)
-        factor = reading.settle(executor, progress)
-        _write_weights(base, reading, target, temporary, executor, progress)
-        body = provenance_of(state, seq, reading.options.to_mapping() | {"factor": factor})
-        (temporary / provenance.RELEASE).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
+        fill(base, reading, target, temporary, executor, progress)
         publish_dir(temporary, final)
     return final
+
+
+def fill(base: BaseModel, reading: Reading, target: Target, directory: Path, executor: Executor, progress: Progress) -> None:
+    """Writes the merged model into the empty `directory`, not synced; of `target` it takes the form. Raises Halt if a value overflows the dtype."""
+    source = base.checkpoint.path if base.checkpoint.path.is_dir() else base.checkpoint.path.parent
+    copy_small_files(source, directory)
+    set_config_dtype(directory / "config.json", target.dtype)
+    factor = reading.settle(executor, progress)
+    _write_weights(base, reading, target, directory, executor, progress)
+    body = provenance_of(reading.state, reading.commit.seq, reading.options.to_mapping() | {"factor": factor})
+    (directory / provenance.RELEASE).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def provenance_of(state: State, seq: int, read: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,13 +191,15 @@ def layout(base: BaseModel, dtype: str | None, shard_size: int | None) -> dict[s
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": placed for i, (_, placed) in enumerate(groups, 1)}
 
 
-def header(placed: Sequence[Placed]) -> bytes:
-    """The head of a safetensors file: length and JSON, padded so that the data begin at a multiple of 8."""
-    body: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    body.update({p.name: {"dtype": p.dtype, "shape": list(p.shape), "data_offsets": [p.begin, p.end]} for p in placed})
-    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def merged(base: BaseModel, reading: Reading, spec: TensorSpec, dtype: str) -> torch.Tensor:
+    """θ₀ + s·(α + β·depth)·X of one tensor in the safetensors word `dtype`. Raises Halt naming the tensor if `dtype` cannot hold it."""
+    theta = base.checkpoint.read(spec.name)
+    if spec.kind == "carried":
+        return theta
+    result = reading.vector(spec).add_(theta).to(DTYPES[dtype])
+    if not bool(torch.isfinite(result).all()):
+        raise Halt(f"tensor {spec.name} has values that {dtype} cannot hold: export with --dtype float32 or bfloat16")
+    return result
 
 
 def _write_weights(base: BaseModel, reading: Reading, target: Target, directory: Path, executor: Executor, progress: Progress) -> None:
@@ -218,18 +211,8 @@ def _write_weights(base: BaseModel, reading: Reading, target: Target, directory:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
-    def merged(p: Placed) -> torch.Tensor:
-        spec = specs[p.source]
-        theta = base.checkpoint.read(p.source)
-        if spec.kind == "carried":
-            return theta
-        result = reading.vector(spec).add_(theta).to(DTYPES[p.dtype])
-        if not bool(torch.isfinite(result).all()):
-            raise Halt(f"tensor {p.name} has values that {p.dtype} cannot hold: export with --dtype float32 or bfloat16")
-        return result
-
     def place(p: Placed, fd: int, offset: int) -> None:
-        _write_at(fd, _bytes(merged(p)), offset)
+        write_at(fd, raw(merged(base, reading, specs[p.source], p.dtype)), offset)
 
     with ExitStack() as stack:
         tasks: list[Task[None]] = []
@@ -237,7 +220,7 @@ def _write_weights(base: BaseModel, reading: Reading, target: Target, directory:
             head = header(placed)
             fd = os.open(directory / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             stack.callback(os.close, fd)
-            _write_at(fd, memoryview(head), 0)
+            write_at(fd, memoryview(head), 0)
             for p in placed:
                 tasks.append(Task(p.name, _need(specs[p.source], reading), partial(place, p, fd, len(head) + p.begin)))
         progress("export", 0, len(tasks))
@@ -248,14 +231,3 @@ def _write_weights(base: BaseModel, reading: Reading, target: Target, directory:
 
 def _need(spec: TensorSpec, reading: Reading) -> int:
     return spec.nbytes + (reading.need(spec) if spec.kind != "carried" else 0)
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
-
-
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
-    data = data.cast("B")
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written

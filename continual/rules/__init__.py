@@ -14,7 +14,7 @@ from continual.rules.gram import GRAM
 from continual.rules.iso_c import ISO_C
 from continual.rules.magmax import MAGMAX
 from continual.rules.opcm import OPCM
-from continual.rules.reading import ReadOptions
+from continual.rules.reading import ReadOptions, Size
 from continual.rules.sums import MEAN, TASK_ARITHMETIC, together
 from continual.rules.ties import TIES
 from continual.rules.tsv_m import TSV_M
@@ -30,6 +30,7 @@ __all__ = [
     "ReadOptions",
     "Row",
     "Rule",
+    "Size",
     "Sums",
     "Totals",
     "read_options",
@@ -56,14 +57,20 @@ def rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
 
 
 def read_options(name: str, text: str | None = None, lines: str | None = None, now: ReadOptions | None = None) -> ReadOptions:
-    """How a state of this rule is read: at the scale `text` (`auto` is the rule's default) and with the layer scaling `lines`; what is not given stays as
-    `now`, or is the rule's default.
+    """How a state of this rule is read: at the scale `text` (`auto` is the rule's default, `paper` as it was published) and with the layer scaling `lines`.
 
-    Raises Misconfigured for an unknown rule or malformed texts.
+    What is not given stays as `now`, or is the rule's default.
+
+    Raises Misconfigured for an unknown rule, malformed texts, or a scale that the rule does not know.
     """
     row = _row(name)
-    found = row.read if text == "auto" else (now or row.read) if text is None else ReadOptions.parse(text)
+    named = {"auto": row.read, "paper": row.published or row.read}
+    found = named[text] if text in named else (now or row.read) if text is None else ReadOptions.parse(text)
     layers = (now.lines if now else None) if lines is None else ReadOptions.parse_lines(lines)
+    if found.policy == "spread" and not row.spectral:
+        raise Misconfigured(
+            f"scale = {text}: {name} treats every tensor alike; spread is for {', '.join(r.name for r in RULES.values() if r.spectral)}"
+        )
     return ReadOptions(found.policy, found.value, layers)
 
 

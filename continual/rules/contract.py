@@ -84,6 +84,7 @@ class Rule(NamedTuple):
     adding: two states become one, and folding again with minus the weight unfolds.
     measure: what has to be known of a whole model before any of it is folded.
     seeded: `fold` makes random choices, by `inputs.seed`. weighted: a model can be folded with any weight above 0.
+    matrix: which tensors the rule takes for matrices, where it tells them apart; its sums then have matrix_sq and top_sq (`matrices.figures`).
     shipped: the file beside the weights that `inputs.moments` comes from; a tensor whose τ is zero is folded then like any other.
     """
 
@@ -103,6 +104,7 @@ class Rule(NamedTuple):
     seeded: bool = False
     weighted: bool = False
     shipped: str | None = None
+    matrix: Callable[[TensorSpec], bool] | None = None
 
 
 class Option(NamedTuple):
@@ -117,6 +119,7 @@ class Row(NamedTuple):
     """A rule in the registry: what it is, its options, how it is read unless told otherwise; `make` gets all options, checked.
 
     bytes_per_parameter: size of its state, for people. order_free: the order of the fine-tunes does not matter beyond rounding.
+    published: how its paper reads it, where that is not the default. spectral: it tells matrices apart, so `spread` can read it.
     """
 
     name: str
@@ -127,6 +130,8 @@ class Row(NamedTuple):
     bytes_per_parameter: str
     make: Callable[[Mapping[str, Any]], Rule]
     order_free: bool = True
+    published: ReadOptions | None = None
+    spectral: bool = False
 
 
 def resolve(what: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:

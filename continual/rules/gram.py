@@ -86,7 +86,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
     def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
         if not is_matrix(inputs.spec):
             return sums.fold(accumulators, tau, inputs, totals)
-        folded = fold_matrix(accumulators, tau.flatten(1), inputs.weight)
+        folded = matrices.noted(fold_matrix(accumulators, tau.flatten(1), inputs.weight), matrices.figures(tau.flatten(1)))
         if sums.last_out(totals, inputs.weight):
             for value in accumulators.values():
                 value.zero_()
@@ -119,6 +119,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         sums.no_gauges,
         combine,
         weighted=True,
+        matrix=is_matrix,
     )
 
 
@@ -147,7 +148,9 @@ GRAM = Row(
         "pull": Option(0.0, "c, what the ridge pulls to: c times the sum of the task vectors", _at_least(0.0)),
         "include": matrices.INCLUDE,
     },
-    read=ReadOptions("number", 1.0),
+    read=ReadOptions("spread", 0.85),
+    published=ReadOptions("number", 1.0),
     bytes_per_parameter="24 of a square matrix, up to 8·(m+n)²/mn + 8",
     make=_make,
+    spectral=True,
 )

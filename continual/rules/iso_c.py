@@ -15,7 +15,7 @@ import torch
 from continual import linalg
 from continual.records import TensorSpec
 from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, Row, Rule, Totals
+from continual.rules.contract import Accumulators, Folded, Inputs, Row, Rule, Totals
 from continual.rules.reading import ReadOptions
 
 
@@ -38,6 +38,10 @@ def flat(total: torch.Tensor) -> torch.Tensor:
 def _make(options: Mapping[str, Any]) -> Rule:
     row, is_matrix = ISO_C, matrices.is_matrix(options)
 
+    def fold(accumulators: Accumulators, tau: torch.Tensor, inputs: Inputs, totals: Totals) -> Folded:
+        figures = matrices.figures(tau.flatten(1)) if is_matrix(inputs.spec) else {}
+        return matrices.noted(sums.fold(accumulators, tau, inputs, totals), figures)
+
     def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> torch.Tensor:
         if not is_matrix(spec):
             return sums.read_mean(spec, accumulators, totals)
@@ -48,8 +52,8 @@ def _make(options: Mapping[str, Any]) -> Rule:
         row.summary,
         options,
         sums.slots,
-        sums.elementwise,
-        sums.fold,
+        lambda spec: not is_matrix(spec),
+        fold,
         sums.settle,
         read,
         sums.unknown,
@@ -57,6 +61,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         sums.no_gauges,
         sums.combine,
         weighted=True,
+        matrix=is_matrix,
     )
 
 
@@ -65,7 +70,9 @@ ISO_C = Row(
     summary="the sum of the task vectors with equal singular values",
     paper="Marczak et al. 2025, No Task Left Behind (Iso-C)",
     options={"include": matrices.INCLUDE},
-    read=ReadOptions("number", 1.0),
+    read=ReadOptions("spread", 1.15),
+    published=ReadOptions("number", 1.0),
     bytes_per_parameter="4",
     make=_make,
+    spectral=True,
 )

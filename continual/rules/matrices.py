@@ -1,4 +1,4 @@
-"""What the spectral rules share: which tensors are matrices to them."""
+"""What the spectral rules share: which tensors are matrices to them, and the figures of a task vector that `spread` reads by."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from continual import linalg
 from continual.errors import Misconfigured
 from continual.records import TensorSpec
-from continual.rules.contract import Inputs, Option
+from continual.rules.contract import Folded, Inputs, Option
 
 IsMatrix = Callable[[TensorSpec], bool]
 
@@ -45,3 +48,14 @@ def whole(rule: str, inputs: Inputs) -> None:
         raise Misconfigured(
             f"{rule} folds every model with weight 1, not {inputs.weight:g}; a model cannot be unfolded: roll back and fold the others"
         )
+
+
+def figures(tau: Tensor) -> dict[str, float]:
+    """Of an m×n task vector, before it is folded: ‖τ‖² as matrix_sq and the square of its largest singular value as top_sq."""
+    tau_sq = linalg.inner(tau, tau)
+    return {"matrix_sq": tau_sq, "top_sq": linalg.top(tau) ** 2 if tau_sq else 0.0}
+
+
+def noted(folded: Folded, found: dict[str, float]) -> Folded:
+    """What a fold gave, with those figures among its sums."""
+    return folded._replace(sums=folded.sums | found)

@@ -115,7 +115,8 @@ def _make(options: Mapping[str, Any]) -> Rule:
         matrices.whole("opcm", inputs)
         if not is_matrix(inputs.spec):
             return sums.fold(accumulators, tau, inputs, totals)
-        return fold_matrix(accumulators[sums.SLOT], tau.contiguous(), alpha, variant)
+        figures = matrices.figures(tau.flatten(1))  # first: the fold overwrites τ
+        return matrices.noted(fold_matrix(accumulators[sums.SLOT], tau.contiguous(), alpha, variant), figures)
 
     def workspace(spec: TensorSpec) -> int:
         if not is_matrix(spec):
@@ -134,6 +135,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         sums.size,
         workspace,
         gauges,
+        matrix=is_matrix,
     )
 
 
@@ -158,8 +160,10 @@ OPCM = Row(
         "variant": Option("block", f"what is projected out: {', '.join(VARIANTS)}", _variant),
         "include": matrices.INCLUDE,
     },
-    read=ReadOptions("norm", 1.0),
+    read=ReadOptions("spread", 0.5),
+    published=ReadOptions("norm", 1.0),
     bytes_per_parameter="4",
     make=_make,
     order_free=False,
+    spectral=True,
 )

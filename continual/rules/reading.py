@@ -13,7 +13,9 @@ from typing import Any, Literal, NamedTuple
 from continual.errors import Misconfigured
 from continual.records import TensorSpec
 
-POLICIES = ("norm", "number")
+Policy = Literal["norm", "number", "spread"]
+POLICIES: tuple[Policy, ...] = ("norm", "number", "spread")
+_WRITE = "write spread, spread:C, norm, norm:KAPPA or a number"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,21 +23,23 @@ class ReadOptions:
     """The size of the merged task vector.
 
     `norm`: as long as `value` (κ) times the mean norm of the folded task vectors; the paper of OPCM is κ = 1. `number`: what the rule reads times
-    `value`. `lines` = (α, β) scales each layer by α + β·depth after that, depth being 0 for the first layer and what lies before it and 1 for the last
+    `value`. `spread`: the matrices are `value`·ρ^1.5 times as long as those of the mean task vector, ρ² being the stable rank of the task vectors, and
+    everything else is as long as it is in the mean task vector; for the rules that see matrices (ops/decisions/0014).
+    `lines` = (α, β) scales each layer by α + β·depth after that, depth being 0 for the first layer and what lies before it and 1 for the last
     (Wang et al. 2024, "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", equation 3).
     """
 
-    policy: Literal["norm", "number"]
+    policy: Policy
     value: float = 1.0
     lines: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
-            raise Misconfigured(f"scale: unknown policy {self.policy!r}; write norm, norm:KAPPA or a number")
+            raise Misconfigured(f"scale: unknown policy {self.policy!r}; {_WRITE}")
         if not _is_number(self.value):
-            raise Misconfigured(f"scale: {self.value!r} is no finite number; write norm, norm:KAPPA or a number")
-        if self.policy == "norm" and self.value <= 0:
-            raise Misconfigured(f"scale = norm:{self.value:g}: KAPPA has to be above 0")
+            raise Misconfigured(f"scale: {self.value!r} is no finite number; {_WRITE}")
+        if self.policy != "number" and self.value <= 0:
+            raise Misconfigured(f"scale = {self.policy}:{self.value:g}: the number has to be above 0")
         if self.lines is not None and not (len(self.lines) == 2 and all(_is_number(part) for part in self.lines)):
             raise Misconfigured(f"lines = {self.lines!r}: write two numbers, ALPHA:BETA")
 
@@ -46,7 +50,7 @@ class ReadOptions:
     @property
     def scale(self) -> str:
         """The text that `parse` reads."""
-        return f"norm:{self.value!r}" if self.policy == "norm" else repr(self.value)
+        return repr(self.value) if self.policy == "number" else f"{self.policy}:{self.value!r}"
 
     @staticmethod
     def parse_lines(text: str) -> tuple[float, float] | None:
@@ -61,16 +65,15 @@ class ReadOptions:
 
     @staticmethod
     def parse(text: str) -> ReadOptions:
-        """`norm`, `norm:KAPPA` or a number. Raises Misconfigured for anything else."""
+        """`spread:C`, `norm:KAPPA` (each 1 where no number is given) or a number. Raises Misconfigured for anything else."""
         word, colon, rest = text.strip().partition(":")
-        policy: Literal["norm", "number"] = "norm" if word == "norm" else "number"
-        if text.strip() == "norm":
-            return ReadOptions("norm", 1.0)
+        policy: Policy = next((p for p in POLICIES if p == word), "number")
+        if policy != "number" and not colon:
+            return ReadOptions(policy, 1.0)
         try:
-            value = float(rest if policy == "norm" and colon else text)
+            return ReadOptions(policy, float(rest if policy != "number" else text))
         except ValueError:
-            raise Misconfigured(f"scale = {text}: write norm, norm:KAPPA or a number") from None
-        return ReadOptions(policy, value)
+            raise Misconfigured(f"scale = {text}: {_WRITE}") from None
 
     @staticmethod
     def from_mapping(options: Mapping[str, Any]) -> ReadOptions:
@@ -88,26 +91,50 @@ class ReadOptions:
         """What a tensor of this depth is scaled by besides."""
         return self.lines[0] + self.lines[1] * spec.depth if self.lines else 1.0
 
-    def factor(self, totals: Mapping[str, float], length: float, most: float = math.inf) -> float:
-        """s, of totals that have count and norm_sum, for ‖X‖ = `length` and the `most` that X may be multiplied by beyond the paper's law.
+    def factors(self, totals: Mapping[str, float], size: Size) -> tuple[float, float]:
+        """s for the matrices and for everything else: one number, but under `spread`. `size` has to have what the policy `needs`.
 
-        For `norm`, s = min(κ, t)·n̄/‖X‖ with n̄ the mean of ‖τ_1‖ … ‖τ_t‖, held at max(`most`, n̄/‖X‖): κ = 1 is the paper's law exactly; a larger κ makes
+        `norm`: s = min(κ, t)·n̄/‖X‖ with n̄ the mean of ‖τ_1‖ … ‖τ_t‖, held at max(`size.most`, n̄/‖X‖): κ = 1 is the paper's law exactly; a larger κ makes
         the merged task vector no longer than all task vectors end to end, or than the plain sum where X is one.
+        `spread`: c·ρ^1.5·n̄/‖X‖ over the matrices; n̄/‖X‖, but no more than what makes it the plain sum, over the rest.
         """
         if self.policy == "number":
-            return self.value
+            return self.value, self.value
         count = totals.get("count", 0.0)
-        if length == 0.0 or count <= 0:
-            return 0.0
-        paper = totals["norm_sum"] / count / length
-        return min(min(self.value, max(1.0, count)) * paper, max(most, paper))
+        if count <= 0:
+            return 0.0, 0.0
+        if self.policy == "norm":
+            assert size.length is not None
+            paper = _ratio(totals["norm_sum"] / count, size.length)
+            found = min(min(self.value, max(1.0, count)) * paper, max(size.most, paper))
+            return found, found
+        assert size.parts is not None
+        matrices, rest = size.parts
+        norms = totals["matrix_norm_sum"]
+        spread = totals["spread_sum"] / norms if norms else 0.0
+        return (
+            self.value * spread**1.5 * _ratio(norms / count, matrices),
+            min(_ratio(totals["plain_norm_sum"] / count, rest), size.most),
+        )
+
+    def needs(self, size: Size) -> bool:
+        """Whether `size` lacks something that this policy takes: X has to be read to know it."""
+        return (self.policy == "norm" and size.length is None) or (self.policy == "spread" and size.parts is None)
 
 
 class Size(NamedTuple):
-    """‖X‖ over the whole model, None where X has to be read for that; and the multiple of X that is the plain sum of the task vectors, if one is."""
+    """How long X is over the whole model, and the multiple of X that is the plain sum of the task vectors if one is.
+
+    `length`: ‖X‖, None where X has to be read for that. `parts`: the same over the matrices, and over everything else.
+    """
 
     length: float | None = None
     most: float = math.inf
+    parts: tuple[float, float] | None = None
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else 0.0
 
 
 def _is_number(value: Any) -> bool:

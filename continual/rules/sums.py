@@ -31,14 +31,20 @@ def elementwise(spec: TensorSpec) -> bool:  # noqa: ARG001 - the contract's sign
 
 
 def settle(totals: Totals, sums: Sums, weight: float) -> dict[str, float]:
-    """Totals after a fold: count, weight Σw, norm_sum Σ‖τ_i‖ (whole model), merged_sq ‖X‖². A negative weight takes a model out; none left is exactly 0."""
+    """Totals after a fold: count, weight Σw, norm_sum Σ‖τ_i‖ (whole model), merged_sq ‖X‖². A negative weight takes a model out; none left is exactly 0.
+
+    Of rules that see matrices also matrix_norm_sum and plain_norm_sum, the same over the matrices and over the rest, and spread_sum, Σ ρ_i‖τ_i‖ over the
+    matrices, ρ_i² = ‖τ_i‖²/‖τ_i‖₂², norms squared and added over the matrices: how many directions a task vector lies in.
+    """
     sign = math.copysign(1.0, weight)
-    after = {
-        "count": totals.get("count", 0.0) + sign,
-        "weight": totals.get("weight", 0.0) + weight,
-        "norm_sum": totals.get("norm_sum", 0.0) + sign * math.sqrt(sums["tau_sq"]),
-        "merged_sq": sums["merged_sq"],
-    }
+    added = {"count": 1.0, "norm_sum": math.sqrt(sums["tau_sq"])}
+    if "top_sq" in sums:
+        matrix_sq, top_sq = sums["matrix_sq"], sums["top_sq"]
+        added["matrix_norm_sum"] = math.sqrt(matrix_sq)
+        added["plain_norm_sum"] = math.sqrt(max(0.0, sums["tau_sq"] - matrix_sq))
+        added["spread_sum"] = matrix_sq / math.sqrt(top_sq) if top_sq else 0.0
+    after = {key: totals.get(key, 0.0) + sign * value for key, value in added.items()}
+    after |= {"weight": totals.get("weight", 0.0) + weight, "merged_sq": sums["merged_sq"]}
     return dict.fromkeys(after, 0.0) if after["count"] == 0 or after["weight"] == 0 else after
 
 
@@ -59,7 +65,7 @@ def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) ->
 
 def together(totals: Totals, others: Totals) -> dict[str, float]:
     """The totals of two states as one; merged_sq is not among them, it is no sum of theirs."""
-    return {key: totals.get(key, 0.0) + others.get(key, 0.0) for key in ("count", "weight", "norm_sum")}
+    return {key: totals.get(key, 0.0) + others.get(key, 0.0) for key in sorted({*totals, *others} - {"merged_sq"})}
 
 
 def last_out(totals: Totals, weight: float) -> bool:
@@ -99,9 +105,9 @@ def size_of_mean(totals: Totals) -> Size:
     return Size(math.sqrt(totals["merged_sq"]) / weight, weight) if weight else Size(0.0)
 
 
-def unknown(totals: Totals) -> Size:  # noqa: ARG001 - the contract's signature
-    """Of a rule whose X is made only when it is read."""
-    return Size()
+def unknown(totals: Totals) -> Size:
+    """Of a rule whose X is made only when it is read, and is the mean where it is no matrix."""
+    return Size(most=totals.get("weight", 0.0))
 
 
 def _mean(options: Mapping[str, Any]) -> Rule:
@@ -143,7 +149,8 @@ TASK_ARITHMETIC = Row(
     summary="the (weighted) sum of the task vectors, scaled when read",
     paper="Ilharco et al. 2023, Editing Models with Task Arithmetic",
     options={},
-    read=ReadOptions("number", 0.3),
+    read=ReadOptions("norm", 1.0),
+    published=ReadOptions("number", 0.3),
     bytes_per_parameter="4",
     make=_task_arithmetic,
 )

@@ -106,7 +106,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         matrices.whole("tsv-m", inputs)
         if not is_matrix(inputs.spec):
             return sums.fold(accumulators, tau, inputs, totals)
-        return fold_matrix(accumulators, tau.flatten(1), totals)
+        return matrices.noted(fold_matrix(accumulators, tau.flatten(1), totals), matrices.figures(tau.flatten(1)))
 
     def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:
         if not is_matrix(spec):
@@ -131,6 +131,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         sums.unknown,
         workspace,
         sums.no_gauges,
+        matrix=is_matrix,
     )
 
 
@@ -139,7 +140,9 @@ TSV_M = Row(
     summary="the leading singular triplets of every fine-tune, made orthogonal",
     paper="Gargiulo et al. 2025, Task Singular Vectors (TSV-M)",
     options={"include": matrices.INCLUDE},
-    read=ReadOptions("number", 1.0),
+    read=ReadOptions("spread", 1.0),
+    published=ReadOptions("number", 1.0),
     bytes_per_parameter="8 of a square matrix, 4 to 5 of long ones",
     make=_make,
+    spectral=True,
 )

@@ -183,7 +183,7 @@ class State:
         """Begins a fold, on the generation in force or on `after` (None: on zeros). Raises Retry if the disk has no room for one more generation."""
         self._needs_lock()
         self._on_step("begin")
-        room(self.path, self.format)
+        room(self.path, self.format.generation_bytes)
         head = self.head
         before = self._generation(head) if isinstance(after, str) else after
 

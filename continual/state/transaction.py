@@ -167,10 +167,10 @@ class Transaction:
             self._receipts[path] = {"metadata": metadata, "bytes": spec.nbytes, "chunks": chunks}
 
 
-def room(directory: Path, form: Format) -> None:
-    """Raises Retry if the disk has no room for one full generation beside what is there."""
+def room(directory: Path, nbytes: int, what: str = "a fold") -> None:
+    """Raises Retry if the disk has no room for `nbytes`, which `what` needs beside what is there."""
     with environment("cannot look at the disk"):
         free = shutil.disk_usage(directory).free
-    need = form.generation_bytes + (16 << 20)
+    need = nbytes + (16 << 20)
     if free < need:
-        raise Retry(f"{directory}: {free / 1e9:.2f} GB free, a fold needs {need / 1e9:.2f} GB: free some space; nothing was settled")
+        raise Retry(f"{directory}: {free / 1e9:.2f} GB free, {what} needs {need / 1e9:.2f} GB: free some space; nothing was settled")

@@ -31,7 +31,7 @@ def render(status: Status) -> str:
         ("waiting", len(status.queue)),
         ("record", status.head),
         ("rule", status.rule),
-        ("scale", status.scale),
+        ("scale", scale(status.scale, status.tuned)),
         *((name, f"{value:.4g}") for name, value in status.gauges.items()),
         ("state", size(status.state_bytes)),
         ("disk free", size(status.disk_free_bytes)),
@@ -54,6 +54,11 @@ def render(status: Status) -> str:
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="refresh" content="{SECONDS}">'
     return f'<!doctype html><html lang="en"><head>{head}<title>continual: {status.folds} folded</title><style>{_STYLE}</style></head><body>{"".join(body)}</body></html>'
+
+
+def scale(text: str, tuned: Mapping[str, int] | None) -> str:
+    """The scale in force, and where it was chosen."""
+    return f"{text} (tuned at record {tuned['record']}, when {tuned['folds']} were folded)" if tuned else text
 
 
 def size(nbytes: float) -> str:

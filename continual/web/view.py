@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The state and, where one runs, its daemon. Sizes in bytes, times as RFC 3339 or seconds. `current` is the candidate being folded, with its stage."""
+    """The state and, where one runs, its daemon. Sizes in bytes, times as RFC 3339 or seconds. `current` is the candidate being folded, with its stage;
+    `tuned` has the `record` that chose the scale and how many `folds` there were then, where the scale in force was tuned."""
 
     version: str
     health: str
@@ -23,6 +24,7 @@ class Status:
     rule: str
     options: Mapping[str, Any]
     scale: str
+    tuned: Mapping[str, int] | None
     watch: Sequence[str]
     head: int
     folds: int

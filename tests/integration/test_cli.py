@@ -81,7 +81,7 @@ def test_damage_is_found_and_named(tmp_path: Path, place: tuple[Path, Path]) -> 
         (("log", "--state", "{tmp}/none"), 2, ("none", "continual init")),
         (("init", "{tmp}/none", "--state", "{tmp}/s"), 2, ("none", "no such directory")),
         (("init", "{tmp}/base", "--rule", "best", "--state", "{tmp}/s"), 2, ("best", "opcm")),
-        (("init", "{tmp}/base", "-o", "alhpa=1", "--state", "{tmp}/s"), 2, ("alhpa", "alpha")),
+        (("init", "{tmp}/base", "--rule", "opcm", "-o", "alhpa=1", "--state", "{tmp}/s"), 2, ("alhpa", "alpha")),
         (("init", "{tmp}/base", "-o", "alpha", "--state", "{tmp}/s"), 2, ("key=value",)),
         (("init", "{tmp}/base", "--scale", "big", "--state", "{tmp}/s"), 2, ("big", "norm")),
         (("init", "{tmp}/base", "--state", "{tmp}/state"), 2, ("state",)),
@@ -124,12 +124,12 @@ def test_a_writer_while_another_writes_exits_with_its_pid(tmp_path: Path, place:
 
 
 def test_every_command_has_help_and_a_line_in_the_reference() -> None:
-    from continual import cli_state
+    from continual import cli_state, cli_tune
     from continual.cli import app
 
     reference = (Path(__file__).parents[2] / "ops/docs/commands.md").read_text()
-    commands = [*app.registered_commands, *cli_state.app.registered_commands]
-    assert len(commands) == 17
+    commands = [*app.registered_commands, *cli_state.app.registered_commands, *cli_tune.app.registered_commands]
+    assert len(commands) == 18
     for command in commands:
         name = command.name or getattr(command.callback, "__name__", "")
         assert command.callback is not None

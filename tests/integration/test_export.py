@@ -122,7 +122,7 @@ def test_transformers_loads_an_export(tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 1e-3)
     model.save_pretrained(tmp_path / "ft", max_shard_size="20KB")
-    api.init(tmp_path / "base", tmp_path / "state")
+    api.init(tmp_path / "base", tmp_path / "state", api.Asked(rule="mean"))
     with api.open(tmp_path / "state", write=True) as merge:
         assert merge.fold(tmp_path / "ft").fate == "folded"
         merge.export(Target(tmp_path / "out"))

@@ -32,6 +32,7 @@ def filled() -> Metrics:
     metrics.queue(3)
     metrics.state(1, 2, 3, 4)
     metrics.gauges({"lambda": 1.5})
+    metrics.scale(0.25, 7)
     metrics.build(rule="opcm", device="cpu", software={"continual": "0", "torch": "2"})
     return metrics
 
@@ -47,6 +48,8 @@ def test_every_series_says_what_was_observed() -> None:
         "continual_queue_candidates 3.0",
         "continual_last_fold_timestamp_seconds 5.0",
         "continual_lambda_ratio 1.5",
+        "continual_scale_ratio 0.25",
+        "continual_scale_tuned_folds 7.0",
         "continual_energy_kept_ratio 0.9",
         "continual_state_head 3.0",
     ):

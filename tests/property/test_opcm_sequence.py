@@ -48,7 +48,7 @@ def ours(taus: list[dict[str, Tensor]], alpha: float, variant: str) -> dict[str,
         folded = {n: made.fold(state[n], tau[n].clone(), Inputs(specs[n]), totals) for n in sorted(SHAPES)}
         state = {n: f.accumulators for n, f in folded.items()}
         totals = made.settle(totals, {key: math.fsum(f.sums[key] for f in folded.values()) for key in folded["bias"].sums}, 1.0)
-    factor = ReadOptions("norm", 1.0).factor(totals, made.size(totals).length or 0.0)
+    factor = ReadOptions("norm", 1.0).factors(totals, made.size(totals))[0]
     return {n: factor * made.read(specs[n], state[n], totals) for n in SHAPES}
 
 

@@ -1,0 +1,46 @@
+"""A safetensors file as it is written: its header, and tensors put in their places in any order. What the tensors are is not known here.
+
+Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header padded with spaces, tensors back to back).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Placed(NamedTuple):
+    """A tensor's place in a file; `source` is the base tensor it is made from (another one where it is a tied alias)."""
+
+    name: str
+    source: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def header(placed: Sequence[Placed]) -> bytes:
+    """The head of a file: length and JSON, padded so that the data begin at a multiple of 8."""
+    body: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    body.update({p.name: {"dtype": p.dtype, "shape": list(p.shape), "data_offsets": [p.begin, p.end]} for p in placed})
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """All of `data` at `offset`, however little a write takes. Safe from several threads."""
+    data = data.cast("B")
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written

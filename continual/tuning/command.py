@@ -1,0 +1,119 @@
+"""A command that says what an exported model is worth: started without a shell, its score read from the last line it prints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from continual.errors import Misconfigured, Retry
+
+MODEL = "{model}"
+_TAIL = 1 << 16
+"""Bytes from the end of what a command printed that are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """An argument list in which `{model}` stands for the model directory. The last line it prints is a number, or a JSON object with one under `key` (dots go
+    into objects); higher is better unless `lower`. It is stopped after `timeout` seconds."""
+
+    argv: tuple[str, ...]
+    key: str | None = None
+    lower: bool = False
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if not any(MODEL in part for part in self.argv):
+            raise Misconfigured(f"command {shlex.join(self.argv)!r}: write {MODEL} where the model directory goes")
+        if self.timeout is not None and not self.timeout > 0:
+            raise Misconfigured(f"timeout = {self.timeout:g}: name seconds above 0")
+
+    @staticmethod
+    def split(text: str) -> tuple[str, ...]:
+        """A command line as an argument list, by the rules of a shell's quotes and none of its others. Raises Misconfigured for an open quote."""
+        try:
+            return tuple(shlex.split(text))
+        except ValueError as error:
+            raise Misconfigured(f"command {text!r}: {error}") from None
+
+    def told(self) -> dict[str, Any]:
+        """What a record keeps of it."""
+        return {"kind": "command", "command": list(self.argv), "key": self.key, "lower": self.lower}
+
+
+def score(command: Command, model: Path, logs: Path, candidate: str) -> float:
+    """Runs `command` on the directory `model`; its output goes to files in `logs`. Returns the number it printed.
+
+    Raises Retry if it took too long or was killed, Misconfigured if it cannot be started, fails, or ends in no number; both name `candidate`.
+    """
+    argv = [part.replace(MODEL, str(model)) for part in command.argv]
+    out, err = logs / "stdout", logs / "stderr"
+    where = f"candidate {candidate}: {shlex.join(argv)}"
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        try:
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True)
+        except (OSError, ValueError) as error:
+            raise Misconfigured(f"{where}: cannot be started ({error})") from None
+        try:
+            code = process.wait(command.timeout)
+        except subprocess.TimeoutExpired:
+            raise Retry(f"{where}: not done after {command.timeout:g} s and stopped; nothing was recorded (--timeout)") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own group: what it left running must not outlive it
+            process.wait()
+    if code < 0:
+        raise Retry(f"{where}: killed by signal {-code}{_said(err)}; nothing was recorded")
+    if code > 0:
+        raise Misconfigured(f"{where}: exit code {code}{_said(err)}; nothing was recorded")
+    try:
+        return parse(_last_line(out), command.key)
+    except ValueError as error:
+        raise Misconfigured(f"{where}: {error}; exit code 0{_said(err)}; nothing was recorded") from None
+
+
+def parse(line: str, key: str | None) -> float:
+    """The finite number in the last line of an output. Raises ValueError saying what is there instead."""
+    shown = repr(line[:200])
+    if key is None:
+        try:
+            found: Any = float(line)
+        except ValueError:
+            hint = "; name the number in it with --key" if line.startswith("{") else ""
+            raise ValueError(f"its last line is no number but {shown}{hint}" if line else "it printed nothing") from None
+    else:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            raise ValueError(f"its last line is no JSON object but {shown}" if line else "it printed nothing") from None
+        for part in key.split("."):
+            if not isinstance(found, Mapping) or part not in found:
+                raise ValueError(f"no {key} in its last line {shown}")
+            found = found[part]
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            raise ValueError(f"{key} in its last line is no number but {found!r}")
+    if not math.isfinite(found):
+        raise ValueError(f"its score is {found}, no finite number")
+    return float(found)
+
+
+def _said(err: Path) -> str:
+    line = _last_line(err)
+    return f", last line of stderr: {line[:300]}" if line else ", nothing on stderr"
+
+
+def _last_line(file: Path) -> str:
+    """The last line that is not empty, of the end of a file."""
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - _TAIL))
+        lines = opened.read().decode("utf-8", "replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

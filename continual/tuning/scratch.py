@@ -1,0 +1,59 @@
+"""X in a file: the merged task vector as the rule reads it, read once and then scaled as often as it takes. The file is no part of the state."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from continual.executors.contract import Executor, Progress
+from continual.publish.weights import Placed, header, raw, write_at
+from continual.reading import Reading
+from continual.records import TensorSpec
+from continual.rules import ReadOptions
+from continual.state.durable import environment
+from continual.tensors import Checkpoint
+
+
+class Scratch(Reading):
+    """The merge that `of` reads, under `options`, with X taken from a scratch file: the same bits, whatever the rule has to do to read it."""
+
+    def __init__(self, of: Reading, file: Checkpoint, options: ReadOptions) -> None:
+        super().__init__(of.state, of.rule, of.commit.seq, options, of.lengths)
+        self._file = file
+
+    def unit(self, spec: TensorSpec) -> torch.Tensor:
+        """X of one tensor."""
+        return self._file.read(spec.name)
+
+    def need(self, spec: TensorSpec) -> int:
+        """Peak bytes of reading one tensor."""
+        return 4 * spec.numel
+
+
+def nbytes(reading: Reading) -> int:
+    """Bytes of a scratch file."""
+    return sum(4 * spec.numel for spec in reading.state.format.tensors if spec.kind != "carried")
+
+
+def write(reading: Reading, file: Path, executor: Executor, progress: Progress) -> None:
+    """Writes X as float32 into the safetensors file `file`, tensor by tensor, and measures it meanwhile. Raises Retry if the disk gets in the way."""
+    placed, end = {}, 0
+    for spec in reading.state.format.tensors:
+        if spec.kind != "carried":
+            placed[spec.name] = Placed(spec.name, spec.name, "F32", spec.shape, end, end + 4 * spec.numel)
+            end += 4 * spec.numel
+    head = header(list(placed.values()))
+    with environment(f"cannot write {file}"), reading.state.lease(reading.commit.seq):
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            write_at(fd, memoryview(head), 0)
+            reading.measure(executor, progress, partial(_put, fd, len(head), placed))
+        finally:
+            os.close(fd)
+
+
+def _put(fd: int, start: int, placed: dict[str, Placed], spec: TensorSpec, found: torch.Tensor) -> None:
+    write_at(fd, raw(found), start + placed[spec.name].begin)

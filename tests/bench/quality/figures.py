@@ -1,0 +1,137 @@
+"""From answers to figures: accuracies over orders, what is retained, backward transfer, and bootstrap intervals of differences. No files are written here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Answers = Mapping[str, str]
+DRAWS = 4000
+
+
+def load(file: Path) -> Table:
+    """The results of one suite and form."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    suite, form = file.stem.rsplit("-", 1)
+    return Table(suite, form, {(r["order"], r["rule"], r["count"], r["read"]): r for r in rows})
+
+
+@dataclass(frozen=True)
+class Table:
+    """Results by (order, rule, count, read)."""
+
+    suite: str
+    form: str
+    rows: Mapping[tuple[int, str, int, str], Mapping[str, Any]]
+
+    @property
+    def most(self) -> int:
+        """All the tasks there are."""
+        return max(count for _, rule, count, _ in self.rows if rule == "base")
+
+    @property
+    def orders(self) -> list[int]:
+        return sorted({order for order, *_ in self.rows})
+
+    @property
+    def rules(self) -> list[str]:
+        return sorted({rule for _, rule, _, _ in self.rows} - {"base", "own"})
+
+    def counts(self, rule: str, read: str = "default") -> list[int]:
+        return sorted({c for _, name, c, way in self.rows if (name, way) == (rule, read)})
+
+    def answers(self, order: int, rule: str, count: int, read: str) -> Answers | None:
+        """Right (1) and wrong (0) answers by task. What no order changes was asked in the first order alone; base and own are cut to the order's tasks."""
+        row = self.rows.get((order, rule, count, read)) or (self.rows.get((0, rule, count, read)) if count == self.most else None)
+        if rule in ("base", "own"):
+            whole: Answers = self.rows[0, rule, self.most, "paper"]["test"]
+            tasks = self.tasks(order, count)
+            return None if tasks is None else {task: whole[task] for task in tasks}
+        return None if row is None else row["test"]
+
+    def tasks(self, order: int, count: int) -> list[str] | None:
+        """Which tasks are merged at this point of the order."""
+        if count == self.most:
+            return list(self.rows[0, "base", count, "paper"]["test"])
+        found = next((row for (o, name, c, _), row in self.rows.items() if (o, c) == (order, count) and name not in ("base", "own")), None)
+        return None if found is None else list(found["test"])
+
+    def accuracy(self, rule: str, count: int, read: str = "default") -> tuple[float, float] | None:
+        """Mean over tasks of the accuracy in per cent: its mean and standard deviation over the orders."""
+        found = [mean(a) for order in self.orders if (a := self.answers(order, rule, count, read))]
+        if not found:
+            return None
+        centre = sum(found) / len(found)
+        return centre, math.sqrt(sum((x - centre) ** 2 for x in found) / max(1, len(found) - 1))
+
+    def transfer(self, rule: str, read: str = "default") -> float | None:
+        """Backward transfer: what a task gains (loses, below 0) from the first checkpoint that has it to the last one, mean over tasks and orders."""
+        gains = []
+        for order in self.orders:
+            first: dict[str, float] = {}
+            last = self.answers(order, rule, self.most, read)
+            for count in self.counts(rule, read)[:-1]:
+                for task, answers in (self.answers(order, rule, count, read) or {}).items():
+                    first.setdefault(task, share(answers))
+            if last and first:
+                gains.append(sum(share(last[task]) - value for task, value in first.items()) / len(first))
+        return sum(gains) / len(gains) if gains else None
+
+    def cost(self, rule: str, what: str) -> list[float]:
+        """A figure of every fold of the first order."""
+        rows = [row for (o, name, c, way), row in self.rows.items() if (o, name, c, way) == (0, rule, self.most, "default")]
+        return [fold[what] for fold in rows[0]["costs"]] if rows else []
+
+    def scales(self, rule: str, count: int, read: str) -> list[float]:
+        """What X was multiplied by, by order."""
+        return [row["factor"] for (_, name, c, way), row in sorted(self.rows.items()) if (name, c, way) == (rule, count, read)]
+
+    def difference(self, one: tuple[str, str], other: tuple[str, str], count: int) -> tuple[float, float, float] | None:
+        """Accuracy of `one` = (rule, read) less that of `other`, in points: mean over tasks and orders, and its 95 % interval.
+
+        Paired bootstrap: the test rows of each task are drawn anew, the same rows for both and in all orders. Tasks and orders are as they are.
+        """
+        by_task: dict[str, list[np.ndarray]] = {}
+        used = 0
+        for order in self.orders:
+            a, b = self.answers(order, *_at(one, count)), self.answers(order, *_at(other, count))
+            if a is None or b is None:
+                continue
+            used += 1
+            for task in a:
+                by_task.setdefault(task, []).append(_vector(a[task]) - _vector(b[task]))
+        if not used:
+            return None
+        random = np.random.default_rng(0)
+        centre, draws = 0.0, np.zeros(DRAWS)
+        for task in sorted(by_task):
+            summed = np.sum(by_task[task], axis=0) / (used * count)
+            centre += float(summed.mean())
+            picked = random.integers(0, len(summed), (DRAWS, len(summed)))
+            draws += summed[picked].mean(1)
+        low, high = np.percentile(draws, (2.5, 97.5))
+        return 100 * centre, 100 * float(low), 100 * float(high)
+
+
+def _at(what: tuple[str, str], count: int) -> tuple[str, int, str]:
+    return what[0], count, what[1]
+
+
+def _vector(answers: str) -> np.ndarray:
+    return np.frombuffer(answers.encode(), dtype=np.uint8).astype(np.float64) - 48.0
+
+
+def share(answers: str) -> float:
+    """Accuracy on one task, in per cent."""
+    return 100.0 * answers.count("1") / len(answers)
+
+
+def mean(found: Answers) -> float:
+    """Mean of the accuracies over tasks, in per cent."""
+    return sum(share(answers) for answers in found.values()) / len(found)

@@ -1,0 +1,102 @@
+"""The merge of a real state, read at every scale: lengths are what the policy says, whether the totals know them or a pass has to find them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from continual import api
+from continual.config import Settings
+from continual.executors.contract import silent
+from continual.rules import RULES
+from tests import models
+
+SPECTRAL = [name for name, row in RULES.items() if row.spectral]
+COUNT = 3
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return models.base(tmp_path / "base")
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, base: Path) -> list[Path]:
+    return [models.ship(models.fine_tune(base, tmp_path / f"model-{i}", i, size=0.02 * (i + 1)), i) for i in range(COUNT)]
+
+
+def folded(place: Path, base: Path, asked: api.Asked, tuned: list[Path], name: str = "state") -> api.Merge:
+    api.init(base, place / name, asked)
+    merge = api.Merge(Settings(state=place / name), write=True)
+    for model in tuned:
+        assert merge.fold(model).fate == "folded"
+    return merge
+
+
+def lengths(merge: api.Merge) -> tuple[float, float]:
+    """Norm of what is read: of the matrices, and of everything else."""
+    squares = [0.0, 0.0]
+    for spec in merge.state.format.tensors:
+        squares[spec.kind != "matrix"] += float(merge.read(spec.name).double().square().sum())
+    return math.sqrt(squares[0]), math.sqrt(squares[1])
+
+
+def own(base: Path, model: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    origin = load_file(base / "model.safetensors")
+    return {n: (t - origin[n]).double() for n, t in load_file(model / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_norm_makes_the_merge_as_long_as_it_says_under_every_rule(tmp_path: Path, base: Path, tuned: list[Path], name: str) -> None:
+    with folded(tmp_path, base, api.Asked(rule=name, scale="norm"), tuned) as merge:
+        mean = merge.state.totals["norm_sum"] / COUNT
+        assert math.hypot(*lengths(merge)) == pytest.approx(mean, rel=1e-5)
+        target = api.folder.Target(tmp_path / "out")
+        merge.export(target)  # the length is known by now, and the same
+        assert merge.reading().factor() == pytest.approx(merge.reading().settle(merge.executor, silent))
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_spread_is_the_law_of_its_page(tmp_path: Path, base: Path, tuned: list[Path], name: str) -> None:
+    with folded(tmp_path, base, api.Asked(rule=name, scale="spread:0.7"), tuned) as merge:
+        matrices = {s.name for s in merge.state.format.tensors if s.kind == "matrix"}
+        norms, rests, spreads = [], [], []
+        for model in tuned:
+            tau = own(base, model)
+            square = sum(float(tau[n].square().sum()) for n in matrices)
+            top = sum(float(torch.linalg.matrix_norm(tau[n], 2)) ** 2 for n in matrices)
+            norms.append(math.sqrt(square))
+            rests.append(math.sqrt(sum(float(t.square().sum()) for n, t in tau.items() if n not in matrices)))
+            spreads.append(math.sqrt(square / top))
+        rho = sum(r * n for r, n in zip(spreads, norms, strict=True)) / sum(norms)
+        found = lengths(merge)
+        assert found[0] == pytest.approx(0.7 * rho**1.5 * sum(norms) / COUNT, rel=1e-2)
+        assert found[1] == pytest.approx(sum(rests) / COUNT, rel=1e-4)
+
+
+def test_unfolding_and_combining_keep_what_spread_stands_on(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    with folded(tmp_path, base, api.Asked(), tuned) as merge, folded(tmp_path, base, api.Asked(), tuned[:2], "two") as two:
+        merge.unfold(merge.look_unfold("model-2"))
+        assert merge.state.totals == pytest.approx(two.state.totals, rel=1e-6)
+        assert lengths(merge) == pytest.approx(lengths(two), rel=1e-4)
+    with folded(tmp_path, base, api.Asked(), tuned[2:], "third") as third:
+        third.combine(tmp_path / "two")
+        assert third.state.totals["spread_sum"] > 0
+        with folded(tmp_path, base, api.Asked(), tuned, "all") as whole:
+            assert third.state.totals == pytest.approx(whole.state.totals, rel=1e-6)
+            assert lengths(third) == pytest.approx(lengths(whole), rel=1e-4)
+
+
+def test_the_scale_changes_without_folding_and_comes_back(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    with folded(tmp_path, base, api.Asked(), tuned) as merge:
+        first, generation = merge.read("model.layers.0.mlp.up_proj.weight"), merge.state.head.generation
+        assert str(merge.rescale("paper")) == "1.0"
+        assert not torch.equal(merge.read("model.layers.0.mlp.up_proj.weight"), first)
+        assert str(merge.rescale("auto")) == "spread:1.15"
+        assert torch.equal(merge.read("model.layers.0.mlp.up_proj.weight"), first)
+        assert merge.state.head.generation == generation

@@ -1,0 +1,88 @@
+"""How long the merged task vector is made: the laws as formulas, their texts, and the largest singular value that `spread` stands on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from continual import linalg
+from continual.errors import Misconfigured
+from continual.rules import RULES, ReadOptions, Size, read_options
+
+TOTALS = {"count": 4.0, "norm_sum": 8.0, "matrix_norm_sum": 6.0, "plain_norm_sum": 2.0, "spread_sum": 12.0}
+
+
+def factors(text: str, size: Size, totals: dict[str, float] = TOTALS) -> tuple[float, float]:
+    return ReadOptions.parse(text).factors(totals, size)
+
+
+def test_norm_is_the_papers_law_at_one_and_is_held_beyond() -> None:
+    mean_norm, length = 2.0, 5.0
+    assert factors("norm", Size(length)) == pytest.approx((mean_norm / length,) * 2)
+    assert factors("norm:1.5", Size(length)) == pytest.approx((1.5 * mean_norm / length,) * 2)
+    assert factors("norm:9", Size(length)) == pytest.approx((4 * mean_norm / length,) * 2), "no longer than four task vectors end to end"
+    assert factors("norm:9", Size(length, most=1.0)) == (1.0, 1.0), "no longer than the plain sum, where X is one"
+    assert factors("norm", Size(0.5, most=1.0)) == pytest.approx((4.0, 4.0)), "the paper's law also where it enlarges"
+    assert factors("norm:3", Size(5.0), {"count": 1.0, "norm_sum": 2.0}) == pytest.approx((0.4, 0.4)), "one model is as long as it was"
+
+
+def test_spread_scales_matrices_by_how_many_directions_they_lie_in_and_the_rest_by_its_own_length() -> None:
+    spread = 12.0 / 6.0  # the mean of rho, weighted by the norms
+    matrices, rest = factors("spread:1.15", Size(None, 4.0, (3.0, 0.25)))
+    assert matrices == pytest.approx(1.15 * spread**1.5 * (6.0 / 4) / 3.0)
+    assert rest == pytest.approx((2.0 / 4) / 0.25)
+    assert factors("spread:1.15", Size(None, 1.5, (3.0, 0.25)))[1] == 1.5, "no longer than the plain sum"
+    assert factors("spread", Size(None, 4.0, (0.0, 0.0))) == (0.0, 0.0), "nothing there"
+
+
+@pytest.mark.parametrize("text", ["norm", "spread", "norm:2"])
+def test_before_the_first_fold_nothing_is_read(text: str) -> None:
+    assert factors(text, Size(0.0, 1.0, (0.0, 0.0)), {}) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("text", ["norm:1.0", "spread:1.15", "0.3", "-1.0"])
+def test_texts_are_read_back(text: str) -> None:
+    options = ReadOptions.parse(text)
+    assert options.scale == text
+    assert ReadOptions.from_mapping(options.to_mapping()) == options
+
+
+@pytest.mark.parametrize("text", ["big", "norm:", "norm:x", "spread:-1", "norm:0", "nan", "number", "number:1", "spread:inf", ""])
+def test_what_is_no_scale_is_refused_with_what_is(text: str) -> None:
+    with pytest.raises(Misconfigured, match=r"spread|above 0"):
+        ReadOptions.parse(text)
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_every_rule_has_a_default_and_its_papers_scale(name: str) -> None:
+    row = RULES[name]
+    assert read_options(name) == read_options(name, "auto") == row.read
+    assert read_options(name, "paper") == (row.published or row.read)
+    assert read_options(name, "norm:2") == ReadOptions("norm", 2.0)
+    if row.spectral:
+        assert read_options(name, "spread:2").policy == "spread"
+    else:
+        with pytest.raises(Misconfigured, match=rf"{name} treats every tensor alike"):
+            read_options(name, "spread")
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10_000), st.sampled_from([1e-30, 1e-3, 1.0, 1e30]))
+def test_the_largest_singular_value_is_found_from_below(rows: int, columns: int, seed: int, size: float) -> None:
+    random = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, columns, generator=random) * size
+    exact = float(torch.linalg.svdvals(matrix.double())[0])
+    found = linalg.top(matrix)
+    assert 0.96 * exact <= found <= exact * (1 + 1e-4)
+
+
+def test_the_largest_singular_value_of_low_rank_empty_and_zero_matrices() -> None:
+    random = torch.Generator().manual_seed(0)
+    low = torch.randn(200, 3, generator=random) @ torch.randn(3, 300, generator=random)
+    assert math.isclose(linalg.top(low), float(torch.linalg.svdvals(low.double())[0]), rel_tol=1e-5)
+    assert linalg.top(torch.zeros(5, 7)) == 0.0
+    assert linalg.top(torch.zeros(0, 7)) == 0.0
