@@ -60,7 +60,7 @@ def init(
     base: Annotated[Path, typer.Argument(help="Directory of the base model (safetensors).")],
     rule: Annotated[
         str | None,
-        typer.Option("--rule", help="Fold rule, default opcm; 'continual rules' lists them.", show_default=False, autocompletion=_rules),
+        typer.Option("--rule", help="Fold rule, default iso-c; 'continual rules' lists them.", show_default=False, autocompletion=_rules),
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Fold-time option of the rule as key=value; repeatable.")

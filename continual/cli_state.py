@@ -141,7 +141,7 @@ def scale(
     value: Annotated[
         str | None,
         typer.Argument(
-            help="norm, norm:KAPPA, a number, auto (the rule's own) or tuned (what 'tune' chose); without one the scale in force is shown.",
+            help="spread:C, norm:KAPPA, a number, auto (the rule's default), paper (its paper's) or tuned (what 'tune' chose); without one the scale in force is shown.",
             show_default=False,
         ),
     ] = None,

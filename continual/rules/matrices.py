@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,9 +52,12 @@ def whole(rule: str, inputs: Inputs) -> None:
 
 
 def figures(tau: Tensor) -> dict[str, float]:
-    """Of an m×n task vector, before it is folded: ‖τ‖² as matrix_sq and the square of its largest singular value as top_sq."""
+    """Of an m×n task vector, before it is folded: ‖τ‖² as matrix_sq and the square of its largest singular value as top_sq.
+
+    Values that are not finite give figures that are not: the fold is refused for them where its sums are looked at.
+    """
     tau_sq = linalg.inner(tau, tau)
-    return {"matrix_sq": tau_sq, "top_sq": linalg.top(tau) ** 2 if tau_sq else 0.0}
+    return {"matrix_sq": tau_sq, "top_sq": linalg.top(tau) ** 2 if tau_sq and math.isfinite(tau_sq) else tau_sq}
 
 
 def noted(folded: Folded, found: dict[str, float]) -> Folded:

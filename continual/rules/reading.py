@@ -15,7 +15,7 @@ from continual.records import TensorSpec
 
 Policy = Literal["norm", "number", "spread"]
 POLICIES: tuple[Policy, ...] = ("norm", "number", "spread")
-_WRITE = "write spread, spread:C, norm, norm:KAPPA or a number"
+_WRITE = "write spread:C, norm, norm:KAPPA or a number; auto is the rule's default, paper its paper's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,8 @@ class ReadOptions:
             paper = _ratio(totals["norm_sum"] / count, size.length)
             found = min(min(self.value, max(1.0, count)) * paper, max(size.most, paper))
             return found, found
+        if "spread_sum" not in totals:
+            raise Misconfigured("scale = spread: what is folded here was folded before continual measured what it takes; use norm or a number")
         assert size.parts is not None
         matrices, rest = size.parts
         norms = totals["matrix_norm_sum"]

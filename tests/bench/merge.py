@@ -60,7 +60,7 @@ def _adapter(base: Path, model: Path, names: set[str]) -> dict[str, Tensor]:
 
 def fold(base: Path, models: list[Path], work: Path) -> dict[str, Tensor]:
     """Folds `models` with opcm, exports, and returns the merged task vectors."""
-    api.init(base, work / "state", api.Asked(rule="opcm"))
+    api.init(base, work / "state", api.Asked(rule="opcm", scale="paper"))
     with api.Merge(Settings(state=work / "state"), write=True) as merge:
         for model in models:
             outcome = merge.fold(model)

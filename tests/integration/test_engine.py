@@ -31,7 +31,7 @@ def base(tmp_path: Path) -> Path:
 def opened(tmp_path: Path, origin: Path, rule: str = "opcm", **settings: object) -> api.Merge:
     state = tmp_path / "state"
     if not state.exists():
-        api.init(origin, state, api.Asked(rule=rule))
+        api.init(origin, state, api.Asked(rule=rule, scale="paper"))
     return api.Merge(Settings(state=state, **settings), write=True)  # type: ignore[arg-type]
 
 

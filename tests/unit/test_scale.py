@@ -39,6 +39,11 @@ def test_spread_scales_matrices_by_how_many_directions_they_lie_in_and_the_rest_
     assert factors("spread", Size(None, 4.0, (0.0, 0.0))) == (0.0, 0.0), "nothing there"
 
 
+def test_folds_that_measured_no_spread_are_not_read_as_nothing() -> None:
+    with pytest.raises(Misconfigured, match="norm or a number"):
+        factors("spread", Size(None, 1.0, (3.0, 0.25)), {"count": 2.0, "norm_sum": 3.0})
+
+
 @pytest.mark.parametrize("text", ["norm", "spread", "norm:2"])
 def test_before_the_first_fold_nothing_is_read(text: str) -> None:
     assert factors(text, Size(0.0, 1.0, (0.0, 0.0)), {}) == (0.0, 0.0)
@@ -77,7 +82,7 @@ def test_the_largest_singular_value_is_found_from_below(rows: int, columns: int,
     matrix = torch.randn(rows, columns, generator=random) * size
     exact = float(torch.linalg.svdvals(matrix.double())[0])
     found = linalg.top(matrix)
-    assert 0.96 * exact <= found <= exact * (1 + 1e-4)
+    assert 0.93 * exact <= found <= exact * (1 + 1e-4)
 
 
 def test_the_largest_singular_value_of_low_rank_empty_and_zero_matrices() -> None:

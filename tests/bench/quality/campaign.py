@@ -30,7 +30,7 @@ from tests.bench.quality.suite import Form, Part, Suite, fine_tune
 
 RULE_NAMES = tuple(name for name in RULES if name != "fisher")
 """fisher wants Fisher values beside the weights, which these fine-tunes do not ship."""
-CHECKPOINTS, TUNED_AT = (2, 4, 8, 14, 20), (4, 8, 20)
+CHECKPOINTS, TUNED_AT = (2, 4, 8), (4, 8)
 MULTIPLES = tuple(2.0 ** (step / 2) for step in range(-4, 5))
 
 

@@ -49,6 +49,8 @@ def page(found: list[Table]) -> Iterator[str]:
     yield "## What a fold takes"
     yield ""
     yield from costs(found)
+    yield ""
+    yield from (Path(__file__).with_name("postface.md").read_text().strip().split("\n"))
 
 
 def accuracies(table: Table) -> Iterator[str]:
