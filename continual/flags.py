@@ -16,7 +16,9 @@ Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or
 Workers = Annotated[int | None, typer.Option("--workers", help="Tensors folded at a time; 0: one per core.", show_default=False)]
 Memory = Annotated[str | None, typer.Option("--memory", help="What the tensors in flight may take, as 4GB.", show_default=False)]
 BaseDir = Annotated[Path | None, typer.Option("--base", help="Where the base is now, if it was moved since init.", show_default=False)]
-Scale = Annotated[str | None, typer.Option("--scale", help="Read-time scale: spread:C, norm:KAPPA, a number, auto or paper.", show_default=False)]
+Scale = Annotated[
+    str | None, typer.Option("--scale", help="Read-time scale: spread:C, norm:KAPPA, a number, auto or paper.", show_default=False)
+]
 Lines = Annotated[
     str | None,
     typer.Option("--lines", help="Layer scaling at reading, ALPHA:BETA (LiNeS: ALPHA + BETA x depth), or none.", show_default=False),

@@ -143,7 +143,7 @@ def top(matrix: Tensor) -> float:
     Measured: within 4e-4 on real task vectors of a 22M encoder; within 6 % on Gaussian noise, whose singular values crowd at the top. A figure to choose
     lengths by, not to compute with. It costs seven passes over the matrix.
     """
-    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
+    largest = float(torch.linalg.vector_norm(matrix, math.inf)) if matrix.numel() else 0.0
     if not largest:
         return 0.0
     rows = tall(matrix)

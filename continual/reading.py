@@ -12,6 +12,7 @@ from continual import linalg
 from continual.executors.contract import Executor, Progress, Task
 from continual.records import TensorSpec
 from continual.rules import ReadOptions, Rule, Size
+from continual.rules.matrices import sides
 from continual.state import Commit, State
 
 Seen = Callable[[TensorSpec, torch.Tensor], None]
@@ -75,8 +76,9 @@ class Reading:
         return self.unit(spec).mul_(self._factors[0 if self._is_matrix(spec) else 1] * self.options.layer(spec))
 
     def need(self, spec: TensorSpec) -> int:
-        """Peak bytes of reading one tensor."""
-        return sum(slot.nbytes for slot in self.rule.slots(spec).values()) + 8 * spec.numel
+        """Peak bytes of reading one tensor; of a matrix, as much as a decomposition takes."""
+        decomposed = linalg.workspace(*sides(spec)) if self._is_matrix(spec) else 0
+        return sum(slot.nbytes for slot in self.rule.slots(spec).values()) + 8 * spec.numel + decomposed
 
     def measure(self, executor: Executor, progress: Progress, seen: Seen | None = None) -> float:
         """‖X‖ over the whole model, by reading it; `seen` is given every tensor that is read, on the thread that read it."""

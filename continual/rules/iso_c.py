@@ -57,7 +57,7 @@ def _make(options: Mapping[str, Any]) -> Rule:
         sums.settle,
         read,
         sums.unknown,
-        sums.workspace,
+        lambda spec: sums.workspace(spec) + (matrices.workspace(spec) if is_matrix(spec) else 0),
         sums.no_gauges,
         sums.combine,
         weighted=True,

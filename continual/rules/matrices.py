@@ -60,6 +60,11 @@ def figures(tau: Tensor) -> dict[str, float]:
     return {"matrix_sq": tau_sq, "top_sq": linalg.top(tau) ** 2 if tau_sq and math.isfinite(tau_sq) else tau_sq}
 
 
+def workspace(spec: TensorSpec) -> int:
+    """Peak bytes of `figures` beyond the task vector: a few narrow matrices of either side."""
+    return 16 * 16 * sum(sides(spec))
+
+
 def noted(folded: Folded, found: dict[str, float]) -> Folded:
     """What a fold gave, with those figures among its sums."""
     return folded._replace(sums=folded.sums | found)

@@ -109,7 +109,9 @@ class ReadOptions:
             found = min(min(self.value, max(1.0, count)) * paper, max(size.most, paper))
             return found, found
         if "spread_sum" not in totals:
-            raise Misconfigured("scale = spread: what is folded here was folded before continual measured what it takes; use norm or a number")
+            raise Misconfigured(
+                "scale = spread: what is folded here was folded before continual measured what it takes; use norm or a number"
+            )
         assert size.parts is not None
         matrices, rest = size.parts
         norms = totals["matrix_norm_sum"]
