@@ -7,6 +7,7 @@ from pathlib import Path
 
 from continual.api import DEFAULT
 from continual.rules import RULES
+from tests.bench.quality.campaign import MULTIPLES
 from tests.bench.quality.figures import Table, load
 
 READS = ("paper", "default", "tuned")
@@ -46,6 +47,12 @@ def page(found: list[Table]) -> Iterator[str]:
         yield ""
         yield from differences(table)
     yield ""
+    yield "## Around the default's number"
+    yield ""
+    yield "Mean accuracy on *validation* rows, over orders and numbers of models, where the default's number is multiplied: how well it is chosen, and how flat the top is."
+    yield ""
+    yield from curves(found)
+    yield ""
     yield "## What a fold takes"
     yield ""
     yield from costs(found)
@@ -84,6 +91,23 @@ def differences(table: Table) -> Iterator[str]:
     for told, other in pairs:
         cells = [table.difference((DEFAULT, "default"), other, count) for count in counts]
         yield f"| {told} | " + " | ".join("" if c is None else f"{c[0]:+.1f} [{c[1]:+.1f}, {c[2]:+.1f}]" for c in cells) + " |"
+
+
+def curves(found: list[Table]) -> Iterator[str]:
+    """Validation accuracy against multiples of the default's number."""
+    yield "| rule | suite | " + " | ".join(f"× {multiple:.3g}" for multiple in MULTIPLES) + " |"
+    yield "|---" * (len(MULTIPLES) + 2) + "|"
+    for name in RULES:
+        for table in found:
+            rows = [
+                list(row["validation"].values())
+                for (_, rule, _, read), row in sorted(table.rows.items())
+                if (rule, read) == (name, "tuned") and "validation" in row
+            ]
+            if rows:
+                means = [100 * sum(column) / len(rows) for column in zip(*rows, strict=True)]
+                cells = [f"**{mean:.1f}**" if mean == max(means) else f"{mean:.1f}" for mean in means]
+                yield f"| {name} | {table.suite}, {table.form} | " + " | ".join(cells) + " |"
 
 
 def costs(found: list[Table]) -> Iterator[str]:
