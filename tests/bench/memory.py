@@ -58,7 +58,7 @@ def main() -> None:
         shapes = {name: tuple(8 * n if n > 1 else n for n in shape) for name, shape in models.SHAPES.items()}
         base = models.base(work / "base", shapes=shapes)
         fine_tunes = [models.fine_tune(base, work / f"ft-{i:03d}", i) for i in range(args.folds)]
-        for rule in ("mean", "opcm"):
+        for rule in ("mean", "opcm", "iso-c"):
             seen = measure(rule, base, work, fine_tunes)
             (second, size), (last, last_size) = seen[1], seen[-1]
             print(
@@ -68,7 +68,7 @@ def main() -> None:
         tunes = [models.fine_tune(big, work / f"big-{i}", i) for i in range(2)]
         sizes = [torch.Size(s).numel() * 2 for s in models.big_shapes(args.gigabytes, layers=36).values()]
         print(f"model: {sum(sizes) / 1e9:.2f} GB bf16, {len(sizes)} tensors, largest {max(sizes) / 1e6:.0f} MB")
-        for rule in ("mean", "opcm"):
+        for rule in ("mean", "opcm", "iso-c"):
             seen = measure(rule, big, work / "big", tunes)
             print(
                 f"{rule}: VmHWM {seen[0][0] / 1e6:.0f} MB at fold 1, {seen[-1][0] / 1e6:.0f} MB at fold 2; state {seen[-1][1] / 1e9:.2f} GB"

@@ -80,6 +80,7 @@ class Digits:
         self.folder = folder
         self.tasks = tuple(name.replace(" ", "-") for name in WAYS)
         self._ways = dict(zip(self.tasks, WAYS.values(), strict=True))
+        self._model: tuple[digits.Digits, dict[str, Tensor]] | None = None
 
     def prepare(self) -> Path:
         target = self.folder / "base"
@@ -107,15 +108,21 @@ class Digits:
         wrapped.save_pretrained(target)
 
     def correct(self, weights: Mapping[str, Tensor], task: str, part: Part) -> Tensor:
-        from safetensors.torch import load_file
-
         _, _, images, labels = _held_out()
         rows = slice(0, VALIDATION) if part == "validation" else slice(VALIDATION, None)
-        model = digits.Digits()
-        model.load_state_dict(load_file(self.prepare() / "model.safetensors") | dict(weights))
+        model, origin = self._asked()
+        model.load_state_dict(origin | dict(weights))
         with torch.no_grad():
             answers = model(self._ways[task](images)[rows]).argmax(1)
         return answers == labels[rows]
+
+    def _asked(self) -> tuple[digits.Digits, dict[str, Tensor]]:
+        """A model to put weights in, and the base's."""
+        if self._model is None:
+            from safetensors.torch import load_file
+
+            self._model = digits.Digits(), load_file(self.prepare() / "model.safetensors")
+        return self._model
 
 
 @cache

@@ -125,7 +125,7 @@ def costs(found: list[Table]) -> Iterator[str]:
 
 
 def _cell(found: tuple[float, float] | None) -> str:
-    return "" if found is None else f"{found[0]:.1f} ± {found[1]:.1f}" if found[1] else f"{found[0]:.1f}"
+    return "" if found is None else f"{found[0]:.1f} ± {found[1]:.1f}" if found[1] >= 0.05 else f"{found[0]:.1f}"
 
 
 def draw(found: list[Table], file: Path) -> None:
@@ -153,22 +153,15 @@ def draw(found: list[Table], file: Path) -> None:
         for rule, read, label, style, colour in lines:
             counts = [c for c in table.counts(DEFAULT) if table.accuracy(rule, c, read)]
             values = [table.accuracy(rule, c, read) for c in counts]
-            axis.errorbar(
-                counts,
-                [v[0] for v in values if v],
-                [v[1] for v in values if v] if rule not in ("base", "own") else None,
-                fmt=style,
-                color=colour,
-                label=label,
-                marker="o" if rule not in ("base", "own") else None,
-                markersize=3,
-                capsize=2,
-                linewidth=1.4,
-            )
+            marker = None if rule in ("base", "own") else "o"
+            axis.plot(counts, [v[0] for v in values if v], style, color=colour, label=label, marker=marker, markersize=4, linewidth=1.5)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(table.counts(DEFAULT), [str(c) for c in table.counts(DEFAULT)])
+        axis.minorticks_off()
         axis.set_title(f"{table.suite}, {'full fine-tunes' if table.form == 'full' else 'LoRA adapters'}", fontsize=10)
         axis.set_xlabel("fine-tunes folded")
         axis.set_ylabel("mean accuracy, %")
         axis.grid(alpha=0.25)
-    axes.flat[0].legend(fontsize=7, loc="lower left")
-    figure.tight_layout()
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), fontsize=9, loc="lower center", ncol=4)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(file, metadata={"Date": None})
