@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 
@@ -23,7 +22,8 @@ from continual.errors import Abandoned, ContinualError, Misconfigured, Refuse, R
 from continual.executors.contract import Executor, Progress, silent
 from continual.folding import Folding, Piece, need, run_length, state_bytes, total
 from continual.gates import safety, weight
-from continual.gates.lineage import LineagePolicy, trace
+from continual.gates.lineage import trace
+from continual.outcomes import Outcome, Plan, Policy, known_as
 from continual.records import Candidate, Entry, FoldReport, Lineage
 from continual.rules import Rule
 from continual.state import Commit, State, Transaction
@@ -31,75 +31,6 @@ from continual.tensors import BaseModel, Checkpoint, Model, TaskVectors, candida
 
 _LISTED = 100
 """Names of tensors that stay out that a record lists: a header can claim any number of them."""
-
-
-class Outcome(NamedTuple):
-    """What became of a candidate. `known`: its fate was settled earlier; `commit` is then that earlier record."""
-
-    fate: Literal["folded", "refused", "duplicate", "known"]
-    name: str
-    message: str
-    reason: str | None
-    commit: Commit
-    report: FoldReport | None = None
-
-    @property
-    def refused(self) -> bool:
-        """Whether this model is kept out: refused now, or refused, rolled back or unfolded earlier."""
-        return self.fate == "refused" or (self.fate == "known" and self.commit.entry.fate in ("refused", "rolled-back", "unfolded"))
-
-    def line(self) -> str:
-        """What happened, for people, in one line."""
-        if self.report is None:
-            return self.message
-        n = self.report.numbers
-        return f"{self.message}: norm {n['tau_norm']:.4g}, cosine {n['cosine']:+.3f}, {self.report.seconds.get('total', 0):.2f} s"
-
-    def summary(self) -> dict[str, Any]:
-        """What happened, for machines."""
-        body: dict[str, Any] = {
-            "model": self.name,
-            "fate": self.fate,
-            "reason": self.reason,
-            "message": self.message,
-            "seq": self.commit.seq,
-        }
-        if self.report is not None:
-            body |= {"numbers": self.report.numbers, "seconds": self.report.seconds, "bytes_read": self.report.bytes_read}
-        return body
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What folding a candidate would take and whether it would be let in, from headers alone. Sizes in bytes."""
-
-    name: str
-    path: str
-    form: str
-    ok: bool
-    reason: str | None
-    message: str
-    passes: float = 1.0
-    read_bytes: int = 0
-    disk_bytes: int = 0
-    memory_bytes: int = 0
-    folded: int = 0
-    matrices: int = 0
-    plain: int = 0
-    unchanged: int = 0
-    prefix: tuple[str, str] = ("", "")
-    extra: tuple[str, ...] = ()
-    narrowed: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What the gates let in."""
-
-    lineage: LineagePolicy = field(default_factory=LineagePolicy)
-    norms: safety.NormPolicy = field(default_factory=safety.NormPolicy)
-    weights: weight.WeightPolicy = field(default_factory=weight.WeightPolicy)
-    updates: Literal["refuse", "add"] = "refuse"
 
 
 class Engine:
@@ -115,16 +46,56 @@ class Engine:
         self.executor = executor
         self.device = pick_device(device)
         self.stop = threading.Event()
+        self.buffers = threading.local()
         self._specs = {spec.name: spec for spec in base.specs}
         if not rule.weighted and not self.policy.weights.even:
             raise Misconfigured(f"weight: {rule.name} folds every model with weight 1; leave out the settings weight and weights")
 
-    def fold(self, path: Path, *, source: str = "hand", root: Path | None = None, progress: Progress | None = None) -> Outcome:
+    def fold(
+        self,
+        path: Path,
+        *,
+        source: str = "hand",
+        root: Path | None = None,
+        progress: Progress | None = None,
+        chosen: Mapping[str, Any] | None = None,
+    ) -> Outcome:
         """Takes the model directory `path` from its headers to a commit.
 
-        `root` is the watched folder its files must lie in, None for a path given by hand. Raises Retry (environment; nothing settled) and Halt;
-        a candidate that is refused is a record in the ledger and an outcome.
+        `root` is the watched folder its files must lie in, None for a path given by hand; `chosen` is what the round that chose it puts beside its
+        numbers. Raises Retry (environment; nothing settled) and Halt; a candidate that is refused is a record in the ledger and an outcome.
         """
+
+        def go(candidate: Candidate, model: Model, lineage: Lineage) -> Outcome:
+            return self._fold(candidate, model, lineage, progress or silent, chosen or {})
+
+        return self._consider(path, source, root, go)
+
+    def admit(self, path: Path, *, source: str = "hand", root: Path | None = None) -> Outcome:
+        """Takes the model directory `path` into the pool, by its headers alone: it waits there, by reference, for a round. Raises as `fold` does."""
+
+        def wait(candidate: Candidate, model: Model, lineage: Lineage) -> Outcome:
+            if waiting := self.state.pool().get(candidate.key):
+                return Outcome(
+                    "known", candidate.name, f"{candidate.name}: waits in the pool since {waiting.since}", "waiting", waiting.commit
+                )
+            if self.rule.shipped is not None:
+                self._shipped(model, lineage)
+            message = f"{candidate.name}: waits in the pool for a round"
+            entry = Entry(
+                kind="defer",
+                candidate=candidate.identity(),
+                fate="deferred",
+                reason="waiting",
+                message=message,
+                software=provenance.software(),
+            )
+            return Outcome("deferred", candidate.name, message, "waiting", self.state.record(entry))
+
+        return self._consider(path, source, root, wait)
+
+    def _consider(self, path: Path, source: str, root: Path | None, then: Callable[[Candidate, Model, Lineage], Outcome]) -> Outcome:
+        """The headers of a candidate vetted, and what comes `then` if it may come in."""
         with ExitStack() as open_files:
             candidate = None
             try:
@@ -132,9 +103,9 @@ class Engine:
                 open_files.callback(model.close)
                 candidate = candidate_of(model, source=source)
                 if known := self.state.fate(candidate.key):
-                    return _known(candidate, known)
+                    return known_as(candidate, known)
                 lineage = self._vet(candidate, model)
-                return self._fold(candidate, model, lineage, progress or silent)
+                return then(candidate, model, lineage)
             except Refuse as refusal:
                 return self._refuse(candidate or provenance.unreadable(path, source), refusal)
 
@@ -144,7 +115,7 @@ class Engine:
             with open_model(path) as model:
                 candidate = candidate_of(model, source="hand")
                 if known := self.state.fate(candidate.key):
-                    return Plan(candidate.name, str(path), candidate.form, False, "known", _known(candidate, known).message)
+                    return Plan(candidate.name, str(path), candidate.form, False, "known", known_as(candidate, known).message)
                 lineage = self._vet(candidate, model)
                 weight.weight_of(self.policy.weights, candidate.name, model)
                 shipped = self._shipped(model, lineage)
@@ -186,7 +157,7 @@ class Engine:
             )
         return trace(self.base, model, self.policy.lineage)
 
-    def _fold(self, candidate: Candidate, model: Model, lineage: Lineage, progress: Progress) -> Outcome:
+    def _fold(self, candidate: Candidate, model: Model, lineage: Lineage, progress: Progress, chosen: Mapping[str, Any]) -> Outcome:
         begun = time.perf_counter()
         before = dict(self.state.totals)
         factor = weight.weight_of(self.policy.weights, candidate.name, model)
@@ -195,7 +166,7 @@ class Engine:
             if twin := self.state.folded_digest(report.digest):
                 return self._duplicate(candidate, report, twin)
             safety.norms(candidate.name, report.numbers["tau_norm"] ** 2, report.numbers["base_norm"] ** 2, before, self.policy.norms)
-            self._go_on(candidate.name)
+            self.go_on(candidate.name)
             streamed = time.perf_counter()
             progress("commit", 0, 1)
             entry = Entry(
@@ -204,7 +175,7 @@ class Engine:
                 digest=report.digest,
                 fate="folded",
                 totals=report.totals,
-                numbers=report.numbers,
+                numbers={**report.numbers, **chosen},
                 software=provenance.software(),
                 device=report.device,
             )
@@ -229,7 +200,7 @@ class Engine:
             if shipped:
                 files.callback(shipped.close)
             vectors = TaskVectors(self.base, model, lineage, run=run_length(self.device), shipped=shipped)
-            go_on = partial(self._go_on, candidate.name)
+            go_on = partial(self.go_on, candidate.name)
             folding = Folding(transaction, vectors, self.rule, before, candidate.name, self.device, go_on, weight=factor)
             self._measure(folding, lineage, progress)
             pieces = self._stream(folding, lineage, progress)
@@ -272,7 +243,7 @@ class Engine:
             progress("fold", len(pieces), len(tasks))
         return pieces
 
-    def _go_on(self, name: str) -> None:
+    def go_on(self, name: str) -> None:
         """Raises Abandoned if continual is stopping."""
         if self.stop.is_set():
             raise Abandoned(f"{name}: the fold was given up because continual is stopping; it will be taken up at the next start")
@@ -319,7 +290,7 @@ class Engine:
 
     def _refuse(self, candidate: Candidate, refusal: Refuse) -> Outcome:
         if known := self.state.fate(candidate.key):
-            return _known(candidate, known)
+            return known_as(candidate, known)
         entry = Entry(
             kind="refuse",
             candidate=candidate.identity(),
@@ -370,10 +341,3 @@ def summarise(notes: list[Mapping[str, float]]) -> dict[str, dict[str, float]]:
         for key, value in row.items():
             columns.setdefault(key, []).append(value)
     return {key: {"min": min(v), "mean": math.fsum(v) / len(v), "max": max(v), "tensors": len(v)} for key, v in sorted(columns.items())}
-
-
-def _known(candidate: Candidate, known: Commit) -> Outcome:
-    message = f"{candidate.name}: already settled as record {known.seq} ({known.entry.fate})"
-    if known.entry.message and known.entry.fate != "folded":
-        message += f": {known.entry.message}"
-    return Outcome("known", candidate.name, message, known.entry.reason, known)

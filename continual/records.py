@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal["matrix", "plain", "carried"]
-Fate = Literal["folded", "refused", "duplicate", "deferred", "rolled-back", "unfolded", "retry"]
+Fate = Literal["folded", "refused", "duplicate", "deferred", "expired", "rolled-back", "unfolded", "retry"]
 
 ITEMSIZE: Mapping[str, int] = {
     "BOOL": 1,
@@ -139,7 +139,7 @@ class FoldReport:
 class Entry:
     """What a commit record says besides its place in the chain; unset fields are stored as null."""
 
-    kind: Literal["init", "fold", "refuse", "defer", "round", "rollback", "unfold", "combine", "tune", "tag", "publish", "retry"]
+    kind: Literal["init", "fold", "refuse", "defer", "round", "select", "rollback", "unfold", "combine", "tune", "tag", "publish", "retry"]
     candidate: Mapping[str, Any] | None = None
     digest: str | None = None
     fate: Fate | None = None

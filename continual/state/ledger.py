@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from continual.errors import Misconfigured
@@ -42,7 +43,16 @@ def of_combined(commit: Commit) -> list[Commit]:
 
 
 MODEL = ("fold", "rollback", "unfold", "combine", "tune")
-"""Kinds of records after which the merged model is another one."""
+"""Kinds of records after which the merged model is another one; a `select` is one where it wrote a generation."""
+
+
+class Waiting(NamedTuple):
+    """A candidate in the pool: the record that has its identity, when it was first seen, how many rounds judged it, and what the last of them said of it."""
+
+    commit: Commit
+    since: str
+    rounds: int = 0
+    last: Mapping[str, Any] = MappingProxyType({})
 
 
 class Ledger:
@@ -56,6 +66,9 @@ class Ledger:
         self._fates: dict[str, Commit | None] = {}
         self._digests: dict[str, Commit] = {}
         self.model: Commit | None = None
+        self.pool: dict[str, Waiting] = {}
+        self.open_round: Commit | None = None
+        self.refusals: list[Commit] = []
 
     def add(self, commit: Commit) -> None:
         """Takes the next record."""
@@ -69,6 +82,11 @@ class Ledger:
                 self._settle(fold)
         elif entry.kind == "unfold":
             now = self._without(now, commit)
+        elif entry.kind == "round":
+            self.open_round = commit
+        elif entry.kind == "select":
+            self.open_round = None
+            now = self._selected(now, commit)
         elif entry.kind == "rollback":
             now = self._rolled_back(now, (entry.numbers or {})["to"])
         elif entry.kind == "tag":
@@ -76,11 +94,50 @@ class Ledger:
             self.tags[numbers["tag"]] = numbers["of"]
         if key is not None:
             self._fates[key] = commit if entry.kind in ("fold", "refuse", "unfold") else None
-        if entry.kind in MODEL and (self.model or entry.kind != "tune"):
+            self.pool.pop(key, None)
+            if entry.kind == "defer":
+                self.pool[key] = Waiting(commit, commit.time)
+        if entry.kind == "refuse":
+            self.refusals.append(commit)
+        wrote = entry.kind == "select" and commit.generation != self.log[-1].generation
+        if wrote or (entry.kind in MODEL and (self.model or entry.kind != "tune")):
             self.model = commit
         self.log.append(commit)
         self._history.append(now)
         self._read.append(entry.read if entry.read is not None else self._read[-1] if self._read else {})
+
+    def _selected(self, now: Fold | None, commit: Commit) -> Fold | None:
+        """The history after a round: without the models it left out, with those it brought, all of them read from its generation; and its members' fates."""
+        numbers = commit.entry.numbers or {}
+        out = set(numbers.get("out", ()))
+        folds = [fold.commit for fold in chain(now)]
+        for fold in folds:
+            candidate = fold.entry.candidate or {}
+            if candidate.get("key") in out:
+                self._digests.pop(fold.entry.digest or "", None)
+                self._fates[candidate["key"]] = None
+                self.pool[candidate["key"]] = Waiting(fold, fold.time)
+        if "active" in numbers:
+            brought = of_combined(commit) if numbers.get("folds") else []
+            now = None
+            for fold in [f for f in folds if (f.entry.candidate or {}).get("key") not in out] + brought:
+                now = Fold(fold, None, now)
+            now = now and now._replace(at=commit)
+            for fold in brought:
+                self._settle(fold)
+        for row in numbers.get("scores", ()):
+            waiting = self.pool.get(row["key"])
+            if waiting is None:
+                continue
+            if row["fate"] in ("deferred", "chosen"):
+                self.pool[row["key"]] = waiting._replace(rounds=waiting.rounds + row["judged"], last=row)
+            elif row["fate"] in ("refused", "expired"):
+                del self.pool[row["key"]]
+                said = {"fate": row["fate"], "reason": row["reason"], "message": row["message"]}
+                refusal = Entry(kind="refuse", candidate=waiting.commit.entry.candidate, **said)
+                self.refusals.append(dataclasses.replace(commit, entry=refusal))
+                self._fates[row["key"]] = self.refusals[-1]
+        return now
 
     def _rolled_back(self, now: Fold | None, to: int) -> Fold | None:
         target = self._history[to]
@@ -109,6 +166,7 @@ class Ledger:
     def _settle(self, fold: Commit) -> None:
         if fold.entry.candidate:
             self._fates[fold.entry.candidate["key"]] = fold
+            self.pool.pop(fold.entry.candidate["key"], None)
         if fold.entry.digest:
             self._digests[fold.entry.digest] = fold
 

@@ -18,7 +18,7 @@ from continual.state import framing, lock, names, opening
 from continual.state.arrays import Array
 from continual.state.durable import environment, link_new, move_away, replace_bytes, sync_file, write_temporary
 from continual.state.generation import Generation
-from continual.state.ledger import Fold, Ledger, chain, same
+from continual.state.ledger import Fold, Ledger, Waiting, chain, same
 from continual.state.records import VERSION, Commit, Format
 from continual.state.transaction import Transaction, room
 
@@ -175,6 +175,20 @@ class State:
         """The same, each with the record whose generation holds it and those before it, if there is one."""
         return chain(self._ledger.history(self.head.seq if at is None else at))
 
+    def pool(self) -> dict[str, Waiting]:
+        """The candidates that wait for a round, by key, in the order in which they came."""
+        return dict(self._ledger.pool)
+
+    @property
+    def refusals(self) -> Sequence[Commit]:
+        """What was refused, duplicates and what expired included, oldest first; those that a round refused have the number of its record."""
+        return self._ledger.refusals
+
+    @property
+    def open_round(self) -> Commit | None:
+        """The round that was begun and has not ended, if there is one."""
+        return self._ledger.open_round
+
     def revisions(self, origin: str) -> list[Commit]:
         """The folds in force of models from this place."""
         return [c for c in self.folds() if c.entry.candidate and c.entry.candidate["origin"] == origin]
@@ -190,7 +204,11 @@ class State:
         def publish(entry: Entry, generation: str, receipts: str) -> Commit:
             if self.head.generation != head.generation:
                 raise Retry("another fold was committed meanwhile; nothing was settled")
-            return self._append(entry, generation, receipts)
+            try:
+                return self._append(entry, generation, receipts)
+            finally:  # whatever fails once the record stands, it names this generation
+                if self.head.generation == generation:
+                    transaction.committed()
 
         transaction = Transaction(self.path / "generations", self.format, before, publish, self._on_step)
         self._on_step("chunks")

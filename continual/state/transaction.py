@@ -63,6 +63,10 @@ class Transaction:
         self._done = True
         shutil.rmtree(self.directory, ignore_errors=True)
 
+    def committed(self) -> None:
+        """A record names what was written: it is not dropped any more."""
+        self._done = True
+
     def read(self, name: str, slot: str) -> Array:
         """The accumulator as it was before this fold, freshly allocated and writable; zeros before the first."""
         if self._before is None:
@@ -145,9 +149,7 @@ class Transaction:
             self._on_step("fsync-files")
             sync_tree(self.directory, between=lambda: self._on_step("fsync-dirs"))
             sync_file(self.directory.parent)
-        commit = self._publish(entry, self.id, checksum)
-        self._done = True
-        return commit
+        return self._publish(entry, self.id, checksum)
 
     def _place(self, name: str, slot: str) -> Path:
         """Makes the array's directory with its zarr.json, linked from the generation before where there is one: it is the same, and on disk already."""
