@@ -26,7 +26,7 @@ def places(model: Any, base: BaseModel) -> Places:
     Raises Misconfigured for one that is nowhere, or has another shape there; carried ones may be left out.
     """
     held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    prefix = f"{model.base_model_prefix}."
+    prefix = f"{getattr(model, 'base_model_prefix', 'model')}."
     names: dict[str, list[str]] = {spec.name: [spec.name] for spec in base.specs}
     for alias, name in base.aliases.items():
         names[name].append(alias)
