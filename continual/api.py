@@ -12,14 +12,14 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from continual import combining, provenance, tuning, unfolding
+from continual import combining, provenance, rounds, tuning, unfolding
 from continual.bases import files_of, measure_base, open_base, open_checkpoint
 from continual.config import Settings
-from continual.engine import Engine, Outcome, Plan, Policy
+from continual.engine import Engine
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress, silent
 from continual.executors.local import Local
@@ -27,11 +27,14 @@ from continual.folding import state_bytes
 from continual.gates.lineage import LineagePolicy
 from continual.gates.safety import NormPolicy
 from continual.gates.weight import WeightPolicy
+from continual.outcomes import Outcome, Plan, Policy
 from continual.publish import folder
 from continual.reading import Reading
 from continual.records import Entry, TensorSpec
 from continual.rules import ReadOptions, read_options, rule
+from continual.selection.steps import Taken
 from continual.state import Commit, State
+from continual.state.ledger import Waiting
 from continual.tensors import BaseModel, describe
 from continual.tuning import Evaluation, Told, Tuned, Tuning
 
@@ -183,14 +186,54 @@ class Merge:
         return self.engine.plan(existing(model))
 
     def fold(self, model: str | Path, *, source: str = "hand", root: Path | None = None, progress: Progress = silent) -> Outcome:
-        """Folds one model directory and drops generations beyond those kept.
+        """Folds one model directory and drops generations beyond those kept; where rounds choose, puts it into the pool instead.
 
         Raises Misconfigured if there is no such path, Retry and Halt; a refusal is an outcome.
         """
+        if self.selects != "none":
+            return self.engine.admit(existing(model), source=source, root=root)
         outcome = self.engine.fold(existing(model), source=source, root=root, progress=progress)
         if outcome.fate == "folded":
             self.state.expire(self.settings.keep)
         return outcome
+
+    @property
+    def selects(self) -> Literal["none", "relevance", "frank-wolfe"]:
+        """Who chooses what is folded: nobody, or rounds over the pool, and how."""
+        return "frank-wolfe" if self.rule.rounds else self.settings.select or "none"
+
+    def asked(self) -> rounds.Asked:
+        """What rounds are asked to do, by the settings. Raises Misconfigured where nothing asks for rounds, or naming what they lack."""
+        if self.selects == "none":
+            raise Misconfigured(
+                "select = none: no model waits for rounds; set select = relevance, or make a state with the rule frank-wolfe"
+            )
+        return rounds.asked(self.settings)
+
+    def pool(self) -> dict[str, Waiting]:
+        """The candidates that wait for a round, by key."""
+        return self.state.pool()
+
+    def round(self, progress: Progress = silent, told: rounds.Told | None = None) -> rounds.Round:
+        """Runs a round over the pool: scores all that wait, folds what is relevant, settles the others' fates. Raises Misconfigured, Retry and Halt."""
+
+        def hear(what: Outcome | Taken) -> None:
+            if isinstance(what, Outcome) and what.fate == "folded":
+                self.state.expire(self.settings.keep)
+            if told is not None:
+                told(what)
+
+        found = rounds.run(self.engine, self.reading, self.asked(), progress, hear, weighed=self.rule.rounds)
+        self.state.expire(self.settings.keep)
+        return found
+
+    def look_round(self, progress: Progress = silent) -> rounds.Round:
+        """Scores all that wait at the merge as it is, and tries those that promise something; nothing is folded or recorded. Raises as `round`."""
+        return rounds.look(self.engine, self.reading, self.asked(), progress, weighed=self.rule.rounds)
+
+    def why(self, word: str) -> rounds.Why:
+        """What is known of the candidate that `word` names (a name, path or key). Raises Misconfigured if it was never seen."""
+        return rounds.why(self.state, word)
 
     def read(self, name: str, *, at: int | None = None) -> torch.Tensor:
         """The merged task vector of tensor `name` (float32, the tensor's shape) at record `at`, before any cast."""
@@ -245,7 +288,8 @@ class Merge:
 
     def unfold(self, plan: unfolding.Unfolding, progress: Progress = silent) -> Commit:
         """Takes a model out of the merge, as `look_unfold` found. Raises Refuse, Retry and Halt; then nothing has changed."""
-        commit = unfolding.unfold(self.engine, plan, progress)
+        take_out = rounds.unfold if self.rule.rounds else unfolding.unfold
+        commit = take_out(self.engine, plan, progress)
         self.state.expire(self.settings.keep)
         return commit
 
@@ -282,7 +326,7 @@ class Merge:
             candidate = commit.entry.candidate
             if candidate and (word in (candidate["name"], candidate["key"], str(commit.seq)) or candidate["origin"] == place):
                 fate = self.state.fate(candidate["key"])
-                if fate is not None and not any(fold.seq == fate.seq for fold in self.state.folds()):
+                if fate is not None and fate.entry.fate != "folded":
                     latest[candidate["key"]] = fate
         return list(latest.values())
 
@@ -293,6 +337,9 @@ def agree(state: State, settings: Settings) -> None:
     advice = f"{state.path} goes on as it was made; make a new state with 'continual init', or take the setting out"
     if settings.rule not in (None, made.rule):
         raise Misconfigured(f"rule = {settings.rule}, and the state was made with {made.rule}: {advice}")
+    if settings.select is not None and (settings.select == "frank-wolfe") != (made.rule == "frank-wolfe"):
+        told = "it weighs its models in rounds" if made.rule == "frank-wolfe" else "only a state of the rule frank-wolfe can be weighed so"
+        raise Misconfigured(f"select = {settings.select}, and the state was made with {made.rule}: {told}; {advice}")
     asked = dict(made.options) | settings.options | ({} if settings.before is None else {"before": list(settings.before)})
     wanted = rule(made.rule, asked).options
     for key in sorted({*wanted, *made.options}):
@@ -304,7 +351,7 @@ def asked_for(settings: Settings, **given: Any) -> Asked:
     """What a state is to be, from the settings and what was `given` besides: the fields of Asked, and `before`; None and {} leave it to the settings."""
     before = given.pop("before", None) or settings.before
     options = settings.options | (given.pop("options", None) or {}) | ({"before": list(before)} if before else {})
-    name = given.pop("rule", None) or settings.rule or DEFAULT
+    name = given.pop("rule", None) or settings.rule or ("frank-wolfe" if settings.select == "frank-wolfe" else DEFAULT)
     return Asked(rule=name, options=options, **given)
 
 

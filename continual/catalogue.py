@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from continual.rules import RULES, TRANSFORMS, rule
+from continual.rules import ROWS, TRANSFORMS, rule
 
 
 @dataclass(frozen=True, slots=True)
 class RuleInfo:
     """A fold rule as the registry has it. `options` are its fold-time options with their defaults, `order_free`: the order of the fine-tunes does not
-    matter beyond rounding, `unfold`: one can be subtracted, and two states added, `weighted`: a fine-tune can have a weight, `passes`: how often its tensors
+    matter beyond rounding, `unfold`: one can be subtracted, `weighted`: a fine-tune can have a weight, `passes`: how often its tensors
     are read as a rule, `needs`: what it has to bring besides its weights, `scale`: how it is read by default."""
 
     name: str
@@ -37,14 +37,14 @@ def rules() -> list[RuleInfo]:
             paper=row.paper,
             bytes_per_parameter=row.bytes_per_parameter,
             order_free=row.order_free,
-            unfold=(made := rule(row.name)).combine is not None,
+            unfold=(made := rule(row.name)).combine is not None or made.rounds,
             weighted=made.weighted,
             passes=1 + (made.measure.usual if made.measure else 0.0),
             needs=made.shipped or "",
             scale=str(row.read),
             options={key: option.default for key, option in row.options.items()},
         )
-        for row in RULES.values()
+        for row in ROWS.values()
     ]
 
 

@@ -9,8 +9,28 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from continual import cli_state, cli_tune, opened
-from continual.flags import BaseDir, Config, Device, Json, Lines, MaxBase, Memory, Missing, Scale, StateDir, Updates, Vocab, Weight, Workers
+from continual import cli_pool, cli_state, cli_tune, opened
+from continual.flags import (
+    BaseDir,
+    Config,
+    Device,
+    Heads,
+    Json,
+    Lines,
+    MaxBase,
+    Memory,
+    Missing,
+    Objective,
+    Rounds,
+    Rows,
+    Scale,
+    Select,
+    StateDir,
+    Updates,
+    Vocab,
+    Weight,
+    Workers,
+)
 
 if TYPE_CHECKING:
     pass
@@ -28,12 +48,13 @@ app = typer.Typer(
 )
 app.add_typer(cli_state.app)
 app.add_typer(cli_tune.app)
+app.add_typer(cli_pool.app)
 
 
 def _rules(incomplete: str) -> list[tuple[str, str]]:
-    from continual.rules import RULES
+    from continual.rules import ROWS
 
-    return [(row.name, row.summary) for row in RULES.values() if row.name.startswith(incomplete)]
+    return [(row.name, row.summary) for row in ROWS.values() if row.name.startswith(incomplete)]
 
 
 def _transforms(incomplete: str) -> list[tuple[str, str]]:
@@ -135,6 +156,11 @@ def run(
     ] = None,
     keep: Annotated[int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)] = None,
     drain: Annotated[float | None, typer.Option("--drain", help="Seconds a stop waits for the fold under way.", show_default=False)] = None,
+    select: Select = None,
+    objective: Objective = None,
+    rows: Rows = None,
+    heads: Heads = None,
+    rounds: Rounds = None,
     weight: Weight = None,
     updates: Updates = None,
     missing: Missing = None,
@@ -162,6 +188,11 @@ def fold(
     models: Annotated[list[Path], typer.Argument(help="Directories of fine-tunes or adapters, folded in this order.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as 'plan'.")] = False,
     keep: Annotated[int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)] = None,
+    select: Select = None,
+    objective: Objective = None,
+    rows: Rows = None,
+    heads: Heads = None,
+    rounds: Rounds = None,
     weight: Weight = None,
     updates: Updates = None,
     missing: Missing = None,
@@ -175,7 +206,10 @@ def fold(
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Fold models now. One that is in the state already is left alone; a refused one does not stop the rest."""
+    """Fold models now. One that is in the state already is left alone; a refused one does not stop the rest.
+
+    Where rounds choose (--select, or a state of the rule frank-wolfe) the models join those that wait, and a round is run over them.
+    """
     skipped = ("models", "dry_run", "config", "json")
     flags = {k: v for k, v in locals().items() if k not in skipped and k != "skipped"}
     if dry_run:
@@ -186,15 +220,26 @@ def fold(
         api.existing(model)
     outcomes = []
     with opened.merge(config, write=True, **flags) as merge:
+        if merge.selects != "none":
+            asked = merge.asked()
+            asked.calibration.told()
+            console.caution(asked)  # before anything waits: what is missing is said at once
         for model in models:
             with console.progress() as progress:
                 outcome = merge.fold(model, progress=progress)
             outcomes.append(outcome)
             if not json:
                 (console.warn if outcome.refused else console.say)(outcome.line())
+        found = None
+        if merge.selects != "none" and merge.pool():
+            with console.progress() as progress:
+                found = merge.round(progress, None if json else console.heard)
     if json:
-        console.emit([outcome.summary() for outcome in outcomes])
-    raise typer.Exit(1 if any(outcome.refused for outcome in outcomes) else 0)
+        told = [outcome.summary() for outcome in outcomes]
+        console.emit(told if found is None else {"models": told, "round": console.round_body(found)})
+    elif found is not None:
+        console.round_told(found)
+    raise typer.Exit(1 if any(outcome.refused for outcome in outcomes) or (found and found.refused) else 0)
 
 
 @app.command()

@@ -58,6 +58,8 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
 
 def check(state: State, other: State, rule: Rule) -> None:
     """Raises Misconfigured if `other` cannot be added to `state`."""
+    if rule.rounds:
+        raise Misconfigured(f"{rule.name} weighs its models together: let the models of both states wait for rounds of one")
     if rule.combine is None:
         raise Misconfigured(
             f"{rule.name} depends on the order of the folds, so two of its states cannot be combined; 'continual rules' says which can"

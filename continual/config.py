@@ -31,10 +31,54 @@ def _split(text: object) -> object:
     return tuple(part for part in text.split(",") if part) if isinstance(text, str) else text
 
 
+def _pairs(given: object) -> object:
+    """`key=value` pairs, of the flag (a list) or the environment (one text, comma-separated), as a table; values are read by the fields."""
+    parts = [part for part in given.split(",") if part] if isinstance(given, str) else given
+    if not isinstance(parts, list | tuple):
+        return given
+    table: dict[str, str] = {}
+    for part in parts:
+        key, equals, value = str(part).partition("=")
+        if not equals or not key:
+            raise ValueError(f"{part!r} is no key=value, as size=4")
+        table[key.strip()] = value.strip()
+    return table
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
 Seconds = Annotated[float, Field(ge=0)]
+
+
+class Rounds(BaseModel):
+    """How rounds over the pool choose. Times are seconds; what each means stands in ops/docs/selection.md."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(8, description="a round is due when so many new candidates wait")
+    wait: float = Field(3600.0, description="or when one has waited so long")
+    trial: float = Field(0.3, description="largest share of a task vector that is added to see what it does to held-out rows")
+    sigmas: float = Field(3.0, description="standard errors by which a trial has to lower their loss")
+    stays: float = Field(0.0, description="standard errors by which held-out rows have to be worse without a model that was let in")
+    patience: int = Field(3, description="rounds that may judge a candidate irrelevant before it is refused")
+    age: float = Field(30 * 86400.0, description="how long a candidate may wait before it expires")
+    most: int = Field(1000, description="candidates that may wait; of more the oldest expire")
+    step: str = Field("corrective", description="hard, pairwise, soft or corrective")
+    layers: bool | None = Field(None, description="frank-wolfe: one weight for each layer of a model; default: with corrective")
+    rho: float = Field(4.0, description="what the weights of a layer may add up to")
+    search: str = Field("line", description="line search, or decay for 2/(t+2)")
+    best: int = Field(4, description="models a soft step takes at once")
+    active: int = Field(16, description="frank-wolfe: models that are weighed at most; others in the merge can only shrink")
+    steps: int = Field(20, description="steps of a round at most")
+    inner: int = Field(2, description="projected gradients of one soft or corrective step")
+    tolerance: float = Field(1e-2, description="duality gap at which a round is done")
+    batch: int = Field(16, description="calibration rows at a time")
+    seed: int = Field(0, description="deals the rows into those that drive and those that judge")
+    held: float = Field(0.5, description="share of the rows that judge")
+    dtype: str = Field("float32", description="of the matrix products on calibration rows: float32, bfloat16 or float16")
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
+    unsupervised: bool = Field(False, description="entropy instead of labels: it diverged where it was tried")
 
 
 class Settings(BaseModel):
@@ -49,6 +93,15 @@ class Settings(BaseModel):
     before: Texts | None = Field(None, description="transforms of each task vector before its fold, as drop:rate=0.9, likewise")
     weight: Annotated[str, BeforeValidator(str)] = Field("1", description="weight of a model: a number, FILE.json:KEY or metadata:KEY")
     weights: dict[str, float] = Field(default_factory=dict, description="globs over model names and the weight of those they match")
+    select: Literal["none", "relevance", "frank-wolfe"] | None = Field(
+        None, description="whether candidates wait for rounds that choose; default: none, frank-wolfe for a state of that rule"
+    )
+    objective: str | None = Field(None, description="what is good: causal-lm, classification, heads, or module:function")
+    rows: Paths = Field((), description="calibration rows, one JSONL file for each task")
+    heads: Paths = Field((), description="prompts of the labels, one JSON file for each of rows, for the objective heads")
+    rounds: Annotated[Rounds, BeforeValidator(_pairs)] = Field(
+        default_factory=lambda: Rounds.model_validate({}), description="how rounds choose: a table, or key=value pairs"
+    )
     settle: Seconds = Field(5.0, description="how long a model's files must be still before it is taken")
     rescan: Annotated[float, Field(gt=0)] = Field(30.0, description="how often the folders are scanned whatever the notifications say")
     base: Path | None = Field(None, description="where the base is now, if it was moved since init")
@@ -94,8 +147,8 @@ def load(flags: Mapping[str, Any], *, file: Path | None = None, environ: Mapping
         return Settings(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0])
-        raise Misconfigured(f"{where.get(name, name)} = {first['input']!r}: {first['msg']}") from None
+        name, *within = (str(part) for part in first["loc"])
+        raise Misconfigured(f"{'.'.join([where.get(name, name), *within])} = {first['input']!r}: {first['msg']}") from None
 
 
 def _toml(file: Path) -> dict[str, Any]:

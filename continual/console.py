@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from continual.catalogue import RuleInfo
-    from continual.engine import Plan
     from continual.executors.contract import Progress
+    from continual.outcomes import Outcome as OutcomeOf
+    from continual.outcomes import Plan
+    from continual.rounds import Asked, Round
+    from continual.selection.steps import Taken
     from continual.state import Commit
+    from continual.state.ledger import Waiting
 
 
 def emit(value: Any) -> None:
@@ -121,11 +125,13 @@ def log_row(commit: Commit) -> tuple[object, ...]:
     entry, numbers = commit.entry, commit.entry.numbers or {}
     name = (entry.candidate or {}).get("name", "")
     told = entry.message or ""
-    if entry.kind == "fold":
+    if entry.kind == "fold" and "cosine" not in numbers:
+        told = f"norm {numbers['tau_norm']:.4g}, weight {numbers['weight']:.4g}"
+    elif entry.kind == "fold":
         told = f"norm {numbers['tau_norm']:.4g}, cosine {numbers['cosine']:+.3f}"
         if "lambda" in numbers:
             told += f", lambda {numbers['lambda']:.3f}"
-    return commit.seq, commit.time[:19] + "Z", entry.kind, name, entry.fate or "", entry.reason or "", told
+    return commit.seq, when(commit.time), entry.kind, name, entry.fate or "", entry.reason or "", told
 
 
 RULES_HEAD = (
@@ -155,3 +161,69 @@ def options(found: Mapping[str, object]) -> str:
 
 
 LOG_HEAD = ("seq", "time", "kind", "model", "fate", "reason", "what")
+
+
+def waiting_row(waiting: Waiting) -> tuple[object, ...]:
+    """A candidate of the pool."""
+    last, candidate = waiting.last, waiting.commit.entry.candidate or {}
+    said = last.get("message", "waits for its first round")
+    return candidate["name"], when(waiting.since), waiting.rounds, _figure(last.get("score")), _figure(last.get("z")), said
+
+
+def round_row(row: Mapping[str, Any]) -> tuple[object, ...]:
+    """What a round said of a candidate."""
+    figures = [_figure(row[key]) for key in ("score", "change", "error", "z", "weight")]
+    return (
+        row["record"],
+        when(row["time"]),
+        row["members"],
+        row["better"],
+        *figures,
+        row["fate"] + (f" ({row['reason']})" if row["reason"] else ""),
+    )
+
+
+def caution(asked: Asked) -> None:
+    """What a user should know of how rounds were asked for."""
+    from continual.rounds import UNSUPERVISED
+
+    if asked.calibration.unsupervised:
+        warn(UNSUPERVISED)
+
+
+def heard(what: OutcomeOf | Taken) -> None:
+    """A fold or a step of a round, as it is made."""
+    from continual.outcomes import Outcome
+
+    warn(what.line() if isinstance(what, Outcome) else f"step {what.number + 1}: loss {what.loss:.6g}, gap before it {what.gap:.3g}")
+
+
+def round_body(found: Round) -> dict[str, Any]:
+    """A round for machines."""
+    record = found.commit.seq if found.commit else None
+    return {
+        "record": record,
+        **found.numbers,
+        "folds": found.folds,
+        "seconds": round(found.seconds, 3),
+        "members": [plain(row) for row in found.rows],
+    }
+
+
+def round_told(found: Round) -> None:
+    """A round for people."""
+    rows = [(r.name, r.fate, r.reason, *(_figure(v) for v in (r.score, r.change, r.error, r.z, r.weight))) for r in found.rows]
+    table(("model", "fate", "reason", "score", "change", "error", "z", "weight"), rows)
+    numbers = found.numbers
+    gap = f", gap {numbers['gap']:.3g}" if "gap" in numbers else ""
+    told = f"loss {numbers['before']:.6g} to {numbers['loss']:.6g}{gap}; {found.folds} folded in {found.seconds:.1f} s"
+    say(f"{told}; {f'recorded as record {found.commit.seq}' if found.commit else 'nothing recorded'}")
+
+
+def when(time: str) -> str:
+    """An RFC 3339 time to the second."""
+    return time[:19] + "Z"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:+.3g}"

@@ -17,14 +17,15 @@ from typing import Any
 
 import structlog
 
-from continual import console, logs, provenance, tuning
+from continual import console, logs, provenance, rounds, tuning
 from continual.api import Merge
 from continual.config import Settings
-from continual.engine import Outcome
 from continual.errors import Abandoned, ContinualError, Halt, Misconfigured, Retry
 from continual.metrics import Metrics
+from continual.outcomes import Outcome
 from continual.publish import folder
 from continual.queue import Queue, Waiting, retry_delay
+from continual.selection.steps import Taken
 from continual.sources.folder import FolderSource, forbidden
 from continual.status import Live
 from continual.web import create_app, listen, serve
@@ -74,6 +75,8 @@ class Daemon:
         self.wake = asyncio.Event()
         self.released = asyncio.Event()
         self.halted: Halt | None = None
+        self.asked: rounds.Asked | None = None
+        self._round_failures, self._round_due = 0, 0.0
         self._thread = ThreadPoolExecutor(1, "engine")
 
     async def run(self) -> None:
@@ -82,6 +85,11 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         engine = await asyncio.to_thread(lambda: self.merge.engine)
+        if self.merge.selects != "none":
+            self.asked = self.merge.asked()
+            if self.asked.calibration.unsupervised:
+                self.log.warning("unsupervised", message=rounds.UNSUPERVISED)
+            await asyncio.to_thread(self.asked.calibration.told)  # what is missing is said at the start
         self.metrics.build(rule=self.merge.rule.name, device=str(engine.device), software=provenance.software())
         self._gauge()
         self.log.info("started", pid=os.getpid(), state=str(self.settings.state), head=self.merge.state.head.seq, rule=self.merge.rule.name)
@@ -158,14 +166,71 @@ class Daemon:
         while not self.stopping.is_set():
             self.live.scanned = all(source.scanned.is_set() for source in self.sources)
             waiting = self.queue.take(loop.time()) if self.live.scanned else None
-            if waiting is None:
+            if waiting is not None:
+                await self._one(waiting, loop)
+            elif self.live.scanned and self._round_wait(loop.time()) == 0.0:
+                await self._round(loop)
+            else:
                 self.wake.clear()
                 due = self.queue.next_due()
-                delay = 0.2 if not self.live.scanned else None if due is None else max(0.0, due - loop.time())
+                waits = (self._round_wait(loop.time()), None if due is None else max(0.0, due - loop.time()))
+                delay = min((wait for wait in waits if wait is not None), default=None)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.wake.wait(), delay)
-                continue
-            await self._one(waiting, loop)
+                    await asyncio.wait_for(self.wake.wait(), delay if self.live.scanned else 0.2)
+
+    def _round_wait(self, now: float) -> float | None:
+        """Seconds until a round is to be run, 0 where one is due, None where none is in sight."""
+        if self.asked is None:
+            return None
+        pool, clock = self.merge.pool(), rounds.clock()
+        if pool and (self.merge.state.open_round is not None or rounds.due(pool, self.asked, clock)):
+            return max(0.0, self._round_due - now)
+        return rounds.next_due(pool, self.asked, clock)
+
+    async def _round(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Runs a round; one that the environment kept from its end is tried again later, and goes on where it was."""
+        self.live.begin_round()
+        try:
+            found = await loop.run_in_executor(self._thread, lambda: self.merge.round(self.live.progress, self._heard(loop)))
+        except Abandoned as error:
+            self.log.info("abandoned", what="round", error=str(error))
+            return
+        except Retry as error:
+            self._round_failures += 1
+            delay = retry_delay(self._round_failures)
+            self._round_due = loop.time() + delay
+            self.metrics.retried()
+            self.log.warning("retry", what="round", error=str(error), seconds=delay)
+            return
+        except Halt as error:
+            self._halt(error)
+            return
+        finally:
+            self.live.end()
+        self._round_failures = 0
+        assert found.commit is not None
+        numbers = found.commit.entry.numbers or {}
+        self.metrics.round(found.seconds, len(numbers.get("folds", ())), time.time())
+        fates = {fate: sum(row.fate == fate for row in found.rows) for fate in ("folded", "deferred", "refused", "expired")}
+        figures = {key: round(found.numbers[key], 6) for key in ("before", "loss", "gap")}
+        self.log.info("round", seq=found.commit.seq, **fates, **figures, seconds=round(found.seconds, 3))
+        for row in numbers["scores"]:  # of those it chose for a rule the fold has told
+            if row["fate"] in ("refused", "expired"):
+                self.metrics.refused(row["reason"])
+                self.log.warning(row["fate"], model=row["name"], seq=found.commit.seq, reason=row["reason"], message=row["message"])
+        self.released.set()
+        self._gauge()
+
+    def _heard(self, loop: asyncio.AbstractEventLoop) -> rounds.Told:
+        """Tells of each fold and step of a round from its thread."""
+
+        def tell(what: Outcome | Taken) -> None:
+            if isinstance(what, Outcome):
+                loop.call_soon_threadsafe(self._tell, what)
+            else:
+                self.log.info("step", number=what.number + 1, loss=round(what.loss, 6), gap=round(what.gap, 6))
+
+        return tell
 
     async def _one(self, waiting: Waiting, loop: asyncio.AbstractEventLoop) -> None:
         path = waiting.event.path
@@ -203,6 +268,8 @@ class Daemon:
             numbers = {k: round(report.numbers[k], 4) for k in ("tau_norm", "cosine", "lambda") if k in report.numbers}
             self.log.info("folded", **facts, **numbers, seconds=round(report.seconds["total"], 3), bytes_read=report.bytes_read)
             self.released.set()
+        elif outcome.fate == "deferred":
+            self.log.info("waits", **facts, pool=len(self.merge.pool()))
         elif outcome.fate == "known":
             self.log.debug("known", **facts, fate=outcome.commit.entry.fate)
         else:
@@ -214,6 +281,8 @@ class Daemon:
         state = self.merge.state
         self.metrics.state(state.generation_bytes(), len(state.generations()), state.head.seq, len(state.folds()))
         self.metrics.gauges(self.merge.rule.gauges(state.totals))
+        last = rounds.last_round(state)
+        self.metrics.pool(len(state.pool()), (last.entry.numbers or {}) if last else {})
         tuned = tuning.in_force(state)
         self.metrics.scale(self.merge.reading().factor(), (tuned.entry.numbers or {})["folds"] if tuned else 0)
 

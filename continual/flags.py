@@ -32,3 +32,17 @@ Vocab = Annotated[str | None, typer.Option("--vocab", help="Another vocabulary s
 MaxBase = Annotated[
     float | None, typer.Option("--max-base-ratio", help="Largest task-vector norm, times the base's norm.", show_default=False)
 ]
+Select = Annotated[
+    str | None,
+    typer.Option("--select", help="Let models wait for rounds that choose: none, relevance or frank-wolfe.", show_default=False),
+]
+Objective = Annotated[
+    str | None, typer.Option("--objective", help="What is good: causal-lm, classification, heads or module:function.", show_default=False)
+]
+Rows = Annotated[list[Path] | None, typer.Option("--rows", help="Calibration rows of a task (JSONL); repeatable.", show_default=False)]
+Heads = Annotated[
+    list[Path] | None, typer.Option("--heads", help="Prompts of the labels (JSON) for each --rows, for heads.", show_default=False)
+]
+Rounds = Annotated[
+    list[str] | None, typer.Option("--round", help="How rounds choose, as key=value (size=4, sigmas=2); repeatable.", show_default=False)
+]

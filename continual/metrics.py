@@ -48,6 +48,12 @@ TABLE: tuple[Series, ...] = (
     Series(Gauge, "continual_energy_kept_ratio", "Share of the last task vector's energy that its projection kept, mean over matrices."),
     Series(Gauge, "continual_scale_ratio", "What the rule's own result is multiplied by when it is read, where known; 0 until then."),
     Series(Gauge, "continual_scale_tuned_folds", "Folds in force when the scale was tuned; 0 where it was not."),
+    Series(Counter, "continual_rounds_total", "Rounds over the pool that this process ended."),
+    Series(Histogram, "continual_round_seconds", "Wall time of a round, from loading the model to its record.", (), _SECONDS),
+    Series(Gauge, "continual_pool_candidates", "Candidates waiting in the pool for a round."),
+    Series(Gauge, "continual_round_gap", "Duality gap at the end of the last round, in units of the loss; 0 before any."),
+    Series(Gauge, "continual_round_loss", "Loss on the driving calibration rows at the end of the last round; 0 before any."),
+    Series(Gauge, "continual_round_loss_before", "The same loss at its beginning."),
     Series(Gauge, "continual_peak_memory_bytes", "Largest resident set of the process so far (VmHWM)."),
     Series(Gauge, "continual_build_info", "Always 1; the labels say what runs.", ("version", "torch", "rule", "device")),
 )
@@ -82,6 +88,20 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """A candidate that was kept out."""
         self._series["continual_refusals_total"].labels(reason).inc()
+
+    def round(self, seconds: float, folds: int, now: float) -> None:
+        """A round that has ended, and how many models it brought into the merge by itself; `now` in seconds since 1970."""
+        if folds:
+            self._series["continual_folds_total"].inc(folds)
+            self._series["continual_last_fold_timestamp_seconds"].set(now)
+        self._series["continual_rounds_total"].inc()
+        self._series["continual_round_seconds"].observe(seconds)
+
+    def pool(self, waiting: int, last: Mapping[str, float]) -> None:
+        """Who waits, and the figures of the last round: its `gap`, `loss` and the loss `before`."""
+        self._series["continual_pool_candidates"].set(waiting)
+        for name, key in (("gap", "gap"), ("loss", "loss"), ("loss_before", "before")):
+            self._series[f"continual_round_{name}"].set(last.get(key, 0.0))
 
     def retried(self) -> None:
         """A candidate that was put back."""

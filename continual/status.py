@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from continual import provenance, tuning
+from continual import provenance, rounds, tuning
 from continual.api import Merge
 from continual.config import Settings
 from continual.console import plain, record, size
@@ -18,6 +18,7 @@ from continual.metrics import peak_memory
 from continual.queue import Queue
 from continual.rules import ReadOptions
 from continual.state import Commit, lock
+from continual.state.ledger import Waiting
 from continual.web import Status, parse
 from continual.web.page import duration, scale, when
 
@@ -37,6 +38,7 @@ class Live:
         self.scanned = False
         self.beat = time.monotonic()
         self.current: Path | None = None
+        self.rounding = False
         self._begun = time.monotonic()
         self._moved = time.monotonic()
         self._stage: tuple[str, int, int] = ("", 0, 0)
@@ -45,9 +47,20 @@ class Live:
         """A candidate is looked at."""
         self.current, self._stage, self._moved = path, ("inspect", 0, 1), time.monotonic()
 
+    def begin_round(self) -> None:
+        """A round is run."""
+        self.rounding, self._stage, self._moved = True, ("load", 0, 1), time.monotonic()
+
     def end(self) -> None:
         """It is done with."""
-        self.current = None
+        self.current, self.rounding = None, False
+
+    @property
+    def doing(self) -> str | None:
+        """What is done now: the name of a candidate, or a round."""
+        if self.rounding:
+            return "a round over the pool"
+        return None if self.current is None else self.current.name
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """The engine's progress callback."""
@@ -58,8 +71,8 @@ class Live:
         now = time.monotonic()
         if now - self.beat > _SILENT:
             return False, f"no heartbeat for {now - self.beat:.0f} s"
-        if self.current is not None and now - self._moved > _STUCK:
-            return False, f"{self.current.name}: no progress for {now - self._moved:.0f} s"
+        if self.doing is not None and now - self._moved > _STUCK:
+            return False, f"{self.doing}: no progress for {now - self._moved:.0f} s"
         return True, "ok"
 
     def ready(self) -> tuple[bool, str]:
@@ -75,7 +88,7 @@ class Live:
         """Everything there is to show."""
         good, why = self.healthy()
         stage, done, total = self._stage
-        current = self.current
+        doing = self.doing
         return _status(
             self.merge,
             health="ok" if good else "stuck",
@@ -84,7 +97,7 @@ class Live:
             url=self.url,
             uptime=time.monotonic() - self._begun,
             queue=[w.event.path.name for w in self.queue.ordered()],
-            current=None if current is None else {"model": current.name, "stage": stage, "done": done, "total": total},
+            current=None if doing is None else {"model": doing, "stage": stage, "done": done, "total": total},
             memory=peak_memory(),
         )
 
@@ -139,6 +152,14 @@ def text(body: Mapping[str, Any]) -> str:
             f"folding    {body['current']['model']}: {body['current']['stage']} {body['current']['done']}/{body['current']['total']}"
         )
     lines.append(f"waiting    {', '.join(body['queue']) or 'nothing'}")
+    if body["select"] != "none":
+        last = body["last_round"]
+        told = (
+            f"; last round {when(last['time'])}: record {last['seq']}, loss {last['before']:.4g} to {last['loss']:.4g}, gap {last['gap']:.3g}"
+            if last
+            else "; no round yet"
+        )
+        lines.append(f"pool       {body['pool_size']} wait for a round ({body['select']}){told}")
     lines += [f"folded     {when(f['time'])}  {f['seq']}  {f['model']}" for f in body["last_folds"][:5]]
     lines += [f"refused    {when(r['time'])}  {r['seq']}  {r['model']}: {r['reason']}" for r in body["refusals"][:5]]
     return "\n".join(lines)
@@ -158,7 +179,8 @@ def _status(
 ) -> Status:
     state, folds = merge.state, merge.state.folds()
     tuned = tuning.in_force(state)
-    refused = [c for c in state.log if c.entry.kind == "refuse"][-_SHOWN:]
+    refused = state.refusals[-_SHOWN:]
+    pool, last = merge.pool(), rounds.last_round(state)
     return Status(
         version=provenance.software()["continual"],
         health=health,
@@ -182,11 +204,32 @@ def _status(
         totals=state.totals,
         gauges=merge.rule.gauges(state.totals),
         queue=queue,
+        select=merge.selects,
+        pool_size=len(pool),
+        pool=[_waiting(w) for w in list(pool.values())[-_SHOWN:]],
+        last_round=None if last is None else _round(last),
         current=current,
         last_folds=[_fold(c) for c in reversed(folds[-_SHOWN:])],
         refusals=[_refusal(c) for c in reversed(refused)],
         peak_memory_bytes=memory,
     )
+
+
+def _round(commit: Commit) -> dict[str, Any]:
+    numbers = commit.entry.numbers or {}
+    return {"seq": commit.seq, "time": commit.time, **{key: numbers[key] for key in ("loss", "before", "gap", "steps")}}
+
+
+def _waiting(waiting: Waiting) -> dict[str, Any]:
+    candidate, last = waiting.commit.entry.candidate or {}, waiting.last
+    return {
+        "model": candidate.get("name"),
+        "since": waiting.since,
+        "rounds": waiting.rounds,
+        "score": last.get("score"),
+        "z": last.get("z"),
+        "said": last.get("message", "waits for its first round"),
+    }
 
 
 def _fold(commit: Commit) -> dict[str, Any]:
@@ -198,6 +241,7 @@ def _fold(commit: Commit) -> dict[str, Any]:
         "form": candidate.get("form"),
         "tau_norm": numbers.get("tau_norm"),
         "cosine": numbers.get("cosine"),
+        "weight": numbers.get("weight"),
     }
 
 

@@ -65,7 +65,7 @@ def look(engine: Engine, word: str, at: Path | None = None) -> Unfolding:
     place = _find([fold.commit for fold in history], word)
     gone = history[place].commit
     start, begin = None, 0
-    if rule.combine is None:
+    if rule.combine is None and not rule.rounds:
         kept = set(state.generations())
         for index, fold in enumerate(history[:place]):
             if fold.at is not None and fold.at.generation in kept:
@@ -80,7 +80,7 @@ def look(engine: Engine, word: str, at: Path | None = None) -> Unfolding:
         seq=gone.seq,
         name=candidate["name"],
         key=candidate["key"],
-        exact=rule.combine is not None,
+        exact=rule.combine is not None or rule.rounds,
         start=start,
         again=again,
         read_bytes=sum(model.nbytes for model in again),

@@ -15,11 +15,12 @@ from continual.rules.iso_c import ISO_C
 from continual.rules.magmax import MAGMAX
 from continual.rules.opcm import OPCM
 from continual.rules.reading import ReadOptions, Size
-from continual.rules.sums import MEAN, TASK_ARITHMETIC, together
+from continual.rules.sums import FRANK_WOLFE, MEAN, TASK_ARITHMETIC, together
 from continual.rules.ties import TIES
 from continual.rules.tsv_m import TSV_M
 
 __all__ = [
+    "ROWS",
     "RULES",
     "TRANSFORMS",
     "Accumulators",
@@ -39,7 +40,9 @@ __all__ = [
 ]
 
 RULES: Mapping[str, Row] = {row.name: row for row in (MEAN, TASK_ARITHMETIC, FISHER, TIES, MAGMAX, ISO_C, TSV_M, GRAM, OPCM)}
-"""Every rule by name."""
+"""Every rule that folds one model after the other, by name."""
+ROWS: Mapping[str, Row] = {**RULES, FRANK_WOLFE.name: FRANK_WOLFE}
+"""All that a state can be made with: the rules, and what rounds weigh."""
 
 
 def rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
@@ -53,6 +56,8 @@ def rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
     given = dict(options or {})
     transforms = before.parse(given.pop("before", []))
     made = row.make(resolve(f"rule {name}", row.options, given))
+    if made.rounds and transforms:
+        raise Misconfigured(f"before: {name} weighs the task vectors as they are; leave the transforms out, or take another rule")
     return before.chain(made, transforms) if transforms else made
 
 
@@ -75,6 +80,6 @@ def read_options(name: str, text: str | None = None, lines: str | None = None, n
 
 
 def _row(name: str) -> Row:
-    if name not in RULES:
-        raise Misconfigured(f"unknown rule {name!r}; the rules are: {', '.join(sorted(RULES))}")
-    return RULES[name]
+    if name not in ROWS:
+        raise Misconfigured(f"unknown rule {name!r}; the rules are: {', '.join(sorted(ROWS))}")
+    return ROWS[name]

@@ -86,6 +86,7 @@ class Rule(NamedTuple):
     seeded: `fold` makes random choices, by `inputs.seed`. weighted: a model can be folded with any weight above 0.
     matrix: which tensors the rule takes for matrices, where it tells them apart; its sums then have matrix_sq and top_sq (`matrices.figures`).
     shipped: the file beside the weights that `inputs.moments` comes from; a tensor whose τ is zero is folded then like any other.
+    rounds: no model is folded by itself: rounds over the candidates that wait choose and weigh them (`continual.rounds`).
     """
 
     name: str
@@ -105,6 +106,7 @@ class Rule(NamedTuple):
     weighted: bool = False
     shipped: str | None = None
     matrix: Callable[[TensorSpec], bool] | None = None
+    rounds: bool = False
 
 
 class Option(NamedTuple):

@@ -154,3 +154,19 @@ TASK_ARITHMETIC = Row(
     bytes_per_parameter="4",
     make=_task_arithmetic,
 )
+
+
+def _frank_wolfe(options: Mapping[str, Any]) -> Rule:
+    row = FRANK_WOLFE
+    return Rule(row.name, row.summary, options, slots, elementwise, fold, settle, read_sum, size, workspace, no_gauges, rounds=True)
+
+
+FRANK_WOLFE = Row(
+    name="frank-wolfe",
+    summary="a weighted sum whose models and weights rounds choose, by a calibration objective",
+    paper="FW-Merging: Scaling Model Merging with Frank-Wolfe Optimization, 2025",
+    options={},
+    read=ReadOptions("number", 1.0),
+    bytes_per_parameter="4",
+    make=_frank_wolfe,
+)

@@ -49,10 +49,17 @@ class Piece(NamedTuple):
 
 class TaskVectors:
     """Reads task vectors of `model` against `base` as `lineage` maps them, at most `run` elements at a time. `shipped` has values beside the
-    weights, by the same names. Thread-safe."""
+    weights, by the same names. Thread-safe. `buffers` may be shared by models that a thread reads one after the other, each to its end."""
 
     def __init__(
-        self, base: BaseModel, model: Checkpoint | Adapter, lineage: Lineage, *, run: int = RUN, shipped: Checkpoint | None = None
+        self,
+        base: BaseModel,
+        model: Checkpoint | Adapter,
+        lineage: Lineage,
+        *,
+        run: int = RUN,
+        shipped: Checkpoint | None = None,
+        buffers: threading.local | None = None,
     ) -> None:
         self.run = run
         self._shipped = shipped
@@ -62,7 +69,7 @@ class TaskVectors:
         self._lineage = lineage
         self._specs = {spec.name: spec for spec in base.specs}
         self._sources, _ = sources(base, model, lineage.prefix)
-        self._buffers = threading.local()
+        self._buffers = buffers or threading.local()
 
     def vector(self, name: str) -> Piece:
         """The task vector of the base's tensor `name`. Raises Refuse if tied names differ, Retry if a file cannot be read to its end."""

@@ -29,6 +29,7 @@ def render(status: Status) -> str:
     cards = [
         ("folded", status.folds),
         ("waiting", len(status.queue)),
+        *([("in the pool", status.pool_size)] if status.select != "none" else []),
         ("record", status.head),
         ("rule", status.rule),
         ("scale", scale(status.scale, status.tuned)),
@@ -44,6 +45,7 @@ def render(status: Status) -> str:
         "<h2>Queue</h2>",
         _current(status.current),
         _table(("waiting",), ((name,) for name in status.queue)) if status.queue else '<p class="none">Nothing waits.</p>',
+        _pool(status),
         "<h2>Last folds</h2>",
         _folds(status.last_folds),
         "<h2>Refusals</h2>",
@@ -85,11 +87,47 @@ def _current(current: Mapping[str, Any] | None) -> str:
     return f'<p>Folding <b>{escape(str(current["model"]))}</b>: {escape(str(current["stage"]))} <progress value="{done}" max="{max(total, 1)}"></progress> {done}/{total}</p>'
 
 
+def _pool(status: Status) -> str:
+    """Who waits for a round, where rounds choose."""
+    if status.select == "none":
+        return ""
+    last = status.last_round
+    told = (
+        f"Last round {when(last['time'])}, record {last['seq']}: loss {last['before']:.4g} to {last['loss']:.4g}, gap {last['gap']:.3g}."
+        if last
+        else "No round yet."
+    )
+    head = ("waiting", "since", "rounds", "score", "z", "why")
+    rows = ((r["model"], when(r["since"]), r["rounds"], figure(r["score"]), figure(r["z"]), r["said"]) for r in status.pool)
+    table = _table(head, rows) if status.pool else '<p class="none">Nobody waits.</p>'
+    more = f"<p>and {status.pool_size - len(status.pool)} more</p>" if status.pool_size > len(status.pool) else ""
+    return f"<h2>Pool ({escape(status.select)})</h2><p>{escape(told)}</p>{table}{more}"
+
+
+def figure(value: float | None, form: str = "+.3g") -> str:
+    """A number, or nothing."""
+    return "" if value is None else format(value, form)
+
+
 def _folds(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return '<p class="none">No fold yet.</p>'
-    head = ("record", "when", "model", "form", "norm", "cosine")
-    return _table(head, ((r["seq"], when(r["time"]), r["model"], r["form"], f"{r['tau_norm']:.4g}", f"{r['cosine']:+.3f}") for r in rows))
+    head = ("record", "when", "model", "form", "norm", "cosine", "weight")
+    return _table(
+        head,
+        (
+            (
+                r["seq"],
+                when(r["time"]),
+                r["model"],
+                r["form"],
+                figure(r["tau_norm"], ".4g"),
+                figure(r["cosine"], "+.3f"),
+                figure(r["weight"], ".3g"),
+            )
+            for r in rows
+        ),
+    )
 
 
 def _refusals(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -107,7 +145,13 @@ def when(time: str) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     def cell(name: str, value: object) -> str:
-        kind = ' class="wide"' if name == "why" else ' class="n"' if name in ("record", "when", "norm", "cosine") else ""
+        kind = (
+            ' class="wide"'
+            if name == "why"
+            else ' class="n"'
+            if name in ("record", "when", "since", "norm", "cosine", "score", "z", "weight")
+            else ""
+        )
         return f"<td{kind}>{escape(str(value))}</td>"
 
     top = "".join(f"<th>{escape(name)}</th>" for name in head)

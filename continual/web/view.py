@@ -10,6 +10,7 @@ from typing import Any, Protocol
 @dataclass(frozen=True, slots=True)
 class Status:
     """The state and, where one runs, its daemon. Sizes in bytes, times as RFC 3339 or seconds. `current` is the candidate being folded, with its stage;
+    `select` says who chooses what is folded, `pool` has the newest of the `pool_size` candidates that wait for a round, `last_round` the figures of the last;
     `tuned` has the `record` that chose the scale and how many `folds` there were then, where the scale in force was tuned."""
 
     version: str
@@ -34,6 +35,10 @@ class Status:
     totals: Mapping[str, float]
     gauges: Mapping[str, float]
     queue: Sequence[str]
+    select: str
+    pool_size: int
+    pool: Sequence[Mapping[str, Any]]
+    last_round: Mapping[str, Any] | None
     current: Mapping[str, Any] | None
     last_folds: Sequence[Mapping[str, Any]]
     refusals: Sequence[Mapping[str, Any]]

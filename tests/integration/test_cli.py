@@ -124,14 +124,15 @@ def test_a_writer_while_another_writes_exits_with_its_pid(tmp_path: Path, place:
 
 
 def test_every_command_has_help_and_a_line_in_the_reference() -> None:
-    from continual import cli_state, cli_tune
+    from continual import cli_pool, cli_state, cli_tune
     from continual.cli import app
 
     reference = (Path(__file__).parents[2] / "ops/docs/commands.md").read_text()
     commands = [*app.registered_commands, *cli_state.app.registered_commands, *cli_tune.app.registered_commands]
     assert len(commands) == 18
-    for command in commands:
+    for command in (*commands, *cli_pool.pool.registered_commands):
         name = command.name or getattr(command.callback, "__name__", "")
+        name = name if command in commands else f"pool {name}"
         assert command.callback is not None
         assert command.callback.__doc__
         assert f"continual {name}" in reference

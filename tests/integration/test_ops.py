@@ -33,6 +33,8 @@ def filled() -> Metrics:
     metrics.state(1, 2, 3, 4)
     metrics.gauges({"lambda": 1.5})
     metrics.scale(0.25, 7)
+    metrics.round(4.0)
+    metrics.pool(9, {"gap": 0.5, "loss": 1.5, "before": 2.5, "steps": 3})
     metrics.build(rule="opcm", device="cpu", software={"continual": "0", "torch": "2"})
     return metrics
 
@@ -52,6 +54,12 @@ def test_every_series_says_what_was_observed() -> None:
         "continual_scale_tuned_folds 7.0",
         "continual_energy_kept_ratio 0.9",
         "continual_state_head 3.0",
+        "continual_rounds_total 1.0",
+        "continual_round_seconds_sum 4.0",
+        "continual_pool_candidates 9.0",
+        "continual_round_gap 0.5",
+        "continual_round_loss 1.5",
+        "continual_round_loss_before 2.5",
     ):
         assert line in text
     assert 'stage="total"' not in text

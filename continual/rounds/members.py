@@ -1,0 +1,90 @@
+"""The candidates that wait, and the models that a Frank-Wolfe merge can still weigh: known by where they are, opened for one pass at a time.
+
+Nothing of a member stays in memory between passes, so a pool takes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from continual.engine import Engine
+from continual.errors import Refuse, Retry
+from continual.executors.contract import Progress, Task
+from continual.folding import run_length
+from continual.gates.lineage import trace
+from continual.records import Lineage
+from continual.tensors import Model, TaskVectors, candidate_of, open_model
+
+T = TypeVar("T")
+
+
+class Member(NamedTuple):
+    """A model by reference: its key, its name, where it was when it was seen, and in which form."""
+
+    key: str
+    name: str
+    path: Path
+    form: str
+
+
+class Opened(NamedTuple):
+    """A member while it is read."""
+
+    model: Model
+    lineage: Lineage
+    vectors: TaskVectors
+
+
+def member_of(identity: Mapping[str, Any]) -> Member:
+    """The member that a record's `candidate` names."""
+    return Member(identity["key"], identity["name"], Path(identity["origin"]), identity["form"])
+
+
+@contextmanager
+def opened(engine: Engine, member: Member) -> Iterator[Opened]:
+    """A member's task vectors. Raises Refuse with the reason `gone` where its files are not those that were seen, Retry where they cannot be read now."""
+    if not member.path.parent.is_dir():
+        raise Retry(f"{member.name}: the folder {member.path.parent} cannot be reached; nothing was settled")
+    if not member.path.exists():
+        raise Refuse("gone", f"{member.name}: {member.path} is not there any more")
+    with open_model(member.path) as model:
+        if candidate_of(model, source="pool").key != member.key:
+            raise Refuse(
+                "gone", f"{member.name}: the files in {member.path} are not those that were seen; they are looked at as a new candidate"
+            )
+        lineage = trace(engine.base, model, engine.policy.lineage)
+        yield Opened(model, lineage, TaskVectors(engine.base, model, lineage, run=run_length(engine.device), buffers=engine.buffers))
+
+
+def over(
+    engine: Engine, members: Sequence[Member], look: Callable[[Member, Opened], T], stage: str, progress: Progress
+) -> dict[str, T | Refuse]:
+    """What `look` finds in each member, several at a time, by key; or why it cannot be had. Raises Retry, and Abandoned when told to stop."""
+
+    def one(member: Member) -> T | Refuse:
+        engine.go_on(member.name)
+        try:
+            with opened(engine, member) as found:
+                result = look(member, found)
+                found.model.check_unchanged()
+                return result
+        except Refuse as refusal:
+            return refusal
+
+    found: dict[str, T | Refuse] = {}
+    tasks = [Task(member.key, _need(engine, member), partial(one, member)) for member in members]
+    progress(stage, 0, len(tasks))
+    for key, result in engine.executor.map(tasks):
+        found[key] = result
+        progress(stage, len(found), len(tasks))
+    return found
+
+
+def _need(engine: Engine, member: Member) -> int:
+    """Peak bytes of a pass over a member, one tensor after the other; of an adapter, with the product of its largest factors."""
+    largest = max((spec.numel for spec in engine.base.specs), default=0) if member.form == "adapter" else 0
+    return 4 * 4 * run_length(engine.device) + 3 * 4 * largest

@@ -1,0 +1,97 @@
+"""SIGKILL at random instants of a round, in a real process, again and again until it ends: the end is that of a round which nobody disturbed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from continual import api
+from continual.rounds.active import active
+from tests import quadratic
+
+KILLS = 7
+
+
+def opened(state: Path, select: str | None) -> api.Merge:
+    return api.open(state, write=True, select=select, objective="tests.quadratic:make", max_base_ratio=10, device="cpu", workers=1)
+
+
+def child(state: Path, select: str | None, pipe: Connection) -> None:
+    """Takes up what is open, or runs a round; says when it begins and when it is done."""
+    with opened(state, select) as merge:
+        merge.base  # noqa: B018
+        pipe.send("begins")
+        merge.round()
+    pipe.send("done")
+
+
+def found(state: Path, select: str | None) -> Any:
+    """What matters in the end."""
+    with opened(state, select) as merge:
+        assert merge.state.verify() == []
+        assert merge.state.open_round is None
+        slots = merge.state.format.slots
+        bits = {(n, s): merge.state.read(n, s).tobytes() for n in slots for s in slots[n]}
+        folds = [(c.entry.candidate or {})["name"] for c in merge.state.folds()]
+        pool = [(w.commit.entry.candidate or {})["name"] for w in merge.pool().values()]
+        first = next(c for c in merge.state.log if c.entry.kind == "select")
+        table = [(r["name"], r["fate"], r["score"], r["z"], r["weight"]) for r in (first.entry.numbers or {})["scores"]]
+        return bits, folds, pool, table, active(merge.state).weights
+
+
+def ended(state: Path, select: str | None) -> bool:
+    """Whether there is nothing left to take up."""
+    with opened(state, select) as merge:
+        chosen = [w for w in merge.pool().values() if w.last.get("fate") == "chosen"]
+        return merge.state.open_round is None and not chosen and any(c.entry.kind == "select" for c in merge.state.log)
+
+
+@pytest.mark.parametrize("rule", ["iso-c", "frank-wolfe"])
+def test_kills_in_a_round_change_nothing(tmp_path: Path, rule: str) -> None:
+    base, state, straight = quadratic.world(tmp_path), tmp_path / "state", tmp_path / "straight"
+    select = None if rule == "frank-wolfe" else "relevance"
+    api.init(base, state, api.Asked(rule=rule))
+    with opened(state, select) as merge:
+        for path in (quadratic.noise(base, 0), *(quadratic.good(base, k) for k in range(3)), quadratic.noise(base, 1)):
+            assert merge.fold(path).fate == "deferred"
+    shutil.copytree(state, straight)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["continual.api", "tests.quadratic"])
+
+    def run(place: Path, after: float | None) -> float | None:
+        """Seconds the round took, None where it was killed `after` so many."""
+        ours, theirs = context.Pipe()
+        process = context.Process(target=child, args=(place, select, theirs))
+        process.start()
+        theirs.close()
+        assert ours.recv() == "begins"
+        begun = time.monotonic()
+        try:
+            if after is None or ours.poll(after):
+                assert ours.recv() == "done"
+                return time.monotonic() - begun
+            os.kill(process.pid or 0, signal.SIGKILL)
+            return None
+        finally:
+            process.join()
+
+    whole = run(straight, None)
+    assert whole is not None
+    draw, killed = random.Random(1), 0
+    for _ in range(KILLS):
+        killed += run(state, whole * draw.uniform(0.1, 0.95)) is None
+        if ended(state, select):
+            break
+    if not ended(state, select):
+        assert run(state, None) is not None
+    assert killed >= 1
+    assert found(state, select) == found(straight, select)
