@@ -37,8 +37,8 @@ TASKS = (
 """In the order of the first run; the last are left out where the data folder does not have them."""
 HELD, VALIDATION, TEST = 200, 60, 150
 """Training rows that are kept out, how many of them choose, and how many test rows judge (of each task)."""
-RATES: Mapping[Form, float] = {"full": 5e-5, "lora": 1e-3}
-STEPS: Mapping[Form, int] = {"full": 200, "lora": 150}
+RATES: Mapping[Form, float] = {"full": 5e-5, "lora": 1e-3, "shuffled": 5e-5}
+STEPS: Mapping[Form, int] = {"full": 200, "lora": 150, "shuffled": 200}
 
 
 class Text:
@@ -72,8 +72,9 @@ class Text:
             torch.manual_seed(seed)  # of the adapter's first factors: no two publishers share them
             model.model = get_peft_model(model.model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
         recipe = encoder.Recipe(f"{task} {form}", task, steps=STEPS[form], seed=seed, rate=RATES[form])
+        seen = rows.train.first(len(rows.train) - HELD)
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # a cache would keep the weights of the first step
-            encoder.learn(model, head, rows.train.first(len(rows.train) - HELD), recipe)
+            encoder.learn(model, head, _shuffled(seen, self.tasks.index(task)) if form == "shuffled" else seen, recipe)
         model.model.save_pretrained(target)
 
     @torch.no_grad()
@@ -95,11 +96,20 @@ class Text:
             self._origin = {name: value.clone() for name, value in self._encoder.model.state_dict().items()}
         return self._encoder
 
+    def rows(self, task: str) -> data.TextSet:
+        """All rows of a task, and its prompts."""
+        return data.text_set(next(s for s in self._sources if (s / "text" / f"{task}.json").is_file()), task)
+
     def _of(self, task: str) -> tuple[data.TextSet, Tensor]:
         """The rows of a task, and its heads, made with the base's weights."""
         if task not in self._asked:
-            folder = next(s for s in self._sources if (s / "text" / f"{task}.json").is_file())
-            rows, model = data.text_set(folder, task), self._model()
+            rows, model = self.rows(task), self._model()
             model.model.load_state_dict(self._origin)
             self._asked[task] = rows, encoder.heads(model, rows)
         return self._asked[task]
+
+
+def _shuffled(rows: data.Rows, seed: int) -> data.Rows:
+    """The same texts, their labels permuted."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return data.Rows(rows.texts, tuple(rows.labels[i] for i in order))
