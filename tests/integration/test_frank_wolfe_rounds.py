@@ -19,15 +19,14 @@ from continual import api
 from continual.config import Settings
 from continual.errors import Misconfigured
 from continual.publish.folder import Target
-from continual.rounds import Round
 from continual.rounds.active import Active, active
-from continual.rounds.fates import Row
 from continual.rounds.frank_wolfe import room
 from continual.rounds.loaded import Loaded
 from continual.rounds.mixing import mix
 from continual.selection import calibration
 from continual.selection.steps import Plan
 from tests import quadratic
+from tests.pools import fill, names, rows, waits
 
 STEPS = ("hard", "pairwise", "soft", "corrective")
 
@@ -44,24 +43,6 @@ def opened(
         api.init(base, state, api.Asked(rule="frank-wolfe"))
     asked = {"objective": "tests.quadratic:make", "max_base_ratio": 10.0, "device": "cpu", "state": state, "rounds": rounds or {}}
     return api.Merge(Settings(**{**asked, **more}), write=True, on_step=on_step)
-
-
-def fill(merge: api.Merge, *candidates: Path) -> None:
-    for path in candidates:
-        assert merge.fold(path).fate == "deferred"
-
-
-def rows(found: Round) -> dict[str, Row]:
-    assert len({row.key for row in found.rows}) == len(found.rows), "a member has two rows"
-    return {row.name: row for row in found.rows}
-
-
-def names(merge: api.Merge) -> list[str]:
-    return [(c.entry.candidate or {})["name"] for c in merge.state.folds()]
-
-
-def waits(merge: api.Merge) -> list[str]:
-    return [(w.commit.entry.candidate or {})["name"] for w in merge.pool().values()]
 
 
 def weights(merge: api.Merge) -> dict[str, tuple[float, ...]]:
