@@ -33,7 +33,7 @@ def filled() -> Metrics:
     metrics.state(1, 2, 3, 4)
     metrics.gauges({"lambda": 1.5})
     metrics.scale(0.25, 7)
-    metrics.round(4.0)
+    metrics.round(4.0, 2, now=6.0)
     metrics.pool(9, {"gap": 0.5, "loss": 1.5, "before": 2.5, "steps": 3})
     metrics.build(rule="opcm", device="cpu", software={"continual": "0", "torch": "2"})
     return metrics
@@ -42,13 +42,13 @@ def filled() -> Metrics:
 def test_every_series_says_what_was_observed() -> None:
     text = filled().text().decode()
     for line in (
-        "continual_folds_total 1.0",
+        "continual_folds_total 3.0",
         'continual_refusals_total{reason="shape"} 1.0',
         "continual_read_bytes_total 10.0",
         'continual_fold_stage_seconds_total{stage="read"} 1.0',
         "continual_fold_seconds_sum 2.0",
         "continual_queue_candidates 3.0",
-        "continual_last_fold_timestamp_seconds 5.0",
+        "continual_last_fold_timestamp_seconds 6.0",
         "continual_lambda_ratio 1.5",
         "continual_scale_ratio 0.25",
         "continual_scale_tuned_folds 7.0",
