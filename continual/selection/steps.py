@@ -214,8 +214,8 @@ def solve(problem: Problem, start: Tensor, caps: Tensor, plan: Plan, admit: Admi
     """Steps from `start` until the gap is within the tolerance, none lowers the loss, or their limit; `told` of each.
 
     A vertex without weight is asked about when a step would give it some, the most negative slope first, and only while the gap over all not refused is above the
-    tolerance; a refusal holds for that step. Every gap is over those not refused. A step depends on the weights alone (decay: and on its number). Each point has its
-    gradient taken once. Raises Misconfigured where the objective gives no finite number."""
+    tolerance; a refusal holds for that step. Every gap is over those not refused. A step depends on the weights alone (decay: and on its number). A point within a
+    step may be asked for some slopes, and then for all. Raises Misconfigured where the objective gives no finite number."""
     assert (start.shape, start.dtype, caps.dtype) == (caps.shape, torch.float64, torch.float64), (start, caps)
     if plan.step in ("pairwise", "soft") and start.shape[1] > 1:
         raise Misconfigured(f'step = "{plan.step}": takes one coefficient a model, not {start.shape[1]}; with more name hard or corrective')
