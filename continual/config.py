@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from continual.errors import Misconfigured
 
@@ -81,6 +81,65 @@ class Rounds(BaseModel):
     unsupervised: bool = Field(False, description="entropy instead of labels: it diverged where it was tried")
 
 
+class Hub(BaseModel):
+    """What is looked for on the Hugging Face Hub, and what of it is taken. Times are seconds; ops/docs/hub.md says what each means."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    watch: bool = Field(False, description="poll the Hub for fine-tunes and adapters of the base")
+    bases: Texts = Field((), description="repos whose fine-tunes are taken; default: the base of the state, where it came from the Hub")
+    relations: Texts = Field(("finetune", "adapter"), description="how a repo may name its base: finetune, adapter, merge or quantized")
+    repos: Texts = Field((), description="repos that are watched whatever they say of their base")
+    authors: Texts = Field((), description="users and organisations all of whose models are looked at")
+    read: Literal["stream", "cache"] = Field(
+        "stream", description="read weights by ranges, nothing on disk; or through the cache of the Hub's client"
+    )
+    poll: Annotated[float, Field(gt=0)] = Field(300.0, description="how often the Hub is asked for what is new")
+    sweep: Annotated[float, Field(gt=0)] = Field(6 * 3600.0, description="how often it is asked for everything")
+    settle: Seconds = Field(60.0, description="how long a repo must be without a new commit before it is taken")
+    since: str | None = Field(None, description="repos whose last commit is older are not looked at, as 2026-01-31; default: all are")
+    allow: Texts = Field((), description="globs over repos (org/name); where there are any, only what matches is taken")
+    deny: Texts = Field((), description="globs over repos that are never taken")
+    licences: Texts = Field((), description="globs over licences; where there are any, only what matches is taken")
+    deny_licences: Texts = Field((), description="globs over licences that are never taken")
+    tags: Texts = Field((), description="tags a repo must have, all of them")
+    deny_tags: Texts = Field((), description="globs over tags of repos that are never taken")
+    max_bytes: Bytes | None = Field(None, description="largest weights that are taken")
+    gated: Literal["take", "refuse"] = Field("take", description="what to do with gated repos that the token may read")
+    private: Literal["take", "refuse"] = Field("take", description="what to do with private repos that the token may read")
+
+
+class Release(BaseModel):
+    """Where on the Hub the merged model is published, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    repo: str | None = Field(None, description="repo (org/name) the merged model is published to; made if it is not there")
+    every: bool = Field(False, description="publish every fold; default: the newest when the one before is out")
+    branch: str = Field("main", description="branch that is committed to; made if it is not there")
+    tag: str | None = Field("record-{seq}", description="tag of each release; empty: none")
+    private: bool = Field(True, description="make the repo private, where it has to be made")
+    licences: Literal["warn", "refuse"] = Field("warn", description="what to do where licences of the base and the folded models differ")
+    dtype: str | None = Field(None, description="float32, float16 or bfloat16; default: the base's")
+
+
+class Hook(BaseModel):
+    """Who is told when a new merged model is out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["sglang", "vllm-lora", "http", "command"]
+    url: str | None = Field(None, description="where the server listens, as http://127.0.0.1:30000; of an http hook, what is posted to")
+    command: tuple[str, ...] = Field((), description="program and arguments of a command hook; no shell")
+    after: Literal["current", "release"] | None = Field(
+        None, description="what it comes after: the link current, or the release on the Hub; default: current where that is set"
+    )
+    timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds one try may take")
+    tries: Annotated[int, Field(ge=1)] = Field(3, description="how often it is tried")
+    name: str = Field("continual", description="vllm-lora: the name under which the adapter is served")
+    rank: Annotated[int, Field(ge=1)] = Field(16, description="vllm-lora: rank of the adapter that is made of the merge")
+
+
 class Settings(BaseModel):
     """Everything a user can set. Sizes are bytes (`4GB` is understood), times are seconds."""
 
@@ -102,6 +161,15 @@ class Settings(BaseModel):
     rounds: Annotated[Rounds, BeforeValidator(_pairs)] = Field(
         default_factory=lambda: Rounds.model_validate({}), description="how rounds choose: a table, or key=value pairs"
     )
+    hub: Annotated[Hub, BeforeValidator(_pairs)] = Field(
+        default_factory=lambda: Hub.model_validate({}), description="what is taken from the Hugging Face Hub: a table, or key=value pairs"
+    )
+    release: Annotated[Release, BeforeValidator(_pairs)] = Field(
+        default_factory=lambda: Release.model_validate({}),
+        description="where the merge is published on the Hub: a table, or key=value pairs",
+    )
+    hooks: tuple[Hook, ...] = Field((), description="who is told when a new merge is out: tables")
+    webhook_secret: SecretStr | None = Field(None, description="what the Hub sends as X-Webhook-Secret; without it there is no /webhook")
     settle: Seconds = Field(5.0, description="how long a model's files must be still before it is taken")
     rescan: Annotated[float, Field(gt=0)] = Field(30.0, description="how often the folders are scanned whatever the notifications say")
     base: Path | None = Field(None, description="where the base is now, if it was moved since init")
@@ -142,6 +210,8 @@ def load(flags: Mapping[str, Any], *, file: Path | None = None, environ: Mapping
             shown = f"{PREFIX}{key.upper()}" if origin == "environment" else key
             if key not in known:
                 raise Misconfigured(f"{origin}: unknown setting {shown!r}; known are {', '.join(sorted(known))}")
+            if key in _TABLES and isinstance(values.get(key), dict) and not isinstance(value, dict):
+                value = values[key] | _table(value, f"{origin}: {shown}")  # pairs say what differs from the table before
             values[key], where[key] = value, f"{origin}: {shown}"
     try:
         return Settings(**values)
@@ -149,6 +219,19 @@ def load(flags: Mapping[str, Any], *, file: Path | None = None, environ: Mapping
         first = error.errors()[0]
         name, *within = (str(part) for part in first["loc"])
         raise Misconfigured(f"{'.'.join([where.get(name, name), *within])} = {first['input']!r}: {first['msg']}") from None
+
+
+_TABLES = ("hub", "release", "rounds")
+
+
+def _table(pairs: object, where: str) -> dict[str, Any]:
+    try:
+        found = _pairs(pairs)
+    except ValueError as error:
+        raise Misconfigured(f"{where}: {error}") from None
+    if not isinstance(found, dict):
+        raise Misconfigured(f"{where}: {pairs!r} is no key=value")
+    return found
 
 
 def _toml(file: Path) -> dict[str, Any]:
