@@ -1,0 +1,315 @@
+"""The merged model as a LoRA adapter in PEFT layout: every linear layer's and embedding's merged task vector, truncated to one rank.
+
+τ ≈ B·A with B = U_r√Σ_r and A = √Σ_rV_rᵀ of the SVD τ = UΣVᵀ: no other product of rank r is nearer in the Frobenius norm (Eckart and Young 1936, "The
+approximation of one matrix by another of lower rank"). Layout and meaning of the factors are those of Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large
+Language Models", as PEFT writes them; lora_alpha = r, so PEFT's scale is 1. All modules have the same rank: of a tensor whose own rank is smaller, the rest
+of the factors is zeros (vLLM wants one rank).
+
+What a plain LoRA cannot hold is left out by name, and counted in the error: norms, biases, convolutions, anything that is not 2-D; position tables of classes of
+their own, whose forward is no look-up; weights that torch reads past a wrapper (nn.MultiheadAttention); experts and their routers, which transformers 5 keeps in
+3-D tensors; GPT-NeoX's embed_out, which it loads as lm_head; and a table that is tied to the output head. Of that PEFT would adapt the embedding alone and
+leave the head at the base; wrapping both by the same product gives the right logits, but then PEFT's merge_and_unload adds it twice to the one shared weight.
+A silent doubling is worse than an error that is told.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from continual import linalg, provenance
+from continual.errors import Halt, Misconfigured
+from continual.executors.contract import Executor, Progress, Task
+from continual.publish.folder import DTYPES, parse_dtype, provenance_of
+from continual.publish.weights import Placed, header, raw, write_at
+from continual.reading import Reading
+from continual.records import ITEMSIZE, TensorSpec
+from continual.state.durable import publish_dir
+from continual.tensors import BaseModel
+from continual.tensors.adapter import CONFIG, WEIGHTS
+from continual.tensors.kinds import is_vocabulary, kind_of
+from continual.tensors.matching import CONV1D
+
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|embed_in|tok_embeddings|tokens_embed|positions_embed|wte|wpe|shared|word_embeddings?|token_embedding|position_embeddings?"
+    r"|token_type_embeddings|relative_attention_bias|embeddings)\.weight$"
+)
+"""Tables that are nn.Embedding, or scale its output as PEFT knows to: a look-up by ids, and nothing else in their forward."""
+_HEAD = re.compile(
+    r"(^|\.)(classifier|score|qa_outputs|heads?|pre_classifier|vocab_transform|logits_proj|text_projection|visual_projection|seq_relationship)\.|^fc\."
+)
+"""Heads that the rules treat as plain tensors, and that are nn.Linear all the same."""
+_INNER = {"gpt2": "transformer.", "bloom": "transformer.", "opt": "model."}
+"""Where a model with a head has its inner model, of families whose published files often are the inner model's alone and are loaded with a head."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraReport:
+    """What an adapter holds of the merge. `rank` is the one of all its modules, `adapted` their number, `left_out` the foldable tensors it lacks.
+
+    `error`: ‖τ − BA‖/‖τ‖ over the whole model, BA being 0 where a tensor is left out; `error_adapted`: over the adapted tensors; `worst`: the adapted tensor
+    with the largest of its own. All from the factors as they were written, 0 where τ is 0. `nbytes` is the size of the weight file.
+    """
+
+    directory: Path
+    rank: int
+    adapted: int
+    left_out: tuple[str, ...]
+    error: float
+    error_adapted: float
+    worst: tuple[str, float]
+    nbytes: int
+
+
+class Adapted(NamedTuple):
+    """A tensor that an adapter can adapt, and the module that has it. `transposed`: the product B·A is the transpose of the weight (embeddings, Conv1D)."""
+
+    spec: TensorSpec
+    module: str
+    embedding: bool
+    transposed: bool
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of B·A."""
+        rows, columns = self.spec.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def names(self) -> tuple[str, str]:
+        """What A and B are called in the file."""
+        of = "lora_embedding_{}" if self.embedding else "lora_{}.weight"
+        return f"base_model.model.{self.module}.{of.format('A')}", f"base_model.model.{self.module}.{of.format('B')}"
+
+
+class _Squares(NamedTuple):
+    """‖τ‖² of a tensor, and ‖τ − BA‖²."""
+
+    tau: float
+    rest: float
+
+
+def export(
+    base: BaseModel, reading: Reading, directory: Path, rank: int, executor: Executor, progress: Progress, *, dtype: str = "F32"
+) -> LoraReport:
+    """Writes the merged model that `reading` reads as an adapter of `base` to `directory`, which must not exist yet.
+
+    `rank` is lowered to the smaller side of the largest adapted tensor, beyond which nothing is left to hold. `dtype` is that of the factors, a safetensors
+    word or torch's. Raises Misconfigured if the directory is there or cannot be made, for a rank below 1, where nothing is folded yet or nothing can be
+    adapted; Halt if a value overflows the dtype. Then nothing is left behind.
+    """
+    word = parse_dtype(dtype) or "F32"
+    final = directory.absolute()
+    if final.exists() or final.is_symlink():
+        raise Misconfigured(f"{directory} exists: export writes a new directory, name one that is not there yet")
+    if not final.parent.is_dir():
+        raise Misconfigured(f"{final.parent}: no such directory to write {final.name} in")
+    if rank < 1:
+        raise Misconfigured(f"rank = {rank}: an adapter has at least rank 1")
+    if reading.commit.generation is None or not reading.state.folds(at=reading.commit.seq):
+        raise Misconfigured("nothing is folded yet, so the adapter would be empty: fold a model first")
+    adapted = adaptable(base)
+    if not adapted:
+        raise Misconfigured(f"{base.checkpoint.place}: no tensor of it is a linear layer or an embedding that an adapter can adapt")
+    r = min(rank, max(min(one.spec.shape) for one in adapted))
+    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
+    with ExitStack() as stack:
+        stack.enter_context(reading.state.lease(reading.commit.seq))
+        temporary.mkdir()
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        factor = reading.settle(executor, progress)
+        squares = _write_weights(base, adapted, reading, temporary / WEIGHTS, (r, word), executor, progress)
+        report = _report(final, r, adapted, squares, (temporary / WEIGHTS).stat().st_size)
+        _write_json(temporary / CONFIG, _config(reading.state.format.base, adapted, r))
+        body = provenance_of(reading.state, reading.commit.seq, reading.options.to_mapping() | {"factor": factor})
+        told = {"rank": r, "dtype": word, "error": report.error, "error_adapted": report.error_adapted, "left_out": list(report.left_out)}
+        _write_json(temporary / provenance.RELEASE, body | {"lora": told})
+        publish_dir(temporary, final)
+    return report
+
+
+def adaptable(base: BaseModel) -> tuple[Adapted, ...]:
+    """The tensors of a base that PEFT can adapt as nn.Linear, Conv1D or nn.Embedding, in name order. From names and shapes alone.
+
+    Modules are called what the files call them. A class that transformers loads under other names (some vision-language models) needs them exchanged first.
+    """
+    present = {spec.name for spec in base.specs}
+    tied = set(base.aliases.values())
+    conv1d = CONV1D.get(str(base.checkpoint.config.get("model_type")), frozenset())
+    blocks = {name.partition(".experts.")[0] for name in present if ".experts." in name}
+    routers = {f"{block}.{word}.weight" for block in blocks for word in ("gate", "router")}
+    inner = _inner(base, present)
+    found = []
+    for spec in base.specs:
+        name, module = spec.name, spec.name.removesuffix(".weight")
+        parent, _, own = module.rpartition(".")
+        if len(spec.shape) != 2 or not spec.numel or spec.kind == "carried" or module == name or name in tied:
+            continue
+        if ".experts." in name or name in routers or own == "embed_out" or (own == "out_proj" and f"{parent}.in_proj_weight" in present):
+            continue
+        embedding = _EMBEDDING.search(name) is not None
+        # by the name alone: what the user's globs made plain is a linear layer as before
+        if embedding or is_vocabulary(name) or _HEAD.search(name) or kind_of(name, spec.shape, spec.dtype) == "matrix":
+            found.append(Adapted(spec, inner + module, embedding, embedding or own in conv1d))
+    return tuple(found)
+
+
+def _inner(base: BaseModel, present: Iterable[str]) -> str:
+    """What the loaded model's module names have in front of the names in the files: empty but for the files of an inner model loaded with a head."""
+    config = base.checkpoint.config
+    inner = _INNER.get(str(config.get("model_type")), "")
+    listed = config.get("architectures")
+    architecture = str(listed[0]) if isinstance(listed, list) and listed else ""
+    bare = not architecture or re.search(r"(?<!LMHead)(?<!DoubleHeads)Model$", architecture)
+    return "" if bare or any(name.startswith(inner) for name in present) else inner
+
+
+def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A = √Σ_rV_rᵀ (rank×n) and B = U_r√Σ_r (m×rank) of an m×n matrix, float64: the best product of this rank, zero rows and columns beyond the matrix's own.
+
+    From the float64 Gram of the small side, U = matrix·V/Σ: B·A is matrix·V_rV_rᵀ whatever σ was found, so that an error of σ only moves length between the
+    two; and singular values below STEEP·σ₁, whose directions a Gram tells apart less well, cost less than 1e-8 of ‖matrix‖² if they are mistaken.
+    """
+    m, n = matrix.shape
+    rows = linalg.tall(matrix)
+    small, large = rows.new_zeros(rank, min(m, n), dtype=torch.float64), rows.new_zeros(max(m, n), rank, dtype=torch.float64)
+    if bool(matrix.any()):
+        sigma, v = linalg.right_singular(rows)
+        k = min(rank, int((sigma > 0).sum()))
+        root, v = sigma[:k].sqrt(), v[:, :k]
+        small[:k] = (v * root).mT
+        v = v / root
+        for block in linalg.row_blocks(*rows.shape):
+            large[block, :k] = rows[block].double() @ v
+    return (small, large) if m >= n else (large.mT, small.mT)
+
+
+def _rest_sq(matrix: Tensor, a: Tensor, b: Tensor) -> float:
+    """‖matrix − B·A‖² in float64, by blocks of rows of the long side."""
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix, a, b = matrix.mT, b.mT, a.mT
+    wide = a.double()
+    blocks = linalg.row_blocks(*matrix.shape)
+    return math.fsum(float((matrix[block].double() - b[block].double() @ wide).square_().sum()) for block in blocks)
+
+
+def _write_weights(
+    base: BaseModel,
+    adapted: Sequence[Adapted],
+    reading: Reading,
+    file: Path,
+    form: tuple[int, str],
+    executor: Executor,
+    progress: Progress,
+) -> dict[str, _Squares]:
+    """Factors of rank `form[0]` in the safetensors word `form[1]` into `file`, in place, a tensor at a time; the squares of every foldable tensor, by name."""
+    rank, word = form
+    placed: list[Placed] = []
+    end = 0
+    for one in adapted:
+        rows, columns = one.sides
+        for name, shape in zip(one.names(), ((rank, columns), (rows, rank)), strict=True):
+            begin, end = end, end + math.prod(shape) * ITEMSIZE[word]
+            placed.append(Placed(name, one.spec.name, word, shape, begin, end))
+    head = header(placed)
+    starts = {p.name: len(head) + p.begin for p in placed}
+
+    def adapt(one: Adapted, fd: int) -> _Squares:
+        tau = reading.vector(one.spec)
+        matrix = tau.mT if one.transposed else tau
+        a, b = (factor.to(DTYPES[word]) for factor in factors(matrix, rank))
+        if not bool(torch.isfinite(a).all()) or not bool(torch.isfinite(b).all()):
+            raise Halt(f"tensor {one.spec.name}: its factors have values that {word} cannot hold: export with dtype float32 or bfloat16")
+        for name, factor in zip(one.names(), (a, b), strict=True):
+            write_at(fd, raw(factor), starts[name])
+        return _Squares(linalg.inner(tau, tau), _rest_sq(matrix, a, b))
+
+    def measure(spec: TensorSpec) -> _Squares:
+        tau = reading.vector(spec)
+        square = linalg.inner(tau, tau)
+        return _Squares(square, square)
+
+    by_name = {one.spec.name: one for one in adapted}
+    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        write_at(fd, memoryview(head), 0)
+        tasks: list[Task[_Squares]] = []
+        for spec in base.specs:
+            if spec.kind == "carried":
+                continue
+            found = by_name.get(spec.name)
+            if found is None:
+                tasks.append(Task(spec.name, reading.need(spec), partial(measure, spec)))
+            else:
+                tasks.append(Task(spec.name, _need(found, rank, reading), partial(adapt, found, fd)))
+        squares: dict[str, _Squares] = {}
+        progress("export", 0, len(tasks))
+        for done, (name, square) in enumerate(executor.map(tasks), 1):
+            squares[name] = square
+            progress("export", done, len(tasks))
+    finally:
+        os.close(fd)
+    return squares
+
+
+def _need(one: Adapted, rank: int, reading: Reading) -> int:
+    """Peak bytes: reading the tensor, or τ beside its decomposition and the factors (float64, as written, and one of them in float64 once more)."""
+    m, n = one.spec.shape
+    return max(reading.need(one.spec), 4 * one.spec.numel + linalg.workspace(m, n) + 20 * rank * (m + n))
+
+
+def _report(directory: Path, rank: int, adapted: Sequence[Adapted], squares: Mapping[str, _Squares], nbytes: int) -> LoraReport:
+    names = [one.spec.name for one in adapted]
+    errors = {name: _error([squares[name]]) for name in names}
+    worst = max(names, key=lambda name: errors[name])
+    return LoraReport(
+        directory=directory,
+        rank=rank,
+        adapted=len(adapted),
+        left_out=tuple(sorted(squares.keys() - errors.keys())),
+        error=_error(squares.values()),
+        error_adapted=_error(squares[name] for name in names),
+        worst=(worst, errors[worst]),
+        nbytes=nbytes,
+    )
+
+
+def _error(squares: Iterable[_Squares]) -> float:
+    """‖τ − BA‖/‖τ‖ over some tensors, summed exactly, so that their order does not matter."""
+    found = list(squares)
+    tau = math.fsum(s.tau for s in found)
+    return math.sqrt(math.fsum(s.rest for s in found) / tau) if tau else 0.0
+
+
+def _config(base: Mapping[str, Any], adapted: Sequence[Adapted], rank: int) -> dict[str, Any]:
+    """adapter_config.json. PEFT keeps one fan_in_fan_out for all layers, and corrects it where a layer is of the other kind."""
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": str(base.get("repo") or base["path"]).removeprefix("hf://"),
+        "revision": base.get("revision"),
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "target_modules": sorted(one.module for one in adapted),
+        "fan_in_fan_out": any(one.transposed and not one.embedding for one in adapted),
+        "bias": "none",
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def _write_json(file: Path, body: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
