@@ -1,0 +1,315 @@
+"""The model card of a release, and what the licences of its parts say together. Pure: facts in, Markdown out; nothing is looked up.
+
+Metadata are those of the Hub's model cards (https://huggingface.co/docs/hub/model-cards), written by huggingface_hub's ModelCardData. Names, licences and
+settings come from strangers: wherever they stand in text they are written so that no Markdown, HTML or line of their own comes of them, in commands they are
+quoted for a shell, and only what is the id of a repo or a commit is linked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, Literal
+
+from continual.hub.names import SCHEME, is_repo, is_sha
+
+MOST = 1000
+"""Folded models that a card lists, the newest; the Hub and its readers have to get through it."""
+_NAMED, _LONGEST = 5, 200
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+_SPECIAL = re.compile(r"(?!:[ \d])[^\w /,.;()+-]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base: `name` for people (a path is shown by its last part), `repo` its id on the Hub, None where it came from a folder."""
+
+    name: str
+    repo: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A folded model, as its record has it. `origin` is `hf://ORG/NAME` or a path, `revision` a commit, `weight` None where the rule has none."""
+
+    seq: int
+    name: str
+    origin: str
+    form: str
+    digest: str
+    revision: str | None = None
+    licence: str | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a card says. `folded` are in the order in which they were folded.
+
+    `options` are the rule's fold-time options, `before` among them; `scale` and `lines` what `continual scale` takes; `plain` and `exclude` the globs of
+    `continual init`; `settings` those of folding that are not the defaults, by the names of the flags of `continual fold` (`missing`, `vocab`); `export`
+    further words of `continual export`. `generated` is the time of the record; `software` has at least continual's version; `architecture` is the first of the
+    base's config.json; `previous` the commit of the release before; `caveat` anything the publisher adds about licences.
+    """
+
+    base: Base
+    folded: Sequence[Model]
+    state: str
+    seq: int
+    rule: str
+    scale: str
+    generated: str
+    software: Mapping[str, str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    lines: str | None = None
+    plain: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    export: Sequence[str] = ()
+    repo: str | None = None
+    form: Literal["full", "adapter"] = "full"
+    architecture: str | None = None
+    previous: str | None = None
+    caveat: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What the licences of a base and its folded models say together.
+
+    `known`: lower-case licence to the names of the models under it, in order, the base's first; `conflict`: there are two or more; `unknown`: models that
+    name none. `message` says all of it in a line of plain text.
+    """
+
+    known: Mapping[str, tuple[str, ...]]
+    conflict: bool
+    unknown: int
+    message: str
+
+
+def licences(base: Base, folded: Sequence[Model]) -> Agreement:
+    """Whether the licences agree, compared in lower case. `unknown` and an empty text name no licence; `other` is one that differs from every word."""
+    known: dict[str, list[str]] = {}
+    unknown = 0
+    for name, licence in [(base.repo or _last(base.name), base.licence), *((_called(m), m.licence) for m in folded)]:
+        word = _cut(licence or "").strip().lower()
+        if word in ("", "unknown"):
+            unknown += 1
+        else:
+            known.setdefault(word, []).append(_cut(name))
+    parts = [f"{word}: {_some(names)}" for word, names in known.items()]
+    if unknown:
+        parts.append(f"no licence named: {unknown} {'model' if unknown == 1 else 'models'}")
+    found = {word: tuple(names) for word, names in known.items()}
+    said = "the licences differ" if len(known) > 1 else "the licences agree" if known and not unknown else "not every licence is known"
+    return Agreement(found, len(known) > 1, unknown, f"{said} ({'; '.join(parts)})")
+
+
+def card(facts: Facts) -> str:
+    """README.md of the release: YAML metadata and a body in Markdown. Needs huggingface_hub."""
+    agreement = licences(facts.base, facts.folded)
+    listed = facts.folded[-MOST:]
+    body = [
+        f"# {_text(facts.repo or 'Merged model')}",
+        _about(facts),
+        "## Use",
+        _use(facts),
+        f"## Folded models: {len(facts.folded)}",
+        *([f"The newest {MOST} of {len(facts.folded)}; `continual.json` has them all."] if len(listed) < len(facts.folded) else []),
+        _table(listed),
+        "## Licences",
+        _text(agreement.message[0].upper() + agreement.message[1:]) + ".",
+        "Whoever uses this model has to keep to the terms of the base and of every folded model.",
+        *([_text(facts.caveat)] if facts.caveat else []),
+        "## Reproduce",
+        _how(facts),
+        _fenced("\n".join(commands(facts)), "sh"),
+    ]
+    return f"---\n{_metadata(facts, agreement, listed)}\n---\n\n" + "\n\n".join(body) + "\n"
+
+
+def commands(facts: Facts) -> list[str]:
+    """The lines of a shell that make this model again, one command or comment each. What came from a folder is named as if it lay in the current one."""
+    places = [(facts.base.repo, facts.base.revision, facts.base.name)]
+    places += [(repo_of(model.origin), model.revision, model.name) for model in facts.folded]
+    given = {key: value for key, value in facts.options.items() if key != "before"}
+    init = ["continual", "init", _reference(*places[0]), "--rule", facts.rule]
+    init += [word for key in given for word in ("--option", f"{key}={_value(given[key])}")]
+    init += [word for step in facts.options.get("before") or () for word in ("--before", _before(step))]
+    init += [word for glob in facts.plain for word in ("--plain", glob)]
+    init += [word for glob in facts.exclude for word in ("--exclude", glob)]
+    flags = [word for key, value in facts.settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    lines = [_line(["pip", "install", f"continual=={facts.software['continual']}"]), _line(init)]
+    earlier = len(facts.folded) - MOST
+    if earlier > 0:
+        lines.append(f"# fold the first {earlier} models as continual.json lists them, then:")
+    for model, place in list(zip(facts.folded, places[1:], strict=True))[-MOST:]:
+        weight = [] if model.weight is None or model.weight == 1 else ["--weight", f"{float(model.weight)!r}"]
+        lines.append(_line(["continual", "fold", *weight, *flags, _reference(*place)]))
+    scale = ["continual", "scale", *(["--lines", facts.lines] if facts.lines else [])]
+    lines.append(_line([*scale, *(["--"] if facts.scale.startswith("-") else []), facts.scale]))
+    return [*lines, _line(["continual", "export", "merged", *facts.export])]
+
+
+def repo_of(origin: str) -> str | None:
+    """The id of the repo that an origin names, None where it is a path."""
+    repo = origin.removeprefix(SCHEME)
+    return repo if repo != origin and is_repo(repo) else None
+
+
+def shown(text: str) -> str:
+    """A stranger's text on one line: what cannot be printed, line breaks included, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _cut(text: str) -> str:
+    """The same, not longer than a name needs."""
+    seen = shown(text[: _LONGEST + 1])
+    return seen if len(seen) <= _LONGEST else seen[: _LONGEST - 1] + "…"
+
+
+def _metadata(facts: Facts, agreement: Agreement, listed: Sequence[Model]) -> str:
+    from huggingface_hub import ModelCardData
+
+    repos = [facts.base.repo, *(repo_of(model.origin) for model in listed)]
+    words = list(agreement.known)
+    licence: dict[str, Any] = {"license": words[0]} if words else {}
+    if agreement.conflict or (words and not _LICENCE.fullmatch(words[0])):
+        link = f"https://huggingface.co/{facts.repo}#licences" if is_repo(facts.repo) else None
+        licence = {"license": "other", "license_name": "mixed" if agreement.conflict else "see-card", "license_link": link}
+    return ModelCardData(
+        base_model=list(dict.fromkeys(repo for repo in repos if is_repo(repo) and repo)) or None,
+        base_model_relation="merge",
+        library_name="peft" if facts.form == "adapter" else "transformers",
+        tags=["merge", "continual", "task-vectors", facts.rule],
+        **licence,
+    ).to_yaml()
+
+
+def _about(facts: Facts) -> str:
+    kind = "A LoRA adapter of the merge" if facts.form == "adapter" else "The merge"
+    count = len(facts.folded)
+    base = _linked(facts.base.repo, facts.base.revision, facts.base.repo or _last(facts.base.name))
+    previous = f" The release before it is commit {_commit(facts.repo, facts.previous)}." if facts.previous else ""
+    return (
+        f"{kind} of {count} {'fine-tune' if count == 1 else 'fine-tunes'} of {base} by the rule {_text(facts.rule)}, read at the scale "
+        f"{_text(facts.scale)}{f', layers {_text(facts.lines)}' if facts.lines else ''}. It was made by continual, a service that folds each new fine-tune "
+        f"into one model, as record {facts.seq} of state {_text(facts.state)} on {_text(facts.generated)}.\n\n"
+        f"It may be replaced by the next release at any time: name a commit where you depend on it.{previous}"
+    )
+
+
+def _use(facts: Facts) -> str:
+    place = json.dumps(facts.repo or "merged")
+    name = facts.architecture if facts.architecture and facts.architecture.isascii() and facts.architecture.isidentifier() else "AutoModel"
+    if facts.form == "full":
+        return _fenced(f"from transformers import {name}\n\nmodel = {name}.from_pretrained({place})", "python")
+    base = json.dumps(facts.base.repo or shown(_last(facts.base.name)))
+    revision = f", revision={json.dumps(facts.base.revision)}" if is_sha(facts.base.revision) else ""
+    return _fenced(
+        f"from peft import PeftModel\nfrom transformers import {name}\n\nbase = {name}.from_pretrained({base}{revision})\n"
+        f"model = PeftModel.from_pretrained(base, {place})",
+        "python",
+    )
+
+
+def _table(models: Sequence[Model]) -> str:
+    rows = [
+        [
+            str(model.seq),
+            _linked(repo_of(model.origin), model.revision, _called(model)),
+            _commit(repo_of(model.origin), model.revision) if model.revision else "",
+            _text(_cut(model.form)),
+            "" if model.weight is None else f"{model.weight:g}",
+            _text(_cut(model.licence or "")),
+            _text(model.digest.removeprefix("blake3:")[:12]),
+        ]
+        for model in models
+    ]
+    head = ["record", "model", "commit", "form", "weight", "licence", "digest (BLAKE3)"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _how(facts: Facts) -> str:
+    parts = [f"State {_text(facts.state)}, record {facts.seq}: `continual.json` beside this card has every digest and option."]
+    parts.append("Software: " + ", ".join(f"{_text(name)} {_text(version)}" for name, version in sorted(facts.software.items())) + ".")
+    parts.append("The same base, order, rule and options give the same bits on the same machine.")
+    if any(repo_of(model.origin) is None for model in facts.folded) or facts.base.repo is None:
+        parts.append("What was no repo of the Hub is named by its folder: only who has it can fold it.")
+    if facts.rule == "frank-wolfe":
+        parts.append("Its weights were found in rounds on calibration rows, which the commands do not have.")
+    return " ".join(parts)
+
+
+def _linked(repo: str | None, revision: str | None, label: str) -> str:
+    if not is_repo(repo):
+        return _text(_cut(label))
+    return f"[{_text(_cut(label))}](https://huggingface.co/{repo}{f'/tree/{revision}' if is_sha(revision) else ''})"
+
+
+def _commit(repo: str | None, revision: str | None) -> str:
+    short = _text((revision or "")[:12])
+    return f"[{short}](https://huggingface.co/{repo}/tree/{revision})" if is_repo(repo) and is_sha(revision) else short
+
+
+def _reference(repo: str | None, revision: str | None, name: str) -> str:
+    if repo is None:
+        return f"./{shown(_last(name))}"
+    return f"{SCHEME}{repo}{f'@{revision}' if revision else ''}"
+
+
+def _called(model: Model) -> str:
+    return repo_of(model.origin) or _last(model.name)
+
+
+def _last(name: str) -> str:
+    """The last part of a path: where somebody keeps it is nobody's business."""
+    return PurePath(name).name or name
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def _value(value: Any) -> str:
+    """A rule's option as `--option` reads it: TOML, or plain text where that is no TOML."""
+    if not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    try:
+        tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _before(step: Any) -> str:
+    """A transform as `--before` reads it: `name:key=value`."""
+    if isinstance(step, str):
+        return step
+    return ":".join([str(step["name"]), *(f"{key}={_plain(value)}" for key, value in step.items() if key != "name")])
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _line(words: Sequence[str]) -> str:
+    return " ".join(shlex.quote(shown(word)) for word in words)
+
+
+def _text(text: str) -> str:
+    """A stranger's text as text of a table or paragraph: everything that Markdown, HTML or a link could be made of is a character reference."""
+    return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", shown(text))
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code; the fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
