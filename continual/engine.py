@@ -27,7 +27,22 @@ from continual.outcomes import Outcome, Plan, Policy, known_as
 from continual.records import Candidate, Entry, FoldReport, Lineage
 from continual.rules import Rule
 from continual.state import Commit, State, Transaction
-from continual.tensors import BaseModel, Checkpoint, Model, TaskVectors, candidate_of, open_model, open_shipped
+from continual.tensors import (
+    BaseModel,
+    Checkpoint,
+    Folder,
+    Model,
+    Place,
+    TaskVectors,
+    candidate_of,
+    open_model,
+    open_shipped,
+    release_of,
+    unreadable,
+)
+
+Locate = Callable[[Mapping[str, Any]], Place]
+"""Finds the place of a candidate by what its record says of it."""
 
 _LISTED = 100
 """Names of tensors that stay out that a record lists: a header can claim any number of them."""
@@ -37,13 +52,23 @@ class Engine:
     """Folds candidates into one open state, one at a time."""
 
     def __init__(
-        self, state: State, base: BaseModel, rule: Rule, executor: Executor, *, policy: Policy | None = None, device: str = "auto"
+        self,
+        state: State,
+        base: BaseModel,
+        rule: Rule,
+        executor: Executor,
+        *,
+        policy: Policy | None = None,
+        device: str = "auto",
+        locate: Locate | None = None,
     ) -> None:
+        """`locate` finds the place of a candidate that a record names; default: the directory that it says."""
         self.state = state
         self.base = base
         self.rule = rule
         self.policy = policy or Policy()
         self.executor = executor
+        self.locate: Locate = locate or (lambda identity: Folder(Path(identity["origin"]), source=identity["source"]))
         self.device = pick_device(device)
         self.stop = threading.Event()
         self.buffers = threading.local()
@@ -51,28 +76,19 @@ class Engine:
         if not rule.weighted and not self.policy.weights.even:
             raise Misconfigured(f"weight: {rule.name} folds every model with weight 1; leave out the settings weight and weights")
 
-    def fold(
-        self,
-        path: Path,
-        *,
-        source: str = "hand",
-        root: Path | None = None,
-        progress: Progress | None = None,
-        chosen: Mapping[str, Any] | None = None,
-    ) -> Outcome:
-        """Takes the model directory `path` from its headers to a commit.
+    def fold(self, place: Place, *, progress: Progress | None = None, chosen: Mapping[str, Any] | None = None) -> Outcome:
+        """Takes the model at `place` from its headers to a commit; `chosen` is what the round that chose it puts beside its numbers.
 
-        `root` is the watched folder its files must lie in, None for a path given by hand; `chosen` is what the round that chose it puts beside its
-        numbers. Raises Retry (environment; nothing settled) and Halt; a candidate that is refused is a record in the ledger and an outcome.
+        Raises Retry (environment; nothing settled) and Halt; a candidate that is refused is a record in the ledger and an outcome.
         """
 
         def go(candidate: Candidate, model: Model, lineage: Lineage) -> Outcome:
             return self._fold(candidate, model, lineage, progress or silent, chosen or {})
 
-        return self._consider(path, source, root, go)
+        return self._consider(place, go)
 
-    def admit(self, path: Path, *, source: str = "hand", root: Path | None = None) -> Outcome:
-        """Takes the model directory `path` into the pool, by its headers alone: it waits there, by reference, for a round. Raises as `fold` does."""
+    def admit(self, place: Place) -> Outcome:
+        """Takes the model at `place` into the pool, by its headers alone: it waits there, by reference, for a round. Raises as `fold` does."""
 
         def wait(candidate: Candidate, model: Model, lineage: Lineage) -> Outcome:
             if waiting := self.state.pool().get(candidate.key):
@@ -92,30 +108,32 @@ class Engine:
             )
             return Outcome("deferred", candidate.name, message, "waiting", self.state.record(entry))
 
-        return self._consider(path, source, root, wait)
+        return self._consider(place, wait)
 
-    def _consider(self, path: Path, source: str, root: Path | None, then: Callable[[Candidate, Model, Lineage], Outcome]) -> Outcome:
+    def _consider(self, place: Place, then: Callable[[Candidate, Model, Lineage], Outcome]) -> Outcome:
         """The headers of a candidate vetted, and what comes `then` if it may come in."""
         with ExitStack() as open_files:
             candidate = None
             try:
-                model = open_model(path, root=root)
+                if (key := place.settled_key) and (known := self.state.fate(key)):
+                    return known_as(place.name, known)
+                model = open_model(place)
                 open_files.callback(model.close)
-                candidate = candidate_of(model, source=source)
+                candidate = candidate_of(model)
                 if known := self.state.fate(candidate.key):
-                    return known_as(candidate, known)
+                    return known_as(candidate.name, known)
                 lineage = self._vet(candidate, model)
                 return then(candidate, model, lineage)
             except Refuse as refusal:
-                return self._refuse(candidate or provenance.unreadable(path, source), refusal)
+                return self._refuse(candidate or unreadable(place), refusal)
 
-    def plan(self, path: Path) -> Plan:
-        """Says what folding the model at `path` would take, reading nothing but headers; never raises for a bad candidate."""
+    def plan(self, place: Place) -> Plan:
+        """Says what folding the model at `place` would take, reading nothing but headers; never raises for a bad candidate."""
         try:
-            with open_model(path) as model:
-                candidate = candidate_of(model, source="hand")
+            with open_model(place) as model:
+                candidate = candidate_of(model)
                 if known := self.state.fate(candidate.key):
-                    return Plan(candidate.name, str(path), candidate.form, False, "known", known_as(candidate, known).message)
+                    return Plan(candidate.name, str(place), candidate.form, False, "known", known_as(candidate.name, known).message)
                 lineage = self._vet(candidate, model)
                 weight.weight_of(self.policy.weights, candidate.name, model)
                 shipped = self._shipped(model, lineage)
@@ -126,7 +144,7 @@ class Engine:
                 kinds = [self._specs[name].kind for name in lineage.folded]
                 return Plan(
                     name=candidate.name,
-                    path=str(path),
+                    path=str(place),
                     form=candidate.form,
                     ok=True,
                     reason=None,
@@ -145,10 +163,10 @@ class Engine:
                     narrowed=lineage.narrowed,
                 )
         except (Refuse, Retry) as error:
-            return Plan(path.name, str(path), "?", False, error.reason if isinstance(error, Refuse) else "retry", str(error))
+            return Plan(place.name, str(place), "?", False, error.reason if isinstance(error, Refuse) else "retry", str(error))
 
     def _vet(self, candidate: Candidate, model: Model) -> Lineage:
-        provenance.refuse_own_release(candidate, self.state.id)
+        provenance.refuse_own_release(candidate.name, release_of(model.place), self.state.id)
         if self.policy.updates == "refuse" and (earlier := self.state.revisions(candidate.origin)):
             raise Refuse(
                 "update",
@@ -225,7 +243,8 @@ class Engine:
             share = measure.share(number, folding.measured)
             if share == 0.0:
                 continue
-            tasks = [folding.measuring(self._specs[name], number, share) for name in lineage.folded]
+            names = sorted(lineage.folded, key=folding.vectors.position)
+            tasks = [folding.measuring(self._specs[name], number, share) for name in names]
             counts = torch.zeros((), dtype=torch.int64)
             for done, (_, found) in enumerate(self.executor.map(tasks), 1):
                 counts = counts + found
@@ -235,7 +254,8 @@ class Engine:
     def _stream(self, folding: Folding, lineage: Lineage, progress: Progress) -> dict[str, Piece]:
         """Every foldable tensor of the base through the rule, in parallel; the pieces by name."""
         folded = set(lineage.folded)
-        tasks = [folding.task(spec, touched=spec.name in folded) for spec in self.base.specs if spec.kind != "carried"]
+        specs = sorted((s for s in self.base.specs if s.kind != "carried"), key=lambda s: folding.vectors.position(s.name))
+        tasks = [folding.task(spec, touched=spec.name in folded) for spec in specs]
         pieces: dict[str, Piece] = {}
         progress("fold", 0, len(tasks))
         for name, piece in self.executor.map(tasks):
@@ -290,7 +310,7 @@ class Engine:
 
     def _refuse(self, candidate: Candidate, refusal: Refuse) -> Outcome:
         if known := self.state.fate(candidate.key):
-            return known_as(candidate, known)
+            return known_as(candidate.name, known)
         entry = Entry(
             kind="refuse",
             candidate=candidate.identity(),

@@ -55,7 +55,7 @@ class Folding:
         self._weight = weight
         self._seeds: dict[str, int] = {}
         self._transaction = transaction
-        self._vectors = vectors
+        self.vectors = vectors
         self._rule = rule
         self._totals = totals
         self._name = name
@@ -64,7 +64,7 @@ class Folding:
 
     def task(self, spec: TensorSpec, *, touched: bool) -> Task[Piece]:
         """The work of one tensor. `touched`: the candidate changes it; else only its norm is needed."""
-        vectors = self._vectors
+        vectors = self.vectors
         if not touched:
             return Task(spec.name, need(self._rule, spec, None), partial(self._untouched, spec))
         run = self._by_runs if self._rule.elementwise(spec) else self._whole
@@ -72,7 +72,7 @@ class Folding:
 
     def measuring(self, spec: TensorSpec, number: int, share: float) -> Task[torch.Tensor]:
         """The work of one tensor in pass `number` of what the rule measures before the fold, on that share of its elements."""
-        vectors, measure = self._vectors, self._rule.measure
+        vectors, measure = self.vectors, self._rule.measure
         assert measure is not None
 
         def run() -> torch.Tensor:
@@ -91,12 +91,12 @@ class Folding:
         self._check()
         started = time.perf_counter()
         inputs = self._inputs(spec)
-        tau, digest, nbytes = self._vectors.vector(spec.name)
+        tau, digest, nbytes = self.vectors.vector(spec.name)
         if self._rule.shipped is not None:
             content, moments = Content(), torch.empty(spec.numel)
-            for start in range(0, spec.numel, self._vectors.run):
-                stop = min(start + self._vectors.run, spec.numel)
-                moments[start:stop] = self._vectors.moments(spec.name, start, stop, content)
+            for start in range(0, spec.numel, self.vectors.run):
+                stop = min(start + self.vectors.run, spec.numel)
+                moments[start:stop] = self.vectors.moments(spec.name, start, stop, content)
             inputs = inputs._replace(moments=moments.view(spec.shape).to(self._device))
             digest, nbytes = blake3(digest + content.digest()).digest(), nbytes + content.nbytes
         read = time.perf_counter()
@@ -115,14 +115,14 @@ class Folding:
         self._check()
         inputs = self._inputs(spec)
         clock, content = _Clock(), Content()
-        reading = self._vectors.runs(spec.name, content)
+        reading = self.vectors.runs(spec.name, content)
         parts: list[Mapping[str, float]] = []
-        for start, _, values in self._transaction.runs(spec.name, self._vectors.run):
+        for start, _, values in self._transaction.runs(spec.name, self.vectors.run):
             clock.ends("write")
             _, stop, tau = next(reading)
             given_inputs = inputs._replace(start=start)
             if self._rule.shipped is not None:
-                given_inputs = given_inputs._replace(moments=self._vectors.moments(spec.name, start, stop, content).to(self._device))
+                given_inputs = given_inputs._replace(moments=self.vectors.moments(spec.name, start, stop, content).to(self._device))
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value) for slot, value in values.items()}
             given = {slot: value.to(self._device) for slot, value in accumulators.items()}
@@ -159,7 +159,7 @@ class Folding:
         """From the tensor's content and name, so that a fine-tune meets the same random choices wherever it lies. Reads the tensor once more."""
         if name not in self._seeds:
             content = Content()
-            for _ in self._vectors.runs(name, content):
+            for _ in self.vectors.runs(name, content):
                 pass
             self._seeds[name] = int.from_bytes(blake3(content.hash.digest() + name.encode()).digest(length=16), "little")
         return self._seeds[name]

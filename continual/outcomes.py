@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from continual.gates import safety, weight
 from continual.gates.lineage import LineagePolicy
-from continual.records import Candidate, FoldReport
+from continual.records import FoldReport
 from continual.state import Commit
 
 
@@ -83,9 +83,9 @@ class Policy:
     updates: Literal["refuse", "add"] = "refuse"
 
 
-def known_as(candidate: Candidate, known: Commit) -> Outcome:
+def known_as(name: str, known: Commit) -> Outcome:
     """The outcome of a candidate whose fate was settled earlier."""
-    message = f"{candidate.name}: already settled as record {known.seq} ({known.entry.fate})"
+    message = f"{name}: already settled as record {known.seq} ({known.entry.fate})"
     if known.entry.message and known.entry.fate != "folded":
         message += f": {known.entry.message}"
-    return Outcome("known", candidate.name, message, known.entry.reason, known)
+    return Outcome("known", name, message, known.entry.reason, known)

@@ -72,25 +72,40 @@ class FileStat:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A source saw something that may be a candidate. `path` is the model's directory."""
+    """A source saw something that may be a candidate at `origin`: a model directory, which has to lie in `root`, or a repo (`hf://ORG/NAME`) at `revision`.
+
+    `order` says which of several comes first: nanoseconds since 1970, then a name.
+    """
 
     source: str
-    path: Path
+    origin: str
     order: tuple[int, str] = (0, "")
+    root: Path | None = None
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's name, for people."""
+        return self.origin.removeprefix("hf://") if self.origin.startswith("hf://") else Path(self.origin).name
+
+    @property
+    def place(self) -> str:
+        """What tells it from other events: a newer one of the same place takes its place."""
+        return self.origin if self.revision is None else f"{self.origin}@{self.revision}"
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A fine-tune as known from its headers. `key` says which bytes at which place (store.md); `origin` is the place alone."""
+    """A fine-tune as known from its headers. `key` says which bytes at which place (store.md); `origin` is the place alone, `facts` are what else is kept of
+    it: `revision` and `licence`, of a repo."""
 
     key: str
     name: str
     source: str
     origin: str
-    path: Path
     form: Literal["full", "adapter"]
-    files: tuple[FileStat, ...]
     nbytes: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
         """What a commit record keeps of it."""
@@ -101,6 +116,7 @@ class Candidate:
             "origin": self.origin,
             "form": self.form,
             "bytes": self.nbytes,
+            **self.facts,
         }
 
 

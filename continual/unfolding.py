@@ -18,7 +18,7 @@ from continual.executors.contract import Progress
 from continual.gates.lineage import trace
 from continual.records import Entry, FoldReport
 from continual.state import Commit, Transaction
-from continual.tensors import candidate_of, open_model
+from continual.tensors import Place, candidate_of, open_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Again:
 
     seq: int
     name: str
-    path: Path
+    place: Place
     digest: str
     weight: float
     nbytes: int
@@ -55,7 +55,7 @@ class Unfolding:
         return f"{self.name} (record {self.seq}) is left out and {len(self.again)} later models are folded again {on}"
 
 
-def look(engine: Engine, word: str, at: Path | None = None) -> Unfolding:
+def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
     """Finds the fold in force that `word` names (a name, path, key or record number) and what taking it out takes; reads headers only.
 
     `at` is where the model is now, if it was moved. Raises Misconfigured if `word` names none or several, or if what has to be read is not there.
@@ -73,7 +73,7 @@ def look(engine: Engine, word: str, at: Path | None = None) -> Unfolding:
         needed = [fold.commit for i, fold in enumerate(history) if i >= begin and i != place]
     else:
         needed = [gone]
-    again = tuple(_locate(commit, at if commit is gone else None, gone) for commit in needed)
+    again = tuple(_locate(engine, commit, at if commit is gone else None, gone) for commit in needed)
     candidate = gone.entry.candidate or {}
     transactions = min(3, len(again))
     return Unfolding(
@@ -143,14 +143,14 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
 def _stream(
     engine: Engine, transaction: Transaction, again: Again, totals: Mapping[str, float], weight: float, progress: Progress
 ) -> FoldReport:
-    with open_model(again.path) as model:
-        candidate = candidate_of(model, source="hand")
+    with open_model(again.place) as model:
+        candidate = candidate_of(model)
         lineage = trace(engine.base, model, engine.policy.lineage)
         report = engine.stream(transaction, candidate, model, lineage, totals, weight, progress)
     if report.digest != again.digest:
         raise Refuse(
             "changed",
-            f"{again.path} does not hold what was folded as record {again.seq} ({again.name}) any more: nothing was changed; "
+            f"{again.place} does not hold what was folded as record {again.seq} ({again.name}) any more: nothing was changed; "
             "if the model is somewhere else now, name the place with --at",
         )
     return report
@@ -174,18 +174,18 @@ def _find(folds: list[Commit], word: str) -> int:
     return found[0]
 
 
-def _locate(commit: Commit, moved: Path | None, gone: Commit) -> Again:
+def _locate(engine: Engine, commit: Commit, moved: Place | None, gone: Commit) -> Again:
     candidate, numbers = commit.entry.candidate or {}, commit.entry.numbers or {}
-    path = moved or Path(candidate["origin"])
+    place = moved or engine.locate(candidate)
     later = (
         ""
         if commit is gone
         else f"{(gone.entry.candidate or {})['name']} cannot be taken out of this rule without folding the others again, and "
     )
     try:
-        with open_model(path) as model:
+        with open_model(place) as model:
             nbytes = model.nbytes
     except (Refuse, Retry) as error:
         told = "name where it is now with --at" if commit is gone else f"put {candidate['name']} back, or roll back"
         raise Misconfigured(f"{later}{candidate['name']} (record {commit.seq}) cannot be read: {error}; {told}") from None
-    return Again(commit.seq, candidate["name"], path, commit.entry.digest or "", numbers.get("weight", 1.0), nbytes)
+    return Again(commit.seq, candidate["name"], place, commit.entry.digest or "", numbers.get("weight", 1.0), nbytes)

@@ -33,20 +33,22 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, policy: LineagePolicy) -
     """
     specs = {spec.name: spec for spec in base.specs if spec.kind != "carried"}
     theirs = names_of(model)
-    prefix = find_prefix(specs, theirs, str(model.path))
+    prefix = find_prefix(specs, theirs, str(model.place))
     found, known = sources(base, model, prefix)
     missing = tuple(name for name in specs if name not in found)
     if isinstance(model, Adapter):
         if unmet := sorted(model.factors.keys() - known):
-            raise Refuse("adapter-target", f"{model.path}: adapts {_some(unmet)}, which the base does not have: an adapter of another base")
+            raise Refuse(
+                "adapter-target", f"{model.place}: adapts {_some(unmet)}, which the base does not have: an adapter of another base"
+            )
         if not found:
-            raise Refuse("adapter-target", f"{model.path}: adapts nothing that this base folds, only {_some(sorted(theirs))}")
+            raise Refuse("adapter-target", f"{model.place}: adapts nothing that this base folds, only {_some(sorted(theirs))}")
     elif not found:
-        raise Refuse("missing", f"{model.path}: has none of the base's tensors ({_some(missing)}): not a fine-tune of this base")
+        raise Refuse("missing", f"{model.place}: has none of the base's tensors ({_some(missing)}): not a fine-tune of this base")
     elif missing and policy.missing == "refuse":
         raise Refuse(
             "missing",
-            f"{model.path}: lacks {_some(missing)} of the base; a fine-tune that left them out can be let in with missing = unchanged",
+            f"{model.place}: lacks {_some(missing)} of the base; a fine-tune that left them out can be let in with missing = unchanged",
         )
     narrowed: dict[str, str] = {}
     rows: dict[str, int] = {}
@@ -71,13 +73,15 @@ def _full(
 ) -> None:
     if info.dtype not in FLOATS:
         raise Refuse(
-            "dtype", f"{model.path}: tensor {info.name} is {info.dtype}, the base's is {spec.dtype}: convert it to F32, F16 or BF16"
+            "dtype", f"{model.place}: tensor {info.name} is {info.dtype}, the base's is {spec.dtype}: convert it to F32, F16 or BF16"
         )
     for twin in source.twins:
         if (twin.dtype, twin.shape) != (info.dtype, info.shape):
-            raise Refuse("tied", f"{model.path}: {info.name} and {twin.name} are one tensor in the base, and differ here in dtype or shape")
+            raise Refuse(
+                "tied", f"{model.place}: {info.name} and {twin.name} are one tensor in the base, and differ here in dtype or shape"
+            )
     if info.shape != spec.shape:
-        both = f"{model.path}: tensor {info.name} has shape {list(info.shape)}, the base's has {list(spec.shape)}"
+        both = f"{model.place}: tensor {info.name} has shape {list(info.shape)}, the base's has {list(spec.shape)}"
         if not info.shape or not spec.shape or info.shape[1:] != spec.shape[1:] or not is_vocabulary(spec.name):
             raise Refuse("shape", f"{both}: not a fine-tune of this base")
         if policy.vocab == "refuse":
@@ -93,7 +97,7 @@ def _factors(model: Adapter, source: Source, spec: TensorSpec) -> None:
     if len(spec.shape) < 2 or shape != (spec.shape[0], math.prod(spec.shape[1:])):
         raise Refuse(
             "shape",
-            f"{model.path}: the product of {source.factors.b} and {source.factors.a} is {list(shape)}, {spec.name} is {list(spec.shape)}",
+            f"{model.place}: the product of {source.factors.b} and {source.factors.a} is {list(shape)}, {spec.name} is {list(spec.shape)}",
         )
 
 

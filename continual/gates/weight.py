@@ -8,11 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from safetensors import safe_open
-
 from continual.errors import Misconfigured, Refuse
-from continual.tensors import Model
-from continual.tensors.checkpoint import read_json
+from continual.tensors import Model, read_json
 from continual.tensors.header import shown
 
 METADATA = "metadata"
@@ -53,18 +50,16 @@ def weight_of(policy: WeightPolicy, name: str, model: Model) -> float:
     if number is not None:
         return number
     place, _, key = policy.source.partition(":")
-    directory = model.path if model.path.is_dir() else model.path.parent
     found: Any
     if place == METADATA:
-        file = next(directory / stat.name for stat in model.files if stat.name.endswith(".safetensors"))
-        with safe_open(file, framework="pt") as opened:
-            found = (opened.metadata() or {}).get(key)
+        file, metadata = model.metadata()
+        found = metadata.get(key)
         value = _number(found) if isinstance(found, str) else None
     else:
-        file = directory / place
-        if not file.exists():
+        file = model.place.file(place)
+        if not model.place.present(place):
             raise Refuse("weight", f"{file} is not there: the setting weight = {policy.source} takes the model's weight from it")
-        found = _within(read_json(file, model.root, "weight"), key)
+        found = _within(read_json(model.place, place, "weight"), key)
         value = float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
     if value is None or not _usable(value):
         raise Refuse("weight", f"{file}: {key} is {shown(found)}; a weight is a number above 0 (setting weight = {policy.source})")

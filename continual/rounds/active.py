@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from continual.rounds.members import Member, member_of
+from continual.rounds.members import Member
 from continual.state import State
 
 
@@ -32,7 +32,7 @@ def active(state: State, at: int | None = None) -> Active:
     history = state.history(at)
     numbers = (history[-1].at.entry.numbers or {}) if history and history[-1].at else {}
     folds = [fold.commit.entry for fold in history]
-    members = {(e.candidate or {})["key"]: member_of(e.candidate or {}) for e in folds}
+    members = {(e.candidate or {})["key"]: Member(e.candidate or {}) for e in folds}
     norms = {(e.candidate or {})["key"]: float((e.numbers or {})["tau_norm"]) for e in folds}
     weights = {key: tuple(float(w) for w in found) for key, found in numbers.get("active", {}).items()}
     return Active(weights, tuple(numbers.get("rest", ())), members, norms)

@@ -8,27 +8,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from continual.engine import Engine
-from continual.errors import Refuse, Retry
+from continual.errors import Refuse
 from continual.executors.contract import Progress, Task
 from continual.folding import run_length
 from continual.gates.lineage import trace
 from continual.records import Lineage
-from continual.tensors import Model, TaskVectors, candidate_of, open_model
+from continual.tensors import Model, Place, TaskVectors, candidate_of, open_model
 
 T = TypeVar("T")
 
 
 class Member(NamedTuple):
-    """A model by reference: its key, its name, where it was when it was seen, and in which form."""
+    """A model by reference, as a record names it; `at` is where it is now, if that is somewhere else."""
 
-    key: str
-    name: str
-    path: Path
-    form: str
+    identity: Mapping[str, Any]
+    at: Place | None = None
+
+    @property
+    def key(self) -> str:
+        """The candidate's key."""
+        return str(self.identity["key"])
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return str(self.identity["name"])
+
+    @property
+    def form(self) -> str:
+        """`full` or `adapter`."""
+        return str(self.identity["form"])
 
 
 class Opened(NamedTuple):
@@ -39,23 +51,14 @@ class Opened(NamedTuple):
     vectors: TaskVectors
 
 
-def member_of(identity: Mapping[str, Any]) -> Member:
-    """The member that a record's `candidate` names."""
-    return Member(identity["key"], identity["name"], Path(identity["origin"]), identity["form"])
-
-
 @contextmanager
 def opened(engine: Engine, member: Member) -> Iterator[Opened]:
     """A member's task vectors. Raises Refuse with the reason `gone` where its files are not those that were seen, Retry where they cannot be read now."""
-    if not member.path.parent.is_dir():
-        raise Retry(f"{member.name}: the folder {member.path.parent} cannot be reached; nothing was settled")
-    if not member.path.exists():
-        raise Refuse("gone", f"{member.name}: {member.path} is not there any more")
-    with open_model(member.path) as model:
-        if candidate_of(model, source="pool").key != member.key:
-            raise Refuse(
-                "gone", f"{member.name}: the files in {member.path} are not those that were seen; they are looked at as a new candidate"
-            )
+    place = member.at or engine.locate(member.identity)
+    place.must_be_there()
+    with open_model(place) as model:
+        if candidate_of(model).key != member.key:
+            raise Refuse("gone", f"{member.name}: the files in {place} are not those that were seen; they are looked at as a new candidate")
         lineage = trace(engine.base, model, engine.policy.lineage)
         yield Opened(model, lineage, TaskVectors(engine.base, model, lineage, run=run_length(engine.device), buffers=engine.buffers))
 

@@ -14,7 +14,7 @@ from continual.errors import Refuse
 from continual.executors.contract import Progress
 from continual.outcomes import Outcome
 from continual.records import Entry
-from continual.rounds.members import member_of, opened
+from continual.rounds.members import Member, opened
 from continual.state.ledger import Waiting
 
 
@@ -29,10 +29,10 @@ def fold(engine: Engine, progress: Progress, told: Callable[[Outcome], None]) ->
     outcomes = []
     for waiting in pending(engine.state.pool()).values():
         candidate: Any = waiting.commit.entry.candidate
-        member = member_of(candidate)
+        member = Member(candidate)
         try:
-            with opened(engine, member):
-                pass
+            with opened(engine, member) as seen:
+                place = seen.model.place
         except Refuse as gone:  # it was there when it was chosen: what lies there now is another candidate
             software = provenance.software()
             entry = Entry(kind="refuse", candidate=candidate, fate="expired", reason=gone.reason, message=str(gone), software=software)
@@ -40,7 +40,7 @@ def fold(engine: Engine, progress: Progress, told: Callable[[Outcome], None]) ->
             told(outcomes[-1])
             continue
         found = {key: waiting.last[key] for key in ("score", "change", "error", "z", "weight")}
-        outcome = engine.fold(member.path, source=candidate["source"], progress=progress, chosen={"relevance": found})
+        outcome = engine.fold(place, progress=progress, chosen={"relevance": found})
         told(outcome)
         outcomes.append(outcome)
     return outcomes

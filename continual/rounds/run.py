@@ -21,7 +21,7 @@ from continual.rounds.asked import Asked
 from continual.rounds.commit import commit, entry, kept, kept_out
 from continual.rounds.fates import Row
 from continual.rounds.loaded import Loaded
-from continual.rounds.members import member_of
+from continual.rounds.members import Member
 from continual.rounds.relevance import pending
 from continual.selection import calibration
 from continual.selection.steps import Taken
@@ -85,7 +85,7 @@ def run(engine: Engine, reading: Callable[[], Reading], asked: Asked, progress: 
     by_layer = weighed and (asked.layers or any(len(w) > 1 for w in now.weights.values()))
     loaded = _load(engine, asked, progress, by_layer=by_layer)
     begun = _begun(engine, asked, pool, weighed)
-    members = [member_of(pool[m["key"]].commit.entry.candidate or {}) for m in (begun.entry.numbers or {})["members"] if m["key"] in pool]
+    members = [Member(pool[m["key"]].commit.entry.candidate or {}) for m in (begun.entry.numbers or {})["members"] if m["key"] in pool]
     origin, plan = _origin(reading(), engine, progress, weighed=weighed), asked.plan
     if weighed:
         now = frank_wolfe.room(now, members, plan)
@@ -139,7 +139,7 @@ def look(engine: Engine, reading: Callable[[], Reading], asked: Asked, progress:
     started, pool = time.perf_counter(), engine.state.pool()
     if not pool:
         raise Misconfigured(_EMPTY)
-    loaded, members = _load(engine, asked, progress, by_layer=False), [member_of(w.commit.entry.candidate or {}) for w in pool.values()]
+    loaded, members = _load(engine, asked, progress, by_layer=False), [Member(w.commit.entry.candidate or {}) for w in pool.values()]
     origin = _origin(reading(), engine, progress, weighed=weighed)._replace(fixed=True)  # nobody who is in it is weighed
     search = frank_wolfe.Search(engine, loaded, origin, NONE, members, asked, progress)
     while True:
@@ -162,9 +162,7 @@ def look(engine: Engine, reading: Callable[[], Reading], asked: Asked, progress:
 def _load(engine: Engine, asked: Asked, progress: Progress, *, by_layer: bool) -> Loaded:
     """The model in memory, with its calibration rows."""
     progress("load", 0, 1)
-    checkpoint = engine.base.checkpoint
-    place = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    return Loaded(engine, calibration.load(asked.calibration, place, engine.device), by_layer=by_layer)
+    return Loaded(engine, calibration.load(asked.calibration, engine.base.checkpoint.directory, engine.device), by_layer=by_layer)
 
 
 def _begun(engine: Engine, asked: Asked, pool: Mapping[str, Waiting], weighed: bool) -> Commit:

@@ -32,7 +32,7 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
     weights = {key: w for key, w in now.weights.items() if key != plan.key}
     after = now._replace(weights=weights, members={key: m for key, m in now.members.items() if key != plan.key})
     (model,) = plan.again
-    member = now.members[plan.key]._replace(path=model.path)
+    member = now.members[plan.key]._replace(at=model.place)
     fold = next(c for c in state.folds() if (c.entry.candidate or {})["key"] == plan.key)
 
     def entry(found: Mapping[str, float]) -> Entry:
@@ -56,7 +56,7 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
         if digests[plan.key] != model.digest:
             raise Refuse(
                 "changed",
-                f"{model.path} does not hold what was folded as record {plan.seq} ({plan.name}) any more: nothing was changed; "
+                f"{model.place} does not hold what was folded as record {plan.seq} ({plan.name}) any more: nothing was changed; "
                 "if the model is somewhere else now, name the place with --at",
             )
         if after.members:

@@ -1,23 +1,29 @@
-"""Models on disk: strict safetensors headers, reads by pread, and task vectors one tensor at a time, of a full checkpoint or an adapter."""
+"""Models where they are: strict safetensors headers, reads by pread, and task vectors one tensor at a time, of a full checkpoint or an adapter."""
 
 from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel, describe
-from continual.tensors.model import Model, candidate_of, model_files, open_model, open_shipped
+from continual.tensors.model import Model, candidate_of, open_model, open_shipped, unreadable
+from continual.tensors.places import Folder, Place, place_of, read_json, release_of
 from continual.tensors.vectors import Piece, TaskVectors
 
 __all__ = [
     "Adapter",
     "BaseModel",
     "Checkpoint",
+    "Folder",
     "Model",
     "Piece",
+    "Place",
     "TaskVectors",
     "TensorInfo",
     "candidate_of",
     "describe",
-    "model_files",
     "open_model",
     "open_shipped",
+    "place_of",
+    "read_json",
+    "release_of",
+    "unreadable",
 ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +17,9 @@ import torch
 from continual.errors import Refuse
 from continual.records import FileStat
 from continual.tensors.checkpoint import FLOATS, Checkpoint, open_checkpoint
-from continual.tensors.files import Files
 from continual.tensors.header import json_object, shown
 from continual.tensors.kinds import is_vocabulary
+from continual.tensors.places import Place
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST_CONFIG = 4 << 20
@@ -68,23 +67,22 @@ class Adapter:
     """An adapter's files, open for reading; a context manager. `factors`: weight name (without PEFT's prefix) to its factors; `saved`: weight name to the
     tensor that replaces it (modules_to_save, and the embeddings PEFT stores beside the factors)."""
 
-    def __init__(self, path: Path, root: Path | None) -> None:
-        """Opens the adapter in directory `path`. Raises Refuse for a configuration or tensors that are not understood."""
-        self.path = path
-        self.root = root
-        self._config_file = Files([path / CONFIG], root)
+    def __init__(self, place: Place) -> None:
+        """Opens the adapter in `place`. Raises Refuse for a configuration or tensors that are not understood."""
+        self.place = place
+        self._config_file = place.open([CONFIG])
         try:
-            size = self._config_file.stats[0].size
+            size, where = self._config_file.stats[0].size, place.file(CONFIG)
             if size > _LARGEST_CONFIG:
-                raise Refuse("config", f"{path / CONFIG}: {size} bytes are too many for a configuration file")
-            self.config = json_object(self._config_file.pread(0, size, 0), str(path / CONFIG), "config")
-            check_config(path, self.config)
-            self.weights: Checkpoint = open_checkpoint(path / WEIGHTS, root)
+                raise Refuse("config", f"{where}: {size} bytes are too many for a configuration file")
+            self.config = json_object(self._config_file.pread(0, size, 0), where, "config")
+            check_config(place, self.config)
+            self.weights: Checkpoint = open_checkpoint(place, WEIGHTS)
         except BaseException:
             self._config_file.close()
             raise
         try:
-            self.factors, self.saved = _sort(path, self.weights, self.config)
+            self.factors, self.saved = _sort(place, self.weights, self.config)
         except BaseException:
             self.close()
             raise
@@ -115,6 +113,10 @@ class Adapter:
         """Whether the configuration says that the base stores these weights as in × out."""
         return bool(self.config.get("fan_in_fan_out"))
 
+    def metadata(self) -> tuple[str, Mapping[str, str]]:
+        """The weight file, as messages name it, and what its publisher wrote into its header."""
+        return self.weights.metadata()
+
     def check_unchanged(self) -> None:
         """Raises Retry if a file changed since it was opened."""
         self.weights.check_unchanged()
@@ -139,92 +141,94 @@ class Adapter:
         return read
 
 
-def check_config(path: Path, config: Mapping[str, Any]) -> None:
+def check_config(place: Place, config: Mapping[str, Any]) -> None:
     """Raises Refuse naming the first key that makes this more than a plain LoRA adapter."""
     if config.get("peft_type") != "LORA":
-        raise Refuse("adapter-kind", f"{path}: adapter of kind {shown(config.get('peft_type'))}: only LORA is understood")
+        raise Refuse("adapter-kind", f"{place}: adapter of kind {shown(config.get('peft_type'))}: only LORA is understood")
     if config.get("init_lora_weights", True) not in _HARMLESS_INIT:
         raise Refuse(
             "adapter-kind",
-            f"{path}: init_lora_weights = {shown(config['init_lora_weights'])} may have changed the base, and then B·A alone is not the task vector; "
+            f"{place}: init_lora_weights = {shown(config['init_lora_weights'])} may have changed the base, and then B·A alone is not the task vector; "
             "merge the adapter into its base and publish that, or convert it to plain LoRA",
         )
     for key, value in config.items():
         known = key in _INFORMATION or key in _UNDERSTOOD or key == "init_lora_weights" or (key == "bias" and value == "none")
         if not known and value not in _OFF:
             raise Refuse(
-                "adapter-kind", f"{path}: {shown(key)} = {shown(value)} is not understood; merge the adapter into its base and publish that"
+                "adapter-kind",
+                f"{place}: {shown(key)} = {shown(value)} is not understood; merge the adapter into its base and publish that",
             )
     for key in ("use_rslora", "fan_in_fan_out"):
         if config.get(key) not in (None, True, False):
-            raise Refuse("config", f"{path / CONFIG}: {key} = {shown(config[key])} is neither true nor false")
-    _rank(path, "r", config.get("r"))
-    _alpha(path, "lora_alpha", config.get("lora_alpha"))
+            raise Refuse("config", f"{place.file(CONFIG)}: {key} = {shown(config[key])} is neither true nor false")
+    _rank(place, "r", config.get("r"))
+    _alpha(place, "lora_alpha", config.get("lora_alpha"))
     for key, check in (("rank_pattern", _rank), ("alpha_pattern", _alpha)):
-        for pattern, value in _patterns(path, config, key).items():
-            check(path, f"{key}[{shown(pattern)}]", value)
+        for pattern, value in _patterns(place, config, key).items():
+            check(place, f"{key}[{shown(pattern)}]", value)
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or any(not isinstance(name, str) for name in saved):
-        raise Refuse("config", f"{path / CONFIG}: modules_to_save = {shown(saved)} is no list of names")
+        raise Refuse("config", f"{place.file(CONFIG)}: modules_to_save = {shown(saved)} is no list of names")
 
 
-def _rank(path: Path, key: str, value: Any) -> int:
+def _rank(place: Place, key: str, value: Any) -> int:
     if type(value) is not int or not 0 < value < 1 << 31:
-        raise Refuse("config", f"{path / CONFIG}: {key} = {shown(value)} is no positive whole number")
+        raise Refuse("config", f"{place.file(CONFIG)}: {key} = {shown(value)} is no positive whole number")
     return value
 
 
-def _alpha(path: Path, key: str, value: Any) -> float:
+def _alpha(place: Place, key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1e30:
-        raise Refuse("config", f"{path / CONFIG}: {key} = {shown(value)} is no number from 0 to 1e30")
+        raise Refuse("config", f"{place.file(CONFIG)}: {key} = {shown(value)} is no number from 0 to 1e30")
     return float(value)
 
 
-def _patterns(path: Path, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _patterns(place: Place, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A pattern table of the configuration, its keys checked: they are regular expressions of a stranger, and some take for ever to fail."""
     body = config.get(key) or {}
     if not isinstance(body, dict):
-        raise Refuse("config", f"{path / CONFIG}: {key} = {shown(body)} is no table")
+        raise Refuse("config", f"{place.file(CONFIG)}: {key} = {shown(body)} is no table")
     for pattern in body:
         bare = re.sub(r"\\.", "", pattern).replace("(?:", "(")
         involved = len(re.findall(r"[*+?{]", bare)) > _QUANTIFIERS or bare.count("(") > _PARTS or re.search(r"\)[*+?{]", bare)
         if len(pattern) > _LONGEST_PATTERN or involved:
             raise Refuse(
-                "config", f"{path / CONFIG}: {key}: pattern {shown(pattern)} is longer or more involved than a list of module names needs"
+                "config",
+                f"{place.file(CONFIG)}: {key}: pattern {shown(pattern)} is longer or more involved than a list of module names needs",
             )
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            raise Refuse("config", f"{path / CONFIG}: {key}: pattern {shown(pattern)} is no regular expression ({error})") from None
+            raise Refuse("config", f"{place.file(CONFIG)}: {key}: pattern {shown(pattern)} is no regular expression ({error})") from None
     return body
 
 
-def _sort(path: Path, weights: Checkpoint, config: Mapping[str, Any]) -> tuple[dict[str, Factors], dict[str, str]]:
+def _sort(place: Place, weights: Checkpoint, config: Mapping[str, Any]) -> tuple[dict[str, Factors], dict[str, str]]:
     """What each tensor of the file is for."""
     halves: dict[str, dict[str, str]] = {}
     saved: dict[str, str] = {}
     for name, info in weights.tensors.items():
         if info.dtype not in FLOATS:
-            raise Refuse("dtype", f"{path}: tensor {name} is {info.dtype}: convert it to F32, F16 or BF16")
+            raise Refuse("dtype", f"{place}: tensor {name} is {info.dtype}: convert it to F32, F16 or BF16")
         bare = name.removeprefix(_ROOT)
         if match := _KEY.fullmatch(bare):
             pair = halves.setdefault(f"{match['module']}.weight", {})
             half = match["factor"] or match["embedding"].lower()
             if half in pair:
-                raise Refuse("adapter-kind", f"{path}: {name} and {pair[half]} are the same factor")
+                raise Refuse("adapter-kind", f"{place}: {name} and {pair[half]} are the same factor")
             pair[half] = name
         else:
             weight = _WRAPPER.sub("", bare, count=1)
             if "lora_" in bare or not _is_saved(weight, config) or weight in saved:
                 raise Refuse(
-                    "adapter-kind", f"{path}: tensor {name} is no part of a plain LoRA adapter; merge it into its base and publish that"
+                    "adapter-kind", f"{place}: tensor {name} is no part of a plain LoRA adapter; merge it into its base and publish that"
                 )
             saved[weight] = name
     factors = {}
     for weight, pair in sorted(halves.items()):
         if set(pair) not in ({"A", "B"}, {"a", "b"}):
-            raise Refuse("adapter-kind", f"{path}: {weight} has no pair of factors, only {', '.join(sorted(pair.values()))}")
-        factors[weight] = _factors(path, weights, config, weight, pair)
+            raise Refuse("adapter-kind", f"{place}: {weight} has no pair of factors, only {', '.join(sorted(pair.values()))}")
+        factors[weight] = _factors(place, weights, config, weight, pair)
     return factors, saved
 
 
@@ -234,14 +238,14 @@ def _is_saved(weight: str, config: Mapping[str, Any]) -> bool:
     return is_vocabulary(weight) or any(f".{name}." in f".{weight}" for name in names)
 
 
-def _factors(path: Path, weights: Checkpoint, config: Mapping[str, Any], weight: str, pair: Mapping[str, str]) -> Factors:
+def _factors(place: Place, weights: Checkpoint, config: Mapping[str, Any], weight: str, pair: Mapping[str, str]) -> Factors:
     embedding = "a" in pair
     module = weight.removesuffix(".weight")
-    rank = _first_match(_patterns(path, config, "rank_pattern"), module, config["r"])
-    alpha = _first_match(_patterns(path, config, "alpha_pattern"), module, config["lora_alpha"])
+    rank = _first_match(_patterns(place, config, "rank_pattern"), module, config["r"])
+    alpha = _first_match(_patterns(place, config, "alpha_pattern"), module, config["lora_alpha"])
     a, b = (weights.tensors[pair[half]] for half in ("ab" if embedding else "AB"))
     if len(a.shape) < 2 or len(b.shape) < 2 or math.prod(b.shape[2:]) != 1 or (a.shape[0], b.shape[1]) != (rank, rank):
-        raise Refuse("shape", f"{path}: factors of {weight} are {list(a.shape)} and {list(b.shape)}, which do not fit its rank {rank}")
+        raise Refuse("shape", f"{place}: factors of {weight} are {list(a.shape)} and {list(b.shape)}, which do not fit its rank {rank}")
     scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Factors(a.name, b.name, rank, scale, embedding)
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from continual.errors import Refuse, Retry
+from continual.errors import Refuse
 from continual.tensors import header
-from continual.tensors.files import Files, small_file
 from continual.tensors.header import TensorInfo, shown
+from continual.tensors.places import Folder, Place, Weights, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONFIG = "config.json"
 TORCH: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -37,16 +37,30 @@ _LONGEST_FILE_NAME = 255
 
 
 class Checkpoint:
-    """A model's weight files, open for reading; a context manager. Thread-safe. `tensors` maps names to places, `config` is config.json or empty, `root` the
-    directory its files have to lie in, if any."""
+    """A model's weight files, open for reading; a context manager. Thread-safe. `tensors` maps names to places in `files`, `config` is config.json or empty;
+    `where` names it in messages."""
 
-    def __init__(self, path: Path, files: Files, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(
+        self, place: Place, weights: Weights, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], only: str | None = None
+    ) -> None:
+        self.place = place
+        self.where = str(place) if only is None else place.file(only)
         self.tensors = tensors
         self.config = config
-        self.files = files.stats
-        self.root = files.root
-        self._files = files
+        self.files = weights.stats
+        self._weights = weights
+
+    @property
+    def path(self) -> Path:
+        """Where it lies on this machine: a directory, or one file. Only for what was opened here, as bases are."""
+        assert isinstance(self.place, Folder)
+        return self.place.path
+
+    @property
+    def directory(self) -> Path:
+        """The directory its files are in, likewise."""
+        assert isinstance(self.place, Folder)
+        return self.place.directory
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -56,12 +70,17 @@ class Checkpoint:
 
     def close(self) -> None:
         """Closes the files."""
-        self._files.close()
+        self._weights.close()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def metadata(self) -> tuple[str, Mapping[str, str]]:
+        """The first weight file, as messages name it, and what its publisher wrote into its header."""
+        where = self.place.file(self.files[0].name)
+        return where, header.metadata(functools.partial(self._weights.pread, 0), where)
 
     def read(self, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
         """Tensor `name` in its own dtype, on the CPU. `out` is a flat uint8 buffer to read into, at least as long as the tensor's bytes.
@@ -71,88 +90,91 @@ class Checkpoint:
         info = self.tensors[name]
         raw = torch.empty(info.nbytes, dtype=torch.uint8) if out is None else out[: info.nbytes]
         if info.nbytes:
-            self._files.preadv(info.file, raw.numpy().data, info.offset)
+            self._weights.preadv(info.file, raw.numpy().data, info.offset)
         return raw.view(TORCH[info.dtype]).reshape(info.shape) if info.nbytes else torch.empty(info.shape, dtype=TORCH[info.dtype])
 
     def read_part(self, info: TensorInfo, start: int, into: memoryview) -> None:
         """Fills `into` with the bytes of a tensor from its byte `start` on. Raises Retry if the file cannot be read to there any more."""
-        self._files.preadv(info.file, into, info.offset + start)
+        self._weights.preadv(info.file, into, info.offset + start)
+
+    def expect(self, infos: Sequence[TensorInfo]) -> None:
+        """Says which tensors will be read, in this order."""
+        self._weights.expect([(info.file, info.offset, info.nbytes) for info in infos])
 
     def prefetch(self, info: TensorInfo) -> None:
-        """Asks the kernel to read a tensor ahead."""
-        self._files.will_need(info.file, info.offset, info.nbytes)
+        """Says that a tensor comes next, so that it is read ahead."""
+        self._weights.will_need(info.file, info.offset, info.nbytes)
 
     def check_unchanged(self) -> None:
         """Raises Retry naming a file that changed since it was opened."""
-        self._files.check_unchanged()
+        self._weights.check_unchanged()
 
 
-def weight_files(path: Path, root: Path | None = None) -> tuple[Path, ...]:
-    """The weight files of a model directory (or the one file it is), in the order of their names, whether or not they are there.
+def weight_files(place: Place) -> tuple[str, ...]:
+    """Names of the weight files of a model, in order, whether or not they are there.
 
     As transformers does, one file goes before shards with an index. Raises Refuse if there are none to use, Retry if the index cannot be read now.
     """
-    if path.is_file():
-        return (path,)
-    if os.path.lexists(path / SINGLE):
-        return (path / SINGLE,)
-    if os.path.lexists(path / INDEX):
-        return tuple(path / shard for shard in sorted(set(_weight_map(path, root).values())))
-    found = sorted(path.glob("*.safetensors"))
+    if place.only is not None:
+        return (place.only,)
+    names = place.names()
+    if SINGLE in names:
+        return (SINGLE,)
+    if INDEX in names:
+        return tuple(sorted(set(_weight_map(place).values())))
+    found = sorted(name for name in names if name.endswith(".safetensors"))
     if len(found) == 1:
         return (found[0],)
     if found:
-        raise Refuse("index", f"{path}: {len(found)} safetensors files and no {INDEX} that says what belongs together")
-    if pickled := sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")):
-        raise Refuse("pickle", f"{path}: only pickled weights ({pickled[0]}), which can run code when loaded; convert them to safetensors")
-    raise Refuse("no-weights", f"{path}: no safetensors file in it")
+        raise Refuse("index", f"{place}: {len(found)} safetensors files and no {INDEX} that says what belongs together")
+    if pickled := sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
+        raise Refuse("pickle", f"{place}: only pickled weights ({pickled[0]}), which can run code when loaded; convert them to safetensors")
+    raise Refuse("no-weights", f"{place}: no safetensors file in it")
 
 
-def open_checkpoint(path: Path, root: Path | None) -> Checkpoint:
-    """Opens a full checkpoint and reads its headers. Raises Refuse for anything malformed, Retry for what cannot be read now."""
-    paths = weight_files(path, root)
-    if missing := next((p for p in paths if not p.exists()), None):
-        if not path.exists():
-            raise Retry(f"{path}: is gone; nothing was settled")
-        raise Refuse("missing-shard", f"{path}: {missing.name} is not there: a file the index names is missing, or a link leads nowhere")
-    files = Files(paths, root)
+def open_checkpoint(place: Place, only: str | None = None) -> Checkpoint:
+    """Opens a full checkpoint, or the one file `only` of a place, and reads its headers.
+
+    Raises Refuse for anything malformed, Retry for what cannot be read now.
+    """
+    names = weight_files(place) if only is None else (only,)
+    if missing := next((name for name in names if not place.present(name)), None):
+        place.names()  # raises where all of it is gone
+        raise Refuse("missing-shard", f"{place}: {missing} is not there: a file the index names is missing, or a link leads nowhere")
+    weights = place.open(names)
     try:
         tensors: dict[str, TensorInfo] = {}
-        for i, shard in enumerate(paths):
-            found = header.parse(functools.partial(files.pread, i), files.stats[i].size, str(shard), i)
+        for i, shard in enumerate(names):
+            where = place.file(shard)
+            found = header.parse(functools.partial(weights.pread, i), weights.stats[i].size, where, i)
             if twice := next((name for name in found if name in tensors), None):
-                raise Refuse("header", f"{shard}: tensor {twice} is in {paths[tensors[twice].file].name} as well")
+                raise Refuse("header", f"{where}: tensor {twice} is in {names[tensors[twice].file]} as well")
             tensors |= found
         if not tensors:
-            raise Refuse("no-weights", f"{path}: its weight files hold no tensor")
-        if path.is_dir() and os.path.lexists(path / INDEX) and paths[0].name != SINGLE:
-            _check_index(path, root, tensors, paths)
-        return Checkpoint(path, files, tensors, read_config(path, root))
+            raise Refuse("no-weights", f"{place}: its weight files hold no tensor")
+        if only is None and place.only is None and names[0] != SINGLE and INDEX in place.names():
+            _check_index(place, tensors, names)
+        return Checkpoint(place, weights, tensors, read_config(place), only)
     except BaseException:
-        files.close()
+        weights.close()
         raise
 
 
-def read_config(path: Path, root: Path | None) -> dict[str, Any]:
+def read_config(place: Place) -> dict[str, Any]:
     """config.json beside the weights, an empty dictionary where there is none. Raises Refuse if it is no JSON object."""
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    return read_json(config, root) if config.exists() else {}
+    return read_json(place, CONFIG) if place.present(CONFIG) else {}
 
 
-def read_json(path: Path, root: Path | None, reason: str = "config") -> dict[str, Any]:
-    """A small JSON object. Raises Refuse(reason) if the file is none, Retry if it cannot be read now."""
-    return header.json_object(small_file(path, root), str(path), reason)
-
-
-def _weight_map(path: Path, root: Path | None) -> dict[str, str]:
-    body = read_json(path / INDEX, root, "index").get("weight_map")
+def _weight_map(place: Place) -> dict[str, str]:
+    where = place.file(INDEX)
+    body = read_json(place, INDEX, "index").get("weight_map")
     if not isinstance(body, dict) or not body:
-        raise Refuse("index", f"{path / INDEX}: no weight_map")
+        raise Refuse("index", f"{where}: no weight_map")
     for name, shard in body.items():
         if not _is_shard(shard):
             raise Refuse(
                 "index",
-                f"{path / INDEX}: tensor {shown(name)} is said to be in {shown(shard)}: a shard is a safetensors file in the same directory",
+                f"{where}: tensor {shown(name)} is said to be in {shown(shard)}: a shard is a safetensors file in the same directory",
             )
     return body
 
@@ -163,10 +185,10 @@ def _is_shard(shard: Any) -> bool:
     return shard == Path(shard).name and shard.endswith(".safetensors") and not shard.startswith(".")
 
 
-def _check_index(path: Path, root: Path | None, tensors: Mapping[str, TensorInfo], paths: tuple[Path, ...]) -> None:
-    claimed = _weight_map(path, root)
+def _check_index(place: Place, tensors: Mapping[str, TensorInfo], files: tuple[str, ...]) -> None:
+    claimed, where = _weight_map(place), place.file(INDEX)
     for name, shard in claimed.items():
-        if name not in tensors or paths[tensors[name].file].name != shard:
-            raise Refuse("index", f"{path / INDEX}: tensor {shown(name)} is said to be in {shard}, where it is not")
+        if name not in tensors or files[tensors[name].file] != shard:
+            raise Refuse("index", f"{where}: tensor {shown(name)} is said to be in {shard}, where it is not")
     if unclaimed := sorted(tensors.keys() - claimed.keys()):
-        raise Refuse("index", f"{path / INDEX}: tensor {unclaimed[0]} is in a shard, but not in the index")
+        raise Refuse("index", f"{where}: tensor {unclaimed[0]} is in a shard, but not in the index")

@@ -15,7 +15,7 @@ from pathlib import Path
 from continual.errors import Refuse, Retry
 from continual.records import FileStat
 
-_LARGEST_CONFIG = 32 << 20
+LARGEST_CONFIG = 32 << 20
 
 
 @contextlib.contextmanager
@@ -73,6 +73,9 @@ class Files:
                     raise Retry(f"{self.paths[file]}: became shorter while it was read; nothing was settled")
                 done += count
 
+    def expect(self, extents: Sequence[tuple[int, int, int]]) -> None:
+        """Nothing: the kernel reads ahead by itself."""
+
     def will_need(self, file: int, offset: int, length: int) -> None:
         """Asks the kernel to read this part ahead."""
         with contextlib.suppress(OSError):
@@ -92,7 +95,7 @@ def small_file(path: Path, root: Path | None) -> bytes:
     files = Files([path], root)
     try:
         size = files.stats[0].size
-        if size > _LARGEST_CONFIG:
+        if size > LARGEST_CONFIG:
             raise Refuse("config", f"{path}: {size} bytes are too many for a configuration file")
         return files.pread(0, size, 0)
     finally:

@@ -55,6 +55,12 @@ def parse(pread: Callable[[int, int], bytes], size: int, where: str, file: int =
     return infos
 
 
+def metadata(pread: Callable[[int, int], bytes], where: str) -> dict[str, str]:
+    """The `__metadata__` of a file that `parse` took: a few strings its publisher wrote there."""
+    body = json_object(pread(int.from_bytes(pread(8, 0), "little"), 8), where, "header").get("__metadata__", {})
+    return body if isinstance(body, dict) else {}
+
+
 def json_object(text: bytes, where: str, reason: str) -> dict[str, Any]:
     """Untrusted bytes as a JSON object. Raises Refuse(reason) for anything else: another type, a key twice, NaN, nesting too deep to parse."""
 

@@ -54,7 +54,7 @@ def describe(checkpoint: Checkpoint, *, plain: Sequence[str] = (), exclude: Sequ
     names = sorted(name for name in checkpoint.tensors if name not in aliases)
     for glob in (*plain, *exclude):
         if not fnmatch.filter(names, glob):
-            raise Misconfigured(f"{glob!r} names no tensor of {checkpoint.path}; 'continual init' without it lists them")
+            raise Misconfigured(f"{glob!r} names no tensor of {checkpoint.place}; 'continual init' without it lists them")
     stacks: dict[str, int] = {}
     for name in names:
         if match := _LAYER.search(name):
@@ -65,7 +65,7 @@ def describe(checkpoint: Checkpoint, *, plain: Sequence[str] = (), exclude: Sequ
         kind = kind_of(name, info.shape, info.dtype, plain, exclude)
         if kind != "carried" and info.dtype not in FLOATS:
             raise Refuse(
-                "dtype", f"{checkpoint.path}: tensor {name} is {info.dtype}: convert it to F32, F16 or BF16, or carry it with exclude"
+                "dtype", f"{checkpoint.place}: tensor {name} is {info.dtype}: convert it to F32, F16 or BF16, or carry it with exclude"
             )
         specs.append(TensorSpec(name, info.shape, info.dtype, kind, depth_of(name, stacks)))
     return BaseModel(checkpoint, tuple(specs), aliases)

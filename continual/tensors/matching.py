@@ -14,7 +14,7 @@ from continual.tensors.checkpoint import Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 
-_CONV1D = {
+CONV1D = {
     family: frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
     for family in ("gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer")
 }
@@ -64,11 +64,11 @@ def _of_adapter(base: BaseModel, model: Adapter, ours: str, names: list[str]) ->
     present = [model.weights.tensors[model.saved[name]] for name in names if name in model.saved]
     adapted = [name for name in names if name in model.factors]
     if len(adapted) > 1:
-        raise Refuse("tied", f"{model.path}: adapts {adapted[0]} and {adapted[1]}, which are one tensor in the base")
+        raise Refuse("tied", f"{model.place}: adapts {adapted[0]} and {adapted[1]}, which are one tensor in the base")
     if not present and not adapted:
         return None
     factors = model.factors[adapted[0]] if adapted else None
-    known = _CONV1D.get(str(base.checkpoint.config.get("model_type")))
+    known = CONV1D.get(str(base.checkpoint.config.get("model_type")))
     transposed = ours.split(".")[-2:-1] != [] and ours.split(".")[-2] in known if known is not None else model.transposed
     return Source(present[0] if present else None, tuple(present[1:]), factors, transposed)
 

@@ -145,7 +145,7 @@ def tied(checkpoint: Checkpoint) -> dict[str, str]:
                 elif group.head and said:
                     raise Refuse(
                         "tied",
-                        f"{checkpoint.path}: config.json ties {alias} to {name}, and they differ: set tie_word_embeddings = false in it",
+                        f"{checkpoint.place}: config.json ties {alias} to {name}, and they differ: set tie_word_embeddings = false in it",
                     )
     return found
 

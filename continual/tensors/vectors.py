@@ -70,6 +70,25 @@ class TaskVectors:
         self._specs = {spec.name: spec for spec in base.specs}
         self._sources, _ = sources(base, model, lineage.prefix)
         self._buffers = buffers or threading.local()
+        self._weights.expect(sorted(self._reads(), key=lambda info: (info.file, info.offset)))
+
+    def _reads(self) -> Iterator[TensorInfo]:
+        """All that is read of the candidate in one pass."""
+        for name in self._lineage.folded:
+            source = self._sources[name]
+            yield from (source.full,) if source.full else ()
+            yield from source.twins
+            if source.factors:
+                yield from (self._weights.tensors[factor] for factor in (source.factors.a, source.factors.b))
+
+    def position(self, name: str) -> tuple[int, int]:
+        """Where in the candidate's files the base's tensor `name` begins: in this order they are best read. What the candidate lacks comes last."""
+        source = self._sources.get(name)
+        if source is None:
+            return (1 << 62, 0)
+        info = source.full or self._weights.tensors[source.factors.a] if source.factors else source.full
+        assert info is not None
+        return (info.file, info.offset)
 
     def vector(self, name: str) -> Piece:
         """The task vector of the base's tensor `name`. Raises Refuse if tied names differ, Retry if a file cannot be read to its end."""
@@ -103,7 +122,7 @@ class TaskVectors:
             if not (float(values[:given].min()) >= 0.0 and math.isfinite(float(values[:given].max()))):
                 raise Refuse(
                     "moments",
-                    f"{self._shipped.path}: {info.name} has values that are negative or not finite; what weighs has to be at least 0",
+                    f"{self._shipped.where}: {info.name} has values that are negative or not finite; what weighs has to be at least 0",
                 )
         return values
 
@@ -182,7 +201,7 @@ class TaskVectors:
             content.hash.update(_raw(values))
         for twin in source.twins if content is not None else ():
             if _raw(self._read("twin", self._weights, twin, start, len(tau))) != _raw(values):
-                raise Refuse("tied", f"{self._model.path}: {source.full.name} and {twin.name} are one tensor in the base, and differ here")
+                raise Refuse("tied", f"{self._model.place}: {source.full.name} and {twin.name} are one tensor in the base, and differ here")
         # narrower than the base: θ₀ is cast as the publisher cast θ_t, so that an untouched weight gives exactly zero
         if spec.name in self._lineage.narrowed:
             origin = origin.to(TORCH[self._lineage.narrowed[spec.name]])

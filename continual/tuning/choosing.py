@@ -24,6 +24,7 @@ from continual.selection import objectives
 from continual.state import Commit
 from continual.state.durable import environment
 from continual.state.transaction import room
+from continual.tensors import Folder
 from continual.tensors.checkpoint import open_checkpoint
 from continual.tuning import command, record, rows, scratch
 from continual.tuning.search import LEAST, Space, Trial, best, search
@@ -86,7 +87,7 @@ def tune(engine: Engine, reading: Reading, evaluation: Evaluation, tuning: Tunin
         kept = _kept(evaluation)
         file = place / "merged.safetensors"
         scratch.write(reading, file, engine.executor, progress)
-        with open_checkpoint(file, None) as opened:
+        with open_checkpoint(Folder(file)) as opened:
             done = 0
             progress("tune", 0, tuning.candidates)
 
@@ -159,8 +160,7 @@ def _evaluator(engine: Engine, evaluation: Evaluation, place: Path, progress: Pr
 
         yield export
         return
-    directory = base.checkpoint.path if base.checkpoint.path.is_dir() else base.checkpoint.path.parent
-    objective = objectives.load(evaluation, directory, engine.device)
+    objective = objectives.load(evaluation, base.checkpoint.directory, engine.device)
     held = rows.places(objective.model, base)
     yield lambda reading: rows.score(objective, held, base, reading, executor)
 

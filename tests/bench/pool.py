@@ -24,7 +24,7 @@ from continual.metrics import peak_memory
 from continual.rounds.active import NONE
 from continual.rounds.frank_wolfe import Origin, Search
 from continual.rounds.loaded import Loaded
-from continual.rounds.members import member_of
+from continual.rounds.members import Member
 from continual.selection import calibration
 from continual.tensors import open_model
 from tests import models
@@ -98,7 +98,7 @@ def scoring(work: Path) -> None:
     with opened(work, max(SIZES)) as merge:
         engine = merge.engine
         loaded = Loaded(engine, calibration.load(merge.asked().calibration, work / "base", engine.device))
-        members = [member_of(w.commit.entry.candidate or {}) for w in merge.pool().values()]
+        members = [Member(w.commit.entry.candidate or {}) for w in merge.pool().values()]
         reading = merge.reading()
         reading.settle(merge.executor, silent)
         search = Search(engine, loaded, Origin(reading.vector, reading.need, True), NONE, members, merge.asked(), silent)
@@ -120,7 +120,7 @@ def reads(members: list) -> float:
     buffer = torch.empty(1 << 20, dtype=torch.uint8)
     began = time.process_time()
     for member in members:
-        with open_model(member.path) as model:
+        with open_model(Path(member.identity["origin"])) as model:
             for info in model.tensors.values():
                 for start in range(0, info.nbytes, len(buffer)):
                     model.read_part(info, start, buffer[: min(len(buffer), info.nbytes - start)].numpy().data)

@@ -16,7 +16,7 @@ from continual.errors import Misconfigured
 from continual.publish.folder import Target
 from continual.rounds.active import NONE
 from continual.rounds.frank_wolfe import Origin, Search
-from continual.rounds.members import member_of
+from continual.rounds.members import Member
 from tests import models, quadratic
 from tests.pools import QUERY, Stopped, adapter, bits, files, fill, half, loaded, names, objective, opened, plainly, rows, table, waits
 
@@ -40,7 +40,7 @@ def test_a_score_is_the_gradient_times_the_task_vector(tmp_path: Path, base: Pat
         reading.settle(merge.executor, lambda *_: None)
         model.put(reading.vector, reading.need)
         loss = model.backward()
-        members = [member_of(w.commit.entry.candidate or {}) for w in merge.pool().values()]
+        members = [Member(w.commit.entry.candidate or {}) for w in merge.pool().values()]
         scores = model.scores(members, lambda *_: None)
         origin = load_file(base / "model.safetensors")
         at = {n: (t.double() + (merge.read(n).double() if folded else 0)).requires_grad_() for n, t in origin.items()}
@@ -52,7 +52,7 @@ def test_a_score_is_the_gradient_times_the_task_vector(tmp_path: Path, base: Pat
     for member in members:
         score = scores[member.key]
         assert not isinstance(score, Exception)
-        tau = plainly(base, member.path)
+        tau = plainly(base, Path(member.identity["origin"]))
         expected = {n: float((gradient[n] * t).sum()) for n, t in tau.items()}
         size = math.sqrt(sum(float((gradient[n] * t).square().sum()) for n, t in tau.items()))
         for layer in range(model.count):
@@ -74,7 +74,7 @@ def test_the_model_in_memory_is_what_an_export_holds_and_a_trial_puts_it_back(tm
         model, reading = loaded(merge), merge.reading()
         reading.settle(merge.executor, lambda *_: None)
         origin = Origin(reading.vector, reading.need, fixed=True)
-        members = [member_of(w.commit.entry.candidate or {}) for w in merge.pool().values()]
+        members = [Member(w.commit.entry.candidate or {}) for w in merge.pool().values()]
         search = Search(merge.engine, model, origin, NONE, members, merge.asked(), lambda *_: None)
         start = search.start()
         search.gradient(start)

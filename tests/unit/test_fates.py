@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ from continual.state.records import Commit
 
 NOW = "2030-01-31T12:00:00.000Z"
 ASKED = Asked(Wanted("tests.quadratic:make"), patience=3, age=10 * DAY, most=3, size=4, wait=100.0)
-ALICE = Member("k-alice", "alice", Path("/in/alice"), "full")
+ALICE = Member({"key": "k-alice", "name": "alice", "origin": "/in/alice", "form": "full"})
 HELPS, HURTS = Judgement(-1.0, 0.1, -10.0), Judgement(+0.2, 0.1, +2.0)
 
 

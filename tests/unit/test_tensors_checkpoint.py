@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from continual.errors import Refuse, Retry
-from continual.tensors import Checkpoint, candidate_of, model_files, open_model
+from continual.tensors import Checkpoint, candidate_of, open_model
 
 A, B = torch.arange(12.0).reshape(3, 4), torch.arange(5, dtype=torch.int64)
 INDEX = "model.safetensors.index.json"
@@ -88,16 +88,6 @@ def test_a_file_by_hand_and_one_of_another_name(single: Path) -> None:
         with open_model(path) as model:
             assert model.config == {"model_type": "bert"}
             assert [f.name for f in model.files] == ["weights.safetensors"]
-
-
-def test_model_files(single: Path, tmp_path: Path) -> None:
-    assert model_files(single) == (single / "model.safetensors",)
-    shards = write(tmp_path / "s", {}, {"a": "2.safetensors", "b": "1.safetensors", "c": "2.safetensors"})
-    assert model_files(shards) == (shards / "1.safetensors", shards / "2.safetensors", shards / INDEX)
-    (tmp_path / "a").mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / "a" / name).write_bytes(b"")
-    assert model_files(tmp_path / "a") == (tmp_path / "a" / "adapter_model.safetensors", tmp_path / "a" / "adapter_config.json")
 
 
 def test_key_names_place_and_state_of_the_files(single: Path, tmp_path: Path) -> None:

@@ -1,0 +1,207 @@
+"""Where the files of a model are, seen alike: a directory here, or (in continual/hub) a repo somewhere else. What the files say is for others.
+
+`Weights` are its weight files, open for reading by position; everything small is read whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from continual.errors import Refuse, Retry
+from continual.provenance import RELEASE
+from continual.records import FileStat
+from continual.tensors import header
+from continual.tensors.files import Files, reading, small_file
+
+
+class Weights(Protocol):
+    """Open files of one model. Thread-safe. `stats` says what they were when they were opened."""
+
+    stats: tuple[FileStat, ...]
+
+    def pread(self, file: int, length: int, offset: int) -> bytes:
+        """`length` bytes at `offset`. Raises Retry where they cannot be had now, Refuse where they never will be."""
+        ...
+
+    def preadv(self, file: int, into: memoryview, offset: int) -> None:
+        """Fills `into` from `offset`; raises as `pread`."""
+        ...
+
+    def expect(self, extents: Sequence[tuple[int, int, int]]) -> None:
+        """Says what will be read, as (file, first byte, bytes) in this order, so that it can be fetched ahead; nothing is fetched yet."""
+        ...
+
+    def will_need(self, file: int, offset: int, length: int) -> None:
+        """Says that this part comes next."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raises Retry naming a file that is not what it was when it was opened."""
+        ...
+
+    def close(self) -> None:
+        """Closes the files."""
+        ...
+
+
+class Place(Protocol):
+    """Where a model is. `name` is the model's, `origin` the place alone, without its state; `only` the one weight file meant, where a file was named."""
+
+    name: str
+    origin: str
+    source: str
+
+    @property
+    def only(self) -> str | None: ...
+
+    @property
+    def settled_key(self) -> str | None:
+        """The candidate's key where it is known before any file is opened."""
+        ...
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a record keeps of it besides name and origin: `revision`, `licence`, where there are any."""
+        ...
+
+    def __str__(self) -> str:
+        """How messages name it."""
+        ...
+
+    def file(self, name: str) -> str:
+        """How messages name a file of it."""
+        ...
+
+    def must_be_there(self) -> None:
+        """Raises Refuse (`gone`) if the model is not there any more, Retry if that cannot be told now."""
+        ...
+
+    def names(self) -> frozenset[str]:
+        """Names of the files at its top level, dangling links included. Raises Retry."""
+        ...
+
+    def present(self, name: str) -> bool:
+        """Whether the file can be opened."""
+        ...
+
+    def small(self, name: str) -> bytes:
+        """The contents of a configuration file. Raises Refuse if it is too large or of a kind that is not read, Retry if it cannot be read now."""
+        ...
+
+    def open(self, names: Sequence[str]) -> Weights:
+        """Opens weight files. Raises Refuse or Retry naming the file."""
+        ...
+
+    def look(self) -> tuple[FileStat, ...]:
+        """Its files as far as they can be seen, in the order of their names: what there is to know of a model whose headers cannot be read."""
+        ...
+
+    def key(self, files: Sequence[FileStat]) -> str:
+        """What tells the model, in the state its files are in, from every other: the candidate's key."""
+        ...
+
+
+class Folder:
+    """A model directory, or one safetensors file. `root` is the watched folder its files must lie in, None for a path given by hand."""
+
+    def __init__(self, path: Path, root: Path | None = None, source: str = "hand") -> None:
+        self.path = path
+        self.root = root
+        self.source = source
+        self.name = path.name
+        self.origin = str(path.absolute())
+
+    @property
+    def only(self) -> str | None:
+        """The file's name where `path` is one."""
+        return self.path.name if self.path.is_file() else None
+
+    @property
+    def settled_key(self) -> None:
+        """Not known: it depends on the files."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the files are."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def file(self, name: str) -> str:
+        """Its path."""
+        return str(self.directory / name)
+
+    def must_be_there(self) -> None:
+        """Raises Refuse (`gone`) if the path is gone, Retry if the folder it was in cannot be reached."""
+        if not self.path.parent.is_dir():
+            raise Retry(f"{self.name}: the folder {self.path.parent} cannot be reached; nothing was settled")
+        if not self.path.exists():
+            raise Refuse("gone", f"{self.name}: {self.path} is not there any more")
+
+    def names(self) -> frozenset[str]:
+        """Names in the directory. Raises Retry if it cannot be read now."""
+        if not self.path.exists():
+            raise Retry(f"{self.path}: is gone, or never was; nothing was settled")
+        with reading(self.directory):
+            return frozenset(p.name for p in self.directory.iterdir())
+
+    def present(self, name: str) -> bool:
+        """Whether a link to it leads anywhere."""
+        return (self.directory / name).exists()
+
+    def small(self, name: str) -> bytes:
+        """At most 32 MiB, of a regular file within `root`."""
+        return small_file(self.directory / name, self.root)
+
+    def open(self, names: Sequence[str]) -> Weights:
+        """Opens them. Raises Refuse if one is no regular file or lies outside `root`, Retry if one cannot be opened."""
+        return Files([self.directory / name for name in names], self.root)
+
+    def look(self) -> tuple[FileStat, ...]:
+        """Every file and link in the directory."""
+        found = []
+        for file in sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]:
+            with contextlib.suppress(OSError):
+                stat = file.lstat()
+                if file.is_file() or file.is_symlink():
+                    found.append(FileStat(file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino))
+        return tuple(found)
+
+    def key(self, files: Sequence[FileStat]) -> str:
+        """The place and the state of every file there."""
+        seen = hashlib.sha256(self.origin.encode("utf-8", "surrogateescape"))
+        for file in files:
+            seen.update(f"\0{file.name}\0{file.size}\0{file.mtime_ns}\0{file.inode}".encode("utf-8", "surrogateescape"))
+        return f"folder:{seen.hexdigest()}"
+
+
+def place_of(where: Path | Place, root: Path | None = None) -> Place:
+    """A path as a place; a place as it is."""
+    return Folder(where, root) if isinstance(where, Path) else where
+
+
+def read_json(place: Place, name: str, reason: str = "config") -> dict[str, Any]:
+    """A small JSON object. Raises Refuse(reason) if the file is none, Retry if it cannot be read now."""
+    return header.json_object(place.small(name), place.file(name), reason)
+
+
+def release_of(place: Place) -> Mapping[str, Any] | None:
+    """The contents of the `continual.json` beside a model, None where there is none or it is no JSON object of ours. Raises Retry if it cannot be read now."""
+    if not place.present(RELEASE):
+        return None
+    try:
+        body = json.loads(place.small(RELEASE))
+    except (ValueError, Refuse):
+        return None
+    return body if isinstance(body, dict) and "state" in body else None
