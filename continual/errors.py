@@ -14,11 +14,19 @@ class ContinualError(Exception):
 
 
 class Retry(ContinualError):
-    """The environment got in the way: nothing is settled, the same candidate can be tried again later."""
+    """The environment got in the way: nothing is settled, the same candidate can be tried again later, `after` so many seconds if a server said so."""
+
+    def __init__(self, message: str, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.after = after
 
 
 class Abandoned(Retry):
     """A fold was given up because the process was asked to stop: the state is as it was before it."""
+
+
+class Skip(ContinualError):
+    """The settings leave this repo out: it is no candidate, and no record is made of it."""
 
 
 class Refuse(ContinualError):

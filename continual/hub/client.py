@@ -1,0 +1,313 @@
+"""Asking the Hub: what is there, and bytes of it. The one place that calls huggingface_hub for reading, and where its errors become ours.
+
+Every request is timed out, counted, and tried again as retrying.py decides; the client's own retries differ from call to call and are not relied on. A
+redirect to another origin is followed without our token. No message has a URL's query or a header in it: both can bear secrets.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+from continual.errors import Abandoned, Misconfigured, Refuse, Retry
+from continual.hub.names import is_repo, is_sha
+from continual.retrying import Fault, fault_of, next_try
+
+T = TypeVar("T")
+TIMEOUT = 20.0
+"""Seconds without a byte after which a request of ours has failed."""
+_CLIENTS_TIMEOUT = 60.0
+"""The same for requests of the client that cannot be told: pages of a listing, parts of an upload."""
+_REDIRECTS = (301, 302, 303, 307, 308)
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
+class Trouble(Retry):
+    """The Hub could not answer, or would not: `fault` says in which way. Nothing is settled."""
+
+    def __init__(self, message: str, fault: Fault, after: float = 0.0) -> None:
+        super().__init__(message, after)
+        self.fault = fault
+
+
+class RemoteFile(NamedTuple):
+    """A file of a repo: its size in bytes, its git blob id, and the SHA-256 of its contents where it is stored in LFS."""
+
+    name: str
+    size: int
+    oid: str
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """A model repo at one commit. `files` by path; empty in a listing, which does not have them."""
+
+    id: str
+    sha: str
+    modified: datetime
+    tags: tuple[str, ...] = ()
+    gated: bool = False
+    private: bool = False
+    files: Mapping[str, RemoteFile] = field(default_factory=dict)
+
+    @property
+    def licence(self) -> str | None:
+        """The licence its card names."""
+        return next((tag.removeprefix("license:") for tag in self.tags if tag.startswith("license:")), None)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its safetensors files."""
+        return sum(file.size for file in self.files.values() if file.name.endswith(".safetensors"))
+
+
+class Hub:
+    """The Hub at an endpoint (default: HF_ENDPOINT's), asked with the client's token. Thread-safe. `stop` ends waiting.
+
+    `requests` and `received` count requests and bytes of bodies since it was made, for reports.
+    """
+
+    def __init__(self, *, endpoint: str | None = None, token: str | None = None, stop: threading.Event | None = None) -> None:
+        """Raises Misconfigured if the package huggingface_hub is told to stay offline."""
+        from huggingface_hub import HfApi, constants
+
+        if constants.is_offline_mode():
+            raise Misconfigured("HF_HUB_OFFLINE is set: nothing can be read from the Hub; unset it, or give a directory")
+        self.api = HfApi(endpoint=endpoint, token=token, library_name="continual", library_version=version("continual"))
+        self.endpoint: str = self.api.endpoint
+        self.stop = stop or threading.Event()
+        self.requests = 0
+        self.received = 0
+        self._links: dict[tuple[str, str, str], str] = {}
+        self._lock = threading.Lock()
+
+    def info(self, repo: str, revision: str | None = None) -> Info:
+        """A repo at `revision` (default: the newest commit of its main branch), with its files. Raises Refuse (`gone`, `gated`) and Trouble."""
+        what = f"{repo}{f'@{revision}' if revision else ''}"
+        found = self.ask(what, lambda: self.api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT))
+        info = _info(found, what)
+        if any(file.size is None for file in found.siblings or ()):  # mirrors do not tell sizes here
+            from huggingface_hub import RepoFile
+
+            files = self.ask(what, lambda: list(self.api.list_repo_tree(repo, revision=info.sha, recursive=True)))
+            info = replace(info, files={f.path: _file(f.path, f.size, f.blob_id, f.lfs) for f in files if isinstance(f, RepoFile)})
+        return info
+
+    def listing(self, *, tag: str | None = None, author: str | None = None) -> Iterator[Info]:
+        """Models with a tag, or of an author, newest commit first; pages are fetched as they are asked for. Raises Trouble.
+
+        A failed page ends it: begin again.
+        """
+        what = f"models of {author}" if author else f"models with {tag}"
+        rows = iter(
+            self.api.list_models(
+                filter=tag, author=author, sort="last_modified", expand=["sha", "lastModified", "tags", "gated", "private"]
+            )
+        )
+        while True:
+            row = self.ask(what, lambda: next(rows, None), tries=1)
+            if row is None:
+                return
+            if is_repo(row.id) and is_sha(row.sha):  # an empty repo has no commit
+                yield _info(row, what)
+
+    def small(self, repo: str, sha: str, file: RemoteFile) -> bytes:
+        """The contents of a file at a commit."""
+        data = bytearray(file.size)
+        self.fetch(repo, sha, file, 0, memoryview(data))
+        return bytes(data)
+
+    def fetch(self, repo: str, sha: str, file: RemoteFile, start: int, into: memoryview) -> None:
+        """Fills `into` with the bytes of a file at commit `sha` from `start` on; a dropped connection goes on where it was.
+
+        Raises Refuse (`gone`, `gated`) where they cannot be had, Trouble where they cannot be had now.
+        """
+        what = f"{repo}@{sha[:12]}/{file.name}"
+        done, attempt = 0, 0
+        while done < len(into):
+            before = done
+            try:
+                for part in self._range(repo, sha, file, start + done, len(into) - done):
+                    into[done : done + len(part)] = part
+                    done += len(part)
+                raise _Short
+            except Exception as error:
+                if done == len(into):
+                    return
+                attempt = 1 if done > before else attempt + 1
+                self._wait_or_raise(what, error, attempt)
+
+    def ask(self, what: str, call: Callable[[], T], tries: int | None = None) -> T:
+        """What `call` returns, which makes one request with the client. Raises Refuse (`gone`, `gated`) and Trouble, both naming `what`."""
+        attempt = 0
+        while True:
+            attempt += 1
+            self._count(1, 0)
+            try:
+                _timed(_CLIENTS_TIMEOUT)
+                return call()
+            except Exception as error:
+                self._wait_or_raise(what, error, attempt if tries is None else 1 << 30)
+
+    def _wait_or_raise(self, what: str, error: Exception, attempt: int) -> None:
+        found = _failure(error)
+        if found is None:
+            raise error
+        delay = next_try(found.fault, attempt, random.random(), found.after)  # chance only spreads requests
+        if delay is None:
+            raise _said(what, found) from None
+        if self.stop.wait(delay):
+            raise Abandoned(f"{what}: given up because continual is stopping; it will be taken up at the next start") from None
+
+    def _range(self, repo: str, sha: str, file: RemoteFile, start: int, length: int) -> Iterator[bytes]:
+        """Up to `length` bytes from `start` on, in pieces. The link that a first request is redirected to is kept for the next ones, until it expires."""
+        key = (repo, sha, file.name)
+        with self._lock:
+            link = self._links.get(key)
+        if link is not None:
+            with self._get(link, start, length, ours=False) as answer:
+                if answer.status_code not in (400, 401, 403, 404, 410):
+                    yield from self._body(answer, file, start, length)
+                    return
+            with self._lock:
+                self._links.pop(key, None)
+        from huggingface_hub import hf_hub_url
+
+        url = hf_hub_url(repo, file.name, revision=sha, endpoint=self.endpoint)
+        for _ in range(5):
+            ours = urlsplit(url)[:2] == urlsplit(self.endpoint)[:2]
+            with self._get(url, start, length, ours=ours) as answer:
+                if answer.status_code not in _REDIRECTS:
+                    yield from self._body(answer, file, start, length)
+                    return
+                url = urljoin(url, answer.headers["location"])
+            if urlsplit(url)[:2] != urlsplit(self.endpoint)[:2]:
+                with self._lock:
+                    self._links[key] = url
+        raise Refuse("gone", f"{repo}@{sha[:12]}/{file.name}: redirected without end")
+
+    def _get(self, url: str, start: int, length: int, *, ours: bool) -> Any:
+        from huggingface_hub.utils import build_hf_headers, get_session
+
+        self._count(1, 0)
+        headers = build_hf_headers(token=self.api.token) if ours else {}
+        headers |= {"range": f"bytes={start}-{start + length - 1}", "accept-encoding": "identity"}
+        return get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=TIMEOUT)
+
+    def _body(self, answer: Any, file: RemoteFile, start: int, length: int) -> Iterator[bytes]:
+        from huggingface_hub.utils import hf_raise_for_status
+
+        if answer.status_code not in (200, 206):
+            answer.read()
+            hf_raise_for_status(answer)
+        skip = 0
+        if answer.status_code == 206:
+            said = _RANGE.fullmatch(answer.headers.get("content-range", ""))
+            if said is None or int(said[1]) != start or int(said[3]) != file.size:
+                raise Refuse("changed", f"{file.name}: the Hub answers with another range than was asked for, or the file has another size")
+        else:
+            skip = start  # ranges are not known there
+        left = length
+        for part in answer.iter_raw():
+            self._count(0, len(part))
+            kept = part[skip : skip + left]
+            skip = max(0, skip - len(part))
+            left -= len(kept)
+            if kept:
+                yield kept
+            if left == 0:
+                return
+
+    def _count(self, requests: int, received: int) -> None:
+        with self._lock:
+            self.requests += requests
+            self.received += received
+
+
+class _Short(Exception):
+    """A body ended before the range did."""
+
+
+class _Failure(NamedTuple):
+    fault: Fault
+    status: int | None
+    after: float
+
+
+def _failure(error: Exception) -> _Failure | None:
+    """What an exception of the client says; None if it is not about the Hub."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import httpx
+
+    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+        headers = error.response.headers
+        return _Failure(
+            fault_of(error.response.status_code, headers.get("x-error-code")), error.response.status_code, asked_to_wait(headers)
+        )
+    if isinstance(
+        error, errors.HfHubHTTPError | errors.LocalEntryNotFoundError | httpx.HTTPError | _Short | ConnectionError | TimeoutError
+    ):
+        return _Failure(Fault.TRANSPORT, None, 0.0)
+    if isinstance(error, ValueError) and not isinstance(error, errors.HFValidationError):  # JSON that was cut off
+        return _Failure(Fault.TRANSPORT, None, 0.0)
+    return None
+
+
+def asked_to_wait(headers: Mapping[str, str]) -> float:
+    """Seconds that `Retry-After` or `RateLimit` asks to wait, 0 where neither does."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    try:
+        if "retry-after" in headers:
+            return max(0.0, min(float(headers["retry-after"]), 3600.0))
+        limit = parse_ratelimit_headers(headers)
+        return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else 0.0
+    except ValueError:
+        return 0.0
+
+
+def _said(what: str, found: _Failure) -> Retry | Refuse:
+    status = f" (HTTP {found.status})" if found.status else ""
+    if found.fault is Fault.GONE:
+        return Refuse("gone", f"{what}: is not on the Hub, or not for this token{status}")
+    if found.fault is Fault.GATED:
+        return Refuse("gated", f"{what}: is gated; ask its owner for access with the account of HF_TOKEN, then 'continual retry'")
+    told = {
+        Fault.RATE: "the Hub's rate limit is used up",
+        Fault.SERVER: "the Hub has trouble",
+        Fault.TRANSPORT: "the connection to the Hub failed",
+        Fault.TOKEN: "the Hub does not accept the token: check HF_TOKEN and what it may read",
+        Fault.CONFLICT: "somebody else was there first",
+        Fault.REQUEST: "the Hub does not understand the request",
+    }[found.fault]
+    return Trouble(f"{what}: {told}{status}; nothing was settled", found.fault, found.after)
+
+
+def _timed(seconds: float) -> None:
+    """The client's shared session waits for ever by default, and most of its calls cannot be told otherwise."""
+    from huggingface_hub.utils import get_session, httpx
+
+    session = get_session()
+    if session.timeout != httpx.Timeout(seconds):
+        session.timeout = httpx.Timeout(seconds)
+
+
+def _file(name: str, size: int, oid: str | None, lfs: Any) -> RemoteFile:
+    return RemoteFile(name, size, oid or "", lfs.sha256 if lfs else None)
+
+
+def _info(found: Any, what: str) -> Info:
+    if not is_repo(found.id) or not is_sha(found.sha):
+        raise Refuse("gone", f"{what}: the Hub names no commit of it: it is empty")
+    files = {f.rfilename: _file(f.rfilename, f.size or 0, f.blob_id, f.lfs) for f in found.siblings or ()}
+    modified = found.last_modified or datetime.fromtimestamp(0, UTC)
+    tags = tuple(tag for tag in found.tags or () if isinstance(tag, str))
+    return Info(found.id, found.sha, modified, tags, bool(found.gated), bool(found.private), files)

@@ -1,0 +1,225 @@
+"""Weight files of a repo read by ranges: nothing on disk, a bounded window in memory, every byte fetched once a pass.
+
+What will be read is cut into chunks: a large tensor into several, small neighbours joined into one. A chunk is fetched when it is asked for, the ones that
+follow ahead of time, and dropped when all of it was read; at most `slots` of them are there at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from continual.errors import Abandoned
+from continual.hub.client import Hub, RemoteFile
+from continual.records import FileStat
+
+WINDOW = 40 << 20
+"""Bytes of all chunks together."""
+LARGEST, SMALLEST = 8 << 20, 1 << 20
+GAP = 16 << 10
+"""Bytes between two tensors that are fetched along rather than ask twice."""
+HEAD = 128 << 10
+"""Bytes of a file that are fetched with the first look at it: its header, mostly."""
+AHEAD = 3
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """A part of a file. `left`: bytes of it that this pass still reads; `passes`: how often it was read to its end; `used`: when it was used last."""
+
+    file: int
+    start: int
+    stop: int
+    needed: int
+    left: int
+    passes: int = 0
+    used: int = 0
+    loading: bool = False
+    data: bytearray | None = None
+
+
+def cut(extents: Sequence[tuple[int, int, int]], largest: int, gap: int = GAP) -> list[Chunk]:
+    """Chunks of at most `largest` bytes that cover `extents` (file, first byte, bytes; in this order), and no gap between them larger than `gap`."""
+    chunks: list[Chunk] = []
+    for file, start, nbytes in extents:
+        stop = start + nbytes
+        while start < stop:
+            last = chunks[-1] if chunks else None
+            joins = last is not None and last.file == file and 0 <= start - last.stop <= gap and start < last.start + largest
+            if last is None or not joins:
+                last = Chunk(file, start, start, 0, 0)
+                chunks.append(last)
+            last.stop = min(stop, last.start + largest)
+            last.needed = last.left = last.needed + last.stop - start
+            start = last.stop
+    return chunks
+
+
+class Ranges:
+    """Files of one repo at one commit. Thread-safe; close it. `stats` have sizes only: a commit does not change."""
+
+    def __init__(self, hub: Hub, repo: str, sha: str, files: Sequence[RemoteFile], workers: int | None = None) -> None:
+        self.stats = tuple(FileStat(file.name, file.size, 0, 0) for file in files)
+        self._hub, self._repo, self._sha, self._files = hub, repo, sha, files
+        self.slots = (workers or len(os.sched_getaffinity(0))) + AHEAD
+        self._largest = max(SMALLEST, min(LARGEST, WINDOW // self.slots))
+        self._heads: dict[int, bytes] = {}
+        self._chunks: list[Chunk] = []
+        self._ready = threading.Condition()
+        self._here: set[Chunk] = set()
+        self._tick = 0
+        self._closed = False
+        self._pool: ThreadPoolExecutor | None = None
+
+    def expect(self, extents: Sequence[tuple[int, int, int]]) -> None:
+        """Says what will be read, in this order."""
+        with self._ready:
+            self._here.clear()
+            self._chunks = cut(extents, self._largest)
+
+    def will_need(self, file: int, offset: int, length: int) -> None:
+        """Fetches the beginning of this part ahead, if there is room."""
+        with self._ready:
+            found = self._find(file, offset)
+            if found is not None and length:
+                self._ahead(found, self._chunks[found].passes)
+
+    def check_unchanged(self) -> None:
+        """Nothing: a commit does not change."""
+
+    def close(self) -> None:
+        """Ends fetching and drops what was fetched."""
+        with self._ready:
+            self._closed = True
+            self._chunks = []
+            self._here.clear()
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+    def pread(self, file: int, length: int, offset: int) -> bytes:
+        """`length` bytes at `offset`. Raises Refuse and Trouble."""
+        data = bytearray(length)
+        self.preadv(file, memoryview(data), offset)
+        return bytes(data)
+
+    def preadv(self, file: int, into: memoryview, offset: int) -> None:
+        """Fills `into` from `offset`. Raises Refuse and Trouble."""
+        into = into.cast("B")
+        while into:
+            with self._ready:
+                index = self._find(file, offset)
+            if index is None:
+                self._apart(file, into, offset)
+                return
+            chunk = self._chunks[index]
+            count = min(len(into), chunk.stop - offset)
+            data = self._take(index)
+            into[:count] = memoryview(data)[offset - chunk.start : offset - chunk.start + count]
+            self._read(chunk, count)
+            into, offset = into[count:], offset + count
+
+    def _apart(self, file: int, into: memoryview, offset: int) -> None:
+        """What was not expected: headers, out of the first bytes of the file where they are there."""
+        end = offset + len(into)
+        if end <= HEAD and file not in self._heads:
+            head = bytearray(min(HEAD, self.stats[file].size))
+            self._fetch(file, 0, memoryview(head))
+            self._heads[file] = bytes(head)
+        if end <= len(self._heads.get(file, b"")):
+            into[:] = self._heads[file][offset:end]
+        else:
+            self._fetch(file, offset, into)
+
+    def _fetch(self, file: int, start: int, into: memoryview) -> None:
+        self._hub.fetch(self._repo, self._sha, self._files[file], start, into)
+
+    def _find(self, file: int, offset: int) -> int | None:
+        """The chunk that has this byte."""
+        low, high = 0, len(self._chunks)
+        while low < high:
+            middle = (low + high) // 2
+            chunk = self._chunks[middle]
+            if (chunk.file, chunk.stop) <= (file, offset):
+                low = middle + 1
+            else:
+                high = middle
+        if low < len(self._chunks) and self._chunks[low].file == file and self._chunks[low].start <= offset:
+            return low
+        return None
+
+    def _take(self, index: int) -> bytearray:
+        """The data of a chunk, fetched by this thread if nobody does so."""
+        chunk = self._chunks[index]
+        with self._ready:
+            while chunk.loading:
+                self._ready.wait()
+            self._tick += 1
+            chunk.used = self._tick
+            data = chunk.data
+            if data is None:
+                self._make_room()
+                self._begin(chunk)
+            self._ahead(index + 1, chunk.passes)
+        return data if data is not None else self._load(chunk)
+
+    def _load(self, chunk: Chunk) -> bytearray:
+        data = bytearray(chunk.stop - chunk.start)
+        try:
+            self._fetch(chunk.file, chunk.start, memoryview(data))
+            with self._ready:
+                chunk.data = None if self._closed else data
+        finally:
+            with self._ready:
+                chunk.loading = False
+                if chunk.data is None:
+                    self._here.discard(chunk)
+                self._ready.notify_all()
+        return data
+
+    def _begin(self, chunk: Chunk) -> None:
+        chunk.loading = True
+        self._here.add(chunk)
+
+    def _read(self, chunk: Chunk, count: int) -> None:
+        """Counts what was read of a chunk; it goes when that was all."""
+        with self._ready:
+            chunk.left -= count
+            if chunk.left <= 0:
+                self._drop(chunk)
+
+    def _drop(self, chunk: Chunk) -> None:
+        chunk.data, chunk.left, chunk.passes = None, chunk.needed, chunk.passes + 1
+        self._here.discard(chunk)
+
+    def _make_room(self) -> None:
+        """Drops the chunk that was not used for the longest time, where all slots are taken: of a pass that read only a part of it."""
+        while len(self._here) >= self.slots:
+            loaded = [chunk for chunk in self._here if chunk.data is not None]
+            if not loaded:
+                return
+            self._drop(min(loaded, key=lambda chunk: (chunk.used == 0, chunk.used)))
+
+    def _ahead(self, index: int, passes: int) -> None:
+        """Begins to fetch the next chunks of this pass into slots that are free."""
+        free = self.slots - 1 - len(self._here)
+        for chunk in self._chunks[index : index + AHEAD]:
+            if free <= 0 or self._closed:
+                return
+            if chunk.loading or chunk.data is not None or chunk.passes != passes:
+                continue
+            self._pool = self._pool or ThreadPoolExecutor(AHEAD, "range")
+            self._begin(chunk)
+            free -= 1
+            self._pool.submit(self._load_ahead, chunk)
+
+    def _load_ahead(self, chunk: Chunk) -> None:
+        """Fetches a chunk that nobody has asked for yet; whoever does tries again, and is told what is wrong."""
+        with contextlib.suppress(Exception):
+            if self._closed:
+                raise Abandoned("closed")
+            self._load(chunk)

@@ -1,0 +1,61 @@
+"""Which repos of the Hub are candidates at all, by the settings: pure. What is left out here gets no record: it is looked at again when the settings change."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Iterable
+from datetime import UTC, datetime
+
+from continual.config import Hub as Asked
+from continual.errors import Misconfigured
+from continual.hub.client import Info
+
+
+def left_out(info: Info, asked: Asked, bases: Collection[str], own: str | None = None) -> str | None:
+    """Why a repo is not taken, in a few words; None if it is. `bases` are the repos whose fine-tunes are wanted, `own` the one we publish to.
+
+    Sizes are judged where the files are known; a listing does not have them.
+    """
+    if info.id in (own, *bases):
+        return "our own releases" if info.id == own else "the base itself"
+    related = {f"base_model:{relation}:{base}" for relation in asked.relations for base in bases}
+    owner = info.id.partition("/")[0]
+    if not related & set(info.tags) and info.id not in asked.repos and owner not in asked.authors:
+        return "no fine-tune of the base by its tags, and not named in repos or authors"
+    if asked.allow and not _matches(info.id, asked.allow):
+        return "not in allow"
+    if _matches(info.id, asked.deny):
+        return "in deny"
+    licence = info.licence or "none"
+    if asked.licences and not _matches(licence, asked.licences):
+        return f"licence {licence} is not in licences"
+    if _matches(licence, asked.deny_licences):
+        return f"licence {licence} is in deny_licences"
+    if lacking := sorted(set(asked.tags) - set(info.tags)):
+        return f"lacks the tag {lacking[0]}"
+    if denied := next((tag for tag in info.tags if _matches(tag, asked.deny_tags)), None):
+        return f"has the tag {denied}"
+    if info.gated and asked.gated == "refuse":
+        return "gated"
+    if info.private and asked.private == "refuse":
+        return "private"
+    if (since := since_of(asked)) is not None and info.modified < since:
+        return f"last commit before {since:%Y-%m-%d}"
+    if asked.max_bytes is not None and info.weight_bytes > asked.max_bytes:
+        return f"{info.weight_bytes} bytes of weights are more than max_bytes"
+    return None
+
+
+def since_of(asked: Asked) -> datetime | None:
+    """The time before which repos are not looked at. Raises Misconfigured for a text that is none."""
+    if asked.since is None:
+        return None
+    try:
+        found = datetime.fromisoformat(asked.since)
+    except ValueError:
+        raise Misconfigured(f"hub.since = {asked.since}: write a date or a time, as 2026-01-31 or 2026-01-31T12:00Z") from None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _matches(text: str, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(text, glob) for glob in globs)
