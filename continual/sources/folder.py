@@ -20,6 +20,7 @@ from watchdog.observers import Observer
 from watchdog.observers.polling import PollingObserver
 
 from continual.records import Event, FileStat
+from continual.sources.waiting import first
 
 INDEX = "model.safetensors.index.json"
 MARKS = (INDEX, "model.safetensors", "adapter_config.json")
@@ -173,6 +174,9 @@ class FolderSource:
         self._settling = Settling(settle)
         self._clock = clock
 
+    def settled(self, place: str, key: str | None) -> None:
+        """Nothing: what was given is not given again."""
+
     async def events(self, stop: asyncio.Event) -> AsyncIterator[Event]:
         """Models as they become ready, until `stop` is set. Notifications only hasten the next scan."""
         loop = asyncio.get_running_loop()
@@ -188,20 +192,10 @@ class FolderSource:
                 sightings = await asyncio.to_thread(scan, self.root)
                 now = clock()
                 for sighting in self._settling.ready(sightings, now):
-                    yield Event("folder", sighting.path, sighting.order)
+                    yield Event("folder", str(sighting.path), sighting.order, self.root)
                 self.scanned.set()
                 soon = self._settling.next_look(sightings, now)
-                await _first(self.rescan if soon is None else min(soon + 0.01, self.rescan), stop, hint)
-
-
-async def _first(seconds: float, *events: asyncio.Event) -> None:
-    """Returns when one of `events` is set or `seconds` have passed."""
-    tasks = [asyncio.ensure_future(event.wait()) for event in events]
-    try:
-        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
+                await first(self.rescan if soon is None else min(soon + 0.01, self.rescan), stop, hint)
 
 
 class _Hints(FileSystemEventHandler):

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,6 +107,16 @@ def replace_link(path: Path, target: Path) -> None:
     os.symlink(target.name if target.parent == path.parent else target, temporary)
     os.rename(temporary, path)
     sync_file(path.parent)
+
+
+def link_tree(source: Path, target: Path) -> bool:
+    """Makes `target` a directory of hard links to the files below `source`; False, and nothing is left, where they cannot be had or lie on another disk."""
+    try:
+        shutil.copytree(source, target, copy_function=os.link)
+    except (OSError, shutil.Error):
+        shutil.rmtree(target, ignore_errors=True)
+        return False
+    return True
 
 
 def sync_tree(directory: Path, between: Callable[[], None] | None = None) -> None:

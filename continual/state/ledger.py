@@ -65,7 +65,7 @@ class Ledger:
         self._read: list[Mapping[str, Any]] = []
         self._fates: dict[str, Commit | None] = {}
         self._digests: dict[str, Commit] = {}
-        self.model: Commit | None = None
+        self.models: list[Commit] = []
         self.pool: dict[str, Waiting] = {}
         self.open_round: Commit | None = None
         self.refusals: list[Commit] = []
@@ -101,10 +101,15 @@ class Ledger:
             self.refusals.append(commit)
         wrote = entry.kind == "select" and commit.generation != self.log[-1].generation
         if wrote or (entry.kind in MODEL and (self.model or entry.kind != "tune")):
-            self.model = commit
+            self.models.append(commit)
         self.log.append(commit)
         self._history.append(now)
         self._read.append(entry.read if entry.read is not None else self._read[-1] if self._read else {})
+
+    @property
+    def model(self) -> Commit | None:
+        """The newest record that made the merged model another one."""
+        return self.models[-1] if self.models else None
 
     def _selected(self, now: Fold | None, commit: Commit) -> Fold | None:
         """The history after a round: without the models it left out, with those it brought, all of them read from its generation; and its members' fates."""

@@ -141,6 +141,10 @@ class State:
         """The newest record that made the merged model another one, None before the first fold."""
         return self._ledger.model
 
+    def models(self) -> list[Commit]:
+        """Every record that made the merged model another one, oldest first."""
+        return list(self._ledger.models)
+
     @property
     def totals(self) -> Mapping[str, float]:
         """The rule's totals in force."""
@@ -162,6 +166,15 @@ class State:
     def fate(self, key: str) -> Commit | None:
         """The record that settled the candidate `key`; its entry's fate is `rolled-back` where a rollback undid it. None where it is open."""
         return self._ledger.fate(key)
+
+    def is_settled(self, key: str) -> bool:
+        """Whether the candidate `key` need not be looked at: its fate is settled, or it waits in the pool."""
+        return self._ledger.fate(key) is not None or key in self._ledger.pool
+
+    def retried(self) -> list[Mapping[str, Any]]:
+        """The candidates that are to be looked at again and were not since, as their records name them."""
+        asked = {c.entry.candidate["key"]: c.entry.candidate for c in self.log if c.entry.kind == "retry" and c.entry.candidate}
+        return [candidate for key, candidate in asked.items() if not self.is_settled(key)]
 
     def folded_digest(self, digest: str) -> Commit | None:
         """The fold in force of a model with this content digest."""

@@ -146,7 +146,7 @@ def test_events_of_what_was_there_and_of_what_is_renamed_in(tmp_path: Path) -> N
         source, stop, found = FolderSource(tmp_path / "w", settle=0.05, rescan=30.0), asyncio.Event(), []
         async with asyncio.timeout(20):
             async for event in source.events(stop):
-                found.append(event.path.name)
+                found.append(event.name)
                 if len(found) == 1:
                     publish(tmp_path / "w/.late.tmp", {"model.safetensors": WEIGHTS}).rename(tmp_path / "w/late")
                 if len(found) == 2:

@@ -1,0 +1,182 @@
+"""Fine-tunes on the Hugging Face Hub: polled with a cursor that is kept on disk, and told of at once by webhooks. Whether a repo is any good is for the gates."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from continual.config import Hub as Asked
+from continual.errors import Halt, Refuse, Retry
+from continual.hub import Info, Trouble
+from continual.places import SCHEME, Places
+from continual.records import Event
+from continual.retrying import Fault, next_poll
+from continual.sources.cursor import Cursor, Sighting
+from continual.sources.waiting import first
+from continual.state.inbox import Inbox, load_cursor, save_cursor
+
+NAME = "hub"
+
+
+class HubSource:
+    """Polls what the settings name, and takes what the inbox holds. `scanned` is set after the first poll; `problem` says why the last one failed."""
+
+    def __init__(
+        self, places: Places, asked: Asked, state: Path, known: Callable[[str], bool], clock: Callable[[], float] = time.time
+    ) -> None:
+        """`known` says whether a candidate's key is settled."""
+        self.scanned = asyncio.Event()
+        self.problem: str | None = None
+        self.polled: float | None = None
+        self.inbox = Inbox(state)
+        self.cursor = Cursor.of(load_cursor(state, NAME))
+        self._places, self._asked, self._state, self._clock = places, asked, state, clock
+        self._fate = known
+        self._pushed = asyncio.Event()
+        self._names: dict[str, list[str]] = {}
+        self._settled: deque[tuple[str, str | None]] = deque()
+        self._skipped: set[str] = set()
+        self._log = structlog.get_logger("continual")
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def _known(self, key: str) -> bool:
+        return key in self._skipped or self._fate(key)
+
+    @property
+    def polls(self) -> bool:
+        """Whether there is anything to ask the Hub for; else only pushes are taken."""
+        return self._asked.watch or bool(self._asked.repos or self._asked.authors)
+
+    def again(self, candidates: Sequence[Mapping[str, Any]]) -> None:
+        """Candidates of the Hub that a person wants looked at again: no listing may ever show them as new."""
+        for candidate in candidates:
+            if candidate["origin"].startswith(SCHEME) and candidate.get("revision"):
+                repo, now = candidate["origin"].removeprefix(SCHEME), self._clock()
+                self.cursor.saw(Sighting(repo, candidate["revision"], now, 0.0), self._known)
+
+    def told(self) -> None:
+        """The inbox has something new. From any thread."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closing
+                self._loop.call_soon_threadsafe(self._pushed.set)
+
+    def settled(self, place: str, key: str | None) -> None:
+        """What was given as the event of this place is settled under `key`, or (None) left out by the settings: it is forgotten, and its pushes removed."""
+        self._settled.append((place, key))
+        self._pushed.set()
+
+    def forget(self) -> None:
+        """Does what `settled` was told of: a poll on another thread may be going on when that comes."""
+        while self._settled:
+            place, key = self._settled.popleft()
+            name = f"hub:{place.removeprefix(SCHEME)}"
+            mine = name if "@" in name else f"{name}@"
+            if key is None:
+                self._skipped.add(mine)
+            for found in {mine, key or mine}:
+                self.cursor.done(found)
+                for push in self._names.pop(found, []):
+                    self.inbox.remove(push)
+
+    async def events(self, stop: asyncio.Event) -> AsyncIterator[Event]:
+        """Repos as they have been still long enough, until `stop` is set. Raises Halt where polling gives up."""
+        self._loop = asyncio.get_running_loop()
+        self.cursor.prune(self._known)
+        failures, refused, due = 0, 0, 0.0
+        while not stop.is_set():
+            self._pushed.clear()
+            self.forget()
+            self.open_inbox()
+            now = self._clock()
+            if self.polls and now >= due:
+                after = 0.0
+                try:
+                    await asyncio.to_thread(self.poll)
+                    failures = refused = 0
+                    self.problem, self.polled = None, self._clock()
+                except Retry as error:
+                    failures, after, self.problem = failures + 1, error.after, str(error)
+                    refused = refused + 1 if isinstance(error, Trouble) and error.fault is Fault.TOKEN else 0
+                    self._log.warning("poll failed", error=str(error), failures=failures)
+                wait = next_poll(self._asked.poll, failures, random.random(), after=after, refused=refused)
+                if wait is None:
+                    raise Halt(f"polling the Hub is given up: {self.problem}")
+                due = self._clock() + wait
+            for sighting in self.cursor.ready(self._clock(), self._asked.settle):
+                yield event_of(sighting)
+            self.scanned.set()  # a Hub that cannot be reached holds up no folder
+            soon = self.cursor.next_ready(self._clock(), self._asked.settle)
+            wait = max(0.0, due - self._clock()) if self.polls else 3600.0
+            await first(min(wait, wait if soon is None else soon + 0.01), stop, self._pushed)
+
+    def rows(self) -> Iterator[Info]:
+        """Everything the Hub lists for the settings, wanted or not, each repo once. Raises Trouble."""
+        seen = set()
+        for _, tag, author in self._listings():
+            for info in self._places.hub.listing(tag=tag, author=author):
+                if info.id not in seen:
+                    seen.add(info.id)
+                    yield info
+        for repo in self._asked.repos:
+            if repo not in seen:
+                with contextlib.suppress(Refuse):
+                    yield self._places.hub.info(repo)
+
+    def save(self) -> None:
+        """Keeps how far this source has come."""
+        self.cursor.prune(self._known)
+        save_cursor(self._state, NAME, self.cursor.body())
+
+    def poll(self) -> int:
+        """Asks the Hub once what there is; how many commits were new. Durable when it returns. Raises Retry, of the Hub or the disk."""
+        now, new = self._clock(), 0
+        try:
+            for listing, tag, author in self._listings():
+                rows = self._places.hub.listing(tag=tag, author=author)
+                everything = self.cursor.sweeps(listing, now, self._asked.sweep)
+                new += self.cursor.read(listing, rows, now, self._known, self._wanted, all_=everything)
+            for repo in self._asked.repos:
+                with contextlib.suppress(Refuse):  # not there (yet), or gated: it is asked for again
+                    info = self._places.hub.info(repo)
+                    new += self._wanted(info) and self.cursor.saw(Sighting(repo, info.sha, now, info.modified.timestamp()), self._known)
+        finally:
+            self.save()
+        return new
+
+    def _listings(self) -> list[tuple[str, str | None, str | None]]:
+        tags = (
+            [f"base_model:{relation}:{base}" for base in self._places.bases for relation in self._asked.relations]
+            if self._asked.watch
+            else []
+        )
+        return [(tag, tag, None) for tag in tags] + [(f"author:{author}", None, author) for author in self._asked.authors]
+
+    def _wanted(self, info: Info) -> bool:
+        return self._places.left_out(info) is None
+
+    def open_inbox(self) -> None:
+        """Takes the pushes that came since; those of commits that are settled are removed."""
+        named = {push for pushes in self._names.values() for push in pushes}
+        for push, body in self.inbox.items().items():
+            if push in named:
+                continue
+            sighting = Sighting(body["repo"], body["sha"], body["time"], body["time"], "webhook")
+            if sighting.sha is not None and self._known(sighting.key):
+                self.inbox.remove(push)
+                continue
+            self._names.setdefault(sighting.key, []).append(push)
+            self.cursor.saw(sighting, self._known)
+
+
+def event_of(sighting: Sighting) -> Event:
+    """What the daemon is told of a sighting."""
+    order = (int(sighting.modified * 1e9), sighting.repo)
+    return Event(sighting.by, f"{SCHEME}{sighting.repo}", order, None, sighting.sha)

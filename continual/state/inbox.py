@@ -1,0 +1,70 @@
+"""What must survive a restart besides the merge: pushes that were accepted and are not settled yet, and how far a source has come. Framed JSON, one file each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from continual.errors import Retry
+from continual.state import framing
+from continual.state.durable import environment, replace_bytes, sync_file
+
+MOST = 10_000
+"""Pushes that may wait."""
+_NAME = re.compile(r"[a-z0-9-]{1,64}")
+
+
+class Inbox:
+    """Accepted pushes of the state in `path`, by a name that is the same for the same push. Safe from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._directory = path / "inbox"
+
+    def put(self, name: str, body: Mapping[str, Any]) -> bool:
+        """Keeps a push; on disk when it returns. False if it was there already. Raises Retry if the disk or the number of pushes gets in the way."""
+        file = self._file(name)
+        if file.exists():
+            return False
+        with environment("cannot keep the push"):
+            _made(self._directory)
+            if sum(1 for _ in self._directory.iterdir()) >= MOST:
+                raise Retry(f"{self._directory}: {MOST} pushes wait already; nothing was accepted")
+            replace_bytes(file, framing.encode(body)[0])
+        return True
+
+    def items(self) -> dict[str, dict[str, Any]]:
+        """All that wait, by name. Raises Damaged naming a file that was altered."""
+        if not self._directory.is_dir():
+            return {}
+        found = sorted(file for file in self._directory.iterdir() if file.suffix == ".json" and not file.name.startswith("."))
+        return {file.stem: framing.decode(file)[0] for file in found}
+
+    def remove(self, name: str) -> None:
+        """A push is settled."""
+        with environment("cannot remove the push"):
+            self._file(name).unlink(missing_ok=True)
+
+    def _file(self, name: str) -> Path:
+        assert _NAME.fullmatch(name), name
+        return self._directory / f"{name}.json"
+
+
+def save_cursor(path: Path, source: str, body: Mapping[str, Any]) -> None:
+    """Keeps how far `source` has come with the state in `path`; on disk when it returns. Raises Retry."""
+    with environment("cannot keep the cursor"):
+        _made(path / "sources")
+        replace_bytes(path / "sources" / f"{source}.json", framing.encode(body)[0])
+
+
+def load_cursor(path: Path, source: str) -> dict[str, Any] | None:
+    """What `save_cursor` kept, None if nothing. Raises Damaged: without that file the source begins anew, and nothing is lost."""
+    file = path / "sources" / f"{source}.json"
+    return framing.decode(file)[0] if file.exists() else None
+
+
+def _made(directory: Path) -> None:
+    if not directory.is_dir():
+        directory.mkdir(exist_ok=True)
+        sync_file(directory.parent)

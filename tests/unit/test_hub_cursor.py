@@ -1,0 +1,197 @@
+"""What the cursor of the Hub misses and gives twice: nothing, whatever order and times a listing has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from continual.config import Hub as Asked
+from continual.errors import Misconfigured, Retry
+from continual.hub import Info, RemoteFile
+from continual.hub.names import named
+from continual.hub.wanted import left_out
+from continual.sources.cursor import OVERLAP, Cursor, Sighting
+
+NOW = 1_800_000_000.0
+
+
+def info(repo: str, sha: str = "1", at: float = NOW, **facts: object) -> Info:
+    return Info(repo, sha * 40, datetime.fromtimestamp(at, UTC), **facts)  # type: ignore[arg-type]
+
+
+def none(_key: str) -> bool:
+    return False
+
+
+def every(_info: Info) -> bool:
+    return True
+
+
+def take(cursor: Cursor, rows: list[Info], now: float = NOW, *, all_: bool = False, known: set[str] | None = None) -> int:
+    return cursor.read("l", iter(rows), now, lambda key: key in (known or ()), every, all_=all_)
+
+
+def test_reading_stops_a_little_before_what_was_new_last_time() -> None:
+    cursor, asked = Cursor(), []
+
+    def rows(*times: float) -> Iterator[Info]:
+        for number, time in enumerate(times):
+            asked.append(time)
+            yield info(f"o/m{number}-{time}", at=time)
+
+    cursor.read("l", rows(NOW, NOW - 5000), NOW, none, every, all_=False)
+    assert asked == [NOW, NOW - 5000]  # the first time to the end
+    asked.clear()
+    cursor.read("l", rows(NOW + 10, NOW - OVERLAP, NOW - OVERLAP - 1, NOW - 9000), NOW, none, every, all_=False)
+    assert asked == [NOW + 10, NOW - OVERLAP, NOW - OVERLAP - 1]
+    asked.clear()
+    cursor.read("l", rows(NOW - 9000, NOW - 9001), NOW, none, every, all_=True)
+    assert len(asked) == 2
+
+
+def test_ties_moves_and_late_rows() -> None:
+    cursor = Cursor()
+    assert take(cursor, [info("o/a"), info("o/b")]) == 2
+    assert take(cursor, [info("o/c"), info("o/a"), info("o/b")]) == 1  # a tie that came later
+    assert take(cursor, [info("o/a", "2", NOW + 1), info("o/c"), info("o/b")]) == 1  # a moved up
+    assert take(cursor, [info("o/d", at=NOW - 100), info("o/b", at=NOW - 200)]) == 1  # d was not listed at its time
+    assert {s.key for s in cursor.ready(NOW + 100, 0.0)} == {
+        f"hub:{r}@{s * 40}" for r, s in (("o/a", "1"), ("o/a", "2"), ("o/b", "1"), ("o/c", "1"), ("o/d", "1"))
+    }
+
+
+def test_a_page_that_fails_moves_nothing_but_keeps_what_was_seen() -> None:
+    cursor = Cursor()
+    take(cursor, [info("o/a", at=NOW - 10_000)])
+
+    def broken() -> Iterator[Info]:
+        yield info("o/b")
+        raise Retry("page 2")
+
+    with pytest.raises(Retry, match="page 2"):
+        cursor.read("l", broken(), NOW, none, every, all_=False)
+    assert cursor.high == {"l": NOW - 10_000}
+    assert f"hub:o/b@{'1' * 40}" in cursor.seen
+
+
+def test_ready_once_after_the_commit_has_been_still() -> None:
+    cursor = Cursor()
+    take(cursor, [info("o/old", at=NOW - 1000), info("o/new", at=NOW - 10), info("o/ahead", at=NOW + 5000)])
+    assert [s.repo for s in cursor.ready(NOW, 60.0)] == ["o/old"]
+    assert cursor.next_ready(NOW, 60.0) == pytest.approx(50.0)
+    assert [s.repo for s in cursor.ready(NOW + 60, 60.0)] == ["o/new", "o/ahead"]  # a clock that is ahead does not hold it up
+    assert cursor.ready(NOW + 999, 60.0) == []
+    assert cursor.next_ready(NOW + 999, 60.0) is None
+
+
+def test_settled_ones_are_forgotten_and_not_taken_again() -> None:
+    cursor, key = Cursor(), f"hub:o/a@{'1' * 40}"
+    take(cursor, [info("o/a")])
+    cursor.ready(NOW + 99, 0.0)
+    cursor.done(key)
+    assert take(cursor, [info("o/a")], known={key}) == 0
+    assert cursor.seen == {}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans()), min_size=1, max_size=25), st.integers(1, 20))
+def test_whatever_is_committed_is_given_exactly_once_also_over_restarts(steps: list[tuple[int, int, bool]], restart: int) -> None:
+    """Commits in any order with tied times; between them polls, some of which see only a part of the list; a restart from what was kept."""
+    cursor, heads, given_, made, now = Cursor(), dict[str, Info](), list[str](), set[str](), NOW
+    for number, (repo, pause, polls) in enumerate(steps):
+        now += pause
+        head = info(f"o/{repo}", f"{number % 10}", at=now)
+        heads[head.id] = Info(head.id, f"{number:040x}", head.modified)
+        made.add(f"hub:{head.id}@{number:040x}")
+        if polls:
+            rows = sorted(heads.values(), key=lambda i: i.modified, reverse=True)
+            cursor.read("l", iter(rows), now, lambda key: key in given_, every, all_=False)
+            for sighting in cursor.ready(now, 0.0):
+                given_.append(sighting.key)
+                cursor.done(sighting.key)
+        if number == restart:
+            cursor = Cursor.of(cursor.body())
+    rows = sorted(heads.values(), key=lambda i: i.modified, reverse=True)
+    cursor.read("l", iter(rows), now, lambda key: key in given_, every, all_=False)
+    given_ += [s.key for s in cursor.ready(now, 0.0)]
+    assert len(given_) == len(set(given_))
+    assert {f"hub:{i.id}@{i.sha}" for i in heads.values()} <= set(given_) <= made
+
+
+def test_a_push_without_a_commit_has_a_key_of_its_own() -> None:
+    cursor = Cursor()
+    assert cursor.saw(Sighting("o/a", None, NOW, NOW, "webhook"), none)
+    assert not cursor.saw(Sighting("o/a", None, NOW, NOW, "webhook"), none)
+    assert cursor.saw(Sighting("o/a", "1" * 40, NOW, NOW), none)
+
+
+BASES, OWN = ("org/base",), "me/merge"
+FT = ("base_model:org/base", "base_model:finetune:org/base", "license:mit", "text")
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "why"),
+    [
+        (info("a/m", tags=FT), {}, None),
+        (info("a/m", tags=("base_model:adapter:org/base",)), {}, None),
+        (info("a/m", tags=("base_model:quantized:org/base",)), {}, "no fine-tune"),
+        (info("a/m", tags=("base_model:quantized:org/base",)), {"relations": ("quantized",)}, None),
+        (info("a/m"), {}, "no fine-tune"),
+        (info("a/m"), {"repos": ("a/m",)}, None),
+        (info("a/m"), {"authors": ("a",)}, None),
+        (info("me/merge", tags=FT), {}, "our own"),
+        (info("org/base", tags=FT), {}, "base itself"),
+        (info("a/m", tags=FT), {"allow": ("b/*",)}, "not in allow"),
+        (info("a/m", tags=FT), {"allow": ("b/*", "a/*")}, None),
+        (info("a/m", tags=FT), {"deny": ("a/*",)}, "in deny"),
+        (info("a/m", tags=FT), {"licences": ("apache-*",)}, "licence mit"),
+        (info("a/m", tags=FT[:2]), {"licences": ("mit",)}, "licence none"),
+        (info("a/m", tags=FT), {"deny_licences": ("mit",)}, "deny_licences"),
+        (info("a/m", tags=FT), {"tags": ("text", "image")}, "lacks the tag image"),
+        (info("a/m", tags=FT), {"deny_tags": ("te*",)}, "has the tag text"),
+        (info("a/m", tags=FT, gated=True), {"gated": "refuse"}, "gated"),
+        (info("a/m", tags=FT, private=True), {"private": "refuse"}, "private"),
+        (info("a/m", tags=FT, gated=True, private=True), {}, None),
+        (info("a/m", tags=FT), {"since": "2099-01-01"}, "last commit before"),
+        (info("a/m", tags=FT), {"since": "2001-01-01T12:00Z"}, None),
+        (info("a/m", tags=FT, files={"x.safetensors": RemoteFile("x.safetensors", 11, "", None)}), {"max_bytes": 10}, "11 bytes"),
+        (info("a/m", tags=FT, files={"x.bin": RemoteFile("x.bin", 11, "", None)}), {"max_bytes": 10}, None),
+    ],
+)
+def test_what_is_left_out(found: Info, asked: dict[str, object], why: str | None) -> None:
+    said = left_out(found, Asked.model_validate(asked), BASES, OWN)
+    assert (said is None) == (why is None), said
+    assert why is None or why in (said or "")
+
+
+def test_a_date_that_is_none() -> None:
+    with pytest.raises(Misconfigured, match=r"hub\.since = soon"):
+        left_out(info("a/m", tags=FT), Asked.model_validate({"since": "soon"}), BASES)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("org/name", ("org/name", None)),
+        ("hf://org/name", ("org/name", None)),
+        ("hf://name", ("name", None)),
+        ("org/name@v1.0", ("org/name", "v1.0")),
+        ("org/name@" + "a" * 40, ("org/name", "a" * 40)),
+        ("org/name@refs/pr/1", ("org/name", "refs/pr/1")),
+        ("name", None),
+        ("./org/name", None),
+        ("/org/name", None),
+        ("org/name/more", None),
+        ("org/../name", None),
+        ("org/name@", None),
+        ("org/name@../x", None),
+        ("hf://org/na me", None),
+        ("org/name\n", None),
+    ],
+)
+def test_names(text: str, found: tuple[str, str | None] | None) -> None:
+    assert named(text) == found
