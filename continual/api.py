@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 
 from continual import combining, provenance, rounds, tuning, unfolding
-from continual.bases import files_of, measure_base, open_base, open_checkpoint
-from continual.config import Settings
+from continual.bases import fetched, files_of, measure_base, open_base, open_checkpoint
+from continual.config import Settings, load
 from continual.engine import Engine
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress, silent
@@ -27,15 +27,17 @@ from continual.folding import state_bytes
 from continual.gates.lineage import LineagePolicy
 from continual.gates.safety import NormPolicy
 from continual.gates.weight import WeightPolicy
+from continual.hub import Repo
 from continual.outcomes import Outcome, Plan, Policy
-from continual.publish import folder
+from continual.places import Places
+from continual.publish import folder, lora
 from continual.reading import Reading
-from continual.records import Entry, TensorSpec
+from continual.records import Entry, Event, TensorSpec
 from continual.rules import ReadOptions, read_options, rule
 from continual.selection.steps import Taken
 from continual.state import Commit, State
 from continual.state.ledger import Waiting
-from continual.tensors import BaseModel, describe
+from continual.tensors import BaseModel, Folder, Place, describe
 from continual.tuning import Evaluation, Told, Tuned, Tuning
 
 DEFAULT = "iso-c"
@@ -72,25 +74,33 @@ class Survey:
 
 
 def survey(base: str | Path, asked: Asked | None = None) -> Survey:
-    """What `init` would make of `base`, from its headers. Raises as `init` does."""
+    """What `init` would make of `base`, from its headers; of a repo on the Hub nothing else is read. Raises as `init` does."""
     asked = asked or Asked()
-    with open_checkpoint(Path(base)) as checkpoint:
-        return _survey(Path(base), describe(checkpoint, plain=asked.plain, exclude=asked.exclude), asked)
+    with open_checkpoint(Places(load({}, environ={})).named(base)) as checkpoint:
+        return _survey(str(checkpoint.place), describe(checkpoint, plain=asked.plain, exclude=asked.exclude), asked)
 
 
 def init(base: str | Path, state: str | Path, asked: Asked | None = None, *, progress: Progress = silent) -> Survey:
-    """Makes a state for the model directory `base` in the directory `state`.
+    """Makes a state for the model directory `base`, or a repo of the Hub (`ORG/NAME@REVISION`), in the directory `state`.
 
-    Reads the base once, for its digests and norms. Raises Misconfigured for unknown rules or options, Refuse for a base that cannot be read.
+    Reads the base once, for its digests and norms; a repo is fetched into the cache of the Hub's client, and its commit is pinned. Raises Misconfigured for
+    unknown rules or options, Refuse for a base that cannot be read, Retry.
     """
     asked = asked or Asked()
-    with open_checkpoint(Path(base)) as checkpoint:
+    rule(asked.rule, asked.options)  # before anything is fetched
+    place: Place = Places(load({}, environ={})).named(base)
+    remote: dict[str, Any] = {"revision": None}
+    if isinstance(place, Repo):
+        path, remote = fetched(place.hub, place.info.id, place.info.sha, progress)
+        place = Folder(path)
+    assert isinstance(place, Folder)
+    with open_checkpoint(place) as checkpoint:
         model = describe(checkpoint, plain=asked.plain, exclude=asked.exclude)
-        found = _survey(Path(base), model, asked)
+        found = _survey(f"{remote['repo']}@{remote['revision']}" if "repo" in remote else str(base), model, asked)
         chosen = rule(asked.rule, asked.options)
         record = {
-            "path": str(Path(base).resolve()),
-            "revision": None,
+            "path": str(place.path.absolute() if "repo" in remote else place.path.resolve()),
+            **remote,
             "files": files_of(checkpoint),
             **measure_base(model, progress),
             "plain": list(asked.plain),
@@ -145,6 +155,7 @@ class Merge:
         self.rule = rule(self.state.format.rule, self.state.format.options)
         self._base: BaseModel | None = None
         self._engine: Engine | None = None
+        self.places = Places(settings, self.state.format.base.get("repo"))
         self._lengths: dict[str, tuple[float, float]] = {}
 
     def __enter__(self) -> Merge:
@@ -163,7 +174,7 @@ class Merge:
     def base(self) -> BaseModel:
         """The base, checked against what the state was made from. Raises Misconfigured if it is gone, Damaged if it is another."""
         if self._base is None:
-            self._base = open_base(self.state, self.settings.base)
+            self._base = open_base(self.state, self.places, self.settings.base)
         return self._base
 
     @property
@@ -173,7 +184,8 @@ class Merge:
             s = self.settings
             weights = WeightPolicy(s.weight, s.weights)
             policy = Policy(LineagePolicy(s.missing, s.vocab), NormPolicy(s.max_base_ratio, s.max_mean_ratio), weights, s.updates)
-            self._engine = Engine(self.state, self.base, self.rule, self.executor, policy=policy, device=s.device)
+            self._engine = Engine(self.state, self.base, self.rule, self.executor, policy=policy, device=s.device, locate=self.places.of)
+            self._engine.stop = self.places.stop
         return self._engine
 
     @property
@@ -183,16 +195,18 @@ class Merge:
 
     def plan(self, model: str | Path) -> Plan:
         """What folding `model` would take and whether it would be let in; reads headers only."""
-        return self.engine.plan(existing(model))
+        return self.engine.plan(self.places.named(model))
 
-    def fold(self, model: str | Path, *, source: str = "hand", root: Path | None = None, progress: Progress = silent) -> Outcome:
-        """Folds one model directory and drops generations beyond those kept; where rounds choose, puts it into the pool instead.
+    def fold(self, model: str | Path | Event, *, progress: Progress = silent) -> Outcome:
+        """Folds one model and drops generations beyond those kept; where rounds choose, puts it into the pool instead.
 
-        Raises Misconfigured if there is no such path, Retry and Halt; a refusal is an outcome.
+        `model` is a directory, a repo of the Hub (`hf://ORG/NAME@REVISION`), or what a source saw. Raises Misconfigured if there is no such thing, Skip for
+        what a source saw and the settings leave out, Retry and Halt; a refusal is an outcome.
         """
+        place = self.places.seen(model) if isinstance(model, Event) else self.places.named(model)
         if self.selects != "none":
-            return self.engine.admit(existing(model), source=source, root=root)
-        outcome = self.engine.fold(existing(model), source=source, root=root, progress=progress)
+            return self.engine.admit(place)
+        outcome = self.engine.fold(place, progress=progress)
         if outcome.fate == "folded":
             self.state.expire(self.settings.keep)
         return outcome
@@ -256,6 +270,12 @@ class Merge:
         """Writes the merged model as an ordinary model directory."""
         return folder.export(self.base, self.reading(target.at), target, self.executor, progress)
 
+    def export_lora(
+        self, directory: str | Path, rank: int, *, at: int | None = None, dtype: str = "F32", progress: Progress = silent
+    ) -> lora.LoraReport:
+        """Writes the merged model as a LoRA adapter of this rank, as near as one comes to it. Raises Misconfigured and Halt."""
+        return lora.export(self.base, self.reading(at), Path(directory), rank, self.executor, progress, dtype=dtype)
+
     def rescale(self, scale: str | None = None, lines: str | None = None) -> ReadOptions:
         """How the merge is read from now on: the scale, the layer scaling, or both; nothing is folded again. Returns what is in force then.
 
@@ -284,7 +304,7 @@ class Merge:
 
     def look_unfold(self, word: str, at: str | Path | None = None) -> unfolding.Unfolding:
         """What taking the model that `word` names out of the merge takes; `at` is where it is now, if it was moved. Raises Misconfigured."""
-        return unfolding.look(self.engine, word, None if at is None else existing(at))
+        return unfolding.look(self.engine, word, None if at is None else self.places.named(at))
 
     def unfold(self, plan: unfolding.Unfolding, progress: Progress = silent) -> Commit:
         """Takes a model out of the merge, as `look_unfold` found. Raises Refuse, Retry and Halt; then nothing has changed."""
@@ -355,21 +375,13 @@ def asked_for(settings: Settings, **given: Any) -> Asked:
     return Asked(rule=name, options=options, **given)
 
 
-def existing(model: str | Path) -> Path:
-    """`model` as a path. Raises Misconfigured if nothing is there."""
-    path = Path(model)
-    if not path.exists():
-        raise Misconfigured(f"{path}: no such model directory")
-    return path
-
-
-def _survey(base: Path, model: BaseModel, asked: Asked) -> Survey:
+def _survey(base: str, model: BaseModel, asked: Asked) -> Survey:
     if asked.scale == "tuned":
         raise Misconfigured("scale = tuned: nothing is folded yet to tune; make the state with another, fold, and run 'continual tune'")
     chosen, read = rule(asked.rule, asked.options), read_options(asked.rule, asked.scale, asked.lines)
     counted = {kind: [spec.numel for spec in model.specs if spec.kind == kind] for kind in ("matrix", "plain", "carried")}
     return Survey(
-        base=str(base),
+        base=base,
         rule=asked.rule,
         options=chosen.options,
         scale=str(read),

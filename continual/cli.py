@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from continual import cli_pool, cli_state, cli_tune, opened
+from continual import cli_hub, cli_pool, cli_state, cli_tune, opened
 from continual.flags import (
     BaseDir,
     Config,
     Device,
     Heads,
+    HubFlags,
     Json,
     Lines,
     MaxBase,
     Memory,
     Missing,
     Objective,
+    ReleaseFlags,
     Rounds,
     Rows,
     Scale,
@@ -49,6 +51,7 @@ app = typer.Typer(
 app.add_typer(cli_state.app)
 app.add_typer(cli_tune.app)
 app.add_typer(cli_pool.app)
+app.add_typer(cli_hub.app)
 
 
 def _rules(incomplete: str) -> list[tuple[str, str]]:
@@ -78,7 +81,7 @@ def _top(_version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 @app.command()
 def init(
-    base: Annotated[Path, typer.Argument(help="Directory of the base model (safetensors).")],
+    base: Annotated[str, typer.Argument(help="Directory of the base model (safetensors), or a repo of the Hub: ORG/NAME@REVISION.")],
     rule: Annotated[
         str | None,
         typer.Option("--rule", help="Fold rule, default iso-c; 'continual rules' lists them.", show_default=False, autocompletion=_rules),
@@ -156,6 +159,8 @@ def run(
     ] = None,
     keep: Annotated[int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)] = None,
     drain: Annotated[float | None, typer.Option("--drain", help="Seconds a stop waits for the fold under way.", show_default=False)] = None,
+    hub: HubFlags = None,
+    release: ReleaseFlags = None,
     select: Select = None,
     objective: Objective = None,
     rows: Rows = None,
@@ -176,7 +181,7 @@ def run(
     log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.", show_default=False)] = None,
     allow_remote: Annotated[bool | None, typer.Option("--allow-remote", help="Listen beyond loopback.", show_default=False)] = None,
 ) -> None:
-    """Run the daemon: watch folders, fold what appears, serve the status page and metrics."""
+    """Run the daemon: watch folders and the Hub, fold what appears, publish the merge, serve the status page and metrics."""
     flags = {k: v for k, v in locals().items() if k != "config"}
     from continual import daemon
 
@@ -185,7 +190,9 @@ def run(
 
 @app.command()
 def fold(
-    models: Annotated[list[Path], typer.Argument(help="Directories of fine-tunes or adapters, folded in this order.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Directories of fine-tunes or adapters, or repos (hf://ORG/NAME@REVISION), folded in this order.")
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as 'plan'.")] = False,
     keep: Annotated[int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)] = None,
     select: Select = None,
@@ -214,12 +221,12 @@ def fold(
     flags = {k: v for k, v in locals().items() if k not in skipped and k != "skipped"}
     if dry_run:
         _plan(models, config, flags, json)
-    from continual import api, console
+    from continual import console
 
-    for model in models:
-        api.existing(model)
     outcomes = []
     with opened.merge(config, write=True, **flags) as merge:
+        for model in models:
+            merge.places.named(model)  # a mistyped one is told of before any is folded
         if merge.selects != "none":
             asked = merge.asked()
             asked.calibration.told()
@@ -244,7 +251,7 @@ def fold(
 
 @app.command()
 def plan(
-    models: Annotated[list[Path], typer.Argument(help="Directories of fine-tunes or adapters.")],
+    models: Annotated[list[str], typer.Argument(help="Directories of fine-tunes or adapters, or repos (hf://ORG/NAME@REVISION).")],
     updates: Updates = None,
     missing: Missing = None,
     vocab: Vocab = None,
@@ -261,7 +268,7 @@ def plan(
     _plan(models, config, flags, json)
 
 
-def _plan(models: list[Path], config: Path | None, flags: dict[str, Any], json: bool) -> NoReturn:
+def _plan(models: list[str], config: Path | None, flags: dict[str, Any], json: bool) -> NoReturn:
     from continual import console
 
     with opened.merge(config, **flags) as merge:
@@ -280,6 +287,9 @@ def export(
     shard_size: Annotated[
         str | None, typer.Option("--shard-size", help="Largest shard, as 5GB; default: the base's.", show_default=False)
     ] = None,
+    as_lora: Annotated[
+        int | None, typer.Option("--as-lora", help="Write a LoRA adapter (PEFT) of this rank, as near as one comes.", show_default=False)
+    ] = None,
     base: BaseDir = None,
     workers: Workers = None,
     memory: Memory = None,
@@ -287,10 +297,16 @@ def export(
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Write the merged model as an ordinary model directory."""
+    """Write the merged model as an ordinary model directory, or as a LoRA adapter."""
     from continual import console
     from continual.publish import folder
 
+    if as_lora is not None:
+        word = folder.parse_dtype(dtype) or "F32"
+        with opened.merge(config, state=state, base=base, workers=workers, memory=memory) as merge, console.progress() as progress:
+            report = merge.export_lora(directory, as_lora, at=at, dtype=word, progress=progress)
+        console.emit(report) if json else console.lora(report)
+        return
     target = folder.Target(directory, at, folder.parse_dtype(dtype), folder.parse_size(shard_size))
     with opened.merge(config, state=state, base=base, workers=workers, memory=memory) as merge, console.progress() as progress:
         path = merge.export(target, progress)

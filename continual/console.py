@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,10 +14,13 @@ if TYPE_CHECKING:
     from continual.executors.contract import Progress
     from continual.outcomes import Outcome as OutcomeOf
     from continual.outcomes import Plan
+    from continual.publish.lora import LoraReport
+    from continual.releasing import Look
     from continual.rounds import Asked, Round
     from continual.selection.steps import Taken
     from continual.state import Commit
     from continual.state.ledger import Waiting
+    from continual.watching import Seen
 
 
 def emit(value: Any) -> None:
@@ -37,14 +39,14 @@ def warn(text: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Records, mappings, paths and tuples as what JSON has."""
+    """Records, mappings, paths, places and tuples as what JSON has."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -59,6 +61,48 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         shown.add_row(*("" if cell is None else str(cell) for cell in row))
     console = Console(highlight=False, markup=False)
     console.print(shown) if console.is_terminal else Console(highlight=False, markup=False, width=400).print(shown)
+
+
+@contextmanager
+def spinner(what: str) -> Iterator[None]:
+    """Says that something of unknown length goes on, where the output is a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def seen(found: Sequence[Seen]) -> None:
+    """What would be taken, and what speaks against the rest."""
+    table(
+        ("model", "from", "commit", "taken", "why"),
+        [(s.model, s.source, (s.revision or "")[:12], "yes" if s.take else "no", s.why) for s in found],
+    )
+    if not found:
+        say("Nothing to see.")
+
+
+def release_look(found: Look) -> None:
+    """What a release would do, and its card."""
+    there = "nothing is there yet" if found.there is None else f"record {found.there} is there"
+    say(
+        f"{'Is out already' if found.out else 'Would release'}: record {found.seq} to {found.repo}, branch {found.branch} ({there}); {found.licences.message}"
+    )
+    say("")
+    say(found.card)
+
+
+def lora(found: LoraReport) -> None:
+    """How near an adapter comes to the merge."""
+    say(f"Wrote {found.directory}: rank {found.rank}, {found.adapted} weights adapted, {size(found.nbytes)}")
+    say(f"relative error {found.error:.4g} over the whole task vector, {found.error_adapted:.4g} over what is adapted")
+    if found.left_out:
+        listed = ", ".join(found.left_out[:5]) + (f" and {len(found.left_out) - 5} more" if len(found.left_out) > 5 else "")
+        say(f"left out, as no adapter can have them: {listed}")
 
 
 def plans(found: Sequence[Plan]) -> None:

@@ -20,15 +20,20 @@ import structlog
 from continual import console, logs, provenance, rounds, tuning
 from continual.api import Merge
 from continual.config import Settings
-from continual.errors import Abandoned, ContinualError, Halt, Misconfigured, Retry
+from continual.errors import Abandoned, Halt, Misconfigured, Retry, Skip
 from continual.metrics import Metrics
 from continual.outcomes import Outcome
-from continual.publish import folder
-from continual.queue import Queue, Waiting, retry_delay
+from continual.places import SCHEME
+from continual.publish import hooks, hub
+from continual.publishing import Publishing
+from continual.queue import Queue, Waiting
+from continual.records import Entry, Event
+from continual.retrying import retry_delay
 from continual.selection.steps import Taken
 from continual.sources.folder import FolderSource, forbidden
+from continual.sources.hub import HubSource
 from continual.status import Live
-from continual.web import create_app, listen, serve
+from continual.web import Webhook, create_app, listen, serve
 
 
 def run(settings: Settings) -> int:
@@ -44,8 +49,10 @@ def run(settings: Settings) -> int:
 
 def check_places(settings: Settings) -> None:
     """Refuses a configuration in which what we write would be seen as something to fold, or in which nothing is watched."""
-    if not settings.watch:
-        raise Misconfigured("nothing to watch: name a folder with watch = [DIR] (--watch DIR)")
+    if not settings.watch and not watches_hub(settings):
+        raise Misconfigured("nothing to watch: name a folder with watch = [DIR] (--watch DIR), or set hub.watch = true (--hub watch=true)")
+    hub.check(settings.release)
+    hooks.check(settings.hooks)
     ours = [settings.state] + ([settings.current.parent] if settings.current else [])
     for root in settings.watch:
         if not root.is_dir():
@@ -59,6 +66,11 @@ def check_places(settings: Settings) -> None:
                 )
 
 
+def watches_hub(settings: Settings) -> bool:
+    """Whether anything is taken from the Hub, by polling or by webhooks."""
+    return settings.hub.watch or bool(settings.hub.repos or settings.hub.authors or settings.webhook_secret)
+
+
 class Daemon:
     """One running service on one open state."""
 
@@ -69,15 +81,17 @@ class Daemon:
         self.log = structlog.get_logger("continual")
         self.metrics = Metrics()
         self.queue = Queue()
-        self.live = Live(merge, self.queue)
-        self.sources = [FolderSource(root, settle=self.settings.settle, rescan=self.settings.rescan) for root in self.settings.watch]
+        self.hub = self._hub_source() if watches_hub(self.settings) else None
+        self.live = Live(merge, self.queue, self.hub)
+        folders = [FolderSource(root, settle=self.settings.settle, rescan=self.settings.rescan) for root in self.settings.watch]
+        self.sources: list[FolderSource | HubSource] = [*folders, *([self.hub] if self.hub else [])]
         self.stopping = asyncio.Event()
         self.wake = asyncio.Event()
-        self.released = asyncio.Event()
         self.halted: Halt | None = None
         self.asked: rounds.Asked | None = None
         self._round_failures, self._round_due = 0, 0.0
         self._thread = ThreadPoolExecutor(1, "engine")
+        self.publishing = Publishing(merge, self.metrics, self._record, self._gauge)
 
     async def run(self) -> None:
         """Starts everything, waits for a signal or a Halt, and drains within the time that is set."""
@@ -101,13 +115,12 @@ class Daemon:
                 web = group.create_task(self._serve(served))
                 group.create_task(self._heartbeat())
                 folding = group.create_task(self._folding())
-                releasing = group.create_task(self._releasing())
-                feeding = [
-                    group.create_task(self._feed(source, root)) for source, root in zip(self.sources, self.settings.watch, strict=True)
-                ]
+                publishing = [group.create_task(task) for task in self.publishing.tasks()]
+                feeding = [group.create_task(self._feed(source)) for source in self.sources]
                 await self.stopping.wait()
                 await self._drain(folding)
-                for task in (releasing, *feeding):
+                self.merge.places.stop.set()
+                for task in (*publishing, *feeding):
                     task.cancel()
                 served.set()
                 await web
@@ -139,7 +152,10 @@ class Daemon:
             await asyncio.wait({folding})
 
     async def _serve(self, stop: asyncio.Event) -> None:
-        await serve(create_app(self.live, self.metrics, console.plain), self.socket, self._listening, stop)
+        secret, webhook = self.settings.webhook_secret, None
+        if secret is not None and self.hub is not None:
+            webhook = Webhook(secret.get_secret_value(), self.hub.inbox, self.hub.told)
+        await serve(create_app(self.live, self.metrics, console.plain, webhook), self.socket, self._listening, stop)
 
     def _listening(self, url: str) -> None:
         self.merge.state.set_url(url)
@@ -149,14 +165,28 @@ class Daemon:
     async def _heartbeat(self) -> None:
         while not self.stopping.is_set():
             self.live.beat = time.monotonic()
+            if self.hub is not None:
+                client = self.merge.places.hub
+                self.metrics.hub(client.requests, client.received, self.hub.polled)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stopping.wait(), 1.0)
 
-    async def _feed(self, source: FolderSource, root: Path) -> None:
+    def _hub_source(self) -> HubSource:
+        state = self.merge.state
+        found = HubSource(self.merge.places, self.settings.hub, self.settings.state, state.is_settled)
+        found.again(state.retried())
+        return found
+
+    async def _record(self, entry: Entry) -> None:
+        """Makes a record on the thread that writes the state, after the fold under way."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.merge.state.record, entry)
+        self._gauge()
+
+    async def _feed(self, source: FolderSource | HubSource) -> None:
         async for event in source.events(self.stopping):
-            if self.live.current == event.path:
+            if self.live.current is not None and self.live.current.place == event.place:
                 continue
-            self.queue.put(event, root)
+            self.queue.put(event)
             self.metrics.queue(len(self.queue.waiting))
             self.wake.set()
 
@@ -218,7 +248,7 @@ class Daemon:
             if row["fate"] in ("refused", "expired"):
                 self.metrics.refused(row["reason"])
                 self.log.warning(row["fate"], model=row["name"], seq=found.commit.seq, reason=row["reason"], message=row["message"])
-        self.released.set()
+        self.publishing.fresh()
         self._gauge()
 
     def _heard(self, loop: asyncio.AbstractEventLoop) -> rounds.Told:
@@ -233,20 +263,24 @@ class Daemon:
         return tell
 
     async def _one(self, waiting: Waiting, loop: asyncio.AbstractEventLoop) -> None:
-        path = waiting.event.path
-        if not path.exists():
-            self.log.info("vanished", model=path.name, path=str(path))
+        event = waiting.event
+        if not event.origin.startswith(SCHEME) and not Path(event.origin).exists():
+            self.log.info("vanished", model=event.name, path=event.origin)
             return
-        self.live.begin(path)
+        self.live.begin(event)
         try:
             outcome = await loop.run_in_executor(self._thread, self._consider, waiting)
         except Abandoned as error:
-            self.log.info("abandoned", model=path.name, error=str(error))
+            self.log.info("abandoned", model=event.name, error=str(error))
+            return
+        except Skip as skipped:
+            self.log.info("left out", model=event.name, why=str(skipped))
+            self._settled(event, None)
             return
         except Retry as error:
-            delay = self.queue.again(waiting, loop.time())
+            delay = self.queue.again(waiting, loop.time(), error.after)
             self.metrics.retried()
-            self.log.warning("retry", model=path.name, error=str(error), seconds=delay)
+            self.log.warning("parked" if waiting.parked else "retry", model=event.name, error=str(error), seconds=delay)
             return
         except Halt as error:
             self._halt(error)
@@ -254,10 +288,16 @@ class Daemon:
         finally:
             self.live.end()
             self.metrics.queue(len(self.queue.waiting))
+        self._settled(event, (outcome.commit.entry.candidate or {}).get("key"))
         self._tell(outcome)
 
+    def _settled(self, event: Event, key: str | None) -> None:
+        """Tells the sources what became of what they saw."""
+        for source in self.sources:
+            source.settled(event.place, key)
+
     def _consider(self, waiting: Waiting) -> Outcome:
-        return self.merge.fold(waiting.event.path, source=waiting.event.source, root=waiting.root, progress=self.live.progress)
+        return self.merge.fold(waiting.event, progress=self.live.progress)
 
     def _tell(self, outcome: Outcome) -> None:
         """One log line and the metrics of what became of a candidate."""
@@ -267,7 +307,7 @@ class Daemon:
             self.metrics.observe(report, time.time())
             numbers = {k: round(report.numbers[k], 4) for k in ("tau_norm", "cosine", "lambda") if k in report.numbers}
             self.log.info("folded", **facts, **numbers, seconds=round(report.seconds["total"], 3), bytes_read=report.bytes_read)
-            self.released.set()
+            self.publishing.fresh()
         elif outcome.fate == "deferred":
             self.log.info("waits", **facts, pool=len(self.merge.pool()))
         elif outcome.fate == "known":
@@ -285,38 +325,6 @@ class Daemon:
         self.metrics.pool(len(state.pool()), (last.entry.numbers or {}) if last else {})
         tuned = tuning.in_force(state)
         self.metrics.scale(self.merge.reading().factor(), (tuned.entry.numbers or {})["folds"] if tuned else 0)
-
-    async def _releasing(self) -> None:
-        """Keeps the `current` link on the newest merge: an export at a time, folds that come meanwhile are made up for by the next.
-
-        One that failed is tried again after a delay that doubles, or with the next fold.
-        """
-        link = self.settings.current
-        if link is None:
-            return
-        if self.merge.state.model:
-            self.released.set()
-        failures = 0
-        while True:
-            await self.released.wait()
-            self.released.clear()
-            model = self.merge.state.model
-            if model is None:
-                continue
-            try:
-                target = await asyncio.to_thread(folder.keep_current, link, model.seq, self._export_at(model.seq))
-                self.log.info("published", seq=model.seq, directory=str(target))
-                failures = 0
-                self._gauge()  # an export under norm may have measured what it is scaled by
-            except (OSError, ContinualError) as error:
-                failures += 1
-                delay = retry_delay(failures)
-                self.metrics.error("publish")
-                self.log.error("publish failed", seq=model.seq, error=str(error), retry_seconds=delay)
-                asyncio.get_running_loop().call_later(delay, self.released.set)
-
-    def _export_at(self, seq: int) -> Any:
-        return lambda directory: self.merge.export(folder.Target(directory, at=seq))
 
 
 def _first(group: BaseExceptionGroup[Halt]) -> Halt:

@@ -46,3 +46,11 @@ Heads = Annotated[
 Rounds = Annotated[
     list[str] | None, typer.Option("--round", help="How rounds choose, as key=value (size=4, sigmas=2); repeatable.", show_default=False)
 ]
+HubFlags = Annotated[
+    list[str] | None,
+    typer.Option("--hub", help="What is taken from the Hub, as key=value (watch=true, allow=org/*); repeatable.", show_default=False),
+]
+ReleaseFlags = Annotated[
+    list[str] | None,
+    typer.Option("--release", help="Where on the Hub the merge is released, as key=value (repo=ORG/NAME); repeatable.", show_default=False),
+]

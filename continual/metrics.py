@@ -54,6 +54,16 @@ TABLE: tuple[Series, ...] = (
     Series(Gauge, "continual_round_gap", "Duality gap at the end of the last round, in units of the loss; 0 before any."),
     Series(Gauge, "continual_round_loss", "Loss on the driving calibration rows at the end of the last round; 0 before any."),
     Series(Gauge, "continual_round_loss_before", "The same loss at its beginning."),
+    Series(Counter, "continual_releases_total", "Releases on the Hub that this process made."),
+    Series(Counter, "continual_released_bytes_total", "Bytes of files that were uploaded for them."),
+    Series(Counter, "continual_hooks_total", "Hooks called after a publication.", ("kind", "result")),
+    Series(Counter, "continual_hub_requests_total", "Requests this process made to the Hub to look and to read."),
+    Series(Counter, "continual_hub_received_bytes_total", "Bytes it received from there."),
+    Series(
+        Gauge,
+        "continual_hub_last_poll_timestamp_seconds",
+        "When the Hub was last asked what is new, as seconds since 1970; 0 if it was not.",
+    ),
     Series(Gauge, "continual_peak_memory_bytes", "Largest resident set of the process so far (VmHWM)."),
     Series(Gauge, "continual_build_info", "Always 1; the labels say what runs.", ("version", "torch", "rule", "device")),
 )
@@ -68,6 +78,7 @@ class Metrics:
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self._series: dict[str, Any] = {}
+        self._hub = (0, 0)
         for row in TABLE:
             extra: dict[str, Any] = {"buckets": row.buckets} if row.buckets else {}
             self._series[row.name] = row.kind(row.name, row.help, row.labels, registry=self.registry, **extra)
@@ -102,6 +113,22 @@ class Metrics:
         self._series["continual_pool_candidates"].set(waiting)
         for name, key in (("gap", "gap"), ("loss", "loss"), ("loss_before", "before")):
             self._series[f"continual_round_{name}"].set(last.get(key, 0.0))
+
+    def released(self, uploaded: int) -> None:
+        """A release that is out, and how many bytes were uploaded for it."""
+        self._series["continual_releases_total"].inc()
+        self._series["continual_released_bytes_total"].inc(uploaded)
+
+    def hook(self, kind: str, ok: bool) -> None:
+        """A hook that was called."""
+        self._series["continual_hooks_total"].labels(kind, "ok" if ok else "failed").inc()
+
+    def hub(self, requests: int, received: int, polled: float | None) -> None:
+        """What the Hub was asked so far, and when it was last polled (seconds since 1970)."""
+        before, self._hub = self._hub, (requests, received)
+        self._series["continual_hub_requests_total"].inc(requests - before[0])
+        self._series["continual_hub_received_bytes_total"].inc(received - before[1])
+        self._series["continual_hub_last_poll_timestamp_seconds"].set(polled or 0.0)
 
     def retried(self) -> None:
         """A candidate that was put back."""

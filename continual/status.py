@@ -16,7 +16,9 @@ from continual.config import Settings
 from continual.console import plain, record, size
 from continual.metrics import peak_memory
 from continual.queue import Queue
+from continual.records import Event
 from continual.rules import ReadOptions
+from continual.sources.hub import HubSource
 from continual.state import Commit, lock
 from continual.state.ledger import Waiting
 from continual.web import Status, parse
@@ -31,21 +33,22 @@ _SILENT = 30.0
 class Live:
     """What the daemon is doing now, and the view the service shows of it. Written by the daemon, read by the service."""
 
-    def __init__(self, merge: Merge, queue: Queue) -> None:
+    def __init__(self, merge: Merge, queue: Queue, hub: HubSource | None = None) -> None:
         self.merge = merge
         self.queue = queue
+        self.hub = hub
         self.url: str | None = None
         self.scanned = False
         self.beat = time.monotonic()
-        self.current: Path | None = None
+        self.current: Event | None = None
         self.rounding = False
         self._begun = time.monotonic()
         self._moved = time.monotonic()
         self._stage: tuple[str, int, int] = ("", 0, 0)
 
-    def begin(self, path: Path) -> None:
+    def begin(self, event: Event) -> None:
         """A candidate is looked at."""
-        self.current, self._stage, self._moved = path, ("inspect", 0, 1), time.monotonic()
+        self.current, self._stage, self._moved = event, ("inspect", 0, 1), time.monotonic()
 
     def begin_round(self) -> None:
         """A round is run."""
@@ -96,7 +99,7 @@ class Live:
             pid=os.getpid(),
             url=self.url,
             uptime=time.monotonic() - self._begun,
-            queue=[w.event.path.name for w in self.queue.ordered()],
+            queue=[w.event.name for w in self.queue.ordered()],
             current=None if doing is None else {"model": doing, "stage": stage, "done": done, "total": total},
             memory=peak_memory(),
         )

@@ -31,6 +31,7 @@ WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp32": "F32", 
 INDEX = "model.safetensors.index.json"
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")
 _SMALL = 64 << 20
+_KEPT = ("name", "origin", "revision", "form")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,7 @@ def export(base: BaseModel, reading: Reading, target: Target, executor: Executor
 
 def fill(base: BaseModel, reading: Reading, target: Target, directory: Path, executor: Executor, progress: Progress) -> None:
     """Writes the merged model into the empty `directory`, not synced; of `target` it takes the form. Raises Halt if a value overflows the dtype."""
-    source = base.checkpoint.path if base.checkpoint.path.is_dir() else base.checkpoint.path.parent
-    copy_small_files(source, directory)
+    copy_small_files(base.checkpoint.directory, directory)
     set_config_dtype(directory / "config.json", target.dtype)
     factor = reading.settle(executor, progress)
     _write_weights(base, reading, target, directory, executor, progress)
@@ -103,13 +103,13 @@ def provenance_of(state: State, seq: int, read: Mapping[str, Any]) -> dict[str, 
         "seq": seq,
         "generation": commit.generation,
         "time": commit.time,
-        "base": {"path": state.format.base["path"], "revision": state.format.base.get("revision")},
+        "base": {key: state.format.base.get(key) for key in ("path", "repo", "revision")},
         "rule": state.format.rule,
         "options": dict(state.format.options),
         "read": dict(read),
         "totals": dict(state.totals_at(seq)),
         "folded": [
-            {"seq": fold.seq, "digest": fold.entry.digest, **{k: (fold.entry.candidate or {}).get(k) for k in ("name", "origin", "form")}}
+            {"seq": fold.seq, "digest": fold.entry.digest, **{k: (fold.entry.candidate or {}).get(k) for k in _KEPT}}
             for fold in state.folds(at=seq)
         ],
         "software": dict(provenance.software()),

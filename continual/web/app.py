@@ -1,4 +1,4 @@
-"""The service: status page, JSON, metrics, probes. It reads and never changes anything."""
+"""The service: status page, JSON, metrics, probes, which read and never change anything; and the webhook, where there is one."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from continual.errors import Misconfigured
 from continual.metrics import CONTENT_TYPE, Metrics
 from continual.web import page
 from continual.web.view import View
+from continual.web.webhook import Webhook
 
 _MOST = 1000
 _HEADERS = (
@@ -34,7 +35,7 @@ _HEADERS = (
 )
 
 
-def create_app(view: View, metrics: Metrics, body: Callable[[object], object]) -> Starlette:
+def create_app(view: View, metrics: Metrics, body: Callable[[object], object], webhook: Webhook | None = None) -> Starlette:
     """The application on what `view` tells; `body` makes plain JSON values of records."""
 
     async def index(_request: Request) -> Response:
@@ -70,6 +71,7 @@ def create_app(view: View, metrics: Metrics, body: Callable[[object], object]) -
         Route("/metrics", series),
         Route("/healthz", probe(view.healthy)),
         Route("/readyz", probe(view.ready)),
+        *([Route("/webhook", webhook.answer, methods=["POST"])] if webhook else []),
     ]
     return Starlette(routes=routes, middleware=[Middleware(_Headers)])
 

@@ -23,7 +23,7 @@ needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="pr
 
 def filled() -> Metrics:
     metrics = Metrics()
-    candidate = Candidate("k", "n", "folder", "/o", Path("/o"), "full", (), 1)
+    candidate = Candidate("k", "n", "folder", "/o", "full", 1)
     numbers = {"notes": {"kept": {"mean": 0.9}}}
     metrics.observe(FoldReport(candidate, "d", Lineage(()), {}, numbers, {"read": 1.0, "total": 2.0}, 10, "cpu"), now=5.0)
     metrics.refused("shape")
@@ -35,6 +35,10 @@ def filled() -> Metrics:
     metrics.scale(0.25, 7)
     metrics.round(4.0, 2, now=6.0)
     metrics.pool(9, {"gap": 0.5, "loss": 1.5, "before": 2.5, "steps": 3})
+    metrics.released(11)
+    metrics.hook("http", True)
+    metrics.hub(5, 60, 1.0)
+    metrics.hub(7, 90, 2.0)
     metrics.build(rule="opcm", device="cpu", software={"continual": "0", "torch": "2"})
     return metrics
 
@@ -43,6 +47,12 @@ def test_every_series_says_what_was_observed() -> None:
     text = filled().text().decode()
     for line in (
         "continual_folds_total 3.0",
+        "continual_releases_total 1.0",
+        "continual_released_bytes_total 11.0",
+        'continual_hooks_total{kind="http",result="ok"} 1.0',
+        "continual_hub_requests_total 7.0",
+        "continual_hub_received_bytes_total 90.0",
+        "continual_hub_last_poll_timestamp_seconds 2.0",
         'continual_refusals_total{reason="shape"} 1.0',
         "continual_read_bytes_total 10.0",
         'continual_fold_stage_seconds_total{stage="read"} 1.0',

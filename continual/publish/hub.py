@@ -1,0 +1,209 @@
+"""The merged model as a release on the Hub: one commit each, found again by (state id, record) in the `continual.json` that lies in it.
+
+Whatever is interrupted is begun again, and looks first at what is there: the branch's head and its `continual.json` say whether the release was made. A commit
+names its parent, so of two writers one fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from continual.config import Release
+from continual.errors import Misconfigured, Refuse
+from continual.hub import Hub, Info, Trouble, named
+from continual.provenance import RELEASE
+from continual.retrying import Fault
+
+CARD = "README.md"
+_TRIES = 4
+Step = Callable[[str], None]
+Exported = Callable[[], AbstractContextManager[Path]]
+"""Gives a directory with the exported model, and takes it away afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A release that is out. `new`: this call made the commit; `uploaded`: bytes of the files that were not there before."""
+
+    repo: str
+    branch: str
+    seq: int
+    commit: str
+    url: str
+    tag: str | None
+    new: bool
+    uploaded: int = 0
+    files: int = 0
+
+    def body(self) -> dict[str, Any]:
+        """What a record keeps of it."""
+        kept = {"of": self.seq, "repo": self.repo, "branch": self.branch, "commit": self.commit, "tag": self.tag}
+        return kept | {"uploaded_bytes": self.uploaded, "files": self.files}
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """The branch as it is: its head, None where the repo or branch is empty, and our `continual.json` in it, if there is one."""
+
+    info: Info | None
+    release: Mapping[str, Any] | None
+
+
+def check(asked: Release) -> None:
+    """Raises Misconfigured for settings of a release that cannot be used."""
+    found = named(asked.repo or "")
+    if asked.repo is not None and (found is None or found.revision or found.repo != asked.repo):
+        raise Misconfigured(f"release.repo = {asked.repo}: write ORG/NAME")
+    try:
+        (asked.tag or "").format(seq=1)
+    except (KeyError, IndexError, ValueError):
+        raise Misconfigured(f"release.tag = {asked.tag}: {{seq}} is all it can have in braces") from None
+
+
+def look(hub: Hub, asked: Release) -> Remote:
+    """What is on the branch. Raises Trouble and Refuse (`gated`)."""
+    assert asked.repo is not None
+    try:
+        info = hub.info(asked.repo, asked.branch)
+    except Refuse as error:
+        if error.reason != "gone":
+            raise
+        return Remote(None, None)
+    if RELEASE not in info.files:
+        return Remote(info, None)
+    try:
+        body = json.loads(hub.small(asked.repo, info.sha, info.files[RELEASE]))
+    except ValueError:
+        body = None
+    return Remote(info, body if isinstance(body, dict) and "state" in body and isinstance(body.get("seq"), int) else None)
+
+
+def may_follow(remote: Remote, asked: Release, state: str, seq: int) -> bool:
+    """Whether record `seq` of `state` is to be committed on top of what is there; False if it is out already.
+
+    Raises Misconfigured where the branch holds something else: another state's releases, a model that is none of ours, or a later record of this state.
+    """
+    where = f"release.repo = {asked.repo}, branch {asked.branch}"
+    if remote.release is None:
+        if remote.info is not None and remote.info.weight_bytes:
+            raise Misconfigured(f"{where}: holds a model that continual did not make; name another repo or branch, or empty it first")
+        return True
+    if remote.release["state"] != state:
+        raise Misconfigured(f"{where}: holds releases of another state ({str(remote.release['state'])[:12]}); one repo is for one state")
+    there = int(remote.release["seq"])
+    if there > seq:
+        raise Misconfigured(
+            f"{where}: holds record {there} of this state, which has come to {seq} only: was it restored from a backup? name another branch"
+        )
+    return there < seq
+
+
+def release(hub: Hub, asked: Release, state: str, seq: int, exported: Exported, card: str, step: Step = lambda _name: None) -> Released:
+    """Publishes record `seq` of `state`, unless it is out already, and tags it.
+
+    Makes the repo and the branch where they are not there. `step` hears of each step before it begins (for fault campaigns). Raises Misconfigured, Trouble,
+    and Retry of the export; nothing is half there: a commit is whole or not at all.
+    """
+    repo, tries = asked.repo or "", 0
+    uploaded, files, new = 0, 0, False
+    with ExitStack() as stack:
+        directory: Path | None = None
+        while True:
+            step("look")
+            remote = look(hub, asked)
+            if not may_follow(remote, asked, state, seq):
+                assert remote.info is not None
+                commit = remote.info.sha
+                break
+            if remote.info is None:
+                step("create")
+                remote = _create(hub, asked)
+            if directory is None:
+                step("export")
+                directory = stack.enter_context(exported())
+            adds, deletes, uploaded = _changes(directory, card, remote.info)
+            step("commit")
+            try:
+                commit, files, new = _commit(hub, asked, adds, deletes, remote.info, f"Record {seq}"), len(adds), True
+                break
+            except Trouble as error:  # whether it was made is seen on the branch
+                tries += 1
+                if tries == _TRIES or error.fault in (Fault.TOKEN, Fault.REQUEST):
+                    raise
+                hub.stop.wait(max(error.after, 0.5 * 2.0**tries))
+    tag = (asked.tag or "").format(seq=seq) or None
+    if tag is not None:
+        step("tag")
+        what = f"tag {tag} of {repo}"
+        hub.ask(what, lambda: hub.api.create_tag(repo, tag=tag, revision=commit, tag_message=f"Record {seq}", exist_ok=True))
+    step("released")
+    return Released(repo, asked.branch, seq, commit, f"{hub.endpoint}/{repo}/tree/{commit}", tag, new, uploaded if new else 0, files)
+
+
+def _create(hub: Hub, asked: Release) -> Remote:
+    """Makes the repo and the branch; both may be there already."""
+    repo = asked.repo or ""
+    hub.ask(f"making {repo}", lambda: hub.api.create_repo(repo, private=asked.private, exist_ok=True))
+    if asked.branch != "main":
+        hub.ask(f"making branch {asked.branch} of {repo}", lambda: hub.api.create_branch(repo, branch=asked.branch, exist_ok=True))
+    return look(hub, asked)
+
+
+def _changes(directory: Path, card: str, now: Info | None) -> tuple[dict[str, Path | bytes], list[str], int]:
+    """What has to be added to the branch as it is, what goes (weights of before), and how many bytes that is."""
+    adds: dict[str, Path | bytes] = {}
+    nbytes = 0
+    there = now.files if now else {}
+    ours: dict[str, Path | bytes] = {str(file.relative_to(directory)): file for file in sorted(directory.rglob("*")) if file.is_file()}
+    ours[CARD] = card.encode()
+    for name, file in ours.items():
+        known = there.get(name)
+        size = len(file) if isinstance(file, bytes) else file.stat().st_size
+        if known is not None and known.size == size and _same(file, known.sha256, known.oid):
+            continue
+        adds[name] = file
+        nbytes += size
+    weights = (".safetensors", ".safetensors.index.json")
+    return adds, sorted(name for name in there if name.endswith(weights) and name not in ours), nbytes
+
+
+def _same(file: Path | bytes, sha256: str | None, oid: str) -> bool:
+    """Whether contents are those that the Hub has: by SHA-256 in LFS, by git's blob id elsewhere."""
+    size = len(file) if isinstance(file, bytes) else file.stat().st_size
+    found = hashlib.sha256() if sha256 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    if isinstance(file, bytes):
+        found.update(file)
+    else:
+        with open(file, "rb") as opened:
+            while part := opened.read(1 << 20):
+                found.update(part)
+    return found.hexdigest() == (sha256 or oid)
+
+
+def _commit(hub: Hub, asked: Release, adds: Mapping[str, Path | bytes], deletes: list[str], parent: Info | None, message: str) -> str:
+    """One commit on top of `parent`, or none; its hash. Raises Trouble."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    operations: list[Any] = [CommitOperationAdd(name, str(file) if isinstance(file, Path) else file) for name, file in adds.items()]
+    operations += [CommitOperationDelete(name) for name in deletes]
+    how: dict[str, Any] = {"commit_message": message, "revision": asked.branch, "parent_commit": parent.sha if parent else None}
+    try:
+        return str(hub.ask(f"commit to {asked.repo}", lambda: hub.api.create_commit(asked.repo or "", operations, **how), tries=1).oid)
+    except Refuse as error:  # the repo went away meanwhile, or the token may not write there
+        raise Trouble(str(error), Fault.GONE) from None
+
+
+def newest_release(log: Any, repo: str, branch: str) -> Mapping[str, Any] | None:
+    """What the newest record of a release to this branch says; None if there is none."""
+    for commit in reversed(log):
+        numbers = commit.entry.numbers or {}
+        if commit.entry.kind == "publish" and (numbers.get("repo"), numbers.get("branch")) == (repo, branch):
+            found: Mapping[str, Any] = numbers
+            return found
+    return None
