@@ -6,6 +6,7 @@ where they differ from the base's, else 0. It is convex, and its gradient is exa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,19 +38,24 @@ def flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
 
 
+@functools.cache
+def drawn(seed: int, width: int) -> Tensor:
+    """Random signs: rows × values."""
+    return torch.randint(0, 2, (ROWS, width), generator=torch.Generator().manual_seed(seed)).mul(2).sub(1)
+
+
 class Rows:
     """A task."""
 
     count = ROWS
 
     def __init__(self, model: nn.Module, base: Tensor, target: Tensor, seed: int) -> None:
-        random = torch.Generator().manual_seed(seed)
-        self.model = model
-        self.signs = (torch.randint(0, 2, (ROWS, len(target)), generator=random).mul(2).sub(1) * (target != base)).float()
+        self.parameters = [tensor for _, tensor in sorted(model.named_parameters())]  # as `flat` has them
+        self.signs = (drawn(seed, len(target)) * (target != base)).float()
         self.wanted = self.signs @ target
 
     def losses(self, rows: Sequence[int]) -> Tensor:
-        values = self.signs[list(rows)] @ flat(dict(self.model.named_parameters()))
+        values = self.signs[list(rows)] @ torch.cat([tensor.reshape(-1) for tensor in self.parameters])
         return 0.5 * (values - self.wanted[list(rows)]).square()
 
 

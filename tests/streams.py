@@ -39,13 +39,12 @@ def measure(made: Rule, model: Model) -> dict[str, float]:
             continue
         parts = [(n, i, run) for n, tau in model.items() if tau.any() for i, run in enumerate(tau.clone().reshape(-1).split(7))]
         runs = [(n, i, run if share == 1.0 else run[:1]) for n, i, run in parts]
-        tallies = [
-            made.measure.tally(number, run, Inputs(SPECS[n], seed=batch.seed_of(n, model[n]), measured=found, start=7 * i))
-            * (1 if share == 1.0 else 7)
-            for n, i, run in runs
-        ]
-        counts = torch.stack(tallies).sum(0)
-        found = made.measure.conclude(number, counts, sum(tau.numel() for tau in model.values()), found)
+        counts: Tensor | int = 0
+        for n, i, run in runs:  # a sum as it goes: each tally is half a megabyte
+            inputs = Inputs(SPECS[n], seed=batch.seed_of(n, model[n]), measured=found, start=7 * i)
+            counts += made.measure.tally(number, run, inputs)
+        assert isinstance(counts, Tensor)
+        found = made.measure.conclude(number, counts * (1 if share == 1.0 else 7), sum(tau.numel() for tau in model.values()), found)
     return found
 
 

@@ -7,25 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests import models
-
-
-def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """`continual ARGUMENTS` in a process of its own, without a terminal."""
-    command = [sys.executable, "-m", "continual", *(str(a) for a in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})})
-
-
-def machine(*arguments: object, code: int = 0) -> Any:
-    """The JSON a command prints."""
-    done = run(*arguments, "--json")
-    assert done.returncode == code, done.stderr
-    return json.loads(done.stdout)
+from tests.command import machine, process, run
 
 
 @pytest.fixture
@@ -41,8 +28,9 @@ def test_a_day_with_the_command(tmp_path: Path, place: tuple[Path, Path]) -> Non
     bad = models.fine_tune(base, tmp_path / "bad", 9, change=lambda t: t["model.norm.weight"].fill_(float("nan")))
     plans = machine("plan", *good, "--state", state)
     assert [p["ok"] for p in plans] == [True] * 3
-    told = machine("fold", good[0], bad, good[1], "--state", state, code=1)
-    assert [t["fate"] for t in told] == ["folded", "refused", "folded"]
+    done = process("fold", good[0], bad, good[1], "--state", state, "--json")
+    assert done.returncode == 1, done.stderr
+    assert [t["fate"] for t in json.loads(done.stdout)] == ["folded", "refused", "folded"]
     again = run("fold", good[0], "--state", state)
     assert (again.returncode, "already settled" in again.stdout) == (0, True)
     assert run("fold", bad, "--state", state).returncode == 1
@@ -70,7 +58,7 @@ def test_damage_is_found_and_named(tmp_path: Path, place: tuple[Path, Path]) -> 
     data = bytearray(chunk.read_bytes())
     data[7] ^= 4
     chunk.write_bytes(data)
-    told = run("verify", "--state", state)
+    told = process("verify", "--state", state)
     assert told.returncode == 4
     assert chunk.name in told.stderr
 
@@ -99,7 +87,8 @@ def test_wrong_input_says_what_to_do(
     tmp_path: Path, place: tuple[Path, Path], arguments: tuple[str, ...], code: int, words: tuple[str, ...]
 ) -> None:
     assert place[1].is_dir()
-    done = run(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
+    alone = process if arguments[0] == "run" else run
+    done = alone(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -117,7 +106,7 @@ def test_a_writer_while_another_writes_exits_with_its_pid(tmp_path: Path, place:
     from continual import api
 
     with api.open(place[1], write=True):
-        done = run("fold", models.fine_tune(place[0], tmp_path / "ft", 1), "--state", place[1])
+        done = process("fold", models.fine_tune(place[0], tmp_path / "ft", 1), "--state", place[1])
         assert done.returncode == 5
         assert str(os.getpid()) in done.stderr
         assert run("log", "--state", place[1]).returncode == 0
@@ -143,7 +132,7 @@ def test_help_and_completion_are_cheap() -> None:
     code = "import sys, continual.cli; print([m for m in ('torch', 'zarr', 'numpy', 'pydantic', 'rich', 'starlette') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert run("--help").returncode == 0
+    assert process("--help").returncode == 0
     asked = {**os.environ, "_CONTINUAL_COMPLETE": "complete_bash", "COMP_WORDS": "continual ro", "COMP_CWORD": "1"}
     completed = subprocess.run([Path(sys.executable).parent / "continual"], capture_output=True, text=True, check=False, env=asked)
     assert "rollback" in completed.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -97,19 +96,18 @@ def test_a_real_prometheus_scrapes_a_running_daemon(tmp_path: Path) -> None:
     base = models.base(tmp_path / "base")
     api.init(base, tmp_path / "state")
     models.fine_tune(base, tmp_path / "in/alice", 1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with services.daemon(tmp_path / "state", tmp_path / "in") as process:
         address = services.url(process, tmp_path / "state")
         services.until(lambda: services.status(address)["folds"] == 1, "the fold")
         shutil.copy(OPS / "prometheus/alerts.yml", tmp_path)
         config = (OPS / "prometheus/prometheus.yml").read_text()
         (tmp_path / "prometheus.yml").write_text(config.replace("127.0.0.1:8321", address.removeprefix("http://")).replace("15s", "1s"))
-        where = f"http://127.0.0.1:{port}"
-        flags = ["--config.file=prometheus.yml", "--storage.tsdb.path=series", f"--web.listen-address=127.0.0.1:{port}"]
-        with subprocess.Popen(["prometheus", *flags], cwd=tmp_path, stderr=subprocess.DEVNULL) as server:
+        flags = ["--config.file=prometheus.yml", "--storage.tsdb.path=series", "--web.listen-address=127.0.0.1:0"]
+        log = tmp_path / "prometheus.log"
+        with log.open("w") as file, subprocess.Popen(["prometheus", *flags], cwd=tmp_path, stderr=file) as server:
             try:
+                listens = re.compile(r'"Listening on" address=(127\.0\.0\.1:[1-9]\d*)')
+                where = "http://" + services.until(lambda: listens.search(log.read_text()), "Prometheus has a port")[1]
 
                 def value(query: str) -> str | None:
                     code, text = services.get(f"{where}/api/v1/query?query={query}")

@@ -6,51 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
-from continual.cli import main
 from tests import quadratic
+from tests.command import machine, run
 
 ROOT = Path(__file__).parents[2]
 ASK = ("--select", "relevance", "--objective", "tests.quadratic:make", "--max-base-ratio", "10")
 
 
-class Done(NamedTuple):
-    """What a command came to."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-class Command:
-    """`continual ARGUMENTS`, in this process: what is imported already need not be again."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-        monkeypatch.chdir(ROOT)  # where the objective can be imported
-
-    def __call__(self, *arguments: object, env: dict[str, str] | None = None) -> Done:
-        with self.monkeypatch.context() as patched:
-            patched.setattr(sys, "argv", ["continual", *(str(a) for a in arguments)])
-            for key, value in (env or {}).items():
-                patched.setenv(key, value)
-            with pytest.raises(SystemExit) as left:
-                main()
-        code = left.value.code
-        return Done(code if isinstance(code, int) else 0, *self.capsys.readouterr())
-
-    def machine(self, *arguments: object, code: int = 0, env: dict[str, str] | None = None) -> Any:
-        done = self(*arguments, "--json", env=env)
-        assert done.returncode == code, done.stderr
-        return json.loads(done.stdout)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(monkeypatch, capsys)
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # where the objective can be imported
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +33,13 @@ def candidates(base: Path) -> dict[str, Path]:
 
 
 @pytest.fixture
-def state(tmp_path: Path, base: Path, run: Command) -> tuple[str, str]:
+def state(tmp_path: Path, base: Path) -> tuple[str, str]:
     place = tmp_path / "state"
     assert run("init", base, "--rule", "mean", "--state", place).returncode == 0
     return "--state", str(place)
 
 
-def test_a_day_with_the_pool(run: Command, state: tuple[str, str], candidates: dict[str, Path]) -> None:
+def test_a_day_with_the_pool(state: tuple[str, str], candidates: dict[str, Path]) -> None:
     c = candidates
     command = [
         sys.executable,
@@ -97,12 +65,12 @@ def test_a_day_with_the_pool(run: Command, state: tuple[str, str], candidates: d
     assert {"record", "loss", "before", "gap", "steps", "folds", "seconds", "members"} <= found.keys()
     assert (found["folds"], found["loss"] < found["before"]) == (2, True)
     assert {"key", "name", "fate", "reason", "message", "score", "change", "error", "z"} <= found["members"][0].keys()
-    (waiting,) = run.machine("pool", *state)
+    (waiting,) = machine("pool", *state)
     assert (waiting["name"], waiting["rounds"], waiting["form"], waiting["origin"]) == ("noise0", 1, "full", str(c["noise0"]))
     assert waiting["last"]["reason"] == "irrelevant"
     shown = run("pool", *state)
     assert (shown.returncode, "noise0" in shown.stdout, "round 1 of 2" in shown.stdout) == (0, True, True)
-    why = run.machine("pool", "why", "noise0", *state)
+    why = machine("pool", "why", "noise0", *state)
     assert (why["name"], why["fate"], why["reason"], len(why["rounds"])) == ("noise0", "deferred", "irrelevant", 1)
     assert why["rounds"][0]["members"] == 3
     people = run("pool", "why", c["noise0"], *state).stdout
@@ -112,28 +80,28 @@ def test_a_day_with_the_pool(run: Command, state: tuple[str, str], candidates: d
     done = run("pool", "round", *ASK, "--round", "patience=2", *state)
     assert (done.returncode, "irrelevant" in done.stdout, "0 folded in" in done.stdout) == (0, True, True), done.stderr
     assert run("pool", *state).stdout.strip().endswith("Nothing waits.")
-    assert run.machine("pool", *state) == []
+    assert machine("pool", *state) == []
     again = run("fold", c["noise0"], *ASK, *state)
     assert (again.returncode, "already settled" in again.stderr) == (1, True)
-    assert [r["kind"] for r in run.machine("log", *state)].count("select") == 2
-    status = run.machine("status", *state, env={"CONTINUAL_SELECT": "relevance"})
+    assert [r["kind"] for r in machine("log", *state)].count("select") == 2
+    status = machine("status", *state, env={"CONTINUAL_SELECT": "relevance"})
     assert (status["select"], status["pool_size"], status["folds"], status["last_round"]["seq"] > 0) == ("relevance", 0, 2, True)
     text = run("status", *state, env={"CONTINUAL_SELECT": "relevance"}).stdout
     assert "pool       0 wait for a round (relevance); last round " in text
     assert f": record {status['last_round']['seq']}, loss" in text
-    assert run.machine("verify", *state)["ok"]
+    assert machine("verify", *state)["ok"]
 
 
-def test_a_dry_run_prints_and_records_nothing(run: Command, state: tuple[str, str], candidates: dict[str, Path]) -> None:
+def test_a_dry_run_prints_and_records_nothing(state: tuple[str, str], candidates: dict[str, Path]) -> None:
     for name in ("good0", "noise1"):
         assert run("fold", candidates[name], *ASK, "--round", "sigmas=1000", *state).returncode == 0
-    log = run.machine("log", *state)
-    found = run.machine("pool", "round", "--dry-run", *ASK, *state)
+    log = machine("log", *state)
+    found = machine("pool", "round", "--dry-run", *ASK, *state)
     assert (found["record"], found["folds"]) == (None, 0)
     assert {m["name"]: m["reason"] for m in found["members"]}["good0"] == "relevant"
     people = run("pool", "round", "--dry-run", *ASK, *state)
     assert (people.returncode, "nothing recorded" in people.stdout) == (0, True)
-    assert run.machine("log", *state) == log
+    assert machine("log", *state) == log
 
 
 @pytest.mark.parametrize(
@@ -158,7 +126,7 @@ def test_a_dry_run_prints_and_records_nothing(run: Command, state: tuple[str, st
     ],
 )
 def test_what_is_missing_or_wrong_is_said_before_anything_waits(
-    run: Command, state: tuple[str, str], candidates: dict[str, Path], arguments: tuple[str, ...], words: tuple[str, ...]
+    state: tuple[str, str], candidates: dict[str, Path], arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     done = run("fold", candidates["good0"], *arguments, *state)
     assert done.returncode == 2, (done.stdout, done.stderr)
@@ -169,7 +137,7 @@ def test_what_is_missing_or_wrong_is_said_before_anything_waits(
     assert records == 1 or "no.such:make" in arguments or "tests.quadratic:nothing" in arguments, "nothing was recorded"
 
 
-def test_where_nobody_chooses_and_where_nothing_waits(run: Command, state: tuple[str, str], candidates: dict[str, Path]) -> None:
+def test_where_nobody_chooses_and_where_nothing_waits(state: tuple[str, str], candidates: dict[str, Path]) -> None:
     done = run("pool", "round", *state)
     assert (done.returncode, "select = none" in done.stderr) == (2, True)
     done = run("pool", "round", *ASK, *state)
@@ -180,21 +148,19 @@ def test_where_nobody_chooses_and_where_nothing_waits(run: Command, state: tuple
     assert (done.returncode, "folded as record 1" in done.stdout) == (0, True), "without rounds a model is folded at once"
 
 
-def test_settings_come_from_file_environment_and_flags(
-    run: Command, tmp_path: Path, state: tuple[str, str], candidates: dict[str, Path]
-) -> None:
+def test_settings_come_from_file_environment_and_flags(tmp_path: Path, state: tuple[str, str], candidates: dict[str, Path]) -> None:
     settings = tmp_path / "continual.toml"
     settings.write_text('select = "relevance"\nobjective = "tests.quadratic:make"\nmax_base_ratio = 10\n[rounds]\npatience = 1\n')
-    told = run.machine("fold", candidates["good0"], candidates["noise0"], "--config", settings, *state, code=1)
+    told = machine("fold", candidates["good0"], candidates["noise0"], "--config", settings, *state, code=1)
     assert {m["name"]: m["fate"] for m in told["round"]["members"]} == {"good0": "folded", "noise0": "refused"}
     env = {"CONTINUAL_SELECT": "relevance", "CONTINUAL_OBJECTIVE": "tests.quadratic:make", "CONTINUAL_ROUNDS": "patience=1,sigmas=2"}
-    told = run.machine("fold", candidates["noise1"], *state, "--max-base-ratio", "10", code=1, env=env)
+    told = machine("fold", candidates["noise1"], *state, "--max-base-ratio", "10", code=1, env=env)
     assert told["round"]["members"][0]["fate"] == "refused"
-    asked = [r["numbers"]["asked"] for r in run.machine("log", *state) if r["kind"] == "round"]
+    asked = [r["numbers"]["asked"] for r in machine("log", *state) if r["kind"] == "round"]
     assert [(a["patience"], a["sigmas"]) for a in asked] == [(1, 3.0), (1, 2.0)]
 
 
-def test_a_state_that_weighs_needs_no_select(run: Command, tmp_path: Path, base: Path, candidates: dict[str, Path]) -> None:
+def test_a_state_that_weighs_needs_no_select(tmp_path: Path, base: Path, candidates: dict[str, Path]) -> None:
     state = ("--state", str(tmp_path / "weighed"))
     assert run("init", base, *state, env={"CONTINUAL_SELECT": "frank-wolfe"}).returncode == 0
     done = run("fold", candidates["good0"], *ASK, *state)
@@ -203,16 +169,16 @@ def test_a_state_that_weighs_needs_no_select(run: Command, tmp_path: Path, base:
     assert told.returncode == 0, told.stderr
     assert "step 1: loss" in told.stderr
     assert "2 folded in" in told.stdout
-    status = run.machine("status", *state)
+    status = machine("status", *state)
     assert (status["rule"], status["select"], status["folds"], status["pool_size"]) == ("frank-wolfe", "frank-wolfe", 2, 1)
     assert all(0 < f["weight"] < 4 for f in status["last_folds"])
     log = run("log", *state)
     assert (log.returncode, "select" in log.stdout, "round" in log.stdout) == (0, True, True)
-    assert Path(run.machine("export", tmp_path / "out", *state)["directory"]).is_dir()
-    assert run.machine("verify", *state)["ok"]
+    assert Path(machine("export", tmp_path / "out", *state)["directory"]).is_dir()
+    assert machine("verify", *state)["ok"]
 
 
-def test_the_pool_has_help(run: Command) -> None:
+def test_the_pool_has_help() -> None:
     for words in (("pool",), ("pool", "why"), ("pool", "round")):
         done = run(*words, "--help")
         assert (done.returncode, "--state" in done.stdout) == (0, True), words

@@ -21,7 +21,7 @@ from continual.state.transaction import room
 from continual.tuning import Command, Tuning
 from continual.tuning.command import parse
 from tests import models, services
-from tests.integration.test_cli import machine, run
+from tests.command import machine, run
 
 SCRIPT = """
 import array, json, pathlib, shutil, sys

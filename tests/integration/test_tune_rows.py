@@ -23,7 +23,7 @@ from continual.rules import ReadOptions
 from continual.selection import objectives
 from continual.tuning import Rows, Tuning, rows
 from tests import models
-from tests.integration.test_cli import machine
+from tests.command import machine
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -117,16 +117,17 @@ def test_the_others_refuse_a_weight(name: str) -> None:
 @settings(max_examples=10, deadline=None)
 def test_runs_of_a_tensor_fold_as_the_whole(name: str, models: Models, run: int) -> None:
     made = rule(name) if name in RULES else rule("task-arithmetic", {"before": ["drop:rate=0.5", "trim:density=0.7"]})
+    measured = [measure(made, model) for model in models]
     for tensor in ("bias", "stack", "tall"):
         spec = SPECS[tensor]
         if not made.elementwise(spec):
             continue
         whole = {s: torch.zeros(slot.shape, dtype=getattr(torch, slot.dtype)) for s, slot in made.slots(spec).items()}
         parts = {s: value.clone() for s, value in whole.items()}
-        for model in models:
+        for model, found in zip(models, measured, strict=True):
             flat = model[tensor].reshape(-1)
             shipped = batch.moments_of(flat) if made.shipped else None
-            inputs = Inputs(spec, seed=batch.seed_of(tensor, flat), measured=measure(made, model))
+            inputs = Inputs(spec, seed=batch.seed_of(tensor, flat), measured=found)
             given = inputs._replace(moments=None if shipped is None else shipped.view(model[tensor].shape))
             whole = made.fold(whole, model[tensor].clone(), given, {}).accumulators
             for i in range(0, len(flat), run):
