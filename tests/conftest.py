@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 from hypothesis import settings
+
+# No test reaches a network or a cache of the person who runs it: the Hub is a port on which nobody listens, unless a test brings its own
+for name in [name for name in os.environ if name.startswith("HF_")]:
+    del os.environ[name]
+_home = tempfile.TemporaryDirectory(prefix="continual-hf-")
+os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": _home.name, "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 # An example may take as long as it takes: on a busy machine hypothesis' 200 ms say nothing about the code
 settings.register_profile("untimed", settings.get_profile(settings.get_current_profile_name()), deadline=None)

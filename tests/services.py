@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ LIMIT = 60.0
 
 
 @contextmanager
-def daemon(state: Path, watch: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+def daemon(state: Path, watch: Path | None, *flags: str, environment: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
     """A running daemon; killed at the end if it still runs. Its log lines are in `state`'s parent, daemon.log."""
     command = [
         sys.executable,
@@ -26,15 +26,14 @@ def daemon(state: Path, watch: Path, *flags: str) -> Iterator[subprocess.Popen[s
         "run",
         "--state",
         str(state),
-        "--watch",
-        str(watch),
+        *(() if watch is None else ("--watch", str(watch))),
         "--port",
         "0",
         "--settle",
         "0.2",
         *flags,
     ]
-    with open(state.parent / "daemon.log", "a") as log, subprocess.Popen(command, stderr=log, text=True) as process:
+    with open(state.parent / "daemon.log", "a") as log, subprocess.Popen(command, stderr=log, text=True, env=environment) as process:
         try:
             yield process
         finally:

@@ -1,0 +1,284 @@
+"""Reading from the Hub by the real client: what is fetched, what is refused and by how little, and that the bits are those of a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from continual import api
+from continual.errors import Misconfigured, Refuse, Retry, Skip
+from continual.records import Event
+from tests import hubs, models
+from tests.hub import TOKEN, Account, Hub, faults, serving
+from tests.hubs import BASE, equal, made, merge, publish, sums
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving() as found:
+        yield found
+
+
+def seen(repo: str, sha: str | None, by: str = "hub") -> Event:
+    return Event(by, f"hf://{repo}", (1, repo), None, sha)
+
+
+@pytest.mark.parametrize("read", ["stream", "cache"])
+@pytest.mark.parametrize("rule", ["task-arithmetic", "iso-c", "ties"])
+def test_the_bits_are_those_of_a_folder(tmp_path: Path, hub: Hub, rule: str, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    base = made(tmp_path, hub, rule)
+    api.init(base, tmp_path / "local", api.Asked(rule=rule))
+    tuned = [models.fine_tune(base, tmp_path / f"ft{i}", i) for i in range(2)]
+    with merge(tmp_path / "state", hub, hub={"read": read}) as ours, merge(tmp_path / "local", hub) as local:
+        for number, directory in enumerate(tuned):
+            sha = publish(hub, f"org/ft{number}", directory, hubs.card(license="mit"))
+            outcome = ours.fold(f"hf://org/ft{number}")
+            assert outcome.fate == "folded", outcome.message
+            candidate = outcome.commit.entry.candidate
+            assert candidate is not None
+            assert (candidate["key"], candidate["origin"]) == (f"hub:org/ft{number}@{sha}", f"hf://org/ft{number}")
+            assert (candidate["revision"], candidate["licence"], candidate["source"]) == (sha, "mit", "hand")
+            there = local.fold(directory)
+            assert outcome.commit.entry.digest == there.commit.entry.digest
+        assert equal(sums(ours), sums(local))
+        assert ours.fold("org/ft0").fate == "known"
+        assert ours.fold(tuned[0]).fate == "duplicate"
+    assert hub.journal.leaks() == []
+
+
+def sharded(tmp: Path, base: Path, seed: int) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    whole = models.fine_tune(base, tmp / f"whole{seed}", seed)
+    tensors = load_file(whole / "model.safetensors")
+    directory = tmp / f"sharded{seed}"
+    directory.mkdir()
+    names, weight_map = sorted(tensors), {}
+    for number in range(3):
+        shard = f"model-{number + 1:05d}-of-00003.safetensors"
+        part = {n: tensors[n] for n in names[number::3]}
+        save_file(part, directory / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text((base / "config.json").read_text())
+    return directory
+
+
+def adapter(tmp: Path, seed: int) -> Path:
+    from safetensors.torch import save_file
+
+    directory, random = tmp / f"adapter{seed}", torch.Generator().manual_seed(seed)
+    directory.mkdir()
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file(
+        {name.format("A"): torch.randn(4, 16, generator=random) * 0.02, name.format("B"): torch.randn(16, 4, generator=random) * 0.02},
+        directory / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "base_model_name_or_path": BASE}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_shards_and_adapters(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    api.init(base, tmp_path / "local", api.Asked(rule="task-arithmetic"))
+    with merge(tmp_path / "state", hub) as ours, merge(tmp_path / "local", hub) as local:
+        for repo, directory in (("org/shards", sharded(tmp_path, base, 1)), ("org/adapter", adapter(tmp_path, 2))):
+            publish(hub, repo, directory)
+            assert ours.plan(f"hf://{repo}").ok
+            assert ours.fold(f"hf://{repo}").fate == "folded"
+            assert local.fold(directory).fate == "folded"
+        assert equal(sums(ours), sums(local))
+
+
+def wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+
+
+def test_what_headers_refuse_costs_next_to_nothing(tmp_path: Path, hub: Hub) -> None:
+    shapes = {**models.SHAPES, "model.layers.0.mlp.up_proj.weight": (3000, 1000)}  # 12 MB
+    base = made(tmp_path, hub, shapes=shapes)
+    publish(hub, "org/other", models.fine_tune(base, tmp_path / "other", 1, change=wrong_shape))
+    big = models.fine_tune(base, tmp_path / "big", 2)
+    publish(hub, "org/adapter", adapter(tmp_path, 3))
+    hub.commit("org/adapter", {"model.safetensors": (big / "model.safetensors").read_bytes()})
+    hub.create("org/pickle")
+    hub.commit("org/pickle", {"pytorch_model.bin": bytes(5_000_000), "config.json": b"{}"})
+    with merge(tmp_path / "state", hub) as ours:
+        for repo, reason in (("org/other", "shape"), ("org/adapter", "adapter-kind"), ("org/pickle", "pickle")):
+            before = hub.journal.sent(origin="")
+            outcome = ours.fold(f"hf://{repo}")
+            assert (outcome.fate, outcome.reason) == ("refused", reason), outcome.message
+            assert f"hf://{repo}@" in outcome.message
+            assert hub.journal.sent(origin="") - before < 1_000_000
+        assert ours.places.hub.received < 1_000_000
+
+
+def test_a_fold_reads_the_tensors_once_and_asks_seldom(tmp_path: Path, hub: Hub) -> None:
+    shapes = {**models.SHAPES, "model.layers.0.mlp.up_proj.weight": (3000, 1000), "lm_head.weight": (2000, 1000)}
+    base = made(tmp_path, hub, shapes=shapes)
+    publish(hub, "org/ft", models.fine_tune(base, tmp_path / "ft", 1))
+    with merge(tmp_path / "state", hub) as ours:
+        hub.journal.clear()
+        assert ours.fold("hf://org/ft").fate == "folded"
+        size = sum(4 * torch.Size(shape).numel() for shape in shapes.values())
+        assert hub.journal.sent(origin="cdn") <= 1.05 * size + 200_000  # the header
+        assert len(hub.journal) < 20
+    assert not list((tmp_path / "state").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        lambda: faults.Times(faults.Drop(), 3, path="resolve|/cdn|models"),
+        lambda: faults.Times(faults.Drop(5000), 3, origin="cdn"),
+        lambda: faults.Times(faults.Truncate(9000), 2, origin="cdn"),
+        lambda: faults.Times(faults.unavailable(), 2),
+        lambda: faults.Times(faults.broken(), 2, origin="cdn"),
+        lambda: faults.Times(faults.too_many(0), 2, origin="api"),
+        lambda: faults.Times(faults.expired(), 1, origin="cdn", skip=1),
+    ],
+    ids=["no answer", "dropped body", "short body", "503", "500 of the cdn", "429", "expired link"],
+)
+def test_trouble_that_passes_is_not_noticed(tmp_path: Path, hub: Hub, policy: Callable[[], Any]) -> None:
+    base = made(tmp_path, hub)
+    publish(hub, "org/ft", models.fine_tune(base, tmp_path / "ft", 1))
+    with merge(tmp_path / "state", hub) as ours:
+        hub.faults = policy()
+        assert ours.fold("hf://org/ft").fate == "folded"
+
+
+def test_trouble_that_stays_settles_nothing(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    sha = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "ft", 1))
+    with merge(tmp_path / "state", hub, hub={"repos": ("org/ft",)}) as ours:
+        hub.faults = faults.Times(faults.too_many(40), 1000, origin="api", path="models")
+        with pytest.raises(Retry, match="rate limit") as trouble:
+            ours.fold(seen("org/ft", sha))
+        assert trouble.value.after == 40.0
+        hub.faults = None
+        assert ours.state.head.seq == 0
+        assert ours.fold(seen("org/ft", sha)).fate == "folded"
+
+
+def test_what_happens_to_a_repo_before_it_is_read(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    tuned = models.fine_tune(base, tmp_path / "ft", 1)
+    shas = {name: publish(hub, f"org/{name}", tuned) for name in ("moved-on", "gone", "gated", "hidden")}
+    newer = hub.commit("org/moved-on", {"README.md": hubs.card(license="mit")})
+    hub.delete("org/gone")
+    hub.gate("org/gated")
+    hub.hide("org/hidden")
+    hub.tokens["stranger"] = Account("stranger")
+    with merge(tmp_path / "state", hub, token="stranger", hub={"repos": tuple(f"org/{name}" for name in shas)}) as ours:
+        fates = {name: ours.fold(seen(f"org/{name}", sha)).reason for name, sha in shas.items()}
+        assert fates == {"moved-on": "superseded", "gone": "gone", "gated": "gated", "hidden": "gone"}
+        assert all(ours.fold(seen(f"org/{name}", sha)).fate == "known" for name, sha in shas.items())
+        assert ours.fold(seen("org/moved-on", newer)).fate == "folded"
+        again = hub.commit("org/moved-on", {"README.md": hubs.card(license="mit", tags=["x"])})
+        assert ours.fold(seen("org/moved-on", again)).reason == "update"
+        assert [c.entry.reason for c in ours.state.refusals] == ["superseded", "gone", "gated", "gone", "update"]
+
+
+def test_a_repo_that_goes_while_it_is_read_is_refused(tmp_path: Path, hub: Hub) -> None:
+    shapes = {**models.SHAPES, "model.layers.0.mlp.up_proj.weight": (4000, 1000)}
+    base = made(tmp_path, hub, shapes=shapes)
+    sha = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "ft", 1))
+    ranges = []
+
+    def watch(request: Any) -> None:
+        if request.range and "org/ft" in request.path + str(request.repo) or request.origin == "cdn":
+            ranges.append(request)
+            if len(ranges) == 3 and "org/ft" in hub.state():
+                hub.delete("org/ft")
+                hub.link_seconds = -1.0
+
+    with merge(tmp_path / "state", hub, hub={"repos": ("org/ft",)}) as ours:
+        hub.on_request = watch
+        hub.faults = faults.Times(faults.expired(), 1, origin="cdn", skip=2)
+        outcome = ours.fold(seen("org/ft", sha))
+        assert (outcome.fate, outcome.reason) == ("refused", "gone"), outcome.message
+        assert ours.state.folds() == []
+        assert len(ours.state.generations()) == 0
+
+
+def test_what_the_settings_leave_out_gets_no_record(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    sha = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "ft", 1))
+    with merge(tmp_path / "state", hub, hub={"bases": (BASE,), "max_bytes": 1000}) as ours, pytest.raises(Skip, match="max_bytes"):
+        ours.fold(seen("org/ft", sha))
+    with merge(tmp_path / "state", hub, hub={"bases": ("org/another",)}) as ours:
+        with pytest.raises(Skip, match="no fine-tune of the base"):
+            ours.fold(seen("org/ft", sha))
+        assert ours.state.head.seq == 0
+    with merge(tmp_path / "state", hub, hub={"bases": (BASE,)}) as ours:
+        assert ours.fold(seen("org/ft", sha)).fate == "folded"
+
+
+def test_our_own_release_is_known_wherever_it_is_found(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    with merge(tmp_path / "state", hub) as ours:
+        ours.fold(models.fine_tune(base, tmp_path / "ft", 1))
+        from continual.publish.folder import Target
+
+        publish(hub, "thief/copy", ours.export(Target(tmp_path / "merged")))
+        assert ours.fold("hf://thief/copy").reason == "own-release"
+
+
+def test_a_base_from_the_hub_is_pinned_and_fetched_again(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from continual.hub import Hub as Client
+    from continual.places import Places
+
+    client = Client(endpoint=hub.endpoint, token=TOKEN)
+    monkeypatch.setattr(Places, "hub", client)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    base = models.base(tmp_path / "base")
+    first = publish(hub, BASE, base, hubs.card(None, license="mit"))
+    hub.commit(BASE, {"pytorch_model.bin": b"pickle", "tokenizer.json": b"{}", "onnx/model.onnx": b"o"})
+    hub.tag(BASE, "v1")
+    pinned = hub.head(BASE)
+    assert api.survey(f"{BASE}@v1").base == f"hf://{BASE}@{pinned[:12]}"
+    found = api.init(f"{BASE}@v1", tmp_path / "state", api.Asked(rule="mean"))
+    assert found.base == f"{BASE}@{pinned}"
+    hub.commit(BASE, {"model.safetensors": b"another"})
+    with merge(tmp_path / "state", hub) as ours:
+        record = ours.state.format.base
+        assert (record["repo"], record["revision"], record["licence"]) == (BASE, pinned, "mit")
+        assert {p.name for p in Path(record["path"]).iterdir()} == {"config.json", "model.safetensors", "README.md", "tokenizer.json"}
+        assert ours.fold(models.fine_tune(base, tmp_path / "ft", 1)).fate == "folded"
+    shutil.rmtree(tmp_path / "cache")
+    with merge(tmp_path / "state", hub) as ours:
+        assert ours.fold(models.fine_tune(base, tmp_path / "ft2", 2)).fate == "folded"
+        assert Path(record["path"]).exists()
+    with pytest.raises(Misconfigured, match="not on the Hub"):
+        api.init("org/none", tmp_path / "other")
+    with pytest.raises(Misconfigured, match="not on the Hub"):
+        api.init(f"{BASE}@{'0' * 40}", tmp_path / "other")
+    assert first != pinned
+
+
+def test_a_file_in_the_cache_that_was_altered_is_fetched_again_and_one_that_stays_wrong_refused(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    base = made(tmp_path, hub)
+    sha = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "ft", 1))
+    with merge(tmp_path / "state", hub, hub={"read": "cache"}) as ours:
+        place = ours.places.named("hf://org/ft")
+        from continual.hub.repo import download
+
+        file = place.info.files["model.safetensors"]  # type: ignore[attr-defined]
+        cached = download(ours.places.hub, "org/ft", sha, file)
+        cached.resolve().write_bytes(b"x" * file.size)
+        assert ours.fold(place_again := "hf://org/ft").fate == "folded", place_again
+        assert download(ours.places.hub, "org/ft", sha, file).read_bytes() == hub.read("org/ft", sha, "model.safetensors")
+        with pytest.raises(Refuse, match="SHA-256"):
+            download(ours.places.hub, "org/ft", sha, file._replace(sha256="0" * 64))
