@@ -193,7 +193,7 @@ def test_a_repo_that_goes_while_it_is_read_is_refused(tmp_path: Path, hub: Hub) 
     ranges = []
 
     def watch(request: Any) -> None:
-        if request.range and "org/ft" in request.path + str(request.repo) or request.origin == "cdn":
+        if (request.range and "org/ft" in request.path + str(request.repo)) or request.origin == "cdn":
             ranges.append(request)
             if len(ranges) == 3 and "org/ft" in hub.state():
                 hub.delete("org/ft")
