@@ -98,8 +98,7 @@ def release(
             found = releasing.look(merge, at)
             console.emit(found._asdict()) if json else console.release_look(found)
             return
-        with console.spinner("releasing"):
-            out = releasing.release(merge, at)
+        out = releasing.release(merge, at)  # the client shows how far the upload is
         merge.state.record(releasing.entry(out))
     if json:
         console.emit(out)

@@ -39,6 +39,7 @@ from continual.web import Webhook, create_app, listen, serve
 def run(settings: Settings) -> int:
     """Runs until a signal or a Halt; returns the exit code. Raises ContinualError for what keeps it from starting."""
     logs.configure(json=settings.log_json, level=settings.log_level)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the client's bars are for people, not for a log
     check_places(settings)
     with Merge(settings, write=True) as merge:
         sock = listen(settings.host, settings.port, settings.allow_remote)

@@ -12,7 +12,7 @@ from continual import provenance
 from continual.api import Merge
 from continual.errors import Misconfigured
 from continual.publish import card, folder, hub
-from continual.publish.hub import Released, Step
+from continual.publish.hub import Released
 from continual.records import Entry
 from continual.rules import ReadOptions
 from continual.state import Commit
@@ -52,7 +52,7 @@ def look(merge: Merge, at: int | None = None) -> Look:
     return Look(asked.repo or "", asked.branch, seq, out, there, card.licences(facts.base, facts.folded), card.card(facts))
 
 
-def release(merge: Merge, at: int | None = None, step: Step = lambda _name: None) -> Released:
+def release(merge: Merge, at: int | None = None) -> Released:
     """Publishes a record, unless it is out already; no record of it is made. Raises Misconfigured (where licences differ and that is refused, too), Trouble, Retry."""
     asked, seq = merge.settings.release, record_of(merge, at).seq
     facts = facts_of(merge, seq)
@@ -61,7 +61,7 @@ def release(merge: Merge, at: int | None = None, step: Step = lambda _name: None
         raise Misconfigured(
             f"{asked.repo}: {agreement.message}; nothing is released: unfold the models in question, or set release.licences = warn"
         )
-    return hub.release(merge.places.hub, asked, merge.state.id, seq, lambda: exported(merge, seq), card.card(facts), step)
+    return hub.release(merge.places.hub, asked, merge.state.id, seq, lambda: exported(merge, seq), card.card(facts))
 
 
 def entry(released: Released) -> Entry:

@@ -22,7 +22,6 @@ from continual.retrying import Fault
 
 CARD = "README.md"
 _TRIES = 4
-Step = Callable[[str], None]
 Exported = Callable[[], AbstractContextManager[Path]]
 """Gives a directory with the exported model, and takes it away afterwards."""
 
@@ -104,31 +103,27 @@ def may_follow(remote: Remote, asked: Release, state: str, seq: int) -> bool:
     return there < seq
 
 
-def release(hub: Hub, asked: Release, state: str, seq: int, exported: Exported, card: str, step: Step = lambda _name: None) -> Released:
+def release(hub: Hub, asked: Release, state: str, seq: int, exported: Exported, card: str) -> Released:
     """Publishes record `seq` of `state`, unless it is out already, and tags it.
 
-    Makes the repo and the branch where they are not there. `step` hears of each step before it begins (for fault campaigns). Raises Misconfigured, Trouble,
-    and Retry of the export; nothing is half there: a commit is whole or not at all.
+    Makes the repo and the branch where they are not there. Raises Misconfigured, Trouble, and Retry of the export; nothing is half there: a commit is whole
+    or not at all.
     """
     repo, tries = asked.repo or "", 0
     uploaded, files, new = 0, 0, False
     with ExitStack() as stack:
         directory: Path | None = None
         while True:
-            step("look")
             remote = look(hub, asked)
             if not may_follow(remote, asked, state, seq):
                 assert remote.info is not None
                 commit = remote.info.sha
                 break
             if remote.info is None:
-                step("create")
                 remote = _create(hub, asked)
             if directory is None:
-                step("export")
                 directory = stack.enter_context(exported())
             adds, deletes, uploaded = _changes(directory, card, remote.info)
-            step("commit")
             try:
                 commit, files, new = _commit(hub, asked, adds, deletes, remote.info, f"Record {seq}"), len(adds), True
                 break
@@ -139,10 +134,8 @@ def release(hub: Hub, asked: Release, state: str, seq: int, exported: Exported, 
                 hub.stop.wait(max(error.after, 0.5 * 2.0**tries))
     tag = (asked.tag or "").format(seq=seq) or None
     if tag is not None:
-        step("tag")
         what = f"tag {tag} of {repo}"
         hub.ask(what, lambda: hub.api.create_tag(repo, tag=tag, revision=commit, tag_message=f"Record {seq}", exist_ok=True))
-    step("released")
     return Released(repo, asked.branch, seq, commit, f"{hub.endpoint}/{repo}/tree/{commit}", tag, new, uploaded if new else 0, files)
 
 

@@ -93,8 +93,8 @@ async def deliver(made: Answer, fault: Fault | None, request: Request, send: Sen
             await asyncio.sleep(fault.seconds)
         end = request.sent + size
         piece = body[request.sent : min(end, stop) if request.sent < stop else end]
+        request.sent += len(piece)  # before it goes, for a client that has it all may look at once
         await send({"type": "http.response.body", "body": bytes(piece), "more_body": True})
-        request.sent += len(piece)
         if isinstance(fault, Slow):
             await asyncio.sleep(TICK)
     if not connection.transport.is_closing():

@@ -50,11 +50,10 @@ async def run(hub: Hub, sockets: list[socket.socket], started: threading.Event, 
         await server.startup(sockets=[made])
     started.set()
     await stop.wait()
-    for server in servers:
-        for listening in server.servers:
-            listening.close()
+    for made in sockets:  # Python 3.11 forgets a socket that it accepted from a server closed since: accept no more, then close
+        asyncio.get_running_loop().remove_reader(made)
     this = asyncio.current_task()
-    while True:  # connections may be in the midst of being accepted
+    while True:  # some may be in the midst of being accepted
         await asyncio.sleep(0.001)
         states = [server.server_state for server in servers]
         for connection in [c for state in states for c in state.connections]:
@@ -65,6 +64,7 @@ async def run(hub: Hub, sockets: list[socket.socket], started: threading.Event, 
             break
     for server in servers:
         for listening in server.servers:
+            listening.close()
             await listening.wait_closed()
 
 

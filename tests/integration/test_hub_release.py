@@ -1,0 +1,322 @@
+"""Releases on the Hub: one commit each, found again whatever happened in between, and loaded by transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import continual
+from continual import api, releasing
+from continual.errors import Misconfigured, Retry
+from tests import hubs, models, services
+from tests.hub import Hub, environment, faults, serving
+from tests.hub.repos import Commit
+from tests.hubs import made, merge, publish
+
+REPO = "me/merge"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving() as found:
+        yield found
+
+
+def releases(hub: Hub, branch: str = "main") -> list[tuple[int, str]]:
+    """(record, sha) of every commit with a `continual.json` of its own, oldest first."""
+    found: list[tuple[int, str]] = []
+    for commit in reversed(hub.history(REPO, branch)):
+        if "continual.json" in commit.files:
+            seq = json.loads(commit.files["continual.json"].data)["seq"]
+            if not found or found[-1][0] != seq:
+                found.append((seq, commit.sha))
+    return found
+
+
+def count(hub: Hub) -> int:
+    """Commits of ours: all but the first that a repo is made with."""
+    return len([c for c in hub.history(REPO) if "continual.json" in c.files])
+
+
+def test_a_release_is_one_commit_and_made_once(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    (base / "tokenizer.json").write_text("{}")
+    shas = [publish(hub, f"org/ft{i}", models.fine_tune(base, tmp_path / f"ft{i}", i), hubs.card(license="apache-2.0")) for i in range(2)]
+    with merge(tmp_path / "state", hub, release={"repo": REPO}) as ours:
+        ours.fold("hf://org/ft0")
+        first = releasing.release(ours)
+        assert (first.new, first.tag, first.seq) == (True, "record-1", 1)
+        assert releasing.release(ours) == first.__class__(**{**vars_of(first), "new": False, "uploaded": 0, "files": 0})
+        assert count(hub) == 1
+        ours.state.record(releasing.entry(first))
+        ours.fold("hf://org/ft1")
+        hub.journal.clear()
+        second = releasing.release(ours)
+        assert [seq for seq, _ in releases(hub)] == [1, 3]
+    commits = {c.sha: c for c in hub.history(REPO)}
+    assert commits[second.commit].parent == first.commit
+    assert hub.repo(REPO).private
+    assert hub.repo(REPO).tags == {"record-1": first.commit, "record-3": second.commit}
+    asked = [r.path.split("/")[-3] for r in hub.journal if r.method == "POST" and "/xorbs/" in r.path]
+    assert asked == ["xorbs"]  # by xet, which is installed, and the weights alone: tokenizer and configuration are there
+    assert second.files == 3  # weights, continual.json, card
+    files = commits[second.commit].files
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "continual.json"} <= files.keys()
+    card = files["README.md"].data.decode()
+    assert "base_model_relation: merge" in card
+    assert "license: apache-2.0" in card
+    for sha in shas:
+        assert sha in card
+    assert f"continual fold hf://org/ft1@{shas[1]}" in card
+    assert "previous release" in card.lower() or first.commit in card
+    assert {"merge", "continual", "base_model:org/ft0", "base_model:org/ft1"} <= set(_tags(hub))
+    assert hub.journal.leaks() == []
+
+
+def _tags(hub: Hub) -> tuple[str, ...]:
+    from continual.hub import Hub as Client
+    from tests.hub import TOKEN
+
+    return Client(endpoint=hub.endpoint, token=TOKEN).info(REPO).tags
+
+
+def vars_of(released: Any) -> dict[str, Any]:
+    return {name: getattr(released, name) for name in released.__slots__}
+
+
+def folded(tmp_path: Path, hub: Hub, **settings: Any) -> Any:
+    base = made(tmp_path, hub)
+    with continual.open(tmp_path / "state", write=True) as ours:
+        ours.fold(models.fine_tune(base, tmp_path / "ft", 1))
+    return merge(tmp_path / "state", hub, release={"repo": REPO, **settings})
+
+
+def test_another_branch_another_dtype_no_tag(tmp_path: Path, hub: Hub) -> None:
+    with folded(tmp_path, hub, branch="nightly", dtype="bfloat16", tag="", private=False) as ours:
+        found = releasing.release(ours)
+        assert found.tag is None
+        assert hub.head(REPO, "nightly") == found.commit
+        assert "continual.json" not in hub.repo(REPO).find("main").files  # type: ignore[union-attr]
+        assert not hub.repo(REPO).private
+        assert hub.read(REPO, "nightly", "model.safetensors")[8:200].count(b"BF16") > 0
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path, hub: Hub) -> None:
+    with folded(tmp_path, hub) as ours:
+        publish(hub, REPO, models.base(tmp_path / "other", seed=3))
+        with pytest.raises(Misconfigured, match="a model that continual did not make"):
+            releasing.release(ours)
+        hub.delete(REPO)
+        hub.create(REPO)
+        hub.commit(REPO, {"continual.json": json.dumps({"state": "f" * 32, "seq": 3}).encode()})
+        with pytest.raises(Misconfigured, match="releases of another state"):
+            releasing.release(ours)
+        hub.commit(REPO, {"continual.json": json.dumps({"state": ours.state.id, "seq": 99}).encode()})
+        with pytest.raises(Misconfigured, match="restored from a backup"):
+            releasing.look(ours)
+        assert count(hub) == 2
+
+
+def test_somebody_commits_in_between(tmp_path: Path, hub: Hub) -> None:
+    with folded(tmp_path, hub) as ours:
+        releasing.release(ours)
+        ours.fold(models.fine_tune(tmp_path / "base", tmp_path / "ft2", 2))
+        done: list[str] = []
+
+        def meddle(request: Any) -> None:
+            if request.method == "POST" and "/commit/" in request.path and not done:
+                done.append(hub.commit(REPO, {"notes.md": b"mine"}))
+
+        hub.on_request = meddle
+        found = releasing.release(ours)
+        assert hub.history(REPO)[0].sha == found.commit
+        assert hub.history(REPO)[1].sha == done[0]  # on top of theirs, and not instead of it
+        assert hub.read(REPO, "main", "notes.md") == b"mine"
+
+
+def test_the_answer_to_a_commit_is_lost(tmp_path: Path, hub: Hub) -> None:
+    with folded(tmp_path, hub) as ours:
+        hub.faults = faults.Times(faults.Drop(), 1, method="POST", path="/commit/")
+        found = releasing.release(ours)
+        assert count(hub) == 1
+        assert hub.repo(REPO).tags == {"record-1": found.commit}
+
+
+def test_a_token_that_may_not_write_and_a_hub_that_is_down(tmp_path: Path, hub: Hub) -> None:
+    hub.create(REPO)
+    with folded(tmp_path, hub) as ours:
+        hub.faults = faults.Times(faults.Status(403), 99, method="POST")
+        with pytest.raises(Retry, match="HF_TOKEN"):
+            releasing.release(ours)
+        hub.faults = faults.Times(faults.too_many(60), 99)
+        with pytest.raises(Retry, match="rate limit"):
+            releasing.release(ours)
+        hub.faults = None
+        assert releasing.release(ours).new
+    assert not (tmp_path / "state" / "staging").exists()
+
+
+def test_licences_that_differ_are_told_or_refused(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    for number, licence in enumerate(("mit", "llama3")):
+        publish(hub, f"org/ft{number}", models.fine_tune(base, tmp_path / f"ft{number}", number), hubs.card(license=licence))
+    with merge(tmp_path / "state", hub, release={"repo": REPO, "licences": "refuse"}) as ours:
+        ours.fold("hf://org/ft0")
+        assert releasing.release(ours).new
+        ours.fold("hf://org/ft1")
+        with pytest.raises(Misconfigured, match="licences differ"):
+            releasing.release(ours)
+        assert releasing.look(ours).licences.conflict
+    with merge(tmp_path / "state", hub, release={"repo": REPO}) as ours:
+        assert releasing.release(ours).new
+        assert b"license: other" in hub.read(REPO, "main", "README.md")
+
+
+def test_transformers_loads_a_release(tmp_path: Path, hub: Hub) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).save_pretrained(tmp_path / "base")
+    api.init(tmp_path / "base", tmp_path / "state", api.Asked(rule="mean"))
+    with merge(tmp_path / "state", hub, release={"repo": REPO}) as ours:
+        ours.fold(models.fine_tune(tmp_path / "base", tmp_path / "ft", 1))
+        releasing.release(ours)
+        from huggingface_hub import snapshot_download
+
+        from tests.hub import TOKEN
+
+        path = snapshot_download(REPO, endpoint=hub.endpoint, token=TOKEN, cache_dir=tmp_path / "cache", revision="record-1")
+        loaded = AutoModelForCausalLM.from_pretrained(path)
+        name = "model.layers.0.mlp.up_proj.weight"
+        merged = loaded.state_dict()[name]
+        origin = LlamaForCausalLM.from_pretrained(tmp_path / "base").state_dict()[name]
+        torch.testing.assert_close(merged - origin, ours.read(name), rtol=0, atol=1e-7)
+
+
+# Kills: the daemon is killed from the Hub's side, at what it asks for or has just done there
+
+POINTS: dict[str, tuple[str, str]] = {
+    "between the fold and the release": ("GET", rf"/api/models/{REPO}"),
+    "before the repo is made": ("POST", "/repos/create"),
+    "before the weights are up, by xet": ("POST", "/xorbs/"),
+    "before the weights are up, by LFS": ("PUT", ""),
+    "before the commit": ("POST", "/commit/"),
+    "after the commit, before its answer": ("", "committed"),
+    "before the tag": ("POST", "/tag/"),
+}
+
+
+class Killer:
+    """Kills a process at the first request that matches, or right after the release was committed."""
+
+    def __init__(self, hub: Hub, point: str) -> None:
+        self.method, self.path = POINTS[point]
+        self.process: subprocess.Popen[str] | None = None
+        self.done = False
+        if self.path == "committed":
+            hub.listeners.append(lambda change: self.kill() if REPO in str(change.repo.id) and change.refs and has(hub) else None)
+        else:
+            hub.on_request = self.look
+
+    def look(self, request: Any) -> None:
+        import re
+
+        about = REPO in request.path or self.method == "PUT" or "/repos/create" in request.path or "/xorbs/" in request.path
+        if request.method == self.method and about and re.search(self.path, request.path):
+            self.kill()
+
+    def kill(self) -> None:
+        if self.process is not None and not self.done:
+            self.done = True
+            os.kill(self.process.pid, signal.SIGKILL)
+
+
+def has(hub: Hub) -> bool:
+    return REPO in hub.state() and "continual.json" in hub.repo(REPO).find("main").files  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_daemon_killed_while_it_releases_makes_one_release_of_a_fold(tmp_path: Path, hub: Hub, point: str) -> None:
+    base = made(tmp_path, hub)
+    (tmp_path / "in").mkdir()
+    state, env = tmp_path / "state", environment(hub, tmp_path) | {"HF_HUB_DISABLE_XET": str(int("LFS" in point))}
+    flags = ("--release", f"repo={REPO}", "--release", "every=true", "--drain", "5")
+    killer = Killer(hub, point)
+    with services.daemon(state, tmp_path / "in", *flags, environment=env) as process:
+        killer.process = process
+        models.fine_tune(base, tmp_path / "in/alice", 1)
+        services.until(lambda: process.poll() is not None, "the kill")
+    assert killer.done
+    assert process.returncode == -signal.SIGKILL
+    with services.daemon(state, tmp_path / "in", *flags, environment=env) as process:
+        models.fine_tune(base, tmp_path / "in/bob", 2)
+        services.until(lambda: published(state) == [1, 2] or None, "both releases")
+        process.terminate()
+        assert process.wait(30) == 0
+    with continual.open(state) as ours:
+        folds = [fold.seq for fold in ours.state.folds()]
+    assert [seq for seq, _ in releases(hub)] == published_records(state) == folds
+    assert count(hub) == 2
+    chain: list[Commit] = hub.history(REPO)
+    assert [c.parent for c in chain] == [*(c.sha for c in chain[1:]), None]
+    assert {f"record-{seq}": sha for seq, sha in releases(hub)} == hub.repo(REPO).tags
+    assert not (state / "staging").exists()
+
+
+def published(state: Path) -> list[int]:
+    """How many releases the ledger has, counted from 1."""
+    return list(range(1, len(published_records(state)) + 1))
+
+
+def published_records(state: Path) -> list[int]:
+    with continual.open(state) as ours:
+        return [int((c.entry.numbers or {})["of"]) for c in ours.state.log if c.entry.kind == "publish"]
+
+
+def test_hooks_are_told_and_a_failing_one_blocks_nothing(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    (tmp_path / "in").mkdir()
+    told = tmp_path / "told"
+    config = tmp_path / "continual.toml"
+    config.write_text(
+        f"""
+current = "{tmp_path / "current"}"
+[release]
+repo = "{REPO}"
+[[hooks]]
+kind = "command"
+command = ["sh", "-c", "echo $PUBLISHED_SEQ $HF_TOKEN >> {told}"]
+[[hooks]]
+kind = "http"
+url = "http://127.0.0.1:9/"
+tries = 1
+[[hooks]]
+kind = "command"
+command = ["sh", "-c", "echo {{commit}} {{tag}} >> {told}.release"]
+after = "release"
+"""
+    )
+    with services.daemon(tmp_path / "state", tmp_path / "in", "--config", str(config), environment=environment(hub, tmp_path)) as process:
+        address = services.url(process, tmp_path / "state")
+        models.fine_tune(base, tmp_path / "in/alice", 1)
+        services.until(lambda: len(hooks_of(tmp_path / "state")) == 3 or None, "the hooks' records")
+        text = services.get(f"{address}/metrics")[1]
+    assert 'continual_hooks_total{kind="http",result="failed"} 1.0' in text
+    assert 'continual_hooks_total{kind="command",result="ok"} 2.0' in text
+    assert told.read_text() == "1\n"  # and no token
+    assert told.with_suffix(".release").read_text() == f"{hub.head(REPO)} record-1\n"
+    assert sorted((h["kind"], h["ok"]) for h in hooks_of(tmp_path / "state")) == [("command", True), ("command", True), ("http", False)]
+
+
+def hooks_of(state: Path) -> list[dict[str, Any]]:
+    with continual.open(state) as ours:
+        return [(c.entry.numbers or {})["hook"] for c in ours.state.log if c.entry.kind == "publish" and "hook" in (c.entry.numbers or {})]
