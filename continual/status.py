@@ -7,6 +7,7 @@ import shutil
 import time
 import urllib.request
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from continual.web import Status, parse
 from continual.web.page import duration, scale, when
 
 _SHOWN = 15
+_QUEUED = 50
+"""Names of waiting candidates that are told; the Hub can have thousands."""
+_RECENT = 2000
+"""Records among which publications are looked for."""
 _STUCK = 900.0
 """Seconds without any progress in a fold after which the daemon no longer calls itself healthy."""
 _SILENT = 30.0
@@ -100,6 +105,7 @@ class Live:
             url=self.url,
             uptime=time.monotonic() - self._begun,
             queue=[w.event.name for w in self.queue.ordered()],
+            hub=self.hub,
             current=None if doing is None else {"model": doing, "stage": stage, "done": done, "total": total},
             memory=peak_memory(),
         )
@@ -129,6 +135,7 @@ def at_rest(settings: Settings) -> dict[str, Any]:
             url=None,
             uptime=None,
             queue=[],
+            hub=None,
             current=None,
             memory=None,
         )
@@ -154,7 +161,15 @@ def text(body: Mapping[str, Any]) -> str:
         lines.append(
             f"folding    {body['current']['model']}: {body['current']['stage']} {body['current']['done']}/{body['current']['total']}"
         )
-    lines.append(f"waiting    {', '.join(body['queue']) or 'nothing'}")
+    more = body["queued"] - len(body["queue"])
+    lines.append(f"waiting    {', '.join(body['queue']) or 'nothing'}{f' and {more} more' if more else ''}")
+    if body["hub"]:
+        hub = body["hub"]
+        asked = f"last asked {when(hub['polled'])}" if hub["polled"] else "not asked yet"
+        lines.append(
+            f"hub        {', '.join(hub['bases']) or 'pushes only'}; {asked}, {hub['seen']} open"
+            + (f"; {hub['problem']}" if hub["problem"] else "")
+        )
     if body["select"] != "none":
         last = body["last_round"]
         told = (
@@ -164,6 +179,7 @@ def text(body: Mapping[str, Any]) -> str:
         )
         lines.append(f"pool       {body['pool_size']} wait for a round ({body['select']}){told}")
     lines += [f"folded     {when(f['time'])}  {f['seq']}  {f['model']}" for f in body["last_folds"][:5]]
+    lines += [f"published  {when(p['time'])}  {p['seq']}  {p['message']}" for p in body["published"][:3]]
     lines += [f"refused    {when(r['time'])}  {r['seq']}  {r['model']}: {r['reason']}" for r in body["refusals"][:5]]
     return "\n".join(lines)
 
@@ -177,6 +193,7 @@ def _status(
     url: str | None,
     uptime: float | None,
     queue: list[str],
+    hub: HubSource | None,
     current: dict[str, Any] | None,
     memory: float | None,
 ) -> Status:
@@ -199,6 +216,7 @@ def _status(
         scale=str(ReadOptions.from_mapping(state.read_options_at(state.head.seq))),
         tuned=None if tuned is None else {"record": tuned.seq, "folds": (tuned.entry.numbers or {})["folds"]},
         watch=[str(path) for path in merge.settings.watch],
+        hub=None if hub is None else _hub(merge, hub),
         head=state.head.seq,
         folds=len(folds),
         generations=len(state.generations()),
@@ -206,7 +224,8 @@ def _status(
         disk_free_bytes=shutil.disk_usage(state.path).free,
         totals=state.totals,
         gauges=merge.rule.gauges(state.totals),
-        queue=queue,
+        queue=queue[:_QUEUED],
+        queued=len(queue),
         select=merge.selects,
         pool_size=len(pool),
         pool=[_waiting(w) for w in list(pool.values())[-_SHOWN:]],
@@ -214,8 +233,20 @@ def _status(
         current=current,
         last_folds=[_fold(c) for c in reversed(folds[-_SHOWN:])],
         refusals=[_refusal(c) for c in reversed(refused)],
+        published=[_published(c) for c in reversed([c for c in state.log[-_RECENT:] if c.entry.kind == "publish"][-_SHOWN:])],
         peak_memory_bytes=memory,
     )
+
+
+def _hub(merge: Merge, source: HubSource) -> dict[str, Any]:
+    asked = merge.settings.hub
+    polled = None if source.polled is None else datetime.fromtimestamp(source.polled, UTC).isoformat(timespec="seconds")
+    what = [*(merge.places.bases if asked.watch else ()), *asked.repos, *asked.authors]
+    return {"bases": what, "polled": polled, "problem": source.problem, "seen": len(source.cursor.seen)}
+
+
+def _published(commit: Commit) -> dict[str, Any]:
+    return {"seq": commit.seq, "time": commit.time, "message": commit.entry.message}
 
 
 def _round(commit: Commit) -> dict[str, Any]:

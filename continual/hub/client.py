@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -25,6 +26,7 @@ TIMEOUT = 20.0
 """Seconds without a byte after which a request of ours has failed."""
 _CLIENTS_TIMEOUT = 60.0
 """The same for requests of the client that cannot be told: pages of a listing, parts of an upload."""
+_LISTED = ("sha", "lastModified", "tags", "gated", "private")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -102,22 +104,34 @@ class Hub:
         return info
 
     def listing(self, *, tag: str | None = None, author: str | None = None) -> Iterator[Info]:
-        """Models with a tag, or of an author, newest commit first; pages are fetched as they are asked for. Raises Trouble.
+        """Models with a tag, or of an author, newest commit first; a page is fetched when it is needed. Raises Trouble.
 
-        A failed page ends it: begin again.
+        The client's own `list_models` waits out a rate limit for minutes and cannot be stopped, so pages are asked for here.
         """
         what = f"models of {author}" if author else f"models with {tag}"
-        rows = iter(
-            self.api.list_models(
-                filter=tag, author=author, sort="last_modified", expand=["sha", "lastModified", "tags", "gated", "private"]
-            )
-        )
-        while True:
-            row = self.ask(what, lambda: next(rows, None), tries=1)
-            if row is None:
-                return
-            if is_repo(row.id) and is_sha(row.sha):  # an empty repo has no commit
-                yield _info(row, what)
+        params: dict[str, Any] | None = {"sort": "lastModified", "expand": _LISTED, **({"author": author} if author else {"filter": tag})}
+        url: str | None = f"{self.endpoint}/api/models"
+        while url is not None:
+            rows, url = self.ask(what, partial(self._page, url, params))
+            params = None  # the next page's link has them
+            yield from rows
+
+    def _page(self, url: str, params: Mapping[str, Any] | None) -> tuple[list[Info], str | None]:
+        """Rows of a listing, and the address of the next page."""
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        answer = get_session().get(url, params=params, headers=build_hf_headers(token=self.api.token), timeout=TIMEOUT)
+        hf_raise_for_status(answer)
+        try:
+            rows = [_listed(row) for row in answer.json() if is_repo(row["id"]) and is_sha(row.get("sha"))]  # an empty repo has no commit
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError("no list of models") from error
+        following = answer.links.get("next", {}).get("url")
+        return rows, urljoin(url, following) if following and self._ours(urljoin(url, following)) else None
+
+    def _ours(self, url: str) -> bool:
+        """Whether an address is the endpoint's, which may have our token."""
+        return urlsplit(url)[:2] == urlsplit(self.endpoint)[:2]
 
     def small(self, repo: str, sha: str, file: RemoteFile) -> bytes:
         """The contents of a file at a commit."""
@@ -183,13 +197,13 @@ class Hub:
 
         url = hf_hub_url(repo, file.name, revision=sha, endpoint=self.endpoint)
         for _ in range(5):
-            ours = urlsplit(url)[:2] == urlsplit(self.endpoint)[:2]
+            ours = self._ours(url)
             with self._get(url, start, length, ours=ours) as answer:
                 if answer.status_code not in _REDIRECTS:
                     yield from self._body(answer, file, start, length)
                     return
                 url = urljoin(url, answer.headers["location"])
-            if urlsplit(url)[:2] != urlsplit(self.endpoint)[:2]:
+            if not self._ours(url):
                 with self._lock:
                     self._links[key] = url
         raise Refuse("gone", f"{repo}@{sha[:12]}/{file.name}: redirected without end")
@@ -298,6 +312,13 @@ def _timed(seconds: float) -> None:
     session = get_session()
     if session.timeout != httpx.Timeout(seconds):
         session.timeout = httpx.Timeout(seconds)
+
+
+def _listed(row: Mapping[str, Any]) -> Info:
+    """A row of a listing."""
+    tags = tuple(tag for tag in row.get("tags") or () if isinstance(tag, str))
+    modified = datetime.fromisoformat(row.get("lastModified") or "1970-01-01T00:00:00Z")
+    return Info(row["id"], row["sha"], modified, tags, bool(row.get("gated")), bool(row.get("private")))
 
 
 def _file(name: str, size: int, oid: str | None, lfs: Any) -> RemoteFile:

@@ -28,7 +28,7 @@ def render(status: Status) -> str:
     good = status.health == "ok"
     cards = [
         ("folded", status.folds),
-        ("waiting", len(status.queue)),
+        ("waiting", status.queued),
         *([("in the pool", status.pool_size)] if status.select != "none" else []),
         ("record", status.head),
         ("rule", status.rule),
@@ -45,9 +45,12 @@ def render(status: Status) -> str:
         "<h2>Queue</h2>",
         _current(status.current),
         _table(("waiting",), ((name,) for name in status.queue)) if status.queue else '<p class="none">Nothing waits.</p>',
+        f"<p>and {status.queued - len(status.queue)} more</p>" if status.queued > len(status.queue) else "",
+        _hub(status),
         _pool(status),
         "<h2>Last folds</h2>",
         _folds(status.last_folds),
+        _published(status.published),
         "<h2>Refusals</h2>",
         _refusals(status.refusals),
         f"<footer>continual {escape(status.version)}, process {status.pid}; state {escape(status.state)} ({escape(status.state_id[:12])}); base {escape(status.base)}; "
@@ -85,6 +88,22 @@ def _current(current: Mapping[str, Any] | None) -> str:
         return ""
     done, total = int(current["done"]), int(current["total"])
     return f'<p>Folding <b>{escape(str(current["model"]))}</b>: {escape(str(current["stage"]))} <progress value="{done}" max="{max(total, 1)}"></progress> {done}/{total}</p>'
+
+
+def _hub(status: Status) -> str:
+    """What is taken from the Hub, and whether it answers."""
+    if status.hub is None:
+        return ""
+    asked = f"last asked {when(status.hub['polled'])}" if status.hub["polled"] else "not asked yet"
+    what = ", ".join(status.hub["bases"]) or "pushes only"
+    problem = f'<p class="bad">{escape(status.hub["problem"])}</p>' if status.hub["problem"] else ""
+    return f"<h2>Hub</h2><p>{escape(what)}: {escape(asked)}, {status.hub['seen']} commits open</p>{problem}"
+
+
+def _published(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    return "<h2>Published</h2>" + _table(("record", "when", "what"), ((r["seq"], when(r["time"]), r["message"]) for r in rows))
 
 
 def _pool(status: Status) -> str:
@@ -147,7 +166,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     def cell(name: str, value: object) -> str:
         kind = (
             ' class="wide"'
-            if name == "why"
+            if name in ("why", "what")
             else ' class="n"'
             if name in ("record", "when", "since", "norm", "cosine", "score", "z", "weight")
             else ""

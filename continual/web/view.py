@@ -11,7 +11,10 @@ from typing import Any, Protocol
 class Status:
     """The state and, where one runs, its daemon. Sizes in bytes, times as RFC 3339 or seconds. `current` is the candidate being folded, with its stage;
     `select` says who chooses what is folded, `pool` has the newest of the `pool_size` candidates that wait for a round, `last_round` the figures of the last;
-    `tuned` has the `record` that chose the scale and how many `folds` there were then, where the scale in force was tuned."""
+    `queue` has the
+    first of the `queued` candidates that are to be looked at; `hub` says what is taken from the Hub (`bases`), when it was `polled`, what `problem` that had
+    and how many commits were `seen` there and are open; `published`
+    are the last releases and hooks; `tuned` has the `record` that chose the scale and how many `folds` there were then, where the scale in force was tuned."""
 
     version: str
     health: str
@@ -27,6 +30,7 @@ class Status:
     scale: str
     tuned: Mapping[str, int] | None
     watch: Sequence[str]
+    hub: Mapping[str, Any] | None
     head: int
     folds: int
     generations: int
@@ -35,6 +39,7 @@ class Status:
     totals: Mapping[str, float]
     gauges: Mapping[str, float]
     queue: Sequence[str]
+    queued: int
     select: str
     pool_size: int
     pool: Sequence[Mapping[str, Any]]
@@ -42,6 +47,7 @@ class Status:
     current: Mapping[str, Any] | None
     last_folds: Sequence[Mapping[str, Any]]
     refusals: Sequence[Mapping[str, Any]]
+    published: Sequence[Mapping[str, Any]]
     peak_memory_bytes: float | None
 
 

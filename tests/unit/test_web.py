@@ -48,6 +48,10 @@ def test_every_answer_has_the_security_headers(client: TestClient) -> None:
         assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store"), path
 
 
+def test_without_a_secret_there_is_no_webhook(client: TestClient) -> None:
+    assert client.post("/webhook", json={}).status_code == 404
+
+
 def test_log_pages_backwards(client: TestClient) -> None:
     everything = client.get("/api/log").json()
     body = everything["records"] if isinstance(everything, dict) else everything
