@@ -28,6 +28,8 @@ _CLIENTS_TIMEOUT = 60.0
 """The same for requests of the client that cannot be told: pages of a listing, parts of an upload."""
 _LISTED = ("sha", "lastModified", "tags", "gated", "private")
 _REDIRECTS = (301, 302, 303, 307, 308)
+_SKIPPED = 16 << 20
+"""Bytes that are read and dropped where a mirror knows no ranges."""
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -202,6 +204,7 @@ class Hub:
                 if answer.status_code not in _REDIRECTS:
                     yield from self._body(answer, file, start, length)
                     return
+                answer.read()  # so that its connection serves the next request
                 url = urljoin(url, answer.headers["location"])
             if not self._ours(url):
                 with self._lock:
@@ -227,18 +230,22 @@ class Hub:
             said = _RANGE.fullmatch(answer.headers.get("content-range", ""))
             if said is None or int(said[1]) != start or int(said[3]) != file.size:
                 raise Refuse("changed", f"{file.name}: the Hub answers with another range than was asked for, or the file has another size")
-        else:
-            skip = start  # ranges are not known there
+        else:  # ranges are not known there
+            if start > _SKIPPED:
+                raise Trouble(
+                    f"{file.name}: {self.endpoint} serves no ranges of it: set hub.read = cache; nothing was settled", Fault.REQUEST
+                )
+            skip = start
         left = length
         for part in answer.iter_raw():
             self._count(0, len(part))
+            if left == 0:  # only now: a body that is not read to its end costs its connection
+                return
             kept = part[skip : skip + left]
             skip = max(0, skip - len(part))
             left -= len(kept)
             if kept:
                 yield kept
-            if left == 0:
-                return
 
     def _count(self, requests: int, received: int) -> None:
         with self._lock:

@@ -22,8 +22,8 @@ WINDOW = 40 << 20
 LARGEST, SMALLEST = 8 << 20, 1 << 20
 GAP = 16 << 10
 """Bytes between two tensors that are fetched along rather than ask twice."""
-HEAD = 128 << 10
-"""Bytes of a file that are fetched with the first look at it: its header, mostly."""
+HEAD, HEADS, LEAST = 128 << 10, 512 << 10, 4 << 10
+"""Bytes of a file that are fetched with the first look at it: its header, mostly. And of all files together, where they are many, but so many of each."""
 AHEAD = 3
 
 
@@ -67,6 +67,7 @@ class Ranges:
         self._hub, self._repo, self._sha, self._files = hub, repo, sha, files
         self.slots = (workers or len(os.sched_getaffinity(0))) + AHEAD
         self._largest = max(SMALLEST, min(LARGEST, WINDOW // self.slots))
+        self._head = max(LEAST, min(HEAD, HEADS // max(1, len(files))))
         self._heads: dict[int, bytes] = {}
         self._chunks: list[Chunk] = []
         self._ready = threading.Condition()
@@ -126,14 +127,14 @@ class Ranges:
     def _apart(self, file: int, into: memoryview, offset: int) -> None:
         """What was not expected: headers, out of the first bytes of the file where they are there."""
         end = offset + len(into)
-        if end <= HEAD and file not in self._heads:
-            head = bytearray(min(HEAD, self.stats[file].size))
+        if end <= self._head and file not in self._heads:
+            head = bytearray(min(self._head, self.stats[file].size))
             self._fetch(file, 0, memoryview(head))
             self._heads[file] = bytes(head)
-        if end <= len(self._heads.get(file, b"")):
-            into[:] = self._heads[file][offset:end]
-        else:
-            self._fetch(file, offset, into)
+        there = self._heads.get(file, b"")[offset:end]
+        into[: len(there)] = there
+        if len(there) < len(into):
+            self._fetch(file, offset + len(there), into[len(there) :])
 
     def _fetch(self, file: int, start: int, into: memoryview) -> None:
         self._hub.fetch(self._repo, self._sha, self._files[file], start, into)
