@@ -19,7 +19,7 @@ from continual.records import FileStat
 
 WINDOW = 40 << 20
 """Bytes of all chunks together."""
-LARGEST, SMALLEST = 8 << 20, 1 << 20
+LARGEST, SMALLEST = 8 << 20, 256 << 10
 GAP = 16 << 10
 """Bytes between two tensors that are fetched along rather than ask twice."""
 HEAD, HEADS, LEAST = 128 << 10, 512 << 10, 4 << 10
