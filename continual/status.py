@@ -155,7 +155,7 @@ def text(body: Mapping[str, Any]) -> str:
     ]
     if body["uptime_seconds"] is not None:
         lines.append(
-            f"up         {duration(body['uptime_seconds'])}, peak memory {size(body['peak_memory_bytes'])}, watching {', '.join(body['watch'])}"
+            f"up         {duration(body['uptime_seconds'])}, peak memory {size(body['peak_memory_bytes'])}, watching {', '.join([*body['watch'], *(['the Hub'] if body['hub'] else [])]) or 'nothing'}"
         )
     if body["current"]:
         lines.append(
@@ -198,7 +198,7 @@ def _status(
     memory: float | None,
 ) -> Status:
     state, folds = merge.state, merge.state.folds()
-    tuned = tuning.in_force(state)
+    tuned, made = tuning.in_force(state), state.format.base
     refused = state.refusals[-_SHOWN:]
     pool, last = merge.pool(), rounds.last_round(state)
     return Status(
@@ -210,7 +210,7 @@ def _status(
         uptime_seconds=uptime,
         state=str(state.path.absolute()),
         state_id=state.id,
-        base=state.format.base["path"],
+        base=f"{made['repo']}@{made['revision'][:12]}" if made.get("repo") else made["path"],
         rule=state.format.rule,
         options=state.format.options,
         scale=str(ReadOptions.from_mapping(state.read_options_at(state.head.seq))),

@@ -54,7 +54,7 @@ def render(status: Status) -> str:
         "<h2>Refusals</h2>",
         _refusals(status.refusals),
         f"<footer>continual {escape(status.version)}, process {status.pid}; state {escape(status.state)} ({escape(status.state_id[:12])}); base {escape(status.base)}; "
-        f"watching {escape(', '.join(status.watch)) or 'nothing'}. "
+        f"watching {escape(', '.join([*status.watch, *(['the Hub'] if status.hub else [])])) or 'nothing'}. "
         '<a href="/api/status">status as JSON</a>, <a href="/api/log">ledger</a>, <a href="/metrics">metrics</a></footer>',
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="refresh" content="{SECONDS}">'
