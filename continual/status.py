@@ -154,9 +154,8 @@ def text(body: Mapping[str, Any]) -> str:
         + "".join(f", {k} {v:.4g}" for k, v in body["gauges"].items()),
     ]
     if body["uptime_seconds"] is not None:
-        lines.append(
-            f"up         {duration(body['uptime_seconds'])}, peak memory {size(body['peak_memory_bytes'])}, watching {', '.join([*body['watch'], *(['the Hub'] if body['hub'] else [])]) or 'nothing'}"
-        )
+        watched = ", ".join([*body["watch"], *(["the Hub"] if body["hub"] else [])]) or "nothing"
+        lines.append(f"up         {duration(body['uptime_seconds'])}, peak memory {size(body['peak_memory_bytes'])}, watching {watched}")
     if body["current"]:
         lines.append(
             f"folding    {body['current']['model']}: {body['current']['stage']} {body['current']['done']}/{body['current']['total']}"
