@@ -344,7 +344,7 @@ class Merge:
         place = str(Path(word).absolute())
         for commit in self.state.log:
             candidate = commit.entry.candidate
-            if candidate and (word in (candidate["name"], candidate["key"], str(commit.seq)) or candidate["origin"] == place):
+            if candidate and (word in (candidate["name"], candidate["key"], str(commit.seq)) or candidate["origin"] in (word, place)):
                 fate = self.state.fate(candidate["key"])
                 if fate is not None and fate.entry.fate != "folded":
                     latest[candidate["key"]] = fate

@@ -161,7 +161,7 @@ def _find(folds: list[Commit], word: str) -> int:
     found = []
     for index, commit in enumerate(folds):
         candidate = commit.entry.candidate or {}
-        if word in (candidate["name"], candidate["key"], str(commit.seq)) or candidate["origin"] == place:
+        if word in (candidate["name"], candidate["key"], str(commit.seq)) or candidate["origin"] in (word, place):
             found.append(index)
     if not found:
         raise Misconfigured(f"{word}: no model of this name, path, key or record number is in the merge; see 'continual log'")

@@ -12,8 +12,9 @@ import torch
 
 from continual import api
 from continual.errors import Misconfigured, Refuse, Retry, Skip
+from continual.hub import Hub as Client
 from continual.records import Event
-from tests import hubs, models
+from tests import hubs, models, pools, quadratic
 from tests.hub import TOKEN, Account, Hub, faults, serving
 from tests.hubs import BASE, equal, made, merge, publish, sums
 
@@ -234,7 +235,6 @@ def test_our_own_release_is_known_wherever_it_is_found(tmp_path: Path, hub: Hub)
 def test_a_base_from_the_hub_is_pinned_and_fetched_again(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    from continual.hub import Hub as Client
     from continual.places import Places
 
     client = Client(endpoint=hub.endpoint, token=TOKEN)
@@ -282,3 +282,27 @@ def test_a_file_in_the_cache_that_was_altered_is_fetched_again_and_one_that_stay
         assert download(ours.places.hub, "org/ft", sha, file).read_bytes() == hub.read("org/ft", sha, "model.safetensors")
         with pytest.raises(Refuse, match="SHA-256"):
             download(ours.places.hub, "org/ft", sha, file._replace(sha256="0" * 64))
+
+
+@pytest.mark.parametrize("read", ["stream", "cache"])
+def test_repos_wait_in_the_pool_and_come_out_again(tmp_path: Path, hub: Hub, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    base = quadratic.world(tmp_path)
+    with pools.opened(tmp_path / "state", base, hub={"read": read}) as ours:
+        ours.places.hub = Client(endpoint=hub.endpoint, token=TOKEN)  # type: ignore[misc]
+        for name, directory in (("good", quadratic.good(base, 0)), ("noise", quadratic.noise(base, 0)), ("gone", quadratic.good(base, 1))):
+            publish(hub, f"org/{name}", directory)
+            assert ours.fold(f"hf://org/{name}").fate == "deferred"
+        newer = hub.commit("org/good", {"README.md": b"# another card"})  # what waits is the commit that was seen
+        hub.delete("org/gone")
+        found = pools.rows(ours.round())
+        assert {name: row.fate for name, row in found.items()} == {"org/good": "folded", "org/noise": "deferred", "org/gone": "expired"}
+        (fold,) = ours.state.folds()
+        assert fold.entry.candidate is not None
+        assert fold.entry.candidate["revision"] != newer
+        plan = ours.look_unfold("hf://org/good")
+        assert plan.exact
+        ours.unfold(plan)
+        assert ours.state.folds() == []
+        assert len(ours.retry("org/good")) == 1
+        assert [c["origin"] for c in ours.state.retried()] == ["hf://org/good"]
