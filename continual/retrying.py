@@ -28,6 +28,7 @@ class Fault(StrEnum):
     GONE = "not there"
     GATED = "gated"
     TOKEN = "token"
+    DENIED = "denied"
     CONFLICT = "conflict"
     REQUEST = "request"
 
@@ -49,7 +50,7 @@ def fault_of(status: int | None, code: str | None = None) -> Fault:
     if status in (408, 425) or status >= 500:
         return Fault.SERVER
     if status in (401, 403):
-        return Fault.TOKEN
+        return Fault.TOKEN if status == 401 else Fault.DENIED  # a proxy or a quota may deny what the token allows
     return Fault.CONFLICT if status in (409, 412) else Fault.REQUEST
 
 

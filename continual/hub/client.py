@@ -6,6 +6,7 @@ redirect to another origin is followed without our token. No message has a URL's
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import threading
@@ -15,9 +16,9 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
-from continual.errors import Abandoned, Misconfigured, Refuse, Retry
+from continual.errors import Abandoned, ContinualError, Misconfigured, Refuse, Retry
 from continual.hub.names import is_repo, is_sha
 from continual.retrying import Fault, fault_of, next_try
 
@@ -28,6 +29,8 @@ _CLIENTS_TIMEOUT = 60.0
 """The same for requests of the client that cannot be told: pages of a listing, parts of an upload."""
 _LISTED = ("sha", "lastModified", "tags", "gated", "private")
 _REDIRECTS = (301, 302, 303, 307, 308)
+_LINKS = 1000
+"""Signed links that are kept at most."""
 _SKIPPED = 16 << 20
 """Bytes that are read and dropped where a mirror knows no ranges."""
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -85,6 +88,7 @@ class Hub:
 
         if constants.is_offline_mode():
             raise Misconfigured("HF_HUB_OFFLINE is set: nothing can be read from the Hub; unset it, or give a directory")
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings have signed links in them
         self.api = HfApi(endpoint=endpoint, token=token, library_name="continual", library_version=version("continual"))
         self.endpoint: str = self.api.endpoint
         self.stop = stop or threading.Event()
@@ -129,11 +133,19 @@ class Hub:
         except (TypeError, AttributeError, KeyError) as error:
             raise ValueError("no list of models") from error
         following = answer.links.get("next", {}).get("url")
-        return rows, urljoin(url, following) if following and self._ours(urljoin(url, following)) else None
+        if not following:
+            return rows, None
+        there = urlsplit(urljoin(url, following))  # mirrors pass on the links of the Hub itself; our token stays with the endpoint
+        return rows, urlunsplit((*urlsplit(self.endpoint)[:2], there.path, there.query, ""))
 
     def _ours(self, url: str) -> bool:
         """Whether an address is the endpoint's, which may have our token."""
         return urlsplit(url)[:2] == urlsplit(self.endpoint)[:2]
+
+    def history(self, repo: str, revision: str) -> list[str]:
+        """The commits before `revision`, newest first. Raises Refuse (`gone`) if there is no such commit, Trouble."""
+        what = f"history of {repo}@{revision[:12]}"
+        return [c.commit_id for c in self.ask(what, lambda: self.api.list_repo_commits(repo, revision=revision))][1:]
 
     def small(self, repo: str, sha: str, file: RemoteFile) -> bytes:
         """The contents of a file at a commit."""
@@ -152,6 +164,8 @@ class Hub:
             before = done
             try:
                 for part in self._range(repo, sha, file, start + done, len(into) - done):
+                    if self.stop.is_set():
+                        raise _abandoned(what)
                     into[done : done + len(part)] = part
                     done += len(part)
                 raise _Short
@@ -174,14 +188,14 @@ class Hub:
                 self._wait_or_raise(what, error, attempt if tries is None else 1 << 30)
 
     def _wait_or_raise(self, what: str, error: Exception, attempt: int) -> None:
-        found = _failure(error)
-        if found is None:
+        if isinstance(error, ContinualError):
             raise error
+        found = _failure(error)
         delay = next_try(found.fault, attempt, random.random(), found.after)  # chance only spreads requests
         if delay is None:
             raise _said(what, found) from None
         if self.stop.wait(delay):
-            raise Abandoned(f"{what}: given up because continual is stopping; it will be taken up at the next start") from None
+            raise _abandoned(what) from None
 
     def _range(self, repo: str, sha: str, file: RemoteFile, start: int, length: int) -> Iterator[bytes]:
         """Up to `length` bytes from `start` on, in pieces. The link that a first request is redirected to is kept for the next ones, until it expires."""
@@ -205,9 +219,11 @@ class Hub:
                     yield from self._body(answer, file, start, length)
                     return
                 answer.read()  # so that its connection serves the next request
-                url = urljoin(url, answer.headers["location"])
+                url = urljoin(url, answer.headers.get("location", ""))
             if not self._ours(url):
                 with self._lock:
+                    if len(self._links) >= _LINKS:
+                        self._links.clear()
                     self._links[key] = url
         raise Refuse("gone", f"{repo}@{sha[:12]}/{file.name}: redirected without end")
 
@@ -253,6 +269,10 @@ class Hub:
             self.received += received
 
 
+def _abandoned(what: str) -> Abandoned:
+    return Abandoned(f"{what}: given up because continual is stopping; it will be taken up at the next start")
+
+
 class _Short(Exception):
     """A body ended before the range did."""
 
@@ -263,23 +283,14 @@ class _Failure(NamedTuple):
     after: float
 
 
-def _failure(error: Exception) -> _Failure | None:
-    """What an exception of the client says; None if it is not about the Hub."""
+def _failure(error: Exception) -> _Failure:
+    """What an exception of the client says. Of kinds that nobody foresaw it is taken for trouble with the connection: the client has several ways to say that."""
     from huggingface_hub import errors
-    from huggingface_hub.utils import httpx
 
     if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
-        headers = error.response.headers
-        return _Failure(
-            fault_of(error.response.status_code, headers.get("x-error-code")), error.response.status_code, asked_to_wait(headers)
-        )
-    if isinstance(
-        error, errors.HfHubHTTPError | errors.LocalEntryNotFoundError | httpx.HTTPError | _Short | ConnectionError | TimeoutError
-    ):
-        return _Failure(Fault.TRANSPORT, None, 0.0)
-    if isinstance(error, ValueError) and not isinstance(error, errors.HFValidationError):  # JSON that was cut off
-        return _Failure(Fault.TRANSPORT, None, 0.0)
-    return None
+        status, headers = error.response.status_code, error.response.headers
+        return _Failure(fault_of(status, headers.get("x-error-code")), status, asked_to_wait(headers))
+    return _Failure(Fault.REQUEST if isinstance(error, errors.HFValidationError) else Fault.TRANSPORT, None, 0.0)
 
 
 def asked_to_wait(headers: Mapping[str, str]) -> float:
@@ -305,7 +316,8 @@ def _said(what: str, found: _Failure) -> Retry | Refuse:
         Fault.RATE: "the Hub's rate limit is used up",
         Fault.SERVER: "the Hub has trouble",
         Fault.TRANSPORT: "the connection to the Hub failed",
-        Fault.TOKEN: "the Hub does not accept the token: check HF_TOKEN and what it may read",
+        Fault.TOKEN: "the Hub does not accept the token: check HF_TOKEN",
+        Fault.DENIED: "the Hub, or a proxy before it, does not allow it: check what the token HF_TOKEN may do",
         Fault.CONFLICT: "somebody else was there first",
         Fault.REQUEST: "the Hub does not understand the request",
     }[found.fault]

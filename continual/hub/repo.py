@@ -6,23 +6,26 @@ The commit is found out once and pinned; whatever happens to the repo afterwards
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from continual.errors import Refuse
-from continual.hub.client import TIMEOUT, Hub, Info, RemoteFile
+from continual.hub.client import TIMEOUT, Hub, Info, RemoteFile, Trouble
 from continual.hub.names import SCHEME, is_sha
 from continual.hub.ranges import Ranges
 from continual.records import FileStat
+from continual.retrying import Fault
 from continual.tensors.files import LARGEST_CONFIG, Files
 from continual.tensors.places import Weights
 
 Vet = Callable[[Info], None]
 """Raises for a repo that the settings leave out."""
+Newer = Callable[[Info], None]
+"""Hears of the commit that came after the one that was asked for."""
 
 
 class Repo:
@@ -44,6 +47,7 @@ class Repo:
         read: Literal["stream", "cache"] = "stream",
         newest: bool = False,
         vet: Vet | None = None,
+        newer: Newer | None = None,
         workers: int | None = None,
     ) -> None:
         self.hub = hub
@@ -54,6 +58,7 @@ class Repo:
         self._read = read
         self._newest = newest
         self._vet = vet
+        self._newer = newer
         self._workers = workers
         self._info: Info | None = None
         self._small: dict[str, bytes] = {}
@@ -61,16 +66,32 @@ class Repo:
 
     @property
     def info(self) -> Info:
-        """The repo at its commit. Raises Refuse (`gone`, `gated`, `superseded`), Trouble, and what the settings say of it."""
+        """The repo at its commit. Raises Refuse (`gone`, `gated`, `superseded`), Trouble, and what the settings say of it.
+
+        A repo that was renamed answers under its new name, which is then its name here, too.
+        """
         with self._lock:
             if self._info is None:
                 found = self.hub.info(self.name, None if self._newest else self._revision)
                 if self._newest and self._revision not in (None, found.sha):
-                    raise Refuse("superseded", f"{self}: {found.sha[:12]} came after it, and is looked at in its place")
+                    self._superseded(found)
                 if self._vet is not None:
                     self._vet(found)
-                self._info = found
+                self.name, self.origin, self._info = found.id, f"{SCHEME}{found.id}", found
             return self._info
+
+    def _superseded(self, head: Info) -> None:
+        """Raises Refuse (`superseded`) if `head` came after the commit that is meant, Trouble if the Hub only lags behind it."""
+        assert self._revision is not None
+        try:
+            before = self.hub.history(self.name, self._revision)
+        except Refuse:  # it is in the repo no more: the history was written anew
+            before = []
+        if head.sha in before:
+            raise Trouble(f"{self}: the Hub answers with an older commit; nothing was settled", Fault.TRANSPORT)
+        if self._newer is not None:
+            self._newer(head)
+        raise Refuse("superseded", f"{self}: {head.sha[:12]} came after it, and is looked at in its place")
 
     @property
     def revision(self) -> str | None:
@@ -189,7 +210,7 @@ class Cached:
 
 
 def download(hub: Hub, repo: str, sha: str, file: RemoteFile) -> Path:
-    """A file of a commit in the cache of the Hub's client (HF_HOME), fetched unless it is there; its SHA-256 is what the Hub says.
+    """A file of a commit in the cache of the Hub's client (HF_HOME), fetched unless it is there; its hash is what the Hub says.
 
     Raises Refuse (`gone`, `gated`, `changed`) and Trouble.
     """
@@ -199,18 +220,16 @@ def download(hub: Hub, repo: str, sha: str, file: RemoteFile) -> Path:
     how: dict[str, Any] = {"revision": sha, "endpoint": hub.endpoint, "token": hub.api.token, "etag_timeout": TIMEOUT}
     for force in (False, True):  # what lies in the cache can have been damaged there
         path = Path(hub.ask(what, partial(hf_hub_download, repo, file.name, force_download=force, **how)))
-        if file.sha256 is None:
+        if same(path, file):
             return path
-        with closing(Files([path], None)) as files:
-            if _sha256(files) == file.sha256:
-                return path
-    raise Refuse("changed", f"{what}: its contents do not have the SHA-256 that the Hub says, even after a second download")
+    raise Refuse("changed", f"{what}: its contents do not have the hash that the Hub says, even after a second download")
 
 
-def _sha256(files: Files) -> str:
-    found, buffer, size = hashlib.sha256(), bytearray(1 << 20), files.stats[0].size
-    for start in range(0, size, len(buffer)):
-        part = memoryview(buffer)[: min(len(buffer), size - start)]
-        files.preadv(0, part, start)
-        found.update(part)
-    return found.hexdigest()
+def same(contents: Path | bytes, file: RemoteFile) -> bool:
+    """Whether contents are those of a file on the Hub: by SHA-256 where it is in LFS, by git's blob id elsewhere."""
+    size = len(contents) if isinstance(contents, bytes) else contents.stat().st_size
+    found = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with io.BytesIO(contents) if isinstance(contents, bytes) else open(contents, "rb") as opened:
+        while part := opened.read(1 << 20):
+            found.update(part)
+    return size == file.size and found.hexdigest() == (file.sha256 or file.oid)

@@ -6,7 +6,6 @@ names its parent, so of two writers one fails.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -17,6 +16,7 @@ from typing import Any
 from continual.config import Release
 from continual.errors import Misconfigured, Refuse
 from continual.hub import Hub, Info, Trouble, named
+from continual.hub.repo import same
 from continual.provenance import RELEASE
 from continual.retrying import Fault
 
@@ -158,25 +158,12 @@ def _changes(directory: Path, card: str, now: Info | None) -> tuple[dict[str, Pa
     for name, file in ours.items():
         known = there.get(name)
         size = len(file) if isinstance(file, bytes) else file.stat().st_size
-        if known is not None and known.size == size and _same(file, known.sha256, known.oid):
+        if known is not None and same(file, known):
             continue
         adds[name] = file
         nbytes += size
     weights = (".safetensors", ".safetensors.index.json")
     return adds, sorted(name for name in there if name.endswith(weights) and name not in ours), nbytes
-
-
-def _same(file: Path | bytes, sha256: str | None, oid: str) -> bool:
-    """Whether contents are those that the Hub has: by SHA-256 in LFS, by git's blob id elsewhere."""
-    size = len(file) if isinstance(file, bytes) else file.stat().st_size
-    found = hashlib.sha256() if sha256 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    if isinstance(file, bytes):
-        found.update(file)
-    else:
-        with open(file, "rb") as opened:
-            while part := opened.read(1 << 20):
-                found.update(part)
-    return found.hexdigest() == (sha256 or oid)
 
 
 def _commit(hub: Hub, asked: Release, adds: Mapping[str, Path | bytes], deletes: list[str], parent: Info | None, message: str) -> str:

@@ -28,7 +28,9 @@ def why(state: State, word: str) -> Why:
     """Of the candidate that `word` names: a name, path or key, the newest of them. Raises Misconfigured if the ledger knows none."""
     place = str(Path(word).absolute())
     seen = [c for c in state.log if (e := c.entry.candidate) and (word in (e["name"], e["key"]) or e["origin"] in (word, place))]
-    seen += [fold for fold in state.folds() if (e := fold.entry.candidate) and (word in (e["name"], e["key"]) or e["origin"] in (word, place))]
+    seen += [
+        fold for fold in state.folds() if (e := fold.entry.candidate) and (word in (e["name"], e["key"]) or e["origin"] in (word, place))
+    ]
     if not seen:
         raise Misconfigured(f"{word}: no candidate of this name, path or key was ever seen; see 'continual pool' and 'continual log'")
     newest = seen[-1].entry.candidate or {}

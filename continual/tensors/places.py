@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -201,7 +200,7 @@ def release_of(place: Place) -> Mapping[str, Any] | None:
     if not place.present(RELEASE):
         return None
     try:
-        body = json.loads(place.small(RELEASE))
-    except (ValueError, Refuse):
+        body = header.json_object(place.small(RELEASE), place.file(RELEASE), "config")
+    except Refuse:
         return None
-    return body if isinstance(body, dict) and "state" in body else None
+    return body if "state" in body else None
