@@ -347,7 +347,8 @@ class Merge:
             if candidate and (word in (candidate["name"], candidate["key"], str(commit.seq)) or candidate["origin"] in (word, place)):
                 fate = self.state.fate(candidate["key"])
                 if fate is not None and fate.entry.fate != "folded":
-                    latest[candidate["key"]] = fate
+                    one = candidate["origin"] if candidate.get("revision") and word not in (candidate["key"], str(commit.seq)) else None
+                    latest[one or candidate["key"]] = fate  # of a repo the newest commit that was seen
         return list(latest.values())
 
 

@@ -34,7 +34,8 @@ def open_base(state: State, places: Places, moved: Path | None = None) -> BaseMo
     """
     record = state.format.base
     path = moved or Path(record["path"])
-    if not path.exists() and moved is None and record.get("repo"):
+    there = all((path / file["name"]).exists() for file in record["files"])  # a fetch that was cut off leaves some
+    if not there and moved is None and record.get("repo"):
         path = fetched(places.hub, record["repo"], record["revision"], silent).path
     if not path.exists():
         raise Misconfigured(f"base {path} is gone: put it back, or say where it is now with base = DIR (--base)")

@@ -45,8 +45,20 @@ def _pairs(given: object) -> object:
     return table
 
 
+def _unset(given: object) -> object:
+    """Nothing, where an empty text stands for it, as an unset variable leaves it."""
+    return None if given == "" else given
+
+
+def _repos(text: object) -> object:
+    """Repos with or without `hf://`."""
+    found = _split(text)
+    return tuple(str(part).removeprefix("hf://") for part in found) if isinstance(found, tuple | list) else found
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Repos = Annotated[tuple[str, ...], BeforeValidator(_repos)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
 Seconds = Annotated[float, Field(ge=0)]
 
@@ -87,9 +99,9 @@ class Hub(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     watch: bool = Field(False, description="poll the Hub for fine-tunes and adapters of the base")
-    bases: Texts = Field((), description="repos whose fine-tunes are taken; default: the base of the state, where it came from the Hub")
+    bases: Repos = Field((), description="repos whose fine-tunes are taken; default: the base of the state, where it came from the Hub")
     relations: Texts = Field(("finetune", "adapter"), description="how a repo may name its base: finetune, adapter, merge or quantized")
-    repos: Texts = Field((), description="repos that are watched whatever they say of their base")
+    repos: Repos = Field((), description="repos that are watched whatever they say of their base")
     authors: Texts = Field((), description="users and organisations all of whose models are looked at")
     read: Literal["stream", "cache"] = Field(
         "stream", description="read weights by ranges, nothing on disk; or through the cache of the Hub's client"
@@ -169,7 +181,9 @@ class Settings(BaseModel):
         description="where the merge is published on the Hub: a table, or key=value pairs",
     )
     hooks: tuple[Hook, ...] = Field((), description="who is told when a new merge is out: tables")
-    webhook_secret: SecretStr | None = Field(None, description="what the Hub sends as X-Webhook-Secret; without it there is no /webhook")
+    webhook_secret: Annotated[SecretStr | None, BeforeValidator(_unset)] = Field(
+        None, description="what the Hub sends as X-Webhook-Secret; without it there is no /webhook"
+    )
     settle: Seconds = Field(5.0, description="how long a model's files must be still before it is taken")
     rescan: Annotated[float, Field(gt=0)] = Field(30.0, description="how often the folders are scanned whatever the notifications say")
     base: Path | None = Field(None, description="where the base is now, if it was moved since init")

@@ -174,6 +174,7 @@ class Daemon:
 
     def _hub_source(self) -> HubSource:
         state = self.merge.state
+        self.merge.places.check()
         found = HubSource(self.merge.places, self.settings.hub, self.settings.state, state.is_settled)
         found.again(state.retried())
         return found

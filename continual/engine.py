@@ -97,6 +97,8 @@ class Engine:
                 )
             if self.rule.shipped is not None:
                 self._shipped(model, lineage)
+            if self.policy.updates == "refuse" and "revision" in candidate.facts:
+                self._replace_waiting(candidate)
             message = f"{candidate.name}: waits in the pool for a round"
             entry = Entry(
                 kind="defer",
@@ -109,6 +111,17 @@ class Engine:
             return Outcome("deferred", candidate.name, message, "waiting", self.state.record(entry))
 
         return self._consider(place, wait)
+
+    def _replace_waiting(self, candidate: Candidate) -> None:
+        """Settles commits of the same repo that wait: the one that came now is looked at in their place."""
+        for waiting in self.state.pool().values():
+            older = waiting.commit.entry.candidate or {}
+            if older.get("origin") == candidate.origin and older.get("key") != candidate.key:
+                message = f"{older['name']}: a newer commit of it waits in its place"
+                software = provenance.software()
+                self.state.record(
+                    Entry(kind="refuse", candidate=older, fate="refused", reason="superseded", message=message, software=software)
+                )
 
     def _consider(self, place: Place, then: Callable[[Candidate, Model, Lineage], Outcome]) -> Outcome:
         """The headers of a candidate vetted, and what comes `then` if it may come in."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ class Places:
         self.settings = settings
         self.bases = settings.hub.bases or ((base,) if base else ())
         self.stop = threading.Event()
+        self.newer: Callable[[Info], None] = _nobody
 
     @cached_property
     def hub(self) -> Hub:
@@ -56,10 +57,20 @@ class Places:
         return place
 
     def seen(self, event: Event) -> Place:
-        """What a source saw. Of a repo the commit has to be the newest still, and the settings have to let it in: else Skip is raised when it is asked for."""
+        """What a source saw. Of a repo the commit has to be the newest still, and the settings have to let it in: else Skip is raised when it is asked for.
+
+        What a person wants looked at again (`retry`) is read at the commit it was.
+        """
         if not event.origin.startswith(SCHEME):
             return Folder(Path(event.origin), event.root, event.source)
-        return self._repo(event.name, event.revision, source=event.source, newest=True, vet=self._vet)
+        if event.source == "retry":
+            return self._repo(event.name, event.revision, source="hub")
+
+        def vet(info: Info) -> None:
+            if why := self.left_out(info, event.name):
+                raise Skip(f"{info.id}: not taken: {why}")
+
+        return self._repo(event.name, event.revision, source=event.source, newest=True, vet=vet, newer=self.newer)
 
     def of(self, candidate: Mapping[str, Any]) -> Place:
         """What a record names."""
@@ -73,12 +84,22 @@ class Places:
 
         return Repo(self.hub, repo, revision, read=self.settings.hub.read, workers=self.settings.workers or None, **how)
 
-    def left_out(self, info: Info) -> str | None:
-        """Why a repo is not taken by the settings; None if it is."""
+    def left_out(self, info: Info, called: str | None = None) -> str | None:
+        """Why a repo is not taken by the settings; None if it is. `called`: the name under which it was asked for."""
         from continual.hub.wanted import left_out
 
-        return left_out(info, self.settings.hub, self.bases, self.settings.release.repo)
+        return left_out(info, self.settings.hub, self.bases, self.settings.release.repo, called)
 
-    def _vet(self, info: Info) -> None:
-        if why := self.left_out(info):
-            raise Skip(f"{info.id}: not taken: {why}")
+    def check(self) -> None:
+        """Raises Misconfigured for settings of the Hub that cannot be used, or would find nothing."""
+        from continual.hub.wanted import check
+
+        check(self.settings.hub)
+        if self.settings.hub.watch and not self.bases:
+            raise Misconfigured(
+                "hub.watch = true, and the base of this state came from a folder: name its repo with hub.bases (--hub bases=ORG/NAME)"
+            )
+
+
+def _nobody(_info: Info) -> None:
+    """Nobody wants to know."""

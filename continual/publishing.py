@@ -20,13 +20,14 @@ import structlog
 from continual import provenance, releasing
 from continual.api import Merge
 from continual.config import Hook
-from continual.errors import ContinualError
+from continual.errors import ContinualError, Misconfigured
+from continual.hub import Trouble
 from continual.metrics import Metrics
 from continual.publish import folder, hooks
 from continual.publish.hooks import Published
 from continual.publish.hub import newest_release
 from continual.records import Entry
-from continual.retrying import retry_delay
+from continual.retrying import PARKED, Fault, retry_delay
 
 T = TypeVar("T")
 Record = Callable[[Entry], Awaitable[Any]]
@@ -44,7 +45,7 @@ class Publishing:
         self.told = told
         self.log = structlog.get_logger("continual")
         first = "current" if self.settings.current else "release"
-        self.hooks = [Waiter(hook, hook.after or first) for hook in self.settings.hooks]
+        self.hooks = [Waiter(number, hook, hook.after or first) for number, hook in enumerate(self.settings.hooks, 1)]
         self._fresh: list[asyncio.Event] = []
 
     def fresh(self) -> None:
@@ -78,11 +79,12 @@ class Publishing:
                     fresh.set()
                 failures = 0
                 self.told()
-            except (OSError, ContinualError) as error:
+            except Exception as error:  # whatever it is, the folds go on
                 failures += 1
-                delay = retry_delay(failures, getattr(error, "after", 0.0))
+                delay = _again(error, failures)
                 self.metrics.error(what)
-                self.log.error(f"{what} failed", seq=model.seq, error=str(error), retry_seconds=delay)
+                known = isinstance(error, OSError | ContinualError)
+                self.log.error(f"{what} failed", seq=model.seq, error=str(error), retry_seconds=delay, exc_info=not known)
                 asyncio.get_running_loop().call_later(delay, fresh.set)
 
     async def _current(self, seq: int) -> bool:
@@ -94,6 +96,8 @@ class Publishing:
 
         target = await asyncio.to_thread(folder.keep_current, link, seq, write)
         self.log.info("published", seq=seq, directory=str(target))
+        if all(self._was_told(waiter, seq) for waiter in self.hooks if waiter.after == "current"):
+            return False
         published = Published(state=self.merge.state.id, seq=seq, directory=target)
         if rank := max((w.hook.rank for w in self.hooks if w.hook.kind == "vllm-lora" and w.after == "current"), default=0):
             published = dataclasses.replace(published, lora=await asyncio.to_thread(self._lora, link, seq, rank))
@@ -113,7 +117,9 @@ class Publishing:
         asked, state = self.settings.release, self.merge.state
         done = newest_release(state.log, asked.repo or "", asked.branch)
         last = -1 if done is None else int(done["of"])
-        if last >= newest:
+        if last >= newest or not state.folds(newest):
+            if done is not None:  # a kill may have come between the release and its hooks
+                self._hand(Published(state=state.id, seq=last, **{key: done[key] for key in ("repo", "commit", "tag")}), "release")
             return False
         seq = releasing.next_record(self.merge, last) if asked.every else newest
         found = await aside(partial(releasing.release, self.merge, seq))
@@ -128,9 +134,18 @@ class Publishing:
 
     def _hand(self, published: Published, after: str) -> None:
         for waiter in self.hooks:
-            if waiter.after == after:
+            if waiter.after == after and not self._was_told(waiter, published.seq or 0):
                 waiter.newest = published
                 waiter.fresh.set()
+
+    def _was_told(self, waiter: Waiter, seq: int) -> bool:
+        """Whether the ledger has a call of such a hook for this record: after a restart nobody is told twice."""
+        for commit in reversed(self.merge.state.log[seq:]):
+            numbers = commit.entry.numbers or {}
+            called = numbers.get("hook", {}) if commit.entry.kind == "publish" and numbers["of"] == seq else {}
+            if (called.get("number"), called.get("target")) == (waiter.number, hooks.target(waiter.hook)):
+                return True
+        return False
 
     async def _call(self, waiter: Waiter) -> None:
         """Tells one server of the newest publication, one at a time; what became of it goes into the ledger. Nothing waits for it."""
@@ -142,9 +157,21 @@ class Publishing:
             told = await aside(partial(hooks.call, waiter.hook, published, self.merge.places.stop))
             self.metrics.hook(waiter.hook.kind, told.ok)
             (self.log.info if told.ok else self.log.error)("hook", **told.body(), seq=published.seq)
-            numbers = {"of": published.seq, "hook": told.body()}
+            numbers = {"of": published.seq, "hook": {"number": waiter.number, **told.body()}}
             said = f"hook {told.kind} for record {published.seq}: {'done' if told.ok else told.message}"
-            await self.record(Entry(kind="publish", numbers=numbers, message=said, software=provenance.software()))
+            try:
+                await self.record(Entry(kind="publish", numbers=numbers, message=said, software=provenance.software()))
+            except ContinualError as error:  # the log line above is what is left of it
+                self.metrics.error("publish")
+                self.log.error("hook not recorded", seq=published.seq, error=str(error))
+
+
+def _again(error: Exception, failures: int) -> float:
+    """Seconds until it is tried again; what only a person can mend is tried once an hour, and with the next fold."""
+    hopeless = isinstance(error, Misconfigured) or (
+        isinstance(error, Trouble) and error.fault in (Fault.TOKEN, Fault.DENIED, Fault.REQUEST)
+    )
+    return retry_delay(failures, max(PARKED if hopeless else 0.0, getattr(error, "after", 0.0)))
 
 
 async def aside(call: Callable[[], T]) -> T:
@@ -171,8 +198,9 @@ async def aside(call: Callable[[], T]) -> T:
 
 @dataclasses.dataclass(slots=True)
 class Waiter:
-    """A hook, and the newest publication it has not been told of."""
+    """A hook, its place among the settings (from 1), and the newest publication it has not been told of."""
 
+    number: int
     hook: Hook
     after: str
     newest: Published | None = None

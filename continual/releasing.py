@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from continual import provenance
 from continual.api import Merge
 from continual.errors import Misconfigured
+from continual.places import SCHEME
 from continual.publish import card, folder, hub
 from continual.publish.hub import Released
 from continual.records import Entry
@@ -46,7 +48,8 @@ def look(merge: Merge, at: int | None = None) -> Look:
     """What releasing would do; only asks the Hub. Raises Misconfigured, Trouble."""
     asked, seq = merge.settings.release, record_of(merge, at).seq
     remote = hub.look(merge.places.hub, asked)
-    out = not hub.may_follow(remote, asked, merge.state.id, seq)
+    ours = _ours(merge, seq)
+    out = not hub.may_follow(remote, asked, ours.state, seq, ours.generations)
     facts = facts_of(merge, seq)
     there = None if remote.release is None else int(remote.release["seq"])
     return Look(asked.repo or "", asked.branch, seq, out, there, card.licences(facts.base, facts.folded), card.card(facts))
@@ -61,7 +64,25 @@ def release(merge: Merge, at: int | None = None) -> Released:
         raise Misconfigured(
             f"{asked.repo}: {agreement.message}; nothing is released: unfold the models in question, or set release.licences = warn"
         )
-    return hub.release(merge.places.hub, asked, merge.state.id, seq, lambda: exported(merge, seq), card.card(facts))
+    text = card.card(facts)
+
+    def texts(directory: Path) -> dict[str, bytes]:
+        return {hub.CARD: text.encode(), provenance.RELEASE: public(directory / provenance.RELEASE)}
+
+    return hub.release(merge.places.hub, asked, _ours(merge, seq), lambda: exported(merge, seq), texts)
+
+
+def _ours(merge: Merge, seq: int) -> hub.Ours:
+    return hub.Ours(merge.state.id, seq, [commit.generation for commit in merge.state.log])
+
+
+def public(file: Path) -> bytes:
+    """A `continual.json` as strangers may read it: without the folders of this machine."""
+    body = json.loads(file.read_bytes())
+    for row, key in [(body["base"], "path"), *((fold, "origin") for fold in body["folded"])]:
+        if not str(row[key]).startswith(SCHEME):
+            row[key] = Path(str(row[key])).name
+    return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
 
 
 def entry(released: Released) -> Entry:
@@ -116,9 +137,9 @@ def _model(fold: Commit) -> card.Model:
 
 
 def next_record(merge: Merge, after: int) -> int:
-    """The first record after `after` that changed the model and can still be read: generations that have expired cannot be released any more."""
-    kept = set(merge.state.generations())
-    return next(c.seq for c in merge.state.models() if c.seq > after and (c.generation is None or c.generation in kept))
+    """The first record after `after` that changed the model, has one in it and can still be read: generations that have expired cannot be released any more."""
+    state, kept = merge.state, set(merge.state.generations())
+    return next(c.seq for c in state.models() if c.seq > after and c.generation in kept and state.folds(c.seq))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from continual.api import Merge
-from continual.errors import Misconfigured, Retry, Skip
+from continual.errors import Misconfigured, Refuse, Retry, Skip
 from continual.outcomes import Outcome, known_as
 from continual.places import SCHEME
 from continual.records import Event
@@ -48,11 +48,14 @@ def survey(merge: Merge) -> Iterator[Seen]:
     if not _hub(merge):
         return
     now = time.time()
-    for info in source(merge).rows():
+    for called, info in source(merge).rows():
+        if isinstance(info, Refuse):
+            yield Seen(called, f"{SCHEME}{called}", None, "hub", False, str(info))
+            continue
         place = merge.places.seen(Event("hub", f"{SCHEME}{info.id}", revision=info.sha))
         key = f"hub:{info.id}@{info.sha}"
         young = settings.hub.settle - (now - info.modified.timestamp())
-        if out := merge.places.left_out(info):
+        if out := merge.places.left_out(info, called):
             verdict = False, out
         elif known := merge.state.fate(key):
             verdict = False, known_as(info.id, known).message
@@ -102,7 +105,9 @@ def source(merge: Merge) -> hub_source.HubSource:
 
 
 def must_watch(merge: Merge) -> None:
-    """Raises Misconfigured where nothing is watched."""
+    """Raises Misconfigured where nothing is watched, or what is watched cannot be."""
+    if _hub(merge):
+        merge.places.check()
     if not merge.settings.watch and not _hub(merge):
         raise Misconfigured("nothing to watch: name a folder with watch = [DIR] (--watch DIR), or set hub.watch = true (--hub watch=true)")
 

@@ -7,6 +7,8 @@ follow ahead of time, and dropped when all of it was read; at most `slots` of th
 from __future__ import annotations
 
 import contextlib
+import itertools
+import mmap
 import os
 import threading
 from collections.abc import Sequence
@@ -39,23 +41,26 @@ class Chunk:
     passes: int = 0
     used: int = 0
     loading: bool = False
-    data: bytearray | None = None
+    data: mmap.mmap | None = None
 
 
 def cut(extents: Sequence[tuple[int, int, int]], largest: int, gap: int = GAP) -> list[Chunk]:
-    """Chunks of at most `largest` bytes that cover `extents` (file, first byte, bytes; in this order), and no gap between them larger than `gap`."""
+    """Chunks of at most `largest` bytes that cover `extents` (file, first byte, bytes; in this order), and no gap between them larger than `gap`.
+
+    What needs several has them for itself: one that it shared with its neighbour would wait in its slot until both threads have come to it.
+    """
     chunks: list[Chunk] = []
+    whole = False  # whether the last one has whole extents
     for file, start, nbytes in extents:
-        stop = start + nbytes
-        while start < stop:
-            last = chunks[-1] if chunks else None
-            joins = last is not None and last.file == file and 0 <= start - last.stop <= gap and start < last.start + largest
-            if last is None or not joins:
-                last = Chunk(file, start, start, 0, 0)
-                chunks.append(last)
-            last.stop = min(stop, last.start + largest)
-            last.needed = last.left = last.needed + last.stop - start
-            start = last.stop
+        stop, last = start + nbytes, chunks[-1] if chunks else None
+        if last is not None and whole and last.file == file and 0 <= start - last.stop <= gap and stop <= last.start + largest:
+            last.stop = stop
+            last.needed = last.left = last.needed + nbytes
+        elif nbytes:
+            parts = -(-nbytes // largest)
+            bounds = [start + nbytes * part // parts for part in range(parts + 1)]
+            chunks += [Chunk(file, a, b, b - a, b - a) for a, b in itertools.pairwise(bounds)]
+            whole = parts == 1
     return chunks
 
 
@@ -65,7 +70,8 @@ class Ranges:
     def __init__(self, hub: Hub, repo: str, sha: str, files: Sequence[RemoteFile], workers: int | None = None) -> None:
         self.stats = tuple(FileStat(file.name, file.size, 0, 0) for file in files)
         self._hub, self._repo, self._sha, self._files = hub, repo, sha, files
-        self.slots = (workers or len(os.sched_getaffinity(0))) + AHEAD
+        # a worker holds the chunk it reads, and may leave the end of the one before to who reads the neighbour
+        self.slots = 2 * (workers or len(os.sched_getaffinity(0))) + AHEAD
         self._largest = max(SMALLEST, min(LARGEST, WINDOW // self.slots))
         self._head = max(LEAST, min(HEAD, HEADS // max(1, len(files))))
         self._heads: dict[int, bytes] = {}
@@ -153,7 +159,7 @@ class Ranges:
             return low
         return None
 
-    def _take(self, index: int) -> bytearray:
+    def _take(self, index: int) -> mmap.mmap:
         """The data of a chunk, fetched by this thread if nobody does so."""
         chunk = self._chunks[index]
         with self._ready:
@@ -168,8 +174,8 @@ class Ranges:
             self._ahead(index + 1, chunk.passes)
         return data if data is not None else self._load(chunk)
 
-    def _load(self, chunk: Chunk) -> bytearray:
-        data = bytearray(chunk.stop - chunk.start)
+    def _load(self, chunk: Chunk) -> mmap.mmap:
+        data = mmap.mmap(-1, chunk.stop - chunk.start)  # given back at once when it is dropped: the heap of each thread would keep some
         try:
             self._fetch(chunk.file, chunk.start, memoryview(data))
             with self._ready:
@@ -194,7 +200,7 @@ class Ranges:
                 self._drop(chunk)
 
     def _drop(self, chunk: Chunk) -> None:
-        chunk.data, chunk.left, chunk.passes = None, chunk.needed, chunk.passes + 1
+        chunk.data, chunk.left, chunk.passes, chunk.used = None, chunk.needed, chunk.passes + 1, 0
         self._here.discard(chunk)
 
     def _make_room(self) -> None:
@@ -203,11 +209,12 @@ class Ranges:
             loaded = [chunk for chunk in self._here if chunk.data is not None]
             if not loaded:
                 return
-            self._drop(min(loaded, key=lambda chunk: (chunk.used == 0, chunk.used)))
+            self._drop(min(loaded, key=lambda chunk: chunk.used or self._tick))
 
     def _ahead(self, index: int, passes: int) -> None:
         """Begins to fetch the next chunks of this pass into slots that are free."""
-        free = self.slots - 1 - len(self._here)
+        unread = sum(chunk.used == 0 for chunk in self._here)
+        free = min(AHEAD - unread, self.slots - 1 - len(self._here))
         for chunk in self._chunks[index : index + AHEAD]:
             if free <= 0 or self._closed:
                 return

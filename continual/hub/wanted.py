@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from continual.config import Hub as Asked
 from continual.errors import Misconfigured
 from continual.hub.client import Info
+from continual.hub.names import is_repo
 
 
-def left_out(info: Info, asked: Asked, bases: Collection[str], own: str | None = None) -> str | None:
-    """Why a repo is not taken, in a few words; None if it is. `bases` are the repos whose fine-tunes are wanted, `own` the one we publish to.
+def left_out(info: Info, asked: Asked, bases: Collection[str], own: str | None = None, called: str | None = None) -> str | None:
+    """Why a repo is not taken, in a few words; None if it is. `bases` are the repos whose fine-tunes are wanted, `own` the one we publish to, `called` the name
+    under which it was asked for, if it was renamed.
 
     Sizes are judged where the files are known; a listing does not have them.
     """
@@ -20,7 +22,7 @@ def left_out(info: Info, asked: Asked, bases: Collection[str], own: str | None =
         return "our own releases" if info.id == own else "the base itself"
     related = {f"base_model:{relation}:{base}" for relation in asked.relations for base in bases}
     owner = info.id.partition("/")[0]
-    if not related & set(info.tags) and info.id not in asked.repos and owner not in asked.authors:
+    if not related & set(info.tags) and not {info.id, called} & set(asked.repos) and owner not in asked.authors:
         return "no fine-tune of the base by its tags, and not named in repos or authors"
     if asked.allow and not _matches(info.id, asked.allow):
         return "not in allow"
@@ -44,6 +46,15 @@ def left_out(info: Info, asked: Asked, bases: Collection[str], own: str | None =
     if asked.max_bytes is not None and info.weight_bytes > asked.max_bytes:
         return f"{info.weight_bytes} bytes of weights are more than max_bytes"
     return None
+
+
+def check(asked: Asked) -> None:
+    """Raises Misconfigured for settings that cannot be used."""
+    for name, words in (("bases", asked.bases), ("repos", asked.repos), ("authors", asked.authors)):
+        for word in words:
+            if not is_repo(word) or (name == "authors" and "/" in word):
+                raise Misconfigured(f"hub.{name}: {word!r} is no {'user or organisation' if name == 'authors' else 'repo: write ORG/NAME'}")
+    since_of(asked)
 
 
 def since_of(asked: Asked) -> datetime | None:

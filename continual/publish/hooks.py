@@ -151,7 +151,7 @@ def call(hook: Hook, published: Published, stop: threading.Event, wait: Callable
             break
         attempts += 1
         tried = once(hook, published, time.monotonic() + hook.timeout)
-    return Told(hook.kind, _target(hook), tried.ok, attempts, time.monotonic() - begun, _line(tried.message))
+    return Told(hook.kind, target(hook), tried.ok, attempts, time.monotonic() - begun, _line(tried.message))
 
 
 def _sglang(hook: Hook, published: Published, deadline: float) -> _Tried:
@@ -273,7 +273,7 @@ def _said(text: str) -> str:
     return _line(said if isinstance(said, str) else json.dumps(said))
 
 
-def _target(hook: Hook) -> str:
+def target(hook: Hook) -> str:
     if hook.kind == "command":
         return _line(hook.command[0])
     parts = urlsplit(hook.url or "")

@@ -33,11 +33,13 @@ class Sighting(NamedTuple):
 
 @dataclass(slots=True)
 class Cursor:
-    """`high`: the newest commit time of a listing that was read to its end, by listing; `swept`: when all was read last; `seen`: what is not settled, by key."""
+    """`high`: the newest commit time of a listing that was read as far as was needed, by listing; `swept`: when all was read last; `seen`: what is not settled, by
+    key; `asked`: what the settings were then, in a word."""
 
     high: dict[str, float] = field(default_factory=dict)
     swept: dict[str, float] = field(default_factory=dict)
     seen: dict[str, Sighting] = field(default_factory=dict)
+    asked: str = ""
     given: set[str] = field(default_factory=set)
 
     def sweeps(self, listing: str, now: float, every: float) -> bool:
@@ -61,7 +63,7 @@ class Cursor:
             if wanted(row):
                 new += self.saw(Sighting(row.id, row.sha, now, modified), known)
         if newest is not None:
-            self.high[listing] = max(newest, self.high.get(listing, newest))
+            self.high[listing] = max(min(newest, now), self.high.get(listing, 0.0))  # a time that is ahead would hide what comes until then
         if stop is None:
             self.swept[listing] = now
         return new
@@ -95,15 +97,16 @@ class Cursor:
 
     def body(self) -> dict[str, Any]:
         """As it is kept on disk."""
-        return {"high": self.high, "swept": self.swept, "seen": [list(s) for s in self.seen.values()]}
+        return {"asked": self.asked, "high": self.high, "swept": self.swept, "seen": [list(s) for s in self.seen.values()]}
 
     @classmethod
-    def of(cls, body: Mapping[str, Any] | None) -> Cursor:
-        """From what was kept."""
+    def of(cls, body: Mapping[str, Any] | None, asked: str = "") -> Cursor:
+        """From what was kept. Where other settings are `asked` for now, everything is read again: what they let in may have been passed over."""
         if body is None:
-            return cls()
-        seen = [Sighting(*row) for row in body["seen"]]
-        return cls(dict(body["high"]), dict(body["swept"]), {s.key: s for s in seen})
+            return cls(asked=asked)
+        seen = {s.key: s for s in (Sighting(*row) for row in body["seen"])}
+        same = body["asked"] == asked
+        return cls(dict(body["high"]) if same else {}, dict(body["swept"]) if same else {}, seen, asked)
 
     @staticmethod
     def _due(sighting: Sighting, settle: float) -> float:

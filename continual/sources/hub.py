@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import random
 import time
 from collections import deque
@@ -37,12 +39,16 @@ class HubSource:
         self.problem: str | None = None
         self.polled: float | None = None
         self.inbox = Inbox(state)
-        self.cursor = Cursor.of(load_cursor(state, NAME))
+        self.cursor = Cursor.of(load_cursor(state, NAME), _word(asked, places.bases))
         self._places, self._asked, self._state, self._clock = places, asked, state, clock
         self._fate = known
         self._pushed = asyncio.Event()
         self._names: dict[str, list[str]] = {}
         self._settled: deque[tuple[str, str | None]] = deque()
+        self._newer: deque[Info] = deque()
+        places.newer = self._newer.append
+        self._missing: dict[str, str] = {}
+        self._told: set[str] = set()
         self._skipped: set[str] = set()
         self._log = structlog.get_logger("continual")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -60,7 +66,7 @@ class HubSource:
         for candidate in candidates:
             if candidate["origin"].startswith(SCHEME) and candidate.get("revision"):
                 repo, now = candidate["origin"].removeprefix(SCHEME), self._clock()
-                self.cursor.saw(Sighting(repo, candidate["revision"], now, 0.0), self._known)
+                self.cursor.saw(Sighting(repo, candidate["revision"], now, 0.0, "retry"), self._known)
 
     def told(self) -> None:
         """The inbox has something new. From any thread."""
@@ -79,12 +85,15 @@ class HubSource:
             place, key = self._settled.popleft()
             name = f"hub:{place.removeprefix(SCHEME)}"
             mine = name if "@" in name else f"{name}@"
-            if key is None:
+            if key is None and not mine.endswith("@"):
                 self._skipped.add(mine)
             for found in {mine, key or mine}:
                 self.cursor.done(found)
                 for push in self._names.pop(found, []):
                     self.inbox.remove(push)
+        while self._newer:  # what came after a commit that was superseded: no listing or push may have told of it
+            head = self._newer.popleft()
+            self.cursor.saw(Sighting(head.id, head.sha, self._clock(), head.modified.timestamp()), self._known)
 
     async def events(self, stop: asyncio.Event) -> AsyncIterator[Event]:
         """Repos as they have been still long enough, until `stop` is set. Raises Halt where polling gives up."""
@@ -93,9 +102,12 @@ class HubSource:
         failures, refused, due = 0, 0, 0.0
         while not stop.is_set():
             self._pushed.clear()
-            self.forget()
-            self.open_inbox()
             now = self._clock()
+            try:
+                self.forget()
+                self.open_inbox()
+            except Retry as error:  # the disk: what is settled is forgotten at the next start
+                self._log.warning("inbox", error=str(error))
             if self.polls and now >= due:
                 after = 0.0
                 try:
@@ -106,6 +118,9 @@ class HubSource:
                     failures, after, self.problem = failures + 1, error.after, str(error)
                     refused = refused + 1 if isinstance(error, Trouble) and error.fault is Fault.TOKEN else 0
                     self._log.warning("poll failed", error=str(error), failures=failures)
+                for repo, why in self._missing.items():
+                    self._log.warning("not found", model=repo, why=why)
+                self._missing.clear()
                 wait = next_poll(self._asked.poll, failures, random.random(), after=after, refused=refused)
                 if wait is None:
                     raise Halt(f"polling the Hub is given up: {self.problem}")
@@ -117,18 +132,20 @@ class HubSource:
             wait = max(0.0, due - self._clock()) if self.polls else 3600.0
             await first(min(wait, wait if soon is None else soon + 0.01), stop, self._pushed)
 
-    def rows(self) -> Iterator[Info]:
-        """Everything the Hub lists for the settings, wanted or not, each repo once. Raises Trouble."""
+    def rows(self) -> Iterator[tuple[str, Info | Refuse]]:
+        """Everything the Hub lists for the settings, wanted or not, each repo once under the name it was asked for by; or why it cannot be had. Raises Trouble."""
         seen = set()
         for _, tag, author in self._listings():
             for info in self._places.hub.listing(tag=tag, author=author):
                 if info.id not in seen:
                     seen.add(info.id)
-                    yield info
+                    yield info.id, info
         for repo in self._asked.repos:
             if repo not in seen:
-                with contextlib.suppress(Refuse):
-                    yield self._places.hub.info(repo)
+                try:
+                    yield repo, self._places.hub.info(repo)
+                except Refuse as error:
+                    yield repo, error
 
     def save(self) -> None:
         """Keeps how far this source has come."""
@@ -142,11 +159,21 @@ class HubSource:
             for listing, tag, author in self._listings():
                 rows = self._places.hub.listing(tag=tag, author=author)
                 everything = self.cursor.sweeps(listing, now, self._asked.sweep)
-                new += self.cursor.read(listing, rows, now, self._known, self._wanted, all_=everything)
+                try:
+                    new += self.cursor.read(listing, rows, now, self._known, self._wanted, all_=everything)
+                except Refuse as error:
+                    raise Trouble(f"{error}: is {self._places.hub.endpoint} the Hub?", Fault.REQUEST) from None
             for repo in self._asked.repos:
-                with contextlib.suppress(Refuse):  # not there (yet), or gated: it is asked for again
+                try:
                     info = self._places.hub.info(repo)
-                    new += self._wanted(info) and self.cursor.saw(Sighting(repo, info.sha, now, info.modified.timestamp()), self._known)
+                except Refuse as error:  # not there (yet), or gated: it is asked for again, and told of once
+                    if repo not in self._told:
+                        self._missing[repo] = str(error)
+                        self._told.add(repo)
+                    continue
+                self._told.discard(repo)
+                if self._places.left_out(info, repo) is None:
+                    new += self.cursor.saw(Sighting(info.id, info.sha, now, info.modified.timestamp()), self._known)
         finally:
             self.save()
         return new
@@ -165,15 +192,19 @@ class HubSource:
     def open_inbox(self) -> None:
         """Takes the pushes that came since; those of commits that are settled are removed."""
         named = {push for pushes in self._names.values() for push in pushes}
-        for push, body in self.inbox.items().items():
-            if push in named:
-                continue
+        for push, body in self.inbox.items(named).items():
             sighting = Sighting(body["repo"], body["sha"], body["time"], body["time"], "webhook")
             if sighting.sha is not None and self._known(sighting.key):
                 self.inbox.remove(push)
                 continue
             self._names.setdefault(sighting.key, []).append(push)
             self.cursor.saw(sighting, self._known)
+
+
+def _word(asked: Asked, bases: Sequence[str]) -> str:
+    """What the settings look for and leave out, in a word."""
+    what = asked.model_dump(exclude={"read", "poll", "sweep", "settle"}, mode="json") | {"bases": list(bases)}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def event_of(sighting: Sighting) -> Event:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,12 @@ class Inbox:
             replace_bytes(file, framing.encode(body)[0])
         return True
 
-    def items(self) -> dict[str, dict[str, Any]]:
-        """All that wait, by name. Raises Damaged naming a file that was altered."""
+    def items(self, but: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+        """All that wait, by name, but those that are known already. Raises Damaged naming a file that was altered."""
         if not self._directory.is_dir():
             return {}
         found = sorted(file for file in self._directory.iterdir() if file.suffix == ".json" and not file.name.startswith("."))
-        return {file.stem: framing.decode(file)[0] for file in found}
+        return {file.stem: framing.decode(file)[0] for file in found if file.stem not in but}
 
     def remove(self, name: str) -> None:
         """A push is settled."""

@@ -61,8 +61,8 @@ class Push(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The same for the same push."""
-        return hashlib.sha256(f"{self.repo}@{self.sha or ''}".encode()).hexdigest()[:32]
+        """The same for the same push; each of those that name no commit is one of its own."""
+        return hashlib.sha256(f"{self.repo}@{self.sha or time.time_ns()}".encode()).hexdigest()[:32]
 
 
 def push_of(payload: Payload) -> Push | None:
@@ -89,7 +89,7 @@ class Webhook:
     async def answer(self, request: Request) -> Response:
         """202 once the push is on disk, or was already; 401, 413, 400, 503."""
         given = request.headers.get("x-webhook-secret", "")
-        if not hmac.compare_digest(given.encode(), self.secret.encode()):
+        if not hmac.compare_digest(given.encode("latin-1"), self.secret.encode()):
             return _said(401, "X-Webhook-Secret is not the secret of this service")
         try:
             body = await _body(request)

@@ -88,6 +88,21 @@ def test_ready_once_after_the_commit_has_been_still() -> None:
     assert cursor.next_ready(NOW + 999, 60.0) is None
 
 
+def test_other_settings_read_everything_again_and_forget_nothing() -> None:
+    cursor = Cursor(asked="a")
+    take(cursor, [info("o/a")])
+    kept = Cursor.of(cursor.body(), "a")
+    assert (kept.high, kept.swept, kept.seen) == (cursor.high, cursor.swept, cursor.seen)
+    other = Cursor.of(cursor.body(), "b")
+    assert (other.high, other.swept, other.seen) == ({}, {}, cursor.seen)
+
+
+def test_a_commit_dated_ahead_hides_nothing() -> None:
+    cursor = Cursor()
+    take(cursor, [info("o/ahead", at=NOW + 9000)])
+    assert take(cursor, [info("o/ahead", at=NOW + 9000), info("o/now", at=NOW + 1)], now=NOW + 2) == 1
+
+
 def test_settled_ones_are_forgotten_and_not_taken_again() -> None:
     cursor, key = Cursor(), f"hub:o/a@{'1' * 40}"
     take(cursor, [info("o/a")])
