@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from continual.errors import Refuse
+from continual.errors import Refuse, Skip
 from continual.hub.client import TIMEOUT, Hub, Info, RemoteFile, Trouble
 from continual.hub.names import SCHEME, is_sha
 from continual.hub.ranges import Ranges
@@ -72,7 +72,7 @@ class Repo:
         """
         with self._lock:
             if self._info is None:
-                found = self.hub.info(self.name, None if self._newest else self._revision)
+                found = self._found()
                 if self._newest and self._revision not in (None, found.sha):
                     self._superseded(found)
                 if self._vet is not None:
@@ -80,8 +80,17 @@ class Repo:
                 self.name, self.origin, self._info = found.id, f"{SCHEME}{found.id}", found
             return self._info
 
+    def _found(self) -> Info:
+        """What the Hub says. Raises Refuse, Trouble, and Skip for a repo that is gone of which no commit is known: there is nothing to settle."""
+        try:
+            return self.hub.info(self.name, None if self._newest else self._revision)
+        except Refuse as error:
+            if self._newest and self._revision is None:
+                raise Skip(str(error)) from None
+            raise
+
     def _superseded(self, head: Info) -> None:
-        """Raises Refuse (`superseded`) if `head` came after the commit that is meant, Trouble if the Hub only lags behind it."""
+        """Raises Refuse (`superseded`) if `head` came after the commit that is meant, Trouble if the Hub only lags behind it, and what the settings say of it."""
         assert self._revision is not None
         try:
             before = self.hub.history(self.name, self._revision)
@@ -89,6 +98,8 @@ class Repo:
             before = []
         if head.sha in before:
             raise Trouble(f"{self}: the Hub answers with an older commit; nothing was settled", Fault.TRANSPORT)
+        if self._vet is not None:
+            self._vet(head)
         if self._newer is not None:
             self._newer(head)
         raise Refuse("superseded", f"{self}: {head.sha[:12]} came after it, and is looked at in its place")

@@ -66,7 +66,8 @@ class HubSource:
         for candidate in candidates:
             if candidate["origin"].startswith(SCHEME) and candidate.get("revision"):
                 repo, now = candidate["origin"].removeprefix(SCHEME), self._clock()
-                self.cursor.saw(Sighting(repo, candidate["revision"], now, 0.0, "retry"), self._known)
+                sighting = Sighting(repo, candidate["revision"], now, 0.0, "retry")
+                self.cursor.seen[sighting.key] = sighting
 
     def told(self) -> None:
         """The inbox has something new. From any thread."""
@@ -172,8 +173,11 @@ class HubSource:
                         self._told.add(repo)
                     continue
                 self._told.discard(repo)
-                if self._places.left_out(info, repo) is None:
-                    new += self.cursor.saw(Sighting(info.id, info.sha, now, info.modified.timestamp()), self._known)
+                found = Sighting(repo, info.sha, now, info.modified.timestamp())
+                if self._places.left_out(info, repo) is None and not self._known(
+                    found._replace(repo=info.id).key
+                ):  # it may have been renamed
+                    new += self.cursor.saw(found, self._known)
         finally:
             self.save()
         return new

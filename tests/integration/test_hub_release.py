@@ -320,3 +320,80 @@ after = "release"
 def hooks_of(state: Path) -> list[dict[str, Any]]:
     with continual.open(state) as ours:
         return [(c.entry.numbers or {})["hook"] for c in ours.state.log if c.entry.kind == "publish" and "hook" in (c.entry.numbers or {})]
+
+
+def test_a_state_restored_from_a_backup_does_not_take_the_other_ones_release_for_its_own(tmp_path: Path, hub: Hub) -> None:
+    import shutil
+
+    base = made(tmp_path, hub)
+    shutil.copytree(tmp_path / "state", tmp_path / "backup")
+    with merge(tmp_path / "state", hub, release={"repo": REPO}) as ours:
+        ours.fold(models.fine_tune(base, tmp_path / "a", 1))
+        releasing.release(ours)
+    with merge(tmp_path / "backup", hub, release={"repo": REPO}) as ours:
+        ours.fold(models.fine_tune(base, tmp_path / "b", 2))
+        with pytest.raises(Misconfigured, match="restored from a backup"):
+            releasing.release(ours)
+        ours.fold(models.fine_tune(base, tmp_path / "c", 3))
+        with pytest.raises(Misconfigured, match="restored from a backup"):
+            releasing.release(ours)
+    assert count(hub) == 1
+
+
+def test_what_is_public_has_no_folder_of_this_machine_in_it(tmp_path: Path, hub: Hub) -> None:
+    with folded(tmp_path, hub) as ours:
+        releasing.release(ours)
+    for name in ("continual.json", "README.md"):
+        assert str(tmp_path).encode() not in hub.read(REPO, "main", name)
+    body = json.loads(hub.read(REPO, "main", "continual.json"))
+    assert (body["base"]["path"], body["folded"][0]["origin"]) == ("base", "ft")
+
+
+@pytest.mark.parametrize("files", [{"pytorch_model.bin": b"x"}, {"model.gguf": b"x"}, {"config.json": b"{}"}])
+def test_a_model_of_another_format_is_left_alone(tmp_path: Path, hub: Hub, files: dict[str, bytes]) -> None:
+    hub.create(REPO)
+    hub.commit(REPO, files)
+    with folded(tmp_path, hub) as ours, pytest.raises(Misconfigured, match="a model that continual did not make"):
+        releasing.release(ours)
+
+
+def test_tags_and_older_records(tmp_path: Path, hub: Hub) -> None:
+    with folded(tmp_path, hub) as ours:
+        releasing.release(ours)
+        ours.fold(models.fine_tune(tmp_path / "base", tmp_path / "ft2", 2))
+        hub.tag(REPO, "record-2")
+        with pytest.raises(Misconfigured, match="tag record-2 of me/merge: is of another commit"):
+            releasing.release(ours)
+        with pytest.raises(Misconfigured, match="releases go forward"):
+            releasing.release(ours, at=1)
+    for tag in ("latest", "a b {seq}", "{seq}/x"):
+        with (
+            merge(tmp_path / "state", hub, release={"repo": REPO, "tag": tag}) as ours,
+            pytest.raises(Misconfigured, match=r"release\.tag"),
+        ):
+            releasing.release(ours)
+
+
+def test_records_with_nothing_in_them_are_passed_over(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    with merge(tmp_path / "state", hub, release={"repo": REPO, "every": True}) as ours:
+        ours.fold(models.fine_tune(base, tmp_path / "a", 1))
+        ours.state.rollback(0)
+        ours.fold(models.fine_tune(base, tmp_path / "b", 2))
+        assert [releasing.next_record(ours, after) for after in (-1, 1, 2)] == [1, 3, 3]
+
+
+def test_an_upload_that_fails_is_trouble(tmp_path: Path, hub: Hub) -> None:
+    """The client says it by a RuntimeError where xet is off."""
+    state, env = tmp_path / "state", environment(hub, tmp_path) | {"HF_HUB_DISABLE_XET": "1"}
+    base = made(tmp_path, hub)
+    (tmp_path / "in").mkdir()
+    hub.faults = faults.Times(faults.Status(400), 1, method="PUT")
+    with services.daemon(state, tmp_path / "in", "--release", f"repo={REPO}", environment=env) as process:
+        models.fine_tune(base, tmp_path / "in/alice", 1)
+        services.until(lambda: published_records(state) == [1] or None, "the release")
+        process.terminate()
+        assert process.wait(30) == 0
+    log = (tmp_path / "daemon.log").read_text()
+    assert "sig=" not in log
+    assert "Traceback" not in log

@@ -1,0 +1,212 @@
+"""The source that polls the Hub, in this process: what it gives, when it is told what became of it, and what it holds against."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from continual import api, watching
+from continual.api import Merge
+from continual.config import load
+from continual.daemon import check_places
+from continual.errors import Halt, Misconfigured, Retry
+from continual.records import Event
+from continual.sources.hub import HubSource
+from tests import hubs, models
+from tests.hub import Account, Hub, faults, serving
+from tests.hubs import BASE, made, merge, publish
+
+ASKED = {"watch": True, "bases": (BASE,), "settle": 0.0, "poll": 0.05}
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving() as found:
+        yield found
+
+
+def take(ours: Merge, source: HubSource, count: int) -> list[Event]:
+    """The next events, each folded; and the source told."""
+
+    async def drive() -> list[Event]:
+        stop, found = asyncio.Event(), []
+        async with asyncio.timeout(30):
+            async for event in source.events(stop):
+                found.append(event)
+                outcome = await asyncio.to_thread(ours.fold, event)
+                source.settled(event.place, (outcome.commit.entry.candidate or {})["key"])
+                if len(found) == count:
+                    stop.set()
+        source.forget()
+        return found
+
+    return asyncio.run(drive())
+
+
+def folded(ours: Merge) -> list[str]:
+    return [(c.entry.candidate or {})["name"] for c in ours.state.folds()]
+
+
+def test_what_is_there_what_comes_and_what_was_seen_before_a_restart(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    for i, name in enumerate(("one", "two")):
+        publish(hub, f"org/{name}", models.fine_tune(base, tmp_path / name, i))
+    with merge(tmp_path / "state", hub, hub=ASKED) as ours:
+        assert [e.origin for e in take(ours, watching.source(ours), 2)] == ["hf://org/one", "hf://org/two"]
+        assert watching.source(ours).poll() == 0
+        publish(hub, "org/three", models.fine_tune(base, tmp_path / "three", 3))
+        assert watching.source(ours).poll() == 1
+        hub.delete("org/three")  # seen, and gone before it was looked at: the next process knows of it
+        (event,) = take(ours, watching.source(ours), 1)
+        assert event.origin == "hf://org/three"
+        assert ours.state.refusals[-1].entry.reason == "gone"
+        assert folded(ours) == ["org/one", "org/two"]
+
+
+def test_a_commit_that_is_superseded_brings_the_one_that_came_after(tmp_path: Path, hub: Hub) -> None:
+    """As where the push of the newer commit is lost, and nothing is polled."""
+    base = made(tmp_path, hub)
+    first = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))
+    with merge(tmp_path / "state", hub, hub={"bases": (BASE,), "settle": 0.0}) as ours:
+        source = watching.source(ours)
+        source.inbox.put("a" * 32, {"repo": "org/ft", "sha": first, "time": 1.0})
+        second = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "b", 2))
+        assert [e.revision for e in take(ours, source, 2)] == [first, second]
+        assert ours.state.refusals[-1].entry.reason == "superseded"
+        assert folded(ours) == ["org/ft"]
+        assert source.inbox.items() == {}
+
+
+def test_a_hub_that_lags_supersedes_nothing(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))
+    newer = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "b", 2))
+    real = hub.state
+
+    def lagging(ago: int = 0) -> Any:
+        return real(ago + 1)
+
+    with merge(tmp_path / "state", hub, hub=ASKED) as ours:
+        event = Event("hub", "hf://org/ft", (1, ""), None, newer)
+        hub.on_request = lambda request: setattr(
+            hub, "state", real if "/revision/" in request.path or "commits" in request.path else lagging
+        )
+        with pytest.raises(Retry, match="older commit"):
+            ours.fold(event)
+        hub.on_request = None
+        hub.state = real  # type: ignore[method-assign]
+        assert ours.fold(event).fate == "folded"
+
+
+def test_retry_reads_the_commit_that_it_was(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    hub.tokens["stranger"] = Account("stranger")
+    sha = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))
+    hub.gate("org/ft")
+    with merge(tmp_path / "state", hub, token="stranger", hub=ASKED) as ours:
+        assert take(ours, watching.source(ours), 1)[0].revision == sha
+        assert ours.state.refusals[-1].entry.reason == "gated"
+        ours.retry("org/ft")
+        hub.admit("stranger", "org/ft")
+        hub.commit("org/ft", {"README.md": hubs.card(license="mit")})
+        events = take(ours, watching.source(ours), 1)
+        assert (events[0].source, events[0].revision) == ("retry", sha)
+        (fold,) = ours.state.folds()
+        assert (fold.entry.candidate or {})["source"] == "hub"
+
+
+def test_other_settings_find_what_was_passed_over(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))
+    publish(hub, "org/late", models.fine_tune(base, tmp_path / "b", 2))
+    with merge(tmp_path / "state", hub, hub=ASKED | {"deny": ("org/ft",)}) as ours:
+        assert [t.model for t in watching.once(ours)] == ["org/late"]
+        assert list(watching.once(ours)) == []
+    hub.clock = lambda: 4e9  # long after: an ordinary poll would stop before it
+    publish(hub, "org/newest", models.fine_tune(base, tmp_path / "c", 3))
+    with merge(tmp_path / "state", hub, hub=ASKED) as ours:
+        assert {t.model for t in watching.once(ours)} == {"org/ft", "org/newest"}
+
+
+def test_trouble_of_every_kind_is_survived(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    publish(hub, "org/evil", models.fine_tune(base, tmp_path / "evil", 5))
+    hub.commit("org/evil", {"continual.json": b"[" * 200_000})
+    publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))
+    with merge(tmp_path / "state", hub, hub=ASKED | {"repos": ("org/none",)}) as ours:
+        source = watching.source(ours)
+        for fault in (
+            faults.Status(404),
+            faults.Status(200, {}, b"<html>"),
+            faults.Status(200, {}, b"[1]"),
+            faults.Status(403),
+            faults.Drop(),
+        ):
+            hub.faults = faults.Times(fault, 99, path="^/api/models$")
+            with pytest.raises(Retry):
+                source.poll()
+        hub.faults = faults.Times(faults.Status(302), 1, path="/resolve/")  # without a Location
+        assert {e.name for e in take(ours, source, 2)} == {"org/evil", "org/ft"}
+        assert sorted(folded(ours)) == ["org/evil", "org/ft"]
+        assert any(s.model == "org/none" and "not on the Hub" in s.why for s in watching.survey(ours))
+
+
+def test_a_token_that_is_refused_ends_polling(tmp_path: Path, hub: Hub) -> None:
+    made(tmp_path, hub)
+    with merge(tmp_path / "state", hub, hub=ASKED) as ours:
+        hub.faults = faults.Times(faults.Status(401), 999)
+        with pytest.raises(Halt, match=r"given up.*HF_TOKEN"):
+            take(ours, watching.source(ours), 1)
+
+
+def test_a_renamed_repo_is_the_same_repo(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    publish(hub, "org/old", models.fine_tune(base, tmp_path / "a", 1))
+    hub.move("org/old", "org/new")
+    with merge(tmp_path / "state", hub, hub={"repos": ("org/old",), "settle": 0.0}) as ours:
+        assert [t.outcome.name for t in watching.once(ours) if t.outcome] == ["org/new"]
+        publish(hub, "org/new", models.fine_tune(base, tmp_path / "b", 2))
+        (tried,) = watching.once(ours)
+        assert tried.outcome is not None
+        assert tried.outcome.reason == "update"
+
+
+def test_a_newer_commit_takes_the_place_of_the_one_that_waits(tmp_path: Path, hub: Hub) -> None:
+    from tests import pools, quadratic
+
+    base = quadratic.world(tmp_path)
+    with pools.opened(tmp_path / "state", base, hub={"repos": ("org/ft",), "settle": 0.0}) as ours:
+        ours.places.hub = hubs.Client(endpoint=hub.endpoint, token=hubs.hubs.TOKEN)  # type: ignore[misc]
+        for i in range(2):
+            sha = publish(hub, "org/ft", quadratic.good(base, i))
+            assert ours.fold(Event("hub", "hf://org/ft", (1, ""), None, sha)).fate == "deferred"
+        assert [(w.commit.entry.candidate or {})["revision"] for w in ours.pool().values()] == [sha]
+        assert ours.state.refusals[-1].entry.reason == "superseded"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"hub": ["repos=org/a b"]}, "no repo"),
+        ({"hub": ["authors=org/x"]}, "no user"),
+        ({"hub": ["watch=true"]}, r"hub\.bases"),
+        ({"hub": ["watch=true", "bases=o/b", "since=soon"]}, r"hub\.since"),
+    ],
+)
+def test_settings_that_find_nothing_are_told_of(tmp_path: Path, flags: dict[str, Any], words: str) -> None:
+    api.init(models.base(tmp_path / "base"), tmp_path / "state", api.Asked(rule="mean"))
+    with Merge(load({"state": tmp_path / "state", **flags}, environ={})) as ours, pytest.raises(Misconfigured, match=words):
+        watching.must_watch(ours)
+
+
+def test_an_empty_secret_is_none_and_repos_may_have_the_scheme() -> None:
+    found = load({"hub": ["repos=hf://org/a,org/b"]}, environ={"CONTINUAL_WEBHOOK_SECRET": ""})
+    assert found.webhook_secret is None
+    assert found.hub.repos == ("org/a", "org/b")
+    with pytest.raises(Misconfigured, match="nothing to watch"):
+        check_places(load({}, environ={"CONTINUAL_WEBHOOK_SECRET": ""}))
+    assert "s3cret" not in repr(load({}, environ={"CONTINUAL_WEBHOOK_SECRET": "s3cret"}))
