@@ -234,6 +234,7 @@ class Engine:
             go_on = partial(self.go_on, candidate.name)
             folding = Folding(transaction, vectors, self.rule, before, candidate.name, self.device, go_on, weight=factor)
             self._measure(folding, lineage, progress)
+            vectors.begin()
             pieces = self._stream(folding, lineage, progress)
             for read in (model, self.base.checkpoint, *((shipped,) if shipped else ())):
                 read.check_unchanged()
@@ -256,6 +257,7 @@ class Engine:
             share = measure.share(number, folding.measured)
             if share == 0.0:
                 continue
+            folding.vectors.begin()
             names = sorted(lineage.folded, key=folding.vectors.position)
             tasks = [folding.measuring(self._specs[name], number, share) for name in names]
             counts = torch.zeros((), dtype=torch.int64)

@@ -70,8 +70,7 @@ class Ranges:
     def __init__(self, hub: Hub, repo: str, sha: str, files: Sequence[RemoteFile], workers: int | None = None) -> None:
         self.stats = tuple(FileStat(file.name, file.size, 0, 0) for file in files)
         self._hub, self._repo, self._sha, self._files = hub, repo, sha, files
-        # a worker holds the chunk it reads, and may leave the end of the one before to who reads the neighbour
-        self.slots = 2 * (workers or len(os.sched_getaffinity(0))) + AHEAD
+        self.slots = (workers or len(os.sched_getaffinity(0))) + AHEAD
         self._largest = max(SMALLEST, min(LARGEST, WINDOW // self.slots))
         self._head = max(LEAST, min(HEAD, HEADS // max(1, len(files))))
         self._heads: dict[int, bytes] = {}

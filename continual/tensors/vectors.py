@@ -70,6 +70,10 @@ class TaskVectors:
         self._specs = {spec.name: spec for spec in base.specs}
         self._sources, _ = sources(base, model, lineage.prefix)
         self._buffers = buffers or threading.local()
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins a pass over the candidate: what will be read of it, and in which order."""
         self._weights.expect(sorted(self._reads(), key=lambda info: (info.file, info.offset)))
 
     def _reads(self) -> Iterator[TensorInfo]:
