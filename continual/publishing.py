@@ -81,7 +81,7 @@ class Publishing:
                 self.told()
             except Exception as error:  # whatever it is, the folds go on
                 failures += 1
-                delay = _again(error, failures)
+                delay = _again(error, failures) if what == "release" else retry_delay(failures)
                 self.metrics.error(what)
                 known = isinstance(error, OSError | ContinualError)
                 self.log.error(f"{what} failed", seq=model.seq, error=str(error), retry_seconds=delay, exc_info=not known)
@@ -167,7 +167,7 @@ class Publishing:
 
 
 def _again(error: Exception, failures: int) -> float:
-    """Seconds until it is tried again; what only a person can mend is tried once an hour, and with the next fold."""
+    """Seconds until a release is tried again; what only a person can mend is tried once an hour, and with the next fold."""
     hopeless = isinstance(error, Misconfigured) or (
         isinstance(error, Trouble) and error.fault in (Fault.TOKEN, Fault.DENIED, Fault.REQUEST)
     )
