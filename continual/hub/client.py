@@ -225,7 +225,7 @@ class Hub:
                     if len(self._links) >= _LINKS:
                         self._links.clear()
                     self._links[key] = url
-        raise Refuse("gone", f"{repo}@{sha[:12]}/{file.name}: redirected without end")
+        raise Trouble(f"{repo}@{sha[:12]}/{file.name}: redirected without end; nothing was settled", Fault.SERVER)
 
     def _get(self, url: str, start: int, length: int, *, ours: bool) -> Any:
         from huggingface_hub.utils import build_hf_headers, get_session
@@ -245,7 +245,8 @@ class Hub:
         if answer.status_code == 206:
             said = _RANGE.fullmatch(answer.headers.get("content-range", ""))
             if said is None or int(said[1]) != start or int(said[3]) != file.size:
-                raise Refuse("changed", f"{file.name}: the Hub answers with another range than was asked for, or the file has another size")
+                what = "another range than was asked for, or of a file of another size"
+                raise Trouble(f"{file.name}: the Hub answers with {what}; nothing was settled", Fault.SERVER)
         else:  # ranges are not known there
             if start > _SKIPPED:
                 raise Trouble(
