@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,19 +70,33 @@ def export(base: BaseModel, reading: Reading, target: Target, executor: Executor
     Returns the directory. Raises Misconfigured if the directory is there or cannot be made, Halt if a value overflows the dtype asked for; then
     nothing is left behind.
     """
-    final = target.directory.absolute()
+    free(target.directory)
+    with written(target.directory, reading) as temporary:
+        fill(base, reading, target, temporary, executor, progress)
+    return target.directory.absolute()
+
+
+def free(directory: Path) -> None:
+    """Raises Misconfigured where a directory to write is there already, or cannot be made."""
+    final = directory.absolute()
     if final.exists() or final.is_symlink():
-        raise Misconfigured(f"{target.directory} exists: export writes a new directory, name one that is not there yet")
+        raise Misconfigured(f"{directory} exists: export writes a new directory, name one that is not there yet")
     if not final.parent.is_dir():
         raise Misconfigured(f"{final.parent}: no such directory to write {final.name} in")
+
+
+@contextmanager
+def written(directory: Path, reading: Reading) -> Iterator[Path]:
+    """A temporary directory to write into, which becomes `directory`, durably, when the block has ended well; what it reads does not expire meanwhile."""
+    final = directory.absolute()
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
-    with ExitStack() as stack:
-        stack.enter_context(reading.state.lease(reading.commit.seq))
+    with reading.state.lease(reading.commit.seq):
         temporary.mkdir()
-        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-        fill(base, reading, target, temporary, executor, progress)
-        publish_dir(temporary, final)
-    return final
+        try:
+            yield temporary
+            publish_dir(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def fill(base: BaseModel, reading: Reading, target: Target, directory: Path, executor: Executor, progress: Progress) -> None:

@@ -18,9 +18,7 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,11 +30,10 @@ from torch import Tensor
 from continual import linalg, provenance
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
-from continual.publish.folder import DTYPES, parse_dtype, provenance_of
+from continual.publish.folder import DTYPES, free, parse_dtype, provenance_of, written
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.reading import Reading
 from continual.records import ITEMSIZE, TensorSpec
-from continual.state.durable import publish_dir
 from continual.tensors import BaseModel
 from continual.tensors.adapter import CONFIG, WEIGHTS
 from continual.tensors.kinds import is_vocabulary, kind_of
@@ -110,11 +107,7 @@ def export(
     adapted; Halt if a value overflows the dtype. Then nothing is left behind.
     """
     word = parse_dtype(dtype) or "F32"
-    final = directory.absolute()
-    if final.exists() or final.is_symlink():
-        raise Misconfigured(f"{directory} exists: export writes a new directory, name one that is not there yet")
-    if not final.parent.is_dir():
-        raise Misconfigured(f"{final.parent}: no such directory to write {final.name} in")
+    free(directory)
     if rank < 1:
         raise Misconfigured(f"rank = {rank}: an adapter has at least rank 1")
     if reading.commit.generation is None or not reading.state.folds(at=reading.commit.seq):
@@ -123,19 +116,14 @@ def export(
     if not adapted:
         raise Misconfigured(f"{base.checkpoint.place}: no tensor of it is a linear layer or an embedding that an adapter can adapt")
     r = min(rank, max(min(one.spec.shape) for one in adapted))
-    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
-    with ExitStack() as stack:
-        stack.enter_context(reading.state.lease(reading.commit.seq))
-        temporary.mkdir()
-        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+    with written(directory, reading) as temporary:
         factor = reading.settle(executor, progress)
         squares = _write_weights(base, adapted, reading, temporary / WEIGHTS, (r, word), executor, progress)
-        report = _report(final, r, adapted, squares, (temporary / WEIGHTS).stat().st_size)
+        report = _report(directory.absolute(), r, adapted, squares, (temporary / WEIGHTS).stat().st_size)
         _write_json(temporary / CONFIG, _config(reading.state.format.base, adapted, r))
         body = provenance_of(reading.state, reading.commit.seq, reading.options.to_mapping() | {"factor": factor})
         told = {"rank": r, "dtype": word, "error": report.error, "error_adapted": report.error_adapted, "left_out": list(report.left_out)}
         _write_json(temporary / provenance.RELEASE, body | {"lora": told})
-        publish_dir(temporary, final)
     return report
 
 
