@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 
 import continual
 from continual import api
@@ -65,3 +67,30 @@ def sums(merge_: Merge) -> Mapping[str, np.ndarray]:
 def equal(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
     """Whether two merges have the same bits."""
     return a.keys() == b.keys() and all(x.tobytes() == b[name].tobytes() for name, x in a.items())
+
+
+def sharded(tuned: Path, directory: Path, shards: int = 3) -> Path:
+    """The weights of a model directory in several files with an index."""
+    tensors, weight_map = load_file(tuned / "model.safetensors"), {}
+    directory.mkdir()
+    for number in range(shards):
+        shard = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in sorted(tensors)[number::shards]}
+        save_file(part, directory / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text((tuned / "config.json").read_text())
+    return directory
+
+
+def adapter(base: Path, directory: Path, seed: int, module: str = "layers.0.self_attn.q_proj", rank: int = 4) -> Path:
+    """A LoRA adapter of one matrix of a base."""
+    rows, columns = load_file(base / "model.safetensors")[f"model.{module}.weight"].shape
+    random = torch.Generator().manual_seed(3000 + seed)
+    factors = {"A": torch.randn(rank, columns, generator=random), "B": torch.randn(rows, rank, generator=random)}
+    directory.mkdir()
+    named = {f"base_model.model.model.{module}.lora_{letter}.weight": factor * 0.02 for letter, factor in factors.items()}
+    save_file(named, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": [module], "base_model_name_or_path": BASE}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory

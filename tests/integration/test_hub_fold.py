@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,44 +52,12 @@ def test_the_bits_are_those_of_a_folder(tmp_path: Path, hub: Hub, rule: str, rea
     assert hub.journal.leaks() == []
 
 
-def sharded(tmp: Path, base: Path, seed: int) -> Path:
-    from safetensors.torch import load_file, save_file
-
-    whole = models.fine_tune(base, tmp / f"whole{seed}", seed)
-    tensors = load_file(whole / "model.safetensors")
-    directory = tmp / f"sharded{seed}"
-    directory.mkdir()
-    names, weight_map = sorted(tensors), {}
-    for number in range(3):
-        shard = f"model-{number + 1:05d}-of-00003.safetensors"
-        part = {n: tensors[n] for n in names[number::3]}
-        save_file(part, directory / shard, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, shard)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (directory / "config.json").write_text((base / "config.json").read_text())
-    return directory
-
-
-def adapter(tmp: Path, seed: int) -> Path:
-    from safetensors.torch import save_file
-
-    directory, random = tmp / f"adapter{seed}", torch.Generator().manual_seed(seed)
-    directory.mkdir()
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-    save_file(
-        {name.format("A"): torch.randn(4, 16, generator=random) * 0.02, name.format("B"): torch.randn(16, 4, generator=random) * 0.02},
-        directory / "adapter_model.safetensors",
-    )
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "base_model_name_or_path": BASE}
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    return directory
-
-
 def test_shards_and_adapters(tmp_path: Path, hub: Hub) -> None:
     base = made(tmp_path, hub)
     api.init(base, tmp_path / "local", api.Asked(rule="task-arithmetic"))
     with merge(tmp_path / "state", hub) as ours, merge(tmp_path / "local", hub) as local:
-        for repo, directory in (("org/shards", sharded(tmp_path, base, 1)), ("org/adapter", adapter(tmp_path, 2))):
+        shards = hubs.sharded(models.fine_tune(base, tmp_path / "whole", 1), tmp_path / "sharded")
+        for repo, directory in (("org/shards", shards), ("org/adapter", hubs.adapter(base, tmp_path / "adapter", 2))):
             publish(hub, repo, directory)
             assert ours.plan(f"hf://{repo}").ok
             assert ours.fold(f"hf://{repo}").fate == "folded"
@@ -107,7 +74,7 @@ def test_what_headers_refuse_costs_next_to_nothing(tmp_path: Path, hub: Hub) -> 
     base = made(tmp_path, hub, shapes=shapes)
     publish(hub, "org/other", models.fine_tune(base, tmp_path / "other", 1, change=wrong_shape))
     big = models.fine_tune(base, tmp_path / "big", 2)
-    publish(hub, "org/adapter", adapter(tmp_path, 3))
+    publish(hub, "org/adapter", hubs.adapter(base, tmp_path / "adapter", 3))
     hub.commit("org/adapter", {"model.safetensors": (big / "model.safetensors").read_bytes()})
     hub.create("org/pickle")
     hub.commit("org/pickle", {"pytorch_model.bin": bytes(5_000_000), "config.json": b"{}"})
@@ -220,6 +187,17 @@ def test_what_the_settings_leave_out_gets_no_record(tmp_path: Path, hub: Hub) ->
         assert ours.state.head.seq == 0
     with merge(tmp_path / "state", hub, hub={"bases": (BASE,)}) as ours:
         assert ours.fold(seen("org/ft", sha)).fate == "folded"
+
+
+def test_commits_of_repos_that_are_left_out_get_no_record_either(tmp_path: Path, hub: Hub) -> None:
+    made(tmp_path, hub)
+    first = hub.commit("org/other", {"README.md": hubs.card("x/y")})
+    hub.commit("org/other", {"README.md": hubs.card("x/z")})
+    with merge(tmp_path / "state", hub, hub={"bases": (BASE,)}) as ours:
+        for repo, sha in (("org/other", first), ("org/none", None)):
+            with pytest.raises(Skip):
+                ours.fold(seen(repo, sha, "webhook"))
+        assert ours.state.head.seq == 0
 
 
 def test_our_own_release_is_known_wherever_it_is_found(tmp_path: Path, hub: Hub) -> None:
