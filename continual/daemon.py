@@ -82,6 +82,8 @@ class Daemon:
         self.log = structlog.get_logger("continual")
         self.metrics = Metrics()
         self.queue = Queue()
+        if watches_hub(self.settings) or self.settings.release.repo:
+            _ = merge.places.hub  # what keeps it from being asked is said before anything starts
         self.hub = self._hub_source() if watches_hub(self.settings) else None
         self.live = Live(merge, self.queue, self.hub)
         folders = [FolderSource(root, settle=self.settings.settle, rescan=self.settings.rescan) for root in self.settings.watch]

@@ -193,7 +193,7 @@ class Hub:
         found = _failure(error)
         delay = next_try(found.fault, attempt, random.random(), found.after)  # chance only spreads requests
         if delay is None:
-            raise _said(what, found) from None
+            raise _said(what, found, urlsplit(self.endpoint).netloc.rpartition("@")[2]) from None
         if self.stop.wait(delay):
             raise _abandoned(what) from None
 
@@ -307,7 +307,8 @@ def asked_to_wait(headers: Mapping[str, str]) -> float:
         return 0.0
 
 
-def _said(what: str, found: _Failure) -> Retry | Refuse:
+def _said(what: str, found: _Failure, host: str) -> Retry | Refuse:
+    """The error that a failure is to whoever asked; `host` is the endpoint's, without credentials."""
     status = f" (HTTP {found.status})" if found.status else ""
     if found.fault is Fault.GONE:
         return Refuse("gone", f"{what}: is not on the Hub, or not for this token{status}")
@@ -316,7 +317,7 @@ def _said(what: str, found: _Failure) -> Retry | Refuse:
     told = {
         Fault.RATE: "the Hub's rate limit is used up",
         Fault.SERVER: "the Hub has trouble",
-        Fault.TRANSPORT: "the connection to the Hub failed",
+        Fault.TRANSPORT: f"the connection to the Hub ({host}) failed",
         Fault.TOKEN: "the Hub does not accept the token: check HF_TOKEN",
         Fault.DENIED: "the Hub, or a proxy before it, does not allow it: check what the token HF_TOKEN may do",
         Fault.CONFLICT: "somebody else was there first",

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from continual.hub import Hub as Client
 from continual.places import Places
 from tests import hubs, models
-from tests.command import machine, run
+from tests.command import machine, process, run
 from tests.hub import TOKEN, Hub, faults, serving
 from tests.hubs import BASE, publish
 
@@ -102,6 +102,18 @@ def test_what_is_wrong_is_said_with_what_to_do(tmp_path: Path, hub: Hub) -> None
     hub.faults = faults.Times(faults.too_many(50), 1000)
     done = run("watch", "--once", "--hub", "authors=org")
     assert (done.returncode, "rate limit" in done.stderr) == (3, True)
+
+
+def test_a_hub_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
+    base = models.base(tmp_path / "base")
+    state = tmp_path / "state"
+    assert run("init", base, "--rule", "mean", "--state", state).returncode == 0
+    done = process("fold", "hf://org/x", "--state", state, env={"HF_ENDPOINT": "http://me:s3cret@127.0.0.1:9"})
+    assert (done.returncode, "the connection to the Hub (127.0.0.1:9) failed" in done.stderr) == (3, True), done.stderr
+    assert "s3cret" not in done.stderr
+    offline = ("run", "--state", state, "--port", "0", "--hub", "watch=true", "--hub", "bases=org/base")
+    done = process(*offline, env={"HF_HUB_OFFLINE": "1"})
+    assert (done.returncode, "HF_HUB_OFFLINE is set" in done.stderr, "started" in done.stderr) == (2, True, False), done.stderr
 
 
 def test_export_as_lora(tmp_path: Path, hub: Hub) -> None:
