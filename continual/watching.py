@@ -47,8 +47,9 @@ def survey(merge: Merge) -> Iterator[Seen]:
             yield _seen(found, None, *((False, waits) if waits else _verdict(merge, found)))
     if not _hub(merge):
         return
-    now = time.time()
-    for called, info in source(merge).rows():
+    now, rows = time.time(), source(merge).rows()
+    merge.places.newer = lambda _info: None  # nothing is changed
+    for called, info in rows:
         if isinstance(info, Refuse):
             yield Seen(called, f"{SCHEME}{called}", None, "hub", False, str(info))
             continue

@@ -23,7 +23,7 @@ from continual.records import Event
 from continual.retrying import Fault, next_poll
 from continual.sources.cursor import Cursor, Sighting
 from continual.sources.waiting import first
-from continual.state.inbox import Inbox, load_cursor, save_cursor
+from continual.state.inbox import Inbox, load_cursor, name_of, save_cursor
 
 NAME = "hub"
 
@@ -45,8 +45,7 @@ class HubSource:
         self._pushed = asyncio.Event()
         self._names: dict[str, list[str]] = {}
         self._settled: deque[tuple[str, str | None]] = deque()
-        self._newer: deque[Info] = deque()
-        places.newer = self._newer.append
+        places.newer = self._came_after
         self._missing: dict[str, str] = {}
         self._told: set[str] = set()
         self._skipped: set[str] = set()
@@ -92,9 +91,11 @@ class HubSource:
                 self.cursor.done(found)
                 for push in self._names.pop(found, []):
                     self.inbox.remove(push)
-        while self._newer:  # what came after a commit that was superseded: no listing or push may have told of it
-            head = self._newer.popleft()
-            self.cursor.saw(Sighting(head.id, head.sha, self._clock(), head.modified.timestamp()), self._known)
+
+    def _came_after(self, head: Info) -> None:
+        """What came after a commit that is superseded, kept as a push before that is recorded: no listing or push may have told of it. From any thread."""
+        self.inbox.put(name_of(head.id, head.sha), {"repo": head.id, "sha": head.sha, "time": self._clock()})
+        self.told()
 
     async def events(self, stop: asyncio.Event) -> AsyncIterator[Event]:
         """Repos as they have been still long enough, until `stop` is set. Raises Halt where polling gives up."""

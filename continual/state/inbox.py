@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,6 +15,11 @@ from continual.state.durable import environment, replace_bytes, sync_file
 MOST = 10_000
 """Pushes that may wait."""
 _NAME = re.compile(r"[a-z0-9-]{1,64}")
+
+
+def name_of(repo: str, sha: str) -> str:
+    """The name of the push of a commit."""
+    return hashlib.sha256(f"{repo}@{sha}".encode()).hexdigest()[:32]
 
 
 class Inbox:

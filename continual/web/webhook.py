@@ -6,7 +6,6 @@ Payload: https://huggingface.co/docs/hub/webhooks (version 3). The secret is sen
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from continual.errors import ContinualError
 from continual.hub.names import is_repo, is_sha
-from continual.state.inbox import Inbox
+from continual.state.inbox import Inbox, name_of
 
 LARGEST = 64 << 10
 """Bytes of a body that is read."""
@@ -62,7 +61,7 @@ class Push(NamedTuple):
     @property
     def name(self) -> str:
         """The same for the same push; each of those that name no commit is one of its own."""
-        return hashlib.sha256(f"{self.repo}@{self.sha or time.time_ns()}".encode()).hexdigest()[:32]
+        return name_of(self.repo, self.sha or str(time.time_ns()))
 
 
 def push_of(payload: Payload) -> Push | None:
