@@ -1,6 +1,6 @@
 """`python -m continual` is the `continual` command."""
 
-from continual.cli import main
+from continual.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -16,22 +16,24 @@ from typing import Any, Literal
 
 import torch
 
-from continual import combining, provenance, rounds, tuning, unfolding
-from continual.bases import fetched, files_of, measure_base, open_base, open_checkpoint
+from continual import provenance, tuning
+from continual import selection as rounds
 from continual.config import Settings, load
-from continual.engine import Engine
+from continual.engine import combining, unfolding
+from continual.engine.base import fetched, files_of, measure_base, open_base, open_checkpoint
+from continual.engine.engine import Engine
+from continual.engine.folding import state_bytes
+from continual.engine.outcomes import Outcome, Plan, Policy
+from continual.engine.reading import Reading
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress, silent
 from continual.executors.local import Local
-from continual.folding import state_bytes
 from continual.gates.lineage import LineagePolicy
 from continual.gates.safety import NormPolicy
 from continual.gates.weight import WeightPolicy
 from continual.hub import Repo
-from continual.outcomes import Outcome, Plan, Policy
-from continual.places import Places
+from continual.hub.locate import Places
 from continual.publish import folder, lora
-from continual.reading import Reading
 from continual.records import Entry, Event, TensorSpec
 from continual.rules import ReadOptions, read_options, rule
 from continual.selection.steps import Taken

@@ -20,10 +20,11 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from continual import api, status
+from continual import api
 from continual.demo import digits
 from continual.errors import Halt
 from continual.publish.folder import Target
+from continual.service import status
 from continual.state import State
 
 _PATIENCE = 60.0

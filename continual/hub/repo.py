@@ -20,7 +20,7 @@ from continual.hub.ranges import Ranges
 from continual.records import FileStat
 from continual.retrying import Fault
 from continual.tensors.files import LARGEST_CONFIG, Files
-from continual.tensors.places import Weights
+from continual.tensors.place import Weights
 
 Vet = Callable[[Info], None]
 """Raises for a repo that the settings leave out."""

@@ -17,10 +17,10 @@ import torch
 
 from continual import provenance
 from continual.config import parse_bytes
+from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
 from continual.publish.weights import Placed, header, raw, write_at
-from continual.reading import Reading
 from continual.records import ITEMSIZE, TensorSpec
 from continual.state import State
 from continual.state.durable import publish_dir, replace_link

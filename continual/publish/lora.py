@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from continual import linalg, provenance
+from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
 from continual.publish.folder import DTYPES, free, parse_dtype, provenance_of, written
 from continual.publish.weights import Placed, header, raw, write_at
-from continual.reading import Reading
 from continual.records import ITEMSIZE, TensorSpec
 from continual.tensors import BaseModel
 from continual.tensors.adapter import CONFIG, WEIGHTS

@@ -14,7 +14,7 @@ from continual.rules.gram import GRAM
 from continual.rules.iso_c import ISO_C
 from continual.rules.magmax import MAGMAX
 from continual.rules.opcm import OPCM
-from continual.rules.reading import ReadOptions, Size
+from continual.rules.scale import ReadOptions, Size
 from continual.rules.sums import FRANK_WOLFE, MEAN, TASK_ARITHMETIC, together
 from continual.rules.ties import TIES
 from continual.rules.tsv_m import TSV_M

@@ -13,7 +13,7 @@ import torch
 
 from continual.errors import Misconfigured
 from continual.records import SlotSpec, TensorSpec
-from continual.rules.reading import ReadOptions, Size
+from continual.rules.scale import ReadOptions, Size
 
 Accumulators = dict[str, torch.Tensor]
 """What a rule keeps of one tensor, by slot name: fixed shapes and dtypes from the first fold on, zeros before it."""
@@ -86,7 +86,7 @@ class Rule(NamedTuple):
     seeded: `fold` makes random choices, by `inputs.seed`. weighted: a model can be folded with any weight above 0.
     matrix: which tensors the rule takes for matrices, where it tells them apart; its sums then have matrix_sq and top_sq (`matrices.figures`).
     shipped: the file beside the weights that `inputs.moments` comes from; a tensor whose τ is zero is folded then like any other.
-    rounds: no model is folded by itself: rounds over the candidates that wait choose and weigh them (`continual.rounds`).
+    rounds: no model is folded by itself: rounds over the candidates that wait choose and weigh them (`continual.selection`).
     """
 
     name: str

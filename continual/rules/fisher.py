@@ -16,7 +16,7 @@ from continual import linalg
 from continual.records import SlotSpec, TensorSpec
 from continual.rules import sums
 from continual.rules.contract import Accumulators, Folded, Inputs, Option, Row, Rule, Totals
-from continual.rules.reading import ReadOptions, Size
+from continual.rules.scale import ReadOptions, Size
 
 WEIGHT = "weight"
 

@@ -18,7 +18,7 @@ from continual import linalg
 from continual.records import SlotSpec, TensorSpec
 from continual.rules import matrices, sums
 from continual.rules.contract import Accumulators, Folded, Inputs, Option, Row, Rule, Totals
-from continual.rules.reading import ReadOptions
+from continual.rules.scale import ReadOptions
 
 SIDES = ("both", "right", "left")
 CROSS, RIGHT, LEFT, SUM = "cross", "right", "left", "sum"

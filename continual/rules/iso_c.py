@@ -16,7 +16,7 @@ from continual import linalg
 from continual.records import TensorSpec
 from continual.rules import matrices, sums
 from continual.rules.contract import Accumulators, Folded, Inputs, Row, Rule, Totals
-from continual.rules.reading import ReadOptions
+from continual.rules.scale import ReadOptions
 
 
 def flat(total: torch.Tensor) -> torch.Tensor:

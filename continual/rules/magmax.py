@@ -14,7 +14,7 @@ import torch
 from continual import linalg
 from continual.rules import matrices, sums
 from continual.rules.contract import Accumulators, Folded, Inputs, Row, Rule, Totals
-from continual.rules.reading import ReadOptions
+from continual.rules.scale import ReadOptions
 
 
 def fold(accumulators: Accumulators, tau: torch.Tensor, inputs: Inputs, totals: Totals) -> Folded:  # noqa: ARG001 - the contract's signature

@@ -18,7 +18,7 @@ from continual import linalg
 from continual.records import TensorSpec
 from continual.rules import matrices, sums
 from continual.rules.contract import Accumulators, Folded, Inputs, Option, Row, Rule, Totals
-from continual.rules.reading import ReadOptions
+from continual.rules.scale import ReadOptions
 
 Variant = Literal["block", "block+radial", "block+diagonal", "rows+columns", "rows", "columns"]
 VARIANTS: tuple[Variant, ...] = ("block", "block+radial", "block+diagonal", "rows+columns", "rows", "columns")

@@ -15,7 +15,7 @@ import torch
 from continual import linalg
 from continual.records import SlotSpec, TensorSpec
 from continual.rules.contract import Accumulators, Folded, Inputs, Row, Rule, Sums, Totals
-from continual.rules.reading import ReadOptions, Size
+from continual.rules.scale import ReadOptions, Size
 
 SLOT = "sum"
 

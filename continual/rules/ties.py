@@ -18,7 +18,7 @@ from continual.errors import Misconfigured
 from continual.records import SlotSpec, TensorSpec
 from continual.rules import sums, trimming
 from continual.rules.contract import Accumulators, Folded, Inputs, Option, Row, Rule, Totals
-from continual.rules.reading import ReadOptions
+from continual.rules.scale import ReadOptions
 
 PLUS, MINUS, COUNT_PLUS, COUNT_MINUS = "plus", "minus", "count_plus", "count_minus"
 DRAW = 2.0**-20

@@ -20,7 +20,7 @@ from continual.errors import Misconfigured
 from continual.records import SlotSpec, TensorSpec
 from continual.rules import matrices, sums
 from continual.rules.contract import Accumulators, Folded, Inputs, Row, Rule, Totals
-from continual.rules.reading import ReadOptions
+from continual.rules.scale import ReadOptions
 
 U, SIGMA, V, OWNER = "u", "sigma", "v", "owner"
 _MOST = (1 << 16) - 1

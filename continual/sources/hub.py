@@ -18,7 +18,7 @@ import structlog
 from continual.config import Hub as Asked
 from continual.errors import Halt, Refuse, Retry
 from continual.hub import Info, Trouble
-from continual.places import SCHEME, Places
+from continual.hub.locate import SCHEME, Places
 from continual.records import Event
 from continual.retrying import Fault, next_poll
 from continual.sources.cursor import Cursor, Sighting

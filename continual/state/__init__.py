@@ -1,6 +1,6 @@
 """The durable state: every fold one transaction in a Zarr store, every candidate's fate in a ledger. FORMAT.md specifies it."""
 
-from continual.state.records import Commit, Format
+from continual.state.format import Commit, Format
 from continual.state.store import State
 from continual.state.transaction import Transaction
 

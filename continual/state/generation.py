@@ -10,7 +10,7 @@ from typing import Any
 from continual.errors import Damaged, Misconfigured
 from continual.state import arrays, framing, names
 from continual.state.arrays import Array
-from continual.state.records import Format
+from continual.state.format import Format
 
 RECEIPTS = "receipts.json"
 Receipts = dict[str, Any]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from continual.errors import Misconfigured
 from continual.records import Entry
-from continual.state.records import Commit
+from continual.state.format import Commit
 
 
 class Fold(NamedTuple):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from continual.errors import Damaged, Misconfigured
 from continual.state import framing
+from continual.state.format import Commit
 from continual.state.generation import Generation
 from continual.state.ledger import Ledger
-from continual.state.records import Commit
 
 DIRECTORIES = ("commits", "generations", "tags", "leases")
 _READS = 50

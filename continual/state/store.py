@@ -17,9 +17,9 @@ from continual.records import Entry, SlotSpec, TensorSpec
 from continual.state import framing, lock, names, opening
 from continual.state.arrays import Array
 from continual.state.durable import environment, link_new, move_away, replace_bytes, sync_file, write_temporary
+from continual.state.format import VERSION, Commit, Format
 from continual.state.generation import Generation
 from continual.state.ledger import Fold, Ledger, Waiting, chain, same
-from continual.state.records import VERSION, Commit, Format
 from continual.state.transaction import Transaction, room
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from continual.records import Entry
 from continual.state import arrays, framing
 from continual.state.arrays import Array
 from continual.state.durable import environment, sync_file, sync_tree, write_bytes
+from continual.state.format import Commit, Format
 from continual.state.generation import RECEIPTS, Generation, node
-from continual.state.records import Commit, Format
 
 Publish = Callable[[Entry, str, str], Commit]
 """Makes a record of an entry, a generation's id and the CRC of its receipts."""

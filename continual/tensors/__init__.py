@@ -5,7 +5,7 @@ from continual.tensors.checkpoint import Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel, describe
 from continual.tensors.model import Model, candidate_of, open_model, open_shipped, unreadable
-from continual.tensors.places import Folder, Place, place_of, read_json, release_of
+from continual.tensors.place import Folder, Place, place_of, read_json, release_of
 from continual.tensors.vectors import Piece, TaskVectors
 
 __all__ = [

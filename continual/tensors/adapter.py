@@ -19,7 +19,7 @@ from continual.records import FileStat
 from continual.tensors.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from continual.tensors.header import json_object, shown
 from continual.tensors.kinds import is_vocabulary
-from continual.tensors.places import Place
+from continual.tensors.place import Place
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST_CONFIG = 4 << 20

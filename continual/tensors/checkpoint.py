@@ -12,7 +12,7 @@ import torch
 from continual.errors import Refuse
 from continual.tensors import header
 from continual.tensors.header import TensorInfo, shown
-from continual.tensors.places import Folder, Place, Weights, read_json
+from continual.tensors.place import Folder, Place, Weights, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

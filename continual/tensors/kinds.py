@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from continual.errors import Misconfigured, Refuse
 from continual.records import Kind, TensorSpec
 from continual.tensors.checkpoint import FLOATS, Checkpoint
-from continual.tensors.ties import tied
+from continual.tensors.tied import tied
 
 _WORDS = re.compile(
     r"(^|\.)(embed_tokens|embed_in|tok_embeddings|wte|shared|word_embeddings?|token_embedding|embed_out|lm_head|generator_lm_head|vocab_projector|pred_layer\.proj"

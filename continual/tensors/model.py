@@ -12,7 +12,7 @@ from continual.tensors.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, open
 from continual.tensors.header import shown
 from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import sources
-from continual.tensors.places import Place, place_of
+from continual.tensors.place import Place, place_of
 
 Model = Checkpoint | Adapter
 

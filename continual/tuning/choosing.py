@@ -12,21 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from continual.engine import Engine
+from continual.engine.engine import Engine
+from continual.engine.reading import Reading
 from continual.errors import Misconfigured, Retry
 from continual.executors.contract import Progress
+from continual.objectives import objectives
 from continual.publish import folder
-from continual.reading import Reading
 from continual.records import Entry
 from continual.rules import ReadOptions, read_options
-from continual.rules.reading import POLICIES, Policy
-from continual.selection import objectives
+from continual.rules.scale import POLICIES, Policy
 from continual.state import Commit
 from continual.state.durable import environment
 from continual.state.transaction import room
 from continual.tensors import Folder
 from continual.tensors.checkpoint import open_checkpoint
-from continual.tuning import command, record, rows, scratch
+from continual.tuning import command, record, scratch
+from continual.tuning import scoring as rows
 from continual.tuning.search import LEAST, Space, Trial, best, search
 
 Evaluation = command.Command | objectives.Ask

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from continual.engine.reading import Reading
 from continual.executors.contract import Executor, Progress
 from continual.publish.weights import Placed, header, raw, write_at
-from continual.reading import Reading
 from continual.records import TensorSpec
 from continual.rules import ReadOptions
 from continual.state.durable import environment

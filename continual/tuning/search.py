@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from continual.errors import Misconfigured
 from continual.rules import ReadOptions
-from continual.rules.reading import Policy
+from continual.rules.scale import Policy
 
 LEAST = 3
 """Evaluations below which there is nothing to search."""

@@ -9,7 +9,7 @@ import pytest
 
 from continual.errors import ContinualError
 from continual.state import State
-from tests import stores
+from tests.helpers import stores
 
 UNCHECKED = ("lock",)
 """Only informs: the lock is the flock, not the contents."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import hub
+from tests.campaigns.faults import hub
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.faults import kills
+from tests.campaigns.faults import kills
 
 
 def test_ten_kills_lose_nothing(tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from continual import api
-from continual.rounds.active import active
-from tests import quadratic
+from continual.selection.active import active
+from tests.helpers import quadratic
 
 KILLS = 7
 
 
 def opened(state: Path, select: str | None) -> api.Merge:
-    return api.open(state, write=True, select=select, objective="tests.quadratic:make", max_base_ratio=10, device="cpu", workers=1)
+    return api.open(state, write=True, select=select, objective="tests.helpers.quadratic:make", max_base_ratio=10, device="cpu", workers=1)
 
 
 def child(state: Path, select: str | None, pipe: Connection) -> None:
@@ -65,7 +65,7 @@ def test_kills_in_a_round_change_nothing(tmp_path: Path, rule: str) -> None:
             assert merge.fold(path).fate == "deferred"
     shutil.copytree(state, straight)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["continual.api", "tests.quadratic"])
+    context.set_forkserver_preload(["continual.api", "tests.helpers.quadratic"])
 
     def run(place: Path, after: float | None) -> float | None:
         """Seconds the round took, None where it was killed `after` so many."""

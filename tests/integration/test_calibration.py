@@ -15,9 +15,9 @@ import torch
 from torch.nn import functional
 
 from continual.errors import Misconfigured
-from continual.selection import calibration as module
-from continual.selection import objectives
-from continual.selection.calibration import Calibration, Count, Wanted, load
+from continual.objectives import calibration as module
+from continual.objectives import objectives
+from continual.objectives.calibration import Calibration, Count, Wanted, load
 from tests.integration.test_tune_rows import CPU, MODELS, WORDS, embedded, loaded, transformers, write_tokenizer
 
 CLASSES = ["neg", "pos"]
@@ -288,7 +288,7 @@ def test_without_labels_a_loss_is_an_entropy(name: str, tmp_path: Path) -> None:
 
 MINE = """
 import torch
-from continual.selection.calibration import Given
+from continual.objectives.calibration import Given
 
 class Quadratic:
     count = 10
@@ -358,7 +358,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("source", list(BROKEN))
 def test_what_is_wrong_with_a_function_is_said(code: Path, source: str) -> None:
-    head = "import torch\nfrom continual.selection.calibration import Given\nL = torch.nn.Linear(2, 1)\n"
+    head = "import torch\nfrom continual.objectives.calibration import Given\nL = torch.nn.Linear(2, 1)\n"
     code.write_text(head + "class T:\n    count = 4\n    def losses(self, rows): return L.weight.sum() + torch.ones(len(rows))\n" + source)
     with pytest.raises(Misconfigured, match=BROKEN[source]):
         load(Wanted("mine:make"), Path("anywhere"), CPU).backward()

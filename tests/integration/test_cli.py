@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import models
-from tests.command import machine, process, run
+from tests.helpers import models
+from tests.helpers.command import machine, process, run
 
 
 @pytest.fixture
@@ -113,8 +113,10 @@ def test_a_writer_while_another_writes_exits_with_its_pid(tmp_path: Path, place:
 
 
 def test_every_command_has_help_and_a_line_in_the_reference() -> None:
-    from continual import cli_pool, cli_state, cli_tune
-    from continual.cli import app
+    from continual.cli import pool as cli_pool
+    from continual.cli import state as cli_state
+    from continual.cli import tune as cli_tune
+    from continual.cli.main import app
 
     reference = (Path(__file__).parents[2] / "ops/docs/commands.md").read_text()
     commands = [*app.registered_commands, *cli_state.app.registered_commands, *cli_tune.app.registered_commands]
@@ -129,7 +131,7 @@ def test_every_command_has_help_and_a_line_in_the_reference() -> None:
 
 def test_help_and_completion_are_cheap() -> None:
     """Imports only: CPU time of a child, with torch and zarr left alone. The bar is 0.3 s; what is asserted is that nothing heavy is imported."""
-    code = "import sys, continual.cli; print([m for m in ('torch', 'zarr', 'numpy', 'pydantic', 'rich', 'starlette') if m in sys.modules])"
+    code = "import sys, continual.cli.main; print([m for m in ('torch', 'zarr', 'numpy', 'pydantic', 'rich', 'starlette') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert process("--help").returncode == 0

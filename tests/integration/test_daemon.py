@@ -13,8 +13,8 @@ import pytest
 
 from continual import api
 from continual.state import State
-from tests import models
-from tests.services import LIMIT, daemon, get, status, until, url
+from tests.helpers import models
+from tests.helpers.services import LIMIT, daemon, get, status, until, url
 
 
 @pytest.fixture

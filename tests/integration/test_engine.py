@@ -18,7 +18,7 @@ from continual.config import Settings
 from continual.errors import Abandoned, Damaged, Misconfigured
 from continual.publish.folder import Target
 from continual.rules import RULES
-from tests import models
+from tests.helpers import models
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 

@@ -19,7 +19,7 @@ from continual import api
 from continual.config import Settings
 from continual.errors import ContinualError, Retry
 from continual.state import State
-from tests import models
+from tests.helpers import models
 
 
 @contextmanager

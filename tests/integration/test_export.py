@@ -14,7 +14,7 @@ from continual import api
 from continual.errors import Halt, Misconfigured
 from continual.publish import folder
 from continual.publish.folder import Target
-from tests import models
+from tests.helpers import models
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 

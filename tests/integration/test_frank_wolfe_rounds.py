@@ -18,15 +18,15 @@ from torch import Tensor
 from continual import api
 from continual.config import Settings
 from continual.errors import Misconfigured
+from continual.objectives import calibration
 from continual.publish.folder import Target
-from continual.rounds.active import Active, active
-from continual.rounds.frank_wolfe import room
-from continual.rounds.loaded import Loaded
-from continual.rounds.mixing import mix
-from continual.selection import calibration
+from continual.selection.active import Active, active
+from continual.selection.frank_wolfe import room
+from continual.selection.loaded import Loaded
+from continual.selection.mixing import mix
 from continual.selection.steps import Plan
-from tests import quadratic
-from tests.pools import fill, names, rows, waits
+from tests.helpers import quadratic
+from tests.helpers.pools import fill, names, rows, waits
 
 STEPS = ("hard", "pairwise", "soft", "corrective")
 
@@ -41,7 +41,7 @@ def opened(
 ) -> api.Merge:
     if not state.exists():
         api.init(base, state, api.Asked(rule="frank-wolfe"))
-    asked = {"objective": "tests.quadratic:make", "max_base_ratio": 10.0, "device": "cpu", "state": state, "rounds": rounds or {}}
+    asked = {"objective": "tests.helpers.quadratic:make", "max_base_ratio": 10.0, "device": "cpu", "state": state, "rounds": rounds or {}}
     return api.Merge(Settings(**{**asked, **more}), write=True, on_step=on_step)
 
 
@@ -85,7 +85,7 @@ class Best:
     """The loss on the driving rows as a function of weights, one of each model, and its least value over ρ·conv({0} ∪ models): dense, in float64."""
 
     def __init__(self, base: Path, *named: str) -> None:
-        loaded = calibration.load(calibration.Wanted("tests.quadratic:make"), base, torch.device("cpu"))
+        loaded = calibration.load(calibration.Wanted("tests.helpers.quadratic:make"), base, torch.device("cpu"))
         origin = quadratic.flat(load_file(base / "model.safetensors")).double()
         taus = torch.stack([quadratic.flat(v) for v in vectors(base, *named).values()], dim=1)
         parts = []

@@ -10,11 +10,11 @@ import pytest
 from safetensors import safe_open
 
 from continual.hub import Hub as Client
-from continual.places import Places
-from tests import hubs, models
-from tests.command import machine, process, run
-from tests.hub import TOKEN, Hub, faults, serving
-from tests.hubs import BASE, publish
+from continual.hub.locate import Places
+from tests.helpers import hubs, models
+from tests.helpers.command import machine, process, run
+from tests.helpers.hubs import BASE, publish
+from tests.loopback import TOKEN, Hub, faults, serving
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from continual import api
 from continual.errors import Misconfigured, Refuse, Retry, Skip
 from continual.hub import Hub as Client
 from continual.records import Event
-from tests import hubs, models, pools, quadratic
-from tests.hub import TOKEN, Account, Hub, faults, serving
-from tests.hubs import BASE, equal, made, merge, publish, sums
+from tests.helpers import hubs, models, pools, quadratic
+from tests.helpers.hubs import BASE, equal, made, merge, publish, sums
+from tests.loopback import TOKEN, Account, Hub, faults, serving
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_our_own_release_is_known_wherever_it_is_found(tmp_path: Path, hub: Hub)
 def test_a_base_from_the_hub_is_pinned_and_fetched_again(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    from continual.places import Places
+    from continual.hub.locate import Places
 
     client = Client(endpoint=hub.endpoint, token=TOKEN)
     monkeypatch.setattr(Places, "hub", client)

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 import continual
-from continual import api, releasing
+from continual import api
 from continual.errors import Misconfigured, Retry
-from tests import hubs, models, services
-from tests.hub import Hub, environment, faults, serving
-from tests.hub.repos import Commit
-from tests.hubs import made, merge, publish
+from continual.service import release as releasing
+from tests.helpers import hubs, models, services
+from tests.helpers.hubs import made, merge, publish
+from tests.loopback import Hub, environment, faults, serving
+from tests.loopback.repos import Commit
 
 REPO = "me/merge"
 
@@ -82,7 +83,7 @@ def test_a_release_is_one_commit_and_made_once(tmp_path: Path, hub: Hub) -> None
 
 def _tags(hub: Hub) -> tuple[str, ...]:
     from continual.hub import Hub as Client
-    from tests.hub import TOKEN
+    from tests.loopback import TOKEN
 
     return Client(endpoint=hub.endpoint, token=TOKEN).info(REPO).tags
 
@@ -192,7 +193,7 @@ def test_transformers_loads_a_release(tmp_path: Path, hub: Hub) -> None:
         releasing.release(ours)
         from huggingface_hub import snapshot_download
 
-        from tests.hub import TOKEN
+        from tests.loopback import TOKEN
 
         path = snapshot_download(REPO, endpoint=hub.endpoint, token=TOKEN, cache_dir=tmp_path / "cache", revision="record-1")
         loaded = AutoModelForCausalLM.from_pretrained(path)

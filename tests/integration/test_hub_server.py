@@ -1,4 +1,4 @@
-"""The stand-in Hub of tests/hub, driven by the real client.
+"""The stand-in Hub of tests/loopback, driven by the real client.
 
 ops/check sets HF_HUB_OFFLINE=1, which the client reads as it is imported and enforces in a hook of its HTTP session. Most tests here
 run in this process under `online`, which gives the client another session in its public way; one runs a subprocess in `environment`.
@@ -32,8 +32,8 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import save
 
-from tests.hub import TOKEN, Account, Deliveries, Hub, environment, online, serving
-from tests.hub.faults import Drop, Random, Slow, Stale, Stall, Status, Times, Truncate, either, expired, too_many
+from tests.loopback import TOKEN, Account, Deliveries, Hub, environment, online, serving
+from tests.loopback.faults import Drop, Random, Slow, Stale, Stall, Status, Times, Truncate, either, expired, too_many
 
 REPO = "org/tuned"
 CARD = b"---\nbase_model: org/base\nlicense: mit\ntags: [math]\n---\n# Tuned\n"
@@ -356,7 +356,7 @@ def test_it_stops_at_once_whatever_is_open(capfd: pytest.CaptureFixture[str]) ->
 
 
 def test_for_people() -> None:
-    with subprocess.Popen([sys.executable, "-m", "tests.hub"], stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+    with subprocess.Popen([sys.executable, "-m", "tests.loopback"], stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         assert process.stdout is not None
         endpoint = process.stdout.readline().split()[0].removeprefix("HF_ENDPOINT=")
         assert fetch(f"{endpoint}/api/models").json() == []

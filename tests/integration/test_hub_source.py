@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 
-from continual import api, watching
+from continual import api
 from continual.api import Merge
 from continual.config import load
-from continual.daemon import check_places
 from continual.errors import Halt, Misconfigured, Retry
 from continual.records import Event
+from continual.service import once as watching
+from continual.service.daemon import check_places
 from continual.sources.hub import HubSource
-from tests import hubs, models
-from tests.hub import Account, Hub, faults, serving
-from tests.hubs import BASE, made, merge, publish
+from tests.helpers import hubs, models
+from tests.helpers.hubs import BASE, made, merge, publish
+from tests.loopback import Account, Hub, faults, serving
 
 ASKED = {"watch": True, "bases": (BASE,), "settle": 0.0, "poll": 0.05}
 
@@ -178,7 +179,7 @@ def test_a_renamed_repo_is_the_same_repo(tmp_path: Path, hub: Hub) -> None:
 
 
 def test_a_newer_commit_takes_the_place_of_the_one_that_waits(tmp_path: Path, hub: Hub) -> None:
-    from tests import pools, quadratic
+    from tests.helpers import pools, quadratic
 
     base = quadratic.world(tmp_path)
     with pools.opened(tmp_path / "state", base, hub={"repos": ("org/ft",), "settle": 0.0}) as ours:

@@ -14,7 +14,7 @@ from continual import api
 from continual.config import Settings
 from continual.errors import Misconfigured
 from continual.publish.folder import Target
-from tests import models
+from tests.helpers import models
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 

@@ -21,7 +21,7 @@ from continual.gates.lineage import LineagePolicy, trace
 from continual.publish import lora
 from continual.publish.folder import Target
 from continual.tensors import Adapter, TaskVectors, open_model
-from tests import models
+from tests.helpers import models
 
 IDS = torch.tensor([[1, 7, 3, 39, 0, 12]])
 LLAMA = {

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import continual
 from continual.publish.folder import Target
-from tests import hubs, models, services
-from tests.command import process
+from tests.helpers import hubs, models, services
+from tests.helpers.command import process
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 

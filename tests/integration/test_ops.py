@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from continual import api
-from continual.metrics import TABLE, Metrics
 from continual.records import Candidate, FoldReport, Lineage
-from tests import models, services
+from continual.service.metrics import TABLE, Metrics
+from tests.helpers import models, services
 
 OPS = Path(__file__).parents[2] / "ops"
 SUFFIX = re.compile(r"_(bucket|count|sum)$")

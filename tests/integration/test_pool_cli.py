@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests import quadratic
-from tests.command import machine, run
+from tests.helpers import quadratic
+from tests.helpers.command import machine, run
 
 ROOT = Path(__file__).parents[2]
-ASK = ("--select", "relevance", "--objective", "tests.quadratic:make", "--max-base-ratio", "10")
+ASK = ("--select", "relevance", "--objective", "tests.helpers.quadratic:make", "--max-base-ratio", "10")
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_a_dry_run_prints_and_records_nothing(state: tuple[str, str], candidates
     [
         (("--select", "relevance"), ("objective", "causal-lm", "module:function")),
         (("--select", "relevance", "--objective", "best"), ("objective", "'best'", "module:function")),
-        (("--select", "relevance", "--objective", "tests.quadratic:nothing"), ("tests.quadratic", "no function nothing")),
+        (("--select", "relevance", "--objective", "tests.helpers.quadratic:nothing"), ("tests.helpers.quadratic", "no function nothing")),
         (("--select", "relevance", "--objective", "no.such:make"), ("no.such:make",)),
         (("--select", "relevance", "--objective", "causal-lm"), ("rows",)),
         ((*ASK, "--rows", "x.jsonl"), ("rows", "built-in")),
@@ -134,7 +134,7 @@ def test_what_is_missing_or_wrong_is_said_before_anything_waits(
     for word in words:
         assert word in done.stderr, done.stderr
     records = len(list((Path(state[1]) / "commits").iterdir()))
-    assert records == 1 or "no.such:make" in arguments or "tests.quadratic:nothing" in arguments, "nothing was recorded"
+    assert records == 1 or "no.such:make" in arguments or "tests.helpers.quadratic:nothing" in arguments, "nothing was recorded"
 
 
 def test_where_nobody_chooses_and_where_nothing_waits(state: tuple[str, str], candidates: dict[str, Path]) -> None:
@@ -150,10 +150,14 @@ def test_where_nobody_chooses_and_where_nothing_waits(state: tuple[str, str], ca
 
 def test_settings_come_from_file_environment_and_flags(tmp_path: Path, state: tuple[str, str], candidates: dict[str, Path]) -> None:
     settings = tmp_path / "continual.toml"
-    settings.write_text('select = "relevance"\nobjective = "tests.quadratic:make"\nmax_base_ratio = 10\n[rounds]\npatience = 1\n')
+    settings.write_text('select = "relevance"\nobjective = "tests.helpers.quadratic:make"\nmax_base_ratio = 10\n[rounds]\npatience = 1\n')
     told = machine("fold", candidates["good0"], candidates["noise0"], "--config", settings, *state, code=1)
     assert {m["name"]: m["fate"] for m in told["round"]["members"]} == {"good0": "folded", "noise0": "refused"}
-    env = {"CONTINUAL_SELECT": "relevance", "CONTINUAL_OBJECTIVE": "tests.quadratic:make", "CONTINUAL_ROUNDS": "patience=1,sigmas=2"}
+    env = {
+        "CONTINUAL_SELECT": "relevance",
+        "CONTINUAL_OBJECTIVE": "tests.helpers.quadratic:make",
+        "CONTINUAL_ROUNDS": "patience=1,sigmas=2",
+    }
     told = machine("fold", candidates["noise1"], *state, "--max-base-ratio", "10", code=1, env=env)
     assert told["round"]["members"][0]["fate"] == "refused"
     asked = [r["numbers"]["asked"] for r in machine("log", *state) if r["kind"] == "round"]

@@ -12,7 +12,7 @@ from continual import api
 from continual.config import Settings
 from continual.executors.contract import silent
 from continual.rules import RULES
-from tests import models
+from tests.helpers import models
 
 SPECTRAL = [name for name, row in RULES.items() if row.spectral]
 COUNT = 3

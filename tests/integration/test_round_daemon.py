@@ -13,11 +13,11 @@ import pytest
 from continual import api
 from continual.errors import Abandoned
 from continual.state import State
-from tests import quadratic
-from tests.services import LIMIT, daemon, get, status, until, url
+from tests.helpers import quadratic
+from tests.helpers.services import LIMIT, daemon, get, status, until, url
 
 ROOT = Path(__file__).parents[2]
-ASK = ("--objective", "tests.quadratic:make", "--max-base-ratio", "10", "--rescan", "1")
+ASK = ("--objective", "tests.helpers.quadratic:make", "--max-base-ratio", "10", "--rescan", "1")
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_round_that_nobody_is_left_for_is_no_reason_to_stop(tmp_path: Path, ba
     """It was cut off, and its only member was folded by hand since."""
     state = tmp_path / "state"
     api.init(base, state, api.Asked(rule="mean"))
-    asked: dict[str, Any] = {"objective": "tests.quadratic:make", "max_base_ratio": 10, "write": True}
+    asked: dict[str, Any] = {"objective": "tests.helpers.quadratic:make", "max_base_ratio": 10, "write": True}
     with api.open(state, select="relevance", **asked) as merge:
         merge.fold(quadratic.good(base, 0))
         merge.engine.stop.set()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from continual import api
 from continual.errors import Misconfigured, Retry
-from tests import models, quadratic
-from tests.pools import QUERY, Stopped, bits, fill, names, opened, rows, waits
+from tests.helpers import models, quadratic
+from tests.helpers.pools import QUERY, Stopped, bits, fill, names, opened, rows, waits
 
 
 @pytest.fixture

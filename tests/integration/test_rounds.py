@@ -14,11 +14,27 @@ from safetensors.torch import load_file
 from continual import api
 from continual.errors import Misconfigured
 from continual.publish.folder import Target
-from continual.rounds.active import NONE
-from continual.rounds.frank_wolfe import Origin, Search
-from continual.rounds.members import Member
-from tests import models, quadratic
-from tests.pools import QUERY, Stopped, adapter, bits, files, fill, half, loaded, names, objective, opened, plainly, rows, table, waits
+from continual.selection.active import NONE
+from continual.selection.frank_wolfe import Origin, Search
+from continual.selection.members import Member
+from tests.helpers import models, quadratic
+from tests.helpers.pools import (
+    QUERY,
+    Stopped,
+    adapter,
+    bits,
+    files,
+    fill,
+    half,
+    loaded,
+    names,
+    objective,
+    opened,
+    plainly,
+    rows,
+    table,
+    waits,
+)
 
 
 @pytest.fixture
@@ -160,7 +176,7 @@ def test_a_dry_run_ranks_the_pool_and_changes_nothing(tmp_path: Path, base: Path
     with opened(tmp_path / "state", base, rule, select=select) as merge:
         fill(merge, quadratic.noise(base, 0), *(quadratic.good(base, k) for k in range(3)), quadratic.noise(base, 1))
     before = files(tmp_path / "state")
-    with api.open(tmp_path / "state", select=select, objective="tests.quadratic:make", max_base_ratio=10, device="cpu") as merge:
+    with api.open(tmp_path / "state", select=select, objective="tests.helpers.quadratic:make", max_base_ratio=10, device="cpu") as merge:
         found = merge.look_round()
         again = merge.look_round()
     assert files(tmp_path / "state") == before

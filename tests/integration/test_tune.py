@@ -20,8 +20,8 @@ from continual.rules import ReadOptions
 from continual.state.transaction import room
 from continual.tuning import Command, Tuning
 from continual.tuning.command import parse
-from tests import models, services
-from tests.command import machine, run
+from tests.helpers import models, services
+from tests.helpers.command import machine, run
 
 SCRIPT = """
 import array, json, pathlib, shutil, sys

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from continual import api
 from continual.errors import Misconfigured
 from continual.executors.contract import silent
+from continual.objectives import objectives
 from continual.publish import folder
 from continual.publish.folder import Target
 from continual.rules import ReadOptions
-from continual.selection import objectives
-from continual.tuning import Rows, Tuning, rows
-from tests import models
-from tests.command import machine
+from continual.tuning import Rows, Tuning
+from continual.tuning import scoring as rows
+from tests.helpers import models
+from tests.helpers.command import machine
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -246,7 +247,7 @@ def test_names_with_and_without_the_prefix_and_one_that_is_nowhere(place: Place)
 
 
 def test_what_is_missing_is_said() -> None:
-    code = "import sys; sys.modules['transformers'] = None\nfrom pathlib import Path\nimport torch\nfrom continual.selection import objectives as o\n"
+    code = "import sys; sys.modules['transformers'] = None\nfrom pathlib import Path\nimport torch\nfrom continual.objectives import objectives as o\n"
     code += "o.load(o.Ask('causal-lm', Path('r')), Path('m'), torch.device('cpu'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "Misconfigured" in done.stderr

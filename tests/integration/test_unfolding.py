@@ -12,7 +12,7 @@ from continual import api
 from continual.config import Settings
 from continual.errors import Misconfigured, Refuse
 from continual.rules import RULES, rule
-from tests import models
+from tests.helpers import models
 
 GROUPS = [name for name in RULES if rule(name).combine]
 OTHERS = [name for name in RULES if not rule(name).combine]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from continual.errors import Misconfigured
 from continual.selection.steps import Plan, Step, Taken, always, gap, minimise, oracle, project
-from tests.hulls import STEPS, TASK_WISE, Quadratic, best_of, bound, feasible, halves, optimum, quadratics, quick, suited
+from tests.helpers.hulls import STEPS, TASK_WISE, Quadratic, best_of, bound, feasible, halves, optimum, quadratics, quick, suited
 
 
 @pytest.mark.parametrize("step", STEPS)

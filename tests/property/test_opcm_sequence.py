@@ -10,7 +10,7 @@ from torch import Tensor
 
 from continual.records import TensorSpec
 from continual.rules import Inputs, ReadOptions, rule
-from tests import reference
+from tests.helpers import reference
 
 SHAPES = {"tall": (96, 40), "wide": (40, 96), "square": (64, 64), "tiny": (2, 3), "conv": (24, 8, 3, 3), "bias": (50,), "scalar": ()}
 MATRICES = {name for name, shape in SHAPES.items() if len(shape) >= 2}

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from continual.errors import Misconfigured
 from continual.rules import RULES, Inputs, opcm, rule, together
-from tests import batch
-from tests.batch import BATCH
-from tests.streams import MATRICES, SHAPES, SPECS, Models, Stream, bound, distance, model_lists
+from tests.helpers import batch
+from tests.helpers.batch import BATCH
+from tests.helpers.streams import MATRICES, SHAPES, SPECS, Models, Stream, bound, distance, model_lists
 
 CHAINS: list[tuple[str, list[str]]] = [
     ("task-arithmetic", ["drop:rate=0.5"]),

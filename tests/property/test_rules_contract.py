@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from continual.errors import Misconfigured
 from continual.rules import RULES, Inputs, gram, rule
-from tests import batch
-from tests.batch import BATCH
-from tests.streams import MATRICES, SHAPES, SPECS, Models, Stream, bound, distance, measure, model_lists
+from tests.helpers import batch
+from tests.helpers.batch import BATCH
+from tests.helpers.streams import MATRICES, SHAPES, SPECS, Models, Stream, bound, distance, measure, model_lists
 
 
 def test_every_rule_has_a_batch_form() -> None:

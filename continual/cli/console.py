@@ -1,0 +1,273 @@
+"""What the commands print: tables and progress for people, one JSON document for machines. No decisions here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from continual.engine.outcomes import Outcome as OutcomeOf
+    from continual.engine.outcomes import Plan
+    from continual.executors.contract import Progress
+    from continual.publish.lora import LoraReport
+    from continual.rules.catalogue import RuleInfo
+    from continual.selection import Asked, Round
+    from continual.selection.steps import Taken
+    from continual.service.once import Seen
+    from continual.service.release import Look
+    from continual.state import Commit
+    from continual.state.ledger import Waiting
+
+
+def emit(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def say(text: str = "") -> None:
+    """A line on standard output."""
+    sys.stdout.write(text + "\n")
+
+
+def warn(text: str) -> None:
+    """A line on standard error."""
+    sys.stderr.write(text + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Records, mappings, paths, places and tuples as what JSON has."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Aligned columns on standard output; the last column takes what room is left and is never cut."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for name in head:
+        shown.add_column(name, overflow="fold", no_wrap=name != head[-1])
+    for row in rows:
+        shown.add_row(*("" if cell is None else str(cell) for cell in row))
+    console = Console(highlight=False, markup=False)
+    console.print(shown) if console.is_terminal else Console(highlight=False, markup=False, width=400).print(shown)
+
+
+@contextmanager
+def spinner(what: str) -> Iterator[None]:
+    """Says that something of unknown length goes on, where the output is a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def seen(found: Sequence[Seen]) -> None:
+    """What would be taken, and what speaks against the rest."""
+    table(
+        ("model", "from", "commit", "taken", "why"),
+        [(s.model, s.source, (s.revision or "")[:12], "yes" if s.take else "no", s.why) for s in found],
+    )
+    if not found:
+        say("Nothing to see.")
+
+
+def release_look(found: Look) -> None:
+    """What a release would do, and its card."""
+    there = "nothing is there yet" if found.there is None else f"record {found.there} is there"
+    say(
+        f"{'Is out already' if found.out else 'Would release'}: record {found.seq} to {found.repo}, branch {found.branch} ({there}); {found.licences.message}"
+    )
+    say("")
+    say(found.card)
+
+
+def lora(found: LoraReport) -> None:
+    """How near an adapter comes to the merge."""
+    say(f"Wrote {found.directory}: rank {found.rank}, {found.adapted} weights adapted, {size(found.nbytes)}")
+    say(f"relative error {found.error:.4g} over the whole task vector, {found.error_adapted:.4g} over what is adapted")
+    if found.left_out:
+        listed = ", ".join(found.left_out[:5]) + (f" and {len(found.left_out) - 5} more" if len(found.left_out) > 5 else "")
+        say(f"left out, as no adapter can have them: {listed}")
+
+
+def plans(found: Sequence[Plan]) -> None:
+    """What folding each model would take, and what is special about it."""
+    head = ("model", "form", "verdict", "matrices", "plain", "unchanged", "read", "disk", "memory", "why")
+    table(head, [_plan_row(p) for p in found])
+    for p in found:
+        if p.extra:
+            say(f"{p.name}: stays out, the base has no such tensor: {', '.join(p.extra)}")
+        if p.prefix != ("", ""):
+            say(f"{p.name}: prefix {p.prefix[1]!r} stands for the base's {p.prefix[0]!r}")
+        if p.narrowed:
+            kinds = ", ".join(sorted(set(p.narrowed.values())))
+            say(f"{p.name}: {len(p.narrowed)} tensors are {kinds}: the base is cast before subtracting")
+
+
+def _plan_row(p: Plan) -> tuple[object, ...]:
+    verdict = "fold" if p.ok else "known" if p.reason == "known" else f"refuse ({p.reason})"
+    sizes = (size(p.read_bytes), size(p.disk_bytes), size(p.memory_bytes)) if p.ok else ("", "", "")
+    return p.name, p.form, verdict, p.matrices, p.plain, p.unchanged, *sizes, p.message
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A progress callback that draws a bar on standard error where that is a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        from continual.executors.contract import silent
+
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        stages: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done, total=total)
+
+        yield report
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units, three figures."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    raise AssertionError(nbytes)
+
+
+def record(commit: Commit) -> dict[str, Any]:
+    """A commit as `show` and `log --json` print it."""
+    body = {"seq": commit.seq, "time": commit.time, "generation": commit.generation, "prev": commit.prev, "crc": commit.crc}
+    entry: dict[str, Any] = plain(commit.entry)
+    return body | entry
+
+
+def log_row(commit: Commit) -> tuple[object, ...]:
+    """A commit as a row of `log`."""
+    entry, numbers = commit.entry, commit.entry.numbers or {}
+    name = (entry.candidate or {}).get("name", "")
+    told = entry.message or ""
+    if entry.kind == "fold" and "cosine" not in numbers:
+        told = f"norm {numbers['tau_norm']:.4g}, weight {numbers['weight']:.4g}"
+    elif entry.kind == "fold":
+        told = f"norm {numbers['tau_norm']:.4g}, cosine {numbers['cosine']:+.3f}"
+        if "lambda" in numbers:
+            told += f", lambda {numbers['lambda']:.3f}"
+    return commit.seq, when(commit.time), entry.kind, name, entry.fate or "", entry.reason or "", told
+
+
+RULES_HEAD = (
+    "rule",
+    "bytes per parameter",
+    "order-free",
+    "unfold",
+    "weights",
+    "passes",
+    "needs",
+    "default scale",
+    "options",
+    "what, and where from",
+)
+
+
+def rule_row(rule: RuleInfo) -> tuple[object, ...]:
+    """A rule as a row of `rules`."""
+    yes = {True: "yes", False: "no"}
+    flags = (yes[rule.order_free], "yes" if rule.unfold else "refolds", yes[rule.weighted], f"{rule.passes:.3g}", rule.needs or "nothing")
+    return rule.name, rule.bytes_per_parameter, *flags, rule.scale, options(rule.options), f"{rule.summary} ({rule.paper})"
+
+
+def options(found: Mapping[str, object]) -> str:
+    """Options with their defaults, in a cell."""
+    return ", ".join(f"{key}={value}" for key, value in found.items())
+
+
+LOG_HEAD = ("seq", "time", "kind", "model", "fate", "reason", "what")
+
+
+def waiting_row(waiting: Waiting) -> tuple[object, ...]:
+    """A candidate of the pool."""
+    last, candidate = waiting.last, waiting.commit.entry.candidate or {}
+    said = last.get("message", "waits for its first round")
+    return candidate["name"], when(waiting.since), waiting.rounds, _figure(last.get("score")), _figure(last.get("z")), said
+
+
+def round_row(row: Mapping[str, Any]) -> tuple[object, ...]:
+    """What a round said of a candidate."""
+    figures = [_figure(row[key]) for key in ("score", "change", "error", "z", "weight")]
+    return (
+        row["record"],
+        when(row["time"]),
+        row["members"],
+        row["better"],
+        *figures,
+        row["fate"] + (f" ({row['reason']})" if row["reason"] else ""),
+    )
+
+
+def caution(asked: Asked) -> None:
+    """What a user should know of how rounds were asked for."""
+    from continual.selection import UNSUPERVISED
+
+    if asked.calibration.unsupervised:
+        warn(UNSUPERVISED)
+
+
+def heard(what: OutcomeOf | Taken) -> None:
+    """A fold or a step of a round, as it is made."""
+    from continual.engine.outcomes import Outcome
+
+    warn(what.line() if isinstance(what, Outcome) else f"step {what.number + 1}: loss {what.loss:.6g}, gap before it {what.gap:.3g}")
+
+
+def round_body(found: Round) -> dict[str, Any]:
+    """A round for machines."""
+    record = found.commit.seq if found.commit else None
+    return {
+        "record": record,
+        **found.numbers,
+        "folds": found.folds,
+        "seconds": round(found.seconds, 3),
+        "members": [plain(row) for row in found.rows],
+    }
+
+
+def round_told(found: Round) -> None:
+    """A round for people."""
+    rows = [(r.name, r.fate, r.reason, *(_figure(v) for v in (r.score, r.change, r.error, r.z, r.weight))) for r in found.rows]
+    table(("model", "fate", "reason", "score", "change", "error", "z", "weight"), rows)
+    numbers = found.numbers
+    gap = f", gap {numbers['gap']:.3g}" if "gap" in numbers else ""
+    told = f"loss {numbers['before']:.6g} to {numbers['loss']:.6g}{gap}; {found.folds} folded in {found.seconds:.1f} s"
+    say(f"{told}; {f'recorded as record {found.commit.seq}' if found.commit else 'nothing recorded'}")
+
+
+def when(time: str) -> str:
+    """An RFC 3339 time to the second."""
+    return time[:19] + "Z"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:+.3g}"

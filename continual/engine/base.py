@@ -1,0 +1,117 @@
+"""The base of a state: measured when the state is made, found again and compared when it is opened."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from blake3 import blake3
+
+from continual.errors import Damaged, Misconfigured, Refuse
+from continual.executors.contract import Progress, silent
+from continual.hub.locate import Places
+from continual.linalg import dot
+from continual.state import State
+from continual.tensors import Adapter, BaseModel, Checkpoint, Place, describe, open_model
+from continual.tensors.checkpoint import TORCH
+
+if TYPE_CHECKING:
+    from continual.hub import Hub
+
+NOT_FETCHED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz", ".zip", ".tar.gz")
+"""Files of a base repo that stay there: the same weights in other forms, pickles among them."""
+_HASHED = 1 << 20
+"""Bytes of the base read at a time at init."""
+
+
+def open_base(state: State, places: Places, moved: Path | None = None) -> BaseModel:
+    """The base of `state`, from where it was at init or from `moved`; one that came from the Hub and is gone here is fetched again, at the same commit.
+
+    Where the files' sizes and times are those of init they are taken as they are, else every tensor is hashed and compared.
+    Raises Misconfigured if it is not there, Damaged naming the first tensor that differs.
+    """
+    record = state.format.base
+    path = moved or Path(record["path"])
+    there = all((path / file["name"]).exists() for file in record["files"])  # a fetch that was cut off leaves some
+    if not there and moved is None and record.get("repo"):
+        path = fetched(places.hub, record["repo"], record["revision"], silent).path
+    if not path.exists():
+        raise Misconfigured(f"base {path} is gone: put it back, or say where it is now with base = DIR (--base)")
+    model = describe(open_checkpoint(path), plain=record["plain"], exclude=record["exclude"])
+    if model.specs != state.format.tensors:
+        raise Damaged(f"base {path} is not the one this state was made from: its tensors have other names, shapes or dtypes")
+    if files_of(model.checkpoint) != list(record["files"]):
+        digests = measure_base(model, silent)["digests"]
+        if differing := sorted(name for name, digest in record["digests"].items() if digests.get(name) != digest):
+            raise Damaged(f"base {path} is not the one this state was made from: tensor {differing[0]} differs")
+    return model
+
+
+class Fetched(NamedTuple):
+    """A base from the Hub: where its files are now, and what a record keeps of it (`repo`, `revision`, `licence`)."""
+
+    path: Path
+    record: dict[str, Any]
+
+
+def fetched(hub: Hub, repo: str, revision: str | None, progress: Progress) -> Fetched:
+    """The files of a base, in the cache of the Hub's client (HF_HOME): weights, configuration, tokenizer; each checked against the SHA-256 the Hub says.
+
+    Raises Misconfigured if there is no such repo or commit, or none of safetensors; Retry.
+    """
+    from continual.hub.repo import download
+
+    try:
+        info = hub.info(repo, revision)
+        names = [name for name in info.files if name.count("/") <= 1 and not name.startswith(".") and not name.endswith(NOT_FETCHED)]
+        if not any(name.endswith(".safetensors") for name in names):
+            raise Misconfigured(f"{repo}@{info.sha[:12]}: has no safetensors files; continual reads nothing else")
+        progress("fetch", 0, len(names))
+        for done, name in enumerate(sorted(names), 1):
+            directory = download(hub, repo, info.sha, info.files[name]).parents[name.count("/")]
+            progress("fetch", done, len(names))
+    except Refuse as error:
+        raise Misconfigured(f"base {error}") from None
+    record = {"repo": info.id, "revision": info.sha} | ({"licence": info.licence} if info.licence else {})
+    return Fetched(directory, record)
+
+
+def measure_base(base: BaseModel, progress: Progress) -> dict[str, dict[str, Any]]:
+    """`digests`: BLAKE3 of every tensor's bytes, by name; `squares`: ‖θ₀‖² of those that are folded."""
+    digests: dict[str, str] = {}
+    squares: dict[str, float] = {}
+    folded = {spec.name for spec in base.specs if spec.kind != "carried"}
+    names = sorted(base.checkpoint.tensors)
+    buffer = torch.empty(_HASHED, dtype=torch.uint8)
+    progress("hash", 0, len(names))
+    for done, name in enumerate(names, 1):
+        info, whole, parts = base.checkpoint.tensors[name], blake3(), []
+        for start in range(0, info.nbytes, _HASHED):
+            part = buffer[: min(_HASHED, info.nbytes - start)]
+            base.checkpoint.read_part(info, start, part.numpy().data)
+            whole.update(part.numpy().data)
+            if name in folded:
+                values = part.view(TORCH[info.dtype])
+                parts.append(dot(values, values))
+        digests[name] = whole.hexdigest()
+        if name in folded:
+            squares[name] = math.fsum(parts)
+        progress("hash", done, len(names))
+    return {"digests": digests, "squares": squares}
+
+
+def open_checkpoint(where: Path | Place) -> Checkpoint:
+    """Opens a base. Raises Misconfigured where there is none, or an adapter; Refuse for one that cannot be read."""
+    if isinstance(where, Path) and not where.exists():
+        raise Misconfigured(f"base {where}: no such directory")
+    model = open_model(where)
+    if isinstance(model, Adapter):
+        model.close()
+        raise Misconfigured(f"base {model.place} is an adapter: a state needs the full model it adapts")
+    return model
+
+
+def files_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    return [{"name": f.name, "size": f.size, "mtime_ns": f.mtime_ns} for f in checkpoint.files]

@@ -1,0 +1,107 @@
+"""Two states of one base become one: the folds of another state are added to this one, as if they had been folded here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from continual import provenance
+from continual.engine.folding import total
+from continual.errors import Misconfigured
+from continual.executors.contract import Executor, Progress, Task
+from continual.records import Entry, TensorSpec
+from continual.rules import Rule, together
+from continual.state import Commit, State, Transaction
+
+
+def combine(state: State, other: State, rule: Rule, executor: Executor, progress: Progress) -> Commit:
+    """Adds the folds in force of `other` to `state`, which is open for writing. Returns the record.
+
+    Raises Misconfigured where folding is no addition, the states differ in base, rule or options, or a model is in both; Retry and Halt.
+    """
+    check(state, other, rule)
+    assert rule.combine is not None
+    totals = together(state.totals, other.totals)
+    at = other.head.seq
+    with other.lease(at), state.begin() as transaction:
+        tasks = [
+            Task(
+                spec.name,
+                2 * sum(slot.nbytes for slot in rule.slots(spec).values()),
+                partial(_add, transaction, other, rule, totals, spec, at),
+            )
+            for spec in state.format.tensors
+            if spec.kind != "carried"
+        ]
+        parts = []
+        progress("combine", 0, len(tasks))
+        for _, merged_sq in executor.map(tasks):
+            parts.append({"merged_sq": merged_sq})
+            progress("combine", len(parts), len(tasks))
+        folds = [
+            {"candidate": dict(c.entry.candidate or {}), "digest": c.entry.digest, "numbers": _kept(c.entry.numbers or {})}
+            for c in other.folds()
+        ]
+        entry = Entry(
+            kind="combine",
+            totals={**totals, **total(parts)},
+            numbers={"of": other.id, "seq": at, "folds": folds},
+            message=f"{len(folds)} models of the state {other.path.absolute()}, record {at}",
+            software=provenance.software(),
+            device="cpu",
+        )
+        return transaction.commit(entry)
+
+
+def check(state: State, other: State, rule: Rule) -> None:
+    """Raises Misconfigured if `other` cannot be added to `state`."""
+    if rule.rounds:
+        raise Misconfigured(f"{rule.name} weighs its models together: let the models of both states wait for rounds of one")
+    if rule.combine is None:
+        raise Misconfigured(
+            f"{rule.name} depends on the order of the folds, so two of its states cannot be combined; 'continual rules' says which can"
+        )
+    if state.id == other.id:
+        raise Misconfigured(f"{state.path} and {other.path} are one state, or copies of one: what they share would count twice")
+    ours, theirs = state.format, other.format
+    if (ours.rule, dict(ours.options)) != (theirs.rule, dict(theirs.options)):
+        raise Misconfigured(
+            f"{state.path} is {_said(ours.rule, ours.options)} and {other.path} is {_said(theirs.rule, theirs.options)}: they have to be the same"
+        )
+    if ours.tensors != theirs.tensors or ours.base["digests"] != theirs.base["digests"]:
+        differing = next(_differing(ours.base["digests"], theirs.base["digests"]), None)
+        raise Misconfigured(
+            f"{state.path} and {other.path} are of different bases"
+            + (f": tensor {differing} differs" if differing else ", or treat their tensors differently")
+        )
+    if not other.folds():
+        raise Misconfigured(f"{other.path}: nothing is folded there")
+    if both := [c for c in other.folds() if c.entry.digest and state.folded_digest(c.entry.digest)]:
+        names = ", ".join(str((c.entry.candidate or {})["name"]) for c in both[:5])
+        raise Misconfigured(f"{len(both)} models are in both states ({names}): unfold them from one first, else they would count twice")
+
+
+def _add(transaction: Transaction, other: State, rule: Rule, totals: Mapping[str, float], spec: TensorSpec, at: int) -> float:
+    slots = rule.slots(spec)
+    mine = {slot: torch.from_numpy(transaction.read(spec.name, slot)) for slot in slots}
+    theirs = {slot: torch.from_numpy(other.read(spec.name, slot, at=at)) for slot in slots}
+    assert rule.combine is not None
+    merged_sq = rule.combine(mine, theirs, totals)
+    for slot, value in mine.items():
+        transaction.write(spec.name, slot, value.numpy())
+    return merged_sq
+
+
+def _kept(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: numbers[key] for key in ("tau_norm", "cosine", "weight") if key in numbers}
+
+
+def _said(rule: str, options: Mapping[str, Any]) -> str:
+    return " ".join([rule, *(f"{key}={value}" for key, value in options.items())])
+
+
+def _differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Iterator[str]:
+    return (name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name))

@@ -1,0 +1,191 @@
+"""Taking a model out of a merge. Where folding is adding: by folding it again with minus its weight. Else by folding all later ones again without it.
+
+Either way it is one record in the ledger: until it is there nothing has changed, and what a kill leaves behind is removed at the next start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from continual import provenance
+from continual.engine.engine import Engine
+from continual.errors import Misconfigured, Refuse, Retry
+from continual.executors.contract import Progress
+from continual.gates.lineage import trace
+from continual.records import Entry, FoldReport
+from continual.state import Commit, Transaction
+from continual.tensors import Place, candidate_of, open_model
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """A model that has to be read, and where it is."""
+
+    seq: int
+    name: str
+    place: Place
+    digest: str
+    weight: float
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unfolding:
+    """What taking a model out takes. `exact`: it is subtracted; else the models of `again` are folded again on record `start` (None: on nothing).
+    Sizes in bytes."""
+
+    seq: int
+    name: str
+    key: str
+    exact: bool
+    start: int | None
+    again: tuple[Again, ...]
+    read_bytes: int
+    disk_bytes: int
+
+    def line(self) -> str:
+        """What will be done, in one line."""
+        if self.exact:
+            return f"{self.name} (record {self.seq}) is read once more and subtracted"
+        on = f"on the merge of record {self.start}" if self.start is not None else "from the beginning"
+        return f"{self.name} (record {self.seq}) is left out and {len(self.again)} later models are folded again {on}"
+
+
+def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
+    """Finds the fold in force that `word` names (a name, path, key or record number) and what taking it out takes; reads headers only.
+
+    `at` is where the model is now, if it was moved. Raises Misconfigured if `word` names none or several, or if what has to be read is not there.
+    """
+    state, rule = engine.state, engine.rule
+    history = state.history()
+    place = _find([fold.commit for fold in history], word)
+    gone = history[place].commit
+    start, begin = None, 0
+    if rule.combine is None and not rule.rounds:
+        kept = set(state.generations())
+        for index, fold in enumerate(history[:place]):
+            if fold.at is not None and fold.at.generation in kept:
+                start, begin = fold.at.seq, index + 1
+        needed = [fold.commit for i, fold in enumerate(history) if i >= begin and i != place]
+    else:
+        needed = [gone]
+    again = tuple(_locate(engine, commit, at if commit is gone else None, gone) for commit in needed)
+    candidate = gone.entry.candidate or {}
+    transactions = min(3, len(again))
+    return Unfolding(
+        seq=gone.seq,
+        name=candidate["name"],
+        key=candidate["key"],
+        exact=rule.combine is not None or rule.rounds,
+        start=start,
+        again=again,
+        read_bytes=sum(model.nbytes for model in again),
+        disk_bytes=transactions * state.format.generation_bytes,
+    )
+
+
+def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
+    """Takes the model of `plan` out of the merge. Returns the record.
+
+    Raises Refuse naming the model whose files are not those that were folded, Retry and Halt; then the merge is as before.
+    """
+    state = engine.state
+    fold = next(c for c in state.folds() if (c.seq, (c.entry.candidate or {})["key"]) == (plan.seq, plan.key))
+    begun = time.perf_counter()
+
+    def entry(report: FoldReport | None, totals: Mapping[str, float]) -> Entry:
+        numbers: dict[str, Any] = {"of": plan.seq, "key": plan.key, "again": [] if plan.exact else [model.seq for model in plan.again]}
+        if report is not None and plan.exact:
+            numbers |= {name: report.numbers[name] for name in ("tau_norm", "merged_norm")}
+        return Entry(
+            kind="unfold",
+            candidate=fold.entry.candidate,
+            digest=fold.entry.digest,
+            fate="unfolded",
+            message=f"{plan.name}: record {plan.seq} taken out in {time.perf_counter() - begun:.1f} s",
+            totals=totals,
+            numbers=numbers,
+            software=provenance.software(),
+            device=str(engine.device),
+        )
+
+    if plan.exact:
+        (model,) = plan.again
+        with state.begin() as transaction:
+            report = _stream(engine, transaction, model, state.totals, -model.weight, progress)
+            return transaction.commit(entry(report, report.totals))
+    generation = state.generation_of(state.get(plan.start)) if plan.start is not None else None
+    totals = state.totals_at(plan.start) if plan.start is not None else {}
+    if not plan.again:
+        return state.record(entry(None, totals), generation)
+    scratch: Transaction | None = None
+    try:
+        for number, model in enumerate(plan.again, 1):
+            with state.begin(generation) as transaction:
+                report = _stream(engine, transaction, model, totals, model.weight, progress)
+                progress("models", number, len(plan.again))
+                if number == len(plan.again):
+                    return transaction.commit(entry(report, report.totals))
+                generation, totals = transaction.seal(), report.totals
+            if scratch is not None:
+                scratch.abandon()
+            scratch = transaction
+    finally:
+        if scratch is not None:
+            scratch.abandon()
+    raise AssertionError("the last model commits")
+
+
+def _stream(
+    engine: Engine, transaction: Transaction, again: Again, totals: Mapping[str, float], weight: float, progress: Progress
+) -> FoldReport:
+    with open_model(again.place) as model:
+        candidate = candidate_of(model)
+        lineage = trace(engine.base, model, engine.policy.lineage)
+        report = engine.stream(transaction, candidate, model, lineage, totals, weight, progress)
+    if report.digest != again.digest:
+        raise Refuse(
+            "changed",
+            f"{again.place} does not hold what was folded as record {again.seq} ({again.name}) any more: nothing was changed; "
+            "if the model is somewhere else now, name the place with --at",
+        )
+    return report
+
+
+def _find(folds: list[Commit], word: str) -> int:
+    place = str(Path(word).absolute())
+    found = []
+    for index, commit in enumerate(folds):
+        candidate = commit.entry.candidate or {}
+        if word in (candidate["name"], candidate["key"], str(commit.seq)) or candidate["origin"] in (word, place):
+            found.append(index)
+    if not found:
+        raise Misconfigured(f"{word}: no model of this name, path, key or record number is in the merge; see 'continual log'")
+    if len(found) > 1:
+        names = ", ".join(
+            f"{(folds[i].entry.candidate or {})['name']} (record {folds[i].seq}, key {(folds[i].entry.candidate or {})['key']})"
+            for i in found
+        )
+        raise Misconfigured(f"{word}: {len(found)} models in the merge answer to it: {names}; name one by its record number, or by its key")
+    return found[0]
+
+
+def _locate(engine: Engine, commit: Commit, moved: Place | None, gone: Commit) -> Again:
+    candidate, numbers = commit.entry.candidate or {}, commit.entry.numbers or {}
+    place = moved or engine.locate(candidate)
+    later = (
+        ""
+        if commit is gone
+        else f"{(gone.entry.candidate or {})['name']} cannot be taken out of this rule without folding the others again, and "
+    )
+    try:
+        with open_model(place) as model:
+            nbytes = model.nbytes
+    except (Refuse, Retry) as error:
+        told = "name where it is now with --at" if commit is gone else f"put {candidate['name']} back, or roll back"
+        raise Misconfigured(f"{later}{candidate['name']} (record {commit.seq}) cannot be read: {error}; {told}") from None
+    return Again(commit.seq, candidate["name"], place, commit.entry.digest or "", numbers.get("weight", 1.0), nbytes)

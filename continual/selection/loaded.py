@@ -1,0 +1,129 @@
+"""The model in memory: put at a merge, moved along task vectors that stream by, and its gradient multiplied with them.
+
+It is whole in memory, once, and once more as its gradient; of a member never more than what one pass needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from continual import linalg
+from continual.engine.engine import Engine
+from continual.errors import Refuse
+from continual.executors.contract import Progress, Task
+from continual.gates import safety
+from continual.objectives.calibration import Calibration
+from continual.records import TensorSpec
+from continual.selection.members import Member, Opened, opened, over
+from continual.selection.mixing import layers
+from continual.tuning.scoring import places
+
+
+class Score(NamedTuple):
+    """⟨g_l, τ_l⟩ of a member, for each layer l, and ‖τ‖²."""
+
+    slopes: tuple[float, ...]
+    tau_sq: float
+
+    @property
+    def total(self) -> float:
+        """⟨g, τ⟩."""
+        return math.fsum(self.slopes)
+
+
+class Loaded:
+    """A model whose parameters are the base's, found by `calibration`; `layers` numbers the layer of each tensor, and there are `count`."""
+
+    def __init__(self, engine: Engine, calibration: Calibration, *, by_layer: bool = False) -> None:
+        self.engine = engine
+        self.calibration = calibration
+        self.places = places(calibration.model, engine.base)
+        self.specs = [spec for spec in engine.base.specs if spec.kind != "carried"]
+        self.layers = layers(engine.base, by_layer=by_layer)
+        self.count = 1 + max(self.layers.values(), default=0)
+        self._squares: dict[str, float] = {}
+
+    def put(self, vector: Callable[[TensorSpec], Tensor], need: Callable[[TensorSpec], int]) -> None:
+        """Sets the parameters to θ₀ + `vector(spec)`, in float32: what an export rounds to the base's dtype."""
+
+        def one(spec: TensorSpec) -> None:
+            value = vector(spec).add_(self.engine.base.checkpoint.read(spec.name))
+            with torch.no_grad():
+                for tensor in self.places[spec.name]:
+                    tensor.copy_(value)
+
+        for _ in self.engine.executor.map([Task(s.name, s.nbytes + 4 * s.numel + need(s), partial(one, s)) for s in self.specs]):
+            pass
+
+    def move(self, member: Member, by: float | Sequence[float]) -> None:
+        """θ += by·τ, or by[l]·τ_l. Raises Refuse where the member is gone."""
+        with opened(self.engine, member) as found:
+            scales = [by] * self.count if isinstance(by, int | float) else by
+
+            def one(name: str) -> None:
+                scale, targets = scales[self.layers[name]], [t.detach().view(-1) for t in self.places[name]]
+                for start, stop, tau in found.vectors.runs(name, None) if scale else ():
+                    for target in targets:
+                        target[start:stop].add_(tau.to(target.device), alpha=scale)
+
+            tasks = [Task(n, found.vectors.nbytes(n, whole=False), partial(one, n)) for n in found.lineage.folded]
+            for _ in self.engine.executor.map(tasks):
+                pass
+
+    def backward(self) -> float:
+        """The loss on the rows that drive, and its gradient, kept until `clear`."""
+        return self.calibration.backward()
+
+    def clear(self) -> None:
+        """Lets the gradient go."""
+        for tensor in self.calibration.model.parameters():
+            tensor.grad = None
+
+    def scores(self, members: Sequence[Member], progress: Progress) -> dict[str, Score | Refuse]:
+        """Every member against the gradient, each read once; those that cannot be had, or that the gates on numbers refuse, with the refusal. ‖τ‖² is found out
+        when a member is seen first."""
+        gradients = {spec.name: self._gradient(spec.name) for spec in self.specs}
+        state, norms = self.engine.state, self.engine.policy.norms
+        squares, totals = state.format.base["squares"], state.totals
+
+        def look(member: Member, found: Opened) -> Score:
+            slopes, new = [0.0] * self.count, member.key not in self._squares
+            tau_sq: list[float] = []
+            for name in found.lineage.folded:
+                gradient, parts = gradients[name], list[list[float]]()
+                for start, stop, tau in found.vectors.runs(name, None) if new or gradient is not None else ():
+                    here = tau.to(self.engine.device)
+                    along = [] if gradient is None else [(gradient[start:stop], here)]
+                    parts.append(linalg.inners(*along, *([(here, here)] if new else [])))
+                if new:
+                    tau_sq.append(math.fsum(part[-1] for part in parts))
+                    safety.finite(member.name, name, tau_sq[-1])
+                if gradient is not None:
+                    slopes[self.layers[name]] += math.fsum(part[0] for part in parts)
+            if new:
+                base_sq = math.fsum(squares[name] for name in found.lineage.folded)
+                safety.norms(member.name, math.fsum(tau_sq), base_sq, totals, norms)
+                self._squares[member.key] = math.fsum(tau_sq)
+            return Score(tuple(slopes), self._squares[member.key])
+
+        return over(self.engine, members, look, "score", progress)
+
+    def along(self, vector: Callable[[TensorSpec], Tensor]) -> list[float]:
+        """⟨g_l, x_l⟩ of what `vector` gives."""
+        sums: list[list[float]] = [[] for _ in range(self.count)]
+        for spec in self.specs:
+            gradient = self._gradient(spec.name)
+            if gradient is not None:
+                sums[self.layers[spec.name]].append(linalg.inner(gradient, vector(spec).to(gradient.device)))
+        return [math.fsum(part) for part in sums]
+
+    def _gradient(self, name: str) -> Tensor | None:
+        """The gradient of one tensor of the base, flat: the sum over the parameters that hold it; None where the loss does not depend on it."""
+        found = [t.grad.reshape(-1) for t in self.places[name] if t.grad is not None]
+        return sum(found[1:], found[0]) if found else None

@@ -1,0 +1,138 @@
+"""A merge that is a weighted sum of task vectors, X = Σ_i w_i τ_i, made from the one before: X' = keep·X + Σ_i add_i τ_i, layer by layer, so that only what changes is read.
+
+The models whose files are gone, or that had no place any more among those that are weighed, are in X together: they are only ever kept by some share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from continual import linalg
+from continual.engine.engine import Engine
+from continual.engine.folding import need
+from continual.executors.contract import Progress, Task
+from continual.records import TensorSpec
+from continual.rules.sums import SLOT
+from continual.selection.members import Member, Opened, opened
+from continual.state import State, Transaction
+from continual.tensors import BaseModel
+from continual.tensors.vectors import Content
+
+NOTHING = 1e-15
+"""Weights below this are what rounding left."""
+GROWS = 2.0
+"""X is kept by this share at most: its rounding grows with it, where a model that was next to nothing becomes much."""
+
+
+def layers(base: BaseModel, *, by_layer: bool) -> dict[str, int]:
+    """The number of the layer of each tensor that is folded; all are 0 where models are weighed whole."""
+    specs = [spec for spec in base.specs if spec.kind != "carried"]
+    depths = sorted({spec.depth for spec in specs})
+    return {spec.name: depths.index(spec.depth) if by_layer else 0 for spec in specs}
+
+
+class Mix(NamedTuple):
+    """By layer: what is kept of X, and what of each member's task vector is added (members × layers)."""
+
+    keep: tuple[float, ...]
+    add: Mapping[str, tuple[float, ...]]
+
+
+def mix(before: Tensor, after: Tensor, rest: Sequence[float], keys: Sequence[str]) -> Mix:
+    """From the weights of the merge that is there to those that are wanted (vertices × layers, float64), the rows of `keys` and, where there is a `rest`
+    in X that no member accounts for, the last row for that.
+
+    Where nothing fixes what is kept of a layer, it is the share that leaves the fewest members to read.
+    """
+    members = len(keys)
+    keep, add = [], torch.zeros(members, before.shape[1], dtype=torch.float64)
+    for layer in range(before.shape[1]):
+        old, new = before[:members, layer], after[:members, layer]
+        if rest:
+            share = float(after[-1, layer] / before[-1, layer]) if float(before[-1, layer]) > 0 else 0.0
+        else:
+            ratios = sorted({0.0, *(r for i in range(members) if old[i] > 0 and (r := float(new[i] / old[i])) <= GROWS)}, reverse=True)
+            share = min(ratios, key=lambda ratio: int(((new - ratio * old).abs() > NOTHING).sum()))
+        keep.append(share)
+        add[:, layer] = new - share * old
+    add[add.abs() <= NOTHING] = 0.0
+    return Mix(tuple(keep), {key: tuple(add[i].tolist()) for i, key in enumerate(keys) if bool(add[i].any())})
+
+
+def origin(state: State) -> Callable[[TensorSpec], Tensor]:
+    """X of a state whose merge is a weighted sum, in new memory."""
+    return lambda spec: torch.from_numpy(state.read(spec.name, SLOT))
+
+
+class Mixing:
+    """Makes merges of `members`; X of a tensor is what `origin` gives, in new memory. `layers` numbers the layer of each tensor."""
+
+    def __init__(
+        self, engine: Engine, origin: Callable[[TensorSpec], Tensor], members: Mapping[str, Member], layers: Mapping[str, int]
+    ) -> None:
+        self._engine = engine
+        self._origin = origin
+        self._members = members
+        self._layers = layers
+        self._specs = [spec for spec in engine.base.specs if spec.kind != "carried"]
+
+    def need(self, spec: TensorSpec) -> int:
+        """Peak bytes of `vector`."""
+        return need(self._engine.rule, spec, None) + 8 * spec.numel
+
+    def vector(self, wanted: Mix, files: Mapping[str, Opened], spec: TensorSpec, contents: Mapping[str, Content] | None = None) -> Tensor:
+        """X' of one tensor, float32. Members with `contents` are read whatever is added of them, and hashed."""
+        layer = self._layers[spec.name]
+        keep = wanted.keep[layer]
+        found = self._origin(spec) if keep else torch.zeros(spec.shape)
+        if keep != 1.0:
+            found.mul_(keep)
+        flat = found.view(-1)
+        for key, opened_member in files.items():
+            scale = wanted.add[key][layer] if key in wanted.add else 0.0
+            content = contents.get(key) if contents else None
+            if spec.name not in opened_member.lineage.folded or not (scale or content):
+                continue
+            for start, stop, tau in opened_member.vectors.runs(spec.name, content):
+                flat[start:stop].add_(tau, alpha=scale)
+        return found
+
+    def files(self, wanted: Mix, stack: ExitStack, besides: Sequence[str] = ()) -> dict[str, Opened]:
+        """The members that `wanted` reads, and `besides`, open until `stack` closes. Raises Refuse where one is gone."""
+        keys = sorted({*wanted.add, *besides})
+        return {key: stack.enter_context(opened(self._engine, self._members[key])) for key in keys}
+
+    def write(self, transaction: Transaction, wanted: Mix, entering: Sequence[str], progress: Progress) -> tuple[float, dict[str, str]]:
+        """X' into `transaction`: ‖X'‖², and the content digests of the members that are `entering`. Raises Refuse where one is gone, Retry."""
+        with ExitStack() as stack:
+            files = self.files(wanted, stack, entering)
+            parts: dict[str, dict[str, bytes]] = {key: {} for key in entering}
+
+            def one(spec: TensorSpec) -> float:
+                contents = {key: Content() for key in entering if spec.name in files[key].lineage.folded}
+                layer = self._layers[spec.name]
+                found = self.vector(wanted, files, spec, contents)
+                for key, content in contents.items():
+                    parts[key][spec.name] = content.digest()
+                if wanted.keep[layer] == 1.0 and not any(add[layer] for add in wanted.add.values()):
+                    transaction.keep(spec.name)
+                else:
+                    transaction.write(spec.name, SLOT, found.numpy())
+                return linalg.inner(found, found)
+
+            squares = {}
+            tasks = [Task(spec.name, self.need(spec), partial(one, spec)) for spec in self._specs]
+            for name, square in self._engine.executor.map(tasks):
+                squares[name] = square
+                progress("fold", len(squares), len(tasks))
+            for found in files.values():
+                found.model.check_unchanged()
+            digests = {key: files[key].vectors.digest(parts[key]) for key in entering}
+            return math.fsum(squares[name] for name in sorted(squares)), digests

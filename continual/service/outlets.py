@@ -1,0 +1,208 @@
+"""What the daemon keeps on the newest merge: the link `current`, the release on the Hub, and the servers that are told. Tasks of their own: none holds up a fold.
+
+Each outlet does one thing at a time; what is folded meanwhile is made up for by the next. One that failed is tried again after a delay that doubles, or with
+the next fold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import structlog
+
+from continual import provenance
+from continual.api import Merge
+from continual.config import Hook
+from continual.errors import ContinualError, Misconfigured
+from continual.hub import Trouble
+from continual.publish import folder, hooks
+from continual.publish.hooks import Published
+from continual.publish.hub import newest_release
+from continual.records import Entry
+from continual.retrying import PARKED, Fault, retry_delay
+from continual.service import release as releasing
+from continual.service.metrics import Metrics
+
+T = TypeVar("T")
+Record = Callable[[Entry], Awaitable[Any]]
+"""Makes a record on the thread that writes the state."""
+
+
+class Publishing:
+    """Everything that follows a fold. `told` is called when something was published."""
+
+    def __init__(self, merge: Merge, metrics: Metrics, record: Record, told: Callable[[], None]) -> None:
+        self.merge = merge
+        self.settings = merge.settings
+        self.metrics = metrics
+        self.record = record
+        self.told = told
+        self.log = structlog.get_logger("continual")
+        first = "current" if self.settings.current else "release"
+        self.hooks = [Waiter(number, hook, hook.after or first) for number, hook in enumerate(self.settings.hooks, 1)]
+        self._fresh: list[asyncio.Event] = []
+
+    def fresh(self) -> None:
+        """The merged model is another one."""
+        for event in self._fresh:
+            event.set()
+
+    def tasks(self) -> list[Any]:
+        """The coroutines to run; they end when they are cancelled."""
+        found: list[Any] = [self._call(waiter) for waiter in self.hooks]
+        if self.settings.current is not None:
+            found.append(self._keep("publish", self._current))
+        if self.settings.release.repo is not None:
+            found.append(self._keep("release", self._release))
+        return found
+
+    async def _keep(self, what: str, do: Callable[[int], Awaitable[bool]]) -> None:
+        """Has `do` publish the newest model whenever there is another one; it says whether there is more to do at once."""
+        fresh = asyncio.Event()
+        self._fresh.append(fresh)
+        fresh.set()
+        failures = 0
+        while True:
+            await fresh.wait()
+            fresh.clear()
+            model = self.merge.state.model
+            if model is None:
+                continue
+            try:
+                if await do(model.seq):
+                    fresh.set()
+                failures = 0
+                self.told()
+            except Exception as error:  # whatever it is, the folds go on
+                failures += 1
+                delay = _again(error, failures) if what == "release" else retry_delay(failures)
+                self.metrics.error(what)
+                known = isinstance(error, OSError | ContinualError)
+                self.log.error(f"{what} failed", seq=model.seq, error=str(error), retry_seconds=delay, exc_info=not known)
+                asyncio.get_running_loop().call_later(delay, fresh.set)
+
+    async def _current(self, seq: int) -> bool:
+        link = self.settings.current
+        assert link is not None
+
+        def write(directory: Path) -> Path:
+            return self.merge.export(folder.Target(directory, at=seq))
+
+        target = await asyncio.to_thread(folder.keep_current, link, seq, write)
+        self.log.info("published", seq=seq, directory=str(target))
+        if all(self._was_told(waiter, seq) for waiter in self.hooks if waiter.after == "current"):
+            return False
+        published = Published(state=self.merge.state.id, seq=seq, directory=target)
+        if rank := max((w.hook.rank for w in self.hooks if w.hook.kind == "vllm-lora" and w.after == "current"), default=0):
+            published = dataclasses.replace(published, lora=await asyncio.to_thread(self._lora, link, seq, rank))
+        self._hand(published, "current")
+        return False
+
+    def _lora(self, link: Path, seq: int, rank: int) -> Path:
+        """An adapter of the merge beside `current`, kept in the same way."""
+
+        def write(directory: Path) -> Path:
+            return self.merge.export_lora(directory, rank, at=seq).directory
+
+        return folder.keep_current(link.with_name(f"{link.name}-lora"), seq, write)
+
+    async def _release(self, newest: int) -> bool:
+        """Releases the newest record that changed the model, or where every one is wanted the next after the last that was released."""
+        asked, state = self.settings.release, self.merge.state
+        done = newest_release(state.log, asked.repo or "", asked.branch)
+        last = -1 if done is None else int(done["of"])
+        if last >= newest or not state.folds(newest):
+            if done is not None:  # a kill may have come between the release and its hooks
+                self._hand(Published(state=state.id, seq=last, **{key: done[key] for key in ("repo", "commit", "tag")}), "release")
+            return False
+        seq = releasing.next_record(self.merge, last) if asked.every else newest
+        found = await aside(partial(releasing.release, self.merge, seq))
+        await self.record(releasing.entry(found))
+        self.metrics.released(found.uploaded)
+        self.log.info(
+            "released", seq=seq, repo=found.repo, commit=found.commit, tag=found.tag, uploaded_bytes=found.uploaded, new=found.new
+        )
+        facts = Published(state=state.id, seq=seq, repo=found.repo, commit=found.commit, url=found.url, tag=found.tag)
+        self._hand(facts, "release")
+        return seq < newest
+
+    def _hand(self, published: Published, after: str) -> None:
+        for waiter in self.hooks:
+            if waiter.after == after and not self._was_told(waiter, published.seq or 0):
+                waiter.newest = published
+                waiter.fresh.set()
+
+    def _was_told(self, waiter: Waiter, seq: int) -> bool:
+        """Whether the ledger has a call of such a hook for this record: after a restart nobody is told twice."""
+        for commit in reversed(self.merge.state.log[seq:]):
+            numbers = commit.entry.numbers or {}
+            called = numbers.get("hook", {}) if commit.entry.kind == "publish" and numbers["of"] == seq else {}
+            if (called.get("number"), called.get("target")) == (waiter.number, hooks.target(waiter.hook)):
+                return True
+        return False
+
+    async def _call(self, waiter: Waiter) -> None:
+        """Tells one server of the newest publication, one at a time; what became of it goes into the ledger. Nothing waits for it."""
+        while True:
+            await waiter.fresh.wait()
+            waiter.fresh.clear()
+            published = waiter.newest
+            assert published is not None
+            told = await aside(partial(hooks.call, waiter.hook, published, self.merge.places.stop))
+            self.metrics.hook(waiter.hook.kind, told.ok)
+            (self.log.info if told.ok else self.log.error)("hook", **told.body(), seq=published.seq)
+            numbers = {"of": published.seq, "hook": {"number": waiter.number, **told.body()}}
+            said = f"hook {told.kind} for record {published.seq}: {'done' if told.ok else told.message}"
+            try:
+                await self.record(Entry(kind="publish", numbers=numbers, message=said, software=provenance.software()))
+            except ContinualError as error:  # the log line above is what is left of it
+                self.metrics.error("publish")
+                self.log.error("hook not recorded", seq=published.seq, error=str(error))
+
+
+def _again(error: Exception, failures: int) -> float:
+    """Seconds until a release is tried again; what only a person can mend is tried once an hour, and with the next fold."""
+    hopeless = isinstance(error, Misconfigured) or (
+        isinstance(error, Trouble) and error.fault in (Fault.TOKEN, Fault.DENIED, Fault.REQUEST)
+    )
+    return retry_delay(failures, max(PARKED if hopeless else 0.0, getattr(error, "after", 0.0)))
+
+
+async def aside(call: Callable[[], T]) -> T:
+    """What `call` returns, on a thread that nobody waits for when the process ends: an upload may take hours, and one that is cut off has done nothing."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[T] = loop.create_future()
+
+    def tell(result: T | None, error: Exception | None) -> None:
+        if not found.done():
+            found.set_exception(error) if error is not None else found.set_result(cast(T, result))
+
+    def run() -> None:
+        result, trouble = None, None
+        try:
+            result = call()
+        except Exception as error:
+            trouble = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(tell, result, trouble)
+
+    threading.Thread(target=run, name="publish", daemon=True).start()
+    return await found
+
+
+@dataclasses.dataclass(slots=True)
+class Waiter:
+    """A hook, its place among the settings (from 1), and the newest publication it has not been told of."""
+
+    number: int
+    hook: Hook
+    after: str
+    newest: Published | None = None
+    fresh: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)

@@ -1,0 +1,164 @@
+"""A release of the merge on the Hub, from the record that is to be released to the record of it: what is exported, what its card says, whether licences allow it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from continual import provenance
+from continual.api import Merge
+from continual.errors import Misconfigured
+from continual.hub.locate import SCHEME
+from continual.publish import card, folder, hub
+from continual.publish.hub import Released
+from continual.records import Entry
+from continual.rules import ReadOptions
+from continual.state import Commit
+from continual.state.durable import link_tree
+
+
+class Look(NamedTuple):
+    """What a release would do. `out`: the record is out already; `there` the record that is on the branch, None where nothing is."""
+
+    repo: str
+    branch: str
+    seq: int
+    out: bool
+    there: int | None
+    licences: card.Agreement
+    card: str
+
+
+def record_of(merge: Merge, at: int | None = None) -> Commit:
+    """The record that is released: `at`, or the newest that changed the model. Raises Misconfigured where nothing is folded or no repo is named."""
+    if merge.settings.release.repo is None:
+        raise Misconfigured("release.repo is not set: name the repo (ORG/NAME) the merge is released to, as --release repo=ORG/NAME")
+    hub.check(merge.settings.release)
+    found = merge.state.model if at is None else merge.state.get(at)
+    if found is None or not merge.state.folds(found.seq):
+        raise Misconfigured("nothing is folded yet, so there is nothing to release")
+    return found
+
+
+def look(merge: Merge, at: int | None = None) -> Look:
+    """What releasing would do; only asks the Hub. Raises Misconfigured, Trouble."""
+    asked, seq = merge.settings.release, record_of(merge, at).seq
+    remote = hub.look(merge.places.hub, asked)
+    ours = _ours(merge, seq)
+    out = not hub.may_follow(remote, asked, ours.state, seq, ours.generations)
+    facts = facts_of(merge, seq)
+    there = None if remote.release is None else int(remote.release["seq"])
+    return Look(asked.repo or "", asked.branch, seq, out, there, card.licences(facts.base, facts.folded), card.card(facts))
+
+
+def release(merge: Merge, at: int | None = None) -> Released:
+    """Publishes a record, unless it is out already; no record of it is made. Raises Misconfigured (where licences differ and that is refused, too), Trouble, Retry."""
+    asked, seq = merge.settings.release, record_of(merge, at).seq
+    facts = facts_of(merge, seq)
+    agreement = card.licences(facts.base, facts.folded)
+    if agreement.conflict and asked.licences == "refuse":
+        raise Misconfigured(
+            f"{asked.repo}: {agreement.message}; nothing is released: unfold the models in question, or set release.licences = warn"
+        )
+    text = card.card(facts)
+
+    def texts(directory: Path) -> dict[str, bytes]:
+        return {hub.CARD: text.encode(), provenance.RELEASE: public(directory / provenance.RELEASE)}
+
+    return hub.release(merge.places.hub, asked, _ours(merge, seq), lambda: exported(merge, seq), texts)
+
+
+def _ours(merge: Merge, seq: int) -> hub.Ours:
+    return hub.Ours(merge.state.id, seq, [commit.generation for commit in merge.state.log])
+
+
+def public(file: Path) -> bytes:
+    """A `continual.json` as strangers may read it: without the folders of this machine."""
+    body = json.loads(file.read_bytes())
+    for row, key in [(body["base"], "path"), *((fold, "origin") for fold in body["folded"])]:
+        if not str(row[key]).startswith(SCHEME):
+            row[key] = Path(str(row[key])).name
+    return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
+
+
+def entry(released: Released) -> Entry:
+    """The record of a release."""
+    message = f"record {released.seq} released as {released.url}"
+    return Entry(kind="publish", numbers=released.body(), message=message, software=provenance.software())
+
+
+def facts_of(merge: Merge, seq: int) -> card.Facts:
+    """What the card of record `seq` says."""
+    state, settings = merge.state, merge.settings
+    made, commit = state.format, state.get(seq)
+    read = ReadOptions.from_mapping(state.read_options_at(seq))
+    repo, asked = made.base.get("repo"), settings.release
+    before = hub.newest_release(state.log, asked.repo or "", asked.branch)
+    defaults = type(settings).model_fields
+    kept = {name: getattr(settings, name) for name in ("missing", "vocab", "updates") if getattr(settings, name) != defaults[name].default}
+    config = merge.base.checkpoint.config
+    return card.Facts(
+        base=card.Base(repo or Path(made.base["path"]).name, repo, made.base.get("revision"), made.base.get("licence")),
+        folded=[_model(fold) for fold in state.folds(seq)],
+        state=state.id,
+        seq=seq,
+        rule=made.rule,
+        scale=read.scale,
+        generated=commit.time,
+        software=dict(provenance.software()),
+        options=dict(made.options),
+        lines=None if read.lines is None else f"{read.lines[0]}:{read.lines[1]}",
+        plain=made.base["plain"],
+        exclude=made.base["exclude"],
+        settings=kept,
+        export=() if asked.dtype is None else ("--dtype", asked.dtype),
+        repo=asked.repo,
+        architecture=next(iter(config.get("architectures") or ()), None),
+        previous=None if before is None else before.get("commit"),
+    )
+
+
+def _model(fold: Commit) -> card.Model:
+    candidate: Mapping[str, Any] = fold.entry.candidate or {}
+    return card.Model(
+        seq=fold.seq,
+        name=candidate["name"],
+        origin=candidate["origin"],
+        form=candidate["form"],
+        digest=fold.entry.digest or "",
+        revision=candidate.get("revision"),
+        licence=candidate.get("licence"),
+        weight=(fold.entry.numbers or {}).get("weight"),
+    )
+
+
+def next_record(merge: Merge, after: int) -> int:
+    """The first record after `after` that changed the model, has one in it and can still be read: generations that have expired cannot be released any more."""
+    state, kept = merge.state, set(merge.state.generations())
+    return next(c.seq for c in state.models() if c.seq > after and c.generation in kept and state.folds(c.seq))
+
+
+@contextmanager
+def exported(merge: Merge, seq: int) -> Iterator[Path]:
+    """A directory with the model of record `seq` as it is to be released, which goes again: links to the files of `current` where that is it, else an export.
+
+    Links, because `current` moves on while a release is on its way.
+    """
+    settings = merge.settings
+    dtype = folder.parse_dtype(settings.release.dtype)
+    link = settings.current
+    beside = link.parent / f"{link.name}-{seq:08d}" if link is not None and dtype is None else None
+    staging = settings.state.absolute() / "staging"
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
+    staging.mkdir()
+    try:
+        if beside is not None and link_tree(beside, staging / beside.name):
+            yield staging / beside.name
+            return
+        yield merge.export(folder.Target(staging / f"release-{seq:08d}", at=seq, dtype=dtype))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

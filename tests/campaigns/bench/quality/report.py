@@ -1,0 +1,167 @@
+"""The page and the plot of the quality benchmark, from its results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from continual.api import DEFAULT
+from continual.rules import RULES
+from tests.campaigns.bench.quality.campaign import MULTIPLES
+from tests.campaigns.bench.quality.figures import Table, load
+
+READS = ("paper", "default", "tuned")
+SHOWN = (4, 8)
+
+
+def tables(work: Path) -> list[Table]:
+    """The results in the folder, those of a suite side by side."""
+    found = [load(file) for file in sorted(work.glob("*-*.jsonl"))]
+    if not found:
+        raise SystemExit(f"{work}: no results; run python -m tests.campaigns.bench.quality --work {work} first")
+    return found
+
+
+def show(work: Path) -> None:
+    """Prints the page."""
+    print("\n".join(page(tables(work))))
+
+
+def write(work: Path, folder: Path) -> None:
+    """Writes quality.md and quality.svg."""
+    found = tables(work)
+    (folder / "quality.md").write_text("\n".join(page(found)) + "\n")
+    draw(found, folder / "quality.svg")
+
+
+def page(found: list[Table]) -> Iterator[str]:
+    """The whole page, line by line."""
+    yield "# Merge quality, measured"
+    yield ""
+    yield from (Path(__file__).with_name("preface.md").read_text().strip().split("\n"))
+    for table in found:
+        yield ""
+        yield f"## {table.suite}, {'full fine-tunes' if table.form == 'full' else 'LoRA adapters'}, {table.most} tasks"
+        yield ""
+        yield from accuracies(table)
+        yield ""
+        yield from differences(table)
+    yield ""
+    yield "## Around the default's number"
+    yield ""
+    yield "Mean accuracy on *validation* rows, over orders and numbers of models, where the default's number is multiplied: how well it is chosen, and how flat the top is."
+    yield ""
+    yield from curves(found)
+    yield ""
+    yield "## What a fold takes"
+    yield ""
+    yield from costs(found)
+    yield ""
+    yield from (Path(__file__).with_name("postface.md").read_text().strip().split("\n"))
+
+
+def accuracies(table: Table) -> Iterator[str]:
+    """Accuracy by rule, number of models and way of reading; the ends; retention and backward transfer."""
+    counts = [*SHOWN, table.most]
+    yield "| rule | " + " | ".join(f"{c}: {read}" for c in counts for read in READS) + " | retention | backward |"
+    yield "|---" * (len(counts) * len(READS) + 3) + "|"
+    for rule in ("base", "own"):
+        cells = [_cell(table.accuracy(rule, count, "paper")) if read == "paper" else "" for count in counts for read in READS]
+        yield f"| {'base' if rule == 'base' else 'each fine-tune, own task'} | " + " | ".join(cells) + " | | |"
+    for rule in sorted(table.rules, key=lambda r: -(table.accuracy(r, table.most) or (0, 0))[0]):
+        cells = [_cell(table.accuracy(rule, count, read)) for count in counts for read in READS]
+        ours, own, gain = table.accuracy(rule, table.most), table.accuracy("own", table.most, "paper"), table.transfer(rule)
+        kept = f"{100 * ours[0] / own[0]:.1f} %" if ours and own else ""
+        name = f"**{rule}**" if rule == DEFAULT else rule
+        yield f"| {name} | " + " | ".join(cells) + f" | {kept} | {'' if gain is None else f'{gain:+.1f}'} |"
+
+
+def differences(table: Table) -> Iterator[str]:
+    """What decides, with its intervals."""
+    pairs = (
+        ("opcm as its paper ships it", ("opcm", "paper")),
+        ("plain averaging", ("mean", "paper")),
+        ("the same rule, tuned on validation rows", (DEFAULT, "tuned")),
+        ("gram, default", ("gram", "default")),
+        ("tsv-m, default", ("tsv-m", "default")),
+    )
+    counts = [*SHOWN, table.most]
+    yield f"| {DEFAULT} as it is read by default, less … | " + " | ".join(f"{c} tasks" for c in counts) + " |"
+    yield "|---" * (len(counts) + 1) + "|"
+    for told, other in pairs:
+        cells = [table.difference((DEFAULT, "default"), other, count) for count in counts]
+        yield f"| {told} | " + " | ".join("" if c is None else f"{c[0]:+.1f} [{c[1]:+.1f}, {c[2]:+.1f}]" for c in cells) + " |"
+
+
+def curves(found: list[Table]) -> Iterator[str]:
+    """Validation accuracy against multiples of the default's number."""
+    yield "| rule | suite | " + " | ".join(f"× {multiple:.3g}" for multiple in MULTIPLES) + " |"
+    yield "|---" * (len(MULTIPLES) + 2) + "|"
+    for name in RULES:
+        for table in found:
+            rows = [
+                list(row["validation"].values())
+                for (_, rule, _, read), row in sorted(table.rows.items())
+                if (rule, read) == (name, "tuned") and "validation" in row
+            ]
+            if rows:
+                means = [100 * sum(column) / len(rows) for column in zip(*rows, strict=True)]
+                cells = [f"**{mean:.1f}**" if mean == max(means) else f"{mean:.1f}" for mean in means]
+                yield f"| {name} | {table.suite}, {table.form} | " + " | ".join(cells) + " |"
+
+
+def costs(found: list[Table]) -> Iterator[str]:
+    """CPU seconds, peak memory and state of each rule, on the full fine-tunes of each suite."""
+    full = [table for table in found if table.form == "full"]
+    names = [name for name in RULES if any(name in table.rules for table in full)]
+    yield "| rule | " + " | ".join(f"{t.suite}: CPU s a fold | {t.suite}: VmHWM, MB | {t.suite}: state, MB" for t in full) + " |"
+    yield "|---" * (3 * len(full) + 1) + "|"
+    for name in names:
+        cells = []
+        for table in full:
+            cpu, peak, state = (table.cost(name, what) for what in ("cpu", "peak", "state"))
+            cells += [f"{sum(cpu) / len(cpu):.2f}", f"{max(peak) / 1e6:.0f}", f"{state[-1] / 1e6:.3g}"] if cpu else ["", "", ""]
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def _cell(found: tuple[float, float] | None) -> str:
+    return "" if found is None else f"{found[0]:.1f} ± {found[1]:.1f}" if found[1] >= 0.05 else f"{found[0]:.1f}"
+
+
+def draw(found: list[Table], file: Path) -> None:
+    """Accuracy against the number of folds, a panel for each suite and form."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("the plot needs matplotlib: python -m pip install matplotlib") from None
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "continual"
+    from matplotlib import pyplot
+
+    lines = (
+        (DEFAULT, "default", f"{DEFAULT} (default)", "-", "C0"),
+        ("gram", "default", "gram", "-", "C2"),
+        ("opcm", "paper", "opcm as published", "--", "C3"),
+        ("task-arithmetic", "paper", "task arithmetic × 0.3", ":", "C4"),
+        ("mean", "paper", "plain average", ":", "C5"),
+        ("own", "paper", "each fine-tune, own task", "-", "0.75"),
+        ("base", "paper", "base", "-", "0.55"),
+    )
+    rows = (len(found) + 1) // 2
+    figure, axes = pyplot.subplots(rows, 2, figsize=(10, 3.6 * rows), squeeze=False)
+    for table, axis in zip(found, axes.flat, strict=False):
+        for rule, read, label, style, colour in lines:
+            counts = [c for c in table.counts(DEFAULT) if table.accuracy(rule, c, read)]
+            values = [table.accuracy(rule, c, read) for c in counts]
+            marker = None if rule in ("base", "own") else "o"
+            axis.plot(counts, [v[0] for v in values if v], style, color=colour, label=label, marker=marker, markersize=4, linewidth=1.5)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(table.counts(DEFAULT), [str(c) for c in table.counts(DEFAULT)])
+        axis.minorticks_off()
+        axis.set_title(f"{table.suite}, {'full fine-tunes' if table.form == 'full' else 'LoRA adapters'}", fontsize=10)
+        axis.set_xlabel("fine-tunes folded")
+        axis.set_ylabel("mean accuracy, %")
+        axis.grid(alpha=0.25)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), fontsize=9, loc="lower center", ncol=4)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(file, metadata={"Date": None})

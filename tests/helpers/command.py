@@ -1,0 +1,58 @@
+"""`continual ARGUMENTS`, in this process, where what is imported already need not be again; and in one of its own, where that is what a test is about."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+
+from continual.cli.main import main
+
+
+class Done(NamedTuple):
+    """What a command came to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: object, env: dict[str, str] | None = None) -> Done:
+    """The command without a terminal. Not for `continual run`, which sets up logging for the whole process."""
+    out, err = io.StringIO(), io.StringIO()
+    stop = signal.getsignal(signal.SIGTERM)
+    with (
+        mock.patch.object(sys, "argv", ["continual", *(str(a) for a in arguments)]),
+        mock.patch.dict(os.environ, env or {}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            with pytest.raises(SystemExit) as left:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, stop)
+    code = left.value.code
+    return Done(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
+
+
+def machine(*arguments: object, code: int = 0, env: dict[str, str] | None = None) -> Any:
+    """The JSON a command prints."""
+    done = run(*arguments, "--json", env=env)
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout)
+
+
+def process(*arguments: object, env: dict[str, str] | None = None) -> Done:
+    """The same in a process of its own."""
+    command = [sys.executable, "-m", "continual", *(str(a) for a in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})})
+    return Done(done.returncode, done.stdout, done.stderr)

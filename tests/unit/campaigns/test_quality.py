@@ -1,0 +1,80 @@
+"""The figures of the quality benchmark, on answers whose figures are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.campaigns.bench.quality import figures, report
+from tests.campaigns.bench.quality.campaign import Key, Results, order_of
+from tests.campaigns.bench.quality.digits import WAYS
+
+TASKS = ("a", "b", "c", "d", "e")
+COSTS = [{"cpu": 0.5, "peak": 2e8, "state": 1e6}] * len(TASKS)
+
+
+def answers(right: int, of: int = 10) -> str:
+    return "1" * right + "0" * (of - right)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> figures.Table:
+    """Two orders of five tasks: one rule without an order (asked about all tasks once), one with."""
+    results = Results(tmp_path / "digits-full.jsonl")
+    results.add(Key(0, "base", 5, "paper"), test={task: answers(2) for task in TASKS})
+    results.add(Key(0, "own", 5, "paper"), test={task: answers(10) for task in TASKS})
+    for order in (0, 1):
+        tasks = TASKS if order == 0 else TASKS[::-1]
+        for rule, score in (("iso-c", 8), ("opcm", 6)):
+            for count in (2, 4, 5):
+                if order and rule == "iso-c" and count == 5:
+                    continue
+                right = score + (count == 2)  # a point of ten is lost once more are merged
+                for read in ("paper", "default", "tuned"):
+                    results.add(
+                        Key(order, rule, count, read),
+                        scale="1.0",
+                        factor=1.0,
+                        test={t: answers(right) for t in tasks[:count]},
+                        costs=COSTS,
+                    )
+    return figures.load(results.file)
+
+
+def test_accuracies_are_means_over_tasks_and_orders(table: figures.Table) -> None:
+    assert table.accuracy("iso-c", 4) == (80.0, 0.0)
+    assert table.accuracy("iso-c", 5) == (80.0, 0.0), "asked once, counted for both orders"
+    assert table.accuracy("base", 4, "paper") == (20.0, 0.0)
+    assert table.accuracy("gram", 4) is None
+    assert table.transfer("iso-c") == pytest.approx(-5.0), "two tasks of four were first seen at 90 %, two at 80 %"
+
+
+def test_differences_are_paired(table: figures.Table) -> None:
+    centre, low, high = table.difference(("iso-c", "default"), ("opcm", "paper"), 4) or (0.0, 0.0, 0.0)
+    assert centre == pytest.approx(20.0)
+    assert 0.0 < low < 20.0 < high
+    same = table.difference(("iso-c", "default"), ("iso-c", "tuned"), 4)
+    assert same == (0.0, 0.0, 0.0), "the same answers differ by nothing, however rows are drawn"
+    assert table.difference(("iso-c", "default"), ("gram", "default"), 4) is None
+
+
+def test_results_are_not_made_twice_and_survive_a_restart(tmp_path: Path) -> None:
+    file = tmp_path / "digits-full.jsonl"
+    Results(file).add(Key(0, "opcm", 2, "paper"), test={"a": "10"})
+    assert Results(file).known == {Key(0, "opcm", 2, "paper")}
+    assert json.loads(file.read_text())["test"] == {"a": "10"}
+
+
+def test_orders_are_shuffles_that_do_not_change() -> None:
+    assert sorted(order_of(list(WAYS), 1)) == sorted(WAYS)
+    assert order_of(list(WAYS), 1) == order_of(list(WAYS), 1) != order_of(list(WAYS), 2)
+
+
+def test_the_page_has_every_rule_and_what_decides(table: figures.Table) -> None:
+    page = "\n".join(report.page([table]))
+    assert "**iso-c**" in page
+    assert "opcm as its paper ships it" in page
+    assert "+20.0 [" in page
+    assert "| iso-c | 0.50 | 200 | 1 |" in page

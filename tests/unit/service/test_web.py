@@ -1,0 +1,97 @@
+"""The service's answers, on a real state at rest: pages, JSON, probes, headers, and requests that make no sense."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from continual import api
+from continual.cli import console
+from continual.config import Settings
+from continual.errors import Misconfigured
+from continual.service.metrics import Metrics
+from continual.service.queue import Queue
+from continual.service.status import Live
+from continual.service.web import create_app, listen
+from tests.helpers import models
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[Live]:
+    base = models.base(tmp_path / "base")
+    api.init(base, tmp_path / "state")
+    with api.Merge(Settings(state=tmp_path / "state"), write=True) as merge:
+        merge.fold(models.fine_tune(base, tmp_path / "<b>alice", 1))
+        merge.fold(base)
+        yield Live(merge, Queue())
+
+
+@pytest.fixture
+def client(live: Live) -> TestClient:
+    return TestClient(create_app(live, Metrics(), console.plain), base_url="http://127.0.0.1")
+
+
+def test_page_shows_what_happened_and_escapes_names(client: TestClient) -> None:
+    page = client.get("/").text
+    assert "&lt;b&gt;alice" in page
+    assert "<b>alice" not in page
+    assert "zero" in page, "the reason of the refusal"
+
+
+def test_every_answer_has_the_security_headers(client: TestClient) -> None:
+    for path in ("/", "/api/status", "/api/log", "/metrics", "/healthz", "/no-such-page"):
+        headers = client.get(path).headers
+        assert "default-src 'none'" in headers["content-security-policy"], path
+        assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store"), path
+
+
+def test_without_a_secret_there_is_no_webhook(client: TestClient) -> None:
+    assert client.post("/webhook", json={}).status_code == 404
+
+
+def test_log_pages_backwards(client: TestClient) -> None:
+    everything = client.get("/api/log").json()
+    body = everything["records"] if isinstance(everything, dict) else everything
+    assert [r["kind"] for r in body] in (["init", "fold", "refuse"], ["refuse", "fold", "init"])
+    one = client.get("/api/log", params={"limit": 1, "before": 2}).json()
+    rows = one["records"] if isinstance(one, dict) else one
+    assert [r["seq"] for r in rows] == [1]
+
+
+@pytest.mark.parametrize("query", ["limit=x", "limit=0", "limit=1001", "before=-1", "before=1.5"])
+def test_senseless_queries_are_400(client: TestClient, query: str) -> None:
+    answer = client.get(f"/api/log?{query}")
+    assert answer.status_code == 400
+    assert answer.json()["error"]
+
+
+def test_nothing_can_be_changed(client: TestClient) -> None:
+    for path in ("/", "/api/status", "/api/log", "/metrics"):
+        assert client.post(path).status_code == 405
+
+
+def test_ready_only_once_every_source_has_scanned(client: TestClient, live: Live) -> None:
+    assert client.get("/readyz").status_code == 503
+    live.scanned = True
+    live.beat = __import__("time").monotonic()
+    assert client.get("/readyz").status_code == 200
+    assert client.get("/healthz").status_code == 200
+
+
+def test_only_loopback_unless_allowed() -> None:
+    with pytest.raises(Misconfigured, match="allow_remote"):
+        listen("0.0.0.0", 0, False)
+    listen("127.0.0.1", 0, False).close()
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(Misconfigured, match=str(port)):
+            listen("127.0.0.1", port, False)

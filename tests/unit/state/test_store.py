@@ -1,0 +1,240 @@
+"""The state through its interface: transactions, history, locking, retention, and other readers of its generations."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+
+from continual.errors import Busy, Damaged, Misconfigured, Retry
+from continual.records import Entry, SlotSpec, TensorSpec
+from continual.state import State, Transaction, arrays, names
+from tests.helpers import stores
+
+GOLDEN = Path(__file__).parents[2] / "data" / "state-format-1"
+
+
+def test_history_after_reopening(tmp_path: Path) -> None:
+    stores.history(tmp_path / "s")
+    with State.open(tmp_path / "s") as state:
+        _check_history(state)
+
+
+def _check_history(state: State) -> None:
+    assert [c.entry.kind for c in state.log] == ["init", "fold", "fold", "refuse", "tag", "fold", "rollback"]
+    assert [c.seq for c in state.folds()] == [1, 2]
+    assert [c.seq for c in state.folds(at=5)] == [1, 2, 5]
+    assert state.totals == {"count": 2.0}
+    assert state.totals_at(5) == {"count": 3.0}
+    assert state.tags() == {"first": 1}
+    fates = {key: commit.entry.fate for key in ("k1", "k3", "bad", "new") if (commit := state.fate(key)) or key != "new"}
+    assert fates == {"k1": "folded", "k3": "rolled-back", "bad": "refused"}
+    assert state.folded_digest("blake3:2") is not None
+    assert state.folded_digest("blake3:3") is None
+    assert state.verify() == []
+    for name in stores.SHAPES:
+        np.testing.assert_array_equal(state.read(name, "sum"), stores.value(name, 2))
+        np.testing.assert_array_equal(state.read(name, "sum", at=1), stores.value(name, 1))
+
+
+def test_golden_store_of_format_1_reads_as_it_was_written() -> None:
+    with State.open(GOLDEN) as state:
+        _check_history(state)
+
+
+def test_uncommitted_transaction_leaves_nothing(tmp_path: Path) -> None:
+    with stores.make(tmp_path / "s") as state:
+        with state.begin() as transaction:
+            transaction.write("scalar", "sum", np.zeros((), np.float32))
+        assert list((tmp_path / "s/generations").iterdir()) == []
+        assert state.head.seq == 0
+
+
+def test_orphans_are_shown_to_readers_and_removed_by_the_writer(tmp_path: Path) -> None:
+    with stores.make(tmp_path / "s") as state:
+        stores.fold(state, 1)
+    shutil.copytree(next((tmp_path / "s/generations").iterdir()), tmp_path / "s/generations/0123456789abcdef")
+    with State.open(tmp_path / "s") as state:
+        assert state.orphans == ("0123456789abcdef",)
+    with State.open(tmp_path / "s", write=True) as state:
+        assert state.generations() == [state.head.generation]
+    assert len(list((tmp_path / "s/generations").iterdir())) == 1
+
+
+def test_a_linked_record_above_head_is_adopted(tmp_path: Path) -> None:
+    with stores.make(tmp_path / "s") as state:
+        stores.fold(state, 1)
+        before = (tmp_path / "s/HEAD").read_bytes()
+        stores.fold(state, 2)
+    after = (tmp_path / "s/HEAD").read_bytes()
+    (tmp_path / "s/HEAD").write_bytes(before)
+    with State.open(tmp_path / "s") as state:
+        assert state.head.seq == 2
+    with State.open(tmp_path / "s", write=True):
+        assert (tmp_path / "s/HEAD").read_bytes() == after
+
+
+def test_another_process_that_writes_is_named(tmp_path: Path) -> None:
+    with stores.make(tmp_path / "s") as state:
+        state.set_url("http://127.0.0.1:1")
+        code = "import sys\nfrom pathlib import Path\nfrom continual.state import State\nState.open(Path(sys.argv[1]), write=True)"
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], capture_output=True, text=True, check=False)
+        assert "Busy" in done.stderr
+        assert f"process {os.getpid()} at http://127.0.0.1:1" in done.stderr
+        with pytest.raises(Busy):
+            State.open(tmp_path / "s", write=True)
+    State.open(tmp_path / "s", write=True).close()
+
+
+def test_only_one_of_two_commits_from_one_point_wins(tmp_path: Path) -> None:
+    with stores.make(tmp_path / "s") as state:
+        stores.fold(state, 1)
+        (tmp_path / "s/commits/00000002.json").write_text("taken")
+        with pytest.raises(Retry, match="another writer"):
+            stores.fold(state, 2)
+        assert state.head.seq == 1
+        assert len(list((tmp_path / "s/generations").iterdir())) == 1
+
+
+def test_a_lease_holds_a_generation_until_it_ends(tmp_path: Path) -> None:
+    with stores.make(tmp_path / "s") as state, State.open(tmp_path / "s") as nothing_yet:
+        assert nothing_yet.model is None
+        stores.fold(state, 1)
+        with State.open(tmp_path / "s") as reader, reader.lease():
+            for number in (2, 3, 4):
+                stores.fold(state, number)
+            state.expire(1)
+            np.testing.assert_array_equal(reader.read("wide", "sum"), stores.value("wide", 1))
+        assert state.expire(1) == [state.get(1).generation]
+        with pytest.raises(Misconfigured, match="expired"):
+            state.read("wide", "sum", at=1)
+        with pytest.raises(Misconfigured, match="expired"):
+            state.rollback(1)
+
+
+def test_no_state_and_no_empty_directory(tmp_path: Path) -> None:
+    with pytest.raises(Misconfigured, match="continual init"):
+        State.open(tmp_path / "s")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    with pytest.raises(Misconfigured, match="not empty"):
+        stores.make(tmp_path / "full")
+    stores.make(tmp_path / "s").close()
+    with pytest.raises(Misconfigured, match="already is a state"):
+        stores.make(tmp_path / "s")
+
+
+def test_an_interrupted_creation_can_be_repeated(tmp_path: Path) -> None:
+    stores.make(tmp_path / "s").close()
+    (tmp_path / "s/format.json").unlink()
+    with stores.make(tmp_path / "s") as state:
+        assert stores.fold(state, 1) == 1
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    from continual.state import framing
+
+    stores.make(tmp_path / "s").close()
+    path = tmp_path / "s/format.json"
+    body, _ = framing.decode(path)
+    path.write_bytes(framing.encode(body | {"version": 2})[0])
+    with pytest.raises(Damaged, match="format 2; this continual understands format 1"):
+        State.open(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SlotSpec(()),
+        SlotSpec((0, 3)),
+        SlotSpec((5,)),
+        SlotSpec((3, 2, 2)),
+        SlotSpec((7, 1 << 21)),
+        SlotSpec((4, 6), "float64"),
+        SlotSpec((9,), "uint16"),
+    ],
+)
+def test_other_readers_see_the_same_values(tmp_path: Path, spec: SlotSpec) -> None:
+    array = (np.arange(int(np.prod(spec.shape))) % 997).astype(spec.dtype).reshape(spec.shape)
+    tensor = TensorSpec("t/é", spec.shape, "F32", "plain")
+    base = {"path": "/b"}
+    made = State.create(
+        tmp_path / "s", base=base, tensors=[tensor], rule="mean", options={}, read={}, slots={"t/é": {"x": spec}}, software={}, device="cpu"
+    )
+    with made as state, state.begin() as transaction:
+        transaction.write("t/é", "x", array)
+        commit = transaction.commit(Entry(kind="fold", totals={}))
+        by_zarr = state.group()["x"][names.encode("t/é")]
+        assert isinstance(by_zarr, zarr.Array)
+        np.testing.assert_array_equal(by_zarr[...], array)
+        assert by_zarr.attrs["name"] == "t/é"
+        path = tmp_path / "s/generations" / str(commit.generation) / "x" / names.encode("t/é")
+        opened = tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}).result()
+        np.testing.assert_array_equal(opened.read().result(), array)
+        np.testing.assert_array_equal(state.read("t/é", "x"), array)
+
+
+def test_chunks_are_equal_row_blocks_of_at_most_32_mib() -> None:
+    for rows, columns in ((4096, 11008), (7, 1 << 21), (10_000_019, 1), (2, 1 << 24)):
+        spec = SlotSpec((rows, columns))
+        cut = arrays.grid(spec)
+        assert cut.rows * columns * 4 <= max(arrays.CHUNK_BYTES, columns * 4)
+        assert (cut.chunks - 1) * cut.rows < rows <= cut.chunks * cut.rows
+
+
+@pytest.mark.parametrize(
+    ("name", "encoded"),
+    [
+        ("model.layers.0.mlp.weight", "model.layers.0.mlp.weight"),
+        ("a/b", "a%2Fb"),
+        ("..", "%2E."),
+        (".x", "%2Ex"),
+        ("__x", "%5F_x"),
+        ("zarr.json", "%7Aarr.json"),
+        ("50%", "50%25"),
+        ("é", "%C3%A9"),
+    ],
+)
+def test_names_of_arrays(name: str, encoded: str) -> None:
+    assert names.encode(name) == encoded
+    assert names.decode(encoded) == name
+
+
+def test_a_full_disk_settles_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24M", "tmpfs", str(place)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        with stores.make(place / "s") as state:
+            stores.fold(state, 1)
+            with state.begin() as transaction:
+                (place / "ballast").write_bytes(bytes(os.statvfs(place).f_bavail * os.statvfs(place).f_frsize - 8192))
+                with pytest.raises(Retry, match="disk is full"):
+                    _write_all(transaction)
+            with pytest.raises(Retry, match="free some space"):
+                state.begin()
+            (place / "ballast").unlink()
+            assert stores.fold(state, 2) == 2
+            assert state.verify() == []
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def _write_all(transaction: Transaction) -> None:
+    for name in stores.SHAPES:
+        transaction.write(name, "sum", stores.value(name, 2))
+
+
+def test_the_lock_file_is_json_for_those_who_ask(tmp_path: Path) -> None:
+    with stores.make(tmp_path / "s"):
+        assert json.loads((tmp_path / "s/lock").read_text().partition("\n")[2])["pid"] == os.getpid()

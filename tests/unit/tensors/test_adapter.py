@@ -1,0 +1,391 @@
+"""LoRA adapters: their task vectors against PEFT's own merge, and every configuration that is more than plain LoRA refused by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from continual.errors import Refuse, Retry
+from continual.gates.lineage import LineagePolicy, trace
+from continual.records import Lineage
+from continual.tensors import Adapter, BaseModel, Checkpoint, TaskVectors, candidate_of, describe, open_model
+
+Tensors = dict[str, torch.Tensor]
+
+
+def based(path: Path) -> BaseModel:
+    checkpoint = open_model(path)
+    assert isinstance(checkpoint, Checkpoint)
+    return describe(checkpoint)
+
+
+def task_vectors(base: Path, adapter: Path, **policy: Any) -> tuple[Tensors, Lineage, str]:
+    origin = based(base)
+    with origin.checkpoint, open_model(adapter) as model:
+        lineage = trace(origin, model, LineagePolicy(**policy))
+        vectors = TaskVectors(origin, model, lineage)
+        found = {name: vectors.vector(name) for name in lineage.folded}
+        digest = vectors.digest({name: piece.digest for name, piece in found.items()})
+        model.check_unchanged()
+        return {name: piece.tau for name, piece in found.items()}, lineage, digest
+
+
+def merged_by_peft(model: Any) -> tuple[Tensors, Tensors]:
+    """The base's weights and the merged ones in float64, by the base's names."""
+    strip = lambda n: n.removeprefix("base_model.model.").replace(".base_layer", "")  # noqa: E731
+    model = model.double()
+    before = {strip(n): t.clone() for n, t in model.state_dict().items() if "lora_" not in n and "modules_to_save" not in n}
+    before = {n.replace(".original_module", ""): t for n, t in before.items()}
+    return before, dict(model.merge_and_unload().state_dict())
+
+
+def agrees(base: Path, adapter: Path, model: Any, **policy: Any) -> Lineage:
+    """Checks every task vector against PEFT's merge of `model`, which was saved as `adapter`."""
+    taus, lineage, _ = task_vectors(base, adapter, **policy)
+    before, after = merged_by_peft(model)
+    changed = {n for n in before if n in after and before[n].shape == after[n].shape and not torch.equal(before[n], after[n])}
+    assert changed
+    assert changed & {s.name for s in based(base).specs} <= set(taus)
+    for name, tau in taus.items():
+        torch.testing.assert_close(tau.double(), after[name] - before[name], rtol=1e-5, atol=1e-7, msg=name)
+    return lineage
+
+
+def scrambled(model: Any) -> Any:
+    """The adapter as if it had been trained: PEFT begins with B = 0."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def adapted(tmp_path: Path, model: transformers.PreTrainedModel, **config: Any) -> tuple[Path, Path, Any]:
+    torch.manual_seed(0)
+    model.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = scrambled(peft.get_peft_model(model, peft.LoraConfig(**config)))
+        wrapped.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "base", tmp_path / "adapter", wrapped
+
+
+def bert(kind: Any = transformers.BertModel, **more: Any) -> Any:
+    config = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 8,
+    }
+    return kind(transformers.BertConfig(**config, **more))
+
+
+def gpt2() -> Any:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=8))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 4, "lora_alpha": 16, "target_modules": ["query", "value", "dense"]},
+        {"r": 4, "lora_alpha": 16, "target_modules": ["query"], "use_rslora": True},
+        {"r": 4, "lora_alpha": 3, "target_modules": "all-linear", "init_lora_weights": "gaussian"},
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["query", "value", "intermediate.dense"],
+            "rank_pattern": {"layer.1.attention.self.query": 2, r"encoder\.layer\.0.*value": 3},
+            "alpha_pattern": {"^encoder.layer.0.attention.self.(query|key)": 1, "value": 5},
+        },
+        {"r": 2, "target_modules": ["query"], "layers_to_transform": [1], "layers_pattern": "layer"},
+    ],
+)
+def test_bert_as_peft_merges_it(tmp_path: Path, config: dict[str, Any]) -> None:
+    assert agrees(*adapted(tmp_path, bert(), **config)).prefix == ("", "")
+
+
+def test_conv1d_weights_are_stored_transposed(tmp_path: Path) -> None:
+    base, adapter, model = adapted(tmp_path, gpt2(), r=4, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
+    agrees(base, adapter, model)
+
+
+def test_conv1d_whatever_the_flag_says(tmp_path: Path) -> None:
+    """PEFT saves one flag for all layers, that of the layer it met last; c_proj is square, so its shape cannot tell."""
+    base, adapter, model = adapted(tmp_path, gpt2(), r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    body = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(body | {"fan_in_fan_out": False}))
+    agrees(base, adapter, model)
+
+
+def test_convolutions(tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(
+        num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2
+    )
+    agrees(*adapted(tmp_path, transformers.ResNetModel(config).eval(), r=2, target_modules=["convolution"]))
+
+
+def test_an_adapted_embedding_brings_its_own_copy(tmp_path: Path) -> None:
+    config = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    base, adapter, model = adapted(tmp_path, llama, r=2, target_modules=["embed_tokens", "q_proj"])
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in load_file(adapter / "adapter_model.safetensors"), "PEFT stores both"
+    assert len(agrees(base, adapter, model).folded) == 2
+
+
+def test_modules_to_save_and_a_head_the_base_lacks(tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path / "bare")
+    model = bert(transformers.BertForSequenceClassification)
+    base, adapter, wrapped = adapted(tmp_path, model, r=2, target_modules=["query"], modules_to_save=["classifier", "pooler"])
+    lineage = agrees(base, adapter, wrapped)
+    assert {"classifier.weight", "bert.pooler.dense.weight", "bert.encoder.layer.0.attention.self.query.weight"} <= set(lineage.folded)
+    assert lineage.extra == ()
+    taus, lineage, _ = task_vectors(tmp_path / "bare", adapter)
+    assert lineage.prefix == ("", "bert.")
+    assert lineage.extra == ("classifier.bias", "classifier.weight")
+    assert "encoder.layer.0.attention.self.query.weight" in taus
+
+
+def plain(path: Path, weights: Tensors | None = None, **config: Any) -> Path:
+    """An adapter written by hand for the base of `small`."""
+    path.mkdir(exist_ok=True)
+    default = {"base_model.model.a.lora_A.weight": torch.randn(2, 6), "base_model.model.a.lora_B.weight": torch.randn(4, 2)}
+    save_file(default if weights is None else weights, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a"]} | config))
+    return path
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    (tmp_path / "base").mkdir()
+    save_file(
+        {"a.weight": torch.randn(4, 6), "b.weight": torch.randn(3), "c.weight": torch.randn(4, 4)}, tmp_path / "base" / "model.safetensors"
+    )
+    return tmp_path / "base"
+
+
+def refused(base: Path, adapter: Path) -> Refuse:
+    origin = based(base)
+    with origin.checkpoint, pytest.raises(Refuse) as refusal, open_model(adapter) as model:
+        trace(origin, model, LineagePolicy())
+    assert adapter.name in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 600
+    return refusal.value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_scale_b_a(small: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    a, b = torch.randn(2, 6).to(dtype), torch.randn(4, 2).to(dtype)
+    taus, lineage, _ = task_vectors(small, plain(tmp_path / "x", {"a.lora_A.weight": a, "a.lora_B.weight": b}))
+    torch.testing.assert_close(taus["a.weight"].double(), 2 * b.double() @ a.double(), rtol=1e-5, atol=1e-6)
+    assert lineage.unchanged == ("b.weight", "c.weight")
+
+
+def test_digest_knows_factors_and_scale(small: Path, tmp_path: Path) -> None:
+    weights = {"base_model.model.a.lora_A.weight": torch.randn(2, 6), "base_model.model.a.lora_B.weight": torch.randn(4, 2)}
+    first = task_vectors(small, plain(tmp_path / "x", weights))[2]
+    assert task_vectors(small, plain(tmp_path / "y", weights, lora_dropout=0.3, target_modules="a"))[2] == first
+    assert task_vectors(small, plain(tmp_path / "z", weights, lora_alpha=8))[2] != first
+    assert task_vectors(small, plain(tmp_path / "w", {n: t + 1 for n, t in weights.items()}))[2] != first
+
+
+def test_the_configuration_is_part_of_the_candidate(tmp_path: Path) -> None:
+    def key() -> str:
+        with open_model(tmp_path / "x") as model:
+            assert isinstance(model, Adapter)
+            return candidate_of(model, source="folder").key
+
+    plain(tmp_path / "x")
+    first = key()
+    assert key() == first
+    (tmp_path / "x" / "adapter_config.json").write_text((tmp_path / "x" / "adapter_config.json").read_text().replace("4", "8"))
+    assert key() != first
+
+
+def test_a_configuration_rewritten_while_it_is_read(tmp_path: Path) -> None:
+    with open_model(plain(tmp_path / "x")) as model:
+        os.utime(tmp_path / "x" / "adapter_config.json", ns=(1, 1))
+        with pytest.raises(Retry, match="adapter_config"):
+            model.check_unchanged()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"layer_replication": [[0, 2], [1, 3]]},
+        {"trainable_token_indices": [1, 2]},
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        {"use_qalora": True},
+        {"alora_invocation_tokens": [1]},
+        {"megatron_config": {"tensor_parallel": 2}},
+        {"loftq_config": {"loftq_bits": 4}},
+        {"eva_config": {"rho": 2.0}},
+        {"corda_config": {"corda_method": "kpm"}},
+        {"kasa_config": {"beta": 1e-4}},
+        {"use_bdlora": {"nblocks": 2}},
+        {"ensure_weight_tying": True},
+        {"a_key_of_the_future": "on"},
+        *({"init_lora_weights": word} for word in ("pissa", "pissa_niter_16", "olora", "loftq", "corda", "eva", "lora_ga", "mica")),
+        {"peft_type": "IA3"},
+        {"peft_type": ["LORA"]},
+    ],
+)
+def test_more_than_plain_lora_is_refused_by_name(small: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    refusal = refused(small, plain(tmp_path / "x", **config))
+    assert refusal.reason == "adapter-kind"
+    key, value = next(iter(config.items()))
+    assert (str(value) if key == "peft_type" else key) in str(refusal)
+
+
+def test_every_default_of_peft_is_let_in(small: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["a"]).to_dict()
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    config["peft_type"] = "LORA"
+    assert task_vectors(small, plain(tmp_path / "x", **config))[0].keys() == {"a.weight"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 0},
+        {"r": -2},
+        {"r": 2.5},
+        {"r": True},
+        {"r": None},
+        {"r": "2"},
+        {"r": 10**400},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": None},
+        {"lora_alpha": -1},
+        {"lora_alpha": 1e300},
+        {"rank_pattern": {"a": 0}},
+        {"rank_pattern": [1]},
+        {"alpha_pattern": {"a": "x"}},
+        {"alpha_pattern": {"(": 1}},
+        {"alpha_pattern": {"x" * 500: 1}},
+        {"alpha_pattern": {"(a|aa)+b": 1}},
+        {"alpha_pattern": {"a?" * 40 + "b": 1}},
+        {"alpha_pattern": {"(a|a)" * 30: 1}},
+        {"use_rslora": "yes"},
+        {"modules_to_save": "classifier"},
+        {"modules_to_save": [1]},
+    ],
+)
+def test_configuration_values_that_make_no_sense(small: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    begun = time.process_time()
+    refusal = refused(small, plain(tmp_path / "x", **config))
+    assert refusal.reason == "config"
+    assert next(iter(config)) in str(refusal)
+    assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"r": NaN}', '{"r": 1, "r": 2}', "[" * 100_000])
+def test_a_configuration_that_is_no_object(small: Path, tmp_path: Path, text: str) -> None:
+    (plain(tmp_path / "x") / "adapter_config.json").write_text(text)
+    assert refused(small, tmp_path / "x").reason == "config"
+
+
+A, B = torch.zeros(2, 6), torch.zeros(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason", "words"),
+    [
+        ({"a.lora_A.weight": A}, "adapter-kind", "no pair"),
+        ({"a.lora_B.weight": B}, "adapter-kind", "no pair"),
+        ({"a.lora_A.weight": A, "a.lora_embedding_B": B}, "adapter-kind", "no pair"),
+        ({"a.lora_A.weight": A, "a.lora_A.default.weight": A, "a.lora_B.weight": B}, "adapter-kind", "same factor"),
+        ({"a.lora_A.weight": A, "a.lora_B.weight": B, "a.lora_magnitude_vector": B}, "adapter-kind", "lora_magnitude_vector"),
+        ({"a.lora_A.weight": A, "a.lora_B.weight": B, "a.lora_B.bias": B}, "adapter-kind", "lora_B.bias"),
+        ({"a.lora_A.weight": A, "a.lora_B.weight": B, "b.weight": torch.zeros(3)}, "adapter-kind", "b.weight"),
+        ({"a.lora_A.weight": A[:1], "a.lora_B.weight": B}, "shape", "rank 2"),
+        ({"a.lora_A.weight": torch.zeros(3, 6), "a.lora_B.weight": torch.zeros(4, 3)}, "shape", "rank 2"),
+        ({"a.lora_A.weight": A[:, :5].clone(), "a.lora_B.weight": B}, "shape", "[4, 5]"),
+        ({"a.lora_A.weight": A[0], "a.lora_B.weight": B}, "shape", "rank 2"),
+        ({"b.lora_A.weight": A, "b.lora_B.weight": B}, "shape", "b.weight"),
+        ({"a.lora_A.weight": A.double(), "a.lora_B.weight": B}, "dtype", "F64"),
+        ({"a.lora_A.weight": A.to(torch.int8), "a.lora_B.weight": B}, "dtype", "I8"),
+        ({"z.lora_A.weight": A, "z.lora_B.weight": B}, "adapter-target", "z.weight"),
+        ({"a.lora_A.weight": A, "a.lora_B.weight": B, "q.lora_A.weight": A, "q.lora_B.weight": B}, "adapter-target", "q.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit(small: Path, tmp_path: Path, weights: Tensors, reason: str, words: str) -> None:
+    weights = {f"base_model.model.{name}": t.clone() for name, t in weights.items()}
+    refusal = refused(small, plain(tmp_path / "x", weights))
+    assert refusal.reason == reason
+    assert words in str(refusal)
+
+
+def test_only_a_head_the_base_lacks(small: Path, tmp_path: Path) -> None:
+    adapter = plain(tmp_path / "x", {"base_model.model.classifier.weight": torch.zeros(2, 4)}, modules_to_save=["classifier"])
+    assert refused(small, adapter).reason == "adapter-target"
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    (tmp_path / "tied").mkdir()
+    save_file(
+        {"model.embed_tokens.weight": torch.randn(4, 6), "model.l.weight": torch.randn(4, 6)}, tmp_path / "tied" / "model.safetensors"
+    )
+    (tmp_path / "tied" / "config.json").write_text('{"tie_word_embeddings": true}')
+    return tmp_path / "tied"
+
+
+def test_a_tied_head_is_the_embedding(tied: Path, tmp_path: Path) -> None:
+    head = {"base_model.model.lm_head.lora_A.weight": torch.randn(2, 6), "base_model.model.lm_head.lora_B.weight": torch.randn(4, 2)}
+    table = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": torch.randn(2, 4),
+        "base_model.model.model.embed_tokens.lora_embedding_B": torch.randn(6, 2),
+    }
+    other = {"base_model.model.model.l.lora_A.weight": torch.randn(2, 6), "base_model.model.model.l.lora_B.weight": torch.randn(4, 2)}
+    assert task_vectors(tied, plain(tmp_path / "x", head | other))[0].keys() == {"model.embed_tokens.weight", "model.l.weight"}
+    assert task_vectors(tied, plain(tmp_path / "y", table | other))[0].keys() == {"model.embed_tokens.weight", "model.l.weight"}
+    assert refused(tied, plain(tmp_path / "z", head | table | other)).reason == "tied"
+
+
+def test_a_resized_vocabulary_stored_beside_the_factors(tied: Path, tmp_path: Path) -> None:
+    table = torch.randn(5, 6)
+    factors = {"base_model.model.model.l.lora_A.weight": torch.randn(2, 6), "base_model.model.model.l.lora_B.weight": torch.randn(4, 2)}
+    adapter = plain(tmp_path / "x", factors | {"base_model.model.model.embed_tokens.weight": table})
+    assert refused(tied, adapter).reason == "vocab"
+    taus, lineage, _ = task_vectors(tied, adapter, vocab="common-rows")
+    assert lineage.rows == {"model.embed_tokens.weight": 4}
+    assert torch.equal(taus["model.embed_tokens.weight"], table[:4] - load_file(tied / "model.safetensors")["model.embed_tokens.weight"])
+
+
+def data(found: Callable[[Path], Path]) -> Path:
+    """A part of the real data, from CONTINUAL_TEST_DATA or the folder beside the repository. Skips where it is not there."""
+    beside = Path(__file__).parents[4] / "shared" / "data"
+    path = found(Path(os.environ.get("CONTINUAL_TEST_DATA", beside)))
+    if not path.exists():
+        pytest.skip(f"{path}: not here; set CONTINUAL_TEST_DATA (its adapters) and CONTINUAL_TEST_ENCODER (all-MiniLM-L6-v2)")
+    return path
+
+
+@pytest.mark.parametrize("name", ["clickbait", "snips7"])
+def test_real_adapters_of_a_real_encoder(name: str) -> None:
+    adapter = data(lambda folder: folder / "adapters" / name)
+    base = data(lambda folder: Path(os.environ.get("CONTINUAL_TEST_ENCODER", folder / "encoder")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(base), adapter)
+    lineage = agrees(base, adapter, model)
+    assert len(lineage.folded) == 36
