@@ -1,6 +1,7 @@
 """continual keeps one merged model up to date: each new fine-tune of a base is folded in as it appears.
 
-The names below are the public API; they load on first use, so that importing the package (or asking the command for help) stays cheap.
+The names below are the public API; they load on first use, so that importing the package (or asking the command for
+help) stays cheap.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ class ContinualError(Exception):
 
 
 class Retry(ContinualError):
-    """The environment got in the way: nothing is settled, the same candidate can be tried again later, `after` so many seconds if a server said so."""
+    """The environment got in the way: nothing is settled, the same candidate can be tried again later, `after` so many
+    seconds if a server said so."""
 
     def __init__(self, message: str, after: float = 0.0) -> None:
         super().__init__(message)

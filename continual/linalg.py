@@ -1,7 +1,9 @@
-"""Exact kernels that the rules share: float64 reductions in chunks, and the right singular vectors of a matrix from its float64 Gram.
+"""Exact kernels that the rules share: float64 reductions in chunks, and the right singular vectors of a matrix from its
+float64 Gram.
 
-No rule and no decision about tensors lives here. All work is bounded by the small side: beyond its inputs a kernel holds a few n×n float64 matrices
-and a few blocks of rows. Float32 Grams and randomised methods have no place here: the first are wrong by 1e-2, the second cannot give Σσ.
+No rule and no decision about tensors lives here. All work is bounded by the small side: beyond its inputs a kernel
+holds a few n×n float64 matrices and a few blocks of rows. Float32 Grams and randomised methods have no place here: the
+first are wrong by 1e-2, the second cannot give Σσ.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ SMALL = 16 * ROW
 NULL = 1e-6
 """Singular values at or below this fraction of the largest count as zero."""
 STEEP = 1e-4
-"""Below this fraction of the largest a singular value of a Gram is refined: the Gram's error there is about ε·(σ₁/σ)²."""
+"""Below this fraction of the largest a singular value of a Gram is refined: the Gram's error there is about ε·(σ₁/σ)².
+"""
 
 
 def _chunks(numel: int) -> Iterator[tuple[int, int]]:
@@ -34,22 +37,25 @@ def _chunks(numel: int) -> Iterator[tuple[int, int]]:
 
 
 def _rows(values: Tensor) -> Tensor:
-    """Sums of rows of ROW elements. A row is summed by one thread in a fixed order, so the bits do not depend on the number of threads."""
+    """Sums of rows of ROW elements. A row is summed by one thread in a fixed order, so the bits do not depend on the
+    number of threads."""
     return values.view(-1, min(ROW, values.numel())).sum(1)
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """⟨a, b⟩ of two tensors of one shape, in float64, without a float64 copy of either; the same bits whatever the number of threads."""
+    """⟨a, b⟩ of two tensors of one shape, in float64, without a float64 copy of either; the same bits whatever the
+    number of threads."""
     a, b = a.reshape(-1), b.reshape(-1)
     parts = [_rows(a[i:j].double() * b[i:j].double()) for i, j in _chunks(a.numel())]
     return math.fsum(torch.cat(parts).tolist()) if parts else 0.0
 
 
 def inner(a: Tensor, b: Tensor) -> float:
-    """⟨a, b⟩ for reports and norms, at a tenth of the cost of `dot`: rows of ROW products are summed in float32 and the rows in float64.
+    """⟨a, b⟩ for reports and norms, at a tenth of the cost of `dot`: rows of ROW products are summed in float32 and the
+    rows in float64.
 
-    Right to about 1e-8 of ‖a‖‖b‖. Where float32 over- or underflows, or the tensors are small, it is `dot` that answers. The same bits whatever the
-    number of threads.
+    Right to about 1e-8 of ‖a‖‖b‖. Where float32 over- or underflows, or the tensors are small, it is `dot` that
+    answers. The same bits whatever the number of threads.
     """
     return inners((a, b))[0]
 
@@ -63,9 +69,16 @@ def inners(*pairs: tuple[Tensor, Tensor]) -> list[float]:
     parts = []
     for i, j in _chunks(numel):
         width = min(ROW, j - i)
-        parts.append(torch.stack([torch.linalg.vecdot(a[i:j].float().view(-1, width), b[i:j].float().view(-1, width)) for a, b in flat]))
+        parts.append(
+            torch.stack(
+                [torch.linalg.vecdot(a[i:j].float().view(-1, width), b[i:j].float().view(-1, width)) for a, b in flat]
+            )
+        )
     totals: list[float] = torch.cat(parts, 1).double().sum(1).tolist()
-    return [total if math.isfinite(total) and total != 0.0 else dot(a, b) for total, (a, b) in zip(totals, flat, strict=True)]
+    return [
+        total if math.isfinite(total) and total != 0.0 else dot(a, b)
+        for total, (a, b) in zip(totals, flat, strict=True)
+    ]
 
 
 def add(total: Tensor, term: Tensor, weight: float) -> dict[str, float]:
@@ -90,7 +103,8 @@ def row_blocks(rows: int, columns: int) -> list[slice]:
 
 
 def workspace(m: int, n: int) -> int:
-    """Peak bytes of `right_singular` and of what a rule does with it: the Gram, its eigenvectors in place, LAPACK's work (2n²), one more n², six blocks."""
+    """Peak bytes of `right_singular` and of what a rule does with it: the Gram, its eigenvectors in place, LAPACK's
+    work (2n²), one more n², six blocks."""
     small = min(m, n)
     return 8 * (4 * small * small + 6 * min(BLOCK, m * n))
 
@@ -106,7 +120,8 @@ def _gram(columns: int, blocks: Iterator[Tensor], like: Tensor) -> Tensor:
 
 
 def _eigh_descending(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (clipped at 0) and eigenvectors of a symmetric matrix given by its lower triangle, largest first. On a CPU the vectors take its memory."""
+    """Eigenvalues (clipped at 0) and eigenvectors of a symmetric matrix given by its lower triangle, largest first. On
+    a CPU the vectors take its memory."""
     if gram.is_cpu and gram.numel():
         # The memory read as columns holds the upper triangle; written as columns it receives the eigenvectors.
         vectors = gram.mT
@@ -118,10 +133,12 @@ def _eigh_descending(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def right_singular(matrix: Tensor, need: float = 1.0) -> tuple[Tensor, Tensor]:
-    """σ (n, descending, float64, exact zeros at or below NULL·σ₁) and V (n×n, float64) of an m×n matrix with m ≥ n, U not formed.
+    """σ (n, descending, float64, exact zeros at or below NULL·σ₁) and V (n×n, float64) of an m×n matrix with m ≥ n, U
+    not formed.
 
-    From the float64 Gram: values and subspaces at a fraction f of σ₁ are right to about 1e-16/f². `need` is the smallest fraction of σ₁ that matters to
-    the caller; if singular values between NULL and STEEP lie there, the Gram of what is left outside the steep directions is taken a second time.
+    From the float64 Gram: values and subspaces at a fraction f of σ₁ are right to about 1e-16/f². `need` is the
+    smallest fraction of σ₁ that matters to the caller; if singular values between NULL and STEEP lie there, the Gram of
+    what is left outside the steep directions is taken a second time.
     """
     m, n = matrix.shape
     blocks = row_blocks(m, n)
@@ -138,10 +155,11 @@ def right_singular(matrix: Tensor, need: float = 1.0) -> tuple[Tensor, Tensor]:
 
 
 def top(matrix: Tensor) -> float:
-    """The largest singular value of an m×n matrix, from below: three steps of a block power iteration from a fixed start, in float32.
+    """The largest singular value of an m×n matrix, from below: three steps of a block power iteration from a fixed
+    start, in float32.
 
-    Measured: within 4e-4 on real task vectors of a 22M encoder; within 6 % on Gaussian noise, whose singular values crowd at the top. A figure to choose
-    lengths by, not to compute with. It costs seven passes over the matrix.
+    Measured: within 4e-4 on real task vectors of a 22M encoder; within 6 % on Gaussian noise, whose singular values
+    crowd at the top. A figure to choose lengths by, not to compute with. It costs seven passes over the matrix.
     """
     largest = float(torch.linalg.vector_norm(matrix, math.inf)) if matrix.numel() else 0.0
     if not largest:
@@ -149,7 +167,9 @@ def top(matrix: Tensor) -> float:
     rows = tall(matrix)
     width = min(16, rows.shape[1])
     places = torch.arange(rows.shape[1] * width, dtype=torch.float64)
-    start = ((places + 1) * 0.6180339887498949).frac().view(-1, width) - 0.5  # as good as random, and the same everywhere
+    start = ((places + 1) * 0.6180339887498949).frac().view(
+        -1, width
+    ) - 0.5  # as good as random, and the same everywhere
     v = torch.linalg.qr(start.to(matrix.device, torch.float32))[0]
     for _ in range(3):
         v = torch.linalg.qr(rows.mT @ (rows @ (v / largest)) / largest)[0]

@@ -1,4 +1,5 @@
-"""Where things come from: versions for the ledger, `continual.json` of an export, and how a release of ours is recognised."""
+"""Where things come from: versions for the ledger, `continual.json` of an export, and how a release of ours is
+recognised."""
 
 from __future__ import annotations
 
@@ -28,6 +29,9 @@ def timed(report: FoldReport, seconds: Mapping[str, float]) -> FoldReport:
 
 
 def refuse_own_release(name: str, release: Mapping[str, Any] | None, state_id: str) -> None:
-    """Refuses what this very state exported (`release` is the `continual.json` beside it): folding it again would count every model twice."""
+    """Refuses what this very state exported (`release` is the `continual.json` beside it): folding it again would count
+    every model twice."""
     if release is not None and release["state"] == state_id:
-        raise Refuse("own-release", f"{name}: this is the merged model of this state (record {release.get('seq')}), no fine-tune")
+        raise Refuse(
+            "own-release", f"{name}: this is the merged model of this state (record {release.get('seq')}), no fine-tune"
+        )

@@ -26,12 +26,14 @@ ITEMSIZE: Mapping[str, int] = {
     "U64": 8,
     "F64": 8,
 }
-"""Bytes per element of the safetensors dtypes that can be carried; F32, F16 and BF16 are the ones that can be folded."""
+"""Bytes per element of the safetensors dtypes that can be carried; F32, F16 and BF16 are the ones that can be folded.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of the base: `dtype` is the safetensors word (F32, BF16, …); `depth` in [0, 1] is its layer's place in the stack (0 for what is before the layers)."""
+    """One tensor of the base: `dtype` is the safetensors word (F32, BF16, …); `depth` in [0, 1] is its layer's place in
+    the stack (0 for what is before the layers)."""
 
     name: str
     shape: tuple[int, ...]
@@ -72,7 +74,8 @@ class FileStat:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A source saw something that may be a candidate at `origin`: a model directory, which has to lie in `root`, or a repo (`hf://ORG/NAME`) at `revision`.
+    """A source saw something that may be a candidate at `origin`: a model directory, which has to lie in `root`, or a
+    repo (`hf://ORG/NAME`) at `revision`.
 
     `order` says which of several comes first: nanoseconds since 1970, then a name.
     """
@@ -96,7 +99,8 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A fine-tune as known from its headers. `key` says which bytes at which place (store.md); `origin` is the place alone, `facts` are what else is kept of
+    """A fine-tune as known from its headers. `key` says which bytes at which place (store.md); `origin` is the place
+    alone, `facts` are what else is kept of
     it: `revision` and `licence`, of a repo."""
 
     key: str
@@ -124,9 +128,11 @@ class Candidate:
 class Lineage:
     """How a candidate's tensors map to the base's, from headers only.
 
-    `folded`: base names that get a task vector. `unchanged`: base names the candidate lacks and is allowed to lack (task vector zero).
-    `extra`: the candidate's tensors the base lacks; they stay out. `prefix`: (base's, candidate's) leading part that differs. `narrowed`: base name to
-    the candidate's narrower dtype, to which the base is cast before subtracting. `rows`: base name to the number of vocabulary rows in common.
+    `folded`: base names that get a task vector. `unchanged`: base names the candidate lacks and is allowed to lack
+    (task vector zero).
+    `extra`: the candidate's tensors the base lacks; they stay out. `prefix`: (base's, candidate's) leading part that
+    differs. `narrowed`: base name to the candidate's narrower dtype, to which the base is cast before subtracting.
+    `rows`: base name to the number of vocabulary rows in common.
     """
 
     folded: tuple[str, ...]
@@ -155,7 +161,21 @@ class FoldReport:
 class Entry:
     """What a commit record says besides its place in the chain; unset fields are stored as null."""
 
-    kind: Literal["init", "fold", "refuse", "defer", "round", "select", "rollback", "unfold", "combine", "tune", "tag", "publish", "retry"]
+    kind: Literal[
+        "init",
+        "fold",
+        "refuse",
+        "defer",
+        "round",
+        "select",
+        "rollback",
+        "unfold",
+        "combine",
+        "tune",
+        "tag",
+        "publish",
+        "retry",
+    ]
     candidate: Mapping[str, Any] | None = None
     digest: str | None = None
     fate: Fate | None = None

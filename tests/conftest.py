@@ -7,7 +7,8 @@ import tempfile
 
 from hypothesis import settings
 
-# No test reaches a network or a cache of the person who runs it: the Hub is a port on which nobody listens, unless a test brings its own
+# No test reaches a network or a cache of the person who runs it: the Hub is a port on which nobody listens, unless a
+# test brings its own
 for name in [name for name in os.environ if name.startswith("HF_")]:
     del os.environ[name]
 _home = tempfile.TemporaryDirectory(prefix="continual-hf-")

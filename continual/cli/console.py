@@ -101,7 +101,9 @@ def lora(found: LoraReport) -> None:
     say(f"Wrote {found.directory}: rank {found.rank}, {found.adapted} weights adapted, {size(found.nbytes)}")
     say(f"relative error {found.error:.4g} over the whole task vector, {found.error_adapted:.4g} over what is adapted")
     if found.left_out:
-        listed = ", ".join(found.left_out[:5]) + (f" and {len(found.left_out) - 5} more" if len(found.left_out) > 5 else "")
+        listed = ", ".join(found.left_out[:5]) + (
+            f" and {len(found.left_out) - 5} more" if len(found.left_out) > 5 else ""
+        )
         say(f"left out, as no adapter can have them: {listed}")
 
 
@@ -159,7 +161,13 @@ def size(nbytes: float) -> str:
 
 def record(commit: Commit) -> dict[str, Any]:
     """A commit as `show` and `log --json` print it."""
-    body = {"seq": commit.seq, "time": commit.time, "generation": commit.generation, "prev": commit.prev, "crc": commit.crc}
+    body = {
+        "seq": commit.seq,
+        "time": commit.time,
+        "generation": commit.generation,
+        "prev": commit.prev,
+        "crc": commit.crc,
+    }
     entry: dict[str, Any] = plain(commit.entry)
     return body | entry
 
@@ -195,8 +203,21 @@ RULES_HEAD = (
 def rule_row(rule: RuleInfo) -> tuple[object, ...]:
     """A rule as a row of `rules`."""
     yes = {True: "yes", False: "no"}
-    flags = (yes[rule.order_free], "yes" if rule.unfold else "refolds", yes[rule.weighted], f"{rule.passes:.3g}", rule.needs or "nothing")
-    return rule.name, rule.bytes_per_parameter, *flags, rule.scale, options(rule.options), f"{rule.summary} ({rule.paper})"
+    flags = (
+        yes[rule.order_free],
+        "yes" if rule.unfold else "refolds",
+        yes[rule.weighted],
+        f"{rule.passes:.3g}",
+        rule.needs or "nothing",
+    )
+    return (
+        rule.name,
+        rule.bytes_per_parameter,
+        *flags,
+        rule.scale,
+        options(rule.options),
+        f"{rule.summary} ({rule.paper})",
+    )
 
 
 def options(found: Mapping[str, object]) -> str:
@@ -211,7 +232,14 @@ def waiting_row(waiting: Waiting) -> tuple[object, ...]:
     """A candidate of the pool."""
     last, candidate = waiting.last, waiting.commit.entry.candidate or {}
     said = last.get("message", "waits for its first round")
-    return candidate["name"], when(waiting.since), waiting.rounds, _figure(last.get("score")), _figure(last.get("z")), said
+    return (
+        candidate["name"],
+        when(waiting.since),
+        waiting.rounds,
+        _figure(last.get("score")),
+        _figure(last.get("z")),
+        said,
+    )
 
 
 def round_row(row: Mapping[str, Any]) -> tuple[object, ...]:
@@ -239,7 +267,11 @@ def heard(what: OutcomeOf | Taken) -> None:
     """A fold or a step of a round, as it is made."""
     from continual.engine.outcomes import Outcome
 
-    warn(what.line() if isinstance(what, Outcome) else f"step {what.number + 1}: loss {what.loss:.6g}, gap before it {what.gap:.3g}")
+    warn(
+        what.line()
+        if isinstance(what, Outcome)
+        else f"step {what.number + 1}: loss {what.loss:.6g}, gap before it {what.gap:.3g}"
+    )
 
 
 def round_body(found: Round) -> dict[str, Any]:
@@ -256,7 +288,10 @@ def round_body(found: Round) -> dict[str, Any]:
 
 def round_told(found: Round) -> None:
     """A round for people."""
-    rows = [(r.name, r.fate, r.reason, *(_figure(v) for v in (r.score, r.change, r.error, r.z, r.weight))) for r in found.rows]
+    rows = [
+        (r.name, r.fate, r.reason, *(_figure(v) for v in (r.score, r.change, r.error, r.z, r.weight)))
+        for r in found.rows
+    ]
     table(("model", "fate", "reason", "score", "change", "error", "z", "weight"), rows)
     numbers = found.numbers
     gap = f", gap {numbers['gap']:.3g}" if "gap" in numbers else ""

@@ -1,4 +1,5 @@
-"""The commands about what is watched and what is released: one look at the sources, a release by hand. No logic, as in `cli`."""
+"""The commands about what is watched and what is released: one look at the sources, a release by hand. No logic, as in
+`cli`."""
 
 from __future__ import annotations
 
@@ -31,10 +32,16 @@ app = typer.Typer(rich_markup_mode=None)
 @app.command()
 def watch(
     once: Annotated[bool, typer.Option("--once", help="One look, then stop; 'continual run' goes on looking.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be taken and why; change nothing.")] = False,
-    watch: Annotated[list[Path] | None, typer.Option("--watch", help="Folder in which fine-tunes are published; repeatable.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be taken and why; change nothing.")
+    ] = False,
+    watch: Annotated[
+        list[Path] | None, typer.Option("--watch", help="Folder in which fine-tunes are published; repeatable.")
+    ] = None,
     hub: HubFlags = None,
-    settle: Annotated[float | None, typer.Option("--settle", help="Seconds a model's files must be still.", show_default=False)] = None,
+    settle: Annotated[
+        float | None, typer.Option("--settle", help="Seconds a model's files must be still.", show_default=False)
+    ] = None,
     weight: Weight = None,
     updates: Updates = None,
     missing: Missing = None,
@@ -70,7 +77,9 @@ def watch(
                 good = found.outcome is not None and not found.outcome.refused
                 (console.say if good else console.warn)(found.outcome.line() if found.outcome else f"{found.trouble}")
     if json:
-        console.emit([{"model": t.model, "trouble": t.trouble, **(t.outcome.summary() if t.outcome else {})} for t in tried])
+        console.emit(
+            [{"model": t.model, "trouble": t.trouble, **(t.outcome.summary() if t.outcome else {})} for t in tried]
+        )
     elif not tried:
         console.say("Nothing new.")
     if any(t.trouble for t in tried):
@@ -80,8 +89,12 @@ def watch(
 
 @app.command()
 def release(
-    at: Annotated[int | None, typer.Option("--at", help="Record to release; default: the newest.", show_default=False)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be released, with its model card; change nothing.")] = False,
+    at: Annotated[
+        int | None, typer.Option("--at", help="Record to release; default: the newest.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be released, with its model card; change nothing.")
+    ] = False,
     release: ReleaseFlags = None,
     base: BaseDir = None,
     workers: Workers = None,
@@ -105,4 +118,6 @@ def release(
     if json:
         console.emit(out)
     else:
-        console.say(f"{'Released' if out.new else 'Was out already:'} record {out.seq} as {out.url}{f', tag {out.tag}' if out.tag else ''}")
+        console.say(
+            f"{'Released' if out.new else 'Was out already:'} record {out.seq} as {out.url}{f', tag {out.tag}' if out.tag else ''}"
+        )

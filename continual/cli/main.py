@@ -1,4 +1,5 @@
-"""The `continual` command. No logic: each command parses, calls `continual.api` and prints. Heavy imports happen inside the commands."""
+"""The `continual` command. No logic: each command parses, calls `continual.api` and prints. Heavy imports happen inside
+the commands."""
 
 from __future__ import annotations
 
@@ -79,29 +80,50 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _top(_version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def _top(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     pass
 
 
 @app.command()
 def init(
-    base: Annotated[str, typer.Argument(help="Directory of the base model (safetensors), or a repo of the Hub: ORG/NAME@REVISION.")],
+    base: Annotated[
+        str, typer.Argument(help="Directory of the base model (safetensors), or a repo of the Hub: ORG/NAME@REVISION.")
+    ],
     rule: Annotated[
         str | None,
-        typer.Option("--rule", help="Fold rule, default iso-c; 'continual rules' lists them.", show_default=False, autocompletion=_rules),
+        typer.Option(
+            "--rule",
+            help="Fold rule, default iso-c; 'continual rules' lists them.",
+            show_default=False,
+            autocompletion=_rules,
+        ),
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Fold-time option of the rule as key=value; repeatable.")
     ] = None,
     before: Annotated[
         list[str] | None,
-        typer.Option("--before", help="Transform before each fold, as drop:rate=0.9; repeatable, in order.", autocompletion=_transforms),
+        typer.Option(
+            "--before",
+            help="Transform before each fold, as drop:rate=0.9; repeatable, in order.",
+            autocompletion=_transforms,
+        ),
     ] = None,
     scale: Scale = None,
     lines: Lines = None,
-    plain: Annotated[list[str] | None, typer.Option("--plain", help="Glob of tensors that take the rule's plain form; repeatable.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Glob of tensors that are carried untouched; repeatable.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the state would hold and make nothing.")] = False,
+    plain: Annotated[
+        list[str] | None, typer.Option("--plain", help="Glob of tensors that take the rule's plain form; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Glob of tensors that are carried untouched; repeatable.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the state would hold and make nothing.")
+    ] = False,
     state: StateDir = None,
     config: Config = None,
     json: Json = False,
@@ -155,16 +177,30 @@ def rules(json: Json = False) -> None:
 
 @app.command()
 def run(
-    watch: Annotated[list[Path] | None, typer.Option("--watch", help="Folder in which fine-tunes are published; repeatable.")] = None,
-    settle: Annotated[float | None, typer.Option("--settle", help="Seconds a model's files must be still.", show_default=False)] = None,
-    rescan: Annotated[float | None, typer.Option("--rescan", help="Seconds between full scans.", show_default=False)] = None,
-    host: Annotated[str | None, typer.Option("--host", help="Address to listen on (loopback).", show_default=False)] = None,
-    port: Annotated[int | None, typer.Option("--port", help="Port of the service; 0 takes a free one.", show_default=False)] = None,
+    watch: Annotated[
+        list[Path] | None, typer.Option("--watch", help="Folder in which fine-tunes are published; repeatable.")
+    ] = None,
+    settle: Annotated[
+        float | None, typer.Option("--settle", help="Seconds a model's files must be still.", show_default=False)
+    ] = None,
+    rescan: Annotated[
+        float | None, typer.Option("--rescan", help="Seconds between full scans.", show_default=False)
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address to listen on (loopback).", show_default=False)
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", help="Port of the service; 0 takes a free one.", show_default=False)
+    ] = None,
     current: Annotated[
         Path | None, typer.Option("--current", help="Link kept on an export of the newest merge.", show_default=False)
     ] = None,
-    keep: Annotated[int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)] = None,
-    drain: Annotated[float | None, typer.Option("--drain", help="Seconds a stop waits for the fold under way.", show_default=False)] = None,
+    keep: Annotated[
+        int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)
+    ] = None,
+    drain: Annotated[
+        float | None, typer.Option("--drain", help="Seconds a stop waits for the fold under way.", show_default=False)
+    ] = None,
     hub: HubFlags = None,
     release: ReleaseFlags = None,
     select: Select = None,
@@ -183,11 +219,18 @@ def run(
     memory: Memory = None,
     state: StateDir = None,
     config: Config = None,
-    log_json: Annotated[bool | None, typer.Option("--log-json/--log-text", help="Form of the log lines.", show_default=False)] = None,
-    log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.", show_default=False)] = None,
-    allow_remote: Annotated[bool | None, typer.Option("--allow-remote", help="Listen beyond loopback.", show_default=False)] = None,
+    log_json: Annotated[
+        bool | None, typer.Option("--log-json/--log-text", help="Form of the log lines.", show_default=False)
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option("--log-level", help="debug, info, warning or error.", show_default=False)
+    ] = None,
+    allow_remote: Annotated[
+        bool | None, typer.Option("--allow-remote", help="Listen beyond loopback.", show_default=False)
+    ] = None,
 ) -> None:
-    """Run the daemon: watch folders and the Hub, fold what appears, publish the merge, serve the status page and metrics."""
+    """Run the daemon: watch folders and the Hub, fold what appears, publish the merge, serve the status page and
+    metrics."""
     flags = {k: v for k, v in locals().items() if k != "config"}
     from continual.service import daemon
 
@@ -197,10 +240,15 @@ def run(
 @app.command()
 def fold(
     models: Annotated[
-        list[str], typer.Argument(help="Directories of fine-tunes or adapters, or repos (hf://ORG/NAME@REVISION), folded in this order.")
+        list[str],
+        typer.Argument(
+            help="Directories of fine-tunes or adapters, or repos (hf://ORG/NAME@REVISION), folded in this order."
+        ),
     ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as 'plan'.")] = False,
-    keep: Annotated[int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)] = None,
+    keep: Annotated[
+        int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)
+    ] = None,
     select: Select = None,
     objective: Objective = None,
     rows: Rows = None,
@@ -221,7 +269,8 @@ def fold(
 ) -> None:
     """Fold models now. One that is in the state already is left alone; a refused one does not stop the rest.
 
-    Where rounds choose (--select, or a state of the rule frank-wolfe) the models join those that wait, and a round is run over them.
+    Where rounds choose (--select, or a state of the rule frank-wolfe) the models join those that wait, and a round is
+    run over them.
     """
     skipped = ("models", "dry_run", "config", "json")
     flags = {k: v for k, v in locals().items() if k not in skipped and k != "skipped"}
@@ -257,7 +306,9 @@ def fold(
 
 @app.command()
 def plan(
-    models: Annotated[list[str], typer.Argument(help="Directories of fine-tunes or adapters, or repos (hf://ORG/NAME@REVISION).")],
+    models: Annotated[
+        list[str], typer.Argument(help="Directories of fine-tunes or adapters, or repos (hf://ORG/NAME@REVISION).")
+    ],
     updates: Updates = None,
     missing: Missing = None,
     vocab: Vocab = None,
@@ -286,15 +337,21 @@ def _plan(models: list[str], config: Path | None, flags: dict[str, Any], json: b
 @app.command()
 def export(
     directory: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
-    at: Annotated[int | None, typer.Option("--at", help="Record to export; default: the newest.", show_default=False)] = None,
+    at: Annotated[
+        int | None, typer.Option("--at", help="Record to export; default: the newest.", show_default=False)
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: the base's.", show_default=False)
+        str | None,
+        typer.Option("--dtype", help="float32, float16 or bfloat16; default: the base's.", show_default=False),
     ] = None,
     shard_size: Annotated[
         str | None, typer.Option("--shard-size", help="Largest shard, as 5GB; default: the base's.", show_default=False)
     ] = None,
     as_lora: Annotated[
-        int | None, typer.Option("--as-lora", help="Write a LoRA adapter (PEFT) of this rank, as near as one comes.", show_default=False)
+        int | None,
+        typer.Option(
+            "--as-lora", help="Write a LoRA adapter (PEFT) of this rank, as near as one comes.", show_default=False
+        ),
     ] = None,
     base: BaseDir = None,
     workers: Workers = None,
@@ -309,12 +366,18 @@ def export(
 
     if as_lora is not None:
         word = folder.parse_dtype(dtype) or "F32"
-        with opened.merge(config, state=state, base=base, workers=workers, memory=memory) as merge, console.progress() as progress:
+        with (
+            opened.merge(config, state=state, base=base, workers=workers, memory=memory) as merge,
+            console.progress() as progress,
+        ):
             report = merge.export_lora(directory, as_lora, at=at, dtype=word, progress=progress)
         console.emit(report) if json else console.lora(report)
         return
     target = folder.Target(directory, at, folder.parse_dtype(dtype), folder.parse_size(shard_size))
-    with opened.merge(config, state=state, base=base, workers=workers, memory=memory) as merge, console.progress() as progress:
+    with (
+        opened.merge(config, state=state, base=base, workers=workers, memory=memory) as merge,
+        console.progress() as progress,
+    ):
         path = merge.export(target, progress)
     console.emit({"directory": path}) if json else console.say(f"Wrote {path}")
 

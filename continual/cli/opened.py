@@ -1,4 +1,5 @@
-"""What every command begins with: settings from file, environment and flags, and the state they name, opened. Heavy imports happen when it is called."""
+"""What every command begins with: settings from file, environment and flags, and the state they name, opened. Heavy
+imports happen when it is called."""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ from continual.cli.flags import (
 )
 
 app = typer.Typer(rich_markup_mode=None)
-pool = typer.Typer(rich_markup_mode=None, invoke_without_command=True, help="Show the candidates that wait for a round, and run one.")
+pool = typer.Typer(
+    rich_markup_mode=None, invoke_without_command=True, help="Show the candidates that wait for a round, and run one."
+)
 app.add_typer(pool, name="pool")
 
 
@@ -43,11 +45,15 @@ def listed(context: typer.Context, state: StateDir = None, config: Config = None
         waiting = merge.pool()
     if json:
         console.emit(
-            [{"key": key, "since": w.since, "rounds": w.rounds, **_identity(w), "last": w.last or None} for key, w in waiting.items()]
+            [
+                {"key": key, "since": w.since, "rounds": w.rounds, **_identity(w), "last": w.last or None}
+                for key, w in waiting.items()
+            ]
         )
         return
     console.table(
-        ("model", "waits since", "rounds", "score", "z", "what the last round said"), [console.waiting_row(w) for w in waiting.values()]
+        ("model", "waits since", "rounds", "score", "z", "what the last round said"),
+        [console.waiting_row(w) for w in waiting.values()],
     )
     if not waiting:
         console.say("Nothing waits.")
@@ -68,7 +74,9 @@ def why(
     if json:
         console.emit(told._asdict())
         return
-    console.say(f"{told.name}: {told.fate}{f' ({told.reason})' if told.reason else ''}, first seen {told.since[:19]}Z at {told.origin}")
+    console.say(
+        f"{told.name}: {told.fate}{f' ({told.reason})' if told.reason else ''}, first seen {told.since[:19]}Z at {told.origin}"
+    )
     console.say(told.message)
     if told.rounds:
         console.table(
@@ -80,9 +88,12 @@ def why(
 @pool.command(name="round")
 def round_(
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Score and try all that wait at the merge as it is; fold and record nothing.")
+        bool,
+        typer.Option("--dry-run", help="Score and try all that wait at the merge as it is; fold and record nothing."),
     ] = False,
-    keep: Annotated[int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)] = None,
+    keep: Annotated[
+        int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)
+    ] = None,
     select: Select = None,
     objective: Objective = None,
     rows: Rows = None,

@@ -1,4 +1,5 @@
-"""The commands that look at a state or change what is in it: its ledger, what is in force, how it is read. No logic, as in `cli`."""
+"""The commands that look at a state or change what is in it: its ledger, what is in force, how it is read. No logic, as
+in `cli`."""
 
 from __future__ import annotations
 
@@ -45,7 +46,10 @@ def log(
 
 @app.command()
 def show(
-    seq: Annotated[int, typer.Argument(help="Record number.")], state: StateDir = None, config: Config = None, json: Json = False
+    seq: Annotated[int, typer.Argument(help="Record number.")],
+    state: StateDir = None,
+    config: Config = None,
+    json: Json = False,
 ) -> None:
     """Show one record whole."""
     from continual.cli import console
@@ -61,7 +65,9 @@ def show(
 @app.command()
 def tag(
     name: Annotated[str | None, typer.Argument(help="Name to give; without one the tags are listed.")] = None,
-    seq: Annotated[int | None, typer.Option("--at", help="Record number; default: the newest.", show_default=False)] = None,
+    seq: Annotated[
+        int | None, typer.Option("--at", help="Record number; default: the newest.", show_default=False)
+    ] = None,
     state: StateDir = None,
     config: Config = None,
     json: Json = False,
@@ -104,7 +110,9 @@ def rollback(
 
 @app.command()
 def retry(
-    model: Annotated[str, typer.Argument(help="Name, path, key or record number of a refused or rolled-back candidate.")],
+    model: Annotated[
+        str, typer.Argument(help="Name, path, key or record number of a refused or rolled-back candidate.")
+    ],
     state: StateDir = None,
     config: Config = None,
     json: Json = False,
@@ -157,7 +165,11 @@ def scale(
 
     changed = value is not None or lines is not None
     with opened.merge(config, write=changed, state=state) as merge:
-        found = merge.rescale(value, lines) if changed else ReadOptions.from_mapping(merge.state.read_options_at(merge.state.head.seq))
+        found = (
+            merge.rescale(value, lines)
+            if changed
+            else ReadOptions.from_mapping(merge.state.read_options_at(merge.state.head.seq))
+        )
     if json:
         console.emit(found.to_mapping())
     else:
@@ -167,10 +179,14 @@ def scale(
 @app.command()
 def unfold(
     model: Annotated[str, typer.Argument(help="Name, path, key or record number of a model in the merge.")],
-    at: Annotated[Path | None, typer.Option("--at", help="Where the model is now, if it was moved.", show_default=False)] = None,
+    at: Annotated[
+        Path | None, typer.Option("--at", help="Where the model is now, if it was moved.", show_default=False)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it takes and change nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before others are folded again.")] = False,
-    keep: Annotated[int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)] = None,
+    keep: Annotated[
+        int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)
+    ] = None,
     missing: Missing = None,
     vocab: Vocab = None,
     base: BaseDir = None,
@@ -181,7 +197,8 @@ def unfold(
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Take a model out of the merge: subtracted where the rule allows it, else the later ones are folded again without it."""
+    """Take a model out of the merge: subtracted where the rule allows it, else the later ones are folded again without
+    it."""
     from continual.cli import console
 
     flags = {
@@ -216,21 +233,26 @@ def unfold(
 def combine(
     other: Annotated[Path, typer.Argument(help="Directory of another state of the same base and rule.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be added and change nothing.")] = False,
-    keep: Annotated[int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)] = None,
+    keep: Annotated[
+        int | None, typer.Option("--keep", help="Generations kept besides tagged ones.", show_default=False)
+    ] = None,
     workers: Workers = None,
     memory: Memory = None,
     state: StateDir = None,
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Add the models of another state to this one: two machines fold, one merge comes of it. The other state stays as it is."""
+    """Add the models of another state to this one: two machines fold, one merge comes of it. The other state stays as
+    it is."""
     from continual.cli import console
 
     flags = {"workers": workers, "memory": memory, "state": state, "keep": keep}
     with opened.merge(config, write=not dry_run, **flags) as merge, console.progress() as progress:
         folds, commit = merge.combine(other, dry_run=dry_run, progress=progress)
     if json:
-        console.emit({"record": console.record(commit) if commit else None, "added": [console.record(c) for c in folds]})
+        console.emit(
+            {"record": console.record(commit) if commit else None, "added": [console.record(c) for c in folds]}
+        )
         return
     console.say(f"{f'Added as record {commit.seq}' if commit else 'Would add'}: {len(folds)} models of {other}")
     console.table(console.LOG_HEAD, [console.log_row(c) for c in folds])

@@ -24,37 +24,54 @@ def tune(
     command: Annotated[
         str | None,
         typer.Option(
-            "--command", help="Says what a model is worth: its last line is the score; {model} is the directory.", show_default=False
+            "--command",
+            help="Says what a model is worth: its last line is the score; {model} is the directory.",
+            show_default=False,
         ),
     ] = None,
     rows: Annotated[
-        Path | None, typer.Option("--rows", help="Calibration rows: a JSONL file with text and label.", show_default=False)
+        Path | None,
+        typer.Option("--rows", help="Calibration rows: a JSONL file with text and label.", show_default=False),
     ] = None,
     objective: Annotated[
-        str | None, typer.Option("--objective", help="Of the rows: causal-lm, classification or heads.", show_default=False)
+        str | None,
+        typer.Option("--objective", help="Of the rows: causal-lm, classification or heads.", show_default=False),
     ] = None,
     heads: Annotated[
-        Path | None, typer.Option("--heads", help="Prompts of each label (JSON), for the objective heads.", show_default=False)
+        Path | None,
+        typer.Option("--heads", help="Prompts of each label (JSON), for the objective heads.", show_default=False),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Rows evaluated at a time.")] = 16,
     candidates: Annotated[int, typer.Option("--candidates", help="Evaluations, at least 3.")] = 20,
     policy: Annotated[
         str | None,
-        typer.Option("--policy", help="Kind of scale to search: norm, number or spread; default: the one in force.", show_default=False),
+        typer.Option(
+            "--policy",
+            help="Kind of scale to search: norm, number or spread; default: the one in force.",
+            show_default=False,
+        ),
     ] = None,
     around: Annotated[
-        float | None, typer.Option("--around", help="Value to search around; default: the one in force.", show_default=False)
+        float | None,
+        typer.Option("--around", help="Value to search around; default: the one in force.", show_default=False),
     ] = None,
-    lines: Annotated[bool, typer.Option("--lines", help="Search LiNeS' slope too, with a third of the candidates.")] = False,
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Search LiNeS' slope too, with a third of the candidates.")
+    ] = False,
     key: Annotated[
-        str | None, typer.Option("--key", help="Where the score is in a JSON line of the command, as results.accuracy.", show_default=False)
+        str | None,
+        typer.Option(
+            "--key", help="Where the score is in a JSON line of the command, as results.accuracy.", show_default=False
+        ),
     ] = None,
     lower: Annotated[bool, typer.Option("--lower", help="The command's score is better where it is lower.")] = False,
     timeout: Annotated[
-        float | None, typer.Option("--timeout", help="Seconds the command may take for a candidate.", show_default=False)
+        float | None,
+        typer.Option("--timeout", help="Seconds the command may take for a candidate.", show_default=False),
     ] = None,
     work: Annotated[
-        Path | None, typer.Option("--work", help="Where the scratch file goes; default: a temporary directory.", show_default=False)
+        Path | None,
+        typer.Option("--work", help="Where the scratch file goes; default: a temporary directory.", show_default=False),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Evaluate and print, and record nothing.")] = False,
     base: BaseDir = None,
@@ -65,13 +82,16 @@ def tune(
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Find how large the merged task vector should be, by evaluating candidates, and record it. Nothing is folded again."""
+    """Find how large the merged task vector should be, by evaluating candidates, and record it. Nothing is folded
+    again."""
     from continual import tuning
     from continual.cli import console
     from continual.errors import Misconfigured
 
     if (command is None) == (rows is None) or (rows is None) != (objective is None):
-        raise Misconfigured("say what a candidate is worth: with --command 'eval.py {model}', or with --rows FILE --objective NAME")
+        raise Misconfigured(
+            "say what a candidate is worth: with --command 'eval.py {model}', or with --rows FILE --objective NAME"
+        )
     evaluation: tuning.Evaluation
     if command is not None:
         if heads is not None:
@@ -88,7 +108,14 @@ def tune(
     with opened.merge(config, write=not dry_run, **flags) as merge, console.progress() as progress:
         tuned = merge.tune(evaluation, asked, progress, None if json else _told)
     if json:
-        console.emit({"read": tuned.read.to_mapping(), "record": tuned.commit and tuned.commit.seq, "score": tuned.score, **tuned.numbers})
+        console.emit(
+            {
+                "read": tuned.read.to_mapping(),
+                "record": tuned.commit and tuned.commit.seq,
+                "score": tuned.score,
+                **tuned.numbers,
+            }
+        )
     else:
         _print(tuned)
 
@@ -104,7 +131,10 @@ def _print(tuned: Tuned) -> None:
 
     numbers = tuned.numbers
     chosen = (tuned.read.scale, list(tuned.read.lines) if tuned.read.lines else None)
-    rows = [(t["scale"], _lines(t["lines"]), f"{t['score']:.6g}", _mark(t, chosen, numbers["before"])) for t in numbers["trials"]]
+    rows = [
+        (t["scale"], _lines(t["lines"]), f"{t['score']:.6g}", _mark(t, chosen, numbers["before"]))
+        for t in numbers["trials"]
+    ]
     console.table(("scale", "lines", "score", ""), rows)
     told = f"scale {tuned.read}: {tuned.score:.6g}, against {tuned.before:.6g} at what was in force; {len(rows)} candidates in {numbers['seconds']:.1f} s"
     console.say(f"{told}; {f'recorded as record {tuned.commit.seq}' if tuned.commit else 'nothing recorded'}")

@@ -1,8 +1,10 @@
-"""What the demonstration learns: a small transformer on scikit-learn's handwritten digits, and fine-tunes of it for shifted versions of the task.
+"""What the demonstration learns: a small transformer on scikit-learn's handwritten digits, and fine-tunes of it for
+shifted versions of the task.
 
-The base learns upright, clean digits. Each fine-tune learns the same ten classes seen another way (shifted, noisy, half hidden, …). That is a setting in which
-merging is meaningful: one set of weights can serve all the ways of seeing at once, each fine-tune knows one of them, and none of the data is shared.
-Which images are held out is fixed before anything is trained; nothing is chosen by them.
+The base learns upright, clean digits. Each fine-tune learns the same ten classes seen another way (shifted, noisy, half
+hidden, …). That is a setting in which merging is meaningful: one set of weights can serve all the ways of seeing at
+once, each fine-tune knows one of them, and none of the data is shared. Which images are held out is fixed before
+anything is trained; nothing is chosen by them.
 """
 
 from __future__ import annotations
@@ -143,8 +145,14 @@ def save(weights: Mapping[str, Tensor], directory: Path) -> None:
 
     temporary = directory.with_name(f".{directory.name}.tmp")
     temporary.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / "model.safetensors", metadata={"format": "pt"})
-    (temporary / "config.json").write_text(json.dumps({"model_type": "digits", "hidden_size": WIDTH, "num_hidden_layers": LAYERS}))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        temporary / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (temporary / "config.json").write_text(
+        json.dumps({"model_type": "digits", "hidden_size": WIDTH, "num_hidden_layers": LAYERS})
+    )
     temporary.rename(directory)
 
 

@@ -1,4 +1,5 @@
-"""The story: train, publish into the watched folder of a real daemon process, kill it while a fold is uncommitted, start it again, compare."""
+"""The story: train, publish into the watched folder of a real daemon process, kill it while a fold is uncommitted,
+start it again, compare."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ _PATIENCE = 60.0
 
 
 def run(directory: Path | None, *, json: bool, seed: int, console: Console) -> dict[str, Any]:
-    """Plays the story in `directory` (default: a temporary one) and returns its figures; prints them as tables unless `json`.
+    """Plays the story in `directory` (default: a temporary one) and returns its figures; prints them as tables unless
+    `json`.
 
     Raises Halt if something does not happen that should.
     """
@@ -48,7 +50,8 @@ def run(directory: Path | None, *, json: bool, seed: int, console: Console) -> d
         daemon = _daemon(work, weights, console)
         result = {"tasks": _compare(work, weights, seed), **daemon}
     result["mean"] = {
-        key: sum(row[key] for row in result["tasks"].values()) / len(result["tasks"]) for key in ("base", "averaged", "merged")
+        key: sum(row[key] for row in result["tasks"].values()) / len(result["tasks"])
+        for key in ("base", "averaged", "merged")
     }
     if not json:
         _show(result, console)
@@ -63,14 +66,19 @@ def _train(work: Path, seed: int, console: Console) -> dict[str, Mapping[str, Te
     base = digits.base(seed)
     digits.save(base, work / "base")
     weights: dict[str, Mapping[str, Tensor]] = {"base": base}
-    for task in track(list(digits.TASKS), "fine-tuning", console=console, disable=not console.is_terminal, transient=True):
+    for task in track(
+        list(digits.TASKS), "fine-tuning", console=console, disable=not console.is_terminal, transient=True
+    ):
         weights[task] = digits.fine_tune(base, task, seed)
-    console.print(f"   the base and {len(digits.TASKS)} fine-tunes, {sum(t.numel() for t in base.values())} parameters each")
+    console.print(
+        f"   the base and {len(digits.TASKS)} fine-tunes, {sum(t.numel() for t in base.values())} parameters each"
+    )
     return weights
 
 
 def _daemon(work: Path, weights: Mapping[str, Mapping[str, Tensor]], console: Console) -> dict[str, Any]:
-    """Publishes one fine-tune after the other; the daemon is killed at the first fold of the second half that can be caught uncommitted."""
+    """Publishes one fine-tune after the other; the daemon is killed at the first fold of the second half that can be
+    caught uncommitted."""
     state, tasks = work / "state", list(digits.TASKS)
     api.init(work / "base", state)
     console.print("\n[bold]2. Publish[/bold] them one by one into the watched folder of a daemon")
@@ -88,11 +96,15 @@ def _daemon(work: Path, weights: Mapping[str, Mapping[str, Tensor]], console: Co
         orphans = [{"generation": name, "bytes": _size(state / "generations" / name)} for name in opened.orphans]
         intact: dict[str, Any] = {"record": opened.head.seq, "folds": len(opened.folds()), "findings": opened.verify()}
     for orphan in orphans:
-        console.print(f"   left behind: generation {orphan['generation']}, {orphan['bytes']} bytes, which no record names")
+        console.print(
+            f"   left behind: generation {orphan['generation']}, {orphan['bytes']} bytes, which no record names"
+        )
     console.print(
         f"   the state is at record {intact['record']} with {intact['folds']} folds, {len(intact['findings'])} findings by verify"
     )
-    console.print("\n[bold]4. Start[/bold] it again: the orphan goes, the interrupted fine-tune is folded, then the rest")
+    console.print(
+        "\n[bold]4. Start[/bold] it again: the orphan goes, the interrupted fine-tune is folded, then the rest"
+    )
     with _running(work) as process:
         for number, task in enumerate(tasks, 1):
             if not (work / "published" / task).exists():
@@ -105,7 +117,9 @@ def _daemon(work: Path, weights: Mapping[str, Mapping[str, Tensor]], console: Co
         folded = [(c.entry.candidate or {})["name"] for c in opened.folds()]
         findings = opened.verify()
     if sorted(folded) != sorted(tasks) or findings or code != 0 or not orphans or intact["findings"]:
-        raise Halt(f"the demonstration failed: folded {folded}, findings {findings}, exit code {code}, orphans {orphans}")
+        raise Halt(
+            f"the demonstration failed: folded {folded}, findings {findings}, exit code {code}, orphans {orphans}"
+        )
     console.print(f"   folded, each exactly once: {', '.join(folded)}")
     return {
         "killed_while_folding": caught,
@@ -124,7 +138,8 @@ def _kill(
     weights: Mapping[str, Mapping[str, Tensor]],
     console: Console,
 ) -> str:
-    """Publishes until a generation appears that no record names yet, and kills the daemon at that moment; returns what it was folding."""
+    """Publishes until a generation appears that no record names yet, and kills the daemon at that moment; returns what
+    it was folding."""
     generations, commits = work / "state" / "generations", work / "state" / "commits"
     for task in tasks[begin:]:
         before, head = set(os.listdir(generations)), len(os.listdir(commits))
@@ -148,7 +163,16 @@ def _kill(
 @contextlib.contextmanager
 def _running(work: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A real daemon process on a free port, its log in daemon.log; killed at the end if it still runs."""
-    command = [sys.executable, "-m", "continual", "run", "--state", str(work / "state"), "--watch", str(work / "published")]
+    command = [
+        sys.executable,
+        "-m",
+        "continual",
+        "run",
+        "--state",
+        str(work / "state"),
+        "--watch",
+        str(work / "published"),
+    ]
     with open(work / "daemon.log", "ab") as log:
         process = subprocess.Popen([*command, "--port", "0", "--settle", "0.2"], stderr=log)
     try:
@@ -193,7 +217,8 @@ def _size(directory: Path) -> int:
 
 
 def _compare(work: Path, weights: Mapping[str, Mapping[str, Tensor]], seed: int) -> dict[str, dict[str, float]]:
-    """Accuracy on held-out images, by task, of the base, the task's own fine-tune, the plain average and the merged model; both merges by our exports."""
+    """Accuracy on held-out images, by task, of the base, the task's own fine-tune, the plain average and the merged
+    model; both merges by our exports."""
     api.init(work / "base", work / "mean", api.Asked(rule="mean"))
     with api.open(work / "mean", write=True) as merge:
         for task in digits.TASKS:
@@ -202,7 +227,10 @@ def _compare(work: Path, weights: Mapping[str, Mapping[str, Tensor]], seed: int)
     with api.open(work / "state") as merge:
         merge.export(Target(work / "merged"))
     _, _, images, labels = digits.load(seed)
-    models = {"base": weights["base"], **{name: load_file(work / name / "model.safetensors") for name in ("averaged", "merged")}}
+    models = {
+        "base": weights["base"],
+        **{name: load_file(work / name / "model.safetensors") for name in ("averaged", "merged")},
+    }
     rows = {}
     for task, see in digits.TASKS.items():
         shown = see(images)
@@ -220,7 +248,13 @@ def _show(result: Mapping[str, Any], console: Console) -> None:
         table.add_row(task, *(f"{100 * row[key]:.1f}" for key in ("base", "own", "averaged", "merged")))
     mean = result["mean"]
     table.add_section()
-    table.add_row("mean", f"{100 * mean['base']:.1f}", "", f"{100 * mean['averaged']:.1f}", f"[bold]{100 * mean['merged']:.1f}[/bold]")
+    table.add_row(
+        "mean",
+        f"{100 * mean['base']:.1f}",
+        "",
+        f"{100 * mean['averaged']:.1f}",
+        f"[bold]{100 * mean['merged']:.1f}[/bold]",
+    )
     console.print()
     console.print(table)
     first, last = (result["peak_memory_bytes"][key] / 1e6 for key in ("first", "last"))

@@ -20,17 +20,33 @@ from continual.tensors.checkpoint import TORCH
 if TYPE_CHECKING:
     from continual.hub import Hub
 
-NOT_FETCHED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz", ".zip", ".tar.gz")
+NOT_FETCHED = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".ot",
+    ".tflite",
+    ".npz",
+    ".zip",
+    ".tar.gz",
+)
 """Files of a base repo that stay there: the same weights in other forms, pickles among them."""
 _HASHED = 1 << 20
 """Bytes of the base read at a time at init."""
 
 
 def open_base(state: State, places: Places, moved: Path | None = None) -> BaseModel:
-    """The base of `state`, from where it was at init or from `moved`; one that came from the Hub and is gone here is fetched again, at the same commit.
+    """The base of `state`, from where it was at init or from `moved`; one that came from the Hub and is gone here is
+    fetched again, at the same commit.
 
-    Where the files' sizes and times are those of init they are taken as they are, else every tensor is hashed and compared.
-    Raises Misconfigured if it is not there, Damaged naming the first tensor that differs.
+    Where the files' sizes and times are those of init they are taken as they are, else every tensor is hashed and
+    compared. Raises Misconfigured if it is not there, Damaged naming the first tensor that differs.
     """
     record = state.format.base
     path = moved or Path(record["path"])
@@ -41,7 +57,9 @@ def open_base(state: State, places: Places, moved: Path | None = None) -> BaseMo
         raise Misconfigured(f"base {path} is gone: put it back, or say where it is now with base = DIR (--base)")
     model = describe(open_checkpoint(path), plain=record["plain"], exclude=record["exclude"])
     if model.specs != state.format.tensors:
-        raise Damaged(f"base {path} is not the one this state was made from: its tensors have other names, shapes or dtypes")
+        raise Damaged(
+            f"base {path} is not the one this state was made from: its tensors have other names, shapes or dtypes"
+        )
     if files_of(model.checkpoint) != list(record["files"]):
         digests = measure_base(model, silent)["digests"]
         if differing := sorted(name for name, digest in record["digests"].items() if digests.get(name) != digest):
@@ -57,7 +75,8 @@ class Fetched(NamedTuple):
 
 
 def fetched(hub: Hub, repo: str, revision: str | None, progress: Progress) -> Fetched:
-    """The files of a base, in the cache of the Hub's client (HF_HOME): weights, configuration, tokenizer; each checked against the SHA-256 the Hub says.
+    """The files of a base, in the cache of the Hub's client (HF_HOME): weights, configuration, tokenizer; each checked
+    against the SHA-256 the Hub says.
 
     Raises Misconfigured if there is no such repo or commit, or none of safetensors; Retry.
     """
@@ -65,7 +84,11 @@ def fetched(hub: Hub, repo: str, revision: str | None, progress: Progress) -> Fe
 
     try:
         info = hub.info(repo, revision)
-        names = [name for name in info.files if name.count("/") <= 1 and not name.startswith(".") and not name.endswith(NOT_FETCHED)]
+        names = [
+            name
+            for name in info.files
+            if name.count("/") <= 1 and not name.startswith(".") and not name.endswith(NOT_FETCHED)
+        ]
         if not any(name.endswith(".safetensors") for name in names):
             raise Misconfigured(f"{repo}@{info.sha[:12]}: has no safetensors files; continual reads nothing else")
         progress("fetch", 0, len(names))

@@ -20,7 +20,8 @@ from continual.state import Commit, State, Transaction
 def combine(state: State, other: State, rule: Rule, executor: Executor, progress: Progress) -> Commit:
     """Adds the folds in force of `other` to `state`, which is open for writing. Returns the record.
 
-    Raises Misconfigured where folding is no addition, the states differ in base, rule or options, or a model is in both; Retry and Halt.
+    Raises Misconfigured where folding is no addition, the states differ in base, rule or options, or a model is in
+    both; Retry and Halt.
     """
     check(state, other, rule)
     assert rule.combine is not None
@@ -42,7 +43,11 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
             parts.append({"merged_sq": merged_sq})
             progress("combine", len(parts), len(tasks))
         folds = [
-            {"candidate": dict(c.entry.candidate or {}), "digest": c.entry.digest, "numbers": _kept(c.entry.numbers or {})}
+            {
+                "candidate": dict(c.entry.candidate or {}),
+                "digest": c.entry.digest,
+                "numbers": _kept(c.entry.numbers or {}),
+            }
             for c in other.folds()
         ]
         entry = Entry(
@@ -59,13 +64,17 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
 def check(state: State, other: State, rule: Rule) -> None:
     """Raises Misconfigured if `other` cannot be added to `state`."""
     if rule.rounds:
-        raise Misconfigured(f"{rule.name} weighs its models together: let the models of both states wait for rounds of one")
+        raise Misconfigured(
+            f"{rule.name} weighs its models together: let the models of both states wait for rounds of one"
+        )
     if rule.combine is None:
         raise Misconfigured(
             f"{rule.name} depends on the order of the folds, so two of its states cannot be combined; 'continual rules' says which can"
         )
     if state.id == other.id:
-        raise Misconfigured(f"{state.path} and {other.path} are one state, or copies of one: what they share would count twice")
+        raise Misconfigured(
+            f"{state.path} and {other.path} are one state, or copies of one: what they share would count twice"
+        )
     ours, theirs = state.format, other.format
     if (ours.rule, dict(ours.options)) != (theirs.rule, dict(theirs.options)):
         raise Misconfigured(
@@ -81,10 +90,14 @@ def check(state: State, other: State, rule: Rule) -> None:
         raise Misconfigured(f"{other.path}: nothing is folded there")
     if both := [c for c in other.folds() if c.entry.digest and state.folded_digest(c.entry.digest)]:
         names = ", ".join(str((c.entry.candidate or {})["name"]) for c in both[:5])
-        raise Misconfigured(f"{len(both)} models are in both states ({names}): unfold them from one first, else they would count twice")
+        raise Misconfigured(
+            f"{len(both)} models are in both states ({names}): unfold them from one first, else they would count twice"
+        )
 
 
-def _add(transaction: Transaction, other: State, rule: Rule, totals: Mapping[str, float], spec: TensorSpec, at: int) -> float:
+def _add(
+    transaction: Transaction, other: State, rule: Rule, totals: Mapping[str, float], spec: TensorSpec, at: int
+) -> float:
     slots = rule.slots(spec)
     mine = {slot: torch.from_numpy(transaction.read(spec.name, slot)) for slot in slots}
     theirs = {slot: torch.from_numpy(other.read(spec.name, slot, at=at)) for slot in slots}

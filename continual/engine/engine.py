@@ -1,7 +1,7 @@
 """One candidate end to end: look at its headers, vet it, stream its tensors through the rule, judge the report, commit.
 
-The engine never sees HTTP, metrics or the clock of the daemon; it is given an executor and returns outcomes. Refusals become ledger records here;
-Retry and Halt pass through with nothing settled.
+The engine never sees HTTP, metrics or the clock of the daemon; it is given an executor and returns outcomes. Refusals
+become ledger records here; Retry and Halt pass through with nothing settled.
 """
 
 from __future__ import annotations
@@ -74,12 +74,18 @@ class Engine:
         self.buffers = threading.local()
         self._specs = {spec.name: spec for spec in base.specs}
         if not rule.weighted and not self.policy.weights.even:
-            raise Misconfigured(f"weight: {rule.name} folds every model with weight 1; leave out the settings weight and weights")
+            raise Misconfigured(
+                f"weight: {rule.name} folds every model with weight 1; leave out the settings weight and weights"
+            )
 
-    def fold(self, place: Place, *, progress: Progress | None = None, chosen: Mapping[str, Any] | None = None) -> Outcome:
-        """Takes the model at `place` from its headers to a commit; `chosen` is what the round that chose it puts beside its numbers.
+    def fold(
+        self, place: Place, *, progress: Progress | None = None, chosen: Mapping[str, Any] | None = None
+    ) -> Outcome:
+        """Takes the model at `place` from its headers to a commit; `chosen` is what the round that chose it puts beside
+        its numbers.
 
-        Raises Retry (environment; nothing settled) and Halt; a candidate that is refused is a record in the ledger and an outcome.
+        Raises Retry (environment; nothing settled) and Halt; a candidate that is refused is a record in the ledger and
+        an outcome.
         """
 
         def go(candidate: Candidate, model: Model, lineage: Lineage) -> Outcome:
@@ -88,12 +94,17 @@ class Engine:
         return self._consider(place, go)
 
     def admit(self, place: Place) -> Outcome:
-        """Takes the model at `place` into the pool, by its headers alone: it waits there, by reference, for a round. Raises as `fold` does."""
+        """Takes the model at `place` into the pool, by its headers alone: it waits there, by reference, for a round.
+        Raises as `fold` does."""
 
         def wait(candidate: Candidate, model: Model, lineage: Lineage) -> Outcome:
             if waiting := self.state.pool().get(candidate.key):
                 return Outcome(
-                    "known", candidate.name, f"{candidate.name}: waits in the pool since {waiting.since}", "waiting", waiting.commit
+                    "known",
+                    candidate.name,
+                    f"{candidate.name}: waits in the pool since {waiting.since}",
+                    "waiting",
+                    waiting.commit,
                 )
             if self.rule.shipped is not None:
                 self._shipped(model, lineage)
@@ -120,7 +131,14 @@ class Engine:
                 message = f"{older['name']}: a newer commit of it waits in its place"
                 software = provenance.software()
                 self.state.record(
-                    Entry(kind="refuse", candidate=older, fate="refused", reason="superseded", message=message, software=software)
+                    Entry(
+                        kind="refuse",
+                        candidate=older,
+                        fate="refused",
+                        reason="superseded",
+                        message=message,
+                        software=software,
+                    )
                 )
 
     def _consider(self, place: Place, then: Callable[[Candidate, Model, Lineage], Outcome]) -> Outcome:
@@ -141,12 +159,20 @@ class Engine:
                 return self._refuse(candidate or unreadable(place), refusal)
 
     def plan(self, place: Place) -> Plan:
-        """Says what folding the model at `place` would take, reading nothing but headers; never raises for a bad candidate."""
+        """Says what folding the model at `place` would take, reading nothing but headers; never raises for a bad
+        candidate."""
         try:
             with open_model(place) as model:
                 candidate = candidate_of(model)
                 if known := self.state.fate(candidate.key):
-                    return Plan(candidate.name, str(place), candidate.form, False, "known", known_as(candidate.name, known).message)
+                    return Plan(
+                        candidate.name,
+                        str(place),
+                        candidate.form,
+                        False,
+                        "known",
+                        known_as(candidate.name, known).message,
+                    )
                 lineage = self._vet(candidate, model)
                 weight.weight_of(self.policy.weights, candidate.name, model)
                 shipped = self._shipped(model, lineage)
@@ -163,7 +189,9 @@ class Engine:
                     reason=None,
                     message="fits this base",
                     passes=passes,
-                    read_bytes=int(passes * (candidate.nbytes + sum(self._specs[name].nbytes for name in lineage.folded)))
+                    read_bytes=int(
+                        passes * (candidate.nbytes + sum(self._specs[name].nbytes for name in lineage.folded))
+                    )
                     + (shipped.nbytes if shipped else 0),
                     disk_bytes=state_bytes(self.rule, self.base.specs),
                     memory_bytes=self._peak([need(self.rule, self._specs[name], vectors) for name in lineage.folded]),
@@ -176,7 +204,9 @@ class Engine:
                     narrowed=lineage.narrowed,
                 )
         except (Refuse, Retry) as error:
-            return Plan(place.name, str(place), "?", False, error.reason if isinstance(error, Refuse) else "retry", str(error))
+            return Plan(
+                place.name, str(place), "?", False, error.reason if isinstance(error, Refuse) else "retry", str(error)
+            )
 
     def _vet(self, candidate: Candidate, model: Model) -> Lineage:
         provenance.refuse_own_release(candidate.name, release_of(model.place), self.state.id)
@@ -188,7 +218,9 @@ class Engine:
             )
         return trace(self.base, model, self.policy.lineage)
 
-    def _fold(self, candidate: Candidate, model: Model, lineage: Lineage, progress: Progress, chosen: Mapping[str, Any]) -> Outcome:
+    def _fold(
+        self, candidate: Candidate, model: Model, lineage: Lineage, progress: Progress, chosen: Mapping[str, Any]
+    ) -> Outcome:
         begun = time.perf_counter()
         before = dict(self.state.totals)
         factor = weight.weight_of(self.policy.weights, candidate.name, model)
@@ -196,7 +228,13 @@ class Engine:
             report = self.stream(transaction, candidate, model, lineage, before, factor, progress)
             if twin := self.state.folded_digest(report.digest):
                 return self._duplicate(candidate, report, twin)
-            safety.norms(candidate.name, report.numbers["tau_norm"] ** 2, report.numbers["base_norm"] ** 2, before, self.policy.norms)
+            safety.norms(
+                candidate.name,
+                report.numbers["tau_norm"] ** 2,
+                report.numbers["base_norm"] ** 2,
+                before,
+                self.policy.norms,
+            )
             self.go_on(candidate.name)
             streamed = time.perf_counter()
             progress("commit", 0, 1)
@@ -225,14 +263,17 @@ class Engine:
         factor: float,
         progress: Progress,
     ) -> FoldReport:
-        """Puts every tensor of a candidate through the rule with the weight `factor`, into `transaction`; nothing is judged or committed here."""
+        """Puts every tensor of a candidate through the rule with the weight `factor`, into `transaction`; nothing is
+        judged or committed here."""
         with ExitStack() as files:
             shipped = self._shipped(model, lineage)
             if shipped:
                 files.callback(shipped.close)
             vectors = TaskVectors(self.base, model, lineage, run=run_length(self.device), shipped=shipped)
             go_on = partial(self.go_on, candidate.name)
-            folding = Folding(transaction, vectors, self.rule, before, candidate.name, self.device, go_on, weight=factor)
+            folding = Folding(
+                transaction, vectors, self.rule, before, candidate.name, self.device, go_on, weight=factor
+            )
             self._measure(folding, lineage, progress)
             vectors.begin()
             pieces = self._stream(folding, lineage, progress)
@@ -242,13 +283,15 @@ class Engine:
             return self._report(candidate, lineage, pieces, before, digest, factor)
 
     def _shipped(self, model: Model, lineage: Lineage) -> Checkpoint | None:
-        """The values beside the weights that the rule needs, if it needs any. Raises Refuse if they are not there, or not of the weights' shapes."""
+        """The values beside the weights that the rule needs, if it needs any. Raises Refuse if they are not there, or
+        not of the weights' shapes."""
         if self.rule.shipped is None:
             return None
         return open_shipped(self.base, model, lineage, self.rule.shipped)
 
     def _measure(self, folding: Folding, lineage: Lineage, progress: Progress) -> None:
-        """What the rule has to know of the whole model before it folds any of it; counts are whole numbers, so their order does not matter."""
+        """What the rule has to know of the whole model before it folds any of it; counts are whole numbers, so their
+        order does not matter."""
         measure = self.rule.measure
         if measure is None:
             return
@@ -269,7 +312,9 @@ class Engine:
     def _stream(self, folding: Folding, lineage: Lineage, progress: Progress) -> dict[str, Piece]:
         """Every foldable tensor of the base through the rule, in parallel; the pieces by name."""
         folded = set(lineage.folded)
-        specs = sorted((s for s in self.base.specs if s.kind != "carried"), key=lambda s: folding.vectors.position(s.name))
+        specs = sorted(
+            (s for s in self.base.specs if s.kind != "carried"), key=lambda s: folding.vectors.position(s.name)
+        )
         tasks = [folding.task(spec, touched=spec.name in folded) for spec in specs]
         pieces: dict[str, Piece] = {}
         progress("fold", 0, len(tasks))
@@ -281,10 +326,18 @@ class Engine:
     def go_on(self, name: str) -> None:
         """Raises Abandoned if continual is stopping."""
         if self.stop.is_set():
-            raise Abandoned(f"{name}: the fold was given up because continual is stopping; it will be taken up at the next start")
+            raise Abandoned(
+                f"{name}: the fold was given up because continual is stopping; it will be taken up at the next start"
+            )
 
     def _report(
-        self, candidate: Candidate, lineage: Lineage, pieces: Mapping[str, Piece], before: Mapping[str, float], digest: str, factor: float
+        self,
+        candidate: Candidate,
+        lineage: Lineage,
+        pieces: Mapping[str, Piece],
+        before: Mapping[str, float],
+        digest: str,
+        factor: float,
     ) -> FoldReport:
         ordered = [pieces[name] for name in sorted(pieces)]
         sums = total([piece.sums for piece in ordered])
@@ -375,4 +428,7 @@ def summarise(notes: list[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     for row in notes:
         for key, value in row.items():
             columns.setdefault(key, []).append(value)
-    return {key: {"min": min(v), "mean": math.fsum(v) / len(v), "max": max(v), "tensors": len(v)} for key, v in sorted(columns.items())}
+    return {
+        key: {"min": min(v), "mean": math.fsum(v) / len(v), "max": max(v), "tensors": len(v)}
+        for key, v in sorted(columns.items())
+    }

@@ -1,6 +1,8 @@
-"""One candidate's tensors through the rule, each on its own: read, subtract, fold, write. What it is worth as a whole is the engine's to judge.
+"""One candidate's tensors through the rule, each on its own: read, subtract, fold, write. What it is worth as a whole
+is the engine's to judge.
 
-Where a rule works element by element a tensor goes through it in short runs that stay in the processor's cache, and is never whole in memory.
+Where a rule works element by element a tensor goes through it in short runs that stay in the processor's cache, and is
+never whole in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ RUN_ON_DEVICE = 1 << 22
 
 
 class Piece(NamedTuple):
-    """What folding one tensor gave. `seconds` by stage: `read` of fine-tune and base, `rule`, `write` of the state (and reading what it was)."""
+    """What folding one tensor gave. `seconds` by stage: `read` of fine-tune and base, `rule`, `write` of the state (and
+    reading what it was)."""
 
     digest: bytes
     sums: Mapping[str, float]
@@ -37,7 +40,8 @@ class Piece(NamedTuple):
 
 
 class Folding:
-    """Folds tensors of one candidate (called `name` in messages) with one weight in one transaction; `totals` are the rule's before it. Thread-safe."""
+    """Folds tensors of one candidate (called `name` in messages) with one weight in one transaction; `totals` are the
+    rule's before it. Thread-safe."""
 
     def __init__(
         self,
@@ -68,10 +72,13 @@ class Folding:
         if not touched:
             return Task(spec.name, need(self._rule, spec, None), partial(self._untouched, spec))
         run = self._by_runs if self._rule.elementwise(spec) else self._whole
-        return Task(spec.name, need(self._rule, spec, vectors), partial(run, spec), partial(vectors.prefetch, spec.name))
+        return Task(
+            spec.name, need(self._rule, spec, vectors), partial(run, spec), partial(vectors.prefetch, spec.name)
+        )
 
     def measuring(self, spec: TensorSpec, number: int, share: float) -> Task[torch.Tensor]:
-        """The work of one tensor in pass `number` of what the rule measures before the fold, on that share of its elements."""
+        """The work of one tensor in pass `number` of what the rule measures before the fold, on that share of its
+        elements."""
         vectors, measure = self.vectors, self._rule.measure
         assert measure is not None
 
@@ -122,7 +129,9 @@ class Folding:
             _, stop, tau = next(reading)
             given_inputs = inputs._replace(start=start)
             if self._rule.shipped is not None:
-                given_inputs = given_inputs._replace(moments=self.vectors.moments(spec.name, start, stop, content).to(self._device))
+                given_inputs = given_inputs._replace(
+                    moments=self.vectors.moments(spec.name, start, stop, content).to(self._device)
+                )
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value) for slot, value in values.items()}
             given = {slot: value.to(self._device) for slot, value in accumulators.items()}
@@ -141,14 +150,17 @@ class Folding:
         return Piece(content.digest(), sums, {}, content.nbytes, clock.seconds)
 
     def _untouched(self, spec: TensorSpec) -> Piece:
-        """A tensor that this fine-tune leaves as it is: a zero task vector changes no accumulator, only its norm is needed."""
+        """A tensor that this fine-tune leaves as it is: a zero task vector changes no accumulator, only its norm is
+        needed."""
         folded = self._apply(Inputs(spec, self._weight, measured=self.measured), torch.zeros(spec.shape))
         self._transaction.keep(spec.name)
         return Piece(b"", folded.sums, {}, 0, {})
 
     def _apply(self, inputs: Inputs, tau: torch.Tensor) -> Folded:
         spec, slots = inputs.spec, self._rule.slots(inputs.spec)
-        accumulators = {slot: torch.from_numpy(self._transaction.read(spec.name, slot)).to(self._device) for slot in slots}
+        accumulators = {
+            slot: torch.from_numpy(self._transaction.read(spec.name, slot)).to(self._device) for slot in slots
+        }
         return self._rule.fold(accumulators, tau.to(self._device), inputs, self._totals)
 
     def _inputs(self, spec: TensorSpec) -> Inputs:
@@ -156,12 +168,15 @@ class Folding:
         return Inputs(spec, self._weight, self._seed(spec.name) if self._rule.seeded else 0, self.measured)
 
     def _seed(self, name: str) -> int:
-        """From the tensor's content and name, so that a fine-tune meets the same random choices wherever it lies. Reads the tensor once more."""
+        """From the tensor's content and name, so that a fine-tune meets the same random choices wherever it lies. Reads
+        the tensor once more."""
         if name not in self._seeds:
             content = Content()
             for _ in self.vectors.runs(name, content):
                 pass
-            self._seeds[name] = int.from_bytes(blake3(content.hash.digest() + name.encode()).digest(length=16), "little")
+            self._seeds[name] = int.from_bytes(
+                blake3(content.hash.digest() + name.encode()).digest(length=16), "little"
+            )
         return self._seeds[name]
 
 
@@ -180,7 +195,8 @@ class _Clock:
 
 
 def total(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The sums of several tensors, or runs of one, added exactly: their order does not matter. What a part does not have counts as 0."""
+    """The sums of several tensors, or runs of one, added exactly: their order does not matter. What a part does not
+    have counts as 0."""
     keys = {key for part in parts for key in part} or {"tau_sq", "dot", "merged_sq"}
     return {key: math.fsum(part.get(key, 0.0) for part in parts) for key in sorted(keys)}
 
@@ -197,7 +213,11 @@ def need(rule: Rule, spec: TensorSpec, vectors: TaskVectors | None) -> int:
         return 4 * spec.numel + sum(slot.nbytes for slot in slots) + rule.workspace(spec)
     if rule.elementwise(spec):
         share = min(1.0, vectors.run / max(1, spec.numel))
-        return vectors.nbytes(spec.name, whole=False) + int(share * sum(slot.nbytes for slot in slots)) + rule.workspace(spec)
+        return (
+            vectors.nbytes(spec.name, whole=False)
+            + int(share * sum(slot.nbytes for slot in slots))
+            + rule.workspace(spec)
+        )
     return vectors.nbytes(spec.name) + sum(slot.nbytes for slot in slots) + rule.workspace(spec)
 
 

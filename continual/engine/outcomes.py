@@ -13,7 +13,8 @@ from continual.state import Commit
 
 
 class Outcome(NamedTuple):
-    """What became of a candidate. `known`: its fate was settled earlier, or it waits already; `commit` is then that earlier record."""
+    """What became of a candidate. `known`: its fate was settled earlier, or it waits already; `commit` is then that
+    earlier record."""
 
     fate: Literal["folded", "refused", "duplicate", "deferred", "known"]
     name: str
@@ -46,7 +47,11 @@ class Outcome(NamedTuple):
             "seq": self.commit.seq,
         }
         if self.report is not None:
-            body |= {"numbers": self.report.numbers, "seconds": self.report.seconds, "bytes_read": self.report.bytes_read}
+            body |= {
+                "numbers": self.report.numbers,
+                "seconds": self.report.seconds,
+                "bytes_read": self.report.bytes_read,
+            }
         return body
 
 

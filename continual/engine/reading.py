@@ -1,4 +1,5 @@
-"""The merged model of a state at one record: its task vectors, as long as the read-time options make them. No file formats; export writes what is read here."""
+"""The merged model of a state at one record: its task vectors, as long as the read-time options make them. No file
+formats; export writes what is read here."""
 
 from __future__ import annotations
 
@@ -20,10 +21,12 @@ Parts = tuple[float, float]
 
 
 class Reading:
-    """What `state` holds at record `seq` (default: the newest), read with `options` (default: those in force there). Thread-safe once it is settled.
+    """What `state` holds at record `seq` (default: the newest), read with `options` (default: those in force there).
+    Thread-safe once it is settled.
 
-    Where the totals do not know how long the merged task vector is and the options ask for a length, it is measured once by a pass over all tensors, which
-    costs what reading them costs; `lengths` keeps what was measured, by generation: ‖X‖ over the matrices and over everything else.
+    Where the totals do not know how long the merged task vector is and the options ask for a length, it is measured
+    once by a pass over all tensors, which costs what reading them costs; `lengths` keeps what was measured, by
+    generation: ‖X‖ over the matrices and over everything else.
     """
 
     def __init__(
@@ -43,7 +46,8 @@ class Reading:
         self._factors: Parts | None = None
 
     def settle(self, executor: Executor, progress: Progress) -> float:
-        """Finds out what the merged task vector is multiplied by; returns s, of the matrices where it is not the same for all."""
+        """Finds out what the merged task vector is multiplied by; returns s, of the matrices where it is not the same
+        for all."""
         if self._factors is None:
             if self.options.needs(self.size()) and self.commit.generation is not None:
                 self.measure(executor, progress)
@@ -62,7 +66,11 @@ class Reading:
         if self.commit.generation is None:
             return Size(0.0, size.most, (0.0, 0.0))
         parts = self.lengths.get(self.commit.generation)
-        return size if parts is None else Size(math.hypot(*parts) if size.length is None else size.length, size.most, parts)
+        return (
+            size
+            if parts is None
+            else Size(math.hypot(*parts) if size.length is None else size.length, size.most, parts)
+        )
 
     def unit(self, spec: TensorSpec) -> torch.Tensor:
         """What the rule reads at scale 1: float32 of the tensor's shape, in new memory."""
@@ -81,7 +89,8 @@ class Reading:
         return sum(slot.nbytes for slot in self.rule.slots(spec).values()) + 8 * spec.numel + decomposed
 
     def measure(self, executor: Executor, progress: Progress, seen: Seen | None = None) -> float:
-        """‖X‖ over the whole model, by reading it; `seen` is given every tensor that is read, on the thread that read it."""
+        """‖X‖ over the whole model, by reading it; `seen` is given every tensor that is read, on the thread that read
+        it."""
         specs = [spec for spec in self.state.format.tensors if spec.kind != "carried"]
         tasks = [Task(spec.name, self.need(spec), partial(self._square, spec, seen)) for spec in specs]
         squares: tuple[list[float], list[float]] = ([], [])

@@ -1,6 +1,8 @@
-"""Taking a model out of a merge. Where folding is adding: by folding it again with minus its weight. Else by folding all later ones again without it.
+"""Taking a model out of a merge. Where folding is adding: by folding it again with minus its weight. Else by folding
+all later ones again without it.
 
-Either way it is one record in the ledger: until it is there nothing has changed, and what a kill leaves behind is removed at the next start.
+Either way it is one record in the ledger: until it is there nothing has changed, and what a kill leaves behind is
+removed at the next start.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ class Again:
 
 @dataclass(frozen=True, slots=True)
 class Unfolding:
-    """What taking a model out takes. `exact`: it is subtracted; else the models of `again` are folded again on record `start` (None: on nothing).
-    Sizes in bytes."""
+    """What taking a model out takes. `exact`: it is subtracted; else the models of `again` are folded again on record
+    `start` (None: on nothing). Sizes in bytes."""
 
     seq: int
     name: str
@@ -56,9 +58,11 @@ class Unfolding:
 
 
 def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
-    """Finds the fold in force that `word` names (a name, path, key or record number) and what taking it out takes; reads headers only.
+    """Finds the fold in force that `word` names (a name, path, key or record number) and what taking it out takes;
+    reads headers only.
 
-    `at` is where the model is now, if it was moved. Raises Misconfigured if `word` names none or several, or if what has to be read is not there.
+    `at` is where the model is now, if it was moved. Raises Misconfigured if `word` names none or several, or if what
+    has to be read is not there.
     """
     state, rule = engine.state, engine.rule
     history = state.history()
@@ -91,14 +95,19 @@ def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
 def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
     """Takes the model of `plan` out of the merge. Returns the record.
 
-    Raises Refuse naming the model whose files are not those that were folded, Retry and Halt; then the merge is as before.
+    Raises Refuse naming the model whose files are not those that were folded, Retry and Halt; then the merge is as
+    before.
     """
     state = engine.state
     fold = next(c for c in state.folds() if (c.seq, (c.entry.candidate or {})["key"]) == (plan.seq, plan.key))
     begun = time.perf_counter()
 
     def entry(report: FoldReport | None, totals: Mapping[str, float]) -> Entry:
-        numbers: dict[str, Any] = {"of": plan.seq, "key": plan.key, "again": [] if plan.exact else [model.seq for model in plan.again]}
+        numbers: dict[str, Any] = {
+            "of": plan.seq,
+            "key": plan.key,
+            "again": [] if plan.exact else [model.seq for model in plan.again],
+        }
         if report is not None and plan.exact:
             numbers |= {name: report.numbers[name] for name in ("tau_norm", "merged_norm")}
         return Entry(
@@ -141,7 +150,12 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
 
 
 def _stream(
-    engine: Engine, transaction: Transaction, again: Again, totals: Mapping[str, float], weight: float, progress: Progress
+    engine: Engine,
+    transaction: Transaction,
+    again: Again,
+    totals: Mapping[str, float],
+    weight: float,
+    progress: Progress,
 ) -> FoldReport:
     with open_model(again.place) as model:
         candidate = candidate_of(model)
@@ -164,13 +178,17 @@ def _find(folds: list[Commit], word: str) -> int:
         if word in (candidate["name"], candidate["key"], str(commit.seq)) or candidate["origin"] in (word, place):
             found.append(index)
     if not found:
-        raise Misconfigured(f"{word}: no model of this name, path, key or record number is in the merge; see 'continual log'")
+        raise Misconfigured(
+            f"{word}: no model of this name, path, key or record number is in the merge; see 'continual log'"
+        )
     if len(found) > 1:
         names = ", ".join(
             f"{(folds[i].entry.candidate or {})['name']} (record {folds[i].seq}, key {(folds[i].entry.candidate or {})['key']})"
             for i in found
         )
-        raise Misconfigured(f"{word}: {len(found)} models in the merge answer to it: {names}; name one by its record number, or by its key")
+        raise Misconfigured(
+            f"{word}: {len(found)} models in the merge answer to it: {names}; name one by its record number, or by its key"
+        )
     return found[0]
 
 
@@ -187,5 +205,7 @@ def _locate(engine: Engine, commit: Commit, moved: Place | None, gone: Commit) -
             nbytes = model.nbytes
     except (Refuse, Retry) as error:
         told = "name where it is now with --at" if commit is gone else f"put {candidate['name']} back, or roll back"
-        raise Misconfigured(f"{later}{candidate['name']} (record {commit.seq}) cannot be read: {error}; {told}") from None
+        raise Misconfigured(
+            f"{later}{candidate['name']} (record {commit.seq}) cannot be read: {error}; {told}"
+        ) from None
     return Again(commit.seq, candidate["name"], place, commit.entry.digest or "", numbers.get("weight", 1.0), nbytes)

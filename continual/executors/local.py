@@ -20,8 +20,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 class Local:
     """A bounded pool of worker threads.
 
-    At most `workers` tasks run at once and their needs add up to at most `budget` bytes; a task that needs more than the whole budget runs
-    alone. Each worker keeps torch at one thread, so that the bits of a result do not depend on how many workers there are.
+    At most `workers` tasks run at once and their needs add up to at most `budget` bytes; a task that needs more than
+    the whole budget runs alone. Each worker keeps torch at one thread, so that the bits of a result do not depend on
+    how many workers there are.
     """
 
     def __init__(self, workers: int = 0, budget: int | None = None) -> None:
@@ -30,7 +31,8 @@ class Local:
         give_back_large_blocks()
 
     def map(self, tasks: Sequence[Task[T]]) -> Iterator[tuple[str, T]]:
-        """Results as (name, result) in the order they finish. The first error stops what has not begun and is raised once the rest is done."""
+        """Results as (name, result) in the order they finish. The first error stops what has not begun and is raised
+        once the rest is done."""
         with ThreadPoolExecutor(self.workers, "fold", initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from self._drive(pool, tasks)
 
@@ -66,8 +68,9 @@ def _prefetch(tasks: Iterable[Task[T]]) -> None:
 def give_back_large_blocks() -> None:
     """Has glibc return blocks of 4 MiB and more to the system when they are freed.
 
-    By default it raises that bound to 32 MiB as they come, and every worker's heap keeps what it once needed: a third more at the peak. Smaller blocks are
-    kept, up to 16 MiB a heap: the buffers of a run would otherwise be given back and faulted in again at every step.
+    By default it raises that bound to 32 MiB as they come, and every worker's heap keeps what it once needed: a third
+    more at the peak. Smaller blocks are kept, up to 16 MiB a heap: the buffers of a run would otherwise be given back
+    and faulted in again at every step.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
@@ -80,7 +83,10 @@ def available_memory() -> int:
     with open("/proc/meminfo", encoding="ascii") as lines:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, open("/sys/fs/cgroup/memory.current", encoding="ascii") as used:
+        with (
+            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
+            open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
+        ):
             text = limit.read().strip()
             if text != "max":
                 free = min(free, int(text) - int(used.read()))

@@ -19,7 +19,8 @@ _NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class LineagePolicy:
-    """`missing`: what a tensor means that the candidate lacks. `vocab`: what to do where the vocabularies have different sizes."""
+    """`missing`: what a tensor means that the candidate lacks. `vocab`: what to do where the vocabularies have
+    different sizes."""
 
     missing: Literal["refuse", "unchanged"] = "refuse"
     vocab: Literal["refuse", "common-rows"] = "refuse"
@@ -28,8 +29,8 @@ class LineagePolicy:
 def trace(base: BaseModel, model: Checkpoint | Adapter, policy: LineagePolicy) -> Lineage:
     """How `model` maps to `base`.
 
-    Raises Refuse with the reasons `prefix` (ambiguous), `missing`, `adapter-target`, `dtype`, `shape`, `vocab`, `tied`. An adapter lacks most of the
-    base by its nature, so what it does not adapt is unchanged whatever the policy says.
+    Raises Refuse with the reasons `prefix` (ambiguous), `missing`, `adapter-target`, `dtype`, `shape`, `vocab`, `tied`.
+    An adapter lacks most of the base by its nature, so what it does not adapt is unchanged whatever the policy says.
     """
     specs = {spec.name: spec for spec in base.specs if spec.kind != "carried"}
     theirs = names_of(model)
@@ -39,12 +40,17 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, policy: LineagePolicy) -
     if isinstance(model, Adapter):
         if unmet := sorted(model.factors.keys() - known):
             raise Refuse(
-                "adapter-target", f"{model.place}: adapts {_some(unmet)}, which the base does not have: an adapter of another base"
+                "adapter-target",
+                f"{model.place}: adapts {_some(unmet)}, which the base does not have: an adapter of another base",
             )
         if not found:
-            raise Refuse("adapter-target", f"{model.place}: adapts nothing that this base folds, only {_some(sorted(theirs))}")
+            raise Refuse(
+                "adapter-target", f"{model.place}: adapts nothing that this base folds, only {_some(sorted(theirs))}"
+            )
     elif not found:
-        raise Refuse("missing", f"{model.place}: has none of the base's tensors ({_some(missing)}): not a fine-tune of this base")
+        raise Refuse(
+            "missing", f"{model.place}: has none of the base's tensors ({_some(missing)}): not a fine-tune of this base"
+        )
     elif missing and policy.missing == "refuse":
         raise Refuse(
             "missing",
@@ -73,12 +79,14 @@ def _full(
 ) -> None:
     if info.dtype not in FLOATS:
         raise Refuse(
-            "dtype", f"{model.place}: tensor {info.name} is {info.dtype}, the base's is {spec.dtype}: convert it to F32, F16 or BF16"
+            "dtype",
+            f"{model.place}: tensor {info.name} is {info.dtype}, the base's is {spec.dtype}: convert it to F32, F16 or BF16",
         )
     for twin in source.twins:
         if (twin.dtype, twin.shape) != (info.dtype, info.shape):
             raise Refuse(
-                "tied", f"{model.place}: {info.name} and {twin.name} are one tensor in the base, and differ here in dtype or shape"
+                "tied",
+                f"{model.place}: {info.name} and {twin.name} are one tensor in the base, and differ here in dtype or shape",
             )
     if info.shape != spec.shape:
         both = f"{model.place}: tensor {info.name} has shape {list(info.shape)}, the base's has {list(spec.shape)}"

@@ -14,7 +14,8 @@ from continual.errors import Refuse
 
 @dataclass(frozen=True, slots=True)
 class NormPolicy:
-    """`base`: largest ‖τ‖/‖θ₀‖. `mean`: largest ratio, either way up for more and 1000 times that for less, to the mean ‖τ‖ so far."""
+    """`base`: largest ‖τ‖/‖θ₀‖. `mean`: largest ratio, either way up for more and 1000 times that for less, to the mean
+    ‖τ‖ so far."""
 
     base: float = 0.5
     mean: float = 30.0

@@ -1,4 +1,5 @@
-"""With which weight a fine-tune is folded: a number from the settings, or one that it brings, as Metrics-Weighted Averaging takes a checkpoint's metric."""
+"""With which weight a fine-tune is folded: a number from the settings, or one that it brings, as Metrics-Weighted
+Averaging takes a checkpoint's metric."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ METADATA = "metadata"
 
 @dataclass(frozen=True, slots=True)
 class WeightPolicy:
-    """`named`: globs over model names and the weight of those they match, the first that does. For all others `source`: a number; `FILE.json:KEY`, the number
-    under KEY (`a.b` is b in a) of a JSON file in the model's directory, as trainers write it; or `metadata:KEY`, of the safetensors header."""
+    """`named`: globs over model names and the weight of those they match, the first that does. For all others `source`:
+    a number; `FILE.json:KEY`, the number under KEY (`a.b` is b in a) of a JSON file in the model's directory, as
+    trainers write it; or `metadata:KEY`, of the safetensors header."""
 
     source: str = "1"
     named: Mapping[str, float] = field(default_factory=dict)
@@ -28,7 +30,11 @@ class WeightPolicy:
             raise Misconfigured(f"weight = {self.source}: a weight is a number above 0")
         place, colon, key = self.source.partition(":")
         if number is None and (
-            not colon or not key or not (place == METADATA or place.endswith(".json")) or "/" in place or place.startswith(".")
+            not colon
+            or not key
+            or not (place == METADATA or place.endswith(".json"))
+            or "/" in place
+            or place.startswith(".")
         ):
             raise Misconfigured(f"weight = {self.source}: write a number, FILE.json:KEY or metadata:KEY")
         for glob, value in self.named.items():
@@ -42,7 +48,8 @@ class WeightPolicy:
 
 
 def weight_of(policy: WeightPolicy, name: str, model: Model) -> float:
-    """The weight of the fine-tune `name`. Raises Refuse where it should bring one and does not, or one that is no number above 0."""
+    """The weight of the fine-tune `name`. Raises Refuse where it should bring one and does not, or one that is no
+    number above 0."""
     for glob, weight in policy.named.items():
         if fnmatch.fnmatchcase(name, glob):
             return float(weight)
@@ -58,11 +65,16 @@ def weight_of(policy: WeightPolicy, name: str, model: Model) -> float:
     else:
         file = model.place.file(place)
         if not model.place.present(place):
-            raise Refuse("weight", f"{file} is not there: the setting weight = {policy.source} takes the model's weight from it")
+            raise Refuse(
+                "weight", f"{file} is not there: the setting weight = {policy.source} takes the model's weight from it"
+            )
         found = _within(read_json(model.place, place, "weight"), key)
         value = float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
     if value is None or not _usable(value):
-        raise Refuse("weight", f"{file}: {key} is {shown(found)}; a weight is a number above 0 (setting weight = {policy.source})")
+        raise Refuse(
+            "weight",
+            f"{file}: {key} is {shown(found)}; a weight is a number above 0 (setting weight = {policy.source})",
+        )
     return value
 
 

@@ -1,4 +1,5 @@
-"""The Hugging Face Hub as a place where models are: asking it, and reading tensors of a repo by ranges. No candidate is judged and no time kept here."""
+"""The Hugging Face Hub as a place where models are: asking it, and reading tensors of a repo by ranges. No candidate is
+judged and no time kept here."""
 
 from continual.hub.client import Hub, Info, RemoteFile, Trouble
 from continual.hub.names import named

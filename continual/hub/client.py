@@ -1,7 +1,9 @@
-"""Asking the Hub: what is there, and bytes of it. The one place that calls huggingface_hub for reading, and where its errors become ours.
+"""Asking the Hub: what is there, and bytes of it. The one place that calls huggingface_hub for reading, and where its
+errors become ours.
 
-Every request is timed out, counted, and tried again as retrying.py decides; the client's own retries differ from call to call and are not relied on. A
-redirect to another origin is followed without our token. No message has a URL's query or a header in it: both can bear secrets.
+Every request is timed out, counted, and tried again as retrying.py decides; the client's own retries differ from call
+to call and are not relied on. A redirect to another origin is followed without our token. No message has a URL's query
+or a header in it: both can bear secrets.
 """
 
 from __future__ import annotations
@@ -82,12 +84,16 @@ class Hub:
     `requests` and `received` count requests and bytes of bodies since it was made, for reports.
     """
 
-    def __init__(self, *, endpoint: str | None = None, token: str | None = None, stop: threading.Event | None = None) -> None:
+    def __init__(
+        self, *, endpoint: str | None = None, token: str | None = None, stop: threading.Event | None = None
+    ) -> None:
         """Raises Misconfigured if the package huggingface_hub is told to stay offline."""
         from huggingface_hub import HfApi, constants
 
         if constants.is_offline_mode():
-            raise Misconfigured("HF_HUB_OFFLINE is set: nothing can be read from the Hub; unset it, or give a directory")
+            raise Misconfigured(
+                "HF_HUB_OFFLINE is set: nothing can be read from the Hub; unset it, or give a directory"
+            )
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings have signed links in them
         self.api = HfApi(endpoint=endpoint, token=token, library_name="continual", library_version=version("continual"))
         self.endpoint: str = self.api.endpoint
@@ -98,24 +104,34 @@ class Hub:
         self._lock = threading.Lock()
 
     def info(self, repo: str, revision: str | None = None) -> Info:
-        """A repo at `revision` (default: the newest commit of its main branch), with its files. Raises Refuse (`gone`, `gated`) and Trouble."""
+        """A repo at `revision` (default: the newest commit of its main branch), with its files. Raises Refuse (`gone`,
+        `gated`) and Trouble."""
         what = f"{repo}{f'@{revision}' if revision else ''}"
-        found = self.ask(what, lambda: self.api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT))
+        found = self.ask(
+            what, lambda: self.api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)
+        )
         info = _info(found, what)
         if any(file.size is None for file in found.siblings or ()):  # mirrors do not tell sizes here
             from huggingface_hub import RepoFile
 
             files = self.ask(what, lambda: list(self.api.list_repo_tree(repo, revision=info.sha, recursive=True)))
-            info = replace(info, files={f.path: _file(f.path, f.size, f.blob_id, f.lfs) for f in files if isinstance(f, RepoFile)})
+            info = replace(
+                info, files={f.path: _file(f.path, f.size, f.blob_id, f.lfs) for f in files if isinstance(f, RepoFile)}
+            )
         return info
 
     def listing(self, *, tag: str | None = None, author: str | None = None) -> Iterator[Info]:
         """Models with a tag, or of an author, newest commit first; a page is fetched when it is needed. Raises Trouble.
 
-        The client's own `list_models` waits out a rate limit for minutes and cannot be stopped, so pages are asked for here.
+        The client's own `list_models` waits out a rate limit for minutes and cannot be stopped, so pages are asked for
+        here.
         """
         what = f"models of {author}" if author else f"models with {tag}"
-        params: dict[str, Any] | None = {"sort": "lastModified", "expand": _LISTED, **({"author": author} if author else {"filter": tag})}
+        params: dict[str, Any] | None = {
+            "sort": "lastModified",
+            "expand": _LISTED,
+            **({"author": author} if author else {"filter": tag}),
+        }
         url: str | None = f"{self.endpoint}/api/models"
         while url is not None:
             rows, url = self.ask(what, partial(self._page, url, params))
@@ -129,13 +145,17 @@ class Hub:
         answer = get_session().get(url, params=params, headers=build_hf_headers(token=self.api.token), timeout=TIMEOUT)
         hf_raise_for_status(answer)
         try:
-            rows = [_listed(row) for row in answer.json() if is_repo(row["id"]) and is_sha(row.get("sha"))]  # an empty repo has no commit
+            rows = [
+                _listed(row) for row in answer.json() if is_repo(row["id"]) and is_sha(row.get("sha"))
+            ]  # an empty repo has no commit
         except (TypeError, AttributeError, KeyError) as error:
             raise ValueError("no list of models") from error
         following = answer.links.get("next", {}).get("url")
         if not following:
             return rows, None
-        there = urlsplit(urljoin(url, following))  # mirrors pass on the links of the Hub itself; our token stays with the endpoint
+        there = urlsplit(
+            urljoin(url, following)
+        )  # mirrors pass on the links of the Hub itself; our token stays with the endpoint
         return rows, urlunsplit((*urlsplit(self.endpoint)[:2], there.path, there.query, ""))
 
     def _ours(self, url: str) -> bool:
@@ -154,7 +174,8 @@ class Hub:
         return bytes(data)
 
     def fetch(self, repo: str, sha: str, file: RemoteFile, start: int, into: memoryview) -> None:
-        """Fills `into` with the bytes of a file at commit `sha` from `start` on; a dropped connection goes on where it was.
+        """Fills `into` with the bytes of a file at commit `sha` from `start` on; a dropped connection goes on where it
+        was.
 
         Raises Refuse (`gone`, `gated`) where they cannot be had, Trouble where they cannot be had now.
         """
@@ -176,7 +197,8 @@ class Hub:
                 self._wait_or_raise(what, error, attempt)
 
     def ask(self, what: str, call: Callable[[], T], tries: int | None = None) -> T:
-        """What `call` returns, which makes one request with the client. Raises Refuse (`gone`, `gated`) and Trouble, both naming `what`."""
+        """What `call` returns, which makes one request with the client. Raises Refuse (`gone`, `gated`) and Trouble,
+        both naming `what`."""
         attempt = 0
         while True:
             attempt += 1
@@ -198,7 +220,8 @@ class Hub:
             raise _abandoned(what) from None
 
     def _range(self, repo: str, sha: str, file: RemoteFile, start: int, length: int) -> Iterator[bytes]:
-        """Up to `length` bytes from `start` on, in pieces. The link that a first request is redirected to is kept for the next ones, until it expires."""
+        """Up to `length` bytes from `start` on, in pieces. The link that a first request is redirected to is kept for
+        the next ones, until it expires."""
         key = (repo, sha, file.name)
         with self._lock:
             link = self._links.get(key)
@@ -250,7 +273,8 @@ class Hub:
         else:  # ranges are not known there
             if start > _SKIPPED:
                 raise Trouble(
-                    f"{file.name}: {self.endpoint} serves no ranges of it: set hub.read = cache; nothing was settled", Fault.REQUEST
+                    f"{file.name}: {self.endpoint} serves no ranges of it: set hub.read = cache; nothing was settled",
+                    Fault.REQUEST,
                 )
             skip = start
         left = length
@@ -285,7 +309,8 @@ class _Failure(NamedTuple):
 
 
 def _failure(error: Exception) -> _Failure:
-    """What an exception of the client says. Of kinds that nobody foresaw it is taken for trouble with the connection: the client has several ways to say that."""
+    """What an exception of the client says. Of kinds that nobody foresaw it is taken for trouble with the connection:
+    the client has several ways to say that."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
@@ -313,7 +338,9 @@ def _said(what: str, found: _Failure, host: str) -> Retry | Refuse:
     if found.fault is Fault.GONE:
         return Refuse("gone", f"{what}: is not on the Hub, or not for this token{status}")
     if found.fault is Fault.GATED:
-        return Refuse("gated", f"{what}: is gated; ask its owner for access with the account of HF_TOKEN, then 'continual retry'")
+        return Refuse(
+            "gated", f"{what}: is gated; ask its owner for access with the account of HF_TOKEN, then 'continual retry'"
+        )
     told = {
         Fault.RATE: "the Hub's rate limit is used up",
         Fault.SERVER: "the Hub has trouble",

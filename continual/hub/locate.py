@@ -1,4 +1,5 @@
-"""From a word, an event or a record to the place where the model is: a directory here, or a repo of the Hub, asked as the settings say."""
+"""From a word, an event or a record to the place where the model is: a directory here, or a repo of the Hub, asked as
+the settings say."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class Places:
         return Hub(stop=self.stop)
 
     def named(self, word: str | Path) -> Place:
-        """What a person means: a path, or a repo (`hf://ORG/NAME@REVISION`, or without the scheme where no such path exists).
+        """What a person means: a path, or a repo (`hf://ORG/NAME@REVISION`, or without the scheme where no such path
+        exists).
 
         Raises Misconfigured where it is neither.
         """
@@ -57,7 +59,8 @@ class Places:
         return place
 
     def seen(self, event: Event) -> Place:
-        """What a source saw. Of a repo the commit has to be the newest still, and the settings have to let it in: else Skip is raised when it is asked for.
+        """What a source saw. Of a repo the commit has to be the newest still, and the settings have to let it in: else
+        Skip is raised when it is asked for.
 
         What a person wants looked at again (`retry`) is read at the commit it was.
         """

@@ -30,7 +30,8 @@ def is_sha(text: object) -> bool:
 
 
 def named(text: str) -> Named | None:
-    """What `text` names on the Hub; None if it cannot be a repo. Without the scheme an owner is required, so that a file name is never taken for a repo."""
+    """What `text` names on the Hub; None if it cannot be a repo. Without the scheme an owner is required, so that a
+    file name is never taken for a repo."""
     bare = text.removeprefix(SCHEME)
     repo, at, revision = bare.partition("@")
     if not is_repo(repo) or (bare == text and "/" not in repo):

@@ -1,7 +1,8 @@
 """Weight files of a repo read by ranges: nothing on disk, a bounded window in memory, every byte fetched once a pass.
 
-What will be read is cut into chunks: a large tensor into several, small neighbours joined into one. A chunk is fetched when it is asked for, the ones that
-follow ahead of time, and dropped when all of it was read; at most `slots` of them are there at once.
+What will be read is cut into chunks: a large tensor into several, small neighbours joined into one. A chunk is fetched
+when it is asked for, the ones that follow ahead of time, and dropped when all of it was read; at most `slots` of them
+are there at once.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ LARGEST, SMALLEST = 8 << 20, 256 << 10
 GAP = 16 << 10
 """Bytes between two tensors that are fetched along rather than ask twice."""
 HEAD, HEADS, LEAST = 128 << 10, 512 << 10, 4 << 10
-"""Bytes of a file that are fetched with the first look at it: its header, mostly. And of all files together, where they are many, but so many of each."""
+"""Bytes of a file that are fetched with the first look at it: its header, mostly. And of all files together, where they
+are many, but so many of each."""
 AHEAD = 3
 
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """A part of a file. `left`: bytes of it that this pass still reads; `passes`: how often it was read to its end; `used`: when it was used last."""
+    """A part of a file. `left`: bytes of it that this pass still reads; `passes`: how often it was read to its end;
+    `used`: when it was used last."""
 
     file: int
     start: int
@@ -45,15 +48,23 @@ class Chunk:
 
 
 def cut(extents: Sequence[tuple[int, int, int]], largest: int, gap: int = GAP) -> list[Chunk]:
-    """Chunks of at most `largest` bytes that cover `extents` (file, first byte, bytes; in this order), and no gap between them larger than `gap`.
+    """Chunks of at most `largest` bytes that cover `extents` (file, first byte, bytes; in this order), and no gap
+    between them larger than `gap`.
 
-    What needs several has them for itself: one that it shared with its neighbour would wait in its slot until both threads have come to it.
+    What needs several has them for itself: one that it shared with its neighbour would wait in its slot until both
+    threads have come to it.
     """
     chunks: list[Chunk] = []
     whole = False  # whether the last one has whole extents
     for file, start, nbytes in extents:
         stop, last = start + nbytes, chunks[-1] if chunks else None
-        if last is not None and whole and last.file == file and 0 <= start - last.stop <= gap and stop <= last.start + largest:
+        if (
+            last is not None
+            and whole
+            and last.file == file
+            and 0 <= start - last.stop <= gap
+            and stop <= last.start + largest
+        ):
             last.stop = stop
             last.needed = last.left = last.needed + nbytes
         elif nbytes:
@@ -174,7 +185,9 @@ class Ranges:
         return data if data is not None else self._load(chunk)
 
     def _load(self, chunk: Chunk) -> mmap.mmap:
-        data = mmap.mmap(-1, chunk.stop - chunk.start)  # given back at once when it is dropped: the heap of each thread would keep some
+        data = mmap.mmap(
+            -1, chunk.stop - chunk.start
+        )  # given back at once when it is dropped: the heap of each thread would keep some
         try:
             self._fetch(chunk.file, chunk.start, memoryview(data))
             with self._ready:
@@ -203,7 +216,8 @@ class Ranges:
         self._here.discard(chunk)
 
     def _make_room(self) -> None:
-        """Drops the chunk that was not used for the longest time, where all slots are taken: of a pass that read only a part of it."""
+        """Drops the chunk that was not used for the longest time, where all slots are taken: of a pass that read only a
+        part of it."""
         while len(self._here) >= self.slots:
             loaded = [chunk for chunk in self._here if chunk.data is not None]
             if not loaded:

@@ -1,6 +1,8 @@
-"""A repo of the Hub at one commit as a place where a model is: headers and configuration by ranges, weights by ranges or through the client's cache.
+"""A repo of the Hub at one commit as a place where a model is: headers and configuration by ranges, weights by ranges
+or through the client's cache.
 
-The commit is found out once and pinned; whatever happens to the repo afterwards, what is read is of that commit or is refused.
+The commit is found out once and pinned; whatever happens to the repo afterwards, what is read is of that commit or is
+refused.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ Newer = Callable[[Info], None]
 class Repo:
     """A model repo. Lazy: nothing is asked before something has to be known.
 
-    `revision` is a commit, or a branch or tag that is resolved once, default the newest commit. `newest`: the commit has to be the newest one, as it was when a
-    source saw it; what came after it takes its place.
+    `revision` is a commit, or a branch or tag that is resolved once, default the newest commit. `newest`: the commit
+    has to be the newest one, as it was when a source saw it; what came after it takes its place.
     """
 
     only = None
@@ -66,7 +68,8 @@ class Repo:
 
     @property
     def info(self) -> Info:
-        """The repo at its commit. Raises Refuse (`gone`, `gated`, `superseded`), Trouble, and what the settings say of it.
+        """The repo at its commit. Raises Refuse (`gone`, `gated`, `superseded`), Trouble, and what the settings say of
+        it.
 
         A repo that was renamed answers under its new name, which is then its name here, too.
         """
@@ -81,7 +84,8 @@ class Repo:
             return self._info
 
     def _found(self) -> Info:
-        """What the Hub says. Raises Refuse, Trouble, and Skip for a repo that is gone of which no commit is known: there is nothing to settle."""
+        """What the Hub says. Raises Refuse, Trouble, and Skip for a repo that is gone of which no commit is known:
+        there is nothing to settle."""
         try:
             return self.hub.info(self.name, None if self._newest else self._revision)
         except Refuse as error:
@@ -90,7 +94,8 @@ class Repo:
             raise
 
     def _superseded(self, head: Info) -> None:
-        """Raises Refuse (`superseded`) if `head` came after the commit that is meant, Trouble if the Hub only lags behind it, and what the settings say of it."""
+        """Raises Refuse (`superseded`) if `head` came after the commit that is meant, Trouble if the Hub only lags
+        behind it, and what the settings say of it."""
         assert self._revision is not None
         try:
             before = self.hub.history(self.name, self._revision)
@@ -150,7 +155,8 @@ class Repo:
         return self._small[name]
 
     def open(self, names: Sequence[str]) -> Weights:
-        """Opens them for reading by ranges; through the cache, what was asked to be read that way and is more than configuration."""
+        """Opens them for reading by ranges; through the cache, what was asked to be read that way and is more than
+        configuration."""
         files = [self._file(name) for name in names]
         ranges = Ranges(self.hub, self.name, self.info.sha, files, self._workers)
         cached = self._read == "cache" and any(name.endswith(".safetensors") for name in names)
@@ -173,7 +179,8 @@ class Repo:
 
 
 class Cached:
-    """Weight files through the cache of the Hub's client (HF_HOME): headers by ranges, all of a file when a tensor of it is asked for.
+    """Weight files through the cache of the Hub's client (HF_HOME): headers by ranges, all of a file when a tensor of
+    it is asked for.
 
     A file's SHA-256 is compared with what the Hub says of it before a byte is used.
     """
@@ -221,7 +228,8 @@ class Cached:
 
 
 def download(hub: Hub, repo: str, sha: str, file: RemoteFile) -> Path:
-    """A file of a commit in the cache of the Hub's client (HF_HOME), fetched unless it is there; its hash is what the Hub says.
+    """A file of a commit in the cache of the Hub's client (HF_HOME), fetched unless it is there; its hash is what the
+    Hub says.
 
     Raises Refuse (`gone`, `gated`, `changed`) and Trouble.
     """
@@ -233,7 +241,9 @@ def download(hub: Hub, repo: str, sha: str, file: RemoteFile) -> Path:
         path = Path(hub.ask(what, partial(hf_hub_download, repo, file.name, force_download=force, **how)))
         if same(path, file):
             return path
-    raise Refuse("changed", f"{what}: its contents do not have the hash that the Hub says, even after a second download")
+    raise Refuse(
+        "changed", f"{what}: its contents do not have the hash that the Hub says, even after a second download"
+    )
 
 
 def same(contents: Path | bytes, file: RemoteFile) -> bool:

@@ -1,4 +1,5 @@
-"""Which repos of the Hub are candidates at all, by the settings: pure. What is left out here gets no record: it is looked at again when the settings change."""
+"""Which repos of the Hub are candidates at all, by the settings: pure. What is left out here gets no record: it is
+looked at again when the settings change."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from continual.hub.client import Info
 from continual.hub.names import is_repo
 
 
-def left_out(info: Info, asked: Asked, bases: Collection[str], own: str | None = None, called: str | None = None) -> str | None:
-    """Why a repo is not taken, in a few words; None if it is. `bases` are the repos whose fine-tunes are wanted, `own` the one we publish to, `called` the name
-    under which it was asked for, if it was renamed.
+def left_out(
+    info: Info, asked: Asked, bases: Collection[str], own: str | None = None, called: str | None = None
+) -> str | None:
+    """Why a repo is not taken, in a few words; None if it is. `bases` are the repos whose fine-tunes are wanted, `own`
+    the one we publish to, `called` the name under which it was asked for, if it was renamed.
 
     Sizes are judged where the files are known; a listing does not have them.
     """
@@ -53,7 +56,9 @@ def check(asked: Asked) -> None:
     for name, words in (("bases", asked.bases), ("repos", asked.repos), ("authors", asked.authors)):
         for word in words:
             if not is_repo(word) or (name == "authors" and "/" in word):
-                raise Misconfigured(f"hub.{name}: {word!r} is no {'user or organisation' if name == 'authors' else 'repo: write ORG/NAME'}")
+                raise Misconfigured(
+                    f"hub.{name}: {word!r} is no {'user or organisation' if name == 'authors' else 'repo: write ORG/NAME'}"
+                )
     since_of(asked)
 
 
@@ -64,7 +69,9 @@ def since_of(asked: Asked) -> datetime | None:
     try:
         found = datetime.fromisoformat(asked.since)
     except ValueError:
-        raise Misconfigured(f"hub.since = {asked.since}: write a date or a time, as 2026-01-31 or 2026-01-31T12:00Z") from None
+        raise Misconfigured(
+            f"hub.since = {asked.since}: write a date or a time, as 2026-01-31 or 2026-01-31T12:00Z"
+        ) from None
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 

@@ -1,6 +1,8 @@
-"""Calibration: one model and the rows of several tasks, of which some drive a choice (a loss and its gradient) and the others judge it (a loss each).
+"""Calibration: one model and the rows of several tasks, of which some drive a choice (a loss and its gradient) and the
+others judge it (a loss each).
 
-What a row's loss is, is its task's to say (`objectives`, or a function of the user's). Whose weights are in the model is not known here.
+What a row's loss is, is its task's to say (`objectives`, or a function of the user's). Whose weights are in the model
+is not known here.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from continual.objectives.objectives import OBJECTIVES, Ask, Classes, Entropy, c
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT16_SCALE = 1024.0
-"""What the loss is multiplied by, and the gradient divided, where activations have float16 gradients, which underflow at 6e-8."""
+"""What the loss is multiplied by, and the gradient divided, where activations have float16 gradients, which underflow
+at 6e-8."""
 LEAST = 2
 """Rows that each task needs on either side: one has no standard error."""
 
@@ -40,18 +43,22 @@ class Task(Protocol):
     count: int
 
     def losses(self, rows: Sequence[int]) -> Tensor:
-        """1-D, differentiable: the loss of each of these rows under the model's present weights. Rows are numbered from 0."""
+        """1-D, differentiable: the loss of each of these rows under the model's present weights. Rows are numbered from
+        0."""
         ...
 
 
 @runtime_checkable
 class Fitted(Task, Protocol):
-    """A task with something to fit at the present weights before losses mean much, such as the confidence of a classifier."""
+    """A task with something to fit at the present weights before losses mean much, such as the confidence of a
+    classifier."""
 
     def fit(self, rows: Sequence[int]) -> Tensor:
-        """Fits to these rows, for the `losses` that follow, and returns the losses of these rows as fitted, in their order; no gradient is kept.
+        """Fits to these rows, for the `losses` that follow, and returns the losses of these rows as fitted, in their
+        order; no gradient is kept.
 
-        The gradient of `losses`, what was fitted held fixed, has to be that of the fitted loss, as it is where the fit minimises the mean loss.
+        The gradient of `losses`, what was fitted held fixed, has to be that of the fitted loss, as it is where the fit
+        minimises the mean loss.
         """
         ...
 
@@ -81,7 +88,9 @@ class Wanted:
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES and not self.by_function:
-            raise Misconfigured(f"objective = {self.objective!r}: use one of {', '.join(OBJECTIVES)}, or module:function")
+            raise Misconfigured(
+                f"objective = {self.objective!r}: use one of {', '.join(OBJECTIVES)}, or module:function"
+            )
         if self.batch < 1:
             raise Misconfigured(f"batch = {self.batch}: at least 1")
         if not 0 < self.held < 1:
@@ -89,14 +98,23 @@ class Wanted:
         if self.dtype not in DTYPES:
             raise Misconfigured(f"dtype = {self.dtype!r}: use one of {', '.join(DTYPES)}")
         if self.by_function:
-            named = (("rows", self.rows), ("heads", self.heads), ("checkpointing", self.checkpointing), ("unsupervised", self.unsupervised))
+            named = (
+                ("rows", self.rows),
+                ("heads", self.heads),
+                ("checkpointing", self.checkpointing),
+                ("unsupervised", self.unsupervised),
+            )
             if given := next((name for name, value in named if value), None):
-                raise Misconfigured(f"{given} is for the built-in objectives; with {self.objective} it is the function's own business")
+                raise Misconfigured(
+                    f"{given} is for the built-in objectives; with {self.objective} it is the function's own business"
+                )
             return
         if not self.rows:
             raise Misconfigured(f"rows: the objective {self.objective} needs a JSONL file of rows for each task")
         if self.objective == "heads" and len(self.heads) != len(self.rows):
-            raise Misconfigured(f"heads: one JSON file of prompts for each file of rows; there are {len(self.heads)} for {len(self.rows)}")
+            raise Misconfigured(
+                f"heads: one JSON file of prompts for each file of rows; there are {len(self.heads)} for {len(self.rows)}"
+            )
         if self.objective != "heads" and self.heads:
             raise Misconfigured(f"heads are for the objective heads; {self.objective} takes none")
         if self.unsupervised and self.objective == "causal-lm":
@@ -109,7 +127,8 @@ class Wanted:
         return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
     def told(self) -> dict[str, Any]:
-        """What a record keeps: `digest` is over all the rest, which holds the digests of files and of a function's module."""
+        """What a record keeps: `digest` is over all the rest, which holds the digests of files and of a function's
+        module."""
         found: dict[str, Any] = {
             "kind": "function" if self.by_function else "rows",
             "objective": self.objective,
@@ -138,7 +157,8 @@ class Count(NamedTuple):
 
 
 class Dealt(NamedTuple):
-    """A task, what it is called, and its rows, dealt and in order of length; `unit` and `numbers` say what a row is called."""
+    """A task, what it is called, and its rows, dealt and in order of length; `unit` and `numbers` say what a row is
+    called."""
 
     name: str
     task: Task
@@ -162,7 +182,8 @@ class Calibration:
         self._reference = wanted.objective if wanted.by_function else None
 
     def loss(self) -> float:
-        """The mean over tasks of the mean loss of the rows that drive. Raises Misconfigured naming the task and row of a loss that is not finite."""
+        """The mean over tasks of the mean loss of the rows that drive. Raises Misconfigured naming the task and row of
+        a loss that is not finite."""
         return math.fsum(float(self._found(task, task.drive).mean()) for task in self.dealt) / len(self.dealt)
 
     def held(self) -> list[Tensor]:
@@ -170,7 +191,8 @@ class Calibration:
         return [self._found(task, task.judge) for task in self.dealt]
 
     def backward(self) -> float:
-        """The loss, and its gradient in the parameters' `grad`, None where it does not depend on one. One batch's activations are in memory at a time."""
+        """The loss, and its gradient in the parameters' `grad`, None where it does not depend on one. One batch's
+        activations are in memory at a time."""
         self.model.zero_grad(set_to_none=True)
         scale = FLOAT16_SCALE if self._dtype == torch.float16 else 1.0
         total = []
@@ -180,7 +202,9 @@ class Calibration:
             for rows in chunks(dealt.drive, self._batch):
                 losses = self._run(dealt, rows, dealt.task.losses)
                 if not losses.requires_grad:
-                    raise Misconfigured(f"{dealt.name}: its losses have no gradient: they do not depend on the model's parameters")
+                    raise Misconfigured(
+                        f"{dealt.name}: its losses have no gradient: they do not depend on the model's parameters"
+                    )
                 share = losses.double().sum() / (len(dealt.drive) * len(self.dealt))
                 total.append(float(share.detach()))
                 with _theirs(self._reference):
@@ -198,7 +222,12 @@ class Calibration:
         if isinstance(dealt.task, Fitted):
             return self._fit(dealt, rows)
         with torch.no_grad():
-            return torch.cat([self._run(dealt, some, dealt.task.losses).detach().double().cpu() for some in chunks(rows, self._batch)])
+            return torch.cat(
+                [
+                    self._run(dealt, some, dealt.task.losses).detach().double().cpu()
+                    for some in chunks(rows, self._batch)
+                ]
+            )
 
     def _fit(self, dealt: Dealt, rows: list[int]) -> Tensor:
         assert isinstance(dealt.task, Fitted)
@@ -216,10 +245,14 @@ class Calibration:
             found: Any = run(rows)
         if not isinstance(found, Tensor) or tuple(found.shape) != (len(rows),) or not found.is_floating_point():
             what = f"{found.dtype} of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise Misconfigured(f"{dealt.name}: {run.__name__} of {len(rows)} rows has to be a tensor of as many losses, and is {what}")
+            raise Misconfigured(
+                f"{dealt.name}: {run.__name__} of {len(rows)} rows has to be a tensor of as many losses, and is {what}"
+            )
         if not (finite := found.detach().isfinite()).all():
             first = int((~finite).nonzero()[0, 0])
-            raise Misconfigured(f"{dealt.name}: the loss of {dealt.unit} {dealt.numbers[rows[first]]} is {float(found[first].detach())}")
+            raise Misconfigured(
+                f"{dealt.name}: the loss of {dealt.unit} {dealt.numbers[rows[first]]} is {float(found[first].detach())}"
+            )
         return found
 
 
@@ -249,7 +282,8 @@ def load(wanted: Wanted, directory: Path, device: torch.device) -> Calibration:
 
 
 def _checkpoint(model: Any) -> None:
-    """Keeps no activations inside the layers of a transformers model. It does so in training mode alone; what is dropped at random was set to 0."""
+    """Keeps no activations inside the layers of a transformers model. It does so in training mode alone; what is
+    dropped at random was set to 0."""
     model.config.use_cache = False
     new = hasattr(model, "activation_checkpointing_enable")  # the name from transformers 5 on
     enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
@@ -280,14 +314,20 @@ def _given(reference: str, directory: Path, device: torch.device) -> Given:
         _imported(module)
     function = getattr(sys.modules[module], name, None)
     if not callable(function):
-        raise Misconfigured(f"{reference}: {module} has {'no' if function is None else 'something else than a'} function {name}")
+        raise Misconfigured(
+            f"{reference}: {module} has {'no' if function is None else 'something else than a'} function {name}"
+        )
     with _theirs(reference):
         found = function(directory, device)
     if not isinstance(found, tuple) or len(found) != len(Given._fields):
-        raise Misconfigured(f"{reference} has to return a Given of a model and tasks, and returned {type(found).__name__}")
+        raise Misconfigured(
+            f"{reference} has to return a Given of a model and tasks, and returned {type(found).__name__}"
+        )
     model, tasks = found
     if not isinstance(model, torch.nn.Module):
-        raise Misconfigured(f"{reference} has to return a torch.nn.Module as the model, and returned {type(model).__name__}")
+        raise Misconfigured(
+            f"{reference} has to return a torch.nn.Module as the model, and returned {type(model).__name__}"
+        )
     if not isinstance(tasks, Sequence) or not tasks:
         raise Misconfigured(f"{reference} has to return at least one task in a list, and returned {tasks!r}")
     for number, task in enumerate(tasks):
@@ -301,7 +341,8 @@ def _given(reference: str, directory: Path, device: torch.device) -> Given:
 
 @functools.cache
 def _imported(name: str) -> dict[str, str]:
-    """Imports a module of the user's, the current directory among the places it may be in, and returns its name and the digest of its source.
+    """Imports a module of the user's, the current directory among the places it may be in, and returns its name and the
+    digest of its source.
 
     Cached, as Python caches the module: a file that was changed since is not what runs.
     """

@@ -1,7 +1,8 @@
-"""Objectives: a transformers model, calibration rows, and what is good. Runs the model; whose weights are in it is not known here.
+"""Objectives: a transformers model, calibration rows, and what is good. Runs the model; whose weights are in it is not
+known here.
 
-An objective has a score (higher is better), and of each of its rows a loss that can be differentiated. Several may share one model.
-The whole model is in memory. transformers is an optional extra.
+An objective has a score (higher is better), and of each of its rows a loss that can be differentiated. Several may
+share one model. The whole model is in memory. transformers is an optional extra.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from continual.objectives.rows import Row, read_heads, read_rows
 TEMPERATURE = 0.05
 """What cosines to class heads are divided by before the softmax of their loss; no part of the score."""
 WIDEST = math.log(10)
-"""How far from the objective's own a fitted confidence may go, as a logarithm, up or down: a task whose rows are all right would go on for ever."""
+"""How far from the objective's own a fitted confidence may go, as a logarithm, up or down: a task whose rows are all
+right would go on for ever."""
 _T = TypeVar("_T")
 
 
@@ -47,7 +49,8 @@ class Ask:
 
 
 class Batch(NamedTuple):
-    """Rows side by side: `ids` and `mask` are rows × tokens, padded on the right; `labels` has a class for each row, -1 where there are none."""
+    """Rows side by side: `ids` and `mask` are rows × tokens, padded on the right; `labels` has a class for each row, -1
+    where there are none."""
 
     ids: Tensor
     mask: Tensor
@@ -63,7 +66,8 @@ class Loaded(NamedTuple):
 
 
 class Objective(ABC):
-    """A model and `count` rows that were turned into tokens for it. Deterministic: batches are of rows of like length, in order of length, then of line.
+    """A model and `count` rows that were turned into tokens for it. Deterministic: batches are of rows of like length,
+    in order of length, then of line.
 
     `lengths` and `lines` are each row's number of tokens and its line in the file.
     """
@@ -77,7 +81,11 @@ class Objective(ABC):
     def __init__(self, loaded: Loaded, ask: Ask, *, labels: bool = True) -> None:
         """Without `labels` those of the rows are not looked at."""
         self.model, self._tokenizer, self.device = loaded
-        limits = (self.tokens, self._tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None))
+        limits = (
+            self.tokens,
+            self._tokenizer.model_max_length,
+            getattr(self.model.config, "max_position_embeddings", None),
+        )
         self._longest = min(limit for limit in limits if isinstance(limit, int) and limit > 0)
         pad = self._tokenizer.pad_token_id
         self._pad: int = pad if pad is not None else self._tokenizer.eos_token_id or 0
@@ -159,9 +167,10 @@ class CausalLM(Objective):
 class Classes(Objective):
     """Rows that each have one of several classes: the score is the share that is right, a row's loss its cross-entropy.
 
-    `confidence` multiplies the logits in the losses. The objective's own is 1; `fit` takes the one under which the mean loss of some rows is
-    least. Why: a merge of many models is often too sure of itself, and then any model that makes it less sure lowers the plain loss, one trained
-    on noise as much as another. By the envelope theorem the gradient of the fitted loss is that of `losses` with the confidence held.
+    `confidence` multiplies the logits in the losses. The objective's own is 1; `fit` takes the one under which the mean
+    loss of some rows is least. Why: a merge of many models is often too sure of itself, and then any model that makes
+    it less sure lowers the plain loss, one trained on noise as much as another. By the envelope theorem the gradient of
+    the fitted loss is that of `losses` with the confidence held.
     """
 
     confidence = 1.0
@@ -176,7 +185,8 @@ class Classes(Objective):
         return functional.cross_entropy(self.confidence * self.logits(batch).double(), batch.labels, reduction="none")
 
     def fit(self, rows: Sequence[int]) -> Tensor:
-        """Sets the confidence to the best one on these rows, and returns their losses under it (float64, CPU, no gradient)."""
+        """Sets the confidence to the best one on these rows, and returns their losses under it (float64, CPU, no
+        gradient)."""
         with torch.no_grad():
             found = torch.cat([self.logits(self.together(some)).double().cpu() for some in chunks(rows, self._batch)])
         labels = torch.tensor([self._labels[i] for i in rows])
@@ -186,7 +196,9 @@ class Classes(Objective):
     def score(self) -> float:
         """The share of rows that are right."""
         with torch.inference_mode():
-            return sum(int((self.logits(batch).argmax(-1) == batch.labels).sum()) for batch in self.batches()) / self.count
+            return (
+                sum(int((self.logits(batch).argmax(-1) == batch.labels).sum()) for batch in self.batches()) / self.count
+            )
 
 
 class Classification(Classes):
@@ -210,7 +222,8 @@ class Classification(Classes):
 
 
 class Heads(Classes):
-    """An encoder and frozen class heads, each the normalised mean of the base's embeddings of the class's prompts: the score is the accuracy of the nearest."""
+    """An encoder and frozen class heads, each the normalised mean of the base's embeddings of the class's prompts: the
+    score is the accuracy of the nearest."""
 
     name, auto, tokens = "heads", "AutoModel", 128
 
@@ -223,7 +236,11 @@ class Heads(Classes):
             means = []
             for texts in prompts.values():
                 ids = sorted(self.encode(texts), key=len)
-                means.append(torch.cat([self.embed(self.padded(some, [-1] * len(some))) for some in chunks(ids, self._batch)]).mean(0))
+                means.append(
+                    torch.cat(
+                        [self.embed(self.padded(some, [-1] * len(some))) for some in chunks(ids, self._batch)]
+                    ).mean(0)
+                )
             heads = functional.normalize(torch.stack(means), dim=-1)
         self._heads = heads.clone()  # classes × width; no inference tensor, so that losses can be differentiated
 
@@ -249,7 +266,8 @@ class Heads(Classes):
 
 
 class Entropy:
-    """The rows of `of` without their classes: a row's loss is the entropy of what is predicted for it. There is no confidence to fit: the least is 0."""
+    """The rows of `of` without their classes: a row's loss is the entropy of what is predicted for it. There is no
+    confidence to fit: the least is 0."""
 
     def __init__(self, of: Classes) -> None:
         self._of = of
@@ -265,14 +283,17 @@ OBJECTIVES: Mapping[str, type[Objective]] = {kind.name: kind for kind in (Causal
 
 
 def load(ask: Ask, directory: Path, device: torch.device) -> Objective:
-    """The objective on the model in `directory`. Raises as `load_model` does, and Misconfigured for rows that cannot be used, naming the line."""
+    """The objective on the model in `directory`. Raises as `load_model` does, and Misconfigured for rows that cannot be
+    used, naming the line."""
     return OBJECTIVES[ask.name](load_model(ask.name, directory, device), ask)
 
 
 def load_model(name: str, directory: Path, device: torch.device, *, still: bool = False) -> Loaded:
-    """The model in `directory` for the objective `name`, in float32 on `device`. Nothing is downloaded and no code of the model's is run.
+    """The model in `directory` for the objective `name`, in float32 on `device`. Nothing is downloaded and no code of
+    the model's is run.
 
-    `still`: nothing in it is dropped at random, in training mode either. Raises Misconfigured where transformers is missing or cannot load the model.
+    `still`: nothing in it is dropped at random, in training mode either. Raises Misconfigured where transformers is
+    missing or cannot load the model.
     """
     kind = OBJECTIVES[name]
     try:
@@ -291,9 +312,13 @@ def load_model(name: str, directory: Path, device: torch.device, *, still: bool 
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise Misconfigured(f"{directory}: transformers cannot load it with {kind.auto} for the objective {name}: {first}") from None
+            raise Misconfigured(
+                f"{directory}: transformers cannot load it with {kind.auto} for the objective {name}: {first}"
+            ) from None
     found, told = made
-    drawn = sorted(n for n in told["missing_keys"] if not (name == "heads" and "pooler." in n))  # heads do not look at a pooler
+    drawn = sorted(
+        n for n in told["missing_keys"] if not (name == "heads" and "pooler." in n)
+    )  # heads do not look at a pooler
     if drawn:
         raise Misconfigured(
             f"{directory} has no {drawn[0]}, which {kind.auto} then draws at random: it is no model for the objective {name}"
@@ -302,11 +327,15 @@ def load_model(name: str, directory: Path, device: torch.device, *, still: bool 
 
 
 def fitted(logits: Tensor, labels: Tensor) -> float:
-    """The β from a tenth to ten that minimises the mean cross-entropy of β · `logits` (rows × classes, float64): 1 where they say nothing or are not finite.
+    """The β from a tenth to ten that minimises the mean cross-entropy of β · `logits` (rows × classes, float64): 1
+    where they say nothing or are not finite.
 
-    The loss is convex in β, so its slope Σ_rows E_p[z − z_label], p = softmax(βz), has one sign before the minimum and one after: bisection on log β.
+    The loss is convex in β, so its slope Σ_rows E_p[z − z_label], p = softmax(βz), has one sign before the minimum and
+    one after: bisection on log β.
     """
-    less = logits - logits.gather(1, labels[:, None])  # rows × classes: against the row's own class, so that nothing large cancels
+    less = logits - logits.gather(
+        1, labels[:, None]
+    )  # rows × classes: against the row's own class, so that nothing large cancels
     if not bool(less.isfinite().all()) or not bool(less.any()):
         return 1.0
 
@@ -334,7 +363,8 @@ def chunks(rows: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
 
 
 def _stilled(config: Any) -> None:
-    """Sets every rate of dropout to 0, in the configurations within this one too. None may stand for another's, so it becomes 0 as well."""
+    """Sets every rate of dropout to 0, in the configurations within this one too. None may stand for another's, so it
+    becomes 0 as well."""
     for key, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
             _stilled(value)

@@ -18,7 +18,8 @@ class Row(NamedTuple):
 
 
 def read_rows(file: Path, *, labelled: bool) -> list[Row]:
-    """The rows of a JSONL file; empty lines are passed over. Raises Misconfigured naming the line and what is wrong with it."""
+    """The rows of a JSONL file; empty lines are passed over. Raises Misconfigured naming the line and what is wrong
+    with it."""
     rows = []
     for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
@@ -32,7 +33,9 @@ def read_rows(file: Path, *, labelled: bool) -> list[Row]:
             raise Misconfigured(f'{where}: write an object with a text, as {{"text": "…", "label": "…"}}')
         label = body.get("label")
         if labelled and (isinstance(label, bool) or not isinstance(label, int | str)):
-            raise Misconfigured(f"{where}: {'no label' if label is None else f'the label is {label!r}'}; it has to be a name or a number")
+            raise Misconfigured(
+                f"{where}: {'no label' if label is None else f'the label is {label!r}'}; it has to be a name or a number"
+            )
         rows.append(Row(number, body["text"], label if labelled else None))
     if not rows:
         raise Misconfigured(f"{file}: no row in it")

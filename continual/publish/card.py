@@ -1,8 +1,10 @@
-"""The model card of a release, and what the licences of its parts say together. Pure: facts in, Markdown out; nothing is looked up.
+"""The model card of a release, and what the licences of its parts say together. Pure: facts in, Markdown out; nothing
+is looked up.
 
-Metadata are those of the Hub's model cards (https://huggingface.co/docs/hub/model-cards), written by huggingface_hub's ModelCardData. Names, licences and
-settings come from strangers: wherever they stand in text they are written so that no Markdown, HTML or line of their own comes of them, in commands they are
-quoted for a shell, and only what is the id of a repo or a commit is linked.
+Metadata are those of the Hub's model cards (https://huggingface.co/docs/hub/model-cards), written by huggingface_hub's
+ModelCardData. Names, licences and settings come from strangers: wherever they stand in text they are written so that no
+Markdown, HTML or line of their own comes of them, in commands they are quoted for a shell, and only what is the id of a
+repo or a commit is linked.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ _SPECIAL = re.compile(r"(?!:[ \d])[^\w /,.;()+-]|(?<![^\W_])_|_(?![^\W_])|(?<=ww
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The base: `name` for people (a path is shown by its last part), `repo` its id on the Hub, None where it came from a folder."""
+    """The base: `name` for people (a path is shown by its last part), `repo` its id on the Hub, None where it came from
+    a folder."""
 
     name: str
     repo: str | None = None
@@ -37,7 +40,8 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A folded model, as its record has it. `origin` is `hf://ORG/NAME` or a path, `revision` a commit, `weight` None where the rule has none."""
+    """A folded model, as its record has it. `origin` is `hf://ORG/NAME` or a path, `revision` a commit, `weight` None
+    where the rule has none."""
 
     seq: int
     name: str
@@ -53,10 +57,12 @@ class Model:
 class Facts:
     """What a card says. `folded` are in the order in which they were folded.
 
-    `options` are the rule's fold-time options, `before` among them; `scale` and `lines` what `continual scale` takes; `plain` and `exclude` the globs of
-    `continual init`; `settings` those of folding that are not the defaults, by the names of the flags of `continual fold` (`missing`, `vocab`); `export`
-    further words of `continual export`. `generated` is the time of the record; `software` has at least continual's version; `architecture` is the first of the
-    base's config.json; `previous` the commit of the release before; `caveat` anything the publisher adds about licences.
+    `options` are the rule's fold-time options, `before` among them; `scale` and `lines` what `continual scale` takes;
+    `plain` and `exclude` the globs of `continual init`; `settings` those of folding that are not the defaults, by the
+    names of the flags of `continual fold` (`missing`, `vocab`); `export` further words of `continual export`.
+    `generated` is the time of the record; `software` has at least continual's version; `architecture` is the first of
+    the base's config.json; `previous` the commit of the release before; `caveat` anything the publisher adds about
+    licences.
     """
 
     base: Base
@@ -84,8 +90,8 @@ class Facts:
 class Agreement:
     """What the licences of a base and its folded models say together.
 
-    `known`: lower-case licence to the names of the models under it, in order, the base's first; `conflict`: there are two or more; `unknown`: models that
-    name none. `message` says all of it in a line of plain text.
+    `known`: lower-case licence to the names of the models under it, in order, the base's first; `conflict`: there are
+    two or more; `unknown`: models that name none. `message` says all of it in a line of plain text.
     """
 
     known: Mapping[str, tuple[str, ...]]
@@ -95,7 +101,8 @@ class Agreement:
 
 
 def licences(base: Base, folded: Sequence[Model]) -> Agreement:
-    """Whether the licences agree, compared in lower case. `unknown` and an empty text name no licence; `other` is one that differs from every word."""
+    """Whether the licences agree, compared in lower case. `unknown` and an empty text name no licence; `other` is one
+    that differs from every word."""
     known: dict[str, list[str]] = {}
     unknown = 0
     for name, licence in [(base.repo or _last(base.name), base.licence), *((_called(m), m.licence) for m in folded)]:
@@ -108,7 +115,13 @@ def licences(base: Base, folded: Sequence[Model]) -> Agreement:
     if unknown:
         parts.append(f"no licence named: {unknown} {'model' if unknown == 1 else 'models'}")
     found = {word: tuple(names) for word, names in known.items()}
-    said = "the licences differ" if len(known) > 1 else "the licences agree" if known and not unknown else "not every licence is known"
+    said = (
+        "the licences differ"
+        if len(known) > 1
+        else "the licences agree"
+        if known and not unknown
+        else "not every licence is known"
+    )
     return Agreement(found, len(known) > 1, unknown, f"{said} ({'; '.join(parts)})")
 
 
@@ -122,7 +135,11 @@ def card(facts: Facts) -> str:
         "## Use",
         _use(facts),
         f"## Folded models: {len(facts.folded)}",
-        *([f"The newest {MOST} of {len(facts.folded)}; `continual.json` has them all."] if len(listed) < len(facts.folded) else []),
+        *(
+            [f"The newest {MOST} of {len(facts.folded)}; `continual.json` has them all."]
+            if len(listed) < len(facts.folded)
+            else []
+        ),
         _table(listed),
         "## Licences",
         _text(agreement.message[0].upper() + agreement.message[1:]) + ".",
@@ -136,7 +153,8 @@ def card(facts: Facts) -> str:
 
 
 def commands(facts: Facts) -> list[str]:
-    """The lines of a shell that make this model again, one command or comment each. What came from a folder is named as if it lay in the current one."""
+    """The lines of a shell that make this model again, one command or comment each. What came from a folder is named as
+    if it lay in the current one."""
     places = [(facts.base.repo, facts.base.revision, facts.base.name)]
     places += [(repo_of(model.origin), model.revision, model.name) for model in facts.folded]
     given = {key: value for key, value in facts.options.items() if key != "before"}
@@ -183,7 +201,11 @@ def _metadata(facts: Facts, agreement: Agreement, listed: Sequence[Model]) -> st
     licence: dict[str, Any] = {"license": words[0]} if words else {}
     if agreement.conflict or (words and not _LICENCE.fullmatch(words[0])):
         link = f"https://huggingface.co/{facts.repo}#licences" if is_repo(facts.repo) else None
-        licence = {"license": "other", "license_name": "mixed" if agreement.conflict else "see-card", "license_link": link}
+        licence = {
+            "license": "other",
+            "license_name": "mixed" if agreement.conflict else "see-card",
+            "license_link": link,
+        }
     return ModelCardData(
         base_model=list(dict.fromkeys(repo for repo in repos if is_repo(repo) and repo)) or None,
         base_model_relation="merge",
@@ -208,7 +230,11 @@ def _about(facts: Facts) -> str:
 
 def _use(facts: Facts) -> str:
     place = json.dumps(facts.repo or "merged")
-    name = facts.architecture if facts.architecture and facts.architecture.isascii() and facts.architecture.isidentifier() else "AutoModel"
+    name = (
+        facts.architecture
+        if facts.architecture and facts.architecture.isascii() and facts.architecture.isidentifier()
+        else "AutoModel"
+    )
     if facts.form == "full":
         return _fenced(f"from transformers import {name}\n\nmodel = {name}.from_pretrained({place})", "python")
     base = json.dumps(facts.base.repo or shown(_last(facts.base.name)))
@@ -238,8 +264,14 @@ def _table(models: Sequence[Model]) -> str:
 
 
 def _how(facts: Facts) -> str:
-    parts = [f"State {_text(facts.state)}, record {facts.seq}: `continual.json` beside this card has every digest and option."]
-    parts.append("Software: " + ", ".join(f"{_text(name)} {_text(version)}" for name, version in sorted(facts.software.items())) + ".")
+    parts = [
+        f"State {_text(facts.state)}, record {facts.seq}: `continual.json` beside this card has every digest and option."
+    ]
+    parts.append(
+        "Software: "
+        + ", ".join(f"{_text(name)} {_text(version)}" for name, version in sorted(facts.software.items()))
+        + "."
+    )
     parts.append("The same base, order, rule and options give the same bits on the same machine.")
     if any(repo_of(model.origin) is None for model in facts.folded) or facts.base.repo is None:
         parts.append("What was no repo of the Hub is named by its folder: only who has it can fold it.")
@@ -305,7 +337,8 @@ def _line(words: Sequence[str]) -> str:
 
 
 def _text(text: str) -> str:
-    """A stranger's text as text of a table or paragraph: everything that Markdown, HTML or a link could be made of is a character reference."""
+    """A stranger's text as text of a table or paragraph: everything that Markdown, HTML or a link could be made of is a
+    character reference."""
     return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", shown(text))
 
 

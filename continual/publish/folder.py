@@ -1,4 +1,5 @@
-"""The merged model as an ordinary model directory: the base's layout, streamed tensor by tensor, written beside and renamed into place."""
+"""The merged model as an ordinary model directory: the base's layout, streamed tensor by tensor, written beside and
+renamed into place."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ _KEPT = ("name", "origin", "revision", "form")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What an export is to be: `dtype` a safetensors word or None for the base's own, `shard_size` bytes or None for the base's sharding."""
+    """What an export is to be: `dtype` a safetensors word or None for the base's own, `shard_size` bytes or None for
+    the base's sharding."""
 
     directory: Path
     at: int | None = None
@@ -67,8 +69,8 @@ def parse_size(text: str | None) -> int | None:
 def export(base: BaseModel, reading: Reading, target: Target, executor: Executor, progress: Progress) -> Path:
     """Writes the merged model that `reading` reads to `target.directory`, which must not exist yet.
 
-    Returns the directory. Raises Misconfigured if the directory is there or cannot be made, Halt if a value overflows the dtype asked for; then
-    nothing is left behind.
+    Returns the directory. Raises Misconfigured if the directory is there or cannot be made, Halt if a value overflows
+    the dtype asked for; then nothing is left behind.
     """
     free(target.directory)
     with written(target.directory, reading) as temporary:
@@ -87,7 +89,8 @@ def free(directory: Path) -> None:
 
 @contextmanager
 def written(directory: Path, reading: Reading) -> Iterator[Path]:
-    """A temporary directory to write into, which becomes `directory`, durably, when the block has ended well; what it reads does not expire meanwhile."""
+    """A temporary directory to write into, which becomes `directory`, durably, when the block has ended well; what it
+    reads does not expire meanwhile."""
     final = directory.absolute()
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
     with reading.state.lease(reading.commit.seq):
@@ -99,8 +102,11 @@ def written(directory: Path, reading: Reading) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def fill(base: BaseModel, reading: Reading, target: Target, directory: Path, executor: Executor, progress: Progress) -> None:
-    """Writes the merged model into the empty `directory`, not synced; of `target` it takes the form. Raises Halt if a value overflows the dtype."""
+def fill(
+    base: BaseModel, reading: Reading, target: Target, directory: Path, executor: Executor, progress: Progress
+) -> None:
+    """Writes the merged model into the empty `directory`, not synced; of `target` it takes the form. Raises Halt if a
+    value overflows the dtype."""
     copy_small_files(base.checkpoint.directory, directory)
     set_config_dtype(directory / "config.json", target.dtype)
     factor = reading.settle(executor, progress)
@@ -132,7 +138,8 @@ def provenance_of(state: State, seq: int, read: Mapping[str, Any]) -> dict[str, 
 
 
 def keep_current(link: Path, seq: int, write: Callable[[Path], Path]) -> Path:
-    """Has `write` export into `LINK-<seq>` beside `link`, points the link there in one step, then removes what it pointed at before.
+    """Has `write` export into `LINK-<seq>` beside `link`, points the link there in one step, then removes what it
+    pointed at before.
 
     Raises Misconfigured if `link` is there and no link.
     """
@@ -145,13 +152,19 @@ def keep_current(link: Path, seq: int, write: Callable[[Path], Path]) -> Path:
     if not directory.exists():
         write(directory)
     replace_link(link, directory)
-    if before is not None and before != directory and before.parent == link.parent and before.name.startswith(f"{link.name}-"):
+    if (
+        before is not None
+        and before != directory
+        and before.parent == link.parent
+        and before.name.startswith(f"{link.name}-")
+    ):
         shutil.rmtree(before, ignore_errors=True)
     return directory
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Config, tokenizer and whatever else stands beside the weights: regular files under 64 MiB, one level of folders deep, no weights."""
+    """Config, tokenizer and whatever else stands beside the weights: regular files under 64 MiB, one level of folders
+    deep, no weights."""
     for file in sorted(source.iterdir()):
         if file.name.startswith(".") or file.name in (provenance.RELEASE,):
             continue
@@ -166,7 +179,12 @@ def copy_small_files(source: Path, target: Path) -> None:
 
 
 def _is_small(file: Path) -> bool:
-    return file.is_file() and not file.name.startswith(".") and not file.name.endswith(_LEFT_OUT) and file.stat().st_size <= _SMALL
+    return (
+        file.is_file()
+        and not file.name.startswith(".")
+        and not file.name.endswith(_LEFT_OUT)
+        and file.stat().st_size <= _SMALL
+    )
 
 
 def set_config_dtype(config: Path, dtype: str | None) -> None:
@@ -206,7 +224,8 @@ def layout(base: BaseModel, dtype: str | None, shard_size: int | None) -> dict[s
 
 
 def merged(base: BaseModel, reading: Reading, spec: TensorSpec, dtype: str) -> torch.Tensor:
-    """θ₀ + s·(α + β·depth)·X of one tensor in the safetensors word `dtype`. Raises Halt naming the tensor if `dtype` cannot hold it."""
+    """θ₀ + s·(α + β·depth)·X of one tensor in the safetensors word `dtype`. Raises Halt naming the tensor if `dtype`
+    cannot hold it."""
     theta = base.checkpoint.read(spec.name)
     if spec.kind == "carried":
         return theta
@@ -216,7 +235,9 @@ def merged(base: BaseModel, reading: Reading, spec: TensorSpec, dtype: str) -> t
     return result
 
 
-def _write_weights(base: BaseModel, reading: Reading, target: Target, directory: Path, executor: Executor, progress: Progress) -> None:
+def _write_weights(
+    base: BaseModel, reading: Reading, target: Target, directory: Path, executor: Executor, progress: Progress
+) -> None:
     files = layout(base, target.dtype, target.shard_size)
     specs = {spec.name: spec for spec in base.specs}
     if len(files) > 1 or next(iter(files)) != "model.safetensors":

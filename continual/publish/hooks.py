@@ -1,14 +1,18 @@
-"""Who is told that a new merged model is out: SGLang, vLLM, any URL, any command. One call is a few tries within seconds; when to call is not decided here.
+"""Who is told that a new merged model is out: SGLang, vLLM, any URL, any command. One call is a few tries within
+seconds; when to call is not decided here.
 
 Requests, as they stand in the servers' sources; no real server has been run against them.
 
-SGLang (UpdateWeightFromDiskReqInput): `POST /update_weights_from_disk`, answered by 200 and {"success": true, "message"}, or by 400 and {"success": false,
-"message"}. It first waits for the requests under way, so `timeout` has to be longer than they take. `flush_cache` is what it does by default.
+SGLang (UpdateWeightFromDiskReqInput): `POST /update_weights_from_disk`, answered by 200 and {"success": true,
+"message"}, or by 400 and {"success": false, "message"}. It first waits for the requests under way, so `timeout` has to
+be longer than they take. `flush_cache` is what it does by default.
 
-vLLM (LoadLoRAAdapterRequest): `POST /v1/load_lora_adapter`, there only if vLLM runs with VLLM_ALLOW_RUNTIME_LORA_UPDATING; plain text on success, 400 "has
-already been loaded" for a name that is: then it is unloaded and loaded again, and for that moment requests to it fail. `load_inplace` is not used: what was
-loaded with it is read again from its path at every step (vLLM issue 33791), and that directory goes with the next publication. The prefix cache goes by the
-adapter's name (42125), so vLLM may answer from the old one for a while; run it without prefix caching if that matters.
+vLLM (LoadLoRAAdapterRequest): `POST /v1/load_lora_adapter`, there only if vLLM runs with
+VLLM_ALLOW_RUNTIME_LORA_UPDATING; plain text on success, 400 "has already been loaded" for a name that is: then it is
+unloaded and loaded again, and for that moment requests to it fail. `load_inplace` is not used: what was loaded with it
+is read again from its path at every step (vLLM issue 33791), and that directory goes with the next publication. The
+prefix cache goes by the adapter's name (42125), so vLLM may answer from the old one for a while; run it without prefix
+caching if that matters.
 """
 
 from __future__ import annotations
@@ -51,7 +55,8 @@ _NO_PROGRAM = (errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ENOEXEC, errno.E
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What is out, as far as it is known. `directory` is a model directory on this machine, `lora` an adapter of the same merge."""
+    """What is out, as far as it is known. `directory` is a model directory on this machine, `lora` an adapter of the
+    same merge."""
 
     state: str | None = None
     seq: int | None = None
@@ -65,7 +70,8 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What became of a call. `target` is the URL without its query, or the program; `seconds` are those of all tries and the waits between them."""
+    """What became of a call. `target` is the URL without its query, or the program; `seconds` are those of all tries
+    and the waits between them."""
 
     kind: str
     target: str
@@ -138,14 +144,19 @@ def _wrong_url(hook: Hook) -> str | None:
 
 
 def call(hook: Hook, published: Published, stop: threading.Event, wait: Callable[[float], bool] | None = None) -> Told:
-    """Tells one of what is published; blocks until that worked, the tries are used up, or `stop` is set. Takes a `hook` that passed `check`.
+    """Tells one of what is published; blocks until that worked, the tries are used up, or `stop` is set. Takes a `hook`
+    that passed `check`.
 
-    Never raises for what the other side does. `stop` ends the waits between tries (`wait` stands for its own, for tests), not a try under way: that has
-    `timeout` seconds.
+    Never raises for what the other side does. `stop` ends the waits between tries (`wait` stands for its own, for
+    tests), not a try under way: that has `timeout` seconds.
     """
     once = {"sglang": _sglang, "vllm-lora": _vllm_lora, "http": _http, "command": _command}[hook.kind]
     wait = wait or stop.wait
-    begun, attempts, tried = time.monotonic(), 0, _Tried(False, "not told: continual is stopping", again=not stop.is_set())
+    begun, attempts, tried = (
+        time.monotonic(),
+        0,
+        _Tried(False, "not told: continual is stopping", again=not stop.is_set()),
+    )
     while tried.again and attempts < hook.tries:
         if attempts and wait(min(FIRST_WAIT * 2.0 ** (attempts - 1), LONGEST_WAIT)):
             break
@@ -173,14 +184,17 @@ def _vllm_lora(hook: Hook, published: Published, deadline: float) -> _Tried:
     load, unload = f"{base}/v1/load_lora_adapter", f"{base}/v1/unload_lora_adapter"
     asked = {"lora_name": hook.name, "lora_path": str(published.lora.absolute())}
     answer = _post(load, asked, deadline)
-    # Only then: unloading for any other trouble, a damaged adapter say, would take away the one that serves. The oldest leave out the space.
+    # Only then: unloading for any other trouble, a damaged adapter say, would take away the one that serves. The oldest
+    # leave out the space.
     if answer.status == 400 and re.search(r"already been ?loaded", answer.text):
         gone = _post(unload, {"lora_name": hook.name}, deadline)
         if gone.status is None or gone.status >= 500:
             return _tried(gone)
         answer = _post(load, asked, deadline)  # it says what is wrong, also where nothing was there to unload
     if answer.status == 404 and _said(answer.text) == "Not Found":
-        return _Tried(False, "HTTP 404: run vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; url is without /v1")
+        return _Tried(
+            False, "HTTP 404: run vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; url is without /v1"
+        )
     return _tried(answer)
 
 
@@ -190,7 +204,8 @@ def _http(hook: Hook, published: Published, deadline: float) -> _Tried:
 
 
 def _command(hook: Hook, published: Published, deadline: float) -> _Tried:
-    """Runs it in a session of its own, so that all it started can be ended. What it says goes to a file: a pipe would stay open with whatever it leaves running."""
+    """Runs it in a session of its own, so that all it started can be ended. What it says goes to a file: a pipe would
+    stay open with whatever it leaves running."""
     program, *arguments = hook.command
     facts = {key: "" if value is None else str(value) for key, value in asdict(published).items()}
     filled = [re.sub(r"\{(" + "|".join(facts) + r")\}", lambda found: facts[found[1]], part) for part in arguments]
@@ -199,7 +214,12 @@ def _command(hook: Hook, published: Published, deadline: float) -> _Tried:
     try:
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
-                [program, *filled], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+                [program, *filled],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,
             )
             try:
                 status = process.wait(max(deadline - time.monotonic(), 0.0))
@@ -224,10 +244,14 @@ class _Plain(urllib.request.HTTPErrorProcessor):
 
 def _post(url: str, body: Mapping[str, Any], deadline: float) -> _Answer:
     """One POST of JSON. A proxy from the environment is used, but never for this machine itself."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json", "User-Agent": "continual"})
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json", "User-Agent": "continual"}
+    )
     direct = [urllib.request.ProxyHandler({})] if _is_loopback(urlsplit(url).hostname or "") else []
     try:
-        with urllib.request.build_opener(_Plain, *direct).open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
+        with urllib.request.build_opener(_Plain, *direct).open(
+            request, timeout=max(deadline - time.monotonic(), 0.001)
+        ) as response:
             return _Answer(response.status, _read(response, deadline))
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error

@@ -1,7 +1,8 @@
-"""The merged model as a release on the Hub: one commit each, found again by (state id, record) in the `continual.json` that lies in it.
+"""The merged model as a release on the Hub: one commit each, found again by (state id, record) in the `continual.json`
+that lies in it.
 
-Whatever is interrupted is begun again, and looks first at what is there: the branch's head and its `continual.json` say whether the release was made. A commit
-names its parent, so of two writers one fails.
+Whatever is interrupted is begun again, and looks first at what is there: the branch's head and its `continual.json` say
+whether the release was made. A commit names its parent, so of two writers one fails.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ Exported = Callable[[], AbstractContextManager[Path]]
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """A release that is out. `new`: this call made the commit; `uploaded`: bytes of the files that were not there before."""
+    """A release that is out. `new`: this call made the commit; `uploaded`: bytes of the files that were not there
+    before."""
 
     repo: str
     branch: str
@@ -60,7 +62,8 @@ class Ours:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """The branch as it is: its head, None where the repo or branch is empty, and our `continual.json` in it, if there is one."""
+    """The branch as it is: its head, None where the repo or branch is empty, and our `continual.json` in it, if there
+    is one."""
 
     info: Info | None
     release: Mapping[str, Any] | None
@@ -96,38 +99,50 @@ def look(hub: Hub, asked: Release) -> Remote:
         body = json.loads(hub.small(asked.repo, info.sha, info.files[RELEASE]))
     except ValueError:
         body = None
-    return Remote(info, body if isinstance(body, dict) and "state" in body and isinstance(body.get("seq"), int) else None)
+    return Remote(
+        info, body if isinstance(body, dict) and "state" in body and isinstance(body.get("seq"), int) else None
+    )
 
 
 def may_follow(remote: Remote, asked: Release, state: str, seq: int, generations: Sequence[str | None]) -> bool:
-    """Whether record `seq` of `state` is to be committed on top of what is there; False if it is out already. `generations` are those of its records.
+    """Whether record `seq` of `state` is to be committed on top of what is there; False if it is out already.
+    `generations` are those of its records.
 
-    Raises Misconfigured where the branch holds something else: another state's releases, a model that is none of ours, a later record of this state, or a
-    record that this state does not know (of its time before a backup was restored).
+    Raises Misconfigured where the branch holds something else: another state's releases, a model that is none of ours,
+    a later record of this state, or a record that this state does not know (of its time before a backup was restored).
     """
     where = f"release.repo = {asked.repo}, branch {asked.branch}"
     if remote.release is None:
         files = remote.info.files if remote.info is not None else {}
         if "config.json" in files or any(name.endswith(_WEIGHTS) for name in files):
-            raise Misconfigured(f"{where}: holds a model that continual did not make; name another repo or branch, or empty it first")
+            raise Misconfigured(
+                f"{where}: holds a model that continual did not make; name another repo or branch, or empty it first"
+            )
         return True
     if remote.release["state"] != state:
-        raise Misconfigured(f"{where}: holds releases of another state ({str(remote.release['state'])[:12]}); one repo is for one state")
+        raise Misconfigured(
+            f"{where}: holds releases of another state ({str(remote.release['state'])[:12]}); one repo is for one state"
+        )
     there = int(remote.release["seq"])
     if there >= len(generations) or generations[there] != remote.release.get("generation"):
         raise Misconfigured(
             f"{where}: holds record {there} of this state as it was before it was restored from a backup; name another repo"
         )
     if there > seq:
-        raise Misconfigured(f"{where}: holds record {there} of this state, and releases go forward: name another branch for record {seq}")
+        raise Misconfigured(
+            f"{where}: holds record {there} of this state, and releases go forward: name another branch for record {seq}"
+        )
     return there < seq
 
 
-def release(hub: Hub, asked: Release, ours: Ours, exported: Exported, texts: Callable[[Path], Mapping[str, bytes]]) -> Released:
-    """Publishes a record, unless it is out already, and tags it. `texts` makes, of the directory that was exported, files that take the place of its own.
+def release(
+    hub: Hub, asked: Release, ours: Ours, exported: Exported, texts: Callable[[Path], Mapping[str, bytes]]
+) -> Released:
+    """Publishes a record, unless it is out already, and tags it. `texts` makes, of the directory that was exported,
+    files that take the place of its own.
 
-    Makes the repo and the branch where they are not there. Raises Misconfigured, Trouble, and Retry of the export; nothing is half there: a commit is whole
-    or not at all.
+    Makes the repo and the branch where they are not there. Raises Misconfigured, Trouble, and Retry of the export;
+    nothing is half there: a commit is whole or not at all.
     """
     repo, seq, tries = asked.repo or "", ours.seq, 0
     uploaded, files, new = 0, 0, False
@@ -155,7 +170,9 @@ def release(hub: Hub, asked: Release, ours: Ours, exported: Exported, texts: Cal
     tag = (asked.tag or "").format(seq=seq) or None
     if tag is not None:
         _tag(hub, repo, tag, commit, f"Record {seq}")
-    return Released(repo, asked.branch, seq, commit, f"{hub.endpoint}/{repo}/tree/{commit}", tag, new, uploaded if new else 0, files)
+    return Released(
+        repo, asked.branch, seq, commit, f"{hub.endpoint}/{repo}/tree/{commit}", tag, new, uploaded if new else 0, files
+    )
 
 
 def _tag(hub: Hub, repo: str, tag: str, commit: str, message: str) -> None:
@@ -173,16 +190,24 @@ def _create(hub: Hub, asked: Release) -> Remote:
     repo = asked.repo or ""
     hub.ask(f"making {repo}", lambda: hub.api.create_repo(repo, private=asked.private, exist_ok=True))
     if asked.branch != "main":
-        hub.ask(f"making branch {asked.branch} of {repo}", lambda: hub.api.create_branch(repo, branch=asked.branch, exist_ok=True))
+        hub.ask(
+            f"making branch {asked.branch} of {repo}",
+            lambda: hub.api.create_branch(repo, branch=asked.branch, exist_ok=True),
+        )
     return look(hub, asked)
 
 
-def _changes(directory: Path, texts: Mapping[str, bytes], now: Info | None) -> tuple[dict[str, Path | bytes], list[str], int]:
-    """What has to be added to the branch as it is, what goes (weights of before, at its top level), and how many bytes that is."""
+def _changes(
+    directory: Path, texts: Mapping[str, bytes], now: Info | None
+) -> tuple[dict[str, Path | bytes], list[str], int]:
+    """What has to be added to the branch as it is, what goes (weights of before, at its top level), and how many bytes
+    that is."""
     adds: dict[str, Path | bytes] = {}
     nbytes = 0
     there = now.files if now else {}
-    ours: dict[str, Path | bytes] = {str(file.relative_to(directory)): file for file in sorted(directory.rglob("*")) if file.is_file()}
+    ours: dict[str, Path | bytes] = {
+        str(file.relative_to(directory)): file for file in sorted(directory.rglob("*")) if file.is_file()
+    }
     ours |= texts
     for name, file in ours.items():
         known = there.get(name)
@@ -192,18 +217,34 @@ def _changes(directory: Path, texts: Mapping[str, bytes], now: Info | None) -> t
         adds[name] = file
         nbytes += size
     weights = (".safetensors", ".safetensors.index.json")
-    return adds, sorted(name for name in there if name.endswith(weights) and "/" not in name and name not in ours), nbytes
+    return (
+        adds,
+        sorted(name for name in there if name.endswith(weights) and "/" not in name and name not in ours),
+        nbytes,
+    )
 
 
-def _commit(hub: Hub, asked: Release, adds: Mapping[str, Path | bytes], deletes: list[str], parent: Info | None, message: str) -> str:
+def _commit(
+    hub: Hub, asked: Release, adds: Mapping[str, Path | bytes], deletes: list[str], parent: Info | None, message: str
+) -> str:
     """One commit on top of `parent`, or none; its hash. Raises Trouble."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    operations: list[Any] = [CommitOperationAdd(name, str(file) if isinstance(file, Path) else file) for name, file in adds.items()]
+    operations: list[Any] = [
+        CommitOperationAdd(name, str(file) if isinstance(file, Path) else file) for name, file in adds.items()
+    ]
     operations += [CommitOperationDelete(name) for name in deletes]
-    how: dict[str, Any] = {"commit_message": message, "revision": asked.branch, "parent_commit": parent.sha if parent else None}
+    how: dict[str, Any] = {
+        "commit_message": message,
+        "revision": asked.branch,
+        "parent_commit": parent.sha if parent else None,
+    }
     try:
-        return str(hub.ask(f"commit to {asked.repo}", lambda: hub.api.create_commit(asked.repo or "", operations, **how), tries=1).oid)
+        return str(
+            hub.ask(
+                f"commit to {asked.repo}", lambda: hub.api.create_commit(asked.repo or "", operations, **how), tries=1
+            ).oid
+        )
     except Refuse as error:  # the repo went away meanwhile, or the token may not write there
         raise Trouble(str(error), Fault.GONE) from None
 

@@ -1,15 +1,18 @@
-"""The merged model as a LoRA adapter in PEFT layout: every linear layer's and embedding's merged task vector, truncated to one rank.
+"""The merged model as a LoRA adapter in PEFT layout: every linear layer's and embedding's merged task vector, truncated
+to one rank.
 
-τ ≈ B·A with B = U_r√Σ_r and A = √Σ_rV_rᵀ of the SVD τ = UΣVᵀ: no other product of rank r is nearer in the Frobenius norm (Eckart and Young 1936, "The
-approximation of one matrix by another of lower rank"). Layout and meaning of the factors are those of Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large
-Language Models", as PEFT writes them; lora_alpha = r, so PEFT's scale is 1. All modules have the same rank: of a tensor whose own rank is smaller, the rest
-of the factors is zeros (vLLM wants one rank).
+τ ≈ B·A with B = U_r√Σ_r and A = √Σ_rV_rᵀ of the SVD τ = UΣVᵀ: no other product of rank r is nearer in the Frobenius
+norm (Eckart and Young 1936, "The approximation of one matrix by another of lower rank"). Layout and meaning of the
+factors are those of Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", as PEFT writes them;
+lora_alpha = r, so PEFT's scale is 1. All modules have the same rank: of a tensor whose own rank is smaller, the rest of
+the factors is zeros (vLLM wants one rank).
 
-What a plain LoRA cannot hold is left out by name, and counted in the error: norms, biases, convolutions, anything that is not 2-D; position tables of classes of
-their own, whose forward is no look-up; weights that torch reads past a wrapper (nn.MultiheadAttention); experts and their routers, which transformers 5 keeps in
-3-D tensors; GPT-NeoX's embed_out, which it loads as lm_head; and a table that is tied to the output head. Of that PEFT would adapt the embedding alone and
-leave the head at the base; wrapping both by the same product gives the right logits, but then PEFT's merge_and_unload adds it twice to the one shared weight.
-A silent doubling is worse than an error that is told.
+What a plain LoRA cannot hold is left out by name, and counted in the error: norms, biases, convolutions, anything that
+is not 2-D; position tables of classes of their own, whose forward is no look-up; weights that torch reads past a
+wrapper (nn.MultiheadAttention); experts and their routers, which transformers 5 keeps in 3-D tensors; GPT-NeoX's
+embed_out, which it loads as lm_head; and a table that is tied to the output head. Of that PEFT would adapt the
+embedding alone and leave the head at the base; wrapping both by the same product gives the right logits, but then
+PEFT's merge_and_unload adds it twice to the one shared weight. A silent doubling is worse than an error that is told.
 """
 
 from __future__ import annotations
@@ -43,21 +46,25 @@ _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|embed_in|tok_embeddings|tokens_embed|positions_embed|wte|wpe|shared|word_embeddings?|token_embedding|position_embeddings?"
     r"|token_type_embeddings|relative_attention_bias|embeddings)\.weight$"
 )
-"""Tables that are nn.Embedding, or scale its output as PEFT knows to: a look-up by ids, and nothing else in their forward."""
+"""Tables that are nn.Embedding, or scale its output as PEFT knows to: a look-up by ids, and nothing else in their
+forward."""
 _HEAD = re.compile(
     r"(^|\.)(classifier|score|qa_outputs|heads?|pre_classifier|vocab_transform|logits_proj|text_projection|visual_projection|seq_relationship)\.|^fc\."
 )
 """Heads that the rules treat as plain tensors, and that are nn.Linear all the same."""
 _INNER = {"gpt2": "transformer.", "bloom": "transformer.", "opt": "model."}
-"""Where a model with a head has its inner model, of families whose published files often are the inner model's alone and are loaded with a head."""
+"""Where a model with a head has its inner model, of families whose published files often are the inner model's alone
+and are loaded with a head."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraReport:
-    """What an adapter holds of the merge. `rank` is the one of all its modules, `adapted` their number, `left_out` the foldable tensors it lacks.
+    """What an adapter holds of the merge. `rank` is the one of all its modules, `adapted` their number, `left_out` the
+    foldable tensors it lacks.
 
-    `error`: ‖τ − BA‖/‖τ‖ over the whole model, BA being 0 where a tensor is left out; `error_adapted`: over the adapted tensors; `worst`: the adapted tensor
-    with the largest of its own. All from the factors as they were written, 0 where τ is 0. `nbytes` is the size of the weight file.
+    `error`: ‖τ − BA‖/‖τ‖ over the whole model, BA being 0 where a tensor is left out; `error_adapted`: over the adapted
+    tensors; `worst`: the adapted tensor with the largest of its own. All from the factors as they were written, 0 where
+    τ is 0. `nbytes` is the size of the weight file.
     """
 
     directory: Path
@@ -71,7 +78,8 @@ class LoraReport:
 
 
 class Adapted(NamedTuple):
-    """A tensor that an adapter can adapt, and the module that has it. `transposed`: the product B·A is the transpose of the weight (embeddings, Conv1D)."""
+    """A tensor that an adapter can adapt, and the module that has it. `transposed`: the product B·A is the transpose of
+    the weight (embeddings, Conv1D)."""
 
     spec: TensorSpec
     module: str
@@ -98,13 +106,21 @@ class _Squares(NamedTuple):
 
 
 def export(
-    base: BaseModel, reading: Reading, directory: Path, rank: int, executor: Executor, progress: Progress, *, dtype: str = "F32"
+    base: BaseModel,
+    reading: Reading,
+    directory: Path,
+    rank: int,
+    executor: Executor,
+    progress: Progress,
+    *,
+    dtype: str = "F32",
 ) -> LoraReport:
     """Writes the merged model that `reading` reads as an adapter of `base` to `directory`, which must not exist yet.
 
-    `rank` is lowered to the smaller side of the largest adapted tensor, beyond which nothing is left to hold. `dtype` is that of the factors, a safetensors
-    word or torch's. Raises Misconfigured if the directory is there or cannot be made, for a rank below 1, where nothing is folded yet or nothing can be
-    adapted; Halt if a value overflows the dtype. Then nothing is left behind.
+    `rank` is lowered to the smaller side of the largest adapted tensor, beyond which nothing is left to hold. `dtype`
+    is that of the factors, a safetensors word or torch's. Raises Misconfigured if the directory is there or cannot be
+    made, for a rank below 1, where nothing is folded yet or nothing can be adapted; Halt if a value overflows the
+    dtype. Then nothing is left behind.
     """
     word = parse_dtype(dtype) or "F32"
     free(directory)
@@ -114,7 +130,9 @@ def export(
         raise Misconfigured("nothing is folded yet, so the adapter would be empty: fold a model first")
     adapted = adaptable(base)
     if not adapted:
-        raise Misconfigured(f"{base.checkpoint.place}: no tensor of it is a linear layer or an embedding that an adapter can adapt")
+        raise Misconfigured(
+            f"{base.checkpoint.place}: no tensor of it is a linear layer or an embedding that an adapter can adapt"
+        )
     r = min(rank, max(min(one.spec.shape) for one in adapted))
     with written(directory, reading) as temporary:
         factor = reading.settle(executor, progress)
@@ -122,15 +140,23 @@ def export(
         report = _report(directory.absolute(), r, adapted, squares, (temporary / WEIGHTS).stat().st_size)
         _write_json(temporary / CONFIG, _config(reading.state.format.base, adapted, r))
         body = provenance_of(reading.state, reading.commit.seq, reading.options.to_mapping() | {"factor": factor})
-        told = {"rank": r, "dtype": word, "error": report.error, "error_adapted": report.error_adapted, "left_out": list(report.left_out)}
+        told = {
+            "rank": r,
+            "dtype": word,
+            "error": report.error,
+            "error_adapted": report.error_adapted,
+            "left_out": list(report.left_out),
+        }
         _write_json(temporary / provenance.RELEASE, body | {"lora": told})
     return report
 
 
 def adaptable(base: BaseModel) -> tuple[Adapted, ...]:
-    """The tensors of a base that PEFT can adapt as nn.Linear, Conv1D or nn.Embedding, in name order. From names and shapes alone.
+    """The tensors of a base that PEFT can adapt as nn.Linear, Conv1D or nn.Embedding, in name order. From names and
+    shapes alone.
 
-    Modules are called what the files call them. A class that transformers loads under other names (some vision-language models) needs them exchanged first.
+    Modules are called what the files call them. A class that transformers loads under other names (some vision-language
+    models) needs them exchanged first.
     """
     present = {spec.name for spec in base.specs}
     tied = set(base.aliases.values())
@@ -144,7 +170,12 @@ def adaptable(base: BaseModel) -> tuple[Adapted, ...]:
         parent, _, own = module.rpartition(".")
         if len(spec.shape) != 2 or not spec.numel or spec.kind == "carried" or module == name or name in tied:
             continue
-        if ".experts." in name or name in routers or own == "embed_out" or (own == "out_proj" and f"{parent}.in_proj_weight" in present):
+        if (
+            ".experts." in name
+            or name in routers
+            or own == "embed_out"
+            or (own == "out_proj" and f"{parent}.in_proj_weight" in present)
+        ):
             continue
         embedding = _EMBEDDING.search(name) is not None
         # by the name alone: what the user's globs made plain is a linear layer as before
@@ -154,7 +185,8 @@ def adaptable(base: BaseModel) -> tuple[Adapted, ...]:
 
 
 def _inner(base: BaseModel, present: Iterable[str]) -> str:
-    """What the loaded model's module names have in front of the names in the files: empty but for the files of an inner model loaded with a head."""
+    """What the loaded model's module names have in front of the names in the files: empty but for the files of an inner
+    model loaded with a head."""
     config = base.checkpoint.config
     inner = _INNER.get(str(config.get("model_type")), "")
     listed = config.get("architectures")
@@ -164,14 +196,19 @@ def _inner(base: BaseModel, present: Iterable[str]) -> str:
 
 
 def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A = √Σ_rV_rᵀ (rank×n) and B = U_r√Σ_r (m×rank) of an m×n matrix, float64: the best product of this rank, zero rows and columns beyond the matrix's own.
+    """A = √Σ_rV_rᵀ (rank×n) and B = U_r√Σ_r (m×rank) of an m×n matrix, float64: the best product of this rank, zero
+    rows and columns beyond the matrix's own.
 
-    From the float64 Gram of the small side, U = matrix·V/Σ: B·A is matrix·V_rV_rᵀ whatever σ was found, so that an error of σ only moves length between the
-    two; and singular values below STEEP·σ₁, whose directions a Gram tells apart less well, cost less than 1e-8 of ‖matrix‖² if they are mistaken.
+    From the float64 Gram of the small side, U = matrix·V/Σ: B·A is matrix·V_rV_rᵀ whatever σ was found, so that an
+    error of σ only moves length between the two; and singular values below STEEP·σ₁, whose directions a Gram tells
+    apart less well, cost less than 1e-8 of ‖matrix‖² if they are mistaken.
     """
     m, n = matrix.shape
     rows = linalg.tall(matrix)
-    small, large = rows.new_zeros(rank, min(m, n), dtype=torch.float64), rows.new_zeros(max(m, n), rank, dtype=torch.float64)
+    small, large = (
+        rows.new_zeros(rank, min(m, n), dtype=torch.float64),
+        rows.new_zeros(max(m, n), rank, dtype=torch.float64),
+    )
     if bool(matrix.any()):
         sigma, v = linalg.right_singular(rows)
         k = min(rank, int((sigma > 0).sum()))
@@ -201,7 +238,8 @@ def _write_weights(
     executor: Executor,
     progress: Progress,
 ) -> dict[str, _Squares]:
-    """Factors of rank `form[0]` in the safetensors word `form[1]` into `file`, in place, a tensor at a time; the squares of every foldable tensor, by name."""
+    """Factors of rank `form[0]` in the safetensors word `form[1]` into `file`, in place, a tensor at a time; the
+    squares of every foldable tensor, by name."""
     rank, word = form
     placed: list[Placed] = []
     end = 0
@@ -218,7 +256,9 @@ def _write_weights(
         matrix = tau.mT if one.transposed else tau
         a, b = (factor.to(DTYPES[word]) for factor in factors(matrix, rank))
         if not bool(torch.isfinite(a).all()) or not bool(torch.isfinite(b).all()):
-            raise Halt(f"tensor {one.spec.name}: its factors have values that {word} cannot hold: export with dtype float32 or bfloat16")
+            raise Halt(
+                f"tensor {one.spec.name}: its factors have values that {word} cannot hold: export with dtype float32 or bfloat16"
+            )
         for name, factor in zip(one.names(), (a, b), strict=True):
             write_at(fd, raw(factor), starts[name])
         return _Squares(linalg.inner(tau, tau), _rest_sq(matrix, a, b))
@@ -252,12 +292,15 @@ def _write_weights(
 
 
 def _need(one: Adapted, rank: int, reading: Reading) -> int:
-    """Peak bytes: reading the tensor, or τ beside its decomposition and the factors (float64, as written, and one of them in float64 once more)."""
+    """Peak bytes: reading the tensor, or τ beside its decomposition and the factors (float64, as written, and one of
+    them in float64 once more)."""
     m, n = one.spec.shape
     return max(reading.need(one.spec), 4 * one.spec.numel + linalg.workspace(m, n) + 20 * rank * (m + n))
 
 
-def _report(directory: Path, rank: int, adapted: Sequence[Adapted], squares: Mapping[str, _Squares], nbytes: int) -> LoraReport:
+def _report(
+    directory: Path, rank: int, adapted: Sequence[Adapted], squares: Mapping[str, _Squares], nbytes: int
+) -> LoraReport:
     names = [one.spec.name for one in adapted]
     errors = {name: _error([squares[name]]) for name in names}
     worst = max(names, key=lambda name: errors[name])
@@ -281,7 +324,8 @@ def _error(squares: Iterable[_Squares]) -> float:
 
 
 def _config(base: Mapping[str, Any], adapted: Sequence[Adapted], rank: int) -> dict[str, Any]:
-    """adapter_config.json. PEFT keeps one fan_in_fan_out for all layers, and corrects it where a layer is of the other kind."""
+    """adapter_config.json. PEFT keeps one fan_in_fan_out for all layers, and corrects it where a layer is of the other
+    kind."""
     return {
         "peft_type": "LORA",
         "task_type": None,

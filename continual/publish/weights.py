@@ -1,6 +1,8 @@
-"""A safetensors file as it is written: its header, and tensors put in their places in any order. What the tensors are is not known here.
+"""A safetensors file as it is written: its header, and tensors put in their places in any order. What the tensors are
+is not known here.
 
-Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header padded with spaces, tensors back to back).
+Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header padded with spaces,
+tensors back to back).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The fold rules: `rule` makes one by name, `RULES` lists them. What a rule is stands in `contract`; each module is one rule, written like its paper."""
+"""The fold rules: `rule` makes one by name, `RULES` lists them. What a rule is stands in `contract`; each module is one
+rule, written like its paper."""
 
 from __future__ import annotations
 
@@ -39,16 +40,20 @@ __all__ = [
     "together",
 ]
 
-RULES: Mapping[str, Row] = {row.name: row for row in (MEAN, TASK_ARITHMETIC, FISHER, TIES, MAGMAX, ISO_C, TSV_M, GRAM, OPCM)}
+RULES: Mapping[str, Row] = {
+    row.name: row for row in (MEAN, TASK_ARITHMETIC, FISHER, TIES, MAGMAX, ISO_C, TSV_M, GRAM, OPCM)
+}
 """Every rule that folds one model after the other, by name."""
 ROWS: Mapping[str, Row] = {**RULES, FRANK_WOLFE.name: FRANK_WOLFE}
 """All that a state can be made with: the rules, and what rounds weigh."""
 
 
 def rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
-    """The rule `name` with its fold-time options; those not given take their defaults. `.options` of the result are all of them, as plain data.
+    """The rule `name` with its fold-time options; those not given take their defaults. `.options` of the result are all
+    of them, as plain data.
 
-    Every rule has the option `before`: a list of transforms that are done to each task vector first (see `continual.rules.before`).
+    Every rule has the option `before`: a list of transforms that are done to each task vector first (see
+    `continual.rules.before`).
 
     Raises Misconfigured for an unknown rule or option, or a value that is not allowed; the message lists what is.
     """
@@ -57,12 +62,17 @@ def rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
     transforms = before.parse(given.pop("before", []))
     made = row.make(resolve(f"rule {name}", row.options, given))
     if made.rounds and transforms:
-        raise Misconfigured(f"before: {name} weighs the task vectors as they are; leave the transforms out, or take another rule")
+        raise Misconfigured(
+            f"before: {name} weighs the task vectors as they are; leave the transforms out, or take another rule"
+        )
     return before.chain(made, transforms) if transforms else made
 
 
-def read_options(name: str, text: str | None = None, lines: str | None = None, now: ReadOptions | None = None) -> ReadOptions:
-    """How a state of this rule is read: at the scale `text` (`auto` is the rule's default, `paper` as it was published) and with the layer scaling `lines`.
+def read_options(
+    name: str, text: str | None = None, lines: str | None = None, now: ReadOptions | None = None
+) -> ReadOptions:
+    """How a state of this rule is read: at the scale `text` (`auto` is the rule's default, `paper` as it was published)
+    and with the layer scaling `lines`.
 
     What is not given stays as `now`, or is the rule's default.
 

@@ -1,8 +1,10 @@
-"""What can be done to a task vector before it is folded: `trim`, `drop`, `breadcrumbs`; and `chain`, which puts them before a rule.
+"""What can be done to a task vector before it is folded: `trim`, `drop`, `breadcrumbs`; and `chain`, which puts them
+before a rule.
 
-Trim is the first step of TIES (Yadav et al. 2023). Drop is DARE (Yu et al. 2024, "Language Models are Super Mario", equation 2): each change is dropped with
-probability `rate` and the rest divided by 1 − rate. Breadcrumbs (Davari and Belilovsky 2024, "Model Breadcrumbs", section 3): of each tensor the largest and
-the smallest changes are left out. A number that is not finite is never dropped: it has to be seen.
+Trim is the first step of TIES (Yadav et al. 2023). Drop is DARE (Yu et al. 2024, "Language Models are Super Mario",
+equation 2): each change is dropped with probability `rate` and the rest divided by 1 − rate. Breadcrumbs (Davari and
+Belilovsky 2024, "Model Breadcrumbs", section 3): of each tensor the largest and the smallest changes are left out. A
+number that is not finite is never dropped: it has to be seen.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ _WORDS_OF_A_BLOCK = 8
 class Transform(NamedTuple):
     """One step on τ before the fold.
 
-    apply(τ, inputs): the task vector to fold, may overwrite τ. elementwise: τ may be any run of a tensor, from element `inputs.start` on; else it is whole.
+    apply(τ, inputs): the task vector to fold, may overwrite τ. elementwise: τ may be any run of a tensor, from element
+    `inputs.start` on; else it is whole.
     seeded: needs `inputs.seed`. measure: what it has to know of the whole model.
     """
 
@@ -51,7 +54,9 @@ def _trim(options: Mapping[str, Any]) -> Transform:
     density: float = options["density"]
     if options["over"] == "tensor":
         return Transform(lambda tau, _: trimming.trimmed(tau, trimming.own_threshold(tau, density)), elementwise=False)
-    return Transform(lambda tau, inputs: trimming.trimmed(tau, inputs.measured["threshold"]), measure=trimming.counted(density))
+    return Transform(
+        lambda tau, inputs: trimming.trimmed(tau, inputs.measured["threshold"]), measure=trimming.counted(density)
+    )
 
 
 def _drop(options: Mapping[str, Any]) -> Transform:
@@ -67,7 +72,8 @@ def _drop(options: Mapping[str, Any]) -> Transform:
 
 
 def random_words(seed: str, start: int, count: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """Words `start` … `start + count` of the stream of 32-bit words that `seed` names: Philox 4×64 keyed with its BLAKE3 hash, the same on every machine."""
+    """Words `start` … `start + count` of the stream of 32-bit words that `seed` names: Philox 4×64 keyed with its
+    BLAKE3 hash, the same on every machine."""
     stream = np.random.Philox(key=int.from_bytes(blake3(seed.encode()).digest(length=16), "little"))
     first = start // _WORDS_OF_A_BLOCK
     stream.advance(first)
@@ -79,7 +85,9 @@ def random_words(seed: str, start: int, count: int) -> np.ndarray[Any, np.dtype[
 def _breadcrumbs(options: Mapping[str, Any]) -> Transform:
     top, bottom = options["top"], options["bottom"]
     if top + bottom >= 1.0:
-        raise Misconfigured(f"breadcrumbs: top = {top:g} and bottom = {bottom:g} leave nothing; together they have to be below 1")
+        raise Misconfigured(
+            f"breadcrumbs: top = {top:g} and bottom = {bottom:g} leave nothing; together they have to be below 1"
+        )
 
     def apply(tau: Tensor, _: Inputs) -> Tensor:
         if not tau.numel():
@@ -130,7 +138,9 @@ TRANSFORMS: Mapping[str, Step] = {
             {
                 "rate": Option(0.9, "probability of a change to be dropped, in [0, 1)", _part),
                 "rescale": Option(True, "divide what is left by 1 - rate", _flag),
-                "seed": Option(0, "another number drops others; the rest of the seed is the tensor's content and name", _whole),
+                "seed": Option(
+                    0, "another number drops others; the rest of the seed is the tensor's content and name", _whole
+                ),
             },
             _drop,
         ),
@@ -152,7 +162,8 @@ TRANSFORMS: Mapping[str, Step] = {
 def parse(given: Any) -> list[dict[str, Any]]:
     """A list of transforms in its canonical form: each a mapping with `name` and all its options.
 
-    Items may be mappings with some of the options, or texts as `drop:rate=0.9:seed=1`. Raises Misconfigured for anything else, or unknown names.
+    Items may be mappings with some of the options, or texts as `drop:rate=0.9:seed=1`. Raises Misconfigured for
+    anything else, or unknown names.
     """
     if not isinstance(given, list | tuple):
         raise Misconfigured(f"before = {given!r}: it has to be a list of transforms, as ['drop:rate=0.9']")
@@ -164,7 +175,9 @@ def _canonical(item: Any) -> dict[str, Any]:
         name, *pairs = item.split(":")
         if bad := next((pair for pair in pairs if "=" not in pair), None):
             raise Misconfigured(f"before: {item!r}: {bad!r} is no option; write it as {name}:key=value")
-        item = {"name": name} | {key.strip(): _value(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+        item = {"name": name} | {
+            key.strip(): _value(value) for key, _, value in (pair.partition("=") for pair in pairs)
+        }
     if not isinstance(item, Mapping) or item.get("name") not in TRANSFORMS:
         unknown = item.get("name") if isinstance(item, Mapping) else item
         raise Misconfigured(f"before: unknown transform {unknown!r}; the transforms are: {', '.join(TRANSFORMS)}")
@@ -183,12 +196,15 @@ def _value(text: str) -> Any:
 
 
 def chain(rule: Rule, items: Sequence[Mapping[str, Any]]) -> Rule:
-    """`rule` with the transforms `items` (as `parse` gives them) done to each task vector first, in their order; its options say so.
+    """`rule` with the transforms `items` (as `parse` gives them) done to each task vector first, in their order; its
+    options say so.
 
     Raises Misconfigured where one has to count over the whole model after one that needs whole tensors.
     """
     steps = [TRANSFORMS[item["name"]].make({k: v for k, v in item.items() if k != "name"}) for item in items]
-    measures = [(place, m) for place, m in enumerate([*(step.measure for step in steps), rule.measure]) if m is not None]
+    measures = [
+        (place, m) for place, m in enumerate([*(step.measure for step in steps), rule.measure]) if m is not None
+    ]
     names = [*(item["name"] for item in items), f"rule {rule.name}"]
     for place, _ in measures:
         if late := next((names[i] for i, step in enumerate(steps[:place]) if not step.elementwise), None):
@@ -231,7 +247,10 @@ def chain(rule: Rule, items: Sequence[Mapping[str, Any]]) -> Rule:
         place, own, measure = passes(number)
         return {
             **measured,
-            **{f"{place}.{key}": value for key, value in measure.conclude(own, counts, numel, lead_of(place, measured)).items()},
+            **{
+                f"{place}.{key}": value
+                for key, value in measure.conclude(own, counts, numel, lead_of(place, measured)).items()
+            },
         }
 
     def workspace(spec: TensorSpec) -> int:

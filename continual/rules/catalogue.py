@@ -11,9 +11,10 @@ from continual.rules import ROWS, TRANSFORMS, rule
 
 @dataclass(frozen=True, slots=True)
 class RuleInfo:
-    """A fold rule as the registry has it. `options` are its fold-time options with their defaults, `order_free`: the order of the fine-tunes does not
-    matter beyond rounding, `unfold`: one can be subtracted, `weighted`: a fine-tune can have a weight, `passes`: how often its tensors
-    are read as a rule, `needs`: what it has to bring besides its weights, `scale`: how it is read by default."""
+    """A fold rule as the registry has it. `options` are its fold-time options with their defaults, `order_free`: the
+    order of the fine-tunes does not matter beyond rounding, `unfold`: one can be subtracted, `weighted`: a fine-tune
+    can have a weight, `passes`: how often its tensors are read as a rule, `needs`: what it has to bring besides its
+    weights, `scale`: how it is read by default."""
 
     name: str
     summary: str
@@ -61,5 +62,6 @@ class TransformInfo:
 def transforms() -> list[TransformInfo]:
     """Every transform that can stand before a rule."""
     return [
-        TransformInfo(t.name, t.summary, t.paper, {key: option.default for key, option in t.options.items()}) for t in TRANSFORMS.values()
+        TransformInfo(t.name, t.summary, t.paper, {key: option.default for key, option in t.options.items()})
+        for t in TRANSFORMS.values()
     ]

@@ -1,6 +1,8 @@
-"""What a rule is: pure functions over one tensor's accumulators and the model's totals. No rule lives here, and no registry.
+"""What a rule is: pure functions over one tensor's accumulators and the model's totals. No rule lives here, and no
+registry.
 
-A rule never sees a file, a clock, a device of its own choice or global random state. `fold` and `read` work on the device of the tensors they are given.
+A rule never sees a file, a clock, a device of its own choice or global random state. `fold` and `read` work on the
+device of the tensors they are given.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ Measured = Mapping[str, float]
 
 
 class Inputs(NamedTuple):
-    """What a fold is given besides the task vector: `weight` (minus the weight it was folded with unfolds a model), `seed` for random choices (from the
-    tensor's content and name), what was measured in the passes before the fold, where in the tensor a run begins, and what was shipped beside the weights
-    for it (`moments`: float32 of τ's shape, not negative)."""
+    """What a fold is given besides the task vector: `weight` (minus the weight it was folded with unfolds a model),
+    `seed` for random choices (from the tensor's content and name), what was measured in the passes before the fold,
+    where in the tensor a run begins, and what was shipped beside the weights for it (`moments`: float32 of τ's shape,
+    not negative)."""
 
     spec: TensorSpec
     weight: float = 1.0
@@ -43,11 +46,11 @@ class Inputs(NamedTuple):
 class Measure(NamedTuple):
     """Passes over all task vectors of a model before it is folded.
 
-    share(pass, measured so far): of which share of the elements the pass has to see: 0 leaves it out, below 1 a sample spread over every tensor will do.
-    tally(pass, flat run of τ, inputs with what is measured so far): int64 counts of a fixed length, which are added up over the model; those of
-    a sample are multiplied first by how many elements each stands for.
-    conclude(pass, counts, number of elements of the model, measured so far): what is measured after the pass. The elements of tensors that the model
-    leaves alone are zeros that were not counted.
+    share(pass, measured so far): of which share of the elements the pass has to see: 0 leaves it out, below 1 a sample
+    spread over every tensor will do. tally(pass, flat run of τ, inputs with what is measured so far): int64 counts of a
+    fixed length, which are added up over the model; those of a sample are multiplied first by how many elements each
+    stands for. conclude(pass, counts, number of elements of the model, measured so far): what is measured after the
+    pass. The elements of tensors that the model leaves alone are zeros that were not counted.
     """
 
     passes: int
@@ -72,21 +75,23 @@ class Folded(NamedTuple):
 class Rule(NamedTuple):
     """A fold rule with its fold-time options resolved.
 
-    slots(spec): the accumulators of a tensor, which start as zeros; not asked for carried tensors.
-    elementwise(spec): `fold` may be given any run of elements in place of the whole tensor, flat; the accumulators then have the tensor's shape.
-    fold(accumulators, τ, inputs, totals before): may overwrite the accumulators and τ in place; τ is float32 of the tensor's shape.
-    settle(totals before, sums, weight): totals after.
-    read(spec, accumulators, totals): what the rule calls one, X: the merged task vector at scale 1, float32, in new memory.
-    size(totals): how long X is, and how long it may be made.
-    workspace(spec): peak bytes that fold needs beyond the accumulators and τ.
-    gauges(totals): figures worth watching, by name (λ of opcm).
-    combine(accumulators, others, totals of both together): adds the others' to the accumulators in place, returns ‖X‖². Where a rule has it, folding is
+    slots(spec): the accumulators of a tensor, which start as zeros; not asked for carried tensors. elementwise(spec):
+    `fold` may be given any run of elements in place of the whole tensor, flat; the accumulators then have the tensor's
+    shape. fold(accumulators, τ, inputs, totals before): may overwrite the accumulators and τ in place; τ is float32 of
+    the tensor's shape. settle(totals before, sums, weight): totals after. read(spec, accumulators, totals): what the
+    rule calls one, X: the merged task vector at scale 1, float32, in new memory. size(totals): how long X is, and how
+    long it may be made. workspace(spec): peak bytes that fold needs beyond the accumulators and τ. gauges(totals):
+    figures worth watching, by name (λ of opcm). combine(accumulators, others, totals of both together): adds the
+    others' to the accumulators in place, returns ‖X‖². Where a rule has it, folding is
     adding: two states become one, and folding again with minus the weight unfolds.
     measure: what has to be known of a whole model before any of it is folded.
     seeded: `fold` makes random choices, by `inputs.seed`. weighted: a model can be folded with any weight above 0.
-    matrix: which tensors the rule takes for matrices, where it tells them apart; its sums then have matrix_sq and top_sq (`matrices.figures`).
-    shipped: the file beside the weights that `inputs.moments` comes from; a tensor whose τ is zero is folded then like any other.
-    rounds: no model is folded by itself: rounds over the candidates that wait choose and weigh them (`continual.selection`).
+    matrix: which tensors the rule takes for matrices, where it tells them apart; its sums then have matrix_sq and
+    top_sq (`matrices.figures`).
+    shipped: the file beside the weights that `inputs.moments` comes from; a tensor whose τ is zero is folded then like
+    any other.
+    rounds: no model is folded by itself: rounds over the candidates that wait choose and weigh them
+    (`continual.selection`).
     """
 
     name: str
@@ -118,10 +123,13 @@ class Option(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A rule in the registry: what it is, its options, how it is read unless told otherwise; `make` gets all options, checked.
+    """A rule in the registry: what it is, its options, how it is read unless told otherwise; `make` gets all options,
+    checked.
 
-    bytes_per_parameter: size of its state, for people. order_free: the order of the fine-tunes does not matter beyond rounding.
-    published: how its paper reads it, where that is not the default. spectral: it tells matrices apart, so `spread` can read it.
+    bytes_per_parameter: size of its state, for people. order_free: the order of the fine-tunes does not matter beyond
+    rounding.
+    published: how its paper reads it, where that is not the default. spectral: it tells matrices apart, so `spread` can
+    read it.
     """
 
     name: str
@@ -137,9 +145,12 @@ class Row(NamedTuple):
 
 
 def resolve(what: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options with their values; those not given take their defaults. Raises Misconfigured for unknown ones, or a value that is not allowed."""
+    """All options with their values; those not given take their defaults. Raises Misconfigured for unknown ones, or a
+    value that is not allowed."""
     for unknown in sorted(set(given) - set(options)):
-        raise Misconfigured(f"{what}: unknown option {unknown!r}; its options are: {', '.join(sorted(options)) or 'none'}")
+        raise Misconfigured(
+            f"{what}: unknown option {unknown!r}; its options are: {', '.join(sorted(options)) or 'none'}"
+        )
     resolved = {}
     for key, option in options.items():
         try:

@@ -1,8 +1,9 @@
 """Fisher: the mean of the fine-tunes per parameter, weighted by what each ships beside its weights.
 
-Matena and Raffel 2022, "Merging Models with Fisher-Weighted Averaging", equation 1: θ* = Σ wF_iθ_i / Σ wF_i, that is θ₀ + Σ wF_iτ_i / Σ wF_i, F_i the diagonal of
-a fine-tune's Fisher information. With Adam's second moments in place of F, `power` 0.5 weights by the curvature that its optimiser saw. ΣFτ and ΣF are what is
-kept. An element for which nobody has a weight reads 0: it stays as it is in the base. A tensor that a fine-tune does not have weighs nothing.
+Matena and Raffel 2022, "Merging Models with Fisher-Weighted Averaging", equation 1: θ* = Σ wF_iθ_i / Σ wF_i, that is θ₀
++ Σ wF_iτ_i / Σ wF_i, F_i the diagonal of a fine-tune's Fisher information. With Adam's second moments in place of F,
+`power` 0.5 weights by the curvature that its optimiser saw. ΣFτ and ΣF are what is kept. An element for which nobody
+has a weight reads 0: it stays as it is in the base. A tensor that a fine-tune does not have weighs nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ WEIGHT = "weight"
 
 
 def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
-    """ΣFτ and ΣF of every element, in float64: F spans orders of magnitude, and what a large one leaves when it is taken out must not outweigh a small one."""
+    """ΣFτ and ΣF of every element, in float64: F spans orders of magnitude, and what a large one leaves when it is
+    taken out must not outweigh a small one."""
     return {slot: SlotSpec(spec.shape, "float64") for slot in (sums.SLOT, WEIGHT)}
 
 
@@ -50,7 +52,11 @@ def _make(options: Mapping[str, Any]) -> Rule:
             accumulators[sums.SLOT].addcmul_(weight, tau.double(), value=inputs.weight)
             accumulators[WEIGHT].add_(weight, alpha=inputs.weight)
         if inputs.weight < 0:  # where nobody weighs any more the sums are exact zeros, not what rounding left
-            gone = accumulators[WEIGHT] <= 0 if not sums.last_out(totals, inputs.weight) else torch.ones_like(tau, dtype=torch.bool)
+            gone = (
+                accumulators[WEIGHT] <= 0
+                if not sums.last_out(totals, inputs.weight)
+                else torch.ones_like(tau, dtype=torch.bool)
+            )
             for value in accumulators.values():
                 value.masked_fill_(gone, 0.0)
         merged = mean(accumulators)
@@ -97,7 +103,9 @@ FISHER = Row(
     summary="the mean per parameter, weighted by the Fisher values or second moments that each fine-tune ships",
     paper="Matena and Raffel 2022, Merging Models with Fisher-Weighted Averaging",
     options={
-        "file": Option("fisher.safetensors", "the file beside the weights that has them, by the names of the weights", _file),
+        "file": Option(
+            "fisher.safetensors", "the file beside the weights that has them, by the names of the weights", _file
+        ),
         "power": Option(1.0, "what they are raised to: 1 for Fisher values, 0.5 for Adam's second moments", _power),
     },
     read=ReadOptions("number", 1.0),

@@ -1,9 +1,12 @@
-"""Gram: least squares between the merged task vector and each fine-tune's own, in closed form from sums of constant size.
+"""Gram: least squares between the merged task vector and each fine-tune's own, in closed form from sums of constant
+size.
 
-The objective is that of WUDI-Merging (Cheng et al. 2025, "Whoever Started the Interference Should End It", equation 6), solved as RegMean (Jin et al. 2023,
-"Dataless Knowledge Fusion", equation 2) solves its own, with the task vector in place of the data. Right: minimise Σ ‖(τ − τ_i)τ_iᵀ‖²/‖τ_i‖² + ε‖τ − cS‖²,
-τ_R = (B + εcS)(A + εI)⁻¹ with A = Σ τ_iᵀτ_i/‖τ_i‖², B = Σ τ_iτ_iᵀτ_i/‖τ_i‖², S = Στ_i. Left: the same on transposes, with A′ = Σ τ_iτ_iᵀ/‖τ_i‖² and the
-same B. Two-sided, ours: the mean of both. ε is relative to the mean of A's diagonal. Statistics in float64. Everything that is no matrix reads as the mean.
+The objective is that of WUDI-Merging (Cheng et al. 2025, "Whoever Started the Interference Should End It", equation 6),
+solved as RegMean (Jin et al. 2023, "Dataless Knowledge Fusion", equation 2) solves its own, with the task vector in
+place of the data. Right: minimise Σ ‖(τ − τ_i)τ_iᵀ‖²/‖τ_i‖² + ε‖τ − cS‖², τ_R = (B + εcS)(A + εI)⁻¹ with A = Σ
+τ_iᵀτ_i/‖τ_i‖², B = Σ τ_iτ_iᵀτ_i/‖τ_i‖², S = Στ_i. Left: the same on transposes, with A′ = Σ τ_iτ_iᵀ/‖τ_i‖² and the same
+B. Two-sided, ours: the mean of both. ε is relative to the mean of A's diagonal. Statistics in float64. Everything that
+is no matrix reads as the mean.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ def fold_matrix(accumulators: Accumulators, tau: Tensor, weight: float) -> Folde
             accumulators[side].add_(inner if mine else (exact.mT @ exact if wide else exact @ exact.mT), alpha=scale)
         if SUM in accumulators:
             accumulators[SUM].add_(tau, alpha=weight)
-        # Each Gram's trace is Σ weight of the models that changed this tensor: none left is exact zeros, not what rounding left.
+        # Each Gram's trace is Σ weight of the models that changed this tensor: none left is exact zeros, not what
+        # rounding left.
         if weight < 0 and float(accumulators[next(iter({RIGHT, LEFT} & accumulators.keys()))].trace()) < -1e-6 * weight:
             for value in accumulators.values():
                 value.zero_()
@@ -54,7 +58,8 @@ def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) ->
 
 
 def solve(accumulators: Accumulators, ridge: float, pull: float) -> Tensor:
-    """The merged m×n task vector, float64: of the right side, the left side, or the mean of both, as there are accumulators for."""
+    """The merged m×n task vector, float64: of the right side, the left side, or the mean of both, as there are
+    accumulators for."""
     cross, found = accumulators[CROSS], []
     for side in (RIGHT, LEFT):
         if side not in accumulators:
@@ -65,7 +70,9 @@ def solve(accumulators: Accumulators, ridge: float, pull: float) -> Tensor:
             return torch.zeros_like(cross)
         target = cross + (epsilon * pull) * accumulators[SUM] if SUM in accumulators else cross
         factor = torch.linalg.cholesky(gram + epsilon * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-        found.append(torch.cholesky_solve(target.mT, factor).mT if side == RIGHT else torch.cholesky_solve(target, factor))
+        found.append(
+            torch.cholesky_solve(target.mT, factor).mT if side == RIGHT else torch.cholesky_solve(target, factor)
+        )
     return found[0] if len(found) == 1 else (found[0] + found[1]) / 2
 
 
@@ -86,7 +93,9 @@ def _make(options: Mapping[str, Any]) -> Rule:
     def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
         if not is_matrix(inputs.spec):
             return sums.fold(accumulators, tau, inputs, totals)
-        folded = matrices.noted(fold_matrix(accumulators, tau.flatten(1), inputs.weight), matrices.figures(tau.flatten(1)))
+        folded = matrices.noted(
+            fold_matrix(accumulators, tau.flatten(1), inputs.weight), matrices.figures(tau.flatten(1))
+        )
         if sums.last_out(totals, inputs.weight):
             for value in accumulators.values():
                 value.zero_()

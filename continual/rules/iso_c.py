@@ -1,8 +1,9 @@
 """Iso-C: the sum of the task vectors with its singular values made equal.
 
-Marczak et al. 2025, "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", section 4.1. With S = Στ = U Σ Vᵀ a matrix reads
-c·σ̄·U_kV_kᵀ over the k singular values that are not null, σ̄ their mean: a polar factor over all p directions would put most of a rank-deficient sum's
-length into arbitrary ones. Everything else reads as the mean. All the work is at reading; a fold is an addition.
+Marczak et al. 2025, "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", section
+4.1. With S = Στ = U Σ Vᵀ a matrix reads c·σ̄·U_kV_kᵀ over the k singular values that are not null, σ̄ their mean: a
+polar factor over all p directions would put most of a rank-deficient sum's length into arbitrary ones. Everything else
+reads as the mean. All the work is at reading; a fold is an addition.
 """
 
 from __future__ import annotations

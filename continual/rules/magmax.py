@@ -1,7 +1,7 @@
 """MagMax: of all fine-tunes, each parameter takes the change of the largest magnitude.
 
-Marczak et al. 2024, "MagMax: Leveraging Model Merging for Seamless Continual Learning", section 4; there merged = θ₀ + 0.5·τ. At equal magnitudes the
-positive change wins, so that the order of the fine-tunes does not matter.
+Marczak et al. 2024, "MagMax: Leveraging Model Merging for Seamless Continual Learning", section 4; there merged = θ₀ +
+0.5·τ. At equal magnitudes the positive change wins, so that the order of the fine-tunes does not matter.
 """
 
 from __future__ import annotations

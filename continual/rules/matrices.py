@@ -1,4 +1,5 @@
-"""What the spectral rules share: which tensors are matrices to them, and the figures of a task vector that `spread` reads by."""
+"""What the spectral rules share: which tensors are matrices to them, and the figures of a task vector that `spread`
+reads by."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ INCLUDE = Option([], "globs of tensors that are matrices here too: embeddings, o
 
 
 def is_matrix(options: Mapping[str, Any]) -> IsMatrix:
-    """2-D weights of linear layers, convolutions as out × rest, and what the option `include` names; never an empty tensor."""
+    """2-D weights of linear layers, convolutions as out × rest, and what the option `include` names; never an empty
+    tensor."""
     include: Sequence[str] = options["include"]
 
     def found(spec: TensorSpec) -> bool:
@@ -52,7 +54,8 @@ def whole(rule: str, inputs: Inputs) -> None:
 
 
 def figures(tau: Tensor) -> dict[str, float]:
-    """Of an m×n task vector, before it is folded: ‖τ‖² as matrix_sq and the square of its largest singular value as top_sq.
+    """Of an m×n task vector, before it is folded: ‖τ‖² as matrix_sq and the square of its largest singular value as
+    top_sq.
 
     Values that are not finite give figures that are not: the fold is refused for them where its sums are looked at.
     """

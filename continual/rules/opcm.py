@@ -1,8 +1,9 @@
 """OPCM: each new task vector is freed of what lies in the leading singular subspaces of the merged one, then added.
 
-Tang et al. 2025, "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging"; released code in fusion_bench.
-The paper keeps merged = θ₀ + (λ_{t−1}D + C)/λ_t. Singular subspaces do not change with scale, so we keep R_t = R_{t−1} + C_t, never rescaled, and
-λ_t = ‖R_t‖/n̄ enters when the result is read: one pass a fold. How R's subspaces are computed is `continual.linalg`'s.
+Tang et al. 2025, "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model
+Merging"; released code in fusion_bench. The paper keeps merged = θ₀ + (λ_{t−1}D + C)/λ_t. Singular subspaces do not
+change with scale, so we keep R_t = R_{t−1} + C_t, never rescaled, and λ_t = ‖R_t‖/n̄ enters when the result is read:
+one pass a fold. How R's subspaces are computed is `continual.linalg`'s.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ VARIANTS: tuple[Variant, ...] = ("block", "block+radial", "block+diagonal", "row
 
 
 def cut(sigma: Tensor, alpha: float) -> int:
-    """r, the 0-based index of the first k with cumsum(σ)_k / Σσ > α (the crossing one stays out), at most the numerical rank. σ descending, null ones 0."""
+    """r, the 0-based index of the first k with cumsum(σ)_k / Σσ > α (the crossing one stays out), at most the numerical
+    rank. σ descending, null ones 0."""
     share = sigma.cumsum(0)
     first = int((share <= alpha * share[-1]).sum())
     return min(first, int((sigma > 0).sum()))
 
 
 def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple[int, int]:
-    """τ becomes C in place, given R (`total`), both m×n float32 with m ≥ n, R not zero; returns r and the numerical rank of R.
+    """τ becomes C in place, given R (`total`), both m×n float32 with m ≥ n, R not zero; returns r and the numerical
+    rank of R.
 
     With U = R V/σ, Z = Uᵀ τ V and R′ = R − U_r Σ_r V_rᵀ, per variant:
     block           C = τ − U_r Z_r V_rᵀ (the released code)
@@ -44,7 +47,8 @@ def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple
     Everything in float64 by blocks of rows, rounded once into τ.
     """
     m, n = total.shape
-    # As Σ_{i≥r} σ_i ≥ (1−α)Σσ, the smallest σ of the block is at least (1−α)/n of σ₁: the Gram is refined only where that bound is too little.
+    # As Σ_{i≥r} σ_i ≥ (1−α)Σσ, the smallest σ of the block is at least (1−α)/n of σ₁: the Gram is refined only where
+    # that bound is too little.
     sigma, v = linalg.right_singular(total, linalg.NULL if variant == "block+diagonal" else (1.0 - alpha) / n)
     r, rank = cut(sigma, alpha), int((sigma > 0).sum())
     k = rank if variant == "block+diagonal" else r
@@ -68,7 +72,8 @@ def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple
         return r, rank
     z = cross.div_(sigma[:, None])  # k×k: Z; for rows+columns k×n: Uᵀτ
     if variant == "block+radial":
-        # C after block has nothing in the block, so ⟨C, R′⟩ = ⟨C, R⟩ = ⟨τ, R⟩ − tr Z_rΣ_r; and C −= ρR′ is C −= ρR, Z_r −= ρΣ_r.
+        # C after block has nothing in the block, so ⟨C, R′⟩ = ⟨C, R⟩ = ⟨τ, R⟩ − tr Z_rΣ_r; and C −= ρR′ is C −= ρR, Z_r
+        # −= ρΣ_r.
         radial = (inner - float((z.diagonal() * sigma).sum())) / rest_sq
         z.diagonal().sub_(radial * sigma)
     elif variant == "block+diagonal":
@@ -90,12 +95,15 @@ def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple
 
 
 def fold_matrix(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> Folded:
-    """One matrix: τ is projected in place and added to R in place; both contiguous float32 of one shape, at least 2-D, not empty."""
+    """One matrix: τ is projected in place and added to R in place; both contiguous float32 of one shape, at least 2-D,
+    not empty."""
     tau_sq, dot = linalg.inners((tau, tau), (tau, total))
     r, rank = 0, 0
     if tau_sq > 0.0 and bool(total.any()):
         flat = total.flatten(1)
-        across: Mapping[Variant, Variant] = {"rows": "columns", "columns": "rows"} if flat.shape[0] < flat.shape[1] else {}
+        across: Mapping[Variant, Variant] = (
+            {"rows": "columns", "columns": "rows"} if flat.shape[0] < flat.shape[1] else {}
+        )
         r, rank = project(linalg.tall(flat), linalg.tall(tau.flatten(1)), alpha, across.get(variant, variant))
     added = linalg.add(total, tau, 1.0)
     notes = {"r": float(r), "kept": added["tau_sq"] / tau_sq, "rank": float(rank)} if tau_sq > 0.0 else {}

@@ -1,6 +1,8 @@
-"""How long the merged task vector is made when it is read, and how its layers are scaled: options that can change without folding again.
+"""How long the merged task vector is made when it is read, and how its layers are scaled: options that can change
+without folding again.
 
-A rule reads what it calls one (the sum, the mean, its own result): X. What is merged is s·(α + β·depth)·X; this module says what s is. It is pure.
+A rule reads what it calls one (the sum, the mean, its own result): X. What is merged is s·(α + β·depth)·X; this module
+says what s is. It is pure.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ _WRITE = "write spread:C, norm, norm:KAPPA or a number; auto is the rule's defau
 class ReadOptions:
     """The size of the merged task vector.
 
-    `norm`: as long as `value` (κ) times the mean norm of the folded task vectors; the paper of OPCM is κ = 1. `number`: what the rule reads times
-    `value`. `spread`: the matrices are `value`·ρ^1.5 times as long as those of the mean task vector, ρ² being the stable rank of the task vectors, and
-    everything else is as long as it is in the mean task vector; for the rules that see matrices (ops/decisions/0014).
-    `lines` = (α, β) scales each layer by α + β·depth after that, depth being 0 for the first layer and what lies before it and 1 for the last
-    (Wang et al. 2024, "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", equation 3).
+    `norm`: as long as `value` (κ) times the mean norm of the folded task vectors; the paper of OPCM is κ = 1. `number`:
+    what the rule reads times `value`. `spread`: the matrices are `value`·ρ^1.5 times as long as those of the mean task
+    vector, ρ² being the stable rank of the task vectors, and everything else is as long as it is in the mean task
+    vector; for the rules that see matrices (ops/decisions/0014). `lines` = (α, β) scales each layer by α + β·depth
+    after that, depth being 0 for the first layer and what lies before it and 1 for the last (Wang et al. 2024, "LiNeS:
+    Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", equation 3).
     """
 
     policy: Policy
@@ -60,12 +63,15 @@ class ReadOptions:
         try:
             alpha, beta = (float(part) for part in text.split(":"))
         except ValueError:
-            raise Misconfigured(f"lines = {text}: write ALPHA:BETA (a layer is scaled by ALPHA + BETA·depth), or none") from None
+            raise Misconfigured(
+                f"lines = {text}: write ALPHA:BETA (a layer is scaled by ALPHA + BETA·depth), or none"
+            ) from None
         return alpha, beta
 
     @staticmethod
     def parse(text: str) -> ReadOptions:
-        """`spread:C`, `norm:KAPPA` (each 1 where no number is given) or a number. Raises Misconfigured for anything else."""
+        """`spread:C`, `norm:KAPPA` (each 1 where no number is given) or a number. Raises Misconfigured for anything
+        else."""
         word, colon, rest = text.strip().partition(":")
         policy: Policy = next((p for p in POLICIES if p == word), "number")
         if policy != "number" and not colon:
@@ -79,7 +85,9 @@ class ReadOptions:
     def from_mapping(options: Mapping[str, Any]) -> ReadOptions:
         """The inverse of `to_mapping`. Raises Misconfigured for unknown or missing keys."""
         if not {"policy", "value"} <= set(options) <= {"policy", "value", "lines"}:
-            raise Misconfigured(f"scale: expected the keys policy, value and perhaps lines, got {', '.join(sorted(options)) or 'none'}")
+            raise Misconfigured(
+                f"scale: expected the keys policy, value and perhaps lines, got {', '.join(sorted(options)) or 'none'}"
+            )
         lines = options.get("lines")
         return ReadOptions(options["policy"], options["value"], None if lines is None else tuple(lines))
 
@@ -92,10 +100,12 @@ class ReadOptions:
         return self.lines[0] + self.lines[1] * spec.depth if self.lines else 1.0
 
     def factors(self, totals: Mapping[str, float], size: Size) -> tuple[float, float]:
-        """s for the matrices and for everything else: one number, but under `spread`. `size` has to have what the policy `needs`.
+        """s for the matrices and for everything else: one number, but under `spread`. `size` has to have what the
+        policy `needs`.
 
-        `norm`: s = min(κ, t)·n̄/‖X‖ with n̄ the mean of ‖τ_1‖ … ‖τ_t‖, held at max(`size.most`, n̄/‖X‖): κ = 1 is the paper's law exactly; a larger κ makes
-        the merged task vector no longer than all task vectors end to end, or than the plain sum where X is one.
+        `norm`: s = min(κ, t)·n̄/‖X‖ with n̄ the mean of ‖τ_1‖ … ‖τ_t‖, held at max(`size.most`, n̄/‖X‖): κ = 1 is the
+        paper's law exactly; a larger κ makes the merged task vector no longer than all task vectors end to end, or than
+        the plain sum where X is one.
         `spread`: c·ρ^1.5·n̄/‖X‖ over the matrices; n̄/‖X‖, but no more than what makes it the plain sum, over the rest.
         """
         if self.policy == "number":

@@ -1,7 +1,8 @@
 """The rules that are weighted sums: `mean` and `task-arithmetic`; and what every rule shares, the totals of norms.
 
-X = Σ wτ per tensor. Ilharco et al. 2023, "Editing Models with Task Arithmetic", merged = θ₀ + λ Σ τ; the mean is "Model Soups" (Wortsman et al. 2022)
-of fine-tunes of one base. Both are groups: any order gives the same up to rounding, and folding with minus the weight takes a model out.
+X = Σ wτ per tensor. Ilharco et al. 2023, "Editing Models with Task Arithmetic", merged = θ₀ + λ Σ τ; the mean is "Model
+Soups" (Wortsman et al. 2022) of fine-tunes of one base. Both are groups: any order gives the same up to rounding, and
+folding with minus the weight takes a model out.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ def elementwise(spec: TensorSpec) -> bool:  # noqa: ARG001 - the contract's sign
 
 
 def settle(totals: Totals, sums: Sums, weight: float) -> dict[str, float]:
-    """Totals after a fold: count, weight Σw, norm_sum Σ‖τ_i‖ (whole model), merged_sq ‖X‖². A negative weight takes a model out; none left is exactly 0.
+    """Totals after a fold: count, weight Σw, norm_sum Σ‖τ_i‖ (whole model), merged_sq ‖X‖². A negative weight takes a
+    model out; none left is exactly 0.
 
-    Of rules that see matrices also matrix_norm_sum and plain_norm_sum, the same over the matrices and over the rest, and spread_sum, Σ ρ_i‖τ_i‖ over the
-    matrices, ρ_i² = ‖τ_i‖²/‖τ_i‖₂², norms squared and added over the matrices: how many directions a task vector lies in.
+    Of rules that see matrices also matrix_norm_sum and plain_norm_sum, the same over the matrices and over the rest,
+    and spread_sum, Σ ρ_i‖τ_i‖ over the matrices, ρ_i² = ‖τ_i‖²/‖τ_i‖₂², norms squared and added over the matrices: how
+    many directions a task vector lies in.
     """
     sign = math.copysign(1.0, weight)
     added = {"count": 1.0, "norm_sum": math.sqrt(sums["tau_sq"])}
@@ -49,7 +52,8 @@ def settle(totals: Totals, sums: Sums, weight: float) -> dict[str, float]:
 
 
 def fold(accumulators: Accumulators, tau: torch.Tensor, inputs: Inputs, totals: Totals) -> Folded:
-    """X += w·τ, each element rounded once. Where the last model is taken out X becomes exact zeros, not what rounding left."""
+    """X += w·τ, each element rounded once. Where the last model is taken out X becomes exact zeros, not what rounding
+    left."""
     sums = linalg.add(accumulators[SLOT], tau, inputs.weight)
     if last_out(totals, inputs.weight):
         accumulators[SLOT].zero_()
@@ -131,7 +135,19 @@ def _mean(options: Mapping[str, Any]) -> Rule:
 def _task_arithmetic(options: Mapping[str, Any]) -> Rule:
     row = TASK_ARITHMETIC
     return Rule(
-        row.name, row.summary, options, slots, elementwise, fold, settle, read_sum, size, workspace, no_gauges, combine, weighted=True
+        row.name,
+        row.summary,
+        options,
+        slots,
+        elementwise,
+        fold,
+        settle,
+        read_sum,
+        size,
+        workspace,
+        no_gauges,
+        combine,
+        weighted=True,
     )
 
 
@@ -158,7 +174,20 @@ TASK_ARITHMETIC = Row(
 
 def _frank_wolfe(options: Mapping[str, Any]) -> Rule:
     row = FRANK_WOLFE
-    return Rule(row.name, row.summary, options, slots, elementwise, fold, settle, read_sum, size, workspace, no_gauges, rounds=True)
+    return Rule(
+        row.name,
+        row.summary,
+        options,
+        slots,
+        elementwise,
+        fold,
+        settle,
+        read_sum,
+        size,
+        workspace,
+        no_gauges,
+        rounds=True,
+    )
 
 
 FRANK_WOLFE = Row(

@@ -1,8 +1,9 @@
 """TIES: trim each task vector, elect a sign per parameter, average those that agree with it.
 
-Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", section 4. The elected sign is that of Σ⁺ + Σ⁻, the sums of the positive and of
-the negative trimmed changes, and the mean is that of the side that won: four accumulators give the batch's result at every step. |Σ⁺ + Σ⁻| at most 2⁻²⁰ of
-Σ⁺ − Σ⁻ is a draw and reads 0, so that rounding elects nobody. What is trimmed is told in `trimming`.
+Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", section 4. The elected sign is that of Σ⁺
++ Σ⁻, the sums of the positive and of the negative trimmed changes, and the mean is that of the side that won: four
+accumulators give the batch's result at every step. |Σ⁺ + Σ⁻| at most 2⁻²⁰ of Σ⁺ − Σ⁻ is a draw and reads 0, so that
+rounding elects nobody. What is trimmed is told in `trimming`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _MOST = (1 << 16) - 1
 
 
 def add(accumulators: Accumulators, tau: Tensor, kept: Tensor, weight: float) -> Folded:
-    """Adds the trimmed changes (or takes them out) on the side of their sign; where no model is left the sums are exact zeros."""
+    """Adds the trimmed changes (or takes them out) on the side of their sign; where no model is left the sums are exact
+    zeros."""
     plus, minus = accumulators[PLUS], accumulators[MINUS]
     tau_sq, dot = linalg.inners((tau, tau), (tau, plus + minus))
     sign = 1 if weight > 0 else -1
@@ -81,7 +83,13 @@ def _make(options: Mapping[str, Any]) -> Rule:
         if abs(inputs.weight) != 1.0:
             raise Misconfigured(f"ties folds every model with weight 1, or -1 to take it out, not {inputs.weight:g}")
         _countable(totals.get("count", 0.0) + 1)
-        threshold = inputs.measured["threshold"] if measuring else trimming.own_threshold(tau, density) if density < 1.0 else 0.0
+        threshold = (
+            inputs.measured["threshold"]
+            if measuring
+            else trimming.own_threshold(tau, density)
+            if density < 1.0
+            else 0.0
+        )
         return add(accumulators, tau, trimming.trimmed(tau, threshold), inputs.weight)
 
     def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001
@@ -113,7 +121,9 @@ TIES = Row(
     summary="trim, elect a sign per parameter, average what agrees with it",
     paper="Yadav et al. 2023, TIES-Merging",
     options={
-        "density": Option(0.2, "share of the changes that is kept, the largest by magnitude, in (0, 1]", trimming.share),
+        "density": Option(
+            0.2, "share of the changes that is kept, the largest by magnitude, in (0, 1]", trimming.share
+        ),
         "trim": Option("model", f"over what the share is taken: {', '.join(trimming.SCOPES)}", trimming.scope),
     },
     read=ReadOptions("number", 1.0),

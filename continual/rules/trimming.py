@@ -1,8 +1,10 @@
 """Thresholds on |τ|: which changes are the largest, of a tensor or, exactly and without holding it, of a whole model.
 
-What is kept are the ⌊density·N⌋ changes (at least one) of largest magnitude, and those equal to the smallest of them. The bit patterns of |τ| are ordered like the
-magnitudes. Over a model a sample says about where the threshold lies; one pass counts how many patterns lie above a window there, and each one inside. Where the
-window has missed it, two more passes find it whatever the values are: they count the upper halves of the patterns, then the lower halves of those in the half that holds it.
+What is kept are the ⌊density·N⌋ changes (at least one) of largest magnitude, and those equal to the smallest of them.
+The bit patterns of |τ| are ordered like the magnitudes. Over a model a sample says about where the threshold lies; one
+pass counts how many patterns lie above a window there, and each one inside. Where the window has missed it, two more
+passes find it whatever the values are: they count the upper halves of the patterns, then the lower halves of those in
+the half that holds it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def own_threshold(tau: Tensor, density: float) -> float:
 
 def trimmed(tau: Tensor, threshold: float) -> Tensor:
     """τ where |τ| ≥ threshold, else 0."""
-    below = torch.tensor(threshold).nextafter(torch.tensor(0.0))  # hardshrink keeps what is above, and costs a twentieth of a where
+    below = torch.tensor(threshold).nextafter(
+        torch.tensor(0.0)
+    )  # hardshrink keeps what is above, and costs a twentieth of a where
     return torch.nn.functional.hardshrink(tau, float(below))
 
 
@@ -79,7 +83,8 @@ def _tally(number: int, tau: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _window(tau: Tensor, first: int) -> Tensor:
-    """How many patterns there are of each of the 2^16 from `first` on, and how many above those. By NumPy: at a quarter of the cost of torch's masks."""
+    """How many patterns there are of each of the 2^16 from `first` on, and how many above those. By NumPy: at a quarter
+    of the cost of torch's masks."""
     bits = tau.numpy().view(np.uint32) & np.uint32(0x7FFFFFFF)
     bits -= np.uint32(first)  # what lies below wraps round to the largest
     inside = np.bincount(bits[np.flatnonzero(bits < _WIDTH)], minlength=_WIDTH)
@@ -94,7 +99,9 @@ def _conclude(density: float, number: int, counts: Tensor, numel: int, measured:
         half = int((seen >= wanted).sum()) - 1
         if half < 0:
             return {"from": 0.0}
-        inside = (wanted - int(seen[half] - counts[half])) / int(counts[half])  # share of the half that is kept, from its top
+        inside = (wanted - int(seen[half] - counts[half])) / int(
+            counts[half]
+        )  # share of the half that is kept, from its top
         middle = ((half + 1) << _LOW) - int(inside * (1 << _LOW))
         return {"from": float(max(0, middle - (1 << (_LOW - 1))))}
     if number == _WINDOW:

@@ -1,10 +1,11 @@
 """TSV-M: the leading singular triplets of every fine-tune, made orthogonal to each other.
 
-Gargiulo et al. 2025, "Task Singular Vectors: Reducing Task Interference in Model Merging", algorithm 1: of each of T task matrices keep the first k = ⌊p/T⌋
-triplets, put them side by side, replace U and V by their polar factors, multiply. The first k triplets are a prefix of the first k′ > k, so the state after
-T + 1 fine-tunes is that after T with every block cut, and the new block: p columns for good, and the batch's result at every T ≤ p. Beyond, one triplet each
-of the p fine-tunes with the largest: ours. Triplets at or below 1e-6 of their matrix's largest are left out, and so are null directions of the polar factors.
-Everything that is no matrix reads as the mean.
+Gargiulo et al. 2025, "Task Singular Vectors: Reducing Task Interference in Model Merging", algorithm 1: of each of T
+task matrices keep the first k = ⌊p/T⌋ triplets, put them side by side, replace U and V by their polar factors,
+multiply. The first k triplets are a prefix of the first k′ > k, so the state after T + 1 fine-tunes is that after T
+with every block cut, and the new block: p columns for good, and the batch's result at every T ≤ p. Beyond, one triplet
+each of the p fine-tunes with the largest: ours. Triplets at or below 1e-6 of their matrix's largest are left out, and
+so are null directions of the polar factors. Everything that is no matrix reads as the mean.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _MOST = (1 << 16) - 1
 
 
 def triplets(tau: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `count` singular triplets (fewer where they are null) of an m×n matrix: U (m×k), σ (k), V (n×k) in float64."""
+    """The first `count` singular triplets (fewer where they are null) of an m×n matrix: U (m×k), σ (k), V (n×k) in
+    float64."""
     rows = linalg.tall(tau)
     sigma, v = linalg.right_singular(rows, linalg.NULL)
     k = min(count, int((sigma > 0).sum()))
@@ -38,7 +40,8 @@ def triplets(tau: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def choose(owner: Sequence[int], sigma: Sequence[float], count: int, p: int) -> list[int]:
-    """Which columns stay with `count` fine-tunes: of each its first ⌊p/count⌋; where that is none, the first of each, of those the p largest."""
+    """Which columns stay with `count` fine-tunes: of each its first ⌊p/count⌋; where that is none, the first of each,
+    of those the p largest."""
     width, place, chosen = max(1, p // count), dict.fromkeys(owner, 0), []
     for column, number in enumerate(owner):
         if number and place[number] < width:

@@ -1,4 +1,5 @@
-"""Rounds over the pool of waiting candidates: scored together by a calibration objective, the relevant ones folded, every member's fate recorded."""
+"""Rounds over the pool of waiting candidates: scored together by a calibration objective, the relevant ones folded,
+every member's fate recorded."""
 
 from continual.selection.asked import UNSUPERVISED, Asked, asked
 from continual.selection.fates import Row

@@ -1,4 +1,5 @@
-"""Which models a Frank-Wolfe merge weighs, as its newest record has it. Kept in the ledger; the merge itself only knows their sum."""
+"""Which models a Frank-Wolfe merge weighs, as its newest record has it. Kept in the ledger; the merge itself only knows
+their sum."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from continual.state import State
 
 
 class Active(NamedTuple):
-    """`weights`: by key, one weight or one for each layer. `rest`: the weights of what is in the merge and cannot be weighed any more, empty where nothing
-    is. `members`: all models in the merge; `norms`: ‖τ‖ of each."""
+    """`weights`: by key, one weight or one for each layer. `rest`: the weights of what is in the merge and cannot be
+    weighed any more, empty where nothing is. `members`: all models in the merge; `norms`: ‖τ‖ of each."""
 
     weights: Mapping[str, tuple[float, ...]]
     rest: tuple[float, ...]

@@ -16,11 +16,12 @@ UNSUPERVISED = "rounds.unsupervised: entropy in place of labels rewards models t
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """`trial`: at most this share of a task vector is added to the merge to see what it does to held-out rows. `sigmas`: a candidate is relevant where that
-    lowers their loss by more than so many standard errors. `stays`: it stays where taking it out raises it by more than so many. `patience`: rounds in which
-    one may be judged irrelevant before it is refused. `age`: seconds after which one that still waits expires; `most`: of more candidates than this the oldest
-    expire. `layers`: Frank-Wolfe weighs each layer of a model by itself. `size`, `wait`: a round is due when so many candidates wait that none has judged, or
-    one of them has waited so many seconds."""
+    """`trial`: at most this share of a task vector is added to the merge to see what it does to held-out rows.
+    `sigmas`: a candidate is relevant where that lowers their loss by more than so many standard errors. `stays`: it
+    stays where taking it out raises it by more than so many. `patience`: rounds in which one may be judged irrelevant
+    before it is refused. `age`: seconds after which one that still waits expires; `most`: of more candidates than this
+    the oldest expire. `layers`: Frank-Wolfe weighs each layer of a model by itself. `size`, `wait`: a round is due when
+    so many candidates wait that none has judged, or one of them has waited so many seconds."""
 
     calibration: Wanted
     plan: Plan = field(default_factory=Plan)
@@ -48,7 +49,9 @@ class Asked:
             if not good:
                 raise Misconfigured(f"rounds: {name} = {value}: it has to be {what}")
         if self.layers and self.plan.step in ("pairwise", "soft"):
-            raise Misconfigured(f"rounds: step = {self.plan.step} weighs whole models; layers goes with hard and corrective")
+            raise Misconfigured(
+                f"rounds: step = {self.plan.step} weighs whole models; layers goes with hard and corrective"
+            )
 
     def told(self) -> dict[str, Any]:
         """What a record keeps of it: all that the choice depends on."""
@@ -91,9 +94,26 @@ def asked(settings: Settings) -> Asked:
         given.unsupervised,
     )
     plan = Plan(
-        cast(Any, given.step), given.rho, cast(Any, given.search), given.best, given.active, given.steps, given.inner, given.tolerance
+        cast(Any, given.step),
+        given.rho,
+        cast(Any, given.search),
+        given.best,
+        given.active,
+        given.steps,
+        given.inner,
+        given.tolerance,
     )
     layers = given.step == "corrective" if given.layers is None else given.layers
     return Asked(
-        wanted, plan, layers, given.trial, given.sigmas, given.stays, given.patience, given.age, given.most, given.size, given.wait
+        wanted,
+        plan,
+        layers,
+        given.trial,
+        given.sigmas,
+        given.stays,
+        given.patience,
+        given.age,
+        given.most,
+        given.size,
+        given.wait,
     )

@@ -32,7 +32,9 @@ def entry(
 ) -> Entry:
     """The record that ends a round."""
     counted = ", ".join(
-        f"{len(found)} {fate}" for fate in ("chosen", "folded", "deferred", "refused", "expired") if (found := fates.names(rows, fate))
+        f"{len(found)} {fate}"
+        for fate in ("chosen", "folded", "deferred", "refused", "expired")
+        if (found := fates.names(rows, fate))
     )
     body = {
         "of": begun.seq,
@@ -41,11 +43,22 @@ def entry(
         "scores": [row.body() for row in rows],
         **(merge or {}),
     }
-    message = f"{counted or 'no member'}; loss {numbers['before']:.4g} to {numbers['loss']:.4g}, gap {numbers['gap']:.3g}"
-    return Entry(kind="select", numbers=body, message=message, software=provenance.software(), device=str(engine.device), totals=after)
+    message = (
+        f"{counted or 'no member'}; loss {numbers['before']:.4g} to {numbers['loss']:.4g}, gap {numbers['gap']:.3g}"
+    )
+    return Entry(
+        kind="select",
+        numbers=body,
+        message=message,
+        software=provenance.software(),
+        device=str(engine.device),
+        totals=after,
+    )
 
 
-def kept_out(chosen: Chosen, members: Sequence[Member], pool: Mapping[str, Waiting], asked: Asked, now: str) -> list[Row]:
+def kept_out(
+    chosen: Chosen, members: Sequence[Member], pool: Mapping[str, Waiting], asked: Asked, now: str
+) -> list[Row]:
     """The rows of the members that nobody chose."""
     rows = []
     for member in members:
@@ -62,7 +75,9 @@ def kept(chosen: Chosen, member: Member, fate: str = "folded") -> Row:
     verdict, weight = chosen.judged.get(member.key), _mean(chosen.active.weights.get(member.key, (0.0,)))
     change, error, z = (verdict.change, verdict.error, verdict.z) if verdict else (None, None, None)
     score = chosen.scores[member.key].total if member.key in chosen.scores else None
-    return Row(member.key, member.name, fate, "", f"{member.name}: weight {weight:.4g}", 0, score, change, error, z, weight)
+    return Row(
+        member.key, member.name, fate, "", f"{member.name}: weight {weight:.4g}", 0, score, change, error, z, weight
+    )
 
 
 def commit(
@@ -76,14 +91,17 @@ def commit(
     begun: Commit,
     progress: Progress,
 ) -> Commit:
-    """Writes the weighted sum that Frank-Wolfe chose as one durable step, with every member's fate. Raises Retry; then nothing is settled."""
+    """Writes the weighted sum that Frank-Wolfe chose as one durable step, with every member's fate. Raises Retry; then
+    nothing is settled."""
     state, now, weights = engine.state, active(engine.state), chosen.active.weights
     out = [key for key in now.members if key not in weights and (key in chosen.left or not chosen.active.rest)]
     waits = dict(pool)
     for fold in state.folds():
         if (key := (fold.entry.candidate or {})["key"]) in out:
             waits[key] = Waiting(fold, fold.time)
-    rows = kept_out(chosen, [*members, *(now.members[key] for key in out if key in chosen.scores)], waits, asked, begun.time)
+    rows = kept_out(
+        chosen, [*members, *(now.members[key] for key in out if key in chosen.scores)], waits, asked, begun.time
+    )
     if weights == now.weights and chosen.active.rest == now.rest:
         rows = [*(kept(chosen, chosen.active.members[key]) for key in weights), *rows]
         return state.record(entry(engine, begun, asked, rows, chosen.numbers))
@@ -113,11 +131,16 @@ def totals(merge: Active, merged_sq: float) -> dict[str, float]:
 
 def _fold(waiting: Waiting, digest: str, norm: float, weight: float) -> dict[str, Any]:
     """A model that entered the merge, as a record of several holds it."""
-    return {"candidate": dict(waiting.commit.entry.candidate or {}), "digest": digest, "numbers": {"tau_norm": norm, "weight": weight}}
+    return {
+        "candidate": dict(waiting.commit.entry.candidate or {}),
+        "digest": digest,
+        "numbers": {"tau_norm": norm, "weight": weight},
+    }
 
 
 def _twins(engine: Engine, after: Active, digests: Mapping[str, str]) -> tuple[Active, list[Row]]:
-    """A model that is in the merge already under another name is no second one: its weight is that of the first. X is the same."""
+    """A model that is in the merge already under another name is no second one: its weight is that of the first. X is
+    the same."""
     seen, doubles, weights, rest = dict[str, str](), list[Row](), dict(after.weights), after.rest
     for key, digest in digests.items():
         known = engine.state.folded_digest(digest)

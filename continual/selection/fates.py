@@ -1,4 +1,5 @@
-"""What becomes of the members of a round that were not folded: pure decisions, and the rows that a `select` record keeps of them."""
+"""What becomes of the members of a round that were not folded: pure decisions, and the rows that a `select` record
+keeps of them."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ from continual.state.ledger import Waiting
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A member at the end of a round. `score`: ⟨g, τ⟩ at the merge, without it where it is not in, in units of the loss; `change` and `error`: what a trial of
-    it, or its being in the merge, does to the mean loss of held-out rows; `z` their ratio; None where it was not tried, as where its score already is not below
-    zero. `weight`: what Frank-Wolfe gave it; `place`: of those chosen for a rule, which is folded first. `judged`: 1 if this round counts."""
+    """A member at the end of a round. `score`: ⟨g, τ⟩ at the merge, without it where it is not in, in units of the
+    loss; `change` and `error`: what a trial of it, or its being in the merge, does to the mean loss of held-out rows;
+    `z` their ratio; None where it was not tried, as where its score already is not below zero. `weight`: what
+    Frank-Wolfe gave it; `place`: of those chosen for a rule, which is folded first. `judged`: 1 if this round counts.
+    """
 
     key: str
     name: str
@@ -43,7 +46,9 @@ def seconds(earlier: str, later: str) -> float:
     return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds()
 
 
-def kept_out(member: Member, waiting: Waiting, score: float | None, judgement: Judgement | None, now: str, asked: Asked) -> Row:
+def kept_out(
+    member: Member, waiting: Waiting, score: float | None, judgement: Judgement | None, now: str, asked: Asked
+) -> Row:
     """A member that was judged and not chosen: deferred, refused once patience is at its end, or expired."""
     found: dict[str, Any] = {
         "score": score,
@@ -55,7 +60,9 @@ def kept_out(member: Member, waiting: Waiting, score: float | None, judgement: J
     old = seconds(waiting.since, now) >= asked.age
     rounds = waiting.rounds + 1
     if relevant and not old:
-        why = f"relevant (z {judgement.z:+.1f}), but the round had no place or no steps left for it" if judgement else ""
+        why = (
+            f"relevant (z {judgement.z:+.1f}), but the round had no place or no steps left for it" if judgement else ""
+        )
         return Row(member.key, member.name, "deferred", "no-place", f"{member.name}: {why}", 0, **found)
     said = _said(score, judgement, asked)
     if rounds >= asked.patience and not relevant:
@@ -114,7 +121,11 @@ def _said(score: float | None, judgement: Judgement | None, asked: Asked) -> str
             f"a trial of it changes the loss on held-out rows by {judgement.change:+.2g} ± {judgement.error:.1g} "
             f"(z {judgement.z:+.1f}, relevant below {-asked.sigmas:g})"
         )
-    return f"its score is {score:+.2g}, and the objective falls only below zero" if score is not None else "it was not scored"
+    return (
+        f"its score is {score:+.2g}, and the objective falls only below zero"
+        if score is not None
+        else "it was not scored"
+    )
 
 
 def names(rows: Iterable[Row], fate: str) -> list[str]:

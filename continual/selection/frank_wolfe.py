@@ -1,8 +1,10 @@
-"""Frank-Wolfe over the models that wait: which of them a calibration objective wants, and with which weights, over ρ·conv({0} ∪ {τ_i}).
+"""Frank-Wolfe over the models that wait: which of them a calibration objective wants, and with which weights, over
+ρ·conv({0} ∪ {τ_i}).
 
-The steps are `continual.selection.steps`, in weights; here is what a point costs: the model put at it, a gradient, a pass over the members' files. A model
-enters only if a trial on held-out rows finds it relevant where it would enter, and stays only if held-out rows are worse without it. What is done with the
-weights is not decided here: they are the merge, or say what a rule folds.
+The steps are `continual.selection.steps`, in weights; here is what a point costs: the model put at it, a gradient, a
+pass over the members' files. A model enters only if a trial on held-out rows finds it relevant where it would enter,
+and stays only if held-out rows are worse without it. What is done with the weights is not decided here: they are the
+merge, or say what a rule folds.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ LEAST_TRIAL = 0.1
 
 
 class Origin(NamedTuple):
-    """X, which the weights are counted from, tensor by tensor in new memory; `need` is the peak of reading one. `fixed`: it stays as it is, and weights are
-    added to it; else it is the weighted sum that the active models and the rest make up."""
+    """X, which the weights are counted from, tensor by tensor in new memory; `need` is the peak of reading one.
+    `fixed`: it stays as it is, and weights are added to it; else it is the weighted sum that the active models and the
+    rest make up."""
 
     vector: Callable[[TensorSpec], Tensor]
     need: Callable[[TensorSpec], int]
@@ -42,9 +45,10 @@ class Origin(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What came of it. `scores`: ⟨g, τ⟩ at the end; `judged`: the last trial of each, for those in the merge what it does by being there; `lost`: why a member
-    could not be had; `left`: models that had weight, and have none now; `numbers`: `loss` and `before` of the driving rows, `gap` over who is in or was let
-    in, `pool_gap` over all, `steps`."""
+    """What came of it. `scores`: ⟨g, τ⟩ at the end; `judged`: the last trial of each, for those in the merge what it
+    does by being there; `lost`: why a member could not be had; `left`: models that had weight, and have none now;
+    `numbers`: `loss` and `before` of the driving rows, `gap` over who is in or was let in, `pool_gap` over all,
+    `steps`."""
 
     active: Active
     mix: Mix
@@ -56,10 +60,18 @@ class Chosen(NamedTuple):
 
 
 class Search:
-    """The problem as `steps` sees it: vertices are the active models, the candidates that wait, and the rest of X where there is one, as the last."""
+    """The problem as `steps` sees it: vertices are the active models, the candidates that wait, and the rest of X where
+    there is one, as the last."""
 
     def __init__(
-        self, engine: Engine, loaded: Loaded, origin: Origin, now: Active, waiting: Sequence[Member], asked: Asked, progress: Progress
+        self,
+        engine: Engine,
+        loaded: Loaded,
+        origin: Origin,
+        now: Active,
+        waiting: Sequence[Member],
+        asked: Asked,
+        progress: Progress,
     ) -> None:
         self.loaded, self.origin, self.asked, self.progress = loaded, origin, asked, progress
         self.lost: dict[str, Refuse] = {}
@@ -82,7 +94,9 @@ class Search:
         """The weights there are: vertices × layers."""
         width = self.loaded.count
         rows = [_wide(self.now.get(key, (0.0,)), width) for key in self.keys]
-        return torch.tensor(rows + ([_wide(self.rest, width)] if self.rest else []), dtype=torch.float64).reshape(-1, width)
+        return torch.tensor(rows + ([_wide(self.rest, width)] if self.rest else []), dtype=torch.float64).reshape(
+            -1, width
+        )
 
     def caps(self) -> Tensor:
         """What a weight may be at most: the rest of X can only shrink."""
@@ -95,7 +109,8 @@ class Search:
         """What makes the merge with these weights of X."""
         if self.origin.fixed:
             return Mix(
-                (1.0,) * weights.shape[1], {key: tuple(weights[i].tolist()) for i, key in enumerate(self.keys) if bool(weights[i].any())}
+                (1.0,) * weights.shape[1],
+                {key: tuple(weights[i].tolist()) for i, key in enumerate(self.keys) if bool(weights[i].any())},
             )
         return mix(self.start(), weights, self.rest, self.keys)
 
@@ -107,7 +122,10 @@ class Search:
         wanted = self.mix(weights)
         with ExitStack() as stack:
             files = self._mixing.files(wanted, stack)
-            self.loaded.put(partial(self._mixing.vector, wanted, files), lambda spec: self._mixing.need(spec) + self.origin.need(spec))
+            self.loaded.put(
+                partial(self._mixing.vector, wanted, files),
+                lambda spec: self._mixing.need(spec) + self.origin.need(spec),
+            )
         self._at = weights.clone()
 
     def loss(self, weights: Tensor) -> float:
@@ -117,7 +135,8 @@ class Search:
         return self.loaded.calibration.loss()
 
     def gradient(self, weights: Tensor, of: Tensor | None = None) -> tuple[float, Tensor]:
-        """The loss, and ⟨g_l, τ_l⟩ of every vertex, or of those `of` asks for and all that have weight (0 for the others)."""
+        """The loss, and ⟨g_l, τ_l⟩ of every vertex, or of those `of` asks for and all that have weight (0 for the
+        others)."""
         if self._graded is None or not torch.equal(self._graded[0], weights):
             self.put(weights)
             self.progress("gradient", 0, 1)
@@ -134,7 +153,9 @@ class Search:
             if key in self.scores:
                 slopes[i] = torch.tensor(self.scores[key].slopes, dtype=torch.float64)
         if self.rest:  # R = X − Σ w_i τ_i, of weight r
-            along = torch.tensor(self.loaded.along(self.origin.vector), dtype=torch.float64) - (start[:-1] * slopes[:-1]).sum(0)
+            along = torch.tensor(self.loaded.along(self.origin.vector), dtype=torch.float64) - (
+                start[:-1] * slopes[:-1]
+            ).sum(0)
             slopes[-1] = torch.where(start[-1] > 0, along / start[-1].clamp_min(1e-300), torch.zeros_like(along))
         return self._graded[1], slopes
 
@@ -144,7 +165,8 @@ class Search:
         return vertex < len(keys) and keys[vertex] not in self.banned and self.relevant(keys[vertex], weights)
 
     def relevant(self, key: str, weights: Tensor) -> bool:
-        """The same of a member by its key. What is added of it is the best share up to `trial` by the parabola through the loss of the driving rows."""
+        """The same of a member by its key. What is added of it is the best share up to `trial` by the parabola through
+        the loss of the driving rows."""
         assert self._graded is not None
         assert torch.equal(self._graded[0], weights)
         loss, slope, most, member = self._graded[1], self.scores[key].total, self.asked.trial, self.members[key]
@@ -248,7 +270,8 @@ def _choose(search: Search, plan: Plan, told: Callable[[Taken], None]) -> Chosen
 
 
 def room(now: Active, waiting: Sequence[Member], plan: Plan) -> Active:
-    """The merge with its lightest models not weighed any more, where it is full and candidates wait: a quarter of the places is theirs."""
+    """The merge with its lightest models not weighed any more, where it is full and candidates wait: a quarter of the
+    places is theirs."""
     most = plan.most - min(max(1, plan.most // 4), len(waiting), plan.most - 1)
     if not waiting or len(now.weights) <= most:
         return now

@@ -38,7 +38,8 @@ class Score(NamedTuple):
 
 
 class Loaded:
-    """A model whose parameters are the base's, found by `calibration`; `layers` numbers the layer of each tensor, and there are `count`."""
+    """A model whose parameters are the base's, found by `calibration`; `layers` numbers the layer of each tensor, and
+    there are `count`."""
 
     def __init__(self, engine: Engine, calibration: Calibration, *, by_layer: bool = False) -> None:
         self.engine = engine
@@ -58,7 +59,9 @@ class Loaded:
                 for tensor in self.places[spec.name]:
                     tensor.copy_(value)
 
-        for _ in self.engine.executor.map([Task(s.name, s.nbytes + 4 * s.numel + need(s), partial(one, s)) for s in self.specs]):
+        for _ in self.engine.executor.map(
+            [Task(s.name, s.nbytes + 4 * s.numel + need(s), partial(one, s)) for s in self.specs]
+        ):
             pass
 
     def move(self, member: Member, by: float | Sequence[float]) -> None:
@@ -86,8 +89,8 @@ class Loaded:
             tensor.grad = None
 
     def scores(self, members: Sequence[Member], progress: Progress) -> dict[str, Score | Refuse]:
-        """Every member against the gradient, each read once; those that cannot be had, or that the gates on numbers refuse, with the refusal. ‖τ‖² is found out
-        when a member is seen first."""
+        """Every member against the gradient, each read once; those that cannot be had, or that the gates on numbers
+        refuse, with the refusal. ‖τ‖² is found out when a member is seen first."""
         gradients = {spec.name: self._gradient(spec.name) for spec in self.specs}
         state, norms = self.engine.state, self.engine.policy.norms
         squares, totals = state.format.base["squares"], state.totals
@@ -124,6 +127,7 @@ class Loaded:
         return [math.fsum(part) for part in sums]
 
     def _gradient(self, name: str) -> Tensor | None:
-        """The gradient of one tensor of the base, flat: the sum over the parameters that hold it; None where the loss does not depend on it."""
+        """The gradient of one tensor of the base, flat: the sum over the parameters that hold it; None where the loss
+        does not depend on it."""
         found = [t.grad.reshape(-1) for t in self.places[name] if t.grad is not None]
         return sum(found[1:], found[0]) if found else None

@@ -1,4 +1,5 @@
-"""The candidates that wait, and the models that a Frank-Wolfe merge can still weigh: known by where they are, opened for one pass at a time.
+"""The candidates that wait, and the models that a Frank-Wolfe merge can still weigh: known by where they are, opened
+for one pass at a time.
 
 Nothing of a member stays in memory between passes, so a pool takes none.
 """
@@ -53,20 +54,29 @@ class Opened(NamedTuple):
 
 @contextmanager
 def opened(engine: Engine, member: Member) -> Iterator[Opened]:
-    """A member's task vectors. Raises Refuse with the reason `gone` where its files are not those that were seen, Retry where they cannot be read now."""
+    """A member's task vectors. Raises Refuse with the reason `gone` where its files are not those that were seen, Retry
+    where they cannot be read now."""
     place = member.at or engine.locate(member.identity)
     place.must_be_there()
     with open_model(place) as model:
         if candidate_of(model).key != member.key:
-            raise Refuse("gone", f"{member.name}: the files in {place} are not those that were seen; they are looked at as a new candidate")
+            raise Refuse(
+                "gone",
+                f"{member.name}: the files in {place} are not those that were seen; they are looked at as a new candidate",
+            )
         lineage = trace(engine.base, model, engine.policy.lineage)
-        yield Opened(model, lineage, TaskVectors(engine.base, model, lineage, run=run_length(engine.device), buffers=engine.buffers))
+        yield Opened(
+            model,
+            lineage,
+            TaskVectors(engine.base, model, lineage, run=run_length(engine.device), buffers=engine.buffers),
+        )
 
 
 def over(
     engine: Engine, members: Sequence[Member], look: Callable[[Member, Opened], T], stage: str, progress: Progress
 ) -> dict[str, T | Refuse]:
-    """What `look` finds in each member, several at a time, by key; or why it cannot be had. Raises Retry, and Abandoned when told to stop."""
+    """What `look` finds in each member, several at a time, by key; or why it cannot be had. Raises Retry, and Abandoned
+    when told to stop."""
 
     def one(member: Member) -> T | Refuse:
         engine.go_on(member.name)
@@ -88,6 +98,7 @@ def over(
 
 
 def _need(engine: Engine, member: Member) -> int:
-    """Peak bytes of a pass over a member, one tensor after the other; of an adapter, with the product of its largest factors."""
+    """Peak bytes of a pass over a member, one tensor after the other; of an adapter, with the product of its largest
+    factors."""
     largest = max((spec.numel for spec in engine.base.specs), default=0) if member.form == "adapter" else 0
     return 4 * 4 * run_length(engine.device) + 3 * 4 * largest

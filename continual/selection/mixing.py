@@ -1,6 +1,8 @@
-"""A merge that is a weighted sum of task vectors, X = Σ_i w_i τ_i, made from the one before: X' = keep·X + Σ_i add_i τ_i, layer by layer, so that only what changes is read.
+"""A merge that is a weighted sum of task vectors, X = Σ_i w_i τ_i, made from the one before: X' = keep·X + Σ_i add_i
+τ_i, layer by layer, so that only what changes is read.
 
-The models whose files are gone, or that had no place any more among those that are weighed, are in X together: they are only ever kept by some share.
+The models whose files are gone, or that had no place any more among those that are weighed, are in X together: they are
+only ever kept by some share.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ class Mix(NamedTuple):
 
 
 def mix(before: Tensor, after: Tensor, rest: Sequence[float], keys: Sequence[str]) -> Mix:
-    """From the weights of the merge that is there to those that are wanted (vertices × layers, float64), the rows of `keys` and, where there is a `rest`
-    in X that no member accounts for, the last row for that.
+    """From the weights of the merge that is there to those that are wanted (vertices × layers, float64), the rows of
+    `keys` and, where there is a `rest` in X that no member accounts for, the last row for that.
 
     Where nothing fixes what is kept of a layer, it is the share that leaves the fewest members to read.
     """
@@ -58,7 +60,10 @@ def mix(before: Tensor, after: Tensor, rest: Sequence[float], keys: Sequence[str
         if rest:
             share = float(after[-1, layer] / before[-1, layer]) if float(before[-1, layer]) > 0 else 0.0
         else:
-            ratios = sorted({0.0, *(r for i in range(members) if old[i] > 0 and (r := float(new[i] / old[i])) <= GROWS)}, reverse=True)
+            ratios = sorted(
+                {0.0, *(r for i in range(members) if old[i] > 0 and (r := float(new[i] / old[i])) <= GROWS)},
+                reverse=True,
+            )
             share = min(ratios, key=lambda ratio: int(((new - ratio * old).abs() > NOTHING).sum()))
         keep.append(share)
         add[:, layer] = new - share * old
@@ -72,10 +77,15 @@ def origin(state: State) -> Callable[[TensorSpec], Tensor]:
 
 
 class Mixing:
-    """Makes merges of `members`; X of a tensor is what `origin` gives, in new memory. `layers` numbers the layer of each tensor."""
+    """Makes merges of `members`; X of a tensor is what `origin` gives, in new memory. `layers` numbers the layer of
+    each tensor."""
 
     def __init__(
-        self, engine: Engine, origin: Callable[[TensorSpec], Tensor], members: Mapping[str, Member], layers: Mapping[str, int]
+        self,
+        engine: Engine,
+        origin: Callable[[TensorSpec], Tensor],
+        members: Mapping[str, Member],
+        layers: Mapping[str, int],
     ) -> None:
         self._engine = engine
         self._origin = origin
@@ -87,7 +97,9 @@ class Mixing:
         """Peak bytes of `vector`."""
         return need(self._engine.rule, spec, None) + 8 * spec.numel
 
-    def vector(self, wanted: Mix, files: Mapping[str, Opened], spec: TensorSpec, contents: Mapping[str, Content] | None = None) -> Tensor:
+    def vector(
+        self, wanted: Mix, files: Mapping[str, Opened], spec: TensorSpec, contents: Mapping[str, Content] | None = None
+    ) -> Tensor:
         """X' of one tensor, float32. Members with `contents` are read whatever is added of them, and hashed."""
         layer = self._layers[spec.name]
         keep = wanted.keep[layer]
@@ -109,8 +121,11 @@ class Mixing:
         keys = sorted({*wanted.add, *besides})
         return {key: stack.enter_context(opened(self._engine, self._members[key])) for key in keys}
 
-    def write(self, transaction: Transaction, wanted: Mix, entering: Sequence[str], progress: Progress) -> tuple[float, dict[str, str]]:
-        """X' into `transaction`: ‖X'‖², and the content digests of the members that are `entering`. Raises Refuse where one is gone, Retry."""
+    def write(
+        self, transaction: Transaction, wanted: Mix, entering: Sequence[str], progress: Progress
+    ) -> tuple[float, dict[str, str]]:
+        """X' into `transaction`: ‖X'‖², and the content digests of the members that are `entering`. Raises Refuse where
+        one is gone, Retry."""
         with ExitStack() as stack:
             files = self.files(wanted, stack, entering)
             parts: dict[str, dict[str, bytes]] = {key: {} for key in entering}

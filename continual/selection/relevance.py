@@ -1,4 +1,5 @@
-"""Relevance as a gate before any rule: Frank-Wolfe, from the merge as it is, says which of the candidates that wait the objective wants; the rule folds these.
+"""Relevance as a gate before any rule: Frank-Wolfe, from the merge as it is, says which of the candidates that wait the
+objective wants; the rule folds these.
 
 Which they are is recorded before the first is folded, so that an interrupted round folds the same.
 """
@@ -35,7 +36,14 @@ def fold(engine: Engine, progress: Progress, told: Callable[[Outcome], None]) ->
                 place = seen.model.place
         except Refuse as gone:  # it was there when it was chosen: what lies there now is another candidate
             software = provenance.software()
-            entry = Entry(kind="refuse", candidate=candidate, fate="expired", reason=gone.reason, message=str(gone), software=software)
+            entry = Entry(
+                kind="refuse",
+                candidate=candidate,
+                fate="expired",
+                reason=gone.reason,
+                message=str(gone),
+                software=software,
+            )
             outcomes.append(Outcome("refused", member.name, str(gone), gone.reason, engine.state.record(entry)))
             told(outcomes[-1])
             continue

@@ -1,4 +1,5 @@
-"""One round over the pool, from the record that begins it to the record that ends it. A round that was killed is taken up with the same members and makes the same choice."""
+"""One round over the pool, from the record that begins it to the record that ends it. A round that was killed is taken
+up with the same members and makes the same choice."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ from continual.state.ledger import Waiting
 
 
 class Round(NamedTuple):
-    """What a round came to: a row of each member, its numbers (`loss`, `before`, `gap`, `steps`, …), the record that ended it (None of a dry run), the folds
-    it made, and its wall time in seconds."""
+    """What a round came to: a row of each member, its numbers (`loss`, `before`, `gap`, `steps`, …), the record that
+    ended it (None of a dry run), the folds it made, and its wall time in seconds."""
 
     rows: list[Row]
     numbers: Mapping[str, Any]
@@ -51,7 +52,8 @@ Told = Callable[[Outcome | Taken], None]
 
 
 def due(pool: Mapping[str, Waiting], asked: Asked, now: str) -> bool:
-    """Whether a round is due: enough candidates wait that no round has judged, or one of them has waited long enough, or one has grown too old."""
+    """Whether a round is due: enough candidates wait that no round has judged, or one of them has waited long enough,
+    or one has grown too old."""
     fresh = [w for w in pool.values() if not w.last]
     if pending(pool) or len(fresh) >= asked.size or any(fates.seconds(w.since, now) >= asked.wait for w in fresh):
         return True
@@ -69,10 +71,14 @@ def clock() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def run(engine: Engine, reading: Callable[[], Reading], asked: Asked, progress: Progress, told: Told, *, weighed: bool) -> Round:
-    """Runs a round over all that wait, and first what one before left to be folded; `weighed`: the merge is Frank-Wolfe's, else the rule of the state folds.
+def run(
+    engine: Engine, reading: Callable[[], Reading], asked: Asked, progress: Progress, told: Told, *, weighed: bool
+) -> Round:
+    """Runs a round over all that wait, and first what one before left to be folded; `weighed`: the merge is
+    Frank-Wolfe's, else the rule of the state folds.
 
-    Raises Misconfigured where nothing waits or the objective cannot be used, Retry (the round stays open and is taken up again) and Halt.
+    Raises Misconfigured where nothing waits or the objective cannot be used, Retry (the round stays open and is taken
+    up again) and Halt.
     """
     started, state = time.perf_counter(), engine.state
     left = relevance.fold(engine, progress, told)
@@ -85,7 +91,11 @@ def run(engine: Engine, reading: Callable[[], Reading], asked: Asked, progress: 
     by_layer = weighed and (asked.layers or any(len(w) > 1 for w in now.weights.values()))
     loaded = _load(engine, asked, progress, by_layer=by_layer)
     begun = _begun(engine, asked, pool, weighed)
-    members = [Member(pool[m["key"]].commit.entry.candidate or {}) for m in (begun.entry.numbers or {})["members"] if m["key"] in pool]
+    members = [
+        Member(pool[m["key"]].commit.entry.candidate or {})
+        for m in (begun.entry.numbers or {})["members"]
+        if m["key"] in pool
+    ]
     origin, plan = _origin(reading(), engine, progress, weighed=weighed), asked.plan
     if weighed:
         now = frank_wolfe.room(now, members, plan)
@@ -96,11 +106,16 @@ def run(engine: Engine, reading: Callable[[], Reading], asked: Asked, progress: 
         if weighed:
             return _after(commit(engine, loaded, origin, chosen, members, pool, asked, begun, progress), [], started)
     except Refuse as lost:  # it was there when it was scored: the next pass finds it gone
-        raise Retry(f"{lost}; nothing was settled, and the round goes on without it when it is taken up again") from lost
+        raise Retry(
+            f"{lost}; nothing was settled, and the round goes on without it when it is taken up again"
+        ) from lost
     rows = kept_out(chosen, members, pool, asked, begun.time)
     first = sorted(chosen.active.weights, key=lambda key: (-chosen.active.weights[key][0], key))
     rows = [
-        *(dataclasses.replace(kept(chosen, chosen.active.members[key], "chosen"), place=place) for place, key in enumerate(first)),
+        *(
+            dataclasses.replace(kept(chosen, chosen.active.members[key], "chosen"), place=place)
+            for place, key in enumerate(first)
+        ),
         *rows,
     ]
     ended = state.record(entry(engine, begun, asked, rows, chosen.numbers))
@@ -129,18 +144,25 @@ def _after(ended: Commit, outcomes: Sequence[Outcome], started: float) -> Round:
 
 
 def _origin(merge: Reading, engine: Engine, progress: Progress, *, weighed: bool) -> frank_wolfe.Origin:
-    """What weights are counted from: the weighted sum that the state holds, or what is published of another rule's merge."""
+    """What weights are counted from: the weighted sum that the state holds, or what is published of another rule's
+    merge."""
     merge.settle(engine.executor, progress)
     return frank_wolfe.Origin(merge.unit if weighed else merge.vector, merge.need, not weighed)
 
 
 def look(engine: Engine, reading: Callable[[], Reading], asked: Asked, progress: Progress, *, weighed: bool) -> Round:
-    """Scores all that wait at the merge as it is, and tries those whose score is below zero; nothing is folded or recorded. Raises as `run`."""
+    """Scores all that wait at the merge as it is, and tries those whose score is below zero; nothing is folded or
+    recorded. Raises as `run`."""
     started, pool = time.perf_counter(), engine.state.pool()
     if not pool:
         raise Misconfigured(_EMPTY)
-    loaded, members = _load(engine, asked, progress, by_layer=False), [Member(w.commit.entry.candidate or {}) for w in pool.values()]
-    origin = _origin(reading(), engine, progress, weighed=weighed)._replace(fixed=True)  # nobody who is in it is weighed
+    loaded, members = (
+        _load(engine, asked, progress, by_layer=False),
+        [Member(w.commit.entry.candidate or {}) for w in pool.values()],
+    )
+    origin = _origin(reading(), engine, progress, weighed=weighed)._replace(
+        fixed=True
+    )  # nobody who is in it is weighed
     search = frank_wolfe.Search(engine, loaded, origin, NONE, members, asked, progress)
     while True:
         try:
@@ -162,18 +184,27 @@ def look(engine: Engine, reading: Callable[[], Reading], asked: Asked, progress:
 def _load(engine: Engine, asked: Asked, progress: Progress, *, by_layer: bool) -> Loaded:
     """The model in memory, with its calibration rows."""
     progress("load", 0, 1)
-    return Loaded(engine, calibration.load(asked.calibration, engine.base.checkpoint.directory, engine.device), by_layer=by_layer)
+    return Loaded(
+        engine, calibration.load(asked.calibration, engine.base.checkpoint.directory, engine.device), by_layer=by_layer
+    )
 
 
 def _begun(engine: Engine, asked: Asked, pool: Mapping[str, Waiting], weighed: bool) -> Commit:
-    """The record that begins the round: the one that is open if it asks for the same, else a new one, which has the members as they are now."""
+    """The record that begins the round: the one that is open if it asks for the same, else a new one, which has the
+    members as they are now."""
     state, numbers = (
         engine.state,
-        {"mode": "frank-wolfe" if weighed else "relevance", "asked": asked.told(), "objective": asked.calibration.told()},
+        {
+            "mode": "frank-wolfe" if weighed else "relevance",
+            "asked": asked.told(),
+            "objective": asked.calibration.told(),
+        },
     )
     open_round = state.open_round
     if open_round is not None and {key: (open_round.entry.numbers or {}).get(key) for key in numbers} == numbers:
         return open_round
     members = [{"key": key, "name": (w.commit.entry.candidate or {})["name"]} for key, w in pool.items()]
     message = f"{len(members)} candidate{'s' * (len(members) != 1)}"
-    return state.record(Entry(kind="round", numbers={**numbers, "members": members}, message=message, software=provenance.software()))
+    return state.record(
+        Entry(kind="round", numbers={**numbers, "members": members}, message=message, software=provenance.software())
+    )

@@ -1,10 +1,13 @@
-"""Frank-Wolfe steps over the coefficients of task vectors, and the duality gap. Pure maths: what a loss and a gradient are is the caller's.
+"""Frank-Wolfe steps over the coefficients of task vectors, and the duality gap. Pure maths: what a loss and a gradient
+are is the caller's.
 
-Minimises ℓ(Σ_i w_i τ_i) over 𝓜 = ρ·conv({0} ∪ {τ_i}) ("FW-Merging: Scaling Model Merging with Frank-Wolfe Optimization", 2025). A vertex is a task vector; its
-coefficients are a row of m × L `weights`, where L is 1 (task-wise) or the number of layers. Feasible: 0 <= weights <= caps, each column's sum <= ρ.
+Minimises ℓ(Σ_i w_i τ_i) over 𝓜 = ρ·conv({0} ∪ {τ_i}) ("FW-Merging: Scaling Model Merging with Frank-Wolfe
+Optimization", 2025). A vertex is a task vector; its coefficients are a row of m × L `weights`, where L is 1 (task-wise)
+or the number of layers. Feasible: 0 <= weights <= caps, each column's sum <= ρ.
 
-Departures from the paper: the zero vertex belongs to the hull; weights stay in it; a vertex may have a cap (it can shrink and not grow beyond); who enters is the
-caller's decision; pairwise and fully-corrective steps (Lacoste-Julien and Jaggi, "On the Global Linear Convergence of Frank-Wolfe Optimization Variants", 2015).
+Departures from the paper: the zero vertex belongs to the hull; weights stay in it; a vertex may have a cap (it can
+shrink and not grow beyond); who enters is the caller's decision; pairwise and fully-corrective steps (Lacoste-Julien
+and Jaggi, "On the Global Linear Convergence of Frank-Wolfe Optimization Variants", 2015).
 """
 
 from __future__ import annotations
@@ -36,15 +39,17 @@ class Problem(Protocol):
     def loss(self, weights: Tensor) -> float: ...
 
     def gradient(self, weights: Tensor, of: Tensor | None = None) -> tuple[float, Tensor]:
-        """The loss and the slopes, m × L: slopes[i, l] = ⟨g_l, τ_{i,l}⟩; where some are asked for, `of` them (m, bool), those of the others are not looked at.
+        """The loss and the slopes, m × L: slopes[i, l] = ⟨g_l, τ_{i,l}⟩; where some are asked for, `of` them (m, bool),
+        those of the others are not looked at.
 
         The same point may be asked for twice in a row, for some and then for all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to step. `best` is the k of soft; `most` ordinary vertices may have weight, and beyond it none is admitted; `inner` iterations of projected gradient make
-    a step of soft or corrective; `tolerance` is a duality gap, in units of the loss."""
+    """How to step. `best` is the k of soft; `most` ordinary vertices may have weight, and beyond it none is admitted;
+    `inner` iterations of projected gradient make a step of soft or corrective; `tolerance` is a duality gap, in units
+    of the loss."""
 
     step: Step = "corrective"
     rho: float = 1.0
@@ -69,8 +74,9 @@ class Plan:
 
 
 class Taken(NamedTuple):
-    """What a step did. `gap` is before it, `loss` after it. `gamma`: of hard and corrective (there the last inner iteration's) the share of the way that was gone, of
-    pairwise the weight that moved, of soft 1 minus what is left of the weights before."""
+    """What a step did. `gap` is before it, `loss` after it. `gamma`: of hard and corrective (there the last inner
+    iteration's) the share of the way that was gone, of pairwise the weight that moved, of soft 1 minus what is left of
+    the weights before."""
 
     step: Step
     number: int
@@ -101,7 +107,8 @@ def ignore(taken: Taken) -> None:
 
 
 def oracle(slopes: Tensor, rho: float, allowed: Tensor, caps: Tensor) -> Tensor:
-    """The feasible weights, m × L, with the least ⟨slopes, weights⟩: in each column the most negative slopes, each up to its cap, until ρ is used."""
+    """The feasible weights, m × L, with the least ⟨slopes, weights⟩: in each column the most negative slopes, each up
+    to its cap, until ρ is used."""
     order = slopes.argsort(dim=0, stable=True)
     room = torch.where(allowed[:, None] & (slopes < 0), caps.clamp(max=rho), 0.0).gather(0, order)
     before = room.cumsum(0) - room  # what better vertices of the column can take
@@ -109,17 +116,21 @@ def oracle(slopes: Tensor, rho: float, allowed: Tensor, caps: Tensor) -> Tensor:
 
 
 def gap(weights: Tensor, slopes: Tensor, rho: float, allowed: Tensor, caps: Tensor | None = None) -> float:
-    """⟨g, τ⟩ − min over what is feasible with the `allowed` vertices (m, bool); without caps Σ_l ⟨g_l, τ_l⟩ − min(0, ρ·min_i slopes[i, l]). Of a convex ℓ at least ℓ − ℓ*."""
+    """⟨g, τ⟩ − min over what is feasible with the `allowed` vertices (m, bool); without caps Σ_l ⟨g_l, τ_l⟩ − min(0,
+    ρ·min_i slopes[i, l]). Of a convex ℓ at least ℓ − ℓ*."""
     target = oracle(slopes, rho, allowed, torch.full_like(slopes, math.inf) if caps is None else caps)
     return float((slopes * (weights - target)).sum())
 
 
 def project(values: Tensor, total: float, caps: Tensor) -> Tensor:
-    """The nearest to `values` (1-D) of {0 <= u <= caps, Σu <= total}: clip(values − θ, 0, caps) with the least θ >= 0 that fits."""
+    """The nearest to `values` (1-D) of {0 <= u <= caps, Σu <= total}: clip(values − θ, 0, caps) with the least θ >= 0
+    that fits."""
     fits = values.clamp(min=0.0).minimum(caps)
     if float(fits.sum()) <= total:
         return fits
-    breaks = torch.cat([values.new_zeros(1), values, values - caps]).clamp(min=0.0).sort().values  # Σ(θ) is linear between two
+    breaks = (
+        torch.cat([values.new_zeros(1), values, values - caps]).clamp(min=0.0).sort().values
+    )  # Σ(θ) is linear between two
     sums = (values - breaks[:, None]).clamp(min=0.0).minimum(caps).sum(1)
     low = int((sums > total).sum()) - 1  # Σ(breaks[low]) > total >= Σ(breaks[low + 1])
     over = values - (breaks[low] + breaks[low + 1]) / 2
@@ -128,9 +139,12 @@ def project(values: Tensor, total: float, caps: Tensor) -> Tensor:
     return (values - theta).clamp(min=0.0).minimum(caps)
 
 
-def minimise(evaluate: Callable[[float], float], loss: float, slope: float, most: float, *, eager: bool = False) -> float:
-    """A γ in (0, most] that lowers φ enough, where φ(0) = loss and φ'(0) = slope < 0; 0 where none tried does. First `most`, then the minimiser of the parabola
-    through what is known: of a quadratic two evaluations are exact. `eager`: `most` will do if it lowers φ enough."""
+def minimise(
+    evaluate: Callable[[float], float], loss: float, slope: float, most: float, *, eager: bool = False
+) -> float:
+    """A γ in (0, most] that lowers φ enough, where φ(0) = loss and φ'(0) = slope < 0; 0 where none tried does. First
+    `most`, then the minimiser of the parabola through what is known: of a quadratic two evaluations are exact. `eager`:
+    `most` will do if it lowers φ enough."""
     gamma, kept, at_kept = most, 0.0, loss
     for number in range(TRIES):
         value = evaluate(gamma)
@@ -164,7 +178,8 @@ class Task(NamedTuple):
     plan: Plan
 
     def feasible(self, weights: Tensor) -> Tensor:
-        """Exactly 0 where a vertex has left, and within the hull where rounding, or another ρ or cap than before, left it."""
+        """Exactly 0 where a vertex has left, and within the hull where rounding, or another ρ or cap than before, left
+        it."""
         weights, rho = weights.clamp(min=0.0).minimum(self.caps), self.plan.rho
         weights = torch.where((weights <= GONE * rho).all(1, keepdim=True), 0.0, weights)
         for column in (weights.sum(0) > rho * (1 + 1e-12)).nonzero().flatten().tolist():
@@ -177,7 +192,9 @@ class Task(NamedTuple):
     def at(self, weights: Tensor, of: Tensor | None = None) -> Point:
         point = Point(weights := self.feasible(weights), *self.problem.gradient(weights, of))
         if not (math.isfinite(point.loss) and bool(point.slopes.isfinite().all())):
-            raise Misconfigured(f"the objective: its loss ({point.loss}) and every slope have to be finite; look at its rows and its dtype")
+            raise Misconfigured(
+                f"the objective: its loss ({point.loss}) and every slope have to be finite; look at its rows and its dtype"
+            )
         return point
 
     def gap(self, point: Point, allowed: Tensor) -> float:
@@ -188,7 +205,8 @@ class Task(NamedTuple):
 
 
 class Door:
-    """Who may have weight in one step: `allowed` are those with weight and those admitted, `unbarred` all but the refused."""
+    """Who may have weight in one step: `allowed` are those with weight and those admitted, `unbarred` all but the
+    refused."""
 
     def __init__(self, task: Task, weights: Tensor, admit: Admit) -> None:
         self._weights, self._admit, self._most = weights, admit, task.plan.most
@@ -210,15 +228,20 @@ class Door:
             self.unbarred &= self.allowed | ~self._ordinary
 
 
-def solve(problem: Problem, start: Tensor, caps: Tensor, plan: Plan, admit: Admit = always, told: Told = ignore) -> Solved:
+def solve(
+    problem: Problem, start: Tensor, caps: Tensor, plan: Plan, admit: Admit = always, told: Told = ignore
+) -> Solved:
     """Steps from `start` until the gap is within the tolerance, none lowers the loss, or their limit; `told` of each.
 
-    A vertex without weight is asked about when a step would give it some, the most negative slope first, and only while the gap over all not refused is above the
-    tolerance; a refusal holds for that step. Every gap is over those not refused. A step depends on the weights alone (decay: and on its number). A point within a
-    step may be asked for some slopes, and then for all. Raises Misconfigured where the objective gives no finite number."""
+    A vertex without weight is asked about when a step would give it some, the most negative slope first, and only while
+    the gap over all not refused is above the tolerance; a refusal holds for that step. Every gap is over those not
+    refused. A step depends on the weights alone (decay: and on its number). A point within a step may be asked for some
+    slopes, and then for all. Raises Misconfigured where the objective gives no finite number."""
     assert (start.shape, start.dtype, caps.dtype) == (caps.shape, torch.float64, torch.float64), (start, caps)
     if plan.step in ("pairwise", "soft") and start.shape[1] > 1:
-        raise Misconfigured(f'step = "{plan.step}": takes one coefficient a model, not {start.shape[1]}; with more name hard or corrective')
+        raise Misconfigured(
+            f'step = "{plan.step}": takes one coefficient a model, not {start.shape[1]}; with more name hard or corrective'
+        )
     task = Task(problem, caps, plan)
     point = task.at(start)
     first = point.loss
@@ -234,7 +257,9 @@ def solve(problem: Problem, start: Tensor, caps: Tensor, plan: Plan, admit: Admi
             break
         now = (after.weights > 0).any(1)
         steps.append(Taken(plan.step, number, after.loss, bound, gamma, _which(now & ~before), _which(before & ~now)))
-        point = after if plan.step in ("hard", "pairwise") else task.at(after.weights)  # inner steps look at the allowed alone
+        point = (
+            after if plan.step in ("hard", "pairwise") else task.at(after.weights)
+        )  # inner steps look at the allowed alone
         told(steps[-1])
     return Solved(point.weights, point.loss, first, bound, steps)
 
@@ -266,15 +291,22 @@ def _step(task: Task, point: Point, door: Door, number: int) -> tuple[Point, flo
     return _along(task, point, way, 1.0)
 
 
-def _along(task: Task, point: Point, way: Tensor, most: float, eager: bool = False, of: Tensor | None = None) -> tuple[Point, float]:
+def _along(
+    task: Task, point: Point, way: Tensor, most: float, eager: bool = False, of: Tensor | None = None
+) -> tuple[Point, float]:
     """weights + γ·way with a γ up to `most` that lowers the loss; slopes `of` some vertices."""
     slope = float((point.slopes * way).sum())
-    gamma = minimise(lambda gamma: task.loss(point.weights + gamma * way), point.loss, slope, most, eager=eager) if slope < 0 else 0.0
+    gamma = (
+        minimise(lambda gamma: task.loss(point.weights + gamma * way), point.loss, slope, most, eager=eager)
+        if slope < 0
+        else 0.0
+    )
     return (task.at(point.weights + gamma * way, of), gamma) if gamma else (point, 0.0)
 
 
 def _pairwise(task: Task, point: Point, door: Door) -> tuple[Point, float]:
-    """Weight from the worst vertex that has some to the best that can take some; the last of m + 1 is the zero vertex, with what is left of ρ."""
+    """Weight from the worst vertex that has some to the best that can take some; the last of m + 1 is the zero vertex,
+    with what is left of ρ."""
     rho, weights = task.plan.rho, point.weights[:, 0]
     has = torch.cat([weights, rho - weights.sum(0, keepdim=True)])
     takes = torch.cat([torch.where(door.allowed, task.caps[:, 0] - weights, 0.0), has.new_full((1,), math.inf)])
@@ -286,7 +318,8 @@ def _pairwise(task: Task, point: Point, door: Door) -> tuple[Point, float]:
 
 
 def _soft(task: Task, point: Point, door: Door) -> tuple[Point, float]:
-    """τ ← τ + Σ_j u_j (a_j − τ) with u on the simplex: a_j is ρτ_j, or τ_j at its cap, of the k best; where caps make the oracle's point none of these, it as well."""
+    """τ ← τ + Σ_j u_j (a_j − τ) with u on the simplex: a_j is ρτ_j, or τ_j at its cap, of the k best; where caps make
+    the oracle's point none of these, it as well."""
     slopes, most = point.slopes[:, 0], task.caps[:, 0].clamp(max=task.plan.rho)
     chosen: list[int] = []
     for vertex in slopes.argsort(stable=True).tolist():
@@ -301,7 +334,8 @@ def _soft(task: Task, point: Point, door: Door) -> tuple[Point, float]:
 
 
 class Space(NamedTuple):
-    """Variables x (p × L), of which ways·x (m × L) is added to the weights: 0 <= x <= caps, and each column of x sums to at most `total`."""
+    """Variables x (p × L), of which ways·x (m × L) is added to the weights: 0 <= x <= caps, and each column of x sums
+    to at most `total`."""
 
     ways: Tensor
     caps: Tensor
@@ -309,8 +343,9 @@ class Space(NamedTuple):
 
 
 def _descend(task: Task, point: Point, allowed: Tensor, space: Space, x: Tensor) -> tuple[Point, float, Tensor]:
-    """Spectral projected gradient (Birgin, Martínez and Raydan, 2000, SPG2), but monotone: the point, the last γ and x. The first length, for which nothing is known,
-    gets a line search; those after are Barzilai and Borwein's, and go the whole way if that lowers the loss enough."""
+    """Spectral projected gradient (Birgin, Martínez and Raydan, 2000, SPG2), but monotone: the point, the last γ and x.
+    The first length, for which nothing is known, gets a line search; those after are Barzilai and Borwein's, and go the
+    whole way if that lowers the loss enough."""
     length, gamma, slopes = 0.0, 0.0, space.ways.T @ point.slopes
     for number in range(task.plan.inner):
         scale = float(slopes.abs().max()) / space.total

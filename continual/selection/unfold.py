@@ -1,4 +1,5 @@
-"""A model taken out of a merge that Frank-Wolfe weighs: its share is subtracted, and the other weights stay as they are until the next round."""
+"""A model taken out of a merge that Frank-Wolfe weighs: its share is subtracted, and the other weights stay as they are
+until the next round."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from continual.state import Commit
 def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
     """Subtracts the model of `plan`. Returns the record.
 
-    Raises Misconfigured for one whose weight is not known by itself any more, Refuse where its files are not those that were folded, Retry; then nothing
-    has changed.
+    Raises Misconfigured for one whose weight is not known by itself any more, Refuse where its files are not those that
+    were folded, Retry; then nothing has changed.
     """
     begun, state, now = time.perf_counter(), engine.state, active(engine.state)
     if plan.key not in now.weights:

@@ -11,8 +11,9 @@ from continual.state import State
 
 
 class Why(NamedTuple):
-    """`fate` now, with its reason and message; `since` when it was first seen; `rounds`: what each round said of it, oldest first, with the record of the
-    round (`record`), its `objective`, and how many members it had (`members`) of which so many scored better (`better`)."""
+    """`fate` now, with its reason and message; `since` when it was first seen; `rounds`: what each round said of it,
+    oldest first, with the record of the round (`record`), its `objective`, and how many members it had (`members`) of
+    which so many scored better (`better`)."""
 
     key: str
     name: str
@@ -25,14 +26,23 @@ class Why(NamedTuple):
 
 
 def why(state: State, word: str) -> Why:
-    """Of the candidate that `word` names: a name, path or key, the newest of them. Raises Misconfigured if the ledger knows none."""
+    """Of the candidate that `word` names: a name, path or key, the newest of them. Raises Misconfigured if the ledger
+    knows none."""
     place = str(Path(word).absolute())
-    seen = [c for c in state.log if (e := c.entry.candidate) and (word in (e["name"], e["key"]) or e["origin"] in (word, place))]
+    seen = [
+        c
+        for c in state.log
+        if (e := c.entry.candidate) and (word in (e["name"], e["key"]) or e["origin"] in (word, place))
+    ]
     seen += [
-        fold for fold in state.folds() if (e := fold.entry.candidate) and (word in (e["name"], e["key"]) or e["origin"] in (word, place))
+        fold
+        for fold in state.folds()
+        if (e := fold.entry.candidate) and (word in (e["name"], e["key"]) or e["origin"] in (word, place))
     ]
     if not seen:
-        raise Misconfigured(f"{word}: no candidate of this name, path or key was ever seen; see 'continual pool' and 'continual log'")
+        raise Misconfigured(
+            f"{word}: no candidate of this name, path or key was ever seen; see 'continual pool' and 'continual log'"
+        )
     newest = seen[-1].entry.candidate or {}
     key = newest["key"]
     rounds = []
@@ -54,7 +64,10 @@ def why(state: State, word: str) -> Why:
                 rounds.append({**row, **more})
     waiting, settled = state.pool().get(key), state.fate(key)
     if waiting is not None:
-        last = waiting.last or {"reason": "waiting", "message": waiting.commit.entry.message or "waits for its first round"}
+        last = waiting.last or {
+            "reason": "waiting",
+            "message": waiting.commit.entry.message or "waits for its first round",
+        }
         fate, reason, message = "deferred", last["reason"], last["message"]
     elif settled is not None:
         entry = settled.entry
@@ -65,5 +78,9 @@ def why(state: State, word: str) -> Why:
         )
     else:
         fate, reason, message = "open", "retry", f"{newest['name']}: is looked at again when it is seen next"
-    since = next(c.time for c in state.log if (c.entry.candidate or {}).get("key") == key or c is seen[-1] or c.seq == seen[-1].seq)
+    since = next(
+        c.time
+        for c in state.log
+        if (c.entry.candidate or {}).get("key") == key or c is seen[-1] or c.seq == seen[-1].seq
+    )
     return Why(key, newest["name"], newest["origin"], fate, reason, message, since, rounds)

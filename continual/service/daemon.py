@@ -1,4 +1,5 @@
-"""The daemon: wires settings to parts, runs them in one task group, takes the signals, drains. One candidate folds at a time, on a thread.
+"""The daemon: wires settings to parts, runs them in one task group, takes the signals, drains. One candidate folds at a
+time, on a thread.
 
 All waiting is on the event loop; the engine is synchronous and knows nothing of it.
 """
@@ -52,9 +53,12 @@ def run(settings: Settings) -> int:
 
 
 def check_places(settings: Settings) -> None:
-    """Refuses a configuration in which what we write would be seen as something to fold, or in which nothing is watched."""
+    """Refuses a configuration in which what we write would be seen as something to fold, or in which nothing is
+    watched."""
     if not settings.watch and not watches_hub(settings):
-        raise Misconfigured("nothing to watch: name a folder with watch = [DIR] (--watch DIR), or set hub.watch = true (--hub watch=true)")
+        raise Misconfigured(
+            "nothing to watch: name a folder with watch = [DIR] (--watch DIR), or set hub.watch = true (--hub watch=true)"
+        )
     hub.check(settings.release)
     hooks.check(settings.hooks)
     ours = [settings.state] + ([settings.current.parent] if settings.current else [])
@@ -89,7 +93,9 @@ class Daemon:
             _ = merge.places.hub  # what keeps it from being asked is said before anything starts
         self.hub = self._hub_source() if watches_hub(self.settings) else None
         self.live = Live(merge, self.queue, self.hub)
-        folders = [FolderSource(root, settle=self.settings.settle, rescan=self.settings.rescan) for root in self.settings.watch]
+        folders = [
+            FolderSource(root, settle=self.settings.settle, rescan=self.settings.rescan) for root in self.settings.watch
+        ]
         self.sources: list[FolderSource | HubSource] = [*folders, *([self.hub] if self.hub else [])]
         self.stopping = asyncio.Event()
         self.wake = asyncio.Event()
@@ -112,7 +118,13 @@ class Daemon:
             await asyncio.to_thread(self.asked.calibration.told)  # what is missing is said at the start
         self.metrics.build(rule=self.merge.rule.name, device=str(engine.device), software=provenance.software())
         self._gauge()
-        self.log.info("started", pid=os.getpid(), state=str(self.settings.state), head=self.merge.state.head.seq, rule=self.merge.rule.name)
+        self.log.info(
+            "started",
+            pid=os.getpid(),
+            state=str(self.settings.state),
+            head=self.merge.state.head.seq,
+            rule=self.merge.rule.name,
+        )
         for orphan in self.merge.state.orphans:
             self.log.info("orphan removed", generation=orphan)
         served = asyncio.Event()
@@ -228,7 +240,9 @@ class Daemon:
         """Runs a round; one that the environment kept from its end is tried again later, and goes on where it was."""
         self.live.begin_round()
         try:
-            found = await loop.run_in_executor(self._thread, lambda: self.merge.round(self.live.progress, self._heard(loop)))
+            found = await loop.run_in_executor(
+                self._thread, lambda: self.merge.round(self.live.progress, self._heard(loop))
+            )
         except Abandoned as error:
             self.log.info("abandoned", what="round", error=str(error))
             return
@@ -248,13 +262,17 @@ class Daemon:
         assert found.commit is not None
         numbers = found.commit.entry.numbers or {}
         self.metrics.round(found.seconds, len(numbers.get("folds", ())), time.time())
-        fates = {fate: sum(row.fate == fate for row in found.rows) for fate in ("folded", "deferred", "refused", "expired")}
+        fates = {
+            fate: sum(row.fate == fate for row in found.rows) for fate in ("folded", "deferred", "refused", "expired")
+        }
         figures = {key: round(found.numbers[key], 6) for key in ("before", "loss", "gap")}
         self.log.info("round", seq=found.commit.seq, **fates, **figures, seconds=round(found.seconds, 3))
         for row in numbers["scores"]:  # of those it chose for a rule the fold has told
             if row["fate"] in ("refused", "expired"):
                 self.metrics.refused(row["reason"])
-                self.log.warning(row["fate"], model=row["name"], seq=found.commit.seq, reason=row["reason"], message=row["message"])
+                self.log.warning(
+                    row["fate"], model=row["name"], seq=found.commit.seq, reason=row["reason"], message=row["message"]
+                )
         self.publishing.fresh()
         self._gauge()
 
@@ -313,7 +331,9 @@ class Daemon:
             report = outcome.report
             self.metrics.observe(report, time.time())
             numbers = {k: round(report.numbers[k], 4) for k in ("tau_norm", "cosine", "lambda") if k in report.numbers}
-            self.log.info("folded", **facts, **numbers, seconds=round(report.seconds["total"], 3), bytes_read=report.bytes_read)
+            self.log.info(
+                "folded", **facts, **numbers, seconds=round(report.seconds["total"], 3), bytes_read=report.bytes_read
+            )
             self.publishing.fresh()
         elif outcome.fate == "deferred":
             self.log.info("waits", **facts, pool=len(self.merge.pool()))

@@ -1,4 +1,5 @@
-"""Log lines: for people on a terminal, JSON otherwise, both on standard error. One line per thing that happened, with stable keys."""
+"""Log lines: for people on a terminal, JSON otherwise, both on standard error. One line per thing that happened, with
+stable keys."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ def configure(*, json: bool | None = None, level: str = "info") -> None:
     """Sets structlog up for this process. `json` None means JSON where standard error is no terminal."""
     as_json = not sys.stderr.isatty() if json is None else json
     shared: list[Any] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
-    last: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    last: Any = (
+        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
     structlog.configure(
         processors=[*shared, structlog.processors.format_exc_info, last],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),

@@ -1,4 +1,5 @@
-"""Every series the daemon exposes, in one table, fed by the engine's reports. No label is a model's name: their number must stay bounded."""
+"""Every series the daemon exposes, in one table, fed by the engine's reports. No label is a model's name: their number
+must stay bounded."""
 
 from __future__ import annotations
 
@@ -32,27 +33,66 @@ class Series(NamedTuple):
 _SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 TABLE: tuple[Series, ...] = (
     Series(Counter, "continual_folds_total", "Fine-tunes folded by this process."),
-    Series(Counter, "continual_refusals_total", "Candidates refused by this process, duplicates included.", ("reason",)),
-    Series(Counter, "continual_retries_total", "Times a candidate was put back because the environment got in the way."),
+    Series(
+        Counter, "continual_refusals_total", "Candidates refused by this process, duplicates included.", ("reason",)
+    ),
+    Series(
+        Counter, "continual_retries_total", "Times a candidate was put back because the environment got in the way."
+    ),
     Series(Counter, "continual_errors_total", "Things that went wrong outside any candidate.", ("kind",)),
     Series(Counter, "continual_read_bytes_total", "Bytes read from bases and fine-tunes."),
-    Series(Counter, "continual_fold_stage_seconds_total", "Seconds spent in folds by stage, summed over workers.", ("stage",)),
-    Series(Histogram, "continual_fold_seconds", "Wall time of a fold from headers to acknowledged commit.", (), _SECONDS),
+    Series(
+        Counter,
+        "continual_fold_stage_seconds_total",
+        "Seconds spent in folds by stage, summed over workers.",
+        ("stage",),
+    ),
+    Series(
+        Histogram, "continual_fold_seconds", "Wall time of a fold from headers to acknowledged commit.", (), _SECONDS
+    ),
     Series(Gauge, "continual_queue_candidates", "Candidates waiting."),
-    Series(Gauge, "continual_last_fold_timestamp_seconds", "When this process last folded, as seconds since 1970; 0 if it has not."),
+    Series(
+        Gauge,
+        "continual_last_fold_timestamp_seconds",
+        "When this process last folded, as seconds since 1970; 0 if it has not.",
+    ),
     Series(Gauge, "continual_state_bytes", "Bytes of the accumulators in one generation."),
     Series(Gauge, "continual_state_generations", "Generations kept on disk."),
     Series(Gauge, "continual_state_head", "Number of the newest record."),
     Series(Gauge, "continual_state_folds", "Folds in force."),
-    Series(Gauge, "continual_lambda_ratio", "The scaling factor of OPCM: norm of the merged direction over the mean task-vector norm."),
-    Series(Gauge, "continual_energy_kept_ratio", "Share of the last task vector's energy that its projection kept, mean over matrices."),
-    Series(Gauge, "continual_scale_ratio", "What the rule's own result is multiplied by when it is read, where known; 0 until then."),
+    Series(
+        Gauge,
+        "continual_lambda_ratio",
+        "The scaling factor of OPCM: norm of the merged direction over the mean task-vector norm.",
+    ),
+    Series(
+        Gauge,
+        "continual_energy_kept_ratio",
+        "Share of the last task vector's energy that its projection kept, mean over matrices.",
+    ),
+    Series(
+        Gauge,
+        "continual_scale_ratio",
+        "What the rule's own result is multiplied by when it is read, where known; 0 until then.",
+    ),
     Series(Gauge, "continual_scale_tuned_folds", "Folds in force when the scale was tuned; 0 where it was not."),
     Series(Counter, "continual_rounds_total", "Rounds over the pool that this process ended."),
-    Series(Histogram, "continual_round_seconds", "Wall time of a round, from loading the model to its record.", (), _SECONDS),
+    Series(
+        Histogram,
+        "continual_round_seconds",
+        "Wall time of a round, from loading the model to its record.",
+        (),
+        _SECONDS,
+    ),
     Series(Gauge, "continual_pool_candidates", "Candidates waiting in the pool for a round."),
-    Series(Gauge, "continual_round_gap", "Duality gap at the end of the last round, in units of the loss; 0 before any."),
-    Series(Gauge, "continual_round_loss", "Loss on the driving calibration rows at the end of the last round; 0 before any."),
+    Series(
+        Gauge, "continual_round_gap", "Duality gap at the end of the last round, in units of the loss; 0 before any."
+    ),
+    Series(
+        Gauge,
+        "continual_round_loss",
+        "Loss on the driving calibration rows at the end of the last round; 0 before any.",
+    ),
     Series(Gauge, "continual_round_loss_before", "The same loss at its beginning."),
     Series(Counter, "continual_releases_total", "Releases on the Hub that this process made."),
     Series(Counter, "continual_released_bytes_total", "Bytes of files that were uploaded for them."),
@@ -65,7 +105,9 @@ TABLE: tuple[Series, ...] = (
         "When the Hub was last asked what is new, as seconds since 1970; 0 if it was not.",
     ),
     Series(Gauge, "continual_peak_memory_bytes", "Largest resident set of the process so far (VmHWM)."),
-    Series(Gauge, "continual_build_info", "Always 1; the labels say what runs.", ("version", "torch", "rule", "device")),
+    Series(
+        Gauge, "continual_build_info", "Always 1; the labels say what runs.", ("version", "torch", "rule", "device")
+    ),
 )
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

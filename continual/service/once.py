@@ -1,4 +1,5 @@
-"""One look at everything that is watched, without a daemon: what would be taken and why, or taking it. For cron, for jobs, and for trying settings out."""
+"""One look at everything that is watched, without a daemon: what would be taken and why, or taking it. For cron, for
+jobs, and for trying settings out."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from continual.tensors import Folder, Place
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A model that was found. `take`: it would be folded now (or put into the pool); `why` says what speaks for or against it."""
+    """A model that was found. `take`: it would be folded now (or put into the pool); `why` says what speaks for or
+    against it."""
 
     model: str
     origin: str
@@ -38,7 +40,8 @@ class Tried:
 
 
 def survey(merge: Merge) -> Iterator[Seen]:
-    """Everything there is to see, taken or not, judged by headers alone; nothing is changed. Raises Misconfigured, and Trouble where the Hub cannot be listed."""
+    """Everything there is to see, taken or not, judged by headers alone; nothing is changed. Raises Misconfigured, and
+    Trouble where the Hub cannot be listed."""
     settings = merge.settings
     for root in settings.watch:
         for sighting in scan(root):
@@ -70,7 +73,8 @@ def survey(merge: Merge) -> Iterator[Seen]:
 
 
 def once(merge: Merge) -> Iterator[Tried]:
-    """Takes everything that is ready now, oldest first. Raises Misconfigured, Halt, and Retry where the Hub cannot be polled; what was folded by then stays."""
+    """Takes everything that is ready now, oldest first. Raises Misconfigured, Halt, and Retry where the Hub cannot be
+    polled; what was folded by then stays."""
     settings, events = merge.settings, []
     for root in settings.watch:
         events += [Event("folder", str(s.path), s.order, root) for s in scan(root) if not _waits(s, settings.settle)]
@@ -110,7 +114,9 @@ def must_watch(merge: Merge) -> None:
     if _hub(merge):
         merge.places.check()
     if not merge.settings.watch and not _hub(merge):
-        raise Misconfigured("nothing to watch: name a folder with watch = [DIR] (--watch DIR), or set hub.watch = true (--hub watch=true)")
+        raise Misconfigured(
+            "nothing to watch: name a folder with watch = [DIR] (--watch DIR), or set hub.watch = true (--hub watch=true)"
+        )
 
 
 def _hub(merge: Merge) -> bool:
@@ -123,7 +129,9 @@ def _waits(sighting: Sighting, settle: float) -> str | None:
     if not sighting.whole:
         return f"{sighting.path.name}: is not whole: a shard is missing, or shorter than its header says"
     young = settle - (time.time() - max(file.mtime_ns for file in sighting.files) / 1e9)
-    return f"{sighting.path.name}: is looked at in {young:.0f} s, if its files are still until then" if young > 0 else None
+    return (
+        f"{sighting.path.name}: is looked at in {young:.0f} s, if its files are still until then" if young > 0 else None
+    )
 
 
 def _verdict(merge: Merge, place: Place) -> tuple[bool, str]:

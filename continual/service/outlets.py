@@ -1,7 +1,8 @@
-"""What the daemon keeps on the newest merge: the link `current`, the release on the Hub, and the servers that are told. Tasks of their own: none holds up a fold.
+"""What the daemon keeps on the newest merge: the link `current`, the release on the Hub, and the servers that are told.
+Tasks of their own: none holds up a fold.
 
-Each outlet does one thing at a time; what is folded meanwhile is made up for by the next. One that failed is tried again after a delay that doubles, or with
-the next fold.
+Each outlet does one thing at a time; what is folded meanwhile is made up for by the next. One that failed is tried
+again after a delay that doubles, or with the next fold.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class Publishing:
                 delay = _again(error, failures) if what == "release" else retry_delay(failures)
                 self.metrics.error(what)
                 known = isinstance(error, OSError | ContinualError)
-                self.log.error(f"{what} failed", seq=model.seq, error=str(error), retry_seconds=delay, exc_info=not known)
+                self.log.error(
+                    f"{what} failed", seq=model.seq, error=str(error), retry_seconds=delay, exc_info=not known
+                )
                 asyncio.get_running_loop().call_later(delay, fresh.set)
 
     async def _current(self, seq: int) -> bool:
@@ -100,7 +103,9 @@ class Publishing:
         if all(self._was_told(waiter, seq) for waiter in self.hooks if waiter.after == "current"):
             return False
         published = Published(state=self.merge.state.id, seq=seq, directory=target)
-        if rank := max((w.hook.rank for w in self.hooks if w.hook.kind == "vllm-lora" and w.after == "current"), default=0):
+        if rank := max(
+            (w.hook.rank for w in self.hooks if w.hook.kind == "vllm-lora" and w.after == "current"), default=0
+        ):
             published = dataclasses.replace(published, lora=await asyncio.to_thread(self._lora, link, seq, rank))
         self._hand(published, "current")
         return False
@@ -114,20 +119,30 @@ class Publishing:
         return folder.keep_current(link.with_name(f"{link.name}-lora"), seq, write)
 
     async def _release(self, newest: int) -> bool:
-        """Releases the newest record that changed the model, or where every one is wanted the next after the last that was released."""
+        """Releases the newest record that changed the model, or where every one is wanted the next after the last that
+        was released."""
         asked, state = self.settings.release, self.merge.state
         done = newest_release(state.log, asked.repo or "", asked.branch)
         last = -1 if done is None else int(done["of"])
         if last >= newest or not state.folds(newest):
             if done is not None:  # a kill may have come between the release and its hooks
-                self._hand(Published(state=state.id, seq=last, **{key: done[key] for key in ("repo", "commit", "tag")}), "release")
+                self._hand(
+                    Published(state=state.id, seq=last, **{key: done[key] for key in ("repo", "commit", "tag")}),
+                    "release",
+                )
             return False
         seq = releasing.next_record(self.merge, last) if asked.every else newest
         found = await aside(partial(releasing.release, self.merge, seq))
         await self.record(releasing.entry(found))
         self.metrics.released(found.uploaded)
         self.log.info(
-            "released", seq=seq, repo=found.repo, commit=found.commit, tag=found.tag, uploaded_bytes=found.uploaded, new=found.new
+            "released",
+            seq=seq,
+            repo=found.repo,
+            commit=found.commit,
+            tag=found.tag,
+            uploaded_bytes=found.uploaded,
+            new=found.new,
         )
         facts = Published(state=state.id, seq=seq, repo=found.repo, commit=found.commit, url=found.url, tag=found.tag)
         self._hand(facts, "release")
@@ -149,7 +164,8 @@ class Publishing:
         return False
 
     async def _call(self, waiter: Waiter) -> None:
-        """Tells one server of the newest publication, one at a time; what became of it goes into the ledger. Nothing waits for it."""
+        """Tells one server of the newest publication, one at a time; what became of it goes into the ledger. Nothing
+        waits for it."""
         while True:
             await waiter.fresh.wait()
             waiter.fresh.clear()
@@ -168,7 +184,8 @@ class Publishing:
 
 
 def _again(error: Exception, failures: int) -> float:
-    """Seconds until a release is tried again; what only a person can mend is tried once an hour, and with the next fold."""
+    """Seconds until a release is tried again; what only a person can mend is tried once an hour, and with the next
+    fold."""
     hopeless = isinstance(error, Misconfigured) or (
         isinstance(error, Trouble) and error.fault in (Fault.TOKEN, Fault.DENIED, Fault.REQUEST)
     )
@@ -176,7 +193,8 @@ def _again(error: Exception, failures: int) -> float:
 
 
 async def aside(call: Callable[[], T]) -> T:
-    """What `call` returns, on a thread that nobody waits for when the process ends: an upload may take hours, and one that is cut off has done nothing."""
+    """What `call` returns, on a thread that nobody waits for when the process ends: an upload may take hours, and one
+    that is cut off has done nothing."""
     loop = asyncio.get_running_loop()
     found: asyncio.Future[T] = loop.create_future()
 

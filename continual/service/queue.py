@@ -1,4 +1,5 @@
-"""The candidates waiting to be looked at, in a deterministic order, and when one that failed comes again. Pure; the clock is an argument."""
+"""The candidates waiting to be looked at, in a deterministic order, and when one that failed comes again. Pure; the
+clock is an argument."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Queue:
         return None
 
     def again(self, failed: Waiting, now: float, after: float = 0.0) -> float:
-        """Puts one back that met trouble in its environment, unless a newer event of its place came meanwhile; returns the delay in seconds.
+        """Puts one back that met trouble in its environment, unless a newer event of its place came meanwhile; returns
+        the delay in seconds.
 
         `after`: what a server asked to wait at least.
         """

@@ -1,4 +1,5 @@
-"""A release of the merge on the Hub, from the record that is to be released to the record of it: what is exported, what its card says, whether licences allow it."""
+"""A release of the merge on the Hub, from the record that is to be released to the record of it: what is exported, what
+its card says, whether licences allow it."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from continual.state.durable import link_tree
 
 
 class Look(NamedTuple):
-    """What a release would do. `out`: the record is out already; `there` the record that is on the branch, None where nothing is."""
+    """What a release would do. `out`: the record is out already; `there` the record that is on the branch, None where
+    nothing is."""
 
     repo: str
     branch: str
@@ -34,9 +36,12 @@ class Look(NamedTuple):
 
 
 def record_of(merge: Merge, at: int | None = None) -> Commit:
-    """The record that is released: `at`, or the newest that changed the model. Raises Misconfigured where nothing is folded or no repo is named."""
+    """The record that is released: `at`, or the newest that changed the model. Raises Misconfigured where nothing is
+    folded or no repo is named."""
     if merge.settings.release.repo is None:
-        raise Misconfigured("release.repo is not set: name the repo (ORG/NAME) the merge is released to, as --release repo=ORG/NAME")
+        raise Misconfigured(
+            "release.repo is not set: name the repo (ORG/NAME) the merge is released to, as --release repo=ORG/NAME"
+        )
     hub.check(merge.settings.release)
     found = merge.state.model if at is None else merge.state.get(at)
     if found is None or not merge.state.folds(found.seq):
@@ -52,11 +57,14 @@ def look(merge: Merge, at: int | None = None) -> Look:
     out = not hub.may_follow(remote, asked, ours.state, seq, ours.generations)
     facts = facts_of(merge, seq)
     there = None if remote.release is None else int(remote.release["seq"])
-    return Look(asked.repo or "", asked.branch, seq, out, there, card.licences(facts.base, facts.folded), card.card(facts))
+    return Look(
+        asked.repo or "", asked.branch, seq, out, there, card.licences(facts.base, facts.folded), card.card(facts)
+    )
 
 
 def release(merge: Merge, at: int | None = None) -> Released:
-    """Publishes a record, unless it is out already; no record of it is made. Raises Misconfigured (where licences differ and that is refused, too), Trouble, Retry."""
+    """Publishes a record, unless it is out already; no record of it is made. Raises Misconfigured (where licences
+    differ and that is refused, too), Trouble, Retry."""
     asked, seq = merge.settings.release, record_of(merge, at).seq
     facts = facts_of(merge, seq)
     agreement = card.licences(facts.base, facts.folded)
@@ -99,7 +107,11 @@ def facts_of(merge: Merge, seq: int) -> card.Facts:
     repo, asked = made.base.get("repo"), settings.release
     before = hub.newest_release(state.log, asked.repo or "", asked.branch)
     defaults = type(settings).model_fields
-    kept = {name: getattr(settings, name) for name in ("missing", "vocab", "updates") if getattr(settings, name) != defaults[name].default}
+    kept = {
+        name: getattr(settings, name)
+        for name in ("missing", "vocab", "updates")
+        if getattr(settings, name) != defaults[name].default
+    }
     config = merge.base.checkpoint.config
     return card.Facts(
         base=card.Base(repo or Path(made.base["path"]).name, repo, made.base.get("revision"), made.base.get("licence")),
@@ -137,14 +149,16 @@ def _model(fold: Commit) -> card.Model:
 
 
 def next_record(merge: Merge, after: int) -> int:
-    """The first record after `after` that changed the model, has one in it and can still be read: generations that have expired cannot be released any more."""
+    """The first record after `after` that changed the model, has one in it and can still be read: generations that have
+    expired cannot be released any more."""
     state, kept = merge.state, set(merge.state.generations())
     return next(c.seq for c in state.models() if c.seq > after and c.generation in kept and state.folds(c.seq))
 
 
 @contextmanager
 def exported(merge: Merge, seq: int) -> Iterator[Path]:
-    """A directory with the model of record `seq` as it is to be released, which goes again: links to the files of `current` where that is it, else an export.
+    """A directory with the model of record `seq` as it is to be released, which goes again: links to the files of
+    `current` where that is it, else an export.
 
     Links, because `current` moves on while a release is on its way.
     """

@@ -1,4 +1,5 @@
-"""The status of a state: from the running daemon over HTTP, from inside it, or from the files alone; and as text for people."""
+"""The status of a state: from the running daemon over HTTP, from inside it, or from the files alone; and as text for
+people."""
 
 from __future__ import annotations
 
@@ -156,7 +157,9 @@ def text(body: Mapping[str, Any]) -> str:
     ]
     if body["uptime_seconds"] is not None:
         watched = ", ".join([*body["watch"], *(["the Hub"] if body["hub"] else [])]) or "nothing"
-        lines.append(f"up         {duration(body['uptime_seconds'])}, peak memory {size(body['peak_memory_bytes'])}, watching {watched}")
+        lines.append(
+            f"up         {duration(body['uptime_seconds'])}, peak memory {size(body['peak_memory_bytes'])}, watching {watched}"
+        )
     if body["current"]:
         lines.append(
             f"folding    {body['current']['model']}: {body['current']['stage']} {body['current']['done']}/{body['current']['total']}"
@@ -233,7 +236,9 @@ def _status(
         current=current,
         last_folds=[_fold(c) for c in reversed(folds[-_SHOWN:])],
         refusals=[_refusal(c) for c in reversed(refused)],
-        published=[_published(c) for c in reversed([c for c in state.log[-_RECENT:] if c.entry.kind == "publish"][-_SHOWN:])],
+        published=[
+            _published(c) for c in reversed([c for c in state.log[-_RECENT:] if c.entry.kind == "publish"][-_SHOWN:])
+        ],
         peak_memory_bytes=memory,
     )
 

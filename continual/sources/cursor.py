@@ -1,7 +1,9 @@
-"""How far the Hub has been looked at, and what was seen there and is not settled: pure, the time is an argument (seconds since 1970).
+"""How far the Hub has been looked at, and what was seen there and is not settled: pure, the time is an argument
+(seconds since 1970).
 
-`lastModified` orders a listing and says where to stop reading it; what a candidate *is* is its repo and commit. Ties, times that move and lists that come late
-are why a little more than what is new is read each time, and now and then everything.
+`lastModified` orders a listing and says where to stop reading it; what a candidate *is* is its repo and commit. Ties,
+times that move and lists that come late are why a little more than what is new is read each time, and now and then
+everything.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ OVERLAP = 900.0
 
 
 class Sighting(NamedTuple):
-    """A repo at a commit (None: whatever it is when it is looked at). `first`: when it was seen; `modified`: when the Hub says it was committed; `by`: who saw it."""
+    """A repo at a commit (None: whatever it is when it is looked at). `first`: when it was seen; `modified`: when the
+    Hub says it was committed; `by`: who saw it."""
 
     repo: str
     sha: str | None
@@ -33,8 +36,8 @@ class Sighting(NamedTuple):
 
 @dataclass(slots=True)
 class Cursor:
-    """`high`: the newest commit time of a listing that was read as far as was needed, by listing; `swept`: when all was read last; `seen`: what is not settled, by
-    key; `asked`: what the settings were then, in a word."""
+    """`high`: the newest commit time of a listing that was read as far as was needed, by listing; `swept`: when all was
+    read last; `seen`: what is not settled, by key; `asked`: what the settings were then, in a word."""
 
     high: dict[str, float] = field(default_factory=dict)
     swept: dict[str, float] = field(default_factory=dict)
@@ -47,11 +50,19 @@ class Cursor:
         return now - self.swept.get(listing, -every) >= every
 
     def read(
-        self, listing: str, rows: Iterable[Info], now: float, known: Callable[[str], bool], wanted: Callable[[Info], bool], *, all_: bool
+        self,
+        listing: str,
+        rows: Iterable[Info],
+        now: float,
+        known: Callable[[str], bool],
+        wanted: Callable[[Info], bool],
+        *,
+        all_: bool,
     ) -> int:
         """Takes the rows of a listing, newest first, as far as they are needed (`all_`: to the end); how many were new.
 
-        `known` says whether a key is settled. If a row cannot be had the error passes through: what was seen stays, and the cursor does not move.
+        `known` says whether a key is settled. If a row cannot be had the error passes through: what was seen stays, and
+        the cursor does not move.
         """
         stop = None if all_ else self.high.get(listing)
         newest, new = None, 0
@@ -63,7 +74,9 @@ class Cursor:
             if wanted(row):
                 new += self.saw(Sighting(row.id, row.sha, now, modified), known)
         if newest is not None:
-            self.high[listing] = max(min(newest, now), self.high.get(listing, 0.0))  # a time that is ahead would hide what comes until then
+            self.high[listing] = max(
+                min(newest, now), self.high.get(listing, 0.0)
+            )  # a time that is ahead would hide what comes until then
         if stop is None:
             self.swept[listing] = now
         return new
@@ -97,11 +110,17 @@ class Cursor:
 
     def body(self) -> dict[str, Any]:
         """As it is kept on disk."""
-        return {"asked": self.asked, "high": self.high, "swept": self.swept, "seen": [list(s) for s in self.seen.values()]}
+        return {
+            "asked": self.asked,
+            "high": self.high,
+            "swept": self.swept,
+            "seen": [list(s) for s in self.seen.values()],
+        }
 
     @classmethod
     def of(cls, body: Mapping[str, Any] | None, asked: str = "") -> Cursor:
-        """From what was kept. Where other settings are `asked` for now, everything is read again: what they let in may have been passed over."""
+        """From what was kept. Where other settings are `asked` for now, everything is read again: what they let in may
+        have been passed over."""
         if body is None:
             return cls(asked=asked)
         seen = {s.key: s for s in (Sighting(*row) for row in body["seen"])}

@@ -1,7 +1,8 @@
 """Fine-tunes published into a folder: notifications for immediacy, a scan at start and from time to time for certainty.
 
-What is looked at are the names, sizes and times of files, and the length a safetensors file claims in its first bytes; whether a model is any good is for
-the gates. Publishing by renaming a finished directory into place is taken up after the settle time; a directory written in place, when it is whole.
+What is looked at are the names, sizes and times of files, and the length a safetensors file claims in its first bytes;
+whether a model is any good is for the gates. Publishing by renaming a finished directory into place is taken up after
+the settle time; a directory written in place, when it is whole.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _UNFINISHED = (".tmp", ".part", ".incomplete")
 _DEPTH = 3
 _PATIENCE = 60
-"""A model that is not whole but has been still for this many settle times is handed on as it is, so that it is refused with a reason."""
+"""A model that is not whole but has been still for this many settle times is handed on as it is, so that it is refused
+with a reason."""
 
 
 class Sighting(NamedTuple):
@@ -47,7 +49,10 @@ def ignored(name: str) -> bool:
 
 def scan(root: Path) -> list[Sighting]:
     """Every model directory below `root`, at most three levels deep, in the order in which they are to be folded."""
-    return sorted((found for path in _directories(root, _DEPTH) if (found := look(path)) is not None), key=lambda s: (s.order, str(s.path)))
+    return sorted(
+        (found for path in _directories(root, _DEPTH) if (found := look(path)) is not None),
+        key=lambda s: (s.order, str(s.path)),
+    )
 
 
 def look(path: Path) -> Sighting | None:
@@ -95,7 +100,8 @@ def _stat(path: Path) -> FileStat:
 
 
 def _whole(path: Path, present: set[str]) -> bool:
-    """Whether everything that belongs to the model is there and as long as it says. A malformed file counts as whole: it is refused, not waited for."""
+    """Whether everything that belongs to the model is there and as long as it says. A malformed file counts as whole:
+    it is refused, not waited for."""
     if "adapter_config.json" in present:
         return bool({"adapter_model.safetensors", "adapter_model.bin"} & present) and all(
             map(_complete, path.glob("adapter_model.safetensors"))
@@ -121,7 +127,9 @@ def _complete(file: Path) -> bool:
             header = json.loads(opened.read(length)) if size >= 8 + length else None
             if header is None:
                 return False
-            return size >= 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+            return size >= 8 + length + max(
+                (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0
+            )
     except OSError:
         return False
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
@@ -130,14 +138,16 @@ def _complete(file: Path) -> bool:
 
 @dataclass(slots=True)
 class Settling:
-    """Decides which sightings are ready: pure, the time is an argument in seconds. The same model as it was is ready once."""
+    """Decides which sightings are ready: pure, the time is an argument in seconds. The same model as it was is ready
+    once."""
 
     settle: float
     since: dict[Path, tuple[tuple[FileStat, ...], float]] = field(default_factory=dict)
     given: dict[Path, tuple[FileStat, ...]] = field(default_factory=dict)
 
     def ready(self, sightings: list[Sighting], now: float) -> list[Sighting]:
-        """Those of `sightings` (all there are now) that have been still long enough and were not given before as they are."""
+        """Those of `sightings` (all there are now) that have been still long enough and were not given before as they
+        are."""
         found = []
         seen = {s.path for s in sightings}
         self.since = {path: value for path, value in self.since.items() if path in seen}
@@ -167,7 +177,9 @@ class Settling:
 class FolderSource:
     """Watches one folder. `scanned` is set once the first scan is through."""
 
-    def __init__(self, root: Path, *, settle: float = 5.0, rescan: float = 30.0, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self, root: Path, *, settle: float = 5.0, rescan: float = 30.0, clock: Callable[[], float] | None = None
+    ) -> None:
         self.root = root
         self.rescan = rescan
         self.scanned = asyncio.Event()

@@ -1,4 +1,5 @@
-"""Fine-tunes on the Hugging Face Hub: polled with a cursor that is kept on disk, and told of at once by webhooks. Whether a repo is any good is for the gates."""
+"""Fine-tunes on the Hugging Face Hub: polled with a cursor that is kept on disk, and told of at once by webhooks.
+Whether a repo is any good is for the gates."""
 
 from __future__ import annotations
 
@@ -29,10 +30,16 @@ NAME = "hub"
 
 
 class HubSource:
-    """Polls what the settings name, and takes what the inbox holds. `scanned` is set after the first poll; `problem` says why the last one failed."""
+    """Polls what the settings name, and takes what the inbox holds. `scanned` is set after the first poll; `problem`
+    says why the last one failed."""
 
     def __init__(
-        self, places: Places, asked: Asked, state: Path, known: Callable[[str], bool], clock: Callable[[], float] = time.time
+        self,
+        places: Places,
+        asked: Asked,
+        state: Path,
+        known: Callable[[str], bool],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """`known` says whether a candidate's key is settled."""
         self.scanned = asyncio.Event()
@@ -75,7 +82,8 @@ class HubSource:
                 self._loop.call_soon_threadsafe(self._pushed.set)
 
     def settled(self, place: str, key: str | None) -> None:
-        """What was given as the event of this place is settled under `key`, or (None) left out by the settings: it is forgotten, and its pushes removed."""
+        """What was given as the event of this place is settled under `key`, or (None) left out by the settings: it is
+        forgotten, and its pushes removed."""
         self._settled.append((place, key))
         self._pushed.set()
 
@@ -93,7 +101,8 @@ class HubSource:
                     self.inbox.remove(push)
 
     def _came_after(self, head: Info) -> None:
-        """What came after a commit that is superseded, kept as a push before that is recorded: no listing or push may have told of it. From any thread."""
+        """What came after a commit that is superseded, kept as a push before that is recorded: no listing or push may
+        have told of it. From any thread."""
         self.inbox.put(name_of(head.id, head.sha), {"repo": head.id, "sha": head.sha, "time": self._clock()})
         self.told()
 
@@ -135,7 +144,8 @@ class HubSource:
             await first(min(wait, wait if soon is None else soon + 0.01), stop, self._pushed)
 
     def rows(self) -> Iterator[tuple[str, Info | Refuse]]:
-        """Everything the Hub lists for the settings, wanted or not, each repo once under the name it was asked for by; or why it cannot be had. Raises Trouble."""
+        """Everything the Hub lists for the settings, wanted or not, each repo once under the name it was asked for by;
+        or why it cannot be had. Raises Trouble."""
         seen = set()
         for _, tag, author in self._listings():
             for info in self._places.hub.listing(tag=tag, author=author):
@@ -155,7 +165,8 @@ class HubSource:
         save_cursor(self._state, NAME, self.cursor.body())
 
     def poll(self) -> int:
-        """Asks the Hub once what there is; how many commits were new. Durable when it returns. Raises Retry, of the Hub or the disk."""
+        """Asks the Hub once what there is; how many commits were new. Durable when it returns. Raises Retry, of the Hub
+        or the disk."""
         now, new = self._clock(), 0
         try:
             for listing, tag, author in self._listings():
@@ -189,7 +200,9 @@ class HubSource:
             if self._asked.watch
             else []
         )
-        return [(tag, tag, None) for tag in tags] + [(f"author:{author}", None, author) for author in self._asked.authors]
+        return [(tag, tag, None) for tag in tags] + [
+            (f"author:{author}", None, author) for author in self._asked.authors
+        ]
 
     def _wanted(self, info: Info) -> bool:
         return self._places.left_out(info) is None

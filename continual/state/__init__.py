@@ -1,4 +1,5 @@
-"""The durable state: every fold one transaction in a Zarr store, every candidate's fate in a ledger. FORMAT.md specifies it."""
+"""The durable state: every fold one transaction in a Zarr store, every candidate's fate in a ledger. FORMAT.md
+specifies it."""
 
 from continual.state.format import Commit, Format
 from continual.state.store import State

@@ -1,7 +1,8 @@
 """One tensor's accumulator as a Zarr v3 array: metadata by zarr-python, chunks written and read directly.
 
-Zarr v3 core specification, regular chunk grid, codecs `bytes` (little endian) and `crc32c`, chunk keys with dots: a chunk file is the raw values, then their CRC32C in four
-little-endian bytes. Chunks are equal blocks of rows of at most 32 MiB; where the rows do not divide evenly the last block is padded with zeros.
+Zarr v3 core specification, regular chunk grid, codecs `bytes` (little endian) and `crc32c`, chunk keys with dots: a
+chunk file is the raw values, then their CRC32C in four little-endian bytes. Chunks are equal blocks of rows of at most
+32 MiB; where the rows do not divide evenly the last block is padded with zeros.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ class Writer:
         """The next values, as bytes."""
         while data:
             if self._fd is None:
-                self._fd = os.open(self._paths[len(self._checksums)], os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+                self._fd = os.open(
+                    self._paths[len(self._checksums)], os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
+                )
             part = data[: self._size - self._at]
             self._crc = _crc(self._crc, part)
             write_all(self._fd, part)
@@ -139,10 +142,11 @@ class Writer:
 
 
 class Reader:
-    """Reads the values of the array below `directory` in order, in pieces of any size; a chunk is checked as its last value is read.
+    """Reads the values of the array below `directory` in order, in pieces of any size; a chunk is checked as its last
+    value is read.
 
-    Raises Damaged naming the chunk that is missing, has another size, or whose CRC is not the one its receipt has; Misconfigured if the generation
-    has been deleted meanwhile.
+    Raises Damaged naming the chunk that is missing, has another size, or whose CRC is not the one its receipt has;
+    Misconfigured if the generation has been deleted meanwhile.
     """
 
     def __init__(self, directory: Path, spec: SlotSpec, checksums: Sequence[str]) -> None:
@@ -224,7 +228,9 @@ def raw(array: Array) -> memoryview:
 
 def _crc(before: int, data: bytes | memoryview) -> int:
     """The CRC32C of what had the CRC `before`, then `data`."""
-    return int(google_crc32c.extend(before, np.frombuffer(data, np.uint8))) if len(data) else before  # it takes no memoryview
+    return (
+        int(google_crc32c.extend(before, np.frombuffer(data, np.uint8))) if len(data) else before
+    )  # it takes no memoryview
 
 
 def _chunk_bytes(spec: SlotSpec) -> int:

@@ -110,7 +110,8 @@ def replace_link(path: Path, target: Path) -> None:
 
 
 def link_tree(source: Path, target: Path) -> bool:
-    """Makes `target` a directory of hard links to the files below `source`; False, and nothing is left, where they cannot be had or lie on another disk."""
+    """Makes `target` a directory of hard links to the files below `source`; False, and nothing is left, where they
+    cannot be had or lie on another disk."""
     try:
         shutil.copytree(source, target, copy_function=os.link)
     except (OSError, shutil.Error):
@@ -120,7 +121,8 @@ def link_tree(source: Path, target: Path) -> bool:
 
 
 def sync_tree(directory: Path, between: Callable[[], None] | None = None) -> None:
-    """fsync of every file below `directory` on a few threads, then of every directory, innermost first; `between` is called between the two."""
+    """fsync of every file below `directory` on a few threads, then of every directory, innermost first; `between` is
+    called between the two."""
     files: list[Path] = []
     directories: list[Path] = []
     for root, _, names in os.walk(directory):
@@ -139,7 +141,8 @@ def sync_tree(directory: Path, between: Callable[[], None] | None = None) -> Non
 
 
 def publish_dir(temporary: Path, final: Path) -> None:
-    """Syncs the directory `temporary` and gives it the name `final`, which must be free. Raises Misconfigured if it is not."""
+    """Syncs the directory `temporary` and gives it the name `final`, which must be free. Raises Misconfigured if it is
+    not."""
     sync_tree(temporary)
     if final.exists() or final.is_symlink():
         raise Misconfigured(f"{final} exists")

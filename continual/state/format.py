@@ -65,8 +65,13 @@ class Format:
                 f"{path}: format {body.get('version')}; this continual understands format {VERSION}: install the version that wrote it"
             )
         try:
-            tensors = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"], t["kind"], t["depth"]) for t in body["tensors"])
-            slots = {t["name"]: {k: SlotSpec(tuple(s["shape"]), s["dtype"]) for k, s in t["slots"].items()} for t in body["tensors"]}
+            tensors = tuple(
+                TensorSpec(t["name"], tuple(t["shape"]), t["dtype"], t["kind"], t["depth"]) for t in body["tensors"]
+            )
+            slots = {
+                t["name"]: {k: SlotSpec(tuple(s["shape"]), s["dtype"]) for k, s in t["slots"].items()}
+                for t in body["tensors"]
+            }
             return cls(body["version"], body["id"], body["base"], tensors, body["rule"], body["options"], slots)
         except (KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"{path}: {error!r} is missing or malformed") from None
@@ -74,7 +79,8 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One record of the ledger. `generation` is the one in force after it, None before the first fold; `receipts` the CRC of its receipts.json."""
+    """One record of the ledger. `generation` is the one in force after it, None before the first fold; `receipts` the
+    CRC of its receipts.json."""
 
     seq: int
     prev: str | None
@@ -87,7 +93,13 @@ class Commit:
     def body(self) -> dict[str, Any]:
         """As the commit file holds it, without its own CRC."""
         entry = {f.name: getattr(self.entry, f.name) for f in dataclasses.fields(Entry)}
-        own = {"seq": self.seq, "prev": self.prev, "generation": self.generation, "receipts": self.receipts, "time": self.time}
+        own = {
+            "seq": self.seq,
+            "prev": self.prev,
+            "generation": self.generation,
+            "receipts": self.receipts,
+            "time": self.time,
+        }
         return own | entry
 
     @classmethod

@@ -1,4 +1,5 @@
-"""JSON files that know their own checksum: a line with the CRC32C of the rest in hexadecimal, then the body's exact bytes."""
+"""JSON files that know their own checksum: a line with the CRC32C of the rest in hexadecimal, then the body's exact
+bytes."""
 
 from __future__ import annotations
 
@@ -18,21 +19,25 @@ def crc(data: Any) -> str:
 
 
 def encode(body: Mapping[str, Any]) -> tuple[bytes, str]:
-    """The file's bytes for `body`, and the CRC in its first line. Keys are sorted, so equal bodies are equal bytes; NaN is refused."""
+    """The file's bytes for `body`, and the CRC in its first line. Keys are sorted, so equal bodies are equal bytes; NaN
+    is refused."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode() + b"\n"
     checksum = crc(text)
     return checksum.encode() + b"\n" + text, checksum
 
 
 def decode(path: Path) -> tuple[dict[str, Any], str]:
-    """The body of the file at `path` and its CRC. Raises Damaged naming the file if it is missing, altered or no such file."""
+    """The body of the file at `path` and its CRC. Raises Damaged naming the file if it is missing, altered or no such
+    file."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise Damaged(f"{path} is missing; restore it from a backup, continual does not guess what it held") from None
     line, newline, text = data.partition(b"\n")
     if not newline or line != crc(text).encode():
-        raise Damaged(f"{path} is damaged: its contents do not have the checksum {line[:8]!r} in its first line; restore it from a backup")
+        raise Damaged(
+            f"{path} is damaged: its contents do not have the checksum {line[:8]!r} in its first line; restore it from a backup"
+        )
     body = json.loads(text)
     if not isinstance(body, dict):
         raise Damaged(f"{path} is no JSON object")

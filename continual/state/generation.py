@@ -1,4 +1,5 @@
-"""A generation: one immutable Zarr v3 group of all accumulators, with receipts.json. Reading and checking; see transaction.py for writing."""
+"""A generation: one immutable Zarr v3 group of all accumulators, with receipts.json. Reading and checking; see
+transaction.py for writing."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from continual.state.format import Format
 
 RECEIPTS = "receipts.json"
 Receipts = dict[str, Any]
-"""`groups`: path to CRC of its zarr.json. `arrays`: path to {`metadata`: CRC of its zarr.json, `bytes`: of its values, `chunks`: their CRCs}."""
+"""`groups`: path to CRC of its zarr.json. `arrays`: path to {`metadata`: CRC of its zarr.json, `bytes`: of its values,
+`chunks`: their CRCs}."""
 
 
 def node(slot: str, name: str) -> str:
@@ -32,7 +34,8 @@ class Generation:
 
     @functools.cached_property
     def receipts(self) -> Receipts:
-        """The receipts. Raises Damaged if they are not those the commit is for, Misconfigured if the generation has expired."""
+        """The receipts. Raises Damaged if they are not those the commit is for, Misconfigured if the generation has
+        expired."""
         if not self.directory.exists():
             raise Misconfigured(f"{self.directory} has expired: only the last few generations and tagged ones are kept")
         body, checksum = framing.decode(self.directory / RECEIPTS)

@@ -1,4 +1,5 @@
-"""What must survive a restart besides the merge: pushes that were accepted and are not settled yet, and how far a source has come. Framed JSON, one file each."""
+"""What must survive a restart besides the merge: pushes that were accepted and are not settled yet, and how far a
+source has come. Framed JSON, one file each."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Inbox:
         self._directory = path / "inbox"
 
     def put(self, name: str, body: Mapping[str, Any]) -> bool:
-        """Keeps a push; on disk when it returns. False if it was there already. Raises Retry if the disk or the number of pushes gets in the way."""
+        """Keeps a push; on disk when it returns. False if it was there already. Raises Retry if the disk or the number
+        of pushes gets in the way."""
         file = self._file(name)
         if file.exists():
             return False
@@ -44,7 +46,9 @@ class Inbox:
         """All that wait, by name, but those that are known already. Raises Damaged naming a file that was altered."""
         if not self._directory.is_dir():
             return {}
-        found = sorted(file for file in self._directory.iterdir() if file.suffix == ".json" and not file.name.startswith("."))
+        found = sorted(
+            file for file in self._directory.iterdir() if file.suffix == ".json" and not file.name.startswith(".")
+        )
         return {file.stem: framing.decode(file)[0] for file in found if file.stem not in but}
 
     def remove(self, name: str) -> None:
@@ -65,7 +69,8 @@ def save_cursor(path: Path, source: str, body: Mapping[str, Any]) -> None:
 
 
 def load_cursor(path: Path, source: str) -> dict[str, Any] | None:
-    """What `save_cursor` kept, None if nothing. Raises Damaged: without that file the source begins anew, and nothing is lost."""
+    """What `save_cursor` kept, None if nothing. Raises Damaged: without that file the source begins anew, and nothing
+    is lost."""
     file = path / "sources" / f"{source}.json"
     return framing.decode(file)[0] if file.exists() else None
 

@@ -1,4 +1,5 @@
-"""The commit log in memory: what is in force at each record, and every candidate's fate. Pure: replayed from the records, one step each."""
+"""The commit log in memory: what is in force at each record, and every candidate's fate. Pure: replayed from the
+records, one step each."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ from continual.state.format import Commit
 
 
 class Fold(NamedTuple):
-    """A fold in force and the one before it: the history of a record is a chain that shares its tail with all later ones.
+    """A fold in force and the one before it: the history of a record is a chain that shares its tail with all later
+    ones.
 
-    `at` is the record whose generation and totals are those of the history up to here; None where there never was one, as in the middle of a combined state.
+    `at` is the record whose generation and totals are those of the history up to here; None where there never was one,
+    as in the middle of a combined state.
     """
 
     commit: Commit
@@ -39,7 +42,10 @@ def same(commit: Commit) -> tuple[int, str]:
 
 def of_combined(commit: Commit) -> list[Commit]:
     """The folds that a `combine` record brought, each as if it were a record of its own."""
-    return [dataclasses.replace(commit, entry=Entry(kind="fold", fate="folded", **fold)) for fold in (commit.entry.numbers or {})["folds"]]
+    return [
+        dataclasses.replace(commit, entry=Entry(kind="fold", fate="folded", **fold))
+        for fold in (commit.entry.numbers or {})["folds"]
+    ]
 
 
 MODEL = ("fold", "rollback", "unfold", "combine", "tune")
@@ -47,7 +53,8 @@ MODEL = ("fold", "rollback", "unfold", "combine", "tune")
 
 
 class Waiting(NamedTuple):
-    """A candidate in the pool: the record that has its identity, when it was first seen, how many rounds judged it, and what the last of them said of it."""
+    """A candidate in the pool: the record that has its identity, when it was first seen, how many rounds judged it, and
+    what the last of them said of it."""
 
     commit: Commit
     since: str
@@ -112,7 +119,8 @@ class Ledger:
         return self.models[-1] if self.models else None
 
     def _selected(self, now: Fold | None, commit: Commit) -> Fold | None:
-        """The history after a round: without the models it left out, with those it brought, all of them read from its generation; and its members' fates."""
+        """The history after a round: without the models it left out, with those it brought, all of them read from its
+        generation; and its members' fates."""
         numbers = commit.entry.numbers or {}
         out = set(numbers.get("out", ()))
         folds = [fold.commit for fold in chain(now)]
@@ -149,7 +157,9 @@ class Ledger:
         kept = {same(fold.commit) for fold in chain(target)}
         for fold in chain(now):
             if same(fold.commit) not in kept and fold.commit.entry.candidate:
-                marked = dataclasses.replace(fold.commit, entry=dataclasses.replace(fold.commit.entry, fate="rolled-back"))
+                marked = dataclasses.replace(
+                    fold.commit, entry=dataclasses.replace(fold.commit.entry, fate="rolled-back")
+                )
                 self._fates[fold.commit.entry.candidate["key"]] = marked
         self._digests = {}
         for fold in chain(target):

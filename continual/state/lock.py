@@ -1,4 +1,5 @@
-"""Who writes to a state: an flock on `lock`, which holds the writer's pid and URL; and leases of readers on generations."""
+"""Who writes to a state: an flock on `lock`, which holds the writer's pid and URL; and leases of readers on
+generations."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from continual.state.framing import encode
 
 
 def take(path: Path) -> int:
-    """Locks `path` for writing; returns the descriptor that holds the lock. Raises Busy with pid and URL of who has it, Misconfigured if read-only."""
+    """Locks `path` for writing; returns the descriptor that holds the lock. Raises Busy with pid and URL of who has it,
+    Misconfigured if read-only."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
@@ -48,7 +50,8 @@ def tell(fd: int, body: dict[str, Any]) -> None:
 
 
 def holder(path: Path) -> dict[str, Any]:
-    """What the lock file says of its holder; empty if it says nothing or is half written. Says nothing about whether that process still runs."""
+    """What the lock file says of its holder; empty if it says nothing or is half written. Says nothing about whether
+    that process still runs."""
     try:
         _, _, text = path.read_bytes().partition(b"\n")
         body = json.loads(text)
@@ -59,7 +62,8 @@ def holder(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def lease(directory: Path, generation: str) -> Iterator[None]:
-    """Keeps `generation` from expiring while the block runs. On a read-only file system it yields without: nothing expires there."""
+    """Keeps `generation` from expiring while the block runs. On a read-only file system it yields without: nothing
+    expires there."""
     while True:
         path = directory / f"{generation}-{secrets.token_hex(4)}"
         try:

@@ -1,4 +1,5 @@
-"""Opening a state: what a directory must hold to be one, or to become one, and its commit log, checked record by record."""
+"""Opening a state: what a directory must hold to be one, or to become one, and its commit log, checked record by
+record."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _READS = 50
 
 
 def unfinished(path: Path) -> bool | None:
-    """Whether a directory without format.json is what a killed `create` leaves; None where there is no commit log at all."""
+    """Whether a directory without format.json is what a killed `create` leaves; None where there is no commit log at
+    all."""
     commits = path / "commits"
     return len(listed(commits)) <= 1 and not any((path / "generations").iterdir()) if commits.is_dir() else None
 
@@ -25,8 +27,14 @@ def must_be_free(path: Path) -> None:
     """Raises Misconfigured unless a state can be made in `path`; removes what a killed `create` left there."""
     if not path.exists():
         return
-    found = {p.name for p in path.iterdir() if p.name != "FORMAT.md" and not p.name.startswith(".")} if path.is_dir() else {path.name}
-    if found and not (found <= {*DIRECTORIES, "HEAD", "lock"} and (unfinished(path) or not (path / "commits").exists())):
+    found = (
+        {p.name for p in path.iterdir() if p.name != "FORMAT.md" and not p.name.startswith(".")}
+        if path.is_dir()
+        else {path.name}
+    )
+    if found and not (
+        found <= {*DIRECTORIES, "HEAD", "lock"} and (unfinished(path) or not (path / "commits").exists())
+    ):
         raise Misconfigured(f"{path} is not empty: a state needs a directory of its own")
     if (path / "commits").exists():
         shutil.rmtree(path / "commits")
@@ -50,10 +58,14 @@ def load(path: Path) -> Ledger:
         body, checksum = framing.decode(place)
         commit = Commit.of(body, checksum, place)
         if commit.seq != seq or commit.prev != (ledger.log[-1].crc if ledger.log else None):
-            raise Damaged(f"{place} does not follow the record before it: the chain of checksums is broken; restore from a backup")
+            raise Damaged(
+                f"{place} does not follow the record before it: the chain of checksums is broken; restore from a backup"
+            )
         ledger.add(commit)
     if ledger.log[head["seq"]].crc != head["crc"]:
-        raise Damaged(f"{path / 'HEAD'} names another record {head['seq']} than the one in commits/: restore from a backup")
+        raise Damaged(
+            f"{path / 'HEAD'} names another record {head['seq']} than the one in commits/: restore from a backup"
+        )
     return ledger
 
 
@@ -62,7 +74,9 @@ def in_force(generation: Generation) -> Generation:
     try:
         _ = generation.receipts
     except Misconfigured:
-        raise Damaged(f"{generation.directory} is missing, and it is the generation in force; restore it from a backup") from None
+        raise Damaged(
+            f"{generation.directory} is missing, and it is the generation in force; restore it from a backup"
+        ) from None
     return generation
 
 

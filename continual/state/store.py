@@ -1,4 +1,5 @@
-"""`State`: a directory opened for reading or writing. The commit protocol, what is in force, rollback, tags, retention. FORMAT.md has every byte."""
+"""`State`: a directory opened for reading or writing. The commit protocol, what is in force, rollback, tags, retention.
+FORMAT.md has every byte."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ Step = Callable[[str], None]
 class State:
     """An open state. Make one with `State.create`, open it with `State.open`; a context manager.
 
-    Reading is safe from several threads and beside a writer in another process; one process at a time opens it for writing.
+    Reading is safe from several threads and beside a writer in another process; one process at a time opens it for
+    writing.
     """
 
     def __init__(self, path: Path, form: Format, ledger: Ledger, lock_fd: int | None, on_step: Step) -> None:
@@ -59,9 +61,11 @@ class State:
         software: Mapping[str, str],
         device: str,
     ) -> State:
-        """Makes a state in `path`, which must be absent or empty (hidden files and FORMAT.md aside), and opens it for writing.
+        """Makes a state in `path`, which must be absent or empty (hidden files and FORMAT.md aside), and opens it for
+        writing.
 
-        Raises Misconfigured if something is there, Retry if the disk gets in the way, Refuse for tensor names that cannot be stored.
+        Raises Misconfigured if something is there, Retry if the disk gets in the way, Refuse for tensor names that
+        cannot be stored.
         """
         if (path / "format.json").exists():
             raise Misconfigured(f"{path} already is a state: open it, or name another directory")
@@ -83,9 +87,11 @@ class State:
 
     @classmethod
     def open(cls, path: Path, *, write: bool = False, on_step: Step | None = None) -> State:
-        """Opens the state in `path`. For writing it takes the lock, completes a commit that was in flight and removes orphans.
+        """Opens the state in `path`. For writing it takes the lock, completes a commit that was in flight and removes
+        orphans.
 
-        Raises Misconfigured if there is none or it is read-only, Busy if another process writes, Damaged for anything that is not as it was written.
+        Raises Misconfigured if there is none or it is read-only, Busy if another process writes, Damaged for anything
+        that is not as it was written.
         """
         if not (path / "format.json").exists():
             if opening.unfinished(path) is False:
@@ -164,7 +170,8 @@ class State:
         return self._ledger.get(seq)
 
     def fate(self, key: str) -> Commit | None:
-        """The record that settled the candidate `key`; its entry's fate is `rolled-back` where a rollback undid it. None where it is open."""
+        """The record that settled the candidate `key`; its entry's fate is `rolled-back` where a rollback undid it.
+        None where it is open."""
         return self._ledger.fate(key)
 
     def is_settled(self, key: str) -> bool:
@@ -173,7 +180,11 @@ class State:
 
     def retried(self) -> list[Mapping[str, Any]]:
         """The candidates that are to be looked at again and were not since, as their records name them."""
-        asked = {c.entry.candidate["key"]: c.entry.candidate for c in self.log if c.entry.kind == "retry" and c.entry.candidate}
+        asked = {
+            c.entry.candidate["key"]: c.entry.candidate
+            for c in self.log
+            if c.entry.kind == "retry" and c.entry.candidate
+        }
         return [candidate for key, candidate in asked.items() if not self.is_settled(key)]
 
     def folded_digest(self, digest: str) -> Commit | None:
@@ -181,7 +192,8 @@ class State:
         return self._ledger.folded_digest(digest)
 
     def folds(self, at: int | None = None) -> list[Commit]:
-        """The folds in force now, or at record `at`, oldest first; those that came with another state have the number of the record that combined them."""
+        """The folds in force now, or at record `at`, oldest first; those that came with another state have the number
+        of the record that combined them."""
         return [fold.commit for fold in self.history(at)]
 
     def history(self, at: int | None = None) -> list[Fold]:
@@ -194,7 +206,8 @@ class State:
 
     @property
     def refusals(self) -> Sequence[Commit]:
-        """What was refused, duplicates and what expired included, oldest first; those that a round refused have the number of its record."""
+        """What was refused, duplicates and what expired included, oldest first; those that a round refused have the
+        number of its record."""
         return self._ledger.refusals
 
     @property
@@ -207,7 +220,8 @@ class State:
         return [c for c in self.folds() if c.entry.candidate and c.entry.candidate["origin"] == origin]
 
     def begin(self, after: Generation | Literal["now"] | None = "now") -> Transaction:
-        """Begins a fold, on the generation in force or on `after` (None: on zeros). Raises Retry if the disk has no room for one more generation."""
+        """Begins a fold, on the generation in force or on `after` (None: on zeros). Raises Retry if the disk has no
+        room for one more generation."""
         self._needs_lock()
         self._on_step("begin")
         room(self.path, self.format.generation_bytes)
@@ -228,7 +242,8 @@ class State:
         return transaction
 
     def record(self, entry: Entry, generation: Generation | Literal["now"] | None = "now") -> Commit:
-        """Adds a record that writes no tensor: the generation in force stays so, or `generation` is (None: zeros). Durable when it returns."""
+        """Adds a record that writes no tensor: the generation in force stays so, or `generation` is (None: zeros).
+        Durable when it returns."""
         self._needs_lock()
         if isinstance(generation, str):
             return self._append(entry, self.head.generation, self.head.receipts)
@@ -253,10 +268,13 @@ class State:
         return self._append(entry, target.generation, target.receipts)
 
     def tag(self, name: str, seq: int | None = None) -> Commit:
-        """Names record `seq` (default: the newest), so that its generation does not expire. Raises Misconfigured for a bad name or an expired record."""
+        """Names record `seq` (default: the newest), so that its generation does not expire. Raises Misconfigured for a
+        bad name or an expired record."""
         self._needs_lock()
         if not _TAG.fullmatch(name):
-            raise Misconfigured(f"tag {name!r}: use letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit")
+            raise Misconfigured(
+                f"tag {name!r}: use letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit"
+            )
         target = self.get(self.head.seq if seq is None else seq)
         self.generation_of(target)
         commit = self.record(Entry(kind="tag", numbers={"tag": name, "of": target.seq}))
@@ -279,7 +297,8 @@ class State:
         return generation.read(name, slot)
 
     def group(self, at: int | None = None) -> zarr.Group:
-        """The generation of record `at` (default: the newest) as zarr-python opens it, read-only. Raises Misconfigured before the first fold."""
+        """The generation of record `at` (default: the newest) as zarr-python opens it, read-only. Raises Misconfigured
+        before the first fold."""
         import zarr
 
         commit = self.head if at is None else self.get(at)
@@ -308,7 +327,8 @@ class State:
             yield
 
     def expire(self, keep: int) -> list[str]:
-        """Deletes generations but the last `keep`, the tagged ones and those a living reader has leased; returns what was deleted."""
+        """Deletes generations but the last `keep`, the tagged ones and those a living reader has leased; returns what
+        was deleted."""
         self._needs_lock()
         recent = list(dict.fromkeys(c.generation for c in reversed(self.log) if c.generation))[:keep]
         held = (
@@ -319,7 +339,8 @@ class State:
         expired = [g for g in self.generations() if g not in held]
         with environment("cannot delete old generations"):
             for generation in expired:
-                # renamed first: a kill while its files are deleted must not leave half of it under a name that a record knows
+                # renamed first: a kill while its files are deleted must not leave half of it under a name that a record
+                # knows
                 self._open.pop(generation, None)
                 move_away(self.path / "generations" / generation, self.path / "generations" / f"{_EXPIRED}{generation}")
             for generation in expired:
@@ -327,7 +348,8 @@ class State:
         return expired
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
-        """Checks every byte of what is kept; returns what is wrong. The log and format.json were checked when the state was opened."""
+        """Checks every byte of what is kept; returns what is wrong. The log and format.json were checked when the state
+        was opened."""
         from continual.state.verify import verify
 
         return verify(self, progress or (lambda _done, _total: None))

@@ -1,4 +1,5 @@
-"""A fold being written: a new generation beside the old one, which becomes the one in force by its commit or is dropped."""
+"""A fold being written: a new generation beside the old one, which becomes the one in force by its commit or is
+dropped."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ class Transaction:
     Threads may share it, as long as each tensor is one thread's.
     """
 
-    def __init__(self, root: Path, form: Format, before: Generation | None, publish: Publish, on_step: Callable[[str], None]) -> None:
+    def __init__(
+        self, root: Path, form: Format, before: Generation | None, publish: Publish, on_step: Callable[[str], None]
+    ) -> None:
         self.id = secrets.token_hex(8)
         self.directory = root / self.id
         self._form = form
@@ -54,7 +57,9 @@ class Transaction:
     def __enter__(self) -> Transaction:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._done:
             self.abandon()
 
@@ -82,16 +87,24 @@ class Transaction:
             self._receive(name, slot, arrays.write(directory, self._form.slots[name][slot], array))
 
     def runs(self, name: str, length: int) -> Iterator[tuple[int, int, dict[str, Array]]]:
-        """Rewrites a tensor whose accumulators all have its shape, in flat runs of at most `length` elements, so that no more is in memory.
+        """Rewrites a tensor whose accumulators all have its shape, in flat runs of at most `length` elements, so that
+        no more is in memory.
 
-        Yields (first element, one past the last, accumulators by slot) as they were before this fold, zeros before the first. What the caller leaves
-        in the arrays is written when it asks for the next; it has to go on to the end.
+        Yields (first element, one past the last, accumulators by slot) as they were before this fold, zeros before the
+        first. What the caller leaves in the arrays is written when it asks for the next; it has to go on to the end.
         """
         slots = self._form.slots[name]
         numel = math.prod(next(iter(slots.values())).shape)
         with ExitStack() as files, environment(f"cannot rewrite tensor {name}"):
-            readers = {slot: files.enter_context(closing(self._before.reader(name, slot))) for slot in slots} if self._before else {}
-            writers = {slot: files.enter_context(closing(arrays.Writer(self._place(name, slot), spec))) for slot, spec in slots.items()}
+            readers = (
+                {slot: files.enter_context(closing(self._before.reader(name, slot))) for slot in slots}
+                if self._before
+                else {}
+            )
+            writers = {
+                slot: files.enter_context(closing(arrays.Writer(self._place(name, slot), spec)))
+                for slot, spec in slots.items()
+            }
             buffers = {slot: np.zeros(min(length, numel), spec.dtype) for slot, spec in slots.items()}
             for start in range(0, numel, length):
                 stop = min(start + length, numel)
@@ -108,7 +121,8 @@ class Transaction:
                 self._receive(name, slot, writer.finish())
 
     def keep(self, name: str) -> None:
-        """The tensor did not change: its files are hard links to those of the generation before; zeros where there is none.
+        """The tensor did not change: its files are hard links to those of the generation before; zeros where there is
+        none.
 
         What was written for it in this transaction is dropped.
         """
@@ -126,7 +140,8 @@ class Transaction:
                 self._receipts[path] = self._before.receipts["arrays"][path]
 
     def seal(self) -> Generation:
-        """Ends writing without a commit: a generation that another transaction can begin on and no record will know. It stays until `abandon`."""
+        """Ends writing without a commit: a generation that another transaction can begin on and no record will know. It
+        stays until `abandon`."""
         generation = self._receipted()
         self._done = True
         return generation
@@ -152,7 +167,8 @@ class Transaction:
         return self._publish(entry, self.id, checksum)
 
     def _place(self, name: str, slot: str) -> Path:
-        """Makes the array's directory with its zarr.json, linked from the generation before where there is one: it is the same, and on disk already."""
+        """Makes the array's directory with its zarr.json, linked from the generation before where there is one: it is
+        the same, and on disk already."""
         path = node(slot, name)
         directory = self.directory / path
         directory.mkdir()
@@ -164,7 +180,11 @@ class Transaction:
 
     def _receive(self, name: str, slot: str, chunks: list[str]) -> None:
         path, spec = node(slot, name), self._form.slots[name][slot]
-        metadata = self._before.receipts["arrays"][path]["metadata"] if self._before else framing.crc(arrays.metadata(spec, name))
+        metadata = (
+            self._before.receipts["arrays"][path]["metadata"]
+            if self._before
+            else framing.crc(arrays.metadata(spec, name))
+        )
         with self._lock:
             self._receipts[path] = {"metadata": metadata, "bytes": spec.nbytes, "chunks": chunks}
 
@@ -175,4 +195,6 @@ def room(directory: Path, nbytes: int, what: str = "a fold") -> None:
         free = shutil.disk_usage(directory).free
     need = nbytes + (16 << 20)
     if free < need:
-        raise Retry(f"{directory}: {free / 1e9:.2f} GB free, {what} needs {need / 1e9:.2f} GB: free some space; nothing was settled")
+        raise Retry(
+            f"{directory}: {free / 1e9:.2f} GB free, {what} needs {need / 1e9:.2f} GB: free some space; nothing was settled"
+        )

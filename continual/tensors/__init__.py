@@ -1,4 +1,5 @@
-"""Models where they are: strict safetensors headers, reads by pread, and task vectors one tensor at a time, of a full checkpoint or an adapter."""
+"""Models where they are: strict safetensors headers, reads by pread, and task vectors one tensor at a time, of a full
+checkpoint or an adapter."""
 
 from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import Checkpoint

@@ -1,8 +1,8 @@
 """A LoRA adapter in PEFT layout as a fine-tune: its task vector is scale·B·A, one tensor at a time.
 
-Hu et al. 2022, "LoRA"; rsLoRA scaling by Kalajdzievski 2023. Layout and configuration are those of PEFT's `LoraConfig`. The configuration is an
-allow-list: a key that is not understood and has a value other than its default is refused by its name. Which tensors of the base an adapter meets is
-decided in matching.py.
+Hu et al. 2022, "LoRA"; rsLoRA scaling by Kalajdzievski 2023. Layout and configuration are those of PEFT's `LoraConfig`.
+The configuration is an allow-list: a key that is not understood and has a value other than its default is refused by
+its name. Which tensors of the base an adapter meets is decided in matching.py.
 """
 
 from __future__ import annotations
@@ -43,11 +43,15 @@ _INFORMATION = frozenset(
     ]
 )
 """Keys that change nothing about factors that are there: how they came to be, or settings of a switch that is off."""
-_UNDERSTOOD = frozenset(["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "modules_to_save"])
+_UNDERSTOOD = frozenset(
+    ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "modules_to_save"]
+)
 _OFF: tuple[Any, ...] = (None, False, {}, [], "")
 _HARMLESS_INIT: tuple[Any, ...] = (True, False, None, "gaussian", "orthogonal")
 """Initialisations that leave the base's weights as they are and start from B·A = 0 (or are trained away from it)."""
-_KEY = re.compile(r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])(?:\.default)?\.weight|lora_embedding_(?P<embedding>[AB])(?:\.default)?)")
+_KEY = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])(?:\.default)?\.weight|lora_embedding_(?P<embedding>[AB])(?:\.default)?)"
+)
 _ROOT = "base_model.model."
 _WRAPPER = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
 _LONGEST_PATTERN, _QUANTIFIERS, _PARTS = 200, 3, 2
@@ -64,8 +68,9 @@ class Factors(NamedTuple):
 
 
 class Adapter:
-    """An adapter's files, open for reading; a context manager. `factors`: weight name (without PEFT's prefix) to its factors; `saved`: weight name to the
-    tensor that replaces it (modules_to_save, and the embeddings PEFT stores beside the factors)."""
+    """An adapter's files, open for reading; a context manager. `factors`: weight name (without PEFT's prefix) to its
+    factors; `saved`: weight name to the tensor that replaces it (modules_to_save, and the embeddings PEFT stores beside
+    the factors)."""
 
     def __init__(self, place: Place) -> None:
         """Opens the adapter in `place`. Raises Refuse for a configuration or tensors that are not understood."""
@@ -123,13 +128,15 @@ class Adapter:
         self._config_file.check_unchanged()
 
     def shape(self, factors: Factors, transposed: bool) -> tuple[int, int]:
-        """Rows and columns of the task vector, a convolution flattened to 2-D. `transposed`: the base stores the weight as in × out."""
+        """Rows and columns of the task vector, a convolution flattened to 2-D. `transposed`: the base stores the weight
+        as in × out."""
         a, b = self.weights.tensors[factors.a].shape, self.weights.tensors[factors.b].shape
         rows, columns = b[0], math.prod(a[1:])
         return (columns, rows) if factors.embedding or transposed else (rows, columns)
 
     def product(self, factors: Factors, transposed: bool, out: torch.Tensor) -> tuple[tuple[str, torch.Tensor], ...]:
-        """scale·B·A in float32 into `out` (of shape `shape(factors, transposed)`). Returns the two factors as they were read, by name."""
+        """scale·B·A in float32 into `out` (of shape `shape(factors, transposed)`). Returns the two factors as they were
+        read, by name."""
         read = tuple((name, self.weights.read(name)) for name in (factors.a, factors.b))
         a = read[0][1].float().reshape(factors.rank, -1)
         b = read[1][1].float().reshape(-1, factors.rank)
@@ -144,7 +151,9 @@ class Adapter:
 def check_config(place: Place, config: Mapping[str, Any]) -> None:
     """Raises Refuse naming the first key that makes this more than a plain LoRA adapter."""
     if config.get("peft_type") != "LORA":
-        raise Refuse("adapter-kind", f"{place}: adapter of kind {shown(config.get('peft_type'))}: only LORA is understood")
+        raise Refuse(
+            "adapter-kind", f"{place}: adapter of kind {shown(config.get('peft_type'))}: only LORA is understood"
+        )
     if config.get("init_lora_weights", True) not in _HARMLESS_INIT:
         raise Refuse(
             "adapter-kind",
@@ -152,7 +161,12 @@ def check_config(place: Place, config: Mapping[str, Any]) -> None:
             "merge the adapter into its base and publish that, or convert it to plain LoRA",
         )
     for key, value in config.items():
-        known = key in _INFORMATION or key in _UNDERSTOOD or key == "init_lora_weights" or (key == "bias" and value == "none")
+        known = (
+            key in _INFORMATION
+            or key in _UNDERSTOOD
+            or key == "init_lora_weights"
+            or (key == "bias" and value == "none")
+        )
         if not known and value not in _OFF:
             raise Refuse(
                 "adapter-kind",
@@ -184,13 +198,16 @@ def _alpha(place: Place, key: str, value: Any) -> float:
 
 
 def _patterns(place: Place, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A pattern table of the configuration, its keys checked: they are regular expressions of a stranger, and some take for ever to fail."""
+    """A pattern table of the configuration, its keys checked: they are regular expressions of a stranger, and some take
+    for ever to fail."""
     body = config.get(key) or {}
     if not isinstance(body, dict):
         raise Refuse("config", f"{place.file(CONFIG)}: {key} = {shown(body)} is no table")
     for pattern in body:
         bare = re.sub(r"\\.", "", pattern).replace("(?:", "(")
-        involved = len(re.findall(r"[*+?{]", bare)) > _QUANTIFIERS or bare.count("(") > _PARTS or re.search(r"\)[*+?{]", bare)
+        involved = (
+            len(re.findall(r"[*+?{]", bare)) > _QUANTIFIERS or bare.count("(") > _PARTS or re.search(r"\)[*+?{]", bare)
+        )
         if len(pattern) > _LONGEST_PATTERN or involved:
             raise Refuse(
                 "config",
@@ -199,7 +216,9 @@ def _patterns(place: Place, config: Mapping[str, Any], key: str) -> Mapping[str,
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            raise Refuse("config", f"{place.file(CONFIG)}: {key}: pattern {shown(pattern)} is no regular expression ({error})") from None
+            raise Refuse(
+                "config", f"{place.file(CONFIG)}: {key}: pattern {shown(pattern)} is no regular expression ({error})"
+            ) from None
     return body
 
 
@@ -221,31 +240,40 @@ def _sort(place: Place, weights: Checkpoint, config: Mapping[str, Any]) -> tuple
             weight = _WRAPPER.sub("", bare, count=1)
             if "lora_" in bare or not _is_saved(weight, config) or weight in saved:
                 raise Refuse(
-                    "adapter-kind", f"{place}: tensor {name} is no part of a plain LoRA adapter; merge it into its base and publish that"
+                    "adapter-kind",
+                    f"{place}: tensor {name} is no part of a plain LoRA adapter; merge it into its base and publish that",
                 )
             saved[weight] = name
     factors = {}
     for weight, pair in sorted(halves.items()):
         if set(pair) not in ({"A", "B"}, {"a", "b"}):
-            raise Refuse("adapter-kind", f"{place}: {weight} has no pair of factors, only {', '.join(sorted(pair.values()))}")
+            raise Refuse(
+                "adapter-kind", f"{place}: {weight} has no pair of factors, only {', '.join(sorted(pair.values()))}"
+            )
         factors[weight] = _factors(place, weights, config, weight, pair)
     return factors, saved
 
 
 def _is_saved(weight: str, config: Mapping[str, Any]) -> bool:
-    """Whether a full weight belongs here: its module is one of modules_to_save, or it is an embedding or head, which PEFT stores when it was resized."""
+    """Whether a full weight belongs here: its module is one of modules_to_save, or it is an embedding or head, which
+    PEFT stores when it was resized."""
     names = config.get("modules_to_save") or []
     return is_vocabulary(weight) or any(f".{name}." in f".{weight}" for name in names)
 
 
-def _factors(place: Place, weights: Checkpoint, config: Mapping[str, Any], weight: str, pair: Mapping[str, str]) -> Factors:
+def _factors(
+    place: Place, weights: Checkpoint, config: Mapping[str, Any], weight: str, pair: Mapping[str, str]
+) -> Factors:
     embedding = "a" in pair
     module = weight.removesuffix(".weight")
     rank = _first_match(_patterns(place, config, "rank_pattern"), module, config["r"])
     alpha = _first_match(_patterns(place, config, "alpha_pattern"), module, config["lora_alpha"])
     a, b = (weights.tensors[pair[half]] for half in ("ab" if embedding else "AB"))
     if len(a.shape) < 2 or len(b.shape) < 2 or math.prod(b.shape[2:]) != 1 or (a.shape[0], b.shape[1]) != (rank, rank):
-        raise Refuse("shape", f"{place}: factors of {weight} are {list(a.shape)} and {list(b.shape)}, which do not fit its rank {rank}")
+        raise Refuse(
+            "shape",
+            f"{place}: factors of {weight} are {list(a.shape)} and {list(b.shape)}, which do not fit its rank {rank}",
+        )
     scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Factors(a.name, b.name, rank, scale, embedding)
 

@@ -37,11 +37,16 @@ _LONGEST_FILE_NAME = 255
 
 
 class Checkpoint:
-    """A model's weight files, open for reading; a context manager. Thread-safe. `tensors` maps names to places in `files`, `config` is config.json or empty;
-    `where` names it in messages."""
+    """A model's weight files, open for reading; a context manager. Thread-safe. `tensors` maps names to places in
+    `files`, `config` is config.json or empty; `where` names it in messages."""
 
     def __init__(
-        self, place: Place, weights: Weights, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], only: str | None = None
+        self,
+        place: Place,
+        weights: Weights,
+        tensors: Mapping[str, TensorInfo],
+        config: Mapping[str, Any],
+        only: str | None = None,
     ) -> None:
         self.place = place
         self.where = str(place) if only is None else place.file(only)
@@ -83,7 +88,8 @@ class Checkpoint:
         return where, header.metadata(functools.partial(self._weights.pread, 0), where)
 
     def read(self, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Tensor `name` in its own dtype, on the CPU. `out` is a flat uint8 buffer to read into, at least as long as the tensor's bytes.
+        """Tensor `name` in its own dtype, on the CPU. `out` is a flat uint8 buffer to read into, at least as long as
+        the tensor's bytes.
 
         Raises Retry if the file cannot be read to its end any more.
         """
@@ -91,10 +97,15 @@ class Checkpoint:
         raw = torch.empty(info.nbytes, dtype=torch.uint8) if out is None else out[: info.nbytes]
         if info.nbytes:
             self._weights.preadv(info.file, raw.numpy().data, info.offset)
-        return raw.view(TORCH[info.dtype]).reshape(info.shape) if info.nbytes else torch.empty(info.shape, dtype=TORCH[info.dtype])
+        return (
+            raw.view(TORCH[info.dtype]).reshape(info.shape)
+            if info.nbytes
+            else torch.empty(info.shape, dtype=TORCH[info.dtype])
+        )
 
     def read_part(self, info: TensorInfo, start: int, into: memoryview) -> None:
-        """Fills `into` with the bytes of a tensor from its byte `start` on. Raises Retry if the file cannot be read to there any more."""
+        """Fills `into` with the bytes of a tensor from its byte `start` on. Raises Retry if the file cannot be read to
+        there any more."""
         self._weights.preadv(info.file, into, info.offset + start)
 
     def expect(self, infos: Sequence[TensorInfo]) -> None:
@@ -113,7 +124,8 @@ class Checkpoint:
 def weight_files(place: Place) -> tuple[str, ...]:
     """Names of the weight files of a model, in order, whether or not they are there.
 
-    As transformers does, one file goes before shards with an index. Raises Refuse if there are none to use, Retry if the index cannot be read now.
+    As transformers does, one file goes before shards with an index. Raises Refuse if there are none to use, Retry if
+    the index cannot be read now.
     """
     if place.only is not None:
         return (place.only,)
@@ -128,7 +140,10 @@ def weight_files(place: Place) -> tuple[str, ...]:
     if found:
         raise Refuse("index", f"{place}: {len(found)} safetensors files and no {INDEX} that says what belongs together")
     if pickled := sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
-        raise Refuse("pickle", f"{place}: only pickled weights ({pickled[0]}), which can run code when loaded; convert them to safetensors")
+        raise Refuse(
+            "pickle",
+            f"{place}: only pickled weights ({pickled[0]}), which can run code when loaded; convert them to safetensors",
+        )
     raise Refuse("no-weights", f"{place}: no safetensors file in it")
 
 
@@ -140,7 +155,10 @@ def open_checkpoint(place: Place, only: str | None = None) -> Checkpoint:
     names = weight_files(place) if only is None else (only,)
     if missing := next((name for name in names if not place.present(name)), None):
         place.names()  # raises where all of it is gone
-        raise Refuse("missing-shard", f"{place}: {missing} is not there: a file the index names is missing, or a link leads nowhere")
+        raise Refuse(
+            "missing-shard",
+            f"{place}: {missing} is not there: a file the index names is missing, or a link leads nowhere",
+        )
     weights = place.open(names)
     try:
         tensors: dict[str, TensorInfo] = {}

@@ -1,6 +1,8 @@
-"""The files of a model, opened once and read by `pread`: never mapped, because a mapped file that its publisher truncates kills the process.
+"""The files of a model, opened once and read by `pread`: never mapped, because a mapped file that its publisher
+truncates kills the process.
 
-What is opened here was put there by others: only regular files are read, and where a root is given only such as lie in it, whatever links lead to them.
+What is opened here was put there by others: only regular files are read, and where a root is given only such as lie in
+it, whatever links lead to them.
 """
 
 from __future__ import annotations
@@ -87,11 +89,14 @@ class Files:
             with reading(path):
                 named = _file_stat(path, os.stat(path))
             if self._stat(i) != before or named != before:
-                raise Retry(f"{path}: changed while it was read; nothing was settled, it is taken up again when it is still")
+                raise Retry(
+                    f"{path}: changed while it was read; nothing was settled, it is taken up again when it is still"
+                )
 
 
 def small_file(path: Path, root: Path | None) -> bytes:
-    """The contents of a configuration file of at most 32 MiB. Raises Refuse if it is larger, as for any other file of a model."""
+    """The contents of a configuration file of at most 32 MiB. Raises Refuse if it is larger, as for any other file of a
+    model."""
     files = Files([path], root)
     try:
         size = files.stats[0].size
@@ -103,16 +108,21 @@ def small_file(path: Path, root: Path | None) -> bytes:
 
 
 def _open(path: Path, root: Path | None) -> int:
-    """A descriptor of a regular file. Where it lies is asked of the kernel once it is open, so that no link can be exchanged in between."""
+    """A descriptor of a regular file. Where it lies is asked of the kernel once it is open, so that no link can be
+    exchanged in between."""
     with reading(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)  # a FIFO without a writer must not block
+        fd = os.open(
+            path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        )  # a FIFO without a writer must not block
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise Refuse("no-file", f"{path}: is no regular file")
             if root is not None:
                 place = Path(os.readlink(f"/proc/self/fd/{fd}"))
                 if not place.is_relative_to(root.resolve()):
-                    raise Refuse("outside", f"{path} leads out of the watched folder, to {place}: publish the file itself")
+                    raise Refuse(
+                        "outside", f"{path} leads out of the watched folder, to {place}: publish the file itself"
+                    )
         except BaseException:
             os.close(fd)
             raise

@@ -1,8 +1,9 @@
 """The head of a safetensors file, parsed strictly: whatever is not exactly as the format says is refused by name.
 
-Format: https://huggingface.co/docs/safetensors. Eight little-endian bytes with the length N of the header, N bytes of JSON (tensor name to dtype, shape
-and data_offsets, and `__metadata__` of strings), then the data, which the offsets cover without gap or overlap. Stricter than the format in two points:
-names are printable (they go into paths, logs and records), and a header is at most 25 MB, as the Hub's own client has it.
+Format: https://huggingface.co/docs/safetensors. Eight little-endian bytes with the length N of the header, N bytes of
+JSON (tensor name to dtype, shape and data_offsets, and `__metadata__` of strings), then the data, which the offsets
+cover without gap or overlap. Stricter than the format in two points: names are printable (they go into paths, logs and
+records), and a header is at most 25 MB, as the Hub's own client has it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from continual.errors import Refuse
 from continual.records import ITEMSIZE
 
 LONGEST = 25_000_000
-"""Bytes of the longest header that is read: some 200,000 tensors. A parsed header takes many times its size in memory."""
+"""Bytes of the longest header that is read: some 200,000 tensors. A parsed header takes many times its size in memory.
+"""
 _LONGEST_NAME = 1000
 _SHOWN = 80
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a file: `file` is the index of its file in the checkpoint, `offset` its first byte from the beginning of that file."""
+    """One tensor of a file: `file` is the index of its file in the checkpoint, `offset` its first byte from the
+    beginning of that file."""
 
     name: str
     dtype: str
@@ -35,8 +38,8 @@ class TensorInfo(NamedTuple):
 def parse(pread: Callable[[int, int], bytes], size: int, where: str, file: int = 0) -> dict[str, TensorInfo]:
     """The tensors of a file of `size` bytes by name.
 
-    `pread(length, offset)` reads from the file; `where` names it in messages. Raises Refuse with the reasons `truncated` (the file is shorter than its
-    header says), `header` (malformed) or `dtype`.
+    `pread(length, offset)` reads from the file; `where` names it in messages. Raises Refuse with the reasons
+    `truncated` (the file is shorter than its header says), `header` (malformed) or `dtype`.
     """
     if size < 8:
         raise Refuse("truncated", f"{where}: {size} bytes are no safetensors file")
@@ -62,7 +65,8 @@ def metadata(pread: Callable[[int, int], bytes], where: str) -> dict[str, str]:
 
 
 def json_object(text: bytes, where: str, reason: str) -> dict[str, Any]:
-    """Untrusted bytes as a JSON object. Raises Refuse(reason) for anything else: another type, a key twice, NaN, nesting too deep to parse."""
+    """Untrusted bytes as a JSON object. Raises Refuse(reason) for anything else: another type, a key twice, NaN,
+    nesting too deep to parse."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -97,13 +101,18 @@ def _metadata(body: Any, where: str) -> None:
 
 def _tensor(name: str, entry: Any, where: str, file: int, start: int) -> TensorInfo:
     if not name or not name.isprintable() or len(name) > _LONGEST_NAME:
-        raise Refuse("header", f"{where}: tensor name {shown(name)} is empty, not printable or longer than {_LONGEST_NAME}")
+        raise Refuse(
+            "header", f"{where}: tensor name {shown(name)} is empty, not printable or longer than {_LONGEST_NAME}"
+        )
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise Refuse("header", f"{where}: tensor {name}: the entry must have dtype, shape and data_offsets and nothing else")
+        raise Refuse(
+            "header", f"{where}: tensor {name}: the entry must have dtype, shape and data_offsets and nothing else"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise Refuse(
-            "dtype", f"{where}: tensor {name} has dtype {shown(dtype)}, which cannot be folded or carried; convert it to F32, F16 or BF16"
+            "dtype",
+            f"{where}: tensor {name} has dtype {shown(dtype)}, which cannot be folded or carried; convert it to F32, F16 or BF16",
         )
     if not _sizes(shape) or math.prod(n for n in shape if n) >= 1 << 62:
         raise Refuse("header", f"{where}: tensor {name}: shape {shown(shape)} is no list of sizes")
@@ -111,7 +120,10 @@ def _tensor(name: str, entry: Any, where: str, file: int, start: int) -> TensorI
         raise Refuse("header", f"{where}: tensor {name}: data_offsets {shown(offsets)} are no range")
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     if offsets[1] - offsets[0] != nbytes:
-        raise Refuse("header", f"{where}: tensor {name}: {offsets[1] - offsets[0]} bytes for {dtype} {shown(shape)}, which takes {nbytes}")
+        raise Refuse(
+            "header",
+            f"{where}: tensor {name}: {offsets[1] - offsets[0]} bytes for {dtype} {shown(shape)}, which takes {nbytes}",
+        )
     return TensorInfo(name, dtype, tuple(shape), file, start + offsets[0], nbytes)
 
 

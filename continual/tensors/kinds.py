@@ -1,4 +1,5 @@
-"""Which tensors of a base are matrices, plain or carried and how deep each lies: by the names architectures use, never by shape alone.
+"""Which tensors of a base are matrices, plain or carried and how deep each lies: by the names architectures use, never
+by shape alone.
 
 Which names are one tensor is in ties.py.
 """
@@ -37,7 +38,8 @@ _BEFORE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A base and what is known of its tensors: `specs` in name order, `aliases` from a tied name (in its files or not) to its canonical one."""
+    """A base and what is known of its tensors: `specs` in name order, `aliases` from a tied name (in its files or not)
+    to its canonical one."""
 
     checkpoint: Checkpoint
     specs: tuple[TensorSpec, ...]
@@ -47,14 +49,16 @@ class BaseModel:
 def describe(checkpoint: Checkpoint, *, plain: Sequence[str] = (), exclude: Sequence[str] = ()) -> BaseModel:
     """Kinds, depths and ties of a base. `plain` and `exclude` are globs of names.
 
-    Reads nothing but headers, except where tied names are both there: their bytes are compared. Raises Refuse for a float dtype that cannot be folded
-    and for tied tensors that differ, Misconfigured for a glob that names no tensor.
+    Reads nothing but headers, except where tied names are both there: their bytes are compared. Raises Refuse for a
+    float dtype that cannot be folded and for tied tensors that differ, Misconfigured for a glob that names no tensor.
     """
     aliases = tied(checkpoint)
     names = sorted(name for name in checkpoint.tensors if name not in aliases)
     for glob in (*plain, *exclude):
         if not fnmatch.filter(names, glob):
-            raise Misconfigured(f"{glob!r} names no tensor of {checkpoint.place}; 'continual init' without it lists them")
+            raise Misconfigured(
+                f"{glob!r} names no tensor of {checkpoint.place}; 'continual init' without it lists them"
+            )
     stacks: dict[str, int] = {}
     for name in names:
         if match := _LAYER.search(name):
@@ -65,19 +69,25 @@ def describe(checkpoint: Checkpoint, *, plain: Sequence[str] = (), exclude: Sequ
         kind = kind_of(name, info.shape, info.dtype, plain, exclude)
         if kind != "carried" and info.dtype not in FLOATS:
             raise Refuse(
-                "dtype", f"{checkpoint.place}: tensor {name} is {info.dtype}: convert it to F32, F16 or BF16, or carry it with exclude"
+                "dtype",
+                f"{checkpoint.place}: tensor {name} is {info.dtype}: convert it to F32, F16 or BF16, or carry it with exclude",
             )
         specs.append(TensorSpec(name, info.shape, info.dtype, kind, depth_of(name, stacks)))
     return BaseModel(checkpoint, tuple(specs), aliases)
 
 
-def kind_of(name: str, shape: Sequence[int], dtype: str, plain: Iterable[str] = (), exclude: Iterable[str] = ()) -> Kind:
-    """`carried`: integers, bools and what `exclude` names. `matrix`: weights of linear layers (2-D) and convolutions (4-D). `plain`: the rest."""
+def kind_of(
+    name: str, shape: Sequence[int], dtype: str, plain: Iterable[str] = (), exclude: Iterable[str] = ()
+) -> Kind:
+    """`carried`: integers, bools and what `exclude` names. `matrix`: weights of linear layers (2-D) and convolutions
+    (4-D). `plain`: the rest."""
     if _matches(name, exclude) or not dtype.startswith(("F", "BF")):
         return "carried"
     if len(shape) not in (2, 4) or 0 in shape or not _WEIGHT.search(name) or _matches(name, plain):
         return "plain"
-    table = len(shape) == 2 and (is_vocabulary(name) or _TABLE.search(name))  # an embedding in 4-D is a convolution over patches
+    table = len(shape) == 2 and (
+        is_vocabulary(name) or _TABLE.search(name)
+    )  # an embedding in 4-D is a convolution over patches
     return "plain" if table or _HEAD.search(name) else "matrix"
 
 
@@ -89,7 +99,8 @@ def is_vocabulary(name: str) -> bool:
 def depth_of(name: str, stacks: Mapping[str, int]) -> float:
     """A tensor's place in its stack: 0 before the layers and in the first, 1 in the last and after them.
 
-    `stacks`: what stands before a layer's number to the highest number in that stack (an encoder and a decoder are two).
+    `stacks`: what stands before a layer's number to the highest number in that stack (an encoder and a decoder are
+    two).
     """
     if match := _LAYER.search(name):
         return int(match[1]) / max(1, stacks[name[: match.start(1)]])

@@ -1,5 +1,5 @@
-"""What a candidate says about each tensor of a base: names, one differing prefix, tied names, adapter factors. From headers only, and no judgement:
-whether dtypes, shapes and gaps are allowed is for gates/lineage.py.
+"""What a candidate says about each tensor of a base: names, one differing prefix, tied names, adapter factors. From
+headers only, and no judgement: whether dtypes, shapes and gaps are allowed is for gates/lineage.py.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ CONV1D = {
     family: frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
     for family in ("gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer")
 }
-"""Modules that store their weight as in × out (transformers' Conv1D), by model type. An adapter's one flag is that of the layer PEFT met last."""
+"""Modules that store their weight as in × out (transformers' Conv1D), by model type. An adapter's one flag is that of
+the layer PEFT met last."""
 
 
 class Source(NamedTuple):
-    """Where a task vector comes from. `full`: the tensor that replaces the base's. `twins`: the same tensor under tied names. `factors`: what an adapter
-    adds; `transposed`: the base stores that weight as in × out."""
+    """Where a task vector comes from. `full`: the tensor that replaces the base's. `twins`: the same tensor under tied
+    names. `factors`: what an adapter adds; `transposed`: the base stores that weight as in × out."""
 
     full: TensorInfo | None
     twins: tuple[TensorInfo, ...] = ()
@@ -31,8 +32,11 @@ class Source(NamedTuple):
     transposed: bool = False
 
 
-def sources(base: BaseModel, model: Checkpoint | Adapter, prefix: tuple[str, str]) -> tuple[dict[str, Source], set[str]]:
-    """The source of each foldable tensor of the base that the candidate has, by the base's name; and the candidate's names that were understood.
+def sources(
+    base: BaseModel, model: Checkpoint | Adapter, prefix: tuple[str, str]
+) -> tuple[dict[str, Source], set[str]]:
+    """The source of each foldable tensor of the base that the candidate has, by the base's name; and the candidate's
+    names that were understood.
 
     Raises Refuse (`tied`) if an adapter adapts two names of one tensor.
     """
@@ -49,7 +53,9 @@ def sources(base: BaseModel, model: Checkpoint | Adapter, prefix: tuple[str, str
         known.update(names)
         if spec.kind == "carried":
             continue
-        source = _of_adapter(base, model, spec.name, names) if isinstance(model, Adapter) else _of_checkpoint(model, names)
+        source = (
+            _of_adapter(base, model, spec.name, names) if isinstance(model, Adapter) else _of_checkpoint(model, names)
+        )
         if source is not None:
             found[spec.name] = source
     return found, known
@@ -69,7 +75,9 @@ def _of_adapter(base: BaseModel, model: Adapter, ours: str, names: list[str]) ->
         return None
     factors = model.factors[adapted[0]] if adapted else None
     known = CONV1D.get(str(base.checkpoint.config.get("model_type")))
-    transposed = ours.split(".")[-2:-1] != [] and ours.split(".")[-2] in known if known is not None else model.transposed
+    transposed = (
+        ours.split(".")[-2:-1] != [] and ours.split(".")[-2] in known if known is not None else model.transposed
+    )
     return Source(present[0] if present else None, tuple(present[1:]), factors, transposed)
 
 
@@ -85,7 +93,8 @@ def candidate_name(name: str, prefix: tuple[str, str]) -> str:
 
 
 def find_prefix(ours: Collection[str], theirs: Collection[str], where: str) -> tuple[str, str]:
-    """The one leading part that is added or missing in the candidate's names, as (base's, candidate's); two empty strings where the names agree.
+    """The one leading part that is added or missing in the candidate's names, as (base's, candidate's); two empty
+    strings where the names agree.
 
     Raises Refuse (`prefix`) if another prefix, or none, explains at least half as many names as the best does.
     """

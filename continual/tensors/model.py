@@ -20,8 +20,8 @@ Model = Checkpoint | Adapter
 def open_model(where: Path | Place, *, root: Path | None = None) -> Model:
     """Opens the model at a place, or in a directory (or a single safetensors file), and reads its headers.
 
-    `root` is the watched folder the files of a directory must lie in, None for a path given by hand. Raises Refuse with a reason for anything malformed
-    or of a kind that is not understood, Retry for what cannot be read now.
+    `root` is the watched folder the files of a directory must lie in, None for a path given by hand. Raises Refuse with
+    a reason for anything malformed or of a kind that is not understood, Retry for what cannot be read now.
     """
     place = place_of(where, root)
     if _is_adapter(place):
@@ -31,16 +31,21 @@ def open_model(where: Path | Place, *, root: Path | None = None) -> Model:
 
 
 def open_shipped(base: BaseModel, model: Model, lineage: Lineage, name: str) -> Checkpoint:
-    """The safetensors file `name` beside the weights of `model`, which has a tensor of its shape for every one that is folded.
+    """The safetensors file `name` beside the weights of `model`, which has a tensor of its shape for every one that is
+    folded.
 
     Raises Refuse naming what is missing or of another shape, Retry for what cannot be read now.
     """
     if isinstance(model, Adapter):
-        raise Refuse("moments", f"{model.place} is an adapter: what weighs each parameter ({name}) is shipped with full fine-tunes only")
+        raise Refuse(
+            "moments",
+            f"{model.place} is an adapter: what weighs each parameter ({name}) is shipped with full fine-tunes only",
+        )
     where = model.place.file(name)
     if not model.place.present(name):
         raise Refuse(
-            "moments", f"{where} is not there: this rule weighs each parameter by it; publish it before the weights, then 'continual retry'"
+            "moments",
+            f"{where} is not there: this rule weighs each parameter by it; publish it before the weights, then 'continual retry'",
         )
     found = open_checkpoint(model.place, name)
     try:
@@ -67,7 +72,9 @@ def _one_adapter(place: Place) -> None:
     """Raises Refuse unless a directory with an adapter's configuration holds just an adapter."""
     names = place.names()
     if SINGLE in names or INDEX in names:
-        raise Refuse("adapter-kind", f"{place}: holds both an adapter and a full model; publish them in two directories")
+        raise Refuse(
+            "adapter-kind", f"{place}: holds both an adapter and a full model; publish them in two directories"
+        )
     if WEIGHTS not in names:
         pickled = "adapter_model.bin" in names
         what = (
@@ -82,10 +89,14 @@ def candidate_of(model: Model, *, source: str | None = None) -> Candidate:
     """The candidate a model is; `source` says who saw it, where that is not who opened it."""
     place = model.place
     form: Literal["full", "adapter"] = "adapter" if isinstance(model, Adapter) else "full"
-    return Candidate(place.key(model.files), place.name, source or place.source, place.origin, form, model.nbytes, place.facts)
+    return Candidate(
+        place.key(model.files), place.name, source or place.source, place.origin, form, model.nbytes, place.facts
+    )
 
 
 def unreadable(place: Place) -> Candidate:
     """A candidate whose headers cannot be read, known by its place and the state of its files."""
     files = place.look()
-    return Candidate(place.key(files), place.name, place.source, place.origin, "full", sum(file.size for file in files), place.facts)
+    return Candidate(
+        place.key(files), place.name, place.source, place.origin, "full", sum(file.size for file in files), place.facts
+    )

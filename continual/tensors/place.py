@@ -1,4 +1,5 @@
-"""Where the files of a model are, seen alike: a directory here, or (in continual/hub) a repo somewhere else. What the files say is for others.
+"""Where the files of a model are, seen alike: a directory here, or (in continual/hub) a repo somewhere else. What the
+files say is for others.
 
 `Weights` are its weight files, open for reading by position; everything small is read whole.
 """
@@ -32,7 +33,8 @@ class Weights(Protocol):
         ...
 
     def expect(self, extents: Sequence[tuple[int, int, int]]) -> None:
-        """Says what will be read, as (file, first byte, bytes) in this order, so that it can be fetched ahead; nothing is fetched yet."""
+        """Says what will be read, as (file, first byte, bytes) in this order, so that it can be fetched ahead; nothing
+        is fetched yet."""
         ...
 
     def will_need(self, file: int, offset: int, length: int) -> None:
@@ -49,7 +51,8 @@ class Weights(Protocol):
 
 
 class Place(Protocol):
-    """Where a model is. `name` is the model's, `origin` the place alone, without its state; `only` the one weight file meant, where a file was named."""
+    """Where a model is. `name` is the model's, `origin` the place alone, without its state; `only` the one weight file
+    meant, where a file was named."""
 
     name: str
     origin: str
@@ -89,7 +92,8 @@ class Place(Protocol):
         ...
 
     def small(self, name: str) -> bytes:
-        """The contents of a configuration file. Raises Refuse if it is too large or of a kind that is not read, Retry if it cannot be read now."""
+        """The contents of a configuration file. Raises Refuse if it is too large or of a kind that is not read, Retry
+        if it cannot be read now."""
         ...
 
     def open(self, names: Sequence[str]) -> Weights:
@@ -97,7 +101,8 @@ class Place(Protocol):
         ...
 
     def look(self) -> tuple[FileStat, ...]:
-        """Its files as far as they can be seen, in the order of their names: what there is to know of a model whose headers cannot be read."""
+        """Its files as far as they can be seen, in the order of their names: what there is to know of a model whose
+        headers cannot be read."""
         ...
 
     def key(self, files: Sequence[FileStat]) -> str:
@@ -106,7 +111,8 @@ class Place(Protocol):
 
 
 class Folder:
-    """A model directory, or one safetensors file. `root` is the watched folder its files must lie in, None for a path given by hand."""
+    """A model directory, or one safetensors file. `root` is the watched folder its files must lie in, None for a path
+    given by hand."""
 
     def __init__(self, path: Path, root: Path | None = None, source: str = "hand") -> None:
         self.path = path
@@ -196,7 +202,8 @@ def read_json(place: Place, name: str, reason: str = "config") -> dict[str, Any]
 
 
 def release_of(place: Place) -> Mapping[str, Any] | None:
-    """The contents of the `continual.json` beside a model, None where there is none or it is no JSON object of ours. Raises Retry if it cannot be read now."""
+    """The contents of the `continual.json` beside a model, None where there is none or it is no JSON object of ours.
+    Raises Retry if it cannot be read now."""
     if not place.present(RELEASE):
         return None
     try:

@@ -1,6 +1,8 @@
-"""Which names of a model are one tensor: output heads tied to input embeddings, and the shared table of encoder-decoder models.
+"""Which names of a model are one tensor: output heads tied to input embeddings, and the shared table of encoder-decoder
+models.
 
-The canonical name is the one architectures declare (the input embedding); the config says whether heads are tied, its family's default where it is silent.
+The canonical name is the one architectures declare (the input embedding); the config says whether heads are tied, its
+family's default where it is silent.
 """
 
 from __future__ import annotations
@@ -88,11 +90,13 @@ _TIED_BY_DEFAULT = frozenset(
         "xlnet",
     ]
 )
-"""`model_type`s whose config class has tie_word_embeddings = true, read from the classes of transformers 5; a saved config leaves defaults out."""
+"""`model_type`s whose config class has tie_word_embeddings = true, read from the classes of transformers 5; a saved
+config leaves defaults out."""
 
 
 class _Group(NamedTuple):
-    """Last parts of names that are one tensor, the canonical one first. `head`: only where the config ties the output head."""
+    """Last parts of names that are one tensor, the canonical one first. `head`: only where the config ties the output
+    head."""
 
     canonical: str
     others: tuple[str, ...]
@@ -125,9 +129,11 @@ _BLOCK = 1 << 20
 
 
 def tied(checkpoint: Checkpoint) -> dict[str, str]:
-    """Every other name a tensor of this base may bear, in its files or not, to the canonical one, which is in its files.
+    """Every other name a tensor of this base may bear, in its files or not, to the canonical one, which is in its
+    files.
 
-    Raises Refuse (`tied`) where the config says that two tensors are one and their bytes differ. Where only the family's default says so, they are two.
+    Raises Refuse (`tied`) where the config says that two tensors are one and their bytes differ. Where only the
+    family's default says so, they are two.
     """
     said = _says(checkpoint.config)
     heads = said if said is not None else checkpoint.config.get("model_type") in _TIED_BY_DEFAULT
@@ -139,7 +145,9 @@ def tied(checkpoint: Checkpoint) -> dict[str, str]:
             if name in found or not (name == group.canonical or name.endswith(f".{group.canonical}")):
                 continue
             prefix = name[: -len(group.canonical)]
-            for alias in sorted({place + other for other in group.others for place in _places(prefix)} - {name, *found}):
+            for alias in sorted(
+                {place + other for other in group.others for place in _places(prefix)} - {name, *found}
+            ):
                 if alias not in checkpoint.tensors or _same(checkpoint, alias, name):
                     found[alias] = name
                 elif group.head and said:

@@ -1,7 +1,8 @@
-"""The task vectors of one candidate, τ = θ_t − θ₀, one tensor at a time in float32, and the digest of what went into them.
+"""The task vectors of one candidate, τ = θ_t − θ₀, one tensor at a time in float32, and the digest of what went into
+them.
 
-A tensor is read in runs into small buffers that each thread keeps: whole tensors are in memory only where the caller wants them whole, or where factors
-have to be multiplied out.
+A tensor is read in runs into small buffers that each thread keeps: whole tensors are in memory only where the caller
+wants them whole, or where factors have to be multiplied out.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ RUN = 1 << 18
 
 
 class Content:
-    """What a tensor's task vector was made from: the BLAKE3 hash of it all, and the bytes read for it, the base's included."""
+    """What a tensor's task vector was made from: the BLAKE3 hash of it all, and the bytes read for it, the base's
+    included."""
 
     def __init__(self) -> None:
         self.hash = blake3()
@@ -36,11 +38,16 @@ class Content:
 
     def digest(self) -> bytes:
         """The hash; of what was shipped beside the weights as well, where that was read."""
-        return blake3(self.hash.digest() + self.shipped.digest()).digest() if self.shipped is not None else self.hash.digest()
+        return (
+            blake3(self.hash.digest() + self.shipped.digest()).digest()
+            if self.shipped is not None
+            else self.hash.digest()
+        )
 
 
 class Piece(NamedTuple):
-    """One tensor's task vector `tau` (float32, the base's shape, CPU), the BLAKE3 hash of what it was made from, and the bytes read."""
+    """One tensor's task vector `tau` (float32, the base's shape, CPU), the BLAKE3 hash of what it was made from, and
+    the bytes read."""
 
     tau: torch.Tensor
     digest: bytes
@@ -48,8 +55,9 @@ class Piece(NamedTuple):
 
 
 class TaskVectors:
-    """Reads task vectors of `model` against `base` as `lineage` maps them, at most `run` elements at a time. `shipped` has values beside the
-    weights, by the same names. Thread-safe. `buffers` may be shared by models that a thread reads one after the other, each to its end."""
+    """Reads task vectors of `model` against `base` as `lineage` maps them, at most `run` elements at a time. `shipped`
+    has values beside the weights, by the same names. Thread-safe. `buffers` may be shared by models that a thread reads
+    one after the other, each to its end."""
 
     def __init__(
         self,
@@ -86,7 +94,8 @@ class TaskVectors:
                 yield from (self._weights.tensors[factor] for factor in (source.factors.a, source.factors.b))
 
     def position(self, name: str) -> tuple[int, int]:
-        """Where in the candidate's files the base's tensor `name` begins: in this order they are best read. What the candidate lacks comes last."""
+        """Where in the candidate's files the base's tensor `name` begins: in this order they are best read. What the
+        candidate lacks comes last."""
         source = self._sources.get(name)
         if source is None:
             return (1 << 62, 0)
@@ -95,7 +104,8 @@ class TaskVectors:
         return (info.file, info.offset)
 
     def vector(self, name: str) -> Piece:
-        """The task vector of the base's tensor `name`. Raises Refuse if tied names differ, Retry if a file cannot be read to its end."""
+        """The task vector of the base's tensor `name`. Raises Refuse if tied names differ, Retry if a file cannot be
+        read to its end."""
         tau, content = torch.empty(self._specs[name].shape), Content()
         flat = tau.view(-1)
         for start, stop, values in self.runs(name, content, flat):
@@ -104,7 +114,8 @@ class TaskVectors:
         return Piece(tau, content.digest(), content.nbytes)
 
     def moments(self, name: str, start: int, stop: int, content: Content) -> torch.Tensor:
-        """What was shipped for a range of elements of the base's tensor `name`: float32, valid until the thread asks for the next range.
+        """What was shipped for a range of elements of the base's tensor `name`: float32, valid until the thread asks
+        for the next range.
 
         Rows beyond the vocabulary in common weigh nothing. Raises Refuse where a value is negative or not finite.
         """
@@ -133,10 +144,12 @@ class TaskVectors:
     def runs(
         self, name: str, content: Content | None, into: torch.Tensor | None = None, share: float = 1.0
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """The same in flat runs: (first element, one past the last, values), whose memory the next run reuses unless it is that of the flat `into`.
+        """The same in flat runs: (first element, one past the last, values), whose memory the next run reuses unless it
+        is that of the flat `into`.
 
-        `content` is complete once the last run was asked for; without one nothing is hashed, and twins are not compared. With `share`
-        below 1 only the beginning of each run is read, that share of its elements and at least one.
+        `content` is complete once the last run was asked for; without one nothing is hashed, and twins are not
+        compared. With `share` below 1 only the beginning of each run is read, that share of its elements and at least
+        one.
         """
         spec, source = self._specs[name], self._sources[name]
         product = None
@@ -187,16 +200,21 @@ class TaskVectors:
             self._weights.prefetch(info)
 
     def digest(self, parts: Mapping[str, bytes]) -> str:
-        """The content digest of a candidate from the digests of its tensors, by the base's names: the same under another name, place or prefix."""
+        """The content digest of a candidate from the digests of its tensors, by the base's names: the same under
+        another name, place or prefix."""
         whole = blake3()
         for name in sorted(parts):
             whole.update(name.encode() + b"\0" + parts[name])
         return f"blake3:{whole.hexdigest()}"
 
     def _ranges(self, numel: int, share: float) -> Iterator[tuple[int, int]]:
-        return ((start, start + max(1, int(share * min(self.run, numel - start)))) for start in range(0, numel, self.run))
+        return (
+            (start, start + max(1, int(share * min(self.run, numel - start)))) for start in range(0, numel, self.run)
+        )
 
-    def _difference(self, spec: TensorSpec, source: Source, start: int, tau: torch.Tensor, content: Content | None) -> None:
+    def _difference(
+        self, spec: TensorSpec, source: Source, start: int, tau: torch.Tensor, content: Content | None
+    ) -> None:
         """Fills `tau` with θ_t − θ₀ from element `start` on and feeds the candidate's bytes to `content`."""
         assert source.full is not None
         origin = self._read("base", self._base, self._base.tensors[spec.name], start, len(tau))
@@ -205,7 +223,10 @@ class TaskVectors:
             content.hash.update(_raw(values))
         for twin in source.twins if content is not None else ():
             if _raw(self._read("twin", self._weights, twin, start, len(tau))) != _raw(values):
-                raise Refuse("tied", f"{self._model.place}: {source.full.name} and {twin.name} are one tensor in the base, and differ here")
+                raise Refuse(
+                    "tied",
+                    f"{self._model.place}: {source.full.name} and {twin.name} are one tensor in the base, and differ here",
+                )
         # narrower than the base: θ₀ is cast as the publisher cast θ_t, so that an untouched weight gives exactly zero
         if spec.name in self._lineage.narrowed:
             origin = origin.to(TORCH[self._lineage.narrowed[spec.name]])
@@ -218,7 +239,9 @@ class TaskVectors:
         """scale·B·A into the flat `out`."""
         assert isinstance(self._model, Adapter)
         assert source.factors is not None
-        read = self._model.product(source.factors, source.transposed, out.view(self._model.shape(source.factors, source.transposed)))
+        read = self._model.product(
+            source.factors, source.transposed, out.view(self._model.shape(source.factors, source.transposed))
+        )
         if content is None:
             return
         content.hash.update(f"lora {source.factors.scale!r} {source.factors.embedding} {source.transposed}".encode())
@@ -229,7 +252,8 @@ class TaskVectors:
             content.nbytes += info.nbytes
 
     def _read(self, use: str, checkpoint: Checkpoint, info: TensorInfo, start: int, count: int) -> torch.Tensor:
-        """`count` elements of a tensor in this thread's buffer for `use`: valid until the thread reads the next for the same use."""
+        """`count` elements of a tensor in this thread's buffer for `use`: valid until the thread reads the next for the
+        same use."""
         values = self._buffer(use, count, TORCH[info.dtype])
         checkpoint.read_part(info, start * values.element_size(), _raw(values))
         return values

@@ -1,4 +1,5 @@
-"""How the merge is read, chosen by evaluating candidates: the search (pure), X in a scratch file, evaluation by a command or on rows, the record."""
+"""How the merge is read, chosen by evaluating candidates: the search (pure), X in a scratch file, evaluation by a
+command or on rows, the record."""
 
 from continual.objectives.objectives import Ask as Rows
 from continual.tuning.choosing import Evaluation, Told, Tuned, Tuning, tune

@@ -1,4 +1,5 @@
-"""Choosing how the merge is read by what it is worth: X once into a scratch file, a candidate after the other evaluated, the best recorded. Folds nothing."""
+"""Choosing how the merge is read by what it is worth: X once into a scratch file, a candidate after the other
+evaluated, the best recorded. Folds nothing."""
 
 from __future__ import annotations
 
@@ -36,8 +37,9 @@ Evaluate = Callable[[Reading], float]
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What to try: so many candidates, over the value of `policy` (default: the one in force) around `around` (default: as it is read now), and over LiNeS'
-    slope where `lines`. `work` is where the scratch file goes (default: the system's place for temporary files); `dry_run` records nothing."""
+    """What to try: so many candidates, over the value of `policy` (default: the one in force) around `around` (default:
+    as it is read now), and over LiNeS' slope where `lines`. `work` is where the scratch file goes (default: the
+    system's place for temporary files); `dry_run` records nothing."""
 
     candidates: int = 20
     policy: Policy | None = None
@@ -57,7 +59,8 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """What came of it: `numbers` is what the record keeps (FORMAT.md), `commit` the record, None where nothing was recorded."""
+    """What came of it: `numbers` is what the record keeps (FORMAT.md), `commit` the record, None where nothing was
+    recorded."""
 
     read: ReadOptions
     score: float
@@ -70,11 +73,18 @@ Told = Callable[[ReadOptions, float], None]
 """Called with each candidate and its score when it is done."""
 
 
-def tune(engine: Engine, reading: Reading, evaluation: Evaluation, tuning: Tuning, progress: Progress, told: Told | None = None) -> Tuned:
+def tune(
+    engine: Engine,
+    reading: Reading,
+    evaluation: Evaluation,
+    tuning: Tuning,
+    progress: Progress,
+    told: Told | None = None,
+) -> Tuned:
     """Finds how the merge that `reading` reads is worth most, and records it.
 
-    Raises Misconfigured where nothing is folded or the evaluation cannot be used, Retry where the environment got in the way or the state moved on
-    meanwhile; then nothing is recorded.
+    Raises Misconfigured where nothing is folded or the evaluation cannot be used, Retry where the environment got in
+    the way or the state moved on meanwhile; then nothing is recorded.
     """
     state, started = engine.state, time.perf_counter()
     folds = len(state.folds(at=reading.commit.seq))
@@ -84,7 +94,11 @@ def tune(engine: Engine, reading: Reading, evaluation: Evaluation, tuning: Tunin
         read_options(engine.rule.name, "spread")  # not every rule knows it
     lower = isinstance(evaluation, command.Command) and evaluation.lower
     with _place(tuning.work) as place, _evaluator(engine, evaluation, place, progress) as evaluate:
-        room(place, scratch.nbytes(reading) + (engine.base.checkpoint.nbytes if isinstance(evaluation, command.Command) else 0), "tuning")
+        room(
+            place,
+            scratch.nbytes(reading) + (engine.base.checkpoint.nbytes if isinstance(evaluation, command.Command) else 0),
+            "tuning",
+        )
         kept = _kept(evaluation)
         file = place / "merged.safetensors"
         scratch.write(reading, file, engine.executor, progress)
@@ -112,13 +126,16 @@ def tune(engine: Engine, reading: Reading, evaluation: Evaluation, tuning: Tunin
 
 
 def space_of(reading: Reading, tuning: Tuning) -> Space:
-    """Where to look, once X was measured: around what is in force, said in the policy asked for where that reads the same."""
+    """Where to look, once X was measured: around what is in force, said in the policy asked for where that reads the
+    same."""
     now, size, totals = reading.options, reading.size(), reading.totals
     policy = tuning.policy or now.policy
     read = now.factors(totals, size)
     unit = ReadOptions(policy, 1.0).factors(totals, size)[0]
     if not unit:
-        raise Misconfigured(f"there is nothing that the scale {policy} would make longer: the merged task vector is zero")
+        raise Misconfigured(
+            f"there is nothing that the scale {policy} would make longer: the merged task vector is zero"
+        )
     most = math.inf  # from where on a value reads as this one does
     if policy == "norm":
         most = float(f"{ReadOptions('norm', 1e300).factors(totals, size)[0] / unit:.6g}")
@@ -129,16 +146,21 @@ def space_of(reading: Reading, tuning: Tuning) -> Space:
         if all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(said.factors(totals, size), read, strict=True)):
             start = said
     if tuning.around is None and (value == 0 or (policy != "number" and value < 0)):
-        raise Misconfigured(f"the scale in force is {now.scale}, around which there is nothing to search: say where with --around")
+        raise Misconfigured(
+            f"the scale in force is {now.scale}, around which there is nothing to search: say where with --around"
+        )
     around = value if tuning.around is None else tuning.around
     return Space(start, tuning.candidates, policy, min(around, most), most, tuning.lines)
 
 
 @contextmanager
 def _place(work: Path | None) -> Iterator[Path]:
-    """A directory for what is written meanwhile; gone afterwards. Its name begins with a dot, so no watched folder takes what is in it."""
+    """A directory for what is written meanwhile; gone afterwards. Its name begins with a dot, so no watched folder
+    takes what is in it."""
     with environment("cannot make a scratch directory"):
-        made = tempfile.TemporaryDirectory(prefix=".continual-tune-", dir=work and work.absolute(), ignore_cleanup_errors=True)
+        made = tempfile.TemporaryDirectory(
+            prefix=".continual-tune-", dir=work and work.absolute(), ignore_cleanup_errors=True
+        )
     with made as place:
         yield Path(place)
 

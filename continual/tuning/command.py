@@ -1,4 +1,5 @@
-"""A command that says what an exported model is worth: started without a shell, its score read from the last line it prints."""
+"""A command that says what an exported model is worth: started without a shell, its score read from the last line it
+prints."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ _TAIL = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """An argument list in which `{model}` stands for the model directory. The last line it prints is a number, or a JSON object with one under `key` (dots go
-    into objects); higher is better unless `lower`. It is stopped after `timeout` seconds."""
+    """An argument list in which `{model}` stands for the model directory. The last line it prints is a number, or a
+    JSON object with one under `key` (dots go into objects); higher is better unless `lower`. It is stopped after
+    `timeout` seconds."""
 
     argv: tuple[str, ...]
     key: str | None = None
@@ -39,7 +41,8 @@ class Command:
 
     @staticmethod
     def split(text: str) -> tuple[str, ...]:
-        """A command line as an argument list, by the rules of a shell's quotes and none of its others. Raises Misconfigured for an open quote."""
+        """A command line as an argument list, by the rules of a shell's quotes and none of its others. Raises
+        Misconfigured for an open quote."""
         try:
             return tuple(shlex.split(text))
         except ValueError as error:
@@ -53,20 +56,25 @@ class Command:
 def score(command: Command, model: Path, logs: Path, candidate: str) -> float:
     """Runs `command` on the directory `model`; its output goes to files in `logs`. Returns the number it printed.
 
-    Raises Retry if it took too long or was killed, Misconfigured if it cannot be started, fails, or ends in no number; both name `candidate`.
+    Raises Retry if it took too long or was killed, Misconfigured if it cannot be started, fails, or ends in no number;
+    both name `candidate`.
     """
     argv = [part.replace(MODEL, str(model)) for part in command.argv]
     out, err = logs / "stdout", logs / "stderr"
     where = f"candidate {candidate}: {shlex.join(argv)}"
     with out.open("wb") as stdout, err.open("wb") as stderr:
         try:
-            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True)
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+            )
         except (OSError, ValueError) as error:
             raise Misconfigured(f"{where}: cannot be started ({error})") from None
         try:
             code = process.wait(command.timeout)
         except subprocess.TimeoutExpired:
-            raise Retry(f"{where}: not done after {command.timeout:g} s and stopped; nothing was recorded (--timeout)") from None
+            raise Retry(
+                f"{where}: not done after {command.timeout:g} s and stopped; nothing was recorded (--timeout)"
+            ) from None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # its own group: what it left running must not outlive it
@@ -89,7 +97,9 @@ def parse(line: str, key: str | None) -> float:
             found: Any = float(line)
         except ValueError:
             hint = "; name the number in it with --key" if line.startswith("{") else ""
-            raise ValueError(f"its last line is no number but {shown}{hint}" if line else "it printed nothing") from None
+            raise ValueError(
+                f"its last line is no number but {shown}{hint}" if line else "it printed nothing"
+            ) from None
     else:
         try:
             found = json.loads(line)

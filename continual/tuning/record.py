@@ -13,7 +13,11 @@ from continual.tuning.search import Trial
 def row(trial: Trial, *, lower: bool) -> dict[str, Any]:
     """A trial with the score as the evaluation gave it."""
     lines = trial.options.lines
-    return {"scale": trial.options.scale, "lines": list(lines) if lines else None, "score": -trial.score if lower else trial.score}
+    return {
+        "scale": trial.options.scale,
+        "lines": list(lines) if lines else None,
+        "score": -trial.score if lower else trial.score,
+    }
 
 
 def numbers(trials: Sequence[Trial], evaluation: Mapping[str, Any], seconds: float, folds: int) -> dict[str, Any]:
@@ -24,7 +28,9 @@ def numbers(trials: Sequence[Trial], evaluation: Mapping[str, Any], seconds: flo
 
 def newest(state: State) -> Commit | None:
     """The newest tuning; None if there was none."""
-    return next((c for c in reversed(state.log) if c.entry.kind == "tune" and "trials" in (c.entry.numbers or {})), None)
+    return next(
+        (c for c in reversed(state.log) if c.entry.kind == "tune" and "trials" in (c.entry.numbers or {})), None
+    )
 
 
 def in_force(state: State) -> Commit | None:

@@ -1,4 +1,5 @@
-"""A model in memory whose parameters are set to one way of reading after the other, scored on calibration rows. What is good is the objective's to say."""
+"""A model in memory whose parameters are set to one way of reading after the other, scored on calibration rows. What is
+good is the objective's to say."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Places = dict[str, list[torch.Tensor]]
 
 
 def places(model: Any, base: BaseModel) -> Places:
-    """Where each tensor of `base` is in the transformers model `model`: under its name, or its name with or without the prefix of the model's body.
+    """Where each tensor of `base` is in the transformers model `model`: under its name, or its name with or without the
+    prefix of the model's body.
 
     Raises Misconfigured for one that is nowhere, or has another shape there; carried ones may be left out.
     """
@@ -34,7 +36,9 @@ def places(model: Any, base: BaseModel) -> Places:
     for spec in base.specs:
         if spec.kind == "carried":
             continue
-        tensors = [held[n] for name in names[spec.name] for n in (name, name.removeprefix(prefix), prefix + name) if n in held]
+        tensors = [
+            held[n] for name in names[spec.name] for n in (name, name.removeprefix(prefix), prefix + name) if n in held
+        ]
         if not tensors:
             raise Misconfigured(
                 f"tensor {spec.name} of the base is no parameter of {type(model).__name__}: take another objective, or evaluate with --command"
@@ -61,7 +65,10 @@ def fill(held: Places, base: BaseModel, reading: Reading, executor: Executor) ->
 def told(ask: Ask) -> dict[str, Any]:
     """What a record keeps of an objective: the files by name and digest."""
     files = {key: file for key, file in (("file", ask.file), ("heads", ask.heads)) if file is not None}
-    named = {key: {"name": file.name, "digest": f"blake3:{blake3(file.read_bytes()).hexdigest()}"} for key, file in files.items()}
+    named = {
+        key: {"name": file.name, "digest": f"blake3:{blake3(file.read_bytes()).hexdigest()}"}
+        for key, file in files.items()
+    }
     return {"kind": "rows", "objective": ask.name, "batch": ask.batch, **named}
 
 

@@ -1,4 +1,5 @@
-"""X in a file: the merged task vector as the rule reads it, read once and then scaled as often as it takes. The file is no part of the state."""
+"""X in a file: the merged task vector as the rule reads it, read once and then scaled as often as it takes. The file is
+no part of the state."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from continual.tensors import Checkpoint
 
 
 class Scratch(Reading):
-    """The merge that `of` reads, under `options`, with X taken from a scratch file: the same bits, whatever the rule has to do to read it."""
+    """The merge that `of` reads, under `options`, with X taken from a scratch file: the same bits, whatever the rule
+    has to do to read it."""
 
     def __init__(self, of: Reading, file: Checkpoint, options: ReadOptions) -> None:
         super().__init__(of.state, of.rule, of.commit.seq, options, of.lengths)
@@ -39,7 +41,8 @@ def nbytes(reading: Reading) -> int:
 
 
 def write(reading: Reading, file: Path, executor: Executor, progress: Progress) -> None:
-    """Writes X as float32 into the safetensors file `file`, tensor by tensor, and measures it meanwhile. Raises Retry if the disk gets in the way."""
+    """Writes X as float32 into the safetensors file `file`, tensor by tensor, and measures it meanwhile. Raises Retry
+    if the disk gets in the way."""
     placed, end = {}, 0
     for spec in reading.state.format.tensors:
         if spec.kind != "carried":

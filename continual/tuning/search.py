@@ -1,7 +1,9 @@
-"""Which scales to try, one after the other, and which of those tried is best. Pure: what a scale is worth is asked of the caller.
+"""Which scales to try, one after the other, and which of those tried is best. Pure: what a scale is worth is asked of
+the caller.
 
-One dimension at a time: first a grid, then the middle of the wider of the two gaps beside the best, or beyond an end where the best is there. Of a function
-with one peak the gap around it halves with every second evaluation once the peak lies between two points.
+One dimension at a time: first a grid, then the middle of the wider of the two gaps beside the best, or beyond an end
+where the best is there. Of a function with one peak the gap around it halves with every second evaluation once the peak
+lies between two points.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Where to look: `count` evaluations, the first of them of `start`, which is how the merge is read now; over the value of `policy` around `around`, and
-    over LiNeS' slope where `lines`. Beyond `most` a value reads as `most` does."""
+    """Where to look: `count` evaluations, the first of them of `start`, which is how the merge is read now; over the
+    value of `policy` around `around`, and over LiNeS' slope where `lines`. Beyond `most` a value reads as `most` does.
+    """
 
     start: ReadOptions
     count: int
@@ -52,7 +55,8 @@ class Space:
 
 
 def search(evaluate: Callable[[ReadOptions], float], space: Space) -> list[Trial]:
-    """Every trial in order. `evaluate` says what a way of reading is worth; none is asked twice. Raises Misconfigured for a score that is no finite number."""
+    """Every trial in order. `evaluate` says what a way of reading is worth; none is asked twice. Raises Misconfigured
+    for a score that is no finite number."""
     trials: list[Trial] = []
     asking = candidates(space)
     try:
@@ -60,7 +64,9 @@ def search(evaluate: Callable[[ReadOptions], float], space: Space) -> list[Trial
         while True:
             score = evaluate(options)
             if not math.isfinite(score):
-                raise Misconfigured(f"candidate {options}: its score is {score}; an evaluation has to end in a finite number")
+                raise Misconfigured(
+                    f"candidate {options}: its score is {score}; an evaluation has to end in a finite number"
+                )
             trials.append(Trial(options, score))
             options = asking.send(score)
     except StopIteration:
@@ -74,7 +80,8 @@ def best(trials: Sequence[Trial]) -> Trial:
 
 
 def candidates(space: Space) -> Generator[ReadOptions, float, None]:
-    """Ways of reading; what each is worth is sent in. `count` of them, fewer only where the next would be one of those before."""
+    """Ways of reading; what each is worth is sent in. `count` of them, fewer only where the next would be one of those
+    before."""
     start = space.start
     trials = [Trial(start, (yield start))]
     slopes = space.count // 3 if space.lines else 0
@@ -116,7 +123,8 @@ def slope(lines: tuple[float, float] | None) -> float | None:
 
 
 class Axis(NamedTuple):
-    """A line of numbers from `low` to `high`, measured by ratios where `geometric`; of equal scores the one nearest to `near` is better."""
+    """A line of numbers from `low` to `high`, measured by ratios where `geometric`; of equal scores the one nearest to
+    `near` is better."""
 
     low: float
     high: float
@@ -138,7 +146,9 @@ class Axis(NamedTuple):
     def following(self, found: Mapping[float, float]) -> float | None:
         """What to try after `found`; None where every number left is one of those."""
         if len(found) == 1:
-            return next((v for p in (1.0, -1.0) if (v := self.at(self.place(next(iter(found))) + p)) not in found), None)
+            return next(
+                (v for p in (1.0, -1.0) if (v := self.at(self.place(next(iter(found))) + p)) not in found), None
+            )
         ordered = sorted(found)
         at = ordered.index(self.top(found))
         places = [self.place(value) for value in ordered]

@@ -1,4 +1,5 @@
-"""SIGKILL at random instants of a round, in a real process, again and again until it ends: the end is that of a round which nobody disturbed."""
+"""SIGKILL at random instants of a round, in a real process, again and again until it ends: the end is that of a round
+which nobody disturbed."""
 
 from __future__ import annotations
 
@@ -22,7 +23,15 @@ KILLS = 7
 
 
 def opened(state: Path, select: str | None) -> api.Merge:
-    return api.open(state, write=True, select=select, objective="tests.helpers.quadratic:make", max_base_ratio=10, device="cpu", workers=1)
+    return api.open(
+        state,
+        write=True,
+        select=select,
+        objective="tests.helpers.quadratic:make",
+        max_base_ratio=10,
+        device="cpu",
+        workers=1,
+    )
 
 
 def child(state: Path, select: str | None, pipe: Connection) -> None:

@@ -1,7 +1,8 @@
-"""What each rule's paper computes from all fine-tunes at once, in float64 with full decompositions; no code of the package is used here.
+"""What each rule's paper computes from all fine-tunes at once, in float64 with full decompositions; no code of the
+package is used here.
 
-A batch form takes the task vectors of every fine-tune (name to tensor) and the names of the matrices, and returns the merged task vector at the scale that is
-the rule's default when it is read.
+A batch form takes the task vectors of every fine-tune (name to tensor) and the names of the matrices, and returns the
+merged task vector at the scale that is the rule's default when it is read.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def seed_of(name: str, tau: Tensor) -> int:
 
 
 def transformed(model: Mapping[str, Tensor], before: Sequence[str]) -> dict[str, Tensor]:
-    """A model after the transforms written as in the settings, each by its definition: full sorts, and the whole stream of random words at once."""
+    """A model after the transforms written as in the settings, each by its definition: full sorts, and the whole stream
+    of random words at once."""
     seeds = {name: seed_of(name, tau) for name, tau in model.items()}
     for place, text in enumerate(before):
         name, *pairs = text.split(":")
@@ -65,7 +67,12 @@ def transformed(model: Mapping[str, Tensor], before: Sequence[str]) -> dict[str,
             model = {n: _top(tau, float(options["density"])) for n, tau in model.items()}
         elif name == "drop":
             model = {
-                n: _dropped(tau, f"{seeds[n] + place} {options.get('seed', 0)}", float(options["rate"]), options.get("rescale") != "false")
+                n: _dropped(
+                    tau,
+                    f"{seeds[n] + place} {options.get('seed', 0)}",
+                    float(options["rate"]),
+                    options.get("rescale") != "false",
+                )
                 for n, tau in model.items()
             }
         else:
@@ -75,7 +82,9 @@ def transformed(model: Mapping[str, Tensor], before: Sequence[str]) -> dict[str,
 
 def _dropped(tau: Tensor, seed: str, rate: float, rescale: bool) -> Tensor:
     words = (
-        np.random.Philox(key=int.from_bytes(blake3(seed.encode()).digest(16), "little")).random_raw(tau.numel() // 2 + 1).view(np.uint32)
+        np.random.Philox(key=int.from_bytes(blake3(seed.encode()).digest(16), "little"))
+        .random_raw(tau.numel() // 2 + 1)
+        .view(np.uint32)
     )
     kept = torch.from_numpy(words[: tau.numel()] / 2**32 >= rate).view(tau.shape)
     return torch.where(kept, tau / (1 - rate) if rescale else tau, 0.0)
@@ -135,14 +144,22 @@ def ties(models: Models, _matrices: set[str], density: float = 0.2, trim: str = 
     names = list(models[0])
     found = {}
     flat = [torch.cat([model[name].double().flatten() for name in names]) for model in models]
-    whole = [dict(zip(names, _top(values, density).split([models[0][n].numel() for n in names]), strict=True)) for values in flat]
+    whole = [
+        dict(zip(names, _top(values, density).split([models[0][n].numel() for n in names]), strict=True))
+        for values in flat
+    ]
     for name in names:
-        rows = [_top(m[name].double(), density).flatten() if trim == "tensor" else w[name] for m, w in zip(models, whole, strict=True)]
+        rows = [
+            _top(m[name].double(), density).flatten() if trim == "tensor" else w[name]
+            for m, w in zip(models, whole, strict=True)
+        ]
         values = torch.stack(rows)
         total = values.sum(0)
         elected = torch.where(total.abs() > 2.0**-20 * values.abs().sum(0), total.sign(), 0.0)
         agree = (values.sign() == elected) & (elected != 0)
-        found[name] = (torch.where(agree, values, 0.0).sum(0) / agree.sum(0).clamp(min=1)).reshape(models[0][name].shape)
+        found[name] = (torch.where(agree, values, 0.0).sum(0) / agree.sum(0).clamp(min=1)).reshape(
+            models[0][name].shape
+        )
     return found
 
 
@@ -211,7 +228,9 @@ def _least_squares(taus: list[Tensor], ridge: float) -> Tensor:
     n = taus[0].shape[1]
     epsilon = ridge * len(taus) / n  # relative to the mean diagonal: each Gram has the trace 1
     left = torch.cat([*(tau / tau.norm() for tau in taus), epsilon**0.5 * torch.eye(n, dtype=torch.float64)])
-    right = torch.cat([*(tau @ tau.mT / tau.norm() for tau in taus), torch.zeros(n, taus[0].shape[0], dtype=torch.float64)])
+    right = torch.cat(
+        [*(tau @ tau.mT / tau.norm() for tau in taus), torch.zeros(n, taus[0].shape[0], dtype=torch.float64)]
+    )
     return torch.linalg.lstsq(left, right, driver="gelsd").solution.mT
 
 

@@ -1,4 +1,5 @@
-"""`continual ARGUMENTS`, in this process, where what is imported already need not be again; and in one of its own, where that is what a test is about."""
+"""`continual ARGUMENTS`, in this process, where what is imported already need not be again; and in one of its own,
+where that is what a test is about."""
 
 from __future__ import annotations
 

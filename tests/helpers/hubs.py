@@ -43,7 +43,9 @@ def publish(hub: Hub, repo: str, directory: Path, readme: bytes | None = None, *
 
 
 @contextmanager
-def merge(state: Path, server: Hub, /, *, write: bool = True, token: str | None = hubs.TOKEN, **settings: Any) -> Iterator[Merge]:
+def merge(
+    state: Path, server: Hub, /, *, write: bool = True, token: str | None = hubs.TOKEN, **settings: Any
+) -> Iterator[Merge]:
     """The state, opened with a client of this Hub."""
     with continual.open(state, write=write, **settings) as found:
         found.places.hub = Client(endpoint=server.endpoint, token=token, stop=found.places.stop)  # type: ignore[misc]
@@ -89,8 +91,16 @@ def adapter(base: Path, directory: Path, seed: int, module: str = "layers.0.self
     random = torch.Generator().manual_seed(3000 + seed)
     factors = {"A": torch.randn(rank, columns, generator=random), "B": torch.randn(rows, rank, generator=random)}
     directory.mkdir()
-    named = {f"base_model.model.model.{module}.lora_{letter}.weight": factor * 0.02 for letter, factor in factors.items()}
+    named = {
+        f"base_model.model.model.{module}.lora_{letter}.weight": factor * 0.02 for letter, factor in factors.items()
+    }
     save_file(named, directory / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": [module], "base_model_name_or_path": BASE}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": [module],
+        "base_model_name_or_path": BASE,
+    }
     (directory / "adapter_config.json").write_text(json.dumps(config))
     return directory

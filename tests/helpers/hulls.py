@@ -1,4 +1,5 @@
-"""Convex quadratics over the hull of Frank-Wolfe, their optimum known from enumerating every face of it; and how hypothesis draws them."""
+"""Convex quadratics over the hull of Frank-Wolfe, their optimum known from enumerating every face of it; and how
+hypothesis draws them."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ class Quadratic:
         if not (self.partial and of is None and torch.equal(weights, self.gradients[-1])):
             self.gradients.append(weights.clone())
         self.partial = of is not None
-        return self.value(weights), self.slopes(weights) if of is None else torch.where(of[:, None], self.slopes(weights), -1e3)
+        return self.value(weights), self.slopes(weights) if of is None else torch.where(
+            of[:, None], self.slopes(weights), -1e3
+        )
 
     @property
     def scale(self) -> float:
@@ -114,7 +117,10 @@ def corners(caps: np.ndarray, rho: float) -> list[np.ndarray]:
 def bound(weights: Tensor, slopes: Tensor, rho: float, caps: Tensor) -> float:
     """The gap, from the corners."""
     w, s, c = weights.numpy(), slopes.numpy(), caps.numpy()
-    return sum(float(s[:, l] @ w[:, l]) - min(float(s[:, l] @ corner) for corner in corners(c[:, l], rho)) for l in range(w.shape[1]))  # noqa: E741
+    return sum(
+        float(s[:, layer] @ w[:, layer]) - min(float(s[:, layer] @ corner) for corner in corners(c[:, layer], rho))
+        for layer in range(w.shape[1])
+    )
 
 
 def halves(size: int, most: int = 6) -> st.SearchStrategy[np.ndarray]:
@@ -130,7 +136,9 @@ def quadratics(draw: st.DrawFn, layers: int | None = None, capped: bool = True, 
     rho = draw(st.sampled_from([0.5, 1.0, 1.75]))
     caps = np.full((m, wide), math.inf)
     if capped and draw(st.booleans()):
-        caps[draw(st.integers(0, m - 1))] = draw(st.lists(st.sampled_from([0.0, 0.25, 0.3, 1.0]), min_size=wide, max_size=wide))
+        caps[draw(st.integers(0, m - 1))] = draw(
+            st.lists(st.sampled_from([0.0, 0.25, 0.3, 1.0]), min_size=wide, max_size=wide)
+        )
     c = draw(halves(m * wide, 2)) if linear else np.zeros(m * wide)
     return Quadratic(a, draw(halves(n, 10)), c, rho, caps)
 

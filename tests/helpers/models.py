@@ -22,27 +22,47 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "model.norm.weight": (16,),
     "lm_head.weight": (40, 16),
 }
-CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "num_hidden_layers": 2}
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "tie_word_embeddings": False,
+    "num_hidden_layers": 2,
+}
 
 
 def write(directory: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, object] | None = None) -> Path:
     """A model directory with one weight file; made under a temporary name and renamed, as publishers should."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     temporary.mkdir(parents=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()},
+        temporary / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (temporary / "config.json").write_text(json.dumps(CONFIG if config is None else config))
     temporary.rename(directory)
     return directory
 
 
-def base(directory: Path, *, shapes: Mapping[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+def base(
+    directory: Path,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Path:
     """A base with random weights."""
     random = torch.Generator().manual_seed(seed)
     return write(directory, {n: torch.randn(s, generator=random).mul(0.1).to(dtype) for n, s in shapes.items()})
 
 
 def fine_tune(
-    base: Path, directory: Path, seed: int, *, size: float = 0.02, change: Callable[[dict[str, torch.Tensor]], None] | None = None
+    base: Path,
+    directory: Path,
+    seed: int,
+    *,
+    size: float = 0.02,
+    change: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> Path:
     """The base plus a random task vector; `change` may do to the tensors what the test is about."""
     tensors = load_file(base / "model.safetensors")
@@ -57,10 +77,14 @@ def fine_tune(
 
 
 def big_shapes(gigabytes: float, *, layers: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a llama-like model of about `gigabytes` in bf16 with 9 tensors a layer, the embedding being its largest."""
+    """Shapes of a llama-like model of about `gigabytes` in bf16 with 9 tensors a layer, the embedding being its
+    largest."""
     width = 16 * max(1, round((gigabytes * 1e9 / 2 / layers / 12.5) ** 0.5 / 16))
     wide = 2 * width
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (int(32e6 / width), width), "model.norm.weight": (width,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (int(32e6 / width), width),
+        "model.norm.weight": (width,),
+    }
     for layer in range(layers):
         head = f"model.layers.{layer}"
         shapes |= {f"{head}.self_attn.{p}_proj.weight": (width, width) for p in "qkvo"}
@@ -71,11 +95,17 @@ def big_shapes(gigabytes: float, *, layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def ship(
-    model: Path, seed: int, *, name: str = "fisher.safetensors", change: Callable[[dict[str, torch.Tensor]], None] | None = None
+    model: Path,
+    seed: int,
+    *,
+    name: str = "fisher.safetensors",
+    change: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> Path:
     """Puts Fisher values beside the weights of a fine-tune, one of each parameter; returns the model."""
     random = torch.Generator().manual_seed(2000 + seed)
-    values = {n: torch.rand(t.shape, generator=random).square() for n, t in load_file(model / "model.safetensors").items()}
+    values = {
+        n: torch.rand(t.shape, generator=random).square() for n, t in load_file(model / "model.safetensors").items()
+    }
     if change is not None:
         change(values)
     save_file(values, model / name)

@@ -26,10 +26,18 @@ class Stopped(Exception):
     """Raised in the middle, as a kill would."""
 
 
-def opened(state: Path, base: Path, rule: str = "mean", *, on_step: Callable[[str], None] | None = None, **settings: Any) -> api.Merge:
+def opened(
+    state: Path, base: Path, rule: str = "mean", *, on_step: Callable[[str], None] | None = None, **settings: Any
+) -> api.Merge:
     if not state.exists():
         api.init(base, state, api.Asked(rule=rule))
-    asked = {"select": "relevance", "objective": "tests.helpers.quadratic:make", "max_base_ratio": 10.0, "device": "cpu", "state": state}
+    asked = {
+        "select": "relevance",
+        "objective": "tests.helpers.quadratic:make",
+        "max_base_ratio": 10.0,
+        "device": "cpu",
+        "state": state,
+    }
     return api.Merge(Settings(**{**asked, **settings}), write=True, on_step=on_step)
 
 
@@ -121,5 +129,7 @@ def objective(base: Path, seed: int = 0) -> Callable[[dict[str, Tensor]], Tensor
 
 def loaded(merge: api.Merge, *, by_layer: bool = False) -> Loaded:
     return Loaded(
-        merge.engine, calibration.load(merge.asked().calibration, merge.base.checkpoint.path, torch.device("cpu")), by_layer=by_layer
+        merge.engine,
+        calibration.load(merge.asked().calibration, merge.base.checkpoint.path, torch.device("cpu")),
+        by_layer=by_layer,
     )

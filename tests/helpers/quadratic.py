@@ -1,7 +1,9 @@
-"""A calibration objective whose optimum is known, given by `module:function` as a user would: every row asks for the value of one projection of the parameters.
+"""A calibration objective whose optimum is known, given by `module:function` as a user would: every row asks for the
+value of one projection of the parameters.
 
-The tasks are the model directories in `targets/` beside the base: a row of a task has the loss ½⟨a, θ − θ*⟩², θ* being the parameters there and `a` random signs
-where they differ from the base's, else 0. It is convex, and its gradient is exact. `world` makes such a base with its targets, `good` and `noise` candidates.
+The tasks are the model directories in `targets/` beside the base: a row of a task has the loss ½⟨a, θ − θ*⟩², θ* being
+the parameters there and `a` random signs where they differ from the base's, else 0. It is convex, and its gradient is
+exact. `world` makes such a base with its targets, `good` and `noise` candidates.
 """
 
 from __future__ import annotations
@@ -64,11 +66,14 @@ def make(directory: Path, device: torch.device) -> Given:
     model = Tree(load_file(directory / "model.safetensors")).to(device)
     targets = sorted((directory.parent / "targets").iterdir())
     base = flat(load_file(directory / "model.safetensors"))
-    return Given(model, [Rows(model, base, flat(load_file(t / "model.safetensors")), seed) for seed, t in enumerate(targets)])
+    return Given(
+        model, [Rows(model, base, flat(load_file(t / "model.safetensors")), seed) for seed, t in enumerate(targets)]
+    )
 
 
 def world(place: Path) -> Path:
-    """A base in `place`, and three targets that differ from it in one third of the tensors each, so that what is good for one task is nothing to the others."""
+    """A base in `place`, and three targets that differ from it in one third of the tensors each, so that what is good
+    for one task is nothing to the others."""
     base = models.base(place / "base")
     (place / "pool").mkdir()
     origin = load_file(base / "model.safetensors")
@@ -90,7 +95,9 @@ def good(base: Path, k: int, name: str | None = None, *, seed: int = 0, share: f
         for tensor in tensors:
             tensors[tensor] = tensors[tensor] + share * (target[tensor] - origin[tensor])
 
-    return models.fine_tune(base, base.parent / "pool" / (name or f"good{k}"), 100 + k + 10 * seed, size=0.3, change=change)
+    return models.fine_tune(
+        base, base.parent / "pool" / (name or f"good{k}"), 100 + k + 10 * seed, size=0.3, change=change
+    )
 
 
 def noise(base: Path, k: int, name: str | None = None) -> Path:

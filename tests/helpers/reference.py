@@ -1,4 +1,5 @@
-"""Float64 references with full singular value decompositions, straight from the formulas; no shortcut of the package is used here."""
+"""Float64 references with full singular value decompositions, straight from the formulas; no shortcut of the package is
+used here."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ NULL = 1e-6
 
 
 def project(total: Tensor, tau: Tensor, alpha: float, variant: str) -> tuple[Tensor, int]:
-    """C and r of one m×n task vector against R, both float64: D = U S Vᵀ in full, P = Uᵀ τ V, a part of P zeroed, C = U P Vᵀ."""
+    """C and r of one m×n task vector against R, both float64: D = U S Vᵀ in full, P = Uᵀ τ V, a part of P zeroed, C = U
+    P Vᵀ."""
     if not total.any():
         return tau, 0
     u, sigma, vh = torch.linalg.svd(total, full_matrices=True)
@@ -35,8 +37,11 @@ def project(total: Tensor, tau: Tensor, alpha: float, variant: str) -> tuple[Ten
     return c, r
 
 
-def opcm(models: Sequence[Mapping[str, Tensor]], matrices: set[str], alpha: float, variant: str = "block") -> dict[str, Tensor]:
-    """Merged task vectors of OPCM as the paper writes it: λ recomputed at every step, D rescaled, tensors in any shape (matrices as out × rest)."""
+def opcm(
+    models: Sequence[Mapping[str, Tensor]], matrices: set[str], alpha: float, variant: str = "block"
+) -> dict[str, Tensor]:
+    """Merged task vectors of OPCM as the paper writes it: λ recomputed at every step, D rescaled, tensors in any shape
+    (matrices as out × rest)."""
     merged = {name: tau.double() for name, tau in models[0].items()}
     lam, norms = 1.0, [norm(models[0])]
     for model in models[1:]:

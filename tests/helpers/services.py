@@ -17,7 +17,9 @@ LIMIT = 60.0
 
 
 @contextmanager
-def daemon(state: Path, watch: Path | None, *flags: str, environment: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+def daemon(
+    state: Path, watch: Path | None, *flags: str, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """A running daemon; killed at the end if it still runs. Its log lines are in `state`'s parent, daemon.log."""
     command = [
         sys.executable,
@@ -33,7 +35,10 @@ def daemon(state: Path, watch: Path | None, *flags: str, environment: Mapping[st
         "0.2",
         *flags,
     ]
-    with open(state.parent / "daemon.log", "a") as log, subprocess.Popen(command, stderr=log, text=True, env=environment) as process:
+    with (
+        open(state.parent / "daemon.log", "a") as log,
+        subprocess.Popen(command, stderr=log, text=True, env=environment) as process,
+    ):
         try:
             yield process
         finally:

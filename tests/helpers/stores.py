@@ -22,19 +22,31 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 def make(path: Path) -> State:
     """A new state open for writing, with a slot `sum` per tensor and one carried tensor."""
-    specs = [TensorSpec(name, shape, "F32", "plain") for name, shape in SHAPES.items()] + [TensorSpec("ids", (4,), "I64", "carried")]
+    specs = [TensorSpec(name, shape, "F32", "plain") for name, shape in SHAPES.items()] + [
+        TensorSpec("ids", (4,), "I64", "carried")
+    ]
     slots = {s.name: {} if s.kind == "carried" else {"sum": SlotSpec(s.shape)} for s in specs}
     read = {"policy": "number", "value": 1.0}
     base = {"path": "/base", "revision": None, "files": [], "digests": {}, "squares": {}, "plain": [], "exclude": []}
     return State.create(
-        path, base=base, tensors=specs, rule="mean", options={}, read=read, slots=slots, software={"continual": "0.1.0"}, device="cpu"
+        path,
+        base=base,
+        tensors=specs,
+        rule="mean",
+        options={},
+        read=read,
+        slots=slots,
+        software={"continual": "0.1.0"},
+        device="cpu",
     )
 
 
 def value(name: str, number: int) -> np.ndarray:
     """What tensor `name` holds after fold `number`."""
     shape = SHAPES[name]
-    return (np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape) + np.float32(100 * number)).astype(np.float32)
+    return (np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape) + np.float32(100 * number)).astype(
+        np.float32
+    )
 
 
 def fold(state: State, number: int) -> int:
@@ -42,9 +54,21 @@ def fold(state: State, number: int) -> int:
     with state.begin() as transaction:
         for name in SHAPES:
             transaction.write(name, "sum", value(name, number))
-        key = {"key": f"k{number}", "name": f"n{number}", "origin": f"/o{number}", "source": "test", "form": "full", "bytes": 1}
+        key = {
+            "key": f"k{number}",
+            "name": f"n{number}",
+            "origin": f"/o{number}",
+            "source": "test",
+            "form": "full",
+            "bytes": 1,
+        }
         entry = Entry(
-            kind="fold", candidate=key, digest=f"blake3:{number}", fate="folded", totals={"count": float(number)}, numbers={"tau_norm": 1.0}
+            kind="fold",
+            candidate=key,
+            digest=f"blake3:{number}",
+            fate="folded",
+            totals={"count": float(number)},
+            numbers={"tau_norm": 1.0},
         )
         return transaction.commit(entry).seq
 
@@ -55,7 +79,9 @@ def history(path: Path) -> None:
         fold(state, 1)
         fold(state, 2)
         refused = {"key": "bad", "name": "bad", "origin": "/bad", "source": "test", "form": "full", "bytes": 1}
-        state.record(Entry(kind="refuse", candidate=refused, fate="refused", reason="shape", message="bad: does not fit"))
+        state.record(
+            Entry(kind="refuse", candidate=refused, fate="refused", reason="shape", message="bad: does not fit")
+        )
         state.tag("first", 1)
         fold(state, 3)
         state.rollback(2)

@@ -37,14 +37,21 @@ def measure(made: Rule, model: Model) -> dict[str, float]:
         share = made.measure.share(number, found)
         if share == 0.0:
             continue
-        parts = [(n, i, run) for n, tau in model.items() if tau.any() for i, run in enumerate(tau.clone().reshape(-1).split(7))]
+        parts = [
+            (n, i, run)
+            for n, tau in model.items()
+            if tau.any()
+            for i, run in enumerate(tau.clone().reshape(-1).split(7))
+        ]
         runs = [(n, i, run if share == 1.0 else run[:1]) for n, i, run in parts]
         counts: Tensor | int = 0
         for n, i, run in runs:  # a sum as it goes: each tally is half a megabyte
             inputs = Inputs(SPECS[n], seed=batch.seed_of(n, model[n]), measured=found, start=7 * i)
             counts += made.measure.tally(number, run, inputs)
         assert isinstance(counts, Tensor)
-        found = made.measure.conclude(number, counts * (1 if share == 1.0 else 7), sum(tau.numel() for tau in model.values()), found)
+        found = made.measure.conclude(
+            number, counts * (1 if share == 1.0 else 7), sum(tau.numel() for tau in model.values()), found
+        )
     return found
 
 
@@ -69,7 +76,9 @@ class Stream:
             sums[name] = folded.sums
             # what is untouched keeps its files: a zero task vector must change nothing
             self.kept[name] = folded.accumulators
-        self.totals = self.rule.settle(self.totals, {k: math.fsum(s[k] for s in sums.values()) for k in sums["bias"]}, weight)
+        self.totals = self.rule.settle(
+            self.totals, {k: math.fsum(s[k] for s in sums.values()) for k in sums["bias"]}, weight
+        )
 
     def read(self) -> Model:
         """The merged task vector at the scale of the rule's paper."""
@@ -106,7 +115,9 @@ def model_lists(draw: st.DrawFn) -> Models:
             tau = 0.01 * torch.randn(shape, generator=random)
             if kind == "low-rank" and name in MATRICES:
                 rows, columns = shape[0], tau.numel() // shape[0]
-                tau = (0.02 * torch.randn(rows, 2, generator=random) @ torch.randn(2, columns, generator=random)).reshape(shape)
+                tau = (
+                    0.02 * torch.randn(rows, 2, generator=random) @ torch.randn(2, columns, generator=random)
+                ).reshape(shape)
             if kind == "partial" and name in ("tall", "conv", "bias"):
                 tau = torch.zeros(shape)
             model[name] = tau
@@ -115,7 +126,8 @@ def model_lists(draw: st.DrawFn) -> Models:
 
 
 def distance(found: Tensor, expected: Tensor, given: Sequence[Tensor] = ()) -> float:
-    """Frobenius distance relative to the larger of what is expected and of the task vectors `given`: where these cancel, float32 leaves their rounding."""
+    """Frobenius distance relative to the larger of what is expected and of the task vectors `given`: where these
+    cancel, float32 leaves their rounding."""
     length = max(float(tensor.double().norm()) for tensor in (expected, *given))
     return float((found.double() - expected.double()).norm()) / length if length else float(found.double().norm())
 
@@ -123,11 +135,13 @@ def distance(found: Tensor, expected: Tensor, given: Sequence[Tensor] = ()) -> f
 def bound(name: str, folded: Sequence[Tensor] = ()) -> float:
     """1e-5, and where a rule's result is no smoother function of the float32 state than that, what the state allows.
 
-    opcm 1e-4: which directions lie in the block is as sharp as the gap between two singular values, and those of twins can be close.
-    iso-c and tsv-m: a polar factor moves by the rounding over the smallest singular value that it keeps.
+    opcm 1e-4: which directions lie in the block is as sharp as the gap between two singular values, and those of twins
+    can be close. iso-c and tsv-m: a polar factor moves by the rounding over the smallest singular value that it keeps.
     """
     if name == "opcm":
         return 1e-4
     return (
-        max(1e-5, 1e-7 * max((batch.condition(part) for part in batch.POLAR[name](folded)), default=1.0)) if name in batch.POLAR else 1e-5
+        max(1e-5, 1e-7 * max((batch.condition(part) for part in batch.POLAR[name](folded)), default=1.0))
+        if name in batch.POLAR
+        else 1e-5
     )

@@ -1,4 +1,5 @@
-"""Losses on calibration rows, with real, tiny transformers models, against a plain loop over single rows, finite differences and a dense search."""
+"""Losses on calibration rows, with real, tiny transformers models, against a plain loop over single rows, finite
+differences and a dense search."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def fixed_heads(name: str, base: Path) -> Any:
         return None
     model, tokenizer = loaded(name, base), transformers.AutoTokenizer.from_pretrained(base)
     with torch.no_grad():
-        return functional.normalize(torch.stack([embedded(model, tokenizer, p).mean(0) for p in PROMPTS.values()]), dim=-1)
+        return functional.normalize(
+            torch.stack([embedded(model, tokenizer, p).mean(0) for p in PROMPTS.values()]), dim=-1
+        )
 
 
 def plain_logits(name: str, model: Any, base: Path, texts: list[str]) -> torch.Tensor:
@@ -96,7 +99,8 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], within:
 
 
 def made(name: str, place: Path) -> Place:
-    """Two tasks whose rows the base mostly gets right, every third one not, so that no fitted confidence is at its bounds."""
+    """Two tasks whose rows the base mostly gets right, every third one not, so that no fitted confidence is at its
+    bounds."""
     torch.manual_seed(0)
     base = place / "base"
     MODELS[name]().save_pretrained(base)
@@ -112,7 +116,9 @@ def made(name: str, place: Path) -> Place:
             with torch.no_grad():
                 classes = plain_logits(name, loaded(name, base), base, texts).argmax(1).tolist()
         labels = [CLASSES[c ^ (i % 3 == 0)] for i, c in enumerate(classes)]
-        files.append(write(place / f"task-{task}.jsonl", [{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)]))
+        files.append(
+            write(place / f"task-{task}.jsonl", [{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)])
+        )
     return Place(base, Wanted(name, tuple(files), (heads, heads) if name == "heads" else (), batch=5, seed=3))
 
 
@@ -202,7 +208,12 @@ def test_the_fitted_confidence_is_the_best_one(place: Place) -> None:
         losses = dealt.task.fit(dealt.drive)
         rows = [read(file)[i] for i in dealt.drive]
         with torch.no_grad():
-            logits = plain_logits(place.wanted.objective, loaded(place.wanted.objective, place.base), place.base, [r["text"] for r in rows])
+            logits = plain_logits(
+                place.wanted.objective,
+                loaded(place.wanted.objective, place.base),
+                place.base,
+                [r["text"] for r in rows],
+            )
         best = searched(logits, torch.tensor([CLASSES.index(r["label"]) for r in rows]))
         assert 1e-2 < best < 1e2
         assert dealt.task.confidence == pytest.approx(best, rel=1e-3)
@@ -226,7 +237,9 @@ def test_the_best_confidence_of_given_logits_and_its_bounds() -> None:
 def test_checkpointing_changes_no_number(place: Place) -> None:
     found, kept = place.load(checkpointing=True), place.load()
     runs: list[int] = []
-    layer = next(m for m in found.model.modules() if isinstance(m, transformers.modeling_layers.GradientCheckpointingLayer))
+    layer = next(
+        m for m in found.model.modules() if isinstance(m, transformers.modeling_layers.GradientCheckpointingLayer)
+    )
     next(layer.children()).register_forward_pre_hook(lambda *_: runs.append(1))
     assert found.loss() == pytest.approx(kept.loss(), rel=1e-6)
     runs.clear()
@@ -279,7 +292,9 @@ def test_without_labels_a_loss_is_an_entropy(name: str, tmp_path: Path) -> None:
     for dealt, file in zip(found.dealt, place.wanted.rows, strict=True):
         assert not isinstance(dealt.task, module.Fitted)
         with torch.no_grad():
-            logits = plain_logits(name, loaded(name, place.base), place.base, [read(file)[i]["text"] for i in dealt.drive])
+            logits = plain_logits(
+                name, loaded(name, place.base), place.base, [read(file)[i]["text"] for i in dealt.drive]
+            )
         means.append(torch.distributions.Categorical(logits=logits).entropy().mean())
     assert found.loss() == pytest.approx(float(sum(means)) / 2, rel=1e-5)
     assert found.backward() == pytest.approx(found.loss(), rel=1e-6)
@@ -359,14 +374,20 @@ BROKEN = {
 @pytest.mark.parametrize("source", list(BROKEN))
 def test_what_is_wrong_with_a_function_is_said(code: Path, source: str) -> None:
     head = "import torch\nfrom continual.objectives.calibration import Given\nL = torch.nn.Linear(2, 1)\n"
-    code.write_text(head + "class T:\n    count = 4\n    def losses(self, rows): return L.weight.sum() + torch.ones(len(rows))\n" + source)
+    code.write_text(
+        head
+        + "class T:\n    count = 4\n    def losses(self, rows): return L.weight.sum() + torch.ones(len(rows))\n"
+        + source
+    )
     with pytest.raises(Misconfigured, match=BROKEN[source]):
         load(Wanted("mine:make"), Path("anywhere"), CPU).backward()
 
 
 @pytest.mark.usefixtures("code")
 def test_a_module_that_is_nowhere_or_has_no_source() -> None:
-    with pytest.raises(Misconfigured, match="nowhere:f raised ModuleNotFoundError: No module named 'nowhere'") as caught:
+    with pytest.raises(
+        Misconfigured, match="nowhere:f raised ModuleNotFoundError: No module named 'nowhere'"
+    ) as caught:
         load(Wanted("nowhere:f"), Path("anywhere"), CPU)
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
     with pytest.raises(Misconfigured, match="sys has no source file"):
@@ -379,16 +400,31 @@ ROW = (Path("rows.jsonl"),)
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"objective": "accuracy"}, "objective = 'accuracy': use one of causal-lm, classification, heads, or module:function"),
+        (
+            {"objective": "accuracy"},
+            "objective = 'accuracy': use one of causal-lm, classification, heads, or module:function",
+        ),
         ({"objective": "a b:c"}, "objective = 'a b:c'"),
         ({"objective": "causal-lm"}, "rows: the objective causal-lm needs a JSONL file"),
         ({"objective": "causal-lm", "rows": ROW, "batch": 0}, "batch = 0"),
         ({"objective": "causal-lm", "rows": ROW, "held": 1.0}, "held = 1.0"),
         ({"objective": "causal-lm", "rows": ROW, "held": float("nan")}, "held = nan"),
-        ({"objective": "causal-lm", "rows": ROW, "dtype": "int8"}, "dtype = 'int8': use one of float32, bfloat16, float16"),
-        ({"objective": "causal-lm", "rows": ROW, "unsupervised": True}, "unsupervised .* causal-lm needs no labels anyway"),
-        ({"objective": "causal-lm", "rows": ROW, "heads": ROW}, "heads are for the objective heads; causal-lm takes none"),
-        ({"objective": "heads", "rows": ROW}, "heads: one JSON file of prompts for each file of rows; there are 0 for 1"),
+        (
+            {"objective": "causal-lm", "rows": ROW, "dtype": "int8"},
+            "dtype = 'int8': use one of float32, bfloat16, float16",
+        ),
+        (
+            {"objective": "causal-lm", "rows": ROW, "unsupervised": True},
+            "unsupervised .* causal-lm needs no labels anyway",
+        ),
+        (
+            {"objective": "causal-lm", "rows": ROW, "heads": ROW},
+            "heads are for the objective heads; causal-lm takes none",
+        ),
+        (
+            {"objective": "heads", "rows": ROW},
+            "heads: one JSON file of prompts for each file of rows; there are 0 for 1",
+        ),
         ({"objective": "m:f", "rows": ROW}, "rows is for the built-in objectives; with m:f"),
         ({"objective": "m:f", "heads": ROW}, "heads is for the built-in"),
         ({"objective": "m.n:f", "checkpointing": True}, "checkpointing is for the built-in"),
@@ -402,7 +438,9 @@ def test_settings_that_cannot_be_used_are_named(settings: dict[str, Any], words:
 
 def test_rows_that_are_too_few_or_missing_are_named(classes: Place, tmp_path: Path) -> None:
     few = write(tmp_path / "few.jsonl", read(classes.wanted.rows[0])[:6])
-    with pytest.raises(Misconfigured, match=r"few.jsonl: of its 6 rows 1 would judge and 5 drive \(held = 0.1\); at least 2 of each"):
+    with pytest.raises(
+        Misconfigured, match=r"few.jsonl: of its 6 rows 1 would judge and 5 drive \(held = 0.1\); at least 2 of each"
+    ):
         classes.load(rows=(few,), held=0.1)
     with pytest.raises(Misconfigured, match=r"none.jsonl: No such file"):
         replace(classes.wanted, rows=(tmp_path / "none.jsonl",)).told()
@@ -425,7 +463,13 @@ def test_a_loss_that_is_not_finite_names_the_file_and_the_line(classes: Place, t
 def test_what_a_record_keeps(place: Place, tmp_path: Path) -> None:
     told = place.wanted.told()
     assert json.loads(json.dumps(told)) == told == place.wanted.told()
-    assert (told["kind"], told["objective"], told["seed"], told["held"], told["batch"]) == ("rows", place.wanted.objective, 3, 0.5, 5)
+    assert (told["kind"], told["objective"], told["seed"], told["held"], told["batch"]) == (
+        "rows",
+        place.wanted.objective,
+        3,
+        0.5,
+        5,
+    )
     assert [file["name"] for file in told["rows"]] == ["task-0.jsonl", "task-1.jsonl"]
     assert ("heads" in told) == (place.wanted.objective == "heads")
     moved = tmp_path / "task-0.jsonl"
@@ -434,7 +478,10 @@ def test_what_a_record_keeps(place: Place, tmp_path: Path) -> None:
     assert changed.told() == told  # where a file lies does not matter
     assert all(digest.startswith("blake3:") for digest in (told["digest"], told["rows"][0]["digest"]))
     moved.write_bytes(moved.read_bytes() + b"\n")
-    others = [changed, *(replace(place.wanted, **c) for c in ({"seed": 4}, {"held": 0.4}, {"batch": 6}, {"dtype": "bfloat16"}))]
+    others = [
+        changed,
+        *(replace(place.wanted, **c) for c in ({"seed": 4}, {"held": 0.4}, {"batch": 6}, {"dtype": "bfloat16"})),
+    ]
     assert len({w.told()["digest"] for w in [place.wanted, *others]}) == 1 + len(others)
 
 

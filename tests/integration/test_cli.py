@@ -45,7 +45,9 @@ def test_a_day_with_the_command(tmp_path: Path, place: tuple[Path, Path]) -> Non
     assert machine("status", "--state", state)["folds"] == 1
     assert run("retry", "ft-1", "--state", state).returncode == 0
     assert machine("fold", good[1], "--state", state)[0]["fate"] == "folded"
-    assert Path(machine("export", tmp_path / "out", "--at", 1, "--dtype", "bf16", "--state", state)["directory"]).is_dir()
+    assert Path(
+        machine("export", tmp_path / "out", "--at", 1, "--dtype", "bf16", "--state", state)["directory"]
+    ).is_dir()
     assert machine("verify", "--state", state) == {"ok": True, "findings": []}
     assert "ft-2" not in run("log", "--state", state).stdout
     assert "first" in run("tag", "--state", state).stdout
@@ -130,13 +132,16 @@ def test_every_command_has_help_and_a_line_in_the_reference() -> None:
 
 
 def test_help_and_completion_are_cheap() -> None:
-    """Imports only: CPU time of a child, with torch and zarr left alone. The bar is 0.3 s; what is asserted is that nothing heavy is imported."""
+    """Imports only: CPU time of a child, with torch and zarr left alone. The bar is 0.3 s; what is asserted is that
+    nothing heavy is imported."""
     code = "import sys, continual.cli.main; print([m for m in ('torch', 'zarr', 'numpy', 'pydantic', 'rich', 'starlette') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert process("--help").returncode == 0
     asked = {**os.environ, "_CONTINUAL_COMPLETE": "complete_bash", "COMP_WORDS": "continual ro", "COMP_CWORD": "1"}
-    completed = subprocess.run([Path(sys.executable).parent / "continual"], capture_output=True, text=True, check=False, env=asked)
+    completed = subprocess.run(
+        [Path(sys.executable).parent / "continual"], capture_output=True, text=True, check=False, env=asked
+    )
     assert "rollback" in completed.stdout
 
 
@@ -144,7 +149,9 @@ def test_rules_are_listed() -> None:
     found = json.loads(run("rules", "--json").stdout)
     listed = found["rules"]
     assert [t["name"] for t in found["transforms"]] == ["trim", "drop", "breadcrumbs"]
-    assert {"name": "opcm", "order_free": False, "unfold": False}.items() <= next(r for r in listed if r["name"] == "opcm").items()
+    assert {"name": "opcm", "order_free": False, "unfold": False}.items() <= next(
+        r for r in listed if r["name"] == "opcm"
+    ).items()
     table = run("rules").stdout
     assert all(r["name"] in table and r["paper"] in table for r in listed)
 
@@ -156,7 +163,8 @@ def test_adapter_with_a_huge_alpha_is_refused(tmp_path: Path, place: tuple[Path,
     adapter.mkdir()
     name = "base_model.model.model.layers.0.self_attn.q_proj"
     save_file(
-        {f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(16, 2)}, adapter / "adapter_model.safetensors"
+        {f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(16, 2)},
+        adapter / "adapter_model.safetensors",
     )
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1e6, "target_modules": ["q_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -174,7 +182,9 @@ def test_unfold_combine_and_scale_from_the_command(tmp_path: Path) -> None:
     one, two = ("--state", tmp_path / "one"), ("--state", tmp_path / "two")
     assert run("fold", tuned[0], tuned[1], *one, "--weight", "2").returncode == 0
     assert run("fold", tuned[2], *two).returncode == 0
-    assert [c["candidate"]["name"] for c in machine("combine", tmp_path / "two", *one, "--dry-run")["added"]] == ["ft-2"]
+    assert [c["candidate"]["name"] for c in machine("combine", tmp_path / "two", *one, "--dry-run")["added"]] == [
+        "ft-2"
+    ]
     assert "Added as record 3: 1 models" in run("combine", tmp_path / "two", *one).stdout
     assert run("combine", tmp_path / "two", *one).returncode == 2
     dry = run("unfold", "ft-0", *one, "--dry-run")
@@ -184,7 +194,11 @@ def test_unfold_combine_and_scale_from_the_command(tmp_path: Path) -> None:
     assert [r["kind"] for r in machine("log", *one)] == ["init", "fold", "fold", "combine", "unfold"]
     assert "unfolded" in run("log", *one).stdout
     assert run("scale", *one).stdout == "scale 1.0\n"
-    assert machine("scale", "norm:2", "--lines", "0.5:0.5", *one) == {"policy": "norm", "value": 2.0, "lines": [0.5, 0.5]}
+    assert machine("scale", "norm:2", "--lines", "0.5:0.5", *one) == {
+        "policy": "norm",
+        "value": 2.0,
+        "lines": [0.5, 0.5],
+    }
     assert machine("status", *one)["scale"] == "norm:2.0, lines 0.5:0.5"
     assert run("scale", "loud", *one).returncode == 2
     assert run("fold", tuned[0], *one, env={"CONTINUAL_RULE": "opcm"}).returncode == 2

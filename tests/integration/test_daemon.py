@@ -1,4 +1,5 @@
-"""The daemon as a real process: folds what is published, survives SIGKILL and SIGTERM, answers over HTTP, stops loudly on damage."""
+"""The daemon as a real process: folds what is published, survives SIGKILL and SIGTERM, answers over HTTP, stops loudly
+on damage."""
 
 from __future__ import annotations
 
@@ -40,11 +41,17 @@ def test_folds_is_killed_comes_back_and_stops(place: tuple[Path, Path, Path]) ->
         page = get(f"{address}/")[1]
         assert "live" in page
         told = subprocess.run(
-            [sys.executable, "-m", "continual", "status", "--state", str(state), "--json"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "continual", "status", "--state", str(state), "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert json.loads(told.stdout)["pid"] == process.pid
         busy = subprocess.run(
-            [sys.executable, "-m", "continual", "rollback", "0", "--state", str(state)], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "continual", "rollback", "0", "--state", str(state)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert busy.returncode == 5
         assert str(process.pid) in busy.stderr
@@ -86,7 +93,10 @@ def test_current_link_follows(place: tuple[Path, Path, Path]) -> None:
     link = state.parent / "published" / "current"
     with daemon(state, watch, "--current", str(link)):
         models.fine_tune(base, watch / "a", 1)
-        until(lambda: link.exists() and len(json.loads((link / "continual.json").read_text())["folded"]) == 1, "the link shows the fold")
+        until(
+            lambda: link.exists() and len(json.loads((link / "continual.json").read_text())["folded"]) == 1,
+            "the link shows the fold",
+        )
 
 
 def test_damage_stops_it_loudly(place: tuple[Path, Path, Path]) -> None:
@@ -106,11 +116,20 @@ def test_damage_stops_it_loudly(place: tuple[Path, Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("inside", ["state", "current"])
-def test_our_own_output_in_a_watched_folder_is_a_wrong_configuration(place: tuple[Path, Path, Path], inside: str) -> None:
+def test_our_own_output_in_a_watched_folder_is_a_wrong_configuration(
+    place: tuple[Path, Path, Path], inside: str
+) -> None:
     _, state, watch = place
-    flags = ["--watch", str(state.parent)] if inside == "state" else ["--watch", str(watch), "--current", str(watch / "current")]
+    flags = (
+        ["--watch", str(state.parent)]
+        if inside == "state"
+        else ["--watch", str(watch), "--current", str(watch / "current")]
+    )
     told = subprocess.run(
-        [sys.executable, "-m", "continual", "run", "--state", str(state), *flags], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "continual", "run", "--state", str(state), *flags],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert told.returncode == 2
     assert "watch" in told.stderr
@@ -131,7 +150,9 @@ def test_a_failed_publication_is_tried_again(place: tuple[Path, Path, Path]) -> 
 
 @pytest.mark.parametrize(("drain", "folds"), [("60", 2), ("0", 1)])
 def test_sigterm_finishes_the_fold_or_gives_it_up_in_time(tmp_path: Path, drain: str, folds: int) -> None:
-    base = models.base(tmp_path / "base", shapes={f"model.layers.{i}.mlp.up_proj.weight": (768, 768) for i in range(24)})
+    base = models.base(
+        tmp_path / "base", shapes={f"model.layers.{i}.mlp.up_proj.weight": (768, 768) for i in range(24)}
+    )
     state, watch = tmp_path / "state", tmp_path / "in"
     watch.mkdir()
     api.init(base, state)

@@ -1,4 +1,5 @@
-"""The demonstration as a user runs it; its own checks (each fold exactly once, an orphan left, a clean state) raise if they fail."""
+"""The demonstration as a user runs it; its own checks (each fold exactly once, an orphan left, a clean state) raise if
+they fail."""
 
 from __future__ import annotations
 

@@ -118,7 +118,11 @@ def _missing(t: dict[str, torch.Tensor]) -> None:
     ],
 )
 def test_bad_candidate_is_refused_and_the_state_is_as_before(
-    tmp_path: Path, base: Path, merge: api.Merge, change: Callable[[dict[str, torch.Tensor]], None], words: tuple[str, ...]
+    tmp_path: Path,
+    base: Path,
+    merge: api.Merge,
+    change: Callable[[dict[str, torch.Tensor]], None],
+    words: tuple[str, ...],
 ) -> None:
     merge.fold(models.fine_tune(base, tmp_path / "good", 1))
     before = snapshot(merge)
@@ -160,7 +164,8 @@ def test_bits_do_not_depend_on_the_workers(tmp_path: Path, base: Path) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_folds_survives_reopening_and_exports(tmp_path: Path, base: Path, name: str) -> None:
-    """Three folds, the state reopened before each, with one worker and with three: the same bits; a clean state of constant size; a sane export."""
+    """Three folds, the state reopened before each, with one worker and with three: the same bits; a clean state of
+    constant size; a sane export."""
     fine_tunes = [models.ship(models.fine_tune(base, tmp_path / f"ft-{i}", i), i) for i in range(3)]
     found = []
     for workers in (1, 3):
@@ -184,7 +189,9 @@ def test_every_rule_folds_survives_reopening_and_exports(tmp_path: Path, base: P
         assert 0.0 < moved < 1.0, (tensor, moved)
 
 
-def test_untouched_tensors_are_hard_links_and_state_size_is_constant(tmp_path: Path, base: Path, merge: api.Merge) -> None:
+def test_untouched_tensors_are_hard_links_and_state_size_is_constant(
+    tmp_path: Path, base: Path, merge: api.Merge
+) -> None:
     origin = load_file(base / "model.safetensors")
 
     def only_one(t: dict[str, torch.Tensor]) -> None:
@@ -196,7 +203,11 @@ def test_untouched_tensors_are_hard_links_and_state_size_is_constant(tmp_path: P
     size = merge.state.generation_bytes()
     merge.fold(models.fine_tune(base, tmp_path / "second", 2, change=only_one))
     assert merge.state.generation_bytes() == size
-    chunks = [p for p in (tmp_path / "state/generations" / str(merge.state.head.generation)).rglob("*") if p.name[:2] in ("c", "c.")]
+    chunks = [
+        p
+        for p in (tmp_path / "state/generations" / str(merge.state.head.generation)).rglob("*")
+        if p.name[:2] in ("c", "c.")
+    ]
     shared = [p for p in chunks if p.stat().st_nlink > 1]
     assert 0 < len(shared) < len(chunks)
 

@@ -1,4 +1,5 @@
-"""Trouble that is not the candidate's: files that change or vanish while they are read, a disk that fills up, a state that cannot be written.
+"""Trouble that is not the candidate's: files that change or vanish while they are read, a disk that fills up, a state
+that cannot be written.
 
 Nothing is settled by any of it, the state is as before, and the same candidate folds once the trouble is over.
 """
@@ -48,7 +49,9 @@ def replace(model: Path) -> None:
     (other / "model.safetensors").rename(model / "model.safetensors")
 
 
-@pytest.mark.parametrize("spoil", [shutil.rmtree, rewrite, cut, replace], ids=["deleted", "rewritten", "cut", "replaced"])
+@pytest.mark.parametrize(
+    "spoil", [shutil.rmtree, rewrite, cut, replace], ids=["deleted", "rewritten", "cut", "replaced"]
+)
 @pytest.mark.parametrize("at", ["first tensor", "last tensor"])
 def test_what_changes_while_it_is_read_settles_nothing(tmp_path: Path, spoil: Callable[[Path], None], at: str) -> None:
     base = models.base(tmp_path / "base")
@@ -74,7 +77,9 @@ def test_what_changes_while_it_is_read_settles_nothing(tmp_path: Path, spoil: Ca
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_a_fold(tmp_path: Path) -> None:
-    base = models.base(tmp_path / "base", shapes={"a.weight": (512, 1024), "b.weight": (512, 1024), "c.weight": (512, 1024)})
+    base = models.base(
+        tmp_path / "base", shapes={"a.weight": (512, 1024), "b.weight": (512, 1024), "c.weight": (512, 1024)}
+    )
     (tmp_path / "disk").mkdir()
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=64m", "tmpfs"):
         state = tmp_path / "disk/state"
@@ -121,7 +126,10 @@ def test_a_read_only_state_can_be_read_and_not_written(tmp_path: Path) -> None:
     model = models.fine_tune(base, tmp_path / "ft", 1)
     with mounted(tmp_path / "state", "--bind", str(tmp_path / "state")):
         subprocess.run(["mount", "-o", "remount,ro,bind", str(tmp_path / "state")], check=True)
-        with pytest.raises(ContinualError, match="Read-only"), api.Merge(Settings(state=tmp_path / "state"), write=True) as merge:
+        with (
+            pytest.raises(ContinualError, match="Read-only"),
+            api.Merge(Settings(state=tmp_path / "state"), write=True) as merge,
+        ):
             merge.fold(model)
         with State.open(tmp_path / "state") as state:
             assert state.head.seq == 0

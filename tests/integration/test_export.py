@@ -34,7 +34,12 @@ def merge(tmp_path: Path) -> api.Merge:
 def test_layout_values_and_provenance(tmp_path: Path, merge: api.Merge) -> None:
     with merge:
         out = merge.export(Target(tmp_path / "out"))
-        assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json", "continual.json"}
+        assert {p.name for p in out.iterdir()} == {
+            "model.safetensors",
+            "config.json",
+            "tokenizer.json",
+            "continual.json",
+        }
         base, merged = load_file(tmp_path / "base/model.safetensors"), load_file(out / "model.safetensors")
         assert list(merged) == list(base)
         for name in merged:
@@ -51,7 +56,10 @@ def test_dtype_and_shards(tmp_path: Path, merge: api.Merge) -> None:
         index = json.loads((out / "model.safetensors.index.json").read_text())
         files = sorted(set(index["weight_map"].values()))
         assert len(files) > 2
-        assert all((out / f).stat().st_size < 4000 + 1000 or len([n for n, g in index["weight_map"].items() if g == f]) == 1 for f in files)
+        assert all(
+            (out / f).stat().st_size < 4000 + 1000 or len([n for n, g in index["weight_map"].items() if g == f]) == 1
+            for f in files
+        )
         for name, file in index["weight_map"].items():
             with safe_open(out / file, "pt") as opened:
                 assert opened.get_tensor(name).dtype == torch.float32
@@ -113,7 +121,12 @@ def test_current_link_moves_in_one_step(tmp_path: Path, merge: api.Merge) -> Non
 def test_transformers_loads_an_export(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=16
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=16,
     )
     torch.manual_seed(0)
     model = transformers.BertModel(config)

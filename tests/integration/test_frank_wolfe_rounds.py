@@ -1,4 +1,5 @@
-"""Frank-Wolfe rounds on real files: the merge is the weighted sum the ledger says, through rounds, losses, twins, full houses, rollbacks and kills."""
+"""Frank-Wolfe rounds on real files: the merge is the weighted sum the ledger says, through rounds, losses, twins, full
+houses, rollbacks and kills."""
 
 from __future__ import annotations
 
@@ -37,11 +38,22 @@ def base(tmp_path: Path) -> Path:
 
 
 def opened(
-    state: Path, base: Path, *, on_step: Callable[[str], None] | None = None, rounds: Mapping[str, Any] | None = None, **more: Any
+    state: Path,
+    base: Path,
+    *,
+    on_step: Callable[[str], None] | None = None,
+    rounds: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> api.Merge:
     if not state.exists():
         api.init(base, state, api.Asked(rule="frank-wolfe"))
-    asked = {"objective": "tests.helpers.quadratic:make", "max_base_ratio": 10.0, "device": "cpu", "state": state, "rounds": rounds or {}}
+    asked = {
+        "objective": "tests.helpers.quadratic:make",
+        "max_base_ratio": 10.0,
+        "device": "cpu",
+        "state": state,
+        "rounds": rounds or {},
+    }
     return api.Merge(Settings(**{**asked, **more}), write=True, on_step=on_step)
 
 
@@ -62,17 +74,24 @@ def vectors(base: Path, *named: str) -> dict[str, dict[str, Tensor]]:
     """Task vectors in float64."""
     origin = load_file(base / "model.safetensors")
     pool = base.parent / "pool"
-    return {n: {t: v.double() - origin[t].double() for t, v in load_file(pool / n / "model.safetensors").items()} for n in named}
+    return {
+        n: {t: v.double() - origin[t].double() for t, v in load_file(pool / n / "model.safetensors").items()}
+        for n in named
+    }
 
 
 def layers(merge: api.Merge, *, by_layer: bool) -> dict[str, int]:
     loaded = Loaded(
-        merge.engine, calibration.load(merge.asked().calibration, merge.base.checkpoint.path, torch.device("cpu")), by_layer=by_layer
+        merge.engine,
+        calibration.load(merge.asked().calibration, merge.base.checkpoint.path, torch.device("cpu")),
+        by_layer=by_layer,
     )
     return dict(loaded.layers)
 
 
-def is_the_sum(merge: api.Merge, taus: Mapping[str, Mapping[str, Tensor]], given: Mapping[str, tuple[float, ...]]) -> None:
+def is_the_sum(
+    merge: api.Merge, taus: Mapping[str, Mapping[str, Tensor]], given: Mapping[str, tuple[float, ...]]
+) -> None:
     """X = Σ w_i τ_i, tensor by tensor."""
     wide = max((len(w) for w in given.values()), default=1) > 1
     layer = layers(merge, by_layer=wide)
@@ -82,7 +101,8 @@ def is_the_sum(merge: api.Merge, taus: Mapping[str, Mapping[str, Tensor]], given
 
 
 class Best:
-    """The loss on the driving rows as a function of weights, one of each model, and its least value over ρ·conv({0} ∪ models): dense, in float64."""
+    """The loss on the driving rows as a function of weights, one of each model, and its least value over ρ·conv({0} ∪
+    models): dense, in float64."""
 
     def __init__(self, base: Path, *named: str) -> None:
         loaded = calibration.load(calibration.Wanted("tests.helpers.quadratic:make"), base, torch.device("cpu"))
@@ -143,9 +163,13 @@ def test_the_merge_is_the_sum_that_the_ledger_says(tmp_path: Path, base: Path, b
 
 @pytest.mark.parametrize("rho", [4.0, 0.8])
 @pytest.mark.parametrize("step", STEPS)
-def test_every_step_comes_near_the_optimum_and_the_gap_bounds_how_near(tmp_path: Path, base: Path, step: str, rho: float) -> None:
+def test_every_step_comes_near_the_optimum_and_the_gap_bounds_how_near(
+    tmp_path: Path, base: Path, step: str, rho: float
+) -> None:
     pool = [quadratic.good(base, k) for k in range(2)]
-    with opened(tmp_path / "state", base, rounds={"step": step, "layers": False, "rho": rho, "tolerance": 1e-3, "steps": 40}) as merge:
+    with opened(
+        tmp_path / "state", base, rounds={"step": step, "layers": False, "rho": rho, "tolerance": 1e-3, "steps": 40}
+    ) as merge:
         fill(merge, *pool, quadratic.noise(base, 0))
         heard: list[Any] = []
         found = merge.round(told=heard.append)
@@ -160,7 +184,10 @@ def test_every_step_comes_near_the_optimum_and_the_gap_bounds_how_near(tmp_path:
     least = best.optimum(rho)
     assert reached - least <= found.numbers["gap"] + 1e-4 * reached
     assert reached - least <= 0.02 * (found.numbers["before"] - least)
-    assert (found.numbers["before"], found.numbers["steps"]) == (pytest.approx(best.loss([0.0, 0.0]), rel=1e-5), len(heard))
+    assert (found.numbers["before"], found.numbers["steps"]) == (
+        pytest.approx(best.loss([0.0, 0.0]), rel=1e-5),
+        len(heard),
+    )
     for taken in heard:
         assert taken.step == step
         assert taken.gap >= 0
@@ -255,7 +282,9 @@ def test_a_model_that_the_others_make_useless_goes_again(tmp_path: Path, base: P
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
-def test_a_model_whose_file_is_gone_stays_in_the_rest_and_can_only_shrink(tmp_path: Path, base: Path, by_layer: bool) -> None:
+def test_a_model_whose_file_is_gone_stays_in_the_rest_and_can_only_shrink(
+    tmp_path: Path, base: Path, by_layer: bool
+) -> None:
     good = [quadratic.good(base, k) for k in range(3)]
     taus = vectors(base, "good0", "good1", "good2")
     with opened(tmp_path / "state", base, rounds={"layers": by_layer}) as merge:
@@ -393,7 +422,9 @@ def test_a_model_is_taken_out_and_the_other_weights_stay(tmp_path: Path, base: P
         assert (names(merge), weights(merge)) == (["good1"], {"good1": first["good1"]})
         is_the_sum(merge, taus, weights(merge))
         assert merge.state.totals["count"] == 1
-        assert merge.state.totals["merged_sq"] == pytest.approx(sum(float(v.square().sum()) for v in merged(merge).values()), rel=1e-5)
+        assert merge.state.totals["merged_sq"] == pytest.approx(
+            sum(float(v.square().sum()) for v in merged(merge).values()), rel=1e-5
+        )
         assert merge.fold(good[0]).refused
         assert merge.why("good0").fate == "unfolded"
     with opened(tmp_path / "state", base, rounds={"layers": by_layer}) as merge:

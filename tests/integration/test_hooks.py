@@ -28,7 +28,8 @@ STATE = "0123456789abcdef0123"
 
 @dataclass
 class Served:
-    """A server that answers what `reply(path, body)` gives: a status and JSON or text; None drops the connection. `asked` is what came."""
+    """A server that answers what `reply(path, body)` gives: a status and JSON or text; None drops the connection.
+    `asked` is what came."""
 
     url: str
     reply: Callable[[str, Any], Answer | None] = lambda _path, _body: (200, "")
@@ -102,7 +103,16 @@ def tell(hook: Hook, published: Published, waits: Waits | None = None) -> Told:
 
 
 def published(tmp_path: Path) -> Published:
-    return Published(STATE, 7, tmp_path / "current-7", tmp_path / "lora-7", "org/merge", "c0ffee", "https://hub/org/merge", "record-7")
+    return Published(
+        STATE,
+        7,
+        tmp_path / "current-7",
+        tmp_path / "lora-7",
+        "org/merge",
+        "c0ffee",
+        "https://hub/org/merge",
+        "record-7",
+    )
 
 
 class VLLM:
@@ -130,7 +140,10 @@ class VLLM:
 
 
 def test_sglang_is_told_where_the_weights_are(tmp_path: Path, served: Served) -> None:
-    served.reply = lambda _path, _body: (200, {"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0})
+    served.reply = lambda _path, _body: (
+        200,
+        {"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0},
+    )
     told = tell(Hook(kind="sglang", url=f"{served.url}/"), published(tmp_path))
     assert told.ok
     assert told.message == "HTTP 200: Succeeded to update model weights."
@@ -141,13 +154,18 @@ def test_sglang_is_told_where_the_weights_are(tmp_path: Path, served: Served) ->
 
 
 def test_sglang_that_cannot_load_them_is_not_asked_again(tmp_path: Path, served: Served) -> None:
-    served.reply = lambda _path, _body: (400, {"success": False, "message": "Failed to get weights iterator:\nno\x1b[31m such\tfile"})
+    served.reply = lambda _path, _body: (
+        400,
+        {"success": False, "message": "Failed to get weights iterator:\nno\x1b[31m such\tfile"},
+    )
     told = tell(Hook(kind="sglang", url=served.url), published(tmp_path))
     assert (told.ok, told.attempts) == (False, 1)
     assert told.message == "HTTP 400: Failed to get weights iterator: no [31m such file"
 
 
-@pytest.mark.parametrize("said", [{"success": False, "message": "busy"}, {"message": "busy"}, "busy", "[1]", "[" * 50_000, "x" * 200_000])
+@pytest.mark.parametrize(
+    "said", [{"success": False, "message": "busy"}, {"message": "busy"}, "busy", "[1]", "[" * 50_000, "x" * 200_000]
+)
 def test_sglang_without_success_is_none(tmp_path: Path, served: Served, said: Any) -> None:
     served.reply = lambda _path, _body: (200, said)
     told = tell(Hook(kind="sglang", url=served.url, tries=2), published(tmp_path))
@@ -346,7 +364,14 @@ def test_a_command_gets_arguments_and_environment(tmp_path: Path, monkeypatch: p
         "import json, os, sys; sys.stdin.read(); "
         "json.dump([sys.argv[1:], dict(os.environ)], open(os.environ['PUBLISHED_DIRECTORY'], 'w')); print('copied\\n')"
     )
-    given = ("{directory}", "x={lora}:{seq}", '{"a": {}, "{b}": "{state}"}', "{repo}@{commit} {url} {tag}", "{Seq}{seq!r}", "$KEPT;")
+    given = (
+        "{directory}",
+        "x={lora}:{seq}",
+        '{"a": {}, "{b}": "{state}"}',
+        "{repo}@{commit} {url} {tag}",
+        "{Seq}{seq!r}",
+        "$KEPT;",
+    )
     told = tell(python(code, *given), published(tmp_path))
     assert (told.ok, told.attempts, told.message, told.target) == (True, 1, "exit status 0: copied", sys.executable)
     arguments, environment = json.loads((tmp_path / "current-7").read_text())
@@ -362,11 +387,16 @@ def test_a_command_gets_arguments_and_environment(tmp_path: Path, monkeypatch: p
     assert environment["PUBLISHED_SEQ"] == "7"
     assert environment["PUBLISHED_LORA"] == str(tmp_path / "lora-7")
     assert not [name for name, value in environment.items() if name in hooks.SECRETS or "s3cret" in value]
-    config.load({}, environ={name: value for name, value in environment.items() if name != "CONTINUAL_CONFIG"})  # it can run `continual`
+    config.load(
+        {}, environ={name: value for name, value in environment.items() if name != "CONTINUAL_CONFIG"}
+    )  # it can run `continual`
 
 
 def test_what_is_put_into_an_argument_is_not_filled_in_itself() -> None:
-    told = tell(python("import sys; print(sys.argv[1:])", "{directory}", "{lora}"), Published(STATE, 7, directory=Path("/{seq}")))
+    told = tell(
+        python("import sys; print(sys.argv[1:])", "{directory}", "{lora}"),
+        Published(STATE, 7, directory=Path("/{seq}")),
+    )
     assert told.message == "exit status 0: ['/{seq}', '']"
 
 
@@ -403,17 +433,22 @@ def test_a_program_that_cannot_be_run_is_not_tried_again(tmp_path: Path, mode: i
 
 def gone(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"  # whoever adopts it may be slow to reap it
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        )  # whoever adopts it may be slow to reap it
     except FileNotFoundError:
         return True
 
 
 def test_a_time_out_ends_what_a_command_started(tmp_path: Path) -> None:
-    """It is tried until the shell came so far as to say who it is and whom it started, on a busy machine more than once."""
+    """It is tried until the shell came so far as to say who it is and whom it started, on a busy machine more than
+    once."""
     pids = tmp_path / "pids"
     command = ("/bin/sh", "-c", 'sleep 60 & echo begun; echo $$ $! > "$1"; wait', "sh", str(pids))
     hook = Hook(kind="command", command=command, timeout=0.3, tries=99)
-    told = call(hook, Published(STATE, 7), threading.Event(), lambda _seconds: pids.exists() and pids.read_text().endswith("\n"))
+    told = call(
+        hook, Published(STATE, 7), threading.Event(), lambda _seconds: pids.exists() and pids.read_text().endswith("\n")
+    )
     assert (told.ok, told.message) == (False, "not done after 0.3 s, ended: begun")
     assert told.seconds >= 0.3
     shell, child = (int(pid) for pid in pids.read_text().split())
@@ -426,7 +461,11 @@ def test_a_time_out_ends_what_a_command_started(tmp_path: Path) -> None:
 
 def test_what_a_command_leaves_running_holds_up_nothing(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    hook = Hook(kind="command", command=("/bin/sh", "-c", 'sleep 60 & echo $! > "$1"; echo started', "sh", str(pids)), timeout=30)
+    hook = Hook(
+        kind="command",
+        command=("/bin/sh", "-c", 'sleep 60 & echo $! > "$1"; echo started', "sh", str(pids)),
+        timeout=30,
+    )
     told = tell(hook, Published(STATE, 7))
     assert (told.ok, told.message) == (True, "exit status 0: started")
     assert told.seconds < 10

@@ -21,7 +21,9 @@ from tests.loopback import TOKEN, Hub, faults, serving
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with serving() as found:
         # HF_ENDPOINT is read when the client is imported, which it is by now
-        monkeypatch.setattr(Places, "hub", property(lambda places: Client(endpoint=found.endpoint, token=TOKEN, stop=places.stop)))
+        monkeypatch.setattr(
+            Places, "hub", property(lambda places: Client(endpoint=found.endpoint, token=TOKEN, stop=places.stop))
+        )
         monkeypatch.setenv("CONTINUAL_STATE", str(tmp_path / "state"))
         yield found
 
@@ -33,17 +35,27 @@ def test_from_a_base_on_the_hub_to_a_release(tmp_path: Path, hub: Hub) -> None:
     assert told["base"] == f"hf://{BASE}@{sha[:12]}"
     assert not (tmp_path / "state").exists()
     assert machine("init", BASE, "--rule", "mean")["base"] == f"{BASE}@{sha}"
-    tuned = {name: publish(hub, f"org/{name}", models.fine_tune(base, tmp_path / name, i)) for i, name in enumerate(("one", "two"))}
+    tuned = {
+        name: publish(hub, f"org/{name}", models.fine_tune(base, tmp_path / name, i))
+        for i, name in enumerate(("one", "two"))
+    }
     publish(hub, "org/bad", models.base(tmp_path / "bad", shapes={**models.SHAPES, "model.norm.weight": (3,)}))
     publish(hub, "deny/me", models.fine_tune(base, tmp_path / "denied", 9))
     hub.commit("org/stranger", {"README.md": hubs.card("org/another")})
     look = ("watch", "--once", "--hub", "watch=true", "--hub", "settle=0", "--hub", "deny=deny/*")
     seen = {s["model"]: s for s in machine(*look, "--dry-run")}
-    assert {name: s["take"] for name, s in seen.items()} == {"org/one": True, "org/two": True, "org/bad": False, "deny/me": False}
+    assert {name: s["take"] for name, s in seen.items()} == {
+        "org/one": True,
+        "org/two": True,
+        "org/bad": False,
+        "deny/me": False,
+    }
     assert "shape [3]" in seen["org/bad"]["why"]
     assert seen["deny/me"]["why"] == "in deny"
     assert seen["org/one"]["revision"] == tuned["one"]
-    assert machine("log")["records"] if isinstance(machine("log"), dict) else len(machine("log")) == 1  # nothing was changed
+    assert (
+        machine("log")["records"] if isinstance(machine("log"), dict) else len(machine("log")) == 1
+    )  # nothing was changed
     shown = run(*look, "--dry-run").stdout
     assert "org/bad" in shown
     assert "in deny" in shown
@@ -67,7 +79,9 @@ def test_from_a_base_on_the_hub_to_a_release(tmp_path: Path, hub: Hub) -> None:
     assert (out["new"], out["seq"], out["commit"]) == (True, 2, hub.head("me/merge"))
     assert "Was out already" in run("release", "--release", "repo=me/merge").stdout
     assert run("watch", "--once", "--hub", "repos=org/one", "--hub", "settle=0").stdout == "Nothing new.\n"
-    assert run("watch", "--once", "--hub", "authors=me", "--hub", "settle=0", "--release", "repo=x/y").returncode == 2  # no such flag
+    assert (
+        run("watch", "--once", "--hub", "authors=me", "--hub", "settle=0", "--release", "repo=x/y").returncode == 2
+    )  # no such flag
     taken = machine("watch", "--once", "--hub", "authors=me", "--hub", "settle=0", code=1)
     assert [(t["model"], t["reason"]) for t in taken] == [("me/merge", "own-release")]
     everything = "".join(f.read_text() for f in (tmp_path / "state/commits").iterdir())
@@ -113,7 +127,9 @@ def test_a_hub_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
     assert "s3cret" not in done.stderr
     offline = ("run", "--state", state, "--port", "0", "--hub", "watch=true", "--hub", "bases=org/base")
     done = process(*offline, env={"HF_HUB_OFFLINE": "1"})
-    assert (done.returncode, "HF_HUB_OFFLINE is set" in done.stderr, "started" in done.stderr) == (2, True, False), done.stderr
+    assert (done.returncode, "HF_HUB_OFFLINE is set" in done.stderr, "started" in done.stderr) == (2, True, False), (
+        done.stderr
+    )
 
 
 def test_export_as_lora(tmp_path: Path, hub: Hub) -> None:

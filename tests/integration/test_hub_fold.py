@@ -1,4 +1,5 @@
-"""Reading from the Hub by the real client: what is fetched, what is refused and by how little, and that the bits are those of a folder."""
+"""Reading from the Hub by the real client: what is fetched, what is refused and by how little, and that the bits are
+those of a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def seen(repo: str, sha: str | None, by: str = "hub") -> Event:
 
 @pytest.mark.parametrize("read", ["stream", "cache"])
 @pytest.mark.parametrize("rule", ["task-arithmetic", "iso-c", "ties"])
-def test_the_bits_are_those_of_a_folder(tmp_path: Path, hub: Hub, rule: str, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bits_are_those_of_a_folder(
+    tmp_path: Path, hub: Hub, rule: str, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     base = made(tmp_path, hub, rule)
     api.init(base, tmp_path / "local", api.Asked(rule=rule))
@@ -179,7 +182,10 @@ def test_a_repo_that_goes_while_it_is_read_is_refused(tmp_path: Path, hub: Hub) 
 def test_what_the_settings_leave_out_gets_no_record(tmp_path: Path, hub: Hub) -> None:
     base = made(tmp_path, hub)
     sha = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "ft", 1))
-    with merge(tmp_path / "state", hub, hub={"bases": (BASE,), "max_bytes": 1000}) as ours, pytest.raises(Skip, match="max_bytes"):
+    with (
+        merge(tmp_path / "state", hub, hub={"bases": (BASE,), "max_bytes": 1000}) as ours,
+        pytest.raises(Skip, match="max_bytes"),
+    ):
         ours.fold(seen("org/ft", sha))
     with merge(tmp_path / "state", hub, hub={"bases": ("org/another",)}) as ours:
         with pytest.raises(Skip, match="no fine-tune of the base"):
@@ -210,7 +216,9 @@ def test_our_own_release_is_known_wherever_it_is_found(tmp_path: Path, hub: Hub)
         assert ours.fold("hf://thief/copy").reason == "own-release"
 
 
-def test_a_base_from_the_hub_is_pinned_and_fetched_again(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_from_the_hub_is_pinned_and_fetched_again(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shutil
 
     from continual.hub.locate import Places
@@ -230,7 +238,12 @@ def test_a_base_from_the_hub_is_pinned_and_fetched_again(tmp_path: Path, hub: Hu
     with merge(tmp_path / "state", hub) as ours:
         record = ours.state.format.base
         assert (record["repo"], record["revision"], record["licence"]) == (BASE, pinned, "mit")
-        assert {p.name for p in Path(record["path"]).iterdir()} == {"config.json", "model.safetensors", "README.md", "tokenizer.json"}
+        assert {p.name for p in Path(record["path"]).iterdir()} == {
+            "config.json",
+            "model.safetensors",
+            "README.md",
+            "tokenizer.json",
+        }
         assert ours.fold(models.fine_tune(base, tmp_path / "ft", 1)).fate == "folded"
     shutil.rmtree(tmp_path / "cache")
     with merge(tmp_path / "state", hub) as ours:
@@ -257,24 +270,36 @@ def test_a_file_in_the_cache_that_was_altered_is_fetched_again_and_one_that_stay
         cached = download(ours.places.hub, "org/ft", sha, file)
         cached.resolve().write_bytes(b"x" * file.size)
         assert ours.fold(place_again := "hf://org/ft").fate == "folded", place_again
-        assert download(ours.places.hub, "org/ft", sha, file).read_bytes() == hub.read("org/ft", sha, "model.safetensors")
+        assert download(ours.places.hub, "org/ft", sha, file).read_bytes() == hub.read(
+            "org/ft", sha, "model.safetensors"
+        )
         with pytest.raises(Refuse, match="hash that the Hub says"):
             download(ours.places.hub, "org/ft", sha, file._replace(sha256="0" * 64))
 
 
 @pytest.mark.parametrize("read", ["stream", "cache"])
-def test_repos_wait_in_the_pool_and_come_out_again(tmp_path: Path, hub: Hub, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repos_wait_in_the_pool_and_come_out_again(
+    tmp_path: Path, hub: Hub, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     base = quadratic.world(tmp_path)
     with pools.opened(tmp_path / "state", base, hub={"read": read}) as ours:
         ours.places.hub = Client(endpoint=hub.endpoint, token=TOKEN)  # type: ignore[misc]
-        for name, directory in (("good", quadratic.good(base, 0)), ("noise", quadratic.noise(base, 0)), ("gone", quadratic.good(base, 1))):
+        for name, directory in (
+            ("good", quadratic.good(base, 0)),
+            ("noise", quadratic.noise(base, 0)),
+            ("gone", quadratic.good(base, 1)),
+        ):
             publish(hub, f"org/{name}", directory)
             assert ours.fold(f"hf://org/{name}").fate == "deferred"
         newer = hub.commit("org/good", {"README.md": b"# another card"})  # what waits is the commit that was seen
         hub.delete("org/gone")
         found = pools.rows(ours.round())
-        assert {name: row.fate for name, row in found.items()} == {"org/good": "folded", "org/noise": "deferred", "org/gone": "expired"}
+        assert {name: row.fate for name, row in found.items()} == {
+            "org/good": "folded",
+            "org/noise": "deferred",
+            "org/gone": "expired",
+        }
         (fold,) = ours.state.folds()
         assert fold.entry.candidate is not None
         assert fold.entry.candidate["revision"] != newer

@@ -49,7 +49,10 @@ def count(hub: Hub) -> int:
 def test_a_release_is_one_commit_and_made_once(tmp_path: Path, hub: Hub) -> None:
     base = made(tmp_path, hub)
     (base / "tokenizer.json").write_text("{}")
-    shas = [publish(hub, f"org/ft{i}", models.fine_tune(base, tmp_path / f"ft{i}", i), hubs.card(license="apache-2.0")) for i in range(2)]
+    shas = [
+        publish(hub, f"org/ft{i}", models.fine_tune(base, tmp_path / f"ft{i}", i), hubs.card(license="apache-2.0"))
+        for i in range(2)
+    ]
     with merge(tmp_path / "state", hub, release={"repo": REPO}) as ours:
         ours.fold("hf://org/ft0")
         first = releasing.release(ours)
@@ -66,7 +69,9 @@ def test_a_release_is_one_commit_and_made_once(tmp_path: Path, hub: Hub) -> None
     assert hub.repo(REPO).private
     assert hub.repo(REPO).tags == {"record-1": first.commit, "record-3": second.commit}
     asked = [r.path.split("/")[-3] for r in hub.journal if r.method == "POST" and "/xorbs/" in r.path]
-    assert asked == ["xorbs"]  # by xet, which is installed, and the weights alone: tokenizer and configuration are there
+    assert asked == [
+        "xorbs"
+    ]  # by xet, which is installed, and the weights alone: tokenizer and configuration are there
     assert second.files == 3  # weights, continual.json, card
     files = commits[second.commit].files
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "continual.json"} <= files.keys()
@@ -167,7 +172,9 @@ def test_a_token_that_may_not_write_and_a_hub_that_is_down(tmp_path: Path, hub: 
 def test_licences_that_differ_are_told_or_refused(tmp_path: Path, hub: Hub) -> None:
     base = made(tmp_path, hub)
     for number, licence in enumerate(("mit", "llama3")):
-        publish(hub, f"org/ft{number}", models.fine_tune(base, tmp_path / f"ft{number}", number), hubs.card(license=licence))
+        publish(
+            hub, f"org/ft{number}", models.fine_tune(base, tmp_path / f"ft{number}", number), hubs.card(license=licence)
+        )
     with merge(tmp_path / "state", hub, release={"repo": REPO, "licences": "refuse"}) as ours:
         ours.fold("hf://org/ft0")
         assert releasing.release(ours).new
@@ -185,7 +192,13 @@ def test_transformers_loads_a_release(tmp_path: Path, hub: Hub) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 40,
+    }
     LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).save_pretrained(tmp_path / "base")
     api.init(tmp_path / "base", tmp_path / "state", api.Asked(rule="mean"))
     with merge(tmp_path / "state", hub, release={"repo": REPO}) as ours:
@@ -195,7 +208,9 @@ def test_transformers_loads_a_release(tmp_path: Path, hub: Hub) -> None:
 
         from tests.loopback import TOKEN
 
-        path = snapshot_download(REPO, endpoint=hub.endpoint, token=TOKEN, cache_dir=tmp_path / "cache", revision="record-1")
+        path = snapshot_download(
+            REPO, endpoint=hub.endpoint, token=TOKEN, cache_dir=tmp_path / "cache", revision="record-1"
+        )
         loaded = AutoModelForCausalLM.from_pretrained(path)
         name = "model.layers.0.mlp.up_proj.weight"
         merged = loaded.state_dict()[name]
@@ -224,14 +239,18 @@ class Killer:
         self.process: subprocess.Popen[str] | None = None
         self.done = False
         if self.path == "committed":
-            hub.listeners.append(lambda change: self.kill() if REPO in str(change.repo.id) and change.refs and has(hub) else None)
+            hub.listeners.append(
+                lambda change: self.kill() if REPO in str(change.repo.id) and change.refs and has(hub) else None
+            )
         else:
             hub.on_request = self.look
 
     def look(self, request: Any) -> None:
         import re
 
-        about = REPO in request.path or self.method == "PUT" or "/repos/create" in request.path or "/xorbs/" in request.path
+        about = (
+            REPO in request.path or self.method == "PUT" or "/repos/create" in request.path or "/xorbs/" in request.path
+        )
         if request.method == self.method and about and re.search(self.path, request.path):
             self.kill()
 
@@ -306,7 +325,9 @@ command = ["sh", "-c", "echo {{commit}} {{tag}} >> {told}.release"]
 after = "release"
 """
     )
-    with services.daemon(tmp_path / "state", tmp_path / "in", "--config", str(config), environment=environment(hub, tmp_path)) as process:
+    with services.daemon(
+        tmp_path / "state", tmp_path / "in", "--config", str(config), environment=environment(hub, tmp_path)
+    ) as process:
         address = services.url(process, tmp_path / "state")
         models.fine_tune(base, tmp_path / "in/alice", 1)
         services.until(lambda: len(hooks_of(tmp_path / "state")) == 3 or None, "the hooks' records")
@@ -315,15 +336,25 @@ after = "release"
     assert 'continual_hooks_total{kind="command",result="ok"} 2.0' in text
     assert told.read_text() == "1\n"  # and no token
     assert told.with_suffix(".release").read_text() == f"{hub.head(REPO)} record-1\n"
-    assert sorted((h["kind"], h["ok"]) for h in hooks_of(tmp_path / "state")) == [("command", True), ("command", True), ("http", False)]
+    assert sorted((h["kind"], h["ok"]) for h in hooks_of(tmp_path / "state")) == [
+        ("command", True),
+        ("command", True),
+        ("http", False),
+    ]
 
 
 def hooks_of(state: Path) -> list[dict[str, Any]]:
     with continual.open(state) as ours:
-        return [(c.entry.numbers or {})["hook"] for c in ours.state.log if c.entry.kind == "publish" and "hook" in (c.entry.numbers or {})]
+        return [
+            (c.entry.numbers or {})["hook"]
+            for c in ours.state.log
+            if c.entry.kind == "publish" and "hook" in (c.entry.numbers or {})
+        ]
 
 
-def test_a_state_restored_from_a_backup_does_not_take_the_other_ones_release_for_its_own(tmp_path: Path, hub: Hub) -> None:
+def test_a_state_restored_from_a_backup_does_not_take_the_other_ones_release_for_its_own(
+    tmp_path: Path, hub: Hub
+) -> None:
     import shutil
 
     base = made(tmp_path, hub)

@@ -1,7 +1,8 @@
 """The stand-in Hub of tests/loopback, driven by the real client.
 
-ops/check sets HF_HUB_OFFLINE=1, which the client reads as it is imported and enforces in a hook of its HTTP session. Most tests here
-run in this process under `online`, which gives the client another session in its public way; one runs a subprocess in `environment`.
+ops/check sets HF_HUB_OFFLINE=1, which the client reads as it is imported and enforces in a hook of its HTTP session.
+Most tests here run in this process under `online`, which gives the client another session in its public way; one runs a
+subprocess in `environment`.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def test_published_and_read_back(hub: Hub, api: HfApi, tmp_path: Path) -> None:
     assert info.gated is False
     assert info.private is False
     assert info.card_data.license == "mit"
-    assert {"base_model:org/base", "base_model:finetune:org/base", "license:mit", "math", "safetensors"} <= set(info.tags)
+    assert {"base_model:org/base", "base_model:finetune:org/base", "license:mit", "math", "safetensors"} <= set(
+        info.tags
+    )
     (weights,) = [s for s in info.siblings if s.lfs]
     assert (weights.rfilename, weights.size, weights.lfs.sha256) == (
         "model.safetensors",
@@ -130,7 +133,9 @@ def test_equal_content_travels_once(hub: Hub, api: HfApi) -> None:
     assert not hub.journal.find(method="PUT")
     assert hub.read(REPO, "main", "copy.safetensors") == WEIGHTS
     head = hub.head(REPO)
-    assert api.create_commit(REPO, [CommitOperationAdd("model.safetensors", WEIGHTS)], commit_message="again").oid == head
+    assert (
+        api.create_commit(REPO, [CommitOperationAdd("model.safetensors", WEIGHTS)], commit_message="again").oid == head
+    )
 
 
 @pytest.mark.parametrize("disable", ["0", "1"])
@@ -156,7 +161,9 @@ def test_lists(hub: Hub, api: HfApi) -> None:
     clock = iter([10.0, 11.0, 12.0, 12.0, 12.0, 13.5])
     hub.page_size, hub.clock = 2, lambda: now
     for number, now in enumerate(clock):  # noqa: B007 - the clock reads it
-        hub.commit(f"org/m{number}", {"README.md": CARD, "adapter_config.json" if number == 5 else "config.json": b"{}"})
+        hub.commit(
+            f"org/m{number}", {"README.md": CARD, "adapter_config.json" if number == 5 else "config.json": b"{}"}
+        )
     hub.hide("org/m0")
     expand = ["sha", "lastModified", "tags", "gated"]
     found = list(api.list_models(filter=["base_model:finetune:org/base", "math"], sort="last_modified", expand=expand))
@@ -175,7 +182,14 @@ def test_trees_and_refs(hub: Hub, api: HfApi) -> None:
     first = hub.commit(REPO, {"a": b"1", "dir/b": b"2", "dir/in/c": b"3", "dir/in/d": b"4"}, "first")
     hub.commit(REPO, {"dir/b": b"20"}, "second")
     hub.page_size = 2
-    assert [e.path for e in api.list_repo_tree(REPO, recursive=True)] == ["a", "dir", "dir/b", "dir/in", "dir/in/c", "dir/in/d"]
+    assert [e.path for e in api.list_repo_tree(REPO, recursive=True)] == [
+        "a",
+        "dir",
+        "dir/b",
+        "dir/in",
+        "dir/in/c",
+        "dir/in/d",
+    ]
     entries = {e.path: e for e in api.list_repo_tree(REPO, "dir", expand=True)}
     assert {p: e.last_commit.title for p, e in entries.items()} == {"dir/b": "second", "dir/in": "first"}
     assert [e.path for e in api.get_paths_info(REPO, ["a", "dir", "none"])] == ["a", "dir"]
@@ -183,7 +197,11 @@ def test_trees_and_refs(hub: Hub, api: HfApi) -> None:
     api.create_branch(REPO, branch="feat/x", revision="v1")
     api.create_tag(REPO, tag="v1", exist_ok=True)
     refs = api.list_repo_refs(REPO)
-    assert {r.name: r.target_commit for r in [*refs.branches, *refs.tags]} == {"main": hub.head(REPO), "feat/x": first, "v1": first}
+    assert {r.name: r.target_commit for r in [*refs.branches, *refs.tags]} == {
+        "main": hub.head(REPO),
+        "feat/x": first,
+        "v1": first,
+    }
     api.create_commit(REPO, [CommitOperationAdd("a", b"branched")], commit_message="x", revision="feat/x")
     assert (hub.read(REPO, "feat/x", "a"), hub.read(REPO, "main", "a")) == (b"branched", b"1")
     api.delete_tag(REPO, tag="v1")
@@ -227,7 +245,11 @@ def test_ranges_and_links(hub: Hub) -> None:
     link = found.headers["location"]
     assert urlsplit(link).hostname == "localhost"
     part = fetch(link, range="bytes=8-99")
-    assert (part.status_code, part.content, part.headers["content-range"]) == (206, WEIGHTS[8:100], f"bytes 8-99/{len(WEIGHTS)}")
+    assert (part.status_code, part.content, part.headers["content-range"]) == (
+        206,
+        WEIGHTS[8:100],
+        f"bytes 8-99/{len(WEIGHTS)}",
+    )
     assert fetch(link, range="bytes=-5").content == WEIGHTS[-5:]
     assert fetch(link, range="bytes=999999-").status_code == 416
     assert fetch(link.partition("?")[0]).status_code == 403
@@ -264,7 +286,10 @@ def test_faults(hub: Hub) -> None:
     assert "peer closed" in broken(Times(Drop(100_000), origin="cdn"))
     assert next(iter(hub.journal)).sent == 100_000
     hub.faults = either(Times(Truncate(7)), Times(expired(), skip=1), Times(Status(500), skip=2))
-    assert [(r.status_code, len(r.content)) for r in (fetch(cdn), fetch(cdn), fetch(cdn))][:2] == [(200, 7), (403, len(expired().body))]
+    assert [(r.status_code, len(r.content)) for r in (fetch(cdn), fetch(cdn), fetch(cdn))][:2] == [
+        (200, 7),
+        (403, len(expired().body)),
+    ]
     hub.faults = Times(Stale(2))  # a repository and its first commit are two changes
     assert [len(fetch(f"{hub.endpoint}/api/models").json()) for _ in "ab"] == [1, 2]
     for slow in (Stall(0.1), Stall(0.1, 1000), Slow(len(WEIGHTS) * 10)):
@@ -310,7 +335,9 @@ def test_webhooks(hub: Hub) -> None:
 
     class Listener(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            got.append((self.headers["X-Webhook-Secret"], json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            got.append(
+                (self.headers["X-Webhook-Secret"], json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            )
             self.send_response(next(answers))
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -356,7 +383,9 @@ def test_it_stops_at_once_whatever_is_open(capfd: pytest.CaptureFixture[str]) ->
 
 
 def test_for_people() -> None:
-    with subprocess.Popen([sys.executable, "-m", "tests.loopback"], stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.loopback"], stdout=subprocess.PIPE, text=True, env=os.environ
+    ) as process:
         assert process.stdout is not None
         endpoint = process.stdout.readline().split()[0].removeprefix("HF_ENDPOINT=")
         assert fetch(f"{endpoint}/api/models").json() == []

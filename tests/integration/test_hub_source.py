@@ -1,4 +1,5 @@
-"""The source that polls the Hub, in this process: what it gives, when it is told what became of it, and what it holds against."""
+"""The source that polls the Hub, in this process: what it gives, when it is told what became of it, and what it holds
+against."""
 
 from __future__ import annotations
 
@@ -202,7 +203,10 @@ def test_a_newer_commit_takes_the_place_of_the_one_that_waits(tmp_path: Path, hu
 )
 def test_settings_that_find_nothing_are_told_of(tmp_path: Path, flags: dict[str, Any], words: str) -> None:
     api.init(models.base(tmp_path / "base"), tmp_path / "state", api.Asked(rule="mean"))
-    with Merge(load({"state": tmp_path / "state", **flags}, environ={})) as ours, pytest.raises(Misconfigured, match=words):
+    with (
+        Merge(load({"state": tmp_path / "state", **flags}, environ={})) as ours,
+        pytest.raises(Misconfigured, match=words),
+    ):
         watching.must_watch(ours)
 
 

@@ -1,4 +1,5 @@
-"""What a fold takes besides the weights: their weight, values shipped beside them, transforms before it; and how the merge is read, on real files."""
+"""What a fold takes besides the weights: their weight, values shipped beside them, transforms before it; and how the
+merge is read, on real files."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def tau(base: Path, model: Path) -> torch.Tensor:
 
 
 def test_weights_come_from_settings_files_and_headers(tmp_path: Path, base: Path) -> None:
-    a, b, c, d = (models.fine_tune(base, tmp_path / name, i) for i, name in enumerate(("alice", "bob", "carol", "dave")))
+    a, b, c, d = (
+        models.fine_tune(base, tmp_path / name, i) for i, name in enumerate(("alice", "bob", "carol", "dave"))
+    )
     (b / "eval_results.json").write_text(json.dumps({"eval": {"accuracy": 0.5}}))
     save_file(load_file(c / "model.safetensors"), c / "model.safetensors", metadata={"score": "4"})
     mean = api.Asked(rule="mean")
@@ -53,7 +56,9 @@ def test_weights_come_from_settings_files_and_headers(tmp_path: Path, base: Path
         expected = (3 * tau(base, a) + 0.5 * tau(base, b) + 4 * tau(base, c) + 2 * tau(base, d)) / 9.5
         torch.testing.assert_close(merge.read(NAME), expected, rtol=1e-4, atol=1e-8)
         merge.unfold(merge.look_unfold("carol"))
-        torch.testing.assert_close(merge.read(NAME), (3 * tau(base, a) + 0.5 * tau(base, b) + 2 * tau(base, d)) / 5.5, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(
+            merge.read(NAME), (3 * tau(base, a) + 0.5 * tau(base, b) + 2 * tau(base, d)) / 5.5, rtol=1e-4, atol=1e-8
+        )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,9 @@ def test_weights_come_from_settings_files_and_headers(tmp_path: Path, base: Path
         ("[1]", "JSON"),
     ],
 )
-def test_a_weight_that_is_missing_or_wrong_refuses_the_model(tmp_path: Path, base: Path, body: str | None, words: str) -> None:
+def test_a_weight_that_is_missing_or_wrong_refuses_the_model(
+    tmp_path: Path, base: Path, body: str | None, words: str
+) -> None:
     model = models.fine_tune(base, tmp_path / "alice", 1)
     if body is not None:
         (model / "metrics.json").write_text(body)
@@ -164,7 +171,9 @@ def test_a_dropped_model_is_the_same_wherever_it_lies_and_can_be_taken_out(tmp_p
 
 def test_trim_before_a_rule_counts_over_the_whole_model(tmp_path: Path, base: Path) -> None:
     model = models.fine_tune(base, tmp_path / "alice", 1)
-    with opened(tmp_path, base, api.Asked(rule="task-arithmetic", options={"before": ["trim:density=0.1"]}, scale="1")) as merge:
+    with opened(
+        tmp_path, base, api.Asked(rule="task-arithmetic", options={"before": ["trim:density=0.1"]}, scale="1")
+    ) as merge:
         assert merge.plan(model).passes == pytest.approx(2 + 1 / 16)
         merge.fold(model)
         kept = sum(int(merge.read(spec.name).count_nonzero()) for spec in merge.state.format.tensors)
@@ -185,7 +194,9 @@ def test_the_scale_of_the_merge_and_of_its_layers_changes_without_a_fold(tmp_pat
         found = load_file(merge.export(Target(tmp_path / "merged")) / "model.safetensors")
         for spec in merge.state.format.tensors:
             change = load_file(model / "model.safetensors")[spec.name] - origin[spec.name]
-            torch.testing.assert_close(found[spec.name] - origin[spec.name], 0.5 * (0.25 + 0.5 * spec.depth) * change, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(
+                found[spec.name] - origin[spec.name], 0.5 * (0.25 + 0.5 * spec.depth) * change, rtol=1e-3, atol=1e-7
+            )
         assert {spec.depth for spec in merge.state.format.tensors} >= {0.0, 1.0}
         merge.rescale(lines="none")
         torch.testing.assert_close(merge.read(NAME), 0.5 * tau(base, model), rtol=1e-5, atol=1e-9)

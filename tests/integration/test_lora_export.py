@@ -32,7 +32,9 @@ LLAMA = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers for it
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # PEFT asks transformers for it
 Chosen = Callable[[str, torch.Tensor], bool]
 
 
@@ -47,7 +49,9 @@ def llama(**more: Any) -> transformers.PreTrainedModel:
 
 def gpt2() -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=8))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=8)
+    )
 
 
 def merged(tmp_path: Path, base: Path, chosen: Chosen = is_matrix, rule: str = "mean", size: float = 0.05) -> api.Merge:
@@ -60,7 +64,10 @@ def merged(tmp_path: Path, base: Path, chosen: Chosen = is_matrix, rule: str = "
         def only_chosen(tensors: dict[str, torch.Tensor]) -> None:
             tensors |= {name: t for name, t in origin.items() if not chosen(name, t)}
 
-        assert merge.fold(models.fine_tune(base, tmp_path / f"ft-{seed}", seed, size=size, change=only_chosen)).fate == "folded"
+        assert (
+            merge.fold(models.fine_tune(base, tmp_path / f"ft-{seed}", seed, size=size, change=only_chosen)).fate
+            == "folded"
+        )
     return merge
 
 
@@ -94,7 +101,11 @@ def test_peft_on_the_base_is_the_merged_model(tmp_path: Path, rule: str) -> None
         assert report.error < 1e-6
         assert report.nbytes == (tmp_path / "adapter/adapter_model.safetensors").stat().st_size
         agrees(tmp_path, merge, report, transformers.LlamaForCausalLM)
-        assert {p.name for p in report.directory.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "continual.json"}
+        assert {p.name for p in report.directory.iterdir()} == {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "continual.json",
+        }
 
 
 def test_the_error_is_that_of_the_trailing_singular_values(tmp_path: Path) -> None:
@@ -169,7 +180,8 @@ def test_our_own_reader_finds_the_same_products(tmp_path: Path, make: Callable[[
 
 
 def test_what_no_plain_adapter_holds_is_left_out(tmp_path: Path) -> None:
-    """nn.MultiheadAttention reads its weights past a wrapper; transformers 5 has no nn.Linear for experts and their router, nor the name embed_out."""
+    """nn.MultiheadAttention reads its weights past a wrapper; transformers 5 has no nn.Linear for experts and their
+    router, nor the name embed_out."""
     shapes = {
         "vision.attn.in_proj_weight": (24, 8),
         "vision.attn.out_proj.weight": (8, 8),

@@ -54,12 +54,17 @@ offline = true
 """
     )
     command = [str(Path(sys.executable).with_name("olah-cli")), "-c", str(config), "--log-path", str(tmp_path / "logs")]
-    with open(tmp_path / "olah.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path) as server:
+    with (
+        open(tmp_path / "olah.log", "w") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path) as server,
+    ):
         try:
 
             def answers() -> bool:
                 assert server.poll() is None, (tmp_path / "olah.log").read_text()
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/models/org/base/revision/main", timeout=5) as answer:
+                with urllib.request.urlopen(
+                    f"http://127.0.0.1:{port}/api/models/org/base/revision/main", timeout=5
+                ) as answer:
                     return bool(answer.status == 200)
 
             services.until(answers, "olah answers")
@@ -78,7 +83,12 @@ def commits(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_base_and_a_fine_tune_from_a_mirror(tmp_path: Path, commits: dict[str, str], endpoint: str) -> None:
-    env = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "PATH": os.environ["PATH"], "CONTINUAL_STATE": str(tmp_path / "state")}
+    env = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "PATH": os.environ["PATH"],
+        "CONTINUAL_STATE": str(tmp_path / "state"),
+    }
     for words in (("init", f"org/base@{commits['base']}", "--rule", "mean"), ("fold", f"hf://org/ft@{commits['ft']}")):
         done = process(*words, env=env)
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""What operators load: alert rules (with promtool where it is installed), the dashboard, the unit; and that they speak of series that exist."""
+"""What operators load: alert rules (with promtool where it is installed), the dashboard, the unit; and that they speak
+of series that exist."""
 
 from __future__ import annotations
 
@@ -17,14 +18,18 @@ from tests.helpers import models, services
 
 OPS = Path(__file__).parents[2] / "ops"
 SUFFIX = re.compile(r"_(bucket|count|sum)$")
-needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)"
+)
 
 
 def filled() -> Metrics:
     metrics = Metrics()
     candidate = Candidate("k", "n", "folder", "/o", "full", 1)
     numbers = {"notes": {"kept": {"mean": 0.9}}}
-    metrics.observe(FoldReport(candidate, "d", Lineage(()), {}, numbers, {"read": 1.0, "total": 2.0}, 10, "cpu"), now=5.0)
+    metrics.observe(
+        FoldReport(candidate, "d", Lineage(()), {}, numbers, {"read": 1.0, "total": 2.0}, 10, "cpu"), now=5.0
+    )
     metrics.refused("shape")
     metrics.retried()
     metrics.error("halt")
@@ -84,7 +89,8 @@ def test_promtool_accepts_the_metrics() -> None:
 
 @needs_promtool
 @pytest.mark.parametrize(
-    "arguments", [("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml"), ("check", "config", "prometheus.yml")]
+    "arguments",
+    [("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml"), ("check", "config", "prometheus.yml")],
 )
 def test_promtool_accepts_the_rules(arguments: tuple[str, ...]) -> None:
     done = subprocess.run(["promtool", *arguments], cwd=OPS / "prometheus", capture_output=True, text=True, check=False)
@@ -101,7 +107,9 @@ def test_a_real_prometheus_scrapes_a_running_daemon(tmp_path: Path) -> None:
         services.until(lambda: services.status(address)["folds"] == 1, "the fold")
         shutil.copy(OPS / "prometheus/alerts.yml", tmp_path)
         config = (OPS / "prometheus/prometheus.yml").read_text()
-        (tmp_path / "prometheus.yml").write_text(config.replace("127.0.0.1:8321", address.removeprefix("http://")).replace("15s", "1s"))
+        (tmp_path / "prometheus.yml").write_text(
+            config.replace("127.0.0.1:8321", address.removeprefix("http://")).replace("15s", "1s")
+        )
         flags = ["--config.file=prometheus.yml", "--storage.tsdb.path=series", "--web.listen-address=127.0.0.1:0"]
         log = tmp_path / "prometheus.log"
         with log.open("w") as file, subprocess.Popen(["prometheus", *flags], cwd=tmp_path, stderr=file) as server:
@@ -132,7 +140,13 @@ def test_alerts_and_dashboard_speak_of_series_that_exist() -> None:
 
 def test_dashboard_panels_do_not_overlap() -> None:
     panels = json.loads((OPS / "grafana/continual.json").read_text())["panels"]
-    cells = [(x, y) for p in panels for g in [p["gridPos"]] for x in range(g["x"], g["x"] + g["w"]) for y in range(g["y"], g["y"] + g["h"])]
+    cells = [
+        (x, y)
+        for p in panels
+        for g in [p["gridPos"]]
+        for x in range(g["x"], g["x"] + g["w"])
+        for y in range(g["y"], g["y"] + g["h"])
+    ]
     assert len(cells) == len(set(cells))
     assert len({p["id"] for p in panels}) == len(panels)
 

@@ -1,4 +1,5 @@
-"""The pool and its rounds from the command: what is printed for people and machines, what is said where something is missing, and the exit codes."""
+"""The pool and its rounds from the command: what is printed for people and machines, what is said where something is
+missing, and the exit codes."""
 
 from __future__ import annotations
 
@@ -61,12 +62,21 @@ def test_a_day_with_the_pool(state: tuple[str, str], candidates: dict[str, Path]
         (n, "deferred", "waiting") for n in ("good0", "noise0", "good1")
     ]
     found = told["round"]
-    assert {m["name"]: m["fate"] for m in found["members"]} == {"good0": "folded", "good1": "folded", "noise0": "deferred"}
+    assert {m["name"]: m["fate"] for m in found["members"]} == {
+        "good0": "folded",
+        "good1": "folded",
+        "noise0": "deferred",
+    }
     assert {"record", "loss", "before", "gap", "steps", "folds", "seconds", "members"} <= found.keys()
     assert (found["folds"], found["loss"] < found["before"]) == (2, True)
     assert {"key", "name", "fate", "reason", "message", "score", "change", "error", "z"} <= found["members"][0].keys()
     (waiting,) = machine("pool", *state)
-    assert (waiting["name"], waiting["rounds"], waiting["form"], waiting["origin"]) == ("noise0", 1, "full", str(c["noise0"]))
+    assert (waiting["name"], waiting["rounds"], waiting["form"], waiting["origin"]) == (
+        "noise0",
+        1,
+        "full",
+        str(c["noise0"]),
+    )
     assert waiting["last"]["reason"] == "irrelevant"
     shown = run("pool", *state)
     assert (shown.returncode, "noise0" in shown.stdout, "round 1 of 2" in shown.stdout) == (0, True, True)
@@ -85,7 +95,12 @@ def test_a_day_with_the_pool(state: tuple[str, str], candidates: dict[str, Path]
     assert (again.returncode, "already settled" in again.stderr) == (1, True)
     assert [r["kind"] for r in machine("log", *state)].count("select") == 2
     status = machine("status", *state, env={"CONTINUAL_SELECT": "relevance"})
-    assert (status["select"], status["pool_size"], status["folds"], status["last_round"]["seq"] > 0) == ("relevance", 0, 2, True)
+    assert (status["select"], status["pool_size"], status["folds"], status["last_round"]["seq"] > 0) == (
+        "relevance",
+        0,
+        2,
+        True,
+    )
     text = run("status", *state, env={"CONTINUAL_SELECT": "relevance"}).stdout
     assert "pool       0 wait for a round (relevance); last round " in text
     assert f": record {status['last_round']['seq']}, loss" in text
@@ -109,7 +124,10 @@ def test_a_dry_run_prints_and_records_nothing(state: tuple[str, str], candidates
     [
         (("--select", "relevance"), ("objective", "causal-lm", "module:function")),
         (("--select", "relevance", "--objective", "best"), ("objective", "'best'", "module:function")),
-        (("--select", "relevance", "--objective", "tests.helpers.quadratic:nothing"), ("tests.helpers.quadratic", "no function nothing")),
+        (
+            ("--select", "relevance", "--objective", "tests.helpers.quadratic:nothing"),
+            ("tests.helpers.quadratic", "no function nothing"),
+        ),
         (("--select", "relevance", "--objective", "no.such:make"), ("no.such:make",)),
         (("--select", "relevance", "--objective", "causal-lm"), ("rows",)),
         ((*ASK, "--rows", "x.jsonl"), ("rows", "built-in")),
@@ -134,7 +152,9 @@ def test_what_is_missing_or_wrong_is_said_before_anything_waits(
     for word in words:
         assert word in done.stderr, done.stderr
     records = len(list((Path(state[1]) / "commits").iterdir()))
-    assert records == 1 or "no.such:make" in arguments or "tests.helpers.quadratic:nothing" in arguments, "nothing was recorded"
+    assert records == 1 or "no.such:make" in arguments or "tests.helpers.quadratic:nothing" in arguments, (
+        "nothing was recorded"
+    )
 
 
 def test_where_nobody_chooses_and_where_nothing_waits(state: tuple[str, str], candidates: dict[str, Path]) -> None:
@@ -145,12 +165,18 @@ def test_where_nobody_chooses_and_where_nothing_waits(state: tuple[str, str], ca
     done = run("pool", "why", "nobody", *state)
     assert (done.returncode, "nobody" in done.stderr, "continual pool" in done.stderr) == (2, True, True)
     done = run("fold", candidates["good0"], *state, "--max-base-ratio", "10")
-    assert (done.returncode, "folded as record 1" in done.stdout) == (0, True), "without rounds a model is folded at once"
+    assert (done.returncode, "folded as record 1" in done.stdout) == (0, True), (
+        "without rounds a model is folded at once"
+    )
 
 
-def test_settings_come_from_file_environment_and_flags(tmp_path: Path, state: tuple[str, str], candidates: dict[str, Path]) -> None:
+def test_settings_come_from_file_environment_and_flags(
+    tmp_path: Path, state: tuple[str, str], candidates: dict[str, Path]
+) -> None:
     settings = tmp_path / "continual.toml"
-    settings.write_text('select = "relevance"\nobjective = "tests.helpers.quadratic:make"\nmax_base_ratio = 10\n[rounds]\npatience = 1\n')
+    settings.write_text(
+        'select = "relevance"\nobjective = "tests.helpers.quadratic:make"\nmax_base_ratio = 10\n[rounds]\npatience = 1\n'
+    )
     told = machine("fold", candidates["good0"], candidates["noise0"], "--config", settings, *state, code=1)
     assert {m["name"]: m["fate"] for m in told["round"]["members"]} == {"good0": "folded", "noise0": "refused"}
     env = {
@@ -174,7 +200,12 @@ def test_a_state_that_weighs_needs_no_select(tmp_path: Path, base: Path, candida
     assert "step 1: loss" in told.stderr
     assert "2 folded in" in told.stdout
     status = machine("status", *state)
-    assert (status["rule"], status["select"], status["folds"], status["pool_size"]) == ("frank-wolfe", "frank-wolfe", 2, 1)
+    assert (status["rule"], status["select"], status["folds"], status["pool_size"]) == (
+        "frank-wolfe",
+        "frank-wolfe",
+        2,
+        1,
+    )
     assert all(0 < f["weight"] < 4 for f in status["last_folds"])
     log = run("log", *state)
     assert (log.returncode, "select" in log.stdout, "round" in log.stdout) == (0, True, True)

@@ -1,4 +1,5 @@
-"""The merge of a real state, read at every scale: lengths are what the policy says, whether the totals know them or a pass has to find them."""
+"""The merge of a real state, read at every scale: lengths are what the policy says, whether the totals know them or a
+pass has to find them."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tuned(tmp_path: Path, base: Path) -> list[Path]:
-    return [models.ship(models.fine_tune(base, tmp_path / f"model-{i}", i, size=0.02 * (i + 1)), i) for i in range(COUNT)]
+    return [
+        models.ship(models.fine_tune(base, tmp_path / f"model-{i}", i, size=0.02 * (i + 1)), i) for i in range(COUNT)
+    ]
 
 
 def folded(place: Path, base: Path, asked: api.Asked, tuned: list[Path], name: str = "state") -> api.Merge:
@@ -52,7 +55,9 @@ def own(base: Path, model: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
-def test_norm_makes_the_merge_as_long_as_it_says_under_every_rule(tmp_path: Path, base: Path, tuned: list[Path], name: str) -> None:
+def test_norm_makes_the_merge_as_long_as_it_says_under_every_rule(
+    tmp_path: Path, base: Path, tuned: list[Path], name: str
+) -> None:
     with folded(tmp_path, base, api.Asked(rule=name, scale="norm"), tuned) as merge:
         mean = merge.state.totals["norm_sum"] / COUNT
         assert math.hypot(*lengths(merge)) == pytest.approx(mean, rel=1e-5)
@@ -80,7 +85,10 @@ def test_spread_is_the_law_of_its_page(tmp_path: Path, base: Path, tuned: list[P
 
 
 def test_unfolding_and_combining_keep_what_spread_stands_on(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
-    with folded(tmp_path, base, api.Asked(), tuned) as merge, folded(tmp_path, base, api.Asked(), tuned[:2], "two") as two:
+    with (
+        folded(tmp_path, base, api.Asked(), tuned) as merge,
+        folded(tmp_path, base, api.Asked(), tuned[:2], "two") as two,
+    ):
         merge.unfold(merge.look_unfold("model-2"))
         assert merge.state.totals == pytest.approx(two.state.totals, rel=1e-6)
         assert lengths(merge) == pytest.approx(lengths(two), rel=1e-4)

@@ -1,4 +1,5 @@
-"""The daemon with rounds, as a real process: who is published waits, a round runs by itself, and a kill in the middle of it costs nothing."""
+"""The daemon with rounds, as a real process: who is published waits, a round runs by itself, and a kill in the middle
+of it costs nothing."""
 
 from __future__ import annotations
 
@@ -63,7 +64,10 @@ def test_a_round_runs_when_enough_wait_and_survives_a_kill(tmp_path: Path, base:
         metrics = get(f"{address}/metrics")[1]
         for words in ("continual_folds_total 2.0", "continual_round_seconds_count 1.0"):
             assert words in metrics
-        assert float(next(line.split()[1] for line in metrics.splitlines() if line.startswith("continual_round_loss "))) > 0
+        assert (
+            float(next(line.split()[1] for line in metrics.splitlines() if line.startswith("continual_round_loss ")))
+            > 0
+        )
         page = get(f"{address}/")[1]
         assert "Last round" in page
         assert "not relevant to the merge as it is" in page
@@ -84,7 +88,11 @@ def test_a_round_runs_when_enough_wait_and_survives_a_kill(tmp_path: Path, base:
     assert sorted(names(state)) == ["good0", "good1", "good2"]
     with State.open(state) as opened:
         assert opened.open_round is None
-        assert {(w.commit.entry.candidate or {})["name"] for w in opened.pool().values()} == {"noise0", "noise1", "noise2"}
+        assert {(w.commit.entry.candidate or {})["name"] for w in opened.pool().values()} == {
+            "noise0",
+            "noise1",
+            "noise2",
+        }
         rounds = [c.entry for c in opened.log if c.entry.kind == "round"]
         assert [(r.numbers or {})["asked"] for r in rounds] == [(rounds[0].numbers or {})["asked"]] * len(rounds)
     assert "Traceback" not in log.read_text()

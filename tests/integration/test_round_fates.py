@@ -28,12 +28,20 @@ def test_patience_then_refused_and_looked_at_again_on_retry(tmp_path: Path, base
         assert rows(merge.round())["noise0"].fate == "deferred"
         assert merge.fold(noise).reason == "waiting"
         found = merge.round()
-        assert (rows(found)["noise0"].fate, rows(found)["noise0"].reason, found.refused) == ("refused", "irrelevant", True)
+        assert (rows(found)["noise0"].fate, rows(found)["noise0"].reason, found.refused) == (
+            "refused",
+            "irrelevant",
+            True,
+        )
         assert merge.pool() == {}
         told = merge.fold(noise)
         assert (told.fate, told.refused, "irrelevant in 2 rounds" in told.message) == ("known", True, True)
         why = merge.why("noise0")
-        assert (why.fate, why.reason, [r["fate"] for r in why.rounds]) == ("refused", "irrelevant", ["deferred", "refused"])
+        assert (why.fate, why.reason, [r["fate"] for r in why.rounds]) == (
+            "refused",
+            "irrelevant",
+            ["deferred", "refused"],
+        )
         assert len(merge.retry("noise0")) == 1
         assert merge.why("noise0").fate == "open"
         assert merge.fold(noise).fate == "deferred"
@@ -78,7 +86,9 @@ def test_a_folder_that_cannot_be_reached_settles_nothing(tmp_path: Path, base: P
 
 @pytest.mark.parametrize("stage", ["score", "trial", "line search", "gradient"])
 @pytest.mark.parametrize("rule", ["mean", "frank-wolfe"])
-def test_a_member_that_vanishes_in_the_middle_is_tried_again_without_it(tmp_path: Path, base: Path, stage: str, rule: str) -> None:
+def test_a_member_that_vanishes_in_the_middle_is_tried_again_without_it(
+    tmp_path: Path, base: Path, stage: str, rule: str
+) -> None:
     good = [quadratic.good(base, k) for k in range(2)]
     select = None if rule == "frank-wolfe" else "relevance"
 
@@ -133,9 +143,16 @@ def test_the_old_expire_by_age_and_the_oldest_of_too_many(tmp_path: Path, base: 
         assert (told.fate, told.commit.entry.fate) == ("known", "expired")
         assert merge.retry("noise0")
     with opened(tmp_path / "crowd", base, rounds={"most": 2}) as merge:
-        fill(merge, quadratic.noise(base, 3), quadratic.noise(base, 1), quadratic.good(base, 1), quadratic.noise(base, 2))
+        fill(
+            merge, quadratic.noise(base, 3), quadratic.noise(base, 1), quadratic.good(base, 1), quadratic.noise(base, 2)
+        )
         found = rows(merge.round())
-        assert {n: r.fate for n, r in found.items()} == {"noise3": "expired", "noise1": "deferred", "noise2": "deferred", "good1": "folded"}
+        assert {n: r.fate for n, r in found.items()} == {
+            "noise3": "expired",
+            "noise1": "deferred",
+            "noise2": "deferred",
+            "good1": "folded",
+        }
         assert (found["noise3"].reason, waits(merge)) == ("count", ["noise1", "noise2"])
 
 
@@ -216,7 +233,10 @@ def test_the_ledger_alone_gives_back_pool_fates_and_history(tmp_path: Path, base
     def told(merge: api.Merge) -> Any:
         pool = {k: (w.commit.seq, w.since, w.rounds, dict(w.last)) for k, w in merge.pool().items()}
         keys = {(c.entry.candidate or {}).get("key") for c in merge.state.log}
-        fates = {k: (f.seq, f.entry.fate, f.entry.reason, f.entry.message) if k and (f := merge.state.fate(k)) else None for k in keys}
+        fates = {
+            k: (f.seq, f.entry.fate, f.entry.reason, f.entry.message) if k and (f := merge.state.fate(k)) else None
+            for k in keys
+        }
         return list(pool.items()), fates, names(merge), dict(merge.state.totals), bits(merge), merge.state.open_round
 
     with opened(state, base, rounds={"patience": 1}) as merge:

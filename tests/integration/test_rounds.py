@@ -1,4 +1,5 @@
-"""Relevance rounds on real files: what is scored, what is folded and in which order, and that a kill changes none of it."""
+"""Relevance rounds on real files: what is scored, what is folded and in which order, and that a kill changes none of
+it."""
 
 from __future__ import annotations
 
@@ -44,7 +45,11 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("folded", [False, True])
 def test_a_score_is_the_gradient_times_the_task_vector(tmp_path: Path, base: Path, folded: bool) -> None:
-    paths = [quadratic.good(base, 0), quadratic.noise(base, 0), models.fine_tune(base, base.parent / "pool/half", 3, size=0.5, change=half)]
+    paths = [
+        quadratic.good(base, 0),
+        quadratic.noise(base, 0),
+        models.fine_tune(base, base.parent / "pool/half", 3, size=0.5, change=half),
+    ]
     paths.append(adapter(base, "adapter"))
     if folded:
         with opened(tmp_path / "state", base, select="none") as merge:
@@ -134,7 +139,9 @@ def test_the_relevant_ones_are_folded_as_if_by_hand(tmp_path: Path, base: Path, 
         for name in order:
             assert merge.fold(base.parent / "pool" / name).fate == "folded"
         assert (bits(merge), dict(merge.state.totals)) == (ours, totals)
-        assert numbers == {k: (c.entry.numbers or {})["cosine"] for k, c in zip(order, merge.state.folds(), strict=True)}
+        assert numbers == {
+            k: (c.entry.numbers or {})["cosine"] for k, c in zip(order, merge.state.folds(), strict=True)
+        }
 
 
 def test_what_is_chosen_lowers_the_loss_and_the_figures_say_by_how_much(tmp_path: Path, base: Path) -> None:
@@ -176,7 +183,9 @@ def test_a_dry_run_ranks_the_pool_and_changes_nothing(tmp_path: Path, base: Path
     with opened(tmp_path / "state", base, rule, select=select) as merge:
         fill(merge, quadratic.noise(base, 0), *(quadratic.good(base, k) for k in range(3)), quadratic.noise(base, 1))
     before = files(tmp_path / "state")
-    with api.open(tmp_path / "state", select=select, objective="tests.helpers.quadratic:make", max_base_ratio=10, device="cpu") as merge:
+    with api.open(
+        tmp_path / "state", select=select, objective="tests.helpers.quadratic:make", max_base_ratio=10, device="cpu"
+    ) as merge:
         found = merge.look_round()
         again = merge.look_round()
     assert files(tmp_path / "state") == before
@@ -202,7 +211,10 @@ def test_an_empty_pool_and_a_missing_objective_are_said(tmp_path: Path, base: Pa
             merge.why("nobody")
     with opened(tmp_path / "state", base, objective=None) as merge, pytest.raises(Misconfigured, match="objective"):
         merge.round()
-    with opened(tmp_path / "state", base, select="none") as merge, pytest.raises(Misconfigured, match="set select = relevance"):
+    with (
+        opened(tmp_path / "state", base, select="none") as merge,
+        pytest.raises(Misconfigured, match="set select = relevance"),
+    ):
         merge.round()
 
 
@@ -210,7 +222,8 @@ def test_an_empty_pool_and_a_missing_objective_are_said(tmp_path: Path, base: Pa
 
 
 def kills(state: Path, base: Path, work: Path, rule: str) -> list[tuple[str, str, Path]]:
-    """Runs a round, and keeps what a kill before each step of the commit protocol would leave: the step, the kind of record it is for, and the state."""
+    """Runs a round, and keeps what a kill before each step of the commit protocol would leave: the step, the kind of
+    record it is for, and the state."""
     seen: list[tuple[str, int, Path]] = []
 
     def keep(step: str) -> None:
@@ -221,20 +234,30 @@ def kills(state: Path, base: Path, work: Path, rule: str) -> list[tuple[str, str
         merge.round()
         log = merge.state.log
     after = ("fsync-commits", "head", "acknowledged")
-    return [(step, f"{log[head + (step not in after)].entry.kind}-{head + (step not in after)}", left) for step, head, left in seen]
+    return [
+        (step, f"{log[head + (step not in after)].entry.kind}-{head + (step not in after)}", left)
+        for step, head, left in seen
+    ]
 
 
 @pytest.mark.parametrize("rule", ["mean", "iso-c"])
 def test_a_round_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, base: Path, rule: str) -> None:
     state = tmp_path / "state"
     with opened(state, base, rule) as merge:
-        fill(merge, quadratic.good(base, 0), quadratic.noise(base, 0), quadratic.good(base, 1), quadratic.noise(base, 1))
+        fill(
+            merge, quadratic.good(base, 0), quadratic.noise(base, 0), quadratic.good(base, 1), quadratic.noise(base, 1)
+        )
     left = kills(state, base, tmp_path / "killed", rule)
     with opened(state, base, rule) as merge:
         expected = names(merge), bits(merge), waits(merge)
         members = [(r["name"], r["fate"], r["score"], r["z"]) for r in table(merge)]
         last = f"fold-{merge.state.folds()[-1].seq}"
-    assert [kind.split("-")[0] for kind in dict.fromkeys(kind for _, kind, _ in left)] == ["round", "select", "fold", "fold"]
+    assert [kind.split("-")[0] for kind in dict.fromkeys(kind for _, kind, _ in left)] == [
+        "round",
+        "select",
+        "fold",
+        "fold",
+    ]
     assert len(members) == 4
     for step, kind, place in left:
         if rule != "mean" and kind != last:
@@ -245,7 +268,9 @@ def test_a_round_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, base
                 merge.round()
             assert (names(merge), bits(merge), waits(merge)) == expected, (step, kind)
             first = next(c for c in merge.state.log if c.entry.kind == "select")
-            assert [(r["name"], r["fate"], r["score"], r["z"]) for r in (first.entry.numbers or {})["scores"]] == members, (step, kind)
+            assert [
+                (r["name"], r["fate"], r["score"], r["z"]) for r in (first.entry.numbers or {})["scores"]
+            ] == members, (step, kind)
             assert [c.entry.kind for c in merge.state.log].count("round") <= 2
             assert merge.state.open_round is None
             assert merge.state.verify() == []

@@ -1,4 +1,5 @@
-"""Tuning by a command: how often it is asked, on what, what is recorded, and what becomes of commands that fail. No model runs; a script reads the weights."""
+"""Tuning by a command: how often it is asked, on what, what is recorded, and what becomes of commands that fail. No
+model runs; a script reads the weights."""
 
 from __future__ import annotations
 
@@ -42,14 +43,21 @@ BEST = 0.45
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A state of two folds, and beside it the export at the best scale, a script that knows it, and a directory for scratch files."""
+    """A state of two folds, and beside it the export at the best scale, a script that knows it, and a directory for
+    scratch files."""
     base = models.base(tmp_path / "base")
     (base / "tokenizer.json").write_text("{}")
     api.init(base, tmp_path / "state", api.Asked(rule="opcm", scale="norm"))
     with api.open(tmp_path / "state", write=True) as merge:
         for i in range(2):
             merge.fold(models.fine_tune(base, tmp_path / f"ft-{i}", i))
-        folder.export(merge.base, merge.reading(options=ReadOptions("number", BEST)), Target(tmp_path / "target"), merge.executor, quiet)
+        folder.export(
+            merge.base,
+            merge.reading(options=ReadOptions("number", BEST)),
+            Target(tmp_path / "target"),
+            merge.executor,
+            quiet,
+        )
     (tmp_path / "eval.py").write_text(SCRIPT)
     (tmp_path / "seen").mkdir()
     (tmp_path / "work").mkdir()
@@ -72,7 +80,9 @@ def asked(place: Path, **more: object) -> Tuning:
 def test_the_best_is_found_recorded_and_used(place: Path) -> None:
     with api.open(place / "state", write=True) as merge:
         head, generations, heard = merge.state.head, merge.state.generations(), []
-        tuned = merge.tune(command(place), asked(place, policy="number"), told=lambda options, score: heard.append((options, score)))
+        tuned = merge.tune(
+            command(place), asked(place, policy="number"), told=lambda options, score: heard.append((options, score))
+        )
         assert merge.state.head.seq == head.seq + 1
         assert merge.state.generations() == generations
         assert merge.state.head.generation == head.generation
@@ -80,7 +90,9 @@ def test_the_best_is_found_recorded_and_used(place: Path) -> None:
         assert len(numbers["trials"]) == len(heard) == len(list((place / "seen").iterdir())) == 9
         assert tuned.read.value == pytest.approx(BEST, rel=0.1)
         assert tuned.score > tuned.before == heard[0][1] == numbers["before"]["score"]
-        assert heard[0][0].value == pytest.approx(merge.reading(head.seq).factor()), "what was in force, in the policy asked for"
+        assert heard[0][0].value == pytest.approx(merge.reading(head.seq).factor()), (
+            "what was in force, in the policy asked for"
+        )
         assert numbers["folds"] == 2
         assert numbers["evaluation"]["command"][-2:] == ["{model}", str(place / "seen")]
         assert list((place / "work").iterdir()) == []
@@ -90,7 +102,9 @@ def test_the_best_is_found_recorded_and_used(place: Path) -> None:
             folder.export(merge.base, merge.reading(options=options), Target(out), merge.executor, quiet)
             names = sorted(p.name for p in out.iterdir())
             assert (
-                names == sorted(p.name for p in given.iterdir()) == ["config.json", "continual.json", "model.safetensors", "tokenizer.json"]
+                names
+                == sorted(p.name for p in given.iterdir())
+                == ["config.json", "continual.json", "model.safetensors", "tokenizer.json"]
             )
             assert filecmp.cmp(out / "model.safetensors", given / "model.safetensors", shallow=False)
         exported = merge.export(Target(place / "now"))
@@ -125,7 +139,9 @@ def test_going_back_to_what_was_tuned(place: Path) -> None:
     assert told == {"policy": "norm", "value": tuned.read.value}
     status = machine("status", "--state", place / "state")
     assert status["tuned"] == {"record": tuned.commit.seq, "folds": 2}
-    assert f"(tuned at record {tuned.commit.seq}, when 2 were folded)" in run("status", "--state", place / "state").stdout
+    assert (
+        f"(tuned at record {tuned.commit.seq}, when 2 were folded)" in run("status", "--state", place / "state").stdout
+    )
     assert run("init", place / "base", "--scale", "tuned", "--state", place / "other").returncode == 2
     assert "continual tune" in run("init", place / "base", "--scale", "tuned", "--state", place / "other").stderr
 
@@ -137,7 +153,9 @@ def test_a_rule_whose_length_has_to_be_measured(place: Path, policy: str) -> Non
         for i in range(2):
             merge.fold(place / f"ft-{i}")
         stages = set()
-        tuned = merge.tune(command(place), asked(place, policy=policy, candidates=5), lambda stage, _d, _t: stages.add(stage))
+        tuned = merge.tune(
+            command(place), asked(place, policy=policy, candidates=5), lambda stage, _d, _t: stages.add(stage)
+        )
         assert tuned.read.policy == policy
         assert {"measure", "tune", "export"} <= stages
         best = [t["score"] for t in tuned.numbers["trials"]].index(tuned.score)
@@ -167,7 +185,8 @@ def test_spread_scales_matrices_and_the_rest_apart(place: Path, policy: str | No
 def test_lower_lines_and_around(place: Path) -> None:
     with api.open(place / "state", write=True) as merge:
         tuned = merge.tune(
-            command(place, key="results.far", lower=True), asked(place, policy="number", lines=True, around=0.5, candidates=12)
+            command(place, key="results.far", lower=True),
+            asked(place, policy="number", lines=True, around=0.5, candidates=12),
         )
         trials = tuned.numbers["trials"]
         assert len(trials) == 12
@@ -189,7 +208,9 @@ def test_an_open_state_is_tuned_dry_and_one_that_moves_on_not_at_all(place: Path
         seq = merge.state.head.seq
         models.fine_tune(place / "base", place / "late", 9)
         with pytest.raises(Retry, match="changed the merge"):
-            merge.tune(command(place), asked(place, candidates=3), told=lambda _o, _s: merge.fold(place / "late") and None)
+            merge.tune(
+                command(place), asked(place, candidates=3), told=lambda _o, _s: merge.fold(place / "late") and None
+            )
         assert [c.entry.kind for c in merge.state.log[seq + 1 :]] == ["fold"]
         merge.rescale("norm:1.2")
     done = run(*flags, "--lines")
@@ -288,7 +309,9 @@ def test_a_termination_stops_the_command_and_leaves_nothing(place: Path) -> None
     line = [sys.executable, "-m", "continual", "tune", "--state", str(place / "state"), "--work", str(place / "work")]
     line += ["--command", f'{sys.executable} -S -c "{script}" {{model}} {place}/pid']
     with subprocess.Popen(line, stderr=subprocess.DEVNULL) as process:
-        pid = int(services.until(lambda: (place / "pid").exists() and (place / "pid").read_text(), "a candidate is evaluated"))
+        pid = int(
+            services.until(lambda: (place / "pid").exists() and (place / "pid").read_text(), "a candidate is evaluated")
+        )
         assert len(list((place / "work").iterdir())) == 1
         process.send_signal(signal.SIGTERM)
         assert process.wait(services.LIMIT) == 128 + signal.SIGTERM
@@ -307,6 +330,12 @@ def test_the_daemon_shows_the_scale_and_where_it_is_from(place: Path) -> None:
         address = services.url(process, place / "max")
         services.until((place / "published").exists, "the export")
         factor = json.loads((place / "published/continual.json").read_text())["read"]["factor"]
-        services.until(lambda: f"continual_scale_ratio {factor}" in services.get(f"{address}/metrics")[1], "the ratio that was measured")
+        services.until(
+            lambda: f"continual_scale_ratio {factor}" in services.get(f"{address}/metrics")[1],
+            "the ratio that was measured",
+        )
         assert "continual_scale_tuned_folds 2.0" in services.get(f"{address}/metrics")[1]
-        assert f"(tuned at record {tuned.commit and tuned.commit.seq}, when 2 were folded)" in services.get(f"{address}/")[1]
+        assert (
+            f"(tuned at record {tuned.commit and tuned.commit.seq}, when 2 were folded)"
+            in services.get(f"{address}/")[1]
+        )

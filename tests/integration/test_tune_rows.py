@@ -1,4 +1,5 @@
-"""Tuning on calibration rows with real, tiny transformers models: what is in memory is what an export holds, and the scores are what a plain loop gives."""
+"""Tuning on calibration rows with real, tiny transformers models: what is in memory is what an export holds, and the
+scores are what a plain loop gives."""
 
 from __future__ import annotations
 
@@ -41,7 +42,13 @@ TEXTS = [
 ]
 LABELS = ["pos", "neg", "pos", "pos", "neg", "pos", "neg"]
 CPU = torch.device("cpu")
-SMALL = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 class Place(NamedTuple):
@@ -56,13 +63,17 @@ class Place(NamedTuple):
 
 def gpt() -> Any:
     return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+        transformers.GPT2Config(
+            vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+        )
     )
 
 
 def classifier() -> Any:
     names = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, max_position_embeddings=32, **names)).bfloat16()
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(**SMALL, max_position_embeddings=32, **names)
+    ).bfloat16()
 
 
 def encoder() -> Any:
@@ -70,13 +81,21 @@ def encoder() -> Any:
 
 
 MODELS: dict[str, Callable[[], Any]] = {"causal-lm": gpt, "classification": classifier, "heads": encoder}
-AUTO = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification", "heads": "AutoModel"}
+AUTO = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "heads": "AutoModel",
+}
 
 
 def write_tokenizer(directory: Path) -> None:
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
+    )
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(directory)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        directory
+    )
 
 
 def write_rows(file: Path, labels: list[Any]) -> Path:
@@ -97,7 +116,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
             assert merge.fold(ft).fate == "folded"
     heads = tmp_path / "heads.json" if request.param == "heads" else None
     if heads:
-        heads.write_text(json.dumps({"neg": ["bad", "very bad film"], "pos": ["good", "a good book", "the good film is good"]}))
+        heads.write_text(
+            json.dumps({"neg": ["bad", "very bad film"], "pos": ["good", "a good book", "the good film is good"]})
+        )
     return Place(tmp_path, Rows(request.param, write_rows(tmp_path / "rows.jsonl", LABELS), heads, 3))
 
 
@@ -112,7 +133,9 @@ def plain_score(name: str, model: Any, base: Any, tokenizer: Any, heads: Path | 
     if name == "heads":
         assert heads is not None
         prompts = json.loads(heads.read_text())
-        found = torch.nn.functional.normalize(torch.stack([embedded(base, tokenizer, p).mean(0) for p in prompts.values()]), dim=-1)
+        found = torch.nn.functional.normalize(
+            torch.stack([embedded(base, tokenizer, p).mean(0) for p in prompts.values()]), dim=-1
+        )
         names = [list(prompts)[i] for i in (embedded(model, tokenizer, TEXTS) @ found.T).argmax(1)]
         return sum(a == b for a, b in zip(names, LABELS, strict=True)) / len(LABELS)
     ids = [torch.tensor([tokenizer(t)["input_ids"]]) for t in TEXTS]
@@ -140,9 +163,13 @@ def test_in_memory_is_what_an_export_holds_and_scores_are_those_of_a_plain_loop(
             found = rows.score(objective, held, merge.base, reading, merge.executor)
             out = folder.export(merge.base, reading, Target(place.directory / f"out-{number}"), merge.executor, silent)
             exported = loaded(name, out)
-            for (key, ours), (_, theirs) in zip(objective.model.named_parameters(), exported.named_parameters(), strict=True):
+            for (key, ours), (_, theirs) in zip(
+                objective.model.named_parameters(), exported.named_parameters(), strict=True
+            ):
                 assert torch.equal(ours, theirs), key
-            assert found == pytest.approx(plain_score(name, exported, loaded(name, base), tokenizer, place.ask.heads), rel=1e-4)
+            assert found == pytest.approx(
+                plain_score(name, exported, loaded(name, base), tokenizer, place.ask.heads), rel=1e-4
+            )
 
 
 def test_the_losses_can_be_differentiated_and_belong_to_the_score(place: Place) -> None:
@@ -154,7 +181,9 @@ def test_the_losses_can_be_differentiated_and_belong_to_the_score(place: Place) 
     assert sum(float(s.square().sum()) for s in slopes) > 0
     if isinstance(objective, objectives.CausalLM):
         tokens = torch.tensor(objective.lengths) - 1
-        assert objective.score() == pytest.approx(-float(losses.detach() @ tokens.to(losses)) / int(tokens.sum()), rel=1e-5)
+        assert objective.score() == pytest.approx(
+            -float(losses.detach() @ tokens.to(losses)) / int(tokens.sum()), rel=1e-5
+        )
     assert objective.score() == objective.score()
 
 
@@ -168,13 +197,24 @@ def test_tuned_and_recorded(place: Place) -> None:
         assert merge.reading().options == tuned.read
         assert tuned.score == max(t["score"] for t in tuned.numbers["trials"])
         told = tuned.numbers["evaluation"]
-        assert (told["kind"], told["objective"], told["batch"], told["file"]["name"]) == ("rows", place.ask.name, 3, "rows.jsonl")
+        assert (told["kind"], told["objective"], told["batch"], told["file"]["name"]) == (
+            "rows",
+            place.ask.name,
+            3,
+            "rows.jsonl",
+        )
         assert told["file"]["digest"].startswith("blake3:")
         assert ("heads" in told) == (place.ask.name == "heads")
 
 
 def test_from_the_command_line(place: Place) -> None:
-    flags = ("--rows", place.ask.file, "--objective", place.ask.name, *(("--heads", place.ask.heads) if place.ask.heads else ()))
+    flags = (
+        "--rows",
+        place.ask.file,
+        "--objective",
+        place.ask.name,
+        *(("--heads", place.ask.heads) if place.ask.heads else ()),
+    )
     told = machine("tune", *flags, "--candidates", 3, "--device", "cpu", "--state", place.directory / "state")
     assert len(told["trials"]) == 3
     assert told["record"] == 3
@@ -238,7 +278,10 @@ def test_names_with_and_without_the_prefix_and_one_that_is_nowhere(place: Place)
     """The body alone holds all but the classification head, under names without the prefix."""
     base = load_file(place.directory / "base/model.safetensors")
     body = transformers.BertModel(transformers.BertConfig(**SMALL, max_position_embeddings=32))
-    with place.open() as merge, pytest.raises(Misconfigured, match=r"tensor classifier\.\w+ of the base is no parameter of BertModel"):
+    with (
+        place.open() as merge,
+        pytest.raises(Misconfigured, match=r"tensor classifier\.\w+ of the base is no parameter of BertModel"),
+    ):
         rows.places(body, merge.base)
     api.init(place.directory / "base", place.directory / "other", api.Asked(exclude=("classifier.*",)))
     with api.open(place.directory / "other") as merge:

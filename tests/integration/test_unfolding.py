@@ -1,4 +1,5 @@
-"""Taking models out of a merge and adding two merges, on real files: what is left is what folding the others alone gives, and a kill leaves it as it was."""
+"""Taking models out of a merge and adding two merges, on real files: what is left is what folding the others alone
+gives, and a kill leaves it as it was."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def names(merge: api.Merge) -> list[str]:
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_a_subtracted_model_leaves_what_the_others_give(tmp_path: Path, base: Path, tuned: list[Path], name: str) -> None:
+def test_a_subtracted_model_leaves_what_the_others_give(
+    tmp_path: Path, base: Path, tuned: list[Path], name: str
+) -> None:
     expected = alone(tmp_path / "without", base, name, tuned[:1] + tuned[2:])
     with opened(tmp_path / "state", base, name) as merge:
         for model in tuned:
@@ -77,7 +80,11 @@ def test_the_last_model_out_leaves_the_base(tmp_path: Path, base: Path, tuned: l
             merge.unfold(merge.look_unfold(word))
         assert names(merge) == []
         assert not any(bool(value.any()) for value in merged(merge).values())
-        assert not any(bool(merge.state.read(s.name, slot).any()) for s in merge.state.format.tensors for slot in merge.rule.slots(s))
+        assert not any(
+            bool(merge.state.read(s.name, slot).any())
+            for s in merge.state.format.tensors
+            for slot in merge.rule.slots(s)
+        )
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -95,7 +102,9 @@ def test_where_folding_is_no_addition_the_later_models_are_folded_again(
         head = merge.state.head.seq
         commit = merge.unfold(plan)
         assert commit.seq == head + 1, "one record"
-        assert len(list((tmp_path / "state/generations").iterdir())) == len(merge.state.generations()), "no scratch is left"
+        assert len(list((tmp_path / "state/generations").iterdir())) == len(merge.state.generations()), (
+            "no scratch is left"
+        )
     with opened(tmp_path / "state", base, name) as merge:
         assert names(merge) == ["ft-0", "ft-1", "ft-3", "ft-4"]
         assert all(torch.equal(value, expected[tensor]) for tensor, value in merged(merge).items())
@@ -105,7 +114,9 @@ def test_where_folding_is_no_addition_the_later_models_are_folded_again(
             assert names(merge) == ["ft-0", "ft-1", "ft-2", "ft-3", "ft-4"]
 
 
-def test_a_second_one_taken_out_does_not_begin_on_what_holds_the_first(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+def test_a_second_one_taken_out_does_not_begin_on_what_holds_the_first(
+    tmp_path: Path, base: Path, tuned: list[Path]
+) -> None:
     expected = alone(tmp_path / "without", base, "opcm", [tuned[0], tuned[2], tuned[4]])
     with opened(tmp_path / "state", base, "opcm", keep=9) as merge:
         for model in tuned:
@@ -117,7 +128,9 @@ def test_a_second_one_taken_out_does_not_begin_on_what_holds_the_first(tmp_path:
         assert all(torch.equal(value, expected[tensor]) for tensor, value in merged(merge).items())
 
 
-def test_the_newest_of_an_order_bound_rule_goes_without_reading_any_model(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+def test_the_newest_of_an_order_bound_rule_goes_without_reading_any_model(
+    tmp_path: Path, base: Path, tuned: list[Path]
+) -> None:
     with opened(tmp_path / "state", base, "opcm") as merge:
         for model in tuned[:2]:
             merge.fold(model)
@@ -132,7 +145,9 @@ def test_the_newest_of_an_order_bound_rule_goes_without_reading_any_model(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["mean", "opcm"])
-def test_what_cannot_be_read_any_more_is_said_and_nothing_changes(tmp_path: Path, base: Path, tuned: list[Path], name: str) -> None:
+def test_what_cannot_be_read_any_more_is_said_and_nothing_changes(
+    tmp_path: Path, base: Path, tuned: list[Path], name: str
+) -> None:
     with opened(tmp_path / "state", base, name, keep=9) as merge:
         for model in tuned[:3]:
             merge.fold(model)
@@ -162,7 +177,9 @@ def test_a_moved_model_is_subtracted_from_where_it_is(tmp_path: Path, base: Path
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_two_states_combined_are_as_if_one_had_folded_all(tmp_path: Path, base: Path, tuned: list[Path], name: str) -> None:
+def test_two_states_combined_are_as_if_one_had_folded_all(
+    tmp_path: Path, base: Path, tuned: list[Path], name: str
+) -> None:
     expected = alone(tmp_path / "all", base, name, tuned)
     alone(tmp_path / "other", base, name, tuned[3:])
     with opened(tmp_path / "state", base, name) as merge:

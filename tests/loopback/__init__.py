@@ -1,8 +1,9 @@
-"""A Hugging Face Hub on loopback for the real client: `with serving(Hub()) as hub: HfApi(endpoint=hub.endpoint, token=TOKEN)`.
+"""A Hugging Face Hub on loopback for the real client: `with serving(Hub()) as hub: HfApi(endpoint=hub.endpoint,
+token=TOKEN)`.
 
-It keeps models in memory (`repos`, `hub`, `access`), speaks the wire protocol (`listing`, `writing`, `files`, `xet`), writes down
-every request (`journal`), fails as told (`faults`) and sends webhooks (`webhooks`). Datasets, Spaces, discussions and pull requests
-are not here.
+It keeps models in memory (`repos`, `hub`, `access`), speaks the wire protocol (`listing`, `writing`, `files`, `xet`),
+writes down every request (`journal`), fails as told (`faults`) and sends webhooks (`webhooks`). Datasets, Spaces,
+discussions and pull requests are not here.
 """
 
 from tests.loopback.access import TOKEN, Account

@@ -13,14 +13,17 @@ TOKEN = "hf_the_daemon_of_the_tests"
 class Refusal(Exception):
     """The Hub's refusal: a status, the code by which the client picks its exception, and a message."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(f"{status} {code or ''} {message}")
         self.status, self.message, self.code, self.headers = status, message, code, headers or {}
 
 
 @dataclass(frozen=True)
 class Account:
-    """A user, the organisations in whose name they read and write, and the gated repositories they were let into; `*` is all."""
+    """A user, the organisations in whose name they read and write, and the gated repositories they were let into; `*`
+    is all."""
 
     user: str
     orgs: Set[str] = frozenset()

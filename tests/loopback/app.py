@@ -44,7 +44,9 @@ class Application:
         hub = self._hub
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         path = scope["raw_path"].decode()
-        request = Request(len(hub.journal), self._origin, scope["method"], path, scope["query_string"].decode(), headers)
+        request = Request(
+            len(hub.journal), self._origin, scope["method"], path, scope["query_string"].decode(), headers
+        )
         hub.journal.add(request)
         body = await read(receive, request)
         if hub.on_request:
@@ -102,6 +104,7 @@ async def deliver(made: Answer, fault: Fault | None, request: Request, send: Sen
 
 
 async def hang_up(connection: Connection) -> None:
-    """Closes the connection once what was written is out, and waits until the server knows: it would else complete the answer."""
+    """Closes the connection once what was written is out, and waits until the server knows: it would else complete the
+    answer."""
     connection.transport.close()
     await connection.lost.wait()

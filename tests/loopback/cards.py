@@ -33,8 +33,8 @@ def front_matter(readme: bytes) -> dict[str, Any]:
 
 
 def bases(files: Mapping[str, Blob]) -> tuple[str, list[str]]:
-    """The relation to the base models, and these. Without `base_model_relation` an adapter is known by its config, a merge by its
-    several bases, and anything else is a fine-tune."""
+    """The relation to the base models, and these. Without `base_model_relation` an adapter is known by its config, a
+    merge by its several bases, and anything else is a fine-tune."""
     data = card(files)
     named = data.get("base_model") or []
     models = [str(m) for m in (named if isinstance(named, list) else [named])]

@@ -24,15 +24,21 @@ def environment(hub: Hub, tmp: Path, *, token: str | None = TOKEN) -> dict[str, 
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_OFFLINE": "0",
     }
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and name != "TRANSFORMERS_OFFLINE"}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("HF_") and name != "TRANSFORMERS_OFFLINE"
+    }
     return kept | own | ({"HF_TOKEN": token} if token else {})
 
 
 @contextmanager
 def online() -> Iterator[None]:
-    """Lets the client of this process reach loopback, and nothing else, even where HF_HUB_OFFLINE=1 was set as it was imported.
+    """Lets the client of this process reach loopback, and nothing else, even where HF_HUB_OFFLINE=1 was set as it was
+    imported.
 
-    Offline mode is enforced by a hook of the client's HTTP session, and `set_client_factory` is its public way to give another
+    Offline mode is enforced by a hook of the client's HTTP session, and `set_client_factory` is its public way to give
+    another
     session: no patching. Pass `endpoint=` to HfApi and `cache_dir=` to downloads.
     """
 
@@ -40,7 +46,9 @@ def online() -> Iterator[None]:
         if request.url.host not in ("127.0.0.1", "localhost"):
             raise AssertionError(f"a test reached for {request.url}")
 
-    huggingface_hub.set_client_factory(lambda: httpx2.Client(event_hooks={"request": [check]}, follow_redirects=True, timeout=None))
+    huggingface_hub.set_client_factory(
+        lambda: httpx2.Client(event_hooks={"request": [check]}, follow_redirects=True, timeout=None)
+    )
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """What may go wrong with an answer, and policies that say when. How each is carried out is in `app`.
 
-A `Status` replaces the answer: nothing was done. The others spoil the answer to a request that was carried out: a commit whose
-answer is dropped has happened.
+A `Status` replaces the answer: nothing was done. The others spoil the answer to a request that was carried out: a
+commit whose answer is dropped has happened.
 """
 
 from __future__ import annotations
@@ -84,20 +84,29 @@ def broken() -> Status:
 def expired() -> Status:
     """What a CDN says to a link whose time is over."""
     return Status(
-        403, {"Content-Type": "application/xml"}, b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>"
+        403,
+        {"Content-Type": "application/xml"},
+        b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>",
     )
 
 
 class Times:
-    """A policy: this fault for the first `times` requests that match, after `skip` of them. `path` is a regular expression."""
+    """A policy: this fault for the first `times` requests that match, after `skip` of them. `path` is a regular
+    expression."""
 
-    def __init__(self, fault: Fault, times: int = 1, *, method: str = "", path: str = "", origin: str = "", skip: int = 0) -> None:
+    def __init__(
+        self, fault: Fault, times: int = 1, *, method: str = "", path: str = "", origin: str = "", skip: int = 0
+    ) -> None:
         self._fault, self._method, self._path, self._origin = fault, method, re.compile(path), origin
         self._range = range(skip, skip + times)
         self._seen = 0
 
     def __call__(self, request: Request) -> Fault | None:
-        if self._method not in ("", request.method) or self._origin not in ("", request.origin) or not self._path.search(request.path):
+        if (
+            self._method not in ("", request.method)
+            or self._origin not in ("", request.origin)
+            or not self._path.search(request.path)
+        ):
             return None
         self._seen += 1
         return self._fault if self._seen - 1 in self._range else None
@@ -113,7 +122,8 @@ def either(*policies: Policy) -> Policy:
 
 
 class Random:
-    """A policy: a share `rate` of requests fails, in ways that fit them, but never one (method and path) over `cap` times in a row.
+    """A policy: a share `rate` of requests fails, in ways that fit them, but never one (method and path) over `cap`
+    times in a row.
 
     What befalls the n-th request for a path depends on the seed, the path and n alone, whatever else goes on.
     """

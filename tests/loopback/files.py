@@ -1,4 +1,5 @@
-"""Routes that carry files: `resolve` on the API's origin, large files and their uploads on the CDN's, by links signed for a time."""
+"""Routes that carry files: `resolve` on the API's origin, large files and their uploads on the CDN's, by links signed
+for a time."""
 
 from __future__ import annotations
 
@@ -82,7 +83,9 @@ def batch(call: Call) -> Answer:
             upload = {"href": signed(call.hub, f"/lfs/{wanted['oid']}")}
             told["actions"] = {"upload": upload, "verify": {"href": f"{call.hub.endpoint}/{repo}.git/info/lfs/verify"}}
         objects.append(told)
-    return Answer.json({"transfer": "basic", "objects": objects}, headers={"Content-Type": "application/vnd.git-lfs+json"})
+    return Answer.json(
+        {"transfer": "basic", "objects": objects}, headers={"Content-Type": "application/vnd.git-lfs+json"}
+    )
 
 
 @route("PUT", "/lfs/{oid}", origin="cdn")

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class Hub:
     """A Hugging Face Hub in memory. Give `serving` one; set or change any public field at any time.
 
-    `clock` dates commits (so that tests can make ties), files over `lfs_over` bytes and all safetensors are large files, lists
-    come in pages of `page_size`, and a CDN link is good for `link_seconds` of real time. `on_request` is called with each
-    request before it is answered, on the server's thread: it may change the Hub.
+    `clock` dates commits (so that tests can make ties), files over `lfs_over` bytes and all safetensors are large
+    files, lists come in pages of `page_size`, and a CDN link is good for `link_seconds` of real time. `on_request` is
+    called with each request before it is answered, on the server's thread: it may change the Hub.
     """
 
     tokens: dict[str, Account] = field(default_factory=lambda: {TOKEN: EVERYTHING})
@@ -79,8 +79,11 @@ class Hub:
 
     # Changing
 
-    def create(self, repo: str, *, private: bool = False, gated: Gate = False, author: str = "tester", files: bool = True) -> str:
-        """A new repository with its first commit, as the Hub's API makes it; returns that commit's sha, or nothing without files."""
+    def create(
+        self, repo: str, *, private: bool = False, gated: Gate = False, author: str = "tester", files: bool = True
+    ) -> str:
+        """A new repository with its first commit, as the Hub's API makes it; returns that commit's sha, or nothing
+        without files."""
         with self.lock:
             if repo in self.state():
                 raise Refusal(409, "You already created this model repo")
@@ -118,7 +121,9 @@ class Hub:
                     if tree.pop(path, None) is None:
                         raise Refusal(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
                 else:
-                    tree[path] = content if isinstance(content, Blob) else Blob(content, self.is_large(path, len(content)))
+                    tree[path] = (
+                        content if isinstance(content, Blob) else Blob(content, self.is_large(path, len(content)))
+                    )
             self.objects.update({blob.sha256: blob.data for blob in tree.values() if blob.lfs})
             self._counter += 1
             now = self.clock()
@@ -176,7 +181,8 @@ class Hub:
         return webhooks.payload(self.endpoint, change)
 
     def deliver(self, change: Change | None = None) -> list[int | None]:
-        """Posts a change (the last one if not given) to every webhook now, once; the statuses, None where none answered."""
+        """Posts a change (the last one if not given) to every webhook now, once; the statuses, None where none
+        answered."""
         body = self.payload(self.changes[-1] if change is None else change)
         return [webhooks.post(url, secret, body) for url, secret in self.webhooks]
 

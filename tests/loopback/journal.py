@@ -75,7 +75,13 @@ class Journal:
         self._entries.clear()
 
     def find(
-        self, path: str = "", *, method: str = "", repo: str = "", origin: Origin | Literal[""] = "", status: int | None = None
+        self,
+        path: str = "",
+        *,
+        method: str = "",
+        repo: str = "",
+        origin: Origin | Literal[""] = "",
+        status: int | None = None,
     ) -> list[Request]:
         """The requests of which all that is given holds; `path` is a regular expression found anywhere in it."""
         return [
@@ -101,5 +107,8 @@ class Journal:
         return [r for r in self.find(origin="cdn") if r.authorised]
 
     def __str__(self) -> str:
-        lines = (f"{r.number:4} {r.origin} {r.method:6} {r.status} {r.sent:9} {r.path} {r.range or ''} {r.fault or ''}" for r in self)
+        lines = (
+            f"{r.number:4} {r.origin} {r.method:6} {r.status} {r.sent:9} {r.path} {r.range or ''} {r.fault or ''}"
+            for r in self
+        )
         return "\n".join(lines)

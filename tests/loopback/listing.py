@@ -16,7 +16,18 @@ from tests.loopback.routing import Answer, Call, page_link, route
 
 LISTED = ("likes", "private", "downloads", "tags", "library_name", "pipeline_tag", "createdAt")
 FULL = ("author", "sha", "lastModified", "gated", "siblings")
-MODEL = ("author", "sha", "lastModified", "disabled", "cardData", "gated", "siblings", "spaces", "usedStorage", "safetensors")
+MODEL = (
+    "author",
+    "sha",
+    "lastModified",
+    "disabled",
+    "cardData",
+    "gated",
+    "siblings",
+    "spaces",
+    "usedStorage",
+    "safetensors",
+)
 
 
 def date(seconds: float) -> str:
@@ -71,8 +82,8 @@ def model(repo: Repo, commit: Commit | None, fields: Sequence[str], *, blobs: bo
 
 @route("GET", "/api/models")
 def list_models(call: Call) -> Answer:
-    """Newest or as ordered first, a page at a time. The cursor names the last one seen, so that a model which moves to the top while
-    somebody pages is missed by them, as on the Hub."""
+    """Newest or as ordered first, a page at a time. The cursor names the last one seen, so that a model which moves to
+    the top while somebody pages is missed by them, as on the Hub."""
     sort = call.param("sort")
     wanted, author, search = set(call.params("filter")), call.param("author"), call.param("search").lower()
     found: list[tuple[tuple[float, str], Repo]] = []
@@ -88,7 +99,9 @@ def list_models(call: Call) -> Answer:
         found = [item for item in found if item[0] > (after[0], after[1])]
     size = min(int(call.param("limit") or call.hub.page_size), call.hub.page_size)
     page, more = found[:size], len(found) > size
-    fields = call.params("expand") or [*LISTED, *(FULL if call.flag("full") else ())] + (["cardData"] if call.flag("cardData") else [])
+    fields = call.params("expand") or [*LISTED, *(FULL if call.flag("full") else ())] + (
+        ["cardData"] if call.flag("cardData") else []
+    )
     headers = {}
     if more:
         headers = page_link(call, base64.urlsafe_b64encode(json.dumps(page[-1][0]).encode()).decode())
@@ -165,7 +178,9 @@ def list_refs(call: Call) -> Answer:
         return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": sha} for name, sha in found.items()]
 
     repo = call.repo
-    return Answer.json({"branches": refs("heads", repo.branches), "converts": [], "tags": refs("tags", repo.tags), "pullRequests": []})
+    return Answer.json(
+        {"branches": refs("heads", repo.branches), "converts": [], "tags": refs("tags", repo.tags), "pullRequests": []}
+    )
 
 
 @route("GET", "/api/models/{repo}/auth-check")

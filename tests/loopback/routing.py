@@ -1,4 +1,5 @@
-"""The table of routes, and what a handler is given and gives. Handlers are plain functions in `listing`, `writing`, `files` and `xet`."""
+"""The table of routes, and what a handler is given and gives. Handlers are plain functions in `listing`, `writing`,
+`files` and `xet`."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ class Answer:
 
     @classmethod
     def json(cls, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
-        return cls(status, {"Content-Type": "application/json; charset=utf-8", **(headers or {})}, json.dumps(content).encode())
+        return cls(
+            status, {"Content-Type": "application/json; charset=utf-8", **(headers or {})}, json.dumps(content).encode()
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ class Call:
         found = self.hub.state().get(name)
         if found is None and name in self.hub.moved:
             path = self.request.path.replace(name, self.hub.moved[name], 1)
-            raise Refusal(307, "moved", headers={"Location": path + ("?" + self.request.query if self.request.query else "")})
+            raise Refusal(
+                307, "moved", headers={"Location": path + ("?" + self.request.query if self.request.query else "")}
+            )
         if found is None or not access.sees(self.who, found):
             raise access.missing(self.who)
         return found
@@ -85,7 +90,8 @@ ROUTES: list[tuple[str, str, re.Pattern[str], Handler]] = []
 
 
 def route(method: str, pattern: str, origin: str = "api") -> Callable[[Handler], Handler]:
-    """Registers a handler. `{repo}` takes two parts of the path, `{name}` one and `{name*}` all the rest; GET serves HEAD too.
+    """Registers a handler. `{repo}` takes two parts of the path, `{name}` one and `{name*}` all the rest; GET serves
+    HEAD too.
 
     It is matched before percent-decoding: the client encodes a slash that belongs to a revision or a file.
     """

@@ -1,4 +1,5 @@
-"""Webhooks as the Hub sends them: the documented payload, one delivery, and deliveries in a thread that misbehave on demand."""
+"""Webhooks as the Hub sends them: the documented payload, one delivery, and deliveries in a thread that misbehave on
+demand."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Moved(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """Something that happened to a repository, with the repository as it was after it (for a deletion or a move, before).
+    """Something that happened to a repository, with the repository as it was after it (for a deletion or a move,
+    before).
 
     `refs` are (ref, old sha, new sha); None where there was or is none.
     """
@@ -88,12 +90,20 @@ def post(url: str, secret: str, body: Mapping[str, Any], timeout: float = 5.0) -
 class Deliveries:
     """Delivers every change of a Hub to its webhooks from a thread, while the `with` block lasts.
 
-    `duplicate` and `drop` are the chances of a delivery made twice and of one never made; `shuffle` mixes those that wait.
-    A delivery not answered with 2xx is tried `attempts` times in all, `pause` seconds apart. What was sent is in `sent`.
+    `duplicate` and `drop` are the chances of a delivery made twice and of one never made; `shuffle` mixes those that
+    wait. A delivery not answered with 2xx is tried `attempts` times in all, `pause` seconds apart. What was sent is in
+    `sent`.
     """
 
     def __init__(
-        self, hub: Hub, *, seed: int = 0, duplicate: float = 0.0, drop: float = 0.0, shuffle: bool = False, attempts: int = 5
+        self,
+        hub: Hub,
+        *,
+        seed: int = 0,
+        duplicate: float = 0.0,
+        drop: float = 0.0,
+        shuffle: bool = False,
+        attempts: int = 5,
     ) -> None:
         self.sent: list[tuple[str, Change, int | None]] = []
         self.pause = 0.05
@@ -108,7 +118,9 @@ class Deliveries:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._hub.listeners.remove(self._queue.put)
         self._closed.set()
         self._queue.put(None)

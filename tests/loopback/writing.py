@@ -1,4 +1,5 @@
-"""Routes that change: repositories, settings, branches and tags, and commits with what goes before them. Large files are in `files`."""
+"""Routes that change: repositories, settings, branches and tags, and commits with what goes before them. Large files
+are in `files`."""
 
 from __future__ import annotations
 
@@ -147,8 +148,12 @@ def commit(call: Call) -> Answer:
             raise Refusal(400, f"Unknown operation {key}")
     message = "\n\n".join(part for part in (header.get("summary"), header.get("description")) if part)
     author = access.member(call.who).user
-    sha = call.hub.commit(repo, files, message, branch=call.args["rev"], parent=header.get("parentCommit"), author=author)
-    return Answer.json({"success": True, "commitOid": sha, "commitUrl": f"{call.hub.endpoint}/{repo}/commit/{sha}", "hookOutput": ""})
+    sha = call.hub.commit(
+        repo, files, message, branch=call.args["rev"], parent=header.get("parentCommit"), author=author
+    )
+    return Answer.json(
+        {"success": True, "commitOid": sha, "commitUrl": f"{call.hub.endpoint}/{repo}/commit/{sha}", "hookOutput": ""}
+    )
 
 
 def stored(call: Call, oid: str) -> Blob:

@@ -1,8 +1,8 @@
 """Uploads by the Xet protocol, which the client takes whenever `hf_xet` is installed; downloads go over plain HTTP.
 
-Xorbs (chunks, each with a header of 8 bytes: version, packed length, packing, length) are unpacked as they come in; a shard names
-the chunks of which each file is made. Of the protocol's parts, upload grants, the second shard API and finding chunks of others
-are answered with 404, upon which the client uses what is here.
+Xorbs (chunks, each with a header of 8 bytes: version, packed length, packing, length) are unpacked as they come in; a
+shard names the chunks of which each file is made. Of the protocol's parts, upload grants, the second shard API and
+finding chunks of others are answered with 404, upon which the client uses what is here.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def put_shard(call: Call) -> Answer:
 
 
 def files(shard: bytes) -> Iterator[list[tuple[str, int, int]]]:
-    """The terms (xorb, first chunk, end) of each file in a shard; its first section alone, which follows a header of one entry."""
+    """The terms (xorb, first chunk, end) of each file in a shard; its first section alone, which follows a header of
+    one entry."""
     at = ENTRY
     while shard[at : at + 32] != b"\xff" * 32:
         flags, count = struct.unpack_from("<II", shard, at + 32)

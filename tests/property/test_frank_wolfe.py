@@ -15,7 +15,19 @@ from torch import Tensor
 
 from continual.errors import Misconfigured
 from continual.selection.steps import Plan, Step, Taken, always, gap, minimise, oracle, project
-from tests.helpers.hulls import STEPS, TASK_WISE, Quadratic, best_of, bound, feasible, halves, optimum, quadratics, quick, suited
+from tests.helpers.hulls import (
+    STEPS,
+    TASK_WISE,
+    Quadratic,
+    best_of,
+    bound,
+    feasible,
+    halves,
+    optimum,
+    quadratics,
+    quick,
+    suited,
+)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -73,7 +85,9 @@ def test_soft_keeps_a_share_of_what_there_was_and_gives_the_rest_to_the_k_best(f
         assert 0 < taken.gamma <= 1 + 1e-12
         assert u[rest].abs().max() <= 1e-8 if rest.any() else True
         assert (u >= -1e-8).all()
-        assert float(u.sum()) == pytest.approx(taken.gamma if chosen else 0.0, abs=1e-8)  # none chosen: the zero vertex gets it
+        assert float(u.sum()) == pytest.approx(
+            taken.gamma if chosen else 0.0, abs=1e-8
+        )  # none chosen: the zero vertex gets it
 
 
 def hard_to_descend(m: int, seed: int = 0) -> Quadratic:
@@ -84,7 +98,8 @@ def hard_to_descend(m: int, seed: int = 0) -> Quadratic:
 
 
 def test_corrective_needs_few_evaluations() -> None:
-    """Sixteen vertices, to a gap of a millionth. Seen: 625 and 910; with every iteration searched 827 and 1248; without learnt lengths it does not get there."""
+    """Sixteen vertices, to a gap of a millionth. Seen: 625 and 910; with every iteration searched 827 and 1248; without
+    learnt lengths it does not get there."""
     gradients = losses = 0
     for seed in range(4):
         f = hard_to_descend(16, seed)
@@ -193,7 +208,9 @@ def test_the_same_again_and_from_the_middle(step: Step, data: st.DataObject) -> 
     assert whole.steps == again.steps
     assert all(map(torch.equal, points, same))
     cut = data.draw(st.integers(0, len(whole.steps)))
-    rest, after = f.run(Plan(step, f.rho, steps=8 - cut, tolerance=0.0), start=points[cut]) if cut < 8 else (whole, points[8:])
+    rest, after = (
+        f.run(Plan(step, f.rho, steps=8 - cut, tolerance=0.0), start=points[cut]) if cut < 8 else (whole, points[8:])
+    )
     assert torch.equal(rest.weights, whole.weights)
     assert all(map(torch.equal, after, points[cut:]))
     assert rest.gap == whole.gap
@@ -221,7 +238,9 @@ def line(*ends: float, b: float, rho: float = 1.0) -> Quadratic:
 
 
 def test_pairwise_swaps_a_bad_vertex_for_a_good_one_in_one_step() -> None:
-    f = Quadratic(np.array([[1.0, 0.0], [0.0, -1.0]]), np.array([0.9, 0.5]), np.zeros(2), 1.0, np.full((2, 1), math.inf))
+    f = Quadratic(
+        np.array([[1.0, 0.0], [0.0, -1.0]]), np.array([0.9, 0.5]), np.zeros(2), 1.0, np.full((2, 1), math.inf)
+    )
     solved, _ = f.run(Plan("pairwise", tolerance=1e-9), start=torch.tensor([[0.0], [0.3]], dtype=torch.float64))
     assert solved.steps[0].left == (1,)
     assert solved.steps[0].entered == (0,)
@@ -230,8 +249,12 @@ def test_pairwise_swaps_a_bad_vertex_for_a_good_one_in_one_step() -> None:
     assert solved.weights[0] == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize(("minimum", "gamma"), [(1 - 5e-7, 1.0), (1 - 5e-6, 1 - 5e-6), (1.5, 1.0), (0.25, 0.25), (1e-3, 1e-3)])
-def test_a_search_of_a_parabola_takes_two_evaluations_and_goes_all_the_way_near_its_bound(minimum: float, gamma: float) -> None:
+@pytest.mark.parametrize(
+    ("minimum", "gamma"), [(1 - 5e-7, 1.0), (1 - 5e-6, 1 - 5e-6), (1.5, 1.0), (0.25, 0.25), (1e-3, 1e-3)]
+)
+def test_a_search_of_a_parabola_takes_two_evaluations_and_goes_all_the_way_near_its_bound(
+    minimum: float, gamma: float
+) -> None:
     asked: list[float] = []
 
     def phi(x: float) -> float:
@@ -246,9 +269,16 @@ def test_a_search_keeps_the_end_of_the_way_where_the_parabola_leads_to_worse() -
     assert minimise(lambda x: -0.3 if x == 1 else -0.1, 0.0, -1.0, 1.0) == 1.0
 
 
-@given(st.sampled_from([0.05, 0.3, 0.7, 2.0]), st.sampled_from([2.0, 4.0, 20.0]), st.sampled_from([0.5, 1.0, 3.0]), st.booleans())
+@given(
+    st.sampled_from([0.05, 0.3, 0.7, 2.0]),
+    st.sampled_from([2.0, 4.0, 20.0]),
+    st.sampled_from([0.5, 1.0, 3.0]),
+    st.booleans(),
+)
 @quick
-def test_a_search_lowers_what_it_is_given_and_gives_up_after_eight(where: float, power: float, most: float, eager: bool) -> None:
+def test_a_search_lowers_what_it_is_given_and_gives_up_after_eight(
+    where: float, power: float, most: float, eager: bool
+) -> None:
     asked: list[float] = []
 
     def phi(x: float) -> float:
@@ -264,7 +294,9 @@ def test_a_search_lowers_what_it_is_given_and_gives_up_after_eight(where: float,
     assert len(asked) == 8
 
 
-@given(values=st.lists(st.floats(-4, 4), min_size=1, max_size=5), data=st.data(), total=st.sampled_from([0.3, 1.0, 2.5]))
+@given(
+    values=st.lists(st.floats(-4, 4), min_size=1, max_size=5), data=st.data(), total=st.sampled_from([0.3, 1.0, 2.5])
+)
 @settings(quick, max_examples=60)
 def test_project_is_the_nearest_point(values: list[float], data: st.DataObject, total: float) -> None:
     caps = data.draw(st.lists(st.sampled_from([0.0, 0.2, 1.0, math.inf]), min_size=len(values), max_size=len(values)))
@@ -281,10 +313,14 @@ def test_project_is_the_nearest_point(values: list[float], data: st.DataObject, 
 
 @given(data=st.data(), shape=st.tuples(st.integers(1, 4), st.integers(1, 3)), rho=st.sampled_from([0.5, 1.0, 2.0]))
 @quick
-def test_the_gap_is_the_sum_over_the_columns_and_exact_with_caps(data: st.DataObject, shape: tuple[int, int], rho: float) -> None:
+def test_the_gap_is_the_sum_over_the_columns_and_exact_with_caps(
+    data: st.DataObject, shape: tuple[int, int], rho: float
+) -> None:
     m, layers = shape
     slopes = torch.from_numpy(data.draw(halves(m * layers))).reshape(shape)
-    caps = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.4, 1.0, math.inf]), min_size=m * layers, max_size=m * layers)))
+    caps = torch.tensor(
+        data.draw(st.lists(st.sampled_from([0.0, 0.4, 1.0, math.inf]), min_size=m * layers, max_size=m * layers))
+    )
     caps = caps.double().reshape(shape)
     allowed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=m, max_size=m)))
     weights = torch.where(allowed[:, None], torch.full(shape, rho / m, dtype=torch.float64).minimum(caps), 0.0)
@@ -393,7 +429,10 @@ def test_a_start_outside_another_hull_is_brought_into_it() -> None:
     assert feasible(solved.weights, f)
     f = Quadratic(np.eye(4), np.zeros(4), np.zeros(4), 1.0, np.array([[0.2, math.inf], [math.inf, math.inf]]))
     _, points = f.run(Plan("hard"), start=torch.tensor([[0.3, 1e-10], [1e-10, 1e-10]], dtype=torch.float64))
-    assert points[0].tolist() == [[0.2, 1e-10], [0.0, 0.0]]  # gone only where all of a vertex' weights are next to nothing
+    assert points[0].tolist() == [
+        [0.2, 1e-10],
+        [0.0, 0.0],
+    ]  # gone only where all of a vertex' weights are next to nothing
 
 
 @pytest.mark.parametrize("step", STEPS)

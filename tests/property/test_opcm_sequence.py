@@ -1,4 +1,5 @@
-"""OPCM over sequences against a float64 reference written from the formulas: full SVD, D rescaled at every step, no shortcut."""
+"""OPCM over sequences against a float64 reference written from the formulas: full SVD, D rescaled at every step, no
+shortcut."""
 
 from __future__ import annotations
 
@@ -12,7 +13,15 @@ from continual.records import TensorSpec
 from continual.rules import Inputs, ReadOptions, rule
 from tests.helpers import reference
 
-SHAPES = {"tall": (96, 40), "wide": (40, 96), "square": (64, 64), "tiny": (2, 3), "conv": (24, 8, 3, 3), "bias": (50,), "scalar": ()}
+SHAPES = {
+    "tall": (96, 40),
+    "wide": (40, 96),
+    "square": (64, 64),
+    "tiny": (2, 3),
+    "conv": (24, 8, 3, 3),
+    "bias": (50,),
+    "scalar": (),
+}
 MATRICES = {name for name, shape in SHAPES.items() if len(shape) >= 2}
 
 
@@ -47,7 +56,9 @@ def ours(taus: list[dict[str, Tensor]], alpha: float, variant: str) -> dict[str,
     for tau in taus:
         folded = {n: made.fold(state[n], tau[n].clone(), Inputs(specs[n]), totals) for n in sorted(SHAPES)}
         state = {n: f.accumulators for n, f in folded.items()}
-        totals = made.settle(totals, {key: math.fsum(f.sums[key] for f in folded.values()) for key in folded["bias"].sums}, 1.0)
+        totals = made.settle(
+            totals, {key: math.fsum(f.sums[key] for f in folded.values()) for key in folded["bias"].sums}, 1.0
+        )
     factor = ReadOptions("norm", 1.0).factors(totals, made.size(totals))[0]
     return {n: factor * made.read(specs[n], state[n], totals) for n in SHAPES}
 

@@ -1,4 +1,5 @@
-"""Transforms before a rule, weights, combined states, the variants of opcm: each is what its definition says, for every rule that has it."""
+"""Transforms before a rule, weights, combined states, the variants of opcm: each is what its definition says, for every
+rule that has it."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def test_a_chain_is_its_rule_on_transformed_models(name: str, before: list[str],
         )
         for tensor in SHAPES:
             folded = [model[tensor].float() for model in changed]
-            assert distance(merged[tensor], expected[tensor], folded) < bound(name, folded if tensor in MATRICES else ()), (tensor, step)
+            assert distance(merged[tensor], expected[tensor], folded) < bound(
+                name, folded if tensor in MATRICES else ()
+            ), (tensor, step)
 
 
 @pytest.mark.parametrize("name", [n for n in RULES if rule(n).combine])
@@ -89,7 +92,9 @@ def test_a_model_without_moments_for_a_tensor_weighs_nothing_there(models: Model
     for model in models:
         stream.fold(model)
     kept = {slot: value.clone() for slot, value in stream.kept["tall"].items()}
-    after = stream.rule.fold(stream.kept["tall"], torch.zeros(SHAPES["tall"]), Inputs(SPECS["tall"]), stream.totals).accumulators
+    after = stream.rule.fold(
+        stream.kept["tall"], torch.zeros(SHAPES["tall"]), Inputs(SPECS["tall"]), stream.totals
+    ).accumulators
     assert all(torch.equal(after[slot], value) for slot, value in kept.items())
 
 

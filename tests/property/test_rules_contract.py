@@ -1,4 +1,5 @@
-"""The laws of every rule in the registry: streaming is the batch form at every step, sizes are constant, and what a rule claims of order and unfolding holds."""
+"""The laws of every rule in the registry: streaming is the batch form at every step, sizes are constant, and what a
+rule claims of order and unfolding holds."""
 
 from __future__ import annotations
 
@@ -102,7 +103,9 @@ def test_unfolding_is_as_if_it_had_never_been_folded(name: str, models: Models, 
         assert float((stream.read()[tensor].double() - expected.double()).norm()) <= 1e-4 * scale, tensor
     for model in models[:out] + models[out + 1 :]:
         stream.fold(model, weight=-1.0)
-    assert not any(bool(value.any()) for kept in stream.kept.values() for value in kept.values()), "none left is exact zero"
+    assert not any(bool(value.any()) for kept in stream.kept.values() for value in kept.values()), (
+        "none left is exact zero"
+    )
     assert not any(stream.totals.values())
 
 
@@ -143,7 +146,11 @@ def test_reading_before_the_first_fold_is_zero(name: str) -> None:
     assert not any(bool(tensor.any()) for tensor in Stream(name).read().values())
 
 
-@given(models=model_lists(), density=st.sampled_from([0.05, 0.2, 0.5, 0.999, 1.0]), trim=st.sampled_from(["model", "tensor"]))
+@given(
+    models=model_lists(),
+    density=st.sampled_from([0.05, 0.2, 0.5, 0.999, 1.0]),
+    trim=st.sampled_from(["model", "tensor"]),
+)
 @settings(max_examples=40, deadline=None)
 def test_ties_at_every_density_over_the_model_and_per_tensor(models: Models, density: float, trim: str) -> None:
     stream = Stream("ties", density=density, trim=trim)
@@ -185,9 +192,9 @@ def test_the_measured_threshold_is_the_exact_one(density: float, kind: str) -> N
         if share == 0.0:
             continue
         stands_for = 1 if share == 1.0 else round(1 / share)
-        counts = torch.stack([made.measure.tally(number, part, Inputs(SPECS["bias"], measured=found)) * stands_for for part in parts]).sum(
-            0
-        )
+        counts = torch.stack(
+            [made.measure.tally(number, part, Inputs(SPECS["bias"], measured=found)) * stands_for for part in parts]
+        ).sum(0)
         found = made.measure.conclude(number, counts, len(values), found)
     assert found["threshold"] == float(values.abs().sort(descending=True).values[int(density * len(values)) - 1])
 
@@ -205,7 +212,9 @@ def test_magmax_takes_the_positive_one_of_equal_magnitudes() -> None:
 def test_beyond_p_models_tsv_m_keeps_one_triplet_of_the_largest() -> None:
     stream, random = Stream("tsv-m"), torch.Generator().manual_seed(1)
     p = min(SHAPES["wide"])
-    models = [{n: (i % 7 + 1) * 0.01 * torch.randn(s, generator=random) for n, s in SHAPES.items()} for i in range(p + 6)]
+    models = [
+        {n: (i % 7 + 1) * 0.01 * torch.randn(s, generator=random) for n, s in SHAPES.items()} for i in range(p + 6)
+    ]
     for model in models:
         stream.fold(model)
     largest = sorted((float(torch.linalg.matrix_norm(m["wide"], 2)) for m in models), reverse=True)[:p]

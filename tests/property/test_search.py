@@ -1,4 +1,5 @@
-"""The search over scales: how many it asks for, what is always among them, and how near it comes to the peak of a function that has one."""
+"""The search over scales: how many it asks for, what is always among them, and how near it comes to the peak of a
+function that has one."""
 
 from __future__ import annotations
 
@@ -22,8 +23,12 @@ def space(value: float = 1.0, count: int = 20, **more: object) -> Space:
 
 
 @given(COUNTS, VALUES, st.floats(-9.0, 9.0), st.booleans())
-def test_exactly_as_many_as_asked_for_all_different_and_what_is_in_force_first(count: int, value: float, peak: float, lines: bool) -> None:
-    trials = search(lambda o: -abs(math.log(o.value / value) - peak) - (o.lines or (1, 0))[1] ** 2, space(value, count, lines=lines))
+def test_exactly_as_many_as_asked_for_all_different_and_what_is_in_force_first(
+    count: int, value: float, peak: float, lines: bool
+) -> None:
+    trials = search(
+        lambda o: -abs(math.log(o.value / value) - peak) - (o.lines or (1, 0))[1] ** 2, space(value, count, lines=lines)
+    )
     assert len(trials) == count
     assert len({t.options for t in trials}) == count
     assert trials[0].options == ReadOptions("number", value)
@@ -100,7 +105,12 @@ def test_a_score_that_is_none_names_the_candidate() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "around", "count", "words"),
-    [("number", 0.0, 5, "other than 0"), ("norm", -1.0, 5, "above 0"), ("number", math.inf, 5, "around"), ("norm", 1.0, 2, "at least 3")],
+    [
+        ("number", 0.0, 5, "other than 0"),
+        ("norm", -1.0, 5, "above 0"),
+        ("number", math.inf, 5, "around"),
+        ("norm", 1.0, 2, "at least 3"),
+    ],
 )
 def test_spaces_that_make_no_sense(policy: str, around: float, count: int, words: str) -> None:
     with pytest.raises(Misconfigured, match=words):

@@ -10,7 +10,9 @@ from continual.errors import Misconfigured
 def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
     file = tmp_path / "continual.toml"
     file.write_text('keep = 7\nsettle = 1.5\nmemory = "2GiB"\nwatch = ["in", "more"]\n')
-    found = load({"keep": 9, "port": None}, file=file, environ={"CONTINUAL_KEEP": "8", "CONTINUAL_SETTLE": "2.5", "HOME": "/"})
+    found = load(
+        {"keep": 9, "port": None}, file=file, environ={"CONTINUAL_KEEP": "8", "CONTINUAL_SETTLE": "2.5", "HOME": "/"}
+    )
     assert (found.keep, found.settle, found.memory) == (9, 2.5, 2 << 30)
     assert found.watch == (Path("in"), Path("more"))
     assert found.port == Settings().port
@@ -34,7 +36,9 @@ def test_file_named_by_the_environment(tmp_path: Path) -> None:
         ("", {"CONTINUAL_DEVICE": "tpu"}, ("CONTINUAL_DEVICE", "tpu")),
     ],
 )
-def test_errors_name_the_setting_and_where_it_was_set(tmp_path: Path, toml: str, environ: dict[str, str], words: tuple[str, ...]) -> None:
+def test_errors_name_the_setting_and_where_it_was_set(
+    tmp_path: Path, toml: str, environ: dict[str, str], words: tuple[str, ...]
+) -> None:
     file = tmp_path / "continual.toml"
     file.write_text(toml)
     with pytest.raises(Misconfigured) as raised:
@@ -53,6 +57,8 @@ def test_settings_are_frozen() -> None:
         Settings().keep = 5  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("text", "value"), [("4GB", 4_000_000_000), ("512 MiB", 512 << 20), ("1000", 1000), ("1.5k", 1500), ("x", "x")])
+@pytest.mark.parametrize(
+    ("text", "value"), [("4GB", 4_000_000_000), ("512 MiB", 512 << 20), ("1000", 1000), ("1.5k", 1500), ("x", "x")]
+)
 def test_sizes(text: str, value: object) -> None:
     assert parse_bytes(text) == value

@@ -53,7 +53,9 @@ def test_what_went_wrong(status: int | None, code: str | None, fault: Fault) -> 
         (Fault.REQUEST, 1, 0.5, 0.0, None),
     ],
 )
-def test_when_a_request_is_made_again(fault: Fault, attempt: int, luck: float, after: float, wait: float | None) -> None:
+def test_when_a_request_is_made_again(
+    fault: Fault, attempt: int, luck: float, after: float, wait: float | None
+) -> None:
     assert next_try(fault, attempt, luck, after) == wait
 
 
@@ -88,7 +90,9 @@ def test_when_a_candidate_comes_again(attempt: int, after: float, parks: bool, w
         (3, 0.5, 0.0, 3, None),  # a token that is refused three times in a row is refused for good
     ],
 )
-def test_when_the_hub_is_polled_again(failures: int, luck: float, after: float, refused: int, wait: float | None) -> None:
+def test_when_the_hub_is_polled_again(
+    failures: int, luck: float, after: float, refused: int, wait: float | None
+) -> None:
     found = next_poll(300.0, failures, luck, after=after, refused=refused)
     assert found == (wait if wait is None else pytest.approx(wait))
 

@@ -1,4 +1,5 @@
-"""The service: status page, JSON, metrics, probes, which read and never change anything; and the webhook, where there is one."""
+"""The service: status page, JSON, metrics, probes, which read and never change anything; and the webhook, where there
+is one."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ _HEADERS = (
 )
 
 
-def create_app(view: View, metrics: Metrics, body: Callable[[object], object], webhook: Webhook | None = None) -> Starlette:
+def create_app(
+    view: View, metrics: Metrics, body: Callable[[object], object], webhook: Webhook | None = None
+) -> Starlette:
     """The application on what `view` tells; `body` makes plain JSON values of records."""
 
     async def index(_request: Request) -> Response:
@@ -115,13 +118,17 @@ def listen(host: str, port: int, allow_remote: bool) -> socket.socket:
         sock.bind(found[4])
     except OSError as error:
         sock.close()
-        raise Misconfigured(f"port = {port} on {host}: {error.strerror}; name another with --port, or 0 for a free one") from None
+        raise Misconfigured(
+            f"port = {port} on {host}: {error.strerror}; name another with --port, or 0 for a free one"
+        ) from None
     return sock
 
 
 async def serve(app: Starlette, sock: socket.socket, started: Callable[[str], None], stop: asyncio.Event) -> None:
     """Serves `app` on `sock` until `stop` is set; calls `started` with the URL once it listens."""
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, server_header=False)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, server_header=False
+    )
     server = _Server(config)
     serving = asyncio.ensure_future(server.serve(sockets=[sock]))
     try:

@@ -41,10 +41,14 @@ def render(status: Status) -> str:
     ]
     body = [
         f'<header><h1>continual</h1><span class="tag {"good" if good else "bad"}">{escape(status.health)}</span><span>{escape(status.why)}</span></header>',
-        '<dl class="cards">' + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in cards) + "</dl>",
+        '<dl class="cards">'
+        + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in cards)
+        + "</dl>",
         "<h2>Queue</h2>",
         _current(status.current),
-        _table(("waiting",), ((name,) for name in status.queue)) if status.queue else '<p class="none">Nothing waits.</p>',
+        _table(("waiting",), ((name,) for name in status.queue))
+        if status.queue
+        else '<p class="none">Nothing waits.</p>',
         f"<p>and {status.queued - len(status.queue)} more</p>" if status.queued > len(status.queue) else "",
         _hub(status),
         _pool(status),
@@ -103,7 +107,9 @@ def _hub(status: Status) -> str:
 def _published(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
-    return "<h2>Published</h2>" + _table(("record", "when", "what"), ((r["seq"], when(r["time"]), r["message"]) for r in rows))
+    return "<h2>Published</h2>" + _table(
+        ("record", "when", "what"), ((r["seq"], when(r["time"]), r["message"]) for r in rows)
+    )
 
 
 def _pool(status: Status) -> str:
@@ -117,7 +123,9 @@ def _pool(status: Status) -> str:
         else "No round yet."
     )
     head = ("waiting", "since", "rounds", "score", "z", "why")
-    rows = ((r["model"], when(r["since"]), r["rounds"], figure(r["score"]), figure(r["z"]), r["said"]) for r in status.pool)
+    rows = (
+        (r["model"], when(r["since"]), r["rounds"], figure(r["score"]), figure(r["z"]), r["said"]) for r in status.pool
+    )
     table = _table(head, rows) if status.pool else '<p class="none">Nobody waits.</p>'
     more = f"<p>and {status.pool_size - len(status.pool)} more</p>" if status.pool_size > len(status.pool) else ""
     return f"<h2>Pool ({escape(status.select)})</h2><p>{escape(told)}</p>{table}{more}"
@@ -153,7 +161,8 @@ def _refusals(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return '<p class="none">None.</p>'
     return _table(
-        ("record", "when", "model", "reason", "why"), ((r["seq"], when(r["time"]), r["model"], r["reason"], r["message"]) for r in rows)
+        ("record", "when", "model", "reason", "why"),
+        ((r["seq"], when(r["time"]), r["model"], r["reason"], r["message"]) for r in rows),
     )
 
 

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The state and, where one runs, its daemon. Sizes in bytes, times as RFC 3339 or seconds. `current` is the candidate being folded, with its stage;
-    `select` says who chooses what is folded, `pool` has the newest of the `pool_size` candidates that wait for a round, `last_round` the figures of the last;
-    `queue` has the
-    first of the `queued` candidates that are to be looked at; `hub` says what is taken from the Hub (`bases`), when it was `polled`, what `problem` that had
-    and how many commits were `seen` there and are open; `published`
-    are the last releases and hooks; `tuned` has the `record` that chose the scale and how many `folds` there were then, where the scale in force was tuned."""
+    """The state and, where one runs, its daemon. Sizes in bytes, times as RFC 3339 or seconds. `current` is the
+    candidate being folded, with its stage; `select` says who chooses what is folded, `pool` has the newest of the
+    `pool_size` candidates that wait for a round, `last_round` the figures of the last; `queue` has the first of the
+    `queued` candidates that are to be looked at; `hub` says what is taken from the Hub (`bases`), when it was `polled`,
+    what `problem` that had and how many commits were `seen` there and are open; `published` are the last releases and
+    hooks; `tuned` has the `record` that chose the scale and how many `folds` there were then, where the scale in force
+    was tuned."""
 
     version: str
     health: str

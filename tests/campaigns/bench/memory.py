@@ -2,8 +2,9 @@
 
     python -m tests.campaigns.bench.memory [--folds 100] [--gigabytes 1.0]
 
-First `--folds` folds of a small model in one process: VmHWM after the 2nd and after the last, and the state's bytes. Then one process per rule that
-folds two fine-tunes of a bf16 model of `--gigabytes` (at least 300 tensors, none over 64 MB): VmHWM with torch imported.
+First `--folds` folds of a small model in one process: VmHWM after the 2nd and after the last, and the state's bytes.
+Then one process per rule that folds two fine-tunes of a bf16 model of `--gigabytes` (at least 300 tensors, none over 64
+MB): VmHWM with torch imported.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python -m tests.campaigns.bench.encoder --data DIR --out DIR          # once: makes the base and eight fine-tunes
     python -m tests.campaigns.bench.merge --models DIR [--first N]
 
-Folds DIR/fine-tunes in order into a new state with `opcm`. Then every merged task vector, before any cast, is compared with OPCM as the paper writes it in
-float64 with full singular value decompositions (tests/reference.py), which reads the fine-tunes by the safetensors library alone; adapters are merged by
-PEFT. Last, the export is loaded by transformers and its weights compared with base plus merged task vector.
+Folds DIR/fine-tunes in order into a new state with `opcm`. Then every merged task vector, before any cast, is compared
+with OPCM as the paper writes it in float64 with full singular value decompositions (tests/reference.py), which reads
+the fine-tunes by the safetensors library alone; adapters are merged by PEFT. Last, the export is loaded by transformers
+and its weights compared with base plus merged task vector.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ BOUND = 1e-5
 
 def weights(directory: Path) -> dict[str, Tensor]:
     """All tensors of a model directory, whole."""
-    return {name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
 
 
 def task_vector(base: Path, model: Path, names: set[str]) -> dict[str, Tensor]:
-    """θ_t − θ₀ in float32, θ₀ cast to the fine-tune's dtype where that is narrower; an adapter as PEFT merges it, in float64 to lose nothing there."""
+    """θ_t − θ₀ in float32, θ₀ cast to the fine-tune's dtype where that is narrower; an adapter as PEFT merges it, in
+    float64 to lose nothing there."""
     origin = weights(base)
     if (model / "adapter_config.json").is_file():
         return _adapter(base, model, names)
@@ -75,9 +79,16 @@ def compare(base: Path, models: list[Path], work: Path, merged: dict[str, Tensor
     """The largest relative Frobenius distance of a merged task vector from its reference; prints a line a kind."""
     format_ = json.loads((work / "state" / "format.json").read_text().split("\n", 1)[1])
     matrices = {t["name"] for t in format_["tensors"] if t["kind"] == "matrix"}
-    taus = [task_vector(base, model, set(merged)) for model in track(models, "task vectors", disable=not sys.stdout.isatty())]
+    taus = [
+        task_vector(base, model, set(merged))
+        for model in track(models, "task vectors", disable=not sys.stdout.isatty())
+    ]
     expected = reference.opcm(taus, matrices, alpha=0.5)
-    errors = {n: float((merged[n].double() - expected[n]).norm() / expected[n].norm()) for n in merged if float(expected[n].norm()) > 0}
+    errors = {
+        n: float((merged[n].double() - expected[n]).norm() / expected[n].norm())
+        for n in merged
+        if float(expected[n].norm()) > 0
+    }
     zero = [n for n in merged if n not in errors and bool(merged[n].any())]
     for kind, names in (("matrices", errors.keys() & matrices), ("plain", errors.keys() - matrices)):
         worst = max(names, key=errors.__getitem__)
@@ -92,13 +103,16 @@ def loads(base: Path, export: Path, merged: dict[str, Tensor]) -> int:
     compared = 0
     for name, tau in merged.items():
         if name in loaded:
-            torch.testing.assert_close(loaded[name].float(), (origin[name].float() + tau).to(loaded[name].dtype).float(), rtol=0, atol=0)
+            torch.testing.assert_close(
+                loaded[name].float(), (origin[name].float() + tau).to(loaded[name].dtype).float(), rtol=0, atol=0
+            )
             compared += 1
     return compared
 
 
 def run(base: Path, models: list[Path]) -> float:
-    """Everything; returns the largest distance. Raises AssertionError if the export differs from base plus merged task vector."""
+    """Everything; returns the largest distance. Raises AssertionError if the export differs from base plus merged task
+    vector."""
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         merged = fold(base, models, work)

@@ -2,9 +2,10 @@
 
     python -m tests.campaigns.bench.opcm_step [--threads 1 2]
 
-The plain step is what the released code does, in float32: a full singular value decomposition of the merged task vector (U m×m, V n×n), P = UᵀτV, its
-top-left block zeroed, C = UPVᵀ. `thin` is the leanest plain step: an SVD with p columns and the block alone. Error: Frobenius distance of C from the
-float64 truth by a full SVD, relative to C. Ours includes adding C to the accumulator and all sums and notes; the plain ones stop at C.
+The plain step is what the released code does, in float32: a full singular value decomposition of the merged task vector
+(U m×m, V n×n), P = UᵀτV, its top-left block zeroed, C = UPVᵀ. `thin` is the leanest plain step: an SVD with p columns
+and the block alone. Error: Frobenius distance of C from the float64 truth by a full SVD, relative to C. Ours includes
+adding C to the accumulator and all sums and notes; the plain ones stop at C.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def thin(total: Tensor, tau: Tensor) -> Tensor:
 
 
 def pair(m: int, n: int, decay: float) -> tuple[Tensor, Tensor]:
-    """R and τ like those of fine-tunes: random directions, singular values that fall as k^−decay (0 leaves a Gaussian matrix's own)."""
+    """R and τ like those of fine-tunes: random directions, singular values that fall as k^−decay (0 leaves a Gaussian
+    matrix's own)."""
     generator = torch.Generator().manual_seed(m * 10007 + n)
     made = []
     for _ in range(2):

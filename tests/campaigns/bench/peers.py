@@ -2,9 +2,10 @@
 
     python -m tests.campaigns.bench.peers [--env DIR] [--json]
 
-Each peer gets a virtual environment of its own in --env (default ~/.cache/continual/peers), made on the first run; they take some gigabytes. Five random
-fine-tunes of a small model are folded by the engine and read back; the peers get the same files. The table shows, per method, the largest difference over all
-tensors, relative to the peer's result, and says where it comes from; a difference without a reason is an error and the exit code is 1.
+Each peer gets a virtual environment of its own in --env (default ~/.cache/continual/peers), made on the first run; they
+take some gigabytes. Five random fine-tunes of a small model are folded by the engine and read back; the peers get the
+same files. The table shows, per method, the largest difference over all tensors, relative to the peer's result, and
+says where it comes from; a difference without a reason is an error and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ ROUNDING = 3e-5
 
 
 class Case(NamedTuple):
-    """A peer's result and ours for it: the rule, its options, the scale; of how many of the fine-tunes. `why` explains a difference that is above rounding."""
+    """A peer's result and ours for it: the rule, its options, the scale; of how many of the fine-tunes. `why` explains
+    a difference that is above rounding."""
 
     rule: str
     options: Mapping[str, object]
@@ -62,12 +64,18 @@ def cases(numel: int) -> dict[str, Case]:
         "fusion_bench tsv-m": Case("tsv-m", {}, "1"),
         "fusion_bench opcm": Case("opcm", {"alpha": ALPHA, "variant": "block+diagonal"}, "1", 2),
         "fusion_bench ties": Case(
-            "ties", {"density": DENSITY}, "1", 5, "keeps one change more than ⌊density·N⌋ of each model (kthvalue of N − ⌊density·N⌋)"
+            "ties",
+            {"density": DENSITY},
+            "1",
+            5,
+            "keeps one change more than ⌊density·N⌋ of each model (kthvalue of N − ⌊density·N⌋)",
         ),
         "fusion_bench ties, one change more": Case("ties", {"density": plus_one}, "1"),
         "mergekit ties": Case("ties", {"density": DENSITY, "trim": "tensor"}, "1"),
         "mergekit trim": Case("task-arithmetic", {"before": [trim]}, "1", 1),
-        "mergekit breadcrumbs": Case("task-arithmetic", {"before": [f"breadcrumbs:top={GAMMA}:bottom={0.5 - GAMMA}"]}, "1", 1, CRUMBS),
+        "mergekit breadcrumbs": Case(
+            "task-arithmetic", {"before": [f"breadcrumbs:top={GAMMA}:bottom={0.5 - GAMMA}"]}, "1", 1, CRUMBS
+        ),
     }
 
 
@@ -98,23 +106,34 @@ def difference(found: Tensor, theirs: Tensor) -> float:
 
 
 def dropping(taus: Mapping[str, Tensor], results: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[str, str, str]]:
-    """What each implementation of DARE keeps, and what it multiplies that with: the draws differ, so only these can be compared."""
+    """What each implementation of DARE keeps, and what it multiplies that with: the draws differ, so only these can be
+    compared."""
     rows = []
     for name, tensors in results.items():
         kept = torch.cat([tensors[n].flatten() != 0 for n in taus])
         factors = torch.cat([(tensors[n] / tau)[tensors[n] != 0] for n, tau in taus.items()])
-        why = "rescales by the L1 norm of each tensor, not by 1/(1 − rate)" if "mergekit" in name else "draws other random numbers"
-        told = f"keeps {float(kept.float().mean()):.1%}, factor {float(factors.min()):.4f} to {float(factors.max()):.4f}"
+        why = (
+            "rescales by the L1 norm of each tensor, not by 1/(1 − rate)"
+            if "mergekit" in name
+            else "draws other random numbers"
+        )
+        told = (
+            f"keeps {float(kept.float().mean()):.1%}, factor {float(factors.min()):.4f} to {float(factors.max()):.4f}"
+        )
         rows.append((name, told, why if name != "continual" else f"rate {RATE}: 1/(1 − rate) = {1 / (1 - RATE):.4f}"))
     return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.campaigns.bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.campaigns.bench.peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    parser.add_argument("--env", type=Path, default=cache / "continual/peers", help="where the virtual environments of the peers are")
+    parser.add_argument(
+        "--env", type=Path, default=cache / "continual/peers", help="where the virtual environments of the peers are"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     pythons = {peer: environment(arguments.env / peer, pins) for peer, pins in PINS.items()}
@@ -128,7 +147,11 @@ def main() -> int:
         peers: dict[str, dict[str, Tensor]] = {}
         for peer, python in pythons.items():
             out = root / f"{peer}.safetensors"
-            subprocess.run([python, worker, peer, weights[0], out, *parameters, *weights[1:]], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [python, worker, peer, weights[0], out, *parameters, *weights[1:]],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
             for key, tensor in load_file(out).items():
                 method, _, name = key.partition("|")
                 peers.setdefault(method, {})[name] = tensor

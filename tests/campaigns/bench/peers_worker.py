@@ -1,4 +1,5 @@
-"""What a peer makes of the same fine-tunes: run by `tests.campaigns.bench.peers` in an environment that has it, never with this package.
+"""What a peer makes of the same fine-tunes: run by `tests.campaigns.bench.peers` in an environment that has it, never
+with this package.
 
 python peers_worker.py PEER BASE.safetensors OUT.safetensors ALPHA DENSITY GAMMA RATE FINE_TUNE.safetensors...
 """
@@ -16,7 +17,8 @@ Tensors = dict[str, Tensor]
 
 
 def holder(tensors: Tensors) -> nn.Module:
-    """The tensors as those of a module, which is what some functions want; as buffers, since they refuse to add tensors to parameters."""
+    """The tensors as those of a module, which is what some functions want; as buffers, since they refuse to add tensors
+    to parameters."""
     module = nn.Module()
     for name, tensor in tensors.items():
         module.register_buffer(name.replace(".", "/"), tensor.clone())
@@ -42,7 +44,9 @@ def mergekit(taus: list[Tensors], density: float, gamma: float, rate: float) -> 
     }
 
 
-def fusion_bench(base: Tensors, tuned: list[Tensors], taus: list[Tensors], alpha: float, density: float, rate: float) -> dict[str, Tensors]:
+def fusion_bench(
+    base: Tensors, tuned: list[Tensors], taus: list[Tensors], alpha: float, density: float, rate: float
+) -> dict[str, Tensors]:
     """Every method on all fine-tunes; OPCM one step, from the first to the second; DARE on the first."""
     from fusion_bench.method.dare.utils import param_random_drop_
     from fusion_bench.method.isotropic_merging.iso_utils import iso_c
@@ -87,7 +91,11 @@ def main() -> None:
     alpha, density, gamma, rate = (float(value) for value in rest[:4])
     base, tuned = load_file(base_file), [load_file(file) for file in rest[4:]]
     taus = [{name: tensor - base[name] for name, tensor in one.items()} for one in tuned]
-    found = mergekit(taus, density, gamma, rate) if peer == "mergekit" else fusion_bench(base, tuned, taus, alpha, density, rate)
+    found = (
+        mergekit(taus, density, gamma, rate)
+        if peer == "mergekit"
+        else fusion_bench(base, tuned, taus, alpha, density, rate)
+    )
     save_file({f"{method}|{n}": t.contiguous() for method, tensors in found.items() for n, t in tensors.items()}, out)
 
 

@@ -2,8 +2,9 @@
 
     python -m tests.campaigns.bench.polar
 
-For each shape: CPU seconds (the least of three) and the relative error against a float64 singular value decomposition, of our Gram and eigh, of Newton-Schulz
-in float64 (X ← 1.5·X − 0.5·X·XᵀX until it stands still), and of a float32 singular value decomposition.
+For each shape: CPU seconds (the least of three) and the relative error against a float64 singular value decomposition,
+of our Gram and eigh, of Newton-Schulz in float64 (X ← 1.5·X − 0.5·X·XᵀX until it stands still), and of a float32
+singular value decomposition.
 """
 
 from __future__ import annotations
@@ -53,14 +54,22 @@ def measured(work: Callable[[Tensor], Tensor], matrix: Tensor, expected: Tensor)
 
 def main() -> None:
     random = torch.Generator().manual_seed(0)
-    table = Table("shape", "Gram and eigh (ours)", "Newton-Schulz", "float32 SVD", title=f"CPU seconds, error; condition {CONDITION:g}")
+    table = Table(
+        "shape",
+        "Gram and eigh (ours)",
+        "Newton-Schulz",
+        "float32 SVD",
+        title=f"CPU seconds, error; condition {CONDITION:g}",
+    )
     for m, n in SHAPES:
         left = torch.linalg.qr(torch.randn(m, n, generator=random, dtype=torch.float64))[0]
         right = torch.linalg.qr(torch.randn(n, n, generator=random, dtype=torch.float64))[0]
         sigma = torch.logspace(0, -torch.log10(torch.tensor(CONDITION)).item(), n, dtype=torch.float64)
         matrix = (left @ torch.diag(sigma) @ right).float()
         expected = decomposed(matrix.double())
-        table.add_row(f"{m}x{n}", *(measured(work, matrix, expected) for work in (iso_c.flat, newton_schulz, decomposed)))
+        table.add_row(
+            f"{m}x{n}", *(measured(work, matrix, expected) for work in (iso_c.flat, newton_schulz, decomposed))
+        )
     Console().print(table)
 
 

@@ -1,9 +1,11 @@
-"""What a round costs as the pool grows: the peak memory of one over 4 and over 64 candidates, and the time of scoring one against reading its bytes once.
+"""What a round costs as the pool grows: the peak memory of one over 4 and over 64 candidates, and the time of scoring
+one against reading its bytes once.
 
     python -m tests.campaigns.bench.pool [--gigabytes 0.2] [--work DIR]
 
-The base is a llama-like model of float32 weights, the candidates are fine-tunes of it, the objective a convex one (`tests.helpers.quadratic`), so that what is measured is
-the round and not the model's own activations. Every round is run in a process of its own; files are in the page cache. CPU seconds, one worker.
+The base is a llama-like model of float32 weights, the candidates are fine-tunes of it, the objective a convex one
+(`tests.helpers.quadratic`), so that what is measured is the round and not the model's own activations. Every round is
+run in a process of its own; files are in the page cache. CPU seconds, one worker.
 """
 
 from __future__ import annotations
@@ -34,14 +36,18 @@ OBJECTIVE = "tests.campaigns.bench.pool:objective"
 
 
 def objective(directory: Path, device: torch.device) -> calibration.Given:
-    """Two tasks of few rows, whose optimum is the first candidate: ½⟨a, θ − θ*⟩² over some of the weights, which costs little beside them."""
+    """Two tasks of few rows, whose optimum is the first candidate: ½⟨a, θ − θ*⟩² over some of the weights, which costs
+    little beside them."""
     from safetensors.torch import load_file
 
     from tests.helpers.quadratic import Tree
 
     model = Tree(load_file(directory / "model.safetensors")).to(device)
     parts = list(model.parameters())
-    wanted = [p.detach() for p in Tree(load_file(directory.parent / "made" / "0" / "model.safetensors")).to(device).parameters()]
+    wanted = [
+        p.detach()
+        for p in Tree(load_file(directory.parent / "made" / "0" / "model.safetensors")).to(device).parameters()
+    ]
 
     def some(part: torch.Tensor, row: int) -> torch.Tensor:
         return part.reshape(-1)[row::997]
@@ -54,7 +60,9 @@ def objective(directory: Path, device: torch.device) -> calibration.Given:
 
         def losses(self, rows: list[int]) -> torch.Tensor:
             pairs = [(parts[n], wanted[n]) for n in ((self.seed + row) % len(parts) for row in rows)]
-            return torch.stack([0.5 * (some(p, row) - some(w, row)).sum().square() for (p, w), row in zip(pairs, rows, strict=True)])
+            return torch.stack(
+                [0.5 * (some(p, row) - some(w, row)).sum().square() for (p, w), row in zip(pairs, rows, strict=True)]
+            )
 
     return calibration.Given(model, [Rows(0), Rows(1)])
 
@@ -75,7 +83,9 @@ def opened(work: Path, size: int) -> continual.Merge:
     state = work / f"state-{size}"
     if not state.exists():
         continual.init(work / "base", state, continual.api.Asked(rule="mean"))
-    merge = continual.open(state, write=True, workers=1, device="cpu", select="relevance", objective=OBJECTIVE, rounds={"steps": 2})
+    merge = continual.open(
+        state, write=True, workers=1, device="cpu", select="relevance", objective=OBJECTIVE, rounds={"steps": 2}
+    )
     for path in sorted((work / "pool").iterdir())[:size]:
         merge.fold(path)
     return merge
@@ -88,7 +98,12 @@ def worker(work: Path, size: int) -> None:
         found = merge.round()
         print(
             json.dumps(
-                {"peak": peak_memory(), "seconds": time.process_time() - began, "folds": found.folds, "steps": found.numbers["steps"]}
+                {
+                    "peak": peak_memory(),
+                    "seconds": time.process_time() - began,
+                    "folds": found.folds,
+                    "steps": found.numbers["steps"],
+                }
             )
         )
 
@@ -101,7 +116,9 @@ def scoring(work: Path) -> None:
         members = [Member(w.commit.entry.candidate or {}) for w in merge.pool().values()]
         reading = merge.reading()
         reading.settle(merge.executor, silent)
-        search = Search(engine, loaded, Origin(reading.vector, reading.need, True), NONE, members, merge.asked(), silent)
+        search = Search(
+            engine, loaded, Origin(reading.vector, reading.need, True), NONE, members, merge.asked(), silent
+        )
         search.put(search.start())
         loaded.backward()
         ratios = []
@@ -112,7 +129,9 @@ def scoring(work: Path) -> None:
             ratios.append((scored / (read := reads(members)), scored / len(members), read / len(members)))
         ratios.sort()
         ratio, score, read = ratios[len(ratios) // 2]
-        print(f"scoring a candidate: {1e3 * score:.1f} ms CPU, reading its bytes once {1e3 * read:.1f} ms: {ratio:.2f} times (median of 5)")
+        print(
+            f"scoring a candidate: {1e3 * score:.1f} ms CPU, reading its bytes once {1e3 * read:.1f} ms: {ratio:.2f} times (median of 5)"
+        )
 
 
 def reads(members: list) -> float:

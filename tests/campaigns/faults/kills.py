@@ -2,9 +2,10 @@
 
     python -m tests.campaigns.faults.kills --kills 200
 
-A child process folds model after model and announces each step of the commit protocol through a pipe before it begins. The parent draws a step and kills
-either while the child still waits for leave to begin it, or a random moment after. After each kill the state must open at the last
-acknowledged fold, or one further if its link was done, and `verify` must be clean; at the end it must be bit-equal to an uninterrupted run's.
+A child process folds model after model and announces each step of the commit protocol through a pipe before it begins.
+The parent draws a step and kills either while the child still waits for leave to begin it, or a random moment after.
+After each kill the state must open at the last acknowledged fold, or one further if its link was done, and `verify`
+must be clean; at the end it must be bit-equal to an uninterrupted run's.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def fold_loop(state: str, models: list[str], pipe: Connection | None) -> None:
 
 
 def campaign(work: Path, kills: int, seed: int = 0) -> dict[str, object]:
-    """Runs the campaign under `work`; returns the histogram and counts. Raises AssertionError at the first broken promise."""
+    """Runs the campaign under `work`; returns the histogram and counts. Raises AssertionError at the first broken
+    promise."""
     from continual import api
     from tests.helpers import models
 
@@ -90,7 +92,8 @@ def _one_kill(
     draw: random.Random,
     acknowledged: int,
 ) -> tuple[str, int]:
-    """Starts the loop and kills it at `target` of a fold after `skip` whole ones; returns the step it fell in and the last acknowledged record."""
+    """Starts the loop and kills it at `target` of a fold after `skip` whole ones; returns the step it fell in and the
+    last acknowledged record."""
     ours, theirs = context.Pipe()
     child = context.Process(target=fold_loop, args=(str(state), fine_tunes, theirs))
     child.start()
@@ -124,7 +127,9 @@ def _check(state: Path, last: str, acknowledged: int) -> None:
     with State.open(state, write=True) as opened:
         head = opened.head.seq
         linked = STEPS.index(last) >= STEPS.index("link") if last in STEPS else False
-        assert head == acknowledged or (linked and head == acknowledged + 1), f"head {head}, acknowledged {acknowledged}, killed in {last}"
+        assert head == acknowledged or (linked and head == acknowledged + 1), (
+            f"head {head}, acknowledged {acknowledged}, killed in {last}"
+        )
         findings = opened.verify()
         assert not findings, findings
         left = {p.name for p in (state / "generations").iterdir()}
@@ -145,7 +150,11 @@ def _folded(state: Path) -> list[tuple[str | None, float]]:
 
 def _bits(state: Path) -> dict[tuple[str, str], bytes]:
     with State.open(state) as opened:
-        return {(name, slot): opened.read(name, slot).tobytes() for name, slots in opened.format.slots.items() for slot in slots}
+        return {
+            (name, slot): opened.read(name, slot).tobytes()
+            for name, slots in opened.format.slots.items()
+            for slot in slots
+        }
 
 
 def main() -> None:

@@ -2,10 +2,11 @@
 
     python -m tests.campaigns.faults.powercut --trials 20
 
-A child folds models into a state on the mounted image and acknowledges each through a pipe. At a random instant it is frozen, the image is copied as it
-is (what the file system had not yet written is lost, as in a power cut), the copy is mounted (the journal is replayed) and the state in it opened: it
-must be at the last acknowledged fold or further by the one in flight, and `verify` must be clean. The negative control is the same with fsync switched
-off in the child: if no trial of it fails, the method proves nothing.
+A child folds models into a state on the mounted image and acknowledges each through a pipe. At a random instant it is
+frozen, the image is copied as it is (what the file system had not yet written is lost, as in a power cut), the copy is
+mounted (the journal is replayed) and the state in it opened: it must be at the last acknowledged fold or further by the
+one in flight, and `verify` must be clean. The negative control is the same with fsync switched off in the child: if no
+trial of it fails, the method proves nothing.
 """
 
 from __future__ import annotations

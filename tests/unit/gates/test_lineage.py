@@ -77,7 +77,9 @@ def test_a_head_stays_out_and_is_listed(base: BaseModel, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("prefix", "strip"), [(("", "wrapped."), ""), (("model.", ""), "model.")])
-def test_one_prefix_may_be_added_or_removed(base: BaseModel, tmp_path: Path, prefix: tuple[str, str], strip: str) -> None:
+def test_one_prefix_may_be_added_or_removed(
+    base: BaseModel, tmp_path: Path, prefix: tuple[str, str], strip: str
+) -> None:
     tensors = {prefix[1] + name.removeprefix(strip): t for name, t in TENSORS.items()}
     lineage = traced(base, tmp_path, tensors | {"score.weight": torch.zeros(2, 4)})
     assert (lineage.folded, lineage.prefix, lineage.extra) == (FOLDED, prefix, ("score.weight",))
@@ -93,7 +95,10 @@ def test_two_towers_are_ambiguous(base: BaseModel, tmp_path: Path) -> None:
 def test_prefix_of_a_bare_model_and_its_language_model() -> None:
     bare = [f"layers.{i}.w" for i in range(50)]
     assert find_prefix(bare, [f"model.{n}" for n in bare] + ["lm_head.weight"], "x") == ("", "model.")
-    assert find_prefix([f"model.{n}" for n in bare] + ["lm_head.weight"], [*bare, "lm_head.weight"], "x") == ("model.", "")
+    assert find_prefix([f"model.{n}" for n in bare] + ["lm_head.weight"], [*bare, "lm_head.weight"], "x") == (
+        "model.",
+        "",
+    )
     assert find_prefix(bare, bare[:-1], "x") == ("", "")
     assert find_prefix(bare, ["other"], "x") == ("", "")
     assert find_prefix(bare, [*bare, *(f"second.{n}" for n in bare)], "x") == ("", "")
@@ -153,7 +158,8 @@ def test_narrower_dtypes_are_recorded(base: BaseModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "narrowed"), [("bfloat16", "float32", None), ("bfloat16", "float16", "F16"), ("float16", "bfloat16", "BF16")]
+    ("ours", "theirs", "narrowed"),
+    [("bfloat16", "float32", None), ("bfloat16", "float16", "F16"), ("float16", "bfloat16", "BF16")],
 )
 def test_neither_half_holds_the_other(tmp_path: Path, ours: str, theirs: str, narrowed: str | None) -> None:
     weight = torch.randn(6, 4)

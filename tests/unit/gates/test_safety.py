@@ -10,7 +10,12 @@ SEEN = {"count": 4.0, "norm_sum": 8.0}
 
 @pytest.mark.parametrize(
     ("tau", "base", "totals", "reason"),
-    [(0.0, 10.0, {}, "zero"), (6.0, 10.0, {}, "norm-base"), (61.0, 1000.0, SEEN, "norm-mean"), (6e-5, 1000.0, SEEN, "norm-mean")],
+    [
+        (0.0, 10.0, {}, "zero"),
+        (6.0, 10.0, {}, "norm-base"),
+        (61.0, 1000.0, SEEN, "norm-mean"),
+        (6e-5, 1000.0, SEEN, "norm-mean"),
+    ],
 )
 def test_refused(tau: float, base: float, totals: dict[str, float], reason: str) -> None:
     with pytest.raises(Refuse) as raised:

@@ -43,7 +43,11 @@ def opened(server: Server, workers: int = 2) -> Ranges:
     return Ranges(server, "o/m", "1" * 40, files, workers)  # type: ignore[arg-type]
 
 
-@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 50), st.integers(0, 120)), max_size=20), st.integers(1, 40), st.integers(0, 20))
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 50), st.integers(0, 120)), max_size=20),
+    st.integers(1, 40),
+    st.integers(0, 20),
+)
 def test_chunks_cover_what_is_read_and_little_else(parts: list[tuple[int, int, int]], largest: int, gap: int) -> None:
     extents, at = [], {0: 0, 1: 0}
     for file, space, nbytes in sorted(parts):

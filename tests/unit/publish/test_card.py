@@ -1,4 +1,5 @@
-"""The model card: its metadata read back by huggingface_hub, what strangers write in names, licences that differ, and commands that can be run."""
+"""The model card: its metadata read back by huggingface_hub, what strangers write in names, licences that differ, and
+commands that can be run."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ BASE = Base("org/base", "org/base", SHA, "apache-2.0")
 
 
 def model(seq: int, name: str = "", **more: Any) -> Model:
-    given = {"origin": f"hf://org/ft-{seq}", "form": "full", "digest": f"blake3:{seq:064x}", "revision": SHA, "licence": "apache-2.0"}
+    given = {
+        "origin": f"hf://org/ft-{seq}",
+        "form": "full",
+        "digest": f"blake3:{seq:064x}",
+        "revision": SHA,
+        "licence": "apache-2.0",
+    }
     return Model(seq, name or f"org/ft-{seq}", **{**given, **more})
 
 
@@ -59,7 +66,9 @@ def words(facts: Facts) -> list[list[str]]:
 
 
 def test_metadata_as_the_hub_reads_them() -> None:
-    text, read, data = made(folded=(model(1), model(2), model(3, origin="hf://org/ft-1"), model(4, name="local", origin="/home/me/local")))
+    text, read, data = made(
+        folded=(model(1), model(2), model(3, origin="hf://org/ft-1"), model(4, name="local", origin="/home/me/local"))
+    )
     assert data == {
         "base_model": ["org/base", "org/ft-1", "org/ft-2"],
         "base_model_relation": "merge",
@@ -83,7 +92,9 @@ def test_metadata_as_the_hub_reads_them() -> None:
 
 
 def test_a_local_base_is_no_repo() -> None:
-    text, _, data = made(base=Base("/srv/models/base"), folded=(model(1, name="ft", origin="/srv/ft", licence=None),), repo=None)
+    text, _, data = made(
+        base=Base("/srv/models/base"), folded=(model(1, name="ft", origin="/srv/ft", licence=None),), repo=None
+    )
     assert "base_model" not in data
     assert "license" not in data
     assert "/srv" not in text
@@ -122,7 +133,9 @@ def test_how_to_load_it() -> None:
 )
 def test_a_strangers_words_break_nothing(name: str) -> None:
     folded = (model(1), model(2, name=name, origin=f"/in/{name}", licence=name, form=name, digest=name), model(3))
-    facts = dataclasses.replace(FACTS, folded=folded, base=dataclasses.replace(BASE, licence=name), caveat=name, repo=None)
+    facts = dataclasses.replace(
+        FACTS, folded=folded, base=dataclasses.replace(BASE, licence=name), caveat=name, repo=None
+    )
     text = card.card(facts)
     assert str(ModelCard(text)) == text
     data = ModelCard(text).data.to_dict()
@@ -146,7 +159,9 @@ def test_what_only_looks_like_a_repo_is_not_linked() -> None:
         text, _, data = made(folded=(model(1, name="x", origin=origin),))
         assert data["base_model"] == ["org/base"]
         assert rows(text)[0][1] == "x"
-    assert "evil" not in made(folded=(model(1, revision="main](https://evil.example"),))[0].split("## Reproduce")[0].replace("&#", "")
+    assert "evil" not in made(folded=(model(1, revision="main](https://evil.example"),))[0].split("## Reproduce")[
+        0
+    ].replace("&#", "")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +176,9 @@ def test_what_only_looks_like_a_repo_is_not_linked() -> None:
         ("mit", [], False, 0, {"mit": 1}),
     ],
 )
-def test_licences(base: str | None, folded: list[str | None], conflict: bool, unknown: int, known: dict[str, int]) -> None:
+def test_licences(
+    base: str | None, folded: list[str | None], conflict: bool, unknown: int, known: dict[str, int]
+) -> None:
     models = [model(i, licence=licence) for i, licence in enumerate(folded, 1)]
     found = card.licences(dataclasses.replace(BASE, licence=base), models)
     assert (found.conflict, found.unknown) == (conflict, unknown)

@@ -1,4 +1,5 @@
-"""How long the merged task vector is made: the laws as formulas, their texts, and the largest singular value that `spread` stands on."""
+"""How long the merged task vector is made: the laws as formulas, their texts, and the largest singular value that
+`spread` stands on."""
 
 from __future__ import annotations
 
@@ -24,10 +25,14 @@ def test_norm_is_the_papers_law_at_one_and_is_held_beyond() -> None:
     mean_norm, length = 2.0, 5.0
     assert factors("norm", Size(length)) == pytest.approx((mean_norm / length,) * 2)
     assert factors("norm:1.5", Size(length)) == pytest.approx((1.5 * mean_norm / length,) * 2)
-    assert factors("norm:9", Size(length)) == pytest.approx((4 * mean_norm / length,) * 2), "no longer than four task vectors end to end"
+    assert factors("norm:9", Size(length)) == pytest.approx((4 * mean_norm / length,) * 2), (
+        "no longer than four task vectors end to end"
+    )
     assert factors("norm:9", Size(length, most=1.0)) == (1.0, 1.0), "no longer than the plain sum, where X is one"
     assert factors("norm", Size(0.5, most=1.0)) == pytest.approx((4.0, 4.0)), "the paper's law also where it enlarges"
-    assert factors("norm:3", Size(5.0), {"count": 1.0, "norm_sum": 2.0}) == pytest.approx((0.4, 0.4)), "one model is as long as it was"
+    assert factors("norm:3", Size(5.0), {"count": 1.0, "norm_sum": 2.0}) == pytest.approx((0.4, 0.4)), (
+        "one model is as long as it was"
+    )
 
 
 def test_spread_scales_matrices_by_how_many_directions_they_lie_in_and_the_rest_by_its_own_length() -> None:
@@ -56,7 +61,9 @@ def test_texts_are_read_back(text: str) -> None:
     assert ReadOptions.from_mapping(options.to_mapping()) == options
 
 
-@pytest.mark.parametrize("text", ["big", "norm:", "norm:x", "spread:-1", "norm:0", "nan", "number", "number:1", "spread:inf", ""])
+@pytest.mark.parametrize(
+    "text", ["big", "norm:", "norm:x", "spread:-1", "norm:0", "nan", "number", "number:1", "spread:inf", ""]
+)
 def test_what_is_no_scale_is_refused_with_what_is(text: str) -> None:
     with pytest.raises(Misconfigured, match=r"spread|above 0"):
         ReadOptions.parse(text)

@@ -1,4 +1,5 @@
-"""What becomes of a candidate that was not folded, who is too many, and when a round is due: pure decisions on made-up pools."""
+"""What becomes of a candidate that was not folded, who is too many, and when a round is due: pure decisions on made-up
+pools."""
 
 from __future__ import annotations
 
@@ -51,10 +52,14 @@ def test_what_cannot_be_asked_is_named(name: str) -> None:
         replace(ASKED, **{name: -1})
 
 
-@pytest.mark.parametrize("name", ["step", "rho", "search", "best", "steps", "inner", "tolerance", "batch", "held", "dtype"])
+@pytest.mark.parametrize(
+    "name", ["step", "rho", "search", "best", "steps", "inner", "tolerance", "batch", "held", "dtype"]
+)
 def test_settings_that_a_plan_or_a_calibration_refuses_are_named(name: str) -> None:
     bad: Mapping[str, Any] = {"step": "big", "search": "wide", "dtype": "int4", "held": 1.5}
-    settings_ = Settings.model_validate({"objective": "tests.helpers.quadratic:make", "rounds": {name: bad.get(name, -1)}})
+    settings_ = Settings.model_validate(
+        {"objective": "tests.helpers.quadratic:make", "rounds": {name: bad.get(name, -1)}}
+    )
     with pytest.raises(Misconfigured, match=name):
         asked_of(settings_)
 
@@ -63,7 +68,12 @@ def test_layers_go_with_corrective_unless_said_otherwise_and_not_with_pairwise()
     def layers(**rounds: Any) -> bool:
         return asked_of(Settings.model_validate({"objective": "tests.helpers.quadratic:make", "rounds": rounds})).layers
 
-    assert [layers(), layers(step="hard"), layers(step="hard", layers=True), layers(layers=False)] == [True, False, True, False]
+    assert [layers(), layers(step="hard"), layers(step="hard", layers=True), layers(layers=False)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
     assert not layers(step="pairwise")
     for step in ("pairwise", "soft"):
         with pytest.raises(Misconfigured, match=f"{step} weighs whole models"):
@@ -80,13 +90,23 @@ def test_what_a_record_keeps_changes_with_all_that_the_choice_depends_on() -> No
     assert replace(ASKED, size=1, wait=1.0).told() == ASKED.told()
     for name, value in {"trial": 0.5, "sigmas": 2.0, "patience": 9, "layers": True}.items():
         assert replace(ASKED, **{name: value}).told() != ASKED.told(), name
-    for name, value in {"step": "hard", "rho": 2.0, "steps": 3, "tolerance": 0.5, "most": 5, "best": 2, "inner": 9}.items():
+    for name, value in {
+        "step": "hard",
+        "rho": 2.0,
+        "steps": 3,
+        "tolerance": 0.5,
+        "most": 5,
+        "best": 2,
+        "inner": 9,
+    }.items():
         assert replace(ASKED, plan=replace(ASKED.plan, **{name: value})).told() != ASKED.told(), name
 
 
 def test_the_one_without_promise_waits_until_patience_is_at_its_end() -> None:
     rows = [fates.kept_out(ALICE, waiting(5, done), -0.5, HURTS, NOW, ASKED) for done in range(3)]
-    assert [(r.fate, r.reason, r.judged) for r in rows] == [("deferred", "irrelevant", 1)] * 2 + [("refused", "irrelevant", 1)]
+    assert [(r.fate, r.reason, r.judged) for r in rows] == [("deferred", "irrelevant", 1)] * 2 + [
+        ("refused", "irrelevant", 1)
+    ]
     assert "round 1 of 3" in rows[0].message
     assert "+0.2 ± 0.1 (z +2.0, relevant below -3)" in rows[0].message
     assert "continual retry alice" in rows[2].message
@@ -115,7 +135,10 @@ def test_who_has_waited_too_long_expires(verdict: Judgement | None) -> None:
 
 
 def test_a_member_that_is_gone_expires_and_a_bad_one_is_refused() -> None:
-    gone, bad = fates.lost(ALICE, Refuse("gone", "alice: not there")), fates.lost(ALICE, Refuse("nan", "alice: NaN in x"))
+    gone, bad = (
+        fates.lost(ALICE, Refuse("gone", "alice: not there")),
+        fates.lost(ALICE, Refuse("nan", "alice: NaN in x")),
+    )
     assert (gone.fate, gone.reason, gone.message) == ("expired", "gone", "alice: not there")
     assert (bad.fate, bad.reason, bad.message) == ("refused", "nan", "alice: NaN in x")
 

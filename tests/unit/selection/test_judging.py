@@ -17,7 +17,9 @@ def losses(*tasks: list[float]) -> list[Tensor]:
     return [torch.tensor(task, dtype=torch.float64) for task in tasks]
 
 
-def drawn(seed: int, sizes: tuple[int, ...], shift: float = -0.05, spread: float = 0.1) -> tuple[list[Tensor], list[Tensor]]:
+def drawn(
+    seed: int, sizes: tuple[int, ...], shift: float = -0.05, spread: float = 0.1
+) -> tuple[list[Tensor], list[Tensor]]:
     random = torch.Generator().manual_seed(seed)
     before = [torch.rand(size, generator=random, dtype=torch.float64) * 5 for size in sizes]
     return before, [b + spread * torch.randn(len(b), generator=random, dtype=torch.float64) + shift for b in before]
@@ -93,7 +95,9 @@ def test_every_task_counts_the_same_whatever_its_rows() -> None:
 def test_what_makes_a_row_or_a_task_hard_cancels() -> None:
     without, with_it = drawn(2, (30, 30))
     hard = [torch.linspace(0, 1000, 30, dtype=torch.float64), torch.full((30,), 77.0, dtype=torch.float64)]
-    harder = judge([a + h for a, h in zip(without, hard, strict=True)], [b + h for b, h in zip(with_it, hard, strict=True)])
+    harder = judge(
+        [a + h for a, h in zip(without, hard, strict=True)], [b + h for b, h in zip(with_it, hard, strict=True)]
+    )
     assert harder.z == pytest.approx(judge(without, with_it).z, rel=1e-9)
 
 

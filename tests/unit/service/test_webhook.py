@@ -87,7 +87,9 @@ def test_accepted_pushes_are_on_disk_once(tmp_path: Path, ask: Callable[..., int
 @pytest.mark.parametrize(
     "headers", [{}, {"X-Webhook-Secret": ""}, {"X-Webhook-Secret": "s3cre"}, {"X-Webhook-Secret": "s3cret "[:-1] + "x"}]
 )
-def test_without_the_secret_nothing_is_kept(tmp_path: Path, ask: Callable[..., int], told: list[int], headers: dict[str, str]) -> None:
+def test_without_the_secret_nothing_is_kept(
+    tmp_path: Path, ask: Callable[..., int], told: list[int], headers: dict[str, str]
+) -> None:
     assert ask(payload(), headers) == 401
     assert (Inbox(tmp_path).items(), told) == ({}, [])
 
@@ -110,7 +112,9 @@ def test_without_the_secret_nothing_is_kept(tmp_path: Path, ask: Callable[..., i
         (payload(event__action="delete", event__scope="repo"), 202),
     ],
 )
-def test_what_is_no_push_is_not_kept(tmp_path: Path, ask: Callable[..., int], told: list[int], body: Any, status: int) -> None:
+def test_what_is_no_push_is_not_kept(
+    tmp_path: Path, ask: Callable[..., int], told: list[int], body: Any, status: int
+) -> None:
     assert ask(body) == status
     assert (Inbox(tmp_path).items(), told) == ({}, [])
 
@@ -125,7 +129,8 @@ def test_a_full_inbox_is_said_to_whoever_pushes(ask: Callable[..., int], monkeyp
 def test_the_same_push_at_once_from_many_threads_is_one(tmp_path: Path) -> None:
     inbox, new = Inbox(tmp_path), list[bool]()
     threads = [
-        threading.Thread(target=lambda: new.append(inbox.put("a" * 32, {"repo": "o/m", "sha": None, "time": 1.0}))) for _ in range(8)
+        threading.Thread(target=lambda: new.append(inbox.put("a" * 32, {"repo": "o/m", "sha": None, "time": 1.0})))
+        for _ in range(8)
     ]
     for thread in threads:
         thread.start()

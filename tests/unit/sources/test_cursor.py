@@ -31,7 +31,9 @@ def every(_info: Info) -> bool:
     return True
 
 
-def take(cursor: Cursor, rows: list[Info], now: float = NOW, *, all_: bool = False, known: set[str] | None = None) -> int:
+def take(
+    cursor: Cursor, rows: list[Info], now: float = NOW, *, all_: bool = False, known: set[str] | None = None
+) -> int:
     return cursor.read("l", iter(rows), now, lambda key: key in (known or ()), every, all_=all_)
 
 
@@ -83,7 +85,10 @@ def test_ready_once_after_the_commit_has_been_still() -> None:
     take(cursor, [info("o/old", at=NOW - 1000), info("o/new", at=NOW - 10), info("o/ahead", at=NOW + 5000)])
     assert [s.repo for s in cursor.ready(NOW, 60.0)] == ["o/old"]
     assert cursor.next_ready(NOW, 60.0) == pytest.approx(50.0)
-    assert [s.repo for s in cursor.ready(NOW + 60, 60.0)] == ["o/new", "o/ahead"]  # a clock that is ahead does not hold it up
+    assert [s.repo for s in cursor.ready(NOW + 60, 60.0)] == [
+        "o/new",
+        "o/ahead",
+    ]  # a clock that is ahead does not hold it up
     assert cursor.ready(NOW + 999, 60.0) == []
     assert cursor.next_ready(NOW + 999, 60.0) is None
 
@@ -113,9 +118,15 @@ def test_settled_ones_are_forgotten_and_not_taken_again() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans()), min_size=1, max_size=25), st.integers(1, 20))
-def test_whatever_is_committed_is_given_exactly_once_also_over_restarts(steps: list[tuple[int, int, bool]], restart: int) -> None:
-    """Commits in any order with tied times; between them polls, some of which see only a part of the list; a restart from what was kept."""
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans()), min_size=1, max_size=25),
+    st.integers(1, 20),
+)
+def test_whatever_is_committed_is_given_exactly_once_also_over_restarts(
+    steps: list[tuple[int, int, bool]], restart: int
+) -> None:
+    """Commits in any order with tied times; between them polls, some of which see only a part of the list; a restart
+    from what was kept."""
     cursor, heads, given_, made, now = Cursor(), dict[str, Info](), list[str](), set[str](), NOW
     for number, (repo, pause, polls) in enumerate(steps):
         now += pause
@@ -173,7 +184,11 @@ FT = ("base_model:org/base", "base_model:finetune:org/base", "license:mit", "tex
         (info("a/m", tags=FT, gated=True, private=True), {}, None),
         (info("a/m", tags=FT), {"since": "2099-01-01"}, "last commit before"),
         (info("a/m", tags=FT), {"since": "2001-01-01T12:00Z"}, None),
-        (info("a/m", tags=FT, files={"x.safetensors": RemoteFile("x.safetensors", 11, "", None)}), {"max_bytes": 10}, "11 bytes"),
+        (
+            info("a/m", tags=FT, files={"x.safetensors": RemoteFile("x.safetensors", 11, "", None)}),
+            {"max_bytes": 10},
+            "11 bytes",
+        ),
         (info("a/m", tags=FT, files={"x.bin": RemoteFile("x.bin", 11, "", None)}), {"max_bytes": 10}, None),
     ],
 )

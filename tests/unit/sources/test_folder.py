@@ -1,4 +1,5 @@
-"""The folder source: which directories are models, in which order, and when one is whole and still. Time is an argument; files are real."""
+"""The folder source: which directories are models, in which order, and when one is whole and still. Time is an
+argument; files are real."""
 
 from __future__ import annotations
 
@@ -44,10 +45,16 @@ def whole(path: Path) -> bool:
         ({"model.safetensors": WEIGHTS}, True),
         ({"model.safetensors": WEIGHTS[:-1]}, False),
         ({"model.safetensors": WEIGHTS[:5]}, False),
-        ({"model.safetensors": (1 << 63).to_bytes(8, "little") + WEIGHTS}, True),  # malformed: to be refused, not waited for
+        (
+            {"model.safetensors": (1 << 63).to_bytes(8, "little") + WEIGHTS},
+            True,
+        ),  # malformed: to be refused, not waited for
         ({"model.safetensors": b"\x04\0\0\0\0\0\0\0nope"}, True),
         ({INDEX: sharded("1.safetensors", "2.safetensors"), "1.safetensors": WEIGHTS}, False),
-        ({INDEX: sharded("1.safetensors", "2.safetensors"), "1.safetensors": WEIGHTS, "2.safetensors": WEIGHTS[:-4]}, False),
+        (
+            {INDEX: sharded("1.safetensors", "2.safetensors"), "1.safetensors": WEIGHTS, "2.safetensors": WEIGHTS[:-4]},
+            False,
+        ),
         ({INDEX: sharded("1.safetensors", "2.safetensors"), "1.safetensors": WEIGHTS, "2.safetensors": WEIGHTS}, True),
         ({INDEX: b"no json", "1.safetensors": WEIGHTS}, True),
         ({"adapter_config.json": b"{}"}, False),

@@ -1,4 +1,5 @@
-"""The pool in the ledger: who waits after each kind of record, what a round settles, and that a replay from the bytes ends up where the writer was."""
+"""The pool in the ledger: who waits after each kind of record, what a round settles, and that a replay from the bytes
+ends up where the writer was."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ class Book:
             self.add(Entry(kind="defer", candidate=candidate(name), fate="deferred", reason="waiting"))
 
     def fold(self, name: str) -> int:
-        entry = Entry(kind="fold", candidate=candidate(name), digest=f"d-{name}", fate="folded", numbers={"tau_norm": 1.0})
+        entry = Entry(
+            kind="fold", candidate=candidate(name), digest=f"d-{name}", fate="folded", numbers={"tau_norm": 1.0}
+        )
         return self.add(entry, writes=True)
 
     def select(self, *rows: tuple[str, str, int], **merge: Any) -> int:
@@ -97,7 +100,11 @@ def book() -> Book:
 
 def test_who_waits_in_the_order_of_coming(book: Book) -> None:
     assert book.waits() == ["a", "b", "c"]
-    assert (book.pool["k-b"].since, book.pool["k-b"].rounds, dict(book.pool["k-b"].last)) == ("2030-01-01T00:00:02.000Z", 0, {})
+    assert (book.pool["k-b"].since, book.pool["k-b"].rounds, dict(book.pool["k-b"].last)) == (
+        "2030-01-01T00:00:02.000Z",
+        0,
+        {},
+    )
     assert book.fate("a") is None, "nothing is settled"
 
 
@@ -137,7 +144,9 @@ def test_a_round_is_open_until_it_has_chosen(book: Book) -> None:
 
 def test_what_a_table_settles(book: Book) -> None:
     book.defer("d")
-    book.select(("a", "deferred", 1), ("b", "refused", 1), ("c", "expired", 0), ("d", "deferred", 0), ("stranger", "refused", 1))
+    book.select(
+        ("a", "deferred", 1), ("b", "refused", 1), ("c", "expired", 0), ("d", "deferred", 0), ("stranger", "refused", 1)
+    )
     assert book.waits() == ["a", "d"]
     assert [w.rounds for w in book.pool.values()] == [1, 0]
     assert book.pool["k-a"].last["message"] == "a: said"
@@ -146,7 +155,10 @@ def test_what_a_table_settles(book: Book) -> None:
     assert settled is not None
     assert (settled.seq, settled.entry.message, (settled.entry.candidate or {})["origin"]) == (5, "b: said", "/in/b")
     book.select(("a", "deferred", 1), ("d", "deferred", 1))
-    assert [(w.rounds, w.since) for w in book.pool.values()] == [(2, "2030-01-01T00:00:01.000Z"), (1, "2030-01-01T00:00:04.000Z")]
+    assert [(w.rounds, w.since) for w in book.pool.values()] == [
+        (2, "2030-01-01T00:00:01.000Z"),
+        (1, "2030-01-01T00:00:04.000Z"),
+    ]
 
 
 def test_chosen_ones_wait_until_they_are_folded(book: Book) -> None:
@@ -177,7 +189,15 @@ def test_weighed_models_come_and_go(book: Book) -> None:
     assert book.ledger.model is not None
     assert book.ledger.model.seq == first
     assert book.ledger.folded_digest("d-b") is not None
-    second = book.select(("a", "folded", 0), ("b", "deferred", 1), ("c", "folded", 0), active={"k-a": [0.5], "k-c": [1.0]}, folds=[brought("c")], out=["k-b"])  # fmt: skip
+    # fmt: skip
+    second = book.select(
+        ("a", "folded", 0),
+        ("b", "deferred", 1),
+        ("c", "folded", 0),
+        active={"k-a": [0.5], "k-c": [1.0]},
+        folds=[brought("c")],
+        out=["k-b"],
+    )
     assert (book.folded, book.waits()) == (["a", "c"], ["b"])
     assert (book.fate("a"), book.fate("b")) == (("folded", None), None)
     assert book.ledger.folded_digest("d-b") is None, "what left may come back"
@@ -209,7 +229,14 @@ def test_going_back_takes_what_is_in_the_merge_again_out_of_the_pool(book: Book)
 def test_a_replay_ends_up_where_the_writer_was(tmp_path: Path, book: Book) -> None:
     book.defer("d", "e")
     book.add(Entry(kind="round", numbers={"members": []}))
-    book.select(("a", "folded", 0), ("b", "deferred", 1), ("c", "refused", 1), active={"k-a": [0.1, 0.2]}, folds=[brought("a")], rest=[])
+    book.select(
+        ("a", "folded", 0),
+        ("b", "deferred", 1),
+        ("c", "refused", 1),
+        active={"k-a": [0.1, 0.2]},
+        folds=[brought("a")],
+        rest=[],
+    )
     book.select(("a", "deferred", 1), ("d", "folded", 0), active={"k-d": [1.0]}, folds=[brought("d")], out=["k-a"])
     book.add(Entry(kind="rollback", numbers={"to": 7}))
     book.add(Entry(kind="retry", candidate=candidate("d"), fate="retry"))

@@ -35,7 +35,9 @@ def _check_history(state: State) -> None:
     assert state.totals == {"count": 2.0}
     assert state.totals_at(5) == {"count": 3.0}
     assert state.tags() == {"first": 1}
-    fates = {key: commit.entry.fate for key in ("k1", "k3", "bad", "new") if (commit := state.fate(key)) or key != "new"}
+    fates = {
+        key: commit.entry.fate for key in ("k1", "k3", "bad", "new") if (commit := state.fate(key)) or key != "new"
+    }
     assert fates == {"k1": "folded", "k3": "rolled-back", "bad": "refused"}
     assert state.folded_digest("blake3:2") is not None
     assert state.folded_digest("blake3:3") is None
@@ -86,7 +88,9 @@ def test_another_process_that_writes_is_named(tmp_path: Path) -> None:
     with stores.make(tmp_path / "s") as state:
         state.set_url("http://127.0.0.1:1")
         code = "import sys\nfrom pathlib import Path\nfrom continual.state import State\nState.open(Path(sys.argv[1]), write=True)"
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "s")], capture_output=True, text=True, check=False
+        )
         assert "Busy" in done.stderr
         assert f"process {os.getpid()} at http://127.0.0.1:1" in done.stderr
         with pytest.raises(Busy):
@@ -167,7 +171,15 @@ def test_other_readers_see_the_same_values(tmp_path: Path, spec: SlotSpec) -> No
     tensor = TensorSpec("t/é", spec.shape, "F32", "plain")
     base = {"path": "/b"}
     made = State.create(
-        tmp_path / "s", base=base, tensors=[tensor], rule="mean", options={}, read={}, slots={"t/é": {"x": spec}}, software={}, device="cpu"
+        tmp_path / "s",
+        base=base,
+        tensors=[tensor],
+        rule="mean",
+        options={},
+        read={},
+        slots={"t/é": {"x": spec}},
+        software={},
+        device="cpu",
     )
     with made as state, state.begin() as transaction:
         transaction.write("t/é", "x", array)
@@ -211,7 +223,9 @@ def test_names_of_arrays(name: str, encoded: str) -> None:
 def test_a_full_disk_settles_nothing(tmp_path: Path) -> None:
     place = tmp_path / "small"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24M", "tmpfs", str(place)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24M", "tmpfs", str(place)], capture_output=True, check=False
+    )
     if mounted.returncode != 0:
         pytest.skip("mounting a small file system needs root")
     try:

@@ -1,4 +1,5 @@
-"""LoRA adapters: their task vectors against PEFT's own merge, and every configuration that is more than plain LoRA refused by its name."""
+"""LoRA adapters: their task vectors against PEFT's own merge, and every configuration that is more than plain LoRA
+refused by its name."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def merged_by_peft(model: Any) -> tuple[Tensors, Tensors]:
     """The base's weights and the merged ones in float64, by the base's names."""
     strip = lambda n: n.removeprefix("base_model.model.").replace(".base_layer", "")  # noqa: E731
     model = model.double()
-    before = {strip(n): t.clone() for n, t in model.state_dict().items() if "lora_" not in n and "modules_to_save" not in n}
+    before = {
+        strip(n): t.clone() for n, t in model.state_dict().items() if "lora_" not in n and "modules_to_save" not in n
+    }
     before = {n.replace(".original_module", ""): t for n, t in before.items()}
     return before, dict(model.merge_and_unload().state_dict())
 
@@ -54,7 +57,9 @@ def agrees(base: Path, adapter: Path, model: Any, **policy: Any) -> Lineage:
     """Checks every task vector against PEFT's merge of `model`, which was saved as `adapter`."""
     taus, lineage, _ = task_vectors(base, adapter, **policy)
     before, after = merged_by_peft(model)
-    changed = {n for n in before if n in after and before[n].shape == after[n].shape and not torch.equal(before[n], after[n])}
+    changed = {
+        n for n in before if n in after and before[n].shape == after[n].shape and not torch.equal(before[n], after[n])
+    }
     assert changed
     assert changed & {s.name for s in based(base).specs} <= set(taus)
     for name, tau in taus.items():
@@ -95,7 +100,9 @@ def bert(kind: Any = transformers.BertModel, **more: Any) -> Any:
 
 
 def gpt2() -> Any:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=8))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=8)
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +126,9 @@ def test_bert_as_peft_merges_it(tmp_path: Path, config: dict[str, Any]) -> None:
 
 
 def test_conv1d_weights_are_stored_transposed(tmp_path: Path) -> None:
-    base, adapter, model = adapted(tmp_path, gpt2(), r=4, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
+    base, adapter, model = adapted(
+        tmp_path, gpt2(), r=4, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True
+    )
     agrees(base, adapter, model)
 
 
@@ -139,19 +148,31 @@ def test_convolutions(tmp_path: Path) -> None:
 
 
 def test_an_adapted_embedding_brings_its_own_copy(tmp_path: Path) -> None:
-    config = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     base, adapter, model = adapted(tmp_path, llama, r=2, target_modules=["embed_tokens", "q_proj"])
-    assert "base_model.model.model.embed_tokens.base_layer.weight" in load_file(adapter / "adapter_model.safetensors"), "PEFT stores both"
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in load_file(
+        adapter / "adapter_model.safetensors"
+    ), "PEFT stores both"
     assert len(agrees(base, adapter, model).folded) == 2
 
 
 def test_modules_to_save_and_a_head_the_base_lacks(tmp_path: Path) -> None:
     bert().save_pretrained(tmp_path / "bare")
     model = bert(transformers.BertForSequenceClassification)
-    base, adapter, wrapped = adapted(tmp_path, model, r=2, target_modules=["query"], modules_to_save=["classifier", "pooler"])
+    base, adapter, wrapped = adapted(
+        tmp_path, model, r=2, target_modules=["query"], modules_to_save=["classifier", "pooler"]
+    )
     lineage = agrees(base, adapter, wrapped)
-    assert {"classifier.weight", "bert.pooler.dense.weight", "bert.encoder.layer.0.attention.self.query.weight"} <= set(lineage.folded)
+    assert {"classifier.weight", "bert.pooler.dense.weight", "bert.encoder.layer.0.attention.self.query.weight"} <= set(
+        lineage.folded
+    )
     assert lineage.extra == ()
     taus, lineage, _ = task_vectors(tmp_path / "bare", adapter)
     assert lineage.prefix == ("", "bert.")
@@ -162,9 +183,14 @@ def test_modules_to_save_and_a_head_the_base_lacks(tmp_path: Path) -> None:
 def plain(path: Path, weights: Tensors | None = None, **config: Any) -> Path:
     """An adapter written by hand for the base of `small`."""
     path.mkdir(exist_ok=True)
-    default = {"base_model.model.a.lora_A.weight": torch.randn(2, 6), "base_model.model.a.lora_B.weight": torch.randn(4, 2)}
+    default = {
+        "base_model.model.a.lora_A.weight": torch.randn(2, 6),
+        "base_model.model.a.lora_B.weight": torch.randn(4, 2),
+    }
     save_file(default if weights is None else weights, path / "adapter_model.safetensors")
-    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a"]} | config))
+    (path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a"]} | config)
+    )
     return path
 
 
@@ -172,7 +198,8 @@ def plain(path: Path, weights: Tensors | None = None, **config: Any) -> Path:
 def small(tmp_path: Path) -> Path:
     (tmp_path / "base").mkdir()
     save_file(
-        {"a.weight": torch.randn(4, 6), "b.weight": torch.randn(3), "c.weight": torch.randn(4, 4)}, tmp_path / "base" / "model.safetensors"
+        {"a.weight": torch.randn(4, 6), "b.weight": torch.randn(3), "c.weight": torch.randn(4, 4)},
+        tmp_path / "base" / "model.safetensors",
     )
     return tmp_path / "base"
 
@@ -196,7 +223,10 @@ def test_scale_b_a(small: Path, tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_digest_knows_factors_and_scale(small: Path, tmp_path: Path) -> None:
-    weights = {"base_model.model.a.lora_A.weight": torch.randn(2, 6), "base_model.model.a.lora_B.weight": torch.randn(4, 2)}
+    weights = {
+        "base_model.model.a.lora_A.weight": torch.randn(2, 6),
+        "base_model.model.a.lora_B.weight": torch.randn(4, 2),
+    }
     first = task_vectors(small, plain(tmp_path / "x", weights))[2]
     assert task_vectors(small, plain(tmp_path / "y", weights, lora_dropout=0.3, target_modules="a"))[2] == first
     assert task_vectors(small, plain(tmp_path / "z", weights, lora_alpha=8))[2] != first
@@ -212,7 +242,9 @@ def test_the_configuration_is_part_of_the_candidate(tmp_path: Path) -> None:
     plain(tmp_path / "x")
     first = key()
     assert key() == first
-    (tmp_path / "x" / "adapter_config.json").write_text((tmp_path / "x" / "adapter_config.json").read_text().replace("4", "8"))
+    (tmp_path / "x" / "adapter_config.json").write_text(
+        (tmp_path / "x" / "adapter_config.json").read_text().replace("4", "8")
+    )
     assert key() != first
 
 
@@ -243,7 +275,10 @@ def test_a_configuration_rewritten_while_it_is_read(tmp_path: Path) -> None:
         {"use_bdlora": {"nblocks": 2}},
         {"ensure_weight_tying": True},
         {"a_key_of_the_future": "on"},
-        *({"init_lora_weights": word} for word in ("pissa", "pissa_niter_16", "olora", "loftq", "corda", "eva", "lora_ga", "mica")),
+        *(
+            {"init_lora_weights": word}
+            for word in ("pissa", "pissa_niter_16", "olora", "loftq", "corda", "eva", "lora_ga", "mica")
+        ),
         {"peft_type": "IA3"},
         {"peft_type": ["LORA"]},
     ],
@@ -313,7 +348,11 @@ A, B = torch.zeros(2, 6), torch.zeros(4, 2)
         ({"a.lora_B.weight": B}, "adapter-kind", "no pair"),
         ({"a.lora_A.weight": A, "a.lora_embedding_B": B}, "adapter-kind", "no pair"),
         ({"a.lora_A.weight": A, "a.lora_A.default.weight": A, "a.lora_B.weight": B}, "adapter-kind", "same factor"),
-        ({"a.lora_A.weight": A, "a.lora_B.weight": B, "a.lora_magnitude_vector": B}, "adapter-kind", "lora_magnitude_vector"),
+        (
+            {"a.lora_A.weight": A, "a.lora_B.weight": B, "a.lora_magnitude_vector": B},
+            "adapter-kind",
+            "lora_magnitude_vector",
+        ),
         ({"a.lora_A.weight": A, "a.lora_B.weight": B, "a.lora_B.bias": B}, "adapter-kind", "lora_B.bias"),
         ({"a.lora_A.weight": A, "a.lora_B.weight": B, "b.weight": torch.zeros(3)}, "adapter-kind", "b.weight"),
         ({"a.lora_A.weight": A[:1], "a.lora_B.weight": B}, "shape", "rank 2"),
@@ -324,7 +363,11 @@ A, B = torch.zeros(2, 6), torch.zeros(4, 2)
         ({"a.lora_A.weight": A.double(), "a.lora_B.weight": B}, "dtype", "F64"),
         ({"a.lora_A.weight": A.to(torch.int8), "a.lora_B.weight": B}, "dtype", "I8"),
         ({"z.lora_A.weight": A, "z.lora_B.weight": B}, "adapter-target", "z.weight"),
-        ({"a.lora_A.weight": A, "a.lora_B.weight": B, "q.lora_A.weight": A, "q.lora_B.weight": B}, "adapter-target", "q.weight"),
+        (
+            {"a.lora_A.weight": A, "a.lora_B.weight": B, "q.lora_A.weight": A, "q.lora_B.weight": B},
+            "adapter-target",
+            "q.weight",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit(small: Path, tmp_path: Path, weights: Tensors, reason: str, words: str) -> None:
@@ -335,7 +378,9 @@ def test_tensors_that_do_not_fit(small: Path, tmp_path: Path, weights: Tensors, 
 
 
 def test_only_a_head_the_base_lacks(small: Path, tmp_path: Path) -> None:
-    adapter = plain(tmp_path / "x", {"base_model.model.classifier.weight": torch.zeros(2, 4)}, modules_to_save=["classifier"])
+    adapter = plain(
+        tmp_path / "x", {"base_model.model.classifier.weight": torch.zeros(2, 4)}, modules_to_save=["classifier"]
+    )
     assert refused(small, adapter).reason == "adapter-target"
 
 
@@ -343,40 +388,62 @@ def test_only_a_head_the_base_lacks(small: Path, tmp_path: Path) -> None:
 def tied(tmp_path: Path) -> Path:
     (tmp_path / "tied").mkdir()
     save_file(
-        {"model.embed_tokens.weight": torch.randn(4, 6), "model.l.weight": torch.randn(4, 6)}, tmp_path / "tied" / "model.safetensors"
+        {"model.embed_tokens.weight": torch.randn(4, 6), "model.l.weight": torch.randn(4, 6)},
+        tmp_path / "tied" / "model.safetensors",
     )
     (tmp_path / "tied" / "config.json").write_text('{"tie_word_embeddings": true}')
     return tmp_path / "tied"
 
 
 def test_a_tied_head_is_the_embedding(tied: Path, tmp_path: Path) -> None:
-    head = {"base_model.model.lm_head.lora_A.weight": torch.randn(2, 6), "base_model.model.lm_head.lora_B.weight": torch.randn(4, 2)}
+    head = {
+        "base_model.model.lm_head.lora_A.weight": torch.randn(2, 6),
+        "base_model.model.lm_head.lora_B.weight": torch.randn(4, 2),
+    }
     table = {
         "base_model.model.model.embed_tokens.lora_embedding_A": torch.randn(2, 4),
         "base_model.model.model.embed_tokens.lora_embedding_B": torch.randn(6, 2),
     }
-    other = {"base_model.model.model.l.lora_A.weight": torch.randn(2, 6), "base_model.model.model.l.lora_B.weight": torch.randn(4, 2)}
-    assert task_vectors(tied, plain(tmp_path / "x", head | other))[0].keys() == {"model.embed_tokens.weight", "model.l.weight"}
-    assert task_vectors(tied, plain(tmp_path / "y", table | other))[0].keys() == {"model.embed_tokens.weight", "model.l.weight"}
+    other = {
+        "base_model.model.model.l.lora_A.weight": torch.randn(2, 6),
+        "base_model.model.model.l.lora_B.weight": torch.randn(4, 2),
+    }
+    assert task_vectors(tied, plain(tmp_path / "x", head | other))[0].keys() == {
+        "model.embed_tokens.weight",
+        "model.l.weight",
+    }
+    assert task_vectors(tied, plain(tmp_path / "y", table | other))[0].keys() == {
+        "model.embed_tokens.weight",
+        "model.l.weight",
+    }
     assert refused(tied, plain(tmp_path / "z", head | table | other)).reason == "tied"
 
 
 def test_a_resized_vocabulary_stored_beside_the_factors(tied: Path, tmp_path: Path) -> None:
     table = torch.randn(5, 6)
-    factors = {"base_model.model.model.l.lora_A.weight": torch.randn(2, 6), "base_model.model.model.l.lora_B.weight": torch.randn(4, 2)}
+    factors = {
+        "base_model.model.model.l.lora_A.weight": torch.randn(2, 6),
+        "base_model.model.model.l.lora_B.weight": torch.randn(4, 2),
+    }
     adapter = plain(tmp_path / "x", factors | {"base_model.model.model.embed_tokens.weight": table})
     assert refused(tied, adapter).reason == "vocab"
     taus, lineage, _ = task_vectors(tied, adapter, vocab="common-rows")
     assert lineage.rows == {"model.embed_tokens.weight": 4}
-    assert torch.equal(taus["model.embed_tokens.weight"], table[:4] - load_file(tied / "model.safetensors")["model.embed_tokens.weight"])
+    assert torch.equal(
+        taus["model.embed_tokens.weight"],
+        table[:4] - load_file(tied / "model.safetensors")["model.embed_tokens.weight"],
+    )
 
 
 def data(found: Callable[[Path], Path]) -> Path:
-    """A part of the real data, from CONTINUAL_TEST_DATA or the folder beside the repository. Skips where it is not there."""
+    """A part of the real data, from CONTINUAL_TEST_DATA or the folder beside the repository. Skips where it is not
+    there."""
     beside = Path(__file__).parents[4] / "shared" / "data"
     path = found(Path(os.environ.get("CONTINUAL_TEST_DATA", beside)))
     if not path.exists():
-        pytest.skip(f"{path}: not here; set CONTINUAL_TEST_DATA (its adapters) and CONTINUAL_TEST_ENCODER (all-MiniLM-L6-v2)")
+        pytest.skip(
+            f"{path}: not here; set CONTINUAL_TEST_DATA (its adapters) and CONTINUAL_TEST_ENCODER (all-MiniLM-L6-v2)"
+        )
     return path
 
 

@@ -1,4 +1,5 @@
-"""Model directories as they come: good ones are read to the byte, bad ones refused with the file's name, and a bad environment settles nothing."""
+"""Model directories as they come: good ones are read to the byte, bad ones refused with the file's name, and a bad
+environment settles nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def single(tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     return write(
-        tmp_path / "m", {"x-1.safetensors": {"a": A}, "x-2.safetensors": {"b": B}}, {"a": "x-1.safetensors", "b": "x-2.safetensors"}
+        tmp_path / "m",
+        {"x-1.safetensors": {"a": A}, "x-2.safetensors": {"b": B}},
+        {"a": "x-1.safetensors", "b": "x-2.safetensors"},
     )
 
 
@@ -72,7 +75,10 @@ def test_dtypes_scalars_and_empty(tmp_path: Path) -> None:
         torch.float32,
         torch.float64,
     )
-    tensors = {str(d): torch.tensor([0, 1, 1]).to(d) for d in kinds} | {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 7)}
+    tensors = {str(d): torch.tensor([0, 1, 1]).to(d) for d in kinds} | {
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 7),
+    }
     with open_model(write(tmp_path / "m", {"model.safetensors": tensors})) as model:
         assert isinstance(model, Checkpoint)
         for name, tensor in tensors.items():
@@ -138,9 +144,15 @@ def test_index_names_only_files_beside_it(sharded: Path, shard: object) -> None:
         ("[]", "no JSON object"),
         ('{"weight_map"', "JSON"),
         ('{"a":' * 100_000, "JSON"),
-        ('{"weight_map": {"a": "x-1.safetensors", "a": "x-2.safetensors", "b": "x-2.safetensors"}}', "a is there twice"),
+        (
+            '{"weight_map": {"a": "x-1.safetensors", "a": "x-2.safetensors", "b": "x-2.safetensors"}}',
+            "a is there twice",
+        ),
         ('{"weight_map": {"a": "x-2.safetensors", "b": "x-1.safetensors"}}', "where it is not"),
-        ('{"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors", "c\\nd": "x-2.safetensors"}}', "where it is not"),
+        (
+            '{"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors", "c\\nd": "x-2.safetensors"}}',
+            "where it is not",
+        ),
     ],
 )
 def test_malformed_index(sharded: Path, text: str, words: str) -> None:
@@ -228,7 +240,9 @@ def test_a_linked_directory_leads_out_too(single: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: os.symlink(p, p)])
-def test_fifo_directory_and_circle_of_links_neither_hang_nor_crash(single: Path, name: str, make: Callable[[Path], None]) -> None:
+def test_fifo_directory_and_circle_of_links_neither_hang_nor_crash(
+    single: Path, name: str, make: Callable[[Path], None]
+) -> None:
     (single / name).unlink(missing_ok=True)
     make(single / name)
     if name == "config.json" and (single / name).is_symlink():
@@ -249,7 +263,9 @@ def replace(file: Path) -> None:
     file.with_suffix(".new").rename(file)
 
 
-@pytest.mark.parametrize("change", [Path.unlink, rewrite, replace, lambda f: os.truncate(f, 10), lambda f: shutil.rmtree(f.parent)])
+@pytest.mark.parametrize(
+    "change", [Path.unlink, rewrite, replace, lambda f: os.truncate(f, 10), lambda f: shutil.rmtree(f.parent)]
+)
 def test_changed_or_deleted_while_it_is_read(single: Path, change: Callable[[Path], None]) -> None:
     with open_model(single) as model:
         model.check_unchanged()

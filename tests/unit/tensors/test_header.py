@@ -1,4 +1,5 @@
-"""The header parser on good, bad and hostile bytes: it returns what the safetensors library wrote, or Refuse, and nothing else."""
+"""The header parser on good, bad and hostile bytes: it returns what the safetensors library wrote, or Refuse, and
+nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def entry(begin: int, end: int, shape: list[Any] | None = None, dtype: str = "F3
     return {"dtype": dtype, "shape": [(end - begin) // 4] if shape is None else shape, "data_offsets": [begin, end]}
 
 
-GOOD = file_of({"__metadata__": {"format": "pt"}, "a": entry(0, 8), "b": entry(8, 8, [0, 3]), "c": entry(8, 12, [])}, bytes(12))
+GOOD = file_of(
+    {"__metadata__": {"format": "pt"}, "a": entry(0, 8), "b": entry(8, 8, [0, 3]), "c": entry(8, 12, [])}, bytes(12)
+)
 
 
 def test_reads_what_the_library_writes() -> None:
@@ -48,7 +51,9 @@ def test_reads_what_the_library_writes() -> None:
         info = found[name]
         assert (info.shape, info.nbytes) == (tuple(tensor.shape), tensor.numel() * tensor.element_size())
         assert (
-            data[info.offset : info.offset + info.nbytes] == bytes(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else True
+            data[info.offset : info.offset + info.nbytes] == bytes(tensor.reshape(-1).view(torch.uint8).numpy())
+            if tensor.numel()
+            else True
         )
     assert [found[n].dtype for n in ("x", "mask", "ids", "scalar")] == ["BF16", "BOOL", "I64", "F32"]
 
@@ -72,7 +77,10 @@ def test_reads_what_the_library_writes() -> None:
         (file_of(b'{"a":NaN}'), "header", "NaN"),
         (file_of(b'{"a":' + b"9" * 10_000 + b"}"), "header", "JSON"),
         (
-            file_of(b'{"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[],"data_offsets":[1,2]}}', b"ab"),
+            file_of(
+                b'{"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[],"data_offsets":[1,2]}}',
+                b"ab",
+            ),
             "header",
             "a is there twice",
         ),
@@ -140,7 +148,10 @@ def test_fuzz_bytes(data: bytes) -> None:
     only_refuse(data)
 
 
-@given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=6), st.integers(0, len(GOOD)))
+@given(
+    st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=6),
+    st.integers(0, len(GOOD)),
+)
 @settings(max_examples=300)
 def test_fuzz_flipped_and_cut(flips: list[tuple[int, int]], end: int) -> None:
     data = bytearray(GOOD)
@@ -152,15 +163,23 @@ def test_fuzz_flipped_and_cut(flips: list[tuple[int, int]], end: int) -> None:
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4), max_leaves=8
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=8,
 )
 sizes = st.lists(st.integers(-1, 6) | st.integers(), max_size=4)
 entries = st.fixed_dictionaries(
-    {"dtype": st.sampled_from(["F32", "BF16", "U8", "F8_E5M2", "?"]), "shape": sizes | values, "data_offsets": sizes | values}
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "U8", "F8_E5M2", "?"]),
+        "shape": sizes | values,
+        "data_offsets": sizes | values,
+    }
 )
 
 
-@given(st.dictionaries(st.text(max_size=6) | st.just("__metadata__"), entries | values, max_size=4), st.binary(max_size=40))
+@given(
+    st.dictionaries(st.text(max_size=6) | st.just("__metadata__"), entries | values, max_size=4), st.binary(max_size=40)
+)
 @settings(max_examples=300)
 def test_fuzz_json(header: dict[str, Any], data: bytes) -> None:
     only_refuse(file_of(header, data))

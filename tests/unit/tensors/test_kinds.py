@@ -15,7 +15,13 @@ from continual.errors import Misconfigured, Refuse
 from continual.tensors import BaseModel, Checkpoint, describe, open_model
 from continual.tensors.kinds import is_vocabulary, kind_of
 
-SMALL: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 def opened(path: Path) -> Checkpoint:
@@ -44,9 +50,13 @@ def matrices(base: BaseModel) -> set[str]:
 def test_bert(tmp_path: Path) -> None:
     base = made(tmp_path, transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, max_position_embeddings=8)))
     layer = [
-        f"bert.encoder.layer.{i}.{n}.weight" for i in range(3) for n in ("intermediate.dense", "output.dense", "attention.output.dense")
+        f"bert.encoder.layer.{i}.{n}.weight"
+        for i in range(3)
+        for n in ("intermediate.dense", "output.dense", "attention.output.dense")
     ]
-    attention = [f"bert.encoder.layer.{i}.attention.self.{n}.weight" for i in range(3) for n in ("query", "key", "value")]
+    attention = [
+        f"bert.encoder.layer.{i}.attention.self.{n}.weight" for i in range(3) for n in ("query", "key", "value")
+    ]
     assert matrices(base) == {*layer, *attention, "cls.predictions.transform.dense.weight"}
     depth = {spec.name: spec.depth for spec in base.specs}
     assert depth["bert.embeddings.word_embeddings.weight"] == depth["bert.embeddings.LayerNorm.weight"] == 0.0
@@ -58,7 +68,10 @@ def test_bert(tmp_path: Path) -> None:
 
 def test_gpt2(tmp_path: Path) -> None:
     base = made(
-        tmp_path, transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=8))
+        tmp_path,
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=8)
+        ),
     )
     parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert matrices(base) == {f"transformer.h.{i}.{p}.weight" for i in range(2) for p in parts}
@@ -75,7 +88,9 @@ def test_llama_is_not_tied(tmp_path: Path) -> None:
 
 
 def test_t5_has_two_stacks_and_a_shared_table(tmp_path: Path) -> None:
-    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2)
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2
+    )
     base = made(tmp_path, transformers.T5ForConditionalGeneration(config))
     depth = {spec.name: spec.depth for spec in base.specs}
     assert depth["encoder.block.1.layer.1.DenseReluDense.wi.weight"] == 1.0
@@ -133,7 +148,11 @@ def test_kinds_by_name(name: str, shape: tuple[int, ...], dtype: str, kind: str)
 
 
 def test_globs_and_carried_float64(tmp_path: Path) -> None:
-    tensors = {"a.weight": torch.zeros(2, 2), "b.weight": torch.zeros(2, 2), "c.weight": torch.zeros(2, 2, dtype=torch.float64)}
+    tensors = {
+        "a.weight": torch.zeros(2, 2),
+        "b.weight": torch.zeros(2, 2),
+        "c.weight": torch.zeros(2, 2, dtype=torch.float64),
+    }
     with stored(tmp_path, {}, **tensors) as checkpoint:
         base = describe(checkpoint, plain=["b.*"], exclude=["c*"])
         assert [spec.kind for spec in base.specs] == ["matrix", "plain", "carried"]
@@ -184,7 +203,13 @@ def test_a_base_whose_config_ties_what_differs_is_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"model_type": "gpt2"}, {"model_type": "llama"}, {"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": False}}],
+    [
+        {},
+        {"model_type": "gpt2"},
+        {"model_type": "llama"},
+        {"tie_word_embeddings": False},
+        {"text_config": {"tie_word_embeddings": False}},
+    ],
 )
 def test_without_a_word_of_the_config_what_differs_is_two_tensors(tmp_path: Path, config: dict[str, Any]) -> None:
     with stored(tmp_path, config, transformer__wte__weight=TABLE, lm_head__weight=TABLE + 1) as checkpoint:
@@ -194,5 +219,9 @@ def test_without_a_word_of_the_config_what_differs_is_two_tensors(tmp_path: Path
 
 
 def test_a_nested_config_ties(tmp_path: Path) -> None:
-    with stored(tmp_path, {"text_config": {"tie_word_embeddings": True}}, language_model__model__embed_tokens__weight=TABLE) as checkpoint:
-        assert describe(checkpoint).aliases["language_model.lm_head.weight"] == "language_model.model.embed_tokens.weight"
+    with stored(
+        tmp_path, {"text_config": {"tie_word_embeddings": True}}, language_model__model__embed_tokens__weight=TABLE
+    ) as checkpoint:
+        assert (
+            describe(checkpoint).aliases["language_model.lm_head.weight"] == "language_model.model.embed_tokens.weight"
+        )

@@ -1,4 +1,5 @@
-"""Task vectors of full checkpoints: their values against whole-tensor arithmetic, what counts as the same content, and what memory they take."""
+"""Task vectors of full checkpoints: their values against whole-tensor arithmetic, what counts as the same content, and
+what memory they take."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def test_values_are_those_of_whole_tensors(
 @pytest.mark.parametrize("ours", FLOATS)
 def test_an_untouched_weight_gives_exactly_zero(tmp_path: Path, ours: torch.dtype, theirs: torch.dtype) -> None:
     origin = torch.randn(50, 50).to(ours)
-    found, _ = pieces(save(tmp_path / "base", {"a.weight": origin}), save(tmp_path / "ft", {"a.weight": origin.to(theirs)}))
+    found, _ = pieces(
+        save(tmp_path / "base", {"a.weight": origin}), save(tmp_path / "ft", {"a.weight": origin.to(theirs)})
+    )
     assert not found["a.weight"].tau.any()
 
 
@@ -104,7 +107,9 @@ def resident_peak() -> int:
 
 def test_beside_the_task_vector_hardly_anything_is_in_memory(tmp_path: Path) -> None:
     shape = (4096, 4096)
-    base = save(tmp_path / "base", {"a.weight": torch.zeros(shape, dtype=torch.bfloat16), "b.weight": torch.zeros(8, 8)})
+    base = save(
+        tmp_path / "base", {"a.weight": torch.zeros(shape, dtype=torch.bfloat16), "b.weight": torch.zeros(8, 8)}
+    )
     tuned = save(tmp_path / "ft", {"a.weight": torch.ones(shape, dtype=torch.bfloat16), "b.weight": torch.ones(8, 8)})
     origin = based(base)
     with origin.checkpoint, open_model(tuned) as model:

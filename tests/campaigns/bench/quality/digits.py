@@ -1,6 +1,8 @@
-"""The suite *digits*: the demonstration's small transformer, and fine-tunes of it for other ways of seeing the same handwritten digits.
+"""The suite *digits*: the demonstration's small transformer, and fine-tunes of it for other ways of seeing the same
+handwritten digits.
 
-The first eight ways are the demonstration's own. The held-out images are split once: the first 200 choose read-time options, the other 397 judge.
+The first eight ways are the demonstration's own. The held-out images are split once: the first 200 choose read-time
+options, the other 397 judge.
 """
 
 from __future__ import annotations
@@ -104,7 +106,10 @@ class Digits:
 
         torch.manual_seed(seed)
         wrapped = get_peft_model(
-            model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+            model,
+            LoraConfig(
+                r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+            ),
         )
         digits.train(wrapped, seen, labels, steps=STEPS[form], rate=RATES[form], seed=seed)
         wrapped.save_pretrained(target)

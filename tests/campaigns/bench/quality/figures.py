@@ -1,4 +1,5 @@
-"""From answers to figures: accuracies over orders, what is retained, backward transfer, and bootstrap intervals of differences. No files are written here."""
+"""From answers to figures: accuracies over orders, what is retained, backward transfer, and bootstrap intervals of
+differences. No files are written here."""
 
 from __future__ import annotations
 
@@ -47,8 +48,11 @@ class Table:
         return sorted({c for _, name, c, way in self.rows if (name, way) == (rule, read)})
 
     def answers(self, order: int, rule: str, count: int, read: str) -> Answers | None:
-        """Right (1) and wrong (0) answers by task. What no order changes was asked in the first order alone; base and own are cut to the order's tasks."""
-        row = self.rows.get((order, rule, count, read)) or (self.rows.get((0, rule, count, read)) if count == self.most else None)
+        """Right (1) and wrong (0) answers by task. What no order changes was asked in the first order alone; base and
+        own are cut to the order's tasks."""
+        row = self.rows.get((order, rule, count, read)) or (
+            self.rows.get((0, rule, count, read)) if count == self.most else None
+        )
         if rule in ("base", "own"):
             whole: Answers = self.rows[0, rule, self.most, "paper"]["test"]
             tasks = self.tasks(order, count)
@@ -59,7 +63,14 @@ class Table:
         """Which tasks are merged at this point of the order."""
         if count == self.most:
             return list(self.rows[0, "base", count, "paper"]["test"])
-        found = next((row for (o, name, c, _), row in self.rows.items() if (o, c) == (order, count) and name not in ("base", "own")), None)
+        found = next(
+            (
+                row
+                for (o, name, c, _), row in self.rows.items()
+                if (o, c) == (order, count) and name not in ("base", "own")
+            ),
+            None,
+        )
         return None if found is None else list(found["test"])
 
     def accuracy(self, rule: str, count: int, read: str = "default") -> tuple[float, float] | None:
@@ -71,7 +82,8 @@ class Table:
         return centre, math.sqrt(sum((x - centre) ** 2 for x in found) / max(1, len(found) - 1))
 
     def transfer(self, rule: str, read: str = "default") -> float | None:
-        """Backward transfer: what a task gains (loses, below 0) from the first checkpoint that has it to the last one, mean over tasks and orders."""
+        """Backward transfer: what a task gains (loses, below 0) from the first checkpoint that has it to the last one,
+        mean over tasks and orders."""
         gains = []
         for order in self.orders:
             first: dict[str, float] = {}
@@ -85,17 +97,25 @@ class Table:
 
     def cost(self, rule: str, what: str) -> list[float]:
         """A figure of every fold of the first order."""
-        rows = [row for (o, name, c, way), row in self.rows.items() if (o, name, c, way) == (0, rule, self.most, "default")]
+        rows = [
+            row for (o, name, c, way), row in self.rows.items() if (o, name, c, way) == (0, rule, self.most, "default")
+        ]
         return [fold[what] for fold in rows[0]["costs"]] if rows else []
 
     def scales(self, rule: str, count: int, read: str) -> list[float]:
         """What X was multiplied by, by order."""
-        return [row["factor"] for (_, name, c, way), row in sorted(self.rows.items()) if (name, c, way) == (rule, count, read)]
+        return [
+            row["factor"]
+            for (_, name, c, way), row in sorted(self.rows.items())
+            if (name, c, way) == (rule, count, read)
+        ]
 
     def difference(self, one: tuple[str, str], other: tuple[str, str], count: int) -> tuple[float, float, float] | None:
-        """Accuracy of `one` = (rule, read) less that of `other`, in points: mean over tasks and orders, and its 95 % interval.
+        """Accuracy of `one` = (rule, read) less that of `other`, in points: mean over tasks and orders, and its 95 %
+        interval.
 
-        Paired bootstrap: the test rows of each task are drawn anew, the same rows for both and in all orders. Tasks and orders are as they are.
+        Paired bootstrap: the test rows of each task are drawn anew, the same rows for both and in all orders. Tasks and
+        orders are as they are.
         """
         by_task: dict[str, list[np.ndarray]] = {}
         used = 0

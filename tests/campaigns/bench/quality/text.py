@@ -1,8 +1,11 @@
-"""The suite *text*: a 22M-parameter sentence encoder, and fine-tunes of it for short-text classification with frozen class heads.
+"""The suite *text*: a 22M-parameter sentence encoder, and fine-tunes of it for short-text classification with frozen
+class heads.
 
-The encoder and what is asked of it are those of `tests.campaigns.bench.encoder`. Only the encoder is fine-tuned; a class's head is the normalised mean of the base's
-embeddings of the class's prompts, as CLIP's zero-shot heads, so one merged encoder can be asked about every task. The last 200 training rows of each set are
-never trained on: read-time options are chosen by them. Matrix products run in bfloat16 (autocast), as such encoders are served; weights stay float32.
+The encoder and what is asked of it are those of `tests.campaigns.bench.encoder`. Only the encoder is fine-tuned; a
+class's head is the normalised mean of the base's embeddings of the class's prompts, as CLIP's zero-shot heads, so one
+merged encoder can be asked about every task. The last 200 training rows of each set are never trained on: read-time
+options are chosen by them. Matrix products run in bfloat16 (autocast), as such encoders are served; weights stay
+float32.
 """
 
 from __future__ import annotations
@@ -73,7 +76,9 @@ class Text:
             model.model = get_peft_model(model.model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
         recipe = encoder.Recipe(f"{task} {form}", task, steps=STEPS[form], seed=seed, rate=RATES[form])
         seen = rows.train.first(len(rows.train) - HELD)
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # a cache would keep the weights of the first step
+        with torch.autocast(
+            "cpu", torch.bfloat16, cache_enabled=False
+        ):  # a cache would keep the weights of the first step
             encoder.learn(model, head, _shuffled(seen, self.tasks.index(task)) if form == "shuffled" else seen, recipe)
         model.model.save_pretrained(target)
 
@@ -81,7 +86,9 @@ class Text:
     def correct(self, weights: Mapping[str, Tensor], task: str, part: Part) -> Tensor:
         rows, head = self._of(task)
         model = self._model()
-        model.model.load_state_dict({name: weights.get(name, value) for name, value in self._origin.items()}, strict=False)
+        model.model.load_state_dict(
+            {name: weights.get(name, value) for name, value in self._origin.items()}, strict=False
+        )
         asked = rows.test.first(TEST) if part == "test" else rows.train.last(HELD).first(VALIDATION)
         order = sorted(range(len(asked)), key=lambda i: len(asked.texts[i]))  # alike lengths together: less padding
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,6 +1,8 @@
-"""Folds the model directories named on standard input into a state, one a line; answers each with a line of JSON: what the fold took.
+"""Folds the model directories named on standard input into a state, one a line; answers each with a line of JSON: what
+the fold took.
 
-A process of its own, so that its peak memory (VmHWM, set back before each fold) and its CPU seconds are those of folding.
+A process of its own, so that its peak memory (VmHWM, set back before each fold) and its CPU seconds are those of
+folding.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def main() -> None:
             outcome = merge.fold(line.strip())
             if outcome.fate != "folded":
                 raise SystemExit(outcome.line())
-            print(json.dumps({"cpu": cpu() - began, "peak": peak(), "state": merge.state.generation_bytes()}), flush=True)
+            print(
+                json.dumps({"cpu": cpu() - began, "peak": peak(), "state": merge.state.generation_bytes()}), flush=True
+            )
 
 
 if __name__ == "__main__":

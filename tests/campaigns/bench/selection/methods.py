@@ -1,4 +1,5 @@
-"""What is done with a pool, by any of the methods that are compared: the merged weights, which models are in them, and what it took."""
+"""What is done with a pool, by any of the methods that are compared: the merged weights, which models are in them, and
+what it took."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from tests.campaigns.bench.selection.world import World
 
 
 class Merged(NamedTuple):
-    """Float32 `weights`; by name the share of the weight that each model in the merge has; CPU seconds; figures of the round, if one was run."""
+    """Float32 `weights`; by name the share of the weight that each model in the merge has; CPU seconds; figures of the
+    round, if one was run."""
 
     weights: Mapping[str, Tensor]
     shares: Mapping[str, float]
@@ -67,7 +69,9 @@ def rounds(rule: str, options: Mapping[str, Any], world: World, irrelevant: int,
         for _, path in world.members(irrelevant):
             assert merge.fold(path).fate == "deferred"
         found = merge.round()
-        names = {(fold.entry.candidate or {})["key"]: (fold.entry.candidate or {})["name"] for fold in merge.state.folds()}
+        names = {
+            (fold.entry.candidate or {})["key"]: (fold.entry.candidate or {})["name"] for fold in merge.state.folds()
+        }
         weights = {key: sum(w) for key, w in active(merge.state).weights.items()} or dict.fromkeys(names, 1.0)
         total = sum(weights.values()) or 1.0
         shares = {names[key]: weight / total for key, weight in weights.items()}
@@ -76,8 +80,9 @@ def rounds(rule: str, options: Mapping[str, Any], world: World, irrelevant: int,
 
 
 def relevant(rule: str, world: World, irrelevant: int, state: Path) -> Merged:
-    """Relevance before `rule`. What a round chooses where nothing is merged yet does not depend on the rule, so it is run once, before iso-c, and the other rules
-    fold the same models in the same order; their seconds are those of the folds alone."""
+    """Relevance before `rule`. What a round chooses where nothing is merged yet does not depend on the rule, so it is
+    run once, before iso-c, and the other rules fold the same models in the same order; their seconds are those of the
+    folds alone."""
     kept = world.folder / f"chosen-{irrelevant}.json"
     if not kept.is_file():
         found = rounds("iso-c", {}, world, irrelevant, state)
@@ -86,7 +91,11 @@ def relevant(rule: str, world: World, irrelevant: int, state: Path) -> Merged:
             return found
     chosen, paths = json.loads(kept.read_text()), dict(world.members(irrelevant))
     merged = fold(rule, "auto", [paths[name] for name in chosen["shares"]], world, state)
-    return merged._replace(round=chosen["round"]) if rule != "iso-c" else merged._replace(round=chosen["round"], seconds=chosen["seconds"])
+    return (
+        merged._replace(round=chosen["round"])
+        if rule != "iso-c"
+        else merged._replace(round=chosen["round"], seconds=chosen["seconds"])
+    )
 
 
 def learn(world: World, irrelevant: int, state: Path) -> Merged:  # noqa: ARG001 - no model of the pool is asked
@@ -112,6 +121,7 @@ METHODS: Mapping[str, Method] = {
     "frank-wolfe hard": partial(rounds, "frank-wolfe", {"step": "hard"}),
     "fine-tuning on the rows": learn,
 }
-"""By the name in the table. `iso-c` and `gram` are read as continual reads them by default, the others of the data-free ones as their papers do."""
+"""By the name in the table. `iso-c` and `gram` are read as continual reads them by default, the others of the data-free
+ones as their papers do."""
 WITHOUT = ("fine-tuning on the rows",)
 """Methods that no pool changes."""

@@ -16,11 +16,17 @@ PROSE = Path(__file__).parent
 
 def rows(work: Path, suite: str) -> list[dict[str, Any]]:
     """Every result of a suite."""
-    return [json.loads(file.read_text()) for file in sorted((work / f"selection-{suite}").glob("*/*.json")) if _is_result(file)]
+    return [
+        json.loads(file.read_text())
+        for file in sorted((work / f"selection-{suite}").glob("*/*.json"))
+        if _is_result(file)
+    ]
 
 
 def _is_result(file: Path) -> bool:
-    return any(file.name == f"{method.replace(' ', '-').replace(',', '')}-{n}.json" for method in METHODS for n in POLLUTED)
+    return any(
+        file.name == f"{method.replace(' ', '-').replace(',', '')}-{n}.json" for method in METHODS for n in POLLUTED
+    )
 
 
 def accuracy(row: dict[str, Any]) -> float:
@@ -59,7 +65,9 @@ def table(work: Path, suite: str) -> str:
         last = by[POLLUTED[-1]]
         cells.append(f"{statistics.fmean([r['cpu_seconds'] for r in last]):.0f}" if last else "")
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append(f"\nSeeds {', '.join(map(str, seeds))}: mean (least to most), accuracy in % on the test rows of the eight wanted tasks.")
+    lines.append(
+        f"\nSeeds {', '.join(map(str, seeds))}: mean (least to most), accuracy in % on the test rows of the eight wanted tasks."
+    )
     return "\n".join(lines)
 
 

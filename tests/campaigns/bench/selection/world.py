@@ -1,7 +1,8 @@
-"""Polluted pools: eight fine-tunes of a suite whose tasks its owner wants, and others that are of no use to them; with a few calibration rows of each wanted task.
+"""Polluted pools: eight fine-tunes of a suite whose tasks its owner wants, and others that are of no use to them; with
+a few calibration rows of each wanted task.
 
-Of the others one half is trained on tasks outside the calibration set, the other half on the wanted tasks' rows with their labels permuted. The rows that
-calibrate were never trained on, and are not those that judge.
+Of the others one half is trained on tasks outside the calibration set, the other half on the wanted tasks' rows with
+their labels permuted. The rows that calibrate were never trained on, and are not those that judge.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ POLLUTED = (0, 8, 16)
 
 
 class World:
-    """The pools of one seed, in `folder`: which tasks are wanted, which models wait, in which order, and what says what is good."""
+    """The pools of one seed, in `folder`: which tasks are wanted, which models wait, in which order, and what says what
+    is good."""
 
     def __init__(self, suite: Suite, seed: int, folder: Path) -> None:
         self.suite, self.seed, self.folder = suite, seed, folder
@@ -38,12 +40,18 @@ class World:
         folder.mkdir(parents=True, exist_ok=True)
 
     def members(self, irrelevant: int) -> list[tuple[str, Path]]:
-        """Names and directories of a pool with so many irrelevant models, in the order in which they come; a wanted one's name begins with `good`."""
+        """Names and directories of a pool with so many irrelevant models, in the order in which they come; a wanted
+        one's name begins with `good`."""
         half = irrelevant // 2
         chosen: list[tuple[str, str, Form]] = [("good", task, "full") for task in self.wanted]
-        chosen += [("off", task, "full") for task in self._off[:half]] + [("noise", task, "shuffled") for task in self.wanted[:half]]
+        chosen += [("off", task, "full") for task in self._off[:half]] + [
+            ("noise", task, "shuffled") for task in self.wanted[:half]
+        ]
         random.Random(2000 + self.seed).shuffle(chosen)
-        return [(f"{kind}-{task}", self._link(f"{kind}-{task}", fine_tune(self.suite, task, form))) for kind, task, form in chosen]
+        return [
+            (f"{kind}-{task}", self._link(f"{kind}-{task}", fine_tune(self.suite, task, form)))
+            for kind, task, form in chosen
+        ]
 
     def _link(self, name: str, target: Path) -> Path:
         link = self.folder / "pool" / name
@@ -62,12 +70,22 @@ class TextWorld(World):
         for task in self.wanted:
             found, calibration = self._set(task), self._rows(task)
             file = self.folder / f"{task}.jsonl"
-            lines = [json.dumps({"text": t, "label": str(n)}) for t, n in zip(calibration.texts, calibration.labels, strict=True)]
+            lines = [
+                json.dumps({"text": t, "label": str(n)})
+                for t, n in zip(calibration.texts, calibration.labels, strict=True)
+            ]
             file.write_text("\n".join(lines) + "\n")
             rows.append(file)
             heads.append(self.folder / f"{task}.json")
-            heads[-1].write_text(json.dumps({str(number): list(prompts) for number, prompts in enumerate(found.prompts)}))
-        return {"objective": "heads", "rows": tuple(rows), "heads": tuple(heads), "rounds": {"dtype": "bfloat16", "batch": 32}}
+            heads[-1].write_text(
+                json.dumps({str(number): list(prompts) for number, prompts in enumerate(found.prompts)})
+            )
+        return {
+            "objective": "heads",
+            "rows": tuple(rows),
+            "heads": tuple(heads),
+            "rounds": {"dtype": "bfloat16", "batch": 32},
+        }
 
     def learn(self) -> dict[str, Tensor]:
         """The base fine-tuned on the calibration rows themselves: 400 steps of 16 rows of one task after the other."""
@@ -140,7 +158,9 @@ class Seen:
 
     def losses(self, rows: Sequence[int]) -> Tensor:
         """Cross-entropy at the confidence that was fitted."""
-        return functional.cross_entropy(self.confidence * self.model(self.images[list(rows)]), self.labels[list(rows)], reduction="none")
+        return functional.cross_entropy(
+            self.confidence * self.model(self.images[list(rows)]), self.labels[list(rows)], reduction="none"
+        )
 
     def fit(self, rows: Sequence[int]) -> Tensor:
         """The best confidence on these rows."""

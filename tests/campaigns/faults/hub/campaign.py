@@ -1,12 +1,14 @@
-"""The campaign on the Hub: a daemon that is killed again and again follows a Hub that fails, while all kinds of repos are published there with the real client.
+"""The campaign on the Hub: a daemon that is killed again and again follows a Hub that fails, while all kinds of repos
+are published there with the real client.
 
     python -m tests.campaigns.faults.hub --repos 30 --kills 5 --seed 0
 
-The Hub is the one of tests/loopback: it answers with errors, drops and slow bodies, its lists are stale, its webhooks are doubled, mixed and lost. Repos live their
-lives in random order (`KINDS`); the daemon dies at random instants of a fold, a poll, a look, a commit, a push, or at any time. Faults end only when all is
-settled, for two last polls. Then everything is judged against what was published, by `problems`: one settled fate for each (repo, commit) and the right
-one; and the state is bit-equal to one into which the accepted commits were folded from folders, in the ledger's order. Each run also shows that these
-checks can fail, on altered data.
+The Hub is the one of tests/loopback: it answers with errors, drops and slow bodies, its lists are stale, its webhooks
+are doubled, mixed and lost. Repos live their lives in random order (`KINDS`); the daemon dies at random instants of a
+fold, a poll, a look, a commit, a push, or at any time. Faults end only when all is settled, for two last polls. Then
+everything is judged against what was published, by `problems`: one settled fate for each (repo, commit) and the right
+one; and the state is bit-equal to one into which the accepted commits were folded from folders, in the ledger's order.
+Each run also shows that these checks can fail, on altered data.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def campaign(
     limit: float = 600.0,
     small: bool = False,
 ) -> Result:
-    """Runs a campaign in `work`; `told` of the result is empty where every promise was kept. Raises AssertionError if it takes `limit` seconds.
+    """Runs a campaign in `work`; `told` of the result is empty where every promise was kept. Raises AssertionError if
+    it takes `limit` seconds.
 
     `small` makes the state from a folder, and tells the daemon of everything only twice.
     """
@@ -98,7 +101,11 @@ def campaign(
         lost = {key for key in early if key.rpartition("@")[2] not in world.fates}
         again = []
         for _ in range(1 if small else 2):  # everything once more, late and out of order, and then again
-            again += [(change, status) for change in draw.sample(hub.changes, len(hub.changes)) for status in hub.deliver(change)]
+            again += [
+                (change, status)
+                for change in draw.sample(hub.changes, len(hub.changes))
+                for status in hub.deliver(change)
+            ]
             quiet(world, kinds, service, begun + limit)
         hub.faults = None
         listings = len(hub.journal.find("^/api/models$"))
@@ -133,7 +140,11 @@ def campaign(
         left_out = offline(work / "left-out", world, rule, folded[:-2] + folded[-1:])
         told += ["negative control: a fold that was left out was not noticed"] if ours.equal(left_out) else []
         swapped = offline(work / "swapped", world, rule, [*folded[:-2], folded[-1], folded[-2]])
-        told += ["negative control: two folds that were swapped were not noticed"] if rule == "opcm" and ours.equal(swapped) else []
+        told += (
+            ["negative control: two folds that were swapped were not noticed"]
+            if rule == "opcm" and ours.equal(swapped)
+            else []
+        )
     if watcher.fell.total() != kills:
         told.append(f"{watcher.fell.total()} kills, not {kills}")
     summary = {
@@ -208,7 +219,9 @@ def quiet(world: World, kinds: Mapping[str, str], service: Service, end: float) 
 
     def open_heads() -> list[str]:
         heads = {name: repo.branches["main"] for name, repo in world.hub.state().items() if name in world.lives}
-        return [n for n, sha in heads.items() if None not in KINDS[kinds[world.lives[n]]].last and sha not in world.fates]
+        return [
+            n for n, sha in heads.items() if None not in KINDS[kinds[world.lives[n]]].last and sha not in world.fates
+        ]
 
     def done() -> bool:
         if open_heads() or any((service.state / "inbox").glob("*.json")):
@@ -227,7 +240,9 @@ def label(request: Request) -> str:
     fault = request.fault
     if isinstance(fault, wrong.Status):
         return str(fault.status)
-    return type(fault).__name__.lower() + (" in the body" if isinstance(fault, wrong.Drop | wrong.Stall) and fault.after else "")
+    return type(fault).__name__.lower() + (
+        " in the body" if isinstance(fault, wrong.Drop | wrong.Stall) and fault.after else ""
+    )
 
 
 def controls(found: Evidence) -> dict[str, bool]:
@@ -250,9 +265,13 @@ def controls(found: Evidence) -> dict[str, bool]:
     }
     if stranger:
         name = next(iter(stranger.names))
-        altered["a record of an unrelated repo"] = {"records": [*found.records, Record(10_000, f"hub:{name}@{stranger.sha}", "superseded")]}
+        altered["a record of an unrelated repo"] = {
+            "records": [*found.records, Record(10_000, f"hub:{name}@{stranger.sha}", "superseded")]
+        }
     before = set(problems(found))
-    return {name: bool(set(problems(dataclasses.replace(found, **change))) - before) for name, change in altered.items()}
+    return {
+        name: bool(set(problems(dataclasses.replace(found, **change))) - before) for name, change in altered.items()
+    }
 
 
 def main() -> None:
@@ -261,12 +280,19 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rule", choices=RULES, help="default: one by the seed")
-    parser.add_argument("--rate", type=float, default=0.12, help="share of the daemon's requests that fail; half of it for the publisher's")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=0.12,
+        help="share of the daemon's requests that fail; half of it for the publisher's",
+    )
     parser.add_argument("--dir", type=Path, help="where to work, kept; default: a temporary directory")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         rule = args.rule or RULES[args.seed % len(RULES)]
-        found = campaign(args.dir or Path(temporary) / "work", args.repos, args.kills, args.seed, rule=rule, rate=args.rate)
+        found = campaign(
+            args.dir or Path(temporary) / "work", args.repos, args.kills, args.seed, rule=rule, rate=args.rate
+        )
     json.dump({**found.summary, "problems": found.told}, sys.stdout, indent=2)
     print()
     sys.exit(1 if found.told else 0)

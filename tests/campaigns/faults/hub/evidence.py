@@ -21,7 +21,8 @@ from tests.loopback import TOKEN
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit that was published: under which names it was to be had, and whether it is the newest one of a repo that is there in the end."""
+    """A commit that was published: under which names it was to be had, and whether it is the newest one of a repo that
+    is there in the end."""
 
     life: str
     kind: str
@@ -42,7 +43,8 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that `problems` judges: what was published, what the ledger says, what the daemon is known to have seen (and had not settled when it first was
+    """All that `problems` judges: what was published, what the ledger says, what the daemon is known to have seen (and
+    had not settled when it first was
     quiet: `lost`, for everything is pushed again afterwards), what it left behind."""
 
     commits: Sequence[Commit]
@@ -75,8 +77,14 @@ def problems(found: Evidence) -> list[str]:
         if commit.empty:
             allowed = EMPTY if commit.kind != "unrelated" else kind.fates
         got = fates.get(commit.sha, [])
-        told += [f"{commit}: became {fate}, not {sorted(map(str, allowed))}" for fate in (got or NONE) if fate not in allowed]
-        wanted = {f"hub:{name}@{commit.sha}" for name in commit.names} if not commit.empty and commit.kind != "unrelated" else set()
+        told += [
+            f"{commit}: became {fate}, not {sorted(map(str, allowed))}" for fate in (got or NONE) if fate not in allowed
+        ]
+        wanted = (
+            {f"hub:{name}@{commit.sha}" for name in commit.names}
+            if not commit.empty and commit.kind != "unrelated"
+            else set()
+        )
         told += [f"{commit}: was seen and has no fate"] if wanted & found.seen and not got else []
         told += [f"{commit}: was seen and was lost, until it was pushed again"] if wanted & found.lost and got else []
         taken[commit.life] += got.count("folded")
@@ -107,7 +115,9 @@ def published(world: World, kinds: Mapping[str, str]) -> list[Commit]:
         if repo.id in world.lives:
             commit, life = repo.commits[sha], world.lives[repo.id]
             files = {path: blob.data for path, blob in commit.files.items()}
-            made.append(Commit(life, kinds[life], frozenset(names[sha]), sha, commit.parent is None, sha in heads, files))
+            made.append(
+                Commit(life, kinds[life], frozenset(names[sha]), sha, commit.parent is None, sha in heads, files)
+            )
     return made
 
 
@@ -125,7 +135,12 @@ SECRETS = re.compile(b"|".join([*(re.escape(word.encode()) for word in (READER, 
 
 def secrets(places: Sequence[Path]) -> list[str]:
     """Files that have a token, the webhooks' secret or a signed link in them."""
-    files = [file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("*"))) if file.is_file()]
+    files = [
+        file
+        for place in places
+        for file in ([place] if place.is_file() else sorted(place.rglob("*")))
+        if file.is_file()
+    ]
     return [str(file) for file in files if SECRETS.search(file.read_bytes())]
 
 

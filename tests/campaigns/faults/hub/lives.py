@@ -30,7 +30,8 @@ SHAPES = {
     "model.norm.weight": (64,),
 }
 MOMENTS = ("fold", "poll", "look", "push", "commit", "time")
-"""When the daemon is killed: as it asks for weights, a list or a repo, after it accepted a push, after a record came to be, or at any time."""
+"""When the daemon is killed: as it asks for weights, a list or a repo, after it accepted a push, after a record came to
+be, or at any time."""
 
 
 class World:
@@ -222,8 +223,8 @@ def copied(w: World, repo: str) -> Life:
 
 
 class Kind(NamedTuple):
-    """How repos of a kind live, what may become of their commits, of the last one if it is there in the end, and how many of their weights go in:
-    None where that is left to chance."""
+    """How repos of a kind live, what may become of their commits, of the last one if it is there in the end, and how
+    many of their weights go in: None where that is left to chance."""
 
     live: Callable[[World, str], Life]
     fates: frozenset[str | None]
@@ -231,7 +232,9 @@ class Kind(NamedTuple):
     taken: int | None
 
 
-def kind(live: Callable[[World, str], Life], *fates: str | None, last: Sequence[str | None] = (), taken: int | None = None) -> Kind:
+def kind(
+    live: Callable[[World, str], Life], *fates: str | None, last: Sequence[str | None] = (), taken: int | None = None
+) -> Kind:
     return Kind(live, frozenset(fates), frozenset(last or fates), taken)
 
 
@@ -258,4 +261,5 @@ KINDS: Mapping[str, Kind] = {
 }
 NONE: Sequence[str | None] = (None,)
 EMPTY: frozenset[str | None] = frozenset(("superseded", "gone", None))
-"""What may become of the commit with which a repo begins: it has no card yet, so it is left out, unless there is another by then."""
+"""What may become of the commit with which a repo begins: it has no card yet, so it is left out, unless there is
+another by then."""

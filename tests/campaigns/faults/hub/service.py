@@ -24,7 +24,8 @@ from tests.loopback import faults as wrong
 
 
 class Watcher:
-    """Follows the state's files from outside: fates into `world.fates`, and every key that the cursor ever held; and kills when armed."""
+    """Follows the state's files from outside: fates into `world.fates`, and every key that the cursor ever held; and
+    kills when armed."""
 
     def __init__(self, world: World, state: Path, deliveries: Deliveries) -> None:
         self.world, self.state, self.deliveries = world, state, deliveries
@@ -107,24 +108,37 @@ def accepted(status: int | None) -> bool:
 
 def pushes(told_of: Sequence[tuple[Change, int | None]]) -> set[str]:
     """The keys of which the daemon said that it has heard."""
-    return {f"hub:{change.repo.id}@{new}" for change, status in told_of if accepted(status) for _, _, new in change.refs if new}
+    return {
+        f"hub:{change.repo.id}@{new}"
+        for change, status in told_of
+        if accepted(status)
+        for _, _, new in change.refs
+        if new
+    }
 
 
 def whose(request: Request) -> str:
     """Who asks: the daemon, the publisher, or somebody before the campaign begins."""
     if request.origin == "cdn":
         return "daemon" if request.method == "GET" else "publisher"
-    return {f"Bearer {READER}": "daemon", f"Bearer {TOKEN}": "publisher"}.get(request.headers.get("authorization", ""), "nobody")
+    return {f"Bearer {READER}": "daemon", f"Bearer {TOKEN}": "publisher"}.get(
+        request.headers.get("authorization", ""), "nobody"
+    )
 
 
 def policy(seed: int, rate: float, *, outages: bool) -> wrong.Policy:
-    """Faults for both; more of them where the daemon reads weights, and stale lists besides. `outages`: now and then a proxy denies it everything."""
+    """Faults for both; more of them where the daemon reads weights, and stale lists besides. `outages`: now and then a
+    proxy denies it everything."""
     stale: list[wrong.Fault] = [wrong.Stale(n) for n in (1, 2, 4, 8)]
     slow: list[wrong.Fault] = [wrong.Slow(3e5), wrong.Drop(30_000), wrong.Drop(90_000), wrong.Truncate(50_000)]
     begun = time.monotonic()
     lists, bodies = wrong.Random(seed + 1, 2 * rate, kinds=stale), wrong.Random(seed + 3, 2 * rate, kinds=slow)
-    reading = wrong.either(wrong.Random(seed, rate), lambda r: lists(r) if r.listing else bodies(r) if r.origin == "cdn" else None)
-    writing = wrong.Random(seed + 2, rate / 2, kinds=[wrong.unavailable(), wrong.broken(), wrong.Drop(), wrong.too_many(0)])
+    reading = wrong.either(
+        wrong.Random(seed, rate), lambda r: lists(r) if r.listing else bodies(r) if r.origin == "cdn" else None
+    )
+    writing = wrong.Random(
+        seed + 2, rate / 2, kinds=[wrong.unavailable(), wrong.broken(), wrong.Drop(), wrong.too_many(0)]
+    )
 
     def decide(request: Request) -> wrong.Fault | None:
         if whose(request) == "daemon":
@@ -150,7 +164,8 @@ class Service:
         self._watcher.pid = self.process.pid
 
     def alive(self) -> bool:
-        """Whether it listens; webhooks are sent there from now on. One that was killed is started again, one that ended otherwise an error."""
+        """Whether it listens; webhooks are sent there from now on. One that was killed is started again, one that ended
+        otherwise an error."""
         if self._watcher.killed.is_set():
             assert self.process.wait() == -signal.SIGKILL
             self._stack.close()
