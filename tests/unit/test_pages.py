@@ -1,0 +1,69 @@
+"""What the pages of the documentation point at is there: files, headings, modules, names; and the decisions have one
+form."""
+
+from __future__ import annotations
+
+import pydoc
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.pages import DECISIONS, PAGES, ROOT, anchors, links, name, prose
+
+STATUS = r"in force|replaced (?:in part )?by \[(?P<new>\d{4})\]\((?P=new)-[a-z0-9-]+\.md\)(?:, .+)?"
+every_page = pytest.mark.parametrize("page", PAGES, ids=name)
+
+
+@every_page
+def test_every_link_leads_somewhere(page: Path) -> None:
+    wrong = []
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        if path.startswith(("http://", "https://")):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            wrong.append(link)
+    assert wrong == []
+
+
+@every_page
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    named = re.findall(r"(?<![\w/.-])(?:continual|tests|ops|state)/[\w./-]*\w", page.read_text())
+    generated = re.compile(r"state/(?!FORMAT)|tests/unit/.*_(yours|mine)")
+    missing = [path for path in named if not generated.match(path) and not (ROOT / path).exists()]
+    assert missing == []
+
+
+@every_page
+def test_every_module_that_a_page_runs_exists(page: Path) -> None:
+    named = {dotted.replace(".", "/") for dotted in re.findall(r"\btests(?:\.[a-z_]+)+", page.read_text())}
+    missing = [path for path in named if not (ROOT / f"{path}.py").exists() and not (ROOT / path).is_dir()]
+    assert missing == []
+    run = {dotted.replace(".", "/") for dotted in re.findall(r"python -m (tests(?:\.\w+)+)", page.read_text())}
+    starts = [p for p in run if not (ROOT / f"{p}.py").exists() and not (ROOT / p / "__main__.py").exists()]
+    assert starts == []
+
+
+@every_page
+def test_every_name_of_the_package_exists(page: Path) -> None:
+    named = set(re.findall(r"`(continual(?:\.\w+)+)(?:\(.*?\))?`", prose(page)))
+    files = re.compile(r"\.(json|toml|service|md|py)$")
+    assert [dotted for dotted in named if not files.search(dotted) and pydoc.locate(dotted) is None] == []
+
+
+def test_decisions_are_numbered_dated_and_listed() -> None:
+    index = (ROOT / "ops/decisions/README.md").read_text()
+    assert [int(page.name[:4]) for page in DECISIONS] == list(range(1, len(DECISIONS) + 1))
+    listed = re.findall(r"^\| \[\d{4}\]\(.*$", index, re.MULTILINE)
+    shown = []
+    for page in DECISIONS:
+        heading, empty, facts, *_ = page.read_text().split("\n")
+        title = re.fullmatch(rf"# {page.name[:4]} (\S.*)", heading)
+        said = re.fullmatch(rf"Date: (\d{{4}}-\d\d-\d\d)\. Status: ({STATUS})\.", facts)
+        assert title, f"{name(page)}: its first line is not '# {page.name[:4]} Title'"
+        assert empty == ""
+        assert said, f"{name(page)}: its third line is not 'Date: YYYY-MM-DD. Status: ….'"
+        shown.append(f"| [{page.name[:4]}]({page.name}) | {title[1]} | {said[1]} | {said[2]} |")
+    assert shown == listed
