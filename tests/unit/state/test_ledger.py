@@ -189,7 +189,6 @@ def test_weighed_models_come_and_go(book: Book) -> None:
     assert book.ledger.model is not None
     assert book.ledger.model.seq == first
     assert book.ledger.folded_digest("d-b") is not None
-    # fmt: skip
     second = book.select(
         ("a", "folded", 0),
         ("b", "deferred", 1),
