@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from continual.texts import figure, plain, size, when
 
 if TYPE_CHECKING:
     from continual.engine.outcomes import Outcome as OutcomeOf
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from continual.state.ledger import Waiting
 
 
-def emit(value: Any) -> None:
+def emit(value: object) -> None:
     """One JSON document on standard output."""
     sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
 
@@ -36,17 +37,6 @@ def say(text: str = "") -> None:
 def warn(text: str) -> None:
     """A line on standard error."""
     sys.stderr.write(text + "\n")
-
-
-def plain(value: Any) -> Any:
-    """Records, mappings, paths, places and tuples as what JSON has."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -150,28 +140,6 @@ def progress() -> Iterator[Progress]:
         yield report
 
 
-def size(nbytes: float) -> str:
-    """Bytes in decimal units, three figures."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if nbytes < 1000 or unit == "TB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    raise AssertionError(nbytes)
-
-
-def record(commit: Commit) -> dict[str, Any]:
-    """A commit as `show` and `log --json` print it."""
-    body = {
-        "seq": commit.seq,
-        "time": commit.time,
-        "generation": commit.generation,
-        "prev": commit.prev,
-        "crc": commit.crc,
-    }
-    entry: dict[str, Any] = plain(commit.entry)
-    return body | entry
-
-
 def log_row(commit: Commit) -> tuple[object, ...]:
     """A commit as a row of `log`."""
     entry, numbers = commit.entry, commit.entry.numbers or {}
@@ -236,15 +204,15 @@ def waiting_row(waiting: Waiting) -> tuple[object, ...]:
         candidate["name"],
         when(waiting.since),
         waiting.rounds,
-        _figure(last.get("score")),
-        _figure(last.get("z")),
+        figure(last.get("score")),
+        figure(last.get("z")),
         said,
     )
 
 
 def round_row(row: Mapping[str, Any]) -> tuple[object, ...]:
     """What a round said of a candidate."""
-    figures = [_figure(row[key]) for key in ("score", "change", "error", "z", "weight")]
+    figures = [figure(row[key]) for key in ("score", "change", "error", "z", "weight")]
     return (
         row["record"],
         when(row["time"]),
@@ -289,7 +257,7 @@ def round_body(found: Round) -> dict[str, Any]:
 def round_told(found: Round) -> None:
     """A round for people."""
     rows = [
-        (r.name, r.fate, r.reason, *(_figure(v) for v in (r.score, r.change, r.error, r.z, r.weight)))
+        (r.name, r.fate, r.reason, *(figure(v) for v in (r.score, r.change, r.error, r.z, r.weight)))
         for r in found.rows
     ]
     table(("model", "fate", "reason", "score", "change", "error", "z", "weight"), rows)
@@ -297,12 +265,3 @@ def round_told(found: Round) -> None:
     gap = f", gap {numbers['gap']:.3g}" if "gap" in numbers else ""
     told = f"loss {numbers['before']:.6g} to {numbers['loss']:.6g}{gap}; {found.folds} folded in {found.seconds:.1f} s"
     say(f"{told}; {f'recorded as record {found.commit.seq}' if found.commit else 'nothing recorded'}")
-
-
-def when(time: str) -> str:
-    """An RFC 3339 time to the second."""
-    return time[:19] + "Z"
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:+.3g}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from continual import texts
 from continual.cli import hub as cli_hub
 from continual.cli import opened
 from continual.cli import pool as cli_pool
@@ -152,7 +153,7 @@ def init(
         f"{'Would make' if dry_run else 'Made'} a state for {summary.base} under {settings.state}: rule {summary.rule}, scale {summary.scale}"
     )
     console.table(("kind", "tensors", "parameters"), summary.kinds)
-    console.say(f"Each generation takes {console.size(summary.state_bytes)} on disk.")
+    console.say(f"Each generation takes {texts.size(summary.state_bytes)} on disk.")
     if not dry_run:
         console.say("Next: continual run --watch FOLDER, or continual fold MODEL")
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from continual import texts
 from continual.cli import opened
 from continual.cli.flags import BaseDir, Config, Device, Json, Lines, Memory, Missing, StateDir, Vocab, Workers
 
@@ -19,11 +20,15 @@ app = typer.Typer(rich_markup_mode=None)
 def status(state: StateDir = None, config: Config = None, json: Json = False) -> None:
     """Show health, queue and last folds: the running daemon's answer, else what the state says."""
     from continual.cli import console
+    from continual.cli.status import text
     from continual.service import status
 
     settings = opened.settings(config, state=state)
     body = status.ask(settings.state) or status.at_rest(settings)
-    console.emit(body) if json else console.say(status.text(body))
+    if json:
+        console.emit(body)
+    else:
+        console.say(text(body))
 
 
 @app.command()
@@ -39,7 +44,7 @@ def log(
     with opened.merge(config, state=state) as merge:
         commits = list(merge.state.log)[-number:]
     if json:
-        console.emit([console.record(c) for c in commits])
+        console.emit([texts.record(c) for c in commits])
     else:
         console.table(console.LOG_HEAD, [console.log_row(c) for c in commits])
 
@@ -55,7 +60,7 @@ def show(
     from continual.cli import console
 
     with opened.merge(config, state=state) as merge:
-        body = console.record(merge.state.get(seq))
+        body = texts.record(merge.state.get(seq))
     if json:
         console.emit(body)
     else:
@@ -101,7 +106,7 @@ def rollback(
         undone = [fold for fold in merge.state.folds() if fold.seq not in kept]
         commit = None if dry_run else merge.state.rollback(seq)
     if json:
-        console.emit({"to": seq, "record": commit and commit.seq, "undone": [console.record(c) for c in undone]})
+        console.emit({"to": seq, "record": commit and commit.seq, "undone": [texts.record(c) for c in undone]})
         return
     console.say(f"{'Would go' if dry_run else 'Went'} back to record {seq}; {len(undone)} folds undone")
     if undone:
@@ -123,7 +128,7 @@ def retry(
     with opened.merge(config, write=True, state=state) as merge:
         commits = merge.retry(model)
     if json:
-        console.emit([console.record(c) for c in commits])
+        console.emit([texts.record(c) for c in commits])
         return
     for commit in commits:
         console.say(f"{(commit.entry.candidate or {})['name']}: will be looked at again by 'run' or 'fold'")
@@ -215,7 +220,7 @@ def unfold(
         plan = merge.look_unfold(model, at)
         if not json:
             console.say(
-                f"{plan.line()}: {console.size(plan.read_bytes)} of models to read, {console.size(plan.disk_bytes)} of disk while it lasts"
+                f"{plan.line()}: {texts.size(plan.read_bytes)} of models to read, {texts.size(plan.disk_bytes)} of disk while it lasts"
             )
         if not (dry_run or plan.exact or yes or json) and sys.stdin.isatty() and not typer.confirm("Go on?"):
             raise typer.Exit(1)
@@ -224,7 +229,7 @@ def unfold(
             with console.progress() as progress:
                 commit = merge.unfold(plan, progress)
     if json:
-        console.emit({"plan": plan, "record": console.record(commit) if commit else None})
+        console.emit({"plan": plan, "record": texts.record(commit) if commit else None})
     elif commit:
         console.say(f"{plan.name}: taken out as record {commit.seq}")
 
@@ -250,9 +255,7 @@ def combine(
     with opened.merge(config, write=not dry_run, **flags) as merge, console.progress() as progress:
         folds, commit = merge.combine(other, dry_run=dry_run, progress=progress)
     if json:
-        console.emit(
-            {"record": console.record(commit) if commit else None, "added": [console.record(c) for c in folds]}
-        )
+        console.emit({"record": texts.record(commit) if commit else None, "added": [texts.record(c) for c in folds]})
         return
     console.say(f"{f'Added as record {commit.seq}' if commit else 'Would add'}: {len(folds)} models of {other}")
     console.table(console.LOG_HEAD, [console.log_row(c) for c in folds])

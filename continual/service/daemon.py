@@ -21,7 +21,6 @@ import structlog
 from continual import provenance, tuning
 from continual import selection as rounds
 from continual.api import Merge
-from continual.cli import console
 from continual.config import Settings
 from continual.engine.outcomes import Outcome
 from continual.errors import Abandoned, Halt, Misconfigured, Retry, Skip
@@ -38,6 +37,7 @@ from continual.service.status import Live
 from continual.service.web import Webhook, create_app, listen, serve
 from continual.sources.folder import FolderSource, forbidden
 from continual.sources.hub import HubSource
+from continual.texts import plain
 
 
 def run(settings: Settings) -> int:
@@ -173,7 +173,7 @@ class Daemon:
         secret, webhook = self.settings.webhook_secret, None
         if secret is not None and self.hub is not None:
             webhook = Webhook(secret.get_secret_value(), self.hub.inbox, self.hub.told)
-        await serve(create_app(self.live, self.metrics, console.plain, webhook), self.socket, self._listening, stop)
+        await serve(create_app(self.live, self.metrics, plain, webhook), self.socket, self._listening, stop)
 
     def _listening(self, url: str) -> None:
         self.merge.state.set_url(url)

@@ -1,5 +1,4 @@
-"""The status of a state: from the running daemon over HTTP, from inside it, or from the files alone; and as text for
-people."""
+"""The status of a state: from the running daemon over HTTP, from inside it, or from the files alone."""
 
 from __future__ import annotations
 
@@ -7,25 +6,23 @@ import os
 import shutil
 import time
 import urllib.request
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from continual import provenance, tuning
 from continual import selection as rounds
 from continual.api import Merge
-from continual.cli.console import plain, record, size
 from continual.config import Settings
 from continual.records import Event
 from continual.rules import ReadOptions
 from continual.service.metrics import peak_memory
 from continual.service.queue import Queue
 from continual.service.web import Status, parse
-from continual.service.web.page import duration, scale, when
 from continual.sources.hub import HubSource
 from continual.state import Commit, lock
 from continual.state.ledger import Waiting
+from continual.texts import Json, plain, record
 
 _SHOWN = 15
 _QUEUED = 50
@@ -89,7 +86,7 @@ class Live:
         """Once every folder has been scanned."""
         return (True, "ok") if self.scanned else (False, "the first scan of the watched folders is under way")
 
-    def log(self, limit: int, before: int | None) -> list[dict[str, Any]]:
+    def log(self, limit: int, before: int | None) -> list[dict[str, Json]]:
         """Records of the ledger."""
         commits = self.merge.state.log[: len(self.merge.state.log) if before is None else before]
         return [record(c) for c in commits[-limit:]]
@@ -141,50 +138,7 @@ def at_rest(settings: Settings) -> dict[str, Any]:
             current=None,
             memory=None,
         )
-    body: dict[str, Any] = plain(found)
-    return body
-
-
-def text(body: Mapping[str, Any]) -> str:
-    """A status for people."""
-    lines = [
-        f"{body['health']}{': ' + body['why'] if body['why'] else ''}"
-        + (f", process {body['pid']} at {body['url']}" if body["pid"] else ""),
-        f"state      {body['state']}, record {body['head']}, {body['folds']} folded, {size(body['state_bytes'])} a generation, {body['generations']} kept",
-        f"base       {body['base']}",
-        f"rule       {body['rule']} {body['options'] or ''}, scale {scale(body['scale'], body.get('tuned'))}"
-        + "".join(f", {k} {v:.4g}" for k, v in body["gauges"].items()),
-    ]
-    if body["uptime_seconds"] is not None:
-        watched = ", ".join([*body["watch"], *(["the Hub"] if body["hub"] else [])]) or "nothing"
-        lines.append(
-            f"up         {duration(body['uptime_seconds'])}, peak memory {size(body['peak_memory_bytes'])}, watching {watched}"
-        )
-    if body["current"]:
-        lines.append(
-            f"folding    {body['current']['model']}: {body['current']['stage']} {body['current']['done']}/{body['current']['total']}"
-        )
-    more = body["queued"] - len(body["queue"])
-    lines.append(f"waiting    {', '.join(body['queue']) or 'nothing'}{f' and {more} more' if more else ''}")
-    if body["hub"]:
-        hub = body["hub"]
-        asked = f"last asked {when(hub['polled'])}" if hub["polled"] else "not asked yet"
-        lines.append(
-            f"hub        {', '.join(hub['bases']) or 'pushes only'}; {asked}, {hub['seen']} open"
-            + (f"; {hub['problem']}" if hub["problem"] else "")
-        )
-    if body["select"] != "none":
-        last = body["last_round"]
-        told = (
-            f"; last round {when(last['time'])}: record {last['seq']}, loss {last['before']:.4g} to {last['loss']:.4g}, gap {last['gap']:.3g}"
-            if last
-            else "; no round yet"
-        )
-        lines.append(f"pool       {body['pool_size']} wait for a round ({body['select']}){told}")
-    lines += [f"folded     {when(f['time'])}  {f['seq']}  {f['model']}" for f in body["last_folds"][:5]]
-    lines += [f"published  {when(p['time'])}  {p['seq']}  {p['message']}" for p in body["published"][:3]]
-    lines += [f"refused    {when(r['time'])}  {r['seq']}  {r['model']}: {r['reason']}" for r in body["refusals"][:5]]
-    return "\n".join(lines)
+    return cast("dict[str, Any]", plain(found))
 
 
 def _status(

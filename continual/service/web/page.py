@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from continual.service.web.view import Status
+from continual.texts import duration, figure, scale, size, when
 
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--soft:#8882;--good:#1a7f37;--bad:#cf222e}
@@ -65,28 +66,6 @@ def render(status: Status) -> str:
     return f'<!doctype html><html lang="en"><head>{head}<title>continual: {status.folds} folded</title><style>{_STYLE}</style></head><body>{"".join(body)}</body></html>'
 
 
-def scale(text: str, tuned: Mapping[str, int] | None) -> str:
-    """The scale in force, and where it was chosen."""
-    return f"{text} (tuned at record {tuned['record']}, when {tuned['folds']} were folded)" if tuned else text
-
-
-def size(nbytes: float) -> str:
-    """Bytes in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
-
-
-def duration(seconds: float) -> str:
-    """A time span in its two largest units."""
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    return f"{days} d {h} h" if days else f"{h} h {m} min" if h else f"{m} min {s} s" if m else f"{s} s"
-
-
 def _current(current: Mapping[str, Any] | None) -> str:
     if current is None:
         return ""
@@ -131,11 +110,6 @@ def _pool(status: Status) -> str:
     return f"<h2>Pool ({escape(status.select)})</h2><p>{escape(told)}</p>{table}{more}"
 
 
-def figure(value: float | None, form: str = "+.3g") -> str:
-    """A number, or nothing."""
-    return "" if value is None else format(value, form)
-
-
 def _folds(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return '<p class="none">No fold yet.</p>'
@@ -164,11 +138,6 @@ def _refusals(rows: Sequence[Mapping[str, Any]]) -> str:
         ("record", "when", "model", "reason", "why"),
         ((r["seq"], when(r["time"]), r["model"], r["reason"], r["message"]) for r in rows),
     )
-
-
-def when(time: str) -> str:
-    """An RFC 3339 time to the second, without the T."""
-    return time[:19].replace("T", " ")
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

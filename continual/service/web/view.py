@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from continual.texts import Json
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -67,6 +69,6 @@ class View(Protocol):
         """Whether it has opened its state and scanned its folders once, and why not."""
         ...
 
-    def log(self, limit: int, before: int | None) -> list[dict[str, Any]]:
+    def log(self, limit: int, before: int | None) -> list[dict[str, Json]]:
         """The newest `limit` records, or those before record `before`, oldest first."""
         ...

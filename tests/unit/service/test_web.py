@@ -10,13 +10,13 @@ import pytest
 from starlette.testclient import TestClient
 
 from continual import api
-from continual.cli import console
 from continual.config import Settings
 from continual.errors import Misconfigured
 from continual.service.metrics import Metrics
 from continual.service.queue import Queue
 from continual.service.status import Live
 from continual.service.web import create_app, listen
+from continual.texts import plain
 from tests.helpers import models
 
 
@@ -32,7 +32,7 @@ def live(tmp_path: Path) -> Iterator[Live]:
 
 @pytest.fixture
 def client(live: Live) -> TestClient:
-    return TestClient(create_app(live, Metrics(), console.plain), base_url="http://127.0.0.1")
+    return TestClient(create_app(live, Metrics(), plain), base_url="http://127.0.0.1")
 
 
 def test_page_shows_what_happened_and_escapes_names(client: TestClient) -> None:

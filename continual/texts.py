@@ -1,0 +1,74 @@
+"""How values are written, for people and for machines: a size, a time, a duration, a figure, a scale, a record.
+
+The command line and the service both use these functions, so that they write the same thing. What is printed, and
+where, they decide themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from continual.state import Commit
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+"""What a JSON document can hold."""
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units with three figures: `950 B`, `1.23 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def when(time: str) -> str:
+    """A time of a record (RFC 3339, UTC) without the parts of a second."""
+    return time[:19] + "Z"
+
+
+def duration(seconds: float) -> str:
+    """A time span in its two largest units: `2 d 3 h`, `4 min 10 s`."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days} d {h} h"
+    if h:
+        return f"{h} h {m} min"
+    return f"{m} min {s} s" if m else f"{s} s"
+
+
+def figure(value: float | None, form: str = "+.3g") -> str:
+    """A number in the format `form`, or an empty text for None."""
+    return "" if value is None else format(value, form)
+
+
+def scale(text: str, tuned: Mapping[str, int] | None) -> str:
+    """The scale in force; where `continual tune` chose it (`tuned`), with the record that did and how many models were
+    folded then."""
+    return f"{text} (tuned at record {tuned['record']}, when {tuned['folds']} were folded)" if tuned else text
+
+
+def plain(value: object) -> Json:
+    """`value` as JSON can hold it: records and mappings become objects, tuples become lists, and what else JSON does
+    not know (a path, a place) becomes its text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def record(commit: Commit) -> dict[str, Json]:
+    """A record of the ledger for machines, as `continual log --json` and `/api/log` give it."""
+    body = commit.body()
+    place = ("seq", "time", "generation", "prev")
+    first = {**{key: body[key] for key in place}, "crc": commit.crc}
+    return {key: plain(value) for key, value in {**first, **body}.items() if key != "receipts"}

@@ -1,0 +1,89 @@
+"""How values are written, for people and for machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from continual import texts
+from continual.records import Entry
+from continual.state import Commit
+
+
+@dataclass(frozen=True)
+class Inner:
+    path: Path
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    by_number: dict[int, Inner | None]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (1234, "1.23 kB"),
+        (56_700_000, "56.7 MB"),
+        (4.2e9, "4.2 GB"),
+        (1e12, "1 TB"),
+        (2.5e15, "2.5e+03 TB"),
+    ],
+)
+def test_sizes_have_three_figures_and_a_decimal_unit(nbytes: float, text: str) -> None:
+    assert texts.size(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.9, "59 s"), (60, "1 min 0 s"), (3599, "59 min 59 s"), (3660, "1 h 1 min"), (180_000, "2 d 2 h")],
+)
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    assert texts.duration(seconds) == text
+
+
+def test_times_say_their_zone() -> None:
+    assert texts.when("2026-01-31T10:11:12.123456Z") == "2026-01-31T10:11:12Z"
+    assert texts.when("2026-01-31T10:11:12+00:00") == "2026-01-31T10:11:12Z"
+
+
+def test_a_missing_figure_is_empty() -> None:
+    assert (texts.figure(None), texts.figure(0.0), texts.figure(-1.23456)) == ("", "+0", "-1.23")
+    assert texts.figure(1.23456, ".4g") == "1.235"
+
+
+def test_a_tuned_scale_says_when_it_was_chosen() -> None:
+    assert texts.scale("norm:0.5", None) == "norm:0.5"
+    tuned = texts.scale("norm:0.5", {"record": 7, "folds": 5})
+    assert tuned == "norm:0.5 (tuned at record 7, when 5 were folded)"
+
+
+def test_records_become_what_json_holds() -> None:
+    found = texts.plain(Outer(Inner(Path("a/b"), (1, 2)), {3: None, 4: Inner(Path("c"), ())}))
+    assert found == {
+        "inner": {"path": "a/b", "shape": [1, 2]},
+        "by_number": {"3": None, "4": {"path": "c", "shape": []}},
+    }
+
+
+def test_a_ledger_record_has_its_place_and_then_what_it_says() -> None:
+    commit = Commit(
+        seq=3,
+        prev="a" * 8,
+        crc="c" * 8,
+        generation=None,
+        receipts=None,
+        time="2026-01-31T10:11:12Z",
+        entry=Entry(kind="tag", message="v1"),
+    )
+    body = texts.record(commit)
+    assert list(body)[:6] == ["seq", "time", "generation", "prev", "crc", "kind"]
+    assert (body["seq"], body["kind"], body["message"], body["candidate"]) == (3, "tag", "v1", None)
+    assert "receipts" not in body
