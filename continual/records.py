@@ -92,8 +92,8 @@ class Event:
         return self.origin.removeprefix("hf://") if self.origin.startswith("hf://") else Path(self.origin).name
 
     @property
-    def place(self) -> str:
-        """What tells it from other events: a newer one of the same place takes its place."""
+    def key(self) -> str:
+        """Tells which model at which revision the event is about. A newer event of this key replaces an older one."""
         return self.origin if self.revision is None else f"{self.origin}@{self.revision}"
 
 

@@ -32,7 +32,7 @@ from continual.selection.steps import Taken
 from continual.service import logs
 from continual.service.metrics import Metrics
 from continual.service.outlets import Publishing
-from continual.service.queue import Queue, Waiting
+from continual.service.queue import Queue, Queued
 from continual.service.status import Live
 from continual.service.web import Webhook, create_app, listen, serve
 from continual.sources.folder import FolderSource, forbidden
@@ -203,7 +203,7 @@ class Daemon:
 
     async def _feed(self, source: FolderSource | HubSource) -> None:
         async for event in source.events(self.stopping):
-            if self.live.current is not None and self.live.current.place == event.place:
+            if self.live.current is not None and self.live.current.key == event.key:
                 continue
             self.queue.put(event)
             self.metrics.queue(len(self.queue.waiting))
@@ -287,7 +287,7 @@ class Daemon:
 
         return tell
 
-    async def _one(self, waiting: Waiting, loop: asyncio.AbstractEventLoop) -> None:
+    async def _one(self, waiting: Queued, loop: asyncio.AbstractEventLoop) -> None:
         event = waiting.event
         if not event.origin.startswith(SCHEME) and not Path(event.origin).exists():
             self.log.info("vanished", model=event.name, path=event.origin)
@@ -319,9 +319,9 @@ class Daemon:
     def _settled(self, event: Event, key: str | None) -> None:
         """Tells the sources what became of what they saw."""
         for source in self.sources:
-            source.settled(event.place, key)
+            source.settled(event.key, key)
 
-    def _consider(self, waiting: Waiting) -> Outcome:
+    def _consider(self, waiting: Queued) -> Outcome:
         return self.merge.fold(waiting.event, progress=self.live.progress)
 
     def _tell(self, outcome: Outcome) -> None:

@@ -13,7 +13,7 @@ from continual.errors import Misconfigured, Refuse, Retry, Skip
 from continual.hub.locate import SCHEME
 from continual.records import Event
 from continual.sources import hub as hub_source
-from continual.sources.folder import Sighting, scan
+from continual.sources.folder import FolderSighting, scan
 from continual.tensors import Folder, Place
 
 
@@ -83,7 +83,7 @@ def once(merge: Merge) -> Iterator[Tried]:
         found.poll()
         found.open_inbox()
         events += [hub_source.event_of(s) for s in found.cursor.ready(time.time(), settings.hub.settle)]
-    for event in sorted(events, key=lambda e: (e.order, e.place)):
+    for event in sorted(events, key=lambda e: (e.order, e.key)):
         key = None
         try:
             outcome = merge.fold(event)
@@ -96,7 +96,7 @@ def once(merge: Merge) -> Iterator[Tried]:
             yield Tried(event.name, None, str(trouble))
             continue
         if found is not None:
-            found.settled(event.place, key)
+            found.settled(event.key, key)
     if found is not None:
         found.forget()
         found.save()
@@ -124,7 +124,7 @@ def _hub(merge: Merge) -> bool:
     return asked.watch or bool(asked.repos or asked.authors)
 
 
-def _waits(sighting: Sighting, settle: float) -> str | None:
+def _waits(sighting: FolderSighting, settle: float) -> str | None:
     """Why a model in a folder is not looked at yet; None if it is."""
     if not sighting.whole:
         return f"{sighting.path.name}: is not whole: a shard is missing, or shorter than its header says"

@@ -10,7 +10,7 @@ from continual.retrying import PARKED_AFTER, retry_delay
 
 
 @dataclass(slots=True)
-class Waiting:
+class Queued:
     """An event in the queue; it is not looked at before `due`, and failed `attempt` times so far."""
 
     event: Event
@@ -25,26 +25,26 @@ class Waiting:
 
 @dataclass(slots=True)
 class Queue:
-    """Waiting candidates by place; a newer event of a place takes that of the older one."""
+    """Queued candidates by place; a newer event of a place takes that of the older one."""
 
-    waiting: dict[str, Waiting] = field(default_factory=dict)
+    waiting: dict[str, Queued] = field(default_factory=dict)
 
     def put(self, event: Event) -> None:
         """Adds an event, or replaces the one of the same place: its files have changed since."""
-        self.waiting[event.place] = Waiting(event)
+        self.waiting[event.key] = Queued(event)
 
-    def ordered(self) -> list[Waiting]:
+    def ordered(self) -> list[Queued]:
         """All of them in the order in which they will be looked at if all are due: modification time, then name."""
-        return sorted(self.waiting.values(), key=lambda w: (w.event.order, w.event.place))
+        return sorted(self.waiting.values(), key=lambda w: (w.event.order, w.event.key))
 
-    def take(self, now: float) -> Waiting | None:
+    def take(self, now: float) -> Queued | None:
         """Removes and returns the first that is due, None if none is."""
         for found in self.ordered():
             if found.due <= now:
-                return self.waiting.pop(found.event.place)
+                return self.waiting.pop(found.event.key)
         return None
 
-    def again(self, failed: Waiting, now: float, after: float = 0.0) -> float:
+    def again(self, failed: Queued, now: float, after: float = 0.0) -> float:
         """Puts one back that met trouble in its environment, unless a newer event of its place came meanwhile; returns
         the delay in seconds.
 
@@ -53,7 +53,7 @@ class Queue:
         failed.attempt += 1
         delay = retry_delay(failed.attempt, after, parks=failed.event.revision is not None)
         failed.due = now + delay
-        self.waiting.setdefault(failed.event.place, failed)
+        self.waiting.setdefault(failed.event.key, failed)
         return delay
 
     def next_due(self) -> float | None:

@@ -31,6 +31,8 @@ _RECENT = 2000
 """Records among which publications are looked for."""
 _STUCK = 900.0
 """Seconds without any progress in a fold after which the daemon no longer calls itself healthy."""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks this machine itself: a proxy of the environment (`http_proxy`) is never used for that."""
 _SILENT = 30.0
 
 
@@ -116,7 +118,7 @@ def ask(state: Path) -> dict[str, Any] | None:
     if not isinstance(url, str) or not url.startswith("http://"):
         return None
     try:
-        with urllib.request.urlopen(f"{url}/api/status", timeout=5) as answer:
+        with _DIRECT.open(f"{url}/api/status", timeout=5) as answer:
             body = parse(answer.read().decode())
     except (OSError, ValueError):
         return None

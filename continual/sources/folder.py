@@ -33,7 +33,7 @@ _PATIENCE = 60
 with a reason."""
 
 
-class Sighting(NamedTuple):
+class FolderSighting(NamedTuple):
     """A model directory as it is now. `whole`: every file the index names is there, as long as its header says."""
 
     path: Path
@@ -47,7 +47,7 @@ def ignored(name: str) -> bool:
     return name.startswith(".") or name.endswith(_UNFINISHED)
 
 
-def scan(root: Path) -> list[Sighting]:
+def scan(root: Path) -> list[FolderSighting]:
     """Every model directory below `root`, at most three levels deep, in the order in which they are to be folded."""
     return sorted(
         (found for path in _directories(root, _DEPTH) if (found := look(path)) is not None),
@@ -55,7 +55,7 @@ def scan(root: Path) -> list[Sighting]:
     )
 
 
-def look(path: Path) -> Sighting | None:
+def look(path: Path) -> FolderSighting | None:
     """The model in directory `path`, None if there is none or it vanished while it was looked at."""
     with contextlib.suppress(OSError):
         files = {e.name: e for e in os.scandir(path) if not ignored(e.name) and not e.is_dir()}
@@ -66,7 +66,7 @@ def look(path: Path) -> Sighting | None:
             return None
         kept = sorted(n for n in files if n.endswith((".safetensors", *_PICKLED)) or n in MARKS or n == "config.json")
         stats = tuple(_stat(path / n) for n in kept)
-        return Sighting(path, stats, _whole(path, set(files)), (_stat(path / mark).mtime_ns, path.name))
+        return FolderSighting(path, stats, _whole(path, set(files)), (_stat(path / mark).mtime_ns, path.name))
     return None
 
 
@@ -145,7 +145,7 @@ class Settling:
     since: dict[Path, tuple[tuple[FileStat, ...], float]] = field(default_factory=dict)
     given: dict[Path, tuple[FileStat, ...]] = field(default_factory=dict)
 
-    def ready(self, sightings: list[Sighting], now: float) -> list[Sighting]:
+    def ready(self, sightings: list[FolderSighting], now: float) -> list[FolderSighting]:
         """Those of `sightings` (all there are now) that have been still long enough and were not given before as they
         are."""
         found = []
@@ -164,7 +164,7 @@ class Settling:
                 found.append(sighting)
         return found
 
-    def next_look(self, sightings: list[Sighting], now: float) -> float | None:
+    def next_look(self, sightings: list[FolderSighting], now: float) -> float | None:
         """Seconds until one of `sightings` could become ready if nothing changes; None if none waits."""
         waits = [
             self.since[s.path][1] + (self.settle if s.whole else self.settle * _PATIENCE) - now

@@ -40,13 +40,16 @@ def test_folds_is_killed_comes_back_and_stops(place: tuple[Path, Path, Path]) ->
         assert "continual_folds_total 2.0" in metrics
         page = get(f"{address}/")[1]
         assert "live" in page
-        told = subprocess.run(
-            [sys.executable, "-m", "continual", "status", "--state", str(state), "--json"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert json.loads(told.stdout)["pid"] == process.pid
+        nowhere = "http://127.0.0.1:9"
+        for proxy in ({}, {"http_proxy": nowhere, "HTTP_PROXY": nowhere, "no_proxy": "", "NO_PROXY": ""}):
+            told = subprocess.run(
+                [sys.executable, "-m", "continual", "status", "--state", str(state), "--json"],
+                capture_output=True,
+                text=True,
+                check=True,
+                env=os.environ | proxy,
+            )
+            assert json.loads(told.stdout)["pid"] == process.pid, f"through the proxy {proxy}"
         busy = subprocess.run(
             [sys.executable, "-m", "continual", "rollback", "0", "--state", str(state)],
             capture_output=True,

@@ -40,7 +40,7 @@ def take(ours: Merge, source: HubSource, count: int) -> list[Event]:
             async for event in source.events(stop):
                 found.append(event)
                 outcome = await asyncio.to_thread(ours.fold, event)
-                source.settled(event.place, (outcome.commit.entry.candidate or {})["key"])
+                source.settled(event.key, (outcome.commit.entry.candidate or {})["key"])
                 if len(found) == count:
                     stop.set()
         source.forget()

@@ -85,6 +85,13 @@ def test_when_a_candidate_comes_again(attempt: int, after: float, parks: bool, w
         (1, 0.5, 0.0, 0, 75.0),
         (3, 0.5, 0.0, 0, 300.0),
         (50, 0.5, 0.0, 0, 3600.0),
+        (1, 0.0, 0.0, 0, 56.25),  # many daemons that failed at once do not come again at once
+        (1, 1.0, 0.0, 0, 93.75),
+        (3, 0.0, 0.0, 0, 225.0),
+        (3, 1.0, 0.0, 0, 375.0),
+        (50, 0.0, 0.0, 0, 2700.0),
+        (50, 1.0, 0.0, 0, 4500.0),
+        (1, 0.0, 500.0, 0, 500.0),
         (1, 0.5, 500.0, 0, 500.0),
         (2, 0.5, 0.0, 2, 150.0),
         (3, 0.5, 0.0, 3, None),  # a token that is refused three times in a row is refused for good

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from continual.records import FileStat
-from continual.sources.folder import INDEX, FolderSource, Settling, Sighting, forbidden, look, scan
+from continual.sources.folder import INDEX, FolderSighting, FolderSource, Settling, forbidden, look, scan
 
 WEIGHTS = save({"a.weight": torch.zeros(4, 4)})
 
@@ -103,8 +103,8 @@ def test_a_state_inside_or_around_is_found(tmp_path: Path) -> None:
     assert forbidden(tmp_path / "w/deep/state/../..") is not None
 
 
-def seen(path: str, version: int, complete: bool = True) -> Sighting:
-    return Sighting(Path(path), (FileStat("model.safetensors", 1, version, 1),), complete, (version, path))
+def seen(path: str, version: int, complete: bool = True) -> FolderSighting:
+    return FolderSighting(Path(path), (FileStat("model.safetensors", 1, version, 1),), complete, (version, path))
 
 
 def test_ready_once_after_the_settle_time() -> None:
