@@ -243,7 +243,7 @@ class Merge:
 
     def pool(self) -> dict[str, Waiting]:
         """The candidates that wait for a round, by key."""
-        return self.state.pool()
+        return self.state.ledger.pool
 
     def round(self, progress: Progress = silent, told: rounds.Told | None = None) -> rounds.Round:
         """Runs a round over the pool: scores all that wait, folds what is relevant, settles the others' fates. Raises
@@ -311,7 +311,7 @@ class Merge:
         its layer scaling too). Raises Misconfigured for texts that are malformed, and for `tuned` where nothing was
         tuned.
         """
-        now = ReadOptions.from_mapping(self.state.read_options_at(self.state.head.seq))
+        now = ReadOptions.from_mapping(self.state.ledger.read_options(self.state.ledger.head.seq))
         if scale != "tuned":
             then, numbers = read_options(self.rule.name, scale, lines, now), None
         else:
@@ -357,7 +357,7 @@ class Merge:
         Damaged, Retry and Halt."""
         with State.open(Path(other)) as found:
             combining.check(self.state, found, self.rule)
-            folds = found.folds()
+            folds = found.ledger.folds()
             if dry_run:
                 return folds, None
             commit = combining.combine(self.state, found, self.rule, self.executor, progress)
@@ -384,12 +384,12 @@ class Merge:
     def _settled(self, word: str) -> list[Commit]:
         latest: dict[str, Commit] = {}
         place = str(Path(word).absolute())
-        for commit in self.state.log:
+        for commit in self.state.ledger.log:
             candidate = commit.entry.candidate
             if candidate and (
                 word in (candidate["name"], candidate["key"], str(commit.seq)) or candidate["origin"] in (word, place)
             ):
-                fate = self.state.fate(candidate["key"])
+                fate = self.state.ledger.fate(candidate["key"])
                 if fate is not None and fate.entry.fate != "folded":
                     one = (
                         candidate["origin"]

@@ -42,7 +42,7 @@ def log(
     from continual.cli import console
 
     with opened.merge(config, state=state) as merge:
-        commits = list(merge.state.log)[-number:]
+        commits = list(merge.state.ledger.log)[-number:]
     if json:
         console.emit([texts.record(c) for c in commits])
     else:
@@ -60,7 +60,7 @@ def show(
     from continual.cli import console
 
     with opened.merge(config, state=state) as merge:
-        body = texts.record(merge.state.get(seq))
+        body = texts.record(merge.state.ledger.get(seq))
     if json:
         console.emit(body)
     else:
@@ -83,7 +83,7 @@ def tag(
     with opened.merge(config, write=name is not None, state=state) as merge:
         if name is not None:
             merge.state.tag(name, seq)
-        tags = merge.state.tags()
+        tags = merge.state.ledger.tags
     if json:
         console.emit(tags)
     else:
@@ -102,8 +102,7 @@ def rollback(
     from continual.cli import console
 
     with opened.merge(config, write=not dry_run, state=state) as merge:
-        kept = {fold.seq for fold in merge.state.folds(at=seq)}
-        undone = [fold for fold in merge.state.folds() if fold.seq not in kept]
+        undone = merge.state.ledger.undone(seq)
         commit = None if dry_run else merge.state.rollback(seq)
     if json:
         console.emit({"to": seq, "record": commit and commit.seq, "undone": [texts.record(c) for c in undone]})
@@ -173,7 +172,7 @@ def scale(
         found = (
             merge.rescale(value, lines)
             if changed
-            else ReadOptions.from_mapping(merge.state.read_options_at(merge.state.head.seq))
+            else ReadOptions.from_mapping(merge.state.ledger.read_options(merge.state.ledger.head.seq))
         )
     if json:
         console.emit(found.to_mapping())

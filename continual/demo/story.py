@@ -94,7 +94,11 @@ def _daemon(work: Path, weights: Mapping[str, Mapping[str, Tensor]], console: Co
         caught = _kill(work, process, tasks, half, weights, console)
     with State.open(state) as opened:
         orphans = [{"generation": name, "bytes": _size(state / "generations" / name)} for name in opened.orphans]
-        intact: dict[str, Any] = {"record": opened.head.seq, "folds": len(opened.folds()), "findings": opened.verify()}
+        intact: dict[str, Any] = {
+            "record": opened.ledger.head.seq,
+            "folds": len(opened.ledger.folds()),
+            "findings": opened.verify(),
+        }
     for orphan in orphans:
         console.print(
             f"   left behind: generation {orphan['generation']}, {orphan['bytes']} bytes, which no record names"
@@ -114,7 +118,7 @@ def _daemon(work: Path, weights: Mapping[str, Mapping[str, Tensor]], console: Co
         process.send_signal(signal.SIGTERM)
         code = process.wait(_PATIENCE)
     with State.open(state) as opened:
-        folded = [(c.entry.candidate or {})["name"] for c in opened.folds()]
+        folded = [(c.entry.candidate or {})["name"] for c in opened.ledger.folds()]
         findings = opened.verify()
     if sorted(folded) != sorted(tasks) or findings or code != 0 or not orphans or intact["findings"]:
         raise Halt(
@@ -153,7 +157,7 @@ def _kill(
         process.kill()
         process.wait()
         with State.open(work / "state") as opened:
-            if opened.orphans and len(opened.log) == head:
+            if opened.orphans and len(opened.ledger.log) == head:
                 console.print(f"   killed process {process.pid} while it was folding: {task}")
                 return task
         raise Halt(f"{task} was committed before the kill reached the daemon; run the demonstration again")

@@ -25,8 +25,8 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
     """
     check(state, other, rule)
     assert rule.combine is not None
-    totals = together(state.totals, other.totals)
-    at = other.head.seq
+    totals = together(state.ledger.totals, other.ledger.totals)
+    at = other.ledger.head.seq
     with other.lease(at), state.begin() as transaction:
         tasks = [
             Task(
@@ -48,7 +48,7 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
                 "digest": c.entry.digest,
                 "numbers": _kept(c.entry.numbers or {}),
             }
-            for c in other.folds()
+            for c in other.ledger.folds()
         ]
         entry = Entry(
             kind="combine",
@@ -86,9 +86,9 @@ def check(state: State, other: State, rule: Rule) -> None:
             f"{state.path} and {other.path} are of different bases"
             + (f": tensor {differing} differs" if differing else ", or treat their tensors differently")
         )
-    if not other.folds():
+    if not other.ledger.folds():
         raise Misconfigured(f"{other.path}: nothing is folded there")
-    if both := [c for c in other.folds() if c.entry.digest and state.folded_digest(c.entry.digest)]:
+    if both := [c for c in other.ledger.folds() if c.entry.digest and state.ledger.folded_digest(c.entry.digest)]:
         names = ", ".join(str((c.entry.candidate or {})["name"]) for c in both[:5])
         raise Misconfigured(
             f"{len(both)} models are in both states ({names}): unfold them from one first, else they would count twice"

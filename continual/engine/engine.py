@@ -98,7 +98,7 @@ class Engine:
         Raises as `fold` does."""
 
         def wait(candidate: Candidate, model: Model, lineage: Lineage) -> Outcome:
-            if waiting := self.state.pool().get(candidate.key):
+            if waiting := self.state.ledger.pool.get(candidate.key):
                 return Outcome(
                     "known",
                     candidate.name,
@@ -125,7 +125,7 @@ class Engine:
 
     def _replace_waiting(self, candidate: Candidate) -> None:
         """Settles commits of the same repo that wait: the one that came now is looked at in their place."""
-        for waiting in self.state.pool().values():
+        for waiting in self.state.ledger.pool.values():
             older = waiting.commit.entry.candidate or {}
             if older.get("origin") == candidate.origin and older.get("key") != candidate.key:
                 message = f"{older['name']}: a newer commit of it waits in its place"
@@ -146,12 +146,12 @@ class Engine:
         with ExitStack() as open_files:
             candidate = None
             try:
-                if (key := place.settled_key) and (known := self.state.fate(key)):
+                if (key := place.settled_key) and (known := self.state.ledger.fate(key)):
                     return known_as(place.name, known)
                 model = open_model(place)
                 open_files.callback(model.close)
                 candidate = candidate_of(model)
-                if known := self.state.fate(candidate.key):
+                if known := self.state.ledger.fate(candidate.key):
                     return known_as(candidate.name, known)
                 lineage = self._vet(candidate, model)
                 return then(candidate, model, lineage)
@@ -164,7 +164,7 @@ class Engine:
         try:
             with open_model(place) as model:
                 candidate = candidate_of(model)
-                if known := self.state.fate(candidate.key):
+                if known := self.state.ledger.fate(candidate.key):
                     return Plan(
                         candidate.name,
                         str(place),
@@ -210,7 +210,7 @@ class Engine:
 
     def _vet(self, candidate: Candidate, model: Model) -> Lineage:
         provenance.refuse_own_release(candidate.name, release_of(model.place), self.state.id)
-        if self.policy.updates == "refuse" and (earlier := self.state.revisions(candidate.origin)):
+        if self.policy.updates == "refuse" and (earlier := self.state.ledger.revisions(candidate.origin)):
             raise Refuse(
                 "update",
                 f"{candidate.name}: other files at {candidate.origin} were folded as record {earlier[-1].seq}; "
@@ -222,11 +222,11 @@ class Engine:
         self, candidate: Candidate, model: Model, lineage: Lineage, progress: Progress, chosen: Mapping[str, Any]
     ) -> Outcome:
         begun = time.perf_counter()
-        before = dict(self.state.totals)
+        before = dict(self.state.ledger.totals)
         factor = weight.weight_of(self.policy.weights, candidate.name, model)
         with self.state.begin() as transaction:
             report = self.stream(transaction, candidate, model, lineage, before, factor, progress)
-            if twin := self.state.folded_digest(report.digest):
+            if twin := self.state.ledger.folded_digest(report.digest):
                 return self._duplicate(candidate, report, twin)
             safety.norms(
                 candidate.name,
@@ -377,7 +377,7 @@ class Engine:
         )
 
     def _refuse(self, candidate: Candidate, refusal: Refuse) -> Outcome:
-        if known := self.state.fate(candidate.key):
+        if known := self.state.ledger.fate(candidate.key):
             return known_as(candidate.name, known)
         entry = Entry(
             kind="refuse",

@@ -39,9 +39,9 @@ class Reading:
     ) -> None:
         self.state = state
         self.rule = rule
-        self.commit: Commit = state.head if seq is None else state.get(seq)
-        self.totals: Mapping[str, float] = state.totals_at(self.commit.seq)
-        self.options = options or ReadOptions.from_mapping(state.read_options_at(self.commit.seq))
+        self.commit: Commit = state.ledger.head if seq is None else state.ledger.get(seq)
+        self.totals: Mapping[str, float] = state.ledger.totals_at(self.commit.seq)
+        self.options = options or ReadOptions.from_mapping(state.ledger.read_options(self.commit.seq))
         self.lengths = {} if lengths is None else lengths
         self._factors: Parts | None = None
 

@@ -65,7 +65,7 @@ def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
     has to be read is not there.
     """
     state, rule = engine.state, engine.rule
-    history = state.history()
+    history = state.ledger.history()
     place = _find([fold.commit for fold in history], word)
     gone = history[place].commit
     start, begin = None, 0
@@ -99,7 +99,7 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
     before.
     """
     state = engine.state
-    fold = next(c for c in state.folds() if (c.seq, (c.entry.candidate or {})["key"]) == (plan.seq, plan.key))
+    fold = next(c for c in state.ledger.folds() if (c.seq, (c.entry.candidate or {})["key"]) == (plan.seq, plan.key))
     begun = time.perf_counter()
 
     def entry(report: FoldReport | None, totals: Mapping[str, float]) -> Entry:
@@ -125,10 +125,10 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
     if plan.exact:
         (model,) = plan.again
         with state.begin() as transaction:
-            report = _stream(engine, transaction, model, state.totals, -model.weight, progress)
+            report = _stream(engine, transaction, model, state.ledger.totals, -model.weight, progress)
             return transaction.commit(entry(report, report.totals))
-    generation = state.generation_of(state.get(plan.start)) if plan.start is not None else None
-    totals = state.totals_at(plan.start) if plan.start is not None else {}
+    generation = state.generation_of(state.ledger.get(plan.start)) if plan.start is not None else None
+    totals = state.ledger.totals_at(plan.start) if plan.start is not None else {}
     if not plan.again:
         return state.record(entry(None, totals), generation)
     scratch: Transaction | None = None

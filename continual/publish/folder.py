@@ -117,7 +117,7 @@ def fill(
 
 def provenance_of(state: State, seq: int, read: Mapping[str, Any]) -> dict[str, Any]:
     """The body of `continual.json`: which state and record, which base, rule and options, and every fold in it."""
-    commit = state.get(seq)
+    commit = state.ledger.get(seq)
     return {
         "state": state.id,
         "seq": seq,
@@ -127,10 +127,10 @@ def provenance_of(state: State, seq: int, read: Mapping[str, Any]) -> dict[str, 
         "rule": state.format.rule,
         "options": dict(state.format.options),
         "read": dict(read),
-        "totals": dict(state.totals_at(seq)),
+        "totals": dict(state.ledger.totals_at(seq)),
         "folded": [
             {"seq": fold.seq, "digest": fold.entry.digest, **{k: (fold.entry.candidate or {}).get(k) for k in _KEPT}}
-            for fold in state.folds(at=seq)
+            for fold in state.ledger.folds(at=seq)
         ],
         "software": dict(provenance.software()),
         "exported": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -126,7 +126,7 @@ def export(
     free(directory)
     if rank < 1:
         raise Misconfigured(f"rank = {rank}: an adapter has at least rank 1")
-    if reading.commit.generation is None or not reading.state.folds(at=reading.commit.seq):
+    if reading.commit.generation is None or not reading.state.ledger.folds(at=reading.commit.seq):
         raise Misconfigured("nothing is folded yet, so the adapter would be empty: fold a model first")
     adapted = adaptable(base)
     if not adapted:

@@ -30,7 +30,7 @@ NONE = Active({}, (), {}, {})
 
 def active(state: State, at: int | None = None) -> Active:
     """What the merge of `state` weighs at record `at`, default: now."""
-    history = state.history(at)
+    history = state.ledger.history(at)
     numbers = (history[-1].at.entry.numbers or {}) if history and history[-1].at else {}
     folds = [fold.commit.entry for fold in history]
     members = {(e.candidate or {})["key"]: Member(e.candidate or {}) for e in folds}

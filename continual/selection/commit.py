@@ -96,7 +96,7 @@ def commit(
     state, now, weights = engine.state, active(engine.state), chosen.active.weights
     out = [key for key in now.members if key not in weights and (key in chosen.left or not chosen.active.rest)]
     waits = dict(pool)
-    for fold in state.folds():
+    for fold in state.ledger.folds():
         if (key := (fold.entry.candidate or {})["key"]) in out:
             waits[key] = Waiting(fold, fold.time)
     rows = kept_out(
@@ -143,7 +143,7 @@ def _twins(engine: Engine, after: Active, digests: Mapping[str, str]) -> tuple[A
     the same."""
     seen, doubles, weights, rest = dict[str, str](), list[Row](), dict(after.weights), after.rest
     for key, digest in digests.items():
-        known = engine.state.folded_digest(digest)
+        known = engine.state.ledger.folded_digest(digest)
         first = (known.entry.candidate or {})["key"] if known else seen.setdefault(digest, key)
         if first == key:
             continue

@@ -93,7 +93,7 @@ class Loaded:
         refuse, with the refusal. ‖τ‖² is found out when a member is seen first."""
         gradients = {spec.name: self._gradient(spec.name) for spec in self.specs}
         state, norms = self.engine.state, self.engine.policy.norms
-        squares, totals = state.format.base["squares"], state.totals
+        squares, totals = state.format.base["squares"], state.ledger.totals
 
         def look(member: Member, found: Opened) -> Score:
             slopes, new = [0.0] * self.count, member.key not in self._squares

@@ -28,7 +28,7 @@ def pending(pool: Mapping[str, Waiting]) -> dict[str, Waiting]:
 def fold(engine: Engine, progress: Progress, told: Callable[[Outcome], None]) -> list[Outcome]:
     """Folds what a round has chosen. Raises Retry and Halt; what is folded by then stays folded."""
     outcomes = []
-    for waiting in pending(engine.state.pool()).values():
+    for waiting in pending(engine.state.ledger.pool).values():
         candidate: Any = waiting.commit.entry.candidate
         member = Member(candidate)
         try:

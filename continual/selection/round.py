@@ -82,7 +82,7 @@ def run(
     """
     started, state = time.perf_counter(), engine.state
     left = relevance.fold(engine, progress, told)
-    pool, now = state.pool(), active(state) if weighed else NONE
+    pool, now = state.ledger.pool, active(state) if weighed else NONE
     if not pool and not now.weights:
         last = last_round(state)
         if left and last:
@@ -124,7 +124,7 @@ def run(
 
 def last_round(state: State) -> Commit | None:
     """The record that ended the last round; None if there was none."""
-    return next((c for c in reversed(state.log) if c.entry.kind == "select"), None)
+    return next((c for c in reversed(state.ledger.log) if c.entry.kind == "select"), None)
 
 
 def _after(ended: Commit, outcomes: Sequence[Outcome], started: float) -> Round:
@@ -153,7 +153,7 @@ def _origin(merge: Reading, engine: Engine, progress: Progress, *, weighed: bool
 def look(engine: Engine, reading: Callable[[], Reading], asked: Asked, progress: Progress, *, weighed: bool) -> Round:
     """Scores all that wait at the merge as it is, and tries those whose score is below zero; nothing is folded or
     recorded. Raises as `run`."""
-    started, pool = time.perf_counter(), engine.state.pool()
+    started, pool = time.perf_counter(), engine.state.ledger.pool
     if not pool:
         raise Misconfigured(_EMPTY)
     loaded, members = (
@@ -200,7 +200,7 @@ def _begun(engine: Engine, asked: Asked, pool: Mapping[str, Waiting], weighed: b
             "objective": asked.calibration.told(),
         },
     )
-    open_round = state.open_round
+    open_round = state.ledger.open_round
     if open_round is not None and {key: (open_round.entry.numbers or {}).get(key) for key in numbers} == numbers:
         return open_round
     members = [{"key": key, "name": (w.commit.entry.candidate or {})["name"]} for key, w in pool.items()]

@@ -34,7 +34,7 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
     after = now._replace(weights=weights, members={key: m for key, m in now.members.items() if key != plan.key})
     (model,) = plan.again
     member = now.members[plan.key]._replace(at=model.place)
-    fold = next(c for c in state.folds() if (c.entry.candidate or {})["key"] == plan.key)
+    fold = next(c for c in state.ledger.folds() if (c.entry.candidate or {})["key"] == plan.key)
 
     def entry(found: Mapping[str, float]) -> Entry:
         return Entry(

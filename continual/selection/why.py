@@ -31,12 +31,12 @@ def why(state: State, word: str) -> Why:
     place = str(Path(word).absolute())
     seen = [
         c
-        for c in state.log
+        for c in state.ledger.log
         if (e := c.entry.candidate) and (word in (e["name"], e["key"]) or e["origin"] in (word, place))
     ]
     seen += [
         fold
-        for fold in state.folds()
+        for fold in state.ledger.folds()
         if (e := fold.entry.candidate) and (word in (e["name"], e["key"]) or e["origin"] in (word, place))
     ]
     if not seen:
@@ -46,7 +46,7 @@ def why(state: State, word: str) -> Why:
     newest = seen[-1].entry.candidate or {}
     key = newest["key"]
     rounds = []
-    for commit in state.log:
+    for commit in state.ledger.log:
         numbers = commit.entry.numbers or {}
         if commit.entry.kind != "select" or "scores" not in numbers:
             continue
@@ -62,7 +62,7 @@ def why(state: State, word: str) -> Why:
                     "better": better,
                 }
                 rounds.append({**row, **more})
-    waiting, settled = state.pool().get(key), state.fate(key)
+    waiting, settled = state.ledger.pool.get(key), state.ledger.fate(key)
     if waiting is not None:
         last = waiting.last or {
             "reason": "waiting",
@@ -80,7 +80,7 @@ def why(state: State, word: str) -> Why:
         fate, reason, message = "open", "retry", f"{newest['name']}: is looked at again when it is seen next"
     since = next(
         c.time
-        for c in state.log
+        for c in state.ledger.log
         if (c.entry.candidate or {}).get("key") == key or c is seen[-1] or c.seq == seen[-1].seq
     )
     return Why(key, newest["name"], newest["origin"], fate, reason, message, since, rounds)

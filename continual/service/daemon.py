@@ -122,7 +122,7 @@ class Daemon:
             "started",
             pid=os.getpid(),
             state=str(self.settings.state),
-            head=self.merge.state.head.seq,
+            head=self.merge.state.ledger.head.seq,
             rule=self.merge.rule.name,
         )
         for orphan in self.merge.state.orphans:
@@ -146,7 +146,7 @@ class Daemon:
             self._halt(_first(group_error))
         finally:
             self._thread.shutdown()
-        self.log.info("stopped", head=self.merge.state.head.seq, clean=self.halted is None)
+        self.log.info("stopped", head=self.merge.state.ledger.head.seq, clean=self.halted is None)
 
     def _signalled(self, number: int) -> None:
         if self.stopping.is_set():
@@ -192,8 +192,8 @@ class Daemon:
     def _hub_source(self) -> HubSource:
         state = self.merge.state
         self.merge.places.check()
-        found = HubSource(self.merge.places, self.settings.hub, self.settings.state, state.is_settled)
-        found.again(state.retried())
+        found = HubSource(self.merge.places, self.settings.hub, self.settings.state, state.ledger.is_settled)
+        found.again(state.ledger.retried())
         return found
 
     async def _record(self, entry: Entry) -> None:
@@ -232,7 +232,7 @@ class Daemon:
         if self.asked is None:
             return None
         pool, clock = self.merge.pool(), rounds.clock()
-        if pool and (self.merge.state.open_round is not None or rounds.due(pool, self.asked, clock)):
+        if pool and (self.merge.state.ledger.open_round is not None or rounds.due(pool, self.asked, clock)):
             return max(0.0, self._round_due - now)
         return rounds.next_due(pool, self.asked, clock)
 
@@ -346,10 +346,12 @@ class Daemon:
 
     def _gauge(self) -> None:
         state = self.merge.state
-        self.metrics.state(state.generation_bytes(), len(state.generations()), state.head.seq, len(state.folds()))
-        self.metrics.gauges(self.merge.rule.gauges(state.totals))
+        self.metrics.state(
+            state.generation_bytes(), len(state.generations()), state.ledger.head.seq, len(state.ledger.folds())
+        )
+        self.metrics.gauges(self.merge.rule.gauges(state.ledger.totals))
         last = rounds.last_round(state)
-        self.metrics.pool(len(state.pool()), (last.entry.numbers or {}) if last else {})
+        self.metrics.pool(len(state.ledger.pool), (last.entry.numbers or {}) if last else {})
         tuned = tuning.in_force(state)
         self.metrics.scale(self.merge.reading().factor(), (tuned.entry.numbers or {})["folds"] if tuned else 0)
 

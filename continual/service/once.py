@@ -61,9 +61,9 @@ def survey(merge: Merge) -> Iterator[Seen]:
         young = settings.hub.settle - (now - info.modified.timestamp())
         if out := merge.places.left_out(info, called):
             verdict = False, out
-        elif known := merge.state.fate(key):
+        elif known := merge.state.ledger.fate(key):
             verdict = False, known_as(info.id, known).message
-        elif key in merge.state.pool():
+        elif key in merge.state.ledger.pool:
             verdict = False, f"{info.id}: waits in the pool"
         elif young > 0:
             verdict = False, f"{info.id}: is looked at in {young:.0f} s, if it has no new commit until then"
@@ -104,8 +104,8 @@ def once(merge: Merge) -> Iterator[Tried]:
 
 def source(merge: Merge) -> hub_source.HubSource:
     """The Hub as a source of this state."""
-    found = hub_source.HubSource(merge.places, merge.settings.hub, merge.settings.state, merge.state.is_settled)
-    found.again(merge.state.retried())
+    found = hub_source.HubSource(merge.places, merge.settings.hub, merge.settings.state, merge.state.ledger.is_settled)
+    found.again(merge.state.ledger.retried())
     return found
 
 

@@ -73,7 +73,7 @@ class Publishing:
         while True:
             await fresh.wait()
             fresh.clear()
-            model = self.merge.state.model
+            model = self.merge.state.ledger.model
             if model is None:
                 continue
             try:
@@ -122,9 +122,9 @@ class Publishing:
         """Releases the newest record that changed the model, or where every one is wanted the next after the last that
         was released."""
         asked, state = self.settings.release, self.merge.state
-        done = newest_release(state.log, asked.repo or "", asked.branch)
+        done = newest_release(state.ledger.log, asked.repo or "", asked.branch)
         last = -1 if done is None else int(done["of"])
-        if last >= newest or not state.folds(newest):
+        if last >= newest or not state.ledger.folds(newest):
             if done is not None:  # a kill may have come between the release and its hooks
                 self._hand(
                     Published(state=state.id, seq=last, **{key: done[key] for key in ("repo", "commit", "tag")}),
@@ -156,7 +156,7 @@ class Publishing:
 
     def _was_told(self, waiter: Waiter, seq: int) -> bool:
         """Whether the ledger has a call of such a hook for this record: after a restart nobody is told twice."""
-        for commit in reversed(self.merge.state.log[seq:]):
+        for commit in reversed(self.merge.state.ledger.log[seq:]):
             numbers = commit.entry.numbers or {}
             called = numbers.get("hook", {}) if commit.entry.kind == "publish" and numbers["of"] == seq else {}
             if (called.get("number"), called.get("target")) == (waiter.number, hooks.target(waiter.hook)):

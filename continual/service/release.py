@@ -43,8 +43,8 @@ def record_of(merge: Merge, at: int | None = None) -> Commit:
             "release.repo is not set: name the repo (ORG/NAME) the merge is released to, as --release repo=ORG/NAME"
         )
     hub.check(merge.settings.release)
-    found = merge.state.model if at is None else merge.state.get(at)
-    if found is None or not merge.state.folds(found.seq):
+    found = merge.state.ledger.model if at is None else merge.state.ledger.get(at)
+    if found is None or not merge.state.ledger.folds(found.seq):
         raise Misconfigured("nothing is folded yet, so there is nothing to release")
     return found
 
@@ -81,7 +81,7 @@ def release(merge: Merge, at: int | None = None) -> Released:
 
 
 def _ours(merge: Merge, seq: int) -> hub.Ours:
-    return hub.Ours(merge.state.id, seq, [commit.generation for commit in merge.state.log])
+    return hub.Ours(merge.state.id, seq, [commit.generation for commit in merge.state.ledger.log])
 
 
 def public(file: Path) -> bytes:
@@ -102,10 +102,10 @@ def entry(released: Released) -> Entry:
 def facts_of(merge: Merge, seq: int) -> card.Facts:
     """What the card of record `seq` says."""
     state, settings = merge.state, merge.settings
-    made, commit = state.format, state.get(seq)
-    read = ReadOptions.from_mapping(state.read_options_at(seq))
+    made, commit = state.format, state.ledger.get(seq)
+    read = ReadOptions.from_mapping(state.ledger.read_options(seq))
     repo, asked = made.base.get("repo"), settings.release
-    before = hub.newest_release(state.log, asked.repo or "", asked.branch)
+    before = hub.newest_release(state.ledger.log, asked.repo or "", asked.branch)
     defaults = type(settings).model_fields
     kept = {
         name: getattr(settings, name)
@@ -115,7 +115,7 @@ def facts_of(merge: Merge, seq: int) -> card.Facts:
     config = merge.base.checkpoint.config
     return card.Facts(
         base=card.Base(repo or Path(made.base["path"]).name, repo, made.base.get("revision"), made.base.get("licence")),
-        folded=[_model(fold) for fold in state.folds(seq)],
+        folded=[_model(fold) for fold in state.ledger.folds(seq)],
         state=state.id,
         seq=seq,
         rule=made.rule,
@@ -152,7 +152,9 @@ def next_record(merge: Merge, after: int) -> int:
     """The first record after `after` that changed the model, has one in it and can still be read: generations that have
     expired cannot be released any more."""
     state, kept = merge.state, set(merge.state.generations())
-    return next(c.seq for c in state.models() if c.seq > after and c.generation in kept and state.folds(c.seq))
+    return next(
+        c.seq for c in state.ledger.models if c.seq > after and c.generation in kept and state.ledger.folds(c.seq)
+    )
 
 
 @contextmanager

@@ -90,7 +90,7 @@ class Live:
 
     def log(self, limit: int, before: int | None) -> list[dict[str, Json]]:
         """Records of the ledger."""
-        commits = self.merge.state.log[: len(self.merge.state.log) if before is None else before]
+        commits = self.merge.state.ledger.log[: len(self.merge.state.ledger.log) if before is None else before]
         return [record(c) for c in commits[-limit:]]
 
     def status(self) -> Status:
@@ -156,9 +156,9 @@ def _status(
     current: dict[str, Any] | None,
     memory: float | None,
 ) -> Status:
-    state, folds = merge.state, merge.state.folds()
+    state, folds = merge.state, merge.state.ledger.folds()
     tuned, made = tuning.in_force(state), state.format.base
-    refused = state.refusals[-_SHOWN:]
+    refused = state.ledger.refusals[-_SHOWN:]
     pool, last = merge.pool(), rounds.last_round(state)
     return Status(
         version=provenance.software()["continual"],
@@ -172,17 +172,17 @@ def _status(
         base=f"{made['repo']}@{made['revision'][:12]}" if made.get("repo") else made["path"],
         rule=state.format.rule,
         options=state.format.options,
-        scale=str(ReadOptions.from_mapping(state.read_options_at(state.head.seq))),
+        scale=str(ReadOptions.from_mapping(state.ledger.read_options(state.ledger.head.seq))),
         tuned=None if tuned is None else {"record": tuned.seq, "folds": (tuned.entry.numbers or {})["folds"]},
         watch=[str(path) for path in merge.settings.watch],
         hub=None if hub is None else _hub(merge, hub),
-        head=state.head.seq,
+        head=state.ledger.head.seq,
         folds=len(folds),
         generations=len(state.generations()),
         state_bytes=state.generation_bytes(),
         disk_free_bytes=shutil.disk_usage(state.path).free,
-        totals=state.totals,
-        gauges=merge.rule.gauges(state.totals),
+        totals=state.ledger.totals,
+        gauges=merge.rule.gauges(state.ledger.totals),
         queue=queue[:_QUEUED],
         queued=len(queue),
         select=merge.selects,
@@ -193,7 +193,8 @@ def _status(
         last_folds=[_fold(c) for c in reversed(folds[-_SHOWN:])],
         refusals=[_refusal(c) for c in reversed(refused)],
         published=[
-            _published(c) for c in reversed([c for c in state.log[-_RECENT:] if c.entry.kind == "publish"][-_SHOWN:])
+            _published(c)
+            for c in reversed([c for c in state.ledger.log[-_RECENT:] if c.entry.kind == "publish"][-_SHOWN:])
         ],
         peak_memory_bytes=memory,
     )

@@ -63,17 +63,22 @@ class Waiting(NamedTuple):
 
 
 class Ledger:
-    """An index over the records so far; `add` takes the next one."""
+    """Every question about the history of a state, answered from memory; `add` takes the next record.
+
+    `log` has every record, oldest first; `models` those that made the merged model another one; `refusals` what was
+    refused, duplicates and what expired included (a candidate that a round refused has the number of its record);
+    `open_round` the round that was begun and has not ended. Nobody but `add` changes them.
+    """
 
     def __init__(self) -> None:
         self.log: list[Commit] = []
-        self.tags: dict[str, int] = {}
+        self._tags: dict[str, int] = {}
         self._history: list[Fold | None] = []
         self._read: list[Mapping[str, Any]] = []
         self._fates: dict[str, Commit | None] = {}
         self._digests: dict[str, Commit] = {}
         self.models: list[Commit] = []
-        self.pool: dict[str, Waiting] = {}
+        self._pool: dict[str, Waiting] = {}
         self.open_round: Commit | None = None
         self.refusals: list[Commit] = []
 
@@ -98,12 +103,12 @@ class Ledger:
             now = self._rolled_back(now, (entry.numbers or {})["to"])
         elif entry.kind == "tag":
             numbers = entry.numbers or {}
-            self.tags[numbers["tag"]] = numbers["of"]
+            self._tags[numbers["tag"]] = numbers["of"]
         if key is not None:
             self._fates[key] = commit if entry.kind in ("fold", "refuse", "unfold") else None
-            self.pool.pop(key, None)
+            self._pool.pop(key, None)
             if entry.kind == "defer":
-                self.pool[key] = Waiting(commit, commit.time)
+                self._pool[key] = Waiting(commit, commit.time)
         if entry.kind == "refuse":
             self.refusals.append(commit)
         wrote = entry.kind == "select" and commit.generation != self.log[-1].generation
@@ -112,11 +117,6 @@ class Ledger:
         self.log.append(commit)
         self._history.append(now)
         self._read.append(entry.read if entry.read is not None else self._read[-1] if self._read else {})
-
-    @property
-    def model(self) -> Commit | None:
-        """The newest record that made the merged model another one."""
-        return self.models[-1] if self.models else None
 
     def _selected(self, now: Fold | None, commit: Commit) -> Fold | None:
         """The history after a round: without the models it left out, with those it brought, all of them read from its
@@ -129,7 +129,7 @@ class Ledger:
             if candidate.get("key") in out:
                 self._digests.pop(fold.entry.digest or "", None)
                 self._fates[candidate["key"]] = None
-                self.pool[candidate["key"]] = Waiting(fold, fold.time)
+                self._pool[candidate["key"]] = Waiting(fold, fold.time)
         if "active" in numbers:
             brought = of_combined(commit) if numbers.get("folds") else []
             now = None
@@ -139,13 +139,13 @@ class Ledger:
             for fold in brought:
                 self._settle(fold)
         for row in numbers.get("scores", ()):
-            waiting = self.pool.get(row["key"])
+            waiting = self._pool.get(row["key"])
             if waiting is None:
                 continue
             if row["fate"] in ("deferred", "chosen"):
-                self.pool[row["key"]] = waiting._replace(rounds=waiting.rounds + row["judged"], last=row)
+                self._pool[row["key"]] = waiting._replace(rounds=waiting.rounds + row["judged"], last=row)
             elif row["fate"] in ("refused", "expired"):
-                del self.pool[row["key"]]
+                del self._pool[row["key"]]
                 said = {"fate": row["fate"], "reason": row["reason"], "message": row["message"]}
                 refusal = Entry(kind="refuse", candidate=waiting.commit.entry.candidate, **said)
                 self.refusals.append(dataclasses.replace(commit, entry=refusal))
@@ -181,9 +181,29 @@ class Ledger:
     def _settle(self, fold: Commit) -> None:
         if fold.entry.candidate:
             self._fates[fold.entry.candidate["key"]] = fold
-            self.pool.pop(fold.entry.candidate["key"], None)
+            self._pool.pop(fold.entry.candidate["key"], None)
         if fold.entry.digest:
             self._digests[fold.entry.digest] = fold
+
+    @property
+    def head(self) -> Commit:
+        """The newest record."""
+        return self.log[-1]
+
+    @property
+    def model(self) -> Commit | None:
+        """The newest record that made the merged model another one, None before the first fold."""
+        return self.models[-1] if self.models else None
+
+    @property
+    def pool(self) -> dict[str, Waiting]:
+        """The candidates that wait for a round, by key, in the order in which they came: a copy."""
+        return dict(self._pool)
+
+    @property
+    def tags(self) -> dict[str, int]:
+        """The tags and the number of the record that each of them names: a copy."""
+        return dict(self._tags)
 
     def get(self, seq: int) -> Commit:
         """Record `seq`. Raises Misconfigured if there is none."""
@@ -191,20 +211,66 @@ class Ledger:
             raise Misconfigured(f"no record {seq}: the newest is {len(self.log) - 1}")
         return self.log[seq]
 
-    def history(self, seq: int) -> Fold | None:
-        """The last fold in force at record `seq`."""
+    def last_fold(self, seq: int) -> Fold | None:
+        """The newest of the folds in force at record `seq`, which leads to those before it. Raises Misconfigured if
+        there is no such record."""
         self.get(seq)
         return self._history[seq]
 
+    def history(self, at: int | None = None) -> list[Fold]:
+        """The folds in force now, or at record `at`, oldest first; each has the record whose generation holds it and
+        all folds before it, if there is one. Raises Misconfigured if there is no such record."""
+        return chain(self.last_fold(self.head.seq if at is None else at))
+
+    def folds(self, at: int | None = None) -> list[Commit]:
+        """The records of the folds in force now, or at record `at`, oldest first. A fold that came with another state
+        has the number of the record that combined the two. Raises Misconfigured if there is no such record."""
+        return [fold.commit for fold in self.history(at)]
+
+    def undone(self, to: int) -> list[Commit]:
+        """The folds in force now that are not in force at record `to`: those that a rollback to it undoes, oldest
+        first. Raises Misconfigured if there is no such record."""
+        kept = {same(commit) for commit in self.folds(to)}
+        return [commit for commit in self.folds() if same(commit) not in kept]
+
+    def revisions(self, origin: str) -> list[Commit]:
+        """The folds in force of candidates that came from `origin`, oldest first."""
+        return [c for c in self.folds() if c.entry.candidate and c.entry.candidate["origin"] == origin]
+
+    @property
+    def totals(self) -> Mapping[str, float]:
+        """The rule's totals in force now; empty before the first fold."""
+        return self.totals_at(self.head.seq)
+
+    def totals_at(self, seq: int) -> Mapping[str, float]:
+        """The rule's totals that were in force at record `seq`. Raises Misconfigured if there is no such record."""
+        fold = self.last_fold(seq)
+        return (fold.at.entry.totals or {}) if fold and fold.at else {}
+
     def read_options(self, seq: int) -> Mapping[str, Any]:
-        """The read-time options in force at record `seq`."""
+        """The read-time options in force at record `seq`. Raises Misconfigured if there is no such record."""
         self.get(seq)
         return self._read[seq]
 
     def fate(self, key: str) -> Commit | None:
-        """The record that settled a candidate; None if it was never seen, is deferred, or is to be looked at again."""
+        """The record that settled the candidate `key`; its entry's fate is `rolled-back` where a rollback undid it.
+        None if the candidate was never seen, is deferred, or is to be looked at again."""
         return self._fates.get(key)
 
+    def is_settled(self, key: str) -> bool:
+        """Whether the candidate `key` need not be looked at: its fate is settled, or it waits in the pool."""
+        return self._fates.get(key) is not None or key in self._pool
+
+    def retried(self) -> list[Mapping[str, Any]]:
+        """The candidates, as their records name them, that somebody asked to look at again and that are not settled
+        since."""
+        asked = {
+            c.entry.candidate["key"]: c.entry.candidate
+            for c in self.log
+            if c.entry.kind == "retry" and c.entry.candidate
+        }
+        return [candidate for key, candidate in asked.items() if not self.is_settled(key)]
+
     def folded_digest(self, digest: str) -> Commit | None:
-        """The fold in force of a model with this content."""
+        """The fold in force of a model with this content digest."""
         return self._digests.get(digest)

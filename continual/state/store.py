@@ -20,7 +20,7 @@ from continual.state.arrays import Array
 from continual.state.durable import environment, link_new, move_away, replace_bytes, sync_file, write_temporary
 from continual.state.format import VERSION, Commit, Format
 from continual.state.generation import Generation
-from continual.state.ledger import Fold, Ledger, Waiting, chain, same
+from continual.state.ledger import Ledger
 from continual.state.transaction import Transaction, room
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class State:
         self.path = path
         self.format = form
         self.orphans: tuple[str, ...] = ()
-        self._ledger = ledger
+        self.ledger = ledger
         self._lock_fd = lock_fd
         self._on_step = on_step
         self._open: dict[str, Generation] = {}
@@ -132,109 +132,22 @@ class State:
     def id(self) -> str:
         return self.format.id
 
-    @property
-    def log(self) -> Sequence[Commit]:
-        """Every record, oldest first."""
-        return self._ledger.log
-
-    @property
-    def head(self) -> Commit:
-        """The newest record."""
-        return self._ledger.log[-1]
-
-    @property
-    def model(self) -> Commit | None:
-        """The newest record that made the merged model another one, None before the first fold."""
-        return self._ledger.model
-
-    def models(self) -> list[Commit]:
-        """Every record that made the merged model another one, oldest first."""
-        return list(self._ledger.models)
-
-    @property
-    def totals(self) -> Mapping[str, float]:
-        """The rule's totals in force."""
-        return self.totals_at(self.head.seq)
-
-    def totals_at(self, seq: int) -> Mapping[str, float]:
-        """The rule's totals that were in force at record `seq`."""
-        fold = self._ledger.history(seq)
-        return (fold.at.entry.totals or {}) if fold and fold.at else {}
-
-    def read_options_at(self, seq: int) -> Mapping[str, Any]:
-        """The read-time options that were in force at record `seq`."""
-        return self._ledger.read_options(seq)
-
-    def get(self, seq: int) -> Commit:
-        """Record `seq`. Raises Misconfigured if there is none."""
-        return self._ledger.get(seq)
-
-    def fate(self, key: str) -> Commit | None:
-        """The record that settled the candidate `key`; its entry's fate is `rolled-back` where a rollback undid it.
-        None where it is open."""
-        return self._ledger.fate(key)
-
-    def is_settled(self, key: str) -> bool:
-        """Whether the candidate `key` need not be looked at: its fate is settled, or it waits in the pool."""
-        return self._ledger.fate(key) is not None or key in self._ledger.pool
-
-    def retried(self) -> list[Mapping[str, Any]]:
-        """The candidates that are to be looked at again and were not since, as their records name them."""
-        asked = {
-            c.entry.candidate["key"]: c.entry.candidate
-            for c in self.log
-            if c.entry.kind == "retry" and c.entry.candidate
-        }
-        return [candidate for key, candidate in asked.items() if not self.is_settled(key)]
-
-    def folded_digest(self, digest: str) -> Commit | None:
-        """The fold in force of a model with this content digest."""
-        return self._ledger.folded_digest(digest)
-
-    def folds(self, at: int | None = None) -> list[Commit]:
-        """The folds in force now, or at record `at`, oldest first; those that came with another state have the number
-        of the record that combined them."""
-        return [fold.commit for fold in self.history(at)]
-
-    def history(self, at: int | None = None) -> list[Fold]:
-        """The same, each with the record whose generation holds it and those before it, if there is one."""
-        return chain(self._ledger.history(self.head.seq if at is None else at))
-
-    def pool(self) -> dict[str, Waiting]:
-        """The candidates that wait for a round, by key, in the order in which they came."""
-        return dict(self._ledger.pool)
-
-    @property
-    def refusals(self) -> Sequence[Commit]:
-        """What was refused, duplicates and what expired included, oldest first; those that a round refused have the
-        number of its record."""
-        return self._ledger.refusals
-
-    @property
-    def open_round(self) -> Commit | None:
-        """The round that was begun and has not ended, if there is one."""
-        return self._ledger.open_round
-
-    def revisions(self, origin: str) -> list[Commit]:
-        """The folds in force of models from this place."""
-        return [c for c in self.folds() if c.entry.candidate and c.entry.candidate["origin"] == origin]
-
     def begin(self, after: Generation | Literal["now"] | None = "now") -> Transaction:
         """Begins a fold, on the generation in force or on `after` (None: on zeros). Raises Retry if the disk has no
         room for one more generation."""
         self._needs_lock()
         self._on_step("begin")
         room(self.path, self.format.generation_bytes)
-        head = self.head
+        head = self.ledger.head
         before = self._generation(head) if isinstance(after, str) else after
 
         def publish(entry: Entry, generation: str, receipts: str) -> Commit:
-            if self.head.generation != head.generation:
+            if self.ledger.head.generation != head.generation:
                 raise Retry("another fold was committed meanwhile; nothing was settled")
             try:
                 return self._append(entry, generation, receipts)
             finally:  # whatever fails once the record stands, it names this generation
-                if self.head.generation == generation:
+                if self.ledger.head.generation == generation:
                     transaction.committed()
 
         transaction = Transaction(self.path / "generations", self.format, before, publish, self._on_step)
@@ -246,7 +159,7 @@ class State:
         Durable when it returns."""
         self._needs_lock()
         if isinstance(generation, str):
-            return self._append(entry, self.head.generation, self.head.receipts)
+            return self._append(entry, self.ledger.head.generation, self.ledger.head.receipts)
         if generation is None:
             return self._append(entry, None, None)
         return self._append(entry, generation.directory.name, generation.checksum)
@@ -261,9 +174,9 @@ class State:
     def rollback(self, seq: int) -> Commit:
         """Puts the generation of record `seq` in force again. Raises Misconfigured if it has expired."""
         self._needs_lock()
-        target = self.get(seq)
+        target = self.ledger.get(seq)
         self.generation_of(target)
-        undone = len({same(c) for c in self.folds()} - {same(c) for c in self.folds(at=seq)})
+        undone = len(self.ledger.undone(seq))
         entry = Entry(kind="rollback", numbers={"to": seq, "undone": undone}, message=f"back to record {seq}")
         return self._append(entry, target.generation, target.receipts)
 
@@ -275,22 +188,18 @@ class State:
             raise Misconfigured(
                 f"tag {name!r}: use letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit"
             )
-        target = self.get(self.head.seq if seq is None else seq)
+        target = self.ledger.get(self.ledger.head.seq if seq is None else seq)
         self.generation_of(target)
         commit = self.record(Entry(kind="tag", numbers={"tag": name, "of": target.seq}))
         with environment(f"cannot write tag {name}"):
             replace_bytes(self.path / "tags" / f"{name}.json", framing.encode({"tag": name, "seq": target.seq})[0])
         return commit
 
-    def tags(self) -> dict[str, int]:
-        """Tag names and the records they name."""
-        return dict(self._ledger.tags)
-
     def read(self, name: str, slot: str, at: int | None = None) -> Array:
         """An accumulator in force now or at record `at`, checked against its receipt; zeros before the first fold."""
         import numpy as np
 
-        generation = self._generation(self.head if at is None else self.get(at))
+        generation = self._generation(self.ledger.head if at is None else self.ledger.get(at))
         if generation is None:
             spec = self.format.slots[name][slot]
             return np.zeros(spec.shape, spec.dtype)
@@ -301,24 +210,24 @@ class State:
         before the first fold."""
         import zarr
 
-        commit = self.head if at is None else self.get(at)
+        commit = self.ledger.head if at is None else self.ledger.get(at)
         if commit.generation is None:
             raise Misconfigured(f"record {commit.seq}: nothing is folded yet, so there is no generation to open")
         return zarr.open_group(self.path / "generations" / commit.generation, mode="r", zarr_format=3)
 
     def generations(self) -> list[str]:
         """Generations on disk that a record names."""
-        named = {c.generation for c in self.log if c.generation}
+        named = {c.generation for c in self.ledger.log if c.generation}
         return [g for g in opening.listed(self.path / "generations") if g in named]
 
     def generation_bytes(self) -> int:
         """Bytes of the accumulators in one generation: the same from the first fold on."""
-        return self.format.generation_bytes if self.head.generation else 0
+        return self.format.generation_bytes if self.ledger.head.generation else 0
 
     @contextlib.contextmanager
     def lease(self, seq: int | None = None) -> Iterator[None]:
         """Keeps the generation of record `seq` (default: the newest) from expiring while the block runs."""
-        commit = self.head if seq is None else self.get(seq)
+        commit = self.ledger.head if seq is None else self.ledger.get(seq)
         if commit.generation is None:
             yield
             return
@@ -330,11 +239,11 @@ class State:
         """Deletes generations but the last `keep`, the tagged ones and those a living reader has leased; returns what
         was deleted."""
         self._needs_lock()
-        recent = list(dict.fromkeys(c.generation for c in reversed(self.log) if c.generation))[:keep]
+        recent = list(dict.fromkeys(c.generation for c in reversed(self.ledger.log) if c.generation))[:keep]
         held = (
-            {self.get(seq).generation for seq in self._ledger.tags.values()}
+            {self.ledger.get(seq).generation for seq in self.ledger.tags.values()}
             | lock.leased(self.path / "leases")
-            | {self.head.generation, *recent}
+            | {self.ledger.head.generation, *recent}
         )
         expired = [g for g in self.generations() if g not in held]
         with environment("cannot delete old generations"):
@@ -374,7 +283,7 @@ class State:
 
     def _append(self, entry: Entry, generation: str | None, receipts: str | None) -> Commit:
         """The commit protocol from the record on: temporary file, link, fsync, HEAD. Durable when it returns."""
-        last = self._ledger.log[-1] if self._ledger.log else None
+        last = self.ledger.log[-1] if self.ledger.log else None
         time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         commit = Commit(last.seq + 1 if last else 0, last.crc if last else None, "", generation, receipts, time, entry)
         data, checksum = framing.encode(commit.body())
@@ -386,7 +295,7 @@ class State:
             self._on_step("link")
             link_new(place, temporary)
         # the commit point is passed: whatever fails from here on, the record stands and the next open completes it
-        self._ledger.add(commit)
+        self.ledger.add(commit)
         self._on_step("fsync-commits")
         sync_file(place.parent)
         self._on_step("head")
@@ -401,8 +310,8 @@ class State:
     def _settle_head(self) -> None:
         """Completes the commit that was in flight when the last writer died."""
         sync_file(self.path / "commits")
-        if framing.decode(self.path / "HEAD")[0]["seq"] != self.head.seq:
-            self._write_head(self.head)
+        if framing.decode(self.path / "HEAD")[0]["seq"] != self.ledger.head.seq:
+            self._write_head(self.ledger.head)
         for leftover in self.path.rglob(".*.tmp"):
             if leftover.parent.parent == self.path or leftover.parent == self.path:
                 leftover.unlink(missing_ok=True)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def verify(state: State, progress: Callable[[int, int], None]) -> list[str]:
     """What is wrong with any kept generation or tag of an open state; an empty list if all is as it was written."""
-    receipts = {c.generation: c.receipts for c in state.log if c.generation}
+    receipts = {c.generation: c.receipts for c in state.ledger.log if c.generation}
     kept = state.generations()
-    tagged = {state.get(seq).generation for seq in state.tags().values()} - {None}
+    tagged = {state.ledger.get(seq).generation for seq in state.ledger.tags.values()} - {None}
     findings = [f"generation {missing} is tagged, but missing" for missing in sorted(tagged - set(kept), key=str)]
     arrays = sum(len(slots) for slots in state.format.slots.values())
     total, done = len(kept) * arrays, 0
@@ -28,9 +28,9 @@ def verify(state: State, progress: Callable[[int, int], None]) -> list[str]:
         progress(done, total)
 
     for name in kept:
-        with state.lease(next(c.seq for c in state.log if c.generation == name)):
+        with state.lease(next(c.seq for c in state.ledger.log if c.generation == name)):
             findings += Generation(state.path / "generations" / name, state.format, receipts[name] or "").check(step)
-    for tag, seq in state.tags().items():
+    for tag, seq in state.ledger.tags.items():
         path = state.path / "tags" / f"{tag}.json"
         try:
             body, _ = framing.decode(path)

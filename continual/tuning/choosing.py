@@ -87,7 +87,7 @@ def tune(
     the way or the state moved on meanwhile; then nothing is recorded.
     """
     state, started = engine.state, time.perf_counter()
-    folds = len(state.folds(at=reading.commit.seq))
+    folds = len(state.ledger.folds(at=reading.commit.seq))
     if not folds:
         raise Misconfigured(f"{state.path}: nothing is folded yet, so there is nothing to tune; fold a model first")
     if tuning.policy == "spread":
@@ -194,8 +194,10 @@ def _kept(evaluation: Evaluation) -> dict[str, Any]:
 
 def _record(engine: Engine, reading: Reading, top: Trial, numbers: dict[str, Any], score: float) -> Commit:
     state = engine.state
-    if state.head.generation != reading.commit.generation:
-        raise Retry(f"record {state.head.seq} changed the merge while it was tuned; nothing was recorded, tune again")
+    if state.ledger.head.generation != reading.commit.generation:
+        raise Retry(
+            f"record {state.ledger.head.seq} changed the merge while it was tuned; nothing was recorded, tune again"
+        )
     before = numbers["before"]
     message = f"scale {top.options}: {score:.6g} against {before['score']:.6g} at {before['scale']}, {len(numbers['trials'])} candidates"
     return state.record(Entry(kind="tune", read=top.options.to_mapping(), numbers=numbers, message=message))

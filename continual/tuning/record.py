@@ -29,15 +29,15 @@ def numbers(trials: Sequence[Trial], evaluation: Mapping[str, Any], seconds: flo
 def newest(state: State) -> Commit | None:
     """The newest tuning; None if there was none."""
     return next(
-        (c for c in reversed(state.log) if c.entry.kind == "tune" and "trials" in (c.entry.numbers or {})), None
+        (c for c in reversed(state.ledger.log) if c.entry.kind == "tune" and "trials" in (c.entry.numbers or {})), None
     )
 
 
 def in_force(state: State) -> Commit | None:
     """The tuning that chose how the merge is read now; None if none did."""
-    last = next(c for c in reversed(state.log) if c.entry.read is not None)
+    last = next(c for c in reversed(state.ledger.log) if c.entry.read is not None)
     of = (last.entry.numbers or {}).get("of")
-    found = last if of is None else state.get(of)
+    found = last if of is None else state.ledger.get(of)
     return found if "trials" in (found.entry.numbers or {}) else None
 
 

@@ -53,7 +53,7 @@ def test_every_file(tmp_path: Path, harm: str) -> None:
 def test_swapped_chunks_and_generations_are_found(tmp_path: Path) -> None:
     stores.history(tmp_path / "s")
     with State.open(tmp_path / "s") as opened:
-        first, second = (str(opened.get(seq).generation) for seq in (1, 2))
+        first, second = (str(opened.ledger.get(seq).generation) for seq in (1, 2))
     generations = tmp_path / "s/generations"
     chunk = Path("sum/wide/c.0.0")
     (generations / second / chunk).write_bytes((generations / first / chunk).read_bytes())

@@ -47,12 +47,12 @@ def found(state: Path, select: str | None) -> Any:
     """What matters in the end."""
     with opened(state, select) as merge:
         assert merge.state.verify() == []
-        assert merge.state.open_round is None
+        assert merge.state.ledger.open_round is None
         slots = merge.state.format.slots
         bits = {(n, s): merge.state.read(n, s).tobytes() for n in slots for s in slots[n]}
-        folds = [(c.entry.candidate or {})["name"] for c in merge.state.folds()]
+        folds = [(c.entry.candidate or {})["name"] for c in merge.state.ledger.folds()]
         pool = [(w.commit.entry.candidate or {})["name"] for w in merge.pool().values()]
-        first = next(c for c in merge.state.log if c.entry.kind == "select")
+        first = next(c for c in merge.state.ledger.log if c.entry.kind == "select")
         table = [(r["name"], r["fate"], r["score"], r["z"], r["weight"]) for r in (first.entry.numbers or {})["scores"]]
         return bits, folds, pool, table, active(merge.state).weights
 
@@ -61,7 +61,11 @@ def ended(state: Path, select: str | None) -> bool:
     """Whether there is nothing left to take up."""
     with opened(state, select) as merge:
         chosen = [w for w in merge.pool().values() if w.last.get("fate") == "chosen"]
-        return merge.state.open_round is None and not chosen and any(c.entry.kind == "select" for c in merge.state.log)
+        return (
+            merge.state.ledger.open_round is None
+            and not chosen
+            and any(c.entry.kind == "select" for c in merge.state.ledger.log)
+        )
 
 
 @pytest.mark.parametrize("rule", ["iso-c", "frank-wolfe"])

@@ -53,13 +53,13 @@ def rows(found: Round) -> dict[str, Row]:
 
 def table(merge: api.Merge) -> list[Mapping[str, Any]]:
     """The last round's table, as the record has it."""
-    commit = next(c for c in reversed(merge.state.log) if c.entry.kind == "select")
+    commit = next(c for c in reversed(merge.state.ledger.log) if c.entry.kind == "select")
     found: list[Mapping[str, Any]] = (commit.entry.numbers or {})["scores"]
     return found
 
 
 def names(merge: api.Merge) -> list[str]:
-    return [(c.entry.candidate or {})["name"] for c in merge.state.folds()]
+    return [(c.entry.candidate or {})["name"] for c in merge.state.ledger.folds()]
 
 
 def waits(merge: api.Merge) -> list[str]:

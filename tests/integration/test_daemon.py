@@ -68,7 +68,7 @@ def test_folds_is_killed_comes_back_and_stops(place: tuple[Path, Path, Path]) ->
         process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT) == 0
     with State.open(state) as opened:
-        assert [(c.entry.candidate or {})["name"] for c in opened.folds()] == ["early", "live", "while-down"]
+        assert [(c.entry.candidate or {})["name"] for c in opened.ledger.folds()] == ["early", "live", "while-down"]
         assert opened.verify() == []
 
 
@@ -86,7 +86,9 @@ def test_bad_candidates_do_not_stop_it_and_the_next_is_folded(place: tuple[Path,
         until(lambda: status(address)["folds"] == 1, "the good one is folded")
         until(lambda: "continual_refusals_total" in get(f"{address}/metrics")[1], "refusals are counted")
     with State.open(state) as opened:
-        refused = {(c.entry.candidate or {})["name"]: c.entry.reason for c in opened.log if c.entry.fate == "refused"}
+        refused = {
+            (c.entry.candidate or {})["name"]: c.entry.reason for c in opened.ledger.log if c.entry.fate == "refused"
+        }
     assert set(refused) == {"pickle", "outsider"}
     assert refused["pickle"] == "pickle"
 
@@ -115,7 +117,7 @@ def test_damage_stops_it_loudly(place: tuple[Path, Path, Path]) -> None:
         assert process.wait(LIMIT) == 4
     assert "halted" in (state.parent / "daemon.log").read_text()
     with State.open(state) as opened:
-        assert len(opened.folds()) == 1
+        assert len(opened.ledger.folds()) == 1
 
 
 @pytest.mark.parametrize("inside", ["state", "current"])
@@ -168,6 +170,6 @@ def test_sigterm_finishes_the_fold_or_gives_it_up_in_time(tmp_path: Path, drain:
         process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT) == 0
     with State.open(state) as found:
-        assert len(found.folds()) == folds
+        assert len(found.ledger.folds()) == folds
         assert found.orphans == ()
         assert found.verify() == []

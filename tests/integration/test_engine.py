@@ -43,7 +43,9 @@ def merge(tmp_path: Path, base: Path) -> Iterator[api.Merge]:
 
 def snapshot(merge: api.Merge) -> tuple[str | None, dict[tuple[str, str], bytes]]:
     slots = merge.state.format.slots
-    return merge.state.head.generation, {(n, s): merge.state.read(n, s).tobytes() for n in slots for s in slots[n]}
+    return merge.state.ledger.head.generation, {
+        (n, s): merge.state.read(n, s).tobytes() for n in slots for s in slots[n]
+    }
 
 
 def test_mean_is_the_mean(tmp_path: Path, base: Path) -> None:
@@ -158,7 +160,7 @@ def test_bits_do_not_depend_on_the_workers(tmp_path: Path, base: Path) -> None:
         with api.open(state, write=True, workers=workers) as merge:
             for model in fine_tunes:
                 merge.fold(model)
-            seen.append((snapshot(merge)[1], dict(merge.state.totals)))
+            seen.append((snapshot(merge)[1], dict(merge.state.ledger.totals)))
     assert seen[0] == seen[1]
 
 
@@ -177,7 +179,7 @@ def test_every_rule_folds_survives_reopening_and_exports(tmp_path: Path, base: P
                 sizes.add(merge.state.generation_bytes())
         with api.Merge(Settings(state=state)) as merge:
             assert merge.state.verify() == []
-            found.append((snapshot(merge)[1], dict(merge.state.totals)))
+            found.append((snapshot(merge)[1], dict(merge.state.ledger.totals)))
             exported = load_file(merge.export(Target(tmp_path / f"out-{workers}")) / "model.safetensors")
         assert len(sizes) == 1
     assert found[0] == found[1]
@@ -205,7 +207,7 @@ def test_untouched_tensors_are_hard_links_and_state_size_is_constant(
     assert merge.state.generation_bytes() == size
     chunks = [
         p
-        for p in (tmp_path / "state/generations" / str(merge.state.head.generation)).rglob("*")
+        for p in (tmp_path / "state/generations" / str(merge.state.ledger.head.generation)).rglob("*")
         if p.name[:2] in ("c", "c.")
     ]
     shared = [p for p in chunks if p.stat().st_nlink > 1]
@@ -214,12 +216,12 @@ def test_untouched_tensors_are_hard_links_and_state_size_is_constant(
 
 def test_stop_abandons_the_fold_and_settles_nothing(tmp_path: Path, base: Path, merge: api.Merge) -> None:
     alice = models.fine_tune(base, tmp_path / "alice", 1)
-    before = merge.state.head.seq
+    before = merge.state.ledger.head.seq
     merge.engine.stop.set()
     with pytest.raises(Abandoned):
         merge.fold(alice)
     merge.engine.stop = threading.Event()
-    assert merge.state.head.seq == before
+    assert merge.state.ledger.head.seq == before
     assert merge.fold(alice).fate == "folded"
 
 
@@ -281,4 +283,4 @@ def test_plan_reads_headers_and_says_why(tmp_path: Path, base: Path, merge: api.
     assert good.disk_bytes == sum(4 * torch.Size(s).numel() for s in models.SHAPES.values())
     bad = merge.plan(models.fine_tune(base, tmp_path / "bad", 2, change=_shape))
     assert (bad.ok, NAME in bad.message) == (False, True)
-    assert merge.state.head.seq == 0, "a plan must leave no record"
+    assert merge.state.ledger.head.seq == 0, "a plan must leave no record"

@@ -69,7 +69,7 @@ def test_what_changes_while_it_is_read_settles_nothing(tmp_path: Path, spoil: Ca
     with api.Merge(Settings(state=tmp_path / "state", workers=1), write=True) as merge:
         with pytest.raises(Retry, match="ft"):
             merge.fold(model, progress=progress)
-        assert merge.state.head.seq == 0
+        assert merge.state.ledger.head.seq == 0
         assert list((tmp_path / "state/generations").iterdir()) == []
         shutil.rmtree(model, ignore_errors=True)
         kept.rename(model)
@@ -96,7 +96,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_fold(tmp_path: Path) -> None:
         ):
             merge.fold(models.fine_tune(base, tmp_path / "ft", 1))
         with api.Merge(Settings(state=state), write=True) as merge:
-            assert merge.state.head.seq == 0
+            assert merge.state.ledger.head.seq == 0
             assert merge.state.verify() == []
             with pytest.raises(Retry, match="free"):
                 merge.fold(tmp_path / "ft")  # now the check before the fold says it
@@ -132,6 +132,6 @@ def test_a_read_only_state_can_be_read_and_not_written(tmp_path: Path) -> None:
         ):
             merge.fold(model)
         with State.open(tmp_path / "state") as state:
-            assert state.head.seq == 0
+            assert state.ledger.head.seq == 0
         with api.Merge(Settings(state=tmp_path / "state")) as merge:
             assert merge.plan(model).ok

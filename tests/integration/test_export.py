@@ -68,7 +68,7 @@ def test_dtype_and_shards(tmp_path: Path, merge: api.Merge) -> None:
 
 def test_an_export_at_an_older_record(tmp_path: Path, merge: api.Merge) -> None:
     with merge:
-        first = merge.state.folds()[0].seq
+        first = merge.state.ledger.folds()[0].seq
         told = json.loads((merge.export(Target(tmp_path / "out", at=first)) / "continual.json").read_text())
         assert [f["name"] for f in told["folded"]] == ["ft-0"]
 
@@ -108,7 +108,7 @@ def test_an_existing_directory_is_left_alone(tmp_path: Path, merge: api.Merge) -
 def test_current_link_moves_in_one_step(tmp_path: Path, merge: api.Merge) -> None:
     with merge:
         link = tmp_path / "published" / "current"
-        first, second = (f.seq for f in merge.state.folds())
+        first, second = (f.seq for f in merge.state.ledger.folds())
         for seq in (first, second):
             folder.keep_current(link, seq, lambda d, seq=seq: merge.export(Target(d, at=seq)))  # type: ignore[misc]
             assert json.loads((link / "continual.json").read_text())["seq"] == seq

@@ -148,10 +148,10 @@ def test_the_merge_is_the_sum_that_the_ledger_says(tmp_path: Path, base: Path, b
             expected = sum(given[name]) / len(given[name]) if name in given else None
             assert (row.weight, row.fate) == (expected, "folded" if name in given else "deferred")
         square = sum(float(v.square().sum()) for v in merged(merge).values())
-        assert merge.state.totals["merged_sq"] == pytest.approx(square, rel=1e-6)
-        assert merge.state.totals["count"] == 2
+        assert merge.state.ledger.totals["merged_sq"] == pytest.approx(square, rel=1e-6)
+        assert merge.state.ledger.totals["count"] == 2
         norms = sum(math.sqrt(sum(float(v.square().sum()) for v in taus[n].values())) for n in given)
-        assert merge.state.totals["norm_sum"] == pytest.approx(norms, rel=1e-5)
+        assert merge.state.ledger.totals["norm_sum"] == pytest.approx(norms, rel=1e-5)
         assert merge.state.verify() == []
         exported = load_file(merge.export(Target(tmp_path / "out")) / "model.safetensors")
     origin = load_file(base / "model.safetensors")
@@ -200,7 +200,7 @@ def test_another_round_weighs_all_anew(tmp_path: Path, base: Path) -> None:
     with opened(tmp_path / "state", base, rounds={"rho": 1.0, "layers": False}) as merge:
         fill(merge, quadratic.good(base, 0, "partly", share=0.6), quadratic.good(base, 1))
         merge.round()
-        first, before = weights(merge), merge.state.head.seq
+        first, before = weights(merge), merge.state.ledger.head.seq
         assert set(first) == {"partly", "good1"}
         fill(merge, quadratic.good(base, 0, "better", seed=3), quadratic.noise(base, 0))
         found = merge.round()
@@ -212,7 +212,7 @@ def test_another_round_weighs_all_anew(tmp_path: Path, base: Path) -> None:
         taus = vectors(base, "partly", "good1", "better")
         is_the_sum(merge, taus, second)
         assert set(names(merge)) == set(second)
-        third = merge.state.head.seq
+        third = merge.state.ledger.head.seq
         merge.state.rollback(before)
         assert weights(merge) == first
         assert set(names(merge)) == set(first)
@@ -248,13 +248,13 @@ def test_who_has_no_weight_any_more_waits_again(tmp_path: Path, base: Path) -> N
         fill(merge, weak)
         merge.round()
         assert names(merge) == ["weak"]
-        digest = merge.state.folds()[0].entry.digest or ""
+        digest = merge.state.ledger.folds()[0].entry.digest or ""
         fill(merge, quadratic.good(base, 0, share=1.5))
         found = merge.round()
         assert names(merge) == ["good0"], rows(found)
         assert waits(merge) == ["weak"]
         assert rows(found)["weak"].fate == "deferred"
-        assert merge.state.folded_digest(digest) is None
+        assert merge.state.ledger.folded_digest(digest) is None
         is_the_sum(merge, vectors(base, "good0"), weights(merge))
         assert merge.why("weak").fate == "deferred"
         assert merge.fold(weak).reason == "waiting"
@@ -301,7 +301,7 @@ def test_a_model_whose_file_is_gone_stays_in_the_rest_and_can_only_shrink(
         assert all(0 < r <= w * (1 + 1e-9) for r, w in zip(now.rest, first["good0"], strict=True))
         is_the_sum(merge, taus, {**weights(merge), "good0": now.rest})
         assert waits(merge) == []
-        assert merge.state.totals["count"] == 3
+        assert merge.state.ledger.totals["count"] == 3
         merge.round()
         again = active(merge.state)
         assert all(r <= w * (1 + 1e-9) for r, w in zip(again.rest, now.rest, strict=True))
@@ -367,10 +367,10 @@ def test_a_twin_gets_no_second_place_and_the_sum_is_the_same(tmp_path: Path, bas
         assert sorted(names(merge)) == sorted([first, "good1"])
         given = weights(merge)
         is_the_sum(merge, {**taus, "twin": taus["good0"]}, given)
-        assert merge.state.totals["count"] == 2
+        assert merge.state.ledger.totals["count"] == 2
         assert merge.why(second).reason == "duplicate"
         assert merge.pool() == {}
-        assert sum(w for (w,) in given.values()) == pytest.approx(merge.state.totals["weight"])
+        assert sum(w for (w,) in given.values()) == pytest.approx(merge.state.ledger.totals["weight"])
 
 
 def test_a_kill_leaves_the_weights_as_they_were_and_the_round_is_repeated(tmp_path: Path, base: Path) -> None:
@@ -383,7 +383,7 @@ def test_a_kill_leaves_the_weights_as_they_were_and_the_round_is_repeated(tmp_pa
     seen: list[tuple[str, int]] = []
 
     def keep(step: str) -> None:
-        seen.append((step, merge.state.head.seq))
+        seen.append((step, merge.state.ledger.head.seq))
         shutil.copytree(state, tmp_path / "killed" / str(len(seen) - 1))
 
     with opened(state, base, on_step=keep) as merge:
@@ -396,14 +396,14 @@ def test_a_kill_leaves_the_weights_as_they_were_and_the_round_is_repeated(tmp_pa
         place = tmp_path / "killed" / str(number)
         with opened(place, base) as merge:
             assert merge.state.verify() == []
-            assert merge.state.head.seq == head
+            assert merge.state.ledger.head.seq == head
             if weights(merge) != second:
                 assert (weights(merge), bits(merge)) == (first, before), step
                 again = merge.round()
                 assert [(row.name, row.fate, row.score, row.z, row.weight) for row in again.rows] == table
-                assert [c.entry.kind for c in merge.state.log].count("round") == 2
+                assert [c.entry.kind for c in merge.state.ledger.log].count("round") == 2
             assert (weights(merge), bits(merge)) == (second, after)
-            assert merge.state.open_round is None
+            assert merge.state.ledger.open_round is None
             assert merge.state.orphans == () or step
             assert merge.state.verify() == []
         shutil.rmtree(place)
@@ -421,8 +421,8 @@ def test_a_model_is_taken_out_and_the_other_weights_stay(tmp_path: Path, base: P
         merge.unfold(merge.look_unfold("good0"))
         assert (names(merge), weights(merge)) == (["good1"], {"good1": first["good1"]})
         is_the_sum(merge, taus, weights(merge))
-        assert merge.state.totals["count"] == 1
-        assert merge.state.totals["merged_sq"] == pytest.approx(
+        assert merge.state.ledger.totals["count"] == 1
+        assert merge.state.ledger.totals["merged_sq"] == pytest.approx(
             sum(float(v.square().sum()) for v in merged(merge).values()), rel=1e-5
         )
         assert merge.fold(good[0]).refused
@@ -449,10 +449,10 @@ def test_a_model_without_a_weight_of_its_own_cannot_be_taken_out(tmp_path: Path,
         fill(merge, good[2])
         merge.round()
         (alone,) = set(names(merge)) - set(weights(merge))
-        before = bits(merge), merge.state.head.seq
+        before = bits(merge), merge.state.ledger.head.seq
         with pytest.raises(Misconfigured, match=f"{alone} is in the merge, and has no weight of its own any more"):
             merge.unfold(merge.look_unfold(alone))
-        assert (bits(merge), merge.state.head.seq) == before
+        assert (bits(merge), merge.state.ledger.head.seq) == before
 
 
 def test_two_weighed_merges_are_not_added_and_it_is_said_what_to_do(tmp_path: Path, base: Path) -> None:

@@ -134,7 +134,7 @@ def test_trouble_that_stays_settles_nothing(tmp_path: Path, hub: Hub) -> None:
             ours.fold(seen("org/ft", sha))
         assert trouble.value.after == 40.0
         hub.faults = None
-        assert ours.state.head.seq == 0
+        assert ours.state.ledger.head.seq == 0
         assert ours.fold(seen("org/ft", sha)).fate == "folded"
 
 
@@ -154,7 +154,7 @@ def test_what_happens_to_a_repo_before_it_is_read(tmp_path: Path, hub: Hub) -> N
         assert ours.fold(seen("org/moved-on", newer)).fate == "folded"
         again = hub.commit("org/moved-on", {"README.md": hubs.card(license="mit", tags=["x"])})
         assert ours.fold(seen("org/moved-on", again)).reason == "update"
-        assert [c.entry.reason for c in ours.state.refusals] == ["superseded", "gone", "gated", "gone", "update"]
+        assert [c.entry.reason for c in ours.state.ledger.refusals] == ["superseded", "gone", "gated", "gone", "update"]
 
 
 def test_a_repo_that_goes_while_it_is_read_is_refused(tmp_path: Path, hub: Hub) -> None:
@@ -175,7 +175,7 @@ def test_a_repo_that_goes_while_it_is_read_is_refused(tmp_path: Path, hub: Hub) 
         hub.faults = faults.Times(faults.expired(), 1, origin="cdn", skip=2)
         outcome = ours.fold(seen("org/ft", sha))
         assert (outcome.fate, outcome.reason) == ("refused", "gone"), outcome.message
-        assert ours.state.folds() == []
+        assert ours.state.ledger.folds() == []
         assert len(ours.state.generations()) == 0
 
 
@@ -190,7 +190,7 @@ def test_what_the_settings_leave_out_gets_no_record(tmp_path: Path, hub: Hub) ->
     with merge(tmp_path / "state", hub, hub={"bases": ("org/another",)}) as ours:
         with pytest.raises(Skip, match="no fine-tune of the base"):
             ours.fold(seen("org/ft", sha))
-        assert ours.state.head.seq == 0
+        assert ours.state.ledger.head.seq == 0
     with merge(tmp_path / "state", hub, hub={"bases": (BASE,)}) as ours:
         assert ours.fold(seen("org/ft", sha)).fate == "folded"
 
@@ -203,7 +203,7 @@ def test_commits_of_repos_that_are_left_out_get_no_record_either(tmp_path: Path,
         for repo, sha in (("org/other", first), ("org/none", None)):
             with pytest.raises(Skip):
                 ours.fold(seen(repo, sha, "webhook"))
-        assert ours.state.head.seq == 0
+        assert ours.state.ledger.head.seq == 0
 
 
 def test_our_own_release_is_known_wherever_it_is_found(tmp_path: Path, hub: Hub) -> None:
@@ -300,12 +300,12 @@ def test_repos_wait_in_the_pool_and_come_out_again(
             "org/noise": "deferred",
             "org/gone": "expired",
         }
-        (fold,) = ours.state.folds()
+        (fold,) = ours.state.ledger.folds()
         assert fold.entry.candidate is not None
         assert fold.entry.candidate["revision"] != newer
         plan = ours.look_unfold("hf://org/good")
         assert plan.exact
         ours.unfold(plan)
-        assert ours.state.folds() == []
+        assert ours.state.ledger.folds() == []
         assert len(ours.retry("org/good")) == 1
-        assert [c["origin"] for c in ours.state.retried()] == ["hf://org/good"]
+        assert [c["origin"] for c in ours.state.ledger.retried()] == ["hf://org/good"]

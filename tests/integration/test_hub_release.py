@@ -283,7 +283,7 @@ def test_a_daemon_killed_while_it_releases_makes_one_release_of_a_fold(tmp_path:
         process.terminate()
         assert process.wait(30) == 0
     with continual.open(state) as ours:
-        folds = [fold.seq for fold in ours.state.folds()]
+        folds = [fold.seq for fold in ours.state.ledger.folds()]
     assert [seq for seq, _ in releases(hub)] == published_records(state) == folds
     assert count(hub) == 2
     chain: list[Commit] = hub.history(REPO)
@@ -299,7 +299,7 @@ def published(state: Path) -> list[int]:
 
 def published_records(state: Path) -> list[int]:
     with continual.open(state) as ours:
-        return [int((c.entry.numbers or {})["of"]) for c in ours.state.log if c.entry.kind == "publish"]
+        return [int((c.entry.numbers or {})["of"]) for c in ours.state.ledger.log if c.entry.kind == "publish"]
 
 
 def test_hooks_are_told_and_a_failing_one_blocks_nothing(tmp_path: Path, hub: Hub) -> None:
@@ -347,7 +347,7 @@ def hooks_of(state: Path) -> list[dict[str, Any]]:
     with continual.open(state) as ours:
         return [
             (c.entry.numbers or {})["hook"]
-            for c in ours.state.log
+            for c in ours.state.ledger.log
             if c.entry.kind == "publish" and "hook" in (c.entry.numbers or {})
         ]
 

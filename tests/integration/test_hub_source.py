@@ -50,7 +50,7 @@ def take(ours: Merge, source: HubSource, count: int) -> list[Event]:
 
 
 def folded(ours: Merge) -> list[str]:
-    return [(c.entry.candidate or {})["name"] for c in ours.state.folds()]
+    return [(c.entry.candidate or {})["name"] for c in ours.state.ledger.folds()]
 
 
 def test_what_is_there_what_comes_and_what_was_seen_before_a_restart(tmp_path: Path, hub: Hub) -> None:
@@ -65,7 +65,7 @@ def test_what_is_there_what_comes_and_what_was_seen_before_a_restart(tmp_path: P
         hub.delete("org/three")  # seen, and gone before it was looked at: the next process knows of it
         (event,) = take(ours, watching.source(ours), 1)
         assert event.origin == "hf://org/three"
-        assert ours.state.refusals[-1].entry.reason == "gone"
+        assert ours.state.ledger.refusals[-1].entry.reason == "gone"
         assert folded(ours) == ["org/one", "org/two"]
 
 
@@ -80,7 +80,7 @@ def test_a_commit_that_is_superseded_brings_the_one_that_came_after(tmp_path: Pa
         assert ours.fold(Event("webhook", "hf://org/ft", (1, ""), None, first)).reason == "superseded"
         source = watching.source(ours)  # as after a kill right here
         assert [e.revision for e in take(ours, source, 1)] == [second]
-        assert ours.state.refusals[-1].entry.reason == "superseded"
+        assert ours.state.ledger.refusals[-1].entry.reason == "superseded"
         assert folded(ours) == ["org/ft"]
         assert source.inbox.items() == {}
 
@@ -113,13 +113,13 @@ def test_retry_reads_the_commit_that_it_was(tmp_path: Path, hub: Hub) -> None:
     hub.gate("org/ft")
     with merge(tmp_path / "state", hub, token="stranger", hub=ASKED) as ours:
         assert take(ours, watching.source(ours), 1)[0].revision == sha
-        assert ours.state.refusals[-1].entry.reason == "gated"
+        assert ours.state.ledger.refusals[-1].entry.reason == "gated"
         ours.retry("org/ft")
         hub.admit("stranger", "org/ft")
         hub.commit("org/ft", {"README.md": hubs.card(license="mit")})
         events = take(ours, watching.source(ours), 1)
         assert (events[0].source, events[0].revision) == ("retry", sha)
-        (fold,) = ours.state.folds()
+        (fold,) = ours.state.ledger.folds()
         assert (fold.entry.candidate or {})["source"] == "hub"
 
 
@@ -189,7 +189,7 @@ def test_a_newer_commit_takes_the_place_of_the_one_that_waits(tmp_path: Path, hu
             sha = publish(hub, "org/ft", quadratic.good(base, i))
             assert ours.fold(Event("hub", "hf://org/ft", (1, ""), None, sha)).fate == "deferred"
         assert [(w.commit.entry.candidate or {})["revision"] for w in ours.pool().values()] == [sha]
-        assert ours.state.refusals[-1].entry.reason == "superseded"
+        assert ours.state.ledger.refusals[-1].entry.reason == "superseded"
 
 
 @pytest.mark.parametrize(

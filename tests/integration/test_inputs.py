@@ -184,12 +184,12 @@ def test_the_scale_of_the_merge_and_of_its_layers_changes_without_a_fold(tmp_pat
     model = models.fine_tune(base, tmp_path / "alice", 1)
     with opened(tmp_path, base, api.Asked(rule="task-arithmetic", scale="1")) as merge:
         merge.fold(model)
-        generation = merge.state.head.generation
+        generation = merge.state.ledger.head.generation
         merge.rescale("0.5", "0.25:0.5")
         with pytest.raises(Misconfigured, match="ALPHA:BETA"):
             merge.rescale(lines="1:2:3")
     with opened(tmp_path, base, api.Asked()) as merge:
-        assert merge.state.head.generation == generation
+        assert merge.state.ledger.head.generation == generation
         origin = load_file(base / "model.safetensors")
         found = load_file(merge.export(Target(tmp_path / "merged")) / "model.safetensors")
         for spec in merge.state.format.tensors:
@@ -201,4 +201,4 @@ def test_the_scale_of_the_merge_and_of_its_layers_changes_without_a_fold(tmp_pat
         merge.rescale(lines="none")
         torch.testing.assert_close(merge.read(NAME), 0.5 * tau(base, model), rtol=1e-5, atol=1e-9)
         merge.rescale("norm:1")
-        assert merge.state.read_options_at(merge.state.head.seq) == {"policy": "norm", "value": 1.0}
+        assert merge.state.ledger.read_options(merge.state.ledger.head.seq) == {"policy": "norm", "value": 1.0}

@@ -93,7 +93,7 @@ def test_a_base_and_a_fine_tune_from_a_mirror(tmp_path: Path, commits: dict[str,
         done = process(*words, env=env)
         assert done.returncode == 0, done.stderr
     with continual.open(tmp_path / "state") as merge:
-        (fold,) = merge.state.folds()
+        (fold,) = merge.state.ledger.folds()
         assert fold.entry.candidate is not None
         assert fold.entry.candidate["key"] == f"hub:org/ft@{commits['ft']}"
         merged = load_file(merge.export(Target(tmp_path / "merged")) / "model.safetensors")

@@ -59,7 +59,7 @@ def test_norm_makes_the_merge_as_long_as_it_says_under_every_rule(
     tmp_path: Path, base: Path, tuned: list[Path], name: str
 ) -> None:
     with folded(tmp_path, base, api.Asked(rule=name, scale="norm"), tuned) as merge:
-        mean = merge.state.totals["norm_sum"] / COUNT
+        mean = merge.state.ledger.totals["norm_sum"] / COUNT
         assert math.hypot(*lengths(merge)) == pytest.approx(mean, rel=1e-5)
         target = api.folder.Target(tmp_path / "out")
         merge.export(target)  # the length is known by now, and the same
@@ -90,21 +90,21 @@ def test_unfolding_and_combining_keep_what_spread_stands_on(tmp_path: Path, base
         folded(tmp_path, base, api.Asked(), tuned[:2], "two") as two,
     ):
         merge.unfold(merge.look_unfold("model-2"))
-        assert merge.state.totals == pytest.approx(two.state.totals, rel=1e-6)
+        assert merge.state.ledger.totals == pytest.approx(two.state.ledger.totals, rel=1e-6)
         assert lengths(merge) == pytest.approx(lengths(two), rel=1e-4)
     with folded(tmp_path, base, api.Asked(), tuned[2:], "third") as third:
         third.combine(tmp_path / "two")
-        assert third.state.totals["spread_sum"] > 0
+        assert third.state.ledger.totals["spread_sum"] > 0
         with folded(tmp_path, base, api.Asked(), tuned, "all") as whole:
-            assert third.state.totals == pytest.approx(whole.state.totals, rel=1e-6)
+            assert third.state.ledger.totals == pytest.approx(whole.state.ledger.totals, rel=1e-6)
             assert lengths(third) == pytest.approx(lengths(whole), rel=1e-4)
 
 
 def test_the_scale_changes_without_folding_and_comes_back(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
     with folded(tmp_path, base, api.Asked(), tuned) as merge:
-        first, generation = merge.read("model.layers.0.mlp.up_proj.weight"), merge.state.head.generation
+        first, generation = merge.read("model.layers.0.mlp.up_proj.weight"), merge.state.ledger.head.generation
         assert str(merge.rescale("paper")) == "1.0"
         assert not torch.equal(merge.read("model.layers.0.mlp.up_proj.weight"), first)
         assert str(merge.rescale("auto")) == "spread:1.15"
         assert torch.equal(merge.read("model.layers.0.mlp.up_proj.weight"), first)
-        assert merge.state.head.generation == generation
+        assert merge.state.ledger.head.generation == generation

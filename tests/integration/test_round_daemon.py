@@ -34,7 +34,7 @@ def running(state: Path, *flags: str) -> AbstractContextManager[subprocess.Popen
 def names(state: Path) -> list[str]:
     with State.open(state) as opened:
         assert opened.verify() == []
-        return [(c.entry.candidate or {})["name"] for c in opened.folds()]
+        return [(c.entry.candidate or {})["name"] for c in opened.ledger.folds()]
 
 
 def test_a_round_runs_when_enough_wait_and_survives_a_kill(tmp_path: Path, base: Path) -> None:
@@ -87,13 +87,13 @@ def test_a_round_runs_when_enough_wait_and_survives_a_kill(tmp_path: Path, base:
         assert process.wait(LIMIT) == 0
     assert sorted(names(state)) == ["good0", "good1", "good2"]
     with State.open(state) as opened:
-        assert opened.open_round is None
-        assert {(w.commit.entry.candidate or {})["name"] for w in opened.pool().values()} == {
+        assert opened.ledger.open_round is None
+        assert {(w.commit.entry.candidate or {})["name"] for w in opened.ledger.pool.values()} == {
             "noise0",
             "noise1",
             "noise2",
         }
-        rounds = [c.entry for c in opened.log if c.entry.kind == "round"]
+        rounds = [c.entry for c in opened.ledger.log if c.entry.kind == "round"]
         assert [(r.numbers or {})["asked"] for r in rounds] == [(rounds[0].numbers or {})["asked"]] * len(rounds)
     assert "Traceback" not in log.read_text()
 
@@ -124,10 +124,10 @@ def test_a_round_that_nobody_is_left_for_is_no_reason_to_stop(tmp_path: Path, ba
         merge.engine.stop.set()
         with pytest.raises(Abandoned):
             merge.round()
-        assert merge.state.open_round is not None
+        assert merge.state.ledger.open_round is not None
     with api.open(state, select="none", **asked) as merge:
         assert merge.fold(base.parent / "pool/good0").fate == "folded"
-        assert (merge.pool(), merge.state.open_round is None) == ({}, False)
+        assert (merge.pool(), merge.state.ledger.open_round is None) == ({}, False)
     with running(state, "--select", "relevance", "--round", "size=1") as process:
         address = url(process, state)
         until(lambda: get(f"{address}/readyz")[0] == 200, "it has looked around")

@@ -66,7 +66,7 @@ def test_what_is_gone_expires_and_new_files_are_a_new_candidate(tmp_path: Path, 
         fill(merge, changed)
         assert merge.why("noise1").key != old
         assert rows(merge.round())["noise1"].fate == "folded"
-        settled = merge.state.fate(old)
+        settled = merge.state.ledger.fate(old)
         assert settled is not None
         assert settled.entry.fate == "expired"
 
@@ -78,10 +78,10 @@ def test_a_folder_that_cannot_be_reached_settles_nothing(tmp_path: Path, base: P
         with pytest.raises(Retry, match=r"cannot be reached; nothing was settled"):
             merge.round()
         assert sorted(waits(merge)) == ["good0", "noise0"]
-        assert merge.state.open_round is not None
+        assert merge.state.ledger.open_round is not None
         (base.parent / "away").rename(base.parent / "pool")
         assert rows(merge.round())["good0"].fate == "folded"
-        assert [c.entry.kind for c in merge.state.log].count("round") == 1
+        assert [c.entry.kind for c in merge.state.ledger.log].count("round") == 1
 
 
 @pytest.mark.parametrize("stage", ["score", "trial", "line search", "gradient"])
@@ -232,12 +232,21 @@ def test_the_ledger_alone_gives_back_pool_fates_and_history(tmp_path: Path, base
 
     def told(merge: api.Merge) -> Any:
         pool = {k: (w.commit.seq, w.since, w.rounds, dict(w.last)) for k, w in merge.pool().items()}
-        keys = {(c.entry.candidate or {}).get("key") for c in merge.state.log}
+        keys = {(c.entry.candidate or {}).get("key") for c in merge.state.ledger.log}
         fates = {
-            k: (f.seq, f.entry.fate, f.entry.reason, f.entry.message) if k and (f := merge.state.fate(k)) else None
+            k: (f.seq, f.entry.fate, f.entry.reason, f.entry.message)
+            if k and (f := merge.state.ledger.fate(k))
+            else None
             for k in keys
         }
-        return list(pool.items()), fates, names(merge), dict(merge.state.totals), bits(merge), merge.state.open_round
+        return (
+            list(pool.items()),
+            fates,
+            names(merge),
+            dict(merge.state.ledger.totals),
+            bits(merge),
+            merge.state.ledger.open_round,
+        )
 
     with opened(state, base, rounds={"patience": 1}) as merge:
         fill(merge, quadratic.good(base, 0), quadratic.noise(base, 0))
@@ -258,7 +267,7 @@ def test_going_back_after_a_round_keeps_out_what_it_folded_until_asked(tmp_path:
     with opened(tmp_path / "state", base) as merge:
         fill(merge, good[0], quadratic.noise(base, 0))
         merge.round()
-        back, before = merge.state.head.seq, bits(merge)
+        back, before = merge.state.ledger.head.seq, bits(merge)
         fill(merge, good[1])
         merge.round()
         after = bits(merge)
@@ -289,7 +298,10 @@ def test_why_has_every_round_with_its_company(tmp_path: Path, base: Path) -> Non
         assert (told.rounds[0]["score"], told.rounds[0]["z"]) == (found["noise0"].score, found["noise0"].z)
         assert all(r["objective"].startswith("blake3:") for r in told.rounds)
         folded = merge.why("good0")
-        assert (folded.fate, folded.message) == ("folded", f"good0: folded as record {merge.state.folds()[0].seq}")
+        assert (folded.fate, folded.message) == (
+            "folded",
+            f"good0: folded as record {merge.state.ledger.folds()[0].seq}",
+        )
 
 
 def test_adding_a_state_takes_what_it_brings_out_of_the_pool(tmp_path: Path, base: Path) -> None:

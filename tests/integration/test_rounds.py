@@ -126,21 +126,21 @@ def test_the_relevant_ones_are_folded_as_if_by_hand(tmp_path: Path, base: Path, 
         assert found.commit is not None
         assert found.commit.entry.kind == "select"
         assert {row["key"] for row in table(merge)} == {row.key for row in found.rows}
-        assert merge.state.open_round is None
+        assert merge.state.ledger.open_round is None
         assert merge.state.verify() == []
-        for commit in merge.state.folds():
+        for commit in merge.state.ledger.folds():
             told = (commit.entry.numbers or {})["relevance"]
             row = rows(found)[(commit.entry.candidate or {})["name"]]
             assert (told["score"], told["z"], told["weight"]) == (row.score, row.z, row.weight)
-        order, ours, totals = names(merge), bits(merge), dict(merge.state.totals)
+        order, ours, totals = names(merge), bits(merge), dict(merge.state.ledger.totals)
         assert order == sorted(order, key=lambda name: -(rows(found)[name].weight or 0)), "the heaviest first"
-        numbers = {k: (c.entry.numbers or {})["cosine"] for k, c in zip(order, merge.state.folds(), strict=True)}
+        numbers = {k: (c.entry.numbers or {})["cosine"] for k, c in zip(order, merge.state.ledger.folds(), strict=True)}
     with opened(tmp_path / "plain", base, rule, select="none") as merge:
         for name in order:
             assert merge.fold(base.parent / "pool" / name).fate == "folded"
-        assert (bits(merge), dict(merge.state.totals)) == (ours, totals)
+        assert (bits(merge), dict(merge.state.ledger.totals)) == (ours, totals)
         assert numbers == {
-            k: (c.entry.numbers or {})["cosine"] for k, c in zip(order, merge.state.folds(), strict=True)
+            k: (c.entry.numbers or {})["cosine"] for k, c in zip(order, merge.state.ledger.folds(), strict=True)
         }
 
 
@@ -206,7 +206,7 @@ def test_an_empty_pool_and_a_missing_objective_are_said(tmp_path: Path, base: Pa
         for run in (merge.round, merge.look_round):
             with pytest.raises(Misconfigured, match="nothing waits in the pool; 'continual fold MODEL'"):
                 run()
-        assert merge.state.head.seq == 0
+        assert merge.state.ledger.head.seq == 0
         with pytest.raises(Misconfigured, match="nobody: no candidate"):
             merge.why("nobody")
     with opened(tmp_path / "state", base, objective=None) as merge, pytest.raises(Misconfigured, match="objective"):
@@ -227,12 +227,12 @@ def kills(state: Path, base: Path, work: Path, rule: str) -> list[tuple[str, str
     seen: list[tuple[str, int, Path]] = []
 
     def keep(step: str) -> None:
-        seen.append((step, merge.state.head.seq, work / str(len(seen))))
+        seen.append((step, merge.state.ledger.head.seq, work / str(len(seen))))
         shutil.copytree(state, seen[-1][2])
 
     with opened(state, base, rule, on_step=keep) as merge:
         merge.round()
-        log = merge.state.log
+        log = merge.state.ledger.log
     after = ("fsync-commits", "head", "acknowledged")
     return [
         (step, f"{log[head + (step not in after)].entry.kind}-{head + (step not in after)}", left)
@@ -251,7 +251,7 @@ def test_a_round_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, base
     with opened(state, base, rule) as merge:
         expected = names(merge), bits(merge), waits(merge)
         members = [(r["name"], r["fate"], r["score"], r["z"]) for r in table(merge)]
-        last = f"fold-{merge.state.folds()[-1].seq}"
+        last = f"fold-{merge.state.ledger.folds()[-1].seq}"
     assert [kind.split("-")[0] for kind in dict.fromkeys(kind for _, kind, _ in left)] == [
         "round",
         "select",
@@ -267,12 +267,12 @@ def test_a_round_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, base
             if names(merge) != expected[0]:
                 merge.round()
             assert (names(merge), bits(merge), waits(merge)) == expected, (step, kind)
-            first = next(c for c in merge.state.log if c.entry.kind == "select")
+            first = next(c for c in merge.state.ledger.log if c.entry.kind == "select")
             assert [
                 (r["name"], r["fate"], r["score"], r["z"]) for r in (first.entry.numbers or {})["scores"]
             ] == members, (step, kind)
-            assert [c.entry.kind for c in merge.state.log].count("round") <= 2
-            assert merge.state.open_round is None
+            assert [c.entry.kind for c in merge.state.ledger.log].count("round") <= 2
+            assert merge.state.ledger.open_round is None
             assert merge.state.verify() == []
         shutil.rmtree(place)
 
@@ -307,21 +307,21 @@ def test_an_open_round_keeps_its_members_and_another_wish_begins_another(tmp_pat
         fill(merge, quadratic.good(base, 0), quadratic.noise(base, 0))
 
     def stop(_step: str) -> None:
-        if merge.state.log[-1].entry.kind == "round":
+        if merge.state.ledger.log[-1].entry.kind == "round":
             raise Stopped
 
     with opened(state, base, on_step=stop) as merge, pytest.raises(Stopped):
         merge.round()
     with opened(state, base) as merge:
-        assert merge.state.open_round is not None
+        assert merge.state.ledger.open_round is not None
         fill(merge, quadratic.noise(base, 1))
     shutil.copytree(state, tmp_path / "other")
     with opened(state, base) as merge:
         assert set(rows(merge.round())) == {"good0", "noise0"}, "who came later is for the next"
-        assert [c.entry.kind for c in merge.state.log].count("round") == 1
+        assert [c.entry.kind for c in merge.state.ledger.log].count("round") == 1
     with opened(tmp_path / "other", base, rounds={"sigmas": 2.0}) as merge:
         assert set(rows(merge.round())) == {"good0", "noise0", "noise1"}
-        assert [c.entry.kind for c in merge.state.log].count("round") == 2
+        assert [c.entry.kind for c in merge.state.ledger.log].count("round") == 2
 
 
 def test_a_round_takes_no_more_disk_than_is_to_be_kept(tmp_path: Path, base: Path) -> None:

@@ -79,13 +79,13 @@ def asked(place: Path, **more: object) -> Tuning:
 
 def test_the_best_is_found_recorded_and_used(place: Path) -> None:
     with api.open(place / "state", write=True) as merge:
-        head, generations, heard = merge.state.head, merge.state.generations(), []
+        head, generations, heard = merge.state.ledger.head, merge.state.generations(), []
         tuned = merge.tune(
             command(place), asked(place, policy="number"), told=lambda options, score: heard.append((options, score))
         )
-        assert merge.state.head.seq == head.seq + 1
+        assert merge.state.ledger.head.seq == head.seq + 1
         assert merge.state.generations() == generations
-        assert merge.state.head.generation == head.generation
+        assert merge.state.ledger.head.generation == head.generation
         numbers = tuned.numbers
         assert len(numbers["trials"]) == len(heard) == len(list((place / "seen").iterdir())) == 9
         assert tuned.read.value == pytest.approx(BEST, rel=0.1)
@@ -112,7 +112,7 @@ def test_the_best_is_found_recorded_and_used(place: Path) -> None:
         assert filecmp.cmp(exported / "model.safetensors", of_best / "model.safetensors", shallow=False)
     with api.open(place / "state") as merge:
         assert merge.reading().options == tuned.read
-        assert merge.state.head.entry.numbers == tuned.numbers
+        assert merge.state.ledger.head.entry.numbers == tuned.numbers
         assert merge.state.verify() == []
 
 
@@ -129,9 +129,9 @@ def test_going_back_to_what_was_tuned(place: Path) -> None:
             merge.rescale("tuned")
             assert merge.reading().options == tuned.read
             assert tuning.in_force(merge.state) == tuned.commit
-        seq = merge.state.head.seq
+        seq = merge.state.ledger.head.seq
         merge.rescale("tuned")
-        assert merge.state.head.seq == seq, "it was in force"
+        assert merge.state.ledger.head.seq == seq, "it was in force"
         assert merge.rescale("norm") == start
         merge.rescale("tuned", "0.5:0.5")
         assert tuning.in_force(merge.state) is None
@@ -205,13 +205,13 @@ def test_an_open_state_is_tuned_dry_and_one_that_moves_on_not_at_all(place: Path
         assert str(os.getpid()) in busy.stderr
         dry = machine(*flags, "--dry-run")
         assert (len(dry["trials"]), dry["record"]) == (3, None)
-        seq = merge.state.head.seq
+        seq = merge.state.ledger.head.seq
         models.fine_tune(place / "base", place / "late", 9)
         with pytest.raises(Retry, match="changed the merge"):
             merge.tune(
                 command(place), asked(place, candidates=3), told=lambda _o, _s: merge.fold(place / "late") and None
             )
-        assert [c.entry.kind for c in merge.state.log[seq + 1 :]] == ["fold"]
+        assert [c.entry.kind for c in merge.state.ledger.log[seq + 1 :]] == ["fold"]
         merge.rescale("norm:1.2")
     done = run(*flags, "--lines")
     assert done.returncode == 0, done.stderr
@@ -238,12 +238,12 @@ def test_a_command_that_fails_is_named_and_nothing_is_recorded(
     place: Path, script: str, more: dict[str, object], kind: type[Exception], words: str
 ) -> None:
     with api.open(place / "state", write=True) as merge:
-        head = merge.state.head
+        head = merge.state.ledger.head
         with pytest.raises(kind, match=r"^candidate norm:1\.0: ") as caught:
             merge.tune(Command((sys.executable, "-S", "-c", script, "{model}"), **more), asked(place))  # type: ignore[arg-type]
         assert words in str(caught.value)
         assert sys.executable in str(caught.value)
-        assert merge.state.head == head
+        assert merge.state.ledger.head == head
         assert list((place / "work").iterdir()) == []
 
 

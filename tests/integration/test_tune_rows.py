@@ -189,11 +189,11 @@ def test_the_losses_can_be_differentiated_and_belong_to_the_score(place: Place) 
 
 def test_tuned_and_recorded(place: Place) -> None:
     with place.open(write=True) as merge:
-        seq = merge.state.head.seq
+        seq = merge.state.ledger.head.seq
         tuned = merge.tune(place.ask, Tuning(candidates=6, policy="number"))
         again = merge.tune(place.ask, Tuning(candidates=6, policy="number", around=1.0, dry_run=True))
         assert again.commit is None
-        assert [c.entry.kind for c in merge.state.log[seq + 1 :]] == ["tune"]
+        assert [c.entry.kind for c in merge.state.ledger.log[seq + 1 :]] == ["tune"]
         assert merge.reading().options == tuned.read
         assert tuned.score == max(t["score"] for t in tuned.numbers["trials"])
         told = tuned.numbers["evaluation"]

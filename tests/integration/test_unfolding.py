@@ -47,7 +47,7 @@ def alone(state: Path, base: Path, name: str, fine_tunes: list[Path]) -> dict[st
 
 
 def names(merge: api.Merge) -> list[str]:
-    return [(c.entry.candidate or {})["name"] for c in merge.state.folds()]
+    return [(c.entry.candidate or {})["name"] for c in merge.state.ledger.folds()]
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -99,7 +99,7 @@ def test_where_folding_is_no_addition_the_later_models_are_folded_again(
         plan = merge.look_unfold("ft-2")
         assert (plan.exact, plan.start) == (False, start)
         assert [a.name for a in plan.again] == ["ft-3", "ft-4"] if start else ["ft-0", "ft-1", "ft-3", "ft-4"]
-        head = merge.state.head.seq
+        head = merge.state.ledger.head.seq
         commit = merge.unfold(plan)
         assert commit.seq == head + 1, "one record"
         assert len(list((tmp_path / "state/generations").iterdir())) == len(merge.state.generations()), (
@@ -151,7 +151,7 @@ def test_what_cannot_be_read_any_more_is_said_and_nothing_changes(
     with opened(tmp_path / "state", base, name, keep=9) as merge:
         for model in tuned[:3]:
             merge.fold(model)
-        before, head = merged(merge), merge.state.head.seq
+        before, head = merged(merge), merge.state.ledger.head.seq
         with pytest.raises(Misconfigured, match="no model of this name"):
             merge.look_unfold("ft-9")
         moved = tuned[1].rename(tmp_path / "moved")
@@ -162,7 +162,7 @@ def test_what_cannot_be_read_any_more_is_said_and_nothing_changes(
         models.fine_tune(base, tuned[2], 7)
         with pytest.raises(Refuse, match="does not hold what was folded as record 3"):
             merge.unfold(merge.look_unfold("ft-2" if name == "mean" else "ft-1"))
-        assert merge.state.head.seq == head
+        assert merge.state.ledger.head.seq == head
         assert all(torch.equal(value, before[tensor]) for tensor, value in merged(merge).items())
     with opened(tmp_path / "state", base, name) as merge:
         assert merge.state.orphans == ()
@@ -189,7 +189,9 @@ def test_two_states_combined_are_as_if_one_had_folded_all(
         assert (len(folds), commit and commit.seq) == (2, 4)
     with opened(tmp_path / "state", base, name) as merge:
         assert names(merge) == [f"ft-{i}" for i in range(5)]
-        assert merge.state.totals == pytest.approx(dict(api.open(tmp_path / "all").state.totals), rel=1e-6)
+        assert merge.state.ledger.totals == pytest.approx(
+            dict(api.open(tmp_path / "all").state.ledger.totals), rel=1e-6
+        )
         for tensor, value in merged(merge).items():
             torch.testing.assert_close(value, expected[tensor], rtol=1e-4, atol=1e-7)
         assert merge.fold(tuned[4]).fate == "known", "what came with the other state is not folded twice"
@@ -222,6 +224,6 @@ def test_states_that_cannot_be_combined_are_refused(tmp_path: Path, base: Path, 
         ):
             with pytest.raises(Misconfigured, match=words):
                 merge.combine(tmp_path / place)
-        assert merge.state.head.seq == 2
+        assert merge.state.ledger.head.seq == 2
     with opened(tmp_path / "opcm", base, "opcm") as merge, pytest.raises(Misconfigured, match="order of the folds"):
         merge.combine(tmp_path / "mean")

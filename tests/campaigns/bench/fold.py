@@ -71,7 +71,7 @@ def mean_against_copy(repeats: int) -> None:
                 began = cpu()
                 merge.fold(model)
                 folded = cpu() - began
-                generation = work / "state" / "generations" / str(merge.state.head.generation)
+                generation = work / "state" / "generations" / str(merge.state.ledger.head.generation)
                 reads = [
                     base / "model.safetensors",
                     model / "model.safetensors",

@@ -36,7 +36,7 @@ def fold_loop(state: str, models: list[str], pipe: Connection | None) -> None:
 
     def announce(step: str) -> None:
         if pipe is not None:
-            pipe.send((step, merge.state.head.seq))
+            pipe.send((step, merge.state.ledger.head.seq))
             pipe.recv()
 
     merge = Merge(Settings(state=Path(state), workers=2), write=True, on_step=announce)
@@ -44,7 +44,7 @@ def fold_loop(state: str, models: list[str], pipe: Connection | None) -> None:
         for model in models:
             merge.fold(model)
     if pipe is not None:
-        pipe.send(("done", merge.state.head.seq))
+        pipe.send(("done", merge.state.ledger.head.seq))
 
 
 def campaign(work: Path, kills: int, seed: int = 0) -> dict[str, object]:
@@ -125,7 +125,7 @@ def _one_kill(
 
 def _check(state: Path, last: str, acknowledged: int) -> None:
     with State.open(state, write=True) as opened:
-        head = opened.head.seq
+        head = opened.ledger.head.seq
         linked = STEPS.index(last) >= STEPS.index("link") if last in STEPS else False
         assert head == acknowledged or (linked and head == acknowledged + 1), (
             f"head {head}, acknowledged {acknowledged}, killed in {last}"
@@ -133,7 +133,7 @@ def _check(state: Path, last: str, acknowledged: int) -> None:
         findings = opened.verify()
         assert not findings, findings
         left = {p.name for p in (state / "generations").iterdir()}
-        assert left == {c.generation for c in opened.log if c.generation} & left, "an orphan survived the open"
+        assert left == {c.generation for c in opened.ledger.log if c.generation} & left, "an orphan survived the open"
 
 
 def _finish(context: multiprocessing.context.ForkServerContext, state: Path, fine_tunes: list[str]) -> None:
@@ -145,7 +145,7 @@ def _finish(context: multiprocessing.context.ForkServerContext, state: Path, fin
 
 def _folded(state: Path) -> list[tuple[str | None, float]]:
     with State.open(state) as opened:
-        return [(c.entry.digest, (c.entry.numbers or {})["tau_norm"]) for c in opened.folds()]
+        return [(c.entry.digest, (c.entry.numbers or {})["tau_norm"]) for c in opened.ledger.folds()]
 
 
 def _bits(state: Path) -> dict[tuple[str, str], bytes]:

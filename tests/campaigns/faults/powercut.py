@@ -97,8 +97,8 @@ def trial(work: Path, base: Path, fine_tunes: list[str], number: int, durable: b
 def _look(state: Path, acknowledged: int) -> str:
     try:
         with State.open(state, write=True) as opened:
-            if opened.head.seq not in (acknowledged, acknowledged + 1):
-                return f"lost: at record {opened.head.seq}, acknowledged {acknowledged}"
+            if opened.ledger.head.seq not in (acknowledged, acknowledged + 1):
+                return f"lost: at record {opened.ledger.head.seq}, acknowledged {acknowledged}"
             findings = opened.verify()
             return f"damaged: {findings[0]}" if findings else "intact"
     except ContinualError as error:

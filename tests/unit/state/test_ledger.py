@@ -56,7 +56,7 @@ class Book:
 
     @property
     def folded(self) -> list[str]:
-        return [(f.commit.entry.candidate or {})["name"] for f in chain(self.ledger.history(len(self.files) - 1))]
+        return [(f.commit.entry.candidate or {})["name"] for f in chain(self.ledger.last_fold(len(self.files) - 1))]
 
     def waits(self) -> list[str]:
         return [key.removeprefix("k-") for key in self.pool]
@@ -130,6 +130,21 @@ def test_a_combined_state_takes_out_what_it_brings(book: Book) -> None:
     assert (book.waits(), book.folded) == (["a", "c"], ["b", "x"])
 
 
+def test_what_a_rollback_undoes_is_counted_by_fold_and_not_by_record(book: Book) -> None:
+    before = book.fold("a")
+    joined = book.add(Entry(kind="combine", numbers={"folds": [brought("x"), brought("y")]}), writes=True)
+    book.fold("b")
+
+    def undone(to: int) -> list[str]:
+        return [(c.entry.candidate or {})["name"] for c in book.ledger.undone(to)]
+
+    assert (undone(joined), undone(before), undone(0)) == (["b"], ["x", "y", "b"], ["a", "x", "y", "b"])
+    book.add(Entry(kind="unfold", candidate=candidate("x"), numbers={"of": joined, "key": "k-x"}), writes=True)
+    assert undone(joined) == ["b"], "a fold of the same record that went in between does not count"
+    book.add(Entry(kind="rollback", numbers={"to": joined}))
+    assert undone(joined) == []
+
+
 def test_a_round_is_open_until_it_has_chosen(book: Book) -> None:
     assert book.ledger.open_round is None
     first = book.add(Entry(kind="round", numbers={}))
@@ -201,7 +216,7 @@ def test_weighed_models_come_and_go(book: Book) -> None:
     assert (book.fate("a"), book.fate("b")) == (("folded", None), None)
     assert book.ledger.folded_digest("d-b") is None, "what left may come back"
     assert (book.pool["k-b"].rounds, book.pool["k-b"].since) == (1, f"2030-01-01T00:00:{first:02d}.000Z")
-    newest = book.ledger.history(second)
+    newest = book.ledger.last_fold(second)
     assert newest is not None
     assert newest.at is not None
     assert newest.at.seq == second, "all of them are read from the newest generation"
@@ -246,7 +261,7 @@ def test_a_replay_ends_up_where_the_writer_was(tmp_path: Path, book: Book) -> No
         def fold(found: Fold) -> Any:
             return found.commit.seq, found.commit.entry.candidate, found.at and found.at.seq
 
-        histories = [[fold(f) for f in chain(ledger.history(seq))] for seq in range(len(ledger.log))]
+        histories = [[fold(f) for f in chain(ledger.last_fold(seq))] for seq in range(len(ledger.log))]
         pool = {key: (w.commit.seq, w.since, w.rounds, dict(w.last)) for key, w in ledger.pool.items()}
         fates = {key: (f.seq, f.entry) if (f := ledger.fate(f"k-{key}")) else None for key in "abcde"}
         digests = {key: f.seq if (f := ledger.folded_digest(f"d-{key}")) else None for key in "abcde"}

@@ -29,18 +29,20 @@ def test_history_after_reopening(tmp_path: Path) -> None:
 
 
 def _check_history(state: State) -> None:
-    assert [c.entry.kind for c in state.log] == ["init", "fold", "fold", "refuse", "tag", "fold", "rollback"]
-    assert [c.seq for c in state.folds()] == [1, 2]
-    assert [c.seq for c in state.folds(at=5)] == [1, 2, 5]
-    assert state.totals == {"count": 2.0}
-    assert state.totals_at(5) == {"count": 3.0}
-    assert state.tags() == {"first": 1}
+    assert [c.entry.kind for c in state.ledger.log] == ["init", "fold", "fold", "refuse", "tag", "fold", "rollback"]
+    assert [c.seq for c in state.ledger.folds()] == [1, 2]
+    assert [c.seq for c in state.ledger.folds(at=5)] == [1, 2, 5]
+    assert state.ledger.totals == {"count": 2.0}
+    assert state.ledger.totals_at(5) == {"count": 3.0}
+    assert state.ledger.tags == {"first": 1}
     fates = {
-        key: commit.entry.fate for key in ("k1", "k3", "bad", "new") if (commit := state.fate(key)) or key != "new"
+        key: commit.entry.fate
+        for key in ("k1", "k3", "bad", "new")
+        if (commit := state.ledger.fate(key)) or key != "new"
     }
     assert fates == {"k1": "folded", "k3": "rolled-back", "bad": "refused"}
-    assert state.folded_digest("blake3:2") is not None
-    assert state.folded_digest("blake3:3") is None
+    assert state.ledger.folded_digest("blake3:2") is not None
+    assert state.ledger.folded_digest("blake3:3") is None
     assert state.verify() == []
     for name in stores.SHAPES:
         np.testing.assert_array_equal(state.read(name, "sum"), stores.value(name, 2))
@@ -57,7 +59,7 @@ def test_uncommitted_transaction_leaves_nothing(tmp_path: Path) -> None:
         with state.begin() as transaction:
             transaction.write("scalar", "sum", np.zeros((), np.float32))
         assert list((tmp_path / "s/generations").iterdir()) == []
-        assert state.head.seq == 0
+        assert state.ledger.head.seq == 0
 
 
 def test_orphans_are_shown_to_readers_and_removed_by_the_writer(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_orphans_are_shown_to_readers_and_removed_by_the_writer(tmp_path: Path) 
     with State.open(tmp_path / "s") as state:
         assert state.orphans == ("0123456789abcdef",)
     with State.open(tmp_path / "s", write=True) as state:
-        assert state.generations() == [state.head.generation]
+        assert state.generations() == [state.ledger.head.generation]
     assert len(list((tmp_path / "s/generations").iterdir())) == 1
 
 
@@ -79,7 +81,7 @@ def test_a_linked_record_above_head_is_adopted(tmp_path: Path) -> None:
     after = (tmp_path / "s/HEAD").read_bytes()
     (tmp_path / "s/HEAD").write_bytes(before)
     with State.open(tmp_path / "s") as state:
-        assert state.head.seq == 2
+        assert state.ledger.head.seq == 2
     with State.open(tmp_path / "s", write=True):
         assert (tmp_path / "s/HEAD").read_bytes() == after
 
@@ -104,20 +106,20 @@ def test_only_one_of_two_commits_from_one_point_wins(tmp_path: Path) -> None:
         (tmp_path / "s/commits/00000002.json").write_text("taken")
         with pytest.raises(Retry, match="another writer"):
             stores.fold(state, 2)
-        assert state.head.seq == 1
+        assert state.ledger.head.seq == 1
         assert len(list((tmp_path / "s/generations").iterdir())) == 1
 
 
 def test_a_lease_holds_a_generation_until_it_ends(tmp_path: Path) -> None:
     with stores.make(tmp_path / "s") as state, State.open(tmp_path / "s") as nothing_yet:
-        assert nothing_yet.model is None
+        assert nothing_yet.ledger.model is None
         stores.fold(state, 1)
         with State.open(tmp_path / "s") as reader, reader.lease():
             for number in (2, 3, 4):
                 stores.fold(state, number)
             state.expire(1)
             np.testing.assert_array_equal(reader.read("wide", "sum"), stores.value("wide", 1))
-        assert state.expire(1) == [state.get(1).generation]
+        assert state.expire(1) == [state.ledger.get(1).generation]
         with pytest.raises(Misconfigured, match="expired"):
             state.read("wide", "sum", at=1)
         with pytest.raises(Misconfigured, match="expired"):

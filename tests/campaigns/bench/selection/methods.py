@@ -53,7 +53,7 @@ def fold(rule: str, scale: str, paths: Sequence[Path], world: World, state: Path
     with continual.open(state, write=True, workers=1, keep=1, device="cpu") as merge:
         for path in paths:
             assert merge.fold(path).fate == "folded"
-        names = [(fold.entry.candidate or {})["name"] for fold in merge.state.folds()]
+        names = [(fold.entry.candidate or {})["name"] for fold in merge.state.ledger.folds()]
         return Merged(_read(merge), {name: 1 / len(names) for name in names}, time.process_time() - began, {})
 
 
@@ -70,7 +70,8 @@ def rounds(rule: str, options: Mapping[str, Any], world: World, irrelevant: int,
             assert merge.fold(path).fate == "deferred"
         found = merge.round()
         names = {
-            (fold.entry.candidate or {})["key"]: (fold.entry.candidate or {})["name"] for fold in merge.state.folds()
+            (fold.entry.candidate or {})["key"]: (fold.entry.candidate or {})["name"]
+            for fold in merge.state.ledger.folds()
         }
         weights = {key: sum(w) for key, w in active(merge.state).weights.items()} or dict.fromkeys(names, 1.0)
         total = sum(weights.values()) or 1.0

@@ -125,7 +125,7 @@ def records(state: Path) -> list[Record]:
     with continual.open(state) as merge:
         return [
             Record(c.seq, c.entry.candidate["key"], c.entry.reason or str(c.entry.fate))
-            for c in merge.state.log
+            for c in merge.state.ledger.log
             if c.entry.candidate and c.entry.kind in ("fold", "refuse")
         ]
 
@@ -159,7 +159,7 @@ class Bits(NamedTuple):
 
 
 def bits(merge: api.Merge) -> Bits:
-    return Bits(hubs.sums(merge), dict(merge.state.totals), [c.entry.digest for c in merge.state.folds()])
+    return Bits(hubs.sums(merge), dict(merge.state.ledger.totals), [c.entry.digest for c in merge.state.ledger.folds()])
 
 
 def offline(work: Path, world: World, rule: str, commits: Sequence[Commit]) -> Bits:
