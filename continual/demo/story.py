@@ -54,7 +54,7 @@ def run(directory: Path | None, *, json: bool, seed: int, console: Console) -> d
         for key in ("base", "averaged", "merged")
     }
     if not json:
-        _show(result, console)
+        show(result, console)
     return result
 
 
@@ -243,7 +243,8 @@ def _compare(work: Path, weights: Mapping[str, Mapping[str, Tensor]], seed: int)
     return rows
 
 
-def _show(result: Mapping[str, Any], console: Console) -> None:
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """Prints the figures that `run` returns: accuracies as a table, and the daemon's memory."""
     table = Table(title="accuracy on held-out images, %", title_justify="left")
     table.add_column("task")
     for name in ("base", "own fine-tune", "plain average", "merged by the daemon"):

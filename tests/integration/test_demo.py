@@ -1,17 +1,37 @@
 """The demonstration as a user runs it; its own checks (each fold exactly once, an orphan left, a clean state) raise if
-they fail."""
+they fail. What it prints has the form that the documentation shows."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
+from continual.demo import story
+from tests.helpers.pages import DOCS, blocks
+
+WIDTH = 108  # columns of the terminal that the page shows
+
+
+def form(text: str) -> list[str]:
+    """The lines without what differs between two runs: figures, the directory, the generation."""
+    text = re.sub(r"(?<=Working in )\S+", "DIR", text)
+    text = re.sub(r"(?<=generation )[0-9a-f]{16}", "ID", text)
+    text = re.sub(r"\d+(\.\d)?", "0", text)
+    return [re.sub(r" +", " ", line.rstrip()) for line in text.strip().splitlines()]
+
 
 def test_demo(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "continual", "demo", "--json", "--dir", str(tmp_path / "demo")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": str(WIDTH)}
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["mean"]["merged"] > result["mean"]["averaged"] > result["mean"]["base"]
@@ -20,3 +40,8 @@ def test_demo(tmp_path: Path) -> None:
     assert result["after_kill"] == {"record": 4, "folds": 4, "findings": []}
     assert sorted(result["folded"]) == sorted(result["tasks"])
     assert 0 < result["peak_memory_bytes"]["last"] < 1.2 * result["peak_memory_bytes"]["first"]
+
+    tables = io.StringIO()
+    story.show(result, Console(file=tables, width=WIDTH))
+    (shown,) = [block for block in blocks(DOCS / "measured.md", "") if block.startswith("Working in")]
+    assert form(done.stderr + tables.getvalue()) == form(shown)
