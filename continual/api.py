@@ -16,26 +16,26 @@ from typing import Any, Literal
 
 import torch
 
-from continual import provenance, tuning
+from continual import gates, provenance, tuning
 from continual import selection as rounds
 from continual.config import Settings, load
-from continual.engine import combining, unfolding
+from continual.engine import combining, planning, unfolding
 from continual.engine.base import fetched, files_of, measure_base, open_base, open_checkpoint
 from continual.engine.engine import Engine
 from continual.engine.folding import state_bytes
-from continual.engine.outcomes import Outcome, Plan, Policy
+from continual.engine.outcomes import Outcome, Plan
 from continual.engine.reading import Reading
+from continual.engine.resources import Resources
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress, silent
+from continual.executors.device import pick_device
 from continual.executors.local import Local
-from continual.gates.lineage import LineagePolicy
-from continual.gates.safety import NormPolicy
-from continual.gates.weight import WeightPolicy
 from continual.hub import Repo
 from continual.hub.locate import Places
 from continual.publish import folder, lora
 from continual.records import Entry, Event, TensorSpec
 from continual.rules import ReadOptions, read_options, rule
+from continual.selection import admission
 from continual.selection.steps import Taken
 from continual.state import Commit, State
 from continual.state.ledger import Waiting
@@ -192,15 +192,11 @@ class Merge:
     def engine(self) -> Engine:
         """The engine on this state, with the gates and the executor that the settings ask for."""
         if self._engine is None:
-            s = self.settings
-            weights = WeightPolicy(s.weight, s.weights)
-            policy = Policy(
-                LineagePolicy(s.missing, s.vocab), NormPolicy(s.max_base_ratio, s.max_mean_ratio), weights, s.updates
+            made = gates.make(self.settings)
+            resources = Resources(
+                self.executor, pick_device(self.settings.device), locate=self.places.of, stop=self.places.stop
             )
-            self._engine = Engine(
-                self.state, self.base, self.rule, self.executor, policy=policy, device=s.device, locate=self.places.of
-            )
-            self._engine.stop = self.places.stop
+            self._engine = Engine(self.state, self.base, self.rule, made, resources)
         return self._engine
 
     @property
@@ -210,7 +206,7 @@ class Merge:
 
     def plan(self, model: str | Path) -> Plan:
         """What folding `model` would take and whether it would be let in; reads headers only."""
-        return self.engine.plan(self.places.named(model))
+        return planning.plan(self.engine, self.places.named(model))
 
     def fold(self, model: str | Path | Event, *, progress: Progress = silent) -> Outcome:
         """Folds one model and drops generations beyond those kept; where rounds choose, puts it into the pool instead.
@@ -221,7 +217,7 @@ class Merge:
         """
         place = self.places.seen(model) if isinstance(model, Event) else self.places.named(model)
         if self.selects != "none":
-            return self.engine.admit(place)
+            return admission.admit(self.engine, place)
         outcome = self.engine.fold(place, progress=progress)
         if outcome.fate == "folded":
             self.state.expire(self.settings.keep)

@@ -48,6 +48,21 @@ def _pairs(given: object) -> object:
     return table
 
 
+def _nested(given: object) -> object:
+    """`gate.key=value` pairs as tables by gate; what comes later wins."""
+    table = _pairs(given)
+    if not isinstance(table, dict):
+        return table
+    found: dict[str, object] = {}
+    for name, value in table.items():
+        gate, dot, key = str(name).partition(".")
+        before = found.get(gate, {})
+        if dot:
+            value = {key: value}
+        found[gate] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    return found
+
+
 def _unset(given: object) -> object:
     """Nothing, where an empty text stands for it, as an unset variable leaves it."""
     return None if given == "" else given
@@ -253,6 +268,9 @@ class Settings(BaseModel):
     max_mean_ratio: Annotated[float, Field(gt=1)] = Field(
         30.0, description="largest task-vector norm, as a multiple of the mean so far"
     )
+    gates: Annotated[dict[str, dict[str, object]], BeforeValidator(_nested)] = Field(
+        default_factory=dict, description="settings that one gate has: tables by its name, or name.key=value pairs"
+    )
     host: str = Field("127.0.0.1", description="address the service listens on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8321, description="port of the service; 0 takes a free one")
     allow_remote: bool = Field(False, description="listen on an address that other machines reach")
@@ -305,7 +323,7 @@ def load(flags: Mapping[str, Any], *, file: Path | None = None, environ: Mapping
         ) from None
 
 
-_TABLES = ("hub", "release", "rounds")
+_TABLES = ("gates", "hub", "release", "rounds")
 
 
 def _table(pairs: object, where: str) -> dict[str, Any]:

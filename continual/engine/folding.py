@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from blake3 import blake3
 
-from continual.executors.contract import Task
-from continual.gates import safety
-from continual.records import TensorSpec
+from continual.engine.resources import Resources
+from continual.executors.contract import Progress, Task
+from continual.gates import Gates, TensorNumbers
+from continual.records import Lineage, TensorSpec
 from continual.rules import Folded, Inputs, Measured, Rule
+from continual.rules.contract import Measure
 from continual.state import Transaction
 from continual.tensors import TaskVectors
 from continual.tensors.vectors import RUN, Content
@@ -28,9 +30,12 @@ RUN_ON_DEVICE = 1 << 22
 """Elements of a run on an accelerator: enough to be worth a transfer and a kernel."""
 
 
-class Piece(NamedTuple):
-    """What folding one tensor gave. `seconds` by stage: `read` of fine-tune and base, `rule`, `write` of the state (and
-    reading what it was)."""
+class TensorFold(NamedTuple):
+    """What folding one tensor gave.
+
+    `digest`: of what its task vector was made from. `sums` and `notes`: as the rule returned them. `nbytes`: bytes
+    read. `seconds` by stage: `read` of fine-tune and base, `rule`, `write` of the state (and reading what it was).
+    """
 
     digest: bytes
     sums: Mapping[str, float]
@@ -39,51 +44,90 @@ class Piece(NamedTuple):
     seconds: Mapping[str, float]
 
 
+class Terms(NamedTuple):
+    """How one candidate is folded: its name in messages, the rule, the rule's totals before the fold, the weight."""
+
+    name: str
+    rule: Rule
+    totals: Mapping[str, float]
+    weight: float = 1.0
+
+
 class Folding:
-    """Folds tensors of one candidate (called `name` in messages) with one weight in one transaction; `totals` are the
-    rule's before it. Thread-safe."""
+    """Folds the tensors of one candidate in one transaction. Thread-safe.
+
+    The gates are asked of each tensor. Where continual is stopping, the tensor that comes next raises Abandoned.
+    """
 
     def __init__(
-        self,
-        transaction: Transaction,
-        vectors: TaskVectors,
-        rule: Rule,
-        totals: Mapping[str, float],
-        name: str,
-        device: torch.device,
-        check: Callable[[], None],
-        *,
-        weight: float = 1.0,
+        self, transaction: Transaction, vectors: TaskVectors, terms: Terms, gates: Gates, resources: Resources
     ) -> None:
         self.measured: Measured = {}
-        self._weight = weight
-        self._seeds: dict[str, int] = {}
         self._transaction = transaction
-        self.vectors = vectors
-        self._rule = rule
-        self._totals = totals
-        self._name = name
-        self._device = device
-        self._check = check
+        self._vectors = vectors
+        self._terms = terms
+        self._rule = terms.rule
+        self._gates = gates
+        self._resources = resources
+        self._device = resources.device
+        self._seeds: dict[str, int] = {}
 
-    def task(self, spec: TensorSpec, *, touched: bool) -> Task[Piece]:
-        """The work of one tensor. `touched`: the candidate changes it; else only its norm is needed."""
-        vectors = self.vectors
-        if not touched:
+    def measure(self, specs: Sequence[TensorSpec], lineage: Lineage, progress: Progress) -> None:
+        """Makes the passes that the rule asks for before it folds anything; `specs` are those of the base that are
+        folded. Raises Refuse, Retry, Abandoned.
+
+        Counts are whole numbers, so the order in which tensors end does not matter.
+        """
+        measure = self._rule.measure
+        if measure is None:
+            return
+        numel = sum(spec.numel for spec in specs)
+        changed = self._in_file_order([spec for spec in specs if spec.name in set(lineage.folded)])
+        for number in range(measure.passes):
+            share = measure.share(number, self.measured)
+            if share == 0.0:
+                continue
+            self._vectors.begin()
+            tasks = [self._measuring(spec, measure, number, share) for spec in changed]
+            counts = torch.zeros((), dtype=torch.int64)
+            for done, (_, found) in enumerate(self._resources.executor.map(tasks), 1):
+                counts = counts + found
+                progress(f"measure {number + 1}", done, len(tasks))
+            self.measured = measure.conclude(number, counts, numel, self.measured)
+
+    def run(self, specs: Sequence[TensorSpec], lineage: Lineage, progress: Progress) -> dict[str, TensorFold]:
+        """Puts every tensor of `specs` through the rule, several at a time; what each gave, by name. Raises Refuse,
+        Retry, Abandoned."""
+        self._vectors.begin()
+        changed = set(lineage.folded)
+        tasks = [self._task(spec, changes=spec.name in changed) for spec in self._in_file_order(specs)]
+        found: dict[str, TensorFold] = {}
+        progress("fold", 0, len(tasks))
+        for name, tensor in self._resources.executor.map(tasks):
+            found[name] = tensor
+            progress("fold", len(found), len(tasks))
+        return found
+
+    def _in_file_order(self, specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+        return sorted(specs, key=lambda spec: self._vectors.position(spec.name))
+
+    def _task(self, spec: TensorSpec, *, changes: bool) -> Task[TensorFold]:
+        """The work of one tensor. `changes`: the candidate changes it; else only its norm is needed."""
+        vectors = self._vectors
+        if not changes:
             return Task(spec.name, need(self._rule, spec, None), partial(self._untouched, spec))
         run = self._by_runs if self._rule.elementwise(spec) else self._whole
         return Task(
             spec.name, need(self._rule, spec, vectors), partial(run, spec), partial(vectors.prefetch, spec.name)
         )
 
-    def measuring(self, spec: TensorSpec, number: int, share: float) -> Task[torch.Tensor]:
+    def _measuring(self, spec: TensorSpec, measure: Measure, number: int, share: float) -> Task[torch.Tensor]:
         """The work of one tensor in pass `number` of what the rule measures before the fold, on that share of its
         elements."""
-        vectors, measure = self.vectors, self._rule.measure
-        assert measure is not None
+        vectors = self._vectors
 
         def run() -> torch.Tensor:
-            self._check()
+            self._resources.go_on(self._terms.name)
             counts = torch.zeros((), dtype=torch.int64)
             inputs = self._inputs(spec)
             for start, stop, tau in vectors.runs(spec.name, None, share=share):
@@ -94,21 +138,21 @@ class Folding:
         need = vectors.nbytes(spec.name, whole=False) + 8 * 4 * vectors.run
         return Task(spec.name, need, run, partial(vectors.prefetch, spec.name) if share == 1.0 else None)
 
-    def _whole(self, spec: TensorSpec) -> Piece:
-        self._check()
+    def _whole(self, spec: TensorSpec) -> TensorFold:
+        self._resources.go_on(self._terms.name)
         started = time.perf_counter()
         inputs = self._inputs(spec)
-        tau, digest, nbytes = self.vectors.vector(spec.name)
+        tau, digest, nbytes = self._vectors.vector(spec.name)
         if self._rule.shipped is not None:
             content, moments = Content(), torch.empty(spec.numel)
-            for start in range(0, spec.numel, self.vectors.run):
-                stop = min(start + self.vectors.run, spec.numel)
-                moments[start:stop] = self.vectors.moments(spec.name, start, stop, content)
+            for start in range(0, spec.numel, self._vectors.run):
+                stop = min(start + self._vectors.run, spec.numel)
+                moments[start:stop] = self._vectors.moments(spec.name, start, stop, content)
             inputs = inputs._replace(moments=moments.view(spec.shape).to(self._device))
             digest, nbytes = blake3(digest + content.digest()).digest(), nbytes + content.nbytes
         read = time.perf_counter()
         folded = self._apply(inputs, tau)
-        safety.finite(self._name, spec.name, folded.sums["tau_sq"])
+        self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums["tau_sq"]))
         computed = time.perf_counter()
         if folded.sums["tau_sq"] == 0.0 and self._rule.shipped is None:
             self._transaction.keep(spec.name)
@@ -116,27 +160,27 @@ class Folding:
             for slot, value in folded.accumulators.items():
                 self._transaction.write(spec.name, slot, value.to("cpu").contiguous().numpy())
         seconds = {"read": read - started, "rule": computed - read, "write": time.perf_counter() - computed}
-        return Piece(digest, folded.sums, folded.notes, nbytes, seconds)
+        return TensorFold(digest, folded.sums, folded.notes, nbytes, seconds)
 
-    def _by_runs(self, spec: TensorSpec) -> Piece:
-        self._check()
+    def _by_runs(self, spec: TensorSpec) -> TensorFold:
+        self._resources.go_on(self._terms.name)
         inputs = self._inputs(spec)
         clock, content = _Clock(), Content()
-        reading = self.vectors.runs(spec.name, content)
+        reading = self._vectors.runs(spec.name, content)
         parts: list[Mapping[str, float]] = []
-        for start, _, values in self._transaction.runs(spec.name, self.vectors.run):
+        for start, _, values in self._transaction.runs(spec.name, self._vectors.run):
             clock.ends("write")
             _, stop, tau = next(reading)
             given_inputs = inputs._replace(start=start)
             if self._rule.shipped is not None:
                 given_inputs = given_inputs._replace(
-                    moments=self.vectors.moments(spec.name, start, stop, content).to(self._device)
+                    moments=self._vectors.moments(spec.name, start, stop, content).to(self._device)
                 )
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value) for slot, value in values.items()}
             given = {slot: value.to(self._device) for slot, value in accumulators.items()}
-            folded = self._rule.fold(given, tau.to(self._device), given_inputs, self._totals)
-            safety.finite(self._name, spec.name, folded.sums["tau_sq"])
+            folded = self._rule.fold(given, tau.to(self._device), given_inputs, self._terms.totals)
+            self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums["tau_sq"]))
             for slot, value in folded.accumulators.items():
                 if value is not accumulators[slot]:
                     accumulators[slot].copy_(value)
@@ -147,32 +191,32 @@ class Folding:
         if sums["tau_sq"] == 0.0 and self._rule.shipped is None:
             self._transaction.keep(spec.name)
         clock.ends("write")
-        return Piece(content.digest(), sums, {}, content.nbytes, clock.seconds)
+        return TensorFold(content.digest(), sums, {}, content.nbytes, clock.seconds)
 
-    def _untouched(self, spec: TensorSpec) -> Piece:
+    def _untouched(self, spec: TensorSpec) -> TensorFold:
         """A tensor that this fine-tune leaves as it is: a zero task vector changes no accumulator, only its norm is
         needed."""
-        folded = self._apply(Inputs(spec, self._weight, measured=self.measured), torch.zeros(spec.shape))
+        folded = self._apply(Inputs(spec, self._terms.weight, measured=self.measured), torch.zeros(spec.shape))
         self._transaction.keep(spec.name)
-        return Piece(b"", folded.sums, {}, 0, {})
+        return TensorFold(b"", folded.sums, {}, 0, {})
 
     def _apply(self, inputs: Inputs, tau: torch.Tensor) -> Folded:
         spec, slots = inputs.spec, self._rule.slots(inputs.spec)
         accumulators = {
             slot: torch.from_numpy(self._transaction.read(spec.name, slot)).to(self._device) for slot in slots
         }
-        return self._rule.fold(accumulators, tau.to(self._device), inputs, self._totals)
+        return self._rule.fold(accumulators, tau.to(self._device), inputs, self._terms.totals)
 
     def _inputs(self, spec: TensorSpec) -> Inputs:
         """What the rule is given besides the task vector of a tensor that the candidate changes."""
-        return Inputs(spec, self._weight, self._seed(spec.name) if self._rule.seeded else 0, self.measured)
+        return Inputs(spec, self._terms.weight, self._seed(spec.name) if self._rule.seeded else 0, self.measured)
 
     def _seed(self, name: str) -> int:
         """From the tensor's content and name, so that a fine-tune meets the same random choices wherever it lies. Reads
         the tensor once more."""
         if name not in self._seeds:
             content = Content()
-            for _ in self.vectors.runs(name, content):
+            for _ in self._vectors.runs(name, content):
                 pass
             self._seeds[name] = int.from_bytes(
                 blake3(content.hash.digest() + name.encode()).digest(length=16), "little"

@@ -1,4 +1,4 @@
-"""What the engine says of a candidate, and what the gates are told to let in: frozen records."""
+"""The frozen records that the engine takes and returns: a candidate with its files open, an outcome, a plan."""
 
 from __future__ import annotations
 
@@ -6,15 +6,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from continual.gates import safety, weight
-from continual.gates.lineage import LineagePolicy
-from continual.records import FoldReport
+from continual.gates import Headers
+from continual.records import Candidate, FoldReport, Lineage
 from continual.state import Commit
+from continual.tensors import Model
+
+
+class OpenCandidate(NamedTuple):
+    """A candidate that the gates have let in, with its files open, and the weight it is folded with."""
+
+    candidate: Candidate
+    model: Model
+    lineage: Lineage
+    weight: float = 1.0
+
+    @classmethod
+    def of(cls, seen: Headers) -> OpenCandidate:
+        """From what the gates have seen of its headers."""
+        assert seen.lineage is not None, "the gate on lineage has not been asked"
+        return cls(seen.candidate, seen.model, seen.lineage, seen.weight)
 
 
 class Outcome(NamedTuple):
-    """What became of a candidate. `known`: its fate was settled earlier, or it waits already; `commit` is then that
-    earlier record."""
+    """What became of a candidate.
+
+    `known`: its fate was settled earlier, or it waits already; `commit` is then that earlier record.
+    """
 
     fate: Literal["folded", "refused", "duplicate", "deferred", "known"]
     name: str
@@ -35,7 +52,8 @@ class Outcome(NamedTuple):
         if self.report is None:
             return self.message
         n = self.report.numbers
-        return f"{self.message}: norm {n['tau_norm']:.4g}, cosine {n['cosine']:+.3f}, {self.report.seconds.get('total', 0):.2f} s"
+        seconds = self.report.seconds.get("total", 0)
+        return f"{self.message}: norm {n['tau_norm']:.4g}, cosine {n['cosine']:+.3f}, {seconds:.2f} s"
 
     def summary(self) -> dict[str, Any]:
         """What happened, for machines."""
@@ -76,16 +94,6 @@ class Plan:
     prefix: tuple[str, str] = ("", "")
     extra: tuple[str, ...] = ()
     narrowed: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What the gates let in."""
-
-    lineage: LineagePolicy = field(default_factory=LineagePolicy)
-    norms: safety.NormPolicy = field(default_factory=safety.NormPolicy)
-    weights: weight.WeightPolicy = field(default_factory=weight.WeightPolicy)
-    updates: Literal["refuse", "add"] = "refuse"
 
 
 def known_as(name: str, known: Commit) -> Outcome:

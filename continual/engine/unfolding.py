@@ -15,9 +15,9 @@ from typing import Any
 
 from continual import provenance
 from continual.engine.engine import Engine
+from continual.engine.outcomes import OpenCandidate
 from continual.errors import Misconfigured, Refuse, Retry
 from continual.executors.contract import Progress
-from continual.gates.lineage import trace
 from continual.records import Entry, FoldReport
 from continual.state import Commit, Transaction
 from continual.tensors import Place, candidate_of, open_model
@@ -159,8 +159,8 @@ def _stream(
 ) -> FoldReport:
     with open_model(again.place) as model:
         candidate = candidate_of(model)
-        lineage = trace(engine.base, model, engine.policy.lineage)
-        report = engine.stream(transaction, candidate, model, lineage, totals, weight, progress)
+        opened = OpenCandidate(candidate, model, engine.lineage(model), weight)
+        report = engine.stream(transaction, opened, totals, progress)
     if report.digest != again.digest:
         raise Refuse(
             "changed",

@@ -1,0 +1,110 @@
+"""Who may come in: the list of the gates, and `Gates`, which asks them. What a gate is stands in `contract`; each other
+module is one gate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from continual.config import Settings
+from continual.errors import Misconfigured
+from continual.gates.contract import (
+    AtFold,
+    AtHeaders,
+    AtNumbers,
+    AtTensor,
+    Gate,
+    Headers,
+    Numbers,
+    TensorNumbers,
+)
+from continual.gates.finite import FiniteGate
+from continual.gates.lineage import LineageGate
+from continual.gates.norms import NormsGate
+from continual.gates.own_release import OwnReleaseGate
+from continual.gates.updates import UpdatesGate
+from continual.gates.weight import WeightGate
+
+__all__ = ["GATES", "Gate", "Gates", "Headers", "Numbers", "TensorNumbers", "make"]
+
+GATES: tuple[type[Gate], ...] = (
+    OwnReleaseGate,
+    UpdatesGate,
+    LineageGate,
+    WeightGate,
+    FiniteGate,
+    NormsGate,
+)
+"""Every gate. Those of one stage are asked in this order."""
+
+G = TypeVar("G", bound=Gate)
+
+
+class Gates:
+    """The gates of one state, each with its settings. Immutable, so thread-safe."""
+
+    def __init__(self, gates: Sequence[Gate]) -> None:
+        self._gates = tuple(gates)
+
+    def at_headers(self, seen: Headers) -> Headers:
+        """Asks every gate that looks at headers. Returns what they found out. Raises Refuse of the first that refuses,
+        Retry."""
+        for gate in self._gates:
+            if isinstance(gate, AtHeaders):
+                seen = gate.judge(seen) or seen
+        return seen
+
+    def at_fold(self, seen: Headers) -> Headers:
+        """Asks every gate that looks at a candidate before its fold. Returns what they found out. Raises as
+        `at_headers`."""
+        for gate in self._gates:
+            if isinstance(gate, AtFold):
+                seen = gate.judge(seen) or seen
+        return seen
+
+    def at_tensor(self, seen: TensorNumbers) -> None:
+        """Asks every gate that looks at one tensor. Raises Refuse of the first that refuses."""
+        for gate in self._gates:
+            if isinstance(gate, AtTensor):
+                gate.judge(seen)
+
+    def at_numbers(self, seen: Numbers) -> None:
+        """Asks every gate that looks at the sums of the whole model. Raises Refuse of the first that refuses."""
+        for gate in self._gates:
+            if isinstance(gate, AtNumbers):
+                gate.judge(seen)
+
+    def the(self, kind: type[G]) -> G:
+        """The gate of this class, for its settings."""
+        return next(gate for gate in self._gates if isinstance(gate, kind))
+
+
+def make(settings: Settings, kinds: Sequence[type[Gate]] = GATES) -> Gates:
+    """The gates as the settings have them. Raises Misconfigured for a gate or a key that is not known, or a value that
+    cannot be used."""
+    known = {kind.name: kind for kind in kinds}
+    for name in settings.gates:
+        if name not in known:
+            raise Misconfigured(f"gates.{name}: no such gate; known are {', '.join(known)}")
+    return Gates([_made(kind, settings) for kind in kinds])
+
+
+def _made(kind: type[Gate], settings: Settings) -> Gate:
+    fields = {field.name for field in dataclasses.fields(kind)}
+    shared = fields & Settings.model_fields.keys()
+    own = settings.gates.get(kind.name, {})
+    for key in own:
+        if key in shared:
+            raise Misconfigured(f"gates.{kind.name}.{key}: {key} is a setting of that name; set it there")
+        if key not in fields:
+            words = ", ".join(sorted(fields - shared)) or "none"
+            raise Misconfigured(f"gates.{kind.name}.{key}: unknown; the settings of this gate are: {words}")
+    try:
+        return TypeAdapter(kind).validate_python({key: getattr(settings, key) for key in shared} | own)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in ("gates", kind.name, *first["loc"]))
+        raise Misconfigured(f"{path} = {first['input']!r}: {first['msg']}") from None

@@ -8,29 +8,42 @@ from dataclasses import dataclass
 from typing import Literal
 
 from continual.errors import Refuse
+from continual.gates.contract import AtHeaders, Headers
 from continual.records import Lineage, TensorSpec
-from continual.tensors import Adapter, BaseModel, Checkpoint, TensorInfo
+from continual.tensors import Adapter, BaseModel, Checkpoint, Place, TensorInfo
 from continual.tensors.checkpoint import FLOATS
 from continual.tensors.kinds import is_vocabulary
 from continual.tensors.matching import Source, find_prefix, names_of, sources
 
 _NAMED = 5
+"""Names of tensors that a message lists."""
 
 
-@dataclass(frozen=True, slots=True)
-class LineagePolicy:
-    """`missing`: what a tensor means that the candidate lacks. `vocab`: what to do where the vocabularies have
-    different sizes."""
+@dataclass(frozen=True)
+class LineageGate(AtHeaders):
+    """Refuses a model whose tensors are not those of the base.
+
+    `missing`: `unchanged` lets a full model leave tensors out, which then count as untouched. `vocab`: `common-rows`
+    lets its vocabulary have another size; the rows that both have are folded.
+    """
+
+    name = "lineage"
+    reasons = ("prefix", "missing", "adapter-target", "dtype", "shape", "vocab", "tied")
 
     missing: Literal["refuse", "unchanged"] = "refuse"
     vocab: Literal["refuse", "common-rows"] = "refuse"
 
+    def judge(self, seen: Headers) -> Headers:
+        """Finds how the model maps to the base. Raises Refuse as `trace`."""
+        return seen._replace(lineage=trace(seen.base, seen.model, self))
 
-def trace(base: BaseModel, model: Checkpoint | Adapter, policy: LineagePolicy) -> Lineage:
+
+def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Lineage:
     """How `model` maps to `base`.
 
-    Raises Refuse with the reasons `prefix` (ambiguous), `missing`, `adapter-target`, `dtype`, `shape`, `vocab`, `tied`.
-    An adapter lacks most of the base by its nature, so what it does not adapt is unchanged whatever the policy says.
+    An adapter lacks most of the base by its nature. So what it does not adapt is unchanged, whatever `missing` says.
+    Raises Refuse: `prefix` if the leading part of the names is ambiguous, `missing`, `adapter-target`, `dtype`,
+    `shape`, `vocab`, `tied`.
     """
     specs = {spec.name: spec for spec in base.specs if spec.kind != "carried"}
     theirs = names_of(model)
@@ -38,74 +51,85 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, policy: LineagePolicy) -
     found, known = sources(base, model, prefix)
     missing = tuple(name for name in specs if name not in found)
     if isinstance(model, Adapter):
-        if unmet := sorted(model.factors.keys() - known):
-            raise Refuse(
-                "adapter-target",
-                f"{model.place}: adapts {_some(unmet)}, which the base does not have: an adapter of another base",
-            )
-        if not found:
-            raise Refuse(
-                "adapter-target", f"{model.place}: adapts nothing that this base folds, only {_some(sorted(theirs))}"
-            )
-    elif not found:
-        raise Refuse(
-            "missing", f"{model.place}: has none of the base's tensors ({_some(missing)}): not a fine-tune of this base"
-        )
-    elif missing and policy.missing == "refuse":
-        raise Refuse(
-            "missing",
-            f"{model.place}: lacks {_some(missing)} of the base; a fine-tune that left them out can be let in with missing = unchanged",
-        )
+        _check_targets(model, known, bool(found))
+    else:
+        _check_missing(model, missing, bool(found), gate)
     narrowed: dict[str, str] = {}
     rows: dict[str, int] = {}
     for name, source in found.items():
+        spec = specs[name]
         if source.full is not None:
-            _full(model, source.full, source, specs[name], policy, narrowed, rows)
+            _check_dtype(model.place, source.full, source, spec)
+            if source.full.shape != spec.shape:
+                rows[name] = _common_rows(model.place, source.full, spec, gate)
+            if source.full.dtype not in (spec.dtype, "F32"):  # F16 and BF16 cannot hold each other's values either
+                narrowed[name] = source.full.dtype
         if source.factors is not None:
             assert isinstance(model, Adapter)
-            _factors(model, source, specs[name])
+            _check_product(model, source, spec)
     extra = tuple(sorted(name for name in theirs if name not in known))
     return Lineage(tuple(sorted(found)), missing, extra, prefix, narrowed, rows)
 
 
-def _full(
-    model: Checkpoint | Adapter,
-    info: TensorInfo,
-    source: Source,
-    spec: TensorSpec,
-    policy: LineagePolicy,
-    narrowed: dict[str, str],
-    rows: dict[str, int],
-) -> None:
+def _check_targets(model: Adapter, known: Collection[str], changes_any: bool) -> None:
+    unmet = sorted(model.factors.keys() - known)
+    if unmet:
+        raise Refuse(
+            "adapter-target",
+            f"{model.place}: adapts {_some(unmet)}, which the base does not have: an adapter of another base",
+        )
+    if not changes_any:
+        raise Refuse(
+            "adapter-target",
+            f"{model.place}: adapts nothing that this base folds, only {_some(sorted(names_of(model)))}",
+        )
+
+
+def _check_missing(model: Checkpoint, missing: Collection[str], has_any: bool, gate: LineageGate) -> None:
+    if not has_any:
+        raise Refuse(
+            "missing", f"{model.place}: has none of the base's tensors ({_some(missing)}): not a fine-tune of this base"
+        )
+    if missing and gate.missing == "refuse":
+        raise Refuse(
+            "missing",
+            f"{model.place}: lacks {_some(missing)} of the base; a fine-tune that left them out can be let in with "
+            "missing = unchanged",
+        )
+
+
+def _check_dtype(place: Place, info: TensorInfo, source: Source, spec: TensorSpec) -> None:
     if info.dtype not in FLOATS:
         raise Refuse(
             "dtype",
-            f"{model.place}: tensor {info.name} is {info.dtype}, the base's is {spec.dtype}: convert it to F32, F16 or BF16",
+            f"{place}: tensor {info.name} is {info.dtype}, the base's is {spec.dtype}: convert it to F32, F16 or BF16",
         )
     for twin in source.twins:
         if (twin.dtype, twin.shape) != (info.dtype, info.shape):
             raise Refuse(
                 "tied",
-                f"{model.place}: {info.name} and {twin.name} are one tensor in the base, and differ here in dtype or shape",
+                f"{place}: {info.name} and {twin.name} are one tensor in the base, and differ here in dtype or shape",
             )
-    if info.shape != spec.shape:
-        both = f"{model.place}: tensor {info.name} has shape {list(info.shape)}, the base's has {list(spec.shape)}"
-        if not info.shape or not spec.shape or info.shape[1:] != spec.shape[1:] or not is_vocabulary(spec.name):
-            raise Refuse("shape", f"{both}: not a fine-tune of this base")
-        if policy.vocab == "refuse":
-            raise Refuse("vocab", f"{both}: its vocabulary was resized; vocab = common-rows folds the rows both have")
-        rows[spec.name] = min(info.shape[0], spec.shape[0])
-    if info.dtype not in (spec.dtype, "F32"):  # F16 and BF16 cannot hold each other's values either
-        narrowed[spec.name] = info.dtype
 
 
-def _factors(model: Adapter, source: Source, spec: TensorSpec) -> None:
+def _common_rows(place: Place, info: TensorInfo, spec: TensorSpec, gate: LineageGate) -> int:
+    """The rows that a vocabulary of another size has in common with the base's."""
+    both = f"{place}: tensor {info.name} has shape {list(info.shape)}, the base's has {list(spec.shape)}"
+    if not info.shape or not spec.shape or info.shape[1:] != spec.shape[1:] or not is_vocabulary(spec.name):
+        raise Refuse("shape", f"{both}: not a fine-tune of this base")
+    if gate.vocab == "refuse":
+        raise Refuse("vocab", f"{both}: its vocabulary was resized; vocab = common-rows folds the rows both have")
+    return min(info.shape[0], spec.shape[0])
+
+
+def _check_product(model: Adapter, source: Source, spec: TensorSpec) -> None:
     assert source.factors is not None
     shape = model.shape(source.factors, source.transposed)
     if len(spec.shape) < 2 or shape != (spec.shape[0], math.prod(spec.shape[1:])):
         raise Refuse(
             "shape",
-            f"{model.place}: the product of {source.factors.b} and {source.factors.a} is {list(shape)}, {spec.name} is {list(spec.shape)}",
+            f"{model.place}: the product of {source.factors.b} and {source.factors.a} is {list(shape)}, "
+            f"{spec.name} is {list(spec.shape)}",
         )
 
 

@@ -7,82 +7,91 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from continual.errors import Misconfigured, Refuse
+from continual.gates.contract import AtFold, Headers
 from continual.tensors import Model, read_json
 from continual.tensors.header import shown
 
 METADATA = "metadata"
+"""The word in the setting `weight` for the metadata of a safetensors header."""
 
 
-@dataclass(frozen=True, slots=True)
-class WeightPolicy:
-    """`named`: globs over model names and the weight of those they match, the first that does. For all others `source`:
-    a number; `FILE.json:KEY`, the number under KEY (`a.b` is b in a) of a JSON file in the model's directory, as
-    trainers write it; or `metadata:KEY`, of the safetensors header."""
+@dataclass(frozen=True)
+class WeightGate(AtFold):
+    """Finds the weight of a model, and refuses a model that should bring one and does not.
 
-    source: str = "1"
-    named: Mapping[str, float] = field(default_factory=dict)
+    `weights`: globs over model names; a model has the weight of the first glob that matches. `weight` is for all other
+    models: a number; or `FILE.json:KEY`, the number under KEY (`a.b` is b in a) of a JSON file in the model's
+    directory, as trainers write it; or `metadata:KEY`, of the safetensors header. Raises Misconfigured where these
+    cannot be used.
+    """
+
+    name = "weight"
+    reasons = ("weight", "config", "no-file", "outside")
+
+    weight: str = "1"
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if (number := _number(self.source)) is not None and not _usable(number):
-            raise Misconfigured(f"weight = {self.source}: a weight is a number above 0")
-        place, colon, key = self.source.partition(":")
-        if number is None and (
-            not colon
-            or not key
-            or not (place == METADATA or place.endswith(".json"))
-            or "/" in place
-            or place.startswith(".")
-        ):
-            raise Misconfigured(f"weight = {self.source}: write a number, FILE.json:KEY or metadata:KEY")
-        for glob, value in self.named.items():
+        number = _number(self.weight)
+        if number is not None and not _usable(number):
+            raise Misconfigured(f"weight = {self.weight}: a weight is a number above 0")
+        file, colon, key = self.weight.partition(":")
+        is_file = file.endswith(".json") and "/" not in file and not file.startswith(".")
+        if number is None and not (colon and key and (file == METADATA or is_file)):
+            raise Misconfigured(f"weight = {self.weight}: write a number, FILE.json:KEY or metadata:KEY")
+        for glob, value in self.weights.items():
             if not _usable(value):
                 raise Misconfigured(f"weights: {glob} = {value}: a weight is a number above 0")
 
     @property
     def even(self) -> bool:
-        """Whether every model gets the weight 1."""
-        return _number(self.source) == 1.0 and not self.named
+        """Whether every model has the weight 1."""
+        return _number(self.weight) == 1.0 and not self.weights
 
+    def judge(self, seen: Headers) -> Headers:
+        """Finds the weight. Raises Refuse: `weight` where it is missing or no number above 0; `config`, `no-file` or
+        `outside` where its file is none that is read."""
+        return seen._replace(weight=self._weight_of(seen.candidate.name, seen.model))
 
-def weight_of(policy: WeightPolicy, name: str, model: Model) -> float:
-    """The weight of the fine-tune `name`. Raises Refuse where it should bring one and does not, or one that is no
-    number above 0."""
-    for glob, weight in policy.named.items():
-        if fnmatch.fnmatchcase(name, glob):
-            return float(weight)
-    number = _number(policy.source)
-    if number is not None:
-        return number
-    place, _, key = policy.source.partition(":")
-    found: Any
-    if place == METADATA:
-        file, metadata = model.metadata()
-        found = metadata.get(key)
-        value = _number(found) if isinstance(found, str) else None
-    else:
-        file = model.place.file(place)
-        if not model.place.present(place):
+    def _weight_of(self, name: str, model: Model) -> float:
+        for glob, weight in self.weights.items():
+            if fnmatch.fnmatchcase(name, glob):
+                return float(weight)
+        number = _number(self.weight)
+        if number is not None:
+            return number
+        source, _, key = self.weight.partition(":")
+        found: object
+        if source == METADATA:
+            file, metadata = model.metadata()
+            found = metadata.get(key)
+            value = _number(found) if isinstance(found, str) else None
+        else:
+            file = model.place.file(source)
+            if not model.place.present(source):
+                raise Refuse(
+                    "weight",
+                    f"{file} is not there: the setting weight = {self.weight} takes the model's weight from it",
+                )
+            found = _within(read_json(model.place, source, "weight"), key)
+            value = _float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+        if value is None or not _usable(value):
             raise Refuse(
-                "weight", f"{file} is not there: the setting weight = {policy.source} takes the model's weight from it"
+                "weight",
+                f"{file}: {key} is {shown(found)}; a weight is a number above 0 (setting weight = {self.weight})",
             )
-        found = _within(read_json(model.place, place, "weight"), key)
-        value = float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
-    if value is None or not _usable(value):
-        raise Refuse(
-            "weight",
-            f"{file}: {key} is {shown(found)}; a weight is a number above 0 (setting weight = {policy.source})",
-        )
-    return value
+        return value
 
 
-def _within(body: Any, key: str) -> Any:
-    if isinstance(body, dict) and key in body:
+def _within(body: object, key: str) -> object:
+    if not isinstance(body, dict):
+        return None
+    if key in body:
         return body[key]
     first, dot, rest = key.partition(".")
-    return _within(body.get(first), rest) if dot and isinstance(body, dict) else None
+    return _within(body.get(first), rest) if dot else None
 
 
 def _number(text: str) -> float | None:
@@ -90,6 +99,14 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def _float(number: float) -> float:
+    """A JSON number; infinite where it is an integer that no float can hold."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _usable(value: float) -> bool:

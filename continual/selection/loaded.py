@@ -17,7 +17,7 @@ from continual import linalg
 from continual.engine.engine import Engine
 from continual.errors import Refuse
 from continual.executors.contract import Progress, Task
-from continual.gates import safety
+from continual.gates import Numbers, TensorNumbers
 from continual.objectives.calibration import Calibration
 from continual.records import TensorSpec
 from continual.selection.members import Member, Opened, opened, over
@@ -92,7 +92,7 @@ class Loaded:
         """Every member against the gradient, each read once; those that cannot be had, or that the gates on numbers
         refuse, with the refusal. ‖τ‖² is found out when a member is seen first."""
         gradients = {spec.name: self._gradient(spec.name) for spec in self.specs}
-        state, norms = self.engine.state, self.engine.policy.norms
+        state, gates = self.engine.state, self.engine.gates
         squares, totals = state.format.base["squares"], state.ledger.totals
 
         def look(member: Member, found: Opened) -> Score:
@@ -106,12 +106,12 @@ class Loaded:
                     parts.append(linalg.inners(*along, *([(here, here)] if new else [])))
                 if new:
                     tau_sq.append(math.fsum(part[-1] for part in parts))
-                    safety.finite(member.name, name, tau_sq[-1])
+                    gates.at_tensor(TensorNumbers(member.name, name, tau_sq[-1]))
                 if gradient is not None:
                     slopes[self.layers[name]] += math.fsum(part[0] for part in parts)
             if new:
-                base_sq = math.fsum(squares[name] for name in found.lineage.folded)
-                safety.norms(member.name, math.fsum(tau_sq), base_sq, totals, norms)
+                base_norm = math.sqrt(math.fsum(squares[name] for name in found.lineage.folded))
+                gates.at_numbers(Numbers(member.name, math.sqrt(math.fsum(tau_sq)), base_norm, totals))
                 self._squares[member.key] = math.fsum(tau_sq)
             return Score(tuple(slopes), self._squares[member.key])
 

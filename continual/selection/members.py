@@ -15,7 +15,6 @@ from continual.engine.engine import Engine
 from continual.engine.folding import run_length
 from continual.errors import Refuse
 from continual.executors.contract import Progress, Task
-from continual.gates.lineage import trace
 from continual.records import Lineage
 from continual.tensors import Model, Place, TaskVectors, candidate_of, open_model
 
@@ -64,7 +63,7 @@ def opened(engine: Engine, member: Member) -> Iterator[Opened]:
                 "gone",
                 f"{member.name}: the files in {place} are not those that were seen; they are looked at as a new candidate",
             )
-        lineage = trace(engine.base, model, engine.policy.lineage)
+        lineage = engine.lineage(model)
         yield Opened(
             model,
             lineage,

@@ -150,7 +150,7 @@ class Daemon:
 
     def _signalled(self, number: int) -> None:
         if self.stopping.is_set():
-            self.merge.engine.stop.set()
+            self.merge.engine.resources.stop.set()
         self.log.info("stopping", signal=signal.Signals(number).name, drain_seconds=self.settings.drain)
         self.stopping.set()
         self.wake.set()
@@ -166,7 +166,7 @@ class Daemon:
         """Lets the fold under way finish, and gives it up where it takes longer than `drain` seconds."""
         done, _ = await asyncio.wait({folding}, timeout=self.settings.drain)
         if not done:
-            self.merge.engine.stop.set()
+            self.merge.engine.resources.stop.set()
             await asyncio.wait({folding})
 
     async def _serve(self, stop: asyncio.Event) -> None:

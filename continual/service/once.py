@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from continual.api import Merge
+from continual.engine import planning
 from continual.engine.outcomes import Outcome, known_as
 from continual.errors import Misconfigured, Refuse, Retry, Skip
 from continual.hub.locate import SCHEME
@@ -136,7 +137,7 @@ def _waits(sighting: FolderSighting, settle: float) -> str | None:
 
 def _verdict(merge: Merge, place: Place) -> tuple[bool, str]:
     try:
-        found = merge.engine.plan(place)
+        found = planning.plan(merge.engine, place)
     except Skip as skipped:
         return False, str(skipped)
     return found.ok, found.message

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -217,10 +216,10 @@ def test_untouched_tensors_are_hard_links_and_state_size_is_constant(
 def test_stop_abandons_the_fold_and_settles_nothing(tmp_path: Path, base: Path, merge: api.Merge) -> None:
     alice = models.fine_tune(base, tmp_path / "alice", 1)
     before = merge.state.ledger.head.seq
-    merge.engine.stop.set()
+    merge.engine.resources.stop.set()
     with pytest.raises(Abandoned):
         merge.fold(alice)
-    merge.engine.stop = threading.Event()
+    merge.engine.resources.stop.clear()
     assert merge.state.ledger.head.seq == before
     assert merge.fold(alice).fate == "folded"
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from continual import api
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import silent
-from continual.gates.lineage import LineagePolicy, trace
+from continual.gates.lineage import LineageGate, trace
 from continual.publish import lora
 from continual.publish.folder import Target
 from continual.tensors import Adapter, TaskVectors, open_model
@@ -167,7 +167,7 @@ def test_our_own_reader_finds_the_same_products(tmp_path: Path, make: Callable[[
         report = export(merge, tmp_path / "adapter", 16, dtype=dtype)
         with open_model(report.directory) as model:
             assert isinstance(model, Adapter)
-            lineage = trace(merge.base, model, LineagePolicy())
+            lineage = trace(merge.base, model, LineageGate())
             assert len(lineage.folded) == report.adapted
             vectors = TaskVectors(merge.base, model, lineage)
             for name in lineage.folded:

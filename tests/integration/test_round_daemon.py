@@ -121,7 +121,7 @@ def test_a_round_that_nobody_is_left_for_is_no_reason_to_stop(tmp_path: Path, ba
     asked: dict[str, Any] = {"objective": "tests.helpers.quadratic:make", "max_base_ratio": 10, "write": True}
     with api.open(state, select="relevance", **asked) as merge:
         merge.fold(quadratic.good(base, 0))
-        merge.engine.stop.set()
+        merge.engine.resources.stop.set()
         with pytest.raises(Abandoned):
             merge.round()
         assert merge.state.ledger.open_round is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from continual.errors import Refuse
-from continual.gates.lineage import LineagePolicy, trace
+from continual.gates.lineage import LineageGate, trace
 from continual.records import Lineage
 from continual.tensors import BaseModel, Checkpoint, TaskVectors, describe, open_model
 from continual.tensors.matching import find_prefix
+from tests.helpers import models
+from tests.unit.gates.cases import Case, fine_tune, headers
 
 Tensors = dict[str, torch.Tensor]
 TENSORS: Tensors = {
@@ -44,7 +46,7 @@ def base(tmp_path: Path) -> Iterator[BaseModel]:
 
 def traced(base: BaseModel, tmp_path: Path, tensors: Tensors, **policy: Any) -> Lineage:
     with open_model(save(tmp_path / "ft", tensors)) as model:
-        lineage = trace(base, model, LineagePolicy(**policy))
+        lineage = trace(base, model, LineageGate(**policy))
         vectors = TaskVectors(base, model, lineage)
         for name in lineage.folded:
             assert vectors.vector(name).tau.shape == base.checkpoint.tensors[name].shape
@@ -53,7 +55,7 @@ def traced(base: BaseModel, tmp_path: Path, tensors: Tensors, **policy: Any) -> 
 
 def refused(base: BaseModel, tmp_path: Path, tensors: Tensors, **policy: Any) -> Refuse:
     with open_model(save(tmp_path / "ft", tensors)) as model, pytest.raises(Refuse) as refusal:
-        trace(base, model, LineagePolicy(**policy))
+        trace(base, model, LineageGate(**policy))
     assert "ft" in str(refusal.value)
     return refusal.value
 
@@ -144,7 +146,7 @@ def test_vocabulary_rows(base: BaseModel, tmp_path: Path, rows: int) -> None:
     for word in (name, f"[{rows}, 4]", "[10, 4]", "common-rows"):
         assert word in str(refusal)
     with open_model(tmp_path / "ft") as model:
-        lineage = trace(base, model, LineagePolicy(vocab="common-rows"))
+        lineage = trace(base, model, LineageGate(vocab="common-rows"))
         assert lineage.rows == {name: min(rows, 10)}
         tau = TaskVectors(base, model, lineage).vector(name).tau
     common = min(rows, 10)
@@ -179,7 +181,7 @@ def test_a_tied_alias_may_be_there_or_not(base: BaseModel, tmp_path: Path) -> No
     only_head = {n: t for n, t in TENSORS.items() if n != "model.embed_tokens.weight"} | {"lm_head.weight": TABLE + 1}
     assert traced(base, tmp_path, only_head).folded == FOLDED
     with open_model(tmp_path / "ft") as model:
-        tau = TaskVectors(base, model, trace(base, model, LineagePolicy())).vector("model.embed_tokens.weight").tau
+        tau = TaskVectors(base, model, trace(base, model, LineageGate())).vector("model.embed_tokens.weight").tau
     assert torch.equal(tau, (TABLE + 1) - TABLE)
 
 
@@ -189,7 +191,7 @@ def test_tied_names_that_differ_are_refused(base: BaseModel, tmp_path: Path) -> 
     other = TABLE.clone()
     other[-1, -1] += 1
     with open_model(save(tmp_path / "ft", TENSORS | {"lm_head.weight": other})) as model:
-        vectors = TaskVectors(base, model, trace(base, model, LineagePolicy()))
+        vectors = TaskVectors(base, model, trace(base, model, LineageGate()))
         with pytest.raises(Refuse, match=r"embed_tokens.*lm_head") as refusal:
             vectors.vector("model.embed_tokens.weight")
     assert refusal.value.reason == "tied"
@@ -200,3 +202,44 @@ def test_an_untied_head_is_extra(tmp_path: Path) -> None:
     with open_model(save(tmp_path / "base", TENSORS, config)) as checkpoint:
         assert isinstance(checkpoint, Checkpoint)
         assert traced(describe(checkpoint), tmp_path, TENSORS | {"lm_head.weight": TABLE}).extra == ("lm_head.weight",)
+
+
+def _case(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], Case]:
+    return lambda place: Case(LineageGate(), fine_tune(place, change))
+
+
+def _two_towers(tensors: Tensors) -> None:
+    both = {tower + name: t.clone() for tower in ("query.", "doc.") for name, t in tensors.items()}
+    tensors.clear()
+    tensors |= both
+
+
+def _another_adapter(place: Path) -> Case:
+    base, adapter = models.base(place / "base"), place / "adapter"
+    adapter.mkdir()
+    module = "base_model.model.model.layers.9.self_attn.q_proj"
+    factors = {f"{module}.lora_A.weight": torch.zeros(2, 16), f"{module}.lora_B.weight": torch.zeros(16, 2)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return Case(LineageGate(), headers(base, adapter))
+
+
+def _tied(place: Path) -> Case:
+    config = models.CONFIG | {"tie_word_embeddings": True}
+    tensors = {name: torch.randn(shape) for name, shape in models.SHAPES.items() if name != "lm_head.weight"}
+    table = tensors["model.embed_tokens.weight"]
+    base = models.write(place / "base", tensors, config)
+    alice = models.write(place / "alice", tensors | {"lm_head.weight": table.bfloat16()}, config)
+    return Case(LineageGate(), headers(base, alice))
+
+
+REFUSED = {
+    "prefix": _case(_two_towers),
+    "missing": _case(lambda t: t.pop("model.norm.weight")),
+    "adapter-target": _another_adapter,
+    "dtype": _case(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)})),
+    "shape": _case(lambda t: t.update({"model.norm.weight": torch.zeros(17)})),
+    "vocab": _case(lambda t: t.update({"model.embed_tokens.weight": torch.zeros(41, 16)})),
+    "tied": _tied,
+}

@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from continual.errors import Refuse, Retry
-from continual.gates.lineage import LineagePolicy, trace
+from continual.gates.lineage import LineageGate, trace
 from continual.records import Lineage
 from continual.tensors import Adapter, BaseModel, Checkpoint, TaskVectors, candidate_of, describe, open_model
 
@@ -34,7 +34,7 @@ def based(path: Path) -> BaseModel:
 def task_vectors(base: Path, adapter: Path, **policy: Any) -> tuple[Tensors, Lineage, str]:
     origin = based(base)
     with origin.checkpoint, open_model(adapter) as model:
-        lineage = trace(origin, model, LineagePolicy(**policy))
+        lineage = trace(origin, model, LineageGate(**policy))
         vectors = TaskVectors(origin, model, lineage)
         found = {name: vectors.vector(name) for name in lineage.folded}
         digest = vectors.digest({name: piece.digest for name, piece in found.items()})
@@ -207,7 +207,7 @@ def small(tmp_path: Path) -> Path:
 def refused(base: Path, adapter: Path) -> Refuse:
     origin = based(base)
     with origin.checkpoint, pytest.raises(Refuse) as refusal, open_model(adapter) as model:
-        trace(origin, model, LineagePolicy())
+        trace(origin, model, LineageGate())
     assert adapter.name in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 600

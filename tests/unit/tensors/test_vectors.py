@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from continual.gates.lineage import LineagePolicy, trace
+from continual.gates.lineage import LineageGate, trace
 from continual.tensors import BaseModel, Checkpoint, Piece, TaskVectors, describe, open_model
 from continual.tensors.vectors import RUN
 
@@ -35,7 +35,7 @@ def based(path: Path) -> BaseModel:
 def pieces(base: Path, fine_tune: Path) -> tuple[dict[str, Piece], str]:
     origin = based(base)
     with origin.checkpoint, open_model(fine_tune) as model:
-        vectors = TaskVectors(origin, model, trace(origin, model, LineagePolicy()))
+        vectors = TaskVectors(origin, model, trace(origin, model, LineageGate()))
         found = {spec.name: vectors.vector(spec.name) for spec in origin.specs}
         return found, vectors.digest({name: piece.digest for name, piece in found.items()})
 
@@ -91,7 +91,7 @@ def test_threads_read_the_same(tmp_path: Path) -> None:
     alone, _ = pieces(base, save(tmp_path / "ft", tensors))
     origin = based(base)
     with origin.checkpoint, open_model(tmp_path / "ft") as model, ThreadPoolExecutor(4) as pool:
-        vectors = TaskVectors(origin, model, trace(origin, model, LineagePolicy()))
+        vectors = TaskVectors(origin, model, trace(origin, model, LineageGate()))
         for name in tensors:
             vectors.prefetch(name)
         for name, piece in zip(tensors, pool.map(vectors.vector, tensors), strict=True):
@@ -113,7 +113,7 @@ def test_beside_the_task_vector_hardly_anything_is_in_memory(tmp_path: Path) -> 
     tuned = save(tmp_path / "ft", {"a.weight": torch.ones(shape, dtype=torch.bfloat16), "b.weight": torch.ones(8, 8)})
     origin = based(base)
     with origin.checkpoint, open_model(tuned) as model:
-        vectors = TaskVectors(origin, model, trace(origin, model, LineagePolicy()))
+        vectors = TaskVectors(origin, model, trace(origin, model, LineageGate()))
         vectors.vector("b.weight")
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = resident_peak()

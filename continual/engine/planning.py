@@ -1,0 +1,65 @@
+"""What folding a candidate would take, and whether it would be let in: from headers alone."""
+
+from __future__ import annotations
+
+from continual.engine.engine import Engine
+from continual.engine.folding import need, state_bytes
+from continual.engine.outcomes import OpenCandidate, Plan, known_as
+from continual.errors import Refuse, Retry
+from continual.executors.contract import Executor
+from continual.tensors import Place, TaskVectors, candidate_of, open_model
+
+
+def plan(engine: Engine, place: Place) -> Plan:
+    """Says what folding the model at `place` would take. It reads nothing but headers, and makes no record.
+
+    It never raises for a bad candidate: the plan then says why the model would be kept out.
+    """
+    try:
+        with open_model(place) as model:
+            candidate = candidate_of(model)
+            if known := engine.state.ledger.fate(candidate.key):
+                message = known_as(candidate.name, known).message
+                return Plan(candidate.name, str(place), candidate.form, False, "known", message)
+            seen = engine.gates.at_fold(engine.vet(candidate, model))
+            return _fitting(engine, OpenCandidate.of(seen), place)
+    except (Refuse, Retry) as error:
+        reason = error.reason if isinstance(error, Refuse) else "retry"
+        return Plan(place.name, str(place), "?", False, reason, str(error))
+
+
+def peak(executor: Executor, needs: list[int]) -> int:
+    """The most bytes that tasks of these needs take at a time on `executor`."""
+    most = sorted(needs, reverse=True)[: executor.workers]
+    return max([min(sum(most), executor.budget), *most[:1]], default=0)
+
+
+def _fitting(engine: Engine, opened: OpenCandidate, place: Place) -> Plan:
+    candidate, model, lineage, _ = opened
+    rule, specs = engine.rule, {spec.name: spec for spec in engine.base.specs}
+    shipped = engine.shipped(model, lineage)
+    if shipped is not None:
+        shipped.close()
+    vectors = TaskVectors(engine.base, model, lineage, shipped=shipped)
+    passes = 1.0 + rule.seeded + (rule.measure.usual if rule.measure else 0.0)
+    kinds = [specs[name].kind for name in lineage.folded]
+    once = candidate.nbytes + sum(specs[name].nbytes for name in lineage.folded)
+    return Plan(
+        name=candidate.name,
+        path=str(place),
+        form=candidate.form,
+        ok=True,
+        reason=None,
+        message="fits this base",
+        passes=passes,
+        read_bytes=int(passes * once) + (shipped.nbytes if shipped else 0),
+        disk_bytes=state_bytes(rule, engine.base.specs),
+        memory_bytes=peak(engine.executor, [need(rule, specs[name], vectors) for name in lineage.folded]),
+        folded=len(lineage.folded),
+        matrices=kinds.count("matrix"),
+        plain=kinds.count("plain"),
+        unchanged=len(lineage.unchanged),
+        prefix=lineage.prefix,
+        extra=lineage.extra,
+        narrowed=lineage.narrowed,
+    )

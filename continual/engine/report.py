@@ -1,0 +1,85 @@
+"""What a fold did, in figures: made from what its tensors gave, before anything is judged or committed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from continual.engine.folding import TensorFold, Terms, total
+from continual.engine.outcomes import OpenCandidate
+from continual.records import FoldReport
+
+_LISTED = 100
+"""Names of tensors that stay out that a record lists: a header can claim any number of them."""
+
+
+def report_of(
+    opened: OpenCandidate,
+    terms: Terms,
+    folds: Mapping[str, TensorFold],
+    squares: Mapping[str, float],
+    digest: str,
+    device: torch.device,
+) -> FoldReport:
+    """The report of a fold.
+
+    Args:
+        folds: what each tensor gave, by name.
+        squares: ‖θ₀‖² of each tensor of the base that can be folded.
+        digest: of the content of the candidate.
+    """
+    lineage, rule = opened.lineage, terms.rule
+    ordered = [folds[name] for name in sorted(folds)]
+    sums = total([fold.sums for fold in ordered])
+    totals = rule.settle(terms.totals, sums, terms.weight)
+    cross = math.sqrt(sums["tau_sq"] * terms.totals.get("merged_sq", 0.0))
+    numbers: dict[str, Any] = {
+        "tau_norm": math.sqrt(sums["tau_sq"]),
+        "base_norm": math.sqrt(math.fsum(squares[name] for name in lineage.folded)),
+        "merged_norm": math.sqrt(sums["merged_sq"]),
+        "cosine": sums["dot"] / cross if cross else 0.0,
+        **rule.gauges(totals),
+        **({"weight": terms.weight} if rule.weighted else {}),
+        "tensors": len(lineage.folded),
+        "unchanged": len(lineage.unchanged),
+        "extra": list(lineage.extra[:_LISTED]),
+        "extra_count": len(lineage.extra),
+        "prefix": list(lineage.prefix),
+        "narrowed": dict(lineage.narrowed),
+        "rows": dict(lineage.rows),
+        "notes": summarise([fold.notes for fold in ordered if fold.notes]),
+    }
+    return FoldReport(
+        candidate=opened.candidate,
+        digest=digest,
+        lineage=lineage,
+        totals=totals,
+        numbers=numbers,
+        seconds=_seconds(ordered),
+        bytes_read=sum(fold.nbytes for fold in ordered),
+        device=str(device),
+    )
+
+
+def summarise(notes: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Smallest, mean and largest of each note over the tensors that have it."""
+    columns: dict[str, list[float]] = {}
+    for row in notes:
+        for key, value in row.items():
+            columns.setdefault(key, []).append(value)
+    return {
+        key: {"min": min(v), "mean": math.fsum(v) / len(v), "max": max(v), "tensors": len(v)}
+        for key, v in sorted(columns.items())
+    }
+
+
+def _seconds(folds: Sequence[TensorFold]) -> dict[str, float]:
+    """Wall time by stage, added over the tensors."""
+    stages: dict[str, float] = {}
+    for fold in folds:
+        for stage, value in fold.seconds.items():
+            stages[stage] = stages.get(stage, 0.0) + value
+    return stages

@@ -1,0 +1,112 @@
+"""What a gate is: a rule about who may come into the merge. No gate lives here, and no list of them.
+
+A gate is a frozen dataclass. Its fields are its settings, its method `judge` is its verdict. `judge` raises Refuse to
+keep a candidate out, and returns nothing to let it pass. It is pure: the same gate says the same of the same record,
+and changes nothing. It may read headers and small files of the model, so Retry can pass through it.
+
+The class that a gate is made from says at which stage it is asked:
+
+- `AtHeaders`: of every candidate that comes, from names, shapes and small files; no weight is read.
+- `AtFold`: of a candidate that is folded now, before its weights are read. A candidate that joins the pool is not asked.
+- `AtTensor`: while the tensors stream by, from the sums of one tensor. It is called on several threads.
+- `AtNumbers`: after all tensors streamed by and before the commit, from the sums of the whole model.
+
+A gate that runs the merged model before the commit would be one more class here, and one more call in `Engine`. There
+is none, because nothing evaluates yet.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from continual.records import Candidate, Lineage
+from continual.tensors import BaseModel, Model
+
+
+class Headers(NamedTuple):
+    """A candidate before any of its weights is read.
+
+    `state`: the id of the state. `release`: the `continual.json` beside the model, if it is an export of ours.
+    `earlier`: the newest fold in force of other files from the same origin. `lineage` (None until the gate of that name
+    has passed) and `weight` are what gates have found out.
+    """
+
+    candidate: Candidate
+    model: Model
+    base: BaseModel
+    state: str
+    release: Mapping[str, object] | None = None
+    earlier: int | None = None
+    lineage: Lineage | None = None
+    weight: float = 1.0
+
+
+class TensorNumbers(NamedTuple):
+    """One tensor of the model `name` after its fold.
+
+    `tau_sq` is ‖τ‖² of the tensor; of the part that was folded last, where the rule folds a tensor part by part.
+    """
+
+    name: str
+    tensor: str
+    tau_sq: float
+
+
+class Numbers(NamedTuple):
+    """The model `name` after all its tensors streamed by.
+
+    `tau_norm`: ‖τ‖ over the whole model. `base_norm`: ‖θ₀‖ over the tensors that were folded. `totals`: those of the
+    state before this fold; `count` and `norm_sum` give the mean norm of what was folded so far.
+    """
+
+    name: str
+    tau_norm: float
+    base_norm: float
+    totals: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What all gates have. `name`: one word for people and settings. `reasons`: every reason with which it refuses.
+
+    A field that bears the name of a setting (`config.Settings`) has the value of that setting. Every other field is a
+    setting of this gate alone: `[gates.NAME]` in the settings file, `--gate NAME.KEY=VALUE` on the command line.
+    """
+
+    name: ClassVar[str]
+    reasons: ClassVar[tuple[str, ...]]
+
+
+class AtHeaders(Gate, ABC):
+    """A gate that is asked of every candidate, from its headers."""
+
+    @abstractmethod
+    def judge(self, seen: Headers) -> Headers | None:
+        """Raises Refuse to keep the candidate out. Returns `seen` with what the gate found out, or None."""
+
+
+class AtFold(Gate, ABC):
+    """A gate that is asked of a candidate that is folded now, before its weights are read."""
+
+    @abstractmethod
+    def judge(self, seen: Headers) -> Headers | None:
+        """Raises Refuse to keep the candidate out. Returns `seen` with what the gate found out, or None."""
+
+
+class AtTensor(Gate, ABC):
+    """A gate that is asked of every tensor. Thread-safe."""
+
+    @abstractmethod
+    def judge(self, seen: TensorNumbers) -> None:
+        """Raises Refuse to keep the candidate out."""
+
+
+class AtNumbers(Gate, ABC):
+    """A gate that is asked of the sums of the whole model, before the commit."""
+
+    @abstractmethod
+    def judge(self, seen: Numbers) -> None:
+        """Raises Refuse to keep the candidate out."""

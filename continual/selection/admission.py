@@ -1,0 +1,58 @@
+"""How a candidate comes into the pool: by its headers alone. It waits there, by reference, for a round."""
+
+from __future__ import annotations
+
+from continual import provenance
+from continual.engine.engine import Engine
+from continual.engine.outcomes import OpenCandidate, Outcome
+from continual.gates import Headers
+from continual.gates.updates import UpdatesGate
+from continual.records import Candidate, Entry
+from continual.state import State
+from continual.tensors import Place
+
+
+def admit(engine: Engine, place: Place) -> Outcome:
+    """Takes the model at `place` into the pool. A refusal is a record in the ledger and an outcome. Raises Retry
+    (nothing is settled) and Halt."""
+
+    def wait(seen: Headers) -> Outcome:
+        candidate, model, lineage, _ = OpenCandidate.of(seen)
+        name = candidate.name
+        if waiting := engine.state.ledger.pool.get(candidate.key):
+            message = f"{name}: waits in the pool since {waiting.since}"
+            return Outcome("known", name, message, "waiting", waiting.commit)
+        shipped = engine.shipped(model, lineage)
+        if shipped is not None:
+            shipped.close()
+        if engine.gates.the(UpdatesGate).updates == "refuse" and "revision" in candidate.facts:
+            _replace_older(engine.state, candidate)
+        message = f"{name}: waits in the pool for a round"
+        entry = Entry(
+            kind="defer",
+            candidate=candidate.identity(),
+            fate="deferred",
+            reason="waiting",
+            message=message,
+            software=provenance.software(),
+        )
+        return Outcome("deferred", name, message, "waiting", engine.state.record(entry))
+
+    return engine.consider(place, wait)
+
+
+def _replace_older(state: State, candidate: Candidate) -> None:
+    """Settles the other commits of the same repo that wait: rounds look at the one that came now in their place."""
+    for waiting in state.ledger.pool.values():
+        older = waiting.commit.entry.candidate or {}
+        if older.get("origin") == candidate.origin and older.get("key") != candidate.key:
+            state.record(
+                Entry(
+                    kind="refuse",
+                    candidate=older,
+                    fate="refused",
+                    reason="superseded",
+                    message=f"{older['name']}: a newer commit of it waits in its place",
+                    software=provenance.software(),
+                )
+            )
