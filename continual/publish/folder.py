@@ -26,6 +26,7 @@ from continual.records import ITEMSIZE, TensorSpec
 from continual.state import State
 from continual.state.durable import publish_dir, replace_link
 from continual.tensors import BaseModel
+from continual.tensors.place import RELEASE
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -112,7 +113,7 @@ def fill(
     factor = reading.settle(executor, progress)
     _write_weights(base, reading, target, directory, executor, progress)
     body = provenance_of(reading.state, reading.commit.seq, reading.options.to_mapping() | {"factor": factor})
-    (directory / provenance.RELEASE).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
+    (directory / RELEASE).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def provenance_of(state: State, seq: int, read: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def copy_small_files(source: Path, target: Path) -> None:
     """Config, tokenizer and whatever else stands beside the weights: regular files under 64 MiB, one level of folders
     deep, no weights."""
     for file in sorted(source.iterdir()):
-        if file.name.startswith(".") or file.name in (provenance.RELEASE,):
+        if file.name.startswith(".") or file.name in (RELEASE,):
             continue
         if file.is_dir():
             inner = [f for f in sorted(file.iterdir()) if _is_small(f)]

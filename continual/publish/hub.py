@@ -19,8 +19,8 @@ from continual.config import Release
 from continual.errors import Misconfigured, Refuse
 from continual.hub import Hub, Info, Trouble, named
 from continual.hub.repo import same
-from continual.provenance import RELEASE
 from continual.retrying import Fault
+from continual.tensors.place import RELEASE
 
 CARD = "README.md"
 _TRIES = 4

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from continual import linalg, provenance
+from continual import linalg
 from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
@@ -41,6 +41,7 @@ from continual.tensors import BaseModel
 from continual.tensors.adapter import CONFIG, WEIGHTS
 from continual.tensors.kinds import is_vocabulary, kind_of
 from continual.tensors.matching import CONV1D
+from continual.tensors.place import RELEASE
 
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|embed_in|tok_embeddings|tokens_embed|positions_embed|wte|wpe|shared|word_embeddings?|token_embedding|position_embeddings?"
@@ -147,7 +148,7 @@ def export(
             "error_adapted": report.error_adapted,
             "left_out": list(report.left_out),
         }
-        _write_json(temporary / provenance.RELEASE, body | {"lora": told})
+        _write_json(temporary / RELEASE, body | {"lora": told})
     return report
 
 

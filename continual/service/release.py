@@ -20,6 +20,7 @@ from continual.records import Entry
 from continual.rules import ReadOptions
 from continual.state import Commit
 from continual.state.durable import link_tree
+from continual.tensors.place import RELEASE
 
 
 class Look(NamedTuple):
@@ -75,7 +76,7 @@ def release(merge: Merge, at: int | None = None) -> Released:
     text = card.card(facts)
 
     def texts(directory: Path) -> dict[str, bytes]:
-        return {hub.CARD: text.encode(), provenance.RELEASE: public(directory / provenance.RELEASE)}
+        return {hub.CARD: text.encode(), RELEASE: public(directory / RELEASE)}
 
     return hub.release(merge.places.hub, asked, _ours(merge, seq), lambda: exported(merge, seq), texts)
 

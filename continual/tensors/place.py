@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from continual.errors import Refuse, Retry
-from continual.provenance import RELEASE
 from continual.records import FileStat
 from continual.tensors import header
 from continual.tensors.files import Files, reading, small_file
+
+RELEASE = "continual.json"
+"""The file that says that a model is an export of ours, and of which state."""
 
 
 class Weights(Protocol):
