@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 _WHERE = {
-    "init": "continual.api",
+    "init": "continual.making",
     "open": "continual.api",
-    "survey": "continual.api",
-    "Asked": "continual.api",
+    "survey": "continual.making",
+    "Recipe": "continual.making",
     "Merge": "continual.api",
     "Plan": "continual.engine.engine",
     "Outcome": "continual.engine.engine",

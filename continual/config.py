@@ -81,120 +81,133 @@ Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
 Seconds = Annotated[float, Field(ge=0)]
 
 
-class Rounds(BaseModel):
+class RoundSettings(BaseModel):
     """How rounds over the pool choose. Times are seconds; what each means stands in ops/docs/selection.md."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size: int = Field(8, description="a round is due when so many new candidates wait")
-    wait: float = Field(3600.0, description="or when one has waited so long")
+    size: int = Field(default=8, description="a round is due when so many new candidates wait")
+    wait: float = Field(default=3600.0, description="or when one has waited so long")
     trial: float = Field(
-        0.3, description="largest share of a task vector that is added to see what it does to held-out rows"
+        default=0.3, description="largest share of a task vector that is added to see what it does to held-out rows"
     )
-    sigmas: float = Field(3.0, description="standard errors by which a trial has to lower their loss")
+    sigmas: float = Field(default=3.0, description="standard errors by which a trial has to lower their loss")
     stays: float = Field(
-        0.0, description="standard errors by which held-out rows have to be worse without a model that was let in"
+        default=0.0,
+        description="standard errors by which held-out rows have to be worse without a model that was let in",
     )
-    patience: int = Field(3, description="rounds that may judge a candidate irrelevant before it is refused")
-    age: float = Field(30 * 86400.0, description="how long a candidate may wait before it expires")
-    most: int = Field(1000, description="candidates that may wait; of more the oldest expire")
-    step: str = Field("corrective", description="hard, pairwise, soft or corrective")
+    patience: int = Field(default=3, description="rounds that may judge a candidate irrelevant before it is refused")
+    age: float = Field(default=30 * 86400.0, description="how long a candidate may wait before it expires")
+    most: int = Field(default=1000, description="candidates that may wait; of more the oldest expire")
+    step: str = Field(default="corrective", description="hard, pairwise, soft or corrective")
     layers: bool | None = Field(
-        None, description="frank-wolfe: one weight for each layer of a model; default: with corrective"
+        default=None, description="frank-wolfe: one weight for each layer of a model; default: with corrective"
     )
-    rho: float = Field(4.0, description="what the weights of a layer may add up to")
-    search: str = Field("line", description="line search, or decay for 2/(t+2)")
-    best: int = Field(4, description="models a soft step takes at once")
+    rho: float = Field(default=4.0, description="what the weights of a layer may add up to")
+    search: str = Field(default="line", description="line search, or decay for 2/(t+2)")
+    best: int = Field(default=4, description="models a soft step takes at once")
     active: int = Field(
-        16, description="frank-wolfe: models that are weighed at most; others in the merge can only shrink"
+        default=16, description="frank-wolfe: models that are weighed at most; others in the merge can only shrink"
     )
-    steps: int = Field(20, description="steps of a round at most")
-    inner: int = Field(2, description="projected gradients of one soft or corrective step")
-    tolerance: float = Field(1e-2, description="duality gap at which a round is done")
-    batch: int = Field(16, description="calibration rows at a time")
-    seed: int = Field(0, description="deals the rows into those that drive and those that judge")
-    held: float = Field(0.5, description="share of the rows that judge")
+    steps: int = Field(default=20, description="steps of a round at most")
+    inner: int = Field(default=2, description="projected gradients of one soft or corrective step")
+    tolerance: float = Field(default=1e-2, description="duality gap at which a round is done")
+    batch: int = Field(default=16, description="calibration rows at a time")
+    seed: int = Field(default=0, description="deals the rows into those that drive and those that judge")
+    held: float = Field(default=0.5, description="share of the rows that judge")
     dtype: str = Field(
-        "float32", description="of the matrix products on calibration rows: float32, bfloat16 or float16"
+        default="float32", description="of the matrix products on calibration rows: float32, bfloat16 or float16"
     )
-    checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
-    unsupervised: bool = Field(False, description="entropy instead of labels: it diverged where it was tried")
+    checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    unsupervised: bool = Field(default=False, description="entropy instead of labels: it diverged where it was tried")
 
 
-class Hub(BaseModel):
+class HubSettings(BaseModel):
     """What is looked for on the Hugging Face Hub, and what of it is taken. Times are seconds; ops/docs/hub.md says what
     each means."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    watch: bool = Field(False, description="poll the Hub for fine-tunes and adapters of the base")
+    watch: bool = Field(default=False, description="poll the Hub for fine-tunes and adapters of the base")
     bases: Repos = Field(
-        (), description="repos whose fine-tunes are taken; default: the base of the state, where it came from the Hub"
+        default=(),
+        description="repos whose fine-tunes are taken; default: the base of the state, where it came from the Hub",
     )
     relations: Texts = Field(
-        ("finetune", "adapter"), description="how a repo may name its base: finetune, adapter, merge or quantized"
+        default=("finetune", "adapter"),
+        description="how a repo may name its base: finetune, adapter, merge or quantized",
     )
-    repos: Repos = Field((), description="repos that are watched whatever they say of their base")
-    authors: Texts = Field((), description="users and organisations all of whose models are looked at")
+    repos: Repos = Field(default=(), description="repos that are watched whatever they say of their base")
+    authors: Texts = Field(default=(), description="users and organisations all of whose models are looked at")
     read: Literal["stream", "cache"] = Field(
-        "stream", description="read weights by ranges, nothing on disk; or through the cache of the Hub's client"
+        default="stream",
+        description="read weights by ranges, nothing on disk; or through the cache of the Hub's client",
     )
-    poll: Annotated[float, Field(gt=0)] = Field(300.0, description="how often the Hub is asked for what is new")
-    sweep: Annotated[float, Field(gt=0)] = Field(6 * 3600.0, description="how often it is asked for everything")
-    settle: Seconds = Field(60.0, description="how long a repo must be without a new commit before it is taken")
+    poll: Annotated[float, Field(gt=0)] = Field(default=300.0, description="how often the Hub is asked for what is new")
+    sweep: Annotated[float, Field(gt=0)] = Field(default=6 * 3600.0, description="how often it is asked for everything")
+    settle: Seconds = Field(default=60.0, description="how long a repo must be without a new commit before it is taken")
     since: str | None = Field(
-        None, description="repos whose last commit is older are not looked at, as 2026-01-31; default: all are"
+        default=None, description="repos whose last commit is older are not looked at, as 2026-01-31; default: all are"
     )
-    allow: Texts = Field((), description="globs over repos (org/name); where there are any, only what matches is taken")
-    deny: Texts = Field((), description="globs over repos that are never taken")
-    licences: Texts = Field((), description="globs over licences; where there are any, only what matches is taken")
-    deny_licences: Texts = Field((), description="globs over licences that are never taken")
-    tags: Texts = Field((), description="tags a repo must have, all of them")
-    deny_tags: Texts = Field((), description="globs over tags of repos that are never taken")
-    max_bytes: Bytes | None = Field(None, description="largest weights that are taken")
-    gated: Literal["take", "refuse"] = Field("take", description="what to do with gated repos that the token may read")
+    allow: Texts = Field(
+        default=(), description="globs over repos (org/name); where there are any, only what matches is taken"
+    )
+    deny: Texts = Field(default=(), description="globs over repos that are never taken")
+    licences: Texts = Field(
+        default=(), description="globs over licences; where there are any, only what matches is taken"
+    )
+    deny_licences: Texts = Field(default=(), description="globs over licences that are never taken")
+    tags: Texts = Field(default=(), description="tags a repo must have, all of them")
+    deny_tags: Texts = Field(default=(), description="globs over tags of repos that are never taken")
+    max_bytes: Bytes | None = Field(default=None, description="largest weights that are taken")
+    gated: Literal["take", "refuse"] = Field(
+        default="take", description="what to do with gated repos that the token may read"
+    )
     private: Literal["take", "refuse"] = Field(
-        "take", description="what to do with private repos that the token may read"
+        default="take", description="what to do with private repos that the token may read"
     )
 
 
-class Release(BaseModel):
+class ReleaseSettings(BaseModel):
     """Where on the Hub the merged model is published, and how."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     repo: str | None = Field(
-        None, description="repo (org/name) the merged model is published to; made if it is not there"
+        default=None, description="repo (org/name) the merged model is published to; made if it is not there"
     )
-    every: bool = Field(False, description="publish every fold; default: the newest when the one before is out")
-    branch: str = Field("main", description="branch that is committed to; made if it is not there")
-    tag: str | None = Field("record-{seq}", description="tag of each release; empty: none")
-    private: bool = Field(True, description="make the repo private, where it has to be made")
+    every: bool = Field(default=False, description="publish every fold; default: the newest when the one before is out")
+    branch: str = Field(default="main", description="branch that is committed to; made if it is not there")
+    tag: str | None = Field(default="record-{seq}", description="tag of each release; empty: none")
+    private: bool = Field(default=True, description="make the repo private, where it has to be made")
     licences: Literal["warn", "refuse"] = Field(
-        "warn", description="what to do where licences of the base and the folded models differ"
+        default="warn", description="what to do where licences of the base and the folded models differ"
     )
-    dtype: str | None = Field(None, description="float32, float16 or bfloat16; default: the base's")
+    dtype: str | None = Field(default=None, description="float32, float16 or bfloat16; default: the base's")
 
 
-class Hook(BaseModel):
+class HookSettings(BaseModel):
     """Who is told when a new merged model is out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["sglang", "vllm-lora", "http", "command"]
     url: str | None = Field(
-        None, description="where the server listens, as http://127.0.0.1:30000; of an http hook, what is posted to"
+        default=None,
+        description="where the server listens, as http://127.0.0.1:30000; of an http hook, what is posted to",
     )
-    command: tuple[str, ...] = Field((), description="program and arguments of a command hook; no shell")
+    command: tuple[str, ...] = Field(default=(), description="program and arguments of a command hook; no shell")
     after: Literal["current", "release"] | None = Field(
-        None,
+        default=None,
         description="what it comes after: the link current, or the release on the Hub; default: current where that is set",
     )
-    timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds one try may take")
-    tries: Annotated[int, Field(ge=1)] = Field(3, description="how often it is tried")
-    name: str = Field("continual", description="vllm-lora: the name under which the adapter is served")
+    timeout: Annotated[float, Field(gt=0)] = Field(default=60.0, description="seconds one try may take")
+    tries: Annotated[int, Field(ge=1)] = Field(default=3, description="how often it is tried")
+    name: str = Field(default="continual", description="vllm-lora: the name under which the adapter is served")
     rank: Annotated[int, Field(ge=1)] = Field(
-        16, description="vllm-lora: rank of the adapter that is made of the merge"
+        default=16, description="vllm-lora: rank of the adapter that is made of the merge"
     )
 
 
@@ -203,83 +216,92 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    state: Path = Field(Path("state"), description="directory of the state")
-    watch: Paths = Field((), description="folders in which fine-tunes are published")
-    rule: str | None = Field(None, description="fold rule that init takes; a state made under another is refused")
+    state: Path = Field(default=Path("state"), description="directory of the state")
+    watch: Paths = Field(default=(), description="folders in which fine-tunes are published")
+    rule: str | None = Field(
+        default=None, description="fold rule that init takes; a state made under another is refused"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="fold-time options of the rule, likewise")
     before: Texts | None = Field(
-        None, description="transforms of each task vector before its fold, as drop:rate=0.9, likewise"
+        default=None, description="transforms of each task vector before its fold, as drop:rate=0.9, likewise"
     )
     weight: Annotated[str, BeforeValidator(str)] = Field(
-        "1", description="weight of a model: a number, FILE.json:KEY or metadata:KEY"
+        default="1", description="weight of a model: a number, FILE.json:KEY or metadata:KEY"
     )
     weights: dict[str, float] = Field(
         default_factory=dict, description="globs over model names and the weight of those they match"
     )
     select: Literal["none", "relevance", "frank-wolfe"] | None = Field(
-        None,
+        default=None,
         description="whether candidates wait for rounds that choose; default: none, frank-wolfe for a state of that rule",
     )
     objective: str | None = Field(
-        None, description="what is good: causal-lm, classification, heads, or module:function"
+        default=None, description="what is good: causal-lm, classification, heads, or module:function"
     )
-    rows: Paths = Field((), description="calibration rows, one JSONL file for each task")
+    rows: Paths = Field(default=(), description="calibration rows, one JSONL file for each task")
     heads: Paths = Field(
-        (), description="prompts of the labels, one JSON file for each of rows, for the objective heads"
+        default=(), description="prompts of the labels, one JSON file for each of rows, for the objective heads"
     )
-    rounds: Annotated[Rounds, BeforeValidator(_pairs)] = Field(
-        default_factory=lambda: Rounds.model_validate({}), description="how rounds choose: a table, or key=value pairs"
+    rounds: Annotated[RoundSettings, BeforeValidator(_pairs)] = Field(
+        default_factory=RoundSettings,
+        description="how rounds choose: a table, or key=value pairs",
     )
-    hub: Annotated[Hub, BeforeValidator(_pairs)] = Field(
-        default_factory=lambda: Hub.model_validate({}),
+    hub: Annotated[HubSettings, BeforeValidator(_pairs)] = Field(
+        default_factory=HubSettings,
         description="what is taken from the Hugging Face Hub: a table, or key=value pairs",
     )
-    release: Annotated[Release, BeforeValidator(_pairs)] = Field(
-        default_factory=lambda: Release.model_validate({}),
+    release: Annotated[ReleaseSettings, BeforeValidator(_pairs)] = Field(
+        default_factory=ReleaseSettings,
         description="where the merge is published on the Hub: a table, or key=value pairs",
     )
-    hooks: tuple[Hook, ...] = Field((), description="who is told when a new merge is out: tables")
+    hooks: tuple[HookSettings, ...] = Field(default=(), description="who is told when a new merge is out: tables")
     webhook_secret: Annotated[SecretStr | None, BeforeValidator(_unset)] = Field(
-        None, description="what the Hub sends as X-Webhook-Secret; without it there is no /webhook"
+        default=None, description="what the Hub sends as X-Webhook-Secret; without it there is no /webhook"
     )
-    settle: Seconds = Field(5.0, description="how long a model's files must be still before it is taken")
+    settle: Seconds = Field(default=5.0, description="how long a model's files must be still before it is taken")
     rescan: Annotated[float, Field(gt=0)] = Field(
-        30.0, description="how often the folders are scanned whatever the notifications say"
+        default=30.0, description="how often the folders are scanned whatever the notifications say"
     )
-    base: Path | None = Field(None, description="where the base is now, if it was moved since init")
+    base: Path | None = Field(default=None, description="where the base is now, if it was moved since init")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
-        "auto", description="auto, cpu, cuda or cuda:N"
+        default="auto", description="auto, cpu, cuda or cuda:N"
     )
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="tensors folded at a time; 0: one per core")
+    workers: Annotated[int, Field(ge=0)] = Field(default=0, description="tensors folded at a time; 0: one per core")
     memory: Bytes | None = Field(
-        None, description="bytes the tensors in flight may take; default: half of what the machine has free"
+        default=None, description="bytes the tensors in flight may take; default: half of what the machine has free"
     )
-    keep: Annotated[int, Field(ge=1)] = Field(3, description="generations kept besides the tagged ones")
+    keep: Annotated[int, Field(ge=1)] = Field(default=3, description="generations kept besides the tagged ones")
     updates: Literal["refuse", "add"] = Field(
-        "refuse", description="what to do with new files at a place that was folded before"
+        default="refuse", description="what to do with new files at a place that was folded before"
     )
-    missing: Literal["refuse", "unchanged"] = Field("refuse", description="what a tensor that a fine-tune lacks means")
+    missing: Literal["refuse", "unchanged"] = Field(
+        default="refuse", description="what a tensor that a fine-tune lacks means"
+    )
     vocab: Literal["refuse", "common-rows"] = Field(
-        "refuse", description="what to do with vocabularies of another size"
+        default="refuse", description="what to do with vocabularies of another size"
     )
     max_base_ratio: Annotated[float, Field(gt=0)] = Field(
-        0.5, description="largest task-vector norm, as a multiple of the base's norm"
+        default=0.5, description="largest task-vector norm, as a multiple of the base's norm"
     )
     max_mean_ratio: Annotated[float, Field(gt=1)] = Field(
-        30.0, description="largest task-vector norm, as a multiple of the mean so far"
+        default=30.0, description="largest task-vector norm, as a multiple of the mean so far"
     )
     gates: Annotated[dict[str, dict[str, object]], BeforeValidator(_nested)] = Field(
         default_factory=dict, description="settings that one gate has: tables by its name, or name.key=value pairs"
     )
-    host: str = Field("127.0.0.1", description="address the service listens on")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(8321, description="port of the service; 0 takes a free one")
-    allow_remote: bool = Field(False, description="listen on an address that other machines reach")
-    current: Path | None = Field(
-        None, description="a link that is kept pointing at an export of the newest merged model"
+    host: str = Field(default="127.0.0.1", description="address the service listens on")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        default=8321, description="port of the service; 0 takes a free one"
     )
-    drain: Seconds = Field(30.0, description="how long a stop waits for the fold under way before giving it up")
-    log_json: bool | None = Field(None, description="JSON log lines; default: when the output is no terminal")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    allow_remote: bool = Field(default=False, description="listen on an address that other machines reach")
+    current: Path | None = Field(
+        default=None, description="a link that is kept pointing at an export of the newest merged model"
+    )
+    drain: Seconds = Field(default=30.0, description="how long a stop waits for the fold under way before giving it up")
+    log_json: bool | None = Field(default=None, description="JSON log lines; default: when the output is no terminal")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least level that is logged"
+    )
 
 
 def load(flags: Mapping[str, Any], *, file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -289,7 +311,6 @@ def load(flags: Mapping[str, Any], *, file: Path | None = None, environ: Mapping
     """
     environ = os.environ if environ is None else environ
     file = file or (Path(environ["CONTINUAL_CONFIG"]) if environ.get("CONTINUAL_CONFIG") else None)
-    known = Settings.model_fields
     values: dict[str, Any] = {}
     where: dict[str, str] = {}
     for origin, pairs in (
@@ -306,15 +327,32 @@ def load(flags: Mapping[str, Any], *, file: Path | None = None, environ: Mapping
     ):
         for key, value in pairs.items():
             shown = f"{PREFIX}{key.upper()}" if origin == "environment" else key
-            if key not in known:
-                raise Misconfigured(f"{origin}: unknown setting {shown!r}; known are {', '.join(sorted(known))}")
+            _must_be_known(key, f"{origin}: unknown setting {shown!r}")
             if key in _TABLES and isinstance(values.get(key), dict) and not isinstance(value, dict):
                 value = values[key] | _table(
                     value, f"{origin}: {shown}"
                 )  # pairs say what differs from the table before
             values[key], where[key] = value, f"{origin}: {shown}"
+    return _validated(values, where)
+
+
+def settings_of(values: Mapping[str, object]) -> Settings:
+    """Settings from their values alone, without file or environment. Raises Misconfigured naming what is wrong."""
+    for key in values:
+        _must_be_known(key, f"unknown setting {key!r}")
+    return _validated(values, {})
+
+
+def _must_be_known(key: str, trouble: str) -> None:
+    known = Settings.model_fields
+    if key not in known:
+        raise Misconfigured(f"{trouble}; known are {', '.join(sorted(known))}")
+
+
+def _validated(values: Mapping[str, object], where: Mapping[str, str]) -> Settings:
+    """`where` says of each setting where it was set."""
     try:
-        return Settings(**values)
+        return Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         name, *within = (str(part) for part in first["loc"])

@@ -130,22 +130,21 @@ def init(
     json: Json = False,
 ) -> None:
     """Make a state for a base model."""
-    from continual import api
+    import dataclasses
+
+    from continual import making
     from continual.cli import console
+    from continual.cli.options import parse_options
 
     settings = opened.settings(config, state=state)
-    asked = api.asked_for(
-        settings,
-        rule=rule,
-        options=api.parse_options(option or []),
-        before=before,
-        scale=scale,
-        lines=lines,
-        plain=tuple(plain or ()),
-        exclude=tuple(exclude or ()),
+    chosen = making.recipe_for(settings, rule=rule, options=parse_options(option or []), before=before)
+    recipe = dataclasses.replace(
+        chosen, scale=scale, lines=lines, plain=tuple(plain or ()), exclude=tuple(exclude or ())
     )
     with console.progress() as progress:
-        summary = api.survey(base, asked) if dry_run else api.init(base, settings.state, asked, progress=progress)
+        summary = (
+            making.survey(base, recipe) if dry_run else making.init(base, settings.state, recipe, progress=progress)
+        )
     if json:
         console.emit(summary)
         return

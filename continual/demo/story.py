@@ -21,7 +21,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from continual import api
+from continual import api, making
 from continual.demo import digits
 from continual.errors import Halt
 from continual.publish.folder import Target
@@ -80,7 +80,7 @@ def _daemon(work: Path, weights: Mapping[str, Mapping[str, Tensor]], console: Co
     """Publishes one fine-tune after the other; the daemon is killed at the first fold of the second half that can be
     caught uncommitted."""
     state, tasks = work / "state", list(digits.TASKS)
-    api.init(work / "base", state)
+    making.init(work / "base", state)
     console.print("\n[bold]2. Publish[/bold] them one by one into the watched folder of a daemon")
     half = len(tasks) // 2
     with _running(work) as process:
@@ -223,7 +223,7 @@ def _size(directory: Path) -> int:
 def _compare(work: Path, weights: Mapping[str, Mapping[str, Tensor]], seed: int) -> dict[str, dict[str, float]]:
     """Accuracy on held-out images, by task, of the base, the task's own fine-tune, the plain average and the merged
     model; both merges by our exports."""
-    api.init(work / "base", work / "mean", api.Asked(rule="mean"))
+    making.init(work / "base", work / "mean", making.Recipe(rule="mean"))
     with api.open(work / "mean", write=True) as merge:
         for task in digits.TASKS:
             merge.fold(work / "published" / task)

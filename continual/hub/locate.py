@@ -21,12 +21,14 @@ SCHEME = "hf://"
 
 
 class Places:
-    """Makes places. `base` is the repo the base of the state came from, if it did; `stop` ends waiting for the Hub."""
+    """Makes places. `base` is the repo the base of the state came from, if it did; `client` is asked in place of the
+    Hub that the environment names; `stop` ends waiting for the Hub."""
 
-    def __init__(self, settings: Settings, base: str | None = None) -> None:
+    def __init__(self, settings: Settings, base: str | None = None, client: Hub | None = None) -> None:
         self.settings = settings
         self.bases = settings.hub.bases or ((base,) if base else ())
-        self.stop = threading.Event()
+        self.stop = threading.Event() if client is None else client.stop
+        self._client = client
         self.newer: Callable[[Info], None] = _nobody
 
     @cached_property
@@ -34,7 +36,7 @@ class Places:
         """The Hub. Raises Misconfigured where it must not be asked."""
         from continual.hub import Hub
 
-        return Hub(stop=self.stop)
+        return self._client or Hub(stop=self.stop)
 
     def named(self, word: str | Path) -> Place:
         """What a person means: a path, or a repo (`hf://ORG/NAME@REVISION`, or without the scheme where no such path

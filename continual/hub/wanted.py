@@ -7,14 +7,14 @@ import fnmatch
 from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 
-from continual.config import Hub as Asked
+from continual.config import HubSettings
 from continual.errors import Misconfigured
 from continual.hub.client import Info
 from continual.hub.names import is_repo
 
 
 def left_out(
-    info: Info, asked: Asked, bases: Collection[str], own: str | None = None, called: str | None = None
+    info: Info, asked: HubSettings, bases: Collection[str], own: str | None = None, called: str | None = None
 ) -> str | None:
     """Why a repo is not taken, in a few words; None if it is. `bases` are the repos whose fine-tunes are wanted, `own`
     the one we publish to, `called` the name under which it was asked for, if it was renamed.
@@ -51,7 +51,7 @@ def left_out(
     return None
 
 
-def check(asked: Asked) -> None:
+def check(asked: HubSettings) -> None:
     """Raises Misconfigured for settings that cannot be used."""
     for name, words in (("bases", asked.bases), ("repos", asked.repos), ("authors", asked.authors)):
         for word in words:
@@ -62,7 +62,7 @@ def check(asked: Asked) -> None:
     since_of(asked)
 
 
-def since_of(asked: Asked) -> datetime | None:
+def since_of(asked: HubSettings) -> datetime | None:
     """The time before which repos are not looked at. Raises Misconfigured for a text that is none."""
     if asked.since is None:
         return None

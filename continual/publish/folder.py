@@ -38,13 +38,18 @@ _KEPT = ("name", "origin", "revision", "form")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What an export is to be: `dtype` a safetensors word or None for the base's own, `shard_size` bytes or None for
-    the base's sharding."""
+    """What an export is to be: the `directory` to write, the record to read (`at`; None: the newest), the `dtype` as a
+    safetensors word (None: the base's own), and the size of a shard in bytes (None: the base's shards)."""
 
-    directory: Path
+    directory: str | Path
     at: int | None = None
     dtype: str | None = None
     shard_size: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """The directory to write."""
+        return Path(self.directory)
 
 
 def parse_dtype(word: str | None) -> str | None:
@@ -68,15 +73,15 @@ def parse_size(text: str | None) -> int | None:
 
 
 def export(base: BaseModel, reading: Reading, target: Target, executor: Executor, progress: Progress) -> Path:
-    """Writes the merged model that `reading` reads to `target.directory`, which must not exist yet.
+    """Writes the merged model that `reading` reads to the target's directory, which must not exist yet.
 
     Returns the directory. Raises Misconfigured if the directory is there or cannot be made, Halt if a value overflows
     the dtype asked for; then nothing is left behind.
     """
-    free(target.directory)
-    with written(target.directory, reading) as temporary:
+    free(target.path)
+    with written(target.path, reading) as temporary:
         fill(base, reading, target, temporary, executor, progress)
-    return target.directory.absolute()
+    return target.path.absolute()
 
 
 def free(directory: Path) -> None:

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
-from continual.config import Hook
+from continual.config import HookSettings
 from continual.errors import Misconfigured
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
@@ -100,14 +100,14 @@ class _Answer(NamedTuple):
     text: str
 
 
-def check(hooks: Sequence[Hook]) -> None:
+def check(hooks: Sequence[HookSettings]) -> None:
     """Raises Misconfigured for what is missing, contradictory or cannot be used."""
     for number, hook in enumerate(hooks, 1):
         if wrong := _wrong(hook):
             raise Misconfigured(f"hook {number} ({hook.kind}): {wrong}")
 
 
-def _wrong(hook: Hook) -> str | None:
+def _wrong(hook: HookSettings) -> str | None:
     if hook.timeout > LONGEST_TIMEOUT:
         return f"timeout = {hook.timeout}: at most {LONGEST_TIMEOUT:.0f} seconds"
     if hook.kind != "vllm-lora" and (given := hook.model_fields_set & {"name", "rank"}):
@@ -123,7 +123,7 @@ def _wrong(hook: Hook) -> str | None:
     return "command is for the kind command" if hook.command else _wrong_url(hook)
 
 
-def _wrong_url(hook: Hook) -> str | None:
+def _wrong_url(hook: HookSettings) -> str | None:
     """What is wrong with its URL, never quoting it: its query may be a secret."""
     if not hook.url:
         return "url is missing"
@@ -143,7 +143,9 @@ def _wrong_url(hook: Hook) -> str | None:
     return None
 
 
-def call(hook: Hook, published: Published, stop: threading.Event, wait: Callable[[float], bool] | None = None) -> Told:
+def call(
+    hook: HookSettings, published: Published, stop: threading.Event, wait: Callable[[float], bool] | None = None
+) -> Told:
     """Tells one of what is published; blocks until that worked, the tries are used up, or `stop` is set. Takes a `hook`
     that passed `check`.
 
@@ -165,7 +167,7 @@ def call(hook: Hook, published: Published, stop: threading.Event, wait: Callable
     return Told(hook.kind, target(hook), tried.ok, attempts, time.monotonic() - begun, _line(tried.message))
 
 
-def _sglang(hook: Hook, published: Published, deadline: float) -> _Tried:
+def _sglang(hook: HookSettings, published: Published, deadline: float) -> _Tried:
     if published.directory is None:
         return _Tried(False, "there is no model directory to load: set `current`, and let the hook come after it")
     version = f"{(published.state or 'unknown')[:12]}-{published.seq}"
@@ -177,7 +179,7 @@ def _sglang(hook: Hook, published: Published, deadline: float) -> _Tried:
     return tried
 
 
-def _vllm_lora(hook: Hook, published: Published, deadline: float) -> _Tried:
+def _vllm_lora(hook: HookSettings, published: Published, deadline: float) -> _Tried:
     if published.lora is None:
         return _Tried(False, "there is no adapter directory to load: set `current`, and let the hook come after it")
     base = f"{hook.url}".rstrip("/")
@@ -198,12 +200,12 @@ def _vllm_lora(hook: Hook, published: Published, deadline: float) -> _Tried:
     return _tried(answer)
 
 
-def _http(hook: Hook, published: Published, deadline: float) -> _Tried:
+def _http(hook: HookSettings, published: Published, deadline: float) -> _Tried:
     body = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(published).items()}
     return _tried(_post(f"{hook.url}", body, deadline))
 
 
-def _command(hook: Hook, published: Published, deadline: float) -> _Tried:
+def _command(hook: HookSettings, published: Published, deadline: float) -> _Tried:
     """Runs it in a session of its own, so that all it started can be ended. What it says goes to a file: a pipe would
     stay open with whatever it leaves running."""
     program, *arguments = hook.command
@@ -297,7 +299,7 @@ def _said(text: str) -> str:
     return _line(said if isinstance(said, str) else json.dumps(said))
 
 
-def target(hook: Hook) -> str:
+def target(hook: HookSettings) -> str:
     if hook.kind == "command":
         return _line(hook.command[0])
     parts = urlsplit(hook.url or "")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from continual.config import Release
+from continual.config import ReleaseSettings
 from continual.errors import Misconfigured, Refuse
 from continual.hub import Hub, Info, Trouble, named
 from continual.hub.repo import same
@@ -69,7 +69,7 @@ class Remote:
     release: Mapping[str, Any] | None
 
 
-def check(asked: Release) -> None:
+def check(asked: ReleaseSettings) -> None:
     """Raises Misconfigured for settings of a release that cannot be used."""
     found = named(asked.repo or "")
     if asked.repo is not None and (found is None or found.revision or found.repo != asked.repo):
@@ -84,7 +84,7 @@ def check(asked: Release) -> None:
         )
 
 
-def look(hub: Hub, asked: Release) -> Remote:
+def look(hub: Hub, asked: ReleaseSettings) -> Remote:
     """What is on the branch. Raises Trouble and Refuse (`gated`)."""
     assert asked.repo is not None
     try:
@@ -104,7 +104,7 @@ def look(hub: Hub, asked: Release) -> Remote:
     )
 
 
-def may_follow(remote: Remote, asked: Release, state: str, seq: int, generations: Sequence[str | None]) -> bool:
+def may_follow(remote: Remote, asked: ReleaseSettings, state: str, seq: int, generations: Sequence[str | None]) -> bool:
     """Whether record `seq` of `state` is to be committed on top of what is there; False if it is out already.
     `generations` are those of its records.
 
@@ -136,7 +136,7 @@ def may_follow(remote: Remote, asked: Release, state: str, seq: int, generations
 
 
 def release(
-    hub: Hub, asked: Release, ours: Ours, exported: Exported, texts: Callable[[Path], Mapping[str, bytes]]
+    hub: Hub, asked: ReleaseSettings, ours: Ours, exported: Exported, texts: Callable[[Path], Mapping[str, bytes]]
 ) -> Released:
     """Publishes a record, unless it is out already, and tags it. `texts` makes, of the directory that was exported,
     files that take the place of its own.
@@ -185,7 +185,7 @@ def _tag(hub: Hub, repo: str, tag: str, commit: str, message: str) -> None:
         hub.ask(what, lambda: hub.api.create_tag(repo, tag=tag, revision=commit, tag_message=message, exist_ok=True))
 
 
-def _create(hub: Hub, asked: Release) -> Remote:
+def _create(hub: Hub, asked: ReleaseSettings) -> Remote:
     """Makes the repo and the branch; both may be there already."""
     repo = asked.repo or ""
     hub.ask(f"making {repo}", lambda: hub.api.create_repo(repo, private=asked.private, exist_ok=True))
@@ -225,7 +225,12 @@ def _changes(
 
 
 def _commit(
-    hub: Hub, asked: Release, adds: Mapping[str, Path | bytes], deletes: list[str], parent: Info | None, message: str
+    hub: Hub,
+    asked: ReleaseSettings,
+    adds: Mapping[str, Path | bytes],
+    deletes: list[str],
+    parent: Info | None,
+    message: str,
 ) -> str:
     """One commit on top of `parent`, or none; its hash. Raises Trouble."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete

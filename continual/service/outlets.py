@@ -20,7 +20,7 @@ import structlog
 
 from continual import provenance
 from continual.api import Merge
-from continual.config import Hook
+from continual.config import HookSettings
 from continual.errors import ContinualError, Misconfigured
 from continual.hub import Trouble
 from continual.publish import folder, hooks
@@ -220,7 +220,7 @@ class Waiter:
     """A hook, its place among the settings (from 1), and the newest publication it has not been told of."""
 
     number: int
-    hook: Hook
+    hook: HookSettings
     after: str
     newest: Published | None = None
     fresh: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)

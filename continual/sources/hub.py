@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from continual.config import Hub as Asked
+from continual.config import HubSettings
 from continual.errors import Halt, Refuse, Retry
 from continual.hub import Info, Trouble
 from continual.hub.locate import SCHEME, Places
@@ -36,7 +36,7 @@ class HubSource:
     def __init__(
         self,
         places: Places,
-        asked: Asked,
+        asked: HubSettings,
         state: Path,
         known: Callable[[str], bool],
         clock: Callable[[], float] = time.time,
@@ -219,7 +219,7 @@ class HubSource:
             self.cursor.saw(sighting, self._known)
 
 
-def _word(asked: Asked, bases: Sequence[str]) -> str:
+def _word(asked: HubSettings, bases: Sequence[str]) -> str:
     """What the settings look for and leave out, in a word."""
     what = asked.model_dump(exclude={"read", "poll", "sweep", "settle"}, mode="json") | {"bases": list(bases)}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

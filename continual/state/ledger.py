@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -232,6 +233,24 @@ class Ledger:
         first. Raises Misconfigured if there is no such record."""
         kept = {same(commit) for commit in self.folds(to)}
         return [commit for commit in self.folds() if same(commit) not in kept]
+
+    def kept_out(self, word: str) -> list[Commit]:
+        """The records that settled the candidates that `word` names (a name, path, key or record number) and that are
+        not in the merge. Of a repo it is the newest commit that was seen, unless `word` is a key or a record number."""
+        latest: dict[str, Commit] = {}
+        path = str(Path(word).absolute())
+        for commit in self.log:
+            candidate = commit.entry.candidate
+            if not candidate:
+                continue
+            exact = word in (candidate["key"], str(commit.seq))
+            if not exact and word != candidate["name"] and candidate["origin"] not in (word, path):
+                continue
+            fate = self.fate(candidate["key"])
+            if fate is not None and fate.entry.fate != "folded":
+                of_repo = candidate.get("revision") is not None and not exact
+                latest[candidate["origin"] if of_repo else candidate["key"]] = fate
+        return list(latest.values())
 
     def revisions(self, origin: str) -> list[Commit]:
         """The folds in force of candidates that came from `origin`, oldest first."""

@@ -5,5 +5,18 @@ from continual.objectives.objectives import Ask as Rows
 from continual.tuning.choosing import Evaluation, Told, Tuned, Tuning, tune
 from continual.tuning.command import Command
 from continual.tuning.record import chosen, in_force, newest
+from continual.tuning.rescaling import rescale
 
-__all__ = ["Command", "Evaluation", "Rows", "Told", "Tuned", "Tuning", "chosen", "in_force", "newest", "tune"]
+__all__ = [
+    "Command",
+    "Evaluation",
+    "Rows",
+    "Told",
+    "Tuned",
+    "Tuning",
+    "chosen",
+    "in_force",
+    "newest",
+    "rescale",
+    "tune",
+]

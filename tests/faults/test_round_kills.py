@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from continual import api
+from continual import api, making
 from continual.selection.active import active
 from tests.helpers import quadratic
 
@@ -72,7 +72,7 @@ def ended(state: Path, select: str | None) -> bool:
 def test_kills_in_a_round_change_nothing(tmp_path: Path, rule: str) -> None:
     base, state, straight = quadratic.world(tmp_path), tmp_path / "state", tmp_path / "straight"
     select = None if rule == "frank-wolfe" else "relevance"
-    api.init(base, state, api.Asked(rule=rule))
+    making.init(base, state, making.Recipe(rule=rule))
     with opened(state, select) as merge:
         for path in (quadratic.noise(base, 0), *(quadratic.good(base, k) for k in range(3)), quadratic.noise(base, 1)):
             assert merge.fold(path).fate == "deferred"

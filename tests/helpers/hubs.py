@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import continual
-from continual import api
+from continual import making
 from continual.api import Merge
 from continual.hub import Hub as Client
 from tests import loopback as hubs
@@ -56,7 +56,7 @@ def made(tmp: Path, hub: Hub, rule: str = "task-arithmetic", **shape: Any) -> Pa
     """A base in a folder and on the Hub, and a state of it; the base's directory."""
     base = models.base(tmp / "base", **shape)
     publish(hub, BASE, base, card(None, license="apache-2.0"))
-    api.init(base, tmp / "state", api.Asked(rule=rule))
+    making.init(base, tmp / "state", making.Recipe(rule=rule))
     return base
 
 

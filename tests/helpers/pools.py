@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from continual import api
+from continual import api, making
 from continual.config import Settings
 from continual.objectives import calibration
 from continual.selection import Round
@@ -30,7 +30,7 @@ def opened(
     state: Path, base: Path, rule: str = "mean", *, on_step: Callable[[str], None] | None = None, **settings: Any
 ) -> api.Merge:
     if not state.exists():
-        api.init(base, state, api.Asked(rule=rule))
+        making.init(base, state, making.Recipe(rule=rule))
     asked = {
         "select": "relevance",
         "objective": "tests.helpers.quadratic:make",

@@ -204,6 +204,25 @@ def test_unfold_combine_and_scale_from_the_command(tmp_path: Path) -> None:
     assert run("fold", tuned[0], *one, env={"CONTINUAL_RULE": "opcm"}).returncode == 2
 
 
+def test_rollback_undoes_what_a_dry_run_says_after_combine(tmp_path: Path) -> None:
+    base = models.base(tmp_path / "base")
+    tuned = [models.fine_tune(base, tmp_path / f"ft-{i}", i) for i in range(3)]
+    one, two = ("--state", tmp_path / "one"), ("--state", tmp_path / "two")
+    for state, fine_tunes in ((one, tuned[:1]), (two, tuned[1:])):
+        assert run("init", base, "--rule", "mean", *state).returncode == 0
+        assert run("fold", *fine_tunes, *state).returncode == 0
+    assert run("combine", tmp_path / "two", *one).returncode == 0
+    assert run("unfold", "ft-1", *one).returncode == 0
+    assert run("rollback", 2, *one).returncode == 0, "back to the record that combined them"
+    for to, names in ((3, ["ft-1"]), (1, ["ft-1", "ft-2"]), (0, ["ft-0", "ft-1", "ft-2"]), (2, [])):
+        dry = machine("rollback", to, "--dry-run", *one)
+        assert [c["candidate"]["name"] for c in dry["undone"]] == names
+        done = machine("rollback", to, *one)
+        assert done["undone"] == dry["undone"]
+        assert machine("show", done["record"], *one)["numbers"] == {"to": to, "undone": len(names)}
+        assert run("rollback", 2, *one).returncode == 0
+
+
 def test_unfold_shows_its_cost_where_others_are_folded_again(tmp_path: Path, place: tuple[Path, Path]) -> None:
     base, state = place
     tuned = [models.fine_tune(base, tmp_path / f"ft-{i}", i) for i in range(3)]

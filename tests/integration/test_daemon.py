@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from continual import api
+from continual import api, making
 from continual.state import State
 from tests.helpers import models
 from tests.helpers.services import LIMIT, daemon, get, status, until, url
@@ -22,7 +22,7 @@ from tests.helpers.services import LIMIT, daemon, get, status, until, url
 def place(tmp_path: Path) -> tuple[Path, Path, Path]:
     base = models.base(tmp_path / "base")
     (tmp_path / "in").mkdir()
-    api.init(base, tmp_path / "state")
+    making.init(base, tmp_path / "state")
     return base, tmp_path / "state", tmp_path / "in"
 
 
@@ -160,7 +160,7 @@ def test_sigterm_finishes_the_fold_or_gives_it_up_in_time(tmp_path: Path, drain:
     )
     state, watch = tmp_path / "state", tmp_path / "in"
     watch.mkdir()
-    api.init(base, state)
+    making.init(base, state)
     models.fine_tune(base, watch / "first", 1)
     with daemon(state, watch, "--drain", drain) as process:
         address = url(process, state)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from continual import api
+from continual import api, making
 from continual.config import Settings
 from continual.errors import Abandoned, Damaged, Misconfigured
 from continual.publish.folder import Target
@@ -30,7 +30,7 @@ def base(tmp_path: Path) -> Path:
 def opened(tmp_path: Path, origin: Path, rule: str = "opcm", **settings: object) -> api.Merge:
     state = tmp_path / "state"
     if not state.exists():
-        api.init(origin, state, api.Asked(rule=rule, scale="paper"))
+        making.init(origin, state, making.Recipe(rule=rule, scale="paper"))
     return api.Merge(Settings(state=state, **settings), write=True)  # type: ignore[arg-type]
 
 
@@ -155,7 +155,7 @@ def test_bits_do_not_depend_on_the_workers(tmp_path: Path, base: Path) -> None:
     seen = []
     for workers in (1, 4):
         state = tmp_path / f"state-{workers}"
-        api.init(base, state)
+        making.init(base, state)
         with api.open(state, write=True, workers=workers) as merge:
             for model in fine_tunes:
                 merge.fold(model)
@@ -171,7 +171,7 @@ def test_every_rule_folds_survives_reopening_and_exports(tmp_path: Path, base: P
     found = []
     for workers in (1, 3):
         state, sizes = tmp_path / f"state-{workers}", set()
-        api.init(base, state, api.Asked(rule=name))
+        making.init(base, state, making.Recipe(rule=name))
         for model in fine_tunes:
             with api.Merge(Settings(state=state, workers=workers), write=True) as merge:
                 assert merge.fold(model).fate == "folded"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from continual import api
+from continual import api, making
 from continual.config import Settings
 from continual.errors import ContinualError, Retry
 from continual.state import State
@@ -55,7 +55,7 @@ def replace(model: Path) -> None:
 @pytest.mark.parametrize("at", ["first tensor", "last tensor"])
 def test_what_changes_while_it_is_read_settles_nothing(tmp_path: Path, spoil: Callable[[Path], None], at: str) -> None:
     base = models.base(tmp_path / "base")
-    api.init(base, tmp_path / "state")
+    making.init(base, tmp_path / "state")
     model = models.fine_tune(base, tmp_path / "ft", 1)
     kept = shutil.copytree(model, tmp_path / "kept")
     spoilt = False
@@ -83,7 +83,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_fold(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=64m", "tmpfs"):
         state = tmp_path / "disk/state"
-        api.init(base, state, api.Asked(rule="mean"))
+        making.init(base, state, making.Recipe(rule="mean"))
 
         def fill(step: str) -> None:
             if step == "chunks":  # the check for room has passed
@@ -107,7 +107,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_fold(tmp_path: Path) -> None:
 
 def test_a_file_size_limit_is_an_environment_too(tmp_path: Path) -> None:
     base = models.base(tmp_path / "base", shapes={"a.weight": (512, 1024)})
-    api.init(base, tmp_path / "state", api.Asked(rule="mean"))
+    making.init(base, tmp_path / "state", making.Recipe(rule="mean"))
     model = models.fine_tune(base, tmp_path / "ft", 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with api.Merge(Settings(state=tmp_path / "state"), write=True) as merge:
@@ -122,7 +122,7 @@ def test_a_file_size_limit_is_an_environment_too(tmp_path: Path) -> None:
 
 def test_a_read_only_state_can_be_read_and_not_written(tmp_path: Path) -> None:
     base = models.base(tmp_path / "base")
-    api.init(base, tmp_path / "state")
+    making.init(base, tmp_path / "state")
     model = models.fine_tune(base, tmp_path / "ft", 1)
     with mounted(tmp_path / "state", "--bind", str(tmp_path / "state")):
         subprocess.run(["mount", "-o", "remount,ro,bind", str(tmp_path / "state")], check=True)

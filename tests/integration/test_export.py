@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from continual import api
+from continual import api, making
 from continual.errors import Halt, Misconfigured
 from continual.publish import folder
 from continual.publish.folder import Target
@@ -24,7 +24,7 @@ def merge(tmp_path: Path) -> api.Merge:
     base = models.base(tmp_path / "base", dtype=torch.bfloat16)
     (base / "tokenizer.json").write_text("{}")
     (base / "pytorch_model.bin").write_bytes(b"not copied")
-    api.init(base, tmp_path / "state", api.Asked(rule="mean"))
+    making.init(base, tmp_path / "state", making.Recipe(rule="mean"))
     made = api.open(tmp_path / "state", write=True)
     for i in range(2):
         assert made.fold(models.fine_tune(base, tmp_path / f"ft-{i}", i, size=0.3)).fate == "folded"
@@ -75,7 +75,7 @@ def test_an_export_at_an_older_record(tmp_path: Path, merge: api.Merge) -> None:
 
 def test_before_any_fold_the_export_is_the_base(tmp_path: Path) -> None:
     base = models.base(tmp_path / "base")
-    api.init(base, tmp_path / "state")
+    making.init(base, tmp_path / "state")
     with api.open(tmp_path / "state") as merge:
         merged = load_file(merge.export(Target(tmp_path / "out")) / "model.safetensors")
     for name, tensor in load_file(base / "model.safetensors").items():
@@ -88,7 +88,7 @@ def test_carried_tensors_and_overflow(tmp_path: Path) -> None:
     tensors["model.position_ids"] = torch.arange(8)
     tensors[NAME] *= 1e6
     save_file(tensors, base / "model.safetensors")
-    api.init(base, tmp_path / "state")
+    making.init(base, tmp_path / "state")
     with api.open(tmp_path / "state") as merge:
         out = merge.export(Target(tmp_path / "out"))
         assert torch.equal(load_file(out / "model.safetensors")["model.position_ids"], torch.arange(8))
@@ -135,7 +135,7 @@ def test_transformers_loads_an_export(tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 1e-3)
     model.save_pretrained(tmp_path / "ft", max_shard_size="20KB")
-    api.init(tmp_path / "base", tmp_path / "state", api.Asked(rule="mean"))
+    making.init(tmp_path / "base", tmp_path / "state", making.Recipe(rule="mean"))
     with api.open(tmp_path / "state", write=True) as merge:
         assert merge.fold(tmp_path / "ft").fate == "folded"
         merge.export(Target(tmp_path / "out"))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from scipy.optimize import minimize
 from torch import Tensor
 
-from continual import api
+from continual import api, making
 from continual.config import Settings
 from continual.errors import Misconfigured
 from continual.objectives import calibration
@@ -46,7 +46,7 @@ def opened(
     **more: Any,
 ) -> api.Merge:
     if not state.exists():
-        api.init(base, state, api.Asked(rule="frank-wolfe"))
+        making.init(base, state, making.Recipe(rule="frank-wolfe"))
     asked = {
         "objective": "tests.helpers.quadratic:make",
         "max_base_ratio": 10.0,

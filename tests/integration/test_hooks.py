@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from continual import config
-from continual.config import Hook
+from continual.config import HookSettings
 from continual.errors import Misconfigured
 from continual.publish import hooks
 from continual.publish.hooks import Published, Told, call, check
@@ -92,7 +92,7 @@ class Waits:
         return len(self.seconds) >= self.stops_at
 
 
-def tell(hook: Hook, published: Published, waits: Waits | None = None) -> Told:
+def tell(hook: HookSettings, published: Published, waits: Waits | None = None) -> Told:
     check([hook])
     told = call(hook, published, threading.Event(), waits or Waits())
     assert told.message.isprintable()
@@ -144,7 +144,7 @@ def test_sglang_is_told_where_the_weights_are(tmp_path: Path, served: Served) ->
         200,
         {"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0},
     )
-    told = tell(Hook(kind="sglang", url=f"{served.url}/"), published(tmp_path))
+    told = tell(HookSettings(kind="sglang", url=f"{served.url}/"), published(tmp_path))
     assert told.ok
     assert told.message == "HTTP 200: Succeeded to update model weights."
     assert (told.target, told.attempts) == (f"{served.url}/", 1)
@@ -158,7 +158,7 @@ def test_sglang_that_cannot_load_them_is_not_asked_again(tmp_path: Path, served:
         400,
         {"success": False, "message": "Failed to get weights iterator:\nno\x1b[31m such\tfile"},
     )
-    told = tell(Hook(kind="sglang", url=served.url), published(tmp_path))
+    told = tell(HookSettings(kind="sglang", url=served.url), published(tmp_path))
     assert (told.ok, told.attempts) == (False, 1)
     assert told.message == "HTTP 400: Failed to get weights iterator: no [31m such file"
 
@@ -168,14 +168,14 @@ def test_sglang_that_cannot_load_them_is_not_asked_again(tmp_path: Path, served:
 )
 def test_sglang_without_success_is_none(tmp_path: Path, served: Served, said: Any) -> None:
     served.reply = lambda _path, _body: (200, said)
-    told = tell(Hook(kind="sglang", url=served.url, tries=2), published(tmp_path))
+    told = tell(HookSettings(kind="sglang", url=served.url, tries=2), published(tmp_path))
     assert (told.ok, told.attempts) == (False, 2)
     assert told.message.startswith("HTTP 200, but no success: ")
 
 
 @pytest.mark.parametrize("kind", ["sglang", "vllm-lora"])
 def test_without_a_directory_no_server_is_asked(served: Served, kind: Any) -> None:
-    told = tell(Hook(kind=kind, url=served.url), Published(STATE, 7, repo="org/merge"))
+    told = tell(HookSettings(kind=kind, url=served.url), Published(STATE, 7, repo="org/merge"))
     assert (told.ok, told.attempts, served.asked) == (False, 1, [])
     assert "set `current`" in told.message
 
@@ -191,7 +191,7 @@ def test_without_a_directory_no_server_is_asked(served: Served, kind: Any) -> No
 )
 def test_vllm_unloads_the_old_adapter_and_loads_the_new(tmp_path: Path, served: Served, said: str) -> None:
     served.reply = vllm = VLLM(said)
-    hook = Hook(kind="vllm-lora", url=served.url, name="merged")
+    hook = HookSettings(kind="vllm-lora", url=served.url, name="merged")
     for seq in (7, 8):
         told = tell(hook, Published(STATE, seq, lora=tmp_path / f"lora-{seq}"))
         assert (told.ok, told.attempts) == (True, 1)
@@ -206,7 +206,7 @@ def test_a_damaged_adapter_does_not_unload_the_one_that_serves(tmp_path: Path, s
     served.reply = vllm = VLLM()
     vllm.loaded["continual"] = "old"
     vllm.broken = "Loading lora /x failed: rank 16 is greater than max_lora_rank 8"
-    told = tell(Hook(kind="vllm-lora", url=served.url), published(tmp_path))
+    told = tell(HookSettings(kind="vllm-lora", url=served.url), published(tmp_path))
     assert (told.ok, told.attempts, len(served.asked)) == (False, 1, 1)
     assert told.message == f"HTTP 400: {vllm.broken}"
     assert vllm.loaded == {"continual": "old"}
@@ -223,13 +223,13 @@ def test_an_unload_that_fails_is_tried_again(tmp_path: Path, served: Served) -> 
 
     served.reply = reply
     vllm.loaded["continual"] = "old"
-    told = tell(Hook(kind="vllm-lora", url=served.url), published(tmp_path))
+    told = tell(HookSettings(kind="vllm-lora", url=served.url), published(tmp_path))
     assert (told.ok, told.attempts) == (True, 2)
 
 
 def test_vllm_without_the_routes_says_what_to_do(tmp_path: Path, served: Served) -> None:
     served.reply = lambda _path, _body: (404, {"detail": "Not Found"})
-    told = tell(Hook(kind="vllm-lora", url=served.url), published(tmp_path))
+    told = tell(HookSettings(kind="vllm-lora", url=served.url), published(tmp_path))
     assert (told.ok, told.attempts) == (False, 1)
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in told.message
 
@@ -237,7 +237,7 @@ def test_vllm_without_the_routes_says_what_to_do(tmp_path: Path, served: Served)
 @pytest.mark.parametrize("status", [200, 201, 204])
 def test_http_gets_all_that_is_known(tmp_path: Path, served: Served, status: int) -> None:
     served.reply = lambda _path, _body: (status, "")
-    told = tell(Hook(kind="http", url=f"{served.url}/deploy?token=s3cret"), published(tmp_path))
+    told = tell(HookSettings(kind="http", url=f"{served.url}/deploy?token=s3cret"), published(tmp_path))
     assert (told.ok, told.target, told.message) == (True, f"{served.url}/deploy", f"HTTP {status}")
     assert served.asked[0] == (
         "/deploy?token=s3cret",
@@ -260,21 +260,21 @@ def test_what_passes_is_tried_again(tmp_path: Path, served: Served, status: int)
     answers = iter([(status, "later"), (status, "later"), (200, "")])
     served.reply = lambda _path, _body: next(answers)
     waits = Waits()
-    told = tell(Hook(kind="http", url=served.url, tries=5), published(tmp_path), waits)
+    told = tell(HookSettings(kind="http", url=served.url, tries=5), published(tmp_path), waits)
     assert (told.ok, told.attempts, waits.seconds) == (True, 3, [1.0, 2.0])
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 422])
 def test_what_does_not_pass_is_not_tried_again(tmp_path: Path, served: Served, status: int) -> None:
     served.reply = lambda _path, _body: (status, {"error": "no"})
-    told = tell(Hook(kind="http", url=served.url, tries=5), published(tmp_path))
+    told = tell(HookSettings(kind="http", url=served.url, tries=5), published(tmp_path))
     assert (told.ok, told.attempts, told.message) == (False, 1, f"HTTP {status}: no")
 
 
 def test_the_waits_double_up_to_half_a_minute(tmp_path: Path, served: Served) -> None:
     served.reply = lambda _path, _body: (503, "")
     waits = Waits()
-    told = tell(Hook(kind="http", url=served.url, tries=8), published(tmp_path), waits)
+    told = tell(HookSettings(kind="http", url=served.url, tries=8), published(tmp_path), waits)
     assert (told.ok, told.attempts, told.message) == (False, 8, "HTTP 503")
     assert waits.seconds == [1, 2, 4, 8, 16, 30, 30]
 
@@ -283,7 +283,7 @@ def test_the_waits_double_up_to_half_a_minute(tmp_path: Path, served: Served) ->
 def test_redirects_are_not_followed(tmp_path: Path, served: Served, status: int) -> None:
     served.reply = lambda _path, _body: (status, "")
     served.headers["Location"] = f"{served.url}/elsewhere"
-    told = tell(Hook(kind="http", url=served.url), published(tmp_path))
+    told = tell(HookSettings(kind="http", url=served.url), published(tmp_path))
     assert (told.ok, told.attempts, len(served.asked)) == (False, 1, 1)
     assert told.message == f"HTTP {status}: redirects are not followed"
 
@@ -291,7 +291,7 @@ def test_redirects_are_not_followed(tmp_path: Path, served: Served, status: int)
 def test_a_dropped_connection_is_tried_again(tmp_path: Path, served: Served) -> None:
     answers: Iterator[Answer | None] = iter([None, (200, "")])
     served.reply = lambda _path, _body: next(answers)
-    told = tell(Hook(kind="http", url=served.url), published(tmp_path))
+    told = tell(HookSettings(kind="http", url=served.url), published(tmp_path))
     assert (told.ok, told.attempts) == (True, 2)
 
 
@@ -299,8 +299,8 @@ def test_an_answer_that_breaks_off(tmp_path: Path, served: Served) -> None:
     """Whether it worked is settled by the status; of SGLang it is not."""
     served.reply = lambda _path, _body: (200, '{"success": true, "message": "so')
     served.headers["Content-Length"] = "1000"
-    assert tell(Hook(kind="http", url=served.url), published(tmp_path)).ok
-    assert not tell(Hook(kind="sglang", url=served.url, tries=1), published(tmp_path)).ok
+    assert tell(HookSettings(kind="http", url=served.url), published(tmp_path)).ok
+    assert not tell(HookSettings(kind="sglang", url=served.url, tries=1), published(tmp_path)).ok
 
 
 def test_a_slow_server(tmp_path: Path, served: Served) -> None:
@@ -310,7 +310,7 @@ def test_a_slow_server(tmp_path: Path, served: Served) -> None:
 
     served.reply = reply
     begun = time.monotonic()
-    told = tell(Hook(kind="http", url=served.url, timeout=0.1, tries=2), published(tmp_path))
+    told = tell(HookSettings(kind="http", url=served.url, timeout=0.1, tries=2), published(tmp_path))
     assert (told.ok, told.attempts, told.message) == (False, 2, "no answer in time")
     assert 0.2 <= told.seconds <= time.monotonic() - begun < 5
 
@@ -319,7 +319,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        told = tell(Hook(kind="sglang", url=url, tries=2), published(tmp_path))
+        told = tell(HookSettings(kind="sglang", url=url, tries=2), published(tmp_path))
     assert (told.ok, told.attempts, told.message) == (False, 2, "Connection refused")
 
 
@@ -328,13 +328,15 @@ def test_a_proxy_is_not_asked_for_this_machine(tmp_path: Path, served: Served, m
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    assert tell(Hook(kind="http", url=served.url, tries=1), published(tmp_path)).ok
-    assert tell(Hook(kind="http", url=served.url.replace("127.0.0.1", "localhost"), tries=1), published(tmp_path)).ok
+    assert tell(HookSettings(kind="http", url=served.url, tries=1), published(tmp_path)).ok
+    assert tell(
+        HookSettings(kind="http", url=served.url.replace("127.0.0.1", "localhost"), tries=1), published(tmp_path)
+    ).ok
 
 
 def test_a_stop_ends_the_tries(tmp_path: Path, served: Served) -> None:
     served.reply = lambda _path, _body: (503, "")
-    hook = Hook(kind="http", url=served.url, tries=9)
+    hook = HookSettings(kind="http", url=served.url, tries=9)
     told = tell(hook, published(tmp_path), Waits(stops_at=2))
     assert (told.ok, told.attempts, told.message) == (False, 2, "HTTP 503")
     stop = threading.Event()
@@ -352,8 +354,8 @@ def test_a_stop_ends_the_tries(tmp_path: Path, served: Served) -> None:
     assert "stopping" in told.message
 
 
-def python(code: str, *arguments: str, **more: Any) -> Hook:
-    return Hook(kind="command", command=(sys.executable, "-c", code, *arguments), **more)
+def python(code: str, *arguments: str, **more: Any) -> HookSettings:
+    return HookSettings(kind="command", command=(sys.executable, "-c", code, *arguments), **more)
 
 
 def test_a_command_gets_arguments_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,7 +428,7 @@ def test_a_program_that_cannot_be_run_is_not_tried_again(tmp_path: Path, mode: i
     if mode is not None:
         program.write_text("#!/bin/sh\n")
         program.chmod(mode)
-    told = tell(Hook(kind="command", command=(str(program), "--token", "s3cret"), tries=5), Published(STATE, 7))
+    told = tell(HookSettings(kind="command", command=(str(program), "--token", "s3cret"), tries=5), Published(STATE, 7))
     assert (told.ok, told.attempts, told.target) == (False, 1, str(program))
     assert told.message in ("cannot be run: No such file or directory", "cannot be run: Permission denied")
 
@@ -445,7 +447,7 @@ def test_a_time_out_ends_what_a_command_started(tmp_path: Path) -> None:
     once."""
     pids = tmp_path / "pids"
     command = ("/bin/sh", "-c", 'sleep 60 & echo begun; echo $$ $! > "$1"; wait', "sh", str(pids))
-    hook = Hook(kind="command", command=command, timeout=0.3, tries=99)
+    hook = HookSettings(kind="command", command=command, timeout=0.3, tries=99)
     told = call(
         hook, Published(STATE, 7), threading.Event(), lambda _seconds: pids.exists() and pids.read_text().endswith("\n")
     )
@@ -461,7 +463,7 @@ def test_a_time_out_ends_what_a_command_started(tmp_path: Path) -> None:
 
 def test_what_a_command_leaves_running_holds_up_nothing(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    hook = Hook(
+    hook = HookSettings(
         kind="command",
         command=("/bin/sh", "-c", 'sleep 60 & echo $! > "$1"; echo started', "sh", str(pids)),
         timeout=30,
@@ -504,7 +506,7 @@ def test_what_a_command_leaves_running_holds_up_nothing(tmp_path: Path) -> None:
 )
 def test_what_check_refuses(hook: dict[str, Any], said: str) -> None:
     with pytest.raises(Misconfigured) as refused:
-        check([Hook(kind="command", command=("true",)), Hook(**hook)])
+        check([HookSettings(kind="command", command=("true",)), HookSettings(**hook)])
     assert str(refused.value).startswith(f"hook 2 ({hook['kind']}): ")
     assert said in str(refused.value)
     assert "s3cret" not in str(refused.value)
@@ -514,9 +516,9 @@ def test_what_check_takes() -> None:
     check([])
     check(
         [
-            Hook(kind="sglang", url="http://127.0.0.1:30000"),
-            Hook(kind="vllm-lora", url="https://host/behind/", name="merged", rank=64),
-            Hook(kind="http", url="https://[::1]:8000/hook?token=x"),
-            Hook(kind="command", command=("deploy", "{directory}")),
+            HookSettings(kind="sglang", url="http://127.0.0.1:30000"),
+            HookSettings(kind="vllm-lora", url="https://host/behind/", name="merged", rank=64),
+            HookSettings(kind="http", url="https://[::1]:8000/hook?token=x"),
+            HookSettings(kind="command", command=("deploy", "{directory}")),
         ]
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from continual import api
+from continual import making
 from continual.errors import Misconfigured, Refuse, Retry, Skip
 from continual.hub import Hub as Client
 from continual.records import Event
@@ -36,7 +36,7 @@ def test_the_bits_are_those_of_a_folder(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     base = made(tmp_path, hub, rule)
-    api.init(base, tmp_path / "local", api.Asked(rule=rule))
+    making.init(base, tmp_path / "local", making.Recipe(rule=rule))
     tuned = [models.fine_tune(base, tmp_path / f"ft{i}", i) for i in range(2)]
     with merge(tmp_path / "state", hub, hub={"read": read}) as ours, merge(tmp_path / "local", hub) as local:
         for number, directory in enumerate(tuned):
@@ -57,7 +57,7 @@ def test_the_bits_are_those_of_a_folder(
 
 def test_shards_and_adapters(tmp_path: Path, hub: Hub) -> None:
     base = made(tmp_path, hub)
-    api.init(base, tmp_path / "local", api.Asked(rule="task-arithmetic"))
+    making.init(base, tmp_path / "local", making.Recipe(rule="task-arithmetic"))
     with merge(tmp_path / "state", hub) as ours, merge(tmp_path / "local", hub) as local:
         shards = hubs.sharded(models.fine_tune(base, tmp_path / "whole", 1), tmp_path / "sharded")
         for repo, directory in (("org/shards", shards), ("org/adapter", hubs.adapter(base, tmp_path / "adapter", 2))):
@@ -231,8 +231,8 @@ def test_a_base_from_the_hub_is_pinned_and_fetched_again(
     hub.commit(BASE, {"pytorch_model.bin": b"pickle", "tokenizer.json": b"{}", "onnx/model.onnx": b"o"})
     hub.tag(BASE, "v1")
     pinned = hub.head(BASE)
-    assert api.survey(f"{BASE}@v1").base == f"hf://{BASE}@{pinned[:12]}"
-    found = api.init(f"{BASE}@v1", tmp_path / "state", api.Asked(rule="mean"))
+    assert making.survey(f"{BASE}@v1").base == f"hf://{BASE}@{pinned[:12]}"
+    found = making.init(f"{BASE}@v1", tmp_path / "state", making.Recipe(rule="mean"))
     assert found.base == f"{BASE}@{pinned}"
     hub.commit(BASE, {"model.safetensors": b"another"})
     with merge(tmp_path / "state", hub) as ours:
@@ -250,9 +250,9 @@ def test_a_base_from_the_hub_is_pinned_and_fetched_again(
         assert ours.fold(models.fine_tune(base, tmp_path / "ft2", 2)).fate == "folded"
         assert Path(record["path"]).exists()
     with pytest.raises(Misconfigured, match="not on the Hub"):
-        api.init("org/none", tmp_path / "other")
+        making.init("org/none", tmp_path / "other")
     with pytest.raises(Misconfigured, match="not on the Hub"):
-        api.init(f"{BASE}@{'0' * 40}", tmp_path / "other")
+        making.init(f"{BASE}@{'0' * 40}", tmp_path / "other")
     assert first != pinned
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import continual
-from continual import api
+from continual import making
 from continual.errors import Misconfigured, Retry
 from continual.service import release as releasing
 from tests.helpers import hubs, models, services
@@ -200,7 +200,7 @@ def test_transformers_loads_a_release(tmp_path: Path, hub: Hub) -> None:
         "vocab_size": 40,
     }
     LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).save_pretrained(tmp_path / "base")
-    api.init(tmp_path / "base", tmp_path / "state", api.Asked(rule="mean"))
+    making.init(tmp_path / "base", tmp_path / "state", making.Recipe(rule="mean"))
     with merge(tmp_path / "state", hub, release={"repo": REPO}) as ours:
         ours.fold(models.fine_tune(tmp_path / "base", tmp_path / "ft", 1))
         releasing.release(ours)

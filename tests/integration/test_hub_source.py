@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from continual import api
+from continual import making
 from continual.api import Merge
 from continual.config import load
 from continual.errors import Halt, Misconfigured, Retry
@@ -202,7 +202,7 @@ def test_a_newer_commit_takes_the_place_of_the_one_that_waits(tmp_path: Path, hu
     ],
 )
 def test_settings_that_find_nothing_are_told_of(tmp_path: Path, flags: dict[str, Any], words: str) -> None:
-    api.init(models.base(tmp_path / "base"), tmp_path / "state", api.Asked(rule="mean"))
+    making.init(models.base(tmp_path / "base"), tmp_path / "state", making.Recipe(rule="mean"))
     with (
         Merge(load({"state": tmp_path / "state", **flags}, environ={})) as ours,
         pytest.raises(Misconfigured, match=words),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from continual import api
+from continual import api, making
 from continual.config import Settings
 from continual.errors import Misconfigured
 from continual.publish.folder import Target
@@ -25,9 +25,9 @@ def base(tmp_path: Path) -> Path:
     return models.base(tmp_path / "base")
 
 
-def opened(tmp_path: Path, base: Path, asked: api.Asked, **settings: object) -> api.Merge:
+def opened(tmp_path: Path, base: Path, asked: making.Recipe, **settings: object) -> api.Merge:
     if not (tmp_path / "state").exists():
-        api.init(base, tmp_path / "state", asked)
+        making.init(base, tmp_path / "state", asked)
     return api.Merge(Settings(state=tmp_path / "state", **settings), write=True)  # type: ignore[arg-type]
 
 
@@ -41,7 +41,7 @@ def test_weights_come_from_settings_files_and_headers(tmp_path: Path, base: Path
     )
     (b / "eval_results.json").write_text(json.dumps({"eval": {"accuracy": 0.5}}))
     save_file(load_file(c / "model.safetensors"), c / "model.safetensors", metadata={"score": "4"})
-    mean = api.Asked(rule="mean")
+    mean = making.Recipe(rule="mean")
     for model, settings, weight in (
         (a, {"weights": {"ali*": 3.0}}, 3.0),
         (b, {"weight": "eval_results.json:eval.accuracy"}, 0.5),
@@ -77,7 +77,7 @@ def test_a_weight_that_is_missing_or_wrong_refuses_the_model(
     model = models.fine_tune(base, tmp_path / "alice", 1)
     if body is not None:
         (model / "metrics.json").write_text(body)
-    with opened(tmp_path, base, api.Asked(rule="mean"), weight="metrics.json:score") as merge:
+    with opened(tmp_path, base, making.Recipe(rule="mean"), weight="metrics.json:score") as merge:
         outcome = merge.fold(model)
         assert (outcome.refused, outcome.reason) == (True, "weight"), outcome.message
         assert words in outcome.message
@@ -101,12 +101,12 @@ def test_settings_that_do_not_fit_the_state_are_refused(
     tmp_path: Path, base: Path, rule: str, settings: dict[str, object], words: str
 ) -> None:
     with pytest.raises(Misconfigured, match=words):
-        opened(tmp_path, base, api.Asked(rule=rule), **settings).plan(base)
+        opened(tmp_path, base, making.Recipe(rule=rule), **settings).plan(base)
 
 
 def test_fisher_weighs_each_parameter_by_what_is_shipped(tmp_path: Path, base: Path) -> None:
     tuned = [models.ship(models.fine_tune(base, tmp_path / f"ft-{i}", i), i) for i in range(3)]
-    with opened(tmp_path, base, api.Asked(rule="fisher", options={"power": 0.5})) as merge:
+    with opened(tmp_path, base, making.Recipe(rule="fisher", options={"power": 0.5})) as merge:
         for model in tuned:
             assert merge.plan(model).ok
             assert merge.fold(model).fate == "folded"
@@ -138,7 +138,7 @@ def test_bad_values_beside_the_weights_refuse_the_model(
     model = models.fine_tune(base, tmp_path / "alice", 1)
     if change is not None:
         models.ship(model, 1, change=change)
-    with opened(tmp_path, base, api.Asked(rule="fisher")) as merge:
+    with opened(tmp_path, base, making.Recipe(rule="fisher")) as merge:
         outcome = merge.fold(model)
         assert (outcome.refused, outcome.reason) == (True, "moments"), outcome.message
         assert "fisher.safetensors" in outcome.message
@@ -150,7 +150,7 @@ def test_bad_values_beside_the_weights_refuse_the_model(
 
 
 def test_a_dropped_model_is_the_same_wherever_it_lies_and_can_be_taken_out(tmp_path: Path, base: Path) -> None:
-    asked = api.Asked(rule="task-arithmetic", options={"before": ["drop:rate=0.75"]}, scale="1")
+    asked = making.Recipe(rule="task-arithmetic", options={"before": ["drop:rate=0.75"]}, scale="1")
     a, b = (models.fine_tune(base, tmp_path / f"ft-{i}", i) for i in range(2))
     with opened(tmp_path, base, asked) as merge:
         merge.fold(a)
@@ -172,7 +172,7 @@ def test_a_dropped_model_is_the_same_wherever_it_lies_and_can_be_taken_out(tmp_p
 def test_trim_before_a_rule_counts_over_the_whole_model(tmp_path: Path, base: Path) -> None:
     model = models.fine_tune(base, tmp_path / "alice", 1)
     with opened(
-        tmp_path, base, api.Asked(rule="task-arithmetic", options={"before": ["trim:density=0.1"]}, scale="1")
+        tmp_path, base, making.Recipe(rule="task-arithmetic", options={"before": ["trim:density=0.1"]}, scale="1")
     ) as merge:
         assert merge.plan(model).passes == pytest.approx(2 + 1 / 16)
         merge.fold(model)
@@ -182,13 +182,13 @@ def test_trim_before_a_rule_counts_over_the_whole_model(tmp_path: Path, base: Pa
 
 def test_the_scale_of_the_merge_and_of_its_layers_changes_without_a_fold(tmp_path: Path, base: Path) -> None:
     model = models.fine_tune(base, tmp_path / "alice", 1)
-    with opened(tmp_path, base, api.Asked(rule="task-arithmetic", scale="1")) as merge:
+    with opened(tmp_path, base, making.Recipe(rule="task-arithmetic", scale="1")) as merge:
         merge.fold(model)
         generation = merge.state.ledger.head.generation
         merge.rescale("0.5", "0.25:0.5")
         with pytest.raises(Misconfigured, match="ALPHA:BETA"):
             merge.rescale(lines="1:2:3")
-    with opened(tmp_path, base, api.Asked()) as merge:
+    with opened(tmp_path, base, making.Recipe()) as merge:
         assert merge.state.ledger.head.generation == generation
         origin = load_file(base / "model.safetensors")
         found = load_file(merge.export(Target(tmp_path / "merged")) / "model.safetensors")

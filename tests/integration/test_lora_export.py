@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from continual import api
+from continual import api, making
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import silent
 from continual.gates.lineage import LineageGate, trace
@@ -56,7 +56,7 @@ def gpt2() -> transformers.PreTrainedModel:
 
 def merged(tmp_path: Path, base: Path, chosen: Chosen = is_matrix, rule: str = "mean", size: float = 0.05) -> api.Merge:
     """A merge of two fine-tunes of `base`, which differ from it in the tensors that are chosen."""
-    api.init(base, tmp_path / "state", api.Asked(rule=rule))
+    making.init(base, tmp_path / "state", making.Recipe(rule=rule))
     merge = api.open(tmp_path / "state", write=True)
     origin = load_file(base / "model.safetensors")
     for seed in range(2):
@@ -222,7 +222,7 @@ def test_bits_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
 
 def test_what_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
     base = models.base(tmp_path / "base")
-    api.init(base, tmp_path / "empty")
+    making.init(base, tmp_path / "empty")
     with api.open(tmp_path / "empty") as merge, pytest.raises(Misconfigured, match="nothing is folded"):
         export(merge, tmp_path / "out", 4)
     with merged(tmp_path, base) as merge:

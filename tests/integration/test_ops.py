@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from continual import api
+from continual import making
 from continual.records import Candidate, FoldReport, Lineage
 from continual.service.metrics import TABLE, Metrics
 from tests.helpers import models, services
@@ -100,7 +100,7 @@ def test_promtool_accepts_the_rules(arguments: tuple[str, ...]) -> None:
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
 def test_a_real_prometheus_scrapes_a_running_daemon(tmp_path: Path) -> None:
     base = models.base(tmp_path / "base")
-    api.init(base, tmp_path / "state")
+    making.init(base, tmp_path / "state")
     models.fine_tune(base, tmp_path / "in/alice", 1)
     with services.daemon(tmp_path / "state", tmp_path / "in") as process:
         address = services.url(process, tmp_path / "state")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from continual import api
+from continual import api, making
 from continual.config import Settings
 from continual.executors.contract import silent
 from continual.rules import RULES
@@ -31,8 +31,8 @@ def tuned(tmp_path: Path, base: Path) -> list[Path]:
     ]
 
 
-def folded(place: Path, base: Path, asked: api.Asked, tuned: list[Path], name: str = "state") -> api.Merge:
-    api.init(base, place / name, asked)
+def folded(place: Path, base: Path, asked: making.Recipe, tuned: list[Path], name: str = "state") -> api.Merge:
+    making.init(base, place / name, asked)
     merge = api.Merge(Settings(state=place / name), write=True)
     for model in tuned:
         assert merge.fold(model).fate == "folded"
@@ -58,7 +58,7 @@ def own(base: Path, model: Path) -> dict[str, torch.Tensor]:
 def test_norm_makes_the_merge_as_long_as_it_says_under_every_rule(
     tmp_path: Path, base: Path, tuned: list[Path], name: str
 ) -> None:
-    with folded(tmp_path, base, api.Asked(rule=name, scale="norm"), tuned) as merge:
+    with folded(tmp_path, base, making.Recipe(rule=name, scale="norm"), tuned) as merge:
         mean = merge.state.ledger.totals["norm_sum"] / COUNT
         assert math.hypot(*lengths(merge)) == pytest.approx(mean, rel=1e-5)
         target = api.folder.Target(tmp_path / "out")
@@ -68,7 +68,7 @@ def test_norm_makes_the_merge_as_long_as_it_says_under_every_rule(
 
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_spread_is_the_law_of_its_page(tmp_path: Path, base: Path, tuned: list[Path], name: str) -> None:
-    with folded(tmp_path, base, api.Asked(rule=name, scale="spread:0.7"), tuned) as merge:
+    with folded(tmp_path, base, making.Recipe(rule=name, scale="spread:0.7"), tuned) as merge:
         matrices = {s.name for s in merge.state.format.tensors if s.kind == "matrix"}
         norms, rests, spreads = [], [], []
         for model in tuned:
@@ -86,22 +86,22 @@ def test_spread_is_the_law_of_its_page(tmp_path: Path, base: Path, tuned: list[P
 
 def test_unfolding_and_combining_keep_what_spread_stands_on(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
     with (
-        folded(tmp_path, base, api.Asked(), tuned) as merge,
-        folded(tmp_path, base, api.Asked(), tuned[:2], "two") as two,
+        folded(tmp_path, base, making.Recipe(), tuned) as merge,
+        folded(tmp_path, base, making.Recipe(), tuned[:2], "two") as two,
     ):
         merge.unfold(merge.look_unfold("model-2"))
         assert merge.state.ledger.totals == pytest.approx(two.state.ledger.totals, rel=1e-6)
         assert lengths(merge) == pytest.approx(lengths(two), rel=1e-4)
-    with folded(tmp_path, base, api.Asked(), tuned[2:], "third") as third:
+    with folded(tmp_path, base, making.Recipe(), tuned[2:], "third") as third:
         third.combine(tmp_path / "two")
         assert third.state.ledger.totals["spread_sum"] > 0
-        with folded(tmp_path, base, api.Asked(), tuned, "all") as whole:
+        with folded(tmp_path, base, making.Recipe(), tuned, "all") as whole:
             assert third.state.ledger.totals == pytest.approx(whole.state.ledger.totals, rel=1e-6)
             assert lengths(third) == pytest.approx(lengths(whole), rel=1e-4)
 
 
 def test_the_scale_changes_without_folding_and_comes_back(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
-    with folded(tmp_path, base, api.Asked(), tuned) as merge:
+    with folded(tmp_path, base, making.Recipe(), tuned) as merge:
         first, generation = merge.read("model.layers.0.mlp.up_proj.weight"), merge.state.ledger.head.generation
         assert str(merge.rescale("paper")) == "1.0"
         assert not torch.equal(merge.read("model.layers.0.mlp.up_proj.weight"), first)

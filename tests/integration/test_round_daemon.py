@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from continual import api
+from continual import api, making
 from continual.errors import Abandoned
 from continual.state import State
 from tests.helpers import quadratic
@@ -39,7 +39,7 @@ def names(state: Path) -> list[str]:
 
 def test_a_round_runs_when_enough_wait_and_survives_a_kill(tmp_path: Path, base: Path) -> None:
     state, log = tmp_path / "state", tmp_path / "daemon.log"
-    api.init(base, state, api.Asked(rule="mean"))
+    making.init(base, state, making.Recipe(rule="mean"))
     flags = ("--select", "relevance", "--round", "size=3", "--round", "wait=9999")
     quadratic.good(base, 0)
     quadratic.noise(base, 0)
@@ -101,7 +101,7 @@ def test_a_round_runs_when_enough_wait_and_survives_a_kill(tmp_path: Path, base:
 def test_the_oldest_does_not_wait_for_company_for_ever(tmp_path: Path, base: Path) -> None:
     """A merge that is weighed; and a folder that goes away in between ends in another try."""
     state, link = tmp_path / "state", tmp_path / "published/current"
-    api.init(base, state, api.Asked(rule="frank-wolfe"))
+    making.init(base, state, making.Recipe(rule="frank-wolfe"))
     with running(state, "--round", "size=99", "--round", "wait=1.5", "--current", str(link)) as process:
         address = url(process, state)
         quadratic.good(base, 0)
@@ -117,7 +117,7 @@ def test_the_oldest_does_not_wait_for_company_for_ever(tmp_path: Path, base: Pat
 def test_a_round_that_nobody_is_left_for_is_no_reason_to_stop(tmp_path: Path, base: Path) -> None:
     """It was cut off, and its only member was folded by hand since."""
     state = tmp_path / "state"
-    api.init(base, state, api.Asked(rule="mean"))
+    making.init(base, state, making.Recipe(rule="mean"))
     asked: dict[str, Any] = {"objective": "tests.helpers.quadratic:make", "max_base_ratio": 10, "write": True}
     with api.open(state, select="relevance", **asked) as merge:
         merge.fold(quadratic.good(base, 0))
@@ -138,7 +138,7 @@ def test_a_round_that_nobody_is_left_for_is_no_reason_to_stop(tmp_path: Path, ba
 
 def test_what_rounds_need_is_said_at_the_start(tmp_path: Path, base: Path) -> None:
     state = tmp_path / "state"
-    api.init(base, state, api.Asked(rule="mean"))
+    making.init(base, state, making.Recipe(rule="mean"))
     with daemon(state, tmp_path / "pool", "--select", "relevance") as process:
         assert process.wait(LIMIT) == 2
     with daemon(state, tmp_path / "pool", "--select", "relevance", "--objective", "no.such:make") as process:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from continual import api, tuning
+from continual import api, making, tuning
 from continual.errors import Misconfigured, Retry
 from continual.publish import folder
 from continual.publish.folder import Target
@@ -47,7 +47,7 @@ def place(tmp_path: Path) -> Path:
     scratch files."""
     base = models.base(tmp_path / "base")
     (base / "tokenizer.json").write_text("{}")
-    api.init(base, tmp_path / "state", api.Asked(rule="opcm", scale="norm"))
+    making.init(base, tmp_path / "state", making.Recipe(rule="opcm", scale="norm"))
     with api.open(tmp_path / "state", write=True) as merge:
         for i in range(2):
             merge.fold(models.fine_tune(base, tmp_path / f"ft-{i}", i))
@@ -148,7 +148,7 @@ def test_going_back_to_what_was_tuned(place: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["norm", "number"])
 def test_a_rule_whose_length_has_to_be_measured(place: Path, policy: str) -> None:
-    api.init(place / "base", place / "max", api.Asked(rule="magmax", scale="norm"))
+    making.init(place / "base", place / "max", making.Recipe(rule="magmax", scale="norm"))
     with api.open(place / "max", write=True) as merge:
         for i in range(2):
             merge.fold(place / f"ft-{i}")
@@ -175,7 +175,7 @@ def test_spread_scales_matrices_and_the_rest_apart(place: Path, policy: str | No
         best = [t["score"] for t in trials].index(tuned.score)
         out = merge.export(Target(place / "now"))
     assert filecmp.cmp(out / "model.safetensors", place / "seen" / f"{best:02}" / "model.safetensors", shallow=False)
-    api.init(place / "base", place / "max", api.Asked(rule="magmax"))
+    making.init(place / "base", place / "max", making.Recipe(rule="magmax"))
     with api.open(place / "max", write=True) as merge:
         merge.fold(place / "ft-0")
         with pytest.raises(Misconfigured, match="spread"):
@@ -262,7 +262,7 @@ def test_what_cannot_be_begun(place: Path) -> None:
         Tuning(policy="best")  # type: ignore[arg-type]
     with pytest.raises(Retry, match="tuning needs"):
         room(place, 1 << 60, "tuning")
-    api.init(place / "base", place / "empty")
+    making.init(place / "base", place / "empty")
     with api.open(place / "empty", write=True) as merge, pytest.raises(Misconfigured, match="nothing is folded yet"):
         merge.tune(command(place))
     with api.open(place / "state", write=True) as merge:
@@ -321,7 +321,7 @@ def test_a_termination_stops_the_command_and_leaves_nothing(place: Path) -> None
 
 
 def test_the_daemon_shows_the_scale_and_where_it_is_from(place: Path) -> None:
-    api.init(place / "base", place / "max", api.Asked(rule="magmax", scale="norm"))
+    making.init(place / "base", place / "max", making.Recipe(rule="magmax", scale="norm"))
     with api.open(place / "max", write=True) as merge:
         for i in range(2):
             merge.fold(place / f"ft-{i}")

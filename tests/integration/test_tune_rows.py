@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from continual import api
+from continual import api, making
 from continual.errors import Misconfigured
 from continual.executors.contract import silent
 from continual.objectives import objectives
@@ -109,7 +109,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     model = MODELS[request.param]()
     model.save_pretrained(tmp_path / "base")
     write_tokenizer(tmp_path / "base")
-    api.init(tmp_path / "base", tmp_path / "state", api.Asked(rule="opcm", scale="norm"))
+    making.init(tmp_path / "base", tmp_path / "state", making.Recipe(rule="opcm", scale="norm"))
     with api.open(tmp_path / "state", write=True, device="cpu", max_base_ratio=10) as merge:
         for i in range(2):
             ft = models.fine_tune(tmp_path / "base", tmp_path / f"ft-{i}", i, size=2.0)
@@ -283,7 +283,7 @@ def test_names_with_and_without_the_prefix_and_one_that_is_nowhere(place: Place)
         pytest.raises(Misconfigured, match=r"tensor classifier\.\w+ of the base is no parameter of BertModel"),
     ):
         rows.places(body, merge.base)
-    api.init(place.directory / "base", place.directory / "other", api.Asked(exclude=("classifier.*",)))
+    making.init(place.directory / "base", place.directory / "other", making.Recipe(exclude=("classifier.*",)))
     with api.open(place.directory / "other") as merge:
         held = rows.places(body, merge.base)
     assert set(held) == {name for name in base if name.startswith("bert.")}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from continual import api
+from continual import api, making
 from continual.config import Settings
 from continual.errors import Misconfigured, Refuse
 from continual.rules import RULES, rule
@@ -31,7 +31,7 @@ def tuned(tmp_path: Path, base: Path) -> list[Path]:
 
 def opened(state: Path, base: Path, name: str, **settings: object) -> api.Merge:
     if not state.exists():
-        api.init(base, state, api.Asked(rule=name))
+        making.init(base, state, making.Recipe(rule=name))
     return api.Merge(Settings(state=state, **settings), write=True)  # type: ignore[arg-type]
 
 
@@ -212,7 +212,7 @@ def test_states_that_cannot_be_combined_are_refused(tmp_path: Path, base: Path, 
     shutil.copytree(tmp_path / "mean", tmp_path / "copy")
     other_base = models.base(tmp_path / "other-base", seed=5)
     alone(tmp_path / "elsewhere", other_base, "mean", [models.fine_tune(other_base, tmp_path / "x", 1)])
-    api.init(base, tmp_path / "empty", api.Asked(rule="mean"))
+    making.init(base, tmp_path / "empty", making.Recipe(rule="mean"))
     with opened(tmp_path / "mean", base, "mean") as merge:
         for place, words in (
             ("same", r"1 models are in both states \(ft-1\)"),

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from continual.config import Settings, load, parse_bytes
+from continual.config import Settings, load, parse_bytes, settings_of
 from continual.errors import Misconfigured
 
 
@@ -45,6 +45,16 @@ def test_errors_name_the_setting_and_where_it_was_set(
         load({}, file=file, environ=environ)
     for word in words:
         assert word in str(raised.value)
+
+
+def test_settings_of_a_program_are_checked_as_those_of_a_user() -> None:
+    assert settings_of({"state": "s", "rounds": {"sigmas": 4}}).rounds.sigmas == 4
+    with pytest.raises(Misconfigured, match=r"unknown setting 'kepe'; known are .*keep"):
+        settings_of({"kepe": 3})
+    with pytest.raises(Misconfigured, match=r"rounds\.sgmas"):
+        settings_of({"rounds": {"sgmas": 4}})
+    with pytest.raises(Misconfigured, match="keep = 0"):
+        settings_of({"keep": 0})
 
 
 def test_missing_file_is_an_error(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ ROWS = (
     ("publish",),
     ("tuning",),
     ("selection",),
+    ("making",),
     ("api",),
     ("service",),
     ("demo",),

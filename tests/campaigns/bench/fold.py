@@ -55,13 +55,13 @@ def settle_memory(scratch: Path, nbytes: int) -> None:
 
 def mean_against_copy(repeats: int) -> None:
     """CPU of folds two and later against copies of the same bytes, alternating."""
-    from continual import api
+    from continual import api, making
     from continual.config import Settings
 
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         base = models.base(work / "base", shapes=models.big_shapes(0.4, layers=24))
-        api.init(base, work / "state", api.Asked(rule="mean"))
+        making.init(base, work / "state", making.Recipe(rule="mean"))
         folds, copies = [], []
         with api.Merge(Settings(state=work / "state", keep=1), write=True) as merge:
             for number in range(repeats + 1):
@@ -99,7 +99,7 @@ def mean_against_copy(repeats: int) -> None:
 def ties_against_sum(repeats: int) -> None:
     """CPU of a fold with `ties` (trimmed over the whole model) against one with `task-arithmetic`, the same models,
     alternating."""
-    from continual import api
+    from continual import api, making
     from continual.config import Settings
 
     spent: dict[str, list[float]] = {"task-arithmetic": [], "ties": []}
@@ -107,7 +107,7 @@ def ties_against_sum(repeats: int) -> None:
         work = Path(temporary)
         base = models.base(work / "base", shapes=models.big_shapes(0.2, layers=12))
         for rule in spent:
-            api.init(base, work / rule, api.Asked(rule=rule))
+            making.init(base, work / rule, making.Recipe(rule=rule))
         for number in range(repeats + 1):
             model = models.fine_tune(base, work / f"fine-tune-{number}", number)
             for rule, seconds in spent.items():

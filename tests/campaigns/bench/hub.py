@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from continual import api
+from continual import api, making
 from continual.service.metrics import peak_memory
 from tests.helpers import models
 from tests.helpers.hubs import BASE, card, merge, publish
@@ -203,7 +203,7 @@ class World:
         state = self.work / f"state-{rule}"
         if not state.exists():
             options = RULES[rule]
-            api.init(self.base, state, api.Asked(rule=rule if rule != "drop" else "mean", options=options))
+            making.init(self.base, state, making.Recipe(rule=rule if rule != "drop" else "mean", options=options))
             with api.open(state, write=True) as found:
                 assert found.fold(self.models[0]).fate == "folded"
         return state
@@ -311,7 +311,7 @@ def webhook(work: Path, hub: Hub, args: argparse.Namespace) -> None:
     work = work / "webhook"
     base = models.base(work / "base")
     tuned = [models.fine_tune(base, work / f"ft{number}", number) for number in range(args.pushes)]
-    api.init(base, work / "state", api.Asked(rule="mean"))
+    making.init(base, work / "state", making.Recipe(rule="mean"))
     secret = "a-secret-of-the-benchmark"
     own = environment(hub, work) | {"CONTINUAL_WEBHOOK_SECRET": secret}
     flags = ("--hub", "authors=push", "--hub", "settle=0", "--hub", "poll=3600")
@@ -372,7 +372,7 @@ def refused(work: Path, hub: Hub, _: argparse.Namespace) -> None:
     layer = {n: s for n, s in models.big_shapes(0.1, layers=60).items() if n.startswith("model.layers.0.")}
     shapes = {n.replace(".0.", f".{number}."): s for number in range(60) for n, s in layer.items()}
     base = models.base(work / "base", shapes=shapes, dtype=torch.bfloat16)
-    api.init(base, work / "state", api.Asked(rule="mean"))
+    making.init(base, work / "state", making.Recipe(rule="mean"))
     config = (base / "config.json").read_bytes()
     same = {name: ("BF16", shape) for name, shape in shapes.items()}
     first = next(iter(same))

@@ -29,10 +29,10 @@ def peak() -> int:
 
 def child(rule: str, base: str, state: str, fine_tunes: list[str]) -> None:
     """Folds the models in order and prints peak and state bytes after each as one JSON list."""
-    from continual import api
+    from continual import api, making
     from continual.config import Settings
 
-    api.init(base, state, api.Asked(rule=rule))
+    making.init(base, state, making.Recipe(rule=rule))
     seen = []
     with api.Merge(Settings(state=Path(state)), write=True) as merge:
         for model in fine_tunes:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModel
 from transformers import logging as transformers_logging
 
-from continual import api
+from continual import api, making
 from continual.config import Settings
 from continual.publish.folder import Target
 from tests.helpers import reference
@@ -64,7 +64,7 @@ def _adapter(base: Path, model: Path, names: set[str]) -> dict[str, Tensor]:
 
 def fold(base: Path, models: list[Path], work: Path) -> dict[str, Tensor]:
     """Folds `models` with opcm, exports, and returns the merged task vectors."""
-    api.init(base, work / "state", api.Asked(rule="opcm", scale="paper"))
+    making.init(base, work / "state", making.Recipe(rule="opcm", scale="paper"))
     with api.Merge(Settings(state=work / "state"), write=True) as merge:
         for model in models:
             outcome = merge.fold(model)

@@ -27,7 +27,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from continual import api
+from continual import api, making
 from continual.config import Settings
 from tests.helpers import models
 
@@ -93,7 +93,9 @@ def environment(directory: Path, pins: tuple[str, ...]) -> Path:
 def ours(root: Path, base: Path, tuned: list[Path], case: Case) -> dict[str, Tensor]:
     """What the engine makes of the fine-tunes: merged task vectors by name."""
     with tempfile.TemporaryDirectory(dir=root) as state:
-        api.init(base, Path(state) / "s", api.Asked(rule=case.rule, options=dict(case.options), scale=case.scale))
+        making.init(
+            base, Path(state) / "s", making.Recipe(rule=case.rule, options=dict(case.options), scale=case.scale)
+        )
         with api.Merge(Settings(state=Path(state) / "s"), write=True) as merge:
             for model in tuned[: case.count]:
                 merge.fold(model)

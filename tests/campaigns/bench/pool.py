@@ -82,7 +82,7 @@ def opened(work: Path, size: int) -> continual.Merge:
     """A new state with so many candidates waiting."""
     state = work / f"state-{size}"
     if not state.exists():
-        continual.init(work / "base", state, continual.api.Asked(rule="mean"))
+        continual.init(work / "base", state, continual.Recipe(rule="mean"))
     merge = continual.open(
         state, write=True, workers=1, device="cpu", select="relevance", objective=OBJECTIVE, rounds={"steps": 2}
     )

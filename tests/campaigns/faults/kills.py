@@ -50,14 +50,14 @@ def fold_loop(state: str, models: list[str], pipe: Connection | None) -> None:
 def campaign(work: Path, kills: int, seed: int = 0) -> dict[str, object]:
     """Runs the campaign under `work`; returns the histogram and counts. Raises AssertionError at the first broken
     promise."""
-    from continual import api
+    from continual import making
     from tests.helpers import models
 
     work.mkdir(parents=True, exist_ok=True)
     base = models.base(work / "base")
     fine_tunes = [str(models.fine_tune(base, work / f"ft-{i:03d}", i)) for i in range(max(8, kills))]
     state, straight = work / "state", work / "straight"
-    api.init(base, state)
+    making.init(base, state)
     shutil.copytree(state, straight)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["continual.api"])

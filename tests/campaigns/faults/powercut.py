@@ -58,7 +58,7 @@ def mounted(image: Path, place: Path) -> Iterator[None]:
 
 def trial(work: Path, base: Path, fine_tunes: list[str], number: int, durable: bool) -> str:
     """One cut; returns what was found: `intact`, or what was wrong."""
-    from continual import api
+    from continual import making
 
     draw = random.Random(number)
     image, place = work / f"disk-{number}-{durable}.img", work / "mnt"
@@ -66,7 +66,7 @@ def trial(work: Path, base: Path, fine_tunes: list[str], number: int, durable: b
     subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
     cut = image.with_suffix(".cut")
     with mounted(image, place):
-        api.init(base, place / "state")
+        making.init(base, place / "state")
         os.sync()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["continual.api"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from continual import api
+from continual import api, making
 from continual.config import Settings
 from continual.errors import Misconfigured
 from continual.service.metrics import Metrics
@@ -23,7 +23,7 @@ from tests.helpers import models
 @pytest.fixture
 def live(tmp_path: Path) -> Iterator[Live]:
     base = models.base(tmp_path / "base")
-    api.init(base, tmp_path / "state")
+    making.init(base, tmp_path / "state")
     with api.Merge(Settings(state=tmp_path / "state"), write=True) as merge:
         merge.fold(models.fine_tune(base, tmp_path / "<b>alice", 1))
         merge.fold(base)

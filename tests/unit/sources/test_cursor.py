@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from continual.config import Hub as Asked
+from continual.config import HubSettings
 from continual.errors import Misconfigured, Retry
 from continual.hub import Info, RemoteFile
 from continual.hub.names import named
@@ -193,14 +193,14 @@ FT = ("base_model:org/base", "base_model:finetune:org/base", "license:mit", "tex
     ],
 )
 def test_what_is_left_out(found: Info, asked: dict[str, object], why: str | None) -> None:
-    said = left_out(found, Asked.model_validate(asked), BASES, OWN)
+    said = left_out(found, HubSettings.model_validate(asked), BASES, OWN)
     assert (said is None) == (why is None), said
     assert why is None or why in (said or "")
 
 
 def test_a_date_that_is_none() -> None:
     with pytest.raises(Misconfigured, match=r"hub\.since = soon"):
-        left_out(info("a/m", tags=FT), Asked.model_validate({"since": "soon"}), BASES)
+        left_out(info("a/m", tags=FT), HubSettings.model_validate({"since": "soon"}), BASES)
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import continual
-from continual.api import Asked
 from continual.engine.reading import Reading
 from continual.executors.contract import silent
+from continual.making import Recipe
 from continual.rules import RULES, ReadOptions, read_options
 from tests.campaigns.bench.quality.suite import Form, Part, Suite, fine_tune
 
@@ -193,7 +193,7 @@ class Folding:
 
     def __enter__(self) -> Folding:
         shutil.rmtree(self.state, ignore_errors=True)
-        continual.init(self.base, self.state, Asked(rule=self.rule))
+        continual.init(self.base, self.state, Recipe(rule=self.rule))
         command = [sys.executable, "-m", "tests.campaigns.bench.quality.worker", str(self.state)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self

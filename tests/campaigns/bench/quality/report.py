@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from continual.api import DEFAULT
+from continual.making import DEFAULT
 from continual.rules import RULES
 from tests.campaigns.bench.quality.campaign import MULTIPLES
 from tests.campaigns.bench.quality.figures import Table, load

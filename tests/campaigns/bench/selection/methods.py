@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import continual
-from continual.api import Asked
 from continual.executors.contract import silent
+from continual.making import Recipe
 from continual.selection.active import active
 from tests.campaigns.bench.selection.world import World
 
@@ -49,7 +49,7 @@ def fold(rule: str, scale: str, paths: Sequence[Path], world: World, state: Path
     """These models, folded by a rule."""
     began = time.process_time()
     shutil.rmtree(state, ignore_errors=True)
-    continual.init(world.suite.prepare(), state, Asked(rule=rule, scale=scale))
+    continual.init(world.suite.prepare(), state, Recipe(rule=rule, scale=scale))
     with continual.open(state, write=True, workers=1, keep=1, device="cpu") as merge:
         for path in paths:
             assert merge.fold(path).fate == "folded"
@@ -61,7 +61,7 @@ def rounds(rule: str, options: Mapping[str, Any], world: World, irrelevant: int,
     """A round over the pool: relevance before `rule`, or Frank-Wolfe where that is the rule."""
     began = time.process_time()
     shutil.rmtree(state, ignore_errors=True)
-    continual.init(world.suite.prepare(), state, Asked(rule=rule))
+    continual.init(world.suite.prepare(), state, Recipe(rule=rule))
     settings = world.settings()
     settings["rounds"] = settings.get("rounds", {}) | options
     select = {} if rule == "frank-wolfe" else {"select": "relevance"}

@@ -32,7 +32,7 @@ from typing import Any
 from huggingface_hub.utils import disable_progress_bars
 
 import continual
-from continual import api
+from continual import making
 from tests.campaigns.faults.hub.evidence import Evidence, Record, bits, offline, problems, published, records, secrets
 from tests.campaigns.faults.hub.lives import KINDS, MOMENTS, READER, RULES, Life, World, private
 from tests.campaigns.faults.hub.service import Service, Watcher, policy, pushes, whose
@@ -85,7 +85,7 @@ def campaign(
             command = [sys.executable, "-m", "continual", "init", BASE, "--state", str(state), "--rule", rule]
             subprocess.run(command, check=True, env=environment(hub, work, token=READER), stdout=subprocess.DEVNULL)
         else:
-            api.init(world.base, state, api.Asked(rule=rule))
+            making.init(world.base, state, making.Recipe(rule=rule))
         deliveries = stack.enter_context(Deliveries(hub, seed=seed, duplicate=0.3, drop=0.2, shuffle=True, attempts=3))
         watcher = stack.enter_context(Watcher(world, state, deliveries))
         service = Service(world, watcher, state)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 import continual
-from continual import api
+from continual import api, making
 from tests.campaigns.faults.hub.lives import EMPTY, KINDS, NONE, READER, SECRET, World
 from tests.helpers import hubs
 from tests.loopback import TOKEN
@@ -165,7 +165,7 @@ def bits(merge: api.Merge) -> Bits:
 def offline(work: Path, world: World, rule: str, commits: Sequence[Commit]) -> Bits:
     """Folds commits in this order out of folders into a new state, in a directory that is not there."""
     work.mkdir()
-    api.init(world.base, work / "state", api.Asked(rule=rule))
+    making.init(world.base, work / "state", making.Recipe(rule=rule))
     with continual.open(work / "state", write=True) as merge:
         for commit in commits:
             for path, data in commit.files.items():

@@ -1,0 +1,203 @@
+"""Making a state: what it is to be (`Recipe`), what a base would make of it (`survey`), and the state itself (`init`).
+
+An open state is `continual.api.Merge`. How a state lies on disk is the matter of `continual.state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from continual import provenance
+from continual.config import Settings
+from continual.engine.base import fetched, files_of, measure_base, open_checkpoint
+from continual.engine.folding import state_bytes
+from continual.errors import Misconfigured
+from continual.executors.contract import Progress, silent
+from continual.hub import Repo
+from continual.hub.locate import Places
+from continual.rules import read_options, rule
+from continual.state import State
+from continual.tensors import BaseModel, Folder, Place, describe
+
+if TYPE_CHECKING:
+    from continual.hub import Hub
+
+DEFAULT = "iso-c"
+"""The rule of a state, unless the recipe names another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a new state is to be.
+
+    `rule` names the fold rule. `options` are its fold-time options, by name; they become part of the state and never
+    change, as do `plain` and `exclude`: globs of tensor names. Tensors that match `plain` are folded by the rule's
+    plain form, those that match `exclude` are copied from the base untouched. `scale` says how long the merged task
+    vector is read (`norm`, `norm:KAPPA`, a number or `auto`), `lines` how the layers are scaled (`ALPHA:BETA`); both
+    can be changed later, and None takes the rule's default.
+    """
+
+    rule: str = DEFAULT
+    options: Mapping[str, object] = field(default_factory=dict)
+    scale: str | None = None
+    lines: str | None = None
+    plain: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a state of a base holds.
+
+    `base` is where the base is; `rule`, `options`, `scale` and `lines` are those of the recipe, with their defaults.
+    `state_bytes` is the size of one generation. `kinds` has a row for each kind of tensor: the kind (`matrix`, `plain`
+    or `carried`), how many tensors there are of it, and how many parameters they have. `tensors` has the kind of each
+    tensor, by name; `aliases` the name under which a tied tensor is kept, by its other name.
+    """
+
+    base: str
+    rule: str
+    options: Mapping[str, object]
+    scale: str
+    lines: tuple[float, float] | None
+    state_bytes: int
+    kinds: tuple[tuple[str, int, int], ...]
+    tensors: Mapping[str, str]
+    aliases: Mapping[str, str]
+
+
+def survey(base: str | Path, recipe: Recipe | None = None, *, client: Hub | None = None) -> Survey:
+    """Says what `init` would make of `base`. Reads headers only; of a repo on the Hub nothing else is fetched.
+
+    Raises Misconfigured, Refuse and Retry, as `init` does.
+    """
+    recipe = recipe or Recipe()
+    with open_checkpoint(Places(Settings(), client=client).named(base)) as checkpoint:
+        return _survey(str(checkpoint.place), describe(checkpoint, plain=recipe.plain, exclude=recipe.exclude), recipe)
+
+
+def init(
+    base: str | Path,
+    state: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    progress: Progress = silent,
+    client: Hub | None = None,
+) -> Survey:
+    """Makes a state in the directory `state` for `base`: a model directory, or a repo of the Hub
+    (`ORG/NAME@REVISION`).
+
+    Reads the base once, for its digests and norms. A repo is first fetched into the cache of the Hub's client, and its
+    commit is written down. `client` is asked in place of the Hub that the environment names.
+
+    Raises Misconfigured for an unknown rule or option and for a directory that is taken, Refuse for a base that cannot
+    be read, Retry where the network or the disk gets in the way.
+    """
+    recipe = recipe or Recipe()
+    chosen = rule(recipe.rule, recipe.options)  # before anything is fetched
+    found = _found(Places(Settings(), client=client).named(base), base, progress)
+    with open_checkpoint(found.place) as checkpoint:
+        model = describe(checkpoint, plain=recipe.plain, exclude=recipe.exclude)
+        made = _survey(found.name, model, recipe)
+        record = {
+            "path": str(found.path),
+            **found.remote,
+            "files": files_of(checkpoint),
+            **measure_base(model, progress),
+            "plain": list(recipe.plain),
+            "exclude": list(recipe.exclude),
+        }
+        checkpoint.check_unchanged()
+    State.create(
+        Path(state),
+        base=record,
+        tensors=model.specs,
+        rule=recipe.rule,
+        options=chosen.options,
+        read=read_options(recipe.rule, recipe.scale, recipe.lines).to_mapping(),
+        slots={spec.name: chosen.slots(spec) if spec.kind != "carried" else {} for spec in model.specs},
+        software=provenance.software(),
+        device="cpu",
+    ).close()
+    return made
+
+
+def recipe_for(
+    settings: Settings,
+    *,
+    rule: str | None = None,
+    options: Mapping[str, object] | None = None,
+    before: Sequence[str] | None = None,
+) -> Recipe:
+    """A recipe with the rule, the options and the transforms before a fold (`before`) that the settings name. What is
+    given here wins over the settings; an option that is given is added to theirs."""
+    transforms = list(before or settings.before or ())
+    asked = {**settings.options, **(options or {}), **({"before": transforms} if transforms else {})}
+    name = rule or settings.rule or ("frank-wolfe" if settings.select == "frank-wolfe" else DEFAULT)
+    return Recipe(rule=name, options=asked)
+
+
+def agree(state: State, settings: Settings) -> None:
+    """Raises Misconfigured where the settings name another rule, or other fold-time options, than the state was made
+    with."""
+    made = state.format
+    advice = f"{state.path} goes on as it was made; make a new state with 'continual init', or take the setting out"
+    if settings.rule not in (None, made.rule):
+        raise Misconfigured(f"rule = {settings.rule}, and the state was made with {made.rule}: {advice}")
+    if settings.select is not None and (settings.select == "frank-wolfe") != (made.rule == "frank-wolfe"):
+        why = (
+            "it weighs its models in rounds"
+            if made.rule == "frank-wolfe"
+            else "only a state of the rule frank-wolfe can be weighed so"
+        )
+        raise Misconfigured(f"select = {settings.select}, and the state was made with {made.rule}: {why}; {advice}")
+    before = {} if settings.before is None else {"before": list(settings.before)}
+    wanted = rule(made.rule, {**made.options, **settings.options, **before}).options
+    for key in sorted({*wanted, *made.options}):
+        if wanted.get(key) != made.options.get(key):
+            raise Misconfigured(
+                f"{key} = {wanted.get(key)}, and the state was made with {made.options.get(key)}: {advice}"
+            )
+
+
+class _Found(NamedTuple):
+    """A base that lies on this machine: its directory, the path that the state keeps, its name for people, and what
+    else the state keeps where it came from the Hub (`repo`, `revision`, `licence`)."""
+
+    place: Folder
+    path: Path
+    name: str
+    remote: Mapping[str, str | None]
+
+
+def _found(place: Place, word: str | Path, progress: Progress) -> _Found:
+    if isinstance(place, Repo):
+        path, remote = fetched(place.hub, place.info.id, place.info.sha, progress)
+        return _Found(Folder(path), path.absolute(), f"{remote['repo']}@{remote['revision']}", remote)
+    assert isinstance(place, Folder)
+    return _Found(place, place.path.resolve(), str(word), {"revision": None})
+
+
+def _survey(base: str, model: BaseModel, recipe: Recipe) -> Survey:
+    if recipe.scale == "tuned":
+        raise Misconfigured(
+            "scale = tuned: nothing is folded yet to tune; make the state with another, fold, and run 'continual tune'"
+        )
+    chosen, read = rule(recipe.rule, recipe.options), read_options(recipe.rule, recipe.scale, recipe.lines)
+    counted = {
+        kind: [spec.numel for spec in model.specs if spec.kind == kind] for kind in ("matrix", "plain", "carried")
+    }
+    return Survey(
+        base=base,
+        rule=recipe.rule,
+        options=chosen.options,
+        scale=str(read),
+        lines=read.lines,
+        state_bytes=state_bytes(chosen, model.specs),
+        kinds=tuple((kind, len(sizes), sum(sizes)) for kind, sizes in counted.items()),
+        tensors={spec.name: spec.kind for spec in model.specs},
+        aliases=model.aliases,
+    )
