@@ -155,7 +155,7 @@ class Merge:
     @property
     def selects(self) -> Literal["none", "relevance", "frank-wolfe"]:
         """Who chooses what is folded: nobody (`none`), or rounds over the pool, and how they do."""
-        return "frank-wolfe" if self.rule.rounds else self.settings.select or "none"
+        return "frank-wolfe" if self.rule.laws.rounds else self.settings.select or "none"
 
     def asked(self) -> rounds.Asked:
         """How rounds choose, by the settings. Raises Misconfigured where no rounds are set up, or naming what they
@@ -181,14 +181,14 @@ class Merge:
             if told is not None:
                 told(what)
 
-        found = rounds.run(self.engine, self.reading, self.asked(), progress, hear, weighed=self.rule.rounds)
+        found = rounds.run(self.engine, self.reading, self.asked(), progress, hear, weighed=self.rule.laws.rounds)
         self.state.expire(self.settings.keep)
         return found
 
     def look_round(self, progress: Progress = silent) -> rounds.Round:
         """Scores all that wait at the merge as it is, and tries those that promise something; folds and records
         nothing. Raises Misconfigured, Retry and Halt."""
-        return rounds.look(self.engine, self.reading, self.asked(), progress, weighed=self.rule.rounds)
+        return rounds.look(self.engine, self.reading, self.asked(), progress, weighed=self.rule.laws.rounds)
 
     def why(self, word: str) -> rounds.Why:
         """What is known of the candidate that `word` names (a name, path or key). Raises Misconfigured if it was never
@@ -270,7 +270,7 @@ class Merge:
     def unfold(self, plan: unfolding.Unfolding, progress: Progress = silent) -> Commit:
         """Takes a model out of the merge, as `look_unfold` found, and returns the record of it. Raises Refuse, Retry
         and Halt; then nothing has changed."""
-        take_out = rounds.unfold if self.rule.rounds else unfolding.unfold
+        take_out = rounds.unfold if self.rule.laws.rounds else unfolding.unfold
         commit = take_out(self.engine, plan, progress)
         self.state.expire(self.settings.keep)
         return commit

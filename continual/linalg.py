@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,14 +82,19 @@ def inners(*pairs: tuple[Tensor, Tensor]) -> list[float]:
     ]
 
 
-def add(total: Tensor, term: Tensor, weight: float) -> dict[str, float]:
-    """total += weight·term in place; contiguous float32 tensors of one shape.
+class Added(NamedTuple):
+    """An addition: ‖term‖², ⟨term, total before⟩ and ‖total after‖²."""
 
-    Returns ‖term‖², ⟨term, total before⟩ and ‖total‖² after as tau_sq, dot and merged_sq.
-    """
-    tau_sq, product = inners((term, term), (term, total))
+    term_sq: float
+    dot: float
+    total_sq: float
+
+
+def add(total: Tensor, term: Tensor, weight: float) -> Added:
+    """total += weight·term in place; contiguous float32 tensors of one shape."""
+    term_sq, product = inners((term, term), (term, total))
     total.add_(term, alpha=weight)
-    return {"tau_sq": tau_sq, "dot": product, "merged_sq": inner(total, total)}
+    return Added(term_sq, product, inner(total, total))
 
 
 def tall(matrix: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["matrix", "plain", "carried"]
 Fate = Literal["folded", "refused", "duplicate", "deferred", "expired", "rolled-back", "unfolded", "retry"]
@@ -150,7 +150,7 @@ class FoldReport:
     candidate: Candidate
     digest: str
     lineage: Lineage
-    totals: Mapping[str, float]
+    totals: Totals
     numbers: Mapping[str, Any]
     seconds: Mapping[str, float]
     bytes_read: int
@@ -186,3 +186,49 @@ class Entry:
     read: Mapping[str, Any] | None = None
     software: Mapping[str, str] | None = None
     device: str | None = None
+
+
+class MatrixTotals(NamedTuple):
+    """The totals of a rule that takes some tensors for matrices: Σ‖τ_i‖ over the matrices, Σ‖τ_i‖ over the other
+    tensors, and Σ ρ_i‖τ_i‖ over the matrices, ρ_i² being the stable rank of a task vector."""
+
+    matrix_norm_sum: float = 0.0
+    plain_norm_sum: float = 0.0
+    spread_sum: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a rule keeps of the whole model, besides the accumulators of its tensors. All 0 before the first fold.
+
+    `count`: how many models are folded. `weight`: Σw of them. `norm_sum`: Σ‖τ_i‖, each over the whole model.
+    `merged_sq`: ‖X‖² of what the rule keeps. `matrices`: of the rules that take some tensors for matrices.
+    """
+
+    count: float = 0.0
+    weight: float = 0.0
+    norm_sum: float = 0.0
+    merged_sq: float = 0.0
+    matrices: MatrixTotals | None = None
+
+    @staticmethod
+    def of(body: Mapping[str, float]) -> Totals:
+        """The totals as a record has them; what is not there is 0."""
+        matrices = MatrixTotals(*(body.get(name, 0.0) for name in MatrixTotals._fields))
+        return Totals(
+            count=body.get("count", 0.0),
+            weight=body.get("weight", 0.0),
+            norm_sum=body.get("norm_sum", 0.0),
+            merged_sq=body.get("merged_sq", 0.0),
+            matrices=matrices if "spread_sum" in body else None,
+        )
+
+    def body(self) -> dict[str, float]:
+        """The totals as a record has them."""
+        common = {
+            "count": self.count,
+            "weight": self.weight,
+            "norm_sum": self.norm_sum,
+            "merged_sq": self.merged_sq,
+        }
+        return common | (self.matrices._asdict() if self.matrices is not None else {})

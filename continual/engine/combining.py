@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from continual import provenance
-from continual.engine.folding import total
 from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task
-from continual.records import Entry, TensorSpec
+from continual.records import Entry, TensorSpec, Totals
 from continual.rules import Rule, together
 from continual.state import Commit, State, Transaction
 
@@ -24,8 +25,8 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
     both; Retry and Halt.
     """
     check(state, other, rule)
-    assert rule.combine is not None
-    totals = together(state.ledger.totals, other.ledger.totals)
+    assert rule.laws.combine is not None
+    totals = together(Totals.of(state.ledger.totals), Totals.of(other.ledger.totals))
     at = other.ledger.head.seq
     with other.lease(at), state.begin() as transaction:
         tasks = [
@@ -40,7 +41,7 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
         parts = []
         progress("combine", 0, len(tasks))
         for _, merged_sq in executor.map(tasks):
-            parts.append({"merged_sq": merged_sq})
+            parts.append(merged_sq)
             progress("combine", len(parts), len(tasks))
         folds = [
             {
@@ -52,7 +53,7 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
         ]
         entry = Entry(
             kind="combine",
-            totals={**totals, **total(parts)},
+            totals=replace(totals, merged_sq=math.fsum(parts)).body(),
             numbers={"of": other.id, "seq": at, "folds": folds},
             message=f"{len(folds)} models of the state {other.path.absolute()}, record {at}",
             software=provenance.software(),
@@ -63,11 +64,11 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
 
 def check(state: State, other: State, rule: Rule) -> None:
     """Raises Misconfigured if `other` cannot be added to `state`."""
-    if rule.rounds:
+    if rule.laws.rounds:
         raise Misconfigured(
             f"{rule.name} weighs its models together: let the models of both states wait for rounds of one"
         )
-    if rule.combine is None:
+    if rule.laws.combine is None:
         raise Misconfigured(
             f"{rule.name} depends on the order of the folds, so two of its states cannot be combined; 'continual rules' says which can"
         )
@@ -95,14 +96,12 @@ def check(state: State, other: State, rule: Rule) -> None:
         )
 
 
-def _add(
-    transaction: Transaction, other: State, rule: Rule, totals: Mapping[str, float], spec: TensorSpec, at: int
-) -> float:
+def _add(transaction: Transaction, other: State, rule: Rule, totals: Totals, spec: TensorSpec, at: int) -> float:
     slots = rule.slots(spec)
     mine = {slot: torch.from_numpy(transaction.read(spec.name, slot)) for slot in slots}
     theirs = {slot: torch.from_numpy(other.read(spec.name, slot, at=at)) for slot in slots}
-    assert rule.combine is not None
-    merged_sq = rule.combine(mine, theirs, totals)
+    assert rule.laws.combine is not None
+    merged_sq = rule.laws.combine(mine, theirs, totals)
     for slot, value in mine.items():
         transaction.write(spec.name, slot, value.numpy())
     return merged_sq

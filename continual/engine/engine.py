@@ -23,7 +23,7 @@ from continual.executors.contract import Progress, silent
 from continual.gates import Gates, Headers, Numbers
 from continual.gates.lineage import LineageGate, trace
 from continual.gates.weight import WeightGate
-from continual.records import Candidate, Entry, FoldReport, Lineage
+from continual.records import Candidate, Entry, FoldReport, Lineage, Totals
 from continual.rules import Rule
 from continual.state import Commit, State, Transaction
 from continual.tensors import (
@@ -45,7 +45,7 @@ class Engine:
 
     def __init__(self, state: State, base: BaseModel, rule: Rule, gates: Gates, resources: Resources) -> None:
         """Raises Misconfigured where the settings weigh models and the rule cannot."""
-        if not rule.weighted and not gates.the(WeightGate).even:
+        if not rule.laws.weighted and not gates.the(WeightGate).even:
             raise Misconfigured(
                 f"weight: {rule.name} folds every model with weight 1; leave out the settings weight and weights"
             )
@@ -113,13 +113,11 @@ class Engine:
     def shipped(self, model: Model, lineage: Lineage) -> Checkpoint | None:
         """The values beside the weights that the rule needs, opened; None if it needs none. Raises Refuse if they are
         not there, or not of the weights' shapes."""
-        if self.rule.shipped is None:
+        if self.rule.needs.shipped is None:
             return None
-        return open_shipped(self.base, model, lineage, self.rule.shipped)
+        return open_shipped(self.base, model, lineage, self.rule.needs.shipped)
 
-    def stream(
-        self, transaction: Transaction, opened: OpenCandidate, before: Mapping[str, float], progress: Progress
-    ) -> FoldReport:
+    def stream(self, transaction: Transaction, opened: OpenCandidate, before: Totals, progress: Progress) -> FoldReport:
         """Puts every tensor of a candidate through the rule, into `transaction`, on the rule's totals `before`.
 
         The gates are asked of each tensor. The sums of the whole model are not judged, and nothing is committed. Raises
@@ -149,7 +147,7 @@ class Engine:
     def _fold(self, opened: OpenCandidate, progress: Progress, chosen: Mapping[str, Any]) -> Outcome:
         candidate = opened.candidate
         begun = time.perf_counter()
-        before = dict(self.state.ledger.totals)
+        before = Totals.of(self.state.ledger.totals)
         with self.state.begin() as transaction:
             report = self.stream(transaction, opened, before, progress)
             if twin := self.state.ledger.folded_digest(report.digest):
@@ -164,7 +162,7 @@ class Engine:
                 candidate=candidate.identity(),
                 digest=report.digest,
                 fate="folded",
-                totals=report.totals,
+                totals=report.totals.body(),
                 numbers={**report.numbers, **chosen},
                 software=provenance.software(),
                 device=report.device,

@@ -7,21 +7,20 @@ never whole in memory.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from blake3 import blake3
 
 from continual.engine.resources import Resources
 from continual.executors.contract import Progress, Task
 from continual.gates import Gates, TensorNumbers
-from continual.records import Lineage, TensorSpec
-from continual.rules import Folded, Inputs, Measured, Rule
-from continual.rules.contract import Measure
+from continual.records import Lineage, TensorSpec, Totals
+from continual.rules import Counts, Folded, Inputs, Pass, Rule, Sums
 from continual.state import Transaction
 from continual.tensors import TaskVectors
 from continual.tensors.vectors import RUN, Content
@@ -38,7 +37,7 @@ class TensorFold(NamedTuple):
     """
 
     digest: bytes
-    sums: Mapping[str, float]
+    sums: Sums
     notes: Mapping[str, float]
     nbytes: int
     seconds: Mapping[str, float]
@@ -49,7 +48,7 @@ class Terms(NamedTuple):
 
     name: str
     rule: Rule
-    totals: Mapping[str, float]
+    totals: Totals
     weight: float = 1.0
 
 
@@ -62,7 +61,7 @@ class Folding:
     def __init__(
         self, transaction: Transaction, vectors: TaskVectors, terms: Terms, gates: Gates, resources: Resources
     ) -> None:
-        self.measured: Measured = {}
+        self.measured: object = terms.rule.needs.measure
         self._transaction = transaction
         self._vectors = vectors
         self._terms = terms
@@ -78,22 +77,18 @@ class Folding:
 
         Counts are whole numbers, so the order in which tensors end does not matter.
         """
-        measure = self._rule.measure
-        if measure is None:
-            return
         numel = sum(spec.numel for spec in specs)
         changed = self._in_file_order([spec for spec in specs if spec.name in set(lineage.folded)])
-        for number in range(measure.passes):
-            share = measure.share(number, self.measured)
-            if share == 0.0:
-                continue
+        number = 0
+        while isinstance(self.measured, Pass):
+            measure, number = self.measured, number + 1
             self._vectors.begin()
-            tasks = [self._measuring(spec, measure, number, share) for spec in changed]
-            counts = torch.zeros((), dtype=torch.int64)
+            tasks = [self._measuring(spec, measure) for spec in changed]
+            counts = np.zeros(measure.bins, np.int64)
             for done, (_, found) in enumerate(self._resources.executor.map(tasks), 1):
-                counts = counts + found
-                progress(f"measure {number + 1}", done, len(tasks))
-            self.measured = measure.conclude(number, counts, numel, self.measured)
+                counts += found
+                progress(f"measure {number}", done, len(tasks))
+            self.measured = measure.conclude(counts, numel)
 
     def run(self, specs: Sequence[TensorSpec], lineage: Lineage, progress: Progress) -> dict[str, TensorFold]:
         """Puts every tensor of `specs` through the rule, several at a time; what each gave, by name. Raises Refuse,
@@ -116,23 +111,22 @@ class Folding:
         vectors = self._vectors
         if not changes:
             return Task(spec.name, need(self._rule, spec, None), partial(self._untouched, spec))
-        run = self._by_runs if self._rule.elementwise(spec) else self._whole
+        run = self._by_runs if self._rule.fold.elementwise(spec) else self._whole
         return Task(
             spec.name, need(self._rule, spec, vectors), partial(run, spec), partial(vectors.prefetch, spec.name)
         )
 
-    def _measuring(self, spec: TensorSpec, measure: Measure, number: int, share: float) -> Task[torch.Tensor]:
-        """The work of one tensor in pass `number` of what the rule measures before the fold, on that share of its
-        elements."""
-        vectors = self._vectors
+    def _measuring(self, spec: TensorSpec, measure: Pass) -> Task[Counts]:
+        """The work of one tensor in a pass before the fold, on the share of its elements that the pass has to see."""
+        vectors, share = self._vectors, measure.share
 
-        def run() -> torch.Tensor:
+        def run() -> Counts:
             self._resources.go_on(self._terms.name)
-            counts = torch.zeros((), dtype=torch.int64)
+            counts = np.zeros(measure.bins, np.int64)
             inputs = self._inputs(spec)
             for start, stop, tau in vectors.runs(spec.name, None, share=share):
                 stands_for = round(min(vectors.run, spec.numel - start) / (stop - start))
-                counts = counts + measure.tally(number, tau, inputs._replace(start=start)) * stands_for
+                measure.tally(tau, inputs._replace(start=start), counts, stands_for)
             return counts
 
         need = vectors.nbytes(spec.name, whole=False) + 8 * 4 * vectors.run
@@ -143,7 +137,7 @@ class Folding:
         started = time.perf_counter()
         inputs = self._inputs(spec)
         tau, digest, nbytes = self._vectors.vector(spec.name)
-        if self._rule.shipped is not None:
+        if self._rule.needs.shipped is not None:
             content, moments = Content(), torch.empty(spec.numel)
             for start in range(0, spec.numel, self._vectors.run):
                 stop = min(start + self._vectors.run, spec.numel)
@@ -152,9 +146,9 @@ class Folding:
             digest, nbytes = blake3(digest + content.digest()).digest(), nbytes + content.nbytes
         read = time.perf_counter()
         folded = self._apply(inputs, tau)
-        self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums["tau_sq"]))
+        self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums.tau_sq))
         computed = time.perf_counter()
-        if folded.sums["tau_sq"] == 0.0 and self._rule.shipped is None:
+        if folded.sums.tau_sq == 0.0 and self._rule.needs.shipped is None:
             self._transaction.keep(spec.name)
         else:
             for slot, value in folded.accumulators.items():
@@ -167,28 +161,28 @@ class Folding:
         inputs = self._inputs(spec)
         clock, content = _Clock(), Content()
         reading = self._vectors.runs(spec.name, content)
-        parts: list[Mapping[str, float]] = []
+        parts: list[Sums] = []
         for start, _, values in self._transaction.runs(spec.name, self._vectors.run):
             clock.ends("write")
             _, stop, tau = next(reading)
             given_inputs = inputs._replace(start=start)
-            if self._rule.shipped is not None:
+            if self._rule.needs.shipped is not None:
                 given_inputs = given_inputs._replace(
                     moments=self._vectors.moments(spec.name, start, stop, content).to(self._device)
                 )
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value) for slot, value in values.items()}
             given = {slot: value.to(self._device) for slot, value in accumulators.items()}
-            folded = self._rule.fold(given, tau.to(self._device), given_inputs, self._terms.totals)
-            self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums["tau_sq"]))
+            folded = self._rule.fold.apply(given, tau.to(self._device), given_inputs, self._terms.totals)
+            self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums.tau_sq))
             for slot, value in folded.accumulators.items():
                 if value is not accumulators[slot]:
                     accumulators[slot].copy_(value)
             parts.append(folded.sums)
             clock.ends("rule")
         next(reading, None)
-        sums = total(parts)
-        if sums["tau_sq"] == 0.0 and self._rule.shipped is None:
+        sums = Sums.total(parts)
+        if sums.tau_sq == 0.0 and self._rule.needs.shipped is None:
             self._transaction.keep(spec.name)
         clock.ends("write")
         return TensorFold(content.digest(), sums, {}, content.nbytes, clock.seconds)
@@ -205,11 +199,11 @@ class Folding:
         accumulators = {
             slot: torch.from_numpy(self._transaction.read(spec.name, slot)).to(self._device) for slot in slots
         }
-        return self._rule.fold(accumulators, tau.to(self._device), inputs, self._terms.totals)
+        return self._rule.fold.apply(accumulators, tau.to(self._device), inputs, self._terms.totals)
 
     def _inputs(self, spec: TensorSpec) -> Inputs:
         """What the rule is given besides the task vector of a tensor that the candidate changes."""
-        return Inputs(spec, self._terms.weight, self._seed(spec.name) if self._rule.seeded else 0, self.measured)
+        return Inputs(spec, self._terms.weight, self._seed(spec.name) if self._rule.needs.seeded else 0, self.measured)
 
     def _seed(self, name: str) -> int:
         """From the tensor's content and name, so that a fine-tune meets the same random choices wherever it lies. Reads
@@ -238,13 +232,6 @@ class _Clock:
         self._last = now
 
 
-def total(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The sums of several tensors, or runs of one, added exactly: their order does not matter. What a part does not
-    have counts as 0."""
-    keys = {key for part in parts for key in part} or {"tau_sq", "dot", "merged_sq"}
-    return {key: math.fsum(part.get(key, 0.0) for part in parts) for key in sorted(keys)}
-
-
 def run_length(device: torch.device) -> int:
     """Elements of a run on this device."""
     return RUN if device.type == "cpu" else RUN_ON_DEVICE
@@ -254,15 +241,15 @@ def need(rule: Rule, spec: TensorSpec, vectors: TaskVectors | None) -> int:
     """Peak bytes of folding one tensor; without `vectors`, of one that the candidate does not change."""
     slots = rule.slots(spec).values()
     if vectors is None:
-        return 4 * spec.numel + sum(slot.nbytes for slot in slots) + rule.workspace(spec)
-    if rule.elementwise(spec):
+        return 4 * spec.numel + sum(slot.nbytes for slot in slots) + rule.fold.workspace(spec)
+    if rule.fold.elementwise(spec):
         share = min(1.0, vectors.run / max(1, spec.numel))
         return (
             vectors.nbytes(spec.name, whole=False)
             + int(share * sum(slot.nbytes for slot in slots))
-            + rule.workspace(spec)
+            + rule.fold.workspace(spec)
         )
-    return vectors.nbytes(spec.name) + sum(slot.nbytes for slot in slots) + rule.workspace(spec)
+    return vectors.nbytes(spec.name) + sum(slot.nbytes for slot in slots) + rule.fold.workspace(spec)
 
 
 def state_bytes(rule: Rule, specs: Sequence[TensorSpec]) -> int:

@@ -41,7 +41,7 @@ def _fitting(engine: Engine, opened: OpenCandidate, place: Place) -> Plan:
     if shipped is not None:
         shipped.close()
     vectors = TaskVectors(engine.base, model, lineage, shipped=shipped)
-    passes = 1.0 + rule.seeded + (rule.measure.usual if rule.measure else 0.0)
+    passes = 1.0 + rule.needs.seeded + (rule.needs.measure.usual if rule.needs.measure else 0.0)
     kinds = [specs[name].kind for name in lineage.folded]
     once = candidate.nbytes + sum(specs[name].nbytes for name in lineage.folded)
     return Plan(

@@ -4,14 +4,14 @@ formats; export writes what is read here."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from continual import linalg
 from continual.executors.contract import Executor, Progress, Task
-from continual.records import TensorSpec
+from continual.records import TensorSpec, Totals
 from continual.rules import ReadOptions, Rule, Size
 from continual.rules.matrices import sides
 from continual.state import Commit, State
@@ -40,7 +40,7 @@ class Reading:
         self.state = state
         self.rule = rule
         self.commit: Commit = state.ledger.head if seq is None else state.ledger.get(seq)
-        self.totals: Mapping[str, float] = state.ledger.totals_at(self.commit.seq)
+        self.totals = Totals.of(state.ledger.totals_at(self.commit.seq))
         self.options = options or ReadOptions.from_mapping(state.ledger.read_options(self.commit.seq))
         self.lengths = {} if lengths is None else lengths
         self._factors: Parts | None = None
@@ -62,7 +62,7 @@ class Reading:
 
     def size(self) -> Size:
         """How long X is, as far as it is known."""
-        size = self.rule.size(self.totals)
+        size = self.rule.read.size(self.totals)
         if self.commit.generation is None:
             return Size(0.0, size.most, (0.0, 0.0))
         parts = self.lengths.get(self.commit.generation)
@@ -76,7 +76,7 @@ class Reading:
         """What the rule reads at scale 1: float32 of the tensor's shape, in new memory."""
         slots = self.state.format.slots[spec.name]
         accumulators = {slot: torch.from_numpy(self.state.read(spec.name, slot, at=self.commit.seq)) for slot in slots}
-        return self.rule.read(spec, accumulators, self.totals)
+        return self.rule.read.unit(spec, accumulators, self.totals)
 
     def vector(self, spec: TensorSpec) -> torch.Tensor:
         """The merged task vector of one tensor, before any cast: float32 of the tensor's shape, in new memory."""
@@ -105,7 +105,7 @@ class Reading:
         return math.hypot(*parts)
 
     def _is_matrix(self, spec: TensorSpec) -> bool:
-        return self.rule.matrix is not None and self.rule.matrix(spec)
+        return self.rule.read.matrix is not None and self.rule.read.matrix(spec)
 
     def _square(self, spec: TensorSpec, seen: Seen | None) -> float:
         found = self.unit(spec)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from continual.engine.folding import TensorFold, Terms, total
+from continual.engine.folding import TensorFold, Terms
 from continual.engine.outcomes import OpenCandidate
 from continual.records import FoldReport
+from continual.rules import Sums, settle
 
 _LISTED = 100
 """Names of tensors that stay out that a record lists: a header can claim any number of them."""
@@ -33,16 +34,16 @@ def report_of(
     """
     lineage, rule = opened.lineage, terms.rule
     ordered = [folds[name] for name in sorted(folds)]
-    sums = total([fold.sums for fold in ordered])
-    totals = rule.settle(terms.totals, sums, terms.weight)
-    cross = math.sqrt(sums["tau_sq"] * terms.totals.get("merged_sq", 0.0))
+    sums = Sums.total([fold.sums for fold in ordered])
+    totals = settle(terms.totals, sums, terms.weight)
+    cross = math.sqrt(sums.tau_sq * terms.totals.merged_sq)
     numbers: dict[str, Any] = {
-        "tau_norm": math.sqrt(sums["tau_sq"]),
+        "tau_norm": math.sqrt(sums.tau_sq),
         "base_norm": math.sqrt(math.fsum(squares[name] for name in lineage.folded)),
-        "merged_norm": math.sqrt(sums["merged_sq"]),
-        "cosine": sums["dot"] / cross if cross else 0.0,
-        **rule.gauges(totals),
-        **({"weight": terms.weight} if rule.weighted else {}),
+        "merged_norm": math.sqrt(sums.merged_sq),
+        "cosine": sums.dot / cross if cross else 0.0,
+        **rule.read.gauges(totals),
+        **({"weight": terms.weight} if rule.laws.weighted else {}),
         "tensors": len(lineage.folded),
         "unchanged": len(lineage.unchanged),
         "extra": list(lineage.extra[:_LISTED]),

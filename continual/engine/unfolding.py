@@ -18,7 +18,7 @@ from continual.engine.engine import Engine
 from continual.engine.outcomes import OpenCandidate
 from continual.errors import Misconfigured, Refuse, Retry
 from continual.executors.contract import Progress
-from continual.records import Entry, FoldReport
+from continual.records import Entry, FoldReport, Totals
 from continual.state import Commit, Transaction
 from continual.tensors import Place, candidate_of, open_model
 
@@ -69,7 +69,7 @@ def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
     place = _find([fold.commit for fold in history], word)
     gone = history[place].commit
     start, begin = None, 0
-    if rule.combine is None and not rule.rounds:
+    if rule.laws.combine is None and not rule.laws.rounds:
         kept = set(state.generations())
         for index, fold in enumerate(history[:place]):
             if fold.at is not None and fold.at.generation in kept:
@@ -84,7 +84,7 @@ def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
         seq=gone.seq,
         name=candidate["name"],
         key=candidate["key"],
-        exact=rule.combine is not None or rule.rounds,
+        exact=rule.laws.combine is not None or rule.laws.rounds,
         start=start,
         again=again,
         read_bytes=sum(model.nbytes for model in again),
@@ -125,12 +125,13 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
     if plan.exact:
         (model,) = plan.again
         with state.begin() as transaction:
-            report = _stream(engine, transaction, model, state.ledger.totals, -model.weight, progress)
-            return transaction.commit(entry(report, report.totals))
+            report = _stream(engine, transaction, model, Totals.of(state.ledger.totals), -model.weight, progress)
+            return transaction.commit(entry(report, report.totals.body()))
     generation = state.generation_of(state.ledger.get(plan.start)) if plan.start is not None else None
-    totals = state.ledger.totals_at(plan.start) if plan.start is not None else {}
+    kept = state.ledger.totals_at(plan.start) if plan.start is not None else {}
     if not plan.again:
-        return state.record(entry(None, totals), generation)
+        return state.record(entry(None, kept), generation)
+    totals = Totals.of(kept)
     scratch: Transaction | None = None
     try:
         for number, model in enumerate(plan.again, 1):
@@ -138,7 +139,7 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
                 report = _stream(engine, transaction, model, totals, model.weight, progress)
                 progress("models", number, len(plan.again))
                 if number == len(plan.again):
-                    return transaction.commit(entry(report, report.totals))
+                    return transaction.commit(entry(report, report.totals.body()))
                 generation, totals = transaction.seal(), report.totals
             if scratch is not None:
                 scratch.abandon()
@@ -153,7 +154,7 @@ def _stream(
     engine: Engine,
     transaction: Transaction,
     again: Again,
-    totals: Mapping[str, float],
+    totals: Totals,
     weight: float,
     progress: Progress,
 ) -> FoldReport:

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from continual.records import Candidate, Lineage
+from continual.records import Candidate, Lineage, Totals
 from continual.tensors import BaseModel, Model
 
 
@@ -65,7 +65,7 @@ class Numbers(NamedTuple):
     name: str
     tau_norm: float
     base_norm: float
-    totals: Mapping[str, float]
+    totals: Totals
 
 
 @dataclass(frozen=True)

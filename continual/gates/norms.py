@@ -41,10 +41,10 @@ class NormsGate(AtNumbers):
                 f"the base's ({base:.4g}), more than max_base_ratio = {self.max_base_ratio:g}: "
                 "a fine-tune of another base, or a damaged one",
             )
-        count = seen.totals.get("count", 0.0)
+        count = seen.totals.count
         if count < 1:
             return
-        mean = seen.totals["norm_sum"] / count
+        mean = seen.totals.norm_sum / count
         if norm > self.max_mean_ratio * mean or norm < mean / (_SHORTER * self.max_mean_ratio):
             raise Refuse(
                 "norm-mean",

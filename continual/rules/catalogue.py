@@ -1,20 +1,23 @@
-"""The fold rules and the transforms before them, as people and machines are told of them."""
+"""The fold rules and the transforms before them, as `continual rules` tells people and machines of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from continual.rules import ROWS, TRANSFORMS, rule
+from continual.rules import ROWS, TRANSFORMS, Option, Rule, RuleRow
+from continual.rules.options import O
 
 
 @dataclass(frozen=True, slots=True)
 class RuleInfo:
-    """A fold rule as the registry has it. `options` are its fold-time options with their defaults, `order_free`: the
-    order of the fine-tunes does not matter beyond rounding, `unfold`: one can be subtracted, `weighted`: a fine-tune
-    can have a weight, `passes`: how often its tensors are read as a rule, `needs`: what it has to bring besides its
-    weights, `scale`: how it is read by default."""
+    """A fold rule of the list.
+
+    `order_free`: the order of the fine-tunes does not matter beyond rounding. `unfold`: one can be subtracted.
+    `weighted`: a fine-tune can have a weight. `passes`: how often its tensors are usually read. `needs`: the file that
+    it has to bring besides its weights, or nothing. `scale`: how the merge is read by default. `options`: the fold-time
+    options with their defaults.
+    """
 
     name: str
     summary: str
@@ -26,27 +29,32 @@ class RuleInfo:
     passes: float
     needs: str
     scale: str
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
 
 
 def rules() -> list[RuleInfo]:
     """Every fold rule."""
-    return [
-        RuleInfo(
-            name=row.name,
-            summary=row.summary,
-            paper=row.paper,
-            bytes_per_parameter=row.bytes_per_parameter,
-            order_free=row.order_free,
-            unfold=(made := rule(row.name)).combine is not None or made.rounds,
-            weighted=made.weighted,
-            passes=1 + (made.measure.usual if made.measure else 0.0),
-            needs=made.shipped or "",
-            scale=str(row.read),
-            options={key: option.default for key, option in row.options.items()},
-        )
-        for row in ROWS.values()
-    ]
+    return [_info(row, row.rule()) for row in ROWS.values()]
+
+
+def _info(row: RuleRow[O], made: Rule) -> RuleInfo:
+    return RuleInfo(
+        name=row.name,
+        summary=row.summary,
+        paper=row.paper,
+        bytes_per_parameter=row.bytes_per_parameter,
+        order_free=made.laws.order_free,
+        unfold=made.laws.combine is not None or made.laws.rounds,
+        weighted=made.laws.weighted,
+        passes=1 + (made.needs.measure.usual if made.needs.measure else 0.0),
+        needs=made.needs.shipped or "",
+        scale=str(row.read),
+        options=_defaults(row.declared),
+    )
+
+
+def _defaults(options: Mapping[str, Option]) -> dict[str, object]:
+    return {name: option.default for name, option in options.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +64,12 @@ class TransformInfo:
     name: str
     summary: str
     paper: str
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
 
 
 def transforms() -> list[TransformInfo]:
     """Every transform that can stand before a rule."""
     return [
-        TransformInfo(t.name, t.summary, t.paper, {key: option.default for key, option in t.options.items()})
-        for t in TRANSFORMS.values()
+        TransformInfo(name=row.name, summary=row.summary, paper=row.paper, options=_defaults(row.declared))
+        for row in TRANSFORMS.values()
     ]

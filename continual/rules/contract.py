@@ -1,160 +1,234 @@
-"""What a rule is: pure functions over one tensor's accumulators and the model's totals. No rule lives here, and no
-registry.
+"""What a rule is: pure functions over one tensor's accumulators and the model's totals. No rule lives here, and no list
+of rules.
 
 A rule never sees a file, a clock, a device of its own choice or global random state. `fold` and `read` work on the
-device of the tensors they are given.
+device of the tensors that they are given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple
 
-import torch
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
 
-from continual.errors import Misconfigured
-from continual.records import SlotSpec, TensorSpec
+from continual.records import SlotSpec, TensorSpec, Totals
+from continual.rules.options import O, Option, declared, plain, resolve
 from continual.rules.scale import ReadOptions, Size
 
-Accumulators = dict[str, torch.Tensor]
+Accumulators = dict[str, Tensor]
 """What a rule keeps of one tensor, by slot name: fixed shapes and dtypes from the first fold on, zeros before it."""
-Totals = Mapping[str, float]
-"""What a rule keeps of the whole model; empty before the first fold."""
-Sums = Mapping[str, float]
-"""What one tensor adds to the whole model's figures; reduced over tensors in float64 in name order."""
+Counts = npt.NDArray[np.int64]
+"""What a pass counts."""
 
 
-Measured = Mapping[str, float]
-"""What a rule found out about the whole model before folding it."""
+class Sums(NamedTuple):
+    """What one tensor adds to the figures of the whole model. They are added in float64; the order does not matter.
+
+    `tau_sq` ‖τ‖², `dot` ⟨τ, X before the fold⟩, `merged_sq` ‖X after it‖². Of a tensor that the rule takes for a matrix
+    also `matrix_sq`, ‖τ‖² again, and `top_sq`, the square of τ's largest singular value.
+    """
+
+    tau_sq: float = 0.0
+    dot: float = 0.0
+    merged_sq: float = 0.0
+    matrix_sq: float | None = None
+    top_sq: float | None = None
+
+    @staticmethod
+    def total(parts: Sequence[Sums]) -> Sums:
+        """The sums of several tensors, or of several runs of one, added exactly. A part without a figure adds 0; a
+        figure that no part has stays None."""
+        matrix_sq, top_sq = (
+            math.fsum(found) if (found := [value for value in column if value is not None]) else None
+            for column in ([part.matrix_sq for part in parts], [part.top_sq for part in parts])
+        )
+        return Sums(
+            math.fsum(part.tau_sq for part in parts),
+            math.fsum(part.dot for part in parts),
+            math.fsum(part.merged_sq for part in parts),
+            matrix_sq,
+            top_sq,
+        )
 
 
 class Inputs(NamedTuple):
-    """What a fold is given besides the task vector: `weight` (minus the weight it was folded with unfolds a model),
-    `seed` for random choices (from the tensor's content and name), what was measured in the passes before the fold,
-    where in the tensor a run begins, and what was shipped beside the weights for it (`moments`: float32 of τ's shape,
-    not negative)."""
+    """What a fold is given besides the task vector.
+
+    `weight`: what the model is folded with; minus that weight unfolds it. `seed`: for random choices, from the tensor's
+    content and name. `measured`: what the passes before the fold found, None where the rule needs none. `start`: the
+    index of the first element, where a run of a tensor is folded. `moments`: what was shipped beside the weights for
+    it, float32 of τ's shape, not negative.
+    """
 
     spec: TensorSpec
     weight: float = 1.0
     seed: int = 0
-    measured: Measured = MappingProxyType({})
+    measured: object = None
     start: int = 0
-    moments: torch.Tensor | None = None
+    moments: Tensor | None = None
 
 
-class Measure(NamedTuple):
-    """Passes over all task vectors of a model before it is folded.
+class Pass(ABC):
+    """A pass over all task vectors of a model before it is folded; it counts something.
 
-    share(pass, measured so far): of which share of the elements the pass has to see: 0 leaves it out, below 1 a sample
-    spread over every tensor will do. tally(pass, flat run of τ, inputs with what is measured so far): int64 counts of a
-    fixed length, which are added up over the model; those of a sample are multiplied first by how many elements each
-    stands for. conclude(pass, counts, number of elements of the model, measured so far): what is measured after the
-    pass. The elements of tensors that the model leaves alone are zeros that were not counted.
+    Elements of tensors that the model does not change are zeros, and are not counted.
     """
 
-    passes: int
-    share: Callable[[int, Measured], float]
-    tally: Callable[[int, torch.Tensor, Inputs], torch.Tensor]
-    conclude: Callable[[int, torch.Tensor, int, Measured], dict[str, float]]
+    @property
+    @abstractmethod
+    def share(self) -> float:
+        """Of which share of the elements the pass has to see; below 1 a sample spread over every tensor will do."""
 
     @property
+    @abstractmethod
     def usual(self) -> float:
-        """How often the elements are seen as a rule: where no pass finds that another is needed."""
-        return sum(self.share(number, {}) for number in range(self.passes))
+        """How often the elements are seen from here on, where no pass finds that a rare one is needed."""
+
+    @property
+    @abstractmethod
+    def bins(self) -> int:
+        """How many counts the pass makes."""
+
+    @abstractmethod
+    def tally(self, tau: Tensor, inputs: Inputs, counts: Counts, times: int) -> None:
+        """Adds the counts of τ, a flat run of a tensor on the CPU, to `counts` in place, each multiplied by `times`:
+        how many elements one of a sample stands for. May overwrite τ."""
+
+    @abstractmethod
+    def conclude(self, counts: Counts, numel: int) -> object:
+        """What follows from the counts over a model of `numel` elements: the next pass, or what was to be found, which
+        is then `Inputs.measured`."""
 
 
 class Folded(NamedTuple):
-    """One tensor after a fold. `sums`: tau_sq ‖τ‖², dot ⟨τ, X_old⟩, merged_sq ‖X_new‖². `notes` are reported only."""
+    """One tensor after a fold. `notes` are reported only."""
 
     accumulators: Accumulators
-    sums: dict[str, float]
-    notes: dict[str, float]
+    sums: Sums
+    notes: Mapping[str, float] = MappingProxyType({})
 
 
-class Rule(NamedTuple):
-    """A fold rule with its fold-time options resolved.
+def _always(spec: TensorSpec) -> bool:  # noqa: ARG001 - the contract's signature
+    return True
 
-    slots(spec): the accumulators of a tensor, which start as zeros; not asked for carried tensors. elementwise(spec):
-    `fold` may be given any run of elements in place of the whole tensor, flat; the accumulators then have the tensor's
-    shape. fold(accumulators, τ, inputs, totals before): may overwrite the accumulators and τ in place; τ is float32 of
-    the tensor's shape. settle(totals before, sums, weight): totals after. read(spec, accumulators, totals): what the
-    rule calls one, X: the merged task vector at scale 1, float32, in new memory. size(totals): how long X is, and how
-    long it may be made. workspace(spec): peak bytes that fold needs beyond the accumulators and τ. gauges(totals):
-    figures worth watching, by name (λ of opcm). combine(accumulators, others, totals of both together): adds the
-    others' to the accumulators in place, returns ‖X‖². Where a rule has it, folding is
-    adding: two states become one, and folding again with minus the weight unfolds.
-    measure: what has to be known of a whole model before any of it is folded.
-    seeded: `fold` makes random choices, by `inputs.seed`. weighted: a model can be folded with any weight above 0.
-    matrix: which tensors the rule takes for matrices, where it tells them apart; its sums then have matrix_sq and
-    top_sq (`matrices.figures`).
-    shipped: the file beside the weights that `inputs.moments` comes from; a tensor whose τ is zero is folded then like
-    any other.
-    rounds: no model is folded by itself: rounds over the candidates that wait choose and weigh them
-    (`continual.selection`).
+
+def _no_gauges(totals: Totals) -> dict[str, float]:  # noqa: ARG001 - the contract's signature
+    return {}
+
+
+class FoldFunctions(NamedTuple):
+    """How a task vector enters the accumulators of its tensor.
+
+    apply(accumulators, τ, inputs, totals before): may overwrite the accumulators and τ in place; τ is float32 of the
+    tensor's shape. workspace(spec): peak bytes that it needs beyond the accumulators and τ. elementwise(spec): `apply`
+    may be given any run of elements in place of the whole tensor, flat; the accumulators then have the tensor's shape.
     """
 
-    name: str
-    summary: str
-    options: Mapping[str, Any]
-    slots: Callable[[TensorSpec], dict[str, SlotSpec]]
-    elementwise: Callable[[TensorSpec], bool]
-    fold: Callable[[Accumulators, torch.Tensor, Inputs, Totals], Folded]
-    settle: Callable[[Totals, Sums, float], dict[str, float]]
-    read: Callable[[TensorSpec, Accumulators, Totals], torch.Tensor]
-    size: Callable[[Totals], Size]
+    apply: Callable[[Accumulators, Tensor, Inputs, Totals], Folded]
     workspace: Callable[[TensorSpec], int]
-    gauges: Callable[[Totals], dict[str, float]]
-    combine: Callable[[Accumulators, Accumulators, Totals], float] | None = None
-    measure: Measure | None = None
-    seeded: bool = False
-    weighted: bool = False
-    shipped: str | None = None
+    elementwise: Callable[[TensorSpec], bool] = _always
+
+
+class ReadFunctions(NamedTuple):
+    """How the merged task vector is read.
+
+    unit(spec, accumulators, totals): what the rule calls one, X: the merged task vector at scale 1, float32 of the
+    tensor's shape, in new memory. size(totals): how long X is, and how long it may be made. matrix(spec): whether the
+    rule takes this tensor for a matrix, where it tells them apart; the sums of these have `matrix_sq` and `top_sq`.
+    gauges(totals): figures worth watching, by name.
+    """
+
+    unit: Callable[[TensorSpec, Accumulators, Totals], Tensor]
+    size: Callable[[Totals], Size]
     matrix: Callable[[TensorSpec], bool] | None = None
+    gauges: Callable[[Totals], dict[str, float]] = _no_gauges
+
+
+class Needs(NamedTuple):
+    """What a rule needs besides the task vectors.
+
+    `measure`: the first pass over a model before any of it is folded. `seeded`: `fold` makes random choices, by
+    `inputs.seed`. `shipped`: the file beside the weights that `inputs.moments` comes from; a tensor whose τ is zero is
+    folded then like any other.
+    """
+
+    measure: Pass | None = None
+    seeded: bool = False
+    shipped: str | None = None
+
+
+class Laws(NamedTuple):
+    """What holds for a rule.
+
+    `order_free`: the order of the fine-tunes does not matter beyond rounding. `weighted`: a model can be folded with
+    any weight above 0. combine(accumulators, others, totals of both together): adds the others' accumulators in place
+    and returns ‖X‖² after; where a rule has it, folding is adding: two states become one, and folding again with minus
+    the weight unfolds. `rounds`: no model is folded by itself; rounds over the candidates that wait choose and weigh
+    them (`continual.selection`).
+    """
+
+    order_free: bool = True
+    weighted: bool = False
+    combine: Callable[[Accumulators, Accumulators, Totals], float] | None = None
     rounds: bool = False
 
 
-class Option(NamedTuple):
-    """A fold-time option: `check` returns the value in its canonical form or raises ValueError with what is allowed."""
-
-    default: Any
-    help: str
-    check: Callable[[Any], Any]
+def one_sum(spec: TensorSpec) -> dict[str, SlotSpec]:
+    """The slot `sum`: one float32 tensor of the weight's own shape."""
+    return {"sum": SlotSpec(spec.shape)}
 
 
-class Row(NamedTuple):
-    """A rule in the registry: what it is, its options, how it is read unless told otherwise; `make` gets all options,
-    checked.
+class Rule(NamedTuple):
+    """A rule with its options resolved. `options` are all of them, as plain data.
 
-    bytes_per_parameter: size of its state, for people. order_free: the order of the fine-tunes does not matter beyond
-    rounding.
-    published: how its paper reads it, where that is not the default. spectral: it tells matrices apart, so `spread` can
-    read it.
+    slots(spec): the accumulators of a tensor, which start as zeros; not asked for carried tensors.
+    """
+
+    fold: FoldFunctions
+    read: ReadFunctions
+    slots: Callable[[TensorSpec], dict[str, SlotSpec]] = one_sum
+    needs: Needs = Needs()
+    laws: Laws = Laws()
+    name: str = ""
+    options: Mapping[str, object] = MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleRow(Generic[O]):
+    """A rule in the list of rules: what it is, its options, how it is read unless told otherwise.
+
+    bytes_per_parameter: size of its state, for people. options: the dataclass that declares them. make: the rule, from
+    its options. published: how its paper reads it, where that is not the default.
     """
 
     name: str
     summary: str
     paper: str
-    options: Mapping[str, Option]
-    read: ReadOptions
     bytes_per_parameter: str
-    make: Callable[[Mapping[str, Any]], Rule]
-    order_free: bool = True
+    read: ReadOptions
     published: ReadOptions | None = None
-    spectral: bool = False
+    options: type[O]
+    make: Callable[[O], Rule]
 
+    @property
+    def declared(self) -> dict[str, Option]:
+        """Its options by name."""
+        return declared(self.options)
 
-def resolve(what: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options with their values; those not given take their defaults. Raises Misconfigured for unknown ones, or a
-    value that is not allowed."""
-    for unknown in sorted(set(given) - set(options)):
-        raise Misconfigured(
-            f"{what}: unknown option {unknown!r}; its options are: {', '.join(sorted(options)) or 'none'}"
-        )
-    resolved = {}
-    for key, option in options.items():
-        try:
-            resolved[key] = option.check(given.get(key, option.default))
-        except ValueError as error:
-            raise Misconfigured(f"{what}: {key} = {given[key]!r} has to be {error}") from None
-    return resolved
+    def rule(self, given: Mapping[str, object] = MappingProxyType({})) -> Rule:
+        """The rule with these options; those not given take their defaults. Raises Misconfigured for an unknown option,
+        or a value that is not allowed."""
+        options: O = resolve(f"rule {self.name}", self.options, given)
+        return self.make(options)._replace(name=self.name, options=plain(options))
+
+    @property
+    def spectral(self) -> bool:
+        """Whether it tells matrices apart, so that `spread` can read it."""
+        return self.rule().read.matrix is not None

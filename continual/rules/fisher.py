@@ -8,18 +8,57 @@ has a weight reads 0: it stays as it is in the base. A tensor that a fine-tune d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from torch import Tensor
 
 from continual import linalg
-from continual.records import SlotSpec, TensorSpec
+from continual.records import SlotSpec, TensorSpec, Totals
 from continual.rules import sums
-from continual.rules.contract import Accumulators, Folded, Inputs, Option, Row, Rule, Totals
+from continual.rules.contract import (
+    Accumulators,
+    Folded,
+    FoldFunctions,
+    Inputs,
+    Laws,
+    Needs,
+    ReadFunctions,
+    Rule,
+    RuleRow,
+    Sums,
+)
+from continual.rules.options import Number
 from continual.rules.scale import ReadOptions, Size
 
 WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class FileName:
+    """The name of a safetensors file."""
+
+    def __call__(self, value: object) -> str:
+        """The name. Raises ValueError."""
+        if not isinstance(value, str) or "/" in value or value.startswith(".") or not value.endswith(".safetensors"):
+            raise ValueError(str(self))
+        return value
+
+    def __str__(self) -> str:
+        return "the name of a safetensors file in the fine-tune's directory"
+
+
+@dataclass(frozen=True)
+class FisherOptions:
+    """The options of `fisher`."""
+
+    file: Annotated[
+        str, FileName(), "the file beside the weights that has their Fisher values, by the names of the weights"
+    ] = "fisher.safetensors"
+    power: Annotated[
+        float, Number(above=0.0, most=4.0), "what they are raised to: 1 for Fisher values, 0.5 for Adam's moments"
+    ] = 1.0
 
 
 def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
@@ -28,10 +67,25 @@ def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
     return {slot: SlotSpec(spec.shape, "float64") for slot in (sums.SLOT, WEIGHT)}
 
 
-def mean(accumulators: Accumulators) -> torch.Tensor:
+def mean(accumulators: Accumulators) -> Tensor:
     """ΣFτ/ΣF, 0 where ΣF is; float32."""
     total, weight = accumulators[sums.SLOT], accumulators[WEIGHT]
     return torch.where(weight > 0, total / weight, 0.0).float()
+
+
+def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001 - the contract's signature
+    """The weighted mean."""
+    return mean(accumulators)
+
+
+def size(totals: Totals) -> Size:
+    """`merged_sq` is the square of the mean's length. No multiple of it is the plain sum."""
+    return Size(sums.size(totals).length)
+
+
+def workspace(spec: TensorSpec) -> int:
+    """A few float64 chunks."""
+    return 8 * 8 * min(linalg.CHUNK, spec.numel)
 
 
 def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:  # noqa: ARG001 - the contract's signature
@@ -42,73 +96,36 @@ def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) ->
     return linalg.inner(merged, merged)
 
 
-def _make(options: Mapping[str, Any]) -> Rule:
-    power: float = options["power"]
-
-    def fold(accumulators: Accumulators, tau: torch.Tensor, inputs: Inputs, totals: Totals) -> Folded:
+def _make(options: FisherOptions) -> Rule:
+    def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
         tau_sq, dot = linalg.inners((tau, tau), (tau, mean(accumulators)))
         if inputs.moments is not None:
-            weight = inputs.moments.double().pow_(power)
+            weight = inputs.moments.double().pow_(options.power)
             accumulators[sums.SLOT].addcmul_(weight, tau.double(), value=inputs.weight)
             accumulators[WEIGHT].add_(weight, alpha=inputs.weight)
         if inputs.weight < 0:  # where nobody weighs any more the sums are exact zeros, not what rounding left
-            gone = (
-                accumulators[WEIGHT] <= 0
-                if not sums.last_out(totals, inputs.weight)
-                else torch.ones_like(tau, dtype=torch.bool)
-            )
+            last = sums.last_out(totals, inputs.weight)
+            gone = torch.ones_like(tau, dtype=torch.bool) if last else accumulators[WEIGHT] <= 0
             for value in accumulators.values():
                 value.masked_fill_(gone, 0.0)
         merged = mean(accumulators)
-        return Folded(accumulators, {"tau_sq": tau_sq, "dot": dot, "merged_sq": linalg.inner(merged, merged)}, {})
-
-    def workspace(spec: TensorSpec) -> int:
-        return 8 * 8 * min(linalg.CHUNK, spec.numel)
-
-    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> torch.Tensor:  # noqa: ARG001
-        return mean(accumulators)
+        return Folded(accumulators, Sums(tau_sq, dot, linalg.inner(merged, merged)))
 
     return Rule(
-        FISHER.name,
-        FISHER.summary,
-        options,
-        slots,
-        sums.elementwise,
-        fold,
-        sums.settle,
-        read,
-        lambda totals: Size(sums.size(totals).length),
-        workspace,
-        sums.no_gauges,
-        combine,
-        weighted=True,
-        shipped=options["file"],
+        slots=slots,
+        fold=FoldFunctions(fold, workspace),
+        read=ReadFunctions(read, size),
+        needs=Needs(shipped=options.file),
+        laws=Laws(weighted=True, combine=combine),
     )
 
 
-def _file(value: Any) -> str:
-    if not isinstance(value, str) or "/" in value or value.startswith(".") or not value.endswith(".safetensors"):
-        raise ValueError("the name of a safetensors file in the fine-tune's directory")
-    return value
-
-
-def _power(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 4.0:
-        raise ValueError("a number above 0 and at most 4")
-    return float(value)
-
-
-FISHER = Row(
+FISHER = RuleRow(
     name="fisher",
     summary="the mean per parameter, weighted by the Fisher values or second moments that each fine-tune ships",
     paper="Matena and Raffel 2022, Merging Models with Fisher-Weighted Averaging",
-    options={
-        "file": Option(
-            "fisher.safetensors", "the file beside the weights that has them, by the names of the weights", _file
-        ),
-        "power": Option(1.0, "what they are raised to: 1 for Fisher values, 0.5 for Adam's second moments", _power),
-    },
-    read=ReadOptions("number", 1.0),
     bytes_per_parameter="16",
+    read=ReadOptions("number", 1.0),
+    options=FisherOptions,
     make=_make,
 )

@@ -11,20 +11,33 @@ is no matrix reads as the mean.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from continual import linalg
-from continual.records import SlotSpec, TensorSpec
+from continual.records import SlotSpec, Totals
 from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, Folded, Inputs, Option, Row, Rule, Totals
+from continual.rules.contract import Accumulators, Folded, Inputs, Laws, Rule, RuleRow, Sums
+from continual.rules.matrices import Include, OnMatrices
+from continual.rules.options import Choice, Number
 from continual.rules.scale import ReadOptions
 
-SIDES = ("both", "right", "left")
+Side = Literal["both", "right", "left"]
+SIDES: tuple[Side, ...] = ("both", "right", "left")
 CROSS, RIGHT, LEFT, SUM = "cross", "right", "left", "sum"
+
+
+@dataclass(frozen=True)
+class GramOptions:
+    """The options of `gram`."""
+
+    side: Annotated[Side, Choice(SIDES), "which side the task vectors act on"] = "both"
+    ridge: Annotated[float, Number(least=1e-3), "ε relative to the mean diagonal of the Gram"] = 0.1
+    pull: Annotated[float, Number(least=0.0), "c, what the ridge pulls to: c times the sum of the task vectors"] = 0.0
+    include: Include = ()
 
 
 def fold_matrix(accumulators: Accumulators, tau: Tensor, weight: float) -> Folded:
@@ -43,10 +56,11 @@ def fold_matrix(accumulators: Accumulators, tau: Tensor, weight: float) -> Folde
             accumulators[SUM].add_(tau, alpha=weight)
         # Each Gram's trace is Σ weight of the models that changed this tensor: none left is exact zeros, not what
         # rounding left.
-        if weight < 0 and float(accumulators[next(iter({RIGHT, LEFT} & accumulators.keys()))].trace()) < -1e-6 * weight:
+        gram = accumulators[RIGHT if RIGHT in accumulators else LEFT]
+        if weight < 0 and float(gram.trace()) < -1e-6 * weight:
             for value in accumulators.values():
                 value.zero_()
-    return Folded(accumulators, {"tau_sq": tau_sq, "dot": dot, "merged_sq": float(cross.square().sum())}, {})
+    return Folded(accumulators, Sums(tau_sq, dot, float(cross.square().sum())))
 
 
 def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:  # noqa: ARG001 - the contract's signature
@@ -76,90 +90,42 @@ def solve(accumulators: Accumulators, ridge: float, pull: float) -> Tensor:
     return found[0] if len(found) == 1 else (found[0] + found[1]) / 2
 
 
-def _make(options: Mapping[str, Any]) -> Rule:
-    side, ridge, pull, is_matrix = options["side"], options["ridge"], options["pull"], matrices.is_matrix(options)
+def workspace(m: int, n: int) -> int:
+    """The task vector and a product of it in float64, and two Grams."""
+    return 8 * (2 * m * n + 2 * max(m, n) ** 2)
 
-    def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
-        if not is_matrix(spec):
-            return sums.slots(spec)
-        m, n = matrices.sides(spec)
+
+def _make(options: GramOptions) -> Rule:
+    def slots(m: int, n: int) -> dict[str, SlotSpec]:
         kept = {CROSS: SlotSpec((m, n), "float64")}
-        if side != "left":
+        if options.side != "left":
             kept[RIGHT] = SlotSpec((n, n), "float64")
-        if side != "right":
+        if options.side != "right":
             kept[LEFT] = SlotSpec((m, m), "float64")
-        return kept | ({SUM: SlotSpec((m, n))} if pull else {})
+        return kept | ({SUM: SlotSpec((m, n))} if options.pull else {})
 
     def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
-        if not is_matrix(inputs.spec):
-            return sums.fold(accumulators, tau, inputs, totals)
-        folded = matrices.noted(
-            fold_matrix(accumulators, tau.flatten(1), inputs.weight), matrices.figures(tau.flatten(1))
-        )
-        if sums.last_out(totals, inputs.weight):
-            for value in accumulators.values():
-                value.zero_()
-            folded.sums["merged_sq"] = 0.0
-        return folded
+        folded = fold_matrix(accumulators, tau.flatten(1), inputs.weight)
+        if not sums.last_out(totals, inputs.weight):
+            return folded
+        for value in accumulators.values():
+            value.zero_()
+        return folded._replace(sums=folded.sums._replace(merged_sq=0.0))
 
-    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:
-        if not is_matrix(spec):
-            return sums.read_mean(spec, accumulators, totals)
-        return solve(accumulators, ridge, pull).float().view(spec.shape)
+    def read(accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001 - the contract's signature
+        return solve(accumulators, options.ridge, options.pull)
 
-    def workspace(spec: TensorSpec) -> int:
-        if not is_matrix(spec):
-            return sums.workspace(spec)
-        m, n = matrices.sides(spec)
-        return 8 * (2 * m * n + 2 * max(m, n) ** 2)
-
-    row = GRAM
-    return Rule(
-        row.name,
-        row.summary,
-        options,
-        slots,
-        lambda spec: not is_matrix(spec),
-        fold,
-        sums.settle,
-        read,
-        sums.unknown,
-        workspace,
-        sums.no_gauges,
-        combine,
-        weighted=True,
-        matrix=is_matrix,
-    )
+    laws = Laws(weighted=True, combine=combine)
+    return matrices.rule("gram", options.include, OnMatrices(fold, read, workspace, slots), laws)
 
 
-def _side(value: Any) -> str:
-    if value not in SIDES:
-        raise ValueError(f"one of {', '.join(SIDES)}")
-    return str(value)
-
-
-def _at_least(least: float) -> Any:
-    def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
-            raise ValueError(f"a number at least {least:g}")
-        return float(value)
-
-    return check
-
-
-GRAM = Row(
+GRAM = RuleRow(
     name="gram",
     summary="least squares between the merged task vector and each fine-tune's own",
     paper="Cheng et al. 2025, WUDI-Merging, in closed form; two-sided is ours",
-    options={
-        "side": Option("both", f"which side the task vectors act on: {', '.join(SIDES)}", _side),
-        "ridge": Option(0.1, "ε relative to the mean diagonal of the Gram", _at_least(1e-3)),
-        "pull": Option(0.0, "c, what the ridge pulls to: c times the sum of the task vectors", _at_least(0.0)),
-        "include": matrices.INCLUDE,
-    },
+    bytes_per_parameter="24 of a square matrix, up to 8·(m+n)²/mn + 8",
     read=ReadOptions("spread", 0.85),
     published=ReadOptions("number", 1.0),
-    bytes_per_parameter="24 of a square matrix, up to 8·(m+n)²/mn + 8",
+    options=GramOptions,
     make=_make,
-    spectral=True,
 )

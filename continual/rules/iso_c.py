@@ -8,19 +8,18 @@ reads as the mean. All the work is at reading; a fold is an addition.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
+from torch import Tensor
 
 from continual import linalg
-from continual.records import TensorSpec
+from continual.records import Totals
 from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, Folded, Inputs, Row, Rule, Totals
+from continual.rules.contract import Accumulators, Rule, RuleRow
+from continual.rules.matrices import MatrixOptions, OnMatrices
 from continual.rules.scale import ReadOptions
 
 
-def flat(total: torch.Tensor) -> torch.Tensor:
+def flat(total: Tensor) -> Tensor:
     """σ̄·U_kV_kᵀ of an m×n float32 matrix, float32; zeros for zeros. In float64 by blocks of rows."""
     if not bool(total.any()):
         return torch.zeros_like(total)
@@ -36,44 +35,27 @@ def flat(total: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _make(options: Mapping[str, Any]) -> Rule:
-    row, is_matrix = ISO_C, matrices.is_matrix(options)
-
-    def fold(accumulators: Accumulators, tau: torch.Tensor, inputs: Inputs, totals: Totals) -> Folded:
-        figures = matrices.figures(tau.flatten(1)) if is_matrix(inputs.spec) else {}
-        return matrices.noted(sums.fold(accumulators, tau, inputs, totals), figures)
-
-    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> torch.Tensor:
-        if not is_matrix(spec):
-            return sums.read_mean(spec, accumulators, totals)
-        return flat(accumulators[sums.SLOT].flatten(1)).view(spec.shape)
-
-    return Rule(
-        row.name,
-        row.summary,
-        options,
-        sums.slots,
-        lambda spec: not is_matrix(spec),
-        fold,
-        sums.settle,
-        read,
-        sums.unknown,
-        lambda spec: sums.workspace(spec) + (matrices.workspace(spec) if is_matrix(spec) else 0),
-        sums.no_gauges,
-        sums.combine,
-        weighted=True,
-        matrix=is_matrix,
-    )
+def read(accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001 - the contract's signature
+    """The flat spectrum of S."""
+    return flat(accumulators[sums.SLOT].flatten(1))
 
 
-ISO_C = Row(
+def workspace(m: int, n: int) -> int:
+    """A few float64 chunks for the sum, and the figures of τ."""
+    return 8 * 6 * min(linalg.CHUNK, m * n) + matrices.workspace(m, n)
+
+
+def _make(options: MatrixOptions) -> Rule:
+    return matrices.rule("iso-c", options.include, OnMatrices(sums.fold, read, workspace), sums.GROUP)
+
+
+ISO_C = RuleRow(
     name="iso-c",
     summary="the sum of the task vectors with equal singular values",
     paper="Marczak et al. 2025, No Task Left Behind (Iso-C)",
-    options={"include": matrices.INCLUDE},
+    bytes_per_parameter="4",
     read=ReadOptions("spread", 1.15),
     published=ReadOptions("number", 1.0),
-    bytes_per_parameter="4",
+    options=MatrixOptions,
     make=_make,
-    spectral=True,
 )

@@ -1,37 +1,98 @@
-"""What the spectral rules share: which tensors are matrices to them, and the figures of a task vector that `spread`
-reads by."""
+"""What the rules that see matrices share: which tensors are matrices to them, the figures of a task vector that `spread`
+reads by, and how a rule is made of its form for matrices and the plain form of everything else."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 from torch import Tensor
 
 from continual import linalg
-from continual.errors import Misconfigured
-from continual.records import TensorSpec
-from continual.rules.contract import Folded, Inputs, Option
+from continual.records import SlotSpec, TensorSpec, Totals
+from continual.rules import sums
+from continual.rules.contract import (
+    Accumulators,
+    Folded,
+    FoldFunctions,
+    Inputs,
+    Laws,
+    ReadFunctions,
+    Rule,
+    one_sum,
+)
+from continual.rules.options import Globs
 
 IsMatrix = Callable[[TensorSpec], bool]
+Include = Annotated[tuple[str, ...], Globs(), "globs of tensors that are matrices here too: embeddings, output heads"]
+"""The option that every rule has which sees matrices."""
 
 
-def globs(value: Any) -> list[str]:
-    """The value of an option that is a list of globs. Raises ValueError for anything else."""
-    if not isinstance(value, list | tuple) or not all(isinstance(glob, str) and glob for glob in value):
-        raise ValueError("a list of globs over tensor names")
-    return list(value)
+@dataclass(frozen=True)
+class MatrixOptions:
+    """The options of a rule that sees matrices and has no others."""
+
+    include: Include = ()
 
 
-INCLUDE = Option([], "globs of tensors that are matrices here too: embeddings, output heads", globs)
+class OnMatrices(NamedTuple):
+    """A rule's form for matrices, m×n.
+
+    fold(accumulators, τ, inputs, totals before) and read(accumulators, totals): as in `FoldFunctions` and
+    `ReadFunctions`, but what is read may have any float dtype and any shape of as many elements. workspace(m, n): peak
+    bytes that `fold` needs beyond the accumulators, τ and the figures. slots(m, n): the accumulators, where they are
+    not one sum of the tensor's own shape.
+    """
+
+    fold: Callable[[Accumulators, Tensor, Inputs, Totals], Folded]
+    read: Callable[[Accumulators, Totals], Tensor]
+    workspace: Callable[[int, int], int]
+    slots: Callable[[int, int], dict[str, SlotSpec]] | None = None
 
 
-def is_matrix(options: Mapping[str, Any]) -> IsMatrix:
-    """2-D weights of linear layers, convolutions as out × rest, and what the option `include` names; never an empty
+PLAIN = ReadFunctions(sums.read_mean, sums.unknown)
+
+
+def rule(name: str, include: Sequence[str], on: OnMatrices, laws: Laws, plain: ReadFunctions = PLAIN) -> Rule:
+    """The rule `name` that takes matrices (`include` names further ones) by `on`, and everything else as a sum that
+    `plain` reads. Its sums have the figures of the matrices. Unless it is `weighted` it refuses any weight but 1."""
+    matrix = is_matrix(include)
+
+    def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
+        return on.slots(*sides(spec)) if on.slots is not None and matrix(spec) else one_sum(spec)
+
+    def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
+        if not laws.weighted:
+            sums.whole(name, inputs)
+        if not matrix(inputs.spec):
+            return sums.fold(accumulators, tau, inputs, totals)
+        matrix_sq, top_sq = figures(tau.flatten(1))  # first: a fold may overwrite τ
+        folded = on.fold(accumulators, tau, inputs, totals)
+        return folded._replace(sums=folded.sums._replace(matrix_sq=matrix_sq, top_sq=top_sq))
+
+    def unit(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:
+        if not matrix(spec):
+            return plain.unit(spec, accumulators, totals)
+        return on.read(accumulators, totals).float().view(spec.shape)
+
+    def workspace(spec: TensorSpec) -> int:
+        return on.workspace(*sides(spec)) if matrix(spec) else sums.workspace(spec)
+
+    return Rule(
+        slots=slots,
+        fold=FoldFunctions(fold, workspace, elementwise=lambda spec: not matrix(spec)),
+        read=plain._replace(unit=unit, matrix=matrix),
+        laws=laws,
+        name=name,
+    )
+
+
+def is_matrix(include: Sequence[str]) -> IsMatrix:
+    """2-D weights of linear layers, convolutions as out × rest, and what the globs `include` name; never an empty
     tensor."""
-    include: Sequence[str] = options["include"]
 
     def found(spec: TensorSpec) -> bool:
         named = spec.kind == "matrix" or any(fnmatch.fnmatchcase(spec.name, glob) for glob in include)
@@ -45,29 +106,15 @@ def sides(spec: TensorSpec) -> tuple[int, int]:
     return spec.shape[0], spec.numel // spec.shape[0]
 
 
-def whole(rule: str, inputs: Inputs) -> None:
-    """Raises Misconfigured unless the model is folded with weight 1."""
-    if inputs.weight != 1.0:
-        raise Misconfigured(
-            f"{rule} folds every model with weight 1, not {inputs.weight:g}; a model cannot be unfolded: roll back and fold the others"
-        )
-
-
-def figures(tau: Tensor) -> dict[str, float]:
-    """Of an m×n task vector, before it is folded: ‖τ‖² as matrix_sq and the square of its largest singular value as
-    top_sq.
+def figures(tau: Tensor) -> tuple[float, float]:
+    """‖τ‖² of an m×n task vector, and the square of its largest singular value.
 
     Values that are not finite give figures that are not: the fold is refused for them where its sums are looked at.
     """
     tau_sq = linalg.inner(tau, tau)
-    return {"matrix_sq": tau_sq, "top_sq": linalg.top(tau) ** 2 if tau_sq and math.isfinite(tau_sq) else tau_sq}
+    return tau_sq, linalg.top(tau) ** 2 if tau_sq and math.isfinite(tau_sq) else tau_sq
 
 
-def workspace(spec: TensorSpec) -> int:
+def workspace(m: int, n: int) -> int:
     """Peak bytes of `figures` beyond the task vector: a few narrow matrices of either side."""
-    return 16 * 16 * sum(sides(spec))
-
-
-def noted(folded: Folded, found: dict[str, float]) -> Folded:
-    """What a fold gave, with those figures among its sums."""
-    return folded._replace(sums=folded.sums | found)
+    return 16 * 16 * (m + n)

@@ -10,19 +10,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from continual import linalg
-from continual.records import TensorSpec
+from continual.records import Totals
 from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, Folded, Inputs, Option, Row, Rule, Totals
+from continual.rules.contract import Accumulators, Folded, Inputs, Laws, ReadFunctions, Rule, RuleRow, Sums
+from continual.rules.matrices import Include, OnMatrices
+from continual.rules.options import Choice, Number
 from continual.rules.scale import ReadOptions
 
 Variant = Literal["block", "block+radial", "block+diagonal", "rows+columns", "rows", "columns"]
 VARIANTS: tuple[Variant, ...] = ("block", "block+radial", "block+diagonal", "rows+columns", "rows", "columns")
+
+
+@dataclass(frozen=True)
+class OpcmOptions:
+    """The options of `opcm`."""
+
+    alpha: Annotated[float, Number(least=0.0, below=1.0), "share of Σσ whose directions are protected"] = 0.5
+    variant: Annotated[Variant, Choice(VARIANTS), "what is projected out"] = "block"
+    include: Include = ()
 
 
 def cut(sigma: Tensor, alpha: float) -> int:
@@ -106,72 +118,42 @@ def fold_matrix(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> F
         )
         r, rank = project(linalg.tall(flat), linalg.tall(tau.flatten(1)), alpha, across.get(variant, variant))
     added = linalg.add(total, tau, 1.0)
-    notes = {"r": float(r), "kept": added["tau_sq"] / tau_sq, "rank": float(rank)} if tau_sq > 0.0 else {}
-    return Folded({sums.SLOT: total}, {"tau_sq": tau_sq, "dot": dot, "merged_sq": added["merged_sq"]}, notes)
+    notes = {"r": float(r), "kept": added.term_sq / tau_sq, "rank": float(rank)} if tau_sq > 0.0 else {}
+    return Folded({sums.SLOT: total}, Sums(tau_sq, dot, added.total_sq), notes)
 
 
 def gauges(totals: Totals) -> dict[str, float]:
     """λ_t = ‖R_t‖/n̄, n̄ the plain mean of ‖τ_1‖ … ‖τ_t‖ over the whole model."""
-    count, norm_sum = totals.get("count", 0.0), totals.get("norm_sum", 0.0)
-    return {"lambda": math.sqrt(totals["merged_sq"]) * count / norm_sum} if norm_sum else {}
+    if not totals.norm_sum:
+        return {}
+    return {"lambda": math.sqrt(totals.merged_sq) * totals.count / totals.norm_sum}
 
 
-def _make(options: Mapping[str, Any]) -> Rule:
-    alpha, variant, is_matrix = options["alpha"], options["variant"], matrices.is_matrix(options)
+def read(accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001 - the contract's signature
+    """R."""
+    return accumulators[sums.SLOT].clone()
 
-    def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
-        matrices.whole("opcm", inputs)
-        if not is_matrix(inputs.spec):
-            return sums.fold(accumulators, tau, inputs, totals)
-        figures = matrices.figures(tau.flatten(1))  # first: the fold overwrites τ
-        return matrices.noted(fold_matrix(accumulators[sums.SLOT], tau.contiguous(), alpha, variant), figures)
 
-    def workspace(spec: TensorSpec) -> int:
-        if not is_matrix(spec):
-            return sums.workspace(spec)
-        return linalg.workspace(*matrices.sides(spec))
+def _make(options: OpcmOptions) -> Rule:
+    def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:  # noqa: ARG001 - the contract's signature
+        return fold_matrix(accumulators[sums.SLOT], tau.contiguous(), options.alpha, options.variant)
 
-    return Rule(
-        OPCM.name,
-        OPCM.summary,
-        options,
-        sums.slots,
-        lambda spec: not is_matrix(spec),
-        fold,
-        sums.settle,
-        sums.read_sum,
-        sums.size,
-        workspace,
-        gauges,
-        matrix=is_matrix,
+    return matrices.rule(
+        "opcm",
+        options.include,
+        OnMatrices(fold, read, linalg.workspace),
+        Laws(order_free=False),
+        plain=ReadFunctions(sums.read_sum, sums.size, gauges=gauges),
     )
 
 
-def _alpha(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-        raise ValueError("a number at least 0 and below 1")
-    return float(value)
-
-
-def _variant(value: Any) -> str:
-    if value not in VARIANTS:
-        raise ValueError(f"one of {', '.join(VARIANTS)}")
-    return str(value)
-
-
-OPCM = Row(
+OPCM = RuleRow(
     name="opcm",
     summary="task vectors projected away from the leading singular subspaces of the merged one, then added",
     paper="Tang et al. 2025, Merging Models on the Fly Without Retraining (OPCM)",
-    options={
-        "alpha": Option(0.5, "share of Σσ whose directions are protected, in [0, 1)", _alpha),
-        "variant": Option("block", f"what is projected out: {', '.join(VARIANTS)}", _variant),
-        "include": matrices.INCLUDE,
-    },
+    bytes_per_parameter="4",
     read=ReadOptions("spread", 0.5),
     published=ReadOptions("norm", 1.0),
-    bytes_per_parameter="4",
+    options=OpcmOptions,
     make=_make,
-    order_free=False,
-    spectral=True,
 )

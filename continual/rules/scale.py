@@ -8,15 +8,15 @@ says what s is. It is pure.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard, get_args
 
 from continual.errors import Misconfigured
-from continual.records import TensorSpec
+from continual.records import TensorSpec, Totals
 
 Policy = Literal["norm", "number", "spread"]
-POLICIES: tuple[Policy, ...] = ("norm", "number", "spread")
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 _WRITE = "write spread:C, norm, norm:KAPPA or a number; auto is the rule's default, paper its paper's"
 
 
@@ -37,13 +37,11 @@ class ReadOptions:
     lines: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise Misconfigured(f"scale: unknown policy {self.policy!r}; {_WRITE}")
         if not _is_number(self.value):
             raise Misconfigured(f"scale: {self.value!r} is no finite number; {_WRITE}")
         if self.policy != "number" and self.value <= 0:
             raise Misconfigured(f"scale = {self.policy}:{self.value:g}: the number has to be above 0")
-        if self.lines is not None and not (len(self.lines) == 2 and all(_is_number(part) for part in self.lines)):
+        if self.lines is not None and not _is_pair(self.lines):
             raise Misconfigured(f"lines = {self.lines!r}: write two numbers, ALPHA:BETA")
 
     def __str__(self) -> str:
@@ -82,16 +80,24 @@ class ReadOptions:
             raise Misconfigured(f"scale = {text}: {_WRITE}") from None
 
     @staticmethod
-    def from_mapping(options: Mapping[str, Any]) -> ReadOptions:
-        """The inverse of `to_mapping`. Raises Misconfigured for unknown or missing keys."""
+    def from_mapping(options: Mapping[str, object]) -> ReadOptions:
+        """The inverse of `to_mapping`. Raises Misconfigured for unknown or missing keys, or a value that is not
+        allowed."""
         if not {"policy", "value"} <= set(options) <= {"policy", "value", "lines"}:
             raise Misconfigured(
                 f"scale: expected the keys policy, value and perhaps lines, got {', '.join(sorted(options)) or 'none'}"
             )
-        lines = options.get("lines")
-        return ReadOptions(options["policy"], options["value"], None if lines is None else tuple(lines))
+        policy = next((known for known in POLICIES if known == options["policy"]), None)
+        value, lines = options["value"], options.get("lines")
+        if policy is None:
+            raise Misconfigured(f"scale: unknown policy {options['policy']!r}; {_WRITE}")
+        if not _is_number(value):
+            raise Misconfigured(f"scale: {value!r} is no finite number; {_WRITE}")
+        if lines is not None and not _is_pair(lines):
+            raise Misconfigured(f"lines = {lines!r}: write two numbers, ALPHA:BETA")
+        return ReadOptions(policy, value, None if lines is None else (lines[0], lines[1]))
 
-    def to_mapping(self) -> dict[str, Any]:
+    def to_mapping(self) -> dict[str, object]:
         """Plain data, as it is kept in the state."""
         return {"policy": self.policy, "value": self.value} | ({"lines": list(self.lines)} if self.lines else {})
 
@@ -99,7 +105,7 @@ class ReadOptions:
         """What a tensor of this depth is scaled by besides."""
         return self.lines[0] + self.lines[1] * spec.depth if self.lines else 1.0
 
-    def factors(self, totals: Mapping[str, float], size: Size) -> tuple[float, float]:
+    def factors(self, totals: Totals, size: Size) -> tuple[float, float]:
         """s for the matrices and for everything else: one number, but under `spread`. `size` has to have what the
         policy `needs`.
 
@@ -110,25 +116,26 @@ class ReadOptions:
         """
         if self.policy == "number":
             return self.value, self.value
-        count = totals.get("count", 0.0)
+        count = totals.count
         if count <= 0:
             return 0.0, 0.0
         if self.policy == "norm":
             assert size.length is not None
-            paper = _ratio(totals["norm_sum"] / count, size.length)
+            paper = _ratio(totals.norm_sum / count, size.length)
             found = min(min(self.value, max(1.0, count)) * paper, max(size.most, paper))
             return found, found
-        if "spread_sum" not in totals:
+        if totals.matrices is None:
             raise Misconfigured(
-                "scale = spread: what is folded here was folded before continual measured what it takes; use norm or a number"
+                "scale = spread: what is folded here was folded before continual measured what it takes; "
+                "use norm or a number"
             )
         assert size.parts is not None
         matrices, rest = size.parts
-        norms = totals["matrix_norm_sum"]
-        spread = totals["spread_sum"] / norms if norms else 0.0
+        norms = totals.matrices.matrix_norm_sum
+        spread = totals.matrices.spread_sum / norms if norms else 0.0
         return (
             self.value * spread**1.5 * _ratio(norms / count, matrices),
-            min(_ratio(totals["plain_norm_sum"] / count, rest), size.most),
+            min(_ratio(totals.matrices.plain_norm_sum / count, rest), size.most),
         )
 
     def needs(self, size: Size) -> bool:
@@ -151,5 +158,9 @@ def _ratio(above: float, below: float) -> float:
     return above / below if below else 0.0
 
 
-def _is_number(value: Any) -> bool:
+def _is_pair(value: object) -> TypeGuard[Sequence[float]]:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(part) for part in value)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

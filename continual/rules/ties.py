@@ -8,17 +8,29 @@ rounding elects nobody. What is trimmed is told in `trimming`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from continual import linalg
 from continual.errors import Misconfigured
-from continual.records import SlotSpec, TensorSpec
+from continual.records import SlotSpec, TensorSpec, Totals
 from continual.rules import sums, trimming
-from continual.rules.contract import Accumulators, Folded, Inputs, Option, Row, Rule, Totals
+from continual.rules.contract import (
+    Accumulators,
+    Folded,
+    FoldFunctions,
+    Inputs,
+    Laws,
+    Needs,
+    ReadFunctions,
+    Rule,
+    RuleRow,
+    Sums,
+)
+from continual.rules.options import Choice, Number
 from continual.rules.scale import ReadOptions
 
 PLUS, MINUS, COUNT_PLUS, COUNT_MINUS = "plus", "minus", "count_plus", "count_minus"
@@ -27,7 +39,17 @@ _MOST = (1 << 16) - 1
 """Fine-tunes that a count of 16 bits can tell."""
 
 
-def add(accumulators: Accumulators, tau: Tensor, kept: Tensor, weight: float) -> Folded:
+@dataclass(frozen=True)
+class TiesOptions:
+    """The options of `ties`."""
+
+    density: Annotated[
+        float, Number(above=0.0, most=1.0), "share of the changes that is kept, the largest by magnitude"
+    ] = 0.2
+    trim: Annotated[str, Choice(trimming.SCOPES), "over what the share is taken"] = "model"
+
+
+def add_sides(accumulators: Accumulators, tau: Tensor, kept: Tensor, weight: float) -> Folded:
     """Adds the trimmed changes (or takes them out) on the side of their sign; where no model is left the sums are exact
     zeros."""
     plus, minus = accumulators[PLUS], accumulators[MINUS]
@@ -41,12 +63,12 @@ def add(accumulators: Accumulators, tau: Tensor, kept: Tensor, weight: float) ->
         if sign < 0:
             total.masked_fill_(counts == 0, 0.0)
     both = plus + minus
-    return Folded(accumulators, {"tau_sq": tau_sq, "dot": dot, "merged_sq": linalg.inner(both, both)}, {})
+    return Folded(accumulators, Sums(tau_sq, dot, linalg.inner(both, both)))
 
 
 def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:
     """Adds sums and counts of each side; ‖Σ⁺ + Σ⁻‖² after. Raises Misconfigured beyond what a count can hold."""
-    _countable(totals["count"])
+    _countable(totals.count)
     for slot in (PLUS, MINUS):
         accumulators[slot].add_(others[slot])
     for slot in (COUNT_PLUS, COUNT_MINUS):
@@ -75,58 +97,47 @@ def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
     return sides | {slot: SlotSpec(spec.shape, "uint16") for slot in (COUNT_PLUS, COUNT_MINUS)}
 
 
-def _make(options: Mapping[str, Any]) -> Rule:
-    density, trim = options["density"], options["trim"]
-    measuring = trim == "model" and density < 1.0
+def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001 - the contract's signature
+    """The elected mean."""
+    return elect(accumulators)
+
+
+def _make(options: TiesOptions) -> Rule:
+    whole, density = options.density == 1.0, options.density
+    measuring = options.trim == "model" and not whole
+
+    def threshold(tau: Tensor, inputs: Inputs) -> float:
+        if measuring:
+            return trimming.model_threshold(inputs)
+        return 0.0 if whole else trimming.own_threshold(tau, density)
 
     def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
         if abs(inputs.weight) != 1.0:
             raise Misconfigured(f"ties folds every model with weight 1, or -1 to take it out, not {inputs.weight:g}")
-        _countable(totals.get("count", 0.0) + 1)
-        threshold = (
-            inputs.measured["threshold"]
-            if measuring
-            else trimming.own_threshold(tau, density)
-            if density < 1.0
-            else 0.0
-        )
-        return add(accumulators, tau, trimming.trimmed(tau, threshold), inputs.weight)
+        _countable(totals.count + 1)
+        return add_sides(accumulators, tau, trimming.trimmed(tau, threshold(tau, inputs)), inputs.weight)
 
-    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001
-        return elect(accumulators)
+    def elementwise(spec: TensorSpec) -> bool:  # noqa: ARG001 - the contract's signature
+        return options.trim == "model" or whole
 
     def workspace(spec: TensorSpec) -> int:
         return sums.workspace(spec) if measuring else 24 * spec.numel
 
-    row = TIES
     return Rule(
-        row.name,
-        row.summary,
-        options,
-        slots,
-        lambda _spec: trim == "model" or density == 1.0,
-        fold,
-        sums.settle,
-        read,
-        sums.unknown,
-        workspace,
-        sums.no_gauges,
-        combine,
-        measure=trimming.counted(density) if measuring else None,
+        slots=slots,
+        fold=FoldFunctions(fold, workspace, elementwise),
+        read=ReadFunctions(read, sums.unknown),
+        needs=Needs(measure=trimming.Sampled(density) if measuring else None),
+        laws=Laws(combine=combine),
     )
 
 
-TIES = Row(
+TIES = RuleRow(
     name="ties",
     summary="trim, elect a sign per parameter, average what agrees with it",
     paper="Yadav et al. 2023, TIES-Merging",
-    options={
-        "density": Option(
-            0.2, "share of the changes that is kept, the largest by magnitude, in (0, 1]", trimming.share
-        ),
-        "trim": Option("model", f"over what the share is taken: {', '.join(trimming.SCOPES)}", trimming.scope),
-    },
-    read=ReadOptions("number", 1.0),
     bytes_per_parameter="12",
+    read=ReadOptions("number", 1.0),
+    options=TiesOptions,
     make=_make,
 )

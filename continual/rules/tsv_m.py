@@ -10,17 +10,17 @@ so are null directions of the polar factors. Everything that is no matrix reads 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from continual import linalg
 from continual.errors import Misconfigured
-from continual.records import SlotSpec, TensorSpec
-from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, Folded, Inputs, Row, Rule, Totals
+from continual.records import SlotSpec, Totals
+from continual.rules import matrices
+from continual.rules.contract import Accumulators, Folded, Inputs, Laws, Rule, RuleRow, Sums
+from continual.rules.matrices import MatrixOptions, OnMatrices
 from continual.rules.scale import ReadOptions
 
 U, SIGMA, V, OWNER = "u", "sigma", "v", "owner"
@@ -66,7 +66,7 @@ def columns(value: Tensor, chosen: Sequence[int], p: int) -> Tensor:
 
 def fold_matrix(accumulators: Accumulators, tau: Tensor, totals: Totals) -> Folded:
     """Puts the triplets of an m×n task vector beside what is kept, and cuts every block to the new width."""
-    count = int(totals.get("count", 0.0)) + 1
+    count = int(totals.count) + 1
     if count > _MOST:
         raise Misconfigured(f"tsv-m: {_MOST} fine-tunes are the most that its state can tell apart")
     u, sigma, v, owner = (accumulators[slot] for slot in (U, SIGMA, V, OWNER))
@@ -83,69 +83,45 @@ def fold_matrix(accumulators: Accumulators, tau: Tensor, totals: Totals) -> Fold
             OWNER: columns(torch.tensor(owners, device=tau.device), chosen, p).to(owner.dtype),
         }
     merged_sq = linalg.inner(accumulators[SIGMA], accumulators[SIGMA])
-    return Folded(accumulators, {"tau_sq": tau_sq, "dot": dot, "merged_sq": merged_sq}, {})
+    return Folded(accumulators, Sums(tau_sq, dot, merged_sq))
 
 
 def merge(accumulators: Accumulators, totals: Totals) -> Tensor:
     """polar(U) diag(σ) polar(V)ᵀ, m×n float64; blocks that a later fine-tune did not touch are cut here."""
     u, sigma, v, owner = (accumulators[slot] for slot in (U, SIGMA, V, OWNER))
-    chosen = choose(owner.tolist(), sigma.tolist(), max(1, int(totals.get("count", 0.0))), len(sigma))
+    chosen = choose(owner.tolist(), sigma.tolist(), max(1, int(totals.count)), len(sigma))
     if not chosen:
         return torch.zeros(len(u), len(v), dtype=torch.float64, device=u.device)
     return polar(u[:, chosen].double()) * sigma[chosen].double() @ polar(v[:, chosen].double()).mT
 
 
-def _make(options: Mapping[str, Any]) -> Rule:
-    row, is_matrix = TSV_M, matrices.is_matrix(options)
-
-    def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
-        if not is_matrix(spec):
-            return sums.slots(spec)
-        m, n = matrices.sides(spec)
-        p = min(m, n)
-        return {U: SlotSpec((m, p)), SIGMA: SlotSpec((p,)), V: SlotSpec((n, p)), OWNER: SlotSpec((p,), "uint16")}
-
-    def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
-        matrices.whole("tsv-m", inputs)
-        if not is_matrix(inputs.spec):
-            return sums.fold(accumulators, tau, inputs, totals)
-        return matrices.noted(fold_matrix(accumulators, tau.flatten(1), totals), matrices.figures(tau.flatten(1)))
-
-    def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:
-        if not is_matrix(spec):
-            return sums.read_mean(spec, accumulators, totals)
-        return merge(accumulators, totals).float().view(spec.shape)
-
-    def workspace(spec: TensorSpec) -> int:
-        if not is_matrix(spec):
-            return sums.workspace(spec)
-        m, n = matrices.sides(spec)
-        return linalg.workspace(m, n) + 16 * (m + n) * min(m, n)
-
-    return Rule(
-        row.name,
-        row.summary,
-        options,
-        slots,
-        lambda spec: not is_matrix(spec),
-        fold,
-        sums.settle,
-        read,
-        sums.unknown,
-        workspace,
-        sums.no_gauges,
-        matrix=is_matrix,
-    )
+def slots(m: int, n: int) -> dict[str, SlotSpec]:
+    """p = min(m, n) columns of triplets, and which fine-tune each is of (0: none)."""
+    p = min(m, n)
+    return {U: SlotSpec((m, p)), SIGMA: SlotSpec((p,)), V: SlotSpec((n, p)), OWNER: SlotSpec((p,), "uint16")}
 
 
-TSV_M = Row(
+def workspace(m: int, n: int) -> int:
+    """A decomposition, and the triplets twice."""
+    return linalg.workspace(m, n) + 16 * (m + n) * min(m, n)
+
+
+def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:  # noqa: ARG001 - the contract's signature
+    """One matrix of a fine-tune."""
+    return fold_matrix(accumulators, tau.flatten(1), totals)
+
+
+def _make(options: MatrixOptions) -> Rule:
+    return matrices.rule("tsv-m", options.include, OnMatrices(fold, merge, workspace, slots), Laws())
+
+
+TSV_M = RuleRow(
     name="tsv-m",
     summary="the leading singular triplets of every fine-tune, made orthogonal",
     paper="Gargiulo et al. 2025, Task Singular Vectors (TSV-M)",
-    options={"include": matrices.INCLUDE},
+    bytes_per_parameter="8 of a square matrix, 4 to 5 of long ones",
     read=ReadOptions("spread", 1.0),
     published=ReadOptions("number", 1.0),
-    bytes_per_parameter="8 of a square matrix, 4 to 5 of long ones",
+    options=MatrixOptions,
     make=_make,
-    spectral=True,
 )

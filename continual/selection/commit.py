@@ -8,7 +8,7 @@ from typing import Any
 from continual import provenance
 from continual.engine.engine import Engine
 from continual.executors.contract import Progress
-from continual.records import Entry
+from continual.records import Entry, Totals
 from continual.selection import fates
 from continual.selection.active import Active, active
 from continual.selection.asked import Asked
@@ -117,16 +117,16 @@ def commit(
         entered = [m.key for m in entering if m.key in after.weights]
         folds = [_fold(pool[key], digests[key], norms[key], _mean(after.weights[key])) for key in entered]
         everyone = {key: now.members[key] for key in staying} | {key: after.members[key] for key in entered}
-        found = totals(after._replace(members=everyone, norms=norms), merged_sq)
+        found = totals(after._replace(members=everyone, norms=norms), merged_sq).body()
         merge = {**after.body(), "folds": folds, "out": out}
         return transaction.commit(entry(engine, begun, asked, rows, chosen.numbers, merge, found))
 
 
-def totals(merge: Active, merged_sq: float) -> dict[str, float]:
+def totals(merge: Active, merged_sq: float) -> Totals:
     """The totals of a weighted sum: what every rule has, `weight` being Σ w (over layers their mean)."""
     weight = sum(_mean(w) for w in merge.weights.values()) + (_mean(merge.rest) if merge.rest else 0.0)
     norms = sum(merge.norms[key] for key in merge.members)
-    return {"count": float(len(merge.members)), "weight": weight, "norm_sum": norms, "merged_sq": merged_sq}
+    return Totals(count=float(len(merge.members)), weight=weight, norm_sum=norms, merged_sq=merged_sq)
 
 
 def _fold(waiting: Waiting, digest: str, norm: float, weight: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from continual.errors import Refuse
 from continual.executors.contract import Progress, Task
 from continual.gates import Numbers, TensorNumbers
 from continual.objectives.calibration import Calibration
-from continual.records import TensorSpec
+from continual.records import TensorSpec, Totals
 from continual.selection.members import Member, Opened, opened, over
 from continual.selection.mixing import layers
 from continual.tuning.scoring import places
@@ -93,7 +93,7 @@ class Loaded:
         refuse, with the refusal. ‖τ‖² is found out when a member is seen first."""
         gradients = {spec.name: self._gradient(spec.name) for spec in self.specs}
         state, gates = self.engine.state, self.engine.gates
-        squares, totals = state.format.base["squares"], state.ledger.totals
+        squares, totals = state.format.base["squares"], Totals.of(state.ledger.totals)
 
         def look(member: Member, found: Opened) -> Score:
             slopes, new = [0.0] * self.count, member.key not in self._squares

@@ -61,5 +61,5 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
                 "if the model is somewhere else now, name the place with --at",
             )
         if after.members:
-            return transaction.commit(entry(totals(after, merged_sq)))
+            return transaction.commit(entry(totals(after, merged_sq).body()))
     return state.record(entry({}), None)  # nothing is left: zeros, and not what rounding left

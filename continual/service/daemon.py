@@ -26,7 +26,7 @@ from continual.engine.outcomes import Outcome
 from continual.errors import Abandoned, Halt, Misconfigured, Retry, Skip
 from continual.hub.locate import SCHEME
 from continual.publish import hooks, hub
-from continual.records import Entry, Event
+from continual.records import Entry, Event, Totals
 from continual.retrying import retry_delay
 from continual.selection.steps import Taken
 from continual.service import logs
@@ -349,7 +349,7 @@ class Daemon:
         self.metrics.state(
             state.generation_bytes(), len(state.generations()), state.ledger.head.seq, len(state.ledger.folds())
         )
-        self.metrics.gauges(self.merge.rule.gauges(state.ledger.totals))
+        self.metrics.gauges(self.merge.rule.read.gauges(Totals.of(state.ledger.totals)))
         last = rounds.last_round(state)
         self.metrics.pool(len(state.ledger.pool), (last.entry.numbers or {}) if last else {})
         tuned = tuning.in_force(state)

@@ -14,7 +14,7 @@ from continual import provenance, tuning
 from continual import selection as rounds
 from continual.api import Merge
 from continual.config import Settings
-from continual.records import Event
+from continual.records import Event, Totals
 from continual.rules import ReadOptions
 from continual.service.metrics import peak_memory
 from continual.service.queue import Queue
@@ -182,7 +182,7 @@ def _status(
         state_bytes=state.generation_bytes(),
         disk_free_bytes=shutil.disk_usage(state.path).free,
         totals=state.ledger.totals,
-        gauges=merge.rule.gauges(state.ledger.totals),
+        gauges=merge.rule.read.gauges(Totals.of(state.ledger.totals)),
         queue=queue[:_QUEUED],
         queued=len(queue),
         select=merge.selects,

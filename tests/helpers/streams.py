@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from continual.records import TensorSpec
-from continual.rules import Inputs, Rule, read_options, rule
+from continual.records import TensorSpec, Totals
+from continual.rules import Inputs, Pass, Rule, Sums, read_options, rule, settle
 from tests.helpers import batch
 
 SHAPES = {
@@ -29,29 +28,20 @@ SPECS = {n: TensorSpec(n, s, "F32", "matrix" if n in MATRICES else "plain") for 
 Model = dict[str, Tensor]
 
 
-def measure(made: Rule, model: Model) -> dict[str, float]:
+def measure(made: Rule, model: Model) -> object:
     """The passes before a fold, as the engine makes them: over what the model changes, in runs."""
-    found: dict[str, float] = {}
-    for number in range(made.measure.passes if made.measure else 0):
-        assert made.measure is not None
-        share = made.measure.share(number, found)
-        if share == 0.0:
-            continue
-        parts = [
-            (n, i, run)
-            for n, tau in model.items()
-            if tau.any()
-            for i, run in enumerate(tau.clone().reshape(-1).split(7))
-        ]
-        runs = [(n, i, run if share == 1.0 else run[:1]) for n, i, run in parts]
-        counts: Tensor | int = 0
-        for n, i, run in runs:  # a sum as it goes: each tally is half a megabyte
-            inputs = Inputs(SPECS[n], seed=batch.seed_of(n, model[n]), measured=found, start=7 * i)
-            counts += made.measure.tally(number, run, inputs)
-        assert isinstance(counts, Tensor)
-        found = made.measure.conclude(
-            number, counts * (1 if share == 1.0 else 7), sum(tau.numel() for tau in model.values()), found
-        )
+    found: object = made.needs.measure
+    numel = sum(tau.numel() for tau in model.values())
+    while isinstance(found, Pass):
+        counts = np.zeros(found.bins, np.int64)
+        for name, tau in model.items():
+            if not tau.any():
+                continue
+            inputs = Inputs(SPECS[name], seed=batch.seed_of(name, tau), measured=found)
+            for number, run in enumerate(tau.clone().reshape(-1).split(7)):
+                some = run if found.share == 1.0 else run[:1]
+                found.tally(some, inputs._replace(start=7 * number), counts, 1 if found.share == 1.0 else 7)
+        found = found.conclude(counts, numel)
     return found
 
 
@@ -60,30 +50,29 @@ class Stream:
 
     def __init__(self, name: str, **options: object) -> None:
         self.name, self.rule, self.options = name, rule(name, options), read_options(name, "paper")
-        self.totals: dict[str, float] = {}
+        self.totals = Totals()
         self.kept = {
             n: {slot: torch.from_numpy(np.zeros(s.shape, s.dtype)) for slot, s in self.rule.slots(spec).items()}
             for n, spec in SPECS.items()
         }
 
     def fold(self, model: Model, weight: float = 1.0, order: Sequence[str] = tuple(SHAPES)) -> None:
-        sums, measured = {}, measure(self.rule, model)
+        sums: dict[str, Sums] = {}
+        measured = measure(self.rule, model)
         for name in order:
             tau = model[name]
-            moments = batch.moments_of(tau) if self.rule.shipped else None
+            moments = batch.moments_of(tau) if self.rule.needs.shipped else None
             inputs = Inputs(SPECS[name], weight, batch.seed_of(name, tau), measured, moments=moments)
-            folded = self.rule.fold(self.kept[name], tau.clone(), inputs, self.totals)
+            folded = self.rule.fold.apply(self.kept[name], tau.clone(), inputs, self.totals)
             sums[name] = folded.sums
             # what is untouched keeps its files: a zero task vector must change nothing
             self.kept[name] = folded.accumulators
-        self.totals = self.rule.settle(
-            self.totals, {k: math.fsum(s[k] for s in sums.values()) for k in sums["bias"]}, weight
-        )
+        self.totals = settle(self.totals, Sums.total(list(sums.values())), weight)
 
     def read(self) -> Model:
         """The merged task vector at the scale of the rule's paper."""
-        found = {n: self.rule.read(SPECS[n], self.kept[n], self.totals) for n in SHAPES}
-        factor = self.options.factors(self.totals, self.rule.size(self.totals))[0]
+        found = {n: self.rule.read.unit(SPECS[n], self.kept[n], self.totals) for n in SHAPES}
+        factor = self.options.factors(self.totals, self.rule.read.size(self.totals))[0]
         found = {n: x.mul_(factor) for n, x in found.items()}
         assert all(t.dtype == torch.float32 and t.shape == SHAPES[n] for n, t in found.items())
         return found

@@ -15,8 +15,8 @@ from continual.errors import Misconfigured, Refuse
 from continual.rules import RULES, rule
 from tests.helpers import models
 
-GROUPS = [name for name in RULES if rule(name).combine]
-OTHERS = [name for name in RULES if not rule(name).combine]
+GROUPS = [name for name in RULES if rule(name).laws.combine]
+OTHERS = [name for name in RULES if not rule(name).laws.combine]
 
 
 @pytest.fixture

@@ -3,14 +3,12 @@ shortcut."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
-from continual.records import TensorSpec
-from continual.rules import Inputs, ReadOptions, rule
+from continual.records import TensorSpec, Totals
+from continual.rules import Inputs, ReadOptions, Sums, rule, settle
 from tests.helpers import reference
 
 SHAPES = {
@@ -52,15 +50,13 @@ def ours(taus: list[dict[str, Tensor]], alpha: float, variant: str) -> dict[str,
     made = rule("opcm", {"alpha": alpha, "variant": variant})
     specs = {n: TensorSpec(n, s, "F32", "matrix" if len(s) >= 2 else "plain") for n, s in SHAPES.items()}
     state = {n: {"sum": torch.zeros(s)} for n, s in SHAPES.items()}
-    totals: dict[str, float] = {}
+    totals = Totals()
     for tau in taus:
-        folded = {n: made.fold(state[n], tau[n].clone(), Inputs(specs[n]), totals) for n in sorted(SHAPES)}
+        folded = {n: made.fold.apply(state[n], tau[n].clone(), Inputs(specs[n]), totals) for n in sorted(SHAPES)}
         state = {n: f.accumulators for n, f in folded.items()}
-        totals = made.settle(
-            totals, {key: math.fsum(f.sums[key] for f in folded.values()) for key in folded["bias"].sums}, 1.0
-        )
-    factor = ReadOptions("norm", 1.0).factors(totals, made.size(totals))[0]
-    return {n: factor * made.read(specs[n], state[n], totals) for n in SHAPES}
+        totals = settle(totals, Sums.total([f.sums for f in folded.values()]), 1.0)
+    factor = ReadOptions("norm", 1.0).factors(totals, made.read.size(totals))[0]
+    return {n: factor * made.read.unit(specs[n], state[n], totals) for n in SHAPES}
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.5, 0.8])
@@ -89,7 +85,7 @@ def test_radial_is_orthogonal_to_what_was_merged() -> None:
         spec, total = TensorSpec(name, SHAPES[name], "F32", "matrix"), torch.zeros(SHAPES[name])
         for tau in taus:
             before = total.double().clone()
-            made.fold({"sum": total}, tau[name].clone(), Inputs(spec), {})
+            made.fold.apply({"sum": total}, tau[name].clone(), Inputs(spec), Totals())
             c = total.double() - before
             if float(before.norm()) > 0:
                 assert abs(float((c * before).sum())) < 1e-6 * float(c.norm() * before.norm()), name

@@ -4,6 +4,7 @@ rule that has it."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_a_chain_is_its_rule_on_transformed_models(name: str, before: list[str],
             ), (tensor, step)
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if rule(n).combine])
+@pytest.mark.parametrize("name", [n for n in RULES if rule(n).laws.combine])
 @given(models=model_lists(), data=st.data())
 @settings(max_examples=15, deadline=None)
 def test_two_states_combined_are_one_that_folded_all(name: str, models: Models, data: st.DataObject) -> None:
@@ -58,17 +59,17 @@ def test_two_states_combined_are_one_that_folded_all(name: str, models: Models, 
         whole.fold(model)
         (one if number < cut else other).fold(model)
     totals = together(one.totals, other.totals)
-    assert one.rule.combine is not None
-    merged_sq = {n: one.rule.combine(one.kept[n], other.kept[n], totals) for n in SHAPES}
-    one.totals = totals | {"merged_sq": math.fsum(merged_sq.values())}
-    assert one.totals == pytest.approx(whole.totals, rel=1e-5, abs=1e-12)
+    assert one.rule.laws.combine is not None
+    merged_sq = {n: one.rule.laws.combine(one.kept[n], other.kept[n], totals) for n in SHAPES}
+    one.totals = replace(totals, merged_sq=math.fsum(merged_sq.values()))
+    assert one.totals.body() == pytest.approx(whole.totals.body(), rel=1e-5, abs=1e-12)
     found = one.read()
     for tensor, expected in whole.read().items():
         folded = [model[tensor] for model in models]
         assert distance(found[tensor], expected, folded) < bound(name, folded if tensor in MATRICES else ()), tensor
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if rule(n).weighted])
+@pytest.mark.parametrize("name", [n for n in RULES if rule(n).laws.weighted])
 @given(models=model_lists(), weight=st.sampled_from([2, 3]))
 @settings(max_examples=10, deadline=None)
 def test_a_weight_of_two_is_folding_twice(name: str, models: Models, weight: int) -> None:
@@ -77,7 +78,7 @@ def test_a_weight_of_two_is_folding_twice(name: str, models: Models, weight: int
         heavy.fold(model, weight=float(weight))
         for _ in range(weight):
             often.fold(model)
-    assert heavy.totals["weight"] == often.totals["weight"]
+    assert heavy.totals.weight == often.totals.weight
     for slot in heavy.kept["tall"]:
         for tensor in SHAPES:
             if slot in heavy.kept[tensor]:
@@ -92,7 +93,7 @@ def test_a_model_without_moments_for_a_tensor_weighs_nothing_there(models: Model
     for model in models:
         stream.fold(model)
     kept = {slot: value.clone() for slot, value in stream.kept["tall"].items()}
-    after = stream.rule.fold(
+    after = stream.rule.fold.apply(
         stream.kept["tall"], torch.zeros(SHAPES["tall"]), Inputs(SPECS["tall"]), stream.totals
     ).accumulators
     assert all(torch.equal(after[slot], value) for slot, value in kept.items())

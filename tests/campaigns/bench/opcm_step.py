@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from continual.records import TensorSpec
+from continual.records import TensorSpec, Totals
 from continual.rules import Inputs, rule
 from tests.helpers import reference
 
@@ -78,7 +78,7 @@ def best(step: Callable[[Tensor, Tensor], Tensor], total: Tensor, tau: Tensor, r
 def ours(total: Tensor, tau: Tensor) -> Tensor:
     """The rule itself; τ is C when it is done."""
     spec = TensorSpec("weight", tuple(tau.shape), "F32", "matrix")
-    rule("opcm", {"alpha": ALPHA}).fold({"sum": total}, tau, Inputs(spec), {})
+    rule("opcm", {"alpha": ALPHA}).fold.apply({"sum": total}, tau, Inputs(spec), Totals())
     return tau
 
 

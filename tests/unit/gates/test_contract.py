@@ -24,6 +24,7 @@ from continual.config import Settings, load
 from continual.errors import Misconfigured, Refuse
 from continual.gates import GATES, Gate, Headers, Numbers, TensorNumbers
 from continual.gates.contract import AtFold, AtHeaders, AtNumbers, AtTensor
+from continual.records import Totals
 from tests.unit.gates.cases import Case
 
 OPERATIONS = Path(__file__).parents[3] / "ops" / "docs" / "operations.md"
@@ -126,8 +127,8 @@ def test_it_has_a_verdict_on_what_other_gates_refuse(
 
 
 NORMS = st.floats(0.0, 1e300)
-TOTALS = st.just(dict[str, float]()) | st.builds(
-    lambda count, mean: {"count": float(count), "norm_sum": count * mean, "merged_sq": mean},
+TOTALS = st.just(Totals()) | st.builds(
+    lambda count, mean: Totals(count=float(count), norm_sum=count * mean, merged_sq=mean),
     st.integers(1, 10**6),
     st.floats(1e-30, 1e30),
 )
@@ -135,7 +136,7 @@ TOTALS = st.just(dict[str, float]()) | st.builds(
 
 @given(seen=st.builds(Numbers, st.just("alice"), NORMS, NORMS, TOTALS))
 def test_a_gate_on_numbers_has_one_verdict_on_any_numbers(seen: Numbers) -> None:
-    before = dict(seen.totals)
+    before = dataclasses.replace(seen.totals)
     for gate in GATES:
         if issubclass(gate, AtNumbers):
             assert verdict(gate(), seen) == verdict(gate(), seen)
@@ -199,7 +200,7 @@ def test_a_gates_own_settings_come_from_the_file_the_environment_and_flags(tmp_p
     assert small(file, {"CONTINUAL_GATES": "small.most=3,small.word=environment"}) == Small(0.3, 3.0, "environment")
     assert small(file, {"CONTINUAL_GATES": "small.most=3"}, gates=["small.most=4"]) == Small(0.3, 4.0, "file")
     with pytest.raises(Refuse, match="alice: file"):
-        gates.make(load({}, file=file, environ={}), (*GATES, Small)).at_numbers(Numbers("alice", 2.5, 1e9, {}))
+        gates.make(load({}, file=file, environ={}), (*GATES, Small)).at_numbers(Numbers("alice", 2.5, 1e9, Totals()))
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import pytest
 from continual.errors import Refuse
 from continual.gates.contract import Numbers
 from continual.gates.norms import NormsGate
+from continual.records import Totals
 from tests.unit.gates.cases import Case
 
-SEEN = {"count": 4.0, "norm_sum": 8.0}
+SEEN = Totals(count=4.0, norm_sum=8.0)
 REFUSED = {
-    "zero": lambda _place: Case(NormsGate(), Numbers("alice", 0.0, 10.0, {})),
-    "norm-base": lambda _place: Case(NormsGate(), Numbers("alice", 6.0, 10.0, {})),
+    "zero": lambda _place: Case(NormsGate(), Numbers("alice", 0.0, 10.0, Totals())),
+    "norm-base": lambda _place: Case(NormsGate(), Numbers("alice", 6.0, 10.0, Totals())),
     "norm-mean": lambda _place: Case(NormsGate(), Numbers("alice", 61.0, 1000.0, SEEN)),
 }
 
@@ -24,7 +25,8 @@ def test_one_that_is_much_too_short_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "seen", [Numbers("alice", 4.9, 10.0, {}), Numbers("alice", 59.0, 1e3, SEEN), Numbers("alice", 7e-5, 1e3, SEEN)]
+    "seen",
+    [Numbers("alice", 4.9, 10.0, Totals()), Numbers("alice", 59.0, 1e3, SEEN), Numbers("alice", 7e-5, 1e3, SEEN)],
 )
 def test_let_in(seen: Numbers) -> None:
     NormsGate().judge(seen)
@@ -33,7 +35,7 @@ def test_let_in(seen: Numbers) -> None:
 @pytest.mark.parametrize(
     ("gate", "seen"),
     [
-        (NormsGate(max_base_ratio=0.4), Numbers("alice", 4.9, 10.0, {})),
+        (NormsGate(max_base_ratio=0.4), Numbers("alice", 4.9, 10.0, Totals())),
         (NormsGate(max_mean_ratio=29.0), Numbers("alice", 59.0, 1e3, SEEN)),
         (NormsGate(max_mean_ratio=29.0), Numbers("alice", 6.8e-5, 1e3, SEEN)),
     ],

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from continual import linalg
 from continual.errors import Misconfigured
+from continual.records import MatrixTotals, Totals
 from continual.rules import RULES, ReadOptions, Size, read_options
 
-TOTALS = {"count": 4.0, "norm_sum": 8.0, "matrix_norm_sum": 6.0, "plain_norm_sum": 2.0, "spread_sum": 12.0}
+TOTALS = Totals(count=4.0, norm_sum=8.0, matrices=MatrixTotals(6.0, 2.0, 12.0))
 
 
-def factors(text: str, size: Size, totals: dict[str, float] = TOTALS) -> tuple[float, float]:
+def factors(text: str, size: Size, totals: Totals = TOTALS) -> tuple[float, float]:
     return ReadOptions.parse(text).factors(totals, size)
 
 
@@ -30,7 +31,7 @@ def test_norm_is_the_papers_law_at_one_and_is_held_beyond() -> None:
     )
     assert factors("norm:9", Size(length, most=1.0)) == (1.0, 1.0), "no longer than the plain sum, where X is one"
     assert factors("norm", Size(0.5, most=1.0)) == pytest.approx((4.0, 4.0)), "the paper's law also where it enlarges"
-    assert factors("norm:3", Size(5.0), {"count": 1.0, "norm_sum": 2.0}) == pytest.approx((0.4, 0.4)), (
+    assert factors("norm:3", Size(5.0), Totals(count=1.0, norm_sum=2.0)) == pytest.approx((0.4, 0.4)), (
         "one model is as long as it was"
     )
 
@@ -46,12 +47,12 @@ def test_spread_scales_matrices_by_how_many_directions_they_lie_in_and_the_rest_
 
 def test_folds_that_measured_no_spread_are_not_read_as_nothing() -> None:
     with pytest.raises(Misconfigured, match="norm or a number"):
-        factors("spread", Size(None, 1.0, (3.0, 0.25)), {"count": 2.0, "norm_sum": 3.0})
+        factors("spread", Size(None, 1.0, (3.0, 0.25)), Totals(count=2.0, norm_sum=3.0))
 
 
 @pytest.mark.parametrize("text", ["norm", "spread", "norm:2"])
 def test_before_the_first_fold_nothing_is_read(text: str) -> None:
-    assert factors(text, Size(0.0, 1.0, (0.0, 0.0)), {}) == (0.0, 0.0)
+    assert factors(text, Size(0.0, 1.0, (0.0, 0.0)), Totals()) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("text", ["norm:1.0", "spread:1.15", "0.3", "-1.0"])
