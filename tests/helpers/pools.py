@@ -1,4 +1,5 @@
-"""States of the world of `tests.helpers.quadratic` with candidates that wait, and what the tests of rounds ask of them."""
+"""States of the world of `tests.helpers.quadratic` with candidates that wait, and what the tests of rounds ask of
+them."""
 
 from __future__ import annotations
 

@@ -349,6 +349,7 @@ def test_an_objective_of_the_users(code: Path) -> None:
     assert found.names == ["mine:make, task 0", "mine:make, task 1"]
 
 
+GIVES = "\ndef make(d, v): return Given(L, [T()])"
 BROKEN = {
     "x = (": "mine:make raised SyntaxError",
     "x = 1": "mine:make: mine has no function make",
@@ -358,16 +359,18 @@ BROKEN = {
     "def make(d, v): pass": "has to return a Given of a model and tasks, and returned NoneType",
     "def make(d, v): return 1, [2]": "has to return a torch.nn.Module as the model, and returned int",
     "def make(d, v): return Given(L, [])": r"at least one task in a list, and returned \[\]",
-    "def make(d, v): return Given(L, [3])": "mine:make, task 0: a task has a number `count` and a method `losses`, and int has not",
-    "T.count = 3\ndef make(d, v): return Given(L, [T()])": "mine:make, task 0: of its 3 rows 2 would judge and 1 drive",
-    "T.losses = lambda s, r: 1.0\ndef make(d, v): return Given(L, [T()])": "task 0: .* of 2 rows has to be a tensor of as many losses, and is float",
-    "T.losses = lambda s, r: L.weight.sum()\ndef make(d, v): return Given(L, [T()])": r"task 0: .* and is torch.float32 of shape \[\]",
-    "T.losses = lambda s, r: torch.tensor(r)\ndef make(d, v): return Given(L, [T()])": "and is torch.int64 of shape",
-    "T.losses = lambda s, r: L.weight.sum() / (torch.tensor(r) != 2)\ndef make(d, v): return Given(L, [T()])": "task 0: the loss of row 2 is -?inf",
-    "T.losses = lambda s, r: torch.ones(len(r))\ndef make(d, v): return Given(L, [T()])": "task 0: its losses have no gradient",
-    "T.losses = lambda s, r: (L.weight.sum() * 0).sqrt() + torch.ones(len(r))\ndef make(d, v): return Given(L, [T()])": "its gradient in weight is not",
-    "T.losses = lambda s, r: r.nothing\ndef make(d, v): return Given(L, [T()])": "mine:make raised AttributeError: ",
-    "T.fit = lambda s, r: torch.ones(1)\ndef make(d, v): return Given(L, [T()])": r"task 0: .* of 2 rows has to be .* of shape \[1\]",
+    "def make(d, v): return Given(L, [3])": (
+        "mine:make, task 0: a task has a number `count` and a method `losses`, and int has not"
+    ),
+    "T.count = 3" + GIVES: "mine:make, task 0: of its 3 rows 2 would judge and 1 drive",
+    "T.losses = lambda s, r: 1.0" + GIVES: "task 0: .* of 2 rows has to be a tensor of as many losses, and is float",
+    "T.losses = lambda s, r: L.weight.sum()" + GIVES: r"task 0: .* and is torch.float32 of shape \[\]",
+    "T.losses = lambda s, r: torch.tensor(r)" + GIVES: "and is torch.int64 of shape",
+    "T.losses = lambda s, r: L.weight.sum() / (torch.tensor(r) != 2)" + GIVES: "task 0: the loss of row 2 is -?inf",
+    "T.losses = lambda s, r: torch.ones(len(r))" + GIVES: "task 0: its losses have no gradient",
+    "T.losses = lambda s, r: (L.weight.sum() * 0).sqrt() + torch.ones(len(r))" + GIVES: "its gradient in weight is not",
+    "T.losses = lambda s, r: r.nothing" + GIVES: "mine:make raised AttributeError: ",
+    "T.fit = lambda s, r: torch.ones(1)" + GIVES: r"task 0: .* of 2 rows has to be .* of shape \[1\]",
 }
 
 

@@ -134,7 +134,10 @@ def test_every_command_has_help_and_a_line_in_the_reference() -> None:
 def test_help_and_completion_are_cheap() -> None:
     """Imports only: CPU time of a child, with torch and zarr left alone. The bar is 0.3 s; what is asserted is that
     nothing heavy is imported."""
-    code = "import sys, continual.cli.main; print([m for m in ('torch', 'zarr', 'numpy', 'pydantic', 'rich', 'starlette') if m in sys.modules])"
+    code = (
+        "import sys, continual.cli.main; print([m for m in ('torch', 'zarr', 'numpy', 'pydantic', 'rich', "
+        "'starlette') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert process("--help").returncode == 0

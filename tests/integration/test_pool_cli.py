@@ -175,7 +175,8 @@ def test_settings_come_from_file_environment_and_flags(
 ) -> None:
     settings = tmp_path / "continual.toml"
     settings.write_text(
-        'select = "relevance"\nobjective = "tests.helpers.quadratic:make"\nmax_base_ratio = 10\n[rounds]\npatience = 1\n'
+        'select = "relevance"\nobjective = "tests.helpers.quadratic:make"\nmax_base_ratio = '
+        "10\n[rounds]\npatience = 1\n"
     )
     told = machine("fold", candidates["good0"], candidates["noise0"], "--config", settings, *state, code=1)
     assert {m["name"]: m["fate"] for m in told["round"]["members"]} == {"good0": "folded", "noise0": "refused"}

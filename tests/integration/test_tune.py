@@ -220,10 +220,13 @@ def test_an_open_state_is_tuned_dry_and_one_that_moves_on_not_at_all(place: Path
     assert "recorded as record" in done.stdout
 
 
+COMPLAINS = "import sys; print('first', file=sys.stderr); print('out of luck', file=sys.stderr); sys.exit(3)"
+
+
 @pytest.mark.parametrize(
     ("script", "more", "kind", "words"),
     [
-        ("import sys; print('first', file=sys.stderr); print('out of luck', file=sys.stderr); sys.exit(3)", {}, Misconfigured, "exit code 3, last line of stderr: out of luck"),
+        (COMPLAINS, {}, Misconfigured, "exit code 3, last line of stderr: out of luck"),
         ("import os; os.kill(os.getpid(), 9)", {}, Retry, "killed by signal 9"),
         ("import time; time.sleep(600)", {"timeout": 0.3}, Retry, "not done after 0.3 s"),
         ("print('accuracy: 0.5')", {}, Misconfigured, "its last line is no number but 'accuracy: 0.5'"),
@@ -239,8 +242,9 @@ def test_a_command_that_fails_is_named_and_nothing_is_recorded(
 ) -> None:
     with api.open(place / "state", write=True) as merge:
         head = merge.state.ledger.head
+        command = Command((sys.executable, "-S", "-c", script, "{model}"), **more)  # type: ignore[arg-type]
         with pytest.raises(kind, match=r"^candidate norm:1\.0: ") as caught:
-            merge.tune(Command((sys.executable, "-S", "-c", script, "{model}"), **more), asked(place))  # type: ignore[arg-type]
+            merge.tune(command, asked(place))
         assert words in str(caught.value)
         assert sys.executable in str(caught.value)
         assert merge.state.ledger.head == head

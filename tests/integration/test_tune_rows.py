@@ -290,7 +290,10 @@ def test_names_with_and_without_the_prefix_and_one_that_is_nowhere(place: Place)
 
 
 def test_what_is_missing_is_said() -> None:
-    code = "import sys; sys.modules['transformers'] = None\nfrom pathlib import Path\nimport torch\nfrom continual.objectives import objectives as o\n"
+    code = (
+        "import sys; sys.modules['transformers'] = None\nfrom pathlib import Path\nimport torch\nfrom "
+        "continual.objectives import objectives as o\n"
+    )
     code += "o.load(o.Ask('causal-lm', Path('r')), Path('m'), torch.device('cpu'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "Misconfigured" in done.stderr

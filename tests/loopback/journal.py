@@ -18,7 +18,8 @@ REPO = re.compile(r"^/(?:api/models/|cdn/)?([^/]+/[^/]+?)(?:\.git)?(?:/|$)")
 
 @dataclass
 class Request:
-    """One request. `status`, `sent` and `fault` are filled in as the answer goes out; a dropped one may have no status."""
+    """One request. `status`, `sent` and `fault` are filled in as the answer goes out; a dropped one may have no
+    status."""
 
     number: int
     origin: Origin

@@ -90,7 +90,8 @@ def chunks(xorb: bytes) -> Iterator[bytes]:
 
 
 def unpack(frame: bytes) -> bytes:
-    """Decodes an LZ4 frame (github.com/lz4/lz4/doc: lz4_Frame_format, lz4_Block_format); checksums are not looked at."""
+    """Decodes an LZ4 frame (github.com/lz4/lz4/doc: lz4_Frame_format, lz4_Block_format); checksums are not looked
+    at."""
     flags = frame[4]
     at = 7 + (8 if flags & 8 else 0) + (4 if flags & 1 else 0)
     out = bytearray()

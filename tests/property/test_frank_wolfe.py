@@ -143,7 +143,8 @@ def test_a_step_whose_gradient_finds_a_higher_loss_is_not_taken(step: Step) -> N
 @given(f=quadratics(capped=False))
 @quick
 def test_hard_steps_follow_their_rate(search: Any, f: Quadratic) -> None:
-    """Jaggi, "Revisiting Frank-Wolfe", 2013, theorem 1: f − f* <= 2C/(t + 2), C the greatest ‖A(s − s')‖² in the hull."""
+    """Jaggi, "Revisiting Frank-Wolfe", 2013, theorem 1: f − f* <= 2C/(t + 2), C the greatest ‖A(s − s')‖² in the
+    hull."""
     m, layers = f.caps.shape
     single = [np.zeros(m), *(f.rho * np.eye(m))]
     ends = [f.a @ np.stack(columns, 1).reshape(-1) for columns in product(single, repeat=layers)]
@@ -352,7 +353,8 @@ class Asked:
 @given(data=st.data())
 @quick
 def test_who_is_asked(step: Step, data: st.DataObject) -> None:
-    """Only vertices with a negative slope and no weight, best first, once at a point; a refused one again at the next."""
+    """Only vertices with a negative slope and no weight, best first, once at a point; a refused one again at the
+    next."""
     f = data.draw(suited(step))
     asked = Asked(data.draw(st.sets(st.integers(0, len(f.caps) - 1))))
     f.run(Plan(step, f.rho, steps=6, tolerance=1e-6 * f.scale), admit=asked)

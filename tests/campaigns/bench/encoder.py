@@ -211,7 +211,8 @@ def produce(folder: Path, out: Path, count: int) -> None:
             noted.write_text(json.dumps(figures, indent=1))
         stored = "adapter" if isinstance(plan, Adapter) else f"{plan.dtype}{', sharded' if plan.shard else ''}"
         print(
-            f"{target.name:20} {stored:20} {100 * known['base']:7.1f} {100 * known['own']:10.1f}   {known['seconds']:4.0f} s",
+            f"{target.name:20} {stored:20} {100 * known['base']:7.1f} {100 * known['own']:10.1f}   "
+            f"{known['seconds']:4.0f} s",
             flush=True,
         )
 

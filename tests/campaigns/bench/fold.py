@@ -88,10 +88,12 @@ def mean_against_copy(repeats: int) -> None:
                     copies.append(copied)
         ratio = statistics.median(f / c for f, c in zip(folds, copies, strict=True))
         print(
-            f"durable mean fold of a {size / 1e9:.2f} GB float32 model, {repeats} times after the first, CPU seconds (median, least):"
+            f"durable mean fold of a {size / 1e9:.2f} GB float32 model, {repeats} times after the first, "
+            "CPU seconds (median, least):"
         )
         print(
-            f"  fold {statistics.median(folds):.2f}, {min(folds):.2f}; synced copy {statistics.median(copies):.2f}, {min(copies):.2f};"
+            f"  fold {statistics.median(folds):.2f}, {min(folds):.2f}; synced copy "
+            f"{statistics.median(copies):.2f}, {min(copies):.2f};"
             f" ratio {ratio:.2f}, of the least {min(folds) / min(copies):.2f}"
         )
 

@@ -221,7 +221,8 @@ def compare(world: World, rules: Sequence[str], ways: Sequence[str], repeat: int
     """Rows for every rule and way, the ways in turn."""
     size, largest = sum(world.sizes), 2 * max(world.sizes)
     print(
-        f"{size / 1e9:.2f} GB bf16, {len(world.sizes)} tensors, the largest {largest / MB:.0f} MB as float32; medians of {repeat}"
+        f"{size / 1e9:.2f} GB bf16, {len(world.sizes)} tensors, the largest {largest / MB:.0f} MB as "
+        f"float32; medians of {repeat}"
     )
     columns = {
         "passes": 7,
@@ -251,8 +252,10 @@ def compare(world: World, rules: Sequence[str], ways: Sequence[str], repeat: int
             print(
                 f"{rule:6}{way:9}{seen.passes:7.2f}"
                 f"{seen.sent / size / seen.passes:7.3f}{seen.requests / (size / 1e9):7.0f} | "
-                f"{seen.peak / MB:6.0f}{(seen.peak - there.peak) / MB:+8.1f}{over / MB:8.1f}{(over - largest) / MB:+9.1f} | "
-                f"{seen.wall:7.2f}{seen.wall / there.wall:8.2f}{seen.cpu:7.2f}{seen.cpu / there.cpu:8.2f}{gone}{seen.server:7.2f} | "
+                f"{seen.peak / MB:6.0f}{(seen.peak - there.peak) / MB:+8.1f}{over / MB:8.1f}"
+                f"{(over - largest) / MB:+9.1f} | "
+                f"{seen.wall:7.2f}{seen.wall / there.wall:8.2f}{seen.cpu:7.2f}{seen.cpu / there.cpu:8.2f}{gone}"
+                f"{seen.server:7.2f} | "
                 f"{seen.written / seen.state:7.3f}x{seen.outside / MB:6.1f} MB"
                 + (
                     f"  ({seen.sent / size / (seen.passes + seen.sampled):.3f} a pass with the sample counted whole)"
@@ -334,8 +337,12 @@ def webhook(work: Path, hub: Hub, args: argparse.Namespace) -> None:
             beyond.append(seconds - line)
         process.terminate()
         process.wait()
-    show = lambda seconds: f"median {1e3 * statistics.median(seconds):.0f} ms, worst {1e3 * max(seconds):.0f} ms"  # noqa: E731
-    print(f"webhook to commit, {len(tuned)} pushes: {show(whole)}; beyond the fold itself: {show(beyond)}")
+    print(f"webhook to commit, {len(tuned)} pushes: {spread(whole)}; beyond the fold itself: {spread(beyond)}")
+
+
+def spread(times: list[float]) -> str:
+    """Median and worst of some seconds."""
+    return f"median {1e3 * statistics.median(times):.0f} ms, worst {1e3 * max(times):.0f} ms"
 
 
 def head(state: Path) -> bytes:
@@ -427,9 +434,10 @@ def refused(work: Path, hub: Hub, _: argparse.Namespace) -> None:
                 sum(int.from_bytes(f[:8], "little") for n, f in made.items() if n.endswith(".safetensors")),
             )
             print(
-                f"{name:26} {total / 1e3:9.1f} kB ({hub.journal.sent(origin='api') / 1e3:.1f} of the API; headers {header / 1e3:.1f} kB, "
-                f"files {sum(map(len, made.values())) / MB:.1f} MB), {len(hub.journal)} requests, {seconds:.2f} s: {outcome.reason}"
-                + ("" if total < 1e6 else "  MORE THAN 1 MB"),
+                f"{name:26} {total / 1e3:9.1f} kB ({hub.journal.sent(origin='api') / 1e3:.1f} of the API; "
+                f"headers {header / 1e3:.1f} kB, "
+                f"files {sum(map(len, made.values())) / MB:.1f} MB), {len(hub.journal)} requests, "
+                f"{seconds:.2f} s: {outcome.reason}" + ("" if total < 1e6 else "  MORE THAN 1 MB"),
                 flush=True,
             )
 

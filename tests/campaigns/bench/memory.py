@@ -44,7 +44,10 @@ def child(rule: str, base: str, state: str, fine_tunes: list[str]) -> None:
 
 def measure(rule: str, base: Path, work: Path, fine_tunes: list[Path]) -> list[tuple[int, int]]:
     """(peak, state bytes) after each fold, from a fresh process."""
-    code = f"from tests.campaigns.bench.memory import child; child({rule!r}, {str(base)!r}, {str(work / f'state-{rule}')!r}, {[str(f) for f in fine_tunes]!r})"
+    code = (
+        f"from tests.campaigns.bench.memory import child; child({rule!r}, {str(base)!r}, "
+        f"{str(work / f'state-{rule}')!r}, {[str(f) for f in fine_tunes]!r})"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return [tuple(pair) for pair in json.loads(done.stdout)]
 
@@ -63,7 +66,8 @@ def main() -> None:
             seen = measure(rule, base, work, fine_tunes)
             (second, size), (last, last_size) = seen[1], seen[-1]
             print(
-                f"{rule}: VmHWM after fold 2 {second / 1e6:.1f} MB, after fold {len(seen)} {last / 1e6:.1f} MB ({last / second - 1:+.2%}); state {size} and {last_size} bytes"
+                f"{rule}: VmHWM after fold 2 {second / 1e6:.1f} MB, after fold {len(seen)} "
+                f"{last / 1e6:.1f} MB ({last / second - 1:+.2%}); state {size} and {last_size} bytes"
             )
         big = models.base(work / "big", shapes=models.big_shapes(args.gigabytes, layers=36), dtype=torch.bfloat16)
         tunes = [models.fine_tune(big, work / f"big-{i}", i) for i in range(2)]
@@ -72,7 +76,8 @@ def main() -> None:
         for rule in ("mean", "opcm", "iso-c"):
             seen = measure(rule, big, work / "big", tunes)
             print(
-                f"{rule}: VmHWM {seen[0][0] / 1e6:.0f} MB at fold 1, {seen[-1][0] / 1e6:.0f} MB at fold 2; state {seen[-1][1] / 1e9:.2f} GB"
+                f"{rule}: VmHWM {seen[0][0] / 1e6:.0f} MB at fold 1, {seen[-1][0] / 1e6:.0f} MB at fold "
+                f"2; state {seen[-1][1] / 1e9:.2f} GB"
             )
 
 

@@ -118,7 +118,8 @@ def run(base: Path, models: list[Path]) -> float:
         merged = fold(base, models, work)
         worst = compare(base, models, work, merged)
         print(
-            f"transformers loads the export; {loads(base, work / 'export', merged)} tensors are base plus merged task vector, bit for bit"
+            f"transformers loads the export; {loads(base, work / 'export', merged)} tensors are base plus "
+            "merged task vector, bit for bit"
         )
     return worst
 

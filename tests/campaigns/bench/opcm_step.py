@@ -97,9 +97,12 @@ def main(threads: tuple[int, ...] = (2,)) -> None:
                 seconds = {name: row[0] for name, row in rows.items()}
                 errors = {name: float((row[1].double() - truth).norm() / truth.norm()) for name, row in rows.items()}
                 print(
-                    f"  {m:>4}×{n:<4} threads {count} decay {decay} r {r:>3}: ours {seconds['ours'] * 1e3:6.0f} ms {errors['ours']:.1e}"
-                    f" | plain {seconds['plain'] * 1e3:6.0f} ms {errors['plain']:.1e}, {seconds['plain'] / seconds['ours']:5.2f}×"
-                    f" | thin {seconds['thin'] * 1e3:6.0f} ms {errors['thin']:.1e}, {seconds['thin'] / seconds['ours']:5.2f}×",
+                    f"  {m:>4}×{n:<4} threads {count} decay {decay} r {r:>3}: ours "
+                    f"{seconds['ours'] * 1e3:6.0f} ms {errors['ours']:.1e}"
+                    f" | plain {seconds['plain'] * 1e3:6.0f} ms {errors['plain']:.1e}, "
+                    f"{seconds['plain'] / seconds['ours']:5.2f}×"
+                    f" | thin {seconds['thin'] * 1e3:6.0f} ms {errors['thin']:.1e}, "
+                    f"{seconds['thin'] / seconds['ours']:5.2f}×",
                     flush=True,
                 )
     torch.set_num_threads(before)

@@ -26,7 +26,8 @@ def holder(tensors: Tensors) -> nn.Module:
 
 
 def mergekit(taus: list[Tensors], density: float, gamma: float, rate: float) -> dict[str, Tensors]:
-    """Sparsification of the first task vector, and TIES as its generalised task arithmetic does it with equal weights."""
+    """Sparsification of the first task vector, and TIES as its generalised task arithmetic does it with equal
+    weights."""
     from mergekit.merge_methods.generalized_task_arithmetic import get_mask
     from mergekit.sparsify import RescaleNorm, bernoulli, magnitude, magnitude_outliers
 

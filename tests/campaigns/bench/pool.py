@@ -130,7 +130,8 @@ def scoring(work: Path) -> None:
         ratios.sort()
         ratio, score, read = ratios[len(ratios) // 2]
         print(
-            f"scoring a candidate: {1e3 * score:.1f} ms CPU, reading its bytes once {1e3 * read:.1f} ms: {ratio:.2f} times (median of 5)"
+            f"scoring a candidate: {1e3 * score:.1f} ms CPU, reading its bytes once {1e3 * read:.1f} ms: "
+            f"{ratio:.2f} times (median of 5)"
         )
 
 
@@ -164,7 +165,8 @@ def main() -> None:
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             peaks.append(found["peak"])
             print(
-                f"a round over {size:2}: VmHWM {found['peak'] / 1e6:.0f} MB, {found['folds']} folded, {found['steps']} steps, {found['seconds']:.1f} s CPU",
+                f"a round over {size:2}: VmHWM {found['peak'] / 1e6:.0f} MB, {found['folds']} folded, "
+                f"{found['steps']} steps, {found['seconds']:.1f} s CPU",
                 flush=True,
             )
         print(f"64 candidates against 4: {100 * (peaks[1] / peaks[0] - 1):+.1f} % of memory")

@@ -194,7 +194,8 @@ def test_licences(
 def test_a_message_names_five_models_of_a_licence() -> None:
     found = card.licences(BASE, [model(i, licence="mit") for i in range(1, 9)] + [model(9, licence=None)])
     assert found.message == (
-        "the licences differ (apache-2.0: org/base; mit: org/ft-1, org/ft-2, org/ft-3, org/ft-4, org/ft-5 and 3 more; no licence named: 1 model)"
+        "the licences differ (apache-2.0: org/base; mit: org/ft-1, org/ft-2, org/ft-3, org/ft-4, "
+        "org/ft-5 and 3 more; no licence named: 1 model)"
     )
 
 

@@ -89,7 +89,10 @@ def test_a_linked_record_above_head_is_adopted(tmp_path: Path) -> None:
 def test_another_process_that_writes_is_named(tmp_path: Path) -> None:
     with stores.make(tmp_path / "s") as state:
         state.set_url("http://127.0.0.1:1")
-        code = "import sys\nfrom pathlib import Path\nfrom continual.state import State\nState.open(Path(sys.argv[1]), write=True)"
+        code = (
+            "import sys\nfrom pathlib import Path\nfrom continual.state import "
+            "State\nState.open(Path(sys.argv[1]), write=True)"
+        )
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "s")], capture_output=True, text=True, check=False
         )

@@ -78,7 +78,8 @@ def test_reads_what_the_library_writes() -> None:
         (file_of(b'{"a":' + b"9" * 10_000 + b"}"), "header", "JSON"),
         (
             file_of(
-                b'{"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[],"data_offsets":[1,2]}}',
+                b'{"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]},'
+                b'"a":{"dtype":"U8","shape":[],"data_offsets":[1,2]}}',
                 b"ab",
             ),
             "header",

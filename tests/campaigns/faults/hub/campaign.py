@@ -215,7 +215,8 @@ def wait(done: Callable[[], bool], service: Service, end: float, what: str) -> N
 
 
 def quiet(world: World, kinds: Mapping[str, str], service: Service, end: float) -> None:
-    """Waits until nothing is left to do: every head that is to have a fate has one, no push waits, the queue is empty."""
+    """Waits until nothing is left to do: every head that is to have a fate has one, no push waits, and the queue is
+    empty."""
 
     def open_heads() -> list[str]:
         heads = {name: repo.branches["main"] for name, repo in world.hub.state().items() if name in world.lives}
