@@ -31,6 +31,7 @@ ROOMS = (
     ("publish", "gates objectives sources texts"),
     ("tuning", "gates hub sources texts"),
     ("selection", "hub publish sources texts"),
+    ("making", "gates selection sources texts tuning"),
     ("api", "sources texts"),
     ("service", "linalg objectives"),
     ("demo", "config engine gates hub rules selection sources tensors tuning"),
