@@ -38,6 +38,7 @@ from continual.records import Entry, Event, TensorSpec
 from continual.rules import ReadOptions, rule
 from continual.selection import admission
 from continual.selection.steps import Taken
+from continual.sources.catalogue import openers
 from continual.state import Commit, State
 from continual.state.ledger import Waiting
 from continual.tensors import BaseModel
@@ -82,7 +83,8 @@ class Merge:
         self.rule = rule(self.state.format.rule, self.state.format.options)
         self._base: BaseModel | None = None
         self._engine: Engine | None = None
-        self.places = Places(settings, self.state.format.base.get("repo"), client)
+        base = self.state.format.base.get("repo")
+        self.places = Places(settings, base, client, openers(settings))
         self._lengths: dict[str, tuple[float, float]] = {}
 
     def __enter__(self) -> Merge:
@@ -130,6 +132,29 @@ class Merge:
     def executor(self) -> Local:
         """Threads of this process, as many and with as much memory as the settings say."""
         return Local(self.settings.workers, self.settings.memory)
+
+    @property
+    def stopping(self) -> threading.Event:
+        """Set by `give_up`."""
+        return self.places.stop
+
+    @property
+    def head(self) -> int:
+        """The number of the newest record."""
+        return self.state.ledger.head.seq
+
+    def record(self, entry: Entry) -> Commit:
+        """Makes a record that leaves the model as it is. Raises Retry, Halt."""
+        return self.state.record(entry)
+
+    def announce(self, url: str) -> None:
+        """Says in the lock, for other processes, where the service of this state listens."""
+        self.state.set_url(url)
+
+    def give_up(self) -> None:
+        """Ends soon what is under way: a fold and a round raise Abandoned, a wait for the Hub is cut short. From any
+        thread; afterwards nothing can be folded any more."""
+        self.places.stop.set()
 
     def plan(self, model: str | Path) -> Plan:
         """Says from headers alone what folding `model` would take, and whether it would be let in. Raises

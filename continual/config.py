@@ -49,17 +49,17 @@ def _pairs(given: object) -> object:
 
 
 def _nested(given: object) -> object:
-    """`gate.key=value` pairs as tables by gate; what comes later wins."""
+    """`name.key=value` pairs as tables by the name of a gate or a source; what comes later wins."""
     table = _pairs(given)
     if not isinstance(table, dict):
         return table
     found: dict[str, object] = {}
     for name, value in table.items():
-        gate, dot, key = str(name).partition(".")
-        before = found.get(gate, {})
+        of, dot, key = str(name).partition(".")
+        before = found.get(of, {})
         if dot:
             value = {key: value}
-        found[gate] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+        found[of] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
     return found
 
 
@@ -258,6 +258,9 @@ class Settings(BaseModel):
     webhook_secret: Annotated[SecretStr | None, BeforeValidator(_unset)] = Field(
         default=None, description="what the Hub sends as X-Webhook-Secret; without it there is no /webhook"
     )
+    sources: Annotated[dict[str, dict[str, object]], BeforeValidator(_nested)] = Field(
+        default_factory=dict, description="settings of any other source: tables by its name, or name.key=value pairs"
+    )
     settle: Seconds = Field(default=5.0, description="how long a model's files must be still before it is taken")
     rescan: Annotated[float, Field(gt=0)] = Field(
         default=30.0, description="how often the folders are scanned whatever the notifications say"
@@ -361,7 +364,7 @@ def _validated(values: Mapping[str, object], where: Mapping[str, str]) -> Settin
         ) from None
 
 
-_TABLES = ("gates", "hub", "release", "rounds")
+_TABLES = ("gates", "hub", "release", "rounds", "sources")
 
 
 def _table(pairs: object, where: str) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class Event:
     @property
     def name(self) -> str:
         """The model's name, for people."""
-        return self.origin.removeprefix("hf://") if self.origin.startswith("hf://") else Path(self.origin).name
+        _, scheme, rest = self.origin.partition("://")
+        return rest if scheme else Path(self.origin).name
 
     @property
     def key(self) -> str:

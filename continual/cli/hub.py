@@ -64,14 +64,14 @@ def watch(
     if not once:
         raise Misconfigured("watch looks once: say --once; 'continual run' is what goes on looking")
     with opened.merge(config, write=not dry_run, **flags) as merge:
-        watching.must_watch(merge)
+        sources = watching.watched(merge)
         if dry_run:
             with console.spinner("looking"):
-                seen = list(watching.survey(merge))
+                seen = list(watching.survey(merge, sources))
             console.emit(seen) if json else console.seen(seen)
             return
         tried = []
-        for found in watching.once(merge):
+        for found in watching.once(merge, sources):
             tried.append(found)
             if not json:
                 good = found.outcome is not None and not found.outcome.refused

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from continual.sources.catalogue import KINDS
 from continual.texts import duration, scale, size, when
 
 
@@ -19,7 +20,8 @@ def text(body: Mapping[str, Any]) -> str:
         + "".join(f", {k} {v:.4g}" for k, v in body["gauges"].items()),
     ]
     if body["uptime_seconds"] is not None:
-        watched = ", ".join([*body["watch"], *(["the Hub"] if body["hub"] else [])]) or "nothing"
+        titles = [kind.title for kind in KINDS if kind.reports and body[kind.name]]
+        watched = ", ".join([*body["watch"], *titles]) or "nothing"
         lines.append(
             f"up         {duration(body['uptime_seconds'])}, peak memory {size(body['peak_memory_bytes'])}, watching {watched}"
         )
@@ -29,13 +31,7 @@ def text(body: Mapping[str, Any]) -> str:
         )
     more = body["queued"] - len(body["queue"])
     lines.append(f"waiting    {', '.join(body['queue']) or 'nothing'}{f' and {more} more' if more else ''}")
-    if body["hub"]:
-        hub = body["hub"]
-        asked = f"last asked {when(hub['polled'])}" if hub["polled"] else "not asked yet"
-        lines.append(
-            f"hub        {', '.join(hub['bases']) or 'pushes only'}; {asked}, {hub['seen']} open"
-            + (f"; {hub['problem']}" if hub["problem"] else "")
-        )
+    lines += [_source(kind.name, body[kind.name]) for kind in KINDS if kind.reports and body[kind.name]]
     if body["select"] != "none":
         last = body["last_round"]
         told = (
@@ -48,3 +44,10 @@ def text(body: Mapping[str, Any]) -> str:
     lines += [f"published  {when(p['time'])}  {p['seq']}  {p['message']}" for p in body["published"][:3]]
     lines += [f"refused    {when(r['time'])}  {r['seq']}  {r['model']}: {r['reason']}" for r in body["refusals"][:5]]
     return "\n".join(lines)
+
+
+def _source(name: str, told: Mapping[str, Any]) -> str:
+    """What a source says of itself."""
+    asked = f"last asked {when(told['polled'])}" if told["polled"] else "not asked yet"
+    problem = f"; {told['problem']}" if told["problem"] else ""
+    return f"{name:<10} {', '.join(told['bases']) or 'pushes only'}; {asked}, {told['seen']} open{problem}"

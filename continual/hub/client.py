@@ -78,6 +78,14 @@ class Info:
         return sum(file.size for file in self.files.values() if file.name.endswith(".safetensors"))
 
 
+def must_be_online() -> None:
+    """Raises Misconfigured if the package huggingface_hub is told to stay offline."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        raise Misconfigured("HF_HUB_OFFLINE is set: nothing can be read from the Hub; unset it, or give a directory")
+
+
 class Hub:
     """The Hub at an endpoint (default: HF_ENDPOINT's), asked with the client's token. Thread-safe. `stop` ends waiting.
 
@@ -88,12 +96,9 @@ class Hub:
         self, *, endpoint: str | None = None, token: str | None = None, stop: threading.Event | None = None
     ) -> None:
         """Raises Misconfigured if the package huggingface_hub is told to stay offline."""
-        from huggingface_hub import HfApi, constants
+        from huggingface_hub import HfApi
 
-        if constants.is_offline_mode():
-            raise Misconfigured(
-                "HF_HUB_OFFLINE is set: nothing can be read from the Hub; unset it, or give a directory"
-            )
+        must_be_online()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings have signed links in them
         self.api = HfApi(endpoint=endpoint, token=token, library_name="continual", library_version=version("continual"))
         self.endpoint: str = self.api.endpoint

@@ -1,5 +1,5 @@
-"""From a word, an event or a record to the place where the model is: a directory here, or a repo of the Hub, asked as
-the settings say."""
+"""From a word, an event or a record to the place where the model is: a directory here, a repo of the Hub, asked as
+the settings say, or what a source of another kind opens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from continual.config import Settings
@@ -18,14 +19,24 @@ if TYPE_CHECKING:
     from continual.hub import Hub, Info
 
 SCHEME = "hf://"
+Opener = Callable[[str, str | None, str], Place]
+"""Makes a place of an origin (`scheme://…`), a revision (None: the newest) and the name of the source that saw it."""
 
 
 class Places:
     """Makes places. `base` is the repo the base of the state came from, if it did; `client` is asked in place of the
-    Hub that the environment names; `stop` ends waiting for the Hub."""
+    Hub that the environment names; `stop` ends waiting for the Hub. `openers`, by scheme, open what is neither a
+    directory nor a repo of the Hub."""
 
-    def __init__(self, settings: Settings, base: str | None = None, client: Hub | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        base: str | None = None,
+        client: Hub | None = None,
+        openers: Mapping[str, Opener] = MappingProxyType({}),
+    ) -> None:
         self.settings = settings
+        self._openers = openers
         self.bases = settings.hub.bases or ((base,) if base else ())
         self.stop = threading.Event() if client is None else client.stop
         self._client = client
@@ -48,6 +59,8 @@ class Places:
 
         if Path(word).exists():
             return Folder(Path(word))
+        if opener := self._opener(str(word)):
+            return opener(str(word), None, "hand")
         found = named(str(word))
         if found is None or (isinstance(word, Path) and not str(word).startswith(SCHEME)):
             raise Misconfigured(f"{word}: no such directory, and no repo of the Hub (ORG/NAME@REVISION)")
@@ -67,6 +80,8 @@ class Places:
         What a person wants looked at again (`retry`) is read at the commit it was.
         """
         if not event.origin.startswith(SCHEME):
+            if opener := self._opener(event.origin):
+                return opener(event.origin, event.revision, event.source)
             return Folder(Path(event.origin), event.root, event.source)
         if event.source == "retry":
             return self._repo(event.name, event.revision, source="hub")
@@ -81,8 +96,23 @@ class Places:
         """What a record names."""
         origin, source = str(candidate["origin"]), str(candidate["source"])
         if not origin.startswith(SCHEME):
+            if opener := self._opener(origin):
+                revision = candidate.get("revision")
+                return opener(origin, None if revision is None else str(revision), source)
             return Folder(Path(origin), source=source)
         return self._repo(origin.removeprefix(SCHEME), candidate.get("revision"), source=source)
+
+    def _opener(self, origin: str) -> Opener | None:
+        """Who opens an origin of another kind; None for a path, and for a repo of the Hub. Raises Misconfigured for a
+        scheme that nobody knows."""
+        scheme, found, _ = origin.partition("://")
+        if not found or origin.startswith(SCHEME):
+            return None
+        if scheme not in self._openers:
+            raise Misconfigured(
+                f"{origin}: nothing opens what begins with {scheme}://; is the table of its source in the settings?"
+            )
+        return self._openers[scheme]
 
     def _repo(self, repo: str, revision: str | None, **how: Any) -> Place:
         from continual.hub import Repo

@@ -4,7 +4,7 @@ must stay bounded."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
@@ -119,90 +119,102 @@ class Metrics:
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
-        self._series: dict[str, Any] = {}
-        self._hub = (0, 0)
+        self._counters: dict[str, Counter] = {}
+        self._gauges: dict[str, Gauge] = {}
+        self._histograms: dict[str, Histogram] = {}
+        self._before: dict[str, float] = {}
         for row in TABLE:
-            extra: dict[str, Any] = {"buckets": row.buckets} if row.buckets else {}
-            self._series[row.name] = row.kind(row.name, row.help, row.labels, registry=self.registry, **extra)
-        self._series["continual_peak_memory_bytes"].set_function(peak_memory)
+            if row.kind is Histogram:
+                self._histograms[row.name] = Histogram(
+                    row.name, row.help, row.labels, registry=self.registry, buckets=row.buckets
+                )
+            elif row.kind is Counter:
+                self._counters[row.name] = Counter(row.name, row.help, row.labels, registry=self.registry)
+            else:
+                self._gauges[row.name] = Gauge(row.name, row.help, row.labels, registry=self.registry)
+        self._gauges["continual_peak_memory_bytes"].set_function(peak_memory)
 
     def observe(self, report: FoldReport, now: float) -> None:
         """A committed fold; `now` in seconds since 1970."""
-        self._series["continual_folds_total"].inc()
-        self._series["continual_read_bytes_total"].inc(report.bytes_read)
-        self._series["continual_fold_seconds"].observe(report.seconds["total"])
+        self._counters["continual_folds_total"].inc()
+        self._counters["continual_read_bytes_total"].inc(report.bytes_read)
+        self._histograms["continual_fold_seconds"].observe(report.seconds["total"])
         for stage, seconds in report.seconds.items():
             if stage != "total":
-                self._series["continual_fold_stage_seconds_total"].labels(stage).inc(seconds)
+                self._counters["continual_fold_stage_seconds_total"].labels(stage).inc(seconds)
         if kept := report.numbers["notes"].get("kept"):
-            self._series["continual_energy_kept_ratio"].set(kept["mean"])
-        self._series["continual_last_fold_timestamp_seconds"].set(now)
+            self._gauges["continual_energy_kept_ratio"].set(kept["mean"])
+        self._gauges["continual_last_fold_timestamp_seconds"].set(now)
 
     def refused(self, reason: str) -> None:
         """A candidate that was kept out."""
-        self._series["continual_refusals_total"].labels(reason).inc()
+        self._counters["continual_refusals_total"].labels(reason).inc()
 
     def round(self, seconds: float, folds: int, now: float) -> None:
-        """A round that has ended, and how many models it brought into the merge by itself; `now` in seconds since 1970."""
+        """A round that has ended, and how many models it brought into the merge by itself; `now` in seconds since
+        1970."""
         if folds:
-            self._series["continual_folds_total"].inc(folds)
-            self._series["continual_last_fold_timestamp_seconds"].set(now)
-        self._series["continual_rounds_total"].inc()
-        self._series["continual_round_seconds"].observe(seconds)
+            self._counters["continual_folds_total"].inc(folds)
+            self._gauges["continual_last_fold_timestamp_seconds"].set(now)
+        self._counters["continual_rounds_total"].inc()
+        self._histograms["continual_round_seconds"].observe(seconds)
 
     def pool(self, waiting: int, last: Mapping[str, float]) -> None:
         """Who waits, and the figures of the last round: its `gap`, `loss` and the loss `before`."""
-        self._series["continual_pool_candidates"].set(waiting)
+        self._gauges["continual_pool_candidates"].set(waiting)
         for name, key in (("gap", "gap"), ("loss", "loss"), ("loss_before", "before")):
-            self._series[f"continual_round_{name}"].set(last.get(key, 0.0))
+            self._gauges[f"continual_round_{name}"].set(last.get(key, 0.0))
 
     def released(self, uploaded: int) -> None:
         """A release that is out, and how many bytes were uploaded for it."""
-        self._series["continual_releases_total"].inc()
-        self._series["continual_released_bytes_total"].inc(uploaded)
+        self._counters["continual_releases_total"].inc()
+        self._counters["continual_released_bytes_total"].inc(uploaded)
 
-    def hook(self, kind: str, ok: bool) -> None:
-        """A hook that was called."""
-        self._series["continual_hooks_total"].labels(kind, "ok" if ok else "failed").inc()
+    def hook(self, kind: str, *, ok: bool) -> None:
+        """A hook that was called, and whether it worked."""
+        self._counters["continual_hooks_total"].labels(kind, "ok" if ok else "failed").inc()
 
-    def hub(self, requests: int, received: int, polled: float | None) -> None:
-        """What the Hub was asked so far, and when it was last polled (seconds since 1970)."""
-        before, self._hub = self._hub, (requests, received)
-        self._series["continual_hub_requests_total"].inc(requests - before[0])
-        self._series["continual_hub_received_bytes_total"].inc(received - before[1])
-        self._series["continual_hub_last_poll_timestamp_seconds"].set(polled or 0.0)
+    def source(self, series: Mapping[str, float]) -> None:
+        """What a source measured, by the name of the series; a counter counts from the start of the source."""
+        for name, value in series.items():
+            if name in self._counters:
+                self._counters[name].inc(value - self._before.get(name, 0.0))
+                self._before[name] = value
+            else:
+                self._gauges[name].set(value)
 
     def retried(self) -> None:
         """A candidate that was put back."""
-        self._series["continual_retries_total"].inc()
+        self._counters["continual_retries_total"].inc()
 
     def error(self, kind: str) -> None:
-        """Something that went wrong outside any candidate: `halt` or `publish`."""
-        self._series["continual_errors_total"].labels(kind).inc()
+        """Something that went wrong outside any candidate: `halt`, `publish` or `release`."""
+        self._counters["continual_errors_total"].labels(kind).inc()
 
     def queue(self, waiting: int) -> None:
         """How many candidates wait."""
-        self._series["continual_queue_candidates"].set(waiting)
+        self._gauges["continual_queue_candidates"].set(waiting)
 
     def state(self, nbytes: int, generations: int, head: int, folds: int) -> None:
         """What the state holds now."""
         for name, value in (("bytes", nbytes), ("generations", generations), ("head", head), ("folds", folds)):
-            self._series[f"continual_state_{name}"].set(value)
+            self._gauges[f"continual_state_{name}"].set(value)
 
     def gauges(self, gauges: Mapping[str, float]) -> None:
         """What the rule says of its totals."""
         if "lambda" in gauges:
-            self._series["continual_lambda_ratio"].set(gauges["lambda"])
+            self._gauges["continual_lambda_ratio"].set(gauges["lambda"])
 
     def scale(self, ratio: float | None, tuned_folds: int) -> None:
         """How the merge is read; an unknown ratio leaves the last one that was known."""
         if ratio is not None:
-            self._series["continual_scale_ratio"].set(ratio)
-        self._series["continual_scale_tuned_folds"].set(tuned_folds)
+            self._gauges["continual_scale_ratio"].set(ratio)
+        self._gauges["continual_scale_tuned_folds"].set(tuned_folds)
 
     def build(self, *, rule: str, device: str, software: Mapping[str, str]) -> None:
         """What runs."""
-        self._series["continual_build_info"].labels(software["continual"], software["torch"], rule, device).set(1)
+        labels = (software["continual"], software["torch"], rule, device)
+        self._gauges["continual_build_info"].labels(*labels).set(1)
 
     def text(self) -> bytes:
         """All series in Prometheus' text format."""

@@ -11,17 +11,17 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import structlog
 
 from continual import provenance
 from continual.api import Merge
 from continual.config import HookSettings
-from continual.errors import ContinualError, Misconfigured
+from continual.errors import ContinualError, Misconfigured, Retry
 from continual.hub import Trouble
 from continual.publish import folder, hooks
 from continual.publish.hooks import Published
@@ -32,32 +32,45 @@ from continual.service import release as releasing
 from continual.service.metrics import Metrics
 
 T = TypeVar("T")
-Record = Callable[[Entry], Awaitable[Any]]
+Recorder = Callable[[Entry], Awaitable[None]]
 """Makes a record on the thread that writes the state."""
+HOPELESS = (Fault.TOKEN, Fault.DENIED, Fault.REQUEST)
+"""Faults of the Hub that only a person can mend."""
 
 
-class Publishing:
+@dataclasses.dataclass(slots=True)
+class Waiter:
+    """A hook, its number among the settings (from 1), and the newest publication it has not been told of."""
+
+    number: int
+    hook: HookSettings
+    after: str
+    newest: Published | None = None
+    fresh: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+
+
+class Outlets:
     """Everything that follows a fold. `told` is called when something was published."""
 
-    def __init__(self, merge: Merge, metrics: Metrics, record: Record, told: Callable[[], None]) -> None:
+    def __init__(self, merge: Merge, metrics: Metrics, record: Recorder, told: Callable[[], None]) -> None:
         self.merge = merge
         self.settings = merge.settings
         self.metrics = metrics
         self.record = record
         self.told = told
-        self.log = structlog.get_logger("continual")
+        self._log = structlog.get_logger("continual")
         first = "current" if self.settings.current else "release"
         self.hooks = [Waiter(number, hook, hook.after or first) for number, hook in enumerate(self.settings.hooks, 1)]
         self._fresh: list[asyncio.Event] = []
 
     def fresh(self) -> None:
-        """The merged model is another one."""
+        """Hears that the merged model is another one."""
         for event in self._fresh:
             event.set()
 
-    def tasks(self) -> list[Any]:
+    def tasks(self) -> list[Coroutine[None, None, None]]:
         """The coroutines to run; they end when they are cancelled."""
-        found: list[Any] = [self._call(waiter) for waiter in self.hooks]
+        found = [self._call(waiter) for waiter in self.hooks]
         if self.settings.current is not None:
             found.append(self._keep("publish", self._current))
         if self.settings.release.repo is not None:
@@ -65,7 +78,8 @@ class Publishing:
         return found
 
     async def _keep(self, what: str, do: Callable[[int], Awaitable[bool]]) -> None:
-        """Has `do` publish the newest model whenever there is another one; it says whether there is more to do at once."""
+        """Has `do` publish the newest model whenever there is another one; `do` says whether there is more to do at
+        once."""
         fresh = asyncio.Event()
         self._fresh.append(fresh)
         fresh.set()
@@ -83,15 +97,16 @@ class Publishing:
                 self.told()
             except Exception as error:  # whatever it is, the folds go on
                 failures += 1
-                delay = _again(error, failures) if what == "release" else retry_delay(failures)
+                delay = again_after(error, failures) if what == "release" else retry_delay(failures)
                 self.metrics.error(what)
                 known = isinstance(error, OSError | ContinualError)
-                self.log.error(
+                self._log.error(
                     f"{what} failed", seq=model.seq, error=str(error), retry_seconds=delay, exc_info=not known
                 )
                 asyncio.get_running_loop().call_later(delay, fresh.set)
 
     async def _current(self, seq: int) -> bool:
+        """Points the link `current` at an export of record `seq`, and hands it to the hooks. Never more to do."""
         link = self.settings.current
         assert link is not None
 
@@ -99,19 +114,22 @@ class Publishing:
             return self.merge.export(folder.Target(directory, at=seq))
 
         target = await asyncio.to_thread(folder.keep_current, link, seq, write)
-        self.log.info("published", seq=seq, directory=str(target))
-        if all(self._was_told(waiter, seq) for waiter in self.hooks if waiter.after == "current"):
+        self._log.info("published", seq=seq, directory=str(target))
+        waiting = [
+            waiter.hook for waiter in self.hooks if waiter.after == "current" and not self._was_told(waiter, seq)
+        ]
+        if not waiting:
             return False
         published = Published(state=self.merge.state.id, seq=seq, directory=target)
-        if rank := max(
-            (w.hook.rank for w in self.hooks if w.hook.kind == "vllm-lora" and w.after == "current"), default=0
-        ):
-            published = dataclasses.replace(published, lora=await asyncio.to_thread(self._lora, link, seq, rank))
+        ranks = [w.hook.rank for w in self.hooks if w.hook.kind == "vllm-lora" and w.after == "current"]
+        if ranks:
+            adapter = await asyncio.to_thread(self._lora, link, seq, max(ranks))
+            published = dataclasses.replace(published, lora=adapter)
         self._hand(published, "current")
         return False
 
     def _lora(self, link: Path, seq: int, rank: int) -> Path:
-        """An adapter of the merge beside `current`, kept in the same way."""
+        """An adapter of the merge, kept beside `current` as that is."""
 
         def write(directory: Path) -> Path:
             return self.merge.export_lora(directory, rank, at=seq).directory
@@ -119,23 +137,22 @@ class Publishing:
         return folder.keep_current(link.with_name(f"{link.name}-lora"), seq, write)
 
     async def _release(self, newest: int) -> bool:
-        """Releases the newest record that changed the model, or where every one is wanted the next after the last that
-        was released."""
-        asked, state = self.settings.release, self.merge.state
+        """Releases the newest record that changed the model; where every one is wanted, the next after the last that
+        was released. Whether there are more."""
+        asked = self.settings.release
+        state = self.merge.state
         done = newest_release(state.ledger.log, asked.repo or "", asked.branch)
         last = -1 if done is None else int(done["of"])
         if last >= newest or not state.ledger.folds(newest):
             if done is not None:  # a kill may have come between the release and its hooks
-                self._hand(
-                    Published(state=state.id, seq=last, **{key: done[key] for key in ("repo", "commit", "tag")}),
-                    "release",
-                )
+                was = Published(state=state.id, seq=last, repo=done["repo"], commit=done["commit"], tag=done["tag"])
+                self._hand(was, "release")
             return False
         seq = releasing.next_record(self.merge, last) if asked.every else newest
         found = await aside(partial(releasing.release, self.merge, seq))
         await self.record(releasing.entry(found))
         self.metrics.released(found.uploaded)
-        self.log.info(
+        self._log.info(
             "released",
             seq=seq,
             repo=found.repo,
@@ -149,6 +166,7 @@ class Publishing:
         return seq < newest
 
     def _hand(self, published: Published, after: str) -> None:
+        """Wakes the hooks that come after such a publication and were not told of it."""
         for waiter in self.hooks:
             if waiter.after == after and not self._was_told(waiter, published.seq or 0):
                 waiter.newest = published
@@ -164,63 +182,56 @@ class Publishing:
         return False
 
     async def _call(self, waiter: Waiter) -> None:
-        """Tells one server of the newest publication, one at a time; what became of it goes into the ledger. Nothing
-        waits for it."""
+        """Tells one server of the newest publication, one at a time, and records what became of it. Nothing waits for
+        it."""
         while True:
             await waiter.fresh.wait()
             waiter.fresh.clear()
             published = waiter.newest
             assert published is not None
-            told = await aside(partial(hooks.call, waiter.hook, published, self.merge.places.stop))
-            self.metrics.hook(waiter.hook.kind, told.ok)
-            (self.log.info if told.ok else self.log.error)("hook", **told.body(), seq=published.seq)
+            told = await aside(partial(hooks.call, waiter.hook, published, self.merge.stopping))
+            self.metrics.hook(waiter.hook.kind, ok=told.ok)
+            log = self._log.info if told.ok else self._log.error
+            log("hook", **told.body(), seq=published.seq)
             numbers = {"of": published.seq, "hook": {"number": waiter.number, **told.body()}}
             said = f"hook {told.kind} for record {published.seq}: {'done' if told.ok else told.message}"
             try:
                 await self.record(Entry(kind="publish", numbers=numbers, message=said, software=provenance.software()))
             except ContinualError as error:  # the log line above is what is left of it
                 self.metrics.error("publish")
-                self.log.error("hook not recorded", seq=published.seq, error=str(error))
+                self._log.error("hook not recorded", seq=published.seq, error=str(error))
 
 
-def _again(error: Exception, failures: int) -> float:
-    """Seconds until a release is tried again; what only a person can mend is tried once an hour, and with the next
-    fold."""
-    hopeless = isinstance(error, Misconfigured) or (
-        isinstance(error, Trouble) and error.fault in (Fault.TOKEN, Fault.DENIED, Fault.REQUEST)
-    )
-    return retry_delay(failures, max(PARKED if hopeless else 0.0, getattr(error, "after", 0.0)))
+def again_after(error: Exception, failures: int) -> float:
+    """Seconds until a release that failed for the `failures`-th time is tried again: as any other failure, never before
+    a server asked for; what only a person can mend is tried once an hour, and with the next fold."""
+    hopeless = isinstance(error, Misconfigured) or (isinstance(error, Trouble) and error.fault in HOPELESS)
+    after = error.after if isinstance(error, Retry) else 0.0
+    return retry_delay(failures, max(PARKED if hopeless else 0.0, after))
 
 
 async def aside(call: Callable[[], T]) -> T:
     """What `call` returns, on a thread that nobody waits for when the process ends: an upload may take hours, and one
-    that is cut off has done nothing."""
+    that is cut off has done nothing. Raises what `call` raises."""
     loop = asyncio.get_running_loop()
     found: asyncio.Future[T] = loop.create_future()
 
-    def tell(result: T | None, error: Exception | None) -> None:
+    def succeeded(result: T) -> None:
         if not found.done():
-            found.set_exception(error) if error is not None else found.set_result(cast(T, result))
+            found.set_result(result)
+
+    def failed(error: Exception) -> None:
+        if not found.done():
+            found.set_exception(error)
 
     def run() -> None:
-        result, trouble = None, None
+        tell: Callable[[], None]
         try:
-            result = call()
+            tell = partial(succeeded, call())
         except Exception as error:
-            trouble = error
+            tell = partial(failed, error)
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(tell, result, trouble)
+            loop.call_soon_threadsafe(tell)
 
     threading.Thread(target=run, name="publish", daemon=True).start()
     return await found
-
-
-@dataclasses.dataclass(slots=True)
-class Waiter:
-    """A hook, its place among the settings (from 1), and the newest publication it has not been told of."""
-
-    number: int
-    hook: HookSettings
-    after: str
-    newest: Published | None = None
-    fresh: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)

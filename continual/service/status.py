@@ -1,4 +1,4 @@
-"""The status of a state: from the running daemon over HTTP, from inside it, or from the files alone."""
+"""The status of a state: from inside the daemon, from the running daemon over HTTP, or from the files alone."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 import shutil
 import time
 import urllib.request
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
 
 from continual import provenance, tuning
 from continual import selection as rounds
@@ -19,100 +19,142 @@ from continual.rules import ReadOptions
 from continual.service.metrics import peak_memory
 from continual.service.queue import Queue
 from continual.service.web import Status, parse
-from continual.sources.hub import HubSource
-from continual.state import Commit, lock
+from continual.service.web.view import (
+    ShownFold,
+    ShownPublication,
+    ShownRefusal,
+    ShownRound,
+    ShownScale,
+    ShownWaiting,
+    UnderWay,
+)
+from continual.sources.catalogue import KINDS
+from continual.sources.contract import Source, SourceReport
+from continual.state import Commit, State, lock
 from continual.state.ledger import Waiting
-from continual.texts import Json, plain, record
+from continual.texts import Json, record
 
 _SHOWN = 15
+"""Rows of each list that are shown."""
 _QUEUED = 50
-"""Names of waiting candidates that are told; the Hub can have thousands."""
+"""Names of waiting candidates that are shown; the Hub can have thousands."""
 _RECENT = 2000
 """Records among which publications are looked for."""
 _STUCK = 900.0
 """Seconds without any progress in a fold after which the daemon no longer calls itself healthy."""
+_SILENT = 30.0
+"""Seconds without a turn of the event loop after which it does not, either."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks this machine itself: a proxy of the environment (`http_proxy`) is never used for that."""
-_SILENT = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What is to be said of a daemon besides its state. The default: none runs."""
+
+    health: str = "not running"
+    why: str = "no daemon has this state open"
+    pid: int | None = None
+    url: str | None = None
+    uptime_seconds: float | None = None
+    queue: Sequence[str] = ()
+    sources: Mapping[str, SourceReport] = field(default_factory=dict)
+    current: UnderWay | None = None
+    peak_memory_bytes: float | None = None
 
 
 class Live:
-    """What the daemon is doing now, and the view the service shows of it. Written by the daemon, read by the service."""
+    """What the daemon does now, and the view of it that the service shows. Written by the daemon, read by the
+    service."""
 
-    def __init__(self, merge: Merge, queue: Queue, hub: HubSource | None = None) -> None:
+    def __init__(
+        self, merge: Merge, queue: Queue, sources: Sequence[Source] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`clock` tells seconds that never go back."""
         self.merge = merge
         self.queue = queue
-        self.hub = hub
+        self.sources = sources
         self.url: str | None = None
         self.scanned = False
-        self.beat = time.monotonic()
         self.current: Event | None = None
-        self.rounding = False
-        self._begun = time.monotonic()
-        self._moved = time.monotonic()
+        self._rounding = False
+        self._clock = clock
+        self._begun = self._moved = self._beaten = clock()
         self._stage: tuple[str, int, int] = ("", 0, 0)
 
+    def beat(self) -> None:
+        """The event loop turns."""
+        self._beaten = self._clock()
+
     def begin(self, event: Event) -> None:
-        """A candidate is looked at."""
-        self.current, self._stage, self._moved = event, ("inspect", 0, 1), time.monotonic()
+        """A candidate is looked at from now on."""
+        self.current = event
+        self.progress("inspect", 0, 1)
 
     def begin_round(self) -> None:
-        """A round is run."""
-        self.rounding, self._stage, self._moved = True, ("load", 0, 1), time.monotonic()
+        """A round runs from now on."""
+        self._rounding = True
+        self.progress("load", 0, 1)
 
     def end(self) -> None:
-        """It is done with."""
-        self.current, self.rounding = None, False
+        """The candidate or the round is done with."""
+        self.current = None
+        self._rounding = False
 
     @property
     def doing(self) -> str | None:
         """What is done now: the name of a candidate, or a round."""
-        if self.rounding:
+        if self._rounding:
             return "a round over the pool"
         return None if self.current is None else self.current.name
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """The engine's progress callback."""
-        self._stage, self._moved = (stage, done, total), time.monotonic()
+        """Hears how far the candidate or the round is: the engine's progress callback."""
+        self._stage = (stage, done, total)
+        self._moved = self._clock()
 
     def healthy(self) -> tuple[bool, str]:
-        """Not if the event loop or a fold has been standing still."""
-        now = time.monotonic()
-        if now - self.beat > _SILENT:
-            return False, f"no heartbeat for {now - self.beat:.0f} s"
+        """Not if the event loop, a fold or a round has been standing still."""
+        now = self._clock()
+        if now - self._beaten > _SILENT:
+            return False, f"no heartbeat for {now - self._beaten:.0f} s"
         if self.doing is not None and now - self._moved > _STUCK:
             return False, f"{self.doing}: no progress for {now - self._moved:.0f} s"
         return True, "ok"
 
     def ready(self) -> tuple[bool, str]:
-        """Once every folder has been scanned."""
+        """Once every source has looked once."""
         return (True, "ok") if self.scanned else (False, "the first scan of the watched folders is under way")
 
     def log(self, limit: int, before: int | None) -> list[dict[str, Json]]:
         """Records of the ledger."""
-        commits = self.merge.state.ledger.log[: len(self.merge.state.ledger.log) if before is None else before]
-        return [record(c) for c in commits[-limit:]]
+        commits = self.merge.state.ledger.log[:before]
+        return [record(commit) for commit in commits[-limit:]]
 
     def status(self) -> Status:
         """Everything there is to show."""
         good, why = self.healthy()
-        stage, done, total = self._stage
         doing = self.doing
+        reports: dict[str, SourceReport] = {}
+        for source in self.sources:
+            reports.setdefault(source.name, source.report())
         return _status(
             self.merge,
-            health="ok" if good else "stuck",
-            why="" if good else why,
-            pid=os.getpid(),
-            url=self.url,
-            uptime=time.monotonic() - self._begun,
-            queue=[w.event.name for w in self.queue.ordered()],
-            hub=self.hub,
-            current=None if doing is None else {"model": doing, "stage": stage, "done": done, "total": total},
-            memory=peak_memory(),
+            Running(
+                health="ok" if good else "stuck",
+                why="" if good else why,
+                pid=os.getpid(),
+                url=self.url,
+                uptime_seconds=self._clock() - self._begun,
+                queue=[queued.event.name for queued in self.queue.ordered()],
+                sources=reports,
+                current=None if doing is None else UnderWay(doing, *self._stage),
+                peak_memory_bytes=peak_memory(),
+            ),
         )
 
 
-def ask(state: Path) -> dict[str, Any] | None:
+def ask(state: Path) -> dict[str, Json] | None:
     """What the daemon on `state` answers; None if none runs or it does not answer."""
     url = lock.holder(state / "lock").get("url")
     if not isinstance(url, str) or not url.startswith("http://"):
@@ -125,127 +167,129 @@ def ask(state: Path) -> dict[str, Any] | None:
     return body if Path(str(body["state"])) == state.absolute() else None
 
 
-def at_rest(settings: Settings) -> dict[str, Any]:
-    """The same from the files, where no daemon runs."""
+def at_rest(settings: Settings) -> dict[str, Json]:
+    """What the files say, where no daemon runs; with the keys of `ask`. Raises Misconfigured, Damaged."""
     with Merge(settings) as merge:
-        found = _status(
-            merge,
-            health="not running",
-            why="no daemon has this state open",
-            pid=None,
-            url=None,
-            uptime=None,
-            queue=[],
-            hub=None,
-            current=None,
-            memory=None,
-        )
-    return cast("dict[str, Any]", plain(found))
+        return _status(merge, Running()).body()
 
 
-def _status(
-    merge: Merge,
-    *,
-    health: str,
-    why: str,
-    pid: int | None,
-    url: str | None,
-    uptime: float | None,
-    queue: list[str],
-    hub: HubSource | None,
-    current: dict[str, Any] | None,
-    memory: float | None,
-) -> Status:
-    state, folds = merge.state, merge.state.ledger.folds()
-    tuned, made = tuning.in_force(state), state.format.base
-    refused = state.ledger.refusals[-_SHOWN:]
-    pool, last = merge.pool(), rounds.last_round(state)
+def _status(merge: Merge, running: Running) -> Status:
+    state = merge.state
+    ledger = state.ledger
+    folds = ledger.folds()
+    pool = merge.pool()
+    last = rounds.last_round(state)
     return Status(
         version=provenance.software()["continual"],
-        health=health,
-        why=why,
-        pid=pid,
-        url=url,
-        uptime_seconds=uptime,
+        health=running.health,
+        why=running.why,
+        pid=running.pid,
+        url=running.url,
+        uptime_seconds=running.uptime_seconds,
         state=str(state.path.absolute()),
         state_id=state.id,
-        base=f"{made['repo']}@{made['revision'][:12]}" if made.get("repo") else made["path"],
+        base=_base(state),
         rule=state.format.rule,
         options=state.format.options,
-        scale=str(ReadOptions.from_mapping(state.ledger.read_options(state.ledger.head.seq))),
-        tuned=None if tuned is None else {"record": tuned.seq, "folds": (tuned.entry.numbers or {})["folds"]},
-        watch=[str(path) for path in merge.settings.watch],
-        hub=None if hub is None else _hub(merge, hub),
-        head=state.ledger.head.seq,
+        scale=str(ReadOptions.from_mapping(ledger.read_options(ledger.head.seq))),
+        tuned=_tuned(state),
+        watch=tuple(str(path) for path in merge.settings.watch),
+        sources=_sources(running.sources),
+        head=ledger.head.seq,
         folds=len(folds),
         generations=len(state.generations()),
         state_bytes=state.generation_bytes(),
         disk_free_bytes=shutil.disk_usage(state.path).free,
-        totals=state.ledger.totals,
-        gauges=merge.rule.read.gauges(Totals.of(state.ledger.totals)),
-        queue=queue[:_QUEUED],
-        queued=len(queue),
+        totals=ledger.totals,
+        gauges=merge.rule.read.gauges(Totals.of(ledger.totals)),
+        queue=tuple(running.queue[:_QUEUED]),
+        queued=len(running.queue),
         select=merge.selects,
         pool_size=len(pool),
-        pool=[_waiting(w) for w in list(pool.values())[-_SHOWN:]],
+        pool=tuple(_waiting(waiting) for waiting in list(pool.values())[-_SHOWN:]),
         last_round=None if last is None else _round(last),
-        current=current,
-        last_folds=[_fold(c) for c in reversed(folds[-_SHOWN:])],
-        refusals=[_refusal(c) for c in reversed(refused)],
-        published=[
-            _published(c)
-            for c in reversed([c for c in state.ledger.log[-_RECENT:] if c.entry.kind == "publish"][-_SHOWN:])
-        ],
-        peak_memory_bytes=memory,
+        current=running.current,
+        last_folds=tuple(_fold(fold) for fold in _newest(folds)),
+        refusals=tuple(_refusal(refusal) for refusal in _newest(ledger.refusals)),
+        published=tuple(_publication(commit) for commit in _newest(_publications(ledger.log))),
+        peak_memory_bytes=running.peak_memory_bytes,
     )
 
 
-def _hub(merge: Merge, source: HubSource) -> dict[str, Any]:
-    asked = merge.settings.hub
-    polled = None if source.polled is None else datetime.fromtimestamp(source.polled, UTC).isoformat(timespec="seconds")
-    what = [*(merge.places.bases if asked.watch else ()), *asked.repos, *asked.authors]
-    return {"bases": what, "polled": polled, "problem": source.problem, "seen": len(source.cursor.seen)}
+def _newest(commits: Sequence[Commit]) -> list[Commit]:
+    """The newest of them, newest first."""
+    return list(commits[-_SHOWN:])[::-1]
 
 
-def _published(commit: Commit) -> dict[str, Any]:
-    return {"seq": commit.seq, "time": commit.time, "message": commit.entry.message}
+def _base(state: State) -> str:
+    """The base as people are told of it: a repo at a commit, or a path."""
+    made = state.format.base
+    return f"{made['repo']}@{made['revision'][:12]}" if made.get("repo") else str(made["path"])
 
 
-def _round(commit: Commit) -> dict[str, Any]:
+def _tuned(state: State) -> ShownScale | None:
+    tuned = tuning.in_force(state)
+    return None if tuned is None else ShownScale(tuned.seq, (tuned.entry.numbers or {})["folds"])
+
+
+def _sources(reports: Mapping[str, SourceReport]) -> dict[str, SourceReport | None]:
+    """What each kind of source says of itself; None where none of the kind runs."""
+    silent = [kind.name for kind in KINDS if not kind.reports]
+    told: dict[str, SourceReport | None] = {kind.name: None for kind in KINDS if kind.reports}
+    told.update({name: report for name, report in reports.items() if name not in silent})
+    return told
+
+
+def _publications(log: Sequence[Commit]) -> list[Commit]:
+    """The records of releases and hooks, among the last."""
+    return [commit for commit in log[-_RECENT:] if commit.entry.kind == "publish"]
+
+
+def _publication(commit: Commit) -> ShownPublication:
+    return ShownPublication(commit.seq, commit.time, commit.entry.message)
+
+
+def _round(commit: Commit) -> ShownRound:
     numbers = commit.entry.numbers or {}
-    return {"seq": commit.seq, "time": commit.time, **{key: numbers[key] for key in ("loss", "before", "gap", "steps")}}
+    return ShownRound(
+        commit.seq,
+        commit.time,
+        loss=numbers["loss"],
+        before=numbers["before"],
+        gap=numbers["gap"],
+        steps=numbers["steps"],
+    )
 
 
-def _waiting(waiting: Waiting) -> dict[str, Any]:
-    candidate, last = waiting.commit.entry.candidate or {}, waiting.last
-    return {
-        "model": candidate.get("name"),
-        "since": waiting.since,
-        "rounds": waiting.rounds,
-        "score": last.get("score"),
-        "z": last.get("z"),
-        "said": last.get("message", "waits for its first round"),
-    }
+def _waiting(waiting: Waiting) -> ShownWaiting:
+    candidate = waiting.commit.entry.candidate or {}
+    last = waiting.last
+    return ShownWaiting(
+        model=candidate.get("name"),
+        since=waiting.since,
+        rounds=waiting.rounds,
+        score=last.get("score"),
+        z=last.get("z"),
+        said=last.get("message", "waits for its first round"),
+    )
 
 
-def _fold(commit: Commit) -> dict[str, Any]:
-    candidate, numbers = commit.entry.candidate or {}, commit.entry.numbers or {}
-    return {
-        "seq": commit.seq,
-        "time": commit.time,
-        "model": candidate.get("name"),
-        "form": candidate.get("form"),
-        "tau_norm": numbers.get("tau_norm"),
-        "cosine": numbers.get("cosine"),
-        "weight": numbers.get("weight"),
-    }
+def _fold(commit: Commit) -> ShownFold:
+    candidate = commit.entry.candidate or {}
+    numbers = commit.entry.numbers or {}
+    return ShownFold(
+        commit.seq,
+        commit.time,
+        model=candidate.get("name"),
+        form=candidate.get("form"),
+        tau_norm=numbers.get("tau_norm"),
+        cosine=numbers.get("cosine"),
+        weight=numbers.get("weight"),
+    )
 
 
-def _refusal(commit: Commit) -> dict[str, Any]:
-    return {
-        "seq": commit.seq,
-        "time": commit.time,
-        "model": (commit.entry.candidate or {}).get("name"),
-        "reason": commit.entry.reason,
-        "message": commit.entry.message,
-    }
+def _refusal(commit: Commit) -> ShownRefusal:
+    candidate = commit.entry.candidate or {}
+    return ShownRefusal(
+        commit.seq, commit.time, candidate.get("name"), reason=commit.entry.reason, message=commit.entry.message
+    )

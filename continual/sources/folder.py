@@ -11,16 +11,21 @@ import asyncio
 import contextlib
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import structlog
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 from watchdog.observers.polling import PollingObserver
 
+from continual.config import Settings
+from continual.errors import Misconfigured
 from continual.records import Event, FileStat
+from continual.sources.contract import Sight, Source, SourceKind, Wiring
 from continual.sources.waiting import first
 
 INDEX = "model.safetensors.index.json"
@@ -174,23 +179,30 @@ class Settling:
         return max(0.0, min(waits)) if waits else None
 
 
-class FolderSource:
-    """Watches one folder. `scanned` is set once the first scan is through."""
+class FolderSource(Source):
+    """Watches one folder."""
+
+    name = "watch"
+    parks = False
 
     def __init__(
         self, root: Path, *, settle: float = 5.0, rescan: float = 30.0, clock: Callable[[], float] | None = None
     ) -> None:
+        """`settle`: seconds for which a model's files must be still; `rescan`: seconds between two scans at most;
+        `clock` stands for the event loop's, for tests."""
         self.root = root
         self.rescan = rescan
         self.scanned = asyncio.Event()
+        self.problem: str | None = None
         self._settling = Settling(settle)
         self._clock = clock
-
-    def settled(self, place: str, key: str | None) -> None:
-        """Nothing: what was given is not given again."""
+        self._log = structlog.get_logger("continual")
 
     async def events(self, stop: asyncio.Event) -> AsyncIterator[Event]:
-        """Models as they become ready, until `stop` is set. Notifications only hasten the next scan."""
+        """Models as they become ready, until `stop` is set. Notifications only hasten the next scan.
+
+        A folder that cannot be reached is looked at again; `problem` says so until it is back.
+        """
         loop = asyncio.get_running_loop()
         clock = self._clock or loop.time
         hint = asyncio.Event()
@@ -201,13 +213,76 @@ class FolderSource:
         with _observed(self.root, tell):
             while not stop.is_set():
                 hint.clear()
-                sightings = await asyncio.to_thread(scan, self.root)
+                sightings = await asyncio.to_thread(self._scan)
                 now = clock()
                 for sighting in self._settling.ready(sightings, now):
-                    yield Event("folder", str(sighting.path), sighting.order, self.root)
+                    yield self._event(sighting)
                 self.scanned.set()
                 soon = self._settling.next_look(sightings, now)
                 await first(self.rescan if soon is None else min(soon + 0.01, self.rescan), stop, hint)
+
+    def ready(self) -> list[Event]:
+        """The models that are whole, and whose files have been still long enough by their times."""
+        return [self._event(sighting) for sighting in scan(self.root) if self._waits(sighting) is None]
+
+    def survey(self) -> Iterator[Sight]:
+        """All models in the folder."""
+        for sighting in scan(self.root):
+            yield Sight(self._event(sighting), waits=self._waits(sighting))
+
+    def is_gone(self, event: Event) -> bool:
+        """Whether the path is there no more."""
+        return not Path(event.origin).exists()
+
+    def _scan(self) -> list[FolderSighting]:
+        found = scan(self.root)
+        problem = None if found or self.root.is_dir() else f"{self.root}: the folder cannot be reached"
+        if problem is not None and self.problem is None:
+            self._log.warning("scan failed", error=problem)
+        self.problem = problem
+        return found
+
+    def _event(self, sighting: FolderSighting) -> Event:
+        return Event("folder", str(sighting.path), sighting.order, self.root)
+
+    def _waits(self, sighting: FolderSighting) -> str | None:
+        """Why a model is not looked at yet, judged by the times of its files; None if it is."""
+        name = sighting.path.name
+        if not sighting.whole:
+            return f"{name}: is not whole: a shard is missing, or shorter than its header says"
+        young = self._settling.settle - (time.time() - max(file.mtime_ns for file in sighting.files) / 1e9)
+        return f"{name}: is looked at in {young:.0f} s, if its files are still until then" if young > 0 else None
+
+
+def _check(settings: Settings) -> None:
+    """Raises Misconfigured for a folder that is not there, or in which we would see what we write ourselves."""
+    ours = [settings.state] + ([settings.current.parent] if settings.current else [])
+    for root in settings.watch:
+        if not root.is_dir():
+            raise Misconfigured(f"watch = {root}: no such directory")
+        if found := forbidden(root):
+            raise Misconfigured(f"watch = {root}: {found} is a state; keep states outside the watched folders")
+        for path in ours:
+            if path.resolve().is_relative_to(root.resolve()):
+                raise Misconfigured(
+                    f"{path} lies in the watched folder {root}: what is published there would be folded again; "
+                    "move one of them"
+                )
+
+
+def _make(wiring: Wiring) -> list[FolderSource]:
+    settings = wiring.settings
+    return [FolderSource(root, settle=settings.settle, rescan=settings.rescan) for root in settings.watch]
+
+
+KIND = SourceKind(
+    name="watch",
+    title="folders",
+    make=_make,
+    wanted=lambda settings: bool(settings.watch),
+    check=_check,
+    reports=False,  # the status shows the setting
+)
 
 
 class _Hints(FileSystemEventHandler):

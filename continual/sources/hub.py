@@ -11,69 +11,82 @@ import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import structlog
 
-from continual.config import HubSettings
+from continual.config import HubSettings, Settings
 from continual.errors import Halt, Refuse, Retry
-from continual.hub import Info, Trouble
-from continual.hub.locate import SCHEME, Places
+from continual.hub import Info, Trouble, must_be_online
+from continual.hub.locate import SCHEME
 from continual.records import Event
 from continual.retrying import Fault, next_poll
+from continual.sources.contract import Sight, Source, SourceKind, SourceReport, Wiring
 from continual.sources.cursor import Cursor, Sighting
 from continual.sources.waiting import first
+from continual.sources.webhook import Webhook
 from continual.state.inbox import Inbox, load_cursor, name_of, save_cursor
 
-NAME = "hub"
+if TYPE_CHECKING:
+    from starlette.routing import BaseRoute
 
 
-class HubSource:
-    """Polls what the settings name, and takes what the inbox holds. `scanned` is set after the first poll; `problem`
-    says why the last one failed."""
+class HubSource(Source):
+    """Polls what the settings name, and takes what the inbox holds. `polled`: when the last poll succeeded, in seconds
+    since 1970."""
 
-    def __init__(
-        self,
-        places: Places,
-        asked: HubSettings,
-        state: Path,
-        known: Callable[[str], bool],
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        """`known` says whether a candidate's key is settled."""
+    name = "hub"
+    parks = True
+
+    def __init__(self, wiring: Wiring, clock: Callable[[], float] = time.time) -> None:
+        """`clock` tells the seconds since 1970."""
         self.scanned = asyncio.Event()
         self.problem: str | None = None
         self.polled: float | None = None
-        self.inbox = Inbox(state)
-        self.cursor = Cursor.of(load_cursor(state, NAME), _word(asked, places.bases))
-        self._places, self._asked, self._state, self._clock = places, asked, state, clock
-        self._fate = known
+        self.inbox = Inbox(wiring.state)
+        self.cursor = Cursor.of(load_cursor(wiring.state, self.name), _word(wiring.settings.hub, wiring.places.bases))
+        self._places = wiring.places
+        self._asked = wiring.settings.hub
+        self._secret = wiring.settings.webhook_secret
+        self._state = wiring.state
+        self._clock = clock
+        self._fate = wiring.known
         self._pushed = asyncio.Event()
         self._names: dict[str, list[str]] = {}
         self._settled: deque[tuple[str, str | None]] = deque()
-        places.newer = self._came_after
         self._missing: dict[str, str] = {}
         self._told: set[str] = set()
         self._skipped: set[str] = set()
         self._log = structlog.get_logger("continual")
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._places.newer = self._came_after
+        self._again(wiring.retried)
 
     def _known(self, key: str) -> bool:
         return key in self._skipped or self._fate(key)
 
     @property
     def polls(self) -> bool:
-        """Whether there is anything to ask the Hub for; else only pushes are taken."""
+        """Whether there is anything to ask the Hub for; if not, only pushes are taken."""
         return self._asked.watch or bool(self._asked.repos or self._asked.authors)
 
-    def again(self, candidates: Sequence[Mapping[str, Any]]) -> None:
-        """Candidates of the Hub that a person wants looked at again: no listing may ever show them as new."""
+    def _again(self, candidates: Sequence[Mapping[str, object]]) -> None:
+        """Takes up the candidates that a person wants looked at again: no listing may ever show them as new."""
         for candidate in candidates:
-            if candidate["origin"].startswith(SCHEME) and candidate.get("revision"):
-                repo, now = candidate["origin"].removeprefix(SCHEME), self._clock()
-                sighting = Sighting(repo, candidate["revision"], now, 0.0, "retry")
+            origin, revision = str(candidate["origin"]), candidate.get("revision")
+            if origin.startswith(SCHEME) and revision:
+                sighting = Sighting(origin.removeprefix(SCHEME), str(revision), self._clock(), 0.0, "retry")
                 self.cursor.seen[sighting.key] = sighting
+
+    def routes(self) -> list[BaseRoute]:
+        """`POST /webhook`, where there is a secret."""
+        from starlette.routing import Route
+
+        if self._secret is None:
+            return []
+        webhook = Webhook(self._secret.get_secret_value(), self.inbox, self.told)
+        return [Route("/webhook", webhook.answer, methods=["POST"])]
 
     def told(self) -> None:
         """The inbox has something new. From any thread."""
@@ -81,17 +94,18 @@ class HubSource:
             with contextlib.suppress(RuntimeError):  # the loop is closing
                 self._loop.call_soon_threadsafe(self._pushed.set)
 
-    def settled(self, place: str, key: str | None) -> None:
-        """What was given as the event of this place is settled under `key`, or (None) left out by the settings: it is
-        forgotten, and its pushes removed."""
-        self._settled.append((place, key))
+    def settled(self, event: Event, key: str | None) -> None:
+        """Keeps in mind that a repo which it gave is settled under `key`, or left out by the settings (None). From any
+        thread."""
+        self._settled.append((event.key, key))
         self._pushed.set()
 
     def forget(self) -> None:
-        """Does what `settled` was told of: a poll on another thread may be going on when that comes."""
+        """Forgets what `settled` heard of, and removes its pushes; not in `settled` itself, because a poll may go on on
+        another thread. Raises Retry."""
         while self._settled:
-            place, key = self._settled.popleft()
-            name = f"hub:{place.removeprefix(SCHEME)}"
+            given, key = self._settled.popleft()
+            name = f"hub:{given.removeprefix(SCHEME)}"
             mine = name if "@" in name else f"{name}@"
             if key is None and not mine.endswith("@"):
                 self._skipped.add(mine)
@@ -101,8 +115,8 @@ class HubSource:
                     self.inbox.remove(push)
 
     def _came_after(self, head: Info) -> None:
-        """What came after a commit that is superseded, kept as a push before that is recorded: no listing or push may
-        have told of it. From any thread."""
+        """Keeps the commit that came after a superseded one as a push, before the refusal is recorded: no listing or
+        push may have told of it. From any thread."""
         self.inbox.put(name_of(head.id, head.sha), {"repo": head.id, "sha": head.sha, "time": self._clock()})
         self.told()
 
@@ -143,9 +157,53 @@ class HubSource:
             wait = max(0.0, due - self._clock()) if self.polls else 3600.0
             await first(min(wait, wait if soon is None else soon + 0.01), stop, self._pushed)
 
-    def rows(self) -> Iterator[tuple[str, Info | Refuse]]:
-        """Everything the Hub lists for the settings, wanted or not, each repo once under the name it was asked for by;
-        or why it cannot be had. Raises Trouble."""
+    def ready(self) -> list[Event]:
+        """Polls, opens the inbox, and returns the repos that have been still long enough. Raises Retry, Halt."""
+        self.poll()
+        self.open_inbox()
+        return [event_of(sighting) for sighting in self.cursor.ready(self._clock(), self._asked.settle)]
+
+    def finish(self) -> None:
+        """Forgets what is settled, and keeps how far it has come. Raises Retry."""
+        self.forget()
+        self.save()
+
+    def survey(self) -> Iterator[Sight]:
+        """Everything the Hub lists for the settings, wanted or not. Raises Misconfigured, Trouble."""
+        now = self._clock()
+        rows = self._rows()
+        self._places.newer = _nobody  # nothing is changed
+        for called, found in rows:
+            if isinstance(found, Refuse):
+                yield Sight(Event("hub", f"{SCHEME}{called}"), left_out=str(found))
+                continue
+            young = self._asked.settle - (now - found.modified.timestamp())
+            yield Sight(
+                Event("hub", f"{SCHEME}{found.id}", revision=found.sha),
+                key=f"hub:{found.id}@{found.sha}",
+                left_out=self._places.left_out(found, called),
+                waits=f"{found.id}: is looked at in {young:.0f} s, if it has no new commit until then"
+                if young > 0
+                else None,
+            )
+
+    def report(self) -> SourceReport:
+        """The bases, repos and authors it asks for, and what came of it."""
+        looked_for = [*(self._places.bases if self._asked.watch else ()), *self._asked.repos, *self._asked.authors]
+        polled = None if self.polled is None else datetime.fromtimestamp(self.polled, UTC).isoformat(timespec="seconds")
+        return SourceReport(tuple(looked_for), polled, self.problem, len(self.cursor.seen))
+
+    def series(self) -> dict[str, float]:
+        """Requests and bytes of the process, and the time of the last poll."""
+        return {
+            "continual_hub_requests_total": self._places.hub.requests,
+            "continual_hub_received_bytes_total": self._places.hub.received,
+            "continual_hub_last_poll_timestamp_seconds": self.polled or 0.0,
+        }
+
+    def _rows(self) -> Iterator[tuple[str, Info | Refuse]]:
+        """Everything the Hub lists for the settings, each repo once under the name it was asked for by; or why it
+        cannot be had. Raises Trouble."""
         seen = set()
         for _, tag, author in self._listings():
             for info in self._places.hub.listing(tag=tag, author=author):
@@ -162,7 +220,7 @@ class HubSource:
     def save(self) -> None:
         """Keeps how far this source has come."""
         self.cursor.prune(self._known)
-        save_cursor(self._state, NAME, self.cursor.body())
+        save_cursor(self._state, self.name, self.cursor.body())
 
     def poll(self) -> int:
         """Asks the Hub once what there is; how many commits were new. Durable when it returns. Raises Retry, of the Hub
@@ -229,3 +287,22 @@ def event_of(sighting: Sighting) -> Event:
     """What the daemon is told of a sighting."""
     order = (int(sighting.modified * 1e9), sighting.repo)
     return Event(sighting.by, f"{SCHEME}{sighting.repo}", order, None, sighting.sha)
+
+
+def _nobody(_info: Info) -> None:
+    """Nobody wants to know of a newer commit."""
+
+
+def _wanted(settings: Settings) -> bool:
+    """Whether anything is taken from the Hub: by polling, or by pushes, which need the webhook's secret."""
+    asked = settings.hub
+    return asked.watch or bool(asked.repos or asked.authors or settings.webhook_secret)
+
+
+def _make(wiring: Wiring) -> list[HubSource]:
+    wiring.places.check()
+    must_be_online()
+    return [HubSource(wiring)]
+
+
+KIND = SourceKind(name="hub", title="the Hub", make=_make, wanted=_wanted)

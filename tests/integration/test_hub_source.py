@@ -16,7 +16,9 @@ from continual.config import load
 from continual.errors import Halt, Misconfigured, Retry
 from continual.records import Event
 from continual.service import once as watching
-from continual.service.daemon import check_places
+from continual.service.daemon import check
+from continual.service.once import Tried
+from continual.service.watched import wiring_of
 from continual.sources.hub import HubSource
 from tests.helpers import hubs, models
 from tests.helpers.hubs import BASE, made, merge, publish
@@ -40,13 +42,22 @@ def take(ours: Merge, source: HubSource, count: int) -> list[Event]:
             async for event in source.events(stop):
                 found.append(event)
                 outcome = await asyncio.to_thread(ours.fold, event)
-                source.settled(event.key, (outcome.commit.entry.candidate or {})["key"])
+                source.settled(event, (outcome.commit.entry.candidate or {})["key"])
                 if len(found) == count:
                     stop.set()
         source.forget()
         return found
 
     return asyncio.run(drive())
+
+
+def source_of(ours: Merge) -> HubSource:
+    """The Hub as a source of this state, as another process would make it."""
+    return HubSource(wiring_of(ours))
+
+
+def once(ours: Merge) -> list[Tried]:
+    return list(watching.once(ours, watching.watched(ours)))
 
 
 def folded(ours: Merge) -> list[str]:
@@ -58,12 +69,12 @@ def test_what_is_there_what_comes_and_what_was_seen_before_a_restart(tmp_path: P
     for i, name in enumerate(("one", "two")):
         publish(hub, f"org/{name}", models.fine_tune(base, tmp_path / name, i))
     with merge(tmp_path / "state", hub, hub=ASKED) as ours:
-        assert [e.origin for e in take(ours, watching.source(ours), 2)] == ["hf://org/one", "hf://org/two"]
-        assert watching.source(ours).poll() == 0
+        assert [e.origin for e in take(ours, source_of(ours), 2)] == ["hf://org/one", "hf://org/two"]
+        assert source_of(ours).poll() == 0
         publish(hub, "org/three", models.fine_tune(base, tmp_path / "three", 3))
-        assert watching.source(ours).poll() == 1
+        assert source_of(ours).poll() == 1
         hub.delete("org/three")  # seen, and gone before it was looked at: the next process knows of it
-        (event,) = take(ours, watching.source(ours), 1)
+        (event,) = take(ours, source_of(ours), 1)
         assert event.origin == "hf://org/three"
         assert ours.state.ledger.refusals[-1].entry.reason == "gone"
         assert folded(ours) == ["org/one", "org/two"]
@@ -74,11 +85,11 @@ def test_a_commit_that_is_superseded_brings_the_one_that_came_after(tmp_path: Pa
     base = made(tmp_path, hub)
     first = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))
     with merge(tmp_path / "state", hub, hub={"bases": (BASE,), "settle": 0.0}) as ours:
-        source = watching.source(ours)
+        source = source_of(ours)
         source.inbox.put("a" * 32, {"repo": "org/ft", "sha": first, "time": 1.0})
         second = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "b", 2))
         assert ours.fold(Event("webhook", "hf://org/ft", (1, ""), None, first)).reason == "superseded"
-        source = watching.source(ours)  # as after a kill right here
+        source = source_of(ours)  # as after a kill right here
         assert [e.revision for e in take(ours, source, 1)] == [second]
         assert ours.state.ledger.refusals[-1].entry.reason == "superseded"
         assert folded(ours) == ["org/ft"]
@@ -112,12 +123,12 @@ def test_retry_reads_the_commit_that_it_was(tmp_path: Path, hub: Hub) -> None:
     sha = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))
     hub.gate("org/ft")
     with merge(tmp_path / "state", hub, token="stranger", hub=ASKED) as ours:
-        assert take(ours, watching.source(ours), 1)[0].revision == sha
+        assert take(ours, source_of(ours), 1)[0].revision == sha
         assert ours.state.ledger.refusals[-1].entry.reason == "gated"
         ours.retry("org/ft")
         hub.admit("stranger", "org/ft")
         hub.commit("org/ft", {"README.md": hubs.card(license="mit")})
-        events = take(ours, watching.source(ours), 1)
+        events = take(ours, source_of(ours), 1)
         assert (events[0].source, events[0].revision) == ("retry", sha)
         (fold,) = ours.state.ledger.folds()
         assert (fold.entry.candidate or {})["source"] == "hub"
@@ -128,12 +139,12 @@ def test_other_settings_find_what_was_passed_over(tmp_path: Path, hub: Hub) -> N
     publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))
     publish(hub, "org/late", models.fine_tune(base, tmp_path / "b", 2))
     with merge(tmp_path / "state", hub, hub=ASKED | {"deny": ("org/ft",)}) as ours:
-        assert [t.model for t in watching.once(ours)] == ["org/late"]
-        assert list(watching.once(ours)) == []
+        assert [t.model for t in once(ours)] == ["org/late"]
+        assert once(ours) == []
     hub.clock = lambda: 4e9  # long after: an ordinary poll would stop before it
     publish(hub, "org/newest", models.fine_tune(base, tmp_path / "c", 3))
     with merge(tmp_path / "state", hub, hub=ASKED) as ours:
-        assert {t.model for t in watching.once(ours)} == {"org/ft", "org/newest"}
+        assert {t.model for t in once(ours)} == {"org/ft", "org/newest"}
 
 
 def test_trouble_of_every_kind_is_survived(tmp_path: Path, hub: Hub) -> None:
@@ -142,7 +153,7 @@ def test_trouble_of_every_kind_is_survived(tmp_path: Path, hub: Hub) -> None:
     hub.commit("org/evil", {"continual.json": b"[" * 200_000})
     publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))
     with merge(tmp_path / "state", hub, hub=ASKED | {"repos": ("org/none",)}) as ours:
-        source = watching.source(ours)
+        source = source_of(ours)
         for fault in (
             faults.Status(404),
             faults.Status(200, {}, b"<html>"),
@@ -156,7 +167,9 @@ def test_trouble_of_every_kind_is_survived(tmp_path: Path, hub: Hub) -> None:
         hub.faults = faults.Times(faults.Status(302), 1, path="/resolve/")  # without a Location
         assert {e.name for e in take(ours, source, 2)} == {"org/evil", "org/ft"}
         assert sorted(folded(ours)) == ["org/evil", "org/ft"]
-        assert any(s.model == "org/none" and "not on the Hub" in s.why for s in watching.survey(ours))
+        assert any(
+            s.model == "org/none" and "not on the Hub" in s.why for s in watching.survey(ours, watching.watched(ours))
+        )
 
 
 def test_a_token_that_is_refused_ends_polling(tmp_path: Path, hub: Hub) -> None:
@@ -164,7 +177,7 @@ def test_a_token_that_is_refused_ends_polling(tmp_path: Path, hub: Hub) -> None:
     with merge(tmp_path / "state", hub, hub=ASKED) as ours:
         hub.faults = faults.Times(faults.Status(401), 999)
         with pytest.raises(Halt, match=r"given up.*HF_TOKEN"):
-            take(ours, watching.source(ours), 1)
+            take(ours, source_of(ours), 1)
 
 
 def test_a_renamed_repo_is_the_same_repo(tmp_path: Path, hub: Hub) -> None:
@@ -172,9 +185,9 @@ def test_a_renamed_repo_is_the_same_repo(tmp_path: Path, hub: Hub) -> None:
     publish(hub, "org/old", models.fine_tune(base, tmp_path / "a", 1))
     hub.move("org/old", "org/new")
     with merge(tmp_path / "state", hub, hub={"repos": ("org/old",), "settle": 0.0}) as ours:
-        assert [t.outcome.name for t in watching.once(ours) if t.outcome] == ["org/new"]
+        assert [t.outcome.name for t in once(ours) if t.outcome] == ["org/new"]
         publish(hub, "org/new", models.fine_tune(base, tmp_path / "b", 2))
-        (tried,) = watching.once(ours)
+        (tried,) = once(ours)
         assert tried.outcome is not None
         assert tried.outcome.reason == "update"
 
@@ -207,7 +220,7 @@ def test_settings_that_find_nothing_are_told_of(tmp_path: Path, flags: dict[str,
         Merge(load({"state": tmp_path / "state", **flags}, environ={})) as ours,
         pytest.raises(Misconfigured, match=words),
     ):
-        watching.must_watch(ours)
+        watching.watched(ours)
 
 
 def test_an_empty_secret_is_none_and_repos_may_have_the_scheme() -> None:
@@ -215,5 +228,5 @@ def test_an_empty_secret_is_none_and_repos_may_have_the_scheme() -> None:
     assert found.webhook_secret is None
     assert found.hub.repos == ("org/a", "org/b")
     with pytest.raises(Misconfigured, match="nothing to watch"):
-        check_places(load({}, environ={"CONTINUAL_WEBHOOK_SECRET": ""}))
+        check(load({}, environ={"CONTINUAL_WEBHOOK_SECRET": ""}))
     assert "s3cret" not in repr(load({}, environ={"CONTINUAL_WEBHOOK_SECRET": "s3cret"}))

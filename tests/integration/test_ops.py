@@ -40,9 +40,15 @@ def filled() -> Metrics:
     metrics.round(4.0, 2, now=6.0)
     metrics.pool(9, {"gap": 0.5, "loss": 1.5, "before": 2.5, "steps": 3})
     metrics.released(11)
-    metrics.hook("http", True)
-    metrics.hub(5, 60, 1.0)
-    metrics.hub(7, 90, 2.0)
+    metrics.hook("http", ok=True)
+    for requests, received, polled in ((5, 60, 1.0), (7, 90, 2.0)):
+        metrics.source(
+            {
+                "continual_hub_requests_total": requests,
+                "continual_hub_received_bytes_total": received,
+                "continual_hub_last_poll_timestamp_seconds": polled,
+            }
+        )
     metrics.build(rule="opcm", device="cpu", software={"continual": "0", "torch": "2"})
     return metrics
 

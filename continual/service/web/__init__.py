@@ -2,6 +2,5 @@
 
 from continual.service.web.app import create_app, listen, parse, serve
 from continual.service.web.view import Status, View
-from continual.service.web.webhook import Webhook
 
-__all__ = ["Status", "View", "Webhook", "create_app", "listen", "parse", "serve"]
+__all__ = ["Status", "View", "create_app", "listen", "parse", "serve"]

@@ -1,5 +1,5 @@
-"""The service: status page, JSON, metrics, probes, which read and never change anything; and the webhook, where there
-is one."""
+"""The service over HTTP: status page, JSON, metrics and probes, which read and never change anything. What a source
+wants to be told over HTTP are routes of its own."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import contextlib
 import ipaddress
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from continual.errors import Misconfigured
 from continual.service.metrics import CONTENT_TYPE, Metrics
 from continual.service.web import page
 from continual.service.web.view import View
-from continual.service.web.webhook import Webhook
+from continual.texts import Json
 
 _MOST = 1000
 _HEADERS = (
@@ -36,16 +36,14 @@ _HEADERS = (
 )
 
 
-def create_app(
-    view: View, metrics: Metrics, body: Callable[[object], object], webhook: Webhook | None = None
-) -> Starlette:
-    """The application on what `view` tells; `body` makes plain JSON values of records."""
+def create_app(view: View, metrics: Metrics, routes: Sequence[BaseRoute] = ()) -> Starlette:
+    """The application on what `view` tells; `routes` are those that sources add."""
 
     async def index(_request: Request) -> Response:
         return HTMLResponse(page.render(await asyncio.to_thread(view.status)))
 
     async def status(_request: Request) -> Response:
-        return JSONResponse(body(await asyncio.to_thread(view.status)))
+        return JSONResponse((await asyncio.to_thread(view.status)).body())
 
     async def log(request: Request) -> Response:
         try:
@@ -67,16 +65,15 @@ def create_app(
 
         return answer
 
-    routes = [
+    ours = [
         Route("/", index),
         Route("/api/status", status),
         Route("/api/log", log),
         Route("/metrics", series),
         Route("/healthz", probe(view.healthy)),
         Route("/readyz", probe(view.ready)),
-        *([Route("/webhook", webhook.answer, methods=["POST"])] if webhook else []),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(_Headers)])
+    return Starlette(routes=[*ours, *routes], middleware=[Middleware(_Headers)])
 
 
 class _Headers:
@@ -102,15 +99,17 @@ class _Server(uvicorn.Server):
         yield
 
 
-def listen(host: str, port: int, allow_remote: bool) -> socket.socket:
-    """A bound socket. Raises Misconfigured for an address that other machines reach (unless allowed) or that is taken."""
+def listen(host: str, port: int, *, allow_remote: bool) -> socket.socket:
+    """A bound socket. Raises Misconfigured for an address that other machines reach (unless allowed) or that is
+    taken."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise Misconfigured(f"host = {host}: {error.strerror}") from None
     if not allow_remote and not ipaddress.ip_address(found[4][0]).is_loopback:
         raise Misconfigured(
-            f"host = {host} is reached by other machines, and the service asks nobody who they are; set allow_remote = true if that is wanted"
+            f"host = {host} is reached by other machines, and the service asks nobody who they are; "
+            "set allow_remote = true if that is wanted"
         )
     sock = socket.socket(found[0], found[1])
     try:
@@ -142,9 +141,9 @@ async def serve(app: Starlette, sock: socket.socket, started: Callable[[str], No
         await serving
 
 
-def parse(text: str) -> dict[str, object]:
+def parse(text: str) -> dict[str, Json]:
     """The body of an answer of /api/status. Raises ValueError if it is none."""
-    body = json.loads(text)
+    body: Json = json.loads(text)
     if not isinstance(body, dict) or "state_id" not in body:
         raise ValueError("no status")
     return body

@@ -1,23 +1,103 @@
-"""What the service shows, as one frozen record, and where it gets it."""
+"""What the service shows, as frozen records, and where it gets it. How it looks is for `page.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from continual.texts import Json
+from continual.sources.contract import SourceReport
+from continual.texts import Json, plain
+
+
+@dataclass(frozen=True, slots=True)
+class ShownScale:
+    """Where the scale in force was tuned: the number of the record, and how many models were folded then."""
+
+    record: int
+    folds: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """What the daemon does now: the name of the candidate (or of a round), the stage, and how many of the stage's
+    `total` steps are `done`."""
+
+    model: str
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShownFold:
+    """A fold: the number and time of its record, the model's name and form, the norm of its task vector, its cosine
+    with the merge before it, and its weight. None: the rule does not measure it."""
+
+    seq: int
+    time: str
+    model: str | None
+    form: str | None
+    tau_norm: float | None
+    cosine: float | None
+    weight: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShownRefusal:
+    """A refusal: the number and time of its record, the model's name, the short reason and the sentence."""
+
+    seq: int
+    time: str
+    model: str | None
+    reason: str | None
+    message: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShownPublication:
+    """A release, or a hook that was called: the number and time of its record, and what it says."""
+
+    seq: int
+    time: str
+    message: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShownRound:
+    """A round: the number and time of its record, the loss at its end and before it, the duality gap at its end, and
+    how many steps it took."""
+
+    seq: int
+    time: str
+    loss: float
+    before: float
+    gap: float
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShownWaiting:
+    """A candidate in the pool: its name, when it was first seen, how many rounds judged it, and what the last one
+    measured and said. None: no round has judged it."""
+
+    model: str | None
+    since: str
+    rounds: int
+    score: float | None
+    z: float | None
+    said: str
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The state and, where one runs, its daemon. Sizes in bytes, times as RFC 3339 or seconds. `current` is the
-    candidate being folded, with its stage; `select` says who chooses what is folded, `pool` has the newest of the
-    `pool_size` candidates that wait for a round, `last_round` the figures of the last; `queue` has the first of the
-    `queued` candidates that are to be looked at; `hub` says what is taken from the Hub (`bases`), when it was `polled`,
-    what `problem` that had and how many commits were `seen` there and are open; `published` are the last releases and
-    hooks; `tuned` has the `record` that chose the scale and how many `folds` there were then, where the scale in force
-    was tuned."""
+    """The state and, where one runs, its daemon. Sizes in bytes, times as RFC 3339 (UTC) or in seconds.
+
+    `select` says who chooses what is folded. `pool` has the newest of the `pool_size` candidates that wait for a round,
+    `queue` the first of the `queued` candidates that are to be looked at. `watch` are the folders of the settings;
+    `sources` has what each kind of source says of itself, None where none of the kind runs. Lists of records begin with
+    the newest.
+    """
 
     version: str
     health: str
@@ -29,11 +109,11 @@ class Status:
     state_id: str
     base: str
     rule: str
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     scale: str
-    tuned: Mapping[str, int] | None
-    watch: Sequence[str]
-    hub: Mapping[str, Any] | None
+    tuned: ShownScale | None
+    watch: tuple[str, ...]
+    sources: Mapping[str, SourceReport | None]
     head: int
     folds: int
     generations: int
@@ -41,17 +121,26 @@ class Status:
     disk_free_bytes: int
     totals: Mapping[str, float]
     gauges: Mapping[str, float]
-    queue: Sequence[str]
+    queue: tuple[str, ...]
     queued: int
     select: str
     pool_size: int
-    pool: Sequence[Mapping[str, Any]]
-    last_round: Mapping[str, Any] | None
-    current: Mapping[str, Any] | None
-    last_folds: Sequence[Mapping[str, Any]]
-    refusals: Sequence[Mapping[str, Any]]
-    published: Sequence[Mapping[str, Any]]
+    pool: tuple[ShownWaiting, ...]
+    last_round: ShownRound | None
+    current: UnderWay | None
+    last_folds: tuple[ShownFold, ...]
+    refusals: tuple[ShownRefusal, ...]
+    published: tuple[ShownPublication, ...]
     peak_memory_bytes: float | None
+
+    def body(self) -> dict[str, Json]:
+        """What `/api/status` and `continual status --json` give: each kind of source has a key of its own name."""
+        fields = plain(self)
+        assert isinstance(fields, dict)
+        found: dict[str, Json] = {}
+        for key, value in fields.items():
+            found.update(value if key == "sources" and isinstance(value, dict) else {key: value})
+        return found
 
 
 class View(Protocol):
@@ -66,9 +155,9 @@ class View(Protocol):
         ...
 
     def ready(self) -> tuple[bool, str]:
-        """Whether it has opened its state and scanned its folders once, and why not."""
+        """Whether it has opened its state and every source has looked once, and why not."""
         ...
 
     def log(self, limit: int, before: int | None) -> list[dict[str, Json]]:
-        """The newest `limit` records, or those before record `before`, oldest first."""
+        """The newest `limit` records, or those before the record `before`; oldest first."""
         ...

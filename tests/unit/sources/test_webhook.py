@@ -14,8 +14,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from continual.errors import Damaged
-from continual.service.web import Webhook
-from continual.service.web.webhook import LARGEST, Payload, push_of
+from continual.sources.webhook import LARGEST, Payload, Webhook, push_of
 from continual.state.inbox import Inbox, load_cursor, save_cursor
 
 SHA = "a" * 40

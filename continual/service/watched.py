@@ -1,0 +1,18 @@
+"""What is watched by an open merge: its sources, made of the settings."""
+
+from __future__ import annotations
+
+from continual.api import Merge
+from continual.sources import catalogue
+from continual.sources.contract import Source, SourceKind, Wiring
+
+
+def sources_of(merge: Merge, kinds: tuple[SourceKind, ...] = catalogue.KINDS) -> list[Source]:
+    """The sources that the settings ask for. Raises Misconfigured for one that cannot be made."""
+    return catalogue.make(wiring_of(merge), kinds)
+
+
+def wiring_of(merge: Merge) -> Wiring:
+    """What sources of this merge are made from."""
+    ledger = merge.state.ledger
+    return Wiring(merge.settings, merge.places, merge.settings.state, ledger.is_settled, ledger.retried())
