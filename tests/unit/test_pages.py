@@ -67,3 +67,11 @@ def test_decisions_are_numbered_dated_and_listed() -> None:
         assert said, f"{name(page)}: its third line is not 'Date: YYYY-MM-DD. Status: ….'"
         shown.append(f"| [{page.name[:4]}]({page.name}) | {title[1]} | {said[1]} | {said[2]} |")
     assert shown == listed
+
+
+def test_the_glossary_has_each_word_once_and_says_where_it_lives() -> None:
+    text = prose(ROOT / "ops/docs/words.md")
+    words = [word.lower() for word in re.findall(r"^- \*\*(.+?)\*\*", text, re.MULTILINE)]
+    assert len(words) > 60
+    assert [word for word in words if words.count(word) > 1] == []
+    assert len(re.findall(r"`continual\.\w+", text)) > len(words) / 2
