@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from continual import gates, tuning
-from continual import selection as rounds
+from continual import gates, selection, tuning
 from continual.config import Settings, settings_of
 from continual.engine import combining, planning, unfolding
 from continual.engine.base import open_base
@@ -182,7 +181,7 @@ class Merge:
         """Who chooses what is folded: nobody (`none`), or rounds over the pool, and how they do."""
         return "frank-wolfe" if self.rule.laws.rounds else self.settings.select or "none"
 
-    def asked(self) -> rounds.Asked:
+    def asked(self) -> selection.RoundOptions:
         """How rounds choose, by the settings. Raises Misconfigured where no rounds are set up, or naming what they
         lack."""
         if self.selects == "none":
@@ -190,13 +189,13 @@ class Merge:
                 "select = none: no model waits for rounds; "
                 "set select = relevance, or make a state with the rule frank-wolfe"
             )
-        return rounds.asked(self.settings)
+        return selection.options_of(self.settings)
 
     def pool(self) -> dict[str, Waiting]:
         """The candidates that wait for a round, by key."""
         return self.state.ledger.pool
 
-    def round(self, progress: Progress = silent, told: rounds.Told | None = None) -> rounds.Round:
+    def round(self, progress: Progress = silent, told: selection.HearRound | None = None) -> selection.Round:
         """Runs a round over the pool: scores all that wait, folds what is relevant, settles the others' fates. `told`
         is called with each fold or step when it is made. Raises Misconfigured, Retry and Halt."""
 
@@ -206,19 +205,24 @@ class Merge:
             if told is not None:
                 told(what)
 
-        found = rounds.run(self.engine, self.reading, self.asked(), progress, hear, weighed=self.rule.laws.rounds)
+        found = selection.run(self._ground, self.asked(), progress, hear)
         self.state.expire(self.settings.keep)
         return found
 
-    def look_round(self, progress: Progress = silent) -> rounds.Round:
+    @property
+    def _ground(self) -> selection.Ground:
+        """What a round runs on."""
+        return selection.Ground(self.engine, self.reading, weighed=self.rule.laws.rounds)
+
+    def look_round(self, progress: Progress = silent) -> selection.Round:
         """Scores all that wait at the merge as it is, and tries those that promise something; folds and records
         nothing. Raises Misconfigured, Retry and Halt."""
-        return rounds.look(self.engine, self.reading, self.asked(), progress, weighed=self.rule.laws.rounds)
+        return selection.look(self._ground, self.asked(), progress)
 
-    def why(self, word: str) -> rounds.Why:
+    def why(self, word: str) -> selection.Why:
         """What is known of the candidate that `word` names (a name, path or key). Raises Misconfigured if it was never
         seen."""
-        return rounds.why(self.state, word)
+        return selection.explain(self.state, word)
 
     def read(self, name: str, *, at: int | None = None) -> torch.Tensor:
         """The merged task vector of the tensor `name` at record `at` (default: the newest): float32, with the tensor's
@@ -295,7 +299,7 @@ class Merge:
     def unfold(self, plan: unfolding.Unfolding, progress: Progress = silent) -> Commit:
         """Takes a model out of the merge, as `look_unfold` found, and returns the record of it. Raises Refuse, Retry
         and Halt; then nothing has changed."""
-        take_out = rounds.unfold if self.rule.laws.rounds else unfolding.unfold
+        take_out = selection.subtract if self.rule.laws.rounds else unfolding.unfold
         commit = take_out(self.engine, plan, progress)
         self.state.expire(self.settings.keep)
         return commit

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from continual.executors.contract import Progress
     from continual.publish.lora import LoraReport
     from continual.rules.catalogue import RuleInfo
-    from continual.selection import Asked, Round
+    from continual.selection import Round, RoundOptions
     from continual.selection.steps import Taken
     from continual.service.once import Seen
     from continual.service.release import Look
@@ -223,11 +223,11 @@ def round_row(row: Mapping[str, Any]) -> tuple[object, ...]:
     )
 
 
-def caution(asked: Asked) -> None:
+def caution(options: RoundOptions) -> None:
     """What a user should know of how rounds were asked for."""
     from continual.selection import UNSUPERVISED
 
-    if asked.calibration.unsupervised:
+    if options.settings.unsupervised:
         warn(UNSUPERVISED)
 
 
@@ -250,7 +250,7 @@ def round_body(found: Round) -> dict[str, Any]:
         **found.numbers,
         "folds": found.folds,
         "seconds": round(found.seconds, 3),
-        "members": [plain(row) for row in found.rows],
+        "members": [row.body() for row in found.rows],
     }
 
 

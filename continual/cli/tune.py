@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
 import typer
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from continual.rules import ReadOptions
     from continual.rules.scale import Policy
     from continual.tuning import Tuned
+    from continual.tuning.record import TrialRow
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -140,7 +141,7 @@ def _print(tuned: Tuned) -> None:
     console.say(f"{told}; {f'recorded as record {tuned.commit.seq}' if tuned.commit else 'nothing recorded'}")
 
 
-def _mark(trial: dict[str, Any], chosen: tuple[str, list[float] | None], before: dict[str, Any]) -> str:
+def _mark(trial: TrialRow, chosen: tuple[str, list[float] | None], before: TrialRow) -> str:
     marks = ("in force" * (trial == before), "chosen" * ((trial["scale"], trial["lines"]) == chosen))
     return ", ".join(mark for mark in marks if mark)
 

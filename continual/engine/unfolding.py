@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 from continual import provenance
 from continual.engine.engine import Engine
@@ -99,38 +99,17 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
     before.
     """
     state = engine.state
-    fold = next(c for c in state.ledger.folds() if (c.seq, (c.entry.candidate or {})["key"]) == (plan.seq, plan.key))
-    begun = time.perf_counter()
-
-    def entry(report: FoldReport | None, totals: Mapping[str, float]) -> Entry:
-        numbers: dict[str, Any] = {
-            "of": plan.seq,
-            "key": plan.key,
-            "again": [] if plan.exact else [model.seq for model in plan.again],
-        }
-        if report is not None and plan.exact:
-            numbers |= {name: report.numbers[name] for name in ("tau_norm", "merged_norm")}
-        return Entry(
-            kind="unfold",
-            candidate=fold.entry.candidate,
-            digest=fold.entry.digest,
-            fate="unfolded",
-            message=f"{plan.name}: record {plan.seq} taken out in {time.perf_counter() - begun:.1f} s",
-            totals=totals,
-            numbers=numbers,
-            software=provenance.software(),
-            device=str(engine.device),
-        )
-
+    began = time.perf_counter()
     if plan.exact:
         (model,) = plan.again
         with state.begin() as transaction:
             report = _stream(engine, transaction, model, Totals.of(state.ledger.totals), -model.weight, progress)
-            return transaction.commit(entry(report, report.totals.body()))
+            norms = {name: report.numbers[name] for name in ("tau_norm", "merged_norm")}
+            return transaction.commit(entry(engine, plan, began, report.totals.body(), norms))
     generation = state.generation_of(state.ledger.get(plan.start)) if plan.start is not None else None
     kept = state.ledger.totals_at(plan.start) if plan.start is not None else {}
     if not plan.again:
-        return state.record(entry(None, kept), generation)
+        return state.record(entry(engine, plan, began, kept), generation)
     totals = Totals.of(kept)
     scratch: Transaction | None = None
     try:
@@ -139,7 +118,7 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
                 report = _stream(engine, transaction, model, totals, model.weight, progress)
                 progress("models", number, len(plan.again))
                 if number == len(plan.again):
-                    return transaction.commit(entry(report, report.totals.body()))
+                    return transaction.commit(entry(engine, plan, began, report.totals.body()))
                 generation, totals = transaction.seal(), report.totals
             if scratch is not None:
                 scratch.abandon()
@@ -148,6 +127,40 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
         if scratch is not None:
             scratch.abandon()
     raise AssertionError("the last model commits")
+
+
+def entry(
+    engine: Engine,
+    plan: Unfolding,
+    began: float,
+    totals: Mapping[str, float],
+    more: Mapping[str, object] = MappingProxyType({}),
+) -> Entry:
+    """The record that takes the model of `plan` out. `began` is when that work did, by `time.perf_counter`; `more` is
+    what its numbers have besides."""
+    folds = engine.state.ledger.folds()
+    fold = next(c for c in folds if (c.seq, (c.entry.candidate or {})["key"]) == (plan.seq, plan.key))
+    again = [] if plan.exact else [model.seq for model in plan.again]
+    return Entry(
+        kind="unfold",
+        candidate=fold.entry.candidate,
+        digest=fold.entry.digest,
+        fate="unfolded",
+        message=f"{plan.name}: record {plan.seq} taken out in {time.perf_counter() - began:.1f} s",
+        totals=totals,
+        numbers={"of": plan.seq, "key": plan.key, "again": again, **more},
+        software=provenance.software(),
+        device=str(engine.device),
+    )
+
+
+def changed(again: Again) -> Refuse:
+    """The refusal of a model whose files are not those that were folded."""
+    return Refuse(
+        "changed",
+        f"{again.place} does not hold what was folded as record {again.seq} ({again.name}) any more: nothing was "
+        "changed; if the model is somewhere else now, name the place with --at",
+    )
 
 
 def _stream(
@@ -163,11 +176,7 @@ def _stream(
         opened = OpenCandidate(candidate, model, engine.lineage(model), weight)
         report = engine.stream(transaction, opened, totals, progress)
     if report.digest != again.digest:
-        raise Refuse(
-            "changed",
-            f"{again.place} does not hold what was folded as record {again.seq} ({again.name}) any more: nothing was changed; "
-            "if the model is somewhere else now, name the place with --at",
-        )
+        raise changed(again)
     return report
 
 

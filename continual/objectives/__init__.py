@@ -1,1 +1,7 @@
-"""What a model in memory is worth on calibration rows, as a score and as a loss with a gradient."""
+"""What a model in memory is worth on calibration rows, as a score and as a loss with a gradient. The names here are for
+objectives of one's own."""
+
+from continual.objectives.classes import fitted
+from continual.objectives.function import CalibrationTask, FittedTask, Given
+
+__all__ = ["CalibrationTask", "FittedTask", "Given", "fitted"]

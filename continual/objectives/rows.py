@@ -1,23 +1,32 @@
-"""Calibration rows and prompts as files hold them, read strictly. What a row means is an objective's to say."""
+"""Calibration rows and prompts as files hold them, read strictly. What a row means, an objective says."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
+
+from blake3 import blake3
 
 from continual.errors import Misconfigured
 
 
-class Row(NamedTuple):
-    """A line of a file of calibration rows."""
+class Example(NamedTuple):
+    """A line of a file of calibration rows. `line` is its number, from 1."""
 
     line: int
     text: str
     label: str | int | None
 
 
-def read_rows(file: Path, *, labelled: bool) -> list[Row]:
+class FileDigest(TypedDict):
+    """A file as records name it: where it lies does not matter."""
+
+    name: str
+    digest: str
+
+
+def read_rows(file: Path, *, labelled: bool) -> list[Example]:
     """The rows of a JSONL file; empty lines are passed over. Raises Misconfigured naming the line and what is wrong
     with it."""
     rows = []
@@ -26,26 +35,26 @@ def read_rows(file: Path, *, labelled: bool) -> list[Row]:
             continue
         where = f"{file}, line {number}"
         try:
-            body = json.loads(line)
+            body: object = json.loads(line)
         except ValueError as error:
             raise Misconfigured(f"{where}: no JSON ({error})") from None
-        if not isinstance(body, dict) or not isinstance(body.get("text"), str):
+        text = body.get("text") if isinstance(body, dict) else None
+        if not isinstance(body, dict) or not isinstance(text, str):
             raise Misconfigured(f'{where}: write an object with a text, as {{"text": "…", "label": "…"}}')
         label = body.get("label")
         if labelled and (isinstance(label, bool) or not isinstance(label, int | str)):
-            raise Misconfigured(
-                f"{where}: {'no label' if label is None else f'the label is {label!r}'}; it has to be a name or a number"
-            )
-        rows.append(Row(number, body["text"], label if labelled else None))
+            what = "no label" if label is None else f"the label is {label!r}"
+            raise Misconfigured(f"{where}: {what}; it has to be a name or a number")
+        rows.append(Example(number, text, label if labelled else None))
     if not rows:
         raise Misconfigured(f"{file}: no row in it")
     return rows
 
 
 def read_heads(file: Path) -> dict[str, list[str]]:
-    """Label to prompts. Raises Misconfigured saying what is wrong."""
+    """Label to prompts, of a JSON file. Raises Misconfigured saying what is wrong."""
     try:
-        body = json.loads(_text(file))
+        body: object = json.loads(_text(file))
     except ValueError as error:
         raise Misconfigured(f"{file}: no JSON ({error})") from None
     if not isinstance(body, dict) or len(body) < 2:
@@ -54,6 +63,14 @@ def read_heads(file: Path) -> dict[str, list[str]]:
         if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p for p in prompts):
             raise Misconfigured(f"{file}: the label {label!r} needs a list of prompts")
     return body
+
+
+def file_digest(file: Path) -> FileDigest:
+    """The name of a file and the BLAKE3 digest of its bytes. Raises Misconfigured where it cannot be read."""
+    try:
+        return {"name": file.name, "digest": f"blake3:{blake3(file.read_bytes()).hexdigest()}"}
+    except OSError as error:
+        raise Misconfigured(f"{file}: {error.strerror}") from None
 
 
 def _text(file: Path) -> str:

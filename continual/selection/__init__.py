@@ -1,26 +1,28 @@
-"""Rounds over the pool of waiting candidates: scored together by a calibration objective, the relevant ones folded,
-every member's fate recorded."""
+"""Rounds over the pool of candidates that wait: a calibration objective scores them together, the relevant ones are
+folded, and every member's fate is recorded."""
 
-from continual.selection.asked import UNSUPERVISED, Asked, asked
-from continual.selection.fates import Row
-from continual.selection.round import Round, Told, clock, due, last_round, look, next_due, run
-from continual.selection.unfold import unfold
-from continual.selection.why import Why, why
+from continual.selection.due import clock, is_due, next_due
+from continual.selection.fates import MemberFate
+from continual.selection.round import Ground, HearRound, Round, last_round, look, run
+from continual.selection.round_options import UNSUPERVISED, RoundOptions, options_of
+from continual.selection.unfold import subtract
+from continual.selection.why import Why, explain
 
 __all__ = [
     "UNSUPERVISED",
-    "Asked",
+    "Ground",
+    "HearRound",
+    "MemberFate",
     "Round",
-    "Row",
-    "Told",
+    "RoundOptions",
     "Why",
-    "asked",
     "clock",
-    "due",
+    "explain",
+    "is_due",
     "last_round",
     "look",
     "next_due",
+    "options_of",
     "run",
-    "unfold",
-    "why",
+    "subtract",
 ]

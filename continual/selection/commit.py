@@ -1,136 +1,150 @@
-"""What a round decided, written: every member's row, and for a merge of Frank-Wolfe the one transaction that makes it."""
+"""What a round decided, written down: the fate of every member, and for a Frank-Wolfe merge the one transaction that
+makes the new sum."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from continual import provenance
 from continual.engine.engine import Engine
 from continual.executors.contract import Progress
 from continual.records import Entry, Totals
 from continual.selection import fates
-from continual.selection.active import Active, active
-from continual.selection.asked import Asked
-from continual.selection.fates import Row
-from continual.selection.frank_wolfe import Chosen, Origin, together
-from continual.selection.loaded import Loaded
+from continual.selection.active import Active, active_at
+from continual.selection.fates import Fate, MemberFate
+from continual.selection.frank_wolfe import Chosen, SearchSpace, together
 from continual.selection.members import Member
 from continual.selection.mixing import Mixing
+from continual.selection.round_options import RoundOptions
 from continual.state import Commit
 from continual.state.ledger import Waiting
 
 
+class OpenRound(NamedTuple):
+    """A round under way: the record that began it (`begun`), its members, and the pool in which they wait."""
+
+    engine: Engine
+    options: RoundOptions
+    begun: Commit
+    members: Sequence[Member]
+    pool: Mapping[str, Waiting]
+
+
+class Sum(NamedTuple):
+    """A weighted sum that was written, as a record has it: `body` (`active`, `rest`, `folds`, `out`) and the totals."""
+
+    body: Mapping[str, object]
+    totals: Totals
+
+
 def entry(
-    engine: Engine,
-    begun: Commit,
-    asked: Asked,
-    rows: Sequence[Row],
-    numbers: Mapping[str, Any],
-    merge: Mapping[str, Any] | None = None,
-    after: Mapping[str, float] | None = None,
+    under_way: OpenRound, rows: Sequence[MemberFate], numbers: Mapping[str, float], written: Sum | None = None
 ) -> Entry:
-    """The record that ends a round."""
-    counted = ", ".join(
-        f"{len(found)} {fate}"
-        for fate in ("chosen", "folded", "deferred", "refused", "expired")
-        if (found := fates.names(rows, fate))
-    )
+    """The record that ends a round, with the fates and numbers of its members; `written` where the round made a new
+    sum."""
+    listed: tuple[Fate, ...] = ("chosen", "folded", "deferred", "refused", "expired")
+    counted = [f"{len(found)} {fate}" for fate in listed if (found := fates.names(rows, fate))]
     body = {
-        "of": begun.seq,
-        "objective": asked.calibration.told()["digest"],
+        "of": under_way.begun.seq,
+        "objective": under_way.options.calibration.told()["digest"],
         **numbers,
         "scores": [row.body() for row in rows],
-        **(merge or {}),
+        **(written.body if written else {}),
     }
-    message = (
-        f"{counted or 'no member'}; loss {numbers['before']:.4g} to {numbers['loss']:.4g}, gap {numbers['gap']:.3g}"
-    )
+    loss = f"loss {numbers['before']:.4g} to {numbers['loss']:.4g}"
     return Entry(
         kind="select",
         numbers=body,
-        message=message,
+        message=f"{', '.join(counted) or 'no member'}; {loss}, gap {numbers['gap']:.3g}",
         software=provenance.software(),
-        device=str(engine.device),
-        totals=after,
+        device=str(under_way.engine.device),
+        totals=written.totals.body() if written else None,
     )
 
 
-def kept_out(
-    chosen: Chosen, members: Sequence[Member], pool: Mapping[str, Waiting], asked: Asked, now: str
-) -> list[Row]:
-    """The rows of the members that nobody chose."""
+def kept_out(under_way: OpenRound, chosen: Chosen) -> list[MemberFate]:
+    """The fates of the members that were not chosen."""
+    options = under_way.options
+    pool = under_way.pool
     rows = []
-    for member in members:
+    for member in under_way.members:
         if member.key in chosen.lost:
             rows.append(fates.lost(member, chosen.lost[member.key]))
         elif member.key not in chosen.active.weights:
             score = chosen.scores[member.key].total
-            rows.append(fates.kept_out(member, pool[member.key], score, chosen.judged.get(member.key), now, asked))
-    return fates.crowded(rows, pool, asked)
+            judgement = chosen.judged.get(member.key)
+            rows.append(fates.kept_out(member, pool[member.key], score, judgement, under_way.begun.time, options))
+    return fates.crowded(rows, pool, options)
 
 
-def kept(chosen: Chosen, member: Member, fate: str = "folded") -> Row:
-    """The row of a member that was chosen, or is in the merge."""
-    verdict, weight = chosen.judged.get(member.key), _mean(chosen.active.weights.get(member.key, (0.0,)))
-    change, error, z = (verdict.change, verdict.error, verdict.z) if verdict else (None, None, None)
-    score = chosen.scores[member.key].total if member.key in chosen.scores else None
-    return Row(
-        member.key, member.name, fate, "", f"{member.name}: weight {weight:.4g}", 0, score, change, error, z, weight
-    )
+def kept(chosen: Chosen, key: str, fate: Fate = "folded", rank: int | None = None) -> MemberFate:
+    """The fate of a member that was chosen, or that is in the sum."""
+    member = chosen.active.members[key]
+    weight = _mean(chosen.active.weights.get(key, (0.0,)))
+    score = chosen.scores[key].total if key in chosen.scores else None
+    figures = fates.figures(score, chosen.judged.get(key))
+    message = f"{member.name}: weight {weight:.4g}"
+    return MemberFate(key, member.name, fate, "", message, weight=weight, rank=rank, **figures)
 
 
-def commit(
-    engine: Engine,
-    loaded: Loaded,
-    origin: Origin,
-    chosen: Chosen,
-    members: Sequence[Member],
-    pool: Mapping[str, Waiting],
-    asked: Asked,
-    begun: Commit,
-    progress: Progress,
-) -> Commit:
-    """Writes the weighted sum that Frank-Wolfe chose as one durable step, with every member's fate. Raises Retry; then
-    nothing is settled."""
-    state, now, weights = engine.state, active(engine.state), chosen.active.weights
+def write_sum(under_way: OpenRound, space: SearchSpace, chosen: Chosen, progress: Progress) -> Commit:
+    """Writes the weighted sum that Frank-Wolfe chose as one durable step, with the fate of every member; where no weight
+    changed, a record alone.
+
+    Raises Refuse where a member's files are gone by now, Retry; then nothing is settled.
+    """
+    engine = under_way.engine
+    state = engine.state
+    now = active_at(state)
+    weights = chosen.active.weights
     out = [key for key in now.members if key not in weights and (key in chosen.left or not chosen.active.rest)]
-    waits = dict(pool)
-    for fold in state.ledger.folds():
-        if (key := (fold.entry.candidate or {})["key"]) in out:
-            waits[key] = Waiting(fold, fold.time)
-    rows = kept_out(
-        chosen, [*members, *(now.members[key] for key in out if key in chosen.scores)], waits, asked, begun.time
-    )
+    rows = kept_out(_with_those_that_leave(under_way, now, out, chosen), chosen)
     if weights == now.weights and chosen.active.rest == now.rest:
-        rows = [*(kept(chosen, chosen.active.members[key]) for key in weights), *rows]
-        return state.record(entry(engine, begun, asked, rows, chosen.numbers))
-    entering = [m for m in members if m.key in weights]
+        rows = [*(kept(chosen, key) for key in weights), *rows]
+        return state.record(entry(under_way, rows, chosen.numbers))
+    entering = [m.key for m in under_way.members if m.key in weights]
     with state.begin() as transaction:
-        mixing = Mixing(engine, origin.vector, {**now.members, **chosen.active.members}, loaded.layers)
-        merged_sq, digests = mixing.write(transaction, chosen.mix, [m.key for m in entering], progress)
+        everyone = {**now.members, **chosen.active.members}
+        mixing = Mixing(engine, space.merged.vector, everyone, space.model.layers)
+        merged_sq, digests = mixing.write(transaction, chosen.mix, entering, progress)
         engine.go_on("the round")
-        after, doubles = _twins(engine, chosen.active, digests)
-        rows = [*(kept(chosen._replace(active=after), after.members[key]) for key in after.weights), *doubles, *rows]
+        after, doubles = _without_twins(engine, chosen.active, digests)
+        chosen = chosen._replace(active=after)
+        rows = [*(kept(chosen, key) for key in after.weights), *doubles, *rows]
         norms = {**now.norms, **after.norms}
-        staying = [key for key in now.members if key not in out]
-        entered = [m.key for m in entering if m.key in after.weights]
-        folds = [_fold(pool[key], digests[key], norms[key], _mean(after.weights[key])) for key in entered]
-        everyone = {key: now.members[key] for key in staying} | {key: after.members[key] for key in entered}
-        found = totals(after._replace(members=everyone, norms=norms), merged_sq).body()
-        merge = {**after.body(), "folds": folds, "out": out}
-        return transaction.commit(entry(engine, begun, asked, rows, chosen.numbers, merge, found))
+        entered = [key for key in entering if key in after.weights]
+        staying = {key: now.members[key] for key in now.members if key not in out}
+        members = staying | {key: after.members[key] for key in entered}
+        folds = [_fold(under_way.pool[key], digests[key], norms[key], _mean(after.weights[key])) for key in entered]
+        written = Sum(
+            {**after.body(), "folds": folds, "out": out},
+            totals(after._replace(members=members, norms=norms), merged_sq),
+        )
+        return transaction.commit(entry(under_way, rows, chosen.numbers, written))
 
 
-def totals(merge: Active, merged_sq: float) -> Totals:
-    """The totals of a weighted sum: what every rule has, `weight` being Σ w (over layers their mean)."""
-    weight = sum(_mean(w) for w in merge.weights.values()) + (_mean(merge.rest) if merge.rest else 0.0)
-    norms = sum(merge.norms[key] for key in merge.members)
-    return Totals(count=float(len(merge.members)), weight=weight, norm_sum=norms, merged_sq=merged_sq)
+def totals(merged: Active, merged_sq: float) -> Totals:
+    """The totals of a weighted sum. `weight` is Σ w; of weights by layer, their mean over layers. `merged_sq` is
+    ‖X‖²."""
+    weight = sum(_mean(w) for w in merged.weights.values()) + (_mean(merged.rest) if merged.rest else 0.0)
+    norms = sum(merged.norms[key] for key in merged.members)
+    return Totals(count=float(len(merged.members)), weight=weight, norm_sum=norms, merged_sq=merged_sq)
 
 
-def _fold(waiting: Waiting, digest: str, norm: float, weight: float) -> dict[str, Any]:
-    """A model that entered the merge, as a record of several holds it."""
+def _with_those_that_leave(under_way: OpenRound, now: Active, out: Sequence[str], chosen: Chosen) -> OpenRound:
+    """The round, as if the models that leave the sum waited in the pool since they were folded."""
+    pool = dict(under_way.pool)
+    for fold in under_way.engine.state.ledger.folds():
+        key = (fold.entry.candidate or {})["key"]
+        if key in out:
+            pool[key] = Waiting(fold, fold.time)
+    leaving = [now.members[key] for key in out if key in chosen.scores]
+    return under_way._replace(members=[*under_way.members, *leaving], pool=pool)
+
+
+def _fold(waiting: Waiting, digest: str, norm: float, weight: float) -> dict[str, object]:
+    """A model that entered the sum, as the record has it."""
     return {
         "candidate": dict(waiting.commit.entry.candidate or {}),
         "digest": digest,
@@ -138,10 +152,13 @@ def _fold(waiting: Waiting, digest: str, norm: float, weight: float) -> dict[str
     }
 
 
-def _twins(engine: Engine, after: Active, digests: Mapping[str, str]) -> tuple[Active, list[Row]]:
-    """A model that is in the merge already under another name is no second one: its weight is that of the first. X is
-    the same."""
-    seen, doubles, weights, rest = dict[str, str](), list[Row](), dict(after.weights), after.rest
+def _without_twins(engine: Engine, after: Active, digests: Mapping[str, str]) -> tuple[Active, list[MemberFate]]:
+    """Gives the weight of a model that is in the sum already, under another name, to the one that is there; X does not
+    change. Returns the weights, and the fates of the twins."""
+    seen: dict[str, str] = {}
+    twins: list[MemberFate] = []
+    weights = dict(after.weights)
+    rest = after.rest
     for key, digest in digests.items():
         known = engine.state.ledger.folded_digest(digest)
         first = (known.entry.candidate or {})["key"] if known else seen.setdefault(digest, key)
@@ -153,10 +170,10 @@ def _twins(engine: Engine, after: Active, digests: Mapping[str, str]) -> tuple[A
         else:
             rest = together(rest, weight, len(weight))
         name = after.members[key].name
-        message = f"{name}: duplicate of {(known.entry.candidate or {})['name'] if known else after.members[first].name}: the same tensors"
-        doubles.append(Row(key, name, "refused", "duplicate", message))
+        of = (known.entry.candidate or {})["name"] if known else after.members[first].name
+        twins.append(MemberFate(key, name, "refused", "duplicate", f"{name}: duplicate of {of}: the same tensors"))
     members = {key: member for key, member in after.members.items() if key in weights}
-    return after._replace(weights=weights, rest=rest, members=members), doubles
+    return after._replace(weights=weights, rest=rest, members=members), twins
 
 
 def _mean(weights: Sequence[float]) -> float:

@@ -1,31 +1,36 @@
-"""What becomes of the members of a round that were not folded: pure decisions, and the rows that a `select` record
-keeps of them."""
+"""What becomes of the members of a round: pure decisions, and what a `select` record keeps of each member."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from continual.errors import Refuse
-from continual.selection.asked import DAY, Asked
 from continual.selection.judging import Judgement
 from continual.selection.members import Member
+from continual.selection.round_options import DAY, RoundOptions
 from continual.state.ledger import Waiting
+
+Fate = Literal["chosen", "folded", "deferred", "refused", "expired"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A member at the end of a round. `score`: ⟨g, τ⟩ at the merge, without it where it is not in, in units of the
-    loss; `change` and `error`: what a trial of it, or its being in the merge, does to the mean loss of held-out rows;
-    `z` their ratio; None where it was not tried, as where its score already is not below zero. `weight`: what
-    Frank-Wolfe gave it; `place`: of those chosen for a rule, which is folded first. `judged`: 1 if this round counts.
+class MemberFate:
+    """A member at the end of a round.
+
+    `judged` is 1 where this round counts towards patience, else 0. `score` is ⟨g, τ⟩ at the merged model, in units of
+    the loss; for a member that is not in it, at the merged model without it. `change`, `error` and `z` are what held-out
+    rows say (`judging.Judgement`) of a trial of the member, or of its being in; None where it was not tried, as where
+    its score already is not below zero. `weight` is what Frank-Wolfe gave it. `rank`, of those chosen for a rule: which
+    is folded first, from 0.
     """
 
     key: str
     name: str
-    fate: str
+    fate: Fate
     reason: str
     message: str
     judged: int = 0
@@ -34,100 +39,111 @@ class Row:
     error: float | None = None
     z: float | None = None
     weight: float | None = None
-    place: int | None = None
+    rank: int | None = None
 
-    def body(self) -> dict[str, Any]:
-        """As the record holds it."""
-        return asdict(self)
+    def body(self) -> dict[str, object]:
+        """As the record holds it: `rank` is called `place` there."""
+        body = dataclasses.asdict(self)
+        body["place"] = body.pop("rank")
+        return body
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> MemberFate:
+        """From a record."""
+        return cls(**{"rank" if name == "place" else name: value for name, value in body.items()})
+
+
+class Figures(TypedDict):
+    """The figures of a member, as `MemberFate` has them."""
+
+    score: float | None
+    change: float | None
+    error: float | None
+    z: float | None
+
+
+def figures(score: float | None, judgement: Judgement | None) -> Figures:
+    """A score and a judgement, either of which may be missing."""
+    change, error, z = judgement or (None, None, None)
+    return {"score": score, "change": change, "error": error, "z": z}
 
 
 def seconds(earlier: str, later: str) -> float:
-    """Between two times as the records have them."""
+    """Seconds from one time to another, both RFC 3339, as the records have them."""
     return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds()
 
 
 def kept_out(
-    member: Member, waiting: Waiting, score: float | None, judgement: Judgement | None, now: str, asked: Asked
-) -> Row:
-    """A member that was judged and not chosen: deferred, refused once patience is at its end, or expired."""
-    found: dict[str, Any] = {
-        "score": score,
-        "change": judgement and judgement.change,
-        "error": judgement and judgement.error,
-        "z": judgement and judgement.z,
-    }
-    relevant = judgement is not None and judgement.z < -asked.sigmas
-    old = seconds(waiting.since, now) >= asked.age
+    member: Member, waiting: Waiting, score: float | None, judgement: Judgement | None, now: str, options: RoundOptions
+) -> MemberFate:
+    """The fate of a member that was not chosen: deferred, refused where patience is at its end, or expired. `now` is
+    the time at which the round began."""
+    found = figures(score, judgement)
+    key, name, s = member.key, member.name, options.settings
+    waited = seconds(waiting.since, now)
+    old = waited >= s.age
     rounds = waiting.rounds + 1
-    if relevant and not old:
-        why = (
-            f"relevant (z {judgement.z:+.1f}), but the round had no place or no steps left for it" if judgement else ""
-        )
-        return Row(member.key, member.name, "deferred", "no-place", f"{member.name}: {why}", 0, **found)
-    said = _said(score, judgement, asked)
-    if rounds >= asked.patience and not relevant:
-        message = f"{member.name}: irrelevant in {rounds} rounds: {said}; 'continual retry {member.name}' has it looked at again"
-        return Row(member.key, member.name, "refused", "irrelevant", message, 1, **found)
+    if judgement is not None and _relevant(judgement, options) and not old:
+        message = f"{name}: relevant (z {judgement.z:+.1f}), but the round had no place or no steps left for it"
+        return MemberFate(key, name, "deferred", "no-place", message, **found)
+    reasons = _reasons(score, judgement, options)
+    if rounds >= s.patience and not _relevant(judgement, options):
+        message = f"{name}: irrelevant in {rounds} rounds: {reasons}; 'continual retry {name}' has it looked at again"
+        return MemberFate(key, name, "refused", "irrelevant", message, judged=1, **found)
     if old:
-        message = f"{member.name}: waited {seconds(waiting.since, now) / DAY:.1f} days (rounds.age is {asked.age / DAY:g}): {said}"
-        return Row(member.key, member.name, "expired", "age", message, 1, **found)
-    message = f"{member.name}: not relevant to the merge as it is (round {rounds} of {asked.patience}): {said}"
-    return Row(member.key, member.name, "deferred", "irrelevant", message, 1, **found)
+        message = f"{name}: waited {waited / DAY:.1f} days (rounds.age is {s.age / DAY:g}): {reasons}"
+        return MemberFate(key, name, "expired", "age", message, judged=1, **found)
+    message = f"{name}: not relevant to the merge as it is (round {rounds} of {s.patience}): {reasons}"
+    return MemberFate(key, name, "deferred", "irrelevant", message, judged=1, **found)
 
 
-def seen(member: Member, score: float, judgement: Judgement | None, asked: Asked) -> Row:
-    """A member that was looked at and not judged: what a round would begin with."""
-    found = (score, judgement and judgement.change, judgement and judgement.error, judgement and judgement.z)
-    relevant = judgement is not None and judgement.z < -asked.sigmas
-    return Row(
-        member.key,
-        member.name,
-        "deferred",
-        "relevant" if relevant else "irrelevant",
-        f"{member.name}: {_said(score, judgement, asked)}",
-        0,
-        *found,
-    )
+def seen(member: Member, score: float, judgement: Judgement | None, options: RoundOptions) -> MemberFate:
+    """What a round would find of a member first; nothing is decided."""
+    reason = "relevant" if _relevant(judgement, options) else "irrelevant"
+    message = f"{member.name}: {_reasons(score, judgement, options)}"
+    return MemberFate(member.key, member.name, "deferred", reason, message, **figures(score, judgement))
 
 
-def lost(member: Member, refusal: Refuse) -> Row:
-    """A member that cannot be had any more, or that the gates on its numbers refuse."""
-    fate = "expired" if refusal.reason == "gone" else "refused"
-    return Row(member.key, member.name, fate, refusal.reason, str(refusal))
+def lost(member: Member, refusal: Refuse) -> MemberFate:
+    """The fate of a member whose files are gone, or that the gates on numbers refuse."""
+    fate: Fate = "expired" if refusal.reason == "gone" else "refused"
+    return MemberFate(member.key, member.name, fate, refusal.reason, str(refusal))
 
 
-def crowded(rows: Sequence[Row], pool: Mapping[str, Waiting], asked: Asked) -> list[Row]:
-    """The rows, with the oldest that would go on waiting expired where more than `most` do."""
+def crowded(rows: Sequence[MemberFate], pool: Mapping[str, Waiting], options: RoundOptions) -> list[MemberFate]:
+    """The rows in their order; where more than `most` of them would go on waiting, the oldest of these expire."""
+    most = options.settings.most
     staying = sorted(
         (row for row in rows if row.fate == "deferred"),
-        key=lambda row: (pool[row.key].since, row.key) if row.key in pool else ("", row.key),
+        key=lambda row: (pool[row.key].since if row.key in pool else "", row.key),
     )
-    beyond = {row.key for row in staying[: max(0, len(staying) - asked.most)]}
-    return [_crowded(row, asked) if row.key in beyond else row for row in rows]
+    beyond = {row.key for row in staying[: max(0, len(staying) - most)]}
+
+    def settled(row: MemberFate) -> MemberFate:
+        if row.key not in beyond:
+            return row
+        message = f"{row.name}: more than rounds.most = {most} candidates wait"
+        return dataclasses.replace(row, fate="expired", reason="count", message=message)
+
+    return [settled(row) for row in rows]
 
 
-def _crowded(row: Row, asked: Asked) -> Row:
-    body = row.body() | {
-        "fate": "expired",
-        "reason": "count",
-        "message": f"{row.name}: more than rounds.most = {asked.most} candidates wait",
-    }
-    return Row(**body)
+def names(rows: Iterable[MemberFate], fate: Fate) -> list[str]:
+    """The names of the members with this fate."""
+    return [row.name for row in rows if row.fate == fate]
 
 
-def _said(score: float | None, judgement: Judgement | None, asked: Asked) -> str:
+def _relevant(judgement: Judgement | None, options: RoundOptions) -> bool:
+    return judgement is not None and judgement.z < -options.settings.sigmas
+
+
+def _reasons(score: float | None, judgement: Judgement | None, options: RoundOptions) -> str:
+    """Why a member is irrelevant or not, in words."""
     if judgement is not None:
         return (
             f"a trial of it changes the loss on held-out rows by {judgement.change:+.2g} ± {judgement.error:.1g} "
-            f"(z {judgement.z:+.1f}, relevant below {-asked.sigmas:g})"
+            f"(z {judgement.z:+.1f}, relevant below {-options.settings.sigmas:g})"
         )
-    return (
-        f"its score is {score:+.2g}, and the objective falls only below zero"
-        if score is not None
-        else "it was not scored"
-    )
-
-
-def names(rows: Iterable[Row], fate: str) -> list[str]:
-    """Of the members with this fate."""
-    return [row.name for row in rows if row.fate == fate]
+    if score is not None:
+        return f"its score is {score:+.2g}, and the objective falls only below zero"
+    return "it was not scored"

@@ -1,4 +1,5 @@
-"""Whether a candidate is relevant, from the losses of held-out rows with a bit of it in the merge and without. Pure."""
+"""Whether a candidate is relevant, from the losses of held-out rows with a share of it in the merged model and without.
+Pure."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ LEAST = 1e-12
 
 
 class Judgement(NamedTuple):
-    """`change` of the mean loss over tasks, its standard error, and how significant it is: `z`, a standard normal's,
-    below zero where the candidate helps."""
+    """What a candidate does to held-out rows: `change` of the mean loss over tasks, its standard error (`error`), and
+    how significant the change is (`z`, a standard normal's deviate, below zero where the candidate helps)."""
 
     change: float
     error: float
@@ -22,25 +23,31 @@ class Judgement(NamedTuple):
 
 
 def judge(without: Sequence[Tensor], with_it: Sequence[Tensor]) -> Judgement:
-    """From the losses of every held-out row of each task (1-D, at least two), in the same order.
+    """Judges from the losses of every held-out row of each task (1-D, at least two rows), in the same order in both.
 
-    The rows are compared in pairs, so what makes a row hard cancels, and within tasks, so how much a task's loss
-    differs from another's does not count: the error of the mean over T tasks is √(Σ_k s_k²/n_k)/T, with s_k² the
-    variance of the n_k differences of task k. A fine-tune of one task may do little for the others, and its effect
-    drown in their noise: where the mean falls, z is that of the task which gains most surely if that says more, as the
-    least of T: T times the tail e^(−z²/2), so √(z² − 2 ln T). Few rows are allowed for as Student's t is (`normal`).
+    Rows are compared in pairs, so what makes a row hard cancels. They are compared within tasks, so how much the loss
+    of one task differs from another's does not count. The error of the mean over T tasks is √(Σ_k s_k²/n_k)/T, where
+    s_k² is the variance of the n_k differences of task k. Degrees of freedom are those of Welch and Satterthwaite, and
+    few rows are allowed for as Student's t allows for them (`normal`).
+
+    A fine-tune of one task may do little for the other tasks, and its effect may drown in their noise. So, where the
+    mean falls, the task that gains most surely is looked at by itself. It is the best of T, and what it says is made
+    weaker for that: its tail e^(−z²/2) times T, which is √(z² − 2 ln T). The lower z of the two counts.
+
+    Raises ValueError where the tasks of the two differ in number.
     """
-    changes, variances, freedoms = [], [], []
+    changes: list[float] = []
+    variances: list[float] = []  # of the mean difference of each task
+    freedoms: list[int] = []
     for before, after in zip(without, with_it, strict=True):
         differences = (after - before).double()
         changes.append(float(differences.mean()))
         variances.append(max(float(differences.var()) / len(differences), LEAST**2))
         freedoms.append(len(differences) - 1)
     tasks = len(changes)
-    change, variance = math.fsum(changes) / tasks, math.fsum(variances)
-    freedom = variance**2 / math.fsum(
-        v**2 / nu for v, nu in zip(variances, freedoms, strict=True)
-    )  # Welch and Satterthwaite
+    change = math.fsum(changes) / tasks
+    variance = math.fsum(variances)
+    freedom = variance**2 / math.fsum(v**2 / nu for v, nu in zip(variances, freedoms, strict=True))
     error = math.sqrt(variance) / tasks
     z = normal(change / error, freedom)
     if change < 0:
@@ -51,6 +58,8 @@ def judge(without: Sequence[Tensor], with_it: Sequence[Tensor]) -> Judgement:
 
 
 def normal(t: float, freedom: float) -> float:
-    """The standard normal deviate with the tail of Student's t (Wallace 1959, "Bounds on normal approximations to
-    Student's and the chi-square distributions")."""
+    """The standard normal deviate with the tail of Student's t at `freedom` degrees of freedom.
+
+    Wallace 1959, "Bounds on normal approximations to Student's and the chi-square distributions".
+    """
     return math.copysign(math.sqrt(freedom * math.log1p(t * t / freedom)), t) * (8 * freedom + 1) / (8 * freedom + 3)

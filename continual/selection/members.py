@@ -1,7 +1,7 @@
-"""The candidates that wait, and the models that a Frank-Wolfe merge can still weigh: known by where they are, opened
-for one pass at a time.
+"""Members of a round: the candidates that wait, and the models that a Frank-Wolfe merge can still weigh. A member is
+known by its record and where its files are; it is opened for one pass at a time.
 
-Nothing of a member stays in memory between passes, so a pool takes none.
+Between passes nothing of a member is in memory, so the memory that a round needs does not grow with the pool.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from continual.engine.engine import Engine
 from continual.engine.folding import run_length
@@ -22,9 +22,10 @@ T = TypeVar("T")
 
 
 class Member(NamedTuple):
-    """A model by reference, as a record names it; `at` is where it is now, if that is somewhere else."""
+    """A model by its identity in the records; `at` is where its files are now, if that is somewhere else than the
+    records say."""
 
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     at: Place | None = None
 
     @property
@@ -34,7 +35,7 @@ class Member(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The model's name, for people."""
         return str(self.identity["name"])
 
     @property
@@ -51,31 +52,41 @@ class Opened(NamedTuple):
     vectors: TaskVectors
 
 
-@contextmanager
-def opened(engine: Engine, member: Member) -> Iterator[Opened]:
-    """A member's task vectors. Raises Refuse with the reason `gone` where its files are not those that were seen, Retry
-    where they cannot be read now."""
+def place_of(engine: Engine, member: Member) -> Place:
+    """Where the member's files are. Raises Refuse with the reason `gone` where there is nothing, Retry where that
+    cannot be told now."""
     place = member.at or engine.locate(member.identity)
     place.must_be_there()
+    return place
+
+
+@contextmanager
+def opened(engine: Engine, member: Member) -> Iterator[Opened]:
+    """Opens a member's task vectors. Raises Refuse with the reason `gone` where its files are not those that were seen,
+    Retry where they cannot be read now."""
+    place = place_of(engine, member)
     with open_model(place) as model:
-        if candidate_of(model).key != member.key:
-            raise Refuse(
-                "gone",
-                f"{member.name}: the files in {place} are not those that were seen; they are looked at as a new candidate",
-            )
+        must_be(member, model)
         lineage = engine.lineage(model)
-        yield Opened(
-            model,
-            lineage,
-            TaskVectors(engine.base, model, lineage, run=run_length(engine.device), buffers=engine.buffers),
+        vectors = TaskVectors(engine.base, model, lineage, run=run_length(engine.device), buffers=engine.buffers)
+        yield Opened(model, lineage, vectors)
+
+
+def must_be(member: Member, model: Model) -> None:
+    """Raises Refuse with the reason `gone` where `model` is another than the member that was seen there."""
+    if candidate_of(model).key != member.key:
+        raise Refuse(
+            "gone",
+            f"{member.name}: the files in {model.place} are not those that were seen; "
+            "they are looked at as a new candidate",
         )
 
 
 def over(
     engine: Engine, members: Sequence[Member], look: Callable[[Member, Opened], T], stage: str, progress: Progress
 ) -> dict[str, T | Refuse]:
-    """What `look` finds in each member, several at a time, by key; or why it cannot be had. Raises Retry, and Abandoned
-    when told to stop."""
+    """Opens several members at a time; returns by key what `look` finds in each, or the refusal where a member cannot
+    be had. Raises Retry, and Abandoned when told to stop."""
 
     def one(member: Member) -> T | Refuse:
         engine.go_on(member.name)
@@ -97,7 +108,7 @@ def over(
 
 
 def _need(engine: Engine, member: Member) -> int:
-    """Peak bytes of a pass over a member, one tensor after the other; of an adapter, with the product of its largest
+    """Peak bytes of a pass over a member, one tensor after the other; for an adapter, with the product of its largest
     factors."""
     largest = max((spec.numel for spec in engine.base.specs), default=0) if member.form == "adapter" else 0
     return 4 * 4 * run_length(engine.device) + 3 * 4 * largest

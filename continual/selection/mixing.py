@@ -1,8 +1,8 @@
-"""A merge that is a weighted sum of task vectors, X = Σ_i w_i τ_i, made from the one before: X' = keep·X + Σ_i add_i
-τ_i, layer by layer, so that only what changes is read.
+"""A merged model that is a weighted sum of task vectors, X = Σ_i w_i τ_i, made from the one before it: X' = keep·X +
+Σ_i add_i τ_i, layer by layer. Only the models whose weight changes are read.
 
-The models whose files are gone, or that had no place any more among those that are weighed, are in X together: they are
-only ever kept by some share.
+Models whose files are gone, or that are not weighed any more, are in X together. Of these a share is kept; none is
+added.
 """
 
 from __future__ import annotations
@@ -28,67 +28,68 @@ from continual.tensors import BaseModel
 from continual.tensors.vectors import Content
 
 NOTHING = 1e-15
-"""Weights below this are what rounding left."""
+"""Weights below this are rounding."""
 GROWS = 2.0
-"""X is kept by this share at most: its rounding grows with it, where a model that was next to nothing becomes much."""
+"""X is multiplied by this at most. The rounding of X grows with the factor, which would be large where a model goes from
+next to nothing to much."""
 
 
 def layers(base: BaseModel, *, by_layer: bool) -> dict[str, int]:
-    """The number of the layer of each tensor that is folded; all are 0 where models are weighed whole."""
+    """The number of the layer of each tensor that is folded; 0 for all where models are weighed whole."""
     specs = [spec for spec in base.specs if spec.kind != "carried"]
     depths = sorted({spec.depth for spec in specs})
     return {spec.name: depths.index(spec.depth) if by_layer else 0 for spec in specs}
 
 
 class Mix(NamedTuple):
-    """By layer: what is kept of X, and what of each member's task vector is added (members × layers)."""
+    """By layer: the share of X that is kept, and, by key, what is added of each member's task vector."""
 
     keep: tuple[float, ...]
     add: Mapping[str, tuple[float, ...]]
 
 
 def mix(before: Tensor, after: Tensor, rest: Sequence[float], keys: Sequence[str]) -> Mix:
-    """From the weights of the merge that is there to those that are wanted (vertices × layers, float64), the rows of
-    `keys` and, where there is a `rest` in X that no member accounts for, the last row for that.
+    """What makes a sum with the weights `after` from one with the weights `before` (vertices × layers, float64).
 
-    Where nothing fixes what is kept of a layer, it is the share that leaves the fewest members to read.
+    Row i is the weight of the member `keys[i]`. Where there is a `rest` in X that no member accounts for, the last row
+    is its weight, and decides what is kept of a layer. Elsewhere that is the share which leaves the fewest members to
+    read.
     """
     members = len(keys)
-    keep, add = [], torch.zeros(members, before.shape[1], dtype=torch.float64)
+    keep: list[float] = []
+    add = torch.zeros(members, before.shape[1], dtype=torch.float64)
     for layer in range(before.shape[1]):
         old, new = before[:members, layer], after[:members, layer]
         if rest:
             share = float(after[-1, layer] / before[-1, layer]) if float(before[-1, layer]) > 0 else 0.0
         else:
-            ratios = sorted(
-                {0.0, *(r for i in range(members) if old[i] > 0 and (r := float(new[i] / old[i])) <= GROWS)},
-                reverse=True,
-            )
-            share = min(ratios, key=lambda ratio: int(((new - ratio * old).abs() > NOTHING).sum()))
+            ratios = [float(new[i] / old[i]) for i in range(members) if old[i] > 0]
+            shares = sorted({0.0, *(ratio for ratio in ratios if ratio <= GROWS)}, reverse=True)
+            share = min(shares, key=lambda share: int(((new - share * old).abs() > NOTHING).sum()))
         keep.append(share)
         add[:, layer] = new - share * old
     add[add.abs() <= NOTHING] = 0.0
     return Mix(tuple(keep), {key: tuple(add[i].tolist()) for i, key in enumerate(keys) if bool(add[i].any())})
 
 
-def origin(state: State) -> Callable[[TensorSpec], Tensor]:
-    """X of a state whose merge is a weighted sum, in new memory."""
+def stored_sum(state: State) -> Callable[[TensorSpec], Tensor]:
+    """Reads X of a state whose merged model is a weighted sum: the tensor of a spec, float32, in new memory."""
     return lambda spec: torch.from_numpy(state.read(spec.name, SLOT))
 
 
 class Mixing:
-    """Makes merges of `members`; X of a tensor is what `origin` gives, in new memory. `layers` numbers the layer of
-    each tensor."""
+    """Makes weighted sums of `members`. `merged` reads X, a tensor at a time, in new memory; `layers` numbers the layer
+    of each tensor."""
 
     def __init__(
         self,
         engine: Engine,
-        origin: Callable[[TensorSpec], Tensor],
+        merged: Callable[[TensorSpec], Tensor],
         members: Mapping[str, Member],
         layers: Mapping[str, int],
     ) -> None:
         self._engine = engine
-        self._origin = origin
+        self._merged = merged
         self._members = members
         self._layers = layers
         self._specs = [spec for spec in engine.base.specs if spec.kind != "carried"]
@@ -100,10 +101,11 @@ class Mixing:
     def vector(
         self, wanted: Mix, files: Mapping[str, Opened], spec: TensorSpec, contents: Mapping[str, Content] | None = None
     ) -> Tensor:
-        """X' of one tensor, float32. Members with `contents` are read whatever is added of them, and hashed."""
+        """X' of one tensor, float32. Members that have `contents` are read whatever is added of them, and hashed into
+        these."""
         layer = self._layers[spec.name]
         keep = wanted.keep[layer]
-        found = self._origin(spec) if keep else torch.zeros(spec.shape)
+        found = self._merged(spec) if keep else torch.zeros(spec.shape)
         if keep != 1.0:
             found.mul_(keep)
         flat = found.view(-1)
@@ -117,15 +119,16 @@ class Mixing:
         return found
 
     def files(self, wanted: Mix, stack: ExitStack, besides: Sequence[str] = ()) -> dict[str, Opened]:
-        """The members that `wanted` reads, and `besides`, open until `stack` closes. Raises Refuse where one is gone."""
+        """Opens the members that `wanted` reads, and `besides`, until `stack` closes. Raises Refuse where one is gone,
+        Retry where one cannot be read now."""
         keys = sorted({*wanted.add, *besides})
         return {key: stack.enter_context(opened(self._engine, self._members[key])) for key in keys}
 
     def write(
         self, transaction: Transaction, wanted: Mix, entering: Sequence[str], progress: Progress
     ) -> tuple[float, dict[str, str]]:
-        """X' into `transaction`: ‖X'‖², and the content digests of the members that are `entering`. Raises Refuse where
-        one is gone, Retry."""
+        """Writes X' into `transaction`. Returns ‖X'‖², and the content digests of the members that are `entering`.
+        Raises Refuse where a member is gone, Retry."""
         with ExitStack() as stack:
             files = self.files(wanted, stack, entering)
             parts: dict[str, dict[str, bytes]] = {key: {} for key in entering}
@@ -142,12 +145,12 @@ class Mixing:
                     transaction.write(spec.name, SLOT, found.numpy())
                 return linalg.inner(found, found)
 
-            squares = {}
+            squares: dict[str, float] = {}
             tasks = [Task(spec.name, self.need(spec), partial(one, spec)) for spec in self._specs]
             for name, square in self._engine.executor.map(tasks):
                 squares[name] = square
                 progress("fold", len(squares), len(tasks))
-            for found in files.values():
-                found.model.check_unchanged()
+            for opened_member in files.values():
+                opened_member.model.check_unchanged()
             digests = {key: files[key].vectors.digest(parts[key]) for key in entering}
             return math.fsum(squares[name] for name in sorted(squares)), digests

@@ -1,13 +1,12 @@
-"""Relevance as a gate before any rule: Frank-Wolfe, from the merge as it is, says which of the candidates that wait the
-objective wants; the rule folds these.
+"""Relevance as a gate before any rule: a round says which of the candidates that wait the objective wants; the rule folds
+these.
 
-Which they are is recorded before the first is folded, so that an interrupted round folds the same.
+The round records which they are before the first is folded, so a round that was interrupted folds the same models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from continual import provenance
 from continual.engine.engine import Engine
@@ -20,35 +19,39 @@ from continual.state.ledger import Waiting
 
 
 def pending(pool: Mapping[str, Waiting]) -> dict[str, Waiting]:
-    """The candidates that a round has chosen and that are not folded yet, in the order in which they are to be."""
+    """The candidates that a round chose and that are not folded yet, in the order in which they have to be."""
     found = {key: w for key, w in pool.items() if w.last.get("fate") == "chosen"}
     return dict(sorted(found.items(), key=lambda item: int(item[1].last["place"])))
 
 
-def fold(engine: Engine, progress: Progress, told: Callable[[Outcome], None]) -> list[Outcome]:
-    """Folds what a round has chosen. Raises Retry and Halt; what is folded by then stays folded."""
-    outcomes = []
+def fold(engine: Engine, progress: Progress, hear: Callable[[Outcome], None]) -> list[Outcome]:
+    """Folds what a round chose; `hear` is called with each outcome. Raises Retry and Halt; what is folded by then stays
+    folded."""
+    outcomes: list[Outcome] = []
     for waiting in pending(engine.state.ledger.pool).values():
-        candidate: Any = waiting.commit.entry.candidate
-        member = Member(candidate)
-        try:
-            with opened(engine, member) as seen:
-                place = seen.model.place
-        except Refuse as gone:  # it was there when it was chosen: what lies there now is another candidate
-            software = provenance.software()
-            entry = Entry(
-                kind="refuse",
-                candidate=candidate,
-                fate="expired",
-                reason=gone.reason,
-                message=str(gone),
-                software=software,
-            )
-            outcomes.append(Outcome("refused", member.name, str(gone), gone.reason, engine.state.record(entry)))
-            told(outcomes[-1])
-            continue
-        found = {key: waiting.last[key] for key in ("score", "change", "error", "z", "weight")}
-        outcome = engine.fold(place, progress=progress, chosen={"relevance": found})
-        told(outcome)
-        outcomes.append(outcome)
+        outcomes.append(_fold(engine, waiting, progress))
+        hear(outcomes[-1])
     return outcomes
+
+
+def _fold(engine: Engine, waiting: Waiting, progress: Progress) -> Outcome:
+    member = Member(waiting.commit.entry.candidate or {})
+    try:
+        with opened(engine, member) as seen:
+            place = seen.model.place
+    except Refuse as gone:  # it was there when it was chosen: what lies there now is another candidate
+        return _expire(engine, member, gone)
+    found = {key: waiting.last[key] for key in ("score", "change", "error", "z", "weight")}
+    return engine.fold(place, progress=progress, chosen={"relevance": found})
+
+
+def _expire(engine: Engine, member: Member, gone: Refuse) -> Outcome:
+    entry = Entry(
+        kind="refuse",
+        candidate=member.identity,
+        fate="expired",
+        reason=gone.reason,
+        message=str(gone),
+        software=provenance.software(),
+    )
+    return Outcome("refused", member.name, str(gone), gone.reason, engine.state.record(entry))

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from continual import provenance, tuning
-from continual import selection as rounds
+from continual import provenance, selection, tuning
 from continual.api import Merge
 from continual.config import Settings
 from continual.records import Event, Totals
@@ -178,7 +177,7 @@ def _status(merge: Merge, running: Running) -> Status:
     ledger = state.ledger
     folds = ledger.folds()
     pool = merge.pool()
-    last = rounds.last_round(state)
+    last = selection.last_round(state)
     return Status(
         version=provenance.software()["continual"],
         health=running.health,

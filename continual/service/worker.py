@@ -11,8 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
-from continual import provenance, tuning
-from continual import selection as rounds
+from continual import provenance, selection, tuning
 from continual.api import Merge
 from continual.engine.outcomes import Outcome
 from continual.errors import Abandoned, Halt, Retry, Skip
@@ -42,7 +41,7 @@ class Worker:
         self._fresh = fresh
         self._halt = halt
         self._wake = asyncio.Event()
-        self._asked: rounds.Asked | None = None
+        self._asked: selection.RoundOptions | None = None
         self._round_failures = 0
         self._round_due = 0.0
         self._thread = ThreadPoolExecutor(1, "engine")
@@ -53,8 +52,8 @@ class Worker:
         engine = await asyncio.to_thread(lambda: self.merge.engine)
         if self.merge.selects != "none":
             self._asked = self.merge.asked()
-            if self._asked.calibration.unsupervised:
-                self._log.warning("unsupervised", message=rounds.UNSUPERVISED)
+            if self._asked.settings.unsupervised:
+                self._log.warning("unsupervised", message=selection.UNSUPERVISED)
             await asyncio.to_thread(self._asked.calibration.told)
         self.metrics.build(rule=self.merge.rule.name, device=str(engine.device), software=provenance.software())
         self.gauge()
@@ -105,7 +104,7 @@ class Worker:
         ledger = state.ledger
         self.metrics.state(state.generation_bytes(), len(state.generations()), ledger.head.seq, len(ledger.folds()))
         self.metrics.gauges(self.merge.rule.read.gauges(Totals.of(ledger.totals)))
-        last = rounds.last_round(state)
+        last = selection.last_round(state)
         self.metrics.pool(len(ledger.pool), (last.entry.numbers or {}) if last else {})
         tuned = tuning.in_force(state)
         self.metrics.scale(self.merge.reading().factor(), (tuned.entry.numbers or {})["folds"] if tuned else 0)
@@ -175,10 +174,10 @@ class Worker:
         if self._asked is None:
             return None
         pool = self.merge.pool()
-        clock = rounds.clock()
-        if pool and (self.merge.state.ledger.open_round is not None or rounds.due(pool, self._asked, clock)):
+        clock = selection.clock()
+        if pool and (self.merge.state.ledger.open_round is not None or selection.is_due(pool, self._asked, clock)):
             return max(0.0, self._round_due - now)
-        return rounds.next_due(pool, self._asked, clock)
+        return selection.next_due(pool, self._asked, clock)
 
     async def _round(self) -> None:
         """Runs a round. One that the environment got in the way of is tried again later, and goes on where it was."""
@@ -206,7 +205,7 @@ class Worker:
         self._round_failures = 0
         self._tell_round(found)
 
-    def _tell_round(self, found: rounds.Round) -> None:
+    def _tell_round(self, found: selection.Round) -> None:
         """The log lines and the metrics of a round. Of those it chose for a rule, each fold has told already."""
         assert found.commit is not None
         numbers = found.commit.entry.numbers or {}
@@ -225,7 +224,7 @@ class Worker:
         self._fresh()
         self.gauge()
 
-    def _heard(self, loop: asyncio.AbstractEventLoop) -> rounds.Told:
+    def _heard(self, loop: asyncio.AbstractEventLoop) -> selection.HearRound:
         """Tells of each fold and step of a round; called on the thread of the round."""
 
         def tell(what: Outcome | Taken) -> None:

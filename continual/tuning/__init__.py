@@ -1,7 +1,7 @@
-"""How the merge is read, chosen by evaluating candidates: the search (pure), X in a scratch file, evaluation by a
+"""How the merged model is read, chosen by evaluating candidates: the search (pure), X in a scratch file, evaluation by a
 command or on rows, the record."""
 
-from continual.objectives.objectives import Ask as Rows
+from continual.objectives.builtin import Rows
 from continual.tuning.choosing import Evaluation, Told, Tuned, Tuning, tune
 from continual.tuning.command import Command
 from continual.tuning.record import chosen, in_force, newest

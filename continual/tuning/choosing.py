@@ -1,5 +1,5 @@
-"""Choosing how the merge is read by what it is worth: X once into a scratch file, a candidate after the other
-evaluated, the best recorded. Folds nothing."""
+"""Choosing how the merged model is read by what it is worth: X is written once into a scratch file, candidates are
+evaluated one after the other, and the best is recorded. Nothing is folded."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from continual.engine.engine import Engine
 from continual.engine.reading import Reading
 from continual.errors import Misconfigured, Retry
 from continual.executors.contract import Progress
-from continual.objectives import objectives
+from continual.objectives import builtin
+from continual.objectives.parameters import find_parameters
 from continual.publish import folder
 from continual.records import Entry
 from continual.rules import ReadOptions, read_options
@@ -27,19 +27,24 @@ from continual.state.durable import environment
 from continual.state.transaction import room
 from continual.tensors import Folder
 from continual.tensors.checkpoint import open_checkpoint
-from continual.tuning import command, record, scratch
-from continual.tuning import scoring as rows
-from continual.tuning.search import LEAST, Space, Trial, best, search
+from continual.tuning import command, record, scoring, scratch
+from continual.tuning.record import TuneNumbers
+from continual.tuning.search import LEAST, Range, Trial, best, search
 
-Evaluation = command.Command | objectives.Ask
+Evaluation = command.Command | builtin.Rows
 Evaluate = Callable[[Reading], float]
+Told = Callable[[ReadOptions, float], None]
+"""Called with each candidate and its score when it is done."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What to try: so many candidates, over the value of `policy` (default: the one in force) around `around` (default:
-    as it is read now), and over LiNeS' slope where `lines`. `work` is where the scratch file goes (default: the
-    system's place for temporary files); `dry_run` records nothing."""
+    """What to try: so many candidates, over the value of `policy` (default: the policy in force) around `around`
+    (default: the value as the merged model is read now), and over LiNeS' slope where `lines`. `work` is the directory
+    that the scratch file goes to (default: the system's, for temporary files). `dry_run` records nothing.
+
+    Raises Misconfigured naming what cannot be used.
+    """
 
     candidates: int = 20
     policy: Policy | None = None
@@ -59,18 +64,14 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """What came of it: `numbers` is what the record keeps (FORMAT.md), `commit` the record, None where nothing was
-    recorded."""
+    """What a tuning found: the best way to read the merged model (`read`), its score, and the score of the way that was
+    in force (`before`). `numbers` is what the record keeps; `commit` the record, None where nothing was recorded."""
 
     read: ReadOptions
     score: float
     before: float
-    numbers: dict[str, Any]
+    numbers: TuneNumbers
     commit: Commit | None
-
-
-Told = Callable[[ReadOptions, float], None]
-"""Called with each candidate and its score when it is done."""
 
 
 def tune(
@@ -81,34 +82,32 @@ def tune(
     progress: Progress,
     told: Told | None = None,
 ) -> Tuned:
-    """Finds how the merge that `reading` reads is worth most, and records it.
+    """Finds how the merged model that `reading` reads is worth most, and records it.
 
     Raises Misconfigured where nothing is folded or the evaluation cannot be used, Retry where the environment got in
     the way or the state moved on meanwhile; then nothing is recorded.
     """
-    state, started = engine.state, time.perf_counter()
-    folds = len(state.ledger.folds(at=reading.commit.seq))
+    state = engine.state
+    started = time.perf_counter()
+    folds = len(state.ledger.folds(reading.commit.seq))
     if not folds:
         raise Misconfigured(f"{state.path}: nothing is folded yet, so there is nothing to tune; fold a model first")
     if tuning.policy == "spread":
-        read_options(engine.rule.name, "spread")  # not every rule knows it
+        read_options(engine.rule.name, "spread")  # raises: not every rule knows it
+    is_command = isinstance(evaluation, command.Command)
     lower = isinstance(evaluation, command.Command) and evaluation.lower
-    with _place(tuning.work) as place, _evaluator(engine, evaluation, place, progress) as evaluate:
-        room(
-            place,
-            scratch.nbytes(reading) + (engine.base.checkpoint.nbytes if isinstance(evaluation, command.Command) else 0),
-            "tuning",
-        )
-        kept = _kept(evaluation)
-        file = place / "merged.safetensors"
+    with _scratch_directory(tuning.work) as work, _evaluator(engine, evaluation, work, progress) as evaluate:
+        room(work, scratch.nbytes(reading) + (engine.base.checkpoint.nbytes if is_command else 0), "tuning")
+        kept = evaluation.told() if isinstance(evaluation, command.Command) else scoring.told(evaluation)
+        file = work / "merged.safetensors"
         scratch.write(reading, file, engine.executor, progress)
-        with open_checkpoint(Folder(file)) as opened:
+        with open_checkpoint(Folder(file)) as unit:
             done = 0
             progress("tune", 0, tuning.candidates)
 
             def worth(options: ReadOptions) -> float:
                 nonlocal done
-                candidate = scratch.Scratch(reading, opened, options)
+                candidate = scratch.Scratch(reading, unit, options)
                 candidate.settle(engine.executor, progress)
                 score = evaluate(candidate)
                 done += 1
@@ -117,17 +116,20 @@ def tune(
                     told(options, score)
                 return -score if lower else score
 
-            trials = search(worth, space_of(reading, tuning))
+            trials = search(worth, range_of(reading, tuning))
     top = best(trials)
     found = record.numbers(trials, kept, round(time.perf_counter() - started, 3), folds)
     score = record.row(top, lower=lower)["score"]
-    commit = None if tuning.dry_run else _record(engine, reading, top, found, score)
+    commit = None if tuning.dry_run else _record(engine, reading, top, found)
     return Tuned(top.options, score, found["before"]["score"], found, commit)
 
 
-def space_of(reading: Reading, tuning: Tuning) -> Space:
-    """Where to look, once X was measured: around what is in force, said in the policy asked for where that reads the
-    same."""
+def range_of(reading: Reading, tuning: Tuning) -> Range:
+    """Where to look, once the length of X is known: around what is in force, said in the policy that is tuned where
+    that reads the same.
+
+    Raises Misconfigured where no scale makes X longer, and where what is in force is nothing to search around.
+    """
     now, size, totals = reading.options, reading.size(), reading.totals
     policy = tuning.policy or now.policy
     read = now.factors(totals, size)
@@ -136,7 +138,7 @@ def space_of(reading: Reading, tuning: Tuning) -> Space:
         raise Misconfigured(
             f"there is nothing that the scale {policy} would make longer: the merged task vector is zero"
         )
-    most = math.inf  # from where on a value reads as this one does
+    most = math.inf  # every value above it reads as this one does
     if policy == "norm":
         most = float(f"{ReadOptions('norm', 1e300).factors(totals, size)[0] / unit:.6g}")
     value = now.value if policy == now.policy else read[0] / unit
@@ -150,54 +152,55 @@ def space_of(reading: Reading, tuning: Tuning) -> Space:
             f"the scale in force is {now.scale}, around which there is nothing to search: say where with --around"
         )
     around = value if tuning.around is None else tuning.around
-    return Space(start, tuning.candidates, policy, min(around, most), most, tuning.lines)
+    return Range(start, tuning.candidates, policy, min(around, most), most, tuning.lines)
 
 
 @contextmanager
-def _place(work: Path | None) -> Iterator[Path]:
+def _scratch_directory(work: Path | None) -> Iterator[Path]:
     """A directory for what is written meanwhile; gone afterwards. Its name begins with a dot, so no watched folder
-    takes what is in it."""
+    takes what is in it. Raises Retry where it cannot be made."""
     with environment("cannot make a scratch directory"):
         made = tempfile.TemporaryDirectory(
             prefix=".continual-tune-", dir=work and work.absolute(), ignore_cleanup_errors=True
         )
-    with made as place:
-        yield Path(place)
+    with made as directory:
+        yield Path(directory)
 
 
 @contextmanager
-def _evaluator(engine: Engine, evaluation: Evaluation, place: Path, progress: Progress) -> Iterator[Evaluate]:
-    """What a reading is worth, by what was asked for."""
+def _evaluator(engine: Engine, evaluation: Evaluation, work: Path, progress: Progress) -> Iterator[Evaluate]:
+    """What says how much a reading is worth. Raises Misconfigured where the evaluation cannot be used."""
     base, executor = engine.base, engine.executor
     if isinstance(evaluation, command.Command):
-        model = place / "model"
+        model = work / "model"
 
         def export(reading: Reading) -> float:
             try:
-                with environment(f"cannot write in {place}"):
+                with environment(f"cannot write in {work}"):
                     model.mkdir()
                     folder.fill(base, reading, folder.Target(model), model, executor, progress)
-                    return command.score(evaluation, model, place, str(reading.options))
+                    return command.score(evaluation, model, work, str(reading.options))
             finally:
                 shutil.rmtree(model, ignore_errors=True)
 
         yield export
         return
-    objective = objectives.load(evaluation, base.checkpoint.directory, engine.device)
-    held = rows.places(objective.model, base)
-    yield lambda reading: rows.score(objective, held, base, reading, executor)
+    objective = builtin.load(evaluation, base.checkpoint.directory, engine.device)
+    held = find_parameters(objective.model, base.specs, base.aliases)
+    yield lambda reading: scoring.score(objective, held, base, reading, executor)
 
 
-def _kept(evaluation: Evaluation) -> dict[str, Any]:
-    return evaluation.told() if isinstance(evaluation, command.Command) else rows.told(evaluation)
-
-
-def _record(engine: Engine, reading: Reading, top: Trial, numbers: dict[str, Any], score: float) -> Commit:
+def _record(engine: Engine, reading: Reading, top: Trial, numbers: TuneNumbers) -> Commit:
+    """Records what was found. Raises Retry where the merged model is another one than the one that was tuned."""
     state = engine.state
-    if state.ledger.head.generation != reading.commit.generation:
-        raise Retry(
-            f"record {state.ledger.head.seq} changed the merge while it was tuned; nothing was recorded, tune again"
-        )
+    head = state.ledger.head
+    if head.generation != reading.commit.generation:
+        raise Retry(f"record {head.seq} changed the merge while it was tuned; nothing was recorded, tune again")
+    lower = bool(numbers["evaluation"].get("lower"))
+    score = record.row(top, lower=lower)["score"]
     before = numbers["before"]
-    message = f"scale {top.options}: {score:.6g} against {before['score']:.6g} at {before['scale']}, {len(numbers['trials'])} candidates"
+    message = (
+        f"scale {top.options}: {score:.6g} against {before['score']:.6g} at {before['scale']}, "
+        f"{len(numbers['trials'])} candidates"
+    )
     return state.record(Entry(kind="tune", read=top.options.to_mapping(), numbers=numbers, message=message))

@@ -1,5 +1,5 @@
-"""A command that says what an exported model is worth: started without a shell, its score read from the last line it
-prints."""
+"""A command that says what an exported model is worth. It is started without a shell, and its score is read from the
+last line that it prints."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from continual.errors import Misconfigured, Retry
 
 MODEL = "{model}"
 _TAIL = 1 << 16
-"""Bytes from the end of what a command printed that are looked at."""
+"""So many bytes at the end of what a command printed are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """An argument list in which `{model}` stands for the model directory. The last line it prints is a number, or a
-    JSON object with one under `key` (dots go into objects); higher is better unless `lower`. It is stopped after
-    `timeout` seconds."""
+    """An argument list in which `{model}` stands for the model directory. The last line that the command prints is a
+    number, or a JSON object that has one under `key` (dots go into objects). Higher is better, unless `lower`. The
+    command is stopped after `timeout` seconds.
+
+    Raises Misconfigured for a command that does not name the model, and for a timeout that is none.
+    """
 
     argv: tuple[str, ...]
     key: str | None = None
@@ -48,16 +50,16 @@ class Command:
         except ValueError as error:
             raise Misconfigured(f"command {text!r}: {error}") from None
 
-    def told(self) -> dict[str, Any]:
+    def told(self) -> dict[str, object]:
         """What a record keeps of it."""
         return {"kind": "command", "command": list(self.argv), "key": self.key, "lower": self.lower}
 
 
 def score(command: Command, model: Path, logs: Path, candidate: str) -> float:
-    """Runs `command` on the directory `model`; its output goes to files in `logs`. Returns the number it printed.
+    """Runs `command` on the directory `model`; its output goes to files in `logs`. Returns the number that it printed.
 
-    Raises Retry if it took too long or was killed, Misconfigured if it cannot be started, fails, or ends in no number;
-    both name `candidate`.
+    Raises Retry where it took too long or was killed, Misconfigured where it cannot be started, fails, or ends in no
+    number; both name `candidate`, which says how the model is read.
     """
     argv = [part.replace(MODEL, str(model)) for part in command.argv]
     out, err = logs / "stdout", logs / "stderr"
@@ -77,24 +79,25 @@ def score(command: Command, model: Path, logs: Path, candidate: str) -> float:
             ) from None
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its own group: what it left running must not outlive it
+                os.killpg(process.pid, signal.SIGKILL)  # the whole group: what the command left running ends too
             process.wait()
     if code < 0:
-        raise Retry(f"{where}: killed by signal {-code}{_said(err)}; nothing was recorded")
+        raise Retry(f"{where}: killed by signal {-code}{_last_words(err)}; nothing was recorded")
     if code > 0:
-        raise Misconfigured(f"{where}: exit code {code}{_said(err)}; nothing was recorded")
+        raise Misconfigured(f"{where}: exit code {code}{_last_words(err)}; nothing was recorded")
     try:
         return parse(_last_line(out), command.key)
     except ValueError as error:
-        raise Misconfigured(f"{where}: {error}; exit code 0{_said(err)}; nothing was recorded") from None
+        raise Misconfigured(f"{where}: {error}; exit code 0{_last_words(err)}; nothing was recorded") from None
 
 
 def parse(line: str, key: str | None) -> float:
-    """The finite number in the last line of an output. Raises ValueError saying what is there instead."""
+    """The finite number in the last line of an output, under `key` where there is one. Raises ValueError saying what is
+    there instead."""
     shown = repr(line[:200])
     if key is None:
         try:
-            found: Any = float(line)
+            found: object = float(line)
         except ValueError:
             hint = "; name the number in it with --key" if line.startswith("{") else ""
             raise ValueError(
@@ -109,20 +112,21 @@ def parse(line: str, key: str | None) -> float:
             if not isinstance(found, Mapping) or part not in found:
                 raise ValueError(f"no {key} in its last line {shown}")
             found = found[part]
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            raise ValueError(f"{key} in its last line is no number but {found!r}")
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise ValueError(f"{key} in its last line is no number but {found!r}")
     if not math.isfinite(found):
         raise ValueError(f"its score is {found}, no finite number")
     return float(found)
 
 
-def _said(err: Path) -> str:
+def _last_words(err: Path) -> str:
+    """The last line of stderr, as a message ends with it."""
     line = _last_line(err)
     return f", last line of stderr: {line[:300]}" if line else ", nothing on stderr"
 
 
 def _last_line(file: Path) -> str:
-    """The last line that is not empty, of the end of a file."""
+    """The last line at the end of a file that is not empty."""
     with file.open("rb") as opened:
         opened.seek(max(0, file.stat().st_size - _TAIL))
         lines = opened.read().decode("utf-8", "replace").splitlines()

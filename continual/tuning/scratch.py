@@ -1,5 +1,5 @@
-"""X in a file: the merged task vector as the rule reads it, read once and then scaled as often as it takes. The file is
-no part of the state."""
+"""X in a file: the merged task vector as the rule reads it at scale 1. It is read from the state once, and scaled from the
+file as often as it takes. The file is no part of the state."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from continual.tensors import Checkpoint
 
 
 class Scratch(Reading):
-    """The merge that `of` reads, under `options`, with X taken from a scratch file: the same bits, whatever the rule
-    has to do to read it."""
+    """Reads the merged model that `of` reads, under `options`, with X from a scratch file. The bits are those that the
+    rule would read, without the work of that."""
 
     def __init__(self, of: Reading, file: Checkpoint, options: ReadOptions) -> None:
         super().__init__(of.state, of.rule, of.commit.seq, options, of.lengths)
         self._file = file
 
     def unit(self, spec: TensorSpec) -> torch.Tensor:
-        """X of one tensor."""
+        """X of one tensor: float32, of the tensor's shape, in new memory."""
         return self._file.read(spec.name)
 
     def need(self, spec: TensorSpec) -> int:
@@ -41,9 +41,10 @@ def nbytes(reading: Reading) -> int:
 
 
 def write(reading: Reading, file: Path, executor: Executor, progress: Progress) -> None:
-    """Writes X as float32 into the safetensors file `file`, tensor by tensor, and measures it meanwhile. Raises Retry
-    if the disk gets in the way."""
-    placed, end = {}, 0
+    """Writes X as float32 into the safetensors file `file`, tensor by tensor, and measures its length meanwhile. Raises
+    Retry where the disk gets in the way."""
+    placed: dict[str, Placed] = {}
+    end = 0
     for spec in reading.state.format.tensors:
         if spec.kind != "carried":
             placed[spec.name] = Placed(spec.name, spec.name, "F32", spec.shape, end, end + 4 * spec.numel)

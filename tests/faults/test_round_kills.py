@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from continual import api, making
-from continual.selection.active import active
+from continual.selection.active import active_at
 from tests.helpers import quadratic
 
 KILLS = 7
@@ -54,7 +54,7 @@ def found(state: Path, select: str | None) -> Any:
         pool = [(w.commit.entry.candidate or {})["name"] for w in merge.pool().values()]
         first = next(c for c in merge.state.ledger.log if c.entry.kind == "select")
         table = [(r["name"], r["fate"], r["score"], r["z"], r["weight"]) for r in (first.entry.numbers or {})["scores"]]
-        return bits, folds, pool, table, active(merge.state).weights
+        return bits, folds, pool, table, active_at(merge.state).weights
 
 
 def ended(state: Path, select: str | None) -> bool:

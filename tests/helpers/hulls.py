@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import combinations, product
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from continual.selection.steps import Plan, Solved, Step, solve
+from continual.config import StepSettings
+from continual.selection.steps import WHOLE, Solved, Step, Stepping, solve
 
-STEPS: tuple[Step, ...] = get_args(Step)
-TASK_WISE = ("pairwise", "soft")
 quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+def by(step: Step = "corrective", rho: float = 1.0, **settings: float | str) -> Stepping:
+    """How steps are made in these tests; `settings` are those of `config.StepSettings`."""
+    given = {"steps": 30, "inner": 4, "tolerance": 1e-3, **settings}
+    return Stepping.of(StepSettings.model_validate({"step": step, "rho": rho, **given}))
 
 
 class Quadratic:
@@ -55,12 +60,12 @@ class Quadratic:
     def scale(self) -> float:
         return max(1.0, self.value(torch.zeros_like(self.caps)))
 
-    def run(self, plan: Plan, start: Tensor | None = None, **more: Any) -> tuple[Solved, list[Tensor]]:
+    def run(self, stepping: Stepping, start: Tensor | None = None, **more: Any) -> tuple[Solved, list[Tensor]]:
         """With every point on the way, the start first."""
         self.losses, self.gradients, self.partial = [], [], False
         points: list[Tensor] = []
         start = torch.zeros_like(self.caps) if start is None else start
-        solved = solve(self, start, self.caps, plan, told=lambda _: points.append(self.gradients[-1]), **more)
+        solved = solve(self, start, self.caps, stepping, hear=lambda _: points.append(self.gradients[-1]), **more)
         return solved, [self.gradients[0], *points]
 
 
@@ -148,7 +153,7 @@ def task_wise(capped: bool = True) -> st.SearchStrategy[Quadratic]:
 
 
 def suited(step: Step) -> st.SearchStrategy[Quadratic]:
-    return task_wise() if step in TASK_WISE else quadratics()
+    return task_wise() if step in WHOLE else quadratics()
 
 
 def best_of(f: Quadratic) -> float:

@@ -13,14 +13,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from continual import api, making
-from continual.config import Settings
+from continual.config import CalibrationSettings, Settings
 from continual.objectives import calibration
+from continual.objectives.calibration import Wanted
 from continual.selection import Round
-from continual.selection.fates import Row
-from continual.selection.loaded import Loaded
+from continual.selection.fates import MemberFate
+from continual.selection.in_memory import ModelInMemory
 from tests.helpers import models, quadratic
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+def wanted(objective: str, rows: tuple[Path, ...] = (), heads: tuple[Path, ...] = (), **settings: Any) -> Wanted:
+    """Which losses, with these settings of a calibration."""
+    return Wanted(objective, rows, heads, CalibrationSettings.model_validate(settings))
 
 
 class Stopped(Exception):
@@ -47,7 +53,7 @@ def fill(merge: api.Merge, *candidates: Path) -> None:
         assert merge.fold(path).fate == "deferred"
 
 
-def rows(found: Round) -> dict[str, Row]:
+def rows(found: Round) -> dict[str, MemberFate]:
     assert len({row.key for row in found.rows}) == len(found.rows), "a member has two rows"
     return {row.name: row for row in found.rows}
 
@@ -114,7 +120,7 @@ def plainly(base: Path, path: Path) -> dict[str, Tensor]:
 
 def objective(base: Path, seed: int = 0) -> Callable[[dict[str, Tensor]], Tensor]:
     """The loss on the driving rows as a function of the parameters, in the dtype of these."""
-    loaded = calibration.load(calibration.Wanted("tests.helpers.quadratic:make", seed=seed), base, torch.device("cpu"))
+    loaded = calibration.load(wanted("tests.helpers.quadratic:make", seed=seed), base, torch.device("cpu"))
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
         theta = quadratic.flat(parameters)
@@ -128,8 +134,8 @@ def objective(base: Path, seed: int = 0) -> Callable[[dict[str, Tensor]], Tensor
     return loss
 
 
-def loaded(merge: api.Merge, *, by_layer: bool = False) -> Loaded:
-    return Loaded(
+def loaded(merge: api.Merge, *, by_layer: bool = False) -> ModelInMemory:
+    return ModelInMemory(
         merge.engine,
         calibration.load(merge.asked().calibration, merge.base.checkpoint.path, torch.device("cpu")),
         by_layer=by_layer,

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from continual.objectives.calibration import Given
+from continual.objectives import Given
 from tests.helpers import models
 
 ROWS = 160

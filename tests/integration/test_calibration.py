@@ -16,14 +16,22 @@ import torch
 from torch.nn import functional
 
 from continual.errors import Misconfigured
-from continual.objectives import calibration as module
-from continual.objectives import objectives
-from continual.objectives.calibration import Calibration, Count, Wanted, load
+from continual.objectives import FittedTask, fitted, function
+from continual.objectives.calibration import Calibration, Wanted, load
+from continual.objectives.classes import WIDEST, Classes
+from continual.objectives.heads import TEMPERATURE
+from tests.helpers.pools import wanted
 from tests.integration.test_tune_rows import CPU, MODELS, WORDS, embedded, loaded, transformers, write_tokenizer
 
 CLASSES = ["neg", "pos"]
 ROWS = 24
 PROMPTS = {"neg": ["bad", "very bad film"], "pos": ["good", "a good book", "the good film is good"]}
+
+
+def changed(given: Wanted, **changes: Any) -> Wanted:
+    """With other files, or other settings."""
+    files = {name: changes.pop(name) for name in ("objective", "rows", "heads") if name in changes}
+    return replace(given, **files, settings=given.settings.model_copy(update=changes))
 
 
 class Place(NamedTuple):
@@ -33,7 +41,7 @@ class Place(NamedTuple):
     wanted: Wanted
 
     def load(self, **changes: Any) -> Calibration:
-        return load(replace(self.wanted, **changes), self.base, CPU)
+        return load(changed(self.wanted, **changes), self.base, CPU)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -60,13 +68,13 @@ def plain_logits(name: str, model: Any, base: Path, texts: list[str]) -> torch.T
     """One text after the other, without padding: rows × classes."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     if name == "heads":
-        return (embedded(model, tokenizer, texts) @ fixed_heads(name, base).T / objectives.TEMPERATURE).double()
+        return (embedded(model, tokenizer, texts) @ fixed_heads(name, base).T / TEMPERATURE).double()
     return torch.cat([model(torch.tensor([tokenizer(t)["input_ids"]])).logits for t in texts]).double()
 
 
 def searched(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The best confidence, by ever denser grids of its logarithm."""
-    low, high = -objectives.WIDEST, objectives.WIDEST
+    low, high = -WIDEST, WIDEST
     for _ in range(6):
         grid = torch.linspace(low, high, 401, dtype=torch.float64)
         losses = torch.stack([functional.cross_entropy(b * logits, labels) for b in grid.exp()])
@@ -119,7 +127,7 @@ def made(name: str, place: Path) -> Place:
         files.append(
             write(place / f"task-{task}.jsonl", [{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)])
         )
-    return Place(base, Wanted(name, tuple(files), (heads, heads) if name == "heads" else (), batch=5, seed=3))
+    return Place(base, wanted(name, tuple(files), (heads, heads) if name == "heads" else (), batch=5, seed=3))
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -142,7 +150,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget(*names: str) -> None:
-    module._imported.cache_clear()
+    function._imported.cache_clear()
     for name in names:
         sys.modules.pop(name, None)
 
@@ -202,9 +210,9 @@ def test_the_gradient_is_that_of_finite_differences_the_confidence_fitted_anew_a
 def test_the_fitted_confidence_is_the_best_one(place: Place) -> None:
     for dealt, file in zip(place.load().dealt, place.wanted.rows, strict=True):
         if place.wanted.objective == "causal-lm":
-            assert not isinstance(dealt.task, module.Fitted)
+            assert not isinstance(dealt.task, FittedTask)
             continue
-        assert isinstance(dealt.task, objectives.Classes)
+        assert isinstance(dealt.task, Classes)
         losses = dealt.task.fit(dealt.drive)
         rows = [read(file)[i] for i in dealt.drive]
         with torch.no_grad():
@@ -226,12 +234,12 @@ def test_the_best_confidence_of_given_logits_and_its_bounds() -> None:
     for scale in (1e-2, 1.0, 40.0):
         logits = torch.randn(60, 5, dtype=torch.float64) * scale
         labels = torch.where(torch.rand(60) < 0.6, logits.argmax(1), torch.randint(5, (60,)))
-        assert objectives.fitted(logits, labels) == pytest.approx(searched(logits, labels), rel=1e-5)
-        assert objectives.fitted(logits + 1e6, labels) == pytest.approx(searched(logits, labels), rel=1e-4)
-        assert objectives.fitted(logits, logits.argmin(1)) == pytest.approx(0.1)
-        assert objectives.fitted(logits, logits.argmax(1)) == pytest.approx(10)
-    assert objectives.fitted(torch.ones(4, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0])) == 1.0
-    assert objectives.fitted(torch.tensor([[1.0, float("nan")]]), torch.tensor([0])) == 1.0
+        assert fitted(logits, labels) == pytest.approx(searched(logits, labels), rel=1e-5)
+        assert fitted(logits + 1e6, labels) == pytest.approx(searched(logits, labels), rel=1e-4)
+        assert fitted(logits, logits.argmin(1)) == pytest.approx(0.1)
+        assert fitted(logits, logits.argmax(1)) == pytest.approx(10)
+    assert fitted(torch.ones(4, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0])) == 1.0
+    assert fitted(torch.tensor([[1.0, float("nan")]]), torch.tensor([0])) == 1.0
 
 
 def test_checkpointing_changes_no_number(place: Place) -> None:
@@ -268,8 +276,7 @@ def test_products_in_half_precision_are_near_and_see_changed_weights(place: Plac
 def test_rows_are_dealt_by_the_seed(classes: Place) -> None:
     def dealt(**changes: Any) -> list[tuple[list[int], list[int]]]:
         found = classes.load(**changes)
-        assert found.counts == [Count(len(d.drive), len(d.judge)) for d in found.dealt]
-        assert found.names == [str(file) for file in classes.wanted.rows[: len(found.names)]]
+        assert [d.name for d in found.dealt] == [str(file) for file in classes.wanted.rows[: len(found.dealt)]]
         for task in found.dealt:
             assert sorted(task.drive + task.judge) == list(range(ROWS))
         return [(d.drive, d.judge) for d in found.dealt]
@@ -290,7 +297,7 @@ def test_without_labels_a_loss_is_an_entropy(name: str, tmp_path: Path) -> None:
     found = place.load(unsupervised=True)
     means = []
     for dealt, file in zip(found.dealt, place.wanted.rows, strict=True):
-        assert not isinstance(dealt.task, module.Fitted)
+        assert not isinstance(dealt.task, FittedTask)
         with torch.no_grad():
             logits = plain_logits(
                 name, loaded(name, place.base), place.base, [read(file)[i]["text"] for i in dealt.drive]
@@ -303,7 +310,7 @@ def test_without_labels_a_loss_is_an_entropy(name: str, tmp_path: Path) -> None:
 
 MINE = """
 import torch
-from continual.objectives.calibration import Given
+from continual.objectives import Given
 
 class Quadratic:
     count = 10
@@ -331,7 +338,7 @@ def make(directory, device):
 def test_an_objective_of_the_users(code: Path) -> None:
     code.write_text(MINE)
     path = list(sys.path)
-    found = load(Wanted("mine:make", batch=2, held=0.3), Path("anywhere"), CPU)
+    found = load(wanted("mine:make", batch=2, held=0.3), Path("anywhere"), CPU)
     assert sys.path == path
     first = found.dealt[0]
     weight = float(found.model.get_parameter("weight").detach().sum())
@@ -344,9 +351,9 @@ def test_an_objective_of_the_users(code: Path) -> None:
     slope = found.model.get_parameter("weight").grad
     assert slope is not None
     torch.testing.assert_close(slope, torch.full((1, 2), float((weight - driving).mean())), rtol=1e-4, atol=1e-5)
-    assert [len(rows) for rows in found.held()] == [3, 3] == [c.judge for c in found.counts]
+    assert [len(rows) for rows in found.held()] == [3, 3] == [len(d.judge) for d in found.dealt]
     assert sorted(row for rows in [*asked[:4], *asked[-2:]] for row in rows) == list(range(10))
-    assert found.names == ["mine:make, task 0", "mine:make, task 1"]
+    assert [d.name for d in found.dealt] == ["mine:make, task 0", "mine:make, task 1"]
 
 
 GIVES = "\ndef make(d, v): return Given(L, [T()])"
@@ -376,7 +383,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("source", list(BROKEN))
 def test_what_is_wrong_with_a_function_is_said(code: Path, source: str) -> None:
-    head = "import torch\nfrom continual.objectives.calibration import Given\nL = torch.nn.Linear(2, 1)\n"
+    head = "import torch\nfrom continual.objectives import Given\nL = torch.nn.Linear(2, 1)\n"
     code.write_text(
         head
         + "class T:\n    count = 4\n    def losses(self, rows): return L.weight.sum() + torch.ones(len(rows))\n"
@@ -436,7 +443,7 @@ ROW = (Path("rows.jsonl"),)
 )
 def test_settings_that_cannot_be_used_are_named(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(Misconfigured, match=words):
-        Wanted(**settings)
+        wanted(**settings)
 
 
 def test_rows_that_are_too_few_or_missing_are_named(classes: Place, tmp_path: Path) -> None:
@@ -446,7 +453,7 @@ def test_rows_that_are_too_few_or_missing_are_named(classes: Place, tmp_path: Pa
     ):
         classes.load(rows=(few,), held=0.1)
     with pytest.raises(Misconfigured, match=r"none.jsonl: No such file"):
-        replace(classes.wanted, rows=(tmp_path / "none.jsonl",)).told()
+        changed(classes.wanted, rows=(tmp_path / "none.jsonl",)).told()
 
 
 def test_a_loss_that_is_not_finite_names_the_file_and_the_line(classes: Place, tmp_path: Path) -> None:
@@ -477,24 +484,24 @@ def test_what_a_record_keeps(place: Place, tmp_path: Path) -> None:
     assert ("heads" in told) == (place.wanted.objective == "heads")
     moved = tmp_path / "task-0.jsonl"
     moved.write_bytes(place.wanted.rows[0].read_bytes())
-    changed = replace(place.wanted, rows=(moved, place.wanted.rows[1]))
-    assert changed.told() == told  # where a file lies does not matter
+    other = changed(place.wanted, rows=(moved, place.wanted.rows[1]))
+    assert other.told() == told  # where a file lies does not matter
     assert all(digest.startswith("blake3:") for digest in (told["digest"], told["rows"][0]["digest"]))
     moved.write_bytes(moved.read_bytes() + b"\n")
     others = [
-        changed,
-        *(replace(place.wanted, **c) for c in ({"seed": 4}, {"held": 0.4}, {"batch": 6}, {"dtype": "bfloat16"})),
+        other,
+        *(changed(place.wanted, **c) for c in ({"seed": 4}, {"held": 0.4}, {"batch": 6}, {"dtype": "bfloat16"})),
     ]
     assert len({w.told()["digest"] for w in [place.wanted, *others]}) == 1 + len(others)
 
 
 def test_the_digest_is_of_the_code_that_runs(code: Path) -> None:
     code.write_text(MINE)
-    wanted = Wanted("mine:make")
-    told = wanted.told()
+    mine = Wanted("mine:make")
+    told = mine.told()
     assert (told["kind"], told["objective"], told["code"]["name"]) == ("function", "mine:make", "mine.py")
     assert "rows" not in told
     code.write_text(MINE + "# another comment\n")
-    assert wanted.told() == told  # the module is in memory as it was
+    assert mine.told() == told  # the module is in memory as it was
     forget("mine")
-    assert wanted.told()["digest"] != told["digest"]
+    assert mine.told()["digest"] != told["digest"]

@@ -21,11 +21,10 @@ from continual.config import Settings
 from continual.errors import Misconfigured
 from continual.objectives import calibration
 from continual.publish.folder import Target
-from continual.selection.active import Active, active
+from continual.selection.active import Active, active_at
 from continual.selection.frank_wolfe import room
-from continual.selection.loaded import Loaded
+from continual.selection.in_memory import ModelInMemory
 from continual.selection.mixing import mix
-from continual.selection.steps import Plan
 from tests.helpers import quadratic
 from tests.helpers.pools import fill, names, rows, waits
 
@@ -58,7 +57,7 @@ def opened(
 
 
 def weights(merge: api.Merge) -> dict[str, tuple[float, ...]]:
-    now = active(merge.state)
+    now = active_at(merge.state)
     return {now.members[key].name: found for key, found in now.weights.items()}
 
 
@@ -81,7 +80,7 @@ def vectors(base: Path, *named: str) -> dict[str, dict[str, Tensor]]:
 
 
 def layers(merge: api.Merge, *, by_layer: bool) -> dict[str, int]:
-    loaded = Loaded(
+    loaded = ModelInMemory(
         merge.engine,
         calibration.load(merge.asked().calibration, merge.base.checkpoint.path, torch.device("cpu")),
         by_layer=by_layer,
@@ -294,7 +293,7 @@ def test_a_model_whose_file_is_gone_stays_in_the_rest_and_can_only_shrink(
         shutil.rmtree(good[0])
         fill(merge, good[2])
         found = merge.round()
-        now = active(merge.state)
+        now = active_at(merge.state)
         assert set(weights(merge)) == {"good1", "good2"}
         assert set(names(merge)) == {"good0", "good1", "good2"}, "it is in the merge still"
         assert found.numbers["loss"] < found.numbers["before"]
@@ -303,7 +302,7 @@ def test_a_model_whose_file_is_gone_stays_in_the_rest_and_can_only_shrink(
         assert waits(merge) == []
         assert merge.state.ledger.totals["count"] == 3
         merge.round()
-        again = active(merge.state)
+        again = active_at(merge.state)
         assert all(r <= w * (1 + 1e-9) for r, w in zip(again.rest, now.rest, strict=True))
         is_the_sum(merge, taus, {**weights(merge), "good0": again.rest})
         assert merge.state.verify() == []
@@ -320,7 +319,7 @@ def test_in_a_full_house_the_lightest_make_room_and_stay_in_the_sum(tmp_path: Pa
         lightest = min(first, key=lambda name: first[name])
         fill(merge, good[2])
         found = merge.round()
-        now = active(merge.state)
+        now = active_at(merge.state)
         assert len(now.weights) <= 2
         assert rows(found)["good2"].fate == "folded"
         assert set(names(merge)) == {"good0", "good1", "good2"}
@@ -328,7 +327,7 @@ def test_in_a_full_house_the_lightest_make_room_and_stay_in_the_sum(tmp_path: Pa
         is_the_sum(merge, taus, {**weights(merge), lightest: now.rest})
         assert waits(merge) == []
         merge.round()
-        again = active(merge.state)
+        again = active_at(merge.state)
         assert again.rest[0] <= now.rest[0] * (1 + 1e-9)
         is_the_sum(merge, taus, {**weights(merge), lightest: again.rest})
 
@@ -336,12 +335,12 @@ def test_in_a_full_house_the_lightest_make_room_and_stay_in_the_sum(tmp_path: Pa
 def test_room_is_made_only_where_somebody_waits() -> None:
     now = Active({"a": (0.5, 0.1), "b": (0.1, 0.1), "c": (1.0, 0.0), "d": (0.2, 0.9)}, (0.5, 0.0), {}, {})
     waiting: Any = [object()] * 9
-    assert room(now, [], Plan(most=4)) == now
-    assert room(now, waiting, Plan(most=8)) == now
-    made = room(now, waiting, Plan(most=4))
+    assert room(now, [], 4) == now
+    assert room(now, waiting, 8) == now
+    made = room(now, waiting, 4)
     assert (list(made.weights), made.rest) == (["a", "c", "d"], (0.6, 0.1))
-    assert list(room(now, waiting, Plan(most=1)).weights) == ["d"]
-    assert list(room(now, waiting[:1], Plan(most=16)).weights) == list(now.weights)
+    assert list(room(now, waiting, 1).weights) == ["d"]
+    assert list(room(now, waiting[:1], 16).weights) == list(now.weights)
 
 
 @pytest.mark.parametrize("later", [False, True])

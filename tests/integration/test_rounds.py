@@ -16,7 +16,7 @@ from continual import api
 from continual.errors import Misconfigured
 from continual.publish.folder import Target
 from continual.selection.active import NONE
-from continual.selection.frank_wolfe import Origin, Search
+from continual.selection.frank_wolfe import MergedVector, Search, SearchSpace
 from continual.selection.members import Member
 from tests.helpers import models, quadratic
 from tests.helpers.pools import (
@@ -94,9 +94,9 @@ def test_the_model_in_memory_is_what_an_export_holds_and_a_trial_puts_it_back(tm
         fill(merge, *candidates)
         model, reading = loaded(merge), merge.reading()
         reading.settle(merge.executor, lambda *_: None)
-        origin = Origin(reading.vector, reading.need, fixed=True)
+        merged = MergedVector(reading.vector, reading.need, fixed=True)
         members = [Member(w.commit.entry.candidate or {}) for w in merge.pool().values()]
-        search = Search(merge.engine, model, origin, NONE, members, merge.asked(), lambda *_: None)
+        search = Search(SearchSpace(model, merged, NONE, members), merge.asked(), lambda *_: None)
         start = search.start()
         search.gradient(start)
         held = {n: t.detach().clone() for n, t in model.calibration.model.named_parameters()}

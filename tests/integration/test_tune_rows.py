@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from continual import api, making
 from continual.errors import Misconfigured
 from continual.executors.contract import silent
-from continual.objectives import objectives
+from continual.objectives import builtin
+from continual.objectives.causal_lm import CausalLM
+from continual.objectives.parameters import find_parameters
 from continual.publish import folder
 from continual.publish.folder import Target
 from continual.rules import ReadOptions
-from continual.tuning import Rows, Tuning
-from continual.tuning import scoring as rows
+from continual.tuning import Rows, Tuning, scoring
 from tests.helpers import models
 from tests.helpers.command import machine
 
@@ -153,14 +154,14 @@ def loaded(name: str, directory: Path) -> Any:
 @torch.no_grad()
 def test_in_memory_is_what_an_export_holds_and_scores_are_those_of_a_plain_loop(place: Place) -> None:
     name, base = place.ask.name, place.directory / "base"
-    objective = objectives.load(place.ask, base, CPU)
+    objective = builtin.load(place.ask, base, CPU)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     with place.open() as merge:
-        held = rows.places(objective.model, merge.base)
+        held = find_parameters(objective.model, merge.base.specs, merge.base.aliases)
         for number, value in enumerate((0.3, 1.7)):
             reading = merge.reading(options=ReadOptions("norm", value))
             reading.settle(merge.executor, silent)
-            found = rows.score(objective, held, merge.base, reading, merge.executor)
+            found = scoring.score(objective, held, merge.base, reading, merge.executor)
             out = folder.export(merge.base, reading, Target(place.directory / f"out-{number}"), merge.executor, silent)
             exported = loaded(name, out)
             for (key, ours), (_, theirs) in zip(
@@ -173,13 +174,13 @@ def test_in_memory_is_what_an_export_holds_and_scores_are_those_of_a_plain_loop(
 
 
 def test_the_losses_can_be_differentiated_and_belong_to_the_score(place: Place) -> None:
-    objective = objectives.load(place.ask, place.directory / "base", CPU)
+    objective = builtin.load(place.ask, place.directory / "base", CPU)
     losses = torch.cat([objective.losses(range(objective.count)[k : k + 3]) for k in range(0, objective.count, 3)])
     assert losses.shape == (len(TEXTS),)
     losses.sum().backward()
     slopes = [p.grad for p in objective.model.parameters() if p.grad is not None]
     assert sum(float(s.square().sum()) for s in slopes) > 0
-    if isinstance(objective, objectives.CausalLM):
+    if isinstance(objective, CausalLM):
         tokens = torch.tensor(objective.lengths) - 1
         assert objective.score() == pytest.approx(
             -float(losses.detach() @ tokens.to(losses)) / int(tokens.sum()), rel=1e-5
@@ -255,22 +256,22 @@ def test_heads_that_cannot_be_used_are_named(place: Place, text: str, words: str
     assert place.ask.heads is not None
     place.ask.heads.write_text(text)
     with pytest.raises(Misconfigured, match=words):
-        objectives.load(place.ask, place.directory / "base", CPU)
+        builtin.load(place.ask, place.directory / "base", CPU)
 
 
 @pytest.mark.parametrize("place", ["causal-lm"], indirect=True)
 def test_a_text_with_nothing_to_predict_is_named(place: Place) -> None:
     place.ask.file.write_text('{"text": "good film"}\n{"text": "good"}\n')
     with pytest.raises(Misconfigured, match="line 2: the text has fewer than 2 tokens"):
-        objectives.load(place.ask, place.directory / "base", CPU)
+        builtin.load(place.ask, place.directory / "base", CPU)
 
 
 @pytest.mark.parametrize("place", ["heads"], indirect=True)
 def test_a_model_that_is_none_for_the_objective(place: Place) -> None:
     with pytest.raises(Misconfigured, match="draws at random"):
-        objectives.load(Rows("classification", place.ask.file), place.directory / "base", CPU)
+        builtin.load(Rows("classification", place.ask.file), place.directory / "base", CPU)
     with pytest.raises(Misconfigured, match=r"transformers cannot load it|draws at random"):
-        objectives.load(Rows("causal-lm", place.ask.file), place.directory, CPU)
+        builtin.load(Rows("causal-lm", place.ask.file), place.directory, CPU)
 
 
 @pytest.mark.parametrize("place", ["classification"], indirect=True)
@@ -282,19 +283,19 @@ def test_names_with_and_without_the_prefix_and_one_that_is_nowhere(place: Place)
         place.open() as merge,
         pytest.raises(Misconfigured, match=r"tensor classifier\.\w+ of the base is no parameter of BertModel"),
     ):
-        rows.places(body, merge.base)
+        find_parameters(body, merge.base.specs, merge.base.aliases)
     making.init(place.directory / "base", place.directory / "other", making.Recipe(exclude=("classifier.*",)))
     with api.open(place.directory / "other") as merge:
-        held = rows.places(body, merge.base)
+        held = find_parameters(body, merge.base.specs, merge.base.aliases)
     assert set(held) == {name for name in base if name.startswith("bert.")}
 
 
 def test_what_is_missing_is_said() -> None:
     code = (
         "import sys; sys.modules['transformers'] = None\nfrom pathlib import Path\nimport torch\nfrom "
-        "continual.objectives import objectives as o\n"
+        "continual.objectives import builtin as o\n"
     )
-    code += "o.load(o.Ask('causal-lm', Path('r')), Path('m'), torch.device('cpu'))"
+    code += "o.load(o.Rows('causal-lm', Path('r')), Path('m'), torch.device('cpu'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "Misconfigured" in done.stderr
     assert "pip install 'continual[evaluate]'" in done.stderr

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from continual.errors import Misconfigured
-from continual.selection.steps import Plan, Step, Taken, always, gap, minimise, oracle, project
+from continual.selection.hull import gap, oracle, project
+from continual.selection.steps import STEPS, WHOLE, Step, Taken, always, minimise
 from tests.helpers.hulls import (
-    STEPS,
-    TASK_WISE,
     Quadratic,
     best_of,
     bound,
+    by,
     feasible,
     halves,
     optimum,
@@ -35,7 +35,7 @@ from tests.helpers.hulls import (
 @quick
 def test_the_gap_bounds_the_distance_to_the_optimum_at_every_step(step: Step, data: st.DataObject) -> None:
     f = data.draw(suited(step))
-    solved, points = f.run(Plan(step, f.rho, steps=12, tolerance=0.0))
+    solved, points = f.run(by(step, f.rho, steps=12, tolerance=0.0))
     best, small = best_of(f), 1e-10 * f.scale
     gaps = [taken.gap for taken in solved.steps] + [solved.gap]
     assert len(points) == len(gaps)
@@ -58,14 +58,14 @@ def test_the_gap_bounds_the_distance_to_the_optimum_at_every_step(step: Step, da
 @quick
 def test_pairwise_and_corrective_reach_the_optimum(step: Step, data: st.DataObject) -> None:
     f = data.draw(suited(step))
-    solved, _ = f.run(Plan(step, f.rho, steps=3000, tolerance=1e-9 * f.scale))
+    solved, _ = f.run(by(step, f.rho, steps=3000, tolerance=1e-9 * f.scale))
     assert solved.loss - best_of(f) <= 1e-8 * f.scale
 
 
 @given(f=quadratics(layers=1, capped=True))
 @quick
 def test_soft_lowers_the_loss_with_every_step_and_comes_near(f: Quadratic) -> None:
-    solved, _ = f.run(Plan("soft", f.rho, best=3, steps=300, tolerance=1e-4 * f.scale))
+    solved, _ = f.run(by("soft", f.rho, best=3, steps=300, tolerance=1e-4 * f.scale))
     losses = [solved.first] + [taken.loss for taken in solved.steps]
     assert all(after < before for before, after in pairwise(losses))
     assert solved.loss - best_of(f) <= 1e-2 * f.scale
@@ -75,7 +75,7 @@ def test_soft_lowers_the_loss_with_every_step_and_comes_near(f: Quadratic) -> No
 @quick
 def test_soft_keeps_a_share_of_what_there_was_and_gives_the_rest_to_the_k_best(f: Quadratic, best: int) -> None:
     start = torch.full_like(f.caps, 0.9 * f.rho / len(f.caps))
-    solved, points = f.run(Plan("soft", f.rho, best=best, steps=6, tolerance=0.0), start=start)
+    solved, points = f.run(by("soft", f.rho, best=best, steps=6, tolerance=0.0), start=start)
     for (before, after), taken in zip(pairwise(points), solved.steps, strict=True):
         slopes = f.slopes(before)[:, 0]
         chosen = [i for i in slopes.argsort(stable=True)[:best].tolist() if slopes[i] < 0]
@@ -103,7 +103,7 @@ def test_corrective_needs_few_evaluations() -> None:
     gradients = losses = 0
     for seed in range(4):
         f = hard_to_descend(16, seed)
-        solved, _ = f.run(Plan("corrective", steps=200, tolerance=1e-6 * f.scale))
+        solved, _ = f.run(by("corrective", steps=200, tolerance=1e-6 * f.scale))
         assert solved.gap <= 1e-6 * f.scale
         gradients, losses = gradients + len(f.gradients), losses + len(f.losses)
     assert gradients <= 720
@@ -113,7 +113,7 @@ def test_corrective_needs_few_evaluations() -> None:
 def test_corrective_stops_within_a_step_where_the_gap_is_small_enough() -> None:
     f = Quadratic(np.diag([1.0, 3.0, 2.0, 9.0]), np.full(4, 0.5), np.zeros(4), 2.0, np.full((4, 1), math.inf))
     start = torch.tensor([[0.6], [0.6], [0.6], [0.0]], dtype=torch.float64)
-    solved, _ = f.run(Plan("corrective", 2.0, inner=50, tolerance=1e-2), start=start, admit=Asked({3}))
+    solved, _ = f.run(by("corrective", 2.0, inner=50, tolerance=1e-2), start=start, admit=Asked({3}))
     without = f.caps.clone()
     without[3] = 0.0
     gaps = [bound(w, f.slopes(w), f.rho, without) for w in f.gradients]
@@ -122,7 +122,7 @@ def test_corrective_stops_within_a_step_where_the_gap_is_small_enough() -> None:
 
 
 def test_the_first_length_of_corrective_is_searched() -> None:
-    solved, _ = line(1.0, b=0.6).run(Plan("corrective", steps=1, inner=1))
+    solved, _ = line(1.0, b=0.6).run(by("corrective", steps=1, inner=1))
     assert solved.weights.item() == pytest.approx(0.6, rel=1e-12)
 
 
@@ -134,7 +134,7 @@ def test_a_step_whose_gradient_finds_a_higher_loss_is_not_taken(step: Step) -> N
             return value + 10 * (len(self.gradients) > 1), slopes
 
     f = Noisy(np.eye(2), np.array([0.6, 0.3]), np.zeros(2), 1.0, np.full((2, 1), math.inf))
-    solved, points = f.run(Plan(step, tolerance=1e-9))
+    solved, points = f.run(by(step, tolerance=1e-9))
     assert (solved.steps, solved.loss, len(points)) == ([], solved.first, 1)
     assert not solved.weights.any()
 
@@ -149,7 +149,7 @@ def test_hard_steps_follow_their_rate(search: Any, f: Quadratic) -> None:
     single = [np.zeros(m), *(f.rho * np.eye(m))]
     ends = [f.a @ np.stack(columns, 1).reshape(-1) for columns in product(single, repeat=layers)]
     curvature = max(float(np.sum((one - other) ** 2)) for one in ends for other in ends)
-    solved, points = f.run(Plan("hard", f.rho, search, steps=40, tolerance=0.0))
+    solved, points = f.run(by("hard", f.rho, search=search, steps=40, tolerance=0.0))
     best = best_of(f)
     for t, weights in enumerate(points[1:], start=1):
         assert f.value(weights) - best <= 2 * curvature / (t + 2) + 1e-10 * f.scale
@@ -169,11 +169,11 @@ def test_hard_steps_follow_their_rate(search: Any, f: Quadratic) -> None:
 @quick
 def test_nothing_is_evaluated_in_vain(step: Step, data: st.DataObject) -> None:
     f = data.draw(suited(step))
-    plan = Plan(step, f.rho, steps=8, tolerance=1e-5 * f.scale)
+    plan = by(step, f.rho, steps=8, tolerance=1e-5 * f.scale)
     solved, _ = f.run(plan)
-    moves = 1 if step in ("hard", "pairwise") else plan.inner
+    moves = 1 if step in ("hard", "pairwise") else plan.settings.inner
     done = len(solved.steps)
-    stopped = done < plan.steps and solved.gap > plan.tolerance  # the last search went through all its tries
+    stopped = done < plan.steps and solved.gap > plan.settings.tolerance  # the last search went through all its tries
     assert len(f.gradients) <= 1 + moves * (done + stopped)
     assert len({tuple(w.reshape(-1).tolist()) for w in f.gradients}) == len(f.gradients)
     if step in ("hard", "pairwise"):
@@ -188,7 +188,7 @@ def test_the_refused_stay_at_0_and_out_of_the_gap(step: Step, data: st.DataObjec
     f = data.draw(suited(step))
     m = len(f.caps)
     refused = data.draw(st.sets(st.integers(0, m - 1)))
-    solved, points = f.run(Plan(step, f.rho, steps=10, tolerance=0.0), admit=lambda i, _: i not in refused)
+    solved, points = f.run(by(step, f.rho, steps=10, tolerance=0.0), admit=lambda i, _: i not in refused)
     smaller = f.caps.clone()
     smaller[sorted(refused)] = 0.0
     gaps = [taken.gap for taken in solved.steps] + [solved.gap]
@@ -204,13 +204,13 @@ def test_the_refused_stay_at_0_and_out_of_the_gap(step: Step, data: st.DataObjec
 @quick
 def test_the_same_again_and_from_the_middle(step: Step, data: st.DataObject) -> None:
     f = data.draw(suited(step))
-    whole, points = f.run(Plan(step, f.rho, steps=8, tolerance=0.0))
-    again, same = f.run(Plan(step, f.rho, steps=8, tolerance=0.0))
+    whole, points = f.run(by(step, f.rho, steps=8, tolerance=0.0))
+    again, same = f.run(by(step, f.rho, steps=8, tolerance=0.0))
     assert whole.steps == again.steps
     assert all(map(torch.equal, points, same))
     cut = data.draw(st.integers(0, len(whole.steps)))
     rest, after = (
-        f.run(Plan(step, f.rho, steps=8 - cut, tolerance=0.0), start=points[cut]) if cut < 8 else (whole, points[8:])
+        f.run(by(step, f.rho, steps=8 - cut, tolerance=0.0), start=points[cut]) if cut < 8 else (whole, points[8:])
     )
     assert torch.equal(rest.weights, whole.weights)
     assert all(map(torch.equal, after, points[cut:]))
@@ -224,7 +224,7 @@ def test_who_leaves_is_exactly_0_and_said_to_have_left(step: Step, data: st.Data
     f = data.draw(suited(step))
     m = len(f.caps)
     start = torch.full_like(f.caps, f.rho / m).minimum(f.caps)
-    solved, points = f.run(Plan(step, f.rho, steps=30, tolerance=1e-7 * f.scale), start=start)
+    solved, points = f.run(by(step, f.rho, steps=30, tolerance=1e-7 * f.scale), start=start)
     for before, after, taken in zip(points, points[1:], solved.steps, strict=False):
         had, has = (before > 0).any(1), (after > 0).any(1)
         assert not after[~has].any()
@@ -242,7 +242,7 @@ def test_pairwise_swaps_a_bad_vertex_for_a_good_one_in_one_step() -> None:
     f = Quadratic(
         np.array([[1.0, 0.0], [0.0, -1.0]]), np.array([0.9, 0.5]), np.zeros(2), 1.0, np.full((2, 1), math.inf)
     )
-    solved, _ = f.run(Plan("pairwise", tolerance=1e-9), start=torch.tensor([[0.0], [0.3]], dtype=torch.float64))
+    solved, _ = f.run(by("pairwise", tolerance=1e-9), start=torch.tensor([[0.0], [0.3]], dtype=torch.float64))
     assert solved.steps[0].left == (1,)
     assert solved.steps[0].entered == (0,)
     assert solved.steps[0].gamma == 0.3
@@ -357,7 +357,7 @@ def test_who_is_asked(step: Step, data: st.DataObject) -> None:
     next."""
     f = data.draw(suited(step))
     asked = Asked(data.draw(st.sets(st.integers(0, len(f.caps) - 1))))
-    f.run(Plan(step, f.rho, steps=6, tolerance=1e-6 * f.scale), admit=asked)
+    f.run(by(step, f.rho, steps=6, tolerance=1e-6 * f.scale), admit=asked)
     assert len(set(asked.seen)) == len(asked.seen)
     for vertex, weights in asked.seen:
         order = f.slopes(torch.tensor(weights, dtype=torch.float64).reshape(f.caps.shape)).clamp(max=0).sum(1)
@@ -372,10 +372,10 @@ def test_who_is_asked(step: Step, data: st.DataObject) -> None:
 def test_the_best_is_asked_first_and_a_refused_one_again_at_the_next_step() -> None:
     f = Quadratic(np.diag([4.0, 3.0, 2.0]), np.ones(3), np.zeros(3), 1.0, np.full((3, 1), math.inf))
     asked = Asked({0})
-    f.run(Plan("corrective", steps=2, tolerance=1e-9), admit=asked)
+    f.run(by("corrective", steps=2, tolerance=1e-9), admit=asked)
     assert [vertex for vertex, _ in asked.seen[:4]] == [0, 1, 0, 2]
     asked = Asked({0})
-    f.run(Plan("soft", steps=1, best=2, tolerance=1e-9), admit=asked)
+    f.run(by("soft", steps=1, best=2, tolerance=1e-9), admit=asked)
     assert [vertex for vertex, _ in asked.seen[:3]] == [0, 1, 2]
 
 
@@ -385,17 +385,17 @@ def test_of_several_picked_in_one_step_the_best_over_all_layers_is_asked_first()
     a[0, 0], a[1, 3], a[2, 4], a[3, 5] = 2.0, 3.0, 1.5, 2.9  # slopes (−2, 0), (0, −3), (−1.5, −2.9) at 0
     f = Quadratic(a, np.ones(6), np.zeros(6), 1.0, caps)
     asked = Asked(set())
-    f.run(Plan("hard", steps=1), admit=asked)
+    f.run(by("hard", steps=1), admit=asked)
     assert [vertex for vertex, weights in asked.seen if not any(weights)] == [1, 0]
     asked = Asked({1})
-    solved, _ = f.run(Plan("corrective", most=1, steps=1), admit=asked)
+    solved, _ = f.run(by("corrective", active=1, steps=1), admit=asked)
     assert [vertex for vertex, weights in asked.seen if not any(weights)] == [1, 2]
     assert solved.steps[0].entered == (2,)
 
 
 def test_nobody_is_asked_for_a_gain_within_the_tolerance() -> None:
     asked = Asked(set())
-    solved, _ = line(1.0, 0.5, b=1e-2).run(Plan("corrective", tolerance=1e-2), admit=asked)
+    solved, _ = line(1.0, 0.5, b=1e-2).run(by("corrective", tolerance=1e-2), admit=asked)
     assert (asked.seen, solved.steps, solved.gap) == ([], [], pytest.approx(1e-2))
 
 
@@ -407,7 +407,7 @@ def test_beyond_the_most_none_enters_and_none_is_asked(step: Step) -> None:
     asked = Asked(set())
     start = torch.zeros(6, 1, dtype=torch.float64)
     start[5] = 0.1
-    solved, points = f.run(Plan(step, 2.0, most=3, best=6, steps=60, tolerance=1e-6), start=start, admit=asked)
+    solved, points = f.run(by(step, 2.0, active=3, best=6, steps=60, tolerance=1e-6), start=start, admit=asked)
     assert {vertex for vertex, _ in asked.seen} == {0, 1, 2}
     assert all(int((w[:5] > 0).sum()) <= 3 for w in points)
     assert solved.weights[:3, 0].tolist() == pytest.approx([0.5] * 3, abs=2e-2)
@@ -419,18 +419,18 @@ def test_beyond_the_most_none_enters_and_none_is_asked(step: Step) -> None:
 def test_hard_takes_one_vertex_a_layer_and_one_for_the_model_where_there_is_one_coefficient() -> None:
     caps = np.full((2, 2), math.inf)
     f = Quadratic(np.eye(4), np.array([3.0, 1.0, 1.0, 3.0]), np.zeros(4), 1.0, caps)
-    solved, _ = f.run(Plan("hard", steps=1))
+    solved, _ = f.run(by("hard", steps=1))
     assert solved.weights.tolist() == [[1.0, 0.0], [0.0, 1.0]]
     assert solved.steps[0] == Taken("hard", 0, f.value(solved.weights), 6.0, 1.0, (0, 1), ())
 
 
 def test_a_start_outside_another_hull_is_brought_into_it() -> None:
     f = line(1.0, 2.0, b=0.1, rho=0.5)
-    solved, points = f.run(Plan("pairwise", 0.5, steps=1), start=torch.tensor([[0.9], [0.3]], dtype=torch.float64))
+    solved, points = f.run(by("pairwise", 0.5, steps=1), start=torch.tensor([[0.9], [0.3]], dtype=torch.float64))
     assert points[0].reshape(-1).tolist() == pytest.approx([0.5, 0.0])
     assert feasible(solved.weights, f)
     f = Quadratic(np.eye(4), np.zeros(4), np.zeros(4), 1.0, np.array([[0.2, math.inf], [math.inf, math.inf]]))
-    _, points = f.run(Plan("hard"), start=torch.tensor([[0.3, 1e-10], [1e-10, 1e-10]], dtype=torch.float64))
+    _, points = f.run(by("hard"), start=torch.tensor([[0.3, 1e-10], [1e-10, 1e-10]], dtype=torch.float64))
     assert points[0].tolist() == [
         [0.2, 1e-10],
         [0.0, 0.0],
@@ -441,7 +441,7 @@ def test_a_start_outside_another_hull_is_brought_into_it() -> None:
 def test_no_vertices_and_useless_ones(step: Step) -> None:
     for m in (0, 3):
         f = Quadratic(np.zeros((1, m)), np.ones(1), np.ones(m), 1.0, np.full((m, 1), math.inf))
-        solved, _ = f.run(Plan(step, tolerance=0.0))
+        solved, _ = f.run(by(step, tolerance=0.0))
         assert (solved.weights.sum(), solved.gap, solved.steps) == (0.0, 0.0, [])
 
 
@@ -451,32 +451,32 @@ def test_no_vertices_and_useless_ones(step: Step) -> None:
         ("step", ["away", ""]),
         ("search", ["exact", "decay"]),
         ("rho", [0.0, -1.0, math.nan, math.inf]),
-        *[(name, [0, -3]) for name in ("best", "most", "steps", "inner")],
+        *[(name, [0, -3]) for name in ("best", "active", "steps", "inner")],
         ("tolerance", [-1e-9, math.nan, math.inf]),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_by_its_name(name: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(Misconfigured, match=f"^{name} = "):
-            Plan(**{name: value})
-    Plan("hard", search="decay", rho=1e-3, best=1, most=1, steps=1, inner=1, tolerance=0.0)
+            by(**{name: value})
+    by("hard", search="decay", rho=1e-3, best=1, active=1, steps=1, inner=1, tolerance=0.0)
 
 
-@pytest.mark.parametrize("step", TASK_WISE)
+@pytest.mark.parametrize("step", WHOLE)
 def test_task_wise_steps_take_one_coefficient_a_model(step: Step) -> None:
     caps = np.full((2, 2), math.inf)
     f = Quadratic(np.eye(4), np.ones(4), np.zeros(4), 1.0, caps)
     with pytest.raises(Misconfigured, match=f'^step = "{step}": takes one coefficient a model, not 2'):
-        f.run(Plan(step))
+        f.run(by(step))
 
 
 def test_a_loss_that_is_no_number_is_refused() -> None:
     f = line(1.0, b=math.nan)
     with pytest.raises(Misconfigured, match="finite"):
-        f.run(Plan())
+        f.run(by())
 
 
 def test_by_default_every_vertex_may_enter() -> None:
     assert always(0, torch.zeros(1, 1))
-    solved, _ = line(1.0, b=0.5).run(Plan(tolerance=1e-9))
+    solved, _ = line(1.0, b=0.5).run(by(tolerance=1e-9))
     assert solved.weights.item() == pytest.approx(0.5)

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from continual.errors import Misconfigured
 from continual.rules import ReadOptions
-from continual.tuning.search import SLOPES, Space, Trial, best, lines_of, search, slope
+from continual.tuning.search import SLOPES, Range, Trial, best, lines_of, search, slope
 
 COUNTS = st.integers(3, 24)
 VALUES = st.floats(0.01, 100.0)
 
 
-def space(value: float = 1.0, count: int = 20, **more: object) -> Space:
+def space(value: float = 1.0, count: int = 20, **more: object) -> Range:
     start = ReadOptions("number", value)
-    return Space(start, count, "number", **{"around": value, **more})  # type: ignore[arg-type]
+    return Range(start, count, "number", **{"around": value, **more})  # type: ignore[arg-type]
 
 
 @given(COUNTS, VALUES, st.floats(-9.0, 9.0), st.booleans())
@@ -63,13 +63,13 @@ def test_scale_and_slope(b: float, value: float) -> None:
 @given(COUNTS, st.booleans(), st.sampled_from([None, (0.5, 1.0), (0.3, 0.3)]))
 def test_where_all_are_alike_what_is_in_force_stays(count: int, lines: bool, now: tuple[float, float] | None) -> None:
     start = ReadOptions("norm", 1.5, now)
-    trials = search(lambda _: 7.0, Space(start, count, "norm", 1.5, lines=lines))
+    trials = search(lambda _: 7.0, Range(start, count, "norm", 1.5, lines=lines))
     assert (best(trials).options, len(trials)) == (start, count)
 
 
 @given(st.floats(0.2, 8.0), st.floats(1.0, 3.0), COUNTS)
 def test_nothing_is_asked_beyond_the_end(value: float, most: float, count: int) -> None:
-    trials = search(lambda o: min(o.value, most), Space(ReadOptions("norm", value), count, "norm", value, most))
+    trials = search(lambda o: min(o.value, most), Range(ReadOptions("norm", value), count, "norm", value, most))
     read = [min(t.options.value, most) for t in trials]
     assert len(set(read)) == len(read)
     assert all(t.options.value <= most for t in trials[1:])
@@ -94,7 +94,7 @@ def test_around_another_value_and_from_zero_or_below() -> None:
     assert (trials[0].options.value, len(trials)) == (0.0, 20)
     assert best(trials).options.value == pytest.approx(0.7, rel=0.02)
     assert best(search(lambda o: -abs(o.value + 0.7), space(-1.0))).options.value == pytest.approx(-0.7, rel=0.02)
-    other = search(lambda o: -abs(o.value - 0.7), Space(ReadOptions("norm", 2.0), 5, "number", 0.5))
+    other = search(lambda o: -abs(o.value - 0.7), Range(ReadOptions("norm", 2.0), 5, "number", 0.5))
     assert [t.options.policy for t in other] == ["norm", "number", "number", "number", "number"]
 
 
@@ -114,4 +114,4 @@ def test_a_score_that_is_none_names_the_candidate() -> None:
 )
 def test_spaces_that_make_no_sense(policy: str, around: float, count: int, words: str) -> None:
     with pytest.raises(Misconfigured, match=words):
-        Space(ReadOptions("norm"), count, policy, around)  # type: ignore[arg-type]
+        Range(ReadOptions("norm"), count, policy, around)  # type: ignore[arg-type]

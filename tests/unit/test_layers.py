@@ -40,7 +40,7 @@ ROOMS = (
     ("__init__", ""),
 )
 CIRCLES: list[list[str]] = [["continual.state.store", "continual.state.verify"]]
-CLASSES_TWICE = {"Asked", "Source", "Hub", "Loaded", "Piece", "Plan", "Row", "Space", "Task"}
+CLASSES_TWICE = {"Source"}
 FILES_TWICE = {"__init__", "contract", "folder", "hub", "names", "status"}
 FILES_STILL_TWICE = {"catalogue", "options"}
 

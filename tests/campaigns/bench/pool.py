@@ -24,8 +24,8 @@ import continual
 from continual.executors.contract import silent
 from continual.objectives import calibration
 from continual.selection.active import NONE
-from continual.selection.frank_wolfe import Origin, Search
-from continual.selection.loaded import Loaded
+from continual.selection.frank_wolfe import MergedVector, Search, SearchSpace
+from continual.selection.in_memory import ModelInMemory
 from continual.selection.members import Member
 from continual.service.metrics import peak_memory
 from continual.tensors import open_model
@@ -112,13 +112,12 @@ def scoring(work: Path) -> None:
     """CPU seconds of scoring a candidate, and of reading its bytes once in the same runs."""
     with opened(work, max(SIZES)) as merge:
         engine = merge.engine
-        loaded = Loaded(engine, calibration.load(merge.asked().calibration, work / "base", engine.device))
+        loaded = ModelInMemory(engine, calibration.load(merge.asked().calibration, work / "base", engine.device))
         members = [Member(w.commit.entry.candidate or {}) for w in merge.pool().values()]
         reading = merge.reading()
         reading.settle(merge.executor, silent)
-        search = Search(
-            engine, loaded, Origin(reading.vector, reading.need, True), NONE, members, merge.asked(), silent
-        )
+        merged = MergedVector(reading.vector, reading.need, fixed=True)
+        search = Search(SearchSpace(loaded, merged, NONE, members), merge.asked(), silent)
         search.put(search.start())
         loaded.backward()
         ratios = []

@@ -16,7 +16,7 @@ from torch import Tensor
 import continual
 from continual.executors.contract import silent
 from continual.making import Recipe
-from continual.selection.active import active
+from continual.selection.active import active_at
 from tests.campaigns.bench.selection.world import World
 
 
@@ -73,7 +73,7 @@ def rounds(rule: str, options: Mapping[str, Any], world: World, irrelevant: int,
             (fold.entry.candidate or {})["key"]: (fold.entry.candidate or {})["name"]
             for fold in merge.state.ledger.folds()
         }
-        weights = {key: sum(w) for key, w in active(merge.state).weights.items()} or dict.fromkeys(names, 1.0)
+        weights = {key: sum(w) for key, w in active_at(merge.state).weights.items()} or dict.fromkeys(names, 1.0)
         total = sum(weights.values()) or 1.0
         shares = {names[key]: weight / total for key, weight in weights.items()}
         members = [row.body() for row in found.rows]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from continual.demo import digits as demo
-from continual.objectives.calibration import Given
+from continual.objectives import Given
 from tests.campaigns.bench import data, encoder
 from tests.campaigns.bench.quality import digits as ways
 from tests.campaigns.bench.quality import text
@@ -164,7 +164,7 @@ class Seen:
 
     def fit(self, rows: Sequence[int]) -> Tensor:
         """The best confidence on these rows."""
-        from continual.objectives.objectives import fitted
+        from continual.objectives import fitted
 
         with torch.no_grad():
             logits, labels = self.model(self.images[list(rows)]), self.labels[list(rows)]

@@ -1,0 +1,38 @@
+"""The objective `causal-lm`: predicting the next token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from continual.objectives.contract import Batch, Objective
+
+
+class CausalLM(Objective):
+    """The score is minus the mean loss per token; the loss of a row is the mean of its own tokens."""
+
+    name = "causal-lm"
+    auto = "AutoModelForCausalLM"
+    labelled = False
+    least = 2
+
+    def tokenwise(self, batch: Batch) -> Tensor:
+        """Cross-entropy of every token given those before it, float32, rows × (tokens - 1); 0 where there is none."""
+        logits = self.model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1]
+        wanted = batch.ids[:, 1:].masked_fill(batch.mask[:, 1:] == 0, -100)
+        return functional.cross_entropy(logits.transpose(1, 2).float(), wanted, ignore_index=-100, reduction="none")
+
+    def losses(self, rows: Sequence[int]) -> Tensor:
+        """Of each row the mean over its predicted tokens: all but the first. float32, 1-D."""
+        batch = self.together(rows)
+        return self.tokenwise(batch).sum(1) / batch.mask[:, 1:].sum(1)
+
+    def score(self) -> float:
+        """Minus the mean loss per token."""
+        with torch.inference_mode():
+            total = math.fsum(float(self.tokenwise(batch).sum()) for batch in self.batches())
+        return -total / (sum(self.lengths) - self.count)
