@@ -37,7 +37,7 @@ from continual.records import Entry, Event, TensorSpec
 from continual.rules import ReadOptions, rule
 from continual.selection import admission
 from continual.selection.steps import Taken
-from continual.sources.catalogue import openers
+from continual.sources.roster import openers
 from continual.state import Commit, State
 from continual.state.ledger import Waiting
 from continual.tensors import BaseModel

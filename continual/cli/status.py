@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from continual.sources.catalogue import KINDS
+from continual.service.status import sources_in
 from continual.texts import duration, scale, size, when
 
 
 def text(body: Mapping[str, Any]) -> str:
     """A status for people."""
+    sources = sources_in(body)
     lines = [
         f"{body['health']}{': ' + body['why'] if body['why'] else ''}"
         + (f", process {body['pid']} at {body['url']}" if body["pid"] else ""),
@@ -20,8 +21,7 @@ def text(body: Mapping[str, Any]) -> str:
         + "".join(f", {k} {v:.4g}" for k, v in body["gauges"].items()),
     ]
     if body["uptime_seconds"] is not None:
-        titles = [kind.title for kind in KINDS if kind.reports and body[kind.name]]
-        watched = ", ".join([*body["watch"], *titles]) or "nothing"
+        watched = ", ".join([*body["watch"], *(told.title for told in sources)]) or "nothing"
         lines.append(
             f"up         {duration(body['uptime_seconds'])}, peak memory {size(body['peak_memory_bytes'])}, watching {watched}"
         )
@@ -31,7 +31,7 @@ def text(body: Mapping[str, Any]) -> str:
         )
     more = body["queued"] - len(body["queue"])
     lines.append(f"waiting    {', '.join(body['queue']) or 'nothing'}{f' and {more} more' if more else ''}")
-    lines += [_source(kind.name, body[kind.name]) for kind in KINDS if kind.reports and body[kind.name]]
+    lines += [_source(told.name, told.report) for told in sources]
     if body["select"] != "none":
         last = body["last_round"]
         told = (

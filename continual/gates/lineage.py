@@ -13,7 +13,7 @@ from continual.records import Lineage, TensorSpec
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, TensorInfo
 from continual.tensors.checkpoint import FLOATS
 from continual.tensors.kinds import is_vocabulary
-from continual.tensors.matching import Source, find_prefix, names_of, sources
+from continual.tensors.matching import Match, find_prefix, names_of, sources
 
 _NAMED = 5
 """Names of tensors that a message lists."""
@@ -98,7 +98,7 @@ def _check_missing(model: Checkpoint, missing: Collection[str], has_any: bool, g
         )
 
 
-def _check_dtype(place: Place, info: TensorInfo, source: Source, spec: TensorSpec) -> None:
+def _check_dtype(place: Place, info: TensorInfo, source: Match, spec: TensorSpec) -> None:
     if info.dtype not in FLOATS:
         raise Refuse(
             "dtype",
@@ -122,7 +122,7 @@ def _common_rows(place: Place, info: TensorInfo, spec: TensorSpec, gate: Lineage
     return min(info.shape[0], spec.shape[0])
 
 
-def _check_product(model: Adapter, source: Source, spec: TensorSpec) -> None:
+def _check_product(model: Adapter, source: Match, spec: TensorSpec) -> None:
     assert source.factors is not None
     shape = model.shape(source.factors, source.transposed)
     if len(spec.shape) < 2 or shape != (spec.shape[0], math.prod(spec.shape[1:])):

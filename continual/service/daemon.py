@@ -27,7 +27,7 @@ from continual.service.status import Live
 from continual.service.watched import sources_of
 from continual.service.web import create_app, listen, serve
 from continual.service.worker import Worker
-from continual.sources import catalogue
+from continual.sources import roster
 from continual.sources.contract import Listening, Source
 
 _BEAT = 1.0
@@ -51,10 +51,10 @@ def run(settings: Settings) -> int:
 def check(settings: Settings) -> None:
     """Raises Misconfigured for settings that cannot work: nothing is watched, or something that cannot be, or what is
     published has nowhere to go."""
-    catalogue.must_watch(settings)
+    roster.must_watch(settings)
     hub.check(settings.release)
     hooks.check(settings.hooks)
-    catalogue.check(settings)
+    roster.check(settings)
 
 
 class Daemon:

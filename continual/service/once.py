@@ -12,8 +12,8 @@ from continual.engine import planning
 from continual.engine.outcomes import Outcome, known_as
 from continual.errors import Retry, Skip
 from continual.service.watched import sources_of
-from continual.sources.catalogue import must_watch
 from continual.sources.contract import Sight, Source
+from continual.sources.roster import must_watch
 from continual.tensors import Place
 
 

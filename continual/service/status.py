@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from continual import provenance, selection, tuning
 from continual.api import Merge
@@ -27,8 +28,8 @@ from continual.service.web.view import (
     ShownWaiting,
     UnderWay,
 )
-from continual.sources.catalogue import KINDS
 from continual.sources.contract import Source, SourceReport
+from continual.sources.roster import KINDS
 from continual.state import Commit, State, lock
 from continual.state.ledger import Waiting
 from continual.texts import Json, record
@@ -170,6 +171,20 @@ def at_rest(settings: Settings) -> dict[str, Json]:
     """What the files say, where no daemon runs; with the keys of `ask`. Raises Misconfigured, Damaged."""
     with Merge(settings) as merge:
         return _status(merge, Running()).body()
+
+
+class ToldSource(NamedTuple):
+    """What a kind of source says in the body of a status: its name, how people call it, and its report."""
+
+    name: str
+    title: str
+    report: Mapping[str, Json]
+
+
+def sources_in(body: Mapping[str, Json]) -> list[ToldSource]:
+    """What the sources that run say in the body of a status, one of each kind."""
+    found = [(kind, body.get(kind.name)) for kind in KINDS if kind.reports]
+    return [ToldSource(kind.name, kind.title, told) for kind, told in found if isinstance(told, dict)]
 
 
 def _status(merge: Merge, running: Running) -> Status:

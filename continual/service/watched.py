@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from continual.api import Merge
-from continual.sources import catalogue
+from continual.sources import roster
 from continual.sources.contract import Source, SourceKind, Wiring
 
 
-def sources_of(merge: Merge, kinds: tuple[SourceKind, ...] = catalogue.KINDS) -> list[Source]:
+def sources_of(merge: Merge, kinds: tuple[SourceKind, ...] = roster.KINDS) -> list[Source]:
     """The sources that the settings ask for. Raises Misconfigured for one that cannot be made."""
-    return catalogue.make(wiring_of(merge), kinds)
+    return roster.make(wiring_of(merge), kinds)
 
 
 def wiring_of(merge: Merge) -> Wiring:

@@ -1,6 +1,6 @@
 """What a source of candidates is: the contract that the daemon and `continual watch --once` work with.
 
-A new source is one module beside this one, and one row in `catalogue.py`. What it finds is judged by the gates, not by
+A new source is one module beside this one, and one row in `roster.py`. What it finds is judged by the gates, not by
 the source.
 """
 
@@ -60,7 +60,7 @@ class Source(Protocol):
     """
 
     name: str
-    """The row of the catalogue that made it."""
+    """The row of the roster that made it."""
     scanned: asyncio.Event
     """Set when everything that was there at the start has been given. Nothing is folded before."""
     problem: str | None
@@ -135,7 +135,7 @@ def _fine(_settings: Settings) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceKind:
-    """A row of the catalogue.
+    """A row of the roster.
 
     `name`: of the table `[sources.NAME]` in the settings, and of what it says in the status; `title`: how the status
     page calls what is watched. `table`: the record of its settings. `wanted` says whether the settings ask for it, by

@@ -22,7 +22,7 @@ CONV1D = {
 the layer PEFT met last."""
 
 
-class Source(NamedTuple):
+class Match(NamedTuple):
     """Where a task vector comes from. `full`: the tensor that replaces the base's. `twins`: the same tensor under tied
     names. `factors`: what an adapter adds; `transposed`: the base stores that weight as in × out."""
 
@@ -32,9 +32,7 @@ class Source(NamedTuple):
     transposed: bool = False
 
 
-def sources(
-    base: BaseModel, model: Checkpoint | Adapter, prefix: tuple[str, str]
-) -> tuple[dict[str, Source], set[str]]:
+def sources(base: BaseModel, model: Checkpoint | Adapter, prefix: tuple[str, str]) -> tuple[dict[str, Match], set[str]]:
     """The source of each foldable tensor of the base that the candidate has, by the base's name; and the candidate's
     names that were understood.
 
@@ -43,7 +41,7 @@ def sources(
     aliases: dict[str, list[str]] = {}
     for alias, name in base.aliases.items():
         aliases.setdefault(name, []).append(alias)
-    found: dict[str, Source] = {}
+    found: dict[str, Match] = {}
     known: set[str] = set()
     for spec in base.specs:
         names = [candidate_name(spec.name, prefix)]
@@ -61,12 +59,12 @@ def sources(
     return found, known
 
 
-def _of_checkpoint(model: Checkpoint, names: list[str]) -> Source | None:
+def _of_checkpoint(model: Checkpoint, names: list[str]) -> Match | None:
     present = [model.tensors[name] for name in names if name in model.tensors]
-    return Source(present[0], tuple(present[1:])) if present else None
+    return Match(present[0], tuple(present[1:])) if present else None
 
 
-def _of_adapter(base: BaseModel, model: Adapter, ours: str, names: list[str]) -> Source | None:
+def _of_adapter(base: BaseModel, model: Adapter, ours: str, names: list[str]) -> Match | None:
     present = [model.weights.tensors[model.saved[name]] for name in names if name in model.saved]
     adapted = [name for name in names if name in model.factors]
     if len(adapted) > 1:
@@ -78,7 +76,7 @@ def _of_adapter(base: BaseModel, model: Adapter, ours: str, names: list[str]) ->
     transposed = (
         ours.split(".")[-2:-1] != [] and ours.split(".")[-2] in known if known is not None else model.transposed
     )
-    return Source(present[0] if present else None, tuple(present[1:]), factors, transposed)
+    return Match(present[0] if present else None, tuple(present[1:]), factors, transposed)
 
 
 def names_of(model: Checkpoint | Adapter) -> Collection[str]:

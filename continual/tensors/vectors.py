@@ -21,7 +21,7 @@ from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import TORCH, Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
-from continual.tensors.matching import Source, sources
+from continual.tensors.matching import Match, sources
 
 RUN = 1 << 18
 """Elements read at a time: the four buffers of a thread, 1 MiB in float32, stay in its cache."""
@@ -213,7 +213,7 @@ class TaskVectors:
         )
 
     def _difference(
-        self, spec: TensorSpec, source: Source, start: int, tau: torch.Tensor, content: Content | None
+        self, spec: TensorSpec, source: Match, start: int, tau: torch.Tensor, content: Content | None
     ) -> None:
         """Fills `tau` with θ_t − θ₀ from element `start` on and feeds the candidate's bytes to `content`."""
         assert source.full is not None
@@ -235,7 +235,7 @@ class TaskVectors:
         else:
             tau.copy_(values).sub_(origin)
 
-    def _multiply(self, source: Source, out: torch.Tensor, content: Content | None) -> None:
+    def _multiply(self, source: Match, out: torch.Tensor, content: Content | None) -> None:
         """scale·B·A into the flat `out`."""
         assert isinstance(self._model, Adapter)
         assert source.factors is not None

@@ -13,8 +13,8 @@ from continual.service.web.view import (
     Status,
     UnderWay,
 )
-from continual.sources.catalogue import title_of
 from continual.sources.contract import SourceReport
+from continual.sources.roster import title_of
 from continual.texts import duration, figure, scale, size, when
 
 _STYLE = """
