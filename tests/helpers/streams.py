@@ -26,21 +26,22 @@ SHAPES = {
 MATRICES = {"tall", "wide", "square", "conv"}
 SPECS = {n: TensorSpec(n, s, "F32", "matrix" if n in MATRICES else "plain") for n, s in SHAPES.items()}
 Model = dict[str, Tensor]
+RUN = 48
+"""Elements of a run: several in each matrix, so that the last one is shorter."""
 
 
 def measure(made: Rule, model: Model) -> object:
-    """The passes before a fold, as the engine makes them: over what the model changes, in runs."""
+    """What the passes before a fold find out, made as the engine makes them: over the tensors that the model changes,
+    in runs, or in the beginning of each run."""
     found: object = made.needs.measure
     numel = sum(tau.numel() for tau in model.values())
     while isinstance(found, Pass):
         counts = np.zeros(found.bins, np.int64)
         for name, tau in model.items():
-            if not tau.any():
-                continue
             inputs = Inputs(SPECS[name], seed=batch.seed_of(name, tau), measured=found)
-            for number, run in enumerate(tau.clone().reshape(-1).split(7)):
-                some = run if found.share == 1.0 else run[:1]
-                found.tally(some, inputs._replace(start=7 * number), counts, 1 if found.share == 1.0 else 7)
+            for number, run in enumerate(tau.clone().reshape(-1).split(RUN) if tau.any() else ()):
+                seen = run[: max(1, int(found.share * len(run)))]
+                found.tally(seen, inputs._replace(start=RUN * number), counts, round(len(run) / len(seen)))
         found = found.conclude(counts, numel)
     return found
 
