@@ -1,0 +1,139 @@
+"""The exact kernels: sums in float64 that no number of threads changes, and singular vectors that are right down to the
+smallest that counts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from continual import linalg
+from continual.rules import iso_c, opcm, tsv_m
+from tests.helpers import batch
+
+
+def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(rows, columns, generator=random, dtype=torch.float64))[0]
+
+
+def with_spectrum(sigma: Tensor, rows: int, seed: int = 1) -> Tensor:
+    """A float64 matrix with these singular values."""
+    return orthonormal(rows, len(sigma), seed) * sigma @ orthonormal(len(sigma), len(sigma), seed + 1).mT
+
+
+SPECTRA = {
+    "to 1e-5": torch.logspace(0, -5, 30, dtype=torch.float64),
+    "to 1e-7": torch.logspace(0, -7, 30, dtype=torch.float64),
+    "a gap": torch.cat([torch.ones(5), torch.full((9,), 3e-6), torch.full((3,), 1e-8)]).double(),
+    "all steep": torch.linspace(1.0, 0.5, 12, dtype=torch.float64),
+    "one direction": torch.tensor([1.0, 2e-5, 1.5e-6], dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
+def test_every_singular_value_above_null_is_right_to_eight_digits(name: str, size: float) -> None:
+    sigma = SPECTRA[name]
+    matrix = size * with_spectrum(sigma, 50)
+    found, v = linalg.right_singular(matrix, linalg.NULL)
+    held = sigma > linalg.NULL
+    assert torch.equal(found > 0, held), "what is null is an exact zero, and nothing else is"
+    assert torch.allclose(found[held] / size, sigma[held], rtol=2e-9, atol=0.0)
+    assert torch.equal(found, found.sort(descending=True).values)
+    assert torch.allclose(v.mT @ v, torch.eye(len(sigma), dtype=torch.float64), atol=1e-13)
+    u = matrix @ v[:, held] / found[held]
+    assert torch.allclose(u.mT @ u, torch.eye(int(held.sum()), dtype=torch.float64), atol=1e-7)
+
+
+def test_the_gram_alone_is_not_enough_there() -> None:
+    """Against a test that the unrefined values would pass."""
+    sigma = SPECTRA["to 1e-5"]
+    unrefined, _ = linalg.right_singular(with_spectrum(sigma, 50), 1.0)
+    assert float((unrefined / sigma - 1).abs().max()) > 1e-8
+
+
+@pytest.mark.parametrize("shape", [(60, 30), (30, 60)])
+@pytest.mark.parametrize("least", [1e-5, 2e-6])
+def test_rules_are_right_on_matrices_of_every_condition(shape: tuple[int, int], least: float) -> None:
+    """Of a float32 matrix: the flat spectrum of iso-c, the triplets and polar factors of tsv-m, and the variant of opcm
+    that needs every direction."""
+    sigma = torch.logspace(0, math.log10(least), 30, dtype=torch.float64)
+    tall = with_spectrum(sigma, 60).float()
+    matrix = tall if shape == (60, 30) else tall.mT.contiguous()
+    u, exact, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    flat = exact.mean() * u @ vh
+    assert float((iso_c.flat(matrix).double() - flat).norm() / flat.norm()) < 1e-7
+    left, found, right = tsv_m.triplets(matrix, 30)
+    assert torch.allclose(found, exact, rtol=5e-9, atol=0.0)
+    assert torch.allclose(left * found @ right.mT, matrix.double(), atol=1e-12)
+    assert torch.allclose(left.mT @ left, torch.eye(30, dtype=torch.float64), atol=1e-7)
+    assert torch.allclose(tsv_m.polar(tall.double()), (u @ vh) if tall is matrix else (u @ vh).mT, atol=3e-8)
+    tau = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    changed = tau.clone()
+    opcm.fold_matrix(matrix.clone(), changed, 0.5, "block+diagonal")
+    step = batch.opcm_step(matrix, tau, 0.5, "block+diagonal")
+    assert float((changed.double() - step).norm() / step.norm()) < 1e-7
+
+
+@pytest.mark.parametrize("numel", [0, 1, 1023, 1024, 1025, linalg.SMALL, linalg.SMALL + 1, linalg.CHUNK + 1500])
+def test_inner_products_of_every_length(numel: int) -> None:
+    random = torch.Generator().manual_seed(numel)
+    a, b = torch.randn(numel, generator=random), torch.randn(numel, generator=random)
+    exact = math.fsum((a.double() * b.double()).tolist())
+    length = float(a.double().norm() * b.double().norm())
+    assert abs(linalg.dot(a, b) - exact) <= 1e-14 * length
+    assert abs(linalg.inner(a, b) - exact) <= 3e-8 * length
+    assert linalg.inners((a, a), (a, b)) == [linalg.inner(a, a), linalg.inner(a, b)]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_an_inner_product_that_float32_cannot_hold_is_summed_in_float64(size: float) -> None:
+    a = torch.full((linalg.SMALL + 10,), size)
+    assert linalg.inner(a, a) == pytest.approx((linalg.SMALL + 10) * size**2, rel=1e-6)
+
+
+def test_small_tensors_are_summed_in_float64() -> None:
+    a = torch.ones(linalg.SMALL)
+    a[0] = 3e4
+    assert linalg.inner(a, a) == 9e8 + linalg.SMALL - 1
+
+
+def test_an_addition_says_what_was_added_to_what() -> None:
+    total, term = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([2.0, 0.5, 1.0])
+    found = linalg.add(total, term, -2.0)
+    assert torch.equal(total, torch.tensor([-3.0, 1.0, -5.0]))
+    assert found == linalg.Added(term_sq=5.25, dot=0.0, total_sq=35.0)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (7, 0), (1, 1), (1000, 300), (3, linalg.BLOCK), (5, 400_000)])
+def test_blocks_of_rows_cover_a_matrix_once_and_are_small(rows: int, columns: int) -> None:
+    blocks = linalg.row_blocks(rows, columns)
+    assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(rows))
+    assert all((block.stop - block.start) * columns <= max(linalg.BLOCK, columns) for block in blocks)
+    assert len(blocks) <= 1 + rows * max(1, columns) // (linalg.BLOCK // 2)
+
+
+def test_a_matrix_of_several_blocks_of_rows_and_panels_has_the_singular_values_of_the_whole() -> None:
+    """More rows than a block holds, and more columns than one panel of the Gram is wide."""
+    columns = 150
+    rows = linalg.BLOCK // columns + 500
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    assert len(linalg.row_blocks(rows, columns)) == 2
+    found, _ = linalg.right_singular(matrix)
+    assert torch.allclose(found, torch.linalg.svdvals(matrix.double()), rtol=1e-12)
+
+
+def test_the_workspace_is_that_of_the_small_side() -> None:
+    assert linalg.workspace(10, 1000) == linalg.workspace(1000, 10) == 8 * (4 * 100 + 6 * 10_000)
+    assert linalg.workspace(4096, 4096) == 8 * (4 * 4096**2 + 6 * linalg.BLOCK)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
+def test_the_tall_view_has_at_least_as_many_rows_and_shares_the_memory(shape: tuple[int, int]) -> None:
+    matrix = torch.arange(shape[0] * shape[1]).view(shape)
+    found = linalg.tall(matrix)
+    assert found.shape == (max(shape), min(shape))
+    assert found.data_ptr() == matrix.data_ptr()
