@@ -28,8 +28,8 @@ from continual.service.web.view import (
     ShownWaiting,
     UnderWay,
 )
+from continual.sources import roster
 from continual.sources.contract import Source, SourceReport
-from continual.sources.roster import KINDS
 from continual.state import Commit, State, lock
 from continual.state.ledger import Waiting
 from continual.texts import Json, record
@@ -183,7 +183,7 @@ class ToldSource(NamedTuple):
 
 def sources_in(body: Mapping[str, Json]) -> list[ToldSource]:
     """What the sources that run say in the body of a status, one of each kind."""
-    found = [(kind, body.get(kind.name)) for kind in KINDS if kind.reports]
+    found = [(kind, body.get(kind.name)) for kind in roster.KINDS if kind.reports]
     return [ToldSource(kind.name, kind.title, told) for kind, told in found if isinstance(told, dict)]
 
 
@@ -248,8 +248,8 @@ def _tuned(state: State) -> ShownScale | None:
 
 def _sources(reports: Mapping[str, SourceReport]) -> dict[str, SourceReport | None]:
     """What each kind of source says of itself; None where none of the kind runs."""
-    silent = [kind.name for kind in KINDS if not kind.reports]
-    told: dict[str, SourceReport | None] = {kind.name: None for kind in KINDS if kind.reports}
+    silent = [kind.name for kind in roster.KINDS if not kind.reports]
+    told: dict[str, SourceReport | None] = {kind.name: None for kind in roster.KINDS if kind.reports}
     told.update({name: report for name, report in reports.items() if name not in silent})
     return told
 

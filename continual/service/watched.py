@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from continual.api import Merge
 from continual.sources import roster
-from continual.sources.contract import Source, SourceKind, Wiring
+from continual.sources.contract import Source, Wiring
 
 
-def sources_of(merge: Merge, kinds: tuple[SourceKind, ...] = roster.KINDS) -> list[Source]:
+def sources_of(merge: Merge) -> list[Source]:
     """The sources that the settings ask for. Raises Misconfigured for one that cannot be made."""
-    return roster.make(wiring_of(merge), kinds)
+    return roster.make(wiring_of(merge))
 
 
 def wiring_of(merge: Merge) -> Wiring:

@@ -62,7 +62,7 @@ class Source(Protocol):
     name: str
     """The row of the roster that made it."""
     scanned: asyncio.Event
-    """Set when everything that was there at the start has been given. Nothing is folded before."""
+    """Set at the end of the first look. Nothing is folded before, so that what was there comes in its order."""
     problem: str | None
     """Why the environment (a disk, a server) kept it from looking the last time; None if it did not."""
     parks: bool

@@ -297,17 +297,17 @@ class _Hints(FileSystemEventHandler):
 
 @contextlib.contextmanager
 def _observed(root: Path, tell: Callable[[], None]) -> Iterator[None]:
-    """File system notifications below `root`; polling where the kernel gives none."""
-    for make in (Observer, PollingObserver):
-        observer = make()
-        try:
-            observer.schedule(_Hints(tell), str(root), recursive=True)
-            observer.start()
+    """File system notifications below `root`; polling where the kernel gives none, and nothing where `root` is not
+    there: the scans find it when it is back."""
+    with contextlib.ExitStack() as started:
+        for make in (Observer, PollingObserver):
+            observer = make()
+            try:
+                observer.schedule(_Hints(tell), str(root), recursive=True)
+                observer.start()
+            except OSError:
+                continue
+            started.callback(observer.join)
+            started.callback(observer.stop)
             break
-        except OSError:
-            continue
-    try:
         yield
-    finally:
-        observer.stop()
-        observer.join()
