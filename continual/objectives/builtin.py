@@ -20,8 +20,8 @@ OBJECTIVES: Mapping[str, type[Objective]] = {kind.name: kind for kind in (Causal
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Which objective (`name`), on the rows of which JSONL file, `batch` rows at a time. `heads` is a JSON file of label
-    to prompts, for the objective `heads` alone.
+    """Which objective (`name`), on the rows of which JSONL file, `batch` rows at a time. `heads` is a JSON file of
+    label to prompts, for the objective `heads` alone.
 
     Raises Misconfigured for an objective that there is not, and for files that it does not take.
     """

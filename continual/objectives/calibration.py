@@ -38,8 +38,8 @@ LEAST = 2
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which losses, on which rows. `objective` is causal-lm, classification, heads, or module:function; `rows` is a JSONL
-    file for each task, and `heads` a JSON file of prompts for each, for the objective heads alone.
+    """Which losses, on which rows. `objective` is causal-lm, classification, heads, or module:function; `rows` is a
+    JSONL file for each task, and `heads` a JSON file of prompts for each, for the objective heads alone.
 
     Raises Misconfigured naming what is missing or cannot be used.
     """
@@ -92,9 +92,9 @@ class Wanted:
         return function.is_function(self.objective)
 
     def told(self) -> dict[str, object]:
-        """What a record keeps: names and digests of the files, or of the function's module, and all else that the losses
-        depend on. `digest` is over all the rest. Raises Misconfigured for a file that cannot be read, and for a function
-        that cannot be imported."""
+        """What a record keeps: names and digests of the files, or of the function's module, and all else that the
+        losses depend on. `digest` is over all the rest. Raises Misconfigured for a file that cannot be read, and for a
+        function that cannot be imported."""
         found: dict[str, object] = {
             "kind": "function" if self.by_function else "rows",
             "objective": self.objective,

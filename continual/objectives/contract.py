@@ -35,8 +35,8 @@ class RowFiles(Protocol):
 
 
 class Batch(NamedTuple):
-    """Rows side by side. `ids` and `mask` (int64, rows × tokens) are padded on the right; `labels` (int64, rows) has the
-    class of each row, -1 where rows have none."""
+    """Rows side by side. `ids` and `mask` (int64, rows × tokens) are padded on the right; `labels` (int64, rows) has
+    the class of each row, -1 where rows have none."""
 
     ids: Tensor
     mask: Tensor

@@ -1,5 +1,5 @@
-"""An objective that is a function of the user's, named as module:function: how it is imported and called, what it has to
-return, and what becomes of what it raises."""
+"""An objective that is a function of the user's, named as module:function: how it is imported and called, what it has
+to return, and what becomes of what it raises."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ Parameters = dict[str, list[torch.Tensor]]
 
 
 def find_parameters(model: torch.nn.Module, specs: Sequence[TensorSpec], aliases: Mapping[str, str]) -> Parameters:
-    """Finds each tensor of a base in `model`: under its name or an alias (`aliases`: alias to name), with or without the
-    prefix of a transformers model's body. Tensors that are carried may be missing.
+    """Finds each tensor of a base in `model`: under its name or an alias (`aliases`: alias to name), with or without
+    the prefix of a transformers model's body. Tensors that are carried may be missing.
 
     Raises Misconfigured for a tensor that is nowhere, or has another shape there.
     """

@@ -30,8 +30,8 @@ NONE = Active({}, (), {}, {})
 
 
 def active_at(state: State, at: int | None = None) -> Active:
-    """What the merged model of `state` weighs at record `at`, by default the newest. Raises Misconfigured where there is
-    no such record."""
+    """What the merged model of `state` weighs at record `at`, by default the newest. Raises Misconfigured where there
+    is no such record."""
     history = state.ledger.history(at)
     numbers = (history[-1].at.entry.numbers or {}) if history and history[-1].at else {}
     folds = [fold.commit.entry for fold in history]

@@ -89,8 +89,8 @@ def kept(chosen: Chosen, key: str, fate: Fate = "folded", rank: int | None = Non
 
 
 def write_sum(under_way: OpenRound, space: SearchSpace, chosen: Chosen, progress: Progress) -> Commit:
-    """Writes the weighted sum that Frank-Wolfe chose as one durable step, with the fate of every member; where no weight
-    changed, a record alone.
+    """Writes the weighted sum that Frank-Wolfe chose as one durable step, with the fate of every member; where no
+    weight changed, a record alone.
 
     Raises Refuse where a member's files are gone by now, Retry; then nothing is settled.
     """

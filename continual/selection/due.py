@@ -12,8 +12,8 @@ from continual.state.ledger import Waiting
 
 
 def is_due(pool: Mapping[str, Waiting], options: RoundOptions, now: str) -> bool:
-    """Whether a round is due: enough candidates wait that no round has judged, or one of them has waited long enough, or
-    one has grown too old, or a round chose one that is not folded yet."""
+    """Whether a round is due: enough candidates wait that no round has judged, or one of them has waited long enough,
+    or one has grown too old, or a round chose one that is not folded yet."""
     s = options.settings
     fresh = [w for w in pool.values() if not w.last]
     if pending(pool) or len(fresh) >= s.size or any(fates.seconds(w.since, now) >= s.wait for w in fresh):

@@ -22,10 +22,10 @@ class MemberFate:
     """A member at the end of a round.
 
     `judged` is 1 where this round counts towards patience, else 0. `score` is ⟨g, τ⟩ at the merged model, in units of
-    the loss; for a member that is not in it, at the merged model without it. `change`, `error` and `z` are what held-out
-    rows say (`judging.Judgement`) of a trial of the member, or of its being in; None where it was not tried, as where
-    its score already is not below zero. `weight` is what Frank-Wolfe gave it. `rank`, of those chosen for a rule: which
-    is folded first, from 0.
+    the loss; for a member that is not in it, at the merged model without it. `change`, `error` and `z` are what
+    held-out rows say (`judging.Judgement`) of a trial of the member, or of its being in; None where it was not tried,
+    as where its score already is not below zero. `weight` is what Frank-Wolfe gave it. `rank`, of those chosen for a
+    rule: which is folded first, from 0.
     """
 
     key: str

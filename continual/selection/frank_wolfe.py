@@ -80,8 +80,8 @@ class Lost(Exception):
 
 
 class Search:
-    """The problem as `steps` sees it. Its vertices are the active models, the candidates that wait, and, as the last one
-    where there is one, the rest of X."""
+    """The problem as `steps` sees it. Its vertices are the active models, the candidates that wait, and, as the last
+    one where there is one, the rest of X."""
 
     def __init__(self, space: SearchSpace, options: RoundOptions, progress: Progress) -> None:
         now = space.now

@@ -30,8 +30,8 @@ from continual.tensors.vectors import Content
 NOTHING = 1e-15
 """Weights below this are rounding."""
 GROWS = 2.0
-"""X is multiplied by this at most. The rounding of X grows with the factor, which would be large where a model goes from
-next to nothing to much."""
+"""X is multiplied by this at most. The rounding of X grows with the factor, which would be large where a model goes
+from next to nothing to much."""
 
 
 def layers(base: BaseModel, *, by_layer: bool) -> dict[str, int]:

@@ -1,5 +1,5 @@
-"""Relevance as a gate before any rule: a round says which of the candidates that wait the objective wants; the rule folds
-these.
+"""Relevance as a gate before any rule: a round says which of the candidates that wait the objective wants; the rule
+folds these.
 
 The round records which they are before the first is folded, so a round that was interrupted folds the same models.
 """

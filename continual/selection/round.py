@@ -34,9 +34,9 @@ HearRound = Callable[[Outcome | Taken], None]
 
 
 class Round(NamedTuple):
-    """What a round came to: the fate of each member (`rows`), its numbers (`loss`, `before`, `gap`, `pool_gap`, `steps`;
-    of a dry run `before` and `loss` alone), the record that ended it (None of a dry run), how many models were folded,
-    and its wall time in seconds."""
+    """What a round came to: the fate of each member (`rows`), its numbers (`loss`, `before`, `gap`, `pool_gap`,
+    `steps`; of a dry run `before` and `loss` alone), the record that ended it (None of a dry run), how many models were
+    folded, and its wall time in seconds."""
 
     rows: list[MemberFate]
     numbers: Mapping[str, float]
@@ -51,8 +51,8 @@ class Round(NamedTuple):
 
 
 class Ground(NamedTuple):
-    """What a round runs on. `reading` reads the merged model as it is now. `weighed`: the merged model is a weighted sum
-    that Frank-Wolfe makes; else the rule of the state folds the models that the round chooses."""
+    """What a round runs on. `reading` reads the merged model as it is now. `weighed`: the merged model is a weighted
+    sum that Frank-Wolfe makes; else the rule of the state folds the models that the round chooses."""
 
     engine: Engine
     reading: Callable[[], Reading]

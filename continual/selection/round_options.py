@@ -1,5 +1,5 @@
-"""What a round is to do: on which rows it calibrates, how it steps, when a candidate is given up. Checked here, once; the
-values and their defaults are in `config.RoundSettings`."""
+"""What a round is to do: on which rows it calibrates, how it steps, when a candidate is given up. Checked here, once;
+the values and their defaults are in `config.RoundSettings`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Frank-Wolfe steps over weights of task vectors, until the duality gap is small. Pure maths: the hull and its gap are in
-`hull`; what a loss and a gradient are, the caller knows.
+"""Frank-Wolfe steps over weights of task vectors, until the duality gap is small. Pure maths: the hull and its gap are
+in `hull`; what a loss and a gradient are, the caller knows.
 
 Departures from the paper that `hull` cites, besides those named there: weights stay in the hull; the caller decides who
 may enter; there are pairwise and fully-corrective steps (Lacoste-Julien and Jaggi, "On the Global Linear Convergence of
@@ -82,8 +82,8 @@ class Stepping:
 class Taken(NamedTuple):
     """What a step did: `gap` before it, `loss` after it, the vertices that `entered` and that `left`.
 
-    `gamma` is, for hard and corrective, the share of the way that was gone (for corrective in its last inner iteration);
-    for pairwise, the weight that moved; for soft, 1 minus what is left of the weights before.
+    `gamma` is, for hard and corrective, the share of the way that was gone (for corrective in its last inner
+    iteration); for pairwise, the weight that moved; for soft, 1 minus what is left of the weights before.
     """
 
     step: Step

@@ -1,5 +1,5 @@
-"""How the merged model is read, chosen by evaluating candidates: the search (pure), X in a scratch file, evaluation by a
-command or on rows, the record."""
+"""How the merged model is read, chosen by evaluating candidates: the search (pure), X in a scratch file, evaluation by
+a command or on rows, the record."""
 
 from continual.objectives.builtin import Rows
 from continual.tuning.choosing import Evaluation, Told, Tuned, Tuning, tune

@@ -19,8 +19,8 @@ class TrialRow(TypedDict):
 
 
 class TuneNumbers(TypedDict):
-    """The `numbers` of a tune record (FORMAT.md). `before` is the first trial: how the merged model was read until then.
-    `folds` is how many models were folded then."""
+    """The `numbers` of a tune record (FORMAT.md). `before` is the first trial: how the merged model was read until
+    then. `folds` is how many models were folded then."""
 
     trials: list[TrialRow]
     before: TrialRow

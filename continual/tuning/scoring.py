@@ -1,5 +1,5 @@
-"""A model in memory, scored on calibration rows under one way of reading the merged model after the other. What is good,
-the objective says."""
+"""A model in memory, scored on calibration rows under one way of reading the merged model after the other. What is
+good, the objective says."""
 
 from __future__ import annotations
 

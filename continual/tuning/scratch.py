@@ -1,5 +1,5 @@
-"""X in a file: the merged task vector as the rule reads it at scale 1. It is read from the state once, and scaled from the
-file as often as it takes. The file is no part of the state."""
+"""X in a file: the merged task vector as the rule reads it at scale 1. It is read from the state once, and scaled from
+the file as often as it takes. The file is no part of the state."""
 
 from __future__ import annotations
 

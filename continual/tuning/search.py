@@ -2,8 +2,8 @@
 says.
 
 One dimension at a time: first a grid; then the middle of the wider of the two gaps beside the best, or beyond an end
-where the best is there. Of a function with one peak the gap around it halves with every second evaluation, once the peak
-lies between two points.
+where the best is there. Of a function with one peak the gap around it halves with every second evaluation, once the
+peak lies between two points.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Where to look. There are `count` evaluations, the first of `start`, the way in which the merged model is read now;
-    the others over the value of `policy` around `around`, and over LiNeS' slope where `lines`. A value beyond `most`
-    reads as `most` does.
+    """Where to look. There are `count` evaluations, the first of `start`, the way in which the merged model is read
+    now; the others over the value of `policy` around `around`, and over LiNeS' slope where `lines`. A value beyond
+    `most` reads as `most` does.
 
     Raises Misconfigured where there is nothing to search.
     """
@@ -86,8 +86,8 @@ def best(trials: Sequence[Trial]) -> Trial:
 
 
 def candidates(where: Range) -> Generator[ReadOptions, float, None]:
-    """Yields ways of reading, and is sent what each is worth. There are `count` of them, fewer only where the next would
-    be one of those before."""
+    """Yields ways of reading, and is sent what each is worth. There are `count` of them, fewer only where the next
+    would be one of those before."""
     start = where.start
     first = Trial(start, (yield start))
     slopes = where.count // 3 if where.lines else 0
@@ -140,8 +140,8 @@ def slope(lines: tuple[float, float] | None) -> float | None:
 
 
 class Axis(NamedTuple):
-    """A line of numbers from `low` to `high`; where `geometric`, distances are of logarithms. Of equal scores the number
-    nearest to `near` is better."""
+    """A line of numbers from `low` to `high`; where `geometric`, distances are of logarithms. Of equal scores the
+    number nearest to `near` is better."""
 
     low: float
     high: float

@@ -162,3 +162,21 @@ def best_of(f: Quadratic) -> float:
 
 def feasible(weights: Tensor, f: Quadratic) -> bool:
     return bool((weights >= 0).all() and (weights <= f.caps).all() and (weights.sum(0) <= f.rho * (1 + 1e-11)).all())
+
+
+def line(*ends: float, b: float, rho: float = 1.0) -> Quadratic:
+    """Vertices on one line, a target on it."""
+    return Quadratic(np.array([ends]), np.array([b]), np.zeros(len(ends)), rho, np.full((len(ends), 1), math.inf))
+
+
+class Asked:
+    """Refuses some; keeps who was asked at which weights."""
+
+    def __init__(self, refused: set[int]) -> None:
+        self.refused = refused
+        self.seen: list[tuple[int, tuple[float, ...]]] = []
+
+    def __call__(self, vertex: int, weights: Tensor) -> bool:
+        assert not weights[vertex].any()
+        self.seen.append((vertex, tuple(weights.reshape(-1).tolist())))
+        return vertex not in self.refused

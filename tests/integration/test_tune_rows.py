@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +26,8 @@ from continual.rules import ReadOptions
 from continual.tuning import Rows, Tuning, scoring
 from tests.helpers import models
 from tests.helpers.command import machine
+from tests.helpers.tiny import CPU, MODELS, SMALL, embedded, loaded, transformers, write_tokenizer
 
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
-
-WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "book", "a", "very", "the", "is", "was", "not"]
 TEXTS = [
     "a very good film",
     "the book is bad",
@@ -41,15 +37,9 @@ TEXTS = [
     "a good good book",
     "bad film",
 ]
+
+
 LABELS = ["pos", "neg", "pos", "pos", "neg", "pos", "neg"]
-CPU = torch.device("cpu")
-SMALL = {
-    "vocab_size": len(WORDS),
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
 
 
 class Place(NamedTuple):
@@ -60,43 +50,6 @@ class Place(NamedTuple):
 
     def open(self, write: bool = False) -> api.Merge:
         return api.open(self.directory / "state", write=write, device="cpu")
-
-
-def gpt() -> Any:
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
-        )
-    )
-
-
-def classifier() -> Any:
-    names = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
-    return transformers.BertForSequenceClassification(
-        transformers.BertConfig(**SMALL, max_position_embeddings=32, **names)
-    ).bfloat16()
-
-
-def encoder() -> Any:
-    return transformers.BertModel(transformers.BertConfig(**SMALL, max_position_embeddings=32))
-
-
-MODELS: dict[str, Callable[[], Any]] = {"causal-lm": gpt, "classification": classifier, "heads": encoder}
-AUTO = {
-    "causal-lm": "AutoModelForCausalLM",
-    "classification": "AutoModelForSequenceClassification",
-    "heads": "AutoModel",
-}
-
-
-def write_tokenizer(directory: Path) -> None:
-    made = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
-    )
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        directory
-    )
 
 
 def write_rows(file: Path, labels: list[Any]) -> Path:
@@ -123,12 +76,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return Place(tmp_path, Rows(request.param, write_rows(tmp_path / "rows.jsonl", LABELS), heads, 3))
 
 
-def embedded(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """One text after the other, without padding."""
-    each = [model(torch.tensor([tokenizer(t)["input_ids"]])).last_hidden_state[0].mean(0) for t in texts]
-    return torch.nn.functional.normalize(torch.stack(each), dim=-1)
-
-
 def plain_score(name: str, model: Any, base: Any, tokenizer: Any, heads: Path | None) -> float:
     """What the objective says it computes, a row at a time."""
     if name == "heads":
@@ -145,10 +92,6 @@ def plain_score(name: str, model: Any, base: Any, tokenizer: Any, heads: Path | 
         return sum(a == b for a, b in zip(names, LABELS, strict=True)) / len(LABELS)
     losses = [float(model(i, labels=i).loss) * (i.shape[1] - 1) for i in ids if i.shape[1] > 1]
     return -math.fsum(losses) / sum(i.shape[1] - 1 for i in ids)
-
-
-def loaded(name: str, directory: Path) -> Any:
-    return getattr(transformers, AUTO[name]).from_pretrained(directory, local_files_only=True).float().eval()
 
 
 @torch.no_grad()

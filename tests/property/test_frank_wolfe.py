@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from continual.errors import Misconfigured
-from continual.selection.hull import gap, oracle, project
-from continual.selection.steps import STEPS, WHOLE, Step, Taken, always, minimise
+from continual.selection.hull import oracle
+from continual.selection.steps import STEPS, WHOLE, Step, Taken
 from tests.helpers.hulls import (
+    Asked,
     Quadratic,
     best_of,
     bound,
     by,
     feasible,
-    halves,
-    optimum,
+    line,
     quadratics,
     quick,
     suited,
@@ -184,24 +184,6 @@ def test_nothing_is_evaluated_in_vain(step: Step, data: st.DataObject) -> None:
 @pytest.mark.parametrize("step", STEPS)
 @given(data=st.data())
 @quick
-def test_the_refused_stay_at_0_and_out_of_the_gap(step: Step, data: st.DataObject) -> None:
-    f = data.draw(suited(step))
-    m = len(f.caps)
-    refused = data.draw(st.sets(st.integers(0, m - 1)))
-    solved, points = f.run(by(step, f.rho, steps=10, tolerance=0.0), admit=lambda i, _: i not in refused)
-    smaller = f.caps.clone()
-    smaller[sorted(refused)] = 0.0
-    gaps = [taken.gap for taken in solved.steps] + [solved.gap]
-    for weights, found in zip(points, gaps, strict=True):
-        assert not weights[sorted(refused)].any()
-        assert found == pytest.approx(bound(weights, f.slopes(weights), f.rho, smaller), abs=1e-10 * f.scale)
-    g = Quadratic(f.a, f.b, f.c, f.rho, smaller.numpy())
-    assert gaps[-1] >= solved.loss - best_of(g) - 1e-10 * f.scale
-
-
-@pytest.mark.parametrize("step", STEPS)
-@given(data=st.data())
-@quick
 def test_the_same_again_and_from_the_middle(step: Step, data: st.DataObject) -> None:
     f = data.draw(suited(step))
     whole, points = f.run(by(step, f.rho, steps=8, tolerance=0.0))
@@ -233,11 +215,6 @@ def test_who_leaves_is_exactly_0_and_said_to_have_left(step: Step, data: st.Data
         assert taken.left == tuple(i for i in range(m) if had[i] and not has[i])
 
 
-def line(*ends: float, b: float, rho: float = 1.0) -> Quadratic:
-    """Vertices on one line, a target on it."""
-    return Quadratic(np.array([ends]), np.array([b]), np.zeros(len(ends)), rho, np.full((len(ends), 1), math.inf))
-
-
 def test_pairwise_swaps_a_bad_vertex_for_a_good_one_in_one_step() -> None:
     f = Quadratic(
         np.array([[1.0, 0.0], [0.0, -1.0]]), np.array([0.9, 0.5]), np.zeros(2), 1.0, np.full((2, 1), math.inf)
@@ -250,191 +227,12 @@ def test_pairwise_swaps_a_bad_vertex_for_a_good_one_in_one_step() -> None:
     assert solved.weights[0] == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize(
-    ("minimum", "gamma"), [(1 - 5e-7, 1.0), (1 - 5e-6, 1 - 5e-6), (1.5, 1.0), (0.25, 0.25), (1e-3, 1e-3)]
-)
-def test_a_search_of_a_parabola_takes_two_evaluations_and_goes_all_the_way_near_its_bound(
-    minimum: float, gamma: float
-) -> None:
-    asked: list[float] = []
-
-    def phi(x: float) -> float:
-        asked.append(x)
-        return (x - minimum) ** 2
-
-    assert minimise(phi, minimum**2, -2 * minimum, 1.0) == pytest.approx(gamma, rel=1e-9)
-    assert len(asked) == (1 if gamma == 1 else 2)
-
-
-def test_a_search_keeps_the_end_of_the_way_where_the_parabola_leads_to_worse() -> None:
-    assert minimise(lambda x: -0.3 if x == 1 else -0.1, 0.0, -1.0, 1.0) == 1.0
-
-
-@given(
-    st.sampled_from([0.05, 0.3, 0.7, 2.0]),
-    st.sampled_from([2.0, 4.0, 20.0]),
-    st.sampled_from([0.5, 1.0, 3.0]),
-    st.booleans(),
-)
-@quick
-def test_a_search_lowers_what_it_is_given_and_gives_up_after_eight(
-    where: float, power: float, most: float, eager: bool
-) -> None:
-    asked: list[float] = []
-
-    def phi(x: float) -> float:
-        asked.append(x)
-        return abs(x / where - 1) ** power if x < 2.5 else math.nan
-
-    gamma = minimise(phi, 1.0, -power / where, most, eager=eager)
-    assert 0 < gamma <= most
-    assert phi(gamma) < 1
-    assert len(asked) <= 9
-    asked.clear()
-    assert minimise(lambda x: asked.append(x) or 2.0, 1.0, -1.0, most) == 0.0  # type: ignore[func-returns-value]
-    assert len(asked) == 8
-
-
-@given(
-    values=st.lists(st.floats(-4, 4), min_size=1, max_size=5), data=st.data(), total=st.sampled_from([0.3, 1.0, 2.5])
-)
-@settings(quick, max_examples=60)
-def test_project_is_the_nearest_point(values: list[float], data: st.DataObject, total: float) -> None:
-    caps = data.draw(st.lists(st.sampled_from([0.0, 0.2, 1.0, math.inf]), min_size=len(values), max_size=len(values)))
-    v, c = torch.tensor(values, dtype=torch.float64), torch.tensor(caps, dtype=torch.float64)
-    found = project(v, total, c)
-    m = len(values)
-    _, nearest = optimum(np.eye(m), v.numpy(), np.zeros(m), total, c.numpy()[:, None])
-    assert found.numpy() == pytest.approx(nearest[:, 0], abs=1e-8)
-    assert float(found.sum()) <= total + 1e-14
-    assert (found >= 0).all()
-    assert (found <= c).all()
-    assert project(found, total, c).numpy() == pytest.approx(found.numpy(), abs=1e-15)
-
-
-@given(data=st.data(), shape=st.tuples(st.integers(1, 4), st.integers(1, 3)), rho=st.sampled_from([0.5, 1.0, 2.0]))
-@quick
-def test_the_gap_is_the_sum_over_the_columns_and_exact_with_caps(
-    data: st.DataObject, shape: tuple[int, int], rho: float
-) -> None:
-    m, layers = shape
-    slopes = torch.from_numpy(data.draw(halves(m * layers))).reshape(shape)
-    caps = torch.tensor(
-        data.draw(st.lists(st.sampled_from([0.0, 0.4, 1.0, math.inf]), min_size=m * layers, max_size=m * layers))
-    )
-    caps = caps.double().reshape(shape)
-    allowed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=m, max_size=m)))
-    weights = torch.where(allowed[:, None], torch.full(shape, rho / m, dtype=torch.float64).minimum(caps), 0.0)
-    within = torch.where(allowed[:, None], caps, 0.0)
-    assert gap(weights, slopes, rho, allowed, caps) == pytest.approx(bound(weights, slopes, rho, within))
-    columns = [gap(weights[:, [c]], slopes[:, [c]], rho, allowed, caps[:, [c]]) for c in range(layers)]
-    assert gap(weights, slopes, rho, allowed, caps) == pytest.approx(sum(columns))
-    least = [min([0.0, *(rho * slopes[allowed, c]).tolist()]) for c in range(layers)]
-    assert gap(weights, slopes, rho, allowed) == pytest.approx(float((weights * slopes).sum()) - sum(least))
-    target = oracle(slopes, rho, allowed, caps)
-    assert (target <= within).all()
-    assert (target.sum(0) <= rho * (1 + 1e-15)).all()
-
-
-class Asked:
-    """Refuses some; keeps who was asked at which weights."""
-
-    def __init__(self, refused: set[int]) -> None:
-        self.refused = refused
-        self.seen: list[tuple[int, tuple[float, ...]]] = []
-
-    def __call__(self, vertex: int, weights: Tensor) -> bool:
-        assert not weights[vertex].any()
-        self.seen.append((vertex, tuple(weights.reshape(-1).tolist())))
-        return vertex not in self.refused
-
-
-@pytest.mark.parametrize("step", STEPS)
-@given(data=st.data())
-@quick
-def test_who_is_asked(step: Step, data: st.DataObject) -> None:
-    """Only vertices with a negative slope and no weight, best first, once at a point; a refused one again at the
-    next."""
-    f = data.draw(suited(step))
-    asked = Asked(data.draw(st.sets(st.integers(0, len(f.caps) - 1))))
-    f.run(by(step, f.rho, steps=6, tolerance=1e-6 * f.scale), admit=asked)
-    assert len(set(asked.seen)) == len(asked.seen)
-    for vertex, weights in asked.seen:
-        order = f.slopes(torch.tensor(weights, dtype=torch.float64).reshape(f.caps.shape)).clamp(max=0).sum(1)
-        assert order[vertex] < 0
-        if f.caps.shape[1] == 1 and step != "soft":
-            earlier = {other for other, place in asked.seen if place == weights and order[other] < order[vertex]}
-            for other in range(len(f.caps)):
-                if order[other] < order[vertex] and not torch.tensor(weights)[other] and f.caps[other, 0] > 0:
-                    assert other in earlier
-
-
-def test_the_best_is_asked_first_and_a_refused_one_again_at_the_next_step() -> None:
-    f = Quadratic(np.diag([4.0, 3.0, 2.0]), np.ones(3), np.zeros(3), 1.0, np.full((3, 1), math.inf))
-    asked = Asked({0})
-    f.run(by("corrective", steps=2, tolerance=1e-9), admit=asked)
-    assert [vertex for vertex, _ in asked.seen[:4]] == [0, 1, 0, 2]
-    asked = Asked({0})
-    f.run(by("soft", steps=1, best=2, tolerance=1e-9), admit=asked)
-    assert [vertex for vertex, _ in asked.seen[:3]] == [0, 1, 2]
-
-
-def test_of_several_picked_in_one_step_the_best_over_all_layers_is_asked_first() -> None:
-    caps = np.full((3, 2), math.inf)
-    a = np.zeros((6, 6))
-    a[0, 0], a[1, 3], a[2, 4], a[3, 5] = 2.0, 3.0, 1.5, 2.9  # slopes (−2, 0), (0, −3), (−1.5, −2.9) at 0
-    f = Quadratic(a, np.ones(6), np.zeros(6), 1.0, caps)
-    asked = Asked(set())
-    f.run(by("hard", steps=1), admit=asked)
-    assert [vertex for vertex, weights in asked.seen if not any(weights)] == [1, 0]
-    asked = Asked({1})
-    solved, _ = f.run(by("corrective", active=1, steps=1), admit=asked)
-    assert [vertex for vertex, weights in asked.seen if not any(weights)] == [1, 2]
-    assert solved.steps[0].entered == (2,)
-
-
-def test_nobody_is_asked_for_a_gain_within_the_tolerance() -> None:
-    asked = Asked(set())
-    solved, _ = line(1.0, 0.5, b=1e-2).run(by("corrective", tolerance=1e-2), admit=asked)
-    assert (asked.seen, solved.steps, solved.gap) == ([], [], pytest.approx(1e-2))
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_beyond_the_most_none_enters_and_none_is_asked(step: Step) -> None:
-    caps = np.full((6, 1), math.inf)
-    caps[5] = 0.1  # does not count
-    f = Quadratic(np.eye(6), np.full(6, 0.5), np.zeros(6), 2.0, caps)
-    asked = Asked(set())
-    start = torch.zeros(6, 1, dtype=torch.float64)
-    start[5] = 0.1
-    solved, points = f.run(by(step, 2.0, active=3, best=6, steps=60, tolerance=1e-6), start=start, admit=asked)
-    assert {vertex for vertex, _ in asked.seen} == {0, 1, 2}
-    assert all(int((w[:5] > 0).sum()) <= 3 for w in points)
-    assert solved.weights[:3, 0].tolist() == pytest.approx([0.5] * 3, abs=2e-2)
-    closed = f.caps.clone()
-    closed[3:5] = 0.0
-    assert solved.gap == pytest.approx(bound(solved.weights, f.slopes(solved.weights), 2.0, closed), abs=1e-10)
-
-
 def test_hard_takes_one_vertex_a_layer_and_one_for_the_model_where_there_is_one_coefficient() -> None:
     caps = np.full((2, 2), math.inf)
     f = Quadratic(np.eye(4), np.array([3.0, 1.0, 1.0, 3.0]), np.zeros(4), 1.0, caps)
     solved, _ = f.run(by("hard", steps=1))
     assert solved.weights.tolist() == [[1.0, 0.0], [0.0, 1.0]]
     assert solved.steps[0] == Taken("hard", 0, f.value(solved.weights), 6.0, 1.0, (0, 1), ())
-
-
-def test_a_start_outside_another_hull_is_brought_into_it() -> None:
-    f = line(1.0, 2.0, b=0.1, rho=0.5)
-    solved, points = f.run(by("pairwise", 0.5, steps=1), start=torch.tensor([[0.9], [0.3]], dtype=torch.float64))
-    assert points[0].reshape(-1).tolist() == pytest.approx([0.5, 0.0])
-    assert feasible(solved.weights, f)
-    f = Quadratic(np.eye(4), np.zeros(4), np.zeros(4), 1.0, np.array([[0.2, math.inf], [math.inf, math.inf]]))
-    _, points = f.run(by("hard"), start=torch.tensor([[0.3, 1e-10], [1e-10, 1e-10]], dtype=torch.float64))
-    assert points[0].tolist() == [
-        [0.2, 1e-10],
-        [0.0, 0.0],
-    ]  # gone only where all of a vertex' weights are next to nothing
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -474,9 +272,3 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
     f = line(1.0, b=math.nan)
     with pytest.raises(Misconfigured, match="finite"):
         f.run(by())
-
-
-def test_by_default_every_vertex_may_enter() -> None:
-    assert always(0, torch.zeros(1, 1))
-    solved, _ = line(1.0, b=0.5).run(by(tolerance=1e-9))
-    assert solved.weights.item() == pytest.approx(0.5)

@@ -1,0 +1,165 @@
+"""Models that leave a Frank-Wolfe merge, or that it cannot weigh any more, on real files; and a kill in a round."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from continual.errors import Misconfigured
+from continual.selection.active import active_at
+from tests.helpers import quadratic
+from tests.helpers.pools import fill, names, rows, waits
+from tests.helpers.weighed import bits, is_the_sum, merged, opened, vectors, weights
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return quadratic.world(tmp_path)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_model_whose_file_is_gone_stays_in_the_rest_and_can_only_shrink(
+    tmp_path: Path, base: Path, by_layer: bool
+) -> None:
+    good = [quadratic.good(base, k) for k in range(3)]
+    taus = vectors(base, "good0", "good1", "good2")
+    with opened(tmp_path / "state", base, rounds={"layers": by_layer}) as merge:
+        fill(merge, good[0], good[1])
+        merge.round()
+        first = weights(merge)
+        shutil.rmtree(good[0])
+        fill(merge, good[2])
+        found = merge.round()
+        now = active_at(merge.state)
+        assert set(weights(merge)) == {"good1", "good2"}
+        assert set(names(merge)) == {"good0", "good1", "good2"}, "it is in the merge still"
+        assert found.numbers["loss"] < found.numbers["before"]
+        assert all(0 < r <= w * (1 + 1e-9) for r, w in zip(now.rest, first["good0"], strict=True))
+        is_the_sum(merge, taus, {**weights(merge), "good0": now.rest})
+        assert waits(merge) == []
+        assert merge.state.ledger.totals["count"] == 3
+        merge.round()
+        again = active_at(merge.state)
+        assert all(r <= w * (1 + 1e-9) for r, w in zip(again.rest, now.rest, strict=True))
+        is_the_sum(merge, taus, {**weights(merge), "good0": again.rest})
+        assert merge.state.verify() == []
+
+
+def test_in_a_full_house_the_lightest_make_room_and_stay_in_the_sum(tmp_path: Path, base: Path) -> None:
+    good = [quadratic.good(base, k) for k in range(3)]
+    taus = vectors(base, "good0", "good1", "good2")
+    with opened(tmp_path / "state", base, rounds={"active": 2, "layers": False}) as merge:
+        fill(merge, good[0], good[1])
+        merge.round()
+        first = weights(merge)
+        assert set(first) == {"good0", "good1"}
+        lightest = min(first, key=lambda name: first[name])
+        fill(merge, good[2])
+        found = merge.round()
+        now = active_at(merge.state)
+        assert len(now.weights) <= 2
+        assert rows(found)["good2"].fate == "folded"
+        assert set(names(merge)) == {"good0", "good1", "good2"}
+        assert 0 < now.rest[0] <= first[lightest][0] * (1 + 1e-9)
+        is_the_sum(merge, taus, {**weights(merge), lightest: now.rest})
+        assert waits(merge) == []
+        merge.round()
+        again = active_at(merge.state)
+        assert again.rest[0] <= now.rest[0] * (1 + 1e-9)
+        is_the_sum(merge, taus, {**weights(merge), lightest: again.rest})
+
+
+def test_a_kill_leaves_the_weights_as_they_were_and_the_round_is_repeated(tmp_path: Path, base: Path) -> None:
+    state = tmp_path / "state"
+    with opened(state, base) as merge:
+        fill(merge, quadratic.good(base, 0))
+        merge.round()
+        fill(merge, quadratic.good(base, 1), quadratic.noise(base, 0))
+        first, before = weights(merge), bits(merge)
+    seen: list[tuple[str, int]] = []
+
+    def keep(step: str) -> None:
+        seen.append((step, merge.state.ledger.head.seq))
+        shutil.copytree(state, tmp_path / "killed" / str(len(seen) - 1))
+
+    with opened(state, base, on_step=keep) as merge:
+        found = merge.round()
+        second, after = weights(merge), bits(merge)
+        table = [(row.name, row.fate, row.score, row.z, row.weight) for row in found.rows]
+    assert second != first
+    assert [step for step, _ in seen].count("begin") == 1
+    for number, (step, head) in enumerate(seen):
+        place = tmp_path / "killed" / str(number)
+        with opened(place, base) as merge:
+            assert merge.state.verify() == []
+            assert merge.state.ledger.head.seq == head
+            if weights(merge) != second:
+                assert (weights(merge), bits(merge)) == (first, before), step
+                again = merge.round()
+                assert [(row.name, row.fate, row.score, row.z, row.weight) for row in again.rows] == table
+                assert [c.entry.kind for c in merge.state.ledger.log].count("round") == 2
+            assert (weights(merge), bits(merge)) == (second, after)
+            assert merge.state.ledger.open_round is None
+            assert merge.state.orphans == () or step
+            assert merge.state.verify() == []
+        shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_model_is_taken_out_and_the_other_weights_stay(tmp_path: Path, base: Path, by_layer: bool) -> None:
+    good = [quadratic.good(base, k) for k in range(3)]
+    taus = vectors(base, "good0", "good1", "good2")
+    with opened(tmp_path / "state", base, rounds={"layers": by_layer}) as merge:
+        fill(merge, *good)
+        merge.round()
+        first = weights(merge)
+        merge.unfold(merge.look_unfold("good2"))
+        merge.unfold(merge.look_unfold("good0"))
+        assert (names(merge), weights(merge)) == (["good1"], {"good1": first["good1"]})
+        is_the_sum(merge, taus, weights(merge))
+        assert merge.state.ledger.totals["count"] == 1
+        assert merge.state.ledger.totals["merged_sq"] == pytest.approx(
+            sum(float(v.square().sum()) for v in merged(merge).values()), rel=1e-5
+        )
+        assert merge.fold(good[0]).refused
+        assert merge.why("good0").fate == "unfolded"
+    with opened(tmp_path / "state", base, rounds={"layers": by_layer}) as merge:
+        assert weights(merge) == {"good1": first["good1"]}
+        merge.retry("good0")
+        fill(merge, good[0])
+        merge.round()
+        assert set(names(merge)) == {"good0", "good1"}
+        is_the_sum(merge, taus, weights(merge))
+        for name in ("good0", "good1"):
+            merge.unfold(merge.look_unfold(name))
+        assert (names(merge), weights(merge)) == ([], {})
+        assert all(not value.any() for value in merged(merge).values())
+        assert merge.state.verify() == []
+
+
+def test_a_model_without_a_weight_of_its_own_cannot_be_taken_out(tmp_path: Path, base: Path) -> None:
+    good = [quadratic.good(base, k) for k in range(3)]
+    with opened(tmp_path / "state", base, rounds={"active": 2, "layers": False}) as merge:
+        fill(merge, *good[:2])
+        merge.round()
+        fill(merge, good[2])
+        merge.round()
+        (alone,) = set(names(merge)) - set(weights(merge))
+        before = bits(merge), merge.state.ledger.head.seq
+        with pytest.raises(Misconfigured, match=f"{alone} is in the merge, and has no weight of its own any more"):
+            merge.unfold(merge.look_unfold(alone))
+        assert (bits(merge), merge.state.ledger.head.seq) == before
+
+
+def test_two_weighed_merges_are_not_added_and_it_is_said_what_to_do(tmp_path: Path, base: Path) -> None:
+    for name in ("state", "other"):
+        with opened(tmp_path / name, base) as merge:
+            fill(merge, quadratic.good(base, 0, name))
+            merge.round()
+    with (
+        opened(tmp_path / "other", base) as merge,
+        pytest.raises(Misconfigured, match="let the models of both states wait for rounds of one"),
+    ):
+        merge.combine(tmp_path / "state")
