@@ -153,8 +153,10 @@ def test_a_failed_publication_is_tried_again(place: tuple[Path, Path, Path]) -> 
         until((link / "continual.json").is_file, "the release is whole")
 
 
-@pytest.mark.parametrize(("drain", "folds"), [("60", 2), ("0", 1)])
-def test_sigterm_finishes_the_fold_or_gives_it_up_in_time(tmp_path: Path, drain: str, folds: int) -> None:
+@pytest.mark.parametrize(("drain", "twice", "folds"), [("60", False, 2), ("0", False, 1), ("60", True, 1)])
+def test_sigterm_finishes_the_fold_or_gives_it_up_in_time_and_a_second_one_at_once(
+    tmp_path: Path, drain: str, twice: bool, folds: int
+) -> None:
     base = models.base(
         tmp_path / "base", shapes={f"model.layers.{i}.mlp.up_proj.weight": (768, 768) for i in range(24)}
     )
@@ -168,7 +170,11 @@ def test_sigterm_finishes_the_fold_or_gives_it_up_in_time(tmp_path: Path, drain:
         models.fine_tune(base, watch / "second", 2)
         until(lambda: (status(address)["current"] or {}).get("done", 0) >= 1, "the second is being folded")
         process.send_signal(signal.SIGTERM)
+        if twice:
+            until(lambda: "stopping" in (tmp_path / "daemon.log").read_text(), "the first signal is heard")
+            process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT) == 0
+    assert ("abandoned" in (tmp_path / "daemon.log").read_text()) is (folds == 1)
     with State.open(state) as found:
         assert len(found.ledger.folds()) == folds
         assert found.orphans == ()

@@ -18,7 +18,7 @@ from continual.errors import Misconfigured, Retry
 from continual.service import release as releasing
 from tests.helpers import hubs, models, services
 from tests.helpers.hubs import made, merge, publish
-from tests.loopback import Hub, environment, faults, serving
+from tests.loopback import TOKEN, Hub, environment, faults, serving
 from tests.loopback.repos import Commit
 
 REPO = "me/merge"
@@ -88,7 +88,6 @@ def test_a_release_is_one_commit_and_made_once(tmp_path: Path, hub: Hub) -> None
 
 def _tags(hub: Hub) -> tuple[str, ...]:
     from continual.hub import Hub as Client
-    from tests.loopback import TOKEN
 
     return Client(endpoint=hub.endpoint, token=TOKEN).info(REPO).tags
 
@@ -206,8 +205,6 @@ def test_transformers_loads_a_release(tmp_path: Path, hub: Hub) -> None:
         releasing.release(ours)
         from huggingface_hub import snapshot_download
 
-        from tests.loopback import TOKEN
-
         path = snapshot_download(
             REPO, endpoint=hub.endpoint, token=TOKEN, cache_dir=tmp_path / "cache", revision="record-1"
         )
@@ -290,6 +287,28 @@ def test_a_daemon_killed_while_it_releases_makes_one_release_of_a_fold(tmp_path:
     assert [c.parent for c in chain] == [*(c.sha for c in chain[1:]), None]
     assert {f"record-{seq}": sha for seq, sha in releases(hub)} == hub.repo(REPO).tags
     assert not (state / "staging").exists()
+
+
+def test_a_token_that_is_refused_waits_for_a_person_and_a_hub_that_is_down_does_not(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    (tmp_path / "in").mkdir()
+    models.fine_tune(base, tmp_path / "in/alice", 1)
+    log = tmp_path / "daemon.log"
+
+    def failed() -> list[dict[str, Any]]:
+        rows = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+        return [row for row in rows if row["event"] == "release failed"]
+
+    waits = []
+    for token, fault in (("hf_nobody", None), (TOKEN, faults.Times(faults.Status(409), 999))):
+        log.unlink(missing_ok=True)
+        hub.faults = fault
+        env = environment(hub, tmp_path, token=token)
+        with services.daemon(tmp_path / "state", tmp_path / "in", "--release", f"repo={REPO}", environment=env):
+            services.until(failed, "the release fails")
+        waits.append(failed()[0]["retry_seconds"])
+        assert token not in log.read_text()
+    assert waits == [3600.0, 5.0]
 
 
 def published(state: Path) -> list[int]:

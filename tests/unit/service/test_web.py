@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from continual import api, making
 from continual.config import Settings
 from continual.errors import Misconfigured
+from continual.records import Event
 from continual.service.metrics import Metrics
 from continual.service.queue import Queue
 from continual.service.status import Live
@@ -78,6 +79,34 @@ def test_ready_only_once_every_source_has_scanned(client: TestClient, live: Live
     live.scanned = True
     assert client.get("/readyz").status_code == 200
     assert client.get("/healthz").status_code == 200
+
+
+def test_a_fold_or_a_loop_that_stands_still_is_not_healthy(live: Live) -> None:
+    now = [1000.0]
+    live = Live(live.merge, Queue(), clock=lambda: now[0])
+    client = TestClient(create_app(live, Metrics()), base_url="http://127.0.0.1")
+
+    def passes(seconds: float, *, beats: bool = True) -> tuple[int, str]:
+        now[0] += seconds
+        if beats:
+            live.beat()
+        answer = client.get("/healthz")
+        return answer.status_code, answer.text.strip()
+
+    assert passes(5000.0) == (200, "ok"), "nothing is under way"
+    live.begin(Event("folder", "/in/alice"))
+    assert passes(899.0) == (200, "ok")
+    assert passes(2.0) == (503, "alice: no progress for 901 s")
+    assert client.get("/api/status").json()["health"] == "stuck"
+    live.progress("fold", 1, 2)
+    assert passes(899.0) == (200, "ok"), "it goes on"
+    live.end()
+    assert passes(900.0) == (200, "ok"), "it is done"
+    live.begin_round()
+    assert passes(901.0) == (503, "a round over the pool: no progress for 901 s")
+    live.end()
+    assert passes(31.0, beats=False) == (503, "no heartbeat for 31 s")
+    assert passes(0.0) == (200, "ok")
 
 
 def test_only_loopback_unless_allowed() -> None:
