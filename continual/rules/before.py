@@ -82,7 +82,7 @@ class TrimOptions:
 
 
 def _trim(options: TrimOptions) -> Transform:
-    def own(tau: Tensor, inputs: Inputs) -> Tensor:  # noqa: ARG001 - the contract's signature
+    def own(tau: Tensor, inputs: Inputs) -> Tensor:
         return trimming.trimmed(tau, trimming.own_threshold(tau, options.density))
 
     def of_model(tau: Tensor, inputs: Inputs) -> Tensor:
@@ -143,7 +143,7 @@ def _breadcrumbs(options: BreadcrumbsOptions) -> Transform:
             f"breadcrumbs: top = {top:g} and bottom = {bottom:g} leave nothing; together they have to be below 1"
         )
 
-    def apply(tau: Tensor, inputs: Inputs) -> Tensor:  # noqa: ARG001 - the contract's signature
+    def apply(tau: Tensor, inputs: Inputs) -> Tensor:
         if not tau.numel():
             return tau
         size = tau.abs().flatten()

@@ -1,4 +1,5 @@
-"""A rule with transforms before it, as one rule: each task vector goes through them, in their order, and is folded then.
+"""A rule with transforms before it, as one rule: each task vector goes through them, in their order, and then is
+folded.
 
 A transform, or the rule itself, may have to measure something of the whole model first. It sees each task vector as the
 transforms before it leave it, so they measure one after the other. The place of a transform is its index in the list;

@@ -115,11 +115,11 @@ class Folded(NamedTuple):
     notes: Mapping[str, float] = MappingProxyType({})
 
 
-def _always(spec: TensorSpec) -> bool:  # noqa: ARG001 - the contract's signature
+def _always(spec: TensorSpec) -> bool:
     return True
 
 
-def _no_gauges(totals: Totals) -> dict[str, float]:  # noqa: ARG001 - the contract's signature
+def _no_gauges(totals: Totals) -> dict[str, float]:
     return {}
 
 

@@ -73,7 +73,7 @@ def mean(accumulators: Accumulators) -> Tensor:
     return torch.where(weight > 0, total / weight, 0.0).float()
 
 
-def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001 - the contract's signature
+def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:
     """The weighted mean."""
     return mean(accumulators)
 
@@ -88,7 +88,7 @@ def workspace(spec: TensorSpec) -> int:
     return 8 * 8 * min(linalg.CHUNK, spec.numel)
 
 
-def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:  # noqa: ARG001 - the contract's signature
+def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:
     """Adds both sums; ‖X‖² of the mean after."""
     for slot, value in accumulators.items():
         value.add_(others[slot])

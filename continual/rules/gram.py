@@ -63,7 +63,7 @@ def fold_matrix(accumulators: Accumulators, tau: Tensor, weight: float) -> Folde
     return Folded(accumulators, Sums(tau_sq, dot, float(cross.square().sum())))
 
 
-def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:  # noqa: ARG001 - the contract's signature
+def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:
     """Adds every statistic; ‖B‖² after, or ‖Στ‖² of what is no matrix."""
     for slot, value in accumulators.items():
         value.add_(others[slot])
@@ -112,7 +112,7 @@ def _make(options: GramOptions) -> Rule:
             value.zero_()
         return folded._replace(sums=folded.sums._replace(merged_sq=0.0))
 
-    def read(accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001 - the contract's signature
+    def read(accumulators: Accumulators, totals: Totals) -> Tensor:
         return solve(accumulators, options.ridge, options.pull)
 
     laws = Laws(weighted=True, combine=combine)

@@ -35,7 +35,7 @@ def flat(total: Tensor) -> Tensor:
     return result
 
 
-def read(accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001 - the contract's signature
+def read(accumulators: Accumulators, totals: Totals) -> Tensor:
     """The flat spectrum of S."""
     return flat(accumulators[sums.SLOT].flatten(1))
 

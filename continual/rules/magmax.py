@@ -17,7 +17,7 @@ from continual.rules.options import NoOptions
 from continual.rules.scale import ReadOptions
 
 
-def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:  # noqa: ARG001 - the contract's signature
+def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
     """X = τ where |τ| > |X|, or where they are equal and τ is the positive one."""
     sums.whole("magmax", inputs)
     kept = accumulators[sums.SLOT]

@@ -1,5 +1,5 @@
-"""What the rules that see matrices share: which tensors are matrices to them, the figures of a task vector that `spread`
-reads by, and how a rule is made of its form for matrices and the plain form of everything else."""
+"""What the rules that see matrices share: which tensors are matrices to them, the figures of a task vector that
+`spread` reads by, and how a rule is made of its form for matrices and the plain form of everything else."""
 
 from __future__ import annotations
 

@@ -129,13 +129,13 @@ def gauges(totals: Totals) -> dict[str, float]:
     return {"lambda": math.sqrt(totals.merged_sq) * totals.count / totals.norm_sum}
 
 
-def read(accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001 - the contract's signature
+def read(accumulators: Accumulators, totals: Totals) -> Tensor:
     """R."""
     return accumulators[sums.SLOT].clone()
 
 
 def _make(options: OpcmOptions) -> Rule:
-    def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:  # noqa: ARG001 - the contract's signature
+    def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
         return fold_matrix(accumulators[sums.SLOT], tau.contiguous(), options.alpha, options.variant)
 
     return matrices.rule(

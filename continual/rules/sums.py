@@ -85,7 +85,7 @@ def workspace(spec: TensorSpec) -> int:
 FOLD = FoldFunctions(fold, workspace)
 
 
-def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:  # noqa: ARG001 - the contract's signature
+def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:
     """X += X′; ‖X‖² after."""
     total = accumulators[SLOT].add_(others[SLOT])
     return linalg.inner(total, total)
@@ -94,12 +94,12 @@ def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) ->
 GROUP = Laws(weighted=True, combine=combine)
 
 
-def read_mean(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001 - the contract's signature
+def read_mean(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:
     """Σwτ / Σw; zeros where nothing is folded."""
     return accumulators[SLOT] * (1.0 / totals.weight if totals.weight else 0.0)
 
 
-def read_sum(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001 - the contract's signature
+def read_sum(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:
     """Σwτ."""
     return accumulators[SLOT].clone()
 

@@ -97,7 +97,7 @@ def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
     return sides | {slot: SlotSpec(spec.shape, "uint16") for slot in (COUNT_PLUS, COUNT_MINUS)}
 
 
-def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:  # noqa: ARG001 - the contract's signature
+def read(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:
     """The elected mean."""
     return elect(accumulators)
 
@@ -117,7 +117,7 @@ def _make(options: TiesOptions) -> Rule:
         _countable(totals.count + 1)
         return add_sides(accumulators, tau, trimming.trimmed(tau, threshold(tau, inputs)), inputs.weight)
 
-    def elementwise(spec: TensorSpec) -> bool:  # noqa: ARG001 - the contract's signature
+    def elementwise(spec: TensorSpec) -> bool:
         return options.trim == "model" or whole
 
     def workspace(spec: TensorSpec) -> int:

@@ -66,7 +66,7 @@ class Sampled(Pass):
     usual = SAMPLE + 1.0
     bins = _UPPER_HALVES
 
-    def tally(self, tau: Tensor, inputs: Inputs, counts: Counts, times: int) -> None:  # noqa: ARG002
+    def tally(self, tau: Tensor, inputs: Inputs, counts: Counts, times: int) -> None:
         _count(_patterns(tau) >> np.uint32(_LOW), counts, times)
 
     def conclude(self, counts: Counts, numel: int) -> Pass:
@@ -90,7 +90,7 @@ class Window(Pass):
     usual = 1.0
     bins = _WIDTH + 1
 
-    def tally(self, tau: Tensor, inputs: Inputs, counts: Counts, times: int) -> None:  # noqa: ARG002
+    def tally(self, tau: Tensor, inputs: Inputs, counts: Counts, times: int) -> None:
         bits = _patterns(tau)
         bits -= np.uint32(self.first)  # what lies below wraps round to the largest
         _count(bits[np.flatnonzero(bits < _WIDTH)], counts, times)
@@ -112,7 +112,7 @@ class UpperHalves(Pass):
     usual = 2.0
     bins = _UPPER_HALVES
 
-    def tally(self, tau: Tensor, inputs: Inputs, counts: Counts, times: int) -> None:  # noqa: ARG002
+    def tally(self, tau: Tensor, inputs: Inputs, counts: Counts, times: int) -> None:
         _count(_patterns(tau) >> np.uint32(_LOW), counts, times)
 
     def conclude(self, counts: Counts, numel: int) -> Threshold | Pass:
@@ -134,12 +134,12 @@ class LowerHalves(Pass):
     usual = 1.0
     bins = _WIDTH
 
-    def tally(self, tau: Tensor, inputs: Inputs, counts: Counts, times: int) -> None:  # noqa: ARG002
+    def tally(self, tau: Tensor, inputs: Inputs, counts: Counts, times: int) -> None:
         bits = _patterns(tau)
         bits -= np.uint32(self.upper << _LOW)  # what has a smaller upper half wraps round to the largest
         _count(bits[np.flatnonzero(bits < _WIDTH)], counts, times)
 
-    def conclude(self, counts: Counts, numel: int) -> Threshold:  # noqa: ARG002
+    def conclude(self, counts: Counts, numel: int) -> Threshold:
         lower = int((_at_least(counts) >= self.wanted).sum()) - 1
         return Threshold(_magnitude(self.upper << _LOW | lower))
 

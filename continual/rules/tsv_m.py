@@ -106,7 +106,7 @@ def workspace(m: int, n: int) -> int:
     return linalg.workspace(m, n) + 16 * (m + n) * min(m, n)
 
 
-def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:  # noqa: ARG001 - the contract's signature
+def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
     """One matrix of a fine-tune."""
     return fold_matrix(accumulators, tau.flatten(1), totals)
 

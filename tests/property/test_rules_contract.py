@@ -3,6 +3,8 @@ rule claims of order and unfolding holds."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +117,18 @@ def test_unfolding_is_as_if_it_had_never_been_folded(name: str, models: Models, 
 def test_the_others_refuse_a_weight(name: str) -> None:
     with pytest.raises(Misconfigured, match="unfolded"):
         Stream(name).fold({n: torch.ones(s) for n, s in SHAPES.items()}, weight=-1.0)
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if rule(n).read.size(Totals()).length is not None])
+@given(models=model_lists())
+@settings(max_examples=5, deadline=None)
+def test_the_totals_know_how_long_the_merge_is_where_the_rule_says_so(name: str, models: Models) -> None:
+    stream = Stream(name)
+    for model in models:
+        stream.fold(model)
+        read = [stream.rule.read.unit(SPECS[tensor], stream.kept[tensor], stream.totals) for tensor in SHAPES]
+        length = math.sqrt(math.fsum(float(value.double().square().sum()) for value in read))
+        assert stream.rule.read.size(stream.totals).length == pytest.approx(length, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["task-arithmetic+", *RULES])

@@ -92,7 +92,7 @@ def test_inner_products_of_every_length(numel: int) -> None:
 @pytest.mark.parametrize("size", [1e-30, 1e25])
 def test_an_inner_product_that_float32_cannot_hold_is_summed_in_float64(size: float) -> None:
     a = torch.full((linalg.SMALL + 10,), size)
-    assert linalg.inner(a, a) == pytest.approx((linalg.SMALL + 10) * size**2, rel=1e-6)
+    assert linalg.inner(a, a) == pytest.approx((linalg.SMALL + 10) * size**2, rel=1e-6, abs=0.0)
 
 
 def test_small_tensors_are_summed_in_float64() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from continual import linalg
 from continual.errors import Misconfigured
-from continual.records import MatrixTotals, Totals
+from continual.records import MatrixTotals, TensorSpec, Totals
 from continual.rules import RULES, ReadOptions, Size, read_options
 
 TOTALS = Totals(count=4.0, norm_sum=8.0, matrices=MatrixTotals(6.0, 2.0, 12.0))
@@ -99,3 +99,44 @@ def test_the_largest_singular_value_of_low_rank_empty_and_zero_matrices() -> Non
     assert math.isclose(linalg.top(low), float(torch.linalg.svdvals(low.double())[0]), rel_tol=1e-5)
     assert linalg.top(torch.zeros(5, 7)) == 0.0
     assert linalg.top(torch.zeros(0, 7)) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+def test_three_steps_come_near_the_largest_singular_value_of_noise(shape: tuple[int, int]) -> None:
+    """Where the singular values crowd at the top; two steps would be 4.5 % below."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    assert 0.965 < linalg.top(noise) / float(torch.linalg.svdvals(noise.double())[0]) < 1.0
+
+
+def test_layers_are_scaled_by_their_depth() -> None:
+    options = ReadOptions("number", 1.0, (0.25, 2.0))
+    depths = [options.layer(TensorSpec("w", (2, 2), "F32", "matrix", depth)) for depth in (0.0, 0.5, 1.0)]
+    assert depths == [0.25, 1.25, 2.25]
+    assert ReadOptions("number", 1.0).layer(TensorSpec("w", (2, 2), "F32", "matrix", 0.5)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"policy": "norm"}, "expected the keys policy, value"),
+        ({"policy": "norm", "value": 1.0, "more": 1}, "expected the keys policy, value"),
+        ({"policy": "most", "value": 1.0}, "unknown policy 'most'"),
+        ({"policy": "norm", "value": "1"}, "'1' is no finite number"),
+        ({"policy": "norm", "value": True}, "True is no finite number"),
+        ({"policy": "number", "value": math.inf}, "inf is no finite number"),
+        ({"policy": "norm", "value": 0.0}, "has to be above 0"),
+        ({"policy": "norm", "value": 1.0, "lines": [1.0]}, "write two numbers"),
+        ({"policy": "norm", "value": 1.0, "lines": "11"}, "write two numbers"),
+        ({"policy": "norm", "value": 1.0, "lines": [1.0, math.nan]}, "write two numbers"),
+    ],
+)
+def test_a_record_that_is_no_scale_is_refused(body: dict[str, object], words: str) -> None:
+    with pytest.raises(Misconfigured, match=words):
+        ReadOptions.from_mapping(body)
+
+
+def test_a_record_gives_back_what_it_was_made_of() -> None:
+    options = ReadOptions("spread", 1.5, (0.25, 2.0))
+    assert options.to_mapping() == {"policy": "spread", "value": 1.5, "lines": [0.25, 2.0]}
+    assert ReadOptions.from_mapping(options.to_mapping()) == options
+    assert str(options) == "spread:1.5, lines 0.25:2"

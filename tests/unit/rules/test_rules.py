@@ -1,0 +1,152 @@
+"""Single rules where a small example says more than a property: options, limits, and what is reported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from continual.errors import Misconfigured
+from continual.records import SlotSpec, TensorSpec, Totals
+from continual.rules import Inputs, Rule, Sums, gram, matrices, rule
+from tests.helpers import batch
+
+MATRIX = TensorSpec("w", (12, 8), "F32", "matrix")
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def zeros(made: Rule, spec: TensorSpec) -> dict[str, Tensor]:
+    return {name: torch.zeros(slot.shape, dtype=getattr(torch, slot.dtype)) for name, slot in made.slots(spec).items()}
+
+
+@pytest.mark.parametrize("name", ["ties", "tsv-m"])
+def test_a_rule_that_counts_in_16_bits_says_so_when_they_are_full(name: str) -> None:
+    made, tau = rule(name, {"density": 1.0} if name == "ties" else {}), randn(12, 8)
+    made.fold.apply(zeros(made, MATRIX), tau.clone(), Inputs(MATRIX), Totals(count=65534.0))
+    with pytest.raises(Misconfigured, match="65535 fine-tunes are the most"):
+        made.fold.apply(zeros(made, MATRIX), tau.clone(), Inputs(MATRIX), Totals(count=65535.0))
+    combine = made.laws.combine
+    if combine is not None:
+        combine(zeros(made, MATRIX), zeros(made, MATRIX), Totals(count=65535.0))
+        with pytest.raises(Misconfigured, match="65535 fine-tunes are the most"):
+            combine(zeros(made, MATRIX), zeros(made, MATRIX), Totals(count=65536.0))
+
+
+def test_ties_takes_no_other_weight() -> None:
+    made = rule("ties", {"density": 1.0})
+    with pytest.raises(Misconfigured, match="weight 1, or -1 to take it out, not 2"):
+        made.fold.apply(zeros(made, MATRIX), randn(12, 8), Inputs(MATRIX, weight=2.0), Totals())
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_fisher_raises_what_is_shipped_to_the_power(power: float) -> None:
+    made, spec = rule("fisher", {"power": power}), TensorSpec("b", (5,), "F32", "plain")
+    kept, taus, moments = (
+        zeros(made, spec),
+        [randn(5, seed=1), randn(5, seed=2)],
+        [randn(5, seed=3).abs(), torch.ones(5)],
+    )
+    for tau, shipped in zip(taus, moments, strict=True):
+        kept = made.fold.apply(kept, tau.clone(), Inputs(spec, moments=shipped), Totals()).accumulators
+    weights = [shipped.double() ** power for shipped in moments]
+    expected = sum(w * t.double() for w, t in zip(weights, taus, strict=True)) / sum(weights)
+    assert torch.allclose(made.read.unit(spec, kept, Totals()).double(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", gram.SIDES)
+@pytest.mark.parametrize("pull", [0.0, 1.0, 0.3])
+def test_gram_pulls_to_a_multiple_of_the_sum(side: gram.Side, pull: float) -> None:
+    """τ_R = (B + εcS)(A + εI)⁻¹ and the same on transposes, by dense inverses."""
+    made = rule("gram", {"side": side, "pull": pull, "ridge": 0.2})
+    kept, taus = zeros(made, MATRIX), [randn(12, 8, seed=1), randn(12, 8, seed=2)]
+    for tau in taus:
+        kept = made.fold.apply(kept, tau.clone(), Inputs(MATRIX), Totals()).accumulators
+    exact = [tau.double() for tau in taus]
+    target = sum(t @ t.mT @ t / t.square().sum() for t in exact)
+    total = exact[0] + exact[1]
+    right, left = (
+        sum(p / t.square().sum() for p, t in zip(ps, exact, strict=True))
+        for ps in ([t.mT @ t for t in exact], [t @ t.mT for t in exact])
+    )
+    found = []
+    if side != "left":
+        epsilon = 0.2 * float(right.diagonal().mean())
+        found.append((target + epsilon * pull * total) @ torch.linalg.inv(right + epsilon * torch.eye(8)))
+    if side != "right":
+        epsilon = 0.2 * float(left.diagonal().mean())
+        found.append(torch.linalg.inv(left + epsilon * torch.eye(12)) @ (target + epsilon * pull * total))
+    expected = sum(found) / len(found)
+    assert torch.allclose(made.read.unit(MATRIX, kept, Totals(count=2.0)).double(), expected, atol=1e-6)
+    assert set(kept) == {"cross", *(["right"] if side != "left" else []), *(["left"] if side != "right" else [])} | (
+        {"sum"} if pull else set()
+    )
+
+
+def test_opcm_reports_what_it_cut_and_what_it_kept() -> None:
+    made = rule("opcm", {"alpha": 0.6})
+    kept, low = zeros(made, MATRIX), randn(12, 3, seed=1) @ randn(3, 8, seed=2)
+    first = made.fold.apply(kept, low.clone(), Inputs(MATRIX), Totals())
+    assert first.notes == {"r": 0.0, "kept": pytest.approx(1.0), "rank": 0.0}
+    tau = randn(12, 8, seed=3)
+    second = made.fold.apply(first.accumulators, tau.clone(), Inputs(MATRIX), Totals())
+    share = torch.linalg.svdvals(low.double()).cumsum(0)
+    r = int((share <= 0.6 * share[-1]).sum())
+    c = batch.opcm_step(low, tau, 0.6, "block")
+    kept_share = float(c.square().sum() / tau.double().square().sum())
+    assert second.notes == {"r": float(r), "kept": pytest.approx(kept_share, rel=1e-5), "rank": 3.0}
+    untouched = made.fold.apply(second.accumulators, torch.zeros(12, 8), Inputs(MATRIX), Totals())
+    assert untouched.notes == {}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.75, 0.999999])
+def test_opcm_leaves_the_crossing_direction_and_null_ones_out_of_the_block(alpha: float) -> None:
+    """cumsum(σ) of four equal ones is exactly α·Σσ at 0.5 and 0.75: those do not cross."""
+    from continual.rules import opcm
+
+    sigma = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    assert opcm.cut(sigma, alpha) == {0.0: 0, 0.5: 2, 0.75: 3, 0.999999: 3}[alpha]
+    assert opcm.cut(torch.tensor([1.0, 0.0], dtype=torch.float64), 0.0) == 0
+
+
+def test_what_is_a_matrix() -> None:
+    found = matrices.is_matrix(["emb*", "empty"])
+    specs = {
+        "w": ((3, 4), "matrix", True),
+        "conv": ((3, 4, 2, 2), "matrix", True),
+        "embed": ((3, 4), "plain", True),
+        "bias": ((4,), "plain", False),
+        "emb_bias": ((4,), "plain", False),
+        "empty": ((0, 4), "plain", False),
+        "Emb": ((3, 4), "plain", False),
+    }
+    for name, (shape, kind, expected) in specs.items():
+        assert found(TensorSpec(name, shape, "F32", kind)) is expected, name  # type: ignore[arg-type]
+
+
+def test_the_sums_of_a_matrix_have_its_largest_singular_value() -> None:
+    tau = randn(12, 8)
+    for name in ("iso-c", "opcm", "tsv-m", "gram"):
+        made = rule(name)
+        sums = made.fold.apply(zeros(made, MATRIX), tau.clone(), Inputs(MATRIX), Totals()).sums
+        top = float(torch.linalg.svdvals(tau.double())[0])
+        assert sums.matrix_sq == pytest.approx(float(tau.double().square().sum()), rel=1e-6)
+        assert 0.9 * top**2 <= sums.top_sq <= top**2 * (1 + 1e-6)
+        plain = TensorSpec("w", (12, 8), "F32", "plain")
+        bare = made.fold.apply(zeros(made, plain), tau.clone(), Inputs(plain), Totals()).sums
+        assert (bare.matrix_sq, bare.top_sq) == (None, None)
+
+
+def test_a_number_that_is_not_finite_is_in_the_sums_of_every_rule() -> None:
+    tau = randn(12, 8)
+    tau[3, 3] = float("inf")
+    for name in ("iso-c", "mean", "magmax"):
+        made = rule(name)
+        sums: Sums = made.fold.apply(zeros(made, MATRIX), tau.clone(), Inputs(MATRIX), Totals()).sums
+        assert not torch.isfinite(torch.tensor(sums.tau_sq))
+
+
+def test_a_rule_keeps_one_sum_unless_it_says_otherwise() -> None:
+    assert rule("mean").slots(MATRIX) == rule("iso-c").slots(MATRIX) == {"sum": SlotSpec((12, 8))}
