@@ -169,6 +169,23 @@ def test_a_dropped_model_is_the_same_wherever_it_lies_and_can_be_taken_out(tmp_p
         assert merge.rule.options["before"] == [{"name": "drop", "rate": 0.75, "rescale": True, "seed": 0}]
 
 
+def test_tensors_of_one_content_are_dropped_differently(tmp_path: Path, base: Path) -> None:
+    """The seed of a tensor comes from its content and its name."""
+    twin = NAME.replace("layers.1", "layers.0")
+
+    def alike(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[twin] = tensors[NAME].clone()
+
+    origin = models.fine_tune(base, tmp_path / "origin", 7, change=alike)
+    model = models.fine_tune(origin, tmp_path / "alice", 1, change=alike)
+    asked = api.Asked(rule="task-arithmetic", options={"before": ["drop:rate=0.75"]}, scale="1")
+    with opened(tmp_path, origin, asked) as merge:
+        assert merge.fold(model).fate == "folded"
+        first, second = merge.read(NAME) != 0, merge.read(twin) != 0
+    agree = float((first == second).float().mean())
+    assert 0.5 < agree < 0.75, "independent masks with a quarter kept agree on 0.75² + 0.25² = 0.625 of all elements"
+
+
 def test_trim_before_a_rule_counts_over_the_whole_model(tmp_path: Path, base: Path) -> None:
     model = models.fine_tune(base, tmp_path / "alice", 1)
     with opened(

@@ -66,6 +66,23 @@ def test_norm_makes_the_merge_as_long_as_it_says_under_every_rule(
         assert merge.reading().factor() == pytest.approx(merge.reading().settle(merge.executor, silent))
 
 
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_a_fold_between_two_readings_makes_the_second_as_long_as_it_has_to_be(
+    tmp_path: Path, base: Path, tuned: list[Path], name: str
+) -> None:
+    """The merge is open all the time: a length that was measured for one generation says nothing of the next."""
+    with folded(tmp_path, base, api.Asked(rule=name, scale="norm"), tuned[:1]) as merge:
+        for count, model in enumerate(tuned[1:], 2):
+            before = math.hypot(*lengths(merge))
+            assert before == pytest.approx(merge.state.ledger.totals["norm_sum"] / (count - 1), rel=1e-5)
+            seq = merge.state.ledger.head.seq
+            assert merge.fold(model).fate == "folded"
+            after = math.hypot(*lengths(merge))
+            assert after == pytest.approx(merge.state.ledger.totals["norm_sum"] / count, rel=1e-5)
+            assert after > 1.1 * before
+            assert merge.reading(seq).settle(merge.executor, silent) != merge.reading().settle(merge.executor, silent)
+
+
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_spread_is_the_law_of_its_page(tmp_path: Path, base: Path, tuned: list[Path], name: str) -> None:
     with folded(tmp_path, base, making.Recipe(rule=name, scale="spread:0.7"), tuned) as merge:
