@@ -178,7 +178,7 @@ def test_tensors_of_one_content_are_dropped_differently(tmp_path: Path, base: Pa
 
     origin = models.fine_tune(base, tmp_path / "origin", 7, change=alike)
     model = models.fine_tune(origin, tmp_path / "alice", 1, change=alike)
-    asked = api.Asked(rule="task-arithmetic", options={"before": ["drop:rate=0.75"]}, scale="1")
+    asked = making.Recipe(rule="task-arithmetic", options={"before": ["drop:rate=0.75"]}, scale="1")
     with opened(tmp_path, origin, asked) as merge:
         assert merge.fold(model).fate == "folded"
         first, second = merge.read(NAME) != 0, merge.read(twin) != 0

@@ -71,7 +71,7 @@ def test_a_fold_between_two_readings_makes_the_second_as_long_as_it_has_to_be(
     tmp_path: Path, base: Path, tuned: list[Path], name: str
 ) -> None:
     """The merge is open all the time: a length that was measured for one generation says nothing of the next."""
-    with folded(tmp_path, base, api.Asked(rule=name, scale="norm"), tuned[:1]) as merge:
+    with folded(tmp_path, base, making.Recipe(rule=name, scale="norm"), tuned[:1]) as merge:
         for count, model in enumerate(tuned[1:], 2):
             before = math.hypot(*lengths(merge))
             assert before == pytest.approx(merge.state.ledger.totals["norm_sum"] / (count - 1), rel=1e-5)

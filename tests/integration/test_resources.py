@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from continual import api
+from continual import api, making
 from continual.config import Settings
 from continual.engine import planning
 from continual.engine.engine import Engine
@@ -29,7 +29,7 @@ FOLD = """
 import hashlib, json, sys
 from pathlib import Path
 import torch
-from continual import api
+from continual import api, making
 
 place, state, rule, workers = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 
@@ -37,7 +37,7 @@ def memory(word):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(word))
 
-api.init(place / "base", state, api.Asked(rule=rule))
+making.init(place / "base", state, making.Recipe(rule=rule))
 with api.open(state, write=True, workers=workers) as merge:
     assert merge.fold(place / "ft-0").fate == "folded"
     planned = merge.plan(place / "ft-1").memory_bytes
@@ -46,7 +46,7 @@ with api.open(state, write=True, workers=workers) as merge:
     outcome = merge.fold(place / "ft-1")
     assert outcome.fate == "folded"
     grown = memory("VmHWM") - before
-    bits = hashlib.sha256(json.dumps(sorted(outcome.report.totals.items())).encode())
+    bits = hashlib.sha256(json.dumps(sorted(outcome.report.totals.body().items())).encode())
     for name, slots in sorted(merge.state.format.slots.items()):
         for slot in slots:
             bits.update(merge.state.read(name, slot).tobytes())
@@ -106,7 +106,7 @@ class Noting(Local):
 def test_a_plan_counts_the_tasks_that_can_run_at_a_time(tmp_path: Path, name: str, workers: int, budget: int) -> None:
     base = models.base(tmp_path / "base")
     model = models.ship(models.fine_tune(base, tmp_path / "alice", 1), 1)
-    api.init(base, tmp_path / "state", api.Asked(rule=name))
+    making.init(base, tmp_path / "state", making.Recipe(rule=name))
     with api.Merge(Settings(state=tmp_path / "state"), write=True) as merge:
         executor = Noting(workers, budget)
         resources = Resources(executor, torch.device("cpu"))
