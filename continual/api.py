@@ -33,12 +33,14 @@ from continual.executors.local import Local
 from continual.hub.locate import Places
 from continual.making import agree
 from continual.publish import folder, lora
-from continual.records import Entry, Event, TensorSpec
+from continual.records import Event, TensorSpec
 from continual.rules import ReadOptions, rule
 from continual.selection import admission
 from continual.selection.steps import Taken
 from continual.sources.roster import openers
 from continual.state import Commit, State
+from continual.state.entries import Entry, RetryEntry
+from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting
 from continual.tensors import BaseModel
 from continual.tuning import Evaluation, Told, Tuned, Tuning
@@ -306,7 +308,7 @@ class Merge:
 
     def combine(
         self, other: str | Path, *, dry_run: bool = False, progress: Progress = silent
-    ) -> tuple[list[Commit], Commit | None]:
+    ) -> tuple[list[FoldCommit], Commit | None]:
         """Adds the models of the state in `other` to this one. Returns their folds, and the record (None of a dry run).
         Raises Misconfigured, Damaged, Retry and Halt; then nothing has changed."""
         with State.open(Path(other)) as found:
@@ -328,8 +330,7 @@ class Merge:
                 "see 'continual log'"
             )
         return [
-            self.state.record(
-                Entry(kind="retry", candidate=c.entry.candidate, fate="retry", message=f"after record {c.seq}")
-            )
+            self.state.record(RetryEntry(candidate=c.entry.candidate, message=f"after record {c.seq}"))
             for c in found
+            if c.entry.candidate is not None
         ]

@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 Kind = Literal["matrix", "plain", "carried"]
-Fate = Literal["folded", "refused", "duplicate", "deferred", "expired", "rolled-back", "unfolded", "retry"]
+
+KEY, OMITTED, REST = "key", "omitted", "rest"
+"""Metadata of fields, for their JSON bodies (state/fields.py): another key than the field's name; left out where the
+value is None; a mapping of all keys that no other field has."""
 
 ITEMSIZE: Mapping[str, int] = {
     "BOOL": 1,
@@ -100,29 +103,24 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A fine-tune as known from its headers. `key` says which bytes at which place (store.md); `origin` is the place
-    alone, `facts` are what else is kept of
-    it: `revision` and `licence`, of a repo."""
+    """A fine-tune as known from its headers, and as the ledger names it.
+
+    `key` says which bytes at which place (FORMAT.md); `origin` is the place alone; `revision` is the commit of one that
+    came from a repo, `licence` what its card names.
+    """
 
     key: str
     name: str
     source: str
     origin: str
     form: Literal["full", "adapter"]
-    nbytes: int
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    nbytes: int = field(metadata={KEY: "bytes"})
+    revision: str | None = field(default=None, metadata={OMITTED: True})
+    licence: str | None = field(default=None, metadata={OMITTED: True})
 
-    def identity(self) -> dict[str, Any]:
-        """What a commit record keeps of it."""
-        return {
-            "key": self.key,
-            "name": self.name,
-            "source": self.source,
-            "origin": self.origin,
-            "form": self.form,
-            "bytes": self.nbytes,
-            **self.facts,
-        }
+    def answers(self, word: str) -> bool:
+        """Whether a person means it by `word`: its name, its key, its origin, or the path of its directory."""
+        return word in (self.name, self.key, self.origin) or self.origin == str(Path(word).absolute())
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,51 +140,6 @@ class Lineage:
     prefix: tuple[str, str] = ("", "")
     narrowed: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class FoldReport:
-    """What one fold did, measured while its tensors streamed by. Seconds are wall time summed over workers, by stage."""
-
-    candidate: Candidate
-    digest: str
-    lineage: Lineage
-    totals: Totals
-    numbers: Mapping[str, Any]
-    seconds: Mapping[str, float]
-    bytes_read: int
-    device: str
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What a commit record says besides its place in the chain; unset fields are stored as null."""
-
-    kind: Literal[
-        "init",
-        "fold",
-        "refuse",
-        "defer",
-        "round",
-        "select",
-        "rollback",
-        "unfold",
-        "combine",
-        "tune",
-        "tag",
-        "publish",
-        "retry",
-    ]
-    candidate: Mapping[str, Any] | None = None
-    digest: str | None = None
-    fate: Fate | None = None
-    reason: str | None = None
-    message: str | None = None
-    totals: Mapping[str, float] | None = None
-    numbers: Mapping[str, Any] | None = None
-    read: Mapping[str, Any] | None = None
-    software: Mapping[str, str] | None = None
-    device: str | None = None
 
 
 class MatrixTotals(NamedTuple):
@@ -233,3 +186,29 @@ class Totals:
             "merged_sq": self.merged_sq,
         }
         return common | (self.matrices._asdict() if self.matrices is not None else {})
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """A file by its name and `blake3:` with the digest of its bytes."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveRecord:
+    """The objective of a round, and the digests of what it is made of: `code` of a function's module, else `rows`;
+    `heads` where there are any. `digest` is over all the rest."""
+
+    kind: Literal["rows", "function"]
+    objective: str
+    seed: int
+    held: float
+    batch: int
+    dtype: str
+    unsupervised: bool
+    code: FileDigest | None = field(default=None, metadata={OMITTED: True})
+    rows: tuple[FileDigest, ...] | None = field(default=None, metadata={OMITTED: True})
+    heads: tuple[FileDigest, ...] | None = field(default=None, metadata={OMITTED: True})
+    digest: str

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from continual.rules.catalogue import RuleInfo
     from continual.selection import Round, RoundOptions
     from continual.selection.steps import Taken
+    from continual.selection.why import RoundVerdict
     from continual.service.once import Seen
     from continual.service.release import Look
     from continual.state import Commit
@@ -142,15 +143,20 @@ def progress() -> Iterator[Progress]:
 
 def log_row(commit: Commit) -> tuple[object, ...]:
     """A commit as a row of `log`."""
-    entry, numbers = commit.entry, commit.entry.numbers or {}
-    name = (entry.candidate or {}).get("name", "")
+    from continual.state.entries import FoldEntry
+
+    entry = commit.entry
+    name = entry.candidate.name if entry.candidate else ""
     told = entry.message or ""
-    if entry.kind == "fold" and "cosine" not in numbers:
-        told = f"norm {numbers['tau_norm']:.4g}, weight {numbers['weight']:.4g}"
-    elif entry.kind == "fold":
-        told = f"norm {numbers['tau_norm']:.4g}, cosine {numbers['cosine']:+.3f}"
-        if "lambda" in numbers:
-            told += f", lambda {numbers['lambda']:.3f}"
+    if isinstance(entry, FoldEntry):
+        found = entry.numbers
+        told = f"norm {found.tau_norm:.4g}"
+        if found.cosine is not None:
+            told += f", cosine {found.cosine:+.3f}"
+        elif found.weight is not None:
+            told += f", weight {found.weight:.4g}"
+        if "lambda" in found.gauges:
+            told += f", lambda {found.gauges['lambda']:.3f}"
     return commit.seq, when(commit.time), entry.kind, name, entry.fate or "", entry.reason or "", told
 
 
@@ -198,29 +204,24 @@ LOG_HEAD = ("seq", "time", "kind", "model", "fate", "reason", "what")
 
 def waiting_row(waiting: Waiting) -> tuple[object, ...]:
     """A candidate of the pool."""
-    last, candidate = waiting.last, waiting.commit.entry.candidate or {}
-    said = last.get("message", "waits for its first round")
+    last = waiting.last
+    said = last.message if last else "waits for its first round"
     return (
-        candidate["name"],
+        waiting.candidate.name,
         when(waiting.since),
         waiting.rounds,
-        figure(last.get("score")),
-        figure(last.get("z")),
+        figure(last.score if last else None),
+        figure(last.z if last else None),
         said,
     )
 
 
-def round_row(row: Mapping[str, Any]) -> tuple[object, ...]:
+def round_row(judged: RoundVerdict) -> tuple[object, ...]:
     """What a round said of a candidate."""
-    figures = [figure(row[key]) for key in ("score", "change", "error", "z", "weight")]
-    return (
-        row["record"],
-        when(row["time"]),
-        row["members"],
-        row["better"],
-        *figures,
-        row["fate"] + (f" ({row['reason']})" if row["reason"] else ""),
-    )
+    row = judged.row
+    figures = [figure(value) for value in (row.score, row.change, row.error, row.z, row.weight)]
+    said = row.fate + (f" ({row.reason})" if row.reason else "")
+    return judged.record, when(judged.time), judged.members, judged.better, *figures, said
 
 
 def caution(options: RoundOptions) -> None:
@@ -244,13 +245,16 @@ def heard(what: OutcomeOf | Taken) -> None:
 
 def round_body(found: Round) -> dict[str, Any]:
     """A round for machines."""
+    from continual.state.fields import body_of
+
     record = found.commit.seq if found.commit else None
+    figures = {"before": found.before, "loss": found.loss, "gap": found.gap, "pool_gap": found.pool_gap}
     return {
         "record": record,
-        **found.numbers,
+        **{key: value for key, value in {**figures, "steps": found.steps}.items() if value is not None},
         "folds": found.folds,
         "seconds": round(found.seconds, 3),
-        "members": [row.body() for row in found.rows],
+        "members": [body_of(row) for row in found.rows],
     }
 
 
@@ -261,7 +265,6 @@ def round_told(found: Round) -> None:
         for r in found.rows
     ]
     table(("model", "fate", "reason", "score", "change", "error", "z", "weight"), rows)
-    numbers = found.numbers
-    gap = f", gap {numbers['gap']:.3g}" if "gap" in numbers else ""
-    told = f"loss {numbers['before']:.6g} to {numbers['loss']:.6g}{gap}; {found.folds} folded in {found.seconds:.1f} s"
+    gap = "" if found.gap is None else f", gap {found.gap:.3g}"
+    told = f"loss {found.before:.6g} to {found.loss:.6g}{gap}; {found.folds} folded in {found.seconds:.1f} s"
     say(f"{told}; {f'recorded as record {found.commit.seq}' if found.commit else 'nothing recorded'}")

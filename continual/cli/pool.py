@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,9 @@ from continual.cli.flags import (
     Workers,
 )
 
+if TYPE_CHECKING:
+    from continual.state.ledger import Waiting
+
 app = typer.Typer(rich_markup_mode=None)
 pool = typer.Typer(
     rich_markup_mode=None, invoke_without_command=True, help="Show the candidates that wait for a round, and run one."
@@ -40,13 +43,20 @@ def listed(context: typer.Context, state: StateDir = None, config: Config = None
     if context.invoked_subcommand is not None:
         return
     from continual.cli import console
+    from continual.state.fields import body_of
 
     with opened.merge(config, state=state) as merge:
         waiting = merge.pool()
     if json:
         console.emit(
             [
-                {"key": key, "since": w.since, "rounds": w.rounds, **_identity(w), "last": w.last or None}
+                {
+                    "key": key,
+                    "since": w.since,
+                    "rounds": w.rounds,
+                    **_identity(w),
+                    "last": body_of(w.last) if w.last else None,
+                }
                 for key, w in waiting.items()
             ]
         )
@@ -72,7 +82,7 @@ def why(
     with opened.merge(config, state=state) as merge:
         told = merge.why(model)
     if json:
-        console.emit(told._asdict())
+        console.emit(told.body())
         return
     console.say(
         f"{told.name}: {told.fate}{f' ({told.reason})' if told.reason else ''}, first seen {told.since[:19]}Z at {told.origin}"
@@ -125,6 +135,6 @@ def round_(
         console.round_told(found)
 
 
-def _identity(waiting: Any) -> dict[str, Any]:
-    candidate = waiting.commit.entry.candidate or {}
-    return {key: candidate[key] for key in ("name", "origin", "form", "bytes")}
+def _identity(waiting: Waiting) -> dict[str, Any]:
+    found = waiting.candidate
+    return {"name": found.name, "origin": found.origin, "form": found.form, "bytes": found.nbytes}

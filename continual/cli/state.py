@@ -123,6 +123,7 @@ def retry(
 ) -> None:
     """Have a refused or rolled-back candidate looked at again."""
     from continual.cli import console
+    from continual.state.entries import RetryEntry
 
     with opened.merge(config, write=True, state=state) as merge:
         commits = merge.retry(model)
@@ -130,7 +131,7 @@ def retry(
         console.emit([texts.record(c) for c in commits])
         return
     for commit in commits:
-        console.say(f"{(commit.entry.candidate or {})['name']}: will be looked at again by 'run' or 'fold'")
+        console.say(f"{commit.of_kind(RetryEntry).candidate.name}: will be looked at again by 'run' or 'fold'")
 
 
 @app.command()

@@ -14,8 +14,8 @@ from continual.cli.flags import BaseDir, Config, Device, Json, Memory, StateDir,
 if TYPE_CHECKING:
     from continual.rules import ReadOptions
     from continual.rules.scale import Policy
+    from continual.state.parts import TrialRecord
     from continual.tuning import Tuned
-    from continual.tuning.record import TrialRow
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -114,7 +114,7 @@ def tune(
                 "read": tuned.read.to_mapping(),
                 "record": tuned.commit and tuned.commit.seq,
                 "score": tuned.score,
-                **tuned.numbers,
+                **tuned.entry.own(),
             }
         )
     else:
@@ -130,23 +130,21 @@ def _told(options: ReadOptions, score: float) -> None:
 def _print(tuned: Tuned) -> None:
     from continual.cli import console
 
-    numbers = tuned.numbers
-    chosen = (tuned.read.scale, list(tuned.read.lines) if tuned.read.lines else None)
+    chosen = (tuned.read.scale, tuned.read.lines or None)
     rows = [
-        (t["scale"], _lines(t["lines"]), f"{t['score']:.6g}", _mark(t, chosen, numbers["before"]))
-        for t in numbers["trials"]
+        (t.scale, _lines(t.lines), f"{t.score:.6g}", _mark(t, chosen, tuned.entry.before)) for t in tuned.entry.trials
     ]
     console.table(("scale", "lines", "score", ""), rows)
-    told = f"scale {tuned.read}: {tuned.score:.6g}, against {tuned.before:.6g} at what was in force; {len(rows)} candidates in {numbers['seconds']:.1f} s"
+    told = f"scale {tuned.read}: {tuned.score:.6g}, against {tuned.before:.6g} at what was in force; {len(rows)} candidates in {tuned.entry.seconds:.1f} s"
     console.say(f"{told}; {f'recorded as record {tuned.commit.seq}' if tuned.commit else 'nothing recorded'}")
 
 
-def _mark(trial: TrialRow, chosen: tuple[str, list[float] | None], before: TrialRow) -> str:
-    marks = ("in force" * (trial == before), "chosen" * ((trial["scale"], trial["lines"]) == chosen))
+def _mark(trial: TrialRecord, chosen: tuple[str, tuple[float, float] | None], before: TrialRecord) -> str:
+    marks = ("in force" * (trial == before), "chosen" * ((trial.scale, trial.lines) == chosen))
     return ", ".join(mark for mark in marks if mark)
 
 
-def _lines(lines: list[float] | None) -> str:
+def _lines(lines: tuple[float, float] | None) -> str:
     return f"{lines[0]:g}:{lines[1]:g}" if lines else ""
 
 

@@ -118,7 +118,7 @@ def _daemon(work: Path, weights: Mapping[str, Mapping[str, Tensor]], console: Co
         process.send_signal(signal.SIGTERM)
         code = process.wait(_PATIENCE)
     with State.open(state) as opened:
-        folded = [(c.entry.candidate or {})["name"] for c in opened.ledger.folds()]
+        folded = [c.entry.candidate.name for c in opened.ledger.folds()]
         findings = opened.verify()
     if sorted(folded) != sorted(tasks) or findings or code != 0 or not orphans or intact["findings"]:
         raise Halt(

@@ -13,9 +13,11 @@ import torch
 from continual import provenance
 from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task
-from continual.records import Entry, TensorSpec, Totals
+from continual.records import TensorSpec, Totals
 from continual.rules import Rule, together
 from continual.state import Commit, State, Transaction
+from continual.state.entries import CombineEntry
+from continual.state.parts import BroughtFold, FoldNumbers
 
 
 def combine(state: State, other: State, rule: Rule, executor: Executor, progress: Progress) -> Commit:
@@ -26,7 +28,7 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
     """
     check(state, other, rule)
     assert rule.laws.combine is not None
-    totals = together(Totals.of(state.ledger.totals), Totals.of(other.ledger.totals))
+    totals = together(state.ledger.totals, other.ledger.totals)
     at = other.ledger.head.seq
     with other.lease(at), state.begin() as transaction:
         tasks = [
@@ -43,18 +45,14 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
         for _, merged_sq in executor.map(tasks):
             parts.append(merged_sq)
             progress("combine", len(parts), len(tasks))
-        folds = [
-            {
-                "candidate": dict(c.entry.candidate or {}),
-                "digest": c.entry.digest,
-                "numbers": _kept(c.entry.numbers or {}),
-            }
-            for c in other.ledger.folds()
-        ]
-        entry = Entry(
-            kind="combine",
-            totals=replace(totals, merged_sq=math.fsum(parts)).body(),
-            numbers={"of": other.id, "seq": at, "folds": folds},
+        folds = tuple(
+            BroughtFold(c.entry.candidate, c.entry.digest, _kept(c.entry.numbers)) for c in other.ledger.folds()
+        )
+        entry = CombineEntry(
+            totals=replace(totals, merged_sq=math.fsum(parts)),
+            of=other.id,
+            seq=at,
+            folds=folds,
             message=f"{len(folds)} models of the state {other.path.absolute()}, record {at}",
             software=provenance.software(),
             device="cpu",
@@ -90,7 +88,7 @@ def check(state: State, other: State, rule: Rule) -> None:
     if not other.ledger.folds():
         raise Misconfigured(f"{other.path}: nothing is folded there")
     if both := [c for c in other.ledger.folds() if c.entry.digest and state.ledger.folded_digest(c.entry.digest)]:
-        names = ", ".join(str((c.entry.candidate or {})["name"]) for c in both[:5])
+        names = ", ".join(c.entry.candidate.name for c in both[:5])
         raise Misconfigured(
             f"{len(both)} models are in both states ({names}): unfold them from one first, else they would count twice"
         )
@@ -107,8 +105,8 @@ def _add(transaction: Transaction, other: State, rule: Rule, totals: Totals, spe
     return merged_sq
 
 
-def _kept(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: numbers[key] for key in ("tau_norm", "cosine", "weight") if key in numbers}
+def _kept(numbers: FoldNumbers) -> FoldNumbers:
+    return FoldNumbers(tau_norm=numbers.tau_norm, cosine=numbers.cosine, weight=numbers.weight)
 
 
 def _said(rule: str, options: Mapping[str, Any]) -> str:

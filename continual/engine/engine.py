@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
 
 from continual import provenance
 from continual.engine.folding import Folding, Terms, run_length
-from continual.engine.outcomes import OpenCandidate, Outcome, known_as
+from continual.engine.outcomes import FoldReport, OpenCandidate, Outcome, known_as
 from continual.engine.report import report_of
 from continual.engine.resources import Resources
 from continual.errors import Misconfigured, Refuse
@@ -23,9 +22,12 @@ from continual.executors.contract import Progress, silent
 from continual.gates import Gates, Headers, Numbers
 from continual.gates.lineage import LineageGate, trace
 from continual.gates.weight import WeightGate
-from continual.records import Candidate, Entry, FoldReport, Lineage, Totals
+from continual.records import Candidate, Lineage, Totals
 from continual.rules import Rule
-from continual.state import Commit, State, Transaction
+from continual.state import State, Transaction
+from continual.state.entries import FoldEntry, RefuseEntry
+from continual.state.format import FoldCommit
+from continual.state.parts import Relevance
 from continual.tensors import (
     BaseModel,
     Checkpoint,
@@ -60,15 +62,15 @@ class Engine:
         self.buffers = threading.local()
         self._foldable = [spec for spec in base.specs if spec.kind != "carried"]
 
-    def fold(self, place: Place, *, progress: Progress = silent, chosen: Mapping[str, Any] | None = None) -> Outcome:
+    def fold(self, place: Place, *, progress: Progress = silent, chosen: Relevance | None = None) -> Outcome:
         """Takes the model at `place` from its headers to a commit.
 
-        `chosen` is what a round says of the model that it chose; it stands in the record beside the numbers of the
-        fold. A refusal is a record in the ledger and an outcome. Raises Retry (nothing is settled) and Halt.
+        `chosen` is what a round says of the model that it chose; the record keeps it. A refusal is a record in the
+        ledger and an outcome. Raises Retry (nothing is settled) and Halt.
         """
 
         def go(seen: Headers) -> Outcome:
-            return self._fold(OpenCandidate.of(self.gates.at_fold(seen)), progress, chosen or {})
+            return self._fold(OpenCandidate.of(self.gates.at_fold(seen)), progress, chosen)
 
         return self.consider(place, go)
 
@@ -144,26 +146,24 @@ class Engine:
         """Raises Abandoned if continual is stopping. `name` is the candidate or work that the message is about."""
         self.resources.go_on(name)
 
-    def _fold(self, opened: OpenCandidate, progress: Progress, chosen: Mapping[str, Any]) -> Outcome:
+    def _fold(self, opened: OpenCandidate, progress: Progress, chosen: Relevance | None) -> Outcome:
         candidate = opened.candidate
         begun = time.perf_counter()
-        before = Totals.of(self.state.ledger.totals)
+        before = self.state.ledger.totals
         with self.state.begin() as transaction:
             report = self.stream(transaction, opened, before, progress)
             if twin := self.state.ledger.folded_digest(report.digest):
                 return self._duplicate(report, twin)
-            tau_norm, base_norm = report.numbers["tau_norm"], report.numbers["base_norm"]
-            self.gates.at_numbers(Numbers(candidate.name, tau_norm, base_norm, before))
+            found = report.numbers
+            self.gates.at_numbers(Numbers(candidate.name, found.tau_norm, found.base_norm or 0.0, before))
             self.go_on(candidate.name)
             streamed = time.perf_counter()
             progress("commit", 0, 1)
-            entry = Entry(
-                kind="fold",
-                candidate=candidate.identity(),
+            entry = FoldEntry(
+                candidate=candidate,
                 digest=report.digest,
-                fate="folded",
-                totals=report.totals.body(),
-                numbers={**report.numbers, **chosen},
+                totals=report.totals,
+                numbers=dataclasses.replace(found, relevance=chosen),
                 software=provenance.software(),
                 device=report.device,
             )
@@ -176,25 +176,22 @@ class Engine:
     def _refuse(self, candidate: Candidate, refusal: Refuse) -> Outcome:
         if known := self.state.ledger.fate(candidate.key):
             return known_as(candidate.name, known)
-        entry = Entry(
-            kind="refuse",
-            candidate=candidate.identity(),
-            fate="refused",
+        entry = RefuseEntry(
+            candidate=candidate,
             reason=refusal.reason,
             message=str(refusal),
             software=provenance.software(),
         )
         return Outcome("refused", candidate.name, str(refusal), refusal.reason, self.state.record(entry))
 
-    def _duplicate(self, report: FoldReport, twin: Commit) -> Outcome:
+    def _duplicate(self, report: FoldReport, twin: FoldCommit) -> Outcome:
         name = report.candidate.name
         message = (
-            f"{name}: duplicate of record {twin.seq} ({(twin.entry.candidate or {}).get('name')}): "
+            f"{name}: duplicate of record {twin.seq} ({twin.entry.candidate.name}): "
             "the same tensors, already in the state"
         )
-        entry = Entry(
-            kind="refuse",
-            candidate=report.candidate.identity(),
+        entry = RefuseEntry(
+            candidate=report.candidate,
             digest=report.digest,
             fate="duplicate",
             reason="duplicate",

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from continual.gates import Headers
-from continual.records import Candidate, FoldReport, Lineage
+from continual.records import Candidate, Lineage, Totals
 from continual.state import Commit
+from continual.state.fields import body_of
+from continual.state.parts import FoldNumbers
 from continual.tensors import Model
 
 
@@ -27,6 +29,26 @@ class OpenCandidate(NamedTuple):
         return cls(seen.candidate, seen.model, seen.lineage, seen.weight)
 
 
+@dataclass(frozen=True, slots=True)
+class FoldReport:
+    """What one fold did, measured while its tensors streamed by. Seconds are wall time summed over workers, by stage."""
+
+    candidate: Candidate
+    digest: str
+    lineage: Lineage
+    totals: Totals
+    numbers: FoldNumbers
+    seconds: Mapping[str, float]
+    bytes_read: int
+    device: str
+
+    def figures(self) -> dict[str, float]:
+        """What a log line says of it, rounded: `tau_norm`, `cosine`, and `lambda` of a rule that has it."""
+        found = {"tau_norm": self.numbers.tau_norm, "cosine": self.numbers.cosine, **self.numbers.gauges}
+        shown = ("tau_norm", "cosine", "lambda")
+        return {key: round(value, 4) for key in shown if (value := found.get(key)) is not None}
+
+
 class Outcome(NamedTuple):
     """What became of a candidate.
 
@@ -41,6 +63,11 @@ class Outcome(NamedTuple):
     report: FoldReport | None = None
 
     @property
+    def key(self) -> str | None:
+        """The candidate's key."""
+        return self.commit.entry.candidate.key if self.commit.entry.candidate else None
+
+    @property
     def refused(self) -> bool:
         """Whether this model is kept out: refused now, or refused, rolled back or unfolded earlier."""
         return self.fate == "refused" or (
@@ -53,7 +80,7 @@ class Outcome(NamedTuple):
             return self.message
         n = self.report.numbers
         seconds = self.report.seconds.get("total", 0)
-        return f"{self.message}: norm {n['tau_norm']:.4g}, cosine {n['cosine']:+.3f}, {seconds:.2f} s"
+        return f"{self.message}: norm {n.tau_norm:.4g}, cosine {n.cosine or 0.0:+.3f}, {seconds:.2f} s"
 
     def summary(self) -> dict[str, Any]:
         """What happened, for machines."""
@@ -66,7 +93,7 @@ class Outcome(NamedTuple):
         }
         if self.report is not None:
             body |= {
-                "numbers": self.report.numbers,
+                "numbers": body_of(self.report.numbers),
                 "seconds": self.report.seconds,
                 "bytes_read": self.report.bytes_read,
             }

@@ -11,7 +11,7 @@ import torch
 
 from continual import linalg
 from continual.executors.contract import Executor, Progress, Task
-from continual.records import TensorSpec, Totals
+from continual.records import TensorSpec
 from continual.rules import ReadOptions, Rule, Size
 from continual.rules.matrices import sides
 from continual.state import Commit, State
@@ -40,7 +40,7 @@ class Reading:
         self.state = state
         self.rule = rule
         self.commit: Commit = state.ledger.head if seq is None else state.ledger.get(seq)
-        self.totals = Totals.of(state.ledger.totals_at(self.commit.seq))
+        self.totals = state.ledger.totals_at(self.commit.seq)
         self.options = options or ReadOptions.from_mapping(state.ledger.read_options(self.commit.seq))
         self.lengths = {} if lengths is None else lengths
         self._factors: Parts | None = None

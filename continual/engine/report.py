@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from continual.engine.folding import TensorFold, Terms
-from continual.engine.outcomes import OpenCandidate
-from continual.records import FoldReport
+from continual.engine.outcomes import FoldReport, OpenCandidate
 from continual.rules import Sums, settle
+from continual.state.parts import FoldNumbers, NoteSummary
 
 _LISTED = 100
 """Names of tensors that stay out that a record lists: a header can claim any number of them."""
@@ -37,22 +36,22 @@ def report_of(
     sums = Sums.total([fold.sums for fold in ordered])
     totals = settle(terms.totals, sums, terms.weight)
     cross = math.sqrt(sums.tau_sq * terms.totals.merged_sq)
-    numbers: dict[str, Any] = {
-        "tau_norm": math.sqrt(sums.tau_sq),
-        "base_norm": math.sqrt(math.fsum(squares[name] for name in lineage.folded)),
-        "merged_norm": math.sqrt(sums.merged_sq),
-        "cosine": sums.dot / cross if cross else 0.0,
-        **rule.read.gauges(totals),
-        **({"weight": terms.weight} if rule.laws.weighted else {}),
-        "tensors": len(lineage.folded),
-        "unchanged": len(lineage.unchanged),
-        "extra": list(lineage.extra[:_LISTED]),
-        "extra_count": len(lineage.extra),
-        "prefix": list(lineage.prefix),
-        "narrowed": dict(lineage.narrowed),
-        "rows": dict(lineage.rows),
-        "notes": summarise([fold.notes for fold in ordered if fold.notes]),
-    }
+    numbers = FoldNumbers(
+        tau_norm=math.sqrt(sums.tau_sq),
+        base_norm=math.sqrt(math.fsum(squares[name] for name in lineage.folded)),
+        merged_norm=math.sqrt(sums.merged_sq),
+        cosine=sums.dot / cross if cross else 0.0,
+        weight=terms.weight if rule.laws.weighted else None,
+        tensors=len(lineage.folded),
+        unchanged=len(lineage.unchanged),
+        extra=lineage.extra[:_LISTED],
+        extra_count=len(lineage.extra),
+        prefix=lineage.prefix,
+        narrowed=lineage.narrowed,
+        rows=lineage.rows,
+        notes=summarise([fold.notes for fold in ordered if fold.notes]),
+        gauges=rule.read.gauges(totals),
+    )
     return FoldReport(
         candidate=opened.candidate,
         digest=digest,
@@ -65,16 +64,13 @@ def report_of(
     )
 
 
-def summarise(notes: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def summarise(notes: Sequence[Mapping[str, float]]) -> dict[str, NoteSummary]:
     """Smallest, mean and largest of each note over the tensors that have it."""
     columns: dict[str, list[float]] = {}
     for row in notes:
         for key, value in row.items():
             columns.setdefault(key, []).append(value)
-    return {
-        key: {"min": min(v), "mean": math.fsum(v) / len(v), "max": max(v), "tensors": len(v)}
-        for key, v in sorted(columns.items())
-    }
+    return {key: NoteSummary(min(v), math.fsum(v) / len(v), max(v), len(v)) for key, v in sorted(columns.items())}
 
 
 def _seconds(folds: Sequence[TensorFold]) -> dict[str, float]:

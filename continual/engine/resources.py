@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from continual.errors import Abandoned
 from continual.executors.contract import Executor
+from continual.records import Candidate
 from continual.tensors import Folder, Place
 
-Locate = Callable[[Mapping[str, Any]], Place]
-"""Finds the place of a candidate by what its record says of it."""
+Locate = Callable[[Candidate], Place]
+"""Finds the place of a candidate that a record names."""
 
 
-def local_place(identity: Mapping[str, Any]) -> Place:
-    """The directory that a record names."""
-    return Folder(Path(identity["origin"]), source=identity["source"])
+def local_place(candidate: Candidate) -> Place:
+    """The directory that a candidate came from."""
+    return Folder(Path(candidate.origin), source=candidate.source)
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,17 @@ removed at the next start.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
 from continual import provenance
 from continual.engine.engine import Engine
-from continual.engine.outcomes import OpenCandidate
+from continual.engine.outcomes import FoldReport, OpenCandidate
 from continual.errors import Misconfigured, Refuse, Retry
 from continual.executors.contract import Progress
-from continual.records import Entry, FoldReport, Totals
+from continual.records import Totals
 from continual.state import Commit, Transaction
+from continual.state.entries import UnfoldEntry
+from continual.state.format import FoldCommit
 from continual.tensors import Place, candidate_of, open_model
 
 
@@ -78,12 +77,12 @@ def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
     else:
         needed = [gone]
     again = tuple(_locate(engine, commit, at if commit is gone else None, gone) for commit in needed)
-    candidate = gone.entry.candidate or {}
+    candidate = gone.entry.candidate
     transactions = min(3, len(again))
     return Unfolding(
         seq=gone.seq,
-        name=candidate["name"],
-        key=candidate["key"],
+        name=candidate.name,
+        key=candidate.key,
         exact=rule.laws.combine is not None or rule.laws.rounds,
         start=start,
         again=again,
@@ -103,14 +102,14 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
     if plan.exact:
         (model,) = plan.again
         with state.begin() as transaction:
-            report = _stream(engine, transaction, model, Totals.of(state.ledger.totals), -model.weight, progress)
-            norms = {name: report.numbers[name] for name in ("tau_norm", "merged_norm")}
-            return transaction.commit(entry(engine, plan, began, report.totals.body(), norms))
+            report = _stream(engine, transaction, model, state.ledger.totals, -model.weight, progress)
+            taken = entry(engine, plan, began, report.totals)
+            found = report.numbers
+            return transaction.commit(replace(taken, tau_norm=found.tau_norm, merged_norm=found.merged_norm))
     generation = state.generation_of(state.ledger.get(plan.start)) if plan.start is not None else None
-    kept = state.ledger.totals_at(plan.start) if plan.start is not None else {}
+    totals = state.ledger.totals_at(plan.start) if plan.start is not None else Totals()
     if not plan.again:
-        return state.record(entry(engine, plan, began, kept), generation)
-    totals = Totals.of(kept)
+        return state.record(entry(engine, plan, began, totals), generation)
     scratch: Transaction | None = None
     try:
         for number, model in enumerate(plan.again, 1):
@@ -118,7 +117,7 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
                 report = _stream(engine, transaction, model, totals, model.weight, progress)
                 progress("models", number, len(plan.again))
                 if number == len(plan.again):
-                    return transaction.commit(entry(engine, plan, began, report.totals.body()))
+                    return transaction.commit(entry(engine, plan, began, report.totals))
                 generation, totals = transaction.seal(), report.totals
             if scratch is not None:
                 scratch.abandon()
@@ -129,26 +128,19 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
     raise AssertionError("the last model commits")
 
 
-def entry(
-    engine: Engine,
-    plan: Unfolding,
-    began: float,
-    totals: Mapping[str, float],
-    more: Mapping[str, object] = MappingProxyType({}),
-) -> Entry:
-    """The record that takes the model of `plan` out. `began` is when that work did, by `time.perf_counter`; `more` is
-    what its numbers have besides."""
+def entry(engine: Engine, plan: Unfolding, began: float, totals: Totals) -> UnfoldEntry:
+    """The record that takes the model of `plan` out. `began` is when that work did, by `time.perf_counter`; `totals`
+    are those without the model."""
     folds = engine.state.ledger.folds()
-    fold = next(c for c in folds if (c.seq, (c.entry.candidate or {})["key"]) == (plan.seq, plan.key))
-    again = [] if plan.exact else [model.seq for model in plan.again]
-    return Entry(
-        kind="unfold",
+    fold = next(c for c in folds if (c.seq, c.entry.candidate.key) == (plan.seq, plan.key))
+    return UnfoldEntry(
         candidate=fold.entry.candidate,
         digest=fold.entry.digest,
-        fate="unfolded",
         message=f"{plan.name}: record {plan.seq} taken out in {time.perf_counter() - began:.1f} s",
         totals=totals,
-        numbers={"of": plan.seq, "key": plan.key, "again": again, **more},
+        of=plan.seq,
+        key=plan.key,
+        again=() if plan.exact else tuple(model.seq for model in plan.again),
         software=provenance.software(),
         device=str(engine.device),
     )
@@ -180,20 +172,15 @@ def _stream(
     return report
 
 
-def _find(folds: list[Commit], word: str) -> int:
-    place = str(Path(word).absolute())
-    found = []
-    for index, commit in enumerate(folds):
-        candidate = commit.entry.candidate or {}
-        if word in (candidate["name"], candidate["key"], str(commit.seq)) or candidate["origin"] in (word, place):
-            found.append(index)
+def _find(folds: list[FoldCommit], word: str) -> int:
+    found = [i for i, fold in enumerate(folds) if word == str(fold.seq) or fold.entry.candidate.answers(word)]
     if not found:
         raise Misconfigured(
             f"{word}: no model of this name, path, key or record number is in the merge; see 'continual log'"
         )
     if len(found) > 1:
         names = ", ".join(
-            f"{(folds[i].entry.candidate or {})['name']} (record {folds[i].seq}, key {(folds[i].entry.candidate or {})['key']})"
+            f"{folds[i].entry.candidate.name} (record {folds[i].seq}, key {folds[i].entry.candidate.key})"
             for i in found
         )
         raise Misconfigured(
@@ -202,20 +189,19 @@ def _find(folds: list[Commit], word: str) -> int:
     return found[0]
 
 
-def _locate(engine: Engine, commit: Commit, moved: Place | None, gone: Commit) -> Again:
-    candidate, numbers = commit.entry.candidate or {}, commit.entry.numbers or {}
+def _locate(engine: Engine, commit: FoldCommit, moved: Place | None, gone: FoldCommit) -> Again:
+    candidate = commit.entry.candidate
     place = moved or engine.locate(candidate)
     later = (
         ""
         if commit is gone
-        else f"{(gone.entry.candidate or {})['name']} cannot be taken out of this rule without folding the others again, and "
+        else f"{gone.entry.candidate.name} cannot be taken out of this rule without folding the others again, and "
     )
     try:
         with open_model(place) as model:
             nbytes = model.nbytes
     except (Refuse, Retry) as error:
-        told = "name where it is now with --at" if commit is gone else f"put {candidate['name']} back, or roll back"
-        raise Misconfigured(
-            f"{later}{candidate['name']} (record {commit.seq}) cannot be read: {error}; {told}"
-        ) from None
-    return Again(commit.seq, candidate["name"], place, commit.entry.digest or "", numbers.get("weight", 1.0), nbytes)
+        told = "name where it is now with --at" if commit is gone else f"put {candidate.name} back, or roll back"
+        raise Misconfigured(f"{later}{candidate.name} (record {commit.seq}) cannot be read: {error}; {told}") from None
+    weight = commit.entry.numbers.weight
+    return Again(commit.seq, candidate.name, place, commit.entry.digest, 1.0 if weight is None else weight, nbytes)

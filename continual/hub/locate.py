@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from continual.config import Settings
 from continual.errors import Misconfigured, Refuse, Skip
-from continual.records import Event
+from continual.records import Candidate, Event
 from continual.tensors import Folder, Place
 
 if TYPE_CHECKING:
@@ -92,15 +92,14 @@ class Places:
 
         return self._repo(event.name, event.revision, source=event.source, newest=True, vet=vet, newer=self.newer)
 
-    def of(self, candidate: Mapping[str, Any]) -> Place:
+    def of(self, candidate: Candidate) -> Place:
         """What a record names."""
-        origin, source = str(candidate["origin"]), str(candidate["source"])
+        origin, source = candidate.origin, candidate.source
         if not origin.startswith(SCHEME):
             if opener := self._opener(origin):
-                revision = candidate.get("revision")
-                return opener(origin, None if revision is None else str(revision), source)
+                return opener(origin, candidate.revision, source)
             return Folder(Path(origin), source=source)
-        return self._repo(origin.removeprefix(SCHEME), candidate.get("revision"), source=source)
+        return self._repo(origin.removeprefix(SCHEME), candidate.revision, source=source)
 
     def _opener(self, origin: str) -> Opener | None:
         """Who opens an origin of another kind; None for a path, and for a repo of the Hub. Raises Misconfigured for a

@@ -120,10 +120,9 @@ class Repo:
         return f"hub:{self.name}@{self.revision}" if is_sha(self.revision) else None
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """The commit and the licence."""
-        licence = self._info.licence if self._info else None
-        return {"revision": self.revision} | ({"licence": licence} if licence else {})
+    def licence(self) -> str | None:
+        """The licence that its card names, once the repo was asked for."""
+        return (self._info.licence or None) if self._info else None
 
     def __str__(self) -> str:
         revision = self.revision

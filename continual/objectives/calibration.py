@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from continual.objectives.contract import chunks, in_order
 from continual.objectives.function import CalibrationTask, FittedTask, told_as_theirs
 from continual.objectives.loading import keep_no_activations, load_model
 from continual.objectives.rows import file_digest
+from continual.records import ObjectiveRecord
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT16_SCALE = 1024.0
@@ -91,27 +92,26 @@ class Wanted:
         """Whether the objective is a function of the user's."""
         return function.is_function(self.objective)
 
-    def told(self) -> dict[str, object]:
-        """What a record keeps: names and digests of the files, or of the function's module, and all else that the
-        losses depend on. `digest` is over all the rest. Raises Misconfigured for a file that cannot be read, and for a
-        function that cannot be imported."""
-        found: dict[str, object] = {
-            "kind": "function" if self.by_function else "rows",
-            "objective": self.objective,
-            "seed": self.settings.seed,
-            "held": self.settings.held,
-            "batch": self.settings.batch,
-            "dtype": self.settings.dtype,
-            "unsupervised": self.settings.unsupervised,
-        }
-        if self.by_function:
-            found["code"] = function.code_digest(self.objective)
-        else:
-            found["rows"] = [file_digest(file) for file in self.rows]
-        if self.heads:
-            found["heads"] = [file_digest(file) for file in self.heads]
-        text = json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        return found | {"digest": f"blake3:{blake3(text.encode()).hexdigest()}"}
+    def told(self) -> ObjectiveRecord:
+        """What a record keeps: names and digests of the files, or of the function's module, and all else that the losses
+        depend on. `digest` is over all the rest. Raises Misconfigured for a file that cannot be read, and for a function
+        that cannot be imported."""
+        found = ObjectiveRecord(
+            kind="function" if self.by_function else "rows",
+            objective=self.objective,
+            seed=self.settings.seed,
+            held=self.settings.held,
+            batch=self.settings.batch,
+            dtype=self.settings.dtype,
+            unsupervised=self.settings.unsupervised,
+            code=function.code_digest(self.objective) if self.by_function else None,
+            rows=None if self.by_function else tuple(file_digest(file) for file in self.rows),
+            heads=tuple(file_digest(file) for file in self.heads) or None,
+            digest="",
+        )
+        rest = {key: value for key, value in asdict(found).items() if value is not None and key != "digest"}
+        text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return replace(found, digest=f"blake3:{blake3(text.encode()).hexdigest()}")
 
 
 class Dealt(NamedTuple):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from continual.errors import Misconfigured
-from continual.objectives.rows import FileDigest, file_digest
+from continual.objectives.rows import file_digest
+from continual.records import FileDigest
 
 
 @runtime_checkable

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 from blake3 import blake3
 
 from continual.errors import Misconfigured
+from continual.records import FileDigest
 
 
 class Example(NamedTuple):
@@ -17,13 +18,6 @@ class Example(NamedTuple):
     line: int
     text: str
     label: str | int | None
-
-
-class FileDigest(TypedDict):
-    """A file as records name it: where it lies does not matter."""
-
-    name: str
-    digest: str
 
 
 def read_rows(file: Path, *, labelled: bool) -> list[Example]:
@@ -68,7 +62,7 @@ def read_heads(file: Path) -> dict[str, list[str]]:
 def file_digest(file: Path) -> FileDigest:
     """The name of a file and the BLAKE3 digest of its bytes. Raises Misconfigured where it cannot be read."""
     try:
-        return {"name": file.name, "digest": f"blake3:{blake3(file.read_bytes()).hexdigest()}"}
+        return FileDigest(file.name, f"blake3:{blake3(file.read_bytes()).hexdigest()}")
     except OSError as error:
         raise Misconfigured(f"{file}: {error.strerror}") from None
 

@@ -133,9 +133,9 @@ def provenance_of(state: State, seq: int, read: Mapping[str, Any]) -> dict[str, 
         "rule": state.format.rule,
         "options": dict(state.format.options),
         "read": dict(read),
-        "totals": dict(state.ledger.totals_at(seq)),
+        "totals": state.ledger.totals_at(seq).body() if state.ledger.folds(at=seq) else {},
         "folded": [
-            {"seq": fold.seq, "digest": fold.entry.digest, **{k: (fold.entry.candidate or {}).get(k) for k in _KEPT}}
+            {"seq": fold.seq, "digest": fold.entry.digest, **{k: getattr(fold.entry.candidate, k) for k in _KEPT}}
             for fold in state.ledger.folds(at=seq)
         ],
         "software": dict(provenance.software()),

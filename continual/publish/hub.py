@@ -20,6 +20,8 @@ from continual.errors import Misconfigured, Refuse
 from continual.hub import Hub, Info, Trouble, named
 from continual.hub.repo import same
 from continual.retrying import Fault
+from continual.state import Commit
+from continual.state.entries import ReleaseEntry
 from continual.tensors.place import RELEASE
 
 CARD = "README.md"
@@ -44,11 +46,6 @@ class Released:
     new: bool
     uploaded: int = 0
     files: int = 0
-
-    def body(self) -> dict[str, Any]:
-        """What a record keeps of it."""
-        kept = {"of": self.seq, "repo": self.repo, "branch": self.branch, "commit": self.commit, "tag": self.tag}
-        return kept | {"uploaded_bytes": self.uploaded, "files": self.files}
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,11 +251,10 @@ def _commit(
         raise Trouble(str(error), Fault.GONE) from None
 
 
-def newest_release(log: Any, repo: str, branch: str) -> Mapping[str, Any] | None:
+def newest_release(log: Sequence[Commit], repo: str, branch: str) -> ReleaseEntry | None:
     """What the newest record of a release to this branch says; None if there is none."""
     for commit in reversed(log):
-        numbers = commit.entry.numbers or {}
-        if commit.entry.kind == "publish" and (numbers.get("repo"), numbers.get("branch")) == (repo, branch):
-            found: Mapping[str, Any] = numbers
-            return found
+        entry = commit.entry
+        if isinstance(entry, ReleaseEntry) and (entry.repo, entry.branch) == (repo, branch):
+            return entry
     return None

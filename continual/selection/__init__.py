@@ -2,7 +2,6 @@
 folded, and every member's fate is recorded."""
 
 from continual.selection.due import clock, is_due, next_due
-from continual.selection.fates import MemberFate
 from continual.selection.round import Ground, HearRound, Round, last_round, look, run
 from continual.selection.round_options import UNSUPERVISED, RoundOptions, options_of
 from continual.selection.unfold import subtract
@@ -12,7 +11,6 @@ __all__ = [
     "UNSUPERVISED",
     "Ground",
     "HearRound",
-    "MemberFate",
     "Round",
     "RoundOptions",
     "Why",

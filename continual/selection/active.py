@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from continual.selection.members import Member
 from continual.state import State
+from continual.state.entries import SelectEntry, UnfoldEntry
 
 
 class Active(NamedTuple):
@@ -20,10 +21,6 @@ class Active(NamedTuple):
     members: Mapping[str, Member]
     norms: Mapping[str, float]
 
-    def body(self) -> dict[str, object]:
-        """As `select` and `unfold` records hold it."""
-        return {"active": {key: list(weights) for key, weights in self.weights.items()}, "rest": list(self.rest)}
-
 
 NONE = Active({}, (), {}, {})
 """Nothing is weighed."""
@@ -33,9 +30,10 @@ def active_at(state: State, at: int | None = None) -> Active:
     """What the merged model of `state` weighs at record `at`, by default the newest. Raises Misconfigured where there
     is no such record."""
     history = state.ledger.history(at)
-    numbers = (history[-1].at.entry.numbers or {}) if history and history[-1].at else {}
+    newest = history[-1].at.entry if history and history[-1].at else None
     folds = [fold.commit.entry for fold in history]
-    members = {(e.candidate or {})["key"]: Member(e.candidate or {}) for e in folds}
-    norms = {(e.candidate or {})["key"]: float((e.numbers or {})["tau_norm"]) for e in folds}
-    weights = {key: tuple(float(w) for w in found) for key, found in numbers.get("active", {}).items()}
-    return Active(weights, tuple(numbers.get("rest", ())), members, norms)
+    members = {e.candidate.key: Member(e.candidate) for e in folds}
+    norms = {e.candidate.key: e.numbers.tau_norm for e in folds}
+    if not isinstance(newest, SelectEntry | UnfoldEntry):
+        return Active({}, (), members, norms)
+    return Active(newest.active or {}, newest.rest or (), members, norms)

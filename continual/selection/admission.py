@@ -7,8 +7,9 @@ from continual.engine.engine import Engine
 from continual.engine.outcomes import OpenCandidate, Outcome
 from continual.gates import Headers
 from continual.gates.updates import UpdatesGate
-from continual.records import Candidate, Entry
+from continual.records import Candidate
 from continual.state import State
+from continual.state.entries import DeferEntry, RefuseEntry
 from continual.tensors import Place
 
 
@@ -25,17 +26,10 @@ def admit(engine: Engine, place: Place) -> Outcome:
         shipped = engine.shipped(model, lineage)
         if shipped is not None:
             shipped.close()
-        if engine.gates.the(UpdatesGate).updates == "refuse" and "revision" in candidate.facts:
+        if engine.gates.the(UpdatesGate).updates == "refuse" and candidate.revision is not None:
             _replace_older(engine.state, candidate)
         message = f"{name}: waits in the pool for a round"
-        entry = Entry(
-            kind="defer",
-            candidate=candidate.identity(),
-            fate="deferred",
-            reason="waiting",
-            message=message,
-            software=provenance.software(),
-        )
+        entry = DeferEntry(candidate=candidate, message=message, software=provenance.software())
         return Outcome("deferred", name, message, "waiting", engine.state.record(entry))
 
     return engine.consider(place, wait)
@@ -44,15 +38,13 @@ def admit(engine: Engine, place: Place) -> Outcome:
 def _replace_older(state: State, candidate: Candidate) -> None:
     """Settles the other commits of the same repo that wait: rounds look at the one that came now in their place."""
     for waiting in state.ledger.pool.values():
-        older = waiting.commit.entry.candidate or {}
-        if older.get("origin") == candidate.origin and older.get("key") != candidate.key:
+        older = waiting.candidate
+        if older.origin == candidate.origin and older.key != candidate.key:
             state.record(
-                Entry(
-                    kind="refuse",
+                RefuseEntry(
                     candidate=older,
-                    fate="refused",
                     reason="superseded",
-                    message=f"{older['name']}: a newer commit of it waits in its place",
+                    message=f"{older.name}: a newer commit of it waits in its place",
                     software=provenance.software(),
                 )
             )

@@ -3,22 +3,24 @@ makes the new sum."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from continual import provenance
 from continual.engine.engine import Engine
 from continual.executors.contract import Progress
-from continual.records import Entry, Totals
+from continual.records import Totals
 from continual.selection import fates
 from continual.selection.active import Active, active_at
-from continual.selection.fates import Fate, MemberFate
-from continual.selection.frank_wolfe import Chosen, SearchSpace, together
+from continual.selection.frank_wolfe import Chosen, Figures, SearchSpace, together
 from continual.selection.members import Member
 from continual.selection.mixing import Mixing
 from continual.selection.round_options import RoundOptions
 from continual.state import Commit
+from continual.state.entries import SelectEntry
 from continual.state.ledger import Waiting
+from continual.state.parts import BroughtFold, FoldNumbers, MemberFate, RowFate
 
 
 class OpenRound(NamedTuple):
@@ -31,35 +33,19 @@ class OpenRound(NamedTuple):
     pool: Mapping[str, Waiting]
 
 
-class Sum(NamedTuple):
-    """A weighted sum that was written, as a record has it: `body` (`active`, `rest`, `folds`, `out`) and the totals."""
-
-    body: Mapping[str, object]
-    totals: Totals
-
-
-def entry(
-    under_way: OpenRound, rows: Sequence[MemberFate], numbers: Mapping[str, float], written: Sum | None = None
-) -> Entry:
-    """The record that ends a round, with the fates and numbers of its members; `written` where the round made a new
-    sum."""
-    listed: tuple[Fate, ...] = ("chosen", "folded", "deferred", "refused", "expired")
+def entry(under_way: OpenRound, rows: Sequence[MemberFate], figures: Figures) -> SelectEntry:
+    """The record that ends a round, with the fates of its members."""
+    listed: tuple[RowFate, ...] = ("chosen", "folded", "deferred", "refused", "expired")
     counted = [f"{len(found)} {fate}" for fate in listed if (found := fates.names(rows, fate))]
-    body = {
-        "of": under_way.begun.seq,
-        "objective": under_way.options.calibration.told()["digest"],
-        **numbers,
-        "scores": [row.body() for row in rows],
-        **(written.body if written else {}),
-    }
-    loss = f"loss {numbers['before']:.4g} to {numbers['loss']:.4g}"
-    return Entry(
-        kind="select",
-        numbers=body,
-        message=f"{', '.join(counted) or 'no member'}; {loss}, gap {numbers['gap']:.3g}",
+    loss = f"loss {figures.before:.4g} to {figures.loss:.4g}"
+    return SelectEntry(
+        message=f"{', '.join(counted) or 'no member'}; {loss}, gap {figures.gap:.3g}",
         software=provenance.software(),
         device=str(under_way.engine.device),
-        totals=written.totals.body() if written else None,
+        of=under_way.begun.seq,
+        objective=under_way.options.calibration.told().digest,
+        **figures._asdict(),
+        scores=tuple(rows),
     )
 
 
@@ -78,7 +64,7 @@ def kept_out(under_way: OpenRound, chosen: Chosen) -> list[MemberFate]:
     return fates.crowded(rows, pool, options)
 
 
-def kept(chosen: Chosen, key: str, fate: Fate = "folded", rank: int | None = None) -> MemberFate:
+def kept(chosen: Chosen, key: str, fate: RowFate = "folded", rank: int | None = None) -> MemberFate:
     """The fate of a member that was chosen, or that is in the sum."""
     member = chosen.active.members[key]
     weight = _mean(chosen.active.weights.get(key, (0.0,)))
@@ -102,7 +88,7 @@ def write_sum(under_way: OpenRound, space: SearchSpace, chosen: Chosen, progress
     rows = kept_out(_with_those_that_leave(under_way, now, out, chosen), chosen)
     if weights == now.weights and chosen.active.rest == now.rest:
         rows = [*(kept(chosen, key) for key in weights), *rows]
-        return state.record(entry(under_way, rows, chosen.numbers))
+        return state.record(entry(under_way, rows, chosen.figures))
     entering = [m.key for m in under_way.members if m.key in weights]
     with state.begin() as transaction:
         everyone = {**now.members, **chosen.active.members}
@@ -117,11 +103,15 @@ def write_sum(under_way: OpenRound, space: SearchSpace, chosen: Chosen, progress
         staying = {key: now.members[key] for key in now.members if key not in out}
         members = staying | {key: after.members[key] for key in entered}
         folds = [_fold(under_way.pool[key], digests[key], norms[key], _mean(after.weights[key])) for key in entered]
-        written = Sum(
-            {**after.body(), "folds": folds, "out": out},
-            totals(after._replace(members=members, norms=norms), merged_sq),
+        written = dataclasses.replace(
+            entry(under_way, rows, chosen.figures),
+            totals=totals(after._replace(members=members, norms=norms), merged_sq),
+            active=after.weights,
+            rest=after.rest,
+            folds=tuple(folds),
+            out=tuple(out),
         )
-        return transaction.commit(entry(under_way, rows, chosen.numbers, written))
+        return transaction.commit(written)
 
 
 def totals(merged: Active, merged_sq: float) -> Totals:
@@ -136,20 +126,16 @@ def _with_those_that_leave(under_way: OpenRound, now: Active, out: Sequence[str]
     """The round, as if the models that leave the sum waited in the pool since they were folded."""
     pool = dict(under_way.pool)
     for fold in under_way.engine.state.ledger.folds():
-        key = (fold.entry.candidate or {})["key"]
+        key = fold.entry.candidate.key
         if key in out:
             pool[key] = Waiting(fold, fold.time)
     leaving = [now.members[key] for key in out if key in chosen.scores]
     return under_way._replace(members=[*under_way.members, *leaving], pool=pool)
 
 
-def _fold(waiting: Waiting, digest: str, norm: float, weight: float) -> dict[str, object]:
+def _fold(waiting: Waiting, digest: str, norm: float, weight: float) -> BroughtFold:
     """A model that entered the sum, as the record has it."""
-    return {
-        "candidate": dict(waiting.commit.entry.candidate or {}),
-        "digest": digest,
-        "numbers": {"tau_norm": norm, "weight": weight},
-    }
+    return BroughtFold(waiting.candidate, digest, FoldNumbers(tau_norm=norm, weight=weight))
 
 
 def _without_twins(engine: Engine, after: Active, digests: Mapping[str, str]) -> tuple[Active, list[MemberFate]]:
@@ -161,7 +147,7 @@ def _without_twins(engine: Engine, after: Active, digests: Mapping[str, str]) ->
     rest = after.rest
     for key, digest in digests.items():
         known = engine.state.ledger.folded_digest(digest)
-        first = (known.entry.candidate or {})["key"] if known else seen.setdefault(digest, key)
+        first = known.entry.candidate.key if known else seen.setdefault(digest, key)
         if first == key:
             continue
         weight = weights.pop(key)
@@ -170,7 +156,7 @@ def _without_twins(engine: Engine, after: Active, digests: Mapping[str, str]) ->
         else:
             rest = together(rest, weight, len(weight))
         name = after.members[key].name
-        of = (known.entry.candidate or {})["name"] if known else after.members[first].name
+        of = known.entry.candidate.name if known else after.members[first].name
         twins.append(MemberFate(key, name, "refused", "duplicate", f"{name}: duplicate of {of}: the same tensors"))
     members = {key: member for key, member in after.members.items() if key in weights}
     return after._replace(weights=weights, rest=rest, members=members), twins

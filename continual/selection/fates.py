@@ -4,56 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, TypedDict
+from typing import TypedDict
 
 from continual.errors import Refuse
 from continual.selection.judging import Judgement
 from continual.selection.members import Member
 from continual.selection.round_options import DAY, RoundOptions
 from continual.state.ledger import Waiting
-
-Fate = Literal["chosen", "folded", "deferred", "refused", "expired"]
-
-
-@dataclass(frozen=True, slots=True)
-class MemberFate:
-    """A member at the end of a round.
-
-    `judged` is 1 where this round counts towards patience, else 0. `score` is ⟨g, τ⟩ at the merged model, in units of
-    the loss; for a member that is not in it, at the merged model without it. `change`, `error` and `z` are what
-    held-out rows say (`judging.Judgement`) of a trial of the member, or of its being in; None where it was not tried,
-    as where its score already is not below zero. `weight` is what Frank-Wolfe gave it. `rank`, of those chosen for a
-    rule: which is folded first, from 0.
-    """
-
-    key: str
-    name: str
-    fate: Fate
-    reason: str
-    message: str
-    judged: int = 0
-    score: float | None = None
-    change: float | None = None
-    error: float | None = None
-    z: float | None = None
-    weight: float | None = None
-    rank: int | None = None
-
-    def body(self) -> dict[str, object]:
-        """As the record holds it: `rank` is called `place` there."""
-        body = dataclasses.asdict(self)
-        body["place"] = body.pop("rank")
-        return body
-
-    @classmethod
-    def of(cls, body: Mapping[str, Any]) -> MemberFate:
-        """From a record."""
-        return cls(**{"rank" if name == "place" else name: value for name, value in body.items()})
+from continual.state.parts import MemberFate, RowFate
 
 
-class Figures(TypedDict):
+class Judged(TypedDict):
     """The figures of a member, as `MemberFate` has them."""
 
     score: float | None
@@ -62,7 +24,7 @@ class Figures(TypedDict):
     z: float | None
 
 
-def figures(score: float | None, judgement: Judgement | None) -> Figures:
+def figures(score: float | None, judgement: Judgement | None) -> Judged:
     """A score and a judgement, either of which may be missing."""
     change, error, z = judgement or (None, None, None)
     return {"score": score, "change": change, "error": error, "z": z}
@@ -106,7 +68,7 @@ def seen(member: Member, score: float, judgement: Judgement | None, options: Rou
 
 def lost(member: Member, refusal: Refuse) -> MemberFate:
     """The fate of a member whose files are gone, or that the gates on numbers refuse."""
-    fate: Fate = "expired" if refusal.reason == "gone" else "refused"
+    fate: RowFate = "expired" if refusal.reason == "gone" else "refused"
     return MemberFate(member.key, member.name, fate, refusal.reason, str(refusal))
 
 
@@ -128,7 +90,7 @@ def crowded(rows: Sequence[MemberFate], pool: Mapping[str, Waiting], options: Ro
     return [settled(row) for row in rows]
 
 
-def names(rows: Iterable[MemberFate], fate: Fate) -> list[str]:
+def names(rows: Iterable[MemberFate], fate: RowFate) -> list[str]:
     """The names of the members with this fate."""
     return [row.name for row in rows if row.fate == fate]
 

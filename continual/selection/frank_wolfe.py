@@ -52,13 +52,23 @@ class SearchSpace(NamedTuple):
     waiting: Sequence[Member]
 
 
+class Figures(NamedTuple):
+    """How a search went: `loss` of the driving rows at the end and `before` it; the duality gap over the models that
+    have weight or were let in (`gap`), and over all (`pool_gap`); how many steps were taken."""
+
+    loss: float
+    before: float
+    gap: float
+    pool_gap: float
+    steps: int
+
+
 class Chosen(NamedTuple):
     """What a search found.
 
     `active`: the weights; `mix`: what makes their sum of X. `scores`: ⟨g, τ⟩ at the end. `judged`: the last trial of
     each; for a model with weight, what it does by being in. `lost`: why a member could not be had. `left`: models that
-    had weight and have none now. `numbers`: `loss` and `before` of the driving rows at the end and at the start, `gap`
-    over the models that have weight or were let in, `pool_gap` over all, and `steps`.
+    had weight and have none now.
     """
 
     active: Active
@@ -67,7 +77,7 @@ class Chosen(NamedTuple):
     judged: Mapping[str, Judgement]
     lost: Mapping[str, Refuse]
     left: Sequence[str]
-    numbers: dict[str, float]
+    figures: Figures
 
 
 class Lost(Exception):
@@ -286,9 +296,9 @@ def _choose(search: Search, stepping: Stepping, hear: Hear) -> Chosen:
     rho = stepping.settings.rho
     most = (rho * slopes.min(0).values).clamp_max(0.0).sum() if len(slopes) else 0.0
     pool_gap = float((weights * slopes).sum() - most)
-    numbers = {"loss": solved.loss, "before": before, "gap": solved.gap, "pool_gap": pool_gap, "steps": steps}
+    figures = Figures(solved.loss, before, solved.gap, pool_gap, steps)
     left = [key for key in search.now if key not in chosen]
-    return Chosen(active, search.mix(weights), search.scores, search.judged, search.lost, left, numbers)
+    return Chosen(active, search.mix(weights), search.scores, search.judged, search.lost, left, figures)
 
 
 def room(now: Active, waiting: Sequence[Member], most: int) -> Active:

@@ -21,7 +21,7 @@ from continual.executors.contract import Progress, Task
 from continual.gates import Numbers, TensorNumbers
 from continual.objectives.calibration import Calibration
 from continual.objectives.parameters import find_parameters
-from continual.records import TensorSpec, Totals
+from continual.records import TensorSpec
 from continual.selection.members import Member, Opened, opened, over
 from continual.selection.mixing import layers
 
@@ -127,7 +127,7 @@ class ModelInMemory:
         state = self.engine.state
         squares = state.format.base["squares"]
         base_norm = math.sqrt(math.fsum(squares[name] for name in found.lineage.folded))
-        self.engine.gates.at_numbers(Numbers(member.name, math.sqrt(tau_sq), base_norm, Totals.of(state.ledger.totals)))
+        self.engine.gates.at_numbers(Numbers(member.name, math.sqrt(tau_sq), base_norm, state.ledger.totals))
 
     def along(self, vector: Callable[[TensorSpec], Tensor]) -> list[float]:
         """⟨g_l, x_l⟩ for each layer l, x being what `vector` gives."""

@@ -6,7 +6,7 @@ Between passes nothing of a member is in memory, so the memory that a round need
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -15,33 +15,33 @@ from continual.engine.engine import Engine
 from continual.engine.folding import run_length
 from continual.errors import Refuse
 from continual.executors.contract import Progress, Task
-from continual.records import Lineage
+from continual.records import Candidate, Lineage
 from continual.tensors import Model, Place, TaskVectors, candidate_of, open_model
 
 T = TypeVar("T")
 
 
 class Member(NamedTuple):
-    """A model by its identity in the records; `at` is where its files are now, if that is somewhere else than the
+    """A model as the records name it; `at` is where its files are now, if that is somewhere else than the
     records say."""
 
-    identity: Mapping[str, object]
+    candidate: Candidate
     at: Place | None = None
 
     @property
     def key(self) -> str:
         """The candidate's key."""
-        return str(self.identity["key"])
+        return self.candidate.key
 
     @property
     def name(self) -> str:
         """The model's name, for people."""
-        return str(self.identity["name"])
+        return self.candidate.name
 
     @property
     def form(self) -> str:
         """`full` or `adapter`."""
-        return str(self.identity["form"])
+        return self.candidate.form
 
 
 class Opened(NamedTuple):
@@ -55,7 +55,7 @@ class Opened(NamedTuple):
 def place_of(engine: Engine, member: Member) -> Place:
     """Where the member's files are. Raises Refuse with the reason `gone` where there is nothing, Retry where that
     cannot be told now."""
-    place = member.at or engine.locate(member.identity)
+    place = member.at or engine.locate(member.candidate)
     place.must_be_there()
     return place
 

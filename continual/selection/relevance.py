@@ -13,15 +13,16 @@ from continual.engine.engine import Engine
 from continual.engine.outcomes import Outcome
 from continual.errors import Refuse
 from continual.executors.contract import Progress
-from continual.records import Entry
 from continual.selection.members import Member, opened
+from continual.state.entries import RefuseEntry
 from continual.state.ledger import Waiting
+from continual.state.parts import Relevance
 
 
 def pending(pool: Mapping[str, Waiting]) -> dict[str, Waiting]:
     """The candidates that a round chose and that are not folded yet, in the order in which they have to be."""
-    found = {key: w for key, w in pool.items() if w.last.get("fate") == "chosen"}
-    return dict(sorted(found.items(), key=lambda item: int(item[1].last["place"])))
+    chosen = {key: w.last for key, w in pool.items() if w.last is not None and w.last.fate == "chosen"}
+    return {key: pool[key] for key in sorted(chosen, key=lambda key: chosen[key].rank or 0)}
 
 
 def fold(engine: Engine, progress: Progress, hear: Callable[[Outcome], None]) -> list[Outcome]:
@@ -35,20 +36,21 @@ def fold(engine: Engine, progress: Progress, hear: Callable[[Outcome], None]) ->
 
 
 def _fold(engine: Engine, waiting: Waiting, progress: Progress) -> Outcome:
-    member = Member(waiting.commit.entry.candidate or {})
+    member = Member(waiting.candidate)
     try:
         with opened(engine, member) as seen:
             place = seen.model.place
     except Refuse as gone:  # it was there when it was chosen: what lies there now is another candidate
         return _expire(engine, member, gone)
-    found = {key: waiting.last[key] for key in ("score", "change", "error", "z", "weight")}
-    return engine.fold(place, progress=progress, chosen={"relevance": found})
+    row = waiting.last
+    assert row is not None, "a round chose it"
+    chosen = Relevance(row.score, row.change, row.error, row.z, row.weight)
+    return engine.fold(place, progress=progress, chosen=chosen)
 
 
 def _expire(engine: Engine, member: Member, gone: Refuse) -> Outcome:
-    entry = Entry(
-        kind="refuse",
-        candidate=member.identity,
+    entry = RefuseEntry(
+        candidate=member.candidate,
         fate="expired",
         reason=gone.reason,
         message=str(gone),

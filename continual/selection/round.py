@@ -15,18 +15,18 @@ from continual.engine.reading import Reading
 from continual.errors import Misconfigured, Refuse, Retry
 from continual.executors.contract import Progress
 from continual.objectives import calibration
-from continual.records import Entry
 from continual.selection import commit, fates, frank_wolfe, relevance
 from continual.selection.active import NONE, active_at
 from continual.selection.commit import OpenRound
-from continual.selection.fates import MemberFate
 from continual.selection.frank_wolfe import MergedVector, SearchSpace
 from continual.selection.in_memory import ModelInMemory
 from continual.selection.members import Member
 from continual.selection.round_options import RoundOptions
 from continual.selection.steps import Stepping, Taken
 from continual.state import Commit, State
+from continual.state.entries import RoundEntry, SelectEntry
 from continual.state.ledger import Waiting
+from continual.state.parts import MemberFate, MemberName, RowFate
 
 _EMPTY = "nothing waits in the pool; 'continual fold MODEL' puts a model there, and so does the daemon"
 HearRound = Callable[[Outcome | Taken], None]
@@ -34,15 +34,19 @@ HearRound = Callable[[Outcome | Taken], None]
 
 
 class Round(NamedTuple):
-    """What a round came to: the fate of each member (`rows`), its numbers (`loss`, `before`, `gap`, `pool_gap`,
-    `steps`; of a dry run `before` and `loss` alone), the record that ended it (None of a dry run), how many models were
-    folded, and its wall time in seconds."""
+    """What a round came to: the fate of each member (`rows`), the `loss` of the driving rows after it and `before` it,
+    the record that ended it (None of a dry run), how many models were folded, and its wall time in seconds. A dry run
+    has no `gap`, `pool_gap` and `steps`; SelectEntry says what they are."""
 
     rows: list[MemberFate]
-    numbers: Mapping[str, float]
+    loss: float
+    before: float
     commit: Commit | None
     folds: int
     seconds: float
+    gap: float | None = None
+    pool_gap: float | None = None
+    steps: int | None = None
 
     @property
     def refused(self) -> bool:
@@ -79,8 +83,8 @@ def run(ground: Ground, options: RoundOptions, progress: Progress, hear: HearRou
     by_layer = ground.weighed and (options.layers or any(len(w) > 1 for w in now.weights.values()))
     model = _load(engine, options, progress, by_layer=by_layer)
     begun = _begin(ground, options, pool)
-    keys = [m["key"] for m in (begun.entry.numbers or {})["members"]]
-    members = [Member(pool[key].commit.entry.candidate or {}) for key in keys if key in pool]
+    keys = [member.key for member in begun.of_kind(RoundEntry).members]
+    members = [Member(pool[key].candidate) for key in keys if key in pool]
     under_way = OpenRound(engine, options, begun, members, pool)
     stepping = options.stepping
     if ground.weighed:
@@ -109,7 +113,7 @@ def look(ground: Ground, options: RoundOptions, progress: Progress) -> Round:
     if not pool:
         raise Misconfigured(_EMPTY)
     model = _load(engine, options, progress, by_layer=False)
-    members = [Member(w.commit.entry.candidate or {}) for w in pool.values()]
+    members = [Member(w.candidate) for w in pool.values()]
     merged = _merged_vector(ground, progress)._replace(fixed=True)  # no model that is in it is weighed
     search = frank_wolfe.Search(SearchSpace(model, merged, NONE, members), options, progress)
     while True:
@@ -127,12 +131,12 @@ def look(ground: Ground, options: RoundOptions, progress: Progress) -> Round:
             rows.append(fates.seen(member, score, search.judged.get(member.key), options))
     model.clear()
     rows.sort(key=lambda row: (row.score is None, row.score))
-    return Round(rows, {"before": loss, "loss": loss}, None, 0, time.perf_counter() - started)
+    return Round(rows, loss, loss, None, 0, time.perf_counter() - started)
 
 
 def last_round(state: State) -> Commit | None:
     """The record that ended the last round; None where there was none."""
-    return next((c for c in reversed(state.ledger.log) if c.entry.kind == "select"), None)
+    return next((c for c in reversed(state.ledger.log) if isinstance(c.entry, SelectEntry)), None)
 
 
 def _load(engine: Engine, options: RoundOptions, progress: Progress, *, by_layer: bool) -> ModelInMemory:
@@ -146,18 +150,18 @@ def _begin(ground: Ground, options: RoundOptions, pool: Mapping[str, Waiting]) -
     """The record that begins the round. It is the one of the open round, where that asked for the same; else a new one,
     with the members as they are now."""
     state = ground.engine.state
-    wanted = {
-        "mode": "frank-wolfe" if ground.weighed else "relevance",
-        "asked": options.told(),
-        "objective": options.calibration.told(),
-    }
+    entry = RoundEntry(
+        message=f"{len(pool)} candidate{'s' * (len(pool) != 1)}",
+        software=provenance.software(),
+        mode="frank-wolfe" if ground.weighed else "relevance",
+        asked=options.told(),
+        objective=options.calibration.told(),
+        members=tuple(MemberName(key, waiting.candidate.name) for key, waiting in pool.items()),
+    )
     open_round = state.ledger.open_round
-    if open_round is not None and {key: (open_round.entry.numbers or {}).get(key) for key in wanted} == wanted:
+    if open_round is not None and open_round.of_kind(RoundEntry).asks_as(entry):
         return open_round
-    members = [{"key": key, "name": (w.commit.entry.candidate or {})["name"]} for key, w in pool.items()]
-    message = f"{len(members)} candidate{'s' * (len(members) != 1)}"
-    numbers = {**wanted, "members": members}
-    return state.record(Entry(kind="round", numbers=numbers, message=message, software=provenance.software()))
+    return state.record(entry)
 
 
 def _merged_vector(ground: Ground, progress: Progress) -> MergedVector:
@@ -179,22 +183,29 @@ def _record_choice(under_way: OpenRound, chosen: frank_wolfe.Chosen) -> Commit:
     order = sorted(weights, key=lambda key: (-weights[key][0], key))
     first = [commit.kept(chosen, key, "chosen", rank) for rank, key in enumerate(order)]
     rows = [*first, *commit.kept_out(under_way, chosen)]
-    return under_way.engine.state.record(commit.entry(under_way, rows, chosen.numbers))
+    return under_way.engine.state.record(commit.entry(under_way, rows, chosen.figures))
 
 
 def _after(ended: Commit, outcomes: Sequence[Outcome], started: float) -> Round:
     """The round that the record `ended` ends, with what became of the models that it chose."""
-    numbers = ended.entry.numbers or {}
-    folded = {(o.commit.entry.candidate or {})["key"]: o for o in outcomes}
-    rows = [_settled(MemberFate.of(body), folded.get(body["key"])) for body in numbers["scores"]]
-    folds = sum(o.fate == "folded" for o in outcomes) + len(numbers.get("folds", ()))
-    figures = {key: numbers[key] for key in ("loss", "before", "gap", "pool_gap", "steps")}
-    return Round(rows, figures, ended, folds, time.perf_counter() - started)
+    entry = ended.of_kind(SelectEntry)
+    folded = {outcome.key: outcome for outcome in outcomes}
+    return Round(
+        rows=[_settled(row, folded.get(row.key)) for row in entry.scores],
+        loss=entry.loss,
+        before=entry.before,
+        commit=ended,
+        folds=sum(outcome.fate == "folded" for outcome in outcomes) + len(entry.folds or ()),
+        seconds=time.perf_counter() - started,
+        gap=entry.gap,
+        pool_gap=entry.pool_gap,
+        steps=entry.steps,
+    )
 
 
 def _settled(row: MemberFate, outcome: Outcome | None) -> MemberFate:
     """The fate of a member, as the fold that came after the round settled it."""
     if outcome is None:
         return row
-    fate: fates.Fate = "folded" if outcome.fate == "folded" else "refused"
+    fate: RowFate = "folded" if outcome.fate == "folded" else "refused"
     return dataclasses.replace(row, fate=fate, reason=outcome.reason or "", message=outcome.message)

@@ -9,6 +9,7 @@ from continual.config import RoundSettings, Settings
 from continual.errors import Misconfigured
 from continual.objectives.calibration import Wanted
 from continual.selection.steps import WHOLE, Stepping
+from continual.state.parts import RoundTerms
 
 DAY = 86400.0
 """Seconds."""
@@ -53,27 +54,27 @@ class RoundOptions:
             )
         return cls(settings, calibration, stepping, layers)
 
-    def told(self) -> dict[str, object]:
+    def told(self) -> RoundTerms:
         """What a `round` record keeps: all that the choice depends on. A round that was cut off goes on only where the
         next one has the same."""
         s = self.settings
-        return {
-            "trial": s.trial,
-            "sigmas": s.sigmas,
-            "stays": s.stays,
-            "patience": s.patience,
-            "step": s.step,
-            "rho": s.rho,
-            "search": s.search,
-            "layers": self.layers,
-            "tolerance": s.tolerance,
-            "steps": s.steps,
-            "best": s.best,
-            "active": s.active,
-            "inner": s.inner,
-            "age": s.age,
-            "most": s.most,
-        }
+        return RoundTerms(
+            trial=s.trial,
+            sigmas=s.sigmas,
+            stays=s.stays,
+            patience=s.patience,
+            step=s.step,
+            rho=s.rho,
+            search=s.search,
+            layers=self.layers,
+            tolerance=s.tolerance,
+            steps=s.steps,
+            best=s.best,
+            active=s.active,
+            inner=s.inner,
+            age=s.age,
+            most=s.most,
+        )
 
 
 def options_of(settings: Settings) -> RoundOptions:

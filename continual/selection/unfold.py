@@ -4,12 +4,14 @@ are until the next round. Of other rules that is in `engine.unfolding`."""
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from continual.engine import unfolding
 from continual.engine.engine import Engine
 from continual.engine.unfolding import Unfolding
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress
+from continual.records import Totals
 from continual.selection.active import active_at
 from continual.selection.commit import totals
 from continual.selection.mixing import Mix, Mixing, layers, stored_sum
@@ -44,7 +46,8 @@ def subtract(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
         if digests[plan.key] != model.digest:
             raise unfolding.changed(model)
         if after.members:
-            left = totals(after, merged_sq).body()
-            return transaction.commit(unfolding.entry(engine, plan, began, left, after.body()))
+            left = unfolding.entry(engine, plan, began, totals(after, merged_sq))
+            return transaction.commit(replace(left, active=after.weights, rest=after.rest))
     # Nothing is left. The record has no generation: zeros, and not what rounding left of them.
-    return state.record(unfolding.entry(engine, plan, began, {}, after.body()), None)
+    nothing = unfolding.entry(engine, plan, began, Totals())
+    return state.record(replace(nothing, active=after.weights, rest=after.rest), None)

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from continual.errors import Misconfigured
-from continual.state import Commit, State
+from continual.state import State
+from continual.state.entries import SelectEntry
+from continual.state.fields import body_of
+from continual.state.parts import MemberFate
+
+
+class RoundVerdict(NamedTuple):
+    """What a round said of a candidate: `record`, `time` and `objective` of the round, how many `members` it had, how
+    many of these scored `better` (None where the candidate has no score), and the candidate's `row`."""
+
+    record: int
+    time: str
+    objective: str
+    members: int
+    better: int | None
+    row: MemberFate
+
+    def body(self) -> dict[str, object]:
+        """For machines: the row, and the rest beside it."""
+        more = {"record": self.record, "time": self.time, "objective": self.objective, "members": self.members}
+        return body_of(self.row) | more | {"better": self.better}
 
 
 class Why(NamedTuple):
     """What is known of a candidate: its `fate` now, with the reason and a message; `since`, when it was first seen; and
-    what each round said of it (`rounds`), oldest first.
-
-    What a round said is the row of its record (`fates.MemberFate.body`), and `record`, `time` and `objective` of the
-    round, how many `members` it had, and how many of these scored `better`.
-    """
+    what each round said of it (`rounds`), oldest first."""
 
     key: str
     name: str
@@ -25,57 +40,53 @@ class Why(NamedTuple):
     reason: str
     message: str
     since: str
-    rounds: Sequence[Mapping[str, object]]
+    rounds: Sequence[RoundVerdict]
+
+    def body(self) -> dict[str, object]:
+        """For machines."""
+        return {**self._asdict(), "rounds": [verdict.body() for verdict in self.rounds]}
 
 
 def explain(state: State, word: str) -> Why:
     """Tells of the candidate that `word` names: a name, a path or a key, the newest that there is. Raises Misconfigured
     where the ledger knows none."""
-    words = (word, str(Path(word).absolute()))
-    seen = [commit for commit in (*state.ledger.log, *state.ledger.folds()) if _names(words, commit)]
+    commits = (*state.ledger.log, *state.ledger.folds())
+    seen = [(c, c.entry.candidate) for c in commits if c.entry.candidate and c.entry.candidate.answers(word)]
     if not seen:
         raise Misconfigured(
             f"{word}: no candidate of this name, path or key was ever seen; see 'continual pool' and 'continual log'"
         )
-    newest = seen[-1].entry.candidate or {}
-    key = newest["key"]
+    commit, newest = seen[-1]
+    key = newest.key
     since = next(
-        c.time for c in state.ledger.log if (c.entry.candidate or {}).get("key") == key or c.seq == seen[-1].seq
+        c.time for c in state.ledger.log if c.seq == commit.seq or (c.entry.candidate and c.entry.candidate.key == key)
     )
-    fate, reason, message = _fate(state, key, newest["name"])
-    return Why(key, newest["name"], newest["origin"], fate, reason, message, since, list(_rounds(state, key)))
+    fate, reason, message = _fate(state, key, newest.name)
+    return Why(key, newest.name, newest.origin, fate, reason, message, since, list(_rounds(state, key)))
 
 
-def _names(words: tuple[str, str], commit: Commit) -> bool:
-    """Whether the words, a name or key and a path, name the candidate of a record."""
-    candidate = commit.entry.candidate
-    return candidate is not None and (words[0] in (candidate["name"], candidate["key"]) or candidate["origin"] in words)
-
-
-def _rounds(state: State, key: str) -> Iterator[Mapping[str, object]]:
+def _rounds(state: State, key: str) -> Iterator[RoundVerdict]:
     """What each round said of the candidate."""
     for commit in state.ledger.log:
-        numbers = commit.entry.numbers or {}
-        if commit.entry.kind != "select" or "scores" not in numbers:
+        entry = commit.entry
+        if not isinstance(entry, SelectEntry):
             continue
-        scores = [row["score"] for row in numbers["scores"] if row["score"] is not None]
-        for row in numbers["scores"]:
-            if row["key"] == key:
-                yield {
-                    **row,
-                    "record": commit.seq,
-                    "time": commit.time,
-                    "objective": numbers["objective"],
-                    "members": len(numbers["scores"]),
-                    "better": None if row["score"] is None else sum(score < row["score"] for score in scores),
-                }
+        for row in entry.scores:
+            if row.key == key:
+                better = _better(entry.scores, row.score)
+                yield RoundVerdict(commit.seq, commit.time, entry.objective, len(entry.scores), better, row)
+
+
+def _better(rows: Sequence[MemberFate], score: float | None) -> int | None:
+    """How many of a round's members scored better; a lower score is better."""
+    return None if score is None else sum(row.score < score for row in rows if row.score is not None)
 
 
 def _fate(state: State, key: str, name: str) -> tuple[str, str, str]:
     """The fate of a candidate now, the reason, and a message."""
     waiting = state.ledger.pool.get(key)
     if waiting is not None and waiting.last:
-        return "deferred", waiting.last["reason"], waiting.last["message"]
+        return "deferred", waiting.last.reason, waiting.last.message
     if waiting is not None:
         return "deferred", "waiting", waiting.commit.entry.message or "waits for its first round"
     settled = state.ledger.fate(key)

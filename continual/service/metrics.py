@@ -17,7 +17,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-from continual.records import FoldReport
+from continual.engine.outcomes import FoldReport
+from continual.state.entries import SelectEntry
 
 
 class Series(NamedTuple):
@@ -142,8 +143,8 @@ class Metrics:
         for stage, seconds in report.seconds.items():
             if stage != "total":
                 self._counters["continual_fold_stage_seconds_total"].labels(stage).inc(seconds)
-        if kept := report.numbers["notes"].get("kept"):
-            self._gauges["continual_energy_kept_ratio"].set(kept["mean"])
+        if kept := (report.numbers.notes or {}).get("kept"):
+            self._gauges["continual_energy_kept_ratio"].set(kept.mean)
         self._gauges["continual_last_fold_timestamp_seconds"].set(now)
 
     def refused(self, reason: str) -> None:
@@ -159,11 +160,12 @@ class Metrics:
         self._counters["continual_rounds_total"].inc()
         self._histograms["continual_round_seconds"].observe(seconds)
 
-    def pool(self, waiting: int, last: Mapping[str, float]) -> None:
-        """Who waits, and the figures of the last round: its `gap`, `loss` and the loss `before`."""
+    def pool(self, waiting: int, last: SelectEntry | None) -> None:
+        """Who waits, and the figures of the last round; zeros before the first."""
         self._gauges["continual_pool_candidates"].set(waiting)
-        for name, key in (("gap", "gap"), ("loss", "loss"), ("loss_before", "before")):
-            self._gauges[f"continual_round_{name}"].set(last.get(key, 0.0))
+        self._gauges["continual_round_gap"].set(last.gap if last else 0.0)
+        self._gauges["continual_round_loss"].set(last.loss if last else 0.0)
+        self._gauges["continual_round_loss_before"].set(last.before if last else 0.0)
 
     def released(self, uploaded: int) -> None:
         """A release that is out, and how many bytes were uploaded for it."""

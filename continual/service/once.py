@@ -63,7 +63,7 @@ def once(merge: Merge, sources: Sequence[Source]) -> Iterator[Tried]:
         key = None
         try:
             outcome = merge.fold(event)
-            key = (outcome.commit.entry.candidate or {}).get("key")
+            key = outcome.key
             if outcome.fate != "known":
                 yield Tried(event.name, outcome)
         except Skip:

@@ -26,10 +26,11 @@ from continual.hub import Trouble
 from continual.publish import folder, hooks
 from continual.publish.hooks import Published
 from continual.publish.hub import newest_release
-from continual.records import Entry
 from continual.retrying import PARKED, Fault, retry_delay
 from continual.service import release as releasing
 from continual.service.metrics import Metrics
+from continual.state.entries import Entry, HookEntry
+from continual.state.parts import HookCall
 
 T = TypeVar("T")
 Recorder = Callable[[Entry], Awaitable[None]]
@@ -142,10 +143,10 @@ class Outlets:
         asked = self.settings.release
         state = self.merge.state
         done = newest_release(state.ledger.log, asked.repo or "", asked.branch)
-        last = -1 if done is None else int(done["of"])
+        last = -1 if done is None else done.of
         if last >= newest or not state.ledger.folds(newest):
             if done is not None:  # a kill may have come between the release and its hooks
-                was = Published(state=state.id, seq=last, repo=done["repo"], commit=done["commit"], tag=done["tag"])
+                was = Published(state=state.id, seq=last, repo=done.repo, commit=done.commit, tag=done.tag)
                 self._hand(was, "release")
             return False
         seq = releasing.next_record(self.merge, last) if asked.every else newest
@@ -174,12 +175,9 @@ class Outlets:
 
     def _was_told(self, waiter: Waiter, seq: int) -> bool:
         """Whether the ledger has a call of such a hook for this record: after a restart nobody is told twice."""
-        for commit in reversed(self.merge.state.ledger.log[seq:]):
-            numbers = commit.entry.numbers or {}
-            called = numbers.get("hook", {}) if commit.entry.kind == "publish" and numbers["of"] == seq else {}
-            if (called.get("number"), called.get("target")) == (waiter.number, hooks.target(waiter.hook)):
-                return True
-        return False
+        wanted = (seq, waiter.number, hooks.target(waiter.hook))
+        calls = (c.entry for c in reversed(self.merge.state.ledger.log[seq:]) if isinstance(c.entry, HookEntry))
+        return any((call.of, call.hook.number, call.hook.target) == wanted for call in calls)
 
     async def _call(self, waiter: Waiter) -> None:
         """Tells one server of the newest publication, one at a time, and records what became of it. Nothing waits for
@@ -193,10 +191,12 @@ class Outlets:
             self.metrics.hook(waiter.hook.kind, ok=told.ok)
             log = self._log.info if told.ok else self._log.error
             log("hook", **told.body(), seq=published.seq)
-            numbers = {"of": published.seq, "hook": {"number": waiter.number, **told.body()}}
+            call = HookCall(number=waiter.number, **told.body())
             said = f"hook {told.kind} for record {published.seq}: {'done' if told.ok else told.message}"
             try:
-                await self.record(Entry(kind="publish", numbers=numbers, message=said, software=provenance.software()))
+                await self.record(
+                    HookEntry(message=said, software=provenance.software(), of=published.seq or 0, hook=call)
+                )
             except ContinualError as error:  # the log line above is what is left of it
                 self.metrics.error("publish")
                 self._log.error("hook not recorded", seq=published.seq, error=str(error))

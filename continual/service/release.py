@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from continual import provenance
 from continual.api import Merge
@@ -16,10 +16,11 @@ from continual.errors import Misconfigured
 from continual.hub.locate import SCHEME
 from continual.publish import card, folder, hub
 from continual.publish.hub import Released
-from continual.records import Entry
 from continual.rules import ReadOptions
 from continual.state import Commit
 from continual.state.durable import link_tree
+from continual.state.entries import ReleaseEntry
+from continual.state.format import FoldCommit
 from continual.tensors.place import RELEASE
 
 
@@ -94,10 +95,19 @@ def public(file: Path) -> bytes:
     return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
 
 
-def entry(released: Released) -> Entry:
+def entry(released: Released) -> ReleaseEntry:
     """The record of a release."""
-    message = f"record {released.seq} released as {released.url}"
-    return Entry(kind="publish", numbers=released.body(), message=message, software=provenance.software())
+    return ReleaseEntry(
+        message=f"record {released.seq} released as {released.url}",
+        software=provenance.software(),
+        of=released.seq,
+        repo=released.repo,
+        branch=released.branch,
+        commit=released.commit,
+        tag=released.tag,
+        uploaded_bytes=released.uploaded,
+        files=released.files,
+    )
 
 
 def facts_of(merge: Merge, seq: int) -> card.Facts:
@@ -131,21 +141,21 @@ def facts_of(merge: Merge, seq: int) -> card.Facts:
         export=() if asked.dtype is None else ("--dtype", asked.dtype),
         repo=asked.repo,
         architecture=next(iter(config.get("architectures") or ()), None),
-        previous=None if before is None else before.get("commit"),
+        previous=None if before is None else before.commit,
     )
 
 
-def _model(fold: Commit) -> card.Model:
-    candidate: Mapping[str, Any] = fold.entry.candidate or {}
+def _model(fold: FoldCommit) -> card.Model:
+    candidate = fold.entry.candidate
     return card.Model(
         seq=fold.seq,
-        name=candidate["name"],
-        origin=candidate["origin"],
-        form=candidate["form"],
-        digest=fold.entry.digest or "",
-        revision=candidate.get("revision"),
-        licence=candidate.get("licence"),
-        weight=(fold.entry.numbers or {}).get("weight"),
+        name=candidate.name,
+        origin=candidate.origin,
+        form=candidate.form,
+        digest=fold.entry.digest,
+        revision=candidate.revision,
+        licence=candidate.licence,
+        weight=fold.entry.numbers.weight,
     )
 
 

@@ -9,12 +9,12 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from continual import provenance, selection, tuning
 from continual.api import Merge
 from continual.config import Settings
-from continual.records import Event, Totals
+from continual.records import Event
 from continual.rules import ReadOptions
 from continual.service.metrics import peak_memory
 from continual.service.queue import Queue
@@ -31,11 +31,14 @@ from continual.service.web.view import (
 from continual.sources import roster
 from continual.sources.contract import Source, SourceReport
 from continual.state import Commit, State, lock
+from continual.state.entries import HookEntry, ReleaseEntry, SelectEntry, TuneEntry
+from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting
 from continual.texts import Json, record
 
 _SHOWN = 15
 """Rows of each list that are shown."""
+C = TypeVar("C", bound=Commit)
 _QUEUED = 50
 """Names of waiting candidates that are shown; the Hub can have thousands."""
 _RECENT = 2000
@@ -214,8 +217,8 @@ def _status(merge: Merge, running: Running) -> Status:
         generations=len(state.generations()),
         state_bytes=state.generation_bytes(),
         disk_free_bytes=shutil.disk_usage(state.path).free,
-        totals=ledger.totals,
-        gauges=merge.rule.read.gauges(Totals.of(ledger.totals)),
+        totals=ledger.totals.body() if folds else {},
+        gauges=merge.rule.read.gauges(ledger.totals),
         queue=tuple(running.queue[:_QUEUED]),
         queued=len(running.queue),
         select=merge.selects,
@@ -230,7 +233,7 @@ def _status(merge: Merge, running: Running) -> Status:
     )
 
 
-def _newest(commits: Sequence[Commit]) -> list[Commit]:
+def _newest(commits: Sequence[C]) -> list[C]:
     """The newest of them, newest first."""
     return list(commits[-_SHOWN:])[::-1]
 
@@ -243,7 +246,7 @@ def _base(state: State) -> str:
 
 def _tuned(state: State) -> ShownScale | None:
     tuned = tuning.in_force(state)
-    return None if tuned is None else ShownScale(tuned.seq, (tuned.entry.numbers or {})["folds"])
+    return None if tuned is None else ShownScale(tuned.seq, tuned.of_kind(TuneEntry).folds)
 
 
 def _sources(reports: Mapping[str, SourceReport]) -> dict[str, SourceReport | None]:
@@ -256,7 +259,7 @@ def _sources(reports: Mapping[str, SourceReport]) -> dict[str, SourceReport | No
 
 def _publications(log: Sequence[Commit]) -> list[Commit]:
     """The records of releases and hooks, among the last."""
-    return [commit for commit in log[-_RECENT:] if commit.entry.kind == "publish"]
+    return [commit for commit in log[-_RECENT:] if isinstance(commit.entry, ReleaseEntry | HookEntry)]
 
 
 def _publication(commit: Commit) -> ShownPublication:
@@ -264,46 +267,49 @@ def _publication(commit: Commit) -> ShownPublication:
 
 
 def _round(commit: Commit) -> ShownRound:
-    numbers = commit.entry.numbers or {}
+    ended = commit.of_kind(SelectEntry)
     return ShownRound(
         commit.seq,
         commit.time,
-        loss=numbers["loss"],
-        before=numbers["before"],
-        gap=numbers["gap"],
-        steps=numbers["steps"],
+        loss=ended.loss,
+        before=ended.before,
+        gap=ended.gap,
+        steps=ended.steps,
     )
 
 
 def _waiting(waiting: Waiting) -> ShownWaiting:
-    candidate = waiting.commit.entry.candidate or {}
     last = waiting.last
     return ShownWaiting(
-        model=candidate.get("name"),
+        model=waiting.candidate.name,
         since=waiting.since,
         rounds=waiting.rounds,
-        score=last.get("score"),
-        z=last.get("z"),
-        said=last.get("message", "waits for its first round"),
+        score=last.score if last else None,
+        z=last.z if last else None,
+        said=last.message if last else "waits for its first round",
     )
 
 
-def _fold(commit: Commit) -> ShownFold:
-    candidate = commit.entry.candidate or {}
-    numbers = commit.entry.numbers or {}
+def _fold(commit: FoldCommit) -> ShownFold:
+    candidate = commit.entry.candidate
+    numbers = commit.entry.numbers
     return ShownFold(
         commit.seq,
         commit.time,
-        model=candidate.get("name"),
-        form=candidate.get("form"),
-        tau_norm=numbers.get("tau_norm"),
-        cosine=numbers.get("cosine"),
-        weight=numbers.get("weight"),
+        model=candidate.name,
+        form=candidate.form,
+        tau_norm=numbers.tau_norm,
+        cosine=numbers.cosine,
+        weight=numbers.weight,
     )
 
 
 def _refusal(commit: Commit) -> ShownRefusal:
-    candidate = commit.entry.candidate or {}
+    candidate = commit.entry.candidate
     return ShownRefusal(
-        commit.seq, commit.time, candidate.get("name"), reason=commit.entry.reason, message=commit.entry.message
+        commit.seq,
+        commit.time,
+        candidate.name if candidate else None,
+        reason=commit.entry.reason,
+        message=commit.entry.message,
     )

@@ -15,13 +15,13 @@ from continual import provenance, selection, tuning
 from continual.api import Merge
 from continual.engine.outcomes import Outcome
 from continual.errors import Abandoned, Halt, Retry, Skip
-from continual.records import Entry, Totals
 from continual.retrying import retry_delay
 from continual.selection.steps import Taken
 from continual.service.metrics import Metrics
 from continual.service.queue import Queued
 from continual.service.status import Live
 from continual.sources.contract import Source
+from continual.state.entries import Entry, SelectEntry, TuneEntry
 
 _LOOK = 0.2
 """Seconds between two looks at whether every source has scanned."""
@@ -103,11 +103,11 @@ class Worker:
         state = self.merge.state
         ledger = state.ledger
         self.metrics.state(state.generation_bytes(), len(state.generations()), ledger.head.seq, len(ledger.folds()))
-        self.metrics.gauges(self.merge.rule.read.gauges(Totals.of(ledger.totals)))
+        self.metrics.gauges(self.merge.rule.read.gauges(ledger.totals))
         last = selection.last_round(state)
-        self.metrics.pool(len(ledger.pool), (last.entry.numbers or {}) if last else {})
+        self.metrics.pool(len(ledger.pool), last.of_kind(SelectEntry) if last else None)
         tuned = tuning.in_force(state)
-        self.metrics.scale(self.merge.reading().factor(), (tuned.entry.numbers or {})["folds"] if tuned else 0)
+        self.metrics.scale(self.merge.reading().factor(), tuned.of_kind(TuneEntry).folds if tuned else 0)
 
     def _pause(self, now: float) -> float | None:
         """Seconds until there is something to do if nothing comes; None: for ever."""
@@ -144,7 +144,7 @@ class Worker:
         finally:
             self.live.end()
             self.metrics.queue(len(self.queue.waiting))
-        queued.source.settled(event, (outcome.commit.entry.candidate or {}).get("key"))
+        queued.source.settled(event, outcome.key)
         self._tell(outcome)
 
     def _fold(self, queued: Queued) -> Outcome:
@@ -156,9 +156,9 @@ class Worker:
         if outcome.fate == "folded" and outcome.report is not None:
             report = outcome.report
             self.metrics.observe(report, time.time())
-            shown = ("tau_norm", "cosine", "lambda")
-            numbers = {key: round(report.numbers[key], 4) for key in shown if key in report.numbers}
-            log.info("folded", **numbers, seconds=round(report.seconds["total"], 3), bytes_read=report.bytes_read)
+            log.info(
+                "folded", **report.figures(), seconds=round(report.seconds["total"], 3), bytes_read=report.bytes_read
+            )
             self._fresh()
         elif outcome.fate == "deferred":
             log.info("waits", pool=len(self.merge.pool()))
@@ -208,18 +208,18 @@ class Worker:
     def _tell_round(self, found: selection.Round) -> None:
         """The log lines and the metrics of a round. Of those it chose for a rule, each fold has told already."""
         assert found.commit is not None
-        numbers = found.commit.entry.numbers or {}
-        self.metrics.round(found.seconds, len(numbers.get("folds", ())), time.time())
+        ended = found.commit.of_kind(SelectEntry)
+        self.metrics.round(found.seconds, len(ended.folds or ()), time.time())
         fates = {
             fate: sum(row.fate == fate for row in found.rows) for fate in ("folded", "deferred", "refused", "expired")
         }
-        figures = {key: round(found.numbers[key], 6) for key in ("before", "loss", "gap")}
+        figures = {"before": round(ended.before, 6), "loss": round(ended.loss, 6), "gap": round(ended.gap, 6)}
         self._log.info("round", seq=found.commit.seq, **fates, **figures, seconds=round(found.seconds, 3))
-        for row in numbers["scores"]:
-            if row["fate"] in ("refused", "expired"):
-                self.metrics.refused(row["reason"])
+        for row in ended.scores:
+            if row.fate in ("refused", "expired"):
+                self.metrics.refused(row.reason)
                 self._log.warning(
-                    row["fate"], model=row["name"], seq=found.commit.seq, reason=row["reason"], message=row["message"]
+                    row.fate, model=row.name, seq=found.commit.seq, reason=row.reason, message=row.message
                 )
         self._fresh()
         self.gauge()

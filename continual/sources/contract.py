@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from continual.config import Settings
 from continual.errors import Misconfigured
 from continual.hub.locate import Opener, Places
-from continual.records import Event
+from continual.records import Candidate, Event
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
@@ -126,7 +126,7 @@ class Wiring:
     places: Places
     state: Path
     known: Callable[[str], bool]
-    retried: Sequence[Mapping[str, object]]
+    retried: Sequence[Candidate]
 
 
 def _fine(_settings: Settings) -> None:

@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from continual.config import HubSettings, Settings
 from continual.errors import Halt, Refuse, Retry
 from continual.hub import Info, Trouble, must_be_online
 from continual.hub.locate import SCHEME
-from continual.records import Event
+from continual.records import Candidate, Event
 from continual.retrying import Fault, next_poll
 from continual.sources.contract import Sight, Source, SourceKind, SourceReport, Wiring
 from continual.sources.cursor import Cursor, Sighting
@@ -71,12 +71,12 @@ class HubSource(Source):
         """Whether there is anything to ask the Hub for; if not, only pushes are taken."""
         return self._asked.watch or bool(self._asked.repos or self._asked.authors)
 
-    def _again(self, candidates: Sequence[Mapping[str, object]]) -> None:
+    def _again(self, candidates: Sequence[Candidate]) -> None:
         """Takes up the candidates that a person wants looked at again: no listing may ever show them as new."""
         for candidate in candidates:
-            origin, revision = str(candidate["origin"]), candidate.get("revision")
-            if origin.startswith(SCHEME) and revision:
-                sighting = Sighting(origin.removeprefix(SCHEME), str(revision), self._clock(), 0.0, "retry")
+            if candidate.origin.startswith(SCHEME) and candidate.revision:
+                repo = candidate.origin.removeprefix(SCHEME)
+                sighting = Sighting(repo, candidate.revision, self._clock(), 0.0, "retry")
                 self.cursor.seen[sighting.key] = sighting
 
     def routes(self) -> list[BaseRoute]:

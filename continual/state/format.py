@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from continual.errors import Damaged
-from continual.records import Entry, SlotSpec, TensorSpec
+from continual.records import SlotSpec, TensorSpec
+from continual.state.entries import Entry, FoldEntry, entry_of
+from continual.state.fields import record_of
 
 VERSION = 1
+E = TypeVar("E", bound=Entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +92,8 @@ class Commit:
     time: str
     entry: Entry
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, object]:
         """As the commit file holds it, without its own CRC."""
-        entry = {f.name: getattr(self.entry, f.name) for f in dataclasses.fields(Entry)}
         own = {
             "seq": self.seq,
             "prev": self.prev,
@@ -100,13 +101,38 @@ class Commit:
             "receipts": self.receipts,
             "time": self.time,
         }
-        return own | entry
+        return own | self.entry.body()
 
     @classmethod
-    def of(cls, body: Mapping[str, Any], crc: str, path: Path) -> Commit:
-        """From a commit file. Raises Damaged if it lacks something."""
-        try:
-            entry = Entry(**{f.name: body[f.name] for f in dataclasses.fields(Entry)})
-            return cls(body["seq"], body["prev"], crc, body["generation"], body["receipts"], body["time"], entry)
-        except KeyError as error:
-            raise Damaged(f"{path}: {error} is missing") from None
+    def of(cls, body: Mapping[str, object], crc: str, path: Path) -> Commit:
+        """From a commit file. Raises Damaged naming what it lacks, or what has another type."""
+        chain = record_of(_Link, body, path)
+        return cls(chain.seq, chain.prev, crc, chain.generation, chain.receipts, chain.time, entry_of(body, path))
+
+    def of_kind(self, kind: type[E]) -> E:
+        """Its entry, which the caller knows to be of this kind."""
+        assert isinstance(self.entry, kind), self.entry
+        return self.entry
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """A record's place in the chain."""
+
+    seq: int
+    prev: str | None
+    generation: str | None
+    receipts: str | None
+    time: str
+
+
+@dataclass(frozen=True, slots=True)
+class FoldCommit(Commit):
+    """A fold: the record of it, or one of several that came in one record of another kind."""
+
+    entry: FoldEntry
+
+    @classmethod
+    def at(cls, commit: Commit, entry: FoldEntry) -> FoldCommit:
+        """The fold that `entry` says, with the place in the chain of `commit`."""
+        return cls(commit.seq, commit.prev, commit.crc, commit.generation, commit.receipts, commit.time, entry)

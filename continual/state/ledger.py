@@ -4,14 +4,27 @@ records, one step each."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from continual.errors import Misconfigured
-from continual.records import Entry
-from continual.state.format import Commit
+from continual.records import Candidate, Totals
+from continual.state.entries import (
+    CombineEntry,
+    DeferEntry,
+    FoldEntry,
+    RefuseEntry,
+    RetryEntry,
+    RollbackEntry,
+    RoundEntry,
+    ScaleEntry,
+    SelectEntry,
+    TagEntry,
+    TuneEntry,
+    UnfoldEntry,
+)
+from continual.state.format import Commit, FoldCommit
+from continual.state.parts import BroughtFold, MemberFate
 
 
 class Fold(NamedTuple):
@@ -22,7 +35,7 @@ class Fold(NamedTuple):
     as in the middle of a combined state.
     """
 
-    commit: Commit
+    commit: FoldCommit
     at: Commit | None
     before: Fold | None
 
@@ -36,31 +49,37 @@ def chain(fold: Fold | None) -> list[Fold]:
     return found[::-1]
 
 
-def same(commit: Commit) -> tuple[int, str]:
+def same(commit: FoldCommit) -> tuple[int, str]:
     """What tells folds apart: the record, and for those that came with another state in one record the candidate."""
-    return commit.seq, (commit.entry.candidate or {}).get("key", "")
+    return commit.seq, commit.entry.candidate.key
 
 
-def of_combined(commit: Commit) -> list[Commit]:
-    """The folds that a `combine` record brought, each as if it were a record of its own."""
+def brought(commit: Commit, folds: Iterable[BroughtFold]) -> list[FoldCommit]:
+    """The folds that one record brought, each as if it were a record of its own."""
     return [
-        dataclasses.replace(commit, entry=Entry(kind="fold", fate="folded", **fold))
-        for fold in (commit.entry.numbers or {})["folds"]
+        FoldCommit.at(commit, FoldEntry(candidate=fold.candidate, digest=fold.digest, numbers=fold.numbers))
+        for fold in folds
     ]
 
 
-MODEL = ("fold", "rollback", "unfold", "combine", "tune")
-"""Kinds of records after which the merged model is another one; a `select` is one where it wrote a generation."""
+MODEL = (FoldEntry, RollbackEntry, UnfoldEntry, CombineEntry, TuneEntry, ScaleEntry)
+"""Records after which the merged model is another one; a `select` is one where it wrote a generation."""
 
 
 class Waiting(NamedTuple):
-    """A candidate in the pool: the record that has its identity, when it was first seen, how many rounds judged it, and
-    what the last of them said of it."""
+    """A candidate in the pool: the record that has it, when it was first seen, how many rounds judged it, and what the
+    last of them said of it."""
 
     commit: Commit
     since: str
     rounds: int = 0
-    last: Mapping[str, Any] = MappingProxyType({})
+    last: MemberFate | None = None
+
+    @property
+    def candidate(self) -> Candidate:
+        """The candidate."""
+        assert self.commit.entry.candidate is not None
+        return self.commit.entry.candidate
 
 
 class Ledger:
@@ -75,9 +94,9 @@ class Ledger:
         self.log: list[Commit] = []
         self._tags: dict[str, int] = {}
         self._history: list[Fold | None] = []
-        self._read: list[Mapping[str, Any]] = []
+        self._read: list[Mapping[str, object]] = []
         self._fates: dict[str, Commit | None] = {}
-        self._digests: dict[str, Commit] = {}
+        self._digests: dict[str, FoldCommit] = {}
         self.models: list[Commit] = []
         self._pool: dict[str, Waiting] = {}
         self.open_round: Commit | None = None
@@ -87,102 +106,111 @@ class Ledger:
         """Takes the next record."""
         entry = commit.entry
         now = self._history[-1] if self._history else None
-        key = entry.candidate["key"] if entry.candidate else None
-        if entry.kind in ("fold", "combine"):
-            folds = [commit] if entry.kind == "fold" else of_combined(commit)
-            for fold in folds:
-                now = Fold(fold, commit if fold is folds[-1] else None, now)
-                self._settle(fold)
-        elif entry.kind == "unfold":
-            now = self._without(now, commit)
-        elif entry.kind == "round":
+        if isinstance(entry, FoldEntry):
+            now = self._added(now, commit, [FoldCommit.at(commit, entry)])
+        elif isinstance(entry, CombineEntry):
+            now = self._added(now, commit, brought(commit, entry.folds))
+        elif isinstance(entry, UnfoldEntry):
+            now = self._without(now, commit, entry)
+        elif isinstance(entry, RoundEntry):
             self.open_round = commit
-        elif entry.kind == "select":
+        elif isinstance(entry, SelectEntry):
             self.open_round = None
-            now = self._selected(now, commit)
-        elif entry.kind == "rollback":
-            now = self._rolled_back(now, (entry.numbers or {})["to"])
-        elif entry.kind == "tag":
-            numbers = entry.numbers or {}
-            self._tags[numbers["tag"]] = numbers["of"]
-        if key is not None:
-            self._fates[key] = commit if entry.kind in ("fold", "refuse", "unfold") else None
-            self._pool.pop(key, None)
-            if entry.kind == "defer":
-                self._pool[key] = Waiting(commit, commit.time)
-        if entry.kind == "refuse":
-            self.refusals.append(commit)
-        wrote = entry.kind == "select" and commit.generation != self.log[-1].generation
-        if wrote or (entry.kind in MODEL and (self.model or entry.kind != "tune")):
+            now = self._selected(now, commit, entry)
+        elif isinstance(entry, RollbackEntry):
+            now = self._rolled_back(now, entry.to)
+        elif isinstance(entry, TagEntry):
+            self._tags[entry.tag] = entry.of
+        self._seen(commit)
+        wrote = isinstance(entry, SelectEntry) and commit.generation != self.log[-1].generation
+        if wrote or (isinstance(entry, MODEL) and (self.model or entry.kind != "tune")):
             self.models.append(commit)
         self.log.append(commit)
         self._history.append(now)
         self._read.append(entry.read if entry.read is not None else self._read[-1] if self._read else {})
 
-    def _selected(self, now: Fold | None, commit: Commit) -> Fold | None:
+    def _seen(self, commit: Commit) -> None:
+        """The fate of the candidate that a record is about, and whether it waits."""
+        entry = commit.entry
+        if isinstance(entry, RefuseEntry):
+            self.refusals.append(commit)
+        if entry.candidate is None:
+            return
+        key = entry.candidate.key
+        if not isinstance(entry, FoldEntry):  # of a fold it is settled with its history
+            self._fates[key] = commit if isinstance(entry, RefuseEntry | UnfoldEntry) else None
+        self._pool.pop(key, None)
+        if isinstance(entry, DeferEntry):
+            self._pool[key] = Waiting(commit, commit.time)
+
+    def _added(self, now: Fold | None, commit: Commit, folds: Sequence[FoldCommit]) -> Fold | None:
+        """The history with what a record brought: its generation holds all of them."""
+        for fold in folds:
+            now = Fold(fold, commit if fold is folds[-1] else None, now)
+            self._settle(fold)
+        return now
+
+    def _selected(self, now: Fold | None, commit: Commit, entry: SelectEntry) -> Fold | None:
         """The history after a round: without the models it left out, with those it brought, all of them read from its
         generation; and its members' fates."""
-        numbers = commit.entry.numbers or {}
-        out = set(numbers.get("out", ()))
+        out = set(entry.out or ())
         folds = [fold.commit for fold in chain(now)]
         for fold in folds:
-            candidate = fold.entry.candidate or {}
-            if candidate.get("key") in out:
-                self._digests.pop(fold.entry.digest or "", None)
-                self._fates[candidate["key"]] = None
-                self._pool[candidate["key"]] = Waiting(fold, fold.time)
-        if "active" in numbers:
-            brought = of_combined(commit) if numbers.get("folds") else []
+            if (key := fold.entry.candidate.key) in out:
+                self._digests.pop(fold.entry.digest, None)
+                self._fates[key] = None
+                self._pool[key] = Waiting(fold, fold.time)
+        if entry.active is not None:
+            new = brought(commit, entry.folds or ())
             now = None
-            for fold in [f for f in folds if (f.entry.candidate or {}).get("key") not in out] + brought:
+            for fold in [f for f in folds if f.entry.candidate.key not in out] + new:
                 now = Fold(fold, None, now)
             now = now and now._replace(at=commit)
-            for fold in brought:
+            for fold in new:
                 self._settle(fold)
-        for row in numbers.get("scores", ()):
-            waiting = self._pool.get(row["key"])
-            if waiting is None:
-                continue
-            if row["fate"] in ("deferred", "chosen"):
-                self._pool[row["key"]] = waiting._replace(rounds=waiting.rounds + row["judged"], last=row)
-            elif row["fate"] in ("refused", "expired"):
-                del self._pool[row["key"]]
-                said = {"fate": row["fate"], "reason": row["reason"], "message": row["message"]}
-                refusal = Entry(kind="refuse", candidate=waiting.commit.entry.candidate, **said)
-                self.refusals.append(dataclasses.replace(commit, entry=refusal))
-                self._fates[row["key"]] = self.refusals[-1]
+        for row in entry.scores:
+            self._judged(row, commit)
         return now
+
+    def _judged(self, row: MemberFate, commit: Commit) -> None:
+        """What a round said of a member: it waits on, or is settled."""
+        waiting = self._pool.get(row.key)
+        if waiting is None:
+            return
+        if row.fate in ("deferred", "chosen"):
+            self._pool[row.key] = waiting._replace(rounds=waiting.rounds + row.judged, last=row)
+        elif row.fate == "refused" or row.fate == "expired":
+            del self._pool[row.key]
+            refusal = RefuseEntry(candidate=waiting.candidate, fate=row.fate, reason=row.reason, message=row.message)
+            self.refusals.append(dataclasses.replace(commit, entry=refusal))
+            self._fates[row.key] = self.refusals[-1]
 
     def _rolled_back(self, now: Fold | None, to: int) -> Fold | None:
         target = self._history[to]
         kept = {same(fold.commit) for fold in chain(target)}
         for fold in chain(now):
-            if same(fold.commit) not in kept and fold.commit.entry.candidate:
-                marked = dataclasses.replace(
-                    fold.commit, entry=dataclasses.replace(fold.commit.entry, fate="rolled-back")
-                )
-                self._fates[fold.commit.entry.candidate["key"]] = marked
+            if same(fold.commit) not in kept:
+                entry = dataclasses.replace(fold.commit.entry, fate="rolled-back")
+                self._fates[entry.candidate.key] = dataclasses.replace(fold.commit, entry=entry)
         self._digests = {}
         for fold in chain(target):
             self._settle(fold.commit)
         return target
 
-    def _without(self, now: Fold | None, commit: Commit) -> Fold | None:
-        """The history without the fold that the record `commit` took out; up to its place it is as it was."""
-        numbers = commit.entry.numbers or {}
-        gone = (numbers["of"], numbers["key"])
+    def _without(self, now: Fold | None, commit: Commit, entry: UnfoldEntry) -> Fold | None:
+        """The history without the fold that the record `commit` took out; up to its index it is as it was."""
         folds = chain(now)
-        place = next(i for i, fold in enumerate(folds) if same(fold.commit) == gone)
-        self._digests.pop(folds[place].commit.entry.digest or "", None)
-        left = folds[place].before
-        for fold in folds[place + 1 :]:
+        index = next(i for i, fold in enumerate(folds) if same(fold.commit) == (entry.of, entry.key))
+        self._digests.pop(folds[index].commit.entry.digest, None)
+        left = folds[index].before
+        for fold in folds[index + 1 :]:
             left = Fold(fold.commit, None, left)
         return left and left._replace(at=commit)
 
-    def _settle(self, fold: Commit) -> None:
-        if fold.entry.candidate:
-            self._fates[fold.entry.candidate["key"]] = fold
-            self._pool.pop(fold.entry.candidate["key"], None)
+    def _settle(self, fold: FoldCommit) -> None:
+        key = fold.entry.candidate.key
+        self._fates[key] = fold
+        self._pool.pop(key, None)
         if fold.entry.digest:
             self._digests[fold.entry.digest] = fold
 
@@ -223,12 +251,12 @@ class Ledger:
         all folds before it, if there is one. Raises Misconfigured if there is no such record."""
         return chain(self.last_fold(self.head.seq if at is None else at))
 
-    def folds(self, at: int | None = None) -> list[Commit]:
+    def folds(self, at: int | None = None) -> list[FoldCommit]:
         """The records of the folds in force now, or at record `at`, oldest first. A fold that came with another state
         has the number of the record that combined the two. Raises Misconfigured if there is no such record."""
         return [fold.commit for fold in self.history(at)]
 
-    def undone(self, to: int) -> list[Commit]:
+    def undone(self, to: int) -> list[FoldCommit]:
         """The folds in force now that are not in force at record `to`: those that a rollback to it undoes, oldest
         first. Raises Misconfigured if there is no such record."""
         kept = {same(commit) for commit in self.folds(to)}
@@ -238,35 +266,34 @@ class Ledger:
         """The records that settled the candidates that `word` names (a name, path, key or record number) and that are
         not in the merge. Of a repo it is the newest commit that was seen, unless `word` is a key or a record number."""
         latest: dict[str, Commit] = {}
-        path = str(Path(word).absolute())
         for commit in self.log:
             candidate = commit.entry.candidate
-            if not candidate:
+            if candidate is None:
                 continue
-            exact = word in (candidate["key"], str(commit.seq))
-            if not exact and word != candidate["name"] and candidate["origin"] not in (word, path):
+            exact = word in (candidate.key, str(commit.seq))
+            if not exact and not candidate.answers(word):
                 continue
-            fate = self.fate(candidate["key"])
+            fate = self.fate(candidate.key)
             if fate is not None and fate.entry.fate != "folded":
-                of_repo = candidate.get("revision") is not None and not exact
-                latest[candidate["origin"] if of_repo else candidate["key"]] = fate
+                of_repo = candidate.revision is not None and not exact
+                latest[candidate.origin if of_repo else candidate.key] = fate
         return list(latest.values())
 
-    def revisions(self, origin: str) -> list[Commit]:
+    def revisions(self, origin: str) -> list[FoldCommit]:
         """The folds in force of candidates that came from `origin`, oldest first."""
-        return [c for c in self.folds() if c.entry.candidate and c.entry.candidate["origin"] == origin]
+        return [c for c in self.folds() if c.entry.candidate.origin == origin]
 
     @property
-    def totals(self) -> Mapping[str, float]:
-        """The rule's totals in force now; empty before the first fold."""
+    def totals(self) -> Totals:
+        """The rule's totals in force now."""
         return self.totals_at(self.head.seq)
 
-    def totals_at(self, seq: int) -> Mapping[str, float]:
+    def totals_at(self, seq: int) -> Totals:
         """The rule's totals that were in force at record `seq`. Raises Misconfigured if there is no such record."""
         fold = self.last_fold(seq)
-        return (fold.at.entry.totals or {}) if fold and fold.at else {}
+        return (fold.at.entry.totals if fold and fold.at else None) or Totals()
 
-    def read_options(self, seq: int) -> Mapping[str, Any]:
+    def read_options(self, seq: int) -> Mapping[str, object]:
         """The read-time options in force at record `seq`. Raises Misconfigured if there is no such record."""
         self.get(seq)
         return self._read[seq]
@@ -280,16 +307,12 @@ class Ledger:
         """Whether the candidate `key` need not be looked at: its fate is settled, or it waits in the pool."""
         return self._fates.get(key) is not None or key in self._pool
 
-    def retried(self) -> list[Mapping[str, Any]]:
+    def retried(self) -> list[Candidate]:
         """The candidates, as their records name them, that somebody asked to look at again and that are not settled
         since."""
-        asked = {
-            c.entry.candidate["key"]: c.entry.candidate
-            for c in self.log
-            if c.entry.kind == "retry" and c.entry.candidate
-        }
+        asked = {c.entry.candidate.key: c.entry.candidate for c in self.log if isinstance(c.entry, RetryEntry)}
         return [candidate for key, candidate in asked.items() if not self.is_settled(key)]
 
-    def folded_digest(self, digest: str) -> Commit | None:
+    def folded_digest(self, digest: str) -> FoldCommit | None:
         """The fold in force of a model with this content digest."""
         return self._digests.get(digest)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from continual.errors import Damaged, Misconfigured, Retry
-from continual.records import Entry, SlotSpec, TensorSpec
+from continual.records import SlotSpec, TensorSpec
 from continual.state import framing, lock, names, opening
 from continual.state.arrays import Array
 from continual.state.durable import environment, link_new, move_away, replace_bytes, sync_file, write_temporary
+from continual.state.entries import Entry, InitEntry, RollbackEntry, TagEntry
 from continual.state.format import VERSION, Commit, Format
 from continual.state.generation import Generation
 from continual.state.ledger import Ledger
@@ -79,7 +80,7 @@ class State:
             for name in opening.DIRECTORIES:
                 (path / name).mkdir(exist_ok=True)
             state = cls(path, form, Ledger(), lock.take(path / "lock"), _nothing)
-            state._append(Entry(kind="init", read=read, software=software, device=device), None, None)
+            state._append(InitEntry(read=read, software=software, device=device), None, None)
             # last: a directory without format.json is no state, so a kill before this leaves none behind
             replace_bytes(path / "format.json", framing.encode(form.body())[0])
             sync_file(path.absolute().parent)
@@ -177,7 +178,7 @@ class State:
         target = self.ledger.get(seq)
         self.generation_of(target)
         undone = len(self.ledger.undone(seq))
-        entry = Entry(kind="rollback", numbers={"to": seq, "undone": undone}, message=f"back to record {seq}")
+        entry = RollbackEntry(to=seq, undone=undone, message=f"back to record {seq}")
         return self._append(entry, target.generation, target.receipts)
 
     def tag(self, name: str, seq: int | None = None) -> Commit:
@@ -190,7 +191,7 @@ class State:
             )
         target = self.ledger.get(self.ledger.head.seq if seq is None else seq)
         self.generation_of(target)
-        commit = self.record(Entry(kind="tag", numbers={"tag": name, "of": target.seq}))
+        commit = self.record(TagEntry(tag=name, of=target.seq))
         with environment(f"cannot write tag {name}"):
             replace_bytes(self.path / "tags" / f"{name}.json", framing.encode({"tag": name, "seq": target.seq})[0])
         return commit

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from continual.errors import Retry
-from continual.records import Entry
 from continual.state import arrays, framing
 from continual.state.arrays import Array
 from continual.state.durable import environment, sync_file, sync_tree, write_bytes
+from continual.state.entries import Entry
 from continual.state.format import Commit, Format
 from continual.state.generation import RECEIPTS, Generation, node
 

@@ -90,7 +90,14 @@ def candidate_of(model: Model, *, source: str | None = None) -> Candidate:
     place = model.place
     form: Literal["full", "adapter"] = "adapter" if isinstance(model, Adapter) else "full"
     return Candidate(
-        place.key(model.files), place.name, source or place.source, place.origin, form, model.nbytes, place.facts
+        key=place.key(model.files),
+        name=place.name,
+        source=source or place.source,
+        origin=place.origin,
+        form=form,
+        nbytes=model.nbytes,
+        revision=place.revision,
+        licence=place.licence,
     )
 
 
@@ -98,5 +105,12 @@ def unreadable(place: Place) -> Candidate:
     """A candidate whose headers cannot be read, known by its place and the state of its files."""
     files = place.look()
     return Candidate(
-        place.key(files), place.name, place.source, place.origin, "full", sum(file.size for file in files), place.facts
+        key=place.key(files),
+        name=place.name,
+        source=place.source,
+        origin=place.origin,
+        form="full",
+        nbytes=sum(file.size for file in files),
+        revision=place.revision,
+        licence=place.licence,
     )

@@ -69,8 +69,13 @@ class Place(Protocol):
         ...
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What a record keeps of it besides name and origin: `revision`, `licence`, where there are any."""
+    def revision(self) -> str | None:
+        """The commit of a repo, where it is known."""
+        ...
+
+    @property
+    def licence(self) -> str | None:
+        """The licence that its card names, if there is one."""
         ...
 
     def __str__(self) -> str:
@@ -138,9 +143,12 @@ class Folder:
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
+    def revision(self) -> None:
+        """None: a directory has no commits."""
+
+    @property
+    def licence(self) -> None:
+        """None: no card is read."""
 
     def __str__(self) -> str:
         return str(self.path)

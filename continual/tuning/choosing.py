@@ -19,17 +19,16 @@ from continual.executors.contract import Progress
 from continual.objectives import builtin
 from continual.objectives.parameters import find_parameters
 from continual.publish import folder
-from continual.records import Entry
 from continual.rules import ReadOptions, read_options
 from continual.rules.scale import POLICIES, Policy
 from continual.state import Commit
 from continual.state.durable import environment
+from continual.state.entries import TuneEntry
 from continual.state.transaction import room
 from continual.tensors import Folder
 from continual.tensors.checkpoint import open_checkpoint
 from continual.tuning import command, record, scoring, scratch
-from continual.tuning.record import TuneNumbers
-from continual.tuning.search import LEAST, Range, Trial, best, search
+from continual.tuning.search import LEAST, Range, best, search
 
 Evaluation = command.Command | builtin.Rows
 Evaluate = Callable[[Reading], float]
@@ -65,12 +64,12 @@ class Tuning:
 @dataclass(frozen=True, slots=True)
 class Tuned:
     """What a tuning found: the best way to read the merged model (`read`), its score, and the score of the way that was
-    in force (`before`). `numbers` is what the record keeps; `commit` the record, None where nothing was recorded."""
+    in force (`before`). `entry` is what the record keeps; `commit` the record, None where nothing was recorded."""
 
     read: ReadOptions
     score: float
     before: float
-    numbers: TuneNumbers
+    entry: TuneEntry
     commit: Commit | None
 
 
@@ -118,10 +117,20 @@ def tune(
 
             trials = search(worth, range_of(reading, tuning))
     top = best(trials)
-    found = record.numbers(trials, kept, round(time.perf_counter() - started, 3), folds)
-    score = record.row(top, lower=lower)["score"]
-    commit = None if tuning.dry_run else _record(engine, reading, top, found)
-    return Tuned(top.options, score, found["before"]["score"], found, commit)
+    rows = tuple(record.row(trial, lower=lower) for trial in trials)
+    score = record.row(top, lower=lower).score
+    before = rows[0]
+    entry = TuneEntry(
+        read=top.options.to_mapping(),
+        message=f"scale {top.options}: {score:.6g} against {before.score:.6g} at {before.scale}, {len(rows)} candidates",
+        trials=rows,
+        before=before,
+        evaluation=kept,
+        seconds=round(time.perf_counter() - started, 3),
+        folds=folds,
+    )
+    commit = None if tuning.dry_run else _record(engine, reading, entry)
+    return Tuned(top.options, score, before.score, entry, commit)
 
 
 def range_of(reading: Reading, tuning: Tuning) -> Range:
@@ -190,17 +199,10 @@ def _evaluator(engine: Engine, evaluation: Evaluation, work: Path, progress: Pro
     yield lambda reading: scoring.score(objective, held, base, reading, executor)
 
 
-def _record(engine: Engine, reading: Reading, top: Trial, numbers: TuneNumbers) -> Commit:
+def _record(engine: Engine, reading: Reading, entry: TuneEntry) -> Commit:
     """Records what was found. Raises Retry where the merged model is another one than the one that was tuned."""
     state = engine.state
     head = state.ledger.head
     if head.generation != reading.commit.generation:
         raise Retry(f"record {head.seq} changed the merge while it was tuned; nothing was recorded, tune again")
-    lower = bool(numbers["evaluation"].get("lower"))
-    score = record.row(top, lower=lower)["score"]
-    before = numbers["before"]
-    message = (
-        f"scale {top.options}: {score:.6g} against {before['score']:.6g} at {before['scale']}, "
-        f"{len(numbers['trials'])} candidates"
-    )
-    return state.record(Entry(kind="tune", read=top.options.to_mapping(), numbers=numbers, message=message))
+    return state.record(entry)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from continual.errors import Misconfigured, Retry
+from continual.state.parts import CommandEvaluation
 
 MODEL = "{model}"
 _TAIL = 1 << 16
@@ -50,9 +51,9 @@ class Command:
         except ValueError as error:
             raise Misconfigured(f"command {text!r}: {error}") from None
 
-    def told(self) -> dict[str, object]:
+    def told(self) -> CommandEvaluation:
         """What a record keeps of it."""
-        return {"kind": "command", "command": list(self.argv), "key": self.key, "lower": self.lower}
+        return CommandEvaluation(tuple(self.argv), self.key, self.lower)
 
 
 def score(command: Command, model: Path, logs: Path, candidate: str) -> float:

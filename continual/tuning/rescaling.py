@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from continual.errors import Misconfigured
-from continual.records import Entry
 from continual.rules import ReadOptions, read_options
 from continual.state import State
+from continual.state.entries import ScaleEntry
 from continual.tuning import record
 
 
@@ -17,7 +17,7 @@ def rescale(state: State, rule: str, scale: str | None, lines: str | None) -> Re
     Raises Misconfigured for texts that are malformed, and for `tuned` where nothing was tuned.
     """
     now = ReadOptions.from_mapping(state.ledger.read_options(state.ledger.head.seq))
-    numbers = None
+    of = None
     if scale == "tuned":
         found = record.newest(state)
         if found is None:
@@ -25,9 +25,9 @@ def rescale(state: State, rule: str, scale: str | None, lines: str | None) -> Re
         chosen = record.chosen(found)
         then = read_options(rule, None, lines, chosen)
         if then == chosen and record.in_force(state) != found:
-            numbers = {"of": found.seq}
+            of = found.seq
     else:
         then = read_options(rule, scale, lines, now)
-    if then != now or numbers is not None:
-        state.record(Entry(kind="tune", read=then.to_mapping(), numbers=numbers, message=f"scale {then}"))
+    if then != now or of is not None:
+        state.record(ScaleEntry(read=then.to_mapping(), of=of, message=f"scale {then}"))
     return then

@@ -15,6 +15,7 @@ from continual.objectives.parameters import Parameters
 from continual.objectives.rows import file_digest
 from continual.publish.folder import merged
 from continual.records import TensorSpec
+from continual.state.parts import RowsEvaluation
 from continual.tensors import BaseModel
 
 
@@ -35,14 +36,11 @@ def fill(held: Parameters, base: BaseModel, reading: Reading, executor: Executor
         pass
 
 
-def told(rows: Rows) -> dict[str, object]:
+def told(rows: Rows) -> RowsEvaluation:
     """What a record keeps of an objective: its name and batch, and its files by name and digest. Raises Misconfigured
     for a file that cannot be read."""
-    found: dict[str, object] = {"kind": "rows", "objective": rows.name, "batch": rows.batch}
-    found["file"] = file_digest(rows.file)
-    if rows.heads is not None:
-        found["heads"] = file_digest(rows.heads)
-    return found
+    heads = None if rows.heads is None else file_digest(rows.heads)
+    return RowsEvaluation(rows.name, rows.batch, file_digest(rows.file), heads)
 
 
 def _set(tensors: list[torch.Tensor], base: BaseModel, reading: Reading, spec: TensorSpec) -> None:

@@ -50,17 +50,17 @@ def found(state: Path, select: str | None) -> Any:
         assert merge.state.ledger.open_round is None
         slots = merge.state.format.slots
         bits = {(n, s): merge.state.read(n, s).tobytes() for n in slots for s in slots[n]}
-        folds = [(c.entry.candidate or {})["name"] for c in merge.state.ledger.folds()]
-        pool = [(w.commit.entry.candidate or {})["name"] for w in merge.pool().values()]
+        folds = [c.entry.candidate.name for c in merge.state.ledger.folds()]
+        pool = [w.candidate.name for w in merge.pool().values()]
         first = next(c for c in merge.state.ledger.log if c.entry.kind == "select")
-        table = [(r["name"], r["fate"], r["score"], r["z"], r["weight"]) for r in (first.entry.numbers or {})["scores"]]
+        table = [(r.name, r.fate, r.score, r.z, r.weight) for r in first.entry.scores]
         return bits, folds, pool, table, active_at(merge.state).weights
 
 
 def ended(state: Path, select: str | None) -> bool:
     """Whether there is nothing left to take up."""
     with opened(state, select) as merge:
-        chosen = [w for w in merge.pool().values() if w.last.get("fate") == "chosen"]
+        chosen = [w for w in merge.pool().values() if w.last and w.last.fate == "chosen"]
         return (
             merge.state.ledger.open_round is None
             and not chosen

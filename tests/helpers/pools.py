@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from continual.config import CalibrationSettings, Settings
 from continual.objectives import calibration
 from continual.objectives.calibration import Wanted
 from continual.selection import Round
-from continual.selection.fates import MemberFate
 from continual.selection.in_memory import ModelInMemory
+from continual.state.entries import SelectEntry
+from continual.state.parts import MemberFate
 from tests.helpers import models, quadratic
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -58,19 +59,17 @@ def rows(found: Round) -> dict[str, MemberFate]:
     return {row.name: row for row in found.rows}
 
 
-def table(merge: api.Merge) -> list[Mapping[str, Any]]:
+def table(merge: api.Merge) -> tuple[MemberFate, ...]:
     """The last round's table, as the record has it."""
-    commit = next(c for c in reversed(merge.state.ledger.log) if c.entry.kind == "select")
-    found: list[Mapping[str, Any]] = (commit.entry.numbers or {})["scores"]
-    return found
+    return next(c.entry for c in reversed(merge.state.ledger.log) if isinstance(c.entry, SelectEntry)).scores
 
 
 def names(merge: api.Merge) -> list[str]:
-    return [(c.entry.candidate or {})["name"] for c in merge.state.ledger.folds()]
+    return [c.entry.candidate.name for c in merge.state.ledger.folds()]
 
 
 def waits(merge: api.Merge) -> list[str]:
-    return [(w.commit.entry.candidate or {})["name"] for w in merge.pool().values()]
+    return [w.candidate.name for w in merge.pool().values()]
 
 
 def bits(merge: api.Merge) -> dict[tuple[str, str], bytes]:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from continual.records import Entry, SlotSpec, TensorSpec
+from continual.records import Candidate, SlotSpec, TensorSpec, Totals
 from continual.state import State
+from continual.state.entries import FoldEntry, RefuseEntry
+from continual.state.parts import FoldNumbers
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "a.weight": (3, 4),
@@ -54,21 +56,11 @@ def fold(state: State, number: int) -> int:
     with state.begin() as transaction:
         for name in SHAPES:
             transaction.write(name, "sum", value(name, number))
-        key = {
-            "key": f"k{number}",
-            "name": f"n{number}",
-            "origin": f"/o{number}",
-            "source": "test",
-            "form": "full",
-            "bytes": 1,
-        }
-        entry = Entry(
-            kind="fold",
-            candidate=key,
+        entry = FoldEntry(
+            candidate=Candidate(f"k{number}", f"n{number}", "test", f"/o{number}", "full", 1),
             digest=f"blake3:{number}",
-            fate="folded",
-            totals={"count": float(number)},
-            numbers={"tau_norm": 1.0},
+            totals=Totals(count=float(number)),
+            numbers=FoldNumbers(tau_norm=1.0),
         )
         return transaction.commit(entry).seq
 
@@ -78,10 +70,8 @@ def history(path: Path) -> None:
     with make(path) as state:
         fold(state, 1)
         fold(state, 2)
-        refused = {"key": "bad", "name": "bad", "origin": "/bad", "source": "test", "form": "full", "bytes": 1}
-        state.record(
-            Entry(kind="refuse", candidate=refused, fate="refused", reason="shape", message="bad: does not fit")
-        )
+        refused = Candidate("bad", "bad", "test", "/bad", "full", 1)
+        state.record(RefuseEntry(candidate=refused, reason="shape", message="bad: does not fit"))
         state.tag("first", 1)
         fold(state, 3)
         state.rollback(2)

@@ -206,24 +206,24 @@ def test_a_loss_that_is_not_finite_names_the_file_and_the_line(classes: Calibrat
 
 def test_what_a_record_keeps(place: Calibrated, tmp_path: Path) -> None:
     told = place.wanted.told()
-    assert json.loads(json.dumps(told)) == told == place.wanted.told()
-    assert (told["kind"], told["objective"], told["seed"], told["held"], told["batch"]) == (
+    assert told == place.wanted.told()
+    assert (told.kind, told.objective, told.seed, told.held, told.batch) == (
         "rows",
         place.wanted.objective,
         3,
         0.5,
         5,
     )
-    assert [file["name"] for file in told["rows"]] == ["task-0.jsonl", "task-1.jsonl"]
-    assert ("heads" in told) == (place.wanted.objective == "heads")
+    assert [file.name for file in told.rows] == ["task-0.jsonl", "task-1.jsonl"]
+    assert (told.heads is not None) == (place.wanted.objective == "heads")
     moved = tmp_path / "task-0.jsonl"
     moved.write_bytes(place.wanted.rows[0].read_bytes())
     other = changed(place.wanted, rows=(moved, place.wanted.rows[1]))
     assert other.told() == told  # where a file lies does not matter
-    assert all(digest.startswith("blake3:") for digest in (told["digest"], told["rows"][0]["digest"]))
+    assert all(digest.startswith("blake3:") for digest in (told.digest, told.rows[0].digest))
     moved.write_bytes(moved.read_bytes() + b"\n")
     others = [
         other,
         *(changed(place.wanted, **c) for c in ({"seed": 4}, {"held": 0.4}, {"batch": 6}, {"dtype": "bfloat16"})),
     ]
-    assert len({w.told()["digest"] for w in [place.wanted, *others]}) == 1 + len(others)
+    assert len({w.told().digest for w in [place.wanted, *others]}) == 1 + len(others)

@@ -68,7 +68,7 @@ def test_folds_is_killed_comes_back_and_stops(place: tuple[Path, Path, Path]) ->
         process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT) == 0
     with State.open(state) as opened:
-        assert [(c.entry.candidate or {})["name"] for c in opened.ledger.folds()] == ["early", "live", "while-down"]
+        assert [c.entry.candidate.name for c in opened.ledger.folds()] == ["early", "live", "while-down"]
         assert opened.verify() == []
 
 
@@ -86,9 +86,7 @@ def test_bad_candidates_do_not_stop_it_and_the_next_is_folded(place: tuple[Path,
         until(lambda: status(address)["folds"] == 1, "the good one is folded")
         until(lambda: "continual_refusals_total" in get(f"{address}/metrics")[1], "refusals are counted")
     with State.open(state) as opened:
-        refused = {
-            (c.entry.candidate or {})["name"]: c.entry.reason for c in opened.ledger.log if c.entry.fate == "refused"
-        }
+        refused = {c.entry.candidate.name: c.entry.reason for c in opened.ledger.log if c.entry.fate == "refused"}
     assert set(refused) == {"pickle", "outsider"}
     assert refused["pickle"] == "pickle"
 

@@ -159,7 +159,7 @@ def test_bits_do_not_depend_on_the_workers(tmp_path: Path, base: Path) -> None:
         with api.open(state, write=True, workers=workers) as merge:
             for model in fine_tunes:
                 merge.fold(model)
-            seen.append((snapshot(merge)[1], dict(merge.state.ledger.totals)))
+            seen.append((snapshot(merge)[1], merge.state.ledger.totals))
     assert seen[0] == seen[1]
 
 
@@ -178,7 +178,7 @@ def test_every_rule_folds_survives_reopening_and_exports(tmp_path: Path, base: P
                 sizes.add(merge.state.generation_bytes())
         with api.Merge(Settings(state=state)) as merge:
             assert merge.state.verify() == []
-            found.append((snapshot(merge)[1], dict(merge.state.ledger.totals)))
+            found.append((snapshot(merge)[1], merge.state.ledger.totals))
             exported = load_file(merge.export(Target(tmp_path / f"out-{workers}")) / "model.safetensors")
         assert len(sizes) == 1
     assert found[0] == found[1]

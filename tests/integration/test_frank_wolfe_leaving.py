@@ -35,11 +35,11 @@ def test_a_model_whose_file_is_gone_stays_in_the_rest_and_can_only_shrink(
         now = active_at(merge.state)
         assert set(weights(merge)) == {"good1", "good2"}
         assert set(names(merge)) == {"good0", "good1", "good2"}, "it is in the merge still"
-        assert found.numbers["loss"] < found.numbers["before"]
+        assert found.loss < found.before
         assert all(0 < r <= w * (1 + 1e-9) for r, w in zip(now.rest, first["good0"], strict=True))
         is_the_sum(merge, taus, {**weights(merge), "good0": now.rest})
         assert waits(merge) == []
-        assert merge.state.ledger.totals["count"] == 3
+        assert merge.state.ledger.totals.count == 3
         merge.round()
         again = active_at(merge.state)
         assert all(r <= w * (1 + 1e-9) for r, w in zip(again.rest, now.rest, strict=True))
@@ -119,8 +119,8 @@ def test_a_model_is_taken_out_and_the_other_weights_stay(tmp_path: Path, base: P
         merge.unfold(merge.look_unfold("good0"))
         assert (names(merge), weights(merge)) == (["good1"], {"good1": first["good1"]})
         is_the_sum(merge, taus, weights(merge))
-        assert merge.state.ledger.totals["count"] == 1
-        assert merge.state.ledger.totals["merged_sq"] == pytest.approx(
+        assert merge.state.ledger.totals.count == 1
+        assert merge.state.ledger.totals.merged_sq == pytest.approx(
             sum(float(v.square().sum()) for v in merged(merge).values()), rel=1e-5
         )
         assert merge.fold(good[0]).refused

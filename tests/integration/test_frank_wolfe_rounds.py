@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from continual.errors import Misconfigured
 from continual.publish.folder import Target
+from continual.state.entries import SelectEntry
 from tests.helpers import quadratic
 from tests.helpers.pools import fill, names, rows, waits
 from tests.helpers.weighed import STEPS, Best, is_the_sum, layers, merged, opened, vectors, weights
@@ -40,10 +41,10 @@ def test_the_merge_is_the_sum_that_the_ledger_says(tmp_path: Path, base: Path, b
             expected = sum(given[name]) / len(given[name]) if name in given else None
             assert (row.weight, row.fate) == (expected, "folded" if name in given else "deferred")
         square = sum(float(v.square().sum()) for v in merged(merge).values())
-        assert merge.state.ledger.totals["merged_sq"] == pytest.approx(square, rel=1e-6)
-        assert merge.state.ledger.totals["count"] == 2
+        assert merge.state.ledger.totals.merged_sq == pytest.approx(square, rel=1e-6)
+        assert merge.state.ledger.totals.count == 2
         norms = sum(math.sqrt(sum(float(v.square().sum()) for v in taus[n].values())) for n in given)
-        assert merge.state.ledger.totals["norm_sum"] == pytest.approx(norms, rel=1e-5)
+        assert merge.state.ledger.totals.norm_sum == pytest.approx(norms, rel=1e-5)
         assert merge.state.verify() == []
         exported = load_file(merge.export(Target(tmp_path / "out")) / "model.safetensors")
     origin = load_file(base / "model.safetensors")
@@ -72,11 +73,11 @@ def test_every_step_comes_near_the_optimum_and_the_gap_bounds_how_near(
         is_the_sum(merge, vectors(base, "good0", "good1"), given)
     best = Best(base, *given)
     reached = best.loss([w for (w,) in given.values()])
-    assert found.numbers["loss"] == pytest.approx(reached, rel=1e-4)
+    assert found.loss == pytest.approx(reached, rel=1e-4)
     least = best.optimum(rho)
-    assert reached - least <= found.numbers["gap"] + 1e-4 * reached
-    assert reached - least <= 0.02 * (found.numbers["before"] - least)
-    assert (found.numbers["before"], found.numbers["steps"]) == (
+    assert reached - least <= found.gap + 1e-4 * reached
+    assert reached - least <= 0.02 * (found.before - least)
+    assert (found.before, found.steps) == (
         pytest.approx(best.loss([0.0, 0.0]), rel=1e-5),
         len(heard),
     )
@@ -84,7 +85,7 @@ def test_every_step_comes_near_the_optimum_and_the_gap_bounds_how_near(
         assert taken.step == step
         assert taken.gap >= 0
     assert found.commit is not None
-    assert (found.commit.entry.numbers or {})["gap"] == found.numbers["gap"]
+    assert found.commit.of_kind(SelectEntry).gap == found.gap
 
 
 def test_another_round_weighs_all_anew(tmp_path: Path, base: Path) -> None:
@@ -100,7 +101,7 @@ def test_another_round_weighs_all_anew(tmp_path: Path, base: Path) -> None:
         assert second["better"][0] > 0.1
         assert second.get("partly", (0.0,))[0] < first["partly"][0]
         assert sum(w for (w,) in second.values()) <= 1.0 + 1e-9
-        assert found.numbers["loss"] < found.numbers["before"]
+        assert found.loss < found.before
         taus = vectors(base, "partly", "good1", "better")
         is_the_sum(merge, taus, second)
         assert set(names(merge)) == set(second)
@@ -196,10 +197,10 @@ def test_a_twin_gets_no_second_place_and_the_sum_is_the_same(tmp_path: Path, bas
         assert sorted(names(merge)) == sorted([first, "good1"])
         given = weights(merge)
         is_the_sum(merge, {**taus, "twin": taus["good0"]}, given)
-        assert merge.state.ledger.totals["count"] == 2
+        assert merge.state.ledger.totals.count == 2
         assert merge.why(second).reason == "duplicate"
         assert merge.pool() == {}
-        assert sum(w for (w,) in given.values()) == pytest.approx(merge.state.ledger.totals["weight"])
+        assert sum(w for (w,) in given.values()) == pytest.approx(merge.state.ledger.totals.weight)
 
 
 def test_refused_in_the_round_that_folded_others_can_be_tried_again(tmp_path: Path, base: Path) -> None:

@@ -45,8 +45,8 @@ def test_the_bits_are_those_of_a_folder(
             assert outcome.fate == "folded", outcome.message
             candidate = outcome.commit.entry.candidate
             assert candidate is not None
-            assert (candidate["key"], candidate["origin"]) == (f"hub:org/ft{number}@{sha}", f"hf://org/ft{number}")
-            assert (candidate["revision"], candidate["licence"], candidate["source"]) == (sha, "mit", "hand")
+            assert (candidate.key, candidate.origin) == (f"hub:org/ft{number}@{sha}", f"hf://org/ft{number}")
+            assert (candidate.revision, candidate.licence, candidate.source) == (sha, "mit", "hand")
             there = local.fold(directory)
             assert outcome.commit.entry.digest == there.commit.entry.digest
         assert equal(sums(ours), sums(local))
@@ -302,7 +302,7 @@ def test_repos_wait_in_the_pool_and_come_out_again(
         }
         (fold,) = ours.state.ledger.folds()
         assert fold.entry.candidate is not None
-        assert fold.entry.candidate["revision"] != newer
+        assert fold.entry.candidate.revision != newer
         plan = ours.look_unfold("hf://org/good")
         assert plan.exact
         ours.unfold(plan)

@@ -16,6 +16,8 @@ import continual
 from continual import making
 from continual.errors import Misconfigured, Retry
 from continual.service import release as releasing
+from continual.state.entries import HookEntry, ReleaseEntry
+from continual.state.parts import HookCall
 from tests.helpers import hubs, models, services
 from tests.helpers.hubs import made, merge, publish
 from tests.loopback import TOKEN, Hub, environment, faults, serving
@@ -318,7 +320,7 @@ def published(state: Path) -> list[int]:
 
 def published_records(state: Path) -> list[int]:
     with continual.open(state) as ours:
-        return [int((c.entry.numbers or {})["of"]) for c in ours.state.ledger.log if c.entry.kind == "publish"]
+        return [c.entry.of for c in ours.state.ledger.log if isinstance(c.entry, ReleaseEntry | HookEntry)]
 
 
 def test_hooks_are_told_and_a_failing_one_blocks_nothing(tmp_path: Path, hub: Hub) -> None:
@@ -355,20 +357,16 @@ after = "release"
     assert 'continual_hooks_total{kind="command",result="ok"} 2.0' in text
     assert told.read_text() == "1\n"  # and no token
     assert told.with_suffix(".release").read_text() == f"{hub.head(REPO)} record-1\n"
-    assert sorted((h["kind"], h["ok"]) for h in hooks_of(tmp_path / "state")) == [
+    assert sorted((h.kind, h.ok) for h in hooks_of(tmp_path / "state")) == [
         ("command", True),
         ("command", True),
         ("http", False),
     ]
 
 
-def hooks_of(state: Path) -> list[dict[str, Any]]:
+def hooks_of(state: Path) -> list[HookCall]:
     with continual.open(state) as ours:
-        return [
-            (c.entry.numbers or {})["hook"]
-            for c in ours.state.ledger.log
-            if c.entry.kind == "publish" and "hook" in (c.entry.numbers or {})
-        ]
+        return [c.entry.hook for c in ours.state.ledger.log if isinstance(c.entry, HookEntry)]
 
 
 def test_a_state_restored_from_a_backup_does_not_take_the_other_ones_release_for_its_own(

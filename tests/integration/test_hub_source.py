@@ -42,7 +42,7 @@ def take(ours: Merge, source: HubSource, count: int) -> list[Event]:
             async for event in source.events(stop):
                 found.append(event)
                 outcome = await asyncio.to_thread(ours.fold, event)
-                source.settled(event, (outcome.commit.entry.candidate or {})["key"])
+                source.settled(event, outcome.key)
                 if len(found) == count:
                     stop.set()
         source.forget()
@@ -61,7 +61,7 @@ def once(ours: Merge) -> list[Tried]:
 
 
 def folded(ours: Merge) -> list[str]:
-    return [(c.entry.candidate or {})["name"] for c in ours.state.ledger.folds()]
+    return [c.entry.candidate.name for c in ours.state.ledger.folds()]
 
 
 def test_what_is_there_what_comes_and_what_was_seen_before_a_restart(tmp_path: Path, hub: Hub) -> None:
@@ -131,7 +131,7 @@ def test_retry_reads_the_commit_that_it_was(tmp_path: Path, hub: Hub) -> None:
         events = take(ours, source_of(ours), 1)
         assert (events[0].source, events[0].revision) == ("retry", sha)
         (fold,) = ours.state.ledger.folds()
-        assert (fold.entry.candidate or {})["source"] == "hub"
+        assert fold.entry.candidate.source == "hub"
 
 
 def test_other_settings_find_what_was_passed_over(tmp_path: Path, hub: Hub) -> None:
@@ -201,7 +201,7 @@ def test_a_newer_commit_takes_the_place_of_the_one_that_waits(tmp_path: Path, hu
         for i in range(2):
             sha = publish(hub, "org/ft", quadratic.good(base, i))
             assert ours.fold(Event("hub", "hf://org/ft", (1, ""), None, sha)).fate == "deferred"
-        assert [(w.commit.entry.candidate or {})["revision"] for w in ours.pool().values()] == [sha]
+        assert [w.candidate.revision for w in ours.pool().values()] == [sha]
         assert ours.state.ledger.refusals[-1].entry.reason == "superseded"
 
 

@@ -51,7 +51,7 @@ def test_weights_come_from_settings_files_and_headers(tmp_path: Path, base: Path
         with opened(tmp_path, base, mean, **settings) as merge:
             outcome = merge.fold(model)
             assert outcome.report is not None, outcome.message
-            assert outcome.report.numbers["weight"] == weight
+            assert outcome.report.numbers.weight == weight
     with opened(tmp_path, base, mean) as merge:
         expected = (3 * tau(base, a) + 0.5 * tau(base, b) + 4 * tau(base, c) + 2 * tau(base, d)) / 9.5
         torch.testing.assert_close(merge.read(NAME), expected, rtol=1e-4, atol=1e-8)

@@ -95,7 +95,7 @@ def test_a_base_and_a_fine_tune_from_a_mirror(tmp_path: Path, commits: dict[str,
     with continual.open(tmp_path / "state") as merge:
         (fold,) = merge.state.ledger.folds()
         assert fold.entry.candidate is not None
-        assert fold.entry.candidate["key"] == f"hub:org/ft@{commits['ft']}"
+        assert fold.entry.candidate.key == f"hub:org/ft@{commits['ft']}"
         merged = load_file(merge.export(Target(tmp_path / "merged")) / "model.safetensors")
     tuned = load_file(tmp_path / "ft/model.safetensors")
     assert merged.keys() == tuned.keys()

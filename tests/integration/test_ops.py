@@ -7,14 +7,18 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from continual import making
-from continual.records import Candidate, FoldReport, Lineage
+from continual.engine.outcomes import FoldReport
+from continual.records import Candidate, Lineage, Totals
 from continual.service.metrics import TABLE, Metrics
+from continual.state.parts import FoldNumbers, NoteSummary
 from tests.helpers import models, services
+from tests.helpers.entries import select
 
 OPS = Path(__file__).parents[2] / "ops"
 SUFFIX = re.compile(r"_(bucket|count|sum)$")
@@ -26,9 +30,9 @@ needs_promtool = pytest.mark.skipif(
 def filled() -> Metrics:
     metrics = Metrics()
     candidate = Candidate("k", "n", "folder", "/o", "full", 1)
-    numbers = {"notes": {"kept": {"mean": 0.9}}}
+    numbers = FoldNumbers(tau_norm=1.0, notes={"kept": NoteSummary(0.8, 0.9, 1.0, 3)})
     metrics.observe(
-        FoldReport(candidate, "d", Lineage(()), {}, numbers, {"read": 1.0, "total": 2.0}, 10, "cpu"), now=5.0
+        FoldReport(candidate, "d", Lineage(()), Totals(), numbers, {"read": 1.0, "total": 2.0}, 10, "cpu"), now=5.0
     )
     metrics.refused("shape")
     metrics.retried()
@@ -38,7 +42,7 @@ def filled() -> Metrics:
     metrics.gauges({"lambda": 1.5})
     metrics.scale(0.25, 7)
     metrics.round(4.0, 2, now=6.0)
-    metrics.pool(9, {"gap": 0.5, "loss": 1.5, "before": 2.5, "steps": 3})
+    metrics.pool(9, replace(select(), gap=0.5, loss=1.5, before=2.5))
     metrics.released(11)
     metrics.hook("http", ok=True)
     for requests, received, polled in ((5, 60, 1.0), (7, 90, 2.0)):

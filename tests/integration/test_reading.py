@@ -59,7 +59,7 @@ def test_norm_makes_the_merge_as_long_as_it_says_under_every_rule(
     tmp_path: Path, base: Path, tuned: list[Path], name: str
 ) -> None:
     with folded(tmp_path, base, making.Recipe(rule=name, scale="norm"), tuned) as merge:
-        mean = merge.state.ledger.totals["norm_sum"] / COUNT
+        mean = merge.state.ledger.totals.norm_sum / COUNT
         assert math.hypot(*lengths(merge)) == pytest.approx(mean, rel=1e-5)
         target = api.folder.Target(tmp_path / "out")
         merge.export(target)  # the length is known by now, and the same
@@ -74,11 +74,11 @@ def test_a_fold_between_two_readings_makes_the_second_as_long_as_it_has_to_be(
     with folded(tmp_path, base, making.Recipe(rule=name, scale="norm"), tuned[:1]) as merge:
         for count, model in enumerate(tuned[1:], 2):
             before = math.hypot(*lengths(merge))
-            assert before == pytest.approx(merge.state.ledger.totals["norm_sum"] / (count - 1), rel=1e-5)
+            assert before == pytest.approx(merge.state.ledger.totals.norm_sum / (count - 1), rel=1e-5)
             seq = merge.state.ledger.head.seq
             assert merge.fold(model).fate == "folded"
             after = math.hypot(*lengths(merge))
-            assert after == pytest.approx(merge.state.ledger.totals["norm_sum"] / count, rel=1e-5)
+            assert after == pytest.approx(merge.state.ledger.totals.norm_sum / count, rel=1e-5)
             assert after > 1.1 * before
             assert merge.reading(seq).settle(merge.executor, silent) != merge.reading().settle(merge.executor, silent)
 
@@ -107,13 +107,13 @@ def test_unfolding_and_combining_keep_what_spread_stands_on(tmp_path: Path, base
         folded(tmp_path, base, making.Recipe(), tuned[:2], "two") as two,
     ):
         merge.unfold(merge.look_unfold("model-2"))
-        assert merge.state.ledger.totals == pytest.approx(two.state.ledger.totals, rel=1e-6)
+        assert merge.state.ledger.totals.body() == pytest.approx(two.state.ledger.totals.body(), rel=1e-6)
         assert lengths(merge) == pytest.approx(lengths(two), rel=1e-4)
     with folded(tmp_path, base, making.Recipe(), tuned[2:], "third") as third:
         third.combine(tmp_path / "two")
-        assert third.state.ledger.totals["spread_sum"] > 0
+        assert third.state.ledger.totals.body()["spread_sum"] > 0
         with folded(tmp_path, base, making.Recipe(), tuned, "all") as whole:
-            assert third.state.ledger.totals == pytest.approx(whole.state.ledger.totals, rel=1e-6)
+            assert third.state.ledger.totals.body() == pytest.approx(whole.state.ledger.totals.body(), rel=1e-6)
             assert lengths(third) == pytest.approx(lengths(whole), rel=1e-4)
 
 

@@ -14,6 +14,7 @@ import pytest
 from continual import api, making
 from continual.errors import Abandoned
 from continual.state import State
+from continual.state.entries import RoundEntry
 from tests.helpers import quadratic
 from tests.helpers.services import LIMIT, daemon, get, status, until, url
 
@@ -34,7 +35,7 @@ def running(state: Path, *flags: str) -> AbstractContextManager[subprocess.Popen
 def names(state: Path) -> list[str]:
     with State.open(state) as opened:
         assert opened.verify() == []
-        return [(c.entry.candidate or {})["name"] for c in opened.ledger.folds()]
+        return [c.entry.candidate.name for c in opened.ledger.folds()]
 
 
 def test_a_round_runs_when_enough_wait_and_survives_a_kill(tmp_path: Path, base: Path) -> None:
@@ -88,13 +89,13 @@ def test_a_round_runs_when_enough_wait_and_survives_a_kill(tmp_path: Path, base:
     assert sorted(names(state)) == ["good0", "good1", "good2"]
     with State.open(state) as opened:
         assert opened.ledger.open_round is None
-        assert {(w.commit.entry.candidate or {})["name"] for w in opened.ledger.pool.values()} == {
+        assert {w.candidate.name for w in opened.ledger.pool.values()} == {
             "noise0",
             "noise1",
             "noise2",
         }
-        rounds = [c.entry for c in opened.ledger.log if c.entry.kind == "round"]
-        assert [(r.numbers or {})["asked"] for r in rounds] == [(rounds[0].numbers or {})["asked"]] * len(rounds)
+        rounds = [c.entry for c in opened.ledger.log if isinstance(c.entry, RoundEntry)]
+        assert [r.asked for r in rounds] == [rounds[0].asked] * len(rounds)
     assert "Traceback" not in log.read_text()
 
 

@@ -37,7 +37,7 @@ def test_patience_then_refused_and_looked_at_again_on_retry(tmp_path: Path, base
         told = merge.fold(noise)
         assert (told.fate, told.refused, "irrelevant in 2 rounds" in told.message) == ("known", True, True)
         why = merge.why("noise0")
-        assert (why.fate, why.reason, [r["fate"] for r in why.rounds]) == (
+        assert (why.fate, why.reason, [r.row.fate for r in why.rounds]) == (
             "refused",
             "irrelevant",
             ["deferred", "refused"],
@@ -232,7 +232,7 @@ def test_the_ledger_alone_gives_back_pool_fates_and_history(tmp_path: Path, base
 
     def told(merge: api.Merge) -> Any:
         pool = {k: (w.commit.seq, w.since, w.rounds, dict(w.last)) for k, w in merge.pool().items()}
-        keys = {(c.entry.candidate or {}).get("key") for c in merge.state.ledger.log}
+        keys = {c.entry.candidate.key for c in merge.state.ledger.log if c.entry.candidate}
         fates = {
             k: (f.seq, f.entry.fate, f.entry.reason, f.entry.message)
             if k and (f := merge.state.ledger.fate(k))
@@ -243,7 +243,7 @@ def test_the_ledger_alone_gives_back_pool_fates_and_history(tmp_path: Path, base
             list(pool.items()),
             fates,
             names(merge),
-            dict(merge.state.ledger.totals),
+            merge.state.ledger.totals,
             bits(merge),
             merge.state.ledger.open_round,
         )
@@ -295,7 +295,7 @@ def test_why_has_every_round_with_its_company(tmp_path: Path, base: Path) -> Non
         told = merge.why(first.key)
         assert (told.name, told.origin, told.since) == ("noise0", str(noise), first.since)
         assert [(r["members"], r["judged"]) for r in told.rounds] == [(2, 1), (2, 1)]
-        assert (told.rounds[0]["score"], told.rounds[0]["z"]) == (found["noise0"].score, found["noise0"].z)
+        assert (told.rounds[0].row.score, told.rounds[0].row.z) == (found["noise0"].score, found["noise0"].z)
         assert all(r["objective"].startswith("blake3:") for r in told.rounds)
         folded = merge.why("good0")
         assert (folded.fate, folded.message) == (

@@ -61,7 +61,7 @@ def test_a_score_is_the_gradient_times_the_task_vector(tmp_path: Path, base: Pat
         reading.settle(merge.executor, lambda *_: None)
         model.put(reading.vector, reading.need)
         loss = model.backward()
-        members = [Member(w.commit.entry.candidate or {}) for w in merge.pool().values()]
+        members = [Member(w.candidate) for w in merge.pool().values()]
         scores = model.scores(members, lambda *_: None)
         origin = load_file(base / "model.safetensors")
         at = {n: (t.double() + (merge.read(n).double() if folded else 0)).requires_grad_() for n, t in origin.items()}
@@ -73,7 +73,7 @@ def test_a_score_is_the_gradient_times_the_task_vector(tmp_path: Path, base: Pat
     for member in members:
         score = scores[member.key]
         assert not isinstance(score, Exception)
-        tau = plainly(base, Path(member.identity["origin"]))
+        tau = plainly(base, Path(member.candidate.origin))
         expected = {n: float((gradient[n] * t).sum()) for n, t in tau.items()}
         size = math.sqrt(sum(float((gradient[n] * t).square().sum()) for n, t in tau.items()))
         for layer in range(model.count):
@@ -95,7 +95,7 @@ def test_the_model_in_memory_is_what_an_export_holds_and_a_trial_puts_it_back(tm
         model, reading = loaded(merge), merge.reading()
         reading.settle(merge.executor, lambda *_: None)
         merged = MergedVector(reading.vector, reading.need, fixed=True)
-        members = [Member(w.commit.entry.candidate or {}) for w in merge.pool().values()]
+        members = [Member(w.candidate) for w in merge.pool().values()]
         search = Search(SearchSpace(model, merged, NONE, members), merge.asked(), lambda *_: None)
         start = search.start()
         search.gradient(start)
@@ -125,23 +125,21 @@ def test_the_relevant_ones_are_folded_as_if_by_hand(tmp_path: Path, base: Path, 
         assert sorted(waits(merge)) == [f"noise{k}" for k in range(4)]
         assert found.commit is not None
         assert found.commit.entry.kind == "select"
-        assert {row["key"] for row in table(merge)} == {row.key for row in found.rows}
+        assert {row.key for row in table(merge)} == {row.key for row in found.rows}
         assert merge.state.ledger.open_round is None
         assert merge.state.verify() == []
         for commit in merge.state.ledger.folds():
-            told = (commit.entry.numbers or {})["relevance"]
-            row = rows(found)[(commit.entry.candidate or {})["name"]]
-            assert (told["score"], told["z"], told["weight"]) == (row.score, row.z, row.weight)
-        order, ours, totals = names(merge), bits(merge), dict(merge.state.ledger.totals)
+            told = commit.entry.numbers.relevance
+            row = rows(found)[commit.entry.candidate.name]
+            assert (told.score, told.z, told.weight) == (row.score, row.z, row.weight)
+        order, ours, totals = names(merge), bits(merge), merge.state.ledger.totals
         assert order == sorted(order, key=lambda name: -(rows(found)[name].weight or 0)), "the heaviest first"
-        numbers = {k: (c.entry.numbers or {})["cosine"] for k, c in zip(order, merge.state.ledger.folds(), strict=True)}
+        numbers = {k: c.entry.numbers.cosine for k, c in zip(order, merge.state.ledger.folds(), strict=True)}
     with opened(tmp_path / "plain", base, rule, select="none") as merge:
         for name in order:
             assert merge.fold(base.parent / "pool" / name).fate == "folded"
-        assert (bits(merge), dict(merge.state.ledger.totals)) == (ours, totals)
-        assert numbers == {
-            k: (c.entry.numbers or {})["cosine"] for k, c in zip(order, merge.state.ledger.folds(), strict=True)
-        }
+        assert (bits(merge), merge.state.ledger.totals) == (ours, totals)
+        assert numbers == {k: c.entry.numbers.cosine for k, c in zip(order, merge.state.ledger.folds(), strict=True)}
 
 
 def test_what_is_chosen_lowers_the_loss_and_the_figures_say_by_how_much(tmp_path: Path, base: Path) -> None:
@@ -152,14 +150,14 @@ def test_what_is_chosen_lowers_the_loss_and_the_figures_say_by_how_much(tmp_path
     origin = load_file(base / "model.safetensors")
     loss = objective(base)
     at = {n: t.double() for n, t in origin.items()}
-    assert found.numbers["before"] == pytest.approx(float(loss(at)), rel=1e-5)
+    assert found.before == pytest.approx(float(loss(at)), rel=1e-5)
     for name, weight in weights.items():
         assert weight is not None
         assert weight > 0
         at = {n: t + weight * plainly(base, base.parent / "pool" / name)[n] for n, t in at.items()}
-    assert found.numbers["loss"] == pytest.approx(float(loss(at)), rel=1e-5)
-    assert found.numbers["loss"] < 0.5 * found.numbers["before"]
-    assert found.numbers["gap"] >= 0
+    assert found.loss == pytest.approx(float(loss(at)), rel=1e-5)
+    assert found.loss < 0.5 * found.before
+    assert (found.gap or 0.0) >= 0
 
 
 def test_a_second_round_judges_at_the_new_merge(tmp_path: Path, base: Path) -> None:
@@ -250,7 +248,7 @@ def test_a_round_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, base
     left = kills(state, base, tmp_path / "killed", rule)
     with opened(state, base, rule) as merge:
         expected = names(merge), bits(merge), waits(merge)
-        members = [(r["name"], r["fate"], r["score"], r["z"]) for r in table(merge)]
+        members = [(r.name, r.fate, r.score, r.z) for r in table(merge)]
         last = f"fold-{merge.state.ledger.folds()[-1].seq}"
     assert [kind.split("-")[0] for kind in dict.fromkeys(kind for _, kind, _ in left)] == [
         "round",
@@ -268,9 +266,7 @@ def test_a_round_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, base
                 merge.round()
             assert (names(merge), bits(merge), waits(merge)) == expected, (step, kind)
             first = next(c for c in merge.state.ledger.log if c.entry.kind == "select")
-            assert [
-                (r["name"], r["fate"], r["score"], r["z"]) for r in (first.entry.numbers or {})["scores"]
-            ] == members, (step, kind)
+            assert [(r.name, r.fate, r.score, r.z) for r in first.entry.scores] == members, (step, kind)
             assert [c.entry.kind for c in merge.state.ledger.log].count("round") <= 2
             assert merge.state.ledger.open_round is None
             assert merge.state.verify() == []

@@ -18,6 +18,7 @@ from continual.errors import Misconfigured, Retry
 from continual.publish import folder
 from continual.publish.folder import Target
 from continual.rules import ReadOptions
+from continual.state.entries import TuneEntry
 from continual.state.transaction import room
 from continual.tuning import Command, Tuning
 from continual.tuning.command import parse
@@ -86,15 +87,15 @@ def test_the_best_is_found_recorded_and_used(place: Path) -> None:
         assert merge.state.ledger.head.seq == head.seq + 1
         assert merge.state.generations() == generations
         assert merge.state.ledger.head.generation == head.generation
-        numbers = tuned.numbers
-        assert len(numbers["trials"]) == len(heard) == len(list((place / "seen").iterdir())) == 9
+        entry = tuned.entry
+        assert len(entry.trials) == len(heard) == len(list((place / "seen").iterdir())) == 9
         assert tuned.read.value == pytest.approx(BEST, rel=0.1)
-        assert tuned.score > tuned.before == heard[0][1] == numbers["before"]["score"]
+        assert tuned.score > tuned.before == heard[0][1] == entry.before.score
         assert heard[0][0].value == pytest.approx(merge.reading(head.seq).factor()), (
             "what was in force, in the policy asked for"
         )
-        assert numbers["folds"] == 2
-        assert numbers["evaluation"]["command"][-2:] == ["{model}", str(place / "seen")]
+        assert entry.folds == 2
+        assert entry.evaluation.command[-2:] == ("{model}", str(place / "seen"))
         assert list((place / "work").iterdir()) == []
         # every candidate was what an export is, bit for bit
         for number, (options, _) in enumerate(heard):
@@ -108,11 +109,11 @@ def test_the_best_is_found_recorded_and_used(place: Path) -> None:
             )
             assert filecmp.cmp(out / "model.safetensors", given / "model.safetensors", shallow=False)
         exported = merge.export(Target(place / "now"))
-        of_best = place / "seen" / f"{[t['score'] for t in numbers['trials']].index(tuned.score):02}"
+        of_best = place / "seen" / f"{[t.score for t in entry.trials].index(tuned.score):02}"
         assert filecmp.cmp(exported / "model.safetensors", of_best / "model.safetensors", shallow=False)
     with api.open(place / "state") as merge:
         assert merge.reading().options == tuned.read
-        assert merge.state.ledger.head.entry.numbers == tuned.numbers
+        assert merge.state.ledger.head.of_kind(TuneEntry).own() == tuned.entry.own()
         assert merge.state.verify() == []
 
 
@@ -158,7 +159,7 @@ def test_a_rule_whose_length_has_to_be_measured(place: Path, policy: str) -> Non
         )
         assert tuned.read.policy == policy
         assert {"measure", "tune", "export"} <= stages
-        best = [t["score"] for t in tuned.numbers["trials"]].index(tuned.score)
+        best = [t.score for t in tuned.entry.trials].index(tuned.score)
         out = merge.export(Target(place / "now"))
     assert filecmp.cmp(out / "model.safetensors", place / "seen" / f"{best:02}" / "model.safetensors", shallow=False)
 
@@ -168,11 +169,11 @@ def test_spread_scales_matrices_and_the_rest_apart(place: Path, policy: str | No
     with api.open(place / "state", write=True) as merge:
         merge.rescale("spread:0.4")
         tuned = merge.tune(command(place), asked(place, policy=policy, candidates=5))
-        trials = tuned.numbers["trials"]
-        assert trials[0]["scale"] == "spread:0.4", "no number says the same"
-        kinds = {ReadOptions.parse(t["scale"]).policy for t in trials[1:]}
+        trials = tuned.entry.trials
+        assert trials[0].scale == "spread:0.4", "no number says the same"
+        kinds = {ReadOptions.parse(t.scale).policy for t in trials[1:]}
         assert kinds == {policy or "spread"}
-        best = [t["score"] for t in trials].index(tuned.score)
+        best = [t.score for t in trials].index(tuned.score)
         out = merge.export(Target(place / "now"))
     assert filecmp.cmp(out / "model.safetensors", place / "seen" / f"{best:02}" / "model.safetensors", shallow=False)
     making.init(place / "base", place / "max", making.Recipe(rule="magmax"))
@@ -188,12 +189,12 @@ def test_lower_lines_and_around(place: Path) -> None:
             command(place, key="results.far", lower=True),
             asked(place, policy="number", lines=True, around=0.5, candidates=12),
         )
-        trials = tuned.numbers["trials"]
+        trials = tuned.entry.trials
         assert len(trials) == 12
-        assert sum(t["lines"] is not None for t in trials) == 4
-        assert tuned.score == min(t["score"] for t in trials)
-        assert trials[1]["scale"] == "0.5"
-        assert tuned.numbers["evaluation"]["lower"] is True
+        assert sum(t.lines is not None for t in trials) == 4
+        assert tuned.score == min(t.score for t in trials)
+        assert trials[1].scale == "0.5"
+        assert tuned.entry.evaluation.lower is True
 
 
 def test_an_open_state_is_tuned_dry_and_one_that_moves_on_not_at_all(place: Path) -> None:
@@ -276,7 +277,7 @@ def test_what_cannot_be_begun(place: Path) -> None:
         with pytest.raises(Misconfigured, match="say where with --around"):
             merge.tune(command(place), asked(place))
         tuned = merge.tune(command(place), asked(place, around=1.0))
-        assert tuned.numbers["before"]["scale"] == "0.0"
+        assert tuned.entry.before.scale == "0.0"
         assert tuned.read.value == pytest.approx(BEST, rel=0.1)
 
 

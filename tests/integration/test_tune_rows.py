@@ -139,16 +139,16 @@ def test_tuned_and_recorded(place: Place) -> None:
         assert again.commit is None
         assert [c.entry.kind for c in merge.state.ledger.log[seq + 1 :]] == ["tune"]
         assert merge.reading().options == tuned.read
-        assert tuned.score == max(t["score"] for t in tuned.numbers["trials"])
-        told = tuned.numbers["evaluation"]
-        assert (told["kind"], told["objective"], told["batch"], told["file"]["name"]) == (
+        assert tuned.score == max(t.score for t in tuned.entry.trials)
+        told = tuned.entry.evaluation
+        assert (told.kind, told.objective, told.batch, told.file.name) == (
             "rows",
             place.ask.name,
             3,
             "rows.jsonl",
         )
-        assert told["file"]["digest"].startswith("blake3:")
-        assert ("heads" in told) == (place.ask.name == "heads")
+        assert told.file.digest.startswith("blake3:")
+        assert (told.heads is not None) == (place.ask.name == "heads")
 
 
 def test_from_the_command_line(place: Place) -> None:

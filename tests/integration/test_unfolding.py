@@ -47,7 +47,7 @@ def alone(state: Path, base: Path, name: str, fine_tunes: list[Path]) -> dict[st
 
 
 def names(merge: api.Merge) -> list[str]:
-    return [(c.entry.candidate or {})["name"] for c in merge.state.ledger.folds()]
+    return [c.entry.candidate.name for c in merge.state.ledger.folds()]
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -189,8 +189,8 @@ def test_two_states_combined_are_as_if_one_had_folded_all(
         assert (len(folds), commit and commit.seq) == (2, 4)
     with opened(tmp_path / "state", base, name) as merge:
         assert names(merge) == [f"ft-{i}" for i in range(5)]
-        assert merge.state.ledger.totals == pytest.approx(
-            dict(api.open(tmp_path / "all").state.ledger.totals), rel=1e-6
+        assert merge.state.ledger.totals.body() == pytest.approx(
+            api.open(tmp_path / "all").state.ledger.totals.body(), rel=1e-6
         )
         for tensor, value in merged(merge).items():
             torch.testing.assert_close(value, expected[tensor], rtol=1e-4, atol=1e-7)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from continual import texts
-from continual.records import Entry
 from continual.state import Commit
+from continual.state.entries import TagEntry
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def test_a_ledger_record_has_its_place_and_then_what_it_says() -> None:
         generation=None,
         receipts=None,
         time="2026-01-31T10:11:12Z",
-        entry=Entry(kind="tag", message="v1"),
+        entry=TagEntry(tag="v1", of=1, message="v1"),
     )
     body = texts.record(commit)
     assert list(body)[:6] == ["seq", "time", "generation", "prev", "crc", "kind"]

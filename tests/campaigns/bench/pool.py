@@ -102,7 +102,7 @@ def worker(work: Path, size: int) -> None:
                     "peak": peak_memory(),
                     "seconds": time.process_time() - began,
                     "folds": found.folds,
-                    "steps": found.numbers["steps"],
+                    "steps": found.steps,
                 }
             )
         )
@@ -113,7 +113,7 @@ def scoring(work: Path) -> None:
     with opened(work, max(SIZES)) as merge:
         engine = merge.engine
         loaded = ModelInMemory(engine, calibration.load(merge.asked().calibration, work / "base", engine.device))
-        members = [Member(w.commit.entry.candidate or {}) for w in merge.pool().values()]
+        members = [Member(w.candidate) for w in merge.pool().values()]
         reading = merge.reading()
         reading.settle(merge.executor, silent)
         merged = MergedVector(reading.vector, reading.need, fixed=True)
@@ -139,7 +139,7 @@ def reads(members: list) -> float:
     buffer = torch.empty(1 << 20, dtype=torch.uint8)
     began = time.process_time()
     for member in members:
-        with open_model(Path(member.identity["origin"])) as model:
+        with open_model(Path(member.candidate.origin)) as model:
             for info in model.tensors.values():
                 for start in range(0, info.nbytes, len(buffer)):
                     model.read_part(info, start, buffer[: min(len(buffer), info.nbytes - start)].numpy().data)

@@ -145,7 +145,7 @@ def _finish(context: multiprocessing.context.ForkServerContext, state: Path, fin
 
 def _folded(state: Path) -> list[tuple[str | None, float]]:
     with State.open(state) as opened:
-        return [(c.entry.digest, (c.entry.numbers or {})["tau_norm"]) for c in opened.ledger.folds()]
+        return [(c.entry.digest, c.entry.numbers.tau_norm) for c in opened.ledger.folds()]
 
 
 def _bits(state: Path) -> dict[tuple[str, str], bytes]:

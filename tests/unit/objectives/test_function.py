@@ -131,9 +131,9 @@ def test_the_digest_is_of_the_code_that_runs(code: Path) -> None:
     code.write_text(MINE)
     mine = Wanted("mine:make")
     told = mine.told()
-    assert (told["kind"], told["objective"], told["code"]["name"]) == ("function", "mine:make", "mine.py")
-    assert "rows" not in told
+    assert (told.kind, told.objective, told.code.name) == ("function", "mine:make", "mine.py")
+    assert told.rows is None
     code.write_text(MINE + "# another comment\n")
     assert mine.told() == told  # the module is in memory as it was
     forget("mine")
-    assert mine.told()["digest"] != told["digest"]
+    assert mine.told().digest != told.digest

@@ -4,6 +4,7 @@ pools."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,13 +15,15 @@ from hypothesis import strategies as st
 from continual.config import RoundSettings, Settings
 from continual.errors import Misconfigured, Refuse
 from continual.objectives.calibration import Wanted
-from continual.records import Entry
 from continual.selection import clock, fates, is_due, next_due, options_of
 from continual.selection.judging import Judgement
 from continual.selection.members import Member
 from continual.selection.round_options import DAY, RoundOptions
+from continual.state.entries import DeferEntry
 from continual.state.format import Commit
 from continual.state.ledger import Waiting
+from continual.state.parts import MemberFate
+from tests.helpers.entries import candidate, row
 
 NOW = "2030-01-31T12:00:00.000Z"
 
@@ -31,7 +34,7 @@ def options(**changes: Any) -> RoundOptions:
 
 
 OPTIONS = options()
-ALICE = Member({"key": "k-alice", "name": "alice", "origin": "/in/alice", "form": "full"})
+ALICE = Member(candidate("alice"))
 HELPS, HURTS = Judgement(-1.0, 0.1, -10.0), Judgement(+0.2, 0.1, +2.0)
 
 
@@ -42,9 +45,8 @@ def ago(seconds: float) -> str:
 
 def waiting(seconds: float = 0.0, rounds: int = 0, *, seen: bool = False) -> Waiting:
     time = ago(seconds)
-    candidate = {"key": "k", "name": "n", "origin": "/in/n", "source": "hand", "form": "full", "bytes": 1}
-    commit = Commit(1, None, "", None, None, time, Entry(kind="defer", candidate=candidate))
-    return Waiting(commit, time, rounds, {"message": "before"} if seen or rounds else {})
+    commit = Commit(1, None, "", None, None, time, DeferEntry(candidate=candidate("n")))
+    return Waiting(commit, time, rounds, row("n", "deferred", 1) if seen or rounds else None)
 
 
 def pool(*found: Waiting) -> dict[str, Waiting]:
@@ -112,10 +114,10 @@ def test_what_a_record_keeps_changes_with_all_that_the_choice_depends_on() -> No
         "age": 7.0,
         "most": 5,
     }
-    assert set(OPTIONS.told()) == set(others)
+    assert {field.name for field in fields(OPTIONS.told())} == set(others)
     for name, value in others.items():
         changed = {name: value, **({"step": "hard"} if name == "search" else {})}
-        assert options(**changed).told()[name] != OPTIONS.told()[name], name
+        assert getattr(options(**changed).told(), name) != getattr(OPTIONS.told(), name), name
 
 
 def test_the_one_without_promise_waits_until_patience_is_at_its_end() -> None:
@@ -171,9 +173,7 @@ def test_a_look_decides_nothing() -> None:
 def test_of_too_many_the_oldest_expire_and_only_those_that_would_wait_count() -> None:
     ages = {"a": 40, "b": 50, "c": 10, "d": 20, "e": 30, "f": 99}
     found = {key: waiting(age) for key, age in ages.items()}
-    rows = [
-        fates.MemberFate(key, key, "folded" if key == "f" else "deferred", "irrelevant", "", 1, z=1.0) for key in ages
-    ]
+    rows = [MemberFate(key, key, "folded" if key == "f" else "deferred", "irrelevant", "", 1, z=1.0) for key in ages]
     crowded = {row.key: row for row in fates.crowded(rows, found, OPTIONS)}
     assert {key: row.fate for key, row in crowded.items()} == {
         "a": "expired",

@@ -15,9 +15,12 @@ import tensorstore
 import zarr
 
 from continual.errors import Busy, Damaged, Misconfigured, Retry
-from continual.records import Entry, SlotSpec, TensorSpec
+from continual.records import SlotSpec, TensorSpec, Totals
 from continual.state import State, Transaction, arrays, names
+from continual.state.entries import FoldEntry
+from continual.state.parts import FoldNumbers
 from tests.helpers import stores
+from tests.helpers.entries import candidate
 
 GOLDEN = Path(__file__).parents[2] / "data" / "state-format-1"
 
@@ -32,8 +35,8 @@ def _check_history(state: State) -> None:
     assert [c.entry.kind for c in state.ledger.log] == ["init", "fold", "fold", "refuse", "tag", "fold", "rollback"]
     assert [c.seq for c in state.ledger.folds()] == [1, 2]
     assert [c.seq for c in state.ledger.folds(at=5)] == [1, 2, 5]
-    assert state.ledger.totals == {"count": 2.0}
-    assert state.ledger.totals_at(5) == {"count": 3.0}
+    assert state.ledger.totals == Totals(count=2.0)
+    assert state.ledger.totals_at(5) == Totals(count=3.0)
     assert state.ledger.tags == {"first": 1}
     fates = {
         key: commit.entry.fate
@@ -188,7 +191,9 @@ def test_other_readers_see_the_same_values(tmp_path: Path, spec: SlotSpec) -> No
     )
     with made as state, state.begin() as transaction:
         transaction.write("t/é", "x", array)
-        commit = transaction.commit(Entry(kind="fold", totals={}))
+        commit = transaction.commit(
+            FoldEntry(candidate=candidate("t"), digest="d", totals=Totals(), numbers=FoldNumbers(tau_norm=1.0))
+        )
         by_zarr = state.group()["x"][names.encode("t/é")]
         assert isinstance(by_zarr, zarr.Array)
         np.testing.assert_array_equal(by_zarr[...], array)

@@ -17,6 +17,7 @@ import continual
 from continual.executors.contract import silent
 from continual.making import Recipe
 from continual.selection.active import active_at
+from continual.state.fields import body_of
 from tests.campaigns.bench.selection.world import World
 
 
@@ -53,7 +54,7 @@ def fold(rule: str, scale: str, paths: Sequence[Path], world: World, state: Path
     with continual.open(state, write=True, workers=1, keep=1, device="cpu") as merge:
         for path in paths:
             assert merge.fold(path).fate == "folded"
-        names = [(fold.entry.candidate or {})["name"] for fold in merge.state.ledger.folds()]
+        names = [fold.entry.candidate.name for fold in merge.state.ledger.folds()]
         return Merged(_read(merge), {name: 1 / len(names) for name in names}, time.process_time() - began, {})
 
 
@@ -69,15 +70,13 @@ def rounds(rule: str, options: Mapping[str, Any], world: World, irrelevant: int,
         for _, path in world.members(irrelevant):
             assert merge.fold(path).fate == "deferred"
         found = merge.round()
-        names = {
-            (fold.entry.candidate or {})["key"]: (fold.entry.candidate or {})["name"]
-            for fold in merge.state.ledger.folds()
-        }
+        names = {fold.entry.candidate.key: fold.entry.candidate.name for fold in merge.state.ledger.folds()}
         weights = {key: sum(w) for key, w in active_at(merge.state).weights.items()} or dict.fromkeys(names, 1.0)
         total = sum(weights.values()) or 1.0
         shares = {names[key]: weight / total for key, weight in weights.items()}
-        members = [row.body() for row in found.rows]
-        return Merged(_read(merge), shares, time.process_time() - began, {**found.numbers, "members": members})
+        told = {"loss": found.loss, "before": found.before, "gap": found.gap, "pool_gap": found.pool_gap}
+        told |= {"steps": found.steps, "members": [body_of(row) for row in found.rows]}
+        return Merged(_read(merge), shares, time.process_time() - began, told)
 
 
 def relevant(rule: str, world: World, irrelevant: int, state: Path) -> Merged:

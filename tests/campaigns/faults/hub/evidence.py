@@ -14,6 +14,7 @@ import numpy as np
 
 import continual
 from continual import api, making
+from continual.records import Totals
 from tests.campaigns.faults.hub.lives import EMPTY, KINDS, NONE, READER, SECRET, World
 from tests.helpers import hubs
 from tests.loopback import TOKEN
@@ -124,7 +125,7 @@ def published(world: World, kinds: Mapping[str, str]) -> list[Commit]:
 def records(state: Path) -> list[Record]:
     with continual.open(state) as merge:
         return [
-            Record(c.seq, c.entry.candidate["key"], c.entry.reason or str(c.entry.fate))
+            Record(c.seq, c.entry.candidate.key, c.entry.reason or str(c.entry.fate))
             for c in merge.state.ledger.log
             if c.entry.candidate and c.entry.kind in ("fold", "refuse")
         ]
@@ -148,7 +149,7 @@ class Bits(NamedTuple):
     """A merge: its accumulators, the rule's totals, and the digests of what was folded."""
 
     sums: Mapping[str, np.ndarray]
-    totals: Mapping[str, float]
+    totals: Totals
     digests: Sequence[str | None]
 
     def same(self, other: Bits) -> bool:
@@ -159,7 +160,7 @@ class Bits(NamedTuple):
 
 
 def bits(merge: api.Merge) -> Bits:
-    return Bits(hubs.sums(merge), dict(merge.state.ledger.totals), [c.entry.digest for c in merge.state.ledger.folds()])
+    return Bits(hubs.sums(merge), merge.state.ledger.totals, [c.entry.digest for c in merge.state.ledger.folds()])
 
 
 def offline(work: Path, world: World, rule: str, commits: Sequence[Commit]) -> Bits:

@@ -1,0 +1,305 @@
+"""The records of the ledger, one frozen class a kind, and their JSON bodies. What they are made of is in parts.py, their
+place in the chain in format.py; FORMAT.md says the same in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
+
+from continual.errors import Damaged
+from continual.records import OMITTED, Candidate, ObjectiveRecord, Totals
+from continual.state.fields import body_of, record_of
+from continual.state.parts import (
+    BroughtFold,
+    CommandEvaluation,
+    FoldNumbers,
+    HookCall,
+    MemberFate,
+    MemberName,
+    RoundTerms,
+    RowsEvaluation,
+    TrialRecord,
+)
+
+EntryKind = Literal[
+    "init",
+    "fold",
+    "refuse",
+    "defer",
+    "round",
+    "select",
+    "rollback",
+    "unfold",
+    "combine",
+    "tune",
+    "tag",
+    "publish",
+    "retry",
+]
+Fate = Literal["folded", "refused", "duplicate", "deferred", "expired", "rolled-back", "unfolded", "retry"]
+_OMITTED = {OMITTED: True}
+_COMMON = (
+    "candidate",
+    "digest",
+    "fate",
+    "reason",
+    "message",
+    "totals",
+    "read",
+    "software",
+    "device",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What every record can have besides its place in the chain; a class for each kind adds what only that kind has,
+    which is the `numbers` of the file."""
+
+    kind: ClassVar[EntryKind]
+    candidate: Candidate | None = None
+    digest: str | None = None
+    fate: Fate | None = None
+    reason: str | None = None
+    message: str | None = None
+    totals: Totals | None = None
+    read: Mapping[str, object] | None = None
+    software: Mapping[str, str] | None = None
+    device: str | None = None
+
+    def body(self) -> dict[str, object]:
+        """As a commit file holds it: every key is there, null where the record has no such thing."""
+        found = body_of(self)
+        own = {key: found.pop(key) for key in list(found) if key not in _COMMON}
+        return {"kind": self.kind, **found, "numbers": own.get("numbers", own) or None}
+
+    def own(self) -> dict[str, object]:
+        """What only its kind has, as a commit file holds it under `numbers`."""
+        found = self.body()["numbers"]
+        return dict(found) if isinstance(found, Mapping) else {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitEntry(Entry):
+    """The state was made."""
+
+    kind = "init"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldEntry(Entry):
+    """A model was folded."""
+
+    kind = "fold"
+    candidate: Candidate
+    digest: str
+    fate: Fate | None = "folded"
+    numbers: FoldNumbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefuseEntry(Entry):
+    """A candidate is kept out: refused, a duplicate, or expired."""
+
+    kind = "refuse"
+    candidate: Candidate
+    fate: Fate | None = "refused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeferEntry(Entry):
+    """A candidate came into the pool."""
+
+    kind = "defer"
+    candidate: Candidate
+    fate: Fate | None = "deferred"
+    reason: str | None = "waiting"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundEntry(Entry):
+    """A round over the pool began: how it chooses, and who its members are, in the order in which they came."""
+
+    kind = "round"
+    mode: Literal["relevance", "frank-wolfe"]
+    asked: RoundTerms
+    objective: ObjectiveRecord
+    members: tuple[MemberName, ...]
+
+    def asks_as(self, other: RoundEntry) -> bool:
+        """Whether both choose in one way: of the same members they make the same choice."""
+        return (self.mode, self.asked, self.objective) == (other.mode, other.asked, other.objective)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectEntry(Entry):
+    """The round of record `of` ended.
+
+    `objective` is that round's digest; `loss` and `before` are of the driving rows at the end and at the beginning;
+    `gap` and `pool_gap` the duality gap over those that have weight or were not turned away, and over all members.
+    Where a generation was written: `active`, key to weights (one, or one a layer); `rest`, the weights of what is in
+    the merge and not weighed any more; `folds`, the models that entered; `out`, keys of those that left.
+    """
+
+    kind = "select"
+    of: int
+    objective: str
+    loss: float
+    before: float
+    gap: float
+    pool_gap: float
+    steps: int
+    scores: tuple[MemberFate, ...]
+    active: Mapping[str, tuple[float, ...]] | None = field(default=None, metadata=_OMITTED)
+    rest: tuple[float, ...] | None = field(default=None, metadata=_OMITTED)
+    folds: tuple[BroughtFold, ...] | None = field(default=None, metadata=_OMITTED)
+    out: tuple[str, ...] | None = field(default=None, metadata=_OMITTED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollbackEntry(Entry):
+    """The merge of record `to` is in force again; so many folds were undone."""
+
+    kind = "rollback"
+    to: int
+    undone: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnfoldEntry(Entry):
+    """The fold of the candidate `key` in record `of` was taken out, and those of the records `again` were folded again
+    for it. `tau_norm` and `merged_norm` where it was subtracted; `active` and `rest` (see SelectEntry) where the rule
+    weighs."""
+
+    kind = "unfold"
+    candidate: Candidate
+    fate: Fate | None = "unfolded"
+    of: int
+    key: str
+    again: tuple[int, ...] = ()
+    tau_norm: float | None = field(default=None, metadata=_OMITTED)
+    merged_norm: float | None = field(default=None, metadata=_OMITTED)
+    active: Mapping[str, tuple[float, ...]] | None = field(default=None, metadata=_OMITTED)
+    rest: tuple[float, ...] | None = field(default=None, metadata=_OMITTED)
+
+    def body(self) -> dict[str, object]:
+        """As a commit file holds it; the totals are empty where no model is left and none was subtracted."""
+        begun_anew = self.tau_norm is None and self.totals == Totals()
+        return Entry.body(self) | ({"totals": {}} if begun_anew else {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CombineEntry(Entry):
+    """The folds of another state came in: `of` is its id, `seq` its record."""
+
+    kind = "combine"
+    of: str
+    seq: int
+    folds: tuple[BroughtFold, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneEntry(Entry):
+    """Ways of reading were evaluated, and the best is in force: `before` is the first trial, what was in force until
+    then; `seconds` the wall time; `folds` how many were in force."""
+
+    kind = "tune"
+    trials: tuple[TrialRecord, ...]
+    before: TrialRecord
+    evaluation: CommandEvaluation | RowsEvaluation
+    seconds: float
+    folds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleEntry(Entry):
+    """A person set how the merge is read; `of` is the tuning that this went back to, if it did."""
+
+    kind = "tune"
+    of: int | None = field(default=None, metadata=_OMITTED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TagEntry(Entry):
+    """Record `of` was named."""
+
+    kind = "tag"
+    tag: str
+    of: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryEntry(Entry):
+    """A settled candidate is to be looked at again."""
+
+    kind = "retry"
+    candidate: Candidate
+    fate: Fate | None = "retry"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseEntry(Entry):
+    """Record `of` is out on the Hub, as `commit` on `branch` of `repo`; `files` were uploaded."""
+
+    kind = "publish"
+    of: int
+    repo: str
+    branch: str
+    commit: str
+    tag: str | None
+    uploaded_bytes: int
+    files: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookEntry(Entry):
+    """A server was told of record `of`, or could not be."""
+
+    kind = "publish"
+    of: int
+    hook: HookCall
+
+
+ENTRIES: tuple[type[Entry], ...] = (
+    InitEntry,
+    FoldEntry,
+    RefuseEntry,
+    DeferEntry,
+    RoundEntry,
+    SelectEntry,
+    RollbackEntry,
+    UnfoldEntry,
+    CombineEntry,
+    TuneEntry,
+    ScaleEntry,
+    TagEntry,
+    RetryEntry,
+    ReleaseEntry,
+    HookEntry,
+)
+
+
+def entry_of(body: Mapping[str, object], where: object) -> Entry:
+    """The entry that the body of a commit file holds. Raises Damaged naming `where` and the key that is missing or has
+    another type."""
+    for key in ("kind", *_COMMON, "numbers"):
+        if key not in body:
+            raise Damaged(f"{where}: {key!r} is missing")
+    numbers = body["numbers"] if body["numbers"] is not None else {}
+    if not isinstance(numbers, Mapping):
+        raise Damaged(f"{where}: numbers is {numbers!r:.60}, no object")
+    kind = _class(body["kind"], numbers, where)
+    own = {"numbers": numbers} if kind is FoldEntry else {k: v for k, v in numbers.items() if k not in _COMMON}
+    return record_of(kind, {key: body[key] for key in _COMMON} | own, where)
+
+
+def _class(kind: object, numbers: Mapping[str, object], where: object) -> type[Entry]:
+    """The class of a record; of two kinds the numbers say which of two classes it is."""
+    if kind == "tune":
+        return TuneEntry if "trials" in numbers else ScaleEntry
+    if kind == "publish":
+        return HookEntry if "hook" in numbers else ReleaseEntry
+    if kind not in get_args(EntryKind):
+        raise Damaged(f"{where}: kind is {kind!r:.60}, none of {', '.join(get_args(EntryKind))}")
+    return next(entry for entry in ENTRIES if entry.kind == kind)

@@ -1,0 +1,171 @@
+"""What the records of the ledger are made of: the frozen parts of their `numbers` (FORMAT.md). Optional fields are left
+out of the file where a record does not have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from continual.records import KEY, OMITTED, REST, Candidate, FileDigest
+
+_OMITTED = {OMITTED: True}
+RowFate = Literal["folded", "chosen", "deferred", "refused", "expired"]
+"""What a round makes of a member."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoteSummary:
+    """Smallest, mean and largest value of a rule's note over the `tensors` that have it."""
+
+    min: float
+    mean: float
+    max: float
+    tensors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Relevance:
+    """What the round that chose a model found: see `MemberFate`."""
+
+    score: float | None = None
+    change: float | None = None
+    error: float | None = None
+    z: float | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldNumbers:
+    """What a fold measured. Norms are L2 over the whole model.
+
+    `tau_norm`: of the task vector; `base_norm`: of the base's tensors that were folded; `merged_norm`: of the merged
+    task vector after the fold; `cosine`: of the task vector and the merged one before it; `weight`: what it was folded
+    with, where the rule has weights. `tensors`, `unchanged`: how many got a task vector, how many the candidate lacks;
+    `extra`: names of the first of its `extra_count` tensors that the base lacks; `prefix`, `narrowed`, `rows`: as in
+    `Lineage`. `notes`: by the rule's names; `gauges`: the rule's gauges after the fold, by name. A fold that came with
+    another state, or that a round weighed, has few of these.
+    """
+
+    tau_norm: float
+    base_norm: float | None = field(default=None, metadata=_OMITTED)
+    merged_norm: float | None = field(default=None, metadata=_OMITTED)
+    cosine: float | None = field(default=None, metadata=_OMITTED)
+    weight: float | None = field(default=None, metadata=_OMITTED)
+    tensors: int | None = field(default=None, metadata=_OMITTED)
+    unchanged: int | None = field(default=None, metadata=_OMITTED)
+    extra: tuple[str, ...] | None = field(default=None, metadata=_OMITTED)
+    extra_count: int | None = field(default=None, metadata=_OMITTED)
+    prefix: tuple[str, str] | None = field(default=None, metadata=_OMITTED)
+    narrowed: Mapping[str, str] | None = field(default=None, metadata=_OMITTED)
+    rows: Mapping[str, int] | None = field(default=None, metadata=_OMITTED)
+    notes: Mapping[str, NoteSummary] | None = field(default=None, metadata=_OMITTED)
+    relevance: Relevance | None = field(default=None, metadata=_OMITTED)
+    gauges: Mapping[str, float] = field(default_factory=dict, metadata={REST: True})
+
+
+@dataclass(frozen=True, slots=True)
+class BroughtFold:
+    """A model that came into the merge with others, in one record of another kind than `fold`."""
+
+    candidate: Candidate
+    digest: str
+    numbers: FoldNumbers
+
+
+@dataclass(frozen=True, slots=True)
+class MemberName:
+    """A member of a round."""
+
+    key: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemberFate:
+    """A member at the end of a round, or a model that the round weighed.
+
+    `score`: ⟨g, τ⟩ at the merge, without the model where it is in it, in units of the loss; `change` and `error`: what
+    a trial of the model, or its being in the merge, does to the mean loss of held-out rows, and the standard error of
+    that; `z`: their ratio; None where it was not tried, as where the score already is not below zero. `weight`: what
+    Frank-Wolfe gave it; `rank`: of those chosen for a rule, which is folded first, from 0. `judged`: 1 if this round
+    counts towards patience.
+    """
+
+    key: str
+    name: str
+    fate: RowFate
+    reason: str
+    message: str
+    judged: int = 0
+    score: float | None = None
+    change: float | None = None
+    error: float | None = None
+    z: float | None = None
+    weight: float | None = None
+    rank: int | None = field(default=None, metadata={KEY: "place"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTerms:
+    """The settings that the choice of a round depends on; ops/docs/settings.md has each. `active` is how many models
+    are weighed at most."""
+
+    trial: float
+    sigmas: float
+    stays: float
+    patience: int
+    step: str
+    rho: float
+    search: str
+    layers: bool
+    tolerance: float
+    steps: int
+    best: int
+    active: int
+    inner: int
+    age: float
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRecord:
+    """A way of reading that a tuning tried, and its score as the evaluation gave it."""
+
+    scale: str
+    lines: tuple[float, float] | None
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class CommandEvaluation:
+    """An evaluation by a command: its words, the key of its result, and whether a lower one is better."""
+
+    command: tuple[str, ...]
+    key: str | None
+    lower: bool
+    kind: Literal["command"] = "command"
+
+
+@dataclass(frozen=True, slots=True)
+class RowsEvaluation:
+    """An evaluation by an objective on the rows of a file."""
+
+    objective: str
+    batch: int
+    file: FileDigest | None = field(default=None, metadata=_OMITTED)
+    heads: FileDigest | None = field(default=None, metadata=_OMITTED)
+    kind: Literal["rows"] = "rows"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookCall:
+    """A server that was told: `number` is the hook's in the settings, from 1; `seconds` include all `attempts`."""
+
+    number: int
+    kind: str
+    target: str
+    ok: bool
+    attempts: int
+    seconds: float
+    message: str
