@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from continual import provenance
 from continual.config import Settings
 from continual.engine.base import fetched, files_of, measure_base, open_checkpoint
 from continual.engine.folding import state_bytes
@@ -19,7 +18,7 @@ from continual.executors.contract import Progress, silent
 from continual.hub import Repo
 from continual.hub.locate import Places
 from continual.rules import read_options, rule
-from continual.state import State
+from continual.state import Format, State
 from continual.tensors import BaseModel, Folder, Place, describe
 
 if TYPE_CHECKING:
@@ -111,15 +110,11 @@ def init(
             "exclude": list(recipe.exclude),
         }
         checkpoint.check_unchanged()
+    slots = {spec.name: chosen.slots(spec) if spec.kind != "carried" else {} for spec in model.specs}
     State.create(
         Path(state),
-        base=record,
-        tensors=model.specs,
-        rule=recipe.rule,
-        options=chosen.options,
+        Format.new(record, model.specs, recipe.rule, chosen.options, slots),
         read=read_options(recipe.rule, recipe.scale, recipe.lines).to_mapping(),
-        slots={spec.name: chosen.slots(spec) if spec.kind != "carried" else {} for spec in model.specs},
-        software=provenance.software(),
         device="cpu",
     ).close()
     return made

@@ -138,9 +138,10 @@ def retry(
 def verify(state: StateDir = None, config: Config = None, json: Json = False) -> None:
     """Check every byte of the state against its receipt."""
     from continual.cli import console
+    from continual.state import verify
 
     with opened.merge(config, state=state) as merge, console.progress() as progress:
-        findings = merge.state.verify(lambda done, total: progress("verify", done, total))
+        findings = verify.verify(merge.state, lambda done, total: progress("verify", done, total))
     if json:
         console.emit({"ok": not findings, "findings": findings})
     else:

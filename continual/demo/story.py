@@ -27,6 +27,7 @@ from continual.errors import Halt
 from continual.publish.folder import Target
 from continual.service import status
 from continual.state import State
+from continual.state.verify import verify
 
 _PATIENCE = 60.0
 
@@ -97,7 +98,7 @@ def _daemon(work: Path, weights: Mapping[str, Mapping[str, Tensor]], console: Co
         intact: dict[str, Any] = {
             "record": opened.ledger.head.seq,
             "folds": len(opened.ledger.folds()),
-            "findings": opened.verify(),
+            "findings": verify(opened),
         }
     for orphan in orphans:
         console.print(
@@ -119,7 +120,7 @@ def _daemon(work: Path, weights: Mapping[str, Mapping[str, Tensor]], console: Co
         code = process.wait(_PATIENCE)
     with State.open(state) as opened:
         folded = [c.entry.candidate.name for c in opened.ledger.folds()]
-        findings = opened.verify()
+        findings = verify(opened)
     if sorted(folded) != sorted(tasks) or findings or code != 0 or not orphans or intact["findings"]:
         raise Halt(
             f"the demonstration failed: folded {folded}, findings {findings}, exit code {code}, orphans {orphans}"

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from continual import provenance
 from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task
 from continual.records import TensorSpec, Totals
@@ -54,10 +53,9 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
             seq=at,
             folds=folds,
             message=f"{len(folds)} models of the state {other.path.absolute()}, record {at}",
-            software=provenance.software(),
             device="cpu",
         )
-        return transaction.commit(entry)
+        return state.commit(transaction, entry)
 
 
 def check(state: State, other: State, rule: Rule) -> None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from continual import provenance
 from continual.engine.folding import Folding, Terms, run_length
 from continual.engine.outcomes import FoldReport, OpenCandidate, Outcome, known_as
 from continual.engine.report import report_of
@@ -164,10 +163,9 @@ class Engine:
                 digest=report.digest,
                 totals=report.totals,
                 numbers=dataclasses.replace(found, relevance=chosen),
-                software=provenance.software(),
                 device=report.device,
             )
-            commit = transaction.commit(entry)
+            commit = self.state.commit(transaction, entry)
         seconds = {**report.seconds, "commit": time.perf_counter() - streamed, "total": time.perf_counter() - begun}
         message = f"{candidate.name}: folded as record {commit.seq}"
         timed = dataclasses.replace(report, seconds=seconds)
@@ -180,7 +178,6 @@ class Engine:
             candidate=candidate,
             reason=refusal.reason,
             message=str(refusal),
-            software=provenance.software(),
         )
         return Outcome("refused", candidate.name, str(refusal), refusal.reason, self.state.record(entry))
 
@@ -196,6 +193,5 @@ class Engine:
             fate="duplicate",
             reason="duplicate",
             message=message,
-            software=provenance.software(),
         )
         return Outcome("duplicate", name, message, "duplicate", self.state.record(entry), report)

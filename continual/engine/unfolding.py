@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
-from continual import provenance
 from continual.engine.engine import Engine
 from continual.engine.outcomes import FoldReport, OpenCandidate
 from continual.errors import Misconfigured, Refuse, Retry
@@ -105,7 +104,7 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
             report = _stream(engine, transaction, model, state.ledger.totals, -model.weight, progress)
             taken = entry(engine, plan, began, report.totals)
             found = report.numbers
-            return transaction.commit(replace(taken, tau_norm=found.tau_norm, merged_norm=found.merged_norm))
+            return state.commit(transaction, replace(taken, tau_norm=found.tau_norm, merged_norm=found.merged_norm))
     generation = state.generation_of(state.ledger.get(plan.start)) if plan.start is not None else None
     totals = state.ledger.totals_at(plan.start) if plan.start is not None else Totals()
     if not plan.again:
@@ -117,7 +116,7 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
                 report = _stream(engine, transaction, model, totals, model.weight, progress)
                 progress("models", number, len(plan.again))
                 if number == len(plan.again):
-                    return transaction.commit(entry(engine, plan, began, report.totals))
+                    return state.commit(transaction, entry(engine, plan, began, report.totals))
                 generation, totals = transaction.seal(), report.totals
             if scratch is not None:
                 scratch.abandon()
@@ -141,7 +140,6 @@ def entry(engine: Engine, plan: Unfolding, began: float, totals: Totals) -> Unfo
         of=plan.seq,
         key=plan.key,
         again=() if plan.exact else tuple(model.seq for model in plan.again),
-        software=provenance.software(),
         device=str(engine.device),
     )
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from continual import provenance
 from continual.config import parse_bytes
 from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
@@ -25,6 +24,7 @@ from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, TensorSpec
 from continual.state import State
 from continual.state.durable import publish_dir, replace_link
+from continual.state.software import software
 from continual.tensors import BaseModel
 from continual.tensors.place import RELEASE
 
@@ -138,7 +138,7 @@ def provenance_of(state: State, seq: int, read: Mapping[str, Any]) -> dict[str, 
             {"seq": fold.seq, "digest": fold.entry.digest, **{k: getattr(fold.entry.candidate, k) for k in _KEPT}}
             for fold in state.ledger.folds(at=seq)
         ],
-        "software": dict(provenance.software()),
+        "software": dict(software()),
         "exported": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from continual import provenance
 from continual.engine.engine import Engine
 from continual.engine.outcomes import OpenCandidate, Outcome
 from continual.gates import Headers
@@ -29,7 +28,7 @@ def admit(engine: Engine, place: Place) -> Outcome:
         if engine.gates.the(UpdatesGate).updates == "refuse" and candidate.revision is not None:
             _replace_older(engine.state, candidate)
         message = f"{name}: waits in the pool for a round"
-        entry = DeferEntry(candidate=candidate, message=message, software=provenance.software())
+        entry = DeferEntry(candidate=candidate, message=message)
         return Outcome("deferred", name, message, "waiting", engine.state.record(entry))
 
     return engine.consider(place, wait)
@@ -45,6 +44,5 @@ def _replace_older(state: State, candidate: Candidate) -> None:
                     candidate=older,
                     reason="superseded",
                     message=f"{older.name}: a newer commit of it waits in its place",
-                    software=provenance.software(),
                 )
             )

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from continual import provenance
 from continual.engine.engine import Engine
 from continual.executors.contract import Progress
 from continual.records import Totals
@@ -40,7 +39,6 @@ def entry(under_way: OpenRound, rows: Sequence[MemberFate], figures: Figures) ->
     loss = f"loss {figures.before:.4g} to {figures.loss:.4g}"
     return SelectEntry(
         message=f"{', '.join(counted) or 'no member'}; {loss}, gap {figures.gap:.3g}",
-        software=provenance.software(),
         device=str(under_way.engine.device),
         of=under_way.begun.seq,
         objective=under_way.options.calibration.told().digest,
@@ -111,7 +109,7 @@ def write_sum(under_way: OpenRound, space: SearchSpace, chosen: Chosen, progress
             folds=tuple(folds),
             out=tuple(out),
         )
-        return transaction.commit(written)
+        return state.commit(transaction, written)
 
 
 def totals(merged: Active, merged_sq: float) -> Totals:

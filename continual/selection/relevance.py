@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from continual import provenance
 from continual.engine.engine import Engine
 from continual.engine.outcomes import Outcome
 from continual.errors import Refuse
@@ -54,6 +53,5 @@ def _expire(engine: Engine, member: Member, gone: Refuse) -> Outcome:
         fate="expired",
         reason=gone.reason,
         message=str(gone),
-        software=provenance.software(),
     )
     return Outcome("refused", member.name, str(gone), gone.reason, engine.state.record(entry))

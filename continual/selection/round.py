@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from continual import provenance
 from continual.engine.engine import Engine
 from continual.engine.outcomes import Outcome
 from continual.engine.reading import Reading
@@ -152,7 +151,6 @@ def _begin(ground: Ground, options: RoundOptions, pool: Mapping[str, Waiting]) -
     state = ground.engine.state
     entry = RoundEntry(
         message=f"{len(pool)} candidate{'s' * (len(pool) != 1)}",
-        software=provenance.software(),
         mode="frank-wolfe" if ground.weighed else "relevance",
         asked=options.told(),
         objective=options.calibration.told(),

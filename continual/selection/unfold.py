@@ -47,7 +47,7 @@ def subtract(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
             raise unfolding.changed(model)
         if after.members:
             left = unfolding.entry(engine, plan, began, totals(after, merged_sq))
-            return transaction.commit(replace(left, active=after.weights, rest=after.rest))
+            return state.commit(transaction, replace(left, active=after.weights, rest=after.rest))
     # Nothing is left. The record has no generation: zeros, and not what rounding left of them.
     nothing = unfolding.entry(engine, plan, began, Totals())
     return state.record(replace(nothing, active=after.weights, rest=after.rest), None)

@@ -18,7 +18,6 @@ from typing import TypeVar
 
 import structlog
 
-from continual import provenance
 from continual.api import Merge
 from continual.config import HookSettings
 from continual.errors import ContinualError, Misconfigured, Retry
@@ -31,6 +30,7 @@ from continual.service import release as releasing
 from continual.service.metrics import Metrics
 from continual.state.entries import Entry, HookEntry
 from continual.state.parts import HookCall
+from continual.state.software import software
 
 T = TypeVar("T")
 Recorder = Callable[[Entry], Awaitable[None]]
@@ -194,9 +194,7 @@ class Outlets:
             call = HookCall(number=waiter.number, **told.body())
             said = f"hook {told.kind} for record {published.seq}: {'done' if told.ok else told.message}"
             try:
-                await self.record(
-                    HookEntry(message=said, software=provenance.software(), of=published.seq or 0, hook=call)
-                )
+                await self.record(HookEntry(message=said, software=software(), of=published.seq or 0, hook=call))
             except ContinualError as error:  # the log line above is what is left of it
                 self.metrics.error("publish")
                 self._log.error("hook not recorded", seq=published.seq, error=str(error))

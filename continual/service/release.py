@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from continual import provenance
 from continual.api import Merge
 from continual.errors import Misconfigured
 from continual.hub.locate import SCHEME
@@ -21,6 +20,7 @@ from continual.state import Commit
 from continual.state.durable import link_tree
 from continual.state.entries import ReleaseEntry
 from continual.state.format import FoldCommit
+from continual.state.software import software
 from continual.tensors.place import RELEASE
 
 
@@ -99,7 +99,6 @@ def entry(released: Released) -> ReleaseEntry:
     """The record of a release."""
     return ReleaseEntry(
         message=f"record {released.seq} released as {released.url}",
-        software=provenance.software(),
         of=released.seq,
         repo=released.repo,
         branch=released.branch,
@@ -132,7 +131,7 @@ def facts_of(merge: Merge, seq: int) -> card.Facts:
         rule=made.rule,
         scale=read.scale,
         generated=commit.time,
-        software=dict(provenance.software()),
+        software=dict(software()),
         options=dict(made.options),
         lines=None if read.lines is None else f"{read.lines[0]}:{read.lines[1]}",
         plain=made.base["plain"],

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from continual import provenance, selection, tuning
+from continual import selection, tuning
 from continual.api import Merge
 from continual.config import Settings
 from continual.records import Event
@@ -34,6 +34,7 @@ from continual.state import Commit, State, lock
 from continual.state.entries import HookEntry, ReleaseEntry, SelectEntry, TuneEntry
 from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting
+from continual.state.software import software
 from continual.texts import Json, record
 
 _SHOWN = 15
@@ -159,7 +160,7 @@ class Live:
 
 def ask(state: Path) -> dict[str, Json] | None:
     """What the daemon on `state` answers; None if none runs or it does not answer."""
-    url = lock.holder(state / "lock").get("url")
+    url = lock.holder(state / "lock").url
     if not isinstance(url, str) or not url.startswith("http://"):
         return None
     try:
@@ -197,7 +198,7 @@ def _status(merge: Merge, running: Running) -> Status:
     pool = merge.pool()
     last = selection.last_round(state)
     return Status(
-        version=provenance.software()["continual"],
+        version=software()["continual"],
         health=running.health,
         why=running.why,
         pid=running.pid,

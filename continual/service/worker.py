@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
-from continual import provenance, selection, tuning
+from continual import selection, tuning
 from continual.api import Merge
 from continual.engine.outcomes import Outcome
 from continual.errors import Abandoned, Halt, Retry, Skip
@@ -22,6 +22,7 @@ from continual.service.queue import Queued
 from continual.service.status import Live
 from continual.sources.contract import Source
 from continual.state.entries import Entry, SelectEntry, TuneEntry
+from continual.state.software import software
 
 _LOOK = 0.2
 """Seconds between two looks at whether every source has scanned."""
@@ -55,7 +56,7 @@ class Worker:
             if self._asked.settings.unsupervised:
                 self._log.warning("unsupervised", message=selection.UNSUPERVISED)
             await asyncio.to_thread(self._asked.calibration.told)
-        self.metrics.build(rule=self.merge.rule.name, device=str(engine.device), software=provenance.software())
+        self.metrics.build(rule=self.merge.rule.name, device=str(engine.device), software=software())
         self.gauge()
 
     def wake(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,19 @@ class Format:
     rule: str
     options: Mapping[str, Any]
     slots: Mapping[str, Mapping[str, SlotSpec]]
+
+    @classmethod
+    def new(
+        cls,
+        base: Mapping[str, Any],
+        tensors: Sequence[TensorSpec],
+        rule: str,
+        options: Mapping[str, Any],
+        slots: Mapping[str, Mapping[str, SlotSpec]],
+    ) -> Format:
+        """Of a new state: the newest version, an id that is drawn here, and the tensors in order of their names."""
+        ordered = tuple(sorted(tensors, key=lambda tensor: tensor.name))
+        return cls(VERSION, secrets.token_hex(16), base, ordered, rule, options, slots)
 
     @property
     def slot_names(self) -> tuple[str, ...]:

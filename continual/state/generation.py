@@ -3,8 +3,8 @@ transaction.py for writing."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,41 @@ from continual.state.arrays import Array
 from continual.state.format import Format
 
 RECEIPTS = "receipts.json"
-Receipts = dict[str, Any]
-"""`groups`: path to CRC of its zarr.json. `arrays`: path to {`metadata`: CRC of its zarr.json, `bytes`: of its values,
-`chunks`: their CRCs}."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What an array was when it was written: the CRC of its zarr.json, the bytes of its values, and the CRC of each
+    chunk (values and padding) in row order."""
+
+    metadata: str
+    nbytes: int
+    chunks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Receipts:
+    """What receipts.json says: of each group, by its path, the CRC of its zarr.json; of each array its receipt."""
+
+    groups: Mapping[str, str]
+    arrays: Mapping[str, Receipt]
+
+    def body(self) -> dict[str, object]:
+        """As receipts.json holds it."""
+        arrays = {
+            path: {"metadata": r.metadata, "bytes": r.nbytes, "chunks": list(r.chunks)}
+            for path, r in self.arrays.items()
+        }
+        return {"groups": dict(self.groups), "arrays": arrays}
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any], file: Path) -> Receipts:
+        """From receipts.json at `file`. Raises Damaged if it lacks something."""
+        try:
+            found = {path: Receipt(r["metadata"], r["bytes"], tuple(r["chunks"])) for path, r in body["arrays"].items()}
+            return cls(body["groups"], found)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Damaged(f"{file}: {error!r} is missing or malformed") from None
 
 
 def node(slot: str, name: str) -> str:
@@ -31,36 +63,47 @@ class Generation:
         self.directory = directory
         self.form = form
         self.checksum = checksum
+        self._receipts: Receipts | None = None
 
-    @functools.cached_property
+    @property
     def receipts(self) -> Receipts:
-        """The receipts. Raises Damaged if they are not those the commit is for, Misconfigured if the generation has
-        expired."""
-        if not self.directory.exists():
-            raise Misconfigured(f"{self.directory} has expired: only the last few generations and tagged ones are kept")
-        body, checksum = framing.decode(self.directory / RECEIPTS)
-        if checksum != self.checksum:
-            raise Damaged(
-                f"{self.directory / RECEIPTS} is not the one its commit was made with: it has the checksum {checksum}, not {self.checksum}"
-            )
-        return body
+        """The receipts, read once. Raises as `load` does."""
+        return self.load()
+
+    def load(self) -> Receipts:
+        """Reads the receipts, if they were not read before. Raises Misconfigured if the generation has expired, Damaged
+        if they are not those that its record names."""
+        if self._receipts is None:
+            if not self.directory.exists():
+                raise Misconfigured(
+                    f"{self.directory} has expired: only the last few generations and tagged ones are kept"
+                )
+            body, checksum = framing.decode(self.directory / RECEIPTS)
+            if checksum != self.checksum:
+                raise Damaged(
+                    f"{self.directory / RECEIPTS} is not the one its commit was made with: "
+                    f"it has the checksum {checksum}, not {self.checksum}"
+                )
+            self._receipts = Receipts.of(body, self.directory / RECEIPTS)
+        return self._receipts
+
+    def receipt(self, path: str) -> Receipt:
+        """The receipt of the array at `path`. Raises Damaged if there is none."""
+        found = self.receipts.arrays.get(path)
+        if found is None:
+            raise Damaged(f"{self.directory}: no receipt for {path}")
+        return found
 
     def read(self, name: str, slot: str) -> Array:
-        """One accumulator, every byte checked against its receipt."""
+        """One accumulator, every byte checked against its receipt. Raises Damaged, or Misconfigured if the generation
+        has expired."""
         path = node(slot, name)
-        return arrays.read(self.directory / path, self.form.slots[name][slot], self._chunks(path))
+        return arrays.read(self.directory / path, self.form.slots[name][slot], self.receipt(path).chunks)
 
     def reader(self, name: str, slot: str) -> arrays.Reader:
-        """The same, to be read in order in pieces."""
+        """One accumulator, to be read in order and in pieces, every chunk checked against its receipt."""
         path = node(slot, name)
-        return arrays.Reader(self.directory / path, self.form.slots[name][slot], self._chunks(path))
-
-    def _chunks(self, path: str) -> list[str]:
-        receipt = self.receipts["arrays"].get(path)
-        if receipt is None:
-            raise Damaged(f"{self.directory}: no receipt for {path}")
-        chunks: list[str] = receipt["chunks"]
-        return chunks
+        return arrays.Reader(self.directory / path, self.form.slots[name][slot], self.receipt(path).chunks)
 
     def check(self, step: Callable[[], None]) -> Iterator[str]:
         """Reads everything and yields what is wrong; `step` is called after each array."""
@@ -69,18 +112,18 @@ class Generation:
         except (Damaged, Misconfigured) as error:
             yield str(error)
             return
-        for path, checksum in receipts["groups"].items():
+        for path, checksum in receipts.groups.items():
             yield from _check_file(self.directory / path / "zarr.json", checksum)
         for name, slots in self.form.slots.items():
             for slot, spec in slots.items():
                 path = node(slot, name)
-                receipt = receipts["arrays"].get(path)
+                receipt = receipts.arrays.get(path)
                 if receipt is None:
                     yield f"{self.directory}: no receipt for {path}"
                 else:
-                    yield from _check_file(self.directory / path / "zarr.json", receipt["metadata"])
+                    yield from _check_file(self.directory / path / "zarr.json", receipt.metadata)
                     try:
-                        arrays.read(self.directory / path, spec, receipt["chunks"])
+                        arrays.read(self.directory / path, spec, receipt.chunks)
                     except (Damaged, Misconfigured) as error:
                         yield str(error)
                     except OSError as error:

@@ -1,16 +1,12 @@
-"""Who writes to a state: an flock on `lock`, which holds the writer's pid and URL; and leases of readers on
-generations."""
+"""Who writes to a state: an flock on `lock`, which holds the writer's pid and URL."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from continual.errors import Busy, Misconfigured
 from continual.state.framing import encode
@@ -23,14 +19,14 @@ def take(path: Path) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise Misconfigured(
-            f"{path}: cannot open the state for writing ({error.strerror}); use a writable state, or a command that only reads"
+            f"{path}: cannot open the state for writing ({error.strerror}); "
+            "use a writable state, or a command that only reads"
         ) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(fd)
-        held = holder(path)
-        pid, url = held.get("pid"), held.get("url")
+        pid, url = holder(path)
         where = f" at {url}" if url else ""
         hint = (
             "stop it first (systemctl stop continual, or kill the process), or publish models into its watched folder"
@@ -38,63 +34,33 @@ def take(path: Path) -> int:
             else "wait until it is done"
         )
         raise Busy(f"{path.parent} is being written by process {pid}{where}; {hint}", pid, url) from None
-    tell(fd, {"pid": os.getpid(), "url": None})
+    tell(fd, None)
     return fd
 
 
-def tell(fd: int, body: dict[str, Any]) -> None:
-    """Writes into the lock file who holds it."""
-    data, _ = encode(body)
+def tell(fd: int, url: str | None) -> None:
+    """Writes into the lock file that this process holds it, and where its daemon answers."""
+    data, _ = encode({"pid": os.getpid(), "url": url})
     os.ftruncate(fd, 0)
     os.pwrite(fd, data, 0)
 
 
-def holder(path: Path) -> dict[str, Any]:
-    """What the lock file says of its holder; empty if it says nothing or is half written. Says nothing about whether
-    that process still runs."""
+class Holder(NamedTuple):
+    """What the lock file says of the process that holds it: its pid, and where its daemon answers."""
+
+    pid: int | None = None
+    url: str | None = None
+
+
+def holder(path: Path) -> Holder:
+    """What the lock file at `path` says of its holder; nothing if it is half written. It does not say whether that
+    process still runs."""
     try:
         _, _, text = path.read_bytes().partition(b"\n")
         body = json.loads(text)
     except (OSError, ValueError):
-        return {}
-    return body if isinstance(body, dict) else {}
-
-
-@contextlib.contextmanager
-def lease(directory: Path, generation: str) -> Iterator[None]:
-    """Keeps `generation` from expiring while the block runs. On a read-only file system it yields without: nothing
-    expires there."""
-    while True:
-        path = directory / f"{generation}-{secrets.token_hex(4)}"
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        except OSError:
-            yield
-            return
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if os.fstat(fd).st_nlink:
-            break
-        os.close(fd)  # the writer took it for a dead reader's between the two calls
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(fd)
-
-
-def leased(directory: Path) -> set[str]:
-    """Generations that a living reader has leased; leases of dead readers are removed."""
-    found = set()
-    for path in directory.iterdir():
-        if path.name.startswith("."):
-            continue
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-            except BlockingIOError:
-                found.add(path.name.rpartition("-")[0])
-            finally:
-                os.close(fd)
-    return found
+        return Holder()
+    if not isinstance(body, dict):
+        return Holder()
+    pid, url = body.get("pid"), body.get("url")
+    return Holder(pid if isinstance(pid, int) else None, url if isinstance(url, str) else None)

@@ -20,7 +20,9 @@ def unfinished(path: Path) -> bool | None:
     """Whether a directory without format.json is what a killed `create` leaves; None where there is no commit log at
     all."""
     commits = path / "commits"
-    return len(listed(commits)) <= 1 and not any((path / "generations").iterdir()) if commits.is_dir() else None
+    if not commits.is_dir():
+        return None
+    return sum(1 for _ in commits.iterdir()) <= 1 and not any((path / "generations").iterdir())
 
 
 def must_be_free(path: Path) -> None:
@@ -50,7 +52,8 @@ def load(path: Path) -> Ledger:
             break  # else a writer went on between the two looks
     if found != [f"{i:08d}.json" for i in range(len(found))] or not head["seq"] < len(found) <= head["seq"] + 2:
         raise Damaged(
-            f"{path / 'commits'}: HEAD is at record {head['seq']} and {len(found)} files are there: records are missing; restore from a backup"
+            f"{path / 'commits'}: HEAD is at record {head['seq']} and {len(found)} files are there: "
+            "records are missing; restore from a backup"
         )
     ledger = Ledger()
     for seq, name in enumerate(found):
@@ -69,17 +72,11 @@ def load(path: Path) -> Ledger:
     return ledger
 
 
-def in_force(generation: Generation) -> Generation:
-    """The generation in force. Raises Damaged if it is missing."""
+def must_be_there(generation: Generation) -> None:
+    """Raises Damaged if the generation in force is missing or not as it was written."""
     try:
-        _ = generation.receipts
+        generation.load()
     except Misconfigured:
         raise Damaged(
             f"{generation.directory} is missing, and it is the generation in force; restore it from a backup"
         ) from None
-    return generation
-
-
-def listed(directory: Path) -> list[str]:
-    """Names in a directory, sorted."""
-    return sorted(p.name for p in directory.iterdir())

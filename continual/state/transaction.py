@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -20,30 +19,33 @@ from continual.errors import Retry
 from continual.state import arrays, framing
 from continual.state.arrays import Array
 from continual.state.durable import environment, sync_file, sync_tree, write_bytes
-from continual.state.entries import Entry
-from continual.state.format import Commit, Format
-from continual.state.generation import RECEIPTS, Generation, node
-
-Publish = Callable[[Entry, str, str], Commit]
-"""Makes a record of an entry, a generation's id and the CRC of its receipts."""
+from continual.state.format import Format
+from continual.state.generation import RECEIPTS, Generation, Receipt, Receipts, node
 
 
 class Transaction:
-    """Writes one generation. A context manager: leaving it without a commit drops what was written.
+    """Writes one generation, in `root`; `State.begin` makes it and `State.commit` ends it. A context manager: leaving
+    it without a commit drops what was written.
 
-    Threads may share it, as long as each tensor is one thread's.
+    `before` is the generation that the fold starts from (None: zeros), `in_force` the id of the one that was in force
+    when it began. Threads may share a transaction, as long as each tensor is one thread's.
     """
 
     def __init__(
-        self, root: Path, form: Format, before: Generation | None, publish: Publish, on_step: Callable[[str], None]
+        self,
+        root: Path,
+        form: Format,
+        before: Generation | None,
+        in_force: str | None,
+        on_step: Callable[[str], None],
     ) -> None:
         self.id = secrets.token_hex(8)
         self.directory = root / self.id
+        self.in_force = in_force
         self._form = form
         self._before = before
-        self._publish = publish
         self._on_step = on_step
-        self._receipts: dict[str, Any] = {}
+        self._receipts: dict[str, Receipt] = {}
         self._lock = threading.Lock()
         self._done = False
         with environment("cannot begin a fold"):
@@ -69,7 +71,7 @@ class Transaction:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def committed(self) -> None:
-        """A record names what was written: it is not dropped any more."""
+        """`State` says that a record names what was written: it is not dropped any more."""
         self._done = True
 
     def read(self, name: str, slot: str) -> Array:
@@ -137,11 +139,11 @@ class Transaction:
                 for file in ["zarr.json", *arrays.chunk_names(spec)]:
                     os.link(self._before.directory / path / file, self.directory / path / file)
             with self._lock:
-                self._receipts[path] = self._before.receipts["arrays"][path]
+                self._receipts[path] = self._before.receipt(path)
 
     def seal(self) -> Generation:
-        """Ends writing without a commit: a generation that another transaction can begin on and no record will know. It
-        stays until `abandon`."""
+        """Ends writing without a commit: the generation can be what another transaction begins on, and no record will
+        name it. It stays until `abandon`."""
         generation = self._receipted()
         self._done = True
         return generation
@@ -150,21 +152,21 @@ class Transaction:
         expected = {node(slot, name) for name, slots in self._form.slots.items() for slot in slots}
         assert self._receipts.keys() == expected, sorted(expected ^ self._receipts.keys())[:3]
         with environment(f"cannot write {self.directory}"):
-            data, checksum = framing.encode({"arrays": self._receipts, "groups": self._groups})
+            data, checksum = framing.encode(Receipts(self._groups, self._receipts).body())
             write_bytes(self.directory / RECEIPTS, data)
         return Generation(self.directory, self._form, checksum)
 
-    def commit(self, entry: Entry) -> Commit:
-        """Makes this the generation in force, with its record. Returns only when both are on disk.
+    def sync(self) -> Generation:
+        """Ends writing: what was written is a whole generation on disk, with its receipts, that no record names yet.
 
-        Raises Retry (nothing settled) if the disk or another writer got in the way, Halt if an fsync failed.
+        Raises Retry if the disk got in the way, Halt if an fsync failed.
         """
-        checksum = self._receipted().checksum
+        generation = self._receipted()
         with environment(f"cannot commit {self.directory}"):
             self._on_step("fsync-files")
             sync_tree(self.directory, between=lambda: self._on_step("fsync-dirs"))
             sync_file(self.directory.parent)
-        return self._publish(entry, self.id, checksum)
+        return generation
 
     def _place(self, name: str, slot: str) -> Path:
         """Makes the array's directory with its zarr.json, linked from the generation before where there is one: it is
@@ -180,13 +182,9 @@ class Transaction:
 
     def _receive(self, name: str, slot: str, chunks: list[str]) -> None:
         path, spec = node(slot, name), self._form.slots[name][slot]
-        metadata = (
-            self._before.receipts["arrays"][path]["metadata"]
-            if self._before
-            else framing.crc(arrays.metadata(spec, name))
-        )
+        metadata = self._before.receipt(path).metadata if self._before else framing.crc(arrays.metadata(spec, name))
         with self._lock:
-            self._receipts[path] = {"metadata": metadata, "bytes": spec.nbytes, "chunks": chunks}
+            self._receipts[path] = Receipt(metadata, spec.nbytes, tuple(chunks))
 
 
 def room(directory: Path, nbytes: int, what: str = "a fold") -> None:
@@ -196,5 +194,6 @@ def room(directory: Path, nbytes: int, what: str = "a fold") -> None:
     need = nbytes + (16 << 20)
     if free < need:
         raise Retry(
-            f"{directory}: {free / 1e9:.2f} GB free, {what} needs {need / 1e9:.2f} GB: free some space; nothing was settled"
+            f"{directory}: {free / 1e9:.2f} GB free, {what} needs {need / 1e9:.2f} GB: free some space; "
+            "nothing was settled"
         )

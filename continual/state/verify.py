@@ -1,20 +1,21 @@
-"""Every byte of a state against its receipt. Reports, repairs nothing."""
+"""Checks every byte of a state against its receipt. It reports, and repairs nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from continual.errors import ContinualError
 from continual.state import framing
 from continual.state.generation import Generation
-
-if TYPE_CHECKING:
-    from continual.state.store import State
+from continual.state.store import State
 
 
-def verify(state: State, progress: Callable[[int, int], None]) -> list[str]:
-    """What is wrong with any kept generation or tag of an open state; an empty list if all is as it was written."""
+def verify(state: State, progress: Callable[[int, int], None] = lambda _done, _total: None) -> list[str]:
+    """Checks every byte of the generations and tags that `state` keeps; returns what is wrong, nothing if all is as it
+    was written. The log and format.json were checked when the state was opened.
+
+    `progress` is called with the number of arrays checked so far and of all.
+    """
     receipts = {c.generation: c.receipts for c in state.ledger.log if c.generation}
     kept = state.generations()
     tagged = {state.ledger.get(seq).generation for seq in state.ledger.tags.values()} - {None}

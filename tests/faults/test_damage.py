@@ -9,6 +9,7 @@ import pytest
 
 from continual.errors import ContinualError
 from continual.state import State
+from continual.state.verify import verify
 from tests.helpers import stores
 
 UNCHECKED = ("lock",)
@@ -19,7 +20,7 @@ def findings(state: Path) -> list[str]:
     """What opening and verifying report."""
     try:
         with State.open(state) as opened:
-            return opened.verify()
+            return verify(opened)
     except ContinualError as error:
         return [str(error)]
 

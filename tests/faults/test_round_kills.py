@@ -17,6 +17,7 @@ import pytest
 
 from continual import api, making
 from continual.selection.active import active_at
+from continual.state.verify import verify
 from tests.helpers import quadratic
 
 KILLS = 7
@@ -46,7 +47,7 @@ def child(state: Path, select: str | None, pipe: Connection) -> None:
 def found(state: Path, select: str | None) -> Any:
     """What matters in the end."""
     with opened(state, select) as merge:
-        assert merge.state.verify() == []
+        assert verify(merge.state) == []
         assert merge.state.ledger.open_round is None
         slots = merge.state.format.slots
         bits = {(n, s): merge.state.read(n, s).tobytes() for n in slots for s in slots[n]}

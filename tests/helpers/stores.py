@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from continual.records import Candidate, SlotSpec, TensorSpec, Totals
-from continual.state import State
+from continual.state import Format, State
 from continual.state.entries import FoldEntry, RefuseEntry
 from continual.state.parts import FoldNumbers
 
@@ -30,17 +30,7 @@ def make(path: Path) -> State:
     slots = {s.name: {} if s.kind == "carried" else {"sum": SlotSpec(s.shape)} for s in specs}
     read = {"policy": "number", "value": 1.0}
     base = {"path": "/base", "revision": None, "files": [], "digests": {}, "squares": {}, "plain": [], "exclude": []}
-    return State.create(
-        path,
-        base=base,
-        tensors=specs,
-        rule="mean",
-        options={},
-        read=read,
-        slots=slots,
-        software={"continual": "0.1.0"},
-        device="cpu",
-    )
+    return State.create(path, Format.new(base, specs, "mean", {}, slots), read=read, device="cpu")
 
 
 def value(name: str, number: int) -> np.ndarray:
@@ -62,7 +52,7 @@ def fold(state: State, number: int) -> int:
             totals=Totals(count=float(number)),
             numbers=FoldNumbers(tau_norm=1.0),
         )
-        return transaction.commit(entry).seq
+        return state.commit(transaction, entry).seq
 
 
 def history(path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from continual import api, making
 from continual.state import State
+from continual.state.verify import verify
 from tests.helpers import models
 from tests.helpers.services import LIMIT, daemon, get, status, until, url
 
@@ -69,7 +70,7 @@ def test_folds_is_killed_comes_back_and_stops(place: tuple[Path, Path, Path]) ->
         assert process.wait(LIMIT) == 0
     with State.open(state) as opened:
         assert [c.entry.candidate.name for c in opened.ledger.folds()] == ["early", "live", "while-down"]
-        assert opened.verify() == []
+        assert verify(opened) == []
 
 
 def test_bad_candidates_do_not_stop_it_and_the_next_is_folded(place: tuple[Path, Path, Path]) -> None:
@@ -176,4 +177,4 @@ def test_sigterm_finishes_the_fold_or_gives_it_up_in_time_and_a_second_one_at_on
     with State.open(state) as found:
         assert len(found.ledger.folds()) == folds
         assert found.orphans == ()
-        assert found.verify() == []
+        assert verify(found) == []

@@ -17,6 +17,7 @@ from continual.config import Settings
 from continual.errors import Abandoned, Damaged, Misconfigured
 from continual.publish.folder import Target
 from continual.rules import RULES
+from continual.state.verify import verify
 from tests.helpers import models
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -134,7 +135,7 @@ def test_bad_candidate_is_refused_and_the_state_is_as_before(
     assert "\n" not in outcome.message
     assert snapshot(merge) == before
     assert len(list((tmp_path / "state" / "generations").iterdir())) == 1, "the dropped generation is still there"
-    assert merge.state.verify() == []
+    assert verify(merge.state) == []
     assert merge.fold(tmp_path / "bad").fate == "known"
     assert merge.fold(models.fine_tune(base, tmp_path / "next", 3)).fate == "folded"
 
@@ -177,7 +178,7 @@ def test_every_rule_folds_survives_reopening_and_exports(tmp_path: Path, base: P
                 assert merge.fold(model).fate == "folded"
                 sizes.add(merge.state.generation_bytes())
         with api.Merge(Settings(state=state)) as merge:
-            assert merge.state.verify() == []
+            assert verify(merge.state) == []
             found.append((snapshot(merge)[1], merge.state.ledger.totals))
             exported = load_file(merge.export(Target(tmp_path / f"out-{workers}")) / "model.safetensors")
         assert len(sizes) == 1
@@ -270,7 +271,7 @@ def test_generations_expire_beyond_those_kept_and_tags_hold_one(tmp_path: Path, 
         kept = {p.name for p in (tmp_path / "state/generations").iterdir()}
         assert len(kept) == 3
         assert first.commit.generation in kept
-        assert merge.state.verify() == []
+        assert verify(merge.state) == []
         old = merge.state.read(NAME, next(iter(merge.state.format.slots[NAME])), at=first.commit.seq)
         assert np.isfinite(old).all()
 

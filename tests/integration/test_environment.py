@@ -20,6 +20,7 @@ from continual import api, making
 from continual.config import Settings
 from continual.errors import ContinualError, Retry
 from continual.state import State
+from continual.state.verify import verify
 from tests.helpers import models
 
 
@@ -97,12 +98,12 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_fold(tmp_path: Path) -> None:
             merge.fold(models.fine_tune(base, tmp_path / "ft", 1))
         with api.Merge(Settings(state=state), write=True) as merge:
             assert merge.state.ledger.head.seq == 0
-            assert merge.state.verify() == []
+            assert verify(merge.state) == []
             with pytest.raises(Retry, match="free"):
                 merge.fold(tmp_path / "ft")  # now the check before the fold says it
             (tmp_path / "disk/other").unlink()
             assert merge.fold(tmp_path / "ft").fate == "folded"
-            assert merge.state.verify() == []
+            assert verify(merge.state) == []
 
 
 def test_a_file_size_limit_is_an_environment_too(tmp_path: Path) -> None:

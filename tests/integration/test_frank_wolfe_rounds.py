@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from continual.errors import Misconfigured
 from continual.publish.folder import Target
 from continual.state.entries import SelectEntry
+from continual.state.verify import verify
 from tests.helpers import quadratic
 from tests.helpers.pools import fill, names, rows, waits
 from tests.helpers.weighed import STEPS, Best, is_the_sum, layers, merged, opened, vectors, weights
@@ -45,7 +46,7 @@ def test_the_merge_is_the_sum_that_the_ledger_says(tmp_path: Path, base: Path, b
         assert merge.state.ledger.totals.count == 2
         norms = sum(math.sqrt(sum(float(v.square().sum()) for v in taus[n].values())) for n in given)
         assert merge.state.ledger.totals.norm_sum == pytest.approx(norms, rel=1e-5)
-        assert merge.state.verify() == []
+        assert verify(merge.state) == []
         exported = load_file(merge.export(Target(tmp_path / "out")) / "model.safetensors")
     origin = load_file(base / "model.safetensors")
     with opened(tmp_path / "state", base) as merge:

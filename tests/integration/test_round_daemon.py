@@ -15,6 +15,7 @@ from continual import api, making
 from continual.errors import Abandoned
 from continual.state import State
 from continual.state.entries import RoundEntry
+from continual.state.verify import verify
 from tests.helpers import quadratic
 from tests.helpers.services import LIMIT, daemon, get, status, until, url
 
@@ -34,7 +35,7 @@ def running(state: Path, *flags: str) -> AbstractContextManager[subprocess.Popen
 
 def names(state: Path) -> list[str]:
     with State.open(state) as opened:
-        assert opened.verify() == []
+        assert verify(opened) == []
         return [c.entry.candidate.name for c in opened.ledger.folds()]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from continual import api
 from continual.errors import Misconfigured, Retry
+from continual.state.verify import verify
 from tests.helpers import models, quadratic
 from tests.helpers.pools import QUERY, Stopped, bits, fill, names, opened, rows, waits
 
@@ -105,7 +106,7 @@ def test_a_member_that_vanishes_in_the_middle_is_tried_again_without_it(
         assert rows(found)["good0"].fate == "folded"
         assert (rows(found)["good1"].fate, rows(found)["good1"].reason) == ("expired", "gone")
         assert names(merge) == ["good0"]
-        assert merge.state.verify() == []
+        assert verify(merge.state) == []
 
 
 @pytest.mark.parametrize("change", ["deleted", "other"])

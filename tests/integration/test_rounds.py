@@ -18,6 +18,7 @@ from continual.publish.folder import Target
 from continual.selection.active import NONE
 from continual.selection.frank_wolfe import MergedVector, Search, SearchSpace
 from continual.selection.members import Member
+from continual.state.verify import verify
 from tests.helpers import models, quadratic
 from tests.helpers.pools import (
     QUERY,
@@ -127,7 +128,7 @@ def test_the_relevant_ones_are_folded_as_if_by_hand(tmp_path: Path, base: Path, 
         assert found.commit.entry.kind == "select"
         assert {row.key for row in table(merge)} == {row.key for row in found.rows}
         assert merge.state.ledger.open_round is None
-        assert merge.state.verify() == []
+        assert verify(merge.state) == []
         for commit in merge.state.ledger.folds():
             told = commit.entry.numbers.relevance
             row = rows(found)[commit.entry.candidate.name]
@@ -261,7 +262,7 @@ def test_a_round_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, base
         if rule != "mean" and kind != last:
             continue
         with opened(place, base, rule) as merge:
-            assert merge.state.verify() == []
+            assert verify(merge.state) == []
             if names(merge) != expected[0]:
                 merge.round()
             assert (names(merge), bits(merge), waits(merge)) == expected, (step, kind)
@@ -269,7 +270,7 @@ def test_a_round_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, base
             assert [(r.name, r.fate, r.score, r.z) for r in first.entry.scores] == members, (step, kind)
             assert [c.entry.kind for c in merge.state.ledger.log].count("round") <= 2
             assert merge.state.ledger.open_round is None
-            assert merge.state.verify() == []
+            assert verify(merge.state) == []
         shutil.rmtree(place)
 
 

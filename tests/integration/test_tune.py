@@ -20,6 +20,7 @@ from continual.publish.folder import Target
 from continual.rules import ReadOptions
 from continual.state.entries import TuneEntry
 from continual.state.transaction import room
+from continual.state.verify import verify
 from continual.tuning import Command, Tuning
 from continual.tuning.command import parse
 from tests.helpers import models, services
@@ -114,7 +115,7 @@ def test_the_best_is_found_recorded_and_used(place: Path) -> None:
     with api.open(place / "state") as merge:
         assert merge.reading().options == tuned.read
         assert merge.state.ledger.head.of_kind(TuneEntry).own() == tuned.entry.own()
-        assert merge.state.verify() == []
+        assert verify(merge.state) == []
 
 
 def test_going_back_to_what_was_tuned(place: Path) -> None:

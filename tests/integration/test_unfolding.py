@@ -13,6 +13,7 @@ from continual import api, making
 from continual.config import Settings
 from continual.errors import Misconfigured, Refuse
 from continual.rules import RULES, rule
+from continual.state.verify import verify
 from tests.helpers import models
 
 GROUPS = [name for name in RULES if rule(name).laws.combine]
@@ -108,7 +109,7 @@ def test_where_folding_is_no_addition_the_later_models_are_folded_again(
     with opened(tmp_path / "state", base, name) as merge:
         assert names(merge) == ["ft-0", "ft-1", "ft-3", "ft-4"]
         assert all(torch.equal(value, expected[tensor]) for tensor, value in merged(merge).items())
-        assert merge.state.verify() == []
+        assert verify(merge.state) == []
         if keep > 1:
             merge.state.rollback(5)
             assert names(merge) == ["ft-0", "ft-1", "ft-2", "ft-3", "ft-4"]
@@ -201,7 +202,7 @@ def test_two_states_combined_are_as_if_one_had_folded_all(
         assert names(merge) == ["ft-0", "ft-1", "ft-2"]
         merge.state.rollback(4)
         assert names(merge) == [f"ft-{i}" for i in range(5)]
-        assert merge.state.verify() == []
+        assert verify(merge.state) == []
 
 
 def test_states_that_cannot_be_combined_are_refused(tmp_path: Path, base: Path, tuned: list[Path]) -> None:

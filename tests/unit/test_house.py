@@ -11,7 +11,7 @@ from tests.helpers import house, pages
 KNOWN = house.modules()
 COLUMNS = 120
 # What is still over the bar: these figures only fall
-LOOSE = 11  # 10 when provenance.py has gone
+LOOSE = 10
 LONG_LINES, LONG_MODULES, LONG_CLASSES, LONG_FUNCTIONS, MANY_PARAMETERS, ANY = 140, 3, 3, 1, 10, 13.0
 UNWRAPPED = {"state/FORMAT.md"} | {
     f"ops/docs/{page}.md" for page in ("commands", "python", "quality", "rules", "selection", "selection-measured")

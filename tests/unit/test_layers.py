@@ -20,7 +20,6 @@ ROOMS = (
     ("executors", "config"),
     ("rules", "config executors retrying"),
     ("state", "config executors linalg rules"),
-    ("provenance", "rules state"),
     ("objectives", "executors rules state"),
     ("texts", "executors objectives rules"),
     ("tensors", "config executors rules state texts"),
@@ -39,7 +38,7 @@ ROOMS = (
     ("__main__", "engine rules service state tensors"),
     ("__init__", ""),
 )
-CIRCLES: list[list[str]] = [["continual.state.store", "continual.state.verify"]]
+CIRCLES: list[list[str]] = []
 CLASSES_TWICE = {"Source"}
 FILES_TWICE = {"__init__", "contract", "folder", "hub", "names", "status"}
 FILES_STILL_TWICE = {"catalogue", "options"}

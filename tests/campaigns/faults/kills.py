@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from continual.state import State
+from continual.state.verify import verify
 
 STEPS = ("begin", "chunks", "fsync-files", "fsync-dirs", "temp-commit", "link", "fsync-commits", "head", "acknowledged")
 
@@ -130,7 +131,7 @@ def _check(state: Path, last: str, acknowledged: int) -> None:
         assert head == acknowledged or (linked and head == acknowledged + 1), (
             f"head {head}, acknowledged {acknowledged}, killed in {last}"
         )
-        findings = opened.verify()
+        findings = verify(opened)
         assert not findings, findings
         left = {p.name for p in (state / "generations").iterdir()}
         assert left == {c.generation for c in opened.ledger.log if c.generation} & left, "an orphan survived the open"

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from continual.errors import ContinualError
 from continual.state import State
+from continual.state.verify import verify
 
 MEGABYTES = 512
 
@@ -99,7 +100,7 @@ def _look(state: Path, acknowledged: int) -> str:
         with State.open(state, write=True) as opened:
             if opened.ledger.head.seq not in (acknowledged, acknowledged + 1):
                 return f"lost: at record {opened.ledger.head.seq}, acknowledged {acknowledged}"
-            findings = opened.verify()
+            findings = verify(opened)
             return f"damaged: {findings[0]}" if findings else "intact"
     except ContinualError as error:
         return f"does not open: {error}"

@@ -16,9 +16,10 @@ import zarr
 
 from continual.errors import Busy, Damaged, Misconfigured, Retry
 from continual.records import SlotSpec, TensorSpec, Totals
-from continual.state import State, Transaction, arrays, names
+from continual.state import Format, State, Transaction, arrays, names
 from continual.state.entries import FoldEntry
 from continual.state.parts import FoldNumbers
+from continual.state.verify import verify
 from tests.helpers import stores
 from tests.helpers.entries import candidate
 
@@ -46,7 +47,7 @@ def _check_history(state: State) -> None:
     assert fates == {"k1": "folded", "k3": "rolled-back", "bad": "refused"}
     assert state.ledger.folded_digest("blake3:2") is not None
     assert state.ledger.folded_digest("blake3:3") is None
-    assert state.verify() == []
+    assert verify(state) == []
     for name in stores.SHAPES:
         np.testing.assert_array_equal(state.read(name, "sum"), stores.value(name, 2))
         np.testing.assert_array_equal(state.read(name, "sum", at=1), stores.value(name, 1))
@@ -178,21 +179,13 @@ def test_other_readers_see_the_same_values(tmp_path: Path, spec: SlotSpec) -> No
     array = (np.arange(int(np.prod(spec.shape))) % 997).astype(spec.dtype).reshape(spec.shape)
     tensor = TensorSpec("t/é", spec.shape, "F32", "plain")
     base = {"path": "/b"}
-    made = State.create(
-        tmp_path / "s",
-        base=base,
-        tensors=[tensor],
-        rule="mean",
-        options={},
-        read={},
-        slots={"t/é": {"x": spec}},
-        software={},
-        device="cpu",
-    )
+    form = Format.new(base, [tensor], "mean", {}, {"t/é": {"x": spec}})
+    made = State.create(tmp_path / "s", form, read={}, device="cpu")
     with made as state, state.begin() as transaction:
         transaction.write("t/é", "x", array)
-        commit = transaction.commit(
-            FoldEntry(candidate=candidate("t"), digest="d", totals=Totals(), numbers=FoldNumbers(tau_norm=1.0))
+        commit = state.commit(
+            transaction,
+            FoldEntry(candidate=candidate("t"), digest="d", totals=Totals(), numbers=FoldNumbers(tau_norm=1.0)),
         )
         by_zarr = state.group()["x"][names.encode("t/é")]
         assert isinstance(by_zarr, zarr.Array)
@@ -249,7 +242,7 @@ def test_a_full_disk_settles_nothing(tmp_path: Path) -> None:
                 state.begin()
             (place / "ballast").unlink()
             assert stores.fold(state, 2) == 2
-            assert state.verify() == []
+            assert verify(state) == []
     finally:
         subprocess.run(["umount", str(place)], check=True)
 

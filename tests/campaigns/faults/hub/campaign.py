@@ -33,6 +33,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 import continual
 from continual import making
+from continual.state.verify import verify
 from tests.campaigns.faults.hub.evidence import Evidence, Record, bits, offline, problems, published, records, secrets
 from tests.campaigns.faults.hub.lives import KINDS, MOMENTS, READER, RULES, Life, World, private
 from tests.campaigns.faults.hub.service import Service, Watcher, policy, pushes, whose
@@ -116,7 +117,7 @@ def campaign(
         requests = list(hub.journal)
     commits = published(world, kinds)
     with continual.open(state) as merge:
-        verify, ours = merge.state.verify(), bits(merge)
+        findings, ours = verify(merge.state), bits(merge)
     told_of = again + [(change, status) for _, change, status in deliveries.sent]
     evidence = Evidence(
         commits=commits,
@@ -124,7 +125,7 @@ def campaign(
         seen=frozenset(watcher.seen | pushes(told_of)),
         lost=frozenset(lost),
         code=code,
-        verify=verify,
+        verify=findings,
         inbox=[file.name for file in (state / "inbox").iterdir()] if (state / "inbox").exists() else [],
         secrets=secrets([state, work / "daemon.log"]),
         leaks=len(hub.journal.leaks()),

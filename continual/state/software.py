@@ -1,4 +1,4 @@
-"""Which software wrote a record."""
+"""The versions of what computes and stores: every record of a state has them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from importlib.metadata import version
 
 @functools.cache
 def software() -> Mapping[str, str]:
-    """Versions of what computes and stores, for every record."""
+    """The versions of Python, continual, torch, zarr and numpy, by name."""
     names = ("continual", "torch", "zarr", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
