@@ -105,7 +105,7 @@ def init(
             "path": str(found.path),
             **found.remote,
             "files": files_of(checkpoint),
-            **measure_base(model, progress),
+            **measure_base(model, progress)._asdict(),
             "plain": list(recipe.plain),
             "exclude": list(recipe.exclude),
         }

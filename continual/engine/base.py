@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from blake3 import blake3
@@ -42,11 +42,11 @@ _HASHED = 1 << 20
 
 
 def open_base(state: State, places: Places, moved: Path | None = None) -> BaseModel:
-    """The base of `state`, from where it was at init or from `moved`; one that came from the Hub and is gone here is
-    fetched again, at the same commit.
+    """Opens the base of `state`, in the directory where it was at init, or in `moved`.
 
-    Where the files' sizes and times are those of init they are taken as they are, else every tensor is hashed and
-    compared. Raises Misconfigured if it is not there, Damaged naming the first tensor that differs.
+    A base that came from the Hub and is gone from this machine is fetched again, at the same commit. If a file has
+    another size or time than at init, every tensor is hashed and compared. Raises Misconfigured if the base is not
+    there, Damaged naming the first tensor that differs.
     """
     record = state.format.base
     path = moved or Path(record["path"])
@@ -61,24 +61,24 @@ def open_base(state: State, places: Places, moved: Path | None = None) -> BaseMo
             f"base {path} is not the one this state was made from: its tensors have other names, shapes or dtypes"
         )
     if files_of(model.checkpoint) != list(record["files"]):
-        digests = measure_base(model, silent)["digests"]
+        digests = measure_base(model, silent).digests
         if differing := sorted(name for name, digest in record["digests"].items() if digests.get(name) != digest):
             raise Damaged(f"base {path} is not the one this state was made from: tensor {differing[0]} differs")
     return model
 
 
 class Fetched(NamedTuple):
-    """A base from the Hub: where its files are now, and what a record keeps of it (`repo`, `revision`, `licence`)."""
+    """A base from the Hub: where its files are now, and what the state keeps of it (`repo`, `revision`, `licence`)."""
 
     path: Path
-    record: dict[str, Any]
+    record: dict[str, str | None]
 
 
 def fetched(hub: Hub, repo: str, revision: str | None, progress: Progress) -> Fetched:
-    """The files of a base, in the cache of the Hub's client (HF_HOME): weights, configuration, tokenizer; each checked
-    against the SHA-256 the Hub says.
+    """Fetches the files of a base into the cache of the Hub's client (HF_HOME): weights, configuration, tokenizer.
 
-    Raises Misconfigured if there is no such repo or commit, or none of safetensors; Retry.
+    The client compares each file with the SHA-256 that the Hub says. Raises Misconfigured if there is no such repo or
+    commit, or if it has no safetensors files; Retry.
     """
     from continual.hub.repo import download
 
@@ -97,12 +97,22 @@ def fetched(hub: Hub, repo: str, revision: str | None, progress: Progress) -> Fe
             progress("fetch", done, len(names))
     except Refuse as error:
         raise Misconfigured(f"base {error}") from None
-    record = {"repo": info.id, "revision": info.sha} | ({"licence": info.licence} if info.licence else {})
+    record: dict[str, str | None] = {"repo": info.id, "revision": info.sha}
+    if info.licence:
+        record["licence"] = info.licence
     return Fetched(directory, record)
 
 
-def measure_base(base: BaseModel, progress: Progress) -> dict[str, dict[str, Any]]:
-    """`digests`: BLAKE3 of every tensor's bytes, by name; `squares`: ‖θ₀‖² of those that are folded."""
+class BaseNumbers(NamedTuple):
+    """What a state keeps of the tensors of its base, by name: BLAKE3 of the bytes of each (`digests`), and ‖θ₀‖² of
+    each that can be folded (`squares`)."""
+
+    digests: dict[str, str]
+    squares: dict[str, float]
+
+
+def measure_base(base: BaseModel, progress: Progress) -> BaseNumbers:
+    """Reads the base once, 1 MiB at a time, for its digests and norms. Raises Retry."""
     digests: dict[str, str] = {}
     squares: dict[str, float] = {}
     folded = {spec.name for spec in base.specs if spec.kind != "carried"}
@@ -122,11 +132,11 @@ def measure_base(base: BaseModel, progress: Progress) -> dict[str, dict[str, Any
         if name in folded:
             squares[name] = math.fsum(parts)
         progress("hash", done, len(names))
-    return {"digests": digests, "squares": squares}
+    return BaseNumbers(digests, squares)
 
 
 def open_checkpoint(where: Path | Place) -> Checkpoint:
-    """Opens a base. Raises Misconfigured where there is none, or an adapter; Refuse for one that cannot be read."""
+    """Opens a base. Raises Misconfigured if there is none or it is an adapter, Refuse if it cannot be read."""
     if isinstance(where, Path) and not where.exists():
         raise Misconfigured(f"base {where}: no such directory")
     model = open_model(where)
@@ -136,5 +146,6 @@ def open_checkpoint(where: Path | Place) -> Checkpoint:
     return model
 
 
-def files_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def files_of(checkpoint: Checkpoint) -> list[dict[str, str | int]]:
+    """What a state keeps of the files of its base, to see whether they are the same when it is opened."""
     return [{"name": f.name, "size": f.size, "mtime_ns": f.mtime_ns} for f in checkpoint.files]

@@ -1,8 +1,8 @@
-"""One candidate's tensors through the rule, each on its own: read, subtract, fold, write. What it is worth as a whole
-is the engine's to judge.
+"""The tensors of one candidate through the rule, each on its own: read, subtract, fold, write. Here nothing judges the
+candidate as a whole.
 
-Where a rule works element by element a tensor goes through it in short runs that stay in the processor's cache, and is
-never whole in memory.
+Where a rule works element by element, a tensor goes through it in short runs that stay in the cache of the processor.
+Then it is never whole in memory.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ class Folding:
         return TensorFold(content.digest(), sums, {}, content.nbytes, clock.seconds)
 
     def _untouched(self, spec: TensorSpec) -> TensorFold:
-        """A tensor that this fine-tune leaves as it is: a zero task vector changes no accumulator, only its norm is
-        needed."""
+        """Folds a tensor that the candidate leaves as it is: a zero task vector changes no accumulator. The rule is
+        asked only for its norm."""
         folded = self._apply(Inputs(spec, self._terms.weight, measured=self.measured), torch.zeros(spec.shape))
         self._transaction.keep(spec.name)
         return TensorFold(b"", folded.sums, {}, 0, {})
@@ -202,12 +202,12 @@ class Folding:
         return self._rule.fold.apply(accumulators, tau.to(self._device), inputs, self._terms.totals)
 
     def _inputs(self, spec: TensorSpec) -> Inputs:
-        """What the rule is given besides the task vector of a tensor that the candidate changes."""
+        """What the rule is given besides the task vector, for a tensor that the candidate changes."""
         return Inputs(spec, self._terms.weight, self._seed(spec.name) if self._rule.needs.seeded else 0, self.measured)
 
     def _seed(self, name: str) -> int:
-        """From the tensor's content and name, so that a fine-tune meets the same random choices wherever it lies. Reads
-        the tensor once more."""
+        """A seed from the tensor's content and name, so that the random choices do not depend on where a fine-tune
+        lies. It takes one more pass over the tensor."""
         if name not in self._seeds:
             content = Content()
             for _ in self._vectors.runs(name, content):
@@ -226,7 +226,7 @@ class _Clock:
         self._last = time.perf_counter()
 
     def ends(self, stage: str) -> None:
-        """What passed since the last call was `stage`."""
+        """Counts the time since the last call as time of `stage`."""
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
@@ -238,7 +238,8 @@ def run_length(device: torch.device) -> int:
 
 
 def need(rule: Rule, spec: TensorSpec, vectors: TaskVectors | None) -> int:
-    """Peak bytes of folding one tensor; without `vectors`, of one that the candidate does not change."""
+    """Bytes that folding one tensor takes at its peak. Without `vectors` it is a tensor that the candidate leaves as it
+    is."""
     slots = rule.slots(spec).values()
     if vectors is None:
         return 4 * spec.numel + sum(slot.nbytes for slot in slots) + rule.fold.workspace(spec)

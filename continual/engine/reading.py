@@ -1,5 +1,7 @@
-"""The merged model of a state at one record: its task vectors, as long as the read-time options make them. No file
-formats; export writes what is read here."""
+"""The merged model of a state at one record: the rule's result X, tensor by tensor, times the scale.
+
+No file format is known here. `publish` writes what is read here.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,17 @@ from continual.rules.matrices import sides
 from continual.state import Commit, State
 
 Seen = Callable[[TensorSpec, torch.Tensor], None]
+"""Is given a tensor at scale 1, on the thread that read it."""
 Parts = tuple[float, float]
+"""A figure of the matrices, and the same figure of all other tensors."""
 
 
 class Reading:
-    """What `state` holds at record `seq` (default: the newest), read with `options` (default: those in force there).
-    Thread-safe once it is settled.
+    """The merged model of `state` at record `seq` (default: the newest), read with `options` (default: those in force
+    at that record). Thread-safe once it is settled.
 
-    Where the totals do not know how long the merged task vector is and the options ask for a length, it is measured
-    once by a pass over all tensors, which costs what reading them costs; `lengths` keeps what was measured, by
-    generation: ‖X‖ over the matrices and over everything else.
+    The scale can ask for a length that the rule's totals do not know. Then one pass over all tensors measures ‖X‖; it
+    takes as long as reading them. `lengths` keeps what was measured, by generation, for the readings that come later.
     """
 
     def __init__(
@@ -46,8 +49,11 @@ class Reading:
         self._factors: Parts | None = None
 
     def settle(self, executor: Executor, progress: Progress) -> float:
-        """Finds out what the merged task vector is multiplied by; returns s, of the matrices where it is not the same
-        for all."""
+        """Finds out the factor s that X is multiplied by, with a pass over all tensors where that is needed.
+
+        Returns s; where the matrices and the other tensors have two factors, that of the matrices. Raises Retry and
+        Halt.
+        """
         if self._factors is None:
             if self.options.needs(self.size()) and self.commit.generation is not None:
                 self.measure(executor, progress)
@@ -55,42 +61,41 @@ class Reading:
         return self._factors[0]
 
     def factor(self) -> float | None:
-        """s where it takes no pass to know it, None where it would."""
+        """The factor s as `settle` returns it; None if a pass over the tensors would be needed to know it."""
         if self._factors is not None:
             return self._factors[0]
         return None if self.options.needs(self.size()) else self.options.factors(self.totals, self.size())[0]
 
     def size(self) -> Size:
-        """How long X is, as far as it is known."""
+        """How long X is, as far as that is known without a pass."""
         size = self.rule.read.size(self.totals)
         if self.commit.generation is None:
             return Size(0.0, size.most, (0.0, 0.0))
         parts = self.lengths.get(self.commit.generation)
-        return (
-            size
-            if parts is None
-            else Size(math.hypot(*parts) if size.length is None else size.length, size.most, parts)
-        )
+        if parts is None:
+            return size
+        return Size(math.hypot(*parts) if size.length is None else size.length, size.most, parts)
 
     def unit(self, spec: TensorSpec) -> torch.Tensor:
-        """What the rule reads at scale 1: float32 of the tensor's shape, in new memory."""
+        """X of one tensor, at scale 1: float32 of the tensor's shape, in new memory. Raises Retry and Damaged."""
         slots = self.state.format.slots[spec.name]
         accumulators = {slot: torch.from_numpy(self.state.read(spec.name, slot, at=self.commit.seq)) for slot in slots}
         return self.rule.read.unit(spec, accumulators, self.totals)
 
     def vector(self, spec: TensorSpec) -> torch.Tensor:
-        """The merged task vector of one tensor, before any cast: float32 of the tensor's shape, in new memory."""
+        """The merged task vector of one tensor: float32 of the tensor's shape, in new memory. `settle` comes first.
+        Raises Retry and Damaged."""
         assert self._factors is not None, "settle first"
         return self.unit(spec).mul_(self._factors[0 if self._is_matrix(spec) else 1] * self.options.layer(spec))
 
     def need(self, spec: TensorSpec) -> int:
-        """Peak bytes of reading one tensor; of a matrix, as much as a decomposition takes."""
+        """Bytes that reading one tensor takes at its peak. Of a matrix it is as much as a decomposition takes."""
         decomposed = linalg.workspace(*sides(spec)) if self._is_matrix(spec) else 0
         return sum(slot.nbytes for slot in self.rule.slots(spec).values()) + 8 * spec.numel + decomposed
 
     def measure(self, executor: Executor, progress: Progress, seen: Seen | None = None) -> float:
-        """‖X‖ over the whole model, by reading it; `seen` is given every tensor that is read, on the thread that read
-        it."""
+        """‖X‖ over the whole model, measured by a pass over all tensors; `seen` is given each of them. Raises Retry and
+        Damaged."""
         specs = [spec for spec in self.state.format.tensors if spec.kind != "carried"]
         tasks = [Task(spec.name, self.need(spec), partial(self._square, spec, seen)) for spec in specs]
         squares: tuple[list[float], list[float]] = ([], [])

@@ -11,7 +11,11 @@ Progress = Callable[[str, int, int], None]
 
 
 class Task(NamedTuple, Generic[T]):
-    """A piece of work: `need` is its peak memory in bytes, `prefetch` asks the kernel for its input ahead of time."""
+    """A piece of work.
+
+    `need`: bytes that it takes at its peak. `run` does the work, on a thread or a machine of the executor's choice.
+    `prefetch` asks the kernel to read the task's input ahead.
+    """
 
     name: str
     need: int
@@ -20,13 +24,21 @@ class Task(NamedTuple, Generic[T]):
 
 
 class Executor(Protocol):
-    """Where tasks run: at most `workers` at a time, together under `budget` bytes."""
+    """Where tasks run: at most `workers` at a time, whose needs add up to at most `budget` bytes. A task that needs
+    more than that runs alone.
+
+    Torch has one thread inside a task, so that the bits of a result do not depend on where it runs. The suite in
+    tests/unit/executors/test_contract.py says what else holds for every executor.
+    """
 
     workers: int
     budget: int
 
     def map(self, tasks: Sequence[Task[T]]) -> Iterator[tuple[str, T]]:
-        """Results as (name, result) in any order; the first error is raised once nothing runs any more."""
+        """Runs the tasks. They begin in the order given; each result is yielded as (name, result) when its task ends.
+
+        Raises the first error of a task: no further task begins, and what runs has ended before.
+        """
         ...
 
 

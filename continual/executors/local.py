@@ -18,38 +18,36 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class Local:
-    """A bounded pool of worker threads.
+    """An executor of threads in this process.
 
-    At most `workers` tasks run at once and their needs add up to at most `budget` bytes; a task that needs more than
-    the whole budget runs alone. Each worker keeps torch at one thread, so that the bits of a result do not depend on
-    how many workers there are.
+    It changes how glibc manages memory, for the whole process: see `give_back_large_blocks`.
     """
 
     def __init__(self, workers: int = 0, budget: int | None = None) -> None:
+        """`workers` 0 takes one for each core of this process, `budget` None half of the memory that is free now."""
         self.workers = workers or len(os.sched_getaffinity(0))
         self.budget = budget or available_memory() // 2
         give_back_large_blocks()
 
     def map(self, tasks: Sequence[Task[T]]) -> Iterator[tuple[str, T]]:
-        """Results as (name, result) in the order they finish. The first error stops what has not begun and is raised
-        once the rest is done."""
+        """Runs the tasks, as `Executor` says."""
         with ThreadPoolExecutor(self.workers, "fold", initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from self._drive(pool, tasks)
 
     def _drive(self, pool: ThreadPoolExecutor, tasks: Sequence[Task[T]]) -> Iterator[tuple[str, T]]:
         running: dict[Future[T], Task[T]] = {}
         used = 0
-        position = 0
+        index = 0
         try:
-            while running or position < len(tasks):
-                while position < len(tasks) and len(running) < self.workers:
-                    task = tasks[position]
+            while running or index < len(tasks):
+                while index < len(tasks) and len(running) < self.workers:
+                    task = tasks[index]
                     if running and used + task.need > self.budget:
                         break
-                    position += 1
+                    index += 1
                     used += task.need
                     running[pool.submit(task.run)] = task
-                    _prefetch(tasks[position : position + 1])
+                    _prefetch(tasks[index : index + 1])
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     task = running.pop(future)
@@ -66,11 +64,11 @@ def _prefetch(tasks: Iterable[Task[T]]) -> None:
 
 
 def give_back_large_blocks() -> None:
-    """Has glibc return blocks of 4 MiB and more to the system when they are freed.
+    """Tells glibc to return blocks of 4 MiB and more to the system when they are freed.
 
-    By default it raises that bound to 32 MiB as they come, and every worker's heap keeps what it once needed: a third
-    more at the peak. Smaller blocks are kept, up to 16 MiB a heap: the buffers of a run would otherwise be given back
-    and faulted in again at every step.
+    By default glibc raises that bound up to 32 MiB as such blocks come, and the heap of every thread keeps what it once
+    needed: that was a third more memory at the peak. Smaller blocks stay in the heap, up to 16 MiB each: the buffers of
+    a run would otherwise be returned and faulted in again at every step.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
@@ -79,7 +77,7 @@ def give_back_large_blocks() -> None:
 
 
 def available_memory() -> int:
-    """Bytes this process could still take: what the kernel calls available, or less where a control group sets a limit."""
+    """Bytes that this process can still take: what the kernel calls available, or less if a control group limits it."""
     with open("/proc/meminfo", encoding="ascii") as lines:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     try:

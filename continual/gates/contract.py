@@ -7,7 +7,7 @@ and changes nothing. It may read headers and small files of the model, so Retry 
 The class that a gate is made from says at which stage it is asked:
 
 - `AtHeaders`: of every candidate that comes, from names, shapes and small files; no weight is read.
-- `AtFold`: of a candidate that is folded now, before its weights are read. A candidate that joins the pool is not asked.
+- `AtFold`: of a candidate that is folded now, before its weights are read. Not of one that only joins the pool.
 - `AtTensor`: while the tensors stream by, from the sums of one tensor. It is called on several threads.
 - `AtNumbers`: after all tensors streamed by and before the commit, from the sums of the whole model.
 
