@@ -86,6 +86,10 @@ HubFlags = Annotated[
         show_default=False,
     ),
 ]
+SourceFlags = Annotated[
+    list[str] | None,
+    typer.Option("--source", help="Settings of another source, as NAME.KEY=VALUE; repeatable.", show_default=False),
+]
 ReleaseFlags = Annotated[
     list[str] | None,
     typer.Option(

@@ -19,6 +19,7 @@ from continual.cli.flags import (
     Memory,
     Missing,
     ReleaseFlags,
+    SourceFlags,
     StateDir,
     Updates,
     Vocab,
@@ -39,6 +40,7 @@ def watch(
         list[Path] | None, typer.Option("--watch", help="Folder in which fine-tunes are published; repeatable.")
     ] = None,
     hub: HubFlags = None,
+    sources: SourceFlags = None,
     settle: Annotated[
         float | None, typer.Option("--settle", help="Seconds a model's files must be still.", show_default=False)
     ] = None,
@@ -64,14 +66,14 @@ def watch(
     if not once:
         raise Misconfigured("watch looks once: say --once; 'continual run' is what goes on looking")
     with opened.merge(config, write=not dry_run, **flags) as merge:
-        sources = watching.watched(merge)
+        looked_at = watching.watched(merge)
         if dry_run:
             with console.spinner("looking"):
-                seen = list(watching.survey(merge, sources))
+                seen = list(watching.survey(merge, looked_at))
             console.emit(seen) if json else console.seen(seen)
             return
         tried = []
-        for found in watching.once(merge, sources):
+        for found in watching.once(merge, looked_at):
             tried.append(found)
             if not json:
                 good = found.outcome is not None and not found.outcome.refused

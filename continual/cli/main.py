@@ -33,6 +33,7 @@ from continual.cli.flags import (
     Rows,
     Scale,
     Select,
+    SourceFlags,
     StateDir,
     Updates,
     Vocab,
@@ -202,6 +203,7 @@ def run(
         float | None, typer.Option("--drain", help="Seconds a stop waits for the fold under way.", show_default=False)
     ] = None,
     hub: HubFlags = None,
+    sources: SourceFlags = None,
     release: ReleaseFlags = None,
     select: Select = None,
     objective: Objective = None,
