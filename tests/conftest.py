@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # No test reaches a network or a cache of the person who runs it: the Hub is a port on which nobody listens, unless a
 # test brings its own
@@ -17,3 +17,12 @@ os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": _home.name, "HF_H
 # An example may take as long as it takes: on a busy machine hypothesis' 200 ms say nothing about the code
 settings.register_profile("untimed", settings.get_profile(settings.get_current_profile_name()), deadline=None)
 settings.load_profile("untimed")
+
+# For tests.campaigns.mutations: the same examples each time, and no search for the smallest one that fails
+settings.register_profile(
+    "mutations",
+    settings.get_profile("untimed"),
+    derandomize=True,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),
+)
