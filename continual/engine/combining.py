@@ -1,4 +1,4 @@
-"""Two states of one base become one: the folds of another state are added to this one, as if they had been folded here."""
+"""Adds the folds of another state of the same base to a state, as if its models had been folded here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -22,8 +21,7 @@ from continual.state.parts import BroughtFold, FoldNumbers
 def combine(state: State, other: State, rule: Rule, executor: Executor, progress: Progress) -> Commit:
     """Adds the folds in force of `other` to `state`, which is open for writing. Returns the record.
 
-    Raises Misconfigured where folding is no addition, the states differ in base, rule or options, or a model is in
-    both; Retry and Halt.
+    Raises Misconfigured as `check`; Retry and Halt. Then the state is as it was before.
     """
     check(state, other, rule)
     assert rule.laws.combine is not None
@@ -59,14 +57,16 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
 
 
 def check(state: State, other: State, rule: Rule) -> None:
-    """Raises Misconfigured if `other` cannot be added to `state`."""
+    """Raises Misconfigured if `other` cannot be added to `state`: folding is no addition for the rule, the states have
+    other bases, rules or options, a model is in both, or nothing is folded in `other`."""
     if rule.laws.rounds:
         raise Misconfigured(
             f"{rule.name} weighs its models together: let the models of both states wait for rounds of one"
         )
     if rule.laws.combine is None:
         raise Misconfigured(
-            f"{rule.name} depends on the order of the folds, so two of its states cannot be combined; 'continual rules' says which can"
+            f"{rule.name} depends on the order of the folds, so two of its states cannot be combined; "
+            "'continual rules' says which can"
         )
     if state.id == other.id:
         raise Misconfigured(
@@ -75,7 +75,8 @@ def check(state: State, other: State, rule: Rule) -> None:
     ours, theirs = state.format, other.format
     if (ours.rule, dict(ours.options)) != (theirs.rule, dict(theirs.options)):
         raise Misconfigured(
-            f"{state.path} is {_said(ours.rule, ours.options)} and {other.path} is {_said(theirs.rule, theirs.options)}: they have to be the same"
+            f"{state.path} is {_named(ours.rule, ours.options)} and {other.path} is "
+            f"{_named(theirs.rule, theirs.options)}: they have to be the same"
         )
     if ours.tensors != theirs.tensors or ours.base["digests"] != theirs.base["digests"]:
         differing = next(_differing(ours.base["digests"], theirs.base["digests"]), None)
@@ -107,7 +108,7 @@ def _kept(numbers: FoldNumbers) -> FoldNumbers:
     return FoldNumbers(tau_norm=numbers.tau_norm, cosine=numbers.cosine, weight=numbers.weight)
 
 
-def _said(rule: str, options: Mapping[str, Any]) -> str:
+def _named(rule: str, options: Mapping[str, object]) -> str:
     return " ".join([rule, *(f"{key}={value}" for key, value in options.items())])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from continual.gates import Headers
 from continual.records import Candidate, Lineage, Totals
@@ -31,7 +31,7 @@ class OpenCandidate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FoldReport:
-    """What one fold did, measured while its tensors streamed by. Seconds are wall time summed over workers, by stage."""
+    """What one fold did, measured while its tensors streamed by. `seconds`: wall time by stage, added over workers."""
 
     candidate: Candidate
     digest: str
@@ -69,7 +69,7 @@ class Outcome(NamedTuple):
 
     @property
     def refused(self) -> bool:
-        """Whether this model is kept out: refused now, or refused, rolled back or unfolded earlier."""
+        """Whether this model is kept out: it was refused now, or it was refused, rolled back or unfolded earlier."""
         return self.fate == "refused" or (
             self.fate == "known" and self.commit.entry.fate in ("refused", "expired", "rolled-back", "unfolded")
         )
@@ -82,9 +82,9 @@ class Outcome(NamedTuple):
         seconds = self.report.seconds.get("total", 0)
         return f"{self.message}: norm {n.tau_norm:.4g}, cosine {n.cosine or 0.0:+.3f}, {seconds:.2f} s"
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """What happened, for machines."""
-        body: dict[str, Any] = {
+        body: dict[str, object] = {
             "model": self.name,
             "fate": self.fate,
             "reason": self.reason,

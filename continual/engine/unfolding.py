@@ -1,8 +1,8 @@
-"""Taking a model out of a merge. Where folding is adding: by folding it again with minus its weight. Else by folding
-all later ones again without it.
+"""Takes a model out of a merge.
 
-Either way it is one record in the ledger: until it is there nothing has changed, and what a kill leaves behind is
-removed at the next start.
+Where a rule folds by adding, the model is folded once more with minus its weight. Where it does not, all models that
+came later are folded again without it. Either way the ledger gets one record. Until that record is there nothing has
+changed, and what a kill leaves behind is removed when the state is opened next.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from continual.tensors import Place, candidate_of, open_model
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """A model that has to be read, and where it is."""
+    """A folded model that has to be read once more. `seq` is the number of its record, `nbytes` the bytes of its
+    weights."""
 
     seq: int
     name: str
@@ -35,8 +36,11 @@ class Again:
 
 @dataclass(frozen=True, slots=True)
 class Unfolding:
-    """What taking a model out takes. `exact`: it is subtracted; else the models of `again` are folded again on record
-    `start` (None: on nothing). Sizes in bytes."""
+    """What it takes to take a model out of the merge.
+
+    `seq`: the number of the record that folded it. `exact`: it is read once more and subtracted; else the models of
+    `again` are folded once more, on the merge of record `start` (None: on nothing). Sizes are bytes.
+    """
 
     seq: int
     name: str
@@ -56,25 +60,26 @@ class Unfolding:
 
 
 def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
-    """Finds the fold in force that `word` names (a name, path, key or record number) and what taking it out takes;
-    reads headers only.
+    """Finds the fold in force that `word` names (a name, path, key or record number), and what it takes to take it out.
 
-    `at` is where the model is now, if it was moved. Raises Misconfigured if `word` names none or several, or if what
-    has to be read is not there.
+    It reads headers only. `at` is where the model is now, if it was moved. Raises Misconfigured if `word` names no fold
+    or several, or if a model that has to be read is not there.
     """
     state, rule = engine.state, engine.rule
     history = state.ledger.history()
-    place = _find([fold.commit for fold in history], word)
-    gone = history[place].commit
-    start, begin = None, 0
-    if rule.laws.combine is None and not rule.laws.rounds:
+    index = _find([fold.commit for fold in history], word)
+    gone = history[index].commit
+    exact = rule.laws.combine is not None or rule.laws.rounds
+    start: int | None = None
+    needed = [gone]
+    if not exact:
         kept = set(state.generations())
-        for index, fold in enumerate(history[:place]):
+        begin = 0
+        for number, fold in enumerate(history[:index]):
             if fold.at is not None and fold.at.generation in kept:
-                start, begin = fold.at.seq, index + 1
-        needed = [fold.commit for i, fold in enumerate(history) if i >= begin and i != place]
-    else:
-        needed = [gone]
+                start = fold.at.seq
+                begin = number + 1
+        needed = [fold.commit for number, fold in enumerate(history) if number >= begin and number != index]
     again = tuple(_locate(engine, commit, at if commit is gone else None, gone) for commit in needed)
     candidate = gone.entry.candidate
     transactions = min(3, len(again))
@@ -82,7 +87,7 @@ def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
         seq=gone.seq,
         name=candidate.name,
         key=candidate.key,
-        exact=rule.laws.combine is not None or rule.laws.rounds,
+        exact=exact,
         start=start,
         again=again,
         read_bytes=sum(model.nbytes for model in again),
@@ -93,7 +98,7 @@ def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
 def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
     """Takes the model of `plan` out of the merge. Returns the record.
 
-    Raises Refuse naming the model whose files are not those that were folded, Retry and Halt; then the merge is as
+    Raises Refuse naming a model whose files are not those that were folded, Retry and Halt. Then the merge is as it was
     before.
     """
     state = engine.state
@@ -182,7 +187,8 @@ def _find(folds: list[FoldCommit], word: str) -> int:
             for i in found
         )
         raise Misconfigured(
-            f"{word}: {len(found)} models in the merge answer to it: {names}; name one by its record number, or by its key"
+            f"{word}: {len(found)} models in the merge answer to it: {names}; "
+            "name one by its record number, or by its key"
         )
     return found[0]
 
@@ -190,16 +196,15 @@ def _find(folds: list[FoldCommit], word: str) -> int:
 def _locate(engine: Engine, commit: FoldCommit, moved: Place | None, gone: FoldCommit) -> Again:
     candidate = commit.entry.candidate
     place = moved or engine.locate(candidate)
-    later = (
-        ""
-        if commit is gone
-        else f"{gone.entry.candidate.name} cannot be taken out of this rule without folding the others again, and "
-    )
+    is_gone = commit is gone
+    why = f"{gone.entry.candidate.name} cannot be taken out of this rule without folding the others again, and "
     try:
         with open_model(place) as model:
             nbytes = model.nbytes
     except (Refuse, Retry) as error:
-        told = "name where it is now with --at" if commit is gone else f"put {candidate.name} back, or roll back"
-        raise Misconfigured(f"{later}{candidate.name} (record {commit.seq}) cannot be read: {error}; {told}") from None
+        advice = "name where it is now with --at" if is_gone else f"put {candidate.name} back, or roll back"
+        raise Misconfigured(
+            f"{'' if is_gone else why}{candidate.name} (record {commit.seq}) cannot be read: {error}; {advice}"
+        ) from None
     weight = commit.entry.numbers.weight
     return Again(commit.seq, candidate.name, place, commit.entry.digest, 1.0 if weight is None else weight, nbytes)
