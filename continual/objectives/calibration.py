@@ -93,9 +93,9 @@ class Wanted:
         return function.is_function(self.objective)
 
     def told(self) -> ObjectiveRecord:
-        """What a record keeps: names and digests of the files, or of the function's module, and all else that the losses
-        depend on. `digest` is over all the rest. Raises Misconfigured for a file that cannot be read, and for a function
-        that cannot be imported."""
+        """What a record keeps: names and digests of the files, or of the function's module, and all else that the
+        losses depend on. `digest` is over all the rest. Raises Misconfigured for a file that cannot be read, and for a
+        function that cannot be imported."""
         found = ObjectiveRecord(
             kind="function" if self.by_function else "rows",
             objective=self.objective,

@@ -122,7 +122,8 @@ def tune(
     before = rows[0]
     entry = TuneEntry(
         read=top.options.to_mapping(),
-        message=f"scale {top.options}: {score:.6g} against {before.score:.6g} at {before.scale}, {len(rows)} candidates",
+        message=f"scale {top.options}: {score:.6g} against {before.score:.6g} at {before.scale}, "
+        f"{len(rows)} candidates",
         trials=rows,
         before=before,
         evaluation=kept,
