@@ -8,6 +8,8 @@ import pytest
 
 from tests.campaigns.faults import hub
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
 def test_nothing_is_lost_or_folded_twice_whatever_the_hub_does(tmp_path: Path) -> None:

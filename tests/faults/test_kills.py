@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.campaigns.faults import kills
+
+pytestmark = pytest.mark.slow
 
 
 def test_ten_kills_lose_nothing(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from continual.selection.active import active_at
 from continual.state.verify import verify
 from tests.helpers import quadratic
 
+pytestmark = pytest.mark.slow
+
 KILLS = 7
 
 

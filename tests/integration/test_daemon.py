@@ -18,6 +18,8 @@ from continual.state.verify import verify
 from tests.helpers import models
 from tests.helpers.services import LIMIT, daemon, get, status, until, url
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> tuple[Path, Path, Path]:

@@ -11,10 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from continual.demo import story
 from tests.helpers.pages import DOCS, blocks
+
+pytestmark = pytest.mark.slow
 
 WIDTH = 108  # columns of the terminal that the page shows
 

@@ -16,6 +16,8 @@ from tests.helpers.command import machine, process, run
 from tests.helpers.hubs import BASE, publish
 from tests.loopback import TOKEN, Hub, faults, serving
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:

@@ -23,6 +23,8 @@ from tests.helpers.hubs import made, merge, publish
 from tests.loopback import TOKEN, Hub, environment, faults, serving
 from tests.loopback.repos import Commit
 
+pytestmark = pytest.mark.slow
+
 REPO = "me/merge"
 
 

@@ -24,6 +24,8 @@ from tests.helpers import hubs, models
 from tests.helpers.hubs import BASE, made, merge, publish
 from tests.loopback import Account, Hub, faults, serving
 
+pytestmark = pytest.mark.slow
+
 ASKED = {"watch": True, "bases": (BASE,), "settle": 0.0, "poll": 0.05}
 
 

@@ -20,7 +20,7 @@ from continual.publish.folder import Target
 from tests.helpers import hubs, models, services
 from tests.helpers.command import process
 
-pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")]
 
 
 def repository(directory: Path, model: Path) -> str:

@@ -13,6 +13,8 @@ import pytest
 from tests.helpers import quadratic
 from tests.helpers.command import machine, run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ASK = ("--select", "relevance", "--objective", "tests.helpers.quadratic:make", "--max-base-ratio", "10")
 

@@ -19,6 +19,8 @@ from continual.state.verify import verify
 from tests.helpers import quadratic
 from tests.helpers.services import LIMIT, daemon, get, status, until, url
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ASK = ("--objective", "tests.helpers.quadratic:make", "--max-base-ratio", "10", "--rescan", "1")
 

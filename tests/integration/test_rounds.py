@@ -38,6 +38,8 @@ from tests.helpers.pools import (
     waits,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:

@@ -26,6 +26,8 @@ from continual.tuning.command import parse
 from tests.helpers import models, services
 from tests.helpers.command import machine, run
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import array, json, pathlib, shutil, sys
 def weights(place):

@@ -28,6 +28,8 @@ from tests.helpers import models
 from tests.helpers.command import machine
 from tests.helpers.tiny import CPU, MODELS, SMALL, embedded, loaded, transformers, write_tokenizer
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [
     "a very good film",
     "the book is bad",

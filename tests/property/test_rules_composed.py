@@ -17,6 +17,8 @@ from tests.helpers import batch
 from tests.helpers.batch import BATCH
 from tests.helpers.streams import MATRICES, SHAPES, SPECS, Models, Stream, bound, distance, model_lists
 
+pytestmark = pytest.mark.slow
+
 CHAINS: list[tuple[str, list[str]]] = [
     ("task-arithmetic", ["drop:rate=0.5"]),
     ("task-arithmetic", ["breadcrumbs:top=0.1:bottom=0.3"]),
