@@ -14,6 +14,8 @@ import torch
 from tests.helpers import models
 from tests.helpers.command import machine, process, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> tuple[Path, Path]:

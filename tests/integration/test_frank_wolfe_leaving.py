@@ -14,6 +14,8 @@ from tests.helpers import quadratic
 from tests.helpers.pools import fill, names, rows, waits
 from tests.helpers.weighed import bits, is_the_sum, merged, opened, vectors, weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:

@@ -18,6 +18,8 @@ from tests.helpers import hubs, models, pools, quadratic
 from tests.helpers.hubs import BASE, equal, made, merge, publish, sums
 from tests.loopback import TOKEN, Account, Hub, faults, serving
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:

@@ -107,6 +107,7 @@ def test_promtool_accepts_the_rules(arguments: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
 def test_a_real_prometheus_scrapes_a_running_daemon(tmp_path: Path) -> None:
     base = models.base(tmp_path / "base")

@@ -78,6 +78,7 @@ def test_a_line_that_is_not_understood_is_found() -> None:
     assert complaint(["continual", "rollback", "soon"], whole=False) is not None
 
 
+@pytest.mark.slow
 def test_the_five_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = [found for b in blocks(README, "") if (found := lines(b))]
     assert [words[1] for words in block] == ["init", "run", "fold", "unfold", "export"]

@@ -16,6 +16,8 @@ from continual.state.verify import verify
 from tests.helpers import models, quadratic
 from tests.helpers.pools import QUERY, Stopped, bits, fill, names, opened, rows, waits
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:

@@ -16,6 +16,8 @@ from continual.rules import RULES, rule
 from continual.state.verify import verify
 from tests.helpers import models
 
+pytestmark = pytest.mark.slow
+
 GROUPS = [name for name in RULES if rule(name).laws.combine]
 OTHERS = [name for name in RULES if not rule(name).laws.combine]
 

@@ -22,6 +22,8 @@ from tests.helpers.hulls import (
     quick,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @given(
     values=st.lists(st.floats(-4, 4), min_size=1, max_size=5), data=st.data(), total=st.sampled_from([0.3, 1.0, 2.5])

@@ -13,6 +13,8 @@ from tests.helpers.hulls import (
     quick,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("minimum", "gamma"), [(1 - 5e-7, 1.0), (1 - 5e-6, 1 - 5e-6), (1.5, 1.0), (0.25, 0.25), (1e-3, 1e-3)]

@@ -22,6 +22,8 @@ from tests.helpers.hulls import (
     suited,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("step", STEPS)
 @given(data=st.data())
