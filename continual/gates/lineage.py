@@ -124,7 +124,7 @@ def _common_rows(place: Place, info: TensorInfo, spec: TensorSpec, gate: Lineage
 
 def _check_product(model: Adapter, source: Match, spec: TensorSpec) -> None:
     assert source.factors is not None
-    shape = model.shape(source.factors, source.transposed)
+    shape = model.shape(source.factors, transposed=source.transposed)
     if len(spec.shape) < 2 or shape != (spec.shape[0], math.prod(spec.shape[1:])):
         raise Refuse(
             "shape",

@@ -38,7 +38,8 @@ from continual.publish.folder import DTYPES, free, parse_dtype, provenance_of, w
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, TensorSpec
 from continual.tensors import BaseModel
-from continual.tensors.adapter import CONFIG, WEIGHTS
+from continual.tensors.adapter import WEIGHTS
+from continual.tensors.adapter_config import CONFIG
 from continual.tensors.kinds import is_vocabulary, kind_of
 from continual.tensors.matching import CONV1D
 from continual.tensors.place import RELEASE

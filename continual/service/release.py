@@ -122,7 +122,7 @@ def facts_of(merge: Merge, seq: int) -> card.Facts:
         for name in ("missing", "vocab", "updates")
         if getattr(settings, name) != defaults[name].default
     }
-    config = merge.base.checkpoint.config
+    listed = merge.base.checkpoint.config.get("architectures")
     return card.Facts(
         base=card.Base(repo or Path(made.base["path"]).name, repo, made.base.get("revision"), made.base.get("licence")),
         folded=[_model(fold) for fold in state.ledger.folds(seq)],
@@ -139,7 +139,7 @@ def facts_of(merge: Merge, seq: int) -> card.Facts:
         settings=kept,
         export=() if asked.dtype is None else ("--dtype", asked.dtype),
         repo=asked.repo,
-        architecture=next(iter(config.get("architectures") or ()), None),
+        architecture=str(listed[0]) if isinstance(listed, list) and listed else None,
         previous=None if before is None else before.commit,
     )
 

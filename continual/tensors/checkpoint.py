@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -45,7 +44,7 @@ class Checkpoint:
         place: Place,
         weights: Weights,
         tensors: Mapping[str, TensorInfo],
-        config: Mapping[str, Any],
+        config: Mapping[str, object],
         only: str | None = None,
     ) -> None:
         self.place = place
@@ -178,7 +177,7 @@ def open_checkpoint(place: Place, only: str | None = None) -> Checkpoint:
         raise
 
 
-def read_config(place: Place) -> dict[str, Any]:
+def read_config(place: Place) -> dict[str, object]:
     """config.json beside the weights, an empty dictionary where there is none. Raises Refuse if it is no JSON object."""
     return read_json(place, CONFIG) if place.present(CONFIG) else {}
 
@@ -197,7 +196,7 @@ def _weight_map(place: Place) -> dict[str, str]:
     return body
 
 
-def _is_shard(shard: Any) -> bool:
+def _is_shard(shard: object) -> bool:
     if not isinstance(shard, str) or not shard.isprintable() or len(shard.encode()) > _LONGEST_FILE_NAME:
         return False
     return shard == Path(shard).name and shard.endswith(".safetensors") and not shard.startswith(".")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from continual.errors import Refuse
 from continual.records import ITEMSIZE
@@ -64,12 +64,12 @@ def metadata(pread: Callable[[int, int], bytes], where: str) -> dict[str, str]:
     return body if isinstance(body, dict) else {}
 
 
-def json_object(text: bytes, where: str, reason: str) -> dict[str, Any]:
+def json_object(text: bytes, where: str, reason: str) -> dict[str, object]:
     """Untrusted bytes as a JSON object. Raises Refuse(reason) for anything else: another type, a key twice, NaN,
     nesting too deep to parse."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found: dict[str, object] = {}
         for name, value in pairs:
             if name in found:
                 raise Refuse(reason, f"{where}: {shown(name)} is there twice")
@@ -88,18 +88,18 @@ def json_object(text: bytes, where: str, reason: str) -> dict[str, Any]:
     return body
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value from an untrusted file as it may stand in a message: one line, and short."""
     text = value if isinstance(value, str) and value.isprintable() else ascii(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _metadata(body: Any, where: str) -> None:
+def _metadata(body: object, where: str) -> None:
     if not isinstance(body, dict) or any(not isinstance(value, str) for value in body.values()):
         raise Refuse("header", f"{where}: __metadata__ must map strings to strings")
 
 
-def _tensor(name: str, entry: Any, where: str, file: int, start: int) -> TensorInfo:
+def _tensor(name: str, entry: object, where: str, file: int, start: int) -> TensorInfo:
     if not name or not name.isprintable() or len(name) > _LONGEST_NAME:
         raise Refuse(
             "header", f"{where}: tensor name {shown(name)} is empty, not printable or longer than {_LONGEST_NAME}"
@@ -127,7 +127,7 @@ def _tensor(name: str, entry: Any, where: str, file: int, start: int) -> TensorI
     return TensorInfo(name, dtype, tuple(shape), file, start + offsets[0], nbytes)
 
 
-def _sizes(value: Any) -> bool:
+def _sizes(value: object) -> bool:
     return isinstance(value, list) and len(value) <= 32 and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
 
 

@@ -7,7 +7,8 @@ from typing import Literal
 
 from continual.errors import Refuse
 from continual.records import Candidate, Lineage
-from continual.tensors.adapter import CONFIG, WEIGHTS, Adapter
+from continual.tensors.adapter import WEIGHTS, Adapter
+from continual.tensors.adapter_config import CONFIG
 from continual.tensors.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, open_checkpoint
 from continual.tensors.header import shown
 from continual.tensors.kinds import BaseModel

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from continual.errors import Refuse, Retry
 from continual.records import FileStat
@@ -206,12 +206,12 @@ def place_of(where: Path | Place, root: Path | None = None) -> Place:
     return Folder(where, root) if isinstance(where, Path) else where
 
 
-def read_json(place: Place, name: str, reason: str = "config") -> dict[str, Any]:
+def read_json(place: Place, name: str, reason: str = "config") -> dict[str, object]:
     """A small JSON object. Raises Refuse(reason) if the file is none, Retry if it cannot be read now."""
     return header.json_object(place.small(name), place.file(name), reason)
 
 
-def release_of(place: Place) -> Mapping[str, Any] | None:
+def release_of(place: Place) -> Mapping[str, object] | None:
     """The contents of the `continual.json` beside a model, None where there is none or it is no JSON object of ours.
     Raises Retry if it cannot be read now."""
     if not place.present(RELEASE):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from continual.errors import Refuse
 from continual.tensors.checkpoint import Checkpoint
@@ -164,7 +164,7 @@ def _places(prefix: str) -> tuple[str, str, str]:
     return prefix, f"{head}." if head else "", ""
 
 
-def _says(config: Mapping[str, Any]) -> bool | None:
+def _says(config: Mapping[str, object]) -> bool | None:
     for body in (config, config.get("text_config")):
         if isinstance(body, dict) and isinstance(body.get("tie_word_embeddings"), bool):
             return bool(body["tie_word_embeddings"])

@@ -239,9 +239,8 @@ class TaskVectors:
         """scale·B·A into the flat `out`."""
         assert isinstance(self._model, Adapter)
         assert source.factors is not None
-        read = self._model.product(
-            source.factors, source.transposed, out.view(self._model.shape(source.factors, source.transposed))
-        )
+        shape = self._model.shape(source.factors, transposed=source.transposed)
+        read = self._model.product(source.factors, out.view(shape), transposed=source.transposed)
         if content is None:
             return
         content.hash.update(f"lora {source.factors.scale!r} {source.factors.embedding} {source.transposed}".encode())
