@@ -86,7 +86,9 @@ class PostSource(Source):
     def routes(self) -> list[Route]:
         async def post(request: Request) -> PlainTextResponse:
             name = request.path_params["name"]
-            (self.asked.box / f"{name}.letter").write_text(name)
+            written = self.asked.box / f"{name}.written"
+            written.write_text(name)
+            written.rename(written.with_suffix(".letter"))
             return PlainTextResponse("posted", 202)
 
         return [Route("/post/{name}", post, methods=["POST"])]
@@ -174,6 +176,7 @@ def test_one_look_takes_what_it_gives_and_the_record_can_be_opened_again(tmp_pat
 
 def test_the_daemon_folds_shows_and_serves_it(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "box/1.letter").write_text("alice")
+    mine = signal.signal(signal.SIGTERM, lambda *_: None)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     told: dict[str, object] = {}
 
@@ -202,6 +205,7 @@ def test_the_daemon_folds_shows_and_serves_it(tmp_path: Path, settings: Settings
         assert daemon.halted is None
         assert folded(merge) == ["shelf://alice", "shelf://bob"]
     assert {number: signal.getsignal(number) for number in before} == before, "the handlers of before are back"
+    signal.signal(signal.SIGTERM, mine)
     assert isinstance(source, PostSource)
     assert [key is not None for key in source.done] == [True, True]
     body = told["status"]
@@ -241,6 +245,31 @@ def test_an_event_that_repeats_while_it_is_folded_is_not_queued_again(tmp_path: 
         stopper.join()
         assert seen == [0], "it was given ten times meanwhile"
         assert folded(merge) == ["shelf://alice"]
+
+
+def test_what_its_environment_keeps_from_being_read_is_tried_again_and_is_no_end(
+    tmp_path: Path, settings: Settings
+) -> None:
+    (tmp_path / "box/1.letter").write_text("carol")  # who is not on the shelf yet
+    with Merge(settings, write=True) as merge:
+        (source,) = sources_of(merge)
+        assert isinstance(source, PostSource)
+        daemon = Daemon(merge, listen("127.0.0.1", 0, allow_remote=False), [source])
+
+        def comes() -> bool:
+            tried = b"continual_retries_total 0.0" not in daemon.metrics.text()
+            if tried and not (tmp_path / "shelf/carol").exists():
+                assert source.done == []
+                (tmp_path / "shelf/bob").rename(tmp_path / "shelf/carol")
+            return folded(merge) == ["shelf://carol"]
+
+        stopper = threading.Thread(target=lambda: stop_when(comes))
+        stopper.start()
+        asyncio.run(daemon.run())
+        stopper.join()
+        assert daemon.halted is None
+        assert folded(merge) == ["shelf://carol"]
+        assert merge.state.ledger.refusals == []
 
 
 def stop_when(true: Callable[[], bool]) -> None:
