@@ -28,7 +28,21 @@ from continual.gates.own_release import OwnReleaseGate
 from continual.gates.updates import UpdatesGate
 from continual.gates.weight import WeightGate
 
-__all__ = ["GATES", "Gate", "Gates", "Headers", "Numbers", "TensorNumbers", "make"]
+__all__ = [
+    "GATES",
+    "FiniteGate",
+    "Gate",
+    "Gates",
+    "Headers",
+    "LineageGate",
+    "NormsGate",
+    "Numbers",
+    "OwnReleaseGate",
+    "TensorNumbers",
+    "UpdatesGate",
+    "WeightGate",
+    "make",
+]
 
 GATES: tuple[type[Gate], ...] = (
     OwnReleaseGate,

@@ -84,6 +84,17 @@ def test_a_weight_that_is_missing_or_wrong_refuses_the_model(
         assert "metrics.json" in outcome.message
 
 
+def test_a_plan_asks_for_the_weight_and_the_pool_does_not(tmp_path: Path, base: Path) -> None:
+    """A model that waits can still get the file with its weight; it is asked for it when a round folds it."""
+    model = models.fine_tune(base, tmp_path / "alice", 1)
+    recipe = making.Recipe(rule="mean")
+    with opened(tmp_path, base, recipe, weight="metrics.json:score") as merge:
+        plan = merge.plan(model)
+        assert (plan.ok, plan.reason) == (False, "weight")
+    with opened(tmp_path, base, recipe, weight="metrics.json:score", select="relevance") as merge:
+        assert merge.fold(model).fate == "deferred"
+
+
 @pytest.mark.parametrize(
     ("rule", "settings", "words"),
     [

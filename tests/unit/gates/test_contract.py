@@ -126,6 +126,28 @@ def test_it_has_a_verdict_on_what_other_gates_refuse(
         assert first._replace(lineage=seen.lineage, weight=seen.weight) == seen, "a gate changes only what it finds out"
 
 
+def test_the_first_in_the_list_that_refuses_gives_the_reason(made: Callable[[Make], Case]) -> None:
+    asked = gates.make(Settings())
+    seen = made(cases(gates.LineageGate)["missing"]).seen
+    assert isinstance(seen, Headers)
+    reasons = []
+    for release, earlier in (({"state": "ours"}, 4), (None, 4), (None, None)):
+        with pytest.raises(Refuse) as refusal:
+            asked.at_headers(seen._replace(release=release, earlier=earlier))
+        reasons.append(refusal.value.reason)
+    assert reasons == ["own-release", "update", "missing"]
+
+
+def test_what_a_gate_finds_out_reaches_those_who_come_after_it(made: Callable[[Make], Case]) -> None:
+    seen = made(cases(gates.OwnReleaseGate)["own-release"]).seen
+    assert isinstance(seen, Headers)
+    asked = gates.make(Settings(weight="2.5"))
+    found = asked.at_headers(seen._replace(release=None))
+    assert found.lineage is not None
+    assert found == seen._replace(release=None, lineage=found.lineage), "a weight is asked for a fold only"
+    assert asked.at_fold(found) == found._replace(weight=2.5)
+
+
 NORMS = st.floats(0.0, 1e300)
 TOTALS = st.just(Totals()) | st.builds(
     lambda count, mean: Totals(count=float(count), norm_sum=count * mean, merged_sq=mean),
