@@ -67,6 +67,7 @@ def folded(place: Path, state: str, rule: str, *, workers: int, threads: int) ->
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="torch takes one thread on one core")
 def test_bits_depend_neither_on_the_workers_nor_on_the_threads_that_torch_would_take(tmp_path: Path) -> None:
     """The decompositions of tsv-m round otherwise on two threads than on one, on matrices of this size."""
@@ -79,6 +80,7 @@ def test_bits_depend_neither_on_the_workers_nor_on_the_threads_that_torch_would_
     assert folded(tmp_path, "three", "tsv-m", workers=2, threads=2)["bits"] == with_one
 
 
+@pytest.mark.slow
 def test_a_fold_takes_about_as_much_memory_as_its_plan_says(tmp_path: Path) -> None:
     shapes = {f"model.layers.{i}.mlp.up_proj.weight": (SIDE, SIDE) for i in range(4)}
     base = models.base(tmp_path / "base", shapes=shapes)
