@@ -26,7 +26,7 @@ from continual.sources.contract import Sight, Source, SourceKind, SourceReport, 
 from continual.sources.cursor import Cursor, Sighting
 from continual.sources.waiting import first
 from continual.sources.webhook import Webhook
-from continual.state.inbox import Inbox, load_cursor, name_of, save_cursor
+from continual.state.inbox import Inbox, PushRecord, load_cursor, name_of, save_cursor
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
@@ -117,7 +117,7 @@ class HubSource(Source):
     def _came_after(self, head: Info) -> None:
         """Keeps the commit that came after a superseded one as a push, before the refusal is recorded: no listing or
         push may have told of it. From any thread."""
-        self.inbox.put(name_of(head.id, head.sha), {"repo": head.id, "sha": head.sha, "time": self._clock()})
+        self.inbox.put(name_of(head.id, head.sha), PushRecord(head.id, head.sha, self._clock()))
         self.told()
 
     async def events(self, stop: asyncio.Event) -> AsyncIterator[Event]:
@@ -268,8 +268,8 @@ class HubSource(Source):
     def open_inbox(self) -> None:
         """Takes the pushes that came since; those of commits that are settled are removed."""
         named = {push for pushes in self._names.values() for push in pushes}
-        for push, body in self.inbox.items(named).items():
-            sighting = Sighting(body["repo"], body["sha"], body["time"], body["time"], "webhook")
+        for push, came in self.inbox.items(named).items():
+            sighting = Sighting(came.repo, came.sha, came.time, came.time, "webhook")
             if sighting.sha is not None and self._known(sighting.key):
                 self.inbox.remove(push)
                 continue

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 
 from continual.errors import ContinualError
 from continual.hub.names import is_repo, is_sha
-from continual.state.inbox import Inbox, name_of
+from continual.state.inbox import Inbox, PushRecord, name_of
 
 LARGEST = 64 << 10
 """Bytes of a body that is read."""
@@ -108,7 +108,7 @@ class Webhook:
             return _said(400, "cut off")
         if push is None:
             return _said(202, "nothing to do")
-        record = {"repo": push.repo, "sha": push.sha, "time": time.time()}
+        record = PushRecord(push.repo, push.sha, time.time())
         try:
             new = await asyncio.to_thread(self.inbox.put, push.name, record)
         except ContinualError as error:

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import google_crc32c
 import numpy as np
@@ -24,12 +24,15 @@ from continual.errors import Damaged, Misconfigured
 from continual.records import SlotSpec
 from continual.state.durable import write_all
 
+if TYPE_CHECKING:
+    from zarr.core.buffer import Buffer
+
 CHUNK_BYTES = 32 << 20
 Array = NDArray[Any]
 
 
 class Grid(NamedTuple):
-    """How an array is cut: `rows` of the first axis per chunk, `count` chunks."""
+    """How an array is cut: `rows` of the first axis in each of `chunks` chunks."""
 
     rows: int
     chunks: int
@@ -52,13 +55,13 @@ def grid(spec: SlotSpec) -> Grid:
 
 
 @functools.cache
-def _template(spec: SlotSpec) -> dict[str, Any]:
+def _template(spec: SlotSpec) -> dict[str, object]:
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.storage import MemoryStore
 
     chunks = (grid(spec).rows, *(max(1, n) for n in spec.shape[1:])) if spec.shape else ()
-    store: dict[str, Any] = {}
+    store: dict[str, Buffer] = {}
     zarr.create_array(
         MemoryStore(store),
         shape=spec.shape,
@@ -71,8 +74,7 @@ def _template(spec: SlotSpec) -> dict[str, Any]:
         fill_value=0,
         zarr_format=3,
     )
-    body: dict[str, Any] = json.loads(store["zarr.json"].to_bytes())
-    return body
+    return cast("dict[str, object]", json.loads(store["zarr.json"].to_bytes()))
 
 
 def metadata(spec: SlotSpec, name: str) -> bytes:
@@ -86,10 +88,9 @@ def group_metadata() -> bytes:
     import zarr
     from zarr.storage import MemoryStore
 
-    store: dict[str, Any] = {}
+    store: dict[str, Buffer] = {}
     zarr.create_group(MemoryStore(store), zarr_format=3)
-    data: bytes = store["zarr.json"].to_bytes()
-    return data
+    return store["zarr.json"].to_bytes()
 
 
 def chunk_names(spec: SlotSpec) -> list[str]:
@@ -198,7 +199,8 @@ class Reader:
         found = _crc(self._crc, rest[:-4])
         if not f"{int.from_bytes(rest[-4:], 'little'):08x}" == f"{found:08x}" == self._checksums[self._next]:
             raise Damaged(
-                f"chunk {path} is damaged: its contents are not those its receipt is for; restore it, or roll back to an earlier record"
+                f"chunk {path} is damaged: its contents are not those its receipt is for; "
+                "restore it, or roll back to an earlier record"
             )
         self.close()
         self._next += 1

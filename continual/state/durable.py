@@ -43,7 +43,8 @@ def sync_file(path: Path) -> None:
         os.fsync(fd)
     except OSError as error:
         raise Halt(
-            f"fsync of {path} failed ({error.strerror}): what reached the disk is unknown; check the disk, then start again"
+            f"fsync of {path} failed ({error.strerror}): what reached the disk is unknown; "
+            "check the disk, then start again"
         ) from error
     finally:
         os.close(fd)

@@ -6,19 +6,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import google_crc32c
 
 from continual.errors import Damaged
 
 
-def crc(data: Any) -> str:
-    """CRC32C (Castagnoli) of bytes or a contiguous array as eight hexadecimal digits."""
+def crc(data: bytes) -> str:
+    """CRC32C (Castagnoli) of bytes as eight hexadecimal digits."""
     return f"{google_crc32c.value(data):08x}"
 
 
-def encode(body: Mapping[str, Any]) -> tuple[bytes, str]:
+def encode(body: Mapping[str, object]) -> tuple[bytes, str]:
     """The file's bytes for `body`, and the CRC in its first line. Keys are sorted, so equal bodies are equal bytes; NaN
     is refused."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -26,7 +26,7 @@ def encode(body: Mapping[str, Any]) -> tuple[bytes, str]:
     return checksum.encode() + b"\n" + text, checksum
 
 
-def decode(path: Path) -> tuple[dict[str, Any], str]:
+def decode(path: Path) -> tuple[dict[str, object], str]:
     """The body of the file at `path` and its CRC. Raises Damaged naming the file if it is missing, altered or no such
     file."""
     try:
@@ -36,9 +36,10 @@ def decode(path: Path) -> tuple[dict[str, Any], str]:
     line, newline, text = data.partition(b"\n")
     if not newline or line != crc(text).encode():
         raise Damaged(
-            f"{path} is damaged: its contents do not have the checksum {line[:8]!r} in its first line; restore it from a backup"
+            f"{path} is damaged: its contents do not have the checksum {line[:8]!r} in its first line; "
+            "restore it from a backup"
         )
     body = json.loads(text)
     if not isinstance(body, dict):
         raise Damaged(f"{path} is no JSON object")
-    return body, line.decode()
+    return cast("dict[str, object]", body), line.decode()

@@ -4,13 +4,14 @@ transaction.py for writing."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from continual.errors import Damaged, Misconfigured
+from continual.records import KEY
 from continual.state import arrays, framing, names
 from continual.state.arrays import Array
+from continual.state.fields import record_of
 from continual.state.format import Format
 
 RECEIPTS = "receipts.json"
@@ -22,7 +23,7 @@ class Receipt:
     chunk (values and padding) in row order."""
 
     metadata: str
-    nbytes: int
+    nbytes: int = field(metadata={KEY: "bytes"})
     chunks: tuple[str, ...]
 
 
@@ -32,23 +33,6 @@ class Receipts:
 
     groups: Mapping[str, str]
     arrays: Mapping[str, Receipt]
-
-    def body(self) -> dict[str, object]:
-        """As receipts.json holds it."""
-        arrays = {
-            path: {"metadata": r.metadata, "bytes": r.nbytes, "chunks": list(r.chunks)}
-            for path, r in self.arrays.items()
-        }
-        return {"groups": dict(self.groups), "arrays": arrays}
-
-    @classmethod
-    def of(cls, body: Mapping[str, Any], file: Path) -> Receipts:
-        """From receipts.json at `file`. Raises Damaged if it lacks something."""
-        try:
-            found = {path: Receipt(r["metadata"], r["bytes"], tuple(r["chunks"])) for path, r in body["arrays"].items()}
-            return cls(body["groups"], found)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise Damaged(f"{file}: {error!r} is missing or malformed") from None
 
 
 def node(slot: str, name: str) -> str:
@@ -84,7 +68,7 @@ class Generation:
                     f"{self.directory / RECEIPTS} is not the one its commit was made with: "
                     f"it has the checksum {checksum}, not {self.checksum}"
                 )
-            self._receipts = Receipts.of(body, self.directory / RECEIPTS)
+            self._receipts = record_of(Receipts, body, self.directory / RECEIPTS)
         return self._receipts
 
     def receipt(self, path: str) -> Receipt:

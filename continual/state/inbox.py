@@ -6,12 +6,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from continual.errors import Retry
 from continual.state import framing
 from continual.state.durable import environment, replace_bytes, sync_file
+from continual.state.fields import body_of, record_of
 
 MOST = 10_000
 """Pushes that may wait."""
@@ -23,13 +24,24 @@ def name_of(repo: str, sha: str) -> str:
     return hashlib.sha256(f"{repo}@{sha}".encode()).hexdigest()[:32]
 
 
+@dataclass(frozen=True, slots=True)
+class PushRecord:
+    """An accepted push: a commit of a repo (None: whatever is the newest when it is looked at), and when it came, in
+    seconds since 1970."""
+
+    repo: str
+    sha: str | None
+    time: float
+
+
 class Inbox:
-    """Accepted pushes of the state in `path`, by a name that is the same for the same push. Safe from several threads."""
+    """Accepted pushes of the state in `path`, by a name that is the same for the same push. Safe from several
+    threads."""
 
     def __init__(self, path: Path) -> None:
         self._directory = path / "inbox"
 
-    def put(self, name: str, body: Mapping[str, Any]) -> bool:
+    def put(self, name: str, push: PushRecord) -> bool:
         """Keeps a push; on disk when it returns. False if it was there already. Raises Retry if the disk or the number
         of pushes gets in the way."""
         file = self._file(name)
@@ -39,17 +51,20 @@ class Inbox:
             _made(self._directory)
             if sum(1 for _ in self._directory.iterdir()) >= MOST:
                 raise Retry(f"{self._directory}: {MOST} pushes wait already; nothing was accepted")
-            replace_bytes(file, framing.encode(body)[0])
+            replace_bytes(file, framing.encode(body_of(push))[0])
         return True
 
-    def items(self, but: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-        """All that wait, by name, but those that are known already. Raises Damaged naming a file that was altered."""
+    def items(self, but: Collection[str] = ()) -> dict[str, PushRecord]:
+        """The pushes that wait, by name, without those whose names are in `but`. Raises Damaged naming a file that was
+        altered."""
         if not self._directory.is_dir():
             return {}
         found = sorted(
             file for file in self._directory.iterdir() if file.suffix == ".json" and not file.name.startswith(".")
         )
-        return {file.stem: framing.decode(file)[0] for file in found if file.stem not in but}
+        return {
+            file.stem: record_of(PushRecord, framing.decode(file)[0], file) for file in found if file.stem not in but
+        }
 
     def remove(self, name: str) -> None:
         """A push is settled."""
@@ -61,14 +76,14 @@ class Inbox:
         return self._directory / f"{name}.json"
 
 
-def save_cursor(path: Path, source: str, body: Mapping[str, Any]) -> None:
+def save_cursor(path: Path, source: str, body: Mapping[str, object]) -> None:
     """Keeps how far `source` has come with the state in `path`; on disk when it returns. Raises Retry."""
     with environment("cannot keep the cursor"):
         _made(path / "sources")
         replace_bytes(path / "sources" / f"{source}.json", framing.encode(body)[0])
 
 
-def load_cursor(path: Path, source: str) -> dict[str, Any] | None:
+def load_cursor(path: Path, source: str) -> dict[str, object] | None:
     """What `save_cursor` kept, None if nothing. Raises Damaged: without that file the source begins anew, and nothing
     is lost."""
     file = path / "sources" / f"{source}.json"

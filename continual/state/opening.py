@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 
 from continual.errors import Damaged, Misconfigured
-from continual.state import framing
+from continual.state import framing, protocol
 from continual.state.format import Commit
-from continual.state.generation import Generation
 from continual.state.ledger import Ledger
+from continual.state.protocol import Head
 
 DIRECTORIES = ("commits", "generations", "tags", "leases")
 _READS = 50
+"""How often the log is read again because a writer went on meanwhile."""
 
 
 def unfinished(path: Path) -> bool | None:
@@ -44,39 +45,55 @@ def must_be_free(path: Path) -> None:
 
 
 def load(path: Path) -> Ledger:
-    """Replays the commit log. Raises Damaged for a missing HEAD or record, a gap, or a broken chain."""
+    """Replays the commit log of the state in `path`, up to a record whose generation is there. Raises Damaged for a
+    missing HEAD, record or generation in force, a gap, or a broken chain of checksums.
+
+    A writer may go on meanwhile: then HEAD or the generation in force is older than what else is there, and all is read
+    again.
+    """
     for _ in range(_READS):
-        head, _crc = framing.decode(path / "HEAD")
-        found = sorted(p.name for p in (path / "commits").iterdir() if not p.name.startswith("."))
-        if len(found) <= head["seq"] + 2:
-            break  # else a writer went on between the two looks
-    if found != [f"{i:08d}.json" for i in range(len(found))] or not head["seq"] < len(found) <= head["seq"] + 2:
-        raise Damaged(
-            f"{path / 'commits'}: HEAD is at record {head['seq']} and {len(found)} files are there: "
-            "records are missing; restore from a backup"
-        )
-    ledger = Ledger()
-    for seq, name in enumerate(found):
-        place = path / "commits" / name
-        body, checksum = framing.decode(place)
-        commit = Commit.of(body, checksum, place)
-        if commit.seq != seq or commit.prev != (ledger.log[-1].crc if ledger.log else None):
+        head, names = protocol.read_head(path), _records(path)
+        if len(names) > head.seq + 2:
+            continue  # records were added between the two looks
+        ledger = _replayed(path, head, names)
+        held = ledger.head
+        if held.generation is None or (path / "generations" / held.generation).exists():
+            return ledger
+        if len(_records(path)) == len(names):
             raise Damaged(
-                f"{place} does not follow the record before it: the chain of checksums is broken; restore from a backup"
+                f"{path / 'generations' / held.generation} is missing, and it is the generation in force; "
+                "restore it from a backup"
+            )
+    raise Damaged(_missing(path, head, names))
+
+
+def _records(path: Path) -> list[str]:
+    return sorted(file.name for file in (path / "commits").iterdir() if not file.name.startswith("."))
+
+
+def _missing(path: Path, head: Head, names: list[str]) -> str:
+    return (
+        f"{path / 'commits'}: HEAD is at record {head.seq} and {len(names)} files are there: "
+        "records are missing; restore from a backup"
+    )
+
+
+def _replayed(path: Path, head: Head, names: list[str]) -> Ledger:
+    """The records in the files `names`, each of which must follow the one before it. Raises Damaged."""
+    if names != [f"{seq:08d}.json" for seq in range(len(names))] or not head.seq < len(names):
+        raise Damaged(_missing(path, head, names))
+    ledger = Ledger()
+    for seq, name in enumerate(names):
+        file = path / "commits" / name
+        body, checksum = framing.decode(file)
+        commit = Commit.of(body, checksum, file)
+        if commit.seq != seq or commit.prev != (ledger.head.crc if ledger.log else None):
+            raise Damaged(
+                f"{file} does not follow the record before it: the chain of checksums is broken; restore from a backup"
             )
         ledger.add(commit)
-    if ledger.log[head["seq"]].crc != head["crc"]:
+    if ledger.get(head.seq).crc != head.crc:
         raise Damaged(
-            f"{path / 'HEAD'} names another record {head['seq']} than the one in commits/: restore from a backup"
+            f"{path / 'HEAD'} names another record {head.seq} than the one in commits/: restore from a backup"
         )
     return ledger
-
-
-def must_be_there(generation: Generation) -> None:
-    """Raises Damaged if the generation in force is missing or not as it was written."""
-    try:
-        generation.load()
-    except Misconfigured:
-        raise Damaged(
-            f"{generation.directory} is missing, and it is the generation in force; restore it from a backup"
-        ) from None

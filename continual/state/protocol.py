@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from continual.state import framing
 from continual.state.durable import environment, link_new, replace_bytes, sync_file, write_temporary
 from continual.state.entries import Entry
+from continual.state.fields import body_of, record_of
 from continual.state.format import Commit
 from continual.state.ledger import Ledger
 from continual.state.software import software
@@ -28,6 +30,19 @@ class Held(NamedTuple):
 
     generation: str | None = None
     receipts: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What the file HEAD says: the last acknowledged record and its CRC."""
+
+    seq: int
+    crc: str
+
+
+def read_head(path: Path) -> Head:
+    """The last acknowledged record of the state in `path`. Raises Damaged."""
+    return record_of(Head, framing.decode(path / "HEAD")[0], path / "HEAD")
 
 
 def append(path: Path, ledger: Ledger, entry: Entry, held: Held, on_step: OnStep) -> Commit:
@@ -62,11 +77,11 @@ def append(path: Path, ledger: Ledger, entry: Entry, held: Held, on_step: OnStep
 def settle(path: Path, ledger: Ledger) -> None:
     """Completes the commit that was in flight when the last writer died, and removes the temporary files it left."""
     sync_file(path / "commits")
-    if framing.decode(path / "HEAD")[0]["seq"] != ledger.head.seq:
+    if read_head(path).seq != ledger.head.seq:
         _write_head(path, ledger.head)
     for leftover in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")):
         leftover.unlink(missing_ok=True)
 
 
 def _write_head(path: Path, commit: Commit) -> None:
-    replace_bytes(path / "HEAD", framing.encode({"seq": commit.seq, "crc": commit.crc})[0])
+    replace_bytes(path / "HEAD", framing.encode(body_of(Head(commit.seq, commit.crc)))[0])

@@ -57,14 +57,20 @@ class State:
         for tensor in form.tensors:
             names.encode(tensor.name)
         with environment(f"cannot make a state in {path}"):
+            made = [p for p in (path.absolute(), *path.absolute().parents) if not p.exists()] or [path.absolute()]
             path.mkdir(parents=True, exist_ok=True)
             for name in opening.DIRECTORIES:
                 (path / name).mkdir(exist_ok=True)
             state = cls(path, form, Ledger(), lock.take(path / "lock"), _nothing)
-            state._append(InitEntry(read=read, device=device), Held())
-            # last: a directory without format.json is no state, so a kill before this leaves none behind
-            replace_bytes(path / "format.json", framing.encode(form.body())[0])
-            sync_file(path.absolute().parent)
+            try:
+                state._append(InitEntry(read=read, device=device), Held())
+                # last: a directory without format.json is no state, so a kill before this leaves none behind
+                replace_bytes(path / "format.json", framing.encode(form.body())[0])
+                for directory in made:
+                    sync_file(directory.parent)
+            except BaseException:
+                state.close()
+                raise
         return state
 
     @classmethod
@@ -85,7 +91,7 @@ class State:
             ledger = opening.load(path)
             state = cls(path, form, ledger, lock_fd, on_step or _nothing)
             if (now := state._generation(ledger.head)) is not None:
-                opening.must_be_there(now)
+                now.load()
             unnamed = retention.unnamed(path, ledger)
             state.orphans = retention.orphans(unnamed)
             if write:

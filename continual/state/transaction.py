@@ -19,6 +19,7 @@ from continual.errors import Retry
 from continual.state import arrays, framing
 from continual.state.arrays import Array
 from continual.state.durable import environment, sync_file, sync_tree, write_bytes
+from continual.state.fields import body_of
 from continual.state.format import Format
 from continual.state.generation import RECEIPTS, Generation, Receipt, Receipts, node
 
@@ -152,7 +153,7 @@ class Transaction:
         expected = {node(slot, name) for name, slots in self._form.slots.items() for slot in slots}
         assert self._receipts.keys() == expected, sorted(expected ^ self._receipts.keys())[:3]
         with environment(f"cannot write {self.directory}"):
-            data, checksum = framing.encode(Receipts(self._groups, self._receipts).body())
+            data, checksum = framing.encode(body_of(Receipts(self._groups, self._receipts)))
             write_bytes(self.directory / RECEIPTS, data)
         return Generation(self.directory, self._form, checksum)
 

@@ -20,6 +20,7 @@ from continual.service.daemon import check
 from continual.service.once import Tried
 from continual.service.watched import wiring_of
 from continual.sources.hub import HubSource
+from continual.state.inbox import PushRecord
 from tests.helpers import hubs, models
 from tests.helpers.hubs import BASE, made, merge, publish
 from tests.loopback import Account, Hub, faults, serving
@@ -88,7 +89,7 @@ def test_a_commit_that_is_superseded_brings_the_one_that_came_after(tmp_path: Pa
     first = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))
     with merge(tmp_path / "state", hub, hub={"bases": (BASE,), "settle": 0.0}) as ours:
         source = source_of(ours)
-        source.inbox.put("a" * 32, {"repo": "org/ft", "sha": first, "time": 1.0})
+        source.inbox.put("a" * 32, PushRecord("org/ft", first, 1.0))
         second = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "b", 2))
         assert ours.fold(Event("webhook", "hf://org/ft", (1, ""), None, first)).reason == "superseded"
         source = source_of(ours)  # as after a kill right here

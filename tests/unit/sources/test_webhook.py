@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from continual.errors import Damaged
 from continual.sources.webhook import LARGEST, Payload, Webhook, push_of
-from continual.state.inbox import Inbox, load_cursor, save_cursor
+from continual.state.inbox import Inbox, PushRecord, load_cursor, save_cursor
 
 SHA = "a" * 40
 SECRET = {"X-Webhook-Secret": "s3cret"}
@@ -77,7 +77,7 @@ def ask(tmp_path: Path, told: list[int]) -> Callable[..., int]:
 def test_accepted_pushes_are_on_disk_once(tmp_path: Path, ask: Callable[..., int], told: list[int]) -> None:
     assert [ask(payload()), ask(payload()), ask(payload(repo__headSha=None))] == [202, 202, 202]
     items = Inbox(tmp_path).items()
-    assert [(i["repo"], i["sha"]) for i in items.values()] == [("org/ft", SHA)]
+    assert [(i.repo, i.sha) for i in items.values()] == [("org/ft", SHA)]
     assert ask(payload(updatedRefs=[], repo__headSha="c" * 40)) == 202
     assert len(Inbox(tmp_path).items()) == 2
     assert told == [1, 1]
@@ -128,8 +128,7 @@ def test_a_full_inbox_is_said_to_whoever_pushes(ask: Callable[..., int], monkeyp
 def test_the_same_push_at_once_from_many_threads_is_one(tmp_path: Path) -> None:
     inbox, new = Inbox(tmp_path), list[bool]()
     threads = [
-        threading.Thread(target=lambda: new.append(inbox.put("a" * 32, {"repo": "o/m", "sha": None, "time": 1.0})))
-        for _ in range(8)
+        threading.Thread(target=lambda: new.append(inbox.put("a" * 32, PushRecord("o/m", None, 1.0)))) for _ in range(8)
     ]
     for thread in threads:
         thread.start()
@@ -142,7 +141,7 @@ def test_the_same_push_at_once_from_many_threads_is_one(tmp_path: Path) -> None:
 
 
 def test_altered_files_are_damage_that_names_them(tmp_path: Path) -> None:
-    Inbox(tmp_path).put("b" * 32, {"repo": "o/m", "sha": None, "time": 1.0})
+    Inbox(tmp_path).put("b" * 32, PushRecord("o/m", None, 1.0))
     save_cursor(tmp_path, "hub", {"high": {}, "swept": {}, "seen": []})
     assert load_cursor(tmp_path, "hub") == {"high": {}, "swept": {}, "seen": []}
     assert load_cursor(tmp_path, "other") is None
