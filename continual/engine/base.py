@@ -120,7 +120,9 @@ def measure_base(base: BaseModel, progress: Progress) -> BaseNumbers:
     buffer = torch.empty(_HASHED, dtype=torch.uint8)
     progress("hash", 0, len(names))
     for done, name in enumerate(names, 1):
-        info, whole, parts = base.checkpoint.tensors[name], blake3(), []
+        info = base.checkpoint.tensors[name]
+        whole = blake3()
+        parts: list[float] = []
         for start in range(0, info.nbytes, _HASHED):
             part = buffer[: min(_HASHED, info.nbytes - start)]
             base.checkpoint.read_part(info, start, part.numpy().data)

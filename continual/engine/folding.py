@@ -78,10 +78,12 @@ class Folding:
         Counts are whole numbers, so the order in which tensors end does not matter.
         """
         numel = sum(spec.numel for spec in specs)
-        changed = self._in_file_order([spec for spec in specs if spec.name in set(lineage.folded)])
+        names = set(lineage.folded)
+        changed = self._in_file_order([spec for spec in specs if spec.name in names])
         number = 0
         while isinstance(self.measured, Pass):
-            measure, number = self.measured, number + 1
+            measure = self.measured
+            number += 1
             self._vectors.begin()
             tasks = [self._measuring(spec, measure) for spec in changed]
             counts = np.zeros(measure.bins, np.int64)
@@ -118,7 +120,8 @@ class Folding:
 
     def _measuring(self, spec: TensorSpec, measure: Pass) -> Task[Counts]:
         """The work of one tensor in a pass before the fold, on the share of its elements that the pass has to see."""
-        vectors, share = self._vectors, measure.share
+        vectors = self._vectors
+        share = measure.share
 
         def run() -> Counts:
             self._resources.go_on(self._terms.name)
@@ -138,12 +141,14 @@ class Folding:
         inputs = self._inputs(spec)
         tau, digest, nbytes = self._vectors.vector(spec.name)
         if self._rule.needs.shipped is not None:
-            content, moments = Content(), torch.empty(spec.numel)
+            content = Content()
+            moments = torch.empty(spec.numel)
             for start in range(0, spec.numel, self._vectors.run):
                 stop = min(start + self._vectors.run, spec.numel)
                 moments[start:stop] = self._vectors.moments(spec.name, start, stop, content)
             inputs = inputs._replace(moments=moments.view(spec.shape).to(self._device))
-            digest, nbytes = blake3(digest + content.digest()).digest(), nbytes + content.nbytes
+            digest = blake3(digest + content.digest()).digest()
+            nbytes += content.nbytes
         read = time.perf_counter()
         folded = self._apply(inputs, tau)
         self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums.tau_sq))
@@ -159,21 +164,20 @@ class Folding:
     def _by_runs(self, spec: TensorSpec) -> TensorFold:
         self._resources.go_on(self._terms.name)
         inputs = self._inputs(spec)
-        clock, content = _Clock(), Content()
+        clock = _Clock()
+        content = Content()
         reading = self._vectors.runs(spec.name, content)
         parts: list[Sums] = []
         for start, _, values in self._transaction.runs(spec.name, self._vectors.run):
             clock.ends("write")
             _, stop, tau = next(reading)
-            given_inputs = inputs._replace(start=start)
+            here = inputs._replace(start=start)
             if self._rule.needs.shipped is not None:
-                given_inputs = given_inputs._replace(
-                    moments=self._vectors.moments(spec.name, start, stop, content).to(self._device)
-                )
+                here = here._replace(moments=self._vectors.moments(spec.name, start, stop, content).to(self._device))
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value) for slot, value in values.items()}
-            given = {slot: value.to(self._device) for slot, value in accumulators.items()}
-            folded = self._rule.fold.apply(given, tau.to(self._device), given_inputs, self._terms.totals)
+            on_device = {slot: value.to(self._device) for slot, value in accumulators.items()}
+            folded = self._rule.fold.apply(on_device, tau.to(self._device), here, self._terms.totals)
             self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums.tau_sq))
             for slot, value in folded.accumulators.items():
                 if value is not accumulators[slot]:
@@ -195,10 +199,9 @@ class Folding:
         return TensorFold(b"", folded.sums, {}, 0, {})
 
     def _apply(self, inputs: Inputs, tau: torch.Tensor) -> Folded:
-        spec, slots = inputs.spec, self._rule.slots(inputs.spec)
-        accumulators = {
-            slot: torch.from_numpy(self._transaction.read(spec.name, slot)).to(self._device) for slot in slots
-        }
+        name = inputs.spec.name
+        slots = self._rule.slots(inputs.spec)
+        accumulators = {slot: torch.from_numpy(self._transaction.read(name, slot)).to(self._device) for slot in slots}
         return self._rule.fold.apply(accumulators, tau.to(self._device), inputs, self._terms.totals)
 
     def _inputs(self, spec: TensorSpec) -> Inputs:

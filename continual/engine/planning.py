@@ -20,12 +20,12 @@ def plan(engine: Engine, place: Place) -> Plan:
             candidate = candidate_of(model)
             if known := engine.state.ledger.fate(candidate.key):
                 message = known_as(candidate.name, known).message
-                return Plan(candidate.name, str(place), candidate.form, False, "known", message)
+                return _kept_out(candidate.name, place, "known", message, form=candidate.form)
             seen = engine.gates.at_fold(engine.vet(candidate, model))
             return _fitting(engine, OpenCandidate.of(seen), place)
     except (Refuse, Retry) as error:
         reason = error.reason if isinstance(error, Refuse) else "retry"
-        return Plan(place.name, str(place), "?", False, reason, str(error))
+        return _kept_out(place.name, place, reason, str(error))
 
 
 def peak(executor: Executor, needs: list[int]) -> int:
@@ -34,9 +34,14 @@ def peak(executor: Executor, needs: list[int]) -> int:
     return max([min(sum(most), executor.budget), *most[:1]], default=0)
 
 
+def _kept_out(name: str, place: Place, reason: str, message: str, form: str = "?") -> Plan:
+    return Plan(name=name, path=str(place), form=form, ok=False, reason=reason, message=message)
+
+
 def _fitting(engine: Engine, opened: OpenCandidate, place: Place) -> Plan:
     candidate, model, lineage, _ = opened
-    rule, specs = engine.rule, {spec.name: spec for spec in engine.base.specs}
+    rule = engine.rule
+    specs = {spec.name: spec for spec in engine.base.specs}
     shipped = engine.shipped(model, lineage)
     if shipped is not None:
         shipped.close()

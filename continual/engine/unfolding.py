@@ -65,7 +65,8 @@ def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
     It reads headers only. `at` is where the model is now, if it was moved. Raises Misconfigured if `word` names no fold
     or several, or if a model that has to be read is not there.
     """
-    state, rule = engine.state, engine.rule
+    state = engine.state
+    rule = engine.rule
     history = state.ledger.history()
     index = _find([fold.commit for fold in history], word)
     gone = history[index].commit
@@ -122,7 +123,8 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
                 progress("models", number, len(plan.again))
                 if number == len(plan.again):
                     return state.commit(transaction, entry(engine, plan, began, report.totals))
-                generation, totals = transaction.seal(), report.totals
+                generation = transaction.seal()
+                totals = report.totals
             if scratch is not None:
                 scratch.abandon()
             scratch = transaction

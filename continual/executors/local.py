@@ -14,7 +14,9 @@ import torch
 from continual.executors.contract import Task
 
 T = TypeVar("T")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+"""What <malloc.h> of glibc calls these two numbers, without the leading underscore."""
 
 
 class Local:

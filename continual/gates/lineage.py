@@ -51,9 +51,9 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
     found, known = sources(base, model, prefix)
     missing = tuple(name for name in specs if name not in found)
     if isinstance(model, Adapter):
-        _check_targets(model, known, bool(found))
+        _check_targets(model, known, changes_any=bool(found))
     else:
-        _check_missing(model, missing, bool(found), gate)
+        _check_missing(model, missing, gate, has_any=bool(found))
     narrowed: dict[str, str] = {}
     rows: dict[str, int] = {}
     for name, source in found.items():
@@ -71,7 +71,7 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
     return Lineage(tuple(sorted(found)), missing, extra, prefix, narrowed, rows)
 
 
-def _check_targets(model: Adapter, known: Collection[str], changes_any: bool) -> None:
+def _check_targets(model: Adapter, known: Collection[str], *, changes_any: bool) -> None:
     unmet = sorted(model.factors.keys() - known)
     if unmet:
         raise Refuse(
@@ -85,7 +85,7 @@ def _check_targets(model: Adapter, known: Collection[str], changes_any: bool) ->
         )
 
 
-def _check_missing(model: Checkpoint, missing: Collection[str], has_any: bool, gate: LineageGate) -> None:
+def _check_missing(model: Checkpoint, missing: Collection[str], gate: LineageGate, *, has_any: bool) -> None:
     if not has_any:
         raise Refuse(
             "missing", f"{model.place}: has none of the base's tensors ({_some(missing)}): not a fine-tune of this base"

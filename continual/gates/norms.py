@@ -31,7 +31,8 @@ class NormsGate(AtNumbers):
 
     def judge(self, seen: Numbers) -> None:
         """Raises Refuse: `zero` if τ is zero everywhere, `norm-base`, `norm-mean`."""
-        norm, base = seen.tau_norm, seen.base_norm
+        norm = seen.tau_norm
+        base = seen.base_norm
         if norm == 0.0:
             raise Refuse("zero", f"{seen.name}: the task vector is zero everywhere: it is the base itself")
         if norm > self.max_base_ratio * base:
