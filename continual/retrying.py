@@ -1,9 +1,9 @@
-"""What is tried again, when, and when it is given up: pure decisions, the only ones there are. Times are seconds;
-chance is an argument.
+"""What is tried again, when, and when it is given up. All such decisions are made here; they are pure. Times are
+seconds; chance is an argument.
 
-Three levels, each taking over where the one before gives up: a request is tried a few times within seconds; a candidate
-is put back into the queue, and parked when that did not help; polling goes on for ever, ever more rarely, unless the
-Hub says that the token is no good.
+There are three levels, and each begins where the one before ends. A request is tried a few times within seconds. A
+candidate is put back into the queue, and parked when that did not help. Polling goes on for ever, more and more rarely,
+unless the Hub says that the token is no good.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REFUSALS = 3
 
 
 class Fault(StrEnum):
-    """What went wrong with a request, by what can be done about it."""
+    """What went wrong with a request. Two faults are told apart where something else is done about them."""
 
     RATE = "rate limit"
     SERVER = "server error"
@@ -36,7 +36,7 @@ class Fault(StrEnum):
 
 
 PASSING = (Fault.RATE, Fault.SERVER, Fault.TRANSPORT)
-"""What passes by itself."""
+"""The faults that pass by themselves."""
 
 
 def fault_of(status: int | None, code: str | None = None) -> Fault:
@@ -57,11 +57,11 @@ def fault_of(status: int | None, code: str | None = None) -> Fault:
 
 
 def next_try(fault: Fault, attempt: int, luck: float, after: float = 0.0) -> float | None:
-    """Seconds until a request that failed for the `attempt`-th time (from 1) is made again; None: whoever needs it is
-    told.
+    """Seconds until a request that failed for the `attempt`-th time (from 1) is made again; None: it is not made again,
+    and whoever needs it is told.
 
-    Doubling from half a second, half as much more or less by `luck` (0 to 1), never before the `after` seconds that the
-    server asked for; what it asks beyond LONGEST_WAIT is left to the queue.
+    The wait doubles from half a second, and is by `luck` (0 to 1) up to half shorter or longer. It is never shorter than
+    the `after` seconds that the server asked for; where those are more than LONGEST_WAIT, the queue waits instead.
     """
     if fault not in PASSING or attempt >= TRIES or after > LONGEST_WAIT:
         return None
@@ -71,26 +71,24 @@ def next_try(fault: Fault, attempt: int, luck: float, after: float = 0.0) -> flo
 def retry_delay(attempt: int, after: float = 0.0, *, parks: bool = False) -> float:
     """Seconds until a candidate, a round or a publication that failed for the `attempt`-th time (from 1) comes again.
 
-    Doubling from five seconds to five minutes, never before the `after` seconds that a server asked for. What `parks`
-    (a candidate of the Hub: there can be thousands) comes only once an hour in the end.
+    The delay doubles from five seconds to five minutes, and is never shorter than the `after` seconds that a server
+    asked for. With `parks` (candidates of the Hub: there can be thousands) it is an hour after PARKED_AFTER failures.
     """
-    return max(
-        after,
-        PARKED if parks and attempt > PARKED_AFTER else min(FIRST_RETRY * 2.0 ** min(attempt - 1, 16), LONGEST_RETRY),
-    )
+    if parks and attempt > PARKED_AFTER:
+        return max(after, PARKED)
+    return max(after, min(FIRST_RETRY * 2.0 ** min(attempt - 1, 16), LONGEST_RETRY))
 
 
 def next_poll(interval: float, failures: int, luck: float, *, after: float = 0.0, refused: int = 0) -> float | None:
     """Seconds until the Hub is asked again what is new; None: polling gives up.
 
-    `interval` after a success, a tenth more or less by `luck` so that many daemons do not ask at once; after `failures`
-    in a row doubling from a quarter of it up to an hour. It gives up where the token was `refused` REFUSALS times in a
-    row: that does not pass by itself.
+    After a success that is `interval`, by `luck` (0 to 1) up to a tenth shorter or longer. After `failures` in a row it
+    doubles from a quarter of the interval up to an hour, and is by `luck` up to a quarter shorter or longer: many
+    daemons do not come at once. Polling gives up where the token was `refused` REFUSALS times in a row.
     """
     if refused >= REFUSALS:
         return None
     if failures == 0:
         return interval * (0.9 + 0.2 * luck)
-    return max(
-        after, min(interval / 4 * 2.0 ** min(failures - 1, 16), max(interval, LONGEST_POLL)) * (0.75 + 0.5 * luck)
-    )
+    doubled = min(interval / 4 * 2.0 ** min(failures - 1, 16), max(interval, LONGEST_POLL))
+    return max(after, doubled * (0.75 + 0.5 * luck))

@@ -1,5 +1,6 @@
-"""A release of the merge on the Hub, from the record that is to be released to the record of it: what is exported, what
-its card says, whether licences allow it."""
+"""A release of the merge on the Hub: which record is released, what is exported of it, what its card says, whether the
+licences allow it, and the record that is kept of it. How it is committed there is in `publish/hub.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ from typing import NamedTuple
 
 from continual.api import Merge
 from continual.errors import Misconfigured
-from continual.hub.locate import SCHEME
 from continual.publish import card, folder, hub
 from continual.publish.hub import Released
 from continual.rules import ReadOptions
@@ -25,8 +25,8 @@ from continual.tensors.place import RELEASE
 
 
 class Look(NamedTuple):
-    """What a release would do. `out`: the record is out already; `there` the record that is on the branch, None where
-    nothing is."""
+    """What a release would do. `out`: whether the record is out already; `there`: the record that is on the branch,
+    None where nothing is."""
 
     repo: str
     branch: str
@@ -52,9 +52,10 @@ def record_of(merge: Merge, at: int | None = None) -> Commit:
 
 
 def look(merge: Merge, at: int | None = None) -> Look:
-    """What releasing would do; only asks the Hub. Raises Misconfigured, Trouble."""
-    asked, seq = merge.settings.release, record_of(merge, at).seq
-    remote = hub.look(merge.places.hub, asked)
+    """Says what `release` would do; only asks the Hub. Raises Misconfigured, Trouble."""
+    asked = merge.settings.release
+    seq = record_of(merge, at).seq
+    remote = hub.look(merge.hub, asked)
     ours = _ours(merge, seq)
     out = not hub.may_follow(remote, asked, ours.state, seq, ours.generations)
     facts = facts_of(merge, seq)
@@ -65,21 +66,23 @@ def look(merge: Merge, at: int | None = None) -> Look:
 
 
 def release(merge: Merge, at: int | None = None) -> Released:
-    """Publishes a record, unless it is out already; no record of it is made. Raises Misconfigured (where licences
-    differ and that is refused, too), Trouble, Retry."""
-    asked, seq = merge.settings.release, record_of(merge, at).seq
+    """Publishes a record, unless it is out already; the caller makes the record of it (`entry`). Raises Misconfigured
+    (also where licences differ and the settings refuse that), Trouble, Retry."""
+    asked = merge.settings.release
+    seq = record_of(merge, at).seq
     facts = facts_of(merge, seq)
     agreement = card.licences(facts.base, facts.folded)
     if agreement.conflict and asked.licences == "refuse":
         raise Misconfigured(
-            f"{asked.repo}: {agreement.message}; nothing is released: unfold the models in question, or set release.licences = warn"
+            f"{asked.repo}: {agreement.message}; nothing is released: unfold the models in question, "
+            "or set release.licences = warn"
         )
     text = card.card(facts)
 
     def texts(directory: Path) -> dict[str, bytes]:
         return {hub.CARD: text.encode(), RELEASE: public(directory / RELEASE)}
 
-    return hub.release(merge.places.hub, asked, _ours(merge, seq), lambda: exported(merge, seq), texts)
+    return hub.release(merge.hub, asked, _ours(merge, seq), lambda: exported(merge, seq), texts)
 
 
 def _ours(merge: Merge, seq: int) -> hub.Ours:
@@ -90,7 +93,7 @@ def public(file: Path) -> bytes:
     """A `continual.json` as strangers may read it: without the folders of this machine."""
     body = json.loads(file.read_bytes())
     for row, key in [(body["base"], "path"), *((fold, "origin") for fold in body["folded"])]:
-        if not str(row[key]).startswith(SCHEME):
+        if "://" not in str(row[key]):
             row[key] = Path(str(row[key])).name
     return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
 

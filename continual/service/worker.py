@@ -1,5 +1,7 @@
-"""The folding loop of the daemon: takes one candidate after the other, and runs the rounds. One thread writes the state;
-all waiting is on the event loop."""
+"""The folding loop of the daemon: it takes one candidate after the other, and runs the rounds.
+
+One thread writes the state; all waiting is on the event loop.
+"""
 
 from __future__ import annotations
 

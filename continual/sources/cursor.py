@@ -1,9 +1,9 @@
-"""How far the Hub has been looked at, and what was seen there and is not settled: pure, the time is an argument
-(seconds since 1970).
+"""How far the listings of the Hub were read, and which repos were seen there and are not settled. Pure: the time is an
+argument, in seconds since 1970.
 
-`lastModified` orders a listing and says where to stop reading it; what a candidate *is* is its repo and commit. Ties,
-times that move and lists that come late are why a little more than what is new is read each time, and now and then
-everything.
+A listing is ordered by `lastModified`, which says where reading it can stop. A candidate is a repo at a commit. Two
+commits can have one time, a time can change, and a listing can be late: so each read goes a little further back than
+what is new, and from time to time to the end.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ OVERLAP = 900.0
 
 
 class Sighting(NamedTuple):
-    """A repo at a commit (None: whatever it is when it is looked at). `first`: when it was seen; `modified`: when the
-    Hub says it was committed; `by`: who saw it."""
+    """A repo at a commit (None: the one that is the newest when the repo is looked at). `first`: when it was seen;
+    `modified`: when the Hub says it was committed; `by`: who saw it (`hub`, `webhook` or `retry`)."""
 
     repo: str
     sha: str | None
@@ -36,8 +36,12 @@ class Sighting(NamedTuple):
 
 @dataclass(slots=True)
 class Cursor:
-    """`high`: the newest commit time of a listing that was read as far as was needed, by listing; `swept`: when all was
-    read last; `seen`: what is not settled, by key; `asked`: what the settings were then, in a word."""
+    """How far the source has come.
+
+    `high`: by listing, the newest commit time that it had when it was read as far as needed; `swept`: by listing, when
+    it was last read to the end; `seen`: what is not settled, by key; `asked`: a hash of the settings; `given`: the keys
+    of `seen` that were handed on in this process.
+    """
 
     high: dict[str, float] = field(default_factory=dict)
     swept: dict[str, float] = field(default_factory=dict)
@@ -59,10 +63,11 @@ class Cursor:
         *,
         all_: bool,
     ) -> int:
-        """Takes the rows of a listing, newest first, as far as they are needed (`all_`: to the end); how many were new.
+        """Takes the rows of a listing, newest first, as far as they are needed (`all_`: to the end). Returns how many
+        were new.
 
-        `known` says whether a key is settled. If a row cannot be had the error passes through: what was seen stays, and
-        the cursor does not move.
+        `known` says whether a key is settled, `wanted` whether the settings let a repo in. If a row cannot be had, the
+        error of `rows` passes through: what was seen until then stays, and the cursor does not move.
         """
         stop = None if all_ else self.high.get(listing)
         newest, new = None, 0
@@ -82,34 +87,34 @@ class Cursor:
         return new
 
     def saw(self, sighting: Sighting, known: Callable[[str], bool]) -> bool:
-        """Takes one sighting; whether it was new and is open."""
+        """Takes one sighting. Returns whether it was new and is not settled."""
         if sighting.key in self.seen or known(sighting.key):
             return False
         self.seen[sighting.key] = sighting
         return True
 
     def ready(self, now: float, settle: float) -> list[Sighting]:
-        """What has been still long enough and was not given before, oldest commit first."""
+        """The repos that had no new commit for `settle` seconds and were not given before, oldest commit first."""
         found = [s for key, s in self.seen.items() if key not in self.given and now >= self._due(s, settle)]
         self.given.update(s.key for s in found)
         return sorted(found, key=lambda s: (s.modified, s.repo))
 
     def next_ready(self, now: float, settle: float) -> float | None:
-        """Seconds until something becomes ready by waiting alone; None if nothing waits."""
+        """Seconds until a repo becomes ready if nothing happens; None if none waits."""
         waits = [self._due(s, settle) - now for key, s in self.seen.items() if key not in self.given]
         return max(0.0, min(waits)) if waits else None
 
     def done(self, key: str) -> None:
-        """A sighting is settled, or is none of ours."""
+        """Forgets a sighting: it is settled, or left out by the settings."""
         self.seen.pop(key, None)
         self.given.discard(key)
 
     def prune(self, known: Callable[[str], bool]) -> None:
-        """Drops what was settled meanwhile."""
+        """Forgets all that `known` says are settled."""
         self.seen = {key: s for key, s in self.seen.items() if not known(key)}
 
     def body(self) -> dict[str, Any]:
-        """As it is kept on disk."""
+        """What is kept on disk: lists and numbers."""
         return {
             "asked": self.asked,
             "high": self.high,
@@ -119,8 +124,8 @@ class Cursor:
 
     @classmethod
     def of(cls, body: Mapping[str, Any] | None, asked: str = "") -> Cursor:
-        """From what was kept. Where other settings are `asked` for now, everything is read again: what they let in may
-        have been passed over."""
+        """The cursor of a `body` (None: a new one). Under other settings than `asked` every listing is read again to
+        its end, because what they let in may have been passed over."""
         if body is None:
             return cls(asked=asked)
         seen = {s.key: s for s in (Sighting(*row) for row in body["seen"])}
@@ -129,5 +134,6 @@ class Cursor:
 
     @staticmethod
     def _due(sighting: Sighting, settle: float) -> float:
-        """A commit is still from when it was made; where the clocks disagree, from when it was seen."""
+        """When a repo becomes ready: `settle` seconds after its commit, or after it was seen if the Hub's clock is
+        ahead of ours."""
         return min(sighting.first, max(sighting.modified, 0.0) or sighting.first) + settle

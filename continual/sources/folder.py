@@ -1,8 +1,9 @@
-"""Fine-tunes published into a folder: notifications for immediacy, a scan at start and from time to time for certainty.
+"""The source of fine-tunes published into a folder. Notifications make it quick; a scan at the start and from time to
+time makes sure that nothing is missed.
 
-What is looked at are the names, sizes and times of files, and the length a safetensors file claims in its first bytes;
-whether a model is any good is for the gates. Publishing by renaming a finished directory into place is taken up after
-the settle time; a directory written in place, when it is whole.
+It looks at the names, sizes and times of files, and at the length that a safetensors file claims in its first bytes;
+whether a model is any good is for the gates. A directory that was renamed into place is taken after the settle time; one
+that is written in place, when it is whole, too.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Fine-tunes on the Hugging Face Hub: polled with a cursor that is kept on disk, and told of at once by webhooks.
-Whether a repo is any good is for the gates."""
+"""The source of fine-tunes on the Hugging Face Hub: it polls, with a cursor that is kept on disk, and hears at once of
+what a webhook pushes. Whether a repo is any good is for the gates.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +56,9 @@ class HubSource(Source):
         self._pushed = asyncio.Event()
         self._names: dict[str, list[str]] = {}
         self._settled: deque[tuple[str, str | None]] = deque()
+        self._failures = 0
+        self._refused = 0
+        self._due = 0.0
         self._missing: dict[str, str] = {}
         self._told: set[str] = set()
         self._skipped: set[str] = set()
@@ -89,7 +93,7 @@ class HubSource(Source):
         return [Route("/webhook", webhook.answer, methods=["POST"])]
 
     def told(self) -> None:
-        """The inbox has something new. From any thread."""
+        """Hears that the inbox has something new. From any thread."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closing
                 self._loop.call_soon_threadsafe(self._pushed.set)
@@ -121,41 +125,48 @@ class HubSource(Source):
         self.told()
 
     async def events(self, stop: asyncio.Event) -> AsyncIterator[Event]:
-        """Repos as they have been still long enough, until `stop` is set. Raises Halt where polling gives up."""
+        """Repos that had no new commit for the settle time, until `stop` is set. Raises Halt where polling gives up."""
         self._loop = asyncio.get_running_loop()
         self.cursor.prune(self._known)
-        failures, refused, due = 0, 0, 0.0
         while not stop.is_set():
             self._pushed.clear()
-            now = self._clock()
             try:
                 self.forget()
                 self.open_inbox()
             except Retry as error:  # the disk: what is settled is forgotten at the next start
                 self._log.warning("inbox", error=str(error))
-            if self.polls and now >= due:
-                after = 0.0
-                try:
-                    await asyncio.to_thread(self.poll)
-                    failures = refused = 0
-                    self.problem, self.polled = None, self._clock()
-                except Retry as error:
-                    failures, after, self.problem = failures + 1, error.after, str(error)
-                    refused = refused + 1 if isinstance(error, Trouble) and error.fault is Fault.TOKEN else 0
-                    self._log.warning("poll failed", error=str(error), failures=failures)
-                for repo, why in self._missing.items():
-                    self._log.warning("not found", model=repo, why=why)
-                self._missing.clear()
-                wait = next_poll(self._asked.poll, failures, random.random(), after=after, refused=refused)
-                if wait is None:
-                    raise Halt(f"polling the Hub is given up: {self.problem}")
-                due = self._clock() + wait
+            if self.polls and self._clock() >= self._due:
+                await self._poll()
             for sighting in self.cursor.ready(self._clock(), self._asked.settle):
                 yield event_of(sighting)
             self.scanned.set()  # a Hub that cannot be reached holds up no folder
             soon = self.cursor.next_ready(self._clock(), self._asked.settle)
-            wait = max(0.0, due - self._clock()) if self.polls else 3600.0
+            wait = max(0.0, self._due - self._clock()) if self.polls else 3600.0
             await first(min(wait, wait if soon is None else soon + 0.01), stop, self._pushed)
+
+    async def _poll(self) -> None:
+        """Polls on a thread, and says when the next poll is due. Raises Halt where polling gives up."""
+        after = 0.0
+        try:
+            await asyncio.to_thread(self.poll)
+            self._failures = 0
+            self._refused = 0
+            self.problem = None
+            self.polled = self._clock()
+        except Retry as error:
+            after = error.after
+            self.problem = str(error)
+            self._failures += 1
+            refused = isinstance(error, Trouble) and error.fault is Fault.TOKEN
+            self._refused = self._refused + 1 if refused else 0
+            self._log.warning("poll failed", error=str(error), failures=self._failures)
+        for repo, why in self._missing.items():
+            self._log.warning("not found", model=repo, why=why)
+        self._missing.clear()
+        wait = next_poll(self._asked.poll, self._failures, random.random(), after=after, refused=self._refused)
+        if wait is None:
+            raise Halt(f"polling the Hub is given up: {self.problem}")
+        self._due = self._clock() + wait
 
     def ready(self) -> list[Event]:
         """Polls, opens the inbox, and returns the repos that have been still long enough. Raises Retry, Halt."""
@@ -218,14 +229,15 @@ class HubSource(Source):
                     yield repo, error
 
     def save(self) -> None:
-        """Keeps how far this source has come."""
+        """Keeps on disk how far this source has come. Raises Retry."""
         self.cursor.prune(self._known)
         save_cursor(self._state, self.name, self.cursor.body())
 
     def poll(self) -> int:
-        """Asks the Hub once what there is; how many commits were new. Durable when it returns. Raises Retry, of the Hub
-        or the disk."""
-        now, new = self._clock(), 0
+        """Asks the Hub once what there is. Returns how many commits were new; they are on disk by then. Raises Retry, of
+        the Hub or the disk."""
+        now = self._clock()
+        new = 0
         try:
             for listing, tag, author in self._listings():
                 rows = self._places.hub.listing(tag=tag, author=author)
@@ -266,7 +278,8 @@ class HubSource(Source):
         return self._places.left_out(info) is None
 
     def open_inbox(self) -> None:
-        """Takes the pushes that came since; those of commits that are settled are removed."""
+        """Takes the pushes that came since the last look, and removes those of commits that are settled. Raises Retry,
+        Damaged."""
         named = {push for pushes in self._names.values() for push in pushes}
         for push, came in self.inbox.items(named).items():
             sighting = Sighting(came.repo, came.sha, came.time, came.time, "webhook")
@@ -278,13 +291,13 @@ class HubSource(Source):
 
 
 def _word(asked: HubSettings, bases: Sequence[str]) -> str:
-    """What the settings look for and leave out, in a word."""
+    """A hash of the settings that say what is looked for and what is left out."""
     what = asked.model_dump(exclude={"read", "poll", "sweep", "settle"}, mode="json") | {"bases": list(bases)}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def event_of(sighting: Sighting) -> Event:
-    """What the daemon is told of a sighting."""
+    """The event of a sighting."""
     order = (int(sighting.modified * 1e9), sighting.repo)
     return Event(sighting.by, f"{SCHEME}{sighting.repo}", order, None, sighting.sha)
 

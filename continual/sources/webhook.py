@@ -1,5 +1,5 @@
-"""`POST /webhook`: the Hub says that a repo changed. What is accepted is on disk before the answer, and only a hint:
-what the repo is now is asked of the Hub.
+"""`POST /webhook`: the Hub says that a repo changed. An accepted push is on disk before the answer. It is only a hint:
+the Hub is asked what the repo is now.
 
 Payload: https://huggingface.co/docs/hub/webhooks (version 3). The secret is sent as plain text in `X-Webhook-Secret`;
 without one configured there is no such page.
@@ -62,13 +62,13 @@ class Push(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The same for the same push; each of those that name no commit is one of its own."""
+        """A name that two deliveries of one push share; a push that names no commit gets a new one each time."""
         return name_of(self.repo, self.sha or str(time.time_ns()))
 
 
 def push_of(payload: Payload) -> Push | None:
-    """The push a delivery tells of; None if it is about something else: a dataset, a discussion, a deletion, another
-    branch. Raises ValueError for names that are none."""
+    """The push that a delivery tells of; None if it is about something else: a dataset, a discussion, a deletion,
+    another branch. Raises ValueError for a name that cannot be a repo's, and for a hash that is no commit's."""
     if (
         payload.repo.type != "model"
         or payload.event.scope not in ("repo", "repo.content")
@@ -86,14 +86,16 @@ def push_of(payload: Payload) -> Push | None:
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """Where accepted pushes go, and who is told of them."""
+    """Takes deliveries: `secret` is what the Hub has to send, `inbox` keeps the pushes, `told` is called for each new
+    one."""
 
     secret: str
     inbox: Inbox
     told: Callable[[], None]
 
     async def answer(self, request: Request) -> Response:
-        """202 once the push is on disk, or was already; 401, 413, 400, 503."""
+        """202 when the push is on disk, or there is nothing to do; 401 without the secret, 413 for a large body, 400 for
+        what is no delivery, 503 where the push cannot be kept."""
         given = request.headers.get("x-webhook-secret", "")
         if not hmac.compare_digest(given.encode("latin-1"), self.secret.encode()):
             return _said(401, "X-Webhook-Secret is not the secret of this service")
