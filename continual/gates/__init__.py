@@ -62,34 +62,34 @@ class Gates:
 
     def __init__(self, gates: Sequence[Gate]) -> None:
         self._gates = tuple(gates)
+        self._at_headers = [gate for gate in gates if isinstance(gate, AtHeaders)]
+        self._at_fold = [gate for gate in gates if isinstance(gate, AtFold)]
+        self._at_tensor = [gate for gate in gates if isinstance(gate, AtTensor)]
+        self._at_numbers = [gate for gate in gates if isinstance(gate, AtNumbers)]
 
     def at_headers(self, seen: Headers) -> Headers:
         """Asks every gate that looks at headers. Returns what they found out. Raises Refuse of the first that refuses,
         Retry."""
-        for gate in self._gates:
-            if isinstance(gate, AtHeaders):
-                seen = gate.judge(seen) or seen
+        for gate in self._at_headers:
+            seen = gate.judge(seen) or seen
         return seen
 
     def at_fold(self, seen: Headers) -> Headers:
         """Asks every gate that looks at a candidate before its fold. Returns what they found out. Raises as
         `at_headers`."""
-        for gate in self._gates:
-            if isinstance(gate, AtFold):
-                seen = gate.judge(seen) or seen
+        for gate in self._at_fold:
+            seen = gate.judge(seen) or seen
         return seen
 
     def at_tensor(self, seen: TensorNumbers) -> None:
         """Asks every gate that looks at one tensor. Raises Refuse of the first that refuses."""
-        for gate in self._gates:
-            if isinstance(gate, AtTensor):
-                gate.judge(seen)
+        for gate in self._at_tensor:
+            gate.judge(seen)
 
     def at_numbers(self, seen: Numbers) -> None:
         """Asks every gate that looks at the sums of the whole model. Raises Refuse of the first that refuses."""
-        for gate in self._gates:
-            if isinstance(gate, AtNumbers):
-                gate.judge(seen)
+        for gate in self._at_numbers:
+            gate.judge(seen)
 
     def the(self, kind: type[G]) -> G:
         """The gate of this class, for its settings."""
