@@ -43,3 +43,14 @@ def test_what_does_not_change_is_not_read() -> None:
     assert (scaled.keep, scaled.add) == ((0.5, 0.5), {})
     nothing = mix(torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64), (), ["a"])
     assert dict(nothing.add) == {"a": (1.0,)}
+
+
+def test_a_small_change_is_read_and_what_rounding_left_is_not() -> None:
+    before = torch.tensor([[0.5], [0.3], [0.1]], dtype=torch.float64)
+    small, rounded = before.clone(), before.clone()
+    small[1] += 1e-6
+    rounded[1] += 5e-16
+    found = mix(before, small, (), ["a", "b", "c"])
+    assert (found.keep, list(found.add)) == ((1.0,), ["b"])
+    assert found.add["b"] == pytest.approx((1e-6,), rel=1e-6)
+    assert mix(before, rounded, (), ["a", "b", "c"]).add == {}
