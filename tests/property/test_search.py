@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from continual.errors import Misconfigured
 from continual.rules import ReadOptions
-from continual.tuning.search import SLOPES, Range, Trial, best, lines_of, search, slope
+from continual.tuning.search import SLOPES, Axis, Range, Trial, best, lines_of, search, slope
 
 COUNTS = st.integers(3, 24)
 VALUES = st.floats(0.01, 100.0)
@@ -115,3 +115,8 @@ def test_a_score_that_is_none_names_the_candidate() -> None:
 def test_spaces_that_make_no_sense(policy: str, around: float, count: int, words: str) -> None:
     with pytest.raises(Misconfigured, match=words):
         Range(ReadOptions("norm"), count, policy, around)  # type: ignore[arg-type]
+
+
+def test_of_equal_numbers_the_one_nearest_to_where_the_search_began_leads_it() -> None:
+    assert Axis(0.0, math.inf, near=3.0, geometric=True).top({1.0: 5.0, 4.0: 5.0, 3.0: 1.0}) == 4.0
+    assert Axis(-1.0, 2.0, near=0.4, geometric=False).top({1.0: 5.0, 0.0: 5.0, 2.0: 5.0}) == 0.0
