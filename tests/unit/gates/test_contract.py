@@ -189,8 +189,13 @@ def test_the_settings_reach_the_gates() -> None:
         "max_mean_ratio": 7.0,
     }
     made = gates.make(Settings.model_validate(given))
-    fields = {field.name: getattr(made.the(gate), field.name) for gate in GATES for field in dataclasses.fields(gate)}
-    assert fields == given
+    found = {
+        field.name: getattr(made.the(gate), field.name)
+        for gate in GATES
+        for field in dataclasses.fields(gate)
+        if field.name in Settings.model_fields
+    }
+    assert found == given
 
 
 @dataclass(frozen=True)
