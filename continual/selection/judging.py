@@ -52,8 +52,7 @@ def judge(without: Sequence[Tensor], with_it: Sequence[Tensor]) -> Judgement:
     z = normal(change / error, freedom)
     if change < 0:
         surest = min(normal(c / math.sqrt(v), nu) for c, v, nu in zip(changes, variances, freedoms, strict=True))
-        if surest < 0:
-            z = min(z, -math.sqrt(max(0.0, surest**2 - 2 * math.log(tasks))))
+        z = min(z, -math.sqrt(max(0.0, surest**2 - 2 * math.log(tasks))))
     return Judgement(change, error, z)
 
 

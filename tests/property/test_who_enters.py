@@ -110,6 +110,16 @@ def test_beyond_the_most_none_enters_and_none_is_asked(step: Step) -> None:
     assert solved.gap == pytest.approx(bound(solved.weights, f.slopes(solved.weights), 2.0, closed), abs=1e-10)
 
 
+def test_in_a_full_house_a_vertex_with_a_cap_may_come_back() -> None:
+    caps = np.array([[math.inf], [0.3], [math.inf]])
+    f = Quadratic(np.eye(3), np.full(3, 0.5), np.zeros(3), 2.0, caps)
+    asked = Asked(set())
+    start = torch.tensor([[0.2], [0.0], [0.0]], dtype=torch.float64)
+    solved, _ = f.run(by("corrective", 2.0, active=1, steps=9, tolerance=1e-9), start=start, admit=asked)
+    assert {vertex for vertex, _ in asked.seen} == {1}
+    assert solved.weights[:, 0].tolist() == pytest.approx([0.5, 0.3, 0.0])
+
+
 def test_by_default_every_vertex_may_enter() -> None:
     assert always(0, torch.zeros(1, 1))
     solved, _ = line(1.0, b=0.5).run(by(tolerance=1e-9))

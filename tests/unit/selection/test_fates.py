@@ -38,6 +38,13 @@ def test_one_that_was_not_tried_has_no_verdict_and_says_why() -> None:
     assert "was not scored" in fates.kept_out(ALICE, waiting(5), None, None, NOW, OPTIONS).message
 
 
+def test_at_sigmas_exactly_one_is_not_relevant() -> None:
+    just, more = Judgement(-0.3, 0.1, -3.0), Judgement(-0.3, 0.1, -3.0000001)
+    assert fates.kept_out(ALICE, waiting(5), -0.5, just, NOW, OPTIONS).reason == "irrelevant"
+    assert fates.kept_out(ALICE, waiting(5), -0.5, more, NOW, OPTIONS).reason == "no-place"
+    assert [fates.seen(ALICE, -0.5, found, OPTIONS).reason for found in (just, more)] == ["irrelevant", "relevant"]
+
+
 def test_one_that_helps_and_found_no_place_is_not_counted_against() -> None:
     row = fates.kept_out(ALICE, waiting(5, 2), -0.5, HELPS, NOW, OPTIONS)
     assert (row.fate, row.reason, row.judged) == ("deferred", "no-place", 0)

@@ -72,7 +72,7 @@ def test_a_task_that_gains_for_sure_is_not_drowned_by_one_that_is_noisy() -> Non
     both = judge([clear[0][0], noisy[0][0]], [clear[1][0], noisy[1][0]])
     assert alone.z < -6
     assert both.change < 0
-    assert alone.z <= both.z <= -math.sqrt(alone.z**2 - 2 * math.log(2)) + 1e-9
+    assert both.z == pytest.approx(-math.sqrt(alone.z**2 - 2 * math.log(2)), rel=1e-12)
     assert abs(both.change / both.error) < 2, "the mean itself is not sure at all"
     hurt = drawn(2, (60,), shift=+5.0, spread=10.0)
     worse = judge([clear[0][0], hurt[0][0]], [clear[1][0], hurt[1][0]])
@@ -123,6 +123,18 @@ def test_nothing_changed_is_no_verdict_and_the_same_change_for_all_is_a_clear_on
     same = judge(without, losses([0.5, 1.5, 2.5]))
     assert same.z < -5
     assert math.isfinite(same.z)
+
+
+def test_where_the_mean_stays_a_task_that_gains_for_sure_is_no_reason() -> None:
+    found = judge(losses([1.0, 2.0], [3.0, 5.0]), losses([0.0, 0.5], [4.0, 6.5]))
+    assert (found.change, found.z) == (0.0, 0.0)
+    assert judge(losses([1.0, 2.0]), losses([0.0, 0.5])).z < -1
+
+
+def test_a_small_error_is_not_taken_for_rounding() -> None:
+    found = judge(losses([0.0, 0.0]), losses([1e-8, 3e-8]))
+    assert (found.change, found.error) == (pytest.approx(2e-8), pytest.approx(1e-8))
+    assert found.z == pytest.approx(normal(2.0, 1))
 
 
 def test_tasks_have_to_be_the_same() -> None:
