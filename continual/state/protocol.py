@@ -6,6 +6,7 @@ The generation is not written here (see transaction.py), and nothing is read her
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from continual.errors import Damaged
 from continual.state import framing
 from continual.state.durable import environment, link_new, replace_bytes, sync_file, write_temporary
-from continual.state.entries import Entry
+from continual.state.entries import Entry, TagEntry
 from continual.state.fields import body_of, record_of
 from continual.state.format import Commit
 from continual.state.ledger import Ledger
@@ -75,12 +77,34 @@ def append(path: Path, ledger: Ledger, entry: Entry, held: Held, on_step: OnStep
 
 
 def settle(path: Path, ledger: Ledger) -> None:
-    """Completes the commit that was in flight when the last writer died, and removes the temporary files it left."""
+    """Completes the commit that was in flight when the last writer died, the file of a tag included, and removes the
+    temporary files it left."""
     sync_file(path / "commits")
     if read_head(path).seq != ledger.head.seq:
         _write_head(path, ledger.head)
+    entry = ledger.head.entry
+    if isinstance(entry, TagEntry):
+        with contextlib.suppress(Damaged):  # an altered file is for `verify` to report
+            if not tag_stands(path, entry.tag, entry.of):
+                write_tag(path, entry.tag, entry.of)
     for leftover in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")):
         leftover.unlink(missing_ok=True)
+
+
+def write_tag(path: Path, name: str, seq: int) -> None:
+    """Writes the file of a tag, whose record stands already. Raises Retry if the disk gets in the way."""
+    with environment(f"cannot write tag {name}"):
+        replace_bytes(_tag_file(path, name), framing.encode({"tag": name, "seq": seq})[0])
+
+
+def tag_stands(path: Path, name: str, seq: int) -> bool:
+    """Whether the file of a tag is there and names record `seq`. Raises Damaged if it is there and was altered."""
+    file = _tag_file(path, name)
+    return file.exists() and framing.decode(file)[0] == {"tag": name, "seq": seq}
+
+
+def _tag_file(path: Path, name: str) -> Path:
+    return path / "tags" / f"{name}.json"
 
 
 def _write_head(path: Path, commit: Commit) -> None:

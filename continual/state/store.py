@@ -184,8 +184,7 @@ class State:
         target = self.ledger.get(self.ledger.head.seq if seq is None else seq)
         self.generation_of(target)
         commit = self.record(TagEntry(tag=name, of=target.seq))
-        with environment(f"cannot write tag {name}"):
-            replace_bytes(self.path / "tags" / f"{name}.json", framing.encode({"tag": name, "seq": target.seq})[0])
+        protocol.write_tag(self.path, name, target.seq)
         return commit
 
     def read(self, name: str, slot: str, at: int | None = None) -> Array:
