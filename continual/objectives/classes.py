@@ -25,7 +25,7 @@ class Classes(Objective):
     """The score is the share of rows that are right; the loss of a row is its cross-entropy.
 
     `confidence` multiplies the logits in the losses. By itself it is 1; `fit` takes the one under which the mean loss
-    of some rows is least. Why: a merge of many models is often too sure of itself, and then any model that makes it
+    of some rows is least. Why: a model merged of many is often too sure of itself, and then any model that makes it
     less sure lowers the plain loss, one trained on noise as much as another. By the envelope theorem, the gradient of
     the fitted loss is that of `losses` with the confidence held.
     """

@@ -1,5 +1,5 @@
-"""Which models a Frank-Wolfe merge weighs, and with which weights. The ledger has them; the state itself holds only
-their sum."""
+"""Which models Frank-Wolfe weighs in a merged model, and with which weights. The ledger has them; the state itself
+holds only their sum."""
 
 from __future__ import annotations
 

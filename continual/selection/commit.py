@@ -1,5 +1,5 @@
-"""What a round decided, written down: the fate of every member, and for a Frank-Wolfe merge the one transaction that
-makes the new sum."""
+"""What a round decided, written down: the fate of every member, and for Frank-Wolfe the one transaction that makes the
+new sum."""
 
 from __future__ import annotations
 

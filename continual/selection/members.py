@@ -1,4 +1,4 @@
-"""Members of a round: the candidates that wait, and the models that a Frank-Wolfe merge can still weigh. A member is
+"""Members of a round: the candidates that wait, and the models that Frank-Wolfe can still weigh. A member is
 known by its record and where its files are; it is opened for one pass at a time.
 
 Between passes nothing of a member is in memory, so the memory that a round needs does not grow with the pool.

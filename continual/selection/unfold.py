@@ -1,5 +1,5 @@
-"""Taking a model out of a merge that Frank-Wolfe weighs: its share is subtracted, and the other weights stay as they
-are until the next round. Of other rules that is in `engine.unfolding`."""
+"""Taking a model out of a weighted sum that Frank-Wolfe made: its share is subtracted, and the other weights stay as
+they are until the next round. For other rules see `engine.unfolding`."""
 
 from __future__ import annotations
 

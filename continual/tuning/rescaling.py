@@ -1,4 +1,4 @@
-"""Changing by hand how the merge is read, or back to what was tuned: a record, and nothing is folded again."""
+"""Changing by hand how the merged model is read, or back to what was tuned: a record, and nothing is folded again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from continual.tuning import record
 
 
 def rescale(state: State, rule: str, scale: str | None, lines: str | None) -> ReadOptions:
-    """Records how the merge of `state`, whose rule is `rule`, is read from now on, and returns it; what is None stays
-    as it is. Nothing is recorded where nothing changes.
+    """Records how the merged model of `state`, whose rule is `rule`, is read from now on, and returns it; what is None
+    stays as it is. Nothing is recorded where nothing changes.
 
     `scale` is a text that `read_options` understands, or `tuned`: what the newest tuning chose, its layer scaling too.
     Raises Misconfigured for texts that are malformed, and for `tuned` where nothing was tuned.
