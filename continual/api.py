@@ -12,7 +12,7 @@ The commands and the daemon work with `Merge`, and so can any program:
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -156,6 +156,14 @@ class Merge:
         """Ends soon what is under way: a fold and a round raise Abandoned, a wait for the Hub is cut short. From any
         thread; afterwards nothing can be folded any more."""
         self.places.stop.set()
+
+    def check(self, models: Iterable[str | Path]) -> None:
+        """Raises Misconfigured where one of the models is not there, or where rounds choose and lack something: all
+        that can be known before any is folded."""
+        for model in models:
+            self.places.named(model)
+        if self.selects != "none":
+            self.asked().calibration.told()
 
     def plan(self, model: str | Path) -> Plan:
         """Says from headers alone what folding `model` would take, and whether it would be let in. Raises

@@ -1,4 +1,5 @@
-"""What the commands print: tables and progress for people, one JSON document for machines. No decisions here."""
+"""What the commands print: tables and progress for people, one JSON document for machines. How a single value is
+written is in `continual.texts`; what is printed, the command decides."""
 
 from __future__ import annotations
 
@@ -11,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 from continual.texts import figure, plain, size, when
 
 if TYPE_CHECKING:
-    from continual.engine.outcomes import Outcome as OutcomeOf
-    from continual.engine.outcomes import Plan
+    from continual.engine.outcomes import Outcome, Plan
     from continual.executors.contract import Progress
     from continual.publish.lora import LoraReport
-    from continual.rules.catalogue import RuleInfo
-    from continual.selection import Round, RoundOptions
+    from continual.rules import ReadOptions
+    from continual.rules.catalogue import RuleInfo, TransformInfo
+    from continual.selection import Round, RoundOptions, Why
     from continual.selection.steps import Taken
     from continual.selection.why import RoundVerdict
-    from continual.service.once import Seen
+    from continual.service.once import Seen, Tried
     from continual.service.release import Look
     from continual.state import Commit
     from continual.state.ledger import Waiting
+    from continual.tuning import Tuned
 
 
 def emit(value: object) -> None:
@@ -51,7 +53,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     for row in rows:
         shown.add_row(*("" if cell is None else str(cell) for cell in row))
     console = Console(highlight=False, markup=False)
-    console.print(shown) if console.is_terminal else Console(highlight=False, markup=False, width=400).print(shown)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=400)
+    console.print(shown)
 
 
 @contextmanager
@@ -77,11 +81,34 @@ def seen(found: Sequence[Seen]) -> None:
         say("Nothing to see.")
 
 
+def tried(found: Tried) -> None:
+    """What became of a model that was taken: good news on standard output, a refusal or trouble on standard error."""
+    if found.outcome is None:
+        warn(str(found.trouble))
+    else:
+        outcome(found.outcome)
+
+
+def tried_body(found: Tried) -> dict[str, object]:
+    """The same for machines."""
+    told: dict[str, object] = {"model": found.model, "trouble": found.trouble}
+    return told if found.outcome is None else told | found.outcome.summary()
+
+
+def outcome(found: Outcome) -> None:
+    """What became of a model that was folded: on standard output, or on standard error where it is kept out."""
+    if found.refused:
+        warn(found.line())
+    else:
+        say(found.line())
+
+
 def release_look(found: Look) -> None:
     """What a release would do, and its card."""
     there = "nothing is there yet" if found.there is None else f"record {found.there} is there"
     say(
-        f"{'Is out already' if found.out else 'Would release'}: record {found.seq} to {found.repo}, branch {found.branch} ({there}); {found.licences.message}"
+        f"{'Is out already' if found.out else 'Would release'}: record {found.seq} to {found.repo}, "
+        f"branch {found.branch} ({there}); {found.licences.message}"
     )
     say("")
     say(found.card)
@@ -141,8 +168,12 @@ def progress() -> Iterator[Progress]:
         yield report
 
 
-def log_row(commit: Commit) -> tuple[object, ...]:
-    """A commit as a row of `log`."""
+def records(commits: Iterable[Commit]) -> None:
+    """Records of the ledger, a row each."""
+    table(("seq", "time", "kind", "model", "fate", "reason", "what"), [_record_row(commit) for commit in commits])
+
+
+def _record_row(commit: Commit) -> tuple[object, ...]:
     from continual.state.entries import FoldEntry
 
     entry = commit.entry
@@ -160,46 +191,44 @@ def log_row(commit: Commit) -> tuple[object, ...]:
     return commit.seq, when(commit.time), entry.kind, name, entry.fate or "", entry.reason or "", told
 
 
-RULES_HEAD = (
-    "rule",
-    "bytes per parameter",
-    "order-free",
-    "unfold",
-    "weights",
-    "passes",
-    "needs",
-    "default scale",
-    "options",
-    "what, and where from",
-)
-
-
-def rule_row(rule: RuleInfo) -> tuple[object, ...]:
-    """A rule as a row of `rules`."""
-    yes = {True: "yes", False: "no"}
-    flags = (
-        yes[rule.order_free],
-        "yes" if rule.unfold else "refolds",
-        yes[rule.weighted],
-        f"{rule.passes:.3g}",
-        rule.needs or "nothing",
+def rules(found: Sequence[RuleInfo], transforms: Sequence[TransformInfo]) -> None:
+    """The fold rules, and the transforms that can stand before them."""
+    head = (
+        "rule",
+        "bytes per parameter",
+        "order-free",
+        "unfold",
+        "weights",
+        "passes",
+        "needs",
+        "default scale",
+        "options",
+        "what, and where from",
     )
+    table(head, [_rule_row(row) for row in found])
+    say("")
+    rows = [(row.name, _options(row.options), f"{row.summary} ({row.paper})") for row in transforms]
+    table(("before", "options", "what, and where from"), rows)
+
+
+def _rule_row(row: RuleInfo) -> tuple[object, ...]:
     return (
-        rule.name,
-        rule.bytes_per_parameter,
-        *flags,
-        rule.scale,
-        options(rule.options),
-        f"{rule.summary} ({rule.paper})",
+        row.name,
+        row.bytes_per_parameter,
+        "yes" if row.order_free else "no",
+        "yes" if row.unfold else "refolds",
+        "yes" if row.weighted else "no",
+        f"{row.passes:.3g}",
+        row.needs or "nothing",
+        row.scale,
+        _options(row.options),
+        f"{row.summary} ({row.paper})",
     )
 
 
-def options(found: Mapping[str, object]) -> str:
-    """Options with their defaults, in a cell."""
+def _options(found: Mapping[str, object]) -> str:
+    """Options with their defaults, in one cell."""
     return ", ".join(f"{key}={value}" for key, value in found.items())
-
-
-LOG_HEAD = ("seq", "time", "kind", "model", "fate", "reason", "what")
 
 
 def waiting_row(waiting: Waiting) -> tuple[object, ...]:
@@ -216,7 +245,34 @@ def waiting_row(waiting: Waiting) -> tuple[object, ...]:
     )
 
 
-def round_row(judged: RoundVerdict) -> tuple[object, ...]:
+def waiting_body(key: str, waiting: Waiting) -> dict[str, object]:
+    """A candidate of the pool, for machines."""
+    from continual.state.fields import body_of
+
+    candidate = waiting.candidate
+    return {
+        "key": key,
+        "since": waiting.since,
+        "rounds": waiting.rounds,
+        "name": candidate.name,
+        "origin": candidate.origin,
+        "form": candidate.form,
+        "bytes": candidate.nbytes,
+        "last": None if waiting.last is None else body_of(waiting.last),
+    }
+
+
+def why(found: Why) -> None:
+    """What is known of a candidate, and what each round said of it."""
+    reason = f" ({found.reason})" if found.reason else ""
+    say(f"{found.name}: {found.fate}{reason}, first seen {when(found.since)} at {found.origin}")
+    say(found.message)
+    if found.rounds:
+        head = ("record", "when", "members", "scored better", "score", "change", "error", "z", "weight", "said")
+        table(head, [_round_row(row) for row in found.rounds])
+
+
+def _round_row(judged: RoundVerdict) -> tuple[object, ...]:
     """What a round said of a candidate."""
     row = judged.row
     figures = [figure(value) for value in (row.score, row.change, row.error, row.z, row.weight)]
@@ -232,15 +288,14 @@ def caution(options: RoundOptions) -> None:
         warn(UNSUPERVISED)
 
 
-def heard(what: OutcomeOf | Taken) -> None:
-    """A fold or a step of a round, as it is made."""
+def heard(what: Outcome | Taken) -> None:
+    """A fold or a step of a round, when it is made."""
     from continual.engine.outcomes import Outcome
 
-    warn(
-        what.line()
-        if isinstance(what, Outcome)
-        else f"step {what.number + 1}: loss {what.loss:.6g}, gap before it {what.gap:.3g}"
-    )
+    if isinstance(what, Outcome):
+        warn(what.line())
+    else:
+        warn(f"step {what.number + 1}: loss {what.loss:.6g}, gap before it {what.gap:.3g}")
 
 
 def round_body(found: Round) -> dict[str, Any]:
@@ -268,3 +323,37 @@ def round_told(found: Round) -> None:
     gap = "" if found.gap is None else f", gap {found.gap:.3g}"
     told = f"loss {found.before:.6g} to {found.loss:.6g}{gap}; {found.folds} folded in {found.seconds:.1f} s"
     say(f"{told}; {f'recorded as record {found.commit.seq}' if found.commit else 'nothing recorded'}")
+
+
+def trial(options: ReadOptions, score: float) -> None:
+    """A candidate of a tuning and its score, when it is done."""
+    warn(f"scale {options}: {score:.6g}")
+
+
+def tuned_body(found: Tuned) -> dict[str, object]:
+    """A tuning for machines."""
+    return {
+        "read": found.read.to_mapping(),
+        "record": None if found.commit is None else found.commit.seq,
+        "score": found.score,
+        **found.entry.own(),
+    }
+
+
+def tuned(found: Tuned) -> None:
+    """A tuning for people: its candidates, and which of them was chosen."""
+    entry = found.entry
+    chosen = (found.read.scale, found.read.lines or None)
+    rows = []
+    for row in entry.trials:
+        marks = ["in force"] if row == entry.before else []
+        if (row.scale, row.lines) == chosen:
+            marks.append("chosen")
+        lines = f"{row.lines[0]:g}:{row.lines[1]:g}" if row.lines else ""
+        rows.append((row.scale, lines, f"{row.score:.6g}", ", ".join(marks)))
+    table(("scale", "lines", "score", ""), rows)
+    recorded = f"recorded as record {found.commit.seq}" if found.commit else "nothing recorded"
+    say(
+        f"scale {found.read}: {found.score:.6g}, against {found.before:.6g} at what was in force; "
+        f"{len(rows)} candidates in {entry.seconds:.1f} s; {recorded}"
+    )

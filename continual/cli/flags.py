@@ -1,34 +1,51 @@
-"""The flags that several commands share. Unset ones leave the setting to the settings file and the environment."""
+"""The flags that several commands share, each declared once, and how a command takes them.
+
+A command names the flags it takes, by group or one by one, and gets what was typed as one record:
+
+    @app.command()
+    @takes("keep", *GATES, *MACHINE, *OPENING)
+    def fold(models: Models, *, flags: Flags) -> None: ...
+
+The flags stand in its help where `flags` stands in its signature. A flag is called as the setting that it gives a value
+to; one that is not typed leaves that setting to the settings file and the environment. What each setting means, and
+what values it takes, is the matter of `continual.config`.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-StateDir = Annotated[
-    Path | None,
-    typer.Option("--state", help="Directory of the state; else CONTINUAL_STATE, else ./state.", show_default=False),
-]
-Config = Annotated[
-    Path | None, typer.Option("--config", help="Settings file (TOML); else CONTINUAL_CONFIG.", show_default=False)
-]
+if TYPE_CHECKING:
+    from continual.hub import Hub
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """The shared flags as they were typed: the settings file, whether to print JSON, and the settings by name, None
+    where a flag was not typed. `client` is the Hub that `main` was given, None for the one that the environment
+    names."""
+
+    config: Path | None
+    json: bool
+    settings: Mapping[str, object]
+    client: Hub | None
+
+
+def _flag(setting: str, kind: object, help_: str, option: str | None = None) -> inspect.Parameter:
+    """A flag for a setting, called `--setting` unless `option` names it."""
+    written = option or "--" + setting.replace("_", "-")
+    default = typer.Option(None, written, help=help_, show_default=False)
+    return inspect.Parameter(setting, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default=False)]
-Workers = Annotated[
-    int | None, typer.Option("--workers", help="Tensors folded at a time; 0: one per core.", show_default=False)
-]
-Memory = Annotated[
-    str | None, typer.Option("--memory", help="What the tensors in flight may take, as 4GB.", show_default=False)
-]
-BaseDir = Annotated[
-    Path | None, typer.Option("--base", help="Where the base is now, if it was moved since init.", show_default=False)
-]
-Scale = Annotated[
-    str | None,
-    typer.Option("--scale", help="Read-time scale: spread:C, norm:KAPPA, a number, auto or paper.", show_default=False),
-]
 Lines = Annotated[
     str | None,
     typer.Option(
@@ -37,64 +54,82 @@ Lines = Annotated[
         show_default=False,
     ),
 ]
-Weight = Annotated[
-    str | None,
-    typer.Option("--weight", help="Weight of the models: a number, FILE.json:KEY or metadata:KEY.", show_default=False),
-]
-Updates = Annotated[
-    str | None, typer.Option("--updates", help="New files at a place folded before: refuse or add.", show_default=False)
-]
-Missing = Annotated[
-    str | None, typer.Option("--missing", help="A tensor the fine-tune lacks: refuse or unchanged.", show_default=False)
-]
-Vocab = Annotated[
-    str | None, typer.Option("--vocab", help="Another vocabulary size: refuse or common-rows.", show_default=False)
-]
-MaxBase = Annotated[
-    float | None,
-    typer.Option("--max-base-ratio", help="Largest task-vector norm, times the base's norm.", show_default=False),
-]
-Select = Annotated[
-    str | None,
-    typer.Option(
-        "--select", help="Let models wait for rounds that choose: none, relevance or frank-wolfe.", show_default=False
-    ),
-]
-Objective = Annotated[
-    str | None,
-    typer.Option(
-        "--objective", help="What is good: causal-lm, classification, heads or module:function.", show_default=False
-    ),
-]
-Rows = Annotated[
-    list[Path] | None,
-    typer.Option("--rows", help="Calibration rows of a task (JSONL); repeatable.", show_default=False),
-]
-Heads = Annotated[
-    list[Path] | None,
-    typer.Option("--heads", help="Prompts of the labels (JSON) for each --rows, for heads.", show_default=False),
-]
-Rounds = Annotated[
-    list[str] | None,
-    typer.Option("--round", help="How rounds choose, as key=value (size=4, sigmas=2); repeatable.", show_default=False),
-]
-HubFlags = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--hub",
-        help="What is taken from the Hub, as key=value (watch=true, allow=org/*); repeatable.",
-        show_default=False,
-    ),
-]
-SourceFlags = Annotated[
-    list[str] | None,
-    typer.Option("--source", help="Settings of another source, as NAME.KEY=VALUE; repeatable.", show_default=False),
-]
-ReleaseFlags = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--release",
-        help="Where on the Hub the merge is released, as key=value (repo=ORG/NAME); repeatable.",
-        show_default=False,
-    ),
-]
+"""A flag of `init` and `scale` that is no setting."""
+
+_TEXT, _NUMBER, _WHOLE, _PATH, _SWITCH = str | None, float | None, int | None, Path | None, bool | None
+_TEXTS, _PATHS = list[str] | None, list[Path] | None
+
+_FLAGS = (
+    _flag("state", _PATH, "Directory of the state; else CONTINUAL_STATE, else ./state."),
+    _flag("config", _PATH, "Settings file (TOML); else CONTINUAL_CONFIG."),
+    inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json),
+    _flag("base", _PATH, "Where the base is now, if it was moved since init."),
+    _flag("device", _TEXT, "auto, cpu, cuda or cuda:N."),
+    _flag("workers", _WHOLE, "Tensors folded at a time; 0: one per core."),
+    _flag("memory", _TEXT, "What the tensors in flight may take, as 4GB."),
+    _flag("keep", _WHOLE, "Generations kept besides tagged ones."),
+    _flag("weight", _TEXT, "Weight of the models: a number, FILE.json:KEY or metadata:KEY."),
+    _flag("updates", _TEXT, "New files at a place folded before: refuse or add."),
+    _flag("missing", _TEXT, "A tensor the fine-tune lacks: refuse or unchanged."),
+    _flag("vocab", _TEXT, "Another vocabulary size: refuse or common-rows."),
+    _flag("max_base_ratio", _NUMBER, "Largest task-vector norm, times the base's norm."),
+    _flag("select", _TEXT, "Let models wait for rounds that choose: none, relevance or frank-wolfe."),
+    _flag("objective", _TEXT, "What is good: causal-lm, classification, heads or module:function."),
+    _flag("rows", _PATHS, "Calibration rows of a task (JSONL); repeatable."),
+    _flag("heads", _PATHS, "Prompts of the labels (JSON) for each --rows, for heads."),
+    _flag("rounds", _TEXTS, "How rounds choose, as key=value (size=4, sigmas=2); repeatable.", "--round"),
+    _flag("watch", _PATHS, "Folder in which fine-tunes are published; repeatable."),
+    _flag("settle", _NUMBER, "Seconds a model's files must be still."),
+    _flag("rescan", _NUMBER, "Seconds between full scans."),
+    _flag("hub", _TEXTS, "What is taken from the Hub, as key=value (watch=true, allow=org/*); repeatable."),
+    _flag("sources", _TEXTS, "Settings of another source, as NAME.KEY=VALUE; repeatable.", "--source"),
+    _flag("release", _TEXTS, "Where on the Hub the merge is released, as key=value (repo=ORG/NAME); repeatable."),
+    _flag("current", _PATH, "Link kept on an export of the newest merge."),
+    _flag("drain", _NUMBER, "Seconds a stop waits for the fold under way."),
+    _flag("host", _TEXT, "Address to listen on (loopback)."),
+    _flag("port", _WHOLE, "Port of the service; 0 takes a free one."),
+    _flag("allow_remote", _SWITCH, "Listen beyond loopback."),
+    _flag("log_json", _SWITCH, "Form of the log lines.", "--log-json/--log-text"),
+    _flag("log_level", _TEXT, "debug, info, warning or error."),
+)
+FLAGS: Mapping[str, inspect.Parameter] = {flag.name: flag for flag in _FLAGS}
+"""Every shared flag, by the name of its setting; besides them `config` and `json`."""
+
+OPENING = ("state", "config", "json")
+"""Which state is opened, and how the answer is printed."""
+MACHINE = ("base", "device", "workers", "memory")
+"""Where the base is, and what of the machine is used."""
+READING = ("base", "workers", "memory")
+"""The same of a command that only reads the merge."""
+GATES = ("weight", "updates", "missing", "vocab", "max_base_ratio")
+"""What is let in, and with which weight."""
+SOURCES = ("hub", "sources")
+"""What is taken besides what lies in the watched folders."""
+ROUNDS = ("select", "objective", "rows", "heads", "rounds")
+"""Whether rounds choose what is folded, and how."""
+
+
+def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Has a command take these flags, in this order, in place of its parameter `flags`. Typer reads the signature that
+    is composed here; a command that needs typer's context calls it `context`."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function, eval_str=True).parameters
+
+        @functools.wraps(function)
+        def command(context: typer.Context, **typed: object) -> None:
+            given = {name: typed.pop(name) for name in names}
+            config, json = given.pop("config", None), given.pop("json", False)
+            assert config is None or isinstance(config, Path)
+            if "context" in own:
+                typed["context"] = context
+            function(**typed, flags=Flags(config, bool(json), given, context.obj))
+
+        parameters = {"context": inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)}
+        for parameter in own.values():
+            taken = [FLAGS[name] for name in names] if parameter.name == "flags" else [parameter]
+            parameters |= {p.name: p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in taken}
+        command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+        return command
+
+    return decorate

@@ -1,29 +1,29 @@
-"""What every command begins with: settings from file, environment and flags, and the state they name, opened. Heavy
-imports happen when it is called."""
+"""What a command begins with: the settings from file, environment and flags, and the state that they name, opened.
+Heavy imports happen when it is called."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from continual.api import Merge
+    from continual.cli.flags import Flags
     from continual.config import Settings
 
 
-def settings(config: Path | None, **flags: Any) -> Settings:
-    """Settings of a command. Raises Misconfigured."""
+def settings(flags: Flags) -> Settings:
+    """The settings of a command. Raises Misconfigured."""
     from continual.config import load
 
-    return load(flags, file=config)
+    return load(flags.settings, file=flags.config)
 
 
 @contextlib.contextmanager
-def merge(config: Path | None, write: bool = False, **flags: Any) -> Iterator[Merge]:
-    """The state that the settings name, opened."""
+def merge(flags: Flags, *, write: bool = False) -> Iterator[Merge]:
+    """The state that the settings name, opened. Raises Misconfigured, Busy and Damaged."""
     from continual.api import Merge
 
-    with Merge(settings(config, **flags), write=write) as found:
+    with Merge(settings(flags), write=write, client=flags.client) as found:
         yield found

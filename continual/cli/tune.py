@@ -1,4 +1,4 @@
-"""The command that chooses how the merge is read by what candidates are worth. No logic, as in `cli`."""
+"""The command that chooses how the merge is read, by what candidates are worth."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
 import typer
 
-from continual.cli import opened
-from continual.cli.flags import BaseDir, Config, Device, Json, Memory, StateDir, Workers
+from continual.cli import console, opened
+from continual.cli.flags import MACHINE, OPENING, Flags, takes
+from continual.cli.typed import Worth
 
 if TYPE_CHECKING:
-    from continual.rules import ReadOptions
     from continual.rules.scale import Policy
-    from continual.state.parts import TrialRecord
-    from continual.tuning import Tuned
 
 app = typer.Typer(rich_markup_mode=None)
 
 
 @app.command()
+@takes(*MACHINE, *OPENING)
 def tune(
     command: Annotated[
         str | None,
@@ -75,79 +74,25 @@ def tune(
         typer.Option("--work", help="Where the scratch file goes; default: a temporary directory.", show_default=False),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Evaluate and print, and record nothing.")] = False,
-    base: BaseDir = None,
-    device: Device = None,
-    workers: Workers = None,
-    memory: Memory = None,
-    state: StateDir = None,
-    config: Config = None,
-    json: Json = False,
+    *,
+    flags: Flags,
 ) -> None:
     """Find how large the merged task vector should be, by evaluating candidates, and record it. Nothing is folded
     again."""
-    from continual import tuning
-    from continual.cli import console
-    from continual.errors import Misconfigured
+    from continual.tuning import Tuning
 
-    if (command is None) == (rows is None) or (rows is None) != (objective is None):
-        raise Misconfigured(
-            "say what a candidate is worth: with --command 'eval.py {model}', or with --rows FILE --objective NAME"
-        )
-    evaluation: tuning.Evaluation
-    if command is not None:
-        if heads is not None:
-            raise Misconfigured("--heads goes with --rows")
-        evaluation = tuning.Command(tuning.Command.split(command), key, lower, timeout)
-    else:
-        if key is not None or lower or timeout is not None:
-            raise Misconfigured("--key, --lower and --timeout go with --command")
-        assert rows is not None
-        evaluation = tuning.Rows(str(objective), rows, heads, batch)
-    asked = tuning.Tuning(candidates, cast("Policy | None", policy), around, lines, work, dry_run)
+    worth = Worth(command, rows, objective, heads, batch, key, lower, timeout)
+    evaluation = worth.evaluation()
+    wanted = Tuning(candidates, cast("Policy | None", policy), around, lines, work, dry_run)
     signal.signal(signal.SIGTERM, _stop)
-    flags = {"base": base, "device": device, "workers": workers, "memory": memory, "state": state}
-    with opened.merge(config, write=not dry_run, **flags) as merge, console.progress() as progress:
-        tuned = merge.tune(evaluation, asked, progress, None if json else _told)
-    if json:
-        console.emit(
-            {
-                "read": tuned.read.to_mapping(),
-                "record": tuned.commit and tuned.commit.seq,
-                "score": tuned.score,
-                **tuned.entry.own(),
-            }
-        )
+    with opened.merge(flags, write=not dry_run) as merge, console.progress() as progress:
+        tuned = merge.tune(evaluation, wanted, progress, None if flags.json else console.trial)
+    if flags.json:
+        console.emit(console.tuned_body(tuned))
     else:
-        _print(tuned)
-
-
-def _told(options: ReadOptions, score: float) -> None:
-    from continual.cli import console
-
-    console.warn(f"scale {options}: {score:.6g}")
-
-
-def _print(tuned: Tuned) -> None:
-    from continual.cli import console
-
-    chosen = (tuned.read.scale, tuned.read.lines or None)
-    rows = [
-        (t.scale, _lines(t.lines), f"{t.score:.6g}", _mark(t, chosen, tuned.entry.before)) for t in tuned.entry.trials
-    ]
-    console.table(("scale", "lines", "score", ""), rows)
-    told = f"scale {tuned.read}: {tuned.score:.6g}, against {tuned.before:.6g} at what was in force; {len(rows)} candidates in {tuned.entry.seconds:.1f} s"
-    console.say(f"{told}; {f'recorded as record {tuned.commit.seq}' if tuned.commit else 'nothing recorded'}")
-
-
-def _mark(trial: TrialRecord, chosen: tuple[str, tuple[float, float] | None], before: TrialRecord) -> str:
-    marks = ("in force" * (trial == before), "chosen" * ((trial.scale, trial.lines) == chosen))
-    return ", ".join(mark for mark in marks if mark)
-
-
-def _lines(lines: tuple[float, float] | None) -> str:
-    return f"{lines[0]:g}:{lines[1]:g}" if lines else ""
+        console.tuned(tuned)
 
 
 def _stop(_number: int, _frame: object) -> NoReturn:
-    """A termination ends like an interrupt: the command under way is stopped and the scratch file removed."""
+    """Makes a termination end like an interrupt: the command that runs is stopped and the scratch file removed."""
     raise SystemExit(128 + signal.SIGTERM)

@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 
 from continual.cli.main import main
+from continual.hub import Hub
 
 
 class Done(NamedTuple):
@@ -26,8 +27,9 @@ class Done(NamedTuple):
     stderr: str
 
 
-def run(*arguments: object, env: dict[str, str] | None = None) -> Done:
-    """The command without a terminal. Not for `continual run`, which sets up logging for the whole process."""
+def run(*arguments: object, env: dict[str, str] | None = None, client: Hub | None = None) -> Done:
+    """The command without a terminal, asking `client` where it asks the Hub. Not for `continual run`, which sets up
+    logging for the whole process."""
     out, err = io.StringIO(), io.StringIO()
     stop = signal.getsignal(signal.SIGTERM)
     with (
@@ -38,16 +40,16 @@ def run(*arguments: object, env: dict[str, str] | None = None) -> Done:
     ):
         try:
             with pytest.raises(SystemExit) as left:
-                main()
+                main(client)
         finally:
             signal.signal(signal.SIGTERM, stop)
     code = left.value.code
     return Done(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
 
 
-def machine(*arguments: object, code: int = 0, env: dict[str, str] | None = None) -> Any:
+def machine(*arguments: object, code: int = 0, env: dict[str, str] | None = None, client: Hub | None = None) -> Any:
     """The JSON a command prints."""
-    done = run(*arguments, "--json", env=env)
+    done = run(*arguments, "--json", env=env, client=client)
     assert done.returncode == code, done.stderr
     return json.loads(done.stdout)
 

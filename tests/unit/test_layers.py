@@ -34,14 +34,14 @@ ROOMS = (
     ("api", "texts"),
     ("service", "linalg objectives"),
     ("demo", "config engine gates hub rules selection sources tensors tuning"),
-    ("cli", "gates hub linalg objectives tensors"),
+    ("cli", "gates linalg objectives tensors"),
     ("__main__", "engine rules service state tensors"),
     ("__init__", ""),
 )
 CIRCLES: list[list[str]] = []
 CLASSES_TWICE = {"Source"}
 FILES_TWICE = {"__init__", "contract", "folder", "hub", "names", "status"}
-FILES_STILL_TWICE = {"catalogue", "options"}
+FILES_STILL_TWICE = {"catalogue"}
 
 KNOWN = house.modules()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from continual.cli.options import parse_options
+from continual.cli.typed import parse_options
 from continual.publish import card
 from continual.publish.card import Base, Facts, Model
 from continual.rules import rule

@@ -1,0 +1,62 @@
+"""From what was typed to what the API takes: the options of a rule, and what a candidate of `tune` is worth by."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from continual.errors import Misconfigured
+
+if TYPE_CHECKING:
+    from continual.tuning import Evaluation
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, object]:
+    """Fold-time options of a rule from `key=value` pairs. A value is read as TOML where it is that, else as text.
+    Raises Misconfigured for what is no pair."""
+    options: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise Misconfigured(f"option {pair!r}: write it as key=value, as alpha=0.5")
+        try:
+            options[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[key.strip()] = value.strip()
+    return options
+
+
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """The flags of `tune` that say by what a candidate is worth something, as they were typed."""
+
+    command: str | None
+    rows: Path | None
+    objective: str | None
+    heads: Path | None
+    batch: int
+    key: str | None
+    lower: bool
+    timeout: float | None
+
+    def evaluation(self) -> Evaluation:
+        """The evaluation that they describe. Raises Misconfigured for flags that do not go together, or values that
+        cannot be used."""
+        from continual.tuning import Command, Rows
+
+        if (self.command is None) == (self.rows is None) or (self.rows is None) != (self.objective is None):
+            raise Misconfigured(
+                "say what a candidate is worth: with --command 'eval.py {model}', or with --rows FILE --objective NAME"
+            )
+        if self.command is not None:
+            if self.heads is not None:
+                raise Misconfigured("--heads goes with --rows")
+            return Command(Command.split(self.command), self.key, self.lower, self.timeout)
+        if self.key is not None or self.lower or self.timeout is not None:
+            raise Misconfigured("--key, --lower and --timeout go with --command")
+        assert self.rows is not None
+        assert self.objective is not None
+        return Rows(self.objective, self.rows, self.heads, self.batch)
