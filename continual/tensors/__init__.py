@@ -7,7 +7,7 @@ from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel, describe
 from continual.tensors.model import Model, candidate_of, open_model, open_shipped, unreadable
 from continual.tensors.place import Folder, Place, place_of, read_json, release_of
-from continual.tensors.vectors import Piece, TaskVectors
+from continual.tensors.vectors import TaskVector, TaskVectors
 
 __all__ = [
     "Adapter",
@@ -15,8 +15,8 @@ __all__ = [
     "Checkpoint",
     "Folder",
     "Model",
-    "Piece",
     "Place",
+    "TaskVector",
     "TaskVectors",
     "TensorInfo",
     "candidate_of",

@@ -135,7 +135,8 @@ def _sort(place: Place, weights: Checkpoint, config: AdapterConfig) -> tuple[dic
             if "lora_" in bare or not _is_saved(weight, config) or weight in saved:
                 raise Refuse(
                     "adapter-kind",
-                    f"{place}: tensor {name} is no part of a plain LoRA adapter; merge it into its base and publish that",
+                    f"{place}: tensor {name} is no part of a plain LoRA adapter; "
+                    "merge it into its base and publish that",
                 )
             saved[weight] = name
     factors = {}

@@ -103,7 +103,8 @@ def _check_keys(place: Place, config: Mapping[str, object]) -> None:
     if config.get("init_lora_weights", True) not in _HARMLESS_INIT:
         raise Refuse(
             "adapter-kind",
-            f"{place}: init_lora_weights = {shown(config['init_lora_weights'])} may have changed the base, and then B·A alone is not the task vector; "
+            f"{place}: init_lora_weights = {shown(config['init_lora_weights'])} may have changed the base, "
+            "and then B·A alone is not the task vector; "
             "merge the adapter into its base and publish that, or convert it to plain LoRA",
         )
     for key, value in config.items():
@@ -116,7 +117,8 @@ def _check_keys(place: Place, config: Mapping[str, object]) -> None:
         if not known and value not in _OFF:
             raise Refuse(
                 "adapter-kind",
-                f"{place}: {shown(key)} = {shown(value)} is not understood; merge the adapter into its base and publish that",
+                f"{place}: {shown(key)} = {shown(value)} is not understood; "
+                "merge the adapter into its base and publish that",
             )
 
 
@@ -149,7 +151,8 @@ def _patterns(
         if len(pattern) > _LONGEST_PATTERN or involved:
             raise Refuse(
                 "config",
-                f"{where}: {key}: pattern {shown(pattern)} is longer or more involved than a list of module names needs",
+                f"{where}: {key}: pattern {shown(pattern)} is longer or more involved "
+                "than a list of module names needs",
             )
         try:
             re.compile(pattern)

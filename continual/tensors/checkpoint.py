@@ -141,7 +141,8 @@ def weight_files(place: Place) -> tuple[str, ...]:
     if pickled := sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
         raise Refuse(
             "pickle",
-            f"{place}: only pickled weights ({pickled[0]}), which can run code when loaded; convert them to safetensors",
+            f"{place}: only pickled weights ({pickled[0]}), which can run code when loaded; "
+            "convert them to safetensors",
         )
     raise Refuse("no-weights", f"{place}: no safetensors file in it")
 
@@ -178,7 +179,8 @@ def open_checkpoint(place: Place, only: str | None = None) -> Checkpoint:
 
 
 def read_config(place: Place) -> dict[str, object]:
-    """config.json beside the weights, an empty dictionary where there is none. Raises Refuse if it is no JSON object."""
+    """config.json beside the weights, empty where there is none. Raises Refuse if it is no JSON object, Retry if it
+    cannot be read now."""
     return read_json(place, CONFIG) if place.present(CONFIG) else {}
 
 
@@ -191,7 +193,8 @@ def _weight_map(place: Place) -> dict[str, str]:
         if not _is_shard(shard):
             raise Refuse(
                 "index",
-                f"{where}: tensor {shown(name)} is said to be in {shown(shard)}: a shard is a safetensors file in the same directory",
+                f"{where}: tensor {shown(name)} is said to be in {shown(shard)}: "
+                "a shard is a safetensors file in the same directory",
             )
     return body
 

@@ -38,7 +38,8 @@ class Files:
     """Files of one model, open for reading. `stats` says what they were when they were opened."""
 
     def __init__(self, paths: Sequence[Path], root: Path | None) -> None:
-        """Opens `paths`. Raises Refuse if one is no regular file or lies outside `root`, Retry if one cannot be opened."""
+        """Opens `paths`. Raises Refuse if one is no regular file or lies outside `root`, Retry if one cannot be
+        opened."""
         self.paths = tuple(paths)
         self.root = root
         self._fds: list[int] = []
@@ -118,10 +119,10 @@ def _open(path: Path, root: Path | None) -> int:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise Refuse("no-file", f"{path}: is no regular file")
             if root is not None:
-                place = Path(os.readlink(f"/proc/self/fd/{fd}"))
-                if not place.is_relative_to(root.resolve()):
+                target = Path(os.readlink(f"/proc/self/fd/{fd}"))
+                if not target.is_relative_to(root.resolve()):
                     raise Refuse(
-                        "outside", f"{path} leads out of the watched folder, to {place}: publish the file itself"
+                        "outside", f"{path} leads out of the watched folder, to {target}: publish the file itself"
                     )
         except BaseException:
             os.close(fd)

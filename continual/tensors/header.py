@@ -47,7 +47,8 @@ def parse(pread: Callable[[int, int], bytes], size: int, where: str, file: int =
     if length > LONGEST:
         raise Refuse(
             "header",
-            f"{where}: the header claims {length} bytes; at most {LONGEST} are read: this is no safetensors file, or a damaged one",
+            f"{where}: the header claims {length} bytes; at most {LONGEST} are read: "
+            "this is no safetensors file, or a damaged one",
         )
     if 8 + length > size:
         raise Refuse("truncated", f"{where}: the header claims {length} bytes and the file has {size}: it is cut off")
@@ -112,7 +113,8 @@ def _tensor(name: str, entry: object, where: str, file: int, start: int) -> Tens
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise Refuse(
             "dtype",
-            f"{where}: tensor {name} has dtype {shown(dtype)}, which cannot be folded or carried; convert it to F32, F16 or BF16",
+            f"{where}: tensor {name} has dtype {shown(dtype)}, which cannot be folded or carried; "
+            "convert it to F32, F16 or BF16",
         )
     if not _sizes(shape) or math.prod(n for n in shape if n) >= 1 << 62:
         raise Refuse("header", f"{where}: tensor {name}: shape {shown(shape)} is no list of sizes")

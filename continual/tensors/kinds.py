@@ -17,22 +17,28 @@ from continual.tensors.checkpoint import FLOATS, Checkpoint
 from continual.tensors.tied import tied
 
 _WORDS = re.compile(
-    r"(^|\.)(embed_tokens|embed_in|tok_embeddings|wte|shared|word_embeddings?|token_embedding|embed_out|lm_head|generator_lm_head|vocab_projector|pred_layer\.proj"
-    r"|output_projection|output_layer|predictions(\.decoder)?|lm_head\.decoder)\.(weight|bias)$|(^|\.)embeddings\.weight$|^(output|proj_out)\.weight$"
+    r"(^|\.)(embed_tokens|embed_in|tok_embeddings|wte|shared|word_embeddings?|token_embedding|embed_out|lm_head"
+    r"|generator_lm_head|vocab_projector|pred_layer\.proj|output_projection|output_layer|predictions(\.decoder)?"
+    r"|lm_head\.decoder)\.(weight|bias)$"
+    r"|(^|\.)embeddings\.weight$|^(output|proj_out)\.weight$"
 )
 """Tables with a row for each word: input embeddings and language-model heads. Their rows are what `vocab` is about."""
 _TABLE = re.compile(
-    r"(^|\.)(wpe|emb|embed|[a-z0-9_]*embed(ding)?s?|embed_[a-z0-9_]*(?<!proj)(?<!norm)|relative_attention_bias|rel_pos_bias|pos_emb|mask_emb)(\.weight)?$"
+    r"(^|\.)(wpe|emb|embed|[a-z0-9_]*embed(ding)?s?|embed_[a-z0-9_]*(?<!proj)(?<!norm)|relative_attention_bias"
+    r"|rel_pos_bias|pos_emb|mask_emb)(\.weight)?$"
     r"|(^|\.)embeddings\.(?!.*(patch|proj|dense)).*"
 )
 """Other embeddings: of positions, segments, classes."""
 _HEAD = re.compile(
-    r"(^|\.)(lm_head|classifier|score|qa_outputs|heads?|pre_classifier|vocab_transform|logits_proj|text_projection|visual_projection|seq_relationship)(\.|$)|^fc\.weight$"
+    r"(^|\.)(lm_head|classifier|score|qa_outputs|heads?|pre_classifier|vocab_transform|logits_proj|text_projection"
+    r"|visual_projection|seq_relationship)(\.|$)"
+    r"|^fc\.weight$"
 )
 _WEIGHT = re.compile(r"[._]weight$")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d+)\.")
 _BEFORE = re.compile(
-    r"(^|[._])(embed(?!_out)\w*|emb|wte|wpe|shared|patch\w*|cls_token|pos|position\w*|pre_?la?yr?norm|ln_pre|stem|conv_in|project_in|conv1)(\.|$)"
+    r"(^|[._])(embed(?!_out)\w*|emb|wte|wpe|shared|patch\w*|cls_token|pos|position\w*|pre_?la?yr?norm|ln_pre|stem"
+    r"|conv_in|project_in|conv1)(\.|$)"
 )
 
 
@@ -70,7 +76,8 @@ def describe(checkpoint: Checkpoint, *, plain: Sequence[str] = (), exclude: Sequ
         if kind != "carried" and info.dtype not in FLOATS:
             raise Refuse(
                 "dtype",
-                f"{checkpoint.place}: tensor {name} is {info.dtype}: convert it to F32, F16 or BF16, or carry it with exclude",
+                f"{checkpoint.place}: tensor {name} is {info.dtype}: "
+                "convert it to F32, F16 or BF16, or carry it with exclude",
             )
         specs.append(TensorSpec(name, info.shape, info.dtype, kind, depth_of(name, stacks)))
     return BaseModel(checkpoint, tuple(specs), aliases)

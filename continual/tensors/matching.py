@@ -107,7 +107,8 @@ def find_prefix(ours: Collection[str], theirs: Collection[str], where: str) -> t
     if others and 2 * others[0][1] >= most > 0:
         raise Refuse(
             "prefix",
-            f"{where}: its names fit the base's {_said(best)} ({most} names) and {_said(others[0][0])} ({others[0][1]}): ambiguous",
+            f"{where}: its names fit the base's {_said(best)} ({most} names) "
+            f"and {_said(others[0][0])} ({others[0][1]}): ambiguous",
         )
     return best
 

@@ -46,7 +46,8 @@ def open_shipped(base: BaseModel, model: Model, lineage: Lineage, name: str) -> 
     if not model.place.present(name):
         raise Refuse(
             "moments",
-            f"{where} is not there: this rule weighs each parameter by it; publish it before the weights, then 'continual retry'",
+            f"{where} is not there: this rule weighs each parameter by it; "
+            "publish it before the weights, then 'continual retry'",
         )
     found = open_checkpoint(model.place, name)
     try:
@@ -57,7 +58,8 @@ def open_shipped(base: BaseModel, model: Model, lineage: Lineage, name: str) -> 
                 is_there = f"{info.dtype} {list(info.shape)}" if info else "not there"
                 raise Refuse(
                     "moments",
-                    f"{where}: {shown(source.name)} is {is_there}; it has to be floats of the weight's shape {list(source.shape)}",
+                    f"{where}: {shown(source.name)} is {is_there}; "
+                    f"it has to be floats of the weight's shape {list(source.shape)}",
                 )
     except BaseException:
         found.close()

@@ -146,20 +146,22 @@ def tied(checkpoint: Checkpoint) -> dict[str, str]:
                 continue
             prefix = name[: -len(group.canonical)]
             for alias in sorted(
-                {place + other for other in group.others for place in _places(prefix)} - {name, *found}
+                {head + other for other in group.others for head in _prefixes(prefix)} - {name, *found}
             ):
                 if alias not in checkpoint.tensors or _same(checkpoint, alias, name):
                     found[alias] = name
                 elif group.head and said:
                     raise Refuse(
                         "tied",
-                        f"{checkpoint.place}: config.json ties {alias} to {name}, and they differ: set tie_word_embeddings = false in it",
+                        f"{checkpoint.place}: config.json ties {alias} to {name}, and they differ: "
+                        "set tie_word_embeddings = false in it",
                     )
     return found
 
 
-def _places(prefix: str) -> tuple[str, str, str]:
-    """Where a head may stand: beside the embedding, beside the model that holds it, at the top."""
+def _prefixes(prefix: str) -> tuple[str, str, str]:
+    """What a head's name may begin with: the head is beside the embedding, beside the model that holds it, or at the
+    top."""
     head, _, _ = prefix.rstrip(".").rpartition(".")
     return prefix, f"{head}." if head else "", ""
 

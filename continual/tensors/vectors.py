@@ -45,7 +45,7 @@ class Content:
         )
 
 
-class Piece(NamedTuple):
+class TaskVector(NamedTuple):
     """One tensor's task vector `tau` (float32, the base's shape, CPU), the BLAKE3 hash of what it was made from, and
     the bytes read."""
 
@@ -103,7 +103,7 @@ class TaskVectors:
         assert info is not None
         return (info.file, info.offset)
 
-    def vector(self, name: str) -> Piece:
+    def vector(self, name: str) -> TaskVector:
         """The task vector of the base's tensor `name`. Raises Refuse if tied names differ, Retry if a file cannot be
         read to its end."""
         tau, content = torch.empty(self._specs[name].shape), Content()
@@ -111,7 +111,7 @@ class TaskVectors:
         for start, stop, values in self.runs(name, content, flat):
             if values.data_ptr() != flat[start:stop].data_ptr():
                 flat[start:stop] = values
-        return Piece(tau, content.digest(), content.nbytes)
+        return TaskVector(tau, content.digest(), content.nbytes)
 
     def moments(self, name: str, start: int, stop: int, content: Content) -> torch.Tensor:
         """What was shipped for a range of elements of the base's tensor `name`: float32, valid until the thread asks
@@ -137,7 +137,8 @@ class TaskVectors:
             if not (float(values[:given].min()) >= 0.0 and math.isfinite(float(values[:given].max()))):
                 raise Refuse(
                     "moments",
-                    f"{self._shipped.where}: {info.name} has values that are negative or not finite; what weighs has to be at least 0",
+                    f"{self._shipped.where}: {info.name} has values that are negative or not finite; "
+                    "what weighs has to be at least 0",
                 )
         return values
 
@@ -217,7 +218,7 @@ class TaskVectors:
     ) -> None:
         """Fills `tau` with θ_t − θ₀ from element `start` on and feeds the candidate's bytes to `content`."""
         assert source.full is not None
-        origin = self._read("base", self._base, self._base.tensors[spec.name], start, len(tau))
+        base = self._read("base", self._base, self._base.tensors[spec.name], start, len(tau))
         values = self._read("fine-tune", self._weights, source.full, start, len(tau))
         if content is not None:
             content.hash.update(_raw(values))
@@ -225,15 +226,16 @@ class TaskVectors:
             if _raw(self._read("twin", self._weights, twin, start, len(tau))) != _raw(values):
                 raise Refuse(
                     "tied",
-                    f"{self._model.place}: {source.full.name} and {twin.name} are one tensor in the base, and differ here",
+                    f"{self._model.place}: {source.full.name} and {twin.name} are one tensor in the base, "
+                    "and differ here",
                 )
         # narrower than the base: θ₀ is cast as the publisher cast θ_t, so that an untouched weight gives exactly zero
         if spec.name in self._lineage.narrowed:
-            origin = origin.to(TORCH[self._lineage.narrowed[spec.name]])
-        if values.dtype == origin.dtype == tau.dtype:
-            torch.sub(values, origin, out=tau)
+            base = base.to(TORCH[self._lineage.narrowed[spec.name]])
+        if values.dtype == base.dtype == tau.dtype:
+            torch.sub(values, base, out=tau)
         else:
-            tau.copy_(values).sub_(origin)
+            tau.copy_(values).sub_(base)
 
     def _multiply(self, source: Match, out: torch.Tensor, content: Content | None) -> None:
         """scale·B·A into the flat `out`."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from continual.gates.lineage import LineageGate, trace
-from continual.tensors import BaseModel, Checkpoint, Piece, TaskVectors, describe, open_model
+from continual.tensors import BaseModel, Checkpoint, TaskVector, TaskVectors, describe, open_model
 from continual.tensors.vectors import RUN
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -32,7 +32,7 @@ def based(path: Path) -> BaseModel:
     return describe(checkpoint)
 
 
-def pieces(base: Path, fine_tune: Path) -> tuple[dict[str, Piece], str]:
+def pieces(base: Path, fine_tune: Path) -> tuple[dict[str, TaskVector], str]:
     origin = based(base)
     with origin.checkpoint, open_model(fine_tune) as model:
         vectors = TaskVectors(origin, model, trace(origin, model, LineageGate()))
