@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from continual.errors import Misconfigured
+from continual.records import SCHEME
 
 PREFIX = "CONTINUAL_"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -69,9 +70,9 @@ def _unset(given: object) -> object:
 
 
 def _repos(text: object) -> object:
-    """Repos with or without `hf://`."""
+    """The ids of repos that may be written with `hf://` before them."""
     found = _split(text)
-    return tuple(str(part).removeprefix("hf://") for part in found) if isinstance(found, tuple | list) else found
+    return tuple(str(part).removeprefix(SCHEME) for part in found) if isinstance(found, tuple | list) else found
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]

@@ -10,6 +10,9 @@ from typing import Literal, NamedTuple
 
 Kind = Literal["matrix", "plain", "carried"]
 
+SCHEME = "hf://"
+"""What the origin of a model on the Hub begins with: `hf://ORG/NAME`."""
+
 KEY, OMITTED, REST = "key", "omitted", "rest"
 """Metadata of fields, for their JSON bodies (state/fields.py): another key than the field's name; left out where the
 value is None; a mapping of all keys that no other field has."""

@@ -1,5 +1,5 @@
-"""The Hugging Face Hub as a place where models are: asking it, and reading tensors of a repo by ranges. No candidate is
-judged and no time kept here."""
+"""The Hugging Face Hub: asks it what there is, and reads the tensors of a repo by ranges. No candidate is judged here,
+and no schedule is kept."""
 
 from continual.hub.client import Hub, Info, RemoteFile, Trouble, must_be_online
 from continual.hub.names import named

@@ -1,9 +1,9 @@
-"""Asking the Hub: what is there, and bytes of it. The one place that calls huggingface_hub for reading, and where its
-errors become ours.
+"""Asks the Hub what there is, and reads bytes of it. The one module that calls the package huggingface_hub for reading;
+it turns the package's errors into ours.
 
-Every request is timed out, counted, and tried again as retrying.py decides; the client's own retries differ from call
-to call and are not relied on. A redirect to another origin is followed without our token. No message has a URL's query
-or a header in it: both can bear secrets.
+Every request has a time-out, is counted, and is tried again as `continual.retrying` decides: the retries of the package
+differ from call to call, so they are not relied on. A redirect to another origin is followed without our token. No
+message holds a header or the query of a URL: both can bear secrets.
 """
 
 from __future__ import annotations
@@ -12,23 +12,30 @@ import logging
 import random
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from continual.errors import Abandoned, ContinualError, Misconfigured, Refuse, Retry
 from continual.hub.names import is_repo, is_sha
 from continual.retrying import Fault, fault_of, next_try
 
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from huggingface_hub import ModelInfo
+    from huggingface_hub.hf_api import BlobLfsInfo
+    from huggingface_hub.utils import httpx
+
 T = TypeVar("T")
 TIMEOUT = 20.0
 """Seconds without a byte after which a request of ours has failed."""
 _CLIENTS_TIMEOUT = 60.0
-"""The same for requests of the client that cannot be told: pages of a listing, parts of an upload."""
+"""Seconds without a byte after which a request of the package has failed where a call takes no time-out of ours."""
 _LISTED = ("sha", "lastModified", "tags", "gated", "private")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _LINKS = 1000
@@ -39,7 +46,7 @@ _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class Trouble(Retry):
-    """The Hub could not answer, or would not: `fault` says in which way. Nothing is settled."""
+    """The Hub could not answer, or would not; `fault` says why. Nothing is settled."""
 
     def __init__(self, message: str, fault: Fault, after: float = 0.0) -> None:
         super().__init__(message, after)
@@ -47,7 +54,7 @@ class Trouble(Retry):
 
 
 class RemoteFile(NamedTuple):
-    """A file of a repo: its size in bytes, its git blob id, and the SHA-256 of its contents where it is stored in LFS."""
+    """A file of a repo: its size in bytes, git's blob id, and the SHA-256 of its contents if it is stored in LFS."""
 
     name: str
     size: int
@@ -69,7 +76,7 @@ class Info:
 
     @property
     def licence(self) -> str | None:
-        """The licence its card names."""
+        """The licence that the card of the repo names."""
         return next((tag.removeprefix("license:") for tag in self.tags if tag.startswith("license:")), None)
 
     @property
@@ -132,7 +139,7 @@ class Hub:
         here.
         """
         what = f"models of {author}" if author else f"models with {tag}"
-        params: dict[str, Any] | None = {
+        params: dict[str, str | Sequence[str] | None] | None = {
             "sort": "lastModified",
             "expand": _LISTED,
             **({"author": author} if author else {"filter": tag}),
@@ -143,24 +150,22 @@ class Hub:
             params = None  # the next page's link has them
             yield from rows
 
-    def _page(self, url: str, params: Mapping[str, Any] | None) -> tuple[list[Info], str | None]:
+    def _page(self, url: str, params: Mapping[str, str | Sequence[str] | None] | None) -> tuple[list[Info], str | None]:
         """Rows of a listing, and the address of the next page."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         answer = get_session().get(url, params=params, headers=build_hf_headers(token=self.api.token), timeout=TIMEOUT)
         hf_raise_for_status(answer)
         try:
-            rows = [
-                _listed(row) for row in answer.json() if is_repo(row["id"]) and is_sha(row.get("sha"))
-            ]  # an empty repo has no commit
+            # an empty repo has no commit
+            rows = [_listed(row) for row in answer.json() if is_repo(row["id"]) and is_sha(row.get("sha"))]
         except (TypeError, AttributeError, KeyError) as error:
             raise ValueError("no list of models") from error
         following = answer.links.get("next", {}).get("url")
         if not following:
             return rows, None
-        there = urlsplit(
-            urljoin(url, following)
-        )  # mirrors pass on the links of the Hub itself; our token stays with the endpoint
+        # a mirror passes on the links of the Hub itself; our token is sent to the endpoint alone
+        there = urlsplit(urljoin(url, following))
         return rows, urlunsplit((*urlsplit(self.endpoint)[:2], there.path, there.query, ""))
 
     def _ours(self, url: str) -> bool:
@@ -173,7 +178,7 @@ class Hub:
         return [c.commit_id for c in self.ask(what, lambda: self.api.list_repo_commits(repo, revision=revision))][1:]
 
     def small(self, repo: str, sha: str, file: RemoteFile) -> bytes:
-        """The contents of a file at a commit."""
+        """Reads a whole file at a commit. Raises as `fetch`."""
         data = bytearray(file.size)
         self.fetch(repo, sha, file, 0, memoryview(data))
         return bytes(data)
@@ -202,8 +207,8 @@ class Hub:
                 self._wait_or_raise(what, error, attempt)
 
     def ask(self, what: str, call: Callable[[], T], tries: int | None = None) -> T:
-        """What `call` returns, which makes one request with the client. Raises Refuse (`gone`, `gated`) and Trouble,
-        both naming `what`."""
+        """Calls `call`, which makes one request with the package, until it succeeds or no try is left. Returns its
+        result. Raises Refuse (`gone`, `gated`) and Trouble, both naming `what`."""
         attempt = 0
         while True:
             attempt += 1
@@ -255,7 +260,7 @@ class Hub:
                     self._links[key] = url
         raise Trouble(f"{repo}@{sha[:12]}/{file.name}: redirected without end; nothing was settled", Fault.SERVER)
 
-    def _get(self, url: str, start: int, length: int, *, ours: bool) -> Any:
+    def _get(self, url: str, start: int, length: int, *, ours: bool) -> AbstractContextManager[httpx.Response]:
         from huggingface_hub.utils import build_hf_headers, get_session
 
         self._count(1, 0)
@@ -263,7 +268,7 @@ class Hub:
         headers |= {"range": f"bytes={start}-{start + length - 1}", "accept-encoding": "identity"}
         return get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=TIMEOUT)
 
-    def _body(self, answer: Any, file: RemoteFile, start: int, length: int) -> Iterator[bytes]:
+    def _body(self, answer: httpx.Response, file: RemoteFile, start: int, length: int) -> Iterator[bytes]:
         from huggingface_hub.utils import hf_raise_for_status
 
         if answer.status_code not in (200, 206):
@@ -314,8 +319,8 @@ class _Failure(NamedTuple):
 
 
 def _failure(error: Exception) -> _Failure:
-    """What an exception of the client says. Of kinds that nobody foresaw it is taken for trouble with the connection:
-    the client has several ways to say that."""
+    """What an exception of the package says. An exception of an unknown kind counts as a failed connection: the package
+    has several ways to say that."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
@@ -325,7 +330,7 @@ def _failure(error: Exception) -> _Failure:
 
 
 def asked_to_wait(headers: Mapping[str, str]) -> float:
-    """Seconds that `Retry-After` or `RateLimit` asks to wait, 0 where neither does."""
+    """Seconds that the header `Retry-After` or `RateLimit` asks us to wait; 0 if there is none."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
     try:
@@ -359,7 +364,7 @@ def _said(what: str, found: _Failure, host: str) -> Retry | Refuse:
 
 
 def _timed(seconds: float) -> None:
-    """The client's shared session waits for ever by default, and most of its calls cannot be told otherwise."""
+    """Sets the time-out of the session that all calls of the package share: by default it waits for ever."""
     from huggingface_hub.utils import get_session, httpx
 
     session = get_session()
@@ -367,19 +372,27 @@ def _timed(seconds: float) -> None:
         session.timeout = httpx.Timeout(seconds)
 
 
-def _listed(row: Mapping[str, Any]) -> Info:
-    """A row of a listing."""
-    tags = tuple(tag for tag in row.get("tags") or () if isinstance(tag, str))
-    modified = datetime.fromisoformat(row.get("lastModified") or "1970-01-01T00:00:00Z")
-    return Info(row["id"], row["sha"], modified, tags, bool(row.get("gated")), bool(row.get("private")))
+def _listed(row: Mapping[str, object]) -> Info:
+    """Reads a row of a listing. Raises TypeError or ValueError for one that no Hub writes."""
+    tags, modified = row.get("tags") or (), row.get("lastModified") or "1970-01-01T00:00:00Z"
+    if not isinstance(tags, list | tuple) or not isinstance(modified, str):
+        raise TypeError("tags is no list, or lastModified no text")
+    return Info(
+        id=str(row["id"]),
+        sha=str(row["sha"]),
+        modified=datetime.fromisoformat(modified),
+        tags=tuple(tag for tag in tags if isinstance(tag, str)),
+        gated=bool(row.get("gated")),
+        private=bool(row.get("private")),
+    )
 
 
-def _file(name: str, size: int, oid: str | None, lfs: Any) -> RemoteFile:
+def _file(name: str, size: int, oid: str | None, lfs: BlobLfsInfo | None) -> RemoteFile:
     return RemoteFile(name, size, oid or "", lfs.sha256 if lfs else None)
 
 
-def _info(found: Any, what: str) -> Info:
-    if not is_repo(found.id) or not is_sha(found.sha):
+def _info(found: ModelInfo, what: str) -> Info:
+    if found.sha is None or not is_repo(found.id) or not is_sha(found.sha):
         raise Refuse("gone", f"{what}: the Hub names no commit of it: it is empty")
     files = {f.rfilename: _file(f.rfilename, f.size or 0, f.blob_id, f.lfs) for f in found.siblings or ()}
     modified = found.last_modified or datetime.fromtimestamp(0, UTC)

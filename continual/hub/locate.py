@@ -1,5 +1,5 @@
-"""From a word, an event or a record to the place where the model is: a directory here, a repo of the Hub, asked as
-the settings say, or what a source of another kind opens."""
+"""Finds the place of a model from the word of a person, the event of a source, or a record: a directory, a repo of the
+Hub, or what a source of another kind opens."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from continual.config import Settings
 from continual.errors import Misconfigured, Refuse, Skip
-from continual.records import Candidate, Event
+from continual.records import SCHEME, Candidate, Event
 from continual.tensors import Folder, Place
 
 if TYPE_CHECKING:
-    from continual.hub import Hub, Info
+    from continual.hub import Hub, Info, Repo
+    from continual.hub.repo import Hear
 
-SCHEME = "hf://"
 Opener = Callable[[str, str | None, str], Place]
 """Makes a place of an origin (`scheme://…`), a revision (None: the newest) and the name of the source that saw it."""
 
 
 class Places:
-    """Makes places. `base` is the repo the base of the state came from, if it did; `client` is asked in place of the
-    Hub that the environment names; `stop` ends waiting for the Hub. `openers`, by scheme, open what is neither a
-    directory nor a repo of the Hub."""
+    """Makes places.
+
+    `base`: the repo that the base of the state came from, if it came from one. `client`: a Hub to ask in place of the
+    one that the environment names. `openers`, by scheme: open what is neither a directory nor a repo of the Hub.
+    `stop`, once set, ends every wait for the Hub. `newer` is called with a commit that has replaced the one asked for.
+    """
 
     def __init__(
         self,
@@ -44,16 +47,16 @@ class Places:
 
     @cached_property
     def hub(self) -> Hub:
-        """The Hub. Raises Misconfigured where it must not be asked."""
+        """The Hub. Raises Misconfigured if the package huggingface_hub is told to stay offline."""
         from continual.hub import Hub
 
         return self._client or Hub(stop=self.stop)
 
     def named(self, word: str | Path) -> Place:
-        """What a person means: a path, or a repo (`hf://ORG/NAME@REVISION`, or without the scheme where no such path
-        exists).
+        """The place that a person names: a path, or a repo as `hf://ORG/NAME@REVISION`. The scheme can be left out
+        where no such path exists.
 
-        Raises Misconfigured where it is neither.
+        Raises Misconfigured for a word that is neither, Refuse and Trouble of a repo that cannot be read.
         """
         from continual.hub import named
 
@@ -74,10 +77,10 @@ class Places:
         return place
 
     def seen(self, event: Event) -> Place:
-        """What a source saw. Of a repo the commit has to be the newest still, and the settings have to let it in: else
-        Skip is raised when it is asked for.
+        """The place of a model that a source saw.
 
-        What a person wants looked at again (`retry`) is read at the commit it was.
+        A repo is refused (`superseded`) when it is read if its commit is not the newest one any more; Skip is raised
+        then if the settings leave the repo out. A repo of `continual retry` is read at the commit of its record.
         """
         if not event.origin.startswith(SCHEME):
             if opener := self._opener(event.origin):
@@ -90,10 +93,10 @@ class Places:
             if why := self.left_out(info, event.name):
                 raise Skip(f"{info.id}: not taken: {why}")
 
-        return self._repo(event.name, event.revision, source=event.source, newest=True, vet=vet, newer=self.newer)
+        return self._repo(event.name, event.revision, source=event.source, vet=vet)
 
     def of(self, candidate: Candidate) -> Place:
-        """What a record names."""
+        """The place of a candidate that a record names."""
         origin, source = candidate.origin, candidate.source
         if not origin.startswith(SCHEME):
             if opener := self._opener(origin):
@@ -102,8 +105,8 @@ class Places:
         return self._repo(origin.removeprefix(SCHEME), candidate.revision, source=source)
 
     def _opener(self, origin: str) -> Opener | None:
-        """Who opens an origin of another kind; None for a path, and for a repo of the Hub. Raises Misconfigured for a
-        scheme that nobody knows."""
+        """The function that opens an origin of another kind; None for a path and for a repo of the Hub. Raises
+        Misconfigured for an unknown scheme."""
         scheme, found, _ = origin.partition("://")
         if not found or origin.startswith(SCHEME):
             return None
@@ -113,27 +116,33 @@ class Places:
             )
         return self._openers[scheme]
 
-    def _repo(self, repo: str, revision: str | None, **how: Any) -> Place:
-        from continual.hub import Repo
+    def _repo(self, repo: str, revision: str | None, *, source: str, vet: Hear | None = None) -> Repo:
+        """A repo; with `vet` its commit has to be the newest one."""
+        from continual.hub.repo import Access, Repo
 
-        return Repo(self.hub, repo, revision, read=self.settings.hub.read, workers=self.settings.workers or None, **how)
+        access = Access(self.settings.hub.read, self.settings.workers or None)
+        if vet is not None:
+            access = access._replace(newest=True, vet=vet, newer=self.newer)
+        return Repo(self.hub, repo, revision, source=source, access=access)
 
     def left_out(self, info: Info, called: str | None = None) -> str | None:
-        """Why a repo is not taken by the settings; None if it is. `called`: the name under which it was asked for."""
+        """Why the settings leave a repo out, in a few words; None if they let it in. `called`: the name that was asked
+        for, which a renamed repo does not have any more."""
         from continual.hub.wanted import left_out
 
         return left_out(info, self.settings.hub, self.bases, self.settings.release.repo, called)
 
     def check(self) -> None:
-        """Raises Misconfigured for settings of the Hub that cannot be used, or would find nothing."""
+        """Raises Misconfigured for settings of the Hub that cannot be used, or with which no repo would be found."""
         from continual.hub.wanted import check
 
         check(self.settings.hub)
         if self.settings.hub.watch and not self.bases:
             raise Misconfigured(
-                "hub.watch = true, and the base of this state came from a folder: name its repo with hub.bases (--hub bases=ORG/NAME)"
+                "hub.watch = true, and the base of this state came from a folder: "
+                "name its repo with hub.bases (--hub bases=ORG/NAME)"
             )
 
 
 def _nobody(_info: Info) -> None:
-    """Nobody wants to know."""
+    """Does nothing: nobody asked to hear of newer commits."""

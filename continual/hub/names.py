@@ -1,11 +1,12 @@
-"""How repos of the Hub are written: `ORG/NAME`, `ORG/NAME@REVISION`, `hf://ORG/NAME@REVISION`. Pure."""
+"""How a repo of the Hub is written: `ORG/NAME`, `ORG/NAME@REVISION` or `hf://ORG/NAME@REVISION`. Pure functions."""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
-SCHEME = "hf://"
+from continual.records import SCHEME
+
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _REPO = re.compile(rf"(?:{_PART}/)?{_PART}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,200}")
@@ -13,7 +14,7 @@ _SHA = re.compile(r"[0-9a-f]{40}")
 
 
 class Named(NamedTuple):
-    """A repo, and the revision (a commit, branch or tag) that was asked for, if one was."""
+    """The id of a repo, and a revision (a commit, branch or tag) where the text has one."""
 
     repo: str
     revision: str | None
@@ -30,8 +31,8 @@ def is_sha(text: object) -> bool:
 
 
 def named(text: str) -> Named | None:
-    """What `text` names on the Hub; None if it cannot be a repo. Without the scheme an owner is required, so that a
-    file name is never taken for a repo."""
+    """The repo and revision that `text` names; None if it cannot name a repo. A text without the scheme needs an owner,
+    so that a file name is never taken for a repo."""
     bare = text.removeprefix(SCHEME)
     repo, at, revision = bare.partition("@")
     if not is_repo(repo) or (bare == text and "/" not in repo):

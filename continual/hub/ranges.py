@@ -1,8 +1,8 @@
-"""Weight files of a repo read by ranges: nothing on disk, a bounded window in memory, every byte fetched once a pass.
+"""Reads weight files of a repo by ranges: nothing on disk, a bounded window in memory, every byte fetched once a pass.
 
-What will be read is cut into chunks: a large tensor into several, small neighbours joined into one. A chunk is fetched
-when it is asked for, the ones that follow ahead of time, and dropped when all of it was read; at most `slots` of them
-are there at once.
+The tensors that will be read are cut into chunks: a large tensor into several, small neighbours joined into one. A
+chunk is fetched when a reader asks for it, and the next chunks ahead of time. It is dropped when all of it was read. At
+most `slots` chunks are in memory at once.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from continual.hub.client import Hub, RemoteFile
 from continual.records import FileStat
 
 WINDOW = 40 << 20
-"""Bytes of all chunks together."""
+"""Bytes that all chunks in memory take together."""
 LARGEST, SMALLEST = 8 << 20, 256 << 10
 GAP = 16 << 10
-"""Bytes between two tensors that are fetched along rather than ask twice."""
+"""Bytes between two tensors up to which one request fetches both and the gap."""
 HEAD, HEADS, LEAST = 128 << 10, 512 << 10, 4 << 10
-"""Bytes of a file that are fetched with the first look at it: its header, mostly. And of all files together, where they
-are many, but so many of each."""
+"""The first look at a file fetches its first HEAD bytes, which mostly hold the header. Where there are many files,
+the looks at all of them fetch HEADS bytes together, but at least LEAST of each."""
 AHEAD = 3
 
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """A part of a file. `left`: bytes of it that this pass still reads; `passes`: how often it was read to its end;
-    `used`: when it was used last."""
+    """Bytes `start` to `stop` of a file. `needed`: bytes of it that a pass reads; `left`: those that this pass has still
+    to read; `passes`: how many passes have read it to its end; `used`: the tick of its last use, 0 for none."""
 
     file: int
     start: int
@@ -48,14 +48,14 @@ class Chunk:
 
 
 def cut(extents: Sequence[tuple[int, int, int]], largest: int, gap: int = GAP) -> list[Chunk]:
-    """Chunks of at most `largest` bytes that cover `extents` (file, first byte, bytes; in this order), and no gap
-    between them larger than `gap`.
+    """Cuts `extents` (file, first byte, bytes; sorted) into chunks of at most `largest` bytes. Neighbours that are at
+    most `gap` bytes apart share a chunk.
 
-    What needs several has them for itself: one that it shared with its neighbour would wait in its slot until both
-    threads have come to it.
+    An extent that needs several chunks shares none of them: a shared one would keep its slot until the threads of both
+    extents have read it.
     """
     chunks: list[Chunk] = []
-    whole = False  # whether the last one has whole extents
+    whole = False  # whether the last chunk holds whole extents
     for file, start, nbytes in extents:
         stop, last = start + nbytes, chunks[-1] if chunks else None
         if (
@@ -76,7 +76,8 @@ def cut(extents: Sequence[tuple[int, int, int]], largest: int, gap: int = GAP) -
 
 
 class Ranges:
-    """Files of one repo at one commit. Thread-safe; close it. `stats` have sizes only: a commit does not change."""
+    """Files of one repo at one commit. Thread-safe. The caller closes it. `stats` have sizes only: a commit does not
+    change."""
 
     def __init__(self, hub: Hub, repo: str, sha: str, files: Sequence[RemoteFile], workers: int | None = None) -> None:
         self.stats = tuple(FileStat(file.name, file.size, 0, 0) for file in files)
@@ -93,23 +94,23 @@ class Ranges:
         self._pool: ThreadPoolExecutor | None = None
 
     def expect(self, extents: Sequence[tuple[int, int, int]]) -> None:
-        """Says what will be read, in this order."""
+        """Hears which extents will be read, in this order."""
         with self._ready:
             self._here.clear()
             self._chunks = cut(extents, self._largest)
 
     def will_need(self, file: int, offset: int, length: int) -> None:
-        """Fetches the beginning of this part ahead, if there is room."""
+        """Begins to fetch the chunk at `offset` ahead of time, if a slot is free."""
         with self._ready:
             found = self._find(file, offset)
             if found is not None and length:
                 self._ahead(found, self._chunks[found].passes)
 
     def check_unchanged(self) -> None:
-        """Nothing: a commit does not change."""
+        """Does nothing: a commit does not change."""
 
     def close(self) -> None:
-        """Ends fetching and drops what was fetched."""
+        """Ends fetching and drops every chunk."""
         with self._ready:
             self._closed = True
             self._chunks = []
@@ -119,13 +120,13 @@ class Ranges:
             pool.shutdown(cancel_futures=True)
 
     def pread(self, file: int, length: int, offset: int) -> bytes:
-        """`length` bytes at `offset`. Raises Refuse and Trouble."""
+        """Reads `length` bytes at `offset`. Raises Refuse and Trouble."""
         data = bytearray(length)
         self.preadv(file, memoryview(data), offset)
         return bytes(data)
 
     def preadv(self, file: int, into: memoryview, offset: int) -> None:
-        """Fills `into` from `offset`. Raises Refuse and Trouble."""
+        """Fills `into` with the bytes from `offset` on. Raises Refuse and Trouble."""
         into = into.cast("B")
         while into:
             with self._ready:
@@ -141,7 +142,7 @@ class Ranges:
             into, offset = into[count:], offset + count
 
     def _apart(self, file: int, into: memoryview, offset: int) -> None:
-        """What was not expected: headers, out of the first bytes of the file where they are there."""
+        """Reads bytes that no chunk holds, such as a header: from the first bytes of the file if they reach so far."""
         end = offset + len(into)
         if end <= self._head and file not in self._heads:
             head = bytearray(min(self._head, self.stats[file].size))
@@ -156,7 +157,7 @@ class Ranges:
         self._hub.fetch(self._repo, self._sha, self._files[file], start, into)
 
     def _find(self, file: int, offset: int) -> int | None:
-        """The chunk that has this byte."""
+        """The index of the chunk that holds the byte at `offset`; None if no chunk does."""
         low, high = 0, len(self._chunks)
         while low < high:
             middle = (low + high) // 2
@@ -170,7 +171,7 @@ class Ranges:
         return None
 
     def _take(self, index: int) -> mmap.mmap:
-        """The data of a chunk, fetched by this thread if nobody does so."""
+        """The data of a chunk. This thread fetches it unless another one does."""
         chunk = self._chunks[index]
         with self._ready:
             while chunk.loading:
@@ -185,9 +186,8 @@ class Ranges:
         return data if data is not None else self._load(chunk)
 
     def _load(self, chunk: Chunk) -> mmap.mmap:
-        data = mmap.mmap(
-            -1, chunk.stop - chunk.start
-        )  # given back at once when it is dropped: the heap of each thread would keep some
+        # a mapping is given back as soon as it is dropped; the heap of each thread would keep some of it
+        data = mmap.mmap(-1, chunk.stop - chunk.start)
         try:
             self._fetch(chunk.file, chunk.start, memoryview(data))
             with self._ready:
@@ -205,7 +205,7 @@ class Ranges:
         self._here.add(chunk)
 
     def _read(self, chunk: Chunk, count: int) -> None:
-        """Counts what was read of a chunk; it goes when that was all."""
+        """Counts bytes that were read of a chunk, and drops it after the last one."""
         with self._ready:
             chunk.left -= count
             if chunk.left <= 0:
@@ -216,8 +216,8 @@ class Ranges:
         self._here.discard(chunk)
 
     def _make_room(self) -> None:
-        """Drops the chunk that was not used for the longest time, where all slots are taken: of a pass that read only a
-        part of it."""
+        """Drops chunks that were unused for the longest time until a slot is free: an earlier pass may have read only a
+        part of them."""
         while len(self._here) >= self.slots:
             loaded = [chunk for chunk in self._here if chunk.data is not None]
             if not loaded:
@@ -225,7 +225,7 @@ class Ranges:
             self._drop(min(loaded, key=lambda chunk: chunk.used or self._tick))
 
     def _ahead(self, index: int, passes: int) -> None:
-        """Begins to fetch the next chunks of this pass into slots that are free."""
+        """Begins to fetch the next chunks of this pass into free slots."""
         unread = sum(chunk.used == 0 for chunk in self._here)
         free = min(AHEAD - unread, self.slots - 1 - len(self._here))
         for chunk in self._chunks[index : index + AHEAD]:
@@ -239,7 +239,8 @@ class Ranges:
             self._pool.submit(self._load_ahead, chunk)
 
     def _load_ahead(self, chunk: Chunk) -> None:
-        """Fetches a chunk that nobody has asked for yet; whoever does tries again, and is told what is wrong."""
+        """Fetches a chunk that no reader has asked for yet. An error is dropped here: the reader tries again, and gets
+        the error then."""
         with contextlib.suppress(Exception):
             if self._closed:
                 raise Abandoned("closed")

@@ -1,8 +1,8 @@
-"""A repo of the Hub at one commit as a place where a model is: headers and configuration by ranges, weights by ranges
-or through the client's cache.
+"""A repo of the Hub at one commit, as a place: headers and configuration are read by ranges, weights by ranges or
+through the client's cache.
 
-The commit is found out once and pinned; whatever happens to the repo afterwards, what is read is of that commit or is
-refused.
+The Hub is asked for the commit once. Whatever happens to the repo afterwards, every byte is of that commit, or the
+candidate is refused.
 """
 
 from __future__ import annotations
@@ -13,115 +13,117 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from continual.errors import Refuse, Skip
 from continual.hub.client import TIMEOUT, Hub, Info, RemoteFile, Trouble
-from continual.hub.names import SCHEME, is_sha
+from continual.hub.names import is_sha
 from continual.hub.ranges import Ranges
-from continual.records import FileStat
+from continual.records import SCHEME, FileStat
 from continual.retrying import Fault
 from continual.tensors.files import LARGEST_CONFIG, Files
 from continual.tensors.place import Weights
 
-Vet = Callable[[Info], None]
-"""Raises for a repo that the settings leave out."""
-Newer = Callable[[Info], None]
-"""Hears of the commit that came after the one that was asked for."""
+Hear = Callable[[Info], None]
+"""A function that is called with what the Hub says of a repo."""
+
+
+class Access(NamedTuple):
+    """How a repo is read, and when it is refused.
+
+    `read`: weights by ranges with nothing on disk (`stream`), or through the cache of the Hub's client (`cache`).
+    `workers`: how many threads read at a time; None: one a core. `newest`: the commit must still be the newest one of
+    the repo; a commit that a newer one has replaced is refused as `superseded`. `vet` raises Skip for a repo that the
+    settings leave out. `newer` is called with the commit that has replaced the one asked for.
+    """
+
+    read: Literal["stream", "cache"] = "stream"
+    workers: int | None = None
+    newest: bool = False
+    vet: Hear | None = None
+    newer: Hear | None = None
+
+
+STREAMED = Access()
 
 
 class Repo:
-    """A model repo. Lazy: nothing is asked before something has to be known.
+    """A model repo. It is lazy: the Hub is asked when the first answer is needed.
 
-    `revision` is a commit, or a branch or tag that is resolved once, default the newest commit. `newest`: the commit
-    has to be the newest one, as it was when a source saw it; what came after it takes its place.
+    `revision` is a commit, a branch or a tag; a branch or tag is resolved to its commit once. None: the newest commit.
     """
 
     only = None
 
     def __init__(
-        self,
-        hub: Hub,
-        repo: str,
-        revision: str | None = None,
-        *,
-        source: str = "hand",
-        read: Literal["stream", "cache"] = "stream",
-        newest: bool = False,
-        vet: Vet | None = None,
-        newer: Newer | None = None,
-        workers: int | None = None,
+        self, hub: Hub, repo: str, revision: str | None = None, *, source: str = "hand", access: Access = STREAMED
     ) -> None:
         self.hub = hub
         self.name = repo
         self.origin = f"{SCHEME}{repo}"
         self.source = source
         self._revision = revision
-        self._read = read
-        self._newest = newest
-        self._vet = vet
-        self._newer = newer
-        self._workers = workers
+        self._access = access
         self._info: Info | None = None
         self._small: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
     @property
     def info(self) -> Info:
-        """The repo at its commit. Raises Refuse (`gone`, `gated`, `superseded`), Trouble, and what the settings say of
-        it.
+        """The repo at its commit. Raises Refuse (`gone`, `gated`, `superseded`), Trouble, and Skip where the settings
+        leave it out.
 
-        A repo that was renamed answers under its new name, which is then its name here, too.
+        The Hub answers for a renamed repo under its new name; from then on this place has the new name, too.
         """
         with self._lock:
             if self._info is None:
                 found = self._found()
-                if self._newest and self._revision not in (None, found.sha):
+                if self._access.newest and self._revision not in (None, found.sha):
                     self._superseded(found)
-                if self._vet is not None:
-                    self._vet(found)
+                if self._access.vet is not None:
+                    self._access.vet(found)
                 self.name, self.origin, self._info = found.id, f"{SCHEME}{found.id}", found
             return self._info
 
     def _found(self) -> Info:
-        """What the Hub says. Raises Refuse, Trouble, and Skip for a repo that is gone of which no commit is known:
-        there is nothing to settle."""
+        """Asks the Hub for the repo. Raises Refuse and Trouble; Skip for a repo that is gone and of which no commit is
+        known: there is no key under which it could be settled."""
         try:
-            return self.hub.info(self.name, None if self._newest else self._revision)
+            return self.hub.info(self.name, None if self._access.newest else self._revision)
         except Refuse as error:
-            if self._newest and self._revision is None:
+            if self._access.newest and self._revision is None:
                 raise Skip(str(error)) from None
             raise
 
     def _superseded(self, head: Info) -> None:
-        """Raises Refuse (`superseded`) if `head` came after the commit that is meant, Trouble if the Hub only lags
-        behind it, and what the settings say of it."""
+        """Decides between two commits: raises Refuse (`superseded`) if `head` came after ours, Trouble if the Hub
+        answers with an older one, and Skip where the settings leave the repo out."""
         assert self._revision is not None
         try:
             before = self.hub.history(self.name, self._revision)
-        except Refuse:  # it is in the repo no more: the history was written anew
+        except Refuse:  # our commit is gone: somebody rewrote the history of the repo
             before = []
         if head.sha in before:
             raise Trouble(f"{self}: the Hub answers with an older commit; nothing was settled", Fault.TRANSPORT)
-        if self._vet is not None:
-            self._vet(head)
-        if self._newer is not None:
-            self._newer(head)
+        if self._access.vet is not None:
+            self._access.vet(head)
+        if self._access.newer is not None:
+            self._access.newer(head)
         raise Refuse("superseded", f"{self}: {head.sha[:12]} came after it, and is looked at in its place")
 
     @property
     def revision(self) -> str | None:
-        """The commit, where it is known yet."""
+        """The commit once the Hub was asked; before that the revision that was given."""
         return self._info.sha if self._info else self._revision
 
     @property
     def settled_key(self) -> str | None:
-        """Its key, where the commit is known."""
+        """The candidate's key, or None while the commit is not known."""
         return f"hub:{self.name}@{self.revision}" if is_sha(self.revision) else None
 
     @property
     def licence(self) -> str | None:
-        """The licence that its card names, once the repo was asked for."""
+        """The licence that the card of the repo names; None before the Hub was asked."""
         return (self._info.licence or None) if self._info else None
 
     def __str__(self) -> str:
@@ -129,23 +131,24 @@ class Repo:
         return self.origin if revision is None else f"{self.origin}@{revision[:12] if is_sha(revision) else revision}"
 
     def file(self, name: str) -> str:
-        """Its address."""
+        """How messages name a file of the repo."""
         return f"{self}/{name}"
 
     def must_be_there(self) -> None:
-        """Asks for it. Raises as `info`."""
-        _ = self.info
+        """Asks the Hub for the repo, unless that was done. Raises as `info`."""
+        _ = self.info  # the property raises
 
     def names(self) -> frozenset[str]:
-        """Files at its top level."""
+        """Names of the files at the top level of the repo."""
         return frozenset(name for name in self.info.files if "/" not in name)
 
     def present(self, name: str) -> bool:
-        """Whether the commit has it."""
+        """Whether the commit has a file of this name."""
         return name in self.info.files
 
     def small(self, name: str) -> bytes:
-        """At most 32 MiB; kept, so that it is fetched once."""
+        """The contents of a configuration file of at most 32 MiB. It is fetched once and kept. Raises Refuse
+        (`no-file`, `config`) and Trouble."""
         if name not in self._small:
             file = self._file(name)
             if file.size > LARGEST_CONFIG:
@@ -154,20 +157,20 @@ class Repo:
         return self._small[name]
 
     def open(self, names: Sequence[str]) -> Weights:
-        """Opens them for reading by ranges; through the cache, what was asked to be read that way and is more than
-        configuration."""
+        """Opens files for reading: by ranges, or through the cache where `Access.read` says so and there are weights
+        among them. Raises Refuse (`no-file`) and Trouble."""
         files = [self._file(name) for name in names]
-        ranges = Ranges(self.hub, self.name, self.info.sha, files, self._workers)
-        cached = self._read == "cache" and any(name.endswith(".safetensors") for name in names)
+        ranges = Ranges(self.hub, self.name, self.info.sha, files, self._access.workers)
+        cached = self._access.read == "cache" and any(name.endswith(".safetensors") for name in names)
         return Cached(ranges, self.hub, self.name, self.info.sha, files) if cached else ranges
 
     def look(self) -> tuple[FileStat, ...]:
-        """Its weight files, where they were asked for."""
+        """The weight files of the commit; none before the Hub was asked."""
         files = self._info.files.values() if self._info else ()
         return tuple(FileStat(f.name, f.size, 0, 0) for f in files if f.name.endswith(".safetensors"))
 
     def key(self, files: Sequence[FileStat]) -> str:  # noqa: ARG002
-        """The repo and the commit: what its files are follows from it."""
+        """The candidate's key: the repo and the commit, which says what every file holds."""
         return self.settled_key or f"hub:{self.name}@{self.info.sha if self._info else self._revision}"
 
     def _file(self, name: str) -> RemoteFile:
@@ -178,10 +181,10 @@ class Repo:
 
 
 class Cached:
-    """Weight files through the cache of the Hub's client (HF_HOME): headers by ranges, all of a file when a tensor of
-    it is asked for.
+    """Weight files read through the cache of the Hub's client (HF_HOME). Headers are read by ranges; a whole file is
+    fetched when the first of its tensors is read.
 
-    A file's SHA-256 is compared with what the Hub says of it before a byte is used.
+    Before a byte of a fetched file is used, its SHA-256 is compared with the one that the Hub names.
     """
 
     def __init__(self, ranges: Ranges, hub: Hub, repo: str, sha: str, files: Sequence[RemoteFile]) -> None:
@@ -192,31 +195,31 @@ class Cached:
         self._locks = [threading.Lock() for _ in files]
 
     def expect(self, extents: Sequence[tuple[int, int, int]]) -> None:  # noqa: ARG002
-        """From now on reading is of tensors."""
+        """Hears that headers are done and tensors follow."""
         self._expected = True
 
     def will_need(self, file: int, offset: int, length: int) -> None:
-        """Nothing: the whole file is fetched at once."""
+        """Does nothing: a file is fetched as a whole."""
 
     def check_unchanged(self) -> None:
-        """Raises Retry if a file of the cache was changed meanwhile."""
+        """Raises Retry if somebody changed a file of the cache since it was opened."""
         for files in self._local.values():
             files.check_unchanged()
 
     def close(self) -> None:
-        """Closes what is open."""
+        """Closes every open file."""
         self._ranges.close()
         while self._local:
             self._local.popitem()[1].close()
 
     def pread(self, file: int, length: int, offset: int) -> bytes:
-        """`length` bytes at `offset`."""
+        """Reads `length` bytes at `offset`. Raises Refuse and Trouble."""
         data = bytearray(length)
         self.preadv(file, memoryview(data), offset)
         return bytes(data)
 
     def preadv(self, file: int, into: memoryview, offset: int) -> None:
-        """Fills `into` from `offset`. Raises Refuse and Trouble."""
+        """Fills `into` with the bytes from `offset` on. Raises Refuse and Trouble."""
         if not self._expected:
             self._ranges.preadv(file, into, offset)
             return
@@ -227,17 +230,26 @@ class Cached:
 
 
 def download(hub: Hub, repo: str, sha: str, file: RemoteFile) -> Path:
-    """A file of a commit in the cache of the Hub's client (HF_HOME), fetched unless it is there; its hash is what the
-    Hub says.
+    """The path of a file of a commit in the cache of the Hub's client (HF_HOME). The file is fetched unless it is
+    there, and its hash is compared with the one that the Hub names.
 
     Raises Refuse (`gone`, `gated`, `changed`) and Trouble.
     """
     from huggingface_hub import hf_hub_download
 
     what = f"{repo}@{sha[:12]}/{file.name}"
-    how: dict[str, Any] = {"revision": sha, "endpoint": hub.endpoint, "token": hub.api.token, "etag_timeout": TIMEOUT}
-    for force in (False, True):  # what lies in the cache can have been damaged there
-        path = Path(hub.ask(what, partial(hf_hub_download, repo, file.name, force_download=force, **how)))
+    for force in (False, True):  # a file in the cache can be damaged; then it is fetched again
+        fetch = partial(
+            hf_hub_download,
+            repo,
+            file.name,
+            revision=sha,
+            endpoint=hub.endpoint,
+            token=hub.api.token,
+            etag_timeout=TIMEOUT,
+            force_download=force,
+        )
+        path = Path(hub.ask(what, fetch))
         if same(path, file):
             return path
     raise Refuse(
@@ -246,7 +258,8 @@ def download(hub: Hub, repo: str, sha: str, file: RemoteFile) -> Path:
 
 
 def same(contents: Path | bytes, file: RemoteFile) -> bool:
-    """Whether contents are those of a file on the Hub: by SHA-256 where it is in LFS, by git's blob id elsewhere."""
+    """Whether `contents` are those of a file on the Hub: compares the SHA-256 of a file in LFS, git's blob id of any
+    other."""
     size = len(contents) if isinstance(contents, bytes) else contents.stat().st_size
     found = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with io.BytesIO(contents) if isinstance(contents, bytes) else open(contents, "rb") as opened:

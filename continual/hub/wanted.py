@@ -1,5 +1,5 @@
-"""Which repos of the Hub are candidates at all, by the settings: pure. What is left out here gets no record: it is
-looked at again when the settings change."""
+"""Decides by the settings which repos of the Hub are candidates at all. Pure functions. A repo that is left out here
+gets no record, so that it is looked at again when the settings change."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from continual.hub.names import is_repo
 def left_out(
     info: Info, asked: HubSettings, bases: Collection[str], own: str | None = None, called: str | None = None
 ) -> str | None:
-    """Why a repo is not taken, in a few words; None if it is. `bases` are the repos whose fine-tunes are wanted, `own`
-    the one we publish to, `called` the name under which it was asked for, if it was renamed.
+    """Why a repo is left out, in a few words; None if it is taken.
 
-    Sizes are judged where the files are known; a listing does not have them.
+    `bases`: the repos whose fine-tunes are wanted. `own`: the repo that we publish to. `called`: the name that was
+    asked for, which a renamed repo does not have any more. Sizes are judged where the files are known; a row of a
+    listing does not have them.
     """
     if info.id in (own, *bases):
         return "our own releases" if info.id == own else "the base itself"
@@ -56,14 +57,14 @@ def check(asked: HubSettings) -> None:
     for name, words in (("bases", asked.bases), ("repos", asked.repos), ("authors", asked.authors)):
         for word in words:
             if not is_repo(word) or (name == "authors" and "/" in word):
-                raise Misconfigured(
-                    f"hub.{name}: {word!r} is no {'user or organisation' if name == 'authors' else 'repo: write ORG/NAME'}"
-                )
+                kind = "user or organisation" if name == "authors" else "repo: write ORG/NAME"
+                raise Misconfigured(f"hub.{name}: {word!r} is no {kind}")
     since_of(asked)
 
 
 def since_of(asked: HubSettings) -> datetime | None:
-    """The time before which repos are not looked at. Raises Misconfigured for a text that is none."""
+    """The time of `hub.since`: repos whose last commit is older are left out. Raises Misconfigured for a text that is
+    no date or time."""
     if asked.since is None:
         return None
     try:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
-from continual.hub.names import SCHEME, is_repo, is_sha
+from continual.hub.names import is_repo, is_sha
+from continual.records import SCHEME
 
 MOST = 1000
 """Folded models that a card lists, the newest; the Hub and its readers have to get through it."""

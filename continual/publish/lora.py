@@ -36,7 +36,7 @@ from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
 from continual.publish.folder import DTYPES, free, parse_dtype, provenance_of, written
 from continual.publish.weights import Placed, header, raw, write_at
-from continual.records import ITEMSIZE, TensorSpec
+from continual.records import ITEMSIZE, SCHEME, TensorSpec
 from continual.tensors import BaseModel
 from continual.tensors.adapter import WEIGHTS
 from continual.tensors.adapter_config import CONFIG
@@ -331,7 +331,7 @@ def _config(base: Mapping[str, Any], adapted: Sequence[Adapted], rank: int) -> d
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": str(base.get("repo") or base["path"]).removeprefix("hf://"),
+        "base_model_name_or_path": str(base.get("repo") or base["path"]).removeprefix(SCHEME),
         "revision": base.get("revision"),
         "r": rank,
         "lora_alpha": rank,

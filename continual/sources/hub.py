@@ -20,8 +20,7 @@ import structlog
 from continual.config import HubSettings, Settings
 from continual.errors import Halt, Refuse, Retry
 from continual.hub import Info, Trouble, must_be_online
-from continual.hub.locate import SCHEME
-from continual.records import Candidate, Event
+from continual.records import SCHEME, Candidate, Event
 from continual.retrying import Fault, next_poll
 from continual.sources.contract import Sight, Source, SourceKind, SourceReport, Wiring
 from continual.sources.cursor import Cursor, Sighting

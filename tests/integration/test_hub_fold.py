@@ -310,4 +310,4 @@ def test_repos_wait_in_the_pool_and_come_out_again(
         ours.unfold(plan)
         assert ours.state.ledger.folds() == []
         assert len(ours.retry("org/good")) == 1
-        assert [c["origin"] for c in ours.state.ledger.retried()] == ["hf://org/good"]
+        assert [c.origin for c in ours.state.ledger.retried()] == ["hf://org/good"]
