@@ -15,7 +15,6 @@ from continual.api import Merge
 from continual.errors import Misconfigured
 from continual.publish import card, folder, hub
 from continual.publish.hub import Released
-from continual.records import SCHEME
 from continual.rules import ReadOptions
 from continual.state import Commit
 from continual.state.durable import link_tree
