@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import pydoc
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.pages import DECISIONS, PAGES, ROOT, anchors, links, name, prose
+from continual.errors import Refuse
+from continual.gates.contract import AtNumbers, Gate, Numbers
+from continual.records import Totals
+from tests.helpers.pages import DECISIONS, PAGES, ROOT, anchors, blocks, links, name, prose
+from tests.unit.test_layers import ROOMS
 
 STATUS = r"in force|replaced (?:in part )?by \[(?P<new>\d{4})\]\((?P=new)-[a-z0-9-]+\.md\)(?:, .+)?"
 every_page = pytest.mark.parametrize("page", PAGES, ids=name)
@@ -31,7 +37,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 @every_page
 def test_every_file_that_a_page_names_exists(page: Path) -> None:
     named = re.findall(r"(?<![\w/.-])(?:continual|tests|ops|state)/[\w./-]*\w", page.read_text())
-    generated = re.compile(r"state/(?!FORMAT)|tests/unit/.*_(yours|mine)")
+    generated = re.compile(r"state/(?!FORMAT)|.*(NAME|ROOM)")
     missing = [path for path in named if not generated.match(path) and not (ROOT / path).exists()]
     assert missing == []
 
@@ -75,3 +81,21 @@ def test_the_glossary_has_each_word_once_and_says_where_it_lives() -> None:
     assert len(words) > 60
     assert [word for word in words if words.count(word) > 1] == []
     assert len(re.findall(r"`continual\.\w+", text)) > len(words) / 2
+
+
+def test_the_map_of_the_house_has_every_room_in_its_order() -> None:
+    page = (ROOT / "ops/docs/contributing.md").read_text().partition("## A map of the house")[2]
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert listed == [room for room, _ in ROOMS if not room.startswith("__")]
+
+
+def test_the_gate_that_the_page_shows_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = blocks(ROOT / "ops/docs/contributing.md", "python")
+    names: dict[str, type[Gate]] = {"__name__": "enough"}
+    monkeypatch.setitem(sys.modules, "enough", types.ModuleType("enough"))
+    exec(code, names)
+    gate = names["EnoughGate"](most=2)  # type: ignore[call-arg]
+    assert isinstance(gate, AtNumbers)
+    gate.judge(Numbers("alice", 1.0, 1.0, Totals(count=1.0)))
+    with pytest.raises(Refuse, match="alice: 2 models are in the merge; most = 2"):
+        gate.judge(Numbers("alice", 1.0, 1.0, Totals(count=2.0)))
