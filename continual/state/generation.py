@@ -52,16 +52,14 @@ class Generation:
     @property
     def receipts(self) -> Receipts:
         """The receipts, read once. Raises as `load` does."""
-        return self.load()
+        return self._receipts or self.load()
 
     def load(self) -> Receipts:
-        """Reads the receipts, if they were not read before. Raises Misconfigured if the generation has expired, Damaged
-        if they are not those that its record names."""
+        """Makes sure that the generation is there, and reads the receipts if they were not read before. Raises
+        Misconfigured if it has expired, Damaged if the receipts are not those that its record names."""
+        if not self.directory.exists():
+            raise Misconfigured(f"{self.directory} has expired: only the last few generations and tagged ones are kept")
         if self._receipts is None:
-            if not self.directory.exists():
-                raise Misconfigured(
-                    f"{self.directory} has expired: only the last few generations and tagged ones are kept"
-                )
             body, checksum = framing.decode(self.directory / RECEIPTS)
             if checksum != self.checksum:
                 raise Damaged(

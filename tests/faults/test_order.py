@@ -16,11 +16,8 @@ from continual.errors import Retry
 from continual.executors.contract import silent
 from continual.publish import folder, lora
 from continual.publish.folder import Target
-from continual.records import Candidate, Totals
 from continual.state import State
-from continual.state.entries import FoldEntry
 from continual.state.inbox import Inbox, PushRecord, save_cursor
-from continual.state.parts import FoldNumbers
 from continual.state.verify import verify
 from tests.helpers import house, models, stores
 from tests.helpers.trace import Trace, power_cuts, traced, tree, write
@@ -40,11 +37,7 @@ def folded(state: State, number: int) -> int:
                     values["sum"] += number
             else:
                 transaction.write(name, "sum", stores.value(name, number))
-        candidate = Candidate(f"k{number}", f"n{number}", "test", f"/o{number}", "full", 1)
-        entry = FoldEntry(
-            candidate=candidate, digest=f"blake3:{number}", totals=Totals(count=1.0), numbers=FoldNumbers(tau_norm=1.0)
-        )
-        return state.commit(transaction, entry).seq
+        return state.commit(transaction, stores.entry(number)).seq
 
 
 def initiation(place: Path) -> tuple[Trace, list[Path]]:

@@ -41,18 +41,22 @@ def value(name: str, number: int) -> np.ndarray:
     )
 
 
+def entry(number: int) -> FoldEntry:
+    """What the record of fold `number` says."""
+    return FoldEntry(
+        candidate=Candidate(f"k{number}", f"n{number}", "test", f"/o{number}", "full", 1),
+        digest=f"blake3:{number}",
+        totals=Totals(count=float(number)),
+        numbers=FoldNumbers(tau_norm=1.0),
+    )
+
+
 def fold(state: State, number: int) -> int:
     """Fold `number` (from 1) of a made-up candidate; returns its record."""
     with state.begin() as transaction:
         for name in SHAPES:
             transaction.write(name, "sum", value(name, number))
-        entry = FoldEntry(
-            candidate=Candidate(f"k{number}", f"n{number}", "test", f"/o{number}", "full", 1),
-            digest=f"blake3:{number}",
-            totals=Totals(count=float(number)),
-            numbers=FoldNumbers(tau_norm=1.0),
-        )
-        return state.commit(transaction, entry).seq
+        return state.commit(transaction, entry(number)).seq
 
 
 def history(path: Path) -> None:

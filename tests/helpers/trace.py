@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -123,6 +123,27 @@ def traced(root: Path, *, trees: bool = False) -> Iterator[Trace]:
             os.close(fd)
 
 
+@contextlib.contextmanager
+def at_event(name: str, path: Path, action: Callable[[], object]) -> Iterator[list[str]]:
+    """Calls `action` when Python is about to do what the audit event `name` says (`open`, `os.listdir`, `os.rename`, …)
+    with `path`, the first time in the block. Yields a list that then has the event's name."""
+    global _interruption
+    _install()
+    done: list[str] = []
+
+    def interrupt(heard: str, args: tuple[object, ...]) -> None:
+        if heard == name and not done and args and isinstance(args[0], str | os.PathLike) and Path(args[0]) == path:
+            done.append(heard)
+            action()
+
+    _interruption = interrupt
+    try:
+        yield done
+    finally:
+        _interruption = None
+
+
+_interruption: Callable[[str, tuple[object, ...]], None] | None = None
 _now: Trace | None = None
 _lock = threading.RLock()
 _installed = False
@@ -136,6 +157,8 @@ def _install() -> None:
 
 
 def _heard(name: str, args: tuple[object, ...]) -> None:
+    if _interruption is not None:
+        _interruption(name, args)
     trace = _now
     if trace is None or name not in _EVENTS:
         return

@@ -10,8 +10,7 @@ import os
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,18 +21,7 @@ from continual.errors import ContinualError, Retry
 from continual.state import State
 from continual.state.verify import verify
 from tests.helpers import models
-
-
-@contextmanager
-def mounted(path: Path, *options: str) -> Iterator[None]:
-    """A file system mounted at `path`; skips the test where that is not allowed."""
-    done = subprocess.run(["mount", *options, str(path)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
+from tests.helpers.mounting import mounted
 
 
 def rewrite(model: Path) -> None:

@@ -16,7 +16,7 @@ import zarr
 
 from continual.errors import Busy, Damaged, Misconfigured, Retry
 from continual.records import SlotSpec, TensorSpec, Totals
-from continual.state import Format, State, Transaction, arrays, names
+from continual.state import Format, State, arrays, names
 from continual.state.entries import FoldEntry
 from continual.state.parts import FoldNumbers
 from continual.state.verify import verify
@@ -221,35 +221,6 @@ def test_chunks_are_equal_row_blocks_of_at_most_32_mib() -> None:
 def test_names_of_arrays(name: str, encoded: str) -> None:
     assert names.encode(name) == encoded
     assert names.decode(encoded) == name
-
-
-def test_a_full_disk_settles_nothing(tmp_path: Path) -> None:
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24M", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        with stores.make(place / "s") as state:
-            stores.fold(state, 1)
-            with state.begin() as transaction:
-                (place / "ballast").write_bytes(bytes(os.statvfs(place).f_bavail * os.statvfs(place).f_frsize - 8192))
-                with pytest.raises(Retry, match="disk is full"):
-                    _write_all(transaction)
-            with pytest.raises(Retry, match="free some space"):
-                state.begin()
-            (place / "ballast").unlink()
-            assert stores.fold(state, 2) == 2
-            assert verify(state) == []
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
-def _write_all(transaction: Transaction) -> None:
-    for name in stores.SHAPES:
-        transaction.write(name, "sum", stores.value(name, 2))
 
 
 def test_the_lock_file_is_json_for_those_who_ask(tmp_path: Path) -> None:
