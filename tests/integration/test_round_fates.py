@@ -234,7 +234,7 @@ def test_the_ledger_alone_gives_back_pool_fates_and_history(tmp_path: Path, base
     state = tmp_path / "state"
 
     def told(merge: api.Merge) -> Any:
-        pool = {k: (w.commit.seq, w.since, w.rounds, dict(w.last)) for k, w in merge.pool().items()}
+        pool = {k: (w.commit.seq, w.since, w.rounds, w.last) for k, w in merge.pool().items()}
         keys = {c.entry.candidate.key for c in merge.state.ledger.log if c.entry.candidate}
         fates = {
             k: (f.seq, f.entry.fate, f.entry.reason, f.entry.message)
