@@ -73,6 +73,7 @@ _FLAGS = (
     _flag("missing", _TEXT, "A tensor the fine-tune lacks: refuse or unchanged."),
     _flag("vocab", _TEXT, "Another vocabulary size: refuse or common-rows."),
     _flag("max_base_ratio", _NUMBER, "Largest task-vector norm, times the base's norm."),
+    _flag("gates", _TEXTS, "Setting of one gate, as NAME.KEY=VALUE; repeatable.", "--gate"),
     _flag("select", _TEXT, "Let models wait for rounds that choose: none, relevance or frank-wolfe."),
     _flag("objective", _TEXT, "What is good: causal-lm, classification, heads or module:function."),
     _flag("rows", _PATHS, "Calibration rows of a task (JSONL); repeatable."),
@@ -101,7 +102,7 @@ MACHINE = ("base", "device", "workers", "memory")
 """Where the base is, and what of the machine is used."""
 READING = ("base", "workers", "memory")
 """The same of a command that only reads the merge."""
-GATES = ("weight", "updates", "missing", "vocab", "max_base_ratio")
+GATES = ("weight", "updates", "missing", "vocab", "max_base_ratio", "gates")
 """What is let in, and with which weight."""
 SOURCES = ("hub", "sources")
 """What is taken besides what lies in the watched folders."""

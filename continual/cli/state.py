@@ -164,7 +164,7 @@ def scale(
 
 
 @app.command()
-@takes("keep", "missing", "vocab", *MACHINE, *OPENING)
+@takes("keep", "missing", "vocab", "gates", *MACHINE, *OPENING)
 def unfold(
     model: Annotated[str, typer.Argument(help="Name, path, key or record number of a model in the merge.")],
     at: Annotated[

@@ -55,6 +55,23 @@ def test_a_day_with_the_command(tmp_path: Path, place: tuple[Path, Path]) -> Non
     assert "first" in run("tag", "--state", state).stdout
 
 
+@pytest.mark.parametrize("command", ["fold", "plan"])
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("size.most=1", "gates.size: no such gate; known are own-release, updates, lineage"),
+        ("norms.most=1", "gates.norms.most: unknown; the settings of this gate are: none"),
+        ("lineage.vocab=common-rows", "gates.lineage.vocab: vocab is a setting of that name; set it there"),
+    ],
+)
+def test_a_setting_of_a_gate_reaches_the_gates(
+    tmp_path: Path, place: tuple[Path, Path], command: str, flag: str, words: str
+) -> None:
+    base, state = place
+    done = run(command, models.fine_tune(base, tmp_path / "ft", 1), "--gate", flag, "--state", state)
+    assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+
+
 def test_damage_is_found_and_named(tmp_path: Path, place: tuple[Path, Path]) -> None:
     base, state = place
     assert run("fold", models.fine_tune(base, tmp_path / "ft", 1), "--state", state).returncode == 0

@@ -297,9 +297,9 @@ def test_why_has_every_round_with_its_company(tmp_path: Path, base: Path) -> Non
         merge.round()
         told = merge.why(first.key)
         assert (told.name, told.origin, told.since) == ("noise0", str(noise), first.since)
-        assert [(r["members"], r["judged"]) for r in told.rounds] == [(2, 1), (2, 1)]
+        assert [(r.members, r.row.judged) for r in told.rounds] == [(2, 1), (2, 1)]
         assert (told.rounds[0].row.score, told.rounds[0].row.z) == (found["noise0"].score, found["noise0"].z)
-        assert all(r["objective"].startswith("blake3:") for r in told.rounds)
+        assert all(r.objective.startswith("blake3:") for r in told.rounds)
         folded = merge.why("good0")
         assert (folded.fate, folded.message) == (
             "folded",
