@@ -54,3 +54,11 @@ def test_a_small_change_is_read_and_what_rounding_left_is_not() -> None:
     assert (found.keep, list(found.add)) == ((1.0,), ["b"])
     assert found.add["b"] == pytest.approx((1e-6,), rel=1e-6)
     assert mix(before, rounded, (), ["a", "b", "c"]).add == {}
+
+
+def test_a_layer_in_which_the_rest_has_no_weight_is_made_of_its_members_alone() -> None:
+    before = torch.tensor([[0.5, 0.2], [0.25, 0.0]], dtype=torch.float64)
+    after = torch.tensor([[0.5, 0.6], [0.1, 0.0]], dtype=torch.float64)
+    found = mix(before, after, (0.25, 0.0), ["a"])
+    assert found.keep == (pytest.approx(0.4), 0.0)
+    assert found.add["a"] == (pytest.approx(0.3), 0.6)
