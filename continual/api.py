@@ -84,7 +84,7 @@ class Merge:
         self.rule = rule(self.state.format.rule, self.state.format.options)
         self._base: BaseModel | None = None
         self._engine: Engine | None = None
-        base = self.state.format.base.get("repo")
+        base = self.state.format.base.repo
         self.places = Places(settings, base, client, openers(settings))
         self._lengths: dict[str, tuple[float, float]] = {}
 

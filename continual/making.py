@@ -6,7 +6,7 @@ An open state is `continual.api.Merge`. How a state lies on disk is the matter o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +19,7 @@ from continual.hub import Repo
 from continual.hub.locate import Places
 from continual.rules import read_options, rule
 from continual.state import Format, State
+from continual.state.format import BaseRecord
 from continual.tensors import BaseModel, Folder, Place, describe
 
 if TYPE_CHECKING:
@@ -101,14 +102,15 @@ def init(
     with open_checkpoint(found.place) as checkpoint:
         model = describe(checkpoint, plain=recipe.plain, exclude=recipe.exclude)
         made = _survey(found.name, model, recipe)
-        record = {
-            "path": str(found.path),
-            **found.remote,
-            "files": files_of(checkpoint),
-            **measure_base(model, progress)._asdict(),
-            "plain": list(recipe.plain),
-            "exclude": list(recipe.exclude),
-        }
+        measured = measure_base(model, progress)
+        record = replace(
+            found.record,
+            files=files_of(checkpoint),
+            digests=measured.digests,
+            squares=measured.squares,
+            plain=recipe.plain,
+            exclude=recipe.exclude,
+        )
         checkpoint.check_unchanged()
     slots = {spec.name: chosen.slots(spec) if spec.kind != "carried" else {} for spec in model.specs}
     State.create(
@@ -159,21 +161,21 @@ def agree(state: State, settings: Settings) -> None:
 
 
 class _Found(NamedTuple):
-    """A base that lies on this machine: its directory, the path that the state keeps, its name for people, and what
-    else the state keeps where it came from the Hub (`repo`, `revision`, `licence`)."""
+    """A base that lies on this machine: its directory, its name for people, and what the state keeps of where it came
+    from."""
 
     place: Folder
-    path: Path
     name: str
-    remote: Mapping[str, str | None]
+    record: BaseRecord
 
 
 def _found(place: Place, word: str | Path, progress: Progress) -> _Found:
     if isinstance(place, Repo):
-        path, remote = fetched(place.hub, place.info.id, place.info.sha, progress)
-        return _Found(Folder(path), path.absolute(), f"{remote['repo']}@{remote['revision']}", remote)
+        path, repo, revision, licence = fetched(place.hub, place.info.id, place.info.sha, progress)
+        record = BaseRecord(path=str(path.absolute()), repo=repo, revision=revision, licence=licence)
+        return _Found(Folder(path), f"{repo}@{revision}", record)
     assert isinstance(place, Folder)
-    return _Found(place, place.path.resolve(), str(word), {"revision": None})
+    return _Found(place, str(word), BaseRecord(path=str(place.path.resolve())))
 
 
 def _survey(base: str, model: BaseModel, recipe: Recipe) -> Survey:

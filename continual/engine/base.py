@@ -14,6 +14,7 @@ from continual.executors.contract import Progress, silent
 from continual.hub.locate import Places
 from continual.linalg import dot
 from continual.state import State
+from continual.state.format import BaseFile
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, describe, open_model
 from continual.tensors.checkpoint import TORCH
 
@@ -49,29 +50,31 @@ def open_base(state: State, places: Places, moved: Path | None = None) -> BaseMo
     there, Damaged naming the first tensor that differs.
     """
     record = state.format.base
-    path = moved or Path(record["path"])
-    there = all((path / file["name"]).exists() for file in record["files"])  # a fetch that was cut off leaves some
-    if not there and moved is None and record.get("repo"):
-        path = fetched(places.hub, record["repo"], record["revision"], silent).path
+    path = moved or Path(record.path)
+    there = all((path / file.name).exists() for file in record.files)  # a fetch that was cut off leaves some
+    if not there and moved is None and record.repo is not None:
+        path = fetched(places.hub, record.repo, record.revision, silent).path
     if not path.exists():
         raise Misconfigured(f"base {path} is gone: put it back, or say where it is now with base = DIR (--base)")
-    model = describe(open_checkpoint(path), plain=record["plain"], exclude=record["exclude"])
+    model = describe(open_checkpoint(path), plain=record.plain, exclude=record.exclude)
     if model.specs != state.format.tensors:
         raise Damaged(
             f"base {path} is not the one this state was made from: its tensors have other names, shapes or dtypes"
         )
-    if files_of(model.checkpoint) != list(record["files"]):
+    if files_of(model.checkpoint) != record.files:
         digests = measure_base(model, silent).digests
-        if differing := sorted(name for name, digest in record["digests"].items() if digests.get(name) != digest):
+        if differing := sorted(name for name, digest in record.digests.items() if digests.get(name) != digest):
             raise Damaged(f"base {path} is not the one this state was made from: tensor {differing[0]} differs")
     return model
 
 
 class Fetched(NamedTuple):
-    """A base from the Hub: where its files are now, and what the state keeps of it (`repo`, `revision`, `licence`)."""
+    """A base from the Hub: where its files are now, its repo and commit, and the licence that its card names."""
 
     path: Path
-    record: dict[str, str | None]
+    repo: str
+    revision: str
+    licence: str | None
 
 
 def fetched(hub: Hub, repo: str, revision: str | None, progress: Progress) -> Fetched:
@@ -97,10 +100,7 @@ def fetched(hub: Hub, repo: str, revision: str | None, progress: Progress) -> Fe
             progress("fetch", done, len(names))
     except Refuse as error:
         raise Misconfigured(f"base {error}") from None
-    record: dict[str, str | None] = {"repo": info.id, "revision": info.sha}
-    if info.licence:
-        record["licence"] = info.licence
-    return Fetched(directory, record)
+    return Fetched(directory, info.id, info.sha, info.licence or None)
 
 
 class BaseNumbers(NamedTuple):
@@ -148,6 +148,6 @@ def open_checkpoint(where: Path | Place) -> Checkpoint:
     return model
 
 
-def files_of(checkpoint: Checkpoint) -> list[dict[str, str | int]]:
-    """What a state keeps of the files of its base, to see whether they are the same when it is opened."""
-    return [{"name": f.name, "size": f.size, "mtime_ns": f.mtime_ns} for f in checkpoint.files]
+def files_of(checkpoint: Checkpoint) -> tuple[BaseFile, ...]:
+    """The weight files of a base, as they are now."""
+    return tuple(BaseFile(file.name, file.size, file.mtime_ns) for file in checkpoint.files)

@@ -78,8 +78,8 @@ def check(state: State, other: State, rule: Rule) -> None:
             f"{state.path} is {_named(ours.rule, ours.options)} and {other.path} is "
             f"{_named(theirs.rule, theirs.options)}: they have to be the same"
         )
-    if ours.tensors != theirs.tensors or ours.base["digests"] != theirs.base["digests"]:
-        differing = next(_differing(ours.base["digests"], theirs.base["digests"]), None)
+    if ours.tensors != theirs.tensors or ours.base.digests != theirs.base.digests:
+        differing = next(_differing(ours.base.digests, theirs.base.digests), None)
         raise Misconfigured(
             f"{state.path} and {other.path} are of different bases"
             + (f": tensor {differing} differs" if differing else ", or treat their tensors differently")

@@ -139,7 +139,7 @@ class Engine:
             for checkpoint in read:
                 checkpoint.check_unchanged()
             digest = vectors.digest({name: folds[name].digest for name in lineage.folded})
-        return report_of(opened, terms, folds, self.state.format.base["squares"], digest, self.device)
+        return report_of(opened, terms, folds, self.state.format.base.squares, digest, self.device)
 
     def go_on(self, name: str) -> None:
         """Raises Abandoned if continual is stopping. `name` is the candidate or work that the message is about."""

@@ -124,14 +124,15 @@ def fill(
 def provenance_of(state: State, seq: int, read: Mapping[str, Any]) -> dict[str, Any]:
     """The body of `continual.json`: which state and record, which base, rule and options, and every fold in it."""
     commit = state.ledger.get(seq)
+    made = state.format
     return {
         "state": state.id,
         "seq": seq,
         "generation": commit.generation,
         "time": commit.time,
-        "base": {key: state.format.base.get(key) for key in ("path", "repo", "revision")},
-        "rule": state.format.rule,
-        "options": dict(state.format.options),
+        "base": {"path": made.base.path, "repo": made.base.repo, "revision": made.base.revision},
+        "rule": made.rule,
+        "options": dict(made.options),
         "read": dict(read),
         "totals": state.ledger.totals_at(seq).body() if state.ledger.folds(at=seq) else {},
         "folded": [

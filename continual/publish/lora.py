@@ -37,6 +37,7 @@ from continual.executors.contract import Executor, Progress, Task
 from continual.publish.folder import DTYPES, free, parse_dtype, provenance_of, written
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, SCHEME, TensorSpec
+from continual.state.format import BaseRecord
 from continual.tensors import BaseModel
 from continual.tensors.adapter import WEIGHTS
 from continual.tensors.adapter_config import CONFIG
@@ -325,14 +326,14 @@ def _error(squares: Iterable[_Squares]) -> float:
     return math.sqrt(math.fsum(s.rest for s in found) / tau) if tau else 0.0
 
 
-def _config(base: Mapping[str, Any], adapted: Sequence[Adapted], rank: int) -> dict[str, Any]:
+def _config(base: BaseRecord, adapted: Sequence[Adapted], rank: int) -> dict[str, Any]:
     """adapter_config.json. PEFT keeps one fan_in_fan_out for all layers, and corrects it where a layer is of the other
     kind."""
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": str(base.get("repo") or base["path"]).removeprefix(SCHEME),
-        "revision": base.get("revision"),
+        "base_model_name_or_path": (base.repo or base.path).removeprefix(SCHEME),
+        "revision": base.revision,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,

@@ -125,7 +125,7 @@ class ModelInMemory:
     def _vet(self, member: Member, found: Opened, tau_sq: float) -> None:
         """Raises Refuse where the gates on norms refuse the member."""
         state = self.engine.state
-        squares = state.format.base["squares"]
+        squares = state.format.base.squares
         base_norm = math.sqrt(math.fsum(squares[name] for name in found.lineage.folded))
         self.engine.gates.at_numbers(Numbers(member.name, math.sqrt(tau_sq), base_norm, state.ledger.totals))
 

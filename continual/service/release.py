@@ -117,7 +117,7 @@ def facts_of(merge: Merge, seq: int) -> card.Facts:
     state, settings = merge.state, merge.settings
     made, commit = state.format, state.ledger.get(seq)
     read = ReadOptions.from_mapping(state.ledger.read_options(seq))
-    repo, asked = made.base.get("repo"), settings.release
+    made_of, asked = made.base, settings.release
     before = hub.newest_release(state.ledger.log, asked.repo or "", asked.branch)
     defaults = type(settings).model_fields
     kept = {
@@ -127,7 +127,7 @@ def facts_of(merge: Merge, seq: int) -> card.Facts:
     }
     listed = merge.base.checkpoint.config.get("architectures")
     return card.Facts(
-        base=card.Base(repo or Path(made.base["path"]).name, repo, made.base.get("revision"), made.base.get("licence")),
+        base=card.Base(made_of.repo or Path(made_of.path).name, made_of.repo, made_of.revision, made_of.licence),
         folded=[_model(fold) for fold in state.ledger.folds(seq)],
         state=state.id,
         seq=seq,
@@ -137,8 +137,8 @@ def facts_of(merge: Merge, seq: int) -> card.Facts:
         software=dict(software()),
         options=dict(made.options),
         lines=None if read.lines is None else f"{read.lines[0]}:{read.lines[1]}",
-        plain=made.base["plain"],
-        exclude=made.base["exclude"],
+        plain=made_of.plain,
+        exclude=made_of.exclude,
         settings=kept,
         export=() if asked.dtype is None else ("--dtype", asked.dtype),
         repo=asked.repo,

@@ -242,7 +242,7 @@ def _newest(commits: Sequence[C]) -> list[C]:
 def _base(state: State) -> str:
     """The base as people are told of it: a repo at a commit, or a path."""
     made = state.format.base
-    return f"{made['repo']}@{made['revision'][:12]}" if made.get("repo") else str(made["path"])
+    return made.path if made.repo is None else f"{made.repo}@{(made.revision or '')[:12]}"
 
 
 def _tuned(state: State) -> ShownScale | None:

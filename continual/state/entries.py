@@ -291,7 +291,12 @@ def entry_of(body: Mapping[str, object], where: object) -> Entry:
         raise Damaged(f"{where}: numbers is {numbers!r:.60}, no object")
     kind = _class(body["kind"], numbers, where)
     own = {"numbers": numbers} if kind is FoldEntry else {k: v for k, v in numbers.items() if k not in _COMMON}
-    return record_of(kind, {key: body[key] for key in _COMMON} | own, where)
+    return record_of(kind, {key: body[key] for key in _COMMON} | own, where, _path_of)
+
+
+def _path_of(key: str) -> str:
+    """The path of a field of an entry in a commit file."""
+    return key if key in (*_COMMON, "numbers") else f"numbers.{key}"
 
 
 def _class(kind: object, numbers: Mapping[str, object], where: object) -> type[Entry]:

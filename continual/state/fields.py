@@ -44,15 +44,18 @@ def body_of(record: object) -> dict[str, object]:
     return found
 
 
-def record_of(kind: type[T], body: object, where: object) -> T:
+def record_of(kind: type[T], body: object, where: object, path_of: Callable[[str], str] = str) -> T:
     """An instance of the dataclass `kind` from its JSON body. Keys that it does not know are left out.
 
-    Raises Damaged naming `where` and the key that is missing or has another type.
+    Raises Damaged naming `where` and the key that is missing or has another type; `path_of` gives the path of a key in
+    the file, where that is not the key.
     """
     try:
         return cast(T, _instance(kind, body))
     except Wrong as wrong:
-        raise Damaged(f"{where}: {'.'.join(reversed(wrong.keys)) or 'the record'} {wrong}") from None
+        keys = wrong.keys[::-1]
+        keys[:1] = [path_of(key) for key in keys[:1]]
+        raise Damaged(f"{where}: {'.'.join(keys) or 'the record'} {wrong}") from None
 
 
 class _Known(NamedTuple):
@@ -99,16 +102,13 @@ def _instance(kind: type, body: object) -> object:
     for field in known:
         if field.rest:
             names = {other.key for other in known}
-            value: object = {key: item for key, item in body.items() if key not in names}
+            values[field.name] = field.check({key: item for key, item in body.items() if key not in names})
         elif field.key in body:
-            value = body[field.key]
+            values[field.name] = _at(field.key, field.check, body[field.key])
         elif field.required:
             wrong = Wrong("is missing")
             wrong.keys.append(field.key)
             raise wrong
-        else:
-            continue
-        values[field.name] = _at(field.key, field.check, value)
     return kind(**values)
 
 

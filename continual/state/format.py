@@ -4,17 +4,46 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from continual.errors import Damaged
-from continual.records import SlotSpec, TensorSpec
+from continual.records import OMITTED, SlotSpec, TensorSpec
 from continual.state.entries import Entry, FoldEntry, entry_of
-from continual.state.fields import record_of
+from continual.state.fields import body_of, record_of
 
 VERSION = 1
 E = TypeVar("E", bound=Entry)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFile:
+    """A weight file of the base, as it was when the state was made. `size` in bytes."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseRecord:
+    """The base of a state.
+
+    `path`: its directory; of one that came from the Hub also `repo`, `revision` (the commit), and `licence` where its
+    card names one. `digests`: tensor name to the BLAKE3 hash of its bytes; `squares`: tensor name to ‖θ₀‖², of those
+    that are folded. `plain`, `exclude`: the globs of names that the state was made with.
+    """
+
+    path: str
+    revision: str | None = None
+    repo: str | None = field(default=None, metadata={OMITTED: True})
+    licence: str | None = field(default=None, metadata={OMITTED: True})
+    files: tuple[BaseFile, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
+    squares: Mapping[str, float] = field(default_factory=dict)
+    plain: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +52,7 @@ class Format:
 
     version: int
     id: str
-    base: Mapping[str, Any]
+    base: BaseRecord
     tensors: tuple[TensorSpec, ...]
     rule: str
     options: Mapping[str, Any]
@@ -32,7 +61,7 @@ class Format:
     @classmethod
     def new(
         cls,
-        base: Mapping[str, Any],
+        base: BaseRecord,
         tensors: Sequence[TensorSpec],
         rule: str,
         options: Mapping[str, Any],
@@ -67,7 +96,7 @@ class Format:
         return {
             "version": self.version,
             "id": self.id,
-            "base": dict(self.base),
+            "base": body_of(self.base),
             "rule": self.rule,
             "options": dict(self.options),
             "tensors": tensors,
@@ -88,7 +117,15 @@ class Format:
                 t["name"]: {k: SlotSpec(tuple(s["shape"]), s["dtype"]) for k, s in t["slots"].items()}
                 for t in body["tensors"]
             }
-            return cls(body["version"], body["id"], body["base"], tensors, body["rule"], body["options"], slots)
+            return cls(
+                body["version"],
+                body["id"],
+                record_of(BaseRecord, body["base"], path),
+                tensors,
+                body["rule"],
+                body["options"],
+                slots,
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"{path}: {error!r} is missing or malformed") from None
 

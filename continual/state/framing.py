@@ -39,7 +39,11 @@ def decode(path: Path) -> tuple[dict[str, object], str]:
             f"{path} is damaged: its contents do not have the checksum {line[:8]!r} in its first line; "
             "restore it from a backup"
         )
-    body = json.loads(text)
+
+    def no_number(word: str) -> float:
+        raise Damaged(f"{path} is damaged: {word} is no number; restore it from a backup")
+
+    body = json.loads(text, parse_constant=no_number)
     if not isinstance(body, dict):
         raise Damaged(f"{path} is no JSON object")
     return cast("dict[str, object]", body), line.decode()

@@ -9,6 +9,7 @@ import numpy as np
 from continual.records import Candidate, SlotSpec, TensorSpec, Totals
 from continual.state import Format, State
 from continual.state.entries import FoldEntry, RefuseEntry
+from continual.state.format import BaseRecord
 from continual.state.parts import FoldNumbers
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -29,7 +30,7 @@ def make(path: Path) -> State:
     ]
     slots = {s.name: {} if s.kind == "carried" else {"sum": SlotSpec(s.shape)} for s in specs}
     read = {"policy": "number", "value": 1.0}
-    base = {"path": "/base", "revision": None, "files": [], "digests": {}, "squares": {}, "plain": [], "exclude": []}
+    base = BaseRecord(path="/base")
     return State.create(path, Format.new(base, specs, "mean", {}, slots), read=read, device="cpu")
 
 

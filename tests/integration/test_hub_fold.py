@@ -239,8 +239,8 @@ def test_a_base_from_the_hub_is_pinned_and_fetched_again(
     hub.commit(BASE, {"model.safetensors": b"another"})
     with merge(tmp_path / "state", hub) as ours:
         record = ours.state.format.base
-        assert (record["repo"], record["revision"], record["licence"]) == (BASE, pinned, "mit")
-        assert {p.name for p in Path(record["path"]).iterdir()} == {
+        assert (record.repo, record.revision, record.licence) == (BASE, pinned, "mit")
+        assert {p.name for p in Path(record.path).iterdir()} == {
             "config.json",
             "model.safetensors",
             "README.md",
@@ -250,7 +250,7 @@ def test_a_base_from_the_hub_is_pinned_and_fetched_again(
     shutil.rmtree(tmp_path / "cache")
     with merge(tmp_path / "state", hub) as ours:
         assert ours.fold(models.fine_tune(base, tmp_path / "ft2", 2)).fate == "folded"
-        assert Path(record["path"]).exists()
+        assert Path(record.path).exists()
     with pytest.raises(Misconfigured, match="not on the Hub"):
         making.init("org/none", tmp_path / "other")
     with pytest.raises(Misconfigured, match="not on the Hub"):
