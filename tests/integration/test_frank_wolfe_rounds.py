@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from continual.errors import Misconfigured
+from continual.executors.contract import silent
 from continual.publish.folder import Target
+from continual.selection.active import active_at
+from continual.selection.frank_wolfe import MergedVector, Search, SearchSpace
 from continual.state.entries import SelectEntry
 from continual.state.verify import verify
 from tests.helpers import quadratic
-from tests.helpers.pools import fill, names, rows, waits
+from tests.helpers.pools import fill, loaded, names, rows, waits
 from tests.helpers.weighed import STEPS, Best, is_the_sum, layers, merged, opened, vectors, weights
 
 pytestmark = pytest.mark.slow
@@ -216,3 +219,39 @@ def test_refused_in_the_round_that_folded_others_can_be_tried_again(tmp_path: Pa
         assert merge.fold(noise).fate == "deferred"
         with pytest.raises(Misconfigured, match="good0"):
             merge.retry("good0")
+
+
+def test_where_nobody_helps_nothing_is_promised(tmp_path: Path, base: Path) -> None:
+    """A model away from the target has a slope above zero: at the base there is nothing to gain in the hull."""
+    with opened(tmp_path / "state", base) as merge:
+        fill(merge, quadratic.good(base, 0, "away", share=-1.0), quadratic.good(base, 1, "off", share=-0.5))
+        found = merge.round()
+        assert (found.gap, found.pool_gap, found.steps, found.folds) == (0.0, 0.0, 0, 0)
+        assert found.loss == found.before
+        assert {(row.fate, row.z) for row in found.rows} == {("deferred", None)}
+        assert all(row.score is not None and row.score > 0 for row in found.rows)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_the_rest_is_one_more_vertex_with_the_slope_of_what_it_is_made_of(
+    tmp_path: Path, base: Path, by_layer: bool
+) -> None:
+    """A model that is not weighed any more is known by what X has besides the others: its slope is the same."""
+    with opened(tmp_path / "state", base, rounds={"layers": by_layer}) as merge:
+        fill(merge, *(quadratic.good(base, k) for k in range(2)))
+        merge.round()
+        now = active_at(merge.state)
+        first, second = sorted(now.weights, key=lambda key: now.members[key].name)
+        alone = now._replace(weights={second: now.weights[second]}, rest=now.weights[first])
+        reading = merge.reading()
+        merged_vector = MergedVector(reading.unit, reading.need, fixed=False)
+        found = []
+        for active in (now, alone):
+            space = SearchSpace(loaded(merge, by_layer=by_layer), merged_vector, active, ())
+            search = Search(space, merge.asked(), silent)
+            loss, slopes = search.gradient(search.start())
+            found.append((loss, dict(zip([*search.keys, *([first] if search.rest else [])], slopes, strict=True))))
+    (loss, slopes), (other, others) = found
+    assert other == pytest.approx(loss, rel=1e-6)
+    for key in (first, second):
+        torch.testing.assert_close(others[key], slopes[key], rtol=1e-3, atol=1e-4 * float(slopes[key].abs().max()))
