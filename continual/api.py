@@ -270,7 +270,8 @@ class Merge:
     ) -> lora.LoraReport:
         """Writes the merged model at record `at` as a LoRA adapter of this rank, as near as one comes to it. `dtype` is
         a safetensors word. Raises Misconfigured and Halt; then nothing is left behind."""
-        return lora.export(self.base, self.reading(at), Path(directory), rank, self.executor, progress, dtype=dtype)
+        target = lora.LoraTarget(Path(directory), rank, dtype)
+        return lora.export(self.base, self.reading(at), target, self.executor, progress)
 
     def scale(self) -> ReadOptions:
         """How the merge is read now."""

@@ -254,7 +254,7 @@ def _write_weights(
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
     def place(p: Placed, fd: int, offset: int) -> None:
-        write_at(fd, raw(merged(base, reading, specs[p.source], p.dtype)), offset)
+        write_at(fd, raw(merged(base, reading, specs[p.made_of], p.dtype)), offset)
 
     with ExitStack() as stack:
         tasks: list[Task[None]] = []
@@ -264,7 +264,7 @@ def _write_weights(
             stack.callback(os.close, fd)
             write_at(fd, memoryview(head), 0)
             for p in placed:
-                tasks.append(Task(p.name, _need(specs[p.source], reading), partial(place, p, fd, len(head) + p.begin)))
+                tasks.append(Task(p.name, _need(specs[p.made_of], reading), partial(place, p, fd, len(head) + p.begin)))
         progress("export", 0, len(tasks))
         for done, _ in enumerate(executor.map(tasks), 1):
             progress("export", done, len(tasks))

@@ -21,11 +21,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from continual import linalg
 from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
+from continual.hub.names import SCHEME
 from continual.publish.folder import DTYPES, free, parse_dtype, provenance_of, written
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, SCHEME, TensorSpec
@@ -46,13 +47,14 @@ from continual.tensors.matching import CONV1D
 from continual.tensors.place import RELEASE
 
 _EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|embed_in|tok_embeddings|tokens_embed|positions_embed|wte|wpe|shared|word_embeddings?|token_embedding|position_embeddings?"
-    r"|token_type_embeddings|relative_attention_bias|embeddings)\.weight$"
+    r"(^|\.)(embed_tokens|embed_in|tok_embeddings|tokens_embed|positions_embed|wte|wpe|shared|word_embeddings?"
+    r"|token_embedding|position_embeddings?|token_type_embeddings|relative_attention_bias|embeddings)\.weight$"
 )
 """Tables that are nn.Embedding, or scale its output as PEFT knows to: a look-up by ids, and nothing else in their
 forward."""
 _HEAD = re.compile(
-    r"(^|\.)(classifier|score|qa_outputs|heads?|pre_classifier|vocab_transform|logits_proj|text_projection|visual_projection|seq_relationship)\.|^fc\."
+    r"(^|\.)(classifier|score|qa_outputs|heads?|pre_classifier|vocab_transform|logits_proj|text_projection"
+    r"|visual_projection|seq_relationship)\.|^fc\."
 )
 """Heads that the rules treat as plain tensors, and that are nn.Linear all the same."""
 _INNER = {"gpt2": "transformer.", "bloom": "transformer.", "opt": "model."}
@@ -61,13 +63,23 @@ and are loaded with a head."""
 
 
 @dataclass(frozen=True, slots=True)
-class LoraReport:
-    """What an adapter holds of the merge. `rank` is the one of all its modules, `adapted` their number, `left_out` the
-    foldable tensors it lacks.
+class LoraTarget:
+    """What an adapter is to be: the `directory` to write, the `rank` of all its modules, and the `dtype` of its factors,
+    a safetensors word or torch's."""
 
-    `error`: ‖τ − BA‖/‖τ‖ over the whole model, BA being 0 where a tensor is left out; `error_adapted`: over the adapted
-    tensors; `worst`: the adapted tensor with the largest of its own. All from the factors as they were written, 0 where
-    τ is 0. `nbytes` is the size of the weight file.
+    directory: Path
+    rank: int
+    dtype: str = "F32"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraReport:
+    """What an adapter holds of the merge: the `rank` of all its modules, how many are `adapted`, and the foldable
+    tensors that it lacks (`left_out`).
+
+    `error` is ‖τ − BA‖/‖τ‖ over the whole model, with BA = 0 for a tensor that is left out; `error_adapted` is that
+    over the adapted tensors; `worst` names the adapted tensor with the largest error, and says how large it is. All are
+    measured on the factors as they were written; an error is 0 where τ is 0. `nbytes` is the size of the weight file.
     """
 
     directory: Path
@@ -81,8 +93,8 @@ class LoraReport:
 
 
 class Adapted(NamedTuple):
-    """A tensor that an adapter can adapt, and the module that has it. `transposed`: the product B·A is the transpose of
-    the weight (embeddings, Conv1D)."""
+    """A tensor that an adapter can adapt, and the module that has it. `transposed`: whether B·A is the transpose of the
+    weight, as PEFT has it for embeddings and Conv1D."""
 
     spec: TensorSpec
     module: str
@@ -101,6 +113,26 @@ class Adapted(NamedTuple):
         return f"base_model.model.{self.module}.{of.format('A')}", f"base_model.model.{self.module}.{of.format('B')}"
 
 
+class _Layout(NamedTuple):
+    """What a weight file is to hold: the factors of these tensors, of this rank, in this safetensors word."""
+
+    adapted: tuple[Adapted, ...]
+    rank: int
+    word: str
+
+    def placed(self) -> list[Placed]:
+        """Where each factor lies, A before B, tensor by tensor."""
+        found: list[Placed] = []
+        end = 0
+        for one in self.adapted:
+            rows, columns = one.sides
+            for name, shape in zip(one.names(), ((self.rank, columns), (rows, self.rank)), strict=True):
+                begin = end
+                end += math.prod(shape) * ITEMSIZE[self.word]
+                found.append(Placed(name, one.spec.name, self.word, shape, begin, end))
+        return found
+
+
 class _Squares(NamedTuple):
     """‖τ‖² of a tensor, and ‖τ − BA‖²."""
 
@@ -108,27 +140,18 @@ class _Squares(NamedTuple):
     rest: float
 
 
-def export(
-    base: BaseModel,
-    reading: Reading,
-    directory: Path,
-    rank: int,
-    executor: Executor,
-    progress: Progress,
-    *,
-    dtype: str = "F32",
-) -> LoraReport:
-    """Writes the merged model that `reading` reads as an adapter of `base` to `directory`, which must not exist yet.
+def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Executor, progress: Progress) -> LoraReport:
+    """Writes the merged model that `reading` reads as an adapter of `base` to the target's directory, which must not
+    exist yet.
 
-    `rank` is lowered to the smaller side of the largest adapted tensor, beyond which nothing is left to hold. `dtype`
-    is that of the factors, a safetensors word or torch's. Raises Misconfigured if the directory is there or cannot be
-    made, for a rank below 1, where nothing is folded yet or nothing can be adapted; Halt if a value overflows the
-    dtype. Then nothing is left behind.
+    The rank is lowered to the smaller side of the largest adapted tensor: no tensor has a larger one. Raises
+    Misconfigured if the directory is there or cannot be made, for a rank below 1, where nothing is folded yet or nothing
+    can be adapted; Halt if a value overflows the dtype. Then nothing is left behind.
     """
-    word = parse_dtype(dtype) or "F32"
-    free(directory)
-    if rank < 1:
-        raise Misconfigured(f"rank = {rank}: an adapter has at least rank 1")
+    word = parse_dtype(target.dtype) or "F32"
+    free(target.directory)
+    if target.rank < 1:
+        raise Misconfigured(f"rank = {target.rank}: an adapter has at least rank 1")
     if reading.commit.generation is None or not reading.state.ledger.folds(at=reading.commit.seq):
         raise Misconfigured("nothing is folded yet, so the adapter would be empty: fold a model first")
     adapted = adaptable(base)
@@ -136,15 +159,16 @@ def export(
         raise Misconfigured(
             f"{base.checkpoint.place}: no tensor of it is a linear layer or an embedding that an adapter can adapt"
         )
-    r = min(rank, max(min(one.spec.shape) for one in adapted))
-    with written(directory, reading) as temporary:
+    rank = min(target.rank, max(min(one.spec.shape) for one in adapted))
+    layout = _Layout(adapted, rank, word)
+    with written(target.directory, reading) as temporary:
         factor = reading.settle(executor, progress)
-        squares = _write_weights(base, adapted, reading, temporary / WEIGHTS, (r, word), executor, progress)
-        report = _report(directory.absolute(), r, adapted, squares, (temporary / WEIGHTS).stat().st_size)
-        _write_json(temporary / CONFIG, _config(reading.state.format.base, adapted, r))
+        squares = _write_weights(base, reading, layout, temporary / WEIGHTS, executor, progress)
+        report = _report(target.directory.absolute(), layout, squares, (temporary / WEIGHTS).stat().st_size)
+        _write_json(temporary / CONFIG, _config(reading.state.format.base, layout))
         body = provenance_of(reading.state, reading.commit.seq, reading.options.to_mapping() | {"factor": factor})
         told = {
-            "rank": r,
+            "rank": rank,
             "dtype": word,
             "error": report.error,
             "error_adapted": report.error_adapted,
@@ -169,7 +193,8 @@ def adaptable(base: BaseModel) -> tuple[Adapted, ...]:
     inner = _inner(base, present)
     found = []
     for spec in base.specs:
-        name, module = spec.name, spec.name.removesuffix(".weight")
+        name = spec.name
+        module = name.removesuffix(".weight")
         parent, _, own = module.rpartition(".")
         if len(spec.shape) != 2 or not spec.numel or spec.kind == "carried" or module == name or name in tied:
             continue
@@ -199,23 +224,22 @@ def _inner(base: BaseModel, present: Iterable[str]) -> str:
 
 
 def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A = √Σ_rV_rᵀ (rank×n) and B = U_r√Σ_r (m×rank) of an m×n matrix, float64: the best product of this rank, zero
-    rows and columns beyond the matrix's own.
+    """A = √Σ_rV_rᵀ (rank×n) and B = U_r√Σ_r (m×rank) of an m×n matrix, both float64: the best product of this rank.
+    Beyond the matrix's own rank, the rows of A and the columns of B are zeros.
 
-    From the float64 Gram of the small side, U = matrix·V/Σ: B·A is matrix·V_rV_rᵀ whatever σ was found, so that an
-    error of σ only moves length between the two; and singular values below STEEP·σ₁, whose directions a Gram tells
-    apart less well, cost less than 1e-8 of ‖matrix‖² if they are mistaken.
+    V and Σ come from the float64 Gram of the small side, and U = matrix·V/Σ. So B·A is matrix·V_rV_rᵀ whatever σ was
+    found: an error of σ only moves length from one factor to the other. A Gram tells the directions of singular values
+    below STEEP·σ₁ apart less well; if they are mistaken, that costs less than 1e-8 of ‖matrix‖².
     """
     m, n = matrix.shape
     rows = linalg.tall(matrix)
-    small, large = (
-        rows.new_zeros(rank, min(m, n), dtype=torch.float64),
-        rows.new_zeros(max(m, n), rank, dtype=torch.float64),
-    )
+    small = rows.new_zeros(rank, min(m, n), dtype=torch.float64)
+    large = rows.new_zeros(max(m, n), rank, dtype=torch.float64)
     if bool(matrix.any()):
         sigma, v = linalg.right_singular(rows)
         k = min(rank, int((sigma > 0).sum()))
-        root, v = sigma[:k].sqrt(), v[:, :k]
+        root = sigma[:k].sqrt()
+        v = v[:, :k]
         small[:k] = (v * root).mT
         v = v / root
         for block in linalg.row_blocks(*rows.shape):
@@ -233,45 +257,33 @@ def _rest_sq(matrix: Tensor, a: Tensor, b: Tensor) -> float:
 
 
 def _write_weights(
-    base: BaseModel,
-    adapted: Sequence[Adapted],
-    reading: Reading,
-    file: Path,
-    form: tuple[int, str],
-    executor: Executor,
-    progress: Progress,
+    base: BaseModel, reading: Reading, layout: _Layout, file: Path, executor: Executor, progress: Progress
 ) -> dict[str, _Squares]:
-    """Factors of rank `form[0]` in the safetensors word `form[1]` into `file`, in place, a tensor at a time; the
-    squares of every foldable tensor, by name."""
-    rank, word = form
-    placed: list[Placed] = []
-    end = 0
-    for one in adapted:
-        rows, columns = one.sides
-        for name, shape in zip(one.names(), ((rank, columns), (rows, rank)), strict=True):
-            begin, end = end, end + math.prod(shape) * ITEMSIZE[word]
-            placed.append(Placed(name, one.spec.name, word, shape, begin, end))
+    """Writes the factors of a layout into `file`, tensor by tensor and each at its own offset; returns the squares of
+    every foldable tensor, by name. Raises Halt if a value overflows the dtype."""
+    placed = layout.placed()
     head = header(placed)
     starts = {p.name: len(head) + p.begin for p in placed}
 
     def adapt(one: Adapted, fd: int) -> _Squares:
         tau = reading.vector(one.spec)
         matrix = tau.mT if one.transposed else tau
-        a, b = (factor.to(DTYPES[word]) for factor in factors(matrix, rank))
-        if not bool(torch.isfinite(a).all()) or not bool(torch.isfinite(b).all()):
+        pair = [factor.to(DTYPES[layout.word]) for factor in factors(matrix, layout.rank)]
+        if not all(bool(torch.isfinite(factor).all()) for factor in pair):
             raise Halt(
-                f"tensor {one.spec.name}: its factors have values that {word} cannot hold: export with dtype float32 or bfloat16"
+                f"tensor {one.spec.name}: its factors have values that {layout.word} cannot hold: "
+                "export with dtype float32 or bfloat16"
             )
-        for name, factor in zip(one.names(), (a, b), strict=True):
+        for name, factor in zip(one.names(), pair, strict=True):
             write_at(fd, raw(factor), starts[name])
-        return _Squares(linalg.inner(tau, tau), _rest_sq(matrix, a, b))
+        return _Squares(linalg.inner(tau, tau), _rest_sq(matrix, *pair))
 
     def measure(spec: TensorSpec) -> _Squares:
         tau = reading.vector(spec)
         square = linalg.inner(tau, tau)
         return _Squares(square, square)
 
-    by_name = {one.spec.name: one for one in adapted}
+    by_name = {one.spec.name: one for one in layout.adapted}
     fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         write_at(fd, memoryview(head), 0)
@@ -283,7 +295,7 @@ def _write_weights(
             if found is None:
                 tasks.append(Task(spec.name, reading.need(spec), partial(measure, spec)))
             else:
-                tasks.append(Task(spec.name, _need(found, rank, reading), partial(adapt, found, fd)))
+                tasks.append(Task(spec.name, _need(found, layout.rank, reading), partial(adapt, found, fd)))
         squares: dict[str, _Squares] = {}
         progress("export", 0, len(tasks))
         for done, (name, square) in enumerate(executor.map(tasks), 1):
@@ -295,22 +307,20 @@ def _write_weights(
 
 
 def _need(one: Adapted, rank: int, reading: Reading) -> int:
-    """Peak bytes: reading the tensor, or τ beside its decomposition and the factors (float64, as written, and one of
-    them in float64 once more)."""
+    """Peak bytes of a tensor: those of reading it, or those of τ beside its decomposition and the factors (in float64,
+    as written, and one of them in float64 once more)."""
     m, n = one.spec.shape
     return max(reading.need(one.spec), 4 * one.spec.numel + linalg.workspace(m, n) + 20 * rank * (m + n))
 
 
-def _report(
-    directory: Path, rank: int, adapted: Sequence[Adapted], squares: Mapping[str, _Squares], nbytes: int
-) -> LoraReport:
-    names = [one.spec.name for one in adapted]
+def _report(directory: Path, layout: _Layout, squares: Mapping[str, _Squares], nbytes: int) -> LoraReport:
+    names = [one.spec.name for one in layout.adapted]
     errors = {name: _error([squares[name]]) for name in names}
     worst = max(names, key=lambda name: errors[name])
     return LoraReport(
         directory=directory,
-        rank=rank,
-        adapted=len(adapted),
+        rank=layout.rank,
+        adapted=len(names),
         left_out=tuple(sorted(squares.keys() - errors.keys())),
         error=_error(squares.values()),
         error_adapted=_error(squares[name] for name in names),
@@ -320,31 +330,31 @@ def _report(
 
 
 def _error(squares: Iterable[_Squares]) -> float:
-    """‖τ − BA‖/‖τ‖ over some tensors, summed exactly, so that their order does not matter."""
+    """‖τ − BA‖/‖τ‖ over some tensors; the sums are exact, so that their order does not matter."""
     found = list(squares)
     tau = math.fsum(s.tau for s in found)
     return math.sqrt(math.fsum(s.rest for s in found) / tau) if tau else 0.0
 
 
-def _config(base: BaseRecord, adapted: Sequence[Adapted], rank: int) -> dict[str, Any]:
-    """adapter_config.json. PEFT keeps one fan_in_fan_out for all layers, and corrects it where a layer is of the other
+def _config(base: BaseRecord, layout: _Layout) -> dict[str, object]:
+    """adapter_config.json. PEFT keeps one `fan_in_fan_out` for all layers, and corrects it where a layer is of the other
     kind."""
     return {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": (base.repo or base.path).removeprefix(SCHEME),
         "revision": base.revision,
-        "r": rank,
-        "lora_alpha": rank,
+        "r": layout.rank,
+        "lora_alpha": layout.rank,
         "lora_dropout": 0.0,
         "use_rslora": False,
-        "target_modules": sorted(one.module for one in adapted),
-        "fan_in_fan_out": any(one.transposed and not one.embedding for one in adapted),
+        "target_modules": sorted(one.module for one in layout.adapted),
+        "fan_in_fan_out": any(one.transposed and not one.embedding for one in layout.adapted),
         "bias": "none",
         "modules_to_save": None,
         "inference_mode": True,
     }
 
 
-def _write_json(file: Path, body: Mapping[str, Any]) -> None:
+def _write_json(file: Path, body: Mapping[str, object]) -> None:
     file.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,5 +1,5 @@
-"""A safetensors file as it is written: its header, and tensors put in their places in any order. What the tensors are
-is not known here.
+"""Writing a safetensors file: its header, and tensors at their offsets, in any order. What the tensors are is not known
+here.
 
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header padded with spaces,
 tensors back to back).
@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 
 class Placed(NamedTuple):
-    """A tensor's place in a file; `source` is the base tensor it is made from (another one where it is a tied alias)."""
+    """Where a tensor lies in a file: its bytes from `begin` to `end`, counted after the header. `made_of` is the base
+    tensor it is made from: another one where it is a tied alias."""
 
     name: str
-    source: str
+    made_of: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
@@ -28,7 +29,7 @@ class Placed(NamedTuple):
 
 def header(placed: Sequence[Placed]) -> bytes:
     """The head of a file: length and JSON, padded so that the data begin at a multiple of 8."""
-    body: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    body: dict[str, object] = {"__metadata__": {"format": "pt"}}
     body.update({p.name: {"dtype": p.dtype, "shape": list(p.shape), "data_offsets": [p.begin, p.end]} for p in placed})
     text = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -41,8 +42,9 @@ def raw(tensor: torch.Tensor) -> memoryview:
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
-    """All of `data` at `offset`, however little a write takes. Safe from several threads."""
+    """Writes all of `data` at `offset`, in as many writes as it takes. Safe from several threads."""
     data = data.cast("B")
     while data:
         written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
+        data = data[written:]
+        offset += written

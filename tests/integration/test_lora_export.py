@@ -71,8 +71,9 @@ def merged(tmp_path: Path, base: Path, chosen: Chosen = is_matrix, rule: str = "
     return merge
 
 
-def export(merge: api.Merge, directory: Path, rank: int, **more: Any) -> lora.LoraReport:
-    return lora.export(merge.base, merge.reading(), directory, rank, merge.executor, silent, **more)
+def export(merge: api.Merge, directory: Path, rank: int, dtype: str = "F32") -> lora.LoraReport:
+    target = lora.LoraTarget(directory, rank, dtype)
+    return lora.export(merge.base, merge.reading(), target, merge.executor, silent)
 
 
 def logits(model: Any) -> torch.Tensor:
