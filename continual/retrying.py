@@ -60,8 +60,8 @@ def next_try(fault: Fault, attempt: int, luck: float, after: float = 0.0) -> flo
     """Seconds until a request that failed for the `attempt`-th time (from 1) is made again; None: it is not made again,
     and whoever needs it is told.
 
-    The wait doubles from half a second, and is by `luck` (0 to 1) up to half shorter or longer. It is never shorter than
-    the `after` seconds that the server asked for; where those are more than LONGEST_WAIT, the queue waits instead.
+    The wait doubles from half a second, and is by `luck` (0 to 1) up to half shorter or longer. It is never shorter
+    than the `after` seconds that the server asked for; where those are more than LONGEST_WAIT, the queue waits instead.
     """
     if fault not in PASSING or attempt >= TRIES or after > LONGEST_WAIT:
         return None

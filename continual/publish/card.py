@@ -2,9 +2,9 @@
 is looked up.
 
 Metadata are those of the Hub's model cards (https://huggingface.co/docs/hub/model-cards), written by huggingface_hub's
-ModelCardData. Names, licences and settings come from strangers: wherever they stand in text they are written so that no
-Markdown, HTML or line of their own comes of them, in commands they are quoted for a shell, and only what is the id of a
-repo or a commit is linked.
+ModelCardData. Names, licences and settings come from strangers. In text they are escaped, so that they cannot become
+Markdown, HTML or a line of their own; in commands they are quoted for a shell; only the id of a repo or a commit is a
+link.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any, Literal
 
 from continual.hub.names import is_repo, is_sha
 from continual.records import SCHEME
@@ -62,8 +61,7 @@ class Facts:
     `plain` and `exclude` the globs of `continual init`; `settings` those of folding that are not the defaults, by the
     names of the flags of `continual fold` (`missing`, `vocab`); `export` further words of `continual export`.
     `generated` is the time of the record; `software` has at least continual's version; `architecture` is the first of
-    the base's config.json; `previous` the commit of the release before; `caveat` anything the publisher adds about
-    licences.
+    the base's config.json; `previous` the commit of the release before.
     """
 
     base: Base
@@ -74,17 +72,15 @@ class Facts:
     scale: str
     generated: str
     software: Mapping[str, str]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     lines: str | None = None
     plain: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     export: Sequence[str] = ()
     repo: str | None = None
-    form: Literal["full", "adapter"] = "full"
     architecture: str | None = None
     previous: str | None = None
-    caveat: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +112,11 @@ def licences(base: Base, folded: Sequence[Model]) -> Agreement:
     if unknown:
         parts.append(f"no licence named: {unknown} {'model' if unknown == 1 else 'models'}")
     found = {word: tuple(names) for word, names in known.items()}
-    said = (
-        "the licences differ"
-        if len(known) > 1
-        else "the licences agree"
-        if known and not unknown
-        else "not every licence is known"
-    )
+    said = "not every licence is known"
+    if len(known) > 1:
+        said = "the licences differ"
+    elif known and not unknown:
+        said = "the licences agree"
     return Agreement(found, len(known) > 1, unknown, f"{said} ({'; '.join(parts)})")
 
 
@@ -145,7 +139,6 @@ def card(facts: Facts) -> str:
         "## Licences",
         _text(agreement.message[0].upper() + agreement.message[1:]) + ".",
         "Whoever uses this model has to keep to the terms of the base and of every folded model.",
-        *([_text(facts.caveat)] if facts.caveat else []),
         "## Reproduce",
         _how(facts),
         _fenced("\n".join(commands(facts)), "sh"),
@@ -161,7 +154,9 @@ def commands(facts: Facts) -> list[str]:
     given = {key: value for key, value in facts.options.items() if key != "before"}
     init = ["continual", "init", _reference(*places[0]), "--rule", facts.rule]
     init += [word for key in given for word in ("--option", f"{key}={_value(given[key])}")]
-    init += [word for step in facts.options.get("before") or () for word in ("--before", _before(step))]
+    steps = facts.options.get("before")
+    if isinstance(steps, Sequence):
+        init += [word for step in steps for word in ("--before", _before(step))]
     init += [word for glob in facts.plain for word in ("--plain", glob)]
     init += [word for glob in facts.exclude for word in ("--exclude", glob)]
     flags = [word for key, value in facts.settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
@@ -189,7 +184,7 @@ def shown(text: str) -> str:
 
 
 def _cut(text: str) -> str:
-    """The same, not longer than a name needs."""
+    """A stranger's text on one line, cut to the length that a name needs."""
     seen = shown(text[: _LONGEST + 1])
     return seen if len(seen) <= _LONGEST else seen[: _LONGEST - 1] + "…"
 
@@ -199,31 +194,32 @@ def _metadata(facts: Facts, agreement: Agreement, listed: Sequence[Model]) -> st
 
     repos = [facts.base.repo, *(repo_of(model.origin) for model in listed)]
     words = list(agreement.known)
-    licence: dict[str, Any] = {"license": words[0]} if words else {}
-    if agreement.conflict or (words and not _LICENCE.fullmatch(words[0])):
+    licence = words[0] if words else None
+    name = link = None
+    if agreement.conflict or (licence is not None and not _LICENCE.fullmatch(licence)):
+        licence = "other"
+        name = "mixed" if agreement.conflict else "see-card"
         link = f"https://huggingface.co/{facts.repo}#licences" if is_repo(facts.repo) else None
-        licence = {
-            "license": "other",
-            "license_name": "mixed" if agreement.conflict else "see-card",
-            "license_link": link,
-        }
     return ModelCardData(
         base_model=list(dict.fromkeys(repo for repo in repos if is_repo(repo) and repo)) or None,
         base_model_relation="merge",
-        library_name="peft" if facts.form == "adapter" else "transformers",
+        library_name="transformers",
         tags=["merge", "continual", "task-vectors", facts.rule],
-        **licence,
+        license=licence,
+        license_name=name,
+        license_link=link,
     ).to_yaml()
 
 
 def _about(facts: Facts) -> str:
-    kind = "A LoRA adapter of the merge" if facts.form == "adapter" else "The merge"
     count = len(facts.folded)
+    models = f"{count} {'fine-tune' if count == 1 else 'fine-tunes'}"
+    layers = f", layers {_text(facts.lines)}" if facts.lines else ""
     base = _linked(facts.base.repo, facts.base.revision, facts.base.repo or _last(facts.base.name))
     previous = f" The release before it is commit {_commit(facts.repo, facts.previous)}." if facts.previous else ""
     return (
-        f"{kind} of {count} {'fine-tune' if count == 1 else 'fine-tunes'} of {base} by the rule {_text(facts.rule)}, read at the scale "
-        f"{_text(facts.scale)}{f', layers {_text(facts.lines)}' if facts.lines else ''}. It was made by continual, a service that folds each new fine-tune "
+        f"The merge of {models} of {base} by the rule {_text(facts.rule)}, read at the scale "
+        f"{_text(facts.scale)}{layers}. It was made by continual, a service that folds each new fine-tune "
         f"into one model, as record {facts.seq} of state {_text(facts.state)} on {_text(facts.generated)}.\n\n"
         f"It may be replaced by the next release at any time: name a commit where you depend on it.{previous}"
     )
@@ -231,20 +227,9 @@ def _about(facts: Facts) -> str:
 
 def _use(facts: Facts) -> str:
     place = json.dumps(facts.repo or "merged")
-    name = (
-        facts.architecture
-        if facts.architecture and facts.architecture.isascii() and facts.architecture.isidentifier()
-        else "AutoModel"
-    )
-    if facts.form == "full":
-        return _fenced(f"from transformers import {name}\n\nmodel = {name}.from_pretrained({place})", "python")
-    base = json.dumps(facts.base.repo or shown(_last(facts.base.name)))
-    revision = f", revision={json.dumps(facts.base.revision)}" if is_sha(facts.base.revision) else ""
-    return _fenced(
-        f"from peft import PeftModel\nfrom transformers import {name}\n\nbase = {name}.from_pretrained({base}{revision})\n"
-        f"model = PeftModel.from_pretrained(base, {place})",
-        "python",
-    )
+    named = facts.architecture or ""
+    name = named if named.isascii() and named.isidentifier() else "AutoModel"
+    return _fenced(f"from transformers import {name}\n\nmodel = {name}.from_pretrained({place})", "python")
 
 
 def _table(models: Sequence[Model]) -> str:
@@ -265,15 +250,13 @@ def _table(models: Sequence[Model]) -> str:
 
 
 def _how(facts: Facts) -> str:
+    versions = ", ".join(f"{_text(name)} {_text(version)}" for name, version in sorted(facts.software.items()))
     parts = [
-        f"State {_text(facts.state)}, record {facts.seq}: `continual.json` beside this card has every digest and option."
+        f"State {_text(facts.state)}, record {facts.seq}: "
+        "`continual.json` beside this card has every digest and option.",
+        f"Software: {versions}.",
+        "The same base, order, rule and options give the same bits on the same machine.",
     ]
-    parts.append(
-        "Software: "
-        + ", ".join(f"{_text(name)} {_text(version)}" for name, version in sorted(facts.software.items()))
-        + "."
-    )
-    parts.append("The same base, order, rule and options give the same bits on the same machine.")
     if any(repo_of(model.origin) is None for model in facts.folded) or facts.base.repo is None:
         parts.append("What was no repo of the Hub is named by its folder: only who has it can fold it.")
     if facts.rule == "frank-wolfe":
@@ -311,7 +294,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     """A rule's option as `--option` reads it: TOML, or plain text where that is no TOML."""
     if not isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
@@ -322,14 +305,14 @@ def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _before(step: Any) -> str:
+def _before(step: object) -> str:
     """A transform as `--before` reads it: `name:key=value`."""
-    if isinstance(step, str):
-        return step
+    if not isinstance(step, Mapping):
+        return str(step)
     return ":".join([str(step["name"]), *(f"{key}={_plain(value)}" for key, value in step.items() if key != "name")])
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 

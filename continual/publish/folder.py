@@ -1,5 +1,6 @@
-"""The merged model as an ordinary model directory: the base's layout, streamed tensor by tensor, written beside and
-renamed into place."""
+"""Writing the merged model as an ordinary model directory. It has the base's layout, is streamed tensor by tensor into
+a temporary directory beside, and renamed into place when it is whole.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -95,8 +95,8 @@ def free(directory: Path) -> None:
 
 @contextmanager
 def written(directory: Path, reading: Reading) -> Iterator[Path]:
-    """A temporary directory to write into, which becomes `directory`, durably, when the block has ended well; what it
-    reads does not expire meanwhile."""
+    """Gives a temporary directory to write into. When the block ends well, it becomes `directory`, durably. The
+    generation that `reading` reads does not expire meanwhile."""
     final = directory.absolute()
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
     with reading.state.lease(reading.commit.seq):
@@ -111,8 +111,8 @@ def written(directory: Path, reading: Reading) -> Iterator[Path]:
 def fill(
     base: BaseModel, reading: Reading, target: Target, directory: Path, executor: Executor, progress: Progress
 ) -> None:
-    """Writes the merged model into the empty `directory`, not synced; of `target` it takes the form. Raises Halt if a
-    value overflows the dtype."""
+    """Writes the merged model into the empty `directory`, in the dtype and the shards of `target`; syncs nothing.
+    Raises Halt if a value overflows the dtype."""
     copy_small_files(base.checkpoint.directory, directory)
     set_config_dtype(directory / "config.json", target.dtype)
     factor = reading.settle(executor, progress)
@@ -121,7 +121,7 @@ def fill(
     (directory / RELEASE).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def provenance_of(state: State, seq: int, read: Mapping[str, Any]) -> dict[str, Any]:
+def provenance_of(state: State, seq: int, read: Mapping[str, object]) -> dict[str, object]:
     """The body of `continual.json`: which state and record, which base, rule and options, and every fold in it."""
     commit = state.ledger.get(seq)
     made = state.format
@@ -145,10 +145,10 @@ def provenance_of(state: State, seq: int, read: Mapping[str, Any]) -> dict[str, 
 
 
 def keep_current(link: Path, seq: int, write: Callable[[Path], Path]) -> Path:
-    """Has `write` export into `LINK-<seq>` beside `link`, points the link there in one step, then removes what it
-    pointed at before.
+    """Has `write` export into `LINK-<seq>` beside `link`, points the link there in one step, then removes the directory
+    that it pointed at before. Returns the new directory.
 
-    Raises Misconfigured if `link` is there and no link.
+    Raises Misconfigured if `link` is there and no link, and what `write` raises.
     """
     link = link.absolute()
     if link.exists() and not link.is_symlink():

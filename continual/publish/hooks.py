@@ -1,4 +1,4 @@
-"""Who is told that a new merged model is out: SGLang, vLLM, any URL, any command. One call is a few tries within
+"""Telling a server that a new merged model is out: SGLang, vLLM, any URL, any command. One call is a few tries within
 seconds; when to call is not decided here.
 
 Requests, as they stand in the servers' sources; no real server has been run against them.
@@ -33,7 +33,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 from continual.config import HookSettings
@@ -69,9 +69,9 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What became of a call. `target` is the URL without its query, or the program; `seconds` are those of all tries
-    and the waits between them."""
+class Called:
+    """What became of a call. `target` is the URL without its query, or the program; `attempts` and `seconds` count all
+    tries, the seconds also the waits between them."""
 
     kind: str
     target: str
@@ -80,13 +80,13 @@ class Told:
     seconds: float
     message: str
 
-    def body(self) -> dict[str, Any]:
-        """What a record keeps of it."""
+    def body(self) -> dict[str, object]:
+        """The fields as a log line has them; the seconds to the millisecond."""
         return asdict(self) | {"seconds": round(self.seconds, 3)}
 
 
 class _Tried(NamedTuple):
-    """One try; `again`: the next may do better."""
+    """What became of one try; `again`: whether the next one may do better."""
 
     ok: bool
     message: str
@@ -94,7 +94,7 @@ class _Tried(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """`status` None: there was none, and `text` says why."""
+    """The status and the text of an answer. Where there was none, the status is None and the text says why."""
 
     status: int | None
     text: str
@@ -124,15 +124,13 @@ def _wrong(hook: HookSettings) -> str | None:
 
 
 def _wrong_url(hook: HookSettings) -> str | None:
-    """What is wrong with its URL, never quoting it: its query may be a secret."""
+    """What is wrong with its URL. The URL is never quoted: its query may be a secret."""
     if not hook.url:
         return "url is missing"
     if not (hook.url.isascii() and hook.url.isprintable()) or " " in hook.url:
         return "url has characters in it that have to be percent-encoded"
-    try:
-        parts = urlsplit(hook.url)
-        _ = parts.port
-    except ValueError:
+    parts = _split(hook.url)
+    if parts is None:
         return "url cannot be read; is its port a number?"
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return "url has to begin with http:// or https:// and a host"
@@ -143,28 +141,35 @@ def _wrong_url(hook: HookSettings) -> str | None:
     return None
 
 
+def _split(url: str) -> SplitResult | None:
+    """The parts of a URL; None if it cannot be read, or its port is no number below 65536."""
+    try:
+        parts = urlsplit(url)
+        return parts if parts.port is None or parts.port >= 0 else None
+    except ValueError:
+        return None
+
+
 def call(
     hook: HookSettings, published: Published, stop: threading.Event, wait: Callable[[float], bool] | None = None
-) -> Told:
-    """Tells one of what is published; blocks until that worked, the tries are used up, or `stop` is set. Takes a `hook`
-    that passed `check`.
+) -> Called:
+    """Tells one server of what is published; blocks until that worked, the tries are used up, or `stop` is set. Takes a
+    `hook` that passed `check`.
 
-    Never raises for what the other side does. `stop` ends the waits between tries (`wait` stands for its own, for
-    tests), not a try under way: that has `timeout` seconds.
+    Never raises for what the other side does. `stop` ends the waits between tries, not a try under way: that has
+    `timeout` seconds. `wait` waits so many seconds and returns whether to stop; the default waits for `stop`.
     """
     once = {"sglang": _sglang, "vllm-lora": _vllm_lora, "http": _http, "command": _command}[hook.kind]
     wait = wait or stop.wait
-    begun, attempts, tried = (
-        time.monotonic(),
-        0,
-        _Tried(False, "not told: continual is stopping", again=not stop.is_set()),
-    )
+    begun = time.monotonic()
+    attempts = 0
+    tried = _Tried(False, "not told: continual is stopping", again=not stop.is_set())
     while tried.again and attempts < hook.tries:
         if attempts and wait(min(FIRST_WAIT * 2.0 ** (attempts - 1), LONGEST_WAIT)):
             break
         attempts += 1
         tried = once(hook, published, time.monotonic() + hook.timeout)
-    return Told(hook.kind, target(hook), tried.ok, attempts, time.monotonic() - begun, _line(tried.message))
+    return Called(hook.kind, target(hook), tried.ok, attempts, time.monotonic() - begun, _line(tried.message))
 
 
 def _sglang(hook: HookSettings, published: Published, deadline: float) -> _Tried:
@@ -183,7 +188,8 @@ def _vllm_lora(hook: HookSettings, published: Published, deadline: float) -> _Tr
     if published.lora is None:
         return _Tried(False, "there is no adapter directory to load: set `current`, and let the hook come after it")
     base = f"{hook.url}".rstrip("/")
-    load, unload = f"{base}/v1/load_lora_adapter", f"{base}/v1/unload_lora_adapter"
+    load = f"{base}/v1/load_lora_adapter"
+    unload = f"{base}/v1/unload_lora_adapter"
     asked = {"lora_name": hook.name, "lora_path": str(published.lora.absolute())}
     answer = _post(load, asked, deadline)
     # Only then: unloading for any other trouble, a damaged adapter say, would take away the one that serves. The oldest
@@ -206,8 +212,8 @@ def _http(hook: HookSettings, published: Published, deadline: float) -> _Tried:
 
 
 def _command(hook: HookSettings, published: Published, deadline: float) -> _Tried:
-    """Runs it in a session of its own, so that all it started can be ended. What it says goes to a file: a pipe would
-    stay open with whatever it leaves running."""
+    """Runs a command in a session of its own, so that everything it started can be ended. Its output goes to a file: a
+    pipe would stay open as long as anything it left running."""
     program, *arguments = hook.command
     facts = {key: "" if value is None else str(value) for key, value in asdict(published).items()}
     filled = [re.sub(r"\{(" + "|".join(facts) + r")\}", lambda found: facts[found[1]], part) for part in arguments]
@@ -238,14 +244,18 @@ def _command(hook: HookSettings, published: Published, deadline: float) -> _Trie
 class _Plain(urllib.request.HTTPErrorProcessor):
     """Hands on every answer as it is: no redirect is followed, no status is an exception."""
 
-    def http_response(self, request: Any, response: Any) -> Any:  # noqa: ARG002
+    def http_response(
+        self,
+        request: urllib.request.Request,  # noqa: ARG002
+        response: http.client.HTTPResponse,
+    ) -> http.client.HTTPResponse:
         return response
 
     https_response = http_response
 
 
-def _post(url: str, body: Mapping[str, Any], deadline: float) -> _Answer:
-    """One POST of JSON. A proxy from the environment is used, but never for this machine itself."""
+def _post(url: str, body: Mapping[str, object], deadline: float) -> _Answer:
+    """Posts JSON. A proxy from the environment is used, but never for this machine itself."""
     request = urllib.request.Request(
         url, json.dumps(body).encode(), {"Content-Type": "application/json", "User-Agent": "continual"}
     )
@@ -265,7 +275,7 @@ def _post(url: str, body: Mapping[str, Any], deadline: float) -> _Answer:
 
 
 def _read(response: http.client.HTTPResponse, deadline: float) -> str:
-    """The beginning of an answer, or what of it came in time: whether there was one is settled by then."""
+    """The beginning of an answer, as much of it as came in time. That there is an answer is known by then."""
     read = b""
     try:
         while len(read) < ANSWER and time.monotonic() < deadline and (part := response.read1(ANSWER - len(read))):
@@ -283,7 +293,8 @@ def _tried(answer: _Answer) -> _Tried:
     return _Tried(ok, _with(f"HTTP {answer.status}", said), again=answer.status >= 500 or answer.status in _PASSING)
 
 
-def _fields(text: str) -> dict[str, Any]:
+def _fields(text: str) -> dict[str, object]:
+    """The fields of a JSON object; none for any other text."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -292,7 +303,7 @@ def _fields(text: str) -> dict[str, Any]:
 
 
 def _said(text: str) -> str:
-    """What an answer says, out of the places where such servers put it."""
+    """What an answer says: the text of the field in which such servers put it."""
     fields = _fields(text)
     inner = fields.get("error")
     said = (inner if isinstance(inner, dict) else fields).get("message") or fields.get("detail") or inner or text
@@ -300,6 +311,7 @@ def _said(text: str) -> str:
 
 
 def target(hook: HookSettings) -> str:
+    """What a hook calls, as it is logged and recorded: the program, or the URL without its query."""
     if hook.kind == "command":
         return _line(hook.command[0])
     parts = urlsplit(hook.url or "")
@@ -324,6 +336,6 @@ def _with(what: str, said: str) -> str:
 
 
 def _line(text: str) -> str:
-    """`text` on one line, printable and short."""
+    """A text on one line, printable and cut to MESSAGE characters."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text[: 16 * MESSAGE]).split())
     return line if len(line) <= MESSAGE else f"{line[: MESSAGE - 1]}…"

@@ -1,8 +1,8 @@
-"""The merged model as a release on the Hub: one commit each, found again by (state id, record) in the `continual.json`
-that lies in it.
+"""Putting the merged model on the Hub. A release is one commit; the `continual.json` in it says which record of which
+state it is of.
 
-Whatever is interrupted is begun again, and looks first at what is there: the branch's head and its `continual.json` say
-whether the release was made. A commit names its parent, so of two writers one fails.
+A release that was interrupted is begun again. It first looks at the branch: its head and the `continual.json` there say
+whether the release was made. A commit names its parent, so one of two writers fails.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from continual.config import ReleaseSettings
 from continual.errors import Misconfigured, Refuse
@@ -34,8 +34,8 @@ Exported = Callable[[], AbstractContextManager[Path]]
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """A release that is out. `new`: this call made the commit; `uploaded`: bytes of the files that were not there
-    before."""
+    """A release that is out. `new`: whether this call made the commit; `files` and `uploaded`: how many files that
+    commit brought, and their bytes."""
 
     repo: str
     branch: str
@@ -57,13 +57,22 @@ class Ours:
     generations: Sequence[str | None]
 
 
+class Stamp(NamedTuple):
+    """Which record of which state a release is of, and the generation it was read from; its `continual.json` says
+    so."""
+
+    state: str
+    seq: int
+    generation: object
+
+
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """The branch as it is: its head, None where the repo or branch is empty, and our `continual.json` in it, if there
-    is one."""
+    """The branch as it is: its head (None where the repo or branch is empty), and what the `continual.json` in it says,
+    if there is one of ours."""
 
     info: Info | None
-    release: Mapping[str, Any] | None
+    release: Stamp | None
 
 
 def check(asked: ReleaseSettings) -> None:
@@ -77,12 +86,13 @@ def check(asked: ReleaseSettings) -> None:
         raise Misconfigured(f"release.tag = {asked.tag}: {{seq}} is all it can have in braces") from None
     if "{seq}" not in (asked.tag or "{seq}") or not _TAG.fullmatch(tag):
         raise Misconfigured(
-            f"release.tag = {asked.tag}: a tag is letters, digits, '.', '_' and '-' with {{seq}} among them, so that each release has its own"
+            f"release.tag = {asked.tag}: a tag is letters, digits, '.', '_' and '-' with {{seq}} among them, "
+            "so that each release has its own"
         )
 
 
 def look(hub: Hub, asked: ReleaseSettings) -> Remote:
-    """What is on the branch. Raises Trouble and Refuse (`gated`)."""
+    """Asks what is on the branch. Raises Trouble, and Refuse where the repo is gated."""
     assert asked.repo is not None
     try:
         info = hub.info(asked.repo, asked.branch)
@@ -96,17 +106,17 @@ def look(hub: Hub, asked: ReleaseSettings) -> Remote:
         body = json.loads(hub.small(asked.repo, info.sha, info.files[RELEASE]))
     except ValueError:
         body = None
-    return Remote(
-        info, body if isinstance(body, dict) and "state" in body and isinstance(body.get("seq"), int) else None
-    )
+    if not isinstance(body, dict) or "state" not in body or not isinstance(body.get("seq"), int):
+        return Remote(info, None)
+    return Remote(info, Stamp(str(body["state"]), body["seq"], body.get("generation")))
 
 
 def may_follow(remote: Remote, asked: ReleaseSettings, state: str, seq: int, generations: Sequence[str | None]) -> bool:
     """Whether record `seq` of `state` is to be committed on top of what is there; False if it is out already.
-    `generations` are those of its records.
+    `generations` are those of all records of the state.
 
-    Raises Misconfigured where the branch holds something else: another state's releases, a model that is none of ours,
-    a later record of this state, or a record that this state does not know (of its time before a backup was restored).
+    Raises Misconfigured where the branch holds something else: releases of another state, a model that we did not make,
+    a later record of this state, or a record that this state does not have, because a backup was restored since.
     """
     where = f"release.repo = {asked.repo}, branch {asked.branch}"
     if remote.release is None:
@@ -116,18 +126,20 @@ def may_follow(remote: Remote, asked: ReleaseSettings, state: str, seq: int, gen
                 f"{where}: holds a model that continual did not make; name another repo or branch, or empty it first"
             )
         return True
-    if remote.release["state"] != state:
+    if remote.release.state != state:
         raise Misconfigured(
-            f"{where}: holds releases of another state ({str(remote.release['state'])[:12]}); one repo is for one state"
+            f"{where}: holds releases of another state ({remote.release.state[:12]}); one repo is for one state"
         )
-    there = int(remote.release["seq"])
-    if there >= len(generations) or generations[there] != remote.release.get("generation"):
+    there = remote.release.seq
+    if there >= len(generations) or generations[there] != remote.release.generation:
         raise Misconfigured(
-            f"{where}: holds record {there} of this state as it was before it was restored from a backup; name another repo"
+            f"{where}: holds record {there} of this state as it was before it was restored from a backup; "
+            "name another repo"
         )
     if there > seq:
         raise Misconfigured(
-            f"{where}: holds record {there} of this state, and releases go forward: name another branch for record {seq}"
+            f"{where}: holds record {there} of this state, and releases go forward: "
+            f"name another branch for record {seq}"
         )
     return there < seq
 
@@ -135,45 +147,71 @@ def may_follow(remote: Remote, asked: ReleaseSettings, state: str, seq: int, gen
 def release(
     hub: Hub, asked: ReleaseSettings, ours: Ours, exported: Exported, texts: Callable[[Path], Mapping[str, bytes]]
 ) -> Released:
-    """Publishes a record, unless it is out already, and tags it. `texts` makes, of the directory that was exported,
-    files that take the place of its own.
+    """Publishes a record, unless it is out already, and tags it.
 
-    Makes the repo and the branch where they are not there. Raises Misconfigured, Trouble, and Retry of the export;
-    nothing is half there: a commit is whole or not at all.
+    `exported` gives the directory with the model; `texts` gets that directory and returns files, by name, that replace
+    the ones in it. The repo and the branch are made where they are not there. Raises Misconfigured, Trouble, and Retry
+    of the export. Nothing is ever half there: a commit is whole or not at all.
     """
-    repo, seq, tries = asked.repo or "", ours.seq, 0
-    uploaded, files, new = 0, 0, False
+    made = _Made()
     with ExitStack() as stack:
         directory: Path | None = None
         while True:
             remote = look(hub, asked)
-            if not may_follow(remote, asked, ours.state, seq, ours.generations):
+            if not may_follow(remote, asked, ours.state, ours.seq, ours.generations):
                 assert remote.info is not None
-                commit = remote.info.sha
+                made = made._replace(commit=remote.info.sha)
                 break
             if remote.info is None:
                 remote = _create(hub, asked)
             if directory is None:
                 directory = stack.enter_context(exported())
-            adds, deletes, uploaded = _changes(directory, texts(directory), remote.info)
+            changes = _changes(directory, texts(directory), remote.info)
+            made = made._replace(uploaded=changes.nbytes)
             try:
-                commit, files, new = _commit(hub, asked, adds, deletes, remote.info, f"Record {seq}"), len(adds), True
+                commit = _commit(hub, asked, changes, remote.info, f"Record {ours.seq}")
+                made = made._replace(commit=commit, files=len(changes.adds), new=True)
                 break
-            except Trouble as error:  # whether it was made is seen on the branch
-                tries += 1
-                if tries == _TRIES or error.fault in (Fault.TOKEN, Fault.DENIED, Fault.REQUEST):
+            except Trouble as error:  # the branch will tell whether the commit was made
+                made = made._replace(tries=made.tries + 1)
+                if made.tries == _TRIES or error.fault in (Fault.TOKEN, Fault.DENIED, Fault.REQUEST):
                     raise
-                hub.stop.wait(max(error.after, 0.5 * 2.0**tries))
+                hub.stop.wait(max(error.after, 0.5 * 2.0**made.tries))
+    return _released(hub, asked, ours.seq, made)
+
+
+class _Made(NamedTuple):
+    """How far a release is: failed `tries`, the `commit` that has it, and whether we made it; of that commit the number
+    of `files` and the bytes `uploaded`."""
+
+    tries: int = 0
+    commit: str = ""
+    new: bool = False
+    files: int = 0
+    uploaded: int = 0
+
+
+def _released(hub: Hub, asked: ReleaseSettings, seq: int, made: _Made) -> Released:
+    """Tags a commit, where there are to be tags, and says what is out. Raises Misconfigured, Trouble."""
+    repo = asked.repo or ""
     tag = (asked.tag or "").format(seq=seq) or None
     if tag is not None:
-        _tag(hub, repo, tag, commit, f"Record {seq}")
+        _tag(hub, repo, tag, made.commit, f"Record {seq}")
     return Released(
-        repo, asked.branch, seq, commit, f"{hub.endpoint}/{repo}/tree/{commit}", tag, new, uploaded if new else 0, files
+        repo=repo,
+        branch=asked.branch,
+        seq=seq,
+        commit=made.commit,
+        url=f"{hub.endpoint}/{repo}/tree/{made.commit}",
+        tag=tag,
+        new=made.new,
+        uploaded=made.uploaded if made.new else 0,
+        files=made.files,
     )
 
 
 def _tag(hub: Hub, repo: str, tag: str, commit: str, message: str) -> None:
-    """Makes a tag; one that is there has to be of this commit. Raises Misconfigured, Trouble."""
+    """Makes a tag. Raises Misconfigured where it is there and of another commit, and Trouble."""
     what = f"tag {tag} of {repo}"
     there = {ref.name: ref.target_commit for ref in hub.ask(what, lambda: hub.api.list_repo_refs(repo)).tags}
     if there.get(tag, commit) != commit:
@@ -183,7 +221,7 @@ def _tag(hub: Hub, repo: str, tag: str, commit: str, message: str) -> None:
 
 
 def _create(hub: Hub, asked: ReleaseSettings) -> Remote:
-    """Makes the repo and the branch; both may be there already."""
+    """Makes the repo and the branch where they are not there, and looks at the branch. Raises Trouble."""
     repo = asked.repo or ""
     hub.ask(f"making {repo}", lambda: hub.api.create_repo(repo, private=asked.private, exist_ok=True))
     if asked.branch != "main":
@@ -194,11 +232,17 @@ def _create(hub: Hub, asked: ReleaseSettings) -> Remote:
     return look(hub, asked)
 
 
-def _changes(
-    directory: Path, texts: Mapping[str, bytes], now: Info | None
-) -> tuple[dict[str, Path | bytes], list[str], int]:
-    """What has to be added to the branch as it is, what goes (weights of before, at its top level), and how many bytes
-    that is."""
+class _Changes(NamedTuple):
+    """What a commit adds, by name; which files it deletes; and the bytes of what it adds."""
+
+    adds: Mapping[str, Path | bytes]
+    deletes: list[str]
+    nbytes: int
+
+
+def _changes(directory: Path, texts: Mapping[str, bytes], now: Info | None) -> _Changes:
+    """What makes the branch as it is `now` into the exported directory, with `texts` in place of its own files. Files
+    that are the same stay; weights of before at its top level go."""
     adds: dict[str, Path | bytes] = {}
     nbytes = 0
     there = now.files if now else {}
@@ -208,51 +252,42 @@ def _changes(
     ours |= texts
     for name, file in ours.items():
         known = there.get(name)
-        size = len(file) if isinstance(file, bytes) else file.stat().st_size
         if known is not None and same(file, known):
             continue
         adds[name] = file
-        nbytes += size
+        nbytes += len(file) if isinstance(file, bytes) else file.stat().st_size
     weights = (".safetensors", ".safetensors.index.json")
-    return (
-        adds,
-        sorted(name for name in there if name.endswith(weights) and "/" not in name and name not in ours),
-        nbytes,
-    )
+    gone = [name for name in there if name.endswith(weights) and "/" not in name and name not in ours]
+    return _Changes(adds, sorted(gone), nbytes)
 
 
-def _commit(
-    hub: Hub,
-    asked: ReleaseSettings,
-    adds: Mapping[str, Path | bytes],
-    deletes: list[str],
-    parent: Info | None,
-    message: str,
-) -> str:
-    """One commit on top of `parent`, or none; its hash. Raises Trouble."""
+def _commit(hub: Hub, asked: ReleaseSettings, changes: _Changes, parent: Info | None, message: str) -> str:
+    """Makes one commit on top of `parent`, or none, and returns its hash. Raises Trouble."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    operations: list[Any] = [
-        CommitOperationAdd(name, str(file) if isinstance(file, Path) else file) for name, file in adds.items()
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, str(file) if isinstance(file, Path) else file) for name, file in changes.adds.items()
     ]
-    operations += [CommitOperationDelete(name) for name in deletes]
-    how: dict[str, Any] = {
-        "commit_message": message,
-        "revision": asked.branch,
-        "parent_commit": parent.sha if parent else None,
-    }
-    try:
-        return str(
-            hub.ask(
-                f"commit to {asked.repo}", lambda: hub.api.create_commit(asked.repo or "", operations, **how), tries=1
-            ).oid
+    operations += [CommitOperationDelete(name) for name in changes.deletes]
+
+    def create() -> str:
+        made = hub.api.create_commit(
+            asked.repo or "",
+            operations,
+            commit_message=message,
+            revision=asked.branch,
+            parent_commit=parent.sha if parent else None,
         )
+        return str(made.oid)
+
+    try:
+        return hub.ask(f"commit to {asked.repo}", create, tries=1)
     except Refuse as error:  # the repo went away meanwhile, or the token may not write there
         raise Trouble(str(error), Fault.GONE) from None
 
 
 def newest_release(log: Sequence[Commit], repo: str, branch: str) -> ReleaseEntry | None:
-    """What the newest record of a release to this branch says; None if there is none."""
+    """The newest record of a release to this branch; None if there is none."""
     for commit in reversed(log):
         entry = commit.entry
         if isinstance(entry, ReleaseEntry) and (entry.repo, entry.branch) == (repo, branch):

@@ -64,8 +64,8 @@ and are loaded with a head."""
 
 @dataclass(frozen=True, slots=True)
 class LoraTarget:
-    """What an adapter is to be: the `directory` to write, the `rank` of all its modules, and the `dtype` of its factors,
-    a safetensors word or torch's."""
+    """What an adapter is to be: the `directory` to write, the `rank` of all its modules, and the `dtype` of its
+    factors, a safetensors word or torch's."""
 
     directory: Path
     rank: int
@@ -145,8 +145,8 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
     exist yet.
 
     The rank is lowered to the smaller side of the largest adapted tensor: no tensor has a larger one. Raises
-    Misconfigured if the directory is there or cannot be made, for a rank below 1, where nothing is folded yet or nothing
-    can be adapted; Halt if a value overflows the dtype. Then nothing is left behind.
+    Misconfigured if the directory is there or cannot be made, for a rank below 1, where nothing is folded yet or where
+    nothing can be adapted; Halt if a value overflows the dtype. Then nothing is left behind.
     """
     word = parse_dtype(target.dtype) or "F32"
     free(target.directory)
@@ -337,8 +337,8 @@ def _error(squares: Iterable[_Squares]) -> float:
 
 
 def _config(base: BaseRecord, layout: _Layout) -> dict[str, object]:
-    """adapter_config.json. PEFT keeps one `fan_in_fan_out` for all layers, and corrects it where a layer is of the other
-    kind."""
+    """adapter_config.json. PEFT keeps one `fan_in_fan_out` for all layers, and corrects it where a layer is of the
+    other kind."""
     return {
         "peft_type": "LORA",
         "task_type": None,

@@ -191,7 +191,15 @@ class Outlets:
             self.metrics.hook(waiter.hook.kind, ok=told.ok)
             log = self._log.info if told.ok else self._log.error
             log("hook", **told.body(), seq=published.seq)
-            call = HookCall(number=waiter.number, **told.body())
+            call = HookCall(
+                number=waiter.number,
+                kind=told.kind,
+                target=told.target,
+                ok=told.ok,
+                attempts=told.attempts,
+                seconds=round(told.seconds, 3),
+                message=told.message,
+            )
             said = f"hook {told.kind} for record {published.seq}: {'done' if told.ok else told.message}"
             try:
                 await self.record(HookEntry(message=said, software=software(), of=published.seq or 0, hook=call))

@@ -59,7 +59,7 @@ def look(merge: Merge, at: int | None = None) -> Look:
     ours = _ours(merge, seq)
     out = not hub.may_follow(remote, asked, ours.state, seq, ours.generations)
     facts = facts_of(merge, seq)
-    there = None if remote.release is None else int(remote.release["seq"])
+    there = None if remote.release is None else remote.release.seq
     return Look(
         asked.repo or "", asked.branch, seq, out, there, card.licences(facts.base, facts.folded), card.card(facts)
     )

@@ -2,8 +2,8 @@
 time makes sure that nothing is missed.
 
 It looks at the names, sizes and times of files, and at the length that a safetensors file claims in its first bytes;
-whether a model is any good is for the gates. A directory that was renamed into place is taken after the settle time; one
-that is written in place, when it is whole, too.
+whether a model is any good is for the gates. A directory that was renamed into place is taken after the settle time;
+one that is written in place, when it is whole, too.
 """
 
 from __future__ import annotations

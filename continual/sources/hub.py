@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -215,7 +215,7 @@ class HubSource(Source):
         """Everything the Hub lists for the settings, each repo once under the name it was asked for by; or why it
         cannot be had. Raises Trouble."""
         seen = set()
-        for _, tag, author in self._listings():
+        for _, tag, author in _listings(self._asked, self._places.bases):
             for info in self._places.hub.listing(tag=tag, author=author):
                 if info.id not in seen:
                     seen.add(info.id)
@@ -233,12 +233,12 @@ class HubSource(Source):
         save_cursor(self._state, self.name, self.cursor.body())
 
     def poll(self) -> int:
-        """Asks the Hub once what there is. Returns how many commits were new; they are on disk by then. Raises Retry, of
-        the Hub or the disk."""
+        """Asks the Hub once what there is. Returns how many commits were new; they are on disk by then. Raises Retry,
+        of the Hub or the disk."""
         now = self._clock()
         new = 0
         try:
-            for listing, tag, author in self._listings():
+            for listing, tag, author in _listings(self._asked, self._places.bases):
                 rows = self._places.hub.listing(tag=tag, author=author)
                 everything = self.cursor.sweeps(listing, now, self._asked.sweep)
                 try:
@@ -263,16 +263,6 @@ class HubSource(Source):
             self.save()
         return new
 
-    def _listings(self) -> list[tuple[str, str | None, str | None]]:
-        tags = (
-            [f"base_model:{relation}:{base}" for base in self._places.bases for relation in self._asked.relations]
-            if self._asked.watch
-            else []
-        )
-        return [(tag, tag, None) for tag in tags] + [
-            (f"author:{author}", None, author) for author in self._asked.authors
-        ]
-
     def _wanted(self, info: Info) -> bool:
         return self._places.left_out(info) is None
 
@@ -287,6 +277,21 @@ class HubSource(Source):
                 continue
             self._names.setdefault(sighting.key, []).append(push)
             self.cursor.saw(sighting, self._known)
+
+
+class _Listing(NamedTuple):
+    """A listing that is read: its name in the cursor, and the tag or the author that is asked for."""
+
+    name: str
+    tag: str | None = None
+    author: str | None = None
+
+
+def _listings(asked: HubSettings, bases: Sequence[str]) -> list[_Listing]:
+    """What the settings look for: the tags of the bases' relations, and the authors."""
+    relations = [f"base_model:{relation}:{base}" for base in bases for relation in asked.relations]
+    tags = [_Listing(tag, tag=tag) for tag in relations] if asked.watch else []
+    return tags + [_Listing(f"author:{author}", author=author) for author in asked.authors]
 
 
 def _word(asked: HubSettings, bases: Sequence[str]) -> str:

@@ -94,8 +94,8 @@ class Webhook:
     told: Callable[[], None]
 
     async def answer(self, request: Request) -> Response:
-        """202 when the push is on disk, or there is nothing to do; 401 without the secret, 413 for a large body, 400 for
-        what is no delivery, 503 where the push cannot be kept."""
+        """202 when the push is on disk, or there is nothing to do; 401 without the secret, 413 for a large body, 400
+        for what is no delivery, 503 where the push cannot be kept."""
         given = request.headers.get("x-webhook-secret", "")
         if not hmac.compare_digest(given.encode("latin-1"), self.secret.encode()):
             return _said(401, "X-Webhook-Secret is not the secret of this service")

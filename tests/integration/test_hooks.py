@@ -20,7 +20,7 @@ from continual import config
 from continual.config import HookSettings
 from continual.errors import Misconfigured
 from continual.publish import hooks
-from continual.publish.hooks import Published, Told, call, check
+from continual.publish.hooks import Called, Published, call, check
 
 Answer = tuple[int, Any]
 STATE = "0123456789abcdef0123"
@@ -92,7 +92,7 @@ class Waits:
         return len(self.seconds) >= self.stops_at
 
 
-def tell(hook: HookSettings, published: Published, waits: Waits | None = None) -> Told:
+def tell(hook: HookSettings, published: Published, waits: Waits | None = None) -> Called:
     check([hook])
     told = call(hook, published, threading.Event(), waits or Waits())
     assert told.message.isprintable()
@@ -340,7 +340,7 @@ def test_a_stop_ends_the_tries(tmp_path: Path, served: Served) -> None:
     told = tell(hook, published(tmp_path), Waits(stops_at=2))
     assert (told.ok, told.attempts, told.message) == (False, 2, "HTTP 503")
     stop = threading.Event()
-    thread_saw: list[Told] = []
+    thread_saw: list[Called] = []
     thread = threading.Thread(target=lambda: thread_saw.append(call(hook, published(tmp_path), stop)))
     thread.start()
     while len(served.asked) < 3:

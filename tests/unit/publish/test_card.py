@@ -104,10 +104,7 @@ def test_a_local_base_is_no_repo() -> None:
 def test_how_to_load_it() -> None:
     assert 'LlamaForCausalLM.from_pretrained("org/merged")' in made(architecture="LlamaForCausalLM")[0]
     assert 'AutoModel.from_pretrained("merged")' in made(architecture="x; import os", repo=None)[0]
-    text, _, data = made(form="adapter")
-    assert data["library_name"] == "peft"
-    assert f'from_pretrained("org/base", revision="{SHA}")' in text
-    assert 'PeftModel.from_pretrained(base, "org/merged")' in text
+    assert made()[2]["library_name"] == "transformers"
     assert f"[0123456789ab](https://huggingface.co/org/merged/tree/{SHA})" in made(previous=SHA)[0]
 
 
@@ -133,9 +130,7 @@ def test_how_to_load_it() -> None:
 )
 def test_a_strangers_words_break_nothing(name: str) -> None:
     folded = (model(1), model(2, name=name, origin=f"/in/{name}", licence=name, form=name, digest=name), model(3))
-    facts = dataclasses.replace(
-        FACTS, folded=folded, base=dataclasses.replace(BASE, licence=name), caveat=name, repo=None
-    )
+    facts = dataclasses.replace(FACTS, folded=folded, base=dataclasses.replace(BASE, licence=name), repo=None)
     text = card.card(facts)
     assert str(ModelCard(text)) == text
     data = ModelCard(text).data.to_dict()
