@@ -6,12 +6,12 @@ An open state is `continual.api.Merge`. How a state lies on disk is the matter o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from continual.config import Settings
-from continual.engine.base import fetched, files_of, measure_base, open_checkpoint
+from continual.engine.base import Fetched, fetched, files_of, measure_base, open_checkpoint
 from continual.engine.folding import state_bytes
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress, silent
@@ -103,8 +103,12 @@ def init(
         model = describe(checkpoint, plain=recipe.plain, exclude=recipe.exclude)
         made = _survey(found.name, model, recipe)
         measured = measure_base(model, progress)
-        record = replace(
-            found.record,
+        remote = found.remote
+        record = BaseRecord(
+            path=str(found.path),
+            repo=remote.repo if remote else None,
+            revision=remote.revision if remote else None,
+            licence=remote.licence if remote else None,
             files=files_of(checkpoint),
             digests=measured.digests,
             squares=measured.squares,
@@ -161,21 +165,21 @@ def agree(state: State, settings: Settings) -> None:
 
 
 class _Found(NamedTuple):
-    """A base that lies on this machine: its directory, its name for people, and what the state keeps of where it came
-    from."""
+    """A base that lies on this machine: its directory, the path that the state keeps, its name for people, and where it
+    came from if that was the Hub."""
 
     place: Folder
+    path: Path
     name: str
-    record: BaseRecord
+    remote: Fetched | None = None
 
 
 def _found(place: Place, word: str | Path, progress: Progress) -> _Found:
     if isinstance(place, Repo):
-        path, repo, revision, licence = fetched(place.hub, place.info.id, place.info.sha, progress)
-        record = BaseRecord(path=str(path.absolute()), repo=repo, revision=revision, licence=licence)
-        return _Found(Folder(path), f"{repo}@{revision}", record)
+        remote = fetched(place.hub, place.info.id, place.info.sha, progress)
+        return _Found(Folder(remote.path), remote.path.absolute(), f"{remote.repo}@{remote.revision}", remote)
     assert isinstance(place, Folder)
-    return _Found(place, str(word), BaseRecord(path=str(place.path.resolve())))
+    return _Found(place, place.path.resolve(), str(word))
 
 
 def _survey(base: str, model: BaseModel, recipe: Recipe) -> Survey:

@@ -1,5 +1,5 @@
-"""The records of the ledger, one frozen class a kind, and their JSON bodies. What they are made of is in parts.py, their
-place in the chain in format.py; FORMAT.md says the same in words."""
+"""The records of the ledger, one frozen class a kind, and their JSON bodies. Their parts are in parts.py, a record's
+link in the chain is in format.py. FORMAT.md specifies all of it."""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from continual.errors import Damaged
-from continual.records import OMITTED, SlotSpec, TensorSpec
+from continual.records import OMITTED, Kind, SlotSpec, TensorSpec
 from continual.state.entries import Entry, FoldEntry, entry_of
 from continual.state.fields import body_of, record_of
 
@@ -30,8 +30,8 @@ class BaseFile:
 class BaseRecord:
     """The base of a state.
 
-    `path`: its directory; of one that came from the Hub also `repo`, `revision` (the commit), and `licence` where its
-    card names one. `digests`: tensor name to the BLAKE3 hash of its bytes; `squares`: tensor name to ‖θ₀‖², of those
+    `path`: its directory; a base that came from the Hub also has `repo`, `revision` (the commit), and `licence` where
+    its card names one. `digests`: tensor name to the BLAKE3 hash of its bytes; `squares`: tensor name to ‖θ₀‖², of those
     that are folded. `plain`, `exclude`: the globs of names that the state was made with.
     """
 
@@ -39,23 +39,24 @@ class BaseRecord:
     revision: str | None = None
     repo: str | None = field(default=None, metadata={OMITTED: True})
     licence: str | None = field(default=None, metadata={OMITTED: True})
-    files: tuple[BaseFile, ...] = ()
-    digests: Mapping[str, str] = field(default_factory=dict)
-    squares: Mapping[str, float] = field(default_factory=dict)
-    plain: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    files: tuple[BaseFile, ...]
+    digests: Mapping[str, str]
+    squares: Mapping[str, float]
+    plain: tuple[str, ...]
+    exclude: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What never changes in a state. `slots`: tensor name to slot name to shape and dtype; empty for carried tensors."""
+    """What never changes in a state. `slots`: tensor name to slot name to shape and dtype; empty for carried
+    tensors."""
 
     version: int
     id: str
     base: BaseRecord
     tensors: tuple[TensorSpec, ...]
     rule: str
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     slots: Mapping[str, Mapping[str, SlotSpec]]
 
     @classmethod
@@ -64,7 +65,7 @@ class Format:
         base: BaseRecord,
         tensors: Sequence[TensorSpec],
         rule: str,
-        options: Mapping[str, Any],
+        options: Mapping[str, object],
         slots: Mapping[str, Mapping[str, SlotSpec]],
     ) -> Format:
         """Of a new state: the newest version, an id that is drawn here, and the tensors in order of their names."""
@@ -80,54 +81,49 @@ class Format:
         """Bytes of all accumulators, without metadata and checksums."""
         return sum(slot.nbytes for slots in self.slots.values() for slot in slots.values())
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, object]:
         """As format.json holds it."""
-        tensors = [
-            {
-                "name": t.name,
-                "shape": list(t.shape),
-                "dtype": t.dtype,
-                "kind": t.kind,
-                "depth": t.depth,
-                "slots": {k: {"shape": list(s.shape), "dtype": s.dtype} for k, s in self.slots[t.name].items()},
-            }
-            for t in self.tensors
-        ]
-        return {
-            "version": self.version,
-            "id": self.id,
-            "base": body_of(self.base),
-            "rule": self.rule,
-            "options": dict(self.options),
-            "tensors": tensors,
-        }
+        tensors = tuple(
+            _TensorBody(t.name, t.shape, t.dtype, t.kind, t.depth, self.slots[t.name]) for t in self.tensors
+        )
+        return body_of(_FormatBody(self.version, self.id, self.base, self.rule, self.options, tensors))
 
     @classmethod
-    def of(cls, body: Mapping[str, Any], path: Path) -> Format:
-        """From format.json. Raises Damaged for a newer format or one that lacks something."""
+    def of(cls, body: Mapping[str, object], path: Path) -> Format:
+        """From format.json. Raises Damaged for a newer format, and naming what it lacks or what has another type."""
         if body.get("version") != VERSION:
             raise Damaged(
-                f"{path}: format {body.get('version')}; this continual understands format {VERSION}: install the version that wrote it"
+                f"{path}: format {body.get('version')}; this continual understands format {VERSION}: "
+                "install the version that wrote it"
             )
-        try:
-            tensors = tuple(
-                TensorSpec(t["name"], tuple(t["shape"]), t["dtype"], t["kind"], t["depth"]) for t in body["tensors"]
-            )
-            slots = {
-                t["name"]: {k: SlotSpec(tuple(s["shape"]), s["dtype"]) for k, s in t["slots"].items()}
-                for t in body["tensors"]
-            }
-            return cls(
-                body["version"],
-                body["id"],
-                record_of(BaseRecord, body["base"], path),
-                tensors,
-                body["rule"],
-                body["options"],
-                slots,
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise Damaged(f"{path}: {error!r} is missing or malformed") from None
+        found = record_of(_FormatBody, body, path)
+        tensors = tuple(TensorSpec(t.name, t.shape, t.dtype, t.kind, t.depth) for t in found.tensors)
+        slots = {tensor.name: tensor.slots for tensor in found.tensors}
+        return cls(found.version, found.id, found.base, tensors, found.rule, found.options, slots)
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorBody:
+    """A tensor in format.json, with its slots."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+    depth: float
+    slots: Mapping[str, SlotSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class _FormatBody:
+    """The keys of format.json."""
+
+    version: int
+    id: str
+    base: BaseRecord
+    rule: str
+    options: Mapping[str, object]
+    tensors: tuple[_TensorBody, ...]
 
 
 @dataclass(frozen=True, slots=True)

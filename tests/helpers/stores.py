@@ -12,6 +12,7 @@ from continual.state.entries import FoldEntry, RefuseEntry
 from continual.state.format import BaseRecord
 from continual.state.parts import FoldNumbers
 
+BASE = BaseRecord(path="/base", files=(), digests={}, squares={}, plain=(), exclude=())
 SHAPES: dict[str, tuple[int, ...]] = {
     "a.weight": (3, 4),
     "scalar": (),
@@ -30,8 +31,7 @@ def make(path: Path) -> State:
     ]
     slots = {s.name: {} if s.kind == "carried" else {"sum": SlotSpec(s.shape)} for s in specs}
     read = {"policy": "number", "value": 1.0}
-    base = BaseRecord(path="/base")
-    return State.create(path, Format.new(base, specs, "mean", {}, slots), read=read, device="cpu")
+    return State.create(path, Format.new(BASE, specs, "mean", {}, slots), read=read, device="cpu")
 
 
 def value(name: str, number: int) -> np.ndarray:

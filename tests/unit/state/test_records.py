@@ -21,7 +21,7 @@ from continual.records import KEY, OMITTED, REST, MatrixTotals, Totals
 from continual.state import State, framing
 from continual.state.entries import ENTRIES, Entry, EntryKind, RefuseEntry, TuneEntry, UnfoldEntry, entry_of
 from continual.state.fields import body_of, record_of
-from continual.state.format import BaseRecord, Commit, FoldCommit
+from continual.state.format import BaseRecord, Commit, FoldCommit, Format
 from tests.helpers import house, stores
 from tests.helpers.entries import ROUND, brought, candidate, row, select
 
@@ -264,3 +264,22 @@ def test_the_scan_sees_such_a_reading() -> None:
     ):
         assert by_key(ast.parse(text)) == [1], text
     assert by_key(ast.parse("entry.numbers.tau_norm, dealt.numbers[rows[0]], chosen['numbers']")) == []
+
+
+def test_what_the_format_of_a_state_lacks_is_named(tmp_path: Path) -> None:
+    stores.make(tmp_path / "s").close()
+    path = tmp_path / "s" / "format.json"
+    body: Any = framing.decode(path)[0]
+    assert Format.of(body, path).body() == body
+    for change, said in (
+        ({"base": body["base"] | {"squares": {"a": "x"}}}, "base.squares.a is 'x', no finite number"),
+        ({"base": {"path": "/b"}}, "base.files is missing"),
+        (
+            {"tensors": [body["tensors"][0] | {"kind": "odd"}]},
+            "tensors.0.kind is 'odd', none of matrix, plain, carried",
+        ),
+        ({"tensors": [body["tensors"][0] | {"shape": [1.5]}]}, "tensors.0.shape.0 is 1.5, no whole number"),
+        ({"id": None}, "id is None, no text"),
+    ):
+        with pytest.raises(Damaged, match=re.escape(f"format.json: {said}")):
+            Format.of(body | change, path)

@@ -18,7 +18,6 @@ from continual.errors import Busy, Damaged, Misconfigured, Retry
 from continual.records import SlotSpec, TensorSpec, Totals
 from continual.state import Format, State, arrays, names
 from continual.state.entries import FoldEntry
-from continual.state.format import BaseRecord
 from continual.state.parts import FoldNumbers
 from continual.state.verify import verify
 from tests.helpers import stores
@@ -179,8 +178,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 def test_other_readers_see_the_same_values(tmp_path: Path, spec: SlotSpec) -> None:
     array = (np.arange(int(np.prod(spec.shape))) % 997).astype(spec.dtype).reshape(spec.shape)
     tensor = TensorSpec("t/é", spec.shape, "F32", "plain")
-    base = BaseRecord(path="/b")
-    form = Format.new(base, [tensor], "mean", {}, {"t/é": {"x": spec}})
+    form = Format.new(stores.BASE, [tensor], "mean", {}, {"t/é": {"x": spec}})
     made = State.create(tmp_path / "s", form, read={}, device="cpu")
     with made as state, state.begin() as transaction:
         transaction.write("t/é", "x", array)
