@@ -66,6 +66,8 @@ def test_in_a_full_house_the_lightest_make_room_and_stay_in_the_sum(tmp_path: Pa
         assert rows(found)["good2"].fate == "folded"
         assert set(names(merge)) == {"good0", "good1", "good2"}
         assert 0 < now.rest[0] <= first[lightest][0] * (1 + 1e-9)
+        everything = sum(w for (w,) in weights(merge).values()) + now.rest[0]
+        assert merge.state.ledger.totals.weight == pytest.approx(everything)
         is_the_sum(merge, taus, {**weights(merge), lightest: now.rest})
         assert waits(merge) == []
         merge.round()
@@ -166,3 +168,41 @@ def test_two_weighed_merges_are_not_added_and_it_is_said_what_to_do(tmp_path: Pa
         pytest.raises(Misconfigured, match="let the models of both states wait for rounds of one"),
     ):
         merge.combine(tmp_path / "state")
+
+
+def test_a_rest_that_is_driven_out_leaves_the_merge_with_its_models(tmp_path: Path, base: Path) -> None:
+    """Its files are gone, so it waits until the next round finds that."""
+    tight = {"rho": 0.4, "layers": False, "step": "pairwise"}
+    with opened(tmp_path / "state", base, rounds=tight) as merge:
+        weak = quadratic.good(base, 1, "weak", share=0.3)
+        fill(merge, weak)
+        merge.round()
+        shutil.rmtree(weak)
+        fill(merge, quadratic.good(base, 0, share=1.5))
+        merge.round()
+        now = active_at(merge.state)
+        assert (names(merge), list(weights(merge)), now.rest) == (["good0"], ["good0"], ())
+        assert (waits(merge), merge.state.ledger.totals.count) == (["weak"], 1)
+        is_the_sum(merge, vectors(base, "good0"), weights(merge))
+        assert rows(merge.round())["weak"].reason == "gone"
+        assert waits(merge) == []
+
+
+def test_a_twin_of_a_model_in_the_rest_gives_its_weight_to_the_rest(tmp_path: Path, base: Path) -> None:
+    good = quadratic.good(base, 0)
+    taus = vectors(base, "good0")
+    asked = {"layers": False, "step": "soft"}
+    with opened(tmp_path / "state", base, rounds={**asked, "rho": 0.3}) as merge:
+        fill(merge, good)
+        merge.round()
+        first = weights(merge)["good0"][0]
+    shutil.move(good, good.parent / "twin")
+    with opened(tmp_path / "state", base, rounds=asked) as merge:
+        fill(merge, good.parent / "twin")
+        found = rows(merge.round())
+        assert (found["twin"].fate, found["twin"].reason) == ("refused", "duplicate")
+        now = active_at(merge.state)
+        assert (names(merge), weights(merge), waits(merge)) == (["good0"], {}, [])
+        assert now.rest[0] > 2 * first
+        assert merge.state.ledger.totals.weight == pytest.approx(now.rest[0])
+        is_the_sum(merge, taus, {"good0": now.rest})

@@ -140,6 +140,46 @@ def test_a_round_over_nobody_new_changes_little_and_keeps_the_sum(tmp_path: Path
         merge.round()
 
 
+def test_a_round_that_changes_no_weight_is_a_record_and_no_tensor_is_written(tmp_path: Path, base: Path) -> None:
+    with opened(tmp_path / "state", base, rounds={"tolerance": 5.0, "layers": False}) as merge:
+        fill(merge, *(quadratic.good(base, k) for k in range(2)))
+        merge.round()
+        first, head = weights(merge), merge.state.ledger.head
+        assert first
+        fill(merge, quadratic.noise(base, 0))
+        found = merge.round()
+        assert (found.steps, found.folds, weights(merge)) == (0, 0, first)
+        assert found.commit is not None
+        assert found.commit.generation == head.generation
+        entry = found.commit.of_kind(SelectEntry)
+        assert (entry.active, entry.rest, entry.folds, entry.out, entry.totals) == (None, None, None, None, None)
+        assert {row.name: row.fate for row in found.rows if row.name in first} == dict.fromkeys(first, "folded")
+
+
+def test_weights_by_layer_stay_so_when_the_setting_changes(tmp_path: Path, base: Path) -> None:
+    taus = vectors(base, *(quadratic.good(base, k).name for k in range(3)))
+    pool = base.parent / "pool"
+    with opened(tmp_path / "state", base, rounds={"layers": True}) as merge:
+        fill(merge, pool / "good0", pool / "good1")
+        merge.round()
+        count = {len(w) for w in weights(merge).values()}
+        assert count == {len(set(layers(merge, by_layer=True).values()))} != {1}
+    with opened(tmp_path / "state", base, rounds={"layers": False}) as merge:
+        fill(merge, pool / "good2")
+        merge.round()
+        assert set(weights(merge)) == {"good0", "good1", "good2"}
+        assert {len(w) for w in weights(merge).values()} == count
+        is_the_sum(merge, taus, weights(merge))
+
+
+def test_a_dry_run_looks_from_the_sum_as_it_is(tmp_path: Path, base: Path) -> None:
+    with opened(tmp_path / "state", base) as merge:
+        fill(merge, quadratic.good(base, 0))
+        reached = merge.round().loss
+        fill(merge, quadratic.good(base, 1))
+        assert merge.look_round().loss == pytest.approx(reached, rel=1e-5)
+
+
 def test_who_has_no_weight_any_more_waits_again(tmp_path: Path, base: Path) -> None:
     """Under a tight ρ a much better model drives a weak one out."""
     with opened(tmp_path / "state", base, rounds={"rho": 0.4, "layers": False, "step": "pairwise"}) as merge:

@@ -132,7 +132,7 @@ def test_what_was_chosen_and_changed_since_is_not_folded(tmp_path: Path, base: P
         merge.round()
         assert names(merge) == ["good1"]
         assert key not in merge.pool()
-        assert merge.why("good0").reason == "gone"
+        assert (merge.why("good0").fate, merge.why("good0").reason) == ("expired", "gone")
         if change == "other":
             assert merge.fold(good[0]).fate == "deferred", "what is there now is another candidate"
 

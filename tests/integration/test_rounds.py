@@ -18,6 +18,7 @@ from continual.publish.folder import Target
 from continual.selection.active import NONE
 from continual.selection.frank_wolfe import MergedVector, Search, SearchSpace
 from continual.selection.members import Member
+from continual.selection.steps import Taken
 from continual.state.verify import verify
 from tests.helpers import models, quadratic
 from tests.helpers.pools import (
@@ -163,6 +164,15 @@ def test_what_is_chosen_lowers_the_loss_and_the_figures_say_by_how_much(tmp_path
     assert (found.gap or 0.0) >= 0
 
 
+def test_there_are_two_steps_for_every_member_whatever_the_setting(tmp_path: Path, base: Path) -> None:
+    with opened(tmp_path / "state", base, rounds={"step": "hard", "steps": 1, "tolerance": 0.0, "active": 1}) as merge:
+        fill(merge, *(quadratic.good(base, k) for k in range(3)))
+        heard: list[Any] = []
+        found = merge.round(told=heard.append)
+        assert max(step.number for step in heard if isinstance(step, Taken)) == 5
+        assert found.folds == 3, "as many may have weight as there are"
+
+
 def test_a_second_round_judges_at_the_new_merge(tmp_path: Path, base: Path) -> None:
     """One that adds nothing to what is in: the first copy of a skill is folded, a later one is not needed."""
     with opened(tmp_path / "state", base) as merge:
@@ -171,7 +181,10 @@ def test_a_second_round_judges_at_the_new_merge(tmp_path: Path, base: Path) -> N
         assert sorted(names(merge)) == ["good0", "good1"]
         before = bits(merge)
         fill(merge, quadratic.good(base, 2), quadratic.noise(base, 1))
-        found = rows(merge.round())
+        at = {n: t.double() + merge.read(n).double() for n, t in load_file(base / "model.safetensors").items()}
+        second = merge.round()
+        assert second.before == pytest.approx(float(objective(base)(at)), rel=1e-5)
+        found = rows(second)
         assert found["good2"].fate == "folded"
         assert set(found) == {"good2", "noise0", "noise1"}, "those that are folded are members no more"
         assert (merge.pool()[found["noise0"].key].rounds, merge.pool()[found["noise1"].key].rounds) == (2, 1)
