@@ -1,39 +1,63 @@
 """continual keeps one merged model up to date: each new fine-tune of a base is folded in as it appears.
 
-The names below are the public API; they load on first use, so that importing the package (or asking the command for
-help) stays cheap.
+The names below are the public API. They load when they are first used, so that importing the package, or asking the
+command for help, stays quick.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-_WHERE = {
-    "init": "continual.making",
-    "open": "continual.api",
-    "survey": "continual.making",
-    "Recipe": "continual.making",
-    "Merge": "continual.api",
-    "Plan": "continual.engine.outcomes",
-    "Outcome": "continual.engine.outcomes",
-    "Settings": "continual.config",
-    "Target": "continual.publish.folder",
-    "Tuning": "continual.tuning",
-    "Tuned": "continual.tuning",
-    "Command": "continual.tuning",
-    "Rows": "continual.tuning",
-    "ContinualError": "continual.errors",
-    "Retry": "continual.errors",
-    "Refuse": "continual.errors",
-    "Halt": "continual.errors",
-}
-__all__ = [*_WHERE, "__version__"]  # noqa: PLE0604
+if TYPE_CHECKING:
+    from continual.api import Merge, open
+    from continual.config import Settings
+    from continual.engine.outcomes import Outcome, Plan
+    from continual.errors import ContinualError, Halt, Refuse, Retry
+    from continual.making import Recipe, Survey, init, survey
+    from continual.publish.folder import Target
+    from continual.tuning import Command, Rows, Tuned, Tuning
+
+__all__ = [
+    "Command",
+    "ContinualError",
+    "Halt",
+    "Merge",
+    "Outcome",
+    "Plan",
+    "Recipe",
+    "Refuse",
+    "Retry",
+    "Rows",
+    "Settings",
+    "Survey",
+    "Target",
+    "Tuned",
+    "Tuning",
+    "__version__",
+    "init",
+    "open",
+    "survey",
+]
 __version__ = "0.1.0"
 
+_HOMES = {
+    "continual.api": ("Merge", "open"),
+    "continual.config": ("Settings",),
+    "continual.engine.outcomes": ("Outcome", "Plan"),
+    "continual.errors": ("ContinualError", "Halt", "Refuse", "Retry"),
+    "continual.making": ("Recipe", "Survey", "init", "survey"),
+    "continual.publish.folder": ("Target",),
+    "continual.tuning": ("Command", "Rows", "Tuned", "Tuning"),
+}
+"""The module that each name is loaded from: the same as above, which only type checkers read."""
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+
+if not TYPE_CHECKING:  # else a checker would take any name for one of ours
+
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        for module, names in _HOMES.items():
+            if name in names:
+                return getattr(import_module(module), name)
         raise AttributeError(f"module 'continual' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_WHERE[name]), name)

@@ -48,6 +48,10 @@ from continual.tuning import Evaluation, Told, Tuned, Tuning
 if TYPE_CHECKING:
     from continual.hub import Hub
 
+_NO_ROUNDS = (
+    "select = none: no model waits for rounds; set select = relevance, or make a state with the rule frank-wolfe"
+)
+
 
 def open(state: str | Path = "state", *, write: bool = False, **settings: object) -> Merge:
     """Opens the state in the directory `state`; `settings` are fields of `continual.Settings`.
@@ -70,10 +74,8 @@ class Merge:
         on_step: Callable[[str], None] | None = None,
     ) -> None:
         """Opens the state that `settings` name. `client` is asked in place of the Hub that the environment names;
-        `on_step` is called before each step of the commit protocol, which campaigns of faults use.
-
-        Raises Misconfigured, Busy and Damaged, as `open` does.
-        """
+        `on_step` is called before each step of the commit protocol: campaigns of faults use it. Raises Misconfigured,
+        Busy and Damaged, as `open` does."""
         self.settings = settings
         self.state = State.open(settings.state, write=write, on_step=on_step)
         try:
@@ -84,8 +86,7 @@ class Merge:
         self.rule = rule(self.state.format.rule, self.state.format.options)
         self._base: BaseModel | None = None
         self._engine: Engine | None = None
-        base = self.state.format.base.repo
-        self.places = Places(settings, base, client, openers(settings))
+        self.places = Places(settings, self.state.format.base.repo, client, openers(settings))
         self._lengths: dict[str, tuple[float, float]] = {}
 
     def __enter__(self) -> Merge:
@@ -114,19 +115,12 @@ class Merge:
         return self.places.hub
 
     @property
-    def stop(self) -> threading.Event:
-        """Set it from any thread, and a fold that is under way and any wait for the Hub end with Abandoned."""
-        return self.places.stop
-
-    @property
     def engine(self) -> Engine:
         """The engine that folds into this state, with the gates and the executor that the settings name."""
         if self._engine is None:
-            made = gates.make(self.settings)
-            resources = Resources(
-                self.executor, pick_device(self.settings.device), locate=self.places.of, stop=self.stop
-            )
-            self._engine = Engine(self.state, self.base, self.rule, made, resources)
+            device = pick_device(self.settings.device)
+            resources = Resources(self.executor, device, locate=self.places.of, stop=self.stopping)
+            self._engine = Engine(self.state, self.base, self.rule, gates.make(self.settings), resources)
         return self._engine
 
     @property
@@ -136,7 +130,7 @@ class Merge:
 
     @property
     def stopping(self) -> threading.Event:
-        """Set by `give_up`."""
+        """Set once `give_up` was called."""
         return self.places.stop
 
     @property
@@ -145,7 +139,7 @@ class Merge:
         return self.state.ledger.head.seq
 
     def record(self, entry: Entry) -> Commit:
-        """Makes a record that leaves the model as it is. Raises Retry, Halt."""
+        """Adds a record that leaves the model as it is. Raises Retry and Halt."""
         return self.state.record(entry)
 
     def announce(self, url: str) -> None:
@@ -153,9 +147,9 @@ class Merge:
         self.state.set_url(url)
 
     def give_up(self) -> None:
-        """Ends soon what is under way: a fold and a round raise Abandoned, a wait for the Hub is cut short. From any
-        thread; afterwards nothing can be folded any more."""
-        self.places.stop.set()
+        """Ends what another thread does with this merge: a fold or a round raises Abandoned soon, a wait for the Hub is
+        cut short. Afterwards nothing can be folded any more."""
+        self.stopping.set()
 
     def check(self, models: Iterable[str | Path]) -> None:
         """Raises Misconfigured where one of the models is not there, or where rounds choose and lack something: all
@@ -195,10 +189,7 @@ class Merge:
         """How rounds choose, by the settings. Raises Misconfigured where no rounds are set up, or naming what they
         lack."""
         if self.selects == "none":
-            raise Misconfigured(
-                "select = none: no model waits for rounds; "
-                "set select = relevance, or make a state with the rule frank-wolfe"
-            )
+            raise Misconfigured(_NO_ROUNDS)
         return selection.options_of(self.settings)
 
     def pool(self) -> dict[str, Waiting]:
@@ -215,19 +206,16 @@ class Merge:
             if told is not None:
                 told(what)
 
-        found = selection.run(self._ground, self.asked(), progress, hear)
+        ground = selection.Ground(self.engine, self.reading, weighed=self.rule.laws.rounds)
+        found = selection.run(ground, self.asked(), progress, hear)
         self.state.expire(self.settings.keep)
         return found
-
-    @property
-    def _ground(self) -> selection.Ground:
-        """What a round runs on."""
-        return selection.Ground(self.engine, self.reading, weighed=self.rule.laws.rounds)
 
     def look_round(self, progress: Progress = silent) -> selection.Round:
         """Scores all that wait at the merge as it is, and tries those that promise something; folds and records
         nothing. Raises Misconfigured, Retry and Halt."""
-        return selection.look(self._ground, self.asked(), progress)
+        ground = selection.Ground(self.engine, self.reading, weighed=self.rule.laws.rounds)
+        return selection.look(ground, self.asked(), progress)
 
     def why(self, word: str) -> selection.Why:
         """What is known of the candidate that `word` names (a name, path or key). Raises Misconfigured if it was never
@@ -237,7 +225,8 @@ class Merge:
     def read(self, name: str, *, at: int | None = None) -> torch.Tensor:
         """The merged task vector of the tensor `name` at record `at` (default: the newest): float32, with the tensor's
         shape, before any cast. Raises Misconfigured for another name, or a record that has expired."""
-        spec, reading = self.spec(name), self.reading(at)
+        spec = _kept(self.state, name)
+        reading = self.reading(at)
         reading.settle(self.executor, silent)
         return reading.vector(spec)
 
@@ -245,13 +234,6 @@ class Merge:
         """The merged model at record `at` (default: the newest), read by `options` (default: those in force there).
         Raises Misconfigured if the record has expired."""
         return Reading(self.state, self.rule, at, options, self._lengths)
-
-    def spec(self, name: str) -> TensorSpec:
-        """The tensor `name` of the base. Raises Misconfigured if there is none, or if it is carried untouched."""
-        for spec in self.state.format.tensors:
-            if spec.name == name and spec.kind != "carried":
-                return spec
-        raise Misconfigured(f"{name}: the state keeps no such tensor")
 
     def export(self, target: str | Path | folder.Target, progress: Progress = silent) -> Path:
         """Writes the merged model as an ordinary model directory: into a directory, which must not exist, or as
@@ -295,11 +277,8 @@ class Merge:
         told: Told | None = None,
     ) -> Tuned:
         """Finds the scale of the merge by evaluating candidates, and records it; nothing is folded again. `told` is
-        called with each candidate and its score.
-
-        Raises Misconfigured where nothing is folded or the evaluation cannot be used, Retry where the environment got
-        in the way; then nothing is recorded.
-        """
+        called with each candidate and its score. Raises Misconfigured where nothing is folded or the evaluation cannot
+        be used, Retry where the environment got in the way; then nothing is recorded."""
         return tuning.tune(self.engine, self.reading(), evaluation, wanted or Tuning(), progress, told)
 
     def look_unfold(self, word: str, at: str | Path | None = None) -> unfolding.Unfolding:
@@ -332,14 +311,26 @@ class Merge:
     def retry(self, word: str) -> list[Commit]:
         """Has the settled candidates that `word` names (a name, path, key or record number) looked at again, and
         returns the records of it. Raises Misconfigured if it names none that is settled and not in the merge."""
-        found = self.state.ledger.kept_out(word)
-        if not found:
-            raise Misconfigured(
-                f"{word}: no refused or rolled-back candidate of this name, path, key or record number; "
-                "see 'continual log'"
-            )
-        return [
-            self.state.record(RetryEntry(candidate=c.entry.candidate, message=f"after record {c.seq}"))
-            for c in found
-            if c.entry.candidate is not None
-        ]
+        return [self.state.record(entry) for entry in _retries(self.state, word)]
+
+
+def _kept(state: State, name: str) -> TensorSpec:
+    """The tensor `name`. Raises Misconfigured if the state has none, or if it is carried untouched."""
+    for spec in state.format.tensors:
+        if spec.name == name and spec.kind != "carried":
+            return spec
+    raise Misconfigured(f"{name}: the state keeps no such tensor")
+
+
+def _retries(state: State, word: str) -> list[RetryEntry]:
+    """What is to be recorded so that the candidates that `word` names are looked at again."""
+    found = state.ledger.kept_out(word)
+    if not found:
+        raise Misconfigured(
+            f"{word}: no refused or rolled-back candidate of this name, path, key or record number; see 'continual log'"
+        )
+    return [
+        RetryEntry(candidate=commit.entry.candidate, message=f"after record {commit.seq}")
+        for commit in found
+        if commit.entry.candidate is not None
+    ]
