@@ -214,7 +214,7 @@ class HookSettings(BaseModel):
     command: tuple[str, ...] = Field(default=(), description="program and arguments of a command hook; no shell")
     after: Literal["current", "release"] | None = Field(
         default=None,
-        description="what it comes after: the link current, or the release on the Hub; default: current where that is set",
+        description="what it comes after: the link current (the default where it is set), or the release on the Hub",
     )
     timeout: Annotated[float, Field(gt=0)] = Field(default=60.0, description="seconds one try may take")
     tries: Annotated[int, Field(ge=1)] = Field(default=3, description="how often it is tried")
@@ -246,7 +246,7 @@ class Settings(BaseModel):
     )
     select: Literal["none", "relevance", "frank-wolfe"] | None = Field(
         default=None,
-        description="whether candidates wait for rounds that choose; default: none, frank-wolfe for a state of that rule",
+        description="whether candidates wait for rounds that choose; default: none; on a frank-wolfe state: that",
     )
     objective: str | None = Field(
         default=None, description="what is good: causal-lm, classification, heads, or module:function"

@@ -302,7 +302,7 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Seed of data, training and order.")] = 0,
     json: Json = False,
 ) -> None:
-    """Train a small model and fine-tunes of it, let a real daemon fold them, kill it half-way, and show what it kept."""
+    """Train a small model and fine-tunes of it, let a real daemon fold them, kill it half-way; show what it kept."""
     from rich.console import Console
 
     from continual.demo import story

@@ -15,7 +15,10 @@ def text(body: Mapping[str, Any]) -> str:
     lines = [
         f"{body['health']}{': ' + body['why'] if body['why'] else ''}"
         + (f", process {body['pid']} at {body['url']}" if body["pid"] else ""),
-        f"state      {body['state']}, record {body['head']}, {body['folds']} folded, {size(body['state_bytes'])} a generation, {body['generations']} kept",
+        (
+            f"state      {body['state']}, record {body['head']}, {body['folds']} folded, "
+            f"{size(body['state_bytes'])} a generation, {body['generations']} kept"
+        ),
         f"base       {body['base']}",
         f"rule       {body['rule']} {body['options'] or ''}, scale {scale(body['scale'], body.get('tuned'))}"
         + "".join(f", {k} {v:.4g}" for k, v in body["gauges"].items()),
@@ -23,11 +26,13 @@ def text(body: Mapping[str, Any]) -> str:
     if body["uptime_seconds"] is not None:
         watched = ", ".join([*body["watch"], *(told.title for told in sources)]) or "nothing"
         lines.append(
-            f"up         {duration(body['uptime_seconds'])}, peak memory {size(body['peak_memory_bytes'])}, watching {watched}"
+            f"up         {duration(body['uptime_seconds'])}, peak memory "
+            f"{size(body['peak_memory_bytes'])}, watching {watched}"
         )
     if body["current"]:
         lines.append(
-            f"folding    {body['current']['model']}: {body['current']['stage']} {body['current']['done']}/{body['current']['total']}"
+            f"folding    {body['current']['model']}: {body['current']['stage']} "
+            f"{body['current']['done']}/{body['current']['total']}"
         )
     more = body["queued"] - len(body["queue"])
     lines.append(f"waiting    {', '.join(body['queue']) or 'nothing'}{f' and {more} more' if more else ''}")
@@ -35,7 +40,8 @@ def text(body: Mapping[str, Any]) -> str:
     if body["select"] != "none":
         last = body["last_round"]
         told = (
-            f"; last round {when(last['time'])}: record {last['seq']}, loss {last['before']:.4g} to {last['loss']:.4g}, gap {last['gap']:.3g}"
+            f"; last round {when(last['time'])}: record {last['seq']}, loss {last['before']:.4g} to "
+            f"{last['loss']:.4g}, gap {last['gap']:.3g}"
             if last
             else "; no round yet"
         )

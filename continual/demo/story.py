@@ -62,7 +62,8 @@ def run(directory: Path | None, *, json: bool, seed: int, console: Console) -> d
 def _train(work: Path, seed: int, console: Console) -> dict[str, Mapping[str, Tensor]]:
     """The base, saved, and every fine-tune, kept for later."""
     console.print(
-        "\n[bold]1. Train[/bold] a small transformer on handwritten digits, and a fine-tune for each of several ways of seeing them"
+        "\n[bold]1. Train[/bold] a small transformer on handwritten digits, and a fine-tune for each of "
+        "several ways of seeing them"
     )
     base = digits.base(seed)
     digits.save(base, work / "base")
@@ -105,7 +106,8 @@ def _daemon(work: Path, weights: Mapping[str, Mapping[str, Tensor]], console: Co
             f"   left behind: generation {orphan['generation']}, {orphan['bytes']} bytes, which no record names"
         )
     console.print(
-        f"   the state is at record {intact['record']} with {intact['folds']} folds, {len(intact['findings'])} findings by verify"
+        f"   the state is at record {intact['record']} with {intact['folds']} folds, "
+        f"{len(intact['findings'])} findings by verify"
     )
     console.print(
         "\n[bold]4. Start[/bold] it again: the orphan goes, the interrupted fine-tune is folded, then the rest"
@@ -207,7 +209,8 @@ def _until(process: subprocess.Popen[bytes], done: Callable[[], bool], what: str
     while not done():
         if process.poll() is not None or time.monotonic() > end:
             raise Halt(
-                f"{what} within {_PATIENCE:.0f} s (exit code {process.poll()}); see daemon.log in the working directory (--dir keeps it)"
+                f"{what} within {_PATIENCE:.0f} s (exit code {process.poll()}); see daemon.log in the "
+                "working directory (--dir keeps it)"
             )
         time.sleep(0.03)
 

@@ -33,8 +33,8 @@ AHEAD = 3
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """Bytes `start` to `stop` of a file. `needed`: bytes of it that a pass reads; `left`: those that this pass has still
-    to read; `passes`: how many passes have read it to its end; `used`: the tick of its last use, 0 for none."""
+    """Bytes `start` to `stop` of a file. `needed`: bytes of it that a pass reads; `left`: those that this pass has
+    still to read; `passes`: how many passes have read it to its end; `used`: the tick of its last use, 0 for none."""
 
     file: int
     start: int

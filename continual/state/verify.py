@@ -44,6 +44,8 @@ def _tag(state: State, tag: str, seq: int) -> Iterator[str]:
     in_flight = isinstance(newest, TagEntry) and newest.tag == tag
     try:
         if not tag_stands(state.path, tag, seq) and not in_flight:
-            yield f"{state.path / 'tags' / f'{tag}.json'} is not there, or does not name record {seq} as the ledger does"
+            yield (
+                f"{state.path / 'tags' / f'{tag}.json'} is not there, or does not name record {seq} as the ledger does"
+            )
     except ContinualError as error:
         yield str(error)

@@ -1,8 +1,8 @@
 """What a piece of code does to a directory, as the kernel is told: which files it opens to write, which names it makes
 or takes away, and what has been fsynced when. And from that, what a power cut would leave.
 
-The names come from Python's own audit events, so no function of ours is replaced; of `os` only `fsync` is wrapped, which
-has no event. A file counts as synced with the contents it had when its fsync began, a directory with the names.
+The names come from Python's own audit events, so no function of ours is replaced; of `os` only `fsync` is wrapped,
+which has no event. A file counts as synced with the contents it had when its fsync began, a directory with the names.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Contents = bytes | Mapping[str, int]
 
 
 class Event(NamedTuple):
-    """`what` is `open` (to write), `rename`, `link`, `symlink`, `remove` or `fsync`; `path` the name that is made, taken
-    away or synced; `source` the name that `rename` and `link` begin with; `inode` and `contents` are those of an
+    """`what` is `open` (to write), `rename`, `link`, `symlink`, `remove` or `fsync`; `path` the name that is made,
+    taken away or synced; `source` the name that `rename` and `link` begin with; `inode` and `contents` are those of an
     fsync."""
 
     what: str
@@ -77,7 +77,7 @@ class Trace:
         raise AssertionError(f"{path.parent} was not synced with {path.name} after event {after}: {self._told()}")
 
     def whole(self, directory: Path, *, before: int) -> None:
-        """Asserts that every file and directory from `directory` down was synced as it is, before the event `before`."""
+        """Asserts that every file and directory from `directory` down was synced as it is before the event `before`."""
         for path in (directory, *directory.rglob("*")):
             self.synced(path, before=before)
 
@@ -207,8 +207,8 @@ _EVENTS = {
 
 def power_cuts(trace: Trace, start: Mapping[int, Contents]) -> Iterator[tuple[int, Mapping[int, Contents]]]:
     """What a power cut may leave of `root` at each event and at the end, as (event, inodes), where `start` was on disk
-    at the beginning. Two disks, which bound those that there are: one keeps nothing that was not synced; the other keeps
-    every name at once, but of a file that was not synced nothing."""
+    at the beginning. Two disks, which bound those that there are: one keeps nothing that was not synced; the other
+    keeps every name at once, but of a file that was not synced nothing."""
     root = os.lstat(trace.root).st_ino
     disk = dict(start)
     seen: list[Mapping[int, Contents]] = []

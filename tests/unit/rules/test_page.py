@@ -1,5 +1,5 @@
-"""The page on rules, ops/docs/rules.md: the rule that it shows how to write is one, and every rule, option and transform
-has its line."""
+"""The page on rules, ops/docs/rules.md: the rule that it shows how to write is one, and every rule, option and
+transform has its line."""
 
 from __future__ import annotations
 
