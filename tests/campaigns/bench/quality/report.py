@@ -49,7 +49,10 @@ def page(found: list[Table]) -> Iterator[str]:
     yield ""
     yield "## Around the default's number"
     yield ""
-    yield "Mean accuracy on *validation* rows, over orders and numbers of models, where the default's number is multiplied: how"
+    yield (
+        "Mean accuracy on *validation* rows, over orders and numbers of models, "
+        "where the default's number is multiplied: how"
+    )
     yield "well it is chosen, and how flat the top is."
     yield ""
     yield from curves(found)
