@@ -1,4 +1,5 @@
-"""The records of the ledger: what is written comes back, what has another type is damage, and FORMAT.md knows them all."""
+"""The records of the ledger: what is written comes back, what has another type is damage, and FORMAT.md knows them
+all."""
 
 from __future__ import annotations
 
@@ -240,7 +241,8 @@ def by_key(tree: ast.AST) -> list[int]:
         if isinstance(node, ast.Subscript):
             return named(node.value) and isinstance(node.slice, ast.Constant | ast.Name | ast.JoinedStr)
         call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-        return call and node.func.attr in ("get", "items", "keys", "pop") and named(node.func.value)  # type: ignore[attr-defined]
+        taking = ("get", "items", "keys", "pop")
+        return call and node.func.attr in taking and named(node.func.value)  # type: ignore[attr-defined]
 
     return [node.lineno for node in ast.walk(tree) if keyed(node)]  # type: ignore[attr-defined]
 
