@@ -31,8 +31,8 @@ class BaseRecord:
     """The base of a state.
 
     `path`: its directory; a base that came from the Hub also has `repo`, `revision` (the commit), and `licence` where
-    its card names one. `digests`: tensor name to the BLAKE3 hash of its bytes; `squares`: tensor name to ‖θ₀‖², of those
-    that are folded. `plain`, `exclude`: the globs of names that the state was made with.
+    its card names one. `digests`: tensor name to the BLAKE3 hash of its bytes; `squares`: tensor name to ‖θ₀‖², of
+    those that are folded. `plain`, `exclude`: the globs of names that the state was made with.
     """
 
     path: str
