@@ -1,5 +1,5 @@
-"""The state against a plain list: whatever is begun, committed, given up, refused, undone, tagged, deleted or killed, in
-any order, the state in memory, the state read anew from its files, and a list of what should be there say the same.
+"""The state against a plain list: whatever is begun, committed, given up, refused, undone, tagged, deleted or killed,
+in any order, the state in memory, the state read anew from its files, and a list of what should be there say the same.
 
 `CONTINUAL_STATE_EXAMPLES=1000 python -m pytest tests/property/test_state_machine.py` looks further.
 """
@@ -56,8 +56,8 @@ class Killed(BaseException):
 
 @dataclass(frozen=True)
 class Moment:
-    """What is in force after a record: (key, record) of each fold in order, a number for the generation (0 is none), the
-    totals' count and the tags."""
+    """What is in force after a record: (key, record) of each fold in order, a number for the generation (0 is none),
+    the totals' count and the tags."""
 
     folds: tuple[tuple[str, int], ...] = ()
     generation: int = 0
