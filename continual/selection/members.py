@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 
 class Member(NamedTuple):
-    """A model as the records name it; `at` is where its files are now, if that is somewhere else than the
-    records say."""
+    """A model as the records name it. `at`: where its files are now, as somebody says. Files there are taken for the
+    member's whatever their state; who says so compares the content with the records."""
 
     candidate: Candidate
     at: Place | None = None
@@ -52,34 +52,22 @@ class Opened(NamedTuple):
     vectors: TaskVectors
 
 
-def place_of(engine: Engine, member: Member) -> Place:
-    """Where the member's files are. Raises Refuse with the reason `gone` where there is nothing, Retry where that
-    cannot be told now."""
-    place = member.at or engine.locate(member.candidate)
-    place.must_be_there()
-    return place
-
-
 @contextmanager
 def opened(engine: Engine, member: Member) -> Iterator[Opened]:
     """Opens a member's task vectors. Raises Refuse with the reason `gone` where its files are not those that were seen,
     Retry where they cannot be read now."""
-    place = place_of(engine, member)
+    place = member.at or engine.locate(member.candidate)
+    place.must_be_there()
     with open_model(place) as model:
-        must_be(member, model)
+        if member.at is None and candidate_of(model).key != member.key:
+            raise Refuse(
+                "gone",
+                f"{member.name}: the files in {place} are not those that were seen; "
+                "they are looked at as a new candidate",
+            )
         lineage = engine.lineage(model)
         vectors = TaskVectors(engine.base, model, lineage, run=run_length(engine.device), buffers=engine.buffers)
         yield Opened(model, lineage, vectors)
-
-
-def must_be(member: Member, model: Model) -> None:
-    """Raises Refuse with the reason `gone` where `model` is another than the member that was seen there."""
-    if candidate_of(model).key != member.key:
-        raise Refuse(
-            "gone",
-            f"{member.name}: the files in {model.place} are not those that were seen; "
-            "they are looked at as a new candidate",
-        )
 
 
 def over(

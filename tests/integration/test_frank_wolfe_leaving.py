@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from continual.errors import Misconfigured
+from continual.errors import Misconfigured, Refuse
 from continual.selection.active import active_at
 from continual.state.verify import verify
 from tests.helpers import quadratic
@@ -142,6 +142,24 @@ def test_a_model_is_taken_out_and_the_other_weights_stay(tmp_path: Path, base: P
         assert (names(merge), weights(merge)) == ([], {})
         assert all(not value.any() for value in merged(merge).values())
         assert verify(merge.state) == []
+
+
+def test_a_model_that_was_moved_is_taken_out_from_where_it_is_now(tmp_path: Path, base: Path) -> None:
+    """Its content tells that it is the one, as under every other rule."""
+    with opened(tmp_path / "state", base) as merge:
+        fill(merge, *(quadratic.good(base, k) for k in range(2)))
+        merge.round()
+        first, before = weights(merge), bits(merge)
+        moved = tmp_path / "moved"
+        shutil.copytree(base.parent / "pool/good0", moved)
+        shutil.rmtree(base.parent / "pool/good0")
+        head = merge.state.ledger.head
+        with pytest.raises(Refuse, match="does not hold what was folded as record"):
+            merge.unfold(merge.look_unfold("good0", at=quadratic.good(base, 2)))
+        assert (merge.state.ledger.head, weights(merge), bits(merge)) == (head, first, before)
+        merge.unfold(merge.look_unfold("good0", at=moved))
+        assert weights(merge) == {"good1": first["good1"]}
+        is_the_sum(merge, vectors(base, "good1"), weights(merge))
 
 
 def test_a_model_without_a_weight_of_its_own_cannot_be_taken_out(tmp_path: Path, base: Path) -> None:
