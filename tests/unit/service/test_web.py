@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +10,11 @@ from starlette.testclient import TestClient
 
 from continual import api, making
 from continual.config import Settings
-from continual.errors import Misconfigured
 from continual.records import Event
 from continual.service.metrics import Metrics
 from continual.service.queue import Queue
 from continual.service.status import Live
-from continual.service.web import create_app, listen
+from continual.service.web import create_app
 from tests.helpers import models
 
 
@@ -107,18 +105,3 @@ def test_a_fold_or_a_loop_that_stands_still_is_not_healthy(live: Live) -> None:
     live.end()
     assert passes(31.0, beats=False) == (503, "no heartbeat for 31 s")
     assert passes(0.0) == (200, "ok")
-
-
-def test_only_loopback_unless_allowed() -> None:
-    with pytest.raises(Misconfigured, match="allow_remote"):
-        listen("0.0.0.0", 0, allow_remote=False)
-    listen("127.0.0.1", 0, allow_remote=False).close()
-
-
-def test_a_taken_port_is_named() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(Misconfigured, match=str(port)):
-            listen("127.0.0.1", port, allow_remote=False)
