@@ -1,5 +1,5 @@
-"""Models where they are: strict safetensors headers, reads by pread, and task vectors one tensor at a time, of a full
-checkpoint or an adapter."""
+"""The files of models: where they are, their strict safetensors headers, and their task vectors, one tensor at a time.
+A model is a full checkpoint or an adapter."""
 
 from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import Checkpoint

@@ -36,8 +36,11 @@ _LONGEST_FILE_NAME = 255
 
 
 class Checkpoint:
-    """A model's weight files, open for reading; a context manager. Thread-safe. `tensors` maps names to places in
-    `files`, `config` is config.json or empty; `where` names it in messages."""
+    """A model's weight files, open for reading; a context manager. Thread-safe.
+
+    `tensors` says for each name where in `files` the tensor is. `config` is config.json, or empty. `where` names the
+    model in messages.
+    """
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class Checkpoint:
 
     @property
     def directory(self) -> Path:
-        """The directory its files are in, likewise."""
+        """The directory that its files are in. Only for what was opened on this machine."""
         assert isinstance(self.place, Folder)
         return self.place.directory
 

@@ -1,5 +1,7 @@
-"""Where the files of a model are, seen alike: a directory here, or (in continual/hub) a repo somewhere else. What the
-files say is for others.
+"""Where the files of a model are: a directory on this machine (`Folder`), or a repo (`continual.hub.repo`). Everything
+that reads a model sees a `Place`. What the files say is for other modules.
+
+Every kind of place passes tests/unit/tensors/test_place_contract.py.
 
 `Weights` are its weight files, open for reading by position; everything small is read whole.
 """
@@ -53,8 +55,11 @@ class Weights(Protocol):
 
 
 class Place(Protocol):
-    """Where a model is. `name` is the model's, `origin` the place alone, without its state; `only` the one weight file
-    meant, where a file was named."""
+    """Where a model is.
+
+    `name`: the model's, for people. `origin`: the string that records keep of where it is, without the state of its
+    files. `source`: who saw it. `only`: the name of the one weight file that is meant, where a file was named.
+    """
 
     name: str
     origin: str
@@ -108,12 +113,13 @@ class Place(Protocol):
         ...
 
     def look(self) -> tuple[FileStat, ...]:
-        """Its files as far as they can be seen, in the order of their names: what there is to know of a model whose
-        headers cannot be read."""
+        """Its files in the order of their names, as far as they can be seen. They make the key of a model whose headers
+        cannot be read."""
         ...
 
     def key(self, files: Sequence[FileStat]) -> str:
-        """What tells the model, in the state its files are in, from every other: the candidate's key."""
+        """The candidate's key: it differs from that of every other model, and from that of this one with other
+        files."""
         ...
 
 
@@ -194,7 +200,7 @@ class Folder:
         return tuple(found)
 
     def key(self, files: Sequence[FileStat]) -> str:
-        """The place and the state of every file there."""
+        """A hash of the path and of name, size, time and inode of every file."""
         seen = hashlib.sha256(self.origin.encode("utf-8", "surrogateescape"))
         for file in files:
             seen.update(f"\0{file.name}\0{file.size}\0{file.mtime_ns}\0{file.inode}".encode("utf-8", "surrogateescape"))
@@ -202,7 +208,7 @@ class Folder:
 
 
 def place_of(where: Path | Place, root: Path | None = None) -> Place:
-    """A path as a place; a place as it is."""
+    """The place of a path; a place is returned as it is."""
     return Folder(where, root) if isinstance(where, Path) else where
 
 

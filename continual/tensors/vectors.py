@@ -145,8 +145,9 @@ class TaskVectors:
     def runs(
         self, name: str, content: Content | None, into: torch.Tensor | None = None, share: float = 1.0
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """The same in flat runs: (first element, one past the last, values), whose memory the next run reuses unless it
-        is that of the flat `into`.
+        """The task vector of the base's tensor `name` in flat runs: (first element, one past the last, values).
+
+        The values are float32 on the CPU; the next run reuses their memory, unless it is that of the flat `into`.
 
         `content` is complete once the last run was asked for; without one nothing is hashed, and twins are not
         compared. With `share` below 1 only the beginning of each run is read, that share of its elements and at least

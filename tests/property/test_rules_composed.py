@@ -102,7 +102,7 @@ def test_a_model_without_moments_for_a_tensor_weighs_nothing_there(models: Model
 
 
 @pytest.mark.parametrize("variant", opcm.VARIANTS)
-@pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9)])
 def test_every_variant_of_opcm_projects_what_its_formula_says(variant: opcm.Variant, shape: tuple[int, int]) -> None:
     random = torch.Generator().manual_seed(3)
     total, tau = torch.randn(shape, generator=random), torch.randn(shape, generator=random)

@@ -78,6 +78,18 @@ def test_rules_are_right_on_matrices_of_every_condition(shape: tuple[int, int], 
     assert float((changed.double() - step).norm() / step.norm()) < 1e-7
 
 
+@pytest.mark.parametrize("variant", opcm.VARIANTS)
+def test_opcm_is_right_where_its_block_reaches_to_small_singular_values(variant: opcm.Variant) -> None:
+    """α so near 1 that six directions are protected, the last with a singular value of 6e-6; the reference is a full
+    SVD. A Gram alone would be wrong by 2.7e-7 to 1.7e-6."""
+    sigma = torch.tensor([1.0, 0.5, 4e-5, 2e-5, 1e-5, 6e-6, 3e-6, 2e-6], dtype=torch.float64)
+    matrix = with_spectrum(sigma, 60).float()
+    tau = 0.1 * torch.randn(60, 8, generator=torch.Generator().manual_seed(4))
+    step = batch.opcm_step(matrix, tau, 0.999998, variant)
+    opcm.fold_matrix(matrix.clone(), tau, 0.999998, variant)
+    assert float((tau.double() - step).norm() / step.norm()) < 1e-7
+
+
 @pytest.mark.parametrize("numel", [0, 1, 1023, 1024, 1025, linalg.SMALL, linalg.SMALL + 1, linalg.CHUNK + 1500])
 def test_inner_products_of_every_length(numel: int) -> None:
     random = torch.Generator().manual_seed(numel)

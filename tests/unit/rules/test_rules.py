@@ -8,7 +8,7 @@ from torch import Tensor
 
 from continual.errors import Misconfigured
 from continual.records import SlotSpec, TensorSpec, Totals
-from continual.rules import Inputs, Rule, Sums, gram, matrices, rule
+from continual.rules import RULES, Inputs, Rule, Sums, gram, matrices, opcm, rule
 from tests.helpers import batch
 
 MATRIX = TensorSpec("w", (12, 8), "F32", "matrix")
@@ -54,6 +54,41 @@ def test_fisher_raises_what_is_shipped_to_the_power(power: float) -> None:
     weights = [shipped.double() ** power for shipped in moments]
     expected = sum(w * t.double() for w, t in zip(weights, taus, strict=True)) / sum(weights)
     assert torch.allclose(made.read.unit(spec, kept, Totals()).double(), expected, rtol=1e-6)
+
+
+def test_where_no_fine_tune_weighs_any_more_fisher_keeps_exact_zeros() -> None:
+    """Not what rounding left; where another fine-tune weighs nothing changes."""
+    made, spec = rule("fisher"), TensorSpec("b", (2,), "F32", "plain")
+    stays, leaves = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.0])
+    kept = made.fold.apply(zeros(made, spec), torch.ones(2), Inputs(spec, moments=stays), Totals()).accumulators
+    for size, weight in ((1.0, 1.0), (1e-12, 1.0), (1.0, -1.0), (1e-12, -1.0)):  # in float64 1 + 1e-12 - 1 ≠ 1e-12
+        given = Inputs(spec, weight, moments=leaves)
+        kept = made.fold.apply(kept, torch.full((2,), size), given, Totals(count=3.0, weight=3.0)).accumulators
+    assert {slot: value.tolist() for slot, value in kept.items()} == {"sum": [0.0, 1.0], "weight": [0.0, 1.0]}
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if rule(name).laws.combine])
+@pytest.mark.parametrize("spec", [MATRIX, TensorSpec("w", (12, 8), "F32", "plain")], ids=lambda spec: spec.kind)
+def test_taking_the_last_one_out_says_that_nothing_is_left(name: str, spec: TensorSpec) -> None:
+    made = rule(name, {"density": 1.0} if name == "ties" else {})
+    kept = zeros(made, spec)
+    for seed, weight, count in ((1, 1.0, 0), (2, 1.0, 1), (1, -1.0, 2), (2, -1.0, 1)):
+        moments = randn(12, 8, seed=seed).square() if made.needs.shipped else None
+        totals = Totals(count=float(count), weight=float(count))
+        folded = made.fold.apply(kept, randn(12, 8, seed=seed), Inputs(spec, weight, moments=moments), totals)
+        kept = folded.accumulators
+        assert (folded.sums.merged_sq == 0.0) is (weight < 0 and count == 1), "what rounding left is nothing"
+    assert not any(bool(value.any()) for value in kept.values())
+
+
+def test_a_sum_that_is_only_rounding_elects_nobody() -> None:
+    made, spec = rule("ties", {"density": 1.0}), TensorSpec("b", (3,), "F32", "plain")
+    kept = zeros(made, spec)
+    for values in ([0.1, 0.1, 0.1], [0.6, 0.6, 0.6], [-0.7, -0.6, -0.75]):
+        kept = made.fold.apply(kept, torch.tensor(values), Inputs(spec), Totals()).accumulators
+    total = kept["plus"] + kept["minus"]
+    assert 0 < abs(float(total[0])) < 1e-6, "0.1 + 0.6 and 0.7 are not the same float32 number"
+    assert torch.allclose(made.read.unit(spec, kept, Totals()), torch.tensor([0.0, 0.35, -0.75]))
 
 
 @pytest.mark.parametrize("side", gram.SIDES)
@@ -104,8 +139,6 @@ def test_opcm_reports_what_it_cut_and_what_it_kept() -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.75, 0.999999])
 def test_opcm_leaves_the_crossing_direction_and_null_ones_out_of_the_block(alpha: float) -> None:
     """cumsum(σ) of four equal ones is exactly α·Σσ at 0.5 and 0.75: those do not cross."""
-    from continual.rules import opcm
-
     sigma = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
     assert opcm.cut(sigma, alpha) == {0.0: 0, 0.5: 2, 0.75: 3, 0.999999: 3}[alpha]
     assert opcm.cut(torch.tensor([1.0, 0.0], dtype=torch.float64), 0.0) == 0
