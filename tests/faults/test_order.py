@@ -13,8 +13,7 @@ import pytest
 
 from continual import api, making
 from continual.errors import Retry
-from continual.executors.contract import silent
-from continual.publish import folder, lora
+from continual.publish import folder
 from continual.publish.folder import Target
 from continual.state import State
 from continual.state.inbox import Inbox, PushRecord, save_cursor
@@ -138,7 +137,7 @@ def export(place: Path) -> tuple[Trace, list[Path]]:
 
 def adapter(place: Path) -> tuple[Trace, list[Path]]:
     with merged(place) as merge, traced(place) as trace:
-        lora.export(merge.base, merge.reading(), place / "out", 2, merge.executor, silent)
+        merge.export_lora(place / "out", 2)
     return trace, [place / "out"]
 
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Contents = bytes | Mapping[str, int]
 """Of a file its bytes; of a directory its names and their inodes; of a symbolic link where it points."""
@@ -101,7 +101,7 @@ def traced(root: Path, *, trees: bool = False) -> Iterator[Trace]:
     _install()
     trace, fsync, held = Trace(root, with_trees=trees), os.fsync, list[int]()
 
-    def wrapped(fd: int) -> None:
+    def wrapped(fd: Any) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{fd}"))
         if path != root and root not in path.parents:
             fsync(fd)
@@ -196,7 +196,7 @@ def _opened(args: tuple[object, ...]) -> Event | None:
     return Event("open", _path(path)) if writes else None
 
 
-_EVENTS = {
+_EVENTS: Mapping[str, Callable[[Any], Event | None]] = {
     "open": _opened,
     "os.rename": lambda a: Event("rename", _path(a[1], a[3]), _path(a[0], a[2])),
     "os.link": lambda a: Event("link", _path(a[1], a[3]), _path(a[0], a[2])),

@@ -34,8 +34,9 @@ from continual.state import Format, State, Transaction
 from continual.state.entries import CombineEntry, DeferEntry, Entry, FoldEntry, RefuseEntry, RetryEntry, UnfoldEntry
 from continual.state.parts import BroughtFold, FoldNumbers
 from continual.state.verify import verify
+from tests.helpers import stores
 
-EXAMPLES = int(os.environ.get("CONTINUAL_STATE_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("CONTINUAL_STATE_EXAMPLES", "20"))
 KEYS = ("a", "b", "c", "d", "e")
 SLOTS = {"written": SlotSpec((3,)), "rewritten": SlotSpec((2, 2), "float64"), "kept": SlotSpec(())}
 WORTH = {key: float(3**number) for number, key in enumerate(KEYS)}
@@ -170,7 +171,7 @@ class StateAgainstAList(RuleBasedStateMachine):
     def make(self) -> None:
         slots = {name: {"sum": spec} for name, spec in SLOTS.items()} | {"carried": {}}
         specs = [TensorSpec(name, spec.shape, "F32", "plain") for name, spec in SLOTS.items()]
-        form = Format.new({}, [*specs, TensorSpec("carried", (2,), "I64", "carried")], "mean", {}, slots)
+        form = Format.new(stores.BASE, [*specs, TensorSpec("carried", (2,), "I64", "carried")], "mean", {}, slots)
         State.create(self.path, form, read={"value": 1.0}, device="cpu").close()
         self.open()
 
