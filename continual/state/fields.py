@@ -25,9 +25,9 @@ Check = Callable[[object], object]
 class Wrong(Exception):
     """A value of a body has another type than its field: `keys` lead to it, the innermost first."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, *keys: str) -> None:
         super().__init__(what)
-        self.keys: list[str] = []
+        self.keys = list(keys)
 
 
 def body_of(record: object) -> dict[str, object]:
@@ -86,6 +86,8 @@ def _known(kind: type) -> tuple[_Known, ...]:
 
 
 def _plain(value: object) -> object:
+    if value is None or type(value) in (str, int, float, bool):
+        return value
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -96,19 +98,22 @@ def _plain(value: object) -> object:
 
 
 def _instance(kind: type, body: object) -> object:
-    if not isinstance(body, Mapping):
+    if not isinstance(body, dict):
         raise Wrong(f"is {body!r:.60}, no object")
-    known, values = _known(kind), {}
+    known = _known(kind)
+    values = {}
     for field in known:
         if field.rest:
             names = {other.key for other in known}
             values[field.name] = field.check({key: item for key, item in body.items() if key not in names})
         elif field.key in body:
-            values[field.name] = _at(field.key, field.check, body[field.key])
+            try:
+                values[field.name] = field.check(body[field.key])
+            except Wrong as wrong:
+                wrong.keys.append(field.key)
+                raise
         elif field.required:
-            wrong = Wrong("is missing")
-            wrong.keys.append(field.key)
-            raise wrong
+            raise Wrong("is missing", field.key)
     return kind(**values)
 
 
@@ -127,7 +132,7 @@ def _check(kind: object) -> Check:
         return lambda value: value
     if kind is float:
         return _number
-    if isinstance(kind, type) and kind in (str, int, bool, type(None)):
+    if isinstance(kind, type) and kind in _NAMES:
         return functools.partial(_exactly, kind)
     if kind is Totals:
         return _totals
@@ -136,7 +141,9 @@ def _check(kind: object) -> Check:
     if origin is Literal:
         return functools.partial(_one_of, of)
     if origin in (Union, types.UnionType):
-        return functools.partial(_any_of, tuple(_check(part) for part in of))
+        parts = tuple(_check(part) for part in of if part is not type(None))
+        one = parts[0] if len(parts) == 1 else functools.partial(_any_of, parts)
+        return functools.partial(_or_null, one) if type(None) in of else one
     if origin is tuple and of[-1] is Ellipsis:
         return functools.partial(_items, _check(of[0]))
     if origin is tuple:
@@ -151,11 +158,11 @@ def _exactly(kind: type, value: object) -> object:
     return value
 
 
-_NAMES = {str: "text", int: "whole number", bool: "true or false", type(None): "null"}
+_NAMES = {str: "text", int: "whole number", bool: "true or false"}
 
 
 def _number(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if (type(value) is not float and type(value) is not int) or not math.isfinite(value):
         raise Wrong(f"is {value!r:.60}, no finite number")
     return value
 
@@ -172,6 +179,10 @@ def _one_of(words: tuple[object, ...], value: object) -> object:
     if value not in words:
         raise Wrong(f"is {value!r:.60}, none of {', '.join(map(str, words))}")
     return value
+
+
+def _or_null(check: Check, value: object) -> object:
+    return None if value is None else check(value)
 
 
 def _any_of(checks: tuple[Check, ...], value: object) -> object:

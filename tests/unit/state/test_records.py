@@ -114,6 +114,7 @@ def test_a_value_of_another_type_is_damage_and_its_key_is_named(kind: type[Entry
         ({"fate": "gone"}, "commits/7: fate is 'gone', none of folded, "),
         ({"software": {"continual": 1}}, "commits/7: software.continual is 1, no text"),
         ({"totals": {"count": True}}, "commits/7: totals.count is True, no finite number"),
+        ({"totals": {"weight": math.inf}}, "commits/7: totals.weight is inf, no finite number"),
     ],
 )
 def test_damage_is_said_in_words(change: dict[str, Any], said: str) -> None:
