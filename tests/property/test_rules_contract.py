@@ -20,7 +20,7 @@ from tests.helpers.streams import MATRICES, SHAPES, SPECS, Models, Stream, bound
 
 
 def test_every_rule_has_a_batch_form() -> None:
-    assert RULES.keys() == BATCH.keys(), "write the paper's form in tests/batch.py"
+    assert RULES.keys() == BATCH.keys(), "write the paper's form in tests/helpers/batch.py"
 
 
 @pytest.mark.parametrize("name", RULES)
