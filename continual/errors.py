@@ -1,21 +1,29 @@
-"""Every error this package raises on purpose, grouped by what the caller does about it.
+"""Every error that this package raises on purpose, by what the caller does about it.
 
-`Retry`: the environment got in the way; nothing is settled, try again later.
-`Refuse`: this candidate will not be folded; its fate goes into the ledger and the next one is looked at.
-`Halt`: going on would be wrong; the daemon stops loudly and a person has to look.
-A message says what happened, to which candidate, tensor, file or setting, and what to do.
+    ContinualError          something that continual can explain
+        Retry               the environment got in the way: nothing is settled, try again later
+            Abandoned       the process is stopping: the work was given up, the state is as it was before
+        Skip                the settings leave a repo out: it is no candidate, and nothing is recorded
+        Refuse              this candidate is kept out: its fate goes into the ledger, and the next one is looked at
+        Halt                going on would be wrong: the daemon stops, and a person has to look
+            Misconfigured   a setting, a flag or a path that a user gave cannot be used
+            Damaged         a file of the state is missing, altered, or of a newer format
+            Busy            another process has the state open for writing
+
+`continual.hub.client.Trouble` is a Retry too. A message says what happened, to which candidate, tensor, file or
+setting, and what to do. Which exit code a command ends with for which error is in `continual.cli.main`.
 """
 
 from __future__ import annotations
 
 
 class ContinualError(Exception):
-    """Something continual can explain."""
+    """Something went wrong that continual can explain."""
 
 
 class Retry(ContinualError):
-    """The environment got in the way: nothing is settled, the same candidate can be tried again later, `after` so many
-    seconds if a server said so."""
+    """The environment (disk, network, a file that changes) got in the way. Nothing is settled: the same candidate can
+    be tried again, `after` so many seconds where a server said when; 0 where none did."""
 
     def __init__(self, message: str, after: float = 0.0) -> None:
         super().__init__(message)
@@ -23,15 +31,16 @@ class Retry(ContinualError):
 
 
 class Abandoned(Retry):
-    """A fold was given up because the process was asked to stop: the state is as it was before it."""
+    """The process was asked to stop, and gave up what it did. The state is as it was before."""
 
 
 class Skip(ContinualError):
-    """The settings leave this repo out: it is no candidate, and no record is made of it."""
+    """The settings leave this repo out. It is no candidate, and no record is made of it."""
 
 
 class Refuse(ContinualError):
-    """This candidate will not be folded. `reason` is a short fixed word (a metric label), the message is for people."""
+    """This candidate is not folded. `reason` is one of a few fixed words, which metrics use as a label; the message is
+    for people."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -39,11 +48,11 @@ class Refuse(ContinualError):
 
 
 class Halt(ContinualError):
-    """Going on would be wrong: stop and let a person look."""
+    """Going on would be wrong. The daemon stops, and a person has to look."""
 
 
 class Misconfigured(Halt):
-    """A setting, a flag or a path given by the user cannot be used."""
+    """A setting, a flag or a path that a user gave cannot be used."""
 
 
 class Damaged(Halt):
@@ -51,7 +60,7 @@ class Damaged(Halt):
 
 
 class Busy(Halt):
-    """Another process has the state open for writing."""
+    """Another process has the state open for writing: `pid`, and the `url` of its service, where they are known."""
 
     def __init__(self, message: str, pid: int | None = None, url: str | None = None) -> None:
         super().__init__(message)

@@ -27,8 +27,8 @@ class Rows:
     """
 
     name: str
-    file: Path
-    heads: Path | None = None
+    file: str | Path
+    heads: str | Path | None = None
     batch: int = 16
 
     def __post_init__(self) -> None:

@@ -63,7 +63,7 @@ class Classification(Classes):
     name = "classification"
     auto = "AutoModelForSequenceClassification"
 
-    def label_of(self, row: Example, file: Path) -> int:
+    def label_of(self, row: Example, file: str | Path) -> int:
         """A class's number, or its name in the model's configuration. Raises Misconfigured naming the line."""
         named: Mapping[str, int] = self.model.config.label2id or {}
         found = named.get(row.label) if isinstance(row.label, str) else row.label

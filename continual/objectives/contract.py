@@ -25,10 +25,10 @@ class RowFiles(Protocol):
     rows are looked at at a time."""
 
     @property
-    def file(self) -> Path: ...
+    def file(self) -> str | Path: ...
 
     @property
-    def heads(self) -> Path | None: ...
+    def heads(self) -> str | Path | None: ...
 
     @property
     def batch(self) -> int: ...
@@ -101,7 +101,7 @@ class Objective(ABC):
         """Makes what an objective needs besides rows, while the model still is the base. Raises Misconfigured for files
         that cannot be used."""
 
-    def label_of(self, row: Example, file: Path) -> int:  # noqa: ARG002 - for those whose rows have classes
+    def label_of(self, row: Example, file: str | Path) -> int:  # noqa: ARG002 - for those whose rows have classes
         """The class of a row, -1 where rows have none. Raises Misconfigured naming the line."""
         return -1
 

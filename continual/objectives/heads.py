@@ -42,7 +42,7 @@ class Heads(Classes):
         each = [self.embed(self.padded(some, [-1] * len(some))) for some in chunks(ids, self._batch)]
         return torch.cat(each).mean(0)
 
-    def label_of(self, row: Example, file: Path) -> int:
+    def label_of(self, row: Example, file: str | Path) -> int:
         """The number of a label of the file of prompts. Raises Misconfigured naming the line."""
         if str(row.label) not in self._numbers:
             raise Misconfigured(

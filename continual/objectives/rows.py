@@ -20,7 +20,7 @@ class Example(NamedTuple):
     label: str | int | None
 
 
-def read_rows(file: Path, *, labelled: bool) -> list[Example]:
+def read_rows(file: str | Path, *, labelled: bool) -> list[Example]:
     """The rows of a JSONL file; empty lines are passed over. Raises Misconfigured naming the line and what is wrong
     with it."""
     rows = []
@@ -45,7 +45,7 @@ def read_rows(file: Path, *, labelled: bool) -> list[Example]:
     return rows
 
 
-def read_heads(file: Path) -> dict[str, list[str]]:
+def read_heads(file: str | Path) -> dict[str, list[str]]:
     """Label to prompts, of a JSON file. Raises Misconfigured saying what is wrong."""
     try:
         body: object = json.loads(_text(file))
@@ -59,17 +59,17 @@ def read_heads(file: Path) -> dict[str, list[str]]:
     return body
 
 
-def file_digest(file: Path) -> FileDigest:
+def file_digest(file: str | Path) -> FileDigest:
     """The name of a file and the BLAKE3 digest of its bytes. Raises Misconfigured where it cannot be read."""
     try:
-        return FileDigest(file.name, f"blake3:{blake3(file.read_bytes()).hexdigest()}")
+        return FileDigest(Path(file).name, f"blake3:{blake3(Path(file).read_bytes()).hexdigest()}")
     except OSError as error:
         raise Misconfigured(f"{file}: {error.strerror}") from None
 
 
-def _text(file: Path) -> str:
+def _text(file: str | Path) -> str:
     try:
-        return file.read_text("utf-8")
+        return Path(file).read_text("utf-8")
     except OSError as error:
         raise Misconfigured(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -49,7 +49,7 @@ class Tuning:
     policy: Policy | None = None
     around: float | None = None
     lines: bool = False
-    work: Path | None = None
+    work: str | Path | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class Tuning:
             raise Misconfigured(f"candidates = {self.candidates}: a search takes at least {LEAST}")
         if self.policy is not None and self.policy not in POLICIES:
             raise Misconfigured(f"policy = {self.policy}: use one of {', '.join(POLICIES)}")
-        if self.work is not None and not self.work.is_dir():
+        if self.work is not None and not Path(self.work).is_dir():
             raise Misconfigured(f"work = {self.work}: no such directory")
 
 
@@ -166,12 +166,12 @@ def range_of(reading: Reading, tuning: Tuning) -> Range:
 
 
 @contextmanager
-def _scratch_directory(work: Path | None) -> Iterator[Path]:
+def _scratch_directory(work: str | Path | None) -> Iterator[Path]:
     """A directory for what is written meanwhile; gone afterwards. Its name begins with a dot, so no watched folder
     takes what is in it. Raises Retry where it cannot be made."""
     with environment("cannot make a scratch directory"):
         made = tempfile.TemporaryDirectory(
-            prefix=".continual-tune-", dir=work and work.absolute(), ignore_cleanup_errors=True
+            prefix=".continual-tune-", dir=None if work is None else Path(work).absolute(), ignore_cleanup_errors=True
         )
     with made as directory:
         yield Path(directory)
