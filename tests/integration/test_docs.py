@@ -1,4 +1,4 @@
-"""The examples of the page on the Python API run, one after the other, and the page says true things of what they give."""
+"""The examples of the page on the Python API run, one after the other, and do what the page says."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_tokenizer(tmp_path / "base")
     for seed, name in enumerate(("alice", "bob", "carol")):
         models.fine_tune(tmp_path / "base", tmp_path / "fine-tunes" / name, seed)
-    recipe = continual.Recipe(rule="mean", options={"before": ["drop:rate=0.1"]})
+    recipe = continual.Recipe(options={"before": ["drop:rate=0.1"]})
     continual.init("base", "other-state", recipe)
     with continual.open("other-state", write=True) as other:
         other.fold("fine-tunes/carol")

@@ -1,4 +1,4 @@
-"""What a type checker knows of the public API. `ops/check` has mypy read it; an ignored error that is none is an error."""
+"""What a type checker knows of the public API. Mypy reads it; an ignored error that is none is an error."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ SIGNATURES = {
 """Defaults that are no plain value are left out."""
 RECORDS = {
     "Survey": "base rule options scale lines state_bytes kinds tensors aliases",
-    "Plan": "name path form ok reason message passes read_bytes disk_bytes memory_bytes folded matrices plain unchanged "
-    "prefix extra narrowed",
+    "Plan": "name path form ok reason message passes read_bytes disk_bytes memory_bytes folded matrices plain "
+    "unchanged prefix extra narrowed",
     "Outcome": "fate name message reason commit report",
     "Tuned": "read score before entry commit",
 }
