@@ -233,3 +233,14 @@ def test_an_empty_secret_is_none_and_repos_may_have_the_scheme() -> None:
     with pytest.raises(Misconfigured, match="nothing to watch"):
         check(load({}, environ={"CONTINUAL_WEBHOOK_SECRET": ""}))
     assert "s3cret" not in repr(load({}, environ={"CONTINUAL_WEBHOOK_SECRET": "s3cret"}))
+
+
+def test_one_look_takes_the_pushes_that_wait_where_only_webhooks_are_taken(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    sha = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))
+    asked = {"hub": {"bases": (BASE,), "settle": 0.0}, "webhook_secret": "s3cret"}
+    with merge(tmp_path / "state", hub, **asked) as ours:
+        source_of(ours).inbox.put("a" * 32, {"repo": "org/ft", "sha": sha, "time": 1.0})
+        assert [tried.model for tried in once(ours)] == ["org/ft"]
+        assert folded(ours) == ["org/ft"]
+        assert source_of(ours).inbox.items() == {}
