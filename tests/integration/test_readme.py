@@ -58,7 +58,7 @@ def complaint(words: list[str], *, whole: bool) -> str | None:
         values = arguments if whole else ["1" if a.isupper() else a for a in arguments]
         command.make_context(command.name, values, parent=context)
     except typer.TyperException as error:
-        left_out = type(error).__name__ == "MissingParameter"
+        left_out = type(error).__name__ in ("MissingParameter", "BadOptionUsage")
         return None if left_out and not whole else error.format_message()
     return None
 
