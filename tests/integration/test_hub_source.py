@@ -240,7 +240,7 @@ def test_one_look_takes_the_pushes_that_wait_where_only_webhooks_are_taken(tmp_p
     sha = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))
     asked = {"hub": {"bases": (BASE,), "settle": 0.0}, "webhook_secret": "s3cret"}
     with merge(tmp_path / "state", hub, **asked) as ours:
-        source_of(ours).inbox.put("a" * 32, {"repo": "org/ft", "sha": sha, "time": 1.0})
+        source_of(ours).inbox.put("a" * 32, PushRecord("org/ft", sha, 1.0))
         assert [tried.model for tried in once(ours)] == ["org/ft"]
         assert folded(ours) == ["org/ft"]
         assert source_of(ours).inbox.items() == {}
