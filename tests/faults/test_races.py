@@ -131,6 +131,24 @@ def test_a_reader_keeps_what_it_has_leased_and_no_more(tmp_path: Path) -> None:
         assert writer.expire(1) == [writer.ledger.get(1).generation]
 
 
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_what_is_kept(tmp_path: Path, keep: int) -> None:
+    with stores.make(tmp_path / "s") as state:
+        for number in range(1, 7):
+            stores.fold(state, number)
+        state.tag("old", 1)
+        state.rollback(3)
+        generations = [state.ledger.get(seq).generation for seq in range(7)]
+        kept = {1, 3, *{1: (), 2: (6,), 4: (6, 5, 4)}[keep]}
+        assert sorted(map(str, state.expire(keep))) == sorted(str(generations[n]) for n in set(range(1, 7)) - kept)
+        assert set(state.generations()) == {generations[n] for n in kept}, "in force, tagged, and the newest"
+        state.tag("old", 3)
+        assert state.expire(1) == sorted(str(generations[n]) for n in kept - {3}), (
+            "a tag that moved holds nothing there"
+        )
+        assert verify(state) == []
+
+
 def test_a_tag_that_was_killed_before_its_file_is_completed(tmp_path: Path) -> None:
     with stores.make(tmp_path / "s") as state:
         stores.fold(state, 1)

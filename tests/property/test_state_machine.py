@@ -386,7 +386,7 @@ class StateAgainstAList(RuleBasedStateMachine):
 
         self.doing(act, kill, lambda: self.model.fold(*keys))
 
-    @rule(keep=st.integers(1, 3))
+    @rule(keep=st.sampled_from((1, 1, 2, 3)))
     def expire(self, keep: int) -> None:
         going = self.model.expired(keep, {generation for generation, _ in self.leases})
         assert sorted(self.store.expire(keep)) == sorted(self.ids[generation] for generation in going)
