@@ -165,3 +165,16 @@ def test_dashboard_panels_do_not_overlap() -> None:
 def test_every_series_is_documented() -> None:
     page = (OPS / "docs/operations.md").read_text()
     assert [row.name for row in TABLE if f"`{row.name}`" not in page] == []
+
+
+def test_the_gate_says_how_it_is_called() -> None:
+    def check(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([OPS / "check", *arguments], capture_output=True, text=True, check=False)
+
+    told = check("--help")
+    assert told.returncode == 0
+    page = (OPS / "docs/contributing.md").read_text()
+    for form in ("ops/check ", "ops/check --fast", "ops/check --help"):
+        assert f"\n{form}" in f"\n{told.stdout}"
+        assert form in page or form.endswith("--help")
+    assert check("--fast", "tests/unit").returncode == 2
