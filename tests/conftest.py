@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+from pathlib import Path
 
+import pytest
 from hypothesis import Phase, settings
 
 # No test reaches a network or a cache of the person who runs it: the Hub is a port on which nobody listens, unless a
@@ -26,3 +29,10 @@ settings.register_profile(
     database=None,
     phases=(Phase.explicit, Phase.generate),
 )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file that is slow as a whole is not even imported by `ops/check --fast`: that alone takes half its time."""
+    if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
+        return None
+    return bool(re.search(r"^pytestmark = .*mark\.slow", collection_path.read_text(), re.MULTILINE)) or None

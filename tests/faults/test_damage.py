@@ -12,6 +12,8 @@ from continual.state import State
 from continual.state.verify import verify
 from tests.helpers import stores
 
+pytestmark = pytest.mark.slow
+
 UNCHECKED = ("lock",)
 """Only informs: the lock is the flock, not the contents."""
 

@@ -21,6 +21,8 @@ from continual.state.verify import verify
 from tests.helpers import house, models, stores
 from tests.helpers.trace import Trace, power_cuts, traced, tree, write
 
+pytestmark = pytest.mark.slow
+
 MAKERS = {"replace_bytes", "replace_link", "link_new", "move_away", "publish_dir"}
 """The functions of durable.py that make a name or take it away."""
 

@@ -16,6 +16,8 @@ from continual.state.verify import verify
 from tests.helpers import models, stores
 from tests.helpers.trace import at_event
 
+pytestmark = pytest.mark.slow
+
 
 def written(state: State, number: int) -> Transaction:
     """A fold that is written and not committed."""

@@ -1,11 +1,13 @@
-"""What tests of adapters share: a base opened, and the task vectors of an adapter of it."""
+"""What tests of adapters share: a base opened, an adapter written by hand, and the task vectors of an adapter."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from continual.gates.lineage import LineageGate, trace
 from continual.records import Lineage
@@ -29,3 +31,17 @@ def task_vectors(base: Path, adapter: Path, **policy: Any) -> tuple[Tensors, Lin
         digest = vectors.digest({name: piece.digest for name, piece in found.items()})
         model.check_unchanged()
         return {name: piece.tau for name, piece in found.items()}, lineage, digest
+
+
+def plain(path: Path, weights: Tensors | None = None, **config: Any) -> Path:
+    """An adapter written by hand, by default one of the matrix `a.weight` (4 by 6)."""
+    path.mkdir(exist_ok=True)
+    default = {
+        "base_model.model.a.lora_A.weight": torch.randn(2, 6),
+        "base_model.model.a.lora_B.weight": torch.randn(4, 2),
+    }
+    save_file(default if weights is None else weights, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a"]} | config)
+    )
+    return path

@@ -29,6 +29,8 @@ from tests.helpers.calibrated import (
 )
 from tests.helpers.tiny import MODELS, loaded, transformers
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Calibrated:

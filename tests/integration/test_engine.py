@@ -164,6 +164,7 @@ def test_bits_do_not_depend_on_the_workers(tmp_path: Path, base: Path) -> None:
     assert seen[0] == seen[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_folds_survives_reopening_and_exports(tmp_path: Path, base: Path, name: str) -> None:
     """Three folds, the state reopened before each, with one worker and with three: the same bits; a clean state of

@@ -23,6 +23,8 @@ from continual.state.verify import verify
 from tests.helpers import models
 from tests.helpers.mounting import mounted
 
+pytestmark = pytest.mark.slow
+
 
 def rewrite(model: Path) -> None:
     other = models.fine_tune(model.parent / "base", model.with_name("other"), 77)

@@ -118,6 +118,7 @@ def test_current_link_moves_in_one_step(tmp_path: Path, merge: api.Merge) -> Non
             folder.keep_current(tmp_path / "file", 1, lambda d: d)
 
 
+@pytest.mark.slow
 def test_transformers_loads_an_export(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(

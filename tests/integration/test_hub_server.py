@@ -36,6 +36,8 @@ from safetensors.torch import save
 from tests.loopback import TOKEN, Account, Deliveries, Hub, environment, online, serving
 from tests.loopback.faults import Drop, Random, Slow, Stale, Stall, Status, Times, Truncate, either, expired, too_many
 
+pytestmark = pytest.mark.slow
+
 REPO = "org/tuned"
 CARD = b"---\nbase_model: org/base\nlicense: mit\ntags: [math]\n---\n# Tuned\n"
 WEIGHTS = save({"w": torch.randn(300, 200, generator=torch.Generator().manual_seed(0)), "zeros": torch.zeros(9000)})

@@ -32,9 +32,9 @@ LLAMA = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing`:FutureWarning"
-)  # PEFT asks transformers for it
+# PEFT asks transformers for what that has deprecated
+quiet = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [pytest.mark.slow, quiet]
 Chosen = Callable[[str, torch.Tensor], bool]
 
 

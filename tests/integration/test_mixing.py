@@ -15,6 +15,8 @@ from tests.helpers import quadratic
 from tests.helpers.pools import fill
 from tests.helpers.weighed import opened
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:

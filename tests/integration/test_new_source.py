@@ -35,6 +35,8 @@ from continual.sources.contract import Source, SourceKind, SourceReport, Wiring,
 from continual.tensors import Folder, Place
 from tests.helpers import models, services
 
+pytestmark = pytest.mark.slow
+
 # --- The module: letters that name models on a shelf
 
 

@@ -97,6 +97,7 @@ def test_promtool_accepts_the_metrics() -> None:
     assert (done.returncode, done.stderr.decode()) == (0, "")
 
 
+@pytest.mark.slow
 @needs_promtool
 @pytest.mark.parametrize(
     "arguments",

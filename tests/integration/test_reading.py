@@ -15,6 +15,8 @@ from continual.executors.contract import silent
 from continual.rules import RULES
 from tests.helpers import models
 
+pytestmark = pytest.mark.slow
+
 SPECTRAL = [name for name, row in RULES.items() if row.spectral]
 COUNT = 3
 

@@ -23,6 +23,8 @@ from continual.executors.local import Local
 from continual.rules import RULES
 from tests.helpers import models
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 SIDE = 1400
 FOLD = """

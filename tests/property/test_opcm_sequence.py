@@ -11,6 +11,8 @@ from continual.records import TensorSpec, Totals
 from continual.rules import Inputs, ReadOptions, Sums, rule, settle
 from tests.helpers import reference
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {
     "tall": (96, 40),
     "wide": (40, 96),

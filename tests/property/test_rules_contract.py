@@ -18,6 +18,8 @@ from tests.helpers import batch
 from tests.helpers.batch import BATCH
 from tests.helpers.streams import MATRICES, SHAPES, SPECS, Models, Stream, bound, distance, measure, model_lists
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_rule_has_a_batch_form() -> None:
     assert RULES.keys() == BATCH.keys(), "write the paper's form in tests/helpers/batch.py"

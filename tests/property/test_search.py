@@ -13,6 +13,8 @@ from continual.errors import Misconfigured
 from continual.rules import ReadOptions
 from continual.tuning.search import SLOPES, Axis, Range, Trial, best, lines_of, search, slope
 
+pytestmark = pytest.mark.slow
+
 COUNTS = st.integers(3, 24)
 VALUES = st.floats(0.01, 100.0)
 

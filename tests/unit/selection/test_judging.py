@@ -12,6 +12,8 @@ from torch import Tensor
 
 from continual.selection.judging import LEAST, Judgement, judge, normal
 
+pytestmark = pytest.mark.slow
+
 
 def losses(*tasks: list[float]) -> list[Tensor]:
     return [torch.tensor(task, dtype=torch.float64) for task in tasks]

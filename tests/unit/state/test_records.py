@@ -72,6 +72,7 @@ def read_again(entry: Entry) -> Entry:
     return entry_of(json.loads(framing.encode(entry.body())[0].partition(b"\n")[2]), "a record")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENTRIES, ids=lambda kind: kind.__name__)
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
@@ -87,6 +88,7 @@ def test_a_base_comes_back_as_it_was_written(base: BaseRecord) -> None:
     assert record_of(BaseRecord, json.loads(json.dumps(body_of(base))), "format.json") == base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENTRIES, ids=lambda kind: kind.__name__)
 @settings(deadline=None, max_examples=15)
 @given(data=st.data())

@@ -3,13 +3,11 @@ refused by its name."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,21 +15,7 @@ from safetensors.torch import load_file, save_file
 from continual.errors import Refuse, Retry
 from continual.gates.lineage import LineageGate, trace
 from continual.tensors import Adapter, candidate_of, open_model
-from tests.helpers.adapters import Tensors, based, task_vectors
-
-
-def plain(path: Path, weights: Tensors | None = None, **config: Any) -> Path:
-    """An adapter written by hand for the base of `small`."""
-    path.mkdir(exist_ok=True)
-    default = {
-        "base_model.model.a.lora_A.weight": torch.randn(2, 6),
-        "base_model.model.a.lora_B.weight": torch.randn(4, 2),
-    }
-    save_file(default if weights is None else weights, path / "adapter_model.safetensors")
-    (path / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a"]} | config)
-    )
-    return path
+from tests.helpers.adapters import Tensors, based, plain, task_vectors
 
 
 @pytest.fixture
@@ -128,13 +112,6 @@ def test_more_than_plain_lora_is_refused_by_name(small: Path, tmp_path: Path, co
     assert refusal.reason == "adapter-kind"
     key, value = next(iter(config.items()))
     assert (str(value) if key == "peft_type" else key) in str(refusal)
-
-
-def test_every_default_of_peft_is_let_in(small: Path, tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["a"]).to_dict()
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    config["peft_type"] = "LORA"
-    assert task_vectors(small, plain(tmp_path / "x", **config))[0].keys() == {"a.weight"}
 
 
 @pytest.mark.parametrize(

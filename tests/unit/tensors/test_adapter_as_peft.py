@@ -13,10 +13,12 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from continual.records import Lineage
-from tests.helpers.adapters import Tensors, based, task_vectors
+from tests.helpers.adapters import Tensors, based, plain, task_vectors
+
+pytestmark = pytest.mark.slow
 
 
 def merged_by_peft(model: Any) -> tuple[Tensors, Tensors]:
@@ -178,3 +180,12 @@ def test_real_adapters_of_a_real_encoder(name: str) -> None:
         model = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(base), adapter)
     lineage = agrees(base, adapter, model)
     assert len(lineage.folded) == 36
+
+
+def test_every_default_of_peft_is_let_in(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    save_file({"a.weight": torch.randn(4, 6)}, tmp_path / "base" / "model.safetensors")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["a"]).to_dict()
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    config["peft_type"] = "LORA"
+    assert task_vectors(tmp_path / "base", plain(tmp_path / "x", **config))[0].keys() == {"a.weight"}

@@ -15,6 +15,8 @@ from continual.errors import Misconfigured, Refuse
 from continual.tensors import BaseModel, Checkpoint, describe, open_model
 from continual.tensors.kinds import is_vocabulary, kind_of
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {
     "vocab_size": 40,
     "hidden_size": 16,
