@@ -234,9 +234,12 @@ class Settings(BaseModel):
     rule: str | None = Field(
         default=None, description="fold rule that init takes; a state made under another is refused"
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="fold-time options of the rule, likewise")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="fold-time options of the rule; a state made with others is refused"
+    )
     before: Texts | None = Field(
-        default=None, description="transforms of each task vector before its fold, as drop:rate=0.9, likewise"
+        default=None,
+        description="transforms of each task vector before its fold, as drop:rate=0.9; a state made with others is refused",
     )
     weight: Annotated[str, BeforeValidator(str)] = Field(
         default="1", description="weight of a model: a number, FILE.json:KEY or metadata:KEY"

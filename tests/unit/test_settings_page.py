@@ -1,0 +1,76 @@
+"""The settings and flags that the pages show are those of the code: every one, with its default."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+from typer.models import OptionInfo
+
+from continual.cli.flags import FLAGS
+from continual.cli.main import run
+from continual.config import HookSettings, HubSettings, ReleaseSettings, Settings, load
+from tests.helpers.pages import DOCS, PAGES, blocks, name
+
+HEAD = "| setting | default | flag | what it says |\n|---|---|---|---|\n"
+TOML = [
+    pytest.param(block, id=f"{name(page)}, block {number}")
+    for page in PAGES
+    for number, block in enumerate(blocks(page, "toml"), 1)
+]
+
+
+def said(default: object) -> str:
+    """A default as the page writes it: as in TOML, and nothing where there is none."""
+    if default is None or isinstance(default, BaseModel):
+        return ""
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    if isinstance(default, dict | tuple):
+        assert not default
+        return "`{}`" if isinstance(default, dict) else "`[]`"
+    return f"`{default}`" if isinstance(default, int | float) else f'`"{default}"`'
+
+
+def flag(setting: str) -> str:
+    """The flag of a setting; nothing where there is none, and for what `init` alone takes."""
+    if setting not in FLAGS:
+        return ""
+    option = FLAGS[setting].default
+    assert isinstance(option, OptionInfo)
+    return ", ".join(f"`{word}`" for written in option.param_decls or () for word in written.split("/"))
+
+
+def rows() -> list[str]:
+    defaults = dict(Settings())
+    return [
+        f"| `{setting}` | {said(defaults[setting])} | {flag(setting)} | {field.description} |"
+        for setting, field in Settings.model_fields.items()
+    ]
+
+
+def test_every_setting_is_on_the_page_with_default_flag_and_meaning() -> None:
+    table = (DOCS / "commands.md").read_text().partition(HEAD)[2].partition("\n\n")[0]
+    assert table.splitlines() == rows()
+
+
+@pytest.mark.parametrize("kind", [HubSettings, ReleaseSettings, HookSettings])
+def test_every_setting_of_the_hub_is_named_on_its_page(kind: type[BaseModel]) -> None:
+    page = (DOCS / "hub.md").read_text()
+    assert [setting for setting in kind.model_fields if not re.search(rf"\b{setting}\b", page)] == []
+
+
+@pytest.mark.parametrize("block", TOML)
+def test_every_settings_file_that_a_page_shows_is_one(tmp_path: Path, block: str) -> None:
+    file = tmp_path / "continual.toml"
+    file.write_text(block)
+    load({}, file=file, environ={})
+
+
+def test_every_flag_is_for_a_setting_and_run_takes_all() -> None:
+    settings = set(FLAGS) - {"config", "json"}
+    assert settings <= set(Settings.model_fields)
+    assert set(inspect.signature(run).parameters) - {"context", "config"} == settings
