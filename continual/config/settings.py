@@ -1,85 +1,16 @@
-"""One frozen `Settings`, from a TOML file, `CONTINUAL_*` variables and flags, the later winning. No other module reads
-the environment.
+"""Every setting: its name, type, default and meaning. Pydantic validates them; where they are given, `given` knows.
 
-Validation is pydantic's; what is here is the order of the sources and errors that name the setting and where it was
-set.
+ops/docs/commands.md shows the same names, defaults and meanings; a test compares the two.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
-from continual.errors import Misconfigured
-from continual.records import SCHEME
-
-PREFIX = "CONTINUAL_"
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_bytes(text: object) -> object:
-    """`4GB`, `512MiB`, `1000` as a number of bytes; what is no such text is passed on for the validator to refuse."""
-    if isinstance(text, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())):
-        return int(float(match[1]) * _UNITS[match[2] or ""])
-    return text
-
-
-def _split(text: object) -> object:
-    return tuple(part for part in text.split(",") if part) if isinstance(text, str) else text
-
-
-def _pairs(given: object) -> object:
-    """`key=value` pairs, of the flag (a list) or the environment (one text, comma-separated), as a table; values are
-    read by the fields."""
-    parts = [part for part in given.split(",") if part] if isinstance(given, str) else given
-    if not isinstance(parts, list | tuple):
-        return given
-    table: dict[str, str] = {}
-    for part in parts:
-        key, equals, value = str(part).partition("=")
-        if not equals or not key:
-            raise ValueError(f"{part!r} is no key=value, as size=4")
-        table[key.strip()] = value.strip()
-    return table
-
-
-def _nested(given: object) -> object:
-    """`name.key=value` pairs as tables by the name of a gate or a source; what comes later wins."""
-    table = _pairs(given)
-    if not isinstance(table, dict):
-        return table
-    found: dict[str, object] = {}
-    for name, value in table.items():
-        of, dot, key = str(name).partition(".")
-        before = found.get(of, {})
-        if dot:
-            value = {key: value}
-        found[of] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
-    return found
-
-
-def _unset(given: object) -> object:
-    """Nothing, where an empty text stands for it, as an unset variable leaves it."""
-    return None if given == "" else given
-
-
-def _repos(text: object) -> object:
-    """The ids of repos that may be written with `hf://` before them."""
-    found = _split(text)
-    return tuple(str(part).removeprefix(SCHEME) for part in found) if isinstance(found, tuple | list) else found
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Repos = Annotated[tuple[str, ...], BeforeValidator(_repos)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
-Seconds = Annotated[float, Field(ge=0)]
+from continual.config.values import Bytes, Paths, Repos, Seconds, Texts, nested, pairs, unset
 
 
 class StepSettings(BaseModel):
@@ -234,12 +165,13 @@ class Settings(BaseModel):
     rule: str | None = Field(
         default=None, description="fold rule that init takes; a state made under another is refused"
     )
-    options: dict[str, Any] = Field(
+    options: dict[str, object] = Field(
         default_factory=dict, description="fold-time options of the rule; a state made with others is refused"
     )
     before: Texts | None = Field(
         default=None,
-        description="transforms of each task vector before its fold, as drop:rate=0.9; a state made with others is refused",
+        description="transforms of each task vector before its fold, as drop:rate=0.9; "
+        "a state made with others is refused",
     )
     weight: Annotated[str, BeforeValidator(str)] = Field(
         default="1", description="weight of a model: a number, FILE.json:KEY or metadata:KEY"
@@ -258,23 +190,23 @@ class Settings(BaseModel):
     heads: Paths = Field(
         default=(), description="prompts of the labels, one JSON file for each of rows, for the objective heads"
     )
-    rounds: Annotated[RoundSettings, BeforeValidator(_pairs)] = Field(
+    rounds: Annotated[RoundSettings, BeforeValidator(pairs)] = Field(
         default_factory=RoundSettings,
         description="how rounds choose: a table, or key=value pairs",
     )
-    hub: Annotated[HubSettings, BeforeValidator(_pairs)] = Field(
+    hub: Annotated[HubSettings, BeforeValidator(pairs)] = Field(
         default_factory=HubSettings,
         description="what is taken from the Hugging Face Hub: a table, or key=value pairs",
     )
-    release: Annotated[ReleaseSettings, BeforeValidator(_pairs)] = Field(
+    release: Annotated[ReleaseSettings, BeforeValidator(pairs)] = Field(
         default_factory=ReleaseSettings,
         description="where the merge is published on the Hub: a table, or key=value pairs",
     )
     hooks: tuple[HookSettings, ...] = Field(default=(), description="who is told when a new merge is out: tables")
-    webhook_secret: Annotated[SecretStr | None, BeforeValidator(_unset)] = Field(
+    webhook_secret: Annotated[SecretStr | None, BeforeValidator(unset)] = Field(
         default=None, description="what the Hub sends as X-Webhook-Secret; without it there is no /webhook"
     )
-    sources: Annotated[dict[str, dict[str, object]], BeforeValidator(_nested)] = Field(
+    sources: Annotated[dict[str, dict[str, object]], BeforeValidator(nested)] = Field(
         default_factory=dict, description="settings of any other source: tables by its name, or name.key=value pairs"
     )
     settle: Seconds = Field(default=5.0, description="how long a model's files must be still before it is taken")
@@ -305,7 +237,7 @@ class Settings(BaseModel):
     max_mean_ratio: Annotated[float, Field(gt=1)] = Field(
         default=30.0, description="largest task-vector norm, as a multiple of the mean so far"
     )
-    gates: Annotated[dict[str, dict[str, object]], BeforeValidator(_nested)] = Field(
+    gates: Annotated[dict[str, dict[str, object]], BeforeValidator(nested)] = Field(
         default_factory=dict, description="settings that one gate has: tables by its name, or name.key=value pairs"
     )
     host: str = Field(default="127.0.0.1", description="address the service listens on")
@@ -321,82 +253,3 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least level that is logged"
     )
-
-
-def load(flags: Mapping[str, Any], *, file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
-    """Settings from `file` (or the file `CONTINUAL_CONFIG` names), the environment and `flags` (None means not given).
-
-    Raises Misconfigured naming the setting, where it was set and what is wrong with it.
-    """
-    environ = os.environ if environ is None else environ
-    file = file or (Path(environ["CONTINUAL_CONFIG"]) if environ.get("CONTINUAL_CONFIG") else None)
-    values: dict[str, Any] = {}
-    where: dict[str, str] = {}
-    for origin, pairs in (
-        (f"{file}", _toml(file) if file else {}),
-        (
-            "environment",
-            {
-                k[len(PREFIX) :].lower(): v
-                for k, v in environ.items()
-                if k.startswith(PREFIX) and k != "CONTINUAL_CONFIG"
-            },
-        ),
-        ("flag", {k: v for k, v in flags.items() if v is not None and v != []}),
-    ):
-        for key, value in pairs.items():
-            shown = f"{PREFIX}{key.upper()}" if origin == "environment" else key
-            _must_be_known(key, f"{origin}: unknown setting {shown!r}")
-            if key in _TABLES and isinstance(values.get(key), dict) and not isinstance(value, dict):
-                value = values[key] | _table(
-                    value, f"{origin}: {shown}"
-                )  # pairs say what differs from the table before
-            values[key], where[key] = value, f"{origin}: {shown}"
-    return _validated(values, where)
-
-
-def settings_of(values: Mapping[str, object]) -> Settings:
-    """Settings from their values alone, without file or environment. Raises Misconfigured naming what is wrong."""
-    for key in values:
-        _must_be_known(key, f"unknown setting {key!r}")
-    return _validated(values, {})
-
-
-def _must_be_known(key: str, trouble: str) -> None:
-    known = Settings.model_fields
-    if key not in known:
-        raise Misconfigured(f"{trouble}; known are {', '.join(sorted(known))}")
-
-
-def _validated(values: Mapping[str, object], where: Mapping[str, str]) -> Settings:
-    """`where` says of each setting where it was set."""
-    try:
-        return Settings.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name, *within = (str(part) for part in first["loc"])
-        raise Misconfigured(
-            f"{'.'.join([where.get(name, name), *within])} = {first['input']!r}: {first['msg']}"
-        ) from None
-
-
-_TABLES = ("gates", "hub", "release", "rounds", "sources")
-
-
-def _table(pairs: object, where: str) -> dict[str, Any]:
-    try:
-        found = _pairs(pairs)
-    except ValueError as error:
-        raise Misconfigured(f"{where}: {error}") from None
-    if not isinstance(found, dict):
-        raise Misconfigured(f"{where}: {pairs!r} is no key=value")
-    return found
-
-
-def _toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise Misconfigured(f"settings file {file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Misconfigured(f"settings file {file}: {error}") from None

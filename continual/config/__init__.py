@@ -1,0 +1,26 @@
+"""Everything a user can set: one frozen `Settings`, and where it comes from."""
+
+from continual.config.given import load, settings_of
+from continual.config.settings import (
+    CalibrationSettings,
+    HookSettings,
+    HubSettings,
+    ReleaseSettings,
+    RoundSettings,
+    Settings,
+    StepSettings,
+)
+from continual.config.values import parse_bytes
+
+__all__ = [
+    "CalibrationSettings",
+    "HookSettings",
+    "HubSettings",
+    "ReleaseSettings",
+    "RoundSettings",
+    "Settings",
+    "StepSettings",
+    "load",
+    "parse_bytes",
+    "settings_of",
+]

@@ -1,0 +1,102 @@
+"""Where settings are given: in a TOML file, in `CONTINUAL_*` variables, by flags; the later wins. No other module reads
+settings from the environment."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from continual.config.settings import Settings
+from continual.config.values import pairs
+from continual.errors import Misconfigured
+
+PREFIX = "CONTINUAL_"
+FILE = "CONTINUAL_CONFIG"
+"""The variable that names the settings file. It is no setting."""
+TABLES = ("gates", "hub", "release", "rounds", "sources")
+"""Settings that are tables, of which a variable or a flag changes some keys."""
+
+
+class Setting(NamedTuple):
+    """A setting that was given: its name, its value, and for messages where it was set and how it is called there."""
+
+    name: str
+    value: object
+    by: str
+    called: str
+
+
+def load(
+    flags: Mapping[str, object], *, file: Path | None = None, environ: Mapping[str, str] | None = None
+) -> Settings:
+    """The settings from `file` (default: the file that `CONTINUAL_CONFIG` names, if it does), the environment and
+    `flags`, by name; a flag that is None or an empty list was not given.
+
+    Raises Misconfigured naming the setting, where it was set and what is wrong with it.
+    """
+    environ = os.environ if environ is None else environ
+    if file is None and environ.get(FILE):
+        file = Path(environ[FILE])
+    given = [] if file is None else [Setting(name, value, str(file), name) for name, value in _toml(file).items()]
+    for variable, text in environ.items():
+        if variable.startswith(PREFIX) and variable != FILE:
+            given.append(Setting(variable.removeprefix(PREFIX).lower(), text, "environment", variable.upper()))
+    given += [Setting(name, value, "flag", name) for name, value in flags.items() if value is not None and value != []]
+    values: dict[str, object] = {}
+    where: dict[str, str] = {}
+    for one in given:
+        _must_be_known(one.name, f"{one.by}: unknown setting {one.called!r}")
+        where[one.name] = f"{one.by}: {one.called}"
+        values[one.name] = _over(values.get(one.name), one, where[one.name])
+    return _validated(values, where)
+
+
+def settings_of(values: Mapping[str, object]) -> Settings:
+    """The settings of a program: from these values alone, by name. Raises Misconfigured naming what is wrong."""
+    for name in values:
+        _must_be_known(name, f"unknown setting {name!r}")
+    return _validated(values, {})
+
+
+def _over(before: object, given: Setting, where: str) -> object:
+    """The value that `given` makes of the one before. Of a table, pairs say what differs from it."""
+    if given.name not in TABLES or not isinstance(before, dict) or isinstance(given.value, dict):
+        return given.value
+    try:
+        found = pairs(given.value)
+    except ValueError as error:
+        raise Misconfigured(f"{where}: {error}") from None
+    if not isinstance(found, dict):
+        raise Misconfigured(f"{where}: {given.value!r} is no key=value")
+    return before | found
+
+
+def _must_be_known(name: str, trouble: str) -> None:
+    if name not in Settings.model_fields:
+        raise Misconfigured(f"{trouble}; known are {', '.join(sorted(Settings.model_fields))}")
+
+
+def _validated(values: Mapping[str, object], where: Mapping[str, str]) -> Settings:
+    """`where` says of each setting where it was set. Raises Misconfigured for the first that cannot be used."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, *within = (str(part) for part in first["loc"])
+        setting = ".".join([where.get(name, name), *within])
+        raise Misconfigured(f"{setting} = {first['input']!r}: {first['msg']}") from None
+
+
+def _toml(file: Path) -> dict[str, object]:
+    """Raises Misconfigured for a file that cannot be read."""
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise Misconfigured(f"settings file {file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Misconfigured(f"settings file {file}: {error}") from None
