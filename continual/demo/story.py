@@ -159,6 +159,7 @@ def _kill(
             if time.monotonic() > end or process.poll() is not None:
                 raise Halt(f"{task} was not taken up; see {work / 'daemon.log'}")
         process.send_signal(signal.SIGSTOP)  # it stands still while we look whether its fold is committed
+        os.waitpid(process.pid, os.WUNTRACED)
         if len(list(commits.glob("*.json"))) > head:
             process.send_signal(signal.SIGCONT)
             continue
