@@ -1,4 +1,5 @@
-"""How values are written, for people and for machines: a size, a time, a duration, a figure, a scale, a record.
+"""How values are written, for people and for machines: a text from outside, a size, a time, a duration, a figure, a
+scale, a record.
 
 The command line and the service both use these functions, so that they write the same thing. What is printed, and
 where, they decide themselves.
@@ -15,6 +16,25 @@ if TYPE_CHECKING:
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 """What a JSON document can hold."""
+
+
+LONGEST = 2000
+"""Characters of a text from outside that are shown."""
+
+
+def plain(text: str, limit: int = LONGEST, *, lines: bool = False) -> str:
+    """`text` as it can be shown on a terminal, in a log and on a page, wherever it came from.
+
+    What is no letter, sign or plain space becomes an escape that can be seen, as `\\x1b`: control characters, escapes,
+    marks that turn the direction of writing or take no room, lone surrogates, line ends (unless `lines` keeps `\\n`).
+    What is longer than `limit` is cut, and its length is said.
+    """
+    shown = text[:limit]
+    if not shown.isprintable():
+        shown = "".join(
+            c if c.isprintable() or (lines and c == "\n") else c.encode("unicode_escape").decode() for c in shown
+        )
+    return shown if max(len(text), len(shown)) <= limit else f"{shown[:limit]}… ({len(text)} characters)"
 
 
 def size(nbytes: float) -> str:
@@ -54,15 +74,15 @@ def scale(text: str, tuned: Mapping[str, int] | None) -> str:
     return f"{text} (tuned at record {tuned['record']}, when {tuned['folds']} were folded)" if tuned else text
 
 
-def plain(value: object) -> Json:
+def jsonable(value: object) -> Json:
     """`value` as JSON can hold it: records and mappings become objects, tuples become lists, and what else JSON does
     not know (a path, a place) becomes its text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [jsonable(item) for item in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
@@ -71,4 +91,4 @@ def record(commit: Commit) -> dict[str, Json]:
     body = commit.body()
     place = ("seq", "time", "generation", "prev")
     first = {**{key: body[key] for key in place}, "crc": commit.crc}
-    return {key: plain(value) for key, value in {**first, **body}.items() if key != "receipts"}
+    return {key: jsonable(value) for key, value in {**first, **body}.items() if key != "receipts"}

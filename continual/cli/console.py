@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from continual.texts import figure, plain, size, when
+from continual.texts import figure, jsonable, size, when
 
 if TYPE_CHECKING:
     from continual.engine.outcomes import Outcome, Plan
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def emit(value: object) -> None:
     """One JSON document on standard output."""
-    sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(jsonable(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def say(text: str = "") -> None:

@@ -37,6 +37,7 @@ def text(body: Mapping[str, Any]) -> str:
     more = body["queued"] - len(body["queue"])
     lines.append(f"waiting    {', '.join(body['queue']) or 'nothing'}{f' and {more} more' if more else ''}")
     lines += [_source(told.name, told.report) for told in sources]
+    lines += [f"note       {note}" for note in body["notes"]]
     if body["select"] != "none":
         last = body["last_round"]
         told = (

@@ -63,6 +63,7 @@ class Running:
     uptime_seconds: float | None = None
     queue: Sequence[str] = ()
     sources: Mapping[str, SourceReport] = field(default_factory=dict)
+    notes: Sequence[str] = ()
     current: UnderWay | None = None
     peak_memory_bytes: float | None = None
 
@@ -152,6 +153,7 @@ class Live:
                 uptime_seconds=self._clock() - self._begun,
                 queue=[queued.event.name for queued in self.queue.ordered()],
                 sources=reports,
+                notes=[note for source in self.sources for note in source.notes()],
                 current=None if doing is None else UnderWay(doing, *self._stage),
                 peak_memory_bytes=peak_memory(),
             ),
@@ -213,6 +215,7 @@ def _status(merge: Merge, running: Running) -> Status:
         tuned=_tuned(state),
         watch=tuple(str(path) for path in merge.settings.watch),
         sources=_sources(running.sources),
+        notes=_few(running.notes),
         head=ledger.head.seq,
         folds=len(folds),
         generations=len(state.generations()),
@@ -237,6 +240,12 @@ def _status(merge: Merge, running: Running) -> Status:
 def _newest(commits: Sequence[C]) -> list[C]:
     """The newest of them, newest first."""
     return list(commits[-_SHOWN:])[::-1]
+
+
+def _few(notes: Sequence[str]) -> tuple[str, ...]:
+    """The first of them, and how many more there are."""
+    more = len(notes) - _SHOWN
+    return (*notes[:_SHOWN], *([f"and {more} more of this kind"] if more > 0 else []))
 
 
 def _base(state: State) -> str:

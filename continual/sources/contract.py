@@ -100,6 +100,10 @@ class Source(Protocol):
         """What it says of itself; of several sources of one kind, the first is shown."""
         return SourceReport(problem=self.problem)
 
+    def notes(self) -> Sequence[str]:
+        """What it sees that is no model and that a person should know of: a sentence each. From any thread."""
+        return ()
+
     def series(self) -> Mapping[str, float]:
         """What it measured, by the name of the series in `service/metrics.py`; a counter counts from the start."""
         return {}

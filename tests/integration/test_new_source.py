@@ -85,6 +85,9 @@ class PostSource(Source):
     def report(self) -> SourceReport:
         return SourceReport((str(self.asked.box),), problem=self.problem, seen=len(self.ready()))
 
+    def notes(self) -> list[str]:
+        return [f"{left}: is no letter" for left in sorted(self.asked.box.glob("*.txt"))]
+
     def routes(self) -> list[Route]:
         async def post(request: Request) -> PlainTextResponse:
             name = request.path_params["name"]
@@ -178,6 +181,7 @@ def test_one_look_takes_what_it_gives_and_the_record_can_be_opened_again(tmp_pat
 
 def test_the_daemon_folds_shows_and_serves_it(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "box/1.letter").write_text("alice")
+    (tmp_path / "box/<i>.txt").write_text("an advertisement")
     mine = signal.signal(signal.SIGTERM, lambda *_: None)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     told: dict[str, object] = {}
@@ -216,7 +220,10 @@ def test_the_daemon_folds_shows_and_serves_it(tmp_path: Path, settings: Settings
     assert body["hub"] is None
     assert "watching the post" in text(body)
     assert f"post       {tmp_path / 'box'}; not asked yet, 0 open" in text(body)
+    assert body["notes"] == [f"{tmp_path / 'box/<i>.txt'}: is no letter"]
+    assert f"note       {tmp_path / 'box/<i>.txt'}: is no letter" in text(body)
     page = str(told["page"])
+    assert "/&lt;i&gt;.txt: is no letter" in page
     assert "<h2>Post</h2>" in page
     assert "watching the post" in page
     assert (told["posted"], told["ready"]) == (202, 200)

@@ -25,6 +25,35 @@ class Outer:
 
 
 @pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("Qwen2-0.5B ünï 模型 🙂", "Qwen2-0.5B ünï 模型 🙂"),
+        ("\x1b[2J\x07a\x7f\x9b", r"\x1b[2J\x07a\x7f\x9b"),
+        ("a\nb\tc\r", r"a\nb\tc\r"),
+        ("a\u202eb\u2066c\u200bd\ufeff", r"a\u202eb\u2066c\u200bd\ufeff"),
+        ("a\u2028\u2029\xa0b", r"a\u2028\u2029\xa0b"),
+        ("caf\udce9 \ud800", r"caf\udce9 \ud800"),
+        ("\U000e0041", r"\U000e0041"),
+        ("", ""),
+    ],
+)
+def test_what_could_steer_a_terminal_or_mislead_a_reader_is_shown_as_an_escape(given: str, shown: str) -> None:
+    assert texts.plain(given) == shown
+    assert texts.plain(given).encode().isascii() or given.isprintable()
+
+
+def test_a_long_text_is_cut_and_its_length_is_said() -> None:
+    assert texts.plain("a" * 5, 5) == "aaaaa"
+    assert texts.plain("a" * 6, 5) == "aaaaa… (6 characters)"
+    assert texts.plain("\x1b" * 5, 5) == r"\x1b\… (5 characters)", "escapes count as they are shown"
+    assert len(texts.plain("\x1b" * 10_000_000)) < 2100
+
+
+def test_line_ends_stay_where_they_are_ours() -> None:
+    assert texts.plain("a\n\x1bb\r\n", lines=True) == "a\n\\x1bb\\r\n"
+
+
+@pytest.mark.parametrize(
     ("nbytes", "text"),
     [
         (0, "0 B"),
@@ -66,7 +95,7 @@ def test_a_tuned_scale_says_when_it_was_chosen() -> None:
 
 
 def test_records_become_what_json_holds() -> None:
-    found = texts.plain(Outer(Inner(Path("a/b"), (1, 2)), {3: None, 4: Inner(Path("c"), ())}))
+    found = texts.jsonable(Outer(Inner(Path("a/b"), (1, 2)), {3: None, 4: Inner(Path("c"), ())}))
     assert found == {
         "inner": {"path": "a/b", "shape": [1, 2]},
         "by_number": {"3": None, "4": {"path": "c", "shape": []}},

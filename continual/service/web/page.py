@@ -62,6 +62,7 @@ def render(status: Status) -> str:
         _current(status.current),
         _queue(status),
         *(_source(name, report) for name, report in status.sources.items() if report is not None),
+        _notes(status.notes),
         _pool(status),
         "<h2>Last folds</h2>",
         _folds(status.last_folds),
@@ -138,6 +139,11 @@ def _source(name: str, report: SourceReport) -> str:
         f"<h2>{escape(name.capitalize())}</h2>"
         f"<p>{escape(what)}: {escape(asked)}, {report.seen} commits open</p>{problem}"
     )
+
+
+def _notes(notes: Sequence[str]) -> str:
+    """What the sources see that is no model."""
+    return f"<h2>Seen and left</h2>{_table(('what',), ((note,) for note in notes))}" if notes else ""
 
 
 def _published(rows: Sequence[ShownPublication]) -> str:

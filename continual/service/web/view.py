@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from continual.sources.contract import SourceReport
-from continual.texts import Json, plain
+from continual.texts import Json, jsonable
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,8 @@ class Status:
 
     `select` says who chooses what is folded. `pool` has the newest of the `pool_size` candidates that wait for a round,
     `queue` the first of the `queued` candidates that are to be looked at. `watch` are the folders of the settings;
-    `sources` has what each kind of source says of itself, None where none of the kind runs. Lists of records begin with
-    the newest.
+    `sources` has what each kind of source says of itself, None where none of the kind runs; `notes` is what they see
+    that is no model. Lists of records begin with the newest.
     """
 
     version: str
@@ -114,6 +114,7 @@ class Status:
     tuned: ShownScale | None
     watch: tuple[str, ...]
     sources: Mapping[str, SourceReport | None]
+    notes: tuple[str, ...]
     head: int
     folds: int
     generations: int
@@ -135,7 +136,7 @@ class Status:
 
     def body(self) -> dict[str, Json]:
         """What `/api/status` and `continual status --json` give: each kind of source has a key of its own name."""
-        fields = plain(self)
+        fields = jsonable(self)
         assert isinstance(fields, dict)
         found: dict[str, Json] = {}
         for key, value in fields.items():
