@@ -3,13 +3,15 @@ written is in `continual.texts`; what is printed, the command decides."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from continual.texts import figure, jsonable, size, when
+from continual.texts import figure, jsonable, plain, size, when
 
 if TYPE_CHECKING:
     from continual.engine.outcomes import Outcome, Plan
@@ -27,19 +29,46 @@ if TYPE_CHECKING:
     from continual.tuning import Tuned
 
 
+_UNLIMITED = 1 << 30
+_ESCAPED = re.compile(r"[^\n\x20-\x7e]")
+
+
 def emit(value: object) -> None:
-    """One JSON document on standard output."""
-    sys.stdout.write(json.dumps(jsonable(value), indent=2, ensure_ascii=False) + "\n")
+    """One JSON document on standard output. What a terminal would not show as a letter is written as an escape of
+    JSON."""
+    text = json.dumps(jsonable(value), indent=2, ensure_ascii=False)
+    sys.stdout.write((text if text.isascii() else _ESCAPED.sub(_escape, text)) + "\n")
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1]
 
 
 def say(text: str = "") -> None:
     """A line on standard output."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(plain(text, _UNLIMITED, lines=True) + "\n")
 
 
 def warn(text: str) -> None:
-    """A line on standard error."""
-    sys.stderr.write(text + "\n")
+    """A line on standard error; nothing where that is gone."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(plain(text, _UNLIMITED, lines=True) + "\n")
+
+
+def must_agree(yes: bool, question: str, refusal: str) -> None:
+    """Goes on if a person says so: by `--yes`, or to the question on a terminal. Raises Misconfigured with `refusal`
+    where nobody can be asked; exits where the answer is no."""
+    from continual.errors import Misconfigured
+
+    if yes:
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise Misconfigured(f"{refusal}; say --yes where nobody can be asked. Nothing was done")
+    import typer
+
+    if not typer.confirm(question, err=True):
+        warn("Nothing was done.")
+        raise typer.Exit(1)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -51,7 +80,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     for name in head:
         shown.add_column(name, overflow="fold", no_wrap=name != head[-1])
     for row in rows:
-        shown.add_row(*("" if cell is None else str(cell) for cell in row))
+        shown.add_row(*("" if cell is None else plain(str(cell), _UNLIMITED) for cell in row))
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=400)

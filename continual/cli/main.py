@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from continual import texts
-from continual.cli import console, opened
+from continual.cli import console, ending, opened
 from continual.cli import hub as cli_hub
 from continual.cli import pool as cli_pool
 from continual.cli import state as cli_state
@@ -23,16 +22,10 @@ from continual.cli.typed import parse_options
 if TYPE_CHECKING:
     from continual.hub import Hub
 
-EXIT = (
-    "Exit codes: 0 done; 1 a model was refused; 2 wrong usage or settings; "
-    "3 the environment got in the way, nothing was settled, try again;\n"
-    "4 the state or base is damaged or going on would be wrong; 5 another process is writing to the state."
-)
-
 app = typer.Typer(
     name="continual",
     help="Keep one merged model up to date: every new fine-tune of a base is folded in as it appears.",
-    epilog=EXIT,
+    epilog=ending.TEXT,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -68,8 +61,10 @@ def _top(
     _version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error, too.")] = False,
 ) -> None:
-    pass
+    if debug:
+        os.environ["CONTINUAL_DEBUG"] = "1"
 
 
 @app.command()
@@ -313,17 +308,29 @@ def demo(
 
 
 def main(client: Hub | None = None) -> None:
-    """Entry point: an error of ours becomes one line on standard error and an exit code. `client` is asked in place of
-    the Hub that the environment names."""
-    from continual.errors import Busy, ContinualError, Misconfigured, Refuse, Retry
-
+    """Entry point: whatever goes wrong becomes one line on standard error and an exit code, see `ending`. `client` is
+    asked in place of the Hub that the environment names."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    ending.prepare()
     try:
-        app(obj=client)
-    except ContinualError as error:
-        sys.stderr.write(f"continual: {error}\n")
-        codes = ((Busy, 5), (Misconfigured, 2), (Refuse, 1), (Retry, 3))
-        raise SystemExit(next((code for kind, code in codes if isinstance(error, kind)), 4)) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        try:
+            app(obj=client)
+        finally:
+            ending.flush()  # what cannot be written is told of here, and not while the process ends
+    except SystemExit as left:
+        if isinstance(left.__context__, BrokenPipeError):  # typer makes a plain exit of it
+            _end(left.__context__)
+        if left.code == ending.INTERRUPTED:
+            _end(KeyboardInterrupt())
+        raise
+    except BaseException as error:
+        _end(error)
+
+
+def _end(error: BaseException) -> NoReturn:
+    ending.trace(error)
+    code, line = ending.of(error)
+    ending.drop_output()
+    if line is not None:
+        console.warn(f"continual: {texts.plain(line)}")
+    raise SystemExit(code) from None

@@ -4,6 +4,7 @@ settings from the environment."""
 from __future__ import annotations
 
 import os
+import stat
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,10 @@ from continual.errors import Misconfigured
 PREFIX = "CONTINUAL_"
 FILE = "CONTINUAL_CONFIG"
 """The variable that names the settings file. It is no setting."""
+NO_SETTINGS = (FILE, "CONTINUAL_DEBUG")
+"""Variables that are no settings: CONTINUAL_DEBUG has a command show the trace of an error."""
+LARGEST = 1 << 20
+"""Bytes of a settings file that are read."""
 TABLES = ("gates", "hub", "release", "rounds", "sources")
 """Settings that are tables, of which a variable or a flag changes some keys."""
 
@@ -44,7 +49,7 @@ def load(
         file = Path(environ[FILE])
     given = [] if file is None else [Setting(name, value, str(file), name) for name, value in _toml(file).items()]
     for variable, text in environ.items():
-        if variable.startswith(PREFIX) and variable != FILE:
+        if variable.startswith(PREFIX) and variable not in NO_SETTINGS:
             given.append(Setting(variable.removeprefix(PREFIX).lower(), text, "environment", variable.upper()))
     given += [Setting(name, value, "flag", name) for name, value in flags.items() if value is not None and value != []]
     values: dict[str, object] = {}
@@ -89,14 +94,32 @@ def _validated(values: Mapping[str, object], where: Mapping[str, str]) -> Settin
         first = error.errors()[0]
         name, *within = (str(part) for part in first["loc"])
         setting = ".".join([where.get(name, name), *within])
-        raise Misconfigured(f"{setting} = {first['input']!r}: {first['msg']}") from None
+        raise Misconfigured(f"{setting} = {_cut(first['input'])}: {first['msg']}") from None
+
+
+def _cut(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _toml(file: Path) -> dict[str, object]:
     """Raises Misconfigured for a file that cannot be read."""
     try:
-        return tomllib.loads(file.read_text("utf-8"))
+        return tomllib.loads(_read(file).decode("utf-8"))
     except OSError as error:
         raise Misconfigured(f"settings file {file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise Misconfigured(f"settings file {file}: tables or arrays lie too deep in each other") from None
+    except ValueError as error:  # of TOML, of UTF-8, of a number
         raise Misconfigured(f"settings file {file}: {error}") from None
+
+
+def _read(file: Path) -> bytes:
+    """The bytes of the file; a pipe or a device is not waited for. Raises OSError and Misconfigured."""
+    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+        if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+            raise Misconfigured(f"settings file {file}: it is no regular file")
+        data = opened.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise Misconfigured(f"settings file {file}: it is larger than {LARGEST} bytes")
+    return data

@@ -34,12 +34,12 @@ def orphans(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names if not name.startswith(_EXPIRED))
 
 
-def expired(path: Path, ledger: Ledger, keep: int) -> list[str]:
+def expired(path: Path, ledger: Ledger, keep: int, *, then: str | None = None) -> list[str]:
     """The generations on disk that may go: not the one in force, none of the newest `keep`, none that a tag names,
-    none that a living reader has leased."""
-    newest = list(dict.fromkeys(c.generation for c in reversed(ledger.log) if c.generation))[:keep]
+    none that a living reader has leased. `then`: as it will be once that generation is put in force again."""
+    newest = list(dict.fromkeys(g for g in (then, *(c.generation for c in reversed(ledger.log))) if g))[:keep]
     tagged = {ledger.get(seq).generation for seq in ledger.tags.values()}
-    held = {ledger.head.generation, *newest, *tagged, *leased(path / "leases")}
+    held = {then or ledger.head.generation, *newest, *tagged, *leased(path / "leases")}
     return [name for name in kept(path, ledger) if name not in held]
 
 

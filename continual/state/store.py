@@ -173,9 +173,9 @@ class State:
         entry = RollbackEntry(to=seq, undone=undone, message=f"back to record {seq}")
         return self._append(entry, Held(target.generation, target.receipts))
 
-    def tag(self, name: str, seq: int | None = None) -> Commit:
-        """Names record `seq` (default: the newest), so that its generation does not expire. Raises Misconfigured for a
-        bad name or an expired record."""
+    def tag(self, name: str, seq: int | None = None, *, force: bool = False) -> Commit:
+        """Names record `seq` (default: the newest), so that its generation does not expire. A tag that names another
+        record is only moved by `force`. Raises Misconfigured for that, for a bad name and for an expired record."""
         self._needs_lock()
         if not _TAG.fullmatch(name):
             raise Misconfigured(
@@ -183,6 +183,12 @@ class State:
             )
         target = self.ledger.get(self.ledger.head.seq if seq is None else seq)
         self.generation_of(target)
+        named = self.ledger.tags.get(name, target.seq)
+        if named != target.seq and not force:
+            raise Misconfigured(
+                f"tag {name} names record {named}, whose generation would no longer be kept for good: take another "
+                f"name for record {target.seq}, or move the tag with --force"
+            )
         commit = self.record(TagEntry(tag=name, of=target.seq))
         protocol.write_tag(self.path, name, target.seq)
         return commit
