@@ -149,12 +149,12 @@ def _kill(
     there, and no record names it. Returns the name of the fine-tune that was being folded."""
     generations, commits = work / "state" / "generations", work / "state" / "commits"
     for task in tasks[begin:]:
-        before = set(os.listdir(generations))
+        before = set(_generations(generations))
         head = len(list(commits.glob("*.json")))
         _publish(work, task, weights)
         end = time.monotonic() + _PATIENCE
         while not any(
-            _size(generations / name) for name in set(os.listdir(generations)) - before
+            _size(generations / name) for name in set(_generations(generations)) - before
         ):  # no pause: a fold of this model takes 0.03 s
             if time.monotonic() > end or process.poll() is not None:
                 raise Halt(f"{task} was not taken up; see {work / 'daemon.log'}")
@@ -224,6 +224,11 @@ def _until(process: subprocess.Popen[bytes], done: Callable[[], bool], what: str
 def _peak(process: subprocess.Popen[bytes]) -> int:
     with open(f"/proc/{process.pid}/status", encoding="ascii") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _generations(directory: Path) -> list[str]:
+    """The generations there; not those that are being deleted, which have names that begin with a dot."""
+    return [name for name in os.listdir(directory) if not name.startswith(".")]
 
 
 def _size(directory: Path) -> int:

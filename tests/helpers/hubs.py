@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-import continual
 from continual import making
 from continual.api import Merge
+from continual.config import Settings
 from continual.hub import Hub as Client
 from tests import loopback as hubs
 from tests.helpers import models
@@ -47,8 +47,8 @@ def merge(
     state: Path, server: Hub, /, *, write: bool = True, token: str | None = hubs.TOKEN, **settings: Any
 ) -> Iterator[Merge]:
     """The state, opened with a client of this Hub."""
-    with continual.open(state, write=write, **settings) as found:
-        found.places.hub = Client(endpoint=server.endpoint, token=token, stop=found.places.stop)  # type: ignore[misc]
+    client = Client(endpoint=server.endpoint, token=token)
+    with Merge(Settings(state=state, **settings), write=write, client=client) as found:
         yield found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from continual import api, making
 from continual.config import CalibrationSettings, Settings
+from continual.hub import Hub
 from continual.objectives import calibration
 from continual.objectives.calibration import Wanted
 from continual.selection import Round
@@ -35,7 +36,13 @@ class Stopped(Exception):
 
 
 def opened(
-    state: Path, base: Path, rule: str = "mean", *, on_step: Callable[[str], None] | None = None, **settings: Any
+    state: Path,
+    base: Path,
+    rule: str = "mean",
+    *,
+    on_step: Callable[[str], None] | None = None,
+    client: Hub | None = None,
+    **settings: Any,
 ) -> api.Merge:
     if not state.exists():
         making.init(base, state, making.Recipe(rule=rule))
@@ -46,7 +53,7 @@ def opened(
         "device": "cpu",
         "state": state,
     }
-    return api.Merge(Settings(**{**asked, **settings}), write=True, on_step=on_step)
+    return api.Merge(Settings(**{**asked, **settings}), write=True, client=client, on_step=on_step)
 
 
 def fill(merge: api.Merge, *candidates: Path) -> None:

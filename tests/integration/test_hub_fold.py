@@ -223,18 +223,15 @@ def test_a_base_from_the_hub_is_pinned_and_fetched_again(
 ) -> None:
     import shutil
 
-    from continual.hub.locate import Places
-
     client = Client(endpoint=hub.endpoint, token=TOKEN)
-    monkeypatch.setattr(Places, "hub", client)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     base = models.base(tmp_path / "base")
     first = publish(hub, BASE, base, hubs.card(None, license="mit"))
     hub.commit(BASE, {"pytorch_model.bin": b"pickle", "tokenizer.json": b"{}", "onnx/model.onnx": b"o"})
     hub.tag(BASE, "v1")
     pinned = hub.head(BASE)
-    assert making.survey(f"{BASE}@v1").base == f"hf://{BASE}@{pinned[:12]}"
-    found = making.init(f"{BASE}@v1", tmp_path / "state", making.Recipe(rule="mean"))
+    assert making.survey(f"{BASE}@v1", client=client).base == f"hf://{BASE}@{pinned[:12]}"
+    found = making.init(f"{BASE}@v1", tmp_path / "state", making.Recipe(rule="mean"), client=client)
     assert found.base == f"{BASE}@{pinned}"
     hub.commit(BASE, {"model.safetensors": b"another"})
     with merge(tmp_path / "state", hub) as ours:
@@ -252,9 +249,9 @@ def test_a_base_from_the_hub_is_pinned_and_fetched_again(
         assert ours.fold(models.fine_tune(base, tmp_path / "ft2", 2)).fate == "folded"
         assert Path(record.path).exists()
     with pytest.raises(Misconfigured, match="not on the Hub"):
-        making.init("org/none", tmp_path / "other")
+        making.init("org/none", tmp_path / "other", client=client)
     with pytest.raises(Misconfigured, match="not on the Hub"):
-        making.init(f"{BASE}@{'0' * 40}", tmp_path / "other")
+        making.init(f"{BASE}@{'0' * 40}", tmp_path / "other", client=client)
     assert first != pinned
 
 
@@ -285,8 +282,8 @@ def test_repos_wait_in_the_pool_and_come_out_again(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     base = quadratic.world(tmp_path)
-    with pools.opened(tmp_path / "state", base, hub={"read": read}) as ours:
-        ours.places.hub = Client(endpoint=hub.endpoint, token=TOKEN)  # type: ignore[misc]
+    client = Client(endpoint=hub.endpoint, token=TOKEN)
+    with pools.opened(tmp_path / "state", base, client=client, hub={"read": read}) as ours:
         for name, directory in (
             ("good", quadratic.good(base, 0)),
             ("noise", quadratic.noise(base, 0)),

@@ -199,8 +199,8 @@ def test_a_newer_commit_takes_the_place_of_the_one_that_waits(tmp_path: Path, hu
     from tests.helpers import pools, quadratic
 
     base = quadratic.world(tmp_path)
-    with pools.opened(tmp_path / "state", base, hub={"repos": ("org/ft",), "settle": 0.0}) as ours:
-        ours.places.hub = hubs.Client(endpoint=hub.endpoint, token=hubs.hubs.TOKEN)  # type: ignore[misc]
+    client = hubs.Client(endpoint=hub.endpoint, token=hubs.hubs.TOKEN)
+    with pools.opened(tmp_path / "state", base, client=client, hub={"repos": ("org/ft",), "settle": 0.0}) as ours:
         for i in range(2):
             sha = publish(hub, "org/ft", quadratic.good(base, i))
             assert ours.fold(Event("hub", "hf://org/ft", (1, ""), None, sha)).fate == "deferred"
