@@ -54,7 +54,7 @@ only_mutate = [{rooms}]
 also_copy = ["ops", "state", "README.md", "CHANGELOG.md", "LICENSE", ".gitignore"]
 pytest_add_cli_args_test_selection = [{tests}]
 pytest_add_cli_args = ["-p", "no:cacheprovider", "--hypothesis-profile=mutations", {left_out}]
-type_check_command = ["mypy", "--output", "json", "--no-warn-unused-ignores"]
+type_check_command = ["{python}", "-m", "tests.campaigns.mutant_types", "mypy"]
 process_isolation = "forkserver"
 use_git_change_detection = false
 track_dependencies = false
@@ -99,6 +99,7 @@ def copy(work: Path, rooms: list[str], tests: list[str]) -> Path:
     with (tree / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write(
             SETTINGS.format(
+                python=sys.executable,
                 rooms=", ".join(f'"continual/{room}/*"' for room in rooms),
                 tests=", ".join(f'"{path}"' for path in tests),
                 left_out=", ".join(f'"--ignore={path}"' for path in LEFT_OUT),
