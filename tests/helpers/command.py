@@ -8,8 +8,8 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -17,6 +17,7 @@ import pytest
 
 from continual.cli.main import main
 from continual.hub import Hub
+from tests.helpers.preloaded import Process
 
 
 class Done(NamedTuple):
@@ -56,6 +57,11 @@ def machine(*arguments: object, code: int = 0, env: dict[str, str] | None = None
 
 def process(*arguments: object, env: dict[str, str] | None = None) -> Done:
     """The same in a process of its own."""
-    command = [sys.executable, "-m", "continual", *(str(a) for a in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})})
-    return Done(done.returncode, done.stdout, done.stderr)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        with Process(
+            *arguments, stdout=out.fileno(), stderr=err.fileno(), environment={**os.environ, **(env or {})}
+        ) as running:
+            code = running.wait()
+        out.seek(0)
+        err.seek(0)
+        return Done(code, out.read(), err.read())

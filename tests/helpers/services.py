@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -12,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.preloaded import Process
 
 LIMIT = 60.0
 
@@ -21,23 +22,11 @@ def daemon(
     state: Path, watch: Path | None, *flags: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
     """A running daemon; killed at the end if it still runs. Its log lines are in `state`'s parent, daemon.log."""
-    command = [
-        sys.executable,
-        "-m",
-        "continual",
-        "run",
-        "--state",
-        str(state),
-        *(() if watch is None else ("--watch", str(watch))),
-        "--port",
-        "0",
-        "--settle",
-        "0.2",
-        *flags,
-    ]
+    watched = () if watch is None else ("--watch", watch)
+    command = ("run", "--state", state, *watched, "--port", "0", "--settle", "0.2", *flags)
     with (
         open(state.parent / "daemon.log", "a") as log,
-        subprocess.Popen(command, stderr=log, text=True, env=environment) as process,
+        Process(*command, stderr=log.fileno(), environment=environment) as process,
     ):
         try:
             yield process

@@ -15,7 +15,7 @@ import pytest
 from continual import api, making
 from continual.state import State
 from continual.state.verify import verify
-from tests.helpers import models
+from tests.helpers import command, models
 from tests.helpers.services import LIMIT, daemon, get, status, until, url
 
 pytestmark = pytest.mark.slow
@@ -45,20 +45,9 @@ def test_folds_is_killed_comes_back_and_stops(place: tuple[Path, Path, Path]) ->
         assert "live" in page
         nowhere = "http://127.0.0.1:9"
         for proxy in ({}, {"http_proxy": nowhere, "HTTP_PROXY": nowhere, "no_proxy": "", "NO_PROXY": ""}):
-            told = subprocess.run(
-                [sys.executable, "-m", "continual", "status", "--state", str(state), "--json"],
-                capture_output=True,
-                text=True,
-                check=True,
-                env=os.environ | proxy,
-            )
+            told = command.process("status", "--state", state, "--json", env=proxy)
             assert json.loads(told.stdout)["pid"] == process.pid, f"through the proxy {proxy}"
-        busy = subprocess.run(
-            [sys.executable, "-m", "continual", "rollback", "0", "--state", str(state)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        busy = command.process("rollback", "0", "--state", state)
         assert busy.returncode == 5
         assert str(process.pid) in busy.stderr
         assert address in busy.stderr

@@ -7,7 +7,6 @@ import filecmp
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from continual.tuning import Command, Tuning
 from continual.tuning.command import parse
 from tests.helpers import models, services
 from tests.helpers.command import machine, run
+from tests.helpers.preloaded import Process
 
 pytestmark = pytest.mark.slow
 
@@ -314,9 +314,8 @@ def test_a_score_is_read_from_a_line() -> None:
 
 def test_a_termination_stops_the_command_and_leaves_nothing(place: Path) -> None:
     script = "import os, pathlib, sys, time; pathlib.Path(sys.argv[2]).write_text(str(os.getpid())); time.sleep(600)"
-    line = [sys.executable, "-m", "continual", "tune", "--state", str(place / "state"), "--work", str(place / "work")]
-    line += ["--command", f'{sys.executable} -S -c "{script}" {{model}} {place}/pid']
-    with subprocess.Popen(line, stderr=subprocess.DEVNULL) as process:
+    line = f'{sys.executable} -S -c "{script}" {{model}} {place}/pid'
+    with Process("tune", "--state", place / "state", "--work", place / "work", "--command", line) as process:
         pid = int(
             services.until(lambda: (place / "pid").exists() and (place / "pid").read_text(), "a candidate is evaluated")
         )
