@@ -27,3 +27,14 @@ def configure(*, json: bool | None = None, level: str = "info") -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+    lower = logging.getLogger("continual")  # the rooms below the service, which know nothing of structlog
+    lower.handlers = [_Passed()]
+    lower.propagate = False
+
+
+class _Passed(logging.Handler):
+    """Passes on what a room below the service logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line more."""
+        structlog.get_logger("continual").log(record.levelno, record.getMessage())

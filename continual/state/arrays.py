@@ -106,7 +106,7 @@ class Writer:
 
     def __init__(self, directory: Path, spec: SlotSpec) -> None:
         self._paths = [directory / name for name in chunk_names(spec)]
-        self._size = _chunk_bytes(spec)
+        self._size = chunk_bytes(spec)
         self._fd: int | None = None
         self._at = self._crc = 0
         self._checksums: list[str] = []
@@ -155,7 +155,7 @@ class Reader:
         if len(checksums) != len(self._paths):
             raise Damaged(f"{directory}: the receipt has {len(checksums)} chunks, the format {len(self._paths)}")
         self._checksums = checksums
-        self._size, self._left = _chunk_bytes(spec), spec.nbytes
+        self._size, self._left = chunk_bytes(spec), spec.nbytes
         self._next = 0
         self._fd: int | None = None
         self._at = self._crc = 0
@@ -235,7 +235,7 @@ def _crc(before: int, data: bytes | memoryview) -> int:
     )  # it takes no memoryview
 
 
-def _chunk_bytes(spec: SlotSpec) -> int:
+def chunk_bytes(spec: SlotSpec) -> int:
     return grid(spec).rows * (spec.nbytes // max(1, spec.shape[0])) if spec.shape else spec.nbytes
 
 

@@ -23,22 +23,64 @@ _HINTS = {
     errno.EACCES: "permission denied: run as the user that owns it",
     errno.EPERM: "permission denied: run as the user that owns it",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+    errno.ENFILE: "too many open files on this machine: close some, or raise its limit",
+    errno.ENAMETOOLONG: "the path is too long: use a shorter one",
+    errno.ELOOP: "a symbolic link leads to itself: remove it",
+    errno.EIO: "the disk cannot read or write it (input/output error): check the disk",
 }
+_GIVEN = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.ENOENT,
+    errno.EINVAL,
+}
+"""What is wrong with a path that somebody gave: it stays wrong until that person does something."""
+
+
+def trouble(error: OSError) -> str:
+    """An OSError in words: the path, what is wrong with it, and what to do."""
+    hint = _HINTS.get(error.errno or 0, error.strerror or str(error))
+    return f"{os.fsdecode(error.filename)}: {hint}" if isinstance(error.filename, str | bytes) else hint
 
 
 @contextlib.contextmanager
-def environment(what: str) -> Iterator[None]:
-    """Turns an OSError into Retry that says what was being done, to which path, and what to do about it."""
+def environment(what: str, then: str = "nothing was settled") -> Iterator[None]:
+    """Turns an OSError into Retry that says what was being done, to which path, and what to do about it; `then` is what
+    the reader may rely on afterwards."""
     try:
         yield
     except OSError as error:
-        hint = _HINTS.get(error.errno or 0, error.strerror or str(error))
-        raise Retry(f"{what}: {error.filename or ''}: {hint}; nothing was settled") from error
+        raise Retry(f"{what}: {trouble(error)}; {then}") from error
+
+
+@contextlib.contextmanager
+def usable(what: str) -> Iterator[None]:
+    """Turns an OSError about a path that a user gave into Misconfigured, where only another path or permission helps;
+    any other into Retry, as `environment` does."""
+    with environment(what):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _GIVEN:
+                raise
+            raise Misconfigured(f"{what}: {trouble(error)}") from error
 
 
 def sync_file(path: Path) -> None:
     """fsync of a file or directory. Raises Halt if it fails: what reached the disk is then unknown."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        sync_open(fd, path)
+    finally:
+        os.close(fd)
+
+
+def sync_open(fd: int, path: Path) -> None:
+    """fsync of the open file or directory `path`. Raises Halt if it fails."""
     try:
         os.fsync(fd)
     except OSError as error:
@@ -46,6 +88,15 @@ def sync_file(path: Path) -> None:
             f"fsync of {path} failed ({error.strerror}): what reached the disk is unknown; "
             "check the disk, then start again"
         ) from error
+
+
+@contextlib.contextmanager
+def opened(directory: Path) -> Iterator[int]:
+    """A descriptor of `directory`, to be synced after something that must not be left half-way: nothing can then keep
+    it from being opened."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
     finally:
         os.close(fd)
 
@@ -74,40 +125,66 @@ def write_temporary(path: Path, data: bytes) -> Path:
         write_bytes(temporary, data)
         sync_file(temporary)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise
     return temporary
 
 
+def discard(temporary: Path) -> None:
+    """Removes a temporary file. One that cannot be removed now goes when the state is next opened for writing."""
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+
+
 def replace_bytes(path: Path, data: bytes) -> None:
     """Makes `path` hold `data`: the old contents or the new, never anything between."""
-    temporary = write_temporary(path, data)
-    os.rename(temporary, path)
-    sync_file(path.parent)
+    _renamed(write_temporary(path, data), path)
 
 
 def link_new(path: Path, temporary: Path) -> None:
-    """Gives the synced file `temporary` the name `path`, which must be free. Raises Retry if another writer took it."""
+    """Gives the synced file `temporary` the name `path`, which must be free. Raises Retry if another writer took it,
+    OSError only where the file did not get the name."""
     try:
         os.link(temporary, path)
-    except FileExistsError:
-        raise Retry(f"{path}: another writer was first; nothing was settled") from None
+    except OSError as error:
+        # an error may be told of a link that was made: NFS does so where the answer was lost and the call repeated
+        if not _same(temporary, path):
+            if isinstance(error, FileExistsError):
+                raise Retry(f"{path}: another writer was first; nothing was settled") from None
+            raise
     finally:
-        temporary.unlink()
+        discard(temporary)
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samestat(os.lstat(one), os.lstat(other))
+    except OSError:
+        return False
+
+
+def _renamed(temporary: Path, path: Path) -> None:
+    with opened(path.parent) as directory:
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            discard(temporary)
+            raise
+        sync_open(directory, path.parent)
 
 
 def move_away(path: Path, target: Path) -> None:
     """Gives `path` another name in the same directory, durably."""
-    os.rename(path, target)
-    sync_file(path.parent)
+    with opened(path.parent) as directory:
+        os.rename(path, target)
+        sync_open(directory, path.parent)
 
 
 def replace_link(path: Path, target: Path) -> None:
     """Points the symbolic link `path` at `target` (relative where they are neighbours), in one step."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     os.symlink(target.name if target.parent == path.parent else target, temporary)
-    os.rename(temporary, path)
-    sync_file(path.parent)
+    _renamed(temporary, path)
 
 
 def link_tree(source: Path, target: Path) -> bool:
@@ -147,5 +224,6 @@ def publish_dir(temporary: Path, final: Path) -> None:
     sync_tree(temporary)
     if final.exists() or final.is_symlink():
         raise Misconfigured(f"{final} exists")
-    os.rename(temporary, final)
-    sync_file(final.parent)
+    with opened(final.parent) as directory:
+        os.rename(temporary, final)
+        sync_open(directory, final.parent)

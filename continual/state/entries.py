@@ -82,9 +82,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitEntry(Entry):
-    """The state was made."""
+    """The state was made; `format` is the CRC of its format.json. A state of an earlier version does not say it."""
 
     kind = "init"
+    format: str | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,13 +4,17 @@ bytes."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import google_crc32c
 
-from continual.errors import Damaged
+from continual.errors import Damaged, Refuse
+from continual.state.durable import environment
+
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 
 def crc(data: bytes) -> str:
@@ -20,19 +24,32 @@ def crc(data: bytes) -> str:
 
 def encode(body: Mapping[str, object]) -> tuple[bytes, str]:
     """The file's bytes for `body`, and the CRC in its first line. Keys are sorted, so equal bodies are equal bytes; NaN
-    is refused."""
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    is refused.
+
+    Half of a surrogate pair, which stands for a byte of a file's name that is no UTF-8, is written as its escape.
+    Raises Refuse for the two halves of a pair one after the other: read back they would be one character.
+    """
+    line = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n"
+    if found := _PAIR.search(line):
+        around = line[max(0, found.start() - 30) : found.end() + 30]
+        raise Refuse("name", f"{around!r}: this text has two halves of a surrogate pair, and no record can hold it")
+    text = line.encode("utf-8", "backslashreplace")  # of JSON only such halves are replaced, and by JSON's own escape
     checksum = crc(text)
     return checksum.encode() + b"\n" + text, checksum
 
 
 def decode(path: Path) -> tuple[dict[str, object], str]:
     """The body of the file at `path` and its CRC. Raises Damaged naming the file if it is missing, altered or no such
-    file."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise Damaged(f"{path} is missing; restore it from a backup, continual does not guess what it held") from None
+    file; Retry if it cannot be read now."""
+    with environment(f"cannot read {path}"):
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise Damaged(
+                f"{path} is missing; restore it from a backup, continual does not guess what it held"
+            ) from None
+        except IsADirectoryError:
+            raise Damaged(f"{path} is a directory, where a file was written; restore it from a backup") from None
     line, newline, text = data.partition(b"\n")
     if not newline or line != crc(text).encode():
         raise Damaged(
@@ -43,7 +60,10 @@ def decode(path: Path) -> tuple[dict[str, object], str]:
     def no_number(word: str) -> float:
         raise Damaged(f"{path} is damaged: {word} is no number; restore it from a backup")
 
-    body = json.loads(text, parse_constant=no_number)
+    try:
+        body = json.loads(text, parse_constant=no_number)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is no JSON ({error}), though its checksum is right; restore it from a backup") from None
     if not isinstance(body, dict):
         raise Damaged(f"{path} is no JSON object")
     return cast("dict[str, object]", body), line.decode()

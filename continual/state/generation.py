@@ -11,6 +11,7 @@ from continual.errors import Damaged, Misconfigured
 from continual.records import KEY
 from continual.state import arrays, framing, names
 from continual.state.arrays import Array
+from continual.state.durable import environment
 from continual.state.fields import record_of
 from continual.state.format import Format
 
@@ -57,10 +58,16 @@ class Generation:
     def load(self) -> Receipts:
         """Makes sure that the generation is there, and reads the receipts if they were not read before. Raises
         Misconfigured if it has expired, Damaged if the receipts are not those that its record names."""
-        if not self.directory.exists():
-            raise Misconfigured(f"{self.directory} has expired: only the last few generations and tagged ones are kept")
+        gone = f"{self.directory} has expired: only the last few generations and tagged ones are kept"
+        if not self._is_there():
+            raise Misconfigured(gone)
         if self._receipts is None:
-            body, checksum = framing.decode(self.directory / RECEIPTS)
+            try:
+                body, checksum = framing.decode(self.directory / RECEIPTS)
+            except Damaged:
+                if not self._is_there():  # it expired between the two looks
+                    raise Misconfigured(gone) from None
+                raise
             if checksum != self.checksum:
                 raise Damaged(
                     f"{self.directory / RECEIPTS} is not the one its commit was made with: "
@@ -68,6 +75,10 @@ class Generation:
                 )
             self._receipts = record_of(Receipts, body, self.directory / RECEIPTS)
         return self._receipts
+
+    def _is_there(self) -> bool:
+        with environment(f"cannot read {self.directory}"):
+            return self.directory.exists()
 
     def receipt(self, path: str) -> Receipt:
         """The receipt of the array at `path`. Raises Damaged if there is none."""
@@ -80,7 +91,8 @@ class Generation:
         """One accumulator, every byte checked against its receipt. Raises Damaged, or Misconfigured if the generation
         has expired."""
         path = node(slot, name)
-        return arrays.read(self.directory / path, self.form.slots[name][slot], self.receipt(path).chunks)
+        with environment(f"cannot read tensor {name}"):
+            return arrays.read(self.directory / path, self.form.slots[name][slot], self.receipt(path).chunks)
 
     def reader(self, name: str, slot: str) -> arrays.Reader:
         """One accumulator, to be read in order and in pieces, every chunk checked against its receipt."""

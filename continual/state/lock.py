@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -9,40 +11,56 @@ from pathlib import Path
 from typing import NamedTuple
 
 from continual.errors import Busy, Misconfigured
+from continual.state.durable import environment
 from continual.state.framing import encode
+
+_FOR_GOOD = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def take(path: Path) -> int:
     """Locks `path` for writing; returns the descriptor that holds the lock. Raises Busy with pid and URL of who has it,
-    Misconfigured if read-only."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise Misconfigured(
-            f"{path}: cannot open the state for writing ({error.strerror}); "
-            "use a writable state, or a command that only reads"
-        ) from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        pid, url = holder(path)
-        where = f" at {url}" if url else ""
-        hint = (
-            "stop it first (systemctl stop continual, or kill the process), or publish models into its watched folder"
-            if url
-            else "wait until it is done"
-        )
-        raise Busy(f"{path.parent} is being written by process {pid}{where}; {hint}", pid, url) from None
+    Misconfigured if read-only, Retry where the disk gets in the way."""
+    with environment(f"cannot lock {path.parent}"):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            if error.errno not in _FOR_GOOD:
+                raise
+            raise Misconfigured(
+                f"{path}: cannot open the state for writing ({error.strerror}); "
+                "use a writable state, or a command that only reads"
+            ) from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise _busy(path) from None
+        except OSError:
+            os.close(fd)
+            raise
     tell(fd, None)
     return fd
 
 
+def _busy(path: Path) -> Busy:
+    pid, url = holder(path)
+    who = f"process {pid}" if pid is not None else "another process"
+    where = f" at {url}" if url else ""
+    hint = (
+        "stop it first (systemctl stop continual, or kill the process), or publish models into its watched folder"
+        if url
+        else "wait until it is done"
+    )
+    return Busy(f"{path.parent} is being written by {who}{where}; {hint}", pid, url)
+
+
 def tell(fd: int, url: str | None) -> None:
-    """Writes into the lock file that this process holds it, and where its daemon answers."""
+    """Writes into the lock file that this process holds it, and where its daemon answers. It only informs: where the
+    disk is full the file stays empty, and the lock is held all the same."""
     data, _ = encode({"pid": os.getpid(), "url": url})
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, data, 0)
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, data, 0)
 
 
 class Holder(NamedTuple):

@@ -1,14 +1,18 @@
 """Opening a state: what a directory must hold to be one, or to become one, and its commit log, checked record by
-record."""
+record. What may stand above HEAD, and when it counts, is in adoption.py."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from continual.errors import Damaged, Misconfigured
-from continual.state import framing, protocol
-from continual.state.format import Commit
+from continual.state import adoption, framing, protocol
+from continual.state.durable import usable
+from continual.state.format import Commit, Format
+from continual.state.generation import Generation
 from continual.state.ledger import Ledger
 from continual.state.protocol import Head
 
@@ -17,58 +21,105 @@ _READS = 50
 """How often the log is read again because a writer went on meanwhile."""
 
 
-def unfinished(path: Path) -> bool | None:
-    """Whether a directory without format.json is what a killed `create` leaves; None where there is no commit log at
-    all."""
-    commits = path / "commits"
-    if not commits.is_dir():
-        return None
-    return sum(1 for _ in commits.iterdir()) <= 1 and not any((path / "generations").iterdir())
+class Loaded(NamedTuple):
+    """What the commit log says: the ledger, and the number of the record that HEAD names."""
+
+    ledger: Ledger
+    acknowledged: int
+
+
+def unfinished(path: Path) -> bool:
+    """Whether a directory without format.json holds no more than a killed `create` leaves. Its hidden files do not
+    count: they are temporary."""
+    return len(_listed(path / "commits")) <= 1 and not _listed(path / "generations")
 
 
 def must_be_free(path: Path) -> None:
-    """Raises Misconfigured unless a state can be made in `path`; removes what a killed `create` left there."""
-    if not path.exists():
-        return
-    found = (
-        {p.name for p in path.iterdir() if p.name != "FORMAT.md" and not p.name.startswith(".")}
-        if path.is_dir()
-        else {path.name}
-    )
-    if found and not (
-        found <= {*DIRECTORIES, "HEAD", "lock"} and (unfinished(path) or not (path / "commits").exists())
-    ):
-        raise Misconfigured(f"{path} is not empty: a state needs a directory of its own")
+    """Raises Misconfigured unless a state can be made in `path`, where what a killed `create` left may lie."""
+    with usable(f"cannot look into {path}"):
+        if not path.exists():
+            return
+        found = (
+            {p.name for p in path.iterdir() if p.name != "FORMAT.md" and not p.name.startswith(".")}
+            if path.is_dir()
+            else {path.name}
+        )
+        if "format.json" in found:
+            raise Misconfigured(f"{path} already is a state: open it, or name another directory")
+        if found and not (path.is_dir() and found <= {*DIRECTORIES, "HEAD", "lock"} and unfinished(path)):
+            raise Misconfigured(f"{path} is not empty: a state needs a directory of its own")
+
+
+def clear(path: Path) -> None:
+    """Removes what a killed `create` left in `path`, which `must_be_free` has looked into. Raises OSError."""
+    (path / "HEAD").unlink(missing_ok=True)
     if (path / "commits").exists():
         shutil.rmtree(path / "commits")
-        (path / "HEAD").unlink(missing_ok=True)
+    for leftover in path.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
-def load(path: Path) -> Ledger:
-    """Replays the commit log of the state in `path`, up to a record whose generation is there. Raises Damaged for a
-    missing HEAD, record or generation in force, a gap, or a broken chain of checksums.
+def read_format(path: Path) -> tuple[Format, str]:
+    """What format.json of the state in `path` says, and its CRC. Raises Misconfigured if there is no state, Damaged,
+    Retry."""
+    file = path / "format.json"
+    with usable(f"cannot open the state {path}"):
+        if not file.exists():
+            if (path / "commits").is_dir() and not unfinished(path):
+                raise Damaged(f"{file} is missing; restore it from a backup")
+            raise Misconfigured(f"no state in {path}: make one with 'continual init BASE --state {path}'")
+    body, checksum = framing.decode(file)
+    return Format.of(body, file), checksum
 
-    A writer may go on meanwhile: then HEAD or the generation in force is older than what else is there, and all is read
-    again.
+
+def complete(path: Path) -> None:
+    """Makes the directories that a state has and that a backup or git left out because they were empty. Raises
+    OSError."""
+    for name in DIRECTORIES:
+        (path / name).mkdir(exist_ok=True)
+
+
+def load(path: Path, form: Format, checksum: str) -> Loaded:
+    """Replays the commit log of the state in `path`, up to a record whose generation is there and has its receipts.
+    `checksum` is that of format.json.
+
+    Raises Damaged for a missing HEAD, record or generation in force, a gap, a broken chain of checksums, records above
+    HEAD that cannot be adopted, and a format.json that is not the one the log began with. A writer may go on meanwhile:
+    then HEAD or the generation in force is older than what else is there, and all is read again.
     """
     for _ in range(_READS):
-        head, names = protocol.read_head(path), _records(path)
-        if len(names) > head.seq + 2:
+        head, names = protocol.read_head(path), _listed(path / "commits")
+        if len(names) > head.seq + 2 and protocol.read_head(path) != head:
             continue  # records were added between the two looks
         ledger = _replayed(path, head, names)
-        held = ledger.head
-        if held.generation is None or (path / "generations" / held.generation).exists():
-            return ledger
-        if len(_records(path)) == len(names):
-            raise Damaged(
-                f"{path / 'generations' / held.generation} is missing, and it is the generation in force; "
-                "restore it from a backup"
-            )
+        adoption.bound(path, ledger, checksum)
+        try:
+            adoption.check(path, form, ledger.log, head.seq)
+            _in_force(path, form, ledger.head)
+        except (Damaged, Misconfigured):
+            if _listed(path / "commits") == names:
+                raise
+            continue  # it expired between the two looks
+        return Loaded(ledger, head.seq)
     raise Damaged(_missing(path, head, names))
 
 
-def _records(path: Path) -> list[str]:
-    return sorted(file.name for file in (path / "commits").iterdir() if not file.name.startswith("."))
+def _in_force(path: Path, form: Format, commit: Commit) -> None:
+    """Raises Damaged unless the generation of `commit` is there with its receipts."""
+    if commit.generation is None:
+        return
+    directory = path / "generations" / commit.generation
+    with contextlib.suppress(Misconfigured):
+        Generation(directory, form, commit.receipts or "").load()
+        return
+    raise Damaged(f"{directory} is missing, and it is the generation in force; restore it from a backup")
+
+
+def _listed(directory: Path) -> list[str]:
+    """The names in `directory` but hidden ones, in order; none where it is not there."""
+    with usable(f"cannot open the state {directory.parent}"), contextlib.suppress(FileNotFoundError):
+        return sorted(file.name for file in directory.iterdir() if not file.name.startswith("."))
+    return []
 
 
 def _missing(path: Path, head: Head, names: list[str]) -> str:

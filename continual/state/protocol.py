@@ -1,5 +1,5 @@
-"""The commit protocol from the record on: temporary record, fsync, link, fsync of the directory, HEAD. Also what a
-writer completes when it opens a state whose last writer died. FORMAT.md names the steps.
+"""The commit protocol from the record on: temporary record, fsync, link, fsync of the directory, HEAD. Also what is
+made up for after an error or a kill: the acknowledgement of records above HEAD. FORMAT.md names the steps.
 
 The generation is not written here (see transaction.py), and nothing is read here but HEAD (see opening.py).
 """
@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from continual.errors import Damaged
+from continual.errors import Damaged, Halt
 from continual.state import framing
-from continual.state.durable import environment, link_new, replace_bytes, sync_file, write_temporary
+from continual.state.durable import (
+    environment,
+    link_new,
+    opened,
+    replace_bytes,
+    sync_file,
+    sync_open,
+    trouble,
+    write_temporary,
+)
 from continual.state.entries import Entry, TagEntry
 from continual.state.fields import body_of, record_of
 from continual.state.format import Commit
@@ -25,6 +35,7 @@ from continual.state.software import software
 
 OnStep = Callable[[str], None]
 """Is called with the name of each step of the protocol as it begins, and with `acknowledged` at the end."""
+_log = logging.getLogger("continual.state")
 
 
 class Held(NamedTuple):
@@ -43,58 +54,122 @@ class Head:
 
 
 def read_head(path: Path) -> Head:
-    """The last acknowledged record of the state in `path`. Raises Damaged."""
+    """The last acknowledged record of the state in `path`. Raises Damaged and Retry."""
     return record_of(Head, framing.decode(path / "HEAD")[0], path / "HEAD")
 
 
-def append(path: Path, ledger: Ledger, entry: Entry, held: Held, on_step: OnStep) -> Commit:
-    """Makes a record of `entry` in the state in `path` and adds it to `ledger`. On disk when it returns.
+class Journal:
+    """Adds records to the ledger of the state in `path`, which this process has locked.
 
-    Raises Retry if the disk or another writer got in the way, Halt if an fsync failed. If `ledger` has the record
-    although this raised, the record stands: only its acknowledgement failed, and the next open completes that.
+    A record that is on disk stands, whatever fails afterwards: `append` returns it, and `behind` says what is still to
+    be done. Nothing more is written before that is.
     """
-    last = ledger.log[-1] if ledger.log else None
-    time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    entry = dataclasses.replace(entry, software=software())
-    commit = Commit(last.seq + 1 if last else 0, last.crc if last else None, "", *held, time, entry)
-    data, checksum = framing.encode(commit.body())
-    commit = dataclasses.replace(commit, crc=checksum)
-    file = path / "commits" / f"{commit.seq:08d}.json"
-    with environment("cannot write the record"):
-        on_step("temp-commit")
-        temporary = write_temporary(file, data)
-        on_step("link")
-        link_new(file, temporary)
-    # the commit point is passed: whatever fails from here on, the record stands and the next open completes it
-    ledger.add(commit)
-    on_step("fsync-commits")
-    sync_file(file.parent)
-    on_step("head")
-    with environment(f"record {commit.seq} is committed, but HEAD could not be written"):
-        _write_head(path, commit)
-    on_step("acknowledged")
-    return commit
 
+    def __init__(self, path: Path, ledger: Ledger, on_step: OnStep) -> None:
+        self.path = path
+        self.ledger = ledger
+        self.behind: str | None = None
+        """What could not be done for records that stand, in words; None where all is done."""
+        self._on_step = on_step
+        self._first: int | None = None  # the first record that is not acknowledged
+        self._halted: Halt | None = None
 
-def settle(path: Path, ledger: Ledger) -> None:
-    """Completes the commit that was in flight when the last writer died, the file of a tag included, and removes the
-    temporary files it left."""
-    sync_file(path / "commits")
-    if read_head(path).seq != ledger.head.seq:
-        _write_head(path, ledger.head)
-    entry = ledger.head.entry
-    if isinstance(entry, TagEntry):
-        with contextlib.suppress(Damaged):  # an altered file is for `verify` to report
-            if not tag_stands(path, entry.tag, entry.of):
-                write_tag(path, entry.tag, entry.of)
-    for leftover in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")):
-        leftover.unlink(missing_ok=True)
+    def append(self, entry: Entry, held: Held) -> Commit:
+        """Makes a record of `entry` and adds it to the ledger. On disk when it returns; where only HEAD or the file of
+        a tag could not be written after it, the log has a line about that, and the next write makes up for it first.
 
+        Raises Retry if the disk or another writer got in the way before the record stood, Refuse for a text that no
+        record can hold; then nothing is settled. Raises Halt if an fsync failed, and from then on always.
+        """
+        self.mend()
+        ledger = self.ledger
+        last = ledger.log[-1] if ledger.log else None
+        time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        entry = dataclasses.replace(entry, software=software())
+        commit = Commit(last.seq + 1 if last else 0, last.crc if last else None, "", *held, time, entry)
+        data, checksum = framing.encode(commit.body())
+        commit = dataclasses.replace(commit, crc=checksum)
+        file = self.path / "commits" / f"{commit.seq:08d}.json"
+        with environment("cannot write the record"), opened(file.parent) as commits:
+            self._on_step("temp-commit")
+            temporary = write_temporary(file, data)
+            self._on_step("link")
+            link_new(file, temporary)
+            # the commit point is passed: whatever fails from here on, the record stands
+            self._first = commit.seq
+            ledger.add(commit)
+            self._on_step("fsync-commits")
+            self._synced(commits, file)
+        self._on_step("head")
+        self._acknowledge()
+        self._on_step("acknowledged")
+        return commit
 
-def write_tag(path: Path, name: str, seq: int) -> None:
-    """Writes the file of a tag, whose record stands already. Raises Retry if the disk gets in the way."""
-    with environment(f"cannot write tag {name}"):
-        replace_bytes(_tag_file(path, name), framing.encode({"tag": name, "seq": seq})[0])
+    def mend(self) -> None:
+        """Does what is still to be done for records that stand. Raises Retry where it cannot be done now, Halt where an
+        fsync failed before."""
+        if self._halted is not None:
+            raise self._halted
+        if self._first is None:
+            return
+        with environment("what an earlier write left undone has to be done first"):
+            sync_file(self.path / "commits")
+            self._complete(self._first)
+        _log.warning("%s: record %d is acknowledged now", self.path, self.ledger.head.seq)
+
+    def settle(self, acknowledged: int) -> None:
+        """Completes what the last writer left: all of the ledger stands, and HEAD names record `acknowledged`. The file
+        of a tag may be missing if its record is the newest that HEAD names, or newer. Raises Retry and Halt."""
+        sync_file(self.path / "commits")
+        with environment(f"cannot open {self.path} for writing"):
+            if acknowledged != self.ledger.head.seq:
+                write_head(self.path, self.ledger.head)
+            self._write_tags(acknowledged, missing=True)
+        with contextlib.suppress(OSError):  # found again at the next open
+            for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):
+                leftover.unlink(missing_ok=True)
+
+    def _synced(self, commits: int, file: Path) -> None:
+        try:
+            sync_open(commits, file.parent)
+        except Halt as error:
+            self._halted = error
+            raise
+
+    def _acknowledge(self) -> None:
+        """Acknowledges the newest record, which is on disk. An OSError is told, and kept for `mend`."""
+        assert self._first is not None
+        newest = self.ledger.head.seq
+        try:
+            self._complete(self._first)
+        except OSError as error:
+            self.behind = (
+                f"record {newest} is committed, and what follows it could not be written: {trouble(error)}; "
+                "the next write begins with that"
+            )
+            _log.warning("%s", self.behind)
+        except Halt as error:
+            self._halted = Halt(f"record {newest} is committed, and then: {error}")
+            raise self._halted from error
+
+    def _complete(self, first: int) -> None:
+        """Writes HEAD, then the files of the tags among the records from `first` on. Raises OSError and Halt."""
+        write_head(self.path, self.ledger.head)
+        self._write_tags(first)
+        self.behind = self._first = None
+
+    def _write_tags(self, first: int, *, missing: bool = False) -> None:
+        """The files of the tags among the records from `first` on; with `missing` only those that do not stand. Raises
+        OSError, Retry of `missing` alone, and Halt."""
+        for commit in self.ledger.log[first:]:
+            entry = commit.entry
+            if not isinstance(entry, TagEntry) or self.ledger.tags.get(entry.tag) != entry.of:
+                continue
+            with contextlib.suppress(Damaged):  # an altered file is for `verify` to report
+                if missing and tag_stands(self.path, entry.tag, entry.of):
+                    continue
+                data, _ = framing.encode({"tag": entry.tag, "seq": entry.of})
+                replace_bytes(_tag_file(self.path, entry.tag), data)
 
 
 def tag_stands(path: Path, name: str, seq: int) -> bool:
@@ -103,9 +178,10 @@ def tag_stands(path: Path, name: str, seq: int) -> bool:
     return file.exists() and framing.decode(file)[0] == {"tag": name, "seq": seq}
 
 
+def write_head(path: Path, commit: Commit) -> None:
+    """Has HEAD name `commit`. Raises OSError and Halt."""
+    replace_bytes(path / "HEAD", framing.encode(body_of(Head(commit.seq, commit.crc)))[0])
+
+
 def _tag_file(path: Path, name: str) -> Path:
     return path / "tags" / f"{name}.json"
-
-
-def _write_head(path: Path, commit: Commit) -> None:
-    replace_bytes(path / "HEAD", framing.encode(body_of(Head(commit.seq, commit.crc)))[0])

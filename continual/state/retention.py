@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
-from continual.state.durable import environment, move_away
+from continual.state.durable import environment, move_away, trouble
+from continual.state.generation import RECEIPTS
 from continual.state.ledger import Ledger
 
+_log = logging.getLogger("continual.state")
 _EXPIRED = ".expired-"
 
 
@@ -36,23 +38,35 @@ def orphans(names: Iterable[str]) -> tuple[str, ...]:
 
 def expired(path: Path, ledger: Ledger, keep: int, *, then: str | None = None) -> list[str]:
     """The generations on disk that may go: not the one in force, none of the newest `keep`, none that a tag names,
-    none that a living reader has leased. `then`: as it will be once that generation is put in force again."""
+    none that a living reader has leased. `then`: as it will be once that generation is put in force again. Raises
+    OSError."""
     newest = list(dict.fromkeys(g for g in (then, *(c.generation for c in reversed(ledger.log))) if g))[:keep]
     tagged = {ledger.get(seq).generation for seq in ledger.tags.values()}
-    held = {then or ledger.head.generation, *newest, *tagged, *leased(path / "leases")}
-    return [name for name in kept(path, ledger) if name not in held]
+    held = {then or ledger.head.generation, *newest, *tagged, *_leased_by_files(path / "leases")}
+    found = [name for name in kept(path, ledger) if name not in held]
+    return [name for name in found if not _is_leased(path / "generations" / name)]
 
 
-def delete(path: Path, names: Iterable[str]) -> None:
-    """Deletes generations of the state in `path`. Raises Retry if the disk gets in the way."""
-    generations = path / "generations"
-    with environment("cannot delete old generations"):
-        for name in names:
-            # renamed first: a kill while its files are deleted must not leave half of it under a name that a record
-            # knows
-            move_away(generations / name, generations / f"{_EXPIRED}{name}")
-        for name in names:
-            shutil.rmtree(generations / f"{_EXPIRED}{name}")
+def expire(path: Path, ledger: Ledger, keep: int) -> list[str]:
+    """Deletes the generations that `expired` names and returns them. What cannot be deleted now is tried again the next
+    time, and the log has a line about it. Raises Halt if an fsync failed."""
+    gone: list[str] = []
+    try:
+        gone.extend(_moved(path, expired(path, ledger, keep)))
+        for name in _on_disk(path):
+            if name.startswith(_EXPIRED):
+                shutil.rmtree(path / "generations" / name)
+    except OSError as error:
+        _log.warning("%s: old generations stay until the next fold: %s", path, trouble(error))
+    return gone
+
+
+def _moved(path: Path, names: Iterable[str]) -> Iterator[str]:
+    """Gives generations that no reader has leased another name, and yields theirs. First of all: a kill while its files
+    are deleted must not leave half of a generation under a name that a record knows."""
+    for name in names:
+        if _moved_away(path / "generations" / name, path / "generations" / f"{_EXPIRED}{name}"):
+            yield name
 
 
 def clear(path: Path, names: Iterable[str]) -> None:
@@ -63,39 +77,82 @@ def clear(path: Path, names: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def lease(path: Path, generation: str) -> Iterator[None]:
-    """Keeps `generation` of the state in `path` from expiring while the block runs. On a read-only file system it
-    yields without: nothing expires there."""
-    while True:
-        file = path / "leases" / f"{generation}-{secrets.token_hex(4)}"
-        try:
-            fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        except OSError:
-            yield
-            return
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if os.fstat(fd).st_nlink:
-            break
-        os.close(fd)  # the writer took it for a dead reader's between the two calls
-    try:
+    """Keeps `generation` of the state in `path` from expiring while the block runs, if it has not yet: that is for the
+    block to look at. It needs no permission to write. Raises Retry where the disk gets in the way."""
+    with contextlib.ExitStack() as held:
+        with environment(f"cannot read the generation {generation}"), contextlib.suppress(FileNotFoundError):
+            fd = os.open(path / "generations" / generation / RECEIPTS, os.O_RDONLY | os.O_CLOEXEC)
+            held.callback(os.close, fd)
+            with contextlib.suppress(OSError):  # a file system without locks: nobody can lease there
+                fcntl.flock(fd, fcntl.LOCK_SH)
         yield
+
+
+def _moved_away(generation: Path, target: Path) -> bool:
+    """Renames a generation, unless a reader has leased it: the rename and a lease exclude each other."""
+    with _unless_leased(generation) as free:
+        if free:
+            move_away(generation, target)
+    return free
+
+
+def _is_leased(generation: Path) -> bool:
+    with _unless_leased(generation) as free:
+        return not free
+
+
+@contextlib.contextmanager
+def _unless_leased(generation: Path) -> Iterator[bool]:
+    """Whether no reader has leased a generation; if so none can while the block runs."""
+    try:
+        fd = _opened(generation / RECEIPTS)
+    except FileNotFoundError:  # damage, which keeps nobody from deleting it
+        yield True
+        return
+    try:
+        yield not _is_locked(fd)
     finally:
-        file.unlink(missing_ok=True)
         os.close(fd)
 
 
-def leased(directory: Path) -> Set[str]:
-    """The generations that a living reader has leased, by the files in `directory`; removes those of dead readers."""
+def _opened(file: Path) -> int:
+    """A descriptor to lock `file` with: to write where that may be, since NFS asks for it."""
+    try:
+        return os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _is_locked(fd: int) -> bool:
+    """Whether somebody holds a lock on the open file; if nobody does, it is locked until it is closed."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a file system without locks
+    return False
+
+
+def _leased_by_files(directory: Path) -> Set[str]:
+    """The generations that a living reader of an earlier version has leased, by the files in `directory`; removes those
+    of dead readers. A file that may not be opened counts as a living reader's."""
     found = set()
-    for file in directory.iterdir():
+    for file in sorted(directory.iterdir()) if directory.is_dir() else ():
         if file.name.startswith("."):
             continue
         with contextlib.suppress(FileNotFoundError):
-            fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.unlink()
-            except BlockingIOError:
+                fd = _opened(file)
+            except PermissionError:
                 found.add(file.name.rpartition("-")[0])
+                continue
+            try:
+                if _is_locked(fd):
+                    found.add(file.name.rpartition("-")[0])
+                else:
+                    with contextlib.suppress(PermissionError):
+                        file.unlink()
             finally:
                 os.close(fd)
     return found
@@ -106,4 +163,7 @@ def _named(ledger: Ledger) -> set[str]:
 
 
 def _on_disk(path: Path) -> list[str]:
-    return sorted(directory.name for directory in (path / "generations").iterdir())
+    """The names below `generations/`; none where it is not there. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(directory.name for directory in (path / "generations").iterdir())
+    return []

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from continual.errors import Damaged, Misconfigured, Retry
-from continual.state import framing, lock, names, opening, protocol, retention
+from continual.errors import Misconfigured, Retry
+from continual.state import adoption, framing, lock, names, opening, retention
 from continual.state.arrays import Array
-from continual.state.durable import environment, replace_bytes, sync_file
+from continual.state.durable import environment, replace_bytes, sync_file, usable
 from continual.state.entries import Entry, InitEntry, RollbackEntry, TagEntry
 from continual.state.format import Commit, Format
 from continual.state.generation import Generation
 from continual.state.ledger import Ledger
-from continual.state.protocol import Held, OnStep
+from continual.state.protocol import Held, Journal, OnStep
 from continual.state.transaction import Transaction, room
 
 if TYPE_CHECKING:
@@ -38,34 +38,38 @@ class State:
         self.path = path
         self.format = form
         self.orphans: tuple[str, ...] = ()
+        self.adopted: tuple[int, ...] = ()
+        self.acknowledged = -1
         self.ledger = ledger
         self._lock_fd = lock_fd
         self._on_step = on_step
+        self._journal = Journal(path, ledger, on_step)
         self._open: dict[str, Generation] = {}
 
     @classmethod
     def create(cls, path: Path, form: Format, *, read: Mapping[str, object], device: str) -> State:
-        """Makes a state of the format `form` in `path`, which must be absent or empty (hidden files and FORMAT.md
-        aside), and opens it for writing. `read` are its first read-time options.
+        """Makes a state of the format `form` in `path`, which must be absent or empty (hidden files, FORMAT.md and what
+        a killed `create` left aside), and opens it for writing. `read` are its first read-time options.
 
-        Raises Misconfigured if something is there, Retry if the disk gets in the way, Refuse for tensor names that
-        cannot be stored.
+        Raises Misconfigured if something is there or cannot be, Busy if another process makes one there, Retry if the
+        disk gets in the way, Refuse for tensor names that cannot be stored.
         """
-        if (path / "format.json").exists():
-            raise Misconfigured(f"{path} already is a state: open it, or name another directory")
         opening.must_be_free(path)
         for tensor in form.tensors:
             names.encode(tensor.name)
-        with environment(f"cannot make a state in {path}"):
+        data, checksum = framing.encode(form.body())
+        with usable(f"cannot make a state in {path}"):
             made = [p for p in (path.absolute(), *path.absolute().parents) if not p.exists()] or [path.absolute()]
             path.mkdir(parents=True, exist_ok=True)
-            for name in opening.DIRECTORIES:
-                (path / name).mkdir(exist_ok=True)
             state = cls(path, form, Ledger(), lock.take(path / "lock"), _nothing)
             try:
-                state._append(InitEntry(read=read, device=device), Held())
+                opening.must_be_free(path)  # another process may have made one before the lock was taken
+                opening.clear(path)
+                opening.complete(path)
+                state._journal.append(InitEntry(read=read, device=device, format=checksum), Held())
+                state._journal.mend()
                 # last: a directory without format.json is no state, so a kill before this leaves none behind
-                replace_bytes(path / "format.json", framing.encode(form.body())[0])
+                replace_bytes(path / "format.json", data)
                 for directory in made:
                     sync_file(directory.parent)
             except BaseException:
@@ -75,33 +79,37 @@ class State:
 
     @classmethod
     def open(cls, path: Path, *, write: bool = False, on_step: OnStep | None = None) -> State:
-        """Opens the state in `path`. For writing it takes the lock, completes a commit that was in flight and removes
-        orphans.
+        """Opens the state in `path`. For writing it takes the lock, acknowledges the records that a writer left above
+        HEAD, makes directories that a backup left out, and removes orphans.
 
         Raises Misconfigured if there is none or it is read-only, Busy if another process writes, Damaged for anything
-        that is not as it was written.
+        that is not as it was written, Retry if the disk gets in the way.
         """
-        if not (path / "format.json").exists():
-            if opening.unfinished(path) is False:
-                raise Damaged(f"{path / 'format.json'} is missing; restore it from a backup")
-            raise Misconfigured(f"no state in {path}: make one with 'continual init BASE --state {path}'")
-        form = Format.of(framing.decode(path / "format.json")[0], path / "format.json")
+        form, checksum = opening.read_format(path)
         lock_fd = lock.take(path / "lock") if write else None
         try:
-            ledger = opening.load(path)
+            ledger, acknowledged = opening.load(path, form, checksum)
             state = cls(path, form, ledger, lock_fd, on_step or _nothing)
-            if (now := state._generation(ledger.head)) is not None:
-                now.load()
-            unnamed = retention.unnamed(path, ledger)
+            state.acknowledged = acknowledged
+            state.adopted = tuple(range(acknowledged + 1, len(ledger.log)))
+            with environment(f"cannot open the state {path}"):
+                unnamed = retention.unnamed(path, ledger)
             state.orphans = retention.orphans(unnamed)
             if write:
-                protocol.settle(path, ledger)
-                retention.clear(path, unnamed)
+                state._complete(unnamed)
         except BaseException:
             if lock_fd is not None:
                 os.close(lock_fd)
             raise
         return state
+
+    def _complete(self, unnamed: list[str]) -> None:
+        """Makes up for what the last writer could not do. What it left goes first: that may make room for the rest."""
+        retention.clear(self.path, unnamed)
+        with environment(f"cannot open {self.path} for writing"):
+            opening.complete(self.path)
+        adoption.make_durable(self.path, self.ledger.log, self.acknowledged)
+        self._journal.settle(self.acknowledged)
 
     def __enter__(self) -> State:
         return self
@@ -116,6 +124,12 @@ class State:
             self._lock_fd = None
 
     @property
+    def behind(self) -> str | None:
+        """What could not be written after records that stand, in words; None where all is. The next write begins with
+        it."""
+        return self._journal.behind
+
+    @property
     def id(self) -> str:
         return self.format.id
 
@@ -123,6 +137,7 @@ class State:
         """Begins a fold, on the generation in force or on `after` (None: on zeros). Raises Retry if the disk has no
         room for one more generation."""
         self._needs_lock()
+        self._journal.mend()
         self._on_step("begin")
         room(self.path, self.format.generation_bytes)
         head = self.ledger.head
@@ -177,21 +192,10 @@ class State:
         """Names record `seq` (default: the newest), so that its generation does not expire. A tag that names another
         record is only moved by `force`. Raises Misconfigured for that, for a bad name and for an expired record."""
         self._needs_lock()
-        if not _TAG.fullmatch(name):
-            raise Misconfigured(
-                f"tag {name!r}: use letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit"
-            )
         target = self.ledger.get(self.ledger.head.seq if seq is None else seq)
         self.generation_of(target)
-        named = self.ledger.tags.get(name, target.seq)
-        if named != target.seq and not force:
-            raise Misconfigured(
-                f"tag {name} names record {named}, whose generation would no longer be kept for good: take another "
-                f"name for record {target.seq}, or move the tag with --force"
-            )
-        commit = self.record(TagEntry(tag=name, of=target.seq))
-        protocol.write_tag(self.path, name, target.seq)
-        return commit
+        _may_name(self.ledger, name, target, force=force)
+        return self.record(TagEntry(tag=name, of=target.seq))
 
     def read(self, name: str, slot: str, at: int | None = None) -> Array:
         """An accumulator in force now or at record `at`, checked against its receipt; zeros before the first fold."""
@@ -215,7 +219,8 @@ class State:
 
     def generations(self) -> list[str]:
         """The generations on disk that a record names, in order of their names."""
-        return retention.kept(self.path, self.ledger)
+        with environment(f"cannot look into {self.path}"):
+            return retention.kept(self.path, self.ledger)
 
     def generation_bytes(self) -> int:
         """Bytes of the accumulators in one generation: the same from the first fold on."""
@@ -235,13 +240,15 @@ class State:
 
     def expire(self, keep: int) -> list[str]:
         """Deletes generations but the newest `keep`, the tagged ones and those that a living reader has leased; returns
-        those it deleted. Raises Retry if the disk gets in the way."""
+        those it deleted. What cannot be deleted now is tried again the next time, and the log has a line about it: it
+        undoes nothing. Raises Halt if an fsync failed."""
         self._needs_lock()
-        expired = retention.expired(self.path, self.ledger, keep)
-        for generation in expired:
+        if self._journal.behind is not None:
+            return []  # nothing is written before that is made up for
+        gone = retention.expire(self.path, self.ledger, keep)
+        for generation in gone:
             self._open.pop(generation, None)
-        retention.delete(self.path, expired)
-        return expired
+        return gone
 
     def set_url(self, url: str) -> None:
         """Tells who asks the lock where the daemon answers."""
@@ -262,7 +269,21 @@ class State:
         return found
 
     def _append(self, entry: Entry, held: Held) -> Commit:
-        return protocol.append(self.path, self.ledger, entry, held, self._on_step)
+        return self._journal.append(entry, held)
+
+
+def _may_name(ledger: Ledger, tag: str, target: Commit, *, force: bool) -> None:
+    """Raises Misconfigured unless `tag` can be the name of the record `target`."""
+    if not _TAG.fullmatch(tag):
+        raise Misconfigured(
+            f"tag {tag!r}: use letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit"
+        )
+    named = ledger.tags.get(tag, target.seq)
+    if named != target.seq and not force:
+        raise Misconfigured(
+            f"tag {tag} names record {named}, whose generation would no longer be kept for good: take another "
+            f"name for record {target.seq}, or move the tag with --force"
+        )
 
 
 def _nothing(_step: str) -> None:

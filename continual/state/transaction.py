@@ -49,13 +49,17 @@ class Transaction:
         self._receipts: dict[str, Receipt] = {}
         self._lock = threading.Lock()
         self._done = False
-        with environment("cannot begin a fold"):
-            self.directory.mkdir()
-            groups = ["", *(arrays_of for arrays_of in sorted({node(s, "x").split("/")[0] for s in form.slot_names}))]
-            for path in groups:
-                (self.directory / path).mkdir(exist_ok=True)
-                write_bytes(self.directory / path / "zarr.json", arrays.group_metadata())
+        groups = ["", *sorted({node(slot, "x").split("/")[0] for slot in form.slot_names})]
         self._groups = {path: framing.crc(arrays.group_metadata()) for path in groups}
+        try:
+            with environment("cannot begin a fold"):
+                self.directory.mkdir()
+                for path in groups:
+                    (self.directory / path).mkdir(exist_ok=True)
+                    write_bytes(self.directory / path / "zarr.json", arrays.group_metadata())
+        except Retry:
+            self.abandon()
+            raise
 
     def __enter__(self) -> Transaction:
         return self

@@ -167,13 +167,13 @@ class Write(NamedTuple):
 
 
 WRITES = (
-    Write(initiation, ("state.store.create", "state.protocol.append", "state.protocol._write_head")),
-    Write(commit, ("state.protocol.append", "state.protocol._write_head")),
-    Write(tag, ("state.protocol.write_tag",)),
-    Write(adoption, ("state.protocol._write_head",)),
+    Write(initiation, ("state.store.create", "state.protocol.append", "state.protocol.write_head")),
+    Write(commit, ("state.protocol.append", "state.protocol.write_head")),
+    Write(tag, ("state.protocol._write_tags",)),
+    Write(adoption, ("state.protocol.write_head",)),
     Write(push, ("state.inbox.put",)),
     Write(cursor, ("state.inbox.save_cursor",)),
-    Write(expiry, ("state.retention.delete",)),
+    Write(expiry, ("state.retention._moved_away",)),
     Write(export, ("publish.folder.written",)),
     Write(adapter, ("publish.folder.written",)),
     Write(current, ("publish.folder.keep_current", "publish.folder.written")),

@@ -144,7 +144,7 @@ def test_what_is_kept(tmp_path: Path, keep: int) -> None:
         kept = {1, 3, *{1: (), 2: (6,), 4: (6, 5, 4)}[keep]}
         assert sorted(map(str, state.expire(keep))) == sorted(str(generations[n]) for n in set(range(1, 7)) - kept)
         assert set(state.generations()) == {generations[n] for n in kept}, "in force, tagged, and the newest"
-        state.tag("old", 3)
+        state.tag("old", 3, force=True)
         assert state.expire(1) == sorted(str(generations[n]) for n in kept - {3}), (
             "a tag that moved holds nothing there"
         )

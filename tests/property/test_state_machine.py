@@ -337,7 +337,7 @@ class StateAgainstAList(RuleBasedStateMachine):
             self.model.add(self.model.now)
             self.model.tags[name] = of
 
-        self.doing(lambda: self.store.tag(name, of), kill, then)
+        self.doing(lambda: self.store.tag(name, of, force=True), kill, then)
 
     @precondition(lambda self: self.model.now.folds)
     @rule(data=st.data(), anew=st.booleans(), kill=kills(OF_FOLD))
