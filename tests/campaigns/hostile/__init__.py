@@ -1,0 +1,1 @@
+"""A real daemon under what strangers publish and clients do: see `python -m tests.campaigns.hostile --help`."""
