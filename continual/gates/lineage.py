@@ -17,6 +17,9 @@ from continual.tensors.matching import Match, find_prefix, names_of, sources
 
 _NAMED = 5
 """Names of tensors that a message lists."""
+_SMALL_RANK = 1024
+"""A rank that is let in whatever the shape. A higher one has to be possible: the factors of a file with holes can claim
+to be larger than memory."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,18 @@ def _common_rows(place: Place, info: TensorInfo, spec: TensorSpec, gate: Lineage
 
 def _check_product(model: Adapter, source: Match, spec: TensorSpec) -> None:
     assert source.factors is not None
-    shape = model.shape(source.factors, transposed=source.transposed)
+    shape, rank = model.shape(source.factors, transposed=source.transposed), source.factors.rank
     if len(spec.shape) < 2 or shape != (spec.shape[0], math.prod(spec.shape[1:])):
         raise Refuse(
             "shape",
             f"{model.place}: the product of {source.factors.b} and {source.factors.a} is {list(shape)}, "
             f"{spec.name} is {list(spec.shape)}",
+        )
+    if rank > max(min(shape), _SMALL_RANK):
+        raise Refuse(
+            "shape",
+            f"{model.place}: the factors of {spec.name} have rank {rank}, more than its shape {list(spec.shape)} can: "
+            "merge the adapter into its base and publish that",
         )
 
 

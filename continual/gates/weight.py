@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from continual.errors import Misconfigured, Refuse
 from continual.gates.contract import AtFold, Headers
+from continual.outside import shown
 from continual.tensors import Model, read_json
-from continual.tensors.header import shown
 
 METADATA = "metadata"
 """The word in the setting `weight` for the metadata of a safetensors header."""

@@ -21,7 +21,6 @@ from continual.tensors.kinds import is_vocabulary
 from continual.tensors.place import Place
 
 WEIGHTS = "adapter_model.safetensors"
-_ROOT = "base_model.model."
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<factor>[AB])(?:\.default)?\.weight|lora_embedding_(?P<embedding>[AB])(?:\.default)?)"
 )
@@ -140,12 +139,15 @@ def _sort(place: Place, weights: Checkpoint, config: AdapterConfig) -> tuple[dic
                 )
             saved[weight] = name
     factors = {}
+    settings = config.of(weight.removesuffix(".weight") for weight in halves)
     for weight, pair in sorted(halves.items()):
         if set(pair) not in ({"A", "B"}, {"a", "b"}):
             raise Refuse(
                 "adapter-kind", f"{place}: {weight} has no pair of factors, only {', '.join(sorted(pair.values()))}"
             )
-        factors[weight] = _factors(place, weights, config, weight, pair)
+        rank, alpha = settings[weight.removesuffix(".weight")]
+        scale = alpha / (math.sqrt(rank) if config.by_root else rank)
+        factors[weight] = _factors(place, weights, weight, pair, (rank, scale))
     return factors, saved
 
 
@@ -155,14 +157,15 @@ def _is_saved(weight: str, config: AdapterConfig) -> bool:
     return is_vocabulary(weight) or any(f".{name}." in f".{weight}" for name in config.saved)
 
 
-def _factors(place: Place, weights: Checkpoint, config: AdapterConfig, weight: str, pair: Mapping[str, str]) -> Factors:
-    embedding = "a" in pair
-    rank, alpha = config.of(weight.removesuffix(".weight"))
+def _factors(
+    place: Place, weights: Checkpoint, weight: str, pair: Mapping[str, str], setting: tuple[int, float]
+) -> Factors:
+    """The factors of one weight; `setting` is its rank and scale."""
+    embedding, (rank, scale) = "a" in pair, setting
     a, b = (weights.tensors[pair[half]] for half in ("ab" if embedding else "AB"))
     if len(a.shape) < 2 or len(b.shape) < 2 or math.prod(b.shape[2:]) != 1 or (a.shape[0], b.shape[1]) != (rank, rank):
         raise Refuse(
             "shape",
             f"{place}: factors of {weight} are {list(a.shape)} and {list(b.shape)}, which do not fit its rank {rank}",
         )
-    scale = alpha / (math.sqrt(rank) if config.by_root else rank)
     return Factors(a.name, b.name, rank, scale, embedding)

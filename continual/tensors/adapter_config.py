@@ -5,17 +5,20 @@ It is an allow-list: a key that is not understood and has a value other than its
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from continual.errors import Refuse
-from continual.tensors.header import json_object, shown
+from continual.outside import shown
+from continual.tensors.header import json_object
+from continual.tensors.patterns import Patterns
 from continual.tensors.place import Place, Weights
 
 CONFIG = "adapter_config.json"
 _LARGEST_CONFIG = 4 << 20
+_VALUES = 300_000
+"""Values of the largest configuration: two for each key of the longest tables, and some."""
 _INFORMATION = frozenset(
     [
         "auto_mapping",
@@ -42,7 +45,6 @@ _UNDERSTOOD = frozenset(
 _OFF: tuple[object, ...] = (None, False, {}, [], "")
 _HARMLESS_INIT: tuple[object, ...] = (True, False, None, "gaussian", "orthogonal")
 """Initialisations that leave the base's weights as they are and start from B·A = 0 (or are trained away from it)."""
-_LONGEST_PATTERN, _QUANTIFIERS, _PARTS = 200, 3, 2
 T = TypeVar("T", int, float)
 
 
@@ -59,13 +61,15 @@ class AdapterConfig:
     alpha: float
     by_root: bool
     transposed: bool
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
+    ranks: Patterns[int]
+    alphas: Patterns[float]
     saved: tuple[str, ...]
 
-    def of(self, module: str) -> tuple[int, float]:
-        """Rank and alpha of a module."""
-        return _first_match(self.ranks, module, self.rank), _first_match(self.alphas, module, self.alpha)
+    def of(self, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
+        """Rank and alpha of each module. Raises Refuse (`config`) where the patterns are too involved for so many."""
+        names = list(modules)
+        ranks, alphas = self.ranks.of(names), self.alphas.of(names)
+        return {name: (ranks.get(name, self.rank), alphas.get(name, self.alpha)) for name in names}
 
 
 def parse(place: Place, file: Weights) -> AdapterConfig:
@@ -77,7 +81,7 @@ def parse(place: Place, file: Weights) -> AdapterConfig:
     size, where = file.stats[0].size, place.file(CONFIG)
     if size > _LARGEST_CONFIG:
         raise Refuse("config", f"{where}: {size} bytes are too many for a configuration file")
-    config = json_object(file.pread(0, size, 0), where, "config")
+    config = json_object(file.pread(0, size, 0), where, "config", values=_VALUES)
     _check_keys(place, config)
     for key in ("use_rslora", "fan_in_fan_out"):
         if config.get(key) not in (None, True, False):
@@ -136,41 +140,16 @@ def _alpha(where: str, key: str, value: object) -> float:
 
 def _patterns(
     where: str, config: Mapping[str, object], key: str, check: Callable[[str, str, object], T]
-) -> Mapping[str, T]:
-    """A pattern table of the configuration, its keys checked: they are regular expressions of a stranger, and some take
-    for ever to fail."""
+) -> Patterns[T]:
+    """A pattern table of the configuration, its keys and values checked."""
     body = config.get(key) or {}
     if not isinstance(body, dict):
         raise Refuse("config", f"{where}: {key} = {shown(body)} is no table")
-    found: dict[str, T] = {}
-    for pattern in body:
-        bare = re.sub(r"\\.", "", pattern).replace("(?:", "(")
-        involved = (
-            len(re.findall(r"[*+?{]", bare)) > _QUANTIFIERS or bare.count("(") > _PARTS or re.search(r"\)[*+?{]", bare)
-        )
-        if len(pattern) > _LONGEST_PATTERN or involved:
-            raise Refuse(
-                "config",
-                f"{where}: {key}: pattern {shown(pattern)} is longer or more involved "
-                "than a list of module names needs",
-            )
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise Refuse(
-                "config", f"{where}: {key}: pattern {shown(pattern)} is no regular expression ({error})"
-            ) from None
-    for pattern, value in body.items():
-        found[pattern] = check(where, f"{key}[{shown(pattern)}]", value)
-    return found
+    values = {pattern: check(where, f"{key}[{shown(pattern)}]", value) for pattern, value in body.items()}
+    return Patterns(values, where, key)
 
 
 def _saved(where: str, body: object) -> tuple[str, ...]:
     if not isinstance(body, list) or any(not isinstance(name, str) for name in body):
         raise Refuse("config", f"{where}: modules_to_save = {shown(body)} is no list of names")
     return tuple(body)
-
-
-def _first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
-    """The value of the first pattern that matches the end of a module's name, as PEFT does it."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from continual.errors import Refuse
+from continual.outside import shown
 from continual.tensors import header
-from continual.tensors.header import TensorInfo, shown
+from continual.tensors.header import TensorInfo
 from continual.tensors.place import Folder, Place, Weights, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -32,6 +33,8 @@ TORCH: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
 }
 FLOATS = ("F32", "F16", "BF16")
+MOST_SHARDS = 4096
+"""Files of the largest model that is opened."""
 _LONGEST_FILE_NAME = 255
 
 
@@ -135,16 +138,21 @@ def weight_files(place: Place) -> tuple[str, ...]:
     if SINGLE in names:
         return (SINGLE,)
     if INDEX in names:
-        return tuple(sorted(set(_weight_map(place).values())))
+        shards = sorted(set(_weight_map(place).values()))
+        if len(shards) > MOST_SHARDS:
+            raise Refuse("index", f"{place.file(INDEX)}: names {len(shards)} shards; at most {MOST_SHARDS} are read")
+        return tuple(shards)
     found = sorted(name for name in names if name.endswith(".safetensors"))
     if len(found) == 1:
+        if not found[0].isprintable():
+            raise Refuse("no-file", f"{place}: its file {shown(found[0])} has a name that cannot be printed: rename it")
         return (found[0],)
     if found:
         raise Refuse("index", f"{place}: {len(found)} safetensors files and no {INDEX} that says what belongs together")
     if pickled := sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
         raise Refuse(
             "pickle",
-            f"{place}: only pickled weights ({pickled[0]}), which can run code when loaded; "
+            f"{place}: only pickled weights ({shown(pickled[0])}), which can run code when loaded; "
             "convert them to safetensors",
         )
     raise Refuse("no-weights", f"{place}: no safetensors file in it")
@@ -171,6 +179,10 @@ def open_checkpoint(place: Place, only: str | None = None) -> Checkpoint:
             if twice := next((name for name in found if name in tensors), None):
                 raise Refuse("header", f"{where}: tensor {twice} is in {names[tensors[twice].file]} as well")
             tensors |= found
+            if len(tensors) > header.MOST:
+                raise Refuse(
+                    "header", f"{where}: with it there are more than the {header.MOST} tensors that a model may have"
+                )
         if not tensors:
             raise Refuse("no-weights", f"{place}: its weight files hold no tensor")
         if only is None and place.only is None and names[0] != SINGLE and INDEX in place.names():

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from continual.errors import Refuse, Retry
-from continual.records import FileStat
+from continual.outside import Irregular
+from continual.tensors.descriptors import SHARED, Identity, ModelFile, changed
 
 LARGEST_CONFIG = 32 << 20
 
@@ -28,6 +28,8 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except Irregular as error:
+        raise Refuse("no-file", str(error)) from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
             raise Refuse("no-file", f"{path}: leads to no file ({error.strerror})") from error
@@ -35,43 +37,43 @@ def reading(path: Path) -> Iterator[None]:
 
 
 class Files:
-    """Files of one model, open for reading. `stats` says what they were when they were opened."""
+    """Files of one model, open for reading. `stats` says what they were when they were opened.
+
+    Only some of them hold a descriptor at a time (descriptors.py).
+    """
 
     def __init__(self, paths: Sequence[Path], root: Path | None) -> None:
         """Opens `paths`. Raises Refuse if one is no regular file or lies outside `root`, Retry if one cannot be
         opened."""
         self.paths = tuple(paths)
-        self.root = root
-        self._fds: list[int] = []
+        self._files = tuple(ModelFile(path, root) for path in paths)
         try:
-            for path in paths:
-                self._fds.append(_open(path, root))
-            self.stats = tuple(self._stat(i) for i in range(len(paths)))
+            for file in self._files:
+                with reading(file.path), SHARED.reading(file):
+                    pass
         except BaseException:
             self.close()
             raise
+        self.stats = tuple(file.stat for file in self._files)
 
     def close(self) -> None:
         """Closes the files."""
-        while self._fds:
-            os.close(self._fds.pop())
-
-    def _stat(self, file: int) -> FileStat:
-        with reading(self.paths[file]):
-            return _file_stat(self.paths[file], os.fstat(self._fds[file]))
+        for file in self._files:
+            SHARED.close(file)
 
     def pread(self, file: int, length: int, offset: int) -> bytes:
-        """`length` bytes at `offset`. Raises Retry if the file ends before."""
+        """`length` bytes at `offset`. Raises Retry if the file ends before, or was exchanged."""
         data = bytearray(length)
         self.preadv(file, memoryview(data), offset)
         return bytes(data)
 
     def preadv(self, file: int, into: memoryview, offset: int) -> None:
-        """Fills `into` from `offset`. Raises Retry if the file ends before: it was cut while it was read."""
+        """Fills `into` from `offset`. Raises Retry if the file ends before: it was cut while it was read; or if it was
+        exchanged."""
         done = 0
-        with reading(self.paths[file]):
+        with reading(self.paths[file]), SHARED.reading(self._files[file]) as fd:
             while done < len(into):
-                count = os.preadv(self._fds[file], [into[done:]], offset + done)
+                count = os.preadv(fd, [into[done:]], offset + done)
                 if count == 0:
                     raise Retry(f"{self.paths[file]}: became shorter while it was read; nothing was settled")
                 done += count
@@ -80,19 +82,17 @@ class Files:
         """Nothing: the kernel reads ahead by itself."""
 
     def will_need(self, file: int, offset: int, length: int) -> None:
-        """Asks the kernel to read this part ahead."""
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(self._fds[file], offset, length, os.POSIX_FADV_WILLNEED)
+        """Asks the kernel to read this part ahead. Raises Retry if the file was exchanged."""
+        with contextlib.suppress(OSError), SHARED.reading(self._files[file]) as fd:
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
         """Raises Retry naming the first file that was rewritten, replaced or deleted since it was opened."""
-        for i, (path, before) in enumerate(zip(self.paths, self.stats, strict=True)):
-            with reading(path):
-                named = _file_stat(path, os.stat(path))
-            if self._stat(i) != before or named != before:
-                raise Retry(
-                    f"{path}: changed while it was read; nothing was settled, it is taken up again when it is still"
-                )
+        for file in self._files:
+            with reading(file.path):
+                named = Identity.of(os.stat(file.path))
+            if named != file.identity:
+                raise Retry(changed(file.path))
 
 
 def small_file(path: Path, root: Path | None) -> bytes:
@@ -106,29 +106,3 @@ def small_file(path: Path, root: Path | None) -> bytes:
         return files.pread(0, size, 0)
     finally:
         files.close()
-
-
-def _open(path: Path, root: Path | None) -> int:
-    """A descriptor of a regular file. Where it lies is asked of the kernel once it is open, so that no link can be
-    exchanged in between."""
-    with reading(path):
-        fd = os.open(
-            path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        )  # a FIFO without a writer must not block
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise Refuse("no-file", f"{path}: is no regular file")
-            if root is not None:
-                target = Path(os.readlink(f"/proc/self/fd/{fd}"))
-                if not target.is_relative_to(root.resolve()):
-                    raise Refuse(
-                        "outside", f"{path} leads out of the watched folder, to {target}: publish the file itself"
-                    )
-        except BaseException:
-            os.close(fd)
-            raise
-    return fd
-
-
-def _file_stat(path: Path, found: os.stat_result) -> FileStat:
-    return FileStat(path.name, found.st_size, found.st_mtime_ns, found.st_ino)

@@ -8,19 +8,22 @@ records), and a header is at most 25 MB, as the Hub's own client has it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from continual.errors import Refuse
+from continual.outside import VALUES, Malformed, parse_fields, shown
 from continual.records import ITEMSIZE
 
 LONGEST = 25_000_000
 """Bytes of the longest header that is read: some 200,000 tensors. A parsed header takes many times its size in memory.
 """
+MOST = 250_000
+"""Tensors of the largest model that is opened, over all of its files."""
+_VALUES = 2_500_000
+"""Values of the largest header: some ten for each tensor."""
 _LONGEST_NAME = 1000
-_SHOWN = 80
 
 
 class TensorInfo(NamedTuple):
@@ -43,6 +46,37 @@ def parse(pread: Callable[[int, int], bytes], size: int, where: str, file: int =
     """
     if size < 8:
         raise Refuse("truncated", f"{where}: {size} bytes are no safetensors file")
+    length = _length(pread, where)
+    if 8 + length > size:
+        raise Refuse("truncated", f"{where}: the header claims {length} bytes and the file has {size}: it is cut off")
+    body = json_object(pread(length, 8), where, "header", values=_VALUES)
+    _metadata(body.pop("__metadata__", {}), where)
+    if len(body) > MOST:
+        raise Refuse("header", f"{where}: {len(body)} tensors are more than the {MOST} that a model may have")
+    infos = {name: _tensor(name, entry, where, file, 8 + length) for name, entry in body.items()}
+    _covered(sorted(infos.values(), key=lambda t: (t.offset, t.nbytes)), 8 + length, size, where)
+    return infos
+
+
+def metadata(pread: Callable[[int, int], bytes], where: str) -> dict[str, str]:
+    """The `__metadata__` of a file that `parse` took: a few strings its publisher wrote there. Raises Refuse (`header`)
+    if the file was exchanged since, and is none any more."""
+    head = json_object(pread(_length(pread, where), 8), where, "header", values=_VALUES)
+    body = head.get("__metadata__", {})
+    _metadata(body, where)
+    return body if isinstance(body, dict) else {}
+
+
+def json_object(text: bytes, where: str, reason: str, *, values: int = VALUES) -> dict[str, object]:
+    """Bytes that others wrote as a JSON object. Raises Refuse(reason) for anything that `continual.outside` does not
+    read."""
+    try:
+        return parse_fields(text, values=values)
+    except Malformed as error:
+        raise Refuse(reason, f"{where}: no valid JSON ({error})") from None
+
+
+def _length(pread: Callable[[int, int], bytes], where: str) -> int:
     length = int.from_bytes(pread(8, 0), "little")
     if length > LONGEST:
         raise Refuse(
@@ -50,49 +84,7 @@ def parse(pread: Callable[[int, int], bytes], size: int, where: str, file: int =
             f"{where}: the header claims {length} bytes; at most {LONGEST} are read: "
             "this is no safetensors file, or a damaged one",
         )
-    if 8 + length > size:
-        raise Refuse("truncated", f"{where}: the header claims {length} bytes and the file has {size}: it is cut off")
-    body = json_object(pread(length, 8), where, "header")
-    _metadata(body.pop("__metadata__", {}), where)
-    infos = {name: _tensor(name, entry, where, file, 8 + length) for name, entry in body.items()}
-    _covered(sorted(infos.values(), key=lambda t: (t.offset, t.nbytes)), 8 + length, size, where)
-    return infos
-
-
-def metadata(pread: Callable[[int, int], bytes], where: str) -> dict[str, str]:
-    """The `__metadata__` of a file that `parse` took: a few strings its publisher wrote there."""
-    body = json_object(pread(int.from_bytes(pread(8, 0), "little"), 8), where, "header").get("__metadata__", {})
-    return body if isinstance(body, dict) else {}
-
-
-def json_object(text: bytes, where: str, reason: str) -> dict[str, object]:
-    """Untrusted bytes as a JSON object. Raises Refuse(reason) for anything else: another type, a key twice, NaN,
-    nesting too deep to parse."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found: dict[str, object] = {}
-        for name, value in pairs:
-            if name in found:
-                raise Refuse(reason, f"{where}: {shown(name)} is there twice")
-            found[name] = value
-        return found
-
-    def constant(word: str) -> None:
-        raise Refuse(reason, f"{where}: holds {word}, which is no JSON")
-
-    try:
-        body = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise Refuse(reason, f"{where}: no valid JSON ({error})") from None
-    if not isinstance(body, dict):
-        raise Refuse(reason, f"{where}: no JSON object")
-    return body
-
-
-def shown(value: object) -> str:
-    """A value from an untrusted file as it may stand in a message: one line, and short."""
-    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return length
 
 
 def _metadata(body: object, where: str) -> None:

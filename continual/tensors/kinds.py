@@ -23,6 +23,8 @@ _WORDS = re.compile(
     r"|(^|\.)embeddings\.weight$|^(output|proj_out)\.weight$"
 )
 """Tables with a row for each word: input embeddings and language-model heads. Their rows are what `vocab` is about."""
+_LONGEST_WORDS = 80
+"""Characters at the end of a name in which all of `_WORDS` lies."""
 _TABLE = re.compile(
     r"(^|\.)(wpe|emb|embed|[a-z0-9_]*embed(ding)?s?|embed_[a-z0-9_]*(?<!proj)(?<!norm)|relative_attention_bias"
     r"|rel_pos_bias|pos_emb|mask_emb)(\.weight)?$"
@@ -100,7 +102,7 @@ def kind_of(
 
 def is_vocabulary(name: str) -> bool:
     """Whether a name is that of an input embedding or a language model's head, whose first axis is the vocabulary."""
-    return bool(_WORDS.search(name))
+    return bool(_WORDS.search(name, max(0, len(name) - _LONGEST_WORDS)))  # the end decides; `^` is the true beginning
 
 
 def depth_of(name: str, stacks: Mapping[str, int]) -> float:

@@ -101,8 +101,9 @@ def find_prefix(ours: Collection[str], theirs: Collection[str], where: str) -> t
     if same == min(len(ours), len(theirs)):
         return "", ""
     counted: Counter[tuple[str, str]] = Counter({("", ""): same})
-    counted.update((head, "") for name in ours for head, tail in _splits(name) if tail in theirs)
-    counted.update(("", head) for name in theirs for head, tail in _splits(name) if tail in ours)
+    long, wide = {len(name) for name in ours}, {len(name) for name in theirs}
+    counted.update((head, "") for name in ours for head in _heads(name, theirs, wide))
+    counted.update(("", head) for name in theirs for head in _heads(name, ours, long))
     (best, most), *others = counted.most_common(2)
     if others and 2 * others[0][1] >= most > 0:
         raise Refuse(
@@ -113,10 +114,13 @@ def find_prefix(ours: Collection[str], theirs: Collection[str], where: str) -> t
     return best
 
 
-def _splits(name: str) -> Iterator[tuple[str, str]]:
+def _heads(name: str, tails: Collection[str], lengths: Collection[int]) -> Iterator[str]:
+    """What stands before those ends of a name that are among `tails`; `lengths` are those of the tails, so that nothing
+    is copied for the other ends."""
     at = name.find(".")
     while at >= 0:
-        yield name[: at + 1], name[at + 1 :]
+        if len(name) - at - 1 in lengths and name[at + 1 :] in tails:
+            yield name[: at + 1]
         at = name.find(".", at + 1)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from continual.errors import Refuse
+from continual.outside import shown
 from continual.records import Candidate, Lineage
 from continual.tensors.adapter import WEIGHTS, Adapter
 from continual.tensors.adapter_config import CONFIG
 from continual.tensors.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, open_checkpoint
-from continual.tensors.header import shown
 from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import sources
 from continual.tensors.place import Place, place_of

@@ -9,7 +9,11 @@ Every kind of place passes tests/unit/tensors/test_place_contract.py.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import itertools
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +25,8 @@ from continual.tensors.files import Files, reading, small_file
 
 RELEASE = "continual.json"
 """The file that says that a model is an export of ours, and of which state."""
+MOST_FILES = 100_000
+"""Files in a model's directory that are looked at."""
 
 
 class Weights(Protocol):
@@ -137,7 +143,7 @@ class Folder:
     @property
     def only(self) -> str | None:
         """The file's name where `path` is one."""
-        return self.path.name if self.path.is_file() else None
+        return self.path.name if os.path.isfile(self.path) else None
 
     @property
     def settled_key(self) -> None:
@@ -146,7 +152,7 @@ class Folder:
     @property
     def directory(self) -> Path:
         """Where the files are."""
-        return self.path if self.path.is_dir() else self.path.parent
+        return self.path if os.path.isdir(self.path) else self.path.parent
 
     @property
     def revision(self) -> None:
@@ -165,21 +171,25 @@ class Folder:
 
     def must_be_there(self) -> None:
         """Raises Refuse (`gone`) if the path is gone, Retry if the folder it was in cannot be reached."""
-        if not self.path.parent.is_dir():
+        if not os.path.isdir(self.path.parent):
             raise Retry(f"{self.name}: the folder {self.path.parent} cannot be reached; nothing was settled")
-        if not self.path.exists():
+        if not _there(self.path):
             raise Refuse("gone", f"{self.name}: {self.path} is not there any more")
 
     def names(self) -> frozenset[str]:
-        """Names in the directory. Raises Retry if it cannot be read now."""
-        if not self.path.exists():
+        """Names in the directory. Raises Retry if it cannot be read now, Refuse (`index`) if it holds more files than
+        any model has."""
+        if not _there(self.path):
             raise Retry(f"{self.path}: is gone, or never was; nothing was settled")
-        with reading(self.directory):
-            return frozenset(p.name for p in self.directory.iterdir())
+        with reading(self.directory), os.scandir(self.directory) as entries:
+            found = frozenset(entry.name for entry in itertools.islice(entries, MOST_FILES + 1))
+        if len(found) > MOST_FILES:
+            raise Refuse("index", f"{self.path}: holds more than {MOST_FILES} files, which no model has")
+        return found
 
     def present(self, name: str) -> bool:
         """Whether a link to it leads anywhere."""
-        return (self.directory / name).exists()
+        return _there(self.directory / name)
 
     def small(self, name: str) -> bytes:
         """At most 32 MiB, of a regular file within `root`."""
@@ -190,13 +200,16 @@ class Folder:
         return Files([self.directory / name for name in names], self.root)
 
     def look(self) -> tuple[FileStat, ...]:
-        """Every file and link in the directory."""
+        """Every file and link in the directory, as far as it can be read."""
+        listed = [self.path]
+        with contextlib.suppress(OSError), os.scandir(self.path) as entries:
+            listed = sorted(self.path / entry.name for entry in itertools.islice(entries, MOST_FILES))
         found = []
-        for file in sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]:
+        for file in listed:
             with contextlib.suppress(OSError):
-                stat = file.lstat()
-                if file.is_file() or file.is_symlink():
-                    found.append(FileStat(file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino))
+                seen = file.lstat()
+                if os.path.isfile(file) or stat.S_ISLNK(seen.st_mode):
+                    found.append(FileStat(file.name, seen.st_size, seen.st_mtime_ns, seen.st_ino))
         return tuple(found)
 
     def key(self, files: Sequence[FileStat]) -> str:
@@ -205,6 +218,16 @@ class Folder:
         for file in files:
             seen.update(f"\0{file.name}\0{file.size}\0{file.mtime_ns}\0{file.inode}".encode("utf-8", "surrogateescape"))
         return f"folder:{seen.hexdigest()}"
+
+
+def _there(path: Path) -> bool:
+    """Whether a path leads anywhere. It does where that cannot be told: whoever opens it then hears why it cannot be
+    opened."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+    return True
 
 
 def place_of(where: Path | Place, root: Path | None = None) -> Place:

@@ -13,10 +13,12 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from continual.records import Lineage
 from tests.helpers.adapters import Tensors, based, plain, task_vectors
+from tests.unit.tensors import test_patterns
 
 pytestmark = pytest.mark.slow
 
@@ -189,3 +191,12 @@ def test_every_default_of_peft_is_let_in(tmp_path: Path) -> None:
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     config["peft_type"] = "LORA"
     assert task_vectors(tmp_path / "base", plain(tmp_path / "x", **config))[0].keys() == {"a.weight"}
+
+
+def test_patterns_as_peft_matches_them() -> None:
+    for keys in (["q_proj"], ["a.b", "b"], [r"layers\.1.*", ".*query"], ["^a.b", "nothing"], ["self_attn.q_proj"]):
+        for module in test_patterns.MODULES:
+            expected = get_pattern_key(keys, module)
+            assert test_patterns.peft(dict.fromkeys(keys), module) == expected
+            found = test_patterns.table(*keys).of([module])
+            assert found == ({module: keys.index(expected)} if expected in keys else {})
