@@ -16,6 +16,15 @@ setting, and what to do. Which exit code a command ends with for which error is 
 
 from __future__ import annotations
 
+REFUSALS = (
+    *("pickle", "no-weights", "no-file", "outside", "truncated", "header", "index", "missing-shard", "config", "dtype"),
+    *("missing", "shape", "vocab", "prefix", "tied", "name", "adapter-kind", "adapter-target", "moments", "weight"),
+    *("non-finite", "zero", "norm-base", "norm-mean", "duplicate", "update", "own-release"),
+    *("gone", "gated", "superseded", "changed", "irrelevant", "age", "count", "internal"),
+)
+"""Every reason for which continual keeps a candidate out; operations.md says what each means. A gate of somebody else
+can have others."""
+
 
 class ContinualError(Exception):
     """Something went wrong that continual can explain."""
@@ -39,8 +48,8 @@ class Skip(ContinualError):
 
 
 class Refuse(ContinualError):
-    """This candidate is not folded. `reason` is one of a few fixed words, which metrics use as a label; the message is
-    for people."""
+    """This candidate is not folded. `reason` is one of a few fixed words (`REFUSALS`), which metrics use as a label;
+    the message is for people."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)

@@ -24,10 +24,12 @@ def watch(
 ) -> None:
     """Look once at the folders and at the Hub: take what is ready, or show what would be taken."""
     from continual.errors import Misconfigured
+    from continual.service import logs
     from continual.service import once as looking
 
     if not once:
         raise Misconfigured("watch looks once: say --once; 'continual run' is what goes on looking")
+    logs.configure(level="warning")
     with opened.merge(flags, write=not dry_run) as merge:
         sources = looking.watched(merge)
         if dry_run:

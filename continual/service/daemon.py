@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from continual.errors import Halt
 from continual.hub import must_be_online
 from continual.publish import hooks, hub
 from continual.service import logs, signals
+from continual.service.failures import Failures, told
+from continual.service.feeding import feed
 from continual.service.metrics import Metrics
 from continual.service.outlets import Outlets
 from continual.service.queue import Queue
@@ -29,9 +32,12 @@ from continual.service.web import create_app, listen, serve
 from continual.service.worker import Worker
 from continual.sources import roster
 from continual.sources.contract import Listening, Source
+from continual.state.transaction import MARGIN
 
 _BEAT = 1.0
 """Seconds between two signs of life."""
+_DISK = 5.0
+"""Seconds between two looks at how much room there is."""
 
 
 def run(settings: Settings) -> int:
@@ -67,15 +73,17 @@ class Daemon:
         self.halted: Halt | None = None
         self.metrics = Metrics()
         self.live = Live(merge, Queue(), sources)
+        self._failures = Failures(self.metrics, self.live.health)
         self._socket = sock
         self._log = structlog.get_logger("continual")
         self._stopping = asyncio.Event()
-        self._worker = Worker(merge, self.live, self.metrics, fresh=self._fresh, halt=self._halt)
-        self._outlets = Outlets(merge, self.metrics, self._worker.record, self._worker.gauge)
+        self._worker = Worker(merge, self.live, self._failures, fresh=self._fresh, halt=self._halt)
+        self._outlets = Outlets(merge, self._failures, self._worker.record, self._worker.gauge)
 
     async def run(self) -> None:
         """Starts everything, waits for a signal or a Halt, and drains within the time that is set."""
         with signals.taken(self._signalled):
+            asyncio.get_running_loop().set_exception_handler(self._stray)
             await self._worker.prepare()
             self._log_start()
             try:
@@ -93,11 +101,12 @@ class Daemon:
             group.create_task(self._heartbeat())
             folding = group.create_task(self._worker.run(self.sources, self._stopping))
             publishing = [group.create_task(task) for task in self._outlets.tasks()]
-            feeding = [group.create_task(self._worker.feed(source, self._stopping)) for source in self.sources]
+            looking = group.create_task(self._look_at_disk())
+            feeding = [group.create_task(self._feed(source)) for source in self.sources]
             await self._stopping.wait()
             await self._drain(folding)
             self.merge.give_up()
-            for task in (*publishing, *feeding):
+            for task in (*publishing, *feeding, looking):
                 task.cancel()
             served.set()
             await web
@@ -111,6 +120,21 @@ class Daemon:
 
     def _fresh(self) -> None:
         self._outlets.fresh()
+
+    def _stray(self, _loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+        """Tells of what was raised where nobody waited for it."""
+        error = context.get("exception")
+        if isinstance(error, BaseException):
+            self._failures.tell(error, what=str(context.get("message")))
+        else:
+            self._log.warning("event loop", message=str(context.get("message")))
+
+    async def _feed(self, source: Source) -> None:
+        """Fills the queue. Damage of the state, of which alone a source may stop the daemon, does so."""
+        try:
+            await feed(source, self._worker.put, self._failures, self._stopping)
+        except Halt as error:
+            self._halt(error)
 
     def _stop(self) -> None:
         self._stopping.set()
@@ -145,11 +169,30 @@ class Daemon:
         self.live.url = url
         self._log.info("listening", url=url)
 
+    async def _look_at_disk(self) -> None:
+        """Looks from time to time how much room there is; ends when it is cancelled."""
+        state = self.merge.state
+        needs = state.format.generation_bytes + MARGIN
+        while True:
+            try:
+                free = (await asyncio.to_thread(shutil.disk_usage, state.path)).free
+                self.live.health.room(str(state.path), free, needs)
+                self.metrics.room(free, needs)
+            except OSError as error:
+                self.live.health.fails("disk", str(state.path), told(error))
+            else:
+                self.live.health.works("disk", str(state.path))
+            await asyncio.sleep(_DISK)
+
     async def _heartbeat(self) -> None:
         while not self._stopping.is_set():
             self.live.beat()
-            for source in self.sources:
-                self.metrics.source(source.series())
+            try:
+                for source in self.sources:
+                    self.metrics.source(source.series())
+                self.metrics.degraded({shortfall.reason for shortfall in self.live.shortfalls()})
+            except Exception as error:
+                self._failures.tell(error, what="the heartbeat")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _BEAT)
 

@@ -3,7 +3,9 @@ must stay bounded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from itertools import product
 from typing import NamedTuple
 
 from prometheus_client import (
@@ -18,6 +20,9 @@ from prometheus_client import (
 )
 
 from continual.engine.outcomes import FoldReport
+from continual.errors import REFUSALS
+from continual.gates import GATES
+from continual.service.health import REASONS
 from continual.state.entries import SelectEntry
 
 
@@ -31,11 +36,29 @@ class Series(NamedTuple):
     buckets: tuple[float, ...] = ()
 
 
+ERRORS = ("halt", "internal", "source", "publish", "release", "hook", "page")
+"""The kinds of errors: a halt; an exception that nobody expected; a source, a publication or a hook that failed; a page
+that could not be shown."""
+DROPPED = ("full", "slow", "host", "malformed")
+"""Why the service does not answer a connection as it was asked."""
+STAGES = ("read", "rule", "write", "commit")
+HOOKS = ("sglang", "vllm-lora", "http", "command")
 _SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 TABLE: tuple[Series, ...] = (
     Series(Counter, "continual_folds_total", "Fine-tunes folded by this process."),
     Series(
         Counter, "continual_refusals_total", "Candidates refused by this process, duplicates included.", ("reason",)
+    ),
+    Series(
+        Gauge,
+        "continual_degraded",
+        "1 for each reason for which the daemon is degraded, 0 for the others.",
+        ("reason",),
+    ),
+    Series(Gauge, "continual_disk_free_bytes", "Bytes that are free on the disk of the state."),
+    Series(Gauge, "continual_fold_needs_bytes", "Bytes that the next fold needs on the disk of the state."),
+    Series(
+        Counter, "continual_http_dropped_total", "Connections that the service did not answer as asked.", ("reason",)
     ),
     Series(
         Counter, "continual_retries_total", "Times a candidate was put back because the environment got in the way."
@@ -134,10 +157,29 @@ class Metrics:
             else:
                 self._gauges[row.name] = Gauge(row.name, row.help, row.labels, registry=self.registry)
         self._gauges["continual_peak_memory_bytes"].set_function(peak_memory)
+        self._from_the_start()
 
-    def observe(self, report: FoldReport, now: float) -> None:
-        """A committed fold; `now` in seconds since 1970."""
+    def _from_the_start(self) -> None:
+        """Shows every label that is known, at 0: an alert on an increase sees the first one, too."""
+        refusals = dict.fromkeys((*REFUSALS, *(reason for gate in GATES for reason in gate.reasons)))
+        known: dict[str, Iterable[tuple[str, ...]]] = {
+            "continual_refusals_total": [(reason,) for reason in refusals],
+            "continual_errors_total": [(kind,) for kind in ERRORS],
+            "continual_fold_stage_seconds_total": [(stage,) for stage in STAGES],
+            "continual_hooks_total": product(HOOKS, ("ok", "failed")),
+            "continual_http_dropped_total": [(reason,) for reason in DROPPED],
+            "continual_degraded": [(reason,) for reason in REASONS],
+        }
+        for name, rows in known.items():
+            for labels in rows:
+                (self._counters.get(name) or self._gauges[name]).labels(*labels)
+
+    def observe(self, report: FoldReport | None, now: float) -> None:
+        """A committed fold, with its report where there is one; `now` in seconds since 1970."""
         self._counters["continual_folds_total"].inc()
+        self._gauges["continual_last_fold_timestamp_seconds"].set(now)
+        if report is None:
+            return
         self._counters["continual_read_bytes_total"].inc(report.bytes_read)
         self._histograms["continual_fold_seconds"].observe(report.seconds["total"])
         for stage, seconds in report.seconds.items():
@@ -145,7 +187,6 @@ class Metrics:
                 self._counters["continual_fold_stage_seconds_total"].labels(stage).inc(seconds)
         if kept := (report.numbers.notes or {}).get("kept"):
             self._gauges["continual_energy_kept_ratio"].set(kept.mean)
-        self._gauges["continual_last_fold_timestamp_seconds"].set(now)
 
     def refused(self, reason: str) -> None:
         """A candidate that was kept out."""
@@ -190,8 +231,22 @@ class Metrics:
         self._counters["continual_retries_total"].inc()
 
     def error(self, kind: str) -> None:
-        """Something that went wrong outside any candidate: `halt`, `publish` or `release`."""
+        """Something that went wrong, of a kind in `ERRORS`."""
         self._counters["continual_errors_total"].labels(kind).inc()
+
+    def degraded(self, reasons: AbstractSet[str]) -> None:
+        """For which reasons the daemon calls itself degraded now."""
+        for reason in REASONS:
+            self._gauges["continual_degraded"].labels(reason).set(reason in reasons)
+
+    def room(self, free: int, needs: int) -> None:
+        """How many bytes are free on the disk of the state, and how many the next fold needs."""
+        self._gauges["continual_disk_free_bytes"].set(free)
+        self._gauges["continual_fold_needs_bytes"].set(needs)
+
+    def dropped(self, reason: str) -> None:
+        """A connection that the service did not answer as asked, for a reason in `DROPPED`."""
+        self._counters["continual_http_dropped_total"].labels(reason).inc()
 
     def queue(self, waiting: int) -> None:
         """How many candidates wait."""

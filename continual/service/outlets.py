@@ -27,7 +27,7 @@ from continual.publish.hooks import Published
 from continual.publish.hub import newest_release
 from continual.retrying import PARKED, Fault, retry_delay
 from continual.service import release as releasing
-from continual.service.metrics import Metrics
+from continual.service.failures import Failures, contained, told
 from continual.state.entries import Entry, HookEntry
 from continual.state.parts import HookCall
 from continual.state.software import software
@@ -53,10 +53,12 @@ class Waiter:
 class Outlets:
     """Everything that follows a fold. `told` is called when something was published."""
 
-    def __init__(self, merge: Merge, metrics: Metrics, record: Recorder, told: Callable[[], None]) -> None:
+    def __init__(self, merge: Merge, failures: Failures, record: Recorder, told: Callable[[], None]) -> None:
         self.merge = merge
         self.settings = merge.settings
-        self.metrics = metrics
+        self.failures = failures
+        self.metrics = failures.metrics
+        self.health = failures.health
         self.record = record
         self.told = told
         self._log = structlog.get_logger("continual")
@@ -95,15 +97,16 @@ class Outlets:
                 if await do(model.seq):
                     fresh.set()
                 failures = 0
+                self.health.works(what, what)
                 self.told()
             except Exception as error:  # whatever it is, the folds go on
                 failures += 1
                 delay = again_after(error, failures) if what == "release" else retry_delay(failures)
                 self.metrics.error(what)
+                self.health.fails(what, what, told(error))
                 known = isinstance(error, OSError | ContinualError)
-                self._log.error(
-                    f"{what} failed", seq=model.seq, error=str(error), retry_seconds=delay, exc_info=not known
-                )
+                trace = None if known else error
+                self._log.error(f"{what} failed", seq=model.seq, error=told(error), retry_seconds=delay, exc_info=trace)
                 asyncio.get_running_loop().call_later(delay, fresh.set)
 
     async def _current(self, seq: int) -> bool:
@@ -114,7 +117,7 @@ class Outlets:
         def write(directory: Path) -> Path:
             return self.merge.export(folder.Target(directory, at=seq))
 
-        target = await asyncio.to_thread(folder.keep_current, link, seq, write)
+        target = await asyncio.to_thread(contained(partial(folder.keep_current, link, seq, write)))
         self._log.info("published", seq=seq, directory=str(target))
         waiting = [
             waiter.hook for waiter in self.hooks if waiter.after == "current" and not self._was_told(waiter, seq)
@@ -124,7 +127,7 @@ class Outlets:
         published = Published(state=self.merge.state.id, seq=seq, directory=target)
         ranks = [w.hook.rank for w in self.hooks if w.hook.kind == "vllm-lora" and w.after == "current"]
         if ranks:
-            adapter = await asyncio.to_thread(self._lora, link, seq, max(ranks))
+            adapter = await asyncio.to_thread(contained(partial(self._lora, link, seq, max(ranks))))
             published = dataclasses.replace(published, lora=adapter)
         self._hand(published, "current")
         return False
@@ -180,32 +183,42 @@ class Outlets:
         return any((call.of, call.hook.number, call.hook.target) == wanted for call in calls)
 
     async def _call(self, waiter: Waiter) -> None:
-        """Tells one server of the newest publication, one at a time, and records what became of it. Nothing waits for
-        it."""
+        """Tells one server of the newest publication, one at a time. Nothing waits for it."""
         while True:
             await waiter.fresh.wait()
             waiter.fresh.clear()
-            published = waiter.newest
-            assert published is not None
-            told = await aside(partial(hooks.call, waiter.hook, published, self.merge.stopping))
-            self.metrics.hook(waiter.hook.kind, ok=told.ok)
-            log = self._log.info if told.ok else self._log.error
-            log("hook", **told.body(), seq=published.seq)
-            call = HookCall(
-                number=waiter.number,
-                kind=told.kind,
-                target=told.target,
-                ok=told.ok,
-                attempts=told.attempts,
-                seconds=round(told.seconds, 3),
-                message=told.message,
-            )
-            said = f"hook {told.kind} for record {published.seq}: {'done' if told.ok else told.message}"
+            which = f"{waiter.hook.kind} ({hooks.target(waiter.hook)})"
             try:
-                await self.record(HookEntry(message=said, software=software(), of=published.seq or 0, hook=call))
-            except ContinualError as error:  # the log line above is what is left of it
-                self.metrics.error("publish")
-                self._log.error("hook not recorded", seq=published.seq, error=str(error))
+                await self._call_once(waiter, which)
+            except Exception as error:  # the next publication calls it again
+                self.metrics.error("hook")
+                self.health.fails("hook", which, told(error))
+                trace = None if isinstance(error, ContinualError) else error
+                self._log.error("hook failed", what=which, error=told(error), exc_info=trace)
+
+    async def _call_once(self, waiter: Waiter, which: str) -> None:
+        """Tells one server, and records what became of it. Raises Retry and Halt where the record cannot be made."""
+        published = waiter.newest
+        assert published is not None
+        found = await aside(partial(hooks.call, waiter.hook, published, self.merge.stopping))
+        self.metrics.hook(waiter.hook.kind, ok=found.ok)
+        log = self._log.info if found.ok else self._log.error
+        log("hook", **found.body(), seq=published.seq)
+        if found.ok:
+            self.health.works("hook", which)
+        else:
+            self.health.fails("hook", which, found.message)
+        call = HookCall(
+            number=waiter.number,
+            kind=found.kind,
+            target=found.target,
+            ok=found.ok,
+            attempts=found.attempts,
+            seconds=round(found.seconds, 3),
+            message=found.message,
+        )
+        said = f"hook {found.kind} for record {published.seq}: {'done' if found.ok else found.message}"
+        await self.record(HookEntry(message=said, software=software(), of=published.seq or 0, hook=call))
 
 
 def again_after(error: Exception, failures: int) -> float:
@@ -233,7 +246,7 @@ async def aside(call: Callable[[], T]) -> T:
     def run() -> None:
         tell: Callable[[], None]
         try:
-            tell = partial(succeeded, call())
+            tell = partial(succeeded, contained(call)())
         except Exception as error:
             tell = partial(failed, error)
         with contextlib.suppress(RuntimeError):  # the loop has ended

@@ -16,6 +16,7 @@ from continual.api import Merge
 from continual.config import Settings
 from continual.records import Event
 from continual.rules import ReadOptions
+from continual.service.health import Health, Shortfall
 from continual.service.metrics import peak_memory
 from continual.service.queue import Queue
 from continual.service.web import Status, parse
@@ -79,6 +80,7 @@ class Live:
         self.merge = merge
         self.queue = queue
         self.sources = sources
+        self.health = Health(clock)
         self.url: str | None = None
         self.scanned = False
         self.current: Event | None = None
@@ -130,6 +132,10 @@ class Live:
     def ready(self) -> tuple[bool, str]:
         """Once every source has looked once."""
         return (True, "ok") if self.scanned else (False, "the first scan of the watched folders is under way")
+
+    def shortfalls(self) -> list[Shortfall]:
+        """What keeps the daemon from doing its work as it should; empty if nothing does."""
+        return self.health.found(self.sources, self.queue.waiting.values())
 
     def log(self, limit: int, before: int | None) -> list[dict[str, Json]]:
         """Records of the ledger."""

@@ -1,6 +1,7 @@
-"""The folding loop of the daemon: it takes one candidate after the other, and runs the rounds.
+"""The folding loop of the daemon: it takes one candidate after the other, and has rounds run between them.
 
-One thread writes the state; all waiting is on the event loop.
+One thread writes the state; all waiting is on the event loop. Whatever is raised while a candidate is looked at becomes
+its fate or its next try; only a Halt, which says that the state is damaged, ends the loop.
 """
 
 from __future__ import annotations
@@ -10,22 +11,27 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import structlog
 
 from continual import selection, tuning
 from continual.api import Merge
+from continual.engine import internal
 from continual.engine.outcomes import Outcome
 from continual.errors import Abandoned, Halt, Retry, Skip
-from continual.retrying import retry_delay
-from continual.selection.steps import Taken
-from continual.service.metrics import Metrics
+from continual.hub import Trouble
+from continual.records import Event
+from continual.retrying import Fault, retry_delay
+from continual.service.failures import TRIES, Failures, contained, refusal, told
 from continual.service.queue import Queued
+from continual.service.rounds import Rounds
 from continual.service.status import Live
 from continual.sources.contract import Source
 from continual.state.entries import Entry, SelectEntry, TuneEntry
 from continual.state.software import software
 
+T = TypeVar("T")
 _LOOK = 0.2
 """Seconds between two looks at whether every source has scanned."""
 
@@ -35,29 +41,24 @@ class Worker:
     that only a person can go on."""
 
     def __init__(
-        self, merge: Merge, live: Live, metrics: Metrics, *, fresh: Callable[[], None], halt: Callable[[Halt], None]
+        self, merge: Merge, live: Live, failures: Failures, *, fresh: Callable[[], None], halt: Callable[[Halt], None]
     ) -> None:
         self.merge = merge
         self.live = live
         self.queue = live.queue
-        self.metrics = metrics
+        self.failures = failures
+        self.metrics = failures.metrics
+        self.rounds = Rounds(merge, live, failures, self._tell)
         self._fresh = fresh
         self._halt = halt
         self._wake = asyncio.Event()
-        self._asked: selection.RoundOptions | None = None
-        self._round_failures = 0
-        self._round_due = 0.0
         self._thread = ThreadPoolExecutor(1, "engine")
         self._log = structlog.get_logger("continual")
 
     async def prepare(self) -> None:
         """Opens what folds and rounds need, so that what is missing is said at the start. Raises Halt."""
         engine = await asyncio.to_thread(lambda: self.merge.engine)
-        if self.merge.selects != "none":
-            self._asked = self.merge.asked()
-            if self._asked.settings.unsupervised:
-                self._log.warning("unsupervised", message=selection.UNSUPERVISED)
-            await asyncio.to_thread(self._asked.calibration.told)
+        await self.rounds.prepare()
         self.metrics.build(rule=self.merge.rule.name, device=str(engine.device), software=software())
         self.gauge()
 
@@ -69,36 +70,46 @@ class Worker:
         """Ends the thread, when what it does is done."""
         self._thread.shutdown()
 
-    async def feed(self, source: Source, stop: asyncio.Event) -> None:
-        """Puts what a source gives into the queue, until `stop` is set. Raises Halt.
-
-        A candidate that is folded at this moment is not queued again: its files are the ones that are read.
-        """
-        async for event in source.events(stop):
-            if self.live.current is not None and self.live.current.key == event.key:
-                continue
-            self.queue.put(event, source)
-            self.metrics.queue(len(self.queue.waiting))
-            self.wake()
+    def put(self, event: Event, source: Source) -> None:
+        """Puts what a source gave into the queue. One that is being folded at this moment is not: its files are the
+        ones that are read. Nor is one that is settled, where that is known without opening a file."""
+        if self.live.current is not None and self.live.current.key == event.key:
+            return
+        key = source.key(event)
+        if key is not None and self.merge.state.ledger.is_settled(key):
+            source.settled(event, key)
+            return
+        self.queue.put(event, source)
+        self.metrics.queue(len(self.queue.waiting))
+        self.wake()
 
     async def run(self, sources: Sequence[Source], stop: asyncio.Event) -> None:
         """Takes one candidate after the other until `stop` is set; nothing begins before every source has scanned."""
-        loop = asyncio.get_running_loop()
+        failed = 0
         while not stop.is_set():
-            self.live.scanned = all(source.scanned.is_set() for source in sources)
-            queued = self.queue.take(loop.time()) if self.live.scanned else None
-            if queued is not None:
-                await self._one(queued)
-            elif self.live.scanned and self._round_wait(loop.time()) == 0.0:
-                await self._round()
-            else:
-                self._wake.clear()
+            try:
+                await self._turn(sources)
+                failed = 0
+            except Halt as error:
+                self._halt(error)
+            except Exception as error:  # a gauge, the clock of rounds: whatever it is, the next turn may do better
+                failed += 1
+                self.failures.tell(error, what="the loop that folds")
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self._pause(loop.time()) if self.live.scanned else _LOOK)
+                    await asyncio.wait_for(stop.wait(), retry_delay(failed))
+
+    async def on_thread(self, call: Callable[[], T]) -> T:
+        """What `call` returns, run on the thread that writes the state, after what is under way there. Raises what
+        `call` raises."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, contained(call))
 
     async def record(self, entry: Entry) -> None:
         """Makes a record on the thread that writes the state, after the fold under way. Raises Retry, Halt."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.merge.record, entry)
+        try:
+            await self.on_thread(lambda: self.merge.record(entry))
+        except Halt as error:
+            self._halt(error)
+            raise
         self.gauge()
 
     def gauge(self) -> None:
@@ -112,56 +123,132 @@ class Worker:
         tuned = tuning.in_force(state)
         self.metrics.scale(self.merge.reading().factor(), tuned.of_kind(TuneEntry).folds if tuned else 0)
 
+    async def _turn(self, sources: Sequence[Source]) -> None:
+        """Looks at one candidate, or runs a round, or waits until there is something to do."""
+        loop = asyncio.get_running_loop()
+        self.live.scanned = all(source.scanned.is_set() for source in sources)
+        queued = self.queue.take(loop.time()) if self.live.scanned else None
+        if queued is not None:
+            await self._one(queued)
+        elif self.live.scanned and self.rounds.wait(loop.time()) == 0.0:
+            if await self.rounds.run(self.on_thread):
+                self._fresh()
+                self.gauge()
+        else:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self._pause(loop.time()) if self.live.scanned else _LOOK)
+
     def _pause(self, now: float) -> float | None:
         """Seconds until there is something to do if nothing comes; None: for ever."""
         due = self.queue.next_due()
-        waits = (self._round_wait(now), None if due is None else max(0.0, due - now))
+        waits = (self.rounds.wait(now), None if due is None else max(0.0, due - now))
         return min((wait for wait in waits if wait is not None), default=None)
 
     async def _one(self, queued: Queued) -> None:
-        """Folds a candidate, or puts it back where its environment got in the way."""
+        """Settles a candidate's fate, or puts it back. Raises Halt."""
         event = queued.event
-        loop = asyncio.get_running_loop()
-        if queued.source.is_gone(event):
-            self._log.info("vanished", model=event.name, path=event.origin)
-            return
         self.live.begin(event)
         try:
-            outcome = await loop.run_in_executor(self._thread, self._fold, queued)
-        except Abandoned as error:
-            self._log.info("abandoned", model=event.name, error=str(error))
-            return
-        except Skip as skipped:
-            self._log.info("left out", model=event.name, why=str(skipped))
-            queued.source.settled(event, None)
-            return
-        except Retry as error:
-            delay = self.queue.again(queued, loop.time(), error.after)
-            self.metrics.retried()
-            said = "parked" if queued.parked else "retry"
-            self._log.warning(said, model=event.name, error=str(error), seconds=delay)
-            return
-        except Halt as error:
-            self._halt(error)
-            return
+            outcome = await self._looked_at(queued)
         finally:
             self.live.end()
             self.metrics.queue(len(self.queue.waiting))
-        queued.source.settled(event, outcome.key)
-        self._tell(outcome)
+        if outcome is not None:
+            queued.source.settled(event, outcome.key)
+            self._tell(outcome)
+
+    async def _looked_at(self, queued: Queued) -> Outcome | None:
+        """The outcome of a candidate; None where there is none (yet). Raises Halt."""
+        event = queued.event
+        try:
+            if queued.source.is_gone(event):
+                self._log.info("vanished", model=event.name, path=event.origin)
+                return None
+            return await self.on_thread(lambda: self._fold(queued))
+        except Abandoned as error:
+            self._log.info("abandoned", model=event.name, error=str(error))
+        except Skip as skipped:
+            self._log.info("left out", model=event.name, why=str(skipped))
+            queued.source.settled(event, None)
+        except Retry as error:
+            self._again(queued, error)
+        except Halt:
+            raise
+        except Exception as error:
+            return await self._broken(queued, error)
+        return None
 
     def _fold(self, queued: Queued) -> Outcome:
-        return self.merge.fold(queued.event, progress=self.live.progress)
+        """Folds a candidate, or refuses it. Where the environment got in the way after the record was made, the record
+        stands: it is the outcome."""
+        before = self.merge.head
+        try:
+            return self.merge.fold(queued.event, progress=self.live.progress)
+        except Halt:
+            raise
+        except Exception as error:
+            last = self.merge.state.ledger.head
+            fate = last.entry.fate
+            if last.seq == before or fate not in ("folded", "refused", "duplicate", "deferred"):
+                raise
+            if last.entry.reason == "superseded":  # of an older commit, whose place this one takes
+                raise
+            self._log.warning("recorded, but", model=queued.event.name, seq=last.seq, error=told(error))
+            return Outcome(fate, queued.event.name, last.entry.message or "", last.entry.reason, last)
+
+    def _again(self, queued: Queued, error: Exception) -> None:
+        """Puts a candidate back, to be looked at later."""
+        after = error.after if isinstance(error, Retry) else 0.0
+        queued.error = told(error)
+        queued.denied = isinstance(error, Trouble) and error.fault in (Fault.TOKEN, Fault.DENIED)
+        delay = self.queue.again(queued, asyncio.get_running_loop().time(), after)
+        self.metrics.retried()
+        said = "parked" if queued.parked else "retry"
+        self._log.warning(said, model=queued.event.name, error=queued.error, seconds=delay)
+
+    async def _broken(self, queued: Queued, error: Exception) -> Outcome | None:
+        """What becomes of a candidate at which an exception was raised that nobody expected: it comes again, and is
+        refused as `internal` when that did not help. Raises Halt."""
+        event = queued.event
+        queued.broke += 1
+
+        def settled() -> Outcome | None:
+            return internal.known(self.merge.engine, self.merge.places.seen(event))
+
+        def settle() -> Outcome:
+            place = self.merge.places.seen(event)
+            return internal.settle(self.merge.engine, place, refusal(event.name, error))
+
+        outcome = None
+        try:
+            outcome = await self.on_thread(settled)  # a restart looks at it again; what was told is not told again
+            if outcome is None:
+                self.failures.tell(error, model=event.name)
+                outcome = await self.on_thread(settle) if queued.broke >= TRIES else None
+        except Skip:
+            queued.source.settled(event, None)
+            return None
+        except Halt:
+            raise
+        except Exception as more:  # it stays in the queue, with what was raised first
+            self.failures.tell(error, model=event.name)
+            self._log.warning("not settled", model=event.name, error=told(more))
+        if outcome is None:
+            self._again(queued, error)
+        return outcome
 
     def _tell(self, outcome: Outcome) -> None:
         """One log line and the metrics of what became of a candidate."""
         log = self._log.bind(model=outcome.name, seq=outcome.commit.seq)
-        if outcome.fate == "folded" and outcome.report is not None:
+        if outcome.fate == "folded":
             report = outcome.report
             self.metrics.observe(report, time.time())
-            log.info(
-                "folded", **report.figures(), seconds=round(report.seconds["total"], 3), bytes_read=report.bytes_read
-            )
+            if report is None:
+                log.info("folded")
+            else:
+                seconds = round(report.seconds["total"], 3)
+                log.info("folded", **report.figures(), seconds=seconds, bytes_read=report.bytes_read)
             self._fresh()
         elif outcome.fate == "deferred":
             log.info("waits", pool=len(self.merge.pool()))
@@ -171,69 +258,3 @@ class Worker:
             self.metrics.refused(outcome.reason or "unknown")
             log.warning(outcome.fate, reason=outcome.reason, message=outcome.message)
         self.gauge()
-
-    def _round_wait(self, now: float) -> float | None:
-        """Seconds until a round is to be run, 0 where one is due, None where none is in sight."""
-        if self._asked is None:
-            return None
-        pool = self.merge.pool()
-        clock = selection.clock()
-        if pool and (self.merge.state.ledger.open_round is not None or selection.is_due(pool, self._asked, clock)):
-            return max(0.0, self._round_due - now)
-        return selection.next_due(pool, self._asked, clock)
-
-    async def _round(self) -> None:
-        """Runs a round. One that the environment got in the way of is tried again later, and goes on where it was."""
-        loop = asyncio.get_running_loop()
-        self.live.begin_round()
-        try:
-            found = await loop.run_in_executor(
-                self._thread, lambda: self.merge.round(self.live.progress, self._heard(loop))
-            )
-        except Abandoned as error:
-            self._log.info("abandoned", what="round", error=str(error))
-            return
-        except Retry as error:
-            self._round_failures += 1
-            delay = retry_delay(self._round_failures)
-            self._round_due = loop.time() + delay
-            self.metrics.retried()
-            self._log.warning("retry", what="round", error=str(error), seconds=delay)
-            return
-        except Halt as error:
-            self._halt(error)
-            return
-        finally:
-            self.live.end()
-        self._round_failures = 0
-        self._tell_round(found)
-
-    def _tell_round(self, found: selection.Round) -> None:
-        """The log lines and the metrics of a round. Of those it chose for a rule, each fold has told already."""
-        assert found.commit is not None
-        ended = found.commit.of_kind(SelectEntry)
-        self.metrics.round(found.seconds, len(ended.folds or ()), time.time())
-        fates = {
-            fate: sum(row.fate == fate for row in found.rows) for fate in ("folded", "deferred", "refused", "expired")
-        }
-        figures = {"before": round(ended.before, 6), "loss": round(ended.loss, 6), "gap": round(ended.gap, 6)}
-        self._log.info("round", seq=found.commit.seq, **fates, **figures, seconds=round(found.seconds, 3))
-        for row in ended.scores:
-            if row.fate in ("refused", "expired"):
-                self.metrics.refused(row.reason)
-                self._log.warning(
-                    row.fate, model=row.name, seq=found.commit.seq, reason=row.reason, message=row.message
-                )
-        self._fresh()
-        self.gauge()
-
-    def _heard(self, loop: asyncio.AbstractEventLoop) -> selection.HearRound:
-        """Tells of each fold and step of a round; called on the thread of the round."""
-
-        def tell(what: Outcome | Taken) -> None:
-            if isinstance(what, Outcome):
-                loop.call_soon_threadsafe(self._tell, what)
-            else:
-                self._log.info("step", number=what.number + 1, loss=round(what.loss, 6), gap=round(what.gap, 6))
-
-        return tell

@@ -65,6 +65,8 @@ class Source(Protocol):
     """Set at the end of the first look. Nothing is folded before, so that what was there comes in its order."""
     problem: str | None
     """Why the environment (a disk, a server) kept it from looking the last time; None if it did not."""
+    denied: bool = False
+    """Whether `problem` is that a token of ours is not accepted."""
     parks: bool
     """Whether a candidate that failed very often comes again only once an hour: where there can be thousands."""
 
@@ -72,7 +74,8 @@ class Source(Protocol):
         """Gives models as they appear, until `stop` is set; of several, the one with the smallest order first.
 
         The same model may be given again. Trouble in the environment sets `problem` and ends nothing. Raises Halt where
-        only a person can mend what is wrong.
+        the state is damaged. Any other exception, and an end before `stop`, is logged and counted, and the source is
+        started again after a delay that grows.
         """
         ...
 
@@ -90,6 +93,10 @@ class Source(Protocol):
 
     def finish(self) -> None:
         """Ends one look: called after `ready`, when all that it returned was tried. Raises Retry."""
+        return None
+
+    def key(self, event: Event) -> str | None:  # noqa: ARG002
+        """The candidate's key, where it is known without opening a file: one that is settled is not queued then."""
         return None
 
     def is_gone(self, event: Event) -> bool:  # noqa: ARG002

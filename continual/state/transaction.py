@@ -23,6 +23,9 @@ from continual.state.fields import body_of
 from continual.state.format import Format
 from continual.state.generation import RECEIPTS, Generation, Receipt, Receipts, node
 
+MARGIN = 16 << 20
+"""Bytes that a fold needs besides its generation: records, metadata, what the file system takes for itself."""
+
 
 class Transaction:
     """Writes one generation, in `root`; `State.begin` makes it and `State.commit` ends it. A context manager: leaving
@@ -196,7 +199,7 @@ def room(directory: Path, nbytes: int, what: str = "a fold") -> None:
     """Raises Retry if the disk has no room for `nbytes`, which `what` needs beside what is there."""
     with environment("cannot look at the disk"):
         free = shutil.disk_usage(directory).free
-    need = nbytes + (16 << 20)
+    need = nbytes + MARGIN
     if free < need:
         raise Retry(
             f"{directory}: {free / 1e9:.2f} GB free, {what} needs {need / 1e9:.2f} GB: free some space; "

@@ -9,6 +9,7 @@ exact. `world` makes such a base with its targets, `good` and `noise` candidates
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -103,3 +104,8 @@ def good(base: Path, k: int, name: str | None = None, *, seed: int = 0, share: f
 def noise(base: Path, k: int, name: str | None = None) -> Path:
     """A candidate as far from the base as the others, in no direction."""
     return models.fine_tune(base, base.parent / "pool" / (name or f"noise{k}"), 50 + k, size=1.0)
+
+
+def quits(_directory: Path, _device: torch.device) -> Given:
+    """An objective of somebody who ends the program where it should raise."""
+    sys.exit(3)
