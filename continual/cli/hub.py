@@ -13,7 +13,7 @@ app = typer.Typer(rich_markup_mode=None)
 
 
 @app.command()
-@takes("watch", *SOURCES, "settle", *GATES, *MACHINE, *OPENING)
+@takes("watch", "nested", *SOURCES, "settle", *GATES, *MACHINE, *OPENING)
 def watch(
     once: Annotated[bool, typer.Option("--once", help="One look, then stop; 'continual run' goes on looking.")] = False,
     dry_run: Annotated[

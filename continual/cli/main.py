@@ -155,6 +155,7 @@ def rules(json: Json = False) -> None:
     "watch",
     "settle",
     "rescan",
+    "nested",
     "host",
     "port",
     "current",

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
-from continual.config.values import Bytes, Paths, Repos, Seconds, Texts, nested, pairs, unset
+from continual.config.values import Bytes, Paths, Repos, Seconds, Texts, by_name, pairs, unset
 
 
 class StepSettings(BaseModel):
@@ -206,12 +206,16 @@ class Settings(BaseModel):
     webhook_secret: Annotated[SecretStr | None, BeforeValidator(unset)] = Field(
         default=None, description="what the Hub sends as X-Webhook-Secret; without it there is no /webhook"
     )
-    sources: Annotated[dict[str, dict[str, object]], BeforeValidator(nested)] = Field(
+    sources: Annotated[dict[str, dict[str, object]], BeforeValidator(by_name)] = Field(
         default_factory=dict, description="settings of any other source: tables by its name, or name.key=value pairs"
     )
     settle: Seconds = Field(default=5.0, description="how long a model's files must be still before it is taken")
     rescan: Annotated[float, Field(gt=0)] = Field(
-        default=30.0, description="how often the folders are scanned whatever the notifications say"
+        default=30.0, description="how often a part of the folders is looked at whatever the kernel tells"
+    )
+    nested: bool = Field(
+        default=False,
+        description="also take models that lie in a model's folder, and checkpoints of a run (checkpoint-N)",
     )
     base: Path | None = Field(default=None, description="where the base is now, if it was moved since init")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
@@ -237,7 +241,7 @@ class Settings(BaseModel):
     max_mean_ratio: Annotated[float, Field(gt=1)] = Field(
         default=30.0, description="largest task-vector norm, as a multiple of the mean so far"
     )
-    gates: Annotated[dict[str, dict[str, object]], BeforeValidator(nested)] = Field(
+    gates: Annotated[dict[str, dict[str, object]], BeforeValidator(by_name)] = Field(
         default_factory=dict, description="settings that one gate has: tables by its name, or name.key=value pairs"
     )
     host: str = Field(default="127.0.0.1", description="address the service listens on")

@@ -40,7 +40,7 @@ def pairs(given: object) -> object:
     return table
 
 
-def nested(given: object) -> object:
+def by_name(given: object) -> object:
     """`name.key=value` pairs as a table for each name (of a gate, or of a source); the later wins. Raises ValueError
     for what is no pair."""
     table = pairs(given)

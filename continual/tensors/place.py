@@ -214,10 +214,14 @@ class Folder:
 
     def key(self, files: Sequence[FileStat]) -> str:
         """A hash of the path and of name, size, time and inode of every file."""
-        seen = hashlib.sha256(self.origin.encode("utf-8", "surrogateescape"))
-        for file in files:
-            seen.update(f"\0{file.name}\0{file.size}\0{file.mtime_ns}\0{file.inode}".encode("utf-8", "surrogateescape"))
-        return f"folder:{seen.hexdigest()}"
+        return key_of(self.origin, files)
+
+
+def key_of(origin: str, files: Sequence[FileStat]) -> str:
+    """The key of the candidate that these files of the directory `origin` are."""
+    named = "".join(f"\0{file.name}\0{file.size}\0{file.mtime_ns}\0{file.inode}" for file in files)
+    seen = hashlib.sha256((origin + named).encode("utf-8", "surrogateescape"))
+    return f"folder:{seen.hexdigest()}"
 
 
 def _there(path: Path) -> bool:
