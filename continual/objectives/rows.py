@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from blake3 import blake3
 
 from continual.errors import Misconfigured
+from continual.outside import Irregular, Malformed, parse_json, read_regular, shown
 from continual.records import FileDigest
+
+_LARGEST = 1 << 30
+"""Bytes of the largest file of rows."""
 
 
 class Example(NamedTuple):
@@ -29,15 +32,15 @@ def read_rows(file: str | Path, *, labelled: bool) -> list[Example]:
             continue
         where = f"{file}, line {number}"
         try:
-            body: object = json.loads(line)
-        except ValueError as error:
+            body = parse_json(line.encode())
+        except Malformed as error:
             raise Misconfigured(f"{where}: no JSON ({error})") from None
         text = body.get("text") if isinstance(body, dict) else None
         if not isinstance(body, dict) or not isinstance(text, str):
             raise Misconfigured(f'{where}: write an object with a text, as {{"text": "…", "label": "…"}}')
         label = body.get("label")
         if labelled and (isinstance(label, bool) or not isinstance(label, int | str)):
-            what = "no label" if label is None else f"the label is {label!r}"
+            what = "no label" if label is None else f"the label is {shown(label)}"
             raise Misconfigured(f"{where}: {what}; it has to be a name or a number")
         rows.append(Example(number, text, label if labelled else None))
     if not rows:
@@ -48,8 +51,8 @@ def read_rows(file: str | Path, *, labelled: bool) -> list[Example]:
 def read_heads(file: str | Path) -> dict[str, list[str]]:
     """Label to prompts, of a JSON file. Raises Misconfigured saying what is wrong."""
     try:
-        body: object = json.loads(_text(file))
-    except ValueError as error:
+        body = parse_json(_text(file).encode())
+    except Malformed as error:
         raise Misconfigured(f"{file}: no JSON ({error})") from None
     if not isinstance(body, dict) or len(body) < 2:
         raise Misconfigured(f"{file}: write an object of at least two labels, each with a list of prompts")
@@ -61,16 +64,22 @@ def read_heads(file: str | Path) -> dict[str, list[str]]:
 
 def file_digest(file: str | Path) -> FileDigest:
     """The name of a file and the BLAKE3 digest of its bytes. Raises Misconfigured where it cannot be read."""
-    try:
-        return FileDigest(Path(file).name, f"blake3:{blake3(Path(file).read_bytes()).hexdigest()}")
-    except OSError as error:
-        raise Misconfigured(f"{file}: {error.strerror}") from None
+    return FileDigest(Path(file).name, f"blake3:{blake3(_bytes(file)).hexdigest()}")
 
 
 def _text(file: str | Path) -> str:
     try:
-        return Path(file).read_text("utf-8")
-    except OSError as error:
-        raise Misconfigured(f"{file}: {error.strerror}") from None
+        return _bytes(file).decode("utf-8")
     except UnicodeDecodeError as error:
         raise Misconfigured(f"{file}: not UTF-8 ({error})") from None
+
+
+def _bytes(file: str | Path) -> bytes:
+    try:
+        return read_regular(file, _LARGEST)
+    except Irregular:
+        raise Misconfigured(f"{file}: is no regular file") from None
+    except OSError as error:
+        raise Misconfigured(f"{file}: {error.strerror}") from None
+    except Malformed as error:
+        raise Misconfigured(f"{file}: {error}") from None

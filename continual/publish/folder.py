@@ -20,6 +20,7 @@ from continual.config import parse_bytes
 from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
+from continual.outside import Malformed, parse_fields, read_regular
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, TensorSpec
 from continual.state import State
@@ -198,7 +199,10 @@ def set_config_dtype(config: Path, dtype: str | None) -> None:
     """Makes the exported config.json name the dtype the weights now have."""
     if dtype is None or not config.is_file():
         return
-    body = json.loads(config.read_bytes())
+    try:
+        body = parse_fields(read_regular(config, _SMALL))
+    except Malformed as error:  # the base's was read when it was opened; somebody has changed it since
+        raise Misconfigured(f"{config.name} of the base: no valid JSON ({error})") from None
     name = next(word for word, short in WORDS.items() if short == dtype)
     for key in ("torch_dtype", "dtype"):
         if key in body:

@@ -38,6 +38,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from continual.config import HookSettings
 from continual.errors import Misconfigured
+from continual.outside import Malformed, parse_fields
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 LONGEST_TIMEOUT = 86400.0
@@ -296,10 +297,9 @@ def _tried(answer: _Answer) -> _Tried:
 def _fields(text: str) -> dict[str, object]:
     """The fields of a JSON object; none for any other text."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_fields(text.encode("utf-8", "replace"))
+    except Malformed:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _said(text: str) -> str:

@@ -7,7 +7,6 @@ whether the release was made. A commit names its parent, so one of two writers f
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -19,9 +18,11 @@ from continual.config import ReleaseSettings
 from continual.errors import Misconfigured, Refuse
 from continual.hub import Hub, Info, Trouble, named
 from continual.hub.repo import same
+from continual.outside import Malformed, parse_fields
 from continual.retrying import Fault
 from continual.state import Commit
 from continual.state.entries import ReleaseEntry
+from continual.tensors.files import LARGEST_CONFIG
 from continual.tensors.place import RELEASE
 
 CARD = "README.md"
@@ -100,15 +101,16 @@ def look(hub: Hub, asked: ReleaseSettings) -> Remote:
         if error.reason != "gone":
             raise
         return Remote(None, None)
-    if RELEASE not in info.files:
+    if RELEASE not in info.files or info.files[RELEASE].size > LARGEST_CONFIG:
         return Remote(info, None)
     try:
-        body = json.loads(hub.small(asked.repo, info.sha, info.files[RELEASE]))
-    except ValueError:
-        body = None
-    if not isinstance(body, dict) or "state" not in body or not isinstance(body.get("seq"), int):
+        body = parse_fields(hub.small(asked.repo, info.sha, info.files[RELEASE]))
+    except Malformed:
+        body = {}
+    seq, generation = body.get("seq"), body.get("generation")
+    if "state" not in body or not isinstance(seq, int):
         return Remote(info, None)
-    return Remote(info, Stamp(str(body["state"]), body["seq"], body.get("generation")))
+    return Remote(info, Stamp(str(body["state"]), seq, generation if isinstance(generation, str) else None))
 
 
 def may_follow(remote: Remote, asked: ReleaseSettings, state: str, seq: int, generations: Sequence[str | None]) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from continual import outside
 from continual.errors import Misconfigured, Retry
 from continual.state.parts import CommandEvaluation
 
@@ -107,17 +108,21 @@ def parse(line: str, key: str | None) -> float:
     else:
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"its last line is no JSON object but {shown}" if line else "it printed nothing") from None
         for part in key.split("."):
             if not isinstance(found, Mapping) or part not in found:
                 raise ValueError(f"no {key} in its last line {shown}")
             found = found[part]
     if isinstance(found, bool) or not isinstance(found, int | float):
-        raise ValueError(f"{key} in its last line is no number but {found!r}")
-    if not math.isfinite(found):
-        raise ValueError(f"its score is {found}, no finite number")
-    return float(found)
+        raise ValueError(f"{key} in its last line is no number but {outside.shown(found)}")
+    try:
+        score = float(found)
+    except OverflowError:  # an integer that no float holds
+        score = math.inf
+    if not math.isfinite(score):
+        raise ValueError(f"its score is {score}, no finite number")
+    return score
 
 
 def _last_words(err: Path) -> str:
