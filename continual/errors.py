@@ -10,7 +10,7 @@
             Damaged         a file of the state is missing, altered, or of a newer format
             Busy            another process has the state open for writing
 
-`continual.hub.client.Trouble` is a Retry too. A message says what happened, to which candidate, tensor, file or
+`continual.hub.trouble.Trouble` is a Retry too. A message says what happened, to which candidate, tensor, file or
 setting, and what to do. Which exit code a command ends with for which error is in `continual.cli.main`.
 """
 

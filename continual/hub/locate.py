@@ -28,7 +28,8 @@ class Places:
 
     `base`: the repo that the base of the state came from, if it came from one. `client`: a Hub to ask in place of the
     one that the environment names. `openers`, by scheme: open what is neither a directory nor a repo of the Hub.
-    `stop`, once set, ends every wait for the Hub. `newer` is called with a commit that has replaced the one asked for.
+    `stop`, once set, ends every wait for the Hub, and `hurry` those that bring next to nothing. `newer` is called with
+    a commit that has replaced the one asked for.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Places:
         self._openers = openers
         self.bases = settings.hub.bases or ((base,) if base else ())
         self.stop = threading.Event() if client is None else client.stop
+        self.hurry = threading.Event() if client is None else client.hurry
         self._client = client
         self.newer: Callable[[Info], None] = _nobody
 
@@ -50,7 +52,7 @@ class Places:
         """The Hub. Raises Misconfigured if the package huggingface_hub is told to stay offline."""
         from continual.hub import Hub
 
-        return self._client or Hub(stop=self.stop)
+        return self._client or Hub(stop=self.stop, hurry=self.hurry)
 
     def named(self, word: str | Path) -> Place:
         """The place that a person names: a path, or a repo as `hf://ORG/NAME@REVISION`. The scheme can be left out

@@ -1,247 +1,199 @@
-"""Reads weight files of a repo by ranges: nothing on disk, a bounded window in memory, every byte fetched once a pass.
+"""Reads weight files of a repo by ranges: nothing on disk, a bounded window in memory, every byte fetched once a pass,
+and all of a file hashed as it passes, where the Hub says its hash.
 
-The tensors that will be read are cut into chunks: a large tensor into several, small neighbours joined into one. A
-chunk is fetched when a reader asks for it, and the next chunks ahead of time. It is dropped when all of it was read. At
-most `slots` chunks are in memory at once.
+`check_unchanged` compares the hashes: before that nothing that was read may be settled. Decision 0026 says why so.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import mmap
-import os
 import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
 
-from continual.errors import Abandoned
-from continual.hub.client import Hub, RemoteFile
-from continual.records import FileStat
+from blake3 import blake3
 
-WINDOW = 40 << 20
-"""Bytes that all chunks in memory take together."""
-LARGEST, SMALLEST = 8 << 20, 256 << 10
-GAP = 16 << 10
-"""Bytes between two tensors up to which one request fetches both and the gap."""
-HEAD, HEADS, LEAST = 128 << 10, 512 << 10, 4 << 10
-"""The first look at a file fetches its first HEAD bytes, which mostly hold the header. Where there are many files,
-the looks at all of them fetch HEADS bytes together, but at least LEAST of each."""
-AHEAD = 3
+from continual.errors import Refuse
+from continual.hub.answers import RemoteFile
+from continual.hub.client import Hub
+from continual.hub.order import Chunk, Order, cut
+from continual.hub.proof import Hashing
+from continual.hub.trouble import Trouble
+from continual.hub.window import AHEAD, Chunked
+from continual.retrying import Fault
 
-
-@dataclass(slots=True, eq=False)
-class Chunk:
-    """Bytes `start` to `stop` of a file. `needed`: bytes of it that a pass reads; `left`: those that this pass has
-    still to read; `passes`: how many passes have read it to its end; `used`: the tick of its last use, 0 for none."""
-
-    file: int
-    start: int
-    stop: int
-    needed: int
-    left: int
-    passes: int = 0
-    used: int = 0
-    loading: bool = False
-    data: mmap.mmap | None = None
+HELD, HELD_EACH, HELD_LEAST = 256 << 20, 64 << 20, 32 << 20
+"""Bytes that wait for their turn to be hashed, at most; with few workers HELD_EACH for each but the first: what one has
+read of a large tensor waits while another reads the large tensor in front of it."""
+NEAR = 4
+"""Chunks before the one that is hashed next within which a reader is, who will read that one soon."""
+PATIENCE = 5.0
+"""Seconds that such a reader is waited for, before the chunk is fetched for the hash alone."""
 
 
-def cut(extents: Sequence[tuple[int, int, int]], largest: int, gap: int = GAP) -> list[Chunk]:
-    """Cuts `extents` (file, first byte, bytes; sorted) into chunks of at most `largest` bytes. Neighbours that are at
-    most `gap` bytes apart share a chunk.
-
-    An extent that needs several chunks shares none of them: a shared one would keep its slot until the threads of both
-    extents have read it.
-    """
-    chunks: list[Chunk] = []
-    whole = False  # whether the last chunk holds whole extents
-    for file, start, nbytes in extents:
-        stop, last = start + nbytes, chunks[-1] if chunks else None
-        if (
-            last is not None
-            and whole
-            and last.file == file
-            and 0 <= start - last.stop <= gap
-            and stop <= last.start + largest
-        ):
-            last.stop = stop
-            last.needed = last.left = last.needed + nbytes
-        elif nbytes:
-            parts = -(-nbytes // largest)
-            bounds = [start + nbytes * part // parts for part in range(parts + 1)]
-            chunks += [Chunk(file, a, b, b - a, b - a) for a, b in itertools.pairwise(bounds)]
-            whole = parts == 1
-    return chunks
-
-
-class Ranges:
+class Ranges(Chunked):
     """Files of one repo at one commit. Thread-safe. The caller closes it. `stats` have sizes only: a commit does not
-    change."""
+    change. `extra`: bytes that were fetched for the hash alone."""
 
     def __init__(self, hub: Hub, repo: str, sha: str, files: Sequence[RemoteFile], workers: int | None = None) -> None:
-        self.stats = tuple(FileStat(file.name, file.size, 0, 0) for file in files)
-        self._hub, self._repo, self._sha, self._files = hub, repo, sha, files
-        self.slots = (workers or len(os.sched_getaffinity(0))) + AHEAD
-        self._largest = max(SMALLEST, min(LARGEST, WINDOW // self.slots))
-        self._head = max(LEAST, min(HEAD, HEADS // max(1, len(files))))
-        self._heads: dict[int, bytes] = {}
-        self._chunks: list[Chunk] = []
-        self._ready = threading.Condition()
-        self._here: set[Chunk] = set()
-        self._tick = 0
-        self._closed = False
-        self._pool: ThreadPoolExecutor | None = None
+        super().__init__(hub, repo, sha, files, workers)
+        self.extra = 0
+        self._order = Order(files, f"{repo}@{sha[:12]}")
+        self._most_held = max(HELD_LEAST, min(HELD, (self.slots - AHEAD - 1) * HELD_EACH))
+        self._extents: list[tuple[int, int, int]] = []
+        self._held = [0] * len(files)
+        self._at: dict[int, int] = {}
+        self._taken = False
 
     def expect(self, extents: Sequence[tuple[int, int, int]]) -> None:
-        """Hears which extents will be read, in this order."""
-        with self._ready:
+        """Hears which extents will be read, in this order. Raises as `check_unchanged` where others were read before,
+        and not yet hashed."""
+        wanted = sorted(set(extents))
+        if self._extents not in ([], wanted):
+            self.check_unchanged()
+        with ExitStack() as stack:
+            for lock in self._order.locks:  # a chunk that is being hashed is hashed first
+                stack.enter_context(lock)
+            stack.enter_context(self._ready)
             self._here.clear()
-            self._chunks = cut(extents, self._largest)
-
-    def will_need(self, file: int, offset: int, length: int) -> None:
-        """Begins to fetch the chunk at `offset` ahead of time, if a slot is free."""
-        with self._ready:
-            found = self._find(file, offset)
-            if found is not None and length:
-                self._ahead(found, self._chunks[found].passes)
+            self._at.clear()
+            self._held = [0] * len(self._files)
+            if wanted and wanted == self._extents:
+                again = [
+                    Chunk(c.file, c.start, c.stop, c.needed, c.needed, mark=c.mark, hashed=c.hashed)
+                    for c in self._chunks
+                ]
+                self._chunks = again
+            else:
+                self._chunks = self._order.cover(cut(wanted, self._largest), self._largest)
+            self._extents = wanted
 
     def check_unchanged(self) -> None:
-        """Does nothing: a commit does not change."""
+        """Compares the hashes of the files from which tensors were read with what the Hub says. What is not hashed yet
+        is fetched for that.
 
-    def close(self) -> None:
-        """Ends fetching and drops every chunk."""
+        Raises Trouble where bytes were damaged on their way, Refuse (`changed`) where the Hub has other bytes than it
+        says.
+        """
+        for file, hashing in enumerate(self._order.hashes):
+            if hashing is None:
+                continue
+            while self._taken and not self._closed and self._order.next(file) is not None:
+                self._help(file)
+            if hashing.at == self.stats[file].size and not hashing.fits:
+                self._doubt(file, hashing.digest)
+
+    def _doubt(self, file: int, first: str) -> None:
+        """Reads a file once more whose hash was not what the Hub says, in its order and for nothing else. Raises
+        Trouble or Refuse, as this shows who is wrong."""
+        what = f"{self._repo}@{self._sha[:12]}/{self._files[file].name}"
+        again, size = Hashing(self._files[file]), self.stats[file].size
+        buffer = memoryview(bytearray(min(self._largest, size)))
+        for start in range(0, size, self._largest):
+            part = buffer[: min(self._largest, size - start)]
+            self._fetch(file, start, part)
+            again.update(part)
+        if again.digest == first:
+            raise Refuse("changed", f"{what}: has not the hash that the Hub says, though it was read twice")
+        how = "was damaged on its way" if again.fits else "comes with other bytes each time"
+        raise Trouble(f"{what}: {how}; nothing was settled", Fault.TRANSPORT)
+
+    def _read_apart(self, file: int, into: memoryview, offset: int) -> None:
+        super()._read_apart(file, into, offset)
         with self._ready:
-            self._closed = True
-            self._chunks = []
-            self._here.clear()
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
-
-    def pread(self, file: int, length: int, offset: int) -> bytes:
-        """Reads `length` bytes at `offset`. Raises Refuse and Trouble."""
-        data = bytearray(length)
-        self.preadv(file, memoryview(data), offset)
-        return bytes(data)
-
-    def preadv(self, file: int, into: memoryview, offset: int) -> None:
-        """Fills `into` with the bytes from `offset` on. Raises Refuse and Trouble."""
-        into = into.cast("B")
-        while into:
-            with self._ready:
-                index = self._find(file, offset)
-            if index is None:
-                self._apart(file, into, offset)
-                return
-            chunk = self._chunks[index]
-            count = min(len(into), chunk.stop - offset)
-            data = self._take(index)
-            into[:count] = memoryview(data)[offset - chunk.start : offset - chunk.start + count]
-            self._read(chunk, count)
-            into, offset = into[count:], offset + count
-
-    def _apart(self, file: int, into: memoryview, offset: int) -> None:
-        """Reads bytes that no chunk holds, such as a header: from the first bytes of the file if they reach so far."""
-        end = offset + len(into)
-        if end <= self._head and file not in self._heads:
-            head = bytearray(min(self._head, self.stats[file].size))
-            self._fetch(file, 0, memoryview(head))
-            self._heads[file] = bytes(head)
-        there = self._heads.get(file, b"")[offset:end]
-        into[: len(there)] = there
-        if len(there) < len(into):
-            self._fetch(file, offset + len(there), into[len(there) :])
-
-    def _fetch(self, file: int, start: int, into: memoryview) -> None:
-        self._hub.fetch(self._repo, self._sha, self._files[file], start, into)
-
-    def _find(self, file: int, offset: int) -> int | None:
-        """The index of the chunk that holds the byte at `offset`; None if no chunk does."""
-        low, high = 0, len(self._chunks)
-        while low < high:
-            middle = (low + high) // 2
-            chunk = self._chunks[middle]
-            if (chunk.file, chunk.stop) <= (file, offset):
-                low = middle + 1
-            else:
-                high = middle
-        if low < len(self._chunks) and self._chunks[low].file == file and self._chunks[low].start <= offset:
-            return low
-        return None
+            self._order.read_apart(file, offset, into)
 
     def _take(self, index: int) -> mmap.mmap:
-        """The data of a chunk. This thread fetches it unless another one does."""
-        chunk = self._chunks[index]
         with self._ready:
-            while chunk.loading:
-                self._ready.wait()
-            self._tick += 1
-            chunk.used = self._tick
-            data = chunk.data
-            if data is None:
-                self._make_room()
-                self._begin(chunk)
-            self._ahead(index + 1, chunk.passes)
-        return data if data is not None else self._load(chunk)
+            self._taken = True
+            self._at[threading.get_ident()] = index
+        self._wait_for_room(index)
+        return super()._take(index)
 
     def _load(self, chunk: Chunk) -> mmap.mmap:
-        # a mapping is given back as soon as it is dropped; the heap of each thread would keep some of it
-        data = mmap.mmap(-1, chunk.stop - chunk.start)
-        try:
-            self._fetch(chunk.file, chunk.start, memoryview(data))
-            with self._ready:
-                chunk.data = None if self._closed else data
-        finally:
-            with self._ready:
-                chunk.loading = False
-                if chunk.data is None:
-                    self._here.discard(chunk)
-                self._ready.notify_all()
+        data = super()._load(chunk)
+        self._hash(chunk.file)
         return data
 
-    def _begin(self, chunk: Chunk) -> None:
-        chunk.loading = True
-        self._here.add(chunk)
+    def _came(self, chunk: Chunk, data: mmap.mmap) -> None:
+        mark = blake3(data).digest()
+        with self._ready:
+            self._order.came(chunk, mark)
 
     def _read(self, chunk: Chunk, count: int) -> None:
-        """Counts bytes that were read of a chunk, and drops it after the last one."""
         with self._ready:
-            chunk.left -= count
-            if chunk.left <= 0:
+            data = chunk.data if self._order.hashes_it(chunk) else None
+            super()._read(chunk, count)
+            if chunk.data is None and data is not None:  # it was read to its end, and is kept until it is hashed
+                if not chunk.spent:
+                    chunk.spent = True
+                    self._held[chunk.file] += chunk.nbytes
+                chunk.data = data
+
+    def _hash(self, file: int) -> None:
+        """Hashes what is there of a file, as far as it goes from where the hash is."""
+        hashing = self._order.hashes[file]
+        if hashing is None:
+            return
+        with self._order.locks[file]:
+            while True:
+                with self._ready:
+                    chunk = self._next(file)
+                    data = None if chunk is None else chunk.data
+                if chunk is None or data is None:
+                    return
+                hashing.update(memoryview(data))
+                with self._ready:
+                    self._order.passed(chunk)
+                    if chunk.spent:
+                        chunk.spent, chunk.data = False, None
+                        self._held[file] -= chunk.nbytes
+                    elif not chunk.needed:
+                        self._drop(chunk)
+                    self._ready.notify_all()
+
+    def _next(self, file: int) -> Chunk | None:
+        """The chunk of a file that is hashed next."""
+        index = self._order.next(file)
+        return None if index is None or self._closed else self._chunks[index]
+
+    def _help(self, file: int) -> None:
+        """Brings the hash of a file on by one chunk, which is fetched if nobody does."""
+        with self._ready:
+            chunk = self._next(file)
+            if chunk is None:
+                return
+            if chunk.loading:
+                self._ready.wait()
+                return
+            here = chunk.data is not None
+            if not here:
+                self._make_room()
+                self._begin(chunk)
+                self.extra += chunk.nbytes if chunk.passes or not chunk.needed else 0
+        if here:
+            self._hash(file)
+            return
+        self._load(chunk)
+        with self._ready:
+            if chunk.passes and chunk.hashed and chunk.data is not None:  # its readers had it before
                 self._drop(chunk)
 
-    def _drop(self, chunk: Chunk) -> None:
-        chunk.data, chunk.left, chunk.passes, chunk.used = None, chunk.needed, chunk.passes + 1, 0
-        self._here.discard(chunk)
-
-    def _make_room(self) -> None:
-        """Drops chunks that were unused for the longest time until a slot is free: an earlier pass may have read only a
-        part of them."""
-        while len(self._here) >= self.slots:
-            loaded = [chunk for chunk in self._here if chunk.data is not None]
-            if not loaded:
-                return
-            self._drop(min(loaded, key=lambda chunk: chunk.used or self._tick))
-
-    def _ahead(self, index: int, passes: int) -> None:
-        """Begins to fetch the next chunks of this pass into free slots."""
-        unread = sum(chunk.used == 0 for chunk in self._here)
-        free = min(AHEAD - unread, self.slots - 1 - len(self._here))
-        for chunk in self._chunks[index : index + AHEAD]:
-            if free <= 0 or self._closed:
-                return
-            if chunk.loading or chunk.data is not None or chunk.passes != passes:
-                continue
-            self._pool = self._pool or ThreadPoolExecutor(AHEAD, "range")
-            self._begin(chunk)
-            free -= 1
-            self._pool.submit(self._load_ahead, chunk)
-
-    def _load_ahead(self, chunk: Chunk) -> None:
-        """Fetches a chunk that no reader has asked for yet. An error is dropped here: the reader tries again, and gets
-        the error then."""
-        with contextlib.suppress(Exception):
-            if self._closed:
-                raise Abandoned("closed")
-            self._load(chunk)
+    def _wait_for_room(self, index: int) -> None:
+        """Waits while too much waits to be hashed, unless this is what the hash waits for."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            with self._ready:
+                if sum(self._held) < self._most_held or self._closed:
+                    return
+                file = max(range(len(self._held)), key=lambda number: self._held[number])
+                wanted = self._order.next(file)
+                if wanted is None or (self._chunks[index].file == file and index <= wanted):
+                    return
+                chunk, me = self._chunks[wanted], threading.get_ident()
+                near = any(who != me and wanted - NEAR <= at <= wanted for who, at in self._at.items())
+                if chunk.loading or (chunk.needed and near and time.monotonic() < end):
+                    self._ready.wait(0.1)
+                    continue
+            self._help(file)

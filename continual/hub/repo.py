@@ -7,8 +7,6 @@ candidate is refused.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,14 +14,22 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from continual.errors import Refuse, Skip
-from continual.hub.client import TIMEOUT, Hub, Info, RemoteFile, Trouble
+from continual.hub.answers import Info, RemoteFile
+from continual.hub.client import Hub
 from continual.hub.names import is_sha
+from continual.hub.proof import is_known, same
 from continual.hub.ranges import Ranges
+from continual.hub.trouble import Trouble
 from continual.records import SCHEME, FileStat
 from continual.retrying import Fault
-from continual.tensors.files import LARGEST_CONFIG, Files
+from continual.tensors.files import Files
 from continual.tensors.place import Weights
 
+_ETAG_SECONDS = 20.0
+_DOWNLOAD_SECONDS, _SLOWEST = 600.0, 20_000
+"""A download has failed after so many seconds, and one for so many bytes."""
+_SLACK = 32 << 20
+"""Bytes that a download may take besides the file: what was packed, or is asked for again."""
 Hear = Callable[[Info], None]
 """A function that is called with what the Hub says of a repo."""
 
@@ -148,11 +154,9 @@ class Repo:
 
     def small(self, name: str) -> bytes:
         """The contents of a configuration file of at most 32 MiB. It is fetched once and kept. Raises Refuse
-        (`no-file`, `config`) and Trouble."""
+        (`no-file`, `config`, `changed`) and Trouble."""
         if name not in self._small:
             file = self._file(name)
-            if file.size > LARGEST_CONFIG:
-                raise Refuse("config", f"{self.file(name)}: {file.size} bytes are too many for a configuration file")
             self._small[name] = self.hub.small(self.name, self.info.sha, file)
         return self._small[name]
 
@@ -246,23 +250,12 @@ def download(hub: Hub, repo: str, sha: str, file: RemoteFile) -> Path:
             revision=sha,
             endpoint=hub.endpoint,
             token=hub.api.token,
-            etag_timeout=TIMEOUT,
+            etag_timeout=_ETAG_SECONDS,
             force_download=force,
         )
-        path = Path(hub.ask(what, fetch))
-        if same(path, file):
+        path = Path(hub.ask(what, fetch, seconds=_DOWNLOAD_SECONDS + file.size / _SLOWEST, most=file.size + _SLACK))
+        if same(path, file) or (not is_known(file) and path.stat().st_size == file.size):
             return path
     raise Refuse(
         "changed", f"{what}: its contents do not have the hash that the Hub says, even after a second download"
     )
-
-
-def same(contents: Path | bytes, file: RemoteFile) -> bool:
-    """Whether `contents` are those of a file on the Hub: compares the SHA-256 of a file in LFS, git's blob id of any
-    other."""
-    size = len(contents) if isinstance(contents, bytes) else contents.stat().st_size
-    found = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with io.BytesIO(contents) if isinstance(contents, bytes) else open(contents, "rb") as opened:
-        while part := opened.read(1 << 20):
-            found.update(part)
-    return size == file.size and found.hexdigest() == (file.sha256 or file.oid)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from continual.config import HubSettings
 from continual.errors import Misconfigured
-from continual.hub.client import Info
+from continual.hub.answers import Info
 from continual.hub.names import is_repo
 
 

@@ -17,7 +17,8 @@ from typing import NamedTuple
 from continual.config import ReleaseSettings
 from continual.errors import Misconfigured, Refuse
 from continual.hub import Hub, Info, Trouble, named
-from continual.hub.repo import same
+from continual.hub.names import is_sha
+from continual.hub.proof import same
 from continual.outside import Malformed, parse_fields
 from continual.retrying import Fault
 from continual.state import Commit
@@ -27,6 +28,8 @@ from continual.tensors.place import RELEASE
 
 CARD = "README.md"
 _TRIES = 4
+_COMMIT_SECONDS, _SLOWEST = 600.0, 20_000
+"""A commit has failed after so many seconds, and one for so many bytes."""
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 Exported = Callable[[], AbstractContextManager[Path]]
@@ -93,7 +96,8 @@ def check(asked: ReleaseSettings) -> None:
 
 
 def look(hub: Hub, asked: ReleaseSettings) -> Remote:
-    """Asks what is on the branch. Raises Trouble, and Refuse where the repo is gated."""
+    """Asks what is on the branch. Raises Trouble, and Refuse where the repo is gated, or the Hub says of it what does
+    not fit."""
     assert asked.repo is not None
     try:
         info = hub.info(asked.repo, asked.branch)
@@ -103,14 +107,19 @@ def look(hub: Hub, asked: ReleaseSettings) -> Remote:
         return Remote(None, None)
     if RELEASE not in info.files or info.files[RELEASE].size > LARGEST_CONFIG:
         return Remote(info, None)
+    return Remote(info, stamp_of(hub.small(asked.repo, info.sha, info.files[RELEASE])))
+
+
+def stamp_of(body: bytes) -> Stamp | None:
+    """What a `continual.json` says of a release; None if it is none of ours."""
     try:
-        body = parse_fields(hub.small(asked.repo, info.sha, info.files[RELEASE]))
+        said = parse_fields(body)
     except Malformed:
-        body = {}
-    seq, generation = body.get("seq"), body.get("generation")
-    if "state" not in body or not isinstance(seq, int):
-        return Remote(info, None)
-    return Remote(info, Stamp(str(body["state"]), seq, generation if isinstance(generation, str) else None))
+        return None
+    state, seq, generation = said.get("state"), said.get("seq"), said.get("generation")
+    if not isinstance(state, str) or type(seq) is not int or not 0 <= seq < 1 << 53:
+        return None
+    return Stamp(state, seq, generation if isinstance(generation, str) else None)
 
 
 def may_follow(remote: Remote, asked: ReleaseSettings, state: str, seq: int, generations: Sequence[str | None]) -> bool:
@@ -215,7 +224,7 @@ def _released(hub: Hub, asked: ReleaseSettings, seq: int, made: _Made) -> Releas
 def _tag(hub: Hub, repo: str, tag: str, commit: str, message: str) -> None:
     """Makes a tag. Raises Misconfigured where it is there and of another commit, and Trouble."""
     what = f"tag {tag} of {repo}"
-    there = {ref.name: ref.target_commit for ref in hub.ask(what, lambda: hub.api.list_repo_refs(repo)).tags}
+    there = hub.tags(repo)
     if there.get(tag, commit) != commit:
         raise Misconfigured(f"{what}: is of another commit ({there[tag][:12]}); remove it, or set release.tag")
     if tag not in there:
@@ -282,10 +291,15 @@ def _commit(hub: Hub, asked: ReleaseSettings, changes: _Changes, parent: Info | 
         )
         return str(made.oid)
 
+    what = f"commit to {asked.repo}"
+    seconds = _COMMIT_SECONDS + changes.nbytes / _SLOWEST
     try:
-        return hub.ask(f"commit to {asked.repo}", create, tries=1)
+        commit = hub.ask(what, create, tries=1, seconds=seconds)
     except Refuse as error:  # the repo went away meanwhile, or the token may not write there
         raise Trouble(str(error), Fault.GONE) from None
+    if not is_sha(commit):
+        raise Trouble(f"{what}: the Hub's answer names no commit", Fault.SERVER)
+    return commit
 
 
 def newest_release(log: Sequence[Commit], repo: str, branch: str) -> ReleaseEntry | None:

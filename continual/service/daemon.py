@@ -138,6 +138,7 @@ class Daemon:
 
     def _stop(self) -> None:
         self._stopping.set()
+        self.merge.places.hurry.set()  # a server that trickles does not use up the time to drain
         self._worker.wake()
 
     def _signalled(self, number: int) -> None:

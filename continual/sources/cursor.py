@@ -3,7 +3,8 @@ argument, in seconds since 1970.
 
 A listing is ordered by `lastModified`, which says where reading it can stop. A candidate is a repo at a commit. Two
 commits can have one time, a time can change, and a listing can be late: so each read goes a little further back than
-what is new, and from time to time to the end.
+what is new, and from time to time to the end. A read that has to stop before that leaves a rest, at which the next one
+goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,24 @@ from continual.hub import Info
 
 OVERLAP = 900.0
 """Seconds before the newest commit seen that are read again: lists are not always up to date."""
+MOST_SEEN = 50_000
+"""Unsettled repos with which no further page is read, until some are settled: each takes half a kilobyte here and in
+the queue."""
+
+
+class Rest(NamedTuple):
+    """What is left of a listing: the `page` to go on with, and the commit time down to which it is read (None: to its
+    end)."""
+
+    page: str
+    stop: float | None
+
+
+class Sieve(NamedTuple):
+    """What goes into the cursor: `known` says whether a key is settled, `wanted` whether the settings let a repo in."""
+
+    known: Callable[[str], bool]
+    wanted: Callable[[Info], bool]
 
 
 class Sighting(NamedTuple):
@@ -40,7 +59,7 @@ class Cursor:
 
     `high`: by listing, the newest commit time that it had when it was read as far as needed; `swept`: by listing, when
     it was last read to the end; `seen`: what is not settled, by key; `asked`: a hash of the settings; `given`: the keys
-    of `seen` that were handed on in this process.
+    of `seen` that were handed on in this process; `rests`: by listing, what is left of a read that had to stop.
     """
 
     high: dict[str, float] = field(default_factory=dict)
@@ -48,43 +67,95 @@ class Cursor:
     seen: dict[str, Sighting] = field(default_factory=dict)
     asked: str = ""
     given: set[str] = field(default_factory=set)
+    rests: dict[str, Rest] = field(default_factory=dict)
+
+    @property
+    def full(self) -> bool:
+        """Whether so many are unsettled that no further page is read."""
+        return len(self.seen) >= MOST_SEEN
 
     def sweeps(self, listing: str, now: float, every: float) -> bool:
-        """Whether a listing is to be read to its end."""
-        return now - self.swept.get(listing, -every) >= every
+        """Whether a listing is to be read to its end; not, while the rest of such a read is left."""
+        rest = self.rests.get(listing)
+        return (rest is None or rest.stop is not None) and now - self.swept.get(listing, -every) >= every
 
     def read(
         self,
         listing: str,
         rows: Iterable[Info],
         now: float,
-        known: Callable[[str], bool],
-        wanted: Callable[[Info], bool],
+        sieve: Sieve,
         *,
         all_: bool,
+        cut: Callable[[], str | None] = lambda: None,
     ) -> int:
         """Takes the rows of a listing, newest first, as far as they are needed (`all_`: to the end). Returns how many
         were new.
 
-        `known` says whether a key is settled, `wanted` whether the settings let a repo in. If a row cannot be had, the
+        `cut` says after the last
+        row at which page the rows were cut off, if they were: what is left becomes a rest. If a row cannot be had, the
         error of `rows` passes through: what was seen until then stays, and the cursor does not move.
         """
-        stop = None if all_ else self.high.get(listing)
+        high = self.high.get(listing)
+        stop = None if all_ or high is None else high - OVERLAP
+        newest, new = self._take(rows, stop, now, sieve)
+        if newest is not None:
+            self.high[listing] = max(
+                min(newest, now), high or 0.0
+            )  # a time ahead of us would hide what comes till then
+        page = cut()
+        before = self.rests.get(listing)
+        if page is not None:  # down to where an earlier rest would have gone, too
+            deep = stop is None or (before is not None and before.stop is None)
+            lower = None if deep else min(s for s in (stop, before.stop if before else stop) if s is not None)
+            self.rests[listing] = Rest(page, lower)
+        elif stop is None:
+            self.swept[listing] = now
+            self.rests.pop(listing, None)
+        return new
+
+    def read_on(
+        self,
+        listing: str,
+        rows: Iterable[Info],
+        now: float,
+        sieve: Sieve,
+        cut: Callable[[], str | None],
+    ) -> int:
+        """Takes the rows of the rest of a listing, as `read`."""
+        rest = self.rests[listing]
+        _, new = self._take(rows, rest.stop, now, sieve)
+        page = cut()
+        if page is not None:
+            self.rests[listing] = rest._replace(page=page)
+            return new
+        del self.rests[listing]
+        if rest.stop is None:
+            self.swept[listing] = now
+        return new
+
+    def lost(self, listing: str) -> None:
+        """The rest of a listing cannot be had any more: it is read again to its end."""
+        self.rests.pop(listing, None)
+        self.swept.pop(listing, None)
+
+    def _take(
+        self,
+        rows: Iterable[Info],
+        stop: float | None,
+        now: float,
+        sieve: Sieve,
+    ) -> tuple[float | None, int]:
+        """Takes rows down to the time `stop`. Returns the newest time among them, and how many were new."""
         newest, new = None, 0
         for row in rows:
             modified = row.modified.timestamp()
             newest = modified if newest is None else max(newest, modified)
-            if stop is not None and modified < stop - OVERLAP:
+            if stop is not None and modified < stop:
                 break
-            if wanted(row):
-                new += self.saw(Sighting(row.id, row.sha, now, modified), known)
-        if newest is not None:
-            self.high[listing] = max(
-                min(newest, now), self.high.get(listing, 0.0)
-            )  # a time that is ahead would hide what comes until then
-        if stop is None:
-            self.swept[listing] = now
-        return new
+            if sieve.wanted(row):
+                new += self.saw(Sighting(row.id, row.sha, now, modified), sieve.known)
+        return newest, new
 
     def saw(self, sighting: Sighting, known: Callable[[str], bool]) -> bool:
         """Takes one sighting. Returns whether it was new and is not settled."""
@@ -119,6 +190,7 @@ class Cursor:
             "asked": self.asked,
             "high": self.high,
             "swept": self.swept,
+            "rests": {listing: list(rest) for listing, rest in self.rests.items()},
             "seen": [list(s) for s in self.seen.values()],
         }
 
@@ -130,7 +202,10 @@ class Cursor:
             return cls(asked=asked)
         seen = {s.key: s for s in (Sighting(*row) for row in body["seen"])}
         same = body["asked"] == asked
-        return cls(dict(body["high"]) if same else {}, dict(body["swept"]) if same else {}, seen, asked)
+        found = cls(dict(body["high"]) if same else {}, dict(body["swept"]) if same else {}, seen, asked)
+        if same:  # a cursor of before there were rests has none
+            found.rests = {listing: Rest(*rest) for listing, rest in body.get("rests", {}).items()}
+        return found
 
     @staticmethod
     def _due(sighting: Sighting, settle: float) -> float:

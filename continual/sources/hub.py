@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -24,12 +24,16 @@ from continual.records import SCHEME, Candidate, Event
 from continual.retrying import Fault, next_poll
 from continual.sources.contract import Sight, Source, SourceKind, SourceReport, Wiring
 from continual.sources.cursor import Cursor, Sighting
+from continual.sources.polling import Polling
 from continual.sources.waiting import first
 from continual.sources.webhook import Webhook
 from continual.state.inbox import Inbox, PushRecord, load_cursor, name_of, save_cursor
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
+
+_FIRST_LOOK = 30.0
+"""Seconds after which nobody waits any more for the end of the first look."""
 
 
 class HubSource(Source):
@@ -58,11 +62,10 @@ class HubSource(Source):
         self._failures = 0
         self._refused = 0
         self._due = 0.0
-        self._missing: dict[str, str] = {}
-        self._told: set[str] = set()
         self._skipped: set[str] = set()
         self._log = structlog.get_logger("continual")
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._polling = Polling(wiring.places, self._asked, self.cursor, self._known)
         self._places.newer = self._came_after
         self._again(wiring.retried)
 
@@ -146,8 +149,11 @@ class HubSource(Source):
     async def _poll(self) -> None:
         """Polls on a thread, and says when the next poll is due. Raises Halt where polling gives up."""
         after = 0.0
+        polling = asyncio.create_task(asyncio.to_thread(self.poll))
         try:
-            await asyncio.to_thread(self.poll)
+            await asyncio.wait({polling}, timeout=_FIRST_LOOK)
+            self.scanned.set()  # a Hub that takes its time holds up no folder
+            await polling
             self._failures = 0
             self._refused = 0
             self.problem = None
@@ -159,9 +165,8 @@ class HubSource(Source):
             refused = isinstance(error, Trouble) and error.fault is Fault.TOKEN
             self._refused = self._refused + 1 if refused else 0
             self._log.warning("poll failed", error=str(error), failures=self._failures)
-        for repo, why in self._missing.items():
-            self._log.warning("not found", model=repo, why=why)
-        self._missing.clear()
+        while self._polling.untold:
+            self._log.warning("left out", why=self._polling.untold.pop(0))
         wait = next_poll(self._asked.poll, self._failures, random.random(), after=after, refused=self._refused)
         if wait is None:
             raise Halt(f"polling the Hub is given up: {self.problem}")
@@ -181,7 +186,7 @@ class HubSource(Source):
     def survey(self) -> Iterator[Sight]:
         """Everything the Hub lists for the settings, wanted or not. Raises Misconfigured, Trouble."""
         now = self._clock()
-        rows = self._rows()
+        rows = self._polling.everything()
         self._places.newer = _nobody  # nothing is changed
         for called, found in rows:
             if isinstance(found, Refuse):
@@ -197,6 +202,10 @@ class HubSource(Source):
                 else None,
             )
 
+    def notes(self) -> Sequence[str]:
+        """The repos of which the Hub says what does not fit, and those that are named and cannot be had."""
+        return [why if why.startswith(repo) else f"{repo}: {why}" for repo, why in list(self._polling.notes.items())]
+
     def report(self) -> SourceReport:
         """The bases, repos and authors it asks for, and what came of it."""
         looked_for = [*(self._places.bases if self._asked.watch else ()), *self._asked.repos, *self._asked.authors]
@@ -211,22 +220,6 @@ class HubSource(Source):
             "continual_hub_last_poll_timestamp_seconds": self.polled or 0.0,
         }
 
-    def _rows(self) -> Iterator[tuple[str, Info | Refuse]]:
-        """Everything the Hub lists for the settings, each repo once under the name it was asked for by; or why it
-        cannot be had. Raises Trouble."""
-        seen = set()
-        for _, tag, author in _listings(self._asked, self._places.bases):
-            for info in self._places.hub.listing(tag=tag, author=author):
-                if info.id not in seen:
-                    seen.add(info.id)
-                    yield info.id, info
-        for repo in self._asked.repos:
-            if repo not in seen:
-                try:
-                    yield repo, self._places.hub.info(repo)
-                except Refuse as error:
-                    yield repo, error
-
     def save(self) -> None:
         """Keeps on disk how far this source has come. Raises Retry."""
         self.cursor.prune(self._known)
@@ -235,36 +228,10 @@ class HubSource(Source):
     def poll(self) -> int:
         """Asks the Hub once what there is. Returns how many commits were new; they are on disk by then. Raises Retry,
         of the Hub or the disk."""
-        now = self._clock()
-        new = 0
         try:
-            for listing, tag, author in _listings(self._asked, self._places.bases):
-                rows = self._places.hub.listing(tag=tag, author=author)
-                everything = self.cursor.sweeps(listing, now, self._asked.sweep)
-                try:
-                    new += self.cursor.read(listing, rows, now, self._known, self._wanted, all_=everything)
-                except Refuse as error:
-                    raise Trouble(f"{error}: is {self._places.hub.endpoint} the Hub?", Fault.REQUEST) from None
-            for repo in self._asked.repos:
-                try:
-                    info = self._places.hub.info(repo)
-                except Refuse as error:  # not there (yet), or gated: it is asked for again, and told of once
-                    if repo not in self._told:
-                        self._missing[repo] = str(error)
-                        self._told.add(repo)
-                    continue
-                self._told.discard(repo)
-                found = Sighting(repo, info.sha, now, info.modified.timestamp())
-                if self._places.left_out(info, repo) is None and not self._known(
-                    found._replace(repo=info.id).key
-                ):  # it may have been renamed
-                    new += self.cursor.saw(found, self._known)
+            return self._polling.look(self._clock())
         finally:
             self.save()
-        return new
-
-    def _wanted(self, info: Info) -> bool:
-        return self._places.left_out(info) is None
 
     def open_inbox(self) -> None:
         """Takes the pushes that came since the last look, and removes those of commits that are settled. Raises Retry,
@@ -277,21 +244,6 @@ class HubSource(Source):
                 continue
             self._names.setdefault(sighting.key, []).append(push)
             self.cursor.saw(sighting, self._known)
-
-
-class _Listing(NamedTuple):
-    """A listing that is read: its name in the cursor, and the tag or the author that is asked for."""
-
-    name: str
-    tag: str | None = None
-    author: str | None = None
-
-
-def _listings(asked: HubSettings, bases: Sequence[str]) -> list[_Listing]:
-    """What the settings look for: the tags of the bases' relations, and the authors."""
-    relations = [f"base_model:{relation}:{base}" for base in bases for relation in asked.relations]
-    tags = [_Listing(tag, tag=tag) for tag in relations] if asked.watch else []
-    return tags + [_Listing(f"author:{author}", author=author) for author in asked.authors]
 
 
 def _word(asked: HubSettings, bases: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tests.loopback import files, listing, writing, xet
-from tests.loopback.faults import Drop, Fault, Slow, Stale, Stall, Status, Truncate
+from tests.loopback.faults import Drop, Fault, Mangle, Raw, Slow, Stale, Stall, Status, Truncate
 from tests.loopback.hub import Hub
 from tests.loopback.journal import Origin, Request
 from tests.loopback.routing import ROUTES, Answer, answer
@@ -72,6 +72,10 @@ async def read(receive: Receive, request: Request) -> bytes:
 
 async def deliver(made: Answer, fault: Fault | None, request: Request, send: Send, connection: Connection) -> None:
     """Sends the answer in pieces, with its fault if it has one."""
+    if isinstance(fault, Mangle):
+        made = fault.change(made)
+    if isinstance(fault, Raw):
+        return await write(fault, request, connection)
     body = memoryview(made.body)
     if isinstance(fault, Truncate):
         body = body[: fault.length]
@@ -108,3 +112,18 @@ async def hang_up(connection: Connection) -> None:
     answer."""
     connection.transport.close()
     await connection.lost.wait()
+
+
+async def write(fault: Raw, request: Request, connection: Connection) -> None:
+    """Writes to the socket, past the server."""
+    size = 1 << 16 if fault.bytes_per_second is None else max(1, int(fault.bytes_per_second * TICK))
+    pause = 0.0 if fault.bytes_per_second is None else size / fault.bytes_per_second
+    left, transport = fault.data, connection.transport
+    while left and not transport.is_closing():
+        piece, left = left[:size], left[size:] or fault.endless
+        transport.write(piece)
+        request.sent += len(piece)
+        await asyncio.sleep(pause)
+        while transport.get_write_buffer_size() > 1 << 20 and not transport.is_closing():
+            await asyncio.sleep(TICK)
+    await hang_up(connection)

@@ -10,8 +10,12 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tests.loopback.journal import Request
+
+if TYPE_CHECKING:
+    from tests.loopback.routing import Answer
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,24 @@ class Stale:
     changes: int
 
 
-Fault = Status | Drop | Stall | Slow | Truncate | Stale
+@dataclass(frozen=True)
+class Mangle:
+    """Sends what `change` makes of the answer."""
+
+    change: Callable[[Answer], Answer]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Writes these bytes to the socket in place of an answer, head and all, and then `endless` again and again until
+    the client goes away, or nothing more. `bytes_per_second`: None for as fast as they are taken."""
+
+    data: bytes
+    endless: bytes = b""
+    bytes_per_second: float | None = None
+
+
+Fault = Status | Drop | Stall | Slow | Truncate | Stale | Mangle | Raw
 Policy = Callable[[Request], Fault | None]
 
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from continual.errors import Refuse
 from continual.hub import RemoteFile
-from continual.hub.ranges import SMALLEST, Ranges, cut
+from continual.hub.order import cut
+from continual.hub.ranges import Ranges
+from continual.hub.window import SMALLEST
 
 
 class Server:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from continual.errors import Retry
 from continual.hub import Info
-from continual.sources.cursor import OVERLAP, Cursor, Sighting
+from continual.sources.cursor import OVERLAP, Cursor, Sieve, Sighting
 
 NOW = 1_800_000_000.0
 
@@ -31,7 +31,7 @@ def every(_info: Info) -> bool:
 def take(
     cursor: Cursor, rows: list[Info], now: float = NOW, *, all_: bool = False, known: set[str] | None = None
 ) -> int:
-    return cursor.read("l", iter(rows), now, lambda key: key in (known or ()), every, all_=all_)
+    return cursor.read("l", iter(rows), now, Sieve(lambda key: key in (known or ()), every), all_=all_)
 
 
 def test_reading_stops_a_little_before_what_was_new_last_time() -> None:
@@ -42,13 +42,13 @@ def test_reading_stops_a_little_before_what_was_new_last_time() -> None:
             asked.append(time)
             yield info(f"o/m{number}-{time}", at=time)
 
-    cursor.read("l", rows(NOW, NOW - 5000), NOW, none, every, all_=False)
+    cursor.read("l", rows(NOW, NOW - 5000), NOW, Sieve(none, every), all_=False)
     assert asked == [NOW, NOW - 5000]  # the first time to the end
     asked.clear()
-    cursor.read("l", rows(NOW + 10, NOW - OVERLAP, NOW - OVERLAP - 1, NOW - 9000), NOW, none, every, all_=False)
+    cursor.read("l", rows(NOW + 10, NOW - OVERLAP, NOW - OVERLAP - 1, NOW - 9000), NOW, Sieve(none, every), all_=False)
     assert asked == [NOW + 10, NOW - OVERLAP, NOW - OVERLAP - 1]
     asked.clear()
-    cursor.read("l", rows(NOW - 9000, NOW - 9001), NOW, none, every, all_=True)
+    cursor.read("l", rows(NOW - 9000, NOW - 9001), NOW, Sieve(none, every), all_=True)
     assert len(asked) == 2
 
 
@@ -72,7 +72,7 @@ def test_a_page_that_fails_moves_nothing_but_keeps_what_was_seen() -> None:
         raise Retry("page 2")
 
     with pytest.raises(Retry, match="page 2"):
-        cursor.read("l", broken(), NOW, none, every, all_=False)
+        cursor.read("l", broken(), NOW, Sieve(none, every), all_=False)
     assert cursor.high == {"l": NOW - 10_000}
     assert f"hub:o/b@{'1' * 40}" in cursor.seen
 
@@ -132,14 +132,14 @@ def test_whatever_is_committed_is_given_exactly_once_also_over_restarts(
         made.add(f"hub:{head.id}@{number:040x}")
         if polls:
             rows = sorted(heads.values(), key=lambda i: i.modified, reverse=True)
-            cursor.read("l", iter(rows), now, lambda key: key in given_, every, all_=False)
+            cursor.read("l", iter(rows), now, Sieve(lambda key: key in given_, every), all_=False)
             for sighting in cursor.ready(now, 0.0):
                 given_.append(sighting.key)
                 cursor.done(sighting.key)
         if number == restart:
             cursor = Cursor.of(cursor.body())
     rows = sorted(heads.values(), key=lambda i: i.modified, reverse=True)
-    cursor.read("l", iter(rows), now, lambda key: key in given_, every, all_=False)
+    cursor.read("l", iter(rows), now, Sieve(lambda key: key in given_, every), all_=False)
     given_ += [s.key for s in cursor.ready(now, 0.0)]
     assert len(given_) == len(set(given_))
     assert {f"hub:{i.id}@{i.sha}" for i in heads.values()} <= set(given_) <= made
