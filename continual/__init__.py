@@ -9,15 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from continual.api import Merge, open
+    from continual.api import Merge, Verified, backup, look_repair, open, repair, verify
     from continual.config import Settings
     from continual.engine.outcomes import Outcome, Plan
     from continual.errors import ContinualError, Halt, Refuse, Retry
     from continual.making import Recipe, Survey, init, survey
     from continual.publish.folder import Target
+    from continual.state.backup import BackupReport, Wish
+    from continual.state.damage import RepairPlan
     from continual.tuning import Command, Rows, Tuned, Tuning
 
 __all__ = [
+    "BackupReport",
     "Command",
     "ContinualError",
     "Halt",
@@ -26,6 +29,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Refuse",
+    "RepairPlan",
     "Retry",
     "Rows",
     "Settings",
@@ -33,20 +37,28 @@ __all__ = [
     "Target",
     "Tuned",
     "Tuning",
+    "Verified",
+    "Wish",
     "__version__",
+    "backup",
     "init",
+    "look_repair",
     "open",
+    "repair",
     "survey",
+    "verify",
 ]
 __version__ = "0.1.0"
 
 _HOMES = {
-    "continual.api": ("Merge", "open"),
+    "continual.api": ("Merge", "Verified", "backup", "look_repair", "open", "repair", "verify"),
     "continual.config": ("Settings",),
     "continual.engine.outcomes": ("Outcome", "Plan"),
     "continual.errors": ("ContinualError", "Halt", "Refuse", "Retry"),
     "continual.making": ("Recipe", "Survey", "init", "survey"),
     "continual.publish.folder": ("Target",),
+    "continual.state.backup": ("BackupReport", "Wish"),
+    "continual.state.damage": ("RepairPlan",),
     "continual.tuning": ("Command", "Rows", "Tuned", "Tuning"),
 }
 """The module that each name is loaded from: the same as above, which only type checkers read."""

@@ -16,6 +16,7 @@ from continual.cli import hub as cli_hub
 from continual.cli import pool as cli_pool
 from continual.cli import state as cli_state
 from continual.cli import tune as cli_tune
+from continual.cli import upkeep as cli_upkeep
 from continual.cli.flags import GATES, MACHINE, OPENING, READING, ROUNDS, SOURCES, Flags, Json, Lines, takes
 from continual.cli.typed import parse_options
 
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_state.app)
+app.add_typer(cli_upkeep.app)
 app.add_typer(cli_tune.app)
 app.add_typer(cli_pool.app)
 app.add_typer(cli_hub.app)

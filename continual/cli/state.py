@@ -121,23 +121,6 @@ def retry(
         console.say(f"{commit.of_kind(RetryEntry).candidate.name}: will be looked at again by 'run' or 'fold'")
 
 
-@app.command(name="verify")
-@takes(*OPENING)
-def verify_(*, flags: Flags) -> None:
-    """Check every byte of the state against its receipt."""
-    from continual.state.verify import verify
-
-    with opened.merge(flags) as merge, console.progress() as progress:
-        findings = verify(merge.state, lambda done, total: progress("verify", done, total))
-    if flags.json:
-        console.emit({"ok": not findings, "findings": findings})
-    else:
-        for finding in findings:
-            console.warn(finding)
-        console.say(f"{len(findings)} findings" if findings else "clean: every byte is as it was written")
-    raise typer.Exit(4 if findings else 0)
-
-
 @app.command()
 @takes(*OPENING)
 def scale(

@@ -104,6 +104,7 @@ class Engine:
                 self.state.id,
                 release=release_of(model.place),
                 earlier=earlier[-1].seq if earlier else None,
+                cloned=self.state.ledger.cloned,
             )
         )
 

@@ -18,7 +18,7 @@ is none, because nothing evaluates yet.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -29,9 +29,9 @@ from continual.tensors import BaseModel, Model
 class Headers(NamedTuple):
     """A candidate before any of its weights is read.
 
-    `state`: the id of the state. `release`: the `continual.json` beside the model, if it is an export of ours.
-    `earlier`: the newest fold in force of other files from the same origin. `lineage` (None until the gate of that name
-    has passed) and `weight` are what gates have found out.
+    `state`: the id of the state; `cloned`: those of the states that it was cloned from. `release`: the `continual.json`
+    beside the model, if it is an export of ours. `earlier`: the newest fold in force of other files from the same
+    origin. `lineage` (None until the gate of that name has passed) and `weight` are what gates have found out.
     """
 
     candidate: Candidate
@@ -42,6 +42,7 @@ class Headers(NamedTuple):
     earlier: int | None = None
     lineage: Lineage | None = None
     weight: float = 1.0
+    cloned: Sequence[str] = ()
 
 
 class TensorNumbers(NamedTuple):

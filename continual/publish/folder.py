@@ -128,6 +128,7 @@ def provenance_of(state: State, seq: int, read: Mapping[str, object]) -> dict[st
     made = state.format
     return {
         "state": state.id,
+        "cloned": list(state.ledger.cloned),
         "seq": seq,
         "generation": commit.generation,
         "time": commit.time,

@@ -10,7 +10,15 @@ from pathlib import Path
 from continual.errors import Damaged, Misconfigured
 from continual.state import arrays
 from continual.state.durable import environment, sync_file, sync_tree
-from continual.state.entries import CombineEntry, FoldEntry, InitEntry, RollbackEntry, SelectEntry, UnfoldEntry
+from continual.state.entries import (
+    CombineEntry,
+    FoldEntry,
+    InitEntry,
+    RepairEntry,
+    RollbackEntry,
+    SelectEntry,
+    UnfoldEntry,
+)
 from continual.state.format import Commit, Format
 from continual.state.generation import Generation, node
 from continual.state.ledger import Ledger
@@ -69,9 +77,9 @@ def _why_not(path: Path, form: Format, log: Sequence[Commit], commit: Commit) ->
     held, entry = Held(commit.generation, commit.receipts), commit.entry
     if isinstance(entry, InitEntry):
         return "a state begins once"
-    if isinstance(entry, RollbackEntry) and not (0 <= entry.to < commit.seq and held == before[entry.to]):
+    if isinstance(entry, RollbackEntry | RepairEntry) and not (0 <= entry.to < commit.seq and held == before[entry.to]):
         return f"it goes back to record {entry.to}, and holds another generation"
-    if not isinstance(entry, RollbackEntry | UnfoldEntry) and held != before[-1]:
+    if not isinstance(entry, RollbackEntry | RepairEntry | UnfoldEntry) and held != before[-1]:
         if not isinstance(entry, _WRITES):
             return f"a record of the kind {entry.kind} changes no tensor, and it holds another generation"
         if held.generation is None or held.generation in {b.generation for b in before}:

@@ -36,6 +36,8 @@ EntryKind = Literal[
     "tag",
     "publish",
     "retry",
+    "repair",
+    "clone",
 ]
 Fate = Literal["folded", "refused", "duplicate", "deferred", "expired", "rolled-back", "unfolded", "retry"]
 _OMITTED = {OMITTED: True}
@@ -262,6 +264,30 @@ class HookEntry(Entry):
     hook: HookCall
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairEntry(Entry):
+    """The state was damaged, and a person followed what was left. The merge of record `to` is in force again, and so
+    many folds were `undone` for it. `lost`: a line for each record that stood after this place; `tags` and
+    `generations` that are gone; `aside`: the directory in the state that has the old files."""
+
+    kind = "repair"
+    to: int
+    undone: int
+    lost: tuple[str, ...]
+    tags: tuple[str, ...]
+    generations: tuple[str, ...]
+    aside: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloneEntry(Entry):
+    """This is a copy of the state that had the id `of`, and goes on as a state of its own, under `id`."""
+
+    kind = "clone"
+    id: str
+    of: str
+
+
 ENTRIES: tuple[type[Entry], ...] = (
     InitEntry,
     FoldEntry,
@@ -278,6 +304,8 @@ ENTRIES: tuple[type[Entry], ...] = (
     RetryEntry,
     ReleaseEntry,
     HookEntry,
+    RepairEntry,
+    CloneEntry,
 )
 
 

@@ -10,10 +10,12 @@ from typing import NamedTuple
 from continual.errors import Misconfigured
 from continual.records import Candidate, Totals
 from continual.state.entries import (
+    CloneEntry,
     CombineEntry,
     DeferEntry,
     FoldEntry,
     RefuseEntry,
+    RepairEntry,
     RetryEntry,
     RollbackEntry,
     RoundEntry,
@@ -62,7 +64,7 @@ def brought(commit: Commit, folds: Iterable[BroughtFold]) -> list[FoldCommit]:
     ]
 
 
-MODEL = (FoldEntry, RollbackEntry, UnfoldEntry, CombineEntry, TuneEntry, ScaleEntry)
+MODEL = (FoldEntry, RollbackEntry, RepairEntry, UnfoldEntry, CombineEntry, TuneEntry, ScaleEntry)
 """Records after which the merged model is another one; a `select` is one where it wrote a generation."""
 
 
@@ -87,7 +89,8 @@ class Ledger:
 
     `log` has every record, oldest first; `models` those that made the merged model another one; `refusals` what was
     refused, duplicates and what expired included (a candidate that a round refused has the number of its record);
-    `open_round` the round that was begun and has not ended. Nobody but `add` changes them.
+    `open_round` the round that was begun and has not ended; `id` is that of a clone, and
+    `cloned` has the ids of the states that it has models of, the oldest first. Nobody but `add` changes them.
     """
 
     def __init__(self) -> None:
@@ -101,6 +104,8 @@ class Ledger:
         self._pool: dict[str, Waiting] = {}
         self.open_round: Commit | None = None
         self.refusals: list[Commit] = []
+        self.id: str | None = None
+        self.cloned: tuple[str, ...] = ()
 
     def add(self, commit: Commit) -> None:
         """Takes the next record."""
@@ -117,13 +122,17 @@ class Ledger:
         elif isinstance(entry, SelectEntry):
             self.open_round = None
             now = self._selected(now, commit, entry)
-        elif isinstance(entry, RollbackEntry):
+        elif isinstance(entry, RollbackEntry | RepairEntry):
             now = self._rolled_back(now, entry.to)
+            for tag in entry.tags if isinstance(entry, RepairEntry) else ():
+                self._tags.pop(tag, None)
         elif isinstance(entry, TagEntry):
             self._tags[entry.tag] = entry.of
+        elif isinstance(entry, CloneEntry):
+            self.id, self.cloned = entry.id, (*self.cloned, entry.of) if now else ()
         self._seen(commit)
         wrote = isinstance(entry, SelectEntry) and commit.generation != self.log[-1].generation
-        if wrote or (isinstance(entry, MODEL) and (self.model or entry.kind != "tune")):
+        if wrote or (isinstance(entry, MODEL) and (self.model or entry.kind not in ("tune", "repair"))):
             self.models.append(commit)
         self.log.append(commit)
         self._history.append(now)

@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 from continual.errors import Damaged, Misconfigured
 from continual.state import adoption, framing, protocol
-from continual.state.durable import usable
+from continual.state.durable import sync_file, usable
 from continual.state.format import Commit, Format
 from continual.state.generation import Generation
 from continual.state.ledger import Ledger
 from continual.state.protocol import Head
 
 DIRECTORIES = ("commits", "generations", "tags", "leases")
+PARTIAL = "backup.json"
+"""The file that is in a backup while it is made: of its records only those up to HEAD count then."""
 _READS = 50
 """How often the log is read again because a writer went on meanwhile."""
 
@@ -64,6 +66,8 @@ def read_format(path: Path) -> tuple[Format, str]:
     Retry."""
     file = path / "format.json"
     with usable(f"cannot open the state {path}"):
+        if (path / PARTIAL).exists() and not (path / "HEAD").exists():
+            raise Misconfigured(f"{path} is a backup that was not completed: make it again with 'continual backup'")
         if not file.exists():
             if (path / "commits").is_dir() and not unfinished(path):
                 raise Damaged(f"{file} is missing; restore it from a backup")
@@ -79,6 +83,23 @@ def complete(path: Path) -> None:
         (path / name).mkdir(exist_ok=True)
 
 
+def cut(path: Path, last: int) -> None:
+    """Removes the records after `last` from the copy of a state: a backup that was killed left them, and HEAD does not
+    name them yet. Raises OSError."""
+    for name in _listed(path / "commits"):
+        if name > f"{last:08d}.json":
+            (path / "commits" / name).unlink()
+
+
+def whole_again(path: Path, last: int) -> None:
+    """Makes a state of its own of a backup in which a later one was killed: it is as it was at record `last`. Raises
+    OSError and Halt."""
+    if (path / PARTIAL).exists():
+        cut(path, last)
+        sync_file(path / "commits")
+        (path / PARTIAL).unlink()
+
+
 def load(path: Path, form: Format, checksum: str) -> Loaded:
     """Replays the commit log of the state in `path`, up to a record whose generation is there and has its receipts.
     `checksum` is that of format.json.
@@ -91,6 +112,8 @@ def load(path: Path, form: Format, checksum: str) -> Loaded:
         head, names = protocol.read_head(path), _listed(path / "commits")
         if len(names) > head.seq + 2 and protocol.read_head(path) != head:
             continue  # records were added between the two looks
+        if (path / PARTIAL).exists():
+            names = names[: head.seq + 1]
         ledger = _replayed(path, head, names)
         adoption.bound(path, ledger, checksum)
         try:

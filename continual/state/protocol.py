@@ -168,14 +168,18 @@ class Journal:
             with contextlib.suppress(Damaged):  # an altered file is for `verify` to report
                 if missing and tag_stands(self.path, entry.tag, entry.of):
                     continue
-                data, _ = framing.encode({"tag": entry.tag, "seq": entry.of})
-                replace_bytes(_tag_file(self.path, entry.tag), data)
+                write_tag(self.path, entry.tag, entry.of)
 
 
 def tag_stands(path: Path, name: str, seq: int) -> bool:
     """Whether the file of a tag is there and names record `seq`. Raises Damaged if it is there and was altered."""
     file = _tag_file(path, name)
     return file.exists() and framing.decode(file)[0] == {"tag": name, "seq": seq}
+
+
+def write_tag(path: Path, name: str, seq: int) -> None:
+    """Writes the file of a tag. Raises OSError and Halt."""
+    replace_bytes(_tag_file(path, name), framing.encode({"tag": name, "seq": seq})[0])
 
 
 def write_head(path: Path, commit: Commit) -> None:

@@ -61,6 +61,12 @@ def expire(path: Path, ledger: Ledger, keep: int) -> list[str]:
     return gone
 
 
+def drop(path: Path, names: Iterable[str]) -> None:
+    """Deletes generations of the copy of a state, but those that a reader has leased. Raises OSError and Halt."""
+    for name in list(_moved(path, names)):
+        shutil.rmtree(path / "generations" / f"{_EXPIRED}{name}")
+
+
 def _moved(path: Path, names: Iterable[str]) -> Iterator[str]:
     """Gives generations that no reader has leased another name, and yields theirs. First of all: a kill while its files
     are deleted must not leave half of a generation under a name that a record knows."""

@@ -108,6 +108,7 @@ class State:
         retention.clear(self.path, unnamed)
         with environment(f"cannot open {self.path} for writing"):
             opening.complete(self.path)
+            opening.whole_again(self.path, self.ledger.head.seq)
         adoption.make_durable(self.path, self.ledger.log, self.acknowledged)
         self._journal.settle(self.acknowledged)
 
@@ -131,7 +132,8 @@ class State:
 
     @property
     def id(self) -> str:
-        return self.format.id
+        """Tells the state from every other: a clone has one of its own."""
+        return self.ledger.id or self.format.id
 
     def begin(self, after: Generation | Literal["now"] | None = "now") -> Transaction:
         """Begins a fold, on the generation in force or on `after` (None: on zeros). Raises Retry if the disk has no

@@ -1,51 +1,138 @@
-"""Checks every byte of a state against its receipt. It reports, and repairs nothing."""
+"""Reads every file of a state and compares it with what its record, receipt or checksum says. It reports, and repairs
+nothing. What belongs to no part of the format is the matter of strays.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
-from continual.errors import ContinualError
+from continual.errors import ContinualError, Misconfigured
+from continual.state import framing
 from continual.state.entries import TagEntry
+from continual.state.fields import record_of
+from continual.state.format import Commit, Format
 from continual.state.generation import Generation
-from continual.state.protocol import tag_stands
+from continual.state.inbox import PushRecord
+from continual.state.ledger import Ledger
+from continual.state.protocol import Head, read_head, tag_stands
 from continual.state.store import State
 
+OnPart = Callable[[int, int], None]
+"""Is called with the number of parts that were checked so far, and of all."""
 
-def verify(state: State, progress: Callable[[int, int], None] = lambda _done, _total: None) -> list[str]:
-    """Checks every byte of the generations and tags that `state` keeps; returns what is wrong, nothing if all is as it
-    was written. The log and format.json were checked when the state was opened.
 
-    `progress` is called with the number of arrays checked so far and of all.
+def verify(state: State, progress: OnPart = lambda _done, _total: None, *, generations: bool = True) -> list[str]:
+    """Reads every file of `state` anew: format.json, HEAD, every record, tags, pushes, cursors, and every byte of the
+    generations that it keeps, unless `generations` is False. Returns what is wrong, nothing if all is as it was
+    written.
+
+    A part, for `progress`, is a record or an array.
     """
     receipts = {c.generation: c.receipts for c in state.ledger.log if c.generation}
     kept = state.generations()
     tagged = {state.ledger.get(seq).generation for seq in state.ledger.tags.values()} - {None}
     findings = [f"generation {missing} is tagged, but missing" for missing in sorted(tagged - set(kept), key=str)]
     arrays = sum(len(slots) for slots in state.format.slots.values())
-    total, done = len(kept) * arrays, 0
+    total, done = len(state.ledger.log) + len(kept) * arrays, 0
 
     def step() -> None:
         nonlocal done
         done += 1
         progress(done, total)
 
-    for name in kept:
-        with state.lease(next(c.seq for c in state.ledger.log if c.generation == name)):
-            findings += Generation(state.path / "generations" / name, state.format, receipts[name] or "").check(step)
-    for tag, seq in state.ledger.tags.items():
-        findings += _tag(state, tag, seq)
-    return findings
-
-
-def _tag(state: State, tag: str, seq: int) -> Iterator[str]:
-    """What is wrong with the file of a tag. It is written after its record: where that is the newest record it may not
-    be there yet, and the next writer writes it."""
-    newest = state.ledger.head.entry
-    in_flight = isinstance(newest, TagEntry) and newest.tag == tag
+    findings += _told(partial(_format, state))
+    acknowledged = state.ledger.head.seq
     try:
-        if not tag_stands(state.path, tag, seq) and not in_flight:
-            yield (
-                f"{state.path / 'tags' / f'{tag}.json'} is not there, or does not name record {seq} as the ledger does"
-            )
+        head = read_head(state.path)
+        findings += _head(state, head)
+        acknowledged = head.seq
     except ContinualError as error:
-        yield str(error)
+        findings.append(str(error))
+    for commit in state.ledger.log:
+        findings += _told(partial(_record, state.path, commit))
+        step()
+    for name in kept if generations else ():
+        findings += _generation(state, name, receipts[name] or "", step)
+    for tag in state.ledger.tags:
+        findings += _told(partial(tag_finding, state.path, state.ledger, acknowledged, tag))
+    return findings + loose_findings(state.path)
+
+
+def loose_findings(path: Path) -> list[str]:
+    """What is wrong with the pushes and cursors of the state in `path`: files that no record names."""
+    return [
+        finding
+        for name in ("inbox", "sources")
+        for file in sorted((path / name).glob("[!.]*.json"))
+        for finding in _told(partial(loose, file))
+    ]
+
+
+def loose(file: Path) -> str | None:
+    """Reads a push or a cursor. Raises Damaged; one that has gone meanwhile is settled."""
+    try:
+        body, _ = framing.decode(file)
+    except ContinualError:
+        if not file.exists():
+            return None
+        raise
+    if file.parent.name == "inbox":
+        record_of(PushRecord, body, file)
+    return None
+
+
+def _told(look: Callable[[], str | None]) -> list[str]:
+    """What `look` says or raises."""
+    try:
+        found = look()
+    except ContinualError as error:
+        found = str(error)
+    except OSError as error:
+        found = f"{error.filename}: {error.strerror}"
+    return [] if found is None else [found]
+
+
+def _format(state: State) -> str | None:
+    file = state.path / "format.json"
+    if Format.of(framing.decode(file)[0], file) != state.format:
+        return f"{file} is another than the state was opened with"
+    return None
+
+
+def _head(state: State, head: Head) -> list[str]:
+    """What is wrong with HEAD. A writer may have gone on since the state was opened."""
+    if head.seq < len(state.ledger.log) and state.ledger.get(head.seq).crc != head.crc:
+        return [f"{state.path / 'HEAD'} names another record {head.seq} than the one in commits/"]
+    return []
+
+
+def _record(path: Path, commit: Commit) -> str | None:
+    file = path / "commits" / f"{commit.seq:08d}.json"
+    if framing.decode(file)[1] != commit.crc:
+        return f"{file} is another record than the state was opened with"
+    return None
+
+
+def _generation(state: State, name: str, checksum: str, step: Callable[[], None]) -> list[str]:
+    """What is wrong with a generation; nothing if it expires before it is looked at."""
+    try:
+        with state.lease(next(c.seq for c in state.ledger.log if c.generation == name)):
+            return list(Generation(state.path / "generations" / name, state.format, checksum).check(step))
+    except Misconfigured:
+        return []
+    except ContinualError as error:
+        return [str(error)]
+
+
+def tag_finding(path: Path, ledger: Ledger, acknowledged: int, tag: str) -> str | None:
+    """What is wrong with the file of a tag. It is written after its record and HEAD: where that record is the one that
+    HEAD names, or stands above it, the next writer writes the file."""
+    in_flight = any(isinstance(c.entry, TagEntry) and c.entry.tag == tag for c in ledger.log[acknowledged:])
+    try:
+        if tag_stands(path, tag, ledger.tags[tag]) or in_flight:
+            return None
+    except (ContinualError, OSError) as error:
+        return str(error)
+    file, seq = path / "tags" / f"{tag}.json", ledger.tags[tag]
+    return f"{file} is not there, or does not name record {seq} as the ledger does"

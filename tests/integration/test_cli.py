@@ -56,7 +56,7 @@ def test_a_day_with_the_command(tmp_path: Path, place: tuple[Path, Path]) -> Non
     assert Path(
         machine("export", tmp_path / "out", "--at", 1, "--dtype", "bf16", "--state", state)["directory"]
     ).is_dir()
-    assert machine("verify", "--state", state) == {"ok": True, "findings": []}
+    assert machine("verify", "--state", state) == {"ok": True, "findings": [], "strays": []}
     assert "ft-2" not in run("log", "--state", state).stdout
     assert "first" in run("tag", "--state", state).stdout
 

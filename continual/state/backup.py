@@ -1,0 +1,327 @@
+"""A second directory that holds a state as it was at one record: a backup, which the next call brings up to date, or a
+clone, which goes on as a state of its own. The state may be written meanwhile.
+
+Files of generations and records are taken as hard links where that is possible: nobody ever writes into one of them
+again. HEAD, format.json, tags, cursors and pushes are written anew, and leases and the lock are left out. HEAD of the
+backup is written last: until then the backup is what it was before (FORMAT.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from continual.errors import Busy, Damaged, Misconfigured, Retry
+from continual.state import framing, lock, opening, protocol, retention
+from continual.state.copying import Taking
+from continual.state.durable import environment, replace_bytes, sync_file, sync_tree
+from continual.state.entries import CloneEntry
+from continual.state.format import Format
+from continual.state.generation import RECEIPTS, Generation
+from continual.state.opening import PARTIAL
+from continual.state.protocol import Held, Journal
+from continual.state.store import State
+from continual.state.strays import size_of
+from continual.state.transaction import room
+from continual.state.verify import loose, verify
+
+_COPYING = ".copying-"
+_LOOSE = ("inbox", "sources")
+_TRIES = 20
+"""How often the state is opened again because a writer let what was to be copied expire."""
+OnStage = Callable[[str, int, int], None]
+"""Is called with what is done (`copy` or `check`), and how many files or arrays of all are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How a backup is made. `copy`: no hard links to the state; `check`: every byte of it is read afterwards; `clone`:
+    it gets an id of its own; `dry_run`: nothing is written."""
+
+    copy: bool = False
+    check: bool = True
+    clone: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BackupReport:
+    """What was made, or would be: a copy in `directory` of a state at record `head`; `id` is the copy's.
+
+    `records` and `generations` are new in it, `dropped` are generations that neither keeps any more. `linked` files are
+    hard links to the state; `copied` have `copied_bytes`. `nbytes` is the size of the new generations.
+    """
+
+    directory: Path
+    id: str
+    head: int
+    records: int
+    generations: tuple[str, ...]
+    dropped: tuple[str, ...]
+    nbytes: int
+    linked: int = 0
+    copied: int = 0
+    copied_bytes: int = 0
+    checked: bool = False
+
+
+class _Gone(Exception):
+    """A generation that the copy needs has expired meanwhile."""
+
+
+def backup(path: Path, directory: Path, wish: Wish, progress: OnStage) -> BackupReport:
+    """Makes or goes on with a backup of the state in `path`.
+
+    Raises Misconfigured where `directory` holds something else or another history, Busy where another process writes
+    there, Damaged where the state or the backup is damaged (then the backup stays as it was), Retry and Halt.
+    """
+    if directory.resolve().is_relative_to(path.resolve()):
+        raise Misconfigured(f"{directory} lies in the state: a backup needs a directory outside of it")
+    for _ in range(_TRIES):
+        # cursors first: they must not be ahead of the records, or what they have passed would never be looked at again
+        loose_files = {} if wish.clone else _loose_files(path)
+        with State.open(path) as source, contextlib.suppress(_Gone):
+            sync_file(path / "commits")  # the newest record may be in flight: it must not be here and lost there
+            return _Copy(source, directory, wish, progress).make(loose_files)
+    raise Retry(f"{path} changes faster than it can be copied: try again; nothing was settled")
+
+
+class _Copy:
+    """One backup: `source` is open and stays at the record where it was opened, whatever is written meanwhile."""
+
+    def __init__(self, source: State, directory: Path, wish: Wish, progress: OnStage) -> None:
+        self.source = source
+        self.directory = directory
+        self.wish = wish
+        self.progress = progress
+        self.id = secrets.token_hex(16) if wish.clone else source.id
+        self.have = _have(source, directory, wish)
+        self.wanted = source.generations()
+        self.there = {name for name in _names(directory / "generations") if not name.startswith(".")}
+        named = {c.generation for c in source.ledger.log[: self.have + 1]}
+        self.left = sorted(self.there - named - set(self.wanted))
+
+    def make(self, loose_files: dict[str, bytes]) -> BackupReport:
+        """Makes it. Raises _Gone where the state has to be opened again."""
+        ledger = self.source.ledger
+        tagged = {ledger.get(seq).generation for seq in ledger.tags.values()}
+        kept = {ledger.head.generation, *tagged, *self.wanted}
+        new = tuple(name for name in self.wanted if name not in self.there)
+        report = BackupReport(
+            directory=self.directory,
+            id=self.id,
+            head=ledger.head.seq,
+            records=ledger.head.seq - self.have,
+            generations=new,
+            dropped=tuple(sorted(self.there - set(self.left) - kept)),
+            nbytes=sum(max(0, size_of(self.source.path / "generations" / name)) for name in new),
+        )
+        if self.wish.dry_run:
+            return report
+        with environment("cannot make the backup"), self._begun():
+            copies = self.wish.copy or self.source.path.stat().st_dev != self.directory.stat().st_dev
+            room(self.directory, report.nbytes if copies else 0, "the backup")
+            taking = self._generations(new)
+            self._records(taking)
+            if self.have < 0:  # nobody sees it yet, and HEAD makes it whole
+                self._beside(loose_files)
+                self._head()
+            else:  # tags and cursors must not be ahead of the records
+                self._head()
+                self._beside(loose_files)
+            retention.drop(self.directory, report.dropped)
+        if self.wish.check:
+            self._checked()
+        return replace(
+            report,
+            head=ledger.head.seq,
+            linked=taking.linked,
+            copied=taking.copied,
+            copied_bytes=taking.copied_bytes,
+            checked=self.wish.check,
+        )
+
+    @contextlib.contextmanager
+    def _begun(self) -> Iterator[None]:
+        """Holds the lock of the copy, in which PARTIAL says that it is not whole; what a killed backup left there is
+        removed first."""
+        directory = self.directory
+        made = [p for p in (directory.absolute(), *directory.absolute().parents) if not p.exists()]
+        directory.mkdir(parents=True, exist_ok=True)
+        for parent in made:
+            sync_file(parent.parent)
+        fd = lock.take(directory / "lock")
+        try:
+            if _have(self.source, directory, self.wish) != self.have:
+                raise Busy(f"{directory} was written meanwhile: try again")
+            replace_bytes(directory / PARTIAL, framing.encode({"clone": self.wish.clone, "of": self.source.id})[0])
+            for name in opening.DIRECTORIES:
+                (directory / name).mkdir(exist_ok=True)
+            opening.cut(directory, self.have)
+            if self.have < 0:
+                (directory / "HEAD").unlink(missing_ok=True)
+            for name in (*self.left, *(n for n in _names(directory / "generations") if n.startswith("."))):
+                shutil.rmtree(directory / "generations" / name)
+            yield
+            (directory / PARTIAL).unlink()
+            sync_file(directory)
+        finally:
+            os.close(fd)
+
+    def _generations(self, new: tuple[str, ...]) -> Taking:
+        """Takes the new generations and checks all. Raises Damaged where one is not whole: then HEAD is not written."""
+        generations, done = self.source.path / "generations", 0
+        total = sum(len(names) for name in new for _, _, names in os.walk(generations / name))
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            self.progress("copy", done, max(done, total))
+
+        taking = Taking(not self.wish.copy, step)
+        for name in self.wanted:
+            if name not in new:
+                taking.know(generations / name, self.directory / "generations" / name)
+        for name in new:
+            self._take(taking, name)
+        if self.wish.check:
+            self._check(taking)
+        return taking
+
+    def _take(self, taking: Taking, name: str) -> None:
+        """Takes a generation, which must not expire meanwhile. One that is not needed may have expired before."""
+        commit = next(c for c in self.source.ledger.log if c.generation == name)
+        target = self.directory / "generations"
+        try:
+            with self.source.lease(commit.seq):
+                # who reads a generation holds a lock on its receipts: the copy has readers of its own
+                source = self.source.path / "generations" / name
+                taking.tree(source, target / name, target / f"{_COPYING}{name}", RECEIPTS)
+        except Misconfigured:
+            if name == self.source.ledger.head.generation:
+                raise _Gone from None
+
+    def _check(self, taking: Taking) -> None:
+        """Reads every byte of the copy's generations. One that was there and is damaged is taken again."""
+        arrays, done = sum(len(slots) for slots in self.source.format.slots.values()), 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            self.progress("check", done, max(done, len(self.wanted) * arrays))
+
+        for name in self.wanted:
+            directory = self.directory / "generations" / name
+            commit = next(c for c in self.source.ledger.log if c.generation == name)
+            generation = Generation(directory, self.source.format, commit.receipts or "")
+            if not directory.exists():
+                continue
+            findings = list(generation.check(step))
+            if findings and name in self.there:
+                shutil.rmtree(directory)
+                taking.same.clear()
+                self._take(taking, name)
+                findings = list(Generation(directory, self.source.format, commit.receipts or "").check(step))
+            if findings:
+                raise Damaged(
+                    f"{findings[0]} ({len(findings)} findings): the backup stays at the record where it was; "
+                    "'continual verify' says whether the state itself is damaged"
+                )
+
+    def _records(self, taking: Taking) -> None:
+        for commit in self.source.ledger.log[self.have + 1 :]:
+            name = f"commits/{commit.seq:08d}.json"
+            taking.file(self.source.path / name, self.directory / name)
+        sync_tree(self.directory / "commits")
+        sync_file(self.directory / "generations")
+        if self.have < 0:
+            replace_bytes(self.directory / "format.json", (self.source.path / "format.json").read_bytes())
+
+    def _head(self) -> None:
+        """From here on the copy is at the new record."""
+        ledger, head = self.source.ledger, self.source.ledger.head
+        if self.wish.clone:
+            told = f"a clone of the state {self.source.path.absolute()}, record {head.seq}"
+            entry = CloneEntry(id=self.id, of=self.source.id, message=told)
+            Journal(self.directory, ledger, _silent).append(entry, Held(head.generation, head.receipts))
+        else:
+            protocol.write_head(self.directory, head)
+
+    def _beside(self, files: dict[str, bytes]) -> None:
+        """Makes tags, pushes and cursors those of the state."""
+        tags = {
+            f"tags/{tag}.json": framing.encode({"seq": seq, "tag": tag})[0]
+            for tag, seq in self.source.ledger.tags.items()
+        }
+        for name, data in {**tags, **files}.items():
+            (self.directory / name).parent.mkdir(exist_ok=True)
+            if not (self.directory / name).exists() or (self.directory / name).read_bytes() != data:
+                replace_bytes(self.directory / name, data)
+        for kind in ("tags", *_LOOSE):
+            for file in (self.directory / kind).glob("[!.]*.json"):
+                if f"{kind}/{file.name}" not in {**tags, **files}:
+                    file.unlink()
+
+    def _checked(self) -> None:
+        """Opens the copy and reads all but its generations, which were read before. Raises Damaged."""
+        with State.open(self.directory) as copy:
+            if findings := verify(copy, generations=False):
+                raise Damaged(f"the backup is not whole: {findings[0]} ({len(findings)} findings)")
+
+
+def _have(source: State, directory: Path, wish: Wish) -> int:
+    """The newest record that the backup in `directory` has, −1 where there is none yet. Raises Misconfigured where
+    something else is there, Damaged."""
+    if not directory.exists():
+        return -1
+    if not directory.is_dir():
+        raise Misconfigured(f"{directory} is no directory")
+    names = set(_names(directory)) - {"lock"}
+    if not names or (PARTIAL in names and "HEAD" not in names):
+        return -1
+    if wish.clone and PARTIAL in names and framing.decode(directory / PARTIAL)[0].get("clone") is True:
+        return -1
+    if "format.json" not in names:
+        raise Misconfigured(f"{directory} is not empty, and no backup: name another directory")
+    form = Format.of(framing.decode(directory / "format.json")[0], directory / "format.json")
+    if wish.clone:
+        raise Misconfigured(f"{directory} is a state already: a clone needs a directory of its own")
+    if form != source.format:
+        raise Misconfigured(f"{directory} holds another state ({form.id[:12]}): name another directory")
+    if wish.copy and any(
+        file.exists() and file.samefile(directory / "commits" / file.name)
+        for file in map((source.path / "commits").joinpath, _names(directory / "commits"))
+    ):
+        raise Misconfigured(f"{directory} was made with hard links: copies need a directory of their own")
+    head = protocol.read_head(directory)
+    if head.seq >= len(source.ledger.log) or source.ledger.get(head.seq).crc != head.crc:
+        raise Misconfigured(
+            f"{directory} is at record {head.seq} of another history: this state was restored or repaired since, or "
+            "the other one went on; name another directory, and keep this one until you know which of them is right"
+        )
+    return head.seq
+
+
+def _loose_files(path: Path) -> dict[str, bytes]:
+    """The pushes and cursors of the state in `path`, by path below it. Raises Damaged."""
+    found = {}
+    for name in _LOOSE:
+        for file in sorted((path / name).glob("[!.]*.json")):
+            with contextlib.suppress(FileNotFoundError):  # settled meanwhile
+                data = file.read_bytes()
+                loose(file)
+                found[f"{name}/{file.name}"] = data
+    return found
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
+
+
+def _silent(_step: str) -> None:
+    pass

@@ -1,0 +1,102 @@
+"""Takes files and directories of one state into another: as hard links, else as copies that share their blocks where
+the file system can do that (reflinks), else as plain copies. No knowledge of what is taken."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from continual.state.durable import move_away, sync_tree
+
+_FICLONE = 0x40049409
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@dataclass(slots=True)
+class Taking:
+    """How files are taken, and what was taken so far. `link`: whether hard links to the source may be made; `step` is
+    called after each file.
+
+    A file that has several names in the source has as many in the target: `same` maps device and inode of those that
+    were seen to the name in the target.
+    """
+
+    link: bool
+    step: Callable[[], None]
+    linked: int = 0
+    copied: int = 0
+    copied_bytes: int = 0
+    same: dict[tuple[int, int], Path] = field(default_factory=dict)
+
+    def file(self, source: Path, target: Path, *, apart: bool = False) -> None:
+        """Takes a file; `apart`: as a copy. Not synced. Raises OSError."""
+        if self.link and not apart and _linked(source, target):
+            self.linked += 1
+            return
+        told = source.stat()
+        twin = self.same.get((told.st_dev, told.st_ino))
+        if twin is not None and not apart and _linked(twin, target):
+            return
+        _copied(source, target)
+        self.copied += 1
+        self.copied_bytes += told.st_size
+        if told.st_nlink > 1:
+            self.same[told.st_dev, told.st_ino] = target
+
+    def tree(self, source: Path, final: Path, temporary: Path, apart: str) -> None:
+        """Takes a directory with all that is in it as `final`: under the name `temporary` until all is on disk. What an
+        earlier try left there is dropped. Files called `apart` are always copied. Raises OSError, and Halt if an fsync
+        failed."""
+        shutil.rmtree(temporary, ignore_errors=True)
+        for root, _, names in os.walk(source, onerror=_raise):
+            directory = temporary / Path(root).relative_to(source)
+            directory.mkdir()
+            for name in names:
+                self.file(Path(root, name), directory / name, apart=name == apart)
+                self.step()
+        for inode, path in self.same.items():
+            if path.is_relative_to(temporary):
+                self.same[inode] = final / path.relative_to(temporary)
+        sync_tree(temporary)
+        move_away(temporary, final)
+
+    def know(self, source: Path, target: Path) -> None:
+        """The directory `target` has been taken from `source` before: files of `source` that have several names are
+        not copied again."""
+        for root, _, names in os.walk(source):
+            for name in names:
+                file = Path(root, name)
+                with contextlib.suppress(FileNotFoundError):
+                    told, twin = file.stat(), target / file.relative_to(source)
+                    if told.st_nlink > 1 and (self.link or not twin.samefile(file)):
+                        self.same[told.st_dev, told.st_ino] = twin
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Makes a hard link, if the file system allows one."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        return False
+    return True
+
+
+def _copied(source: Path, target: Path) -> None:
+    """Makes a copy that shares its blocks, or a plain one."""
+    with source.open("rb") as old, target.open("xb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+        except OSError:
+            shutil.copyfileobj(old, new, 1 << 20)

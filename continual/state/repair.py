@@ -1,0 +1,123 @@
+"""The way out of a damaged state: what is still whole, what following it would lose, and doing that.
+
+`look` reads and says; `repair` does what `look` said and nothing else. A damaged file is never mended: it is moved to
+a directory `.repaired-TIME` in the state, and nothing is deleted. Killed at any step, both can be repeated: what a
+killed repair moved is found in that directory, and is part of what the next one says (FORMAT.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from pathlib import Path
+
+from continual.errors import Misconfigured
+from continual.state import lock, opening, protocol
+from continual.state.damage import Inspection, RepairPlan
+from continual.state.durable import environment, sync_file
+from continual.state.entries import RepairEntry
+from continual.state.format import Commit
+from continual.state.protocol import Held, Journal, OnStep
+from continual.state.store import State
+from continual.state.strays import ASIDE
+from continual.state.verify import OnPart
+
+_MOST = 1000
+"""Lines of what was lost that the record keeps; the old files say the rest."""
+
+
+def look(path: Path, progress: OnPart) -> RepairPlan:
+    """Says what is damaged in the state in `path` and what can be done. A part, for `progress`, is an array.
+
+    Raises Misconfigured where there is no state, Busy where a process writes to it, Damaged where nothing can be done:
+    then a file has to come from a backup.
+    """
+    _check(path)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(Misconfigured):  # a read-only state can be looked at, and nobody writes to it
+            stack.callback(os.close, lock.take(path / "lock"))
+        return Inspection(path, progress).plan
+
+
+def repair(path: Path, plan: RepairPlan, progress: OnPart, on_step: OnStep | None = None) -> Commit | None:
+    """Does what `plan` says, and returns the record of it; None where nothing is damaged.
+
+    Raises Misconfigured where the state is not any more what it was when the plan was made, Busy, Damaged, Retry and
+    Halt. It can be repeated after a kill.
+    """
+    _check(path)
+    fd = lock.take(path / "lock")
+    try:
+        found = Inspection(path, progress)
+        if found.plan != plan:
+            raise Misconfigured(f"{path} is not as it was when you were told what a repair does: look at it again")
+        if not plan.findings:
+            return None
+        with environment("cannot repair the state"):
+            aside = found.unfinished or _new_aside(path)
+            _move(path, aside, plan)
+            return _record(path, aside, found, on_step or _silent)
+    finally:
+        os.close(fd)
+
+
+def _move(path: Path, aside: Path, plan: RepairPlan) -> None:
+    """Moves the old files away and makes the directories of a state."""
+    touched = {path, aside}
+    for name in opening.DIRECTORIES:
+        (path / name).mkdir(exist_ok=True)
+    for name in plan.aside:
+        source, target = path / name, aside / name
+        target.parent.mkdir(exist_ok=True)
+        while target.exists():  # of an earlier try
+            target = target.with_name(f"{target.name}.again")
+        os.rename(source, target)
+        touched |= {source.parent, target.parent}
+    if (path / "HEAD").exists() and not (aside / "HEAD").exists():
+        shutil.copyfile(path / "HEAD", aside / "HEAD")  # it is replaced in one step, by the record
+        sync_file(aside / "HEAD")
+    for directory in sorted(touched):
+        sync_file(directory)
+
+
+def _record(path: Path, aside: Path, found: Inspection, on_step: OnStep) -> Commit:
+    """Writes the tags, then the record, which puts the merge in force."""
+    plan, target = found.plan, found.ledger.get(found.plan.to)
+    for tag in plan.tag_files:
+        protocol.write_tag(path, tag, found.ledger.tags[tag])
+    more = len(plan.lost) - _MOST
+    entry = RepairEntry(
+        to=plan.to,
+        undone=len(plan.undone),
+        lost=(*plan.lost[:_MOST], *([f"and {more} more"] if more > 0 else [])),
+        tags=plan.tags,
+        generations=plan.generations,
+        aside=aside.name,
+        message=f"to record {plan.to}: {len(plan.lost)} records lost, {len(plan.undone)} folds undone; "
+        f"the old files are in {aside.name}",
+    )
+    commit = Journal(path, found.ledger, on_step).append(entry, Held(target.generation, target.receipts))
+    State.open(path).close()
+    return commit
+
+
+def _check(path: Path) -> None:
+    """Raises Misconfigured where there is no state, nor what is left of one."""
+    if (path / opening.PARTIAL).exists() and not (path / "HEAD").exists():
+        opening.read_format(path)
+    if not (path / "format.json").exists() and opening.unfinished(path):
+        raise Misconfigured(f"no state in {path}: make one with 'continual init BASE --state {path}'")
+
+
+def _new_aside(path: Path) -> Path:
+    """Makes the directory for the old files."""
+    name = ASIDE + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    aside = next(p for n in range(1000) if not (p := path / (f"{name}-{n}" if n else name)).exists())
+    aside.mkdir()
+    return aside
+
+
+def _silent(_step: str) -> None:
+    pass

@@ -1,0 +1,140 @@
+"""What lies in the directory of a state and belongs to no part of the format (FORMAT.md), or is left over: named with
+its size. None of it is damage, and nothing is removed here."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from continual.state.arrays import chunk_names
+from continual.state.format import Format
+from continual.state.generation import RECEIPTS, node
+from continual.state.ledger import Ledger
+from continual.state.opening import PARTIAL
+
+ASIDE = ".repaired-"
+"""What the name of a directory begins with in which a repair keeps the old files."""
+CONTROL = "control"
+"""The socket of a running daemon."""
+
+_RECORD = re.compile(r"\d{8,}\.json")
+_LEASE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}")
+_FRAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.json")
+_TEMPORARY = re.compile(r"\..+\.tmp")
+_FILES = ("format.json", "HEAD", "lock", "FORMAT.md", PARTIAL)
+_UNKNOWN = "no part of the format"
+_WRITING = "being written, or left by a writer that died: it goes when the state is next opened for writing"
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """A file or directory, by its path below the state. `nbytes`: of it, and of all that is in it; `what` says what it
+    is."""
+
+    path: str
+    nbytes: int
+    what: str
+
+
+def strays(path: Path, form: Format, ledger: Ledger) -> list[Stray]:
+    """The strays of the state in `path`, in order of their paths. What goes away while it is looked at is left out."""
+    found: list[Stray] = []
+    for entry in _entries(path):
+        name = entry.name
+        if name == "commits":
+            found += _in(entry, "commits", _RECORD)
+        elif name in ("tags", "sources", "inbox"):
+            found += _tags(entry, ledger) if name == "tags" else _in(entry, name, _FRAMED)
+        elif name == "leases":
+            found += _in(entry, name, _LEASE)
+        elif name == "generations":
+            found += _generations(entry, form, {c.generation for c in ledger.log if c.generation})
+        elif name == "staging":
+            found.append(_stray(entry, "staging", "a release on its way; it goes when the next begins"))
+        elif name.startswith(ASIDE):
+            found.append(_stray(entry, name, "what a repair kept aside: delete it when nothing of it is needed"))
+        elif _TEMPORARY.fullmatch(name):
+            found.append(_stray(entry, name, _WRITING))
+        elif name not in _FILES and not (name == CONTROL and _is_socket(entry)):
+            found.append(_stray(entry, name, _UNKNOWN))
+    return sorted((stray for stray in found if stray.nbytes >= 0), key=lambda stray: stray.path)
+
+
+def _in(directory: Path, name: str, pattern: re.Pattern[str]) -> Iterator[Stray]:
+    """The strays in a directory that has files whose names match."""
+    for entry in _entries(directory):
+        if _TEMPORARY.fullmatch(entry.name):
+            yield _stray(entry, f"{name}/{entry.name}", _WRITING)
+        elif not pattern.fullmatch(entry.name) or not entry.is_file():
+            yield _stray(entry, f"{name}/{entry.name}", _UNKNOWN)
+
+
+def _tags(directory: Path, ledger: Ledger) -> Iterator[Stray]:
+    yield from _in(directory, "tags", _FRAMED)
+    known = ledger.tags
+    for entry in _entries(directory):
+        if _FRAMED.fullmatch(entry.name) and entry.is_file() and entry.stem not in known:
+            yield _stray(entry, f"tags/{entry.name}", "no record names this tag")
+
+
+def _generations(directory: Path, form: Format, known: set[str]) -> Iterator[Stray]:
+    arrays = {
+        node(slot, name): {"zarr.json", *chunk_names(spec)}
+        for name, slots in form.slots.items()
+        for slot, spec in slots.items()
+    }
+    groups = {array.split("/")[0] for array in arrays}
+    for generation in _entries(directory):
+        name = f"generations/{generation.name}"
+        if generation.name not in known:
+            yield _stray(generation, name, f"a generation that no record names; {_WRITING}")
+            continue
+        for entry in _entries(generation):
+            if entry.name not in groups:
+                if entry.name not in ("zarr.json", RECEIPTS):
+                    yield _stray(entry, f"{name}/{entry.name}", _UNKNOWN)
+                continue
+            for array in _entries(entry):
+                inner = f"{entry.name}/{array.name}"
+                if inner not in arrays:
+                    if array.name != "zarr.json":
+                        yield _stray(array, f"{name}/{inner}", _UNKNOWN)
+                    continue
+                for file in _entries(array):
+                    if file.name not in arrays[inner]:
+                        yield _stray(file, f"{name}/{inner}/{file.name}", _UNKNOWN)
+
+
+def _entries(directory: Path) -> list[Path]:
+    """What is in a directory; nothing where there is none."""
+    try:
+        return sorted(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _is_socket(entry: Path) -> bool:
+    try:
+        return stat.S_ISSOCK(entry.lstat().st_mode)
+    except FileNotFoundError:
+        return True
+
+
+def _stray(entry: Path, name: str, what: str) -> Stray:
+    """The stray at `entry`; of −1 bytes where it has gone meanwhile."""
+    return Stray(name, size_of(entry), what)
+
+
+def size_of(entry: Path) -> int:
+    """The bytes of a file, or of all files below a directory; −1 if it is not there."""
+    try:
+        told = entry.lstat()
+    except FileNotFoundError:
+        return -1
+    if not stat.S_ISDIR(told.st_mode):
+        return told.st_size
+    return sum(max(0, size_of(Path(root, file))) for root, _, files in os.walk(entry) for file in files)
