@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlencode
 
 from continual.errors import Misconfigured, Refuse
@@ -34,9 +34,12 @@ from continual.hub.answers import (
 )
 from continual.hub.line import Line
 from continual.hub.proof import is_known, same
-from continual.hub.trouble import Trouble, next_of
+from continual.hub.trouble import Failed, Trouble, next_of, said
 from continual.retrying import Fault
 from continual.tensors.files import LARGEST_CONFIG
+
+if TYPE_CHECKING:
+    from continual.hub.wire import Answer
 
 T = TypeVar("T")
 _CLIENTS_TIMEOUT = 60.0
@@ -109,8 +112,9 @@ class Hub(Line):
             if url in seen or len(files) > MOST_FILES:
                 raise DoesNotFit(f"{what}: the list of its files has no end", repo, sha)
             seen.add(url)
-            page, url = self._page(what, url, tree_of)
+            page, answer = self._page(what, url, tree_of)
             files |= page
+            url = self._following(what, answer)
         return files
 
     def listing(
@@ -135,8 +139,9 @@ class Hub(Line):
                 raise Trouble(f"{what}: the Hub's pages lead in a circle; nothing was settled", Fault.SERVER)
             seen.add(url)
             budget.pages -= 1
-            rows, url = self._page(what, url, models_of, budget.until)
+            rows, answer = self._page(what, url, models_of, budget.until)
             yield from rows
+            url = self._following(what, answer)
 
     def history(self, repo: str, revision: str) -> list[str]:
         """The commits before `revision`, newest first, at most some thousands. Raises Refuse (`gone`) if there is no
@@ -147,8 +152,9 @@ class Hub(Line):
         for _ in range(_HISTORY):
             if url is None:
                 break
-            page, url = self._page(what, url, commits_of)
+            page, answer = self._page(what, url, commits_of)
             found += page
+            url = self._following(what, answer)
         return found[1:]
 
     def tags(self, repo: str) -> dict[str, str]:
@@ -160,16 +166,23 @@ class Hub(Line):
 
     def _page(
         self, what: str, url: str, parse: Callable[[bytes, str], T], until: float | None = None
-    ) -> tuple[T, str | None]:
-        """What a page says, and the address of the next one."""
+    ) -> tuple[T, Answer]:
+        """What a page says, and the answer that said it."""
         from continual.hub import wire
 
-        def once() -> tuple[T, str | None]:
+        def once() -> tuple[T, Answer]:
             answer = wire.ask(url, self._token, self.endpoint)
             self._count(0, len(answer.body))
-            return parse(answer.body, what), next_of(answer.link, answer.url, self.endpoint)
+            return parse(answer.body, what), answer
 
         return self._tried(what, once, lambda: self._guard(what, wire.ANSWER_SECONDS, LARGEST_ANSWER), until=until)
+
+    def _following(self, what: str, answer: Answer) -> str | None:
+        """The address of the next page, None after the last one. Raises Trouble for one that cannot be used."""
+        try:
+            return next_of(answer.link, answer.url, self.endpoint)
+        except Failed as error:
+            raise said(what, error, "") from None
 
     def small(self, repo: str, sha: str, file: RemoteFile) -> bytes:
         """Reads a whole configuration file at a commit, and compares it with the hash that the Hub says. Raises as

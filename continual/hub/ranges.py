@@ -81,8 +81,13 @@ class Ranges(Chunked):
                 continue
             while self._taken and not self._closed and self._order.next(file) is not None:
                 self._help(file)
-            if hashing.at == self.stats[file].size and not hashing.fits:
-                self._doubt(file, hashing.digest)
+            self._compare(file)
+
+    def _compare(self, file: int) -> None:
+        """Compares the hash of a file that was hashed to its end. Raises as `check_unchanged`."""
+        hashing = self._order.hashes[file]
+        if hashing is not None and hashing.at == self.stats[file].size and not hashing.fits:
+            self._doubt(file, hashing.digest)
 
     def _doubt(self, file: int, first: str) -> None:
         """Reads a file once more whose hash was not what the Hub says, in its order and for nothing else. Raises
@@ -103,6 +108,7 @@ class Ranges(Chunked):
         super()._read_apart(file, into, offset)
         with self._ready:
             self._order.read_apart(file, offset, into)
+        self._compare(file)  # a file that has nothing but what was read here, such as a configuration
 
     def _take(self, index: int) -> mmap.mmap:
         with self._ready:
