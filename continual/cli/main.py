@@ -173,6 +173,7 @@ def rules(json: Json = False) -> None:
     "log_json",
     "log_level",
     "allow_remote",
+    "allowed_hosts",
 )
 def run(*, flags: Flags) -> None:
     """Run the daemon: watch folders and the Hub, fold what appears, publish the merge, serve the status page and

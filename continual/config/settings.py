@@ -249,6 +249,9 @@ class Settings(BaseModel):
         default=8321, description="port of the service; 0 takes a free one"
     )
     allow_remote: bool = Field(default=False, description="listen on an address that other machines reach")
+    allowed_hosts: Texts = Field(
+        default=(), description="names by which the service may be asked, besides localhost, addresses and host"
+    )
     current: Path | None = Field(
         default=None, description="a link that is kept pointing at an export of the newest merged model"
     )

@@ -28,7 +28,7 @@ from continual.service.outlets import Outlets
 from continual.service.queue import Queue
 from continual.service.status import Live
 from continual.service.watched import sources_of
-from continual.service.web import create_app, listen, serve
+from continual.service.web import Ears, create_app, listen, serve
 from continual.service.worker import Worker
 from continual.sources import roster
 from continual.sources.contract import Listening, Source
@@ -163,7 +163,10 @@ class Daemon:
 
     async def _serve(self, stop: asyncio.Event) -> None:
         routes = [route for source in self.sources if isinstance(source, Listening) for route in source.routes()]
-        await serve(create_app(self.live, self.metrics, routes), self._socket, self._listening, stop)
+        names = [*self.settings.allowed_hosts, self.settings.host]
+        app = create_app(self.live, self.metrics, routes, names)
+        ears = Ears(self.metrics.dropped, lambda error: self._failures.tell(error, "page", what="a page"))
+        await serve(app, self._socket, self._listening, stop, ears)
 
     def _listening(self, url: str) -> None:
         self.merge.announce(url)

@@ -4,14 +4,13 @@ wants to be told over HTTP are routes of its own."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import json
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
-import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
@@ -21,8 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from continual.errors import Misconfigured
 from continual.service.metrics import CONTENT_TYPE, Metrics
 from continual.service.web import page
-from continual.service.web.view import View
-from continual.texts import Json
+from continual.service.web.hosts import may_ask
+from continual.service.web.server import Ears, Server
+from continual.service.web.view import Status, View
+from continual.texts import Json, plain
 
 _MOST = 1000
 _HEADERS = (
@@ -36,14 +37,18 @@ _HEADERS = (
 )
 
 
-def create_app(view: View, metrics: Metrics, routes: Sequence[BaseRoute] = ()) -> Starlette:
-    """The application on what `view` tells; `routes` are those that sources add."""
+def create_app(
+    view: View, metrics: Metrics, routes: Sequence[BaseRoute] = (), names: Collection[str] = ()
+) -> Starlette:
+    """The application on what `view` tells; `routes` are those that sources add, `names` by which it may be asked for
+    besides localhost and addresses."""
+    look = _Look(view)
 
     async def index(_request: Request) -> Response:
-        return HTMLResponse(page.render(await asyncio.to_thread(view.status)))
+        return HTMLResponse(page.render(await look.status()))
 
     async def status(_request: Request) -> Response:
-        return JSONResponse((await asyncio.to_thread(view.status)).body())
+        return JSONResponse((await look.status()).body())
 
     async def log(request: Request) -> Response:
         try:
@@ -58,8 +63,8 @@ def create_app(view: View, metrics: Metrics, routes: Sequence[BaseRoute] = ()) -
     async def series(_request: Request) -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
-    def probe(ask: Callable[[], tuple[bool, str]]) -> Callable[[Request], Response]:
-        def answer(_request: Request) -> Response:
+    def probe(ask: Callable[[], tuple[bool, str]]) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(_request: Request) -> Response:  # on the event loop: whether that turns is what is asked
             good, why = ask()
             return PlainTextResponse(f"{why}\n", 200 if good else 503)
 
@@ -73,7 +78,41 @@ def create_app(view: View, metrics: Metrics, routes: Sequence[BaseRoute] = ()) -
         Route("/healthz", probe(view.healthy)),
         Route("/readyz", probe(view.ready)),
     ]
-    return Starlette(routes=[*ours, *routes], middleware=[Middleware(_Headers)])
+    guards = [Middleware(_Headers), Middleware(_Names, names=names, metrics=metrics)]
+    return Starlette(routes=[*ours, *routes], middleware=guards)
+
+
+class _Look:
+    """Asks for the status on a thread, once at a time: who asks meanwhile gets the same answer."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._under_way: asyncio.Future[Status] | None = None
+
+    async def status(self) -> Status:
+        """Everything there is to show."""
+        if self._under_way is None or self._under_way.done():
+            self._under_way = asyncio.ensure_future(asyncio.to_thread(self._view.status))
+        return await asyncio.shield(self._under_way)
+
+
+class _Names:
+    """Answers 421 to a request by a name that is not ours."""
+
+    def __init__(self, app: ASGIApp, names: Collection[str], metrics: Metrics) -> None:
+        self.app = app
+        self.names = names
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host = Headers(scope=scope).get("host")
+            if not may_ask(host, self.names):
+                self.metrics.dropped("host")
+                told = f"{plain(host or '', 100)} is no name of this service; set allowed_hosts if it is\n"
+                await PlainTextResponse(told, 421)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class _Headers:
@@ -89,14 +128,6 @@ class _Headers:
             await send(message)
 
         await self.app(scope, receive, with_headers)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handling: the daemon takes the signals, and code after serving must run."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def listen(host: str, port: int, *, allow_remote: bool) -> socket.socket:
@@ -123,22 +154,16 @@ def listen(host: str, port: int, *, allow_remote: bool) -> socket.socket:
     return sock
 
 
-async def serve(app: Starlette, sock: socket.socket, started: Callable[[str], None], stop: asyncio.Event) -> None:
+async def serve(
+    app: Starlette, sock: socket.socket, started: Callable[[str], None], stop: asyncio.Event, ears: Ears
+) -> None:
     """Serves `app` on `sock` until `stop` is set; calls `started` with the URL once it listens."""
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, server_header=False
-    )
-    server = _Server(config)
-    serving = asyncio.ensure_future(server.serve(sockets=[sock]))
-    try:
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.01)
+
+    def listening() -> None:
         host, port = sock.getsockname()[:2]
         started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        await stop.wait()
-    finally:
-        server.should_exit = True
-        await serving
+
+    await Server(app, sock, ears).run(listening, stop)
 
 
 def parse(text: str) -> dict[str, Json]:

@@ -47,6 +47,18 @@ def test_every_answer_has_the_security_headers(client: TestClient) -> None:
         assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store"), path
 
 
+def test_a_strange_name_is_misdirected_and_an_allowed_one_is_not(live: Live) -> None:
+    metrics = Metrics()
+    app = create_app(live, metrics, names=["merge.example.org"])
+    for path in ("/", "/api/status", "/metrics", "/healthz", "/webhook"):
+        answer = TestClient(app, base_url="http://evil.example:8321").get(path)
+        assert (answer.status_code, "allowed_hosts" in answer.text) == (421, True), path
+        assert "x-content-type-options" in answer.headers
+    assert b'continual_http_dropped_total{reason="host"} 5.0' in metrics.text()
+    for name in ("merge.example.org", "10.0.0.7:80", "localhost"):
+        assert TestClient(app, base_url=f"http://{name}").get("/healthz").status_code == 200
+
+
 def test_without_a_secret_there_is_no_webhook(client: TestClient) -> None:
     assert client.post("/webhook", json={}).status_code == 404
 
