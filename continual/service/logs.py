@@ -72,7 +72,7 @@ def _plain(value: object, *, lines: bool = False) -> object:
     return value if value is None or isinstance(value, bool | int | float) else plain(str(value))
 
 
-class Told(NamedTuple):
+class Logged(NamedTuple):
     """When a message was logged last, and how often it was left out since."""
 
     at: float
@@ -86,7 +86,7 @@ class Repeats:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` tells seconds that never go back."""
         self._clock = clock
-        self._told: OrderedDict[tuple[str, ...], Told] = OrderedDict()
+        self._told: OrderedDict[tuple[str, ...], Logged] = OrderedDict()
 
     def __call__(self, _logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
         """Passes `line` on, or raises DropEvent."""
@@ -98,7 +98,7 @@ class Repeats:
         if before is not None and now - before.at < INTERVAL:
             self._told[same] = before._replace(left_out=before.left_out + 1)
             raise structlog.DropEvent
-        self._told[same] = Told(now, 0)
+        self._told[same] = Logged(now, 0)
         self._told.move_to_end(same)
         if len(self._told) > _REMEMBERED:
             self._told.popitem(last=False)
