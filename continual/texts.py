@@ -76,14 +76,21 @@ def scale(text: str, tuned: Mapping[str, int] | None) -> str:
 
 def jsonable(value: object) -> Json:
     """`value` as JSON can hold it: records and mappings become objects, tuples become lists, and what else JSON does
-    not know (a path, a place) becomes its text."""
+    not know (a path, a place) becomes its text. Lone surrogates, which stand for bytes that are no UTF-8, become
+    escapes that can be seen: no encoder of JSON takes them."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
+        return {_seen(str(key)): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [jsonable(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return _seen(str(value))
+
+
+def _seen(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def record(commit: Commit) -> dict[str, Json]:

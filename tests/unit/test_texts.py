@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,3 +118,8 @@ def test_a_ledger_record_has_its_place_and_then_what_it_says() -> None:
     assert list(body)[:6] == ["seq", "time", "generation", "prev", "crc", "kind"]
     assert (body["seq"], body["kind"], body["message"], body["candidate"]) == (3, "tag", "v1", None)
     assert "receipts" not in body
+
+
+def test_json_can_hold_names_that_are_no_utf8() -> None:
+    found = texts.jsonable({os.fsdecode(b"a\xe9"): [Path(os.fsdecode(b"caf\xe9"))]})
+    assert json.loads(json.dumps(found, ensure_ascii=False).encode()) == {"a\\udce9": ["caf\\udce9"]}

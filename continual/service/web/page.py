@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
-from html import escape
 
 from continual.service.web.view import (
     ShownFold,
@@ -15,7 +15,7 @@ from continual.service.web.view import (
 )
 from continual.sources.contract import SourceReport
 from continual.sources.roster import title_of
-from continual.texts import duration, figure, scale, size, when
+from continual.texts import duration, figure, plain, scale, size, when
 
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--soft:#8882;--good:#1a7f37;--bad:#cf222e}
@@ -46,6 +46,11 @@ SECONDS = 5
 """Seconds after which the page reloads itself."""
 _WIDE = ("why", "what")
 _NUMBERS = ("record", "when", "since", "norm", "cosine", "score", "z", "weight")
+
+
+def escape(text: str) -> str:
+    """A text from outside as HTML; control characters and bytes that are no UTF-8 as escapes that can be seen."""
+    return html.escape(plain(text))
 
 
 def render(status: Status) -> str:
