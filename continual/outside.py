@@ -15,7 +15,7 @@ import stat
 from collections import Counter
 from pathlib import Path
 
-VALUES = 1_000_000
+VALUES = 100_000
 """Values of the largest JSON text that is parsed. A value takes some 100 to 200 bytes of memory while it is."""
 DEPTH = 64
 """How deep lists and objects may lie in each other."""

@@ -17,8 +17,8 @@ from continual.tensors.place import Place, Weights
 
 CONFIG = "adapter_config.json"
 _LARGEST_CONFIG = 4 << 20
-_VALUES = 300_000
-"""Values of the largest configuration: two for each key of the longest tables, and some."""
+_VALUES = 150_000
+"""Values of the largest configuration: one for each key of its tables, and some."""
 _INFORMATION = frozenset(
     [
         "auto_mapping",

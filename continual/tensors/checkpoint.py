@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from continual.errors import Refuse
-from continual.outside import shown
+from continual.outside import VALUES, shown
 from continual.tensors import header
 from continual.tensors.header import TensorInfo
 from continual.tensors.place import Folder, Place, Weights, read_json
@@ -201,7 +201,7 @@ def read_config(place: Place) -> dict[str, object]:
 
 def _weight_map(place: Place) -> dict[str, str]:
     where = place.file(INDEX)
-    body = read_json(place, INDEX, "index").get("weight_map")
+    body = read_json(place, INDEX, "index", values=header.MOST + VALUES).get("weight_map")
     if not isinstance(body, dict) or not body:
         raise Refuse("index", f"{where}: no weight_map")
     for name, shard in body.items():

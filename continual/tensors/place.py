@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from continual.errors import Refuse, Retry
+from continual.outside import VALUES
 from continual.records import FileStat
 from continual.tensors import header
 from continual.tensors.files import Files, reading, small_file
@@ -239,9 +240,10 @@ def place_of(where: Path | Place, root: Path | None = None) -> Place:
     return Folder(where, root) if isinstance(where, Path) else where
 
 
-def read_json(place: Place, name: str, reason: str = "config") -> dict[str, object]:
-    """A small JSON object. Raises Refuse(reason) if the file is none, Retry if it cannot be read now."""
-    return header.json_object(place.small(name), place.file(name), reason)
+def read_json(place: Place, name: str, reason: str = "config", *, values: int = VALUES) -> dict[str, object]:
+    """A small JSON object of at most `values` values. Raises Refuse(reason) if the file is none, Retry if it cannot be
+    read now."""
+    return header.json_object(place.small(name), place.file(name), reason, values=values)
 
 
 def release_of(place: Place) -> Mapping[str, object] | None:
