@@ -4,12 +4,15 @@ a temporary directory beside, and renamed into place when it is whole.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +27,7 @@ from continual.outside import Malformed, parse_fields, read_regular
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, TensorSpec
 from continual.state import State
-from continual.state.durable import publish_dir, replace_link
+from continual.state.durable import move_away, publish_dir, replace_link, usable
 from continual.state.software import software
 from continual.tensors import BaseModel
 from continual.tensors.place import RELEASE
@@ -88,25 +91,65 @@ def export(base: BaseModel, reading: Reading, target: Target, executor: Executor
 def free(directory: Path) -> None:
     """Raises Misconfigured where a directory to write is there already, or cannot be made."""
     final = directory.absolute()
-    if final.exists() or final.is_symlink():
-        raise Misconfigured(f"{directory} exists: export writes a new directory, name one that is not there yet")
-    if not final.parent.is_dir():
-        raise Misconfigured(f"{final.parent}: no such directory to write {final.name} in")
+    with usable(f"cannot write {directory}"):
+        if final.exists() or final.is_symlink():
+            raise Misconfigured(f"{directory} exists: export writes a new directory, name one that is not there yet")
+        if not final.parent.is_dir():
+            raise Misconfigured(f"{final.parent}: no such directory to write {final.name} in")
 
 
 @contextmanager
 def written(directory: Path, reading: Reading) -> Iterator[Path]:
     """Gives a temporary directory to write into. When the block ends well, it becomes `directory`, durably. The
-    generation that `reading` reads does not expire meanwhile."""
+    generation that `reading` reads does not expire meanwhile. What killed exports to `directory` left is removed.
+
+    Raises Misconfigured or Retry where the disk gets in the way; then nothing is left behind.
+    """
     final = directory.absolute()
-    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
-    with reading.state.lease(reading.commit.seq):
+    with usable(f"cannot write {directory}"), reading.state.lease(reading.commit.seq):
+        clear_leftovers(final.parent, rf"\.{re.escape(final.name)}\.[0-9a-f]+\.tmp")
+        temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
         temporary.mkdir()
         try:
-            yield temporary
-            publish_dir(temporary, final)
+            with marked(temporary):
+                yield temporary
+                publish_dir(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def marked(directory: Path) -> Iterator[bool]:
+    """Holds the flock on a directory that is being written, so that others leave it alone; False where another process
+    has it."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(fd)
+
+
+def clear_leftovers(parent: Path, names: str) -> None:
+    """Removes from `parent` the temporary directories and links that killed processes left, whose whole names match the
+    pattern `names`, as far as that can be done. What is being written stays."""
+    with suppress(OSError):
+        for path in [path for path in parent.iterdir() if re.fullmatch(names, path.name)]:
+            with suppress(OSError):
+                _clear(path)
+
+
+def _clear(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+        return
+    with marked(path) as free:
+        if free:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def fill(
@@ -148,27 +191,43 @@ def provenance_of(state: State, seq: int, read: Mapping[str, object]) -> dict[st
 
 def keep_current(link: Path, seq: int, write: Callable[[Path], Path]) -> Path:
     """Has `write` export into `LINK-<seq>` beside `link`, points the link there in one step, then removes the directory
-    that it pointed at before. Returns the new directory.
+    that it pointed at before, and what a killed process left beside it. Returns the new directory.
 
-    Raises Misconfigured if `link` is there and no link, and what `write` raises.
+    Raises Misconfigured if `link` is there and no link, Retry where the disk gets in the way, and what `write` raises.
     """
     link = link.absolute()
-    if link.exists() and not link.is_symlink():
-        raise Misconfigured(f"current = {link}: this is no link; name a place that is free, or remove it")
-    link.parent.mkdir(parents=True, exist_ok=True)
-    before = link.resolve() if link.is_symlink() else None
-    directory = link.parent / f"{link.name}-{seq:08d}"
-    if not directory.exists():
-        write(directory)
-    replace_link(link, directory)
-    if (
-        before is not None
-        and before != directory
-        and before.parent == link.parent
-        and before.name.startswith(f"{link.name}-")
-    ):
-        shutil.rmtree(before, ignore_errors=True)
+    with usable(f"current = {link}"):
+        if link.exists() and not link.is_symlink():
+            raise Misconfigured(f"current = {link}: this is no link; name a place that is free, or remove it")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        before = link.resolve() if link.is_symlink() else None
+        directory = link.parent / f"{link.name}-{seq:08d}"
+        clear_leftovers(link.parent, rf"\.{re.escape(link.name)}(-[0-9]{{8}})?\.[0-9a-f]+\.tmp")
+        if not directory.exists():
+            write(directory)
+        replace_link(link, directory)
+    for old in _old_exports(link, before):
+        if old != directory:
+            _remove(old)
     return directory
+
+
+def _old_exports(link: Path, before: Path | None) -> list[Path]:
+    """The exports beside `link`, by its name and a record: what it pointed at before, and what processes left whole
+    that were killed in between."""
+    ours = re.compile(rf"{re.escape(link.name)}-[0-9]{{8}}")
+    with suppress(OSError):
+        found = [path for path in link.parent.iterdir() if ours.fullmatch(path.name) and not path.is_symlink()]
+        return [path for path in found if path == before or (path / RELEASE).is_file()]
+    return []
+
+
+def _remove(directory: Path) -> None:
+    """Removes an export, as far as that can be done. It loses its name first: half of one never stands under it."""
+    away = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.tmp")
+    with suppress(OSError):
+        move_away(directory, away)
+        shutil.rmtree(away, ignore_errors=True)
 
 
 def copy_small_files(source: Path, target: Path) -> None:

@@ -17,7 +17,7 @@ from continual.publish import card, folder, hub
 from continual.publish.hub import Released
 from continual.rules import ReadOptions
 from continual.state import Commit
-from continual.state.durable import link_tree
+from continual.state.durable import environment, link_tree
 from continual.state.entries import ReleaseEntry
 from continual.state.format import FoldCommit
 from continual.state.software import software
@@ -182,8 +182,9 @@ def exported(merge: Merge, seq: int) -> Iterator[Path]:
     link = settings.current
     beside = link.parent / f"{link.name}-{seq:08d}" if link is not None and dtype is None else None
     staging = settings.state.absolute() / "staging"
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
-    staging.mkdir()
+    with environment(f"cannot make {staging}"):
+        shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
+        staging.mkdir()
     try:
         if beside is not None and link_tree(beside, staging / beside.name):
             yield staging / beside.name

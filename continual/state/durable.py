@@ -203,7 +203,11 @@ def sync_tree(directory: Path, between: Callable[[], None] | None = None) -> Non
     called between the two."""
     files: list[Path] = []
     directories: list[Path] = []
-    for root, _, names in os.walk(directory):
+
+    def not_listed(error: OSError) -> None:
+        raise error  # what is passed over would not be synced
+
+    for root, _, names in os.walk(directory, onerror=not_listed):
         directories.append(Path(root))
         files.extend(Path(root, name) for name in names)
     with ThreadPoolExecutor(4, "fsync") as pool:

@@ -120,8 +120,8 @@ class Journal:
     def settle(self, acknowledged: int) -> None:
         """Completes what the last writer left: all of the ledger stands, and HEAD names record `acknowledged`. The file
         of a tag may be missing if its record is the newest that HEAD names, or newer. Raises Retry and Halt."""
-        sync_file(self.path / "commits")
         with environment(f"cannot open {self.path} for writing"):
+            sync_file(self.path / "commits")
             if acknowledged != self.ledger.head.seq:
                 write_head(self.path, self.ledger.head)
             self._write_tags(acknowledged, missing=True)

@@ -4,11 +4,12 @@ evaluated one after the other, and the best is recorded. Nothing is folded."""
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,9 @@ Evaluation = command.Command | builtin.Rows
 Evaluate = Callable[[Reading], float]
 Told = Callable[[ReadOptions, float], None]
 """Called with each candidate and its score when it is done."""
+
+
+_SCRATCH = ".continual-tune-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,14 +171,17 @@ def range_of(reading: Reading, tuning: Tuning) -> Range:
 
 @contextmanager
 def _scratch_directory(work: str | Path | None) -> Iterator[Path]:
-    """A directory for what is written meanwhile; gone afterwards. Its name begins with a dot, so no watched folder
-    takes what is in it. Raises Retry where it cannot be made."""
-    with environment("cannot make a scratch directory"):
-        made = tempfile.TemporaryDirectory(
-            prefix=".continual-tune-", dir=None if work is None else Path(work).absolute(), ignore_cleanup_errors=True
-        )
-    with made as directory:
-        yield Path(directory)
+    """A directory for what is written meanwhile; gone afterwards, and what killed processes left there before. Its name
+    begins with a dot, so no watched folder takes what is in it. Raises Retry where it cannot be made."""
+    with ExitStack() as held:
+        with environment("cannot make a scratch directory"):
+            parent = None if work is None else Path(work).absolute()
+            if parent is not None:
+                folder.clear_leftovers(parent, re.escape(_SCRATCH) + "[a-z0-9_]+")
+            made = tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=parent, ignore_cleanup_errors=True)
+            directory = Path(held.enter_context(made))
+            held.enter_context(folder.marked(directory))
+        yield directory
 
 
 @contextmanager

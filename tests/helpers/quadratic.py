@@ -72,16 +72,16 @@ def make(directory: Path, device: torch.device) -> Given:
     )
 
 
-def world(place: Path) -> Path:
+def world(place: Path, shapes: Mapping[str, tuple[int, ...]] = models.SHAPES) -> Path:
     """A base in `place`, and three targets that differ from it in one third of the tensors each, so that what is good
     for one task is nothing to the others."""
-    base = models.base(place / "base")
+    base = models.base(place / "base", shapes=shapes)
     (place / "pool").mkdir()
     origin = load_file(base / "model.safetensors")
     for k in range(3):
 
         def keep(tensors: dict[str, Tensor], k: int = k) -> None:
-            tensors.update({name: origin[name] for i, name in enumerate(models.SHAPES) if i % 3 != k})
+            tensors.update({name: origin[name] for i, name in enumerate(shapes) if i % 3 != k})
 
         models.fine_tune(base, place / "targets" / f"t{k}", k, size=1.0, change=keep)
     return base

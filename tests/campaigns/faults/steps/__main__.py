@@ -1,0 +1,5 @@
+"""`python -m tests.campaigns.faults.steps`."""
+
+from tests.campaigns.faults.steps.campaign import main
+
+main()
