@@ -150,6 +150,7 @@ class HubSource(Source):
         """Polls on a thread, and says when the next poll is due. Raises Halt where polling gives up."""
         after = 0.0
         polling = asyncio.create_task(asyncio.to_thread(self.poll))
+        polling.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may wait for it any more
         try:
             await asyncio.wait({polling}, timeout=_FIRST_LOOK)
             self.scanned.set()  # a Hub that takes its time holds up no folder

@@ -22,10 +22,11 @@ from continual.records import Event
 from continual.service.watched import wiring_of
 from continual.sources import polling
 from continual.sources.hub import HubSource
-from tests.helpers import hubs, models
+from tests.helpers import hubs, models, services
 from tests.helpers.hubs import BASE, made, merge, publish
-from tests.loopback import TOKEN, Hub, faults, hostile, serving
+from tests.loopback import TOKEN, Hub, environment, faults, hostile, serving
 from tests.loopback.hostile import row
+from tests.loopback.journal import Request
 from tests.loopback.routing import Answer
 
 pytestmark = pytest.mark.slow
@@ -350,3 +351,33 @@ def test_every_wait_ends_when_continual_stops(hub: Hub, kind: str, how: str, mon
         with pytest.raises((Abandoned, Trouble)):
             call()
         assert time.monotonic() - begun < 5.0
+
+
+@pytest.mark.parametrize("what", ["the listing", "a tensor"])
+def test_the_daemon_ends_soon_after_a_signal_while_a_server_trickles(tmp_path: Path, hub: Hub, what: str) -> None:
+    base = made(tmp_path, hub)
+    (tmp_path / "in").mkdir()
+    publish(hub, "org/ft", models.fine_tune(base, tmp_path / "ft", 1))
+    slow: list[Request] = []
+
+    def trickle(request: Request) -> faults.Fault | None:
+        listing = request.path == "/api/models"
+        if listing if what == "the listing" else request.origin == "cdn":
+            slow.append(request)
+            return hostile.trickled_body() if listing else faults.Slow(10.0)
+        return None
+
+    hub.faults = trickle
+    flags = ("--hub", "watch=true", "--hub", f"bases={BASE}", "--hub", "settle=0", "--drain", "60")
+    env = environment(hub, tmp_path)
+    with services.daemon(tmp_path / "state", tmp_path / "in", *flags, environment=env) as process:
+        address = services.url(process, tmp_path / "state")
+        services.until(lambda: slow, "the Hub trickles")
+        begun = time.monotonic()
+        assert services.get(f"{address}/healthz")[0] == 200
+        assert time.monotonic() - begun < 5.0
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+        assert time.monotonic() - begun < 15.0  # a second or two on a machine that does nothing else
+    log = (tmp_path / "daemon.log").read_text()
+    assert "Traceback" not in log
