@@ -20,10 +20,12 @@ from continual.hub.trouble import Trouble
 from continual.retrying import Fault
 
 S = TypeVar("S", bound="_Said")
-LARGEST_ANSWER = 32 << 20
-"""Bytes of an answer that is read, unpacked: a page of a thousand models takes 1 MB, a repo of 100,000 files 20 MB."""
-MOST_FILES = 100_000
-"""Files of a repo that is read; the Hub advises against more."""
+LARGEST_ANSWER = 16 << 20
+"""Bytes of an answer that is read, unpacked: a page of a thousand models takes 1 MB, a repo of 50,000 files 12 MB."""
+MOST_FILES = 50_000
+"""Files of a repo that is read; no model that can be folded has so many."""
+MOST_VALUES = 1_000_000
+"""Values in an answer. One takes up to 100 bytes while it is parsed, during which no other thread of Python runs."""
 LARGEST_FILE = 1 << 50
 _SHOWN = 80
 
@@ -283,6 +285,10 @@ def _known(row: Mapping[str, object]) -> tuple[str | None, str | None]:
 
 
 def _json(body: bytes, what: str) -> object:
+    """What a text says, or Trouble. Unlike in the files of a model, half a surrogate or a key that is there twice does
+    not spoil all of it: the row that has it is left out."""
+    if len(body) > LARGEST_ANSWER or body.count(b",") + body.count(b"[") + body.count(b"{") > MOST_VALUES:
+        raise _no(what, "text of a size that can be meant")
     try:
         return json.loads(body)
     except (ValueError, RecursionError):

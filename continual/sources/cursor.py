@@ -166,12 +166,16 @@ class Cursor:
 
     def ready(self, now: float, settle: float) -> list[Sighting]:
         """The repos that had no new commit for `settle` seconds and were not given before, oldest commit first."""
+        if len(self.given) == len(self.seen):  # as mostly, and this is asked whenever one is settled
+            return []
         found = [s for key, s in self.seen.items() if key not in self.given and now >= self._due(s, settle)]
         self.given.update(s.key for s in found)
         return sorted(found, key=lambda s: (s.modified, s.repo))
 
     def next_ready(self, now: float, settle: float) -> float | None:
         """Seconds until a repo becomes ready if nothing happens; None if none waits."""
+        if len(self.given) == len(self.seen):
+            return None
         waits = [self._due(s, settle) - now for key, s in self.seen.items() if key not in self.given]
         return max(0.0, min(waits)) if waits else None
 
@@ -183,6 +187,7 @@ class Cursor:
     def prune(self, known: Callable[[str], bool]) -> None:
         """Forgets all that `known` says are settled."""
         self.seen = {key: s for key, s in self.seen.items() if not known(key)}
+        self.given &= self.seen.keys()
 
     def body(self) -> dict[str, Any]:
         """What is kept on disk: lists and numbers."""

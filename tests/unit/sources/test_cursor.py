@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from continual.errors import Retry
 from continual.hub import Info
-from continual.sources.cursor import OVERLAP, Cursor, Sieve, Sighting
+from continual.sources.cursor import OVERLAP, Cursor, Rest, Sieve, Sighting
 
 NOW = 1_800_000_000.0
 
@@ -150,3 +151,41 @@ def test_a_push_without_a_commit_has_a_key_of_its_own() -> None:
     assert cursor.saw(Sighting("o/a", None, NOW, NOW, "webhook"), none)
     assert not cursor.saw(Sighting("o/a", None, NOW, NOW, "webhook"), none)
     assert cursor.saw(Sighting("o/a", "1" * 40, NOW, NOW), none)
+
+
+def many(*times: float) -> list[Info]:
+    """A row for each of these times."""
+    return [info(f"o/m{at}", at=at) for at in times]
+
+
+def test_ten_thousand_settled_repos_are_passed_over_and_a_new_one_is_ready_at_once() -> None:
+    settled = many(*(NOW - n for n in range(10_000)))
+    keys = {f"hub:{info.id}@{info.sha}" for info in settled}
+    cursor = Cursor()
+    assert cursor.read("l", settled, NOW, Sieve(keys.__contains__, every), all_=True) == 0
+    assert cursor.seen == {}
+    cursor = Cursor.of(json.loads(json.dumps(cursor.body())))  # after a restart
+    new = info("o/new", "f", NOW + 1)
+    assert cursor.read("l", [new, *settled], NOW + 2, Sieve(keys.__contains__, every), all_=False) == 1
+    assert [s.repo for s in cursor.ready(NOW + 100, 0.0)] == ["o/new"]
+    assert cursor.ready(NOW + 100, 0.0) == []
+    assert cursor.next_ready(NOW + 100, 0.0) is None
+
+
+def test_a_read_that_is_cut_off_leaves_a_rest_down_to_where_it_would_have_gone() -> None:
+    cursor, sieve = Cursor(), Sieve(none, every)
+    cursor.read("l", many(NOW, NOW - 10), NOW, sieve, all_=True, cut=lambda: "/p2")
+    assert cursor.rests == {"l": Rest("/p2", None)}
+    assert not cursor.sweeps("l", NOW + 1e9, 10.0), "one is under way"
+    cursor.read("l", many(NOW + 5000, NOW + 4000), NOW + 5000, sieve, all_=False, cut=lambda: "/q1")
+    assert cursor.rests == {"l": Rest("/q1", None)}, "down to the end still"
+    cursor.read_on("l", many(NOW + 3000), NOW + 5000, sieve, lambda: "/q2")
+    assert Cursor.of(json.loads(json.dumps(cursor.body()))).rests == {"l": Rest("/q2", None)}
+    cursor.read_on("l", many(NOW - 9999), NOW + 5000, sieve, lambda: None)
+    assert (cursor.rests, cursor.swept) == ({}, {"l": NOW + 5000})
+    cursor.read("l", many(NOW + 9000), NOW + 9000, sieve, all_=False, cut=lambda: "/r1")
+    assert cursor.rests == {"l": Rest("/r1", NOW + 5000 - OVERLAP)}
+    assert cursor.sweeps("l", NOW + 9000, 10.0)
+    assert cursor.read_on("l", many(NOW + 8000, NOW + 4000, NOW + 3999), NOW + 9000, sieve, lambda: None) == 1
+    assert (cursor.rests, cursor.swept) == ({}, {"l": NOW + 5000})
+    assert Cursor.of(cursor.body() | {"rests": {"l": ["/p", None]}}, "other settings").rests == {}
