@@ -206,6 +206,8 @@ class Inspection:
             self.aside += [f"generations/{name}" for name in left]
         if (self.path / PARTIAL).exists():
             self.aside.append(PARTIAL)
+        if (self.path / "HEAD").is_dir():
+            self.aside.append("HEAD")
         rewritten = tuple(sorted(tag for tag in ledger.tags if f"tags/{tag}.json" in tags.bad and tag not in tags.gone))
         return RepairPlan(
             findings=tuple(self.findings),
