@@ -20,7 +20,7 @@ REFUSALS = (
     *("pickle", "no-weights", "no-file", "outside", "truncated", "header", "index", "missing-shard", "config", "dtype"),
     *("missing", "shape", "vocab", "prefix", "tied", "name", "adapter-kind", "adapter-target", "moments", "weight"),
     *("non-finite", "zero", "norm-base", "norm-mean", "duplicate", "update", "own-release"),
-    *("gone", "gated", "superseded", "changed", "irrelevant", "age", "count", "internal"),
+    *("gone", "gated", "superseded", "changed", "malformed", "irrelevant", "age", "count", "internal"),
 )
 """Every reason for which continual keeps a candidate out; operations.md says what each means. A gate of somebody else
 can have others."""

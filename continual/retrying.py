@@ -2,8 +2,7 @@
 seconds; chance is an argument.
 
 There are three levels, and each begins where the one before ends. A request is tried a few times within seconds. A
-candidate is put back into the queue, and parked when that did not help. Polling goes on for ever, more and more rarely,
-unless the Hub says that the token is no good.
+candidate is put back into the queue, and parked when that did not help. Polling goes on for ever, more and more rarely.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ PARKED_AFTER, PARKED = 20, 3600.0
 """After so many failures (an hour and a quarter) a candidate of the Hub is parked: it comes again only once an hour."""
 LONGEST_POLL = 3600.0
 REFUSALS = 3
-"""So many times in a row the Hub may refuse the token before polling gives up."""
+"""When the Hub has refused the token so many times in a row, it is asked only once an hour."""
 
 
 class Fault(StrEnum):
@@ -79,15 +78,16 @@ def retry_delay(attempt: int, after: float = 0.0, *, parks: bool = False) -> flo
     return max(after, min(FIRST_RETRY * 2.0 ** min(attempt - 1, 16), LONGEST_RETRY))
 
 
-def next_poll(interval: float, failures: int, luck: float, *, after: float = 0.0, refused: int = 0) -> float | None:
-    """Seconds until the Hub is asked again what is new; None: polling gives up.
+def next_poll(interval: float, failures: int, luck: float, *, after: float = 0.0, refused: int = 0) -> float:
+    """Seconds until the Hub is asked again what is new.
 
     After a success that is `interval`, by `luck` (0 to 1) up to a tenth shorter or longer. After `failures` in a row it
     doubles from a quarter of the interval up to an hour, and is by `luck` up to a quarter shorter or longer: many
-    daemons do not come at once. Polling gives up where the token was `refused` REFUSALS times in a row.
+    daemons do not come at once. Where the token was `refused` REFUSALS times in a row, only a person can mend it, and
+    the Hub is asked once an hour.
     """
     if refused >= REFUSALS:
-        return None
+        return max(after, LONGEST_POLL)
     if failures == 0:
         return interval * (0.9 + 0.2 * luck)
     doubled = min(interval / 4 * 2.0 ** min(failures - 1, 16), max(interval, LONGEST_POLL))

@@ -37,22 +37,22 @@ def emit(value: object) -> None:
     """One JSON document on standard output. What a terminal would not show as a letter is written as an escape of
     JSON."""
     text = json.dumps(jsonable(value), indent=2, ensure_ascii=False)
-    sys.stdout.write((text if text.isascii() else _ESCAPED.sub(_escape, text)) + "\n")
+    sys.stdout.write(_ESCAPED.sub(_escape, text) + "\n")
 
 
 def _escape(found: re.Match[str]) -> str:
     return found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1]
 
 
-def say(text: str = "") -> None:
-    """A line on standard output."""
-    sys.stdout.write(plain(text, _UNLIMITED, lines=True) + "\n")
+def say(text: str = "", *, lines: bool = False) -> None:
+    """A line on standard output; with `lines` several, whose ends are ours."""
+    sys.stdout.write(plain(text, _UNLIMITED, lines=lines) + "\n")
 
 
 def warn(text: str) -> None:
     """A line on standard error; nothing where that is gone."""
     with contextlib.suppress(OSError):
-        sys.stderr.write(plain(text, _UNLIMITED, lines=True) + "\n")
+        sys.stderr.write(plain(text, _UNLIMITED) + "\n")
 
 
 def must_agree(yes: bool, question: str, refusal: str) -> None:
@@ -140,7 +140,7 @@ def release_look(found: Look) -> None:
         f"branch {found.branch} ({there}); {found.licences.message}"
     )
     say("")
-    say(found.card)
+    say(found.card, lines=True)
 
 
 def lora(found: LoraReport) -> None:

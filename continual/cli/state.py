@@ -27,7 +27,7 @@ def status(*, flags: Flags) -> None:
     if flags.json:
         console.emit(body)
     else:
-        console.say(text(body))
+        console.say(text(body), lines=True)
 
 
 @app.command()

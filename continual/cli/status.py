@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from continual.service.status import sources_in
-from continual.texts import duration, scale, size, when
+from continual.texts import duration, plain, scale, size, when
 
 
 def text(body: Mapping[str, Any]) -> str:
     """A status for people."""
     sources = sources_in(body)
     lines = [
-        f"{body['health']}{': ' + body['why'] if body['why'] else ''}"
+        f"{body['health']}{': ' + body['why'] if body['why'] and not body['degraded'] else ''}"
         + (f", process {body['pid']} at {body['url']}" if body["pid"] else ""),
         (
             f"state      {body['state']}, record {body['head']}, {body['folds']} folded, "
@@ -23,6 +23,7 @@ def text(body: Mapping[str, Any]) -> str:
         f"rule       {body['rule']} {body['options'] or ''}, scale {scale(body['scale'], body.get('tuned'))}"
         + "".join(f", {k} {v:.4g}" for k, v in body["gauges"].items()),
     ]
+    lines[1:1] = [f"{row['reason']:<10} {row['message']}" for row in body["degraded"]]
     if body["uptime_seconds"] is not None:
         watched = ", ".join([*body["watch"], *(told.title for told in sources)]) or "nothing"
         lines.append(
@@ -34,8 +35,15 @@ def text(body: Mapping[str, Any]) -> str:
             f"folding    {body['current']['model']}: {body['current']['stage']} "
             f"{body['current']['done']}/{body['current']['total']}"
         )
+    failed = [row for row in body["queue"] if row["failures"]]
+    names = [row["model"] for row in body["queue"] if not row["failures"]]
     more = body["queued"] - len(body["queue"])
-    lines.append(f"waiting    {', '.join(body['queue']) or 'nothing'}{f' and {more} more' if more else ''}")
+    if names or more or not failed:
+        lines.append(f"waiting    {', '.join(names) or 'nothing'}{f' and {more} more' if more else ''}")
+    lines += [
+        f"failed     {row['model']}, {row['failures']} times: {row['error']}; next try {when(row['next_try'])}"
+        for row in failed
+    ]
     lines += [_source(told.name, told.report) for told in sources]
     lines += [f"note       {note}" for note in body["notes"]]
     if body["select"] != "none":
@@ -50,7 +58,7 @@ def text(body: Mapping[str, Any]) -> str:
     lines += [f"folded     {when(f['time'])}  {f['seq']}  {f['model']}" for f in body["last_folds"][:5]]
     lines += [f"published  {when(p['time'])}  {p['seq']}  {p['message']}" for p in body["published"][:3]]
     lines += [f"refused    {when(r['time'])}  {r['seq']}  {r['model']}: {r['reason']}" for r in body["refusals"][:5]]
-    return "\n".join(lines)
+    return "\n".join(plain(line) for line in lines)
 
 
 def _source(name: str, told: Mapping[str, Any]) -> str:

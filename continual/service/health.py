@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from continual.service.queue import Queued
 from continual.sources.contract import Source
@@ -20,7 +20,8 @@ REMEMBERED = 3600.0
 _SHOWN = 300
 
 
-class Shortfall(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Shortfall:
     """One thing that is wrong: its word in `REASONS`, and a sentence for people."""
 
     reason: str
@@ -58,7 +59,7 @@ class Health:
         told = [*self._disk_short(), *_sources(sources), *_queue(list(waiting)), *self._internal()]
         told += [Shortfall(reason, f"{which}: {error}") for (reason, which), error in list(self._failing.items())]
         told.sort(key=lambda shortfall: REASONS.index(shortfall.reason))
-        return [Shortfall(reason, plain(message, _SHOWN)) for reason, message in told]
+        return [Shortfall(found.reason, plain(found.message, _SHOWN)) for found in told]
 
     def _disk_short(self) -> list[Shortfall]:
         if self._disk is None:

@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -18,11 +19,12 @@ from continual.records import Event
 from continual.rules import ReadOptions
 from continual.service.health import Health, Shortfall
 from continual.service.metrics import peak_memory
-from continual.service.queue import Queue
+from continual.service.queue import Queue, Queued
 from continual.service.web import Status, parse
 from continual.service.web.view import (
     ShownFold,
     ShownPublication,
+    ShownQueued,
     ShownRefusal,
     ShownRound,
     ShownScale,
@@ -62,7 +64,9 @@ class Running:
     pid: int | None = None
     url: str | None = None
     uptime_seconds: float | None = None
-    queue: Sequence[str] = ()
+    degraded: Sequence[Shortfall] = ()
+    queue: Sequence[ShownQueued] = ()
+    queued: int = 0
     sources: Mapping[str, SourceReport] = field(default_factory=dict)
     notes: Sequence[str] = ()
     current: UnderWay | None = None
@@ -130,8 +134,22 @@ class Live:
         return True, "ok"
 
     def ready(self) -> tuple[bool, str]:
-        """Once every source has looked once."""
-        return (True, "ok") if self.scanned else (False, "the first scan of the watched folders is under way")
+        """Once every source has looked once. One that is degraded is ready, and says so: what it still does it goes on
+        doing, and a person can only see what is wrong on a page that is reached."""
+        if not self.scanned:
+            return False, "the first look of the sources is under way"
+        found = self.shortfalls()
+        return True, "\n".join(
+            ["degraded" if found else "ok", *(f"{short.reason}: {short.message}" for short in found)]
+        )
+
+    def _queued(self) -> list[ShownQueued]:
+        """Some of those that wait: those that failed first, then the others in their order."""
+        failed = [queued for queued in list(self.queue.waiting.values()) if queued.attempt]
+        failed.sort(key=lambda queued: queued.due)
+        new = [queued for queued in self.queue.ordered() if not queued.attempt] if len(failed) < _QUEUED else []
+        now = datetime.now(UTC)
+        return [_shown(queued, now, queued.due - self._clock()) for queued in [*failed, *new][:_QUEUED]]
 
     def shortfalls(self) -> list[Shortfall]:
         """What keeps the daemon from doing its work as it should; empty if nothing does."""
@@ -145,6 +163,9 @@ class Live:
     def status(self) -> Status:
         """Everything there is to show."""
         good, why = self.healthy()
+        found = self.shortfalls()
+        if good and found:
+            why = "; ".join(shortfall.message for shortfall in found)
         doing = self.doing
         reports: dict[str, SourceReport] = {}
         for source in self.sources:
@@ -152,12 +173,14 @@ class Live:
         return _status(
             self.merge,
             Running(
-                health="ok" if good else "stuck",
-                why="" if good else why,
+                health="stuck" if not good else "degraded" if found else "ok",
+                why="" if good and not found else why,
+                degraded=found,
                 pid=os.getpid(),
                 url=self.url,
                 uptime_seconds=self._clock() - self._begun,
-                queue=[queued.event.name for queued in self.queue.ordered()],
+                queue=self._queued(),
+                queued=len(self.queue.waiting),
                 sources=reports,
                 notes=[note for source in self.sources for note in source.notes()],
                 current=None if doing is None else UnderWay(doing, *self._stage),
@@ -209,6 +232,7 @@ def _status(merge: Merge, running: Running) -> Status:
         version=software()["continual"],
         health=running.health,
         why=running.why,
+        degraded=tuple(running.degraded),
         pid=running.pid,
         url=running.url,
         uptime_seconds=running.uptime_seconds,
@@ -229,8 +253,8 @@ def _status(merge: Merge, running: Running) -> Status:
         disk_free_bytes=shutil.disk_usage(state.path).free,
         totals=ledger.totals.body() if folds else {},
         gauges=merge.rule.read.gauges(ledger.totals),
-        queue=tuple(running.queue[:_QUEUED]),
-        queued=len(running.queue),
+        queue=tuple(running.queue),
+        queued=running.queued,
         select=merge.selects,
         pool_size=len(pool),
         pool=tuple(_waiting(waiting) for waiting in list(pool.values())[-_SHOWN:]),
@@ -271,6 +295,19 @@ def _sources(reports: Mapping[str, SourceReport]) -> dict[str, SourceReport | No
     told: dict[str, SourceReport | None] = {kind.name: None for kind in roster.KINDS if kind.reports}
     told.update({name: report for name, report in reports.items() if name not in silent})
     return told
+
+
+def _shown(queued: Queued, now: datetime, wait: float) -> ShownQueued:
+    """A candidate that waits; `wait`: seconds until it is tried again."""
+    again = (now + timedelta(seconds=max(0.0, wait))).isoformat(timespec="seconds").replace("+00:00", "Z")
+    event = queued.event
+    return ShownQueued(
+        model=event.name,
+        origin=event.origin,
+        failures=queued.attempt,
+        error=queued.error or None,
+        next_try=again if queued.attempt else None,
+    )
 
 
 def _publications(log: Sequence[Commit]) -> list[Commit]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from continual.config import HubSettings, Settings
-from continual.errors import Halt, Refuse, Retry
+from continual.errors import Refuse, Retry
 from continual.hub import Info, Trouble, must_be_online
 from continual.records import SCHEME, Candidate, Event
 from continual.retrying import Fault, next_poll
@@ -127,7 +127,7 @@ class HubSource(Source):
         self.told()
 
     async def events(self, stop: asyncio.Event) -> AsyncIterator[Event]:
-        """Repos that had no new commit for the settle time, until `stop` is set. Raises Halt where polling gives up."""
+        """Repos that had no new commit for the settle time, until `stop` is set. Raises Damaged where the inbox is."""
         self._loop = asyncio.get_running_loop()
         self.cursor.prune(self._known)
         while not stop.is_set():
@@ -147,7 +147,7 @@ class HubSource(Source):
             await first(min(wait, wait if soon is None else soon + 0.01), stop, self._pushed)
 
     async def _poll(self) -> None:
-        """Polls on a thread, and says when the next poll is due. Raises Halt where polling gives up."""
+        """Polls on a thread, and says when the next poll is due."""
         after = 0.0
         polling = asyncio.create_task(asyncio.to_thread(self.poll))
         polling.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may wait for it any more
@@ -157,20 +157,18 @@ class HubSource(Source):
             await polling
             self._failures = 0
             self._refused = 0
-            self.problem = None
+            self.problem, self.denied = None, False
             self.polled = self._clock()
         except Retry as error:
             after = error.after
             self.problem = str(error)
             self._failures += 1
-            refused = isinstance(error, Trouble) and error.fault is Fault.TOKEN
-            self._refused = self._refused + 1 if refused else 0
+            self.denied = isinstance(error, Trouble) and error.fault is Fault.TOKEN
+            self._refused = self._refused + 1 if self.denied else 0
             self._log.warning("poll failed", error=str(error), failures=self._failures)
         while self._polling.untold:
             self._log.warning("left out", why=self._polling.untold.pop(0))
         wait = next_poll(self._asked.poll, self._failures, random.random(), after=after, refused=self._refused)
-        if wait is None:
-            raise Halt(f"polling the Hub is given up: {self.problem}")
         self._due = self._clock() + wait
 
     def ready(self) -> list[Event]:

@@ -13,7 +13,7 @@ import pytest
 from continual import making
 from continual.api import Merge
 from continual.config import load
-from continual.errors import Halt, Misconfigured, Retry
+from continual.errors import Misconfigured, Retry
 from continual.records import Event
 from continual.service import once as watching
 from continual.service.daemon import check
@@ -175,12 +175,29 @@ def test_trouble_of_every_kind_is_survived(tmp_path: Path, hub: Hub) -> None:
         )
 
 
-def test_a_token_that_is_refused_ends_polling(tmp_path: Path, hub: Hub) -> None:
-    made(tmp_path, hub)
+def test_a_token_that_is_refused_is_told_of_and_polling_goes_on(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))
     with merge(tmp_path / "state", hub, hub=ASKED) as ours:
-        hub.faults = faults.Times(faults.Status(401), 999)
-        with pytest.raises(Halt, match=r"given up.*HF_TOKEN"):
-            take(ours, source_of(ours), 1)
+        hub.faults = faults.Times(faults.Status(401), 2)
+        source = source_of(ours)
+        told: list[bool] = []
+
+        async def drive() -> None:
+            stop = asyncio.Event()
+            async for _ in source.events(stop):
+                stop.set()
+
+        async def look() -> None:
+            driven = asyncio.create_task(drive())
+            while not source.denied:
+                await asyncio.sleep(0)
+            told.append("HF_TOKEN" in str(source.problem))
+            await driven
+
+        asyncio.run(look())
+        assert told == [True]
+        assert (source.denied, source.problem) == (False, None)
 
 
 def test_a_renamed_repo_is_the_same_repo(tmp_path: Path, hub: Hub) -> None:

@@ -48,7 +48,7 @@ def create_app(
         return HTMLResponse(page.render(await look.status()))
 
     async def status(_request: Request) -> Response:
-        return JSONResponse((await look.status()).body())
+        return _Json((await look.status()).body())
 
     async def log(request: Request) -> Response:
         try:
@@ -58,7 +58,7 @@ def create_app(
             return JSONResponse({"error": "limit and before are whole numbers"}, 400)
         if not 1 <= limit <= _MOST or (before is not None and before < 0):
             return JSONResponse({"error": f"limit is from 1 to {_MOST}, before a record number"}, 400)
-        return JSONResponse(view.log(limit, before))
+        return _Json(view.log(limit, before))
 
     async def series(_request: Request) -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
@@ -80,6 +80,13 @@ def create_app(
     ]
     guards = [Middleware(_Headers), Middleware(_Names, names=names, metrics=metrics)]
     return Starlette(routes=[*ours, *routes], middleware=guards)
+
+
+class _Json(JSONResponse):
+    """JSON in ASCII: a name that is no Unicode can be in it, and a terminal that shows it is not steered."""
+
+    def render(self, content: object) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 class _Look:

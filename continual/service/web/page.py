@@ -45,7 +45,7 @@ progress{width:10rem;vertical-align:middle}
 SECONDS = 5
 """Seconds after which the page reloads itself."""
 _WIDE = ("why", "what")
-_NUMBERS = ("record", "when", "since", "norm", "cosine", "score", "z", "weight")
+_NUMBERS = ("record", "when", "failed", "next try", "since", "norm", "cosine", "score", "z", "weight")
 
 
 def escape(text: str) -> str:
@@ -81,9 +81,13 @@ def render(status: Status) -> str:
 
 def _header(status: Status) -> str:
     tag = "good" if status.health == "ok" else "bad"
-    return (
+    why = "" if status.degraded else status.why
+    shown = (
         f'<header><h1>continual</h1><span class="tag {tag}">{escape(status.health)}</span>'
-        f"<span>{escape(status.why)}</span></header>"
+        f"<span>{escape(why)}</span></header>"
+    )
+    return shown + (
+        _table(("wrong", "what"), ((s.reason, s.message) for s in status.degraded)) if status.degraded else ""
     )
 
 
@@ -131,7 +135,8 @@ def _queue(status: Status) -> str:
     if not status.queue:
         return '<p class="none">Nothing waits.</p>'
     more = status.queued - len(status.queue)
-    table = _table(("waiting",), ((name,) for name in status.queue))
+    rows = ((r.model, r.failures or "", when(r.next_try) if r.next_try else "", r.error or "") for r in status.queue)
+    table = _table(("waiting", "failed", "next try", "what"), rows)
     return table + (f"<p>and {more} more</p>" if more > 0 else "")
 
 
@@ -140,10 +145,8 @@ def _source(name: str, report: SourceReport) -> str:
     asked = f"last asked {when(report.polled)}" if report.polled else "not asked yet"
     what = ", ".join(report.bases) or "pushes only"
     problem = f'<p class="bad">{escape(report.problem)}</p>' if report.problem else ""
-    return (
-        f"<h2>{escape(name.capitalize())}</h2>"
-        f"<p>{escape(what)}: {escape(asked)}, {report.seen} commits open</p>{problem}"
-    )
+    told = f"<p>{escape(what)}: {escape(asked)}, {report.seen} commits open</p>"
+    return f"<h2>{escape(name.capitalize())}</h2>{told}{problem}"
 
 
 def _notes(notes: Sequence[str]) -> str:

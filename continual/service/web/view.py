@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from continual.service.health import Shortfall
 from continual.sources.contract import SourceReport
 from continual.texts import Json, jsonable
 
@@ -90,11 +91,24 @@ class ShownWaiting:
 
 
 @dataclass(frozen=True, slots=True)
+class ShownQueued:
+    """A candidate in the queue: its name and origin, how often it failed so far, what was said the last time, and when
+    it is tried again (RFC 3339, UTC). None: it has not been looked at."""
+
+    model: str
+    origin: str
+    failures: int
+    error: str | None
+    next_try: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """The state and, where one runs, its daemon. Sizes in bytes, times as RFC 3339 (UTC) or in seconds.
 
     `select` says who chooses what is folded. `pool` has the newest of the `pool_size` candidates that wait for a round,
-    `queue` the first of the `queued` candidates that are to be looked at. `watch` are the folders of the settings;
+    `queue` some of the `queued` candidates that are to be looked at, those that failed first. `degraded` says what is
+    wrong though the daemon runs. `watch` are the folders of the settings;
     `sources` has what each kind of source says of itself, None where none of the kind runs; `notes` is what they see
     that is no model. Lists of records begin with the newest.
     """
@@ -102,6 +116,7 @@ class Status:
     version: str
     health: str
     why: str
+    degraded: tuple[Shortfall, ...]
     pid: int | None
     url: str | None
     uptime_seconds: float | None
@@ -122,7 +137,7 @@ class Status:
     disk_free_bytes: int
     totals: Mapping[str, float]
     gauges: Mapping[str, float]
-    queue: tuple[str, ...]
+    queue: tuple[ShownQueued, ...]
     queued: int
     select: str
     pool_size: int
@@ -156,7 +171,8 @@ class View(Protocol):
         ...
 
     def ready(self) -> tuple[bool, str]:
-        """Whether it has opened its state and every source has looked once, and why not."""
+        """Whether it has opened its state and every source has looked once, and why not; where it is ready, whether it
+        is degraded."""
         ...
 
     def log(self, limit: int, before: int | None) -> list[dict[str, Json]]:

@@ -45,6 +45,53 @@ def test_one_that_failed_waits_and_does_not_hold_up_the_rest() -> None:
     assert again.attempt == 1
 
 
+def test_the_same_event_again_keeps_its_count_and_its_turn() -> None:
+    queue = Queue()
+    queue.put(event("a", 1), FOLDER)
+    failed = queue.take(0.0)
+    assert failed is not None
+    queue.again(failed, 0.0)
+    queue.put(event("a", 1), FOLDER)
+    assert queue.take(4.9) is None, "a source that gives it all the time does not have it looked at all the time"
+    assert queue.waiting[event("a", 1).key].attempt == 1
+
+
+def test_new_ones_go_before_those_that_failed() -> None:
+    queue = Queue()
+    for number in range(3):
+        queue.put(event(f"bad{number}", number), FOLDER)
+    for _ in range(3):
+        failed = queue.take(0.0)
+        assert failed is not None
+        queue.again(failed, 0.0)
+    queue.put(event("new", 9), FOLDER)
+    taken = [queue.take(100.0) for _ in range(4)]
+    assert [w.event.name for w in taken if w] == ["new", "bad0", "bad1", "bad2"]
+
+
+def test_ten_thousand_are_taken_as_cheaply_as_ten() -> None:
+    def steps(count: int) -> int:
+        """Comparisons of two candidates that `count` puts and takes need."""
+        asked = 0
+
+        class Counted(int):
+            def __lt__(self, other: int) -> bool:
+                nonlocal asked
+                asked += 1
+                return int(self) < int(other)
+
+        queue = Queue()
+        for number in range(count):
+            when = Counted(number * 7919 % count)
+            queue.put(Event("folder", f"/in/{number}", (when, str(number)), ROOT), FOLDER)
+        for _ in range(count):
+            assert queue.take(0.0) is not None
+            queue.next_due()
+        return asked
+
+    assert steps(10_000) / 10_000 < 4 * steps(100) / 100, "it grows as the logarithm"
+
+
 def test_newer_event_wins_over_one_that_failed() -> None:
     queue = Queue()
     queue.put(event("a", 1), FOLDER)

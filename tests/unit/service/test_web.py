@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
 from continual import api, making
+from continual.cli.status import text
 from continual.config import Settings
 from continual.records import Event
 from continual.service.metrics import Metrics
 from continual.service.queue import Queue
 from continual.service.status import Live
 from continual.service.web import create_app
+from continual.sources.folder import FolderSource
 from tests.helpers import models
 
 
@@ -89,6 +93,56 @@ def test_ready_only_once_every_source_has_scanned(client: TestClient, live: Live
     live.scanned = True
     assert client.get("/readyz").status_code == 200
     assert client.get("/healthz").status_code == 200
+
+
+def test_degraded_is_shown_everywhere_and_stays_ready(client: TestClient, live: Live) -> None:
+    live.scanned = True
+    assert client.get("/readyz").text == "ok\n"
+    live.health.room("/state", 1, 10**6)
+    live.health.broke("<i>mallory", "RecursionError")
+    ready = client.get("/readyz")
+    assert ready.status_code == 200
+    assert ready.text.splitlines()[0] == "degraded"
+    assert [line.partition(":")[0] for line in ready.text.splitlines()[1:]] == ["disk", "internal"]
+    body = client.get("/api/status").json()
+    assert body["health"] == "degraded"
+    assert [row["reason"] for row in body["degraded"]] == ["disk", "internal"]
+    assert "next fold needs 1 MB" in body["why"]
+    page = client.get("/").text
+    assert "degraded" in page
+    assert "&lt;i&gt;mallory: RecursionError" in page
+    told = text(body).splitlines()
+    assert told[0].startswith("degraded, process")
+    assert told[1].startswith("disk       /state: 1 B free")
+    assert client.get("/healthz").text == "ok\n"
+
+
+def test_every_waiting_candidate_shows_its_last_error_and_its_next_try(client: TestClient, live: Live) -> None:
+    source = FolderSource(Path("/in"))
+    for number, name in enumerate(("new", "b\x1b[2Jad", "caf\udce9")):
+        live.queue.put(Event("folder", f"/in/{name}", (number, name)), source)
+    new = live.queue.take(0.0)
+    for _ in range(2):
+        failed = live.queue.take(0.0)
+        assert failed is not None
+        failed.error = f"{failed.event.name}: \x1b]0;owned\x07 the disk"
+        live.queue.again(failed, time.monotonic(), after=100.0)
+    assert new is not None
+    live.queue.put(new.event, source)
+    answer = client.get("/api/status")
+    assert answer.content.isascii()
+    rows = answer.json()["queue"]
+    assert [(row["model"], row["failures"]) for row in rows] == [("b\x1b[2Jad", 1), (r"caf\udce9", 1), ("new", 0)]
+    assert (rows[2]["error"], rows[2]["next_try"]) == (None, None)
+    wait = datetime.fromisoformat(rows[0]["next_try"]) - datetime.now(UTC)
+    assert 95 < wait.total_seconds() < 101
+    page = client.get("/").text
+    assert r"b\x1b[2Jad: \x1b]0;owned\x07 the disk" in page
+    assert r"caf\udce9" in page
+    told = text(answer.json())
+    assert r"failed     b\x1b[2Jad, 1 times: b\x1b[2Jad: \x1b]0;owned\x07 the disk; next try 20" in told
+    assert "waiting    new\n" in told
+    assert told.encode()
 
 
 def test_a_fold_or_a_loop_that_stands_still_is_not_healthy(live: Live) -> None:
