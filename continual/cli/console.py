@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from continual.texts import figure, jsonable, plain, size, when
 
@@ -19,12 +19,10 @@ if TYPE_CHECKING:
     from continual.publish.lora import LoraReport
     from continual.rules import ReadOptions
     from continual.rules.catalogue import RuleInfo, TransformInfo
-    from continual.selection import Round, RoundOptions, Why
+    from continual.selection import Why
     from continual.selection.steps import Taken
     from continual.selection.why import RoundVerdict
     from continual.service.once import Seen, Tried
-    from continual.service.release import Look
-    from continual.state import Commit
     from continual.state.ledger import Waiting
     from continual.tuning import Tuned
 
@@ -55,15 +53,16 @@ def warn(text: str) -> None:
         sys.stderr.write(plain(text, _UNLIMITED) + "\n")
 
 
-def must_agree(yes: bool, question: str, refusal: str) -> None:
-    """Goes on if a person says so: by `--yes`, or to the question on a terminal. Raises Misconfigured with `refusal`
-    where nobody can be asked; exits where the answer is no."""
+def must_be_asked(destroys: str) -> None:
+    """Raises Misconfigured where nobody can be asked whether what the command `destroys` is wanted."""
     from continual.errors import Misconfigured
 
-    if yes:
-        return
     if sys.stdin is None or not sys.stdin.isatty():
-        raise Misconfigured(f"{refusal}; say --yes where nobody can be asked. Nothing was done")
+        raise Misconfigured(f"{destroys}: say --yes where nobody can be asked; nothing was done")
+
+
+def must_agree(question: str) -> None:
+    """Goes on if the person at the terminal says yes; exits where not."""
     import typer
 
     if not typer.confirm(question, err=True):
@@ -132,17 +131,6 @@ def outcome(found: Outcome) -> None:
         say(found.line())
 
 
-def release_look(found: Look) -> None:
-    """What a release would do, and its card."""
-    there = "nothing is there yet" if found.there is None else f"record {found.there} is there"
-    say(
-        f"{'Is out already' if found.out else 'Would release'}: record {found.seq} to {found.repo}, "
-        f"branch {found.branch} ({there}); {found.licences.message}"
-    )
-    say("")
-    say(found.card, lines=True)
-
-
 def lora(found: LoraReport) -> None:
     """How near an adapter comes to the merge."""
     say(f"Wrote {found.directory}: rank {found.rank}, {found.adapted} weights adapted, {size(found.nbytes)}")
@@ -195,29 +183,6 @@ def progress() -> Iterator[Progress]:
             bars.update(stages[stage], completed=done, total=total)
 
         yield report
-
-
-def records(commits: Iterable[Commit]) -> None:
-    """Records of the ledger, a row each."""
-    table(("seq", "time", "kind", "model", "fate", "reason", "what"), [_record_row(commit) for commit in commits])
-
-
-def _record_row(commit: Commit) -> tuple[object, ...]:
-    from continual.state.entries import FoldEntry
-
-    entry = commit.entry
-    name = entry.candidate.name if entry.candidate else ""
-    told = entry.message or ""
-    if isinstance(entry, FoldEntry):
-        found = entry.numbers
-        told = f"norm {found.tau_norm:.4g}"
-        if found.cosine is not None:
-            told += f", cosine {found.cosine:+.3f}"
-        elif found.weight is not None:
-            told += f", weight {found.weight:.4g}"
-        if "lambda" in found.gauges:
-            told += f", lambda {found.gauges['lambda']:.3f}"
-    return commit.seq, when(commit.time), entry.kind, name, entry.fate or "", entry.reason or "", told
 
 
 def rules(found: Sequence[RuleInfo], transforms: Sequence[TransformInfo]) -> None:
@@ -309,49 +274,19 @@ def _round_row(judged: RoundVerdict) -> tuple[object, ...]:
     return judged.record, when(judged.time), judged.members, judged.better, *figures, said
 
 
-def caution(options: RoundOptions) -> None:
-    """What a user should know of how rounds were asked for."""
+def caution(unsupervised: object) -> None:
+    """What a user should know of rounds without labels."""
     from continual.selection import UNSUPERVISED
 
-    if options.settings.unsupervised:
+    if unsupervised:
         warn(UNSUPERVISED)
 
 
 def heard(what: Outcome | Taken) -> None:
     """A fold or a step of a round, when it is made."""
-    from continual.engine.outcomes import Outcome
+    from continual.service.control.acting import told
 
-    if isinstance(what, Outcome):
-        warn(what.line())
-    else:
-        warn(f"step {what.number + 1}: loss {what.loss:.6g}, gap before it {what.gap:.3g}")
-
-
-def round_body(found: Round) -> dict[str, Any]:
-    """A round for machines."""
-    from continual.state.fields import body_of
-
-    record = found.commit.seq if found.commit else None
-    figures = {"before": found.before, "loss": found.loss, "gap": found.gap, "pool_gap": found.pool_gap}
-    return {
-        "record": record,
-        **{key: value for key, value in {**figures, "steps": found.steps}.items() if value is not None},
-        "folds": found.folds,
-        "seconds": round(found.seconds, 3),
-        "members": [body_of(row) for row in found.rows],
-    }
-
-
-def round_told(found: Round) -> None:
-    """A round for people."""
-    rows = [
-        (r.name, r.fate, r.reason, *(figure(v) for v in (r.score, r.change, r.error, r.z, r.weight)))
-        for r in found.rows
-    ]
-    table(("model", "fate", "reason", "score", "change", "error", "z", "weight"), rows)
-    gap = "" if found.gap is None else f", gap {found.gap:.3g}"
-    told = f"loss {found.before:.6g} to {found.loss:.6g}{gap}; {found.folds} folded in {found.seconds:.1f} s"
-    say(f"{told}; {f'recorded as record {found.commit.seq}' if found.commit else 'nothing recorded'}")
+    warn(told(what))
 
 
 def trial(options: ReadOptions, score: float) -> None:

@@ -55,6 +55,8 @@ Lines = Annotated[
     ),
 ]
 """A flag of `init` and `scale` that is no setting."""
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before anything is undone or done again.")]
+"""A flag of what destroys."""
 
 _TEXT, _NUMBER, _WHOLE, _PATH, _SWITCH = str | None, float | None, int | None, Path | None, bool | None
 _TEXTS, _PATHS = list[str] | None, list[Path] | None

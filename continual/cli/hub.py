@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from continual.cli import console, opened
+from continual.cli import answered, console, opened, typed
 from continual.cli.flags import GATES, MACHINE, OPENING, READING, SOURCES, Flags, takes
 
 app = typer.Typer(rich_markup_mode=None)
@@ -67,20 +67,13 @@ def release(
     flags: Flags,
 ) -> None:
     """Publish the merged model as a release on the Hub, unless it is out already."""
-    from continual.service import release as releasing
+    from continual.service.control.requests import ReleaseRequest
 
-    with opened.merge(flags, write=not dry_run) as merge:
-        if dry_run:
-            look = releasing.look(merge, at)
-            if flags.json:
-                console.emit(look._asdict())
-            else:
-                console.release_look(look)
-            return
-        out = releasing.release(merge, at)  # the client shows how far the upload is
-        merge.state.record(releasing.entry(out))
+    found = opened.act(flags, typed.request(ReleaseRequest, at=at, dry_run=dry_run), quiet=flags.json)
+    body = answered.fields(found["look" if dry_run else "released"])
     if flags.json:
-        console.emit(out)
+        console.emit(body)
+    elif dry_run:
+        answered.release_look(body)
     else:
-        tag = f", tag {out.tag}" if out.tag else ""
-        console.say(f"{'Released' if out.new else 'Was out already:'} record {out.seq} as {out.url}{tag}")
+        answered.released(body)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from continual import texts
-from continual.cli import console, ending, opened
+from continual.cli import answered, console, ending, opened
+from continual.cli import control as cli_control
 from continual.cli import hub as cli_hub
 from continual.cli import pool as cli_pool
 from continual.cli import state as cli_state
@@ -36,6 +37,7 @@ app.add_typer(cli_upkeep.app)
 app.add_typer(cli_tune.app)
 app.add_typer(cli_pool.app)
 app.add_typer(cli_hub.app)
+app.add_typer(cli_control.app)
 
 
 def _rules(incomplete: str) -> list[tuple[str, str]]:
@@ -201,13 +203,15 @@ def fold(
     Where rounds choose (--select, or a state of the rule frank-wolfe) the models join those that wait, and a round is
     run over them.
     """
+    from continual.service.control.acting import round_body
+
     if dry_run:
         _plan(models, flags)
     outcomes, found = [], None
     with opened.merge(flags, write=True) as merge:
         merge.check(models)  # a mistyped one is told of before any is folded, and so is what rounds lack
         if merge.selects != "none":
-            console.caution(merge.asked())
+            console.caution(merge.asked().settings.unsupervised)
         for model in models:
             with console.progress() as progress:
                 outcome = merge.fold(model, progress=progress)
@@ -219,9 +223,9 @@ def fold(
                 found = merge.round(progress, None if flags.json else console.heard)
     if flags.json:
         told = [outcome.summary() for outcome in outcomes]
-        console.emit(told if found is None else {"models": told, "round": console.round_body(found)})
+        console.emit(told if found is None else {"models": told, "round": round_body(found)})
     elif found is not None:
-        console.round_told(found)
+        answered.round_told(round_body(found))
     refused = any(outcome.refused for outcome in outcomes) or (found is not None and found.refused)
     raise typer.Exit(1 if refused else 0)
 

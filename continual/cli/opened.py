@@ -1,5 +1,5 @@
-"""What a command begins with: the settings from file, environment and flags, and the state that they name, opened.
-Heavy imports happen when it is called."""
+"""What a command begins with: the settings from file, environment and flags, and the state that they name, opened; or
+the daemon that has it open. Heavy imports happen when it is called."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from continual.api import Merge
     from continual.cli.flags import Flags
     from continual.config import Settings
+    from continual.service.control.parley import Hearing
+    from continual.service.control.requests import Request
+    from continual.texts import Json
 
 
 def settings(flags: Flags) -> Settings:
@@ -27,3 +30,54 @@ def merge(flags: Flags, *, write: bool = False) -> Iterator[Merge]:
 
     with Merge(settings(flags), write=write, client=flags.client) as found:
         yield found
+
+
+def act(flags: Flags, request: Request, *, quiet: bool = False) -> dict[str, Json]:
+    """Has `request` done: by the daemon that has the state open, between two folds, or here where none has. Returns the
+    answer; lines for people go to standard error, unless `quiet`. Raises the same errors either way, Busy where another
+    process has the state open and takes no requests."""
+    from continual.cli import console
+    from continual.errors import Busy
+    from continual.service.control.parley import Hearing
+
+    asked = settings(flags)
+
+    def note(text: str) -> None:
+        if not quiet:
+            console.warn(text)
+
+    with console.progress() as progress:
+        hear = Hearing(progress, note)
+        answer = _by_daemon(flags, asked, request, hear)
+        if answer is not None:
+            return answer
+        from continual.api import Merge
+        from continual.service.control import acting
+
+        try:
+            with Merge(asked, write=request.writes, client=flags.client) as found:
+                return acting.act(found, request, hear)
+        except Busy:  # a daemon may have been starting
+            answer = _by_daemon(flags, asked, request, hear)
+            if answer is None:
+                raise
+            return answer
+
+
+def _by_daemon(flags: Flags, asked: Settings, request: Request, hear: Hearing) -> dict[str, Json] | None:
+    """What the daemon on the state answers; None where none takes requests. Raises Misconfigured for flags that would
+    change nothing: the daemon has settings of its own."""
+    from continual.errors import Misconfigured
+    from continual.service.control import reaching
+
+    daemon = reaching.reach(asked.state)
+    if daemon is None:
+        return None
+    with daemon:
+        typed = [name for name, value in flags.settings.items() if name != "state" and value not in (None, [])]
+        if typed:
+            raise Misconfigured(
+                f"a daemon has {asked.state} open, and goes by settings of its own: leave out {', '.join(typed)}, "
+                "or set it where the daemon reads it"
+            )
+        return daemon.ask(request, hear)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from continual.cli import console, opened
+from continual.cli import answered, console, opened, typed
 from continual.cli.flags import GATES, MACHINE, OPENING, ROUNDS, Flags, takes
 
 app = typer.Typer(rich_markup_mode=None)
@@ -62,11 +62,11 @@ def round_(
     flags: Flags,
 ) -> None:
     """Run a round now: score all that wait, fold what is relevant, and settle the others' fates."""
-    with opened.merge(flags, write=not dry_run) as merge, console.progress() as progress:
-        console.caution(merge.asked())
-        told = None if flags.json else console.heard
-        found = merge.look_round(progress) if dry_run else merge.round(progress, told)
+    from continual.service.control.requests import RoundRequest
+
+    found = opened.act(flags, typed.request(RoundRequest, dry_run=dry_run), quiet=flags.json)
     if flags.json:
-        console.emit(console.round_body(found))
+        console.caution(found["unsupervised"])
+        console.emit(found["round"])
     else:
-        console.round_told(found)
+        answered.round_told(answered.fields(found["round"]))

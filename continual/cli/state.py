@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from continual import texts
-from continual.cli import console, opened
-from continual.cli.flags import MACHINE, OPENING, Flags, Lines, takes
+from continual.cli import answered, console, opened, typed
+from continual.cli.flags import MACHINE, OPENING, Flags, Lines, Yes, takes
+
+if TYPE_CHECKING:
+    from continual.texts import Json
 
 app = typer.Typer(rich_markup_mode=None)
+REFUSED_ROLLBACK = "rollback undoes folds"
 
 
 @app.command()
@@ -37,13 +41,18 @@ def log(
     *,
     flags: Flags,
 ) -> None:
-    """List what happened, newest last: the ledger of every candidate ever seen."""
+    """List what happened, newest last: the ledger of every candidate ever seen, and which records can be gone back
+    to."""
+    from continual.state import going_back
+
     with opened.merge(flags) as merge:
         commits = merge.state.ledger.log[-number:]
+        generations = going_back.reachable(merge.state)
+    bodies = [{**texts.record(c), **going_back.marked(c, generations)} for c in commits]
     if flags.json:
-        console.emit([texts.record(c) for c in commits])
+        console.emit(bodies)
     else:
-        console.records(commits)
+        answered.records(bodies)
 
 
 @app.command()
@@ -65,14 +74,20 @@ def tag(
     seq: Annotated[
         int | None, typer.Option("--at", help="Record number; default: the newest.", show_default=False)
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Move the tag where it names another record.")] = False,
     *,
     flags: Flags,
 ) -> None:
     """Name a record, so that its generation is kept for good; or list the names."""
-    with opened.merge(flags, write=name is not None) as merge:
-        if name is not None:
-            merge.state.tag(name, seq)
-        tags = merge.state.ledger.tags
+    if name is None:
+        with opened.merge(flags) as merge:
+            tags: Mapping[str, object] = merge.state.ledger.tags
+    else:
+        from continual.service.control.requests import TagRequest
+
+        found = opened.act(flags, typed.request(TagRequest, name=name, at=seq, force=force))["tags"]
+        assert isinstance(found, dict)
+        tags = found
     if flags.json:
         console.emit(tags)
     else:
@@ -80,24 +95,30 @@ def tag(
 
 
 @app.command()
-@takes(*OPENING)
+@takes("keep", *OPENING)
 def rollback(
     seq: Annotated[int, typer.Argument(help="Record to go back to.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be undone and change nothing.")] = False,
+    yes: Yes = False,
     *,
     flags: Flags,
 ) -> None:
     """Go back to the merge of an earlier record. The folds after it come back only by 'retry'."""
-    with opened.merge(flags, write=not dry_run) as merge:
-        undone = merge.state.ledger.undone(seq)
-        commit = None if dry_run else merge.state.rollback(seq)
+    from continual.service.control.requests import RollbackRequest
+
+    expected = None
+    if not (dry_run or yes):
+        console.must_be_asked(REFUSED_ROLLBACK)
+        look = opened.act(flags, typed.request(RollbackRequest, seq=seq, dry_run=True))
+        answered.rollback(look)
+        console.must_agree("Go back?")
+        expected = len(answered.rows(look["undone"]))
+    asked = typed.request(RollbackRequest, seq=seq, dry_run=dry_run, expected=expected)
+    done = opened.act(flags, asked, quiet=flags.json)
     if flags.json:
-        record = None if commit is None else commit.seq
-        console.emit({"to": seq, "record": record, "undone": [texts.record(c) for c in undone]})
-        return
-    console.say(f"{'Would go' if dry_run else 'Went'} back to record {seq}; {len(undone)} folds undone")
-    if undone:
-        console.records(undone)
+        console.emit(done)
+    else:
+        answered.rollback(done, whole=expected is None)
 
 
 @app.command()
@@ -110,15 +131,15 @@ def retry(
     flags: Flags,
 ) -> None:
     """Have a refused or rolled-back candidate looked at again."""
-    from continual.state.entries import RetryEntry
+    from continual.service.control.requests import RetryRequest
 
-    with opened.merge(flags, write=True) as merge:
-        commits = merge.retry(model)
+    request = typed.request(RetryRequest, model=model, here=typed.here(model))
+    found = answered.rows(opened.act(flags, request, quiet=flags.json)["records"])
     if flags.json:
-        console.emit([texts.record(c) for c in commits])
+        console.emit(found)
         return
-    for commit in commits:
-        console.say(f"{commit.of_kind(RetryEntry).candidate.name}: will be looked at again by 'run' or 'fold'")
+    for record in found:
+        console.say(f"{answered.model_of(record)}: will be looked at again by 'run' or 'fold'")
 
 
 @app.command()
@@ -137,13 +158,18 @@ def scale(
     flags: Flags,
 ) -> None:
     """Show or change how the merge is read: its scale, and that of its layers. Nothing is folded again."""
-    changes = value is not None or lines is not None
-    with opened.merge(flags, write=changes) as merge:
-        found = merge.rescale(value, lines) if changes else merge.scale()
-    if flags.json:
-        console.emit(found.to_mapping())
+    if value is None and lines is None:
+        with opened.merge(flags) as merge:
+            now = merge.scale()
+        found: dict[str, Json] = {"read": texts.jsonable(now.to_mapping()), "scale": str(now)}
     else:
-        console.say(f"scale {found}")
+        from continual.service.control.requests import ScaleRequest
+
+        found = opened.act(flags, typed.request(ScaleRequest, value=value, lines=lines), quiet=flags.json)
+    if flags.json:
+        console.emit(found["read"])
+    else:
+        console.say(f"scale {found['scale']}")
 
 
 @app.command()
@@ -154,29 +180,39 @@ def unfold(
         Path | None, typer.Option("--at", help="Where the model is now, if it was moved.", show_default=False)
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it takes and change nothing.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before others are folded again.")] = False,
+    yes: Yes = False,
     *,
     flags: Flags,
 ) -> None:
     """Take a model out of the merge: subtracted where the rule allows it, else the later ones are folded again without
     it."""
-    commit = None
-    with opened.merge(flags, write=not dry_run) as merge:
-        plan = merge.look_unfold(model, at)
+    from continual.service.control.requests import UnfoldRequest
+
+    where = None if at is None else typed.here(str(at))
+    asked = typed.request(UnfoldRequest, model=model, here=typed.here(model), at=where, dry_run=dry_run)
+    if dry_run or not yes:
+        look = opened.act(flags, asked.model_copy(update={"dry_run": True}), quiet=flags.json)
+        plan = answered.fields(look["plan"])
+        if dry_run and flags.json:
+            console.emit({"plan": plan, "record": None})
+            return
         if not flags.json:
-            console.say(
-                f"{plan.line()}: {texts.size(plan.read_bytes)} of models to read, "
-                f"{texts.size(plan.disk_bytes)} of disk while it lasts"
-            )
-        if not (dry_run or plan.exact or yes or flags.json) and sys.stdin.isatty() and not typer.confirm("Go on?"):
-            raise typer.Exit(1)
-        if not dry_run:
-            with console.progress() as progress:
-                commit = merge.unfold(plan, progress)
+            answered.unfold_plan(look)
+        if dry_run:
+            return
+        expected = 0 if plan["exact"] else len(answered.rows(plan["again"]))
+        asked = asked.model_copy(update={"expected": expected})
+        if expected:
+            console.must_be_asked(f"{plan['name']}: {expected} later models would be folded again without it")
+            console.must_agree("Go on?")
+    done = opened.act(flags, asked, quiet=flags.json)
     if flags.json:
-        console.emit({"plan": plan, "record": None if commit is None else texts.record(commit)})
-    elif commit is not None:
-        console.say(f"{plan.name}: taken out as record {commit.seq}")
+        console.emit({"plan": done["plan"], "record": done["record"]})
+        return
+    if yes:
+        answered.unfold_plan(done)
+    taken, record = answered.fields(done["plan"]), answered.fields(done["record"])
+    console.say(f"{taken['name']}: taken out as record {record['seq']}")
 
 
 @app.command()
@@ -196,4 +232,4 @@ def combine(
         console.emit({"record": record, "added": [texts.record(c) for c in folds]})
         return
     console.say(f"{f'Added as record {commit.seq}' if commit else 'Would add'}: {len(folds)} models of {other}")
-    console.records(folds)
+    answered.records(texts.record(c) for c in folds)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from continual.service.status import sources_in
+from continual.cli.answered import ranges
+from continual.service.status import paused_since, sources_in
 from continual.texts import duration, plain, scale, size, when
 
 
@@ -19,6 +20,7 @@ def text(body: Mapping[str, Any]) -> str:
             f"state      {body['state']}, record {body['head']}, {body['folds']} folded, "
             f"{size(body['state_bytes'])} a generation, {body['generations']} kept"
         ),
+        f"back       records {ranges(body.get('back', ()))} can be gone back to",
         f"base       {body['base']}",
         f"rule       {body['rule']} {body['options'] or ''}, scale {scale(body['scale'], body.get('tuned'))}"
         + "".join(f", {k} {v:.4g}" for k, v in body["gauges"].items()),
@@ -35,6 +37,8 @@ def text(body: Mapping[str, Any]) -> str:
             f"folding    {body['current']['model']}: {body['current']['stage']} "
             f"{body['current']['done']}/{body['current']['total']}"
         )
+    if body.get("paused") is not None and not body["pid"]:
+        lines.append(f"paused     {paused_since(body['paused'])}")
     failed = [row for row in body["queue"] if row["failures"]]
     names = [row["model"] for row in body["queue"] if not row["failures"]]
     more = body["queued"] - len(body["queue"])

@@ -6,12 +6,15 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from continual.errors import Misconfigured
 
 if TYPE_CHECKING:
+    from continual.service.control.requests import Asking
     from continual.tuning import Evaluation
+
+R = TypeVar("R", bound="Asking")
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, object]:
@@ -27,6 +30,22 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
         except tomllib.TOMLDecodeError:
             options[key.strip()] = value.strip()
     return options
+
+
+def request(kind: type[R], **fields: object) -> R:
+    """A request of what was typed. Raises Misconfigured naming what cannot be used."""
+    from pydantic import ValidationError
+
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Misconfigured(f"{' '.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+
+
+def here(model: str) -> str:
+    """The path that the word would be, as another process understands it, too."""
+    return str(Path(model).absolute())
 
 
 @dataclass(frozen=True, slots=True)

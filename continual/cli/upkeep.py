@@ -64,7 +64,9 @@ def repair(
         _plan_told(plan)
     commit = None
     if plan.findings and not dry_run:
-        console.must_agree(yes, "Go on?", f"{state}: a repair to record {plan.to} loses what is printed above")
+        if not yes:
+            console.must_be_asked(f"{state}: a repair to record {plan.to} loses what is printed above")
+            console.must_agree("Go on?")
         with console.progress() as progress:
             commit = api.repair(state, plan, progress=progress)
     if flags.json:

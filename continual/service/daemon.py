@@ -21,6 +21,8 @@ from continual.errors import Halt
 from continual.hub import must_be_online
 from continual.publish import hooks, hub
 from continual.service import logs, signals
+from continual.service.control.answering import Control
+from continual.service.control.performing import Performing
 from continual.service.failures import Failures, told
 from continual.service.feeding import feed
 from continual.service.metrics import Metrics
@@ -78,6 +80,8 @@ class Daemon:
         self._log = structlog.get_logger("continual")
         self._stopping = asyncio.Event()
         self._worker = Worker(merge, self.live, self._failures, fresh=self._fresh, halt=self._halt)
+        performing = Performing(merge, self.live, self._worker.turns, self._worker.record, sources)
+        self._control = Control(merge.state.path, performing.perform, lambda: self.live.doing)
         self._outlets = Outlets(merge, self._failures, self._worker.record, self._worker.gauge)
 
     async def run(self) -> None:
@@ -98,6 +102,7 @@ class Daemon:
         served = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             web = group.create_task(self._serve(served))
+            control = group.create_task(self._control.serve(served))
             group.create_task(self._heartbeat())
             folding = group.create_task(self._worker.run(self.sources, self._stopping))
             publishing = [group.create_task(task) for task in self._outlets.tasks()]
@@ -109,7 +114,7 @@ class Daemon:
             for task in (*publishing, *feeding, looking):
                 task.cancel()
             served.set()
-            await web
+            await asyncio.wait({web, control})
 
     def _log_start(self) -> None:
         merge = self.merge

@@ -75,6 +75,7 @@ TABLE: tuple[Series, ...] = (
         Histogram, "continual_fold_seconds", "Wall time of a fold from headers to acknowledged commit.", (), _SECONDS
     ),
     Series(Gauge, "continual_queue_candidates", "Candidates waiting."),
+    Series(Gauge, "continual_paused", "1 while folding is paused by 'continual pause', else 0."),
     Series(
         Gauge,
         "continual_last_fold_timestamp_seconds",
@@ -247,6 +248,10 @@ class Metrics:
     def dropped(self, reason: str) -> None:
         """A connection that the service did not answer as asked, for a reason in `DROPPED`."""
         self._counters["continual_http_dropped_total"].labels(reason).inc()
+
+    def paused(self, *, paused: bool) -> None:
+        """Whether folding is paused."""
+        self._gauges["continual_paused"].set(paused)
 
     def queue(self, waiting: int) -> None:
         """How many candidates wait."""

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from continual import selection, tuning
+from continual import selection, texts, tuning
 from continual.api import Merge
 from continual.config import Settings
 from continual.records import Event
@@ -33,7 +33,7 @@ from continual.service.web.view import (
 )
 from continual.sources import roster
 from continual.sources.contract import Source, SourceReport
-from continual.state import Commit, State, lock
+from continual.state import Commit, State, going_back, lock, paused
 from continual.state.entries import HookEntry, ReleaseEntry, SelectEntry, TuneEntry
 from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting
@@ -64,6 +64,7 @@ class Running:
     pid: int | None = None
     url: str | None = None
     uptime_seconds: float | None = None
+    paused: str | None = None
     degraded: Sequence[Shortfall] = ()
     queue: Sequence[ShownQueued] = ()
     queued: int = 0
@@ -89,6 +90,9 @@ class Live:
         self.scanned = False
         self.current: Event | None = None
         self._rounding = False
+        self._command: str | None = None
+        self.paused: str | None = None
+        self.look_paused()
         self._clock = clock
         self._begun = self._moved = self._beaten = clock()
         self._stage: tuple[str, int, int] = ("", 0, 0)
@@ -107,14 +111,25 @@ class Live:
         self._rounding = True
         self.progress("load", 0, 1)
 
+    def begin_command(self, title: str) -> None:
+        """A command runs from now on that somebody asked the daemon for."""
+        self._command = title
+        self.progress("begin", 0, 1)
+
     def end(self) -> None:
-        """The candidate or the round is done with."""
-        self.current = None
+        """The candidate, the round or the command is done with."""
+        self.current = self._command = None
         self._rounding = False
+
+    def look_paused(self) -> None:
+        """Finds out since when folding is paused; None if it is not."""
+        self.paused = paused.since(self.merge.state.path)
 
     @property
     def doing(self) -> str | None:
-        """What is done now: the name of a candidate, or a round."""
+        """What is done now: the name of a candidate, a round, or a command."""
+        if self._command is not None:
+            return f"the command {self._command}"
         if self._rounding:
             return "a round over the pool"
         return None if self.current is None else self.current.name
@@ -157,8 +172,10 @@ class Live:
 
     def log(self, limit: int, before: int | None) -> list[dict[str, Json]]:
         """Records of the ledger."""
-        commits = self.merge.state.ledger.log[:before]
-        return [record(commit) for commit in commits[-limit:]]
+        state = self.merge.state
+        generations = going_back.reachable(state)
+        shown = state.ledger.log[:before][-limit:]
+        return [{**record(commit), **going_back.marked(commit, generations)} for commit in shown]
 
     def status(self) -> Status:
         """Everything there is to show."""
@@ -173,8 +190,9 @@ class Live:
         return _status(
             self.merge,
             Running(
-                health="stuck" if not good else "degraded" if found else "ok",
-                why="" if good and not found else why,
+                health="stuck" if not good else "degraded" if found else "ok" if self.paused is None else "paused",
+                why="; ".join(part for part in ("" if good and not found else why, paused_since(self.paused)) if part),
+                paused=self.paused,
                 degraded=found,
                 pid=os.getpid(),
                 url=self.url,
@@ -187,6 +205,13 @@ class Live:
                 peak_memory_bytes=peak_memory(),
             ),
         )
+
+
+def paused_since(when: str | None) -> str:
+    """That folding is paused, since when, and how it goes on; empty where it is not."""
+    if when is None:
+        return ""
+    return f"folding is paused{f' since {texts.when(when)}' if when else ''}; 'continual resume' goes on"
 
 
 def ask(state: Path) -> dict[str, Json] | None:
@@ -246,7 +271,9 @@ def _status(merge: Merge, running: Running) -> Status:
         watch=tuple(str(path) for path in merge.settings.watch),
         sources=_sources(running.sources),
         notes=_few(running.notes),
+        paused=running.paused if running.pid is not None else paused.since(state.path),
         head=ledger.head.seq,
+        back=going_back.records(state),
         folds=len(folds),
         generations=len(state.generations()),
         state_bytes=state.generation_bytes(),

@@ -23,6 +23,7 @@ from continual.errors import Abandoned, Halt, Retry, Skip
 from continual.hub import Trouble
 from continual.records import Event
 from continual.retrying import Fault, retry_delay
+from continual.service.control.turns import Turn, Turns
 from continual.service.failures import TRIES, Failures, contained, refusal, told
 from continual.service.queue import Queued
 from continual.service.rounds import Rounds
@@ -53,6 +54,7 @@ class Worker:
         self._halt = halt
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "engine")
+        self.turns = Turns(self.wake)
         self._log = structlog.get_logger("continual")
 
     async def prepare(self) -> None:
@@ -97,6 +99,7 @@ class Worker:
                 self.failures.tell(error, what="the loop that folds")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), retry_delay(failed))
+        self.turns.close()
 
     async def on_thread(self, call: Callable[[], T]) -> T:
         """What `call` returns, run on the thread that writes the state, after what is under way there. Raises what
@@ -116,6 +119,7 @@ class Worker:
         """Sets the series of what the state holds now."""
         state = self.merge.state
         ledger = state.ledger
+        self.metrics.paused(paused=self.live.paused is not None)
         self.metrics.state(state.generation_bytes(), len(state.generations()), ledger.head.seq, len(ledger.folds()))
         self.metrics.gauges(self.merge.rule.read.gauges(ledger.totals))
         last = selection.last_round(state)
@@ -124,13 +128,15 @@ class Worker:
         self.metrics.scale(self.merge.reading().factor(), tuned.of_kind(TuneEntry).folds if tuned else 0)
 
     async def _turn(self, sources: Sequence[Source]) -> None:
-        """Looks at one candidate, or runs a round, or waits until there is something to do."""
+        """Does a command, looks at one candidate, or runs a round, or waits until there is something to do."""
         loop = asyncio.get_running_loop()
         self.live.scanned = all(source.scanned.is_set() for source in sources)
-        queued = self.queue.take(loop.time()) if self.live.scanned else None
-        if queued is not None:
+        may_fold = self.live.scanned and self.live.paused is None
+        if (turn := self.turns.take()) is not None:
+            await self._command(turn)
+        elif may_fold and (queued := self.queue.take(loop.time())) is not None:
             await self._one(queued)
-        elif self.live.scanned and self.rounds.wait(loop.time()) == 0.0:
+        elif may_fold and self.rounds.wait(loop.time()) == 0.0:
             if await self.rounds.run(self.on_thread):
                 self._fresh()
                 self.gauge()
@@ -141,9 +147,26 @@ class Worker:
 
     def _pause(self, now: float) -> float | None:
         """Seconds until there is something to do if nothing comes; None: for ever."""
+        if self.live.paused is not None:
+            return None
         due = self.queue.next_due()
         waits = (self.rounds.wait(now), None if due is None else max(0.0, due - now))
         return min((wait for wait in waits if wait is not None), default=None)
+
+    async def _command(self, turn: Turn[object]) -> None:
+        """Does what a command asked for, and tells the parts that run what came of it."""
+        before = self.merge.state.ledger.model
+        self.live.begin_command(turn.title)
+        try:
+            halt = await turn.run(self.on_thread)
+        finally:
+            self.live.end()
+        self.live.look_paused()
+        if self.merge.state.ledger.model is not before:
+            self._fresh()
+        self.gauge()
+        if halt is not None:
+            raise halt
 
     async def _one(self, queued: Queued) -> None:
         """Settles a candidate's fate, or puts it back. Raises Halt."""

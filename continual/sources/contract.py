@@ -99,6 +99,11 @@ class Source(Protocol):
         """The candidate's key, where it is known without opening a file: one that is settled is not queued then."""
         return None
 
+    def again(self, candidates: Sequence[Candidate]) -> None:  # noqa: ARG002
+        """Hears, on the event loop while `events` runs, that a person wants these candidates looked at again: it gives
+        those of them that are its own once more, though nothing of them has changed."""
+        return None
+
     def is_gone(self, event: Event) -> bool:  # noqa: ARG002
         """Whether the model of an event is there no more, so that nothing has to be said of it."""
         return False

@@ -13,14 +13,14 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import structlog
 
 from continual.config import Settings
 from continual.errors import Misconfigured
-from continual.records import Event
+from continual.records import Candidate, Event
 from continual.sources import directories
 from continual.sources.contract import Sight, Source, SourceKind, SourceReport, Wiring
 from continual.sources.directories import FolderSighting, forbidden, shown
@@ -60,6 +60,8 @@ class FolderSource(Source):
         self._settle = settle
         self._looking = looking or Looking()
         self._tree = Tree(str(root.absolute()), Settling(settle), self._looking)
+        self._hint = asyncio.Event()
+        self._retried: deque[str] = deque()
         self._clock = clock
         self._notes: tuple[str, ...] = ()
         self._told: deque[tuple[str, str]] = deque()
@@ -73,7 +75,7 @@ class FolderSource(Source):
         A folder that cannot be reached is looked at again; `problem` says so until it is back.
         """
         clock = self._clock or asyncio.get_running_loop().time
-        hint = asyncio.Event()
+        hint = self._hint
         with self._noticed(hint):
             while not stop.is_set():
                 hint.clear()
@@ -106,6 +108,11 @@ class FolderSource(Source):
         self._open.discard(event.origin)
         if key is not None:
             self._told.append((event.origin, key))
+
+    def again(self, candidates: Sequence[Candidate]) -> None:
+        """Looks at once at these candidates."""
+        self._retried.extend(candidate.origin for candidate in candidates)
+        self._hint.set()
 
     def is_gone(self, event: Event) -> bool:
         """Whether the path is there no more."""
@@ -148,10 +155,11 @@ class FolderSource(Source):
         while self._told:
             tree.settled(*self._told.popleft())
         told = tree.notices.take() if tree.notices is not None else None
+        changed = {self._retried.popleft() for _ in range(len(self._retried))}
         begun = time.thread_time()
         self._lost |= told is not None and told.lost
         everything = self._lost and now >= self._full
-        found = tree.look(now, told.changed if told is not None else (), everything=everything)
+        found = tree.look(now, changed.union(told.changed if told is not None else ()), everything=everything)
         if everything:
             self._lost = False
             self._full = now + 10 * (time.thread_time() - begun)

@@ -59,6 +59,7 @@ class HubSource(Source):
         self._pushed = asyncio.Event()
         self._names: dict[str, list[str]] = {}
         self._settled: deque[tuple[str, str | None]] = deque()
+        self._retried = deque(wiring.retried)
         self._failures = 0
         self._refused = 0
         self._due = 0.0
@@ -67,7 +68,7 @@ class HubSource(Source):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._polling = Polling(wiring.places, self._asked, self.cursor, self._known)
         self._places.newer = self._came_after
-        self._again(wiring.retried)
+        self._take_up()
 
     def _known(self, key: str) -> bool:
         return key in self._skipped or self._fate(key)
@@ -77,9 +78,14 @@ class HubSource(Source):
         """Whether there is anything to ask the Hub for; if not, only pushes are taken."""
         return self._asked.watch or bool(self._asked.repos or self._asked.authors)
 
-    def _again(self, candidates: Sequence[Candidate]) -> None:
+    def again(self, candidates: Sequence[Candidate]) -> None:
         """Takes up the candidates that a person wants looked at again: no listing may ever show them as new."""
-        for candidate in candidates:
+        self._retried.extend(candidates)
+        self._pushed.set()
+
+    def _take_up(self) -> None:
+        while self._retried:
+            candidate = self._retried.popleft()
             if candidate.origin.startswith(SCHEME) and candidate.revision:
                 repo = candidate.origin.removeprefix(SCHEME)
                 sighting = Sighting(repo, candidate.revision, self._clock(), 0.0, "retry")
@@ -132,6 +138,7 @@ class HubSource(Source):
         self.cursor.prune(self._known)
         while not stop.is_set():
             self._pushed.clear()
+            self._take_up()
             try:
                 self.forget()
                 self.open_inbox()

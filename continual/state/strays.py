@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from continual.state import paused
 from continual.state.arrays import chunk_names
 from continual.state.format import Format
 from continual.state.generation import RECEIPTS, node
@@ -18,14 +19,14 @@ from continual.state.opening import PARTIAL
 
 ASIDE = ".repaired-"
 """What the name of a directory begins with in which a repair keeps the old files."""
-CONTROL = "control"
+CONTROL = "control.sock"
 """The socket of a running daemon."""
 
 _RECORD = re.compile(r"\d{8,}\.json")
 _LEASE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}")
 _FRAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.json")
 _TEMPORARY = re.compile(r"\..+\.tmp")
-_FILES = ("format.json", "HEAD", "lock", "FORMAT.md", PARTIAL)
+_FILES = ("format.json", "HEAD", "lock", "FORMAT.md", PARTIAL, paused.NAME)
 _UNKNOWN = "no part of the format"
 _WRITING = "being written, or left by a writer that died: it goes when the state is next opened for writing"
 

@@ -49,7 +49,7 @@ def test_a_day_with_the_command(tmp_path: Path, place: tuple[Path, Path]) -> Non
     assert machine("tag", "--state", state) == {"first": 1}
     dry = machine("rollback", 1, "--dry-run", "--state", state)
     assert [c["seq"] for c in dry["undone"]] == [3]
-    assert run("rollback", 1, "--state", state).returncode == 0
+    assert run("rollback", 1, "--yes", "--state", state).returncode == 0
     assert machine("status", "--state", state)["folds"] == 1
     assert run("retry", "ft-1", "--state", state).returncode == 0
     assert machine("fold", good[1], "--state", state)[0]["fate"] == "folded"
@@ -101,7 +101,7 @@ def test_damage_is_found_and_named(tmp_path: Path, place: tuple[Path, Path]) -> 
         (("init", "{tmp}/base", "--scale", "big", "--state", "{tmp}/s"), 2, ("big", "norm")),
         (("init", "{tmp}/base", "--state", "{tmp}/state"), 2, ("state",)),
         (("show", "99", "--state", "{tmp}/state"), 2, ("99",)),
-        (("rollback", "99", "--state", "{tmp}/state"), 2, ("99",)),
+        (("rollback", "99", "--yes", "--state", "{tmp}/state"), 2, ("99",)),
         (("retry", "nobody", "--state", "{tmp}/state"), 2, ("nobody",)),
         (("export", "{tmp}/base", "--state", "{tmp}/state"), 2, ("exists",)),
         (("export", "{tmp}/o", "--dtype", "int4", "--state", "{tmp}/state"), 2, ("int4",)),
@@ -244,14 +244,14 @@ def test_rollback_undoes_what_a_dry_run_says_after_combine(tmp_path: Path) -> No
         assert run("fold", *fine_tunes, *state).returncode == 0
     assert run("combine", tmp_path / "two", *one).returncode == 0
     assert run("unfold", "ft-1", *one).returncode == 0
-    assert run("rollback", 2, *one).returncode == 0, "back to the record that combined them"
+    assert run("rollback", 2, "--yes", *one).returncode == 0, "back to the record that combined them"
     for to, names in ((3, ["ft-1"]), (1, ["ft-1", "ft-2"]), (0, ["ft-0", "ft-1", "ft-2"]), (2, [])):
         dry = machine("rollback", to, "--dry-run", *one)
         assert [c["candidate"]["name"] for c in dry["undone"]] == names
-        done = machine("rollback", to, *one)
+        done = machine("rollback", to, "--yes", *one)
         assert done["undone"] == dry["undone"]
         assert machine("show", done["record"], *one)["numbers"] == {"to": to, "undone": len(names)}
-        assert run("rollback", 2, *one).returncode == 0
+        assert run("rollback", 2, "--yes", *one).returncode == 0
 
 
 def test_unfold_shows_its_cost_where_others_are_folded_again(tmp_path: Path, place: tuple[Path, Path]) -> None:
@@ -261,6 +261,6 @@ def test_unfold_shows_its_cost_where_others_are_folded_again(tmp_path: Path, pla
     plan = machine("unfold", "ft-1", "--state", state, "--dry-run")["plan"]
     assert (plan["exact"], plan["start"], [m["name"] for m in plan["again"]]) == (False, 1, ["ft-2"])
     assert plan["read_bytes"] > 0
-    done = run("unfold", "ft-1", "--state", state)
+    done = run("unfold", "ft-1", "--yes", "--state", state)
     assert "1 later models are folded again on the merge of record 1" in done.stdout
     assert machine("status", "--state", state)["folds"] == 2

@@ -47,7 +47,7 @@ def test_folds_is_killed_comes_back_and_stops(place: tuple[Path, Path, Path]) ->
         for proxy in ({}, {"http_proxy": nowhere, "HTTP_PROXY": nowhere, "no_proxy": "", "NO_PROXY": ""}):
             told = command.process("status", "--state", state, "--json", env=proxy)
             assert json.loads(told.stdout)["pid"] == process.pid, f"through the proxy {proxy}"
-        busy = command.process("rollback", "0", "--state", state)
+        busy = command.process("fold", watch / "live", "--state", state)
         assert busy.returncode == 5
         assert str(process.pid) in busy.stderr
         assert address in busy.stderr

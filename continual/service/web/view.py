@@ -110,7 +110,9 @@ class Status:
     `queue` some of the `queued` candidates that are to be looked at, those that failed first. `degraded` says what is
     wrong though the daemon runs. `watch` are the folders of the settings;
     `sources` has what each kind of source says of itself, None where none of the kind runs; `notes` is what they see
-    that is no model. Lists of records begin with the newest.
+    that is no model. Lists of records begin with the newest. `paused`: since when nothing is folded (empty: not known),
+    None where folding goes on. `back`: the records that can be gone back to, as the first and the last of each row of
+    them.
     """
 
     version: str
@@ -130,7 +132,9 @@ class Status:
     watch: tuple[str, ...]
     sources: Mapping[str, SourceReport | None]
     notes: tuple[str, ...]
+    paused: str | None
     head: int
+    back: tuple[tuple[int, int], ...]
     folds: int
     generations: int
     state_bytes: int

@@ -1,0 +1,121 @@
+"""What the commands print that a daemon may have done for them: tables and lines out of an answer, which is JSON as
+`continual.service.control.acting` makes it. A record is shown from its JSON, too, wherever it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias, cast
+
+from continual.cli.console import say, table
+from continual.texts import Json, figure, size, when
+
+Body: TypeAlias = Mapping[str, Any]
+
+
+def fields(value: Json) -> Body:
+    """An object of an answer."""
+    assert isinstance(value, dict)
+    return value
+
+
+def rows(value: Json) -> list[Body]:
+    """A list of objects of an answer."""
+    assert isinstance(value, list)
+    return cast("list[Body]", value)
+
+
+def records(bodies: Iterable[Body]) -> None:
+    """Records of the ledger, a row each; `back` says which of them can be gone back to, where that was asked."""
+    found = list(bodies)
+    head = ("seq", "time", "kind", "model", "fate", "reason", *(("back",) if any("back" in b for b in found) else ()))
+    table((*head, "what"), [(*_record_row(body, head), _what(body)) for body in found])
+
+
+def model_of(body: Body) -> str:
+    """The name of the candidate that a record is about; empty where it is about none."""
+    return str((body["candidate"] or {}).get("name", ""))
+
+
+def _record_row(body: Body, head: Iterable[str]) -> list[object]:
+    cells = {**body, "time": when(body["time"]), "model": model_of(body), "back": "yes" if body.get("back") else ""}
+    return [cells[name] for name in head]
+
+
+def _what(body: Body) -> str:
+    """What a record says: the figures of a fold, the message of any other."""
+    if body["kind"] != "fold":
+        return str(body["message"] or "")
+    found = body["numbers"]
+    told = f"norm {found['tau_norm']:.4g}"
+    if found.get("cosine") is not None:
+        told += f", cosine {found['cosine']:+.3f}"
+    elif found.get("weight") is not None:
+        told += f", weight {found['weight']:.4g}"
+    return told + (f", lambda {found['lambda']:.3f}" if "lambda" in found else "")
+
+
+def rollback(found: Body, *, whole: bool = True) -> None:
+    """What going back undid or would undo, and what expired with it; the folds that it is about where `whole`."""
+    undone = rows(found["undone"])
+    done = found["record"] is not None
+    say(f"{'Went' if done else 'Would go'} back to record {found['to']}; {len(undone)} folds undone")
+    if undone and whole:
+        records(undone)
+    if found["expires"]:
+        lost = ranges(runs(found["lost"]))
+        say(
+            f"{len(found['expires'])} generations {'are gone' if done else 'would go'} with it: "
+            f"records {lost} can {'no longer' if done else 'then no longer'} be gone back to"
+        )
+
+
+def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Numbers in rising order as the first and the last of each row without a gap."""
+    from continual.state.going_back import runs as found
+
+    return list(found(numbers))
+
+
+def ranges(found: Iterable[Iterable[int]]) -> str:
+    """Rows of numbers, as `0, 5 to 9, 12`."""
+    pairs = [tuple(pair) for pair in found]
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in pairs) or "none"
+
+
+def unfold_plan(found: Body) -> None:
+    """What taking a model out takes."""
+    plan = fields(found["plan"])
+    say(
+        f"{found['line']}: {size(plan['read_bytes'])} of models to read, "
+        f"{size(plan['disk_bytes'])} of disk while it lasts"
+    )
+
+
+def round_told(found: Body) -> None:
+    """A round for people."""
+    shown = [
+        (r["name"], r["fate"], r["reason"], *(figure(r.get(k)) for k in ("score", "change", "error", "z", "weight")))
+        for r in rows(found["members"])
+    ]
+    table(("model", "fate", "reason", "score", "change", "error", "z", "weight"), shown)
+    gap = "" if found.get("gap") is None else f", gap {found['gap']:.3g}"
+    loss = f"loss {found['before']:.6g} to {found['loss']:.6g}{gap}"
+    record = "nothing recorded" if found["record"] is None else f"recorded as record {found['record']}"
+    say(f"{loss}; {found['folds']} folded in {found['seconds']:.1f} s; {record}")
+
+
+def release_look(found: Body) -> None:
+    """What a release would do, and its card."""
+    there = "nothing is there yet" if found["there"] is None else f"record {found['there']} is there"
+    say(
+        f"{'Is out already' if found['out'] else 'Would release'}: record {found['seq']} to {found['repo']}, "
+        f"branch {found['branch']} ({there}); {found['licences']['message']}"
+    )
+    say("")
+    say(found["card"], lines=True)
+
+
+def released(found: Body) -> None:
+    """A release that is out."""
+    tag = f", tag {found['tag']}" if found["tag"] else ""
+    say(f"{'Released' if found['new'] else 'Was out already:'} record {found['seq']} as {found['url']}{tag}")

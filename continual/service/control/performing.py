@@ -1,0 +1,79 @@
+"""What the daemon does when it is asked: the work at its turn on the thread that writes the state, and what follows
+from it for the parts that run."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+
+import structlog
+
+from continual.api import Merge
+from continual.errors import ContinualError
+from continual.service import release as releasing
+from continual.service.control import acting
+from continual.service.control.acting import Answer
+from continual.service.control.parley import Hearing
+from continual.service.control.requests import ReleaseRequest, Request, RetryRequest
+from continual.service.control.turns import Turns
+from continual.service.outlets import aside
+from continual.service.status import Live
+from continual.sources.contract import Source
+from continual.state.entries import Entry
+
+Recorder = Callable[[Entry], Awaitable[None]]
+
+
+class Performing:
+    """Does requests for a daemon on the open `merge`. `record` makes a record at its turn."""
+
+    def __init__(self, merge: Merge, live: Live, turns: Turns, record: Recorder, sources: Sequence[Source]) -> None:
+        self._merge = merge
+        self._live = live
+        self._turns = turns
+        self._record = record
+        self._sources = sources
+        self._log = structlog.get_logger("continual")
+
+    async def perform(self, request: Request, hear: Hearing) -> Answer:
+        """Does it when its turn comes, and returns the answer. Raises what `acting.act` raises; what is no error of
+        continual is a bug, and logged with its trace."""
+        asked = request.model_dump(exclude_defaults=True)
+        try:
+            answer = await self._do(request, hear)
+        except ContinualError as error:
+            self._log.info("command failed", command=request.title, asked=asked, error=str(error))
+            raise
+        except Exception:
+            self._log.exception("command failed", command=request.title, asked=asked)
+            raise
+        self._log.info("command", command=request.title, asked=asked)
+        if isinstance(request, RetryRequest):
+            self._again()
+        return answer
+
+    async def _do(self, request: Request, hear: Hearing) -> Answer:
+        if isinstance(request, ReleaseRequest):  # an upload may take hours: the folds go on meanwhile
+            hear.progress("release", 0, 1)
+            if request.dry_run:
+                return await aside(partial(acting.look_release, self._merge, request))
+            out = await aside(partial(acting.release, self._merge, request))
+            await self._record(releasing.entry(out.released))
+            return out.answer
+        return await self._turns.ask(request.title, partial(self._act, request, hear))
+
+    def _act(self, request: Request, hear: Hearing) -> Answer:
+        """On the thread that writes the state."""
+
+        def progress(stage: str, done: int, total: int) -> None:
+            self._live.progress(stage, done, total)
+            hear.progress(stage, done, total)
+
+        progress("begin", 0, 1)  # nothing is begun for a client that has gone
+        return acting.act(self._merge, request, Hearing(progress, hear.note))
+
+    def _again(self) -> None:
+        """Has the sources give what somebody wants looked at again."""
+        retried = self._merge.state.ledger.retried()
+        for source in self._sources:
+            source.again(retried)
