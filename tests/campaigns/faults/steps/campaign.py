@@ -1,18 +1,20 @@
 """Every command, at every call by which it changes a file, for the default rule and `opcm`.
 
     python -m tests.campaigns.faults.steps              # the process is killed at the call
-    python -m tests.campaigns.faults.steps --errors     # the call fails, in seven ways
+    python -m tests.campaigns.faults.steps --errors     # the call fails, in nine ways
 
-The ways are EIO (before the call is done, and after), ENOSPC, EROFS, EACCES, EMFILE and ENAMETOOLONG. A process is
-forked for each run, in a copy of what the command begins with, and ended or made to fail at call n, for every n. Of an
-error every call counts that can have it, those that only look too. Afterwards the state opens and is whole, it is one
-of those that an undisturbed run goes through, and the command, given once more, ends as that run did. A command that
-fails raises an error of ours; once the disk works again, the same open state does the work, unless it was told to halt.
+The ways are EIO (before the call is done, and after), ENOSPC and EROFS (of one call, and of all from there on), EACCES,
+EMFILE and ENAMETOOLONG. A process is forked for each run, in a copy of what the command begins with, and ended or made
+to fail at call n, for every n. Of an error every call counts that can have it, those that only look too. Afterwards the
+state opens and is whole, it is one of those that an undisturbed run goes through, and the command, given once more,
+ends as that run did. A command that fails raises an error of ours; once the disk works again, the same open state does
+the work, unless it was told to halt.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,9 +38,31 @@ from tests.campaigns.faults.steps.commands import Step, World
 from tests.campaigns.faults.steps.looking import Facts
 from tests.helpers import calls
 from tests.helpers.calls import Counter
+from tests.helpers.released import REPO, count
+from tests.loopback import Hub, serving
 
-LASTING = (errno.ENOSPC, errno.EROFS)
-"""A disk that is full, or read-only, stays so for a while: each of these also from a call on."""
+LATE = ("rename", "replace", "link", "unlink", "fsync")
+"""Calls that can be done and told as failed all the same."""
+
+
+class Failure(NamedTuple):
+    """A way for calls to fail: the `errno`; with `lasting` of each call from one on, as of a disk that is full; with
+    `late` the call is done and told as failed."""
+
+    number: int
+    lasting: bool = False
+    late: bool = False
+
+    def __str__(self) -> str:
+        return f"{errno.errorcode[self.number]}{' and on' * self.lasting}{' late' * self.late}"
+
+
+FAILURES = (
+    *(Failure(number) for number in calls.FAILS),
+    Failure(errno.ENOSPC, lasting=True),
+    Failure(errno.EROFS, lasting=True),
+    Failure(errno.EIO, late=True),
+)
 
 
 class Straight(NamedTuple):
@@ -49,10 +73,13 @@ class Straight(NamedTuple):
 
 
 def campaign(
-    work: Path, names: list[str] | None = None, rules: tuple[str, ...] = commands.RULES, *, errors: bool = False
+    work: Path,
+    names: Sequence[str] | None = None,
+    rules: Sequence[str] = commands.RULES,
+    failures: Sequence[Failure] = (),
 ) -> dict[str, Any]:
-    """Runs the campaign under `work`; returns how many runs there were of each command. Raises AssertionError with
-    every broken promise."""
+    """Runs the campaign under `work`: kills, or these failures; returns how many runs there were of each command.
+    Raises AssertionError with every broken promise."""
     torch.set_num_threads(1)  # no thread of torch's that a fork would leave behind
     logging.getLogger("continual.state").addHandler(logging.NullHandler())
     commands.make_models(work / "models")
@@ -62,73 +89,98 @@ def campaign(
         for step in commands.STEPS:
             if rule not in step.only or (names is not None and step.name not in names):
                 continue
-            place = work / rule / step.name.replace(" ", "-")
-            begun = World(work / "models", place / "begun", rule)
-            begun.work.mkdir(parents=True)
-            step.begin(begun)
-            straight = _straight(step, begun, place / "straight")
             begin = time.perf_counter()
-            run = _errors if errors else _kills
-            count = run(step, begun, straight, broken)
-            counts[f"{rule}: {step.name}"] = {**count, "seconds": round(time.perf_counter() - begin, 1)}
-            print(f"{rule}: {step.name}: {count}", file=sys.stderr, flush=True)
+            with contextlib.ExitStack() as stack:
+                hub = stack.enter_context(serving()) if step.hub else None
+                place = work / rule / step.name.replace(" ", "-")
+                begun = World(work / "models", place / "begun", rule, None if hub is None else hub.endpoint)
+                found = _Runs(step, begun, hub)
+                ends = found.summed(failures) if failures else found.kills()
+                broken += found.broken
             shutil.rmtree(place)
+            counts[f"{rule}: {step.name}"] = {**ends, "seconds": round(time.perf_counter() - begin, 1)}
+            print(f"{rule}: {step.name}: {ends}", file=sys.stderr, flush=True)
     assert not broken, "\n".join([f"{len(broken)} promises are broken:", *broken])
     return {"runs": sum(c["runs"] for c in counts.values()), "commands": counts}
 
 
-def _kills(step: Step, begun: World, straight: Straight, broken: list[str]) -> dict[str, int]:
-    number = 0
-    while True:
-        number += 1
-        world = _copy(begun)
-        counter = Counter(calls.changes, number, calls.kill)
-        code = _forked(partial(_run, step, world, counter))
-        if code == 0:
-            return {"runs": number - 1}
-        where = f"{step.name} ({world.rule}) killed at call {number}"
-        broken += [f"{where}: exit code {code}"] if code != calls.KILLED else _judge(step, world, straight, where)
+class _Runs:
+    """All runs of one command. `broken` has every promise that one of them broke."""
 
+    def __init__(self, step: Step, begun: World, hub: Hub | None) -> None:
+        self.step = step
+        self.begun = begun
+        self.hub = hub
+        self.broken: list[str] = []
+        begun.work.mkdir(parents=True)
+        step.begin(begun)
+        self.straight = _straight(step, begun, self.copy("straight"))
 
-def _errors(step: Step, begun: World, straight: Straight, broken: list[str]) -> dict[str, int]:
-    runs, found = 0, dict[str, int]()
-    for failure, lasting, late in _failures():
-        kinds, number = calls.FAILS[failure], 0
-        if late:
-            kinds = ("rename", "replace", "link", "unlink", "fsync")
+    def copy(self, name: str = "run") -> World:
+        """What the command begins with, once more; on the Hub there is nothing."""
+        world = self.begun.at(self.begun.work.with_name(name))
+        shutil.rmtree(world.work, ignore_errors=True)
+        shutil.copytree(self.begun.work, world.work, symlinks=True)
+        if self.hub is not None and REPO in self.hub.state():
+            self.hub.delete(REPO)
+        return world
+
+    def kills(self) -> dict[str, int]:
+        """A kill at each call."""
+        number = 0
         while True:
             number += 1
-            world = _copy(begun)
-            then = calls.fail_after(failure) if late else calls.fail(failure)
-            counter = Counter(kinds.__contains__, number, then, lasting=lasting)
-            code = _forked(partial(_fail, step, world, counter))
+            world = self.copy()
+            code = _forked(partial(_run, self.step, world, Counter(calls.changes, number, calls.kill)))
+            if code == 0:
+                return {"runs": number - 1}
+            where = f"{self.step.name} ({world.rule}) killed at call {number}"
+            self.broken += [f"{where}: exit code {code}"] if code != calls.KILLED else self.judge(world, where)
+
+    def summed(self, failures: Sequence[Failure]) -> dict[str, int]:
+        """A failure at each call, of each of these kinds."""
+        found = {"runs": 0}
+        for failure in failures:
+            for key, value in self.failing(failure).items():
+                found[key] = found.get(key, 0) + value
+        return found
+
+    def failing(self, failure: Failure) -> dict[str, int]:
+        """A failure of one kind at each call that can have it."""
+        ends, number = list[str](), 0
+        kinds = LATE if failure.late else calls.FAILS[failure.number]
+        then = (calls.fail_after if failure.late else calls.fail)(failure.number)
+        while True:
+            number += 1
+            world = self.copy()
+            counter = Counter(kinds.__contains__, number, then, lasting=failure.lasting)
+            code = _forked(partial(_fail, self.step, world, counter))
             if code == DONE:
-                break
-            runs += 1
-            how = f"{errno.errorcode[failure]} at call {number}{' and on' * lasting}{' late' * late}"
-            where = f"{step.name} ({world.rule}), {how}"
-            if code not in ENDS:
-                broken.append(f"{where}: exit code {code}")
-                continue
-            found[ENDS[code]] = found.get(ENDS[code], 0) + 1
-            broken += _judge(step, world, straight, where)
-    return {"runs": runs, **found}
+                return {"runs": len(ends), **{end: ends.count(end) for end in ends}}
+            where = f"{self.step.name} ({world.rule}), {failure} at call {number}"
+            ends.append(ENDS.get(code, f"exit code {code}"))
+            self.broken += self.judge(world, where) if code in ENDS else [f"{where}: {ends[-1]}"]
 
-
-def _failures() -> Iterator[tuple[int, bool, bool]]:
-    """Which error, whether it stays, and whether the call is done and told as failed."""
-    for failure in calls.FAILS:
-        yield failure, False, False
-        if failure in LASTING:
-            yield failure, True, False
-    yield errno.EIO, False, True
-
-
-def _copy(begun: World) -> World:
-    world = begun.at(begun.work.with_name("run"))
-    shutil.rmtree(world.work, ignore_errors=True)
-    shutil.copytree(begun.work, world.work, symlinks=True)
-    return world
+    def judge(self, world: World, where: str) -> list[str]:
+        """What does not hold after a run, and when the command is given again."""
+        step, straight = self.step, self.straight
+        try:
+            seen = looking.look(world)
+            assert seen in straight.states or _later(seen, straight), f"no state of an undisturbed run: {seen}"
+            if step.name == "init":
+                again(step, world, None)
+            else:
+                with world.opened(**dict(step.settings)) as merge:
+                    again(step, world, merge)
+            ended = looking.look(world)
+            assert ended is not None
+            assert straight.states[-1] is not None
+            assert ended.now == straight.states[-1].now, "the repeated command ends otherwise"
+            assert looking.written(world, step) == straight.written, f"{looking.written(world, step)} were written"
+            assert self.hub is None or count(self.hub) == 1, "it is not released, or twice"
+        except Exception as error:
+            return [f"{where}: {type(error).__name__}: {error}"]
+        return []
 
 
 def _forked(child: Callable[[], int]) -> int:
@@ -254,37 +306,15 @@ def again(step: Step, world: World, merge: Any) -> None:
             raise
 
 
-def _judge(step: Step, world: World, straight: Straight, where: str) -> list[str]:
-    """What does not hold after a run, and when the command is given again."""
-    try:
-        seen = looking.look(world)
-        assert seen in straight.states or _later(seen, straight), f"no state of an undisturbed run: {seen}"
-        if step.name == "init":
-            again(step, world, None)
-        else:
-            with world.opened(**dict(step.settings)) as merge:
-                again(step, world, merge)
-        ended = looking.look(world)
-        assert ended is not None
-        assert straight.states[-1] is not None
-        assert ended.now == straight.states[-1].now, "the repeated command ends otherwise"
-        assert looking.written(world, step) == straight.written, f"{looking.written(world, step)} were written"
-    except Exception as error:
-        return [f"{where}: {type(error).__name__}: {error}"]
-    return []
-
-
 def _later(seen: Facts | None, straight: Straight) -> bool:
     """Whether a command was done twice, which is what trying again comes to where its record stood already."""
     last = straight.states[-1]
     return seen is not None and last is not None and seen.now == last.now
 
 
-def _straight(step: Step, begun: World, place: Path) -> Straight:
+def _straight(step: Step, begun: World, world: World) -> Straight:
     """Runs the command on a copy, undisturbed; the states are those after each of its records."""
     states: list[Facts | None] = [looking.look(begun)]
-    world = begun.at(place)
-    shutil.copytree(begun.work, world.work, symlinks=True)
 
     def note() -> None:
         with State.open(world.state) as state:
@@ -314,7 +344,7 @@ def main() -> None:
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as temporary:
         work = args.dir or Path(temporary)
-        result = campaign(work, args.command, tuple(args.rule or commands.RULES), errors=args.errors)
+        result = campaign(work, args.command, tuple(args.rule or commands.RULES), FAILURES if args.errors else ())
     json.dump(result, sys.stdout, indent=2)
     print()
 

@@ -12,9 +12,13 @@ import torch
 
 from continual import api, making, tuning
 from continual.config import Settings
+from continual.hub import Hub
 from continual.publish import folder
 from continual.publish.folder import Target
+from continual.service import release as releasing
 from tests.helpers import models, quadratic
+from tests.helpers.released import REPO
+from tests.loopback import TOKEN
 
 SHAPES = {"model.layers.0.mlp.up_proj.weight": (6, 4), "model.norm.weight": (4,), "lm_head.weight": (5, 4)}
 RULES = ("iso-c", "opcm")
@@ -23,11 +27,13 @@ RULES = ("iso-c", "opcm")
 @dataclass(frozen=True)
 class World:
     """Where a command runs: `models` has the base and its fine-tunes and never changes; `work` has the state `state`
-    and what is written beside it, and is copied for each run."""
+    and what is written beside it, and is copied for each run; `hub` is where a Hub answers, if the command needs
+    one."""
 
     models: Path
     work: Path
     rule: str
+    hub: str | None = None
 
     @property
     def base(self) -> Path:
@@ -40,11 +46,12 @@ class World:
     def opened(self, **settings: Any) -> api.Merge:
         """The state, open for writing."""
         asked = {"state": self.state, "workers": 1, "device": "cpu", "keep": 50, "max_base_ratio": 10.0}
-        return api.Merge(Settings(**{**asked, **settings}), write=True)
+        client = None if self.hub is None else Hub(endpoint=self.hub, token=TOKEN)
+        return api.Merge(Settings(**{**asked, **settings}), write=True, client=client)
 
     def at(self, work: Path) -> World:
         """The same in another directory."""
-        return World(self.models, work, self.rule)
+        return World(self.models, work, self.rule, self.hub)
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Step:
     """A command. `begin` makes what it begins with, in `work`; `run` is the command on an open merge, `settings` how
     that is opened; None where the command makes the state itself. `records` is how many it makes. `again` is what a
     second one says in whose way the first one stands. `only` names the rules that can do it; `outside` what it writes
-    beside the state."""
+    beside the state; `hub` is whether it needs a Hub."""
 
     name: str
     begin: Callable[[World], None]
@@ -62,6 +69,7 @@ class Step:
     again: str | None = None
     only: tuple[str, ...] = RULES
     outside: str | None = None
+    hub: bool = False
 
 
 def make_models(place: Path) -> Path:
@@ -156,6 +164,11 @@ def unfolded(_world: World, merge: api.Merge | None) -> object:
     return opened(merge).unfold(opened(merge).look_unfold("ft-1"))
 
 
+def released(_world: World, merge: api.Merge | None) -> object:
+    """As the command does it."""
+    return opened(merge).state.record(releasing.entry(releasing.release(opened(merge))))
+
+
 def rounded(_world: World, merge: api.Merge | None) -> object:
     """A round, or the rest of one; nothing where one has ended and nothing of it is left to do."""
     ledger = opened(merge).state.ledger
@@ -212,5 +225,6 @@ STEPS = (
         outside="out",
     ),
     Step("current", published, lambda w, merge: keep_current(w, opened(merge)), records=0, outside="out"),
+    Step("release", of_folds(1), released, settings=(("release", {"repo": REPO}),), hub=True),
     Step("pool round", waiting, rounded, records=-1, settings=ROUNDS),
 )
