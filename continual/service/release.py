@@ -70,6 +70,7 @@ def release(merge: Merge, at: int | None = None) -> Released:
     (also where licences differ and the settings refuse that), Trouble, Retry."""
     asked = merge.settings.release
     seq = record_of(merge, at).seq
+    shutil.rmtree(_staging(merge), ignore_errors=True)  # what a killed process left, also where the record is out
     facts = facts_of(merge, seq)
     agreement = card.licences(facts.base, facts.folded)
     if agreement.conflict and asked.licences == "refuse":
@@ -181,9 +182,8 @@ def exported(merge: Merge, seq: int) -> Iterator[Path]:
     dtype = folder.parse_dtype(settings.release.dtype)
     link = settings.current
     beside = link.parent / f"{link.name}-{seq:08d}" if link is not None and dtype is None else None
-    staging = settings.state.absolute() / "staging"
+    staging = _staging(merge)
     with environment(f"cannot make {staging}"):
-        shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
         staging.mkdir()
     try:
         if beside is not None and link_tree(beside, staging / beside.name):
@@ -192,3 +192,8 @@ def exported(merge: Merge, seq: int) -> Iterator[Path]:
         yield merge.export(folder.Target(staging / f"release-{seq:08d}", at=seq, dtype=dtype))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _staging(merge: Merge) -> Path:
+    """Where what is on its way to the Hub lies."""
+    return merge.settings.state.absolute() / "staging"

@@ -112,9 +112,7 @@ def load(path: Path, form: Format, checksum: str) -> Loaded:
         head, names = protocol.read_head(path), _listed(path / "commits")
         if len(names) > head.seq + 2 and protocol.read_head(path) != head:
             continue  # records were added between the two looks
-        if (path / PARTIAL).exists():
-            names = names[: head.seq + 1]
-        ledger = _replayed(path, head, names)
+        ledger = _replayed(path, head, names[: head.seq + 1] if _is_partial(path) else names)
         adoption.bound(path, ledger, checksum)
         try:
             adoption.check(path, form, ledger.log, head.seq)
@@ -125,6 +123,12 @@ def load(path: Path, form: Format, checksum: str) -> Loaded:
             continue  # it expired between the two looks
         return Loaded(ledger, head.seq)
     raise Damaged(_missing(path, head, names))
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether the state is a backup under way, of which nothing above HEAD counts."""
+    with usable(f"cannot open the state {path}"):
+        return (path / PARTIAL).exists()
 
 
 def _in_force(path: Path, form: Format, commit: Commit) -> None:

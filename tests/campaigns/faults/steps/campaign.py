@@ -178,6 +178,7 @@ class _Runs:
             assert ended.now == straight.states[-1].now, "the repeated command ends otherwise"
             assert looking.written(world, step) == straight.written, f"{looking.written(world, step)} were written"
             assert self.hub is None or count(self.hub) == 1, "it is not released, or twice"
+            assert not (world.state / "staging").exists(), "what was on its way is still there"
         except Exception as error:
             return [f"{where}: {type(error).__name__}: {error}"]
         return []
