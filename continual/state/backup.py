@@ -83,11 +83,12 @@ def backup(path: Path, directory: Path, wish: Wish, progress: OnStage) -> Backup
     if directory.resolve().is_relative_to(path.resolve()):
         raise Misconfigured(f"{directory} lies in the state: a backup needs a directory outside of it")
     for _ in range(_TRIES):
-        # cursors first: they must not be ahead of the records, or what they have passed would never be looked at again
-        loose_files = {} if wish.clone else _loose_files(path)
-        with State.open(path) as source, contextlib.suppress(_Gone):
-            sync_file(path / "commits")  # the newest record may be in flight: it must not be here and lost there
-            return _Copy(source, directory, wish, progress).make(loose_files)
+        with environment("cannot make the backup"), contextlib.suppress(_Gone):
+            # cursors first: what they have passed without a record would not be looked at again
+            loose_files = {} if wish.clone else _loose_files(path)
+            with State.open(path) as source:
+                sync_file(path / "commits")  # the newest record may be in flight: it must not be here and lost there
+                return _Copy(source, directory, wish, progress).make(loose_files)
     raise Retry(f"{path} changes faster than it can be copied: try again; nothing was settled")
 
 
@@ -123,7 +124,7 @@ class _Copy:
         )
         if self.wish.dry_run:
             return report
-        with environment("cannot make the backup"), self._begun():
+        with self._begun():
             copies = self.wish.copy or self.source.path.stat().st_dev != self.directory.stat().st_dev
             room(self.directory, report.nbytes if copies else 0, "the backup")
             taking = self._generations(new)
@@ -162,6 +163,8 @@ class _Copy:
             replace_bytes(directory / PARTIAL, framing.encode({"clone": self.wish.clone, "of": self.source.id})[0])
             for name in opening.DIRECTORIES:
                 (directory / name).mkdir(exist_ok=True)
+            for leftover in (*directory.glob(".*.tmp"), *directory.glob("*/.*.tmp")):
+                leftover.unlink()
             opening.cut(directory, self.have)
             if self.have < 0:
                 (directory / "HEAD").unlink(missing_ok=True)
@@ -281,7 +284,7 @@ def _have(source: State, directory: Path, wish: Wish) -> int:
         return -1
     if not directory.is_dir():
         raise Misconfigured(f"{directory} is no directory")
-    names = set(_names(directory)) - {"lock"}
+    names = {name for name in _names(directory) if name != "lock" and not name.startswith(f".{PARTIAL}.")}
     if not names or (PARTIAL in names and "HEAD" not in names):
         return -1
     if wish.clone and PARTIAL in names and framing.decode(directory / PARTIAL)[0].get("clone") is True:

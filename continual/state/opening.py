@@ -91,13 +91,18 @@ def cut(path: Path, last: int) -> None:
             (path / "commits" / name).unlink()
 
 
-def whole_again(path: Path, last: int) -> None:
-    """Makes a state of its own of a backup in which a later one was killed: it is as it was at record `last`. Raises
-    OSError and Halt."""
-    if (path / PARTIAL).exists():
-        cut(path, last)
-        sync_file(path / "commits")
-        (path / PARTIAL).unlink()
+def whole_again(path: Path, ledger: Ledger) -> None:
+    """Makes a state of its own of a backup in which a later one was killed: it is as HEAD says. Raises OSError and
+    Halt."""
+    if not (path / PARTIAL).exists():
+        return
+    cut(path, ledger.head.seq)
+    sync_file(path / "commits")
+    for tag, seq in ledger.tags.items():
+        with contextlib.suppress(Damaged):  # an altered file is for `verify` to report
+            if not protocol.tag_stands(path, tag, seq):
+                protocol.write_tag(path, tag, seq)
+    (path / PARTIAL).unlink()
 
 
 def load(path: Path, form: Format, checksum: str) -> Loaded:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from pathlib import Path
 
 from continual.errors import Misconfigured
 from continual.state import lock, opening, protocol
 from continual.state.damage import Inspection, RepairPlan
-from continual.state.durable import environment, sync_file
+from continual.state.durable import environment, replace_bytes, sync_file
 from continual.state.entries import RepairEntry
 from continual.state.format import Commit
 from continual.state.protocol import Held, Journal, OnStep
@@ -38,7 +37,7 @@ def look(path: Path, progress: OnPart) -> RepairPlan:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(Misconfigured):  # a read-only state can be looked at, and nobody writes to it
             stack.callback(os.close, lock.take(path / "lock"))
-        return Inspection(path, progress).plan
+        return _inspected(path, progress).plan
 
 
 def repair(path: Path, plan: RepairPlan, progress: OnPart, on_step: OnStep | None = None) -> Commit | None:
@@ -50,7 +49,7 @@ def repair(path: Path, plan: RepairPlan, progress: OnPart, on_step: OnStep | Non
     _check(path)
     fd = lock.take(path / "lock")
     try:
-        found = Inspection(path, progress)
+        found = _inspected(path, progress)
         if found.plan != plan:
             raise Misconfigured(f"{path} is not as it was when you were told what a repair does: look at it again")
         if not plan.findings:
@@ -61,6 +60,11 @@ def repair(path: Path, plan: RepairPlan, progress: OnPart, on_step: OnStep | Non
             return _record(path, aside, found, on_step or _silent)
     finally:
         os.close(fd)
+
+
+def _inspected(path: Path, progress: OnPart) -> Inspection:
+    with environment(f"cannot look at the state {path}"):
+        return Inspection(path, progress)
 
 
 def _move(path: Path, aside: Path, plan: RepairPlan) -> None:
@@ -75,9 +79,8 @@ def _move(path: Path, aside: Path, plan: RepairPlan) -> None:
             target = target.with_name(f"{target.name}.again")
         os.rename(source, target)
         touched |= {source.parent, target.parent}
-    if (path / "HEAD").exists() and not (aside / "HEAD").exists():
-        shutil.copyfile(path / "HEAD", aside / "HEAD")  # it is replaced in one step, by the record
-        sync_file(aside / "HEAD")
+    if (path / "HEAD").exists() and not (aside / "HEAD").exists():  # it is replaced in one step, by the record
+        replace_bytes(aside / "HEAD", (path / "HEAD").read_bytes())
     for directory in sorted(touched):
         sync_file(directory)
 

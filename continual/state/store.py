@@ -108,7 +108,7 @@ class State:
         retention.clear(self.path, unnamed)
         with environment(f"cannot open {self.path} for writing"):
             opening.complete(self.path)
-            opening.whole_again(self.path, self.ledger.head.seq)
+            opening.whole_again(self.path, self.ledger)
         adoption.make_durable(self.path, self.ledger.log, self.acknowledged)
         self._journal.settle(self.acknowledged)
 

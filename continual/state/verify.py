@@ -15,6 +15,7 @@ from continual.state.format import Commit, Format
 from continual.state.generation import Generation
 from continual.state.inbox import PushRecord
 from continual.state.ledger import Ledger
+from continual.state.opening import PARTIAL
 from continual.state.protocol import Head, read_head, tag_stands
 from continual.state.store import State
 
@@ -127,8 +128,10 @@ def _generation(state: State, name: str, checksum: str, step: Callable[[], None]
 
 def tag_finding(path: Path, ledger: Ledger, acknowledged: int, tag: str) -> str | None:
     """What is wrong with the file of a tag. It is written after its record and HEAD: where that record is the one that
-    HEAD names, or stands above it, the next writer writes the file."""
-    in_flight = any(isinstance(c.entry, TagEntry) and c.entry.tag == tag for c in ledger.log[acknowledged:])
+    HEAD names, or stands above it, and in a backup that was not completed, the next writer writes the file."""
+    in_flight = (path / PARTIAL).exists() or any(
+        isinstance(c.entry, TagEntry) and c.entry.tag == tag for c in ledger.log[acknowledged:]
+    )
     try:
         if tag_stands(path, tag, ledger.tags[tag]) or in_flight:
             return None
