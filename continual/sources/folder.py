@@ -222,10 +222,12 @@ class FolderSource(Source):
         loop = asyncio.get_running_loop()
         loop.add_reader(notices.fd, heard)
         self._tree.notices = notices
+        self._lost = bool(self._tree.nodes)  # of what was seen before the kernel is to tell again
         try:
             yield
         finally:
             loop.remove_reader(notices.fd)
+            self._tree.notices = None
             notices.close()
 
     def _event(self, sighting: FolderSighting) -> Event:

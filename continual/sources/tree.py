@@ -1,9 +1,9 @@
 """A watched folder with all that was seen in it: what is looked at again and when, what is given, and what is noted.
 
 Three things make it look. Notices of the kernel name the directories that changed. A model that was seen is looked at
-when its settle time is over. And every `rescan` seconds there is a round: directories without a model by their time, of
-which the kernel may have told nothing, and some of the models that were given, in turn. A round spends at most one
-part in 2,000 of a processor: where there is more to look at, the rounds take turns or come more rarely.
+when its settle time is over. And every `rescan` seconds there is a rescan: directories without a model by their time, of
+which the kernel may have told nothing, and some of the models that were given, in turn. It spends at most one part in
+2,000 of a processor: where there is more to look at, rescans take turns or come more rarely.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from continual.sources.notices import Notices
 from continual.sources.settling import PATIENCE, Settling
 
 SHARE = 0.0005
-"""Of a processor that rounds may take."""
+"""Of a processor that rescans may take."""
 FRESH = 2.0
 """Seconds within which a directory may change again and keep its time: file systems count in ticks, some in seconds."""
 SOME = 3
@@ -55,7 +55,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Looking:
-    """How a folder is looked through: seconds between two rounds, whether models in models count, whether a key is
+    """How a folder is looked through: seconds between two rescans, whether models in models count, whether a key is
     settled; and the clocks: of the processor, and of the world."""
 
     rescan: float = 30.0
@@ -80,7 +80,7 @@ class Tree:
     problem: str | None = None
     nodes: dict[str, Node] = field(default_factory=dict)
     _turn: deque[str] = field(default_factory=deque)
-    _round: float | None = None
+    _next_rescan: float | None = None
     _begun: float = 0.0
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class Tree:
     def look(self, now: float, changed: Iterable[str] = (), *, everything: bool = False) -> list[FolderSighting]:
         """Looks at what `changed` (or at everything), at what is due, and once in a while at the rest. Returns the
         models that have been still long enough, in their order."""
-        first = self._round is None
+        first = self._next_rescan is None
         if first or everything:
             for path in (self.root, *self.nodes):
                 if path in self.nodes or path == self.root:
@@ -104,8 +104,8 @@ class Tree:
         if first:
             self.settling.were_still(now, self.looking.clock())
             self._next(now, 0.0)
-        elif now >= (self._round or 0.0):
-            self._go_round(now)
+        elif now >= (self._next_rescan or 0.0):
+            self._rescan(now)
         found = self.settling.take(now)
         for model in found:
             self.nodes[model.path].given = hash(model.files)
@@ -113,7 +113,7 @@ class Tree:
 
     def next_look(self, now: float) -> float:
         """Seconds until it is to look again if nothing is told."""
-        waits = [0.0 if self._round is None else self._round - now]
+        waits = [0.0 if self._next_rescan is None else self._next_rescan - now]
         for due in (self.settling.next_look(now), self.noted.next_due(now)):
             if due is not None:
                 waits.append(due + 0.01)
@@ -231,13 +231,15 @@ class Tree:
             else:
                 self.visit(above, now)
 
-    def _go_round(self, now: float) -> None:
+    def _rescan(self, now: float) -> None:
         """Looks at what nobody told of: the directories without a model that changed, models that are waited for, and
         some of the others in turn."""
         begun = self.looking.spent()
         for path in [path for path, node in self.nodes.items() if not node.model] or [self.root]:
             if self._moved(path):
                 self.visit(path, now)
+        for path in [path for path, node in self.nodes.items() if self._asked_again(node)]:
+            self.visit(path, now)
         for model in list(self.settling.waiting):
             self.visit(model, now)
         budget = SHARE * (now - self._begun)
@@ -253,7 +255,7 @@ class Tree:
 
     def _next(self, now: float, spent: float) -> None:
         self._begun = now
-        self._round = now + max(self.looking.rescan, spent / SHARE)
+        self._next_rescan = now + max(self.looking.rescan, spent / SHARE)
 
     def _moved(self, path: str) -> bool:
         """Whether a directory, or the model in it, is another than it was when it was last looked at."""
@@ -263,12 +265,12 @@ class Tree:
             same = node is not None and (stat.st_ctime_ns, stat.st_ino, stat.st_dev) == node.stamp and not node.fresh
             if node is None or not same or not node.model:
                 return not same
-            return self._asked_again(node) or directories.signature(path, node.model) != node.given
+            return directories.signature(path, node.model) != node.given
         except OSError:
             return True
 
     def _unreadable(self, path: str, why: str) -> bool:
-        """Notes that a directory cannot be looked at; it is tried again in every round. Returns whether that is
+        """Notes that a directory cannot be looked at; it is tried again in every rescan. Returns whether that is
         news."""
         node = self.nodes.setdefault(path, Node(0))
         node.stamp, node.model = (0, 0, 0), ()

@@ -119,6 +119,18 @@ def test_what_is_no_regular_file_is_not_waited_for_and_refused(
     assert unreadable(Folder(path)).key in list(keys(found, listed(str(path))))
 
 
+@pytest.mark.parametrize("special", [make_pipe, make_socket, make_device])
+def test_what_is_no_regular_file_is_not_even_opened(
+    tmp_path: Path, special: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To open a device may do something: a tape is wound back, a timer starts that reboots the machine."""
+    special(tmp_path / "model.safetensors")
+    opened = list[object]()
+    monkeypatch.setattr(directories, "Files", lambda paths, _root: opened.extend(paths))
+    assert whole(tmp_path)
+    assert opened == []
+
+
 def test_a_folder_that_is_called_like_weights_is_none(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
     assert look(str(tmp_path)) is None

@@ -147,6 +147,23 @@ def test_folders_beyond_the_limit_of_the_kernel_are_noted(tmp_path: Path, monkey
     asyncio.run(drive())
 
 
+def test_a_source_that_is_started_again_hears_of_what_it_had_seen(tmp_path: Path) -> None:
+    path = model(tmp_path / "m", 1000)
+
+    async def drive() -> None:
+        source = FolderSource(tmp_path, settle=0.05, looking=NEVER)
+        async with running(source) as found:
+            await until(lambda: found == ["m"])
+        async with running(source) as found:
+            await asyncio.sleep(0.2)
+            assert found == []
+            with open(path / "model.safetensors", "r+b") as file:
+                file.write(WEIGHTS)
+            await until(lambda: found == ["m"])
+
+    asyncio.run(drive())
+
+
 def test_a_pipe_called_like_weights_holds_nothing_up(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     os.mkfifo(tmp_path / "a/model.safetensors")

@@ -221,7 +221,7 @@ def test_a_settled_model_that_somebody_wants_again_is_given_again(watched: Watch
     assert watched.look(5.0) == ["a"]
 
 
-def test_rounds_find_what_no_notice_told_of(watched: Watched) -> None:
+def test_rescans_find_what_no_notice_told_of(watched: Watched) -> None:
     root = watched.root
     (root / "org").mkdir()
     model(root / "old")
@@ -248,7 +248,7 @@ def test_a_directory_that_changed_within_a_tick_of_the_clock_is_listed_again(wat
     assert watched.look(5.0) == ["m"]
 
 
-def test_rounds_take_turns_where_there_is_much_to_look_at(watched: Watched) -> None:
+def test_rescans_take_turns_where_there_is_much_to_look_at(watched: Watched) -> None:
     names = [f"m{number:02}" for number in range(20)]
     for name in names:
         model(watched.root / name)
@@ -266,11 +266,11 @@ def test_rounds_take_turns_where_there_is_much_to_look_at(watched: Watched) -> N
         watched.look(watched.tree.next_look(watched.now))
         seen.append(unseen())
         assert len(seen) < 40
-    assert len(seen) > 3, "not all in one round"
+    assert len(seen) > 3, "not all in one rescan"
     assert watched.spent <= 2 * tree.SHARE * watched.now + len(names) * watched.step
 
 
-def test_rounds_come_more_rarely_where_one_is_dear(watched: Watched) -> None:
+def test_rescans_come_more_rarely_where_one_is_dear(watched: Watched) -> None:
     model(watched.root / "m")
     watched.look()
     watched.step = 1.0
@@ -279,7 +279,7 @@ def test_rounds_come_more_rarely_where_one_is_dear(watched: Watched) -> None:
     model(watched.root / "told")
     watched.look(1.0, "told")
     assert watched.tree.next_look(watched.now) == pytest.approx(5.01)
-    assert watched.look(5.01) == ["told"], "what the kernel tells of does not wait for a round"
+    assert watched.look(5.01) == ["told"], "what the kernel tells of does not wait for a rescan"
 
 
 def test_a_folder_that_goes_is_a_problem_until_it_is_back(watched: Watched) -> None:
