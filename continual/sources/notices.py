@@ -3,7 +3,7 @@ time to time by itself, because nothing is told on network file systems, beyond 
 changes at once.
 
 The package watchdog was used before. It said neither that notices were lost nor that a directory is not watched, and
-walked the folders once more.
+walked the folders once more (decision 0029).
 """
 
 from __future__ import annotations

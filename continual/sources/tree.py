@@ -1,9 +1,9 @@
 """A watched folder with all that was seen in it: what is looked at again and when, what is given, and what is noted.
 
 Three things make it look. Notices of the kernel name the directories that changed. A model that was seen is looked at
-when its settle time is over. And every `rescan` seconds there is a rescan: directories without a model by their time, of
-which the kernel may have told nothing, and some of the models that were given, in turn. It spends at most one part in
-2,000 of a processor: where there is more to look at, rescans take turns or come more rarely.
+when its settle time is over. And every `rescan` seconds there is a rescan: of directories without a model by their
+time, of which the kernel may have told nothing, and of some of the models that were given, in turn. It spends at most
+one part in 2,000 of a processor: where there is more to look at, rescans take turns or come more rarely.
 """
 
 from __future__ import annotations
