@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +19,11 @@ from safetensors.torch import save
 
 from continual.errors import ContinualError, Misconfigured, Refuse
 from continual.gates.weight import WeightGate
+from continual.hub import Trouble, trouble
+from continual.hub import answers as answers_of
 from continual.objectives.rows import read_heads, read_rows
 from continual.outside import Malformed, parse_json, shown
+from continual.publish.hub import stamp_of
 from continual.sources.webhook import LARGEST, Payload, push_of
 from continual.tensors import Folder, header, open_model, read_json, release_of
 from continual.tensors.adapter_config import CONFIG as ADAPTER
@@ -71,6 +75,17 @@ PUSH = {
     "repo": {"type": "model", "name": "org/name", "headSha": "0" * 40},
     "updatedRefs": [{"ref": "refs/heads/main", "newSha": "1" * 40}],
 }
+HUB = "https://hub"
+ROW = {
+    "id": "org/name",
+    "sha": "2" * 40,
+    "lastModified": "2026-01-31T12:00:00.000Z",
+    "tags": ["base_model:finetune:org/base", "license:mit"],
+    "gated": False,
+    "private": False,
+}
+SIBLING = {"rfilename": "a.safetensors", "size": 3, "blobId": "3" * 40, "lfs": {"sha256": "4" * 64, "size": 3}}
+TREE = {"type": "file", "path": "a/b", "oid": "3" * 40, "size": 3, "lfs": {"oid": "4" * 64, "size": 3}}
 ROWS = [{"text": "one", "label": "good"}, {"text": "two", "label": 1}]
 HEADS = {"good": ["fine", "great"], "bad": ["awful"]}
 
@@ -194,6 +209,51 @@ def table() -> tuple[Parser, ...]:
         Parser("rows", rows, fuzzing.documents([ROWS], lines), (Misconfigured,), (lines(fuzzing.text_of(ROWS)),)),
         of_json("heads", heads, HEADS, (Misconfigured,)),
         of_json("score of a command", score, METRICS, (ValueError,)),
+        *hub_table(),
+    )
+
+
+def hub_table() -> tuple[Parser, ...]:
+    """The parsers of what the Hub says: the bodies of its answers, and their headers."""
+    answers: tuple[tuple[str, Callable[[bytes, str], object], object], ...] = (
+        ("Hub: models", answers_of.models_of, [ROW, ROW | {"gated": "manual"}]),
+        ("Hub: a model", answers_of.model_of, ROW | {"siblings": [SIBLING]}),
+        ("Hub: a tree", answers_of.tree_of, [TREE, {"type": "directory", "path": "a"}]),
+        ("Hub: commits", answers_of.commits_of, [{"id": "2" * 40}]),
+        ("Hub: tags", answers_of.tags_of, {"tags": [{"name": "v1", "targetCommit": "2" * 40}]}),
+    )
+
+    def header_of(call: Callable[[str], object]) -> Callable[[bytes], object]:
+        return lambda data: call(data.decode("latin-1"))
+
+    headers: tuple[tuple[str, Callable[[str], object], bytes], ...] = (
+        ("Hub: Retry-After", lambda text: trouble.wait_of({"retry-after": text}), b"17.5"),
+        ("Hub: RateLimit", lambda text: trouble.wait_of({"ratelimit": text}), b'"api";r=0;t=55'),
+        ("Hub: Content-Range", trouble.span_of, b"bytes 0-99/1000"),
+        ("Hub: Link", lambda text: trouble.next_of(text, f"{HUB}/a", HUB), b'<https://hub/a?cursor=b>; rel="next"'),
+    )
+    return (
+        *(
+            Parser(
+                name,
+                partial(call, what="what was asked for"),
+                fuzzing.documents([seed]),
+                (Trouble, Refuse),
+                (fuzzing.text_of(seed),),
+            )
+            for name, call, seed in answers
+        ),
+        *(
+            Parser(name, header_of(call), fuzzing.files([valid]), (trouble.Failed,), (valid,))
+            for name, call, valid in headers
+        ),
+        Parser(
+            "Hub: a release",
+            stamp_of,
+            fuzzing.documents([OURS]),
+            (),
+            (fuzzing.text_of(OURS),),
+        ),
     )
 
 
