@@ -120,7 +120,7 @@ def test_a_pause_holds_through_a_restart_and_a_retried_model_is_folded_at_once(p
         until(lambda: status(address)["folds"] == 4, "alice is folded")
         assert run("pause", "--state", state).returncode == 0
         models.fine_tune(base, watch / "bob", 12)
-        until(lambda: "bob" in status(address)["queue"], "bob waits")
+        until(lambda: any(row["model"] == "bob" for row in status(address)["queue"]), "bob waits")
         told = status(address)
         assert (told["health"], told["folds"], "continual resume" in told["why"]) == ("paused", 4, True)
         assert "continual_paused 1.0" in get(f"{address}/metrics")[1]
@@ -131,7 +131,7 @@ def test_a_pause_holds_through_a_restart_and_a_retried_model_is_folded_at_once(p
     assert "folding is paused since" in run("status", "--state", state).stdout
     with daemon(state, watch) as process:  # in the place of the socket that the kill left
         address = url(process, state)
-        until(lambda: "bob" in status(address)["queue"], "bob waits again")
+        until(lambda: any(row["model"] == "bob" for row in status(address)["queue"]), "bob waits again")
         assert status(address)["health"] == "paused"
         assert run("rollback", 0, "--yes", "--state", state).returncode == 0
         assert status(address)["folds"] == 0
