@@ -212,6 +212,10 @@ class HubSource(Source):
         """The repos of which the Hub says what does not fit, and those that are named and cannot be had."""
         return [why if why.startswith(repo) else f"{repo}: {why}" for repo, why in list(self._polling.notes.items())]
 
+    def key(self, event: Event) -> str | None:
+        """The repo and the commit, where that is known."""
+        return None if event.revision is None else f"hub:{event.name}@{event.revision}"
+
     def report(self) -> SourceReport:
         """The bases, repos and authors it asks for, and what came of it."""
         looked_for = [*(self._places.bases if self._asked.watch else ()), *self._asked.repos, *self._asked.authors]
