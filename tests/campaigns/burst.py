@@ -25,7 +25,7 @@ from continual import making
 from continual.state import State
 from continual.state.verify import verify
 from tests.helpers import models
-from tests.helpers.services import daemon, get, status, until, url
+from tests.helpers.services import daemon, get, status, url
 
 ALARMS = ("continual_errors_total", "continual_retries_total", "continual_refusals_total", "continual_degraded")
 
@@ -89,7 +89,9 @@ def main() -> None:
                 subprocess.Popen([*command, str(work / f"out{k}"), str(stop)], stdout=subprocess.PIPE, text=True)
                 for k in range(args.readers)
             ]
-            until(lambda: len(list(work.glob("*.begun"))) == args.readers, "every reader has exported once")
+            end = time.monotonic() + args.limit
+            while len(list(work.glob("*.begun"))) < args.readers and time.monotonic() < end:
+                time.sleep(0.25)
             for path in staged:
                 path.rename(watch / path.name)
             seconds, alarms = watched(process, state, 1 + args.models, args.limit)

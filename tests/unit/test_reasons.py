@@ -10,7 +10,7 @@ from pathlib import Path
 from continual.errors import REFUSALS
 from continual.gates import GATES
 from continual.service.health import REASONS
-from continual.service.metrics import ERRORS
+from continual.service.metrics import DROPPED, ERRORS, Metrics
 from tests.helpers import house
 
 PAGE = (Path(__file__).parents[2] / "ops/docs/operations.md").read_text()
@@ -65,6 +65,18 @@ def test_every_reason_in_the_list_is_said_somewhere() -> None:
     text = "\n".join(module.text for name, module in house.modules().items() if name != "continual.errors")
     assert [reason for reason in REFUSALS if f'"{reason}"' not in text] == []
     assert len(REFUSALS) == len(set(REFUSALS))
+
+
+def test_every_word_is_a_label_from_the_start() -> None:
+    text = Metrics().text().decode()
+    for series, label, known in (
+        ("continual_refusals_total", "reason", REFUSALS),
+        ("continual_errors_total", "kind", ERRORS),
+        ("continual_degraded", "reason", REASONS),
+        ("continual_http_dropped_total", "reason", DROPPED),
+    ):
+        assert [word for word in known if f'{series}{{{label}="{word}"}} 0.0' not in text] == [], series
+    assert 'continual_hooks_total{kind="http",result="failed"} 0.0' in text
 
 
 def test_every_word_is_explained() -> None:
