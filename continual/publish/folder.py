@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -189,9 +190,12 @@ def provenance_of(state: State, seq: int, read: Mapping[str, object]) -> dict[st
     }
 
 
-def keep_current(link: Path, seq: int, write: Callable[[Path], Path]) -> Path:
+def keep_current(link: Path, seq: int, write: Callable[[Path], Path], time: str | None = None) -> Path:
     """Has `write` export into `LINK-<seq>` beside `link`, points the link there in one step, then removes the directory
     that it pointed at before, and what a killed process left beside it. Returns the new directory.
+
+    An export that is there already is taken, unless it is of a record of another `time`: one that had this number
+    before the state was repaired or restored. Then the new one is `LINK-<seq>-<n>`.
 
     Raises Misconfigured if `link` is there and no link, Retry where the disk gets in the way, and what `write` raises.
     """
@@ -201,8 +205,9 @@ def keep_current(link: Path, seq: int, write: Callable[[Path], Path]) -> Path:
             raise Misconfigured(f"current = {link}: this is no link; name a place that is free, or remove it")
         link.parent.mkdir(parents=True, exist_ok=True)
         before = link.resolve() if link.is_symlink() else None
-        directory = link.parent / f"{link.name}-{seq:08d}"
-        clear_leftovers(link.parent, rf"\.{re.escape(link.name)}(-[0-9]{{8}})?\.[0-9a-f]+\.tmp")
+        names = (f"{link.name}-{seq:08d}{f'-{n}' if n else ''}" for n in count())
+        directory = next(d for name in names if not (d := link.parent / name).exists() or _is_of(d, time))
+        clear_leftovers(link.parent, rf"\.{re.escape(link.name)}(-[0-9]{{8}}(-[0-9]+)?)?\.[0-9a-f]+\.tmp")
         if not directory.exists():
             write(directory)
         replace_link(link, directory)
@@ -212,10 +217,21 @@ def keep_current(link: Path, seq: int, write: Callable[[Path], Path]) -> Path:
     return directory
 
 
+def _is_of(directory: Path, time: str | None) -> bool:
+    """Whether an export is of the record that was made at `time`; of any where that is None."""
+    if time is None:
+        return True
+    try:
+        body = json.loads((directory / RELEASE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(body, dict) and body.get("time") == time
+
+
 def _old_exports(link: Path, before: Path | None) -> list[Path]:
     """The exports beside `link`, by its name and a record: what it pointed at before, and what processes left whole
     that were killed in between."""
-    ours = re.compile(rf"{re.escape(link.name)}-[0-9]{{8}}")
+    ours = re.compile(rf"{re.escape(link.name)}-[0-9]{{8}}(-[0-9]+)?")
     with suppress(OSError):
         found = [path for path in link.parent.iterdir() if ours.fullmatch(path.name) and not path.is_symlink()]
         return [path for path in found if path == before or (path / RELEASE).is_file()]

@@ -117,7 +117,8 @@ class Outlets:
         def write(directory: Path) -> Path:
             return self.merge.export(folder.Target(directory, at=seq))
 
-        target = await asyncio.to_thread(contained(partial(folder.keep_current, link, seq, write)))
+        time = self.merge.state.ledger.get(seq).time
+        target = await asyncio.to_thread(contained(partial(folder.keep_current, link, seq, write, time)))
         self._log.info("published", seq=seq, directory=str(target))
         waiting = [
             waiter.hook for waiter in self.hooks if waiter.after == "current" and not self._was_told(waiter, seq)
@@ -138,7 +139,8 @@ class Outlets:
         def write(directory: Path) -> Path:
             return self.merge.export_lora(directory, rank, at=seq).directory
 
-        return folder.keep_current(link.with_name(f"{link.name}-lora"), seq, write)
+        time = self.merge.state.ledger.get(seq).time
+        return folder.keep_current(link.with_name(f"{link.name}-lora"), seq, write, time)
 
     async def _release(self, newest: int) -> bool:
         """Releases the newest record that changed the model; where every one is wanted, the next after the last that

@@ -105,6 +105,26 @@ def test_an_existing_directory_is_left_alone(tmp_path: Path, merge: api.Merge) -
             merge.export(Target(tmp_path / "out"))
 
 
+def test_an_export_of_another_record_of_the_same_number_is_not_taken_for_it(tmp_path: Path, merge: api.Merge) -> None:
+    """A repair, or a backup that was restored, gives a number again."""
+    with merge:
+        link, seq = tmp_path / "published/current", merge.head
+
+        def write(directory: Path) -> Path:
+            return merge.export(Target(directory, at=seq))
+
+        time = merge.state.ledger.get(seq).time
+        first = folder.keep_current(link, seq, write, time)
+        assert folder.keep_current(link, seq, write, time) == first
+        body = json.loads((first / "continual.json").read_text())
+        (first / "continual.json").write_text(json.dumps({**body, "time": "2000-01-01T00:00:00.000Z"}))
+        second = folder.keep_current(link, seq, write, time)
+        assert second.name == f"current-{seq:08d}-1"
+        assert json.loads((link / "continual.json").read_text()) | {"exported": ""} == body | {"exported": ""}
+        assert sorted(p.name for p in link.parent.iterdir()) == ["current", second.name], "the old one is gone"
+        assert folder.keep_current(link, seq, write, time) == first, "whose name is free again"
+
+
 def test_current_link_moves_in_one_step(tmp_path: Path, merge: api.Merge) -> None:
     with merge:
         link = tmp_path / "published" / "current"
