@@ -70,6 +70,8 @@ class Straight(NamedTuple):
 
     states: list[Facts | None]
     written: dict[str, str]
+    further: Facts | None = None
+    """Where the command goes on if it is given once more and has something further to do."""
 
 
 def campaign(
@@ -175,7 +177,8 @@ class _Runs:
             ended = looking.look(world)
             assert ended is not None
             assert straight.states[-1] is not None
-            assert ended.now == straight.states[-1].now, "the repeated command ends otherwise"
+            ends = [end.now for end in (straight.states[-1], straight.further) if end is not None]
+            assert ended.now in ends, "the repeated command ends otherwise"
             assert looking.written(world, step) == straight.written, f"{looking.written(world, step)} were written"
             assert self.hub is None or count(self.hub) == 1, "it is not released, or twice"
             assert not (world.state / "staging").exists(), "what was on its way is still there"
@@ -332,7 +335,12 @@ def _straight(step: Step, begun: World, world: World) -> Straight:
     with calls.watched(world.work, noting):
         do(step, world)
     note()
-    return Straight(states, looking.written(world, step))
+    written, further = looking.written(world, step), None
+    if step.further is not None:
+        with world.opened(**dict(step.settings)) as merge:
+            step.further(merge)
+        further = looking.look(world)
+    return Straight(states, written, further)
 
 
 def main() -> None:

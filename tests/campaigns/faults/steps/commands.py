@@ -70,6 +70,8 @@ class Step:
     only: tuple[str, ...] = RULES
     outside: str | None = None
     hub: bool = False
+    further: Callable[[api.Merge], object] | None = None
+    """What a second one goes on to, where the first was killed late: that is a right end as well."""
 
 
 def make_models(place: Path) -> Path:
@@ -226,5 +228,5 @@ STEPS = (
     ),
     Step("current", published, lambda w, merge: keep_current(w, opened(merge)), records=0, outside="out"),
     Step("release", of_folds(1), released, settings=(("release", {"repo": REPO}),), hub=True),
-    Step("pool round", waiting, rounded, records=-1, settings=ROUNDS),
+    Step("pool round", waiting, rounded, records=-1, settings=ROUNDS, further=api.Merge.round),
 )
