@@ -60,7 +60,8 @@ def wait_of(headers: Mapping[str, str]) -> float:
     if asked is None:
         limit = _LIMIT.search(headers.get("ratelimit", "")[:1000])
         asked = limit[2] if limit is not None and int(limit[1]) == 0 else ""
-    return min(float(asked), LONGEST_WAIT) if _SECONDS.fullmatch(asked.strip()) else 0.0
+    asked = asked.strip()  # of more than float() strips by itself
+    return min(float(asked), LONGEST_WAIT) if _SECONDS.fullmatch(asked) else 0.0
 
 
 def span_of(text: str) -> Span | None:

@@ -23,6 +23,8 @@ MOST = 250_000
 """Tensors of the largest model that is opened, over all of its files."""
 _VALUES = 2_500_000
 """Values of the largest header: some ten for each tensor."""
+_PARTS = 16
+"""Commas and colons of a tensor's entry, with some to spare for the shape."""
 _LONGEST_NAME = 1000
 
 
@@ -49,7 +51,7 @@ def parse(pread: Callable[[int, int], bytes], size: int, where: str, file: int =
     length = _length(pread, where)
     if 8 + length > size:
         raise Refuse("truncated", f"{where}: the header claims {length} bytes and the file has {size}: it is cut off")
-    body = json_object(pread(length, 8), where, "header", values=_VALUES)
+    body = _body(pread(length, 8), where)
     _metadata(body.pop("__metadata__", {}), where)
     if len(body) > MOST:
         raise Refuse("header", f"{where}: {len(body)} tensors are more than the {MOST} that a model may have")
@@ -61,8 +63,7 @@ def parse(pread: Callable[[int, int], bytes], size: int, where: str, file: int =
 def metadata(pread: Callable[[int, int], bytes], where: str) -> dict[str, str]:
     """The `__metadata__` of a file that `parse` took: a few strings its publisher wrote there. Raises Refuse (`header`)
     if the file was exchanged since, and is none any more."""
-    head = json_object(pread(_length(pread, where), 8), where, "header", values=_VALUES)
-    body = head.get("__metadata__", {})
+    body = _body(pread(_length(pread, where), 8), where).get("__metadata__", {})
     _metadata(body, where)
     return body if isinstance(body, dict) else {}
 
@@ -85,6 +86,14 @@ def _length(pread: Callable[[int, int], bytes], where: str) -> int:
             "this is no safetensors file, or a damaged one",
         )
     return length
+
+
+def _body(text: bytes, where: str) -> dict[str, object]:
+    """The JSON of a header. Raises Refuse (`header`), also for one with far more in it than tensors have: while a long
+    list without an object in it is parsed, no other thread runs."""
+    if text.count(b",") + text.count(b":") > _PARTS * text.count(b"{") + VALUES:
+        raise Refuse("header", f"{where}: the header holds more values than its tensors can have")
+    return json_object(text, where, "header", values=_VALUES)
 
 
 def _metadata(body: object, where: str) -> None:

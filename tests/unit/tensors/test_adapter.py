@@ -3,6 +3,7 @@ refused by its name."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -248,3 +249,37 @@ def test_a_resized_vocabulary_stored_beside_the_factors(tied: Path, tmp_path: Pa
         taus["model.embed_tokens.weight"],
         table[:4] - load_file(tied / "model.safetensors")["model.embed_tokens.weight"],
     )
+
+
+def test_a_rank_that_no_weight_needs(small: Path, tmp_path: Path) -> None:
+    """The file has a hole where the factors are: nothing of it is on the disk, and reading it would take all memory."""
+    adapter, rank = plain(tmp_path / "x", r=1 << 30, lora_alpha=4), 1 << 30
+    sizes = {"base_model.model.a.lora_A.weight": [rank, 6], "base_model.model.a.lora_B.weight": [4, rank]}
+    header, end = {}, 0
+    for name, shape in sizes.items():
+        begin, end = end, end + 4 * shape[0] * shape[1]
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with open(adapter / "adapter_model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    refusal = refused(small, adapter)
+    assert refusal.reason == "shape"
+    assert f"rank {rank}" in str(refusal)
+
+
+def test_more_names_of_saved_modules_than_can_be_compared(small: Path, tmp_path: Path) -> None:
+    names = [f"n{i}" for i in range(1000)]
+    weights = {f"base_model.model.n{i}.weight": torch.zeros(1) for i in range(1100)}
+    adapter = plain(tmp_path / "x", weights, modules_to_save=[*names, *(f"n{i}" for i in range(1000, 1100))])
+    refusal = refused(small, adapter)
+    assert refusal.reason == "config"
+    assert "modules_to_save" in str(refusal)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_in_the_place_of_a_file(small: Path, tmp_path: Path, name: str) -> None:
+    adapter = plain(tmp_path / "x")
+    (adapter / name).unlink()
+    os.mkfifo(adapter / name)
+    assert refused(small, adapter).reason == "no-file"

@@ -29,7 +29,7 @@ MODULES = [
 
 
 def peft(keys: Mapping[str, object], module: str) -> str:
-    """`peft.utils.other.get_pattern_key` of PEFT 0.13 to 0.21, to the letter; test_adapter_as_peft.py compares."""
+    """`peft.utils.other.get_pattern_key` of PEFT 0.21, to the letter; test_adapter_as_peft.py compares."""
     for key in keys:
         if re.match(rf"(.*\.)?({key})$", module):
             return key
