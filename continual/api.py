@@ -130,7 +130,7 @@ class Merge:
             raise
         self.rule = rule(self.state.format.rule, self.state.format.options)
         self._base: BaseModel | None = None
-        self._engine: Engine | None = None
+        self._engine: tuple[Settings, Engine] | None = None
         self.places = Places(settings, self.state.format.base.repo, client, openers(settings))
         self._lengths: dict[str, tuple[float, float]] = {}
 
@@ -161,12 +161,13 @@ class Merge:
 
     @property
     def engine(self) -> Engine:
-        """The engine that folds into this state, with the gates and the executor that the settings name."""
-        if self._engine is None:
+        """The engine that folds into this state, with the gates and the executor that `settings` name now."""
+        if self._engine is None or self._engine[0] is not self.settings:
             device = pick_device(self.settings.device)
             resources = Resources(self.executor, device, locate=self.places.of, stop=self.stopping)
-            self._engine = Engine(self.state, self.base, self.rule, gates.make(self.settings), resources)
-        return self._engine
+            made = Engine(self.state, self.base, self.rule, gates.make(self.settings), resources)
+            self._engine = (self.settings, made)
+        return self._engine[1]
 
     @property
     def executor(self) -> Local:

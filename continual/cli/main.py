@@ -182,7 +182,7 @@ def run(*, flags: Flags) -> None:
     metrics."""
     from continual.service import daemon
 
-    raise typer.Exit(daemon.run(opened.settings(flags)))
+    raise typer.Exit(daemon.run(opened.settings(flags), lambda: opened.settings(flags)))
 
 
 @app.command()

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -28,6 +28,7 @@ from continual.service.feeding import feed
 from continual.service.metrics import Metrics
 from continual.service.outlets import Outlets
 from continual.service.queue import Queue
+from continual.service.reloading import Reloading
 from continual.service.status import Live
 from continual.service.watched import sources_of
 from continual.service.web import Ears, create_app, listen, serve
@@ -42,8 +43,9 @@ _DISK = 5.0
 """Seconds between two looks at how much room there is."""
 
 
-def run(settings: Settings) -> int:
-    """Runs until a signal or a Halt; returns the exit code. Raises ContinualError for what keeps it from starting."""
+def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
+    """Runs until a signal or a Halt; returns the exit code. `read` reads the settings again. Raises ContinualError for
+    what keeps it from starting."""
     logs.configure(json=settings.log_json, level=settings.log_level)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the client's bars are for people, not for a log
     check(settings)
@@ -51,7 +53,7 @@ def run(settings: Settings) -> int:
         sock = listen(settings.host, settings.port, allow_remote=settings.allow_remote)
         if settings.release.repo:
             must_be_online()
-        daemon = Daemon(merge, sock, sources_of(merge))
+        daemon = Daemon(merge, sock, sources_of(merge), read)
         asyncio.run(daemon.run())
         return 4 if daemon.halted else 0
 
@@ -68,7 +70,13 @@ def check(settings: Settings) -> None:
 class Daemon:
     """One running service on one open state. `halted` says why a person has to look."""
 
-    def __init__(self, merge: Merge, sock: socket.socket, sources: Sequence[Source]) -> None:
+    def __init__(
+        self,
+        merge: Merge,
+        sock: socket.socket,
+        sources: Sequence[Source],
+        read: Callable[[], Settings] | None = None,
+    ) -> None:
         self.merge = merge
         self.settings = merge.settings
         self.sources = sources
@@ -81,12 +89,13 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._worker = Worker(merge, self.live, self._failures, fresh=self._fresh, halt=self._halt)
         performing = Performing(merge, self.live, self._worker.turns, self._worker.record, sources)
+        self._reloading = Reloading(merge, self._worker.turns, read)
         self._control = Control(merge.state.path, performing.perform, lambda: self.live.doing)
         self._outlets = Outlets(merge, self._failures, self._worker.record, self._worker.gauge)
 
     async def run(self) -> None:
         """Starts everything, waits for a signal or a Halt, and drains within the time that is set."""
-        with signals.taken(self._signalled):
+        with signals.taken(self._signalled, self._reloading.ask):
             asyncio.get_running_loop().set_exception_handler(self._stray)
             await self._worker.prepare()
             self._log_start()
@@ -150,7 +159,7 @@ class Daemon:
         """Stops; a second signal gives up the fold under way at once."""
         if self._stopping.is_set():
             self.merge.give_up()
-        self._log.info("stopping", signal=signal.Signals(number).name, drain_seconds=self.settings.drain)
+        self._log.info("stopping", signal=signal.Signals(number).name, drain_seconds=self.merge.settings.drain)
         self._stop()
 
     def _halt(self, error: Halt) -> None:
@@ -161,7 +170,7 @@ class Daemon:
 
     async def _drain(self, folding: asyncio.Task[None]) -> None:
         """Lets the fold under way finish, and gives it up where it takes longer than `drain` seconds."""
-        done, _ = await asyncio.wait({folding}, timeout=self.settings.drain)
+        done, _ = await asyncio.wait({folding}, timeout=self.merge.settings.drain)
         if not done:
             self.merge.give_up()
             await asyncio.wait({folding})

@@ -1,0 +1,111 @@
+"""Settings that change while the daemon runs: SIGHUP has them read again. Which of them take effect at once, and which
+only at the next start, stands here for every one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from continual.api import Merge
+from continual.config import Settings
+from continual.errors import ContinualError
+from continual.service import logs
+from continual.service.control.turns import Turns
+
+AT_ONCE = frozenset(
+    {
+        "drain",
+        "gates",
+        "keep",
+        "log_json",
+        "log_level",
+        "max_base_ratio",
+        "max_mean_ratio",
+        "memory",
+        "missing",
+        "updates",
+        "vocab",
+        "weight",
+        "weights",
+        "workers",
+    }
+)
+"""Settings that are read at use: a change counts from the next candidate on."""
+AT_START = frozenset(
+    {
+        "allow_remote",
+        "allowed_hosts",
+        "base",
+        "before",
+        "current",
+        "device",
+        "heads",
+        "hooks",
+        "host",
+        "hub",
+        "nested",
+        "objective",
+        "options",
+        "port",
+        "release",
+        "rescan",
+        "rounds",
+        "rows",
+        "rule",
+        "select",
+        "settle",
+        "sources",
+        "state",
+        "watch",
+        "webhook_secret",
+    }
+)
+"""Settings from which the parts of the daemon are made: a change needs a restart."""
+
+
+class Reloading:
+    """Reads the settings of a running daemon again, by `read`, and has those that can change changed at a turn of the
+    thread that folds."""
+
+    def __init__(self, merge: Merge, turns: Turns, read: Callable[[], Settings] | None) -> None:
+        self._merge = merge
+        self._turns = turns
+        self._read = read
+        self._log = structlog.get_logger("continual")
+        self._task: asyncio.Task[None] | None = None
+
+    def ask(self) -> None:
+        """Has the settings read again, on the event loop: the handler of the signal."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._reload())
+
+    async def _reload(self) -> None:
+        """Says what changed and what needs a restart. Settings that cannot be used change nothing, and that is said."""
+        if self._read is None:
+            self._log.warning("not reloaded", error="this daemon was not started from a settings file")
+            return
+        try:
+            found = await asyncio.to_thread(self._read)
+            changed = await self._turns.ask("reload", lambda: self._adopt(found))
+        except ContinualError as error:
+            self._log.error("not reloaded", error=str(error), hint="the settings stay as they were")
+            return
+        now = sorted(changed & AT_ONCE)
+        if {"log_json", "log_level"} & changed:
+            logs.configure(json=found.log_json, level=found.log_level)
+        self._log.info("reloaded", changed=now, needs_restart=sorted(changed & AT_START))
+
+    def _adopt(self, found: Settings) -> frozenset[str]:
+        """Puts the settings that can change in force; returns which differ. Raises Misconfigured, and then nothing has
+        changed."""
+        before = self._merge.settings
+        changed = frozenset(name for name in type(before).model_fields if getattr(found, name) != getattr(before, name))
+        self._merge.settings = before.model_copy(update={name: getattr(found, name) for name in changed & AT_ONCE})
+        try:
+            _ = self._merge.engine  # made anew, with gates of the new settings
+        except ContinualError:
+            self._merge.settings = before
+            raise
+        return changed
