@@ -165,8 +165,7 @@ class Merge:
         if self._engine is None or self._engine[0] is not self.settings:
             device = pick_device(self.settings.device)
             resources = Resources(self.executor, device, locate=self.places.of, stop=self.stopping)
-            made = Engine(self.state, self.base, self.rule, gates.make(self.settings), resources)
-            self._engine = (self.settings, made)
+            self._engine = self.settings, Engine(self.state, self.base, self.rule, gates.make(self.settings), resources)
         return self._engine[1]
 
     @property
