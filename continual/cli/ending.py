@@ -46,6 +46,8 @@ def of(error: BaseException) -> Ending:
         return Ending(ENVIRONMENT, f"out of memory{_more(error)}: give it more, or set memory and workers lower")
     if isinstance(error, UnicodeError):
         return Ending(USAGE, f"a name that cannot be written as text: {error}")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of pathlib, before Python 3.13
+        return Ending(USAGE, str(error))
     if isinstance(error, OSError):
         return Ending(USAGE if error.errno in _WRONG_PATH else ENVIRONMENT, _told(error))
     return Ending(BUG, f"this is a bug of continual: {type(error).__name__}: {error}; {_kept(error)}")
