@@ -205,8 +205,14 @@ class FolderSource(Source):
     @contextlib.contextmanager
     def _noticed(self, hint: asyncio.Event) -> Iterator[None]:
         """Has the kernel tell of what happens in the folder, while the block runs, where it can; `hint` is set."""
+        loop = asyncio.get_running_loop()
+
+        def heard() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closing
+                loop.call_soon_threadsafe(hint.set)
+
         try:
-            notices = Notices()
+            notices = Notices(heard)
         except OSError as error:
             self._unnoticed = (
                 f"{shown(str(self.root))}: the kernel tells of no changes ({error.strerror}); "
@@ -214,19 +220,11 @@ class FolderSource(Source):
             )
             yield
             return
-
-        def heard() -> None:
-            notices.fetch()
-            hint.set()
-
-        loop = asyncio.get_running_loop()
-        loop.add_reader(notices.fd, heard)
         self._tree.notices = notices
         self._lost = bool(self._tree.nodes)  # of what was seen before the kernel is to tell again
         try:
             yield
         finally:
-            loop.remove_reader(notices.fd)
             self._tree.notices = None
             notices.close()
 

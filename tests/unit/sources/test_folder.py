@@ -107,7 +107,7 @@ def test_lost_notices_have_everything_looked_at(tmp_path: Path, monkeypatch: pyt
 def test_without_notices_it_looks_from_time_to_time_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(_self: Notices) -> None:
+    def refused(_self: Notices, _wake: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(Notices, "__init__", refused)

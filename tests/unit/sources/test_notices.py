@@ -4,137 +4,172 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from continual.sources.notices import Notices, Told
+from continual.sources.notices import Notices
 from tests.helpers.folders import WEIGHTS, model
 
 
+class Hearing(NamedTuple):
+    """Notices, and a directory outside of what the test is about, whose changes mark the end of what came before."""
+
+    notices: Notices
+    marks: Path
+    root: Path
+
+    def add(self, name: str, *, follow: bool = False) -> None:
+        self.notices.add(str(self.root / name), follow=follow)
+
+    def told(self) -> set[str]:
+        """What was told by now, relative to the root; nothing may be lost."""
+        changed, lost = self.taken()
+        assert not lost
+        return {os.path.relpath(path, self.root) for path in changed}
+
+    def taken(self) -> tuple[set[str], bool]:
+        """What was told by now, and whether something was lost."""
+        mark = self.marks / str(len(list(self.marks.iterdir())))
+        changed, lost, end = set[str](), False, time.monotonic() + 30
+        while str(mark) not in changed:
+            assert time.monotonic() < end, "the mark is not told of"
+            if not mark.exists():
+                mark.mkdir()
+            found = self.notices.take()
+            changed |= found.changed
+            if found.lost:  # with it what marks the end may be lost
+                lost, mark = True, mark.with_name(f"{mark.name}x")
+            time.sleep(0.002)
+        return {path for path in changed if not path.startswith(str(self.marks))}, lost
+
+
 @pytest.fixture
-def notices(tmp_path: Path) -> Iterator[Notices]:
-    found = Notices()
-    found.add(str(tmp_path))
-    yield found
+def heard(tmp_path: Path) -> Iterator[Hearing]:
+    found = Notices(lambda: None)
+    (marks := tmp_path / "marks").mkdir()
+    (root := tmp_path / "root").mkdir()
+    found.add(str(marks))
+    found.add(str(root))
+    yield Hearing(found, marks, root)
     found.close()
 
 
-def told(notices: Notices, root: Path) -> set[str]:
-    notices.fetch()
-    found = notices.take()
-    assert not found.lost
-    return {os.path.relpath(path, root) for path in found.changed}
-
-
-def test_what_comes_and_goes_and_is_written_is_told(notices: Notices, tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    assert told(notices, tmp_path) == {"a"}
-    notices.add(str(tmp_path / "a"))
-    (tmp_path / "a/file").write_bytes(WEIGHTS)
-    assert told(notices, tmp_path) == {"a"}
-    with open(tmp_path / "a/file", "r+b") as file:
+def test_what_comes_and_goes_and_is_written_is_told(heard: Hearing) -> None:
+    (heard.root / "a").mkdir()
+    assert heard.told() == {"a"}
+    heard.add("a")
+    (heard.root / "a/file").write_bytes(WEIGHTS)
+    assert heard.told() == {"a"}
+    with open(heard.root / "a/file", "r+b") as file:
         file.write(b"x")
-    assert told(notices, tmp_path) == {"a"}
-    (tmp_path / "loose").touch()
-    assert told(notices, tmp_path) == {"."}
-    model(tmp_path.with_name("elsewhere")).rename(tmp_path / "b")
-    assert told(notices, tmp_path) == {"b"}
+    assert heard.told() == {"a"}
+    (heard.root / "loose").touch()
+    assert heard.told() == {"."}
+    model(heard.root.with_name("elsewhere")).rename(heard.root / "b")
+    assert heard.told() == {"b"}
 
 
-def test_reading_tells_nothing(notices: Notices, tmp_path: Path) -> None:
-    path = model(tmp_path / "a")
-    notices.add(str(path))
-    told(notices, tmp_path)
+def test_reading_tells_nothing(heard: Hearing) -> None:
+    path = model(heard.root / "a")
+    heard.add(path.name)
+    heard.told()
     (path / "model.safetensors").read_bytes()
     list(path.iterdir())
     os.stat(path / "config.json")
-    assert told(notices, tmp_path) == set()
+    assert heard.told() == set()
 
 
-def test_a_directory_that_is_renamed_is_told_of_under_its_new_name(notices: Notices, tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    notices.add(str(tmp_path / "a"))
-    told(notices, tmp_path)
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert told(notices, tmp_path) == {"a", "b"}
-    notices.add(str(tmp_path / "b"))
-    (tmp_path / "b/file").touch()
-    assert told(notices, tmp_path) == {"b"}
+def test_a_directory_that_is_renamed_is_told_of_under_its_new_name(heard: Hearing) -> None:
+    (heard.root / "a").mkdir()
+    heard.add("a")
+    heard.told()
+    (heard.root / "a").rename(heard.root / "b")
+    assert heard.told() == {"a", "b"}
+    heard.add("b")
+    (heard.root / "b/file").touch()
+    assert heard.told() == {"b"}
 
 
-def test_one_that_is_deleted_and_made_again_is_told_of_once_it_is_added(notices: Notices, tmp_path: Path) -> None:
+def test_one_that_is_deleted_and_made_again_is_told_of_once_it_is_added(heard: Hearing) -> None:
     for _ in range(2):
-        (tmp_path / "a").mkdir()
-        assert told(notices, tmp_path) == {"a"}
-        notices.add(str(tmp_path / "a"))
-        (tmp_path / "a/file").touch()
-        assert told(notices, tmp_path) == {"a"}
-        (tmp_path / "a/file").unlink()
-        (tmp_path / "a").rmdir()
-        assert "a" in told(notices, tmp_path)
+        (heard.root / "a").mkdir()
+        assert heard.told() == {"a"}
+        heard.add("a")
+        (heard.root / "a/file").touch()
+        assert heard.told() == {"a"}
+        (heard.root / "a/file").unlink()
+        (heard.root / "a").rmdir()
+        assert "a" in heard.told()
 
 
-def test_removed_tells_no_more(notices: Notices, tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    notices.add(str(tmp_path / "a"))
-    told(notices, tmp_path)
-    notices.remove(str(tmp_path / "a"))
-    (tmp_path / "a/file").touch()
-    assert told(notices, tmp_path) == set()
+def test_removed_tells_no_more(heard: Hearing) -> None:
+    (heard.root / "a").mkdir()
+    heard.add("a")
+    heard.told()
+    heard.notices.remove(str(heard.root / "a"))
+    (heard.root / "a/file").touch()
+    assert heard.told() == set()
 
 
-def test_a_link_is_followed_only_where_that_is_asked_for(notices: Notices, tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "link").symlink_to("a")
-    told(notices, tmp_path)
-    notices.add(str(tmp_path / "link"))
-    (tmp_path / "a/file").touch()
-    assert told(notices, tmp_path) == set()
-    notices.add(str(tmp_path / "link"), follow=True)
-    (tmp_path / "a/other").touch()
-    assert told(notices, tmp_path) == {"link"}
+def test_a_link_is_followed_only_where_that_is_asked_for(heard: Hearing) -> None:
+    (heard.root / "a").mkdir()
+    (heard.root / "link").symlink_to("a")
+    heard.told()
+    heard.add("link")
+    (heard.root / "a/file").touch()
+    assert heard.told() == set()
+    heard.add("link", follow=True)
+    (heard.root / "a/other").touch()
+    assert heard.told() == {"link"}
 
 
-def test_more_than_the_kernel_holds_is_said_to_be_lost(notices: Notices, tmp_path: Path) -> None:
+def test_more_than_the_kernel_holds_is_said_to_be_lost(heard: Hearing) -> None:
     most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
-    names = [str(tmp_path / name) for name in ("a", "b")]
+    names = [str(heard.root / name) for name in ("a", "b")]
     for name in names:
         os.mkdir(name)
-    for number in range(most // 2 + 2):
-        os.rename(names[number % 2], names[number % 2] + "x")
-        os.rename(names[number % 2] + "x", names[number % 2])
-    notices.fetch()
-    assert notices.take().lost
-    (tmp_path / "c").mkdir()
-    notices.fetch()
-    assert notices.take() == Told(frozenset({str(tmp_path / "c")}))
+    with heard.notices._lock:  # watchdog's thread stands still, as on a busy machine
+        for number in range(most // 2 + 3000):
+            os.rename(names[number % 2], names[number % 2] + "x")
+            os.rename(names[number % 2] + "x", names[number % 2])
+    assert heard.taken()[1]
+    (heard.root / "c").mkdir()
+    assert heard.told() == {"c"}
 
 
-def test_what_nobody_takes_is_bounded(notices: Notices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("continual.sources.notices._HELD", 1)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        notices.fetch()
-    assert notices.take() == Told(frozenset({str(tmp_path / "a")}), lost=True)
-    assert notices.take() == Told(frozenset())
+def test_what_nobody_takes_is_bounded(heard: Hearing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("continual.sources.notices._HELD", 3)
+    for name in "abcde":
+        (heard.root / name).mkdir()
+    changed, lost = heard.taken()
+    assert lost
+    assert len(changed) < 5
 
 
-def test_a_limit_of_watches_is_counted_and_no_error(
-    notices: Notices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    true = Notices._called
+def test_whoever_waits_is_woken(tmp_path: Path) -> None:
+    woken = threading.Event()
+    notices = Notices(woken.set)
+    notices.add(str(tmp_path))
+    (tmp_path / "a").mkdir()
+    assert woken.wait(30)
+    notices.close()
 
-    def full(_answer: int) -> int:
+
+def test_a_limit_of_watches_is_counted_and_no_error(heard: Hearing, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Notices, "_called", staticmethod(full))
-    (tmp_path / "a").mkdir()
-    notices.add(str(tmp_path / "a"))
-    assert notices.unwatched == {str(tmp_path / "a")}
-    monkeypatch.setattr(Notices, "_called", staticmethod(true))
-    notices.add(str(tmp_path / "a"))
-    assert notices.unwatched == set()
-    notices.add(str(tmp_path / "gone"))
-    assert notices.unwatched == set()
+    (heard.root / "a").mkdir()
+    with monkeypatch.context() as limited:
+        limited.setattr(heard.notices._inotify, "add_callback", full)
+        heard.add("a")
+    assert heard.notices.unwatched == {str(heard.root / "a")}
+    heard.add("a")
+    assert heard.notices.unwatched == set()
+    heard.add("gone")
+    assert heard.notices.unwatched == set()
