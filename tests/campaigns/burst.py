@@ -33,7 +33,7 @@ ALARMS = ("continual_errors_total", "continual_retries_total", "continual_refusa
 def read(state: Path, out: Path, stop: Path) -> None:
     """A reader: exports until `stop` is there, and prints how often, and every failure in a line."""
     done, failed = 0, []
-    while not stop.exists():
+    while not stop.exists() and stop.parent.exists():  # where the campaign failed, its directory is gone
         try:
             with continual.open(state) as merge:
                 merge.export(out)
