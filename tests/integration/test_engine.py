@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from continual import api, making
 from continual.config import Settings
 from continual.errors import Abandoned, Damaged, Misconfigured
 from continual.publish.folder import Target
-from continual.rules import RULES
+from continual.rules import RULES, Inputs
+from continual.rules.trimming import Sampled, Threshold
 from continual.state.verify import verify
 from tests.helpers import models
 
@@ -280,8 +282,41 @@ def test_generations_expire_beyond_those_kept_and_tags_hold_one(tmp_path: Path, 
 def test_plan_reads_headers_and_says_why(tmp_path: Path, base: Path, merge: api.Merge) -> None:
     good = merge.plan(models.fine_tune(base, tmp_path / "good", 1))
     assert good.ok
-    assert (good.matrices, good.plain) == (6, 5)
+    assert (good.matrices, good.plain, good.message) == (6, 5, "fits this base")
     assert good.disk_bytes == sum(4 * torch.Size(s).numel() for s in models.SHAPES.values())
     bad = merge.plan(models.fine_tune(base, tmp_path / "bad", 2, change=_shape))
     assert (bad.ok, NAME in bad.message) == (False, True)
     assert merge.state.ledger.head.seq == 0, "a plan must leave no record"
+
+
+def test_random_choices_are_the_same_in_every_version(tmp_path: Path) -> None:
+    """They depend on the tensor's content and name alone: a state that was folded years ago can be folded again."""
+    base = models.write(tmp_path / "base", {"w": torch.ones(8, 8), "b": torch.ones(8)})
+    tuned = models.write(tmp_path / "ft", {"w": torch.full((8, 8), 2.0), "b": torch.full((8,), 2.0)})
+    recipe = making.Recipe(rule="task-arithmetic", options={"before": ["drop:rate=0.5"]})
+    making.init(base, tmp_path / "state", recipe)
+    with api.Merge(Settings(state=tmp_path / "state", max_base_ratio=1e9), write=True) as merge:
+        assert merge.fold(tuned).fate == "folded"
+        kept = merge.read("w").reshape(-1) != 0
+    assert "".join("x" if one else "." for one in kept) == (
+        "...xx..xxx....xx.xx..x.xx....xxx.x..xxxxxx...x.x...x......x..x.."
+    )
+
+
+def test_a_sample_counts_for_all_elements_that_it_stands_for(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With runs that are shorter than a tensor, the last one shorter still."""
+    monkeypatch.setattr("continual.engine.folding.RUN", 100)
+    counted: Counter[str] = Counter()
+
+    def tally(_self: Sampled, tau: torch.Tensor, inputs: Inputs, _counts: object, times: int) -> None:
+        counted[inputs.spec.name] += times * tau.numel()
+
+    making.init(base, tmp_path / "state", making.Recipe(rule="ties", options={"density": 0.2}))
+    with opened(tmp_path, base) as merge:
+        monkeypatch.setattr(Sampled, "tally", tally)
+        monkeypatch.setattr(Sampled, "conclude", lambda _self, _counts, _numel: Threshold(0.0))
+        assert merge.fold(models.fine_tune(base, tmp_path / "ft", 1)).fate == "folded"
+    for name, shape in models.SHAPES.items():
+        assert counted[name] == pytest.approx(torch.Size(shape).numel(), rel=0.1), name

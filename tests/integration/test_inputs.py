@@ -119,7 +119,10 @@ def test_fisher_weighs_each_parameter_by_what_is_shipped(tmp_path: Path, base: P
     tuned = [models.ship(models.fine_tune(base, tmp_path / f"ft-{i}", i), i) for i in range(3)]
     with opened(tmp_path, base, making.Recipe(rule="fisher", options={"power": 0.5})) as merge:
         for model in tuned:
-            assert merge.plan(model).ok
+            plan = merge.plan(model)
+            assert plan.ok
+            values = 4 * sum(torch.Size(shape).numel() for shape in models.SHAPES.values())
+            assert plan.read_bytes == 3 * values, "the base, the fine-tune and what is shipped, once each"
             assert merge.fold(model).fate == "folded"
         weights = [load_file(model / "fisher.safetensors")[NAME].double().sqrt() for model in tuned]
         total = sum(w * tau(base, model).double() for w, model in zip(weights, tuned, strict=True))

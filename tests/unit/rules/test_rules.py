@@ -183,3 +183,21 @@ def test_a_number_that_is_not_finite_is_in_the_sums_of_every_rule() -> None:
 
 def test_a_rule_keeps_one_sum_unless_it_says_otherwise() -> None:
     assert rule("mean").slots(MATRIX) == rule("iso-c").slots(MATRIX) == {"sum": SlotSpec((12, 8))}
+
+
+def test_fisher_without_its_last_fine_tune_has_exact_zeros_whatever_rounding_left() -> None:
+    made, spec = rule("fisher"), TensorSpec("b", (2,), "F32", "plain")
+    kept = {slot: torch.full((2,), 1e-17, dtype=torch.float64) for slot in made.slots(spec)}
+    given = Inputs(spec, -1.0, moments=torch.zeros(2))
+    left = made.fold.apply(kept, torch.zeros(2), given, Totals(count=1.0, weight=1.0)).accumulators
+    assert all(not value.any() for value in left.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"trim": "model"}, True), ({"trim": "tensor"}, False), ({"trim": "tensor", "density": 1.0}, True)],
+)
+def test_ties_holds_a_tensor_whole_only_where_its_own_threshold_is_wanted(
+    options: dict[str, object], expected: bool
+) -> None:
+    assert rule("ties", options).fold.elementwise(MATRIX) is expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import zarr
 from continual.errors import Busy, Damaged, Misconfigured, Retry
 from continual.records import SlotSpec, TensorSpec, Totals
 from continual.state import Format, State, arrays, names
+from continual.state.durable import link_new
 from continual.state.entries import FoldEntry
 from continual.state.parts import FoldNumbers
 from continual.state.verify import verify
@@ -225,3 +227,36 @@ def test_names_of_arrays(name: str, encoded: str) -> None:
 def test_the_lock_file_is_json_for_those_who_ask(tmp_path: Path) -> None:
     with stores.make(tmp_path / "s"):
         assert json.loads((tmp_path / "s/lock").read_text().partition("\n")[2])["pid"] == os.getpid()
+
+
+def test_an_older_generation_is_opened_by_its_record(tmp_path: Path) -> None:
+    with stores.make(tmp_path / "s") as state:
+        first, second = stores.fold(state, 1), stores.fold(state, 2)
+        for at, number in ((first, 1), (second, 2), (None, 2)):
+            found = state.group(at)["sum"][names.encode("wide")]
+            assert isinstance(found, zarr.Array)
+            np.testing.assert_array_equal(found[...], stores.value("wide", number))
+
+
+def test_a_link_that_failed_is_told_as_it_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that was made although it was told to have failed, as NFS does, counts."""
+    link = os.link
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def made_all_the_same(source: Path, target: Path) -> None:
+        link(source, target)
+        raise OSError(errno.EIO, "Input/output error")
+
+    for name, how in (("a", full), ("b", made_all_the_same)):
+        temporary = tmp_path / f".{name}.tmp"
+        temporary.write_bytes(b"x")
+        monkeypatch.setattr(os, "link", how)
+        if how is full:
+            with pytest.raises(OSError, match="No space left"):
+                link_new(tmp_path / name, temporary)
+        else:
+            link_new(tmp_path / name, temporary)
+        assert not temporary.exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["b"]
