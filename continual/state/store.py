@@ -160,6 +160,11 @@ class State:
             raise Retry("another fold was committed meanwhile; nothing was settled")
         try:
             return self._append(entry, Held(transaction.id, generation.checksum))
+        except Exception:
+            raise
+        except BaseException:  # an interrupt may come between the record and its place in the ledger: the next opening
+            transaction.committed()  # for writing adopts the record, or removes what none names
+            raise
         finally:  # whatever fails once the record stands, it names this generation
             if self.ledger.head.generation == transaction.id:
                 transaction.committed()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from continual.errors import Halt, Retry
-from continual.state import State
+from continual.state import State, durable, protocol
 from continual.state.verify import verify
 from tests.helpers import calls, stores
 from tests.helpers.calls import Called
@@ -99,6 +99,26 @@ def test_a_link_that_was_made_although_it_failed_counts(state: State) -> None:
         assert stores.fold(state, 2) == 2
         assert met
     assert (state.behind, verify(state), len(state.ledger.log)) == (None, [], 3)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_at_the_commit_point_takes_no_generation_from_its_record(
+    state: State, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    def interrupted(file: Path, temporary: Path) -> None:
+        if late:
+            durable.link_new(file, temporary)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(protocol, "link_new", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stores.fold(state, 2)
+    monkeypatch.undo()
+    state.close()
+    with State.open(state.path, write=True) as again:
+        assert again.ledger.head.seq == (2 if late else 1)
+        assert verify(again) == []
+        assert len(list((state.path / "generations").iterdir())) == len(again.generations()) == (2 if late else 1)
 
 
 def test_a_temporary_record_that_cannot_be_removed_undoes_nothing(state: State) -> None:
