@@ -122,15 +122,16 @@ def written(directory: Path, reading: Reading) -> Iterator[Path]:
 @contextmanager
 def marked(directory: Path) -> Iterator[bool]:
     """Holds the flock on a directory that is being written, so that others leave it alone; False where another process
-    has it."""
+    has it, or the file system has no locks."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
+        except OSError:
+            locked = False
         else:
-            yield True
+            locked = True
+        yield locked
     finally:
         os.close(fd)
 

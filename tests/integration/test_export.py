@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -103,6 +106,21 @@ def test_an_existing_directory_is_left_alone(tmp_path: Path, merge: api.Merge) -
         (tmp_path / "out").mkdir()
         with pytest.raises(Misconfigured, match="exists"):
             merge.export(Target(tmp_path / "out"))
+
+
+def test_a_file_system_without_locks_is_exported_to(
+    tmp_path: Path, merge: api.Merge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(_fd: int, _operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    with merge:
+        (tmp_path / ".out.0a.tmp").mkdir()
+        monkeypatch.setattr(fcntl, "flock", none)
+        merge.export(Target(tmp_path / "out"))
+        monkeypatch.undo()
+    assert (tmp_path / "out/continual.json").is_file()
+    assert (tmp_path / ".out.0a.tmp").is_dir(), "nobody can tell whether it is being written"
 
 
 def test_an_export_of_another_record_of_the_same_number_is_not_taken_for_it(tmp_path: Path, merge: api.Merge) -> None:
