@@ -70,8 +70,8 @@ class Outgoing:
             await asyncio.wait_for(self._writer.drain(), PATIENCE)
 
     def _progress(self, stage: str, done: int, total: int) -> None:
+        self.begun = True  # first: who sees that it has not begun says that nothing was done
         self.must_be_wanted()
-        self.begun = True
         now = time.monotonic()
         if now - self._told >= _EVERY or done == total:
             self._told = now
