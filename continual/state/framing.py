@@ -52,8 +52,9 @@ def decode(path: Path) -> tuple[dict[str, object], str]:
             raise Damaged(f"{path} is a directory, where a file was written; restore it from a backup") from None
     line, newline, text = data.partition(b"\n")
     if not newline or line != crc(text).encode():
+        told = line[:8].decode("ascii", "backslashreplace")
         raise Damaged(
-            f"{path} is damaged: its contents do not have the checksum {line[:8]!r} in its first line; "
+            f"{path} is damaged: its contents do not have the checksum {told!r} in its first line; "
             "restore it from a backup"
         )
 

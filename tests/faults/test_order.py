@@ -15,8 +15,10 @@ from continual import api, making
 from continual.errors import Retry
 from continual.publish import folder
 from continual.publish.folder import Target
-from continual.state import State
+from continual.state import State, paused
+from continual.state.backup import Wish, backup
 from continual.state.inbox import Inbox, PushRecord, save_cursor
+from continual.state.repair import look, repair
 from continual.state.verify import verify
 from tests.helpers import house, models, stores
 from tests.helpers.trace import Trace, power_cuts, traced, tree, write
@@ -159,6 +161,54 @@ def current(place: Path) -> tuple[Trace, list[Path]]:
     return trace, [directory, link]
 
 
+def pause(place: Path) -> tuple[Trace, list[Path]]:
+    stores.make(place / "s").close()
+    with traced(place) as trace:
+        paused.pause(place / "s")
+    return trace, [place / "s/paused"]
+
+
+def copy(place: Path) -> tuple[Trace, list[Path]]:
+    with stores.make(place / "s") as state:
+        stores.fold(state, 1)
+        state.tag("v1")
+    made = place / "copy"
+    with traced(place) as trace:
+        backup(place / "s", made, Wish(copy=True), lambda _what, _done, _all: None)
+    (generation,) = (made / "generations").iterdir()
+    head = trace.appeared(made / "HEAD")
+    for record in (made / "commits").iterdir():
+        trace.synced(record, before=head)
+        trace.listed(record, before=head)
+    trace.listed(generation, before=head)
+    partial = trace.appeared(made / "backup.json")
+    assert partial < head, "until HEAD is there it is said that the copy is not whole"
+    del trace.events[partial]
+    return trace, [generation, made / "format.json", made / "tags/v1.json", made / "HEAD"]
+
+
+def repaired(place: Path) -> tuple[Trace, list[Path]]:
+    path = place / "s"
+    with stores.make(path) as state:
+        stores.fold(state, 1)
+        state.tag("v1")
+        stores.fold(state, 2)
+    for damaged in (path / "commits/00000003.json", path / "tags/v1.json"):
+        damaged.write_bytes(b"x")
+    with traced(place) as trace:
+        repair(path, look(path, lambda _done, _all: None), lambda _done, _all: None)
+    (aside,) = path.glob(".repaired-*")
+    record, head = path / "commits/00000003.json", path / "HEAD"
+    moved = [e for e in trace.events if e.what == "rename" and e.source in (record, path / "tags/v1.json")]
+    point = trace.appeared(record)
+    for event in moved:
+        assert trace.listed(event.path) < point, "the old files are in their place before the record says so"
+    generations = [e for e in trace.events if e.what == "rename" and "generations" in e.path.parts]
+    assert len(generations) == 1, "that of the record which is lost"
+    trace.events = [e for e in trace.events if e not in moved and e not in generations]
+    return trace, [aside / "HEAD", path / "tags/v1.json", record, head]
+
+
 class Write(NamedTuple):
     """A durable write: what does it, which returns the trace and the names that it must make, and the functions of the
     package that it goes through."""
@@ -170,11 +220,14 @@ class Write(NamedTuple):
 WRITES = (
     Write(initiation, ("state.store.create", "state.protocol.append", "state.protocol.write_head")),
     Write(commit, ("state.protocol.append", "state.protocol.write_head")),
-    Write(tag, ("state.protocol._write_tags",)),
+    Write(tag, ("state.protocol.write_tag",)),
     Write(adoption, ("state.protocol.write_head",)),
     Write(push, ("state.inbox.put",)),
     Write(cursor, ("state.inbox.save_cursor",)),
     Write(expiry, ("state.retention._moved_away",)),
+    Write(pause, ("state.paused.pause",)),
+    Write(copy, ("state.backup._begun", "state.backup._records", "state.backup._beside", "state.copying.tree")),
+    Write(repaired, ("state.repair._move", "state.protocol.write_tag", "state.protocol.append")),
     Write(export, ("publish.folder.written",)),
     Write(adapter, ("publish.folder.written",)),
     Write(current, ("publish.folder.keep_current", "publish.folder.written", "publish.folder._remove")),
@@ -240,6 +293,8 @@ def test_nobody_else_syncs_or_renames() -> None:
     assert callers(calls | {"os.replace", "shutil.move"}) == {
         "state.transaction.keep": {"os.link"},  # both before `sync`, which takes the whole generation
         "state.transaction._place": {"os.link"},
+        "state.copying._linked": {"os.link"},  # before the copy's HEAD, with all of the copy
+        "state.repair._move": {"os.rename"},  # of old files, before the record of the repair
         "demo.digits.save": {"temporary.rename"},  # a model that a publisher would write
     }
 
