@@ -42,7 +42,7 @@ class Identity(NamedTuple):
 
 class ModelFile:
     """A file of a model. `identity` says what it was when it was opened first. Used by Descriptors alone, under its
-    lock."""
+    lock; `opening` keeps all but one thread away while that one opens it."""
 
     def __init__(self, path: Path, root: Path | None) -> None:
         self.path = path
@@ -50,6 +50,7 @@ class ModelFile:
         self.identity: Identity | None = None
         self.fd = -1
         self.readers = 0
+        self.opening = False
         self.done = False
 
     @property
@@ -97,19 +98,20 @@ class Descriptors:
         Raises OSError, Refuse and Retry where the file has to be opened and cannot be.
         """
         with self._changed:
-            while file.fd < 0 and not self._room():
+            while file.opening or (file.fd < 0 and not self._room()):
                 self._changed.wait()
-            if file.fd < 0:
-                self._make(file)
+            file.opening = file.fd < 0
             self._open[file] = None
             self._open.move_to_end(file)
             file.readers += 1
         try:
+            if file.opening:
+                self._make(file)
             yield file.fd
         finally:
             with self._changed:
                 file.readers -= 1
-                if file.done and not file.readers:
+                if (file.done or file.fd < 0) and not file.readers:
                     self._drop(file)
                 self._changed.notify_all()
 
@@ -122,14 +124,24 @@ class Descriptors:
             self._changed.notify_all()
 
     def _make(self, file: ModelFile) -> None:
+        """Opens a file for which there is room, without the lock: a file system that hangs holds up nobody else."""
+        try:
+            self._opened(file)
+        finally:
+            with self._changed:
+                file.opening = False
+                self._changed.notify_all()
+
+    def _opened(self, file: ModelFile) -> None:
         try:
             file.open()
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
             # others took what the process may have: give back all that is idle here, and try once more
-            for idle in [file for file in self._open if not file.readers]:
-                self._drop(idle)
+            with self._changed:
+                for idle in [file for file in self._open if not file.readers]:
+                    self._drop(idle)
             file.open()
 
     def _room(self) -> bool:

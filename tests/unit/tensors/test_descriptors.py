@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 
 from continual.errors import Refuse, Retry
+from continual.outside import open_regular
 from continual.tensors import Checkpoint, descriptors, files, open_model
 from continual.tensors.checkpoint import MOST_SHARDS
 from continual.tensors.descriptors import Descriptors
@@ -70,6 +71,38 @@ def test_many_threads_share_few_descriptors(tmp_path: Path, shared: Descriptors)
         thread.join(60)
     assert wrong == []
     opened.close()
+
+
+def test_a_file_that_does_not_open_holds_up_no_other(
+    tmp_path: Path, shared: Descriptors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung, good = (Files([path], None) for path in written(tmp_path, 2))
+    for file in list(shared._open):
+        shared._drop(file)
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> int:
+        if path.name == "0.bin":
+            asked.set()
+            assert answer.wait(30)
+        return open_regular(path)
+
+    monkeypatch.setattr(descriptors, "open_regular", slow)
+    found: list[bytes] = []
+    threads = [threading.Thread(target=lambda: found.append(hung.pread(0, 1, 0)), daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert asked.wait(10)
+    other = threading.Thread(target=lambda: found.append(good.pread(0, 1, 0)), daemon=True)
+    other.start()
+    other.join(10)
+    assert found == [b"\x01"]
+    hung.close()  # while it is opened: closed for good when its readers are done
+    answer.set()
+    for thread in threads:
+        thread.join(10)
+    assert found == [b"\x01", b"\x00", b"\x00"]
+    good.close()
 
 
 def _replaced(path: Path) -> None:
