@@ -37,11 +37,12 @@ class Irregular(OSError):
     """A path that leads to something else than a regular file: a directory, FIFO, socket or device."""
 
 
-def parse_json(data: bytes, *, values: int = VALUES, depth: int = DEPTH) -> object:
+def parse_json(data: bytes, *, values: int = VALUES, depth: int = DEPTH, infinite: bool = False) -> object:
     """What a JSON text says. Limits are asked of the bytes, before anything is made of them.
 
     Raises Malformed for everything else: more than `values` values, lists and objects more than `depth` deep, a key
     twice, NaN, numbers that no float holds or of thousands of digits, what is no UTF-8, half a surrogate pair.
+    `infinite`: the words Infinity and -Infinity, which are no JSON, are read as Python writes them.
     """
     parts = data.count(b",") + data.count(b"[") + data.count(b"{")
     if parts > values:
@@ -52,7 +53,10 @@ def parse_json(data: bytes, *, values: int = VALUES, depth: int = DEPTH) -> obje
     _check_depth(bare, parts, depth)
     try:
         return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_infinity if infinite else _constant,
+            parse_float=_finite,
         )
     except Malformed:
         raise
@@ -65,9 +69,9 @@ def parse_json(data: bytes, *, values: int = VALUES, depth: int = DEPTH) -> obje
         raise Malformed(said or "a number of thousands of digits") from None
 
 
-def parse_fields(data: bytes, *, values: int = VALUES, depth: int = DEPTH) -> dict[str, object]:
+def parse_fields(data: bytes, *, values: int = VALUES, depth: int = DEPTH, infinite: bool = False) -> dict[str, object]:
     """The fields of a JSON object. Raises Malformed as `parse_json`, and for any other JSON."""
-    body = parse_json(data, values=values, depth=depth)
+    body = parse_json(data, values=values, depth=depth, infinite=infinite)
     if not isinstance(body, dict):
         raise Malformed("no JSON object")
     return body
@@ -135,6 +139,10 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _constant(word: str) -> float:
     raise Malformed(f"{word}, which is no JSON")
+
+
+def _infinity(word: str) -> float:
+    return _constant(word) if word == "NaN" else float(word)
 
 
 def _finite(text: str) -> float:

@@ -277,7 +277,7 @@ def set_config_dtype(config: Path, dtype: str | None) -> None:
     if dtype is None or not config.is_file():
         return
     try:
-        body = parse_fields(read_regular(config, _SMALL))
+        body = parse_fields(read_regular(config, _SMALL), infinite=True)
     except Malformed as error:  # the base's was read when it was opened; somebody has changed it since
         raise Misconfigured(f"{config.name} of the base: no valid JSON ({error})") from None
     name = next(word for word, short in WORDS.items() if short == dtype)

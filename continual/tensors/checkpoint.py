@@ -194,9 +194,11 @@ def open_checkpoint(place: Place, only: str | None = None) -> Checkpoint:
 
 
 def read_config(place: Place) -> dict[str, object]:
-    """config.json beside the weights, empty where there is none. Raises Refuse if it is no JSON object, Retry if it
-    cannot be read now."""
-    return read_json(place, CONFIG) if place.present(CONFIG) else {}
+    """config.json beside the weights, empty where there is none; the Infinity that Mamba models have in it is read.
+    Raises Refuse if it is no JSON object, Retry if it cannot be read now."""
+    if not place.present(CONFIG):
+        return {}
+    return header.json_object(place.small(CONFIG), place.file(CONFIG), "config", infinite=True)
 
 
 def _weight_map(place: Place) -> dict[str, str]:

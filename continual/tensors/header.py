@@ -68,11 +68,13 @@ def metadata(pread: Callable[[int, int], bytes], where: str) -> dict[str, str]:
     return body if isinstance(body, dict) else {}
 
 
-def json_object(text: bytes, where: str, reason: str, *, values: int = VALUES) -> dict[str, object]:
+def json_object(
+    text: bytes, where: str, reason: str, *, values: int = VALUES, infinite: bool = False
+) -> dict[str, object]:
     """Bytes that others wrote as a JSON object. Raises Refuse(reason) for anything that `continual.outside` does not
     read."""
     try:
-        return parse_fields(text, values=values)
+        return parse_fields(text, values=values, infinite=infinite)
     except Malformed as error:
         raise Refuse(reason, f"{where}: no valid JSON ({error})") from None
 

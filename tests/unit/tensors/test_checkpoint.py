@@ -210,6 +210,13 @@ def test_config_must_be_an_object(single: Path, text: str) -> None:
     assert refused(single).reason == "config"
 
 
+def test_config_of_a_mamba_model_has_no_upper_limit_in_it(single: Path) -> None:
+    (single / "config.json").write_text('{"model_type": "mamba2", "time_step_limit": [0.0, Infinity]}')
+    with open_model(single) as model:
+        assert isinstance(model, Checkpoint)
+        assert model.config["time_step_limit"] == [0.0, float("inf")]
+
+
 def test_config_of_absurd_size(single: Path) -> None:
     with open(single / "config.json", "wb") as config:
         config.truncate(1 << 33)
