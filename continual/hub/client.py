@@ -47,6 +47,8 @@ _CLIENTS_TIMEOUT = 60.0
 _CLIENTS_SECONDS = 120.0
 """Seconds for a whole call of the package, where it moves no files."""
 _LISTED = ("sha", "lastModified", "tags", "gated", "private")
+_TREE = 1000
+"""Pages of the list of a repo's files that are read: the Hub has a thousand files on one."""
 _HISTORY = 100
 """Pages of a repo's history that are read: 5000 commits."""
 
@@ -107,9 +109,9 @@ class Hub(Line):
     def _tree(self, repo: str, sha: str, what: str) -> dict[str, RemoteFile]:
         files: dict[str, RemoteFile] = {}
         url: str | None = f"{self._model(repo)}/tree/{sha}?recursive=true"
-        seen = set()
+        seen: set[str] = set()
         while url is not None:
-            if url in seen or len(files) > MOST_FILES:
+            if url in seen or len(files) > MOST_FILES or len(seen) >= _TREE:
                 raise DoesNotFit(f"{what}: the list of its files has no end", repo, sha)
             seen.add(url)
             page, answer = self._page(what, url, tree_of)

@@ -18,6 +18,7 @@ import pytest
 from continual.errors import Abandoned, Refuse, Retry
 from continual.hub import Hub as Client
 from continual.hub import Trouble, wire
+from continual.hub import client as hub_client
 from continual.records import Event
 from continual.service.watched import wiring_of
 from continual.sources import polling
@@ -329,6 +330,21 @@ def test_a_redirect_to_another_host_goes_there_without_the_token(tmp_path: Path,
             client(hub).info("org/ft")
         assert len(evil.journal) == 1
         assert "authorization" not in next(iter(evil.journal)).headers
+
+
+def test_a_tree_whose_pages_have_no_end_and_nothing_in_them(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_client, "_TREE", 20)
+
+    def faulty(request: Request) -> faults.Fault | None:
+        if "/tree/" not in request.path:
+            return hostile.said(row("org/ft", siblings=[{"rfilename": "model.safetensors"}]))
+        return hostile.said([], Link=f'<{request.path}?cursor={len(list(hub.journal))}>; rel="next"')
+
+    hub.faults = faulty
+    with pytest.raises(Refuse, match="the list of its files has no end") as refusal:
+        client(hub).info("org/ft")
+    assert refusal.value.reason == "malformed"
+    assert len(list(hub.journal)) == 21
 
 
 @pytest.mark.parametrize("kind", ["a head that trickles", "a body that trickles", "a body without an end"])
