@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
@@ -87,6 +88,7 @@ class Repeats:
         """`clock` tells seconds that never go back."""
         self._clock = clock
         self._told: OrderedDict[tuple[str, ...], Logged] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __call__(self, _logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
         """Passes `line` on, or raises DropEvent."""
@@ -94,14 +96,15 @@ class Repeats:
             return line
         same = tuple(str(line.get(key, ""))[:_TRACE] for key in _SAME)
         now = self._clock()
-        before = self._told.get(same)
-        if before is not None and now - before.at < INTERVAL:
-            self._told[same] = before._replace(left_out=before.left_out + 1)
-            raise structlog.DropEvent
-        self._told[same] = Logged(now, 0)
-        self._told.move_to_end(same)
-        if len(self._told) > _REMEMBERED:
-            self._told.popitem(last=False)
+        with self._lock:  # every thread logs
+            before = self._told.get(same)
+            if before is not None and now - before.at < INTERVAL:
+                self._told[same] = before._replace(left_out=before.left_out + 1)
+                raise structlog.DropEvent
+            self._told[same] = Logged(now, 0)
+            self._told.move_to_end(same)
+            if len(self._told) > _REMEMBERED:
+                self._told.popitem(last=False)
         return line if before is None or not before.left_out else {**line, "left_out": before.left_out}
 
 

@@ -73,9 +73,10 @@ class Worker:
         self._thread.shutdown()
 
     def put(self, event: Event, source: Source) -> None:
-        """Puts what a source gave into the queue. One that is being folded at this moment is not: its files are the
-        ones that are read. Nor is one that is settled, where that is known without opening a file."""
-        if self.live.current is not None and self.live.current.key == event.key:
+        """Puts what a source gave into the queue. One that is being folded at this moment is not, unless its files have
+        changed since. Nor is one that is settled, where that is known without opening a file."""
+        current = self.live.current
+        if current is not None and current.key == event.key and (current == event or event.revision is not None):
             return
         key = source.key(event)
         if key is not None and self.merge.state.ledger.is_settled(key):
@@ -185,8 +186,9 @@ class Worker:
         """The outcome of a candidate; None where there is none (yet). Raises Halt."""
         event = queued.event
         try:
-            if queued.source.is_gone(event):
+            if await self.on_thread(lambda: queued.source.is_gone(event)):  # a file system may not answer
                 self._log.info("vanished", model=event.name, path=event.origin)
+                queued.source.settled(event, None)
                 return None
             return await self.on_thread(lambda: self._fold(queued))
         except Abandoned as error:

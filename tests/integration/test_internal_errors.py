@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -198,6 +199,54 @@ def test_a_source_that_ends_or_raises_is_started_again_and_the_heart_beats_on(
         assert daemon.halted is None
     assert source.begun == 3
     assert "\x1b]0;" not in capsys.readouterr().err
+
+
+class GoneSource(FlakySource):
+    """What it gives has vanished; the file system takes its time to say so."""
+
+    def __init__(self, origin: Path) -> None:
+        super().__init__(origin)
+        self.scanned.set()
+        self.begun = 2
+        self.asked_on: list[str] = []
+        self.heard: list[str | None] = []
+
+    def is_gone(self, _event: Event) -> bool:
+        self.asked_on.append(threading.current_thread().name)
+        return True
+
+    def settled(self, _event: Event, key: str | None) -> None:
+        self.heard.append(key)
+
+
+def test_a_file_system_is_not_asked_on_the_event_loop_and_the_source_hears_of_what_vanished(
+    tmp_path: Path, settings: Settings
+) -> None:
+    source = GoneSource(tmp_path / "in/good")
+    with Merge(settings, write=True) as merge:
+        running.until(running.made(merge, [source]), lambda _: until(lambda: source.heard, "it hears"))
+    assert source.heard == [None]
+    assert len(source.asked_on) == 1
+    assert source.asked_on[0].startswith("engine")
+
+
+def test_what_changes_while_it_is_folded_is_looked_at_again(tmp_path: Path, settings: Settings) -> None:
+    source = GoneSource(tmp_path / "in/good")
+    folder = Event("folder", str(source.origin), (1, "good"), tmp_path / "in")
+    repo = Event("hub", "hf://org/ft", (1, ""), None, "0" * 40)
+    with Merge(settings, write=True) as merge:
+        daemon = running.made(merge, [source])
+        daemon._socket.close()  # nothing runs
+        worker = daemon._worker
+        for folded, came, waits in (
+            (folder, folder, False),
+            (folder, replace(folder, order=(2, "good")), True),
+            (repo, replace(repo, order=(2, "")), False),
+        ):
+            worker.live.begin(folded)
+            worker.put(came, source)
+            assert [queued.event for queued in worker.queue.waiting.values()] == [came] * waits
+            worker.queue.waiting.clear()
 
 
 class DamagedSource(FlakySource):
