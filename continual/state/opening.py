@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from continual.errors import Damaged, Misconfigured
+from continual.errors import Damaged, Misconfigured, Retry
 from continual.state import adoption, framing, protocol
 from continual.state.durable import sync_file, usable
 from continual.state.format import Commit, Format
@@ -111,23 +111,25 @@ def load(path: Path, form: Format, checksum: str) -> Loaded:
 
     Raises Damaged for a missing HEAD, record or generation in force, a gap, a broken chain of checksums, records above
     HEAD that cannot be adopted, and a format.json that is not the one the log began with. A writer may go on meanwhile:
-    then HEAD or the generation in force is older than what else is there, and all is read again.
+    then HEAD, what was listed or the generation in force is older than what else is there, and what is new is read,
+    too. Raises Retry where the writer is always faster.
     """
+    read: dict[str, Commit] = {}
     for _ in range(_READS):
         head, names = protocol.read_head(path), _listed(path / "commits")
         if len(names) > head.seq + 2 and protocol.read_head(path) != head:
             continue  # records were added between the two looks
-        ledger = _replayed(path, head, names[: head.seq + 1] if _is_partial(path) else names)
-        adoption.bound(path, ledger, checksum)
         try:
+            ledger = _replayed(path, head, names[: head.seq + 1] if _is_partial(path) else names, read)
+            adoption.bound(path, ledger, checksum)
             adoption.check(path, form, ledger.log, head.seq)
             _in_force(path, form, ledger.head)
         except (Damaged, Misconfigured):
             if _listed(path / "commits") == names:
                 raise
-            continue  # it expired between the two looks
+            continue  # it expired between the two looks, or records were added while they were listed
         return Loaded(ledger, head.seq)
-    raise Damaged(_missing(path, head, names))
+    raise Retry(f"{path} changes faster than it can be opened: try again")
 
 
 def _is_partial(path: Path) -> bool:
@@ -161,15 +163,16 @@ def _missing(path: Path, head: Head, names: list[str]) -> str:
     )
 
 
-def _replayed(path: Path, head: Head, names: list[str]) -> Ledger:
-    """The records in the files `names`, each of which must follow the one before it. Raises Damaged."""
+def _replayed(path: Path, head: Head, names: list[str], read: dict[str, Commit]) -> Ledger:
+    """The records in the files `names`, each of which must follow the one before it. `read` has those that were read
+    before, and gets the others: a record never changes. Raises Damaged."""
     if names != [f"{seq:08d}.json" for seq in range(len(names))] or not head.seq < len(names):
         raise Damaged(_missing(path, head, names))
     ledger = Ledger()
     for seq, name in enumerate(names):
         file = path / "commits" / name
-        body, checksum = framing.decode(file)
-        commit = Commit.of(body, checksum, file)
+        commit = read.get(name) or Commit.of(*framing.decode(file), file)
+        read[name] = commit
         if commit.seq != seq or commit.prev != (ledger.head.crc if ledger.log else None):
             raise Damaged(
                 f"{file} does not follow the record before it: the chain of checksums is broken; restore from a backup"

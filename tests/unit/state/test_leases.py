@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from continual.errors import Misconfigured
-from continual.state import State
+from continual.errors import Damaged, Misconfigured, Retry
+from continual.state import State, framing, opening
 from tests.helpers import stores
 from tests.helpers.trace import at_event
 
@@ -107,6 +107,54 @@ def test_a_reader_that_opens_while_its_generation_expires_opens_the_next(tmp_pat
         with at_event("open", receipts, go_on) as done, State.open(tmp_path / "s") as reader:
             assert done
             np.testing.assert_array_equal(reader.read("wide", "sum"), stores.value("wide", 2))
+
+
+def test_a_reader_that_is_always_too_late_is_told_to_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is missing, and no backup is to be restored. A record is read once, however often the log is listed."""
+    number, read = 1, list[str]()
+    with stores.make(tmp_path / "s") as writer:
+        stores.fold(writer, number)
+
+        def go_on(*_: object) -> None:
+            nonlocal number
+            number += 1
+            stores.fold(writer, number)
+            raise Damaged("the generation in force has expired")
+
+        decode = framing.decode
+
+        def decoded(file: Path) -> tuple[dict[str, object], str]:
+            read.append(str(file))
+            return decode(file)
+
+        monkeypatch.setattr(opening, "_READS", 5)
+        monkeypatch.setattr(opening, "_in_force", go_on)
+        monkeypatch.setattr(framing, "decode", decoded)
+        with pytest.raises(Retry, match="try again"):
+            State.open(tmp_path / "s")
+    records = [file for file in read if "/commits/" in file]
+    assert len(records) == len(set(records)) == 6
+
+
+def test_records_that_are_added_while_they_are_listed_are_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long directory is listed in pieces: the newest name may be there, and the one before it not."""
+    with stores.make(tmp_path / "s") as writer:
+        for number in range(1, 4):
+            stores.fold(writer, number)
+    listed, looks = opening._listed, 0
+
+    def in_pieces(directory: Path) -> list[str]:
+        nonlocal looks
+        looks += directory.name == "commits"
+        found = listed(directory)
+        return [name for name in found if name != "00000002.json"] if looks == 1 else found
+
+    monkeypatch.setattr(opening, "_listed", in_pieces)
+    with State.open(tmp_path / "s") as reader:
+        assert reader.ledger.head.seq == 3
+    assert looks > 1
 
 
 def test_a_damaged_generation_expires_all_the_same(tmp_path: Path) -> None:
