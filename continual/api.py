@@ -133,6 +133,8 @@ class Merge:
         self._engine: tuple[Settings, Engine] | None = None
         self.places = Places(settings, self.state.format.base.repo, client, openers(settings))
         self._lengths: dict[str, tuple[float, float]] = {}
+        self.releasing = threading.Lock()
+        """Held while a release is on its way: two would write to one place."""
 
     def __enter__(self) -> Merge:
         return self

@@ -155,7 +155,7 @@ class Outlets:
                 self._hand(was, "release")
             return False
         seq = releasing.next_record(self.merge, last) if asked.every else newest
-        found = await aside(partial(releasing.release, self.merge, seq))
+        found = await aside(partial(releasing.release, self.merge, seq, wait=True))
         await self.record(releasing.entry(found))
         self.metrics.released(found.uploaded)
         self._log.info(

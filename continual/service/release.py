@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from continual.api import Merge
-from continual.errors import Misconfigured
+from continual.errors import Misconfigured, Retry
 from continual.publish import card, folder, hub
 from continual.publish.hub import Released
 from continual.rules import ReadOptions
@@ -65,9 +65,21 @@ def look(merge: Merge, at: int | None = None) -> Look:
     )
 
 
-def release(merge: Merge, at: int | None = None) -> Released:
-    """Publishes a record, unless it is out already; the caller makes the record of it (`entry`). Raises Misconfigured
-    (also where licences differ and the settings refuse that), Trouble, Retry."""
+def release(merge: Merge, at: int | None = None, *, wait: bool = False) -> Released:
+    """Publishes a record, unless it is out already; the caller makes the record of it (`entry`). One goes on its way
+    after the other: where one is, it is waited for if `wait`.
+
+    Raises Misconfigured (also where licences differ and the settings refuse that), Trouble, Retry.
+    """
+    if not merge.releasing.acquire(blocking=wait):
+        raise Retry("another release is on its way: try again when it is out; nothing was done")
+    try:
+        return _release(merge, at)
+    finally:
+        merge.releasing.release()
+
+
+def _release(merge: Merge, at: int | None) -> Released:
     asked = merge.settings.release
     seq = record_of(merge, at).seq
     shutil.rmtree(_staging(merge), ignore_errors=True)  # what a killed process left, also where the record is out

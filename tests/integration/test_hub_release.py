@@ -127,6 +127,25 @@ def test_somebody_commits_in_between(tmp_path: Path, hub: Hub) -> None:
         assert hub.read(REPO, "main", "notes.md") == b"mine"
 
 
+def test_a_release_is_not_disturbed_by_another_beside_it(tmp_path: Path, hub: Hub) -> None:
+    """A command's, while one of the daemon's is uploaded."""
+    with folded(tmp_path, hub) as ours:
+        errors: list[str] = []
+
+        def meddle(request: Any) -> None:
+            if request.method == "POST" and "/preupload/" in request.path and not errors:
+                with pytest.raises(Retry) as caught:
+                    releasing.release(ours)
+                errors.append(str(caught.value))
+
+        hub.on_request = meddle
+        found = releasing.release(ours)
+        assert found.new
+        assert ["on its way" in error for error in errors] == [True]
+        assert not releasing.release(ours, wait=True).new
+    assert count(hub) == 1
+
+
 def test_the_answer_to_a_commit_is_lost(tmp_path: Path, hub: Hub) -> None:
     with folded(tmp_path, hub) as ours:
         hub.faults = faults.Times(faults.Drop(), 1, method="POST", path="/commit/")
