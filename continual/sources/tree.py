@@ -3,7 +3,8 @@
 Three things make it look. Notices of the kernel name the directories that changed. A model that was seen is looked at
 when its settle time is over. And every `rescan` seconds there is a rescan: of directories without a model by their
 time, of which the kernel may have told nothing, and of some of the models that were given, in turn. It spends at most
-one part in 2,000 of a processor: where there is more to look at, rescans take turns or come more rarely.
+one part in 2,000 of a processor where it finds nothing new: where there is more to look at, rescans take turns or come
+more rarely.
 """
 
 from __future__ import annotations
@@ -234,24 +235,33 @@ class Tree:
     def _rescan(self, now: float) -> None:
         """Looks at what nobody told of: the directories without a model that changed, models that are waited for, and
         some of the others in turn."""
-        begun = self.looking.spent()
+        begun, news = self.looking.spent(), 0.0
         for path in [path for path, node in self.nodes.items() if not node.model] or [self.root]:
             if self._moved(path):
-                self.visit(path, now)
+                news += self._revisit(path, now)
         for path in [path for path, node in self.nodes.items() if self._asked_again(node)]:
-            self.visit(path, now)
+            news += self._revisit(path, now)
         for model in list(self.settling.waiting):
-            self.visit(model, now)
+            news += self._revisit(model, now)
         budget = SHARE * (now - self._begun)
         if not self._turn:
             self._turn.extend(path for path, node in self.nodes.items() if node.model)
         for _ in range(len(self._turn)):
             path = self._turn.popleft()
             if path in self.nodes and self._moved(path):
-                self.visit(path, now)
-            if self.looking.spent() - begun > budget:
+                news += self._revisit(path, now)
+            if self.looking.spent() - begun - news > budget:
                 break
-        self._next(now, self.looking.spent() - begun)
+        self._next(now, self.looking.spent() - begun - news)
+
+    def _revisit(self, path: str, now: float) -> float:
+        """Looks at a directory in a rescan. Returns what that took of a processor where it found something new: to
+        read the header of a large model is no reason to rescan more rarely."""
+        begun, folders, before = self.looking.spent(), len(self.nodes), self.settling.seen(path)
+        self.visit(path, now)
+        found = self.settling.seen(path)
+        changed = found is not None and (before is None or before.files != found.files)
+        return self.looking.spent() - begun if changed or len(self.nodes) > folders else 0.0
 
     def _next(self, now: float, spent: float) -> None:
         self._begun = now

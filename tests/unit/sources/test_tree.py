@@ -270,6 +270,23 @@ def test_rescans_take_turns_where_there_is_much_to_look_at(watched: Watched) -> 
     assert watched.spent <= 2 * tree.SHARE * watched.now + len(names) * watched.step
 
 
+def test_what_is_found_new_does_not_put_off_the_next_rescan(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched.look()
+    whole = directories.is_whole
+
+    def dear(path: str, found: directories.Listing) -> bool:
+        watched.spent += 2.0  # as the header of a model of 100,000 tensors
+        return whole(path, found)
+
+    monkeypatch.setattr(directories, "is_whole", dear)
+    for name in ("first", "second"):  # on a file system of which the kernel tells nothing
+        model(watched.root / name)
+        assert watched.look(watched.tree.next_look(watched.now)) == []
+        assert watched.tree.next_look(watched.now) == pytest.approx(5.01)
+        assert watched.look(5.01) == [name]
+        assert watched.tree.next_look(watched.now) == pytest.approx(RESCAN - 5.01)
+
+
 def test_rescans_come_more_rarely_where_one_is_dear(watched: Watched) -> None:
     model(watched.root / "m")
     watched.look()
