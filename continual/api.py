@@ -119,8 +119,7 @@ class Merge:
         on_step: Callable[[str], None] | None = None,
     ) -> None:
         """Opens the state that `settings` name. `client` is asked in place of the Hub that the environment names;
-        `on_step` is called before each step of the commit protocol: campaigns of faults use it. Raises Misconfigured,
-        Busy and Damaged, as `open` does."""
+        `on_step` is called before each step of the commit protocol. Raises Misconfigured, Busy and Damaged."""
         self.settings = settings
         self.state = State.open(settings.state, write=write, on_step=on_step)
         try:
@@ -133,8 +132,7 @@ class Merge:
         self._engine: tuple[Settings, Engine] | None = None
         self.places = Places(settings, self.state.format.base.repo, client, openers(settings))
         self._lengths: dict[str, tuple[float, float]] = {}
-        self.releasing = threading.Lock()
-        """Held while a release is on its way: two would write to one place."""
+        self.releasing = threading.Lock()  # held while a release is on its way: two would write to one place
 
     def __enter__(self) -> Merge:
         return self
