@@ -109,10 +109,11 @@ def rollback(
     expected = None
     if not (dry_run or yes):
         console.must_be_asked(REFUSED_ROLLBACK)
-        look = opened.act(flags, typed.request(RollbackRequest, seq=seq, dry_run=True))
-        answered.rollback(look)
-        console.must_agree("Go back?")
+        look = opened.act(flags, typed.request(RollbackRequest, seq=seq, dry_run=True), quiet=flags.json)
         expected = len(answered.rows(look["undone"]))
+        if not flags.json:
+            answered.rollback(look)
+        console.must_agree(f"{expected} folds would be undone. Go back?" if flags.json else "Go back?")
     asked = typed.request(RollbackRequest, seq=seq, dry_run=dry_run, expected=expected)
     done = opened.act(flags, asked, quiet=flags.json)
     if flags.json:
@@ -203,8 +204,9 @@ def unfold(
         expected = 0 if plan["exact"] else len(answered.rows(plan["again"]))
         asked = asked.model_copy(update={"expected": expected})
         if expected:
-            console.must_be_asked(f"{plan['name']}: {expected} later models would be folded again without it")
-            console.must_agree("Go on?")
+            costs = f"{plan['name']}: {expected} later models would be folded again without it"
+            console.must_be_asked(costs)
+            console.must_agree(f"{costs}. Go on?")
     done = opened.act(flags, asked, quiet=flags.json)
     if flags.json:
         console.emit({"plan": done["plan"], "record": done["record"]})

@@ -66,7 +66,8 @@ def repair(
     if plan.findings and not dry_run:
         if not yes:
             console.must_be_asked(f"{state}: a repair to record {plan.to} loses what is printed above")
-            console.must_agree("Go on?")
+            told = f"{len(plan.lost)} records are lost, {len(plan.undone)} folds undone. " if flags.json else ""
+            console.must_agree(f"{told}Go on?")
         with console.progress() as progress:
             commit = api.repair(state, plan, progress=progress)
     if flags.json:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from continual.state import retention
+from continual.state.durable import environment
 from continual.state.format import Commit, FoldCommit
 from continual.state.store import State
 
@@ -24,10 +25,11 @@ class GoingBack:
 
 def look(state: State, seq: int, keep: int) -> GoingBack:
     """What going back to record `seq` would do, where `keep` generations are kept besides the tagged ones. Raises
-    Misconfigured if there is no such record or its generation has expired."""
+    Misconfigured if there is no such record or its generation has expired, Retry where the disk gets in the way."""
     target = state.ledger.get(seq)
     state.generation_of(target)
-    expires = tuple(retention.expired(state.path, state.ledger, keep, then=target.generation))
+    with environment(f"cannot look at what expires in {state.path}"):
+        expires = tuple(retention.expired(state.path, state.ledger, keep, then=target.generation))
     return GoingBack(
         seq,
         tuple(state.ledger.undone(seq)),

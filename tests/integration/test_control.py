@@ -4,6 +4,8 @@ takes from clumsy hands."""
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
 import re
@@ -18,6 +20,8 @@ from pathlib import Path
 import pytest
 
 from continual import api, making
+from continual.cli import console
+from continual.errors import Retry
 from continual.service.control import parley
 from continual.state import State
 from continual.state.verify import verify
@@ -109,6 +113,24 @@ def test_every_command_does_the_same_beside_a_daemon_as_alone(place: tuple[Path,
     assert kinds[0] == kinds[1]
     with State.open(state) as opened:
         assert verify(opened) == []
+
+
+def test_what_is_asked_at_a_terminal_does_not_get_into_the_json(
+    place: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, _ = place
+    monkeypatch.setattr(console, "must_be_asked", lambda _what: None)
+    for answer, code in (("n", 1), ("y", 0)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{answer}\n"))
+        done = run("rollback", 1, "--json", "--state", state)
+        assert (done.returncode, "2 folds would be undone. Go back?" in done.stderr) == (code, True), done.stderr
+        assert json.loads(done.stdout.strip() or "{}").get("to") == (1 if code == 0 else None)
+
+
+def test_an_error_of_the_disk_is_no_bug_of_the_daemon() -> None:
+    body = parley.error_body(OSError(errno.EIO, os.strerror(errno.EIO), "/state/leases"))
+    assert isinstance(error := parley.error_of(body), Retry)
+    assert str(error).startswith("/state/leases: the disk cannot read")
 
 
 def test_a_pause_holds_through_a_restart_and_a_retried_model_is_folded_at_once(place: tuple[Path, Path]) -> None:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from continual import errors
 from continual.errors import ContinualError, Refuse, Retry
 from continual.executors.contract import Progress
+from continual.state.durable import trouble
 from continual.texts import Json
 
 NAME = "control.sock"
@@ -69,7 +70,9 @@ def line(body: Mapping[str, Json]) -> bytes:
 
 
 def error_body(error: BaseException) -> dict[str, Json]:
-    """An error as it travels."""
+    """An error as it travels. One of the operating system is no bug: a command that meets it itself ends so, too."""
+    if isinstance(error, OSError):
+        error = Retry(trouble(error))
     kind = type(error).__name__ if isinstance(error, ContinualError) else "Bug"
     if kind not in _KINDS and isinstance(error, ContinualError):  # of another room, such as the Hub's Trouble
         kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in {*_KINDS, "Refuse"})
