@@ -210,8 +210,8 @@ def is_whole(path: str, found: Listing) -> bool:
 
 
 def unfinished(found: Listing) -> str | None:
-    """Weights under a name of what is still being written."""
-    return next((name for name in found.hidden if _TENSORS in name), None)
+    """Weights under a name of what is still being written; what macOS keeps beside a file (`._NAME`) is none."""
+    return next((name for name in found.hidden if _TENSORS in name and not name.startswith("._")), None)
 
 
 def _rest(names: set[str]) -> set[str]:

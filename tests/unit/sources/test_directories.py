@@ -42,6 +42,8 @@ def whole(path: Path) -> bool:
     ("files", "complete"),
     [
         ({"model.safetensors": WEIGHTS}, True),
+        ({"model.safetensors": WEIGHTS, "._model.safetensors": b"\0\5\x16\7"}, True),  # as macOS leaves it
+        ({"model.safetensors": WEIGHTS, ".model.safetensors.Ab12Cd": b""}, False),
         ({"model.safetensors": WEIGHTS[:-1]}, False),
         ({"model.safetensors": WEIGHTS[:5]}, False),
         (
