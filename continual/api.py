@@ -11,8 +11,9 @@ The commands and the daemon work with `Merge`, and so can any program:
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -38,7 +39,7 @@ from continual.rules import ReadOptions, rule
 from continual.selection import admission
 from continual.selection.steps import Taken
 from continual.sources.roster import openers
-from continual.state import Commit, State, strays
+from continual.state import Commit, State, leasing, strays
 from continual.state import backup as backing
 from continual.state import repair as repairing
 from continual.state import verify as verifying
@@ -148,8 +149,7 @@ class Merge:
 
     @property
     def base(self) -> BaseModel:
-        """The base, compared with what the state was made from. Raises Misconfigured if it is gone, Damaged if it is
-        another."""
+        """The base that the state was made from. Raises Misconfigured if it is gone, Damaged if it is another."""
         if self._base is None:
             self._base = open_base(self.state, self.places, self.settings.base)
         return self._base
@@ -270,10 +270,9 @@ class Merge:
     def read(self, name: str, *, at: int | None = None) -> torch.Tensor:
         """The merged task vector of the tensor `name` at record `at` (default: the newest): float32, with the tensor's
         shape, before any cast. Raises Misconfigured for another name, or a record that has expired."""
-        spec = _kept(self.state, name)
-        reading = self.reading(at)
-        reading.settle(self.executor, silent)
-        return reading.vector(spec)
+        with _held(self, at) as reading:
+            reading.settle(self.executor, silent)
+            return reading.vector(_kept(self.state, name))
 
     def reading(self, at: int | None = None, options: ReadOptions | None = None) -> Reading:
         """The merged model at record `at` (default: the newest), read by `options` (default: those in force there).
@@ -284,7 +283,8 @@ class Merge:
         """Writes the merged model as an ordinary model directory: into a directory, which must not exist, or as
         `target` says. Returns the directory. Raises Misconfigured and Halt; then nothing is left behind."""
         target = target if isinstance(target, folder.Target) else folder.Target(target)
-        return folder.export(self.base, self.reading(target.at), target, self.executor, progress)
+        with _held(self, target.at) as reading:
+            return folder.export(self.base, reading, target, self.executor, progress)
 
     def export_lora(
         self,
@@ -298,7 +298,8 @@ class Merge:
         """Writes the merged model at record `at` as a LoRA adapter of this rank, as near as one comes to it. `dtype` is
         a safetensors word. Raises Misconfigured and Halt; then nothing is left behind."""
         target = lora.LoraTarget(Path(directory), rank, dtype)
-        return lora.export(self.base, self.reading(at), target, self.executor, progress)
+        with _held(self, at) as reading:
+            return lora.export(self.base, reading, target, self.executor, progress)
 
     def scale(self) -> ReadOptions:
         """How the merge is read now."""
@@ -357,6 +358,14 @@ class Merge:
         """Has the settled candidates that `word` names (a name, path, key or record number) looked at again, and
         returns the records of it. Raises Misconfigured if it names none that is settled and not in the merge."""
         return [self.state.record(entry) for entry in _retries(self.state, word)]
+
+
+@contextlib.contextmanager
+def _held(merge: Merge, at: int | None) -> Iterator[Reading]:
+    """What `Merge.reading` gives, kept from expiring while the block runs. The newest record may be newer than when the
+    state was opened, where a daemon let that one expire."""
+    with leasing.newest(merge.state) if at is None else merge.state.lease(at):
+        yield merge.reading(at)
 
 
 def _kept(state: State, name: str) -> TensorSpec:

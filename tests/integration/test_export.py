@@ -181,3 +181,23 @@ def test_transformers_loads_an_export(tmp_path: Path) -> None:
     loaded = transformers.AutoModel.from_pretrained(tmp_path / "out")
     for (name, ours), (_, theirs) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_reader_whose_generation_expired_reads_what_is_newest_now(tmp_path: Path) -> None:
+    base = models.base(tmp_path / "base")
+    making.init(base, tmp_path / "s", making.Recipe(rule="mean"))
+    with api.open(tmp_path / "s", write=True, keep=1) as writer:
+        writer.fold(models.fine_tune(base, tmp_path / "a", 1))
+        with api.open(tmp_path / "s") as reader:
+            for number in (2, 3):
+                writer.fold(models.fine_tune(base, tmp_path / f"b{number}", number))
+            assert reader.head == 1
+            reader.export(tmp_path / "out")
+            assert reader.head == 3
+            assert json.loads((tmp_path / "out/continual.json").read_text())["seq"] == 3
+            name = next(iter(models.SHAPES))
+            assert torch.equal(reader.read(name), writer.read(name))
+            with pytest.raises(Misconfigured, match="expired"):
+                reader.export(Target(tmp_path / "old", at=1))
+        with pytest.raises(Misconfigured, match="expired"):
+            writer.read(name, at=1)
