@@ -4,10 +4,11 @@ done about it is in repair.py."""
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from continual.errors import ContinualError, Damaged
+from continual.errors import ContinualError, Damaged, Misconfigured
 from continual.state import adoption, framing, protocol
 from continual.state.entries import CombineEntry, RepairEntry, SelectEntry, TagEntry
 from continual.state.format import Commit, Format
@@ -56,6 +57,7 @@ class Inspection:
         self.findings: list[str] = []
         self.lost: list[str] = []
         self.aside: list[str] = []
+        _must_be_readable(path)
         self.form, checksum = _format(path)
         self.ledger = self._chain()
         _bound(path, self.ledger, checksum)
@@ -262,6 +264,16 @@ class _Tags:
 
     gone: tuple[str, ...]
     bad: set[str] = field(default_factory=set)
+
+
+def _must_be_readable(path: Path) -> None:
+    """Raises Misconfigured where a file may not be read: it says nothing of what is in it, and nothing is to be given
+    up for it. Raises OSError."""
+    parts = [path / name for name in ("commits", "generations", "tags")]
+    below = (Path(root, name) for part in parts for root, dirs, files in os.walk(part) for name in (*dirs, *files))
+    for file in (path / "format.json", path / "HEAD", *parts, *below):
+        if not os.access(file, os.R_OK) and file.exists():
+            raise Misconfigured(f"{file}: permission denied, so whether it is whole is not known: run as its owner")
 
 
 def _format(path: Path) -> tuple[Format, str]:

@@ -33,7 +33,7 @@ class Loaded(NamedTuple):
 def unfinished(path: Path) -> bool:
     """Whether a directory without format.json holds no more than a killed `create` leaves. Its hidden files do not
     count: they are temporary."""
-    return len(_listed(path / "commits")) <= 1 and not _listed(path / "generations")
+    return {"00000000.json"}.issuperset(_listed(path / "commits")) and not _listed(path / "generations")
 
 
 def must_be_free(path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from continual.errors import Damaged
+from continual.errors import Damaged, Misconfigured
 from continual.state import State, framing
 from continual.state.entries import InitEntry
 from continual.state.format import Commit
@@ -156,6 +156,15 @@ def test_directories_that_a_backup_left_out_are_made_again(tmp_path: Path) -> No
         state.tag("v1")
         assert state.expire(1) == []
         assert verify(state) == []
+
+
+def test_a_directory_of_other_files_is_no_state_that_was_not_completed(tmp_path: Path) -> None:
+    """It may have the names that a state has."""
+    (tmp_path / "s/commits").mkdir(parents=True)
+    (tmp_path / "s/commits/thesis.tex").write_text("mine")
+    with pytest.raises(Misconfigured, match="is not empty"):
+        stores.make(tmp_path / "s")
+    assert (tmp_path / "s/commits/thesis.tex").read_text() == "mine"
 
 
 def test_a_missing_directory_of_what_is_in_force_is_damage(tmp_path: Path) -> None:

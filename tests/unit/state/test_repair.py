@@ -3,6 +3,7 @@ tests/property/test_repair.py."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,16 @@ def flip(file: Path) -> None:
 def generation(path: Path, seq: int) -> str:
     with State.open(path) as found:
         return str(found.ledger.get(seq).generation)
+
+
+@pytest.mark.parametrize("part", ["commits/00000001.json", "HEAD", "sum"])
+def test_what_may_not_be_read_is_no_damage(state: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = os.access
+    denied = state / part if part != "sum" else state / "generations" / generation(state, 1) / part
+    assert denied.exists()
+    monkeypatch.setattr(os, "access", lambda file, mode: Path(file) != denied and access(file, mode))
+    with pytest.raises(Misconfigured, match="permission denied"):
+        seen(state)
 
 
 def test_nothing_is_damaged(state: Path) -> None:
