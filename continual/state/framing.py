@@ -17,6 +17,18 @@ from continual.state.durable import environment
 _PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 
+class _NoNumber(Exception):
+    """A word that JSON's grammar has not and Python's reads: NaN or an infinity."""
+
+
+def _refuse(word: str) -> float:
+    raise _NoNumber(word)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
+"""One for all files: a state has a file for each record, and opening it reads all of them."""
+
+
 def crc(data: bytes) -> str:
     """CRC32C (Castagnoli) of bytes as eight hexadecimal digits."""
     return f"{google_crc32c.value(data):08x}"
@@ -58,11 +70,10 @@ def decode(path: Path) -> tuple[dict[str, object], str]:
             "restore it from a backup"
         )
 
-    def no_number(word: str) -> float:
-        raise Damaged(f"{path} is damaged: {word} is no number; restore it from a backup")
-
     try:
-        body = json.loads(text, parse_constant=no_number)
+        body = _DECODER.decode(text.decode("utf-8", "surrogatepass"))
+    except _NoNumber as found:
+        raise Damaged(f"{path} is damaged: {found} is no number; restore it from a backup") from None
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is no JSON ({error}), though its checksum is right; restore it from a backup") from None
     if not isinstance(body, dict):
