@@ -132,8 +132,8 @@ def weight_files(place: Place) -> tuple[str, ...]:
     As transformers does, one file goes before shards with an index. Raises Refuse if there are none to use, Retry if
     the index cannot be read now.
     """
-    if place.only is not None:
-        return (place.only,)
+    if (only := place.only) is not None:  # asked once: the answer may be another the next time
+        return (only,)
     names = place.names()
     if SINGLE in names:
         return (SINGLE,)

@@ -23,7 +23,7 @@ from continual.publish import folder
 from continual.rules import ReadOptions, read_options
 from continual.rules.scale import POLICIES, Policy
 from continual.state import Commit
-from continual.state.durable import environment
+from continual.state.durable import environment, usable
 from continual.state.entries import TuneEntry
 from continual.state.transaction import room
 from continual.tensors import Folder
@@ -46,7 +46,7 @@ class Tuning:
     (default: the value as the merged model is read now), and over LiNeS' slope where `lines`. `work` is the directory
     that the scratch file goes to (default: the system's, for temporary files). `dry_run` records nothing.
 
-    Raises Misconfigured naming what cannot be used.
+    Raises Misconfigured naming what cannot be used, Retry where the disk gets in the way.
     """
 
     candidates: int = 20
@@ -61,8 +61,11 @@ class Tuning:
             raise Misconfigured(f"candidates = {self.candidates}: a search takes at least {LEAST}")
         if self.policy is not None and self.policy not in POLICIES:
             raise Misconfigured(f"policy = {self.policy}: use one of {', '.join(POLICIES)}")
-        if self.work is not None and not Path(self.work).is_dir():
-            raise Misconfigured(f"work = {self.work}: no such directory")
+        if self.work is not None:
+            with usable(f"work = {self.work}"):
+                there = Path(self.work).is_dir()
+            if not there:
+                raise Misconfigured(f"work = {self.work}: no such directory")
 
 
 @dataclass(frozen=True, slots=True)

@@ -346,3 +346,8 @@ def test_the_daemon_shows_the_scale_and_where_it_is_from(place: Path) -> None:
             f"(tuned at record {tuned.commit and tuned.commit.seq}, when 2 were folded)"
             in services.get(f"{address}/")[1]
         )
+
+
+def test_a_path_of_the_scratch_file_that_cannot_be_is_named() -> None:
+    with pytest.raises(Misconfigured, match=r"work = /x.*the path is too long"):
+        Tuning(work="/" + "x" * 5000)

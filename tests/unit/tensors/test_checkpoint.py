@@ -15,6 +15,8 @@ from safetensors.torch import save, save_file
 
 from continual.errors import Refuse, Retry
 from continual.tensors import Checkpoint, candidate_of, open_model
+from continual.tensors.checkpoint import weight_files
+from continual.tensors.place import Folder
 
 A, B = torch.arange(12.0).reshape(3, 4), torch.arange(5, dtype=torch.int64)
 INDEX = "model.safetensors.index.json"
@@ -300,3 +302,16 @@ def test_refusals_leave_no_descriptor_open(sharded: Path) -> None:
     for _ in range(3):
         refused(sharded)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_a_place_is_is_asked_once(tmp_path: Path) -> None:
+    """A file that cannot be looked at the second time is still the one file of its place."""
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    answers = iter(["a.safetensors", None])
+
+    class Fleeting(Folder):
+        @property
+        def only(self) -> str | None:
+            return next(answers)
+
+    assert weight_files(Fleeting(tmp_path / "a.safetensors")) == ("a.safetensors",)
