@@ -21,6 +21,8 @@ from tests.helpers import models
 from tests.helpers.command import Done, run
 from tests.helpers.pages import DOCS
 
+pytestmark = pytest.mark.slow
+
 STATE = (
     ("status",),
     ("log",),

@@ -137,6 +137,7 @@ def test_what_is_no_request_is_answered_as_such(server: Running, data: bytes) ->
     assert server.dropped
 
 
+@pytest.mark.slow
 def test_a_client_that_is_silent_or_slow_with_its_head_or_body_is_cut_off(server: Running) -> None:
     begun = time.monotonic()
     assert server.says(b"") == b""
@@ -146,6 +147,7 @@ def test_a_client_that_is_silent_or_slow_with_its_head_or_body_is_cut_off(server
     assert time.monotonic() - begun > 5 * SLOW
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_cut_off(server: Running) -> None:
     with server.opened() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -164,6 +166,7 @@ def test_a_client_that_sends_without_end_does_not_hold_up_the_others(server: Run
     assert server.ask() == (200, b"ok")
 
 
+@pytest.mark.slow
 def test_silent_connections_make_room_for_the_next(server: Running) -> None:
     silent = [server.opened() for _ in range(3 * server.most)]
     assert server.most >= 4

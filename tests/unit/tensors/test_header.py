@@ -146,6 +146,7 @@ def test_more_values_than_tensors_have(text: bytes) -> None:
     assert refusal.value.reason == "header"
 
 
+@pytest.mark.slow
 def test_as_many_tensors_as_a_model_may_have_and_one_more() -> None:
     one = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     names = [one % i for i in range(MOST + 1)]
