@@ -7,15 +7,17 @@ whether the release was made. A commit names its parent, so one of two writers f
 
 from __future__ import annotations
 
+import errno
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from continual.config import ReleaseSettings
-from continual.errors import Misconfigured, Refuse
+from continual.errors import Misconfigured, Refuse, Retry
 from continual.hub import Hub, Info, Trouble, named
 from continual.hub.names import is_sha
 from continual.hub.proof import same
@@ -25,6 +27,9 @@ from continual.state import Commit
 from continual.state.entries import ReleaseEntry
 from continual.tensors.files import LARGEST_CONFIG
 from continual.tensors.place import RELEASE
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 CARD = "README.md"
 _TRIES = 4
@@ -177,10 +182,12 @@ def release(
                 remote = _create(hub, asked)
             if directory is None:
                 directory = stack.enter_context(exported())
-            changes = _changes(directory, texts(directory), remote.info)
+            with _read(directory):
+                changes = _changes(directory, texts(directory), remote.info)
+                operations = _operations(changes)
             made = made._replace(uploaded=changes.nbytes)
             try:
-                commit = _commit(hub, asked, changes, remote.info, f"Record {ours.seq}")
+                commit = _commit(hub, asked, operations, changes.nbytes, remote.info, f"Record {ours.seq}")
                 made = made._replace(commit=commit, files=len(changes.adds), new=True)
                 break
             except Trouble as error:  # the branch will tell whether the commit was made
@@ -251,16 +258,35 @@ class _Changes(NamedTuple):
     nbytes: int
 
 
+@contextmanager
+def _read(directory: Path) -> Iterator[None]:
+    """Turns what keeps the exported files from being read into Retry."""
+    try:
+        yield
+    except OSError as error:
+        raise Retry(
+            f"{error.filename or directory}: cannot be read ({error.strerror or error}); nothing was released"
+        ) from error
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """Every file below a directory, by its name there. Raises OSError where one folder cannot be listed: what is not
+    seen would be deleted from the branch."""
+
+    def not_listed(error: OSError) -> None:
+        raise error
+
+    found = (Path(root, name) for root, _, names in os.walk(directory, onerror=not_listed) for name in names)
+    return {str(file.relative_to(directory)): file for file in sorted(found)}
+
+
 def _changes(directory: Path, texts: Mapping[str, bytes], now: Info | None) -> _Changes:
     """What makes the branch as it is `now` into the exported directory, with `texts` in place of its own files. Files
     that are the same stay; weights of before at its top level go."""
     adds: dict[str, Path | bytes] = {}
     nbytes = 0
     there = now.files if now else {}
-    ours: dict[str, Path | bytes] = {
-        str(file.relative_to(directory)): file for file in sorted(directory.rglob("*")) if file.is_file()
-    }
-    ours |= texts
+    ours: dict[str, Path | bytes] = {**_files(directory), **texts}
     for name, file in ours.items():
         known = there.get(name)
         if known is not None and same(file, known):
@@ -272,19 +298,33 @@ def _changes(directory: Path, texts: Mapping[str, bytes], now: Info | None) -> _
     return _Changes(adds, sorted(gone), nbytes)
 
 
-def _commit(hub: Hub, asked: ReleaseSettings, changes: _Changes, parent: Info | None, message: str) -> str:
-    """Makes one commit on top of `parent`, or none, and returns its hash. Raises Trouble."""
+def _operations(changes: _Changes) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What a commit does, as the package names it; reads and hashes what is uploaded. Raises OSError."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd(name, str(file) if isinstance(file, Path) else file) for name, file in changes.adds.items()
-    ]
-    operations += [CommitOperationDelete(name) for name in changes.deletes]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    for name, file in changes.adds.items():
+        try:
+            operations.append(CommitOperationAdd(name, str(file) if isinstance(file, Path) else file))
+        except ValueError as error:  # what the package says of a file that is not there any more
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from error
+    return operations + [CommitOperationDelete(name) for name in changes.deletes]
+
+
+def _commit(
+    hub: Hub,
+    asked: ReleaseSettings,
+    operations: Sequence[CommitOperationAdd | CommitOperationDelete],
+    nbytes: int,
+    parent: Info | None,
+    message: str,
+) -> str:
+    """Makes one commit of so many bytes on top of `parent`, or none, and returns its hash. Raises Trouble."""
 
     def create() -> str:
         made = hub.api.create_commit(
             asked.repo or "",
-            operations,
+            list(operations),
             commit_message=message,
             revision=asked.branch,
             parent_commit=parent.sha if parent else None,
@@ -292,7 +332,7 @@ def _commit(hub: Hub, asked: ReleaseSettings, changes: _Changes, parent: Info | 
         return str(made.oid)
 
     what = f"commit to {asked.repo}"
-    seconds = _COMMIT_SECONDS + changes.nbytes / _SLOWEST
+    seconds = _COMMIT_SECONDS + nbytes / _SLOWEST
     try:
         commit = hub.ask(what, create, tries=1, seconds=seconds)
     except Refuse as error:  # the repo went away meanwhile, or the token may not write there

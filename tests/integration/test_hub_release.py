@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import continual
 from continual import making
 from continual.errors import Misconfigured, Retry
 from continual.service import release as releasing
-from tests.helpers import hubs, models, services
+from tests.helpers import calls, hubs, models, services
 from tests.helpers.hubs import made, merge, publish
 from tests.helpers.released import REPO, count, published_records, releases
 from tests.loopback import TOKEN, Hub, environment, faults, serving
@@ -82,6 +83,27 @@ def folded(tmp_path: Path, hub: Hub, **settings: Any) -> Any:
     with continual.open(tmp_path / "state", write=True) as ours:
         ours.fold(models.fine_tune(base, tmp_path / "ft", 1))
     return merge(tmp_path / "state", hub, release={"repo": REPO, **settings})
+
+
+@pytest.mark.parametrize("call", ["scandir", "open to read"])
+def test_a_model_that_cannot_be_read_is_not_released(tmp_path: Path, hub: Hub, call: str) -> None:
+    """A list of files that is cut short would delete the others from the branch."""
+    staging = tmp_path / "state" / "staging"
+    failing: list[str] = []
+
+    def act(called: calls.Called) -> Any:
+        if called.what == call and "/release-" in called.path and not failing:
+            failing.append(called.path)
+            return calls.fail(errno.EIO)(called)
+        return called.do()
+
+    with folded(tmp_path, hub) as ours:
+        with calls.watched(staging, act), pytest.raises(Retry, match=r"cannot be read \(Input/output error\)"):
+            releasing.release(ours)
+        assert failing
+        assert count(hub) == 0
+        assert releasing.release(ours).new
+        assert count(hub) == 1
 
 
 def test_another_branch_another_dtype_no_tag(tmp_path: Path, hub: Hub) -> None:

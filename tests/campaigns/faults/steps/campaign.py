@@ -311,9 +311,10 @@ def again(step: Step, world: World, merge: Any) -> None:
 
 
 def _later(seen: Facts | None, straight: Straight) -> bool:
-    """Whether a command was done twice, which is what trying again comes to where its record stood already."""
-    last = straight.states[-1]
-    return seen is not None and last is not None and seen.now == last.now
+    """Whether a command was done twice, which is what trying again comes to where its record stood already, or went on
+    to what it has further to do."""
+    ends = [end.now for end in (straight.states[-1], straight.further) if end is not None]
+    return seen is not None and seen.now in ends
 
 
 def _straight(step: Step, begun: World, world: World) -> Straight:
