@@ -4,6 +4,7 @@ prints; heavy imports happen inside the commands, so that help and completion st
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -180,6 +181,7 @@ def rules(json: Json = False) -> None:
 def run(*, flags: Flags) -> None:
     """Run the daemon: watch folders and the Hub, fold what appears, publish the merge, serve the status page and
     metrics."""
+    gc.disable()  # until the daemon stands: looking again and again through what is loaded took a tenth of the start
     from continual.service import daemon
 
     raise typer.Exit(daemon.run(opened.settings(flags), lambda: opened.settings(flags)))

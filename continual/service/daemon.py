@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -50,6 +51,8 @@ def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the client's bars are for people, not for a log
     check(settings)
     with Merge(settings, write=True) as merge:
+        gc.freeze()  # the modules and the records stay as long as the process: nobody looks through them for garbage
+        gc.enable()
         sock = listen(settings.host, settings.port, allow_remote=settings.allow_remote)
         if settings.release.repo:
             must_be_online()

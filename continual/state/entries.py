@@ -309,6 +309,10 @@ ENTRIES: tuple[type[Entry], ...] = (
 )
 
 
+_CLASSES: dict[str, type[Entry]] = {entry.kind: entry for entry in ENTRIES}
+_OUTSIDE = frozenset(_COMMON)
+
+
 def entry_of(body: Mapping[str, object], where: object) -> Entry:
     """The entry that the body of a commit file holds. Raises Damaged naming `where` and the key that is missing or has
     another type."""
@@ -319,7 +323,7 @@ def entry_of(body: Mapping[str, object], where: object) -> Entry:
     if not isinstance(numbers, Mapping):
         raise Damaged(f"{where}: numbers is {numbers!r:.60}, no object")
     kind = _class(body["kind"], numbers, where)
-    own = {"numbers": numbers} if kind is FoldEntry else {k: v for k, v in numbers.items() if k not in _COMMON}
+    own = {"numbers": numbers} if kind is FoldEntry else {k: v for k, v in numbers.items() if k not in _OUTSIDE}
     return record_of(kind, {key: body[key] for key in _COMMON} | own, where, _path_of)
 
 
@@ -334,6 +338,7 @@ def _class(kind: object, numbers: Mapping[str, object], where: object) -> type[E
         return TuneEntry if "trials" in numbers else ScaleEntry
     if kind == "publish":
         return HookEntry if "hook" in numbers else ReleaseEntry
-    if kind not in get_args(EntryKind):
+    found = _CLASSES.get(kind) if isinstance(kind, str) else None
+    if found is None:
         raise Damaged(f"{where}: kind is {kind!r:.60}, none of {', '.join(get_args(EntryKind))}")
-    return next(entry for entry in ENTRIES if entry.kind == kind)
+    return found

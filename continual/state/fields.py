@@ -102,18 +102,18 @@ def _instance(kind: type, body: object) -> object:
         raise Wrong(f"is {body!r:.60}, no object")
     known = _known(kind)
     values = {}
-    for field in known:
-        if field.rest:
+    for name, key, check, required, _, rest in known:
+        if rest:
             names = {other.key for other in known}
-            values[field.name] = field.check({key: item for key, item in body.items() if key not in names})
-        elif field.key in body:
+            values[name] = check({key: item for key, item in body.items() if key not in names})
+        elif key in body:
             try:
-                values[field.name] = field.check(body[field.key])
+                values[name] = check(body[key])
             except Wrong as wrong:
-                wrong.keys.append(field.key)
+                wrong.keys.append(key)
                 raise
-        elif field.required:
-            raise Wrong("is missing", field.key)
+        elif required:
+            raise Wrong("is missing", key)
     return kind(**values)
 
 
@@ -133,7 +133,7 @@ def _check(kind: object) -> Check:
     if kind is float:
         return _number
     if isinstance(kind, type) and kind in _NAMES:
-        return functools.partial(_exactly, kind)
+        return _exactly(kind)
     if kind is Totals:
         return _totals
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -143,7 +143,7 @@ def _check(kind: object) -> Check:
     if origin in (Union, types.UnionType):
         parts = tuple(_check(part) for part in of if part is not type(None))
         one = parts[0] if len(parts) == 1 else functools.partial(_any_of, parts)
-        return functools.partial(_or_null, one) if type(None) in of else one
+        return _or_null(one) if type(None) in of else one
     if origin is tuple and of[-1] is Ellipsis:
         return functools.partial(_items, _check(of[0]))
     if origin is tuple:
@@ -152,10 +152,13 @@ def _check(kind: object) -> Check:
     return functools.partial(_mapping, _check(of[1]))
 
 
-def _exactly(kind: type, value: object) -> object:
-    if type(value) is not kind:
-        raise Wrong(f"is {value!r:.60}, no {_NAMES[kind]}")
-    return value
+def _exactly(kind: type) -> Check:
+    def check(value: object) -> object:
+        if type(value) is not kind:
+            raise Wrong(f"is {value!r:.60}, no {_NAMES[kind]}")
+        return value
+
+    return check
 
 
 _NAMES = {str: "text", int: "whole number", bool: "true or false"}
@@ -181,8 +184,8 @@ def _one_of(words: tuple[object, ...], value: object) -> object:
     return value
 
 
-def _or_null(check: Check, value: object) -> object:
-    return None if value is None else check(value)
+def _or_null(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
 
 
 def _any_of(checks: tuple[Check, ...], value: object) -> object:

@@ -151,7 +151,7 @@ class Commit:
         return own | self.entry.body()
 
     @classmethod
-    def of(cls, body: Mapping[str, object], crc: str, path: Path) -> Commit:
+    def of(cls, body: Mapping[str, object], crc: str, path: Path | str) -> Commit:
         """From a commit file. Raises Damaged naming what it lacks, or what has another type."""
         chain = record_of(_Link, body, path)
         return cls(chain.seq, chain.prev, crc, chain.generation, chain.receipts, chain.time, entry_of(body, path))

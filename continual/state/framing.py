@@ -50,12 +50,13 @@ def encode(body: Mapping[str, object]) -> tuple[bytes, str]:
     return checksum.encode() + b"\n" + text, checksum
 
 
-def decode(path: Path) -> tuple[dict[str, object], str]:
+def decode(path: Path | str) -> tuple[dict[str, object], str]:
     """The body of the file at `path` and its CRC. Raises Damaged naming the file if it is missing, altered or no such
     file; Retry if it cannot be read now."""
     with environment(f"cannot read {path}"):
         try:
-            data = path.read_bytes()
+            with open(path, "rb", buffering=0) as file:
+                data = file.read()
         except (FileNotFoundError, NotADirectoryError):
             raise Damaged(
                 f"{path} is missing; restore it from a backup, continual does not guess what it held"

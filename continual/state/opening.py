@@ -169,9 +169,9 @@ def _replayed(path: Path, head: Head, names: list[str], read: dict[str, Commit])
     if names != [f"{seq:08d}.json" for seq in range(len(names))] or not head.seq < len(names):
         raise Damaged(_missing(path, head, names))
     ledger = Ledger()
-    commits = path / "commits"
+    commits = str(path / "commits")
     for seq, name in enumerate(names):
-        file = commits / name
+        file = f"{commits}/{name}"
         commit = read.get(name) or Commit.of(*framing.decode(file), file)
         read[name] = commit
         if commit.seq != seq or commit.prev != (ledger.head.crc if ledger.log else None):
