@@ -134,7 +134,8 @@ class Lineage:
     (task vector zero).
     `extra`: the candidate's tensors the base lacks; they stay out. `prefix`: (base's, candidate's) leading part that
     differs. `narrowed`: base name to the candidate's narrower dtype, to which the base is cast before subtracting.
-    `rows`: base name to the number of vocabulary rows in common.
+    `rows`: base name to the number of vocabulary rows in common. `renamings`: (base's, candidate's) parts of names that
+    mean the same by the table of renamings, `*` for any number. Where there are any, `prefix` is of canonical names.
     """
 
     folded: tuple[str, ...]
@@ -143,6 +144,7 @@ class Lineage:
     prefix: tuple[str, str] = ("", "")
     narrowed: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
+    renamings: tuple[tuple[str, str], ...] = ()
 
 
 class MatrixTotals(NamedTuple):

@@ -151,6 +151,8 @@ def plans(found: Sequence[Plan]) -> None:
             say(f"{p.name}: stays out, the base has no such tensor: {', '.join(p.extra)}")
         if p.prefix != ("", ""):
             say(f"{p.name}: prefix {p.prefix[1]!r} stands for the base's {p.prefix[0]!r}")
+        for ours, theirs in p.renamings:
+            say(f"{p.name}: {theirs or 'nothing'} stands for the base's {ours or 'nothing'}")
         if p.narrowed:
             kinds = ", ".join(sorted(set(p.narrowed.values())))
             say(f"{p.name}: {len(p.narrowed)} tensors are {kinds}: the base is cast before subtracting")

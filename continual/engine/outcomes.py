@@ -121,6 +121,7 @@ class Plan:
     prefix: tuple[str, str] = ("", "")
     extra: tuple[str, ...] = ()
     narrowed: Mapping[str, str] = field(default_factory=dict)
+    renamings: tuple[tuple[str, str], ...] = ()
 
 
 def known_as(name: str, known: Commit) -> Outcome:

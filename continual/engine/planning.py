@@ -67,4 +67,5 @@ def _fitting(engine: Engine, opened: OpenCandidate, place: Place) -> Plan:
         prefix=lineage.prefix,
         extra=lineage.extra,
         narrowed=lineage.narrowed,
+        renamings=lineage.renamings,
     )

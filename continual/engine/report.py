@@ -49,6 +49,7 @@ def report_of(
         prefix=lineage.prefix,
         narrowed=lineage.narrowed,
         rows=lineage.rows,
+        renamings=lineage.renamings[:_LISTED] or None,
         notes=summarise([fold.notes for fold in ordered if fold.notes]),
         gauges=rule.read.gauges(totals),
     )

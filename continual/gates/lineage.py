@@ -13,7 +13,7 @@ from continual.records import Lineage, TensorSpec
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, TensorInfo
 from continual.tensors.checkpoint import FLOATS
 from continual.tensors.kinds import is_vocabulary
-from continual.tensors.matching import Match, find_prefix, names_of, sources
+from continual.tensors.matching import Match, names_of, naming, renamings, sources
 
 _NAMED = 5
 """Names of tensors that a message lists."""
@@ -50,8 +50,8 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
     """
     specs = {spec.name: spec for spec in base.specs if spec.kind != "carried"}
     theirs = names_of(model)
-    prefix = find_prefix(specs, theirs, str(model.place))
-    found, known = sources(base, model, prefix)
+    names = naming(base, model, str(model.place))
+    found, known = sources(base, model, names)
     missing = tuple(name for name in specs if name not in found)
     if isinstance(model, Adapter):
         _check_targets(model, known, changes_any=bool(found))
@@ -71,7 +71,7 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
             assert isinstance(model, Adapter)
             _check_product(model, source, spec)
     extra = tuple(sorted(name for name in theirs if name not in known))
-    return Lineage(tuple(sorted(found)), missing, extra, prefix, narrowed, rows)
+    return Lineage(tuple(sorted(found)), missing, extra, names.prefix, narrowed, rows, renamings(base, model, names))
 
 
 def _check_targets(model: Adapter, known: Collection[str], *, changes_any: bool) -> None:

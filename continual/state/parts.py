@@ -42,9 +42,9 @@ class FoldNumbers:
     `tau_norm`: of the task vector; `base_norm`: of the base's tensors that were folded; `merged_norm`: of the merged
     task vector after the fold; `cosine`: of the task vector and the merged one before it; `weight`: what it was folded
     with, where the rule has weights. `tensors`, `unchanged`: how many got a task vector, how many the candidate lacks;
-    `extra`: names of the first of its `extra_count` tensors that the base lacks; `prefix`, `narrowed`, `rows`: as in
-    `Lineage`. `notes`: by the rule's names; `gauges`: the rule's gauges after the fold, by name. A fold that came with
-    another state, or that a round weighed, has few of these.
+    `extra`: names of the first of its `extra_count` tensors that the base lacks; `prefix`, `narrowed`, `rows`,
+    `renamings`: as in `Lineage`, of the last the first. `notes`: by the rule's names; `gauges`: the rule's gauges after
+    the fold, by name. A fold that came with another state, or that a round weighed, has few of these.
     """
 
     tau_norm: float
@@ -59,6 +59,7 @@ class FoldNumbers:
     prefix: tuple[str, str] | None = field(default=None, metadata=_OMITTED)
     narrowed: Mapping[str, str] | None = field(default=None, metadata=_OMITTED)
     rows: Mapping[str, int] | None = field(default=None, metadata=_OMITTED)
+    renamings: tuple[tuple[str, str], ...] | None = field(default=None, metadata=_OMITTED)
     notes: Mapping[str, NoteSummary] | None = field(default=None, metadata=_OMITTED)
     relevance: Relevance | None = field(default=None, metadata=_OMITTED)
     gauges: Mapping[str, float] = field(default_factory=dict, metadata={REST: True})

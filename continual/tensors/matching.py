@@ -1,18 +1,20 @@
-"""What a candidate says about each tensor of a base: names, one differing prefix, tied names, adapter factors. From
-headers only, and no judgement: whether dtypes, shapes and gaps are allowed is for gates/lineage.py.
+"""What a candidate says about each tensor of a base: names, one differing prefix, renamings, tied names, adapter
+factors. From headers only, and no judgement: whether dtypes, shapes and gaps are allowed is for gates/lineage.py.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from continual.errors import Refuse
+from continual.records import Lineage, TensorSpec
 from continual.tensors.adapter import Adapter, Factors
 from continual.tensors.checkpoint import Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
+from continual.tensors.renaming import canonical, canonical_names, difference, family_of
 
 CONV1D = {
     family: frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
@@ -32,31 +34,119 @@ class Match(NamedTuple):
     transposed: bool = False
 
 
-def sources(base: BaseModel, model: Checkpoint | Adapter, prefix: tuple[str, str]) -> tuple[dict[str, Match], set[str]]:
+class Naming(NamedTuple):
+    """How a candidate's names become the base's: the leading part that differs, as (base's, candidate's), of the names
+    as they are, or, where they are `renamed`, of their canonical forms (renaming.py)."""
+
+    prefix: tuple[str, str] = ("", "")
+    renamed: bool = False
+
+
+def naming(base: BaseModel, model: Checkpoint | Adapter, where: str) -> Naming:
+    """How most of a candidate's names become the base's: as they are where nothing is left over on one of the sides,
+    else in the way that explains more.
+
+    Raises Refuse (`prefix`) if two leading parts explain about as many names.
+    """
+    ours = [spec.name for spec in base.specs if spec.kind != "carried"]
+    theirs = names_of(model)
+    ambiguous: Refuse | None = None
+    plain: Naming | None = None
+    try:
+        plain = Naming(find_prefix(ours, theirs, where))
+        met, unknown = _met(base, model, plain)
+        if not unknown:
+            return plain
+    except Refuse as refusal:
+        ambiguous, met, unknown = refusal, -1, 0
+    family = family_of(base.checkpoint.config)
+    short = canonical_names(ours, family)
+    try:
+        renamed = Naming(find_prefix(short.values(), {canonical(name, family) for name in theirs}, where), renamed=True)
+    except Refuse:
+        renamed = None
+    if renamed is not None and (plain is None or _explains(_met(base, model, renamed), (met, unknown))):
+        return renamed
+    if plain is None:
+        assert ambiguous is not None
+        raise ambiguous
+    return plain
+
+
+def naming_of(lineage: Lineage) -> Naming:
+    """The same, as the lineage has it."""
+    return Naming(lineage.prefix, bool(lineage.renamings))
+
+
+def renamings(base: BaseModel, model: Checkpoint | Adapter, names: Naming) -> tuple[tuple[str, str], ...]:
+    """What of the base's names is called otherwise in the candidate, as (base's, candidate's), each once; nothing where
+    a leading part says all of it."""
+    if not names.renamed:
+        return ()
+    there = names_of(model)
+    pairs = (
+        (spec.name, next((name for name in row if name in there), spec.name))
+        for spec, row in _named(base, model, names)[0]
+    )
+    return tuple(sorted({difference(ours, theirs) for ours, theirs in pairs if ours != theirs}))
+
+
+def _met(base: BaseModel, model: Checkpoint | Adapter, names: Naming) -> tuple[int, int]:
+    """How many tensors of the base the candidate has under these names, and how many names of it mean nothing."""
+    rows, known = _named(base, model, names)
+    there = names_of(model)
+    return sum(any(name in there for name in row) for _, row in rows), sum(name not in known for name in there)
+
+
+def _explains(renamed: tuple[int, int], plain: tuple[int, int]) -> bool:
+    return renamed[0] > plain[0] or (renamed[0] == plain[0] and renamed[1] < plain[1])
+
+
+def sources(base: BaseModel, model: Checkpoint | Adapter, names: Naming) -> tuple[dict[str, Match], set[str]]:
     """The source of each foldable tensor of the base that the candidate has, by the base's name; and the candidate's
     names that were understood.
 
     Raises Refuse (`tied`) if an adapter adapts two names of one tensor.
     """
-    aliases: dict[str, list[str]] = {}
-    for alias, name in base.aliases.items():
-        aliases.setdefault(name, []).append(alias)
+    rows, known = _named(base, model, names)
     found: dict[str, Match] = {}
-    known: set[str] = set()
-    for spec in base.specs:
-        names = [candidate_name(spec.name, prefix)]
-        for alias in sorted(aliases.get(spec.name, [])):
-            names += [candidate_name(alias, prefix), alias]
-        names = list(dict.fromkeys(names))
-        known.update(names)
+    for spec, row in rows:
         if spec.kind == "carried":
             continue
-        source = (
-            _of_adapter(base, model, spec.name, names) if isinstance(model, Adapter) else _of_checkpoint(model, names)
-        )
+        source = _of_adapter(base, model, spec.name, row) if isinstance(model, Adapter) else _of_checkpoint(model, row)
         if source is not None:
             found[spec.name] = source
     return found, known
+
+
+def _named(
+    base: BaseModel, model: Checkpoint | Adapter, names: Naming
+) -> tuple[list[tuple[TensorSpec, list[str]]], set[str]]:
+    """The names that each tensor of the base may have in the candidate, the likeliest first; and all of them."""
+    aliases: dict[str, list[str]] = {}
+    for alias, name in base.aliases.items():
+        aliases.setdefault(name, []).append(alias)
+    theirs: dict[str, list[str]] = {}
+    short: Mapping[str, str] = {}
+    family = family_of(base.checkpoint.config)
+    if names.renamed:
+        short = canonical_names([spec.name for spec in base.specs], family)
+        for name in sorted(names_of(model)):
+            theirs.setdefault(canonical(name, family), []).append(name)
+    taken = set(short.values())
+    rows: list[tuple[TensorSpec, list[str]]] = []
+    known: set[str] = set()
+    for spec in base.specs:
+        said = [candidate_name(short.get(spec.name, spec.name), names.prefix)]
+        for alias in sorted(aliases.get(spec.name, [])):
+            brief = canonical(alias, family) if names.renamed else alias
+            said += [candidate_name(brief, names.prefix), brief] if brief not in taken else []
+        if names.renamed:
+            said = [name for one in dict.fromkeys(said) for name in theirs.get(one, [])] or [spec.name]
+        row = list(dict.fromkeys(said))
+        known.update(row)
+        rows.append((spec, row))
+    return rows, known
 
 
 def _of_checkpoint(model: Checkpoint, names: list[str]) -> Match | None:

@@ -12,7 +12,7 @@ from continual.tensors.adapter import WEIGHTS, Adapter
 from continual.tensors.adapter_config import CONFIG
 from continual.tensors.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, open_checkpoint
 from continual.tensors.kinds import BaseModel
-from continual.tensors.matching import sources
+from continual.tensors.matching import naming_of, sources
 from continual.tensors.place import Place, place_of
 
 Model = Checkpoint | Adapter
@@ -51,7 +51,7 @@ def open_shipped(base: BaseModel, model: Model, lineage: Lineage, name: str) -> 
         )
     found = open_checkpoint(model.place, name)
     try:
-        for source in (s.full for n, s in sources(base, model, lineage.prefix)[0].items() if n in lineage.folded):
+        for source in (s.full for n, s in sources(base, model, naming_of(lineage))[0].items() if n in lineage.folded):
             assert source is not None
             info = found.tensors.get(source.name)
             if info is None or info.shape != source.shape or info.dtype not in FLOATS:

@@ -21,7 +21,7 @@ from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import TORCH, Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
-from continual.tensors.matching import Match, sources
+from continual.tensors.matching import Match, naming_of, sources
 
 RUN = 1 << 18
 """Elements read at a time: the four buffers of a thread, 1 MiB in float32, stay in its cache."""
@@ -76,7 +76,7 @@ class TaskVectors:
         self._weights = model.weights if isinstance(model, Adapter) else model
         self._lineage = lineage
         self._specs = {spec.name: spec for spec in base.specs}
-        self._sources, _ = sources(base, model, lineage.prefix)
+        self._sources, _ = sources(base, model, naming_of(lineage))
         self._buffers = buffers or threading.local()
         self.begin()
 

@@ -1,0 +1,179 @@
+"""One weight, one canonical name, whatever classes and files call it, in two versions of transformers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from continual.errors import Refuse
+from continual.gates.lineage import LineageGate, trace
+from continual.records import Lineage
+from continual.tensors import Checkpoint, TaskVectors, describe, open_model
+from continual.tensors.renaming import canonical, canonical_names, difference, loaded
+from tests.helpers import architectures
+
+Named = dict[str, torch.Tensor]
+OLD: dict[str, dict[str, list[str]]] = json.loads(
+    (Path(__file__).parents[2] / "data" / "names_of_transformers_4.json").read_text()
+)
+"""What transformers 4.57 calls the weights of these models: in its files, and once they are loaded."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+    """Models by name, each made and written once."""
+    done: dict[str, tuple[Path, Any]] = {}
+
+    def get(name: str) -> tuple[Path, Any]:
+        if name not in done:
+            model = architectures.made(name)
+            done[name] = (architectures.written(model, tmp_path_factory.mktemp(name) / "base"), model)
+        return done[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", architectures.CONFIGS)
+def test_canonical_names_are_one_for_one_in_files_and_classes(name: str, models: Any) -> None:
+    path, model = models(name)
+    config = json.loads((path / "config.json").read_text())
+    family = config["model_type"]
+    files = set(load_file(path / "model.safetensors"))
+    modules = {parameter for parameter, _ in model.named_parameters()}
+    everywhere = [files, modules, *({*names} for names in OLD.get(name, {}).values())]
+    for names in everywhere:
+        short = [canonical(one, family) for one in names]
+        assert [one for one, n in Counter(short).items() if n > 1] == []
+    assert {loaded(one, config) for one in files} >= modules, "an adapter is written under the names of the class"
+    assert {canonical(one, family) for one in files} >= {canonical(one, family) for one in modules}
+
+
+def test_names_that_would_become_one_keep_their_own() -> None:
+    names = ["model.layers.0.w", "layers.0.w", "model.norm.w"]
+    assert canonical_names(names, "") == {names[0]: names[0], names[1]: names[1], names[2]: "norm.w"}
+    names = ["model.a.b", "module.a.b", "model.model.a.b.c"]
+    assert len(set(canonical_names(names, "").values())) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        ("a.LayerNorm.weight", "a.LayerNorm.gamma", ("weight", "gamma")),
+        (
+            "language_model.model.layers.0.w",
+            "model.language_model.layers.0.w",
+            ("language_model.model", "model.language_model"),
+        ),
+        ("layers.3.w", "layers.3._orig_mod.w", ("*", "*._orig_mod")),
+        ("vit.encoder.layer.1.x.w", "vit.layers.1.x.w", ("encoder.layer", "layers")),
+        ("visual.x", "model.visual.x", ("", "model")),
+    ],
+)
+def test_what_differs_is_said_once_for_all_layers(ours: str, theirs: str, said: tuple[str, str]) -> None:
+    assert difference(ours, theirs) == said
+
+
+def wrapped(name: str) -> str:
+    head, dot, rest = name.partition(".")
+    return f"module.{head}._orig_mod.{rest}" if dot else name
+
+
+def tensorflow(name: str) -> str:
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+def weight_norm(name: str) -> str:
+    return name.replace("parametrizations.weight.original0", "weight_g").replace(
+        "parametrizations.weight.original1", "weight_v"
+    )
+
+
+def folded(base: Path, ours: Path, **policy: Any) -> tuple[str, dict[str, torch.Tensor], Lineage]:
+    """The digest of what would be folded, the task vectors and the lineage."""
+    with open_model(base) as checkpoint, open_model(ours) as model:
+        assert isinstance(checkpoint, Checkpoint)
+        described = describe(checkpoint)
+        lineage = trace(described, model, LineageGate(**policy))
+        vectors = TaskVectors(described, model, lineage)
+        read = {name: vectors.vector(name) for name in lineage.folded}
+        return vectors.digest({n: v.digest for n, v in read.items()}), {n: v.tau for n, v in read.items()}, lineage
+
+
+def republished(path: Path, tensors: Named, config: Path) -> Path:
+    path.mkdir()
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
+    (path / "config.json").write_bytes((config / "config.json").read_bytes())
+    return path
+
+
+def same(base: Path, plain: Path, renamed: Path) -> Lineage:
+    digest, taus, lineage = folded(base, plain)
+    other, others, found = folded(base, renamed)
+    assert (other, found.folded, found.unchanged) == (digest, lineage.folded, ())
+    assert all(torch.equal(taus[name], others[name]) for name in taus)
+    assert any(bool(tau.any()) for tau in taus.values())
+    return found
+
+
+def otherwise(name: str, config: dict[str, Any]) -> dict[str, Callable[[str], str]]:
+    """Every other way to name the weights of a model."""
+    family = config["model_type"]
+
+    def of_version_4(kind: str) -> Callable[[str], str]:
+        older = {canonical(n, family): n for n in OLD.get(name, {}).get(kind, [])}
+        leading = ("", "text_model.", "vision_model.")  # a leading part is no renaming
+
+        def old(one: str) -> str:
+            short = canonical(one, family)
+            return next((older[stem + short] for stem in leading if stem + short in older), one)
+
+        return old
+
+    return {
+        "class": lambda one: loaded(one, config),
+        "wrapped": wrapped,
+        "tensorflow": tensorflow,
+        "weight norm": weight_norm,
+        "file of version 4": of_version_4("file"),
+        "class of version 4": of_version_4("module"),
+    }
+
+
+@pytest.mark.parametrize("name", architectures.CONFIGS)
+def test_a_fine_tune_under_other_names_is_the_same_fine_tune(name: str, models: Any, tmp_path: Path) -> None:
+    """Bit for bit, digest included; and the other way about, as base and fine-tune change sides."""
+    path, _ = models(name)
+    config = json.loads((path / "config.json").read_text())
+    base = load_file(path / "model.safetensors")
+    torch.manual_seed(1)
+    tuned = {n: t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t for n, t in base.items()}
+    ours = republished(tmp_path / "tuned", tuned, path)
+    for how, rename in otherwise(name, config).items():
+        if all(rename(one) == one for one in base):
+            continue
+        other = republished(tmp_path / how, {rename(n): t for n, t in tuned.items()}, path)
+        lineage = same(path, ours, other)
+        assert lineage.renamings or lineage.prefix != ("", ""), how
+        same(republished(tmp_path / f"base {how}", {rename(n): t for n, t in base.items()}, path), other, ours)
+
+
+def test_two_names_of_one_tensor_are_refused_unless_they_agree(models: Any, tmp_path: Path) -> None:
+    path, _ = models("llama")
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    double = "model.layers.0.mlp._orig_mod.up_proj.weight"
+    twice = republished(tmp_path / "twice", tensors | {double: tensors[name]}, path)
+    assert folded(path, twice)[2].extra == ()
+    differing = republished(tmp_path / "differ", tensors | {double: tensors[name] + 1}, path)
+    with pytest.raises(Refuse) as refusal:
+        folded(path, differing)
+    assert refusal.value.reason == "tied"
+    assert name in str(refusal.value)
+    assert double in str(refusal.value)
