@@ -61,6 +61,48 @@ def test_mean_is_the_mean(tmp_path: Path, base: Path) -> None:
         torch.testing.assert_close(merge.read(NAME).double(), expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("rule", ["mean", "opcm"])
+def test_what_a_fold_says(tmp_path: Path, base: Path, rule: str) -> None:
+    """Its line, its times by stage, its cosine with the merge before, and the stages of its progress."""
+    stages: list[str] = []
+    first, second = (models.fine_tune(base, tmp_path / f"ft-{i}", i) for i in range(2))
+    with opened(tmp_path, base, rule) as merge:
+        alone = merge.fold(first, progress=lambda stage, _done, _total: stages.append(stage))
+        assert alone.report is not None
+        assert alone.report.numbers.cosine == 0.0
+        assert "cosine +0.000, " in alone.line()
+        assert set(alone.report.seconds) == {"read", "rule", "write", "commit", "total"}
+        assert list(dict.fromkeys(stages)) == ["fold", "commit"]
+        again = merge.fold(second)
+        assert again.report is not None
+        one, two = (
+            torch.cat([(load_file(m / "model.safetensors")[n] - v).flatten() for n, v in origin.items()])
+            for origin in [load_file(base / "model.safetensors")]
+            for m in (first, second)
+        )
+        cosine = float(torch.nn.functional.cosine_similarity(one, two, dim=0))
+        assert again.report.numbers.cosine == pytest.approx(cosine, abs=1e-5)
+        assert cosine != 0.0
+        assert f"cosine {again.report.numbers.cosine:+.3f}, " in again.line()
+        twin = models.write(tmp_path / "twin", load_file(second / "model.safetensors"))
+        found = merge.fold(twin)
+        assert found.message == "twin: duplicate of record 2 (ft-1): the same tensors, already in the state"
+        refused = merge.fold(models.write(tmp_path / "same", load_file(base / "model.safetensors")))
+        assert merge.state.ledger.head.entry.message == refused.message
+        assert refused.message.startswith("same: the task vector is zero everywhere")
+
+
+def test_passes_before_a_fold_are_counted(tmp_path: Path, base: Path) -> None:
+    stages: list[str] = []
+    with opened(tmp_path, base, "ties") as merge:
+        merge.fold(
+            models.fine_tune(base, tmp_path / "ft", 1), progress=lambda stage, _done, _total: stages.append(stage)
+        )
+    passes = [stage for stage in dict.fromkeys(stages) if stage.startswith("measure")]
+    assert passes == [f"measure {number}" for number in range(1, len(passes) + 1)]
+    assert passes
+
+
 def test_known_model_is_a_no_op_and_a_copy_is_a_duplicate(tmp_path: Path, base: Path, merge: api.Merge) -> None:
     alice = models.fine_tune(base, tmp_path / "alice", 1)
     copy = models.fine_tune(base, tmp_path / "copy", 1)

@@ -13,6 +13,7 @@ from continual import api, making
 from continual.config import Settings
 from continual.errors import Misconfigured, Refuse
 from continual.rules import RULES, rule
+from continual.state.entries import UnfoldEntry
 from continual.state.verify import verify
 from tests.helpers import models
 
@@ -158,7 +159,8 @@ def test_what_cannot_be_read_any_more_is_said_and_nothing_changes(
         with pytest.raises(Misconfigured, match="no model of this name"):
             merge.look_unfold("ft-9")
         moved = tuned[1].rename(tmp_path / "moved")
-        with pytest.raises(Misconfigured, match=r"ft-1 \(record 2\) cannot be read"):
+        advice = "; name where it is now with --at" if name == "mean" else "; put ft-1 back, or roll back"
+        with pytest.raises(Misconfigured, match=rf"ft-1 \(record 2\) cannot be read.*{advice}$"):
             merge.look_unfold("ft-1" if name == "mean" else "ft-0")
         moved.rename(tuned[1])
         shutil.rmtree(tuned[2])
@@ -169,6 +171,29 @@ def test_what_cannot_be_read_any_more_is_said_and_nothing_changes(
         assert all(torch.equal(value, before[tensor]) for tensor, value in merged(merge).items())
     with opened(tmp_path / "state", base, name) as merge:
         assert merge.state.orphans == ()
+
+
+def test_a_name_that_two_models_have_is_not_enough(tmp_path: Path, base: Path) -> None:
+    models.fine_tune(base, tmp_path / "one/ft", 1)
+    models.fine_tune(base, tmp_path / "other/ft", 2)
+    with opened(tmp_path / "state", base, "mean") as merge:
+        keys = [merge.fold(tmp_path / place / "ft").key for place in ("one", "other")]
+        with pytest.raises(Misconfigured, match=r"; name one by its record number, or by its key$") as raised:
+            merge.look_unfold("ft")
+        assert f"ft: 2 models in the merge answer to it: ft (record 1, key {keys[0]}), " in str(raised.value)
+        assert merge.look_unfold("2").key == keys[1]
+        plan = merge.look_unfold(str(keys[0]))
+        merge.unfold(plan)
+        assert merge.state.ledger.head.of_kind(UnfoldEntry).again == ()
+        assert names(merge) == ["ft"]
+
+
+def test_the_record_names_the_models_that_were_folded_again(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    with opened(tmp_path / "state", base, "opcm", keep=9) as merge:
+        for model in tuned[:3]:
+            merge.fold(model)
+        merge.unfold(merge.look_unfold("ft-1"))
+        assert merge.state.ledger.head.of_kind(UnfoldEntry).again == (3,)
 
 
 def test_a_moved_model_is_subtracted_from_where_it_is(tmp_path: Path, base: Path, tuned: list[Path]) -> None:

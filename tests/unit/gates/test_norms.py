@@ -18,9 +18,10 @@ REFUSED = {
 }
 
 
-def test_one_that_is_much_too_short_is_refused() -> None:
+@pytest.mark.parametrize("seen", [SEEN, Totals(count=1.0, norm_sum=2.0)])
+def test_one_that_is_much_too_short_is_refused(seen: Totals) -> None:
     with pytest.raises(Refuse, match="alice") as raised:
-        NormsGate().judge(Numbers("alice", 6e-5, 1000.0, SEEN))
+        NormsGate().judge(Numbers("alice", 6e-5, 1000.0, seen))
     assert raised.value.reason == "norm-mean"
 
 

@@ -74,7 +74,7 @@ def cut(file: Path) -> None:
 HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a generation that is missing": (lambda s: shutil.rmtree(generation(s, 4)), "00000004.json.*cannot be taken up"),
     "a chunk that is missing": (lambda s: (generation(s, 2) / "sum/wide/c.0.0").unlink(), "c.0.0 is missing"),
-    "a chunk that is cut": (lambda s: cut(generation(s, 2) / "sum/wide/c.0.0"), "bytes, and .* were written"),
+    "a chunk that is cut": (lambda s: cut(generation(s, 2) / "sum/wide/c.0.0"), "bytes, and 2404 were written"),
     "receipts that are cut": (lambda s: cut(generation(s, 4) / "receipts.json"), "receipts.json is damaged"),
     "a gap": (lambda s: (s / "commits/00000003.json").unlink(), "records are missing"),
     "a record that is cut": (lambda s: cut(s / "commits/00000005.json"), "00000005.json is damaged"),

@@ -4,6 +4,7 @@ tests/property/test_repair.py."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,7 @@ def mended(path: Path) -> RepairEntry:
         kept = strays(path, found.format, found.ledger)
         assert entry.aside in [stray.path for stray in kept]
         assert all("repair" in stray.what for stray in kept)
+        assert re.fullmatch(r"\.repaired-\d{8}T\d{6}Z(-\d+)?", entry.aside)
     assert seen(path).findings == ()
     return entry
 
