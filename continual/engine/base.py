@@ -15,7 +15,7 @@ from continual.hub.locate import Places
 from continual.linalg import dot
 from continual.state import State
 from continual.state.format import BaseFile
-from continual.tensors import Adapter, BaseModel, Checkpoint, Place, describe, open_model
+from continual.tensors import Adapter, BaseModel, Checkpoint, Place, describe, foreign, open_model
 from continual.tensors.checkpoint import TORCH
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def fetched(hub: Hub, repo: str, revision: str | None, progress: Progress) -> Fe
             if name.count("/") <= 1 and not name.startswith(".") and not name.endswith(NOT_FETCHED)
         ]
         if not any(name.endswith(".safetensors") for name in names):
-            raise Misconfigured(f"{repo}@{info.sha[:12]}: has no safetensors files; continual reads nothing else")
+            raise Misconfigured(str(foreign.refuse_names(info.files, f"{repo}@{info.sha[:12]}")))
         progress("fetch", 0, len(names))
         for done, name in enumerate(sorted(names), 1):
             directory = download(hub, repo, info.sha, info.files[name]).parents[name.count("/")]

@@ -31,7 +31,7 @@ class LineageGate(AtHeaders):
     """
 
     name = "lineage"
-    reasons = ("prefix", "missing", "adapter-target", "dtype", "shape", "vocab", "tied")
+    reasons = ("prefix", "missing", "adapter-target", "dtype", "shape", "vocab", "tied", "index")
 
     missing: Literal["refuse", "unchanged"] = "refuse"
     vocab: Literal["refuse", "common-rows"] = "refuse"
@@ -56,6 +56,7 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
     if isinstance(model, Adapter):
         _check_targets(model, known, changes_any=bool(found))
     else:
+        _check_unlisted(model, found, specs)
         _check_missing(model, missing, gate, has_any=bool(found))
     narrowed: dict[str, str] = {}
     rows: dict[str, int] = {}
@@ -70,7 +71,7 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
         if source.factors is not None:
             assert isinstance(model, Adapter)
             _check_product(model, source, spec)
-    extra = tuple(sorted(name for name in theirs if name not in known))
+    extra = tuple(sorted({name for name in theirs if name not in known} | unlisted_of(model)))
     return Lineage(tuple(sorted(found)), missing, extra, names.prefix, narrowed, rows, renamings(base, model, names))
 
 
@@ -85,6 +86,22 @@ def _check_targets(model: Adapter, known: Collection[str], *, changes_any: bool)
         raise Refuse(
             "adapter-target",
             f"{model.place}: adapts nothing that this base folds, only {_some(sorted(names_of(model)))}",
+        )
+
+
+def unlisted_of(model: Checkpoint | Adapter) -> frozenset[str]:
+    """Tensors that lie in a shard of the model and not in its index: they stay out, and are said to."""
+    return frozenset(() if isinstance(model, Adapter) else model.unlisted)
+
+
+def _check_unlisted(model: Checkpoint, found: Collection[str], specs: Collection[str]) -> None:
+    """Raises Refuse (`index`) where a tensor that the base has is in a shard and not in the index."""
+    lost = sorted(name for name in unlisted_of(model) if name in specs and name not in found)
+    if lost:
+        raise Refuse(
+            "index",
+            f"{model.place}: {_some(lost)} of the base lie in its shards, and its index does not name them: write the "
+            "index anew (load the model and call save_pretrained)",
         )
 
 

@@ -153,7 +153,7 @@ class Repo:
         return name in self.info.files
 
     def small(self, name: str) -> bytes:
-        """The contents of a configuration file of at most 32 MiB. It is fetched once and kept. Raises Refuse
+        """The contents of a configuration file of at most 64 MiB. It is fetched once and kept. Raises Refuse
         (`no-file`, `config`, `changed`) and Trouble."""
         if name not in self._small:
             file = self._file(name)

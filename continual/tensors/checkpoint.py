@@ -10,12 +10,13 @@ import torch
 
 from continual.errors import Refuse
 from continual.outside import VALUES, shown
-from continual.tensors import header
+from continual.tensors import foreign, header, quantised
 from continual.tensors.header import TensorInfo
 from continual.tensors.place import Folder, Place, Weights, read_json
+from continual.tensors.weight_sets import INDEX, SINGLE, weight_set
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+__all__ = ["CONFIG", "FLOATS", "INDEX", "SINGLE", "TORCH", "Checkpoint", "open_checkpoint", "weight_files"]
+
 CONFIG = "config.json"
 TORCH: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -33,7 +34,7 @@ TORCH: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
 }
 FLOATS = ("F32", "F16", "BF16")
-MOST_SHARDS = 4096
+MOST_SHARDS = 16_384
 """Files of the largest model that is opened."""
 _LONGEST_FILE_NAME = 255
 
@@ -42,7 +43,8 @@ class Checkpoint:
     """A model's weight files, open for reading; a context manager. Thread-safe.
 
     `tensors` says for each name where in `files` the tensor is. `config` is config.json, or empty. `where` names the
-    model in messages.
+    model in messages. `unlisted` are the names of tensors that lie in a shard and not in the index: they are no part of
+    the model.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class Checkpoint:
         tensors: Mapping[str, TensorInfo],
         config: Mapping[str, object],
         only: str | None = None,
+        unlisted: tuple[str, ...] = (),
     ) -> None:
         self.place = place
+        self.unlisted = unlisted
         self.where = str(place) if only is None else place.file(only)
         self.tensors = tensors
         self.config = config
@@ -127,43 +131,41 @@ class Checkpoint:
 
 
 def weight_files(place: Place) -> tuple[str, ...]:
-    """Names of the weight files of a model, in order, whether or not they are there.
+    """Names of the weight files of a model, in order, there or not; weight_sets.py says which they are.
 
-    As transformers does, one file goes before shards with an index. Raises Refuse if there are none to use, Retry if
-    the index cannot be read now.
+    Raises Refuse if there are none to use, Retry if the index cannot be read now.
     """
+    return _files(place)[0]
+
+
+def _files(place: Place) -> tuple[tuple[str, ...], str | None]:
+    """The names of the weight files, and that of the index that names them."""
     if (only := place.only) is not None:  # asked once: the answer may be another the next time
-        return (only,)
+        return (only,), None
     names = place.names()
-    if SINGLE in names:
-        return (SINGLE,)
-    if INDEX in names:
-        shards = sorted(set(_weight_map(place).values()))
-        if len(shards) > MOST_SHARDS:
-            raise Refuse("index", f"{place.file(INDEX)}: names {len(shards)} shards; at most {MOST_SHARDS} are read")
-        return tuple(shards)
-    found = sorted(name for name in names if name.endswith(".safetensors"))
-    if len(found) == 1:
-        if not found[0].isprintable():
-            raise Refuse("no-file", f"{place}: its file {shown(found[0])} has a name that cannot be printed: rename it")
-        return (found[0],)
-    if found:
-        raise Refuse("index", f"{place}: {len(found)} safetensors files and no {INDEX} that says what belongs together")
-    if pickled := sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
+    found = weight_set(names, str(place))
+    if found is None:
+        raise foreign.refuse_names(names, str(place))
+    if found.file is not None:
+        if not found.file.isprintable():
+            raise Refuse("no-file", f"{place}: {shown(found.file)} cannot be printed: rename it")
+        return (found.file,), None
+    assert found.listing is not None
+    shards = sorted(set(_weight_map(place, found.listing).values()))
+    if len(shards) > MOST_SHARDS:
         raise Refuse(
-            "pickle",
-            f"{place}: only pickled weights ({shown(pickled[0])}), which can run code when loaded; "
-            "convert them to safetensors",
+            "index", f"{place.file(found.listing)}: names {len(shards)} shards; at most {MOST_SHARDS} are read"
         )
-    raise Refuse("no-weights", f"{place}: no safetensors file in it")
+    return tuple(shards), found.listing
 
 
 def open_checkpoint(place: Place, only: str | None = None) -> Checkpoint:
     """Opens a full checkpoint, or the one file `only` of a place, and reads its headers.
 
-    Raises Refuse for anything malformed, Retry for what cannot be read now.
+    Raises Refuse for anything malformed, and for what is no checkpoint of floats (foreign.py, quantised.py); Retry for
+    what cannot be read now.
     """
-    names = weight_files(place) if only is None else (only,)
+    names, index = _files(place) if only is None else ((only,), None)
     if missing := next((name for name in names if not place.present(name)), None):
         place.names()  # raises where all of it is gone
         raise Refuse(
@@ -172,25 +174,50 @@ def open_checkpoint(place: Place, only: str | None = None) -> Checkpoint:
         )
     weights = place.open(names)
     try:
-        tensors: dict[str, TensorInfo] = {}
-        for i, shard in enumerate(names):
-            where = place.file(shard)
-            found = header.parse(functools.partial(weights.pread, i), weights.stats[i].size, where, i)
-            if twice := next((name for name in found if name in tensors), None):
-                raise Refuse("header", f"{where}: tensor {twice} is in {names[tensors[twice].file]} as well")
-            tensors |= found
-            if len(tensors) > header.MOST:
-                raise Refuse(
-                    "header", f"{where}: with it there are more than the {header.MOST} tensors that a model may have"
-                )
+        config = read_config(place)
+        if only is None:
+            quantised.check_config(place, config)
+        claimed = _weight_map(place, index) if index is not None else None
+        tensors, unlisted = _headers(place, weights, names, claimed)
         if not tensors:
             raise Refuse("no-weights", f"{place}: its weight files hold no tensor")
-        if only is None and place.only is None and names[0] != SINGLE and INDEX in place.names():
-            _check_index(place, tensors, names)
-        return Checkpoint(place, weights, tensors, read_config(place), only)
+        if only is None:
+            quantised.check_tensors(str(place), tensors)
+            foreign.check_tensors(tensors.keys(), str(place))
+        return Checkpoint(place, weights, tensors, config, only, unlisted)
     except BaseException:
         weights.close()
         raise
+
+
+def _headers(
+    place: Place, weights: Weights, names: tuple[str, ...], claimed: Mapping[str, str] | None
+) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+    """The tensors of all files, and the names of those that are no part of the model. Where there is an index, which
+    has `claimed` a file for each tensor, that alone decides."""
+    tensors: dict[str, TensorInfo] = {}
+    unlisted: set[str] = set()
+    for i, shard in enumerate(names):
+        where = place.file(shard)
+        found = header.parse(functools.partial(weights.pread, i), weights.stats[i].size, where, i)
+        if claimed is not None:
+            unlisted.update(name for name in found if name not in claimed)
+            found = {name: info for name, info in found.items() if claimed.get(name) == shard}
+        if twice := next((name for name in found if name in tensors), None):
+            raise Refuse("header", f"{where}: tensor {twice} is in {names[tensors[twice].file]} as well")
+        tensors |= found
+        if len(tensors) + len(unlisted) > header.MOST:
+            raise Refuse(
+                "header", f"{where}: with it there are more than the {header.MOST} tensors that a model may have"
+            )
+    for name, shard in (claimed or {}).items():
+        if name not in tensors:
+            raise Refuse(
+                "index",
+                f"{place}: its index says that tensor {shown(name)} is in {shard}, where it is not: a shard of another "
+                "model, or an index that was not written anew",
+            )
+    return tensors, tuple(sorted(unlisted))
 
 
 def read_config(place: Place) -> dict[str, object]:
@@ -201,9 +228,9 @@ def read_config(place: Place) -> dict[str, object]:
     return header.json_object(place.small(CONFIG), place.file(CONFIG), "config", infinite=True)
 
 
-def _weight_map(place: Place) -> dict[str, str]:
-    where = place.file(INDEX)
-    body = read_json(place, INDEX, "index", values=header.MOST + VALUES).get("weight_map")
+def _weight_map(place: Place, index: str) -> dict[str, str]:
+    where = place.file(index)
+    body = read_json(place, index, "index", values=header.MOST + VALUES).get("weight_map")
     if not isinstance(body, dict) or not body:
         raise Refuse("index", f"{where}: no weight_map")
     for name, shard in body.items():
@@ -220,12 +247,3 @@ def _is_shard(shard: object) -> bool:
     if not isinstance(shard, str) or not shard.isprintable() or len(shard.encode()) > _LONGEST_FILE_NAME:
         return False
     return shard == Path(shard).name and shard.endswith(".safetensors") and not shard.startswith(".")
-
-
-def _check_index(place: Place, tensors: Mapping[str, TensorInfo], files: tuple[str, ...]) -> None:
-    claimed, where = _weight_map(place), place.file(INDEX)
-    for name, shard in claimed.items():
-        if name not in tensors or files[tensors[name].file] != shard:
-            raise Refuse("index", f"{where}: tensor {shown(name)} is said to be in {shard}, where it is not")
-    if unclaimed := sorted(tensors.keys() - claimed.keys()):
-        raise Refuse("index", f"{where}: tensor {unclaimed[0]} is in a shard, but not in the index")

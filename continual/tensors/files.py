@@ -17,7 +17,7 @@ from continual.errors import Refuse, Retry
 from continual.outside import Irregular
 from continual.tensors.descriptors import SHARED, Identity, ModelFile, changed
 
-LARGEST_CONFIG = 32 << 20
+LARGEST_CONFIG = 64 << 20
 
 
 @contextlib.contextmanager
@@ -96,7 +96,7 @@ class Files:
 
 
 def small_file(path: Path, root: Path | None) -> bytes:
-    """The contents of a configuration file of at most 32 MiB. Raises Refuse if it is larger, as for any other file of a
+    """The contents of a configuration file of at most 64 MiB. Raises Refuse if it is larger, as for any other file of a
     model."""
     files = Files([path], root)
     try:

@@ -3,7 +3,7 @@
 Format: https://huggingface.co/docs/safetensors. Eight little-endian bytes with the length N of the header, N bytes of
 JSON (tensor name to dtype, shape and data_offsets, and `__metadata__` of strings), then the data, which the offsets
 cover without gap or overlap. Stricter than the format in two points: names are printable (they go into paths, logs and
-records), and a header is at most 25 MB, as the Hub's own client has it.
+records), and a header is at most 64 MB, where the safetensors library reads 100 MB.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from typing import NamedTuple
 from continual.errors import Refuse
 from continual.outside import VALUES, Malformed, parse_fields, shown
 from continual.records import ITEMSIZE
+from continual.tensors import foreign
 
-LONGEST = 25_000_000
-"""Bytes of the longest header that is read: some 200,000 tensors. A parsed header takes many times its size in memory.
+LONGEST = 64_000_000
+"""Bytes of the longest header that is read: some 500,000 tensors. A parsed header takes many times its size in memory.
 """
-MOST = 250_000
+MOST = 500_000
 """Tensors of the largest model that is opened, over all of its files."""
-_VALUES = 2_500_000
+_VALUES = 5_000_000
 """Values of the largest header: some ten for each tensor."""
 _PARTS = 16
 """Commas and colons of a tensor's entry, with some to spare for the shape."""
 _LONGEST_NAME = 1000
+_NARROW = ("F8_", "F6_", "F4")
+"""How the dtypes of the format begin in which only quantised models are stored."""
 
 
 class TensorInfo(NamedTuple):
@@ -44,8 +47,17 @@ def parse(pread: Callable[[int, int], bytes], size: int, where: str, file: int =
     """The tensors of a file of `size` bytes by name.
 
     `pread(length, offset)` reads from the file; `where` names it in messages. Raises Refuse with the reasons
-    `truncated` (the file is shorter than its header says), `header` (malformed) or `dtype`.
+    `truncated` (the file is shorter than its header says), `header` (malformed), `dtype` or `quantised`; and as
+    `foreign.check_bytes` for what is another kind of file.
     """
+    try:
+        return _parsed(pread, size, where, file)
+    except Refuse:
+        foreign.check_bytes(pread(min(size, foreign.HEAD), 0), where)
+        raise
+
+
+def _parsed(pread: Callable[[int, int], bytes], size: int, where: str, file: int) -> dict[str, TensorInfo]:
     if size < 8:
         raise Refuse("truncated", f"{where}: {size} bytes are no safetensors file")
     length = _length(pread, where)
@@ -72,10 +84,11 @@ def json_object(
     text: bytes, where: str, reason: str, *, values: int = VALUES, infinite: bool = False
 ) -> dict[str, object]:
     """Bytes that others wrote as a JSON object. Raises Refuse(reason) for anything that `continual.outside` does not
-    read."""
+    read, Refuse (`foreign`) for a pointer or a page in place of the file."""
     try:
         return parse_fields(text, values=values, infinite=infinite)
     except Malformed as error:
+        foreign.check_text(text[: foreign.HEAD], where)
         raise Refuse(reason, f"{where}: no valid JSON ({error})") from None
 
 
@@ -113,6 +126,12 @@ def _tensor(name: str, entry: object, where: str, file: int, start: int) -> Tens
             "header", f"{where}: tensor {name}: the entry must have dtype, shape and data_offsets and nothing else"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(dtype, str) and dtype.startswith(_NARROW):
+        raise Refuse(
+            "quantised",
+            f"{where}: tensor {name} is {shown(dtype)} ({'FP8' if dtype.startswith('F8') else 'FP4 or FP6'}), which is "
+            "too narrow to be merged; use the model that it was quantised from, in F32, F16 or BF16",
+        )
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise Refuse(
             "dtype",

@@ -193,7 +193,7 @@ class Folder:
         return _there(self.directory / name)
 
     def small(self, name: str) -> bytes:
-        """At most 32 MiB, of a regular file within `root`."""
+        """At most 64 MiB, of a regular file within `root`."""
         return small_file(self.directory / name, self.root)
 
     def open(self, names: Sequence[str]) -> Weights:

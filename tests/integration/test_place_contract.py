@@ -132,7 +132,7 @@ def test_a_file_that_is_not_there_is_an_error_with_its_name(place: Place) -> Non
 
 
 def test_a_configuration_file_that_is_too_large_is_refused_without_being_read(shelf: Shelf) -> None:
-    shelf.put("bob", {"config.json": b" " * ((32 << 20) + 1)})
+    shelf.put("bob", {"config.json": b" " * ((64 << 20) + 1)})
     with pytest.raises(Refuse, match=r"config\.json.* are too many for a configuration file"):
         shelf.place("bob").small("config.json")
 

@@ -124,6 +124,16 @@ def test_nothing_in_common_is_refused_whatever_the_policy(base: BaseModel, tmp_p
     assert (refusal.reason, "not a fine-tune of this base" in str(refusal)) == ("missing", True)
 
 
+def test_what_the_index_does_not_name_stays_out_and_is_listed(base: BaseModel, tmp_path: Path) -> None:
+    path = save(tmp_path / "ft", TENSORS | {"more.weight": torch.zeros(3)})
+    (path / "model.safetensors").rename(path / "x.safetensors")
+    index = {"weight_map": dict.fromkeys(TENSORS, "x.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with open_model(path) as model:
+        lineage = trace(base, model, LineageGate())
+    assert (lineage.folded, lineage.extra) == (FOLDED, ("more.weight",))
+
+
 def test_other_shapes_are_named(base: BaseModel, tmp_path: Path) -> None:
     refusal = refused(base, tmp_path, TENSORS | {UP: torch.zeros(7, 4)}, vocab="common-rows")
     assert refusal.reason == "shape"
@@ -131,9 +141,8 @@ def test_other_shapes_are_named(base: BaseModel, tmp_path: Path) -> None:
         assert word in str(refusal)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float64])
-def test_quantised_or_double_weights(base: BaseModel, tmp_path: Path, dtype: torch.dtype) -> None:
-    refusal = refused(base, tmp_path, TENSORS | {UP: torch.zeros(6, 4, dtype=dtype)})
+def test_double_weights(base: BaseModel, tmp_path: Path) -> None:
+    refusal = refused(base, tmp_path, TENSORS | {UP: torch.zeros(6, 4, dtype=torch.float64)})
     assert (refusal.reason, UP in str(refusal)) == ("dtype", True)
 
 
@@ -234,7 +243,17 @@ def _tied(place: Path) -> Case:
     return Case(LineageGate(), headers(base, alice))
 
 
+def _index_without_a_tensor(place: Path) -> Case:
+    base = models.base(place / "base")
+    alice = models.fine_tune(base, place / "alice", 1)
+    (alice / "model.safetensors").rename(alice / "model-00001-of-00001.safetensors")
+    listed = {name: "model-00001-of-00001.safetensors" for name in models.SHAPES if name != "model.norm.weight"}
+    (alice / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    return Case(LineageGate(), headers(base, alice))
+
+
 REFUSED = {
+    "index": _index_without_a_tensor,
     "prefix": _case(_two_towers),
     "missing": _case(lambda t: t.pop("model.norm.weight")),
     "adapter-target": _another_adapter,

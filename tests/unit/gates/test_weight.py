@@ -31,7 +31,7 @@ def _directory(place: Path) -> Case:
 def _large(place: Path) -> Case:
     seen = fine_tune(place)
     with (place / "alice" / "metrics.json").open("wb") as file:
-        file.truncate(33 << 20)
+        file.truncate(65 << 20)
     return Case(WeightGate(FILE), seen)
 
 
