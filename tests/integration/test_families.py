@@ -16,12 +16,16 @@ from tests.campaigns.families.table import TABLE
 pytestmark = pytest.mark.slow
 SLICE = [family for family in TABLE if family.gate]
 WANTED = ("full", "again", "LoRA")
+REFUSED = {"Qwen3-MoE": {"LoRA"}}
+"""Where a line says that the adapter is kept out: PEFT puts `all-linear` on packed experts too."""
 
 
 @pytest.mark.parametrize("family", SLICE, ids=lambda family: family.name)
 def test_what_is_folded_alone_is_the_fine_tune(family: Family, tmp_path: Path) -> None:
     cells = dict(cells_of(family, tmp_path, None, WANTED))
-    assert {column: cell.verdict for column, cell in cells.items()} == dict.fromkeys(WANTED, "right"), cells
+    for column in WANTED:
+        allowed = ("right", "refused") if column in REFUSED.get(family.name, ()) else ("right",)
+        assert cells[column].verdict in allowed, f"{column}: {cells[column]}"
 
 
 BASE = {"a.weight": torch.tensor([1.0, 2.0]), "b.weight": torch.tensor([3.0])}
