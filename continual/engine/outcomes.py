@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -12,6 +12,9 @@ from continual.state import Commit
 from continual.state.fields import body_of
 from continual.state.parts import FoldNumbers
 from continual.tensors import Model
+
+_NAMED = 5
+"""Names of tensors that a line lists."""
 
 
 class OpenCandidate(NamedTuple):
@@ -80,7 +83,8 @@ class Outcome(NamedTuple):
             return self.message
         n = self.report.numbers
         seconds = self.report.seconds.get("total", 0)
-        return f"{self.message}: norm {n.tau_norm:.4g}, cosine {n.cosine or 0.0:+.3f}, {seconds:.2f} s"
+        said = f"{self.message}: norm {n.tau_norm:.4g}, cosine {n.cosine or 0.0:+.3f}, {seconds:.2f} s"
+        return said + left_out(n.extra or (), n.extra_count or 0)
 
     def summary(self) -> dict[str, object]:
         """What happened, for machines."""
@@ -122,6 +126,14 @@ class Plan:
     extra: tuple[str, ...] = ()
     narrowed: Mapping[str, str] = field(default_factory=dict)
     renamings: tuple[tuple[str, str], ...] = ()
+
+
+def left_out(names: Sequence[str], count: int) -> str:
+    """What a line about a fold adds where `count` tensors of the candidate stay out, of which `names` are the first."""
+    if not count:
+        return ""
+    shown = ", ".join(names[:_NAMED]) + (f" and {count - _NAMED} more" if count > _NAMED else "")
+    return f"; left out, as the base has no such tensor: {shown}"
 
 
 def known_as(name: str, known: Commit) -> Outcome:

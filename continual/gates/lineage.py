@@ -11,9 +11,12 @@ from continual.errors import Refuse
 from continual.gates.contract import AtHeaders, Headers
 from continual.records import Lineage, TensorSpec
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, TensorInfo
+from continual.tensors.buffers import is_buffer
 from continual.tensors.checkpoint import FLOATS
 from continual.tensors.kinds import is_vocabulary
+from continual.tensors.leftovers import Left, of_an_adapter, same_after_all
 from continual.tensors.matching import Match, names_of, naming, renamings, sources
+from continual.tensors.renaming import family_of
 
 _NAMED = 5
 """Names of tensors that a message lists."""
@@ -26,12 +29,13 @@ to be larger than memory."""
 class LineageGate(AtHeaders):
     """Refuses a model whose tensors are not those of the base.
 
-    `missing`: `unchanged` lets a full model leave tensors out, which then count as untouched. `vocab`: `common-rows`
+    `missing`: `unchanged` lets a full model leave tensors out, which then count as untouched; not where it has
+    unknown tensors that may be the same. Buffers may always be missing. `vocab`: `common-rows`
     lets its vocabulary have another size; the rows that both have are folded.
     """
 
     name = "lineage"
-    reasons = ("prefix", "missing", "adapter-target", "dtype", "shape", "vocab", "tied", "index")
+    reasons = ("prefix", "missing", "adapter-kind", "adapter-target", "dtype", "shape", "vocab", "tied", "index")
 
     missing: Literal["refuse", "unchanged"] = "refuse"
     vocab: Literal["refuse", "common-rows"] = "refuse"
@@ -49,15 +53,16 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
     `shape`, `vocab`, `tied`.
     """
     specs = {spec.name: spec for spec in base.specs if spec.kind != "carried"}
-    theirs = names_of(model)
     names = naming(base, model, str(model.place))
     found, known = sources(base, model, names)
-    missing = tuple(name for name in specs if name not in found)
+    extra = _unknown(model, known)
     if isinstance(model, Adapter):
         _check_targets(model, known, changes_any=bool(found))
     else:
         _check_unlisted(model, found, specs)
-        _check_missing(model, missing, gate, has_any=bool(found))
+        found = {name: source for name, source in found.items() if _is_of_use(specs[name], source)}
+        _check_missing(base, model, found, extra, gate)
+    missing = tuple(name for name in specs if name not in found)
     narrowed: dict[str, str] = {}
     rows: dict[str, int] = {}
     for name, source in found.items():
@@ -71,7 +76,6 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
         if source.factors is not None:
             assert isinstance(model, Adapter)
             _check_product(model, source, spec)
-    extra = tuple(sorted({name for name in theirs if name not in known} | unlisted_of(model)))
     return Lineage(tuple(sorted(found)), missing, extra, names.prefix, narrowed, rows, renamings(base, model, names))
 
 
@@ -105,16 +109,55 @@ def _check_unlisted(model: Checkpoint, found: Collection[str], specs: Collection
         )
 
 
-def _check_missing(model: Checkpoint, missing: Collection[str], gate: LineageGate, *, has_any: bool) -> None:
-    if not has_any:
+def _unknown(model: Checkpoint | Adapter, known: Collection[str]) -> tuple[str, ...]:
+    """The candidate's names that no tensor of the base explains. Buffers are not counted: a class makes them anew."""
+    unknown = sorted({name for name in names_of(model) if name not in known} | unlisted_of(model))
+    if isinstance(model, Adapter):
+        return tuple(unknown)
+    return tuple(n for n in unknown if n not in model.tensors or not is_buffer(n, model.tensors[n].shape))
+
+
+def _is_of_use(spec: TensorSpec, source: Match) -> bool:
+    """Whether a tensor can be folded, or has to be: a buffer of another length or type says nothing about training."""
+    if source.full is None or not is_buffer(spec.name, spec.shape):
+        return True
+    return source.full.dtype in FLOATS and source.full.shape == spec.shape
+
+
+def _check_missing(
+    base: BaseModel, model: Checkpoint, found: Collection[str], extra: Collection[str], gate: LineageGate
+) -> None:
+    """A tensor that the candidate lacks is untouched only where no unknown one of the candidate can be the same."""
+    if left := of_an_adapter(extra):
         raise Refuse(
-            "missing", f"{model.place}: has none of the base's tensors ({_some(missing)}): not a fine-tune of this base"
+            "adapter-kind",
+            f"{model.place}: tensor {left} is a part of an adapter that was not merged; merge it into its base "
+            "(merge_and_unload) and publish that, or publish the adapter alone",
+        )
+    specs = [s for s in base.specs if s.kind != "carried" and not is_buffer(s.name, s.shape)]
+    missing = [s for s in specs if s.name not in found]
+    if len(missing) == len(specs):
+        raise Refuse(
+            "missing",
+            f"{model.place}: has none of the base's tensors ({_some([s.name for s in missing])}): "
+            "not a fine-tune of this base",
+        )
+    unknown = [Left(name, model.tensors[name].shape) for name in extra if name in model.tensors]
+    pair = same_after_all([Left(s.name, s.shape) for s in missing], unknown, family_of(base.checkpoint.config))
+    if pair is not None:
+        ours, theirs = pair
+        raise Refuse(
+            "missing",
+            f"{model.place}: lacks {ours.name} {list(ours.shape)} of the base and has {theirs.name} "
+            f"{list(theirs.shape)}, which the base lacks: they seem to be the same weights under another name or in "
+            f"another layout ({len(missing)} are lacking so); load it with the library that wrote the base, save it "
+            "again, and publish that",
         )
     if missing and gate.missing == "refuse":
         raise Refuse(
             "missing",
-            f"{model.place}: lacks {_some(missing)} of the base; a fine-tune that left them out can be let in with "
-            "missing = unchanged",
+            f"{model.place}: lacks {_some([s.name for s in missing])} of the base; a fine-tune that left them out can "
+            "be let in with missing = unchanged",
         )
 
 

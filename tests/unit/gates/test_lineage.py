@@ -256,6 +256,7 @@ REFUSED = {
     "index": _index_without_a_tensor,
     "prefix": _case(_two_towers),
     "missing": _case(lambda t: t.pop("model.norm.weight")),
+    "adapter-kind": _case(lambda t: t.update({"model.norm.lora_A.weight": torch.zeros(2, 4)})),
     "adapter-target": _another_adapter,
     "dtype": _case(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)})),
     "shape": _case(lambda t: t.update({"model.norm.weight": torch.zeros(17)})),
