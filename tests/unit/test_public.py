@@ -51,7 +51,7 @@ SIGNATURES = {
 RECORDS = {
     "Survey": "base rule options scale lines state_bytes kinds tensors aliases",
     "Plan": "name path form ok reason message passes read_bytes disk_bytes memory_bytes folded matrices plain "
-    "unchanged prefix extra narrowed",
+    "unchanged prefix extra narrowed renamings",
     "Outcome": "fate name message reason commit report",
     "Verified": "findings strays",
     "RepairPlan": "findings last to lost undone again tags generations aside tag_files",
