@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from continual.config import Settings
 from continual.engine.base import Fetched, fetched, files_of, measure_base, open_checkpoint
@@ -17,6 +17,7 @@ from continual.errors import Misconfigured
 from continual.executors.contract import Progress, silent
 from continual.hub import Repo
 from continual.hub.locate import Places
+from continual.records import Kind
 from continual.rules import read_options, rule
 from continual.state import Format, State
 from continual.state.format import BaseRecord
@@ -53,9 +54,9 @@ class Survey:
     """What a state of a base holds.
 
     `base` is where the base is; `rule`, `options`, `scale` and `lines` are those of the recipe, with their defaults.
-    `state_bytes` is the size of one generation. `kinds` has a row for each kind of tensor: the kind (`matrix`, `plain`
-    or `carried`), how many tensors there are of it, and how many parameters they have. `tensors` has the kind of each
-    tensor, by name; `aliases` the name under which a tied tensor is kept, by its other name.
+    `state_bytes` is the size of one generation. `kinds` has a row for each kind of tensor: the kind (`matrix`, `stack`,
+    `plain` or `carried`), how many tensors there are of it, and how many parameters they have. `tensors` has the kind
+    of each tensor, by name; `aliases` the name under which a tied tensor is kept, by its other name.
     """
 
     base: str
@@ -188,9 +189,7 @@ def _survey(base: str, model: BaseModel, recipe: Recipe) -> Survey:
             "scale = tuned: nothing is folded yet to tune; make the state with another, fold, and run 'continual tune'"
         )
     chosen, read = rule(recipe.rule, recipe.options), read_options(recipe.rule, recipe.scale, recipe.lines)
-    counted = {
-        kind: [spec.numel for spec in model.specs if spec.kind == kind] for kind in ("matrix", "plain", "carried")
-    }
+    counted = {kind: [spec.numel for spec in model.specs if spec.kind == kind] for kind in get_args(Kind)}
     return Survey(
         base=base,
         rule=recipe.rule,

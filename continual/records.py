@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-Kind = Literal["matrix", "plain", "carried"]
+Kind = Literal["matrix", "stack", "plain", "carried"]
 
 SCHEME = "hf://"
 """What the origin of a model on the Hub begins with: `hf://ORG/NAME`."""
@@ -39,13 +39,23 @@ ITEMSIZE: Mapping[str, int] = {
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor of the base: `dtype` is the safetensors word (F32, BF16, …); `depth` in [0, 1] is its layer's place in
-    the stack (0 for what is before the layers)."""
+    the stack (0 for what is before the layers). `experts`: how many matrices of one shape a `stack` is, one after the
+    other in its memory; 0 of every other kind."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     kind: Kind
     depth: float = 0.0
+    experts: int = 0
+
+    @property
+    def expert(self) -> TensorSpec:
+        """One of the matrices of a stack, under the name of the stack."""
+        rows, columns = (
+            self.shape[1:] if len(self.shape) == 3 else (self.shape[0] // self.experts, math.prod(self.shape[1:]))
+        )
+        return TensorSpec(self.name, (rows, columns), self.dtype, "matrix", self.depth)
 
     @property
     def numel(self) -> int:

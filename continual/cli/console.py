@@ -144,7 +144,7 @@ def lora(found: LoraReport) -> None:
 
 def plans(found: Sequence[Plan]) -> None:
     """What folding each model would take, and what is special about it."""
-    head = ("model", "form", "verdict", "matrices", "plain", "unchanged", "read", "disk", "memory", "why")
+    head = ("model", "form", "verdict", "matrices", "stacks", "plain", "unchanged", "read", "disk", "memory", "why")
     table(head, [_plan_row(p) for p in found])
     for p in found:
         if p.extra:
@@ -161,7 +161,7 @@ def plans(found: Sequence[Plan]) -> None:
 def _plan_row(p: Plan) -> tuple[object, ...]:
     verdict = "fold" if p.ok else "known" if p.reason == "known" else f"refuse ({p.reason})"
     sizes = (size(p.read_bytes), size(p.disk_bytes), size(p.memory_bytes)) if p.ok else ("", "", "")
-    return p.name, p.form, verdict, p.matrices, p.plain, p.unchanged, *sizes, p.message
+    return p.name, p.form, verdict, p.matrices, p.stacks, p.plain, p.unchanged, *sizes, p.message
 
 
 @contextmanager

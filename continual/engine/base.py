@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +18,7 @@ from continual.state import State
 from continual.state.format import BaseFile
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, describe, foreign, open_model
 from continual.tensors.checkpoint import TORCH
+from continual.tensors.kinds import as_made
 
 if TYPE_CHECKING:
     from continual.hub import Hub
@@ -57,6 +59,7 @@ def open_base(state: State, places: Places, moved: Path | None = None) -> BaseMo
     if not path.exists():
         raise Misconfigured(f"base {path} is gone: put it back, or say where it is now with base = DIR (--base)")
     model = describe(open_checkpoint(path), plain=record.plain, exclude=record.exclude)
+    model = replace(model, specs=as_made(model.specs, state.format.tensors))
     if model.specs != state.format.tensors:
         raise Damaged(
             f"base {path} is not the one this state was made from: its tensors have other names, shapes or dtypes"

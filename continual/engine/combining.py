@@ -31,7 +31,7 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
         tasks = [
             Task(
                 spec.name,
-                2 * sum(slot.nbytes for slot in rule.slots(spec).values()),
+                2 * sum(slot.nbytes for slot in rule.slots(spec).values()) // max(1, spec.experts),
                 partial(_add, transaction, other, rule, totals, spec, at),
             )
             for spec in state.format.tensors
@@ -94,14 +94,31 @@ def check(state: State, other: State, rule: Rule) -> None:
 
 
 def _add(transaction: Transaction, other: State, rule: Rule, totals: Totals, spec: TensorSpec, at: int) -> float:
+    assert rule.laws.combine is not None
+    if spec.kind == "stack":
+        return math.fsum(_add_experts(transaction, other, rule, totals, spec, at))
     slots = rule.slots(spec)
     mine = {slot: torch.from_numpy(transaction.read(spec.name, slot)) for slot in slots}
     theirs = {slot: torch.from_numpy(other.read(spec.name, slot, at=at)) for slot in slots}
-    assert rule.laws.combine is not None
     merged_sq = rule.laws.combine(mine, theirs, totals)
     for slot, value in mine.items():
         transaction.write(spec.name, slot, value.numpy())
     return merged_sq
+
+
+def _add_experts(
+    transaction: Transaction, other: State, rule: Rule, totals: Totals, spec: TensorSpec, at: int
+) -> Iterator[float]:
+    """Adds a stack expert by expert; ‖X‖² of each after."""
+    assert rule.laws.combine is not None
+    shapes = {slot: one.shape for slot, one in rule.slots(spec.expert).items()}
+    generation = other.generation_of(other.ledger.get(at))
+    assert generation is not None, "something is folded there"
+    brought = generation.parts(spec.name, spec.experts)
+    for values in transaction.parts(spec.name, spec.experts):
+        mine = {slot: torch.from_numpy(value).view(shapes[slot]) for slot, value in values.items()}
+        theirs = {slot: torch.from_numpy(value).view(shapes[slot]) for slot, value in next(brought).items()}
+        yield rule.laws.combine(mine, theirs, totals)
 
 
 def _kept(numbers: FoldNumbers) -> FoldNumbers:

@@ -32,13 +32,14 @@ RUN_ON_DEVICE = 1 << 22
 class TensorFold(NamedTuple):
     """What folding one tensor gave.
 
-    `digest`: of what its task vector was made from. `sums` and `notes`: as the rule returned them. `nbytes`: bytes
-    read. `seconds` by stage: `read` of fine-tune and base, `rule`, `write` of the state (and reading what it was).
+    `digest`: of what its task vector was made from. `sums` and `notes`: as the rule returned them; of a stack the sums
+    of all experts, and the notes of each. `nbytes`: bytes read. `seconds` by stage: `read` of fine-tune and base,
+    `rule`, `write` of the state (and reading what it was).
     """
 
     digest: bytes
     sums: Sums
-    notes: Mapping[str, float]
+    notes: tuple[Mapping[str, float], ...]
     nbytes: int
     seconds: Mapping[str, float]
 
@@ -113,7 +114,8 @@ class Folding:
         vectors = self._vectors
         if not changes:
             return Task(spec.name, need(self._rule, spec, None), partial(self._untouched, spec))
-        run = self._by_runs if self._rule.fold.elementwise(spec) else self._whole
+        by_parts = self._by_experts if spec.kind == "stack" else self._whole
+        run = self._by_runs if self._rule.fold.elementwise(spec) else by_parts
         return Task(
             spec.name, need(self._rule, spec, vectors), partial(run, spec), partial(vectors.prefetch, spec.name)
         )
@@ -142,11 +144,7 @@ class Folding:
         tau, digest, nbytes = self._vectors.vector(spec.name)
         if self._rule.needs.shipped is not None:
             content = Content()
-            moments = torch.empty(spec.numel)
-            for start in range(0, spec.numel, self._vectors.run):
-                stop = min(start + self._vectors.run, spec.numel)
-                moments[start:stop] = self._vectors.moments(spec.name, start, stop, content)
-            inputs = inputs._replace(moments=moments.view(spec.shape).to(self._device))
+            inputs = inputs._replace(moments=self._moments(spec, 0, content))
             digest = blake3(digest + content.digest()).digest()
             nbytes += content.nbytes
         read = time.perf_counter()
@@ -159,7 +157,51 @@ class Folding:
             for slot, value in folded.accumulators.items():
                 self._transaction.write(spec.name, slot, value.to("cpu").contiguous().numpy())
         seconds = {"read": read - started, "rule": computed - read, "write": time.perf_counter() - computed}
-        return TensorFold(digest, folded.sums, folded.notes, nbytes, seconds)
+        return TensorFold(digest, folded.sums, (folded.notes,) if folded.notes else (), nbytes, seconds)
+
+    def _by_experts(self, spec: TensorSpec) -> TensorFold:
+        """A stack, one expert after the other, each as a matrix of its own: no more than one is in memory."""
+        self._resources.go_on(self._terms.name)
+        one = spec.expert
+        inputs = self._inputs(spec)._replace(spec=one)
+        slots = self._rule.slots(one)
+        clock, content, shipped = _Clock(), Content(), Content()
+        reading = self._vectors.experts(spec, content)
+        found: list[Folded] = []
+        for values in self._transaction.parts(spec.name, spec.experts):
+            clock.ends("write")
+            tau = next(reading)
+            start = len(found) * one.numel
+            here = inputs._replace(start=start)
+            if self._rule.needs.shipped is not None:
+                here = here._replace(moments=self._moments(one, start, shipped))
+            clock.ends("read")
+            accumulators = {slot: torch.from_numpy(value).view(slots[slot].shape) for slot, value in values.items()}
+            on_device = {slot: value.to(self._device) for slot, value in accumulators.items()}
+            folded = self._rule.fold.apply(on_device, tau.to(self._device), here, self._terms.totals)
+            self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums.tau_sq))
+            for slot, value in folded.accumulators.items():
+                if value is not accumulators[slot]:
+                    accumulators[slot].copy_(value)
+            found.append(folded._replace(accumulators={}))
+            clock.ends("rule")
+        next(reading, None)
+        sums = Sums.total([folded.sums for folded in found])
+        digest, nbytes = content.digest(), content.nbytes
+        if self._rule.needs.shipped is not None:
+            digest, nbytes = blake3(digest + shipped.digest()).digest(), nbytes + shipped.nbytes
+        elif sums.tau_sq == 0.0:
+            self._transaction.keep(spec.name)
+        clock.ends("write")
+        return TensorFold(digest, sums, tuple(folded.notes for folded in found if folded.notes), nbytes, clock.seconds)
+
+    def _moments(self, spec: TensorSpec, first: int, content: Content) -> torch.Tensor:
+        """What was shipped for a whole tensor, or for the expert of a stack that begins at element `first`."""
+        moments = torch.empty(spec.numel)
+        for start in range(0, spec.numel, self._vectors.run):
+            stop = min(start + self._vectors.run, spec.numel)
+            moments[start:stop] = self._vectors.moments(spec.name, first + start, first + stop, content)
+        return moments.view(spec.shape).to(self._device)
 
     def _by_runs(self, spec: TensorSpec) -> TensorFold:
         self._resources.go_on(self._terms.name)
@@ -189,14 +231,28 @@ class Folding:
         if sums.tau_sq == 0.0 and self._rule.needs.shipped is None:
             self._transaction.keep(spec.name)
         clock.ends("write")
-        return TensorFold(content.digest(), sums, {}, content.nbytes, clock.seconds)
+        return TensorFold(content.digest(), sums, (), content.nbytes, clock.seconds)
 
     def _untouched(self, spec: TensorSpec) -> TensorFold:
         """Folds a tensor that the candidate leaves as it is: a zero task vector changes no accumulator. The rule is
         asked only for its norm."""
-        folded = self._apply(Inputs(spec, self._terms.weight, measured=self.measured), torch.zeros(spec.shape))
+        if spec.kind == "stack":
+            sums = self._untouched_stack(spec)
+        else:
+            inputs = Inputs(spec, self._terms.weight, measured=self.measured)
+            sums = self._apply(inputs, torch.zeros(spec.shape)).sums
         self._transaction.keep(spec.name)
-        return TensorFold(b"", folded.sums, {}, 0, {})
+        return TensorFold(b"", sums, (), 0, {})
+
+    def _untouched_stack(self, spec: TensorSpec) -> Sums:
+        inputs = Inputs(spec.expert, self._terms.weight, measured=self.measured)
+        slots = self._rule.slots(spec.expert)
+        parts: list[Sums] = []
+        for values in self._transaction.before(spec.name, spec.experts):
+            kept = {slot: torch.from_numpy(v).view(slots[slot].shape).to(self._device) for slot, v in values.items()}
+            tau = torch.zeros(inputs.spec.shape, device=self._device)
+            parts.append(self._rule.fold.apply(kept, tau, inputs, self._terms.totals).sums)
+        return Sums.total(parts)
 
     def _apply(self, inputs: Inputs, tau: torch.Tensor) -> Folded:
         name = inputs.spec.name
@@ -241,11 +297,16 @@ def run_length(device: torch.device) -> int:
 
 
 def need(rule: Rule, spec: TensorSpec, vectors: TaskVectors | None) -> int:
-    """Bytes that folding one tensor takes at its peak. Without `vectors` it is a tensor that the candidate leaves as it
-    is."""
-    slots = rule.slots(spec).values()
+    """Bytes that folding one tensor takes at its peak; of a stack, its largest part in memory at a time. Without
+    `vectors` it is a tensor that the candidate leaves as it is."""
+    part = spec.expert if spec.kind == "stack" else spec
     if vectors is None:
-        return 4 * spec.numel + sum(slot.nbytes for slot in slots) + rule.fold.workspace(spec)
+        return 4 * part.numel + sum(slot.nbytes for slot in rule.slots(part).values()) + rule.fold.workspace(part)
+    if part is not spec and not rule.fold.elementwise(spec):
+        kept = sum(slot.nbytes for slot in rule.slots(part).values())
+        moments = 4 * part.numel if rule.needs.shipped is not None else 0
+        return vectors.nbytes(spec.name, whole=False) + 4 * part.numel + moments + kept + rule.fold.workspace(part)
+    slots = rule.slots(spec).values()
     if rule.fold.elementwise(spec):
         share = min(1.0, vectors.run / max(1, spec.numel))
         return (

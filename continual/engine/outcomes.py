@@ -120,6 +120,7 @@ class Plan:
     memory_bytes: int = 0
     folded: int = 0
     matrices: int = 0
+    stacks: int = 0
     plain: int = 0
     unchanged: int = 0
     prefix: tuple[str, str] = ("", "")

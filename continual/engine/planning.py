@@ -62,6 +62,7 @@ def _fitting(engine: Engine, opened: OpenCandidate, place: Place) -> Plan:
         memory_bytes=peak(engine.executor, [need(rule, specs[name], vectors) for name in lineage.folded]),
         folded=len(lineage.folded),
         matrices=kinds.count("matrix"),
+        stacks=kinds.count("stack"),
         plain=kinds.count("plain"),
         unchanged=len(lineage.unchanged),
         prefix=lineage.prefix,

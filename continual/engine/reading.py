@@ -78,9 +78,22 @@ class Reading:
 
     def unit(self, spec: TensorSpec) -> torch.Tensor:
         """X of one tensor, at scale 1: float32 of the tensor's shape, in new memory. Raises Retry and Damaged."""
+        if spec.kind == "stack":
+            return self._stack(spec)
         slots = self.state.format.slots[spec.name]
         accumulators = {slot: torch.from_numpy(self.state.read(spec.name, slot, at=self.commit.seq)) for slot in slots}
         return self.rule.read.unit(spec, accumulators, self.totals)
+
+    def _stack(self, spec: TensorSpec) -> torch.Tensor:
+        """X of a stack: that of its experts, each read and made as a matrix of its own."""
+        one = spec.expert
+        slots = self.rule.slots(one)
+        found = torch.zeros(spec.experts, *one.shape)
+        generation = self.state.generation_of(self.commit)
+        for number, values in enumerate(generation.parts(spec.name, spec.experts) if generation else ()):
+            accumulators = {slot: torch.from_numpy(value).view(slots[slot].shape) for slot, value in values.items()}
+            found[number] = self.rule.read.unit(one, accumulators, self.totals)
+        return found.view(spec.shape)
 
     def vector(self, spec: TensorSpec) -> torch.Tensor:
         """The merged task vector of one tensor: float32 of the tensor's shape, in new memory. `settle` comes first.
@@ -89,9 +102,12 @@ class Reading:
         return self.unit(spec).mul_(self._factors[0 if self._is_matrix(spec) else 1] * self.options.layer(spec))
 
     def need(self, spec: TensorSpec) -> int:
-        """Bytes that reading one tensor takes at its peak. Of a matrix it is as much as a decomposition takes."""
-        decomposed = linalg.workspace(*sides(spec)) if self._is_matrix(spec) else 0
-        return sum(slot.nbytes for slot in self.rule.slots(spec).values()) + 8 * spec.numel + decomposed
+        """Bytes that reading one tensor takes at its peak. Of a matrix it is as much as a decomposition takes; of a
+        stack, all of it and one expert besides."""
+        part = spec.expert if spec.kind == "stack" else spec
+        decomposed = linalg.workspace(*sides(part)) if self._is_matrix(spec) else 0
+        kept = sum(slot.nbytes for slot in self.rule.slots(part).values())
+        return kept + 4 * (spec.numel + part.numel) + decomposed
 
     def measure(self, executor: Executor, progress: Progress, seen: Seen | None = None) -> float:
         """‖X‖ over the whole model, measured by a pass over all tensors; `seen` is given each of them. Raises Retry and

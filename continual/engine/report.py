@@ -50,7 +50,7 @@ def report_of(
         narrowed=lineage.narrowed,
         rows=lineage.rows,
         renamings=lineage.renamings[:_LISTED] or None,
-        notes=summarise([fold.notes for fold in ordered if fold.notes]),
+        notes=summarise([notes for fold in ordered for notes in fold.notes]),
         gauges=rule.read.gauges(totals),
     )
     return FoldReport(

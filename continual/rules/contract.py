@@ -129,6 +129,7 @@ class FoldFunctions(NamedTuple):
     apply(accumulators, τ, inputs, totals before): may overwrite the accumulators and τ in place; τ is float32 of the
     tensor's shape. workspace(spec): peak bytes that it needs beyond the accumulators and τ. elementwise(spec): `apply`
     may be given any run of elements in place of the whole tensor, flat; the accumulators then have the tensor's shape.
+    A stack that is not folded by runs comes expert by expert, each as a matrix of its own (`TensorSpec.expert`).
     """
 
     apply: Callable[[Accumulators, Tensor, Inputs, Totals], Folded]
@@ -140,9 +141,9 @@ class ReadFunctions(NamedTuple):
     """How the merged task vector is read.
 
     unit(spec, accumulators, totals): what the rule calls one, X: the merged task vector at scale 1, float32 of the
-    tensor's shape, in new memory. size(totals): how long X is, and how long it may be made. matrix(spec): whether the
-    rule takes this tensor for a matrix, where it tells them apart; the sums of these have `matrix_sq` and `top_sq`.
-    gauges(totals): figures worth watching, by name.
+    tensor's shape, in new memory; of a stack it is asked for each expert. size(totals): how long X is, and how long it
+    may be made. matrix(spec): whether the rule takes this tensor for a matrix, or for a stack of them, where it tells
+    them apart; the sums of these have `matrix_sq` and `top_sq`. gauges(totals): figures worth watching, by name.
     """
 
     unit: Callable[[TensorSpec, Accumulators, Totals], Tensor]
@@ -188,7 +189,8 @@ def one_sum(spec: TensorSpec) -> dict[str, SlotSpec]:
 class Rule(NamedTuple):
     """A rule with its options resolved. `options` are all of them, as plain data.
 
-    slots(spec): the accumulators of a tensor, which start as zeros; not asked for carried tensors.
+    slots(spec): the accumulators of a tensor, which start as zeros; not asked for carried tensors. Those of a stack are
+    those of its experts, one after the other.
     """
 
     fold: FoldFunctions

@@ -58,11 +58,18 @@ PLAIN = ReadFunctions(sums.read_mean, sums.unknown)
 
 def rule(name: str, include: Sequence[str], on: OnMatrices, laws: Laws, plain: ReadFunctions = PLAIN) -> Rule:
     """The rule `name` that takes matrices (`include` names further ones) by `on`, and everything else as a sum that
-    `plain` reads. Its sums have the figures of the matrices. Unless it is `weighted` it refuses any weight but 1."""
+    `plain` reads. Its sums have the figures of the matrices. Unless it is `weighted` it refuses any weight but 1.
+
+    Of a stack it keeps what it keeps of each matrix, in arrays with a leading axis of the experts."""
     matrix = is_matrix(include)
 
     def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
-        return on.slots(*sides(spec)) if on.slots is not None and matrix(spec) else one_sum(spec)
+        if on.slots is None or not matrix(spec):
+            return one_sum(spec)
+        if spec.kind != "stack":
+            return on.slots(*sides(spec))
+        own = on.slots(*sides(spec.expert))
+        return {slot: SlotSpec((spec.experts, *one.shape), one.dtype) for slot, one in own.items()}
 
     def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
         if not laws.weighted:
@@ -91,10 +98,12 @@ def rule(name: str, include: Sequence[str], on: OnMatrices, laws: Laws, plain: R
 
 
 def is_matrix(include: Sequence[str]) -> IsMatrix:
-    """2-D weights of linear layers, convolutions as out × rest, and what the globs `include` name; never an empty
-    tensor."""
+    """2-D weights of linear layers, convolutions as out × rest, stacks, and what the globs `include` name; never
+    an empty tensor."""
 
     def found(spec: TensorSpec) -> bool:
+        if spec.kind == "stack":
+            return spec.numel > 0
         named = spec.kind == "matrix" or any(fnmatch.fnmatchcase(spec.name, glob) for glob in include)
         return named and len(spec.shape) >= 2 and spec.numel > 0
 

@@ -84,7 +84,8 @@ class Format:
     def body(self) -> dict[str, object]:
         """As format.json holds it."""
         tensors = tuple(
-            _TensorBody(t.name, t.shape, t.dtype, t.kind, t.depth, self.slots[t.name]) for t in self.tensors
+            _TensorBody(t.name, t.shape, t.dtype, t.kind, t.depth, self.slots[t.name], t.experts or None)
+            for t in self.tensors
         )
         return body_of(_FormatBody(self.version, self.id, self.base, self.rule, self.options, tensors))
 
@@ -97,7 +98,7 @@ class Format:
                 "install the version that wrote it"
             )
         found = record_of(_FormatBody, body, path)
-        tensors = tuple(TensorSpec(t.name, t.shape, t.dtype, t.kind, t.depth) for t in found.tensors)
+        tensors = tuple(TensorSpec(t.name, t.shape, t.dtype, t.kind, t.depth, t.experts or 0) for t in found.tensors)
         slots = {tensor.name: tensor.slots for tensor in found.tensors}
         return cls(found.version, found.id, found.base, tensors, found.rule, found.options, slots)
 
@@ -112,6 +113,7 @@ class _TensorBody:
     kind: Kind
     depth: float
     slots: Mapping[str, SlotSpec]
+    experts: int | None = field(default=None, metadata={OMITTED: True})
 
 
 @dataclass(frozen=True, slots=True)

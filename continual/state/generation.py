@@ -3,9 +3,13 @@ transaction.py for writing."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from continual.errors import Damaged, Misconfigured
 from continual.records import KEY
@@ -98,6 +102,18 @@ class Generation:
         """One accumulator, to be read in order and in pieces, every chunk checked against its receipt."""
         path = node(slot, name)
         return arrays.Reader(self.directory / path, self.form.slots[name][slot], self.receipt(path).chunks)
+
+    def parts(self, name: str, count: int) -> Iterator[dict[str, Array]]:
+        """The accumulators of a tensor in `count` parts, one after the other: of each a part of its elements, flat, in
+        new memory. Raises as `read`."""
+        slots = self.form.slots[name]
+        with ExitStack() as files, environment(f"cannot read tensor {name}"):
+            readers = {slot: files.enter_context(closing(self.reader(name, slot))) for slot in slots}
+            for _ in range(count):
+                values = {slot: np.empty(math.prod(s.shape) // count, s.dtype) for slot, s in slots.items()}
+                for slot, value in values.items():
+                    readers[slot].read(arrays.raw(value))
+                yield values
 
     def check(self, step: Callable[[], None]) -> Iterator[str]:
         """Reads everything and yields what is wrong; `step` is called after each array."""

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +90,15 @@ class Transaction:
         with environment(f"cannot read tensor {name}"):
             return self._before.read(name, slot)
 
+    def before(self, name: str, count: int) -> Iterator[dict[str, Array]]:
+        """The accumulators of a tensor as `read` gives them, in `count` parts, flat and one after the other."""
+        if self._before is not None:
+            yield from self._before.parts(name, count)
+            return
+        for _ in range(count):
+            slots = self._form.slots[name].items()
+            yield {slot: np.zeros(math.prod(spec.shape) // count, spec.dtype) for slot, spec in slots}
+
     def write(self, name: str, slot: str, array: Array) -> None:
         """The accumulator after this fold: an array of exactly the slot's shape and dtype."""
         with environment(f"cannot write tensor {name}"):
@@ -103,8 +112,21 @@ class Transaction:
         Yields (first element, one past the last, accumulators by slot) as they were before this fold, zeros before the
         first. What the caller leaves in the arrays is written when it asks for the next; it has to go on to the end.
         """
+        numel = math.prod(next(iter(self._form.slots[name].values())).shape)
+        steps = [(start, min(start + length, numel)) for start in range(0, numel, length)]
+        lengths = [dict.fromkeys(self._form.slots[name], stop - start) for start, stop in steps]
+        for (start, stop), values in zip(steps, self._rewritten(name, lengths), strict=True):
+            yield start, stop, values
+
+    def parts(self, name: str, count: int) -> Iterator[dict[str, Array]]:
+        """Rewrites a tensor in `count` parts, one after the other, so that no more than one is in memory: of every
+        accumulator a part of its elements, flat. Used as `runs`."""
+        lengths = {slot: math.prod(spec.shape) // count for slot, spec in self._form.slots[name].items()}
+        yield from self._rewritten(name, [lengths] * count)
+
+    def _rewritten(self, name: str, steps: Sequence[Mapping[str, int]]) -> Iterator[dict[str, Array]]:
+        """The accumulators of a tensor in flat pieces, each step so many elements of each."""
         slots = self._form.slots[name]
-        numel = math.prod(next(iter(slots.values())).shape)
         with ExitStack() as files, environment(f"cannot rewrite tensor {name}"):
             readers = (
                 {slot: files.enter_context(closing(self._before.reader(name, slot))) for slot in slots}
@@ -115,16 +137,15 @@ class Transaction:
                 slot: files.enter_context(closing(arrays.Writer(self._place(name, slot), spec)))
                 for slot, spec in slots.items()
             }
-            buffers = {slot: np.zeros(min(length, numel), spec.dtype) for slot, spec in slots.items()}
-            for start in range(0, numel, length):
-                stop = min(start + length, numel)
-                values = {slot: buffer[: stop - start] for slot, buffer in buffers.items()}
+            buffers = {slot: np.zeros(steps[0][slot] if steps else 0, spec.dtype) for slot, spec in slots.items()}
+            for step in steps:
+                values = {slot: buffer[: step[slot]] for slot, buffer in buffers.items()}
                 for slot, value in values.items():
                     if self._before:
                         readers[slot].read(arrays.raw(value))
                     else:
                         value.fill(0)
-                yield start, stop, values
+                yield values
                 for slot, value in values.items():
                     writers[slot].write(arrays.raw(value))
             for slot, writer in writers.items():

@@ -1,5 +1,5 @@
-"""Which tensors of a base are matrices, plain or carried and how deep each lies: by the names architectures use, never
-by shape alone.
+"""Which tensors of a base are matrices, stacks of them, plain or carried and how deep each lies: by the names
+architectures use, never by shape alone.
 
 Which names are one tensor is in ties.py.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from continual.errors import Misconfigured, Refuse
 from continual.records import Kind, TensorSpec
@@ -36,6 +36,14 @@ _HEAD = re.compile(
     r"|visual_projection|seq_relationship)(\.|$)"
     r"|^fc\.weight$"
 )
+_STACK = re.compile(
+    r"(?:^|\.)(?:shared_)?experts\.(?!\d)|(?:^|\.)(?:block_sparse_moe|mlp|moe)\.(?:input|output)_linear\.weight$"
+    r"|(?:^|\.)moe\.(?:gate|up|down)_proj\.weight$|(?:^|\.)mlp\.shared_w(?:13|2)_weight$"
+)
+"""Packed experts in 3-D, one after the other: `experts.gate_up_proj`; `block_sparse_moe.input_linear.weight` of Granite
+and JetMoE. A number behind `experts.` is one expert alone."""
+_FLAT_STACK = re.compile(r"(?:^|\.)experts\.mlp\.(?:w1|v1|w2)$")
+"""Packed experts of DBRX, in 2-D: the rows of all experts, one after the other. The config says how many there are."""
 _WEIGHT = re.compile(r"[._]weight$")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d+)\.")
 _BEFORE = re.compile(
@@ -75,13 +83,17 @@ def describe(checkpoint: Checkpoint, *, plain: Sequence[str] = (), exclude: Sequ
     for name in names:
         info = checkpoint.tensors[name]
         kind = kind_of(name, info.shape, info.dtype, plain, exclude)
+        experts = (
+            stack_of(name, info.shape, checkpoint.config) if kind != "carried" and not _matches(name, plain) else 0
+        )
         if kind != "carried" and info.dtype not in FLOATS:
             raise Refuse(
                 "dtype",
                 f"{checkpoint.place}: tensor {name} is {info.dtype}: "
                 "convert it to F32, F16 or BF16, or carry it with exclude",
             )
-        specs.append(TensorSpec(name, info.shape, info.dtype, kind, depth_of(name, stacks)))
+        kind = "stack" if experts else kind
+        specs.append(TensorSpec(name, info.shape, info.dtype, kind, depth_of(name, stacks), experts))
     return BaseModel(checkpoint, tuple(specs), aliases)
 
 
@@ -89,7 +101,7 @@ def kind_of(
     name: str, shape: Sequence[int], dtype: str, plain: Iterable[str] = (), exclude: Iterable[str] = ()
 ) -> Kind:
     """`carried`: integers, bools and what `exclude` names. `matrix`: weights of linear layers (2-D) and convolutions
-    (4-D). `plain`: the rest."""
+    (4-D). `plain`: the rest, stacks of matrices among it (`stack_of`)."""
     if _matches(name, exclude) or not dtype.startswith(("F", "BF")):
         return "carried"
     if len(shape) not in (2, 4) or 0 in shape or not _WEIGHT.search(name) or _matches(name, plain):
@@ -98,6 +110,29 @@ def kind_of(
         is_vocabulary(name) or _TABLE.search(name)
     )  # an embedding in 4-D is a convolution over patches
     return "plain" if table or _HEAD.search(name) else "matrix"
+
+
+def stack_of(name: str, shape: Sequence[int], config: Mapping[str, object]) -> int:
+    """How many matrices of one shape a tensor is, where it holds packed experts; 0 where it is something else."""
+    if 0 in shape:
+        return 0
+    if len(shape) == 3:
+        return shape[0] if _STACK.search(name) else 0
+    inner = config.get("ffn_config")
+    count = inner.get("moe_num_experts") if isinstance(inner, dict) else None
+    if len(shape) != 2 or config.get("model_type") != "dbrx" or not _FLAT_STACK.search(name):
+        return 0
+    return count if isinstance(count, int) and count > 0 and shape[0] % count == 0 else 0
+
+
+def as_made(specs: Sequence[TensorSpec], made: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensors of a base as the state has them that was made of it: what is a stack now was plain in the states of
+    earlier versions, and stays so there."""
+    kinds = {spec.name: spec.kind for spec in made}
+    return tuple(
+        replace(spec, kind="plain", experts=0) if spec.kind == "stack" and kinds.get(spec.name) == "plain" else spec
+        for spec in specs
+    )
 
 
 def is_vocabulary(name: str) -> bool:

@@ -113,6 +113,20 @@ class TaskVectors:
                 flat[start:stop] = values
         return TaskVector(tau, content.digest(), content.nbytes)
 
+    def experts(self, spec: TensorSpec, content: Content) -> Iterator[torch.Tensor]:
+        """The task vector of a stack, one expert after the other, each in new memory; `content` is complete after the
+        last. Raises as `vector`."""
+        one = spec.expert
+        tau, filled = torch.empty(one.numel), 0
+        for _, _, values in self.runs(spec.name, content):
+            while len(values):
+                part, values = values[: one.numel - filled], values[one.numel - filled :]
+                tau[filled : filled + len(part)] = part
+                filled += len(part)
+                if filled == one.numel:
+                    yield tau.view(one.shape)
+                    tau, filled = torch.empty(one.numel), 0
+
     def moments(self, name: str, start: int, stop: int, content: Content) -> torch.Tensor:
         """What was shipped for a range of elements of the base's tensor `name`: float32, valid until the thread asks
         for the next range.

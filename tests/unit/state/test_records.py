@@ -281,7 +281,7 @@ def test_what_the_format_of_a_state_lacks_is_named(tmp_path: Path) -> None:
         ({"base": {"path": "/b"}}, "base.files is missing"),
         (
             {"tensors": [body["tensors"][0] | {"kind": "odd"}]},
-            "tensors.0.kind is 'odd', none of matrix, plain, carried",
+            "tensors.0.kind is 'odd', none of matrix, stack, plain, carried",
         ),
         ({"tensors": [body["tensors"][0] | {"shape": [1.5]}]}, "tensors.0.shape.0 is 1.5, no whole number"),
         ({"id": None}, "id is None, no text"),
