@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -20,9 +19,6 @@ from continual.tensors.renaming import family_of
 
 _NAMED = 5
 """Names of tensors that a message lists."""
-_SMALL_RANK = 1024
-"""A rank that is let in whatever the shape. A higher one has to be possible: the factors of a file with holes can claim
-to be larger than memory."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +66,19 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
         if source.full is not None:
             _check_dtype(model.place, source.full, source, spec)
             if source.full.shape != spec.shape:
-                rows[name] = _common_rows(model.place, source.full, spec, gate)
+                sizes = f"{model.place}: tensor {source.full.name} has shape {list(source.full.shape)}, the base's has "
+                rows[name] = _common_rows(f"{sizes}{list(spec.shape)}", source.full.shape, spec, gate)
             if source.full.dtype not in (spec.dtype, "F32"):  # F16 and BF16 cannot hold each other's values either
                 narrowed[name] = source.full.dtype
-        if source.factors is not None:
+        if source.piece is not None:
             assert isinstance(model, Adapter)
-            _check_product(model, source, spec)
+            if (common := _rows_added(model, source, spec, gate)) is not None:
+                rows[name] = common
     return Lineage(tuple(sorted(found)), missing, extra, names.prefix, narrowed, rows, renamings(base, model, names))
 
 
 def _check_targets(model: Adapter, known: Collection[str], *, changes_any: bool) -> None:
-    unmet = sorted(model.factors.keys() - known)
+    unmet = sorted({name for name, piece in model.pieces.items() if not piece.optional} - set(known))
     if unmet:
         raise Refuse(
             "adapter-target",
@@ -175,31 +173,30 @@ def _check_dtype(place: Place, info: TensorInfo, source: Match, spec: TensorSpec
             )
 
 
-def _common_rows(place: Place, info: TensorInfo, spec: TensorSpec, gate: LineageGate) -> int:
-    """The rows that a vocabulary of another size has in common with the base's."""
-    both = f"{place}: tensor {info.name} has shape {list(info.shape)}, the base's has {list(spec.shape)}"
-    if not info.shape or not spec.shape or info.shape[1:] != spec.shape[1:] or not is_vocabulary(spec.name):
+def _common_rows(both: str, shape: tuple[int, ...], spec: TensorSpec, gate: LineageGate) -> int:
+    """The rows that a vocabulary of another size has in common with the base's; `both` says the two sizes."""
+    if not shape or not spec.shape or shape[1:] != spec.shape[1:] or not is_vocabulary(spec.name):
         raise Refuse("shape", f"{both}: not a fine-tune of this base")
     if gate.vocab == "refuse":
         raise Refuse("vocab", f"{both}: its vocabulary was resized; vocab = common-rows folds the rows both have")
-    return min(info.shape[0], spec.shape[0])
+    return min(shape[0], spec.shape[0])
 
 
-def _check_product(model: Adapter, source: Match, spec: TensorSpec) -> None:
-    assert source.factors is not None
-    shape, rank = model.shape(source.factors, transposed=source.transposed), source.factors.rank
-    if len(spec.shape) < 2 or shape != (spec.shape[0], math.prod(spec.shape[1:])):
+def _rows_added(model: Adapter, source: Match, spec: TensorSpec, gate: LineageGate) -> int | None:
+    """The rows that what an adapter adds has in common with the base, where these are not all."""
+    assert source.piece is not None
+    against = source.full.shape if source.full is not None else spec.shape
+    shape = source.piece.fit(spec.name, against, transposed=source.transposed)
+    if source.full is not None and shape != source.full.shape:
         raise Refuse(
             "shape",
-            f"{model.place}: the product of {source.factors.b} and {source.factors.a} is {list(shape)}, "
-            f"{spec.name} is {list(spec.shape)}",
+            f"{model.place}: {source.piece.names[0]} changes rows of a table of {shape[0]} rows, "
+            f"and {source.full.name} beside it has {source.full.shape[0]}",
         )
-    if rank > max(min(shape), _SMALL_RANK):
-        raise Refuse(
-            "shape",
-            f"{model.place}: the factors of {spec.name} have rank {rank}, more than its shape {list(spec.shape)} can: "
-            "merge the adapter into its base and publish that",
-        )
+    if shape == spec.shape:
+        return None
+    changed = f"{model.place}: what {source.piece.names[0]} changes has shape {list(shape)}"
+    return _common_rows(f"{changed}, {spec.name} is {list(spec.shape)}", shape, spec, gate)
 
 
 def _some(names: Collection[str]) -> str:

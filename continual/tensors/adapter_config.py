@@ -1,12 +1,12 @@
-"""The configuration of a LoRA adapter, as PEFT's `LoraConfig` writes it: what is understood, and its checks.
+"""The configuration of an adapter, as PEFT writes it: JSON within limits, and checks of single values.
 
-It is an allow-list: a key that is not understood and has a value other than its default is refused by its name.
+Which keys mean something is said by the kind of adapter. A key that no one understands and that has a value other than
+its default is refused by its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from continual.errors import Refuse
@@ -30,100 +30,96 @@ _INFORMATION = frozenset(
         "peft_type",
         "target_modules",
         "exclude_modules",
-        "lora_dropout",
         "layers_to_transform",
         "layers_pattern",
-        "runtime_config",
-        "megatron_core",
-        "qalora_group_size",
+        "modules_to_save",
     ]
 )
-"""Keys that change nothing about factors that are there: how they came to be, or settings of a switch that is off."""
-_UNDERSTOOD = frozenset(
-    ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "modules_to_save"]
-)
+"""Keys that every kind has: what the adapter was trained on, and which modules it has tensors for."""
 _OFF: tuple[object, ...] = (None, False, {}, [], "")
-_HARMLESS_INIT: tuple[object, ...] = (True, False, None, "gaussian", "orthogonal")
-"""Initialisations that leave the base's weights as they are and start from B·A = 0 (or are trained away from it)."""
 T = TypeVar("T", int, float)
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterConfig:
-    """What the configuration says of the factors.
+class Fields:
+    """A configuration's keys and values. `place` is where it lies, `where` names the file in messages, `kind` is its
+    `peft_type`."""
 
-    `rank` and `alpha` are those of every module that no pattern of `ranks` and `alphas` names. `by_root`: the scale is
-    alpha/√rank (rsLoRA), else alpha/rank. `transposed`: the base stores these weights as in × out. `saved`: names of
-    the modules whose whole weights are beside the factors.
-    """
+    def __init__(self, place: Place, file: Weights) -> None:
+        """Reads the configuration in `file`, which was opened at `place`. Raises Refuse (`config`) if it is no JSON
+        object within the limits, Retry if it cannot be read now."""
+        size = file.stats[0].size
+        self.place, self.where = place, place.file(CONFIG)
+        if size > _LARGEST_CONFIG:
+            raise Refuse("config", f"{self.where}: {size} bytes are too many for a configuration file")
+        self.body: Mapping[str, object] = json_object(file.pread(0, size, 0), self.where, "config", values=_VALUES)
+        self.kind = self.body.get("peft_type")
+        self.saved = self._names("modules_to_save")
+        """Names of the modules whose whole weights are beside the factors."""
 
-    rank: int
-    alpha: float
-    by_root: bool
-    transposed: bool
-    ranks: Patterns[int]
-    alphas: Patterns[float]
-    saved: tuple[str, ...]
+    def only(self, understood: frozenset[str]) -> None:
+        """Raises Refuse (`adapter-kind`) for a key that is on and not understood."""
+        for key, value in self.body.items():
+            if key not in _INFORMATION and key not in understood and value not in _OFF:
+                raise Refuse(
+                    "adapter-kind",
+                    f"{self.place}: {shown(key)} = {shown(value)} is not understood; "
+                    "merge the adapter into its base and publish that",
+                )
 
-    def of(self, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
-        """Rank and alpha of each module. Raises Refuse (`config`) where the patterns are too involved for so many."""
-        names = list(modules)
-        ranks, alphas = self.ranks.of(names), self.alphas.of(names)
-        return {name: (ranks.get(name, self.rank), alphas.get(name, self.alpha)) for name in names}
+    @property
+    def transposed(self) -> bool:
+        """Whether it says that the base stores these weights as in × out."""
+        return self.flag("fan_in_fan_out")
 
-
-def parse(place: Place, file: Weights) -> AdapterConfig:
-    """The configuration in `file`, which was opened at `place`.
-
-    Raises Refuse if it is no JSON object, or naming the first key that makes this more than a plain LoRA adapter; Retry
-    if it cannot be read now.
-    """
-    size, where = file.stats[0].size, place.file(CONFIG)
-    if size > _LARGEST_CONFIG:
-        raise Refuse("config", f"{where}: {size} bytes are too many for a configuration file")
-    config = json_object(file.pread(0, size, 0), where, "config", values=_VALUES)
-    _check_keys(place, config)
-    for key in ("use_rslora", "fan_in_fan_out"):
-        if config.get(key) not in (None, True, False):
-            raise Refuse("config", f"{where}: {key} = {shown(config[key])} is neither true nor false")
-    rank, alpha = _rank(where, "r", config.get("r")), _alpha(where, "lora_alpha", config.get("lora_alpha"))
-    ranks, alphas = _patterns(where, config, "rank_pattern", _rank), _patterns(where, config, "alpha_pattern", _alpha)
-    return AdapterConfig(
-        rank=rank,
-        alpha=alpha,
-        by_root=bool(config.get("use_rslora")),
-        transposed=bool(config.get("fan_in_fan_out")),
-        ranks=ranks,
-        alphas=alphas,
-        saved=_saved(where, config.get("modules_to_save") or []),
-    )
-
-
-def _check_keys(place: Place, config: Mapping[str, object]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise Refuse(
-            "adapter-kind", f"{place}: adapter of kind {shown(config.get('peft_type'))}: only LORA is understood"
-        )
-    if config.get("init_lora_weights", True) not in _HARMLESS_INIT:
+    @property
+    def bias(self) -> str:
+        """Which trained biases of the base are beside the factors: `none`, `all` or `only`, those of adapted modules.
+        Raises Refuse (`adapter-kind`) for another word."""
+        value = self.body.get("bias") or "none"
+        if value in ("none", "all"):
+            return str(value)
+        if isinstance(value, str) and value == f"{str(self.kind).lower()}_only":
+            return "only"
         raise Refuse(
             "adapter-kind",
-            f"{place}: init_lora_weights = {shown(config['init_lora_weights'])} may have changed the base, "
-            "and then B·A alone is not the task vector; "
-            "merge the adapter into its base and publish that, or convert it to plain LoRA",
+            f"{self.place}: bias = {shown(value)} is not understood; merge the adapter into its base and publish that",
         )
-    for key, value in config.items():
-        known = (
-            key in _INFORMATION
-            or key in _UNDERSTOOD
-            or key == "init_lora_weights"
-            or (key == "bias" and value == "none")
-        )
-        if not known and value not in _OFF:
-            raise Refuse(
-                "adapter-kind",
-                f"{place}: {shown(key)} = {shown(value)} is not understood; "
-                "merge the adapter into its base and publish that",
-            )
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """A switch. Raises Refuse (`config`) for what is neither true nor false."""
+        value = self.body.get(key)
+        if value not in (None, True, False):
+            raise Refuse("config", f"{self.where}: {key} = {shown(value)} is neither true nor false")
+        return default if value is None else bool(value)
+
+    def rank(self, key: str) -> int:
+        """A positive whole number. Raises Refuse (`config`)."""
+        return _rank(self.where, key, self.body.get(key))
+
+    def number(self, key: str) -> float:
+        """A number from 0 to 1e30. Raises Refuse (`config`)."""
+        return _number(self.where, key, self.body.get(key))
+
+    def ranks(self, key: str) -> Patterns[int]:
+        """A table of ranks by patterns of modules' names. Raises Refuse (`config`)."""
+        return self._patterns(key, _rank)
+
+    def numbers(self, key: str) -> Patterns[float]:
+        """A table of numbers by patterns of modules' names. Raises Refuse (`config`)."""
+        return self._patterns(key, _number)
+
+    def _patterns(self, key: str, check: Callable[[str, str, object], T]) -> Patterns[T]:
+        body = self.body.get(key) or {}
+        if not isinstance(body, dict):
+            raise Refuse("config", f"{self.where}: {key} = {shown(body)} is no table")
+        values = {pattern: check(self.where, f"{key}[{shown(pattern)}]", value) for pattern, value in body.items()}
+        return Patterns(values, self.where, key)
+
+    def _names(self, key: str) -> tuple[str, ...]:
+        body = self.body.get(key) or []
+        if not isinstance(body, list) or any(not isinstance(name, str) for name in body):
+            raise Refuse("config", f"{self.where}: {key} = {shown(body)} is no list of names")
+        return tuple(body)
 
 
 def _rank(where: str, key: str, value: object) -> int:
@@ -132,24 +128,7 @@ def _rank(where: str, key: str, value: object) -> int:
     return value
 
 
-def _alpha(where: str, key: str, value: object) -> float:
+def _number(where: str, key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1e30:
         raise Refuse("config", f"{where}: {key} = {shown(value)} is no number from 0 to 1e30")
     return float(value)
-
-
-def _patterns(
-    where: str, config: Mapping[str, object], key: str, check: Callable[[str, str, object], T]
-) -> Patterns[T]:
-    """A pattern table of the configuration, its keys and values checked."""
-    body = config.get(key) or {}
-    if not isinstance(body, dict):
-        raise Refuse("config", f"{where}: {key} = {shown(body)} is no table")
-    values = {pattern: check(where, f"{key}[{shown(pattern)}]", value) for pattern, value in body.items()}
-    return Patterns(values, where, key)
-
-
-def _saved(where: str, body: object) -> tuple[str, ...]:
-    if not isinstance(body, list) or any(not isinstance(name, str) for name in body):
-        raise Refuse("config", f"{where}: modules_to_save = {shown(body)} is no list of names")
-    return tuple(body)

@@ -1,5 +1,5 @@
-"""What a candidate says about each tensor of a base: names, one differing prefix, renamings, tied names, adapter
-factors. From headers only, and no judgement: whether dtypes, shapes and gaps are allowed is for gates/lineage.py.
+"""What a candidate says about each tensor of a base: names, one differing prefix, renamings, tied names, an
+adapter's pieces. From headers only, and no judgement: whether dtypes, shapes and gaps are allowed is for gates/lineage.py.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from continual.errors import Refuse
 from continual.records import Lineage, TensorSpec
-from continual.tensors.adapter import Adapter, Factors
+from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
+from continual.tensors.pieces import Piece
 from continual.tensors.renaming import canonical, canonical_names, difference, family_of
 
 CONV1D = {
@@ -26,11 +27,11 @@ the layer PEFT met last."""
 
 class Match(NamedTuple):
     """Where a task vector comes from. `full`: the tensor that replaces the base's. `twins`: the same tensor under tied
-    names. `factors`: what an adapter adds; `transposed`: the base stores that weight as in × out."""
+    names. `piece`: what an adapter adds; `transposed`: the base stores that weight as in × out."""
 
     full: TensorInfo | None
     twins: tuple[TensorInfo, ...] = ()
-    factors: Factors | None = None
+    piece: Piece | None = None
     transposed: bool = False
 
 
@@ -131,7 +132,7 @@ def _named(
     family = family_of(base.checkpoint.config)
     if names.renamed:
         short = canonical_names([spec.name for spec in base.specs], family)
-        for name in sorted(names_of(model)):
+        for name in sorted({*names_of(model), *(model.pieces if isinstance(model, Adapter) else ())}):
             theirs.setdefault(canonical(name, family), []).append(name)
     taken = set(short.values())
     rows: list[tuple[TensorSpec, list[str]]] = []
@@ -155,23 +156,25 @@ def _of_checkpoint(model: Checkpoint, names: list[str]) -> Match | None:
 
 
 def _of_adapter(base: BaseModel, model: Adapter, ours: str, names: list[str]) -> Match | None:
-    present = [model.weights.tensors[model.saved[name]] for name in names if name in model.saved]
-    adapted = [name for name in names if name in model.factors]
+    present = [model.weights.tensors[saved] for name in names for saved in model.saved.get(name, ())]
+    adapted = [name for name in names if name in model.pieces]
     if len(adapted) > 1:
         raise Refuse("tied", f"{model.place}: adapts {adapted[0]} and {adapted[1]}, which are one tensor in the base")
     if not present and not adapted:
         return None
-    factors = model.factors[adapted[0]] if adapted else None
+    piece = model.pieces[adapted[0]] if adapted else None
     known = CONV1D.get(str(base.checkpoint.config.get("model_type")))
     transposed = (
         ours.split(".")[-2:-1] != [] and ours.split(".")[-2] in known if known is not None else model.transposed
     )
-    return Match(present[0] if present else None, tuple(present[1:]), factors, transposed)
+    return Match(present[0] if present else None, tuple(present[1:]), piece, transposed)
 
 
 def names_of(model: Checkpoint | Adapter) -> Collection[str]:
-    """The names of a candidate's tensors; an adapter's are those of the weights it changes."""
-    return {*model.factors, *model.saved} if isinstance(model, Adapter) else model.tensors.keys()
+    """The names of a candidate's tensors; an adapter's are those of the weights it changes, whatever the base has."""
+    if not isinstance(model, Adapter):
+        return model.tensors.keys()
+    return {*(name for name, piece in model.pieces.items() if not piece.optional), *model.saved}
 
 
 def candidate_name(name: str, prefix: tuple[str, str]) -> str:

@@ -90,8 +90,8 @@ class TaskVectors:
             source = self._sources[name]
             yield from (source.full,) if source.full else ()
             yield from source.twins
-            if source.factors:
-                yield from (self._weights.tensors[factor] for factor in (source.factors.a, source.factors.b))
+            if source.piece is not None:
+                yield from (self._weights.tensors[part] for part in source.piece.names)
 
     def position(self, name: str) -> tuple[int, int]:
         """Where in the candidate's files the base's tensor `name` begins: in this order they are best read. What the
@@ -99,7 +99,7 @@ class TaskVectors:
         source = self._sources.get(name)
         if source is None:
             return (1 << 62, 0)
-        info = source.full or self._weights.tensors[source.factors.a] if source.factors else source.full
+        info = source.full or (self._weights.tensors[source.piece.names[0]] if source.piece else None)
         assert info is not None
         return (info.file, info.offset)
 
@@ -169,9 +169,9 @@ class TaskVectors:
         """
         spec, source = self._specs[name], self._sources[name]
         product = None
-        if source.factors is not None:
+        if source.piece is not None:
             product = into if into is not None and source.full is None else torch.empty(spec.numel)
-            self._multiply(source, product, content)
+            self._piece(spec, source, product, content)
         if source.full is None:
             assert product is not None, f"{name} is not among the tensors that this fine-tune changes"
             for start, stop in self._ranges(spec.numel, share):
@@ -198,10 +198,13 @@ class TaskVectors:
         spec, source = self._specs[name], self._sources[name]
         kinds = 1 if self._shipped is None else 2  # of what is read: task vectors, and what is shipped for them
         need = 4 * (3 + kinds) * self.run + (4 * kinds * spec.numel if whole else 0)
-        if source.factors is not None:
-            read = [self._weights.tensors[n] for n in (source.factors.a, source.factors.b)]
+        if source.piece is not None:
+            read = [self._weights.tensors[part] for part in source.piece.names]
             need += sum(info.nbytes + 4 * math.prod(info.shape) for info in read)
             need += 4 * spec.numel if source.full or not whole else 0
+            shape = self._shape(spec, source)
+            need += source.piece.workspace(shape)
+            need += 4 * math.prod(shape) * ((shape != spec.shape) + 2 * source.piece.needs_base)
         return need
 
     def prefetch(self, name: str) -> None:
@@ -252,19 +255,36 @@ class TaskVectors:
         else:
             tau.copy_(values).sub_(base)
 
-    def _multiply(self, source: Match, out: torch.Tensor, content: Content | None) -> None:
-        """scale·B·A into the flat `out`."""
+    def _shape(self, spec: TensorSpec, source: Match) -> tuple[int, ...]:
+        """The shape of what the adapter adds; of a vocabulary of another size it is not that of the base's tensor."""
+        assert source.piece is not None
+        against = source.full.shape if source.full else spec.shape
+        return source.piece.fit(spec.name, against, transposed=source.transposed)
+
+    def _piece(self, spec: TensorSpec, source: Match, out: torch.Tensor, content: Content | None) -> None:
+        """What the adapter adds to the tensor into the flat `out`; rows that only one of the two has get nothing."""
         assert isinstance(self._model, Adapter)
-        assert source.factors is not None
-        shape = self._model.shape(source.factors, transposed=source.transposed)
-        read = self._model.product(source.factors, out.view(shape), transposed=source.transposed)
+        assert source.piece is not None
+        shape = self._shape(spec, source)
+        read = self._model.read(source.piece)
+        base = None
+        if source.piece.needs_base:
+            base = (
+                self._weights.read(source.full.name) if source.full is not None else self._base.read(spec.name)
+            ).float()
+        added = out.view(shape) if shape == spec.shape else torch.empty(shape)
+        source.piece.add(read, base, added, transposed=source.transposed)
+        if added.data_ptr() != out.data_ptr():
+            both = min(added.numel(), out.numel())
+            out[:both] = added.view(-1)[:both]
+            out[both:] = 0.0
         if content is None:
             return
-        content.hash.update(f"lora {source.factors.scale!r} {source.factors.embedding} {source.transposed}".encode())
-        for name, factor in read:
-            info = self._weights.tensors[name]
+        content.hash.update(source.piece.settings(transposed=source.transposed).encode())
+        content.nbytes += spec.nbytes if base is not None and source.full is None else 0
+        for info, part in zip(self._model.infos(source.piece), read, strict=True):
             content.hash.update(f" {info.dtype} {info.shape} ".encode())
-            content.hash.update(_raw(factor))
+            content.hash.update(_raw(part))
             content.nbytes += info.nbytes
 
     def _read(self, use: str, checkpoint: Checkpoint, info: TensorInfo, start: int, count: int) -> torch.Tensor:

@@ -26,8 +26,9 @@ from continual.outside import Malformed, parse_json, shown
 from continual.publish.hub import stamp_of
 from continual.sources.webhook import LARGEST, Payload, push_of
 from continual.tensors import Folder, header, open_model, read_json, release_of
+from continual.tensors.adapter import kind_of
 from continual.tensors.adapter_config import CONFIG as ADAPTER
-from continual.tensors.adapter_config import parse as parse_adapter
+from continual.tensors.adapter_config import Fields
 from continual.tensors.checkpoint import INDEX, read_config, weight_files
 from continual.tensors.patterns import Patterns
 from continual.tuning.command import parse as parse_score
@@ -138,7 +139,10 @@ def table() -> tuple[Parser, ...]:
         place = models.alone(ADAPTER, data)
         file = place.open([ADAPTER])
         try:
-            return parse_adapter(place, file).of(MODULES)
+            fields = Fields(place, file)
+            kind = kind_of(fields)
+            infos = {role: header.TensorInfo(role, "F32", (8, 8), 0, 0, 256) for role in kind.roles[:2]}
+            return fields.bias, kind.pieces(fields, dict.fromkeys(MODULES, infos))
         finally:
             file.close()
 

@@ -85,8 +85,7 @@ def test_a_configuration_rewritten_while_it_is_read(tmp_path: Path) -> None:
     [
         {"use_dora": True},
         {"lora_bias": True},
-        {"bias": "all"},
-        {"bias": "lora_only"},
+        {"bias": "vera_only"},
         {"layer_replication": [[0, 2], [1, 3]]},
         {"trainable_token_indices": [1, 2]},
         {"target_parameters": ["mlp.experts.gate_up_proj"]},
@@ -94,17 +93,15 @@ def test_a_configuration_rewritten_while_it_is_read(tmp_path: Path) -> None:
         {"alora_invocation_tokens": [1]},
         {"megatron_config": {"tensor_parallel": 2}},
         {"loftq_config": {"loftq_bits": 4}},
-        {"eva_config": {"rho": 2.0}},
-        {"corda_config": {"corda_method": "kpm"}},
         {"kasa_config": {"beta": 1e-4}},
         {"use_bdlora": {"nblocks": 2}},
         {"ensure_weight_tying": True},
         {"a_key_of_the_future": "on"},
         *(
             {"init_lora_weights": word}
-            for word in ("pissa", "pissa_niter_16", "olora", "loftq", "corda", "eva", "lora_ga", "mica")
+            for word in ("pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "mica")
         ),
-        {"peft_type": "IA3"},
+        {"peft_type": "HRA"},
         {"peft_type": ["LORA"]},
     ],
 )

@@ -1,0 +1,25 @@
+"""What an adapter of any kind makes of one tensor of the base: a protocol in `contract`, a module for each family of
+kinds, and the kinds by PEFT's names for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from continual.tensors.pieces.contract import Kind, Piece
+from continual.tensors.pieces.low_rank import AdaLora, Lora
+from continual.tensors.pieces.lycoris import LoHa, LoKr
+from continual.tensors.pieces.scaling import IA3, VeRA
+from continual.tensors.pieces.tokens import TrainableTokens
+
+KINDS: Mapping[str, Kind] = {
+    "LORA": Lora(),
+    "ADALORA": AdaLora(),
+    "LOHA": LoHa(),
+    "LOKR": LoKr(),
+    "IA3": IA3(),
+    "VERA": VeRA(),
+    "TRAINABLE_TOKENS": TrainableTokens(),
+}
+"""The kinds that are understood, by `peft_type`."""
+
+__all__ = ["KINDS", "Kind", "Piece"]
