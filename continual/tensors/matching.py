@@ -1,5 +1,6 @@
 """What a candidate says about each tensor of a base: names, one differing prefix, renamings, tied names, an
-adapter's pieces. From headers only, and no judgement: whether dtypes, shapes and gaps are allowed is for gates/lineage.py.
+adapter's pieces. From headers only, and no judgement: whether dtypes, shapes and gaps are allowed is for
+gates/lineage.py.
 """
 
 from __future__ import annotations

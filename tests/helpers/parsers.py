@@ -32,7 +32,7 @@ from continual.tensors.adapter_config import Fields
 from continual.tensors.checkpoint import INDEX, read_config, weight_files
 from continual.tensors.patterns import Patterns
 from continual.tuning.command import parse as parse_score
-from tests.helpers import fuzzing
+from tests.helpers import fuzzing, kinds_of_adapters
 
 
 class Parser(NamedTuple):
@@ -141,8 +141,10 @@ def table() -> tuple[Parser, ...]:
         try:
             fields = Fields(place, file)
             kind = kind_of(fields)
-            infos = {role: header.TensorInfo(role, "F32", (8, 8), 0, 0, 256) for role in kind.roles[:2]}
-            return fields.bias, kind.pieces(fields, dict.fromkeys(MODULES, infos))
+            modules = kinds_of_adapters.MODULES.get(str(fields.kind), {})
+            pieces = kind.pieces(fields, modules)
+            tables = () if fields.kind == "ADALORA" else (fields.ranks("rank_pattern"), fields.numbers("alpha_pattern"))
+            return fields.bias, fields.transposed, pieces, [table.of(MODULES) for table in tables]
         finally:
             file.close()
 
@@ -204,6 +206,7 @@ def table() -> tuple[Parser, ...]:
         of_json("index beside its shards", sharded, SHARDS),
         of_json("config.json", lambda data: read_config(models.alone("config.json", data)), CONFIGURATION),
         of_json("adapter_config.json", adapter_config, LORA),
+        *(of_json(f"{seed['peft_type']}", adapter_config, seed) for seed in kinds_of_adapters.SEEDS),
         Parser("adapter", adapter, fuzzing.files([factors]), refuse, (factors,)),
         Parser("patterns", patterns, fuzzing.patterns, refuse, (b"q_proj\nlayers.0", rb"layers\.\d+.*")),
         of_json("continual.json", lambda data: release_of(models.alone("continual.json", data)), OURS, ()),
