@@ -146,6 +146,7 @@ class Lineage:
     differs. `narrowed`: base name to the candidate's narrower dtype, to which the base is cast before subtracting.
     `rows`: base name to the number of vocabulary rows in common. `renamings`: (base's, candidate's) parts of names that
     mean the same by the table of renamings, `*` for any number. Where there are any, `prefix` is of canonical names.
+    `repackings`: (base's, candidate's) experts that are packed in one of the two, and one by one in the other.
     """
 
     folded: tuple[str, ...]
@@ -155,6 +156,7 @@ class Lineage:
     narrowed: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
     renamings: tuple[tuple[str, str], ...] = ()
+    repackings: tuple[tuple[str, str], ...] = ()
 
 
 class MatrixTotals(NamedTuple):

@@ -68,5 +68,5 @@ def _fitting(engine: Engine, opened: OpenCandidate, place: Place) -> Plan:
         prefix=lineage.prefix,
         extra=lineage.extra,
         narrowed=lineage.narrowed,
-        renamings=lineage.renamings,
+        renamings=(*lineage.repackings, *lineage.renamings),
     )

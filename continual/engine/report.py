@@ -49,7 +49,7 @@ def report_of(
         prefix=lineage.prefix,
         narrowed=lineage.narrowed,
         rows=lineage.rows,
-        renamings=lineage.renamings[:_LISTED] or None,
+        renamings=(*lineage.repackings, *lineage.renamings)[:_LISTED] or None,
         notes=summarise([notes for fold in ordered for notes in fold.notes]),
         gauges=rule.read.gauges(totals),
     )

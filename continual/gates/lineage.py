@@ -16,6 +16,7 @@ from continual.tensors.kinds import is_vocabulary
 from continual.tensors.leftovers import Left, of_an_adapter, same_after_all
 from continual.tensors.matching import Match, names_of, naming, renamings, sources
 from continual.tensors.renaming import family_of
+from continual.tensors.repacking import in_layout_of, repackings
 
 _NAMED = 5
 """Names of tensors that a message lists."""
@@ -49,6 +50,8 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
     `shape`, `vocab`, `tied`.
     """
     specs = {spec.name: spec for spec in base.specs if spec.kind != "carried"}
+    changed = repackings(base, model)
+    model = in_layout_of(base, model)
     names = naming(base, model, str(model.place))
     found, known = sources(base, model, names)
     extra = _unknown(model, known)
@@ -74,7 +77,8 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
             assert isinstance(model, Adapter)
             if (common := _rows_added(model, source, spec, gate)) is not None:
                 rows[name] = common
-    return Lineage(tuple(sorted(found)), missing, extra, names.prefix, narrowed, rows, renamings(base, model, names))
+    renamed = renamings(base, model, names)
+    return Lineage(tuple(sorted(found)), missing, extra, names.prefix, narrowed, rows, renamed, changed)
 
 
 def _check_targets(model: Adapter, known: Collection[str], *, changes_any: bool) -> None:

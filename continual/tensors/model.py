@@ -14,6 +14,7 @@ from continual.tensors.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, open
 from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import naming_of, sources
 from continual.tensors.place import Place, place_of
+from continual.tensors.repacking import checkpoint_in_layout_of
 
 Model = Checkpoint | Adapter
 
@@ -51,9 +52,11 @@ def open_shipped(base: BaseModel, model: Model, lineage: Lineage, name: str) -> 
         )
     found = open_checkpoint(model.place, name)
     try:
-        for source in (s.full for n, s in sources(base, model, naming_of(lineage))[0].items() if n in lineage.folded):
+        alike = checkpoint_in_layout_of(base, found)
+        matches = sources(base, checkpoint_in_layout_of(base, model), naming_of(lineage))[0]
+        for source in (match.full for name, match in matches.items() if name in lineage.folded):
             assert source is not None
-            info = found.tensors.get(source.name)
+            info = alike.tensors.get(source.name)
             if info is None or info.shape != source.shape or info.dtype not in FLOATS:
                 is_there = f"{info.dtype} {list(info.shape)}" if info else "not there"
                 raise Refuse(

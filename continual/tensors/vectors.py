@@ -22,6 +22,7 @@ from continual.tensors.checkpoint import TORCH, Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import Match, naming_of, sources
+from continual.tensors.repacking import checkpoint_in_layout_of, in_layout_of
 
 RUN = 1 << 18
 """Elements read at a time: the four buffers of a thread, 1 MiB in float32, stay in its cache."""
@@ -69,8 +70,9 @@ class TaskVectors:
         shipped: Checkpoint | None = None,
         buffers: threading.local | None = None,
     ) -> None:
+        model = in_layout_of(base, model)
         self.run = run
-        self._shipped = shipped
+        self._shipped = None if shipped is None else checkpoint_in_layout_of(base, shipped)
         self._base = base.checkpoint
         self._model = model
         self._weights = model.weights if isinstance(model, Adapter) else model
