@@ -8,87 +8,36 @@ family's default where it is silent.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from continual.errors import Refuse
 from continual.tensors.checkpoint import Checkpoint
 
 _TIED_BY_DEFAULT = frozenset(
-    [
-        "albert",
-        "bart",
-        "bert",
-        "big_bird",
-        "bigbird_pegasus",
-        "blenderbot",
-        "blenderbot-small",
-        "bloom",
-        "camembert",
-        "cohere",
-        "cohere2",
-        "convbert",
-        "ctrl",
-        "deberta",
-        "deberta-v2",
-        "distilbert",
-        "electra",
-        "ernie",
-        "falcon",
-        "flaubert",
-        "fnet",
-        "funnel",
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "gemma3n",
-        "gemma3n_text",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "ibert",
-        "layoutlm",
-        "led",
-        "lfm2",
-        "longformer",
-        "longt5",
-        "luke",
-        "m2m_100",
-        "mamba",
-        "marian",
-        "mbart",
-        "megatron-bert",
-        "mobilebert",
-        "modernbert",
-        "mpnet",
-        "mpt",
-        "mt5",
-        "mvp",
-        "nllb-moe",
-        "nomic_bert",
-        "openai-gpt",
-        "opt",
-        "pegasus",
-        "pegasus_x",
-        "plbart",
-        "prophetnet",
-        "recurrent_gemma",
-        "roberta",
-        "roberta-prelayernorm",
-        "roformer",
-        "smollm3",
-        "starcoder2",
-        "switch_transformers",
-        "t5",
-        "umt5",
-        "whisper",
-        "xglm",
-        "xlm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xlnet",
-    ]
+    (
+        *("albert", "aya_vision", "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt"),
+        *("blenderbot", "blenderbot-small", "blip", "blip_text_model", "bloom", "camembert", "canary", "cohere"),
+        *("cohere2", "cohere2_moe", "cohere2_vision", "cohere_compass_text", "convbert", "csm", "ctrl"),
+        *("data2vec-text", "deberta", "deberta-v2", "deepseek_vl", "deepseek_vl_hybrid", "diffusion_gemma"),
+        *("distilbert", "electra", "ernie", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe", "esm", "falcon"),
+        *("falcon_mamba", "flaubert", "flava", "florence2", "fnet", "fun_asr_nano", "funnel", "gemma", "gemma2"),
+        *("gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified"),
+        *("gemma4_unified_assistant", "gemma4_unified_text", "glmasr", "got_ocr2", "gpt2", "gpt_bigcode", "gpt_neo"),
+        *("gpt_neox_japanese", "granite_docling", "granite_speech", "granite_speech_plus", "granite_swa", "gte"),
+        *("hunyuan_vl", "hyperclovax_vision_v2", "ibert", "internvl", "janus", "jetmoe", "jina_embeddings_v3"),
+        *("kimi_k25", "kosmos-2", "kosmos_2_5_text_model", "kosmos_2_text_model", "layoutlm", "led", "lfm2"),
+        *("lfm2_moe", "lfm2_vl", "lfm3", "lfm3_vl", "lighton_ocr", "longformer", "longt5", "luke", "lxmert"),
+        *("m2m_100", "mamba", "marian", "mbart", "megatron-bert", "minicpm3", "minicpm_ocr", "mistral3"),
+        *("mobilebert", "modernbert", "modernbert-decoder", "moonshine", "moss_transcribe_diarize", "mpnet", "mpt"),
+        *("mra", "mt5", "mvp", "neomme", "nllb-moe", "nomic_bert", "nystromformer", "openai-gpt", "opt", "ovis2"),
+        *("paddleocr_vl", "paligemma", "pe_audio_video", "pegasus", "pegasus_x", "plbart", "pop2piano"),
+        *("pp_doclayout_v3", "prophetnet", "qwen3_asr", "recurrent_gemma", "roberta", "roberta-prelayernorm"),
+        *("roc_bert", "roformer", "sam", "sam_hq", "seamless_m4t", "seamless_m4t_v2", "smollm3", "speech_to_text"),
+        *("speecht5", "squeezebert", "starcoder2", "switch_transformers", "t5", "t5gemma", "t5gemma2", "tapas"),
+        *("trocr", "udop", "umt5", "vaultgemma", "vilt", "visual_bert", "voxtral_realtime", "whisper", "xglm", "xlm"),
+        *("xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "yoso", "youtu", "zamba", "zamba2", "zaya"),
+    )
 )
 """`model_type`s whose config class has tie_word_embeddings = true, read from the classes of transformers 5; a saved
 config leaves defaults out."""
@@ -96,30 +45,75 @@ config leaves defaults out."""
 
 class _Group(NamedTuple):
     """Last parts of names that are one tensor, the canonical one first. `head`: only where the config ties the output
-    head."""
+    head. `families`: only in these `model_type`s."""
 
     canonical: str
     others: tuple[str, ...]
     head: bool = True
+    families: tuple[str, ...] = ()
 
 
+_PREDICTIONS = (
+    *("cls.predictions.decoder.weight", "predictions.decoder.weight", "lm_head.decoder.weight"),
+    *("vocab_projector.weight", "generator_lm_head.weight", "mlm_score.decoder.weight"),
+)
+_BIAS = "relative_bias.biases.0.relative_attention_bias.weight"
 _GROUPS = (
     _Group("shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), head=False),
+    _Group(
+        "shared.weight",
+        ("text_encoder.embed_tokens.weight", "text_decoder.embed_tokens.weight"),
+        head=False,
+        families=("seamless_m4t", "seamless_m4t_v2"),
+    ),
     _Group("shared.weight", ("lm_head.weight",)),
     _Group("embed_tokens.weight", ("lm_head.weight", "proj_out.weight")),
+    _Group("embed_tokens.weight", ("output_projection.weight",), families=("biogpt", "trocr")),
+    _Group("embed_tokens.weight", ("lm_head.out_proj.weight",), families=("t5gemma", "t5gemma2")),
+    _Group("embed_tokens.weight", ("head.decoder.weight",), families=("ultrabert",)),
+    _Group("embed_tokens.weight", ("text_decoder_postnet.lm_head.weight",), families=("speecht5",)),
+    _Group("decoder.embed_tokens.weight", ("decoder.output_projection.weight",), families=("fsmt",)),
+    _Group("embed_in.weight", ("lm_head.weight", "embed_out.weight")),
     _Group("wte.weight", ("lm_head.weight",)),
+    _Group("transformer.w.weight", ("lm_head.weight",), families=("ctrl",)),
     _Group("word_embeddings.weight", ("lm_head.weight",)),
+    _Group("word_embedding.weight", ("lm_loss.weight",), families=("xlnet",)),
     _Group("embeddings.weight", ("lm_head.weight",)),
+    _Group("embeddings.weight", ("pred_layer.proj.weight",), families=("flaubert", "xlm")),
+    _Group("embeddings.weight", ("head.weight",), families=("rwkv",)),
+    _Group("tok_embeddings.weight", ("decoder.weight", "lm_head.weight")),
     _Group("tokens_embed.weight", ("lm_head.weight",)),
+    _Group("codec_embedding.weight", ("codec_head.weight",), families=("qwen3_omni_moe_talker",)),
+    _Group("embeddings.word_embeddings.weight", _PREDICTIONS),
+    _Group("embeddings.word_embeddings.weight", ("output.weight",), families=("git",)),
+    _Group("entity_embeddings.entity_embeddings.weight", ("entity_predictions.decoder.weight",), families=("luke",)),
+    _Group("embedding_projection.weight", ("unembedding_projection.weight",), families=("neomme",)),
     _Group(
-        "embeddings.word_embeddings.weight",
-        (
-            "cls.predictions.decoder.weight",
-            "predictions.decoder.weight",
-            "lm_head.decoder.weight",
-            "vocab_projector.weight",
-            "generator_lm_head.weight",
-        ),
+        "encoder.text_model.embed_tokens.weight", ("decoder.embed_tokens.weight",), head=False, families=("t5gemma2",)
+    ),
+    _Group(
+        "word_embeddings.weight",
+        ("encoder.word_embeddings.weight", "decoder.word_embeddings.weight"),
+        head=False,
+        families=("prophetnet",),
+    ),
+    _Group(
+        "depth_decoder.model.embed_tokens.weight",
+        ("backbone_model.embed_tokens.embed_audio_tokens.weight",),
+        head=False,
+    ),
+    _Group("text_embeddings.word_embeddings.weight", ("mlm_score.decoder.weight",), families=("vilt",)),
+    *(
+        _Group(f"{head}.decoder.bias", (f"{head}.bias",), head=False, families=("flava",))
+        for head in ("mim_head", "mlm_head", "mmm_image_head", "mmm_text_head")
+    ),
+    _Group("patch_embed.proj.weight", ("encoder.embed_patches.proj.weight",), head=False, families=("udop",)),
+    _Group("patch_embed.proj.bias", ("encoder.embed_patches.proj.bias",), head=False, families=("udop",)),
+    _Group(
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        (f"encoder.{_BIAS}", f"decoder.{_BIAS}"),
+        head=False,
+        families=("udop",),
     ),
     _Group("cls.predictions.bias", ("cls.predictions.decoder.bias",), head=False),
     _Group("predictions.bias", ("predictions.decoder.bias",), head=False),
@@ -128,35 +122,55 @@ _GROUPS = (
 _BLOCK = 1 << 20
 
 
-def tied(checkpoint: Checkpoint) -> dict[str, str]:
+def tied(checkpoint: Checkpoint, tables: Collection[str] = ()) -> dict[str, str]:
     """Every other name a tensor of this base may bear, in its files or not, to the canonical one, which is in its
-    files.
+    files. What is named in `tables` is a tensor by itself, whatever the config says: a state keeps it so.
 
     Raises Refuse (`tied`) where the config says that two tensors are one and their bytes differ. Where only the
-    family's default says so, they are two.
+    family's default says so, the bytes decide.
     """
-    said = _says(checkpoint.config)
-    heads = said if said is not None else checkpoint.config.get("model_type") in _TIED_BY_DEFAULT
     found: dict[str, str] = {}
-    for group in _GROUPS:
-        if group.head and not heads:
+    for alias, name, must in _candidates(checkpoint.tensors, checkpoint.config):
+        if alias in found or name in found or alias in tables:
             continue
-        for name in checkpoint.tensors:
-            if name in found or not (name == group.canonical or name.endswith(f".{group.canonical}")):
+        if alias not in checkpoint.tensors or _same(checkpoint, alias, name):
+            found[alias] = name
+        elif must:
+            raise Refuse(
+                "tied",
+                f"{checkpoint.place}: config.json ties {alias} to {name}, and they differ: "
+                "set tie_word_embeddings = false in it",
+            )
+    return found
+
+
+def ties(names: Collection[str], config: Mapping[str, object]) -> dict[str, str]:
+    """What `tied` says of a checkpoint that has tensors of these names, if those that are one are equal."""
+    found: dict[str, str] = {}
+    for alias, name, _ in _candidates(names, config):
+        if alias not in found and name not in found:
+            found[alias] = name
+    return found
+
+
+def ties_heads(config: Mapping[str, object]) -> bool:
+    """Whether a config ties the output head to the input embedding, by its word or that of its family."""
+    said = _says(config)
+    return said if said is not None else str(config.get("model_type")) in _TIED_BY_DEFAULT
+
+
+def _candidates(names: Collection[str], config: Mapping[str, object]) -> Iterator[tuple[str, str, bool]]:
+    """Names that can be one tensor, the other one and the canonical; and whether the config itself says so."""
+    heads, said, family = ties_heads(config), _says(config), str(config.get("model_type"))
+    for group in _GROUPS:
+        if (group.head and not heads) or (group.families and family not in group.families):
+            continue
+        for name in names:
+            if not (name == group.canonical or name.endswith(f".{group.canonical}")):
                 continue
             prefix = name[: -len(group.canonical)]
-            for alias in sorted(
-                {head + other for other in group.others for head in _prefixes(prefix)} - {name, *found}
-            ):
-                if alias not in checkpoint.tensors or _same(checkpoint, alias, name):
-                    found[alias] = name
-                elif group.head and said:
-                    raise Refuse(
-                        "tied",
-                        f"{checkpoint.place}: config.json ties {alias} to {name}, and they differ: "
-                        "set tie_word_embeddings = false in it",
-                    )
-    return found
+            for alias in sorted({head + other for other in group.others for head in _prefixes(prefix)} - {name}):
+                yield alias, name, group.head and bool(said)
 
 
 def _prefixes(prefix: str) -> tuple[str, str, str]:
