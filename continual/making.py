@@ -21,7 +21,8 @@ from continual.records import Kind
 from continual.rules import read_options, rule
 from continual.state import Format, State
 from continual.state.format import BaseRecord
-from continual.tensors import BaseModel, Folder, Place, describe
+from continual.tensors import BaseModel, Checkpoint, Folder, Place, describe
+from continual.tensors.tied import head_of
 
 if TYPE_CHECKING:
     from continual.hub import Hub
@@ -38,7 +39,8 @@ class Recipe:
     change, as do `plain` and `exclude`: globs of tensor names. Tensors that match `plain` are folded by the rule's
     plain form, those that match `exclude` are copied from the base untouched. `scale` says how long the merged task
     vector is read (`norm`, `norm:KAPPA`, a number or `auto`), `lines` how the layers are scaled (`ALPHA:BETA`); both
-    can be changed later, and None takes the rule's default.
+    can be changed later, and None takes the rule's default. `untie` gives an output head that is tied to the input
+    embedding a tensor of its own: fine-tunes can then change one of the two, and an export has both.
     """
 
     rule: str = DEFAULT
@@ -47,6 +49,7 @@ class Recipe:
     lines: str | None = None
     plain: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    untie: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ def survey(base: str | Path, recipe: Recipe | None = None, *, client: Hub | None
     """
     recipe = recipe or Recipe()
     with open_checkpoint(Places(Settings(), client=client).named(base)) as checkpoint:
-        return _survey(str(checkpoint.place), describe(checkpoint, plain=recipe.plain, exclude=recipe.exclude), recipe)
+        return _survey(str(checkpoint.place), _described(checkpoint, recipe), recipe)
 
 
 def init(
@@ -101,7 +104,7 @@ def init(
     chosen = rule(recipe.rule, recipe.options)  # before anything is fetched
     found = _found(Places(Settings(), client=client).named(base), base, progress)
     with open_checkpoint(found.place) as checkpoint:
-        model = describe(checkpoint, plain=recipe.plain, exclude=recipe.exclude)
+        model = _described(checkpoint, recipe)
         made = _survey(found.name, model, recipe)
         measured = measure_base(model, progress)
         remote = found.remote
@@ -163,6 +166,14 @@ def agree(state: State, settings: Settings) -> None:
             raise Misconfigured(
                 f"{key} = {wanted.get(key)}, and the state was made with {made.options.get(key)}: {advice}"
             )
+
+
+def _described(checkpoint: Checkpoint, recipe: Recipe) -> BaseModel:
+    """The base as the recipe has it. Raises Misconfigured where a head is to be untied and none is tied."""
+    heads = head_of(checkpoint) if recipe.untie else {}
+    if recipe.untie and not heads:
+        raise Misconfigured(f"tied = untie: no output head of {checkpoint.place} is tied to its input embedding")
+    return describe(checkpoint, plain=recipe.plain, exclude=recipe.exclude, tables=heads)
 
 
 class _Found(NamedTuple):

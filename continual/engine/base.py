@@ -58,7 +58,12 @@ def open_base(state: State, places: Places, moved: Path | None = None) -> BaseMo
         path = fetched(places.hub, record.repo, record.revision, silent).path
     if not path.exists():
         raise Misconfigured(f"base {path} is gone: put it back, or say where it is now with base = DIR (--base)")
-    model = describe(open_checkpoint(path), plain=record.plain, exclude=record.exclude)
+    model = describe(
+        open_checkpoint(path),
+        plain=record.plain,
+        exclude=record.exclude,
+        tables=[spec.name for spec in state.format.tensors],  # what a state keeps by itself stays so
+    )
     model = replace(model, specs=as_made(model.specs, state.format.tensors))
     if model.specs != state.format.tensors:
         raise Damaged(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,6 +76,12 @@ class Checkpoint:
         """The directory that its files are in. Only for what was opened on this machine."""
         assert isinstance(self.place, Folder)
         return self.place.directory
+
+    def with_tensors(self, tensors: Mapping[str, TensorInfo]) -> Checkpoint:
+        """The same open files with other names for what is in them. One of the two is closed."""
+        other = copy.copy(self)
+        other.tensors = tensors
+        return other
 
     def __enter__(self) -> Checkpoint:
         return self

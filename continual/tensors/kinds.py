@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from continual.errors import Misconfigured, Refuse
 from continual.records import Kind, TensorSpec
 from continual.tensors.checkpoint import FLOATS, Checkpoint
-from continual.tensors.tied import tied
+from continual.tensors.tied import tied, with_tables
 
 _WORDS = re.compile(
     r"(^|\.)(embed_tokens|embed_in|tok_embeddings|wte|shared|word_embeddings?|token_embedding|embed_out|lm_head"
@@ -55,20 +55,26 @@ _BEFORE = re.compile(
 @dataclass(frozen=True, slots=True)
 class BaseModel:
     """A base and what is known of its tensors: `specs` in name order, `aliases` from a tied name (in its files or not)
-    to its canonical one."""
+    to its canonical one. `untied`: from a name that is a tensor by itself here to that which it is tied to in the
+    files."""
 
     checkpoint: Checkpoint
     specs: tuple[TensorSpec, ...]
     aliases: Mapping[str, str]
+    untied: Mapping[str, str] = field(default_factory=dict)
 
 
-def describe(checkpoint: Checkpoint, *, plain: Sequence[str] = (), exclude: Sequence[str] = ()) -> BaseModel:
-    """Kinds, depths and ties of a base. `plain` and `exclude` are globs of names.
+def describe(
+    checkpoint: Checkpoint, *, plain: Sequence[str] = (), exclude: Sequence[str] = (), tables: Collection[str] = ()
+) -> BaseModel:
+    """Kinds, depths and ties of a base. `plain` and `exclude` are globs of names; what `tables` names is a tensor by
+    itself, though it be tied to another: a head that is not in the files has the values of the embedding then.
 
     Reads nothing but headers, except where tied names are both there: their bytes are compared. Raises Refuse for a
     float dtype that cannot be folded and for tied tensors that differ, Misconfigured for a glob that names no tensor.
     """
-    aliases = tied(checkpoint)
+    aliases = tied(checkpoint, tables)
+    checkpoint, untied = with_tables(checkpoint, tables)
     names = sorted(name for name in checkpoint.tensors if name not in aliases)
     for glob in (*plain, *exclude):
         if not fnmatch.filter(names, glob):
@@ -94,7 +100,7 @@ def describe(checkpoint: Checkpoint, *, plain: Sequence[str] = (), exclude: Sequ
             )
         kind = "stack" if experts else kind
         specs.append(TensorSpec(name, info.shape, info.dtype, kind, depth_of(name, stacks), experts))
-    return BaseModel(checkpoint, tuple(specs), aliases)
+    return BaseModel(checkpoint, tuple(specs), aliases, untied)
 
 
 def kind_of(

@@ -83,7 +83,7 @@ _GROUPS = (
     _Group("embeddings.weight", ("head.weight",), families=("rwkv",)),
     _Group("tok_embeddings.weight", ("decoder.weight", "lm_head.weight")),
     _Group("tokens_embed.weight", ("lm_head.weight",)),
-    _Group("codec_embedding.weight", ("codec_head.weight",), families=("qwen3_omni_moe_talker",)),
+    _Group("codec_embedding.weight", ("codec_head.weight",)),
     _Group("embeddings.word_embeddings.weight", _PREDICTIONS),
     _Group("embeddings.word_embeddings.weight", ("output.weight",), families=("git",)),
     _Group("entity_embeddings.entity_embeddings.weight", ("entity_predictions.decoder.weight",), families=("luke",)),
@@ -119,6 +119,28 @@ _GROUPS = (
     _Group("predictions.bias", ("predictions.decoder.bias",), head=False),
     _Group("lm_head.bias", ("lm_head.decoder.bias",), head=False),
 )
+_HEADS = {
+    **dict.fromkeys(("whisper", "moonshine", "canary", "cohere_asr"), "proj_out.weight"),
+    **dict.fromkeys(
+        ("bert", "deberta", "deberta-v2", "ernie", "fnet", "layoutlm", "mobilebert", "nomic_bert", "roformer"),
+        "cls.predictions.decoder.weight",
+    ),
+    **dict.fromkeys(
+        ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "mpnet", "longformer", "esm", "ibert", "gte"),
+        "lm_head.decoder.weight",
+    ),
+    **dict.fromkeys(("electra", "convbert"), "generator_lm_head.weight"),
+    **dict.fromkeys(("modernbert", "modernbert-decoder"), "decoder.weight"),
+    **dict.fromkeys(("biogpt", "trocr"), "output_projection.weight"),
+    **dict.fromkeys(("flaubert", "xlm"), "pred_layer.proj.weight"),
+    **dict.fromkeys(("t5gemma", "t5gemma2"), "lm_head.out_proj.weight"),
+    "distilbert": "vocab_projector.weight",
+    "albert": "predictions.decoder.weight",
+    "gpt_neox_japanese": "embed_out.weight",
+    "xlnet": "lm_loss.weight",
+    "rwkv": "head.weight",
+}
+"""What the head is called, by `model_type`, where it is not lm_head.weight."""
 _BLOCK = 1 << 20
 
 
@@ -142,6 +164,32 @@ def tied(checkpoint: Checkpoint, tables: Collection[str] = ()) -> dict[str, str]
                 "set tie_word_embeddings = false in it",
             )
     return found
+
+
+def with_tables(checkpoint: Checkpoint, tables: Collection[str]) -> tuple[Checkpoint, dict[str, str]]:
+    """The same checkpoint, in which every name of `tables` that is not in its files is there with the bytes of the
+    tensor that it is tied to; and those of `tables` that are tied, with what they are tied to."""
+    said: dict[str, str] = {}
+    for alias, name, _ in _candidates(checkpoint.tensors, checkpoint.config):
+        if alias in tables and name not in said:
+            said.setdefault(alias, name)
+    more = {name: checkpoint.tensors[of]._replace(name=name) for name, of in said.items()}
+    if more.keys() <= checkpoint.tensors.keys():
+        return checkpoint, said
+    return checkpoint.with_tensors({**more, **checkpoint.tensors}), said
+
+
+def head_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """The output head of a base that is tied to its input embedding, by the name that its class has for it, to that of
+    the embedding; empty where no head is tied."""
+    aliases = tied(checkpoint)
+    present = {name: of for name, of in aliases.items() if name in checkpoint.tensors}
+    word = _HEADS.get(str(checkpoint.config.get("model_type")), "lm_head.weight")
+    for found in (present, aliases):
+        heads = sorted(name for name in found if name == word or (found is present and name.endswith(word)))
+        if heads:
+            return {heads[0]: found[heads[0]]}
+    return {}
 
 
 def ties(names: Collection[str], config: Mapping[str, object]) -> dict[str, str]:

@@ -39,7 +39,7 @@ SIGNATURES = {
     "Merge.combine": "(self, other, *, dry_run=False, progress)",
     "Merge.retry": "(self, word)",
     "Merge.close": "(self)",
-    "Recipe": "(rule='iso-c', options, scale=None, lines=None, plain=(), exclude=())",
+    "Recipe": "(rule='iso-c', options, scale=None, lines=None, plain=(), exclude=(), untie=False)",
     "Target": "(directory, at=None, dtype=None, shard_size=None)",
     "Tuning": "(candidates=20, policy=None, around=None, lines=False, work=None, dry_run=False)",
     "Command": "(argv, key=None, lower=False, timeout=None)",
