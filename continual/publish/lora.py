@@ -9,9 +9,9 @@ the factors is zeros (vLLM wants one rank).
 
 What a plain LoRA cannot hold is left out by name, and counted in the error: norms, biases, convolutions, anything that
 is not 2-D; position tables of classes of their own, whose forward is no look-up; weights that torch reads past a
-wrapper (nn.MultiheadAttention); experts and their routers, which transformers 5 keeps in 3-D tensors; GPT-NeoX's
-embed_out, which it loads as lm_head; and a table that is tied to the output head. Of that PEFT would adapt the
-embedding alone and leave the head at the base; wrapping both by the same product gives the right logits, but then
+wrapper (nn.MultiheadAttention); experts and their routers, which transformers 5 keeps in 3-D tensors; an embed_out
+that is not loaded as lm_head, as GPT-NeoX's is; and a table that is tied to the output head. Of that PEFT would adapt
+the embedding alone and leave the head at the base; wrapping both by the same product gives the right logits, but then
 PEFT's merge_and_unload adds it twice to the one shared weight. A silent doubling is worse than an error that is told.
 """
 
@@ -44,6 +44,7 @@ from continual.tensors.adapter_config import CONFIG
 from continual.tensors.kinds import is_vocabulary, kind_of
 from continual.tensors.matching import CONV1D
 from continual.tensors.place import RELEASE
+from continual.tensors.renaming import family_of, is_known, loaded
 
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|embed_in|tok_embeddings|tokens_embed|positions_embed|wte|wpe|shared|word_embeddings?"
@@ -144,8 +145,9 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
     exist yet.
 
     The rank is lowered to the smaller side of the largest adapted tensor: no tensor has a larger one. Raises
-    Misconfigured if the directory is there or cannot be made, for a rank below 1, where nothing is folded yet or where
-    nothing can be adapted; Halt if a value overflows the dtype. Then nothing is left behind.
+    Misconfigured for a family whose names under transformers are not known, if the directory is there or cannot be
+    made, for a rank below 1, where nothing is folded yet or where nothing can be adapted; Halt if a value overflows the
+    dtype. Then nothing is left behind.
     """
     word = parse_dtype(target.dtype) or "F32"
     free(target.directory)
@@ -153,6 +155,12 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
         raise Misconfigured(f"rank = {target.rank}: an adapter has at least rank 1")
     if reading.commit.generation is None or not reading.state.ledger.folds(at=reading.commit.seq):
         raise Misconfigured("nothing is folded yet, so the adapter would be empty: fold a model first")
+    if not is_known(base.checkpoint.config):
+        family = family_of(base.checkpoint.config)
+        raise Misconfigured(
+            f"{base.checkpoint.place}: transformers loads a model of type {family} under other names than its files "
+            "have, and they are not known here: export the full model, without --as-lora"
+        )
     adapted = adaptable(base)
     if not adapted:
         raise Misconfigured(
@@ -179,35 +187,35 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
 
 def adaptable(base: BaseModel) -> tuple[Adapted, ...]:
     """The tensors of a base that PEFT can adapt as nn.Linear, Conv1D or nn.Embedding, in name order. From names and
-    shapes alone.
-
-    Modules are called what the files call them. A class that transformers loads under other names (some vision-language
-    models) needs them exchanged first.
+    shapes alone. Modules are called what transformers 5 calls them in the loaded model.
     """
+    config = base.checkpoint.config
     present = {spec.name for spec in base.specs}
     tied = set(base.aliases.values())
-    conv1d = CONV1D.get(str(base.checkpoint.config.get("model_type")), frozenset())
+    conv1d = CONV1D.get(family_of(config), frozenset())
     blocks = {name.partition(".experts.")[0] for name in present if ".experts." in name}
     routers = {f"{block}.{word}.weight" for block in blocks for word in ("gate", "router")}
     inner = _inner(base, present)
     found = []
     for spec in base.specs:
         name = spec.name
-        module = name.removesuffix(".weight")
-        parent, _, own = module.rpartition(".")
-        if len(spec.shape) != 2 or not spec.numel or spec.kind == "carried" or module == name or name in tied:
+        parent, _, own = name.removesuffix(".weight").rpartition(".")
+        if len(spec.shape) != 2 or not spec.numel or spec.kind == "carried" or name in tied:
+            continue
+        module = loaded(inner + name, config)
+        if not module.endswith(".weight") or not name.endswith(".weight"):
             continue
         if (
             ".experts." in name
             or name in routers
-            or own == "embed_out"
+            or module.endswith("embed_out.weight")
             or (own == "out_proj" and f"{parent}.in_proj_weight" in present)
         ):
             continue
         embedding = _EMBEDDING.search(name) is not None
         # by the name alone: what the user's globs made plain is a linear layer as before
         if embedding or is_vocabulary(name) or _HEAD.search(name) or kind_of(name, spec.shape, spec.dtype) == "matrix":
-            found.append(Adapted(spec, inner + module, embedding, embedding or own in conv1d))
+            found.append(Adapted(spec, module.removesuffix(".weight"), embedding, embedding or own in conv1d))
     return tuple(found)
 
 

@@ -93,9 +93,11 @@ _TOWERS = frozenset(
 _MULTIMODAL = frozenset(
     (
         "aria",
+        "audioflamingo3",
         "aya_vision",
         "fuyu",
         "gemma3",
+        "glmasr",
         "got_ocr2",
         "internvl",
         "llava",
@@ -104,16 +106,43 @@ _MULTIMODAL = frozenset(
         "llava_onevision",
         "mistral3",
         "mllama",
+        "musicflamingo",
         "paligemma",
+        "pp_chart2table",
         "qwen2_5_vl",
         "qwen2_audio",
         "qwen2_vl",
         "video_llava",
         "vipllava",
         "voxtral",
+        "voxtral_realtime",
     )
 )
 """`model_type`s whose class has `model.language_model.`, and towers such as `model.visual.`, under any file's names."""
+_ALONE: Mapping[str, str] = {
+    "clip_text_model": "text_model.",
+    "clip_vision_model": "vision_model.",
+    "siglip_text_model": "text_model.",
+    "siglip_vision_model": "vision_model.",
+    "siglip2_text_model": "text_model.",
+    "siglip2_vision_model": "vision_model.",
+}
+"""What files of transformers 4 have before the names of a tower that stands alone, and its class has not any more; one
+with a projection or a classifier still has it."""
+_OTHERWISE = """
+    altclip aria_text axk1 axk2 bailing_hybrid cohere_asr colqwen2 conditional_detr cosmos3_edge cosmos3_omni d_fine
+    deepseek_ocr2 deepseek_v4 deformable_detr detr dinov3_convnext dinov3_vit dots3_note_audio_encoder
+    dots3_note_vision_encoder emu3 ernie4_5_moe ernie4_5_vl_moe exaone_moe flint gemma4_unified glm5_next glm5_next_text
+    gradium_phonon_tts granite_speech granite_speech_plus gte hrm_text hunyuan_vl hy_v3 hy_v4 hyperclovax_vision_v2
+    inkling2 inkling2_text inkling_mm_model jev jina_embeddings_v3 kimi_k25 kimi_linear kolibri1 laguna lfm3
+    lfm3_vl_vision lw_detr maskformer mimi mimo_v2_flash minimax_m3_vl mistral_large4 mistral_large4_text mlcd
+    mlcd_vision molmo2 nemo_speechlm nemotron_h nomic_bert olmo_hybrid paddleocr_vl pi0 pixio pp_doclayout_v2
+    pp_doclayout_v3 pp_doclayout_v4 qianfan_ocr qwen2_5_omni qwen2_5_omni_thinker qwen3_omni_moe
+    qwen3_omni_moe_thinker qwen4_exp_text radio rf_detr rt_detr rt_detr_v2 sam3_tracker sam3_tracker_video sapiens2
+    segformer shieldgemma2 step3p5_vision step3p7 t5gemma2_encoder timesfm2_5 timm_wrapper tipsv2 tipsv2_dpt ultrabert
+    ultravbert unlimited_ocr vibevoice_asr videomae yolos
+    """
+"""`model_type`s that transformers 5 loads under other names than its files have, which this table does not know."""
 
 
 def canonical(name: str, family: str) -> str:
@@ -142,16 +171,23 @@ def loaded(name: str, config: Mapping[str, object]) -> str:
     """What transformers 5 calls the weight `name` of a file in the model that it loads: the same, but for families
     whose classes have other names than their files."""
     family = family_of(config)
-    if family not in _MULTIMODAL:
-        return _exchanged(name, family)
-    short = canonical(name, family)
     listed = config.get("architectures")
     architecture = str(listed[0]) if isinstance(listed, list) and listed else ""
+    if family not in _MULTIMODAL:
+        if architecture.endswith(("TextModel", "VisionModel")):
+            name = name.removeprefix(_ALONE.get(family, ""))
+        return _exchanged(name, family)
+    short = canonical(name, family)
     head, _, _ = short.partition(".")
     if head == "lm_head":
         return short
     inner = short if head in _TOWERS else f"language_model.{short}"
     return inner if architecture.endswith("Model") else f"model.{inner}"
+
+
+def is_known(config: Mapping[str, object]) -> bool:
+    """Whether `loaded` knows the names of this family."""
+    return family_of(config) not in _OTHERWISE.split()
 
 
 def family_of(config: Mapping[str, object]) -> str:

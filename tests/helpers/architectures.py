@@ -171,3 +171,39 @@ def written(model: Any, directory: Path) -> Path:
         transformers.utils.logging.disable_progress_bar()
         model.save_pretrained(directory)
     return directory
+
+
+def inputs(name: str) -> dict[str, torch.Tensor]:
+    """What a model of this architecture can read, pictures and sound included."""
+    torch.manual_seed(3)
+    ids = torch.tensor([[6, 7, 8, 9, 10, 11, 12, 13]])
+    pixels = torch.randn(1, 3, 16, 16)
+    seen = torch.tensor([[6, 3, 3, 3, 3, 11, 12, 13]])
+    if name in ("vit", "dinov2", "swin", "siglip_vision"):
+        return {"pixel_values": pixels}
+    if name == "clip":
+        return {"input_ids": ids, "pixel_values": pixels}
+    if name in ("llava", "llava_bare"):
+        return {"input_ids": seen, "pixel_values": pixels}
+    if name == "gemma3":
+        return {"input_ids": seen, "pixel_values": pixels, "token_type_ids": (seen == 3).long()}
+    if name.startswith("qwen2vl"):
+        grid = torch.tensor([[1, 4, 4]])
+        return {
+            "input_ids": torch.tensor([[6, 5, 3, 3, 3, 3, 12, 13]]),
+            "pixel_values": torch.randn(16, 3 * 2 * 4 * 4),
+            "image_grid_thw": grid,
+            "mm_token_type_ids": (torch.tensor([[6, 5, 3, 3, 3, 3, 12, 13]]) == 3).long(),
+        }
+    if name == "t5":
+        return {"input_ids": ids, "decoder_input_ids": ids[:, :4]}
+    if name == "wav2vec2":
+        return {"input_values": torch.randn(1, 200)}
+    return {"input_ids": ids}
+
+
+def answer(model: Any, name: str) -> torch.Tensor:
+    """What it makes of them: its logits, or the last hidden state where it has no head."""
+    with torch.no_grad():
+        given = model.eval()(**inputs(name))
+    return given.logits_per_image if name == "clip" else given[0] if "logits" not in given else given["logits"]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from continual.errors import Refuse
 from continual.gates.lineage import LineageGate, trace
 from continual.records import Lineage
-from continual.tensors import Checkpoint, TaskVectors, describe, open_model
-from continual.tensors.renaming import canonical, canonical_names, difference, loaded
+from continual.tensors import Checkpoint, TaskVectors, describe, open_model, renaming
+from continual.tensors.renaming import canonical, canonical_names, difference, is_known, loaded
 from tests.helpers import architectures
 
 Named = dict[str, torch.Tensor]
@@ -177,3 +177,28 @@ def test_two_names_of_one_tensor_are_refused_unless_they_agree(models: Any, tmp_
     assert refusal.value.reason == "tied"
     assert name in str(refusal.value)
     assert double in str(refusal.value)
+
+
+def test_every_family_that_transformers_renames_is_in_the_table_or_refused_for_adapters() -> None:
+    """Whoever installs a newer transformers learns here which family it loads under other names."""
+    mapping = pytest.importorskip("transformers.conversion_mapping")
+    table = mapping._build_checkpoint_conversion_mapping()
+    same = {  # parts that no adapter has, or another model's names for this class
+        "legacy",
+        "esm",
+        "phimoe",
+        "granitemoe",
+        "granitemoehybrid",
+        "granitemoeshared",
+        "gemma3n_text",
+        "qwen3_5_text",
+        "qwen3_5_moe_text",
+    }
+    unknown = []
+    for family, alike in ({name: name for name in table} | mapping._MODEL_TO_CONVERSION_PATTERN).items():
+        steps = table.get(family) or table.get(alike, [])
+        renames = any(type(step).__name__ != "WeightConverter" for step in steps)
+        known = family in renaming._FAMILIES or family in renaming._MULTIMODAL
+        if family.islower() and renames and not known and family not in same and is_known({"model_type": family}):
+            unknown.append(family)
+    assert unknown == []
