@@ -19,7 +19,7 @@ from __future__ import annotations
 REFUSALS = (
     *("pickle", "no-weights", "no-file", "outside", "truncated", "header", "index", "missing-shard", "config", "dtype"),
     *("missing", "shape", "vocab", "prefix", "tied", "name", "adapter-kind", "adapter-target", "moments", "weight"),
-    *("non-finite", "zero", "norm-base", "norm-mean", "duplicate", "update", "own-release"),
+    *("assembly", "non-finite", "zero", "norm-base", "norm-mean", "duplicate", "update", "own-release"),
     *("gone", "gated", "superseded", "changed", "malformed", "irrelevant", "age", "count", "internal"),
     *("quantised", "foreign", "sharded-state", "lineage"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,11 +18,13 @@ from continual.linalg import dot
 from continual.state import State
 from continual.state.format import BaseFile
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, describe, foreign, open_model
-from continual.tensors.checkpoint import TORCH
+from continual.tensors.checkpoint import TORCH, part_files
+from continual.tensors.compound import COPIED, manifest_of, parts_of
 from continual.tensors.kinds import as_made
+from continual.tensors.place import MANIFESTS
 
 if TYPE_CHECKING:
-    from continual.hub import Hub
+    from continual.hub import Hub, Repo
 
 NOT_FETCHED = (
     ".bin",
@@ -59,7 +62,7 @@ def open_base(state: State, places: Places, moved: Path | None = None) -> BaseMo
     if not path.exists():
         raise Misconfigured(f"base {path} is gone: put it back, or say where it is now with base = DIR (--base)")
     model = describe(
-        open_checkpoint(path),
+        open_checkpoint(path, whole=_is_whole(record.files)),
         plain=record.plain,
         exclude=record.exclude,
         tables=[spec.name for spec in state.format.tensors],  # what a state keeps by itself stays so
@@ -91,15 +94,11 @@ def fetched(hub: Hub, repo: str, revision: str | None, progress: Progress) -> Fe
     The client compares each file with the SHA-256 that the Hub says. Raises Misconfigured if there is no such repo or
     commit, or if it has no safetensors files; Retry.
     """
-    from continual.hub.repo import download
+    from continual.hub.repo import Repo, download
 
     try:
         info = hub.info(repo, revision)
-        names = [
-            name
-            for name in info.files
-            if name.count("/") <= 1 and not name.startswith(".") and not name.endswith(NOT_FETCHED)
-        ]
+        names = [name for name in _wanted(Repo(hub, info.id, info.sha)) if not name.endswith(NOT_FETCHED)]
         if not any(name.endswith(".safetensors") for name in names):
             raise Misconfigured(str(foreign.refuse_names(info.files, f"{repo}@{info.sha[:12]}")))
         progress("fetch", 0, len(names))
@@ -109,6 +108,23 @@ def fetched(hub: Hub, repo: str, revision: str | None, progress: Progress) -> Fe
     except Refuse as error:
         raise Misconfigured(f"base {error}") from None
     return Fetched(directory, info.id, info.sha, info.licence or None)
+
+
+def _wanted(repo: Repo) -> list[str]:
+    """The files of a repo that a base is made of: all near its top, and of a model in several folders those with the
+    weights that are read, or copied, and everything small. Raises Refuse and Trouble."""
+    if manifest_of(repo) is None:
+        return [name for name in repo.info.files if name.count("/") <= 1 and not name.startswith(".")]
+    parts = parts_of(repo)
+    read = {file.name for file in part_files(repo, parts)}
+    folders = {part.folder for part in parts} | {""}
+    return [
+        name
+        for name in repo.info.files
+        if (folder := name.rpartition("/")[0]) in folders
+        and not name.startswith(".")
+        and (name in read or folder in COPIED or not name.endswith(".safetensors"))
+    ]
 
 
 class BaseNumbers(NamedTuple):
@@ -145,11 +161,17 @@ def measure_base(base: BaseModel, progress: Progress) -> BaseNumbers:
     return BaseNumbers(digests, squares)
 
 
-def open_checkpoint(where: Path | Place) -> Checkpoint:
-    """Opens a base. Raises Misconfigured if there is none or it is an adapter, Refuse if it cannot be read."""
+def _is_whole(files: Sequence[BaseFile]) -> bool:
+    """Whether all folders of the base were read at init: states that are older have what lies at its top alone."""
+    return any(file.name in MANIFESTS or "/" in file.name for file in files)
+
+
+def open_checkpoint(where: Path | Place, *, whole: bool = True) -> Checkpoint:
+    """Opens a base; without `whole` only what lies at its top. Raises Misconfigured if there is none or it is an
+    adapter, Refuse if it cannot be read."""
     if isinstance(where, Path) and not where.exists():
         raise Misconfigured(f"base {where}: no such directory")
-    model = open_model(where)
+    model = open_model(where, whole=whole)
     if isinstance(model, Adapter):
         model.close()
         raise Misconfigured(f"base {model.place} is an adapter: a state needs the full model it adapts")

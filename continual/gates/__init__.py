@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from continual.config import Settings
 from continual.errors import Misconfigured
+from continual.gates.assembly import AssemblyGate
 from continual.gates.contract import (
     AtFold,
     AtHeaders,
@@ -30,6 +31,7 @@ from continual.gates.weight import WeightGate
 
 __all__ = [
     "GATES",
+    "AssemblyGate",
     "FiniteGate",
     "Gate",
     "Gates",
@@ -47,6 +49,7 @@ __all__ = [
 GATES: tuple[type[Gate], ...] = (
     OwnReleaseGate,
     UpdatesGate,
+    AssemblyGate,
     LineageGate,
     WeightGate,
     FiniteGate,

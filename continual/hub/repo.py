@@ -20,10 +20,11 @@ from continual.hub.names import is_sha
 from continual.hub.proof import is_known, same
 from continual.hub.ranges import Ranges
 from continual.hub.trouble import Trouble
+from continual.outside import shown
 from continual.records import SCHEME, FileStat
 from continual.retrying import Fault
 from continual.tensors.files import Files
-from continual.tensors.place import Weights
+from continual.tensors.place import Weights, is_within
 
 _ETAG_SECONDS = 20.0
 _DOWNLOAD_SECONDS, _SLOWEST = 600.0, 20_000
@@ -144,18 +145,21 @@ class Repo:
         """Asks the Hub for the repo, unless that was done. Raises as `info`."""
         _ = self.info  # the property raises
 
-    def names(self) -> frozenset[str]:
-        """Names of the files at the top level of the repo."""
-        return frozenset(name for name in self.info.files if "/" not in name)
+    def names(self, folder: str = "") -> frozenset[str]:
+        """Names of the files at the top level of the repo, or in a folder of it. Raises as `info`, and Refuse
+        (`outside`)."""
+        head = f"{self._inside(folder)}/" if folder else ""
+        found = (name.removeprefix(head) for name in self.info.files if name.startswith(head))
+        return frozenset(name for name in found if "/" not in name)
 
     def present(self, name: str) -> bool:
         """Whether the commit has a file of this name."""
-        return name in self.info.files
+        return self._inside(name) in self.info.files
 
     def small(self, name: str) -> bytes:
         """The contents of a configuration file of at most 64 MiB. It is fetched once and kept. Raises Refuse
         (`no-file`, `config`, `changed`) and Trouble."""
-        if name not in self._small:
+        if self._inside(name) not in self._small:
             file = self._file(name)
             self._small[name] = self.hub.small(self.name, self.info.sha, file)
         return self._small[name]
@@ -177,8 +181,13 @@ class Repo:
         """The candidate's key: the repo and the commit, which says what every file holds."""
         return self.settled_key or f"hub:{self.name}@{self.info.sha if self._info else self._revision}"
 
+    def _inside(self, name: str) -> str:
+        if not is_within(name):
+            raise Refuse("outside", f"{self}: {shown(name)} is no path of a file in it")
+        return name
+
     def _file(self, name: str) -> RemoteFile:
-        found = self.info.files.get(name)
+        found = self.info.files.get(self._inside(name))
         if found is None:
             raise Refuse("no-file", f"{self.file(name)}: is not in this commit")
         return found

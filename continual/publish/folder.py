@@ -5,13 +5,14 @@ a temporary directory beside, and renamed into place when it is whole.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,12 +31,13 @@ from continual.records import ITEMSIZE, TensorSpec
 from continual.state import State
 from continual.state.durable import move_away, publish_dir, replace_link, usable
 from continual.state.software import software
-from continual.tensors import BaseModel
+from continual.tensors import BaseModel, Checkpoint, TensorInfo
+from continual.tensors.compound import MODULES, manifest_of, parts_of
 from continual.tensors.place import RELEASE
+from continual.tensors.weight_sets import index_for, stem_of
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-INDEX = "model.safetensors.index.json"
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")
 _SMALL = 64 << 20
 _KEPT = ("name", "origin", "revision", "form")
@@ -159,8 +161,9 @@ def fill(
 ) -> None:
     """Writes the merged model into the empty `directory`, in the dtype and the shards of `target`; syncs nothing.
     Raises Halt if a value overflows the dtype."""
-    copy_small_files(base.checkpoint.directory, directory)
-    set_config_dtype(directory / "config.json", target.dtype)
+    copy_small_files(base.checkpoint, directory)
+    for folder in sorted({part.folder for part in base.checkpoint.parts} | {""}):
+        set_config_dtype(directory / folder / "config.json", target.dtype)
     factor = reading.settle(executor, progress)
     _write_weights(base, reading, target, directory, executor, progress)
     body = provenance_of(reading.state, reading.commit.seq, reading.options.to_mapping() | {"factor": factor})
@@ -247,11 +250,15 @@ def _remove(directory: Path) -> None:
         shutil.rmtree(away, ignore_errors=True)
 
 
-def copy_small_files(source: Path, target: Path) -> None:
+def copy_small_files(base: Checkpoint, target: Path) -> None:
     """Config, tokenizer and whatever else stands beside the weights: regular files under 64 MiB, one level of folders
-    deep, no weights."""
+    deep, no weights. The folders of a model in parts come with their settings, and whole where their weights are no
+    part of what is merged."""
+    source = base.directory
+    parts = {part.folder for part in parts_of(base.place)} - {""}
+    above = {folder.partition("/")[0] for folder in parts}
     for file in sorted(source.iterdir()):
-        if file.name.startswith(".") or file.name in (RELEASE,):
+        if file.name.startswith(".") or file.name in (RELEASE, *above):
             continue
         if file.is_dir():
             inner = [f for f in sorted(file.iterdir()) if _is_small(f)]
@@ -261,6 +268,13 @@ def copy_small_files(source: Path, target: Path) -> None:
                     shutil.copyfile(f, target / file.name / f.name)
         elif _is_small(file):
             shutil.copyfile(file, target / file.name)
+    read = {part.folder for part in base.parts}
+    for folder in sorted(above | parts):
+        (target / folder).mkdir(exist_ok=True)
+        for file in sorted((source / folder).iterdir()) if (source / folder).is_dir() else ():
+            copied = folder in parts and folder not in read and file.name.endswith((".safetensors", ".index.json"))
+            if _is_small(file) or (copied and file.is_file()):
+                shutil.copyfile(file, target / folder / file.name)
 
 
 def _is_small(file: Path) -> bool:
@@ -288,27 +302,46 @@ def set_config_dtype(config: Path, dtype: str | None) -> None:
 
 
 def layout(base: BaseModel, dtype: str | None, shard_size: int | None) -> dict[str, list[Placed]]:
-    """Which tensor goes where: file name to its tensors in order. Without `shard_size` the files are the base's own."""
+    """Which tensor goes where: file name to its tensors in order. Without `shard_size` the files are the base's own, as
+    are those of modules after the transformer. The files of each folder of a model in parts stay in that folder."""
     checkpoint = base.checkpoint
-    floats = {spec.name for spec in base.specs if spec.dtype in DTYPES}
     infos = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.offset))
+    files: dict[str, list[Placed]] = {}
+    one_file = manifest_of(checkpoint.place) == MODULES
+    for part, inside in itertools.groupby(infos, checkpoint.part_of):
+        size = None if one_file and part.prefix else shard_size
+        groups = _groups(base, list(inside), dtype, size)
+        if size is None:
+            files |= groups
+            continue
+        stem = stem_of(Path(next(iter(groups))).name)
+        for i, placed in enumerate(groups.values(), 1):
+            number = "" if len(groups) == 1 else f"-{i:05d}-of-{len(groups):05d}"
+            files[part.name(f"{stem}{number}.safetensors")] = placed
+    return files
+
+
+def _groups(
+    base: BaseModel, infos: Sequence[TensorInfo], dtype: str | None, size: int | None
+) -> dict[str, list[Placed]]:
+    """The tensors of one folder in files of `size` bytes (None: in the base's), by the name of the base's file that
+    the first is in, with a number where several begin in one."""
+    files = base.checkpoint.files
+    floats = {spec.name for spec in base.specs if spec.dtype in DTYPES}
     groups: list[tuple[str, list[Placed]]] = []
     end = 0
     for info in infos:
         source = base.aliases.get(info.name, info.name)
         word = dtype if dtype is not None and source in floats else info.dtype
         nbytes = torch.Size(info.shape).numel() * ITEMSIZE[word]
-        file = Path(checkpoint.files[info.file].name).name
-        if not groups or (groups[-1][0] != file if shard_size is None else end + nbytes > shard_size):
+        file = files[info.file].name
+        if not groups or (groups[-1][0] != file if size is None else end + nbytes > size):
             groups.append((file, []))
             end = 0
-        groups[-1][1].append(Placed(info.name, source, word, info.shape, end, end + nbytes))
+        name = info.name.removeprefix(base.checkpoint.part_of(info).prefix)
+        groups[-1][1].append(Placed(name, source, word, info.shape, end, end + nbytes))
         end += nbytes
-    if shard_size is None:
-        return dict(groups)
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0][1]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": placed for i, (_, placed) in enumerate(groups, 1)}
+    return dict(groups) if size is None else {f"{file}\0{i}": placed for i, (file, placed) in enumerate(groups)}
 
 
 def merged(base: BaseModel, reading: Reading, spec: TensorSpec, dtype: str) -> torch.Tensor:
@@ -328,11 +361,7 @@ def _write_weights(
 ) -> None:
     files = layout(base, target.dtype, target.shard_size)
     specs = {spec.name: spec for spec in base.specs}
-    if len(files) > 1 or next(iter(files)) != "model.safetensors":
-        weight_map = {p.name: file for file, placed in files.items() for p in placed}
-        size = sum(p.end - p.begin for placed in files.values() for p in placed)
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+    _write_indexes(files, directory)
 
     def place(p: Placed, fd: int, offset: int) -> None:
         write_at(fd, raw(merged(base, reading, specs[p.made_of], p.dtype)), offset)
@@ -350,6 +379,21 @@ def _write_weights(
         for done, _ in enumerate(executor.map(tasks), 1):
             progress("export", done, len(tasks))
     base.checkpoint.check_unchanged()
+
+
+def _write_indexes(files: Mapping[str, Sequence[Placed]], directory: Path) -> None:
+    """Writes the index of each folder that needs one."""
+    folders: dict[str, list[str]] = {}
+    for file in files:
+        folders.setdefault(file.rpartition("/")[0], []).append(file)
+    for folder, inside in folders.items():
+        names = {file: Path(file).name for file in inside}
+        if (index := index_for(names.values())) is None:
+            continue
+        weight_map = {p.name: names[file] for file in inside for p in files[file]}
+        size = sum(p.end - p.begin for file in inside for p in files[file])
+        body = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (directory / folder / index).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _need(spec: TensorSpec, reading: Reading) -> int:

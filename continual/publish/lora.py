@@ -140,6 +140,17 @@ class _Squares(NamedTuple):
     rest: float
 
 
+def _check_one_part(base: BaseModel) -> None:
+    """Raises Misconfigured where tensors of a model in several folders are merged that no adapter holds."""
+    heads = tuple({part.prefix for part in base.checkpoint.parts} - {""})
+    beside = next((spec.name for spec in base.specs if spec.kind != "carried" and spec.name.startswith(heads)), None)
+    if heads and beside is not None:
+        raise Misconfigured(
+            f"{base.checkpoint.place}: {beside} lies in a folder of its own, which an adapter cannot hold: export the "
+            "full model, without --as-lora"
+        )
+
+
 def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Executor, progress: Progress) -> LoraReport:
     """Writes the merged model that `reading` reads as an adapter of `base` to the target's directory, which must not
     exist yet.
@@ -155,6 +166,7 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
         raise Misconfigured(f"rank = {target.rank}: an adapter has at least rank 1")
     if reading.commit.generation is None or not reading.state.ledger.folds(at=reading.commit.seq):
         raise Misconfigured("nothing is folded yet, so the adapter would be empty: fold a model first")
+    _check_one_part(base)
     if not is_known(base.checkpoint.config):
         family = family_of(base.checkpoint.config)
         raise Misconfigured(

@@ -23,12 +23,13 @@ from continual.records import FileStat
 from continual.tensors import Folder, header
 from continual.tensors.adapter import WEIGHTS
 from continual.tensors.adapter_config import CONFIG as ADAPTER
-from continual.tensors.checkpoint import CONFIG, INDEX, SINGLE, weight_files
+from continual.tensors.checkpoint import CONFIG, INDEX, SINGLE, opened_files, weight_files
+from continual.tensors.compound import COPIED, Part, parts_of
 from continual.tensors.files import Files
-from continual.tensors.place import key_of
+from continual.tensors.place import MANIFESTS, key_of
 
 MARKS = (INDEX, SINGLE, ADAPTER)
-_BESIDE = (*MARKS, CONFIG)
+_BESIDE = (*MARKS, CONFIG, *MANIFESTS)
 DEEPEST = 3
 """Levels below the watched folder at which a model may lie."""
 MOST = 200_000
@@ -38,7 +39,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = (_TENSORS, *_PICKLED)
 _UNREAD = (".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".npz", ".tflite")
 _PACKED = (".zip", ".tar", ".tgz", ".gz", ".xz", ".zst", ".bz2", ".7z", ".rar")
-_CLAIMS = (CONFIG, ADAPTER, "model_index.json", "modules.json", "trainer_state.json", "training_args.bin")
+_CLAIMS = (CONFIG, ADAPTER, *MANIFESTS, "trainer_state.json", "training_args.bin")
 """Files by which a folder says that it is a model, or will be one: what lies below belongs to it."""
 _UNFINISHED = (".tmp", ".part", ".incomplete")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -137,13 +138,46 @@ def model_in(path: str, found: Listing) -> FolderSighting | None:
     Raises OSError if it vanished meanwhile.
     """
     kept = [name for name in found.files if name.endswith(_WEIGHTS) or name in _BESIDE]
-    mark = next((mark for mark in MARKS if mark in kept), None) or next((n for n in kept if n not in _BESIDE), None)
+    kept += _files_in_parts(path, found)
+    mark = next((mark for mark in MARKS if mark in kept), None) or next((n for n in kept if n.endswith(_WEIGHTS)), None)
     if mark is None:
         return None
     stats = {name: _stat(f"{path}/{name}") for name in kept}
     files = tuple(_file_stat(name, found) for name, found in stats.items())
     changed = max(os.stat(path).st_ctime, *(found.st_ctime for found in stats.values()))
     return FolderSighting(path, files, False, (stats[mark].st_mtime_ns, os.path.basename(path)), changed)
+
+
+def is_in_parts(found: Listing) -> bool:
+    """Whether a directory says that its folders make one model."""
+    return any(name in MANIFESTS for name in found.files)
+
+
+def folders_of(path: str, found: Listing) -> tuple[str, ...]:
+    """The folders that belong to the model in a directory, those of them that are there."""
+    parts = {part.folder for part in _parts(path, found)} - {""}
+    return tuple(folder for folder in sorted(parts) if os.path.isdir(f"{path}/{folder}"))
+
+
+def _parts(path: str, found: Listing) -> tuple[Part, ...]:
+    """The parts of the model in a directory; none where its files lie together, or what it says is malformed: then it
+    is refused, not waited for."""
+    if not is_in_parts(found):
+        return ()
+    try:
+        return parts_of(Folder(Path(path)))
+    except (Refuse, Retry):
+        return ()
+
+
+def _files_in_parts(path: str, found: Listing) -> list[str]:
+    """What counts of the folders of a model, with the folders themselves: they change when a file is added."""
+    names: list[str] = []
+    for folder in folders_of(path, found):
+        inside = listed(f"{path}/{folder}").files
+        counts = [name for name in inside if name.endswith((*_WEIGHTS, ".index.json")) or name == CONFIG]
+        names += [folder, *(f"{folder}/{name}" for name in counts)]
+    return names
 
 
 def signature(path: str, names: Sequence[str]) -> int:
@@ -177,7 +211,9 @@ def keys(model: FolderSighting, found: Listing) -> Iterator[str]:
 
 def _opened(path: str, found: Listing) -> Iterator[tuple[str, ...]]:
     """The files that are opened of a model, as far as can be told; an index is read only at last."""
-    if ADAPTER in found.files:
+    if is_in_parts(found):
+        yield from _opened_parts(path, found)
+    elif ADAPTER in found.files:
         yield (WEIGHTS, ADAPTER)
     elif SINGLE in found.files:
         yield (SINGLE,)
@@ -191,6 +227,17 @@ def _opened(path: str, found: Listing) -> Iterator[tuple[str, ...]]:
             return
 
 
+def _opened_parts(path: str, found: Listing) -> Iterator[tuple[str, ...]]:
+    """The files that are opened of a model in parts."""
+    parts, adapter = _parts(path, found), ADAPTER in found.files
+    try:
+        if parts:
+            names = opened_files(Folder(Path(path)), parts, WEIGHTS if adapter else None)
+            yield (*names, ADAPTER) if adapter else names
+    except (Refuse, Retry):
+        return
+
+
 def is_whole(path: str, found: Listing) -> bool:
     """Whether everything that belongs to the model is there and as long as it says. What is malformed, or no regular
     file, counts as whole: it is refused, not waited for."""
@@ -199,7 +246,10 @@ def is_whole(path: str, found: Listing) -> bool:
     names = set(found.files)
     if ADAPTER in names:
         present = {WEIGHTS, "adapter_model.bin"} & names
-        return bool(present) and (WEIGHTS not in present or _complete(f"{path}/{WEIGHTS}"))
+        whole = bool(present) and (WEIGHTS not in present or _complete(f"{path}/{WEIGHTS}"))
+        return whole and all(_is_part_whole(path, part) for part in _parts(path, found)[1:])
+    if parts := _parts(path, found):
+        return all(_is_part_whole(path, part) for part in parts)
     wanted = {name for name in names if name.endswith(_TENSORS)}
     if SINGLE not in names:
         try:
@@ -207,6 +257,26 @@ def is_whole(path: str, found: Listing) -> bool:
         except (Refuse, Retry):
             return True
     return wanted <= names and all(_complete(f"{path}/{name}") for name in wanted)
+
+
+def _is_part_whole(path: str, part: Part) -> bool:
+    """Whether a folder of a model holds what it needs, as far as that is known of its kind."""
+    place, directory = Folder(Path(path)), f"{path}/{part.folder}" if part.folder else path
+    try:
+        found = listed(directory)
+    except OSError:
+        return not part.weighted and part.kind != "Pooling"  # those without settings are kept as empty folders, or not
+    names = set(found.files)
+    if unfinished(found) or (part.kind == "Pooling" and CONFIG not in names):
+        return False
+    tensors = {name for name in names if name.endswith(_TENSORS)}
+    if part.folder in COPIED or not tensors:
+        return not part.weighted or part.folder in COPIED or any(name.endswith(_PICKLED) for name in names)
+    try:
+        wanted = weight_files(place, part.folder)
+    except (Refuse, Retry):
+        return not _rest(tensors)
+    return all(place.present(name) and _complete(f"{path}/{name}") for name in wanted)
 
 
 def unfinished(found: Listing) -> str | None:

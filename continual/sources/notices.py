@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 if TYPE_CHECKING:
@@ -83,6 +83,13 @@ class Notices:
                 return
             del self._path[watch]
         self._inotify.remove_callbacks([(watch, self._me)])
+
+    def change(self, path: str, before: Iterable[str], after: Iterable[str]) -> None:
+        """Has the kernel tell of other folders in the directory `path` than before."""
+        for name in set(before).difference(after):
+            self.remove(f"{path}/{name}")
+        for name in after:
+            self.add(f"{path}/{name}")
 
     def take(self) -> Told:
         """What was told since the last time."""

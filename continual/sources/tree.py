@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import structlog
@@ -39,8 +39,8 @@ class Node:
     `depth`: levels below the watched folder; `stamp`: time of change and inode, and `since` when it was that;
     `fresh`: it had changed just before, and may have changed again within the same tick of the file system's clock;
     `below`: the names of the directories in it in which models are looked for. `model`: the names of the files that
-    make the model in it, if there is one; `given`: their signature, once it was given or is known as settled under
-    `key`.
+    make the model in it, if there is one, and `parts` the folders in it that belong to that; `given`: their signature,
+    once it was given or is known as settled under `key`.
     """
 
     depth: int
@@ -49,6 +49,7 @@ class Node:
     fresh: bool = False
     below: tuple[str, ...] = ()
     model: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     given: int | None = None
     key: str | None = None
     since: float = 0.0
@@ -154,6 +155,7 @@ class Tree:
             return
         if self.notices is not None:
             self.notices.remove(path)
+            self.notices.change(path, node.parts, ())
         self.settling.gone(path)
         self.noted.say(path, "")
         for name in node.below:
@@ -182,9 +184,14 @@ class Tree:
         node.fresh = self.looking.clock() - stat.st_ctime < FRESH
         found = directories.listed(path)
         before = set(node.below)
-        node.below = directories.searched(found, depth=node.depth, link=node.link, nested=self.looking.nested)
+        parts = directories.folders_of(path, found) if node.depth > 0 else ()
+        below = directories.searched(found, depth=node.depth, link=node.link, nested=self.looking.nested)
+        node.below = tuple(name for name in below if name not in {part.partition("/")[0] for part in parts})
         for name in before.difference(node.below):
             self.forget(os.path.join(path, name))
+        if self.notices is not None and not node.link:
+            self.notices.change(path, node.parts, parts)
+        node.parts = parts
         model = directories.model_in(path, found) if node.depth > 0 else None
         if model is None:
             node.model, node.given, node.key = (), None, None
@@ -222,6 +229,8 @@ class Tree:
         node = self.nodes.get(above)
         if path in self.nodes:
             self.visit(path, now)
+        elif (whole := _model_of(path, self.nodes, self.root)) is not None:
+            self.visit(whole, now)
         elif node is not None and not directories.ignored(name) and os.path.isdir(path):
             counts = directories.searched(
                 Listing(folders=(name,)), depth=node.depth, link=node.link, nested=self.looking.nested
@@ -305,3 +314,13 @@ class Tree:
             self.noted.say(path, "; ".join(lies[:SOME]) + more)
         else:
             self.noted.wait(path, f"is no model: it {directories.why_none(found)}", node.since)
+
+
+def _model_of(path: str, nodes: Mapping[str, Node], root: str) -> str | None:
+    """The directory of the model in `root` that a folder belongs to, if it does."""
+    above = os.path.dirname(path)
+    while len(above) > len(root):
+        if (node := nodes.get(above)) is not None:
+            return above if any(f"{above}/{part}/".startswith(f"{path}/") for part in node.parts) else None
+        above = os.path.dirname(above)
+    return None

@@ -8,7 +8,7 @@ matching.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ from continual.outside import shown
 from continual.records import FileStat
 from continual.tensors.adapter_config import CONFIG, Fields
 from continual.tensors.checkpoint import FLOATS, Checkpoint, open_checkpoint
+from continual.tensors.compound import WHOLE, Part
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import is_vocabulary
 from continual.tensors.pieces import KINDS, Kind, Piece
@@ -36,8 +37,9 @@ class Adapter:
     is added to it; `saved`: weight name to the tensors that replace it, all of them the same (modules_to_save, biases,
     and the embeddings PEFT stores beside the factors)."""
 
-    def __init__(self, place: Place) -> None:
-        """Opens the adapter in `place`. Raises Refuse for a configuration or tensors that are not understood."""
+    def __init__(self, place: Place, parts: Sequence[Part] = (WHOLE,)) -> None:
+        """Opens the adapter in `place`. `parts` are the folders of its model: the weights of all but the first replace
+        the base's. Raises Refuse for a configuration or tensors that are not understood."""
         self.place = place
         self._config_file = place.open([CONFIG])
         try:
@@ -45,7 +47,7 @@ class Adapter:
             kind = kind_of(self.config)
             self.transposed = self.config.transposed
             """Whether the configuration says that the base stores these weights as in × out."""
-            self.weights: Checkpoint = open_checkpoint(place, WEIGHTS)
+            self.weights: Checkpoint = open_checkpoint(place, WEIGHTS, parts=parts)
         except BaseException:
             self._config_file.close()
             raise
@@ -114,9 +116,13 @@ def _sort(weights: Checkpoint, config: Fields, kind: Kind) -> tuple[dict[str, Pi
     role_of = re.compile(rf"(?P<module>.+)\.(?P<role>{names})")
     modules: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
+    beside: dict[str, tuple[str, ...]] = {}
     for name, info in weights.tensors.items():
         if info.dtype not in FLOATS:
             raise Refuse("dtype", f"{config.place}: tensor {name} is {info.dtype}: convert it to F32, F16 or BF16")
+        if weights.part_of(info).prefix:
+            beside[name] = (name,)  # a module after the transformer
+            continue
         bare = name.removeprefix(_ROOT)
         if match := role_of.fullmatch(_plain(bare)):
             found = modules.setdefault(match["module"], {})
@@ -128,7 +134,7 @@ def _sort(weights: Checkpoint, config: Fields, kind: Kind) -> tuple[dict[str, Pi
         else:
             whole[bare] = info
     pieces = kind.pieces(config, modules)
-    return pieces, _saved(config, whole, pieces)
+    return pieces, _saved(config, whole, pieces) | beside
 
 
 def _plain(name: str) -> str:

@@ -6,12 +6,14 @@ import copy
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from continual.errors import Refuse
 from continual.outside import VALUES, shown
 from continual.tensors import foreign, header, quantised
+from continual.tensors.compound import COPIED, WHOLE, Part, has_weights, settings_of
 from continual.tensors.header import TensorInfo
 from continual.tensors.place import Folder, Place, Weights, read_json
 from continual.tensors.weight_sets import INDEX, SINGLE, weight_set
@@ -40,27 +42,37 @@ MOST_SHARDS = 16_384
 _LONGEST_FILE_NAME = 255
 
 
+class HeldTensors(NamedTuple):
+    """What weight files hold: the tensors by name, the names of those that are no part of the model, and the part of
+    the model that each file is in."""
+
+    tensors: Mapping[str, TensorInfo]
+    unlisted: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
+
+
 class Checkpoint:
     """A model's weight files, open for reading; a context manager. Thread-safe.
 
     `tensors` says for each name where in `files` the tensor is. `config` is config.json, or empty. `where` names the
     model in messages. `unlisted` are the names of tensors that lie in a shard and not in the index: they are no part of
-    the model.
+    the model. `parts`: the folder of the model that each weight file is in; after the weight files, `files` has those
+    that say which folders there are and what they do.
     """
 
     def __init__(
         self,
         place: Place,
         weights: Weights,
-        tensors: Mapping[str, TensorInfo],
+        held: HeldTensors,
         config: Mapping[str, object],
         only: str | None = None,
-        unlisted: tuple[str, ...] = (),
     ) -> None:
         self.place = place
-        self.unlisted = unlisted
+        self.parts = held.parts
+        self.unlisted = held.unlisted
         self.where = str(place) if only is None else place.file(only)
-        self.tensors = tensors
+        self.tensors = held.tensors
         self.config = config
         self.files = weights.stats
         self._weights = weights
@@ -97,6 +109,10 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def part_of(self, info: TensorInfo) -> Part:
+        """The folder of the model that a tensor is in."""
+        return self.parts[info.file] if self.parts else WHOLE
 
     def metadata(self) -> tuple[str, Mapping[str, str]]:
         """The first weight file, as messages name it, and what its publisher wrote into its header."""
@@ -137,102 +153,137 @@ class Checkpoint:
         self._weights.check_unchanged()
 
 
-def weight_files(place: Place) -> tuple[str, ...]:
-    """Names of the weight files of a model, in order, there or not; weight_sets.py says which they are.
+class PartFile(NamedTuple):
+    """A weight file: its path in the model, the folder of the model that it is in, and the path of the index that names
+    it."""
+
+    name: str
+    part: Part
+    named_by: str | None = None
+
+
+def weight_files(place: Place, folder: str = "") -> tuple[str, ...]:
+    """Names of the weight files of a model, or of those in a folder of it, in order, there or not; weight_sets.py says
+    which they are.
 
     Raises Refuse if there are none to use, Retry if the index cannot be read now.
     """
-    return _files(place)[0]
+    return tuple(file.name for file in _files(place, Part(folder, "")))
 
 
-def _files(place: Place) -> tuple[tuple[str, ...], str | None]:
-    """The names of the weight files, and that of the index that names them."""
+def _files(place: Place, part: Part) -> tuple[PartFile, ...]:
+    """The weight files in a folder of a model."""
     if (only := place.only) is not None:  # asked once: the answer may be another the next time
-        return (only,), None
-    names = place.names()
-    found = weight_set(names, str(place))
+        return (PartFile(only, part),)
+    names, where = place.names(part.folder), place.file(part.folder) if part.folder else str(place)
+    found = weight_set(names, where)
     if found is None:
-        raise foreign.refuse_names(names, str(place))
+        raise foreign.refuse_names(names, where)
     if found.file is not None:
         if not found.file.isprintable():
-            raise Refuse("no-file", f"{place}: {shown(found.file)} cannot be printed: rename it")
-        return (found.file,), None
+            raise Refuse("no-file", f"{where}: {shown(found.file)} cannot be printed: rename it")
+        return (PartFile(part.name(found.file), part),)
     assert found.listing is not None
-    shards = sorted(set(_weight_map(place, found.listing).values()))
+    index = part.name(found.listing)
+    shards = sorted(set(_weight_map(place, index).values()))
     if len(shards) > MOST_SHARDS:
-        raise Refuse(
-            "index", f"{place.file(found.listing)}: names {len(shards)} shards; at most {MOST_SHARDS} are read"
-        )
-    return tuple(shards), found.listing
+        raise Refuse("index", f"{place.file(index)}: names {len(shards)} shards; at most {MOST_SHARDS} are read")
+    return tuple(PartFile(part.name(shard), part, index) for shard in shards)
 
 
-def open_checkpoint(place: Place, only: str | None = None) -> Checkpoint:
+def part_files(place: Place, parts: Sequence[Part]) -> tuple[PartFile, ...]:
+    """The weight files of all parts of a model. What has no weights is left out, and so is what is only copied. Raises
+    as `weight_files`."""
+    if len(parts) == 1 and not parts[0].folder:
+        return _files(place, parts[0])
+    read = [part for part in parts if part.folder not in COPIED and has_weights(place, part)]
+    return tuple(file for part in read or parts[:1] for file in _files(place, part))
+
+
+def beside_files(place: Place, parts: Sequence[Part]) -> tuple[PartFile, ...]:
+    """The weight files of the parts beside an adapter, which need not have any. Raises as `weight_files`."""
+    return part_files(place, parts[1:]) if any(has_weights(place, part) for part in parts[1:]) else ()
+
+
+def opened_files(place: Place, parts: Sequence[Part], adapter: str | None = None) -> tuple[str, ...]:
+    """The files that are opened of a model in parts, in this order: they make its key. `adapter`: the weight file of
+    one that adapts the first part. Raises as `weight_files`."""
+    files = part_files(place, parts) if adapter is None else (PartFile(adapter, WHOLE), *beside_files(place, parts))
+    return (*(file.name for file in files), *settings_of(place, parts))
+
+
+def open_checkpoint(place: Place, only: str | None = None, *, parts: Sequence[Part] = (WHOLE,)) -> Checkpoint:
     """Opens a full checkpoint, or the one file `only` of a place, and reads its headers.
 
-    Raises Refuse for anything malformed, and for what is no checkpoint of floats (foreign.py, quantised.py); Retry for
-    what cannot be read now.
+    `parts`: the folders of the model; beside the file `only`, which stands for the first of them, the weights of the
+    others are opened. Raises Refuse for anything malformed, and for what is no checkpoint of floats (foreign.py,
+    quantised.py); Retry for what cannot be read now.
     """
-    names, index = _files(place) if only is None else ((only,), None)
-    if missing := next((name for name in names if not place.present(name)), None):
+    files = part_files(place, parts) if only is None else (PartFile(only, WHOLE), *beside_files(place, parts))
+    settings = settings_of(place, parts) if only is None or len(parts) > 1 else ()
+    if missing := next((file.name for file in files if not place.present(file.name)), None):
         place.names()  # raises where all of it is gone
         raise Refuse(
             "missing-shard",
             f"{place}: {missing} is not there: a file the index names is missing, or a link leads nowhere",
         )
-    weights = place.open(names)
+    weights = place.open([*(file.name for file in files), *settings])
     try:
-        config = read_config(place)
+        config = read_config(place, next((part for part in parts if part.weighted), WHOLE).folder)
         if only is None:
             quantised.check_config(place, config)
-        claimed = _weight_map(place, index) if index is not None else None
-        tensors, unlisted = _headers(place, weights, names, claimed)
-        if not tensors:
+        held = _headers(place, weights, files)
+        if not held.tensors:
             raise Refuse("no-weights", f"{place}: its weight files hold no tensor")
         if only is None:
-            quantised.check_tensors(str(place), tensors)
-            foreign.check_tensors(tensors.keys(), str(place))
-        return Checkpoint(place, weights, tensors, config, only, unlisted)
+            quantised.check_tensors(str(place), held.tensors)
+            foreign.check_tensors(held.tensors.keys(), str(place))
+        return Checkpoint(place, weights, held, config, only)
     except BaseException:
         weights.close()
         raise
 
 
-def _headers(
-    place: Place, weights: Weights, names: tuple[str, ...], claimed: Mapping[str, str] | None
-) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
-    """The tensors of all files, and the names of those that are no part of the model. Where there is an index, which
-    has `claimed` a file for each tensor, that alone decides."""
+def _headers(place: Place, weights: Weights, files: Sequence[PartFile]) -> HeldTensors:
+    """What all files hold. Where there is an index, which
+    claims a file for each tensor, that alone decides."""
+    indexes = {file.named_by: file.part for file in files if file.named_by is not None}
+    claimed = {index: _weight_map(place, index) for index in indexes}
     tensors: dict[str, TensorInfo] = {}
     unlisted: set[str] = set()
-    for i, shard in enumerate(names):
-        where = place.file(shard)
+    for i, (file, part, index) in enumerate(files):
+        where = place.file(file)
         found = header.parse(functools.partial(weights.pread, i), weights.stats[i].size, where, i)
-        if claimed is not None:
-            unlisted.update(name for name in found if name not in claimed)
-            found = {name: info for name, info in found.items() if claimed.get(name) == shard}
+        if index is not None:
+            unlisted.update(part.prefix + name for name in found if name not in claimed[index])
+            found = {name: info for name, info in found.items() if part.name(claimed[index].get(name, "")) == file}
+        if part.prefix:
+            found = {part.prefix + name: info._replace(name=part.prefix + name) for name, info in found.items()}
         if twice := next((name for name in found if name in tensors), None):
-            raise Refuse("header", f"{where}: tensor {twice} is in {names[tensors[twice].file]} as well")
+            raise Refuse("header", f"{where}: tensor {twice} is in {files[tensors[twice].file].name} as well")
         tensors |= found
         if len(tensors) + len(unlisted) > header.MOST:
             raise Refuse(
                 "header", f"{where}: with it there are more than the {header.MOST} tensors that a model may have"
             )
-    for name, shard in (claimed or {}).items():
-        if name not in tensors:
+    for index, part in indexes.items():
+        if lost := next((name for name in claimed[index] if part.prefix + name not in tensors), None):
             raise Refuse(
                 "index",
-                f"{place}: its index says that tensor {shown(name)} is in {shard}, where it is not: a shard of another "
-                "model, or an index that was not written anew",
+                f"{place.file(part.folder) if part.folder else place}: its index says that tensor {shown(lost)} is in "
+                f"{claimed[index][lost]}, where it is not: a shard of another model, or an index that was not written "
+                "anew",
             )
-    return tensors, tuple(sorted(unlisted))
+    return HeldTensors(tensors, tuple(sorted(unlisted)), tuple(file.part for file in files))
 
 
-def read_config(place: Place) -> dict[str, object]:
+def read_config(place: Place, folder: str = "") -> dict[str, object]:
     """config.json beside the weights, empty where there is none; the Infinity that Mamba models have in it is read.
     Raises Refuse if it is no JSON object, Retry if it cannot be read now."""
-    if not place.present(CONFIG):
+    name = Part(folder, "").name(CONFIG)
+    if not place.present(name):
         return {}
-    return header.json_object(place.small(CONFIG), place.file(CONFIG), "config", infinite=True)
+    return header.json_object(place.small(name), place.file(name), "config", infinite=True)
 
 
 def _weight_map(place: Place, index: str) -> dict[str, str]:

@@ -11,10 +11,12 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from continual.errors import Refuse, Retry
 from continual.outside import Irregular
+from continual.records import FileStat
 from continual.tensors.descriptors import SHARED, Identity, ModelFile, changed
 
 LARGEST_CONFIG = 64 << 20
@@ -42,9 +44,9 @@ class Files:
     Only some of them hold a descriptor at a time (descriptors.py).
     """
 
-    def __init__(self, paths: Sequence[Path], root: Path | None) -> None:
-        """Opens `paths`. Raises Refuse if one is no regular file or lies outside `root`, Retry if one cannot be
-        opened."""
+    def __init__(self, paths: Sequence[Path], root: Path | None, names: Sequence[str] | None = None) -> None:
+        """Opens `paths`; `names` are theirs in the model, where that has folders. Raises Refuse if one is no regular
+        file or lies outside `root`, Retry if one cannot be opened."""
         self.paths = tuple(paths)
         self._files = tuple(ModelFile(path, root) for path in paths)
         try:
@@ -54,7 +56,8 @@ class Files:
         except BaseException:
             self.close()
             raise
-        self.stats = tuple(file.stat for file in self._files)
+        stats = tuple(file.stat for file in self._files)
+        self.stats = stats if names is None else tuple(map(_named, stats, names))
 
     def close(self) -> None:
         """Closes the files."""
@@ -93,6 +96,10 @@ class Files:
                 named = Identity.of(os.stat(file.path))
             if named != file.identity:
                 raise Retry(changed(file.path))
+
+
+def _named(stat: FileStat, name: str) -> FileStat:
+    return replace(stat, name=name)
 
 
 def small_file(path: Path, root: Path | None) -> bytes:

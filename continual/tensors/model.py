@@ -11,6 +11,7 @@ from continual.records import Candidate, Lineage
 from continual.tensors.adapter import WEIGHTS, Adapter
 from continual.tensors.adapter_config import CONFIG
 from continual.tensors.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, open_checkpoint
+from continual.tensors.compound import MODULES, WHOLE, manifest_of, parts_of
 from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import naming_of, sources
 from continual.tensors.place import Place, place_of
@@ -19,17 +20,23 @@ from continual.tensors.repacking import checkpoint_in_layout_of
 Model = Checkpoint | Adapter
 
 
-def open_model(where: Path | Place, *, root: Path | None = None) -> Model:
+def open_model(where: Path | Place, *, root: Path | None = None, whole: bool = True) -> Model:
     """Opens the model at a place, or in a directory (or a single safetensors file), and reads its headers.
 
-    `root` is the watched folder the files of a directory must lie in, None for a path given by hand. Raises Refuse with
+    `root` is the watched folder the files of a directory must lie in, None for a path given by hand. Without `whole`
+    only what lies at the top is read of a model in several folders. Raises Refuse with
     a reason for anything malformed or of a kind that is not understood, Retry for what cannot be read now.
     """
     place = place_of(where, root)
     if _is_adapter(place):
         _one_adapter(place)
-        return Adapter(place)
-    return open_checkpoint(place)
+        return Adapter(place, parts_of(place) if manifest_of(place) == MODULES else (WHOLE,))
+    parts = parts_of(place) if whole else (WHOLE,)
+    if parts[0].folder and CONFIG in place.names(parts[0].folder):
+        raise Refuse(
+            "adapter-kind", f"{place.file(parts[0].folder)}: holds an adapter; its files belong beside {MODULES}"
+        )
+    return open_checkpoint(place, parts=parts)
 
 
 def open_shipped(base: BaseModel, model: Model, lineage: Lineage, name: str) -> Checkpoint:

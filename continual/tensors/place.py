@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from continual.errors import Refuse, Retry
-from continual.outside import VALUES
+from continual.outside import VALUES, shown
 from continual.records import FileStat
 from continual.tensors import header
 from continual.tensors.files import Files, reading, small_file
@@ -28,6 +28,9 @@ RELEASE = "continual.json"
 """The file that says that a model is an export of ours, and of which state."""
 MOST_FILES = 100_000
 """Files in a model's directory that are looked at."""
+_DEEPEST = 8
+MANIFESTS = ("modules.json", "model_index.json")
+"""Files that say which folders make a model: of sentence-transformers, and of a pipeline of diffusers (`compound`)."""
 
 
 class Weights(Protocol):
@@ -62,7 +65,8 @@ class Weights(Protocol):
 
 
 class Place(Protocol):
-    """Where a model is.
+    """Where a model is. Its files are named by their paths in it: `config.json`, `2_Dense/model.safetensors`. What is
+    no such path is refused (`outside`).
 
     `name`: the model's, for people. `origin`: the string that records keep of where it is, without the state of its
     files. `source`: who saw it. `only`: the name of the one weight file that is meant, where a file was named.
@@ -102,8 +106,9 @@ class Place(Protocol):
         """Raises Refuse (`gone`) if the model is not there any more, Retry if that cannot be told now."""
         ...
 
-    def names(self) -> frozenset[str]:
-        """Names of the files at its top level, dangling links included. Raises Retry."""
+    def names(self, folder: str = "") -> frozenset[str]:
+        """Names of the files at its top level, or in one of its folders, dangling links included; none where there is
+        no such folder. Raises Retry, and Refuse (`outside`) for a folder that is none of its own."""
         ...
 
     def present(self, name: str) -> bool:
@@ -177,12 +182,15 @@ class Folder:
         if not _there(self.path):
             raise Refuse("gone", f"{self.name}: {self.path} is not there any more")
 
-    def names(self) -> frozenset[str]:
-        """Names in the directory. Raises Retry if it cannot be read now, Refuse (`index`) if it holds more files than
-        any model has."""
+    def names(self, folder: str = "") -> frozenset[str]:
+        """Names in the directory, or in a folder in it. Raises Retry if it cannot be read now, Refuse (`index`) if it
+        holds more files than any model has, Refuse (`outside`)."""
         if not _there(self.path):
             raise Retry(f"{self.path}: is gone, or never was; nothing was settled")
-        with reading(self.directory), os.scandir(self.directory) as entries:
+        directory = self._at(folder) if folder else self.directory
+        if folder and not os.path.isdir(directory):
+            return frozenset()
+        with reading(directory), os.scandir(directory) as entries:
             found = frozenset(entry.name for entry in itertools.islice(entries, MOST_FILES + 1))
         if len(found) > MOST_FILES:
             raise Refuse("index", f"{self.path}: holds more than {MOST_FILES} files, which no model has")
@@ -190,32 +198,55 @@ class Folder:
 
     def present(self, name: str) -> bool:
         """Whether a link to it leads anywhere."""
-        return _there(self.directory / name)
+        return _there(self._at(name))
 
     def small(self, name: str) -> bytes:
         """At most 64 MiB, of a regular file within `root`."""
-        return small_file(self.directory / name, self.root)
+        return small_file(self._at(name), self.root)
 
     def open(self, names: Sequence[str]) -> Weights:
         """Opens them. Raises Refuse if one is no regular file or lies outside `root`, Retry if one cannot be opened."""
-        return Files([self.directory / name for name in names], self.root)
+        return Files([self._at(name) for name in names], self.root, names)
 
     def look(self) -> tuple[FileStat, ...]:
-        """Every file and link in the directory, as far as it can be read."""
+        """Every file and link in the directory, and in the folders of a model in parts, as far as they can be read."""
         listed = [self.path]
         with contextlib.suppress(OSError), os.scandir(self.path) as entries:
             listed = sorted(self.path / entry.name for entry in itertools.islice(entries, MOST_FILES))
+        if any(file.name in MANIFESTS for file in listed):
+            listed += [inner for folder in listed if not folder.is_symlink() for inner in _inside(folder)]
         found = []
-        for file in listed:
+        for file in listed[:MOST_FILES]:
             with contextlib.suppress(OSError):
                 seen = file.lstat()
                 if os.path.isfile(file) or stat.S_ISLNK(seen.st_mode):
-                    found.append(FileStat(file.name, seen.st_size, seen.st_mtime_ns, seen.st_ino))
+                    name = file.relative_to(self.path).as_posix() if file != self.path else file.name
+                    found.append(FileStat(name, seen.st_size, seen.st_mtime_ns, seen.st_ino))
         return tuple(found)
+
+    def _at(self, name: str) -> Path:
+        """The path of a file of it. Raises Refuse (`outside`) for what is no path in it."""
+        if not is_within(name):
+            raise Refuse("outside", f"{self.path}: {shown(name)} is no path of a file in it")
+        return self.directory / name
 
     def key(self, files: Sequence[FileStat]) -> str:
         """A hash of the path and of name, size, time and inode of every file."""
         return key_of(self.origin, files)
+
+
+def is_within(name: str) -> bool:
+    """Whether a path that others wrote stays within the folder that it is relative to: no `..`, not absolute, at most a
+    few folders deep."""
+    parts = name.split("/")
+    return len(parts) <= _DEEPEST and all(part not in ("", ".", "..") and "\0" not in part for part in parts)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The files in a folder, in order, as far as it can be listed."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return sorted(folder / entry.name for entry in itertools.islice(entries, MOST_FILES))
+    return []
 
 
 def key_of(origin: str, files: Sequence[FileStat]) -> str:

@@ -22,6 +22,8 @@ _INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.(?P<variant>[A-Za-z0-
 _SHARD = re.compile(
     r"(?P<stem>.+?)(?:\.(?P<variant>[A-Za-z0-9_]+))?-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors"
 )
+_LATE = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}\.(?P<variant>[A-Za-z0-9_]+)\.safetensors")
+"""Shards as older versions of diffusers name those of a variant."""
 _FILE = re.compile(r"(?P<stem>[^.]+)(?:\.(?P<variant>[A-Za-z0-9_-]+))?\.safetensors")
 _BESIDE = re.compile(r"(?:consolidated|optimizer|scheduler|adapter_model|fisher|moments|scaler)(?:[._-].*)?")
 """Stems of what lies beside a model, and is the model only where there is nothing else."""
@@ -78,3 +80,20 @@ def _sets(names: Collection[str]) -> list[tuple[str, WeightSet]]:
             sets.setdefault(key, WeightSet(file=name))
     bare = {stem for stem, variant in sets if not variant}
     return [(stem, chose) for (stem, variant), chose in sets.items() if not variant or stem not in bare]
+
+
+def index_for(files: Collection[str]) -> str | None:
+    """The name of the index that these weight files of one folder need to be loaded; None where the one file is found
+    by its name."""
+    first = min(files)
+    match = _SHARD.fullmatch(first) or _LATE.fullmatch(first)
+    if match is None:
+        alone = _FILE.fullmatch(first)
+        return None if len(files) == 1 and alone and alone["stem"] in _STEMS[:2] else INDEX
+    variant = f".{match['variant']}" if match["variant"] else ""
+    return f"{match['stem']}.safetensors.index{variant}.json"
+
+
+def stem_of(name: str) -> str:
+    """How the names of a model's shards begin, from the name of one of its files."""
+    return next((stem for stem in _STEMS[1:2] if name.startswith(stem)), _STEMS[0])

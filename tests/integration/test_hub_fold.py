@@ -14,7 +14,7 @@ from continual import making
 from continual.errors import Misconfigured, Refuse, Retry, Skip
 from continual.hub import Hub as Client
 from continual.records import Event
-from tests.helpers import hubs, models, pools, quadratic
+from tests.helpers import hubs, models, parts, pools, quadratic
 from tests.helpers.hubs import BASE, equal, made, merge, publish, sums
 from tests.loopback import TOKEN, Account, Hub, faults, serving
 
@@ -308,3 +308,29 @@ def test_repos_wait_in_the_pool_and_come_out_again(
         assert ours.state.ledger.folds() == []
         assert len(ours.retry("org/good")) == 1
         assert [c.origin for c in ours.state.ledger.retried()] == ["hf://org/good"]
+
+
+@pytest.mark.parametrize("make", [parts.embedder, parts.pipeline])
+def test_models_in_folders_and_only_what_is_read_of_them(
+    tmp_path: Path, hub: Hub, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    base, tuned = make(tmp_path / "base"), make(tmp_path / "ft", 1)
+    for file in ("v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "onnx/model.safetensors"):
+        parts.put(base, {file: {"unread": torch.zeros(3)}} if make is parts.pipeline else {})
+    publish(hub, BASE, base)
+    client = Client(endpoint=hub.endpoint, token=TOKEN)
+    making.init(BASE, tmp_path / "state", making.Recipe(rule="mean"), client=client)
+    making.init(base, tmp_path / "local", making.Recipe(rule="mean"))
+    publish(hub, "org/ft", tuned)
+    with merge(tmp_path / "state", hub) as ours, merge(tmp_path / "local", hub) as local:
+        fetched = [path.name for path in Path(ours.state.format.base.path).rglob("*.safetensors")]
+        assert len(fetched) == (2 if make is parts.embedder else 4)
+        assert not any(name.endswith(("pruned.safetensors", "fp16.safetensors")) for name in fetched)
+        assert ours.fold("hf://org/ft").fate == "folded"
+        assert local.fold(tuned).fate == "folded"
+        assert equal(sums(ours), sums(local))
+        there, here = ours.export(tmp_path / "there"), local.export(tmp_path / "here")
+    files = {path.relative_to(here): path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    for name, content in files.items():
+        assert name.name == "continual.json" or (there / name).read_bytes() == content

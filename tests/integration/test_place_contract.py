@@ -119,6 +119,50 @@ def test_it_knows_the_files_at_its_top_level(place: Place) -> None:
     assert not place.present("adapter_config.json")
 
 
+def test_it_knows_the_files_in_its_folders(shelf: Shelf) -> None:
+    shelf.put("alice", FILES | {"2_Dense/model.safetensors": WEIGHTS, "2_Dense/deep/config.json": b"{}"})
+    place = shelf.place("alice")
+    assert "more.txt" in place.names("notes")
+    assert place.names("absent") == frozenset()
+    assert {name for name in place.names("2_Dense") if "." in name} == {"model.safetensors"}
+    assert place.present("2_Dense/deep/config.json")
+    assert place.small("notes/more.txt") == b"x"
+    weights = place.open(["2_Dense/model.safetensors", "model.safetensors"])
+    try:
+        assert [file.name for file in weights.stats] == ["2_Dense/model.safetensors", "model.safetensors"]
+        assert weights.pread(0, 20, 8) == WEIGHTS[8:28]
+    finally:
+        weights.close()
+
+
+@pytest.mark.parametrize("path", ["../bob/config.json", "notes/../config.json", "/etc/hostname", "notes//more.txt"])
+def test_nothing_outside_of_it_is_named(shelf: Shelf, path: str) -> None:
+    shelf.put("bob", FILES)
+    shelf.put("alice", FILES)
+    place = shelf.place("alice")
+    for ask in (place.names, place.present, place.small, lambda name: place.open([name])):
+        with pytest.raises(Refuse) as raised:
+            ask(path)
+        assert raised.value.reason == "outside"
+
+
+def test_a_model_in_folders_is_one_model_whose_key_is_that_of_all_its_parts(shelf: Shelf) -> None:
+    dense = save({"linear.weight": torch.ones(2, 2)})
+    modules = b'[{"path": "", "type": "a.Transformer"}, {"path": "2_Dense", "type": "a.Dense"}]'
+    shelf.put("alice", FILES | {"modules.json": modules, "2_Dense/model.safetensors": dense})
+    with open_model(shelf.place("alice")) as model:
+        assert set(model.tensors) == {"w", "b", "2_Dense.linear.weight"}  # type: ignore[union-attr]
+        assert torch.equal(model.read("2_Dense.linear.weight"), torch.ones(2, 2))  # type: ignore[union-attr]
+    first = key_of(shelf.place("alice"))
+    assert first == key_of(shelf.place("alice"))
+    shelf.put("alice", {"2_Dense/model.safetensors": save({"linear.weight": torch.zeros(2, 2)})})
+    assert key_of(shelf.place("alice")) != first
+    shelf.put("alice", {"2_Dense/model.safetensors": b"no header"})
+    known = unreadable(shelf.place("alice")).key
+    shelf.put("alice", {"2_Dense/model.safetensors": b"no header either"})
+    assert unreadable(shelf.place("alice")).key != known
+
+
 def test_small_files_are_read_whole(place: Place) -> None:
     assert place.small("config.json") == FILES["config.json"]
     assert read_json(place, "config.json") == {"model_type": "bert"}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from continual.errors import Refuse
 from continual.sources import directories
@@ -27,6 +28,7 @@ from continual.sources.directories import (
 )
 from continual.tensors import candidate_of, open_model, unreadable
 from continual.tensors.place import Folder
+from tests.helpers import parts
 from tests.helpers.folders import WEIGHTS, model, publish, sharded
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -275,3 +277,75 @@ def test_a_state_inside_or_around_is_found(tmp_path: Path) -> None:
     assert forbidden(tmp_path / "w/deep/state/../..") is not None
     (tmp_path / "w/deep/state/format.json").unlink()
     assert forbidden(tmp_path / "w") is None
+
+
+@pytest.mark.parametrize("form", ["embedder", "below", "pipeline", "shards", "adapter"])
+def test_a_model_in_folders_is_one_model_with_the_key_of_its_parts(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "ft"
+    if form in ("pipeline", "shards"):
+        parts.pipeline(path, 1, form="shards" if form == "shards" else "one")
+    else:
+        parts.embedder(path, 1, root="0_Transformer" if form == "below" else "")
+    if form == "adapter":
+        (path / "model.safetensors").unlink()
+        module = "base_model.model.encoder.layer.0.output.dense"
+        factors = {f"{module}.lora_A.weight": torch.ones(2, 8), f"{module}.lora_B.weight": torch.ones(8, 2)}
+        parts.put(
+            path,
+            {
+                "adapter_model.safetensors": factors,
+                "adapter_config.json": {"peft_type": "LORA", "r": 2, "lora_alpha": 2},
+            },
+        )
+    found = look(str(path))
+    assert found is not None
+    assert found.whole
+    names = listed(str(path))
+    assert searched(names, depth=1, link=False, nested=False) == ()
+    with open_model(path) as opened:
+        assert candidate_of(opened).key == next(keys(found, names))
+    part = "unet/config.json" if form in ("pipeline", "shards") else "2_Dense/model.safetensors"
+    before = signature(str(path), [file.name for file in found.files])
+    os.utime(path / part, ns=(1, 1))
+    again = look(str(path))
+    assert again is not None
+    assert again.files != found.files
+    assert signature(str(path), [file.name for file in found.files]) != before
+    if part.startswith("2_Dense"):
+        assert next(keys(again, names)) != next(keys(found, names))
+
+
+@pytest.mark.parametrize(
+    ("gone", "left"),
+    [
+        ("2_Dense/model.safetensors", False),
+        ("1_Pooling/config.json", False),
+        ("model.safetensors", False),
+        ("sentence_bert_config.json", True),
+    ],
+)
+def test_an_embedder_is_waited_for_until_its_parts_are_there(tmp_path: Path, gone: str, *, left: bool) -> None:
+    path = parts.embedder(tmp_path / "ft", 1)
+    (path / gone).unlink()
+    assert whole(path) is left
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_a_pipeline_is_waited_for_until_its_parts_are_there(tmp_path: Path, gone: str) -> None:
+    path = parts.pipeline(tmp_path / "ft", 1, form="shards")
+    assert whole(path)
+    content = (path / gone).read_bytes()
+    (path / gone).unlink()
+    assert not whole(path)
+    (path / gone).with_name(f".{Path(gone).name}.part").write_bytes(content)
+    assert not whole(path)
+    if gone.endswith(".safetensors"):
+        (path / gone).write_bytes(content[:-1])
+        assert not whole(path)

@@ -15,6 +15,7 @@ from continual.sources import directories, tree
 from continual.sources.directories import INDEX, forbidden, keys, listed, look
 from continual.sources.settling import Settling
 from continual.sources.tree import Looking, Tree
+from tests.helpers import parts
 from tests.helpers.folders import WEIGHTS, model, publish, sharded
 
 RESCAN = 30.0
@@ -119,6 +120,30 @@ def test_what_lies_in_a_model_belongs_to_it_unless_asked_for(tmp_path: Path, nes
     assert sorted(watched.look(5.0)) == sorted(["trl", *(inner if nested else ())])
     said = "" if nested else "checkpoint-500 is a checkpoint of a run: rename it, or set nested = true"
     assert said in watched.notes().get("run", "")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_model_in_folders_is_given_once_and_again_when_a_part_changes(tmp_path: Path, nested: bool) -> None:
+    watched = Watched(tmp_path, nested=nested)
+    watched.look()
+    parts.pipeline(tmp_path / "pipe", 1, form="shards")
+    parts.embedder(tmp_path / "words", 1)
+    dense = tmp_path / "words/2_Dense/model.safetensors"
+    content = dense.read_bytes()
+    dense.unlink()
+    assert watched.look(0.0, "pipe", "words") == []
+    assert watched.look(5.0) == ["pipe"]
+    dense.write_bytes(content)
+    assert watched.look(10.0, "words/2_Dense") == []
+    assert watched.look(5.0) == ["words"]
+    unet = tmp_path / "pipe/unet/diffusion_pytorch_model-00001-of-00002.safetensors"
+    unet.write_bytes(unet.read_bytes())
+    assert watched.look(1.0, "pipe/unet") == []
+    assert watched.look(5.0) == ["pipe"]
+    assert watched.look(RESCAN) == []
+    os.utime(unet, ns=(5, 5))
+    assert watched.look(RESCAN + 1) == [], "a rescan sees it, where no notice was given"
+    assert watched.look(5.0) == ["pipe"]
 
 
 def test_a_run_that_becomes_a_model_gives_only_that(watched: Watched) -> None:
