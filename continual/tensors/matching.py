@@ -16,7 +16,7 @@ from continual.tensors.checkpoint import Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 from continual.tensors.pieces import Piece
-from continual.tensors.renaming import canonical, canonical_names, difference, family_of
+from continual.tensors.renaming import alone, canonical, canonical_names, difference, family_of
 
 CONV1D = {
     family: frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
@@ -52,6 +52,8 @@ def naming(base: BaseModel, model: Checkpoint | Adapter, where: str) -> Naming:
     """
     ours = [spec.name for spec in base.specs if spec.kind != "carried"]
     theirs = names_of(model)
+    if (tower := _tower(base, model)) is not None:
+        return tower
     ambiguous: Refuse | None = None
     plain: Naming | None = None
     try:
@@ -73,6 +75,15 @@ def naming(base: BaseModel, model: Checkpoint | Adapter, where: str) -> Naming:
         assert ambiguous is not None
         raise ambiguous
     return plain
+
+
+def _tower(base: BaseModel, model: Checkpoint | Adapter) -> Naming | None:
+    """The naming of one tower of the base that was published alone: two towers of a base have layers of one name, so
+    that names alone do not tell which one it is."""
+    stem = "" if isinstance(model, Adapter) else alone(model.config)
+    if not stem or any(name.startswith(stem) for name in names_of(model)):
+        return None
+    return Naming((stem, "")) if any(spec.name.startswith(stem) for spec in base.specs) else None
 
 
 def naming_of(lineage: Lineage) -> Naming:

@@ -11,6 +11,7 @@ What a renaming cannot do, such as to split a tensor or to stack several, is not
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
@@ -145,6 +146,7 @@ _OTHERWISE = """
 """`model_type`s that transformers 5 loads under other names than its files have, which this table does not know."""
 
 
+@functools.lru_cache(maxsize=1 << 15)  # a fold asks four times for each name, and each candidate for the base's
 def canonical(name: str, family: str) -> str:
     """The canonical name of a weight of this `model_type`, or of its module."""
     parts = name.split(".")
@@ -183,6 +185,11 @@ def loaded(name: str, config: Mapping[str, object]) -> str:
         return short
     inner = short if head in _TOWERS else f"language_model.{short}"
     return inner if architecture.endswith("Model") else f"model.{inner}"
+
+
+def alone(config: Mapping[str, object]) -> str:
+    """What a whole model has before the names of the tower that this configuration is of; empty for any other model."""
+    return _ALONE.get(family_of(config), "")
 
 
 def is_known(config: Mapping[str, object]) -> bool:

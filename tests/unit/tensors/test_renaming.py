@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -162,6 +163,73 @@ def test_a_fine_tune_under_other_names_is_the_same_fine_tune(name: str, models: 
         lineage = same(path, ours, other)
         assert lineage.renamings or lineage.prefix != ("", ""), how
         same(republished(tmp_path / f"base {how}", {rename(n): t for n, t in base.items()}, path), other, ours)
+
+
+def test_one_tower_of_a_base_that_was_published_alone(models: Any) -> None:
+    whole, _ = models("clip")
+    text, _ = models("clip_text")
+    _, taus, lineage = folded(whole, text, missing="unchanged")
+    assert lineage.prefix == ("text_model.", "")
+    assert lineage.extra == ()
+    tensors = load_file(text / "model.safetensors")
+    assert len(taus) == len(tensors)
+    assert all(name.startswith("text_model.") for name in taus)
+    with pytest.raises(Refuse, match="missing = unchanged"):
+        folded(whole, text)
+
+
+def test_the_text_model_of_a_base_that_sees(models: Any, tmp_path: Path) -> None:
+    """As tools that train the text alone write it: nothing of the text is lost, and the rest is missing."""
+    path, _ = models("gemma3")
+    tensors = load_file(path / "model.safetensors")
+    text = {
+        "model." + n.removeprefix("language_model.model."): t + 0.1
+        for n, t in tensors.items()
+        if n.startswith("language_model.model.")
+    }
+    alone = republished(tmp_path / "text", text, path)
+    _, taus, lineage = folded(path, alone, missing="unchanged")
+    assert (len(taus), lineage.extra) == (len(text), ())
+    assert all(bool(tau.any()) for tau in taus.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("name", ["vit", "llava", "qwen2vl", "gemma3", "dinov2", "neox", "clip"])
+@pytest.mark.parametrize("names", ["class", "file"])
+def test_an_adapter_has_the_names_of_the_class_and_the_base_those_of_its_file(
+    name: str, names: str, models: Any, tmp_path: Path
+) -> None:
+    """PEFT writes what the loaded model calls its modules, which under transformers 4 was often what the file does."""
+    peft = pytest.importorskip("peft")
+    path, model = models(name)
+    config = json.loads((path / "config.json").read_text())
+    torch.manual_seed(5)
+    wrapper = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules="all-linear"))
+    with torch.no_grad():
+        for parameter_name, parameter in wrapper.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    wrapper.save_pretrained(tmp_path / "adapter")
+    merged = dict(wrapper.merge_and_unload().named_parameters())
+    file = load_file(path / "model.safetensors")
+    if names == "file":
+        back = {loaded(one, config).removesuffix(".weight"): one.removesuffix(".weight") for one in file}
+        weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        head = "base_model.model."
+        renamed = {}
+        for factor, tensor in weights.items():
+            module, dot, rest = factor.removeprefix(head).partition(".lora_")
+            renamed[f"{head}{back[module]}{dot}{rest}"] = tensor
+        save_file(renamed, tmp_path / "adapter" / "adapter_model.safetensors")
+    _, taus, lineage = folded(path, tmp_path / "adapter")
+    assert lineage.extra == ()
+    for one, tensor in file.items():
+        change = merged[loaded(one, config)].detach() - tensor
+        if one in taus:
+            torch.testing.assert_close(taus[one], change, rtol=0, atol=1e-5)
+        else:
+            assert not change.any()
 
 
 def test_two_names_of_one_tensor_are_refused_unless_they_agree(models: Any, tmp_path: Path) -> None:
