@@ -4,7 +4,8 @@
 
 The OPCM step against a plain implementation with a full float32 SVD, and both against the float64 truth; then the CPU
 of a durable `mean` fold against a synced copy of the same bytes: what the fold must read (base, fine-tune, state) is
-read, what it must write (state) is written and fsynced; then that of `ties` against `task-arithmetic`.
+read, what it must write (state) is written and fsynced; then that of `ties` against `task-arithmetic`, and of stacks of
+experts against the same experts in tensors of their own.
 """
 
 from __future__ import annotations
@@ -125,6 +126,41 @@ def ties_against_sum(repeats: int) -> None:
     print(f"fold of a float32 model, {repeats} times after the first, CPU seconds: {figures}; ratio {ratio:.2f}")
 
 
+def stack_against_matrices(repeats: int, rules: tuple[str, ...] = ("opcm", "tsv-m", "mean")) -> None:
+    """CPU of a fold of packed experts against one of the same experts in tensors of their own, alternating."""
+    from continual import api, making
+    from continual.config import Settings
+
+    experts, rows, columns, layers = 16, 384, 256, 4
+    heads = [f"model.layers.{layer}.mlp.experts" for layer in range(layers)]
+    shapes = {
+        "packed": {f"{head}.down_proj": (experts, rows, columns) for head in heads},
+        "apart": {f"{head}.{number}.down_proj.weight": (rows, columns) for head in heads for number in range(experts)},
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        bases = {which: models.base(work / which, shapes=made) for which, made in shapes.items()}
+        tunes = {
+            which: [models.fine_tune(base, work / f"{which}-{n}", n) for n in range(repeats + 1)]
+            for which, base in bases.items()
+        }
+        for rule in rules:
+            spent: dict[str, list[float]] = {which: [] for which in shapes}
+            for which, base in bases.items():
+                making.init(base, work / f"{rule}-{which}", making.Recipe(rule=rule))
+            for number in range(repeats + 1):
+                for which, seconds in spent.items():
+                    with api.Merge(Settings(state=work / f"{rule}-{which}", keep=1), write=True) as merge:
+                        began = cpu()
+                        found = merge.fold(tunes[which][number])
+                        assert found.fate == "folded", found.message
+                        if number:
+                            seconds.append(cpu() - began)
+            ratio = statistics.median(a / b for a, b in zip(spent["packed"], spent["apart"], strict=True))
+            figures = ", ".join(f"{which} {statistics.median(seconds):.2f}" for which, seconds in spent.items())
+            print(f"{rule}: {layers} stacks of {experts} experts {rows}x{columns}, CPU s: {figures}; ratio {ratio:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
@@ -132,6 +168,7 @@ def main() -> None:
     opcm_step.main()
     mean_against_copy(args.repeats)
     ties_against_sum(args.repeats)
+    stack_against_matrices(args.repeats)
 
 
 if __name__ == "__main__":
