@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from continual.errors import Refuse
+from continual.gates.adapters import check_brought
 from continual.gates.contract import AtHeaders, Headers
 from continual.records import Lineage, TensorSpec
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, TensorInfo
@@ -28,14 +29,29 @@ class LineageGate(AtHeaders):
 
     `missing`: `unchanged` lets a full model leave tensors out, which then count as untouched; not where it has
     unknown tensors that may be the same. Buffers may always be missing. `vocab`: `common-rows`
-    lets its vocabulary have another size; the rows that both have are folded.
+    lets its vocabulary have another size; the rows that both have are folded. `extra`: whether a model with weights
+    that the base lacks (a head for a task) is let in without them. `carried`: the same of an adapter that changes
+    weights which this state does not fold.
     """
 
     name = "lineage"
-    reasons = ("prefix", "missing", "adapter-kind", "adapter-target", "dtype", "shape", "vocab", "tied", "index")
+    reasons = (
+        "prefix",
+        "missing",
+        "adapter-kind",
+        "adapter-target",
+        "dtype",
+        "shape",
+        "vocab",
+        "tied",
+        "index",
+        "extra",
+    )
 
     missing: Literal["refuse", "unchanged"] = "refuse"
     vocab: Literal["refuse", "common-rows"] = "refuse"
+    extra: Literal["leave-out", "refuse"] = "leave-out"
+    carried: Literal["refuse", "leave-out"] = "refuse"
 
     def judge(self, seen: Headers) -> Headers:
         """Finds how the model maps to the base. Raises Refuse as `trace`."""
@@ -54,13 +70,19 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
     model = in_layout_of(base, model)
     names = naming(base, model, str(model.place))
     found, known = sources(base, model, names)
-    extra = _unknown(model, known)
     if isinstance(model, Adapter):
-        _check_targets(model, known, changes_any=bool(found))
+        extra = check_brought(base, model, names, found, known, gate.carried)
     else:
+        extra = _unknown(model, known)
         _check_unlisted(model, found, specs)
         found = {name: source for name, source in found.items() if _is_of_use(specs[name], source)}
         _check_missing(base, model, found, extra, gate)
+    if extra and gate.extra == "refuse":
+        raise Refuse(
+            "extra",
+            f"{model.place}: brings {_some(extra)}, which would stay out of the merge; "
+            "--gate lineage.extra=leave-out lets it in without them",
+        )
     missing = tuple(name for name in specs if name not in found)
     narrowed: dict[str, str] = {}
     rows: dict[str, int] = {}
@@ -81,20 +103,6 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
     return Lineage(tuple(sorted(found)), missing, extra, names.prefix, narrowed, rows, renamed, changed)
 
 
-def _check_targets(model: Adapter, known: Collection[str], *, changes_any: bool) -> None:
-    unmet = sorted({name for name, piece in model.pieces.items() if not piece.optional} - set(known))
-    if unmet:
-        raise Refuse(
-            "adapter-target",
-            f"{model.place}: adapts {_some(unmet)}, which the base does not have: an adapter of another base",
-        )
-    if not changes_any:
-        raise Refuse(
-            "adapter-target",
-            f"{model.place}: adapts nothing that this base folds, only {_some(sorted(names_of(model)))}",
-        )
-
-
 def unlisted_of(model: Checkpoint | Adapter) -> frozenset[str]:
     """Tensors that lie in a shard of the model and not in its index: they stay out, and are said to."""
     return frozenset(() if isinstance(model, Adapter) else model.unlisted)
@@ -111,11 +119,9 @@ def _check_unlisted(model: Checkpoint, found: Collection[str], specs: Collection
         )
 
 
-def _unknown(model: Checkpoint | Adapter, known: Collection[str]) -> tuple[str, ...]:
+def _unknown(model: Checkpoint, known: Collection[str]) -> tuple[str, ...]:
     """The candidate's names that no tensor of the base explains. Buffers are not counted: a class makes them anew."""
     unknown = sorted({name for name in names_of(model) if name not in known} | unlisted_of(model))
-    if isinstance(model, Adapter):
-        return tuple(unknown)
     return tuple(n for n in unknown if n not in model.tensors or not is_buffer(n, model.tensors[n].shape))
 
 

@@ -16,6 +16,7 @@ from continual.errors import Refuse
 from continual.outside import shown
 from continual.records import FileStat
 from continual.tensors.adapter_config import CONFIG, Fields
+from continual.tensors.buffers import is_buffer
 from continual.tensors.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from continual.tensors.compound import WHOLE, Part
 from continual.tensors.header import TensorInfo
@@ -118,7 +119,7 @@ def _sort(weights: Checkpoint, config: Fields, kind: Kind) -> tuple[dict[str, Pi
     whole: dict[str, TensorInfo] = {}
     beside: dict[str, tuple[str, ...]] = {}
     for name, info in weights.tensors.items():
-        if info.dtype not in FLOATS:
+        if info.dtype not in FLOATS and not is_buffer(name, info.shape):
             raise Refuse("dtype", f"{config.place}: tensor {name} is {info.dtype}: convert it to F32, F16 or BF16")
         if weights.part_of(info).prefix:
             beside[name] = (name,)  # a module after the transformer

@@ -44,6 +44,19 @@ _HEADS = frozenset(
 )
 """Parts of names that are heads of a task, or what pools for one. A fine-tune for another task leaves out the base's,
 and brings its own, perhaps of the same shape: these are two weights."""
+_OUTPUTS = frozenset(
+    [
+        "embed_out",
+        "lm_head",
+        "generator_lm_head",
+        "vocab_projector",
+        "pred_layer",
+        "output_projection",
+        "output_layer",
+        "predictions",
+    ]
+)
+"""Parts of names of tables that stand at a language model's end."""
 _PARTS = ("lora_", "base_layer", "hada_w", "lokr_w", "ia3_l", "vera_lambda", "boft_", "oft_r", "modules_to_save")
 """How parts of a name begin that only an adapter has."""
 
@@ -85,6 +98,16 @@ def same_after_all(missing: Iterable[Left], extra: Iterable[Left], family: str) 
 def of_an_adapter(names: Iterable[str]) -> str | None:
     """The first of these names that only an adapter has which was not merged."""
     return next((name for name in names if any(part.startswith(_PARTS) for part in name.split("."))), None)
+
+
+def in_layer(name: str, family: str) -> bool:
+    """Whether a name is that of a weight in a numbered layer."""
+    return bool(_layer(canonical(name, family)))
+
+
+def is_output(name: str) -> bool:
+    """Whether a table of words is a language model's head, not an input embedding."""
+    return not _OUTPUTS.isdisjoint(name.split(".")) or name in ("output.weight", "proj_out.weight")
 
 
 def _layer(name: str) -> str:

@@ -132,6 +132,13 @@ def sources(base: BaseModel, model: Checkpoint | Adapter, names: Naming) -> tupl
     return found, known
 
 
+def carried_of(base: BaseModel, model: Adapter, names: Naming) -> list[str]:
+    """What an adapter brings for tensors of the base that are carried, by the adapter's names."""
+    brought = {*model.pieces, *model.saved}
+    rows, _ = _named(base, model, names)
+    return sorted({name for spec, row in rows if spec.kind == "carried" for name in row if name in brought})
+
+
 def _named(
     base: BaseModel, model: Checkpoint | Adapter, names: Naming
 ) -> tuple[list[tuple[TensorSpec, list[str]]], set[str]]:

@@ -20,6 +20,9 @@ from continual.tensors.pieces.contract import Module, Piece, possible, roles_of,
 
 _SHARED = "base_model"
 """The module that VeRA's shared matrices stand in, in the names of its tensors."""
+_WIDER, _LONGER = 64, 4
+"""How many times wider and longer than the longest output VeRA's shared matrices may be. They are as large as the
+largest layer that was trained with them, and a file with holes can claim any size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +236,16 @@ class VeRA:
                 "shape",
                 f"{fields.place}: {columns.name} is {list(columns.shape)} and {rows.name} {list(rows.shape)}, "
                 f"which do not fit the rank {rank}",
+            )
+        longest = max(
+            (math.prod(found["vera_lambda_b"].shape) for found in modules.values() if "vera_lambda_b" in found),
+            default=0,
+        )
+        if rows.shape[0] > _LONGER * longest or columns.shape[1] > _WIDER * longest:
+            raise Refuse(
+                "shape",
+                f"{fields.place}: {columns.name} is {list(columns.shape)} and {rows.name} {list(rows.shape)}, "
+                f"more than layers with at most {longest} outputs can need",
             )
         pieces: dict[str, Piece] = {}
         for name in sorted(modules.keys() - {_SHARED}):

@@ -243,6 +243,10 @@ def _tied(place: Path) -> Case:
     return Case(LineageGate(), headers(base, alice))
 
 
+def _a_head(tensors: Tensors) -> None:
+    tensors["score.weight"] = torch.zeros(2, 16)
+
+
 def _index_without_a_tensor(place: Path) -> Case:
     base = models.base(place / "base")
     alice = models.fine_tune(base, place / "alice", 1)
@@ -262,6 +266,7 @@ REFUSED = {
     "shape": _case(lambda t: t.update({"model.norm.weight": torch.zeros(17)})),
     "vocab": _case(lambda t: t.update({"model.embed_tokens.weight": torch.zeros(41, 16)})),
     "tied": _tied,
+    "extra": lambda place: Case(LineageGate(extra="refuse"), fine_tune(place, _a_head)),
 }
 
 

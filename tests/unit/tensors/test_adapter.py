@@ -4,6 +4,7 @@ refused by its name."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from continual.errors import Refuse, Retry
 from continual.gates.lineage import LineageGate, trace
 from continual.tensors import Adapter, candidate_of, open_model
 from tests.helpers.adapters import Tensors, based, plain, task_vectors
+from tests.helpers.kinds_of_adapters import ROLES, seed_of, tensors_of
 
 
 @pytest.fixture
@@ -280,3 +282,123 @@ def test_a_pipe_in_the_place_of_a_file(small: Path, tmp_path: Path, name: str) -
     (adapter / name).unlink()
     os.mkfifo(adapter / name)
     assert refused(small, adapter).reason == "no-file"
+
+
+def written(path: Path, kind: str, shapes: dict[str, list[int]], **config: Any) -> Path:
+    """An adapter of a kind whose file has holes for tensors: only the header is there."""
+    path.mkdir()
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with open(path / "adapter_model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    body = {**(seed_of(kind) if kind != "LORA" else {"peft_type": "LORA", "r": 2, "lora_alpha": 4}), **config}
+    (path / "adapter_config.json").write_text(json.dumps(body))
+    return path
+
+
+def shapes_of(kind: str) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors_of(kind).items()}
+
+
+@pytest.mark.parametrize("kind", ROLES)
+def test_every_kind_is_read_at_its_smallest(small: Path, tmp_path: Path, kind: str) -> None:
+    assert "a.weight" in task_vectors(small, written(tmp_path / "x", kind, shapes_of(kind)))[0]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in ROLES for name in shapes_of(kind)])
+def test_a_tensor_of_a_kind_that_is_too_large_or_not_there(small: Path, tmp_path: Path, kind: str, name: str) -> None:
+    """Each claims a terabyte in a file with a hole: what does not fit is refused before anything is read."""
+    shapes = shapes_of(kind)
+    for number, axis in enumerate(range(len(shapes[name]))):
+        large = [1 << 36 if i == axis else size for i, size in enumerate(shapes[name])]
+        path = written(tmp_path / f"x{number}", kind, shapes | {name: large})
+        assert refused(small, path).reason == "shape"
+    del shapes[name]
+    lacking = refused(small, written(tmp_path / "y", kind, shapes)) if shapes else None
+    assert lacking is None or lacking.reason == "adapter-kind"
+
+
+def test_ranks_that_no_weight_needs_of_other_kinds(small: Path, tmp_path: Path) -> None:
+    r = 1 << 20
+    loha = {"hada_w1_a": [4, r], "hada_w1_b": [r, 6], "hada_w2_a": [4, r], "hada_w2_b": [r, 6]}
+    lokr = {"lokr_w1_a": [2, r], "lokr_w1_b": [r, 2], "lokr_w2": [2, 3]}
+    cores = {"lokr_w1": [2, 2], "lokr_t2": [r, r, 1, 1], "lokr_w2_a": [r, 2], "lokr_w2_b": [r, 3]}
+    for number, (kind, roles) in enumerate([("LOHA", loha), ("LOKR", lokr), ("LOKR", cores)]):
+        shapes = {f"base_model.model.a.{role}": shape for role, shape in roles.items()}
+        path = written(tmp_path / f"x{number}", kind, shapes, r=r, rank_pattern={})
+        assert f"rank {r}" in str(refused(small, path))
+    vera = {"base_model.vera_A": [r, 6], "base_model.vera_B": [4, r]}
+    vera |= {"base_model.model.a.vera_lambda_b": [4], "base_model.model.a.vera_lambda_d": [r]}
+    assert f"rank {r}" in str(refused(small, written(tmp_path / "v", "VERA", vera, r=r)))
+    ada = {
+        "base_model.model.a.lora_A": [r, 6],
+        "base_model.model.a.lora_B": [4, r],
+        "base_model.model.a.lora_E": [r, 1],
+    }
+    assert f"rank {r}" in str(refused(small, written(tmp_path / "a", "ADALORA", ada)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("TRAINABLE_TOKENS", {"token_indices": [3, 3]}),
+        ("TRAINABLE_TOKENS", {"token_indices": [-1, 3]}),
+        ("TRAINABLE_TOKENS", {"token_indices": [True, 3]}),
+        ("TRAINABLE_TOKENS", {"token_indices": [0, 1 << 40]}),
+        ("TRAINABLE_TOKENS", {"token_indices": "03"}),
+        ("TRAINABLE_TOKENS", {"token_indices": {"b": [0, 3]}}),
+        ("LOHA", {"alpha": "x"}),
+        ("LOKR", {"r": 0}),
+        ("LOKR", {"alpha_pattern": {"a": -1}}),
+        ("ADALORA", {"init_r": None}),
+        ("VERA", {"r": 1.5}),
+    ],
+)
+def test_settings_of_other_kinds_that_make_no_sense(
+    small: Path, tmp_path: Path, kind: str, config: dict[str, Any]
+) -> None:
+    refusal = refused(small, written(tmp_path / "x", kind, shapes_of(kind), **config))
+    assert refusal.reason == "config"
+    assert next(iter(config)) in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "words"),
+    [
+        ("LOHA", {"init_weights": "abba"}, "init_weights"),
+        ("LOKR", {"a_key_of_the_future": 1}, "a_key_of_the_future"),
+        ("IA3", {"bias": "all"}, "bias"),
+        ("ADALORA", {"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ("LORA", {"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ],
+)
+def test_settings_of_other_kinds_that_are_not_understood(
+    small: Path, tmp_path: Path, kind: str, config: dict[str, Any], words: str
+) -> None:
+    refusal = refused(small, written(tmp_path / "x", kind, shapes_of(kind), **config))
+    assert refusal.reason == "adapter-kind"
+    assert words in str(refusal)
+
+
+def test_projections_that_are_not_in_the_file(small: Path, tmp_path: Path) -> None:
+    shapes = {name: shape for name, shape in shapes_of("VERA").items() if "lambda" in name}
+    refusal = refused(small, written(tmp_path / "x", "VERA", shapes, save_projection=False))
+    assert refusal.reason == "adapter-kind"
+    assert "save_projection" in str(refusal)
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "TRAINABLE_TOKENS", "IA3", "VERA", "ADALORA"])
+def test_the_digest_knows_every_tensor_of_a_kind(small: Path, tmp_path: Path, kind: str) -> None:
+    tensors = tensors_of(kind)
+    digests = {task_vectors(small, plain(tmp_path / "x", tensors, **settings(kind)))[2]}
+    for name, tensor in tensors.items():
+        digests.add(task_vectors(small, plain(tmp_path / "x", tensors | {name: tensor + 1}, **settings(kind)))[2])
+    assert len(digests) == 1 + len(tensors)
+
+
+def settings(kind: str) -> dict[str, Any]:
+    return {"r": None, "lora_alpha": None, **seed_of(kind)}

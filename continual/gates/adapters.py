@@ -1,0 +1,86 @@
+"""Whether everything that an adapter brings is folded: what stays out is only what a base cannot have, and it is
+listed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+from continual.errors import Refuse
+from continual.tensors import Adapter, BaseModel
+from continual.tensors.buffers import is_buffer
+from continual.tensors.kinds import is_vocabulary
+from continual.tensors.leftovers import in_layer, is_output
+from continual.tensors.matching import Match, Naming, carried_of, names_of
+from continual.tensors.renaming import family_of
+
+_NAMED = 5
+"""Names of tensors that a message lists."""
+
+
+def check_brought(
+    base: BaseModel,
+    model: Adapter,
+    names: Naming,
+    found: Mapping[str, Match],
+    known: Collection[str],
+    carried: Literal["refuse", "leave-out"],
+) -> tuple[str, ...]:
+    """The weights that the adapter brings and that stay out: heads that the base lacks, and with `carried` = leave-out
+    those that this state does not fold.
+
+    Raises Refuse (`adapter-target`) for a weight that is no such thing, and where nothing would be folded.
+    """
+    where = model.place
+    unmet = sorted({name for name, piece in model.pieces.items() if not piece.optional} - set(known))
+    if unmet:
+        raise Refuse(
+            "adapter-target",
+            f"{where}: adapts {_some(unmet)}, which the base does not have: an adapter of another base",
+        )
+    kept = [name for name in carried_of(base, model, names) if not _is_computed(model, name)]
+    if kept and carried == "refuse":
+        raise Refuse(
+            "adapter-target",
+            f"{where}: changes {_some(kept)}, which this state does not fold (exclude of init, or no floats); "
+            "--gate lineage.carried=leave-out folds the rest without it, else make a state that folds it",
+        )
+    unknown = sorted(name for name in names_of(model) if name not in known and not _is_computed(model, name))
+    for name in unknown:
+        _check_is_of_a_head(base, model, name, found)
+    if not found:
+        raise Refuse(
+            "adapter-target",
+            f"{where}: adapts nothing that this base folds, only {_some(sorted(names_of(model)))}",
+        )
+    return (*unknown, *kept)
+
+
+def _check_is_of_a_head(base: BaseModel, model: Adapter, name: str, found: Mapping[str, Match]) -> None:
+    """Raises Refuse (`adapter-target`) for a weight that the base lacks in one of its layers, and for a table of words
+    that the base seems to have under another name."""
+    if in_layer(name, family_of(base.checkpoint.config)):
+        raise Refuse(
+            "adapter-target",
+            f"{model.place}: brings {name}, which the base does not have in that layer: an adapter of another base",
+        )
+    if not is_vocabulary(name):
+        return
+    for spec in base.specs:
+        if spec.name not in found and is_vocabulary(spec.name) and is_output(spec.name) == is_output(name):
+            raise Refuse(
+                "adapter-target",
+                f"{model.place}: brings {name}, and the base has {spec.name} in that place: name it as the base does",
+            )
+
+
+def _is_computed(model: Adapter, name: str) -> bool:
+    """Whether what is saved under this name is a buffer, which a class makes anew."""
+    saved = model.saved.get(name, ())
+    return bool(saved) and is_buffer(name, model.weights.tensors[saved[0]].shape)
+
+
+def _some(names: Collection[str]) -> str:
+    listed = list(names)[:_NAMED]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(listed) + more
