@@ -237,16 +237,6 @@ class VeRA:
                 f"{fields.place}: {columns.name} is {list(columns.shape)} and {rows.name} {list(rows.shape)}, "
                 f"which do not fit the rank {rank}",
             )
-        longest = max(
-            (math.prod(found["vera_lambda_b"].shape) for found in modules.values() if "vera_lambda_b" in found),
-            default=0,
-        )
-        if rows.shape[0] > _LONGER * longest or columns.shape[1] > _WIDER * longest:
-            raise Refuse(
-                "shape",
-                f"{fields.place}: {columns.name} is {list(columns.shape)} and {rows.name} {list(rows.shape)}, "
-                f"more than layers with at most {longest} outputs can need",
-            )
         pieces: dict[str, Piece] = {}
         for name in sorted(modules.keys() - {_SHARED}):
             weight = f"{name}.weight"
@@ -254,4 +244,11 @@ class VeRA:
             if d.shape != (rank,):
                 raise Refuse("shape", f"{fields.place}: {d.name} is {list(d.shape)}, and the rank is {rank}")
             pieces[weight] = Shared(str(fields.place), b, d, rows, columns)
+        longest = max((math.prod(modules[name][self.roles[0]].shape) for name in modules.keys() - {_SHARED}), default=0)
+        if rows.shape[0] > _LONGER * longest or columns.shape[1] > _WIDER * longest:
+            raise Refuse(
+                "shape",
+                f"{fields.place}: {columns.name} is {list(columns.shape)} and {rows.name} {list(rows.shape)}, "
+                f"more than layers with at most {longest} outputs can need",
+            )
         return pieces
