@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from continual import making
 from continual.errors import Misconfigured, Refuse, Retry, Skip
@@ -334,3 +335,26 @@ def test_models_in_folders_and_only_what_is_read_of_them(
     files = {path.relative_to(here): path.read_bytes() for path in here.rglob("*") if path.is_file()}
     for name, content in files.items():
         assert name.name == "continual.json" or (there / name).read_bytes() == content
+
+
+def test_experts_one_by_one_are_read_by_ranges_as_the_base_packs_them(tmp_path: Path, hub: Hub) -> None:
+    """What is put together of many pieces is read in another order than it lies in the file."""
+    head, experts = "model.layers.0.mlp.experts", 6
+    shapes = {f"{head}.gate_up_proj": (experts, 512, 128), f"{head}.down_proj": (experts, 128, 256)}
+    base = models.base(tmp_path / "packed", shapes=shapes)
+    tuned = models.fine_tune(base, tmp_path / "tuned", 1)
+    packed = load_file(tuned / "model.safetensors")
+    apart = {}
+    for number in range(experts):
+        gate, up = packed[f"{head}.gate_up_proj"][number].chunk(2)
+        apart |= {f"{head}.{number}.gate_proj.weight": gate, f"{head}.{number}.up_proj.weight": up}
+        apart[f"{head}.{number}.down_proj.weight"] = packed[f"{head}.down_proj"][number]
+    one_by_one = models.write(tmp_path / "apart", apart)
+    for state in ("state", "local"):
+        making.init(base, tmp_path / state, making.Recipe(rule="task-arithmetic"))
+    publish(hub, "org/apart", one_by_one)
+    with merge(tmp_path / "state", hub) as ours, merge(tmp_path / "local", hub) as local:
+        found = ours.fold("hf://org/apart")
+        assert found.fate == "folded", found.message
+        assert local.fold(tuned).commit.entry.digest == found.commit.entry.digest
+        assert equal(sums(ours), sums(local))
