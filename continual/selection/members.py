@@ -96,7 +96,7 @@ def over(
 
 
 def _need(engine: Engine, member: Member) -> int:
-    """Peak bytes of a pass over a member, one tensor after the other; for an adapter, with the product of its largest
-    factors."""
+    """Peak bytes of a pass over a member, one tensor after the other; for an adapter, with what its largest piece
+    takes: the base's tensor, and products of its shape."""
     largest = max((spec.numel for spec in engine.base.specs), default=0) if member.form == "adapter" else 0
-    return 4 * 4 * run_length(engine.device) + 3 * 4 * largest
+    return 4 * 4 * run_length(engine.device) + 6 * 4 * largest

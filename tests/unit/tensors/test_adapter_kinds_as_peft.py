@@ -13,12 +13,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from continual.errors import Refuse
 from continual.records import Lineage
 from tests.helpers.adapters import task_vectors
 from tests.unit.tensors.test_adapter_as_peft import bert, gpt2
 
 pytestmark = pytest.mark.slow
-Ids = {"input_ids": torch.arange(8)[None] % 7}
 
 
 def llama(**more: Any) -> Any:
@@ -169,3 +169,48 @@ CASES: dict[str, tuple[Callable[[], Any], Any]] = {
 def test_as_peft_merges_it(tmp_path: Path, name: str) -> None:
     make, config = CASES[name]
     agrees(make, *saved(tmp_path, make(), config))
+
+
+@pytest.mark.parametrize(
+    "name", ["dora-conv1d", "loha", "lokr-both", "ia3-conv1d", "vera", "tokens-in-lora", "adalora"]
+)
+def test_the_base_and_its_task_vectors_say_what_the_adapter_says(tmp_path: Path, name: str) -> None:
+    """Logits of the adapter in use, not merged by PEFT, against those of θ₀ + τ."""
+    make, config = CASES[name]
+    base, adapter = saved(tmp_path, make(), config)
+    taus, _, _ = task_vectors(base, adapter)
+    kind = type(make())
+    ids = torch.arange(8)[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        used = peft.PeftModel.from_pretrained(kind.from_pretrained(base), adapter).double().eval()
+    ours = kind.from_pretrained(base).double().eval()
+    with torch.no_grad():
+        for weight, tau in taus.items():
+            ours.get_parameter(weight).add_(tau.double())
+        plain = kind.from_pretrained(base).double().eval()(ids).logits
+        torch.testing.assert_close(ours(ids).logits, used(ids).logits, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(plain, used(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("word", ["pissa", "olora"])
+def test_an_initialisation_that_changes_the_base(tmp_path: Path, word: str) -> None:
+    """Saved as it is it is refused; saved as a converted LoRA it is one."""
+    torch.manual_seed(0)
+    bert().save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = transformers.BertModel.from_pretrained(tmp_path / "base")
+        model = peft.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights=word, target_modules=["query"]))
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(tmp_path / "first")
+        model.peft_config["default"].init_lora_weights = word
+        trained(model).save_pretrained(tmp_path / "raw")
+        model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=tmp_path / "first")
+    with pytest.raises(Refuse, match="init_lora_weights"):
+        task_vectors(tmp_path / "base", tmp_path / "raw")
+    taus, _, _ = task_vectors(tmp_path / "base", tmp_path / "adapter")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    after = model.merge_and_unload().state_dict()
+    for name, tau in taus.items():
+        torch.testing.assert_close(tau, after[name] - before[name], rtol=1e-4, atol=1e-6, msg=name)
