@@ -63,12 +63,10 @@ def main() -> None:
     """Runs the families that are asked for, prints their verdicts, and writes what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", metavar="FAMILY", help="a family's name, or a part of it")
-    parser.add_argument(
-        "--cells", type=lambda text: tuple(text.split(";")), default=COLUMNS, help="columns, with ; between"
-    )
+    parser.add_argument("--cells", default=";".join(COLUMNS), help="columns, with ; between them")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--write", action="store_true", help="write ops/docs/families.md")
-    parser.add_argument("--transformers4", type=Path, metavar="PYTHON")
+    parser.add_argument("--transformers4", type=Path, metavar="PYTHON", help="or the directory that it wrote before")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [f for f in TABLE if not asked.only or any(word.lower() in f.name.lower() for word in asked.only)]
@@ -95,7 +93,9 @@ def main() -> None:
 
 
 def write_older(python: Path, scratch: Path, chosen: list[Family]) -> Path:
-    """Has another interpreter write its models of these families; where they are."""
+    """Has another interpreter write its models of these families; where they are. A directory has them already."""
+    if python.is_dir():
+        return python
     older = scratch / "older"
     older.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
