@@ -13,6 +13,8 @@ import continual
 from continual.state import framing
 from tests.helpers import models
 
+pytestmark = pytest.mark.slow
+
 EXPERTS, MODELS = 3, 3
 PACKED = {
     "model.embed_tokens.weight": (20, 8),
