@@ -3,9 +3,10 @@
     python -m tests.campaigns.families [--only FAMILY]... [--json FILE] [--write]
         [--transformers4 PYTHON] [--cells "full;LoRA"]
 
-A family takes a few seconds on one core. Families of diffusers need an interpreter that has it. With `--transformers4`,
-an interpreter whose transformers is of version 4 writes bases and fine-tunes too, and they are mixed with those written
-here. `--write` writes ops/docs/families.md. It ends with 1 where a cell is `wrong` or a `silent loss`.
+A family takes a few seconds on one core; TMPDIR on a disk in memory (/dev/shm) spares the waits of durable writes.
+Families of diffusers need an interpreter that has it. With `--transformers4`, an interpreter whose transformers is of
+version 4 writes bases and fine-tunes too, and they are mixed with those written here. `--write` writes
+ops/docs/families.md. It ends with 1 where a cell is `wrong` or a `silent loss`.
 """
 
 from __future__ import annotations
@@ -79,12 +80,14 @@ def main() -> None:
             counted = Counter(cell.verdict for cell in found[family.name].values())
             told = ", ".join(f"{count} {verdict}" for verdict, count in counted.items())
             print(f"{family.name}: {told}; {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+            if asked.json:
+                body = {
+                    name: {column: cell._asdict() for column, cell in cells.items()} for name, cells in found.items()
+                }
+                asked.json.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", "utf-8")
             for column, cell in found[family.name].items():
                 if cell.verdict in ("wrong", "silent loss", "refused"):
                     print(f"    {column}: {cell.verdict}: {cell.said}", file=sys.stderr, flush=True)
-    body = {name: {column: cell._asdict() for column, cell in cells.items()} for name, cells in found.items()}
-    if asked.json:
-        asked.json.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if asked.write:
         page.write(found, _ROOT / "ops/docs/families.md")
     total = Counter(cell.verdict for cells in found.values() for cell in cells.values())

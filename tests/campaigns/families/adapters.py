@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from tests.campaigns.families.family import Family
 from tests.campaigns.families.making import loaded
@@ -21,7 +22,8 @@ class Unfit(Exception):
     """The family has nothing that this kind of adapter is about."""
 
 
-Config = Callable[[Family], Any]
+Config = Callable[[Family, Any], Any]
+"""Of a family and its model, the configuration."""
 
 
 def targets(family: Family) -> Any:
@@ -36,55 +38,69 @@ def _need(word: str, what: str) -> str:
 
 
 def _lora(**more: Any) -> Config:
-    return lambda family: peft.LoraConfig(r=RANK, lora_alpha=8, target_modules=targets(family), **more)
+    return lambda family, _model: peft.LoraConfig(r=RANK, lora_alpha=8, target_modules=targets(family), **more)
 
 
-def _table(family: Family) -> Any:
+def _table(family: Family, _model: Any) -> Any:
     return peft.LoraConfig(r=RANK, lora_alpha=8, target_modules=[_need(family.table, "input embedding")])
 
 
-def _head(family: Family) -> Any:
+def _head(family: Family, _model: Any) -> Any:
     return peft.LoraConfig(
         r=RANK, lora_alpha=8, target_modules=targets(family), modules_to_save=[_need(family.head, "head")]
     )
 
 
-def _tokens_beside(family: Family) -> Any:
+def _tokens_beside(family: Family, _model: Any) -> Any:
     table = _need(family.table, "input embedding")
     return peft.LoraConfig(
         r=RANK, lora_alpha=8, target_modules=targets(family), trainable_token_indices={table: [3, 5]}
     )
 
 
-def _tokens(family: Family) -> Any:
+def _tokens(family: Family, _model: Any) -> Any:
     table = _need(family.table, "input embedding")
     return peft.TrainableTokensConfig(target_modules=[table], token_indices=[3, 5])
 
 
-def _experts(family: Family) -> Any:
+def _experts(family: Family, _model: Any) -> Any:
     if not family.experts:
         raise Unfit("the family has no packed experts")
     return peft.LoraConfig(r=2, lora_alpha=4, target_modules=[], target_parameters=list(family.experts))
 
 
-def _loha(family: Family) -> Any:
+def _loha(family: Family, _model: Any) -> Any:
     return peft.LoHaConfig(r=RANK, alpha=8, target_modules=targets(family))
 
 
-def _lokr(family: Family) -> Any:
+def _lokr(family: Family, _model: Any) -> Any:
     return peft.LoKrConfig(r=RANK, alpha=8, target_modules=targets(family))
 
 
-def _ia3(family: Family) -> Any:
-    down = [name for name in family.down if not isinstance(family.targets, tuple) or name in family.targets]
-    return peft.IA3Config(target_modules=targets(family), feedforward_modules=down)
+def _without_experts(family: Family, _model: Any) -> Any:
+    if not family.experts:
+        raise Unfit("the family has no packed experts")
+    names = ["q_proj", "k_proj", "v_proj", "q_a_proj", "kv_b_proj", "o_proj"]
+    return peft.LoraConfig(r=RANK, lora_alpha=8, target_modules=names)
 
 
-def _vera(family: Family) -> Any:
+def _ia3(family: Family, model: Any) -> Any:
+    """IA3 scales what enters a layer that is fed by an activation, and what leaves the others: it wants both by name."""
+    names = targets(family)
+    if names == "all-linear":
+        kinds = (torch.nn.Linear, Conv1D)
+        found = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+        ends = {".".join(name.split(".")[-2:]) for name in found}
+        names = sorted(name for name in ends if not (family.head and name.endswith(family.head)))
+    down = [name for name in names if isinstance(names, list) and name.endswith(family.down or ("?",))]
+    return peft.IA3Config(target_modules=names, feedforward_modules=down)
+
+
+def _vera(family: Family, _model: Any) -> Any:
     return peft.VeraConfig(r=RANK, target_modules=targets(family), projection_prng_key=5)
 
 
-def _adalora(family: Family) -> Any:
+def _adalora(family: Family, _model: Any) -> Any:
     return peft.AdaLoraConfig(init_r=RANK, target_r=RANK, lora_alpha=8, target_modules=targets(family), total_step=10)
 
 
@@ -95,6 +111,7 @@ KINDS: dict[str, Config] = {
     "LoRA, biases": _lora(bias="all"),
     "LoRA, tokens": _tokens_beside,
     "LoRA, experts": _experts,
+    "LoRA, no experts": _without_experts,
     "rsLoRA": _lora(use_rslora=True),
     "DoRA": _lora(use_dora=True),
     "AdaLoRA": _adalora,
@@ -108,9 +125,10 @@ KINDS: dict[str, Config] = {
 
 def write(family: Family, base: Path, directory: Path, kind: Config) -> None:
     """Writes an adapter of the model in `base`. Raises Unfit, and what PEFT raises."""
-    config = kind(family)
+    model = loaded(family, base)
+    config = kind(family, model)
     torch.manual_seed(11)
-    wrapped = peft.get_peft_model(loaded(family, base), config)
+    wrapped = peft.get_peft_model(model, config)
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:

@@ -54,6 +54,7 @@ _COLUMNS = {
     "LoRA, biases": 'LoRA, and the biases trained (`bias = "all"`)',
     "LoRA, tokens": "LoRA, and some rows of the input embedding (`trainable_token_indices`)",
     "LoRA, experts": "LoRA on packed experts (`target_parameters`)",
+    "LoRA, no experts": "LoRA on the attention of a model that has packed experts",
     "tokens": "trainable tokens alone",
     "base 4, full 5": "transformers 4 wrote the base, transformers 5 loaded it and wrote the fine-tune",
     "base 5, full 4": "transformers 5 rewrote that base, transformers 4 wrote the fine-tune",
