@@ -45,8 +45,8 @@ def cells_of(family: Family, work: Path, older: Path | None, wanted: tuple[str, 
         with quiet():
             bench.prepare()
             truth = bench.truth(bench.directory / "full")
-    except ImportError as error:
-        yield from ((column, Cell("n/a", str(error))) for column in wanted)
+    except Exception as error:  # of a library, which cannot make or read such a model itself
+        yield from ((column, Cell("n/a", f"{type(error).__name__}: {error}"[:300])) for column in wanted)
         return
     todo = {
         "full": partial(judge, bench, bench.base, bench.directory / "full", truth),
@@ -65,34 +65,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", metavar="FAMILY", help="a family's name, or a part of it")
     parser.add_argument("--cells", default=";".join(COLUMNS), help="columns, with ; between them")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--write", action="store_true", help="write ops/docs/families.md")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="what it has of other families and columns is kept")
+    parser.add_argument("--write", action="store_true", help="write ops/docs/families.md, of all that FILE has")
     parser.add_argument("--transformers4", type=Path, metavar="PYTHON", help="or the directory that it wrote before")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [f for f in TABLE if not asked.only or any(word.lower() in f.name.lower() for word in asked.only)]
-    found: dict[str, dict[str, Cell]] = {}
+    found = kept(asked.json) if asked.json else {}
     with tempfile.TemporaryDirectory() as scratch:
         older = write_older(asked.transformers4, Path(scratch), chosen) if asked.transformers4 else None
         for family in chosen:
             began = time.perf_counter()
-            found[family.name] = dict(cells_of(family, Path(scratch), older, tuple(asked.cells.split(";"))))
-            counted = Counter(cell.verdict for cell in found[family.name].values())
-            told = ", ".join(f"{count} {verdict}" for verdict, count in counted.items())
-            print(f"{family.name}: {told}; {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+            cells = dict(cells_of(family, Path(scratch), older, tuple(asked.cells.split(";"))))
+            say(family.name, cells, time.perf_counter() - began)
+            found[family.name] = {**found.get(family.name, {}), **cells}
             if asked.json:
-                body = {
-                    name: {column: cell._asdict() for column, cell in cells.items()} for name, cells in found.items()
-                }
-                asked.json.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", "utf-8")
-            for column, cell in found[family.name].items():
-                if cell.verdict in ("wrong", "silent loss", "refused"):
-                    print(f"    {column}: {cell.verdict}: {cell.said}", file=sys.stderr, flush=True)
+                keep(found, asked.json)
     if asked.write:
-        page.write(found, _ROOT / "ops/docs/families.md")
+        page.write({f.name: found[f.name] for f in TABLE if f.name in found}, _ROOT / "ops/docs/families.md")
     total = Counter(cell.verdict for cells in found.values() for cell in cells.values())
     print(", ".join(f"{count} {verdict}" for verdict, count in total.most_common()))
     sys.exit(1 if total["wrong"] or total["silent loss"] else 0)
+
+
+def say(name: str, cells: dict[str, Cell], seconds: float) -> None:
+    """Tells on stderr how a family went, and why a cell is not right."""
+    counted = Counter(cell.verdict for cell in cells.values())
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counted.items())
+    print(f"{name}: {told}; {seconds:.1f} s", file=sys.stderr, flush=True)
+    for column, cell in cells.items():
+        if cell.verdict in ("wrong", "silent loss", "refused", "told"):
+            print(f"    {column}: {cell.verdict}: {cell.said}", file=sys.stderr, flush=True)
+
+
+def kept(file: Path) -> dict[str, dict[str, Cell]]:
+    """What an earlier run found; nothing where there is no file."""
+    body = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    return {name: {column: Cell(**cell) for column, cell in cells.items()} for name, cells in body.items()}
+
+
+def keep(found: dict[str, dict[str, Cell]], file: Path) -> None:
+    """Writes what was found."""
+    body = {name: {column: cell._asdict() for column, cell in cells.items()} for name, cells in found.items()}
+    file.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def write_older(python: Path, scratch: Path, chosen: list[Family]) -> Path:

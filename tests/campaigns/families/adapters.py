@@ -85,7 +85,7 @@ def _without_experts(family: Family, _model: Any) -> Any:
 
 
 def _ia3(family: Family, model: Any) -> Any:
-    """IA3 scales what enters a layer that is fed by an activation, and what leaves the others: it wants both by name."""
+    """IA3 scales what enters a layer fed by an activation, and what leaves the others: it wants both by name."""
     names = targets(family)
     if names == "all-linear":
         kinds = (torch.nn.Linear, Conv1D)
