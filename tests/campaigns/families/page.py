@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -108,10 +109,14 @@ def _reasons(found: Found) -> str:
             if cell.verdict not in ("right", "unfit"):
                 told.setdefault((column, cell.verdict, _common(cell.said)), []).append(name)
     lines = [
-        f"- **{column}**, {_MARKS[verdict].strip('*')}: {', '.join(names)}. {said}"
+        _wrapped(f"- **{column}**, {_MARKS[verdict].strip('*')}: {', '.join(names)}. {said}")
         for (column, verdict, said), names in told.items()
     ]
     return "## Why\n\n" + ("\n".join(lines) if lines else "Every cell is right.") + "\n"
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _common(said: str) -> str:
