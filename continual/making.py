@@ -142,7 +142,7 @@ def recipe_for(
     transforms = list(before or settings.before or ())
     asked = {**settings.options, **(options or {}), **({"before": transforms} if transforms else {})}
     name = rule or settings.rule or ("frank-wolfe" if settings.select == "frank-wolfe" else DEFAULT)
-    return Recipe(rule=name, options=asked)
+    return Recipe(rule=name, options=asked, untie=settings.tied == "untie")
 
 
 def agree(state: State, settings: Settings) -> None:

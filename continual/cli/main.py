@@ -73,7 +73,7 @@ def _top(
 
 
 @app.command()
-@takes(*OPENING)
+@takes("tied", *OPENING)
 def init(
     base: Annotated[
         str, typer.Argument(help="Directory of the base model (safetensors), or a repo of the Hub: ORG/NAME@REVISION.")

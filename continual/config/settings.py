@@ -235,6 +235,12 @@ class Settings(BaseModel):
     vocab: Literal["refuse", "common-rows"] = Field(
         default="refuse", description="what to do with vocabularies of another size"
     )
+    lineage: Literal["name", "shapes"] = Field(
+        default="name", description="whether an adapter that names another base than the state's is refused"
+    )
+    tied: Literal["refuse", "both", "untie"] = Field(
+        default="refuse", description="what a change of one of two tied tables (embedding, head) means"
+    )
     max_base_ratio: Annotated[float, Field(gt=0)] = Field(
         default=0.5, description="largest task-vector norm, as a multiple of the base's norm"
     )

@@ -105,12 +105,14 @@ class Engine:
                 release=release_of(model.place),
                 earlier=earlier[-1].seq if earlier else None,
                 cloned=self.state.ledger.cloned,
+                repo=self.state.format.base.repo,
             )
         )
 
     def lineage(self, model: Model) -> Lineage:
         """How a model that was let in earlier maps to the base. Raises Refuse as `gates.lineage.trace`."""
-        return trace(self.base, model, self.gates.the(LineageGate))
+        gate = dataclasses.replace(self.gates.the(LineageGate), tied="both")  # as it was folded, whatever is said now
+        return trace(self.base, model, gate)
 
     def shipped(self, model: Model, lineage: Lineage) -> Checkpoint | None:
         """The values beside the weights that the rule needs, opened; None if it needs none. Raises Refuse if they are

@@ -31,7 +31,8 @@ class Headers(NamedTuple):
 
     `state`: the id of the state; `cloned`: those of the states that it was cloned from. `release`: the `continual.json`
     beside the model, if it is an export of ours. `earlier`: the newest fold in force of other files from the same
-    origin. `lineage` (None until the gate of that name has passed) and `weight` are what gates have found out.
+    origin. `lineage` (None until the gate of that name has passed) and `weight` are what gates have found out. `repo`:
+    that of the base on the Hub, where it came from there.
     """
 
     candidate: Candidate
@@ -43,6 +44,7 @@ class Headers(NamedTuple):
     lineage: Lineage | None = None
     weight: float = 1.0
     cloned: Sequence[str] = ()
+    repo: str | None = None
 
 
 class TensorNumbers(NamedTuple):

@@ -9,6 +9,8 @@ from typing import Literal
 from continual.errors import Refuse
 from continual.gates.adapters import check_brought
 from continual.gates.contract import AtHeaders, Headers
+from continual.gates.kinship import check_name
+from continual.gates.tables import check_tied
 from continual.records import Lineage, TensorSpec
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, TensorInfo
 from continual.tensors.buffers import is_buffer
@@ -31,7 +33,8 @@ class LineageGate(AtHeaders):
     unknown tensors that may be the same. Buffers may always be missing. `vocab`: `common-rows`
     lets its vocabulary have another size; the rows that both have are folded. `extra`: whether a model with weights
     that the base lacks (a head for a task) is let in without them. `carried`: the same of an adapter that changes
-    weights which this state does not fold.
+    weights which this state does not fold. `lineage`: `shapes` lets an adapter in that names another base. `tied`:
+    `both` takes what an adapter does to one of two tied tables for both.
     """
 
     name = "lineage"
@@ -46,15 +49,21 @@ class LineageGate(AtHeaders):
         "tied",
         "index",
         "extra",
+        "lineage",
     )
 
     missing: Literal["refuse", "unchanged"] = "refuse"
     vocab: Literal["refuse", "common-rows"] = "refuse"
     extra: Literal["leave-out", "refuse"] = "leave-out"
     carried: Literal["refuse", "leave-out"] = "refuse"
+    lineage: Literal["name", "shapes"] = "name"
+    tied: Literal["refuse", "both", "untie"] = "refuse"
 
     def judge(self, seen: Headers) -> Headers:
-        """Finds how the model maps to the base. Raises Refuse as `trace`."""
+        """Finds how the model maps to the base. Raises Refuse as `trace`, and `lineage` where it names another
+        base."""
+        if self.lineage == "name":
+            check_name(seen)
         return seen._replace(lineage=trace(seen.base, seen.model, self))
 
 
@@ -88,6 +97,8 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
     rows: dict[str, int] = {}
     for name, source in found.items():
         spec = specs[name]
+        if isinstance(model, Adapter) and gate.tied != "both":
+            check_tied(base, model, spec, source)
         if source.full is not None:
             _check_dtype(model.place, source.full, source, spec)
             if source.full.shape != spec.shape:

@@ -70,6 +70,16 @@ class Adapter:
         self._config_file.close()
 
     @property
+    def tying(self) -> bool:
+        """Whether what it does to one of two tied tables, it does to both (`ensure_weight_tying`)."""
+        return self.config.flag("ensure_weight_tying")
+
+    def is_trained(self, name: str) -> bool:
+        """Whether a whole weight was trained by itself, as modules_to_save; else PEFT stored it because the vocabulary
+        was resized."""
+        return any(f".{module}." in f".{name}" for module in self.config.saved)
+
+    @property
     def files(self) -> tuple[FileStat, ...]:
         """The weights and the configuration: another alpha is another model."""
         return self.weights.files + self._config_file.stats

@@ -33,6 +33,7 @@ _INFORMATION = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "modules_to_save",
+        "ensure_weight_tying",
     ]
 )
 """Keys that every kind has: what the adapter was trained on, and which modules it has tensors for."""

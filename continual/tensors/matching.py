@@ -17,6 +17,7 @@ from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 from continual.tensors.pieces import Piece
 from continual.tensors.renaming import alone, canonical, canonical_names, difference, family_of
+from continual.tensors.tied import ties_heads
 
 CONV1D = {
     family: frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
@@ -123,10 +124,13 @@ def sources(base: BaseModel, model: Checkpoint | Adapter, names: Naming) -> tupl
     """
     rows, known = _named(base, model, names)
     found: dict[str, Match] = {}
+    named = {spec.name: row for spec, row in rows}
     for spec, row in rows:
         if spec.kind == "carried":
             continue
-        source = _of_adapter(base, model, spec.name, row) if isinstance(model, Adapter) else _of_checkpoint(model, row)
+        source = _source(base, model, spec.name, row)
+        if source is None and spec.name in base.untied and _ties(base, model):
+            source = _source(base, model, spec.name, named[base.untied[spec.name]])
         if source is not None:
             found[spec.name] = source
     return found, known
@@ -169,6 +173,15 @@ def _named(
     return rows, known
 
 
+def _source(base: BaseModel, model: Checkpoint | Adapter, ours: str, names: list[str]) -> Match | None:
+    return _of_adapter(base, model, ours, names) if isinstance(model, Adapter) else _of_checkpoint(model, names)
+
+
+def _ties(base: BaseModel, model: Checkpoint | Adapter) -> bool:
+    """Whether a candidate has one table for two of an untied base."""
+    return model.tying if isinstance(model, Adapter) else ties_heads(model.config or base.checkpoint.config)
+
+
 def _of_checkpoint(model: Checkpoint, names: list[str]) -> Match | None:
     present = [model.tensors[name] for name in names if name in model.tensors]
     return Match(present[0], tuple(present[1:])) if present else None
@@ -177,8 +190,12 @@ def _of_checkpoint(model: Checkpoint, names: list[str]) -> Match | None:
 def _of_adapter(base: BaseModel, model: Adapter, ours: str, names: list[str]) -> Match | None:
     present = [model.weights.tensors[saved] for name in names for saved in model.saved.get(name, ())]
     adapted = [name for name in names if name in model.pieces]
-    if len(adapted) > 1:
-        raise Refuse("tied", f"{model.place}: adapts {adapted[0]} and {adapted[1]}, which are one tensor in the base")
+    if len(adapted) > 1 and not model.tying:  # PEFT stores the factors of tied adapters under both names
+        raise Refuse(
+            "tied",
+            f"{model.place}: adapts {adapted[0]} and {adapted[1]}, which are one tensor in the base; train it with "
+            "ensure_weight_tying = true, or fold it into a state made with 'continual init --tied untie'",
+        )
     if not present and not adapted:
         return None
     piece = model.pieces[adapted[0]] if adapted else None

@@ -8,6 +8,7 @@ family's default where it is silent.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
@@ -141,6 +142,8 @@ _HEADS = {
     "rwkv": "head.weight",
 }
 """What the head is called, by `model_type`, where it is not lm_head.weight."""
+_LANGUAGE = re.compile(r"CausalLM|LMHead|Generation|MaskedLM|PreTraining|ForSpeechTo|ForTextTo|^(?:U?M?T5|M?Bart)")
+"""Classes that use a table in two places."""
 _BLOCK = 1 << 20
 
 
@@ -177,6 +180,18 @@ def with_tables(checkpoint: Checkpoint, tables: Collection[str]) -> tuple[Checkp
     if more.keys() <= checkpoint.tensors.keys():
         return checkpoint, said
     return checkpoint.with_tensors({**more, **checkpoint.tensors}), said
+
+
+def other_table(base: Checkpoint, aliases: Mapping[str, str], name: str) -> str | None:
+    """Another name under which the table `name` of a base is used by its class; None where it is the only one. A class
+    that config.json names, and that has no language-model head, has none of a head."""
+    names = sorted(alias for alias, of in aliases.items() if of == name and alias.endswith(".weight"))
+    present = [alias for alias in names if alias in base.tensors]
+    said = base.config.get("architectures")
+    if isinstance(said, list) and said and not any(_LANGUAGE.search(str(word)) for word in said):
+        return present[0] if present else None
+    word = _HEADS.get(str(base.config.get("model_type")), "lm_head.weight")
+    return next(iter(present), word if word in names else next(iter(names), None))
 
 
 def head_of(checkpoint: Checkpoint) -> dict[str, str]:

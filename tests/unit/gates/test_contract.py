@@ -183,6 +183,8 @@ def test_the_settings_reach_the_gates() -> None:
         "updates": "add",
         "missing": "unchanged",
         "vocab": "common-rows",
+        "lineage": "shapes",
+        "tied": "both",
         "weight": "metadata:score",
         "weights": {"a*": 2.0},
         "max_base_ratio": 0.25,

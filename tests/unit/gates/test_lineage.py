@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from continual.errors import Refuse
+from continual.gates.contract import Headers
 from continual.gates.lineage import LineageGate, _some, trace
 from continual.records import Lineage
 from continual.tensors import BaseModel, Checkpoint, TaskVectors, describe, open_model
@@ -234,6 +235,68 @@ def _another_adapter(place: Path) -> Case:
     return Case(LineageGate(), headers(base, adapter))
 
 
+def adapter_of(place: Path, named: object) -> Headers:
+    """An adapter of the small base that names a base."""
+    base, adapter = models.base(place / "base"), place / "adapter"
+    adapter.mkdir()
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{module}.lora_A.weight": torch.zeros(2, 16), f"{module}.lora_B.weight": torch.zeros(16, 2)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": named}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return headers(base, adapter)
+
+
+def _of_another_base(place: Path) -> Case:
+    return Case(LineageGate(), adapter_of(place, "mistralai/Mistral-7B-v0.3")._replace(repo="meta-llama/Llama-3.1-8B"))
+
+
+BASES = {
+    "meta-llama/Llama-3.1-8B": [
+        *("unsloth/Meta-Llama-3.1-8B-bnb-4bit", "unsloth/Llama-3.1-8B-unsloth-bnb-4bit", "x/Llama-3.1-8B-FP8-dynamic"),
+        *("hugging-quants/Meta-Llama-3.1-8B-AWQ-INT4", "TheBloke/Llama-3.1-8B-GPTQ", "y/Llama-3.1-8B-Q4_K_M-GGUF"),
+        *("RedHatAI/Meta-Llama-3.1-8B-quantized.w4a16", "z/Meta-Llama-3.1-8B-GPTQ-Int4", "a/Llama-3.1-8B-4bit"),
+        *(
+            "/models/whatever",
+            "./out/sft",
+            "../base",
+            "base",
+            "",
+            None,
+            3,
+            "/x/models--meta-llama--Llama-3.1-8B/snapshots/f",
+        ),
+    ],
+    "mistralai/Mistral-7B-v0.1": ["unsloth/mistral-7b-bnb-4bit", "unsloth/mistral-7b"],
+    "Qwen/Qwen2.5-0.5B-Instruct": ["unsloth/Qwen2.5-0.5B-Instruct-bnb-4bit", "Qwen/Qwen2.5-0.5B-Instruct-GPTQ-Int8"],
+    "openai/gpt-oss-20b": ["unsloth/gpt-oss-20b-BF16", "unsloth/gpt-oss-20b-unsloth-bnb-4bit"],
+}
+OTHERS = [
+    ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"),
+    ("Qwen/Qwen2.5-0.5B", "unsloth/Qwen2.5-0.5B-Instruct-bnb-4bit"),
+    ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B"),
+    ("meta-llama/Llama-3.1-8B", "/cache/models--org--other/snapshots/f"),
+    ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf"),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(ours, one) for ours, many in BASES.items() for one in many])
+def test_another_name_of_the_same_base(tmp_path: Path, ours: str, theirs: object) -> None:
+    assert LineageGate().judge(adapter_of(tmp_path, theirs)._replace(repo=ours)).lineage
+
+
+@pytest.mark.parametrize(("ours", "theirs"), OTHERS)
+def test_the_name_of_another_base(tmp_path: Path, ours: str, theirs: str) -> None:
+    seen = adapter_of(tmp_path, theirs)
+    with pytest.raises(Refuse) as refusal:
+        LineageGate().judge(seen._replace(repo=ours))
+    assert refusal.value.reason == "lineage"
+    for word in ("adapter_config.json", "base_model_name_or_path", ours, "lineage = shapes"):
+        assert word in str(refusal.value)
+    assert LineageGate(lineage="shapes").judge(seen._replace(repo=ours)).lineage
+    assert LineageGate().judge(seen).lineage, "a base that came from no repo has no name to compare"
+
+
 def _tied(place: Path) -> Case:
     config = models.CONFIG | {"tie_word_embeddings": True}
     tensors = {name: torch.randn(shape) for name, shape in models.SHAPES.items() if name != "lm_head.weight"}
@@ -258,6 +321,7 @@ def _index_without_a_tensor(place: Path) -> Case:
 
 REFUSED = {
     "index": _index_without_a_tensor,
+    "lineage": _of_another_base,
     "prefix": _case(_two_towers),
     "missing": _case(lambda t: t.pop("model.norm.weight")),
     "adapter-kind": _case(lambda t: t.update({"model.norm.lora_A.weight": torch.zeros(2, 4)})),

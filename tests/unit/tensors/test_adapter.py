@@ -97,7 +97,6 @@ def test_a_configuration_rewritten_while_it_is_read(tmp_path: Path) -> None:
         {"loftq_config": {"loftq_bits": 4}},
         {"kasa_config": {"beta": 1e-4}},
         {"use_bdlora": {"nblocks": 2}},
-        {"ensure_weight_tying": True},
         {"a_key_of_the_future": "on"},
         *(
             {"init_lora_weights": word}
@@ -223,15 +222,36 @@ def test_a_tied_head_is_the_embedding(tied: Path, tmp_path: Path) -> None:
         "base_model.model.model.l.lora_A.weight": torch.randn(2, 6),
         "base_model.model.model.l.lora_B.weight": torch.randn(4, 2),
     }
-    assert task_vectors(tied, plain(tmp_path / "x", head | other))[0].keys() == {
-        "model.embed_tokens.weight",
-        "model.l.weight",
-    }
-    assert task_vectors(tied, plain(tmp_path / "y", table | other))[0].keys() == {
-        "model.embed_tokens.weight",
-        "model.l.weight",
-    }
+    both = {"model.embed_tokens.weight", "model.l.weight"}
+    assert task_vectors(tied, plain(tmp_path / "x", head | other), tied="both")[0].keys() == both
+    assert task_vectors(tied, plain(tmp_path / "y", table | other), tied="both")[0].keys() == both
+    assert task_vectors(tied, plain(tmp_path / "w", table | other, ensure_weight_tying=True))[0].keys() == both
+    assert task_vectors(tied, plain(tmp_path / "v", table | other, task_type="SEQ_CLS"))[0].keys() == both
     assert refused(tied, plain(tmp_path / "z", head | table | other)).reason == "tied"
+    for name, adapter in (("head", head), ("table", table)):
+        refusal = refused(tied, plain(tmp_path / name, adapter | other))
+        assert refusal.reason == "tied"
+        for word in ("model.embed_tokens.weight", "lm_head", "tied = both", "--tied untie", "ensure_weight_tying"):
+            assert word in str(refusal)
+    twice = head | table
+    found = task_vectors(tied, plain(tmp_path / "u", twice | other, ensure_weight_tying=True))[0]
+    a, b = table.values()
+    assert torch.allclose(found["model.embed_tokens.weight"], 2 * (b @ a).T)
+
+
+def test_a_whole_table_beside_the_factors(tied: Path, tmp_path: Path) -> None:
+    name = "base_model.model.model.embed_tokens.weight"
+    whole = {
+        name: torch.randn(4, 6),
+        "base_model.model.model.l.lora_A.weight": torch.randn(2, 6),
+        "base_model.model.model.l.lora_B.weight": torch.randn(4, 2),
+    }
+    assert "model.embed_tokens.weight" in task_vectors(tied, plain(tmp_path / "resized", whole))[0]
+    refusal = refused(tied, plain(tmp_path / "trained", whole, modules_to_save=["embed_tokens"]))
+    assert (refusal.reason, name in str(refusal)) == ("tied", True)
+    both = whole | {"base_model.model.lm_head.weight": whole[name].clone()}
+    saved = ["embed_tokens", "lm_head"]
+    assert "model.embed_tokens.weight" in task_vectors(tied, plain(tmp_path / "b", both, modules_to_save=saved))[0]
 
 
 def test_a_resized_vocabulary_stored_beside_the_factors(tied: Path, tmp_path: Path) -> None:

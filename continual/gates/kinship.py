@@ -1,0 +1,72 @@
+"""Whether the name of a base in an adapter's configuration can be that of the state's base: by the words alone, no Hub
+is asked.
+
+Copies, mirrors and quantised variants of a model bear its name with marks of their own (`-bnb-4bit`, `-GPTQ`). These
+are taken off, and what is left is compared without the name of the owner. A path says nothing, since the same model
+lies under another one elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+
+from continual.errors import Refuse
+from continual.gates.contract import Headers
+from continual.outside import shown
+from continual.tensors import Adapter
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CACHED = re.compile(r"(?:^|/)models--(?P<owner>[^/]+?)--(?P<name>[^/]+)(?:/|$)")
+_MARK = re.compile(
+    r"[-_.](?:unsloth|bnb|nf4|fp4|[2-8]-?bits?|int[48]|uint4|[248]bpw|gptq(?:-int[48])?|awq|eetq|aqlm|hqq|exl[23]|gguf"
+    r"|ggml|mlx|onnx|openvino|marlin|autoround|auto-round|torchao|quanto|quantized|quantised|fp8(?:-kv|-block)?|nvfp4"
+    r"|mxfp[48]|dynamic|w[48]a(?:8|16)|g(?:32|64|128)|128g|q[2-8](?:_[a-z0-9]+)*|i?q\d_k(?:_[sml])?|bf16|fp16|fp32|f16"
+    r"|f32|hf|safetensors|imatrix|i1)$"
+)
+_ALIASES = {
+    "mistral-7b": "mistral-7b-v0.1",
+    "mistral-7b-instruct": "mistral-7b-instruct-v0.1",
+    "zephyr-sft": "mistral-7b-sft-beta",
+    "tinyllama": "tinyllama-1.1b-intermediate-step-1431k-3t",
+    "tinyllama-chat": "tinyllama-1.1b-chat-v1.0",
+    "phi-3-medium-4k": "phi-3-medium-4k-instruct",
+}
+"""Names of mirrors that taking marks off does not lead back."""
+
+
+def check_name(seen: Headers) -> None:
+    """Raises Refuse (`lineage`) where an adapter names a repo that is another model than the base. A base that did not
+    come from the Hub has no name to compare."""
+    if not isinstance(seen.model, Adapter):
+        return
+    theirs = repo_of(seen.model.config.body.get("base_model_name_or_path"))
+    ours = seen.repo or repo_of(str(seen.base.checkpoint.place))
+    if theirs is not None and ours is not None and is_other(theirs, ours):
+        raise Refuse(
+            "lineage",
+            f"{seen.model.config.where}: base_model_name_or_path = {shown(theirs)} is another model than the base of "
+            f"this state, {ours}; if it is the same one under another name, set lineage = shapes",
+        )
+
+
+def repo_of(word: object) -> str | None:
+    """The repo `owner/name` that a configuration names, also as a path in the cache of the Hub's client; None for a
+    path, and for what is no name."""
+    if not isinstance(word, str):
+        return None
+    if found := _CACHED.search(word):
+        return f"{found['owner']}/{found['name']}"
+    return word if _REPO.fullmatch(word) else None
+
+
+def is_other(named: str, base: str) -> bool:
+    """Whether two repos (`owner/name`) are two models, as far as their names tell."""
+    return stem(named) != stem(base)
+
+
+def stem(repo: str) -> str:
+    """The name of a repo without its owner and without the marks of mirrors and of quantisation, in small letters."""
+    name = repo.rpartition("/")[2].lower().removeprefix("meta-")
+    while (bare := _MARK.sub("", name)) != name and bare:
+        name = bare
+    return _ALIASES.get(name, name)

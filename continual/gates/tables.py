@@ -1,0 +1,31 @@
+"""Whether an adapter changes one of two tables that are one in the base: the embedding of words and the output head."""
+
+from __future__ import annotations
+
+from continual.errors import Refuse
+from continual.records import TensorSpec
+from continual.tensors import Adapter, BaseModel
+from continual.tensors.matching import Match
+from continual.tensors.tied import other_table
+
+_BARE = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""`task_type`s of adapters whose model has no output head that could be tied."""
+
+
+def check_tied(base: BaseModel, model: Adapter, spec: TensorSpec, source: Match) -> None:
+    """Raises Refuse (`tied`) where an adapter changes one of two tables that are one in the base: in use it leaves the
+    other as it was, and merged it changes both."""
+    other = other_table(base.checkpoint, base.aliases, spec.name)
+    if other is None or model.tying or source.twins or model.config.body.get("task_type") in _BARE:
+        return
+    if source.full is not None and not model.is_trained(source.full.name):
+        return  # PEFT stores the whole table where the vocabulary was resized, and loads it into both
+    changed = source.full.name if source.full is not None else source.piece.names[0] if source.piece else spec.name
+    if "trainable_tokens" in changed:
+        return  # PEFT gives both tables the same rows, in use as well
+    raise Refuse(
+        "tied",
+        f"{model.place}: {changed} changes one of {spec.name} and {other}, which are one table in the base: in use the "
+        "other stays as it was, and merged both change. Train it with ensure_weight_tying = true; or set tied = both "
+        "to have both changed, or fold it into a state made with 'continual init --tied untie'",
+    )
