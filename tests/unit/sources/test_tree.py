@@ -146,6 +146,20 @@ def test_a_model_in_folders_is_given_once_and_again_when_a_part_changes(tmp_path
     assert watched.look(5.0) == ["pipe"]
 
 
+def test_a_folder_of_a_model_is_looked_at_however_deep_it_lies_and_also_when_it_goes(watched: Watched) -> None:
+    path = parts.embedder(watched.root / "words", 1, root="0_Router/query")
+    watched.look(0.0, "words")
+    assert watched.look(5.0) == ["words"]
+    os.utime(path / "0_Router/query/model.safetensors", ns=(5, 5))
+    watched.look(1.0, "words/0_Router/query")
+    assert watched.look(5.0) == ["words"]
+    (path / "2_Dense").rename(watched.root / ".away")
+    watched.look(1.0, "words/2_Dense")
+    waits = watched.tree.settling.seen(str(path))
+    assert waits is not None
+    assert not waits.whole
+
+
 def test_a_run_that_becomes_a_model_gives_only_that(watched: Watched) -> None:
     root = watched.root
     model(root / "run/checkpoint-500")
