@@ -152,7 +152,7 @@ def plans(found: Sequence[Plan]) -> None:
         if p.prefix != ("", ""):
             say(f"{p.name}: prefix {p.prefix[1]!r} stands for the base's {p.prefix[0]!r}")
         for ours, theirs in p.renamings:
-            say(f"{p.name}: {theirs or 'nothing'} stands for the base's {ours or 'nothing'}")
+            say(f"{p.name}: {theirs} stands for the base's {ours}")
         if p.narrowed:
             kinds = ", ".join(sorted(set(p.narrowed.values())))
             say(f"{p.name}: {len(p.narrowed)} tensors are {kinds}: the base is cast before subtracting")

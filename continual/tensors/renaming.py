@@ -212,14 +212,18 @@ class Renaming(NamedTuple):
 def difference(ours: str, theirs: str) -> Renaming:
     """The part in which two names of one weight differ."""
     one, other = ours.split("."), theirs.split(".")
+    shared = ""
     while one and other and one[-1] == other[-1]:
-        one.pop()
+        shared = one.pop()
         other.pop()
     start = 0
     while start < min(len(one), len(other)) and one[start] == other[start]:
         start += 1
-    if start and not (one[start:] and other[start:]):  # what was added or left out says nothing without a neighbour
-        start -= 1
+    if not (one[start:] and other[start:]):  # what was added or left out says nothing without a neighbour
+        if start:
+            start -= 1
+        else:
+            one, other = [*one, shared], [*other, shared]
     return Renaming(_starred(one[start:]), _starred(other[start:]))
 
 

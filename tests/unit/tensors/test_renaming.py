@@ -74,7 +74,7 @@ def test_names_that_would_become_one_keep_their_own() -> None:
         ),
         ("layers.3.w", "layers.3._orig_mod.w", ("*", "*._orig_mod")),
         ("vit.encoder.layer.1.x.w", "vit.layers.1.x.w", ("encoder.layer", "layers")),
-        ("visual.x", "model.visual.x", ("", "model")),
+        ("visual.x", "model.visual.x", ("visual", "model.visual")),
     ],
 )
 def test_what_differs_is_said_once_for_all_layers(ours: str, theirs: str, said: tuple[str, str]) -> None:
