@@ -162,11 +162,7 @@ def canonical_names(names: Collection[str], family: str) -> dict[str, str]:
     keep their own."""
     found = {name: canonical(name, family) for name in names}
     often = Counter(found.values())
-    kept = {name for name, short in found.items() if often[short] > 1}
-    taken = kept & {short for name, short in found.items() if name not in kept}
-    if taken:  # one that keeps its name would have the canonical name of another
-        kept |= {name for name, short in found.items() if short in taken}
-    return {name: name if name in kept else short for name, short in found.items()}
+    return {name: name if often[short] > 1 else short for name, short in found.items()}
 
 
 def loaded(name: str, config: Mapping[str, object]) -> str:

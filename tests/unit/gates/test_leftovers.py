@@ -91,6 +91,7 @@ def test_a_bias_and_statistics_are_no_buffers() -> None:
         pytest.param("model.embed_tokens.weight", {"tokens.weight": torch.zeros(10, 4)}, id="another name"),
         pytest.param("model.norm.weight", {"final.scale": torch.zeros(4)}, id="a vector"),
         pytest.param(f"{ATTENTION}q_proj.weight", {"blocks.7.query.weight": torch.zeros(4, 4)}, id="another stack"),
+        pytest.param("model.norm.weight", {"blocks.7.head.norm.weight": torch.zeros(4)}, id="a head in a stack"),
     ],
 )
 @pytest.mark.parametrize("missing", ["refuse", "unchanged"])
