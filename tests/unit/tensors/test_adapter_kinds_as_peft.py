@@ -214,3 +214,21 @@ def test_an_initialisation_that_changes_the_base(tmp_path: Path, word: str) -> N
     after = model.merge_and_unload().state_dict()
     for name, tau in taus.items():
         torch.testing.assert_close(tau, after[name] - before[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_adalora_after_it_gave_up_ranks(tmp_path: Path) -> None:
+    """PEFT goes on dividing by the rank that it began with."""
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, total_step=10, target_modules=["q_proj", "v_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = trained(peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"), config))
+        model.peft_config["default"].rank_pattern = {
+            f"model.layers.0.self_attn.{name}.lora_E.default": kept
+            for name, kept in (("q_proj", [True, False, True, False]), ("v_proj", [False, False, False, True]))
+        }
+        model.save_pretrained(tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert stored["base_model.model.model.layers.0.self_attn.v_proj.lora_A"].shape[0] == 1
+    agrees(llama, tmp_path / "base", tmp_path / "adapter")
