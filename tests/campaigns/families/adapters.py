@@ -51,6 +51,21 @@ def _head(family: Family, _model: Any) -> Any:
     )
 
 
+def _table_tied(family: Family, model: Any) -> Any:
+    if not model_ties(model):
+        raise Unfit("the family's tables are not tied")
+    return peft.LoraConfig(r=RANK, lora_alpha=8, target_modules=[family.table], ensure_weight_tying=True)
+
+
+def model_ties(model: Any) -> bool:
+    """Whether the input embedding and the output head are one table."""
+    try:
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return False
+    return None not in ends and ends[0].weight is ends[1].weight
+
+
 def _tokens_beside(family: Family, _model: Any) -> Any:
     table = _need(family.table, "input embedding")
     return peft.LoraConfig(
@@ -107,6 +122,7 @@ def _adalora(family: Family, _model: Any) -> Any:
 KINDS: dict[str, Config] = {
     "LoRA": _lora(),
     "LoRA, embedding": _table,
+    "LoRA, tied tables": _table_tied,
     "LoRA, head saved": _head,
     "LoRA, biases": _lora(bias="all"),
     "LoRA, tokens": _tokens_beside,

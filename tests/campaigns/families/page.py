@@ -51,6 +51,7 @@ _COLUMNS = {
     "as LoRA": "`export --as-lora` at full rank, loaded by PEFT, is the export",
     "LoRA": "LoRA on all linear layers (`all-linear`), or on those that PEFT's users name for the family",
     "LoRA, embedding": "LoRA on the input embedding",
+    "LoRA, tied tables": "LoRA on an input embedding that is the output head too (`ensure_weight_tying`)",
     "LoRA, head saved": "LoRA, and the head trained whole (`modules_to_save`)",
     "LoRA, biases": 'LoRA, and the biases trained (`bias = "all"`)',
     "LoRA, tokens": "LoRA, and some rows of the input embedding (`trainable_token_indices`)",
@@ -65,7 +66,16 @@ _GROUPS = (
     ("Whole fine-tunes", ("full", "again", "as LoRA", "base 4, full 5", "base 5, full 4", "base 5, LoRA 4")),
     (
         "LoRA",
-        ("LoRA", "LoRA, embedding", "LoRA, head saved", "LoRA, biases", "LoRA, tokens", "LoRA, experts", "rsLoRA"),
+        (
+            "LoRA",
+            "LoRA, embedding",
+            "LoRA, tied tables",
+            "LoRA, head saved",
+            "LoRA, biases",
+            "LoRA, tokens",
+            "LoRA, experts",
+            "rsLoRA",
+        ),
     ),
     ("Other adapters", ("DoRA", "AdaLoRA", "LoHa", "LoKr", "IA3", "VeRA", "tokens")),
 )
