@@ -52,6 +52,13 @@ def test_the_judge_tells_a_loss_from_an_error(
     assert cell.verdict == verdict, cell
 
 
+def test_what_peft_answers_in_use_is_right_where_its_own_merge_answers_otherwise() -> None:
+    merged = Truth({"a.weight": torch.tensor([2.0, 2.0])}, torch.tensor([2.0]), exact=False, use=torch.tensor([1.5]))
+    after, before = {"a.weight": torch.tensor([1.5, 2.0])}, {"a.weight": BASE["a.weight"]}
+    assert compared(before, merged, after, torch.tensor([1.5]), "folded").verdict == "right"
+    assert compared(before, merged, after, torch.tensor([1.7]), "folded").verdict == "wrong"
+
+
 def test_the_page_has_a_mark_for_each_cell_and_a_reason_for_each_that_is_not_right() -> None:
     found = {
         "One": {"full": Cell("right"), "LoRA": Cell("refused", "/tmp/x/One/adapter-lora: adapts a|b")},
