@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -15,6 +16,12 @@ from continual.tensors import Model
 
 _NAMED = 5
 """Names of tensors that a line lists."""
+
+
+_SETTING = re.compile(
+    r"\b(?:missing|vocab|lineage|tied|updates|max_base_ratio|max_mean_ratio|weight) = |lineage\.(?:extra|carried)="
+)
+"""How a refusal names the setting that decided it."""
 
 
 class OpenCandidate(NamedTuple):
@@ -80,7 +87,7 @@ class Outcome(NamedTuple):
     def line(self) -> str:
         """What happened, for people, in one line."""
         if self.report is None:
-            return self.message
+            return self.message + (retry_of(self.name, self.reason, self.message) if self.fate == "refused" else "")
         n = self.report.numbers
         seconds = self.report.seconds.get("total", 0)
         said = f"{self.message}: norm {n.tau_norm:.4g}, cosine {n.cosine or 0.0:+.3f}, {seconds:.2f} s"
@@ -137,9 +144,18 @@ def left_out(names: Sequence[str], count: int) -> str:
     return f"; left out, as the base has no such tensor: {shown}"
 
 
+def retry_of(name: str, reason: str | None, message: str) -> str:
+    """What is to be done once a setting that a refusal names was changed; nothing where it names none. What is settled
+    is not looked at again by itself."""
+    if reason is None or not _SETTING.search(message) or f"continual retry {name}" in message:
+        return ""
+    return f"; after that: continual retry {name}"
+
+
 def known_as(name: str, known: Commit) -> Outcome:
     """The outcome of a candidate whose fate was settled earlier."""
     message = f"{name}: already settled as record {known.seq} ({known.entry.fate})"
     if known.entry.message and known.entry.fate != "folded":
         message += f": {known.entry.message}"
+        message += retry_of(name, known.entry.reason, known.entry.message)
     return Outcome("known", name, message, known.entry.reason, known)

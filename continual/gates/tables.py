@@ -16,7 +16,13 @@ def check_tied(base: BaseModel, model: Adapter, spec: TensorSpec, source: Match)
     """Raises Refuse (`tied`) where an adapter changes one of two tables that are one in the base: in use it leaves the
     other as it was, and merged it changes both."""
     other = other_table(base.checkpoint, base.aliases, spec.name)
-    if other is None or model.tying or source.twins or model.config.body.get("task_type") in _BARE:
+    if (
+        spec.name in base.untied.values()
+        or other is None
+        or model.tying
+        or source.twins
+        or model.config.body.get("task_type") in _BARE
+    ):
         return
     if source.full is not None and not model.is_trained(source.full.name):
         return  # PEFT stores the whole table where the vocabulary was resized, and loads it into both

@@ -25,7 +25,7 @@ from continual.config import parse_bytes
 from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
-from continual.outside import Malformed, parse_fields, read_regular
+from continual.publish.exported_config import WORDS, set_config_dtype, untie_config
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, TensorSpec
 from continual.state import State
@@ -37,7 +37,6 @@ from continual.tensors.place import RELEASE
 from continual.tensors.weight_sets import index_for, stem_of
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")
 _SMALL = 64 << 20
 _KEPT = ("name", "origin", "revision", "form")
@@ -164,6 +163,8 @@ def fill(
     copy_small_files(base.checkpoint, directory)
     for folder in sorted({part.folder for part in base.checkpoint.parts} | {""}):
         set_config_dtype(directory / folder / "config.json", target.dtype)
+    if base.untied:
+        untie_config(directory / "config.json")
     factor = reading.settle(executor, progress)
     _write_weights(base, reading, target, directory, executor, progress)
     body = provenance_of(reading.state, reading.commit.seq, reading.options.to_mapping() | {"factor": factor})
@@ -284,21 +285,6 @@ def _is_small(file: Path) -> bool:
         and not file.name.endswith(_LEFT_OUT)
         and file.stat().st_size <= _SMALL
     )
-
-
-def set_config_dtype(config: Path, dtype: str | None) -> None:
-    """Makes the exported config.json name the dtype the weights now have."""
-    if dtype is None or not config.is_file():
-        return
-    try:
-        body = parse_fields(read_regular(config, _SMALL), infinite=True)
-    except Malformed as error:  # the base's was read when it was opened; somebody has changed it since
-        raise Misconfigured(f"{config.name} of the base: no valid JSON ({error})") from None
-    name = next(word for word, short in WORDS.items() if short == dtype)
-    for key in ("torch_dtype", "dtype"):
-        if key in body:
-            body[key] = name
-    config.write_text(json.dumps(body, indent=2) + "\n", "utf-8")
 
 
 def layout(base: BaseModel, dtype: str | None, shard_size: int | None) -> dict[str, list[Placed]]:

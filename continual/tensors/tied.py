@@ -155,9 +155,12 @@ def tied(checkpoint: Checkpoint, tables: Collection[str] = ()) -> dict[str, str]
     family's default says so, the bytes decide.
     """
     found: dict[str, str] = {}
+    heads = {alias for alias, _, _ in _candidates(checkpoint.tensors, checkpoint.config) if alias in tables}
     for alias, name, must in _candidates(checkpoint.tensors, checkpoint.config):
         if alias in found or name in found or alias in tables:
             continue
+        if any(alias.endswith(f".{table}") or table.endswith(f".{alias}") for table in heads):
+            continue  # another place where the same head could be
         if alias not in checkpoint.tensors or _same(checkpoint, alias, name):
             found[alias] = name
         elif must:
