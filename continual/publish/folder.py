@@ -336,7 +336,10 @@ def merged(base: BaseModel, reading: Reading, spec: TensorSpec, dtype: str) -> t
     theta = base.checkpoint.read(spec.name)
     if spec.kind == "carried":
         return theta
-    result = reading.vector(spec).add_(theta).to(DTYPES[dtype])
+    result = reading.vector(spec).add_(theta)
+    if spec.name.endswith("running_var"):  # a sum of changes can be below zero, a variance cannot
+        result.clamp_(min=0.0)
+    result = result.to(DTYPES[dtype])
     if not bool(torch.isfinite(result).all()):
         raise Halt(f"tensor {spec.name} has values that {dtype} cannot hold: export with --dtype float32 or bfloat16")
     return result
