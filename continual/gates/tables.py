@@ -16,17 +16,12 @@ def check_tied(base: BaseModel, model: Adapter, spec: TensorSpec, source: Match)
     """Raises Refuse (`tied`) where an adapter changes one of two tables that are one in the base: in use it leaves the
     other as it was, and merged it changes both."""
     other = other_table(base.checkpoint, base.aliases, spec.name)
-    if (
-        spec.name in base.untied.values()
-        or other is None
-        or model.tying
-        or source.twins
-        or model.config.body.get("task_type") in _BARE
-    ):
+    if spec.name in base.untied.values() or other is None or model.tying or model.config.body.get("task_type") in _BARE:
         return
-    if source.full is not None and not model.is_trained(source.full.name):
+    whole = source.full is not None and (source.twins or not model.is_trained(source.full.name))
+    if source.piece is None and whole:
         return  # PEFT stores the whole table where the vocabulary was resized, and loads it into both
-    changed = source.full.name if source.full is not None else source.piece.names[0] if source.piece else spec.name
+    changed = source.piece.names[0] if source.piece else source.full.name if source.full else spec.name
     if "trainable_tokens" in changed:
         return  # PEFT gives both tables the same rows, in use as well
     raise Refuse(

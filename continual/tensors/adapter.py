@@ -124,7 +124,7 @@ def kind_of(config: Fields) -> Kind:
 def _sort(weights: Checkpoint, config: Fields, kind: Kind) -> tuple[dict[str, Piece], dict[str, tuple[str, ...]]]:
     """What each tensor of the file is for: a piece, or a whole weight. Raises Refuse."""
     names = "|".join(re.escape(role) for role in sorted(kind.roles, key=len, reverse=True))
-    role_of = re.compile(rf"(?P<module>.+)\.(?P<role>{names})")
+    role_of = re.compile(rf"(?P<module>.+?)\.(?P<role>{names})")  # a role may have a dot in it: the longest counts
     modules: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
     beside: dict[str, tuple[str, ...]] = {}

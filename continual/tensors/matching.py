@@ -16,6 +16,7 @@ from continual.tensors.checkpoint import Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 from continual.tensors.pieces import Piece
+from continual.tensors.pieces.tokens import Tokens
 from continual.tensors.renaming import alone, canonical, canonical_names, difference, family_of
 from continual.tensors.tied import ties_heads
 
@@ -29,12 +30,14 @@ the layer PEFT met last."""
 
 class Match(NamedTuple):
     """Where a task vector comes from. `full`: the tensor that replaces the base's. `twins`: the same tensor under tied
-    names. `piece`: what an adapter adds; `transposed`: the base stores that weight as in × out."""
+    names. `piece`: what an adapter adds, and `again` the same under tied names; `transposed`: the base stores that
+    weight as in × out."""
 
     full: TensorInfo | None
     twins: tuple[TensorInfo, ...] = ()
     piece: Piece | None = None
     transposed: bool = False
+    again: tuple[Piece, ...] = ()
 
 
 class Naming(NamedTuple):
@@ -190,7 +193,9 @@ def _of_checkpoint(model: Checkpoint, names: list[str]) -> Match | None:
 def _of_adapter(base: BaseModel, model: Adapter, ours: str, names: list[str]) -> Match | None:
     present = [model.weights.tensors[saved] for name in names for saved in model.saved.get(name, ())]
     adapted = [name for name in names if name in model.pieces]
-    if len(adapted) > 1 and not model.tying:  # PEFT stores the factors of tied adapters under both names
+    pieces = [model.pieces[name] for name in adapted]
+    # PEFT stores the factors of tied adapters under both names, and trained rows of a tied table always
+    if len(pieces) > 1 and not model.tying and not all(isinstance(piece, Tokens) for piece in pieces):
         raise Refuse(
             "tied",
             f"{model.place}: adapts {adapted[0]} and {adapted[1]}, which are one tensor in the base; train it with "
@@ -198,12 +203,12 @@ def _of_adapter(base: BaseModel, model: Adapter, ours: str, names: list[str]) ->
         )
     if not present and not adapted:
         return None
-    piece = model.pieces[adapted[0]] if adapted else None
     known = CONV1D.get(str(base.checkpoint.config.get("model_type")))
     transposed = (
         ours.split(".")[-2:-1] != [] and ours.split(".")[-2] in known if known is not None else model.transposed
     )
-    return Match(present[0] if present else None, tuple(present[1:]), piece, transposed)
+    first = pieces[0] if pieces else None
+    return Match(present[0] if present else None, tuple(present[1:]), first, transposed, tuple(pieces[1:]))
 
 
 def names_of(model: Checkpoint | Adapter) -> Collection[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from continual.tensors.checkpoint import TORCH, Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import Match, naming_of, sources
+from continual.tensors.pieces import Piece
 from continual.tensors.repacking import checkpoint_in_layout_of, in_layout_of
 
 RUN = 1 << 18
@@ -92,8 +93,8 @@ class TaskVectors:
             source = self._sources[name]
             yield from (source.full,) if source.full else ()
             yield from source.twins
-            if source.piece is not None:
-                yield from (self._weights.tensors[part] for part in source.piece.names)
+            for piece in (source.piece, *source.again) if source.piece is not None else ():
+                yield from (self._weights.tensors[part] for part in piece.names)
 
     def position(self, name: str) -> tuple[int, int]:
         """Where in the candidate's files the base's tensor `name` begins: in this order they are best read. What the
@@ -282,6 +283,8 @@ class TaskVectors:
             out[both:] = 0.0
         if content is None:
             return
+        for other in source.again:
+            _check_again(self._model, source.piece, other, read)
         content.hash.update(source.piece.settings(transposed=source.transposed).encode())
         content.nbytes += spec.nbytes if base is not None and source.full is None else 0
         for info, part in zip(self._model.infos(source.piece), read, strict=True):
@@ -302,6 +305,21 @@ class TaskVectors:
             buffer = torch.empty(self.run)
             setattr(self._buffers, use, buffer)
         return buffer.view(dtype)[:count]
+
+
+def _check_again(model: Adapter, piece: Piece, other: Piece, read: Sequence[torch.Tensor]) -> None:
+    """Raises Refuse (`tied`) unless a second piece, which is about the same table under its other name, says the same:
+    the same tensors, or, for a table's factors and a head's, each the other's transpose."""
+    found = model.read(other)
+    turned = [tensor.T for tensor in reversed(found)] if all(tensor.dim() == 2 for tensor in found) else []
+    for tensors in (found, turned):
+        if len(read) == len(tensors) and all(map(torch.equal, read, tensors)):
+            return
+    raise Refuse(
+        "tied",
+        f"{model.place}: {piece.names[0]} and {other.names[0]} are about one table of the base, and differ: fold it "
+        "into a state made with 'continual init --tied untie'",
+    )
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:

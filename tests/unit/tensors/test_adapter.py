@@ -233,10 +233,26 @@ def test_a_tied_head_is_the_embedding(tied: Path, tmp_path: Path) -> None:
         assert refusal.reason == "tied"
         for word in ("model.embed_tokens.weight", "lm_head", "tied = both", "--tied untie", "ensure_weight_tying"):
             assert word in str(refusal)
-    twice = head | table
-    found = task_vectors(tied, plain(tmp_path / "u", twice | other, ensure_weight_tying=True))[0]
     a, b = table.values()
+    turned = dict(zip(head, (b.T.contiguous(), a.T.contiguous()), strict=True))  # as PEFT stores tied factors
+    found = task_vectors(tied, plain(tmp_path / "u", turned | table | other, ensure_weight_tying=True))[0]
     assert torch.allclose(found["model.embed_tokens.weight"], 2 * (b @ a).T)
+    differ = plain(tmp_path / "t", head | table | other, ensure_weight_tying=True)
+    with pytest.raises(Refuse, match="are about one table of the base, and differ"):
+        task_vectors(tied, differ)
+
+
+def test_trained_rows_of_a_tied_table(tied: Path, tmp_path: Path) -> None:
+    rows = torch.randn(2, 6)
+    end = "token_adapter.trainable_tokens_delta"
+    both = {f"base_model.model.model.embed_tokens.{end}": rows, f"base_model.model.lm_head.{end}": rows.clone()}
+    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 3], "r": None, "lora_alpha": None}
+    found = task_vectors(tied, plain(tmp_path / "same", both, **config))[0]["model.embed_tokens.weight"]
+    table = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.allclose(found[[1, 3]], rows - table[[1, 3]])
+    assert not found[[0, 2]].any()
+    with pytest.raises(Refuse, match="are about one table of the base, and differ"):
+        task_vectors(tied, plain(tmp_path / "differ", both | {next(iter(both)): rows + 1.0}, **config))
 
 
 def test_a_whole_table_beside_the_factors(tied: Path, tmp_path: Path) -> None:
@@ -252,6 +268,14 @@ def test_a_whole_table_beside_the_factors(tied: Path, tmp_path: Path) -> None:
     both = whole | {"base_model.model.lm_head.weight": whole[name].clone()}
     saved = ["embed_tokens", "lm_head"]
     assert "model.embed_tokens.weight" in task_vectors(tied, plain(tmp_path / "b", both, modules_to_save=saved))[0]
+    factors = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": torch.randn(2, 4),
+        "base_model.model.model.embed_tokens.lora_embedding_B": torch.randn(6, 2),
+    }
+    for number, stored in enumerate((whole, both)):  # as PEFT stores the tables beside the factors of one of them
+        refusal = refused(tied, plain(tmp_path / f"factors-{number}", stored | factors))
+        assert (refusal.reason, "lora_embedding_A" in str(refusal)) == ("tied", True)
+        assert task_vectors(tied, plain(tmp_path / f"tied-{number}", stored | factors), tied="both")
 
 
 def test_a_resized_vocabulary_stored_beside_the_factors(tied: Path, tmp_path: Path) -> None:
