@@ -48,7 +48,8 @@ from continual.tensors.renaming import family_of, is_known, loaded
 
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|embed_in|tok_embeddings|tokens_embed|positions_embed|wte|wpe|shared|word_embeddings?"
-    r"|token_embedding|position_embeddings?|token_type_embeddings|relative_attention_bias|embeddings)\.weight$"
+    r"|token_embedding|position_embeddings?|token_type_embeddings|relative_attention_bias|embeddings|embedding_table)"
+    r"\.weight$"
 )
 """Tables that are nn.Embedding, or scale its output as PEFT knows to: a look-up by ids, and nothing else in their
 forward."""
@@ -57,6 +58,14 @@ _HEAD = re.compile(
     r"|visual_projection|seq_relationship)\.|^fc\."
 )
 """Heads that the rules treat as plain tensors, and that are nn.Linear all the same."""
+_ROUTER = re.compile(r"\.router(\.layer)?\.weight$")
+"""Routers of experts that are no nn.Linear once they are loaded."""
+_STATE_SPACE = frozenset(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"))
+"""`model_type`s of which PEFT refuses `out_proj` and `conv1d`, which their kernels read past the module."""
+_OF_EXPERTS = frozenset(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
+"""Layers that PEFT takes for the packed experts', by their names, in a model that has experts: dense ones beside them
+cannot be adapted, but in `_APART`."""
+_APART = frozenset(("qwen2_moe", "llama4", "llama4_text"))
 _INNER = {"gpt2": "transformer.", "bloom": "transformer.", "opt": "model."}
 """Where a model with a head has its inner model, of families whose published files often are the inner model's alone
 and are loaded with a head."""
@@ -207,6 +216,7 @@ def adaptable(base: BaseModel) -> tuple[Adapted, ...]:
     conv1d = CONV1D.get(family_of(config), frozenset())
     blocks = {name.partition(".experts.")[0] for name in present if ".experts." in name}
     routers = {f"{block}.{word}.weight" for block in blocks for word in ("gate", "router")}
+    mixed = family_of(config) not in _APART and any(".experts." in name for name in present)
     inner = _inner(base, present)
     found = []
     for spec in base.specs:
@@ -220,6 +230,9 @@ def adaptable(base: BaseModel) -> tuple[Adapted, ...]:
         if (
             ".experts." in name
             or name in routers
+            or _ROUTER.search(name)
+            or (own == "out_proj" and family_of(config) in _STATE_SPACE)
+            or (own in _OF_EXPERTS and mixed)
             or module.endswith("embed_out.weight")
             or (own == "out_proj" and f"{parent}.in_proj_weight" in present)
         ):

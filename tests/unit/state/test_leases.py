@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,26 +41,29 @@ def held_by_another_user(file: Path) -> Iterator[None]:
     ready, done = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.setuid(65534)
-        fcntl.flock(os.open(file, os.O_RDONLY), fcntl.LOCK_SH)
-        os.write(ready[1], b"x")
-        os.close(done[1])
-        os.read(done[0], 1)
-        os._exit(0)
+        try:
+            os.setuid(65534)
+            fcntl.flock(os.open(file, os.O_RDONLY), fcntl.LOCK_SH)
+            os.write(ready[1], b"x")
+            os.close(done[1])
+            os.read(done[0], 1)
+            os._exit(0)
+        finally:
+            os._exit(1)  # a copy of the test run as nobody would go on with the other tests
+    os.close(ready[1])
     assert os.read(ready[0], 1) == b"x"
     yield
     os.close(done[1])
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_another_user_holds_a_generation(tmp_path: Path) -> None:
+def test_another_user_holds_a_generation() -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to be another user")
-    with stores.make(tmp_path / "s") as writer:
+    with tempfile.TemporaryDirectory() as directory, stores.make(Path(directory) / "s") as writer:
         stores.fold(writer, 1)
-        for directory in (tmp_path, *tmp_path.parents[:2]):
-            directory.chmod(0o755)
-        generation = next((tmp_path / "s/generations").iterdir())
+        Path(directory).chmod(0o755)  # pytest's own directories are for one user
+        generation = next(Path(directory, "s/generations").iterdir())
         with contextmanager(held_by_another_user)(generation / "receipts.json"):
             stores.fold(writer, 2)
             assert writer.expire(1) == []
