@@ -62,10 +62,14 @@ _ROUTER = re.compile(r"\.router(\.layer)?\.weight$")
 """Routers of experts that are no nn.Linear once they are loaded."""
 _STATE_SPACE = frozenset(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"))
 """`model_type`s of which PEFT refuses `out_proj` and `conv1d`, which their kernels read past the module."""
-_OF_EXPERTS = frozenset(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
-"""Layers that PEFT takes for the packed experts', by their names, in a model that has experts: dense ones beside them
-cannot be adapted, but in `_APART`."""
-_APART = frozenset(("qwen2_moe", "llama4", "llama4_text"))
+_OF_EXPERTS = frozenset(("gate_proj", "up_proj", "down_proj"))
+"""Layers that PEFT takes for the packed experts', by their names, in the families `_MIXED`: dense ones beside them
+cannot be adapted there."""
+_MIXED = frozenset(
+    """afmoe bailing_hybrid cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo
+    glm4_moe glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe hy_v3 longcat_flash mimo_v2_flash olmoe qwen3_5_moe_text
+    qwen3_moe qwen3_next qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker solar_open""".split()
+)
 _INNER = {"gpt2": "transformer.", "bloom": "transformer.", "opt": "model."}
 """Where a model with a head has its inner model, of families whose published files often are the inner model's alone
 and are loaded with a head."""
@@ -216,7 +220,7 @@ def adaptable(base: BaseModel) -> tuple[Adapted, ...]:
     conv1d = CONV1D.get(family_of(config), frozenset())
     blocks = {name.partition(".experts.")[0] for name in present if ".experts." in name}
     routers = {f"{block}.{word}.weight" for block in blocks for word in ("gate", "router")}
-    mixed = family_of(config) not in _APART and any(".experts." in name for name in present)
+    mixed = family_of(config) in _MIXED
     inner = _inner(base, present)
     found = []
     for spec in base.specs:
