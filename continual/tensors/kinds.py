@@ -26,8 +26,8 @@ _WORDS = re.compile(
 _LONGEST_WORDS = 80
 """Characters at the end of a name in which all of `_WORDS` lies."""
 _TABLE = re.compile(
-    r"(^|\.)(wpe|emb|embed|embedding_table|[a-z0-9_]*embed(ding)?s?|embed_[a-z0-9_]*(?<!proj)(?<!norm)|relative_attention_bias"
-    r"|rel_pos_bias|pos_emb|mask_emb)(\.weight)?$"
+    r"(^|\.)(wpe|emb|embed|[a-z0-9_]*embed(ding)?s?|embed_[a-z0-9_]*(?<!proj)(?<!norm)|relative_attention_bias"
+    r"|embedding_table|rel_pos_bias|pos_emb|mask_emb)(\.weight)?$"
     r"|(^|\.)embeddings\.(?!.*(patch|proj|dense)).*"
 )
 """Other embeddings: of positions, segments, classes."""

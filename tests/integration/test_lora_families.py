@@ -18,6 +18,7 @@ from continual import api, making
 from continual.errors import Misconfigured
 from continual.executors.contract import silent
 from continual.publish import lora
+from continual.publish.adaptable import adaptable
 from continual.publish.folder import Target
 from tests.helpers import architectures, models
 
@@ -47,7 +48,7 @@ def merged(tmp_path: Path, base: Path) -> tuple[Path, lora.LoraReport]:
     """A merge of two fine-tunes that changed what an adapter can have, as a full model and as an adapter."""
     making.init(base, tmp_path / "state", making.Recipe(rule="mean"))
     with api.open(tmp_path / "state", write=True) as merge:
-        able = {one.spec.name for one in lora.adaptable(merge.base)}
+        able = {one.spec.name for one in adaptable(merge.base)}
         origin = load_file(base / "model.safetensors")
         for seed in range(2):
             tuned = {}
