@@ -248,7 +248,8 @@ class TaskVectors:
                 raise Refuse(
                     "tied",
                     f"{self._model.place}: {source.full.name} and {twin.name} are one tensor in the base, "
-                    "and differ here",
+                    "and differ here; an embedding and its output head are kept apart in a state made with "
+                    "'continual init --tied untie'",
                 )
         # narrower than the base: θ₀ is cast as the publisher cast θ_t, so that an untouched weight gives exactly zero
         if spec.name in self._lineage.narrowed:
