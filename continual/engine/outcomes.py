@@ -52,6 +52,12 @@ class FoldReport:
     bytes_read: int
     device: str
 
+    @property
+    def left_out(self) -> str:
+        """Names of the candidate's tensors that are not folded, the first of them, for people; empty where there are
+        none."""
+        return named(self.numbers.extra or (), self.numbers.extra_count or 0)
+
     def figures(self) -> dict[str, float]:
         """What a log line says of it, rounded: `tau_norm`, `cosine`, and `lambda` of a rule that has it."""
         found = {"tau_norm": self.numbers.tau_norm, "cosine": self.numbers.cosine, **self.numbers.gauges}
@@ -91,7 +97,7 @@ class Outcome(NamedTuple):
         n = self.report.numbers
         seconds = self.report.seconds.get("total", 0)
         said = f"{self.message}: norm {n.tau_norm:.4g}, cosine {n.cosine or 0.0:+.3f}, {seconds:.2f} s"
-        return said + left_out(n.extra or (), n.extra_count or 0)
+        return said + (f"; left out, as this state has no such tensor: {out}" if (out := self.report.left_out) else "")
 
     def summary(self) -> dict[str, object]:
         """What happened, for machines."""
@@ -136,12 +142,9 @@ class Plan:
     renamings: tuple[tuple[str, str], ...] = ()
 
 
-def left_out(names: Sequence[str], count: int) -> str:
-    """What a line about a fold adds where `count` tensors of the candidate stay out, of which `names` are the first."""
-    if not count:
-        return ""
-    shown = ", ".join(names[:_NAMED]) + (f" and {count - _NAMED} more" if count > _NAMED else "")
-    return f"; left out, as the base has no such tensor: {shown}"
+def named(names: Sequence[str], count: int) -> str:
+    """The first of `count` names, for a line; empty where there are none."""
+    return ", ".join(names[:_NAMED]) + (f" and {count - _NAMED} more" if count > _NAMED else "")
 
 
 def retry_of(name: str, reason: str | None, message: str) -> str:

@@ -273,7 +273,8 @@ class Worker:
                 log.info("folded")
             else:
                 seconds = round(report.seconds["total"], 3)
-                log.info("folded", **report.figures(), seconds=seconds, bytes_read=report.bytes_read)
+                out = {"left_out": report.left_out} if report.left_out else {}
+                log.info("folded", **report.figures(), seconds=seconds, bytes_read=report.bytes_read, **out)
             self._fresh()
         elif outcome.fate == "deferred":
             log.info("waits", pool=len(self.merge.pool()))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from continual import api, making
 from continual.state import State
@@ -53,10 +54,12 @@ def test_folds_is_killed_comes_back_and_stops(place: tuple[Path, Path, Path]) ->
         assert address in busy.stderr
         process.send_signal(signal.SIGKILL)
         process.wait()
-    models.fine_tune(base, watch / "while-down", 3)
-    with daemon(state, watch) as process:
+    with_a_value_head = {"v_head.summary.weight": torch.ones(1, 16)}
+    models.fine_tune(base, watch / "while-down", 3, change=lambda tensors: tensors.update(with_a_value_head))
+    with daemon(state, watch, "--log-json") as process:
         address = url(process, state)
         until(lambda: status(address)["folds"] == 3, "the one published while it was down is folded")
+        assert '"left_out": "v_head.summary.weight"' in (state.parent / "daemon.log").read_text()
         process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT) == 0
     with State.open(state) as opened:
