@@ -177,12 +177,7 @@ class Folding:
                 here = here._replace(moments=self._moments(one, start, shipped))
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value).view(slots[slot].shape) for slot, value in values.items()}
-            on_device = {slot: value.to(self._device) for slot, value in accumulators.items()}
-            folded = self._rule.fold.apply(on_device, tau.to(self._device), here, self._terms.totals)
-            self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums.tau_sq))
-            for slot, value in folded.accumulators.items():
-                if value is not accumulators[slot]:
-                    accumulators[slot].copy_(value)
+            folded = self._apply_in_place(accumulators, tau, here, spec.name)
             found.append(folded._replace(accumulators={}))
             clock.ends("rule")
         next(reading, None)
@@ -218,13 +213,7 @@ class Folding:
                 here = here._replace(moments=self._vectors.moments(spec.name, start, stop, content).to(self._device))
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value) for slot, value in values.items()}
-            on_device = {slot: value.to(self._device) for slot, value in accumulators.items()}
-            folded = self._rule.fold.apply(on_device, tau.to(self._device), here, self._terms.totals)
-            self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums.tau_sq))
-            for slot, value in folded.accumulators.items():
-                if value is not accumulators[slot]:
-                    accumulators[slot].copy_(value)
-            parts.append(folded.sums)
+            parts.append(self._apply_in_place(accumulators, tau, here, spec.name).sums)
             clock.ends("rule")
         next(reading, None)
         sums = Sums.total(parts)
@@ -232,6 +221,19 @@ class Folding:
             self._transaction.keep(spec.name)
         clock.ends("write")
         return TensorFold(content.digest(), sums, (), content.nbytes, clock.seconds)
+
+    def _apply_in_place(
+        self, accumulators: dict[str, torch.Tensor], tau: torch.Tensor, inputs: Inputs, name: str
+    ) -> Folded:
+        """Asks the rule about a part of the tensor `name`, and the gates about that part; `accumulators`, on the CPU,
+        get what the rule makes of them."""
+        on_device = {slot: value.to(self._device) for slot, value in accumulators.items()}
+        folded = self._rule.fold.apply(on_device, tau.to(self._device), inputs, self._terms.totals)
+        self._gates.at_tensor(TensorNumbers(self._terms.name, name, folded.sums.tau_sq))
+        for slot, value in folded.accumulators.items():
+            if value is not accumulators[slot]:
+                accumulators[slot].copy_(value)
+        return folded
 
     def _untouched(self, spec: TensorSpec) -> TensorFold:
         """Folds a tensor that the candidate leaves as it is: a zero task vector changes no accumulator. The rule is

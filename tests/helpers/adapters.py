@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
+from continual.errors import Refuse
 from continual.gates.lineage import LineageGate, trace
 from continual.records import Lineage
 from continual.tensors import BaseModel, Checkpoint, TaskVectors, describe, open_model
@@ -45,3 +47,14 @@ def plain(path: Path, weights: Tensors | None = None, **config: Any) -> Path:
         json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a"]} | config)
     )
     return path
+
+
+def refused(base: Path, adapter: Path) -> Refuse:
+    """The refusal of an adapter by its headers: one line, not too long, that names it."""
+    origin = based(base)
+    with origin.checkpoint, pytest.raises(Refuse) as refusal, open_model(adapter) as model:
+        trace(origin, model, LineageGate())
+    assert adapter.name in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 600
+    return refusal.value
