@@ -55,7 +55,7 @@ TASKS: Mapping[str, Callable[[Tensor], Tensor]] = {
 """Ways of seeing the same digits; each maps images (N × 8 × 8, from 0 to 1) to images."""
 
 
-class Block(nn.Module):
+class Residual(nn.Module):
     """A pre-norm transformer block."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Digits(nn.Module):
         super().__init__()
         self.embed = nn.Linear(8, WIDTH)
         self.pos_embed = nn.Parameter(torch.randn(8, WIDTH) * 0.02)
-        self.layers = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Residual() for _ in range(LAYERS))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, 10)
 
