@@ -68,10 +68,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class SlotSpec:
-    """Shape and dtype (`float32`, `float64`, `uint16`) of one accumulator of one tensor."""
+    """Shape and dtype (`float32`, `float64`, `uint16`) of one accumulator of one tensor. `rows`: how many rows a chunk
+    of it has on disk; such an array may end early, what is not there is zero. None: as many as fit, all are there."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
+    rows: int | None = field(default=None, metadata={OMITTED: True})
 
     @property
     def nbytes(self) -> int:

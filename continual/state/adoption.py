@@ -96,15 +96,15 @@ def _not_whole(generation: Generation) -> str | None:
     contents of the files are for `verify`."""
     try:
         generation.load()
-        for name, slots in generation.form.slots.items():
-            for slot, spec in slots.items():
-                directory = generation.directory / node(slot, name)
-                generation.receipt(node(slot, name))
-                for chunk in arrays.chunk_names(spec):
-                    size = (directory / chunk).stat().st_size
-                    if size != arrays.chunk_bytes(spec) + 4:
-                        return f"{directory / chunk} has {size} bytes, and {arrays.chunk_bytes(spec) + 4} were written"
-                (directory / "zarr.json").stat()
+        for name, slot, spec in generation.held():
+            directory = generation.directory / node(slot, name)
+            receipt = generation.receipt(node(slot, name))
+            names = arrays.chunk_names(spec)
+            for chunk in names[: len(receipt.chunks)] if spec.rows else names:
+                size = (directory / chunk).stat().st_size
+                if size != arrays.chunk_bytes(spec) + 4:
+                    return f"{directory / chunk} has {size} bytes, and {arrays.chunk_bytes(spec) + 4} were written"
+            (directory / "zarr.json").stat()
     except (FileNotFoundError, NotADirectoryError) as error:
         return f"{error.filename} is missing"
     except (Damaged, Misconfigured) as error:

@@ -40,9 +40,12 @@ class Grid(NamedTuple):
 
 @functools.cache
 def grid(spec: SlotSpec) -> Grid:
-    """Equal row blocks of at most 32 MiB; one chunk for a scalar, none for an empty array."""
+    """Equal row blocks of at most 32 MiB, or of as many rows as the slot says; one chunk for a scalar, none for an
+    empty array."""
     if not spec.shape:
         return Grid(1, 1)
+    if spec.rows is not None:
+        return Grid(spec.rows, math.ceil(spec.shape[0] / spec.rows) if spec.nbytes else 0)
     if spec.nbytes == 0:
         return Grid(max(1, spec.shape[0]), 0)
     length = spec.shape[0]
@@ -102,10 +105,12 @@ def chunk_names(spec: SlotSpec) -> list[str]:
 
 
 class Writer:
-    """Writes the values of a new array in order, in pieces of any size, as chunks below `directory`. Not synced."""
+    """Writes the values of a new array in order, in pieces of any size, as chunks below `directory`: all of them, or
+    those numbered `chunks`. Not synced."""
 
-    def __init__(self, directory: Path, spec: SlotSpec) -> None:
-        self._paths = [directory / name for name in chunk_names(spec)]
+    def __init__(self, directory: Path, spec: SlotSpec, chunks: range | None = None) -> None:
+        names = chunk_names(spec)
+        self._paths = [directory / name for name in (names if chunks is None else names[chunks.start : chunks.stop])]
         self._size = chunk_bytes(spec)
         self._fd: int | None = None
         self._at = self._crc = 0
@@ -143,20 +148,21 @@ class Writer:
 
 
 class Reader:
-    """Reads the values of the array below `directory` in order, in pieces of any size; a chunk is checked as its last
-    value is read.
+    """Reads the values of the array below `directory` in order, in pieces of any size, from its chunk `skip` on; a
+    chunk is checked as its last value is read. An array that ends early is read to its end and no further.
 
     Raises Damaged naming the chunk that is missing, has another size, or whose CRC is not the one its receipt has;
     Misconfigured if the generation has been deleted meanwhile.
     """
 
-    def __init__(self, directory: Path, spec: SlotSpec, checksums: Sequence[str]) -> None:
+    def __init__(self, directory: Path, spec: SlotSpec, checksums: Sequence[str], skip: int = 0) -> None:
         self._paths = [directory / name for name in chunk_names(spec)]
-        if len(checksums) != len(self._paths):
+        if len(checksums) != len(self._paths) and (spec.rows is None or len(checksums) > len(self._paths)):
             raise Damaged(f"{directory}: the receipt has {len(checksums)} chunks, the format {len(self._paths)}")
         self._checksums = checksums
-        self._size, self._left = chunk_bytes(spec), spec.nbytes
-        self._next = 0
+        self._size = chunk_bytes(spec)
+        self._left = spec.nbytes - skip * self._size
+        self._next = skip
         self._fd: int | None = None
         self._at = self._crc = 0
 
@@ -215,12 +221,34 @@ def write(directory: Path, spec: SlotSpec, array: Array) -> list[str]:
         return writer.finish()
 
 
+def nothing(spec: SlotSpec) -> Array:
+    """The array where nothing was written: zeros."""
+    return np.zeros(spec.shape, spec.dtype)
+
+
 def read(directory: Path, spec: SlotSpec, checksums: Sequence[str]) -> Array:
     """The array below `directory`. Raises as `Reader` does."""
+    return read_rows(directory, spec, checksums, 0, spec.shape[0]) if spec.rows else _whole(directory, spec, checksums)
+
+
+def _whole(directory: Path, spec: SlotSpec, checksums: Sequence[str]) -> Array:
     array: Array = np.empty(spec.shape, spec.dtype)
     with contextlib.closing(Reader(directory, spec, checksums)) as reader:
         reader.read(raw(array))
     return array
+
+
+def read_rows(directory: Path, spec: SlotSpec, checksums: Sequence[str], start: int, stop: int) -> Array:
+    """The rows from `start` on, to but without `stop`, of an array with `rows`; those behind its last chunk are zeros.
+    Only the chunks with these rows are read, each of them whole. Raises as `Reader` does."""
+    assert spec.rows
+    first, there = start // spec.rows, min(len(checksums) * spec.rows, spec.shape[0])
+    last = min(math.ceil(stop / spec.rows) * spec.rows, there)
+    found: Array = np.zeros((max(stop, last) - first * spec.rows, *spec.shape[1:]), spec.dtype)
+    if first * spec.rows < last:
+        with contextlib.closing(Reader(directory, spec, checksums, first)) as reader:
+            reader.read(raw(found[: last - first * spec.rows]))
+    return found[start - first * spec.rows : stop - first * spec.rows]
 
 
 def raw(array: Array) -> memoryview:
@@ -236,6 +264,7 @@ def _crc(before: int, data: bytes | memoryview) -> int:
 
 
 def chunk_bytes(spec: SlotSpec) -> int:
+    """Bytes of the values in one chunk, padding included."""
     return grid(spec).rows * (spec.nbytes // max(1, spec.shape[0])) if spec.shape else spec.nbytes
 
 

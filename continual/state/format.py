@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from continual.errors import Damaged
 from continual.records import OMITTED, Kind, SlotSpec, TensorSpec
@@ -14,6 +14,9 @@ from continual.state.entries import Entry, FoldEntry, entry_of
 from continual.state.fields import body_of, record_of
 
 VERSION = 1
+"""Of states that keep something of every tensor."""
+SPARSE = 2
+"""Of states that keep adapters as they are: arrays may end early, or be missing."""
 E = TypeVar("E", bound=Entry)
 
 
@@ -26,13 +29,31 @@ class BaseFile:
     mtime_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class HeaderRecord:
+    """A tensor as the header of its file has it: the safetensors word of its dtype, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersForm:
+    """A state that keeps adapters as they are: of each layer at most `width` singular triplets."""
+
+    width: int
+    kind: Literal["adapters"] = "adapters"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseRecord:
     """The base of a state.
 
     `path`: its directory; a base that came from the Hub also has `repo`, `revision` (the commit), and `licence` where
     its card names one. `digests`: tensor name to the BLAKE3 hash of its bytes; `squares`: tensor name to ‖θ₀‖², of
-    those that are folded. `plain`, `exclude`: the globs of names that the state was made with.
+    those that are folded. `plain`, `exclude`: the globs of names that the state was made with. Of a state that keeps
+    adapters `digests` and `squares` are empty, as no weight of the base is read; it has `headers`, tensor name to what
+    the headers say, and `config`, the text of its config.json.
     """
 
     path: str
@@ -44,12 +65,14 @@ class BaseRecord:
     squares: Mapping[str, float]
     plain: tuple[str, ...]
     exclude: tuple[str, ...]
+    headers: Mapping[str, HeaderRecord] | None = field(default=None, metadata={OMITTED: True})
+    config: str | None = field(default=None, metadata={OMITTED: True})
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
     """What never changes in a state. `slots`: tensor name to slot name to shape and dtype; empty for carried
-    tensors."""
+    tensors. `form`: that of a state that keeps adapters as they are; None where it keeps a merge of whole tensors."""
 
     version: int
     id: str
@@ -58,6 +81,7 @@ class Format:
     rule: str
     options: Mapping[str, object]
     slots: Mapping[str, Mapping[str, SlotSpec]]
+    form: AdaptersForm | None = None
 
     @classmethod
     def new(
@@ -67,10 +91,18 @@ class Format:
         rule: str,
         options: Mapping[str, object],
         slots: Mapping[str, Mapping[str, SlotSpec]],
+        form: AdaptersForm | None = None,
     ) -> Format:
-        """Of a new state: the newest version, an id that is drawn here, and the tensors in order of their names."""
+        """Of a new state: the version of its form, an id that is drawn here, and the tensors in order of their
+        names."""
         ordered = tuple(sorted(tensors, key=lambda tensor: tensor.name))
-        return cls(VERSION, secrets.token_hex(16), base, ordered, rule, options, slots)
+        version = VERSION if form is None else SPARSE
+        return cls(version, secrets.token_hex(16), base, ordered, rule, options, slots, form)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether arrays may end early or be missing: what is not there is zero."""
+        return self.form is not None
 
     @property
     def slot_names(self) -> tuple[str, ...]:
@@ -78,7 +110,7 @@ class Format:
 
     @property
     def generation_bytes(self) -> int:
-        """Bytes of all accumulators, without metadata and checksums."""
+        """Bytes of all accumulators, without metadata and checksums; of a sparse state, the most that it can have."""
         return sum(slot.nbytes for slots in self.slots.values() for slot in slots.values())
 
     def body(self) -> dict[str, object]:
@@ -87,20 +119,22 @@ class Format:
             _TensorBody(t.name, t.shape, t.dtype, t.kind, t.depth, self.slots[t.name], t.experts or None)
             for t in self.tensors
         )
-        return body_of(_FormatBody(self.version, self.id, self.base, self.rule, self.options, tensors))
+        return body_of(_FormatBody(self.version, self.id, self.base, self.rule, self.options, tensors, self.form))
 
     @classmethod
     def of(cls, body: Mapping[str, object], path: Path) -> Format:
         """From format.json. Raises Damaged for a newer format, and naming what it lacks or what has another type."""
-        if body.get("version") != VERSION:
+        if body.get("version") not in (VERSION, SPARSE):
             raise Damaged(
-                f"{path}: format {body.get('version')}; this continual understands format {VERSION}: "
+                f"{path}: format {body.get('version')}; this continual understands the formats {VERSION} and {SPARSE}: "
                 "install the version that wrote it"
             )
         found = record_of(_FormatBody, body, path)
+        if (found.form is not None) != (found.version == SPARSE):
+            raise Damaged(f"{path}: format {found.version} {'has' if found.form else 'lacks'} the key form")
         tensors = tuple(TensorSpec(t.name, t.shape, t.dtype, t.kind, t.depth, t.experts or 0) for t in found.tensors)
         slots = {tensor.name: tensor.slots for tensor in found.tensors}
-        return cls(found.version, found.id, found.base, tensors, found.rule, found.options, slots)
+        return cls(found.version, found.id, found.base, tensors, found.rule, found.options, slots, found.form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +160,7 @@ class _FormatBody:
     rule: str
     options: Mapping[str, object]
     tensors: tuple[_TensorBody, ...]
+    form: AdaptersForm | None = field(default=None, metadata={OMITTED: True})
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from continual.errors import Damaged, Misconfigured
-from continual.records import KEY
+from continual.records import KEY, SlotSpec
 from continual.state import arrays, framing, names
 from continual.state.arrays import Array
 from continual.state.durable import environment
@@ -25,7 +25,7 @@ RECEIPTS = "receipts.json"
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What an array was when it was written: the CRC of its zarr.json, the bytes of its values, and the CRC of each
-    chunk (values and padding) in row order."""
+    chunk that is there (values and padding) in row order."""
 
     metadata: str
     nbytes: int = field(metadata={KEY: "bytes"})
@@ -84,6 +84,26 @@ class Generation:
         with environment(f"cannot read {self.directory}"):
             return self.directory.exists()
 
+    def has(self, name: str) -> bool:
+        """Whether there is anything of a tensor: where a state keeps adapters, one that none of them changes has no
+        arrays."""
+        return not self.form.sparse or any(node(slot, name) in self.receipts.arrays for slot in self.form.slots[name])
+
+    def held(self) -> Iterator[tuple[str, str, SlotSpec]]:
+        """The arrays that have to be there: tensor, slot, and what the array is."""
+        for name, slots in self.form.slots.items():
+            if self.has(name):
+                yield from ((name, slot, spec) for slot, spec in slots.items())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values in it, padding included where arrays may end early."""
+        if not self.form.sparse:
+            return self.form.generation_bytes
+        return sum(
+            len(self.receipt(node(slot, name)).chunks) * arrays.chunk_bytes(spec) for name, slot, spec in self.held()
+        )
+
     def receipt(self, path: str) -> Receipt:
         """The receipt of the array at `path`. Raises Damaged if there is none."""
         found = self.receipts.arrays.get(path)
@@ -94,9 +114,19 @@ class Generation:
     def read(self, name: str, slot: str) -> Array:
         """One accumulator, every byte checked against its receipt. Raises Damaged, or Misconfigured if the generation
         has expired."""
-        path = node(slot, name)
+        path, spec = node(slot, name), self.form.slots[name][slot]
+        if not self.has(name):
+            return arrays.nothing(spec)
         with environment(f"cannot read tensor {name}"):
-            return arrays.read(self.directory / path, self.form.slots[name][slot], self.receipt(path).chunks)
+            return arrays.read(self.directory / path, spec, self.receipt(path).chunks)
+
+    def read_rows(self, name: str, slot: str, start: int, stop: int) -> Array:
+        """The rows from `start` to before `stop` of an accumulator whose slot has `rows`. Raises as `read`."""
+        path, spec = node(slot, name), self.form.slots[name][slot]
+        if not self.has(name):
+            return np.zeros((stop - start, *spec.shape[1:]), spec.dtype)
+        with environment(f"cannot read tensor {name}"):
+            return arrays.read_rows(self.directory / path, spec, self.receipt(path).chunks, start, stop)
 
     def reader(self, name: str, slot: str) -> arrays.Reader:
         """One accumulator, to be read in order and in pieces, every chunk checked against its receipt."""
@@ -124,21 +154,20 @@ class Generation:
             return
         for path, checksum in receipts.groups.items():
             yield from _check_file(self.directory / path / "zarr.json", checksum)
-        for name, slots in self.form.slots.items():
-            for slot, spec in slots.items():
-                path = node(slot, name)
-                receipt = receipts.arrays.get(path)
-                if receipt is None:
-                    yield f"{self.directory}: no receipt for {path}"
-                else:
-                    yield from _check_file(self.directory / path / "zarr.json", receipt.metadata)
-                    try:
-                        arrays.read(self.directory / path, spec, receipt.chunks)
-                    except (Damaged, Misconfigured) as error:
-                        yield str(error)
-                    except OSError as error:
-                        yield f"{error.filename}: {error.strerror}"
-                step()
+        for name, slot, spec in self.held():
+            path = node(slot, name)
+            receipt = receipts.arrays.get(path)
+            if receipt is None:
+                yield f"{self.directory}: no receipt for {path}"
+            else:
+                yield from _check_file(self.directory / path / "zarr.json", receipt.metadata)
+                try:
+                    arrays.read(self.directory / path, spec, receipt.chunks)
+                except (Damaged, Misconfigured) as error:
+                    yield str(error)
+                except OSError as error:
+                    yield f"{error.filename}: {error.strerror}"
+            step()
 
 
 def _check_file(path: Path, checksum: str) -> Iterator[str]:

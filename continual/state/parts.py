@@ -41,8 +41,10 @@ class FoldNumbers:
 
     `tau_norm`: of the task vector; `base_norm`: of the base's tensors that were folded; `merged_norm`: of the merged
     task vector after the fold; `cosine`: of the task vector and the merged one before it; `weight`: what it was folded
-    with, where the rule has weights. `tensors`, `unchanged`: how many got a task vector, how many the candidate lacks;
-    `extra`: names of the first of its `extra_count` tensors that the base lacks; `prefix`, `narrowed`, `rows`,
+    with, where the rule has weights. `block`, `cut`: of a state that keeps adapters, the adapter's number in it, and
+    the share of ‖τ‖² that was cut off when it came. `tensors`, `unchanged`: how many got a task vector, how many the
+    candidate lacks; `extra`: names of the first of its `extra_count` tensors that the base lacks; `prefix`, `narrowed`,
+    `rows`,
     `renamings`: as in `Lineage`, of the last the first. `notes`: by the rule's names; `gauges`: the rule's gauges after
     the fold, by name. A fold that came with another state, or that a round weighed, has few of these.
     """
@@ -52,6 +54,8 @@ class FoldNumbers:
     merged_norm: float | None = field(default=None, metadata=_OMITTED)
     cosine: float | None = field(default=None, metadata=_OMITTED)
     weight: float | None = field(default=None, metadata=_OMITTED)
+    block: int | None = field(default=None, metadata=_OMITTED)
+    cut: float | None = field(default=None, metadata=_OMITTED)
     tensors: int | None = field(default=None, metadata=_OMITTED)
     unchanged: int | None = field(default=None, metadata=_OMITTED)
     extra: tuple[str, ...] | None = field(default=None, metadata=_OMITTED)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from continual.errors import Misconfigured, Retry
-from continual.state import adoption, framing, lock, names, opening, retention
+from continual.state import adoption, arrays, framing, lock, names, opening, retention
 from continual.state.arrays import Array
 from continual.state.durable import environment, replace_bytes, sync_file, usable
 from continual.state.entries import Entry, InitEntry, RollbackEntry, TagEntry
@@ -135,13 +135,13 @@ class State:
         """Tells the state from every other: a clone has one of its own."""
         return self.ledger.id or self.format.id
 
-    def begin(self, after: Generation | Literal["now"] | None = "now") -> Transaction:
+    def begin(self, after: Generation | Literal["now"] | None = "now", writes: int | None = None) -> Transaction:
         """Begins a fold, on the generation in force or on `after` (None: on zeros). Raises Retry if the disk has no
-        room for one more generation."""
+        room for the bytes that it `writes` (None: a whole generation)."""
         self._needs_lock()
         self._journal.mend()
         self._on_step("begin")
-        room(self.path, self.format.generation_bytes)
+        room(self.path, self.format.generation_bytes if writes is None else writes)
         head = self.ledger.head
         before = self._generation(head) if isinstance(after, str) else after
         transaction = Transaction(self.path / "generations", self.format, before, head.generation, self._on_step)
@@ -206,12 +206,9 @@ class State:
 
     def read(self, name: str, slot: str, at: int | None = None) -> Array:
         """An accumulator in force now or at record `at`, checked against its receipt; zeros before the first fold."""
-        import numpy as np
-
         generation = self._generation(self.ledger.head if at is None else self.ledger.get(at))
         if generation is None:
-            spec = self.format.slots[name][slot]
-            return np.zeros(spec.shape, spec.dtype)
+            return arrays.nothing(self.format.slots[name][slot])
         return generation.read(name, slot)
 
     def group(self, at: int | None = None) -> zarr.Group:
@@ -230,8 +227,9 @@ class State:
             return retention.kept(self.path, self.ledger)
 
     def generation_bytes(self) -> int:
-        """Bytes of the accumulators in one generation: the same from the first fold on."""
-        return self.format.generation_bytes if self.ledger.head.generation else 0
+        """Bytes of the accumulators in the generation in force."""
+        generation = self._generation(self.ledger.head)
+        return generation.nbytes if generation else 0
 
     @contextlib.contextmanager
     def lease(self, seq: int | None = None) -> Iterator[None]:

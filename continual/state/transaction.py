@@ -85,8 +85,7 @@ class Transaction:
     def read(self, name: str, slot: str) -> Array:
         """The accumulator as it was before this fold, freshly allocated and writable; zeros before the first."""
         if self._before is None:
-            spec = self._form.slots[name][slot]
-            return np.zeros(spec.shape, spec.dtype)
+            return arrays.nothing(self._form.slots[name][slot])
         with environment(f"cannot read tensor {name}"):
             return self._before.read(name, slot)
 
@@ -104,6 +103,37 @@ class Transaction:
         with environment(f"cannot write tensor {name}"):
             directory = self._place(name, slot)
             self._receive(name, slot, arrays.write(directory, self._form.slots[name][slot], array))
+
+    def read_rows(self, name: str, slot: str, start: int, stop: int) -> Array:
+        """Rows of an accumulator as they were before this fold, where its slot has `rows`; zeros where there is
+        nothing."""
+        if self._before is None:
+            return np.zeros((stop - start, *self._form.slots[name][slot].shape[1:]), np.float32)
+        return self._before.read_rows(name, slot, start, stop)
+
+    def write_rows(self, name: str, slot: str, start: int, values: Array) -> None:
+        """The accumulator after this fold, where its slot has `rows`: up to the row `start` as it was, from there on
+        `values`, and nothing behind them. Chunks that end before `start` are hard links."""
+        spec, path = self._form.slots[name][slot], node(slot, name)
+        assert spec.rows is not None, "a slot with rows"
+        assert values.shape[1:] == spec.shape[1:], (values.shape, spec)
+        linked = start // spec.rows
+        begun = linked * spec.rows
+        last = math.ceil((start + len(values)) / spec.rows)
+        with environment(f"cannot write tensor {name}"):
+            directory = self._place(name, slot)
+            chunks: list[str] = []
+            if linked:
+                assert self._before is not None, "rows that stay are of a generation before"
+                chunks += self._before.receipt(path).chunks[:linked]
+                for file in arrays.chunk_names(spec)[:linked]:
+                    os.link(self._before.directory / path / file, directory / file)
+            if begun < start:
+                values = np.concatenate([self.read_rows(name, slot, begun, start), values])
+            with closing(arrays.Writer(directory, spec, range(linked, last))) as writer:
+                writer.write(arrays.raw(np.ascontiguousarray(values)))
+                chunks += writer.finish()
+            self._receive(name, slot, chunks)
 
     def runs(self, name: str, length: int) -> Iterator[tuple[int, int, dict[str, Array]]]:
         """Rewrites a tensor whose accumulators all have its shape, in flat runs of at most `length` elements, so that
@@ -155,17 +185,20 @@ class Transaction:
         """The tensor did not change: its files are hard links to those of the generation before; zeros where there is
         none.
 
-        What was written for it in this transaction is dropped.
+        What was written for it in this transaction is dropped. What has no arrays gets none.
         """
+        if self._form.sparse and (self._before is None or not self._before.has(name)):
+            return
         for slot, spec in self._form.slots[name].items():
             path = node(slot, name)
             shutil.rmtree(self.directory / path, ignore_errors=True)
             if self._before is None:
-                self.write(name, slot, np.zeros(spec.shape, spec.dtype))
+                self.write(name, slot, arrays.nothing(spec))
                 continue
             with environment(f"cannot write tensor {name}"):
                 (self.directory / path).mkdir()
-                for file in ["zarr.json", *arrays.chunk_names(spec)]:
+                chunks = arrays.chunk_names(spec)[: len(self._before.receipt(path).chunks)]
+                for file in ["zarr.json", *chunks]:
                     os.link(self._before.directory / path / file, self.directory / path / file)
             with self._lock:
                 self._receipts[path] = self._before.receipt(path)
@@ -179,7 +212,8 @@ class Transaction:
 
     def _receipted(self) -> Generation:
         expected = {node(slot, name) for name, slots in self._form.slots.items() for slot in slots}
-        assert self._receipts.keys() == expected, sorted(expected ^ self._receipts.keys())[:3]
+        lacking = expected ^ self._receipts.keys()
+        assert not (self._receipts.keys() - expected if self._form.sparse else lacking), sorted(lacking)[:3]
         with environment(f"cannot write {self.directory}"):
             data, checksum = framing.encode(body_of(Receipts(self._groups, self._receipts)))
             write_bytes(self.directory / RECEIPTS, data)
@@ -203,7 +237,7 @@ class Transaction:
         path = node(slot, name)
         directory = self.directory / path
         directory.mkdir()
-        if self._before is not None:
+        if self._before is not None and self._before.has(name):
             os.link(self._before.directory / path / "zarr.json", directory / "zarr.json")
         else:
             write_bytes(directory / "zarr.json", arrays.metadata(self._form.slots[name][slot], name))
@@ -211,7 +245,10 @@ class Transaction:
 
     def _receive(self, name: str, slot: str, chunks: list[str]) -> None:
         path, spec = node(slot, name), self._form.slots[name][slot]
-        metadata = self._before.receipt(path).metadata if self._before else framing.crc(arrays.metadata(spec, name))
+        had = self._before is not None and self._before.has(name)
+        metadata = (
+            self._before.receipt(path).metadata if self._before and had else framing.crc(arrays.metadata(spec, name))
+        )
         with self._lock:
             self._receipts[path] = Receipt(metadata, spec.nbytes, tuple(chunks))
 

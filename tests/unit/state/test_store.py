@@ -160,8 +160,8 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     stores.make(tmp_path / "s").close()
     path = tmp_path / "s/format.json"
     body, _ = framing.decode(path)
-    path.write_bytes(framing.encode(body | {"version": 2})[0])
-    with pytest.raises(Damaged, match="format 2; this continual understands format 1"):
+    path.write_bytes(framing.encode(body | {"version": 3})[0])
+    with pytest.raises(Damaged, match="format 3; this continual understands the formats 1 and 2"):
         State.open(tmp_path / "s")
 
 
