@@ -10,7 +10,7 @@ from continual.errors import Refuse
 from continual.tensors import Adapter, BaseModel
 from continual.tensors.buffers import is_buffer
 from continual.tensors.kinds import is_vocabulary
-from continual.tensors.leftovers import in_layer, is_output
+from continual.tensors.leftovers import in_layer, is_head, is_output
 from continual.tensors.matching import Match, Naming, carried_of, names_of
 from continual.tensors.renaming import family_of
 
@@ -31,8 +31,12 @@ def check_brought(
 
     Raises Refuse (`adapter-target`) for a weight that is no such thing, and where nothing would be folded.
     """
-    where = model.place
-    unmet = sorted({name for name, piece in model.pieces.items() if not piece.optional} - set(known))
+    where, family = model.place, family_of(base.checkpoint.config)
+    unmet = sorted(
+        name
+        for name, piece in model.pieces.items()
+        if not (piece.optional or name in known or _is_of_another_head(name, known, family))
+    )
     if unmet:
         raise Refuse(
             "adapter-target",
@@ -54,6 +58,12 @@ def check_brought(
             f"{where}: adapts nothing that this base folds, only {_some(sorted(names_of(model)))}",
         )
     return (*unknown, *kept)
+
+
+def _is_of_another_head(name: str, known: Collection[str], family: str) -> bool:
+    """Whether a weight is one of a head for a task that the base has nothing of."""
+    module = name.rpartition(".")[0]
+    return is_head(name) and not in_layer(name, family) and f"{module}.weight" not in known
 
 
 def _check_is_of_a_head(base: BaseModel, model: Adapter, name: str, found: Mapping[str, Match]) -> None:

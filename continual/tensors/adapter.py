@@ -8,14 +8,14 @@ matching.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from continual.errors import Refuse
 from continual.outside import shown
 from continual.records import FileStat
-from continual.tensors.adapter_config import CONFIG, Fields
+from continual.tensors.adapter_config import CONFIG, MERGE, Fields
 from continual.tensors.buffers import is_buffer
 from continual.tensors.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from continual.tensors.compound import WHOLE, Part
@@ -26,9 +26,27 @@ from continual.tensors.place import Place
 
 WEIGHTS = "adapter_model.safetensors"
 _ROOT = "base_model.model."
+_TRAINERS = {
+    "fine_tune_type": "mlx-lm",
+    "lora_parameters": "mlx-lm",
+    "lora_layers": "mlx-lm",
+    "architecture": "AdapterHub",
+}
+"""Keys in the configuration of an adapter that PEFT did not write, and who did."""
+_INPUTS = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CPT",
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+)
+_MIXTURES = ("XLORA", "POLY")
 _COMPARED = 1_000_000
 """Names of modules_to_save times weights that lie beside the factors: so many comparisons take a tenth of a second."""
-_WRAPPER = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
+_WRAPPER = re.compile(r"\.(?:modules_to_save(?:\.default)?|ln_tuning_layers(?:\.default)?|base_layer)(?=\.)")
+_END = re.compile(r"\.(?:weight|bias)$")
 _FROZEN = re.compile(r"\.original_module(?=\.)")
 _TUNERS = re.compile(r"(?:^|\.)(?:lora|hada|lokr|ia3|vera|trainable_tokens)_")
 
@@ -77,7 +95,7 @@ class Adapter:
     def is_trained(self, name: str) -> bool:
         """Whether a whole weight was trained by itself, as modules_to_save; else PEFT stored it because the vocabulary
         was resized."""
-        return any(f".{module}." in f".{name}" for module in self.config.saved)
+        return _is_in_any(name, self.config.saved)
 
     @property
     def files(self) -> tuple[FileStat, ...]:
@@ -112,18 +130,35 @@ def kind_of(config: Fields) -> Kind:
     understood."""
     kind = KINDS.get(config.kind) if isinstance(config.kind, str) else None
     if kind is None:
-        raise Refuse(
-            "adapter-kind",
-            f"{config.place}: adapter of kind {shown(config.kind)}: only {', '.join(KINDS)} are understood; "
-            "merge the adapter into its base and publish that",
-        )
+        raise Refuse("adapter-kind", f"{config.place}: {_why_not(config)}")
     config.only(kind.keys)
     return kind
+
+
+def _why_not(config: Fields) -> str:
+    """Why an adapter of a kind that is not understood is refused, and what to do."""
+    if config.kind is None:
+        trainer = next((name for key, name in _TRAINERS.items() if key in config.body), "")
+        made = f"that of {trainer}" if trainer else "no adapter of PEFT"
+        return f"{CONFIG} names no peft_type: it is {made}; fuse it into its base there and publish the whole model"
+    if config.kind in _INPUTS:
+        return (
+            f"adapter of kind {config.kind}: it adds to the inputs of layers and changes no weight of the base, "
+            "so there is nothing to fold; train a LoRA instead"
+        )
+    if config.kind in _MIXTURES:
+        return (
+            f"adapter of kind {config.kind}: it mixes adapters anew for each input, which no merged weight can do; "
+            "publish each of them"
+        )
+    return f"adapter of kind {shown(config.kind)}: only {', '.join(KINDS)} are understood; {MERGE}"
 
 
 def _sort(weights: Checkpoint, config: Fields, kind: Kind) -> tuple[dict[str, Piece], dict[str, tuple[str, ...]]]:
     """What each tensor of the file is for: a piece, or a whole weight. Raises Refuse."""
     names = "|".join(re.escape(role) for role in sorted(kind.roles, key=len, reverse=True))
+    stems = {_END.sub("", role).rpartition(".")[2] for role in kind.roles}
+    called: dict[str, str] = {}
     role_of = re.compile(rf"(?P<module>.+?)\.(?P<role>{names})")  # a role may have a dot in it: the longest counts
     modules: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
@@ -135,7 +170,10 @@ def _sort(weights: Checkpoint, config: Fields, kind: Kind) -> tuple[dict[str, Pi
             beside[name] = (name,)  # a module after the transformer
             continue
         bare = name.removeprefix(_ROOT)
-        if match := role_of.fullmatch(_plain(bare)):
+        plain, adapter = _plain(bare, stems)
+        if adapter:
+            called.setdefault(adapter, name)
+        if match := role_of.fullmatch(plain):
             found = modules.setdefault(match["module"], {})
             if match["role"] in found:
                 raise Refuse(
@@ -144,17 +182,30 @@ def _sort(weights: Checkpoint, config: Fields, kind: Kind) -> tuple[dict[str, Pi
             found[match["role"]] = info
         else:
             whole[bare] = info
+    if len(called) > 1:
+        raise Refuse(
+            "adapter-kind",
+            f"{config.place}: holds several adapters ({' and '.join(sorted(called.values())[:2])}): "
+            "publish each of them in a directory of its own",
+        )
     pieces = kind.pieces(config, modules)
     return pieces, _saved(config, whole, pieces) | beside
 
 
-def _plain(name: str) -> str:
-    """A factor's name without the adapter's own name, and with the end that all versions of PEFT have agreed on."""
-    for end in ("", ".weight", ".bias"):
-        if name.endswith(f".default{end}"):
-            name = name.removesuffix(f".default{end}") + end
-            break
-    return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
+def _plain(name: str, stems: Collection[str]) -> tuple[str, str]:
+    """A factor's name without the adapter's own name, and with the end that all versions of PEFT have agreed on; and
+    the adapter's name, empty where it is not there. `stems`: what factors of this kind are called."""
+    adapter = ""
+    end = match[0] if (match := _END.search(name)) else ""
+    head, _, last = name.removesuffix(end).rpartition(".")
+    if last not in stems and head.rpartition(".")[2] in stems:
+        name, adapter = head + end, last
+    return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name, adapter
+
+
+def _is_in_any(weight: str, modules: Collection[str]) -> bool:
+    """Whether a weight lies in one of the modules to save: as PEFT has it, in one whose name ends so."""
+    return any(f"{name}." in weight for name in modules)
 
 
 def _saved(config: Fields, whole: Mapping[str, TensorInfo], pieces: Mapping[str, Piece]) -> dict[str, tuple[str, ...]]:
@@ -176,14 +227,15 @@ def _saved(config: Fields, whole: Mapping[str, TensorInfo], pieces: Mapping[str,
             continue
         belongs = (
             is_vocabulary(weight)
-            or any(f".{name}." in f".{weight}" for name in config.saved)
+            or _is_in_any(weight, config.saved)
+            or (".base_layer." in bare and weight in pieces)
             or (weight.endswith(".bias") and (bias == "all" or (bias == "only" and _sibling(weight) in pieces)))
         )
         if _TUNERS.search(bare) or not belongs or (weight in saved and bias != "all"):
             raise Refuse(
                 "adapter-kind",
                 f"{config.place}: tensor {info.name} is no part of a {config.kind} adapter with this configuration; "
-                "merge it into its base and publish that",
+                f"{MERGE}",
             )
         saved[weight] = (*saved.get(weight, ()), info.name)
     return saved

@@ -37,6 +37,18 @@ _INFORMATION = frozenset(
     ]
 )
 """Keys that every kind has: what the adapter was trained on, and which modules it has tensors for."""
+MERGE = "merge the adapter into its base (merge_and_unload of PEFT) and publish that"
+"""What the publisher of an adapter can do that is not understood."""
+_NOT_MERGED = {
+    "alora_invocation_tokens": "makes it act only after these tokens, which no merged weight can do: publish a LoRA "
+    "without it",
+    "layer_replication": "repeats layers of the base: merged it has other layers than the base, and cannot be folded",
+    "loftq_config": "says that it was trained beside a base that LoftQ had changed, and then B·A alone is not the task "
+    "vector; merge it into that base and publish that",
+    "enable_lora": "adapts parts of a fused weight, as PEFT before 0.3 did, and PEFT reads it no more; train it anew",
+    "arrow_config": "chooses among several adapters for each token, which no merged weight can do: publish each",
+}
+"""Keys that no merged model can be made of, or not this base's: why."""
 _OFF: tuple[object, ...] = (None, False, {}, [], "")
 T = TypeVar("T", int, float)
 
@@ -61,11 +73,8 @@ class Fields:
         """Raises Refuse (`adapter-kind`) for a key that is on and not understood."""
         for key, value in self.body.items():
             if key not in _INFORMATION and key not in understood and value not in _OFF:
-                raise Refuse(
-                    "adapter-kind",
-                    f"{self.place}: {shown(key)} = {shown(value)} is not understood; "
-                    "merge the adapter into its base and publish that",
-                )
+                why = _NOT_MERGED.get(key) or f"is not understood; {MERGE}"
+                raise Refuse("adapter-kind", f"{self.place}: {shown(key)} = {shown(value)} {why}")
 
     @property
     def transposed(self) -> bool:
@@ -79,11 +88,12 @@ class Fields:
         value = self.body.get("bias") or "none"
         if value in ("none", "all"):
             return str(value)
-        if isinstance(value, str) and value == f"{str(self.kind).lower()}_only":
+        kind = str(self.kind).lower()
+        if isinstance(value, str) and value.lower() in (f"{kind}_only", f"{kind.removeprefix('ada')}_only"):
             return "only"
         raise Refuse(
             "adapter-kind",
-            f"{self.place}: bias = {shown(value)} is not understood; merge the adapter into its base and publish that",
+            f"{self.place}: bias = {shown(value)} is not understood; {MERGE}",
         )
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -93,13 +103,13 @@ class Fields:
             raise Refuse("config", f"{self.where}: {key} = {shown(value)} is neither true nor false")
         return default if value is None else bool(value)
 
-    def rank(self, key: str) -> int:
-        """A positive whole number. Raises Refuse (`config`)."""
-        return _rank(self.where, key, self.body.get(key))
+    def rank(self, key: str, default: int | None = None) -> int:
+        """A positive whole number; `default` is that of PEFT, for a key that is not there. Raises Refuse (`config`)."""
+        return _rank(self.where, key, self.body.get(key, default))
 
-    def number(self, key: str) -> float:
-        """A number from 0 to 1e30. Raises Refuse (`config`)."""
-        return _number(self.where, key, self.body.get(key))
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number from 0 to 1e30; `default` as above. Raises Refuse (`config`)."""
+        return _number(self.where, key, self.body.get(key, default))
 
     def ranks(self, key: str) -> Patterns[int]:
         """A table of ranks by patterns of modules' names. Raises Refuse (`config`)."""

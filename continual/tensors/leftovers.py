@@ -105,6 +105,11 @@ def in_layer(name: str, family: str) -> bool:
     return bool(_layer(canonical(name, family)))
 
 
+def is_head(name: str) -> bool:
+    """Whether a name is that of a head of a task, which a base may lack."""
+    return not _HEADS.isdisjoint(name.split("."))
+
+
 def is_output(name: str) -> bool:
     """Whether a table of words is a language model's head, not an input embedding."""
     return not _OUTPUTS.isdisjoint(name.split(".")) or name in ("output.weight", "proj_out.weight")

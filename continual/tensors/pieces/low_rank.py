@@ -22,6 +22,7 @@ from continual.tensors.pieces.tokens import TOKENS, Tokens, indices_of
 
 A, B, BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 _ROWS, _COLUMNS = "lora_embedding_A", "lora_embedding_B"
+_PROJECTED = ".base_layer.out_proj"
 _HARMLESS_INIT: tuple[object, ...] = (True, False, None, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base's weights as they are and start from B·A = 0 (or are trained away from it)."""
 _ADAPTED = frozenset(
@@ -38,6 +39,7 @@ _ADAPTED = frozenset(
         "eva_config",
         "corda_config",
         "lora_ga_config",
+        "merge_weights",
     ]
 )
 
@@ -177,10 +179,10 @@ class Triple:
         """As the protocol says."""
         rows, columns = self.b.shape[0], self.a.shape[1]
         rows, columns = (columns, rows) if transposed else (rows, columns)
-        if len(shape) != 2 or columns != shape[1]:
+        if len(shape) < 2 or columns != math.prod(shape[1:]):
             raise unfit(self.where, name, shape, f"the product of {self.b.name} and {self.a.name} is {[rows, columns]}")
         possible(self.where, name, self.a.shape[0], (rows, columns))
-        return rows, columns
+        return rows, *shape[1:]
 
     def settings(self, *, transposed: bool) -> str:
         """As the protocol says."""
@@ -196,10 +198,11 @@ class Triple:
         """As the protocol says."""
         a, b, e = (tensor.float() for tensor in read)
         a *= e
+        product = out.view(out.shape[0], -1)
         if transposed:
-            torch.mm(a.T, b.T, out=out)
+            torch.mm(a.T, b.T, out=product)
         else:
-            torch.mm(b, a, out=out)
+            torch.mm(b, a, out=product)
         out.mul_(self.scale)
 
 
@@ -212,27 +215,42 @@ class Lora:
     def pieces(self, fields: Fields, modules: Mapping[str, Module]) -> dict[str, Piece]:
         """As the protocol says."""
         _harmless(fields)
-        rank, alpha = fields.rank("r"), fields.number("lora_alpha")
+        rank, alpha = fields.rank("r", 8), fields.number("lora_alpha", 8)
         by_root = fields.flag("use_rslora")
         rows = self.roles[-1]
-        adapted = [name for name, found in modules.items() if rows not in found]
+        adapted = [_outer(name) for name, found in modules.items() if rows not in found]
         ranks, alphas = fields.ranks("rank_pattern").of(adapted), fields.numbers("alpha_pattern").of(adapted)
         tokens = indices_of(fields, TOKENS, [name for name in modules if rows in modules[name]])
         pieces: dict[str, Piece] = {}
         for name, found in sorted(modules.items()):
-            weight = f"{name}.weight"
+            weight = _weight_of(name, modules)
             if rows in found:
                 (info,) = roles_of(fields, weight, found, (rows,))
                 pieces[weight] = Tokens.of(fields, weight, info, tokens[name])
                 continue
-            r = ranks.get(name, rank)
-            scale = alphas.get(name, alpha) / (math.sqrt(r) if by_root else r)
+            r = ranks.get(_outer(name), rank)
+            scale = alphas.get(_outer(name), alpha) / (math.sqrt(r) if by_root else r)
+            if name.endswith(_PROJECTED):
+                scale *= 2  # PEFT adds it twice, in training and in use as well as on merging
             pieces[weight] = factors = _factors(fields, weight, found, (r, scale))
             if BIAS in found:
                 if factors.embedding:
                     raise Refuse("adapter-kind", f"{fields.place}: {found[BIAS].name}: an embedding has no bias")
-                pieces[f"{name}.bias"] = Bias(str(fields.place), found[BIAS], scale)
+                pieces[f"{weight.removesuffix('weight')}bias"] = Bias(str(fields.place), found[BIAS], scale)
         return pieces
+
+
+def _outer(module: str) -> str:
+    """The module that PEFT adapted: the attention of torch, for the projection of its outputs."""
+    return module.removesuffix(_PROJECTED)
+
+
+def _weight_of(module: str, modules: Mapping[str, Module]) -> str:
+    """The weight that a module's factors are about. Of torch's MultiheadAttention PEFT adapts two at once: that of the
+    inputs under the module's name, and that of the outputs."""
+    if module + _PROJECTED in modules:
+        return f"{module}.in_proj_weight"
+    return f"{module.removesuffix(_PROJECTED)}.out_proj.weight" if module.endswith(_PROJECTED) else f"{module}.weight"
 
 
 class AdaLora:
@@ -258,7 +276,7 @@ class AdaLora:
     def pieces(self, fields: Fields, modules: Mapping[str, Module]) -> dict[str, Piece]:
         """As the protocol says."""
         _harmless(fields)
-        begun, alpha = fields.rank("init_r"), fields.number("lora_alpha")
+        begun, alpha = fields.rank("init_r", 12), fields.number("lora_alpha", 8)
         pieces: dict[str, Piece] = {}
         for name, found in sorted(modules.items()):
             weight = f"{name}.weight"
@@ -277,7 +295,7 @@ class AdaLora:
 def _harmless(fields: Fields) -> None:
     """Raises Refuse (`adapter-kind`) where the initialisation changed the base."""
     begun = fields.body.get("init_lora_weights", True)
-    if begun not in _HARMLESS_INIT:
+    if (begun.lower() if isinstance(begun, str) else begun) not in _HARMLESS_INIT:
         raise Refuse(
             "adapter-kind",
             f"{fields.place}: init_lora_weights = {shown(begun)} may have changed the base, "

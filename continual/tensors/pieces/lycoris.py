@@ -167,7 +167,7 @@ def _pieces(
             f"{fields.place}: init_weights = {shown(begun)} is not understood; "
             "merge the adapter into its base and publish that",
         )
-    rank, alpha = fields.rank("r"), fields.number("alpha")
+    rank, alpha = fields.rank("r", 8), fields.number("alpha", 8)
     ranks, alphas = fields.ranks("rank_pattern").of(modules), fields.numbers("alpha_pattern").of(modules)
     pieces: dict[str, Piece] = {}
     for name, found in sorted(modules.items()):
