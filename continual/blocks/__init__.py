@@ -2,7 +2,10 @@
 from it. Pure: tensors and small arrays in, the same out; no file, no clock, no state."""
 
 from continual.blocks.columns import MOST, Arrangement, Columns, plan, slots, width, without
+from continual.blocks.factoring import Thin
 from continual.blocks.layer import Layer
+from continual.blocks.merged import Merged, recovered
+from continual.blocks.shelf import HeldLayers, Shelf
 from continual.blocks.triplets import Block, triplets
 
 __all__ = [
@@ -10,8 +13,13 @@ __all__ = [
     "Arrangement",
     "Block",
     "Columns",
+    "HeldLayers",
     "Layer",
+    "Merged",
+    "Shelf",
+    "Thin",
     "plan",
+    "recovered",
     "slots",
     "triplets",
     "width",

@@ -5,6 +5,7 @@ from continual.rules.before import TRANSFORMS
 from continual.rules.contract import (
     Accumulators,
     Counts,
+    Factored,
     Folded,
     FoldFunctions,
     Inputs,
@@ -15,6 +16,7 @@ from continual.rules.contract import (
     Rule,
     RuleRow,
     Sums,
+    Triplets,
 )
 from continual.rules.options import NoOptions, Option
 from continual.rules.registry import ROWS, RULES, read_options, rule
@@ -27,6 +29,7 @@ __all__ = [
     "TRANSFORMS",
     "Accumulators",
     "Counts",
+    "Factored",
     "FoldFunctions",
     "Folded",
     "Inputs",
@@ -41,6 +44,7 @@ __all__ = [
     "RuleRow",
     "Size",
     "Sums",
+    "Triplets",
     "read_options",
     "rule",
     "settle",

@@ -42,6 +42,8 @@ def chain(rule: Rule, items: Sequence[Mapping[str, object]]) -> Rule:
         return by_runs and rule.fold.elementwise(spec)
 
     return rule._replace(
+        # most transforms look at single elements, so there are no factors to read by
+        factored=None,
         options={**rule.options, "before": [dict(item) for item in items]},
         fold=rule.fold._replace(apply=fold, workspace=workspace, elementwise=elementwise),
         needs=rule.needs._replace(

@@ -181,6 +181,43 @@ class Laws(NamedTuple):
     rounds: bool = False
 
 
+class CoreFunctions(NamedTuple):
+    """How a rule is put through small matrices, for tensors of which this holds: with every task vector turned alike,
+    to Q τ_i Rᵀ, what is read is turned alike. Then X = Q·X′·Rᵀ, X′ being what is read of the cores QᵀτR, and Q and R
+    any orthonormal bases of what the task vectors write to and read from.
+
+    slots(rows, columns): the accumulators of a core. fold: as in `FoldFunctions`; the spec is the tensor's own.
+    read(accumulators, totals, sides): X′, of any float dtype; `sides` are rows and columns of the tensor itself.
+    """
+
+    slots: Callable[[int, int], dict[str, SlotSpec]]
+    fold: Callable[[Accumulators, Tensor, Inputs, Totals], Folded]
+    read: Callable[[Accumulators, Totals, tuple[int, int]], Tensor]
+
+
+class Triplets(NamedTuple):
+    """Singular triplets of several task vectors, those of one together and largest first: `u` (m×k), `sigma` (k), `v`
+    (n×k), float64, and the number of each one's task vector in `owner`, from 1 on."""
+
+    owner: Sequence[int]
+    u: Tensor
+    sigma: Tensor
+    v: Tensor
+
+
+class Factored(NamedTuple):
+    """How a rule is read where every task vector is a product of thin factors (`continual.blocks`), the m×n tensor
+    never made.
+
+    linear(spec): X of this tensor is Σ c_i·τ_i, each c_i a number. Of the other tensors: `cores` puts them through
+    small matrices; triplets(those of all task vectors, totals): the factors of X, m×k and n×k, straight from theirs.
+    """
+
+    linear: Callable[[TensorSpec], bool] = _always
+    cores: CoreFunctions | None = None
+    triplets: Callable[[Triplets, Totals], tuple[Tensor, Tensor]] | None = None
+
+
 def one_sum(spec: TensorSpec) -> dict[str, SlotSpec]:
     """The slot `sum`: one float32 tensor of the weight's own shape."""
     return {"sum": SlotSpec(spec.shape)}
@@ -190,7 +227,8 @@ class Rule(NamedTuple):
     """A rule with its options resolved. `options` are all of them, as plain data.
 
     slots(spec): the accumulators of a tensor, which start as zeros; not asked for carried tensors. Those of a stack are
-    those of its experts, one after the other.
+    those of its experts, one after the other. `factored`: how it is read from factors; None where it has to see the
+    elements, or more than the task vectors.
     """
 
     fold: FoldFunctions
@@ -198,6 +236,7 @@ class Rule(NamedTuple):
     slots: Callable[[TensorSpec], dict[str, SlotSpec]] = one_sum
     needs: Needs = Needs()
     laws: Laws = Laws()
+    factored: Factored | None = None
     name: str = ""
     options: Mapping[str, object] = MappingProxyType({})
 

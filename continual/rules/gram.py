@@ -20,7 +20,7 @@ from torch import Tensor
 from continual import linalg
 from continual.records import SlotSpec, Totals
 from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, Folded, Inputs, Laws, Rule, RuleRow, Sums
+from continual.rules.contract import Accumulators, CoreFunctions, Factored, Folded, Inputs, Laws, Rule, RuleRow, Sums
 from continual.rules.matrices import Include, OnMatrices
 from continual.rules.options import Choice, Number
 from continual.rules.scale import ReadOptions
@@ -71,15 +71,18 @@ def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) ->
     return linalg.inner(found, found) if found.dtype == torch.float32 else float(found.square().sum())
 
 
-def solve(accumulators: Accumulators, ridge: float, pull: float) -> Tensor:
+def solve(accumulators: Accumulators, ridge: float, pull: float, sides: tuple[int, int] | None = None) -> Tensor:
     """The merged m×n task vector, float64: of the right side, the left side, or the mean of both, as there are
-    accumulators for."""
+    accumulators for. Where these are the accumulators of a core, `sides` are m and n: the mean of a Gram's diagonal is
+    that of the whole."""
     cross, found = accumulators[CROSS], []
     for side in (RIGHT, LEFT):
         if side not in accumulators:
             continue
         gram = accumulators[side]
         epsilon = ridge * float(gram.diagonal().mean())
+        if sides is not None:
+            epsilon *= len(gram) / sides[side == RIGHT]
         if epsilon == 0.0:
             return torch.zeros_like(cross)
         target = cross + (epsilon * pull) * accumulators[SUM] if SUM in accumulators else cross
@@ -115,8 +118,12 @@ def _make(options: GramOptions) -> Rule:
     def read(accumulators: Accumulators, totals: Totals) -> Tensor:
         return solve(accumulators, options.ridge, options.pull)
 
+    def read_core(accumulators: Accumulators, totals: Totals, sides: tuple[int, int]) -> Tensor:
+        return solve(accumulators, options.ridge, options.pull, sides)
+
     laws = Laws(weighted=True, combine=combine)
-    return matrices.rule("gram", options.include, OnMatrices(fold, read, workspace, slots), laws)
+    on = OnMatrices(fold, read, workspace, slots, Factored(cores=CoreFunctions(slots, fold, read_core)))
+    return matrices.rule("gram", options.include, on, laws)
 
 
 GRAM = RuleRow(

@@ -46,7 +46,8 @@ def workspace(m: int, n: int) -> int:
 
 
 def _make(options: MatrixOptions) -> Rule:
-    return matrices.rule("iso-c", options.include, OnMatrices(sums.fold, read, workspace), sums.GROUP)
+    on = OnMatrices(sums.fold, read, workspace, factored=matrices.turned(sums.fold, read))
+    return matrices.rule("iso-c", options.include, on, sums.GROUP)
 
 
 ISO_C = RuleRow(

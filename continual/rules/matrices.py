@@ -16,6 +16,8 @@ from continual.records import SlotSpec, TensorSpec, Totals
 from continual.rules import sums
 from continual.rules.contract import (
     Accumulators,
+    CoreFunctions,
+    Factored,
     Folded,
     FoldFunctions,
     Inputs,
@@ -44,13 +46,29 @@ class OnMatrices(NamedTuple):
     fold(accumulators, τ, inputs, totals before) and read(accumulators, totals): as in `FoldFunctions` and
     `ReadFunctions`, but what is read may have any float dtype and any shape of as many elements. workspace(m, n): peak
     bytes that `fold` needs beyond the accumulators, τ and the figures. slots(m, n): the accumulators, where they are
-    not one sum of the tensor's own shape.
+    not one sum of the tensor's own shape. `factored`: its `cores` or `triplets`, for matrices; what is no matrix is
+    linear.
     """
 
     fold: Callable[[Accumulators, Tensor, Inputs, Totals], Folded]
     read: Callable[[Accumulators, Totals], Tensor]
     workspace: Callable[[int, int], int]
     slots: Callable[[int, int], dict[str, SlotSpec]] | None = None
+    factored: Factored | None = None
+
+
+def turned(
+    fold: Callable[[Accumulators, Tensor, Inputs, Totals], Folded], read: Callable[[Accumulators, Totals], Tensor]
+) -> Factored:
+    """Of a form that keeps one sum and reads a core as it reads a matrix."""
+
+    def slots(rows: int, columns: int) -> dict[str, SlotSpec]:
+        return {sums.SLOT: SlotSpec((rows, columns))}
+
+    def read_core(accumulators: Accumulators, totals: Totals, sides: tuple[int, int]) -> Tensor:
+        return read(accumulators, totals)
+
+    return Factored(cores=CoreFunctions(slots, fold, read_core))
 
 
 PLAIN = ReadFunctions(sums.read_mean, sums.unknown)
@@ -93,6 +111,7 @@ def rule(name: str, include: Sequence[str], on: OnMatrices, laws: Laws, plain: R
         fold=FoldFunctions(fold, workspace, elementwise=lambda spec: not matrix(spec)),
         read=plain._replace(unit=unit, matrix=matrix),
         laws=laws,
+        factored=on.factored and on.factored._replace(linear=lambda spec: not matrix(spec)),
         name=name,
     )
 

@@ -141,7 +141,7 @@ def _make(options: OpcmOptions) -> Rule:
     return matrices.rule(
         "opcm",
         options.include,
-        OnMatrices(fold, read, linalg.workspace),
+        OnMatrices(fold, read, linalg.workspace, factored=matrices.turned(fold, read)),
         Laws(order_free=False),
         plain=ReadFunctions(sums.read_sum, sums.size, gauges=gauges),
     )

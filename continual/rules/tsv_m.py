@@ -19,7 +19,7 @@ from continual import linalg
 from continual.errors import Misconfigured
 from continual.records import SlotSpec, Totals
 from continual.rules import matrices
-from continual.rules.contract import Accumulators, Folded, Inputs, Laws, Rule, RuleRow, Sums
+from continual.rules.contract import Accumulators, Factored, Folded, Inputs, Laws, Rule, RuleRow, Sums, Triplets
 from continual.rules.matrices import MatrixOptions, OnMatrices
 from continual.rules.scale import ReadOptions
 
@@ -89,10 +89,17 @@ def fold_matrix(accumulators: Accumulators, tau: Tensor, totals: Totals) -> Fold
 def merge(accumulators: Accumulators, totals: Totals) -> Tensor:
     """polar(U) diag(σ) polar(V)ᵀ, m×n float64; blocks that a later fine-tune did not touch are cut here."""
     u, sigma, v, owner = (accumulators[slot] for slot in (U, SIGMA, V, OWNER))
-    chosen = choose(owner.tolist(), sigma.tolist(), max(1, int(totals.count)), len(sigma))
+    left, right = factors(Triplets(owner.tolist(), u, sigma, v), totals)
+    return left @ right.mT
+
+
+def factors(given: Triplets, totals: Totals) -> tuple[Tensor, Tensor]:
+    """polar(U) diag(σ) and polar(V) over the triplets that stay with so many fine-tunes: m×r and n×r, float64."""
+    u, sigma, v = given.u, given.sigma, given.v
+    chosen = choose(given.owner, sigma.tolist(), max(1, int(totals.count)), min(len(u), len(v)))
     if not chosen:
-        return torch.zeros(len(u), len(v), dtype=torch.float64, device=u.device)
-    return polar(u[:, chosen].double()) * sigma[chosen].double() @ polar(v[:, chosen].double()).mT
+        return u[:, :0].double(), v[:, :0].double()
+    return polar(u[:, chosen].double()) * sigma[chosen].double(), polar(v[:, chosen].double())
 
 
 def slots(m: int, n: int) -> dict[str, SlotSpec]:
@@ -112,7 +119,8 @@ def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals
 
 
 def _make(options: MatrixOptions) -> Rule:
-    return matrices.rule("tsv-m", options.include, OnMatrices(fold, merge, workspace, slots), Laws())
+    on = OnMatrices(fold, merge, workspace, slots, Factored(triplets=factors))
+    return matrices.rule("tsv-m", options.include, on, Laws())
 
 
 TSV_M = RuleRow(

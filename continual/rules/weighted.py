@@ -8,17 +8,19 @@ merged = θ₀ + λ Σ wτ. Ilharco et al. 2023, "Editing Models with Task Arith
 from __future__ import annotations
 
 from continual.rules import sums
-from continual.rules.contract import Laws, ReadFunctions, Rule, RuleRow
+from continual.rules.contract import Factored, Laws, ReadFunctions, Rule, RuleRow
 from continual.rules.options import NoOptions
 from continual.rules.scale import ReadOptions
 
 
 def _mean(_: NoOptions) -> Rule:
-    return Rule(fold=sums.FOLD, read=ReadFunctions(sums.read_mean, sums.size_of_mean), laws=sums.GROUP)
+    return Rule(
+        fold=sums.FOLD, read=ReadFunctions(sums.read_mean, sums.size_of_mean), laws=sums.GROUP, factored=Factored()
+    )
 
 
 def _task_arithmetic(_: NoOptions) -> Rule:
-    return Rule(fold=sums.FOLD, read=ReadFunctions(sums.read_sum, sums.size), laws=sums.GROUP)
+    return Rule(fold=sums.FOLD, read=ReadFunctions(sums.read_sum, sums.size), laws=sums.GROUP, factored=Factored())
 
 
 def _frank_wolfe(_: NoOptions) -> Rule:

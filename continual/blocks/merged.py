@@ -1,0 +1,160 @@
+"""Chosen models of a shelf, read together by a rule at a scale: the merged task vector, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from continual.blocks import elements
+from continual.blocks.elements import Seed, by_number
+from continual.blocks.factoring import Entrant, Run, Thin, square, thin
+from continual.blocks.shelf import Shelf, Stacked, stacked
+from continual.errors import Misconfigured
+from continual.records import TensorSpec, Totals
+from continual.rules import ReadOptions, Rule, Size, Sums, settle
+
+
+class Merged:
+    """The models `chosen` of `shelf` read by `rule` with `options`. `chosen`: each one's weight by its number, in the
+    order in which they are folded. Thread-safe once it is settled.
+
+    Raises Misconfigured where the rule cannot be read from blocks, or not with these weights.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        chosen: Mapping[int, float],
+        rule: Rule,
+        options: ReadOptions,
+        seed: Seed = by_number,
+    ) -> None:
+        check(rule, chosen)
+        self.shelf, self.chosen, self.rule, self.options = shelf, dict(chosen), rule, options
+        self.run = _run(shelf, self.chosen, rule)
+        self._seed = seed
+        self._measured: dict[int, object] = {}
+        self._parts: tuple[float, float] | None = None
+
+    @property
+    def factored(self) -> bool:
+        """Whether what is read are factors; else it is dense."""
+        return self.rule.factored is not None
+
+    @property
+    def totals(self) -> Totals:
+        """The totals of exactly the chosen models, as a fold of their blocks would give them, but for `merged_sq`."""
+        return self.run.totals
+
+    @property
+    def measures(self) -> bool:
+        """Whether `settle` has to know how long X is."""
+        return self.options.needs(Size())
+
+    def square(self, name: str) -> float:
+        """‖X‖² of one layer at scale 1."""
+        given = self._stacked(name)
+        if self.factored:
+            return square(self.rule, given, self.run)
+        return float(self._dense(given, name).double().square().sum())
+
+    def settle(self, squares: Mapping[str, float] | None = None) -> float:
+        """Finds out the factor that X is multiplied by, that of the matrices where there are two. `squares`: what
+        `square` says of each layer; without them it is asked here, where that is needed."""
+        if self._parts is None and self.measures:
+            if squares is None:
+                squares = {name: self.square(name) for name in self.shelf.specs}
+            matrices = math.fsum(value for name, value in squares.items() if self.is_matrix(name))
+            rest = math.fsum(value for name, value in squares.items() if not self.is_matrix(name))
+            self._parts = (math.sqrt(matrices), math.sqrt(rest))
+        return self.factors[0]
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """The factors of the matrices and of everything else. Where `measures` says so, `settle` comes first."""
+        assert not self.measures or self._parts is not None, "settle first"
+        size = self.rule.read.size(self.totals)
+        if self._parts is not None:
+            size = Size(math.hypot(*self._parts), size.most, self._parts)
+        return self.options.factors(self.totals, size)
+
+    def scale(self, name: str) -> float:
+        """What X of this layer is multiplied by."""
+        return self.factors[0 if self.is_matrix(name) else 1] * self.options.layer(self.shelf.specs[name])
+
+    def thin(self, name: str, rank: int | None = None) -> Thin:
+        """The merged task vector of one layer as factors, of the `rank` largest singular values where one is given.
+        Only of rules that are `factored`."""
+        return thin(self.rule, self._stacked(name), self.run, rank).scaled(self.scale(name))
+
+    def dense(self, name: str) -> Tensor:
+        """The merged task vector of one layer, float32 of its shape."""
+        if self.factored:
+            return self.thin(name).dense().view(self.shelf.specs[name].shape)
+        return self._dense(self._stacked(name), name).mul_(self.scale(name))
+
+    def is_matrix(self, name: str) -> bool:
+        """Whether the rule takes this layer for a matrix."""
+        return _is_matrix(self.rule, self.shelf.specs[name])
+
+    def measure(self, number: int) -> object:
+        """What the rule has to measure of the whole model `number` before it reads any layer, kept from then on."""
+        if number not in self._measured:
+            self._measured[number] = elements.measure(self.rule, self.shelf, number, self._seed)
+        return self._measured[number]
+
+    def _dense(self, given: Stacked, name: str) -> Tensor:
+        measured = [self.measure(number) for number in self.chosen]
+        seeds = [self._seed(number, name) if self.rule.needs.seeded else 0 for number in self.chosen]
+        return elements.dense(self.rule, given, self.run, measured, seeds)
+
+    def _stacked(self, name: str) -> Stacked:
+        return stacked(self.shelf, name, list(self.chosen))
+
+
+def check(rule: Rule, chosen: Mapping[int, float]) -> None:
+    """Raises Misconfigured where `rule` cannot be read from blocks, or not with these weights."""
+    if rule.laws.rounds:
+        raise Misconfigured(
+            f"{rule.name} finds its weights in rounds, which are over: read by task-arithmetic, with a weight for each "
+            "model"
+        )
+    if rule.needs.shipped is not None:
+        raise Misconfigured(
+            f"{rule.name} needs the file {rule.needs.shipped} of every model, of which an adapter's blocks keep nothing"
+        )
+    for weight in chosen.values():
+        if not (math.isfinite(weight) and weight > 0):
+            raise Misconfigured(f"a weight of {weight:g}: it has to be above 0; to have none, leave the model out")
+        if weight != 1.0 and not rule.laws.weighted:
+            raise Misconfigured(f"{rule.name} reads every model with weight 1, not {weight:g}")
+
+
+def _is_matrix(rule: Rule, spec: TensorSpec) -> bool:
+    return rule.read.matrix is not None and rule.read.matrix(spec)
+
+
+def _run(shelf: Shelf, chosen: Mapping[int, float], rule: Rule) -> Run:
+    """The totals before each model and after the last, from the singular values alone."""
+    parts: dict[int, list[Sums]] = {number: [] for number in chosen}
+    for name, spec in shelf.specs.items():
+        columns = shelf.columns(name)
+        for number, where in columns.models.items():
+            if number in parts:
+                sigma = columns.sigma[where].astype(float)
+                total, top = float((sigma * sigma).sum()), float(sigma[0]) ** 2
+                parts[number].append(Sums(total, 0.0, 0.0, *((total, top) if _is_matrix(rule, spec) else ())))
+    start, totals, found = Sums(matrix_sq=0.0, top_sq=0.0) if rule.read.matrix else Sums(), Totals(), []
+    for number, weight in chosen.items():
+        found.append(Entrant(weight, totals))
+        totals = replace(settle(totals, Sums.total([start, *parts[number]]), weight), merged_sq=0.0)
+    return Run(found, totals)
+
+
+def recovered(shelf: Shelf, names: Iterable[str], number: int) -> dict[str, Stacked]:
+    """What is kept of one model, in the layers that it touched."""
+    found = {name: stacked(shelf, name, [number]) for name in names}
+    return {name: given for name, given in found.items() if given.rows}

@@ -1,0 +1,84 @@
+"""Where the blocks of a model come from, and which of its models are read with which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from continual.blocks.columns import Columns
+from continual.blocks.layer import Layer
+from continual.blocks.triplets import Block
+from continual.records import TensorSpec
+
+
+class Shelf(Protocol):
+    """The layers of a model as blocks, by the names under which they are kept.
+
+    `specs`: every tensor that can be folded, also those that no model has touched; of a stack each expert by a name of
+    its own, with the spec of one expert.
+    """
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def columns(self, name: str) -> Columns:
+        """The small arrays of a layer; without columns where no model has touched it."""
+        ...
+
+    def vectors(self, name: str, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The rows of `u` and of `v` that belong to the chosen columns, float32, in new memory or not."""
+        ...
+
+
+class HeldLayers(NamedTuple):
+    """Layers in memory."""
+
+    specs: Mapping[str, TensorSpec]
+    layers: Mapping[str, Layer]
+
+    def columns(self, name: str) -> Columns:
+        """As the protocol says."""
+        return self.layers[name].columns if name in self.layers else Columns.empty(0)
+
+    def vectors(self, name: str, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As the protocol says."""
+        layer = self.layers[name]
+        return layer.u[list(chosen)], layer.v[list(chosen)]
+
+
+class Stacked(NamedTuple):
+    """The chosen models' triplets in one layer, one model's below the other's: `u` (K×m), `sigma` (K) and `v` (K×n) in
+    float64. `rows`: where those of each model are, by its index among the chosen; a model that did not touch the layer
+    is not there."""
+
+    spec: TensorSpec
+    u: Tensor
+    sigma: Tensor
+    v: Tensor
+    rows: Mapping[int, slice]
+
+    def block(self, index: int) -> Block:
+        """The block of one model, float32, as it is kept."""
+        where = self.rows[index]
+        u, sigma, v = (part[where].float() for part in (self.u, self.sigma, self.v))
+        return Block(u, sigma, v, float(self.sigma[where].square().sum()), len(sigma))
+
+
+def stacked(shelf: Shelf, name: str, chosen: Sequence[int]) -> Stacked:
+    """The triplets of the models with these numbers, in this order."""
+    columns = shelf.columns(name)
+    models, spec, rows, wanted = columns.models, shelf.specs[name], {}, list[int]()
+    for index, number in enumerate(chosen):
+        if number in models:
+            mine = range(models[number].start, models[number].stop)
+            rows[index] = slice(len(wanted), len(wanted) + len(mine))
+            wanted.extend(mine)
+    if not wanted:
+        empty = torch.zeros(0, dtype=torch.float64)
+        return Stacked(spec, empty[:, None], empty, empty[:, None], {})
+    u, v = shelf.vectors(name, wanted)
+    sigma = torch.from_numpy(columns.sigma[wanted]).to(u.device)
+    return Stacked(spec, u.double(), sigma.double(), v.double(), rows)
