@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
+from continual.blocks import slots
 from continual.config import Settings
 from continual.engine.base import Fetched, fetched, files_of, measure_base, open_checkpoint
 from continual.engine.folding import state_bytes
@@ -17,11 +18,13 @@ from continual.errors import Misconfigured
 from continual.executors.contract import Progress, silent
 from continual.hub import Repo
 from continual.hub.locate import Places
-from continual.records import Kind
+from continual.records import Kind, SlotSpec
 from continual.rules import read_options, rule
 from continual.state import Format, State
-from continual.state.format import BaseRecord
+from continual.state.format import AdaptersForm, BaseRecord, HeaderRecord
 from continual.tensors import BaseModel, Checkpoint, Folder, Place, describe
+from continual.tensors.kept import config_text
+from continual.tensors.thin import sides_of
 from continual.tensors.tied import head_of
 
 if TYPE_CHECKING:
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
 
 DEFAULT = "iso-c"
 """The rule of a state, unless the recipe names another."""
+WIDTH = 256
+"""Singular triplets of a layer that a state of adapters keeps, unless the recipe says otherwise: sixteen adapters of
+rank 16, or thirty-two of rank 8, are kept whole."""
+MOST_COLUMNS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +47,9 @@ class Recipe:
     plain form, those that match `exclude` are copied from the base untouched. `scale` says how long the merged task
     vector is read (`norm`, `norm:KAPPA`, a number or `auto`), `lines` how the layers are scaled (`ALPHA:BETA`); both
     can be changed later, and None takes the rule's default. `untie` gives an output head that is tied to the input
-    embedding a tensor of its own: fine-tunes can then change one of the two, and an export has both.
+    embedding a tensor of its own: fine-tunes can then change one of the two, and an export has both. `width`: the state
+    keeps adapters as they are, at most so many singular triplets a layer, and `rule` is what is made of them when they
+    are read; None: it keeps a merge of whole tensors.
     """
 
     rule: str = DEFAULT
@@ -50,6 +59,7 @@ class Recipe:
     plain: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     untie: bool = False
+    width: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +67,10 @@ class Survey:
     """What a state of a base holds.
 
     `base` is where the base is; `rule`, `options`, `scale` and `lines` are those of the recipe, with their defaults.
-    `state_bytes` is the size of one generation. `kinds` has a row for each kind of tensor: the kind (`matrix`, `stack`,
-    `plain` or `carried`), how many tensors there are of it, and how many parameters they have. `tensors` has the kind
-    of each tensor, by name; `aliases` the name under which a tied tensor is kept, by its other name.
+    `state_bytes` is the size of one generation, and of a state that keeps adapters (`width`) the most that one takes.
+    `kinds` has a row for each kind of tensor: the kind (`matrix`, `stack`, `plain` or `carried`), how many tensors
+    there are of it, and how many parameters they have. `tensors` has the kind of each tensor, by name; `aliases` the
+    name under which a tied tensor is kept, by its other name.
     """
 
     base: str
@@ -71,6 +82,7 @@ class Survey:
     kinds: tuple[tuple[str, int, int], ...]
     tensors: Mapping[str, str]
     aliases: Mapping[str, str]
+    width: int | None = None
 
 
 def survey(base: str | Path, recipe: Recipe | None = None, *, client: Hub | None = None) -> Survey:
@@ -102,7 +114,10 @@ def init(
     """
     recipe = recipe or Recipe()
     chosen = rule(recipe.rule, recipe.options)  # before anything is fetched
-    found = _found(Places(Settings(), client=client).named(base), base, progress)
+    place = Places(Settings(), client=client).named(base)
+    if recipe.width is not None:
+        return _init_adapters(place, base, Path(state), recipe)
+    found = _found(place, base, progress)
     with open_checkpoint(found.place) as checkpoint:
         model = _described(checkpoint, recipe)
         made = _survey(found.name, model, recipe)
@@ -128,6 +143,58 @@ def init(
         device="cpu",
     ).close()
     return made
+
+
+def _init_adapters(place: Place, base: str | Path, state: Path, recipe: Recipe) -> Survey:
+    """`init` for adapters that are kept as they are: nothing of the base is read but its headers and config.json.
+    Raises as `init`."""
+    with open_checkpoint(place) as checkpoint:
+        model = _described(checkpoint, recipe)
+        made = _survey(str(base), model, recipe)
+        remote = place.info if isinstance(place, Repo) else None
+        record = BaseRecord(
+            path=str(place.path.resolve()) if isinstance(place, Folder) else "",
+            repo=remote.id if remote else None,
+            revision=remote.sha if remote else None,
+            licence=(remote.licence or None) if remote else None,
+            files=files_of(checkpoint),
+            digests={},
+            squares={},
+            plain=recipe.plain,
+            exclude=recipe.exclude,
+            headers={name: HeaderRecord(info.dtype, info.shape) for name, info in checkpoint.tensors.items()},
+            aliases=model.aliases,
+            config=config_text(checkpoint),
+        )
+        checkpoint.check_unchanged()
+    assert recipe.width is not None
+    State.create(
+        state,
+        Format.new(
+            record, model.specs, recipe.rule, made.options, _blocks(model, recipe.width), AdaptersForm(recipe.width)
+        ),
+        read=read_options(recipe.rule, recipe.scale, recipe.lines).to_mapping(),
+        device="cpu",
+    ).close()
+    return made
+
+
+def _check_adapters(model: BaseModel, recipe: Recipe) -> None:
+    """Raises Misconfigured for what a state that keeps adapters cannot be."""
+    if not 1 <= (recipe.width or 0) <= MOST_COLUMNS:
+        raise Misconfigured(f"width = {recipe.width}: a layer has 1 to {MOST_COLUMNS} singular triplets")
+    if recipe.untie:
+        raise Misconfigured("tied = untie: a state that keeps adapters keeps tied tables as one; leave it out")
+    if any(part.folder for part in model.checkpoint.parts):
+        raise Misconfigured(
+            f"{model.checkpoint.place} lies in several folders, and a state of adapters is of one: name the folder of "
+            "the component that they adapt"
+        )
+
+
+def _blocks(model: BaseModel, width: int) -> dict[str, dict[str, SlotSpec]]:
+    """What is kept of each tensor of a base where adapters are kept as they are."""
+    return {spec.name: slots(*sides_of(spec.shape), width) if spec.kind != "carried" else {} for spec in model.specs}
 
 
 def recipe_for(
@@ -199,6 +266,8 @@ def _survey(base: str, model: BaseModel, recipe: Recipe) -> Survey:
         raise Misconfigured(
             "scale = tuned: nothing is folded yet to tune; make the state with another, fold, and run 'continual tune'"
         )
+    if recipe.width is not None:
+        _check_adapters(model, recipe)
     chosen, read = rule(recipe.rule, recipe.options), read_options(recipe.rule, recipe.scale, recipe.lines)
     counted = {kind: [spec.numel for spec in model.specs if spec.kind == kind] for kind in get_args(Kind)}
     return Survey(
@@ -207,8 +276,11 @@ def _survey(base: str, model: BaseModel, recipe: Recipe) -> Survey:
         options=chosen.options,
         scale=str(read),
         lines=read.lines,
-        state_bytes=state_bytes(chosen, model.specs),
+        state_bytes=state_bytes(chosen, model.specs)
+        if recipe.width is None
+        else sum(slot.nbytes for of in _blocks(model, recipe.width).values() for slot in of.values()),
         kinds=tuple((kind, len(sizes), sum(sizes)) for kind, sizes in counted.items()),
         tensors={spec.name: spec.kind for spec in model.specs},
         aliases=model.aliases,
+        width=recipe.width,
     )

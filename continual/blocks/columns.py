@@ -19,6 +19,8 @@ import numpy.typing as npt
 from continual.blocks.triplets import Block
 from continual.records import SlotSpec
 
+CHUNK = 16
+"""Columns that are written together: as many as a usual adapter has."""
 MOST = (1 << 16) - 1
 """Models that the numbers of `owner` can tell apart, and the largest rank that `rank` can say."""
 
@@ -40,6 +42,16 @@ class Columns(NamedTuple):
     def empty(q: int) -> Columns:
         """q free columns."""
         return Columns(np.zeros(q, np.uint16), np.zeros(q, np.uint16), np.zeros(q, np.float32), np.zeros(q))
+
+    @staticmethod
+    def of(packed: npt.NDArray[np.float64]) -> Columns:
+        """From q×4 numbers, as they lie on disk."""
+        owner, rank, sigma, energy = packed.T
+        return Columns(owner.astype(np.uint16), rank.astype(np.uint16), sigma.astype(np.float32), energy.copy())
+
+    def packed(self) -> npt.NDArray[np.float64]:
+        """As q×4 numbers; each is exact."""
+        return np.stack([part.astype(np.float64) for part in self], 1)
 
     @property
     def used(self) -> int:
@@ -111,14 +123,12 @@ class Arrangement(NamedTuple):
 
 
 def slots(m: int, n: int, q: int) -> dict[str, SlotSpec]:
-    """The arrays of an m×n layer with q columns: the columns are the first axis of the large ones."""
+    """The arrays of an m×n layer with q columns: the columns are the first axis. `columns` has the small arrays side by
+    side: owner, rank, sigma, energy."""
     return {
-        "u": SlotSpec((q, m)),
-        "v": SlotSpec((q, n)),
-        "owner": SlotSpec((q,), "uint16"),
-        "rank": SlotSpec((q,), "uint16"),
-        "sigma": SlotSpec((q,)),
-        "energy": SlotSpec((q,), "float64"),
+        "u": SlotSpec((q, m), rows=CHUNK),
+        "v": SlotSpec((q, n), rows=CHUNK),
+        "columns": SlotSpec((q, len(Columns._fields)), "float64"),
     }
 
 

@@ -21,6 +21,7 @@ from continual.cli import tune as cli_tune
 from continual.cli import upkeep as cli_upkeep
 from continual.cli.flags import GATES, MACHINE, OPENING, READING, ROUNDS, SOURCES, Flags, Json, Lines, takes
 from continual.cli.typed import parse_options
+from continual.errors import Misconfigured
 
 if TYPE_CHECKING:
     from continual.hub import Hub
@@ -111,6 +112,19 @@ def init(
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Glob of tensors that are carried untouched; repeatable.")
     ] = None,
+    adapters: Annotated[
+        bool,
+        typer.Option("--adapters", help="Keep LoRA adapters as they are; of the base only headers are read."),
+    ] = False,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            "--width",
+            min=1,
+            help="With --adapters: singular triplets kept of a layer, default 256.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the state would hold and make nothing.")
     ] = False,
@@ -121,10 +135,14 @@ def init(
     from continual import making
 
     settings = opened.settings(flags)
+    if width is not None and not adapters:
+        raise Misconfigured("--width is for a state of adapters: add --adapters")
     chosen = making.recipe_for(settings, rule=rule, options=parse_options(option or []), before=before)
     recipe = dataclasses.replace(
         chosen, scale=scale, lines=lines, plain=tuple(plain or ()), exclude=tuple(exclude or ())
     )
+    if adapters:
+        recipe = dataclasses.replace(recipe, width=width or making.WIDTH)
     if dry_run:
         found = making.survey(base, recipe, client=flags.client)
     else:
@@ -138,7 +156,13 @@ def init(
         f"rule {found.rule}, scale {found.scale}"
     )
     console.table(("kind", "tensors", "parameters"), found.kinds)
-    console.say(f"Each generation takes {texts.size(found.state_bytes)} on disk.")
+    if found.width is None:
+        console.say(f"Each generation takes {texts.size(found.state_bytes)} on disk.")
+    else:
+        console.say(
+            f"Keeps adapters as they are, at most {found.width} singular triplets a layer: a generation takes what the "
+            f"adapters take, at most {texts.size(found.state_bytes)}."
+        )
     if not dry_run:
         console.say("Next: continual run --watch FOLDER, or continual fold MODEL")
 

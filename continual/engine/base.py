@@ -16,10 +16,11 @@ from continual.executors.contract import Progress, silent
 from continual.hub.locate import Places
 from continual.linalg import dot
 from continual.state import State
-from continual.state.format import BaseFile
+from continual.state.format import BaseFile, BaseRecord
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, describe, foreign, open_model
 from continual.tensors.checkpoint import TORCH, part_files
 from continual.tensors.compound import COPIED, manifest_of, parts_of
+from continual.tensors.kept import kept_base
 from continual.tensors.kinds import as_made
 from continual.tensors.place import MANIFESTS
 
@@ -48,15 +49,31 @@ _HASHED = 1 << 20
 
 
 def open_base(state: State, places: Places, moved: Path | None = None) -> BaseModel:
-    """Opens the base of `state`, in the directory where it was at init, or in `moved`.
+    """Opens the base of `state`, in the directory where it was at init, or in `moved`; of a state that keeps adapters,
+    its headers as the state has them.
 
     A base that came from the Hub and is gone from this machine is fetched again, at the same commit. If a file has
     another size or time than at init, every tensor is hashed and compared. Raises Misconfigured if the base is not
     there, Damaged naming the first tensor that differs.
     """
     record = state.format.base
+    if record.headers is not None:
+        headers = {name: (info.dtype, info.shape) for name, info in record.headers.items()}
+        return kept_base(name_of(record), headers, record.config, state.format.tensors, record.aliases or {})
+    return weighted_base(state, places, moved)
+
+
+def name_of(record: BaseRecord) -> str:
+    """How messages call a base: its repo and commit, else its path."""
+    return f"{record.repo}@{record.revision}" if record.repo is not None else record.path
+
+
+def weighted_base(state: State, places: Places, moved: Path | None = None) -> BaseModel:
+    """Opens the files of the base of `state`, where they were at init or in `moved`, to read its weights. One that came
+    from the Hub and is not on this machine is fetched. Raises as `open_base`."""
+    record = state.format.base
     path = moved or Path(record.path)
-    there = all((path / file.name).exists() for file in record.files)  # a fetch that was cut off leaves some
+    there = bool(record.path) and all((path / file.name).exists() for file in record.files)  # a fetch may be cut off
     if not there and moved is None and record.repo is not None:
         path = fetched(places.hub, record.repo, record.revision, silent).path
     if not path.exists():
@@ -72,7 +89,7 @@ def open_base(state: State, places: Places, moved: Path | None = None) -> BaseMo
         raise Damaged(
             f"base {path} is not the one this state was made from: its tensors have other names, shapes or dtypes"
         )
-    if files_of(model.checkpoint) != record.files:
+    if record.headers is None and files_of(model.checkpoint) != record.files:
         digests = measure_base(model, silent).digests
         if differing := sorted(name for name, digest in record.digests.items() if digests.get(name) != digest):
             raise Damaged(f"base {path} is not the one this state was made from: tensor {differing[0]} differs")

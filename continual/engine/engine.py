@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from continual.engine.blocks import BlockFolding, free_number
 from continual.engine.folding import Folding, Terms, run_length
 from continual.engine.outcomes import FoldReport, OpenCandidate, Outcome, known_as
 from continual.engine.report import report_of
@@ -39,6 +40,7 @@ from continual.tensors import (
     release_of,
     unreadable,
 )
+from continual.tensors.kept import is_kept
 
 
 class Engine:
@@ -117,7 +119,7 @@ class Engine:
     def shipped(self, model: Model, lineage: Lineage) -> Checkpoint | None:
         """The values beside the weights that the rule needs, opened; None if it needs none. Raises Refuse if they are
         not there, or not of the weights' shapes."""
-        if self.rule.needs.shipped is None:
+        if self.rule.needs.shipped is None or is_kept(self.base):
             return None
         return open_shipped(self.base, model, lineage, self.rule.needs.shipped)
 
@@ -128,6 +130,9 @@ class Engine:
         Refuse, Retry and Halt.
         """
         model, lineage = opened.model, opened.lineage
+        if self.state.format.form is not None:
+            folding = BlockFolding(self.base, transaction, opened, self.gates, self.resources)
+            return folding.run(free_number(self.state), before, progress)
         with ExitStack() as files:
             read: list[Model] = [model, self.base.checkpoint]
             shipped = self.shipped(model, lineage)
@@ -152,12 +157,12 @@ class Engine:
         candidate = opened.candidate
         begun = time.perf_counter()
         before = self.state.ledger.totals
-        with self.state.begin() as transaction:
+        with self.state.begin(writes=self._writes(opened)) as transaction:
             report = self.stream(transaction, opened, before, progress)
             if twin := self.state.ledger.folded_digest(report.digest):
                 return self._duplicate(report, twin)
             found = report.numbers
-            self.gates.at_numbers(Numbers(candidate.name, found.tau_norm, found.base_norm or 0.0, before))
+            self.gates.at_numbers(Numbers(candidate.name, found.tau_norm, found.base_norm, before))
             self.go_on(candidate.name)
             streamed = time.perf_counter()
             progress("commit", 0, 1)
@@ -173,6 +178,11 @@ class Engine:
         message = f"{candidate.name}: folded as record {commit.seq}"
         timed = dataclasses.replace(report, seconds=seconds)
         return Outcome("folded", candidate.name, message, None, commit, timed)
+
+    def _writes(self, opened: OpenCandidate) -> int | None:
+        """About how many bytes a fold writes, None where it is a generation: of an adapter that is kept as it is its
+        factors in float32, in whole chunks."""
+        return None if self.state.format.form is None else 4 * opened.candidate.nbytes
 
     def _refuse(self, candidate: Candidate, refusal: Refuse) -> Outcome:
         if known := self.state.ledger.fate(candidate.key):

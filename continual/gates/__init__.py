@@ -23,6 +23,7 @@ from continual.gates.contract import (
     TensorNumbers,
 )
 from continual.gates.finite import FiniteGate
+from continual.gates.form import FormGate
 from continual.gates.lineage import LineageGate
 from continual.gates.norms import NormsGate
 from continual.gates.own_release import OwnReleaseGate
@@ -33,6 +34,7 @@ __all__ = [
     "GATES",
     "AssemblyGate",
     "FiniteGate",
+    "FormGate",
     "Gate",
     "Gates",
     "Headers",
@@ -51,6 +53,7 @@ GATES: tuple[type[Gate], ...] = (
     UpdatesGate,
     AssemblyGate,
     LineageGate,
+    FormGate,
     WeightGate,
     FiniteGate,
     NormsGate,

@@ -61,13 +61,14 @@ class TensorNumbers(NamedTuple):
 class Numbers(NamedTuple):
     """The model `name` after all its tensors streamed by.
 
-    `tau_norm`: ‖τ‖ over the whole model. `base_norm`: ‖θ₀‖ over the tensors that were folded. `totals`: those of the
-    state before this fold; `count` and `norm_sum` give the mean norm of what was folded so far.
+    `tau_norm`: ‖τ‖ over the whole model. `base_norm`: ‖θ₀‖ over the tensors that were folded, None in a state that does
+    not read its base. `totals`: those of the state before this fold; `count` and `norm_sum` give the mean norm of what
+    was folded so far.
     """
 
     name: str
     tau_norm: float
-    base_norm: float
+    base_norm: float | None
     totals: Totals
 
 

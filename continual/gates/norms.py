@@ -35,7 +35,7 @@ class NormsGate(AtNumbers):
         base = seen.base_norm
         if norm == 0.0:
             raise Refuse("zero", f"{seen.name}: the task vector is zero everywhere: it is the base itself")
-        if norm > self.max_base_ratio * base:
+        if base is not None and norm > self.max_base_ratio * base:
             raise Refuse(
                 "norm-base",
                 f"{seen.name}: the task vector's norm {norm:.4g} is {norm / base if base else math.inf:.3g} times "

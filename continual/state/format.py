@@ -53,7 +53,8 @@ class BaseRecord:
     its card names one. `digests`: tensor name to the BLAKE3 hash of its bytes; `squares`: tensor name to ‖θ₀‖², of
     those that are folded. `plain`, `exclude`: the globs of names that the state was made with. Of a state that keeps
     adapters `digests` and `squares` are empty, as no weight of the base is read; it has `headers`, tensor name to what
-    the headers say, and `config`, the text of its config.json.
+    the headers say, `aliases`, another name of a tensor to that of the tensor, and `config`, the text of its
+    config.json.
     """
 
     path: str
@@ -66,6 +67,7 @@ class BaseRecord:
     plain: tuple[str, ...]
     exclude: tuple[str, ...]
     headers: Mapping[str, HeaderRecord] | None = field(default=None, metadata={OMITTED: True})
+    aliases: Mapping[str, str] | None = field(default=None, metadata={OMITTED: True})
     config: str | None = field(default=None, metadata={OMITTED: True})
 
 

@@ -222,12 +222,8 @@ class TaskVectors:
             self._weights.prefetch(info)
 
     def digest(self, parts: Mapping[str, bytes]) -> str:
-        """The content digest of a candidate from the digests of its tensors, by the base's names: the same under
-        another name, place or prefix."""
-        whole = blake3()
-        for name in sorted(parts):
-            whole.update(name.encode() + b"\0" + parts[name])
-        return f"blake3:{whole.hexdigest()}"
+        """As `digest_of`."""
+        return digest_of(parts)
 
     def _ranges(self, numel: int, share: float) -> Iterator[tuple[int, int]]:
         return (
@@ -284,14 +280,8 @@ class TaskVectors:
             out[both:] = 0.0
         if content is None:
             return
-        for other in source.again:
-            _check_again(self._model, source.piece, other, read)
-        content.hash.update(source.piece.settings(transposed=source.transposed).encode())
+        hash_piece(self._model, source, read, content)
         content.nbytes += spec.nbytes if base is not None and source.full is None else 0
-        for info, part in zip(self._model.infos(source.piece), read, strict=True):
-            content.hash.update(f" {info.dtype} {info.shape} ".encode())
-            content.hash.update(_raw(part))
-            content.nbytes += info.nbytes
 
     def _read(self, use: str, checkpoint: Checkpoint, info: TensorInfo, start: int, count: int) -> torch.Tensor:
         """`count` elements of a tensor in this thread's buffer for `use`: valid until the thread reads the next for the
@@ -306,6 +296,28 @@ class TaskVectors:
             buffer = torch.empty(self.run)
             setattr(self._buffers, use, buffer)
         return buffer.view(dtype)[:count]
+
+
+def hash_piece(model: Adapter, source: Match, read: Sequence[torch.Tensor], content: Content) -> None:
+    """Feeds what an adapter adds to a tensor, the tensors `read` of its piece, to `content`. Raises Refuse (`tied`)
+    where it stands there under tied names, and differs."""
+    assert source.piece is not None
+    for other in source.again:
+        _check_again(model, source.piece, other, read)
+    content.hash.update(source.piece.settings(transposed=source.transposed).encode())
+    for info, part in zip(model.infos(source.piece), read, strict=True):
+        content.hash.update(f" {info.dtype} {info.shape} ".encode())
+        content.hash.update(_raw(part))
+        content.nbytes += info.nbytes
+
+
+def digest_of(parts: Mapping[str, bytes]) -> str:
+    """The content digest of a candidate from the digests of its tensors, by the base's names: the same under another
+    name, place or prefix."""
+    whole = blake3()
+    for name in sorted(parts):
+        whole.update(name.encode() + b"\0" + parts[name])
+    return f"blake3:{whole.hexdigest()}"
 
 
 def _check_again(model: Adapter, piece: Piece, other: Piece, read: Sequence[torch.Tensor]) -> None:

@@ -1,0 +1,176 @@
+"""Folding an adapter into a state that keeps adapters as they are: its singular triplets beside the others', layer by
+layer. Neither the base nor the blocks of other adapters are read, unless they are cut."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from continual.blocks import Arrangement, Block, Columns, plan, triplets, without
+from continual.engine.outcomes import FoldReport, OpenCandidate
+from continual.engine.resources import Resources
+from continual.errors import Misconfigured
+from continual.executors.contract import Progress, Task
+from continual.gates import Gates, TensorNumbers
+from continual.records import TensorSpec, Totals
+from continual.rules import Sums, settle
+from continual.state import State, Transaction
+from continual.state.parts import FoldNumbers
+from continual.tensors import Adapter, BaseModel, ThinVectors, digest_of
+from continual.tensors.thin import sides_of
+
+_LISTED = 100
+"""Names of tensors that stay out that a record lists."""
+_MOST = (1 << 16) - 1
+"""Adapters that the numbers of `columns` can tell apart."""
+
+
+class _Layer(NamedTuple):
+    """What folding one layer gave: the digest of what its factors were made from, ‖τ‖², what the cut took of it, bytes
+    read, and wall time by stage."""
+
+    digest: bytes
+    energy: float
+    lost: float
+    nbytes: int
+    seconds: dict[str, float]
+
+
+class BlockFolding:
+    """Folds one adapter in one transaction, as the adapter `number` of the state. Thread-safe. The gates are asked of
+    each layer. Where continual is stopping, the layer that comes next raises Abandoned."""
+
+    def __init__(
+        self, base: BaseModel, transaction: Transaction, opened: OpenCandidate, gates: Gates, resources: Resources
+    ) -> None:
+        assert isinstance(opened.model, Adapter), "the gate on the form lets nothing else in"
+        self._base = base
+        self._transaction = transaction
+        self._opened = opened
+        self._gates = gates
+        self._resources = resources
+        self._vectors = ThinVectors(base, opened.model, opened.lineage)
+
+    def run(self, number: int, before: Totals, progress: Progress) -> FoldReport:
+        """Puts every layer of the adapter beside what is there; the report of it. Raises Refuse, Retry, Abandoned."""
+        changed = set(self._opened.lineage.folded)
+        specs = [spec for spec in self._base.specs if spec.kind != "carried"]
+        mine = sorted((s for s in specs if s.name in changed), key=lambda s: self._vectors.position(s.name))
+        found: dict[str, _Layer] = {}
+        progress("fold", 0, len(mine))
+        tasks = [Task(spec.name, self._need(spec), partial(self._layer, spec, number)) for spec in mine]
+        for name, layer in self._resources.executor.map(tasks):
+            found[name] = layer
+            progress("fold", len(found), len(tasks))
+        for spec in specs:
+            if spec.name not in changed:
+                self._transaction.keep(spec.name)
+        self._opened.model.check_unchanged()
+        return self._report(number, before, found)
+
+    def _need(self, spec: TensorSpec) -> int:
+        """Peak bytes of a layer: its factors in float64 three times over, and as many float32 rows as are kept."""
+        m, n = sides_of(spec.shape)
+        return 14 * self._vectors.nbytes(spec.name) + 8 * (m + n) * 16
+
+    def _layer(self, spec: TensorSpec, number: int) -> _Layer:
+        self._resources.go_on(self._opened.candidate.name)
+        started = time.perf_counter()
+        thin = self._vectors.read(spec)
+        read = time.perf_counter()
+        device = self._resources.device
+        block = triplets(thin.left.to(device), thin.right.to(device))
+        self._gates.at_tensor(TensorNumbers(self._opened.candidate.name, spec.name, block.energy))
+        computed = time.perf_counter()
+        lost = put(self._transaction, spec.name, number, block)
+        seconds = {"read": read - started, "rule": computed - read, "write": time.perf_counter() - computed}
+        return _Layer(thin.digest, block.energy, lost, thin.nbytes, seconds)
+
+    def _report(self, number: int, before: Totals, found: dict[str, _Layer]) -> FoldReport:
+        opened, lineage = self._opened, self._opened.lineage
+        layers = [found[name] for name in sorted(found)]
+        tau_sq = math.fsum(layer.energy for layer in layers)
+        lost = math.fsum(layer.lost for layer in layers)
+        numbers = FoldNumbers(
+            tau_norm=math.sqrt(tau_sq),
+            weight=opened.weight,
+            block=number,
+            cut=lost / tau_sq if tau_sq else 0.0,
+            tensors=len(lineage.folded),
+            unchanged=len(lineage.unchanged),
+            extra=lineage.extra[:_LISTED],
+            extra_count=len(lineage.extra),
+            prefix=lineage.prefix,
+            narrowed=lineage.narrowed,
+            rows=lineage.rows,
+            renamings=lineage.renamings[:_LISTED] or None,
+        )
+        stages = {stage: sum(layer.seconds[stage] for layer in layers) for stage in ("read", "rule", "write")}
+        return FoldReport(
+            candidate=opened.candidate,
+            digest=digest_of({name: layer.digest for name, layer in found.items()}),
+            lineage=lineage,
+            totals=settle(before, Sums(tau_sq), opened.weight),
+            numbers=numbers,
+            seconds=stages,
+            bytes_read=sum(layer.nbytes for layer in layers),
+            device=str(self._resources.device),
+        )
+
+
+def put(transaction: Transaction, name: str, number: int, block: Block) -> float:
+    """Writes one layer with the model `number` besides; what the cut took of its ‖τ‖²."""
+    old = Columns.of(transaction.read(name, "columns"))
+    after = plan(old, number, block)
+    if not after.take and after.first == old.used:
+        transaction.keep(name)
+        return block.energy
+    rearrange(transaction, name, old, after, number, block)
+    return max(0.0, block.energy - block.first(after.take).kept) if after.take < len(block.sigma) else 0.0
+
+
+def take_out(transaction: Transaction, name: str, number: int) -> None:
+    """Writes one layer without the model `number`."""
+    old = Columns.of(transaction.read(name, "columns"))
+    if number not in old.models:
+        transaction.keep(name)
+        return
+    after = without(old, number)
+    if after.used:
+        rearrange(transaction, name, old, after)
+
+
+def rearrange(
+    transaction: Transaction,
+    name: str,
+    old: Columns,
+    after: Arrangement,
+    number: int = 0,
+    block: Block | None = None,
+) -> None:
+    """Writes a layer as `after` has it: columns before the first that is another one stay as they are on disk."""
+    moved = list(after.moved)
+    for slot in ("u", "v"):
+        rows = []
+        if moved:
+            begin, end = moved[0], moved[-1] + 1
+            rows.append(transaction.read_rows(name, slot, begin, end)[[place - begin for place in moved]])
+        if after.take:
+            assert block is not None
+            rows.append(getattr(block, slot)[: after.take].cpu().numpy())
+        values = np.concatenate(rows) if rows else transaction.read_rows(name, slot, 0, 0)
+        transaction.write_rows(name, slot, after.first, values)
+    transaction.write(name, "columns", after.columns(old, number, block).packed())
+
+
+def free_number(state: State) -> int:
+    """The smallest number that no adapter in force has. Raises Misconfigured where there is none."""
+    taken = {fold.entry.numbers.block for fold in state.ledger.folds()}
+    number = next((n for n in range(1, _MOST + 1) if n not in taken), None)
+    if number is None:
+        raise Misconfigured(f"{state.path}: {_MOST} adapters are the most that a state can keep")
+    return number

@@ -1,0 +1,55 @@
+"""Whether a state that keeps adapters as they are can keep this model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from continual.errors import Refuse
+from continual.gates.contract import AtHeaders, Headers
+from continual.tensors import Adapter
+from continual.tensors.kept import is_kept
+from continual.tensors.matching import naming_of, sources
+from continual.tensors.thin import is_thin
+
+_NAMED = 5
+"""Names of tensors that a message lists."""
+
+
+@dataclass(frozen=True)
+class FormGate(AtHeaders):
+    """In a state that keeps adapters as they are, refuses full fine-tunes, and adapters that change a tensor by more
+    than a product of two thin factors: that takes the weights of the base, which such a state does not read. In other
+    states it lets everything pass."""
+
+    name = "form"
+    reasons = ("form",)
+
+    def judge(self, seen: Headers) -> None:
+        """Raises Refuse (`form`)."""
+        if not is_kept(seen.base):
+            return
+        model = seen.model
+        if not isinstance(model, Adapter):
+            raise Refuse(
+                "form",
+                f"{model.place}: is a full fine-tune, and this state keeps adapters: fold it into a state made "
+                "without --adapters, or extract a LoRA adapter from it and publish that",
+            )
+        assert seen.lineage is not None, "the gate on lineage comes first"
+        if seen.lineage.repackings:
+            ours, theirs = seen.lineage.repackings[0]
+            raise Refuse(
+                "form",
+                f"{model.place}: has {theirs} where the base has {ours}, and this state keeps adapters as they are: "
+                "fold it into a state that was made without --adapters",
+            )
+        found, _ = sources(seen.base, model, naming_of(seen.lineage))
+        whole = [name for name in seen.lineage.folded if not is_thin(found[name])]
+        if whole:
+            listed = ", ".join(whole[:_NAMED]) + (f" and {len(whole) - _NAMED} more" if len(whole) > _NAMED else "")
+            raise Refuse(
+                "form",
+                f"{model.place}: changes {listed} by more than a product of two thin factors (a whole weight, DoRA, "
+                "trained tokens, …), which takes the weights of the base; this state keeps adapters and does not read "
+                "them: fold it into a state that was made without --adapters",
+            )
