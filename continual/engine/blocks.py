@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from continual.blocks import Arrangement, Block, Columns, plan, triplets, without
+from continual.blocks import Arrangement, Block, Columns, Layer, plan, triplets, without
 from continual.engine.outcomes import FoldReport, OpenCandidate
 from continual.engine.resources import Resources
 from continual.errors import Misconfigured
@@ -19,6 +21,8 @@ from continual.gates import Gates, TensorNumbers
 from continual.records import TensorSpec, Totals
 from continual.rules import Sums, settle
 from continual.state import State, Transaction
+from continual.state.arrays import Array
+from continual.state.generation import Generation
 from continual.state.parts import FoldNumbers
 from continual.tensors import Adapter, BaseModel, ThinVectors, digest_of
 from continual.tensors.thin import sides_of
@@ -142,6 +146,45 @@ def take_out(transaction: Transaction, name: str, number: int) -> None:
     after = without(old, number)
     if after.used:
         rearrange(transaction, name, old, after)
+
+
+def put_all(transaction: Transaction, other: Generation, name: str, numbers: Mapping[int, int]) -> None:
+    """Writes one layer with all models of another state's besides; `numbers`: theirs there to theirs here."""
+    brought = layer_of(other, name)
+    if not brought.columns.used:
+        transaction.keep(name)
+        return
+    layer = _layer_before(transaction, name)
+    old = layer.columns
+    for number, block in brought.blocks().items():
+        layer = layer.folded(numbers[number], block)
+    kept = np.nonzero((layer.columns.packed() != old.packed()).any(1))[0]
+    first, used = int(kept[0]) if len(kept) else old.used, layer.columns.used
+    for slot, rows in (("u", layer.u), ("v", layer.v)):
+        transaction.write_rows(name, slot, first, rows[first:used].numpy())
+    transaction.write(name, "columns", layer.columns.packed())
+
+
+def layer_of(generation: Generation, name: str) -> Layer:
+    """The blocks of one layer in a generation, read whole."""
+    columns = Columns.of(generation.read(name, "columns"))
+    u, v = (generation.read_rows(name, slot, 0, columns.used) for slot in ("u", "v"))
+    return _layer(columns, u, v)
+
+
+def _layer_before(transaction: Transaction, name: str) -> Layer:
+    columns = Columns.of(transaction.read(name, "columns"))
+    u, v = (transaction.read_rows(name, slot, 0, columns.used) for slot in ("u", "v"))
+    return _layer(columns, u, v)
+
+
+def _layer(columns: Columns, u: Array, v: Array) -> Layer:
+    """A layer of all its columns, from the rows that are used."""
+    rows = len(columns.owner)
+    full = [torch.zeros(rows, part.shape[1]) for part in (u, v)]
+    for whole, part in zip(full, (u, v), strict=True):
+        whole[: len(part)] = torch.from_numpy(part)
+    return Layer(columns, *full)
 
 
 def rearrange(

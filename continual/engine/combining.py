@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -9,12 +10,14 @@ from functools import partial
 
 import torch
 
+from continual.engine.blocks import put_all
 from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task
 from continual.records import TensorSpec, Totals
 from continual.rules import Rule, together
 from continual.state import Commit, State, Transaction
 from continual.state.entries import CombineEntry
+from continual.state.format import Format
 from continual.state.parts import BroughtFold, FoldNumbers
 
 
@@ -24,6 +27,8 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
     Raises Misconfigured as `check`; Retry and Halt. Then the state is as it was before.
     """
     check(state, other, rule)
+    if state.format.form is not None:
+        return _combine_blocks(state, other, executor, progress)
     assert rule.laws.combine is not None
     totals = together(state.ledger.totals, other.ledger.totals)
     at = other.ledger.head.seq
@@ -63,7 +68,7 @@ def check(state: State, other: State, rule: Rule) -> None:
         raise Misconfigured(
             f"{rule.name} weighs its models together: let the models of both states wait for rounds of one"
         )
-    if rule.laws.combine is None:
+    if rule.laws.combine is None and state.format.form is None:
         raise Misconfigured(
             f"{rule.name} depends on the order of the folds, so two of its states cannot be combined; "
             "'continual rules' says which can"
@@ -78,7 +83,15 @@ def check(state: State, other: State, rule: Rule) -> None:
             f"{state.path} is {_named(ours.rule, ours.options)} and {other.path} is "
             f"{_named(theirs.rule, theirs.options)}: they have to be the same"
         )
-    if ours.tensors != theirs.tensors or ours.base.digests != theirs.base.digests:
+    if ours.form != theirs.form:
+        raise Misconfigured(
+            f"{state.path} keeps {_form(ours)} and {other.path} keeps {_form(theirs)}: they have to be the same"
+        )
+    if (ours.tensors, ours.base.digests, ours.base.headers) != (
+        theirs.tensors,
+        theirs.base.digests,
+        theirs.base.headers,
+    ):
         differing = next(_differing(ours.base.digests, theirs.base.digests), None)
         raise Misconfigured(
             f"{state.path} and {other.path} are of different bases"
@@ -91,6 +104,51 @@ def check(state: State, other: State, rule: Rule) -> None:
         raise Misconfigured(
             f"{len(both)} models are in both states ({names}): unfold them from one first, else they would count twice"
         )
+
+
+def _combine_blocks(state: State, other: State, executor: Executor, progress: Progress) -> Commit:
+    """Puts the adapters of `other` beside those of `state`; both keep adapters as they are."""
+    ours, theirs = state.ledger.folds(), other.ledger.folds()
+    taken = {fold.entry.numbers.block for fold in ours}
+    free = (number for number in itertools.count(1) if number not in taken)
+    numbers = {fold.entry.numbers.block or 0: next(free) for fold in theirs}
+    generation = other.generation_of(other.ledger.head)
+    assert generation is not None, "something is folded there"
+    specs = [spec for spec in state.format.tensors if spec.kind != "carried"]
+    writes = state.generation_bytes() + other.generation_bytes()
+    with other.lease(other.ledger.head.seq), state.begin(writes=writes) as transaction:
+        tasks = [
+            Task(
+                spec.name,
+                4 * sum(slot.nbytes for slot in state.format.slots[spec.name].values()),
+                partial(put_all, transaction, generation, spec.name, numbers),
+            )
+            for spec in specs
+        ]
+        progress("combine", 0, len(tasks))
+        for done, _ in enumerate(executor.map(tasks), 1):
+            progress("combine", done, len(tasks))
+        folds = tuple(
+            BroughtFold(
+                fold.entry.candidate,
+                fold.entry.digest,
+                replace(_kept(fold.entry.numbers), block=numbers[fold.entry.numbers.block or 0]),
+            )
+            for fold in theirs
+        )
+        entry = CombineEntry(
+            totals=together(state.ledger.totals, other.ledger.totals),
+            of=other.id,
+            seq=other.ledger.head.seq,
+            folds=folds,
+            message=f"{len(folds)} models of the state {other.path.absolute()}, record {other.ledger.head.seq}",
+            device="cpu",
+        )
+        return state.commit(transaction, entry)
+
+
+def _form(made: Format) -> str:
+    return "whole tensors" if made.form is None else f"adapters at width {made.form.width}"
 
 
 def _add(transaction: Transaction, other: State, rule: Rule, totals: Totals, spec: TensorSpec, at: int) -> float:

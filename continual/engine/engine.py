@@ -131,8 +131,8 @@ class Engine:
         """
         model, lineage = opened.model, opened.lineage
         if self.state.format.form is not None:
-            folding = BlockFolding(self.base, transaction, opened, self.gates, self.resources)
-            return folding.run(free_number(self.state), before, progress)
+            beside = BlockFolding(self.base, transaction, opened, self.gates, self.resources)
+            return beside.run(free_number(self.state), before, progress)
         with ExitStack() as files:
             read: list[Model] = [model, self.base.checkpoint]
             shipped = self.shipped(model, lineage)

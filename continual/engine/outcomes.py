@@ -96,7 +96,9 @@ class Outcome(NamedTuple):
             return self.message + (retry_of(self.name, self.reason, self.message) if self.fate == "refused" else "")
         n = self.report.numbers
         seconds = self.report.seconds.get("total", 0)
-        said = f"{self.message}: norm {n.tau_norm:.4g}, cosine {n.cosine or 0.0:+.3f}, {seconds:.2f} s"
+        cosine = "" if n.cosine is None else f"cosine {n.cosine:+.3f}, "
+        cut = f"{n.cut:.2%} of its square cut off, " if n.cut else ""
+        said = f"{self.message}: norm {n.tau_norm:.4g}, {cosine}{cut}{seconds:.2f} s"
         return said + (f"; left out, as this state has no such tensor: {out}" if (out := self.report.left_out) else "")
 
     def summary(self) -> dict[str, object]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
+from continual.engine.blocks import take_out
 from continual.engine.engine import Engine
 from continual.engine.outcomes import FoldReport, OpenCandidate
 from continual.errors import Misconfigured, Refuse, Retry
-from continual.executors.contract import Progress
+from continual.executors.contract import Progress, Task
 from continual.records import Totals
+from continual.rules import Sums, settle
 from continual.state import Commit, Transaction
 from continual.state.entries import UnfoldEntry
 from continual.state.format import FoldCommit
@@ -38,8 +41,9 @@ class Again:
 class Unfolding:
     """What it takes to take a model out of the merge.
 
-    `seq`: the number of the record that folded it. `exact`: it is read once more and subtracted; else the models of
-    `again` are folded once more, on the merge of record `start` (None: on nothing). Sizes are bytes.
+    `seq`: the number of the record that folded it. `exact`: it is read once more and subtracted, or taken out without
+    being read where `again` is empty; else the models of `again` are folded once more, on the merge of record `start`
+    (None: on nothing). Sizes are bytes.
     """
 
     seq: int
@@ -53,6 +57,8 @@ class Unfolding:
 
     def line(self) -> str:
         """What will be done, in one line."""
+        if self.exact and not self.again:
+            return f"{self.name} (record {self.seq}) is taken out; its files are not needed"
         if self.exact:
             return f"{self.name} (record {self.seq}) is read once more and subtracted"
         on = f"on the merge of record {self.start}" if self.start is not None else "from the beginning"
@@ -70,6 +76,9 @@ def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
     history = state.ledger.history()
     index = _find([fold.commit for fold in history], word)
     gone = history[index].commit
+    if state.format.form is not None:
+        seq, candidate = gone.seq, gone.entry.candidate
+        return Unfolding(seq, candidate.name, candidate.key, True, None, (), 0, state.generation_bytes())
     exact = rule.laws.combine is not None or rule.laws.rounds
     start: int | None = None
     needed = [gone]
@@ -104,6 +113,8 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
     """
     state = engine.state
     began = time.perf_counter()
+    if state.format.form is not None:
+        return _without(engine, plan, progress)
     if plan.exact:
         (model,) = plan.again
         with state.begin() as transaction:
@@ -132,6 +143,23 @@ def unfold(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
         if scratch is not None:
             scratch.abandon()
     raise AssertionError("the last model commits")
+
+
+def _without(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
+    """Takes an adapter out of a state that keeps adapters as they are."""
+    state, began = engine.state, time.perf_counter()
+    fold = next(c for c in state.ledger.folds() if (c.seq, c.entry.candidate.key) == (plan.seq, plan.key))
+    numbers = fold.entry.numbers
+    assert numbers.block is not None
+    specs = [spec for spec in state.format.tensors if spec.kind != "carried"]
+    with state.begin(writes=plan.disk_bytes) as transaction:
+        tasks = [Task(s.name, 0, partial(take_out, transaction, s.name, numbers.block)) for s in specs]
+        progress("unfold", 0, len(tasks))
+        for done, _ in enumerate(engine.executor.map(tasks), 1):
+            progress("unfold", done, len(tasks))
+        left = settle(state.ledger.totals, Sums(numbers.tau_norm**2), -(numbers.weight or 1.0))
+        taken = entry(engine, plan, began, left)
+        return state.commit(transaction, replace(taken, tau_norm=numbers.tau_norm))
 
 
 def entry(engine: Engine, plan: Unfolding, began: float, totals: Totals) -> UnfoldEntry:
