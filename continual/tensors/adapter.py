@@ -46,9 +46,11 @@ _MIXTURES = ("XLORA", "POLY")
 _COMPARED = 1_000_000
 """Names of modules_to_save times weights that lie beside the factors: so many comparisons take a tenth of a second."""
 _WRAPPER = re.compile(r"\.(?:modules_to_save(?:\.default)?|ln_tuning_layers(?:\.default)?|base_layer)(?=\.)")
+_INDICES = (".shira_indices", ".shira_indices.default")
+"""Ends of names of tensors that are no floats, and say where others are."""
 _END = re.compile(r"\.(?:weight|bias)$")
 _FROZEN = re.compile(r"\.original_module(?=\.)")
-_TUNERS = re.compile(r"(?:^|\.)(?:lora|hada|lokr|ia3|vera|trainable_tokens)_")
+_TUNERS = re.compile(r"(?:^|\.)(?:lora|hada|lokr|ia3|vera|trainable_tokens|oft|boft|hra|shira|miss|bone|fourierft)_")
 
 
 class Adapter:
@@ -164,7 +166,7 @@ def _sort(weights: Checkpoint, config: Fields, kind: Kind) -> tuple[dict[str, Pi
     whole: dict[str, TensorInfo] = {}
     beside: dict[str, tuple[str, ...]] = {}
     for name, info in weights.tensors.items():
-        if info.dtype not in FLOATS and not is_buffer(name, info.shape):
+        if info.dtype not in FLOATS and not (is_buffer(name, info.shape) or name.endswith(_INDICES)):
             raise Refuse("dtype", f"{config.place}: tensor {name} is {info.dtype}: convert it to F32, F16 or BF16")
         if weights.part_of(info).prefix:
             beside[name] = (name,)  # a module after the transformer
@@ -229,6 +231,7 @@ def _saved(config: Fields, whole: Mapping[str, TensorInfo], pieces: Mapping[str,
             is_vocabulary(weight)
             or _is_in_any(weight, config.saved)
             or (".base_layer." in bare and weight in pieces)
+            or (".ln_tuning_layers." in bare and config.kind == "LN_TUNING")
             or (weight.endswith(".bias") and (bias == "all" or (bias == "only" and _sibling(weight) in pieces)))
         )
         if _TUNERS.search(bare) or not belongs or (weight in saved and bias != "all"):

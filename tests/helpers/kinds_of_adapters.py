@@ -22,6 +22,28 @@ SEEDS: tuple[dict[str, object], ...] = (
     {"peft_type": "IA3", "feedforward_modules": ["a"], "fan_in_fan_out": False},
     {"peft_type": "VERA", "r": 2, "bias": "vera_only", "save_projection": True},
     {"peft_type": "TRAINABLE_TOKENS", "token_indices": [0, 3], "target_modules": ["a"]},
+    {"peft_type": "LN_TUNING"},
+    {
+        "peft_type": "OFT",
+        "oft_block_size": 3,
+        "use_cayley_neumann": True,
+        "num_cayley_neumann_terms": 5,
+        "coft": True,
+        "eps": 0.01,
+        "peft_version": "0.21.0",
+    },
+    {"peft_type": "BOFT", "boft_block_size": 3, "boft_n_butterfly_factor": 1, "bias": "boft_only"},
+    {"peft_type": "HRA", "r": 2, "apply_GS": True},
+    {"peft_type": "SHIRA", "r": 1, "mask_type": "random", "random_seed": 3},
+    {"peft_type": "MISS", "r": 4, "mini_r": 2, "init_weights": "mini"},
+    {"peft_type": "BONE", "r": 2, "init_weights": "bat"},
+    {
+        "peft_type": "FOURIERFT",
+        "n_frequency": 7,
+        "n_frequency_pattern": {"a": 5},
+        "random_loc_seed": 777,
+        "scaling": 150.0,
+    },
 )
 """The weight `a.weight` has 4 rows and 6 columns."""
 ROLES: Mapping[str, Mapping[str, Shapes]] = {
@@ -35,6 +57,14 @@ ROLES: Mapping[str, Mapping[str, Shapes]] = {
         "base_model": {"vera_A": (2, 6), "vera_B": (4, 2)},
     },
     "TRAINABLE_TOKENS": {"a": {"trainable_tokens_delta": (2, 6)}},
+    "LN_TUNING": {"a": {"ln_tuning_layers.weight": (4, 6)}},
+    "OFT": {"a": {"oft_R.weight": (2, 3)}},
+    "BOFT": {"a": {"boft_R": (1, 2, 3, 3), "boft_s": (4, 1)}},
+    "HRA": {"a": {"hra_u": (6, 2)}},
+    "SHIRA": {"a": {"shira_weight": (5,), "shira_indices": (2, 5)}},
+    "MISS": {"a": {"miss_block": (4, 2)}},
+    "BONE": {"a": {"bone_block": (2, 2, 2)}},
+    "FOURIERFT": {"a": {"fourierft_spectrum": (5,)}},
 }
 """By `peft_type` and module: the tensors and their shapes."""
 MODULES = {

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from continual.tensors.pieces.contract import Kind, Piece
 from continual.tensors.pieces.low_rank import AdaLora, Lora
 from continual.tensors.pieces.lycoris import LoHa, LoKr
-from continual.tensors.pieces.scaling import IA3, VeRA
+from continual.tensors.pieces.rotation import Boft, Hra, Oft
+from continual.tensors.pieces.scaling import IA3, LNTuning, VeRA
+from continual.tensors.pieces.sparse import FourierFT, Miss, Shira
 from continual.tensors.pieces.tokens import TrainableTokens
 
 KINDS: Mapping[str, Kind] = {
@@ -19,6 +21,14 @@ KINDS: Mapping[str, Kind] = {
     "IA3": IA3(),
     "VERA": VeRA(),
     "TRAINABLE_TOKENS": TrainableTokens(),
+    "LN_TUNING": LNTuning(),
+    "OFT": Oft(),
+    "BOFT": Boft(),
+    "HRA": Hra(),
+    "SHIRA": Shira(),
+    "MISS": Miss("miss_block"),
+    "BONE": Miss("bone_block"),
+    "FOURIERFT": FourierFT(),
 }
 """The kinds that are understood, by `peft_type`."""
 

@@ -252,3 +252,14 @@ class VeRA:
                 f"more than layers with at most {longest} outputs can need",
             )
         return pieces
+
+
+class LNTuning:
+    """LN tuning as PEFT saves it: whole layers of normalisation, which replace the base's. There are no pieces."""
+
+    keys: frozenset[str] = frozenset()
+    roles: tuple[str, ...] = ()
+
+    def pieces(self, fields: Fields, modules: Mapping[str, Module]) -> dict[str, Piece]:
+        """As the protocol says."""
+        return {}

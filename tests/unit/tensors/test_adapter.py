@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from continual.errors import Retry
+from continual.errors import Refuse, Retry
 from continual.tensors import Adapter, candidate_of, open_model
 from tests.helpers.adapters import Tensors, plain, refused, task_vectors
 from tests.helpers.kinds_of_adapters import ROLES, seed_of, tensors_of
@@ -91,7 +91,7 @@ def test_a_configuration_rewritten_while_it_is_read(tmp_path: Path) -> None:
             {"init_lora_weights": word}
             for word in ("pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "mica")
         ),
-        {"peft_type": "HRA"},
+        {"peft_type": "RANDLORA"},
         {"peft_type": ["LORA"]},
     ],
 )
@@ -293,6 +293,9 @@ def test_ranks_that_no_weight_needs_of_other_kinds(small: Path, tmp_path: Path) 
         ("LOKR", {"alpha_pattern": {"a": -1}}),
         ("ADALORA", {"init_r": None}),
         ("VERA", {"r": 1.5}),
+        ("OFT", {"num_cayley_neumann_terms": 1000}),
+        ("OFT", {"eps": -1}),
+        ("FOURIERFT", {"random_loc_seed": "x"}),
     ],
 )
 def test_settings_of_other_kinds_that_make_no_sense(
@@ -311,6 +314,8 @@ def test_settings_of_other_kinds_that_make_no_sense(
         ("IA3", {"bias": "all"}, "bias"),
         ("ADALORA", {"init_lora_weights": "pissa"}, "init_lora_weights"),
         ("LORA", {"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ("OFT", {"peft_version": None}, "before 0.18"),
+        ("MISS", {"init_weights": "orthogonal"}, "init_weights"),
     ],
 )
 def test_settings_of_other_kinds_that_are_not_understood(
@@ -339,3 +344,29 @@ def test_the_digest_knows_every_tensor_of_a_kind(small: Path, tmp_path: Path, ki
 
 def settings(kind: str) -> dict[str, Any]:
     return {"r": None, "lora_alpha": None, **seed_of(kind)}
+
+
+def test_forms_of_turning_that_are_not_understood(small: Path, tmp_path: Path) -> None:
+    old = written(tmp_path / "x", "OFT", shapes_of("OFT"))
+    body = json.loads((old / "adapter_config.json").read_text())
+    del body["oft_block_size"]
+    (old / "adapter_config.json").write_text(json.dumps(body))
+    assert "before 0.14" in str(refused(small, old))
+    shapes = shapes_of("BOFT") | {"base_model.model.a.boft_R": [2, 2, 3, 3]}
+    two = refused(small, written(tmp_path / "y", "BOFT", shapes, boft_n_butterfly_factor=2))
+    assert two.reason == "adapter-kind"
+    assert "butterfly" in str(two)
+
+
+def test_places_outside_of_the_weight(small: Path, tmp_path: Path) -> None:
+    """They are values: only who reads them knows."""
+    values, places = torch.randn(2), torch.tensor([[0, 4], [5, 0]], dtype=torch.int32)
+    weights = {"a.shira_weight": values, "a.shira_indices": places}
+    model = plain(tmp_path / "x", weights, **seed_of("SHIRA"), lora_alpha=None)
+    with pytest.raises(Refuse, match="shira_indices names places outside"):
+        task_vectors(small, model)
+    places[0, 1] = 3
+    taus, _, _ = task_vectors(small, plain(tmp_path / "y", weights, **seed_of("SHIRA"), lora_alpha=None))
+    assert taus["a.weight"][0, 5] == values[0]
+    assert taus["a.weight"][3, 0] == values[1]
+    assert taus["a.weight"].count_nonzero() == 2

@@ -54,6 +54,12 @@ def wav2vec2() -> Any:
     return transformers.Wav2Vec2Model(config).eval()
 
 
+def siglip() -> Any:
+    """Its head has the attention of torch, whose inputs have one weight and whose outputs another."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**shape, image_size=8, patch_size=4)).eval()
+
+
 def trained(model: Any) -> Any:
     """As if it had been trained: everything that PEFT would train has other values."""
     torch.manual_seed(1)
@@ -161,6 +167,33 @@ CASES: dict[str, tuple[Callable[[], Any], Any]] = {
     "ia3-groups-out": (depthwise, peft.IA3Config(target_modules=["dwconv"], feedforward_modules=[])),
     "vera": (llama, peft.VeraConfig(r=4, target_modules=ATTENTION)),
     "vera-conv1d": (gpt2, peft.VeraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "oft": (llama, peft.OFTConfig(oft_block_size=8, target_modules=ATTENTION)),
+    "oft-terms": (llama, peft.OFTConfig(r=2, oft_block_size=0, num_cayley_neumann_terms=3, target_modules=ATTENTION)),
+    "oft-exact": (
+        bert,
+        peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, bias="oft_only", target_modules=["query"]),
+    ),
+    "oft-shared": (llama, peft.OFTConfig(oft_block_size=8, block_share=True, target_modules=ATTENTION)),
+    "oft-constrained": (llama, peft.OFTConfig(oft_block_size=8, coft=True, eps=0.5, target_modules=ATTENTION)),
+    "oft-conv2d": (resnet, peft.OFTConfig(oft_block_size=9, target_modules=["convolution"])),
+    "oft-embedding": (llama, peft.OFTConfig(oft_block_size=8, target_modules=["embed_tokens"])),
+    "boft": (llama, peft.BOFTConfig(boft_block_size=4, target_modules=ATTENTION)),
+    "boft-conv2d": (resnet, peft.BOFTConfig(boft_block_size=4, target_modules=["layer.0.convolution"])),
+    "hra": (llama, peft.HRAConfig(r=3, target_modules=ATTENTION)),
+    "hra-orthogonal": (bert, peft.HRAConfig(r=4, apply_GS=True, bias="hra_only", target_modules=["query"])),
+    "hra-conv2d": (resnet, peft.HRAConfig(r=2, target_modules=["layer.0.convolution"])),
+    "ln": (bert, peft.LNTuningConfig(target_modules=["LayerNorm"])),
+    "shira": (llama, peft.ShiraConfig(r=2, target_modules=ATTENTION)),
+    "miss": (llama, peft.MissConfig(r=5, target_modules=ATTENTION)),
+    "miss-mini": (llama, peft.MissConfig(r=4, mini_r=4, init_weights="mini", target_modules=ATTENTION)),
+    "miss-bat": (bert, peft.MissConfig(r=4, init_weights="bat", bias="MiSS_only", target_modules=["query"])),
+    "fourierft": (llama, peft.FourierFTConfig(n_frequency=50, scaling=99, target_modules=ATTENTION)),
+    "fourierft-conv1d": (
+        gpt2,
+        peft.FourierFTConfig(n_frequency=30, n_frequency_pattern={"c_proj": 9}, target_modules=["c_attn", "c_proj"]),
+    ),
+    "lora-attention": (siglip, peft.LoraConfig(r=2, target_modules=["head.attention"])),
+    "adalora-conv2d": (resnet, peft.AdaLoraConfig(init_r=2, total_step=9, target_modules=["convolution"])),
     "vera-bias": (bert, peft.VeraConfig(r=4, target_modules=["query", "key"], bias="vera_only")),
 }
 
