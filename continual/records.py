@@ -149,6 +149,7 @@ class Lineage:
     `rows`: base name to the number of vocabulary rows in common. `renamings`: (base's, candidate's) parts of names that
     mean the same by the table of renamings, `*` for any number. Where there are any, `prefix` is of canonical names.
     `repackings`: (base's, candidate's) experts that are packed in one of the two, and one by one in the other.
+    `lacking`: those of `unchanged` that are weights which a full candidate does not have.
     """
 
     folded: tuple[str, ...]
@@ -159,6 +160,7 @@ class Lineage:
     rows: Mapping[str, int] = field(default_factory=dict)
     renamings: tuple[tuple[str, str], ...] = ()
     repackings: tuple[tuple[str, str], ...] = ()
+    lacking: tuple[str, ...] = ()
 
 
 class MatrixTotals(NamedTuple):

@@ -99,7 +99,10 @@ class Outcome(NamedTuple):
         cosine = "" if n.cosine is None else f"cosine {n.cosine:+.3f}, "
         cut = f"{n.cut:.2%} of its square cut off, " if n.cut else ""
         said = f"{self.message}: norm {n.tau_norm:.4g}, {cosine}{cut}{seconds:.2f} s"
-        return said + (f"; left out, as this state has no such tensor: {out}" if (out := self.report.left_out) else "")
+        if out := self.report.left_out:
+            said += f"; left out, as this state has no such tensor: {out}"
+        lacking = self.report.lineage.lacking
+        return said + (f"; as in the base, for it lacks them: {named(lacking, len(lacking))}" if lacking else "")
 
     def summary(self) -> dict[str, object]:
         """What happened, for machines."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,10 +13,10 @@ from continual.gates.kinship import check_name
 from continual.gates.tables import check_tied
 from continual.records import Lineage, TensorSpec
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, TensorInfo
-from continual.tensors.buffers import is_buffer
+from continual.tensors.buffers import is_buffer, is_computed
 from continual.tensors.checkpoint import FLOATS
 from continual.tensors.kinds import is_vocabulary
-from continual.tensors.leftovers import Left, of_an_adapter, same_after_all
+from continual.tensors.leftovers import Left, of_an_adapter, of_another_size, of_another_task, same_after_all
 from continual.tensors.matching import Match, names_of, naming, renamings, sources
 from continual.tensors.renaming import family_of
 from continual.tensors.repacking import in_layout_of, repackings
@@ -29,12 +29,12 @@ _NAMED = 5
 class LineageGate(AtHeaders):
     """Refuses a model whose tensors are not those of the base.
 
-    `missing`: `unchanged` lets a full model leave tensors out, which then count as untouched; not where it has
-    unknown tensors that may be the same. Buffers may always be missing. `vocab`: `common-rows`
-    lets its vocabulary have another size; the rows that both have are folded. `extra`: whether a model with weights
-    that the base lacks (a head for a task) is let in without them. `carried`: the same of an adapter that changes
-    weights which this state does not fold. `lineage`: `shapes` lets an adapter in that names another base. `tied`:
-    `both` takes what an adapter does to one of two tied tables for both.
+    `missing`: `unchanged` lets a full model leave tensors out, which then count as untouched; not where it has unknown
+    tensors that may be the same. Buffers, and heads that its class lacks, may always be missing. `vocab`: `common-
+    rows` lets its vocabulary have another size; the rows that both have are folded. `extra`: whether a model with
+    weights that the base lacks (a head for a task) is let in without them. `carried`: the same of an adapter that
+    changes weights which this state does not fold. `lineage`: `shapes` lets an adapter in that names another base.
+    `tied`: `both` takes what an adapter does to one of two tied tables for both.
     """
 
     name = "lineage"
@@ -86,6 +86,9 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
         _check_unlisted(model, found, specs)
         found = {name: source for name, source in found.items() if _is_of_use(specs[name], source)}
         _check_missing(base, model, found, extra, gate)
+    other = _other_heads(base, found, specs)
+    extra = tuple(sorted({*extra, *other.values()}))
+    found = {name: source for name, source in found.items() if name not in other}
     if extra and gate.extra == "refuse":
         raise Refuse(
             "extra",
@@ -93,6 +96,8 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
             "--gate lineage.extra=leave-out lets it in without them",
         )
     missing = tuple(name for name in specs if name not in found)
+    full = not isinstance(model, Adapter)
+    lacking = tuple(n for n in missing if full and n not in other and not is_buffer(n, specs[n].shape))
     narrowed: dict[str, str] = {}
     rows: dict[str, int] = {}
     for name, source in found.items():
@@ -111,7 +116,7 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
             if (common := _rows_added(model, source, spec, gate)) is not None:
                 rows[name] = common
     renamed = renamings(base, model, names)
-    return Lineage(tuple(sorted(found)), missing, extra, names.prefix, narrowed, rows, renamed, changed)
+    return Lineage(tuple(sorted(found)), missing, extra, names.prefix, narrowed, rows, renamed, changed, lacking)
 
 
 def unlisted_of(model: Checkpoint | Adapter) -> frozenset[str]:
@@ -155,6 +160,8 @@ def _check_missing(
         )
     specs = [s for s in base.specs if s.kind != "carried" and not is_buffer(s.name, s.shape)]
     missing = [s for s in specs if s.name not in found]
+    family = family_of(base.checkpoint.config)
+    fresh = of_another_task(missing, base.checkpoint.config, model.config, family)
     if len(missing) == len(specs):
         raise Refuse(
             "missing",
@@ -162,7 +169,7 @@ def _check_missing(
             "not a fine-tune of this base",
         )
     unknown = [Left(name, model.tensors[name].shape) for name in extra if name in model.tensors]
-    pair = same_after_all([Left(s.name, s.shape) for s in missing], unknown, family_of(base.checkpoint.config))
+    pair = same_after_all([Left(s.name, s.shape) for s in missing], unknown, family)
     if pair is not None:
         ours, theirs = pair
         raise Refuse(
@@ -172,12 +179,21 @@ def _check_missing(
             f"another layout ({len(missing)} are lacking so); load it with the library that wrote the base, save it "
             "again, and publish that",
         )
-    if missing and gate.missing == "refuse":
+    lost = [s.name for s in missing if s.name not in fresh and not is_computed(s.name, family)]
+    if lost and gate.missing == "refuse":
         raise Refuse(
             "missing",
-            f"{model.place}: lacks {_some([s.name for s in missing])} of the base; a fine-tune that left them out can "
-            "be let in with missing = unchanged",
+            f"{model.place}: lacks {_some(lost)} of the base; a fine-tune that left them out can be let in with "
+            "missing = unchanged",
         )
+
+
+def _other_heads(base: BaseModel, found: Mapping[str, Match], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """The heads that the candidate has for another number of classes, as the base's names to the candidate's."""
+    whole = {name: source.full for name, source in found.items() if source.full is not None and source.piece is None}
+    shapes = {name: info.shape for name, info in whole.items()}
+    heads = of_another_size(shapes, specs, family_of(base.checkpoint.config))
+    return {name: whole[name].name for name in heads}
 
 
 def _check_dtype(place: Place, info: TensorInfo, source: Match, spec: TensorSpec) -> None:

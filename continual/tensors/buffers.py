@@ -33,9 +33,19 @@ _MASKS = frozenset(("bias", "mask"))
 """Last parts of names that are causal masks where they are 1 × 1 × length × length: GPT-2, GPT-NeoX, GPT-J, CodeGen."""
 
 
+_SINES = frozenset(("marian", "pegasus"))
+"""`model_type`s whose position embeddings are sines; one of their classes does not save them."""
+
+
+def is_computed(name: str, family: str) -> bool:
+    """Whether the tensor of this name is a table that a class of this `model_type` computes, though it stands among its
+    weights."""
+    return family in _SINES and name.endswith("embed_positions.weight")
+
+
 def is_buffer(name: str, shape: Sequence[int]) -> bool:
     """Whether the tensor of this name and shape is a buffer."""
     last = name.rpartition(".")[2]
     if last in _MASKS:
         return len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
-    return last in _ALWAYS
+    return last in _ALWAYS or name.endswith("embed_positions.weights")

@@ -6,31 +6,50 @@ What becomes of that is for gates/lineage.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from continual.records import TensorSpec
 from continual.tensors.kinds import is_vocabulary
 from continual.tensors.renaming import canonical
 
 _HEADS = frozenset(
     (
+        "auxiliary_head",
+        "bbox_embed",
+        "bbox_predictor",
+        "class_embed",
+        "class_predictor",
+        "classification_head",
         "classifier",
         "cls",
+        "decode_head",
+        "denoising_class_embed",
         "discriminator_predictions",
         "embed_out",
+        "enc_score_head",
+        "fc",
+        "fc_norm",
         "generator_lm_head",
         "generator_predictions",
         "head",
         "heads",
         "lm_head",
+        "lm_loss",
         "logits_proj",
         "pooler",
+        "project_hid",
+        "project_q",
+        "quantizer",
+        "final_proj",
+        "label_embs_concat",
         "pre_classifier",
         "predictions",
         "projection_head",
         "projector",
         "qa_outputs",
         "score",
+        "segmentation_head",
         "seq_relationship",
         "summary",
         "text_projection",
@@ -44,6 +63,8 @@ _HEADS = frozenset(
 )
 """Parts of names that are heads of a task, or what pools for one. A fine-tune for another task leaves out the base's,
 and brings its own, perhaps of the same shape: these are two weights."""
+_SPARE = frozenset(("pooler", "seq_relationship"))
+"""Heads that many classes do not have and some have beside their own."""
 _OUTPUTS = frozenset(
     [
         "embed_out",
@@ -95,6 +116,46 @@ def same_after_all(missing: Iterable[Left], extra: Iterable[Left], family: str) 
     return None
 
 
+def of_another_task(
+    missing: Iterable[TensorSpec], base: Mapping[str, object], model: Mapping[str, object], family: str
+) -> tuple[str, ...]:
+    """Those of the tensors that a candidate lacks which are heads that its class does not have: nothing is lost there.
+
+    `base` and `model` are the two configurations: the classes that they name tell whether the base's own head has to be
+    in the candidate.
+    """
+    ours, theirs = _class_of(base), _class_of(model)
+    if not theirs:
+        return ()
+    found = []
+    for spec in missing:
+        head = _head_of(canonical(spec.name, family))
+        if head and (ours != theirs or head.rpartition(".")[2] in _SPARE or "seq_relationship" in spec.name):
+            found.append(spec.name)
+    return tuple(found)
+
+
+def of_another_size(
+    shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, TensorSpec], family: str
+) -> frozenset[str]:
+    """The heads, by the base's names, that a candidate has for another number of classes: all of a head whose first
+    axis differs somewhere. `shapes`: what the candidate has, by the base's names.
+
+    A table of words is no such head, unless it stands alone: the one of a model that hears has an alphabet of its own.
+    """
+    reads = any(is_vocabulary(name) and not is_output(name) for name in specs)
+    other: set[str] = set()
+    heads: dict[str, list[str]] = {}
+    for name, shape in shapes.items():
+        head = "" if reads and is_vocabulary(name) else _head_of(canonical(name, family))
+        if head:
+            heads.setdefault(head, []).append(name)
+            ours = specs[name].shape
+            if shape != ours and len(shape) == len(ours) and shape[1:] == ours[1:]:
+                other.add(head)
+    return frozenset(name for head in other for name in heads[head])
+
+
 def of_an_adapter(names: Iterable[str]) -> str | None:
     """The first of these names that only an adapter has which was not merged."""
     return next((name for name in names if any(part.startswith(_PARTS) for part in name.split("."))), None)
@@ -120,3 +181,17 @@ def _layer(name: str) -> str:
     parts = name.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return "" if at is None else ".".join(parts[: at + 1])
+
+
+def _head_of(name: str) -> str:
+    """What stands in a name up to its last part that is a head, where no layer's number comes before; else empty."""
+    parts = name.split(".")
+    end = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
+    at = [i for i, part in enumerate(parts[:end]) if part in _HEADS or part.endswith("classifier")]
+    return ".".join(parts[: at[-1] + 1]) if at else ""
+
+
+def _class_of(config: Mapping[str, object]) -> str:
+    """The class that a configuration names first; empty where it names none."""
+    said = config.get("architectures")
+    return str(said[0]) if isinstance(said, list) and said else ""

@@ -33,11 +33,21 @@ TENSORS: Tensors = {
 BUFFERS = ("model.layers.0.attn.bias", "model.layers.0.rotary_emb.inv_freq")
 
 
-def save(path: Path, tensors: Tensors) -> Path:
+def save(path: Path, tensors: Tensors, kind: str = "", family: str = "llama") -> Path:
     path.mkdir()
     save_file({name: t.clone() for name, t in tensors.items()}, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    config = {"model_type": family} | ({"architectures": [kind]} if kind else {})
+    (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def of_classes(tmp_path: Path, ours: tuple[str, Tensors], theirs: tuple[str, Tensors], **policy: Any) -> Lineage:
+    """The lineage of a fine-tune of one class, whose base is of another."""
+    family = str(policy.pop("family", "bert"))
+    with open_model(save(tmp_path / "base", ours[1], ours[0], family)) as checkpoint:
+        assert isinstance(checkpoint, Checkpoint)
+        with open_model(save(tmp_path / "ft", theirs[1], theirs[0], family)) as model:
+            return trace(describe(checkpoint), model, LineageGate(**policy))
 
 
 @pytest.fixture
@@ -77,6 +87,7 @@ def test_a_bias_and_statistics_are_no_buffers() -> None:
     assert not is_buffer("bn.running_mean", (8,))
     assert not is_buffer("mlp.gate.e_score_correction_bias", (8,))
     assert is_buffer("h.0.attn.bias", (1, 1, 8, 8))
+    assert is_buffer("model.encoder.embed_positions.weights", (8, 4))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +125,135 @@ def test_a_head_of_its_own_is_not_the_head_that_was_left_out(base: BaseModel, tm
     (tmp_path / "ft").rename(tmp_path / "first")
     lineage = traced(base, tmp_path, tensors, missing="unchanged")
     assert (lineage.unchanged, lineage.extra) == (("lm_head.dense.weight",), ("classifier.dense.weight",))
+
+
+LAYER = {
+    "bert.encoder.layer.0.output.dense.weight": torch.randn(4, 4),
+    "bert.embeddings.LayerNorm.bias": torch.zeros(4),
+}
+WORDS = {"cls.predictions.transform.dense.weight": torch.randn(4, 4), "cls.predictions.bias": torch.zeros(9)}
+POOLER = {"bert.pooler.dense.weight": torch.randn(4, 4)}
+
+
+def _classes(count: int, head: str = "classifier") -> Tensors:
+    return {f"{head}.weight": torch.randn(count, 4), f"{head}.bias": torch.zeros(count)}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "lacking"),
+    [
+        pytest.param(
+            ("BertForPreTraining", LAYER | WORDS | POOLER),
+            ("BertForSequenceClassification", LAYER | POOLER | _classes(2)),
+            WORDS,
+            id="a classifier has no head of words",
+        ),
+        pytest.param(
+            ("BertModel", LAYER | POOLER),
+            ("BertForTokenClassification", LAYER | _classes(2)),
+            POOLER,
+            id="a class without a pooler",
+        ),
+        pytest.param(
+            ("BertForMaskedLM", LAYER | WORDS | POOLER), ("BertForMaskedLM", LAYER | WORDS), POOLER, id="files of more"
+        ),
+        pytest.param(
+            ("Wav2Vec2ForPreTraining", LAYER | {"quantizer.codevectors": torch.ones(1, 4, 2)}),
+            ("Wav2Vec2ForCTC", LAYER | _classes(5, "lm_head")),
+            {"quantizer.codevectors": torch.ones(1, 4, 2)},
+            id="what only the training needs",
+        ),
+    ],
+)
+def test_a_head_that_its_class_does_not_have_is_no_loss(
+    tmp_path: Path, ours: tuple[str, Tensors], theirs: tuple[str, Tensors], lacking: Tensors
+) -> None:
+    lineage = of_classes(tmp_path, ours, theirs)
+    assert lineage.lacking == tuple(sorted(lacking))
+    assert set(lineage.folded) == ours[1].keys() & theirs[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "gone"),
+    [
+        pytest.param("BertForMaskedLM", "cls.predictions.bias", id="the head of its own class"),
+        pytest.param("", "cls.predictions.bias", id="no class is named"),
+        pytest.param("BertModel", "bert.encoder.layer.0.output.dense.weight", id="no head"),
+    ],
+)
+def test_what_its_class_has_may_not_be_missing(tmp_path: Path, kind: str, gone: str) -> None:
+    tensors = {name: t for name, t in (LAYER | WORDS).items() if name != gone}
+    with pytest.raises(Refuse, match=rf"lacks {gone} of the base; .*missing = unchanged"):
+        of_classes(tmp_path, ("BertForMaskedLM", LAYER | WORDS), (kind, tensors))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "stay"),
+    [
+        pytest.param(_classes(3), _classes(2), ("classifier.bias", "classifier.weight"), id="plain"),
+        pytest.param(
+            {"classifier.1.weight": torch.zeros(3, 4)},
+            {"classifier.1.weight": torch.zeros(5, 4)},
+            ("classifier.1.weight",),
+            id="in a sequence",
+        ),
+        pytest.param(
+            _classes(4, "classifier.dense") | _classes(3, "classifier.out_proj"),
+            _classes(4, "classifier.dense") | _classes(2, "classifier.out_proj"),
+            tuple(f"classifier.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("bias", "weight")),
+            id="all of a head",
+        ),
+        pytest.param(
+            _classes(3, "decode_head.classifier") | _classes(4, "decode_head.linear_fuse"),
+            _classes(2, "decode_head.classifier") | _classes(4, "decode_head.linear_fuse"),
+            ("decode_head.classifier.bias", "decode_head.classifier.weight"),
+            id="the last of a head",
+        ),
+        pytest.param(
+            _classes(3, "model.decoder.class_embed.0"),
+            _classes(2, "model.decoder.class_embed.0"),
+            ("model.decoder.class_embed.0.bias", "model.decoder.class_embed.0.weight"),
+            id="of a detector",
+        ),
+        pytest.param(
+            _classes(32, "lm_head"), _classes(40, "lm_head"), ("lm_head.bias", "lm_head.weight"), id="letters"
+        ),
+    ],
+)
+def test_a_head_for_other_classes_stays_out_and_is_listed(
+    tmp_path: Path, ours: Tensors, theirs: Tensors, stay: tuple[str, ...]
+) -> None:
+    kind = "XForImageClassification"
+    lineage = of_classes(tmp_path, (kind, LAYER | ours), (kind, LAYER | theirs))
+    assert lineage.extra == stay
+    assert set(lineage.unchanged) == set(stay)
+    assert set(lineage.folded) == {*LAYER, *theirs} - set(stay)
+    assert not lineage.lacking
+
+
+def test_heads_for_other_classes_can_be_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refuse, match=r"classifier\.bias, classifier\.weight"):
+        of_classes(tmp_path, ("X", LAYER | _classes(3)), ("X", LAYER | _classes(2)), extra="refuse")
+
+
+@pytest.mark.parametrize("name", ["bert.encoder.layer.0.classifier.weight", "lm_head.weight"])
+def test_other_tensors_of_another_size_are_no_heads(tmp_path: Path, name: str) -> None:
+    words = {"bert.embeddings.word_embeddings.weight": torch.zeros(9, 4)}
+    with pytest.raises(Refuse) as refusal:
+        of_classes(
+            tmp_path, ("X", LAYER | words | {name: torch.zeros(9, 4)}), ("X", LAYER | words | {name: torch.zeros(7, 4)})
+        )
+    assert refusal.value.reason in ("shape", "tied")
+
+
+def test_sines_that_a_class_does_not_save_are_no_loss(tmp_path: Path) -> None:
+    sines = {"model.encoder.embed_positions.weight": torch.randn(8, 4)}
+    lineage = of_classes(tmp_path, ("MarianMTModel", LAYER | sines), ("MarianMTModel", LAYER), family="marian")
+    assert lineage.unchanged == tuple(sines)
+    (tmp_path / "base").rename(tmp_path / "first")
+    (tmp_path / "ft").rename(tmp_path / "second")
+    with pytest.raises(Refuse, match="embed_positions"):
+        of_classes(tmp_path, ("BartModel", LAYER | sines), ("BartModel", LAYER), family="bart")
 
 
 @pytest.mark.parametrize("part", ["lora_A.weight", "base_layer.weight", "lora_B.default.weight"])
