@@ -49,6 +49,12 @@ def check_brought(
             f"{where}: changes {_some(kept)}, which this state does not fold (exclude of init, or no floats); "
             "--gate lineage.carried=leave-out folds the rest without it, else make a state that folds it",
         )
+    if model.outside and carried == "refuse":
+        raise Refuse(
+            "adapter-target",
+            f"{where}: changes {_some(model.outside)}, of a component that the base of this state does not have: make "
+            "a state of the whole pipeline, or fold the rest without it with --gate lineage.carried=leave-out",
+        )
     unknown = sorted(name for name in names_of(model) if name not in known and not _is_computed(model, name))
     for name in unknown:
         _check_is_of_a_head(base, model, name, found)
@@ -57,7 +63,7 @@ def check_brought(
             "adapter-target",
             f"{where}: adapts nothing that this base folds, only {_some(sorted(names_of(model)))}",
         )
-    return (*unknown, *kept)
+    return (*unknown, *kept, *model.outside)
 
 
 def _is_of_another_head(name: str, known: Collection[str], family: str) -> bool:

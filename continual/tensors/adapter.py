@@ -20,7 +20,7 @@ from continual.tensors.buffers import is_buffer
 from continual.tensors.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from continual.tensors.compound import WHOLE, Part
 from continual.tensors.header import TensorInfo
-from continual.tensors.kinds import is_vocabulary
+from continual.tensors.kinds import BaseModel, is_vocabulary
 from continual.tensors.pieces import KINDS, Kind, Piece
 from continual.tensors.place import Place
 
@@ -56,7 +56,10 @@ _TUNERS = re.compile(r"(?:^|\.)(?:lora|hada|lokr|ia3|vera|trainable_tokens|oft|b
 class Adapter:
     """An adapter's files, open for reading; a context manager. `pieces`: weight name (without PEFT's prefix) to what
     is added to it; `saved`: weight name to the tensors that replace it, all of them the same (modules_to_save, biases,
-    and the embeddings PEFT stores beside the factors)."""
+    and the embeddings PEFT stores beside the factors). `outside`: what it changes of components that the base is
+    without."""
+
+    outside: tuple[str, ...] = ()
 
     def __init__(self, place: Place, parts: Sequence[Part] = (WHOLE,)) -> None:
         """Opens the adapter in `place`. `parts` are the folders of its model: the weights of all but the first replace
@@ -88,6 +91,10 @@ class Adapter:
         """Closes the files."""
         self.weights.close()
         self._config_file.close()
+
+    def of(self, base: BaseModel) -> Adapter:  # noqa: ARG002
+        """The same adapter, with its pieces for this base. Raises Refuse where that cannot be."""
+        return self
 
     @property
     def tying(self) -> bool:

@@ -64,7 +64,19 @@ class Fields:
         self.place, self.where = place, place.file(CONFIG)
         if size > _LARGEST_CONFIG:
             raise Refuse("config", f"{self.where}: {size} bytes are too many for a configuration file")
-        self.body: Mapping[str, object] = json_object(file.pread(0, size, 0), self.where, "config", values=_VALUES)
+        self._take(json_object(file.pread(0, size, 0), self.where, "config", values=_VALUES))
+
+    @classmethod
+    def of(cls, place: Place, where: str, body: Mapping[str, object]) -> Fields:
+        """A configuration that does not lie in a file of its own; `where` says in messages where it does. Raises Refuse
+        (`config`)."""
+        fields = cls.__new__(cls)
+        fields.place, fields.where = place, where
+        fields._take(body)
+        return fields
+
+    def _take(self, body: Mapping[str, object]) -> None:
+        self.body: Mapping[str, object] = body
         self.kind = self.body.get("peft_type")
         self.saved = self._names("modules_to_save")
         """Names of the modules whose whole weights are beside the factors."""

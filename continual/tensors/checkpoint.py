@@ -237,7 +237,6 @@ def open_checkpoint(place: Place, only: str | None = None, *, parts: Sequence[Pa
             raise Refuse("no-weights", f"{place}: its weight files hold no tensor")
         if only is None:
             quantised.check_tensors(str(place), held.tensors)
-            foreign.check_tensors(held.tensors.keys(), str(place))
         return Checkpoint(place, weights, held, config, only)
     except BaseException:
         weights.close()

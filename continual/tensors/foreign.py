@@ -178,9 +178,14 @@ def refuse_names(names: Collection[str], where: str) -> Refuse:
     return Refuse(what.reason, f"{where}: no safetensors file in it, but {what.what} ({shown(name)}); {what.do}")
 
 
-_KOHYA = re.compile(r"lora_(?:unet|te\d?|transformer|prior)_\w+\.(?:lora_(?:down|up)|alpha|hada_|lokr_|dora_)")
+_KOHYA = re.compile(
+    r"(?:lora_(?:unet|te\d?|transformer|prior)|lycoris)_\w+"
+    r"\.(?:lora_(?:down|up|mid)|hada_|lokr_|dora_|diff(?:_b)?$|[wb]_norm$|oft_|[ab][12]\.weight$)"
+)
 _FACTOR = re.compile(
-    r"\.(?:lora_(?:A|B|down|up|embedding_A|embedding_B|magnitude_vector)|lora\.(?:down|up)|hada_w[12]_[ab]|lokr_w[12])"
+    r"\.(?:lora_(?:A|B|down|up|embedding_A|embedding_B|magnitude_vector)|lora\.(?:down|up)"
+    r"|lora_linear_layer\.(?:down|up)|(?:to_(?:q|k|v|out)|qkv|proj)_lora\d?\.(?:down|up)|hada_[wt][12](?:_[ab])?"
+    r"|lokr_[wt][12](?:_[ab])?)"
     r"(?=\.|$)"
 )
 
@@ -188,18 +193,3 @@ _FACTOR = re.compile(
 def is_factor(name: str) -> bool:
     """Whether a tensor's name is that of a factor of an adapter, which is no weight by itself."""
     return bool(_FACTOR.search(name) or _KOHYA.match(name))
-
-
-def check_tensors(names: Collection[str], where: str) -> None:
-    """Raises Refuse (`adapter-kind`) where all that a checkpoint holds are the factors of an adapter whose
-    configuration is not beside it."""
-    factors = [name for name in names if is_factor(name) or name.endswith(".alpha")]
-    if not factors or 2 * len(factors) <= len(names) or not is_factor(min(factors)):
-        return
-    kohya = any(_KOHYA.match(name) for name in factors)
-    what = "a LoRA in the layout of Kohya" if kohya else "the factors of an adapter"
-    raise Refuse(
-        "adapter-kind",
-        f"{where}: holds {what} ({shown(min(factors))}) and no adapter_config.json beside: put the one that PEFT wrote "
-        "there, or merge the adapter into its base and publish that",
-    )

@@ -13,6 +13,8 @@ from continual.tensors.adapter_config import CONFIG
 from continual.tensors.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, open_checkpoint
 from continual.tensors.compound import MODULES, WHOLE, manifest_of, parts_of
 from continual.tensors.kinds import BaseModel
+from continual.tensors.loras.file import LoraFile
+from continual.tensors.loras.parsing import is_lora
 from continual.tensors.matching import naming_of, sources
 from continual.tensors.place import Place, place_of
 from continual.tensors.repacking import checkpoint_in_layout_of
@@ -36,7 +38,12 @@ def open_model(where: Path | Place, *, root: Path | None = None, whole: bool = T
         raise Refuse(
             "adapter-kind", f"{place.file(parts[0].folder)}: holds an adapter; its files belong beside {MODULES}"
         )
-    return open_checkpoint(place, parts=parts)
+    found = open_checkpoint(place, parts=parts)
+    try:
+        return LoraFile(found) if is_lora(found.tensors.keys()) else found
+    except BaseException:
+        found.close()
+        raise
 
 
 def open_shipped(base: BaseModel, model: Model, lineage: Lineage, name: str) -> Checkpoint:

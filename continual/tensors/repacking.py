@@ -98,13 +98,13 @@ class Repacked(Checkpoint):
 
 
 def in_layout_of(base: BaseModel, model: Checkpoint | Adapter) -> Checkpoint | Adapter:
-    """The candidate, its experts packed or one by one as they are in the base; an adapter, or a model in the layout of
-    the base, is returned as it is.
+    """The candidate, its experts packed or one by one as they are in the base; an adapter with its pieces for the base;
+    a model in the layout of the base is returned as it is.
 
     Raises Refuse: `missing` naming an expert that is not there, `dtype` or `shape` where experts of a layer differ,
     `prefix` where a weight is there in both layouts.
     """
-    return model if isinstance(model, Adapter) else _repacked(base, model)[0]
+    return model.of(base) if isinstance(model, Adapter) else _repacked(base, model)[0]
 
 
 def checkpoint_in_layout_of(base: BaseModel, model: Checkpoint) -> Checkpoint:

@@ -105,24 +105,6 @@ def test_a_directory_that_holds_something_else(tmp_path: Path, names: list[str],
     assert any(name in str(refusal) for name in names)
 
 
-KOHYA = "lora_unet_down_blocks_0_attentions_0_proj_in"
-
-
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        ([f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight", f"{KOHYA}.alpha"], "Kohya"),
-        (["base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"], "adapter_config.json"),
-        (["unet.down.to_q.lora.down.weight", "unet.down.to_q.lora.up.weight"], "adapter_config.json"),
-    ],
-)
-def test_factors_without_a_configuration(tmp_path: Path, names: list[str], words: str) -> None:
-    (tmp_path / "m").mkdir()
-    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "m" / "pytorch_lora_weights.safetensors")
-    refusal = refused(tmp_path / "m")
-    assert (refusal.reason, words in str(refusal)) == ("adapter-kind", True)
-
-
 def test_names_that_are_no_factors() -> None:
     for name in ("model.layers.0.self_attn.kv_a_proj.weight", "lora.weight", "colora_A.weight", "flora_down.weight"):
         assert not is_factor(name), name
