@@ -15,18 +15,20 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from continual import gates, selection, tuning
 from continual.config import Settings, settings_of
 from continual.engine import combining, planning, unfolding
-from continual.engine.base import open_base
+from continual.engine.base import open_base, weighted_base
+from continual.engine.block_reading import BlockReading
 from continual.engine.engine import Engine
 from continual.engine.outcomes import Outcome, Plan
 from continual.engine.reading import Reading
 from continual.engine.resources import Resources
+from continual.engine.views import View
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress, silent
 from continual.executors.device import pick_device
@@ -39,16 +41,10 @@ from continual.rules import ReadOptions, rule
 from continual.selection import admission
 from continual.selection.steps import Taken
 from continual.sources.roster import openers
-from continual.state import Commit, State, leasing, strays
-from continual.state import backup as backing
-from continual.state import repair as repairing
-from continual.state import verify as verifying
-from continual.state.backup import BackupReport, Wish
-from continual.state.damage import RepairPlan
+from continual.state import Commit, State, leasing
 from continual.state.entries import Entry, RetryEntry
 from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting
-from continual.state.strays import Stray
 from continual.tensors import BaseModel
 from continual.tuning import Evaluation, Told, Tuned, Tuning
 
@@ -67,45 +63,6 @@ def open(state: str | Path = "state", *, write: bool = False, **settings: object
     is no state or a setting cannot be used, Busy where another process writes to it, Damaged.
     """
     return Merge(settings_of({"state": Path(state), **settings}), write=write)
-
-
-def verify(state: str | Path = "state", *, progress: Progress = silent) -> Verified:
-    """Reads every file of a state, and says what is not as it was written and what does not belong to it. Raises
-    Misconfigured where there is no state, Damaged where it cannot be opened."""
-    with State.open(Path(state)) as found:
-        findings = verifying.verify(found, lambda done, total: progress("verify", done, total))
-        return Verified(tuple(findings), tuple(strays.strays(found.path, found.format, found.ledger)))
-
-
-def look_repair(state: str | Path = "state", *, progress: Progress = silent) -> RepairPlan:
-    """Says what is damaged in a state, and what following the rest would lose. Raises Misconfigured where there is no
-    state, Busy where a process writes to it, Damaged where nothing in it can be followed."""
-    return repairing.look(Path(state), lambda done, total: progress("look", done, total))
-
-
-def repair(state: str | Path, plan: RepairPlan, *, progress: Progress = silent) -> Commit | None:
-    """Does what `look_repair` said, and returns the record of it; None where nothing is damaged. Raises Misconfigured
-    where the state is not as it was then, Busy, Damaged, Retry and Halt."""
-    return repairing.repair(Path(state), plan, lambda done, total: progress("look", done, total))
-
-
-def backup(
-    state: str | Path, directory: str | Path, wish: Wish | None = None, *, progress: Progress = silent
-) -> BackupReport:
-    """Makes a backup of a state in `directory`, or brings the one that is there up to date; or a clone, as `wish` says.
-    A daemon may write to the state meanwhile.
-
-    Raises Misconfigured where `directory` holds something else, Busy where another process writes there, Damaged where
-    the state or the backup is damaged, Retry and Halt. What was in the backup before is not touched then.
-    """
-    return backing.backup(Path(state), Path(directory), wish or Wish(), progress)
-
-
-class Verified(NamedTuple):
-    """What `verify` found: what is not as it was written, and what belongs to no part of the format."""
-
-    findings: tuple[str, ...]
-    strays: tuple[Stray, ...]
 
 
 class Merge:
@@ -274,17 +231,37 @@ class Merge:
             reading.settle(self.executor, silent)
             return reading.vector(_kept(self.state, name))
 
-    def reading(self, at: int | None = None, options: ReadOptions | None = None) -> Reading:
-        """The merged model at record `at` (default: the newest), read by `options` (default: those in force there).
-        Raises Misconfigured if the record has expired."""
+    def reading(self, at: int | None = None, options: ReadOptions | None = None, view: View | None = None) -> Reading:
+        """The merged model at record `at` (default: the newest), read by `options` (default: those in force there), and
+        of a state of adapters by `view`. Raises Misconfigured if the record has expired, or the view cannot be read."""
+        view = view or View()
+        view.check(self.state)
+        if self.state.format.form is not None:
+            return BlockReading(self.state, self.rule, at, view, options)
         return Reading(self.state, self.rule, at, options, self._lengths)
 
-    def export(self, target: str | Path | folder.Target, progress: Progress = silent) -> Path:
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[BaseModel]:
+        """The base with its weights, which a state of adapters needs for whole models alone. Raises Misconfigured where
+        they are gone."""
+        if self.state.format.form is None:
+            yield self.base
+            return
+        base = weighted_base(self.state, self.places, self.settings.base)
+        try:
+            yield base
+        finally:
+            base.checkpoint.close()
+
+    def export(
+        self, target: str | Path | folder.Target, progress: Progress = silent, *, view: View | None = None
+    ) -> Path:
         """Writes the merged model as an ordinary model directory: into a directory, which must not exist, or as
-        `target` says. Returns the directory. Raises Misconfigured and Halt; then nothing is left behind."""
+        `target` says; of a state of adapters what `view` reads. Returns the directory. Raises Misconfigured and Halt;
+        then nothing is left behind."""
         target = target if isinstance(target, folder.Target) else folder.Target(target)
-        with _held(self, target.at) as reading:
-            return folder.export(self.base, reading, target, self.executor, progress)
+        with _held(self, target.at, view) as reading, self.weights() as base:
+            return folder.export(base, reading, target, self.executor, progress)
 
     def export_lora(
         self,
@@ -293,12 +270,13 @@ class Merge:
         *,
         at: int | None = None,
         dtype: str = "F32",
+        view: View | None = None,
         progress: Progress = silent,
     ) -> lora.LoraReport:
         """Writes the merged model at record `at` as a LoRA adapter of this rank, as near as one comes to it. `dtype` is
         a safetensors word. Raises Misconfigured and Halt; then nothing is left behind."""
         target = lora.LoraTarget(Path(directory), rank, dtype)
-        with _held(self, at) as reading:
+        with _held(self, at, view) as reading:
             return lora.export(self.base, reading, target, self.executor, progress)
 
     def scale(self) -> ReadOptions:
@@ -361,11 +339,11 @@ class Merge:
 
 
 @contextlib.contextmanager
-def _held(merge: Merge, at: int | None) -> Iterator[Reading]:
+def _held(merge: Merge, at: int | None, view: View | None = None) -> Iterator[Reading]:
     """What `Merge.reading` gives, kept from expiring while the block runs. The newest record may be newer than when the
     state was opened, where a daemon let that one expire."""
     with leasing.newest(merge.state) if at is None else merge.state.lease(at):
-        yield merge.reading(at)
+        yield merge.reading(at, view=view)
 
 
 def _kept(state: State, name: str) -> TensorSpec:

@@ -55,6 +55,19 @@ Lines = Annotated[
     ),
 ]
 """A flag of `init` and `scale` that is no setting."""
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", help="Read these models alone (names or globs; a state of adapters); repeatable."),
+]
+Without = Annotated[
+    list[str] | None,
+    typer.Option("--without", help="Read without these models (a state of adapters); repeatable."),
+]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option("--weight", help="Weight of a model, NAME=W (a state of adapters); repeatable."),
+]
+"""Flags of what reads a state of adapters by a view."""
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before anything is undone or done again.")]
 """A flag of what destroys."""
 

@@ -19,8 +19,22 @@ from continual.cli import pool as cli_pool
 from continual.cli import state as cli_state
 from continual.cli import tune as cli_tune
 from continual.cli import upkeep as cli_upkeep
-from continual.cli.flags import GATES, MACHINE, OPENING, READING, ROUNDS, SOURCES, Flags, Json, Lines, takes
-from continual.cli.typed import parse_options
+from continual.cli.flags import (
+    GATES,
+    MACHINE,
+    OPENING,
+    READING,
+    ROUNDS,
+    SOURCES,
+    Flags,
+    Json,
+    Lines,
+    Only,
+    Weights,
+    Without,
+    takes,
+)
+from continual.cli.typed import Seen, parse_options
 from continual.errors import Misconfigured
 
 if TYPE_CHECKING:
@@ -299,6 +313,19 @@ def export(
             "--as-lora", help="Write a LoRA adapter (PEFT) of this rank, as near as one comes.", show_default=False
         ),
     ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            "--rule", help="Rule to read by (a state of adapters).", show_default=False, autocompletion=_rules
+        ),
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option("--scale", help="Scale to read at (a state of adapters).", show_default=False)
+    ] = None,
+    lines: Lines = None,
+    only: Only = None,
+    without: Without = None,
+    weight: Weights = None,
     *,
     flags: Flags,
 ) -> None:
@@ -306,9 +333,10 @@ def export(
     from continual.publish import folder
 
     word = folder.parse_dtype(dtype)
+    view = Seen(rule, scale, lines, only, without, weight).view()
     if as_lora is not None:
         with opened.merge(flags) as merge, console.progress() as progress:
-            report = merge.export_lora(directory, as_lora, at=at, dtype=word or "F32", progress=progress)
+            report = merge.export_lora(directory, as_lora, at=at, dtype=word or "F32", view=view, progress=progress)
         if flags.json:
             console.emit(report)
         else:
@@ -316,7 +344,7 @@ def export(
         return
     target = folder.Target(directory, at, word, folder.parse_size(shard_size))
     with opened.merge(flags) as merge, console.progress() as progress:
-        path = merge.export(target, progress)
+        path = merge.export(target, progress, view=view)
     if flags.json:
         console.emit({"directory": path})
     else:

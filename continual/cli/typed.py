@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from continual.errors import Misconfigured
 
 if TYPE_CHECKING:
+    from continual.engine.views import View
     from continual.service.control.requests import Asking
     from continual.tuning import Evaluation
 
@@ -30,6 +31,34 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
         except tomllib.TOMLDecodeError:
             options[key.strip()] = value.strip()
     return options
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The flags that say how a state of adapters is read, as they were typed."""
+
+    rule: str | None = None
+    scale: str | None = None
+    lines: str | None = None
+    only: Sequence[str] | None = None
+    without: Sequence[str] | None = None
+    weights: Sequence[str] | None = None
+
+    def view(self) -> View:
+        """The view that they describe. Raises Misconfigured for a weight that is no `NAME=W`."""
+        from continual.engine.views import View
+
+        weights = {}
+        for pair in self.weights or ():
+            name, _, value = pair.rpartition("=")
+            try:
+                weights[name] = float(value)
+            except ValueError:
+                name = ""
+            if not name:
+                raise Misconfigured(f"weight {pair!r}: write it as NAME=W, as alice=0.5")
+        only, without = tuple(self.only or ()), tuple(self.without or ())
+        return View(rule=self.rule, scale=self.scale, lines=self.lines, only=only, without=without, weights=weights)
 
 
 def request(kind: type[R], **fields: object) -> R:

@@ -1,0 +1,139 @@
+"""The merged task vector of a state of adapters: made when it is read, from the chosen models' singular triplets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+
+import torch
+
+from continual.blocks import Columns
+from continual.blocks.factoring import Thin
+from continual.blocks.merged import Merged
+from continual.engine.reading import Reading, Seen
+from continual.engine.views import View
+from continual.executors.contract import Executor, Progress, Task
+from continual.records import TensorSpec
+from continual.rules import ReadOptions, Rule, Size
+from continual.state import State
+from continual.state.format import Commit
+from continual.tensors.thin import sides_of
+
+
+class StoredLayers:
+    """The layers of a record's generation, read when they are asked for (`continual.blocks.Shelf`). Thread-safe. The
+    small arrays are kept."""
+
+    def __init__(self, state: State, commit: Commit) -> None:
+        self._generation = state.generation_of(commit)
+        self._width = state.format.form.width if state.format.form else 0
+        self._columns: dict[str, Columns] = {}
+        self._specs = {spec.name: spec for spec in state.format.tensors if spec.kind not in ("carried", "stack")}
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor that an adapter can change."""
+        return self._specs
+
+    def columns(self, name: str) -> Columns:
+        """The small arrays of a layer. Raises Damaged and Misconfigured."""
+        if name not in self._columns:
+            if self._generation is None or not self._generation.has(name):
+                return Columns.empty(self._width)
+            self._columns[name] = Columns.of(self._generation.read(name, "columns"))
+        return self._columns[name]
+
+    def vectors(self, name: str, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of `u` and of `v` of the chosen columns. Raises Damaged and Misconfigured."""
+        assert self._generation is not None, "columns were chosen"
+        begin, end = min(chosen), max(chosen) + 1
+        places = [column - begin for column in chosen]
+        u, v = (torch.from_numpy(self._generation.read_rows(name, slot, begin, end)[places]) for slot in ("u", "v"))
+        return u, v
+
+
+class BlockReading(Reading):
+    """A state of adapters as it is read by a view."""
+
+    def __init__(
+        self,
+        state: State,
+        rule: Rule,
+        seq: int | None = None,
+        view: View | None = None,
+        options: ReadOptions | None = None,
+    ) -> None:
+        """Raises Misconfigured for a view that the state cannot be read by."""
+        super().__init__(state, rule, seq, options)
+        self.view = view or View()
+        self.rule, self.options = self.view.read_by(rule, self.options)
+        self.shelf = StoredLayers(state, self.commit)
+        self.chosen = self.view.chosen(state, self.commit.seq)
+
+    @cached_property
+    def merged(self) -> Merged:
+        """What the chosen models read as."""
+        found = Merged(self.shelf, self.chosen, self.rule, self.options)
+        self.totals = found.totals
+        return found
+
+    def settle(self, executor: Executor, progress: Progress) -> float:
+        """As of every reading."""
+        if self._factors is None:
+            if self.merged.measures and self.chosen:
+                self.measure(executor, progress)
+            elif self.merged.measures:
+                self.merged.settle({})
+            self._factors = self.merged.factors
+        return self._factors[0]
+
+    def factor(self) -> float | None:
+        """As of every reading."""
+        if self._factors is not None:
+            return self._factors[0]
+        return None if self.merged.measures else self.merged.factors[0]
+
+    def size(self) -> Size:
+        """How long X is, as far as that is known without a pass."""
+        return self.rule.read.size(self.merged.totals)
+
+    def unit(self, spec: TensorSpec) -> torch.Tensor:
+        """X of one tensor, at scale 1."""
+        if spec.name not in self.shelf.specs:
+            return torch.zeros(spec.shape)
+        return self.merged.unit(spec.name).view(spec.shape)
+
+    def vector(self, spec: TensorSpec) -> torch.Tensor:
+        """The merged task vector of one tensor: float32 of the tensor's shape, in new memory."""
+        if spec.name not in self.shelf.specs:
+            return torch.zeros(spec.shape)
+        return self.merged.dense(spec.name).view(spec.shape)
+
+    def thin(self, spec: TensorSpec, rank: int | None = None) -> Thin:
+        """The merged task vector of one tensor as two thin factors, of the largest `rank` singular values where one is
+        given. Only where the rule is `factored`; `settle` comes first."""
+        return self.merged.thin(spec.name, rank)
+
+    def need(self, spec: TensorSpec) -> int:
+        """Bytes that reading one tensor takes at its peak."""
+        m, n = sides_of(spec.shape)
+        columns = self.shelf.columns(spec.name).used if spec.name in self.shelf.specs else 0
+        return 4 * spec.numel + 8 * 4 * columns * (m + n)
+
+    def measure(self, executor: Executor, progress: Progress, seen: Seen | None = None) -> float:
+        """‖X‖ over the whole model; `seen` is given X of each tensor."""
+        specs = list(self.shelf.specs.values())
+        tasks = [Task(spec.name, self.need(spec), partial(self._square_of, spec, seen)) for spec in specs]
+        squares: dict[str, float] = {}
+        progress("measure", 0, len(tasks))
+        for done, (name, square) in enumerate(executor.map(tasks), 1):
+            squares[name] = square
+            progress("measure", done, len(tasks))
+        self.merged.settle(squares)
+        return math.sqrt(math.fsum(squares.values()))
+
+    def _square_of(self, spec: TensorSpec, seen: Seen | None) -> float:
+        if seen is not None:
+            seen(spec, self.unit(spec))
+        return self.merged.square(spec.name)

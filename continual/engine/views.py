@@ -1,0 +1,102 @@
+"""Which models of a state of adapters are read, by which rule and with which weights: a view. It folds nothing."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from continual.errors import Misconfigured
+from continual.rules import ReadOptions, Rule, read_options, rule
+from continual.state import State
+from continual.state.format import FoldCommit
+
+_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How a state of adapters is read, where that is not as the state says.
+
+    `rule`: what is made of the adapters, with its `options`; `scale` and `lines`: how long the result is, by default as
+    that rule has it. `only`: names, paths, keys, record numbers or globs of the models that are read, `without` of
+    those that are not. `weights`: the weight of a model, by the same words; those that are not named have the weight
+    that they were folded with.
+    """
+
+    rule: str | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    scale: str | None = None
+    lines: str | None = None
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def read_by(self, made: Rule, now: ReadOptions) -> tuple[Rule, ReadOptions]:
+        """The rule and the read-time options: `made` and `now`, those of the state, unless this says otherwise. Raises
+        Misconfigured for a rule, an option or a scale that is not known."""
+        name = self.rule or made.name
+        chosen = made if name == made.name and not self.options else rule(name, self.options)
+        before = now if name == made.name else None
+        if before is not None and self.scale is None and self.lines is None:
+            return chosen, before
+        return chosen, read_options(name, self.scale, self.lines, before)
+
+    def chosen(self, state: State, seq: int) -> dict[int, float]:
+        """The numbers of the adapters that are read at record `seq`, with their weights, in the order in which they
+        were folded. Raises Misconfigured for a word that names no model of the merge, and where none is left."""
+        folds = state.ledger.folds(at=seq)
+        kept = _named(folds, self.only, "only") if self.only else {fold.entry.candidate.key for fold in folds}
+        kept -= _named(folds, self.without, "without")
+        weights: dict[str, float] = {}
+        for word, weight in self.weights.items():
+            weights |= dict.fromkeys(_named(folds, (word,), "weight"), weight)
+        if folds and not kept:
+            raise Misconfigured("no model is left to be read: 'only' and 'without' leave none")
+        found: dict[int, float] = {}
+        for fold in folds:
+            key, numbers = fold.entry.candidate.key, fold.entry.numbers
+            if key in kept:
+                assert numbers.block is not None, "a fold of a state of adapters"
+                found[numbers.block] = weights.get(key, 1.0 if numbers.weight is None else numbers.weight)
+        return found
+
+    def described(self) -> dict[str, object]:
+        """What it says, as plain data; nothing where it says nothing."""
+        said = {
+            "rule": self.rule,
+            "options": dict(self.options),
+            "scale": self.scale,
+            "lines": self.lines,
+            "only": list(self.only),
+            "without": list(self.without),
+            "weights": dict(self.weights),
+        }
+        return {key: value for key, value in said.items() if value}
+
+    def check(self, state: State) -> None:
+        """Raises Misconfigured where a state keeps a merge of whole tensors: of that nothing can be chosen."""
+        if state.format.form is None and self != View():
+            raise Misconfigured(
+                f"{state.path} keeps a merge of whole tensors, of which no models can be chosen and no other rule be "
+                "read: only a state made with 'continual init --adapters' is read so"
+            )
+
+
+def _named(folds: Sequence[FoldCommit], words: Sequence[str], what: str) -> set[str]:
+    """The keys of the models that `words` name. Raises Misconfigured for one that names none."""
+    found: set[str] = set()
+    for word in words:
+        mine = {
+            fold.entry.candidate.key
+            for fold in folds
+            if word == str(fold.seq)
+            or fold.entry.candidate.answers(word)
+            or fnmatch.fnmatchcase(fold.entry.candidate.name, word)
+        }
+        if not mine:
+            there = ", ".join(fold.entry.candidate.name for fold in folds[:_NAMED]) or "nothing"
+            more = f" and {len(folds) - _NAMED} more" if len(folds) > _NAMED else ""
+            raise Misconfigured(f"{what} = {word}: no model of the merge is called so; in it are {there}{more}")
+        found |= mine
+    return found
