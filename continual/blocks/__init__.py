@@ -5,6 +5,7 @@ from continual.blocks.columns import MOST, Arrangement, Columns, plan, slots, wi
 from continual.blocks.factoring import Thin
 from continual.blocks.layer import Layer
 from continual.blocks.merged import Merged, recovered
+from continual.blocks.shares import Explaining, Products, Share, Shares
 from continual.blocks.shelf import HeldLayers, Shelf
 from continual.blocks.triplets import Block, triplets
 
@@ -13,9 +14,13 @@ __all__ = [
     "Arrangement",
     "Block",
     "Columns",
+    "Explaining",
     "HeldLayers",
     "Layer",
     "Merged",
+    "Products",
+    "Share",
+    "Shares",
     "Shelf",
     "Thin",
     "plan",

@@ -20,6 +20,9 @@ from continual.rules import Accumulators, Inputs, Rule, Triplets
 from continual.rules.contract import CoreFunctions
 from continual.rules.matrices import sides
 
+_SAFE = 1e3
+"""Up to this condition, a basis by Cholesky is orthonormal to 1e-10."""
+
 
 class Entrant(NamedTuple):
     """One of the chosen models, in the order in which they are folded: its weight, and the totals before it."""
@@ -82,14 +85,14 @@ def thin(rule: Rule, given: Stacked, run: Run, rank: int | None = None) -> Thin:
         return Thin(torch.zeros(m, 0), torch.zeros(n, 0), 0.0)
     assert rule.factored is not None
     if rule.factored.linear(given.spec) or rule.factored.triplets is not None:
-        left, right = _direct(rule, given, run)
+        left, right = direct(rule, given, run)
         if rank is None or rank >= left.shape[1]:
             return _balanced(left, right)
-        (q, upper), (r, lower) = torch.linalg.qr(left), torch.linalg.qr(right)
-        return _of_core(q, upper @ lower.mT, r, rank)
+        one, other = spanned(left.mT), spanned(right.mT)
+        return _of_core(one, one.upper @ other.upper.mT, other, rank)
     assert rule.factored.cores is not None
-    (q, upper), (r, lower) = torch.linalg.qr(given.u.mT), torch.linalg.qr(given.v.mT)
-    return _of_core(q, core(rule.factored.cores, given, run, upper, lower), r, rank)
+    one, other = spanned(given.u), spanned(given.v)
+    return _of_core(one, core(rule.factored.cores, given, run, (one.upper, other.upper)), other, rank)
 
 
 def square(rule: Rule, given: Stacked, run: Run) -> float:
@@ -98,30 +101,43 @@ def square(rule: Rule, given: Stacked, run: Run) -> float:
         return 0.0
     assert rule.factored is not None
     if rule.factored.linear(given.spec) or rule.factored.triplets is not None:
-        left, right = _direct(rule, given, run)
+        left, right = direct(rule, given, run)
         return max(0.0, float(((left.mT @ left) * (right.mT @ right)).sum()))
     assert rule.factored.cores is not None
-    upper, lower = (torch.linalg.qr(side.mT, mode="r").R for side in (given.u, given.v))
-    return float(core(rule.factored.cores, given, run, upper, lower).square().sum())
+    turned = (spanned(given.u).upper, spanned(given.v).upper)
+    return float(core(rule.factored.cores, given, run, turned).square().sum())
 
 
-def core(functions: CoreFunctions, given: Stacked, run: Run, upper: Tensor, lower: Tensor) -> Tensor:
-    """X′, float64: the rule over the cores. `upper` and `lower` are QᵀU and RᵀV, the columns of all models."""
-    slots = functions.slots(len(upper), len(lower))
+def core(functions: CoreFunctions, given: Stacked, run: Run, turned: tuple[Tensor, Tensor]) -> Tensor:
+    """X′, float64: the rule over the cores. `turned` are QᵀU and RᵀV, the columns of all models."""
+    kept, _ = fold_cores(functions, given, run, turned)
+    found: Tensor = functions.read(kept, run.totals, sides(given.spec)).double()
+    return found
+
+
+def fold_cores(
+    functions: CoreFunctions, given: Stacked, run: Run, turned: tuple[Tensor, Tensor]
+) -> tuple[Accumulators, list[Tensor]]:
+    """The rule's accumulators after all models, and the core of each of them, float32; zeros of one that did not touch
+    the layer."""
+    upper, lower = turned
+    slots, taus = functions.slots(len(upper), len(lower)), list[Tensor]()
     kept: Accumulators = {
         slot: torch.zeros(one.shape, dtype=getattr(torch, one.dtype), device=upper.device)
         for slot, one in slots.items()
     }
     for index, entrant in enumerate(run.entrants):
-        if index in given.rows:
-            where = given.rows[index]
-            tau = (upper[:, where] * given.sigma[where] @ lower[:, where].mT).float()
-            kept = functions.fold(kept, tau, Inputs(given.spec, entrant.weight), entrant.before).accumulators
-    found: Tensor = functions.read(kept, run.totals, sides(given.spec)).double()
-    return found
+        where = given.rows.get(index)
+        if where is None:
+            taus.append(torch.zeros(len(upper), len(lower), device=upper.device))
+            continue
+        taus.append((upper[:, where] * given.sigma[where] @ lower[:, where].mT).float())
+        inputs = Inputs(given.spec, entrant.weight)
+        kept = functions.fold(kept, taus[-1].clone(), inputs, entrant.before).accumulators
+    return kept, taus
 
 
-def _direct(rule: Rule, given: Stacked, run: Run) -> tuple[Tensor, Tensor]:
+def direct(rule: Rule, given: Stacked, run: Run) -> tuple[Tensor, Tensor]:
     """The factors of a weighted sum, or those that the rule makes of the triplets itself."""
     assert rule.factored is not None
     if rule.factored.linear(given.spec):
@@ -131,7 +147,10 @@ def _direct(rule: Rule, given: Stacked, run: Run) -> tuple[Tensor, Tensor]:
         return given.u.mT * weights, given.v.mT
     assert rule.factored.triplets is not None
     owner = [index + 1 for index, where in given.rows.items() for _ in range(where.start, where.stop)]
-    return rule.factored.triplets(Triplets(owner, given.u.mT, given.sigma, given.v.mT), run.totals)
+    # a model that was left out has its vectors there still
+    rows = [row for where in given.rows.values() for row in range(where.start, where.stop)]
+    u, sigma, v = (part if len(rows) == len(part) else part[rows] for part in (given.u, given.sigma, given.v))
+    return rule.factored.triplets(Triplets(owner, u.mT, sigma, v.mT), run.totals)
 
 
 def _balanced(left: Tensor, right: Tensor) -> Thin:
@@ -143,11 +162,40 @@ def _balanced(left: Tensor, right: Tensor) -> Thin:
     return Thin((left * factor).float(), (right * back).float(), total)
 
 
-def _of_core(q: Tensor, middle: Tensor, r: Tensor, rank: int | None) -> Thin:
+class Basis(NamedTuple):
+    """An orthonormal basis Q of what K vectors span, as products of them: `rows` (K×m) are the vectors, Q = rowsᵀ·back
+    (K×k) and rowsᵀ = Q·upper (k×K)."""
+
+    rows: Tensor
+    upper: Tensor
+    back: Tensor
+
+
+def spanned(rows: Tensor) -> Basis:
+    """A basis of what float64 vectors span, from their Gram.
+
+    By Cholesky where that is safe, else by eigenvectors, without those directions in which the vectors lie within
+    `linalg.NULL`: no reading has more than that there.
+    """
+    gram = rows @ rows.mT
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if not int(failed):
+        unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        back = torch.linalg.solve_triangular(factor.mT, unit, upper=True)
+        if float(back.norm() * factor.norm()) < _SAFE * len(gram):
+            return Basis(rows, factor.mT, back)
+    values, vectors = torch.linalg.eigh(gram)
+    held = values > linalg.NULL**2 * values[-1]
+    root, vectors = values[held].sqrt(), vectors[:, held]
+    return Basis(rows, root[:, None] * vectors.mT, vectors / root)
+
+
+def _of_core(one: Basis, middle: Tensor, other: Basis, rank: int | None) -> Thin:
     """Q·X′·Rᵀ over the singular values of X′ that are not null, the largest `rank` of them."""
     w, sigma, zh = torch.linalg.svd(middle, full_matrices=False)
     held = int((sigma > linalg.NULL * sigma[0]).sum()) if len(sigma) else 0
     k = held if rank is None else min(rank, held)
     root, total = sigma[:k].sqrt(), float(sigma[:k].square().sum())
     cut = float(sigma[k:held].square().sum())
-    return Thin((q @ (w[:, :k] * root)).float(), (r @ (zh[:k].mT * root)).float(), total, cut)
+    left, right = one.back @ (w[:, :k] * root), other.back @ (zh[:k].mT * root)
+    return Thin((one.rows.mT @ left).float(), (other.rows.mT @ right).float(), total, cut)

@@ -31,10 +31,12 @@ class Merged:
         rule: Rule,
         options: ReadOptions,
         seed: Seed = by_number,
+        figures: Mapping[int, Sums] | None = None,
     ) -> None:
         check(rule, chosen)
         self.shelf, self.chosen, self.rule, self.options = shelf, dict(chosen), rule, options
-        self.run = _run(shelf, self.chosen, rule)
+        self._figures = _figures(shelf, self.chosen, rule) if figures is None else figures
+        self.run = _run(self._figures, self.chosen)
         self._seed = seed
         self._measured: dict[int, object] = {}
         self._parts: tuple[float, float] | None = None
@@ -56,10 +58,9 @@ class Merged:
 
     def square(self, name: str) -> float:
         """‖X‖² of one layer at scale 1."""
-        given = self._stacked(name)
         if self.factored:
-            return square(self.rule, given, self.run)
-        return float(self._dense(given, name).double().square().sum())
+            return square(self.rule, self.stacked(name), self.run)
+        return float(self.unit(name).double().square().sum())
 
     def settle(self, squares: Mapping[str, float] | None = None) -> float:
         """Finds out the factor that X is multiplied by, that of the matrices where there are two. `squares`: what
@@ -88,7 +89,7 @@ class Merged:
     def thin(self, name: str, rank: int | None = None) -> Thin:
         """The merged task vector of one layer as factors, of the `rank` largest singular values where one is given.
         Only of rules that are `factored`."""
-        return thin(self.rule, self._stacked(name), self.run, rank).scaled(self.scale(name))
+        return thin(self.rule, self.stacked(name), self.run, rank).scaled(self.scale(name))
 
     def unit(self, name: str) -> Tensor:
         """X of one layer, at scale 1: float32 of its shape."""
@@ -101,7 +102,26 @@ class Merged:
         """The merged task vector of one layer, float32 of its shape."""
         if self.factored:
             return self.thin(name).dense().view(self.shelf.specs[name].shape)
-        return self._dense(self._stacked(name), name).mul_(self.scale(name))
+        return self.unit(name).mul_(self.scale(name))
+
+    def unit(self, name: str) -> Tensor:
+        """X of one layer at scale 1, float32 of its shape, in new memory."""
+        if self.factored:
+            return thin(self.rule, self.stacked(name), self.run).dense().view(self.shelf.specs[name].shape)
+        measured = [self.measure(number) for number in self.chosen]
+        seeds = [self._seed(number, name) if self.rule.needs.seeded else 0 for number in self.chosen]
+        return elements.dense(self.rule, self.stacked(name), self.run, measured, seeds)
+
+    def stacked(self, name: str) -> Stacked:
+        """The chosen models' triplets in one layer."""
+        return stacked(self.shelf, name, list(self.chosen))
+
+    def without(self, number: int) -> Merged:
+        """The same reading without one of the models."""
+        others = {other: weight for other, weight in self.chosen.items() if other != number}
+        found = Merged(self.shelf, others, self.rule, self.options, self._seed, self._figures)
+        found._measured = self._measured
+        return found
 
     def is_matrix(self, name: str) -> bool:
         """Whether the rule takes this layer for a matrix."""
@@ -112,14 +132,6 @@ class Merged:
         if number not in self._measured:
             self._measured[number] = elements.measure(self.rule, self.shelf, number, self._seed)
         return self._measured[number]
-
-    def _dense(self, given: Stacked, name: str) -> Tensor:
-        measured = [self.measure(number) for number in self.chosen]
-        seeds = [self._seed(number, name) if self.rule.needs.seeded else 0 for number in self.chosen]
-        return elements.dense(self.rule, given, self.run, measured, seeds)
-
-    def _stacked(self, name: str) -> Stacked:
-        return stacked(self.shelf, name, list(self.chosen))
 
 
 def check(rule: Rule, chosen: Mapping[int, float]) -> None:
@@ -144,9 +156,10 @@ def _is_matrix(rule: Rule, spec: TensorSpec) -> bool:
     return rule.read.matrix is not None and rule.read.matrix(spec)
 
 
-def _run(shelf: Shelf, chosen: Mapping[int, float], rule: Rule) -> Run:
-    """The totals before each model and after the last, from the singular values alone."""
-    parts: dict[int, list[Sums]] = {number: [] for number in chosen}
+def _figures(shelf: Shelf, chosen: Mapping[int, float], rule: Rule) -> dict[int, Sums]:
+    """What each model adds to the figures of the whole, from the singular values alone."""
+    start = Sums(matrix_sq=0.0, top_sq=0.0) if rule.read.matrix else Sums()
+    parts = {number: [start] for number in chosen}
     for name, spec in shelf.specs.items():
         columns = shelf.columns(name)
         for number, where in columns.models.items():
@@ -154,10 +167,15 @@ def _run(shelf: Shelf, chosen: Mapping[int, float], rule: Rule) -> Run:
                 sigma = columns.sigma[where].astype(float)
                 total, top = float((sigma * sigma).sum()), float(sigma[0]) ** 2
                 parts[number].append(Sums(total, 0.0, 0.0, *((total, top) if _is_matrix(rule, spec) else ())))
-    start, totals, found = Sums(matrix_sq=0.0, top_sq=0.0) if rule.read.matrix else Sums(), Totals(), []
+    return {number: Sums.total(found) for number, found in parts.items()}
+
+
+def _run(figures: Mapping[int, Sums], chosen: Mapping[int, float]) -> Run:
+    """The totals before each model and after the last."""
+    totals, found = Totals(), []
     for number, weight in chosen.items():
         found.append(Entrant(weight, totals))
-        totals = replace(settle(totals, Sums.total([start, *parts[number]]), weight), merged_sq=0.0)
+        totals = replace(settle(totals, figures[number], weight), merged_sq=0.0)
     return Run(found, totals)
 
 

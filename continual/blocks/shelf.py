@@ -66,6 +66,16 @@ class Stacked(NamedTuple):
         u, sigma, v = (part[where].float() for part in (self.u, self.sigma, self.v))
         return Block(u, sigma, v, float(self.sigma[where].square().sum()), len(sigma))
 
+    def factors(self, index: int) -> tuple[Tensor, Tensor]:
+        """One model's task vector as m×k and n×k, float64; k is 0 where it did not touch the layer."""
+        where = self.rows.get(index, slice(0, 0))
+        return (self.u[where] * self.sigma[where, None]).mT, self.v[where].mT
+
+    def without(self, index: int) -> Stacked:
+        """The same without one of the chosen models; those after it come one earlier. The vectors are shared."""
+        rows = {place - (place > index): where for place, where in self.rows.items() if place != index}
+        return self._replace(rows=rows)
+
 
 def stacked(shelf: Shelf, name: str, chosen: Sequence[int]) -> Stacked:
     """The triplets of the models with these numbers, in this order."""

@@ -163,8 +163,9 @@ def test_the_ridge_of_gram_is_that_of_the_whole_matrix(side: gram.Side, pull: fl
     chosen = dict.fromkeys([1, 2, 3], 1.0)
     made = rule("gram", {"side": side, "pull": pull, "ridge": 0.03})
     merged = Merged(held, chosen, made, ReadOptions("number"))
+    models = dense(held, [1, 2, 3])
     for tensor, expected in read_densely(held, chosen, made, ReadOptions("number")).items():
-        assert distance(merged.dense(tensor), expected) < 1e-5, tensor
+        assert distance(merged.dense(tensor), expected, [model[tensor] for model in models]) < 1e-5, tensor
 
 
 @pytest.mark.parametrize("name", [name for name in FACTORED if "include" in RULES[name].declared])
@@ -289,3 +290,12 @@ def test_nobody_chosen_reads_zero(name: str) -> None:
     for tensor in SPECS:
         assert not merged.dense(tensor).any()
         assert merged.square(tensor) == 0.0
+
+
+@pytest.mark.parametrize("apart", [1e-2, 1e-4, 1e-6, 1e-9])
+@pytest.mark.parametrize("name", FACTORED)
+def test_models_that_are_nearly_twins_read_as_their_batch(name: str, apart: float) -> None:
+    (given,) = adapters("independent", 1)
+    random = torch.Generator().manual_seed(5)
+    other = {n: (left + apart * torch.randn(left.shape, generator=random), right) for n, (left, right) in given.items()}
+    agree(shelf([given, other]), name, [1, 2])
