@@ -91,13 +91,6 @@ class Merged:
         Only of rules that are `factored`."""
         return thin(self.rule, self.stacked(name), self.run, rank).scaled(self.scale(name))
 
-    def unit(self, name: str) -> Tensor:
-        """X of one layer, at scale 1: float32 of its shape."""
-        given = self._stacked(name)
-        if self.factored:
-            return thin(self.rule, given, self.run).dense().view(self.shelf.specs[name].shape)
-        return self._dense(given, name)
-
     def dense(self, name: str) -> Tensor:
         """The merged task vector of one layer, float32 of its shape."""
         if self.factored:
