@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from continual import gates, selection, tuning
+from continual import selection, tuning
 from continual.config import Settings, settings_of
 from continual.engine import combining, planning, unfolding
 from continual.engine.base import open_base, weighted_base
@@ -28,6 +28,7 @@ from continual.engine.engine import Engine
 from continual.engine.outcomes import Outcome, Plan
 from continual.engine.reading import Reading
 from continual.engine.resources import Resources
+from continual.engine.standing import Standing
 from continual.engine.views import View
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress, silent
@@ -42,7 +43,7 @@ from continual.selection import admission
 from continual.selection.steps import Taken
 from continual.sources.roster import openers
 from continual.state import Commit, State, leasing
-from continual.state.entries import Entry, RetryEntry
+from continual.state.entries import Entry
 from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting
 from continual.tensors import BaseModel
@@ -89,6 +90,7 @@ class Merge:
         self._base: BaseModel | None = None
         self._engine: tuple[Settings, Engine] | None = None
         self.places = Places(settings, self.state.format.base.repo, client, openers(settings))
+        self.standing = Standing(self.state, lambda: self.settings)
         self._lengths: dict[str, tuple[float, float]] = {}
         self.releasing = threading.Lock()  # held while a release is on its way: two would write to one place
 
@@ -122,12 +124,12 @@ class Merge:
         if self._engine is None or self._engine[0] is not self.settings:
             device = pick_device(self.settings.device)
             resources = Resources(self.executor, device, locate=self.places.of, stop=self.stopping)
-            self._engine = self.settings, Engine(self.state, self.base, self.rule, gates.make(self.settings), resources)
+            self._engine = self.settings, Engine(self.state, self.base, self.rule, self.standing.gates, resources)
         return self._engine[1]
 
     @property
     def executor(self) -> Local:
-        """Threads of this process, as many and with as much memory as the settings say."""
+        """Threads of this process, within the settings `workers` and `memory`."""
         return Local(self.settings.workers, self.settings.memory)
 
     @property
@@ -149,8 +151,7 @@ class Merge:
         self.state.set_url(url)
 
     def give_up(self) -> None:
-        """Ends what another thread does with this merge: a fold or a round raises Abandoned soon, a wait for the Hub is
-        cut short. Afterwards nothing can be folded any more."""
+        """Ends for good what another thread does: a fold or a round raises Abandoned soon, a wait for the Hub ends."""
         self.stopping.set()
 
     def check(self, models: Iterable[str | Path]) -> None:
@@ -333,9 +334,9 @@ class Merge:
         return folds, commit
 
     def retry(self, word: str) -> list[Commit]:
-        """Has the settled candidates that `word` names (a name, path, key or record number) looked at again, and
-        returns the records of it. Raises Misconfigured if it names none that is settled and not in the merge."""
-        return [self.state.record(entry) for entry in _retries(self.state, word)]
+        """Has the settled candidates that `word` names (a name, path, key or record number) looked at again: the
+        records of it. Raises Misconfigured where none of them is settled and not in the merge."""
+        return [self.state.record(entry) for entry in self.standing.retries(word)]
 
 
 @contextlib.contextmanager
@@ -352,17 +353,3 @@ def _kept(state: State, name: str) -> TensorSpec:
         if spec.name == name and spec.kind != "carried":
             return spec
     raise Misconfigured(f"{name}: the state keeps no such tensor")
-
-
-def _retries(state: State, word: str) -> list[RetryEntry]:
-    """What is to be recorded so that the candidates that `word` names are looked at again."""
-    found = state.ledger.kept_out(word)
-    if not found:
-        raise Misconfigured(
-            f"{word}: no refused or rolled-back candidate of this name, path, key or record number; see 'continual log'"
-        )
-    return [
-        RetryEntry(candidate=commit.entry.candidate, message=f"after record {commit.seq}")
-        for commit in found
-        if commit.entry.candidate is not None
-    ]

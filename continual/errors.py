@@ -16,6 +16,8 @@ setting, and what to do. Which exit code a command ends with for which error is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 REFUSALS = (
     *("pickle", "no-weights", "no-file", "outside", "truncated", "header", "index", "missing-shard", "config", "dtype"),
     *("missing", "shape", "vocab", "prefix", "tied", "name", "adapter-kind", "adapter-target", "moments", "weight"),
@@ -50,11 +52,18 @@ class Skip(ContinualError):
 
 class Refuse(ContinualError):
     """This candidate is not folded. `reason` is one of a few fixed words (`REFUSALS`), which metrics use as a label;
-    the message is for people."""
+    the message is for people.
 
-    def __init__(self, reason: str, message: str) -> None:
+    `by` names the settings of the gate that refused which let such a candidate in when they have another value; the
+    message says which value. `settings` are these with the values that they had, by their whole names: `Gates` writes
+    them down. The candidate is looked at again once one of them has another value.
+    """
+
+    def __init__(self, reason: str, message: str, *, by: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.reason = reason
+        self.by = tuple(by)
+        self.settings: Mapping[str, object] = {}
 
 
 class Halt(ContinualError):

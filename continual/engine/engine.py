@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from continual.engine import standing
 from continual.engine.blocks import BlockFolding, free_number
 from continual.engine.folding import Folding, Terms, run_length
 from continual.engine.outcomes import FoldReport, OpenCandidate, Outcome, known_as
@@ -24,7 +25,7 @@ from continual.gates.lineage import LineageGate, trace
 from continual.gates.weight import WeightGate
 from continual.records import Candidate, Lineage, Totals
 from continual.rules import Rule
-from continual.state import State, Transaction
+from continual.state import Commit, State, Transaction
 from continual.state.entries import FoldEntry, RefuseEntry
 from continual.state.format import FoldCommit
 from continual.state.parts import Relevance
@@ -84,16 +85,21 @@ class Engine:
         with ExitStack() as open_files:
             candidate = None
             try:
-                if (key := place.settled_key) and (known := self.state.ledger.fate(key)):
+                if (key := place.settled_key) and (known := self.settled(key)):
                     return known_as(place.name, known)
                 model = open_model(place)
                 open_files.callback(model.close)
                 candidate = candidate_of(model)
-                if known := self.state.ledger.fate(candidate.key):
+                if known := self.settled(candidate.key):
                     return known_as(candidate.name, known)
                 return then(self.vet(candidate, model))
             except Refuse as refusal:
                 return self._refuse(candidate or unreadable(place), refusal)
+
+    def settled(self, key: str) -> Commit | None:
+        """The record that settled the candidate `key`; None where it is to be looked at: it is new, or was refused by
+        settings that have other values now."""
+        return standing.settled(self.state.ledger, key, self.gates.values)
 
     def vet(self, candidate: Candidate, model: Model) -> Headers:
         """Asks the gates about the headers of a candidate; what they found out. Raises Refuse and Retry."""
@@ -114,7 +120,8 @@ class Engine:
     def lineage(self, model: Model) -> Lineage:
         """How a model that was let in earlier maps to the base. Raises Refuse as `gates.lineage.trace`."""
         gate = dataclasses.replace(self.gates.the(LineageGate), tied="both")  # as it was folded, whatever is said now
-        return trace(self.base, model, gate)
+        with self.gates.told(gate):
+            return trace(self.base, model, gate)
 
     def shipped(self, model: Model, lineage: Lineage) -> Checkpoint | None:
         """The values beside the weights that the rule needs, opened; None if it needs none. Raises Refuse if they are
@@ -185,12 +192,13 @@ class Engine:
         return None if self.state.format.form is None else 4 * opened.candidate.nbytes
 
     def _refuse(self, candidate: Candidate, refusal: Refuse) -> Outcome:
-        if known := self.state.ledger.fate(candidate.key):
+        if known := self.settled(candidate.key):
             return known_as(candidate.name, known)
         entry = RefuseEntry(
             candidate=candidate,
             reason=refusal.reason,
             message=str(refusal),
+            settings=dict(refusal.settings) or None,
         )
         return Outcome("refused", candidate.name, str(refusal), refusal.reason, self.state.record(entry))
 

@@ -21,7 +21,7 @@ def known(engine: Engine, place: Place) -> Outcome | None:
     """The outcome of the candidate at `place` if its fate is settled: the exception may have come after the commit, or
     the candidate was settled in an earlier process. Raises Retry, Skip and Halt."""
     candidate = candidate_at(place)
-    found = engine.state.ledger.fate(candidate.key)
+    found = engine.settled(candidate.key)
     return None if found is None else known_as(candidate.name, found)
 
 

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from continual.gates import Headers
 from continual.records import Candidate, Lineage, Totals
 from continual.state import Commit
+from continual.state.entries import RefuseEntry
 from continual.state.fields import body_of
 from continual.state.parts import FoldNumbers
 from continual.tensors import Model
@@ -93,7 +94,7 @@ class Outcome(NamedTuple):
     def line(self) -> str:
         """What happened, for people, in one line."""
         if self.report is None:
-            return self.message + (retry_of(self.name, self.reason, self.message) if self.fate == "refused" else "")
+            return self.message + (after_that(self.name, self.commit) if self.fate == "refused" else "")
         n = self.report.numbers
         seconds = self.report.seconds.get("total", 0)
         cosine = "" if n.cosine is None else f"cosine {n.cosine:+.3f}, "
@@ -152,10 +153,15 @@ def named(names: Sequence[str], count: int) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {count - _NAMED} more" if count > _NAMED else "")
 
 
-def retry_of(name: str, reason: str | None, message: str) -> str:
-    """What is to be done once a setting that a refusal names was changed; nothing where it names none. What is settled
-    is not looked at again by itself."""
-    if reason is None or not _SETTING.search(message) or f"continual retry {name}" in message:
+def after_that(name: str, refused: Commit) -> str:
+    """What follows once a setting that a refusal names was changed; nothing where it names none. A record of an earlier
+    version does not say which settings it went by: it stands until somebody asks for another look."""
+    entry = refused.entry
+    settings = entry.settings if isinstance(entry, RefuseEntry) else None
+    if settings:
+        return f"; a fold or run with another {' or '.join(settings)} looks at it again"
+    message = entry.message or ""
+    if entry.reason is None or not _SETTING.search(message) or f"continual retry {name}" in message:
         return ""
     return f"; after that: continual retry {name}"
 
@@ -165,5 +171,5 @@ def known_as(name: str, known: Commit) -> Outcome:
     message = f"{name}: already settled as record {known.seq} ({known.entry.fate})"
     if known.entry.message and known.entry.fate != "folded":
         message += f": {known.entry.message}"
-        message += retry_of(name, known.entry.reason, known.entry.message)
+        message += after_that(name, known)
     return Outcome("known", name, message, known.entry.reason, known)

@@ -18,7 +18,7 @@ def plan(engine: Engine, place: Place) -> Plan:
     try:
         with open_model(place) as model:
             candidate = candidate_of(model)
-            if known := engine.state.ledger.fate(candidate.key):
+            if known := engine.settled(candidate.key):
                 message = known_as(candidate.name, known).message
                 return _kept_out(candidate.name, place, "known", message, form=candidate.form)
             seen = engine.gates.at_fold(engine.vet(candidate, model))

@@ -3,14 +3,16 @@ module is one gate."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from continual.config import Settings
-from continual.errors import Misconfigured
+from continual.errors import Misconfigured, Refuse
 from continual.gates.assembly import AssemblyGate
 from continual.gates.contract import (
     AtFold,
@@ -64,7 +66,11 @@ G = TypeVar("G", bound=Gate)
 
 
 class Gates:
-    """The gates of one state, each with its settings. Immutable, so thread-safe."""
+    """The gates of one state, each with its settings. Immutable, so thread-safe.
+
+    `values` has the value of each setting of each gate, by the name under which a person sets it (`vocab`,
+    `gates.lineage.extra`), as JSON holds it.
+    """
 
     def __init__(self, gates: Sequence[Gate]) -> None:
         self._gates = tuple(gates)
@@ -72,34 +78,59 @@ class Gates:
         self._at_fold = [gate for gate in gates if isinstance(gate, AtFold)]
         self._at_tensor = [gate for gate in gates if isinstance(gate, AtTensor)]
         self._at_numbers = [gate for gate in gates if isinstance(gate, AtNumbers)]
+        self.values: Mapping[str, object] = {
+            setting(gate, field.name): _plain(getattr(gate, field.name))
+            for gate in gates
+            for field in dataclasses.fields(gate)
+        }
 
     def at_headers(self, seen: Headers) -> Headers:
         """Asks every gate that looks at headers. Returns what they found out. Raises Refuse of the first that refuses,
         Retry."""
         for gate in self._at_headers:
-            seen = gate.judge(seen) or seen
+            with self.told(gate):
+                seen = gate.judge(seen) or seen
         return seen
 
     def at_fold(self, seen: Headers) -> Headers:
         """Asks every gate that looks at a candidate before its fold. Returns what they found out. Raises as
         `at_headers`."""
         for gate in self._at_fold:
-            seen = gate.judge(seen) or seen
+            with self.told(gate):
+                seen = gate.judge(seen) or seen
         return seen
 
     def at_tensor(self, seen: TensorNumbers) -> None:
         """Asks every gate that looks at one tensor. Raises Refuse of the first that refuses."""
         for gate in self._at_tensor:
-            gate.judge(seen)
+            with self.told(gate):
+                gate.judge(seen)
 
     def at_numbers(self, seen: Numbers) -> None:
         """Asks every gate that looks at the sums of the whole model. Raises Refuse of the first that refuses."""
         for gate in self._at_numbers:
-            gate.judge(seen)
+            with self.told(gate):
+                gate.judge(seen)
+
+    @contextlib.contextmanager
+    def told(self, gate: Gate) -> Iterator[None]:
+        """Writes into a Refuse that is raised in the block the values of the settings that it went by: they are those
+        of `gate`. Raises what the block raises."""
+        try:
+            yield
+        except Refuse as refusal:
+            names = [setting(gate, name) for name in refusal.by]
+            refusal.settings = {name: self.values[name] for name in names}
+            raise
 
     def the(self, kind: type[G]) -> G:
         """The gate of this class, for its settings."""
         return next(gate for gate in self._gates if isinstance(gate, kind))
+
+
+def setting(gate: Gate | type[Gate], field: str) -> str:
+    """The name under which a person sets a field of a gate."""
+    return field if field in Settings.model_fields else f"gates.{gate.name}.{field}"
 
 
 def make(settings: Settings, kinds: Sequence[type[Gate]] = GATES) -> Gates:
@@ -128,3 +159,16 @@ def _made(kind: type[Gate], settings: Settings) -> Gate:
         first = error.errors()[0]
         path = ".".join(str(part) for part in ("gates", kind.name, *first["loc"]))
         raise Misconfigured(f"{path} = {first['input']!r}: {first['msg']}") from None
+
+
+def _plain(value: object) -> object:
+    """A value as JSON holds it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset):
+        return [_plain(item) for item in (value if isinstance(value, Sequence) else sorted(value, key=str))]
+    return str(value)

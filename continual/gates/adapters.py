@@ -47,7 +47,8 @@ def check_brought(
         raise Refuse(
             "adapter-target",
             f"{where}: changes {_some(kept)}, which this state does not fold (exclude of init, or no floats); "
-            "--gate lineage.carried=leave-out folds the rest without it, else make a state that folds it",
+            "gates.lineage.carried = leave-out folds the rest without it; or make a state that folds it",
+            by=("carried",),
         )
     if model.outside and carried == "refuse":
         raise Refuse(

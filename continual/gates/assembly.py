@@ -50,6 +50,6 @@ class AssemblyGate(AtHeaders):
             raise Refuse(
                 "assembly",
                 f"{theirs}: {what}: it computes something else with its weights; gates.assembly.differ = base folds "
-                "the weights alone and keeps the base's settings: set it, then "
-                f"'continual retry {seen.candidate.name}'",
+                "the weights alone and keeps the base's settings",
+                by=("differ",),
             )

@@ -46,6 +46,7 @@ def check_name(seen: Headers) -> None:
             "lineage",
             f"{seen.model.config.where}: base_model_name_or_path = {shown(theirs)} is another model than the base of "
             f"this state, {ours}; if it is the same one under another name, set lineage = shapes",
+            by=("lineage",),
         )
 
 

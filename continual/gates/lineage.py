@@ -92,8 +92,9 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
     if extra and gate.extra == "refuse":
         raise Refuse(
             "extra",
-            f"{model.place}: brings {_some(extra)}, which would stay out of the merge; "
-            "--gate lineage.extra=leave-out lets it in without them",
+            f"{model.place}: brings {_some(extra)}, which the base lacks and the merge would lose; "
+            "gates.lineage.extra = leave-out lets the model in without them",
+            by=("extra",),
         )
     missing = tuple(name for name in specs if name not in found)
     full = not isinstance(model, Adapter)
@@ -183,8 +184,9 @@ def _check_missing(
     if lost and gate.missing == "refuse":
         raise Refuse(
             "missing",
-            f"{model.place}: lacks {_some(lost)} of the base; a fine-tune that left them out can be let in with "
-            "missing = unchanged",
+            f"{model.place}: lacks {_some(lost)} of the base; if the fine-tune left them out "
+            "because it did not train them, missing = unchanged lets it in",
+            by=("missing",),
         )
 
 
@@ -215,7 +217,9 @@ def _common_rows(both: str, shape: tuple[int, ...], spec: TensorSpec, gate: Line
     if not shape or not spec.shape or shape[1:] != spec.shape[1:] or not is_vocabulary(spec.name):
         raise Refuse("shape", f"{both}: not a fine-tune of this base")
     if gate.vocab == "refuse":
-        raise Refuse("vocab", f"{both}: its vocabulary was resized; vocab = common-rows folds the rows both have")
+        raise Refuse(
+            "vocab", f"{both}: its vocabulary was resized; vocab = common-rows folds the rows both have", by=("vocab",)
+        )
     return min(shape[0], spec.shape[0])
 
 

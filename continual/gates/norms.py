@@ -40,7 +40,8 @@ class NormsGate(AtNumbers):
                 "norm-base",
                 f"{seen.name}: the task vector's norm {norm:.4g} is {norm / base if base else math.inf:.3g} times "
                 f"the base's ({base:.4g}), more than max_base_ratio = {self.max_base_ratio:g}: "
-                "a fine-tune of another base, or a damaged one",
+                "a fine-tune of another base, or a damaged one; if it is neither, set a larger max_base_ratio",
+                by=("max_base_ratio",),
             )
         count = seen.totals.count
         if count < 1:
@@ -50,5 +51,7 @@ class NormsGate(AtNumbers):
             raise Refuse(
                 "norm-mean",
                 f"{seen.name}: the task vector's norm {norm:.4g} is {norm / mean:.3g} times the mean of the "
-                f"{count:.0f} folded before ({mean:.4g}); max_mean_ratio = {self.max_mean_ratio:g}",
+                f"{count:.0f} folded before ({mean:.4g}), outside max_mean_ratio = {self.max_mean_ratio:g}; "
+                "if it is meant to be so, set a larger max_mean_ratio",
+                by=("max_mean_ratio",),
             )

@@ -29,4 +29,5 @@ def check_tied(base: BaseModel, model: Adapter, spec: TensorSpec, source: Match)
         f"{model.place}: {changed} changes one of {spec.name} and {other}, which are one table in the base: in use the "
         "other stays as it was, and merged both change. Train it with ensure_weight_tying = true; or set tied = both "
         "to have both changed, or fold it into a state made with 'continual init --tied untie'",
+        by=("tied",),
     )

@@ -25,4 +25,5 @@ class UpdatesGate(AtHeaders):
                 "update",
                 f"{seen.candidate.name}: other files at {seen.candidate.origin} were folded as record {seen.earlier}; "
                 "set updates = add to fold these as well, or publish them under a new name",
+                by=("updates",),
             )

@@ -15,6 +15,8 @@ from continual.tensors import Model, read_json
 
 METADATA = "metadata"
 """The word in the setting `weight` for the metadata of a safetensors header."""
+_BY = ("weight", "weights")
+"""The settings that every refusal here goes by."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,29 @@ class WeightGate(AtFold):
             if not model.place.present(source):
                 raise Refuse(
                     "weight",
-                    f"{file} is not there: the setting weight = {self.weight} takes the model's weight from it",
+                    f"{file} is not there: the setting weight = {self.weight} takes the model's weight from it; write "
+                    f"it, then 'continual retry {name}'; or give {name} a weight in the setting weights",
+                    by=_BY,
                 )
-            found = _within(read_json(model.place, source, "weight"), key)
+            found = _within(self._read(model, source), key)
             value = _float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
         if value is None or not _usable(value):
             raise Refuse(
                 "weight",
-                f"{file}: {key} is {shown(found)}; a weight is a number above 0 (setting weight = {self.weight})",
+                f"{file}: {key} is {shown(found)}; a weight is a number above 0 (setting weight = {self.weight}): "
+                f"correct it, then 'continual retry {name}'; or give {name} a weight in the setting weights",
+                by=_BY,
             )
         return value
+
+    @staticmethod
+    def _read(model: Model, name: str) -> object:
+        """A JSON file beside the model. Raises Refuse, which another setting lifts."""
+        try:
+            return read_json(model.place, name, "weight")
+        except Refuse as refusal:
+            refusal.by = _BY
+            raise
 
 
 def _within(body: object, key: str) -> object:

@@ -69,7 +69,8 @@ def seen(member: Member, score: float, judgement: Judgement | None, options: Rou
 def lost(member: Member, refusal: Refuse) -> MemberFate:
     """The fate of a member whose files are gone, or that the gates on numbers refuse."""
     fate: RowFate = "expired" if refusal.reason == "gone" else "refused"
-    return MemberFate(member.key, member.name, fate, refusal.reason, str(refusal))
+    settings = dict(refusal.settings) or None
+    return MemberFate(member.key, member.name, fate, refusal.reason, str(refusal), settings=settings)
 
 
 def crowded(rows: Sequence[MemberFate], pool: Mapping[str, Waiting], options: RoundOptions) -> list[MemberFate]:

@@ -92,7 +92,7 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._worker = Worker(merge, self.live, self._failures, fresh=self._fresh, halt=self._halt)
         performing = Performing(merge, self.live, self._worker.turns, self._worker.record, sources)
-        self._reloading = Reloading(merge, self._worker.turns, read)
+        self._reloading = Reloading(merge, self._worker.turns, read, sources)
         self._control = Control(merge.state.path, performing.perform, lambda: self.live.doing)
         self._outlets = Outlets(merge, self._failures, self._worker.record, self._worker.gauge)
 

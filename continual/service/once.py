@@ -132,7 +132,7 @@ def _judged(merge: Merge, sight: Sight, place: Place) -> tuple[bool, str]:
     ledger = merge.state.ledger
     if sight.left_out is not None:
         return False, sight.left_out
-    if sight.key is not None and (known := ledger.fate(sight.key)):
+    if sight.key is not None and (known := merge.engine.settled(sight.key)):
         return False, known_as(sight.event.name, known).message
     if sight.key is not None and sight.key in ledger.pool:
         return False, f"{sight.event.name}: waits in the pool"

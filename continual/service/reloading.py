@@ -4,15 +4,17 @@ only at the next start, stands here for every one."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
+from continual import gates
 from continual.api import Merge
 from continual.config import Settings
 from continual.errors import ContinualError
 from continual.service import logs
 from continual.service.control.turns import Turns
+from continual.sources.contract import Source
 
 AT_ONCE = frozenset(
     {
@@ -71,8 +73,15 @@ class Reloading:
     """Reads the settings of a running daemon again, by `read`, and has those that can change changed at a turn of the
     thread that folds."""
 
-    def __init__(self, merge: Merge, turns: Turns, read: Callable[[], Settings] | None) -> None:
+    def __init__(
+        self,
+        merge: Merge,
+        turns: Turns,
+        read: Callable[[], Settings] | None,
+        sources: Sequence[Source] = (),
+    ) -> None:
         self._merge = merge
+        self._sources = sources
         self._turns = turns
         self._read = read
         self._log = structlog.get_logger("continual")
@@ -97,14 +106,26 @@ class Reloading:
         now = sorted(changed & AT_ONCE)
         if {"log_json", "log_level"} & changed:
             logs.configure(json=found.log_json, level=found.log_level)
-        self._log.info("reloaded", changed=now, needs_restart=sorted(changed & AT_START))
+        again = self._reopen() if changed & AT_ONCE else 0
+        more = {"looked_at_again": again} if again else {}
+        self._log.info("reloaded", changed=now, needs_restart=sorted(changed & AT_START), **more)
+
+    def _reopen(self) -> int:
+        """Has the sources give the candidates that were refused by settings which have changed. Returns how many there
+        are."""
+        found = self._merge.standing.reopened()
+        for source in self._sources if found else ():
+            source.reopen(found)
+        return len(found)
 
     def _adopt(self, found: Settings) -> frozenset[str]:
         """Puts the settings that can change in force; returns which differ. Raises Misconfigured, and then nothing has
         changed."""
         before = self._merge.settings
         changed = frozenset(name for name in type(before).model_fields if getattr(found, name) != getattr(before, name))
-        self._merge.settings = before.model_copy(update={name: getattr(found, name) for name in changed & AT_ONCE})
+        wanted = before.model_copy(update={name: getattr(found, name) for name in changed & AT_ONCE})
+        gates.make(wanted)  # other threads ask the merge for its gates: never by settings of which none can be made
+        self._merge.settings = wanted
         try:
             _ = self._merge.engine  # made anew, with gates of the new settings
         except ContinualError:

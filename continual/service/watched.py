@@ -14,5 +14,5 @@ def sources_of(merge: Merge) -> list[Source]:
 
 def wiring_of(merge: Merge) -> Wiring:
     """What sources of this merge are made from."""
-    ledger = merge.state.ledger
-    return Wiring(merge.settings, merge.places, merge.settings.state, ledger.is_settled, ledger.retried())
+    standing, retried = merge.standing, merge.state.ledger.retried()
+    return Wiring(merge.settings, merge.places, merge.settings.state, standing.is_settled, retried, standing.reopened())

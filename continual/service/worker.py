@@ -79,7 +79,7 @@ class Worker:
         if current is not None and current.key == event.key and (current == event or event.revision is not None):
             return
         key = source.key(event)
-        if key is not None and self.merge.state.ledger.is_settled(key):
+        if key is not None and self.merge.standing.is_settled(key):
             source.settled(event, key)
             return
         self.queue.put(event, source)

@@ -104,6 +104,11 @@ class Source(Protocol):
         those of them that are its own once more, though nothing of them has changed."""
         return None
 
+    def reopen(self, candidates: Sequence[Candidate]) -> None:
+        """Hears, as `again`, of candidates that were refused by settings which have other values now: it gives those of
+        them that are its own and that it would still give. The same as `again`, unless the source says otherwise."""
+        self.again(candidates)
+
     def is_gone(self, event: Event) -> bool:  # noqa: ARG002
         """Whether the model of an event is there no more, so that nothing has to be said of it."""
         return False
@@ -135,7 +140,7 @@ class Wiring:
     """What a source is made from.
 
     `state`: the directory of the state; `known` says whether a candidate's key is settled; `retried`: the candidates
-    that a person wants looked at again.
+    that a person wants looked at again; `reopened`: those that were refused by settings which have other values now.
     """
 
     settings: Settings
@@ -143,6 +148,7 @@ class Wiring:
     state: Path
     known: Callable[[str], bool]
     retried: Sequence[Candidate]
+    reopened: Sequence[Candidate] = ()
 
 
 def _fine(_settings: Settings) -> None:

@@ -59,7 +59,8 @@ class HubSource(Source):
         self._pushed = asyncio.Event()
         self._names: dict[str, list[str]] = {}
         self._settled: deque[tuple[str, str | None]] = deque()
-        self._retried = deque(wiring.retried)
+        self._retried = deque((candidate, "retry") for candidate in wiring.retried)
+        self._retried.extend((candidate, self.name) for candidate in wiring.reopened)
         self._failures = 0
         self._refused = 0
         self._due = 0.0
@@ -80,15 +81,21 @@ class HubSource(Source):
 
     def again(self, candidates: Sequence[Candidate]) -> None:
         """Takes up the candidates that a person wants looked at again: no listing may ever show them as new."""
-        self._retried.extend(candidates)
+        self._retried.extend((candidate, "retry") for candidate in candidates)
+        self._pushed.set()
+
+    def reopen(self, candidates: Sequence[Candidate]) -> None:
+        """Takes up candidates that were refused by settings which have changed, as if a listing had shown them: what
+        the settings of the Hub leave out now stays out, and the commit has to be the newest."""
+        self._retried.extend((candidate, self.name) for candidate in candidates)
         self._pushed.set()
 
     def _take_up(self) -> None:
         while self._retried:
-            candidate = self._retried.popleft()
+            candidate, by = self._retried.popleft()
             if candidate.origin.startswith(SCHEME) and candidate.revision:
                 repo = candidate.origin.removeprefix(SCHEME)
-                sighting = Sighting(repo, candidate.revision, self._clock(), 0.0, "retry")
+                sighting = Sighting(repo, candidate.revision, self._clock(), 0.0, by)
                 self.cursor.seen[sighting.key] = sighting
 
     def routes(self) -> list[BaseRoute]:

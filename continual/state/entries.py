@@ -103,11 +103,13 @@ class FoldEntry(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefuseEntry(Entry):
-    """A candidate is kept out: refused, a duplicate, or expired."""
+    """A candidate is kept out: refused, a duplicate, or expired. `settings`: the values of those that the refusal went
+    by; under other values it may be let in."""
 
     kind = "refuse"
     candidate: Candidate
     fate: Fate | None = "refused"
+    settings: Mapping[str, object] | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -190,7 +190,13 @@ class Ledger:
             self._pool[row.key] = waiting._replace(rounds=waiting.rounds + row.judged, last=row)
         elif row.fate == "refused" or row.fate == "expired":
             del self._pool[row.key]
-            refusal = RefuseEntry(candidate=waiting.candidate, fate=row.fate, reason=row.reason, message=row.message)
+            refusal = RefuseEntry(
+                candidate=waiting.candidate,
+                fate=row.fate,
+                reason=row.reason,
+                message=row.message,
+                settings=row.settings,
+            )
             self.refusals.append(dataclasses.replace(commit, entry=refusal))
             self._fates[row.key] = self.refusals[-1]
 

@@ -94,7 +94,7 @@ class MemberFate:
     a trial of the model, or its being in the merge, does to the mean loss of held-out rows, and the standard error of
     that; `z`: their ratio; None where it was not tried, as where the score already is not below zero. `weight`: what
     Frank-Wolfe gave it; `rank`: of those chosen for a rule, which is folded first, from 0. `judged`: 1 if this round
-    counts towards patience.
+    counts towards patience. `settings`: of one that is refused, as in `RefuseEntry`.
     """
 
     key: str
@@ -109,6 +109,7 @@ class MemberFate:
     z: float | None = None
     weight: float | None = None
     rank: int | None = field(default=None, metadata={KEY: "place"})
+    settings: Mapping[str, object] | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

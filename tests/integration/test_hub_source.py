@@ -137,6 +137,55 @@ def test_retry_reads_the_commit_that_it_was(tmp_path: Path, hub: Hub) -> None:
         assert fold.entry.candidate.source == "hub"
 
 
+def _longer(tensors: dict[str, Any]) -> None:
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        tensors[name] = tensors[name][:-2].clone()
+
+
+def test_a_changed_setting_has_what_it_refused_looked_at_again(tmp_path: Path, hub: Hub) -> None:
+    """No listing shows these commits as new again. One after which another came gives way to that."""
+    base = made(tmp_path, hub)
+    for i, name in enumerate(("org/ft", "org/moved")):
+        publish(hub, name, models.fine_tune(base, tmp_path / name, i, change=_longer))
+    with merge(tmp_path / "state", hub, hub=ASKED) as ours:
+        assert {t.outcome.reason for t in once(ours) if t.outcome} == {"vocab"}
+        assert (once(ours), ours.standing.reopened()) == ([], [])
+    hub.commit("org/moved", {"README.md": hubs.card()})
+    with merge(tmp_path / "state", hub, hub=ASKED, vocab="common-rows") as ours:
+        assert len(ours.standing.reopened()) == 2
+        while once(ours):
+            pass
+        assert folded(ours) == ["org/ft", "org/moved"]
+        reasons = [refusal.entry.reason for refusal in ours.state.ledger.refusals]
+        assert reasons == ["vocab", "vocab", "superseded"]
+
+
+def test_what_the_settings_of_the_hub_leave_out_by_now_stays_out(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    publish(hub, "org/ft", models.fine_tune(base, tmp_path / "ft", 1, change=_longer))
+    with merge(tmp_path / "state", hub, hub=ASKED) as ours:
+        take(ours, source_of(ours), 1)
+    with merge(tmp_path / "state", hub, hub=ASKED | {"deny": ("org/ft",)}, vocab="common-rows") as ours:
+        assert len(ours.standing.reopened()) == 1
+        assert once(ours) == []
+        assert folded(ours) == []
+
+
+def test_a_source_that_runs_takes_up_what_a_changed_setting_lets_in(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    publish(hub, "org/ft", models.fine_tune(base, tmp_path / "ft", 1))
+    with merge(tmp_path / "state", hub, hub=ASKED, max_base_ratio=1e-9) as ours:
+        source = source_of(ours)
+        take(ours, source, 1)
+        assert folded(ours) == []
+        ours.settings = ours.settings.model_copy(update={"max_base_ratio": 0.5})
+        source.reopen(ours.standing.reopened())
+        assert [e.source for e in take(ours, source, 1)] == ["hub"]
+        assert folded(ours) == ["org/ft"]
+        source.reopen(ours.standing.reopened())
+        assert len(source.cursor.seen) == 0
+
+
 def test_other_settings_find_what_was_passed_over(tmp_path: Path, hub: Hub) -> None:
     base = made(tmp_path, hub)
     publish(hub, "org/ft", models.fine_tune(base, tmp_path / "a", 1))

@@ -230,6 +230,19 @@ def test_new_files_at_a_folded_place_follow_the_setting(tmp_path: Path, base: Pa
         assert names(merge) == ["alice", "alice"]
 
 
+def test_what_a_round_refused_by_a_setting_waits_again_under_another_value(tmp_path: Path, base: Path) -> None:
+    good = quadratic.good(base, 0)
+    with opened(tmp_path / "state", base, max_base_ratio=1e-9) as merge:
+        fill(merge, good)
+        assert rows(merge.round())["good0"].reason == "norm-base"
+        told = merge.fold(good)
+        assert (told.fate, "another max_base_ratio looks at it again" in told.line()) == ("known", True)
+    with opened(tmp_path / "state", base) as merge:
+        assert merge.fold(good).fate == "deferred"
+        assert merge.why("good0").fate == "deferred"
+        assert rows(merge.round())["good0"].fate == "folded"
+
+
 def test_the_ledger_alone_gives_back_pool_fates_and_history(tmp_path: Path, base: Path) -> None:
     state = tmp_path / "state"
 

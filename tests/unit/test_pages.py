@@ -97,5 +97,5 @@ def test_the_gate_that_the_page_shows_is_one(monkeypatch: pytest.MonkeyPatch) ->
     gate = names["EnoughGate"](most=2)  # type: ignore[call-arg]
     assert isinstance(gate, AtNumbers)
     gate.judge(Numbers("alice", 1.0, 1.0, Totals(count=1.0)))
-    with pytest.raises(Refuse, match="alice: 2 models are in the merge; most = 2"):
+    with pytest.raises(Refuse, match=r"alice: 2 models .* and gates\.enough\.most = 2"):
         gate.judge(Numbers("alice", 1.0, 1.0, Totals(count=2.0)))

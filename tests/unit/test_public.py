@@ -45,7 +45,7 @@ SIGNATURES = {
     "Command": "(argv, key=None, lower=False, timeout=None)",
     "Rows": "(name, file, heads=None, batch=16)",
     "Retry": "(message, after=0.0)",
-    "Refuse": "(reason, message)",
+    "Refuse": "(reason, message, *, by=())",
 }
 """Defaults that are no plain value are left out."""
 RECORDS = {

@@ -49,9 +49,11 @@ def test_a_hangup_changes_what_can_change_and_a_wrong_file_changes_nothing(tmp_p
         line = next(line for line in log.read_text().splitlines() if '"reloaded"' in line)
         assert '"changed": ["keep", "max_base_ratio"]' in line
         assert '"needs_restart": ["rescan"]' in line
+        assert '"looked_at_again": 1' in line
+        until(lambda: status(address)["folds"] == 1, "alice is let in now, and nobody asked for it")
         for name in ("bob", "carol"):
             models.fine_tune(base, watch / name, len(name))
-        until(lambda: status(address)["folds"] == 2, "they are let in now")
+        until(lambda: status(address)["folds"] == 3, "and so are those that come")
         assert status(address)["generations"] == 1
         process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT) == 0

@@ -1,0 +1,91 @@
+"""Which refusals still stand: one that a setting can lift does so only while that setting has the value by which it was
+made, and until somebody asks for another look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from continual import gates
+from continual.config import Settings
+from continual.errors import Misconfigured
+from continual.gates import Gates
+from continual.records import Candidate
+from continual.state import Commit, State
+from continual.state.entries import RefuseEntry, RetryEntry
+from continual.state.ledger import Ledger
+
+Values = Mapping[str, object]
+"""The value of each setting of the gates, by its whole name (`Gates.values`)."""
+
+
+def stands(commit: Commit, now: Values) -> bool:
+    """Whether what settled a candidate settles it still. A record of an earlier version does not say by which settings
+    a refusal went: it stands until somebody asks for another look (`continual retry`)."""
+    entry = commit.entry
+    return not isinstance(entry, RefuseEntry) or all(
+        name in now and now[name] == value for name, value in (entry.settings or {}).items()
+    )
+
+
+def settled(ledger: Ledger, key: str, now: Values) -> Commit | None:
+    """The record that settled the candidate `key`, where it stands; None where it is to be looked at."""
+    known = ledger.fate(key)
+    return known if known is not None and stands(known, now) else None
+
+
+class Standing:
+    """What is settled in a state, by the settings that are in force when it is asked. From any thread."""
+
+    def __init__(self, state: State, settings: Callable[[], Settings]) -> None:
+        self._state = state
+        self._settings = settings
+        self._made: tuple[Settings, Gates] | None = None
+
+    @property
+    def gates(self) -> Gates:
+        """The gates that the settings name now. Raises Misconfigured."""
+        settings = self._settings()
+        made = self._made
+        if made is None or made[0] is not settings:
+            made = self._made = settings, gates.make(settings)
+        return made[1]
+
+    def is_settled(self, key: str) -> bool:
+        """Whether the candidate `key` need not be looked at: it waits in the pool, or its fate is settled and that
+        stands."""
+        ledger = self._state.ledger
+        return ledger.is_settled(key) and ((known := ledger.fate(key)) is None or stands(known, self.gates.values))
+
+    def reopened(self) -> list[Candidate]:
+        """The candidates that were refused by settings which have other values now, oldest first. Of those from one
+        place only the newest counts: what came before it has been replaced. Those that were given by hand are left to
+        whoever gave them."""
+        ledger, now = self._state.ledger, self.gates.values
+        stale = [refusal for refusal in ledger.refusals if not stands(refusal, now)]
+        if not stale:
+            return []
+        newest = {c.entry.candidate.origin: c.entry.candidate.key for c in ledger.log if c.entry.candidate is not None}
+        found: dict[str, Candidate] = {}
+        for refusal in stale:
+            candidate = refusal.entry.candidate
+            if candidate is None or candidate.source == "hand" or newest.get(candidate.origin) != candidate.key:
+                continue
+            if ledger.fate(candidate.key) is refusal:
+                found[candidate.key] = candidate
+        return list(found.values())
+
+    def retries(self, word: str) -> list[RetryEntry]:
+        """What is to be recorded so that the candidates that `word` names are looked at again. Raises Misconfigured if
+        it names none that is settled and not in the merge."""
+        found = self._state.ledger.kept_out(word)
+        if not found:
+            raise Misconfigured(
+                f"{word}: no refused or rolled-back candidate of this name, path, key or record number; "
+                "see 'continual log'"
+            )
+        return [
+            RetryEntry(candidate=commit.entry.candidate, message=f"after record {commit.seq}")
+            for commit in found
+            if commit.entry.candidate is not None
+        ]
