@@ -43,7 +43,7 @@ class FormGate(AtHeaders):
                 f"{model.place}: has {theirs} where the base has {ours}, and this state keeps adapters as they are: "
                 "fold it into a state that was made without --adapters",
             )
-        found, _ = sources(seen.base, model, naming_of(seen.lineage))
+        found, _ = sources(seen.base, model.of(seen.base), naming_of(seen.lineage))
         whole = [name for name in seen.lineage.folded if not is_thin(found[name])]
         if whole:
             listed = ", ".join(whole[:_NAMED]) + (f" and {len(whole) - _NAMED} more" if len(whole) > _NAMED else "")

@@ -16,6 +16,7 @@ from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import Match, naming_of, sources
 from continual.tensors.pieces import Piece
 from continual.tensors.pieces.low_rank import Bias, Factors, Triple
+from continual.tensors.pieces.trained import RowsOf, Trained
 from continual.tensors.vectors import Content, hash_piece
 
 
@@ -40,8 +41,8 @@ class ThinVectors:
     tensor that is folded has to be one that `is_thin`."""
 
     def __init__(self, base: BaseModel, model: Adapter, lineage: Lineage) -> None:
-        self._model = model
-        self._sources, _ = sources(base, model, naming_of(lineage))
+        self._model = model.of(base)
+        self._sources, _ = sources(base, self._model, naming_of(lineage))
 
     def position(self, name: str) -> tuple[int, int]:
         """Where in the adapter's file the layer `name` begins: in this order they are best read."""
@@ -77,12 +78,17 @@ class ThinVectors:
 def is_thin(source: Match) -> bool:
     """Whether what an adapter does to a tensor is a product of thin factors, whatever the values of the base."""
     piece = source.piece
+    while isinstance(piece, Trained | RowsOf) and not piece.needs_base:
+        piece = piece.inner
     return source.full is None and isinstance(piece, Factors | Triple | Bias) and not piece.needs_base
 
 
 def factors(piece: Piece, read: Sequence[Tensor], *, transposed: bool) -> tuple[Tensor, Tensor] | None:
     """The factors of a piece whose tensors are `read`, m×r and n×r in float64: what it adds is left·rightᵀ, its scale
     in the left one. None where it is no product of thin factors."""
+    if isinstance(piece, Trained | RowsOf):
+        pair = None if piece.needs_base else factors(piece.inner, read[: len(piece.inner.names)], transposed=transposed)
+        return None if pair is None else (piece.of_left(pair[0], read), pair[1])
     if isinstance(piece, Bias):
         values = read[0].double().reshape(-1, 1)
         return values * piece.scale, values.new_ones(1, 1)

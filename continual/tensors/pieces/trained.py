@@ -154,8 +154,7 @@ class Trained:
         """As the protocol says."""
         count = len(self.inner.names)
         self.inner.add(read[:count], base, out, transposed=transposed)
-        alpha = 1.0 if self.alpha is None else float(read[count].float().reshape(-1)[0])
-        out.mul_(alpha * self.scale)
+        out.mul_(self._factor(read))
         if self.lengths is None:
             return
         assert base is not None
@@ -167,6 +166,13 @@ class Trained:
         over = [axis for axis in range(out.dim()) if axis != along]
         now = torch.linalg.vector_norm(whole, dim=over, keepdim=True)
         out.copy_(whole.mul_(lengths.reshape(now.shape) / now)).sub_(flat)
+
+    def of_left(self, left: torch.Tensor, read: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The left one of two factors of the whole, from that of what is inside; without lengths."""
+        return left * self._factor(read)
+
+    def _factor(self, read: Sequence[torch.Tensor]) -> float:
+        return self.scale * (1.0 if self.alpha is None else float(read[len(self.inner.names)].float().reshape(-1)[0]))
 
     def _axis(self, shape: tuple[int, ...]) -> int | None:
         return None if self.lengths is None else _along(self.lengths.shape, shape, by_rows=self.by_rows)
@@ -218,7 +224,7 @@ class RowsOf:
     def workspace(self, shape: tuple[int, ...]) -> int:
         """As the protocol says."""
         whole = (self.total, *shape[1:])
-        return self.inner.workspace(whole) + 4 * math.prod(whole)
+        return self.inner.workspace(whole) + 4 * math.prod(whole) + 4 * math.prod(shape)
 
     def add(
         self, read: Sequence[torch.Tensor], base: torch.Tensor | None, out: torch.Tensor, *, transposed: bool
@@ -226,10 +232,11 @@ class RowsOf:
         """As the protocol says."""
         whole = torch.empty(self.total, *out.shape[1:])
         self.inner.add(read, base, whole, transposed=transposed)
-        at = 0
-        for start, stop in self.rows:
-            out[at : at + stop - start] = whole[start:stop]
-            at += stop - start
+        out.copy_(self.of_left(whole, read))
+
+    def of_left(self, left: torch.Tensor, read: Sequence[torch.Tensor]) -> torch.Tensor:
+        """These rows of the left one of two factors, or of the whole."""
+        return torch.cat([left[start:stop] for start, stop in self.rows])
 
 
 def _along(lengths: Sequence[int], shape: Sequence[int], *, by_rows: bool) -> int | None:

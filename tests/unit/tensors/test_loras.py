@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from continual.tensors import Adapter, candidate_of, open_model
+from continual.gates.lineage import LineageGate, trace
+from continual.tensors import Adapter, ThinVectors, candidate_of, open_model
 from continual.tensors.loras.file import CONFIGURATION
 from continual.tensors.loras.layouts import original, unet
+from continual.tensors.matching import naming_of, sources
+from continual.tensors.thin import is_thin
 from tests.helpers import diffusion
-from tests.helpers.adapters import Tensors, refused, task_vectors
+from tests.helpers.adapters import Tensors, based, refused, task_vectors
 from tests.helpers.diffusion import component, factors, kohya, modules, pipeline, product, shapes, written
 
 
@@ -105,6 +108,24 @@ def test_what_is_one_module_in_the_release_and_several_here(bases: dict[str, Pat
         file |= {f"{name}.{ways[0]}.weight": down, f"{name}.{ways[1]}.weight": up}
         wanted |= dict(zip(ours, product(down, up).split(rows), strict=True))
     same(task_vectors(bases["flux"], written(tmp_path / "x", file))[0], wanted, "transformer.")
+
+
+def test_the_factors_themselves(bases: dict[str, Path], tmp_path: Path) -> None:
+    down, up = factors((96, 32), 4, 0)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    file = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(2.0)}
+    path = written(tmp_path / "x", file)
+    whole, _, _ = task_vectors(bases["flux"], path)
+    base = based(bases["flux"])
+    with base.checkpoint, open_model(path) as model:
+        assert isinstance(model, Adapter)
+        lineage = trace(base, model, LineageGate())
+        vectors = ThinVectors(base, model, lineage)
+        thin = {spec.name: vectors.read(spec) for spec in base.specs if spec.name in lineage.folded}
+        assert all(is_thin(found) for found in sources(base, model.of(base), naming_of(lineage))[0].values())
+    assert thin.keys() == whole.keys()
+    for key, found in thin.items():
+        torch.testing.assert_close((found.left @ found.right.T).float(), whole[key], rtol=1e-5, atol=1e-5)
 
 
 def test_halves_that_are_swapped(bases: dict[str, Path], tmp_path: Path) -> None:
