@@ -42,16 +42,17 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
             for spec in state.format.tensors
             if spec.kind != "carried"
         ]
-        parts = []
+        squares: dict[str, float] = {}
         progress("combine", 0, len(tasks))
-        for _, merged_sq in executor.map(tasks):
-            parts.append(merged_sq)
-            progress("combine", len(parts), len(tasks))
+        for name, merged_sq in executor.map(tasks):
+            squares[name] = merged_sq
+            progress("combine", len(squares), len(tasks))
+        transaction.measured(squares)
         folds = tuple(
             BroughtFold(c.entry.candidate, c.entry.digest, _kept(c.entry.numbers)) for c in other.ledger.folds()
         )
         entry = CombineEntry(
-            totals=replace(totals, merged_sq=math.fsum(parts)),
+            totals=replace(totals, merged_sq=math.fsum(squares.values())),
             of=other.id,
             seq=at,
             folds=folds,

@@ -186,10 +186,12 @@ class Engine:
         timed = dataclasses.replace(report, seconds=seconds)
         return Outcome("folded", candidate.name, message, None, commit, timed)
 
-    def _writes(self, opened: OpenCandidate) -> int | None:
-        """About how many bytes a fold writes, None where it is a generation: of an adapter that is kept as it is its
-        factors in float32, in whole chunks."""
-        return None if self.state.format.form is None else 4 * opened.candidate.nbytes
+    def _writes(self, opened: OpenCandidate) -> int:
+        """About how many bytes a fold writes: what is kept of the tensors that it touches; of an adapter that is kept
+        as it is its factors in float32, in whole chunks."""
+        if self.state.format.form is None:
+            return self.state.format.bytes_of(opened.lineage.folded)
+        return 4 * opened.candidate.nbytes
 
     def _refuse(self, candidate: Candidate, refusal: Refuse) -> Outcome:
         if known := self.settled(candidate.key):

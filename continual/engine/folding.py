@@ -17,10 +17,11 @@ import torch
 from blake3 import blake3
 
 from continual.engine.resources import Resources
+from continual.engine.untouched import Ahead, square_of
 from continual.executors.contract import Progress, Task
 from continual.gates import Gates, TensorNumbers
 from continual.records import Lineage, TensorSpec, Totals
-from continual.rules import Counts, Folded, Inputs, Pass, Rule, Sums
+from continual.rules import Counts, Folded, Inputs, Pass, Rule, Sums, last_out
 from continual.state import Transaction
 from continual.tensors import TaskVectors
 from continual.tensors.vectors import RUN, Content
@@ -95,25 +96,34 @@ class Folding:
 
     def run(self, specs: Sequence[TensorSpec], lineage: Lineage, progress: Progress) -> dict[str, TensorFold]:
         """Puts every tensor of `specs` through the rule, several at a time; what each gave, by name. Raises Refuse,
-        Retry, Abandoned."""
+        Retry, Abandoned.
+
+        Tensors that the candidate leaves as they are come first: there is nothing to read where ‖X‖² of them is known.
+        """
         self._vectors.begin()
         changed = set(lineage.folded)
-        tasks = [self._task(spec, changes=spec.name in changed) for spec in self._in_file_order(specs)]
         found: dict[str, TensorFold] = {}
-        progress("fold", 0, len(tasks))
+        tasks: list[Task[TensorFold]] = []
+        progress("fold", 0, len(specs))
+        for spec in self._in_file_order(specs):
+            if spec.name in changed:
+                tasks.append(self._task(spec))
+            elif (square := self._transaction.square(spec.name)) is not None:
+                found[spec.name] = self._left(spec, square)
+            else:
+                tasks.append(Task(spec.name, need(self._rule, spec, None), partial(self._left, spec)))
         for name, tensor in self._resources.executor.map(tasks):
             found[name] = tensor
-            progress("fold", len(found), len(tasks))
+            progress("fold", len(found), len(specs))
+        self._transaction.measured({name: tensor.sums.merged_sq for name, tensor in found.items()})
         return found
 
     def _in_file_order(self, specs: Sequence[TensorSpec]) -> list[TensorSpec]:
         return sorted(specs, key=lambda spec: self._vectors.position(spec.name))
 
-    def _task(self, spec: TensorSpec, *, changes: bool) -> Task[TensorFold]:
-        """The work of one tensor. `changes`: the candidate changes it; else only its norm is needed."""
+    def _task(self, spec: TensorSpec) -> Task[TensorFold]:
+        """The work of one tensor that the candidate has."""
         vectors = self._vectors
-        if not changes:
-            return Task(spec.name, need(self._rule, spec, None), partial(self._untouched, spec))
         by_parts = self._by_experts if spec.kind == "stack" else self._whole
         run = self._by_runs if self._rule.fold.elementwise(spec) else by_parts
         return Task(
@@ -142,6 +152,10 @@ class Folding:
         started = time.perf_counter()
         inputs = self._inputs(spec)
         tau, digest, nbytes = self._vectors.vector(spec.name)
+        if self._is_nothing(tau):
+            return self._left(spec)._replace(
+                digest=digest, nbytes=nbytes, seconds={"read": time.perf_counter() - started}
+            )
         if self._rule.needs.shipped is not None:
             content = Content()
             inputs = inputs._replace(moments=self._moments(spec, 0, content))
@@ -151,9 +165,7 @@ class Folding:
         folded = self._apply(inputs, tau)
         self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums.tau_sq))
         computed = time.perf_counter()
-        if folded.sums.tau_sq == 0.0 and self._rule.needs.shipped is None:
-            self._transaction.keep(spec.name)
-        else:
+        if not self._kept(spec, folded.sums):
             for slot, value in folded.accumulators.items():
                 self._transaction.write(spec.name, slot, value.to("cpu").contiguous().numpy())
         seconds = {"read": read - started, "rule": computed - read, "write": time.perf_counter() - computed}
@@ -166,11 +178,14 @@ class Folding:
         inputs = self._inputs(spec)._replace(spec=one)
         slots = self._rule.slots(one)
         clock, content, shipped = _Clock(), Content(), Content()
-        reading = self._vectors.experts(spec, content)
+        reading = Ahead(self._vectors.experts(spec, content), self._is_nothing)
+        if reading.nothing:
+            clock.ends("read")
+            return self._left(spec)._replace(digest=content.digest(), nbytes=content.nbytes, seconds=clock.seconds)
         found: list[Folded] = []
         for values in self._transaction.parts(spec.name, spec.experts):
             clock.ends("write")
-            tau = next(reading)
+            tau = reading.next(one.shape)
             start = len(found) * one.numel
             here = inputs._replace(start=start)
             if self._rule.needs.shipped is not None:
@@ -180,13 +195,12 @@ class Folding:
             folded = self._apply_in_place(accumulators, tau, here, spec.name)
             found.append(folded._replace(accumulators={}))
             clock.ends("rule")
-        next(reading, None)
+        reading.end()
         sums = Sums.total([folded.sums for folded in found])
         digest, nbytes = content.digest(), content.nbytes
         if self._rule.needs.shipped is not None:
             digest, nbytes = blake3(digest + shipped.digest()).digest(), nbytes + shipped.nbytes
-        elif sums.tau_sq == 0.0:
-            self._transaction.keep(spec.name)
+        self._kept(spec, sums)
         clock.ends("write")
         return TensorFold(digest, sums, tuple(folded.notes for folded in found if folded.notes), nbytes, clock.seconds)
 
@@ -203,11 +217,14 @@ class Folding:
         inputs = self._inputs(spec)
         clock = _Clock()
         content = Content()
-        reading = self._vectors.runs(spec.name, content)
+        reading = Ahead((tau for _, _, tau in self._vectors.runs(spec.name, content)), self._is_nothing)
+        if reading.nothing:
+            clock.ends("read")
+            return self._left(spec)._replace(digest=content.digest(), nbytes=content.nbytes, seconds=clock.seconds)
         parts: list[Sums] = []
-        for start, _, values in self._transaction.runs(spec.name, self._vectors.run):
+        for start, stop, values in self._transaction.runs(spec.name, self._vectors.run):
             clock.ends("write")
-            _, stop, tau = next(reading)
+            tau = reading.next((stop - start,))
             here = inputs._replace(start=start)
             if self._rule.needs.shipped is not None:
                 here = here._replace(moments=self._vectors.moments(spec.name, start, stop, content).to(self._device))
@@ -215,10 +232,9 @@ class Folding:
             accumulators = {slot: torch.from_numpy(value) for slot, value in values.items()}
             parts.append(self._apply_in_place(accumulators, tau, here, spec.name).sums)
             clock.ends("rule")
-        next(reading, None)
+        reading.end()
         sums = Sums.total(parts)
-        if sums.tau_sq == 0.0 and self._rule.needs.shipped is None:
-            self._transaction.keep(spec.name)
+        self._kept(spec, sums)
         clock.ends("write")
         return TensorFold(content.digest(), sums, (), content.nbytes, clock.seconds)
 
@@ -235,26 +251,37 @@ class Folding:
                 accumulators[slot].copy_(value)
         return folded
 
-    def _untouched(self, spec: TensorSpec) -> TensorFold:
-        """Folds a tensor that the candidate leaves as it is: a zero task vector changes no accumulator. The rule is
-        asked only for its norm."""
-        if spec.kind == "stack":
-            sums = self._untouched_stack(spec)
-        else:
-            inputs = Inputs(spec, self._terms.weight, measured=self.measured)
-            sums = self._apply(inputs, torch.zeros(spec.shape)).sums
-        self._transaction.keep(spec.name)
-        return TensorFold(b"", sums, (), 0, {})
+    def _is_nothing(self, tau: torch.Tensor) -> bool:
+        """Whether folding `tau`, all of a tensor or part of it, changes nothing: it is zero, and nothing was shipped
+        for it."""
+        return self._rule.needs.shipped is None and not bool(tau.any())
 
-    def _untouched_stack(self, spec: TensorSpec) -> Sums:
-        inputs = Inputs(spec.expert, self._terms.weight, measured=self.measured)
-        slots = self._rule.slots(spec.expert)
-        parts: list[Sums] = []
-        for values in self._transaction.before(spec.name, spec.experts):
-            kept = {slot: torch.from_numpy(v).view(slots[slot].shape).to(self._device) for slot, v in values.items()}
-            tau = torch.zeros(inputs.spec.shape, device=self._device)
-            parts.append(self._rule.fold.apply(kept, tau, inputs, self._terms.totals).sums)
-        return Sums.total(parts)
+    def _left(self, spec: TensorSpec, square: float | None = None) -> TensorFold:
+        """A tensor whose task vector is zero: that changes no accumulator (ops/decisions/0040). `square` is ‖X‖² where
+        the caller knows it. Where the last model is taken out, what rounding left becomes exact zeros."""
+        self._resources.go_on(self._terms.name)
+        if self._is_last_out:
+            self._transaction.clear(spec.name)
+            square = 0.0
+        else:
+            self._transaction.keep(spec.name)
+            square = self._transaction.square(spec.name) if square is None else square
+            if square is None:
+                inputs = Inputs(spec, self._terms.weight, measured=self.measured)
+                square = square_of(self._transaction, self._rule, inputs, self._terms.totals, self._device)
+        figure = 0.0 if self._rule.read.matrix is not None and self._rule.read.matrix(spec) else None
+        return TensorFold(b"", Sums(merged_sq=square, matrix_sq=figure, top_sq=figure), (), 0, {})
+
+    def _kept(self, spec: TensorSpec, sums: Sums) -> bool:
+        """Whether the transforms before the rule left nothing of a task vector. The tensor is kept as it was then."""
+        nothing = sums.tau_sq == 0.0 and self._rule.needs.shipped is None and not self._is_last_out
+        if nothing:
+            self._transaction.keep(spec.name)
+        return nothing
+
+    @property
+    def _is_last_out(self) -> bool:
+        return last_out(self._terms.totals, self._terms.weight)
 
     def _apply(self, inputs: Inputs, tau: torch.Tensor) -> Folded:
         name = inputs.spec.name
@@ -320,5 +347,5 @@ def need(rule: Rule, spec: TensorSpec, vectors: TaskVectors | None) -> int:
 
 
 def state_bytes(rule: Rule, specs: Sequence[TensorSpec]) -> int:
-    """Bytes of one generation, without its metadata."""
+    """Bytes of what is kept of these tensors, without metadata."""
     return sum(slot.nbytes for spec in specs if spec.kind != "carried" for slot in rule.slots(spec).values())

@@ -58,7 +58,7 @@ def _fitting(engine: Engine, opened: OpenCandidate, place: Place) -> Plan:
         message="fits this base",
         passes=passes,
         read_bytes=int(passes * once) + (shipped.nbytes if shipped else 0),
-        disk_bytes=state_bytes(rule, engine.base.specs),
+        disk_bytes=state_bytes(rule, [specs[name] for name in lineage.folded]),
         memory_bytes=peak(engine.executor, [need(rule, specs[name], vectors) for name in lineage.folded]),
         folded=len(lineage.folded),
         matrices=kinds.count("matrix"),

@@ -21,7 +21,7 @@ from continual.rules.contract import (
 from continual.rules.options import NoOptions, Option
 from continual.rules.registry import ROWS, RULES, read_options, rule
 from continual.rules.scale import ReadOptions, Size
-from continual.rules.sums import settle, together
+from continual.rules.sums import last_out, settle, together
 
 __all__ = [
     "ROWS",
@@ -45,6 +45,7 @@ __all__ = [
     "Size",
     "Sums",
     "Triplets",
+    "last_out",
     "read_options",
     "rule",
     "settle",

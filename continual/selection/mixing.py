@@ -136,10 +136,16 @@ class Mixing:
             def one(spec: TensorSpec) -> float:
                 contents = {key: Content() for key in entering if spec.name in files[key].lineage.folded}
                 layer = self._layers[spec.name]
+                stays = wanted.keep[layer] == 1.0 and not any(
+                    add[layer] for key, add in wanted.add.items() if spec.name in files[key].lineage.folded
+                )
+                if stays and not contents and (square := transaction.square(spec.name)) is not None:
+                    transaction.keep(spec.name)
+                    return square
                 found = self.vector(wanted, files, spec, contents)
                 for key, content in contents.items():
                     parts[key][spec.name] = content.digest()
-                if wanted.keep[layer] == 1.0 and not any(add[layer] for add in wanted.add.values()):
+                if stays:
                     transaction.keep(spec.name)
                 else:
                     transaction.write(spec.name, SLOT, found.numpy())
@@ -150,6 +156,7 @@ class Mixing:
             for name, square in self._engine.executor.map(tasks):
                 squares[name] = square
                 progress("fold", len(squares), len(tasks))
+            transaction.measured(squares)
             for opened_member in files.values():
                 opened_member.model.check_unchanged()
             digests = {key: files[key].vectors.digest(parts[key]) for key in entering}

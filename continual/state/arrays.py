@@ -226,6 +226,32 @@ def nothing(spec: SlotSpec) -> Array:
     return np.zeros(spec.shape, spec.dtype)
 
 
+def write_zeros(directory: Path, spec: SlotSpec) -> list[str]:
+    """Writes the chunks of an array of zeros below `directory`, as `write` would; returns their CRCs. Not synced.
+
+    The values are a hole in the file, which the file system reads as zeros and keeps no block for.
+    """
+    size, names = chunk_bytes(spec), chunk_names(spec)
+    checksum = _crc_of_zeros(size)
+    for name in names:
+        fd = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            os.lseek(fd, size, os.SEEK_SET)
+            write_all(fd, checksum.to_bytes(4, "little"))
+        finally:
+            os.close(fd)
+    return [f"{checksum:08x}"] * len(names)
+
+
+@functools.cache
+def _crc_of_zeros(size: int) -> int:
+    """The CRC of `size` bytes that are all zero."""
+    block, checksum = bytes(min(size, 1 << 20)), 0
+    for start in range(0, size, 1 << 20):
+        checksum = _crc(checksum, block[: size - start])
+    return checksum
+
+
 def read(directory: Path, spec: SlotSpec, checksums: Sequence[str]) -> Array:
     """The array below `directory`. Raises as `Reader` does."""
     return read_rows(directory, spec, checksums, 0, spec.shape[0]) if spec.rows else _whole(directory, spec, checksums)

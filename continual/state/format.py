@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -113,7 +113,11 @@ class Format:
     @property
     def generation_bytes(self) -> int:
         """Bytes of all accumulators, without metadata and checksums; of a sparse state, the most that it can have."""
-        return sum(slot.nbytes for slots in self.slots.values() for slot in slots.values())
+        return self.bytes_of(self.slots)
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """Bytes of the accumulators of these tensors."""
+        return sum(slot.nbytes for name in names for slot in self.slots[name].values())
 
     def body(self) -> dict[str, object]:
         """As format.json holds it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from continual.errors import Damaged, Misconfigured
-from continual.records import KEY, SlotSpec
+from continual.records import KEY, OMITTED, SlotSpec
 from continual.state import arrays, framing, names
 from continual.state.arrays import Array
 from continual.state.durable import environment
@@ -34,10 +34,12 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Receipts:
-    """What receipts.json says: of each group, by its path, the CRC of its zarr.json; of each array its receipt."""
+    """What receipts.json says: of each group, by its path, the CRC of its zarr.json; of each array its receipt;
+    `squares`: tensor name to ‖X‖² of what the rule keeps of it. Earlier versions have written none."""
 
     groups: Mapping[str, str]
     arrays: Mapping[str, Receipt]
+    squares: Mapping[str, float] | None = field(default=None, metadata={OMITTED: True})
 
 
 def node(slot: str, name: str) -> str:

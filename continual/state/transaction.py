@@ -50,6 +50,7 @@ class Transaction:
         self._before = before
         self._on_step = on_step
         self._receipts: dict[str, Receipt] = {}
+        self._squares: dict[str, float] = {}
         self._lock = threading.Lock()
         self._done = False
         groups = ["", *sorted({node(slot, "x").split("/")[0] for slot in form.slot_names})]
@@ -187,14 +188,12 @@ class Transaction:
 
         What was written for it in this transaction is dropped. What has no arrays gets none.
         """
-        if self._form.sparse and (self._before is None or not self._before.has(name)):
+        if self._before is None or not self._before.has(name):
+            self.clear(name)
             return
         for slot, spec in self._form.slots[name].items():
             path = node(slot, name)
             shutil.rmtree(self.directory / path, ignore_errors=True)
-            if self._before is None:
-                self.write(name, slot, arrays.nothing(spec))
-                continue
             with environment(f"cannot write tensor {name}"):
                 (self.directory / path).mkdir()
                 chunks = arrays.chunk_names(spec)[: len(self._before.receipt(path).chunks)]
@@ -202,6 +201,29 @@ class Transaction:
                     os.link(self._before.directory / path / file, self.directory / path / file)
             with self._lock:
                 self._receipts[path] = self._before.receipt(path)
+
+    def clear(self, name: str) -> None:
+        """All that is kept of the tensor is zeros from here on: where arrays may be missing, it has none. What was
+        written for it in this transaction is dropped."""
+        for slot, spec in self._form.slots[name].items():
+            shutil.rmtree(self.directory / node(slot, name), ignore_errors=True)
+            if self._form.sparse:
+                continue
+            with environment(f"cannot write tensor {name}"):
+                self._receive(name, slot, arrays.write_zeros(self._place(name, slot), spec))
+
+    def square(self, name: str) -> float | None:
+        """‖X‖² of the tensor before this fold, as `measured` was told then; None where an earlier version wrote the
+        generation. Raises Damaged and Misconfigured as `Generation.load`."""
+        if self._before is None:
+            return 0.0
+        return (self._before.receipts.squares or {}).get(name)
+
+    def measured(self, squares: Mapping[str, float]) -> None:
+        """‖X‖² of tensors after this fold, by name: the next one asks `square` for it. What is no finite number is not
+        kept."""
+        with self._lock:
+            self._squares.update({name: square for name, square in squares.items() if math.isfinite(square)})
 
     def seal(self) -> Generation:
         """Ends writing without a commit: the generation can be what another transaction begins on, and no record will
@@ -215,7 +237,7 @@ class Transaction:
         lacking = expected ^ self._receipts.keys()
         assert not (self._receipts.keys() - expected if self._form.sparse else lacking), sorted(lacking)[:3]
         with environment(f"cannot write {self.directory}"):
-            data, checksum = framing.encode(body_of(Receipts(self._groups, self._receipts)))
+            data, checksum = framing.encode(body_of(Receipts(self._groups, self._receipts, self._squares or None)))
             write_bytes(self.directory / RECEIPTS, data)
         return Generation(self.directory, self._form, checksum)
 
