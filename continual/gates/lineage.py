@@ -170,7 +170,8 @@ def _check_missing(
             "not a fine-tune of this base",
         )
     unknown = [Left(name, model.tensors[name].shape) for name in extra if name in model.tensors]
-    pair = same_after_all([Left(s.name, s.shape) for s in missing], unknown, family)
+    lefts = [Left(s.name, s.shape) for s in missing if s.name not in fresh or is_vocabulary(s.name)]
+    pair = same_after_all(lefts, unknown, family)
     if pair is not None:
         ours, theirs = pair
         raise Refuse(

@@ -6,6 +6,7 @@ What becomes of that is for gates/lineage.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -15,14 +16,15 @@ from continual.tensors.renaming import canonical
 
 _HEADS = frozenset(
     (
+        "answer_head",
         "auxiliary_head",
         "bbox_embed",
         "bbox_predictor",
         "class_embed",
         "class_predictor",
         "classification_head",
-        "classifier",
         "cls",
+        "ctc_proj",
         "decode_head",
         "denoising_class_embed",
         "discriminator_predictions",
@@ -30,27 +32,32 @@ _HEADS = frozenset(
         "enc_score_head",
         "fc",
         "fc_norm",
+        "final_proj",
         "generator_lm_head",
         "generator_predictions",
         "head",
         "heads",
+        "label_embeddings_concat",
+        "label_embs_concat",
+        "layer_norm_for_extract",
         "lm_head",
         "lm_loss",
         "logits_proj",
+        "mask_token",
         "pooler",
+        "pre_classifier",
+        "pred_layer",
+        "predictions",
         "project_hid",
         "project_q",
-        "quantizer",
-        "final_proj",
-        "label_embs_concat",
-        "pre_classifier",
-        "predictions",
         "projection_head",
         "projector",
         "qa_outputs",
+        "quantizer",
         "score",
         "segmentation_head",
         "seq_relationship",
+        "speaker_proj",
         "summary",
         "text_projection",
         "v_head",
@@ -61,8 +68,16 @@ _HEADS = frozenset(
         "vocab_transform",
     )
 )
-"""Parts of names that are heads of a task, or what pools for one. A fine-tune for another task leaves out the base's,
-and brings its own, perhaps of the same shape: these are two weights."""
+"""Parts of names that are heads of a task, or what pools for one, beside all in which there is the word classifier. A
+fine-tune for another task leaves out the base's, and brings its own, perhaps of the same shape: these are two weights.
+"""
+_PIXELS = re.compile(r"decoder(?:\.\d+)?\.(?:weight|bias)")
+"""The last layer of ModernBERT's head of words, and of vision transformers that paint what was masked."""
+_DECODERS: Mapping[str, tuple[str, ...]] = {
+    "vit_mae": ("decoder",),
+    "videomae": ("decoder", "encoder_to_decoder", "position_embeddings"),
+}
+"""First parts of names of what paints pictures in pretraining, and has layers, by `model_type`."""
 _SPARE = frozenset(("pooler", "seq_relationship"))
 """Heads that many classes do not have and some have beside their own."""
 _OUTPUTS = frozenset(
@@ -107,7 +122,7 @@ def same_after_all(missing: Iterable[Left], extra: Iterable[Left], family: str) 
     for left in extra:
         name = canonical(left.name, family)
         layer = _layer(name)
-        head = not layer and not _HEADS.isdisjoint(name.split("."))
+        head = bool(_head_of(name, family))
         found = layers.get(layer) or (words if head and is_vocabulary(left.name) else {} if head else shapes).get(
             left.shape
         )
@@ -129,7 +144,7 @@ def of_another_task(
         return ()
     found = []
     for spec in missing:
-        head = _head_of(canonical(spec.name, family))
+        head = _head_of(canonical(spec.name, family), family)
         if head and (ours != theirs or head.rpartition(".")[2] in _SPARE or "seq_relationship" in spec.name):
             found.append(spec.name)
     return tuple(found)
@@ -147,7 +162,7 @@ def of_another_size(
     other: set[str] = set()
     heads: dict[str, list[str]] = {}
     for name, shape in shapes.items():
-        head = "" if reads and is_vocabulary(name) else _head_of(canonical(name, family))
+        head = "" if reads and is_vocabulary(name) else _head_of(canonical(name, family), family)
         if head:
             heads.setdefault(head, []).append(name)
             ours = specs[name].shape
@@ -183,11 +198,13 @@ def _layer(name: str) -> str:
     return "" if at is None else ".".join(parts[: at + 1])
 
 
-def _head_of(name: str) -> str:
+def _head_of(name: str, family: str) -> str:
     """What stands in a name up to its last part that is a head, where no layer's number comes before; else empty."""
     parts = name.split(".")
+    if parts[0] in _DECODERS.get(family, ()) or _PIXELS.fullmatch(name):
+        return parts[0]
     end = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-    at = [i for i, part in enumerate(parts[:end]) if part in _HEADS or part.endswith("classifier")]
+    at = [i for i, part in enumerate(parts[:end]) if part in _HEADS or "classifier" in part]
     return ".".join(parts[: at[-1] + 1]) if at else ""
 
 

@@ -82,12 +82,16 @@ def naming(base: BaseModel, model: Checkpoint | Adapter, where: str) -> Naming:
 
 
 def _tower(base: BaseModel, model: Checkpoint | Adapter) -> Naming | None:
-    """The naming of one tower of the base that was published alone: two towers of a base have layers of one name, so
-    that names alone do not tell which one it is."""
-    stem = "" if isinstance(model, Adapter) else alone(model.config)
-    if not stem or any(name.startswith(stem) for name in names_of(model)):
+    """The naming of one tower of the base that was published alone, or of a base that is such a tower: both towers of a
+    whole model have layers of one name, so that names alone do not tell which one it is."""
+    if isinstance(model, Adapter):
         return None
-    return Naming((stem, "")) if any(spec.name.startswith(stem) for spec in base.specs) else None
+    theirs, ours = names_of(model), [spec.name for spec in base.specs]
+    if (stem := alone(model.config)) and not any(name.startswith(stem) for name in theirs):
+        return Naming((stem, "")) if any(name.startswith(stem) for name in ours) else None
+    if (stem := alone(base.checkpoint.config)) and not any(name.startswith(stem) for name in ours):
+        return Naming(("", stem)) if any(name.startswith(stem) for name in theirs) else None
+    return None
 
 
 def naming_of(lineage: Lineage) -> Naming:

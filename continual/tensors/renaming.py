@@ -53,11 +53,12 @@ _DENSE: Pairs = (
     (".output.dense.", ".mlp.fc2."),
 )
 _VIT: Pairs = ((".encoder.layer.", ".layers."), *_TWICE, *_DENSE)
+_PAINTS: Pairs = ((".decoder_encoder.layer.", ".decoder_layers."),)
 _SPARSE: Pairs = ((".block_sparse_moe.", ".mlp."),)
 _FAMILIES: Mapping[str, Pairs] = {
-    **dict.fromkeys(
-        ("vit", "deit", "beit", "audio-spectrogram-transformer", "ijepa", "vit_mae", "vit_msn", "vivit"), _VIT
-    ),
+    **dict.fromkeys(("vit", "deit", "beit", "audio-spectrogram-transformer", "ijepa", "vivit"), _VIT),
+    "vit_mae": (*_VIT, *_PAINTS),
+    "vit_msn": ((".vit.", "."), *_VIT),  # transformers 5 writes its layers without what stands before the rest
     **dict.fromkeys(
         ("dinov2", "dinov2_with_registers"), (*_TWICE, _DENSE[0], (".mlp.weights_out.", ".mlp.down_proj."))
     ),

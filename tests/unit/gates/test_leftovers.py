@@ -158,6 +158,18 @@ def _classes(count: int, head: str = "classifier") -> Tensors:
             ("BertForMaskedLM", LAYER | WORDS | POOLER), ("BertForMaskedLM", LAYER | WORDS), POOLER, id="files of more"
         ),
         pytest.param(
+            ("ModernBertForMaskedLM", LAYER | {"decoder.bias": torch.zeros(9)}),
+            ("ModernBertForTokenClassification", LAYER | _classes(2)),
+            {"decoder.bias": torch.zeros(9)},
+            id="a head that is called decoder",
+        ),
+        pytest.param(
+            ("ViTModel", LAYER | {"bert.pooler.dense.bias": torch.zeros(768)}),
+            ("ViTForMaskedImageModeling", LAYER | {"decoder.0.bias": torch.zeros(768)}),
+            {"bert.pooler.dense.bias": torch.zeros(768)},
+            id="another head of its shape",
+        ),
+        pytest.param(
             ("Wav2Vec2ForPreTraining", LAYER | {"quantizer.codevectors": torch.ones(1, 4, 2)}),
             ("Wav2Vec2ForCTC", LAYER | _classes(5, "lm_head")),
             {"quantizer.codevectors": torch.ones(1, 4, 2)},
@@ -229,6 +241,17 @@ def test_a_head_for_other_classes_stays_out_and_is_listed(
     assert set(lineage.unchanged) == set(stay)
     assert set(lineage.folded) == {*LAYER, *theirs} - set(stay)
     assert not lineage.lacking
+
+
+def test_what_paints_in_pretraining_may_be_missing(tmp_path: Path) -> None:
+    painter = {"decoder.decoder_layers.0.output.dense.weight": torch.ones(4, 4), "decoder.head.bias": torch.ones(4)}
+    pretrained = ("VideoMAEForPreTraining", LAYER | painter)
+    classifier = ("VideoMAEForVideoClassification", LAYER | _classes(2))
+    assert of_classes(tmp_path, pretrained, classifier, family="videomae").lacking == tuple(sorted(painter))
+    (tmp_path / "base").rename(tmp_path / "first")
+    (tmp_path / "ft").rename(tmp_path / "second")
+    with pytest.raises(Refuse, match="decoder_layers"):
+        of_classes(tmp_path, pretrained, classifier, family="bart")
 
 
 def test_heads_for_other_classes_can_be_refused(tmp_path: Path) -> None:

@@ -178,6 +178,15 @@ def test_one_tower_of_a_base_that_was_published_alone(models: Any) -> None:
         folded(whole, text)
 
 
+def test_a_whole_model_for_a_base_that_is_one_tower(models: Any) -> None:
+    whole, _ = models("clip")
+    text, _ = models("clip_text")
+    _, taus, lineage = folded(text, whole)
+    assert lineage.prefix == ("", "text_model.")
+    assert taus.keys() == load_file(text / "model.safetensors").keys()
+    assert lineage.extra == tuple(sorted(n for n in load_file(whole / "model.safetensors") if "text_model." not in n))
+
+
 def test_the_text_model_of_a_base_that_sees(models: Any, tmp_path: Path) -> None:
     """As tools that train the text alone write it: nothing of the text is lost, and the rest is missing."""
     path, _ = models("gemma3")
