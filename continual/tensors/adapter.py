@@ -7,6 +7,7 @@ matching.py.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
 
@@ -95,6 +96,12 @@ class Adapter:
     def of(self, base: BaseModel) -> Adapter:  # noqa: ARG002
         """The same adapter, with its pieces for this base. Raises Refuse where that cannot be."""
         return self
+
+    def with_pieces(self, pieces: Mapping[str, Piece], weights: Checkpoint) -> Adapter:
+        """The same open files with other pieces, made from tensors of `weights`. One of the two is closed."""
+        other = copy.copy(self)
+        other.pieces, other.weights = dict(pieces), weights
+        return other
 
     @property
     def tying(self) -> bool:

@@ -78,7 +78,7 @@ class Fields:
     def _take(self, body: Mapping[str, object]) -> None:
         self.body: Mapping[str, object] = body
         self.kind = self.body.get("peft_type")
-        self.saved = self._names("modules_to_save")
+        self.saved = self.names("modules_to_save")
         """Names of the modules whose whole weights are beside the factors."""
 
     def only(self, understood: frozenset[str]) -> None:
@@ -131,18 +131,19 @@ class Fields:
         """A table of numbers by patterns of modules' names. Raises Refuse (`config`)."""
         return self._patterns(key, _number)
 
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of names, empty where there is none. Raises Refuse (`config`)."""
+        body = self.body.get(key) or []
+        if not isinstance(body, list) or any(not isinstance(name, str) for name in body):
+            raise Refuse("config", f"{self.where}: {key} = {shown(body)} is no list of names")
+        return tuple(body)
+
     def _patterns(self, key: str, check: Callable[[str, str, object], T]) -> Patterns[T]:
         body = self.body.get(key) or {}
         if not isinstance(body, dict):
             raise Refuse("config", f"{self.where}: {key} = {shown(body)} is no table")
         values = {pattern: check(self.where, f"{key}[{shown(pattern)}]", value) for pattern, value in body.items()}
         return Patterns(values, self.where, key)
-
-    def _names(self, key: str) -> tuple[str, ...]:
-        body = self.body.get(key) or []
-        if not isinstance(body, list) or any(not isinstance(name, str) for name in body):
-            raise Refuse("config", f"{self.where}: {key} = {shown(body)} is no list of names")
-        return tuple(body)
 
 
 def _rank(where: str, key: str, value: object) -> int:

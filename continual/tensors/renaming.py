@@ -55,6 +55,15 @@ _DENSE: Pairs = (
 _VIT: Pairs = ((".encoder.layer.", ".layers."), *_TWICE, *_DENSE)
 _PAINTS: Pairs = ((".decoder_encoder.layer.", ".decoder_layers."),)
 _SPARSE: Pairs = ((".block_sparse_moe.", ".mlp."),)
+_GRANITE: Pairs = (
+    (".block_sparse_moe.input_linear.weight.", ".block_sparse_moe.experts.gate_up_proj."),
+    (".block_sparse_moe.output_linear.weight.", ".block_sparse_moe.experts.down_proj."),
+    (".block_sparse_moe.router.layer.", ".block_sparse_moe.router."),
+)
+_ARIA: Pairs = (
+    (".mlp.experts.fc1.weight.", ".mlp.experts.gate_up_proj."),
+    (".mlp.experts.fc2.weight.", ".mlp.experts.down_proj."),
+)
 _FAMILIES: Mapping[str, Pairs] = {
     **dict.fromkeys(("vit", "deit", "beit", "audio-spectrogram-transformer", "ijepa", "vivit"), _VIT),
     "vit_mae": (*_VIT, *_PAINTS),
@@ -74,6 +83,8 @@ _FAMILIES: Mapping[str, Pairs] = {
     "mixtral": _SPARSE,
     "minimax": _SPARSE,
     "minimax_m2": _SPARSE,
+    **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), _GRANITE),
+    **dict.fromkeys(("aria", "aria_text"), _ARIA),
     "gpt_neox": ((".embed_out.", ".lm_head."),),
 }
 """Old and new parts of a name, tried in this order, by `model_type`."""

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from continual.errors import Refuse
-from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
@@ -97,28 +96,19 @@ class Repacked(Checkpoint):
             super().prefetch(piece)
 
 
-def in_layout_of(base: BaseModel, model: Checkpoint | Adapter) -> Checkpoint | Adapter:
-    """The candidate, its experts packed or one by one as they are in the base; an adapter with its pieces for the base;
-    a model in the layout of the base is returned as it is.
+def checkpoint_in_layout_of(base: BaseModel, model: Checkpoint) -> Checkpoint:
+    """The candidate, its experts packed or one by one as they are in the base; a model in the layout of the base is
+    returned as it is. Raises Refuse as `repacked`."""
+    return repacked(base, model)[0]
+
+
+def repacked(base: BaseModel, model: Checkpoint) -> tuple[Checkpoint, tuple[tuple[str, str], ...]]:
+    """The same, and what of the base's tensors lies otherwise in the candidate, as (base's, candidate's), `*` for the
+    number of an expert.
 
     Raises Refuse: `missing` naming an expert that is not there, `dtype` or `shape` where experts of a layer differ,
     `prefix` where a weight is there in both layouts.
     """
-    return model.of(base) if isinstance(model, Adapter) else _repacked(base, model)[0]
-
-
-def checkpoint_in_layout_of(base: BaseModel, model: Checkpoint) -> Checkpoint:
-    """The same of a checkpoint."""
-    return _repacked(base, model)[0]
-
-
-def repackings(base: BaseModel, model: Checkpoint | Adapter) -> tuple[tuple[str, str], ...]:
-    """What of the base's tensors lies otherwise in the candidate, as (base's, candidate's), `*` for the number of an
-    expert."""
-    return () if isinstance(model, Adapter) else _repacked(base, model)[1]
-
-
-def _repacked(base: BaseModel, model: Checkpoint) -> tuple[Checkpoint, tuple[tuple[str, str], ...]]:
     if isinstance(model, Repacked):
         return model, ()
     ours = base.checkpoint.tensors.values()

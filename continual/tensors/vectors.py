@@ -21,9 +21,10 @@ from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import TORCH, Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
+from continual.tensors.layouts import checkpoint_in_layout_of, in_layout_of
 from continual.tensors.matching import Match, naming_of, sources
 from continual.tensors.pieces import Piece
-from continual.tensors.repacking import checkpoint_in_layout_of, in_layout_of
+from continual.tensors.pieces.stacks import Gathered, Stacked, runs_of
 
 RUN = 1 << 18
 """Elements read at a time: the four buffers of a thread, 1 MiB in float32, stay in its cache."""
@@ -151,12 +152,7 @@ class TaskVectors:
             content.shipped.update(_raw(read))
             content.nbytes += read.nbytes
             values[:given] = read
-            if not (float(values[:given].min()) >= 0.0 and math.isfinite(float(values[:given].max()))):
-                raise Refuse(
-                    "moments",
-                    f"{self._shipped.where}: {info.name} has values that are negative or not finite; "
-                    "what weighs has to be at least 0",
-                )
+            _check_moments(values[:given], f"{self._shipped.where}: {info.name}")
         return values
 
     def runs(
@@ -172,6 +168,13 @@ class TaskVectors:
         """
         spec, source = self._specs[name], self._sources[name]
         product = None
+        if isinstance(source.piece, (Stacked, Gathered)) and into is None and not _together(source):
+            assert isinstance(self._model, Adapter)
+            read = self._model.read(source.piece)
+            if content is not None:
+                hash_piece(self._model, source, read, content)
+            yield from runs_of(source.piece, read, spec.shape, self._ranges(spec.numel, share), self._buffer)
+            return
         if source.piece is not None:
             product = into if into is not None and source.full is None else torch.empty(spec.numel)
             self._piece(spec, source, product, content)
@@ -204,7 +207,9 @@ class TaskVectors:
         if source.piece is not None:
             read = [self._weights.tensors[part] for part in source.piece.names]
             need += sum(info.nbytes + 4 * math.prod(info.shape) for info in read)
-            need += 4 * spec.numel if source.full or not whole else 0
+            one_by_one = isinstance(source.piece, (Stacked, Gathered)) and not _together(source)
+            added = math.prod(spec.shape[1:]) if one_by_one else spec.numel
+            need += 4 * added if source.full or not whole else 0
             shape = self._shape(spec, source)
             need += source.piece.workspace(shape)
             need += 4 * math.prod(shape) * ((shape != spec.shape) + 2 * source.piece.needs_base)
@@ -296,6 +301,17 @@ class TaskVectors:
             buffer = torch.empty(self.run)
             setattr(self._buffers, use, buffer)
         return buffer.view(dtype)[:count]
+
+
+def _together(source: Match) -> bool:
+    """Whether what an adapter adds to a stack has to be multiplied out for all experts at once."""
+    assert source.piece is not None
+    return source.full is not None or bool(source.again) or source.piece.needs_base
+
+
+def _check_moments(values: torch.Tensor, what: str) -> None:
+    if not (float(values.min()) >= 0.0 and math.isfinite(float(values.max()))):
+        raise Refuse("moments", f"{what} has values that are negative or not finite; what weighs has to be at least 0")
 
 
 def hash_piece(model: Adapter, source: Match, read: Sequence[torch.Tensor], content: Content) -> None:

@@ -18,6 +18,7 @@ from continual.outside import shown
 from continual.tensors.adapter_config import Fields
 from continual.tensors.header import TensorInfo
 from continual.tensors.pieces.contract import Module, Piece, possible, roles_of, unfit
+from continual.tensors.pieces.stacks import TARGETS, FactorPair, Wrapped, bare, levels, targeted
 from continual.tensors.pieces.tokens import TOKENS, Tokens, indices_of
 
 A, B, BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
@@ -207,9 +208,9 @@ class Triple:
 
 
 class Lora:
-    """LoRA as PEFT has it, with `use_dora`, `lora_bias`, `bias` and `trainable_token_indices`."""
+    """LoRA as PEFT has it, with `use_dora`, `lora_bias`, `bias`, `trainable_token_indices` and `target_parameters`."""
 
-    keys = _ADAPTED | {"use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias"} | {TOKENS}
+    keys = _ADAPTED | {"use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias"} | {TOKENS, TARGETS}
     roles = (A, B, BIAS, MAGNITUDE, _ROWS, _COLUMNS, "token_adapter.trainable_tokens_delta")
 
     def pieces(self, fields: Fields, modules: Mapping[str, Module]) -> dict[str, Piece]:
@@ -221,22 +222,31 @@ class Lora:
         adapted = [_outer(name) for name, found in modules.items() if rows not in found]
         ranks, alphas = fields.ranks("rank_pattern").of(adapted), fields.numbers("alpha_pattern").of(adapted)
         tokens = indices_of(fields, TOKENS, [name for name in modules if rows in modules[name]])
+        wrapped = targeted(fields, {name: found for name, found in modules.items() if found.keys() == {A, B}})
         pieces: dict[str, Piece] = {}
         for name, found in sorted(modules.items()):
-            weight = _weight_of(name, modules)
             if rows in found:
+                weight = f"{name}.weight"
                 (info,) = roles_of(fields, weight, found, (rows,))
                 pieces[weight] = Tokens.of(fields, weight, info, tokens[name])
-                continue
-            r = ranks.get(_outer(name), rank)
-            scale = alphas.get(_outer(name), alpha) / (math.sqrt(r) if by_root else r)
-            if name.endswith(_PROJECTED):
-                scale *= 2  # PEFT adds it twice, in training and in use as well as on merging
-            pieces[weight] = factors = _factors(fields, weight, found, (r, scale))
-            if BIAS in found:
-                if factors.embedding:
-                    raise Refuse("adapter-kind", f"{fields.place}: {found[BIAS].name}: an embedding has no bias")
-                pieces[f"{weight.removesuffix('weight')}bias"] = Bias(str(fields.place), found[BIAS], scale)
+            elif bare(name) not in wrapped:
+                r = ranks.get(_outer(name), rank)
+                scale = alphas.get(_outer(name), alpha) / (math.sqrt(r) if by_root else r)
+                if name.endswith(_PROJECTED):
+                    scale *= 2  # PEFT adds it twice, in training and in use as well as on merging
+                pieces.update(_linear(fields, _weight_of(name, modules), found, (r, scale)))
+        for module, params in wrapped.items():
+            within = levels(module, modules)
+            r = ranks.get(module, rank)
+            plain: Mapping[str, Piece] | Refuse
+            try:
+                setting = (r, alphas.get(module, alpha) / (math.sqrt(r) if by_root else r))
+                weight = f"{module}.weight"
+                plain = _linear(fields, weight, modules[module], setting) if within == (module,) else {}
+            except Refuse as refusal:
+                plain = refusal
+            pairs = tuple(FactorPair(modules[level][A], modules[level][B]) for level in within)
+            pieces[f"{module}.weight"] = Wrapped(str(fields.place), module, pairs, params, plain)
         return pieces
 
 
@@ -251,6 +261,17 @@ def _weight_of(module: str, modules: Mapping[str, Module]) -> str:
     if module + _PROJECTED in modules:
         return f"{module}.in_proj_weight"
     return f"{module.removesuffix(_PROJECTED)}.out_proj.weight" if module.endswith(_PROJECTED) else f"{module}.weight"
+
+
+def _linear(fields: Fields, weight: str, found: Module, setting: tuple[int, float]) -> dict[str, Piece]:
+    """What the factors of a linear layer are added to; `setting` is their rank and scale."""
+    factors = _factors(fields, weight, found, setting)
+    if BIAS not in found:
+        return {weight: factors}
+    if factors.embedding:
+        raise Refuse("adapter-kind", f"{fields.place}: {found[BIAS].name}: an embedding has no bias")
+    bias = Bias(str(fields.place), found[BIAS], setting[1])
+    return {weight: factors, f"{weight.removesuffix('weight')}bias": bias}
 
 
 class AdaLora:

@@ -79,7 +79,6 @@ def test_a_configuration_rewritten_while_it_is_read(tmp_path: Path) -> None:
         {"bias": "vera_only"},
         {"layer_replication": [[0, 2], [1, 3]]},
         {"trainable_token_indices": [1, 2]},
-        {"target_parameters": ["mlp.experts.gate_up_proj"]},
         {"use_qalora": True},
         {"alora_invocation_tokens": [1]},
         {"megatron_config": {"tensor_parallel": 2}},
