@@ -8,6 +8,7 @@ from continual.errors import Refuse
 from continual.gates.contract import AtHeaders, Headers
 from continual.tensors import Adapter
 from continual.tensors.kept import is_kept
+from continual.tensors.layouts import in_layout_of
 from continual.tensors.matching import naming_of, sources
 from continual.tensors.thin import is_thin
 
@@ -36,14 +37,7 @@ class FormGate(AtHeaders):
                 "without --adapters, or extract a LoRA adapter from it and publish that",
             )
         assert seen.lineage is not None, "the gate on lineage comes first"
-        if seen.lineage.repackings:
-            ours, theirs = seen.lineage.repackings[0]
-            raise Refuse(
-                "form",
-                f"{model.place}: has {theirs} where the base has {ours}, and this state keeps adapters as they are: "
-                "fold it into a state that was made without --adapters",
-            )
-        found, _ = sources(seen.base, model.of(seen.base), naming_of(seen.lineage))
+        found, _ = sources(seen.base, in_layout_of(seen.base, model), naming_of(seen.lineage))
         whole = [name for name in seen.lineage.folded if not is_thin(found[name])]
         if whole:
             listed = ", ".join(whole[:_NAMED]) + (f" and {len(whole) - _NAMED} more" if len(whole) > _NAMED else "")

@@ -21,7 +21,7 @@ from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 from continual.tensors.pieces import Piece
 from continual.tensors.pieces.low_rank import Factors
-from continual.tensors.pieces.stacks import FactorPair, Gathered, Share, Stacked, Wrapped
+from continual.tensors.pieces.stacks import FactorPair, Gathered, Share, StackFactors, Wrapped
 from continual.tensors.renaming import canonical, family_of
 from continual.tensors.repacking import DOWN, EXPERTS, FUSED, TRIPLES, UP, by_input, one_of
 from continual.tensors.slices import Slice, WithSlices
@@ -248,7 +248,7 @@ def _of_stack(
     if len(shape) == 2:
         return {f"{piece.module}.{name}": Factors(piece.where, pair.a, pair.b, rank, scale)}
     if not parts:
-        return {f"{piece.module}.{name}": Stacked(piece.where, pair, shape[0], rank, scale, turned)}
+        return {f"{piece.module}.{name}": StackFactors(piece.where, pair, shape[0], rank, scale, turned)}
     found: dict[str, Piece] = {}
     held = pair.a.nbytes + pair.b.nbytes
     # B·A of a linear layer: its B has the rows. Where A's columns are the rows, the two change places

@@ -13,6 +13,7 @@ from torch import Tensor
 from continual.records import Lineage, TensorSpec
 from continual.tensors.adapter import Adapter
 from continual.tensors.kinds import BaseModel
+from continual.tensors.layouts import in_layout_of
 from continual.tensors.matching import Match, naming_of, sources
 from continual.tensors.pieces import Piece
 from continual.tensors.pieces.low_rank import Bias, Factors, Triple
@@ -41,8 +42,10 @@ class ThinVectors:
     tensor that is folded has to be one that `is_thin`."""
 
     def __init__(self, base: BaseModel, model: Adapter, lineage: Lineage) -> None:
-        self._model = model.of(base)
-        self._sources, _ = sources(base, self._model, naming_of(lineage))
+        found = in_layout_of(base, model)
+        assert isinstance(found, Adapter)
+        self._model = found
+        self._sources, _ = sources(base, found, naming_of(lineage))
 
     def position(self, name: str) -> tuple[int, int]:
         """Where in the adapter's file the layer `name` begins: in this order they are best read."""

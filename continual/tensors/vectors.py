@@ -24,7 +24,7 @@ from continual.tensors.kinds import BaseModel
 from continual.tensors.layouts import checkpoint_in_layout_of, in_layout_of
 from continual.tensors.matching import Match, naming_of, sources
 from continual.tensors.pieces import Piece
-from continual.tensors.pieces.stacks import Gathered, Stacked, runs_of
+from continual.tensors.pieces.stacks import Gathered, StackFactors, runs_of
 
 RUN = 1 << 18
 """Elements read at a time: the four buffers of a thread, 1 MiB in float32, stay in its cache."""
@@ -168,7 +168,7 @@ class TaskVectors:
         """
         spec, source = self._specs[name], self._sources[name]
         product = None
-        if isinstance(source.piece, (Stacked, Gathered)) and into is None and not _together(source):
+        if isinstance(source.piece, (StackFactors, Gathered)) and into is None and not _together(source):
             assert isinstance(self._model, Adapter)
             read = self._model.read(source.piece)
             if content is not None:
@@ -207,7 +207,7 @@ class TaskVectors:
         if source.piece is not None:
             read = [self._weights.tensors[part] for part in source.piece.names]
             need += sum(info.nbytes + 4 * math.prod(info.shape) for info in read)
-            one_by_one = isinstance(source.piece, (Stacked, Gathered)) and not _together(source)
+            one_by_one = isinstance(source.piece, (StackFactors, Gathered)) and not _together(source)
             added = math.prod(spec.shape[1:]) if one_by_one else spec.numel
             need += 4 * added if source.full or not whole else 0
             shape = self._shape(spec, source)

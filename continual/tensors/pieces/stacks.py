@@ -75,7 +75,7 @@ class Wrapped:
 
 
 @dataclass(frozen=True, slots=True)
-class Stacked:
+class StackFactors:
     """scale·B·A for each of `experts` in one tensor. `by_input`: the tensor has them as in × out."""
 
     where: str
@@ -199,7 +199,7 @@ class Gathered:
 
 
 def runs_of(
-    piece: Stacked | Gathered,
+    piece: StackFactors | Gathered,
     read: Sequence[torch.Tensor],
     shape: tuple[int, ...],
     ranges: Iterable[tuple[int, int]],

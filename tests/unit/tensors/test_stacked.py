@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from continual.gates.lineage import LineageGate, trace
-from continual.tensors import TaskVectors, open_model
+from continual.tensors import Adapter, TaskVectors, ThinVectors, open_model
 from continual.tensors.vectors import Content
 from tests.helpers import models
 from tests.helpers.adapters import Tensors, based, plain, refused, task_vectors
@@ -83,6 +83,16 @@ def test_a_stack_is_made_one_expert_at_a_time_and_in_runs_alike(tmp_path: Path) 
         model.check_unchanged()
 
 
+def thin(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The factors of each expert, as a state that keeps adapters takes them."""
+    origin = based(path / "base")
+    with origin.checkpoint, open_model(path / "packed") as model:
+        assert isinstance(model, Adapter)
+        lineage = trace(origin, model, LineageGate())
+        reader = ThinVectors(origin, model, lineage)
+        return {spec.name: reader.read(spec)[:2] for spec in origin.specs if spec.name in lineage.folded}
+
+
 @pytest.mark.parametrize("by_input", [False, True])
 def test_experts_one_by_one_get_their_own_factors(by_input: bool, tmp_path: Path) -> None:
     """The digest is that of an adapter of each expert by itself: the same model twice is a duplicate."""
@@ -117,6 +127,7 @@ def test_experts_one_by_one_get_their_own_factors(by_input: bool, tmp_path: Path
             single[f"base_model.model.{HEAD}.{number}.{role}.lora_B.weight"] = b[rows].clone(
                 memory_format=torch.contiguous_format
             )
+    assert all(torch.allclose(left @ right.mT, found[name].double()) for name, (left, right) in thin(tmp_path).items())
     again, _, same = task_vectors(tmp_path / "base", plain(tmp_path / "single", single))
     assert all(torch.equal(again[name], found[name]) for name in found)
     assert same == digest
