@@ -8,8 +8,8 @@ from continual.errors import Refuse
 from continual.gates.contract import AtHeaders, Headers
 from continual.tensors import Adapter
 from continual.tensors.kept import is_kept
-from continual.tensors.layouts import in_layout_of
 from continual.tensors.matching import naming_of, sources
+from continual.tensors.same_layout import in_layout_of
 from continual.tensors.thin import is_thin
 
 _NAMED = 5

@@ -16,10 +16,10 @@ from continual.tensors import Adapter, BaseModel, Checkpoint, Place, TensorInfo
 from continual.tensors.buffers import is_buffer, is_computed
 from continual.tensors.checkpoint import FLOATS
 from continual.tensors.kinds import is_vocabulary
-from continual.tensors.layouts import in_layout_of, repackings
 from continual.tensors.leftovers import Left, of_an_adapter, of_another_size, of_another_task, same_after_all
 from continual.tensors.matching import Match, names_of, naming, renamings, sources
 from continual.tensors.renaming import family_of
+from continual.tensors.same_layout import in_layout_of, repackings
 
 _NAMED = 5
 """Names of tensors that a message lists."""

@@ -21,10 +21,10 @@ from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import TORCH, Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
-from continual.tensors.layouts import checkpoint_in_layout_of, in_layout_of
 from continual.tensors.matching import Match, naming_of, sources
 from continual.tensors.pieces import Piece
 from continual.tensors.pieces.stacks import Gathered, StackFactors, runs_of
+from continual.tensors.same_layout import checkpoint_in_layout_of, in_layout_of
 
 RUN = 1 << 18
 """Elements read at a time: the four buffers of a thread, 1 MiB in float32, stay in its cache."""

@@ -15,8 +15,8 @@ __all__ = ["checkpoint_in_layout_of", "in_layout_of", "repackings"]
 
 
 def in_layout_of(base: BaseModel, model: Checkpoint | Adapter) -> Checkpoint | Adapter:
-    """The candidate, its experts packed or one by one as they are in the base, an adapter with its pieces for the base; a
-    model in the layout of the base is returned as it is. It shares the files of `model`.
+    """The candidate, its experts packed or one by one as they are in the base, an adapter with its pieces for the base;
+    a model in the layout of the base is returned as it is. It shares the files of `model`.
 
     Raises Refuse: `missing` naming an expert that is not there, `dtype` or `shape` where experts of a layer differ,
     `prefix` where a weight is there in both layouts; of an adapter as `settled`.
