@@ -127,7 +127,10 @@ def test_experts_one_by_one_get_their_own_factors(by_input: bool, tmp_path: Path
             single[f"base_model.model.{HEAD}.{number}.{role}.lora_B.weight"] = b[rows].clone(
                 memory_format=torch.contiguous_format
             )
-    assert all(torch.allclose(left @ right.mT, found[name].double()) for name, (left, right) in thin(tmp_path).items())
+    assert all(
+        torch.allclose(left @ right.mT, found[name].double(), atol=1e-5)
+        for name, (left, right) in thin(tmp_path).items()
+    )
     again, _, same = task_vectors(tmp_path / "base", plain(tmp_path / "single", single))
     assert all(torch.equal(again[name], found[name]) for name in found)
     assert same == digest
