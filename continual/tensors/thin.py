@@ -16,6 +16,7 @@ from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import Match, naming_of, sources
 from continual.tensors.pieces import Piece
 from continual.tensors.pieces.low_rank import Bias, Factors, Triple
+from continual.tensors.pieces.trained import RowsOf, Trained
 from continual.tensors.same_layout import in_layout_of
 from continual.tensors.vectors import Content, hash_piece
 
