@@ -21,7 +21,7 @@ from typing import NamedTuple
 from continual.errors import Refuse, Retry
 from continual.records import FileStat
 from continual.tensors import Folder, header
-from continual.tensors.adapter import WEIGHTS
+from continual.tensors.adapter import weights_in
 from continual.tensors.adapter_config import CONFIG as ADAPTER
 from continual.tensors.checkpoint import CONFIG, INDEX, SINGLE, opened_files, weight_files
 from continual.tensors.compound import COPIED, Part, parts_of
@@ -214,17 +214,23 @@ def _opened(path: str, found: Listing) -> Iterator[tuple[str, ...]]:
     if is_in_parts(found):
         yield from _opened_parts(path, found)
     elif ADAPTER in found.files:
-        yield (WEIGHTS, ADAPTER)
+        yield (weights_in(found.files), ADAPTER)
     elif SINGLE in found.files:
         yield (SINGLE,)
     elif INDEX not in found.files:
         yield tuple(name for name in found.files if name.endswith(_TENSORS))
+        yield from _as_opened(path)
     else:
         yield tuple(name for name in found.files if _SHARD.fullmatch(name))
-        try:
-            yield weight_files(Folder(Path(path)))
-        except (Refuse, Retry):
-            return
+        yield from _as_opened(path)
+
+
+def _as_opened(path: str) -> Iterator[tuple[str, ...]]:
+    """The weight files that are opened of a model whose files lie together."""
+    try:
+        yield weight_files(Folder(Path(path)))
+    except (Refuse, Retry):
+        return
 
 
 def _opened_parts(path: str, found: Listing) -> Iterator[tuple[str, ...]]:
@@ -232,7 +238,7 @@ def _opened_parts(path: str, found: Listing) -> Iterator[tuple[str, ...]]:
     parts, adapter = _parts(path, found), ADAPTER in found.files
     try:
         if parts:
-            names = opened_files(Folder(Path(path)), parts, WEIGHTS if adapter else None)
+            names = opened_files(Folder(Path(path)), parts, weights_in(found.files) if adapter else None)
             yield (*names, ADAPTER) if adapter else names
     except (Refuse, Retry):
         return
@@ -245,8 +251,9 @@ def is_whole(path: str, found: Listing) -> bool:
         return False
     names = set(found.files)
     if ADAPTER in names:
-        present = {WEIGHTS, "adapter_model.bin"} & names
-        whole = bool(present) and (WEIGHTS not in present or _complete(f"{path}/{WEIGHTS}"))
+        weights = weights_in(names)
+        present = {weights, "adapter_model.bin"} & names
+        whole = bool(present) and (weights not in present or _complete(f"{path}/{weights}"))
         return whole and all(_is_part_whole(path, part) for part in _parts(path, found)[1:])
     if parts := _parts(path, found):
         return all(_is_part_whole(path, part) for part in parts)

@@ -72,7 +72,7 @@ class Adapter:
             kind = kind_of(self.config)
             self.transposed = self.config.transposed
             """Whether the configuration says that the base stores these weights as in × out."""
-            self.weights: Checkpoint = open_checkpoint(place, WEIGHTS, parts=parts)
+            self.weights: Checkpoint = open_checkpoint(place, place.only or weights_in(place.names()), parts=parts)
         except BaseException:
             self._config_file.close()
             raise
@@ -139,6 +139,12 @@ class Adapter:
     def read(self, piece: Piece) -> tuple[torch.Tensor, ...]:
         """The same, read. Raises Retry if a file cannot be read."""
         return tuple(self.weights.read(name) for name in piece.names)
+
+
+def weights_in(names: Collection[str]) -> str:
+    """The weight file of an adapter in a directory with these names: as PEFT calls it, or the only safetensors file."""
+    found = [name for name in names if name.endswith(".safetensors")]
+    return found[0] if len(found) == 1 else WEIGHTS
 
 
 def kind_of(config: Fields) -> Kind:

@@ -8,7 +8,7 @@ from typing import Literal
 from continual.errors import Refuse
 from continual.outside import shown
 from continual.records import Candidate, Lineage
-from continual.tensors.adapter import WEIGHTS, Adapter
+from continual.tensors.adapter import WEIGHTS, Adapter, weights_in
 from continual.tensors.adapter_config import CONFIG
 from continual.tensors.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, open_checkpoint
 from continual.tensors.compound import MODULES, WHOLE, manifest_of, parts_of
@@ -40,10 +40,15 @@ def open_model(where: Path | Place, *, root: Path | None = None, whole: bool = T
         )
     found = open_checkpoint(place, parts=parts)
     try:
-        return LoraFile(found) if is_lora(found.tensors.keys()) else found
+        if not is_lora(found.tensors.keys()):
+            return found
+        if not (place.only is not None and place.present(CONFIG)):
+            return LoraFile(found)
     except BaseException:
         found.close()
         raise
+    found.close()
+    return Adapter(place)  # one file was named, and its configuration lies beside it
 
 
 def open_shipped(base: BaseModel, model: Model, lineage: Lineage, name: str) -> Checkpoint:
@@ -95,7 +100,7 @@ def _one_adapter(place: Place) -> None:
         raise Refuse(
             "adapter-kind", f"{place}: holds both an adapter and a full model; publish them in two directories"
         )
-    if WEIGHTS not in names:
+    if weights_in(names) not in names:
         pickled = "adapter_model.bin" in names
         what = (
             "only adapter_model.bin, a pickle that can run code when loaded; convert it to safetensors"

@@ -16,8 +16,9 @@ from continual.outside import shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
-"""What the weights of a model are called, the first before the others, as transformers and diffusers write them."""
+_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model", "pytorch_lora_weights")
+"""What the weights of a model are called, the first before the others, as transformers and diffusers write them; the
+last is that of a LoRA."""
 _INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.(?P<variant>[A-Za-z0-9_]+))?\.json")
 _SHARD = re.compile(
     r"(?P<stem>.+?)(?:\.(?P<variant>[A-Za-z0-9_]+))?-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors"

@@ -354,3 +354,19 @@ def test_the_candidate_is_an_adapter(tmp_path: Path) -> None:
 def test_alpha_is_part_of_what_was_folded(bases: dict[str, Path], tmp_path: Path) -> None:
     one = task_vectors(bases["sd15"], written(tmp_path / "x", PAIR | {f"{MID}.alpha": torch.tensor(1.0)}))[2]
     assert task_vectors(bases["sd15"], written(tmp_path / "y", PAIR | {f"{MID}.alpha": torch.tensor(2.0)}))[2] != one
+
+
+def test_a_configuration_beside_a_file_of_another_name(language: Path, tmp_path: Path) -> None:
+    file = peft()
+    path = written(tmp_path / "x", file, "anything.safetensors")
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 3}')
+    a, b = (file[f"base_model.model.model.layers.0.q_proj.lora_{way}.weight"] for way in "AB")
+    wanted = {"model.layers.0.q_proj": product(a, b) * 3 / 2}
+    for named in (path, path / "anything.safetensors"):
+        same(task_vectors(language, named)[0], wanted, "")
+
+
+def test_the_file_of_diffusers_goes_before_others(bases: dict[str, Path], tmp_path: Path) -> None:
+    path = written(tmp_path / "x", PAIR, "pytorch_lora_weights.safetensors")
+    written(tmp_path / "x", {"emb_params": torch.zeros(2)}, "words.safetensors")
+    assert task_vectors(bases["sd15"], path)[0].keys() == {"unet.mid_block.attentions.0.proj_in.weight"}
