@@ -5,6 +5,7 @@ An open state is `continual.api.Merge`. How a state lies on disk is the matter o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from continual.blocks import slots
 from continual.config import Settings
 from continual.engine.base import Fetched, fetched, files_of, measure_base, open_checkpoint
 from continual.engine.folding import state_bytes
-from continual.errors import Misconfigured
+from continual.errors import Misconfigured, Retry
 from continual.executors.contract import Progress, silent
 from continual.hub import Repo
 from continual.hub.locate import Places
@@ -255,6 +256,8 @@ class _Found(NamedTuple):
 
 def _found(place: Place, word: str | Path, progress: Progress) -> _Found:
     if isinstance(place, Repo):
+        with contextlib.suppress(Retry):  # who cannot be read by ranges is fetched, and looked at then
+            open_checkpoint(place).close()  # what its headers refuse, as quantised weights, is not fetched for nothing
         remote = fetched(place.hub, place.info.id, place.info.sha, progress)
         return _Found(Folder(remote.path), remote.path.absolute(), f"{remote.repo}@{remote.revision}", remote)
     assert isinstance(place, Folder)

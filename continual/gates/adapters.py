@@ -40,7 +40,8 @@ def check_brought(
     if unmet:
         raise Refuse(
             "adapter-target",
-            f"{where}: adapts {_some(unmet)}, which the base does not have: an adapter of another base",
+            f"{where}: adapts {_some(unmet)}, which the base does not have: an adapter of another base; fold "
+            "it into a state of the base that it was trained on",
         )
     kept = [name for name in carried_of(base, model, names) if not _is_computed(model, name)]
     if kept and carried == "refuse":
@@ -54,7 +55,8 @@ def check_brought(
         raise Refuse(
             "adapter-target",
             f"{where}: changes {_some(model.outside)}, of a component that the base of this state does not have: make "
-            "a state of the whole pipeline, or fold the rest without it with --gate lineage.carried=leave-out",
+            "a state of the whole pipeline; or gates.lineage.carried = leave-out folds the rest without it",
+            by=("carried",),
         )
     unknown = sorted(name for name in names_of(model) if name not in known and not _is_computed(model, name))
     for name in unknown:

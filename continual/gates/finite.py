@@ -19,4 +19,8 @@ class FiniteGate(AtTensor):
     def judge(self, seen: TensorNumbers) -> None:
         """Raises Refuse (`non-finite`)."""
         if not math.isfinite(seen.tau_sq):
-            raise Refuse("non-finite", f"{seen.name}: tensor {seen.tensor} holds NaN or infinite values")
+            raise Refuse(
+                "non-finite",
+                f"{seen.name}: tensor {seen.tensor} holds NaN or infinite values: its training diverged, or it was "
+                "converted to a dtype that is too narrow",
+            )

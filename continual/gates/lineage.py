@@ -166,8 +166,8 @@ def _check_missing(
     if len(missing) == len(specs):
         raise Refuse(
             "missing",
-            f"{model.place}: has none of the base's tensors ({_some([s.name for s in missing])}): "
-            "not a fine-tune of this base",
+            f"{model.place}: has none of the base's tensors ({_some([s.name for s in missing])}); it has "
+            f"{_some(sorted(model.tensors))}: not a fine-tune of this base",
         )
     unknown = [Left(name, model.tensors[name].shape) for name in extra if name in model.tensors]
     lefts = [Left(s.name, s.shape) for s in missing if s.name not in fresh or is_vocabulary(s.name)]
@@ -209,14 +209,15 @@ def _check_dtype(place: Place, info: TensorInfo, source: Match, spec: TensorSpec
         if (twin.dtype, twin.shape) != (info.dtype, info.shape):
             raise Refuse(
                 "tied",
-                f"{place}: {info.name} and {twin.name} are one tensor in the base, and differ here in dtype or shape",
+                f"{place}: {info.name} and {twin.name} are one tensor in the base, and differ here in dtype or shape: "
+                "publish the model as its class saves it (load it, then save_pretrained)",
             )
 
 
 def _common_rows(both: str, shape: tuple[int, ...], spec: TensorSpec, gate: LineageGate) -> int:
     """The rows that a vocabulary of another size has in common with the base's; `both` says the two sizes."""
     if not shape or not spec.shape or shape[1:] != spec.shape[1:] or not is_vocabulary(spec.name):
-        raise Refuse("shape", f"{both}: not a fine-tune of this base")
+        raise Refuse("shape", f"{both}: not a fine-tune of this base, or one whose layers were made larger or smaller")
     if gate.vocab == "refuse":
         raise Refuse(
             "vocab", f"{both}: its vocabulary was resized; vocab = common-rows folds the rows both have", by=("vocab",)
@@ -233,7 +234,7 @@ def _rows_added(model: Adapter, source: Match, spec: TensorSpec, gate: LineageGa
         raise Refuse(
             "shape",
             f"{model.place}: {source.piece.names[0]} changes rows of a table of {shape[0]} rows, "
-            f"and {source.full.name} beside it has {source.full.shape[0]}",
+            f"and {source.full.name} beside it has {source.full.shape[0]}: files of two adapters; publish one",
         )
     if shape == spec.shape:
         return None

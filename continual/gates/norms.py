@@ -34,7 +34,11 @@ class NormsGate(AtNumbers):
         norm = seen.tau_norm
         base = seen.base_norm
         if norm == 0.0:
-            raise Refuse("zero", f"{seen.name}: the task vector is zero everywhere: it is the base itself")
+            raise Refuse(
+                "zero",
+                f"{seen.name}: the task vector is zero everywhere: it is the base itself, or an adapter that was saved "
+                "before it was trained",
+            )
         if base is not None and norm > self.max_base_ratio * base:
             raise Refuse(
                 "norm-base",

@@ -199,7 +199,9 @@ def _sort(weights: Checkpoint, config: Fields, kind: Kind) -> tuple[dict[str, Pi
             found = modules.setdefault(match["module"], {})
             if match["role"] in found:
                 raise Refuse(
-                    "adapter-kind", f"{config.place}: {name} and {found[match['role']].name} are the same factor"
+                    "adapter-kind",
+                    f"{config.place}: {name} and {found[match['role']].name} are the same factor of one module: keep "
+                    "one of the two",
                 )
             found[match["role"]] = info
         else:

@@ -225,16 +225,17 @@ def open_checkpoint(place: Place, only: str | None = None, *, parts: Sequence[Pa
         place.names()  # raises where all of it is gone
         raise Refuse(
             "missing-shard",
-            f"{place}: {missing} is not there: a file the index names is missing, or a link leads nowhere",
+            f"{place}: {missing} is not there: a file that the index names is missing, or a link leads nowhere; "
+            "publish all shards of the model",
         )
     weights = place.open([*(file.name for file in files), *settings])
     try:
         config = read_config(place, next((part for part in parts if part.weighted), WHOLE).folder)
-        if only is None:
-            quantised.check_config(place, config)
+        for part in dict.fromkeys(file.part for file in files) if only is None else ():
+            quantised.check_config(place.file(part.name(CONFIG)), read_config(place, part.folder))
         held = _headers(place, weights, files)
         if not held.tensors:
-            raise Refuse("no-weights", f"{place}: its weight files hold no tensor")
+            raise Refuse("no-weights", f"{place}: its weight files hold no tensor: save the model again")
         if only is None:
             quantised.check_tensors(str(place), held.tensors)
         return Checkpoint(place, weights, held, config, only)
@@ -259,7 +260,10 @@ def _headers(place: Place, weights: Weights, files: Sequence[PartFile]) -> HeldT
         if part.prefix:
             found = {part.prefix + name: info._replace(name=part.prefix + name) for name, info in found.items()}
         if twice := next((name for name in found if name in tensors), None):
-            raise Refuse("header", f"{where}: tensor {twice} is in {files[tensors[twice].file].name} as well")
+            raise Refuse(
+                "header",
+                f"{where}: tensor {twice} is in {files[tensors[twice].file].name} as well: take one of the two away",
+            )
         tensors |= found
         if len(tensors) + len(unlisted) > header.MOST:
             raise Refuse(
@@ -289,7 +293,9 @@ def _weight_map(place: Place, index: str) -> dict[str, str]:
     where = place.file(index)
     body = read_json(place, index, "index", values=header.MOST + VALUES).get("weight_map")
     if not isinstance(body, dict) or not body:
-        raise Refuse("index", f"{where}: no weight_map")
+        raise Refuse(
+            "index", f"{where}: has no weight_map, so it says of no tensor in which file it is: save the model again"
+        )
     for name, shard in body.items():
         if not _is_shard(shard):
             raise Refuse(

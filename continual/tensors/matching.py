@@ -247,7 +247,8 @@ def find_prefix(ours: Collection[str], theirs: Collection[str], where: str) -> t
         raise Refuse(
             "prefix",
             f"{where}: its names fit the base's {_said(best)} ({most} names) "
-            f"and {_said(others[0][0])} ({others[0][1]}): ambiguous",
+            f"and {_said(others[0][0])} ({others[0][1]}), and nothing says which is meant: load it with the class of "
+            "the base, save it again, and publish that",
         )
     return best
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from continual.errors import Refuse
 from continual.outside import shown
 from continual.tensors.header import TensorInfo
-from continual.tensors.place import Place
 
 _METHODS = {
     "gptq": "GPTQ",
@@ -54,15 +54,15 @@ _PACKED = re.compile(r"(?:^|[._])weight$")
 _WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32")
 
 
-def check_config(place: Place, config: Mapping[str, object]) -> None:
-    """Raises Refuse (`quantised`) where config.json says that the model is quantised."""
+def check_config(file: Path | str, config: Mapping[str, object]) -> None:
+    """Raises Refuse (`quantised`) where the configuration in a `file` says that the model is quantised."""
     bodies = [("", config), *((f"{key}.", body) for key in _INNER if isinstance(body := config.get(key), dict))]
     for path, body in bodies:
         for key in _KEYS:
             if form := _form(body.get(key)):
                 raise Refuse(
                     "quantised",
-                    f"{place.file('config.json')}: {path}{key} says that this model is quantised ({form}): "
+                    f"{file}: {path}{key} says that this model is quantised ({form}): "
                     f"{_ADVICE}; if its tensors are plain floats after all, take {path}{key} out",
                 )
 

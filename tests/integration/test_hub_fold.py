@@ -3,6 +3,7 @@ those of a folder."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,20 @@ def test_repos_wait_in_the_pool_and_come_out_again(
         assert ours.state.ledger.folds() == []
         assert len(ours.retry("org/good")) == 1
         assert [c.origin for c in ours.state.ledger.retried()] == ["hf://org/good"]
+
+
+def test_a_quantised_base_is_refused_before_its_weights_are_fetched(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    base = models.base(tmp_path / "base")
+    config = {**models.CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (base / "config.json").write_text(json.dumps(config))
+    publish(hub, BASE, base)
+    with pytest.raises(Refuse, match=r"quantization_config says that this model is quantised \(GPTQ\)"):
+        making.init(BASE, tmp_path / "state", client=Client(endpoint=hub.endpoint, token=TOKEN))
+    assert not list(tmp_path.rglob("cache/**/*.safetensors"))
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize("make", [parts.embedder, parts.pipeline])

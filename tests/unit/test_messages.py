@@ -121,6 +121,7 @@ def test_a_refusal_that_a_setting_lifts_says_which_and_goes_by_it() -> None:
         text = text_of(call.args[1]) if len(call.args) > 1 else ""
         by = next((k.value for k in call.keywords if k.arg == "by"), None)
         names = {name for name, _ in SET.findall(text)} & set(FIELDS.values())
+        assert "--gate" not in text, f"{where}: who runs a daemon has a file, and no flags"
         if by is None:
             assert not names, f"{where} names {names}, and does not say that it goes by it"
         elif isinstance(by, ast.Tuple):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from continual.errors import Refuse
 from continual.tensors import open_model
-from tests.helpers import models
+from tests.helpers import models, parts
 
 Q = "model.layers.0.self_attn.q_proj"
 FLOATS = {f"{Q}.weight": torch.zeros(4, 4), "model.norm.weight": torch.zeros(4)}
@@ -100,3 +100,14 @@ def test_whole_numbers_that_are_no_weights(tmp_path: Path) -> None:
     }
     with open_model(written(tmp_path / "m", tensors)):
         pass
+
+
+@pytest.mark.parametrize("folder", ["unet", "text_encoder"])
+def test_the_configuration_of_every_component_with_weights_counts(tmp_path: Path, folder: str) -> None:
+    """diffusers quantises components one by one, each under its own configuration."""
+    pipeline = parts.pipeline(tmp_path / "pipe")
+    open_model(pipeline).close()
+    file = pipeline / folder / "config.json"
+    body = json.loads(file.read_text())
+    file.write_text(json.dumps(body | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    assert refused(pipeline).startswith(f"{file}: quantization_config says")
