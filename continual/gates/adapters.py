@@ -10,6 +10,7 @@ from continual.errors import Refuse
 from continual.tensors import Adapter, BaseModel
 from continual.tensors.buffers import is_buffer
 from continual.tensors.kinds import is_vocabulary
+from continual.tensors.layouts import VALUE_HEADS
 from continual.tensors.leftovers import in_layer, is_head, is_output
 from continual.tensors.matching import Match, Naming, carried_of, names_of
 from continual.tensors.renaming import family_of
@@ -26,8 +27,8 @@ def check_brought(
     known: Collection[str],
     carried: Literal["refuse", "leave-out"],
 ) -> tuple[str, ...]:
-    """The weights that the adapter brings and that stay out: heads that the base lacks, and with `carried` = leave-out
-    those that this state does not fold.
+    """The weights that the adapter brings and that stay out: heads that the base lacks, files with a value head among
+    them, and with `carried` = leave-out those that this state does not fold.
 
     Raises Refuse (`adapter-target`) for a weight that is no such thing, and where nothing would be folded.
     """
@@ -66,7 +67,8 @@ def check_brought(
             "adapter-target",
             f"{where}: adapts nothing that this base folds, only {_some(sorted(names_of(model)))}",
         )
-    return (*unknown, *kept, *model.outside)
+    beside = sorted(where.names().intersection(VALUE_HEADS))
+    return (*unknown, *kept, *model.outside, *beside)
 
 
 def _is_of_another_head(name: str, known: Collection[str], family: str) -> bool:

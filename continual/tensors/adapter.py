@@ -47,6 +47,8 @@ _MIXTURES = ("XLORA", "POLY")
 _COMPARED = 1_000_000
 """Names of modules_to_save times weights that lie beside the factors: so many comparisons take a tenth of a second."""
 _WRAPPER = re.compile(r"\.(?:modules_to_save(?:\.default)?|ln_tuning_layers(?:\.default)?|base_layer)(?=\.)")
+_VALUE_HEAD = "v_head"
+"""The head that TRL puts beside a language model: no base has it, and it stays out."""
 _INDICES = (".shira_indices", ".shira_indices.default")
 """Ends of names of tensors that are no floats, and say where others are."""
 _END = re.compile(r"\.(?:weight|bias)$")
@@ -252,7 +254,8 @@ def _saved(config: Fields, whole: Mapping[str, TensorInfo], pieces: Mapping[str,
         belongs = (
             is_vocabulary(weight)
             or _is_in_any(weight, config.saved)
-            or (".base_layer." in bare and weight in pieces)
+            or (".base_layer." in bare and (weight in pieces or _sibling(weight) in pieces))
+            or bare.partition(".")[0] == _VALUE_HEAD
             or (".ln_tuning_layers." in bare and config.kind == "LN_TUNING")
             or (weight.endswith(".bias") and (bias == "all" or (bias == "only" and _sibling(weight) in pieces)))
         )

@@ -8,11 +8,12 @@ from typing import Literal
 from continual.errors import Refuse
 from continual.outside import shown
 from continual.records import Candidate, Lineage
-from continual.tensors.adapter import WEIGHTS, Adapter, weights_in
+from continual.tensors.adapter import Adapter
 from continual.tensors.adapter_config import CONFIG
-from continual.tensors.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, open_checkpoint
+from continual.tensors.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from continual.tensors.compound import MODULES, WHOLE, manifest_of, parts_of
 from continual.tensors.kinds import BaseModel
+from continual.tensors.layouts import check_adapter, check_elsewhere
 from continual.tensors.loras.file import LoraFile
 from continual.tensors.loras.parsing import is_lora
 from continual.tensors.matching import naming_of, sources
@@ -31,13 +32,15 @@ def open_model(where: Path | Place, *, root: Path | None = None, whole: bool = T
     """
     place = place_of(where, root)
     if _is_adapter(place):
-        _one_adapter(place)
+        check_adapter(place)
         return Adapter(place, parts_of(place) if manifest_of(place) == MODULES else (WHOLE,))
     parts = parts_of(place) if whole else (WHOLE,)
     if parts[0].folder and CONFIG in place.names(parts[0].folder):
         raise Refuse(
             "adapter-kind", f"{place.file(parts[0].folder)}: holds an adapter; its files belong beside {MODULES}"
         )
+    if parts == (WHOLE,):
+        check_elsewhere(place)
     found = open_checkpoint(place, parts=parts)
     try:
         if not is_lora(found.tensors.keys()):
@@ -91,23 +94,6 @@ def open_shipped(base: BaseModel, model: Model, lineage: Lineage, name: str) -> 
 
 def _is_adapter(place: Place) -> bool:
     return place.only is None and CONFIG in place.names()
-
-
-def _one_adapter(place: Place) -> None:
-    """Raises Refuse unless a directory with an adapter's configuration holds just an adapter."""
-    names = place.names()
-    if SINGLE in names or INDEX in names:
-        raise Refuse(
-            "adapter-kind", f"{place}: holds both an adapter and a full model; publish them in two directories"
-        )
-    if weights_in(names) not in names:
-        pickled = "adapter_model.bin" in names
-        what = (
-            "only adapter_model.bin, a pickle that can run code when loaded; convert it to safetensors"
-            if pickled
-            else f"no {WEIGHTS} in it"
-        )
-        raise Refuse("pickle" if pickled else "no-weights", f"{place}: {what}")
 
 
 def candidate_of(model: Model, *, source: str | None = None) -> Candidate:

@@ -134,3 +134,78 @@ def test_what_to_do_with_an_adapter_that_is_not_folded(
     refusal = refused(base, published(tmp_path / "x", **config))
     assert refusal.reason == "adapter-kind"
     assert word in str(refusal)
+
+
+def copied(path: Path, folder: str) -> Path:
+    (path / folder).mkdir(parents=True)
+    published(path / folder)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "word"),
+    [
+        ("model.safetensors", "adapter-kind", "which is meant"),
+        ("model.safetensors.index.json", "adapter-kind", "which is meant"),
+        ("non_lora_trainables.bin", "adapter-kind", "trained beside"),
+        ("trainable_params.bin", "adapter-kind", "trained beside"),
+        ("mm_projector.bin", "adapter-kind", "trained beside"),
+        ("vit.safetensors", "adapter-kind", "trained beside"),
+        ("learned_embeds.safetensors", "adapter-kind", "trained beside"),
+    ],
+)
+def test_weights_beside_an_adapter(base: Path, tmp_path: Path, name: str, reason: str, word: str) -> None:
+    path = published(tmp_path / "x")
+    (path / name).write_bytes(b"")
+    refusal = refused(base, path)
+    assert refusal.reason == reason
+    assert name in str(refusal)
+    assert word in str(refusal)
+
+
+def test_files_beside_an_adapter_that_are_none_of_it(base: Path, tmp_path: Path) -> None:
+    path = published(tmp_path / "x")
+    for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "tokenizer.model", "pytorch_model.bin"):
+        (path / name).write_bytes(b"")
+    copied(path, "checkpoint-10")
+    assert task_vectors(base, path)[1].folded == (f"{Q}.weight",)
+
+
+@pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin"])
+def test_a_value_head_stays_out_and_is_said_to(base: Path, tmp_path: Path, name: str) -> None:
+    path = published(tmp_path / "x", {"v_head.summary.weight": torch.zeros(1, 6)})
+    (path / name).write_bytes(b"")
+    assert task_vectors(base, path)[1].extra == ("v_head.summary.weight", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("pytorch_adapter.bin", "merge_adapter"),
+        ("adapter_model.bin", "save_pretrained"),
+        ("notes.txt", "publish it again"),
+    ],
+)
+def test_a_configuration_without_the_weights_of_peft(base: Path, tmp_path: Path, name: str, word: str) -> None:
+    path = published(tmp_path / "x")
+    (path / "adapter_model.safetensors").rename(path / name)
+    assert word in str(refused(base, path))
+
+
+def test_an_adapter_in_a_folder_of_its_directory(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    for folder in ("dpo", "sft", "v1.0", "zz"):
+        copied(path, folder)
+    (path / "README.md").write_text("two adapters")
+    refusal = refused(base, path)
+    assert refusal.reason == "no-weights"
+    assert "dpo, sft, v1.0 and 1 more" in str(refusal)
+    assert task_vectors(base, path / "sft")[1].folded == (f"{Q}.weight",)
+
+
+def test_several_files_that_could_be_the_adapter(base: Path, tmp_path: Path) -> None:
+    path = published(tmp_path / "x")
+    (path / "adapter_model.safetensors").rename(path / "lora.safetensors")
+    assert task_vectors(base, path)[1].folded == (f"{Q}.weight",)
+    (path / "old.safetensors").write_bytes(b"")
+    assert "if lora.safetensors is meant, call it so" in str(refused(base, path))
