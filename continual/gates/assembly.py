@@ -9,6 +9,8 @@ from continual.errors import Refuse
 from continual.gates.contract import AtHeaders, Headers
 from continual.tensors import Adapter
 from continual.tensors.compound import PIPELINE, differing, manifest_of
+from continual.tensors.foreign import release_of
+from continual.tensors.loras.targets import prefixes
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class AssemblyGate(AtHeaders):
         """Raises Refuse: `assembly`, and `config` where settings are malformed; Retry."""
         theirs, ours = seen.model.place, seen.base.checkpoint.place
         manifest = manifest_of(theirs)
+        _check_release(seen)
         if manifest is None:
             return
         base = manifest_of(ours)
@@ -53,3 +56,26 @@ class AssemblyGate(AtHeaders):
                 "the weights alone and keeps the base's settings",
                 by=("differ",),
             )
+
+
+def _check_release(seen: Headers) -> None:
+    """Raises Refuse (`assembly`) where one of base and model is a diffusion model in the layout of its release, in one
+    file, and the other one in that of diffusers."""
+    if isinstance(seen.model, Adapter):
+        return
+    theirs, ours = release_of(seen.model.tensors), release_of(seen.base.checkpoint.tensors)
+    if theirs is not None and ours is None and prefixes(seen.base):
+        raise Refuse(
+            "assembly",
+            f"{seen.model.place}: is a diffusion model in the layout of its release, as ComfyUI has it (tensor "
+            f"{theirs.tensor}), and the base in that of diffusers: load it with {theirs.reader}.from_single_file of "
+            "diffusers, call save_pretrained, and publish what that writes",
+        )
+    config = seen.model.config
+    if ours is not None and theirs is None and ("_class_name" in config or manifest_of(seen.model.place) == PIPELINE):
+        raise Refuse(
+            "assembly",
+            f"{seen.model.place}: is in the layout of diffusers, and the base of this state in that of its release "
+            f"(tensor {ours.tensor}): make a state of the base as {ours.reader}.from_single_file of diffusers and "
+            "save_pretrained write it",
+        )

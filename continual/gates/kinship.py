@@ -14,6 +14,8 @@ from continual.errors import Refuse
 from continual.gates.contract import Headers
 from continual.outside import shown
 from continual.tensors import Adapter
+from continual.tensors.loras.architecture import kinds_of, told_by
+from continual.tensors.loras.file import LoraFile
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CACHED = re.compile(r"(?:^|/)models--(?P<owner>[^/]+?)--(?P<name>[^/]+)(?:/|$)")
@@ -35,9 +37,12 @@ _ALIASES = {
 
 
 def check_name(seen: Headers) -> None:
-    """Raises Refuse (`lineage`) where an adapter names a repo that is another model than the base. A base that did not
-    come from the Hub has no name to compare."""
+    """Raises Refuse (`lineage`) where an adapter names a repo that is another model than the base, or says that it is
+    for another kind of model. A base that did not come from the Hub has no name to compare."""
     if not isinstance(seen.model, Adapter):
+        return
+    if isinstance(seen.model, LoraFile):
+        _check_kind(seen, seen.model)
         return
     theirs = repo_of(seen.model.config.body.get("base_model_name_or_path"))
     ours = seen.repo or repo_of(str(seen.base.checkpoint.place))
@@ -46,6 +51,18 @@ def check_name(seen: Headers) -> None:
             "lineage",
             f"{seen.model.config.where}: base_model_name_or_path = {shown(theirs)} is another model than the base of "
             f"this state, {ours}; if it is the same one under another name, set lineage = shapes",
+            by=("lineage",),
+        )
+
+
+def _check_kind(seen: Headers, file: LoraFile) -> None:
+    """Raises Refuse (`lineage`) where a LoRA file is for another kind of diffusion model than the base."""
+    told, ours = told_by(file), kinds_of(seen.base)
+    if told is not None and ours and told.kind not in ours:
+        raise Refuse(
+            "lineage",
+            f"{file.file}: is a LoRA of {told.kind} ({told.by}), and the base of this state is "
+            f"{' or '.join(sorted(ours))}; if the file is mistaken, set lineage = shapes",
             by=("lineage",),
         )
 

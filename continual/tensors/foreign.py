@@ -193,3 +193,32 @@ _FACTOR = re.compile(
 def is_factor(name: str) -> bool:
     """Whether a tensor's name is that of a factor of an adapter, which is no weight by itself."""
     return bool(_FACTOR.search(name) or _KOHYA.match(name))
+
+
+_RELEASES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"conditioner\.embedders\.\d"), "StableDiffusionXLPipeline"),
+    (re.compile(r"cond_stage_model\."), "StableDiffusionPipeline"),
+    (re.compile(r"model\.diffusion_model\.input_blocks\."), "StableDiffusionPipeline"),
+    (re.compile(r"(?:model\.diffusion_model\.)?joint_blocks\.\d+\.x_block\."), "SD3Transformer2DModel"),
+    (re.compile(r"(?:model\.diffusion_model\.)?double_blocks\.\d+\.img_attn\.qkv\."), "FluxTransformer2DModel"),
+    (re.compile(r"(?:model\.diffusion_model\.)?input_blocks\.\d+\.0\."), "UNet2DConditionModel"),
+    (re.compile(r"(?:model\.diffusion_model\.)?blocks\.\d+\.self_attn\.norm_q\."), "WanTransformer3DModel"),
+    (re.compile(r"first_stage_model\."), "AutoencoderKL"),
+)
+"""Names of tensors in the releases of diffusion models, and the class of diffusers that reads one."""
+
+
+class Release(NamedTuple):
+    """That a checkpoint is in the layout of a release: a `tensor` that says so, and the class of diffusers that reads
+    it."""
+
+    tensor: str
+    reader: str
+
+
+def release_of(names: Collection[str]) -> Release | None:
+    """Whether a checkpoint holds a diffusion model in the layout of its release, and not in that of diffusers."""
+    for pattern, reader in _RELEASES:
+        if found := next((name for name in names if pattern.match(name)), None):
+            return Release(found, reader)
+    return None
