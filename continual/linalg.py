@@ -2,8 +2,8 @@
 float64 Gram.
 
 No rule and no decision about tensors lives here. All work is bounded by the small side: beyond its inputs a kernel
-holds a few n×n float64 matrices and a few blocks of rows. Float32 Grams and randomised methods have no place here: the
-first are wrong by 1e-2, the second cannot give Σσ.
+holds a few n×n float64 matrices and a few blocks of rows. Float32 Grams have no place here: they are wrong by 1e-2. Nor
+has a random sample of directions that leaves any out, since it cannot give Σσ: `span` has all of them, or says so.
 """
 
 from __future__ import annotations
@@ -158,6 +158,38 @@ def right_singular(matrix: Tensor, need: float = 1.0) -> tuple[Tensor, Tensor]:
         sigma = torch.cat([sigma[:steep], inner.sqrt()])
         v = torch.cat([v[:, :steep], rest @ w], dim=1)
     return torch.where(sigma > NULL * top, sigma, 0.0), v
+
+
+SPARE = 8
+"""Directions that `span` looks at besides those that there are."""
+MISSED = 1e-12
+"""Share of ‖M‖² that may lie outside what `span` found: what rounding a matrix to float32 adds is far below."""
+
+
+def span(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """L (m×k, orthonormal columns) and C = LᵀM (k×n), in float64, with M = L·C, k a few more than `rank`; None where M
+    has more directions than these. `rank` is how many it is said to have.
+
+    Halko, Martinsson and Tropp 2011, "Finding Structure with Randomness", algorithm 4.1: L spans M·Ω for a random Ω.
+    """
+    m, n = matrix.shape
+    width = min(m, n, rank + SPARE)
+    draw = torch.Generator().manual_seed(width)
+    omega = torch.randn(n, width, generator=draw, dtype=torch.float64).to(matrix.device)
+    blocks = row_blocks(m, n)
+    left = torch.linalg.qr(torch.cat([matrix[rows].double() @ omega for rows in blocks]))[0]
+    core, whole_sq = torch.zeros(width, n, dtype=torch.float64, device=matrix.device), 0.0
+    for rows in blocks:
+        block = matrix[rows].double()
+        core.addmm_(left[rows].mT, block)
+        whole_sq += float(block.square().sum())
+    return (left, core) if whole_sq - float(core.square().sum()) <= MISSED * whole_sq else None
+
+
+def spans_cheaply(m: int, n: int, rank: int) -> bool:
+    """Whether `span` and a decomposition of its core are worth it beside `right_singular`, and take no more memory."""
+    width = rank + SPARE
+    return 4 * width <= min(m, n) and 8 * 3 * (m + n) * width <= workspace(m, n)
 
 
 def top(matrix: Tensor) -> float:

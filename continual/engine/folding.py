@@ -35,7 +35,8 @@ class TensorFold(NamedTuple):
 
     `digest`: of what its task vector was made from. `sums` and `notes`: as the rule returned them; of a stack the sums
     of all experts, and the notes of each. `nbytes`: bytes read. `seconds` by stage: `read` of fine-tune and base,
-    `rule`, `write` of the state (and reading what it was).
+    `rule`, `write` of the state (and reading what it was). `rank`: the sum of the ranks in the tensor after it, where
+    the rule goes by that and it is known.
     """
 
     digest: bytes
@@ -43,6 +44,7 @@ class TensorFold(NamedTuple):
     notes: tuple[Mapping[str, float], ...]
     nbytes: int
     seconds: Mapping[str, float]
+    rank: int | None = None
 
 
 class Terms(NamedTuple):
@@ -115,7 +117,10 @@ class Folding:
         for name, tensor in self._resources.executor.map(tasks):
             found[name] = tensor
             progress("fold", len(found), len(specs))
-        self._transaction.measured({name: tensor.sums.merged_sq for name, tensor in found.items()})
+        self._transaction.measured(
+            {name: tensor.sums.merged_sq for name, tensor in found.items()},
+            {name: tensor.rank for name, tensor in found.items() if tensor.rank},
+        )
         return found
 
     def _in_file_order(self, specs: Sequence[TensorSpec]) -> list[TensorSpec]:
@@ -169,7 +174,9 @@ class Folding:
             for slot, value in folded.accumulators.items():
                 self._transaction.write(spec.name, slot, value.to("cpu").contiguous().numpy())
         seconds = {"read": read - started, "rule": computed - read, "write": time.perf_counter() - computed}
-        return TensorFold(digest, folded.sums, (folded.notes,) if folded.notes else (), nbytes, seconds)
+        added = self._vectors.rank(spec.name)
+        rank = None if inputs.rank is None or added is None else inputs.rank + added
+        return TensorFold(digest, folded.sums, (folded.notes,) if folded.notes else (), nbytes, seconds, rank)
 
     def _by_experts(self, spec: TensorSpec) -> TensorFold:
         """A stack, one expert after the other, each as a matrix of its own: no more than one is in memory."""
@@ -270,7 +277,9 @@ class Folding:
                 inputs = Inputs(spec, self._terms.weight, measured=self.measured)
                 square = square_of(self._transaction, self._rule, inputs, self._terms.totals, self._device)
         figure = 0.0 if self._rule.read.matrix is not None and self._rule.read.matrix(spec) else None
-        return TensorFold(b"", Sums(merged_sq=square, matrix_sq=figure, top_sq=figure), (), 0, {})
+        return TensorFold(
+            b"", Sums(merged_sq=square, matrix_sq=figure, top_sq=figure), (), 0, {}, self._rank(spec.name)
+        )
 
     def _kept(self, spec: TensorSpec, sums: Sums) -> bool:
         """Whether the transforms before the rule left nothing of a task vector. The tensor is kept as it was then."""
@@ -291,7 +300,12 @@ class Folding:
 
     def _inputs(self, spec: TensorSpec) -> Inputs:
         """What the rule is given besides the task vector, for a tensor that the candidate changes."""
-        return Inputs(spec, self._terms.weight, self._seed(spec.name) if self._rule.needs.seeded else 0, self.measured)
+        seed = self._seed(spec.name) if self._rule.needs.seeded else 0
+        rank = self._rank(spec.name) if self._vectors.rank(spec.name) is not None else None
+        return Inputs(spec, self._terms.weight, seed, self.measured, rank=rank)
+
+    def _rank(self, name: str) -> int | None:
+        return self._transaction.rank(name) if self._rule.needs.ranks else None
 
     def _seed(self, name: str) -> int:
         """A seed from the tensor's content and name, so that the random choices do not depend on where a fine-tune

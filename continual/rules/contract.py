@@ -64,7 +64,8 @@ class Inputs(NamedTuple):
     `weight`: what the model is folded with; minus that weight unfolds it. `seed`: for random choices, from the tensor's
     content and name. `measured`: what the passes before the fold found, None where the rule needs none. `start`: the
     index of the first element, where a run of a tensor is folded. `moments`: what was shipped beside the weights for
-    it, float32 of τ's shape, not negative.
+    it, float32 of τ's shape, not negative. `rank`: the sum of the ranks of the task vectors that were folded into this
+    tensor before, where all of them are known and this one's is.
     """
 
     spec: TensorSpec
@@ -73,6 +74,7 @@ class Inputs(NamedTuple):
     measured: object = None
     start: int = 0
     moments: Tensor | None = None
+    rank: int | None = None
 
 
 class Pass(ABC):
@@ -157,12 +159,13 @@ class Needs(NamedTuple):
 
     `measure`: the first pass over a model before any of it is folded. `seeded`: `fold` makes random choices, by
     `inputs.seed`. `shipped`: the file beside the weights that `inputs.moments` comes from; a tensor whose τ is zero is
-    folded then like any other.
+    folded then like any other. `ranks`: `fold` is faster where it knows `inputs.rank`.
     """
 
     measure: Pass | None = None
     seeded: bool = False
     shipped: str | None = None
+    ranks: bool = False
 
 
 class Laws(NamedTuple):

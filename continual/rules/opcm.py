@@ -19,7 +19,7 @@ from torch import Tensor
 from continual import linalg
 from continual.records import Totals
 from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, Folded, Inputs, Laws, ReadFunctions, Rule, RuleRow, Sums
+from continual.rules.contract import Accumulators, Folded, Inputs, Laws, Needs, ReadFunctions, Rule, RuleRow, Sums
 from continual.rules.matrices import Include, OnMatrices
 from continual.rules.options import Choice, Number
 from continual.rules.scale import ReadOptions
@@ -106,17 +106,45 @@ def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple
     return r, rank
 
 
-def fold_matrix(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> Folded:
+def project_thin(total: Tensor, tau: Tensor, alpha: float, rank: int) -> tuple[int, int] | None:
+    """`project` with the variant `block` where R has few directions: `rank` says how many at most. None where it has
+    more, and τ is as it was.
+
+    R = L·C with thin L; of C's singular vectors U_r = L·U_C and V_r are R's, and no Gram of R is needed.
+    """
+    found = linalg.span(total, rank)
+    if found is None:
+        return None
+    left, core = found
+    u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
+    sigma = torch.where(sigma > linalg.NULL * sigma[0], sigma, 0.0)
+    r = cut(sigma, alpha)
+    u, v = left @ u[:, :r], vh[:r].mT.contiguous()
+    blocks = linalg.row_blocks(*total.shape)
+    z = torch.zeros(r, r, dtype=torch.float64, device=tau.device)
+    for rows in blocks:
+        z.addmm_(u[rows].mT, tau[rows].double() @ v)
+    back = z @ v.mT
+    for rows in blocks:
+        tau[rows].copy_(tau[rows].double().addmm_(u[rows], back, alpha=-1.0))
+    return r, int((sigma > 0).sum())
+
+
+def fold_matrix(total: Tensor, tau: Tensor, alpha: float, variant: Variant, known: int | None = None) -> Folded:
     """One matrix: τ is projected in place and added to R in place; both contiguous float32 of one shape, at least 2-D,
-    not empty."""
+    not empty. `known`: how many directions R has at most, where that is known."""
     tau_sq, dot = linalg.inners((tau, tau), (tau, total))
     r, rank = 0, 0
     if tau_sq > 0.0 and bool(total.any()):
-        flat = total.flatten(1)
+        flat, found = total.flatten(1), None
         across: Mapping[Variant, Variant] = (
             {"rows": "columns", "columns": "rows"} if flat.shape[0] < flat.shape[1] else {}
         )
-        r, rank = project(linalg.tall(flat), linalg.tall(tau.flatten(1)), alpha, across.get(variant, variant))
+        rows, columns = linalg.tall(flat), linalg.tall(tau.flatten(1))
+        m, n = rows.shape
+        if variant == "block" and known is not None and linalg.spans_cheaply(m, n, known):
+            found = project_thin(rows, columns, alpha, known)
+        r, rank = found or project(rows, columns, alpha, across.get(variant, variant))
     added = linalg.add(total, tau, 1.0)
     notes = {"r": float(r), "kept": added.term_sq / tau_sq, "rank": float(rank)} if tau_sq > 0.0 else {}
     return Folded({sums.SLOT: total}, Sums(tau_sq, dot, added.total_sq), notes)
@@ -136,15 +164,16 @@ def read(accumulators: Accumulators, totals: Totals) -> Tensor:
 
 def _make(options: OpcmOptions) -> Rule:
     def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
-        return fold_matrix(accumulators[sums.SLOT], tau.contiguous(), options.alpha, options.variant)
+        return fold_matrix(accumulators[sums.SLOT], tau.contiguous(), options.alpha, options.variant, inputs.rank)
 
-    return matrices.rule(
+    made = matrices.rule(
         "opcm",
         options.include,
         OnMatrices(fold, read, linalg.workspace, factored=matrices.turned(fold, read)),
         Laws(order_free=False),
         plain=ReadFunctions(sums.read_sum, sums.size, gauges=gauges),
     )
+    return made._replace(needs=Needs(ranks=options.variant == "block"))
 
 
 OPCM = RuleRow(

@@ -35,11 +35,13 @@ class Receipt:
 @dataclass(frozen=True, slots=True)
 class Receipts:
     """What receipts.json says: of each group, by its path, the CRC of its zarr.json; of each array its receipt;
-    `squares`: tensor name to ‖X‖² of what the rule keeps of it. Earlier versions have written none."""
+    `squares`: tensor name to ‖X‖² of what the rule keeps of it; earlier versions have written none. `ranks`: tensor
+    name to the sum of the ranks of the task vectors in it, where the rule goes by that and all are known."""
 
     groups: Mapping[str, str]
     arrays: Mapping[str, Receipt]
     squares: Mapping[str, float] | None = field(default=None, metadata={OMITTED: True})
+    ranks: Mapping[str, int] | None = field(default=None, metadata={OMITTED: True})
 
 
 def node(slot: str, name: str) -> str:
@@ -90,6 +92,14 @@ class Generation:
         """Whether there is anything of a tensor: where a state keeps adapters, one that none of them changes has no
         arrays."""
         return not self.form.sparse or any(node(slot, name) in self.receipts.arrays for slot in self.form.slots[name])
+
+    def square(self, name: str) -> float | None:
+        """‖X‖² of what is kept of a tensor; None where an earlier version wrote the generation. Raises as `load`."""
+        return (self.receipts.squares or {}).get(name)
+
+    def rank(self, name: str) -> int | None:
+        """The sum of the ranks of the task vectors in a tensor, where all of them are known. Raises as `load`."""
+        return 0 if self.square(name) == 0.0 else (self.receipts.ranks or {}).get(name)
 
     def held(self) -> Iterator[tuple[str, str, SlotSpec]]:
         """The arrays that have to be there: tensor, slot, and what the array is."""

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class Transaction:
         self._on_step = on_step
         self._receipts: dict[str, Receipt] = {}
         self._squares: dict[str, float] = {}
+        self._ranks: dict[str, int] = {}
         self._lock = threading.Lock()
         self._done = False
         groups = ["", *sorted({node(slot, "x").split("/")[0] for slot in form.slot_names})]
@@ -213,17 +214,18 @@ class Transaction:
                 self._receive(name, slot, arrays.write_zeros(self._place(name, slot), spec))
 
     def square(self, name: str) -> float | None:
-        """‖X‖² of the tensor before this fold, as `measured` was told then; None where an earlier version wrote the
-        generation. Raises Damaged and Misconfigured as `Generation.load`."""
-        if self._before is None:
-            return 0.0
-        return (self._before.receipts.squares or {}).get(name)
+        """`Generation.square` of the tensor before this fold."""
+        return 0.0 if self._before is None else self._before.square(name)
 
-    def measured(self, squares: Mapping[str, float]) -> None:
-        """‖X‖² of tensors after this fold, by name: the next one asks `square` for it. What is no finite number is not
-        kept."""
+    def rank(self, name: str) -> int | None:
+        """`Generation.rank` of the tensor before this fold."""
+        return 0 if self._before is None else self._before.rank(name)
+
+    def measured(self, squares: Mapping[str, float], ranks: Mapping[str, int] = MappingProxyType({})) -> None:
+        """What the next fold finds as `square` and `rank` of tensors, by name. What is not finite is not kept."""
         with self._lock:
             self._squares.update({name: square for name, square in squares.items() if math.isfinite(square)})
+            self._ranks.update(ranks)
 
     def seal(self) -> Generation:
         """Ends writing without a commit: the generation can be what another transaction begins on, and no record will
@@ -237,7 +239,9 @@ class Transaction:
         lacking = expected ^ self._receipts.keys()
         assert not (self._receipts.keys() - expected if self._form.sparse else lacking), sorted(lacking)[:3]
         with environment(f"cannot write {self.directory}"):
-            data, checksum = framing.encode(body_of(Receipts(self._groups, self._receipts, self._squares or None)))
+            data, checksum = framing.encode(
+                body_of(Receipts(self._groups, self._receipts, self._squares or None, self._ranks or None))
+            )
             write_bytes(self.directory / RECEIPTS, data)
         return Generation(self.directory, self._form, checksum)
 

@@ -23,6 +23,7 @@ from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import Match, naming_of, sources
 from continual.tensors.pieces import Piece
+from continual.tensors.pieces.low_rank import Factors
 from continual.tensors.pieces.stacks import Gathered, StackFactors, runs_of
 from continual.tensors.same_layout import checkpoint_in_layout_of, in_layout_of
 
@@ -214,6 +215,12 @@ class TaskVectors:
             need += source.piece.workspace(shape)
             need += 4 * math.prod(shape) * ((shape != spec.shape) + 2 * source.piece.needs_base)
         return need
+
+    def rank(self, name: str) -> int | None:
+        """How many directions the task vector of `name` has at most, where it is a product of thin factors."""
+        piece = self._sources[name].piece
+        thin = self._sources[name].full is None and isinstance(piece, Factors) and not piece.needs_base
+        return piece.rank if thin and isinstance(piece, Factors) else None
 
     def prefetch(self, name: str) -> None:
         """Asks the kernel to read what `vector(name)` will need."""

@@ -149,3 +149,56 @@ def test_the_tall_view_has_at_least_as_many_rows_and_shares_the_memory(shape: tu
     found = linalg.tall(matrix)
     assert found.shape == (max(shape), min(shape))
     assert found.data_ptr() == matrix.data_ptr()
+
+
+def product(rows: int, columns: int, rank: int, seed: int) -> Tensor:
+    """A float32 matrix of this rank."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, rank, generator=random) @ torch.randn(rank, columns, generator=random)
+
+
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
+def test_span_has_all_directions_or_says_so(size: float) -> None:
+    matrix = size * product(90, 60, 7, 1)
+    found = linalg.span(matrix, 7)
+    assert found is not None
+    left, core = found
+    assert left.shape == (90, 7 + linalg.SPARE)
+    assert torch.allclose(left.mT @ left, torch.eye(left.shape[1], dtype=torch.float64), atol=1e-13)
+    assert float((left @ core - matrix).norm() / matrix.double().norm()) < 1e-6
+    sigma, expected = torch.linalg.svdvals(core), torch.linalg.svdvals(matrix.double())
+    assert torch.allclose(sigma[:7], expected[:7], rtol=1e-12)
+    assert linalg.span(size * product(90, 60, 7 + linalg.SPARE + 1, 1), 7) is None
+    small = matrix + size * 1e-4 * product(90, 60, 60, 2)
+    assert linalg.span(small, 7) is None, "what is left out is small, and counts in the sum of singular values"
+
+
+def test_a_thin_projection_of_opcm_is_that_of_the_gram() -> None:
+    """Adapter after adapter, tall and wide: the same cut, and C to a millionth."""
+    for rows, columns in ((96, 80), (80, 96)):
+        total = torch.zeros(rows, columns)
+        for number in range(3):
+            tau = product(rows, columns, 4, 10 + number)
+            usual, quick = total.clone(), total.clone()
+            one = opcm.fold_matrix(usual, tau.clone(), 0.5, "block")
+            other = opcm.fold_matrix(quick, tau.clone(), 0.5, "block", 4 * number)
+            assert one.notes["r"] == other.notes["r"]
+            assert one.notes["rank"] == other.notes["rank"]
+            assert float((usual - quick).norm() / tau.norm()) < 1e-6
+            assert one.sums.merged_sq == pytest.approx(other.sums.merged_sq, rel=1e-6)
+            assert torch.equal(usual, quick) is (number == 0), "the second is projected another way"
+            total = usual
+
+
+def test_where_more_is_there_than_was_said_opcm_takes_the_gram() -> None:
+    total, tau = product(96, 80, 40, 1), product(96, 80, 4, 2)
+    usual, quick = total.clone(), total.clone()
+    opcm.fold_matrix(usual, tau.clone(), 0.5, "block")
+    opcm.fold_matrix(quick, tau.clone(), 0.5, "block", 4)
+    assert torch.equal(usual, quick)
+
+
+def test_a_thin_projection_is_for_few_directions_and_takes_no_more_memory() -> None:
+    assert linalg.spans_cheaply(896, 896, 216)
+    assert not linalg.spans_cheaply(896, 896, 217)
+    assert not linalg.spans_cheaply(131072, 896, 16), "its factors are longer than the Gram is large"
