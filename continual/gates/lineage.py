@@ -15,14 +15,28 @@ from continual.records import Lineage, TensorSpec
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, TensorInfo
 from continual.tensors.buffers import is_buffer, is_computed
 from continual.tensors.checkpoint import FLOATS
-from continual.tensors.kinds import is_vocabulary
-from continual.tensors.leftovers import Left, of_an_adapter, of_another_size, of_another_task, same_after_all
+from continual.tensors.foreign import layout_of
+from continual.tensors.kinds import is_positions, is_vocabulary
+from continual.tensors.leftovers import (
+    Left,
+    in_layer,
+    of_an_adapter,
+    of_another_depth,
+    of_another_size,
+    of_another_task,
+    same_after_all,
+)
 from continual.tensors.matching import Match, names_of, naming, renamings, sources
 from continual.tensors.renaming import family_of
 from continual.tensors.same_layout import in_layout_of, repackings
 
 _NAMED = 5
 """Names of tensors that a message lists."""
+_OTHER_SIZE = "not a fine-tune of this base, or one whose layers were made larger or smaller"
+_RESIZED = (
+    "its table of positions was resized (another max_position_embeddings or image_size), and what was trained with it "
+    "is not merged with a base of the old size"
+)
 
 
 @dataclass(frozen=True)
@@ -161,6 +175,7 @@ def _check_missing(
         )
     specs = [s for s in base.specs if s.kind != "carried" and not is_buffer(s.name, s.shape)]
     missing = [s for s in specs if s.name not in found]
+    _check_layout(base, model, [s.name for s in missing], extra)
     family = family_of(base.checkpoint.config)
     fresh = of_another_task(missing, base.checkpoint.config, model.config, family)
     if len(missing) == len(specs):
@@ -191,6 +206,23 @@ def _check_missing(
         )
 
 
+def _check_layout(base: BaseModel, model: Checkpoint, missing: Collection[str], extra: Collection[str]) -> None:
+    """Raises Refuse (`missing`) for a candidate in a layout that is known and not the base's, and for one that has
+    more layers or fewer: those that have the same number are not the same ones."""
+    layout = layout_of(extra) if missing else None
+    if layout is not None:
+        name, what, do = layout
+        raise Refuse("missing", f"{model.place}: {name} is of {what}; the base is in another layout: {do}")
+    depth = of_another_depth(base.checkpoint.config, model.config)
+    family = family_of(base.checkpoint.config)
+    if depth is not None and any(in_layer(name, family) for name in (*missing, *extra)):
+        raise Refuse(
+            "missing",
+            f"{model.place}: has {depth[1]} layers and the base {depth[0]}, by config.json: layers were added or taken "
+            "out, so that those of one number are not the same: not a fine-tune of this base",
+        )
+
+
 def _other_heads(base: BaseModel, found: Mapping[str, Match], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
     """The heads that the candidate has for another number of classes, as the base's names to the candidate's."""
     whole = {name: source.full for name, source in found.items() if source.full is not None and source.piece is None}
@@ -217,7 +249,7 @@ def _check_dtype(place: Place, info: TensorInfo, source: Match, spec: TensorSpec
 def _common_rows(both: str, shape: tuple[int, ...], spec: TensorSpec, gate: LineageGate) -> int:
     """The rows that a vocabulary of another size has in common with the base's; `both` says the two sizes."""
     if not shape or not spec.shape or shape[1:] != spec.shape[1:] or not is_vocabulary(spec.name):
-        raise Refuse("shape", f"{both}: not a fine-tune of this base, or one whose layers were made larger or smaller")
+        raise Refuse("shape", f"{both}: {_RESIZED if is_positions(spec.name) else _OTHER_SIZE}")
     if gate.vocab == "refuse":
         raise Refuse(
             "vocab", f"{both}: its vocabulary was resized; vocab = common-rows folds the rows both have", by=("vocab",)

@@ -153,6 +153,10 @@ _NAMED: tuple[tuple[str, Foreign], ...] = (
         Foreign("pickle", "only pickled weights, which can run code when loaded", "convert them to safetensors"),
     ),
     (
+        r"checkpoint-\d+",
+        Foreign("no-weights", "a trainer's checkpoints in folders", "publish the one that is meant, by itself"),
+    ),
+    (
         r".*\.(zip|tar|tgz|gz|xz|zst|bz2|7z|rar)",
         Foreign("foreign", "an archive", "unpack it, and publish what is in it"),
     ),
@@ -176,6 +180,41 @@ def refuse_names(names: Collection[str], where: str) -> Refuse:
         return Refuse("no-weights", f"{where}: no safetensors file in it; publish the weights as model.safetensors")
     name, what = found
     return Refuse(what.reason, f"{where}: no safetensors file in it, but {what.what} ({shown(name)}); {what.do}")
+
+
+_LAYOUTS: tuple[tuple[re.Pattern[str], str, str], ...] = (
+    (
+        re.compile(r"layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123])\.weight"),
+        "the names of Meta's and Mistral's own code (consolidated.safetensors), which also orders rows otherwise",
+        "convert it with the script of its family in transformers, and publish that",
+    ),
+    (
+        re.compile(r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders)\..+"),
+        "a pipeline in one file, as CompVis, ComfyUI and Kohya write it",
+        "load it in diffusers with from_single_file, and publish what save_pretrained writes",
+    ),
+    (
+        re.compile(r"(?:model\.)?(?:decoder|language_model\.encoder)\.layers\.\d+\.self_attention\.linear_qkv\.weight"),
+        "the names of Megatron or NeMo",
+        "export it to the layout of transformers",
+    ),
+    (
+        re.compile(r"(?:blk\.\d+\.attn_q|token_embd)\.weight"),
+        "the names of llama.cpp",
+        "use the safetensors model that it was made from",
+    ),
+)
+"""Layouts of whole models by the name of a tensor: what they are, and what to do."""
+
+
+def layout_of(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """The first of these names that tells a layout which is neither that of transformers nor of diffusers, what that
+    layout is, and what to do; None where there is none."""
+    for name in names:
+        for pattern, what, do in _LAYOUTS:
+            if pattern.fullmatch(name):
+                return name, what, do
+    return None
 
 
 _KOHYA = re.compile(

@@ -31,6 +31,9 @@ _TABLE = re.compile(
     r"|(^|\.)embeddings\.(?!.*(patch|proj|dense)).*"
 )
 """Other embeddings: of positions, segments, classes."""
+_POSITIONS = re.compile(
+    r"(^|[._])(wpe|embed_positions|pos(ition)?(al)?_?(emb\w*|bias\w*|table)|relative_position_bias_table)(\.|$)"
+)
 _HEAD = re.compile(
     r"(^|\.)(lm_head|classifier|score|qa_outputs|heads?|pre_classifier|vocab_transform|logits_proj|text_projection"
     r"|visual_projection|seq_relationship)(\.|$)"
@@ -144,6 +147,11 @@ def as_made(specs: Sequence[TensorSpec], made: Sequence[TensorSpec]) -> tuple[Te
 def is_vocabulary(name: str) -> bool:
     """Whether a name is that of an input embedding or a language model's head, whose first axis is the vocabulary."""
     return bool(_WORDS.search(name, max(0, len(name) - _LONGEST_WORDS)))  # the end decides; `^` is the true beginning
+
+
+def is_positions(name: str) -> bool:
+    """Whether a name is that of a table with a row for each position."""
+    return bool(_POSITIONS.search(name))
 
 
 def depth_of(name: str, stacks: Mapping[str, int]) -> float:

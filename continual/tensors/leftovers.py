@@ -93,6 +93,8 @@ _OUTPUTS = frozenset(
     ]
 )
 """Parts of names of tables that stand at a language model's end."""
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers")
+"""How configurations say how many layers there are."""
 _PARTS = ("lora_", "base_layer", "hada_w", "lokr_w", "ia3_l", "vera_lambda", "boft_", "oft_r", "modules_to_save")
 """How parts of a name begin that only an adapter has."""
 
@@ -171,6 +173,17 @@ def of_another_size(
     return frozenset(name for head in other for name in heads[head])
 
 
+def of_another_depth(base: Mapping[str, object], model: Mapping[str, object]) -> tuple[int, int] | None:
+    """The numbers of layers of the base and of a candidate that has more or fewer, by the two configurations; None
+    where they have the same, or do not say. Its layers are not those of the base that have their numbers."""
+    for ours, theirs in zip(_bodies(base), _bodies(model), strict=True):
+        for key in _DEPTHS:
+            one, other = ours.get(key), theirs.get(key)
+            if isinstance(one, int) and isinstance(other, int) and one != other:
+                return one, other
+    return None
+
+
 def of_an_adapter(names: Iterable[str]) -> str | None:
     """The first of these names that only an adapter has which was not merged."""
     return next((name for name in names if any(part.startswith(_PARTS) for part in name.split("."))), None)
@@ -206,6 +219,15 @@ def _head_of(name: str, family: str) -> str:
     end = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
     at = [i for i, part in enumerate(parts[:end]) if part in _HEADS or "classifier" in part]
     return ".".join(parts[: at[-1] + 1]) if at else ""
+
+
+def _bodies(config: Mapping[str, object]) -> list[Mapping[str, object]]:
+    """A configuration, and that of its language model; an empty one for each that there is not."""
+    found = [config]
+    for key in ("text_config", "llm_config", "encoder", "decoder", "vision_config"):
+        inner = config.get(key)
+        found.append(inner if isinstance(inner, dict) else {})
+    return found
 
 
 def _class_of(config: Mapping[str, object]) -> str:

@@ -39,9 +39,21 @@ _ANYWHERE: Pairs = (
     (".weight_g.", ".parametrizations.weight.original0."),
     (".weight_v.", ".parametrizations.weight.original1."),
     (".vision_tower.vision_model.", ".vision_tower."),
+    (".image_tower.vision_model.", ".image_tower."),
+    (".video_tower.vision_model.", ".video_tower."),
 )
 """Old and new parts of a name in every family; a name is read with a dot before and after it. The first two are weight
 norm, as torch had it and as it has it now."""
+_PIPELINES: Pairs = (
+    *((f".{part}.text_model.", f".{part}.") for part in ("text_encoder", "text_encoder_2", "text_encoder_3")),
+    (".image_encoder.vision_model.", ".image_encoder."),
+    (".mid_block.attentions.0.query.", ".mid_block.attentions.0.to_q."),
+    (".mid_block.attentions.0.key.", ".mid_block.attentions.0.to_k."),
+    (".mid_block.attentions.0.value.", ".mid_block.attentions.0.to_v."),
+    (".mid_block.attentions.0.proj_attn.", ".mid_block.attentions.0.to_out.0."),
+)
+"""The same in components of pipelines: the towers of transformers 4 and 5, and the attention of an autoencoder in old
+and new versions of diffusers. Names of the classes are others again, so `loaded` does not ask these."""
 _SELF = tuple((f".attention.self.{old}.", f".attention.{new}_proj.") for old, new in (("query", "q"), ("key", "k")))
 _TWICE = tuple(
     (f".attention.attention.{old}.", f".attention.{new}_proj.")
@@ -80,6 +92,10 @@ _FAMILIES: Mapping[str, Pairs] = {
         ),
         *_DENSE,
     ),
+    "altclip": ((".encoder.layer.", ".encoder.layers."),),
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text"), ((".per_layer_model.language_model_projection.", ".per_layer_model_projection."),)
+    ),  # as transformers 4.57 exchanged too much of a name
     "mixtral": _SPARSE,
     "minimax": _SPARSE,
     "minimax_m2": _SPARSE,
@@ -166,7 +182,7 @@ def canonical(name: str, family: str) -> str:
     first = 0
     while first < min(_LONGEST, len(parts) - 1) and parts[first] in _LEADING:
         first += 1
-    return _exchanged(".".join(parts[first:]), family)
+    return _exchanged(".".join(parts[first:]), family, _PIPELINES)
 
 
 def canonical_names(names: Collection[str], family: str) -> dict[str, str]:
@@ -239,10 +255,10 @@ def _starred(parts: Collection[str]) -> str:
     return ".".join("*" if part.isdecimal() else part for part in parts)
 
 
-def _exchanged(name: str, family: str) -> str:
-    """A name with old parts exchanged for new ones."""
+def _exchanged(name: str, family: str, first: Pairs = ()) -> str:
+    """A name with old parts exchanged for new ones, those of `first` before the others."""
     dotted = f".{name}."
-    for old, new in _pairs(family):
+    for old, new in (*first, *_pairs(family)):
         dotted = dotted.replace(old, new)
     name = dotted[1:-1]
     head, _, last = name.rpartition(".")

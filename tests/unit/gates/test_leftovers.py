@@ -269,6 +269,60 @@ def test_other_tensors_of_another_size_are_no_heads(tmp_path: Path, name: str) -
     assert refusal.value.reason in ("shape", "tied")
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param({"num_hidden_layers": 1}, {"num_hidden_layers": 2}, id="deeper"),
+        pytest.param({"n_layer": 2}, {"n_layer": 1}, id="a part"),
+        pytest.param(
+            {"text_config": {"num_hidden_layers": 1}}, {"text_config": {"num_hidden_layers": 3}}, id="its text model"
+        ),
+    ],
+)
+def test_more_or_fewer_layers_are_another_model(tmp_path: Path, one: dict[str, Any], other: dict[str, Any]) -> None:
+    deep = LAYER | {"bert.encoder.layer.1.output.dense.weight": torch.randn(4, 4)}
+    shallow, deeper = (one, other) if "n_layer" not in one else (other, one)
+    for ours, theirs in (((LAYER, shallow), (deep, deeper)), ((deep, deeper), (LAYER, shallow))):
+        place = tmp_path / str(len(ours[0]))
+        place.mkdir()
+        for name, (tensors, config) in (("base", ours), ("ft", theirs)):
+            folder = save(place / name, tensors)
+            (folder / "config.json").write_text(json.dumps(config))
+        with open_model(place / "base") as checkpoint, open_model(place / "ft") as model:
+            assert isinstance(checkpoint, Checkpoint)
+            with pytest.raises(Refuse, match=r"has \d layers and the base \d, by config.json"):
+                trace(describe(checkpoint), model, LineageGate(missing="unchanged"))
+
+
+def test_layers_beyond_those_of_the_configuration_stay_out(tmp_path: Path) -> None:
+    """As DeepSeek's, which predict a token further and are in some files only."""
+    more = {"bert.encoder.layer.1.eh_proj.weight": torch.randn(4, 8)}
+    assert of_classes(tmp_path, ("X", LAYER), ("X", LAYER | more)).extra == tuple(more)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("layers.0.attention.wq.weight", "Mistral's own code"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "from_single_file"),
+        ("decoder.layers.0.self_attention.linear_qkv.weight", "Megatron or NeMo"),
+        ("blk.0.attn_q.weight", "llama.cpp"),
+    ],
+)
+@pytest.mark.parametrize("missing", ["refuse", "unchanged"])
+def test_a_known_layout_is_said(base: BaseModel, tmp_path: Path, name: str, said: str, missing: str) -> None:
+    other = {name: torch.zeros(4, 4), "norm.weight": TENSORS["model.norm.weight"]}
+    with pytest.raises(Refuse, match=said) as refusal:
+        traced(base, tmp_path, other, missing=missing)
+    assert (refusal.value.reason, name in str(refusal.value)) == ("missing", True)
+
+
+def test_a_resized_table_of_positions_is_said(tmp_path: Path) -> None:
+    name = "vit.embeddings.position_embeddings"
+    with pytest.raises(Refuse, match=r"\[1, 9, 4\], the base's has \[1, 5, 4\]: its table of positions was resized"):
+        of_classes(tmp_path, ("X", LAYER | {name: torch.zeros(1, 5, 4)}), ("X", LAYER | {name: torch.zeros(1, 9, 4)}))
+
+
 def test_sines_that_a_class_does_not_save_are_no_loss(tmp_path: Path) -> None:
     sines = {"model.encoder.embed_positions.weight": torch.randn(8, 4)}
     lineage = of_classes(tmp_path, ("MarianMTModel", LAYER | sines), ("MarianMTModel", LAYER), family="marian")

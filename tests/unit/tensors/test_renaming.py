@@ -165,6 +165,27 @@ def test_a_fine_tune_under_other_names_is_the_same_fine_tune(name: str, models: 
         same(republished(tmp_path / f"base {how}", {rename(n): t for n, t in base.items()}, path), other, ours)
 
 
+@pytest.mark.parametrize(
+    ("family", "one", "other"),
+    [
+        ("", "vae.encoder.mid_block.attentions.0.query.weight", "vae.encoder.mid_block.attentions.0.to_q.weight"),
+        ("", "decoder.mid_block.attentions.0.proj_attn.bias", "decoder.mid_block.attentions.0.to_out.0.bias"),
+        ("", "text_encoder.text_model.encoder.layers.0.mlp.fc1.weight", "text_encoder.encoder.layers.0.mlp.fc1.weight"),
+        ("video_llava", "model.image_tower.vision_model.post.weight", "image_tower.post.weight"),
+        ("altclip", "vision_model.encoder.layer.0.x.weight", "vision_model.encoder.layers.0.x.weight"),
+        (
+            "gemma3n",
+            "model.language_model.per_layer_model.language_model_projection.weight",
+            "model.per_layer_model_projection.weight",
+        ),
+        ("vit_msn", "vit.embeddings.cls_token", "embeddings.cls_token"),
+        ("vit_mae", "decoder.decoder_encoder.layer.0.output.dense.bias", "decoder.decoder_layers.0.mlp.fc2.bias"),
+    ],
+)
+def test_two_names_of_one_weight(family: str, one: str, other: str) -> None:
+    assert canonical(one, family) == canonical(other, family)
+
+
 def test_one_tower_of_a_base_that_was_published_alone(models: Any) -> None:
     whole, _ = models("clip")
     text, _ = models("clip_text")
