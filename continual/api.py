@@ -38,7 +38,7 @@ from continual.hub.locate import Places
 from continual.making import agree
 from continual.publish import folder, lora
 from continual.records import Event, TensorSpec
-from continual.rules import ReadOptions, rule
+from continual.rules import ReadAs, ReadOptions, rule
 from continual.selection import admission
 from continual.selection.steps import Taken
 from continual.sources.roster import openers
@@ -233,13 +233,13 @@ class Merge:
             return reading.vector(_kept(self.state, name))
 
     def reading(self, at: int | None = None, options: ReadOptions | None = None, view: View | None = None) -> Reading:
-        """The merged model at record `at` (default: the newest), read by `options` (default: those in force there), and
-        of a state of adapters by `view`. Raises Misconfigured if the record has expired, or the view cannot be read."""
-        view = view or View()
+        """The merged model at record `at` (default: the newest), read by `options` (default: those in force there, and
+        as `view` says). Raises Misconfigured if the record has expired, or the view cannot be read."""
+        view = (view or View()).by(self.settings.reading)
         view.check(self.state)
         if self.state.format.form is not None:
             return BlockReading(self.state, self.rule, at, view, options)
-        return Reading(self.state, self.rule, at, options, self._lengths)
+        return Reading(self.state, self.rule, at, options or self.scale(at, view), self._lengths)
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[BaseModel]:
@@ -280,19 +280,22 @@ class Merge:
         with _held(self, at, view) as reading:
             return lora.export(self.base, reading, target, self.executor, progress)
 
-    def scale(self) -> ReadOptions:
-        """How the merge is read now."""
-        return ReadOptions.from_mapping(self.state.ledger.read_options(self.state.ledger.head.seq))
+    def scale(self, at: int | None = None, view: View | None = None) -> ReadOptions:
+        """How the merge is read: as the records up to `at` (default: the newest), the settings and `view` say."""
+        ledger = self.state.ledger
+        now = ReadOptions.from_mapping(ledger.read_options(ledger.head.seq if at is None else at))
+        return (view or View()).by(self.settings.reading).read_by(self.rule, now, self.state)[1]
 
-    def rescale(self, scale: str | None = None, lines: str | None = None) -> ReadOptions:
-        """Changes how the merge is read: its scale, that of its layers, or both; nothing is folded again. Returns how
-        it is read then.
+    def rescale(self, scale: str | None = None, lines: str | None = None, rule: str | None = None) -> ReadOptions:
+        """Changes how the merge is read: its scale, that of its layers, or the rule that reads it; nothing is folded
+        again. Returns how it is read then.
 
         `scale` is `norm`, `norm:KAPPA`, a number, `auto` (the rule's default) or `tuned` (what the newest `tune` chose,
-        its layer scaling too); `lines` is `ALPHA:BETA` or `none`. Raises Misconfigured for texts that are malformed,
-        and for `tuned` where nothing was tuned.
+        its layer scaling and its rule too); `lines` is `ALPHA:BETA` or `none`; `rule` is one of those that `continual
+        rules` lists for the rule of this state. Raises Misconfigured for texts that are malformed, for a rule that
+        cannot read this state, and for `tuned` where nothing was tuned.
         """
-        return tuning.rescale(self.state, self.rule.name, scale, lines)
+        return tuning.rescale(self.state, self.rule, ReadAs(rule or self.settings.reading, scale, lines))
 
     def tune(
         self,
@@ -304,7 +307,9 @@ class Merge:
         """Finds the scale of the merge by evaluating candidates, and records it; nothing is folded again. `told` is
         called with each candidate and its score. Raises Misconfigured where nothing is folded or the evaluation cannot
         be used, Retry where the environment got in the way; then nothing is recorded."""
-        return tuning.tune(self.engine, self.reading(), evaluation, wanted or Tuning(), progress, told)
+        wanted = wanted or Tuning()
+        reading = self.reading(view=View(rule=wanted.rule, scale=wanted.scale))
+        return tuning.tune(self.engine, reading, evaluation, wanted, progress, told)
 
     def look_unfold(self, word: str, at: str | Path | None = None) -> unfolding.Unfolding:
         """Says what taking the model that `word` names (a name, path, key or record number) out of the merge takes;

@@ -20,7 +20,7 @@ from continual.executors.contract import Progress, silent
 from continual.hub import Repo
 from continual.hub.locate import Places
 from continual.records import Kind, SlotSpec
-from continual.rules import read_options, rule
+from continual.rules import ReadAs, ReadOptions, read_as, read_options, reader, rule
 from continual.state import Format, State
 from continual.state.format import AdaptersForm, BaseRecord, HeaderRecord
 from continual.tensors import BaseModel, Checkpoint, Folder, Place, describe
@@ -47,7 +47,8 @@ class Recipe:
     change, as do `plain` and `exclude`: globs of tensor names. Tensors that match `plain` are folded by the rule's
     plain form, those that match `exclude` are copied from the base untouched. `scale` says how long the merged task
     vector is read (`norm`, `norm:KAPPA`, a number or `auto`), `lines` how the layers are scaled (`ALPHA:BETA`); both
-    can be changed later, and None takes the rule's default. `untie` gives an output head that is tied to the input
+    can be changed later, and None takes the rule's default. `reading` names the rule that reads the merge, where that
+    is another; it can be changed later too. `untie` gives an output head that is tied to the input
     embedding a tensor of its own: fine-tunes can then change one of the two, and an export has both. `width`: the state
     keeps adapters as they are, at most so many singular triplets a layer, and `rule` is what is made of them when they
     are read; None: it keeps a merge of whole tensors.
@@ -61,6 +62,15 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     untie: bool = False
     width: int | None = None
+    reading: str | None = None
+
+    def read(self) -> ReadOptions:
+        """How the merge is read at first. Raises Misconfigured for what is unknown or malformed, and a rule that cannot
+        read such a state."""
+        made, blocks = rule(self.rule, self.options), self.width is not None
+        default = read_options(self.rule)
+        reader(made, self.reading or self.rule, blocks=blocks)
+        return read_as(made, default, ReadAs(self.reading, self.scale, self.lines), blocks=blocks)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +150,7 @@ def init(
     State.create(
         Path(state),
         Format.new(record, model.specs, recipe.rule, chosen.options, slots),
-        read=read_options(recipe.rule, recipe.scale, recipe.lines).to_mapping(),
+        read=recipe.read().to_mapping(),
         device="cpu",
     ).close()
     return made
@@ -174,7 +184,7 @@ def _init_adapters(place: Place, base: str | Path, state: Path, recipe: Recipe) 
         Format.new(
             record, model.specs, recipe.rule, made.options, _blocks(model, recipe.width), AdaptersForm(recipe.width)
         ),
-        read=read_options(recipe.rule, recipe.scale, recipe.lines).to_mapping(),
+        read=recipe.read().to_mapping(),
         device="cpu",
     ).close()
     return made
@@ -210,12 +220,12 @@ def recipe_for(
     transforms = list(before or settings.before or ())
     asked = {**settings.options, **(options or {}), **({"before": transforms} if transforms else {})}
     name = rule or settings.rule or ("frank-wolfe" if settings.select == "frank-wolfe" else DEFAULT)
-    return Recipe(rule=name, options=asked, untie=settings.tied == "untie")
+    return Recipe(rule=name, options=asked, untie=settings.tied == "untie", reading=settings.reading)
 
 
 def agree(state: State, settings: Settings) -> None:
     """Raises Misconfigured where the settings name another rule, or other fold-time options, than the state was made
-    with."""
+    with, or a reading that it does not support."""
     made = state.format
     advice = f"{state.path} goes on as it was made; make a new state with 'continual init', or take the setting out"
     if settings.rule not in (None, made.rule):
@@ -227,6 +237,8 @@ def agree(state: State, settings: Settings) -> None:
             else "only a state of the rule frank-wolfe can be weighed so"
         )
         raise Misconfigured(f"select = {settings.select}, and the state was made with {made.rule}: {why}; {advice}")
+    if settings.reading is not None:
+        reader(rule(made.rule, made.options), settings.reading, blocks=made.form is not None)
     before = {} if settings.before is None else {"before": list(settings.before)}
     wanted = rule(made.rule, {**made.options, **settings.options, **before}).options
     for key in sorted({*wanted, *made.options}):
@@ -271,7 +283,7 @@ def _survey(base: str, model: BaseModel, recipe: Recipe) -> Survey:
         )
     if recipe.width is not None:
         _check_adapters(model, recipe)
-    chosen, read = rule(recipe.rule, recipe.options), read_options(recipe.rule, recipe.scale, recipe.lines)
+    chosen, read = rule(recipe.rule, recipe.options), recipe.read()
     counted = {kind: [spec.numel for spec in model.specs if spec.kind == kind] for kind in get_args(Kind)}
     return Survey(
         base=base,

@@ -2,7 +2,7 @@
 from it. Pure: tensors and small arrays in, the same out; no file, no clock, no state."""
 
 from continual.blocks.columns import MOST, Arrangement, Columns, plan, slots, width, without
-from continual.blocks.factoring import Thin
+from continual.blocks.factoring import ThinProduct
 from continual.blocks.layer import Layer
 from continual.blocks.merged import Merged, recovered
 from continual.blocks.shares import Explaining, Products, Share, Shares
@@ -22,7 +22,7 @@ __all__ = [
     "Share",
     "Shares",
     "Shelf",
-    "Thin",
+    "ThinProduct",
     "plan",
     "recovered",
     "slots",

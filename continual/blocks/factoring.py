@@ -50,7 +50,7 @@ class Run(NamedTuple):
         return found
 
 
-class Thin(NamedTuple):
+class ThinProduct(NamedTuple):
     """An m×n matrix as left·rightᵀ, m×k and n×k float32; both have equal lengths column by column.
 
     `square`: the square of its length. `cut`: the square of what was cut off to get to this rank.
@@ -67,22 +67,22 @@ class Thin(NamedTuple):
         whole = self.square + self.cut
         return float((self.cut / whole) ** 0.5) if whole else 0.0
 
-    def scaled(self, factor: float) -> Thin:
+    def scaled(self, factor: float) -> ThinProduct:
         """Times a number."""
         root = abs(factor) ** 0.5
         left, right = self.left * (root if factor >= 0 else -root), self.right * root
-        return Thin(left, right, self.square * factor**2, self.cut * factor**2)
+        return ThinProduct(left, right, self.square * factor**2, self.cut * factor**2)
 
     def dense(self) -> Tensor:
         """The matrix, float32."""
         return self.left @ self.right.mT
 
 
-def thin(rule: Rule, given: Stacked, run: Run, rank: int | None = None) -> Thin:
+def thin(rule: Rule, given: Stacked, run: Run, rank: int | None = None) -> ThinProduct:
     """X of one layer, cut to the `rank` largest singular values where one is given. The rule has `factored`."""
     m, n = sides(given.spec)
     if not given.rows:
-        return Thin(torch.zeros(m, 0), torch.zeros(n, 0), 0.0)
+        return ThinProduct(torch.zeros(m, 0), torch.zeros(n, 0), 0.0)
     assert rule.factored is not None
     if rule.factored.linear(given.spec) or rule.factored.triplets is not None:
         left, right = direct(rule, given, run)
@@ -153,13 +153,13 @@ def direct(rule: Rule, given: Stacked, run: Run) -> tuple[Tensor, Tensor]:
     return rule.factored.triplets(Triplets(owner, u.mT, sigma, v.mT), run.totals)
 
 
-def _balanced(left: Tensor, right: Tensor) -> Thin:
+def _balanced(left: Tensor, right: Tensor) -> ThinProduct:
     lengths, others = left.norm(dim=0), right.norm(dim=0)
     held = (lengths > 0) & (others > 0)
     factor = torch.where(held, (others / lengths).sqrt(), 0.0)
     back = torch.where(held, 1.0 / factor, 0.0)
     total = max(0.0, float(((left.mT @ left) * (right.mT @ right)).sum()))
-    return Thin((left * factor).float(), (right * back).float(), total)
+    return ThinProduct((left * factor).float(), (right * back).float(), total)
 
 
 class Basis(NamedTuple):
@@ -190,7 +190,7 @@ def spanned(rows: Tensor) -> Basis:
     return Basis(rows, root[:, None] * vectors.mT, vectors / root)
 
 
-def _of_core(one: Basis, middle: Tensor, other: Basis, rank: int | None) -> Thin:
+def _of_core(one: Basis, middle: Tensor, other: Basis, rank: int | None) -> ThinProduct:
     """Q·X′·Rᵀ over the singular values of X′ that are not null, the largest `rank` of them."""
     w, sigma, zh = torch.linalg.svd(middle, full_matrices=False)
     held = int((sigma > linalg.NULL * sigma[0]).sum()) if len(sigma) else 0
@@ -198,4 +198,4 @@ def _of_core(one: Basis, middle: Tensor, other: Basis, rank: int | None) -> Thin
     root, total = sigma[:k].sqrt(), float(sigma[:k].square().sum())
     cut = float(sigma[k:held].square().sum())
     left, right = one.back @ (w[:, :k] * root), other.back @ (zh[:k].mT * root)
-    return Thin((one.rows.mT @ left).float(), (other.rows.mT @ right).float(), total, cut)
+    return ThinProduct((one.rows.mT @ left).float(), (other.rows.mT @ right).float(), total, cut)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from continual.blocks import elements
 from continual.blocks.elements import Seed, by_number
-from continual.blocks.factoring import Entrant, Run, Thin, square, thin
+from continual.blocks.factoring import Entrant, Run, ThinProduct, square, thin
 from continual.blocks.shelf import Shelf, Stacked, stacked
 from continual.errors import Misconfigured
 from continual.records import TensorSpec, Totals
@@ -86,7 +86,7 @@ class Merged:
         """What X of this layer is multiplied by."""
         return self.factors[0 if self.is_matrix(name) else 1] * self.options.layer(self.shelf.specs[name])
 
-    def thin(self, name: str, rank: int | None = None) -> Thin:
+    def thin(self, name: str, rank: int | None = None) -> ThinProduct:
         """The merged task vector of one layer as factors, of the `rank` largest singular values where one is given.
         Only of rules that are `factored`."""
         return thin(self.rule, self.stacked(name), self.run, rank).scaled(self.scale(name))

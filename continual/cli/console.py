@@ -198,6 +198,8 @@ def rules(found: Sequence[RuleInfo], transforms: Sequence[TransformInfo]) -> Non
         "passes",
         "needs",
         "default scale",
+        "read by",
+        "of adapters",
         "options",
         "what, and where from",
     )
@@ -217,6 +219,8 @@ def _rule_row(row: RuleInfo) -> tuple[object, ...]:
         f"{row.passes:.3g}",
         row.needs or "nothing",
         row.scale,
+        ", ".join(row.readings),
+        row.adapters or "no",
         _options(row.options),
         f"{row.summary} ({row.paper})",
     )

@@ -316,11 +316,11 @@ def export(
     rule: Annotated[
         str | None,
         typer.Option(
-            "--rule", help="Rule to read by (a state of adapters).", show_default=False, autocompletion=_rules
+            "--rule", help="Rule to read by; 'continual rules' says which.", show_default=False, autocompletion=_rules
         ),
     ] = None,
     scale: Annotated[
-        str | None, typer.Option("--scale", help="Scale to read at (a state of adapters).", show_default=False)
+        str | None, typer.Option("--scale", help="Scale to read at, as 'continual scale' takes it.", show_default=False)
     ] = None,
     lines: Lines = None,
     only: Only = None,

@@ -155,18 +155,25 @@ def scale(
         ),
     ] = None,
     lines: Lines = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            "--rule", help="Rule to read by; 'continual rules' lists which can read which state.", show_default=False
+        ),
+    ] = None,
     *,
     flags: Flags,
 ) -> None:
-    """Show or change how the merge is read: its scale, and that of its layers. Nothing is folded again."""
-    if value is None and lines is None:
+    """Show or change how the merge is read: by which rule, its scale, and that of its layers. Nothing is folded
+    again."""
+    if value is None and lines is None and rule is None:
         with opened.merge(flags) as merge:
             now = merge.scale()
         found: dict[str, Json] = {"read": texts.jsonable(now.to_mapping()), "scale": str(now)}
     else:
         from continual.service.control.requests import ScaleRequest
 
-        found = opened.act(flags, typed.request(ScaleRequest, value=value, lines=lines), quiet=flags.json)
+        found = opened.act(flags, typed.request(ScaleRequest, value=value, lines=lines, rule=rule), quiet=flags.json)
     if flags.json:
         console.emit(found["read"])
     else:

@@ -73,6 +73,10 @@ def tune(
         Path | None,
         typer.Option("--work", help="Where the scratch file goes; default: a temporary directory.", show_default=False),
     ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option("--rule", help="Rule to read by; default: the one in force.", show_default=False),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Evaluate and print, and record nothing.")] = False,
     *,
     flags: Flags,
@@ -83,7 +87,7 @@ def tune(
 
     worth = Worth(command, rows, objective, heads, batch, key, lower, timeout)
     evaluation = worth.evaluation()
-    wanted = Tuning(candidates, cast("Policy | None", policy), around, lines, work, dry_run)
+    wanted = Tuning(candidates, cast("Policy | None", policy), around, lines, work, dry_run, rule)
     signal.signal(signal.SIGTERM, _stop)
     with opened.merge(flags, write=not dry_run) as merge, console.progress() as progress:
         tuned = merge.tune(evaluation, wanted, progress, None if flags.json else console.trial)

@@ -165,6 +165,11 @@ class Settings(BaseModel):
     rule: str | None = Field(
         default=None, description="fold rule that init takes; a state made under another is refused"
     )
+    reading: str | None = Field(
+        default=None,
+        description="rule that reads the merge, in place of the one that the state says; "
+        "continual rules lists which can read which state",
+    )
     options: dict[str, object] = Field(
         default_factory=dict, description="fold-time options of the rule; a state made with others is refused"
     )

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 
 from continual.blocks import Columns
-from continual.blocks.factoring import Thin
+from continual.blocks.factoring import ThinProduct
 from continual.blocks.merged import Merged
 from continual.engine.reading import Reading, Seen
 from continual.engine.views import View
@@ -67,7 +67,7 @@ class BlockReading(Reading):
         """Raises Misconfigured for a view that the state cannot be read by."""
         super().__init__(state, rule, seq, options)
         self.view = view or View()
-        self.rule, self.options = self.view.read_by(rule, self.options)
+        self.rule, self.options = self.view.read_by(rule, self.options, state)
         self.shelf = StoredLayers(state, self.commit)
         self.chosen = self.view.chosen(state, self.commit.seq)
 
@@ -110,7 +110,7 @@ class BlockReading(Reading):
             return torch.zeros(spec.shape)
         return self.merged.dense(spec.name).view(spec.shape)
 
-    def thin(self, spec: TensorSpec, rank: int | None = None) -> Thin:
+    def thin(self, spec: TensorSpec, rank: int | None = None) -> ThinProduct:
         """The merged task vector of one tensor as two thin factors, of the largest `rank` singular values where one is
         given. Only where the rule is `factored`; `settle` comes first."""
         return self.merged.thin(spec.name, rank)

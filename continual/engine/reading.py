@@ -14,7 +14,7 @@ import torch
 from continual import linalg
 from continual.executors.contract import Executor, Progress, Task
 from continual.records import TensorSpec
-from continual.rules import ReadOptions, Rule, Size
+from continual.rules import ReadOptions, Rule, Size, reader
 from continual.rules.matrices import sides
 from continual.state import Commit, State
 
@@ -29,7 +29,8 @@ class Reading:
     at that record). Thread-safe once it is settled.
 
     The scale can ask for a length that the rule's totals do not know. Then one pass over all tensors measures ‖X‖; it
-    takes as long as reading them. `lengths` keeps what was measured, by generation, for the readings that come later.
+    takes as long as reading them. `lengths` keeps what was measured, by generation and rule, for the readings that come
+    later. `rule` is the one that the state was made with; `self.rule` the one that reads.
     """
 
     def __init__(
@@ -41,10 +42,10 @@ class Reading:
         lengths: dict[str, Parts] | None = None,
     ) -> None:
         self.state = state
-        self.rule = rule
         self.commit: Commit = state.ledger.head if seq is None else state.ledger.get(seq)
         self.totals = state.ledger.totals_at(self.commit.seq)
         self.options = options or ReadOptions.from_mapping(state.ledger.read_options(self.commit.seq))
+        self.rule = reader(rule, self.options.rule, blocks=state.format.form is not None)
         self.lengths = {} if lengths is None else lengths
         self._factors: Parts | None = None
 
@@ -71,7 +72,7 @@ class Reading:
         size = self.rule.read.size(self.totals)
         if self.commit.generation is None:
             return Size(0.0, size.most, (0.0, 0.0))
-        parts = self.lengths.get(self.commit.generation)
+        parts = self.lengths.get(self._measured)
         if parts is None:
             return size
         return Size(math.hypot(*parts) if size.length is None else size.length, size.most, parts)
@@ -122,8 +123,13 @@ class Reading:
             progress("measure", done, len(tasks))
         parts = (math.sqrt(math.fsum(squares[0])), math.sqrt(math.fsum(squares[1])))
         if self.commit.generation is not None:
-            self.lengths[self.commit.generation] = parts
+            self.lengths[self._measured] = parts
         return math.hypot(*parts)
+
+    @property
+    def _measured(self) -> str:
+        """Under which name `lengths` has what is read here."""
+        return f"{self.commit.generation} {self.rule.name} {dict(self.rule.options)}"
 
     def _is_matrix(self, spec: TensorSpec) -> bool:
         return self.rule.read.matrix is not None and self.rule.read.matrix(spec)

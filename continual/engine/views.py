@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from continual.errors import Misconfigured
-from continual.rules import ReadOptions, Rule, read_options, rule
+from continual.rules import ReadAs, ReadOptions, Rule, read_as
 from continual.state import State
 from continual.state.format import FoldCommit
 
@@ -16,12 +16,12 @@ _NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How a state of adapters is read, where that is not as the state says.
+    """How a state is read, where that is not as the state says.
 
-    `rule`: what is made of the adapters, with its `options`; `scale` and `lines`: how long the result is, by default as
-    that rule has it. `only`: names, paths, keys, record numbers or globs of the models that are read, `without` of
-    those that are not. `weights`: the weight of a model, by the same words; those that are not named have the weight
-    that they were folded with.
+    `rule`: what is made of the adapters, with its `options`, or of the merge; `scale` and `lines`: how long the result
+    is, by default as that rule has it. `only`: names, paths, keys, record numbers or globs of the models that are read,
+    `without` of those that are not. `weights`: the weight of a model, by the same words; those that are not named have
+    the weight that they were folded with. Of a merge of whole tensors only `rule`, `scale` and `lines` can be chosen.
     """
 
     rule: str | None = None
@@ -32,15 +32,15 @@ class View:
     without: tuple[str, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
 
-    def read_by(self, made: Rule, now: ReadOptions) -> tuple[Rule, ReadOptions]:
-        """The rule and the read-time options: `made` and `now`, those of the state, unless this says otherwise. Raises
-        Misconfigured for a rule, an option or a scale that is not known."""
-        name = self.rule or made.name
-        chosen = made if name == made.name and not self.options else rule(name, self.options)
-        before = now if name == made.name else None
-        if before is not None and self.scale is None and self.lines is None:
-            return chosen, before
-        return chosen, read_options(name, self.scale, self.lines, before)
+    def by(self, name: str | None) -> View:
+        """The same view, read by the rule `name` where it names none."""
+        return self if self.rule or name is None else replace(self, rule=name)
+
+    def read_by(self, made: Rule, now: ReadOptions, state: State) -> tuple[Rule, ReadOptions]:
+        """The rule that reads `state` and the read-time options: `made` and `now`, those of the state, unless this says
+        otherwise. Raises Misconfigured for a rule, an option or a scale that is not known, or cannot read it."""
+        wanted = ReadAs(self.rule, self.scale, self.lines, self.options)
+        return read_as(made, now, wanted, blocks=state.format.form is not None)
 
     def chosen(self, state: State, seq: int) -> dict[int, float]:
         """The numbers of the adapters that are read at record `seq`, with their weights, in the order in which they
@@ -75,11 +75,11 @@ class View:
         return {key: value for key, value in said.items() if value}
 
     def check(self, state: State) -> None:
-        """Raises Misconfigured where a state keeps a merge of whole tensors: of that nothing can be chosen."""
-        if state.format.form is None and self != View():
+        """Raises Misconfigured where a state keeps a merge of whole tensors and this chooses among its models."""
+        if state.format.form is None and (self.only or self.without or self.weights or self.options):
             raise Misconfigured(
-                f"{state.path} keeps a merge of whole tensors, of which no models can be chosen and no other rule be "
-                "read: only a state made with 'continual init --adapters' is read so"
+                f"{state.path} keeps a merge of whole tensors, of which no models can be chosen, nor options of a "
+                "rule: only a state made with 'continual init --adapters' is read so"
             )
 
 

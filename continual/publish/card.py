@@ -57,7 +57,8 @@ class Model:
 class Facts:
     """What a card says. `folded` are in the order in which they were folded.
 
-    `options` are the rule's fold-time options, `before` among them; `scale` and `lines` what `continual scale` takes;
+    `options` are the rule's fold-time options, `before` among them; `reading` the rule that reads it, where that is
+    another; `scale` and `lines` what `continual scale` takes;
     `plain` and `exclude` the globs of `continual init`; `settings` those of folding that are not the defaults, by the
     names of the flags of `continual fold` (`missing`, `vocab`); `export` further words of `continual export`.
     `generated` is the time of the record; `software` has at least continual's version; `architecture` is the first of
@@ -74,6 +75,7 @@ class Facts:
     software: Mapping[str, str]
     options: Mapping[str, object] = field(default_factory=dict)
     lines: str | None = None
+    reading: str | None = None
     plain: Sequence[str] = ()
     exclude: Sequence[str] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -167,7 +169,8 @@ def commands(facts: Facts) -> list[str]:
     for model, place in list(zip(facts.folded, places[1:], strict=True))[-MOST:]:
         weight = [] if model.weight is None or model.weight == 1 else ["--weight", f"{float(model.weight)!r}"]
         lines.append(_line(["continual", "fold", *weight, *flags, _reference(*place)]))
-    scale = ["continual", "scale", *(["--lines", facts.lines] if facts.lines else [])]
+    scale = ["continual", "scale", *(["--rule", facts.reading] if facts.reading else [])]
+    scale += ["--lines", facts.lines] if facts.lines else []
     lines.append(_line([*scale, *(["--"] if facts.scale.startswith("-") else []), facts.scale]))
     return [*lines, _line(["continual", "export", "merged", *facts.export])]
 
@@ -215,10 +218,11 @@ def _about(facts: Facts) -> str:
     count = len(facts.folded)
     models = f"{count} {'fine-tune' if count == 1 else 'fine-tunes'}"
     layers = f", layers {_text(facts.lines)}" if facts.lines else ""
+    by = f"by {_text(facts.reading)} " if facts.reading else ""
     base = _linked(facts.base.repo, facts.base.revision, facts.base.repo or _last(facts.base.name))
     previous = f" The release before it is commit {_commit(facts.repo, facts.previous)}." if facts.previous else ""
     return (
-        f"The merge of {models} of {base} by the rule {_text(facts.rule)}, read at the scale "
+        f"The merge of {models} of {base} by the rule {_text(facts.rule)}, read {by}at the scale "
         f"{_text(facts.scale)}{layers}. It was made by continual, a service that folds each new fine-tune "
         f"into one model, as record {facts.seq} of state {_text(facts.state)} on {_text(facts.generated)}.\n\n"
         f"It may be replaced by the next release at any time: name a commit where you depend on it.{previous}"

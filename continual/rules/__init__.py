@@ -19,7 +19,7 @@ from continual.rules.contract import (
     Triplets,
 )
 from continual.rules.options import NoOptions, Option
-from continual.rules.registry import ROWS, RULES, read_options, rule
+from continual.rules.registry import ROWS, RULES, ReadAs, read_as, read_options, reader, readings, rule
 from continual.rules.scale import ReadOptions, Size
 from continual.rules.sums import last_out, settle, together
 
@@ -38,6 +38,7 @@ __all__ = [
     "NoOptions",
     "Option",
     "Pass",
+    "ReadAs",
     "ReadFunctions",
     "ReadOptions",
     "Rule",
@@ -46,7 +47,10 @@ __all__ = [
     "Sums",
     "Triplets",
     "last_out",
+    "read_as",
     "read_options",
+    "reader",
+    "readings",
     "rule",
     "settle",
     "together",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from continual.rules import ROWS, TRANSFORMS, Option, Rule, RuleRow
+from continual.rules import ROWS, TRANSFORMS, Option, Rule, RuleRow, readings
 from continual.rules.options import O
 
 
@@ -16,7 +16,8 @@ class RuleInfo:
     `order_free`: the order of the fine-tunes does not matter beyond rounding. `unfold`: one can be subtracted.
     `weighted`: a fine-tune can have a weight. `passes`: how often its tensors are usually read. `needs`: the file that
     it has to bring besides its weights, or nothing. `scale`: how the merge is read by default. `options`: the fold-time
-    options with their defaults.
+    options with their defaults. `readings`: the rules that a state made with it can be read by. `adapters`: how it
+    reads a state that keeps adapters: `factors`, an adapter again; `dense`, whole tensors; or nothing where it cannot.
     """
 
     name: str
@@ -30,6 +31,8 @@ class RuleInfo:
     needs: str
     scale: str
     options: Mapping[str, object]
+    readings: tuple[str, ...]
+    adapters: str
 
 
 def rules() -> list[RuleInfo]:
@@ -50,6 +53,8 @@ def _info(row: RuleRow[O], made: Rule) -> RuleInfo:
         needs=made.needs.shipped or "",
         scale=str(row.read),
         options=_defaults(row.declared),
+        readings=tuple(readings(made)),
+        adapters="" if row.name not in readings(made, blocks=True) else "factors" if made.factored else "dense",
     )
 
 

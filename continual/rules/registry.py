@@ -1,12 +1,18 @@
 """The list of the rules, and how one is made, and read, by its name.
 
+A rule says what is folded and what is made of it. A state goes on with the rule that it was made with; it can be read
+by another that keeps the same of each tensor, and a state of adapters, which keeps no rule's accumulators, by nearly
+any.
+
 To add a rule write its module, and put its row into the list here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from continual.errors import Misconfigured
 from continual.rules import before
@@ -87,3 +93,65 @@ def read_options(
         spectral = ", ".join(other.name for other in RULES.values() if other.spectral)
         raise Misconfigured(f"scale = {text}: {name} treats every tensor alike; spread is for {spectral}")
     return ReadOptions(found.policy, found.value, layers)
+
+
+class ReadAs(NamedTuple):
+    """How somebody wants a state read, as texts; what is None stays as it is, or is the default of the rule that is
+    named here. `options` are the rule's."""
+
+    rule: str | None = None
+    scale: str | None = None
+    lines: str | None = None
+    options: Mapping[str, object] = MappingProxyType({})
+
+
+def readings(made: Rule, *, blocks: bool = False) -> list[str]:
+    """The rules that a state made with `made` can be read by; with `blocks`, one that keeps adapters."""
+    if blocks:
+        return [name for name, row in ROWS.items() if _reads_blocks(row.rule())]
+    return [name for name, row in ROWS.items() if name == made.name or _keeps_the_same(row.rule(), made)]
+
+
+def reader(made: Rule, name: str | None, options: Mapping[str, object] | None = None, *, blocks: bool = False) -> Rule:
+    """The rule `name` (None: its own) as it reads a state made with `made`; with `blocks`, one that keeps adapters.
+    Raises Misconfigured for an unknown rule or option, and one that cannot read it."""
+    if name in (None, made.name) and not options:
+        return made
+    name = name or made.name
+    known = row(name)
+    if name not in readings(made, blocks=blocks):
+        of = "a state of adapters" if blocks else f"a state made with {made.name}"
+        raise Misconfigured(f"{of} cannot be read by {name}; it can be by {', '.join(readings(made, blocks=blocks))}")
+    if not blocks and name == made.name:
+        raise Misconfigured(f"the options of {name} are those that the state was made with")
+    given, transforms = dict(options or {}), made.options.get("before")
+    if blocks or not transforms:
+        return rule(name, given)
+    return rule(known.name, {**given, "before": transforms})
+
+
+def read_as(made: Rule, now: ReadOptions, wanted: ReadAs, *, blocks: bool = False) -> tuple[Rule, ReadOptions]:
+    """The rule by which a state made with `made` is read, and how: as `now`, but for what is `wanted`. Another rule
+    begins with its own default scale. Raises Misconfigured for what is unknown or malformed, and for what the state
+    cannot be read by."""
+    name = wanted.rule or now.rule or made.name
+    chosen = reader(made, name, wanted.options, blocks=blocks)
+    before = now if name == (now.rule or made.name) else None
+    if before is not None and wanted.scale is None and wanted.lines is None:
+        found = before
+    else:
+        found = read_options(name, wanted.scale, wanted.lines, before)
+    if found.policy == "spread" and made.read.matrix is None and not blocks:
+        raise Misconfigured(
+            f"scale = {found.scale}: a state made with {made.name} measures nothing of its matrices, which spread goes "
+            "by; name another scale, as norm:2.45 or a number"
+        )
+    return chosen, dataclasses.replace(found, rule=None if name == made.name else name)
+
+
+def _keeps_the_same(one: Rule, other: Rule) -> bool:
+    return one.laws.keeps is not None and one.laws.keeps == other.laws.keeps
+
+
+def _reads_blocks(one: Rule) -> bool:
+    return not one.laws.rounds and one.needs.shipped is None

@@ -29,12 +29,14 @@ class ReadOptions:
     vector, ρ² being the stable rank of the task vectors, and everything else is as long as it is in the mean task
     vector; for the rules that see matrices (ops/decisions/0014). `lines` = (α, β) scales each layer by α + β·depth
     after that, depth being 0 for the first layer and what lies before it and 1 for the last (Wang et al. 2024, "LiNeS:
-    Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", equation 3).
+    Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", equation 3). `rule` names the rule that
+    reads, where it is not the one that the state was made with.
     """
 
     policy: Policy
     value: float = 1.0
     lines: tuple[float, float] | None = None
+    rule: str | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.value):
@@ -45,8 +47,9 @@ class ReadOptions:
             raise Misconfigured(f"lines = {self.lines!r}: write two numbers, ALPHA:BETA")
 
     def __str__(self) -> str:
-        """The text that `parse` reads, and the layer scaling where there is one."""
-        return self.scale + (f", lines {self.lines[0]:g}:{self.lines[1]:g}" if self.lines else "")
+        """The text that `parse` reads, the layer scaling where there is one, and the rule where it is another."""
+        lines = f", lines {self.lines[0]:g}:{self.lines[1]:g}" if self.lines else ""
+        return self.scale + lines + (f", read by {self.rule}" if self.rule else "")
 
     @property
     def scale(self) -> str:
@@ -83,23 +86,27 @@ class ReadOptions:
     def from_mapping(options: Mapping[str, object]) -> ReadOptions:
         """The inverse of `to_mapping`. Raises Misconfigured for unknown or missing keys, or a value that is not
         allowed."""
-        if not {"policy", "value"} <= set(options) <= {"policy", "value", "lines"}:
+        if not {"policy", "value"} <= set(options) <= {"policy", "value", "lines", "rule"}:
             raise Misconfigured(
-                f"scale: expected the keys policy, value and perhaps lines, got {', '.join(sorted(options)) or 'none'}"
+                "scale: expected the keys policy, value and perhaps lines and rule, "
+                f"got {', '.join(sorted(options)) or 'none'}"
             )
         policy = next((known for known in POLICIES if known == options["policy"]), None)
-        value, lines = options["value"], options.get("lines")
+        value, lines, by = options["value"], options.get("lines"), options.get("rule")
         if policy is None:
             raise Misconfigured(f"scale: unknown policy {options['policy']!r}; {_WRITE}")
         if not _is_number(value):
             raise Misconfigured(f"scale: {value!r} is no finite number; {_WRITE}")
         if lines is not None and not _is_pair(lines):
             raise Misconfigured(f"lines = {lines!r}: write two numbers, ALPHA:BETA")
-        return ReadOptions(policy, value, None if lines is None else (lines[0], lines[1]))
+        if by is not None and not isinstance(by, str):
+            raise Misconfigured(f"scale: rule = {by!r} is no rule's name")
+        return ReadOptions(policy, value, None if lines is None else (lines[0], lines[1]), by)
 
     def to_mapping(self) -> dict[str, object]:
         """Plain data, as it is kept in the state."""
-        return {"policy": self.policy, "value": self.value} | ({"lines": list(self.lines)} if self.lines else {})
+        lines = {"lines": list(self.lines)} if self.lines else {}
+        return {"policy": self.policy, "value": self.value} | lines | ({"rule": self.rule} if self.rule else {})
 
     def layer(self, spec: TensorSpec) -> float:
         """What a tensor of this depth is scaled by besides."""

@@ -91,7 +91,7 @@ def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) ->
     return linalg.inner(total, total)
 
 
-GROUP = Laws(weighted=True, combine=combine)
+GROUP = Laws(weighted=True, combine=combine, keeps="Σwτ")
 
 
 def read_mean(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:

@@ -15,7 +15,6 @@ from continual.api import Merge
 from continual.errors import Misconfigured, Retry
 from continual.publish import card, folder, hub
 from continual.publish.hub import Released
-from continual.rules import ReadOptions
 from continual.state import Commit
 from continual.state.durable import environment, link_tree
 from continual.state.entries import ReleaseEntry
@@ -129,7 +128,7 @@ def facts_of(merge: Merge, seq: int) -> card.Facts:
     """What the card of record `seq` says."""
     state, settings = merge.state, merge.settings
     made, commit = state.format, state.ledger.get(seq)
-    read = ReadOptions.from_mapping(state.ledger.read_options(seq))
+    read = merge.scale(seq)
     made_of, asked = made.base, settings.release
     before = hub.newest_release(state.ledger.log, asked.repo or "", asked.branch)
     defaults = type(settings).model_fields
@@ -145,6 +144,7 @@ def facts_of(merge: Merge, seq: int) -> card.Facts:
         state=state.id,
         seq=seq,
         rule=made.rule,
+        reading=read.rule,
         scale=read.scale,
         generated=commit.time,
         software=dict(software()),

@@ -16,7 +16,6 @@ from continual import selection, texts, tuning
 from continual.api import Merge
 from continual.config import Settings
 from continual.records import Event
-from continual.rules import ReadOptions
 from continual.service.health import Health, Shortfall
 from continual.service.metrics import peak_memory
 from continual.service.queue import Queue, Queued
@@ -266,7 +265,7 @@ def _status(merge: Merge, running: Running) -> Status:
         base=_base(state),
         rule=state.format.rule,
         options=state.format.options,
-        scale=str(ReadOptions.from_mapping(ledger.read_options(ledger.head.seq))),
+        scale=str(merge.scale()),
         tuned=_tuned(state),
         watch=tuple(str(path) for path in merge.settings.watch),
         sources=_sources(running.sources),

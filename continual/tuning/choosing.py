@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from continual.engine.engine import Engine
@@ -20,7 +20,7 @@ from continual.executors.contract import Progress
 from continual.objectives import builtin
 from continual.objectives.parameters import find_parameters
 from continual.publish import folder
-from continual.rules import ReadOptions, read_options
+from continual.rules import ReadAs, ReadOptions, read_as
 from continual.rules.scale import POLICIES, Policy
 from continual.state import Commit
 from continual.state.durable import environment, usable
@@ -44,7 +44,8 @@ _SCRATCH = ".continual-tune-"
 class Tuning:
     """What to try: so many candidates, over the value of `policy` (default: the policy in force) around `around`
     (default: the value as the merged model is read now), and over LiNeS' slope where `lines`. `work` is the directory
-    that the scratch file goes to (default: the system's, for temporary files). `dry_run` records nothing.
+    that the scratch file goes to (default: the system's, for temporary files). `dry_run` records nothing. `rule` is the
+    rule to read by, one of those that can read the state (default: the one in force).
 
     Raises Misconfigured naming what cannot be used, Retry where the disk gets in the way.
     """
@@ -55,6 +56,12 @@ class Tuning:
     lines: bool = False
     work: str | Path | None = None
     dry_run: bool = False
+    rule: str | None = None
+
+    @property
+    def scale(self) -> str | None:
+        """With another rule: the scale to begin at, where the policy is not the one that it is read by by default."""
+        return None if self.rule is None or self.policy is None else {"number": "1"}.get(self.policy, self.policy)
 
     def __post_init__(self) -> None:
         if self.candidates < LEAST:
@@ -99,7 +106,8 @@ def tune(
     if not folds:
         raise Misconfigured(f"{state.path}: nothing is folded yet, so there is nothing to tune; fold a model first")
     if tuning.policy == "spread":
-        read_options(engine.rule.name, "spread")  # raises: not every rule knows it
+        blocks = state.format.form is not None
+        read_as(engine.rule, reading.options, ReadAs(reading.rule.name, "spread"), blocks=blocks)  # raises
     is_command = isinstance(evaluation, command.Command)
     lower = isinstance(evaluation, command.Command) and evaluation.lower
     with _scratch_directory(tuning.work) as work, _evaluator(engine, evaluation, work, progress) as evaluate:
@@ -161,7 +169,7 @@ def range_of(reading: Reading, tuning: Tuning) -> Range:
     value = now.value if policy == now.policy else read[0] / unit
     start = now
     if policy != now.policy and (policy == "number" or value > 0):
-        said = ReadOptions(policy, value, now.lines)
+        said = replace(now, policy=policy, value=value)
         if all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(said.factors(totals, size), read, strict=True)):
             start = said
     if tuning.around is None and (value == 0 or (policy != "number" and value < 0)):

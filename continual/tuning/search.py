@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from continual.errors import Misconfigured
@@ -109,7 +109,7 @@ def _values(where: Range, first: Trial, count: int) -> Generator[ReadOptions, fl
     climbing = climb(axis, _grid(abs(where.around), count), known, count - 1)
     value = next(climbing, None)
     while value is not None:
-        options = ReadOptions(where.policy, sign * value, start.lines)
+        options = replace(start, policy=where.policy, value=sign * value)
         trials.append(Trial(options, (yield options)))
         value = _send(climbing, trials[-1].score)
     return trials
@@ -123,7 +123,7 @@ def _slopes(top: Trial, count: int) -> Generator[ReadOptions, float, None]:
     climbing = climb(axis, TRIED[: max(2, count // 2 + 1)], known, count)
     value = next(climbing, None)
     while value is not None:
-        score = yield ReadOptions(top.options.policy, top.options.value, lines_of(value))
+        score = yield replace(top.options, lines=lines_of(value))
         value = _send(climbing, score)
 
 

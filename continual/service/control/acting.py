@@ -60,7 +60,7 @@ def act(merge: Merge, request: Request, hear: Hearing) -> Answer:
     if isinstance(request, UnfoldRequest):
         return _unfold(merge, request, hear)
     if isinstance(request, ScaleRequest):
-        found = merge.rescale(request.value, request.lines)
+        found = merge.rescale(request.value, request.lines, request.rule)
         return {"read": jsonable(found.to_mapping()), "scale": str(found)}
     if isinstance(request, RoundRequest):
         return _round(merge, request, hear)

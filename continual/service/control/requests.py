@@ -76,6 +76,7 @@ class ScaleRequest(Asking):
     title = "scale"
     value: Word | None = None
     lines: Word | None = None
+    rule: Word | None = None
 
 
 class RoundRequest(Asking):

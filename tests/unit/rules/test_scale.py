@@ -145,6 +145,8 @@ def test_a_record_gives_back_what_it_was_made_of() -> None:
 def test_options_of_a_state_that_are_no_scale_are_named() -> None:
     with pytest.raises(Misconfigured) as wrong:
         ReadOptions.from_mapping({"value": 1.0, "other": 2, "more": 3})
-    assert str(wrong.value) == "scale: expected the keys policy, value and perhaps lines, got more, other, value"
+    assert (
+        str(wrong.value) == "scale: expected the keys policy, value and perhaps lines and rule, got more, other, value"
+    )
     with pytest.raises(Misconfigured, match="got none"):
         ReadOptions.from_mapping({})
