@@ -74,6 +74,7 @@ class Folding:
         self._resources = resources
         self._device = resources.device
         self._seeds: dict[str, int] = {}
+        self._is_last_out = last_out(terms.totals, terms.weight)
 
     def measure(self, specs: Sequence[TensorSpec], lineage: Lineage, progress: Progress) -> None:
         """Makes the passes that the rule asks for before it folds anything; `specs` are those of the base that are
@@ -163,7 +164,7 @@ class Folding:
             )
         if self._rule.needs.shipped is not None:
             content = Content()
-            inputs = inputs._replace(moments=self._moments(spec, 0, content))
+            inputs = inputs._replace(moments=moments_of(self._vectors, spec, 0, content).to(self._device))
             digest = blake3(digest + content.digest()).digest()
             nbytes += content.nbytes
         read = time.perf_counter()
@@ -196,7 +197,7 @@ class Folding:
             start = len(found) * one.numel
             here = inputs._replace(start=start)
             if self._rule.needs.shipped is not None:
-                here = here._replace(moments=self._moments(one, start, shipped))
+                here = here._replace(moments=moments_of(self._vectors, one, start, shipped).to(self._device))
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value).view(slots[slot].shape) for slot, value in values.items()}
             folded = self._apply_in_place(accumulators, tau, here, spec.name)
@@ -210,14 +211,6 @@ class Folding:
         self._kept(spec, sums)
         clock.ends("write")
         return TensorFold(digest, sums, tuple(folded.notes for folded in found if folded.notes), nbytes, clock.seconds)
-
-    def _moments(self, spec: TensorSpec, first: int, content: Content) -> torch.Tensor:
-        """What was shipped for a whole tensor, or for the expert of a stack that begins at element `first`."""
-        moments = torch.empty(spec.numel)
-        for start in range(0, spec.numel, self._vectors.run):
-            stop = min(start + self._vectors.run, spec.numel)
-            moments[start:stop] = self._vectors.moments(spec.name, first + start, first + stop, content)
-        return moments.view(spec.shape).to(self._device)
 
     def _by_runs(self, spec: TensorSpec) -> TensorFold:
         self._resources.go_on(self._terms.name)
@@ -259,8 +252,7 @@ class Folding:
         return folded
 
     def _is_nothing(self, tau: torch.Tensor) -> bool:
-        """Whether folding `tau`, all of a tensor or part of it, changes nothing: it is zero, and nothing was shipped
-        for it."""
+        """Whether folding `tau`, of a tensor or part of it, changes nothing: it is zero, with nothing shipped."""
         return self._rule.needs.shipped is None and not bool(tau.any())
 
     def _left(self, spec: TensorSpec, square: float | None = None) -> TensorFold:
@@ -282,15 +274,11 @@ class Folding:
         )
 
     def _kept(self, spec: TensorSpec, sums: Sums) -> bool:
-        """Whether the transforms before the rule left nothing of a task vector. The tensor is kept as it was then."""
+        """Whether transforms before the rule left nothing of a task vector; the tensor is kept as it was then."""
         nothing = sums.tau_sq == 0.0 and self._rule.needs.shipped is None and not self._is_last_out
         if nothing:
             self._transaction.keep(spec.name)
         return nothing
-
-    @property
-    def _is_last_out(self) -> bool:
-        return last_out(self._terms.totals, self._terms.weight)
 
     def _apply(self, inputs: Inputs, tau: torch.Tensor) -> Folded:
         name = inputs.spec.name
@@ -318,6 +306,15 @@ class Folding:
                 blake3(content.hash.digest() + name.encode()).digest(length=16), "little"
             )
         return self._seeds[name]
+
+
+def moments_of(vectors: TaskVectors, spec: TensorSpec, first: int, content: Content) -> torch.Tensor:
+    """What was shipped for a whole tensor, or for the expert of a stack that begins at element `first`."""
+    moments = torch.empty(spec.numel)
+    for start in range(0, spec.numel, vectors.run):
+        stop = min(start + vectors.run, spec.numel)
+        moments[start:stop] = vectors.moments(spec.name, first + start, first + stop, content)
+    return moments.view(spec.shape)
 
 
 class _Clock:
