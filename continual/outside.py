@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 VALUES = 100_000
@@ -85,6 +86,14 @@ def shown(value: object) -> str:
     else:
         text = _brief(value, _LEVELS)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def few(names: Iterable[str], count: int | None = None, most: int = 5) -> str:
+    """The first of some names, for a line, and how many more there are; empty where there are none. `count`: how many
+    there are, where not all of them are given."""
+    listed = list(names)
+    more = (len(listed) if count is None else count) - len(listed[:most])
+    return ", ".join(listed[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def open_regular(path: str | Path) -> int:

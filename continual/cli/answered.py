@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
 from continual.cli.console import say, table
+from continual.outside import few
 from continual.texts import Json, figure, size, when
 
 Body: TypeAlias = Mapping[str, Any]
@@ -51,7 +52,9 @@ def _what(body: Body) -> str:
         told += f", cosine {found['cosine']:+.3f}"
     elif found.get("weight") is not None:
         told += f", weight {found['weight']:.4g}"
-    return told + (f", lambda {found['lambda']:.3f}" if "lambda" in found else "")
+    told += f", lambda {found['lambda']:.3f}" if "lambda" in found else ""
+    out = few(found.get("extra") or (), found.get("extra_count"))
+    return told + (f"; left out: {out}" if out else "")
 
 
 def rollback(found: Body, *, whole: bool = True) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from continual.outside import few
 from continual.texts import figure, jsonable, plain, size, when
 
 if TYPE_CHECKING:
@@ -136,10 +137,7 @@ def lora(found: LoraReport) -> None:
     say(f"Wrote {found.directory}: rank {found.rank}, {found.adapted} weights adapted, {size(found.nbytes)}")
     say(f"relative error {found.error:.4g} over the whole task vector, {found.error_adapted:.4g} over what is adapted")
     if found.left_out:
-        listed = ", ".join(found.left_out[:5]) + (
-            f" and {len(found.left_out) - 5} more" if len(found.left_out) > 5 else ""
-        )
-        say(f"left out, as no adapter can have them: {listed}")
+        say(f"left out, as no adapter can have them: {few(found.left_out)}")
 
 
 def plans(found: Sequence[Plan]) -> None:

@@ -90,6 +90,7 @@ _FLAGS = (
     _flag("lineage", _TEXT, "An adapter that names another base: name (refuse it) or shapes (they decide)."),
     _flag("tied", _TEXT, "A change of one of two tied tables: refuse, both or untie."),
     _flag("max_base_ratio", _NUMBER, "Largest task-vector norm, times the base's norm."),
+    _flag("max_mean_ratio", _NUMBER, "Largest task-vector norm, times the mean of those folded before."),
     _flag("gates", _TEXTS, "Setting of one gate, as NAME.KEY=VALUE; repeatable.", "--gate"),
     _flag("select", _TEXT, "Let models wait for rounds that choose: none, relevance or frank-wolfe."),
     _flag("objective", _TEXT, "What is good: causal-lm, classification, heads or module:function."),
@@ -121,7 +122,7 @@ MACHINE = ("base", "device", "workers", "memory")
 """Where the base is, and what of the machine is used."""
 READING = ("base", "workers", "memory")
 """The same of a command that only reads the merge."""
-GATES = ("weight", "updates", "missing", "vocab", "lineage", "tied", "max_base_ratio", "gates")
+GATES = ("weight", "updates", "missing", "vocab", "lineage", "tied", "max_base_ratio", "max_mean_ratio", "gates")
 """What is let in, and with which weight."""
 SOURCES = ("hub", "sources")
 """What is taken besides what lies in the watched folders."""

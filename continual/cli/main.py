@@ -271,7 +271,7 @@ def fold(
 
 
 @app.command()
-@takes("updates", "missing", "vocab", "gates", *MACHINE, *OPENING)
+@takes("updates", "missing", "vocab", "lineage", "tied", "gates", *MACHINE, *OPENING)
 def plan(
     models: Annotated[
         list[str], typer.Argument(help="Directories of fine-tunes or adapters, or repos (hf://ORG/NAME@REVISION).")

@@ -59,10 +59,16 @@ def text(body: Mapping[str, Any]) -> str:
             else "; no round yet"
         )
         lines.append(f"pool       {body['pool_size']} wait for a round ({body['select']}){told}")
-    lines += [f"folded     {when(f['time'])}  {f['seq']}  {f['model']}" for f in body["last_folds"][:5]]
+    lines += [f"folded     {when(f['time'])}  {f['seq']}  {f['model']}{_left_out(f)}" for f in body["last_folds"][:5]]
     lines += [f"published  {when(p['time'])}  {p['seq']}  {p['message']}" for p in body["published"][:3]]
     lines += [f"refused    {when(r['time'])}  {r['seq']}  {r['model']}: {r['reason']}" for r in body["refusals"][:5]]
     return "\n".join(plain(line) for line in lines)
+
+
+def _left_out(fold: Mapping[str, Any]) -> str:
+    """What a fold left out. A daemon of an earlier version does not say it."""
+    out = fold.get("left_out")
+    return f" (left out: {out})" if out else ""
 
 
 def _source(name: str, told: Mapping[str, Any]) -> str:

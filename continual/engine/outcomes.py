@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from continual.gates import Headers
+from continual.outside import few
 from continual.records import Candidate, Lineage, Totals
 from continual.state import Commit
 from continual.state.entries import RefuseEntry
 from continual.state.fields import body_of
 from continual.state.parts import FoldNumbers
 from continual.tensors import Model
-
-_NAMED = 5
-"""Names of tensors that a line lists."""
-
 
 _SETTING = re.compile(
     r"\b(?:missing|vocab|lineage|tied|updates|max_base_ratio|max_mean_ratio|weight) = |lineage\.(?:extra|carried)="
@@ -57,7 +54,7 @@ class FoldReport:
     def left_out(self) -> str:
         """Names of the candidate's tensors that are not folded, the first of them, for people; empty where there are
         none."""
-        return named(self.numbers.extra or (), self.numbers.extra_count or 0)
+        return few(self.numbers.extra or (), self.numbers.extra_count)
 
     def figures(self) -> dict[str, float]:
         """What a log line says of it, rounded: `tau_norm`, `cosine`, and `lambda` of a rule that has it."""
@@ -103,7 +100,7 @@ class Outcome(NamedTuple):
         if out := self.report.left_out:
             said += f"; left out, as this state has no such tensor: {out}"
         lacking = self.report.lineage.lacking
-        return said + (f"; as in the base, for it lacks them: {named(lacking, len(lacking))}" if lacking else "")
+        return said + (f"; as in the base, for it lacks them: {few(lacking)}" if lacking else "")
 
     def summary(self) -> dict[str, object]:
         """What happened, for machines."""
@@ -146,11 +143,6 @@ class Plan:
     extra: tuple[str, ...] = ()
     narrowed: Mapping[str, str] = field(default_factory=dict)
     renamings: tuple[tuple[str, str], ...] = ()
-
-
-def named(names: Sequence[str], count: int) -> str:
-    """The first of `count` names, for a line; empty where there are none."""
-    return ", ".join(names[:_NAMED]) + (f" and {count - _NAMED} more" if count > _NAMED else "")
 
 
 def after_that(name: str, refused: Commit) -> str:

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from continual.errors import Misconfigured
+from continual.outside import few
 from continual.rules import ReadAs, ReadOptions, Rule, read_as
 from continual.state import State
 from continual.state.format import FoldCommit
-
-_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +94,7 @@ def _named(folds: Sequence[FoldCommit], words: Sequence[str], what: str) -> set[
             or fnmatch.fnmatchcase(fold.entry.candidate.name, word)
         }
         if not mine:
-            there = ", ".join(fold.entry.candidate.name for fold in folds[:_NAMED]) or "nothing"
-            more = f" and {len(folds) - _NAMED} more" if len(folds) > _NAMED else ""
-            raise Misconfigured(f"{what} = {word}: no model of the merge is called so; in it are {there}{more}")
+            there = few(fold.entry.candidate.name for fold in folds) or "nothing"
+            raise Misconfigured(f"{what} = {word}: no model of the merge is called so; in it are {there}")
         found |= mine
     return found

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Literal
 
 from continual.errors import Refuse
+from continual.outside import few
 from continual.tensors import Adapter, BaseModel
 from continual.tensors.buffers import is_buffer
 from continual.tensors.kinds import is_vocabulary
@@ -14,9 +15,6 @@ from continual.tensors.layouts import VALUE_HEADS
 from continual.tensors.leftovers import in_layer, is_head, is_output
 from continual.tensors.matching import Match, Naming, carried_of, names_of
 from continual.tensors.renaming import family_of
-
-_NAMED = 5
-"""Names of tensors that a message lists."""
 
 
 def check_brought(
@@ -41,21 +39,21 @@ def check_brought(
     if unmet:
         raise Refuse(
             "adapter-target",
-            f"{where}: adapts {_some(unmet)}, which the base does not have: an adapter of another base; fold "
+            f"{where}: adapts {few(unmet)}, which the base does not have: an adapter of another base; fold "
             "it into a state of the base that it was trained on",
         )
     kept = [name for name in carried_of(base, model, names) if not _is_computed(model, name)]
     if kept and carried == "refuse":
         raise Refuse(
             "adapter-target",
-            f"{where}: changes {_some(kept)}, which this state does not fold (exclude of init, or no floats); "
+            f"{where}: changes {few(kept)}, which this state does not fold (exclude of init, or no floats); "
             "gates.lineage.carried = leave-out folds the rest without it; or make a state that folds it",
             by=("carried",),
         )
     if model.outside and carried == "refuse":
         raise Refuse(
             "adapter-target",
-            f"{where}: changes {_some(model.outside)}, of a component that the base of this state does not have: make "
+            f"{where}: changes {few(model.outside)}, of a component that the base of this state does not have: make "
             "a state of the whole pipeline; or gates.lineage.carried = leave-out folds the rest without it",
             by=("carried",),
         )
@@ -65,7 +63,7 @@ def check_brought(
     if not found:
         raise Refuse(
             "adapter-target",
-            f"{where}: adapts nothing that this base folds, only {_some(sorted(names_of(model)))}",
+            f"{where}: adapts nothing that this base folds, only {few(sorted(names_of(model)))}",
         )
     beside = sorted(where.names().intersection(VALUE_HEADS))
     return (*unknown, *kept, *model.outside, *beside)
@@ -99,9 +97,3 @@ def _is_computed(model: Adapter, name: str) -> bool:
     """Whether what is saved under this name is a buffer, which a class makes anew."""
     saved = model.saved.get(name, ())
     return bool(saved) and is_buffer(name, model.weights.tensors[saved[0]].shape)
-
-
-def _some(names: Collection[str]) -> str:
-    listed = list(names)[:_NAMED]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(listed) + more

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 from continual.errors import Refuse
 from continual.gates.contract import AtHeaders, Headers
+from continual.outside import few
 from continual.tensors import Adapter
 from continual.tensors.kept import is_kept
 from continual.tensors.matching import naming_of, sources
 from continual.tensors.same_layout import in_layout_of
 from continual.tensors.thin import is_thin
-
-_NAMED = 5
-"""Names of tensors that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,9 @@ class FormGate(AtHeaders):
         found, _ = sources(seen.base, in_layout_of(seen.base, model), naming_of(seen.lineage))
         whole = [name for name in seen.lineage.folded if not is_thin(found[name])]
         if whole:
-            listed = ", ".join(whole[:_NAMED]) + (f" and {len(whole) - _NAMED} more" if len(whole) > _NAMED else "")
             raise Refuse(
                 "form",
-                f"{model.place}: changes {listed} by more than a product of two thin factors (a whole weight, DoRA, "
-                "trained tokens, …), which takes the weights of the base; this state keeps adapters and does not read "
-                "them: fold it into a state that was made without --adapters",
+                f"{model.place}: changes {few(whole)} by more than a product of two thin factors (a whole weight, "
+                "DoRA, trained tokens, …), which takes the weights of the base; this state keeps adapters and does not "
+                "read them: fold it into a state that was made without --adapters",
             )

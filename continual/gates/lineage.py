@@ -11,6 +11,7 @@ from continual.gates.adapters import check_brought
 from continual.gates.contract import AtHeaders, Headers
 from continual.gates.kinship import check_name
 from continual.gates.tables import check_tied
+from continual.outside import few
 from continual.records import Lineage, TensorSpec
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, TensorInfo
 from continual.tensors.buffers import is_buffer, is_computed
@@ -30,8 +31,6 @@ from continual.tensors.matching import Match, names_of, naming, renamings, sourc
 from continual.tensors.renaming import family_of
 from continual.tensors.same_layout import in_layout_of, repackings
 
-_NAMED = 5
-"""Names of tensors that a message lists."""
 _OTHER_SIZE = "not a fine-tune of this base, or one whose layers were made larger or smaller"
 _RESIZED = (
     "its table of positions was resized (another max_position_embeddings or image_size), and what was trained with it "
@@ -106,7 +105,7 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
     if extra and gate.extra == "refuse":
         raise Refuse(
             "extra",
-            f"{model.place}: brings {_some(extra)}, which the base lacks and the merge would lose; "
+            f"{model.place}: brings {few(extra)}, which the base lacks and the merge would lose; "
             "gates.lineage.extra = leave-out lets the model in without them",
             by=("extra",),
         )
@@ -145,7 +144,7 @@ def _check_unlisted(model: Checkpoint, found: Collection[str], specs: Collection
     if lost:
         raise Refuse(
             "index",
-            f"{model.place}: {_some(lost)} of the base lie in its shards, and its index does not name them: write the "
+            f"{model.place}: {few(lost)} of the base lie in its shards, and its index does not name them: write the "
             "index anew (load the model and call save_pretrained)",
         )
 
@@ -181,8 +180,8 @@ def _check_missing(
     if len(missing) == len(specs):
         raise Refuse(
             "missing",
-            f"{model.place}: has none of the base's tensors ({_some([s.name for s in missing])}); it has "
-            f"{_some(sorted(model.tensors))}: not a fine-tune of this base",
+            f"{model.place}: has none of the base's tensors ({few([s.name for s in missing])}); it has "
+            f"{few(sorted(model.tensors))}: not a fine-tune of this base",
         )
     unknown = [Left(name, model.tensors[name].shape) for name in extra if name in model.tensors]
     lefts = [Left(s.name, s.shape) for s in missing if s.name not in fresh or is_vocabulary(s.name)]
@@ -200,7 +199,7 @@ def _check_missing(
     if lost and gate.missing == "refuse":
         raise Refuse(
             "missing",
-            f"{model.place}: lacks {_some(lost)} of the base; if the fine-tune left them out "
+            f"{model.place}: lacks {few(lost)} of the base; if the fine-tune left them out "
             "because it did not train them, missing = unchanged lets it in",
             by=("missing",),
         )
@@ -272,9 +271,3 @@ def _rows_added(model: Adapter, source: Match, spec: TensorSpec, gate: LineageGa
         return None
     changed = f"{model.place}: what {source.piece.names[0]} changes has shape {list(shape)}"
     return _common_rows(f"{changed}, {spec.name} is {list(spec.shape)}", shape, spec, gate)
-
-
-def _some(names: Collection[str]) -> str:
-    listed = list(names)[:_NAMED]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(listed) + more

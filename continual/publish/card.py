@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from continual.hub.names import is_repo, is_sha
+from continual.outside import few
 from continual.records import SCHEME
 
 MOST = 1000
 """Folded models that a card lists, the newest; the Hub and its readers have to get through it."""
-_NAMED, _LONGEST = 5, 200
+_LONGEST = 200
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _SPECIAL = re.compile(r"(?!:[ \d])[^\w /,.;()+-]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.", re.IGNORECASE)
 
@@ -110,7 +111,7 @@ def licences(base: Base, folded: Sequence[Model]) -> Agreement:
             unknown += 1
         else:
             known.setdefault(word, []).append(_cut(name))
-    parts = [f"{word}: {_some(names)}" for word, names in known.items()]
+    parts = [f"{word}: {few(names)}" for word, names in known.items()]
     if unknown:
         parts.append(f"no licence named: {unknown} {'model' if unknown == 1 else 'models'}")
     found = {word: tuple(names) for word, names in known.items()}
@@ -292,10 +293,6 @@ def _called(model: Model) -> str:
 def _last(name: str) -> str:
     """The last part of a path: where somebody keeps it is nobody's business."""
     return PurePath(name).name or name
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _value(value: object) -> str:

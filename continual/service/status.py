@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 from continual import selection, texts, tuning
 from continual.api import Merge
 from continual.config import Settings
+from continual.outside import few
 from continual.records import Event
 from continual.service.health import Health, Shortfall
 from continual.service.metrics import peak_memory
@@ -380,6 +381,7 @@ def _fold(commit: FoldCommit) -> ShownFold:
         tau_norm=numbers.tau_norm,
         cosine=numbers.cosine,
         weight=numbers.weight,
+        left_out=few(numbers.extra or (), numbers.extra_count),
     )
 
 

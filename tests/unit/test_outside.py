@@ -19,6 +19,7 @@ from continual.outside import (
     VALUES,
     Irregular,
     Malformed,
+    few,
     open_regular,
     parse_fields,
     parse_json,
@@ -151,6 +152,14 @@ def test_large_texts_take_time_in_proportion(text: bytes) -> None:
 )
 def test_values_in_messages(value: object, text: str) -> None:
     assert shown(value) == text
+
+
+def test_names_in_messages_are_cut_after_a_few_with_the_number_of_the_rest() -> None:
+    names = [f"n{number}" for number in range(7)]
+    assert (few(()), few(names[:1]), few(names[:5])) == ("", "n0", "n0, n1, n2, n3, n4")
+    assert few(iter(names)) == "n0, n1, n2, n3, n4 and 2 more"
+    assert few(names[:5], 100) == "n0, n1, n2, n3, n4 and 95 more"
+    assert few(names[:2], 2) == "n0, n1"
 
 
 def test_a_large_value_is_not_looked_at_whole() -> None:

@@ -44,7 +44,7 @@ progress{width:10rem;vertical-align:middle}
 """
 SECONDS = 5
 """Seconds after which the page reloads itself."""
-_WIDE = ("why", "what")
+_WIDE = ("why", "what", "left out")
 _NUMBERS = ("record", "when", "failed", "next try", "since", "norm", "cosine", "score", "z", "weight")
 
 
@@ -190,8 +190,9 @@ def _waiting(rows: Sequence[ShownWaiting]) -> str:
 def _folds(rows: Sequence[ShownFold]) -> str:
     if not rows:
         return '<p class="none">No fold yet.</p>'
+    outs = any(r.left_out for r in rows)
     return _table(
-        ("record", "when", "model", "form", "norm", "cosine", "weight"),
+        ("record", "when", "model", "form", "norm", "cosine", "weight", *(("left out",) if outs else ())),
         (
             (
                 r.seq,
@@ -201,6 +202,7 @@ def _folds(rows: Sequence[ShownFold]) -> str:
                 figure(r.tau_norm, ".4g"),
                 figure(r.cosine, "+.3f"),
                 figure(r.weight, ".3g"),
+                *((r.left_out,) if outs else ()),
             )
             for r in rows
         ),

@@ -33,7 +33,8 @@ class UnderWay:
 @dataclass(frozen=True, slots=True)
 class ShownFold:
     """A fold: the number and time of its record, the model's name and form, the norm of its task vector, its cosine
-    with the merge before it, and its weight. None: the rule does not measure it."""
+    with the merge before it, and its weight. None: the rule does not measure it. `left_out`: the first of its tensors
+    that this state lacks and that stay out, and how many more; empty where there are none."""
 
     seq: int
     time: str
@@ -42,6 +43,7 @@ class ShownFold:
     tau_norm: float | None
     cosine: float | None
     weight: float | None
+    left_out: str = ""
 
 
 @dataclass(frozen=True, slots=True)

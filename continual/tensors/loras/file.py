@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 
 from continual.errors import Refuse
-from continual.outside import Malformed, parse_fields, shown
+from continual.outside import Malformed, few, parse_fields, shown
 from continual.records import FileStat
 from continual.tensors.adapter import Adapter, kind_of
 from continual.tensors.adapter_config import Fields
@@ -40,7 +40,6 @@ _OF_PEFT: Mapping[str, str] = {
     parsing.TABLE_A: "lora_embedding_A",
     parsing.TABLE_B: "lora_embedding_B",
 }
-_SAID = 3
 
 
 class LoraFile(Adapter):
@@ -99,7 +98,7 @@ class LoraFile(Adapter):
         if lost:
             raise Refuse(
                 "adapter-target",
-                f"{self.place}: adapts {_some(lost)}, which the base does not have: a LoRA of another model",
+                f"{self.place}: adapts {few(lost)}, which the base does not have: a LoRA of another model",
             )
         found.pieces = self._pieces(targets, met)
         found.outside = tuple(outside)
@@ -291,8 +290,3 @@ def _of_component(body: Mapping[str, object], component: str) -> dict[str, objec
 
 def _first(info: TensorInfo) -> int:
     return info.shape[0] if info.shape else 0
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SAID} more" if len(names) > _SAID else ""
-    return ", ".join(names[:_SAID]) + more

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from continual.engine.outcomes import named
 from continual.errors import Refuse
 from continual.gates.lineage import LineageGate, trace
 from continual.records import Lineage
@@ -344,9 +343,3 @@ def test_an_adapter_that_was_not_merged_is_no_full_model(base: BaseModel, tmp_pa
 def test_only_buffers_in_common_is_nothing_in_common(base: BaseModel, tmp_path: Path) -> None:
     with pytest.raises(Refuse, match="not a fine-tune of this base"):
         traced(base, tmp_path, {BUFFERS[1]: torch.zeros(2)}, missing="unchanged")
-
-
-def test_the_line_says_what_stays_out() -> None:
-    assert named((), 0) == ""
-    assert named(("v_head.weight",), 1) == "v_head.weight"
-    assert named(tuple("abcdefg"), 120) == "a, b, c, d, e and 115 more"

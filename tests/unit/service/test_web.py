@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 from continual import api, making
+from continual.cli import answered
 from continual.cli.status import text
 from continual.config import Settings
 from continual.records import Event
@@ -42,6 +45,26 @@ def test_page_shows_what_happened_and_escapes_names(client: TestClient) -> None:
     assert "&lt;b&gt;alice" in page
     assert "<b>alice" not in page
     assert "zero" in page, "the reason of the refusal"
+
+
+def test_what_a_fold_left_out_is_on_the_page_in_the_status_and_in_the_log(
+    tmp_path: Path, client: TestClient, live: Live, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "left out" not in client.get("/").text
+
+    def bring(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({f"<h>{number}.weight": torch.ones(2) for number in range(7)})
+
+    live.merge.fold(models.fine_tune(tmp_path / "base", tmp_path / "bob", 2, change=bring))
+    said = ", ".join(f"<h>{number}.weight" for number in range(5)) + " and 2 more"
+    page = client.get("/").text
+    assert "<th>left out</th>" in page
+    assert html.escape(said) in page
+    body = client.get("/api/status").json()
+    assert [fold["left_out"] for fold in body["last_folds"]] == [said, ""]
+    assert f"bob (left out: {said})" in text(body)
+    answered.records(client.get("/api/log").json())
+    assert f"; left out: {said}" in capsys.readouterr().out
 
 
 def test_every_answer_has_the_security_headers(client: TestClient) -> None:
