@@ -72,7 +72,7 @@ def check_brought(
 def _is_of_another_head(name: str, known: Collection[str], family: str) -> bool:
     """Whether a weight is one of a head for a task that the base has nothing of."""
     module = name.rpartition(".")[0]
-    return is_head(name) and not in_layer(name, family) and f"{module}.weight" not in known
+    return is_head(name, family) and not in_layer(name, family) and f"{module}.weight" not in known
 
 
 def _check_is_of_a_head(base: BaseModel, model: Adapter, name: str, found: Mapping[str, Match]) -> None:

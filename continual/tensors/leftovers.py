@@ -194,9 +194,9 @@ def in_layer(name: str, family: str) -> bool:
     return bool(_layer(canonical(name, family)))
 
 
-def is_head(name: str) -> bool:
-    """Whether a name is that of a head of a task, which a base may lack."""
-    return not _HEADS.isdisjoint(name.split("."))
+def is_head(name: str, family: str) -> bool:
+    """Whether a name is that of a weight in a head of a task, which a base may lack."""
+    return bool(_head_of(canonical(name, family), family))
 
 
 def is_output(name: str) -> bool:

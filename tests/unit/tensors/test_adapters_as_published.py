@@ -79,11 +79,12 @@ def test_the_weight_of_the_base_beside_its_factors(base: Path, tmp_path: Path) -
     assert refused(base, lone).reason == "adapter-kind"
 
 
-def test_factors_of_a_head_that_the_base_has_nothing_of(base: Path, tmp_path: Path) -> None:
-    head = {"score.lora_A.weight": torch.randn(2, 6), "score.lora_B.weight": torch.randn(3, 2)}
+@pytest.mark.parametrize("name", ["score", "classifier"])
+def test_factors_of_a_head_that_the_base_has_nothing_of(base: Path, tmp_path: Path, name: str) -> None:
+    head = {f"{name}.lora_A.weight": torch.randn(2, 6), f"{name}.lora_B.weight": torch.randn(3, 2)}
     _, lineage, _ = task_vectors(base, published(tmp_path / "x", head))
-    assert lineage.extra == ("score.weight",)
-    layer = {f"model.layers.0.{name}": tensor for name, tensor in head.items()}
+    assert lineage.extra == (f"{name}.weight",)
+    layer = {f"model.layers.0.{factor}": tensor for factor, tensor in head.items()}
     assert refused(base, published(tmp_path / "y", layer)).reason == "adapter-target"
 
 
