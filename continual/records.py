@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -139,6 +141,34 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Which rows of a candidate's tables belong to which of the base's, by the texts of the tokens.
+
+    `tables`: the base's names of the tables, all of `ours` rows in the base and `theirs` in the candidate. `runs`: the
+    first row in the base, the first row in the candidate, and how many follow, in the base's order; the other rows of
+    the base are unchanged. `left_out`: tokens that the candidate alone has; `lacking`: those that the base alone has.
+    """
+
+    tables: tuple[str, ...]
+    ours: int
+    theirs: int
+    runs: tuple[tuple[int, int, int], ...]
+    left_out: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """A digest of which rows are which."""
+        said = json.dumps([self.ours, self.theirs, self.runs], separators=(",", ":"))
+        return f"sha256:{hashlib.sha256(said.encode()).hexdigest()}"
+
+    @property
+    def moved(self) -> bool:
+        """Whether a row lies elsewhere in the candidate, or rows that both have are not the same token."""
+        return self.runs != ((0, 0, min(self.ours, self.theirs)),)
+
+
+@dataclass(frozen=True, slots=True)
 class Lineage:
     """How a candidate's tensors map to the base's, from headers only.
 
@@ -150,6 +180,8 @@ class Lineage:
     mean the same by the table of renamings, `*` for any number. Where there are any, `prefix` is of canonical names.
     `repackings`: (base's, candidate's) experts that are packed in one of the two, and one by one in the other.
     `lacking`: those of `unchanged` that are weights which a full candidate does not have.
+    `tokens`: tables whose rows were matched by the texts of their tokens; those of them that `rows` has, too, have all
+    rows in common in the same places.
     """
 
     folded: tuple[str, ...]
@@ -161,6 +193,7 @@ class Lineage:
     renamings: tuple[tuple[str, str], ...] = ()
     repackings: tuple[tuple[str, str], ...] = ()
     lacking: tuple[str, ...] = ()
+    tokens: tuple[TokenRows, ...] = ()
 
 
 class MatrixTotals(NamedTuple):

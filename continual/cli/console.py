@@ -149,6 +149,8 @@ def plans(found: Sequence[Plan]) -> None:
             say(f"{p.name}: stays out, the base has no such tensor: {', '.join(p.extra)}")
         if p.prefix != ("", ""):
             say(f"{p.name}: prefix {p.prefix[1]!r} stands for the base's {p.prefix[0]!r}")
+        for said in p.tokens:
+            say(f"{p.name}: rows matched by token{f'; {said}' if said else ''}")
         for ours, theirs in p.renamings:
             say(f"{p.name}: {theirs} stands for the base's {ours}")
         if p.narrowed:

@@ -86,7 +86,7 @@ _FLAGS = (
     _flag("weight", _TEXT, "Weight of the models: a number, FILE.json:KEY or metadata:KEY."),
     _flag("updates", _TEXT, "New files at a place folded before: refuse or add."),
     _flag("missing", _TEXT, "A tensor the fine-tune lacks: refuse or unchanged."),
-    _flag("vocab", _TEXT, "Another vocabulary size: refuse or common-rows."),
+    _flag("vocab", _TEXT, "Another vocabulary: refuse, common-rows or by-token."),
     _flag("lineage", _TEXT, "An adapter that names another base: name (refuse it) or shapes (they decide)."),
     _flag("tied", _TEXT, "A change of one of two tied tables: refuse, both or untie."),
     _flag("max_base_ratio", _NUMBER, "Largest task-vector norm, times the base's norm."),

@@ -237,8 +237,8 @@ class Settings(BaseModel):
     missing: Literal["refuse", "unchanged"] = Field(
         default="refuse", description="what a tensor that a fine-tune lacks means"
     )
-    vocab: Literal["refuse", "common-rows"] = Field(
-        default="refuse", description="what to do with vocabularies of another size"
+    vocab: Literal["refuse", "common-rows", "by-token"] = Field(
+        default="refuse", description="what to do with vocabularies of another size or order"
     )
     lineage: Literal["name", "shapes"] = Field(
         default="name", description="whether an adapter that names another base than the state's is refused"

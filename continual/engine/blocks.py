@@ -14,6 +14,7 @@ import torch
 
 from continual.blocks import Arrangement, Block, Columns, Layer, plan, triplets, without
 from continual.engine.outcomes import FoldReport, OpenCandidate
+from continual.engine.report import matched
 from continual.engine.resources import Resources
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress, Task
@@ -112,6 +113,7 @@ class BlockFolding:
             narrowed=lineage.narrowed,
             rows=lineage.rows,
             renamings=lineage.renamings[:_LISTED] or None,
+            tokens=tuple(map(matched, lineage.tokens)) or None,
         )
         stages = {stage: sum(layer.seconds[stage] for layer in layers) for stage in ("read", "rule", "write")}
         return FoldReport(

@@ -117,11 +117,15 @@ class Engine:
             )
         )
 
-    def lineage(self, model: Model) -> Lineage:
-        """How a model that was let in earlier maps to the base. Raises Refuse as `gates.lineage.trace`."""
-        gate = dataclasses.replace(self.gates.the(LineageGate), tied="both")  # as it was folded, whatever is said now
+    def lineage(self, model: Model, *, by_token: bool | None = None) -> Lineage:
+        """How a model that was let in earlier maps to the base, as it was folded, whatever is said now. `by_token`:
+        whether its rows were matched by token, where there is a record of it. Raises Refuse as
+        `gates.lineage.trace`."""
+        gate = dataclasses.replace(self.gates.the(LineageGate), tied="both")
+        if by_token is not None:
+            gate = dataclasses.replace(gate, vocab="by-token" if by_token else "common-rows")
         with self.gates.told(gate):
-            return trace(self.base, model, gate)
+            return trace(self.base, model, gate, again=True)
 
     def shipped(self, model: Model, lineage: Lineage) -> Checkpoint | None:
         """The values beside the weights that the rule needs, opened; None if it needs none. Raises Refuse if they are

@@ -13,7 +13,7 @@ from continual.records import Candidate, Lineage, Totals
 from continual.state import Commit
 from continual.state.entries import RefuseEntry
 from continual.state.fields import body_of
-from continual.state.parts import FoldNumbers
+from continual.state.parts import FoldNumbers, MatchedRows
 from continual.tensors import Model
 
 _SETTING = re.compile(
@@ -49,6 +49,12 @@ class FoldReport:
     seconds: Mapping[str, float]
     bytes_read: int
     device: str
+
+    @property
+    def tokens_left_out(self) -> str:
+        """What was not folded of a vocabulary whose rows were matched by token, for people; empty where that is
+        nothing."""
+        return "; ".join(dict.fromkeys(said for rows in self.numbers.tokens or () if (said := tokens_said(rows))))
 
     @property
     def left_out(self) -> str:
@@ -100,6 +106,7 @@ class Outcome(NamedTuple):
         if out := self.report.left_out:
             said += f"; left out, as this state has no such tensor: {out}"
         lacking = self.report.lineage.lacking
+        said += f"; {tokens}" if (tokens := self.report.tokens_left_out) else ""
         return said + (f"; as in the base, for it lacks them: {few(lacking)}" if lacking else "")
 
     def summary(self) -> dict[str, object]:
@@ -143,6 +150,17 @@ class Plan:
     extra: tuple[str, ...] = ()
     narrowed: Mapping[str, str] = field(default_factory=dict)
     renamings: tuple[tuple[str, str], ...] = ()
+    tokens: tuple[str, ...] = ()
+
+
+def tokens_said(rows: MatchedRows) -> str:
+    """Which tokens stay out of a fold, and which of the base's it leaves as they are."""
+    said: list[str] = []
+    if rows.left_out:
+        said.append(f"left out, as the base has no such token: {few(rows.left_out, rows.left_out_count)}")
+    if rows.lacking:
+        said.append(f"unchanged, as it has no such token: {few(rows.lacking, rows.lacking_count)}")
+    return "; ".join(said)
 
 
 def after_that(name: str, refused: Commit) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from continual.engine.engine import Engine
 from continual.engine.folding import need, state_bytes
-from continual.engine.outcomes import OpenCandidate, Plan, known_as
+from continual.engine.outcomes import OpenCandidate, Plan, known_as, tokens_said
+from continual.engine.report import matched
 from continual.errors import Refuse, Retry
 from continual.executors.contract import Executor
 from continual.tensors import Place, TaskVectors, candidate_of, open_model
@@ -69,4 +70,5 @@ def _fitting(engine: Engine, opened: OpenCandidate, place: Place) -> Plan:
         extra=lineage.extra,
         narrowed=lineage.narrowed,
         renamings=(*lineage.repackings, *lineage.renamings),
+        tokens=tuple(dict.fromkeys(tokens_said(matched(rows)) for rows in lineage.tokens)),
     )

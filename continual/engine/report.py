@@ -9,11 +9,15 @@ import torch
 
 from continual.engine.folding import TensorFold, Terms
 from continual.engine.outcomes import FoldReport, OpenCandidate
+from continual.outside import shown
+from continual.records import TokenRows
 from continual.rules import Sums, settle
-from continual.state.parts import FoldNumbers, NoteSummary
+from continual.state.parts import FoldNumbers, MatchedRows, NoteSummary
 
 _LISTED = 100
-"""Names of tensors that stay out that a record lists: a header can claim any number of them."""
+"""Names of tensors that stay out that a record lists: a header can claim any number of them. So with tokens."""
+_RUNS = 256
+"""Runs of rows that a record lists; of a vocabulary in another order it has the digest alone."""
 
 
 def report_of(
@@ -50,6 +54,7 @@ def report_of(
         narrowed=lineage.narrowed,
         rows=lineage.rows,
         renamings=(*lineage.repackings, *lineage.renamings)[:_LISTED] or None,
+        tokens=tuple(map(matched, lineage.tokens)) or None,
         notes=summarise([notes for fold in ordered for notes in fold.notes]),
         gauges=rule.read.gauges(totals),
     )
@@ -62,6 +67,20 @@ def report_of(
         seconds=_seconds(ordered),
         bytes_read=sum(fold.nbytes for fold in ordered),
         device=str(device),
+    )
+
+
+def matched(rows: TokenRows) -> MatchedRows:
+    """How rows were matched by token, as a record keeps it."""
+    return MatchedRows(
+        tables=rows.tables,
+        rows=sum(count for _, _, count in rows.runs),
+        runs=rows.runs if len(rows.runs) <= _RUNS else None,
+        digest=rows.digest,
+        left_out=tuple(map(shown, rows.left_out[:_LISTED])),
+        left_out_count=len(rows.left_out),
+        lacking=tuple(map(shown, rows.lacking[:_LISTED])),
+        lacking_count=len(rows.lacking),
     )
 
 

@@ -27,7 +27,7 @@ from continual.tensors import Place, candidate_of, open_model
 @dataclass(frozen=True, slots=True)
 class Again:
     """A folded model that has to be read once more. `seq` is the number of its record, `nbytes` the bytes of its
-    weights."""
+    weights; `by_token`: its rows were matched by token."""
 
     seq: int
     name: str
@@ -35,6 +35,7 @@ class Again:
     digest: str
     weight: float
     nbytes: int
+    by_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,7 @@ def _stream(
 ) -> FoldReport:
     with open_model(again.place) as model:
         candidate = candidate_of(model)
-        opened = OpenCandidate(candidate, model, engine.lineage(model), weight)
+        opened = OpenCandidate(candidate, model, engine.lineage(model, by_token=again.by_token), weight)
         report = engine.stream(transaction, opened, totals, progress)
     if report.digest != again.digest:
         raise changed(again)
@@ -236,5 +237,7 @@ def _locate(engine: Engine, commit: FoldCommit, moved: Place | None, gone: FoldC
         raise Misconfigured(
             f"{'' if is_gone else why}{candidate.name} (record {commit.seq}) cannot be read: {error}; {advice}"
         ) from None
-    weight = commit.entry.numbers.weight
-    return Again(commit.seq, candidate.name, place, commit.entry.digest, 1.0 if weight is None else weight, nbytes)
+    numbers = commit.entry.numbers
+    weight = 1.0 if numbers.weight is None else numbers.weight
+    by_token = bool(numbers.tokens)
+    return Again(commit.seq, candidate.name, place, commit.entry.digest, weight, nbytes, by_token)

@@ -11,13 +11,14 @@ from continual.gates.adapters import check_brought
 from continual.gates.contract import AtHeaders, Headers
 from continual.gates.kinship import check_name
 from continual.gates.tables import check_tied
+from continual.gates.vocabulary import check_pieces, corresponding, tables_of
 from continual.outside import few
 from continual.records import Lineage, TensorSpec
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, TensorInfo
 from continual.tensors.buffers import is_buffer, is_computed
 from continual.tensors.checkpoint import FLOATS
 from continual.tensors.foreign import layout_of
-from continual.tensors.kinds import is_positions, is_vocabulary
+from continual.tensors.kinds import is_vocabulary
 from continual.tensors.leftovers import (
     Left,
     in_layer,
@@ -31,12 +32,6 @@ from continual.tensors.matching import Match, names_of, naming, renamings, sourc
 from continual.tensors.renaming import family_of
 from continual.tensors.same_layout import in_layout_of, repackings
 
-_OTHER_SIZE = "not a fine-tune of this base, or one whose layers were made larger or smaller"
-_RESIZED = (
-    "its table of positions was resized (another max_position_embeddings or image_size), and what was trained with it "
-    "is not merged with a base of the old size"
-)
-
 
 @dataclass(frozen=True)
 class LineageGate(AtHeaders):
@@ -44,10 +39,11 @@ class LineageGate(AtHeaders):
 
     `missing`: `unchanged` lets a full model leave tensors out, which then count as untouched; not where it has unknown
     tensors that may be the same. Buffers, and heads that its class lacks, may always be missing. `vocab`: `common-
-    rows` lets its vocabulary have another size; the rows that both have are folded. `extra`: whether a model with
-    weights that the base lacks (a head for a task) is let in without them. `carried`: the same of an adapter that
-    changes weights which this state does not fold. `lineage`: `shapes` lets an adapter in that names another base.
-    `tied`: `both` takes what an adapter does to one of two tied tables for both.
+    rows` lets its vocabulary have another size; the rows that both have are folded. `by-token` folds each row into that
+    of the same token, by both tokenizers. `extra`: whether a model with weights that the base lacks (a head for a task)
+    is let in without them. `carried`: the same of an adapter that changes weights which this state does not fold.
+    `lineage`: `shapes` lets an adapter in that names another base. `tied`: `both` takes what an adapter does to one of
+    two tied tables for both.
     """
 
     name = "lineage"
@@ -66,7 +62,7 @@ class LineageGate(AtHeaders):
     )
 
     missing: Literal["refuse", "unchanged"] = "refuse"
-    vocab: Literal["refuse", "common-rows"] = "refuse"
+    vocab: Literal["refuse", "common-rows", "by-token"] = "refuse"
     extra: Literal["leave-out", "refuse"] = "leave-out"
     carried: Literal["refuse", "leave-out"] = "refuse"
     lineage: Literal["name", "shapes"] = "name"
@@ -80,10 +76,11 @@ class LineageGate(AtHeaders):
         return seen._replace(lineage=trace(seen.base, seen.model, self))
 
 
-def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Lineage:
+def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate, *, again: bool = False) -> Lineage:
     """How `model` maps to `base`.
 
     An adapter lacks most of the base by its nature. So what it does not adapt is unchanged, whatever `missing` says.
+    `again`: it was let in before, and its vocabulary is not judged anew.
     Raises Refuse: `prefix` if the leading part of the names is ambiguous, `missing`, `adapter-target`, `dtype`,
     `shape`, `vocab`, `tied`.
     """
@@ -113,24 +110,23 @@ def trace(base: BaseModel, model: Checkpoint | Adapter, gate: LineageGate) -> Li
     full = not isinstance(model, Adapter)
     lacking = tuple(n for n in missing if full and n not in other and not is_buffer(n, specs[n].shape))
     narrowed: dict[str, str] = {}
-    rows: dict[str, int] = {}
     for name, source in found.items():
         spec = specs[name]
         if isinstance(model, Adapter) and gate.tied != "both":
             check_tied(base, model, spec, source)
         if source.full is not None:
             _check_dtype(model.place, source.full, source, spec)
-            if source.full.shape != spec.shape:
-                sizes = f"{model.place}: tensor {source.full.name} has shape {list(source.full.shape)}, the base's has "
-                rows[name] = _common_rows(f"{sizes}{list(spec.shape)}", source.full.shape, spec, gate)
             if source.full.dtype not in (spec.dtype, "F32"):  # F16 and BF16 cannot hold each other's values either
                 narrowed[name] = source.full.dtype
-        if source.piece is not None:
-            assert isinstance(model, Adapter)
-            if (common := _rows_added(model, source, spec, gate)) is not None:
-                rows[name] = common
+    tables = tables_of(model, specs, found)
+    rows, tokens = corresponding(base, model, tables, gate.vocab, again=again)
+    if isinstance(model, Adapter):
+        check_pieces(model, found, tokens)
     renamed = renamings(base, model, names)
-    return Lineage(tuple(sorted(found)), missing, extra, names.prefix, narrowed, rows, renamed, changed, lacking)
+    found_names = tuple(sorted(found))
+    return Lineage(
+        found_names, missing, extra, names.prefix, narrowed, rows, renamed, changed, lacking=lacking, tokens=tokens
+    )
 
 
 def unlisted_of(model: Checkpoint | Adapter) -> frozenset[str]:
@@ -243,31 +239,3 @@ def _check_dtype(place: Place, info: TensorInfo, source: Match, spec: TensorSpec
                 f"{place}: {info.name} and {twin.name} are one tensor in the base, and differ here in dtype or shape: "
                 "publish the model as its class saves it (load it, then save_pretrained)",
             )
-
-
-def _common_rows(both: str, shape: tuple[int, ...], spec: TensorSpec, gate: LineageGate) -> int:
-    """The rows that a vocabulary of another size has in common with the base's; `both` says the two sizes."""
-    if not shape or not spec.shape or shape[1:] != spec.shape[1:] or not is_vocabulary(spec.name):
-        raise Refuse("shape", f"{both}: {_RESIZED if is_positions(spec.name) else _OTHER_SIZE}")
-    if gate.vocab == "refuse":
-        raise Refuse(
-            "vocab", f"{both}: its vocabulary was resized; vocab = common-rows folds the rows both have", by=("vocab",)
-        )
-    return min(shape[0], spec.shape[0])
-
-
-def _rows_added(model: Adapter, source: Match, spec: TensorSpec, gate: LineageGate) -> int | None:
-    """The rows that what an adapter adds has in common with the base, where these are not all."""
-    assert source.piece is not None
-    against = source.full.shape if source.full is not None else spec.shape
-    shape = source.piece.fit(spec.name, against, transposed=source.transposed)
-    if source.full is not None and shape != source.full.shape:
-        raise Refuse(
-            "shape",
-            f"{model.place}: {source.piece.names[0]} changes rows of a table of {shape[0]} rows, "
-            f"and {source.full.name} beside it has {source.full.shape[0]}: files of two adapters; publish one",
-        )
-    if shape == spec.shape:
-        return None
-    changed = f"{model.place}: what {source.piece.names[0]} changes has shape {list(shape)}"
-    return _common_rows(f"{changed}, {spec.name} is {list(spec.shape)}", shape, spec, gate)

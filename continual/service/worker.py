@@ -273,7 +273,8 @@ class Worker:
                 log.info("folded")
             else:
                 seconds = round(report.seconds["total"], 3)
-                out = {"left_out": report.left_out} if report.left_out else {}
+                said = {"left_out": report.left_out, "tokens": report.tokens_left_out}
+                out = {key: text for key, text in said.items() if text}
                 log.info("folded", **report.figures(), seconds=seconds, bytes_read=report.bytes_read, **out)
             self._fresh()
         elif outcome.fate == "deferred":

@@ -36,6 +36,24 @@ class Relevance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MatchedRows:
+    """How the rows of `tables` were matched by the texts of their tokens: `TokenRows`, as far as a record keeps it.
+
+    `rows`: how many were folded; `runs` where they are few, and `digest` of all of them; `left_out` and `lacking`: the
+    first of so many tokens.
+    """
+
+    tables: tuple[str, ...]
+    rows: int
+    runs: tuple[tuple[int, int, int], ...] | None = field(default=None, metadata=_OMITTED)
+    digest: str
+    left_out: tuple[str, ...] = ()
+    left_out_count: int = 0
+    lacking: tuple[str, ...] = ()
+    lacking_count: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FoldNumbers:
     """What a fold measured. Norms are L2 over the whole model.
 
@@ -44,9 +62,9 @@ class FoldNumbers:
     with, where the rule has weights. `block`, `cut`: of a state that keeps adapters, the adapter's number in it, and
     the share of ‖τ‖² that was cut off when it came. `tensors`, `unchanged`: how many got a task vector, how many the
     candidate lacks; `extra`: names of the first of its `extra_count` tensors that the base lacks; `prefix`, `narrowed`,
-    `rows`,
-    `renamings`: as in `Lineage`, of the last the first. `notes`: by the rule's names; `gauges`: the rule's gauges after
-    the fold, by name. A fold that came with another state, or that a round weighed, has few of these.
+    `rows`, `renamings`: as in `Lineage`, of the last the first; `tokens`: tables whose rows were matched by token.
+    `notes`: by the rule's names; `gauges`: the rule's gauges after the fold, by name. A fold that came with another
+    state, or that a round weighed, has few of these.
     """
 
     tau_norm: float
@@ -64,6 +82,7 @@ class FoldNumbers:
     narrowed: Mapping[str, str] | None = field(default=None, metadata=_OMITTED)
     rows: Mapping[str, int] | None = field(default=None, metadata=_OMITTED)
     renamings: tuple[tuple[str, str], ...] | None = field(default=None, metadata=_OMITTED)
+    tokens: tuple[MatchedRows, ...] | None = field(default=None, metadata=_OMITTED)
     notes: Mapping[str, NoteSummary] | None = field(default=None, metadata=_OMITTED)
     relevance: Relevance | None = field(default=None, metadata=_OMITTED)
     gauges: Mapping[str, float] = field(default_factory=dict, metadata={REST: True})

@@ -23,6 +23,8 @@ _WORDS = re.compile(
     r"|(^|\.)embeddings\.weight$|^(output|proj_out)\.weight$"
 )
 """Tables with a row for each word: input embeddings and language-model heads. Their rows are what `vocab` is about."""
+_WORDS_TOO = re.compile(r"(^|\.)(embed_tokens_per_layer\.weight|decoder\.(weight|bias))$")
+"""Tables that have a row for each word where they are as long as the tables of `_WORDS`: of Gemma 3n, of ModernBERT."""
 _LONGEST_WORDS = 80
 """Characters at the end of a name in which all of `_WORDS` lies."""
 _TABLE = re.compile(
@@ -152,6 +154,15 @@ def is_vocabulary(name: str) -> bool:
 def is_positions(name: str) -> bool:
     """Whether a name is that of a table with a row for each position."""
     return bool(_POSITIONS.search(name))
+
+
+def vocabularies(specs: Iterable[TensorSpec]) -> frozenset[str]:
+    """The names of all tensors of a base that have a row for each word."""
+    listed = list(specs)
+    found = {spec.name: spec.shape[:1] for spec in listed if is_vocabulary(spec.name)}
+    lengths = set(found.values())
+    more = (s.name for s in listed if s.shape[:1] in lengths and _WORDS_TOO.search(s.name))
+    return frozenset((*found, *more))
 
 
 def depth_of(name: str, stacks: Mapping[str, int]) -> float:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from continual.records import Lineage, TensorSpec
 from continual.tensors.adapter import Adapter
+from continual.tensors.added import Content, hash_piece
 from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import Match, naming_of, sources
 from continual.tensors.pieces import Piece
 from continual.tensors.pieces.low_rank import Bias, Factors, Triple
 from continual.tensors.pieces.trained import RowsOf, Trained
+from continual.tensors.row_order import gather, moved_of
 from continual.tensors.same_layout import in_layout_of
-from continual.tensors.vectors import Content, hash_piece
 
 
 def sides_of(shape: Sequence[int]) -> tuple[int, int]:
@@ -46,6 +47,7 @@ class ThinVectors:
         assert isinstance(found, Adapter)
         self._model = found
         self._sources, _ = sources(base, found, naming_of(lineage))
+        self._moved = moved_of(lineage.tokens)
 
     def position(self, name: str) -> tuple[int, int]:
         """Where in the adapter's file the layer `name` begins: in this order they are best read."""
@@ -62,12 +64,18 @@ class ThinVectors:
         source = self._sources[spec.name]
         piece, content = self._piece(spec.name), Content()
         read = self._model.read(piece)
+        moved = self._moved.get(spec.name)
+        if moved is not None:
+            content.hash.update(moved.digest.encode())
         hash_piece(self._model, source, read, content)
         pair = factors(piece, read, transposed=source.transposed)
         assert pair is not None, f"{spec.name}: not thin"
         left, right = pair
         rows, _ = sides_of(spec.shape)
-        if len(left) != rows:
+        if moved is not None:
+            theirs, left = left, left.new_empty(rows, left.shape[1])
+            gather(moved, theirs, left)
+        elif len(left) != rows:
             both = min(len(left), rows)
             left = torch.cat([left[:both], left.new_zeros(rows - both, left.shape[1])])
         return Thin(left, right, content.digest(), content.nbytes)

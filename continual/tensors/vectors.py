@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,35 +18,18 @@ from blake3 import blake3
 from continual.errors import Refuse
 from continual.records import Lineage, TensorSpec
 from continual.tensors.adapter import Adapter
+from continual.tensors.added import AddedPieces, Content, hash_piece, raw
 from continual.tensors.checkpoint import TORCH, Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import Match, naming_of, sources
-from continual.tensors.pieces import Piece
 from continual.tensors.pieces.low_rank import Factors
 from continual.tensors.pieces.stacks import Gathered, StackFactors, runs_of
+from continual.tensors.row_order import InOrderOf, matches, tables_of, turned
 from continual.tensors.same_layout import checkpoint_in_layout_of, in_layout_of
 
 RUN = 1 << 18
 """Elements read at a time: the four buffers of a thread, 1 MiB in float32, stay in its cache."""
-
-
-class Content:
-    """What a tensor's task vector was made from: the BLAKE3 hash of it all, and the bytes read for it, the base's
-    included."""
-
-    def __init__(self) -> None:
-        self.hash = blake3()
-        self.shipped: blake3 | None = None
-        self.nbytes = 0
-
-    def digest(self) -> bytes:
-        """The hash; of what was shipped beside the weights as well, where that was read."""
-        return (
-            blake3(self.hash.digest() + self.shipped.digest()).digest()
-            if self.shipped is not None
-            else self.hash.digest()
-        )
 
 
 class TaskVector(NamedTuple):
@@ -74,14 +57,21 @@ class TaskVectors:
         buffers: threading.local | None = None,
     ) -> None:
         model = in_layout_of(base, model)
+        found, _ = sources(base, model, naming_of(lineage))
+        tables = tables_of(base.checkpoint, found, lineage)
+        model = turned(base.checkpoint, model, tables)
         self.run = run
-        self._shipped = None if shipped is None else checkpoint_in_layout_of(base, shipped)
+        self._shipped = None
+        if shipped is not None:
+            alike = checkpoint_in_layout_of(base, shipped)
+            self._shipped = InOrderOf.beside(base.checkpoint, alike, tables) if tables else alike
         self._base = base.checkpoint
         self._model = model
         self._weights = model.weights if isinstance(model, Adapter) else model
         self._lineage = lineage
         self._specs = {spec.name: spec for spec in base.specs}
-        self._sources, _ = sources(base, model, naming_of(lineage))
+        self._added = AddedPieces(base.checkpoint, model, lineage) if isinstance(model, Adapter) else None
+        self._sources = matches(found, tables) if tables else found
         self._buffers = buffers or threading.local()
         self.begin()
 
@@ -150,7 +140,7 @@ class TaskVectors:
         if given:
             read = self._read("shipped", self._shipped, info, start, given)
             content.shipped = content.shipped or blake3()
-            content.shipped.update(_raw(read))
+            content.shipped.update(raw(read))
             content.nbytes += read.nbytes
             values[:given] = read
             _check_moments(values[:given], f"{self._shipped.where}: {info.name}")
@@ -178,7 +168,8 @@ class TaskVectors:
             return
         if source.piece is not None:
             product = into if into is not None and source.full is None else torch.empty(spec.numel)
-            self._piece(spec, source, product, content)
+            assert self._added is not None
+            self._added.write(spec, source, product, content)
         if source.full is None:
             assert product is not None, f"{name} is not among the tensors that this fine-tune changes"
             for start, stop in self._ranges(spec.numel, share):
@@ -205,15 +196,13 @@ class TaskVectors:
         spec, source = self._specs[name], self._sources[name]
         kinds = 1 if self._shipped is None else 2  # of what is read: task vectors, and what is shipped for them
         need = 4 * (3 + kinds) * self.run + (4 * kinds * spec.numel if whole else 0)
-        if source.piece is not None:
-            read = [self._weights.tensors[part] for part in source.piece.names]
-            need += sum(info.nbytes + 4 * math.prod(info.shape) for info in read)
+        if source.piece is not None and self._added is not None:
             one_by_one = isinstance(source.piece, (StackFactors, Gathered)) and not _together(source)
             added = math.prod(spec.shape[1:]) if one_by_one else spec.numel
+            need += self._added.nbytes(spec, source)
             need += 4 * added if source.full or not whole else 0
-            shape = self._shape(spec, source)
-            need += source.piece.workspace(shape)
-            need += 4 * math.prod(shape) * ((shape != spec.shape) + 2 * source.piece.needs_base)
+        if source.full is not None and isinstance(self._weights, InOrderOf):
+            need += kinds * self._weights.workspace(source.full.name)
         return need
 
     def rank(self, name: str) -> int | None:
@@ -250,9 +239,9 @@ class TaskVectors:
         base = self._read("base", self._base, self._base.tensors[spec.name], start, len(tau))
         values = self._read("fine-tune", self._weights, source.full, start, len(tau))
         if content is not None:
-            content.hash.update(_raw(values))
+            content.hash.update(raw(values))
         for twin in source.twins if content is not None else ():
-            if _raw(self._read("twin", self._weights, twin, start, len(tau))) != _raw(values):
+            if raw(self._read("twin", self._weights, twin, start, len(tau))) != raw(values):
                 raise Refuse(
                     "tied",
                     f"{self._model.place}: {source.full.name} and {twin.name} are one tensor in the base, "
@@ -267,39 +256,11 @@ class TaskVectors:
         else:
             tau.copy_(values).sub_(base)
 
-    def _shape(self, spec: TensorSpec, source: Match) -> tuple[int, ...]:
-        """The shape of what the adapter adds; of a vocabulary of another size it is not that of the base's tensor."""
-        assert source.piece is not None
-        against = source.full.shape if source.full else spec.shape
-        return source.piece.fit(spec.name, against, transposed=source.transposed)
-
-    def _piece(self, spec: TensorSpec, source: Match, out: torch.Tensor, content: Content | None) -> None:
-        """What the adapter adds to the tensor into the flat `out`; rows that only one of the two has get nothing."""
-        assert isinstance(self._model, Adapter)
-        assert source.piece is not None
-        shape = self._shape(spec, source)
-        read = self._model.read(source.piece)
-        base = None
-        if source.piece.needs_base:
-            base = (
-                self._weights.read(source.full.name) if source.full is not None else self._base.read(spec.name)
-            ).float()
-        added = out.view(shape) if shape == spec.shape else torch.empty(shape)
-        source.piece.add(read, base, added, transposed=source.transposed)
-        if added.data_ptr() != out.data_ptr():
-            both = min(added.numel(), out.numel())
-            out[:both] = added.view(-1)[:both]
-            out[both:] = 0.0
-        if content is None:
-            return
-        hash_piece(self._model, source, read, content)
-        content.nbytes += spec.nbytes if base is not None and source.full is None else 0
-
     def _read(self, use: str, checkpoint: Checkpoint, info: TensorInfo, start: int, count: int) -> torch.Tensor:
         """`count` elements of a tensor in this thread's buffer for `use`: valid until the thread reads the next for the
         same use."""
         values = self._buffer(use, count, TORCH[info.dtype])
-        checkpoint.read_part(info, start * values.element_size(), _raw(values))
+        checkpoint.read_part(info, start * values.element_size(), raw(values))
         return values
 
     def _buffer(self, use: str, count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -321,19 +282,6 @@ def _check_moments(values: torch.Tensor, what: str) -> None:
         raise Refuse("moments", f"{what} has values that are negative or not finite; what weighs has to be at least 0")
 
 
-def hash_piece(model: Adapter, source: Match, read: Sequence[torch.Tensor], content: Content) -> None:
-    """Feeds what an adapter adds to a tensor, the tensors `read` of its piece, to `content`. Raises Refuse (`tied`)
-    where it stands there under tied names, and differs."""
-    assert source.piece is not None
-    for other in source.again:
-        _check_again(model, source.piece, other, read)
-    content.hash.update(source.piece.settings(transposed=source.transposed).encode())
-    for info, part in zip(model.infos(source.piece), read, strict=True):
-        content.hash.update(f" {info.dtype} {info.shape} ".encode())
-        content.hash.update(_raw(part))
-        content.nbytes += info.nbytes
-
-
 def digest_of(parts: Mapping[str, bytes]) -> str:
     """The content digest of a candidate from the digests of its tensors, by the base's names: the same under another
     name, place or prefix."""
@@ -341,23 +289,3 @@ def digest_of(parts: Mapping[str, bytes]) -> str:
     for name in sorted(parts):
         whole.update(name.encode() + b"\0" + parts[name])
     return f"blake3:{whole.hexdigest()}"
-
-
-def _check_again(model: Adapter, piece: Piece, other: Piece, read: Sequence[torch.Tensor]) -> None:
-    """Raises Refuse (`tied`) unless a second piece, which is about the same table under its other name, says the same:
-    the same tensors, or, for a table's factors and a head's, each the other's transpose."""
-    found = model.read(other)
-    turned = [tensor.T for tensor in reversed(found)] if all(tensor.dim() == 2 for tensor in found) else []
-    for tensors in (found, turned):
-        if len(read) == len(tensors) and all(map(torch.equal, read, tensors)):
-            return
-    raise Refuse(
-        "tied",
-        f"{model.place}: {piece.names[0]} and {other.names[0]} are about one table of the base, and differ: fold it "
-        "into a state made with 'continual init --tied untie'",
-    )
-
-
-def _raw(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's bytes."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")

@@ -53,7 +53,7 @@ SIGNATURES = {
 RECORDS = {
     "Survey": "base rule options scale lines state_bytes kinds tensors aliases",
     "Plan": "name path form ok reason message passes read_bytes disk_bytes memory_bytes folded matrices stacks plain "
-    "unchanged prefix extra narrowed renamings",
+    "unchanged prefix extra narrowed renamings tokens",
     "Outcome": "fate name message reason commit report",
     "Verified": "findings strays",
     "RepairPlan": "findings last to lost undone again tags generations aside tag_files",
