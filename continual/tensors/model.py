@@ -18,7 +18,7 @@ from continual.tensors.loras.file import LoraFile
 from continual.tensors.loras.parsing import is_lora
 from continual.tensors.matching import naming_of, sources
 from continual.tensors.place import Place, place_of
-from continual.tensors.repacking import checkpoint_in_layout_of
+from continual.tensors.same_layout import checkpoint_in_layout_of
 
 Model = Checkpoint | Adapter
 

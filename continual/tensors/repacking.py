@@ -67,9 +67,10 @@ class Repacked(Checkpoint):
     def __init__(
         self, model: Checkpoint, tensors: Mapping[str, TensorInfo], pieces: Mapping[str, Sequence[TensorInfo]]
     ) -> None:
+        before: Mapping[str, Sequence[TensorInfo]] = model._pieces if isinstance(model, Repacked) else {}
         self.__dict__.update(model.__dict__)
         self.tensors = tensors
-        self._pieces = pieces
+        self._pieces: Mapping[str, Sequence[TensorInfo]] = {**before, **pieces}
 
     def read_part(self, info: TensorInfo, start: int, into: memoryview) -> None:
         """As `Checkpoint.read_part`."""
@@ -96,15 +97,9 @@ class Repacked(Checkpoint):
             super().prefetch(piece)
 
 
-def checkpoint_in_layout_of(base: BaseModel, model: Checkpoint) -> Checkpoint:
-    """The candidate, its experts packed or one by one as they are in the base; a model in the layout of the base is
-    returned as it is. Raises Refuse as `repacked`."""
-    return repacked(base, model)[0]
-
-
 def repacked(base: BaseModel, model: Checkpoint) -> tuple[Checkpoint, tuple[tuple[str, str], ...]]:
-    """The same, and what of the base's tensors lies otherwise in the candidate, as (base's, candidate's), `*` for the
-    number of an expert.
+    """The candidate, its experts packed or one by one as they are in the base, and what of the base's tensors lies
+    otherwise in it, as (base's, candidate's), `*` for the number of an expert.
 
     Raises Refuse: `missing` naming an expert that is not there, `dtype` or `shape` where experts of a layer differ,
     `prefix` where a weight is there in both layouts.

@@ -1,30 +1,52 @@
 """A candidate in the layout of its base: where the two lay the same weights out in different tensors.
 
-Which layouts there are is said by repacking.py for full models, and by stacked.py for adapters.
+Which layouts there are is said by repacking.py for the experts of full models, by stacked.py for those of adapters,
+and by fused.py for dense layers.
 """
 
 from __future__ import annotations
 
 from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import Checkpoint
+from continual.tensors.fused import dense_in_layout_of, pieces_in_layout_of
 from continual.tensors.kinds import BaseModel
-from continual.tensors.repacking import checkpoint_in_layout_of, repacked
+from continual.tensors.repacking import Repacked, repacked
 from continual.tensors.stacked import settled
 
-__all__ = ["checkpoint_in_layout_of", "in_layout_of", "repackings"]
+Said = tuple[tuple[str, str], ...]
 
 
 def in_layout_of(base: BaseModel, model: Checkpoint | Adapter) -> Checkpoint | Adapter:
-    """The candidate, its experts packed or one by one as they are in the base, an adapter with its pieces for the base;
-    a model in the layout of the base is returned as it is. It shares the files of `model`.
+    """The candidate, its experts packed or one by one and its dense layers fused or apart as they are in the base, an
+    adapter with its pieces for the base; a model in the layout of the base is returned as it is. It shares the files of
+    `model`.
 
-    Raises Refuse: `missing` naming an expert that is not there, `dtype` or `shape` where experts of a layer differ,
+    Raises Refuse: `missing` naming a part that is not there, `dtype` or `shape` where parts do not fit together,
     `prefix` where a weight is there in both layouts; of an adapter as `settled`.
     """
-    return settled(base, model.of(base)).adapter if isinstance(model, Adapter) else checkpoint_in_layout_of(base, model)
+    return _adapter(base, model)[0] if isinstance(model, Adapter) else _checkpoint(base, model)[0]
 
 
-def repackings(base: BaseModel, model: Checkpoint | Adapter) -> tuple[tuple[str, str], ...]:
+def checkpoint_in_layout_of(base: BaseModel, model: Checkpoint) -> Checkpoint:
+    """The same of a checkpoint."""
+    return _checkpoint(base, model)[0]
+
+
+def repackings(base: BaseModel, model: Checkpoint | Adapter) -> Said:
     """What of the base's tensors lies otherwise in the candidate, as (base's, candidate's), `*` for the number of an
     expert."""
-    return settled(base, model.of(base)).said if isinstance(model, Adapter) else repacked(base, model)[1]
+    return _adapter(base, model)[1] if isinstance(model, Adapter) else _checkpoint(base, model)[1]
+
+
+def _adapter(base: BaseModel, model: Adapter) -> tuple[Adapter, Said]:
+    stacks = settled(base, model.of(base))
+    dense, said = pieces_in_layout_of(base, stacks.adapter)
+    return dense, (*stacks.said, *said)
+
+
+def _checkpoint(base: BaseModel, model: Checkpoint) -> tuple[Checkpoint, Said]:
+    if isinstance(model, Repacked):
+        return model, ()
+    stacks, packed = repacked(base, model)
+    dense, said = dense_in_layout_of(base, stacks)
+    return dense, (*packed, *said)

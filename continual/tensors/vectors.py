@@ -24,7 +24,7 @@ from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import Match, naming_of, sources
 from continual.tensors.pieces.low_rank import Factors
-from continual.tensors.pieces.stacks import Gathered, StackFactors, runs_of
+from continual.tensors.pieces.stacks import Gathered, StackFactors, part_of, runs_of
 from continual.tensors.row_order import InOrderOf, matches, tables_of, turned
 from continual.tensors.same_layout import checkpoint_in_layout_of, in_layout_of
 
@@ -198,7 +198,7 @@ class TaskVectors:
         need = 4 * (3 + kinds) * self.run + (4 * kinds * spec.numel if whole else 0)
         if source.piece is not None and self._added is not None:
             one_by_one = isinstance(source.piece, (StackFactors, Gathered)) and not _together(source)
-            added = math.prod(spec.shape[1:]) if one_by_one else spec.numel
+            added = math.prod(part_of(spec.shape)) if one_by_one else spec.numel
             need += self._added.nbytes(spec, source)
             need += 4 * added if source.full or not whole else 0
         if source.full is not None and isinstance(self._weights, InOrderOf):

@@ -138,7 +138,8 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """The pieces of experts that stand one by one in the adapter and are packed in the base."""
+    """The pieces of experts that stand one by one in the adapter and are packed in the base, or those of dense layers
+    that the base has fused: these are parts of one matrix, number 0."""
 
     where: str
     shares: tuple[Share, ...]
@@ -157,10 +158,10 @@ class Gathered:
     def fit(self, name: str, shape: tuple[int, ...], *, transposed: bool) -> tuple[int, ...]:
         """As the protocol says."""
         for share in self.shares:
-            part = (share.stop - share.start, shape[2])
-            found = share.piece.fit(f"expert {share.number} of {name}", part, transposed=False)
-            if found != part:
-                raise unfit(self.where, f"expert {share.number} of {name}", part, f"{share.piece.names[0]} makes it")
+            part = (share.stop - share.start, shape[-1])
+            what = f"expert {share.number} of {name}" if len(shape) == 3 else f"rows {share.start} on of {name}"
+            if share.piece.fit(what, part, transposed=False) != part:
+                raise unfit(self.where, what, part, f"{share.piece.names[0]} makes it")
         return shape
 
     def settings(self, *, transposed: bool) -> str:
@@ -172,13 +173,15 @@ class Gathered:
 
     def workspace(self, shape: tuple[int, ...]) -> int:
         """As the protocol says."""
-        return max(share.piece.workspace((share.stop - share.start, shape[2])) for share in self.shares)
+        return max(share.piece.workspace((share.stop - share.start, shape[-1])) for share in self.shares)
 
     def add(
         self, read: Sequence[torch.Tensor], base: torch.Tensor | None, out: torch.Tensor, *, transposed: bool
     ) -> None:
         """As the protocol says."""
         out.zero_()
+        if out.dim() == 2:
+            out, base = out.unsqueeze(0), None if base is None else base.unsqueeze(0)
         at = 0
         for number, start, stop, piece in self.shares:
             mine = read[at : at + len(piece.names)]
@@ -198,6 +201,11 @@ class Gathered:
                 share.piece.add(mine, None, out[share.start : share.stop], transposed=False)
 
 
+def part_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what of a tensor is multiplied out at a time: one expert, or all of a matrix."""
+    return shape[1:] if len(shape) == 3 else shape
+
+
 def runs_of(
     piece: StackFactors | Gathered,
     read: Sequence[torch.Tensor],
@@ -207,7 +215,8 @@ def runs_of(
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """What is added to a stack of this shape in flat runs, as `TaskVectors.runs`: no more than one expert is multiplied
     out at a time. `buffer` gives the memory of a run."""
-    one, numel, here = torch.empty(shape[1:]), math.prod(shape[1:]), -1
+    one, here = torch.empty(part_of(shape)), -1
+    numel = one.numel()
     for start, stop in ranges:
         tau = buffer("tau", stop - start, torch.float32)
         at = start
