@@ -17,7 +17,7 @@ from continual.tensors.checkpoint import Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 from continual.tensors.pieces import Piece
-from continual.tensors.pieces.stacks import Gathered, Share, Wrapped
+from continual.tensors.pieces.stacks import Gathered, Portion, Wrapped
 from continual.tensors.pieces.trained import RowsOf
 from continual.tensors.renaming import canonical, family_of
 from continual.tensors.repacking import Repacked
@@ -44,7 +44,7 @@ _ENDS = ("weight", "bias")
 _PARTS = frozenset(part for parts in FUSIONS.values() for part in parts)
 
 
-class _Layer(NamedTuple):
+class _DenseName(NamedTuple):
     """What the name of a layer's tensor says: `….self_attn`, `qkv_proj`, `weight`."""
 
     head: str
@@ -71,15 +71,15 @@ def _flat(config: Mapping[str, object]) -> frozenset[str]:
     return frozenset(name for family in families for name in _FLAT.get(family, ()))
 
 
-def _layers(tensors: Mapping[str, TensorInfo], wanted: frozenset[str]) -> Iterator[tuple[_Layer, TensorInfo]]:
+def _layers(tensors: Mapping[str, TensorInfo], wanted: frozenset[str]) -> Iterator[tuple[_DenseName, TensorInfo]]:
     for name, info in tensors.items():
         if (layer := _layer(name)) is not None and layer.part in wanted:
             yield layer, info
 
 
-def _layer(name: str) -> _Layer | None:
+def _layer(name: str) -> _DenseName | None:
     parts = name.rsplit(".", 2)
-    return _Layer(*parts) if len(parts) == 3 and parts[2] in _ENDS else None
+    return _DenseName(*parts) if len(parts) == 3 and parts[2] in _ENDS else None
 
 
 def _joined(
@@ -201,7 +201,7 @@ def pieces_in_layout_of(base: BaseModel, model: Adapter) -> tuple[Adapter, tuple
             ours[canonical(layer.head, family), layer.part] = info
     pieces = dict(model.pieces)
     said: set[tuple[str, str]] = set()
-    shares: dict[str, list[Share]] = {}
+    shares: dict[str, list[Portion]] = {}
     for name, layer in mine:
         piece, head = pieces[name], canonical(layer.head, family)
         if layer.end != "weight" or isinstance(piece, Wrapped):
@@ -211,7 +211,7 @@ def pieces_in_layout_of(base: BaseModel, model: Adapter) -> tuple[Adapter, tuple
             if into is not None and (head, layer.part) not in ours:
                 rows = _rows(model, config, into, ours[head, into])
                 del pieces[name]
-                shares.setdefault(f"{layer.head}.{into}.weight", []).append(Share(0, *rows[layer.part], piece))
+                shares.setdefault(f"{layer.head}.{into}.weight", []).append(Portion(0, *rows[layer.part], piece))
                 said.add((into, " + ".join(FUSIONS[into])))
             continue
         parts = [ours.get((head, part)) for part in FUSIONS[layer.part]]
@@ -225,7 +225,7 @@ def pieces_in_layout_of(base: BaseModel, model: Adapter) -> tuple[Adapter, tuple
     return (model.with_pieces(pieces, model.weights), tuple(sorted(said))) if said else (model, ())
 
 
-def _pieces_of(model: Adapter, piece: Piece, layer: _Layer, parts: list[TensorInfo]) -> dict[str, Piece]:
+def _pieces_of(model: Adapter, piece: Piece, layer: _DenseName, parts: list[TensorInfo]) -> dict[str, Piece]:
     """A piece of a fused layer, cut into those of its parts."""
     total = sum(part.shape[0] for part in parts)
     found: dict[str, Piece] = {}

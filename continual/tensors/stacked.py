@@ -21,7 +21,7 @@ from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 from continual.tensors.pieces import Piece
 from continual.tensors.pieces.low_rank import Factors
-from continual.tensors.pieces.stacks import FactorPair, Gathered, Share, StackFactors, Wrapped
+from continual.tensors.pieces.stacks import FactorPair, Gathered, Portion, StackFactors, Wrapped
 from continual.tensors.renaming import canonical, family_of
 from continual.tensors.repacking import DOWN, EXPERTS, FUSED, TRIPLES, UP, by_input, one_of
 from continual.tensors.slices import Slice, WithSlices
@@ -265,7 +265,7 @@ def _of_stack(
 
 def _gathered(base: BaseModel, model: Adapter, shelf: _Shelf) -> dict[str, tuple[Gathered, list[str]]]:
     """What is added to the base's stacks by pieces for single experts, and the names of these pieces."""
-    found: dict[str, list[tuple[Share, str]]] = {}
+    found: dict[str, list[tuple[Portion, str]]] = {}
     for name, piece in model.pieces.items():
         one = one_of(name)
         if one is None or isinstance(piece, Wrapped) or shelf.tensor(name) is not None:
@@ -281,7 +281,7 @@ def _gathered(base: BaseModel, model: Adapter, shelf: _Shelf) -> dict[str, tuple
             _check_one(base, model, name, (one.number, info))
             half = info.shape[1] // 2
             rows = (0, info.shape[1]) if not fused else (0, half) if one.role == gate else (half, info.shape[1])
-            found.setdefault(f"{one.head}.{packed}", []).append((Share(one.number, *rows, piece), name))
+            found.setdefault(f"{one.head}.{packed}", []).append((Portion(one.number, *rows, piece), name))
             break
     return {
         stack: (Gathered(str(model.place), tuple(share for share, _ in shares)), [name for _, name in shares])

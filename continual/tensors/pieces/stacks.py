@@ -127,7 +127,7 @@ class StackFactors:
         out.mul_(self.scale)
 
 
-class Share(NamedTuple):
+class Portion(NamedTuple):
     """What is added to the rows from `start` to `stop` of one expert."""
 
     number: int
@@ -142,7 +142,7 @@ class Gathered:
     that the base has fused: these are parts of one matrix, number 0."""
 
     where: str
-    shares: tuple[Share, ...]
+    shares: tuple[Portion, ...]
     optional = False
 
     @property
