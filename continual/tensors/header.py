@@ -3,7 +3,7 @@
 Format: https://huggingface.co/docs/safetensors. Eight little-endian bytes with the length N of the header, N bytes of
 JSON (tensor name to dtype, shape and data_offsets, and `__metadata__` of strings), then the data, which the offsets
 cover without gap or overlap. Stricter than the format in two points: names are printable (they go into paths, logs and
-records), and a header is at most 64 MB, where the safetensors library reads 100 MB.
+records), and a header is at most 32 MB, where the safetensors library reads 100 MB.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from continual.outside import VALUES, Malformed, parse_fields, shown
 from continual.records import ITEMSIZE
 from continual.tensors import foreign
 
-LONGEST = 64_000_000
-"""Bytes of the longest header that is read: some 500,000 tensors. A parsed header takes many times its size in memory.
-"""
+LONGEST = 32_000_000
+"""Bytes of the longest header that is read. A parsed header takes eight times its size in memory; real ones have a few
+MB, and those of a model of a thousand shards are read one after the other."""
 MOST = 500_000
 """Tensors of the largest model that is opened, over all of its files."""
-_VALUES = 5_000_000
+IN_ONE = 250_000
+"""Tensors of the largest file. This is asked of the bytes, before anything is made of them."""
+_VALUES = 2_500_000
 """Values of the largest header: some ten for each tensor."""
 _PARTS = 16
 """Commas and colons of a tensor's entry, with some to spare for the shape."""
@@ -65,8 +67,6 @@ def _parsed(pread: Callable[[int, int], bytes], size: int, where: str, file: int
         raise Refuse("truncated", f"{where}: the header claims {length} bytes and the file has {size}: it is cut off")
     body = _body(pread(length, 8), where)
     _metadata(body.pop("__metadata__", {}), where)
-    if len(body) > MOST:
-        raise Refuse("header", f"{where}: {len(body)} tensors are more than the {MOST} that a model may have")
     infos = {name: _tensor(name, entry, where, file, 8 + length) for name, entry in body.items()}
     _covered(sorted(infos.values(), key=lambda t: (t.offset, t.nbytes)), 8 + length, size, where)
     return infos
@@ -106,6 +106,8 @@ def _length(pread: Callable[[int, int], bytes], where: str) -> int:
 def _body(text: bytes, where: str) -> dict[str, object]:
     """The JSON of a header. Raises Refuse (`header`), also for one with far more in it than tensors have: while a long
     list without an object in it is parsed, no other thread runs."""
+    if text.count(b"{") > IN_ONE + 2:  # around all of it, and around __metadata__
+        raise Refuse("header", f"{where}: more than {IN_ONE} tensors in one file; write the model in shards")
     if text.count(b",") + text.count(b":") > _PARTS * text.count(b"{") + VALUES:
         raise Refuse("header", f"{where}: the header holds more values than its tensors can have")
     return json_object(text, where, "header", values=_VALUES)
