@@ -10,7 +10,7 @@ from continual.errors import Refuse
 from continual.outside import shown
 from continual.records import TensorSpec, TokenRows
 from continual.tensors import Adapter, BaseModel, Checkpoint
-from continual.tensors.kinds import vocabularies
+from continual.tensors.kinds import is_positions, vocabularies
 from continual.tensors.matching import Match
 from continual.tensors.pieces.tokens import Tokens
 from continual.tensors.row_order import moved_of
@@ -70,9 +70,7 @@ def tables_of(
             shape = fitting
         is_table = bool(shape) and bool(spec.shape) and shape[1:] == spec.shape[1:] and name in words
         if shape != spec.shape and not is_table:
-            raise Refuse(
-                "shape", f"{said}: not a fine-tune of this base, or one whose layers were made larger or smaller"
-            )
+            raise Refuse("shape", f"{said}: {_RESIZED if is_positions(name) else _OTHER_SIZE}")
         if is_table:
             tables[name] = Table(spec, shape[0], said)
     return tables
