@@ -9,17 +9,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import zarr
 from safetensors.torch import load_file, save_file
 
 from continual import api, making
 from continual.config import Settings
-from continual.errors import Damaged
-from continual.records import Totals
+from continual.errors import Damaged, Retry
+from continual.records import SlotSpec, Totals
 from continual.rules import ROWS, RULES, Inputs, Pass, rule
-from continual.state import Transaction
+from continual.state import Transaction, arrays
 from continual.state.parts import FoldNumbers
+from continual.state.transaction import MARGIN
 from continual.state.verify import verify
 from tests.helpers import models
 
@@ -320,6 +323,46 @@ def test_a_change_at_the_end_of_a_tensor_is_folded_whole(
         slot = next(iter(merge.state.format.slots["model.layers.1.input_layernorm.weight"]))
         left = generations[0] / slot / "model.layers.1.input_layernorm.weight" / "c.0"
         assert left.stat().st_nlink > 1
+
+
+def test_a_fold_needs_room_for_what_it_touches(memory: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one too: zeros take none. They are read by others as zeros."""
+    model, other = partial(base, memory / "part", 7), full(base, memory / "ft", 1)
+    with opened(memory / "a", base, "mean") as merge:
+        assert merge.plan(model).disk_bytes == 4 * 64
+        assert merge.plan(other).disk_bytes == merge.state.format.generation_bytes
+        here = shutil.disk_usage(memory)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: here._replace(free=MARGIN + 4 * 64))
+        assert merge.fold(model).fate == "folded"
+        with pytest.raises(Retry, match="free some space"):
+            merge.fold(other)
+        assert verify(merge.state) == []
+        group = merge.state.group()
+        for name in LEFT:
+            found = group[f"sum/{name}"]
+            assert isinstance(found, zarr.Array)
+            assert found.shape == SHAPES[name]
+            assert not np.asarray(found[...]).any()
+
+
+def test_zeros_of_any_shape_are_what_writing_them_gives(memory: Path) -> None:
+    """And a large array of them has no blocks on the disk, where the file system has holes."""
+    specs = {
+        "long": SlotSpec((70000, 130)),
+        "padded": SlotSpec((11, 900001)),
+        "scalar": SlotSpec((), "float64"),
+        "none": SlotSpec((0, 5)),
+        "counts": SlotSpec((7,), "uint16"),
+    }
+    for name, spec in specs.items():
+        holes, written = memory / f"{name}-holes", memory / f"{name}-written"
+        holes.mkdir()
+        written.mkdir()
+        assert arrays.write_zeros(holes, spec) == arrays.write(written, spec, np.zeros(spec.shape, spec.dtype))
+        files = sorted(file.name for file in written.iterdir())
+        assert sorted(file.name for file in holes.iterdir()) == files
+        assert all((holes / file).read_bytes() == (written / file).read_bytes() for file in files)
+    assert sum(file.stat().st_blocks for file in (memory / "long-holes").iterdir()) * 512 < 1 << 20
 
 
 def test_opcm_knows_the_rank_of_what_adapters_made(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
