@@ -29,7 +29,7 @@ from continual.engine.outcomes import Outcome, Plan
 from continual.engine.reading import Reading
 from continual.engine.resources import Resources
 from continual.engine.standing import Standing
-from continual.engine.views import View
+from continual.engine.views import ReadView
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress, silent
 from continual.executors.device import pick_device
@@ -232,10 +232,10 @@ class Merge:
             reading.settle(self.executor, silent)
             return reading.vector(_kept(self.state, name))
 
-    def reading(self, at: int | None = None, options: ReadOptions | None = None, view: View | None = None) -> Reading:
+    def reading(self, at: int | None = None, options: ReadOptions | None = None, view: ReadView | None = None) -> Reading:
         """The merged model at record `at` (default: the newest), read by `options` (default: those in force there, and
         as `view` says). Raises Misconfigured if the record has expired, or the view cannot be read."""
-        view = (view or View()).by(self.settings.reading)
+        view = (view or ReadView()).by(self.settings.reading)
         view.check(self.state)
         if self.state.format.form is not None:
             return BlockReading(self.state, self.rule, at, view, options)
@@ -255,7 +255,7 @@ class Merge:
             base.checkpoint.close()
 
     def export(
-        self, target: str | Path | folder.Target, progress: Progress = silent, *, view: View | None = None
+        self, target: str | Path | folder.Target, progress: Progress = silent, *, view: ReadView | None = None
     ) -> Path:
         """Writes the merged model as an ordinary model directory: into a directory, which must not exist, or as
         `target` says; of a state of adapters what `view` reads. Returns the directory. Raises Misconfigured and Halt;
@@ -271,7 +271,7 @@ class Merge:
         *,
         at: int | None = None,
         dtype: str = "F32",
-        view: View | None = None,
+        view: ReadView | None = None,
         progress: Progress = silent,
     ) -> lora.LoraReport:
         """Writes the merged model at record `at` as a LoRA adapter of this rank, as near as one comes to it. `dtype` is
@@ -280,11 +280,11 @@ class Merge:
         with _held(self, at, view) as reading:
             return lora.export(self.base, reading, target, self.executor, progress)
 
-    def scale(self, at: int | None = None, view: View | None = None) -> ReadOptions:
+    def scale(self, at: int | None = None, view: ReadView | None = None) -> ReadOptions:
         """How the merge is read: as the records up to `at` (default: the newest), the settings and `view` say."""
         ledger = self.state.ledger
         now = ReadOptions.from_mapping(ledger.read_options(ledger.head.seq if at is None else at))
-        return (view or View()).by(self.settings.reading).read_by(self.rule, now, self.state)[1]
+        return (view or ReadView()).by(self.settings.reading).read_by(self.rule, now, self.state)[1]
 
     def rescale(self, scale: str | None = None, lines: str | None = None, rule: str | None = None) -> ReadOptions:
         """Changes how the merge is read: its scale, that of its layers, or the rule that reads it; nothing is folded
@@ -308,7 +308,7 @@ class Merge:
         called with each candidate and its score. Raises Misconfigured where nothing is folded or the evaluation cannot
         be used, Retry where the environment got in the way; then nothing is recorded."""
         wanted = wanted or Tuning()
-        reading = self.reading(view=View(rule=wanted.rule, scale=wanted.scale))
+        reading = self.reading(view=ReadView(rule=wanted.rule, scale=wanted.scale))
         return tuning.tune(self.engine, reading, evaluation, wanted, progress, told)
 
     def look_unfold(self, word: str, at: str | Path | None = None) -> unfolding.Unfolding:
@@ -345,7 +345,7 @@ class Merge:
 
 
 @contextlib.contextmanager
-def _held(merge: Merge, at: int | None, view: View | None = None) -> Iterator[Reading]:
+def _held(merge: Merge, at: int | None, view: ReadView | None = None) -> Iterator[Reading]:
     """What `Merge.reading` gives, kept from expiring while the block runs. The newest record may be newer than when the
     state was opened, where a daemon let that one expire."""
     with leasing.newest(merge.state) if at is None else merge.state.lease(at):

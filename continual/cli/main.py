@@ -34,7 +34,7 @@ from continual.cli.flags import (
     Without,
     takes,
 )
-from continual.cli.typed import Seen, parse_options
+from continual.cli.typed import ViewFlags, parse_options
 from continual.errors import Misconfigured
 
 if TYPE_CHECKING:
@@ -333,7 +333,7 @@ def export(
     from continual.publish import folder
 
     word = folder.parse_dtype(dtype)
-    view = Seen(rule, scale, lines, only, without, weight).view()
+    view = ViewFlags(rule, scale, lines, only, without, weight).view()
     if as_lora is not None:
         with opened.merge(flags) as merge, console.progress() as progress:
             report = merge.export_lora(directory, as_lora, at=at, dtype=word or "F32", view=view, progress=progress)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from continual.errors import Misconfigured
 
 if TYPE_CHECKING:
-    from continual.engine.views import View
+    from continual.engine.views import ReadView
     from continual.service.control.requests import Asking
     from continual.tuning import Evaluation
 
@@ -34,7 +34,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ViewFlags:
     """The flags that say how a state of adapters is read, as they were typed."""
 
     rule: str | None = None
@@ -44,9 +44,9 @@ class Seen:
     without: Sequence[str] | None = None
     weights: Sequence[str] | None = None
 
-    def view(self) -> View:
+    def view(self) -> ReadView:
         """The view that they describe. Raises Misconfigured for a weight that is no `NAME=W`."""
-        from continual.engine.views import View
+        from continual.engine.views import ReadView
 
         weights = {}
         for pair in self.weights or ():
@@ -58,7 +58,7 @@ class Seen:
             if not name:
                 raise Misconfigured(f"weight {pair!r}: write it as NAME=W, as alice=0.5")
         only, without = tuple(self.only or ()), tuple(self.without or ())
-        return View(rule=self.rule, scale=self.scale, lines=self.lines, only=only, without=without, weights=weights)
+        return ReadView(rule=self.rule, scale=self.scale, lines=self.lines, only=only, without=without, weights=weights)
 
 
 def request(kind: type[R], **fields: object) -> R:

@@ -78,6 +78,11 @@ def weighted_base(state: State, places: Places, moved: Path | None = None) -> Ba
         path = fetched(places.hub, record.repo, record.revision, silent).path
     if not path.exists():
         raise Misconfigured(f"base {path} is gone: put it back, or say where it is now with base = DIR (--base)")
+    lacking = next((file.name for file in record.files if not (path / file.name).exists()), None)
+    if record.headers is not None and lacking is not None:
+        raise Misconfigured(
+            f"base {path} has no {lacking} any more: put it back, or say where the base is now with base = DIR (--base)"
+        )
     model = describe(
         open_checkpoint(path, whole=_is_whole(record.files)),
         plain=record.plain,

@@ -12,7 +12,7 @@ from continual.blocks import Columns
 from continual.blocks.factoring import ThinProduct
 from continual.blocks.merged import Merged
 from continual.engine.reading import Reading, Seen
-from continual.engine.views import View
+from continual.engine.views import ReadView
 from continual.executors.contract import Executor, Progress, Task
 from continual.records import TensorSpec
 from continual.rules import ReadOptions, Rule, Size
@@ -61,12 +61,12 @@ class BlockReading(Reading):
         state: State,
         rule: Rule,
         seq: int | None = None,
-        view: View | None = None,
+        view: ReadView | None = None,
         options: ReadOptions | None = None,
     ) -> None:
         """Raises Misconfigured for a view that the state cannot be read by."""
         super().__init__(state, rule, seq, options)
-        self.view = view or View()
+        self.view = view or ReadView()
         self.rule, self.options = self.view.read_by(rule, self.options, state)
         self.shelf = StoredLayers(state, self.commit)
         self.chosen = self.view.chosen(state, self.commit.seq)

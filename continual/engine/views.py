@@ -14,7 +14,7 @@ from continual.state.format import FoldCommit
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ReadView:
     """How a state is read, where that is not as the state says.
 
     `rule`: what is made of the adapters, with its `options`, or of the merge; `scale` and `lines`: how long the result
@@ -31,7 +31,7 @@ class View:
     without: tuple[str, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
 
-    def by(self, name: str | None) -> View:
+    def by(self, name: str | None) -> ReadView:
         """The same view, read by the rule `name` where it names none."""
         return self if self.rule or name is None else replace(self, rule=name)
 

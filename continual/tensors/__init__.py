@@ -7,7 +7,7 @@ from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel, describe
 from continual.tensors.model import Model, candidate_of, open_model, open_shipped, unreadable
 from continual.tensors.place import Folder, Place, place_of, read_json, release_of
-from continual.tensors.thin import Thin, ThinVectors
+from continual.tensors.thin import ThinVector, ThinVectors
 from continual.tensors.vectors import TaskVector, TaskVectors, digest_of
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "TaskVector",
     "TaskVectors",
     "TensorInfo",
-    "Thin",
+    "ThinVector",
     "ThinVectors",
     "candidate_of",
     "describe",

@@ -28,7 +28,7 @@ def sides_of(shape: Sequence[int]) -> tuple[int, int]:
     return rows, math.prod(shape[1:])
 
 
-class Thin(NamedTuple):
+class ThinVector(NamedTuple):
     """One layer's task vector left·rightᵀ, m×r and n×r in float64; the BLAKE3 hash of what it was made from, as
     `TaskVectors` has it, and the bytes read."""
 
@@ -58,7 +58,7 @@ class ThinVectors:
         """Bytes of the layer's factors in the adapter's file."""
         return sum(info.nbytes for info in self._model.infos(self._piece(name)))
 
-    def read(self, spec: TensorSpec) -> Thin:
+    def read(self, spec: TensorSpec) -> ThinVector:
         """The task vector of one layer. Rows that only one of the two vocabularies has are left out, or zero. Raises
         Refuse (`tied`) if tied names differ, Retry if the file cannot be read to its end."""
         source = self._sources[spec.name]
@@ -78,7 +78,7 @@ class ThinVectors:
         elif len(left) != rows:
             both = min(len(left), rows)
             left = torch.cat([left[:both], left.new_zeros(rows - both, left.shape[1])])
-        return Thin(left, right, content.digest(), content.nbytes)
+        return ThinVector(left, right, content.digest(), content.nbytes)
 
     def _piece(self, name: str) -> Piece:
         piece = self._sources[name].piece

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,30 @@ def plain(path: Path, weights: Tensors | None = None, **config: Any) -> Path:
         json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a"]} | config)
     )
     return path
+
+
+def lora(
+    directory: Path,
+    base: Path,
+    seed: int,
+    *,
+    rank: int = 4,
+    modules: Sequence[str] = ("q_proj", "down_proj"),
+    **config: Any,
+) -> Path:
+    """A LoRA adapter with random factors on these modules of a base."""
+    random = torch.Generator().manual_seed(seed)
+    weights: Tensors = {}
+    with open_model(base) as model:
+        assert isinstance(model, Checkpoint)
+        for name, info in model.tensors.items():
+            module = name.removesuffix(".weight")
+            if module.rpartition(".")[2] in modules:
+                head = f"base_model.model.{module}"
+                weights[f"{head}.lora_A.weight"] = torch.randn(rank, info.shape[1], generator=random) * 0.1
+                weights[f"{head}.lora_B.weight"] = torch.randn(info.shape[0], rank, generator=random) * 0.1
+    said = {"r": rank, "lora_alpha": rank, "target_modules": list(modules), "base_model_name_or_path": str(base)}
+    return plain(directory, weights, **(said | config))
 
 
 def refused(base: Path, adapter: Path) -> Refuse:

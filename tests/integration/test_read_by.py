@@ -12,7 +12,7 @@ import torch
 import continual
 from continual import api, making
 from continual.config import Settings
-from continual.engine.views import View
+from continual.engine.views import ReadView
 from continual.errors import Misconfigured
 from tests.helpers import models
 
@@ -106,7 +106,7 @@ def test_an_export_is_read_by_another_rule_and_nothing_is_recorded(
     folded(tmp_path, base, making.Recipe(rule="mean"), tuned, "mean")
     with merge_of(tmp_path / "iso") as merge, merge_of(tmp_path / "mean") as other:
         other.export(tmp_path / "expected")
-        merge.export(tmp_path / "found", view=View(rule="mean"))
+        merge.export(tmp_path / "found", view=ReadView(rule="mean"))
         assert weights(tmp_path / "found") == weights(tmp_path / "expected")
         assert len(merge.state.ledger.log) == 3
         assert '"rule": "mean"' in (tmp_path / "found" / "continual.json").read_text()
@@ -139,7 +139,7 @@ def test_what_the_state_does_not_have_is_refused(tmp_path: Path, base: Path, mad
         with pytest.raises(Misconfigured, match=re.escape(said)):
             merge.rescale(rule=wanted)
         with pytest.raises(Misconfigured, match=re.escape(said)):
-            merge.export(tmp_path / "out", view=View(rule=wanted))
+            merge.export(tmp_path / "out", view=ReadView(rule=wanted))
         assert len(merge.state.ledger.log) == 1
     if made != "mean":
         with pytest.raises(Misconfigured, match=re.escape(said)):
@@ -151,7 +151,7 @@ def test_what_the_state_does_not_have_is_refused(tmp_path: Path, base: Path, mad
 
 def test_models_cannot_be_chosen_of_a_merge_of_whole_tensors(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
     folded(tmp_path, base, making.Recipe(), tuned, "state")
-    for view in (View(only=("model-0",)), View(without=("model-0",)), View(weights={"model-0": 2.0})):
+    for view in (ReadView(only=("model-0",)), ReadView(without=("model-0",)), ReadView(weights={"model-0": 2.0})):
         with merge_of(tmp_path / "state") as merge, pytest.raises(Misconfigured, match="no models can be chosen"):
             merge.export(tmp_path / "out", view=view)
 

@@ -1,0 +1,203 @@
+"""What an adapter costs where adapters are kept as they are (`continual init --adapters`), at shapes of real models.
+
+    python -m tests.campaigns.bench.adapters                       # 0.5 B and 7 B, three adapters each
+    python -m tests.campaigns.bench.adapters --sizes 70b --folds 20 --width 64
+    python -m tests.campaigns.bench.adapters --sizes 0.5b --dense  # beside a state of whole tensors (iso-c)
+
+The base has headers alone: its weight file is a hole, and it is deleted once the state is made, so that a fold cannot
+read it. Adapters are of rank 16 on all linear layers, in bfloat16, as PEFT writes them. Each fold is the whole command
+in a process of its own; the CPU that importing takes is measured in the same way and taken off. `step` is QR and SVD of
+the factors alone, in this process. Times are CPU seconds of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+RANK = 16
+_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+class Shape(NamedTuple):
+    """The sizes of a decoder: layers, width, width of keys and values, of the feed-forward layers, words."""
+
+    layers: int
+    width: int
+    keys: int
+    inner: int
+    words: int
+
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """Its linear layers, out × in, by the names of their weights."""
+        inside = {
+            "self_attn.q_proj": (self.width, self.width),
+            "self_attn.k_proj": (self.keys, self.width),
+            "self_attn.v_proj": (self.keys, self.width),
+            "self_attn.o_proj": (self.width, self.width),
+            "mlp.gate_proj": (self.inner, self.width),
+            "mlp.up_proj": (self.inner, self.width),
+            "mlp.down_proj": (self.width, self.inner),
+        }
+        return {
+            f"model.layers.{layer}.{name}.weight": sizes
+            for layer in range(self.layers)
+            for name, sizes in inside.items()
+        }
+
+
+SHAPES = {
+    "0.5b": Shape(24, 896, 128, 4864, 151936),
+    "7b": Shape(32, 4096, 1024, 14336, 32000),
+    "70b": Shape(80, 8192, 1024, 28672, 128256),
+}
+
+
+class Cost(NamedTuple):
+    """What a process took: CPU and wall seconds, and its largest memory in bytes."""
+
+    cpu: float
+    wall: float
+    memory: int
+
+
+def ran(*words: str) -> Cost:
+    """Runs this Python with these words to its end, in one thread of torch."""
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, env=os.environ | _THREADS)
+    _, status, used = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, words
+    return Cost(used.ru_utime + used.ru_stime, time.perf_counter() - began, used.ru_maxrss << 10)
+
+
+def write(file: Path, tensors: Mapping[str, tuple[int, ...]], seed: int | None) -> None:
+    """A safetensors file of bfloat16: random values of standard deviation 0.02, or a hole where there is no `seed`."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, sizes in tensors.items():
+        begin, end = end, end + 2 * int(np.prod(sizes))
+        header[name] = {"dtype": "BF16", "shape": list(sizes), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        if seed is None:
+            out.truncate(8 + len(text) + end)
+            return
+        draw = np.random.default_rng(seed)
+        for begin in range(0, end, 1 << 24):
+            values = draw.standard_normal(min(1 << 24, end - begin) // 2, np.float32) * np.float32(0.02)
+            out.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+
+
+def base(directory: Path, shape: Shape, seed: int | None = None) -> Path:
+    """A base of this shape, whose weights are a hole unless there is a `seed`."""
+    directory.mkdir()
+    tensors: dict[str, tuple[int, ...]] = dict(shape.linear())
+    tensors |= {"model.embed_tokens.weight": (shape.words, shape.width), "model.norm.weight": (shape.width,)}
+    write(directory / "model.safetensors", tensors, seed)
+    config = {"model_type": "llama", "tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def adapter(directory: Path, shape: Shape, seed: int, of: Path) -> Path:
+    """An adapter of rank 16 on all linear layers."""
+    directory.mkdir()
+    tensors: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns) in shape.linear().items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors |= {f"{module}.lora_A.weight": (RANK, columns), f"{module}.lora_B.weight": (rows, RANK)}
+    write(directory / "adapter_model.safetensors", tensors, seed)
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "base_model_name_or_path": str(of)}
+    config |= {"target_modules": "all-linear", "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def step(shape: Shape) -> float:
+    """CPU seconds of QR and SVD of all factors."""
+    import torch
+
+    from continual.blocks import triplets
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    spent = 0.0
+    for rows, columns in shape.linear().values():
+        left, right = torch.randn(rows, RANK).double(), torch.randn(columns, RANK).double()
+        began = time.process_time()
+        triplets(left, right)
+        spent += time.process_time() - began
+    return spent
+
+
+def fold(size: str, *, folds: int, width: int, dense: bool, work: Path) -> None:
+    """Folds adapters one after the other and prints what each took, and what exports take."""
+    shape, state = SHAPES[size], work / "state"
+    of = base(work / "base", shape, 0 if dense else None)
+    forms = {"adapters": ["--adapters", "--width", str(width)]} | ({"dense": []} if dense else {})
+    imports = ran("-c", "import continual.cli.main, continual.api, torch, zarr, blake3, google_crc32c")
+    print(f"{size} shapes, adapters of rank {RANK} on {len(shape.linear())} layers; importing {imports.cpu:.2f} CPU s")
+    if not dense:
+        print(f"  step alone (QR and SVD of the factors): {step(shape):.2f} CPU s")
+    for form, words in forms.items():
+        state = work / form
+        made = ran("-m", "continual", "init", str(of), *words, "--state", str(state))
+        print(f"  {form}: init {made.cpu - imports.cpu:.2f} CPU s")
+        if not dense:
+            (of / "model.safetensors").unlink()
+        costs = []
+        for number in range(1, folds + 1):
+            model = adapter(work / f"{form}-{number}", shape, number, of)
+            costs.append(ran("-m", "continual", "fold", str(model), "--state", str(state)))
+            shutil.rmtree(model)
+            beyond = costs[-1].cpu - imports.cpu
+            print(
+                f"  {form}: fold {number}: {beyond:.2f} CPU s beyond importing, {costs[-1].wall:.1f} s, "
+                f"{costs[-1].memory / 1e6:.0f} MB at most"
+            )
+        kept = max((state / "generations").iterdir(), key=lambda path: path.stat().st_mtime)
+        nbytes = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
+        median = statistics.median(cost.cpu for cost in costs) - imports.cpu
+        print(f"  {form}: median fold {median:.2f} CPU s; the generation in force has {nbytes / 1e6:.0f} MB")
+        if not dense:
+            for rule in ("task-arithmetic", "iso-c", "tsv-m", "opcm"):
+                out = work / f"lora-{rule}"
+                cost = ran(
+                    *("-m", "continual", "export", str(out), "--as-lora", str(RANK), "--rule", rule),
+                    *("--state", str(state)),
+                )
+                print(
+                    f"  export --as-lora {RANK} by {rule}: {cost.cpu - imports.cpu:.2f} CPU s, "
+                    f"{cost.memory / 1e6:.0f} MB at most"
+                )
+                shutil.rmtree(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["0.5b", "7b"])
+    parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--dense", action="store_true", help="beside a state of whole tensors; its base has weights")
+    given = parser.parse_args()
+    for size in given.sizes:
+        with tempfile.TemporaryDirectory() as work:
+            fold(size, folds=given.folds, width=given.width, dense=given.dense, work=Path(work))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""States that keep adapters as they are, on real files: what is read equals what the same rule folds densely, for any
+of the models; nothing of the base is read; what did not change is not written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from continual import api, making, upkeep
+from continual.config import Settings
+from continual.engine.blocks import layer_of
+from continual.engine.views import ReadView
+from continual.errors import Misconfigured
+from continual.rules import RULES, rule
+from continual.state import State
+from tests.helpers import adapters, models
+
+READ = [name for name in RULES if rule(name).needs.shipped is None]
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return models.base(tmp_path / "base")
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, base: Path) -> list[Path]:
+    """Five adapters: some of all modules, some of few, of ranks 1 to 6."""
+    ranks = (4, 1, 6, 2, 3)
+    modules = (("q_proj", "down_proj"), ("q_proj",), ("up_proj", "q_proj"), ("down_proj",), ("q_proj", "up_proj"))
+    return [
+        adapters.lora(tmp_path / f"lora-{i}", base, i, rank=r, modules=m)
+        for i, (r, m) in enumerate(zip(ranks, modules, strict=True))
+    ]
+
+
+def opened(
+    state: Path, base: Path, *, width: int | None = 64, name: str = "task-arithmetic", write: bool = True
+) -> api.Merge:
+    if not state.exists():
+        making.init(base, state, making.Recipe(rule=name, width=width))
+    return api.Merge(Settings(state=state, max_base_ratio=100.0), write=write)
+
+
+def folded(
+    state: Path, base: Path, fine_tunes: list[Path], *, width: int | None = 64, name: str = "task-arithmetic"
+) -> Path:
+    with opened(state, base, width=width, name=name) as merge:
+        for model in fine_tunes:
+            outcome = merge.fold(model)
+            assert outcome.fate == "folded", outcome.message
+    return state
+
+
+def merged(state: Path, view: ReadView | None = None) -> Tensors:
+    with api.Merge(Settings(state=state)) as merge:
+        reading = merge.reading(view=view)
+        reading.settle(merge.executor, lambda *_: None)
+        return {spec.name: reading.vector(spec) for spec in merge.state.format.tensors}
+
+
+def same(found: Tensors, expected: Tensors, *, rtol: float = 1e-5) -> None:
+    scale = max(float(value.norm()) for value in expected.values())
+    assert scale > 0
+    for name, value in expected.items():
+        assert float((found[name] - value).norm()) <= rtol * scale, name
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_read_is_what_the_rule_folds_densely(tmp_path: Path, base: Path, tuned: list[Path], name: str) -> None:
+    blocks = folded(tmp_path / "blocks", base, tuned)
+    dense = folded(tmp_path / "dense", base, tuned, width=None, name=name)
+    same(merged(blocks, ReadView(rule=name)), merged(dense))
+    some = folded(tmp_path / "some", base, [tuned[0], tuned[2], tuned[4]], width=None, name=name)
+    same(merged(blocks, ReadView(rule=name, only=("lora-0", "lora-[24]"))), merged(some))
+    same(merged(blocks, ReadView(rule=name, without=("lora-1", "4"))), merged(some))
+
+
+def test_weights_are_those_of_the_view_or_of_the_fold(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    blocks = folded(tmp_path / "blocks", base, tuned[:2])
+    view = ReadView(rule="task-arithmetic", scale="1", weights={"lora-1": 0.25})
+    first, second = (merged(blocks, ReadView(rule="task-arithmetic", scale="1", only=(n,))) for n in ("lora-0", "lora-1"))
+    same(merged(blocks, view), {name: value + 0.25 * second[name] for name, value in first.items()})
+    with pytest.raises(Misconfigured, match="opcm reads every model with weight 1"):
+        merged(blocks, ReadView(rule="opcm", weights={"lora-1": 0.25}))
+
+
+def test_one_model_is_given_back(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    """Exactly the product of its factors, to the last bits of float32."""
+    blocks = folded(tmp_path / "blocks", base, tuned)
+    expected = adapters.task_vectors(base, tuned[2])[0]
+    found = merged(blocks, ReadView(rule="mean", only=("lora-2",)))
+    for name, value in found.items():
+        wanted = expected.get(name, torch.zeros_like(value))
+        torch.testing.assert_close(value, wanted, rtol=0, atol=2e-7 * float(wanted.abs().max() + 1e-9))
+
+
+def test_nothing_of_the_base_is_read(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    """Its weights can be gone after init, and are missed by a whole model alone."""
+    state = folded(tmp_path / "state", base, tuned[:1])
+    weights = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").unlink()
+    folded(state, base, tuned[1:])
+    with opened(state, base) as merge:
+        assert merge.plan(tuned[0]).reason == "known"
+        with pytest.raises(Misconfigured):
+            merge.export(tmp_path / "whole")
+        assert not (tmp_path / "whole").exists()
+        (base / "model.safetensors").write_bytes(weights)
+        merge.export(tmp_path / "whole", view=ReadView(only=("lora-3",), rule="mean"))
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "whole/model.safetensors")
+    expected = adapters.task_vectors(base, tuned[3])[0]
+    for name, value in after.items():
+        torch.testing.assert_close(value, before[name] + expected.get(name, torch.zeros_like(value)), rtol=0, atol=1e-6)
+
+
+def test_a_fold_writes_its_own_columns_alone(tmp_path: Path, base: Path) -> None:
+    """Of a layer that the adapter changes the chunks before its own are links; of others all files are."""
+    state = tmp_path / "state"
+    first = adapters.lora(tmp_path / "a", base, 1, rank=16)
+    second = adapters.lora(tmp_path / "b", base, 2, rank=3, modules=("q_proj",))
+    folded(state, base, [first])
+    with State.open(state) as now:
+        before = now.generation_of(now.ledger.head)
+        assert before is not None
+    folded(state, base, [second])
+    with State.open(state) as now:
+        after = now.generation_of(now.ledger.head)
+        assert after is not None
+        assert now.generation_bytes() < now.format.generation_bytes
+    linked = {
+        path.relative_to(after.directory).as_posix(): path.stat().st_ino
+        == (before.directory / path.relative_to(after.directory)).stat().st_ino
+        for path in after.directory.rglob("c.*")
+        if (before.directory / path.relative_to(after.directory)).exists()
+    }
+    written = {path.relative_to(after.directory).as_posix() for path in after.directory.rglob("c.*")} - linked.keys()
+    queries = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
+    assert written == {f"{slot}/{name}/c.1.0" for slot in "uv" for name in queries}
+    assert {name for name, is_link in linked.items() if not is_link} == {f"columns/{name}/c.0.0" for name in queries}
+    assert not (after.directory / "u/model.norm.weight").exists()
+
+
+def test_blocks_are_cut_when_there_is_no_room_and_it_is_said(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    state = tmp_path / "state"
+    cuts = []
+    with opened(state, base, width=8) as merge:
+        for model in tuned:
+            outcome = merge.fold(model)
+            assert outcome.report is not None
+            cuts.append(outcome.report.numbers.cut)
+        assert "of its square cut off" in outcome.line()
+        generation = merge.state.generation_of(merge.state.ledger.head)
+        assert generation is not None
+        columns = layer_of(generation, "model.layers.0.self_attn.q_proj.weight").columns
+    assert {number: where.stop - where.start for number, where in columns.models.items()} == {1: 2, 2: 1, 3: 2, 5: 2}
+    assert cuts[:2] == [0.0, 0.0]
+    assert cuts[4] is not None
+    assert 0.0 < cuts[4] < 1.0
+    assert upkeep.verify(state).findings == ()
+
+
+def test_taking_a_model_out_leaves_what_the_others_give(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    state = folded(tmp_path / "state", base, tuned)
+    before = merged(state, ReadView(rule="mean"))
+    shutil.rmtree(tuned[1])  # its files are not needed
+    with opened(state, base) as merge:
+        plan = merge.look_unfold("lora-1")
+        assert (plan.exact, plan.again, plan.read_bytes) == (True, (), 0)
+        merge.unfold(plan)
+        assert [fold.entry.candidate.name for fold in merge.state.ledger.folds()] == [
+            "lora-0",
+            "lora-2",
+            "lora-3",
+            "lora-4",
+        ]
+    others = folded(tmp_path / "others", base, [tuned[0], *tuned[2:]])
+    for name in ("opcm", "iso-c"):
+        same(merged(state, ReadView(rule=name)), merged(others, ReadView(rule=name)))
+    assert upkeep.verify(state).findings == ()
+    again = adapters.lora(tmp_path / "again", base, 9)
+    folded(state, base, [again])  # it takes the number that is free
+    with opened(state, base) as merge:
+        assert [fold.entry.numbers.block for fold in merge.state.ledger.folds()] == [1, 3, 4, 5, 2]
+        merge.state.rollback(5)
+    same(merged(state, ReadView(rule="mean")), before)
+
+
+def test_the_last_model_out_leaves_nothing(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    state = folded(tmp_path / "state", base, tuned[:1])
+    with opened(state, base) as merge:
+        merge.unfold(merge.look_unfold("lora-0"))
+        assert merge.state.generation_bytes() == 0
+        assert merge.state.ledger.totals.count == 0
+    assert all(not bool(value.any()) for value in merged(state).values())
+    assert upkeep.verify(state).findings == ()
+
+
+@pytest.mark.parametrize("width", [64, 8])
+def test_two_states_become_one(tmp_path: Path, base: Path, tuned: list[Path], width: int) -> None:
+    ours = folded(tmp_path / "ours", base, tuned[:2], width=width)
+    theirs = folded(tmp_path / "theirs", base, tuned[2:], width=width)
+    together = folded(tmp_path / "together", base, tuned, width=width)
+    with opened(ours, base) as merge:
+        merge.combine(theirs)
+        assert [fold.entry.numbers.block for fold in merge.state.ledger.folds()] == [1, 2, 3, 4, 5]
+    for name in ("iso-c", "opcm"):
+        same(merged(ours, ReadView(rule=name)), merged(together, ReadView(rule=name)))
+    assert upkeep.verify(ours).findings == ()
+    other = folded(tmp_path / "other", base, tuned[2:], width=32)
+    with opened(ours, base) as merge, pytest.raises(Misconfigured, match="adapters at width 32"):
+        merge.combine(other)
+
+
+def _full(directory: Path, base: Path) -> Path:
+    return models.fine_tune(base, directory, 1)
+
+
+def _dora(directory: Path, base: Path) -> Path:
+    head = "base_model.model.model.layers.0.self_attn.q_proj"
+    weights = {f"{head}.lora_A.weight": torch.ones(2, 16), f"{head}.lora_B.weight": torch.ones(16, 2)}
+    magnitudes = {f"{head}.lora_magnitude_vector": torch.ones(16)}
+    return adapters.plain(directory, weights | magnitudes, use_dora=True, base_model_name_or_path=str(base))
+
+
+def _saved(directory: Path, base: Path) -> Path:
+    made = adapters.lora(directory, base, 1)
+    weights = load_file(made / "adapter_model.safetensors") | {"base_model.model.model.norm.weight": torch.ones(16)}
+    return adapters.plain(made, weights, r=4, modules_to_save=["norm"])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (_full, "is a full fine-tune, and this state keeps adapters"),
+        (_dora, r"model\.layers\.0\.self_attn\.q_proj\.weight by more than a product of two thin factors"),
+        (_saved, r"model\.norm\.weight by more than"),
+    ],
+)
+def test_what_takes_the_weights_of_the_base_is_refused(
+    tmp_path: Path, base: Path, make: Callable[[Path, Path], Path], said: str
+) -> None:
+    with opened(tmp_path / "state", base) as merge:
+        outcome = merge.fold(make(tmp_path / "model", base))
+        assert (outcome.fate, outcome.reason) == ("refused", "form")
+        assert re.search(said, outcome.message), outcome.message
+
+
+def test_the_same_adapter_in_another_place_is_a_duplicate(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    state = folded(tmp_path / "state", base, tuned[:1])
+    shutil.copytree(tuned[0], tmp_path / "copy")
+    with opened(state, base) as merge:
+        assert merge.fold(tmp_path / "copy").fate == "duplicate"
+
+
+def test_a_value_that_is_not_finite_is_refused(tmp_path: Path, base: Path) -> None:
+    broken = adapters.lora(tmp_path / "broken", base, 1)
+    weights = load_file(broken / "adapter_model.safetensors")
+    next(iter(weights.values())).view(-1)[3] = torch.nan
+    adapters.plain(broken, weights, r=4, lora_alpha=4, target_modules=["q_proj", "down_proj"])
+    with opened(tmp_path / "state", base) as merge:
+        outcome = merge.fold(broken)
+        assert (outcome.fate, outcome.reason) == ("refused", "non-finite")
+        assert merge.state.ledger.head.generation is None
+
+
+def test_a_state_of_whole_tensors_has_no_views(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    state = folded(tmp_path / "state", base, tuned[:1], width=None)
+    with opened(state, base) as merge, pytest.raises(Misconfigured, match="continual init --adapters"):
+        merge.reading(view=ReadView(only=("lora-0",)))
+
+
+@pytest.mark.parametrize(
+    ("view", "said"),
+    [
+        (ReadView(only=("carol",)), "only = carol: no model of the merge is called so; in it are lora-0, lora-1"),
+        (ReadView(without=("lora-*",)), "no model is left to be read"),
+        (ReadView(rule="no-such"), "unknown rule"),
+        (ReadView(rule="fisher"), "fisher needs the file"),
+        (ReadView(rule="mean", scale="spread"), "spread is for"),
+        (ReadView(weights={"lora-0": -1.0}), "has to be above 0"),
+    ],
+)
+def test_views_that_cannot_be_read(tmp_path: Path, base: Path, tuned: list[Path], view: ReadView, said: str) -> None:
+    state = folded(tmp_path / "state", base, tuned[:2])
+    with pytest.raises(Misconfigured, match=said):
+        merged(state, view)
+
+
+def test_convolutions_and_embeddings(tmp_path: Path) -> None:
+    """LoRA of a convolution is out × rest, of an embedding the factors stand the other way round."""
+    base = models.base(tmp_path / "base", shapes={"conv.weight": (6, 3, 2, 2), "embed.weight": (20, 8)})
+    model = adapters.plain(
+        tmp_path / "model",
+        {
+            "base_model.model.conv.lora_A.weight": torch.randn(2, 3, 2, 2),
+            "base_model.model.conv.lora_B.weight": torch.randn(6, 2, 1, 1),
+            "base_model.model.embed.lora_embedding_A": torch.randn(2, 20),
+            "base_model.model.embed.lora_embedding_B": torch.randn(8, 2),
+        },
+        target_modules=["conv", "embed"],
+    )
+    expected = adapters.task_vectors(base, model)[0]
+    state = folded(tmp_path / "state", base, [model])
+    same(merged(state, ReadView(rule="task-arithmetic", scale="1")), expected, rtol=1e-6)
+
+
+def test_the_bias_of_a_lora_is_one_column(tmp_path: Path) -> None:
+    base = models.base(tmp_path / "base", shapes={"fc.weight": (5, 7), "fc.bias": (5,)})
+    model = adapters.plain(
+        tmp_path / "model",
+        {
+            "base_model.model.fc.lora_A.weight": torch.randn(2, 7),
+            "base_model.model.fc.lora_B.weight": torch.randn(5, 2),
+            "base_model.model.fc.lora_B.bias": torch.randn(5),
+        },
+        lora_bias=True,
+        target_modules=["fc"],
+    )
+    expected = adapters.task_vectors(base, model)[0]
+    state = folded(tmp_path / "state", base, [model, adapters.lora(tmp_path / "other", base, 1, modules=("fc",))])
+    same(merged(state, ReadView(rule="task-arithmetic", scale="1", only=("model",))), expected, rtol=1e-6)
