@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from continual.api import Merge, open
+    from continual.api import Merge, Verified, backup, look_repair, open, repair, verify
     from continual.config import Settings
     from continual.engine.outcomes import Outcome, Plan
     from continual.errors import ContinualError, Halt, Refuse, Retry
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from continual.state.backup import BackupReport, Wish
     from continual.state.damage import RepairPlan
     from continual.tuning import Command, Rows, Tuned, Tuning
-    from continual.upkeep import Verified, backup, look_repair, repair, verify
 
 __all__ = [
     "BackupReport",
@@ -52,7 +51,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "continual.api": ("Merge", "open"),
+    "continual.api": ("Merge", "Verified", "backup", "look_repair", "open", "repair", "verify"),
     "continual.config": ("Settings",),
     "continual.engine.outcomes": ("Outcome", "Plan"),
     "continual.errors": ("ContinualError", "Halt", "Refuse", "Retry"),
@@ -61,7 +60,6 @@ _HOMES = {
     "continual.state.backup": ("BackupReport", "Wish"),
     "continual.state.damage": ("RepairPlan",),
     "continual.tuning": ("Command", "Rows", "Tuned", "Tuning"),
-    "continual.upkeep": ("Verified", "backup", "look_repair", "repair", "verify"),
 }
 """The module that each name is loaded from: the same as above, which only type checkers read."""
 

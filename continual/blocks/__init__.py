@@ -5,7 +5,7 @@ from continual.blocks.columns import MOST, Arrangement, Columns, plan, slots, wi
 from continual.blocks.factoring import ThinProduct
 from continual.blocks.layer import Layer
 from continual.blocks.merged import Merged, recovered
-from continual.blocks.shares import Explaining, Products, Share, Shares
+from continual.blocks.shares import Explaining, ModelShare, Products, Shares
 from continual.blocks.shelf import HeldLayers, Shelf
 from continual.blocks.triplets import Block, triplets
 
@@ -18,8 +18,8 @@ __all__ = [
     "HeldLayers",
     "Layer",
     "Merged",
+    "ModelShare",
     "Products",
-    "Share",
     "Shares",
     "Shelf",
     "ThinProduct",

@@ -18,7 +18,7 @@ from continual.rules.contract import CoreFunctions
 from continual.rules.matrices import sides
 
 
-class Share(NamedTuple):
+class ModelShare(NamedTuple):
     """What one model has in a layer, or in the whole.
 
     `norm`: the length of its task vector, times its weight, over the sum of all models' lengths. `cosine`: between its
@@ -46,8 +46,8 @@ class Shares(NamedTuple):
     """The shares of every model by its number: `whole` of the merged model, `layers` of each layer that a model has
     touched."""
 
-    whole: Mapping[int, Share]
-    layers: Mapping[str, Mapping[int, Share]]
+    whole: Mapping[int, ModelShare]
+    layers: Mapping[str, Mapping[int, ModelShare]]
 
 
 class Explaining:
@@ -98,7 +98,7 @@ class Explaining:
             [s * r * inner for r, inner in zip(scales, one.inners, strict=True)],
         )
 
-    def _shares(self, one: Products, weights: Sequence[float]) -> dict[int, Share]:
+    def _shares(self, one: Products, weights: Sequence[float]) -> dict[int, ModelShare]:
         lengths = [weight * math.sqrt(tau) for weight, tau in zip(weights, one.taus, strict=True)]
         total, length = math.fsum(lengths), math.sqrt(one.square)
         found = {}
@@ -107,7 +107,7 @@ class Explaining:
                 continue
             both = math.sqrt(one.taus[index]) * length
             left = one.square + one.squares[index] - 2 * one.inners[index]
-            found[number] = Share(
+            found[number] = ModelShare(
                 lengths[index] / total,
                 one.dots[index] / both if both else 0.0,
                 math.sqrt(max(0.0, left)) / length if length else 0.0,

@@ -25,12 +25,12 @@ app = typer.Typer(rich_markup_mode=None)
 def verify_(*, flags: Flags) -> None:
     """Read every file of the state and compare it with its receipt, record or checksum; name what does not belong to
     it."""
-    from continual import upkeep
+    from continual import api
     from continual.errors import Damaged
 
     try:
         with console.progress() as progress:
-            found = upkeep.verify(opened.settings(flags).state, progress=progress)
+            found = api.verify(opened.settings(flags).state, progress=progress)
     except Damaged as error:
         raise Damaged(f"{error}. 'continual repair --dry-run' says what is whole") from error
     if flags.json:
@@ -55,11 +55,11 @@ def repair(
 ) -> None:
     """Follow what is whole in a damaged state: the newest record that its chain of records leads to, with a whole
     generation. Says first what that loses; moves the old files aside, and deletes nothing."""
-    from continual import texts, upkeep
+    from continual import api, texts
 
     state = opened.settings(flags).state
     with console.progress() as progress:
-        plan = upkeep.look_repair(state, progress=progress)
+        plan = api.look_repair(state, progress=progress)
     if not flags.json:
         _plan_told(plan)
     commit = None
@@ -69,7 +69,7 @@ def repair(
             told = f"{len(plan.lost)} records are lost, {len(plan.undone)} folds undone. " if flags.json else ""
             console.must_agree(f"{told}Go on?")
         with console.progress() as progress:
-            commit = upkeep.repair(state, plan, progress=progress)
+            commit = api.repair(state, plan, progress=progress)
     if flags.json:
         console.emit({"plan": plan, "record": None if commit is None else texts.record(commit)})
     elif commit is not None:
@@ -118,12 +118,12 @@ def backup(
 ) -> None:
     """Copy the state to a directory, or bring the backup there up to date; a daemon may write to the state meanwhile.
     What is in the backup already is not copied again."""
-    from continual import upkeep
+    from continual import api
     from continual.state.backup import Wish
 
     wish = Wish(copy=copy, check=verify, clone=clone, dry_run=dry_run)
     with console.progress() as progress:
-        report = upkeep.backup(opened.settings(flags).state, directory, wish, progress=progress)
+        report = api.backup(opened.settings(flags).state, directory, wish, progress=progress)
     if flags.json:
         console.emit(report)
     else:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from continual import api, making, upkeep
+from continual import api, making
 from continual.config import Settings
 from continual.engine.blocks import layer_of
 from continual.engine.views import ReadView
@@ -86,7 +86,9 @@ def test_what_is_read_is_what_the_rule_folds_densely(tmp_path: Path, base: Path,
 def test_weights_are_those_of_the_view_or_of_the_fold(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
     blocks = folded(tmp_path / "blocks", base, tuned[:2])
     view = ReadView(rule="task-arithmetic", scale="1", weights={"lora-1": 0.25})
-    first, second = (merged(blocks, ReadView(rule="task-arithmetic", scale="1", only=(n,))) for n in ("lora-0", "lora-1"))
+    first, second = (
+        merged(blocks, ReadView(rule="task-arithmetic", scale="1", only=(n,))) for n in ("lora-0", "lora-1")
+    )
     same(merged(blocks, view), {name: value + 0.25 * second[name] for name, value in first.items()})
     with pytest.raises(Misconfigured, match="opcm reads every model with weight 1"):
         merged(blocks, ReadView(rule="opcm", weights={"lora-1": 0.25}))
@@ -164,7 +166,7 @@ def test_blocks_are_cut_when_there_is_no_room_and_it_is_said(tmp_path: Path, bas
     assert cuts[:2] == [0.0, 0.0]
     assert cuts[4] is not None
     assert 0.0 < cuts[4] < 1.0
-    assert upkeep.verify(state).findings == ()
+    assert api.verify(state).findings == ()
 
 
 def test_taking_a_model_out_leaves_what_the_others_give(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
@@ -184,7 +186,7 @@ def test_taking_a_model_out_leaves_what_the_others_give(tmp_path: Path, base: Pa
     others = folded(tmp_path / "others", base, [tuned[0], *tuned[2:]])
     for name in ("opcm", "iso-c"):
         same(merged(state, ReadView(rule=name)), merged(others, ReadView(rule=name)))
-    assert upkeep.verify(state).findings == ()
+    assert api.verify(state).findings == ()
     again = adapters.lora(tmp_path / "again", base, 9)
     folded(state, base, [again])  # it takes the number that is free
     with opened(state, base) as merge:
@@ -200,7 +202,7 @@ def test_the_last_model_out_leaves_nothing(tmp_path: Path, base: Path, tuned: li
         assert merge.state.generation_bytes() == 0
         assert merge.state.ledger.totals.count == 0
     assert all(not bool(value.any()) for value in merged(state).values())
-    assert upkeep.verify(state).findings == ()
+    assert api.verify(state).findings == ()
 
 
 @pytest.mark.parametrize("width", [64, 8])
@@ -213,7 +215,7 @@ def test_two_states_become_one(tmp_path: Path, base: Path, tuned: list[Path], wi
         assert [fold.entry.numbers.block for fold in merge.state.ledger.folds()] == [1, 2, 3, 4, 5]
     for name in ("iso-c", "opcm"):
         same(merged(ours, ReadView(rule=name)), merged(together, ReadView(rule=name)))
-    assert upkeep.verify(ours).findings == ()
+    assert api.verify(ours).findings == ()
     other = folded(tmp_path / "other", base, tuned[2:], width=32)
     with opened(ours, base) as merge, pytest.raises(Misconfigured, match="adapters at width 32"):
         merge.combine(other)
@@ -283,7 +285,7 @@ def test_a_state_of_whole_tensors_has_no_views(tmp_path: Path, base: Path, tuned
         (ReadView(only=("carol",)), "only = carol: no model of the merge is called so; in it are lora-0, lora-1"),
         (ReadView(without=("lora-*",)), "no model is left to be read"),
         (ReadView(rule="no-such"), "unknown rule"),
-        (ReadView(rule="fisher"), "fisher needs the file"),
+        (ReadView(rule="fisher"), "cannot be read by fisher"),
         (ReadView(rule="mean", scale="spread"), "spread is for"),
         (ReadView(weights={"lora-0": -1.0}), "has to be above 0"),
     ],

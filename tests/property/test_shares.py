@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from continual.blocks import Explaining, HeldLayers, Merged, Share
+from continual.blocks import Explaining, HeldLayers, Merged, ModelShare
 from continual.rules import RULES, read_options, rule
 from tests.helpers.shelves import SPECS, Regime, adapters, dense, shelf
 
@@ -23,10 +23,10 @@ def read(held: HeldLayers, chosen: dict[int, float], name: str, scale: str) -> d
     return {tensor: merged.dense(tensor).double() for tensor in SPECS}
 
 
-def share(taus: list[Tensor], index: int, weights: list[float], whole: Tensor, rest: Tensor) -> Share:
+def share(taus: list[Tensor], index: int, weights: list[float], whole: Tensor, rest: Tensor) -> ModelShare:
     lengths = [weight * float(tau.norm()) for weight, tau in zip(weights, taus, strict=True)]
     both = float(taus[index].norm() * whole.norm())
-    return Share(
+    return ModelShare(
         lengths[index] / sum(lengths),
         float((taus[index] * whole).sum()) / both if both else 0.0,
         float((whole - rest).norm() / whole.norm()) if bool(whole.any()) else 0.0,
@@ -63,8 +63,8 @@ def test_shares_are_what_leaving_out_gives(name: str, regime: Regime) -> None:
 def test_a_model_alone_is_all_there_is() -> None:
     held = shelf(adapters("independent", 2))
     found = Explaining(Merged(held, {2: 1.0}, rule("task-arithmetic"), read_options("mean"))).shares()
-    assert found.whole == {2: pytest.approx(Share(1.0, 1.0, 1.0))}
-    assert all(one == {2: pytest.approx(Share(1.0, 1.0, 1.0))} for one in found.layers.values())
+    assert found.whole == {2: pytest.approx(ModelShare(1.0, 1.0, 1.0))}
+    assert all(one == {2: pytest.approx(ModelShare(1.0, 1.0, 1.0))} for one in found.layers.values())
 
 
 @pytest.mark.parametrize("name", READABLE)

@@ -1,0 +1,177 @@
+"""An open merge: plan, fold, read, export, take out. `continual.making` makes the state that is opened here.
+
+The commands and the daemon work with `Merge`, and so can any program:
+
+    import continual
+
+    with continual.open("state", write=True) as merge:
+        merge.fold("fine-tunes/alice")
+        merge.export("merged")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from continual import selection, tuning
+from continual.api.opened_state import OpenedState
+from continual.config import settings_of
+from continual.engine import combining, planning, unfolding
+from continual.engine.outcomes import Outcome, Plan
+from continual.engine.views import ReadView
+from continual.executors.contract import Progress, silent
+from continual.records import Event
+from continual.rules import ReadAs, ReadOptions
+from continual.selection import admission
+from continual.selection.steps import Taken
+from continual.state import Commit, State
+from continual.state.entries import Entry
+from continual.state.format import FoldCommit
+from continual.state.ledger import Waiting
+from continual.tuning import Evaluation, Told, Tuned, Tuning
+
+if TYPE_CHECKING:
+    pass
+
+
+def open(state: str | Path = "state", *, write: bool = False, **settings: object) -> Merge:
+    """Opens the state in the directory `state`; `settings` are fields of `continual.Settings`.
+
+    Any number of processes may open a state for reading, one at a time for writing. Raises Misconfigured where there
+    is no state or a setting cannot be used, Busy where another process writes to it, Damaged.
+    """
+    return Merge(settings_of({"state": Path(state), **settings}), write=write)
+
+
+class Merge(OpenedState):
+    """An open state with its base and its rule, to read and to change. A context manager."""
+
+    def record(self, entry: Entry) -> Commit:
+        """Adds a record that leaves the model as it is. Raises Retry and Halt."""
+        return self.state.record(entry)
+
+    def announce(self, url: str) -> None:
+        """Says in the lock, for other processes, where the service of this state listens."""
+        self.state.set_url(url)
+
+    def give_up(self) -> None:
+        """Ends for good what another thread does: a fold or a round raises Abandoned soon, a wait for the Hub ends."""
+        self.stopping.set()
+
+    def check(self, models: Iterable[str | Path]) -> None:
+        """Raises Misconfigured where one of the models is not there, or where rounds choose and lack something: all
+        that can be known before any is folded."""
+        for model in models:
+            self.places.named(model)
+        if self.selects != "none":
+            self.asked().calibration.told()
+
+    def plan(self, model: str | Path) -> Plan:
+        """Says from headers alone what folding `model` would take, and whether it would be let in. Raises
+        Misconfigured if there is no such model, Retry."""
+        return planning.plan(self.engine, self.places.named(model))
+
+    def fold(self, model: str | Path | Event, *, progress: Progress = silent) -> Outcome:
+        """Folds one model, and drops the generations beyond those that are kept. Where rounds choose, the model is put
+        into the pool instead.
+
+        `model` is a directory, a repo of the Hub (`hf://ORG/NAME@REVISION`), or what a source saw. A refusal is an
+        outcome. Raises Misconfigured if there is no such model, Skip for what a source saw and the settings leave out,
+        Retry and Halt; then nothing has changed.
+        """
+        place = self.places.seen(model) if isinstance(model, Event) else self.places.named(model)
+        if self.selects != "none":
+            return admission.admit(self.engine, place)
+        outcome = self.engine.fold(place, progress=progress)
+        if outcome.fate == "folded":
+            self.state.expire(self.settings.keep)
+        return outcome
+
+    def pool(self) -> dict[str, Waiting]:
+        """The candidates that wait for a round, by key."""
+        return self.state.ledger.pool
+
+    def round(self, progress: Progress = silent, told: selection.HearRound | None = None) -> selection.Round:
+        """Runs a round over the pool: scores all that wait, folds what is relevant, settles the others' fates. `told`
+        is called with each fold or step when it is made. Raises Misconfigured, Retry and Halt."""
+
+        def hear(what: Outcome | Taken) -> None:
+            if isinstance(what, Outcome) and what.fate == "folded":
+                self.state.expire(self.settings.keep)
+            if told is not None:
+                told(what)
+
+        ground = selection.Ground(self.engine, self.reading, weighed=self.rule.laws.rounds)
+        found = selection.run(ground, self.asked(), progress, hear)
+        self.state.expire(self.settings.keep)
+        return found
+
+    def look_round(self, progress: Progress = silent) -> selection.Round:
+        """Scores all that wait at the merge as it is, and tries those that promise something; folds and records
+        nothing. Raises Misconfigured, Retry and Halt."""
+        ground = selection.Ground(self.engine, self.reading, weighed=self.rule.laws.rounds)
+        return selection.look(ground, self.asked(), progress)
+
+    def why(self, word: str) -> selection.Why:
+        """What is known of the candidate that `word` names (a name, path or key). Raises Misconfigured if it was never
+        seen."""
+        return selection.explain(self.state, word)
+
+    def rescale(self, scale: str | None = None, lines: str | None = None, rule: str | None = None) -> ReadOptions:
+        """Changes how the merge is read: its scale, that of its layers, or the rule that reads it; nothing is folded
+        again. Returns how it is read then.
+
+        `scale` is `norm`, `norm:KAPPA`, a number, `auto` (the rule's default) or `tuned` (what the newest `tune` chose,
+        its layer scaling and its rule too); `lines` is `ALPHA:BETA` or `none`; `rule` is one of those that `continual
+        rules` lists for the rule of this state. Raises Misconfigured for texts that are malformed, for a rule that
+        cannot read this state, and for `tuned` where nothing was tuned.
+        """
+        return tuning.rescale(self.state, self.rule, ReadAs(rule or self.settings.reading, scale, lines))
+
+    def tune(
+        self,
+        evaluation: Evaluation,
+        wanted: Tuning | None = None,
+        progress: Progress = silent,
+        told: Told | None = None,
+    ) -> Tuned:
+        """Finds the scale of the merge by evaluating candidates, and records it; nothing is folded again. `told` is
+        called with each candidate and its score. Raises Misconfigured where nothing is folded or the evaluation cannot
+        be used, Retry where the environment got in the way; then nothing is recorded."""
+        wanted = wanted or Tuning()
+        reading = self.reading(view=ReadView(rule=wanted.rule, scale=wanted.scale))
+        return tuning.tune(self.engine, reading, evaluation, wanted, progress, told)
+
+    def look_unfold(self, word: str, at: str | Path | None = None) -> unfolding.Unfolding:
+        """Says what taking the model that `word` names (a name, path, key or record number) out of the merge takes;
+        `at` is where it is now, if it was moved. Raises Misconfigured if `word` names none or several."""
+        return unfolding.look(self.engine, word, None if at is None else self.places.named(at))
+
+    def unfold(self, plan: unfolding.Unfolding, progress: Progress = silent) -> Commit:
+        """Takes a model out of the merge, as `look_unfold` found, and returns the record of it. Raises Refuse, Retry
+        and Halt; then nothing has changed."""
+        take_out = selection.subtract if self.rule.laws.rounds else unfolding.unfold
+        commit = take_out(self.engine, plan, progress)
+        self.state.expire(self.settings.keep)
+        return commit
+
+    def combine(
+        self, other: str | Path, *, dry_run: bool = False, progress: Progress = silent
+    ) -> tuple[list[FoldCommit], Commit | None]:
+        """Adds the models of the state in `other` to this one. Returns their folds, and the record (None of a dry run).
+        Raises Misconfigured, Damaged, Retry and Halt; then nothing has changed."""
+        with State.open(Path(other)) as found:
+            combining.check(self.state, found, self.rule)
+            folds = found.ledger.folds()
+            if dry_run:
+                return folds, None
+            commit = combining.combine(self.state, found, self.rule, self.executor, progress)
+        self.state.expire(self.settings.keep)
+        return folds, commit
+
+    def retry(self, word: str) -> list[Commit]:
+        """Has the settled candidates that `word` names (a name, path, key or record number) looked at again: the
+        records of it. Raises Misconfigured where none of them is settled and not in the merge."""
+        return [self.state.record(entry) for entry in self.standing.retries(word)]

@@ -1,0 +1,208 @@
+"""An open state as it is read: its base, its rule, what is in force, and exports of it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+
+from continual import selection
+from continual.config import Settings
+from continual.engine.base import open_base, weighted_base
+from continual.engine.block_reading import BlockReading
+from continual.engine.engine import Engine
+from continual.engine.reading import Reading
+from continual.engine.resources import Resources
+from continual.engine.standing import Standing
+from continual.engine.views import ReadView
+from continual.errors import Misconfigured
+from continual.executors.contract import Progress, silent
+from continual.executors.device import pick_device
+from continual.executors.local import Local
+from continual.hub.locate import Places
+from continual.making import agree
+from continual.publish import folder, lora
+from continual.records import TensorSpec
+from continual.rules import ReadOptions, rule
+from continual.sources.roster import openers
+from continual.state import State, leasing
+from continual.tensors import BaseModel
+
+if TYPE_CHECKING:
+    from continual.hub import Hub
+
+_NO_ROUNDS = (
+    "select = none: no model waits for rounds; set select = relevance, or make a state with the rule frank-wolfe"
+)
+
+
+class OpenedState:
+    """An open state with its base and its rule, to read. A context manager."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        write: bool = False,
+        client: Hub | None = None,
+        on_step: Callable[[str], None] | None = None,
+    ) -> None:
+        """Opens the state that `settings` name. `client` is asked in place of the Hub that the environment names;
+        `on_step` is called before each step of the commit protocol. Raises Misconfigured, Busy and Damaged."""
+        self.settings = settings
+        self.state = State.open(settings.state, write=write, on_step=on_step)
+        try:
+            agree(self.state, settings)
+        except Misconfigured:
+            self.state.close()
+            raise
+        self.rule = rule(self.state.format.rule, self.state.format.options)
+        self._base: BaseModel | None = None
+        self._engine: tuple[Settings, Engine] | None = None
+        self.places = Places(settings, self.state.format.base.repo, client, openers(settings))
+        self.standing = Standing(self.state, lambda: self.settings)
+        self._lengths: dict[str, tuple[float, float]] = {}
+        self.releasing = threading.Lock()  # held while a release is on its way: two would write to one place
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the base's files and the state."""
+        if self._base is not None:
+            self._base.checkpoint.close()
+        self.state.close()
+
+    @property
+    def base(self) -> BaseModel:
+        """The base that the state was made from. Raises Misconfigured if it is gone, Damaged if it is another."""
+        if self._base is None:
+            self._base = open_base(self.state, self.places, self.settings.base)
+        return self._base
+
+    @property
+    def hub(self) -> Hub:
+        """The Hub that this merge asks. Raises Misconfigured where the Hub must not be asked (HF_HUB_OFFLINE)."""
+        return self.places.hub
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that folds into this state, with the gates and the executor that `settings` name now."""
+        if self._engine is None or self._engine[0] is not self.settings:
+            device = pick_device(self.settings.device)
+            resources = Resources(self.executor, device, locate=self.places.of, stop=self.stopping)
+            self._engine = self.settings, Engine(self.state, self.base, self.rule, self.standing.gates, resources)
+        return self._engine[1]
+
+    @property
+    def executor(self) -> Local:
+        """Threads of this process, within the settings `workers` and `memory`."""
+        return Local(self.settings.workers, self.settings.memory)
+
+    @property
+    def stopping(self) -> threading.Event:
+        """Set once `give_up` was called."""
+        return self.places.stop
+
+    @property
+    def head(self) -> int:
+        """The number of the newest record."""
+        return self.state.ledger.head.seq
+
+    @property
+    def selects(self) -> Literal["none", "relevance", "frank-wolfe"]:
+        """Who chooses what is folded: nobody (`none`), or rounds over the pool, and how they do."""
+        return "frank-wolfe" if self.rule.laws.rounds else self.settings.select or "none"
+
+    def asked(self) -> selection.RoundOptions:
+        """How rounds choose, by the settings. Raises Misconfigured where no rounds are set up, or naming what they
+        lack."""
+        if self.selects == "none":
+            raise Misconfigured(_NO_ROUNDS)
+        return selection.options_of(self.settings)
+
+    def read(self, name: str, *, at: int | None = None) -> torch.Tensor:
+        """The merged task vector of the tensor `name` at record `at` (default: the newest): float32, with the tensor's
+        shape, before any cast. Raises Misconfigured for another name, or a record that has expired."""
+        with _held(self, at) as reading:
+            reading.settle(self.executor, silent)
+            return reading.vector(_kept(self.state, name))
+
+    def reading(
+        self, at: int | None = None, options: ReadOptions | None = None, view: ReadView | None = None
+    ) -> Reading:
+        """The merged model at record `at` (default: the newest), read by `options` (default: those in force there, and
+        as `view` says). Raises Misconfigured if the record has expired, or the view cannot be read."""
+        view = (view or ReadView()).by(self.settings.reading)
+        view.check(self.state)
+        if self.state.format.form is not None:
+            return BlockReading(self.state, self.rule, at, view, options)
+        return Reading(self.state, self.rule, at, options or self.scale(at, view), self._lengths)
+
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[BaseModel]:
+        """The base with its weights, which a state of adapters needs for whole models alone. Raises Misconfigured where
+        they are gone."""
+        if self.state.format.form is None:
+            yield self.base
+            return
+        base = weighted_base(self.state, self.places, self.settings.base)
+        try:
+            yield base
+        finally:
+            base.checkpoint.close()
+
+    def export(
+        self, target: str | Path | folder.Target, progress: Progress = silent, *, view: ReadView | None = None
+    ) -> Path:
+        """Writes the merged model as an ordinary model directory: into a directory, which must not exist, or as
+        `target` says; of a state of adapters what `view` reads. Returns the directory. Raises Misconfigured and Halt;
+        then nothing is left behind."""
+        target = target if isinstance(target, folder.Target) else folder.Target(target)
+        with _held(self, target.at, view) as reading, self.weights() as base:
+            return folder.export(base, reading, target, self.executor, progress)
+
+    def export_lora(
+        self,
+        directory: str | Path,
+        rank: int,
+        *,
+        at: int | None = None,
+        dtype: str = "F32",
+        view: ReadView | None = None,
+        progress: Progress = silent,
+    ) -> lora.LoraReport:
+        """Writes the merged model at record `at` as a LoRA adapter of this rank, as near as one comes to it. `dtype` is
+        a safetensors word. Raises Misconfigured and Halt; then nothing is left behind."""
+        target = lora.LoraTarget(Path(directory), rank, dtype)
+        with _held(self, at, view) as reading:
+            return lora.export(self.base, reading, target, self.executor, progress)
+
+    def scale(self, at: int | None = None, view: ReadView | None = None) -> ReadOptions:
+        """How the merge is read: as the records up to `at` (default: the newest), the settings and `view` say."""
+        ledger = self.state.ledger
+        now = ReadOptions.from_mapping(ledger.read_options(ledger.head.seq if at is None else at))
+        return (view or ReadView()).by(self.settings.reading).read_by(self.rule, now, self.state)[1]
+
+
+@contextlib.contextmanager
+def _held(merge: OpenedState, at: int | None, view: ReadView | None = None) -> Iterator[Reading]:
+    """What `OpenedState.reading` gives, kept from expiring while the block runs. The newest record may be newer than
+    when the state was opened, where a daemon let that one expire."""
+    with leasing.newest(merge.state) if at is None else merge.state.lease(at):
+        yield merge.reading(at, view=view)
+
+
+def _kept(state: State, name: str) -> TensorSpec:
+    """The tensor `name`. Raises Misconfigured if the state has none, or if it is carried untouched."""
+    for spec in state.format.tensors:
+        if spec.name == name and spec.kind != "carried":
+            return spec
+    raise Misconfigured(f"{name}: the state keeps no such tensor")
