@@ -8,6 +8,8 @@ U_i and all V_i, the cores are QᵀU_i·Σ_i·(RᵀV_i)ᵀ, and X = Q·X′·R�
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -31,14 +33,18 @@ class Entrant(NamedTuple):
     before: Totals
 
 
-class Run(NamedTuple):
-    """The models that are read together, one after the other, and the totals after the last."""
+@dataclass(frozen=True)
+class Run:
+    """The models that are read together by `rule`, one after the other, and the totals after the last."""
 
+    rule: Rule
     entrants: Sequence[Entrant]
     totals: Totals
 
-    def coefficients(self, rule: Rule) -> list[float]:
+    @cached_property
+    def coefficients(self) -> list[float]:
         """c_i of a tensor that reads Σ c_i·τ_i: what the rule makes of unit vectors, one for each model."""
+        rule = self.rule
         size = len(self.entrants)
         spec = TensorSpec("", (size,), "F32", "plain")
         kept: Accumulators = {slot: torch.zeros(one.shape) for slot, one in rule.slots(spec).items()}
@@ -141,7 +147,7 @@ def direct(rule: Rule, given: Stacked, run: Run) -> tuple[Tensor, Tensor]:
     """The factors of a weighted sum, or those that the rule makes of the triplets itself."""
     assert rule.factored is not None
     if rule.factored.linear(given.spec):
-        weights, coefficients = torch.zeros_like(given.sigma), run.coefficients(rule)
+        weights, coefficients = torch.zeros_like(given.sigma), run.coefficients
         for index, where in given.rows.items():
             weights[where] = coefficients[index] * given.sigma[where]
         return given.u.mT * weights, given.v.mT

@@ -36,7 +36,7 @@ class Merged:
         check(rule, chosen)
         self.shelf, self.chosen, self.rule, self.options = shelf, dict(chosen), rule, options
         self._figures = _figures(shelf, self.chosen, rule) if figures is None else figures
-        self.run = _run(self._figures, self.chosen)
+        self.run = _run(rule, self._figures, self.chosen)
         self._seed = seed
         self._measured: dict[int, object] = {}
         self._parts: tuple[float, float] | None = None
@@ -163,13 +163,13 @@ def _figures(shelf: Shelf, chosen: Mapping[int, float], rule: Rule) -> dict[int,
     return {number: Sums.total(found) for number, found in parts.items()}
 
 
-def _run(figures: Mapping[int, Sums], chosen: Mapping[int, float]) -> Run:
+def _run(rule: Rule, figures: Mapping[int, Sums], chosen: Mapping[int, float]) -> Run:
     """The totals before each model and after the last."""
     totals, found = Totals(), []
     for number, weight in chosen.items():
         found.append(Entrant(weight, totals))
         totals = replace(settle(totals, figures[number], weight), merged_sq=0.0)
-    return Run(found, totals)
+    return Run(rule, found, totals)
 
 
 def recovered(shelf: Shelf, names: Iterable[str], number: int) -> dict[str, Stacked]:

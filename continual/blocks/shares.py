@@ -157,10 +157,11 @@ def _linear(merged: Merged, given: Stacked, runs: Sequence[Run]) -> Products:
     for index, where in given.rows.items():
         which[where, index] = 1.0
     inner = which.mT @ each @ which
-    whole = _coefficients(merged, merged.run)
+    whole = torch.tensor(merged.run.coefficients, dtype=torch.float64)
     rests = torch.zeros(count, count, dtype=torch.float64)
     for index, run in enumerate(runs):
-        rests[index, [other for other in range(count) if other != index]] = _coefficients(merged, run)
+        found = torch.tensor(run.coefficients, dtype=torch.float64)
+        rests[index, :index], rests[index, index + 1 :] = found[:index], found[index:]
     inner = inner.cpu()
     dots = inner @ whole
     return Products(
@@ -170,10 +171,6 @@ def _linear(merged: Merged, given: Stacked, runs: Sequence[Run]) -> Products:
         [max(0.0, float(rest @ inner @ rest)) for rest in rests],
         (rests @ dots).tolist(),
     )
-
-
-def _coefficients(merged: Merged, run: Run) -> Tensor:
-    return torch.tensor(run.coefficients(merged.rule), dtype=torch.float64)
 
 
 def _direct(merged: Merged, given: Stacked, runs: Sequence[Run]) -> Products:
