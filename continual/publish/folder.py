@@ -34,6 +34,7 @@ from continual.state.software import software
 from continual.tensors import BaseModel, Checkpoint, TensorInfo
 from continual.tensors.compound import MODULES, manifest_of, parts_of
 from continual.tensors.place import RELEASE
+from continual.tensors.tied import tables_apart
 from continual.tensors.weight_sets import index_for, stem_of
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -163,7 +164,7 @@ def fill(
     copy_small_files(base.checkpoint, directory)
     for folder in sorted({part.folder for part in base.checkpoint.parts} | {""}):
         set_config_dtype(directory / folder / "config.json", target.dtype)
-    if base.untied:
+    if base.untied or tables_apart(base.checkpoint, base.aliases):
         untie_config(directory / "config.json")
     factor = reading.settle(executor, progress)
     _write_weights(base, reading, target, directory, executor, progress)

@@ -12,7 +12,6 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from continual.errors import Refuse
 from continual.tensors.checkpoint import Checkpoint
 
 _TIED_BY_DEFAULT = frozenset(
@@ -42,6 +41,11 @@ _TIED_BY_DEFAULT = frozenset(
 )
 """`model_type`s whose config class has tie_word_embeddings = true, read from the classes of transformers 5; a saved
 config leaves defaults out."""
+
+
+_FORCED = frozenset(("t5", "mt5", "umt5", "longt5"))
+"""`model_type`s in which transformers 5 ties a head that is not in the file whatever the config says: there
+tie_word_embeddings = false means that the decoder's output is not scaled, as in T5 v1.1."""
 
 
 class _Group(NamedTuple):
@@ -151,25 +155,43 @@ def tied(checkpoint: Checkpoint, tables: Collection[str] = ()) -> dict[str, str]
     """Every other name a tensor of this base may bear, in its files or not, to the canonical one, which is in its
     files. What is named in `tables` is a tensor by itself, whatever the config says: a state keeps it so.
 
-    Raises Refuse (`tied`) where the config says that two tensors are one and their bytes differ. Where only the
-    family's default says so, the bytes decide.
+    Where two that the config or the family says to be one are both there and differ, the file is right: each is a
+    table by itself, as transformers loads it.
     """
     found: dict[str, str] = {}
-    heads = {alias for alias, _, _ in _candidates(checkpoint.tensors, checkpoint.config) if alias in tables}
-    for alias, name, must in _candidates(checkpoint.tensors, checkpoint.config):
-        if alias in found or name in found or alias in tables:
+    pairs = list(_candidates(checkpoint.tensors, checkpoint.config))
+    own = {alias for alias, _, _ in pairs if alias in tables}
+    for alias, name, head in pairs:
+        if alias not in checkpoint.tensors or alias in found or name in found or alias in own:
             continue
-        if any(alias.endswith(f".{table}") or table.endswith(f".{alias}") for table in heads):
-            continue  # another place where the same head could be
-        if alias not in checkpoint.tensors or _same(checkpoint, alias, name):
+        if (head and _keeps_apart(checkpoint.config)) or not _same(checkpoint, alias, name):
+            own.add(alias)
+        else:
             found[alias] = name
-        elif must:
-            raise Refuse(
-                "tied",
-                f"{checkpoint.place}: config.json ties {alias} to {name}, and they differ: "
-                "set tie_word_embeddings = false in it",
-            )
+    for alias, name, _ in pairs:
+        if alias in checkpoint.tensors or alias in found or name in found or alias in own:
+            continue
+        if any(alias.endswith(f".{table}") or table.endswith(f".{alias}") for table in own):
+            continue  # another place where the same head could be
+        found[alias] = name
     return found
+
+
+def tables_apart(checkpoint: Checkpoint, aliases: Mapping[str, str]) -> bool:
+    """Whether a file has two tables, of the words and of the head, that its config says to be one, though they differ.
+    `aliases`: what `tied` found."""
+    if not ties_heads(checkpoint.config) or str(checkpoint.config.get("model_type")) in _FORCED:
+        return False
+    pairs = _candidates(checkpoint.tensors, checkpoint.config)
+    return any(
+        head and alias in checkpoint.tensors and alias not in aliases and name not in aliases
+        for alias, name, head in pairs
+    )
+
+
+def _keeps_apart(config: Mapping[str, object]) -> bool:
+    """Whether a head that is in the file is a table by itself, in a family that ties any other."""
+    return str(config.get("model_type")) in _FORCED and _says(config) is False
 
 
 def with_tables(checkpoint: Checkpoint, tables: Collection[str]) -> tuple[Checkpoint, dict[str, str]]:
@@ -213,8 +235,9 @@ def head_of(checkpoint: Checkpoint) -> dict[str, str]:
 def ties(names: Collection[str], config: Mapping[str, object]) -> dict[str, str]:
     """What `tied` says of a checkpoint that has tensors of these names, if those that are one are equal."""
     found: dict[str, str] = {}
-    for alias, name, _ in _candidates(names, config):
-        if alias not in found and name not in found:
+    for alias, name, head in _candidates(names, config):
+        apart = head and alias in names and _keeps_apart(config)
+        if alias not in found and name not in found and not apart:
             found[alias] = name
     return found
 
@@ -226,8 +249,9 @@ def ties_heads(config: Mapping[str, object]) -> bool:
 
 
 def _candidates(names: Collection[str], config: Mapping[str, object]) -> Iterator[tuple[str, str, bool]]:
-    """Names that can be one tensor, the other one and the canonical; and whether the config itself says so."""
-    heads, said, family = ties_heads(config), _says(config), str(config.get("model_type"))
+    """Names that can be one tensor, the other one and the canonical; and whether the other is an output head's."""
+    family = str(config.get("model_type"))
+    heads = ties_heads(config) or family in _FORCED
     for group in _GROUPS:
         if (group.head and not heads) or (group.families and family not in group.families):
             continue
@@ -236,7 +260,7 @@ def _candidates(names: Collection[str], config: Mapping[str, object]) -> Iterato
                 continue
             prefix = name[: -len(group.canonical)]
             for alias in sorted({head + other for other in group.others for head in _prefixes(prefix)} - {name}):
-                yield alias, name, group.head and bool(said)
+                yield alias, name, group.head
 
 
 def _prefixes(prefix: str) -> tuple[str, str, str]:

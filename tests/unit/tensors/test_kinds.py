@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from continual.errors import Misconfigured, Refuse
 from continual.tensors import BaseModel, Checkpoint, describe, open_model
 from continual.tensors.kinds import is_vocabulary, kind_of
+from continual.tensors.tied import tables_apart
 
 pytestmark = pytest.mark.slow
 
@@ -194,13 +195,27 @@ def test_an_alias_in_the_base_is_dropped_where_it_is_equal(tmp_path: Path) -> No
     assert base.aliases["lm_head.weight"] == "model.embed_tokens.weight"
 
 
-def test_a_base_whose_config_ties_what_differs_is_refused(tmp_path: Path) -> None:
+def test_what_differs_is_two_tables_whatever_the_config_says(tmp_path: Path) -> None:
+    """The file is right, as where transformers loads it; names of other places of that head are none of the other
+    table."""
     config = {"model_type": "llama", "tie_word_embeddings": True}
-    with (
-        stored(tmp_path, config, model__embed_tokens__weight=TABLE, lm_head__weight=TABLE + 1) as checkpoint,
-        pytest.raises(Refuse, match=r"lm_head\.weight.*model\.embed_tokens\.weight"),
-    ):
-        describe(checkpoint)
+    with stored(tmp_path, config, model__embed_tokens__weight=TABLE, lm_head__weight=TABLE + 1) as checkpoint:
+        base = describe(checkpoint)
+        assert [spec.name for spec in base.specs] == ["lm_head.weight", "model.embed_tokens.weight"]
+        assert base.aliases == {}
+        assert tables_apart(base.checkpoint, base.aliases)
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "umt5", "longt5"])
+def test_a_family_that_ties_a_head_that_is_not_there_whatever_the_config_says(tmp_path: Path, family: str) -> None:
+    config = {"model_type": family, "tie_word_embeddings": False}
+    with stored(tmp_path, config, shared__weight=TABLE) as checkpoint:
+        assert describe(checkpoint).aliases["lm_head.weight"] == "shared.weight"
+    with stored(tmp_path, config, shared__weight=TABLE, lm_head__weight=TABLE.clone()) as checkpoint:
+        base = describe(checkpoint)
+        assert [spec.name for spec in base.specs] == ["lm_head.weight", "shared.weight"]
+        assert base.aliases["decoder.embed_tokens.weight"] == "shared.weight"
+        assert not tables_apart(base.checkpoint, base.aliases)
 
 
 @pytest.mark.parametrize(
