@@ -161,16 +161,20 @@ def tied(checkpoint: Checkpoint, tables: Collection[str] = ()) -> dict[str, str]
     found: dict[str, str] = {}
     pairs = list(_candidates(checkpoint.tensors, checkpoint.config))
     own = {alias for alias, _, _ in pairs if alias in tables}
+    headless: set[str] = set()
     for alias, name, head in pairs:
         if alias not in checkpoint.tensors or alias in found or name in found or alias in own:
             continue
         if (head and _keeps_apart(checkpoint.config)) or not _same(checkpoint, alias, name):
             own.add(alias)
+            headless.update((name,) if head else ())
         else:
             found[alias] = name
-    for alias, name, _ in pairs:
+    for alias, name, head in pairs:
         if alias in checkpoint.tensors or alias in found or name in found or alias in own:
             continue
+        if head and name in headless:
+            continue  # another name of a head that is there by itself
         if any(alias.endswith(f".{table}") or table.endswith(f".{alias}") for table in own):
             continue  # another place where the same head could be
         found[alias] = name

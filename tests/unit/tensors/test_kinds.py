@@ -209,7 +209,8 @@ def test_what_differs_is_two_tables_whatever_the_config_says(tmp_path: Path) -> 
 @pytest.mark.parametrize("family", ["t5", "mt5", "umt5", "longt5"])
 def test_a_family_that_ties_a_head_that_is_not_there_whatever_the_config_says(tmp_path: Path, family: str) -> None:
     config = {"model_type": family, "tie_word_embeddings": False}
-    with stored(tmp_path, config, shared__weight=TABLE) as checkpoint:
+    (tmp_path / "one").mkdir()
+    with stored(tmp_path / "one", config, shared__weight=TABLE) as checkpoint:
         assert describe(checkpoint).aliases["lm_head.weight"] == "shared.weight"
     with stored(tmp_path, config, shared__weight=TABLE, lm_head__weight=TABLE.clone()) as checkpoint:
         base = describe(checkpoint)
