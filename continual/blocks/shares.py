@@ -192,22 +192,59 @@ def _direct(merged: Merged, given: Stacked, runs: Sequence[Run]) -> Products:
 
 
 def _cores(merged: Merged, functions: CoreFunctions, given: Stacked, runs: Sequence[Run]) -> Products:
-    """In the small matrices. Where the rule can take a model out again it does, else the others are folded again."""
+    """In the small matrices. Where the rule knows a quicker way than to read again it goes first."""
     turned = (spanned(given.u).upper, spanned(given.v).upper)
-    size = sides(given.spec)
     kept, taus = fold_cores(functions, given, merged.run, turned)
-    copies = {slot: value.clone() for slot, value in kept.items()}
-    whole = functions.read(copies, merged.run.totals, size).double()
-    rests = []
-    for index, run in enumerate(runs):
-        if index not in given.rows:
-            left: Accumulators = {slot: value.clone() for slot, value in kept.items()}
-        elif merged.rule.laws.combine is not None:
-            weight = merged.run.entrants[index].weight
-            left = {slot: value.clone() for slot, value in kept.items()}
-            given_out = Inputs(given.spec, -weight)
-            left = functions.fold(left, taus[index].clone(), given_out, merged.run.totals).accumulators
-        else:
-            left, _ = fold_cores(functions, given.without(index), run, turned)
-        rests.append(functions.read(left, run.totals, size).double())
-    return _products(whole, [tau.double() for tau in taus], rests)
+    found_whole: Tensor | None = None
+    quick: Sequence[tuple[float, float] | None] = [None] * len(runs)
+    if functions.without is not None:
+        terms = [_term(merged, given, turned, index) for index in range(len(runs))]
+        found_whole, quick = functions.without(kept, terms)
+    whole = found_whole
+    if whole is None:
+        whole = functions.read(_copy(kept), merged.run.totals, sides(given.spec)).double()
+    left = [
+        found or _again(whole, _read_without(merged, functions, given, (kept, taus, turned), index, runs[index]))
+        for index, found in enumerate(quick)
+    ]
+    exact = [tau.double() for tau in taus]
+    return Products(
+        float((whole * whole).sum()),
+        [float((tau * tau).sum()) for tau in exact],
+        [float((tau * whole).sum()) for tau in exact],
+        [square for square, _ in left],
+        [inner for _, inner in left],
+    )
+
+
+def _again(whole: Tensor, rest: Tensor) -> tuple[float, float]:
+    return float((rest * rest).sum()), float((rest * whole).sum())
+
+
+def _term(merged: Merged, given: Stacked, turned: tuple[Tensor, Tensor], index: int) -> tuple[Tensor, Tensor]:
+    """The core of a model with its weight, as two factors; without columns where it did not touch the layer."""
+    where = given.rows.get(index, slice(0, 0))
+    return turned[0][:, where] * (given.sigma[where] * merged.run.entrants[index].weight), turned[1][:, where]
+
+
+def _read_without(
+    merged: Merged,
+    functions: CoreFunctions,
+    given: Stacked,
+    cores: tuple[Accumulators, Sequence[Tensor], tuple[Tensor, Tensor]],
+    index: int,
+    run: Run,
+) -> Tensor:
+    """X′ without one model: it is taken out again where the rule can do that, else the others are folded again."""
+    kept, taus, turned = cores
+    left = _copy(kept)
+    if index in given.rows and merged.rule.laws.combine is not None:
+        weight = merged.run.entrants[index].weight
+        left = functions.fold(left, taus[index].clone(), Inputs(given.spec, -weight), merged.run.totals).accumulators
+    elif index in given.rows:
+        left, _ = fold_cores(functions, given.without(index), run, turned)
+    return functions.read(left, run.totals, sides(given.spec)).double()
+
+
+def _copy(kept: Accumulators) -> Accumulators:
+    return {slot: value.clone() for slot, value in kept.items()}

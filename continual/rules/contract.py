@@ -186,6 +186,9 @@ class Laws(NamedTuple):
     keeps: str | None = None
 
 
+Quick = tuple[Tensor | None, Sequence[tuple[float, float] | None]]
+
+
 class CoreFunctions(NamedTuple):
     """How a rule is put through small matrices, for tensors of which this holds: with every task vector turned alike,
     to Q τ_i Rᵀ, what is read is turned alike. Then X = Q·X′·Rᵀ, X′ being what is read of the cores QᵀτR, and Q and R
@@ -193,11 +196,15 @@ class CoreFunctions(NamedTuple):
 
     slots(rows, columns): the accumulators of a core. fold: as in `FoldFunctions`; the spec is the tensor's own.
     read(accumulators, totals, sides): X′, of any float dtype; `sides` are rows and columns of the tensor itself.
+    without(accumulators, all weighted task vectors as pairs of factors, float64): X′, and of X′ without each of them
+    the square of its length and its inner product with X′, where the rule has a quicker way than reading again; None
+    where not.
     """
 
     slots: Callable[[int, int], dict[str, SlotSpec]]
     fold: Callable[[Accumulators, Tensor, Inputs, Totals], Folded]
     read: Callable[[Accumulators, Totals, tuple[int, int]], Tensor]
+    without: Callable[[Accumulators, Sequence[tuple[Tensor, Tensor]]], Quick] | None = None
 
 
 class Triplets(NamedTuple):

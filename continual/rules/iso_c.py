@@ -8,13 +8,16 @@ reads as the mean. All the work is at reading; a fold is an addition.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from continual import linalg
 from continual.records import Totals
-from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, Rule, RuleRow
+from continual.rules import iso_less, matrices, sums
+from continual.rules.contract import Accumulators, Folded, Inputs, Rule, RuleRow, Sums
+from continual.rules.iso_less import Less
 from continual.rules.matrices import MatrixOptions, OnMatrices
 from continual.rules.scale import ReadOptions
 
@@ -40,13 +43,27 @@ def read(accumulators: Accumulators, totals: Totals) -> Tensor:
     return flat(accumulators[sums.SLOT].flatten(1))
 
 
+def add(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
+    """The fold of a core, of which nobody asks for figures."""
+    accumulators[sums.SLOT].add_(tau, alpha=inputs.weight)
+    return Folded(accumulators, Sums())
+
+
+def without(accumulators: Accumulators, terms: Sequence[tuple[Tensor, Tensor]]) -> Less:
+    """X, and of X without each of the terms of S: the square of its length, and its inner product with X."""
+    return iso_less.without(accumulators[sums.SLOT].double(), terms)
+
+
 def workspace(m: int, n: int) -> int:
     """A few float64 chunks for the sum, and the figures of τ."""
     return 8 * 6 * min(linalg.CHUNK, m * n) + matrices.workspace(m, n)
 
 
 def _make(options: MatrixOptions) -> Rule:
-    on = OnMatrices(sums.fold, read, workspace, factored=matrices.turned(sums.fold, read))
+    factored = matrices.turned(add, read)
+    assert factored.cores is not None
+    factored = factored._replace(cores=factored.cores._replace(without=without))
+    on = OnMatrices(sums.fold, read, workspace, factored=factored)
     return matrices.rule("iso-c", options.include, on, sums.GROUP)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from continual.blocks import Explaining, HeldLayers, Merged, ModelShare
-from continual.rules import RULES, read_options, rule
+from continual.records import TensorSpec
+from continual.rules import RULES, iso_less, read_options, rule
 from tests.helpers.shelves import SPECS, Regime, adapters, dense, shelf
 
 pytestmark = pytest.mark.slow
@@ -78,3 +79,33 @@ def test_a_model_that_is_zero_has_no_share(name: str) -> None:
     held = shelf(adapters("zero", 3))
     found = Explaining(Merged(held, dict.fromkeys([1, 2, 3], 1.0), rule(name), read_options(name))).shares()
     assert sorted(found.whole) == [1, 3]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_quick_way_without_a_model_gives_what_reading_again_gives(
+    weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = {n: TensorSpec(n, shape, "F32", "matrix") for n, shape in (("a", (128, 96)), ("b", (96, 160)))}
+    random = torch.Generator().manual_seed(4)
+    given = [
+        {
+            n: (torch.randn(s.shape[0], 8, generator=random), torch.randn(s.shape[1], 8, generator=random))
+            for n, s in specs.items()
+            if (number + len(n)) % 5
+        }
+        for number in range(10)
+    ]
+    held = shelf(given, 96, specs)
+    chosen = {number: 1.0 + 0.3 * number if weighted else 1.0 for number in range(1, 11)}
+    merged = Merged(held, chosen, rule("iso-c"), read_options("iso-c"))
+    quick = Explaining(merged).shares()
+    monkeypatch.setattr(iso_less, "LEAST", 10_000)
+    slow = Explaining(Merged(held, chosen, rule("iso-c"), read_options("iso-c"))).shares()
+    for number, found in quick.whole.items():
+        assert found == pytest.approx(slow.whole[number], abs=2e-4)
+        assert all(
+            quick.layers[n][number] == pytest.approx(slow.layers[n][number], abs=2e-4)
+            for n in specs
+            if number in slow.layers[n]
+        )
+    assert quick.whole != slow.whole
