@@ -24,6 +24,7 @@ from continual.objectives.parameters import find_parameters
 from continual.records import TensorSpec
 from continual.selection.members import Member, Opened, opened, over
 from continual.selection.mixing import layers
+from continual.tensors.in_classes import elsewhere
 
 
 class Score(NamedTuple):
@@ -46,7 +47,9 @@ class ModelInMemory:
         """Raises Misconfigured where a tensor of the base is no parameter of the model."""
         self.engine = engine
         self.calibration = calibration
-        self.parameters = find_parameters(calibration.model, engine.base.specs, engine.base.aliases)
+        self.parameters = find_parameters(
+            calibration.model, engine.base.specs, engine.base.aliases, elsewhere(engine.base)
+        )
         self.specs = [spec for spec in engine.base.specs if spec.kind != "carried"]
         self.layers = layers(engine.base, by_layer=by_layer)
         self.count = 1 + max(self.layers.values(), default=0)
@@ -59,8 +62,8 @@ class ModelInMemory:
         def one(spec: TensorSpec) -> None:
             value = vector(spec).add_(self.engine.base.checkpoint.read(spec.name))
             with torch.no_grad():
-                for tensor in self.parameters[spec.name]:
-                    tensor.copy_(value)
+                for held in self.parameters[spec.name]:
+                    held.value.copy_(value)
 
         tasks = [Task(s.name, s.nbytes + 4 * s.numel + need(s), partial(one, s)) for s in self.specs]
         for _ in self.engine.executor.map(tasks):
@@ -73,7 +76,7 @@ class ModelInMemory:
 
             def one(name: str) -> None:
                 scale = scales[self.layers[name]]
-                targets = [t.detach().view(-1) for t in self.parameters[name]]
+                targets = [held.value.view(-1) for held in self.parameters[name]]
                 for start, stop, tau in found.vectors.runs(name, None) if scale else ():
                     for target in targets:
                         target[start:stop].add_(tau.to(target.device), alpha=scale)
@@ -141,5 +144,6 @@ class ModelInMemory:
     def _gradient(self, name: str) -> Tensor | None:
         """The gradient of one tensor of the base, flat: the sum over the parameters that hold it; None where the loss
         does not depend on it."""
-        found = [t.grad.reshape(-1) for t in self.parameters[name] if t.grad is not None]
+        each = (held.gradient for held in self.parameters[name])
+        found = [gradient.reshape(-1) for gradient in each if gradient is not None]
         return sum(found[1:], found[0]) if found else None

@@ -28,6 +28,7 @@ from continual.state.entries import TuneEntry
 from continual.state.transaction import room
 from continual.tensors import Folder
 from continual.tensors.checkpoint import open_checkpoint
+from continual.tensors.in_classes import elsewhere
 from continual.tuning import command, record, scoring, scratch
 from continual.tuning.search import LEAST, Range, best, search
 
@@ -214,7 +215,7 @@ def _evaluator(engine: Engine, evaluation: Evaluation, work: Path, progress: Pro
         yield export
         return
     objective = builtin.load(evaluation, base.checkpoint.directory, engine.device)
-    held = find_parameters(objective.model, base.specs, base.aliases)
+    held = find_parameters(objective.model, base.specs, base.aliases, elsewhere(base))
     yield lambda reading: scoring.score(objective, held, base, reading, executor)
 
 

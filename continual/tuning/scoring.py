@@ -11,7 +11,7 @@ from continual.engine.reading import Reading
 from continual.executors.contract import Executor, Task
 from continual.objectives.builtin import Rows
 from continual.objectives.contract import Objective
-from continual.objectives.parameters import Parameters
+from continual.objectives.parameters import Held, Parameters
 from continual.objectives.rows import file_digest
 from continual.publish.folder import merged
 from continual.records import TensorSpec
@@ -43,8 +43,8 @@ def told(rows: Rows) -> RowsEvaluation:
     return RowsEvaluation(rows.name, rows.batch, file_digest(rows.file), heads)
 
 
-def _set(tensors: list[torch.Tensor], base: BaseModel, reading: Reading, spec: TensorSpec) -> None:
+def _set(tensors: list[Held], base: BaseModel, reading: Reading, spec: TensorSpec) -> None:
     value = merged(base, reading, spec, spec.dtype)
     with torch.no_grad():
-        for tensor in tensors:
-            tensor.copy_(value)
+        for held in tensors:
+            held.value.copy_(value)
