@@ -293,6 +293,7 @@ def test_nobody_else_syncs_or_renames() -> None:
     assert callers(calls | {"os.replace", "shutil.move"}) == {
         "state.transaction.keep": {"os.link"},  # both before `sync`, which takes the whole generation
         "state.transaction._place": {"os.link"},
+        "state.transaction.write_rows": {"os.link"},
         "state.copying._linked": {"os.link"},  # before the copy's HEAD, with all of the copy
         "state.repair._move": {"os.rename"},  # of old files, before the record of the repair
         "demo.digits.save": {"temporary.rename"},  # a model that a publisher would write
