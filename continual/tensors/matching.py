@@ -6,7 +6,8 @@ gates/lineage.py.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from continual.errors import Refuse
@@ -16,6 +17,7 @@ from continual.tensors.checkpoint import Checkpoint
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 from continual.tensors.pieces import Piece
+from continual.tensors.pieces.scaling import Drawn
 from continual.tensors.pieces.tokens import Tokens
 from continual.tensors.renaming import alone, canonical, canonical_names, difference, family_of
 from continual.tensors.tied import ties_heads
@@ -140,7 +142,33 @@ def sources(base: BaseModel, model: Checkpoint | Adapter, names: Naming) -> tupl
             source = _source(base, model, spec.name, named[base.untied[spec.name]])
         if source is not None:
             found[spec.name] = source
+    if isinstance(model, Adapter) and any(isinstance(piece, Drawn) for piece in model.pieces.values()):
+        found = _widened(base, model, rows, found)
     return found, known
+
+
+def _widened(
+    base: BaseModel, model: Adapter, rows: Iterable[tuple[TensorSpec, list[str]]], found: Mapping[str, Match]
+) -> dict[str, Match]:
+    """The same with matrices as wide as the widest weight that the adapter changes, folded or not. Raises Refuse
+    (`adapter-target`) where the base lacks one of them."""
+    widths = {
+        name: spec.shape[0 if _is_transposed(base, model, spec.name) else -1]
+        for spec, row in rows
+        for name in row
+        if name in model.pieces and spec.shape
+    }
+    if lacking := sorted(model.pieces.keys() - widths.keys()):
+        raise Refuse(
+            "adapter-target",
+            f"{model.place}: adapts {lacking[0]}, which the base does not have, and the matrices that are not in the "
+            "file are as wide as all that is adapted; publish it with save_projection = true",
+        )
+    widest = max(widths.values())
+    return {
+        name: match._replace(piece=replace(match.piece, inputs=widest)) if isinstance(match.piece, Drawn) else match
+        for name, match in found.items()
+    }
 
 
 def carried_of(base: BaseModel, model: Adapter, names: Naming) -> list[str]:
@@ -207,12 +235,17 @@ def _of_adapter(base: BaseModel, model: Adapter, ours: str, names: list[str]) ->
         )
     if not present and not adapted:
         return None
-    known = CONV1D.get(str(base.checkpoint.config.get("model_type")))
-    transposed = (
-        ours.split(".")[-2:-1] != [] and ours.split(".")[-2] in known if known is not None else model.transposed
-    )
+    transposed = _is_transposed(base, model, ours)
     first = pieces[0] if pieces else None
     return Match(present[0] if present else None, tuple(present[1:]), first, transposed, tuple(pieces[1:]))
+
+
+def _is_transposed(base: BaseModel, model: Adapter, ours: str) -> bool:
+    """Whether the base stores a weight as in × out."""
+    known = CONV1D.get(str(base.checkpoint.config.get("model_type")))
+    if known is None:
+        return model.transposed
+    return ours.split(".")[-2:-1] != [] and ours.split(".")[-2] in known
 
 
 def names_of(model: Checkpoint | Adapter) -> Collection[str]:

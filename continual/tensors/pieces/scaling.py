@@ -203,8 +203,61 @@ class Shared:
             torch.mm(left, right, out=out)
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The same where the file has no B and A: PEFT draws both from `seed`, for `outputs` rows, the most of an adapted
+    layer, and for `inputs` columns. These are those of the base: whoever matches the two says them."""
+
+    where: str
+    b: TensorInfo
+    d: TensorInfo
+    seed: int
+    outputs: int
+    inputs: int = 0
+    optional = False
+    needs_base = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The vectors."""
+        return (self.b.name, self.d.name)
+
+    def fit(self, name: str, shape: tuple[int, ...], *, transposed: bool) -> tuple[int, ...]:
+        """As the protocol says."""
+        if len(shape) != 2 or self.b.shape != (shape[1 if transposed else 0],):
+            raise unfit(self.where, name, shape, f"{self.b.name} is {list(self.b.shape)}")
+        possible(self.where, name, self.d.shape[0], shape)
+        return shape
+
+    def settings(self, *, transposed: bool) -> str:
+        """As the protocol says."""
+        return f"vera {self.seed} {self.outputs} {self.inputs} {transposed}"
+
+    def workspace(self, shape: tuple[int, ...]) -> int:
+        """As the protocol says."""
+        return 12 * self.d.shape[0] * (self.outputs + self.inputs)
+
+    def add(
+        self, read: Sequence[torch.Tensor], base: torch.Tensor | None, out: torch.Tensor, *, transposed: bool
+    ) -> None:
+        """As the protocol says."""
+        b, d = (tensor.float() for tensor in read)
+        generator = torch.Generator().manual_seed(self.seed)
+        columns = _uniform((len(d), self.inputs), generator)
+        rows = _uniform((self.outputs, len(d)), generator)
+        height, width = out.shape[::-1] if transposed else out.shape
+        product = (b[:, None] * rows[:height]) @ (d[:, None] * columns[:, :width])
+        out.copy_(product.T if transposed else product)
+
+
+def _uniform(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Numbers as Kaiming's initialisation draws them."""
+    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
 class VeRA:
-    """VeRA as PEFT saves it, with its projections in the file."""
+    """VeRA as PEFT saves it, with its projections in the file or without."""
 
     keys = frozenset(
         [
@@ -224,11 +277,7 @@ class VeRA:
         """As the protocol says."""
         shared = modules.get(_SHARED, {})
         if not shared and not fields.flag("save_projection", default=True):
-            raise Refuse(
-                "adapter-kind",
-                f"{fields.place}: save_projection = false: the matrices that all layers share are not in the file; "
-                "PEFT draws them anew, and not on every machine the same: publish it with save_projection = true",
-            )
+            return self._drawn(fields, modules)
         columns, rows = roles_of(fields, _SHARED, shared, self.roles[2:])
         rank = fields.rank("r")
         if len(columns.shape) != 2 or len(rows.shape) != 2 or (columns.shape[0], rows.shape[1]) != (rank, rank):
@@ -252,6 +301,20 @@ class VeRA:
                 f"more than layers with at most {longest} outputs can need",
             )
         return pieces
+
+    def _drawn(self, fields: Fields, modules: Mapping[str, Module]) -> dict[str, Piece]:
+        rank, seed = fields.rank("r", 256), fields.body.get("projection_prng_key", 0)
+        if type(seed) is not int or not 0 <= seed < 1 << 63:
+            raise Refuse("config", f"{fields.where}: projection_prng_key = {shown(seed)} is no seed")
+        pairs = {name: roles_of(fields, f"{name}.weight", found, self.roles[:2]) for name, found in modules.items()}
+        for b, d in pairs.values():
+            if d.shape != (rank,) or len(b.shape) != 1:
+                raise Refuse(
+                    "shape",
+                    f"{fields.place}: {b.name} is {list(b.shape)} and {d.name} {list(d.shape)}, and the rank is {rank}",
+                )
+        outputs = max((b.shape[0] for b, _ in pairs.values()), default=0)
+        return {f"{name}.weight": Drawn(str(fields.place), *pairs[name], seed, outputs) for name in sorted(pairs)}
 
 
 class LNTuning:

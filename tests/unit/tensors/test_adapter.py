@@ -326,10 +326,18 @@ def test_settings_of_other_kinds_that_are_not_understood(
 
 
 def test_projections_that_are_not_in_the_file(small: Path, tmp_path: Path) -> None:
+    """They are drawn, as wide as all that was adapted: a weight that the base lacks makes them unknown."""
     shapes = {name: shape for name, shape in shapes_of("VERA").items() if "lambda" in name}
-    refusal = refused(small, written(tmp_path / "x", "VERA", shapes, save_projection=False))
-    assert refusal.reason == "adapter-kind"
+    assert refused(small, written(tmp_path / "x", "VERA", shapes)).reason == "adapter-kind"
+    assert task_vectors(small, written(tmp_path / "y", "VERA", shapes, save_projection=False))[1].folded == (
+        "a.weight",
+    )
+    more = {name.replace(".a.", ".score."): shape for name, shape in shapes.items()}
+    refusal = refused(small, written(tmp_path / "z", "VERA", shapes | more, save_projection=False))
+    assert refusal.reason == "adapter-target"
     assert "save_projection" in str(refusal)
+    seed = refused(small, written(tmp_path / "s", "VERA", shapes, save_projection=False, projection_prng_key="x"))
+    assert "projection_prng_key" in str(seed)
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "LOKR", "TRAINABLE_TOKENS", "IA3", "VERA", "ADALORA"])

@@ -107,6 +107,13 @@ def agrees(make: Callable[[], Any], base: Path, adapter: Path, **policy: Any) ->
     return lineage
 
 
+def drawn(**config: Any) -> Any:
+    """VeRA whose shared matrices are not in the file. PEFT warns of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.VeraConfig(save_projection=False, **config)
+
+
 ATTENTION = ["q_proj", "v_proj", "o_proj", "down_proj"]
 CASES: dict[str, tuple[Callable[[], Any], Any]] = {
     "dora": (llama, peft.LoraConfig(r=2, use_dora=True, target_modules=ATTENTION)),
@@ -194,6 +201,8 @@ CASES: dict[str, tuple[Callable[[], Any], Any]] = {
     ),
     "lora-attention": (siglip, peft.LoraConfig(r=2, target_modules=["head.attention"])),
     "adalora-conv2d": (resnet, peft.AdaLoraConfig(init_r=2, total_step=9, target_modules=["convolution"])),
+    "vera-drawn": (llama, drawn(r=4, projection_prng_key=7, target_modules=ATTENTION)),
+    "vera-drawn-conv1d": (gpt2, drawn(r=4, target_modules=["c_attn", "c_proj"])),
     "vera-bias": (bert, peft.VeraConfig(r=4, target_modules=["query", "key"], bias="vera_only")),
 }
 
