@@ -172,7 +172,7 @@ class OpenedState:
     def export_lora(
         self,
         directory: str | Path,
-        rank: int,
+        rank: int | None,
         *,
         at: int | None = None,
         dtype: str = "F32",

@@ -34,7 +34,7 @@ from continual.cli.flags import (
     Without,
     takes,
 )
-from continual.cli.typed import ViewFlags, parse_options
+from continual.cli.typed import ViewFlags, parse_options, rank_of
 from continual.errors import Misconfigured
 
 if TYPE_CHECKING:
@@ -308,9 +308,13 @@ def export(
         str | None, typer.Option("--shard-size", help="Largest shard, as 5GB; default: the base's.", show_default=False)
     ] = None,
     as_lora: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            "--as-lora", help="Write a LoRA adapter (PEFT) of this rank, as near as one comes.", show_default=False
+            "--as-lora",
+            metavar="RANK",
+            help="Write a LoRA adapter (PEFT) of this rank, as near as one comes; own: of the rank that loses nothing "
+            "(a state of adapters).",
+            show_default=False,
         ),
     ] = None,
     rule: Annotated[
@@ -336,7 +340,9 @@ def export(
     view = ViewFlags(rule, scale, lines, only, without, weight).view()
     if as_lora is not None:
         with opened.merge(flags) as merge, console.progress() as progress:
-            report = merge.export_lora(directory, as_lora, at=at, dtype=word or "F32", view=view, progress=progress)
+            report = merge.export_lora(
+                directory, rank_of(as_lora), at=at, dtype=word or "F32", view=view, progress=progress
+            )
         if flags.json:
             console.emit(report)
         else:

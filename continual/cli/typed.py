@@ -33,6 +33,16 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
     return options
 
 
+def rank_of(text: str) -> int | None:
+    """The rank of an adapter, None for `own`. Raises Misconfigured for anything else."""
+    if text == "own":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise Misconfigured(f"--as-lora {text}: write a rank, as 16, or own") from None
+
+
 @dataclass(frozen=True, slots=True)
 class ViewFlags:
     """The flags that say how a state of adapters is read, as they were typed."""

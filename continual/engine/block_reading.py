@@ -115,16 +115,30 @@ class BlockReading(Reading):
         given. Only where the rule is `factored`; `settle` comes first."""
         return self.merged.thin(spec.name, rank)
 
+    @property
+    def factored(self) -> bool:
+        """Whether what is read are thin factors; else it is dense."""
+        return self.merged.factored
+
+    def columns(self, spec: TensorSpec) -> int:
+        """How many singular triplets the chosen models have in a tensor: no reading of it has a higher rank."""
+        if spec.name not in self.shelf.specs:
+            return 0
+        models = self.shelf.columns(spec.name).models
+        return sum(where.stop - where.start for number, where in models.items() if number in self.chosen)
+
     def need(self, spec: TensorSpec) -> int:
         """Bytes that reading one tensor takes at its peak."""
         m, n = sides_of(spec.shape)
-        columns = self.shelf.columns(spec.name).used if spec.name in self.shelf.specs else 0
-        return 4 * spec.numel + 8 * 4 * columns * (m + n)
+        return 4 * spec.numel + 8 * 4 * self.columns(spec) * (m + n)
 
     def measure(self, executor: Executor, progress: Progress, seen: Seen | None = None) -> float:
         """‖X‖ over the whole model; `seen` is given X of each tensor."""
-        specs = list(self.shelf.specs.values())
-        tasks = [Task(spec.name, self.need(spec), partial(self._square_of, spec, seen)) for spec in specs]
+        specs = [spec for spec in self.shelf.specs.values() if seen is not None or self.columns(spec)]
+        needs = [self.need(spec) - (4 * spec.numel if seen is None and self.factored else 0) for spec in specs]
+        tasks = [
+            Task(spec.name, need, partial(self._square_of, spec, seen)) for spec, need in zip(specs, needs, strict=True)
+        ]
         squares: dict[str, float] = {}
         progress("measure", 0, len(tasks))
         for done, (name, square) in enumerate(executor.map(tasks), 1):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from continual import linalg
+from continual.engine.block_reading import BlockReading
 from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
@@ -42,18 +43,18 @@ from continual.tensors.renaming import family_of, is_known
 
 @dataclass(frozen=True, slots=True)
 class LoraTarget:
-    """What an adapter is to be: the `directory` to write, the `rank` of all its modules, and the `dtype` of its
-    factors, a safetensors word or torch's."""
+    """What an adapter is to be: the `directory` to write, the `rank` of all its modules (None: as high as it takes to
+    lose nothing, of a state of adapters), and the `dtype` of its factors, a safetensors word or torch's."""
 
     directory: Path
-    rank: int
+    rank: int | None
     dtype: str = "F32"
 
 
 @dataclass(frozen=True, slots=True)
 class LoraReport:
-    """What an adapter holds of the merge: the `rank` of all its modules, how many are `adapted`, and the foldable
-    tensors that it lacks (`left_out`).
+    """What an adapter holds of the merge: the `rank` of all its modules, how many are `adapted`, and the tensors
+    that the merge changes and that it lacks (`left_out`).
 
     `error` is ‖τ − BA‖/‖τ‖ over the whole model, with BA = 0 for a tensor that is left out; `error_adapted` is that
     over the adapted tensors; `worst` names the adapted tensor with the largest error, and says how large it is. All are
@@ -119,7 +120,7 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
     """
     word = parse_dtype(target.dtype) or "F32"
     free(target.directory)
-    if target.rank < 1:
+    if target.rank is not None and target.rank < 1:
         raise Misconfigured(f"rank = {target.rank}: an adapter has at least rank 1")
     if reading.commit.generation is None or not reading.state.ledger.folds(at=reading.commit.seq):
         raise Misconfigured("nothing is folded yet, so the adapter would be empty: fold a model first")
@@ -135,7 +136,9 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
         raise Misconfigured(
             f"{base.checkpoint.place}: no tensor of it is a linear layer or an embedding that an adapter can adapt"
         )
-    rank = min(target.rank, max(min(one.spec.shape) for one in adapted))
+    if isinstance(reading, BlockReading):
+        adapted = tuple(one for one in adapted if reading.columns(one.spec)) or adapted[:1]
+    rank = _rank(reading, adapted, target.rank)
     layout = _Layout(adapted, rank, word)
     with written(target.directory, reading) as temporary:
         factor = reading.settle(executor, progress)
@@ -152,6 +155,34 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
         }
         _write_json(temporary / RELEASE, body | {"lora": told})
     return report
+
+
+def _rank(reading: Reading, adapted: Sequence[Adapted], wanted: int | None) -> int:
+    """The rank of all modules: at most that of the largest of them. Raises Misconfigured where none is asked for, and
+    the reading has none of its own."""
+    if wanted is None and not (isinstance(reading, BlockReading) and reading.factored):
+        raise Misconfigured(
+            "rank: what is read has no rank of its own (it is a merge of whole tensors, or its rule looks at single "
+            "elements); name the rank of the adapter"
+        )
+    largest = max(min(one.spec.shape) for one in adapted)
+    if isinstance(reading, BlockReading) and reading.factored:
+        largest = max(1, *(min(reading.columns(one.spec), *one.spec.shape) for one in adapted))
+    return largest if wanted is None else min(wanted, largest)
+
+
+def _thin_pair(reading: BlockReading, one: Adapted, rank: int, word: str) -> tuple[list[Tensor], _Squares]:
+    """A and B of a tensor from the factors that a state of adapters reads as, of this rank and in this dtype; ‖τ‖², and
+    ‖τ − BA‖² of these. The m×n tensor is not made."""
+    found = reading.thin(one.spec, rank)
+    left, right = (found.right, found.left) if one.transposed else (found.left, found.right)
+    a, b = left.new_zeros(rank, len(right)), left.new_zeros(len(left), rank)
+    a[: right.shape[1]], b[:, : left.shape[1]] = right.mT, left
+    pair = [factor.to(DTYPES[word]) for factor in (a, b)]
+    written, kept = [factor.double() for factor in pair], (left.double(), right.double())
+    rows, columns = torch.cat([kept[0], -written[1]], 1), torch.cat([kept[1], written[0].mT], 1)
+    rounded = max(0.0, float(((rows.mT @ rows) * (columns.mT @ columns)).sum()))
+    return pair, _Squares(found.square + found.cut, found.cut + rounded)
 
 
 def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -197,9 +228,13 @@ def _write_weights(
     starts = {p.name: len(head) + p.begin for p in placed}
 
     def adapt(one: Adapted, fd: int) -> _Squares:
-        tau = reading.vector(one.spec)
-        matrix = tau.mT if one.transposed else tau
-        pair = [factor.to(DTYPES[layout.word]) for factor in factors(matrix, layout.rank)]
+        if isinstance(reading, BlockReading) and reading.factored:
+            pair, squares = _thin_pair(reading, one, layout.rank, layout.word)
+        else:
+            tau = reading.vector(one.spec)
+            matrix = tau.mT if one.transposed else tau
+            pair = [factor.to(DTYPES[layout.word]) for factor in factors(matrix, layout.rank)]
+            squares = _Squares(linalg.inner(tau, tau), _rest_sq(matrix, *pair))
         if not all(bool(torch.isfinite(factor).all()) for factor in pair):
             raise Halt(
                 f"tensor {one.spec.name}: its factors have values that {layout.word} cannot hold: "
@@ -207,9 +242,11 @@ def _write_weights(
             )
         for name, factor in zip(one.names(), pair, strict=True):
             write_at(fd, raw(factor), starts[name])
-        return _Squares(linalg.inner(tau, tau), _rest_sq(matrix, *pair))
+        return squares
 
     def measure(spec: TensorSpec) -> _Squares:
+        if isinstance(reading, BlockReading) and not reading.columns(spec):
+            return _Squares(0.0, 0.0)
         tau = reading.vector(spec)
         square = linalg.inner(tau, tau)
         return _Squares(square, square)
@@ -241,6 +278,8 @@ def _need(one: Adapted, rank: int, reading: Reading) -> int:
     """Peak bytes of a tensor: those of reading it, or those of τ beside its decomposition and the factors (in float64,
     as written, and one of them in float64 once more)."""
     m, n = one.spec.shape
+    if isinstance(reading, BlockReading) and reading.factored:
+        return 8 * 4 * (reading.columns(one.spec) + rank) * (m + n)
     return max(reading.need(one.spec), 4 * one.spec.numel + linalg.workspace(m, n) + 20 * rank * (m + n))
 
 
@@ -252,7 +291,7 @@ def _report(directory: Path, layout: _Layout, squares: Mapping[str, _Squares], n
         directory=directory,
         rank=layout.rank,
         adapted=len(names),
-        left_out=tuple(sorted(squares.keys() - errors.keys())),
+        left_out=tuple(sorted(name for name in squares.keys() - errors.keys() if squares[name].tau)),
         error=_error(squares.values()),
         error_adapted=_error(squares[name] for name in names),
         worst=(worst, errors[worst]),

@@ -98,7 +98,7 @@ def test_peft_on_the_base_is_the_merged_model(tmp_path: Path, rule: str) -> None
     with merged(tmp_path, tmp_path / "base", rule=rule) as merge:
         report = export(merge, tmp_path / "adapter", 1000)
         assert (report.rank, report.adapted) == (16, 2 * 7 + 2)
-        assert report.left_out == tuple(sorted(s.name for s in merge.base.specs if len(s.shape) == 1))
+        assert report.left_out == ()  # what an adapter cannot hold was not changed
         assert report.error < 1e-6
         assert report.nbytes == (tmp_path / "adapter/adapter_model.safetensors").stat().st_size
         agrees(tmp_path, merge, report, transformers.LlamaForCausalLM)
