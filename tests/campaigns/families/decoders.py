@@ -218,5 +218,6 @@ TEXT = (
         decoder(num_local_experts=4, num_experts_per_tok=2),
         **LM,
     ),
+    Family("StableLM", "StableLmForCausalLM", "StableLmConfig", decoder(use_qkv_bias=True), **LM),
     Family("Cohere", "CohereForCausalLM", "CohereConfig", decoder(tie_word_embeddings=True), **LM),
 )

@@ -184,6 +184,15 @@ def test_a_head_that_its_class_does_not_have_is_no_loss(
     assert set(lineage.folded) == ours[1].keys() & theirs[1].keys()
 
 
+def test_the_class_may_be_said_of_the_text_alone(tmp_path: Path) -> None:
+    place = save(tmp_path / "ft", LAYER)
+    (place / "config.json").write_text(json.dumps({"text_config": {"architectures": ["Qwen2VLModel"]}}))
+    with open_model(save(tmp_path / "base", LAYER | WORDS, "Qwen2VLForConditionalGeneration")) as checkpoint:
+        assert isinstance(checkpoint, Checkpoint)
+        with open_model(place) as model:
+            assert trace(describe(checkpoint), model, LineageGate()).lacking == tuple(sorted(WORDS))
+
+
 @pytest.mark.parametrize(
     ("kind", "gone"),
     [
