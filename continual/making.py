@@ -26,7 +26,7 @@ from continual.state.format import AdaptersForm, BaseRecord, HeaderRecord
 from continual.tensors import BaseModel, Checkpoint, Folder, Place, describe
 from continual.tensors.kept import config_text
 from continual.tensors.thin import sides_of
-from continual.tensors.tied import head_of
+from continual.tensors.tied import can_untie, untied
 
 if TYPE_CHECKING:
     from continual.hub import Hub
@@ -250,7 +250,13 @@ def agree(state: State, settings: Settings) -> None:
 
 def _described(checkpoint: Checkpoint, recipe: Recipe) -> BaseModel:
     """The base as the recipe has it. Raises Misconfigured where a head is to be untied and none is tied."""
-    heads = head_of(checkpoint) if recipe.untie else {}
+    heads = untied(checkpoint) if recipe.untie else {}
+    if heads and not can_untie(checkpoint.config):
+        family = checkpoint.config.get("model_type")
+        raise Misconfigured(
+            f"tied = untie: {checkpoint.place}: a {family} divides what its head is given only while its tables are "
+            "tied, so that a merge with two tables would answer otherwise: leave the setting out"
+        )
     if recipe.untie and not heads:
         raise Misconfigured(f"tied = untie: no output head of {checkpoint.place} is tied to its input embedding")
     return describe(checkpoint, plain=recipe.plain, exclude=recipe.exclude, tables=heads)

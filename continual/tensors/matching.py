@@ -20,7 +20,7 @@ from continual.tensors.pieces import Piece
 from continual.tensors.pieces.scaling import Drawn
 from continual.tensors.pieces.tokens import Tokens
 from continual.tensors.renaming import alone, canonical, canonical_names, difference, family_of
-from continual.tensors.tied import ties_heads
+from continual.tensors.tied import can_untie, ties_heads
 
 CONV1D = {
     family: frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
@@ -138,7 +138,7 @@ def sources(base: BaseModel, model: Checkpoint | Adapter, names: Naming) -> tupl
         if spec.kind == "carried":
             continue
         source = _source(base, model, spec.name, row)
-        if source is None and spec.name in base.untied and _ties(base, model):
+        if source is None and spec.name in base.untied and (spec.name.endswith(".bias") or _ties(base, model)):
             source = _source(base, model, spec.name, named[base.untied[spec.name]])
         if source is not None:
             found[spec.name] = source
@@ -228,10 +228,11 @@ def _of_adapter(base: BaseModel, model: Adapter, ours: str, names: list[str]) ->
     pieces = [model.pieces[name] for name in adapted]
     # PEFT stores the factors of tied adapters under both names, and trained rows of a tied table always
     if len(pieces) > 1 and not model.tying and not all(isinstance(piece, Tokens) for piece in pieces):
+        apart = ", or fold it into a state made with 'continual init --tied untie'"
         raise Refuse(
             "tied",
             f"{model.place}: adapts {adapted[0]} and {adapted[1]}, which are one tensor in the base; train it with "
-            "ensure_weight_tying = true, or fold it into a state made with 'continual init --tied untie'",
+            f"ensure_weight_tying = true{apart if can_untie(base.checkpoint.config) else ''}",
         )
     if not present and not adapted:
         return None

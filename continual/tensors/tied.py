@@ -46,6 +46,8 @@ config leaves defaults out."""
 _FORCED = frozenset(("t5", "mt5", "umt5", "longt5"))
 """`model_type`s in which transformers 5 ties a head that is not in the file whatever the config says: there
 tie_word_embeddings = false means that the decoder's output is not scaled, as in T5 v1.1."""
+_SCALED = frozenset(("t5", "longt5", "switch_transformers", "udop", "umt5", "pop2piano"))
+"""`model_type`s whose class scales what the head is given where config.json ties it, and only there."""
 
 
 class _Group(NamedTuple):
@@ -91,6 +93,11 @@ _GROUPS = (
     _Group("codec_embedding.weight", ("codec_head.weight",)),
     _Group("embeddings.word_embeddings.weight", _PREDICTIONS),
     _Group("embeddings.word_embeddings.weight", ("output.weight",), families=("git",)),
+    *(
+        _Group(f"{head}.bias", (f"{head}.decoder.bias",))
+        for head in ("cls.predictions", "lm_head", "text_decoder.cls.predictions")
+    ),
+    _Group("predictions.bias", ("predictions.decoder.bias",), families=("albert",)),
     _Group("entity_embeddings.entity_embeddings.weight", ("entity_predictions.decoder.weight",), families=("luke",)),
     _Group("embedding_projection.weight", ("unembedding_projection.weight",), families=("neomme",)),
     _Group(
@@ -236,6 +243,31 @@ def head_of(checkpoint: Checkpoint) -> dict[str, str]:
     return {}
 
 
+def untied(checkpoint: Checkpoint) -> dict[str, str]:
+    """Every tensor that the class of a base makes anew where nothing is tied, and that is one with another while
+    something is: the head, its bias, and the tables of encoder and decoder; to that other. Empty where no head is tied.
+    """
+    heads = head_of(checkpoint)
+    aliases = tied(checkpoint)
+    for head, table in list(heads.items()):
+        bias = f"{head.removesuffix('.weight')}.bias"
+        if bias in aliases:
+            heads[bias] = aliases[bias]
+        first = table.removesuffix("shared.weight")
+        for alias, of in aliases.items():
+            if of == table != first and alias in (
+                f"{first}encoder.embed_tokens.weight",
+                f"{first}decoder.embed_tokens.weight",
+            ):
+                heads[alias] = of
+    return heads
+
+
+def can_untie(config: Mapping[str, object]) -> bool:
+    """Whether a model answers the same with its head as a table of its own."""
+    return str(config.get("model_type")) not in _SCALED
+
+
 def ties(names: Collection[str], config: Mapping[str, object]) -> dict[str, str]:
     """What `tied` says of a checkpoint that has tensors of these names, if those that are one are equal."""
     found: dict[str, str] = {}
@@ -264,7 +296,7 @@ def _candidates(names: Collection[str], config: Mapping[str, object]) -> Iterato
                 continue
             prefix = name[: -len(group.canonical)]
             for alias in sorted({head + other for other in group.others for head in _prefixes(prefix)} - {name}):
-                yield alias, name, group.head
+                yield alias, name, group.head and name.endswith(".weight")
 
 
 def _prefixes(prefix: str) -> tuple[str, str, str]:

@@ -27,6 +27,7 @@ from continual.tensors.pieces.low_rank import Factors
 from continual.tensors.pieces.stacks import Gathered, StackFactors, part_of, runs_of
 from continual.tensors.row_order import InOrderOf, matches, tables_of, turned
 from continual.tensors.same_layout import checkpoint_in_layout_of, in_layout_of
+from continual.tensors.tied import can_untie
 
 RUN = 1 << 18
 """Elements read at a time: the four buffers of a thread, 1 MiB in float32, stay in its cache."""
@@ -242,11 +243,11 @@ class TaskVectors:
             content.hash.update(raw(values))
         for twin in source.twins if content is not None else ():
             if raw(self._read("twin", self._weights, twin, start, len(tau))) != raw(values):
+                apart = "; an embedding and its head are kept apart in a state made with 'continual init --tied untie'"
                 raise Refuse(
                     "tied",
                     f"{self._model.place}: {source.full.name} and {twin.name} are one tensor in the base, "
-                    "and differ here; an embedding and its output head are kept apart in a state made with "
-                    "'continual init --tied untie'",
+                    f"and differ here{apart if can_untie(self._base.config) else ': a model of another kind'}",
                 )
         # narrower than the base: θ₀ is cast as the publisher cast θ_t, so that an untouched weight gives exactly zero
         if spec.name in self._lineage.narrowed:
