@@ -53,7 +53,7 @@ def without(total: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> Less:
     values = values.clamp(min=0)
     top = max([float(values[-1]), *(float((a.norm() * b.norm()).square()) for a, b in terms)])
     least = max(linalg.NULL**2 * top, _least(terms) ** 2)
-    whole = _Whole(values, total @ z, z, *quadrature(least, 4 * top))
+    whole = _Resolved(values, total @ z, z, *quadrature(least, 4 * top))
     unit = (whole.turned * (whole.inverse * whole.mean)) @ z.mT
     return Less(unit if same else unit.mT, [whole.less(a, b) if 4 * a.shape[1] < n else None for a, b in terms])
 
@@ -94,7 +94,7 @@ def quadrature(least: float, most: float) -> tuple[Tensor, Tensor]:
     return points, (2 * quarter * math.sqrt(least) / (math.pi * count)) * slope / cosine
 
 
-class _Whole:
+class _Resolved:
     """S by its decomposition, and the points with the resolvents of Λ there."""
 
     def __init__(self, values: Tensor, turned: Tensor, z: Tensor, points: Tensor, weights: Tensor) -> None:

@@ -44,8 +44,10 @@ def agree(held: HeldLayers, name: str, numbers: list[int], matrices: set[str] = 
         assert distance(found, expected[tensor], given) < within(name, models, tensor), (tensor, len(numbers))
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("name", READABLE)
+@pytest.mark.parametrize(
+    ("name", "regime"),
+    [(name, regime) for name in READABLE for regime in (REGIMES if name in FACTORED else ("mixed", "zero"))],
+)
 def test_a_reading_is_the_batch_form_at_every_step_before_and_after_cuts(name: str, regime: Regime) -> None:
     given = adapters(regime, 9)
     for step in (1, 4, 9):  # at 24 columns and rank 3, up to 8 models are whole
@@ -82,10 +84,10 @@ def read_densely(
     return {n: x * (factors[0 if matrix[n] else 1] * options.layer(held.specs[n])) for n, x in units.items()}
 
 
-SCALES = ["1.0", "0.4", "norm", "norm:2.5", "spread:1.15"]
+SCALES = ["0.4", "norm:2.5", "spread:1.15"]
 
 
-@pytest.mark.parametrize("regime", ["independent", "shared", "partial"])
+@pytest.mark.parametrize("regime", ["shared", "partial"])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", [*FACTORED, "magmax"])
 def test_every_scale_gives_what_a_dense_state_of_the_same_models_gives(name: str, scale: str, regime: Regime) -> None:
