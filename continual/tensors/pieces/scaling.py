@@ -314,7 +314,8 @@ class VeRA:
                     f"{fields.place}: {b.name} is {list(b.shape)} and {d.name} {list(d.shape)}, and the rank is {rank}",
                 )
         outputs = max((b.shape[0] for b, _ in pairs.values()), default=0)
-        return {f"{name}.weight": Drawn(str(fields.place), *pairs[name], seed, outputs) for name in sorted(pairs)}
+        where = str(fields.place)
+        return {f"{name}.weight": Drawn(where, b, d, seed, outputs) for name, (b, d) in sorted(pairs.items())}
 
 
 class LNTuning:
