@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -166,6 +167,9 @@ class OpenedState:
         `target` says; of a state of adapters what `view` reads. Returns the directory. Raises Misconfigured and Halt;
         then nothing is left behind."""
         target = target if isinstance(target, folder.Target) else folder.Target(target)
+        if target.tokenizer is None:
+            folded = [fold.entry.candidate for fold in self.state.ledger.folds()]
+            target = replace(target, tokenizer=self.places.tokenizer(self.settings.tokenizer, folded))
         with _held(self, target.at, view) as reading, self.weights() as base:
             return folder.export(base, reading, target, self.executor, progress)
 

@@ -105,6 +105,7 @@ _FLAGS = (
     _flag("sources", _TEXTS, "Settings of another source, as NAME.KEY=VALUE; repeatable.", "--source"),
     _flag("release", _TEXTS, "Where on the Hub the merge is released, as key=value (repo=ORG/NAME); repeatable."),
     _flag("current", _PATH, "Link kept on an export of the newest merge."),
+    _flag("tokenizer", _TEXT, "Whose tokenizer an export has: base, a model in the merge, or a directory."),
     _flag("drain", _NUMBER, "Seconds a stop waits for the fold under way."),
     _flag("host", _TEXT, "Address to listen on (loopback)."),
     _flag("port", _WHOLE, "Port of the service; 0 takes a free one."),

@@ -55,7 +55,7 @@ def watch(
 
 
 @app.command()
-@takes("release", *READING, *OPENING)
+@takes("release", "tokenizer", *READING, *OPENING)
 def release(
     at: Annotated[
         int | None, typer.Option("--at", help="Record to release; default: the newest.", show_default=False)

@@ -202,6 +202,7 @@ def rules(json: Json = False) -> None:
     "host",
     "port",
     "current",
+    "tokenizer",
     "keep",
     "drain",
     *SOURCES,
@@ -294,7 +295,7 @@ def _plan(models: list[str], flags: Flags) -> NoReturn:
 
 
 @app.command()
-@takes(*READING, *OPENING)
+@takes("tokenizer", *READING, *OPENING)
 def export(
     directory: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
     at: Annotated[

@@ -266,6 +266,10 @@ class Settings(BaseModel):
     current: Path | None = Field(
         default=None, description="a link that is kept pointing at an export of the newest merged model"
     )
+    tokenizer: str = Field(
+        default="base",
+        description="whose tokenizer and chat template an export has: base, a model in the merge, or a directory",
+    )
     drain: Seconds = Field(default=30.0, description="how long a stop waits for the fold under way before giving it up")
     log_json: bool | None = Field(default=None, description="JSON log lines; default: when the output is no terminal")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

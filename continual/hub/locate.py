@@ -4,7 +4,7 @@ Hub, or what a source of another kind opens."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -105,6 +105,18 @@ class Places:
                 return opener(origin, candidate.revision, source)
             return Folder(Path(origin), source=source)
         return self._repo(origin.removeprefix(SCHEME), candidate.revision, source=source)
+
+    def tokenizer(self, word: str, folded: Sequence[Candidate]) -> Place | None:
+        """Where the tokenizer of an export comes from: a model that was `folded`, by its name, else what a person names
+        as `named` has it; None for the base. Raises Misconfigured."""
+        if word == "base":
+            return None
+        if found := next((candidate for candidate in reversed(folded) if candidate.answers(word)), None):
+            return self.of(found)
+        try:
+            return self.named(word)
+        except Misconfigured as error:
+            raise Misconfigured(f"tokenizer = {word}: no model in the merge is called so, and {error}") from None
 
     def _opener(self, origin: str) -> Opener | None:
         """The function that opens an origin of another kind; None for a path and for a repo of the Hub. Raises

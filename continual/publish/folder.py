@@ -26,6 +26,7 @@ from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
 from continual.publish.exported_config import WORDS, set_config_dtype, untie_config
+from continual.publish.exported_tokenizer import put_tokenizer
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, TensorSpec
 from continual.state import State
@@ -33,7 +34,7 @@ from continual.state.durable import move_away, publish_dir, replace_link, usable
 from continual.state.software import software
 from continual.tensors import BaseModel, Checkpoint, TensorInfo
 from continual.tensors.compound import MODULES, manifest_of, parts_of
-from continual.tensors.place import RELEASE
+from continual.tensors.place import RELEASE, Place
 from continual.tensors.tied import tables_apart
 from continual.tensors.weight_sets import index_for, stem_of
 
@@ -46,12 +47,14 @@ _KEPT = ("name", "origin", "revision", "form")
 @dataclass(frozen=True, slots=True)
 class Target:
     """What an export is to be: the `directory` to write, the record to read (`at`; None: the newest), the `dtype` as a
-    safetensors word (None: the base's own), and the size of a shard in bytes (None: the base's shards)."""
+    safetensors word (None: the base's own), and the size of a shard in bytes (None: the base's shards). `tokenizer`:
+    where the tokenizer and the chat template come from (None: the base)."""
 
     directory: str | Path
     at: int | None = None
     dtype: str | None = None
     shard_size: int | None = None
+    tokenizer: Place | None = None
 
     @property
     def path(self) -> Path:
@@ -164,11 +167,15 @@ def fill(
     copy_small_files(base.checkpoint, directory)
     for folder in sorted({part.folder for part in base.checkpoint.parts} | {""}):
         set_config_dtype(directory / folder / "config.json", target.dtype)
+    if target.tokenizer is not None:
+        put_tokenizer(target.tokenizer, base, directory)
     if base.untied or tables_apart(base.checkpoint, base.aliases):
         untie_config(directory / "config.json")
     factor = reading.settle(executor, progress)
     _write_weights(base, reading, target, directory, executor, progress)
     body = provenance_of(reading.state, reading.commit.seq, reading.options.to_mapping() | {"factor": factor})
+    if target.tokenizer is not None:
+        body["tokenizer"] = {"origin": target.tokenizer.origin, "revision": target.tokenizer.revision}
     (directory / RELEASE).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
 
 

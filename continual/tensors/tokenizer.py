@@ -20,7 +20,7 @@ from continual.tensors.place import Place
 
 TOKENIZER, CONFIG, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 _LISTS = ("vocab.json", "vocab.txt")
-_CLOSED = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+CLOSED = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 """Cores of SentencePiece."""
 _TWO = ("target_vocab.json", "vocab-src.json", "tokenizer_2.json")
 """Files of tokenizers with a vocabulary for each of two languages."""
@@ -74,7 +74,7 @@ def tokenizer_of(model: Checkpoint | Adapter, part: Part) -> Tokenizer:
 
 def is_same(ours: Tokenizer, theirs: Tokenizer) -> bool:
     """Whether two tokenizers are the same, byte by byte, as far as rows go. Raises Retry."""
-    for name in (TOKENIZER, *_LISTS, *_CLOSED, ADDED, CONFIG):
+    for name in (TOKENIZER, *_LISTS, *CLOSED, ADDED, CONFIG):
         there = ours.present(name), theirs.present(name)
         if there[0] != there[1] or (there[0] and _small(ours, name) != _small(theirs, name)):
             return False
@@ -128,7 +128,7 @@ def _read(tokenizer: Tokenizer) -> Vocabulary | None:
 
 def _closed_of(tokenizer: Tokenizer) -> str | None:
     """The digest of the core that is not read here."""
-    name = next((name for name in _CLOSED if tokenizer.present(name)), None)
+    name = next((name for name in CLOSED if tokenizer.present(name)), None)
     data = None if name is None else _small(tokenizer, name)
     return None if data is None else hashlib.sha256(data).hexdigest()
 
