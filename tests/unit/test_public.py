@@ -42,7 +42,7 @@ SIGNATURES = {
     "Recipe": (
         "(rule='iso-c', options, scale=None, lines=None, plain=(), exclude=(), untie=False, width=None, reading=None)"
     ),
-    "Target": "(directory, at=None, dtype=None, shard_size=None)",
+    "Target": "(directory, at=None, dtype=None, shard_size=None, tokenizer=None)",
     "Tuning": "(candidates=20, policy=None, around=None, lines=False, work=None, dry_run=False, rule=None)",
     "Command": "(argv, key=None, lower=False, timeout=None)",
     "Rows": "(name, file, heads=None, batch=16)",
