@@ -9,9 +9,9 @@ from typing import Literal
 from continual.errors import Refuse
 from continual.outside import few
 from continual.tensors import Adapter, BaseModel
+from continual.tensors.adapter_files import VALUE_HEADS
 from continual.tensors.buffers import is_buffer
 from continual.tensors.kinds import is_vocabulary
-from continual.tensors.layouts import VALUE_HEADS
 from continual.tensors.leftovers import in_layer, is_head, is_output
 from continual.tensors.matching import Match, Naming, carried_of, names_of
 from continual.tensors.renaming import family_of

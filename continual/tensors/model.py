@@ -10,10 +10,10 @@ from continual.outside import shown
 from continual.records import Candidate, Lineage
 from continual.tensors.adapter import Adapter
 from continual.tensors.adapter_config import CONFIG
+from continual.tensors.adapter_files import check_adapter, check_elsewhere
 from continual.tensors.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from continual.tensors.compound import MODULES, WHOLE, manifest_of, parts_of
 from continual.tensors.kinds import BaseModel
-from continual.tensors.layouts import check_adapter, check_elsewhere
 from continual.tensors.loras.file import LoraFile
 from continual.tensors.loras.parsing import is_lora
 from continual.tensors.matching import naming_of, sources
