@@ -272,7 +272,7 @@ def fold(
 
 
 @app.command()
-@takes("updates", "missing", "vocab", "lineage", "tied", "gates", *MACHINE, *OPENING)
+@takes(*GATES, *MACHINE, *OPENING)
 def plan(
     models: Annotated[
         list[str], typer.Argument(help="Directories of fine-tunes or adapters, or repos (hf://ORG/NAME@REVISION).")
