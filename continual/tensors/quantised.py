@@ -48,6 +48,7 @@ _NAMES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.W_q$"), "HQQ"),
     (re.compile(r"\.weight\._(?:data|scale|shift|zeropoint)$"), "Quanto"),
     (re.compile(r"\.codebooks$"), "AQLM"),
+    (re.compile(r"\._weight_qdata$"), "TorchAO"),
 )
 """Names that only packed tensors and what belongs to them bear."""
 _PACKED = re.compile(r"(?:^|[._])weight$")

@@ -78,6 +78,7 @@ def test_config_says_that_it_is_not(tmp_path: Path, body: dict[str, Any] | None)
         ({f"{Q}.weight_packed": torch.int32, f"{Q}.weight_scale": torch.bfloat16}, "compressed-tensors"),
         ({"model.layers.0.mlp.experts.down_proj_blocks": torch.uint8}, "MXFP4"),
         ({f"{Q}.W_q": torch.uint8}, "HQQ"),
+        ({f"{Q}._weight_qdata": torch.int8}, "TorchAO"),
         ({f"{Q}.weight": torch.uint8}, "U8 [4, 4], a packed weight"),
         ({f"{Q}.weight": torch.float8_e4m3fn, f"{Q}.weight_scale_inv": torch.float32}, "F8_E4M3 (FP8)"),
         ({f"{Q}.weight": torch.bfloat16, f"{Q}.weight_scale_inv": torch.float32}, "FP8"),
