@@ -174,19 +174,11 @@ class OpenedState:
             return folder.export(base, reading, target, self.executor, progress)
 
     def export_lora(
-        self,
-        directory: str | Path,
-        rank: int | None,
-        *,
-        at: int | None = None,
-        dtype: str = "F32",
-        view: ReadView | None = None,
-        progress: Progress = silent,
+        self, target: lora.LoraTarget, view: ReadView | None = None, progress: Progress = silent
     ) -> lora.LoraReport:
-        """Writes the merged model at record `at` as a LoRA adapter of this rank, as near as one comes to it. `dtype` is
-        a safetensors word. Raises Misconfigured and Halt; then nothing is left behind."""
-        target = lora.LoraTarget(Path(directory), rank, dtype)
-        with _held(self, at, view) as reading:
+        """Writes the merged model as a LoRA adapter, as near as one of the target's rank comes to it. Raises
+        Misconfigured and Halt; then nothing is left behind."""
+        with _held(self, target.at, view) as reading:
             return lora.export(self.base, reading, target, self.executor, progress)
 
     def scale(self, at: int | None = None, view: ReadView | None = None) -> ReadOptions:

@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -68,6 +68,10 @@ Weights = Annotated[
     typer.Option("--weight", help="Weight of a model, NAME=W (a state of adapters); repeatable."),
 ]
 """Flags of what reads a state of adapters by a view."""
+Form = Annotated[
+    Literal["peft", "kohya", "diffusers"],
+    typer.Option("--format", help="Layout of the adapter; kohya and diffusers are for diffusion models."),
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before anything is undone or done again.")]
 """A flag of what destroys."""
 

@@ -27,6 +27,7 @@ from continual.cli.flags import (
     ROUNDS,
     SOURCES,
     Flags,
+    Form,
     Json,
     Lines,
     Only,
@@ -313,11 +314,12 @@ def export(
         typer.Option(
             "--as-lora",
             metavar="RANK",
-            help="Write a LoRA adapter (PEFT) of this rank, as near as one comes; own: of the rank that loses nothing "
+            help="Write a LoRA adapter of this rank, as near as one comes; own: of the rank that loses nothing "
             "(a state of adapters).",
             show_default=False,
         ),
     ] = None,
+    form: Form = "peft",
     rule: Annotated[
         str | None,
         typer.Option(
@@ -335,27 +337,19 @@ def export(
     flags: Flags,
 ) -> None:
     """Write the merged model as an ordinary model directory, or as a LoRA adapter."""
-    from continual.publish import folder
+    from continual.publish import folder, lora
 
     word = folder.parse_dtype(dtype)
     view = ViewFlags(rule, scale, lines, only, without, weight).view()
     if as_lora is not None:
+        wanted = lora.LoraTarget(directory, rank_of(as_lora), word or "F32", form, at)
         with opened.merge(flags) as merge, console.progress() as progress:
-            report = merge.export_lora(
-                directory, rank_of(as_lora), at=at, dtype=word or "F32", view=view, progress=progress
-            )
-        if flags.json:
-            console.emit(report)
-        else:
-            console.lora(report)
-        return
+            report = merge.export_lora(wanted, view, progress)
+        return console.emit(report) if flags.json else console.lora(report)
     target = folder.Target(directory, at, word, folder.parse_size(shard_size))
     with opened.merge(flags) as merge, console.progress() as progress:
         path = merge.export(target, progress, view=view)
-    if flags.json:
-        console.emit({"directory": path})
-    else:
-        console.say(f"Wrote {path}")
+    return console.emit({"directory": path}) if flags.json else console.say(f"Wrote {path}")
 
 
 @app.command()

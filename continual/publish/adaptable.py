@@ -10,6 +10,7 @@ PEFT's merge_and_unload adds it twice to the one shared weight. A silent doublin
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -76,23 +77,35 @@ and are loaded with a head."""
 
 class Adapted(NamedTuple):
     """A tensor that an adapter can adapt, and the module that has it. `transposed`: whether B·A is the transpose of the
-    weight, as PEFT has it for embeddings and Conv1D."""
+    weight, as PEFT has it for embeddings and Conv1D. `factors`: what A and B are called in a layout other than PEFT's,
+    and `alpha` what a tensor with the scale times the rank is."""
 
     spec: TensorSpec
     module: str
     embedding: bool
     transposed: bool
+    factors: tuple[str, str] | None = None
+    alpha: str | None = None
 
     @property
     def sides(self) -> tuple[int, int]:
         """Rows and columns of B·A."""
-        rows, columns = self.spec.shape
+        rows, columns = self.spec.shape[0], math.prod(self.spec.shape[1:])
         return (columns, rows) if self.transposed else (rows, columns)
 
     def names(self) -> tuple[str, str]:
         """What A and B are called in the file."""
+        if self.factors is not None:
+            return self.factors
         of = "lora_embedding_{}" if self.embedding else "lora_{}.weight"
         return f"base_model.model.{self.module}.{of.format('A')}", f"base_model.model.{self.module}.{of.format('B')}"
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B in the file; those of a convolution are convolutions."""
+        rows, columns = self.sides
+        if len(self.spec.shape) == 2:
+            return (rank, columns), (rows, rank)
+        return (rank, *self.spec.shape[1:]), (rows, rank, *(1 for _ in self.spec.shape[2:]))
 
 
 def adaptable(base: BaseModel) -> tuple[Adapted, ...]:

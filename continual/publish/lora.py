@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -30,13 +31,14 @@ from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
 from continual.publish.adaptable import Adapted, adaptable
+from continual.publish.diffusion import FILES, LoraFormat, adaptable_in, header_of
 from continual.publish.folder import DTYPES, free, parse_dtype, provenance_of, written
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, SCHEME, TensorSpec
 from continual.state.format import BaseRecord
 from continual.tensors import BaseModel
-from continual.tensors.adapter import WEIGHTS
 from continual.tensors.adapter_config import CONFIG
+from continual.tensors.loras.targets import prefixes
 from continual.tensors.place import RELEASE
 from continual.tensors.renaming import family_of, is_known
 
@@ -44,11 +46,14 @@ from continual.tensors.renaming import family_of, is_known
 @dataclass(frozen=True, slots=True)
 class LoraTarget:
     """What an adapter is to be: the `directory` to write, the `rank` of all its modules (None: as high as it takes to
-    lose nothing, of a state of adapters), and the `dtype` of its factors, a safetensors word or torch's."""
+    lose nothing, of a state of adapters), the `dtype` of its factors, a safetensors word or torch's, its `form`, the
+    layout that it is written in, and the record `at` which it is read, by default the newest."""
 
     directory: Path
     rank: int | None
     dtype: str = "F32"
+    form: LoraFormat = "peft"
+    at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +82,17 @@ class _Layout(NamedTuple):
     adapted: tuple[Adapted, ...]
     rank: int
     word: str
+    said: Mapping[str, str] = MappingProxyType({})
 
     def placed(self) -> list[Placed]:
         """Where each factor lies, A before B, tensor by tensor."""
         found: list[Placed] = []
         end = 0
         for one in self.adapted:
-            rows, columns = one.sides
-            for name, shape in zip(one.names(), ((self.rank, columns), (rows, self.rank)), strict=True):
+            named = [*zip(one.names(), one.shapes(self.rank), strict=True)]
+            if one.alpha is not None:
+                named.append((one.alpha, ()))
+            for name, shape in named:
                 begin = end
                 end += math.prod(shape) * ITEMSIZE[self.word]
                 found.append(Placed(name, one.spec.name, self.word, shape, begin, end))
@@ -104,8 +112,9 @@ def _check_one_part(base: BaseModel) -> None:
     beside = next((spec.name for spec in base.specs if spec.kind != "carried" and spec.name.startswith(heads)), None)
     if heads and beside is not None:
         raise Misconfigured(
-            f"{base.checkpoint.place}: {beside} lies in a folder of its own, which an adapter cannot hold: export the "
-            "full model, without --as-lora"
+            f"{base.checkpoint.place}: {beside} lies in a folder of its own, which an adapter of PEFT cannot hold: "
+            + ("write it with --format diffusers or kohya, or export" if prefixes(base) else "export")
+            + " the full model, without --as-lora"
         )
 
 
@@ -124,14 +133,7 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
         raise Misconfigured(f"rank = {target.rank}: an adapter has at least rank 1")
     if reading.commit.generation is None or not reading.state.ledger.folds(at=reading.commit.seq):
         raise Misconfigured("nothing is folded yet, so the adapter would be empty: fold a model first")
-    _check_one_part(base)
-    if not is_known(base.checkpoint.config):
-        family = family_of(base.checkpoint.config)
-        raise Misconfigured(
-            f"{base.checkpoint.place}: transformers loads a model of type {family} under other names than its files "
-            "have, and they are not known here: export the full model, without --as-lora"
-        )
-    adapted = adaptable(base)
+    adapted = _adapted(base, target.form)
     if not adapted:
         raise Misconfigured(
             f"{base.checkpoint.place}: no tensor of it is a linear layer or an embedding that an adapter can adapt"
@@ -139,22 +141,39 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
     if isinstance(reading, BlockReading):
         adapted = tuple(one for one in adapted if reading.columns(one.spec)) or adapted[:1]
     rank = _rank(reading, adapted, target.rank)
-    layout = _Layout(adapted, rank, word)
+    layout = _Layout(adapted, rank, word, header_of(base, target.form, rank))
+    weights = FILES[target.form]
     with written(target.directory, reading) as temporary:
         factor = reading.settle(executor, progress)
-        squares = _write_weights(base, reading, layout, temporary / WEIGHTS, executor, progress)
-        report = _report(target.directory.absolute(), layout, squares, (temporary / WEIGHTS).stat().st_size)
-        _write_json(temporary / CONFIG, _config(reading.state.format.base, layout))
+        squares = _write_weights(base, reading, layout, temporary / weights, executor, progress)
+        report = _report(target.directory.absolute(), layout, squares, (temporary / weights).stat().st_size)
+        if target.form == "peft":
+            _write_json(temporary / CONFIG, _config(reading.state.format.base, layout))
         body = provenance_of(reading.state, reading.commit.seq, reading.options.to_mapping() | {"factor": factor})
         told = {
             "rank": rank,
             "dtype": word,
+            "format": target.form,
             "error": report.error,
             "error_adapted": report.error_adapted,
             "left_out": list(report.left_out),
         }
         _write_json(temporary / RELEASE, body | {"lora": told})
     return report
+
+
+def _adapted(base: BaseModel, form: LoraFormat) -> tuple[Adapted, ...]:
+    """What a file of this layout can hold of a base. Raises Misconfigured where it cannot be expressed."""
+    if form != "peft":
+        return adaptable_in(base, form)
+    _check_one_part(base)
+    if not is_known(base.checkpoint.config):
+        family = family_of(base.checkpoint.config)
+        raise Misconfigured(
+            f"{base.checkpoint.place}: transformers loads a model of type {family} under other names than its files "
+            "have, and they are not known here: export the full model, without --as-lora"
+        )
+    return adaptable(base)
 
 
 def _rank(reading: Reading, adapted: Sequence[Adapted], wanted: int | None) -> int:
@@ -165,9 +184,9 @@ def _rank(reading: Reading, adapted: Sequence[Adapted], wanted: int | None) -> i
             "rank: what is read has no rank of its own (it is a merge of whole tensors, or its rule looks at single "
             "elements); name the rank of the adapter"
         )
-    largest = max(min(one.spec.shape) for one in adapted)
+    largest = max(min(one.sides) for one in adapted)
     if isinstance(reading, BlockReading) and reading.factored:
-        largest = max(1, *(min(reading.columns(one.spec), *one.spec.shape) for one in adapted))
+        largest = max(1, *(min(reading.columns(one.spec), *one.sides) for one in adapted))
     return largest if wanted is None else min(wanted, largest)
 
 
@@ -224,7 +243,7 @@ def _write_weights(
     """Writes the factors of a layout into `file`, tensor by tensor and each at its own offset; returns the squares of
     every foldable tensor, by name. Raises Halt if a value overflows the dtype."""
     placed = layout.placed()
-    head = header(placed)
+    head = header(placed, layout.said)
     starts = {p.name: len(head) + p.begin for p in placed}
 
     def adapt(one: Adapted, fd: int) -> _Squares:
@@ -232,7 +251,7 @@ def _write_weights(
             pair, squares = _thin_pair(reading, one, layout.rank, layout.word)
         else:
             tau = reading.vector(one.spec)
-            matrix = tau.mT if one.transposed else tau
+            matrix = tau.mT if one.transposed else tau.flatten(1)
             pair = [factor.to(DTYPES[layout.word]) for factor in factors(matrix, layout.rank)]
             squares = _Squares(linalg.inner(tau, tau), _rest_sq(matrix, *pair))
         if not all(bool(torch.isfinite(factor).all()) for factor in pair):
@@ -242,6 +261,8 @@ def _write_weights(
             )
         for name, factor in zip(one.names(), pair, strict=True):
             write_at(fd, raw(factor), starts[name])
+        if one.alpha is not None:
+            write_at(fd, raw(torch.tensor(float(layout.rank), dtype=DTYPES[layout.word])), starts[one.alpha])
         return squares
 
     def measure(spec: TensorSpec) -> _Squares:
@@ -277,7 +298,7 @@ def _write_weights(
 def _need(one: Adapted, rank: int, reading: Reading) -> int:
     """Peak bytes of a tensor: those of reading it, or those of τ beside its decomposition and the factors (in float64,
     as written, and one of them in float64 once more)."""
-    m, n = one.spec.shape
+    m, n = one.sides
     if isinstance(reading, BlockReading) and reading.factored:
         return 8 * 4 * (reading.columns(one.spec) + rank) * (m + n)
     return max(reading.need(one.spec), 4 * one.spec.numel + linalg.workspace(m, n) + 20 * rank * (m + n))

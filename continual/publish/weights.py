@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -27,9 +28,10 @@ class Placed(NamedTuple):
     end: int
 
 
-def header(placed: Sequence[Placed]) -> bytes:
-    """The head of a file: length and JSON, padded so that the data begin at a multiple of 8."""
-    body: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def header(placed: Sequence[Placed], said: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """The head of a file: length and JSON, padded so that the data begin at a multiple of 8. `said`: what else it says
+    of the file."""
+    body: dict[str, object] = {"__metadata__": {"format": "pt", **said}}
     body.update({p.name: {"dtype": p.dtype, "shape": list(p.shape), "data_offsets": [p.begin, p.end]} for p in placed})
     text = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

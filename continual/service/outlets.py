@@ -25,6 +25,7 @@ from continual.hub import Trouble
 from continual.publish import folder, hooks
 from continual.publish.hooks import Published
 from continual.publish.hub import newest_release
+from continual.publish.lora import LoraTarget
 from continual.retrying import PARKED, Fault, retry_delay
 from continual.service import release as releasing
 from continual.service.failures import Failures, contained, told
@@ -137,7 +138,7 @@ class Outlets:
         """An adapter of the merge, kept beside `current` as that is."""
 
         def write(directory: Path) -> Path:
-            return self.merge.export_lora(directory, rank, at=seq).directory
+            return self.merge.export_lora(LoraTarget(directory, rank, at=seq)).directory
 
         time = self.merge.state.ledger.get(seq).time
         return folder.keep_current(link.with_name(f"{link.name}-lora"), seq, write, time)

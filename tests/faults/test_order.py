@@ -15,6 +15,7 @@ from continual import api, making
 from continual.errors import Retry
 from continual.publish import folder
 from continual.publish.folder import Target
+from continual.publish.lora import LoraTarget
 from continual.state import State, paused
 from continual.state.backup import Wish, backup
 from continual.state.inbox import Inbox, PushRecord, save_cursor
@@ -141,7 +142,7 @@ def export(place: Path) -> tuple[Trace, list[Path]]:
 
 def adapter(place: Path) -> tuple[Trace, list[Path]]:
     with merged(place) as merge, traced(place) as trace:
-        merge.export_lora(place / "out", 2)
+        merge.export_lora(LoraTarget(place / "out", 2))
     return trace, [place / "out"]
 
 

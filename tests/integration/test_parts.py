@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from continual import api, making
 from continual.errors import Misconfigured
 from continual.publish.folder import Target
+from continual.publish.lora import LoraTarget
 from tests.helpers import parts
 from tests.helpers.models import write
 
@@ -46,7 +47,7 @@ def test_a_whole_embedder_is_folded_and_exported(tmp_path: Path, root: str, thei
             assert merged.fold(one).fate == "known"
         out = merged.export(Target(tmp_path / "out"))
         with pytest.raises(Misconfigured, match=r"2_Dense\.linear\.\w+ lies in a folder of its own"):
-            merged.export_lora(tmp_path / "lora", 2)
+            merged.export_lora(LoraTarget(tmp_path / "lora", 2))
     assert names(out) == names(base) | {"continual.json"}
     assert (out / "modules.json").read_bytes() == (base / "modules.json").read_bytes()
     assert (out / "2_Dense/config.json").read_bytes() == (base / "2_Dense/config.json").read_bytes()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from continual.errors import Refuse
 from continual.records import TensorSpec
 from continual.tensors.kinds import BaseModel
-from continual.tensors.loras.layouts import original
+from continual.tensors.loras.releases import original
 
 DENOISERS = ("transformer", "unet", "prior", "decoder")
 """Components that make an image out of noise."""

@@ -4,12 +4,17 @@
 
 with the Python of an environment that has diffusers; it writes tests/data/names_of_diffusers.json: the tensors of the
 tiny pipelines in pipelines.py with their shapes, and Kohya's names for the modules of SDXL's UNet as diffusers reads
-them.
+them. With
+
+    PYTHON -m tests.campaigns.diffusion --compare DIRECTORY
+
+it compares what diffusers makes of LoRA files with what continual does (comparing.py).
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import types
 from pathlib import Path
@@ -22,7 +27,8 @@ from diffusers.loaders.lora_conversion_utils import (
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 
-from continual.tensors.loras.layouts import unet
+from continual.tensors.loras.releases import unet
+from tests.campaigns.diffusion.comparing import compare_all
 from tests.campaigns.diffusion.pipelines import PIPELINES, saved
 
 TABLE = Path(__file__).parents[2] / "data" / "names_of_diffusers.json"
@@ -60,7 +66,9 @@ def kohya(names: dict[str, list[int]]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Writes the table."""
+    """Writes the table, or compares."""
+    if sys.argv[1:2] == ["--compare"]:
+        sys.exit(compare_all(Path(sys.argv[2])))
     with tempfile.TemporaryDirectory() as scratch:
         made = {name: tensors(saved(name, Path(scratch) / name)) for name in PIPELINES}
     table = {"tensors": made, "kohya": kohya(made["sdxl"])}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from continual import api, making
 from continual.errors import ContinualError
+from continual.publish.lora import LoraTarget
 from tests.campaigns.families import adapters
 from tests.campaigns.families.family import Family
 from tests.campaigns.families.making import (
@@ -185,7 +186,7 @@ def as_lora(bench: Bench) -> Cell:
     with bench.folded(bench.base, bench.directory / "full") as (merge, outcome):
         if outcome.fate != "folded":
             return Cell("refused", outcome.line())
-        report = merge.export_lora(target, _HIGHEST_RANK)
+        report = merge.export_lora(LoraTarget(target, _HIGHEST_RANK))
         export = bench.exported(merge, "export")
     origin, values = written(bench.base), written(export)
     matrices = [name for name in report.left_out if origin[name].ndim == 2 and min(origin[name].shape) > 1]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from continual.gates.lineage import LineageGate, trace
 from continual.tensors import Adapter, ThinVectors, candidate_of, open_model
 from continual.tensors.loras.file import CONFIGURATION
-from continual.tensors.loras.layouts import original, unet
+from continual.tensors.loras.releases import original, unet
 from continual.tensors.matching import naming_of, sources
 from continual.tensors.thin import is_thin
 from tests.helpers import diffusion

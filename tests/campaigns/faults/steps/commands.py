@@ -15,6 +15,7 @@ from continual.config import Settings
 from continual.hub import Hub
 from continual.publish import folder
 from continual.publish.folder import Target
+from continual.publish.lora import LoraTarget
 from continual.service import release as releasing
 from tests.helpers import models, quadratic
 from tests.helpers.released import REPO
@@ -221,7 +222,7 @@ STEPS = (
     Step(
         "export --as-lora",
         of_folds(1),
-        lambda w, merge: opened(merge).export_lora(w.work / "out/lora", 2),
+        lambda w, merge: opened(merge).export_lora(LoraTarget(w.work / "out/lora", 2)),
         records=0,
         again="exists",
         outside="out",
