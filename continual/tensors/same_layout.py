@@ -1,7 +1,7 @@
 """A candidate in the layout of its base: where the two lay the same weights out in different tensors.
 
 Which layouts there are is said by repacking.py for the experts of full models, by stacked.py for those of adapters,
-and by fused.py for dense layers.
+by fused.py for dense layers, and by turning.py for experts that lie the other way round.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from continual.tensors.fused import dense_in_layout_of, pieces_in_layout_of
 from continual.tensors.kinds import BaseModel
 from continual.tensors.repacking import Repacked, repacked
 from continual.tensors.stacked import settled
+from continual.tensors.turning import turned_in_layout_of
 
 Said = tuple[tuple[str, str], ...]
 
@@ -49,4 +50,5 @@ def _checkpoint(base: BaseModel, model: Checkpoint) -> tuple[Checkpoint, Said]:
         return model, ()
     stacks, packed = repacked(base, model)
     dense, said = dense_in_layout_of(base, stacks)
-    return dense, (*packed, *said)
+    found, turned = turned_in_layout_of(base, dense)
+    return found, (*packed, *said, *turned)
