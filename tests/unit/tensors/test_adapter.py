@@ -377,3 +377,6 @@ def test_places_outside_of_the_weight(small: Path, tmp_path: Path) -> None:
     assert taus["a.weight"][0, 5] == values[0]
     assert taus["a.weight"][3, 0] == values[1]
     assert taus["a.weight"].count_nonzero() == 2
+    places[:, 1] = places[:, 0]  # one place twice: both count
+    twice = plain(tmp_path / "z", weights, **seed_of("SHIRA"), lora_alpha=None)
+    torch.testing.assert_close(task_vectors(small, twice)[0]["a.weight"][0, 5], values.sum())
