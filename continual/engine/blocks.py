@@ -150,8 +150,8 @@ def take_out(transaction: Transaction, name: str, number: int) -> None:
         rearrange(transaction, name, old, after)
 
 
-def put_all(transaction: Transaction, other: Generation, name: str, numbers: Mapping[int, int]) -> None:
-    """Writes one layer with all models of another state's besides; `numbers`: theirs there to theirs here."""
+def put_all(transaction: Transaction, other: Generation, name: str, called: Mapping[int, int]) -> None:
+    """Writes one layer with all models of another state's besides; `called`: their numbers there to those here."""
     brought = layer_of(other, name)
     if not brought.columns.used:
         transaction.keep(name)
@@ -159,7 +159,7 @@ def put_all(transaction: Transaction, other: Generation, name: str, numbers: Map
     layer = _layer_before(transaction, name)
     old = layer.columns
     for number, block in brought.blocks().items():
-        layer = layer.folded(numbers[number], block)
+        layer = layer.folded(called[number], block)
     kept = np.nonzero((layer.columns.packed() != old.packed()).any(1))[0]
     first, used = int(kept[0]) if len(kept) else old.used, layer.columns.used
     for slot, rows in (("u", layer.u), ("v", layer.v)):

@@ -193,9 +193,10 @@ class Daemon:
     async def _look_at_disk(self) -> None:
         """Looks from time to time how much room there is; ends when it is cancelled."""
         state = self.merge.state
-        needs = state.format.generation_bytes + MARGIN
         while True:
-            try:
+            try:  # where adapters are kept a cut writes all that is there again
+                whole = state.generation_bytes() if state.format.sparse else state.format.generation_bytes
+                needs = whole + MARGIN
                 free = (await asyncio.to_thread(shutil.disk_usage, state.path)).free
                 self.live.health.room(str(state.path), free, needs)
                 self.metrics.room(free, needs)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from continual.blocks import slots
 from continual.records import Candidate, SlotSpec, TensorSpec, Totals
 from continual.state import Format, State
 from continual.state.entries import FoldEntry, RefuseEntry
-from continual.state.format import BaseRecord
+from continual.state.format import AdaptersForm, BaseRecord, HeaderRecord
 from continual.state.parts import FoldNumbers
 
 BASE = BaseRecord(path="/base", files=(), digests={}, squares={}, plain=(), exclude=())
@@ -70,3 +72,50 @@ def history(path: Path) -> None:
         state.tag("first", 1)
         fold(state, 3)
         state.rollback(2)
+
+
+LAYERS: dict[str, tuple[int, ...]] = {"a.weight": (5, 3), "never.weight": (2, 2), "bias": (4,)}
+WIDTH = 24
+
+
+def make_of_adapters(path: Path) -> State:
+    """A new state that keeps adapters, open for writing."""
+    specs = [TensorSpec(name, shape, "F32", "matrix" if len(shape) == 2 else "plain") for name, shape in LAYERS.items()]
+    kept = {name: slots(shape[0], int(np.prod(shape[1:])), WIDTH) for name, shape in LAYERS.items()}
+    base = replace(
+        BASE, headers={name: HeaderRecord("F32", shape) for name, shape in LAYERS.items()}, aliases={}, config="{}"
+    )
+    form = Format.new(base, specs, "iso-c", {"include": []}, kept, AdaptersForm(WIDTH))
+    return State.create(path, form, read={"policy": "spread", "value": 1.15}, device="cpu")
+
+
+def columns(upto: int) -> np.ndarray:
+    """The small array of `a.weight` after the adapters 1 … `upto`, of rank 10 each."""
+    found = np.zeros((WIDTH, 4))
+    for row in range(10 * upto):
+        found[row] = (row // 10 + 1, 10, 10 - row % 10, 385)
+    return found
+
+
+def rows(upto: int, size: int) -> np.ndarray:
+    """The singular vectors of the same: row i is i."""
+    return np.repeat(np.arange(10 * upto, dtype=np.float32)[:, None], size, 1)
+
+
+def history_of_adapters(path: Path) -> None:
+    """Two adapters of the layer `a.weight`, the second also of `bias`."""
+    with make_of_adapters(path) as state:
+        for number in (1, 2):
+            with state.begin(writes=0) as transaction:
+                for slot, size in (("u", 5), ("v", 3)):
+                    transaction.write_rows("a.weight", slot, 10 * (number - 1), rows(number, size)[10 * (number - 1) :])
+                transaction.write("a.weight", "columns", columns(number))
+                if number == 2:
+                    transaction.write_rows("bias", "u", 0, rows(1, 4)[:1])
+                    transaction.write_rows("bias", "v", 0, rows(1, 1)[:1])
+                    transaction.write("bias", "columns", columns(1))
+                else:
+                    transaction.keep("bias")
+                transaction.keep("never.weight")
+                made = entry(number)
+                state.commit(transaction, replace(made, numbers=replace(made.numbers, block=number, cut=0.0)))

@@ -20,12 +20,14 @@ from continual.records import SlotSpec, TensorSpec, Totals
 from continual.state import Format, State, arrays, names
 from continual.state.durable import link_new
 from continual.state.entries import FoldEntry
+from continual.state.format import AdaptersForm, HeaderRecord
 from continual.state.parts import FoldNumbers
 from continual.state.verify import verify
 from tests.helpers import stores
 from tests.helpers.entries import candidate
 
 GOLDEN = Path(__file__).parents[2] / "data" / "state-format-1"
+GOLDEN_ADAPTERS = GOLDEN.with_name("state-format-2")
 
 
 def test_history_after_reopening(tmp_path: Path) -> None:
@@ -58,6 +60,30 @@ def _check_history(state: State) -> None:
 def test_golden_store_of_format_1_reads_as_it_was_written() -> None:
     with State.open(GOLDEN) as state:
         _check_history(state)
+
+
+def _check_adapters(state: State) -> None:
+    assert (state.format.version, state.format.form, len(state.ledger.folds())) == (2, AdaptersForm(stores.WIDTH), 2)
+    assert state.format.base.headers == {name: HeaderRecord("F32", shape) for name, shape in stores.LAYERS.items()}
+    assert [fold.entry.numbers.block for fold in state.ledger.folds()] == [1, 2]
+    for at in (1, 2):
+        for slot, size in (("u", 5), ("v", 3)):
+            found = state.read("a.weight", slot, at=at)
+            np.testing.assert_array_equal(found[: 10 * at], stores.rows(at, size))
+            assert not found[10 * at :].any()
+        np.testing.assert_array_equal(state.read("a.weight", "columns", at=at), stores.columns(at))
+    assert not state.read("bias", "columns", at=1).any()
+    np.testing.assert_array_equal(state.read("bias", "columns"), stores.columns(1))
+    assert not state.read("never.weight", "u").any()
+    assert verify(state) == []
+
+
+def test_golden_store_of_format_2_reads_as_it_was_written(tmp_path: Path) -> None:
+    with State.open(GOLDEN_ADAPTERS) as state:
+        _check_adapters(state)
+    stores.history_of_adapters(tmp_path / "s")
+    with State.open(tmp_path / "s") as state:
+        _check_adapters(state)
 
 
 def test_uncommitted_transaction_leaves_nothing(tmp_path: Path) -> None:
