@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from continual.errors import Misconfigured
@@ -26,15 +27,24 @@ def untie_config(config: Path) -> None:
 
 
 def set_config_dtype(config: Path, dtype: str | None) -> None:
-    """Makes the exported config.json name the dtype the weights now have."""
+    """Makes the exported config.json name the dtype the weights now have, also in the configs of its parts."""
     if dtype is None or not config.is_file():
         return
     body = _read(config)
     name = next(word for word, short in WORDS.items() if short == dtype)
-    for key in ("torch_dtype", "dtype"):
-        if key in body:
-            body[key] = name
+    for part in _parts(body):
+        for key in ("torch_dtype", "dtype"):
+            if isinstance(part.get(key), str):
+                part[key] = name
     config.write_text(json.dumps(body, indent=2) + "\n", "utf-8")
+
+
+def _parts(body: dict[str, object]) -> Iterator[dict[str, object]]:
+    """A config, and the configs in it: of the text, of pictures, of sound."""
+    yield body
+    for key, value in body.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            yield from _parts(value)
 
 
 def _read(config: Path) -> dict[str, object]:

@@ -169,7 +169,7 @@ def fill(
         set_config_dtype(directory / folder / "config.json", target.dtype)
     if target.tokenizer is not None:
         put_tokenizer(target.tokenizer, base, directory)
-    if base.untied or tables_apart(base.checkpoint, base.aliases):
+    if tables_apart(base.checkpoint, base.aliases, base.untied):
         untie_config(directory / "config.json")
     factor = reading.settle(executor, progress)
     _write_weights(base, reading, target, directory, executor, progress)

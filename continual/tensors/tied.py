@@ -188,12 +188,15 @@ def tied(checkpoint: Checkpoint, tables: Collection[str] = ()) -> dict[str, str]
     return found
 
 
-def tables_apart(checkpoint: Checkpoint, aliases: Mapping[str, str]) -> bool:
-    """Whether a file has two tables, of the words and of the head, that its config says to be one, though they differ.
-    `aliases`: what `tied` found."""
-    if not ties_heads(checkpoint.config) or str(checkpoint.config.get("model_type")) in _FORCED:
+def tables_apart(checkpoint: Checkpoint, aliases: Mapping[str, str], untied: Collection[str] = ()) -> bool:
+    """Whether what an export of this base has is two tables, of the words and of the head, that its config says to be
+    one: because they differ in the files, or the state keeps them apart (`untied`). `aliases`: what `tied` found. The
+    word of the T5 family says something else, and stays."""
+    if str(checkpoint.config.get("model_type")) in _FORCED:
         return False
-    pairs = _candidates(checkpoint.tensors, checkpoint.config)
+    if untied:
+        return True
+    pairs = _candidates(checkpoint.tensors, checkpoint.config) if ties_heads(checkpoint.config) else ()
     return any(
         head and alias in checkpoint.tensors and alias not in aliases and name not in aliases
         for alias, name, head in pairs
