@@ -5,14 +5,15 @@ Each test module of a gate has `REFUSED`: a case for every reason of the gate, m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from continual.gates import Gate, Headers, Numbers, TensorNumbers
-from continual.tensors import Checkpoint, candidate_of, describe, open_model, release_of
+from continual.tensors import BaseModel, Checkpoint, candidate_of, describe, open_model, release_of
 from tests.helpers import models
 
 Change = Callable[[dict[str, torch.Tensor]], None]
@@ -44,3 +45,16 @@ def fine_tune(place: Path, change: Change | None = None) -> Headers:
     """A fine-tune of the small base of all tests; `change` may do to its tensors what the case is about."""
     base = models.base(place / "base")
     return headers(base, models.fine_tune(base, place / "alice", 1, change=change))
+
+
+def save(path: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, object]) -> Path:
+    """A model directory of these tensors, of which some may share their memory."""
+    return models.write(path, {name: tensor.clone() for name, tensor in tensors.items()}, config)
+
+
+@contextmanager
+def described(directory: Path) -> Iterator[BaseModel]:
+    """The base in a directory, while the block runs."""
+    with open_model(directory) as checkpoint:
+        assert isinstance(checkpoint, Checkpoint)
+        yield describe(checkpoint)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from continual.errors import Refuse
 from continual.gates.lineage import LineageGate, trace
 from continual.records import Lineage
 from continual.tensors import BaseModel, Checkpoint, describe, open_model
 from continual.tensors.buffers import is_buffer
+from tests.unit.gates import cases
 
 Tensors = dict[str, torch.Tensor]
 ATTENTION = "model.layers.0.self_attn."
@@ -33,11 +33,7 @@ BUFFERS = ("model.layers.0.attn.bias", "model.layers.0.rotary_emb.inv_freq")
 
 
 def save(path: Path, tensors: Tensors, kind: str = "", family: str = "llama") -> Path:
-    path.mkdir()
-    save_file({name: t.clone() for name, t in tensors.items()}, path / "model.safetensors")
-    config = {"model_type": family} | ({"architectures": [kind]} if kind else {})
-    (path / "config.json").write_text(json.dumps(config))
-    return path
+    return cases.save(path, tensors, {"model_type": family} | ({"architectures": [kind]} if kind else {}))
 
 
 def of_classes(tmp_path: Path, ours: tuple[str, Tensors], theirs: tuple[str, Tensors], **policy: Any) -> Lineage:
@@ -51,9 +47,8 @@ def of_classes(tmp_path: Path, ours: tuple[str, Tensors], theirs: tuple[str, Ten
 
 @pytest.fixture
 def base(tmp_path: Path) -> Iterator[BaseModel]:
-    with open_model(save(tmp_path / "base", TENSORS)) as checkpoint:
-        assert isinstance(checkpoint, Checkpoint)
-        yield describe(checkpoint)
+    with cases.described(save(tmp_path / "base", TENSORS)) as found:
+        yield found
 
 
 def traced(base: BaseModel, tmp_path: Path, tensors: Tensors, **policy: Any) -> Lineage:

@@ -18,6 +18,7 @@ from continual.records import Lineage
 from continual.tensors import BaseModel, Checkpoint, TaskVectors, describe, open_model
 from continual.tensors.matching import find_prefix
 from tests.helpers import models
+from tests.unit.gates import cases
 from tests.unit.gates.cases import Case, fine_tune, headers
 
 Tensors = dict[str, torch.Tensor]
@@ -32,17 +33,13 @@ UP = "model.layers.0.mlp.up_proj.weight"
 
 
 def save(path: Path, tensors: Tensors, config: dict[str, Any] | None = None) -> Path:
-    path.mkdir()
-    save_file({name: t.clone() for name, t in tensors.items()}, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(config if config is not None else {"model_type": "gemma"}))
-    return path
+    return cases.save(path, tensors, config if config is not None else {"model_type": "gemma"})
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Iterator[BaseModel]:
-    with open_model(save(tmp_path / "base", TENSORS)) as checkpoint:
-        assert isinstance(checkpoint, Checkpoint)
-        yield describe(checkpoint)
+    with cases.described(save(tmp_path / "base", TENSORS)) as found:
+        yield found
 
 
 def traced(base: BaseModel, tmp_path: Path, tensors: Tensors, **policy: Any) -> Lineage:
