@@ -73,11 +73,13 @@ def test_other_bases(sd15: Path, flux: Path, tmp_path: Path) -> None:
     assert "LoRA of Stable Diffusion 1" in str(refusal_of(flux, small))
 
 
-def test_factors_that_only_another_kind_has(sdxl: Path, tmp_path: Path) -> None:
+def test_factors_that_only_another_kind_has(sdxl: Path, sd15: Path, tmp_path: Path) -> None:
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     file, _ = kohya("lora_unet", {name: (1280, 768)})
     refusal = refusal_of(sdxl, written(tmp_path / "alice", file))
     assert "reads vectors of 768 numbers" in str(refusal)
+    file, _ = kohya("lora_unet", {name: (1280, 2048)})
+    assert "LoRA of Stable Diffusion XL" in str(refusal_of(sd15, written(tmp_path / "bob", file)))
 
 
 RELEASES = {

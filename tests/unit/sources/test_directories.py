@@ -29,6 +29,7 @@ from continual.sources.directories import (
 from continual.tensors import candidate_of, open_model, unreadable
 from continual.tensors.place import Folder
 from tests.helpers import parts
+from tests.helpers.diffusion import written
 from tests.helpers.folders import WEIGHTS, model, publish, sharded
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -349,3 +350,24 @@ def test_a_pipeline_is_waited_for_until_its_parts_are_there(tmp_path: Path, gone
     if gone.endswith(".safetensors"):
         (path / gone).write_bytes(content[:-1])
         assert not whole(path)
+
+
+@pytest.mark.parametrize("config", [False, True])
+@pytest.mark.parametrize("beside", [(), ("words.safetensors",)])
+def test_a_lora_file_is_a_model_and_its_key_is_known(tmp_path: Path, beside: tuple[str, ...], config: bool) -> None:
+    directory = tmp_path / "alice"
+    head = "lora_unet_mid_block_attentions_0_proj_in"
+    file = {f"{head}.lora_down.weight": torch.zeros(2, 4), f"{head}.lora_up.weight": torch.zeros(4, 2)}
+    if config:
+        file = {"q.lora_A.weight": torch.zeros(2, 4), "q.lora_B.weight": torch.zeros(4, 2)}
+        beside = ()
+    written(directory, file, "pytorch_lora_weights.safetensors")
+    for name in beside:
+        written(directory, {"emb_params": torch.zeros(2)}, name)
+    if config:
+        (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    found = look(str(directory))
+    assert found is not None
+    assert found.whole
+    with open_model(directory) as opened:
+        assert candidate_of(opened).key in list(keys(found, listed(str(directory))))
