@@ -28,7 +28,7 @@ class Elsewhere(NamedTuple):
     packed: Callable[[str, tuple[int, ...]], Sequence[Spot]] = lambda *_: ()
 
 
-class Holder(NamedTuple):
+class HeldIn(NamedTuple):
     """A parameter or buffer that holds a tensor, whole or in a spot of it."""
 
     tensor: torch.Tensor
@@ -48,7 +48,7 @@ class Holder(NamedTuple):
         return tensor if self.spot is None else tensor[self.spot.number, self.spot.start : self.spot.stop]
 
 
-Parameters = dict[str, list[Holder]]
+Parameters = dict[str, list[HeldIn]]
 """By the name of a base's tensor, what of a model holds it."""
 
 
@@ -81,11 +81,11 @@ def find_parameters(
     for spec in specs:
         if spec.kind == "carried":
             continue
-        tensors = [Holder(tensor) for name in names[spec.name] for tensor in known(name)]
+        tensors = [HeldIn(tensor) for name in names[spec.name] for tensor in known(name)]
         if not tensors:
             spots = elsewhere.packed(spec.name, spec.shape)
             tensors = [
-                Holder(tensor, spot) for spot in spots for tensor in known(spot.parameter) if _holds(tensor, spot)
+                HeldIn(tensor, spot) for spot in spots for tensor in known(spot.parameter) if _holds(tensor, spot)
             ]
         kind = type(model).__name__
         if not tensors:

@@ -23,7 +23,7 @@ BOTH = frozenset(("qwen3_vl_moe", "qwen3_vl_moe_text"))
 """`model_type`s whose files are published in both layouts."""
 
 
-class Turned(Repacked):
+class TurnedStacks(Repacked):
     """A checkpoint some of whose stacks are read with each expert turned: `stacks` has them by name, as they lie in
     the files. It shares the files of `model`."""
 
@@ -91,4 +91,4 @@ def turned_in_layout_of(base: BaseModel, model: Checkpoint) -> tuple[Checkpoint,
     if not sure:
         return model, ()
     said = {(f"experts.{role}", f"experts.{role}, turned") for role in (name.rpartition(".")[2] for name in stacks)}
-    return Turned(model, stacks), tuple(sorted(said))
+    return TurnedStacks(model, stacks), tuple(sorted(said))

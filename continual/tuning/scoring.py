@@ -11,7 +11,7 @@ from continual.engine.reading import Reading
 from continual.executors.contract import Executor, Task
 from continual.objectives.builtin import Rows
 from continual.objectives.contract import Objective
-from continual.objectives.parameters import Holder, Parameters
+from continual.objectives.parameters import HeldIn, Parameters
 from continual.objectives.rows import file_digest
 from continual.publish.folder import merged
 from continual.records import TensorSpec
@@ -43,7 +43,7 @@ def told(rows: Rows) -> RowsEvaluation:
     return RowsEvaluation(rows.name, rows.batch, file_digest(rows.file), heads)
 
 
-def _set(tensors: list[Holder], base: BaseModel, reading: Reading, spec: TensorSpec) -> None:
+def _set(tensors: list[HeldIn], base: BaseModel, reading: Reading, spec: TensorSpec) -> None:
     value = merged(base, reading, spec, spec.dtype)
     with torch.no_grad():
         for held in tensors:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from continual import api
 from continual.errors import Retry
 from continual.executors.contract import silent
-from continual.objectives.parameters import Holder
+from continual.objectives.parameters import HeldIn
 from continual.selection.active import NONE
 from continual.selection.frank_wolfe import MergedVector, Search, SearchSpace, choose
 from continual.selection.judging import judge
@@ -92,7 +92,7 @@ def test_the_gradient_of_a_tensor_that_two_parameters_hold_is_the_sum_of_theirs(
         model = loaded(merge)
         first = model.parameters[QUERY][0].tensor
         second = torch.nn.Parameter(first.detach().clone())  # as where a model does not share what its base ties
-        model.parameters[QUERY].append(Holder(second))
+        model.parameters[QUERY].append(HeldIn(second))
         model.clear()
         first.grad, second.grad = torch.full_like(first, 2.0), torch.full_like(second, 0.5)
         assert model.along(lambda spec: torch.ones(spec.shape)) == [2.5 * first.numel()]
