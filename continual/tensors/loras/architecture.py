@@ -33,24 +33,24 @@ _WORD_SIZES = {768: SD1, 1024: SD2, 2048: SDXL}
 _CROSS = re.compile(r"(?:^|[._])attn2[._]to_[kv]$")
 
 
-class Told(NamedTuple):
+class KindTold(NamedTuple):
     """A kind of diffusion model, and what tells it of a file."""
 
     kind: str
     by: str
 
 
-def told_by(file: LoraFile) -> Told | None:
+def told_by(file: LoraFile) -> KindTold | None:
     """The kind that a file is for; None where nothing tells it."""
     for key in _KEYS:
         word = file.said.get(key, "")
         for pattern, kind in _WORDS:
             if pattern.match(word.lower()):
-                return Told(kind, f"its header says {key} = {shown(word)}")
+                return KindTold(kind, f"its header says {key} = {shown(word)}")
     for group in file.groups:
         down = group.roles.get(parsing.DOWN)
         if down is not None and _CROSS.search(group.module) and len(down.shape) > 1 and down.shape[1] in _WORD_SIZES:
-            return Told(_WORD_SIZES[down.shape[1]], f"{down.name} reads vectors of {down.shape[1]} numbers")
+            return KindTold(_WORD_SIZES[down.shape[1]], f"{down.name} reads vectors of {down.shape[1]} numbers")
     return None
 
 
