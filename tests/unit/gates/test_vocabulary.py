@@ -258,3 +258,12 @@ def test_dora_by_all_rows_needs_all_of_them(base: BaseModel, tmp_path: Path) -> 
     torch.testing.assert_close(taus[EMBED], expected, rtol=1e-4, atol=1e-5)
     tokens.write(path, [*WORDS[:0:-1], "<new>"])
     refused(base, path, "the base lacks 1", vocab="by-token")
+
+
+def test_what_was_let_in_before_is_read_as_it_was(base: BaseModel, tmp_path: Path) -> None:
+    """Its tokenizer may have come, or have been looked at, only since."""
+    path = tokens.write(save(tmp_path / "ft", turned([9, 8, 7, 6, 5, 4, 3, 2, 1, 0])), WORDS[::-1])
+    refused(base, path, "than the base's (10)")
+    with open_model(path) as model:
+        lineage = trace(base, model, LineageGate(), again=True)
+    assert (lineage.rows, lineage.tokens) == (dict.fromkeys((EMBED, HEAD, BIAS), 10), ())
