@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from continual.errors import ContinualError, Halt, Refuse, Retry
     from continual.making import Recipe, Survey, init, survey
     from continual.publish.folder import Target
+    from continual.publish.lora import LoraTarget
     from continual.state.backup import BackupReport, Wish
     from continual.state.damage import RepairPlan
     from continual.tuning import Command, Rows, Tuned, Tuning
@@ -24,6 +25,7 @@ __all__ = [
     "Command",
     "ContinualError",
     "Halt",
+    "LoraTarget",
     "Merge",
     "Outcome",
     "Plan",
@@ -57,6 +59,7 @@ _HOMES = {
     "continual.errors": ("ContinualError", "Halt", "Refuse", "Retry"),
     "continual.making": ("Recipe", "Survey", "init", "survey"),
     "continual.publish.folder": ("Target",),
+    "continual.publish.lora": ("LoraTarget",),
     "continual.state.backup": ("BackupReport", "Wish"),
     "continual.state.damage": ("RepairPlan",),
     "continual.tuning": ("Command", "Rows", "Tuned", "Tuning"),

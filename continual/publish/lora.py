@@ -49,11 +49,16 @@ class LoraTarget:
     lose nothing, of a state of adapters), the `dtype` of its factors, a safetensors word or torch's, its `form`, the
     layout that it is written in, and the record `at` which it is read, by default the newest."""
 
-    directory: Path
+    directory: str | Path
     rank: int | None
     dtype: str = "F32"
     form: LoraFormat = "peft"
     at: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """The directory to write."""
+        return Path(self.directory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +133,7 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
     dtype. Then nothing is left behind.
     """
     word = parse_dtype(target.dtype) or "F32"
-    free(target.directory)
+    free(target.path)
     if target.rank is not None and target.rank < 1:
         raise Misconfigured(f"rank = {target.rank}: an adapter has at least rank 1")
     if reading.commit.generation is None or not reading.state.ledger.folds(at=reading.commit.seq):
@@ -143,10 +148,10 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
     rank = _rank(reading, adapted, target.rank)
     layout = _Layout(adapted, rank, word, header_of(base, target.form, rank))
     weights = FILES[target.form]
-    with written(target.directory, reading) as temporary:
+    with written(target.path, reading) as temporary:
         factor = reading.settle(executor, progress)
         squares = _write_weights(base, reading, layout, temporary / weights, executor, progress)
-        report = _report(target.directory.absolute(), layout, squares, (temporary / weights).stat().st_size)
+        report = _report(target.path.absolute(), layout, squares, (temporary / weights).stat().st_size)
         if target.form == "peft":
             _write_json(temporary / CONFIG, _config(reading.state.format.base, layout))
         body = provenance_of(reading.state, reading.commit.seq, reading.options.to_mapping() | {"factor": factor})

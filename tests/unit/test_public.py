@@ -30,7 +30,7 @@ SIGNATURES = {
     "Merge.why": "(self, word)",
     "Merge.read": "(self, name, *, at=None)",
     "Merge.export": "(self, target, progress, *, view=None)",
-    "Merge.export_lora": "(self, directory, rank, *, at=None, dtype='F32', view=None, progress)",
+    "Merge.export_lora": "(self, target, view=None, progress)",
     "Merge.scale": "(self, at=None, view=None)",
     "Merge.rescale": "(self, scale=None, lines=None, rule=None)",
     "Merge.tune": "(self, evaluation, wanted=None, progress, told=None)",
@@ -42,6 +42,7 @@ SIGNATURES = {
     "Recipe": (
         "(rule='iso-c', options, scale=None, lines=None, plain=(), exclude=(), untie=False, width=None, reading=None)"
     ),
+    "LoraTarget": "(directory, rank, dtype='F32', form='peft', at=None)",
     "Target": "(directory, at=None, dtype=None, shard_size=None, tokenizer=None)",
     "Tuning": "(candidates=20, policy=None, around=None, lines=False, work=None, dry_run=False, rule=None)",
     "Command": "(argv, key=None, lower=False, timeout=None)",
@@ -71,10 +72,10 @@ PATHS = {
     "Merge.plan": ("model",),
     "Merge.fold": ("model",),
     "Merge.export": ("target",),
-    "Merge.export_lora": ("directory",),
     "Merge.look_unfold": ("at",),
     "Merge.combine": ("other",),
     "Target": ("directory",),
+    "LoraTarget": ("directory",),
     "Tuning": ("work",),
     "Rows": ("file", "heads"),
 }
