@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from continual.api import Merge, Verified, backup, look_repair, open, repair, verify
     from continual.config import Settings
     from continual.engine.outcomes import Outcome, Plan
+    from continual.engine.views import ReadView
     from continual.errors import ContinualError, Halt, Refuse, Retry
     from continual.making import Recipe, Survey, init, survey
     from continual.publish.folder import Target
@@ -29,6 +30,7 @@ __all__ = [
     "Merge",
     "Outcome",
     "Plan",
+    "ReadView",
     "Recipe",
     "Refuse",
     "RepairPlan",
@@ -56,6 +58,7 @@ _HOMES = {
     "continual.api": ("Merge", "Verified", "backup", "look_repair", "open", "repair", "verify"),
     "continual.config": ("Settings",),
     "continual.engine.outcomes": ("Outcome", "Plan"),
+    "continual.engine.views": ("ReadView",),
     "continual.errors": ("ContinualError", "Halt", "Refuse", "Retry"),
     "continual.making": ("Recipe", "Survey", "init", "survey"),
     "continual.publish.folder": ("Target",),

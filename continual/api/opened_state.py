@@ -13,9 +13,11 @@ import torch
 
 from continual import selection
 from continual.config import Settings
+from continual.engine import explaining
 from continual.engine.base import open_base, weighted_base
 from continual.engine.block_reading import BlockReading
 from continual.engine.engine import Engine
+from continual.engine.explaining import Explanation
 from continual.engine.reading import Reading
 from continual.engine.resources import Resources
 from continual.engine.standing import Standing
@@ -180,6 +182,15 @@ class OpenedState:
         Misconfigured and Halt; then nothing is left behind."""
         with _held(self, target.at, view) as reading:
             return lora.export(self.base, reading, target, self.executor, progress)
+
+    def explain(
+        self, view: ReadView | None = None, *, at: int | None = None, progress: Progress = silent
+    ) -> Explanation:
+        """What each model has in the merge at record `at` (default: the newest), read as `view` says: its share, its
+        cosine with the merge, what leaving it out changes, over the whole and by layer. Of states of adapters. Raises
+        Misconfigured, Retry and Damaged."""
+        with _held(self, at, view) as reading:
+            return explaining.explain(reading, self.executor, progress)
 
     def scale(self, at: int | None = None, view: ReadView | None = None) -> ReadOptions:
         """How the merge is read: as the records up to `at` (default: the newest), the settings and `view` say."""

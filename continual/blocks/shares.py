@@ -4,7 +4,7 @@ changes without it. Exact: the reading is made again without each model, in smal
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,8 +43,8 @@ class Products(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """The shares of every model by its number: `whole` of the merged model, `layers` of each layer that a model has
-    touched."""
+    """The shares of every model by its number: `whole` of the merged model, `layers` of each layer, or each group of
+    layers, that a model has touched."""
 
     whole: Mapping[int, ModelShare]
     layers: Mapping[str, Mapping[int, ModelShare]]
@@ -74,17 +74,23 @@ class Explaining:
         assert found.cores is not None
         return _cores(self.merged, found.cores, given, runs)
 
-    def shares(self, products: Mapping[str, Products] | None = None) -> Shares:
-        """The shares, from what `products` says of every layer of the shelf."""
+    def shares(
+        self, products: Mapping[str, Products] | None = None, group: Callable[[str], str] | None = None
+    ) -> Shares:
+        """The shares, from what `products` says of every layer of the shelf. Layers for which `group` gives one name
+        are counted together under it."""
         found = {name: self.products(name) for name in self.merged.shelf.specs} if products is None else products
         self.merged.settle({name: one.square for name, one in found.items()})
         for index, rest in enumerate(self.rests):
             rest.settle({name: one.squares[index] for name, one in found.items()})
         layers = {name: self._scaled(name, one) for name, one in found.items() if any(one.taus)}
         weights = list(self.merged.chosen.values())
+        grouped: dict[str, list[Products]] = {}
+        for name, one in layers.items():
+            grouped.setdefault(name if group is None else group(name), []).append(one)
         return Shares(
             self._shares(_added(list(layers.values()), len(weights)), weights),
-            {name: self._shares(one, weights) for name, one in layers.items()},
+            {name: self._shares(_added(parts, len(weights)), weights) for name, parts in grouped.items()},
         )
 
     def _scaled(self, name: str, one: Products) -> Products:

@@ -45,6 +45,13 @@ def _flag(setting: str, kind: object, help_: str, option: str | None = None) -> 
     return inspect.Parameter(setting, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
+def rules_named(incomplete: str) -> list[tuple[str, str]]:
+    """The rules whose names begin so, for completion by Tab."""
+    from continual.rules import ROWS
+
+    return [(row.name, row.summary) for row in ROWS.values() if row.name.startswith(incomplete)]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Lines = Annotated[
     str | None,
@@ -55,6 +62,16 @@ Lines = Annotated[
     ),
 ]
 """A flag of `init` and `scale` that is no setting."""
+ReadRule = Annotated[
+    str | None,
+    typer.Option(
+        "--rule", help="Rule to read by; 'continual rules' says which.", show_default=False, autocompletion=rules_named
+    ),
+]
+ReadScale = Annotated[
+    str | None,
+    typer.Option("--scale", help="Scale to read at, as 'continual scale' takes it.", show_default=False),
+]
 Only = Annotated[
     list[str] | None,
     typer.Option("--only", help="Read these models alone (names or globs; a state of adapters); repeatable."),
@@ -67,7 +84,7 @@ Weights = Annotated[
     list[str] | None,
     typer.Option("--weight", help="Weight of a model, NAME=W (a state of adapters); repeatable."),
 ]
-"""Flags of what reads a state of adapters by a view."""
+"""Flags of what reads the merge by a view, from `ReadRule` on."""
 Form = Annotated[
     Literal["peft", "kohya", "diffusers"],
     typer.Option("--format", help="Layout of the adapter; kohya and diffusers are for diffusion models."),

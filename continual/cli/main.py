@@ -15,6 +15,7 @@ from continual import texts
 from continual.cli import answered, console, ending, opened
 from continual.cli import control as cli_control
 from continual.cli import hub as cli_hub
+from continual.cli import outputs as cli_outputs
 from continual.cli import pool as cli_pool
 from continual.cli import state as cli_state
 from continual.cli import tune as cli_tune
@@ -23,19 +24,15 @@ from continual.cli.flags import (
     GATES,
     MACHINE,
     OPENING,
-    READING,
     ROUNDS,
     SOURCES,
     Flags,
-    Form,
     Json,
     Lines,
-    Only,
-    Weights,
-    Without,
+    rules_named,
     takes,
 )
-from continual.cli.typed import ViewFlags, parse_options, rank_of
+from continual.cli.typed import parse_options
 from continual.errors import Misconfigured
 
 if TYPE_CHECKING:
@@ -52,15 +49,10 @@ app = typer.Typer(
 app.add_typer(cli_state.app)
 app.add_typer(cli_upkeep.app)
 app.add_typer(cli_tune.app)
+app.add_typer(cli_outputs.app)
 app.add_typer(cli_pool.app)
 app.add_typer(cli_hub.app)
 app.add_typer(cli_control.app)
-
-
-def _rules(incomplete: str) -> list[tuple[str, str]]:
-    from continual.rules import ROWS
-
-    return [(row.name, row.summary) for row in ROWS.values() if row.name.startswith(incomplete)]
 
 
 def _transforms(incomplete: str) -> list[tuple[str, str]]:
@@ -100,7 +92,7 @@ def init(
             "--rule",
             help="Fold rule, default iso-c; 'continual rules' lists them.",
             show_default=False,
-            autocompletion=_rules,
+            autocompletion=rules_named,
         ),
     ] = None,
     option: Annotated[
@@ -293,63 +285,6 @@ def _plan(models: list[str], flags: Flags) -> NoReturn:
     else:
         console.plans(plans)
     raise typer.Exit(0 if all(p.ok or p.reason == "known" for p in plans) else 1)
-
-
-@app.command()
-@takes("tokenizer", *READING, *OPENING)
-def export(
-    directory: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
-    at: Annotated[
-        int | None, typer.Option("--at", help="Record to export; default: the newest.", show_default=False)
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="float32, float16 or bfloat16; default: the base's.", show_default=False),
-    ] = None,
-    shard_size: Annotated[
-        str | None, typer.Option("--shard-size", help="Largest shard, as 5GB; default: the base's.", show_default=False)
-    ] = None,
-    as_lora: Annotated[
-        str | None,
-        typer.Option(
-            "--as-lora",
-            metavar="RANK",
-            help="Write a LoRA adapter of this rank, as near as one comes; own: of the rank that loses nothing "
-            "(a state of adapters).",
-            show_default=False,
-        ),
-    ] = None,
-    form: Form = "peft",
-    rule: Annotated[
-        str | None,
-        typer.Option(
-            "--rule", help="Rule to read by; 'continual rules' says which.", show_default=False, autocompletion=_rules
-        ),
-    ] = None,
-    scale: Annotated[
-        str | None, typer.Option("--scale", help="Scale to read at, as 'continual scale' takes it.", show_default=False)
-    ] = None,
-    lines: Lines = None,
-    only: Only = None,
-    without: Without = None,
-    weight: Weights = None,
-    *,
-    flags: Flags,
-) -> None:
-    """Write the merged model as an ordinary model directory, or as a LoRA adapter."""
-    from continual.publish import folder, lora
-
-    word = folder.parse_dtype(dtype)
-    view = ViewFlags(rule, scale, lines, only, without, weight).view()
-    if as_lora is not None:
-        wanted = lora.LoraTarget(directory, rank_of(as_lora), word or "F32", form, at)
-        with opened.merge(flags) as merge, console.progress() as progress:
-            report = merge.export_lora(wanted, view, progress)
-        return console.emit(report) if flags.json else console.lora(report)
-    target = folder.Target(directory, at, word, folder.parse_size(shard_size))
-    with opened.merge(flags) as merge, console.progress() as progress:
-        path = merge.export(target, progress, view=view)
-    return console.emit({"directory": path}) if flags.json else console.say(f"Wrote {path}")
 
 
 @app.command()

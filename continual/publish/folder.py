@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -27,11 +26,10 @@ from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
 from continual.publish.exported_config import WORDS, set_config_dtype, untie_config
 from continual.publish.exported_tokenizer import put_tokenizer
+from continual.publish.provenance import provenance_of
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, TensorSpec
-from continual.state import State
 from continual.state.durable import move_away, publish_dir, replace_link, usable
-from continual.state.software import software
 from continual.tensors import BaseModel, Checkpoint, TensorInfo
 from continual.tensors.compound import MODULES, manifest_of, parts_of
 from continual.tensors.place import RELEASE, Place
@@ -41,7 +39,6 @@ from continual.tensors.weight_sets import index_for, stem_of
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")
 _SMALL = 64 << 20
-_KEPT = ("name", "origin", "revision", "form")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,34 +170,10 @@ def fill(
         untie_config(directory / "config.json")
     factor = reading.settle(executor, progress)
     _write_weights(base, reading, target, directory, executor, progress)
-    body = provenance_of(reading.state, reading.commit.seq, reading.options.to_mapping() | {"factor": factor})
+    body = provenance_of(reading, factor, executor)
     if target.tokenizer is not None:
         body["tokenizer"] = {"origin": target.tokenizer.origin, "revision": target.tokenizer.revision}
     (directory / RELEASE).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def provenance_of(state: State, seq: int, read: Mapping[str, object]) -> dict[str, object]:
-    """The body of `continual.json`: which state and record, which base, rule and options, and every fold in it."""
-    commit = state.ledger.get(seq)
-    made = state.format
-    return {
-        "state": state.id,
-        "cloned": list(state.ledger.cloned),
-        "seq": seq,
-        "generation": commit.generation,
-        "time": commit.time,
-        "base": {"path": made.base.path, "repo": made.base.repo, "revision": made.base.revision},
-        "rule": made.rule,
-        "options": dict(made.options),
-        "read": dict(read),
-        "totals": state.ledger.totals_at(seq).body() if state.ledger.folds(at=seq) else {},
-        "folded": [
-            {"seq": fold.seq, "digest": fold.entry.digest, **{k: getattr(fold.entry.candidate, k) for k in _KEPT}}
-            for fold in state.ledger.folds(at=seq)
-        ],
-        "software": dict(software()),
-        "exported": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
 
 
 def keep_current(link: Path, seq: int, write: Callable[[Path], Path], time: str | None = None) -> Path:

@@ -32,7 +32,8 @@ from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
 from continual.publish.adaptable import Adapted, adaptable
 from continual.publish.diffusion import FILES, LoraFormat, adaptable_in, header_of
-from continual.publish.folder import DTYPES, free, parse_dtype, provenance_of, written
+from continual.publish.folder import DTYPES, free, parse_dtype, written
+from continual.publish.provenance import provenance_of
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, SCHEME, TensorSpec
 from continual.state.format import BaseRecord
@@ -154,7 +155,7 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
         report = _report(target.path.absolute(), layout, squares, (temporary / weights).stat().st_size)
         if target.form == "peft":
             _write_json(temporary / CONFIG, _config(reading.state.format.base, layout))
-        body = provenance_of(reading.state, reading.commit.seq, reading.options.to_mapping() | {"factor": factor})
+        body = provenance_of(reading, factor, executor)
         told = {
             "rank": rank,
             "dtype": word,

@@ -176,5 +176,11 @@ def depth_of(name: str, stacks: Mapping[str, int]) -> float:
     return 0.0 if _BEFORE.search(name) else 1.0
 
 
+def layer_in(name: str) -> str:
+    """The layer that a tensor is in, as `model.layers.3`; its own name where it is in none."""
+    match = _LAYER.search(name)
+    return name[: match.end(1)] if match else name
+
+
 def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)

@@ -1,0 +1,143 @@
+"""The commands that read the merge: an export of it, and what each model has in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from continual.cli import console, opened
+from continual.cli.flags import (
+    OPENING,
+    READING,
+    Flags,
+    Form,
+    Lines,
+    Only,
+    ReadRule,
+    ReadScale,
+    Weights,
+    Without,
+    takes,
+)
+from continual.cli.typed import ViewFlags, rank_of
+
+if TYPE_CHECKING:
+    from continual.engine.explaining import ExplainedModel, Explanation
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+@takes("tokenizer", *READING, *OPENING)
+def export(
+    directory: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
+    at: Annotated[
+        int | None, typer.Option("--at", help="Record to export; default: the newest.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, float16 or bfloat16; default: the base's.", show_default=False),
+    ] = None,
+    shard_size: Annotated[
+        str | None, typer.Option("--shard-size", help="Largest shard, as 5GB; default: the base's.", show_default=False)
+    ] = None,
+    as_lora: Annotated[
+        str | None,
+        typer.Option(
+            "--as-lora",
+            metavar="RANK",
+            help="Write a LoRA adapter of this rank, as near as one comes; own: of the rank that loses nothing "
+            "(a state of adapters).",
+            show_default=False,
+        ),
+    ] = None,
+    form: Form = "peft",
+    rule: ReadRule = None,
+    scale: ReadScale = None,
+    lines: Lines = None,
+    only: Only = None,
+    without: Without = None,
+    weight: Weights = None,
+    *,
+    flags: Flags,
+) -> None:
+    """Write the merged model as an ordinary model directory, or as a LoRA adapter."""
+    from continual.publish import folder, lora
+
+    word = folder.parse_dtype(dtype)
+    view = ViewFlags(rule, scale, lines, only, without, weight).view()
+    if as_lora is not None:
+        wanted = lora.LoraTarget(directory, rank_of(as_lora), word or "F32", form, at)
+        with opened.merge(flags) as merge, console.progress() as progress:
+            report = merge.export_lora(wanted, view, progress)
+        return console.emit(report) if flags.json else console.lora(report)
+    target = folder.Target(directory, at, word, folder.parse_size(shard_size))
+    with opened.merge(flags) as merge, console.progress() as progress:
+        path = merge.export(target, progress, view=view)
+    return console.emit({"directory": path}) if flags.json else console.say(f"Wrote {path}")
+
+
+@app.command()
+@takes(*READING, *OPENING)
+def explain(
+    at: Annotated[
+        int | None, typer.Option("--at", help="Record to read; default: the newest.", show_default=False)
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer, too.")] = False,
+    rule: ReadRule = None,
+    scale: ReadScale = None,
+    lines: Lines = None,
+    only: Only = None,
+    without: Without = None,
+    weight: Weights = None,
+    *,
+    flags: Flags,
+) -> None:
+    """Say what each model has in the merge of a state of adapters, over the whole and by layer; nothing is changed."""
+    view = ViewFlags(rule, scale, lines, only, without, weight).view()
+    with opened.merge(flags) as merge, console.progress() as progress:
+        found = merge.explain(view, at=at, progress=progress)
+    if flags.json:
+        console.emit(found)
+    else:
+        told(found, layers=layers)
+
+
+def told(found: Explanation, *, layers: bool = False) -> None:
+    """An explanation for people: the whole model, and how the change spreads over the depth; `layers`: or each layer
+    with all three figures."""
+    console.say(
+        f"Record {found.seq}, read by {found.rule}, scale {found.scale}: {len(found.models)} models. share: of the "
+        "lengths of all task vectors; cosine: with the merge; change: of the merge when the model is left out."
+    )
+    console.table(
+        ("model", "record", "weight", "share", "cosine", "change", "change by depth, first to last layer"),
+        [
+            (one.name, one.seq, f"{one.weight:g}", *_figures(one), "" if layers else _by_depth(found, one))
+            for one in found.models
+        ],
+    )
+    if layers:
+        console.table(
+            ("layer", "depth", "model", "share", "cosine", "change"),
+            [
+                (layer.name, f"{layer.depth:.2f}", one.name, *_figures(one))
+                for layer in found.layers
+                for one in layer.models
+            ],
+        )
+
+
+def _figures(one: ExplainedModel) -> tuple[str, str, str]:
+    return f"{100 * one.norm:.1f} %", f"{one.cosine:+.3f}", f"{100 * one.change:.1f} %"
+
+
+def _by_depth(found: Explanation, one: ExplainedModel) -> str:
+    """The mean change in each quarter of the model that the model touched; a dash where it touched none."""
+    quarters: list[list[float]] = [[], [], [], []]
+    for layer in found.layers:
+        mine = [model.change for model in layer.models if model.seq == one.seq]
+        quarters[min(3, int(4 * layer.depth))] += mine
+    return "  ".join(f"{100 * sum(some) / len(some):.0f} %" if some else "-" for some in quarters)

@@ -1,0 +1,134 @@
+"""What each model of a state of adapters has in a reading: over the whole model, and layer by layer. It only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from continual.blocks import Explaining, ModelShare, Products
+from continual.engine.block_reading import BlockReading
+from continual.engine.reading import Reading
+from continual.errors import Misconfigured
+from continual.executors.contract import Executor, Progress, Task, silent
+from continual.records import TensorSpec
+from continual.tensors.kinds import layer_in
+
+_LONG = 4000
+"""Layers times models of whose decompositions shares are not found along with an export: some ten seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedModel:
+    """What one model has in a reading. `seq`: the record of its fold; `weight`: what it is read with.
+
+    `norm`: the length of its task vector, times its weight, over the sum of all models' lengths. `cosine`: between its
+    task vector and the merged one. `change`: how much leaving it out changes the merged task vector, over its length.
+    """
+
+    name: str
+    seq: int
+    weight: float
+    norm: float
+    cosine: float
+    change: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedLayer:
+    """The same in one layer of the model, by its `name`; `depth`: its place in the stack, from 0 to 1. Models that did
+    not touch it are left out."""
+
+    name: str
+    depth: float
+    models: tuple[ExplainedModel, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The shares of every model that is read, the largest change first, and the same `layers`, by their depth. `view`:
+    what was asked for; nothing where all is as the state has it."""
+
+    seq: int
+    rule: str
+    scale: str
+    view: Mapping[str, object]
+    models: tuple[ExplainedModel, ...]
+    layers: tuple[ExplainedLayer, ...]
+
+
+def explain(reading: Reading, executor: Executor, progress: Progress = silent) -> Explanation:
+    """What each model has in what `reading` reads. Raises Misconfigured for a state that keeps a merge of whole
+    tensors, Retry and Damaged."""
+    if not isinstance(reading, BlockReading):
+        raise Misconfigured(
+            f"{reading.state.path} keeps a merge of whole tensors, of which nobody can tell what a model has in it: "
+            "only a state made with 'continual init --adapters' keeps the models apart"
+        )
+    found = Explaining(reading.merged)
+    if not reading.factored:
+        for number in reading.chosen:
+            reading.merged.measure(number)
+    specs = [spec for spec in reading.shelf.specs.values() if reading.columns(spec)]
+    tasks = [Task(spec.name, _need(reading, spec), partial(found.products, spec.name)) for spec in specs]
+    products: dict[str, Products] = {}
+    progress("explain", 0, len(tasks))
+    for done, (name, one) in enumerate(executor.map(tasks), 1):
+        products[name] = one
+        progress("explain", done, len(tasks))
+    shares = found.shares({spec.name: products[spec.name] for spec in specs}, layer_in)
+    depths = {layer_in(spec.name): spec.depth for spec in specs}
+    named = _named(reading)
+    layers = [
+        ExplainedLayer(name, depths[name], _models(named, reading.chosen, models))
+        for name, models in shares.layers.items()
+    ]
+    return Explanation(
+        reading.commit.seq,
+        reading.rule.name,
+        str(replace(reading.options, rule=None)),
+        reading.view.described(),
+        _models(named, reading.chosen, shares.whole),
+        tuple(sorted(layers, key=lambda layer: layer.depth)),
+    )
+
+
+def shares_of(reading: Reading, executor: Executor) -> list[dict[str, object]] | None:
+    """What each model has in a reading, as a release says it: of the whole model alone. None where it would take long:
+    the rule is no sum and not `iso-c`, or there are many layers and models; and of a merge of whole tensors. Raises
+    Retry and Damaged."""
+    if not isinstance(reading, BlockReading) or not reading.chosen or reading.rule.factored is None:
+        return None
+    specs = [spec for spec in reading.shelf.specs.values() if reading.columns(spec)]
+    if not all(reading.rule.factored.linear(spec) for spec in specs) and (
+        reading.rule.name != "iso-c" or len(specs) * len(reading.chosen) > _LONG
+    ):
+        return None
+    figures = ("norm", "cosine", "change")
+    return [
+        {"name": one.name, "seq": one.seq, "weight": one.weight, **{key: getattr(one, key) for key in figures}}
+        for one in explain(reading, executor).models
+    ]
+
+
+def _models(
+    named: Mapping[int, tuple[str, int]], weights: Mapping[int, float], shares: Mapping[int, ModelShare]
+) -> tuple[ExplainedModel, ...]:
+    found = [ExplainedModel(*named[number], weights[number], *share) for number, share in shares.items()]
+    return tuple(sorted(found, key=lambda model: -model.change))
+
+
+def _named(reading: BlockReading) -> dict[int, tuple[str, int]]:
+    """Name and record of each model, by its number among the blocks."""
+    found = {}
+    for fold in reading.state.ledger.folds(at=reading.commit.seq):
+        assert fold.entry.numbers.block is not None, "a fold of a state of adapters"
+        found[fold.entry.numbers.block] = fold.entry.candidate.name, fold.seq
+    return found
+
+
+def _need(reading: BlockReading, spec: TensorSpec) -> int:
+    """Bytes that the products of one tensor take at their peak."""
+    if not reading.factored:
+        return 8 * spec.numel * (2 * len(reading.chosen) + 2)
+    return 2 * (reading.need(spec) - 4 * spec.numel)

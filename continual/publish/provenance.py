@@ -1,0 +1,46 @@
+"""What `continual.json` says of an export: what it was made of, and how it was read."""
+
+from __future__ import annotations
+
+import time
+
+from continual.engine.block_reading import BlockReading
+from continual.engine.explaining import shares_of
+from continual.engine.reading import Reading
+from continual.executors.contract import Executor
+from continual.state.software import software
+
+_KEPT = ("name", "origin", "revision", "form")
+
+
+def provenance_of(reading: Reading, factor: float, executor: Executor) -> dict[str, object]:
+    """The body of `continual.json`: which state and record, which base, rule and options, and every fold in it. Of a
+    state of adapters also what was read of it (`view`), and what each model has in that (`shares`), unless it would
+    take long to find out."""
+    state, commit = reading.state, reading.commit
+    seq = commit.seq
+    made = state.format
+    more: dict[str, object] = {}
+    if isinstance(reading, BlockReading):
+        more["view"] = reading.view.described()
+        if (shares := shares_of(reading, executor)) is not None:
+            more["shares"] = shares
+    return {
+        "state": state.id,
+        "cloned": list(state.ledger.cloned),
+        "seq": seq,
+        "generation": commit.generation,
+        "time": commit.time,
+        "base": {"path": made.base.path, "repo": made.base.repo, "revision": made.base.revision},
+        "rule": made.rule,
+        "options": dict(made.options),
+        "read": reading.options.to_mapping() | {"factor": factor},
+        "totals": state.ledger.totals_at(seq).body() if state.ledger.folds(at=seq) else {},
+        "folded": [
+            {"seq": fold.seq, "digest": fold.entry.digest, **{k: getattr(fold.entry.candidate, k) for k in _KEPT}}
+            for fold in state.ledger.folds(at=seq)
+        ],
+        **more,
+        "software": dict(software()),
+        "exported": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

@@ -1,0 +1,115 @@
+"""What each model has in a merge of adapters, as the API, the command and a release say it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from continual import api, making
+from continual.config import Settings
+from continual.engine.views import ReadView
+from continual.errors import Misconfigured
+from tests.helpers import adapters, models
+from tests.helpers.command import machine, run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return models.base(tmp_path / "base")
+
+
+@pytest.fixture
+def state(tmp_path: Path, base: Path) -> Path:
+    """Three adapters: one of every module, one of the first layer alone, one of one module."""
+    place = tmp_path / "state"
+    making.init(base, place, making.Recipe(rule="iso-c", width=64))
+    with api.Merge(Settings(state=place, max_base_ratio=100.0), write=True) as merge:
+        for name, modules in (("all", ("q_proj", "down_proj")), ("some", ("q_proj",)), ("few", ("down_proj",))):
+            made = adapters.lora(tmp_path / name, base, len(name), modules=modules)
+            assert merge.fold(made).fate == "folded"
+    return place
+
+
+def vectors(merge: api.Merge, view: ReadView) -> dict[str, torch.Tensor]:
+    reading = merge.reading(view=view)
+    reading.settle(merge.executor, lambda *_: None)
+    return {spec.name: reading.vector(spec).double() for spec in merge.state.format.tensors}
+
+
+def flat(found: dict[str, torch.Tensor], word: str = "") -> torch.Tensor:
+    return torch.cat([value.flatten() for name, value in found.items() if word in name])
+
+
+@pytest.mark.parametrize("name", ["mean", "iso-c", "ties"])
+def test_a_change_is_what_leaving_out_gives(state: Path, name: str) -> None:
+    with api.Merge(Settings(state=state)) as merge:
+        found = merge.explain(ReadView(rule=name, lines="0.5:1"))
+        assert (found.seq, found.rule) == (3, name)
+        whole = vectors(merge, ReadView(rule=name, lines="0.5:1"))
+        for model in found.models:
+            rest = vectors(merge, ReadView(rule=name, lines="0.5:1", without=(model.name,)))
+            change = float((flat(whole) - flat(rest)).norm() / flat(whole).norm())
+            assert model.change == pytest.approx(change, abs=1e-4)
+        for layer in found.layers:
+            part = flat(whole, f"{layer.name}.")
+            for model in layer.models:
+                rest = vectors(merge, ReadView(rule=name, lines="0.5:1", without=(model.name,)))
+                change = float((part - flat(rest, f"{layer.name}.")).norm() / part.norm())
+                assert model.change == pytest.approx(change, abs=1e-4)
+        assert [layer.depth for layer in found.layers] == sorted(layer.depth for layer in found.layers)
+        assert [one.change for one in found.models] == sorted((one.change for one in found.models), reverse=True)
+
+
+def test_one_model_alone_is_all_of_it(state: Path) -> None:
+    with api.Merge(Settings(state=state)) as merge:
+        found = merge.explain(ReadView(rule="mean", only=("some",), weights={"some": 0.5}))
+    (model,) = found.models
+    assert (model.name, model.seq, model.weight) == ("some", 2, 0.5)
+    assert (model.norm, model.cosine, model.change) == pytest.approx((1.0, 1.0, 1.0), abs=1e-6)
+    assert found.view == {"rule": "mean", "only": ["some"], "weights": {"some": 0.5}}
+    assert {layer.name for layer in found.layers} == {"model.layers.0", "model.layers.1"}
+
+
+def test_the_command_beside_one_that_writes(state: Path) -> None:
+    with api.Merge(Settings(state=state), write=True):
+        body: dict[str, Any] = machine("explain", "--without", "few", "--state", state)
+        said = run("explain", "--state", state)
+        layers = run("explain", "--layers", "--only", "few", "--state", state)
+    assert [one["name"] for one in body["models"]] == ["all", "some"]
+    assert body["view"] == {"without": ["few"]}
+    assert "3 models. share: of the lengths" in said.stdout
+    assert said.stdout.count(" %") >= 6
+    assert "model.layers.1  1.00   few    100.0 %" in layers.stdout
+    missing = run("explain", "--only", "carol", "--state", state)
+    assert missing.returncode == 2
+    assert "no model of the merge is called so" in missing.stderr
+
+
+def test_nothing_folded_has_nothing_in_it(tmp_path: Path, base: Path) -> None:
+    making.init(base, tmp_path / "new", making.Recipe(width=8))
+    assert machine("explain", "--state", tmp_path / "new")["models"] == []
+
+
+def test_a_merge_of_whole_tensors_does_not_keep_models_apart(tmp_path: Path, base: Path) -> None:
+    making.init(base, tmp_path / "dense", making.Recipe())
+    with api.Merge(Settings(state=tmp_path / "dense")) as merge, pytest.raises(Misconfigured, match="--adapters"):
+        merge.explain()
+
+
+@pytest.mark.parametrize(("name", "there"), [("mean", True), ("iso-c", True), ("ties", False)])
+def test_an_export_says_what_each_model_has(tmp_path: Path, state: Path, name: str, there: bool) -> None:
+    view = ReadView(rule=name, without=("few",))
+    with api.Merge(Settings(state=state)) as merge:
+        body = json.loads((merge.export(tmp_path / "out", view=view) / "continual.json").read_text())
+        found = merge.explain(view)
+    assert body["view"] == view.described()
+    assert ("shares" in body) == there
+    if there:
+        assert [(one["name"], one["seq"]) for one in body["shares"]] == [(one.name, one.seq) for one in found.models]
+        assert body["shares"][0]["change"] == pytest.approx(found.models[0].change)
