@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from continual.blocks import slots
 from continual.config import Settings
-from continual.engine.base import Fetched, fetched, files_of, measure_base, open_checkpoint
+from continual.engine.base import Fetched, fetched, files_of, measure_base, open_checkpoint, open_headers
 from continual.engine.folding import state_bytes
 from continual.errors import Misconfigured, Retry
 from continual.executors.contract import Progress, silent
@@ -102,7 +102,8 @@ def survey(base: str | Path, recipe: Recipe | None = None, *, client: Hub | None
     Raises Misconfigured, Refuse and Retry, as `init` does.
     """
     recipe = recipe or Recipe()
-    with open_checkpoint(Places(Settings(), client=client).named(base)) as checkpoint:
+    place = Places(Settings(), client=client).named(base)
+    with open_checkpoint(place) if recipe.width is None else open_headers(place)[0] as checkpoint:
         return _survey(str(checkpoint.place), _described(checkpoint, recipe), recipe)
 
 
@@ -159,7 +160,8 @@ def init(
 def _init_adapters(place: Place, base: str | Path, state: Path, recipe: Recipe) -> Survey:
     """`init` for adapters that are kept as they are: nothing of the base is read but its headers and config.json.
     Raises as `init`."""
-    with open_checkpoint(place) as checkpoint:
+    opened, form = open_headers(place)
+    with opened as checkpoint:
         model = _described(checkpoint, recipe)
         made = _survey(str(base), model, recipe)
         remote = place.info if isinstance(place, Repo) else None
@@ -176,6 +178,7 @@ def _init_adapters(place: Place, base: str | Path, state: Path, recipe: Recipe) 
             headers={name: HeaderRecord(info.dtype, info.shape) for name, info in checkpoint.tensors.items()},
             aliases=model.aliases,
             config=config_text(checkpoint),
+            packed=form,
         )
         checkpoint.check_unchanged()
     assert recipe.width is not None
@@ -237,6 +240,12 @@ def agree(state: State, settings: Settings) -> None:
             else "only a state of the rule frank-wolfe can be weighed so"
         )
         raise Misconfigured(f"select = {settings.select}, and the state was made with {made.rule}: {why}; {advice}")
+    if settings.select not in (None, "none") and made.form is not None:
+        raise Misconfigured(
+            f"select = {settings.select}: a round takes gradients at the merged model, and {state.path} keeps adapters "
+            "and no weights of its base: take the setting out (every adapter is folded, and a reading chooses with "
+            "--only and --without), or fold into a state made without --adapters"
+        )
     if settings.reading is not None:
         reader(rule(made.rule, made.options), settings.reading, blocks=made.form is not None)
     before = {} if settings.before is None else {"before": list(settings.before)}

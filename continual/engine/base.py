@@ -22,6 +22,7 @@ from continual.tensors.checkpoint import TORCH, part_files
 from continual.tensors.compound import COPIED, manifest_of, parts_of
 from continual.tensors.kept import kept_base
 from continual.tensors.kinds import as_made
+from continual.tensors.packed import unpacked
 from continual.tensors.place import MANIFESTS
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def weighted_base(state: State, places: Places, moved: Path | None = None) -> Ba
     """Opens the files of the base of `state`, where they were at init or in `moved`, to read its weights. One that came
     from the Hub and is not on this machine is fetched. Raises as `open_base`."""
     record = state.format.base
+    if record.packed is not None:
+        return _unquantised(state, moved)
     path = moved or Path(record.path)
     there = bool(record.path) and all((path / file.name).exists() for file in record.files)  # a fetch may be cut off
     if not there and moved is None and record.repo is not None:
@@ -98,6 +101,27 @@ def weighted_base(state: State, places: Places, moved: Path | None = None) -> Ba
         digests = measure_base(model, silent).digests
         if differing := sorted(name for name, digest in record.digests.items() if digests.get(name) != digest):
             raise Damaged(f"base {path} is not the one this state was made from: tensor {differing[0]} differs")
+    return model
+
+
+def _unquantised(state: State, path: Path | None) -> BaseModel:
+    """The model that the base of a state was quantised from, in `path`: the weights of such a base are not read. Raises
+    Misconfigured where it is not named, Damaged where it has other weights, Refuse where it cannot be read."""
+    record = state.format.base
+    if path is None:
+        raise Misconfigured(
+            f"base {name_of(record)} is quantised ({record.packed}), and packed numbers are not added to: export an "
+            "adapter (--as-lora), or name a folder with the model that it was quantised from: base = DIR (--base)"
+        )
+    model = describe(open_checkpoint(path), plain=record.plain, exclude=record.exclude)
+    there = {spec.name: spec.shape for spec in model.specs}
+    for spec in state.format.tensors:
+        if len(spec.shape) >= 2 and spec.kind != "carried" and there.get(spec.name) != spec.shape:
+            model.checkpoint.close()
+            raise Damaged(
+                f"base {path} is not the model that {name_of(record)} was quantised from: tensor {spec.name} is "
+                f"{list(spec.shape)} there, and {list(there.get(spec.name, ())) or 'missing'} here"
+            )
     return model
 
 
@@ -188,12 +212,29 @@ def _is_whole(files: Sequence[BaseFile]) -> bool:
     return any(file.name in MANIFESTS or "/" in file.name for file in files)
 
 
-def open_checkpoint(where: Path | Place, *, whole: bool = True) -> Checkpoint:
-    """Opens a base; without `whole` only what lies at its top. Raises Misconfigured if there is none or it is an
-    adapter, Refuse if it cannot be read."""
+def open_headers(where: Path | Place) -> tuple[Checkpoint, str | None]:
+    """Opens a base of which no weight will be read; and how it is quantised, if it is: its tensors are then those of
+    the model that it was quantised from. Raises as `open_checkpoint`."""
+    found = open_checkpoint(where, packed=True)
+    try:
+        return unpacked(found)
+    except BaseException:
+        found.close()
+        raise
+
+
+def open_checkpoint(where: Path | Place, *, whole: bool = True, packed: bool = False) -> Checkpoint:
+    """Opens a base; without `whole` only what lies at its top, with `packed` a quantised one as well. Raises
+    Misconfigured if there is none or it is an adapter, Refuse if it cannot be read."""
     if isinstance(where, Path) and not where.exists():
         raise Misconfigured(f"base {where}: no such directory")
-    model = open_model(where, whole=whole)
+    try:
+        model = open_model(where, whole=whole, packed=packed)
+    except Refuse as error:
+        if error.reason != "quantised" or packed:
+            raise
+        more = "a state that keeps adapters needs no weights of its base: 'continual init --adapters' takes this one"
+        raise Refuse(error.reason, f"{error}; {more}") from None
     if isinstance(model, Adapter):
         model.close()
         raise Misconfigured(f"base {model.place} is an adapter: a state needs the full model it adapts")

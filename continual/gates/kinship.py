@@ -20,10 +20,11 @@ from continual.tensors.loras.file import LoraFile
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CACHED = re.compile(r"(?:^|/)models--(?P<owner>[^/]+?)--(?P<name>[^/]+)(?:/|$)")
 _MARK = re.compile(
-    r"[-_.](?:unsloth|bnb|nf4|fp4|[2-8]-?bits?|int[48]|uint4|[248]bpw|gptq(?:-int[48])?|awq|eetq|aqlm|hqq|exl[23]|gguf"
-    r"|ggml|mlx|onnx|openvino|marlin|autoround|auto-round|torchao|quanto|quantized|quantised|fp8(?:-kv|-block)?|nvfp4"
-    r"|mxfp[48]|dynamic|w[48]a(?:8|16)|g(?:32|64|128)|128g|q[2-8](?:_[a-z0-9]+)*|i?q\d_k(?:_[sml])?|bf16|fp16|fp32|f16"
-    r"|f32|hf|safetensors|imatrix|i1)$"
+    r"[-_.](?:unsloth|bnb|nf4|fp4|[2-8]-?bits?|int[248](?:wo)?|uint4|[248]bpw|gptq(?:-int[48])?|awq|eetq|aqlm|hqq"
+    r"|exl[23]|gguf|ggml|mlx|onnx|openvino|marlin|autoround|auto-round|torchao|quanto|quantized|quantised"
+    r"|fp8(?:-kv|-block)?|nvfp4(?:a16)?|mxfp[48]|dynamic|static|tensorwise|a?sym|dwq|w[2-8]a(?:4|8|16)"
+    r"|gs?(?:32|64|128)|(?:32|64|128)g|actorder(?:_true|_false)?|[124]x(?:8|15|16)|q[2-8](?:_[a-z0-9]+)*"
+    r"|i?q\d_k(?:_[sml])?|bf16|fp16|fp32|f16|f32|hf|safetensors|imatrix|i1)$"
 )
 _ALIASES = {
     "mistral-7b": "mistral-7b-v0.1",

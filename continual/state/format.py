@@ -53,8 +53,8 @@ class BaseRecord:
     its card names one. `digests`: tensor name to the BLAKE3 hash of its bytes; `squares`: tensor name to ‖θ₀‖², of
     those that are folded. `plain`, `exclude`: the globs of names that the state was made with. Of a state that keeps
     adapters `digests` and `squares` are empty, as no weight of the base is read; it has `headers`, tensor name to what
-    the headers say, `aliases`, another name of a tensor to that of the tensor, and `config`, the text of its
-    config.json.
+    the headers say, `aliases`, another name of a tensor to that of the tensor, `config`, the text of its config.json,
+    and `packed`, how a quantised one is quantised: `headers` are then those of the model it was quantised from.
     """
 
     path: str
@@ -69,6 +69,7 @@ class BaseRecord:
     headers: Mapping[str, HeaderRecord] | None = field(default=None, metadata={OMITTED: True})
     aliases: Mapping[str, str] | None = field(default=None, metadata={OMITTED: True})
     config: str | None = field(default=None, metadata={OMITTED: True})
+    packed: str | None = field(default=None, metadata={OMITTED: True})
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,8 +212,11 @@ def opened_files(place: Place, parts: Sequence[Part], adapter: str | None = None
     return (*(file.name for file in files), *settings_of(place, parts))
 
 
-def open_checkpoint(place: Place, only: str | None = None, *, parts: Sequence[Part] = (WHOLE,)) -> Checkpoint:
-    """Opens a full checkpoint, or the one file `only` of a place, and reads its headers.
+def open_checkpoint(
+    place: Place, only: str | None = None, *, parts: Sequence[Part] = (WHOLE,), packed: bool = False
+) -> Checkpoint:
+    """Opens a full checkpoint, or the one file `only` of a place, and reads its headers; with `packed` also those of a
+    quantised one.
 
     `parts`: the folders of the model; beside the file `only`, which stands for the first of them, the weights of the
     others are opened. Raises Refuse for anything malformed, and for what is no checkpoint of floats (foreign.py,
@@ -231,12 +234,12 @@ def open_checkpoint(place: Place, only: str | None = None, *, parts: Sequence[Pa
     weights = place.open([*(file.name for file in files), *settings])
     try:
         config = read_config(place, next((part for part in parts if part.weighted), WHOLE).folder)
-        for part in dict.fromkeys(file.part for file in files) if only is None else ():
+        for part in dict.fromkeys(file.part for file in files) if only is None and not packed else ():
             quantised.check_config(place.file(part.name(CONFIG)), read_config(place, part.folder))
-        held = _headers(place, weights, files)
+        held = _headers(place, weights, files, packed)
         if not held.tensors:
             raise Refuse("no-weights", f"{place}: its weight files hold no tensor: save the model again")
-        if only is None:
+        if only is None and not packed:
             quantised.check_tensors(str(place), held.tensors)
         return Checkpoint(place, weights, held, config, only)
     except BaseException:
@@ -244,7 +247,7 @@ def open_checkpoint(place: Place, only: str | None = None, *, parts: Sequence[Pa
         raise
 
 
-def _headers(place: Place, weights: Weights, files: Sequence[PartFile]) -> HeldTensors:
+def _headers(place: Place, weights: Weights, files: Sequence[PartFile], packed: bool) -> HeldTensors:
     """What all files hold. Where there is an index, which
     claims a file for each tensor, that alone decides."""
     indexes = {file.named_by: file.part for file in files if file.named_by is not None}
@@ -253,7 +256,7 @@ def _headers(place: Place, weights: Weights, files: Sequence[PartFile]) -> HeldT
     unlisted: set[str] = set()
     for i, (file, part, index) in enumerate(files):
         where = place.file(file)
-        found = header.parse(functools.partial(weights.pread, i), weights.stats[i].size, where, i)
+        found = header.parse(functools.partial(weights.pread, i), weights.stats[i].size, where, i, narrow=packed)
         if index is not None:
             unlisted.update(part.prefix + name for name in found if name not in claimed[index])
             found = {name: info for name, info in found.items() if part.name(claimed[index].get(name, "")) == file}

@@ -9,7 +9,7 @@ records), and a header is at most 32 MB, where the safetensors library reads 100
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from continual.errors import Refuse
@@ -31,6 +31,12 @@ _PARTS = 16
 _LONGEST_NAME = 1000
 _NARROW = ("F8_", "F6_", "F4")
 """How the dtypes of the format begin in which only quantised models are stored."""
+_BITS = {dtype: 8 * size for dtype, size in ITEMSIZE.items()}
+_NARROW_BITS = {
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 
 
 class TensorInfo(NamedTuple):
@@ -45,21 +51,26 @@ class TensorInfo(NamedTuple):
     nbytes: int
 
 
-def parse(pread: Callable[[int, int], bytes], size: int, where: str, file: int = 0) -> dict[str, TensorInfo]:
+def parse(
+    pread: Callable[[int, int], bytes], size: int, where: str, file: int = 0, *, narrow: bool = False
+) -> dict[str, TensorInfo]:
     """The tensors of a file of `size` bytes by name.
 
-    `pread(length, offset)` reads from the file; `where` names it in messages. Raises Refuse with the reasons
+    `pread(length, offset)` reads from the file; `where` names it in messages; `narrow` lets the dtypes pass in which
+    only quantised models are stored. Raises Refuse with the reasons
     `truncated` (the file is shorter than its header says), `header` (malformed), `dtype` or `quantised`; and as
     `foreign.check_bytes` for what is another kind of file.
     """
     try:
-        return _parsed(pread, size, where, file)
+        return _parsed(pread, size, where, file, narrow)
     except Refuse:
         foreign.check_bytes(pread(min(size, foreign.HEAD), 0), where)
         raise
 
 
-def _parsed(pread: Callable[[int, int], bytes], size: int, where: str, file: int) -> dict[str, TensorInfo]:
+def _parsed(
+    pread: Callable[[int, int], bytes], size: int, where: str, file: int, narrow: bool
+) -> dict[str, TensorInfo]:
     if size < 8:
         raise Refuse("truncated", f"{where}: {size} bytes are no safetensors file")
     length = _length(pread, where)
@@ -67,7 +78,8 @@ def _parsed(pread: Callable[[int, int], bytes], size: int, where: str, file: int
         raise Refuse("truncated", f"{where}: the header claims {length} bytes and the file has {size}: it is cut off")
     body = _body(pread(length, 8), where)
     _metadata(body.pop("__metadata__", {}), where)
-    infos = {name: _tensor(name, entry, where, file, 8 + length) for name, entry in body.items()}
+    bits = {**_BITS, **_NARROW_BITS} if narrow else _BITS
+    infos = {name: _tensor(name, entry, where, file, 8 + length, bits) for name, entry in body.items()}
     _covered(sorted(infos.values(), key=lambda t: (t.offset, t.nbytes)), 8 + length, size, where)
     return infos
 
@@ -118,7 +130,7 @@ def _metadata(body: object, where: str) -> None:
         raise Refuse("header", f"{where}: __metadata__ must map strings to strings")
 
 
-def _tensor(name: str, entry: object, where: str, file: int, start: int) -> TensorInfo:
+def _tensor(name: str, entry: object, where: str, file: int, start: int, bits: Mapping[str, int]) -> TensorInfo:
     if not name or not name.isprintable() or len(name) > _LONGEST_NAME:
         raise Refuse(
             "header", f"{where}: tensor name {shown(name)} is empty, not printable or longer than {_LONGEST_NAME}"
@@ -128,13 +140,13 @@ def _tensor(name: str, entry: object, where: str, file: int, start: int) -> Tens
             "header", f"{where}: tensor {name}: the entry must have dtype, shape and data_offsets and nothing else"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if isinstance(dtype, str) and dtype.startswith(_NARROW):
+    if isinstance(dtype, str) and dtype.startswith(_NARROW) and dtype not in bits:
         raise Refuse(
             "quantised",
             f"{where}: tensor {name} is {shown(dtype)} ({'FP8' if dtype.startswith('F8') else 'FP4 or FP6'}), which is "
             "too narrow to be merged; use the model that it was quantised from, in F32, F16 or BF16",
         )
-    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+    if not isinstance(dtype, str) or dtype not in bits:
         raise Refuse(
             "dtype",
             f"{where}: tensor {name} has dtype {shown(dtype)}, which cannot be folded or carried; "
@@ -144,7 +156,7 @@ def _tensor(name: str, entry: object, where: str, file: int, start: int) -> Tens
         raise Refuse("header", f"{where}: tensor {name}: shape {shown(shape)} is no list of sizes")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise Refuse("header", f"{where}: tensor {name}: data_offsets {shown(offsets)} are no range")
-    nbytes = math.prod(shape) * ITEMSIZE[dtype]
+    nbytes = -(-math.prod(shape) * bits[dtype] // 8)
     if offsets[1] - offsets[0] != nbytes:
         raise Refuse(
             "header",

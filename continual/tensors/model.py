@@ -23,11 +23,12 @@ from continual.tensors.same_layout import checkpoint_in_layout_of
 Model = Checkpoint | Adapter
 
 
-def open_model(where: Path | Place, *, root: Path | None = None, whole: bool = True) -> Model:
+def open_model(where: Path | Place, *, root: Path | None = None, whole: bool = True, packed: bool = False) -> Model:
     """Opens the model at a place, or in a directory (or a single safetensors file), and reads its headers.
 
     `root` is the watched folder the files of a directory must lie in, None for a path given by hand. Without `whole`
-    only what lies at the top is read of a model in several folders. Raises Refuse with
+    only what lies at the top is read of a model in several folders. With `packed` a quantised model is opened as well,
+    with its tensors as they are. Raises Refuse with
     a reason for anything malformed or of a kind that is not understood, Retry for what cannot be read now.
     """
     place = place_of(where, root)
@@ -41,7 +42,7 @@ def open_model(where: Path | Place, *, root: Path | None = None, whole: bool = T
         )
     if parts == (WHOLE,):
         check_elsewhere(place)
-    found = open_checkpoint(place, parts=parts)
+    found = open_checkpoint(place, parts=parts, packed=packed)
     try:
         if not is_lora(found.tensors.keys()):
             return found

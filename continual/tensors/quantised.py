@@ -68,6 +68,19 @@ def check_config(file: Path | str, config: Mapping[str, object]) -> None:
                 )
 
 
+def form_of(config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """How a model is quantised, by its configuration or by its tensors; None where it is not."""
+    bodies = (config, *(body for key in _INNER if isinstance(body := config.get(key), dict)))
+    said = next((form for body in bodies for key in _KEYS if (form := _form(body.get(key)))), None)
+    told = next((form for name in tensors for pattern, form in _NAMES if pattern.search(name)), None)
+    if said or told:
+        return said or told
+    if any(info.dtype.startswith("F8_") for info in tensors.values()):
+        return "FP8"
+    packed = any(len(i.shape) >= 2 and i.dtype in _WHOLE and _PACKED.search(n) for n, i in tensors.items())
+    return "of a kind that it does not name" if packed else None
+
+
 def check_tensors(where: str, tensors: Mapping[str, TensorInfo]) -> None:
     """Raises Refuse (`quantised`) where names or dtypes are those of packed tensors."""
     for name in tensors:

@@ -267,6 +267,11 @@ BASES = {
     "mistralai/Mistral-7B-v0.1": ["unsloth/mistral-7b-bnb-4bit", "unsloth/mistral-7b"],
     "Qwen/Qwen2.5-0.5B-Instruct": ["unsloth/Qwen2.5-0.5B-Instruct-bnb-4bit", "Qwen/Qwen2.5-0.5B-Instruct-GPTQ-Int8"],
     "openai/gpt-oss-20b": ["unsloth/gpt-oss-20b-BF16", "unsloth/gpt-oss-20b-unsloth-bnb-4bit"],
+    "Qwen/Qwen3-8B": [
+        *("x/Qwen3-8B-FP8-Static", "x/Qwen3-8B-GPTQ-4bit-32g-actorder_True", "x/Qwen3-8B-AutoRound-int4-asym"),
+        *("mlx-community/Qwen3-8B-4bit-DWQ", "x/Qwen3-8B-AQLM-2Bit-1x16", "x/Qwen3-8B-torchao-int4wo-gs128"),
+        *("nvidia/Qwen3-8B-NVFP4A16", "x/Qwen3-8B-AWQ", "x/Qwen3-8B-HQQ-4bit", "Qwen/Qwen3-8B-FP8"),
+    ],
 }
 OTHERS = [
     ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"),
