@@ -25,13 +25,13 @@ from continual.tensors.matching import CONV1D
 Shape = tuple[int, ...]
 
 _HELPER = re.compile(
-    r"(?P<layer>.+?)(?:\.weight)?[._](?:(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.[^.]+|SCB|weight_format|CB"
-    r"|qzeros|scales?|g_idx|perm|zeros?|zero_point|biases|bias_scale|weight_(?:shape|scale|scale_inv|scale_2|scales"
-    r"|zero_point|g_idx|global_scale)|scale_(?:inv|weight|input)|(?:input|output|activation)_(?:scale|zero_point"
-    r"|global_scale|amax)|weight_scale_inv|codebooks|shape|nbits|group_size|axis|packing|unpack_view_dtype|view_as_float"
-    r"|quant_(?:scale|zero)|compute_dtype|W_q|meta|encoded_state_dict|stores_quant_config|channel_wise|optimize"
-    r"|round_zero|offload_meta|_(?:scale|shift|zeropoint)|_weight_(?:scale|zero_point|act_quant_scale"
-    r"|per_tensor_scale))$"
+    r"(?P<layer>.+?)(?:\.weight)?[._](?:(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.[^.]+|SCB|CB"
+    r"|weight_format|qzeros|scales?|g_idx|perm|zeros?|zero_point|biases|bias_scale"
+    r"|weight_(?:shape|scale|scale_inv|scale_2|scales|zero_point|g_idx|global_scale)|scale_(?:inv|weight|input)"
+    r"|(?:input|output|activation)_(?:scale|zero_point|global_scale|amax)|codebooks|shape|nbits|group_size|axis|packing"
+    r"|unpack_view_dtype|view_as_float|quant_(?:scale|zero)|compute_dtype|meta|encoded_state_dict|stores_quant_config"
+    r"|channel_wise|optimize|round_zero|offload_meta|_(?:scale|shift|zeropoint)"
+    r"|_weight_(?:scale|zero_point|act_quant_scale|per_tensor_scale))$"
 )
 """What stands beside the packed numbers of a layer, and is no weight."""
 _CACHE = re.compile(r"\.(?:[qkv]|prob|attn)_(?:scale|zero_point)$|(?:^|\.)scaled_fp8$")
