@@ -53,6 +53,7 @@ AT_START = frozenset(
         "objective",
         "options",
         "port",
+        "reading",
         "release",
         "rescan",
         "rounds",
@@ -62,6 +63,7 @@ AT_START = frozenset(
         "settle",
         "sources",
         "state",
+        "tokenizer",
         "watch",
         "webhook_secret",
     }

@@ -12,6 +12,7 @@ import torch
 from continual import api, making
 from continual.config import Settings
 from continual.executors.contract import silent
+from continual.publish.folder import Target
 from continual.rules import RULES
 from tests.helpers import models
 
@@ -63,7 +64,7 @@ def test_norm_makes_the_merge_as_long_as_it_says_under_every_rule(
     with folded(tmp_path, base, making.Recipe(rule=name, scale="norm"), tuned) as merge:
         mean = merge.state.ledger.totals.norm_sum / COUNT
         assert math.hypot(*lengths(merge)) == pytest.approx(mean, rel=1e-5)
-        target = api.folder.Target(tmp_path / "out")
+        target = Target(tmp_path / "out")
         merge.export(target)  # the length is known by now, and the same
         assert merge.reading().factor() == pytest.approx(merge.reading().settle(merge.executor, silent))
 
