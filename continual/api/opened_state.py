@@ -21,7 +21,7 @@ from continual.engine.explaining import Explanation
 from continual.engine.reading import Reading
 from continual.engine.resources import Resources
 from continual.engine.standing import Standing
-from continual.engine.views import ReadView
+from continual.engine.views import ReadView, view_of
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress, silent
 from continual.executors.device import pick_device
@@ -147,7 +147,9 @@ class OpenedState:
         view.check(self.state)
         if self.state.format.form is not None:
             return BlockReading(self.state, self.rule, at, view, options)
-        return Reading(self.state, self.rule, at, options or self.scale(at, view), self._lengths)
+        found = Reading(self.state, self.rule, at, options or self.scale(at, view), self._lengths)
+        found.view = view
+        return found
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[BaseModel]:
@@ -182,6 +184,16 @@ class OpenedState:
         Misconfigured and Halt; then nothing is left behind."""
         with _held(self, target.at, view) as reading:
             return lora.export(self.base, reading, target, self.executor, progress)
+
+    def view(self, name: str) -> ReadView:
+        """The view that the settings call `name`. Raises Misconfigured where they name no such view."""
+        return view_of(self.settings, name)
+
+    def contents(self, view: ReadView | None = None, *, at: int | None = None) -> str:
+        """A digest of what `view` reads of the merge at record `at` (default: the newest): where it is the same at two
+        records, the same is read. Raises Misconfigured."""
+        with _held(self, at, view) as reading:
+            return reading.contents
 
     def explain(
         self, view: ReadView | None = None, *, at: int | None = None, progress: Progress = silent

@@ -72,6 +72,10 @@ ReadScale = Annotated[
     str | None,
     typer.Option("--scale", help="Scale to read at, as 'continual scale' takes it.", show_default=False),
 ]
+View = Annotated[
+    str | None,
+    typer.Option("--view", help="View of the settings file, by its name.", show_default=False),
+]
 Only = Annotated[
     list[str] | None,
     typer.Option("--only", help="Read these models alone (names or globs; a state of adapters); repeatable."),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from continual.cli import answered, console, opened, typed
-from continual.cli.flags import GATES, MACHINE, OPENING, READING, SOURCES, Flags, takes
+from continual.cli.flags import GATES, MACHINE, OPENING, READING, SOURCES, Flags, View, takes
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -60,6 +60,7 @@ def release(
     at: Annotated[
         int | None, typer.Option("--at", help="Record to release; default: the newest.", show_default=False)
     ] = None,
+    view: View = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be released, with its model card; change nothing.")
     ] = False,
@@ -69,7 +70,7 @@ def release(
     """Publish the merged model as a release on the Hub, unless it is out already."""
     from continual.service.control.requests import ReleaseRequest
 
-    found = opened.act(flags, typed.request(ReleaseRequest, at=at, dry_run=dry_run), quiet=flags.json)
+    found = opened.act(flags, typed.request(ReleaseRequest, at=at, view=view, dry_run=dry_run), quiet=flags.json)
     body = answered.fields(found["look" if dry_run else "released"])
     if flags.json:
         console.emit(body)

@@ -17,6 +17,7 @@ from continual.cli.flags import (
     Only,
     ReadRule,
     ReadScale,
+    View,
     Weights,
     Without,
     takes,
@@ -54,6 +55,7 @@ def export(
         ),
     ] = None,
     form: Form = "peft",
+    view: View = None,
     rule: ReadRule = None,
     scale: ReadScale = None,
     lines: Lines = None,
@@ -67,21 +69,24 @@ def export(
     from continual.publish import folder, lora
 
     word = folder.parse_dtype(dtype)
-    view = ViewFlags(rule, scale, lines, only, without, weight).view()
+    typed = ViewFlags(rule, scale, lines, only, without, weight)
     if as_lora is not None:
         wanted = lora.LoraTarget(directory, rank_of(as_lora), word or "F32", form, at)
         with opened.merge(flags) as merge, console.progress() as progress:
-            report = merge.export_lora(wanted, view, progress)
+            report = merge.export_lora(wanted, typed.view(merge.settings, view), progress)
         return console.emit(report) if flags.json else console.lora(report)
     target = folder.Target(directory, at, word, folder.parse_size(shard_size))
     with opened.merge(flags) as merge, console.progress() as progress:
-        path = merge.export(target, progress, view=view)
+        path = merge.export(target, progress, view=typed.view(merge.settings, view))
     return console.emit({"directory": path}) if flags.json else console.say(f"Wrote {path}")
 
 
 @app.command()
 @takes(*READING, *OPENING)
 def explain(
+    view: Annotated[
+        str | None, typer.Argument(help="View of the settings file; default: what is in force.", show_default=False)
+    ] = None,
     at: Annotated[
         int | None, typer.Option("--at", help="Record to read; default: the newest.", show_default=False)
     ] = None,
@@ -96,9 +101,9 @@ def explain(
     flags: Flags,
 ) -> None:
     """Say what each model has in the merge of a state of adapters, over the whole and by layer; nothing is changed."""
-    view = ViewFlags(rule, scale, lines, only, without, weight).view()
+    typed = ViewFlags(rule, scale, lines, only, without, weight)
     with opened.merge(flags) as merge, console.progress() as progress:
-        found = merge.explain(view, at=at, progress=progress)
+        found = merge.explain(typed.view(merge.settings, view), at=at, progress=progress)
     if flags.json:
         console.emit(found)
     else:

@@ -61,6 +61,7 @@ def text(body: Mapping[str, Any]) -> str:
         lines.append(f"pool       {body['pool_size']} wait for a round ({body['select']}){told}")
     lines += [f"folded     {when(f['time'])}  {f['seq']}  {f['model']}{_left_out(f)}" for f in body["last_folds"][:5]]
     lines += [f"published  {when(p['time'])}  {p['seq']}  {p['message']}" for p in body["published"][:3]]
+    lines += [_view(view) for view in body.get("views", ())]
     lines += [f"refused    {when(r['time'])}  {r['seq']}  {r['model']}: {r['reason']}" for r in body["refusals"][:5]]
     return "\n".join(plain(line) for line in lines)
 
@@ -69,6 +70,19 @@ def _left_out(fold: Mapping[str, Any]) -> str:
     """What a fold left out. A daemon of an earlier version does not say it."""
     out = fold.get("left_out")
     return f" (left out: {out})" if out else ""
+
+
+def _view(view: Mapping[str, Any]) -> str:
+    """A view, what it reads, and what of it is out."""
+    out = []
+    if view["current"]:
+        since = f"record {view['current_seq']}, {when(view['current_time'])}" if view["current_time"] else "not out yet"
+        out.append(f"{view['current']}: {since}")
+    if view["repo"]:
+        released = "not out yet" if view["released_seq"] is None else f"record {view['released_seq']}"
+        out.append(f"{view['repo']}: {released}")
+    reads = view["problem"] or f"reads {view['count']} by {view['rule']} ({view['models']})"
+    return f"view       {view['name']}: {'; '.join([reads, *out])}"
 
 
 def _source(name: str, told: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from continual.errors import Misconfigured
 
 if TYPE_CHECKING:
+    from continual.config import Settings
     from continual.engine.views import ReadView
     from continual.service.control.requests import Asking
     from continual.tuning import Evaluation
@@ -54,21 +55,25 @@ class ViewFlags:
     without: Sequence[str] | None = None
     weights: Sequence[str] | None = None
 
-    def view(self) -> ReadView:
-        """The view that they describe. Raises Misconfigured for a weight that is no `NAME=W`."""
-        from continual.engine.views import ReadView
+    def view(self, settings: Settings, name: str | None = None) -> ReadView:
+        """The view that they describe, or what they make of the one that the settings call `name`. Raises Misconfigured
+        for a weight that is no `NAME=W`, and a view that there is not."""
+        from continual.engine.views import ReadView, view_of
 
         weights = {}
         for pair in self.weights or ():
-            name, _, value = pair.rpartition("=")
+            model, _, value = pair.rpartition("=")
             try:
-                weights[name] = float(value)
+                weights[model] = float(value)
             except ValueError:
-                name = ""
-            if not name:
+                model = ""
+            if not model:
                 raise Misconfigured(f"weight {pair!r}: write it as NAME=W, as alice=0.5")
         only, without = tuple(self.only or ()), tuple(self.without or ())
-        return ReadView(rule=self.rule, scale=self.scale, lines=self.lines, only=only, without=without, weights=weights)
+        typed = ReadView(
+            rule=self.rule, scale=self.scale, lines=self.lines, only=only, without=without, weights=weights
+        )
+        return typed if name is None else view_of(settings, name).changed(typed)
 
 
 def request(kind: type[R], **fields: object) -> R:

@@ -9,6 +9,7 @@ from continual.config.settings import (
     RoundSettings,
     Settings,
     StepSettings,
+    ViewSettings,
 )
 from continual.config.values import parse_bytes
 
@@ -20,6 +21,7 @@ __all__ = [
     "RoundSettings",
     "Settings",
     "StepSettings",
+    "ViewSettings",
     "load",
     "parse_bytes",
     "settings_of",

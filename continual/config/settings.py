@@ -132,6 +132,35 @@ class ReleaseSettings(BaseModel):
     dtype: str | None = Field(default=None, description="float32, float16 or bfloat16; default: the base's")
 
 
+class ViewSettings(BaseModel):
+    """A reading of the state that has a name of its own, and where it is put out. A state that keeps a merge of whole
+    tensors takes `rule`, `scale` and `lines` alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    only: Texts = Field(
+        default=(), description="models that are read, by name, path or glob; default: all. A glob may match none yet"
+    )
+    without: Texts = Field(default=(), description="models that are not read, by name, path or glob")
+    weights: dict[str, float] = Field(
+        default_factory=dict, description="models and the weight that each is read with; default: that of its fold"
+    )
+    rule: str | None = Field(default=None, description="rule that reads; default: that of the state")
+    options: dict[str, object] = Field(default_factory=dict, description="options of that rule")
+    scale: str | None = Field(default=None, description="scale, as continual scale takes it")
+    lines: str | None = Field(default=None, description="layer scaling, as continual scale takes it")
+    current: Path | None = Field(
+        default=None, description="a link that is kept pointing at an export of the view, as the setting current is"
+    )
+    lora: Annotated[int, Field(ge=1)] | Literal["own"] | None = Field(
+        default=None,
+        description="have current point at a LoRA adapter of this rank, or of its own rank; default: a whole model",
+    )
+    repo: str | None = Field(
+        default=None, description="repo (org/name) the view is released to, with the other settings of release"
+    )
+
+
 class HookSettings(BaseModel):
     """Who is told when a new merged model is out."""
 
@@ -206,6 +235,10 @@ class Settings(BaseModel):
     release: Annotated[ReleaseSettings, BeforeValidator(pairs)] = Field(
         default_factory=ReleaseSettings,
         description="where the merge is published on the Hub: a table, or key=value pairs",
+    )
+    views: dict[str, ViewSettings] = Field(
+        default_factory=dict,
+        description="readings with names of their own, each put out by itself: tables by name",
     )
     hooks: tuple[HookSettings, ...] = Field(default=(), description="who is told when a new merge is out: tables")
     webhook_secret: Annotated[SecretStr | None, BeforeValidator(unset)] = Field(

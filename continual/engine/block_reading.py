@@ -11,7 +11,7 @@ import torch
 from continual.blocks import Columns
 from continual.blocks.factoring import ThinProduct
 from continual.blocks.merged import Merged
-from continual.engine.reading import Reading, Seen
+from continual.engine.reading import Reading, Seen, digest_of
 from continual.engine.views import ReadView
 from continual.executors.contract import Executor, Progress, Task
 from continual.records import TensorSpec
@@ -93,6 +93,19 @@ class BlockReading(Reading):
         if self._factors is not None:
             return self._factors[0]
         return None if self.merged.measures else self.merged.factors[0]
+
+    @property
+    def contents(self) -> str:
+        """Which models are read, in which order, with which weights, and how many triplets each has in each tensor."""
+        folds = self.state.ledger.folds(at=self.commit.seq)
+        digests = {fold.entry.numbers.block: fold.entry.digest for fold in folds}
+        kept = {
+            name: [where.stop - where.start for number, where in models.items() if number in self.chosen]
+            for name in self.shelf.specs
+            if (models := self.shelf.columns(name).models).keys() & self.chosen.keys()
+        }
+        models_read = [[digests[number], weight] for number, weight in self.chosen.items()]
+        return digest_of([models_read, kept], self.rule, self.options)
 
     def size(self) -> Size:
         """How long X is, as far as that is known without a pass."""

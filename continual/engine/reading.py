@@ -5,6 +5,8 @@ No file format is known here. `publish` writes what is read here.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +14,7 @@ from functools import partial
 import torch
 
 from continual import linalg
+from continual.engine.views import ReadView
 from continual.executors.contract import Executor, Progress, Task
 from continual.records import TensorSpec
 from continual.rules import ReadOptions, Rule, Size, reader
@@ -47,6 +50,7 @@ class Reading:
         self.options = options or ReadOptions.from_mapping(state.ledger.read_options(self.commit.seq))
         self.rule = reader(rule, self.options.rule, blocks=state.format.form is not None)
         self.lengths = {} if lengths is None else lengths
+        self.view = ReadView()
         self._factors: Parts | None = None
 
     def settle(self, executor: Executor, progress: Progress) -> float:
@@ -76,6 +80,11 @@ class Reading:
         if parts is None:
             return size
         return Size(math.hypot(*parts) if size.length is None else size.length, size.most, parts)
+
+    @property
+    def contents(self) -> str:
+        """A digest of what is read: where it is the same for two records, the same is read at both."""
+        return digest_of(self.commit.generation, self.rule, self.options)
 
     def unit(self, spec: TensorSpec) -> torch.Tensor:
         """X of one tensor, at scale 1: float32 of the tensor's shape, in new memory. Raises Retry and Damaged."""
@@ -139,3 +148,9 @@ class Reading:
         if seen is not None:
             seen(spec, found)
         return linalg.inner(found, found)
+
+
+def digest_of(what: object, rule: Rule, options: ReadOptions) -> str:
+    """A short digest of what is read, and how."""
+    said = json.dumps([what, rule.name, dict(rule.options), options.to_mapping()], sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()[:32]

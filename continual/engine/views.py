@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from continual.blocks.merged import check
+from continual.config import Settings
 from continual.errors import Misconfigured
 from continual.outside import few
 from continual.rules import ReadAs, ReadOptions, Rule, read_as
 from continual.state import State
 from continual.state.format import FoldCommit
+
+_GLOB = re.compile(r"[*?[]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,7 @@ class ReadView:
     is, by default as that rule has it. `only`: names, paths, keys, record numbers or globs of the models that are read,
     `without` of those that are not. `weights`: the weight of a model, by the same words; those that are not named have
     the weight that they were folded with. Of a merge of whole tensors only `rule`, `scale` and `lines` can be chosen.
+    `name`: what the settings call it; then a glob may match no model, since one may come later.
     """
 
     rule: str | None = None
@@ -30,6 +36,15 @@ class ReadView:
     only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
+    name: str = ""
+
+    def changed(self, by: ReadView) -> ReadView:
+        """The same view with what `by` says in place of what this says; it has no name any more, if `by` says
+        anything. Another rule begins with no options."""
+        said = {name: getattr(by, name) for name in by.described()}
+        if "rule" in said:
+            said.setdefault("options", {})
+        return replace(self, name="", **said) if said else self
 
     def by(self, name: str | None) -> ReadView:
         """The same view, read by the rule `name` where it names none."""
@@ -45,11 +60,10 @@ class ReadView:
         """The numbers of the adapters that are read at record `seq`, with their weights, in the order in which they
         were folded. Raises Misconfigured for a word that names no model of the merge, and where none is left."""
         folds = state.ledger.folds(at=seq)
-        kept = _named(folds, self.only, "only") if self.only else {fold.entry.candidate.key for fold in folds}
-        kept -= _named(folds, self.without, "without")
+        kept = self.kept(folds)
         weights: dict[str, float] = {}
         for word, weight in self.weights.items():
-            weights |= dict.fromkeys(_named(folds, (word,), "weight"), weight)
+            weights |= dict.fromkeys(self._named(folds, (word,), "weight"), weight)
         if folds and not kept:
             raise Misconfigured("no model is left to be read: 'only' and 'without' leave none")
         found: dict[int, float] = {}
@@ -59,6 +73,12 @@ class ReadView:
                 assert numbers.block is not None, "a fold of a state of adapters"
                 found[numbers.block] = weights.get(key, 1.0 if numbers.weight is None else numbers.weight)
         return found
+
+    def kept(self, folds: Sequence[FoldCommit]) -> set[str]:
+        """The keys of those models of `folds` that are read; there may be none. Raises Misconfigured for a word that
+        names no model."""
+        kept = self._named(folds, self.only, "only") if self.only else {fold.entry.candidate.key for fold in folds}
+        return kept - self._named(folds, self.without, "without")
 
     def described(self) -> dict[str, object]:
         """What it says, as plain data; nothing where it says nothing."""
@@ -70,6 +90,7 @@ class ReadView:
             "only": list(self.only),
             "without": list(self.without),
             "weights": dict(self.weights),
+            "name": self.name,
         }
         return {key: value for key, value in said.items() if value}
 
@@ -81,20 +102,36 @@ class ReadView:
                 "rule: only a state made with 'continual init --adapters' is read so"
             )
 
+    def check_readable(self, made: Rule, now: ReadOptions, state: State) -> None:
+        """Raises Misconfigured for what no fold can mend: of a rule, options, a scale or a weight that `state`, made by
+        `made` and read by `now`, cannot be read by."""
+        self.check(state)
+        found, _ = self.read_by(made, now, state)
+        if state.format.form is not None:
+            check(found, dict(enumerate(self.weights.values())))
 
-def _named(folds: Sequence[FoldCommit], words: Sequence[str], what: str) -> set[str]:
-    """The keys of the models that `words` name. Raises Misconfigured for one that names none."""
-    found: set[str] = set()
-    for word in words:
-        mine = {
-            fold.entry.candidate.key
-            for fold in folds
-            if word == str(fold.seq)
-            or fold.entry.candidate.answers(word)
-            or fnmatch.fnmatchcase(fold.entry.candidate.name, word)
-        }
-        if not mine:
-            there = few(fold.entry.candidate.name for fold in folds) or "nothing"
-            raise Misconfigured(f"{what} = {word}: no model of the merge is called so; in it are {there}")
-        found |= mine
-    return found
+    def _named(self, folds: Sequence[FoldCommit], words: Sequence[str], what: str) -> set[str]:
+        """The keys of the models that `words` name. Raises Misconfigured for one that names none."""
+        found: set[str] = set()
+        for word in words:
+            mine = {
+                fold.entry.candidate.key
+                for fold in folds
+                if word == str(fold.seq)
+                or fold.entry.candidate.answers(word)
+                or fnmatch.fnmatchcase(fold.entry.candidate.name, word)
+            }
+            if not mine and not (self.name and _GLOB.search(word)):
+                there = few(fold.entry.candidate.name for fold in folds) or "nothing"
+                raise Misconfigured(f"{what} = {word}: no model of the merge is called so; in it are {there}")
+            found |= mine
+        return found
+
+
+def view_of(settings: Settings, name: str) -> ReadView:
+    """The view that the settings call `name`. Raises Misconfigured where they name no such view."""
+    if name not in settings.views:
+        there = ", ".join(settings.views) or "none"
+        raise Misconfigured(f"view {name}: the settings name no such view; there are {there}")
+    said = settings.views[name]
+    return ReadView(said.rule, said.options, said.scale, said.lines, said.only, said.without, said.weights, name)

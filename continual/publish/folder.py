@@ -176,12 +176,15 @@ def fill(
     (directory / RELEASE).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def keep_current(link: Path, seq: int, write: Callable[[Path], Path], time: str | None = None) -> Path:
+def keep_current(
+    link: Path, seq: int, write: Callable[[Path], Path], time: str | None = None, contents: str | None = None
+) -> Path:
     """Has `write` export into `LINK-<seq>` beside `link`, points the link there in one step, then removes the directory
     that it pointed at before, and what a killed process left beside it. Returns the new directory.
 
     An export that is there already is taken, unless it is of a record of another `time`: one that had this number
-    before the state was repaired or restored. Then the new one is `LINK-<seq>-<n>`.
+    before the state was repaired or restored; or of other `contents`, where the settings said otherwise what is read.
+    Then the new one is `LINK-<seq>-<n>`.
 
     Raises Misconfigured if `link` is there and no link, Retry where the disk gets in the way, and what `write` raises.
     """
@@ -192,7 +195,7 @@ def keep_current(link: Path, seq: int, write: Callable[[Path], Path], time: str 
         link.parent.mkdir(parents=True, exist_ok=True)
         before = link.resolve() if link.is_symlink() else None
         names = (f"{link.name}-{seq:08d}{f'-{n}' if n else ''}" for n in count())
-        directory = next(d for name in names if not (d := link.parent / name).exists() or _is_of(d, time))
+        directory = next(d for name in names if not (d := link.parent / name).exists() or _is_of(d, time, contents))
         clear_leftovers(link.parent, rf"\.{re.escape(link.name)}(-[0-9]{{8}}(-[0-9]+)?)?\.[0-9a-f]+\.tmp")
         if not directory.exists():
             write(directory)
@@ -203,15 +206,19 @@ def keep_current(link: Path, seq: int, write: Callable[[Path], Path], time: str 
     return directory
 
 
-def _is_of(directory: Path, time: str | None) -> bool:
-    """Whether an export is of the record that was made at `time`; of any where that is None."""
-    if time is None:
-        return True
+def _is_of(directory: Path, time: str | None, contents: str | None) -> bool:
+    """Whether an export is of the record that was made at `time`, and of these `contents`; None: of any."""
+    body = provenance_in(directory)
+    return (time is None or body.get("time") == time) and (contents is None or body.get("contents") == contents)
+
+
+def provenance_in(directory: Path) -> dict[str, object]:
+    """What the `continual.json` in an export says; nothing where there is none that can be read."""
     try:
         body = json.loads((directory / RELEASE).read_text("utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(body, dict) and body.get("time") == time
+        return {}
+    return body if isinstance(body, dict) else {}
 
 
 def _old_exports(link: Path, before: Path | None) -> list[Path]:

@@ -59,20 +59,25 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """The record that is released: its number, the state's id, and the generation of each record of the state."""
+    """The record that is released: its number, the state's id, and the generation of each record of the state. `view`:
+    the name of the view that is released, empty for the merge; `contents`: a digest of what a view reads."""
 
     state: str
     seq: int
     generations: Sequence[str | None]
+    view: str = ""
+    contents: str = ""
 
 
 class Stamp(NamedTuple):
-    """Which record of which state a release is of, and the generation it was read from; its `continual.json` says
-    so."""
+    """Which record of which state a release is of, the generation it was read from, the view, and the digest of what
+    that reads; its `continual.json` says so."""
 
     state: str
     seq: int
     generation: object
+    view: str = ""
+    contents: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +129,25 @@ def stamp_of(body: bytes) -> Stamp | None:
     state, seq, generation = said.get("state"), said.get("seq"), said.get("generation")
     if not isinstance(state, str) or type(seq) is not int or not 0 <= seq < 1 << 53:
         return None
-    return Stamp(state, seq, generation if isinstance(generation, str) else None)
+    view = said.get("view")
+    name = view.get("name") if isinstance(view, dict) else None
+    contents = said.get("contents")
+    return Stamp(
+        state,
+        seq,
+        generation if isinstance(generation, str) else None,
+        name if isinstance(name, str) else "",
+        contents if isinstance(contents, str) else "",
+    )
 
 
-def may_follow(remote: Remote, asked: ReleaseSettings, state: str, seq: int, generations: Sequence[str | None]) -> bool:
-    """Whether record `seq` of `state` is to be committed on top of what is there; False if it is out already.
-    `generations` are those of all records of the state.
+def may_follow(remote: Remote, asked: ReleaseSettings, ours: Ours) -> bool:
+    """Whether our record is to be committed on top of what is there; False if it is out already, or the view reads the
+    same as at the record that is.
 
-    Raises Misconfigured where the branch holds something else: releases of another state, a model that we did not make,
-    a later record of this state, or a record that this state does not have, because a backup was restored since.
+    Raises Misconfigured where the branch holds something else: releases of another state or view, a model that we did
+    not make, a later record of this state, or a record that this state does not have, because a backup was restored
+    since.
     """
     where = f"release.repo = {asked.repo}, branch {asked.branch}"
     if remote.release is None:
@@ -142,11 +157,14 @@ def may_follow(remote: Remote, asked: ReleaseSettings, state: str, seq: int, gen
                 f"{where}: holds a model that continual did not make; name another repo or branch, or empty it first"
             )
         return True
-    if remote.release.state != state:
+    if remote.release.state != ours.state:
         raise Misconfigured(
             f"{where}: holds releases of another state ({remote.release.state[:12]}); one repo is for one state"
         )
-    there = remote.release.seq
+    if remote.release.view != ours.view:
+        held = f"the view {remote.release.view}" if remote.release.view else "the whole merge"
+        raise Misconfigured(f"{where}: holds releases of {held}; one repo is for one view")
+    there, seq, generations = remote.release.seq, ours.seq, ours.generations
     if there >= len(generations) or generations[there] != remote.release.generation:
         raise Misconfigured(
             f"{where}: holds record {there} of this state as it was before it was restored from a backup; "
@@ -157,7 +175,7 @@ def may_follow(remote: Remote, asked: ReleaseSettings, state: str, seq: int, gen
             f"{where}: holds record {there} of this state, and releases go forward: "
             f"name another branch for record {seq}"
         )
-    return there < seq
+    return there < seq and not (ours.contents and remote.release.contents == ours.contents)
 
 
 def release(
@@ -169,14 +187,15 @@ def release(
     the ones in it. The repo and the branch are made where they are not there. Raises Misconfigured, Trouble, and Retry
     of the export. Nothing is ever half there: a commit is whole or not at all.
     """
-    made = _Made()
+    made, seq = _Made(), ours.seq
     with ExitStack() as stack:
         directory: Path | None = None
         while True:
             remote = look(hub, asked)
-            if not may_follow(remote, asked, ours.state, ours.seq, ours.generations):
+            if not may_follow(remote, asked, ours):
                 assert remote.info is not None
-                made = made._replace(commit=remote.info.sha)
+                assert remote.release is not None
+                made, seq = made._replace(commit=remote.info.sha), remote.release.seq
                 break
             if remote.info is None:
                 remote = _create(hub, asked)
@@ -195,7 +214,7 @@ def release(
                 if made.tries == _TRIES or error.fault in (Fault.TOKEN, Fault.DENIED, Fault.REQUEST):
                     raise
                 hub.stop.wait(max(error.after, 0.5 * 2.0**made.tries))
-    return _released(hub, asked, ours.seq, made)
+    return _released(hub, asked, seq, made)
 
 
 class _Made(NamedTuple):

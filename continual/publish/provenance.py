@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from continual.engine.block_reading import BlockReading
 from continual.engine.explaining import shares_of
 from continual.engine.reading import Reading
+from continual.engine.views import ReadView
 from continual.executors.contract import Executor
 from continual.state.software import software
 
@@ -14,17 +14,17 @@ _KEPT = ("name", "origin", "revision", "form")
 
 
 def provenance_of(reading: Reading, factor: float, executor: Executor) -> dict[str, object]:
-    """The body of `continual.json`: which state and record, which base, rule and options, and every fold in it. Of a
-    state of adapters also what was read of it (`view`), and what each model has in that (`shares`), unless it would
-    take long to find out."""
+    """The body of `continual.json`: which state and record, which base, rule and options, every fold in it, what was
+    read of it where it was not all (`view`), and a digest of that (`contents`). Of a state of adapters also what each
+    model has in what was read (`shares`), unless it would take long to find out."""
     state, commit = reading.state, reading.commit
     seq = commit.seq
     made = state.format
-    more: dict[str, object] = {}
-    if isinstance(reading, BlockReading):
+    more: dict[str, object] = {"contents": reading.contents}
+    if reading.view != ReadView():
         more["view"] = reading.view.described()
-        if (shares := shares_of(reading, executor)) is not None:
-            more["shares"] = shares
+    if (shares := shares_of(reading, executor)) is not None:
+        more["shares"] = shares
     return {
         "state": state.id,
         "cloned": list(state.ledger.cloned),

@@ -21,7 +21,7 @@ from continual.config import Settings
 from continual.errors import Halt
 from continual.hub import must_be_online
 from continual.publish import hooks, hub
-from continual.service import logs, signals
+from continual.service import logs, signals, view_outlets
 from continual.service.control.answering import Control
 from continual.service.control.performing import Performing
 from continual.service.failures import Failures, told
@@ -51,10 +51,11 @@ def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the client's bars are for people, not for a log
     check(settings)
     with Merge(settings, write=True) as merge:
+        view_outlets.must_be_readable(merge)
         gc.freeze()  # the modules and the records stay as long as the process: nobody looks through them for garbage
         gc.enable()
         sock = listen(settings.host, settings.port, allow_remote=settings.allow_remote)
-        if settings.release.repo:
+        if settings.release.repo or any(view.repo for view in settings.views.values()):
             must_be_online()
         daemon = Daemon(merge, sock, sources_of(merge), read)
         asyncio.run(daemon.run())
@@ -66,6 +67,7 @@ def check(settings: Settings) -> None:
     published has nowhere to go."""
     roster.must_watch(settings)
     hub.check(settings.release)
+    view_outlets.check(settings)
     hooks.check(settings.hooks)
     roster.check(settings)
 

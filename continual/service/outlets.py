@@ -28,6 +28,7 @@ from continual.publish.hub import newest_release
 from continual.publish.lora import LoraTarget
 from continual.retrying import PARKED, Fault, retry_delay
 from continual.service import release as releasing
+from continual.service import view_outlets
 from continual.service.failures import Failures, contained, told
 from continual.state.entries import Entry, HookEntry
 from continual.state.parts import HookCall
@@ -79,11 +80,16 @@ class Outlets:
             found.append(self._keep("publish", self._current))
         if self.settings.release.repo is not None:
             found.append(self._keep("release", self._release))
+        for name, view in self.settings.views.items():
+            if view.current is not None:
+                found.append(self._keep("publish", partial(self._view_current, name), f"view {name}"))
+            if view.repo is not None:
+                found.append(self._keep("release", partial(self._view_release, name), f"view {name}"))
         return found
 
-    async def _keep(self, what: str, do: Callable[[int], Awaitable[bool]]) -> None:
+    async def _keep(self, what: str, do: Callable[[int], Awaitable[bool]], which: str = "") -> None:
         """Has `do` publish the newest model whenever there is another one; `do` says whether there is more to do at
-        once."""
+        once. `which`: the view that it publishes, empty for the merge."""
         fresh = asyncio.Event()
         self._fresh.append(fresh)
         fresh.set()
@@ -98,16 +104,19 @@ class Outlets:
                 if await do(model.seq):
                     fresh.set()
                 failures = 0
-                self.health.works(what, what)
+                self.health.works(what, which or what)
                 self.told()
             except Exception as error:  # whatever it is, the folds go on
                 failures += 1
                 delay = again_after(error, failures) if what == "release" else retry_delay(failures)
                 self.metrics.error(what)
-                self.health.fails(what, what, told(error))
+                self.health.fails(what, which or what, told(error))
                 known = isinstance(error, OSError | ContinualError)
                 trace = None if known else error
-                self._log.error(f"{what} failed", seq=model.seq, error=told(error), retry_seconds=delay, exc_info=trace)
+                more = {"what": which} if which else {}
+                self._log.error(
+                    f"{what} failed", seq=model.seq, error=told(error), retry_seconds=delay, exc_info=trace, **more
+                )
                 asyncio.get_running_loop().call_later(delay, fresh.set)
 
     async def _current(self, seq: int) -> bool:
@@ -171,6 +180,25 @@ class Outlets:
         facts = Published(state=state.id, seq=seq, repo=found.repo, commit=found.commit, url=found.url, tag=found.tag)
         self._hand(facts, "release")
         return seq < newest
+
+    async def _view_current(self, name: str, seq: int) -> bool:
+        """Points the link of a view at an export of record `seq`, where it reads something else than what is there."""
+        directory = await asyncio.to_thread(contained(partial(view_outlets.put, self.merge, name, seq)))
+        if directory is not None:
+            self._log.info("published", view=name, seq=seq, directory=str(directory))
+        return False
+
+    async def _view_release(self, name: str, seq: int) -> bool:
+        """Releases a view, where it reads something else than what is out."""
+        if await asyncio.to_thread(contained(partial(view_outlets.is_out, self.merge, name, seq))):
+            return False
+        found = await aside(partial(releasing.release, self.merge, seq, view=name, wait=True))
+        done = newest_release(self.merge.state.ledger.log, found.repo, found.branch)
+        if done is None or done.of != found.seq:
+            await self.record(releasing.entry(found, name))
+            self.metrics.released(found.uploaded)
+            self._log.info("released", view=name, seq=seq, repo=found.repo, commit=found.commit, tag=found.tag)
+        return False
 
     def _hand(self, published: Published, after: str) -> None:
         """Wakes the hooks that come after such a publication and were not told of it."""

@@ -8,10 +8,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from continual.api import Merge
+from continual.config import ReleaseSettings, Settings
+from continual.engine.block_reading import BlockReading
+from continual.engine.views import ReadView, view_of
 from continual.errors import Misconfigured, Retry
 from continual.publish import card, folder, hub
 from continual.publish.hub import Released
@@ -36,53 +40,77 @@ class Look(NamedTuple):
     card: str
 
 
-def record_of(merge: Merge, at: int | None = None) -> Commit:
+class ReleasePlan(NamedTuple):
+    """What is released: the merge, or a `view` of it; and where to and how."""
+
+    asked: ReleaseSettings
+    view: ReadView | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the view, empty for the merge."""
+        return "" if self.view is None else self.view.name
+
+
+def outgoing(settings: Settings, view: str | None = None) -> ReleasePlan:
+    """What the settings say of a release of the merge, or of a view. Raises Misconfigured where they know no such
+    view."""
+    if view is None:
+        return ReleasePlan(settings.release)
+    found = view_of(settings, view)
+    asked = settings.release.model_copy(update={"repo": settings.views[view].repo, "every": False})
+    return ReleasePlan(asked, found)
+
+
+def record_of(merge: Merge, out: ReleasePlan, at: int | None = None) -> Commit:
     """The record that is released: `at`, or the newest that changed the model. Raises Misconfigured where nothing is
     folded or no repo is named."""
-    if merge.settings.release.repo is None:
+    if out.asked.repo is None and out.view is not None:
+        raise Misconfigured(f"views.{out.name}.repo is not set: name the repo (ORG/NAME) the view is released to")
+    if out.asked.repo is None:
         raise Misconfigured(
             "release.repo is not set: name the repo (ORG/NAME) the merge is released to, as --release repo=ORG/NAME"
         )
-    hub.check(merge.settings.release)
+    hub.check(out.asked)
     found = merge.state.ledger.model if at is None else merge.state.ledger.get(at)
     if found is None or not merge.state.ledger.folds(found.seq):
         raise Misconfigured("nothing is folded yet, so there is nothing to release")
     return found
 
 
-def look(merge: Merge, at: int | None = None) -> Look:
+def look(merge: Merge, at: int | None = None, view: str | None = None) -> Look:
     """Says what `release` would do; only asks the Hub. Raises Misconfigured, Trouble."""
-    asked = merge.settings.release
-    seq = record_of(merge, at).seq
+    out = outgoing(merge.settings, view)
+    asked = out.asked
+    seq = record_of(merge, out, at).seq
     remote = hub.look(merge.hub, asked)
-    ours = _ours(merge, seq)
-    out = not hub.may_follow(remote, asked, ours.state, seq, ours.generations)
-    facts = facts_of(merge, seq)
+    done = not hub.may_follow(remote, asked, _ours(merge, out, seq))
+    facts = facts_of(merge, out, seq)
     there = None if remote.release is None else remote.release.seq
     return Look(
-        asked.repo or "", asked.branch, seq, out, there, card.licences(facts.base, facts.folded), card.card(facts)
+        asked.repo or "", asked.branch, seq, done, there, card.licences(facts.base, facts.folded), card.card(facts)
     )
 
 
-def release(merge: Merge, at: int | None = None, *, wait: bool = False) -> Released:
-    """Publishes a record, unless it is out already; the caller makes the record of it (`entry`). One goes on its way
-    after the other: where one is, it is waited for if `wait`.
+def release(merge: Merge, at: int | None = None, *, view: str | None = None, wait: bool = False) -> Released:
+    """Publishes a record, of the merge or of a view, unless it is out already; the caller makes the record of it
+    (`entry`). One goes on its way after the other: where one is, it is waited for if `wait`.
 
     Raises Misconfigured (also where licences differ and the settings refuse that), Trouble, Retry.
     """
     if not merge.releasing.acquire(blocking=wait):
         raise Retry("another release is on its way: try again when it is out; nothing was done")
     try:
-        return _release(merge, at)
+        return _release(merge, outgoing(merge.settings, view), at)
     finally:
         merge.releasing.release()
 
 
-def _release(merge: Merge, at: int | None) -> Released:
-    asked = merge.settings.release
-    seq = record_of(merge, at).seq
+def _release(merge: Merge, out: ReleasePlan, at: int | None) -> Released:
+    asked = out.asked
+    seq = record_of(merge, out, at).seq
     shutil.rmtree(_staging(merge), ignore_errors=True)  # what a killed process left, also where the record is out
-    facts = facts_of(merge, seq)
+    facts = facts_of(merge, out, seq)
     agreement = card.licences(facts.base, facts.folded)
     if agreement.conflict and asked.licences == "refuse":
         raise Misconfigured(
@@ -94,11 +122,13 @@ def _release(merge: Merge, at: int | None) -> Released:
     def texts(directory: Path) -> dict[str, bytes]:
         return {hub.CARD: text.encode(), RELEASE: public(directory / RELEASE)}
 
-    return hub.release(merge.hub, asked, _ours(merge, seq), lambda: exported(merge, seq), texts)
+    return hub.release(merge.hub, asked, _ours(merge, out, seq), lambda: exported(merge, out, seq), texts)
 
 
-def _ours(merge: Merge, seq: int) -> hub.Ours:
-    return hub.Ours(merge.state.id, seq, [commit.generation for commit in merge.state.ledger.log])
+def _ours(merge: Merge, out: ReleasePlan, seq: int) -> hub.Ours:
+    contents = "" if out.view is None else merge.contents(out.view, at=seq)
+    generations = [commit.generation for commit in merge.state.ledger.log]
+    return hub.Ours(merge.state.id, seq, generations, out.name, contents)
 
 
 def public(file: Path) -> bytes:
@@ -107,13 +137,24 @@ def public(file: Path) -> bytes:
     for row, key in [(body["base"], "path"), *((fold, "origin") for fold in body["folded"])]:
         if "://" not in str(row[key]):
             row[key] = Path(str(row[key])).name
+    view = body.get("view", {})
+    for key in {"only", "without"} & view.keys():
+        view[key] = [_last(word) for word in view[key]]
+    if "weights" in view:
+        view["weights"] = {_last(word): weight for word, weight in view["weights"].items()}
     return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
 
 
-def entry(released: Released) -> ReleaseEntry:
-    """The record of a release."""
+def _last(word: str) -> str:
+    """The name of a model that was named by a path."""
+    return Path(word).name if word.startswith(("/", "./", "../", "~")) else word
+
+
+def entry(released: Released, view: str | None = None) -> ReleaseEntry:
+    """The record of a release, of the merge or of a view."""
+    of = f" of the view {view}" if view else ""
     return ReleaseEntry(
-        message=f"record {released.seq} released as {released.url}",
+        message=f"record {released.seq}{of} released as {released.url}",
         of=released.seq,
         repo=released.repo,
         branch=released.branch,
@@ -121,15 +162,23 @@ def entry(released: Released) -> ReleaseEntry:
         tag=released.tag,
         uploaded_bytes=released.uploaded,
         files=released.files,
+        view=view,
     )
 
 
-def facts_of(merge: Merge, seq: int) -> card.Facts:
-    """What the card of record `seq` says."""
+def facts_of(merge: Merge, out: ReleasePlan, seq: int) -> card.Facts:
+    """What the card of record `seq` says. Of a view of adapters it is as if the models that are read had been folded by
+    the rule that reads."""
     state, settings = merge.state, merge.settings
     made, commit = state.format, state.ledger.get(seq)
-    read = merge.scale(seq)
-    made_of, asked = made.base, settings.release
+    read = merge.scale(seq, out.view)
+    made_of, asked = made.base, out.asked
+    name, options, reading = made.rule, made.options, read.rule
+    folded = [_model(fold) for fold in state.ledger.folds(seq)]
+    if out.view is not None and isinstance(found := merge.reading(seq, view=out.view), BlockReading):
+        name, options, read, reading = found.rule.name, found.rule.options, found.options, None
+        weights = {fold.seq: found.chosen.get(fold.entry.numbers.block or -1) for fold in state.ledger.folds(seq)}
+        folded = [replace(model, weight=weights[model.seq]) for model in folded if weights[model.seq] is not None]
     before = hub.newest_release(state.ledger.log, asked.repo or "", asked.branch)
     defaults = type(settings).model_fields
     kept = {
@@ -140,15 +189,15 @@ def facts_of(merge: Merge, seq: int) -> card.Facts:
     listed = merge.base.checkpoint.config.get("architectures")
     return card.Facts(
         base=card.Base(made_of.repo or Path(made_of.path).name, made_of.repo, made_of.revision, made_of.licence),
-        folded=[_model(fold) for fold in state.ledger.folds(seq)],
+        folded=folded,
         state=state.id,
         seq=seq,
-        rule=made.rule,
-        reading=read.rule,
+        rule=name,
+        reading=reading,
         scale=read.scale,
         generated=commit.time,
         software=dict(software()),
-        options=dict(made.options),
+        options=dict(options),
         lines=None if read.lines is None else f"{read.lines[0]}:{read.lines[1]}",
         plain=made_of.plain,
         exclude=made_of.exclude,
@@ -184,15 +233,14 @@ def next_record(merge: Merge, after: int) -> int:
 
 
 @contextmanager
-def exported(merge: Merge, seq: int) -> Iterator[Path]:
+def exported(merge: Merge, out: ReleasePlan, seq: int) -> Iterator[Path]:
     """A directory with the model of record `seq` as it is to be released, which goes again: links to the files of
     `current` where that is it, else an export.
 
     Links, because `current` moves on while a release is on its way.
     """
-    settings = merge.settings
-    dtype = folder.parse_dtype(settings.release.dtype)
-    link = settings.current
+    dtype = folder.parse_dtype(out.asked.dtype)
+    link = merge.settings.current if out.view is None else None
     beside = link.parent / f"{link.name}-{seq:08d}" if link is not None and dtype is None else None
     staging = _staging(merge)
     with environment(f"cannot make {staging}"):
@@ -201,7 +249,7 @@ def exported(merge: Merge, seq: int) -> Iterator[Path]:
         if beside is not None and link_tree(beside, staging / beside.name):
             yield staging / beside.name
             return
-        yield merge.export(folder.Target(staging / f"release-{seq:08d}", at=seq, dtype=dtype))
+        yield merge.export(folder.Target(staging / f"release-{seq:08d}", at=seq, dtype=dtype), view=out.view)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -64,6 +64,7 @@ AT_START = frozenset(
         "sources",
         "state",
         "tokenizer",
+        "views",
         "watch",
         "webhook_secret",
     }

@@ -17,6 +17,7 @@ from continual.api import Merge
 from continual.config import Settings
 from continual.outside import few
 from continual.records import Event
+from continual.service import view_outlets
 from continual.service.health import Health, Shortfall
 from continual.service.metrics import peak_memory
 from continual.service.queue import Queue, Queued
@@ -290,6 +291,7 @@ def _status(merge: Merge, running: Running) -> Status:
         last_folds=tuple(_fold(fold) for fold in _newest(folds)),
         refusals=tuple(_refusal(refusal) for refusal in _newest(ledger.refusals)),
         published=tuple(_publication(commit) for commit in _newest(_publications(ledger.log))),
+        views=view_outlets.shown(merge),
         peak_memory_bytes=running.peak_memory_bytes,
     )
 

@@ -245,7 +245,8 @@ class RetryEntry(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseEntry(Entry):
-    """Record `of` is out on the Hub, as `commit` on `branch` of `repo`; `files` were uploaded."""
+    """Record `of` is out on the Hub, as `commit` on `branch` of `repo`; `files` were uploaded. `view`: which view of
+    the settings was released, where it was not the merge."""
 
     kind = "publish"
     of: int
@@ -255,6 +256,7 @@ class ReleaseEntry(Entry):
     tag: str | None
     uploaded_bytes: int
     files: int
+    view: str | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

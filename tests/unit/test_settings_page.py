@@ -12,7 +12,7 @@ from typer.models import OptionInfo
 
 from continual.cli.flags import FLAGS
 from continual.cli.main import run
-from continual.config import HookSettings, HubSettings, ReleaseSettings, Settings, load
+from continual.config import HookSettings, HubSettings, ReleaseSettings, Settings, ViewSettings, load
 from tests.helpers.pages import DOCS, PAGES, blocks, name
 
 HEAD = "| setting | default | flag | what it says |\n|---|---|---|---|\n"
@@ -61,6 +61,11 @@ def test_every_setting_is_on_the_page_with_default_flag_and_meaning() -> None:
 def test_every_setting_of_the_hub_is_named_on_its_page(kind: type[BaseModel]) -> None:
     page = (DOCS / "hub.md").read_text()
     assert [setting for setting in kind.model_fields if not re.search(rf"\b{setting}\b", page)] == []
+
+
+def test_every_setting_of_a_view_is_named_on_its_page() -> None:
+    part = (DOCS / "commands.md").read_text().partition("## Views")[2].partition("\n## ")[0]
+    assert [setting for setting in ViewSettings.model_fields if not re.search(rf"\b{setting}\b", part)] == []
 
 
 @pytest.mark.parametrize("block", TOML)

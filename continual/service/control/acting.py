@@ -68,7 +68,7 @@ def act(merge: Merge, request: Request, hear: Hearing) -> Answer:
         if request.dry_run:
             return look_release(merge, request)
         found_release = release(merge, request)
-        merge.record(releasing.entry(found_release.released))
+        merge.record(releasing.entry(found_release.released, request.view))
         return found_release.answer
     return _pausing(merge, request)
 
@@ -76,13 +76,13 @@ def act(merge: Merge, request: Request, hear: Hearing) -> Answer:
 def look_release(merge: Merge, request: ReleaseRequest) -> Answer:
     """What a release would do; changes nothing, and only asks the Hub. From any thread. Raises Misconfigured and
     Trouble."""
-    return {"look": jsonable(releasing.look(merge, request.at)._asdict())}
+    return {"look": jsonable(releasing.look(merge, request.at, request.view)._asdict())}
 
 
 def release(merge: Merge, request: ReleaseRequest) -> ReleaseAnswer:
     """Releases a record on the Hub, without the record of it in the ledger. From any thread. Raises Misconfigured,
     Trouble, Retry."""
-    out = releasing.release(merge, request.at)
+    out = releasing.release(merge, request.at, view=request.view)
     return ReleaseAnswer(out, {"released": jsonable(out)})
 
 

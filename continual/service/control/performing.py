@@ -58,7 +58,7 @@ class Performing:
             if request.dry_run:
                 return await aside(partial(acting.look_release, self._merge, request))
             out = await aside(partial(acting.release, self._merge, request))
-            await self._record(releasing.entry(out.released))
+            await self._record(releasing.entry(out.released, request.view))
             return out.answer
         return await self._turns.ask(request.title, partial(self._act, request, hear))
 

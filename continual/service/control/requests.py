@@ -87,11 +87,12 @@ class RoundRequest(Asking):
 
 
 class ReleaseRequest(Asking):
-    """Release a record on the Hub."""
+    """Release a record on the Hub, of the merge or of a view."""
 
     command: Literal["release"] = "release"
     title = "release"
     at: Seq | None = None
+    view: Word | None = None
 
 
 class PauseRequest(Asking):

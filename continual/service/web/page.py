@@ -9,6 +9,7 @@ from continual.service.web.view import (
     ShownFold,
     ShownPublication,
     ShownRefusal,
+    ShownView,
     ShownWaiting,
     Status,
     UnderWay,
@@ -72,6 +73,7 @@ def render(status: Status) -> str:
         "<h2>Last folds</h2>",
         _folds(status.last_folds),
         _published(status.published),
+        _views(status.views),
         "<h2>Refusals</h2>",
         _refusals(status.refusals),
         _footer(status),
@@ -159,6 +161,27 @@ def _published(rows: Sequence[ShownPublication]) -> str:
         return ""
     table = _table(("record", "when", "what"), ((r.seq, when(r.time), r.message) for r in rows))
     return f"<h2>Published</h2>{table}"
+
+
+def _views(rows: Sequence[ShownView]) -> str:
+    """The views of the settings, what each reads, and which record of it is out."""
+    if not rows:
+        return ""
+    table = _table(
+        ("view", "rule", "reads", "current", "released", "why"),
+        (
+            (
+                row.name,
+                row.rule,
+                f"{row.count}: {row.models}",
+                row.current_seq or "",
+                row.released_seq or "",
+                row.problem,
+            )
+            for row in rows
+        ),
+    )
+    return f"<h2>Views</h2>{table}"
 
 
 def _pool(status: Status) -> str:

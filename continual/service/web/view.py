@@ -67,6 +67,24 @@ class ShownPublication:
 
 
 @dataclass(frozen=True, slots=True)
+class ShownView:
+    """A view of the settings: the rule that reads it, how many models it reads and the first of them, and the
+    `problem` where it cannot be read. `current`: its link, with the record and the time of the export that it points
+    at; `repo`: where it is released to, with the newest record that is out. None: there is none."""
+
+    name: str
+    rule: str
+    count: int
+    models: str
+    problem: str
+    current: str | None
+    current_seq: int | None
+    current_time: str | None
+    repo: str | None
+    released_seq: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class ShownRound:
     """A round: the number and time of its record, the loss at its end and before it, the duality gap at its end, and
     how many steps it took."""
@@ -154,6 +172,7 @@ class Status:
     refusals: tuple[ShownRefusal, ...]
     published: tuple[ShownPublication, ...]
     peak_memory_bytes: float | None
+    views: tuple[ShownView, ...] = ()
 
     def body(self) -> dict[str, Json]:
         """What `/api/status` and `continual status --json` give: each kind of source has a key of its own name."""
