@@ -280,7 +280,7 @@ def _status(merge: Merge, running: Running) -> Status:
         state_bytes=state.generation_bytes(),
         disk_free_bytes=shutil.disk_usage(state.path).free,
         totals=ledger.totals.body() if folds else {},
-        gauges=merge.rule.read.gauges(ledger.totals),
+        gauges={} if state.format.sparse else merge.rule.read.gauges(ledger.totals),
         queue=tuple(running.queue),
         queued=running.queued,
         select=merge.selects,
