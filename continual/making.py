@@ -268,7 +268,9 @@ def _described(checkpoint: Checkpoint, recipe: Recipe) -> BaseModel:
         )
     if recipe.untie and not heads:
         raise Misconfigured(f"tied = untie: no output head of {checkpoint.place} is tied to its input embedding")
-    return describe(checkpoint, plain=recipe.plain, exclude=recipe.exclude, tables=heads)
+    return describe(
+        checkpoint, plain=recipe.plain, exclude=recipe.exclude, tables=heads, sampled=recipe.width is not None
+    )
 
 
 class _Found(NamedTuple):

@@ -138,11 +138,14 @@ class Merge(OpenedState):
         told: Told | None = None,
     ) -> Tuned:
         """Finds the scale of the merge by evaluating candidates, and records it; nothing is folded again. `told` is
-        called with each candidate and its score. Raises Misconfigured where nothing is folded or the evaluation cannot
-        be used, Retry where the environment got in the way; then nothing is recorded."""
+        called with each candidate and its score. Raises Misconfigured where nothing is folded, the evaluation cannot
+        be used or the base's weights cannot be read, Retry where the environment got in the way; then nothing is
+        recorded."""
         wanted = wanted or Tuning()
         reading = self.reading(view=ReadView(rule=wanted.rule, scale=wanted.scale))
-        return tuning.tune(self.engine, reading, evaluation, wanted, progress, told)
+        with self.weights() as base:
+            engine = self.engine if self.state.format.form is None else self.engine_over(base)
+            return tuning.tune(engine, reading, evaluation, wanted, progress, told)
 
     def look_unfold(self, word: str, at: str | Path | None = None) -> unfolding.Unfolding:
         """Says what taking the model that `word` names (a name, path, key or record number) out of the merge takes;

@@ -99,10 +99,15 @@ class OpenedState:
     def engine(self) -> Engine:
         """The engine that folds into this state, with the gates and the executor that `settings` name now."""
         if self._engine is None or self._engine[0] is not self.settings:
-            device = pick_device(self.settings.device)
-            resources = Resources(self.executor, device, locate=self.places.of, stop=self.stopping)
-            self._engine = self.settings, Engine(self.state, self.base, self.rule, self.standing.gates, resources)
+            self._engine = self.settings, self.engine_over(self.base)
         return self._engine[1]
+
+    def engine_over(self, base: BaseModel) -> Engine:
+        """The same over another opening of the base: of a state of adapters that with its weights. Raises
+        Misconfigured for a device that is not there."""
+        device = pick_device(self.settings.device)
+        resources = Resources(self.executor, device, locate=self.places.of, stop=self.stopping)
+        return Engine(self.state, base, self.rule, self.standing.gates, resources)
 
     @property
     def executor(self) -> Local:

@@ -65,7 +65,7 @@ class Merged:
     def settle(self, squares: Mapping[str, float] | None = None) -> float:
         """Finds out the factor that X is multiplied by, that of the matrices where there are two. `squares`: what
         `square` says of each layer; without them it is asked here, where that is needed."""
-        if self._parts is None and self.measures:
+        if self._parts is None and (self.measures or squares is not None):
             if squares is None:
                 squares = {name: self.square(name) for name in self.shelf.specs}
             matrices = math.fsum(value for name, value in squares.items() if self.is_matrix(name))
@@ -77,10 +77,13 @@ class Merged:
     def factors(self) -> tuple[float, float]:
         """The factors of the matrices and of everything else. Where `measures` says so, `settle` comes first."""
         assert not self.measures or self._parts is not None, "settle first"
+        return self.options.factors(self.totals, self.size)
+
+    @property
+    def size(self) -> Size:
+        """How long X is, as far as that is known."""
         size = self.rule.read.size(self.totals)
-        if self._parts is not None:
-            size = Size(math.hypot(*self._parts), size.most, self._parts)
-        return self.options.factors(self.totals, size)
+        return size if self._parts is None else Size(math.hypot(*self._parts), size.most, self._parts)
 
     def scale(self, name: str) -> float:
         """What X of this layer is multiplied by."""

@@ -24,6 +24,7 @@ from continual.tensors.kept import kept_base
 from continual.tensors.kinds import as_made
 from continual.tensors.packed import unpacked
 from continual.tensors.place import MANIFESTS
+from continual.tensors.quantised import form_of
 
 if TYPE_CHECKING:
     from continual.hub import Hub, Repo
@@ -106,14 +107,24 @@ def weighted_base(state: State, places: Places, moved: Path | None = None) -> Ba
 
 def _unquantised(state: State, path: Path | None) -> BaseModel:
     """The model that the base of a state was quantised from, in `path`: the weights of such a base are not read. Raises
-    Misconfigured where it is not named, Damaged where it has other weights, Refuse where it cannot be read."""
+    Misconfigured where it is not named or cannot be read, Damaged where it has other weights."""
     record = state.format.base
     if path is None:
         raise Misconfigured(
             f"base {name_of(record)} is quantised ({record.packed}), and packed numbers are not added to: export an "
             "adapter (--as-lora), or name a folder with the model that it was quantised from: base = DIR (--base)"
         )
-    model = describe(open_checkpoint(path), plain=record.plain, exclude=record.exclude)
+    try:
+        opened = open_checkpoint(path, packed=True)
+    except Refuse as error:
+        raise Misconfigured(f"base {error}") from None
+    if form := form_of(opened.config, opened.tensors):
+        opened.close()
+        raise Misconfigured(
+            f"base {path} is quantised as well ({form}): name a folder with the model that {name_of(record)} was "
+            "quantised from, in F32, F16 or BF16, or export an adapter (--as-lora)"
+        )
+    model = describe(opened, plain=record.plain, exclude=record.exclude)
     there = {spec.name: spec.shape for spec in model.specs}
     for spec in state.format.tensors:
         if len(spec.shape) >= 2 and spec.kind != "carried" and there.get(spec.name) != spec.shape:

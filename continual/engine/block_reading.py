@@ -109,7 +109,7 @@ class BlockReading(Reading):
 
     def size(self) -> Size:
         """How long X is, as far as that is known without a pass."""
-        return self.rule.read.size(self.merged.totals)
+        return self.merged.size
 
     def unit(self, spec: TensorSpec) -> torch.Tensor:
         """X of one tensor, at scale 1."""

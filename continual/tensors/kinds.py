@@ -70,15 +70,21 @@ class BaseModel:
 
 
 def describe(
-    checkpoint: Checkpoint, *, plain: Sequence[str] = (), exclude: Sequence[str] = (), tables: Collection[str] = ()
+    checkpoint: Checkpoint,
+    *,
+    plain: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    tables: Collection[str] = (),
+    sampled: bool = False,
 ) -> BaseModel:
     """Kinds, depths and ties of a base. `plain` and `exclude` are globs of names; what `tables` names is a tensor by
     itself, though it be tied to another: a head that is not in the files has the values of the embedding then.
 
-    Reads nothing but headers, except where tied names are both there: their bytes are compared. Raises Refuse for a
+    Reads nothing but headers, except where tied names are both there: their bytes are compared, some of them if
+    `sampled`. Raises Refuse for a
     float dtype that cannot be folded and for tied tensors that differ, Misconfigured for a glob that names no tensor.
     """
-    aliases = tied(checkpoint, tables)
+    aliases = tied(checkpoint, tables, sampled=sampled)
     checkpoint, untied = with_tables(checkpoint, tables)
     names = sorted(name for name in checkpoint.tensors if name not in aliases)
     for glob in (*plain, *exclude):

@@ -7,7 +7,6 @@ family's default where it is silent.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
@@ -156,14 +155,17 @@ _HEADS = {
 _LANGUAGE = re.compile(r"CausalLM|LMHead|Generation|MaskedLM|PreTraining|ForSpeechTo|ForTextTo|^(?:U?M?T5|M?Bart)")
 """Classes that use a table in two places."""
 _BLOCK = 1 << 20
+_PLACES, _SAMPLE = 8, 4096
+"""Places of two tables that are compared where the base is not read, and the bytes at each."""
 
 
-def tied(checkpoint: Checkpoint, tables: Collection[str] = ()) -> dict[str, str]:
+def tied(checkpoint: Checkpoint, tables: Collection[str] = (), *, sampled: bool = False) -> dict[str, str]:
     """Every other name a tensor of this base may bear, in its files or not, to the canonical one, which is in its
     files. What is named in `tables` is a tensor by itself, whatever the config says: a state keeps it so.
 
     Where two that the config or the family says to be one are both there and differ, the file is right: each is a
-    table by itself, as transformers loads it.
+    table by itself, as transformers loads it. `sampled`: a few bytes at places spread over the two are compared, not
+    all of them, where no weight of the base is to be read.
     """
     found: dict[str, str] = {}
     pairs = list(_candidates(checkpoint.tensors, checkpoint.config))
@@ -172,7 +174,7 @@ def tied(checkpoint: Checkpoint, tables: Collection[str] = ()) -> dict[str, str]
     for alias, name, head in pairs:
         if alias not in checkpoint.tensors or alias in found or name in found or alias in own:
             continue
-        if (head and _keeps_apart(checkpoint.config)) or not _same(checkpoint, alias, name):
+        if (head and _keeps_apart(checkpoint.config)) or not _same(checkpoint, alias, name, sampled):
             own.add(alias)
             headless.update((name,) if head else ())
         else:
@@ -316,17 +318,20 @@ def _says(config: Mapping[str, object]) -> bool | None:
     return None
 
 
-def _same(checkpoint: Checkpoint, one: str, other: str) -> bool:
+def _same(checkpoint: Checkpoint, one: str, other: str, sampled: bool) -> bool:
     a, b = checkpoint.tensors[one], checkpoint.tensors[other]
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
+    if (a.shape, a.dtype, a.nbytes) != (b.shape, b.dtype, b.nbytes):
         return False
-    buffer = bytearray(_BLOCK)
-    digests = []
-    for info in (a, b):
-        whole = hashlib.sha256()
-        for start in range(0, info.nbytes, _BLOCK):
-            part = memoryview(buffer)[: min(_BLOCK, info.nbytes - start)]
+    if sampled and a.nbytes > _PLACES * _SAMPLE:
+        last = a.nbytes - _SAMPLE
+        starts, length = [last * place // (_PLACES - 1) for place in range(_PLACES)], _SAMPLE
+    else:
+        starts, length = list(range(0, a.nbytes, _BLOCK)), _BLOCK
+    first, second = bytearray(length), bytearray(length)
+    for start in starts:
+        parts = [memoryview(whole)[: min(length, a.nbytes - start)] for whole in (first, second)]
+        for info, part in zip((a, b), parts, strict=True):
             checkpoint.read_part(info, start, part)
-            whole.update(part)
-        digests.append(whole.digest())
-    return digests[0] == digests[1]
+        if parts[0] != parts[1]:
+            return False
+    return True

@@ -13,7 +13,7 @@ from continual.engine.reading import Reading
 from continual.executors.contract import Executor, Progress
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import TensorSpec
-from continual.rules import ReadOptions
+from continual.rules import ReadOptions, Size
 from continual.state.durable import environment
 from continual.tensors import Checkpoint
 
@@ -24,7 +24,13 @@ class Scratch(Reading):
 
     def __init__(self, of: Reading, file: Checkpoint, options: ReadOptions) -> None:
         super().__init__(of.state, of.rule, of.commit.seq, options, of.lengths)
+        self._of = of
         self._file = file
+        self.totals = of.totals  # of a state of adapters those of the models that are read
+
+    def size(self) -> Size:
+        """How long X is, which was measured as it was written."""
+        return self._of.size()
 
     def unit(self, spec: TensorSpec) -> torch.Tensor:
         """X of one tensor: float32, of the tensor's shape, in new memory."""
