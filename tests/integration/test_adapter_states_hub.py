@@ -109,6 +109,7 @@ def test_a_daemon_folds_adapters_of_repos_and_needs_no_base_when_it_starts_again
     watched = {"watch": (tmp_path / "watched",), "settle": 0.1}
     (tmp_path / "watched").mkdir()
     hub.delete(BASE)
+    hub.journal.clear()
 
     def fates() -> dict[str, str | None]:
         with api.open(state) as now:

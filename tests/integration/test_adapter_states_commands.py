@@ -1,0 +1,118 @@
+"""Commands on a state of adapters over a quantised base, alone and beside a running daemon: each does the same, none
+needs the base."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from continual import api, making
+from continual.engine.views import ReadView
+from continual.publish.lora import LoraTarget
+from continual.service.control import parley
+from continual.state import State
+from tests.helpers import adapters, models, packing
+from tests.helpers.command import Done, run
+from tests.helpers.services import LIMIT, daemon, until, url
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    """A state of three adapters, the third of which does not leave room for all, and another of one; the base is gone
+    since."""
+    base = models.base(tmp_path / "base")
+    packed = packing.packed(base, tmp_path / "packed", "gptq")
+    for name, numbers in (("state", (0, 1, 2)), ("other", (3,))):
+        making.init(packed, tmp_path / name, making.Recipe(width=8))
+        with api.open(tmp_path / name, write=True) as merge:
+            for number in numbers:
+                assert merge.fold(adapters.lora(tmp_path / f"lora-{number}", base, number)).fate == "folded"
+    shutil.rmtree(packed)
+    shutil.rmtree(base)
+    yield tmp_path / "state"
+    assert api.verify(tmp_path / "state").findings == ()
+
+
+def names(state: Path) -> list[str]:
+    with State.open(state) as opened:
+        return [fold.entry.candidate.name for fold in opened.ledger.folds()]
+
+
+def even(done: Done, state: Path) -> Done:
+    """What was printed, without what differs from one run to the next."""
+
+    def of(text: str) -> str:
+        text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", text.replace(str(state), "STATE"))
+        return re.sub(r'"(generation|crc|prev)": "?\w+"?|\b[0-9a-f]{16}\b', "ID", text)
+
+    return Done(done.returncode, of(done.stdout), of(done.stderr))
+
+
+LINES = (
+    ("unfold", "lora-1", "--dry-run"),
+    ("unfold", "lora-1", "--yes"),
+    ("rollback", "3", "--yes", "--json"),
+    ("unfold", "lora-0", "--yes"),
+    ("tag", "first", "--json"),
+    ("scale", "norm:2"),
+    ("scale", "--rule", "mean", "--json"),
+    ("pool", "round"),
+    ("release",),
+    ("rollback", "99", "--yes"),
+)
+
+
+def test_each_does_the_same_beside_a_daemon_as_alone(tmp_path: Path, state: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(state, alone)
+    (tmp_path / "in").mkdir()
+    with daemon(state, tmp_path / "in") as process:
+        url(process, state)
+        until((state / parley.NAME).exists, "the socket is there")
+        for words in LINES:
+            beside = even(run(*words, "--state", state), state)
+            assert beside == even(run(*words, "--state", alone), alone), words
+            assert beside.returncode in (0, 2), beside.stderr
+        shutil.move(tmp_path / "lora-3", tmp_path / "in/lora-3")
+        until(lambda: "lora-3" in names(state), "it is folded")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == 0
+    assert names(state) == ["lora-1", "lora-2", "lora-3"]
+
+
+def test_combined_copied_damaged_and_repaired(tmp_path: Path, state: Path) -> None:
+    def done(*words: object, at: Path = state, code: int = 0) -> str:
+        found = run(*words, "--state", at)
+        assert found.returncode == code, found
+        return found.stdout + found.stderr
+
+    assert "1 models" in done("combine", tmp_path / "other", "--dry-run")
+    done("combine", tmp_path / "other")
+    assert names(state) == ["lora-0", "lora-1", "lora-2", "lora-3"]
+    done("backup", tmp_path / "backup", "--copy")
+    assert "clean" in done("verify", at=tmp_path / "backup")
+    with api.open(state) as merge:
+        generation = merge.state.generation_of(merge.state.ledger.head)
+        merge.export_lora(LoraTarget(tmp_path / "before", None), ReadView(only=("lora-3",), rule="mean"))
+    assert generation is not None
+    chunk = next(generation.directory.glob("u/*q_proj*/c.*"))
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 255
+    chunk.chmod(0o644)
+    chunk.write_bytes(data)
+    assert "is damaged" in done("verify", code=4)
+    done("repair", "--yes")
+    assert names(state) == ["lora-0", "lora-1", "lora-2"]  # the newest whole one
+    done("combine", tmp_path / "backup", code=2)  # three of them are here already
+    done("combine", tmp_path / "other")
+    with api.open(state) as merge:
+        merge.export_lora(LoraTarget(tmp_path / "after", None), ReadView(only=("lora-3",), rule="mean"))
+    before, after = (tmp_path / d / "adapter_model.safetensors" for d in ("before", "after"))
+    assert before.read_bytes() == after.read_bytes()
