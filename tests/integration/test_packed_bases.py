@@ -98,7 +98,7 @@ def test_rounds_are_refused(tmp_path: Path, base: Path) -> None:
 
 @quiet
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["nf4", "gptq", "awq", "fp8", "int8"])
+@pytest.mark.parametrize("form", ["nf4", "fp8"])
 def test_peft_loads_what_is_exported(tmp_path: Path, form: str) -> None:
     """Two LoRAs that PEFT wrote, folded over a quantised copy: what PEFT makes of the export on the original model
     answers as the model with both merged into it."""

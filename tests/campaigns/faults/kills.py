@@ -1,11 +1,12 @@
 """The kill campaign: SIGKILL a loop of real folds at chosen and random instants, and look at what is left each time.
 
-    python -m tests.campaigns.faults.kills --kills 200
+    python -m tests.campaigns.faults.kills --kills 200 [--adapters]
 
 A child process folds model after model and announces each step of the commit protocol through a pipe before it begins.
 The parent draws a step and kills either while the child still waits for leave to begin it, or a random moment after.
 After each kill the state must open at the last acknowledged fold, or one further if its link was done, and `verify`
-must be clean; at the end it must be bit-equal to an uninterrupted run's.
+must be clean; at the end it must be bit-equal to an uninterrupted run's. `--adapters`: adapters into a state that keeps
+them as they are, and cuts them more and more.
 """
 
 from __future__ import annotations
@@ -48,17 +49,18 @@ def fold_loop(state: str, models: list[str], pipe: Connection | None) -> None:
         pipe.send(("done", merge.state.ledger.head.seq))
 
 
-def campaign(work: Path, kills: int, seed: int = 0) -> dict[str, object]:
-    """Runs the campaign under `work`; returns the histogram and counts. Raises AssertionError at the first broken
-    promise."""
+def campaign(work: Path, kills: int, seed: int = 0, *, kept: bool = False) -> dict[str, object]:
+    """Runs the campaign under `work`, with `kept` on a state that keeps adapters as they are; returns the histogram and
+    counts. Raises AssertionError at the first broken promise."""
     from continual import making
-    from tests.helpers import models
+    from tests.helpers import adapters, models
 
     work.mkdir(parents=True, exist_ok=True)
     base = models.base(work / "base")
-    fine_tunes = [str(models.fine_tune(base, work / f"ft-{i:03d}", i)) for i in range(max(8, kills))]
+    make = adapters.lora if kept else lambda directory, base, seed: models.fine_tune(base, directory, seed)
+    fine_tunes = [str(make(work / f"ft-{i:03d}", base, i)) for i in range(max(8, kills))]
     state, straight = work / "state", work / "straight"
-    making.init(base, state)
+    making.init(base, state, making.Recipe(width=16 if kept else None))
     shutil.copytree(state, straight)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["continual.api"])
@@ -162,10 +164,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--adapters", action="store_true", help="adapters into a state that keeps them as they are")
     parser.add_argument("--dir", type=Path, help="where to work; default: a temporary directory")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        result = campaign(args.dir or Path(temporary) / "kills", args.kills, args.seed)
+        result = campaign(args.dir or Path(temporary) / "kills", args.kills, args.seed, kept=args.adapters)
     json.dump(result, sys.stdout, indent=2)
     print()
 

@@ -1,4 +1,4 @@
-"""Every command, at every call by which it changes a file, for the default rule and `opcm`.
+"""Every command, at every call by which it changes a file, for the default rule, `opcm` and a state of adapters.
 
     python -m tests.campaigns.faults.steps              # the process is killed at the call
     python -m tests.campaigns.faults.steps --errors     # the call fails, in nine ways
@@ -77,7 +77,7 @@ class Straight(NamedTuple):
 def campaign(
     work: Path,
     names: Sequence[str] | None = None,
-    rules: Sequence[str] = commands.RULES,
+    rules: Sequence[str] = commands.ALL,
     failures: Sequence[Failure] = (),
 ) -> dict[str, Any]:
     """Runs the campaign under `work`: kills, or these failures; returns how many runs there were of each command.
@@ -354,7 +354,7 @@ def main() -> None:
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as temporary:
         work = args.dir or Path(temporary)
-        result = campaign(work, args.command, tuple(args.rule or commands.RULES), FAILURES if args.errors else ())
+        result = campaign(work, args.command, tuple(args.rule or commands.ALL), FAILURES if args.errors else ())
     json.dump(result, sys.stdout, indent=2)
     print()
 

@@ -17,12 +17,15 @@ from continual.publish import folder
 from continual.publish.folder import Target
 from continual.publish.lora import LoraTarget
 from continual.service import release as releasing
-from tests.helpers import models, quadratic
+from tests.helpers import adapters, models, quadratic
 from tests.helpers.released import REPO
 from tests.loopback import TOKEN
 
 SHAPES = {"model.layers.0.mlp.up_proj.weight": (6, 4), "model.norm.weight": (4,), "lm_head.weight": (5, 4)}
 RULES = ("iso-c", "opcm")
+ADAPTERS = "adapters"
+"""In place of a rule: a state that keeps adapters as they are, with room for two of the four."""
+ALL = (*RULES, ADAPTERS)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,14 @@ class World:
     @property
     def state(self) -> Path:
         return self.work / "state"
+
+    @property
+    def recipe(self) -> making.Recipe:
+        return making.Recipe(width=4) if self.rule == ADAPTERS else making.Recipe(rule=self.rule)
+
+    def model(self, number: int | str) -> Path:
+        """A fine-tune that such a state can keep: a full one, or an adapter; `bad` is one that is refused."""
+        return self.models / (f"lora-{number}" if self.rule == ADAPTERS else f"ft-{number}")
 
     def opened(self, **settings: Any) -> api.Merge:
         """The state, open for writing."""
@@ -68,7 +79,7 @@ class Step:
     records: int = 1
     settings: tuple[tuple[str, object], ...] = ()
     again: str | None = None
-    only: tuple[str, ...] = RULES
+    only: tuple[str, ...] = ALL
     outside: str | None = None
     hub: bool = False
     further: Callable[[api.Merge], object] | None = None
@@ -80,11 +91,15 @@ def make_models(place: Path) -> Path:
     base = quadratic.world(place, SHAPES)
     for number in range(1, 5):
         models.fine_tune(base, place / f"ft-{number}", number)
+        adapters.lora(place / f"lora-{number}", base, number, rank=2, modules=("up_proj", "lm_head"))
 
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"] = tensors["model.norm.weight"] * float("nan")
 
-    models.fine_tune(base, place / "bad", 9, change=spoil)
+    models.fine_tune(base, place / "ft-bad", 9, change=spoil)
+    spoiled = {"base_model.model.lm_head.lora_A.weight": torch.full((2, 4), torch.nan)}
+    spoiled |= {"base_model.model.lm_head.lora_B.weight": torch.ones(5, 2)}
+    adapters.plain(place / "lora-bad", spoiled, target_modules=["lm_head"])
     quadratic.good(base, 0)
     quadratic.good(base, 1)
     quadratic.noise(base, 0)
@@ -101,10 +116,10 @@ def of_folds(count: int) -> Callable[[World], None]:
 
     def begin(world: World) -> None:
         nothing(world)
-        making.init(world.base, world.state, making.Recipe(rule=world.rule))
+        making.init(world.base, world.state, world.recipe)
         with world.opened() as merge:
             for number in range(1, 1 + count):
-                assert merge.fold(world.models / f"ft-{number}").fate == "folded"
+                assert merge.fold(world.model(number)).fate == "folded"
 
     return begin
 
@@ -123,15 +138,15 @@ def beside_another(world: World) -> None:
             world.state.rename(world.work / "other")
             shutil.rmtree(world.work / "out")
     with world.opened() as merge:
-        merge.unfold(merge.look_unfold("ft-1"))
-        merge.fold(world.models / "ft-3")
+        merge.unfold(merge.look_unfold(world.model(1).name))
+        merge.fold(world.model(3))
 
 
 def published(world: World) -> None:
     of_folds(1)(world)
     with world.opened() as merge:
         keep_current(world, merge)
-        merge.fold(world.models / "ft-2")
+        merge.fold(world.model(2))
 
 
 def waiting(world: World) -> None:
@@ -149,7 +164,7 @@ def keep_current(world: World, merge: api.Merge) -> Path:
 
 
 def folding(number: int) -> Callable[[World, api.Merge | None], object]:
-    return lambda world, merge: opened(merge).fold(world.models / f"ft-{number}")
+    return lambda world, merge: opened(merge).fold(world.model(number))
 
 
 def opened(merge: api.Merge | None) -> api.Merge:
@@ -163,8 +178,8 @@ def tuned(world: World, merge: api.Merge | None) -> object:
     return opened(merge).tune(command, wanted)
 
 
-def unfolded(_world: World, merge: api.Merge | None) -> object:
-    return opened(merge).unfold(opened(merge).look_unfold("ft-1"))
+def unfolded(world: World, merge: api.Merge | None) -> object:
+    return opened(merge).unfold(opened(merge).look_unfold(world.model(1).name))
 
 
 def released(_world: World, merge: api.Merge | None) -> object:
@@ -181,7 +196,7 @@ def rounded(_world: World, merge: api.Merge | None) -> object:
 
 
 def refused(world: World, merge: api.Merge | None) -> object:
-    outcome = opened(merge).fold(world.models / "bad")
+    outcome = opened(merge).fold(world.model("bad"))
     assert outcome.fate in ("refused", "known"), outcome
     return outcome
 
@@ -192,7 +207,7 @@ STEPS = (
     Step(
         "init",
         nothing,
-        lambda w, _merge: making.init(w.base, w.state, making.Recipe(rule=w.rule)),
+        lambda w, _merge: making.init(w.base, w.state, w.recipe),
         again="already is a state",
     ),
     Step("fold", of_folds(1), folding(2)),
@@ -207,7 +222,7 @@ STEPS = (
         beside_another,
         lambda w, merge: opened(merge).combine(w.work / "other"),
         again="models are in both states",
-        only=("iso-c",),
+        only=("iso-c", ADAPTERS),
     ),
     Step("scale", of_folds(1), lambda _w, merge: opened(merge).rescale("0.5")),
     Step("tune", of_folds(1), tuned, outside="out"),
@@ -229,5 +244,5 @@ STEPS = (
     ),
     Step("current", published, lambda w, merge: keep_current(w, opened(merge)), records=0, outside="out"),
     Step("release", of_folds(1), released, settings=(("release", {"repo": REPO}),), hub=True),
-    Step("pool round", waiting, rounded, records=-1, settings=ROUNDS, further=api.Merge.round),
+    Step("pool round", waiting, rounded, records=-1, settings=ROUNDS, only=RULES, further=api.Merge.round),
 )
