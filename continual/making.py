@@ -81,7 +81,8 @@ class Survey:
     `state_bytes` is the size of one generation, and of a state that keeps adapters (`width`) the most that one takes.
     `kinds` has a row for each kind of tensor: the kind (`matrix`, `stack`, `plain` or `carried`), how many tensors
     there are of it, and how many parameters they have. `tensors` has the kind of each tensor, by name; `aliases` the
-    name under which a tied tensor is kept, by its other name.
+    name under which a tied tensor is kept, by its other name. `packed`: how the base of a state that keeps adapters is
+    quantised, where it is.
     """
 
     base: str
@@ -94,6 +95,7 @@ class Survey:
     tensors: Mapping[str, str]
     aliases: Mapping[str, str]
     width: int | None = None
+    packed: str | None = None
 
 
 def survey(base: str | Path, recipe: Recipe | None = None, *, client: Hub | None = None) -> Survey:
@@ -103,8 +105,9 @@ def survey(base: str | Path, recipe: Recipe | None = None, *, client: Hub | None
     """
     recipe = recipe or Recipe()
     place = Places(Settings(), client=client).named(base)
-    with open_checkpoint(place) if recipe.width is None else open_headers(place)[0] as checkpoint:
-        return _survey(str(checkpoint.place), _described(checkpoint, recipe), recipe)
+    opened, form = (open_checkpoint(place), None) if recipe.width is None else open_headers(place)
+    with opened as checkpoint:
+        return _survey(str(checkpoint.place), _described(checkpoint, recipe), recipe, form)
 
 
 def init(
@@ -163,7 +166,7 @@ def _init_adapters(place: Place, base: str | Path, state: Path, recipe: Recipe) 
     opened, form = open_headers(place)
     with opened as checkpoint:
         model = _described(checkpoint, recipe)
-        made = _survey(str(base), model, recipe)
+        made = _survey(str(base), model, recipe, form)
         remote = place.info if isinstance(place, Repo) else None
         record = BaseRecord(
             path=str(place.path.resolve()) if isinstance(place, Folder) else "",
@@ -293,7 +296,7 @@ def _found(place: Place, word: str | Path, progress: Progress) -> _Found:
     return _Found(place, place.path.resolve(), str(word))
 
 
-def _survey(base: str, model: BaseModel, recipe: Recipe) -> Survey:
+def _survey(base: str, model: BaseModel, recipe: Recipe, form: str | None = None) -> Survey:
     if recipe.scale == "tuned":
         raise Misconfigured(
             "scale = tuned: nothing is folded yet to tune; make the state with another, fold, and run 'continual tune'"
@@ -315,4 +318,5 @@ def _survey(base: str, model: BaseModel, recipe: Recipe) -> Survey:
         tensors={spec.name: spec.kind for spec in model.specs},
         aliases=model.aliases,
         width=recipe.width,
+        packed=form,
     )

@@ -170,6 +170,11 @@ def init(
             f"Keeps adapters as they are, at most {found.width} singular triplets a layer: a generation takes what the "
             f"adapters take, at most {texts.size(found.state_bytes)}."
         )
+    if found.packed is not None:
+        console.say(
+            f"The base is quantised ({found.packed}): adapters are folded and exported; a whole model takes --base of "
+            "the model that it was quantised from."
+        )
     if not dry_run:
         console.say("Next: continual run --watch FOLDER, or continual fold MODEL")
 

@@ -131,7 +131,7 @@ class _Reader:
                 return Packed(name, shape, info, stem)
         narrow = info.dtype not in ITEMSIZE and not info.dtype.startswith(("F4", "F6", "F8_E8M0"))
         if narrow and not _HELPER.fullmatch(name) and not _CACHE.search(name):
-            return Packed(name, info.shape, info, name.removesuffix(".weight"), linear=name.endswith(".weight"))
+            return Packed(name, info.shape, info, name.removesuffix(".weight"), linear=False)
         return None
 
     def _weight(self, stem: str, info: TensorInfo) -> Shape | None:

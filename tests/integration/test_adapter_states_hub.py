@@ -15,7 +15,7 @@ from continual import api, making
 from continual.config import Settings
 from continual.hub import Hub as Client
 from continual.publish.lora import LoraTarget
-from tests.helpers import adapters, hubs, models, packing, running, services
+from tests.helpers import adapters, command, hubs, models, packing, running, services
 from tests.helpers.hubs import BASE, publish
 from tests.loopback import TOKEN, Hub, serving
 
@@ -131,3 +131,20 @@ def test_a_daemon_folds_adapters_of_repos_and_needs_no_base_when_it_starts_again
     assert len(hub.journal) == 0
     with api.open(state) as merge:
         assert [fold.entry.candidate.name for fold in merge.state.ledger.folds()] == ["org/lora", "second"]
+
+
+def test_what_waits_on_the_hub_is_taken_at_once(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`watch --once` on a state of a quantised copy: adapters over the copy and over the original."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("CONTINUAL_STATE", str(tmp_path / "state"))
+    base = models.base(tmp_path / "base")
+    copy = f"{BASE}-bnb-4bit"
+    publish(hub, copy, packing.packed(base, tmp_path / "packed", "nf4"), hubs.card(BASE))
+    asked = client(hub)
+    assert command.machine("init", copy, "--adapters", "--width", "32", client=asked)["packed"] == "bitsandbytes"
+    for number, of in enumerate((copy, BASE)):
+        adapter = adapters.lora(tmp_path / f"lora-{number}", base, number, base_model_name_or_path=of)
+        publish(hub, f"org/lora-{number}", adapter, hubs.card(of))
+    both = ("--hub", f"bases={copy},{BASE}")
+    taken = command.machine("watch", "--once", "--hub", "watch=true", "--hub", "settle=0", *both, client=asked)
+    assert {row["model"]: row["fate"] for row in taken} == {"org/lora-0": "folded", "org/lora-1": "folded"}

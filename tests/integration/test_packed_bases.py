@@ -86,7 +86,9 @@ def test_a_state_of_whole_tensors_refuses_it_as_before(tmp_path: Path, base: Pat
         making.init(packed, tmp_path / "state")
     assert refusal.value.reason == "quantised"
     assert "continual init --adapters" in str(refusal.value)
-    assert making.survey(packed, making.Recipe(width=8)).width == 8
+    assert making.survey(packed, making.Recipe(width=8)).packed == "bitsandbytes"
+    said = command.run("init", packed, "--adapters", "--state", tmp_path / "state")
+    assert "The base is quantised (bitsandbytes): adapters are folded and exported" in said.stdout
 
 
 def test_rounds_are_refused(tmp_path: Path, base: Path) -> None:

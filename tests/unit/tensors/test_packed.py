@@ -90,10 +90,15 @@ def test_experts_of_gpt_oss(tmp_path: Path) -> None:
 
 
 def test_layers_that_a_class_keeps_the_other_way_round(tmp_path: Path) -> None:
-    """GPT-2 has inputs × outputs; quantised layers are of outputs × inputs."""
+    """GPT-2 has inputs × outputs; quantised layers are of outputs × inputs. A weight that was only cast stays."""
     tensors = packing.nf4("transformer.h.0.attn.c_attn", 24, 8) | packing.int8("lm_head", 16, 8)
+    tensors["transformer.h.0.mlp.c_fc.weight"] = torch.zeros(8, 32).to(torch.float8_e4m3fn)
     found = shapes(written(tmp_path / "m", tensors, {"quant_method": "bitsandbytes"}, model_type="gpt2"))
-    assert found == {"transformer.h.0.attn.c_attn.weight": (8, 24), "lm_head.weight": (16, 8)}
+    assert found == {
+        "transformer.h.0.attn.c_attn.weight": (8, 24),
+        "transformer.h.0.mlp.c_fc.weight": (8, 32),
+        "lm_head.weight": (16, 8),
+    }
 
 
 def test_packed_numbers_kept_as_another_dtype(tmp_path: Path) -> None:
