@@ -8,15 +8,17 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from continual.engine.engine import Engine
 from continual.engine.reading import Reading
 from continual.errors import Misconfigured, Retry
-from continual.executors.contract import Progress
+from continual.executors.contract import Executor, Progress
 from continual.objectives import builtin
 from continual.objectives.parameters import find_parameters
 from continual.publish import folder
@@ -25,12 +27,13 @@ from continual.rules.scale import POLICIES, Policy
 from continual.state import Commit
 from continual.state.durable import environment, usable
 from continual.state.entries import TuneEntry
+from continual.state.parts import CommandEvaluation, RowsEvaluation
 from continual.state.transaction import room
 from continual.tensors import Folder
 from continual.tensors.checkpoint import open_checkpoint
 from continual.tensors.in_classes import elsewhere
 from continual.tuning import command, record, scoring, scratch
-from continual.tuning.search import LEAST, Range, best, search
+from continual.tuning.search import LEAST, Range, Trial, best, search
 
 Evaluation = command.Command | builtin.Rows
 Evaluate = Callable[[Reading], float]
@@ -103,8 +106,7 @@ def tune(
     """
     state = engine.state
     started = time.perf_counter()
-    folds = len(state.ledger.folds(reading.commit.seq))
-    if not folds:
+    if not state.ledger.folds(reading.commit.seq):
         raise Misconfigured(f"{state.path}: nothing is folded yet, so there is nothing to tune; fold a model first")
     if tuning.policy == "spread":
         blocks = state.format.form is not None
@@ -117,24 +119,54 @@ def tune(
         file = work / "merged.safetensors"
         scratch.write(reading, file, engine.executor, progress)
         with open_checkpoint(Folder(file)) as unit:
-            done = 0
-            progress("tune", 0, tuning.candidates)
+            made = partial(scratch.Scratch, reading, unit)
+            worth = counted(made, evaluate, tuning.candidates, engine.executor, progress, told)
+            trials = search(lambda options: -worth(options) if lower else worth(options), range_of(reading, tuning))
+    found = Found(trials, kept, lower, time.perf_counter() - started)
+    return settled(engine, reading, found, dry_run=tuning.dry_run)
 
-            def worth(options: ReadOptions) -> float:
-                nonlocal done
-                candidate = scratch.Scratch(reading, unit, options)
-                candidate.settle(engine.executor, progress)
-                score = evaluate(candidate)
-                done += 1
-                progress("tune", done, tuning.candidates)
-                if told is not None and math.isfinite(score):
-                    told(options, score)
-                return -score if lower else score
 
-            trials = search(worth, range_of(reading, tuning))
-    top = best(trials)
-    rows = tuple(record.row(trial, lower=lower) for trial in trials)
-    score = record.row(top, lower=lower).score
+class Found(NamedTuple):
+    """What a search found: its trials, what the record keeps of the evaluation, whether lower scores are better, and
+    the seconds that it took."""
+
+    trials: Sequence[Trial]
+    evaluation: CommandEvaluation | RowsEvaluation
+    lower: bool
+    seconds: float
+
+
+def counted(
+    made: Callable[[ReadOptions], Reading],
+    evaluate: Evaluate,
+    count: int,
+    executor: Executor,
+    progress: Progress,
+    told: Told | None,
+) -> Callable[[ReadOptions], float]:
+    """What says the score of the reading that `made` makes of options, and tells of each."""
+    done = 0
+    progress("tune", 0, count)
+
+    def worth(options: ReadOptions) -> float:
+        nonlocal done
+        candidate = made(options)
+        candidate.settle(executor, progress)
+        score = evaluate(candidate)
+        done += 1
+        progress("tune", done, count)
+        if told is not None and math.isfinite(score):
+            told(options, score)
+        return score
+
+    return worth
+
+
+def settled(engine: Engine, reading: Reading, found: Found, *, dry_run: bool) -> Tuned:
+    """Records the best of what was found, unless `dry_run`. Raises Retry where the merge is another one meanwhile."""
+    top = best(found.trials)
+    rows = tuple(record.row(trial, lower=found.lower) for trial in found.trials)
+    score = record.row(top, lower=found.lower).score
     before = rows[0]
     entry = TuneEntry(
         read=top.options.to_mapping(),
@@ -142,11 +174,11 @@ def tune(
         f"{len(rows)} candidates",
         trials=rows,
         before=before,
-        evaluation=kept,
-        seconds=round(time.perf_counter() - started, 3),
-        folds=folds,
+        evaluation=found.evaluation,
+        seconds=round(found.seconds, 3),
+        folds=len(engine.state.ledger.folds(reading.commit.seq)),
     )
-    commit = None if tuning.dry_run else _record(engine, reading, entry)
+    commit = None if dry_run else _record(engine, reading, entry)
     return Tuned(top.options, score, before.score, entry, commit)
 
 
