@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from continual.publish.lora import LoraTarget
     from continual.state.backup import BackupReport, Wish
     from continual.state.damage import RepairPlan
-    from continual.tuning import Command, Rows, Tuned, Tuning
+    from continual.tuning import Command, Rows, Tuned, Tuning, Weighing
 
 __all__ = [
     "BackupReport",
@@ -42,6 +42,7 @@ __all__ = [
     "Tuned",
     "Tuning",
     "Verified",
+    "Weighing",
     "Wish",
     "__version__",
     "backup",
@@ -65,7 +66,7 @@ _HOMES = {
     "continual.publish.lora": ("LoraTarget",),
     "continual.state.backup": ("BackupReport", "Wish"),
     "continual.state.damage": ("RepairPlan",),
-    "continual.tuning": ("Command", "Rows", "Tuned", "Tuning"),
+    "continual.tuning": ("Command", "Rows", "Tuned", "Tuning", "Weighing"),
 }
 """The module that each name is loaded from: the same as above, which only type checkers read."""
 

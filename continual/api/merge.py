@@ -30,7 +30,7 @@ from continual.state import Commit, State
 from continual.state.entries import Entry
 from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting
-from continual.tuning import Evaluation, Told, Tuned, Tuning
+from continual.tuning import Evaluation, Told, Tuned, Tuning, Weighing
 
 if TYPE_CHECKING:
     pass
@@ -146,6 +146,21 @@ class Merge(OpenedState):
         with self.weights() as base:
             engine = self.engine if self.state.format.form is None else self.engine_over(base)
             return tuning.tune(engine, reading, evaluation, wanted, progress, told)
+
+    def tune_weights(
+        self,
+        evaluation: Evaluation,
+        wanted: Weighing | None = None,
+        progress: Progress = silent,
+        told: Told | None = None,
+    ) -> Tuned:
+        """Finds with which weights the models of a state of adapters are read best, by evaluating candidates, and
+        records it; nothing is folded again. Raises what `tune` raises."""
+        wanted = wanted or Weighing()
+        reading = self.reading(view=ReadView(rule=wanted.rule))
+        with self.weights() as base:
+            engine = self.engine if self.state.format.form is None else self.engine_over(base)
+            return tuning.weigh(engine, reading, evaluation, wanted, progress, told)
 
     def look_unfold(self, word: str, at: str | Path | None = None) -> unfolding.Unfolding:
         """Says what taking the model that `word` names (a name, path, key or record number) out of the merge takes;

@@ -322,8 +322,14 @@ def tuned(found: Tuned) -> None:
         lines = f"{row.lines[0]:g}:{row.lines[1]:g}" if row.lines else ""
         rows.append((row.scale, lines, f"{row.score:.6g}", ", ".join(marks)))
     table(("scale", "lines", "score", ""), rows)
+    say(tuned_line(found))
+
+
+def tuned_line(found: Tuned) -> str:
+    """What a tuning came to."""
+    entry = found.entry
     recorded = f"recorded as record {found.commit.seq}" if found.commit else "nothing recorded"
-    say(
+    return (
         f"scale {found.read}: {found.score:.6g}, against {found.before:.6g} at what was in force; "
-        f"{len(rows)} candidates in {entry.seconds:.1f} s; {recorded}"
+        f"{len(entry.trials)} candidates in {entry.seconds:.1f} s; {recorded}"
     )

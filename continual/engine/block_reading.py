@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
@@ -69,7 +70,7 @@ class BlockReading(Reading):
         self.view = view or ReadView()
         self.rule, self.options = self.view.read_by(rule, self.options, state)
         self.shelf = StoredLayers(state, self.commit)
-        self.chosen = self.view.chosen(state, self.commit.seq)
+        self.chosen = self.view.chosen(state, self.commit.seq, dict(self.options.weights))
 
     @cached_property
     def merged(self) -> Merged:
@@ -105,7 +106,7 @@ class BlockReading(Reading):
             if (models := self.shelf.columns(name).models).keys() & self.chosen.keys()
         }
         models_read = [[digests[number], weight] for number, weight in self.chosen.items()]
-        return digest_of([models_read, kept], self.rule, self.options)
+        return digest_of([models_read, kept], self.rule, replace(self.options, weights=()))
 
     def size(self) -> Size:
         """How long X is, as far as that is known without a pass."""

@@ -56,12 +56,13 @@ class ReadView:
         wanted = ReadAs(self.rule, self.scale, self.lines, self.options)
         return read_as(made, now, wanted, blocks=state.format.form is not None)
 
-    def chosen(self, state: State, seq: int) -> dict[int, float]:
+    def chosen(self, state: State, seq: int, read: Mapping[str, float] | None = None) -> dict[int, float]:
         """The numbers of the adapters that are read at record `seq`, with their weights, in the order in which they
-        were folded. Raises Misconfigured for a word that names no model of the merge, and where none is left."""
+        were folded. `read`: weights by key that are in force where this says none. Raises Misconfigured for a word
+        that names no model of the merge, and where none is left."""
         folds = state.ledger.folds(at=seq)
         kept = self.kept(folds)
-        weights: dict[str, float] = {}
+        weights = dict(read or {})
         for word, weight in self.weights.items():
             weights |= dict.fromkeys(self._named(folds, (word,), "weight"), weight)
         if folds and not kept:

@@ -146,7 +146,9 @@ def read_as(made: Rule, now: ReadOptions, wanted: ReadAs, *, blocks: bool = Fals
             f"scale = {found.scale}: a state made with {made.name} measures nothing of its matrices, which spread goes "
             "by; name another scale, as norm:2.45 or a number"
         )
-    return chosen, dataclasses.replace(found, rule=None if name == made.name else name)
+    kept = before is not None and wanted.scale not in ("auto", "paper")  # which are the rule's own, with no weights
+    weights = now.weights if kept else ()
+    return chosen, dataclasses.replace(found, rule=None if name == made.name else name, weights=weights)
 
 
 def _keeps_the_same(one: Rule, other: Rule) -> bool:

@@ -30,13 +30,15 @@ class ReadOptions:
     vector; for the rules that see matrices (ops/decisions/0014). `lines` = (α, β) scales each layer by α + β·depth
     after that, depth being 0 for the first layer and what lies before it and 1 for the last (Wang et al. 2024, "LiNeS:
     Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", equation 3). `rule` names the rule that
-    reads, where it is not the one that the state was made with.
+    reads, where it is not the one that the state was made with. `weights`: of a state of adapters, keys of models and
+    the weight that each is read with, in place of that of its fold; sorted by key.
     """
 
     policy: Policy
     value: float = 1.0
     lines: tuple[float, float] | None = None
     rule: str | None = None
+    weights: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not _is_number(self.value):
@@ -45,11 +47,16 @@ class ReadOptions:
             raise Misconfigured(f"scale = {self.policy}:{self.value:g}: the number has to be above 0")
         if self.lines is not None and not _is_pair(self.lines):
             raise Misconfigured(f"lines = {self.lines!r}: write two numbers, ALPHA:BETA")
+        for key, weight in self.weights:
+            if not _is_number(weight) or weight <= 0:
+                raise Misconfigured(f"weight of {key}: {weight!r} is no number above 0")
 
     def __str__(self) -> str:
-        """The text that `parse` reads, the layer scaling where there is one, and the rule where it is another."""
+        """The text that `parse` reads, the layer scaling where there is one, the rule where it is another, and how many
+        models have weights of their own."""
         lines = f", lines {self.lines[0]:g}:{self.lines[1]:g}" if self.lines else ""
-        return self.scale + lines + (f", read by {self.rule}" if self.rule else "")
+        by = f", read by {self.rule}" if self.rule else ""
+        return self.scale + lines + by + (f", weights of {len(self.weights)} models" if self.weights else "")
 
     @property
     def scale(self) -> str:
@@ -86,9 +93,9 @@ class ReadOptions:
     def from_mapping(options: Mapping[str, object]) -> ReadOptions:
         """The inverse of `to_mapping`. Raises Misconfigured for unknown or missing keys, or a value that is not
         allowed."""
-        if not {"policy", "value"} <= set(options) <= {"policy", "value", "lines", "rule"}:
+        if not {"policy", "value"} <= set(options) <= {"policy", "value", "lines", "rule", "weights"}:
             raise Misconfigured(
-                "scale: expected the keys policy, value and perhaps lines and rule, "
+                "scale: expected the keys policy, value and perhaps lines, rule and weights, "
                 f"got {', '.join(sorted(options)) or 'none'}"
             )
         policy = next((known for known in POLICIES if known == options["policy"]), None)
@@ -101,12 +108,18 @@ class ReadOptions:
             raise Misconfigured(f"lines = {lines!r}: write two numbers, ALPHA:BETA")
         if by is not None and not isinstance(by, str):
             raise Misconfigured(f"scale: rule = {by!r} is no rule's name")
-        return ReadOptions(policy, value, None if lines is None else (lines[0], lines[1]), by)
+        weights = options.get("weights", {})
+        if not isinstance(weights, Mapping) or not all(_is_number(weight) for weight in weights.values()):
+            raise Misconfigured(f"scale: weights = {weights!r} is no table of numbers")
+        found = tuple((str(key), float(weight)) for key, weight in sorted(weights.items()))
+        return ReadOptions(policy, value, None if lines is None else (lines[0], lines[1]), by, found)
 
     def to_mapping(self) -> dict[str, object]:
         """Plain data, as it is kept in the state."""
         lines = {"lines": list(self.lines)} if self.lines else {}
-        return {"policy": self.policy, "value": self.value} | lines | ({"rule": self.rule} if self.rule else {})
+        weights = {"weights": dict(self.weights)} if self.weights else {}
+        rule = {"rule": self.rule} if self.rule else {}
+        return {"policy": self.policy, "value": self.value, **lines, **rule, **weights}
 
     def layer(self, spec: TensorSpec) -> float:
         """What a tensor of this depth is scaled by besides."""

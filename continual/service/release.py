@@ -175,7 +175,8 @@ def facts_of(merge: Merge, out: ReleasePlan, seq: int) -> card.Facts:
     made_of, asked = made.base, out.asked
     name, options, reading = made.rule, made.options, read.rule
     folded = [_model(fold) for fold in state.ledger.folds(seq)]
-    if out.view is not None and isinstance(found := merge.reading(seq, view=out.view), BlockReading):
+    chosen = out.view is not None or bool(read.weights)
+    if chosen and isinstance(found := merge.reading(seq, view=out.view), BlockReading):
         name, options, read, reading = found.rule.name, found.rule.options, found.options, None
         weights = {fold.seq: found.chosen.get(fold.entry.numbers.block or -1) for fold in state.ledger.folds(seq)}
         folded = [replace(model, weight=weights[model.seq]) for model in folded if weights[model.seq] is not None]

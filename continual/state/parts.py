@@ -155,11 +155,13 @@ class RoundTerms:
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """A way of reading that a tuning tried, and its score as the evaluation gave it."""
+    """A way of reading that a tuning tried, and its score as the evaluation gave it. `weights`: those of models by
+    their keys, where they were tuned or tuned before."""
 
     scale: str
     lines: tuple[float, float] | None
     score: float
+    weights: Mapping[str, float] | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from continual.tuning.choosing import Evaluation, Told, Tuned, Tuning, tune
 from continual.tuning.command import Command
 from continual.tuning.record import chosen, in_force, newest
 from continual.tuning.rescaling import rescale
+from continual.tuning.weighing import Weighing, weigh
 
 __all__ = [
     "Command",
@@ -14,9 +15,11 @@ __all__ = [
     "Told",
     "Tuned",
     "Tuning",
+    "Weighing",
     "chosen",
     "in_force",
     "newest",
     "rescale",
     "tune",
+    "weigh",
 ]

@@ -113,7 +113,7 @@ def tune(
         read_as(engine.rule, reading.options, ReadAs(reading.rule.name, "spread"), blocks=blocks)  # raises
     is_command = isinstance(evaluation, command.Command)
     lower = isinstance(evaluation, command.Command) and evaluation.lower
-    with _scratch_directory(tuning.work) as work, _evaluator(engine, evaluation, work, progress) as evaluate:
+    with scratch_directory(tuning.work) as work, evaluator(engine, evaluation, work, progress) as evaluate:
         room(work, scratch.nbytes(reading) + (engine.base.checkpoint.nbytes if is_command else 0), "tuning")
         kept = evaluation.told() if isinstance(evaluation, command.Command) else scoring.told(evaluation)
         file = work / "merged.safetensors"
@@ -214,7 +214,7 @@ def range_of(reading: Reading, tuning: Tuning) -> Range:
 
 
 @contextmanager
-def _scratch_directory(work: str | Path | None) -> Iterator[Path]:
+def scratch_directory(work: str | Path | None) -> Iterator[Path]:
     """A directory for what is written meanwhile; gone afterwards, and what killed processes left there before. Its name
     begins with a dot, so no watched folder takes what is in it. Raises Retry where it cannot be made."""
     with ExitStack() as held:
@@ -229,7 +229,7 @@ def _scratch_directory(work: str | Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _evaluator(engine: Engine, evaluation: Evaluation, work: Path, progress: Progress) -> Iterator[Evaluate]:
+def evaluator(engine: Engine, evaluation: Evaluation, work: Path, progress: Progress) -> Iterator[Evaluate]:
     """What says how much a reading is worth. Raises Misconfigured where the evaluation cannot be used."""
     base, executor = engine.base, engine.executor
     if isinstance(evaluation, command.Command):

@@ -11,7 +11,8 @@ from continual.tuning.search import Trial
 
 def row(trial: Trial, *, lower: bool) -> TrialRecord:
     """A trial; `lower` where the evaluation's score is better where it is lower."""
-    return TrialRecord(trial.options.scale, trial.options.lines or None, -trial.score if lower else trial.score)
+    score = -trial.score if lower else trial.score
+    return TrialRecord(trial.options.scale, trial.options.lines or None, score, dict(trial.options.weights) or None)
 
 
 def newest(state: State) -> Commit | None:

@@ -59,6 +59,7 @@ def write(reading: Reading, file: Path, executor: Executor, progress: Progress) 
     with environment(f"cannot write {file}"), reading.state.lease(reading.commit.seq):
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            os.ftruncate(fd, len(head) + end)  # what no adapter can change is zero
             write_at(fd, memoryview(head), 0)
             reading.measure(executor, progress, partial(_put, fd, len(head), placed))
         finally:

@@ -38,6 +38,8 @@ SIGNATURES = {
     "Merge.scale": "(self, at=None, view=None)",
     "Merge.rescale": "(self, scale=None, lines=None, rule=None)",
     "Merge.tune": "(self, evaluation, wanted=None, progress, told=None)",
+    "Merge.tune_weights": "(self, evaluation, wanted=None, progress, told=None)",
+    "Weighing": "(candidates=20, groups=(), work=None, dry_run=False, rule=None)",
     "Merge.look_unfold": "(self, word, at=None)",
     "Merge.unfold": "(self, plan, progress)",
     "Merge.combine": "(self, other, *, dry_run=False, progress)",

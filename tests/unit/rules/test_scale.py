@@ -128,6 +128,9 @@ def test_layers_are_scaled_by_their_depth() -> None:
         ({"policy": "norm", "value": 1.0, "lines": [1.0]}, "write two numbers"),
         ({"policy": "norm", "value": 1.0, "lines": "11"}, "write two numbers"),
         ({"policy": "norm", "value": 1.0, "lines": [1.0, math.nan]}, "write two numbers"),
+        ({"policy": "norm", "value": 1.0, "weights": [1.0]}, "no table of numbers"),
+        ({"policy": "norm", "value": 1.0, "weights": {"a": "1"}}, "no table of numbers"),
+        ({"policy": "norm", "value": 1.0, "weights": {"a": 0.0}}, "no number above 0"),
     ],
 )
 def test_a_record_that_is_no_scale_is_refused(body: dict[str, object], words: str) -> None:
@@ -140,13 +143,18 @@ def test_a_record_gives_back_what_it_was_made_of() -> None:
     assert options.to_mapping() == {"policy": "spread", "value": 1.5, "lines": [0.25, 2.0]}
     assert ReadOptions.from_mapping(options.to_mapping()) == options
     assert str(options) == "spread:1.5, lines 0.25:2"
+    weighed = ReadOptions("number", 1.0, weights=(("a", 0.5), ("b", 2.0)))
+    assert weighed.to_mapping()["weights"] == {"a": 0.5, "b": 2.0}
+    assert ReadOptions.from_mapping(weighed.to_mapping()) == weighed
+    assert str(weighed) == "1.0, weights of 2 models"
 
 
 def test_options_of_a_state_that_are_no_scale_are_named() -> None:
     with pytest.raises(Misconfigured) as wrong:
         ReadOptions.from_mapping({"value": 1.0, "other": 2, "more": 3})
     assert (
-        str(wrong.value) == "scale: expected the keys policy, value and perhaps lines and rule, got more, other, value"
+        str(wrong.value)
+        == "scale: expected the keys policy, value and perhaps lines, rule and weights, got more, other, value"
     )
     with pytest.raises(Misconfigured, match="got none"):
         ReadOptions.from_mapping({})
