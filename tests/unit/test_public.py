@@ -58,7 +58,7 @@ SIGNATURES = {
 }
 """Defaults that are no plain value are left out."""
 RECORDS = {
-    "Survey": "base rule options scale lines state_bytes kinds tensors aliases width",
+    "Survey": "base rule options scale lines state_bytes kinds tensors aliases width packed",
     "Plan": "name path form ok reason message passes read_bytes disk_bytes memory_bytes folded matrices stacks plain "
     "unchanged prefix extra narrowed renamings tokens",
     "Outcome": "fate name message reason commit report",
