@@ -200,6 +200,17 @@ def _check_adapters(model: BaseModel, recipe: Recipe) -> None:
     """Raises Misconfigured for what a state that keeps adapters cannot be."""
     if not 1 <= (recipe.width or 0) <= MOST_COLUMNS:
         raise Misconfigured(f"width = {recipe.width}: a layer has 1 to {MOST_COLUMNS} singular triplets")
+    chosen = rule(recipe.rule, recipe.options)
+    if chosen.needs.shipped is not None:
+        raise Misconfigured(
+            f"rule = {recipe.rule}: it weighs each parameter by {chosen.needs.shipped} beside a full fine-tune, which "
+            "adapters do not have: take another rule"
+        )
+    if chosen.laws.rounds:
+        raise Misconfigured(
+            f"rule = {recipe.rule}: it weighs its models in rounds, which take gradients at the merged model; a state "
+            "that keeps adapters has no weights of its base: take another rule, or make the state without --adapters"
+        )
     if recipe.untie:
         raise Misconfigured("tied = untie: a state that keeps adapters keeps tied tables as one; leave it out")
     if any(part.folder for part in model.checkpoint.parts):
@@ -212,6 +223,13 @@ def _check_adapters(model: BaseModel, recipe: Recipe) -> None:
 def _blocks(model: BaseModel, width: int) -> dict[str, dict[str, SlotSpec]]:
     """What is kept of each tensor of a base where adapters are kept as they are."""
     return {spec.name: slots(*sides_of(spec.shape), width) if spec.kind != "carried" else {} for spec in model.specs}
+
+
+def _most_bytes(model: BaseModel, width: int) -> int:
+    """Bytes of a generation in which every layer has as many triplets as it keeps. Stacks of experts are none: no
+    adapter changes one by a product of two thin factors."""
+    layers = _blocks(model, width)
+    return sum(slot.nbytes for spec in model.specs if spec.kind != "stack" for slot in layers[spec.name].values())
 
 
 def recipe_for(
@@ -311,9 +329,7 @@ def _survey(base: str, model: BaseModel, recipe: Recipe, form: str | None = None
         options=chosen.options,
         scale=str(read),
         lines=read.lines,
-        state_bytes=state_bytes(chosen, model.specs)
-        if recipe.width is None
-        else sum(slot.nbytes for of in _blocks(model, recipe.width).values() for slot in of.values()),
+        state_bytes=state_bytes(chosen, model.specs) if recipe.width is None else _most_bytes(model, recipe.width),
         kinds=tuple((kind, len(sizes), sum(sizes)) for kind, sizes in counted.items()),
         tensors={spec.name: spec.kind for spec in model.specs},
         aliases=model.aliases,

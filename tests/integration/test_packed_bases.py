@@ -96,6 +96,13 @@ def test_rounds_are_refused(tmp_path: Path, base: Path) -> None:
     with pytest.raises(Misconfigured, match="keeps adapters and no weights of its base"):
         api.Merge(Settings(state=state, select="relevance", objective="tests.helpers.quadratic:make"))
     api.Merge(Settings(state=state, select="none")).close()
+    for rule, said in (
+        ("frank-wolfe", "it weighs its models in rounds"),
+        ("fisher", "weighs each parameter by fisher"),
+    ):
+        with pytest.raises(Misconfigured, match=said):
+            making.init(base, tmp_path / "weighed", making.Recipe(rule=rule, width=8))
+    assert not (tmp_path / "weighed").exists()
 
 
 @quiet

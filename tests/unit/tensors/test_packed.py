@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from continual import making
 from continual.engine.base import open_headers
 from continual.errors import Refuse
 from continual.tensors import open_model
@@ -82,7 +83,9 @@ def test_experts_of_gpt_oss(tmp_path: Path) -> None:
         f"{stem}.gate_up_proj_bias": torch.zeros(3, 10).bfloat16(),
         "model.layers.0.self_attn.q_proj.weight": torch.zeros(8, 64).bfloat16(),
     }
-    assert shapes(written(tmp_path / "m", tensors, {"quant_method": "mxfp4"})) == {
+    directory = written(tmp_path / "m", tensors, {"quant_method": "mxfp4"})
+    assert making.survey(directory, making.Recipe(width=4)).state_bytes == 4 * 4 * (8 + 64 + 3 + 10) + 2 * 4 * 4 * 8
+    assert shapes(directory) == {
         f"{stem}.gate_up_proj": (3, 64, 10),
         f"{stem}.gate_up_proj_bias": (3, 10),
         "model.layers.0.self_attn.q_proj.weight": (8, 64),
