@@ -15,7 +15,7 @@ from continual.records import TensorSpec
 from continual.tensors.kinds import layer_in
 
 _LONG = 4000
-"""Layers times models of whose decompositions shares are not found along with an export: some ten seconds."""
+"""Layers times models above which an export does not find shares under `iso-c`: some twenty CPU seconds."""
 
 
 @dataclass(frozen=True, slots=True)
