@@ -60,7 +60,7 @@ class Facts:
 
     `options` are the rule's fold-time options, `before` among them; `reading` the rule that reads it, where that is
     another; `scale` and `lines` what `continual scale` takes;
-    `plain` and `exclude` the globs of `continual init`; `settings` those of folding that are not the defaults, by the
+    `plain` and `exclude` the globs of `continual init`, `width` that of a state of adapters; `settings` those of folding that are not the defaults, by the
     names of the flags of `continual fold` (`missing`, `vocab`); `export` further words of `continual export`.
     `generated` is the time of the record; `software` has at least continual's version; `architecture` is the first of
     the base's config.json; `previous` the commit of the release before.
@@ -79,6 +79,7 @@ class Facts:
     reading: str | None = None
     plain: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    width: int | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
     export: Sequence[str] = ()
     repo: str | None = None
@@ -156,6 +157,7 @@ def commands(facts: Facts) -> list[str]:
     places += [(repo_of(model.origin), model.revision, model.name) for model in facts.folded]
     given = {key: value for key, value in facts.options.items() if key != "before"}
     init = ["continual", "init", _reference(*places[0]), "--rule", facts.rule]
+    init += ["--adapters", "--width", str(facts.width)] if facts.width else []
     init += [word for key in given for word in ("--option", f"{key}={_value(given[key])}")]
     steps = facts.options.get("before")
     if isinstance(steps, Sequence):

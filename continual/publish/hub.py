@@ -89,11 +89,11 @@ class Remote:
     release: Stamp | None
 
 
-def check(asked: ReleaseSettings) -> None:
-    """Raises Misconfigured for settings of a release that cannot be used."""
+def check(asked: ReleaseSettings, setting: str = "release.repo") -> None:
+    """Raises Misconfigured for settings of a release that cannot be used. `setting` is the one that names the repo."""
     found = named(asked.repo or "")
     if asked.repo is not None and (found is None or found.revision or found.repo != asked.repo):
-        raise Misconfigured(f"release.repo = {asked.repo}: write ORG/NAME")
+        raise Misconfigured(f"{setting} = {asked.repo}: write ORG/NAME")
     try:
         tag = (asked.tag or "{seq}").format(seq=1)
     except (KeyError, IndexError, ValueError):

@@ -202,6 +202,7 @@ def facts_of(merge: Merge, out: ReleasePlan, seq: int) -> card.Facts:
         lines=None if read.lines is None else f"{read.lines[0]}:{read.lines[1]}",
         plain=made_of.plain,
         exclude=made_of.exclude,
+        width=made.form.width if made.form else None,
         settings=kept,
         export=() if asked.dtype is None else ("--dtype", asked.dtype),
         repo=asked.repo,

@@ -26,10 +26,7 @@ def check(settings: Settings) -> None:
     for name, view in settings.views.items():
         taken += [(f"views.{name}.current", view.current), (f"views.{name}.repo", view.repo)]
         if view.repo is not None:
-            try:
-                hub.check(releasing.outgoing(settings, name).asked)
-            except Misconfigured as error:
-                raise Misconfigured(f"views.{name}: {error}") from None
+            hub.check(releasing.outgoing(settings, name).asked, f"views.{name}.repo")
         if view.lora is not None and view.current is None:
             raise Misconfigured(f"views.{name}.lora is for current, which is not set: name a link, or leave lora out")
     for called, place in taken:

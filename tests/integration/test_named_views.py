@@ -170,7 +170,7 @@ current = "{out}/typo"
         ({"v": {"rule": "opcm", "weights": {"a": 2.0}}}, "view v: opcm reads every model with weight 1"),
         ({"v": {"current": "x"}, "w": {"current": "x"}}, r"views.w.current = x: views.v.current goes there already"),
         ({"v": {"repo": "me/merge"}}, r"views.v.repo = me/merge: release.repo goes there already"),
-        ({"v": {"repo": "no repo"}}, r"views.v: release.repo = no repo: write ORG/NAME"),
+        ({"v": {"repo": "no repo"}}, r"views.v.repo = no repo: write ORG/NAME"),
         ({"v": {"lora": 4}}, r"views.v.lora is for current"),
     ],
 )

@@ -258,3 +258,9 @@ def test_only_the_newest_thousand_are_listed() -> None:
     assert [int(row[0]) for row in rows(text)] == list(range(206, 1206))
     assert len(data["base_model"]) == 1001
     assert len(words(dataclasses.replace(FACTS, folded=tuple(model(i) for i in range(1, 1206))))) == 1004
+
+
+def test_commands_make_a_state_of_adapters_again() -> None:
+    init = words(dataclasses.replace(FACTS, width=64))[1]
+    assert init[3:8] == ["--rule", FACTS.rule, "--adapters", "--width", "64"]
+    assert "--adapters" not in words(FACTS)[1]
