@@ -104,7 +104,7 @@ class Outcome(NamedTuple):
         cut = f"{n.cut:.2%} of its square cut off, " if n.cut else ""
         said = f"{self.message}: norm {n.tau_norm:.4g}, {cosine}{cut}{seconds:.2f} s"
         if out := self.report.left_out:
-            said += f"; left out, as this state has no such tensor: {out}"
+            said += f"; left out, as this state has no place for it: {out}"
         lacking = self.report.lineage.lacking
         said += f"; {tokens}" if (tokens := self.report.tokens_left_out) else ""
         return said + (f"; as in the base, for it lacks them: {few(lacking)}" if lacking else "")

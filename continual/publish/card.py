@@ -59,11 +59,11 @@ class Facts:
     """What a card says. `folded` are in the order in which they were folded.
 
     `options` are the rule's fold-time options, `before` among them; `reading` the rule that reads it, where that is
-    another; `scale` and `lines` what `continual scale` takes;
-    `plain` and `exclude` the globs of `continual init`, `width` that of a state of adapters; `settings` those of folding that are not the defaults, by the
-    names of the flags of `continual fold` (`missing`, `vocab`); `export` further words of `continual export`.
-    `generated` is the time of the record; `software` has at least continual's version; `architecture` is the first of
-    the base's config.json; `previous` the commit of the release before.
+    another; `scale` and `lines` what `continual scale` takes; `plain` and `exclude` the globs of `continual init`,
+    `width` that of a state of adapters; `settings` those of folding that are not the defaults, by the names of the
+    flags of `continual fold` (`missing`, `vocab`); `export` further words of `continual export`. `generated` is the
+    time of the record; `software` has at least continual's version; `architecture` is the first of the base's
+    config.json; `previous` the commit of the release before.
     """
 
     base: Base

@@ -255,6 +255,20 @@ def test_what_takes_the_weights_of_the_base_is_refused(
         assert re.search(said, outcome.message), outcome.message
 
 
+def test_the_rest_of_an_adapter_is_folded_where_that_is_asked_for(tmp_path: Path, base: Path) -> None:
+    model = _saved(tmp_path / "model", base)
+    making.init(base, tmp_path / "state", making.Recipe(rule="mean", width=64))
+    asked = {"form": {"whole": "leave-out"}}
+    with api.Merge(Settings(state=tmp_path / "state", gates=asked), write=True) as merge:
+        outcome = merge.fold(model)
+        assert outcome.fate == "folded"
+        assert outcome.line().endswith("left out, as this state has no place for it: model.norm.weight")
+        refused = merge.fold(_dora(tmp_path / "dora", base))
+        assert (refused.fate, refused.reason) == ("refused", "form")
+    plain = adapters.lora(tmp_path / "plain", base, 1)
+    same(merged(tmp_path / "state"), merged(folded(tmp_path / "other", base, [plain], name="mean")))
+
+
 def test_the_same_adapter_in_another_place_is_a_duplicate(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
     state = folded(tmp_path / "state", base, tuned[:1])
     shutil.copytree(tuned[0], tmp_path / "copy")

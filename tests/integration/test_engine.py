@@ -86,7 +86,7 @@ def test_what_a_fold_says(tmp_path: Path, base: Path, rule: str) -> None:
         assert f"cosine {again.report.numbers.cosine:+.3f}, " in again.line()
         assert "left out" not in again.line()
         brings = models.fine_tune(base, tmp_path / "ft-3", 3, change=lambda t: t.update({"v_head": torch.ones(2)}))
-        assert merge.fold(brings).line().endswith(" s; left out, as this state has no such tensor: v_head")
+        assert merge.fold(brings).line().endswith(" s; left out, as this state has no place for it: v_head")
         twin = models.write(tmp_path / "twin", load_file(second / "model.safetensors"))
         found = merge.fold(twin)
         assert found.message == "twin: duplicate of record 2 (ft-1): the same tensors, already in the state"
