@@ -3,6 +3,7 @@
     python -m tests.campaigns.bench.adapters                       # 0.5 B and 7 B, three adapters each
     python -m tests.campaigns.bench.adapters --sizes 70b --folds 20 --width 64
     python -m tests.campaigns.bench.adapters --sizes 0.5b --dense  # beside a state of whole tensors (iso-c)
+    python -m tests.campaigns.bench.adapters --peft                # beside PEFT's add_weighted_adapter
 
 The base has headers alone: its weight file is a hole, and it is deleted once the state is made, so that a fold cannot
 read it. Adapters are of rank 16 on all linear layers, in bfloat16, as PEFT writes them. Each fold is the whole command
@@ -23,9 +24,12 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 RANK = 16
 _THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -199,13 +203,85 @@ def fold(size: str, *, folds: int, width: int, dense: bool, work: Path) -> None:
                 shutil.rmtree(out)
 
 
+def against_peft(work: Path, models: int = 4) -> None:
+    """Reads the sum of some adapters as one adapter, by continual and by PEFT in memory, on two layers of 0.5 B width;
+    says what each took and how far the results lie apart. `cat` is the sum itself, `svd` the sum cut to rank 16."""
+    import torch
+    from peft import PeftModel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import continual
+    from continual.making import Recipe
+    from continual.publish.lora import LoraTarget
+
+    torch.set_num_threads(1)
+    shape = SHAPES["0.5b"]._replace(layers=2, words=1000)
+    config = LlamaConfig(
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=shape.words,
+    )
+    base = LlamaForCausalLM(config)
+    base.save_pretrained(work / "base")
+    made = [adapter(work / f"lora-{number}", shape, number, work / "base") for number in range(models)]
+    for model in made:
+        file = model / "adapter_config.json"
+        targets = sorted({name.split(".")[-2] for name in shape.linear()})
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": targets}))
+    read: dict[str, dict[str, torch.Tensor]] = {}
+    continual.init(work / "base", work / "state", Recipe(rule="task-arithmetic", scale="1", width=256))
+    with continual.open(work / "state", write=True, workers=1) as merge:
+        for model in made:
+            merge.fold(model)
+        for name, rank in (("cat", None), ("svd", RANK)):
+            began = time.process_time()
+            merge.export_lora(LoraTarget(work / name, rank))
+            print(f"  continual, {name}: {time.process_time() - began:.2f} CPU s, written to disk")
+            read[name] = products(
+                PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(work / "base"), work / name)
+            )
+    peft = PeftModel.from_pretrained(base, made[0], adapter_name="0")
+    for number, model in enumerate(made[1:], 1):
+        peft.load_adapter(model, adapter_name=str(number))
+    names = [str(number) for number in range(models)]
+    for kind in ("cat", "svd", "linear", "ties", "dare_linear"):
+        extra = {"svd": {"svd_rank": RANK}, "ties": {"density": 0.5}, "dare_linear": {"density": 0.5}}.get(kind, {})
+        began = time.process_time()
+        peft.add_weighted_adapter(names, [1.0] * models, kind, combination_type=kind, **extra)
+        print(f"  PEFT, {kind}: {time.process_time() - began:.2f} CPU s, in memory")
+        if kind in read:
+            peft.set_adapter(kind)
+            theirs = products(peft, kind)
+            apart = max(float((theirs[n] - value).norm() / theirs[n].norm()) for n, value in read[kind].items())
+            print(f"  {kind}: the two lie {apart:.1e} apart at most, of a layer's length")
+
+
+def products(model: object, name: str = "default") -> dict[str, torch.Tensor]:
+    """scale·B·A of every layer of a PEFT model."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        layer: module.get_delta_weight(name).detach()
+        for layer, module in model.named_modules()  # type: ignore[attr-defined]
+        if isinstance(module, LoraLayer)
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["0.5b", "7b"])
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--dense", action="store_true", help="beside a state of whole tensors; its base has weights")
+    parser.add_argument("--peft", action="store_true", help="beside PEFT's add_weighted_adapter, and nothing else")
     given = parser.parse_args()
+    if given.peft:
+        with tempfile.TemporaryDirectory() as work:
+            against_peft(Path(work))
+        return
     for size in given.sizes:
         with tempfile.TemporaryDirectory() as work:
             fold(size, folds=given.folds, width=given.width, dense=given.dense, work=Path(work))
