@@ -176,7 +176,11 @@ def test_taking_a_model_out_leaves_what_the_others_give(tmp_path: Path, base: Pa
     with opened(state, base) as merge:
         plan = merge.look_unfold("lora-1")
         assert (plan.exact, plan.again, plan.read_bytes) == (True, (), 0)
+        norms = [fold.entry.numbers.tau_norm for fold in merge.state.ledger.folds()]
         merge.unfold(plan)
+        totals = merge.state.ledger.totals
+        assert (totals.count, totals.weight) == (4, 4)
+        assert totals.norm_sum == pytest.approx(sum(norms) - norms[1])
         assert [fold.entry.candidate.name for fold in merge.state.ledger.folds()] == [
             "lora-0",
             "lora-2",
