@@ -87,7 +87,7 @@ def read_densely(
 SCALES = ["0.4", "norm:2.5", "spread:1.15"]
 
 
-@pytest.mark.parametrize("regime", ["shared", "partial"])
+@pytest.mark.parametrize("regime", ["partial"])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", [*FACTORED, "magmax"])
 def test_every_scale_gives_what_a_dense_state_of_the_same_models_gives(name: str, scale: str, regime: Regime) -> None:
