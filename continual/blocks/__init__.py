@@ -1,7 +1,7 @@
 """Models as blocks of singular triplets, a few columns a layer: what is kept of an adapter, and how any rule is read
 from it. Pure: tensors and small arrays in, the same out; no file, no clock, no state."""
 
-from continual.blocks.columns import MOST, Arrangement, Columns, plan, slots, width, without
+from continual.blocks.columns import CHUNK, MOST, Arrangement, Columns, plan, slots, width, without
 from continual.blocks.factoring import ThinProduct
 from continual.blocks.layer import Layer
 from continual.blocks.merged import Merged, recovered
@@ -10,6 +10,7 @@ from continual.blocks.shelf import HeldLayers, Shelf
 from continual.blocks.triplets import Block, triplets
 
 __all__ = [
+    "CHUNK",
     "MOST",
     "Arrangement",
     "Block",

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from continual.blocks import Arrangement, Block, Columns, Layer, plan, triplets, without
+from continual.blocks import CHUNK, MOST, Arrangement, Block, Columns, Layer, plan, triplets, without
 from continual.engine.outcomes import FoldReport, OpenCandidate
-from continual.engine.report import matched
+from continual.engine.report import mapped, seconds_of
 from continual.engine.resources import Resources
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress, Task
@@ -24,14 +25,8 @@ from continual.rules import Sums, settle
 from continual.state import State, Transaction
 from continual.state.arrays import Array
 from continual.state.generation import Generation
-from continual.state.parts import FoldNumbers
 from continual.tensors import Adapter, BaseModel, ThinVectors, digest_of
 from continual.tensors.thin import sides_of
-
-_LISTED = 100
-"""Names of tensors that stay out that a record lists."""
-_MOST = (1 << 16) - 1
-"""Adapters that the numbers of `columns` can tell apart."""
 
 
 class _Layer(NamedTuple):
@@ -67,7 +62,7 @@ class BlockFolding:
         mine = sorted((s for s in specs if s.name in changed), key=lambda s: self._vectors.position(s.name))
         found: dict[str, _Layer] = {}
         progress("fold", 0, len(mine))
-        tasks = [Task(spec.name, self._need(spec), partial(self._layer, spec, number)) for spec in mine]
+        tasks = [Task(spec.name, need(self._vectors, spec), partial(self._layer, spec, number)) for spec in mine]
         for name, layer in self._resources.executor.map(tasks):
             found[name] = layer
             progress("fold", len(found), len(tasks))
@@ -76,11 +71,6 @@ class BlockFolding:
                 self._transaction.keep(spec.name)
         self._opened.model.check_unchanged()
         return self._report(number, before, found)
-
-    def _need(self, spec: TensorSpec) -> int:
-        """Peak bytes of a layer: its factors in float64 three times over, and as many float32 rows as are kept."""
-        m, n = sides_of(spec.shape)
-        return 14 * self._vectors.nbytes(spec.name) + 8 * (m + n) * 16
 
     def _layer(self, spec: TensorSpec, number: int) -> _Layer:
         self._resources.go_on(self._opened.candidate.name)
@@ -100,32 +90,46 @@ class BlockFolding:
         layers = [found[name] for name in sorted(found)]
         tau_sq = math.fsum(layer.energy for layer in layers)
         lost = math.fsum(layer.lost for layer in layers)
-        numbers = FoldNumbers(
-            tau_norm=math.sqrt(tau_sq),
+        numbers = replace(
+            mapped(lineage, math.sqrt(tau_sq)),
             weight=opened.weight,
             block=number,
             cut=lost / tau_sq if tau_sq else 0.0,
-            tensors=len(lineage.folded),
-            unchanged=len(lineage.unchanged),
-            extra=lineage.extra[:_LISTED],
-            extra_count=len(lineage.extra),
-            prefix=lineage.prefix,
-            narrowed=lineage.narrowed,
-            rows=lineage.rows,
-            renamings=lineage.renamings[:_LISTED] or None,
-            tokens=tuple(map(matched, lineage.tokens)) or None,
         )
-        stages = {stage: sum(layer.seconds[stage] for layer in layers) for stage in ("read", "rule", "write")}
         return FoldReport(
             candidate=opened.candidate,
             digest=digest_of({name: layer.digest for name, layer in found.items()}),
             lineage=lineage,
             totals=settle(before, Sums(tau_sq), opened.weight),
             numbers=numbers,
-            seconds=stages,
+            seconds=seconds_of(layer.seconds for layer in layers),
             bytes_read=sum(layer.nbytes for layer in layers),
             device=str(self._resources.device),
         )
+
+
+def need(vectors: ThinVectors, spec: TensorSpec) -> int:
+    """Peak bytes of folding a layer: its factors in float64 three times over, and as many float32 rows as are kept."""
+    m, n = sides_of(spec.shape)
+    return 14 * vectors.nbytes(spec.name) + 8 * (m + n) * 16
+
+
+def written(vectors: ThinVectors, spec: TensorSpec, width: int) -> int:
+    """About how many bytes folding a layer writes where nothing is cut: whole chunks of columns."""
+    m, n = sides_of(spec.shape)
+    return 4 * (m + n) * min(width, -(-vectors.rank(spec.name) // CHUNK) * CHUNK)
+
+
+def cuts(state: State, vectors: ThinVectors, names: Iterable[str]) -> int:
+    """In how many of these layers blocks are cut when the adapter comes in, its own or others'."""
+    assert state.format.form is not None
+    found, width = 0, state.format.form.width
+    generation = state.generation_of(state.ledger.head)
+    for name in names:
+        there = Columns.of(generation.read(name, "columns")) if generation is not None else Columns.empty(width)
+        kept = [where.stop - where.start for where in there.models.values()]
+        found += sum(kept) + vectors.rank(name) > width
+    return found
 
 
 def put(transaction: Transaction, name: str, number: int, block: Block) -> float:
@@ -215,7 +219,7 @@ def rearrange(
 def free_number(state: State) -> int:
     """The smallest number that no adapter in force has. Raises Misconfigured where there is none."""
     taken = {fold.entry.numbers.block for fold in state.ledger.folds()}
-    number = next((n for n in range(1, _MOST + 1) if n not in taken), None)
+    number = next((n for n in range(1, MOST + 1) if n not in taken), None)
     if number is None:
-        raise Misconfigured(f"{state.path}: {_MOST} adapters are the most that a state can keep")
+        raise Misconfigured(f"{state.path}: {MOST} adapters are the most that a state can keep")
     return number

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from continual.engine import blocks
 from continual.engine.engine import Engine
 from continual.engine.folding import need, state_bytes
 from continual.engine.outcomes import OpenCandidate, Plan, known_as, tokens_said
 from continual.engine.report import matched
 from continual.errors import Refuse, Retry
 from continual.executors.contract import Executor
-from continual.tensors import Place, TaskVectors, candidate_of, open_model
+from continual.tensors import Adapter, Place, TaskVectors, ThinVectors, candidate_of, open_model
 
 
 def plan(engine: Engine, place: Place) -> Plan:
@@ -39,7 +42,17 @@ def _kept_out(name: str, place: Place, reason: str, message: str, form: str = "?
     return Plan(name=name, path=str(place), form=form, ok=False, reason=reason, message=message)
 
 
-def _fitting(engine: Engine, opened: OpenCandidate, place: Place) -> Plan:
+class _Costs(NamedTuple):
+    """What a fold takes: how often the candidate is read, bytes read and written, bytes of each tensor in memory."""
+
+    passes: float
+    read: int
+    disk: int
+    needs: list[int]
+
+
+def _costs(engine: Engine, opened: OpenCandidate) -> _Costs:
+    """Of a fold into whole tensors."""
     candidate, model, lineage, _ = opened
     rule = engine.rule
     specs = {spec.name: spec for spec in engine.base.specs}
@@ -48,19 +61,48 @@ def _fitting(engine: Engine, opened: OpenCandidate, place: Place) -> Plan:
         shipped.close()
     vectors = TaskVectors(engine.base, model, lineage, shipped=shipped)
     passes = 1.0 + rule.needs.seeded + (rule.needs.measure.usual if rule.needs.measure else 0.0)
-    kinds = [specs[name].kind for name in lineage.folded]
     once = candidate.nbytes + sum(specs[name].nbytes for name in lineage.folded)
+    return _Costs(
+        passes,
+        int(passes * once) + (shipped.nbytes if shipped else 0),
+        state_bytes(rule, [specs[name] for name in lineage.folded]),
+        [need(rule, specs[name], vectors) for name in lineage.folded],
+    )
+
+
+def _costs_of_blocks(engine: Engine, opened: OpenCandidate, width: int) -> tuple[_Costs, str]:
+    """Of a fold beside other adapters, and what is to be said of cuts."""
+    assert isinstance(opened.model, Adapter), "the gate on the form lets nothing else in"
+    vectors = ThinVectors(engine.base, opened.model, opened.lineage)
+    folded = set(opened.lineage.folded)
+    specs = [spec for spec in engine.base.specs if spec.name in folded]
+    disk = sum(blocks.written(vectors, spec, width) for spec in specs)
+    cut = blocks.cuts(engine.state, vectors, opened.lineage.folded)
+    said = f"; in {cut} of {len(specs)} layers adapters are cut to the width of {width}" if cut else ""
+    needs = [blocks.need(vectors, spec) for spec in specs]
+    return _Costs(1.0, sum(vectors.nbytes(spec.name) for spec in specs), disk, needs), said
+
+
+def _fitting(engine: Engine, opened: OpenCandidate, place: Place) -> Plan:
+    candidate, _, lineage, _ = opened
+    specs = {spec.name: spec for spec in engine.base.specs}
+    form, said = engine.state.format.form, ""
+    if form is None:
+        costs = _costs(engine, opened)
+    else:
+        costs, said = _costs_of_blocks(engine, opened, form.width)
+    kinds = [specs[name].kind for name in lineage.folded]
     return Plan(
         name=candidate.name,
         path=str(place),
         form=candidate.form,
         ok=True,
         reason=None,
-        message="fits this base",
-        passes=passes,
-        read_bytes=int(passes * once) + (shipped.nbytes if shipped else 0),
-        disk_bytes=state_bytes(rule, [specs[name] for name in lineage.folded]),
-        memory_bytes=peak(engine.executor, [need(rule, specs[name], vectors) for name in lineage.folded]),
+        message=f"fits this base{said}",
+        passes=costs.passes,
+        read_bytes=costs.read,
+        disk_bytes=costs.disk,
+        memory_bytes=peak(engine.executor, costs.needs),
         folded=len(lineage.folded),
         matrices=kinds.count("matrix"),
         stacks=kinds.count("stack"),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from continual.engine.folding import TensorFold, Terms
 from continual.engine.outcomes import FoldReport, OpenCandidate
 from continual.outside import shown
-from continual.records import TokenRows
+from continual.records import Lineage, TokenRows
 from continual.rules import Sums, settle
 from continual.state.parts import FoldNumbers, MatchedRows, NoteSummary
 
@@ -40,21 +41,12 @@ def report_of(
     sums = Sums.total([fold.sums for fold in ordered])
     totals = settle(terms.totals, sums, terms.weight)
     cross = math.sqrt(sums.tau_sq * terms.totals.merged_sq)
-    numbers = FoldNumbers(
-        tau_norm=math.sqrt(sums.tau_sq),
+    numbers = replace(
+        mapped(lineage, math.sqrt(sums.tau_sq)),
         base_norm=math.sqrt(math.fsum(squares[name] for name in lineage.folded)),
         merged_norm=math.sqrt(sums.merged_sq),
         cosine=sums.dot / cross if cross else 0.0,
         weight=terms.weight if rule.laws.weighted else None,
-        tensors=len(lineage.folded),
-        unchanged=len(lineage.unchanged),
-        extra=lineage.extra[:_LISTED],
-        extra_count=len(lineage.extra),
-        prefix=lineage.prefix,
-        narrowed=lineage.narrowed,
-        rows=lineage.rows,
-        renamings=(*lineage.repackings, *lineage.renamings)[:_LISTED] or None,
-        tokens=tuple(map(matched, lineage.tokens)) or None,
         notes=summarise([notes for fold in ordered for notes in fold.notes]),
         gauges=rule.read.gauges(totals),
     )
@@ -64,7 +56,7 @@ def report_of(
         lineage=lineage,
         totals=totals,
         numbers=numbers,
-        seconds=_seconds(ordered),
+        seconds=seconds_of([fold.seconds for fold in ordered]),
         bytes_read=sum(fold.nbytes for fold in ordered),
         device=str(device),
     )
@@ -84,6 +76,22 @@ def matched(rows: TokenRows) -> MatchedRows:
     )
 
 
+def mapped(lineage: Lineage, tau_norm: float) -> FoldNumbers:
+    """The figures of a fold that say how the candidate maps to the base, and the norm of its task vector."""
+    return FoldNumbers(
+        tau_norm=tau_norm,
+        tensors=len(lineage.folded),
+        unchanged=len(lineage.unchanged),
+        extra=lineage.extra[:_LISTED],
+        extra_count=len(lineage.extra),
+        prefix=lineage.prefix,
+        narrowed=lineage.narrowed,
+        rows=lineage.rows,
+        renamings=(*lineage.repackings, *lineage.renamings)[:_LISTED] or None,
+        tokens=tuple(map(matched, lineage.tokens)) or None,
+    )
+
+
 def summarise(notes: Sequence[Mapping[str, float]]) -> dict[str, NoteSummary]:
     """Smallest, mean and largest of each note over the tensors that have it."""
     columns: dict[str, list[float]] = {}
@@ -93,10 +101,10 @@ def summarise(notes: Sequence[Mapping[str, float]]) -> dict[str, NoteSummary]:
     return {key: NoteSummary(min(v), math.fsum(v) / len(v), max(v), len(v)) for key, v in sorted(columns.items())}
 
 
-def _seconds(folds: Sequence[TensorFold]) -> dict[str, float]:
+def seconds_of(tensors: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Wall time by stage, added over the tensors."""
     stages: dict[str, float] = {}
-    for fold in folds:
-        for stage, value in fold.seconds.items():
+    for seconds in tensors:
+        for stage, value in seconds.items():
             stages[stage] = stages.get(stage, 0.0) + value
     return stages

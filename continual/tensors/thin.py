@@ -58,6 +58,13 @@ class ThinVectors:
         """Bytes of the layer's factors in the adapter's file."""
         return sum(info.nbytes for info in self._model.infos(self._piece(name)))
 
+    def rank(self, name: str) -> int:
+        """How many columns the layer's factors have: its task vector has at most this rank."""
+        piece = self._piece(name)
+        while isinstance(piece, Trained | RowsOf):
+            piece = piece.inner
+        return 1 if isinstance(piece, Bias) else self._model.infos(piece)[0].shape[0]
+
     def read(self, spec: TensorSpec) -> ThinVector:
         """The task vector of one layer. Rows that only one of the two vocabularies has are left out, or zero. Raises
         Refuse (`tied`) if tied names differ, Retry if the file cannot be read to its end."""

@@ -73,6 +73,12 @@ def same(found: Tensors, expected: Tensors, *, rtol: float = 1e-5) -> None:
         assert float((found[name] - value).norm()) <= rtol * scale, name
 
 
+def _header(model: Path) -> int:
+    """Bytes of the header of an adapter's file."""
+    with open(model / "adapter_model.safetensors", "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 @pytest.mark.parametrize("name", READ)
 def test_what_is_read_is_what_the_rule_folds_densely(tmp_path: Path, base: Path, tuned: list[Path], name: str) -> None:
     blocks = folded(tmp_path / "blocks", base, tuned)
@@ -152,11 +158,15 @@ def test_a_fold_writes_its_own_columns_alone(tmp_path: Path, base: Path) -> None
 
 def test_blocks_are_cut_when_there_is_no_room_and_it_is_said(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
     state = tmp_path / "state"
-    cuts = []
+    cuts, planned = [], []
     with opened(state, base, width=8) as merge:
         for model in tuned:
+            plan = merge.plan(model)
+            assert plan.read_bytes == (model / "adapter_model.safetensors").stat().st_size - _header(model)
+            planned.append("are cut to the width of 8" in plan.message)
             outcome = merge.fold(model)
             assert outcome.report is not None
+            assert outcome.report.bytes_read == plan.read_bytes
             cuts.append(outcome.report.numbers.cut)
         assert "of its square cut off" in outcome.line()
         generation = merge.state.generation_of(merge.state.ledger.head)
@@ -164,6 +174,7 @@ def test_blocks_are_cut_when_there_is_no_room_and_it_is_said(tmp_path: Path, bas
         columns = layer_of(generation, "model.layers.0.self_attn.q_proj.weight").columns
     assert {number: where.stop - where.start for number, where in columns.models.items()} == {1: 2, 2: 1, 3: 2, 5: 2}
     assert cuts[:2] == [0.0, 0.0]
+    assert planned == [False, False, True, False, True]
     assert cuts[4] is not None
     assert 0.0 < cuts[4] < 1.0
     assert api.verify(state).findings == ()
