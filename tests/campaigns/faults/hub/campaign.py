@@ -98,6 +98,7 @@ def campaign(
         hub.faults = policy(seed, rate, outages=False)
         deliveries.settle()
         quiet(world, kinds, service, begun + limit)
+        watcher.look()  # the last record of a repo that is gone may be newer than its last look
         early = watcher.seen | pushes([(change, status) for _, change, status in deliveries.sent])
         lost = {key for key in early if key.rpartition("@")[2] not in world.fates}
         again = []

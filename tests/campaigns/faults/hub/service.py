@@ -37,6 +37,7 @@ class Watcher:
         self._records, self._pushes = 0, 0
         self._end = threading.Event()
         self._lock = threading.Lock()
+        self._looks = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Watcher:
@@ -85,7 +86,11 @@ class Watcher:
             self.look()
 
     def look(self) -> None:
-        """Takes what is new in the state."""
+        """Takes what is new in the state. From any thread: what was durable before the call is known after it."""
+        with self._looks:
+            self._take_new()
+
+    def _take_new(self) -> None:
         while (file := self.state / f"commits/{self._records:08d}.json").exists():
             body = framing.decode(file)[0]
             self._records += 1
