@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from continual import api, making
 from continual.config import Settings
 from continual.errors import Damaged, Retry
-from continual.records import SlotSpec, Totals
+from continual.records import Totals
 from continual.rules import ROWS, RULES, Inputs, Pass, rule
-from continual.state import Transaction, arrays
+from continual.state import Transaction
 from continual.state.parts import FoldNumbers
 from continual.state.transaction import MARGIN
 from continual.state.verify import verify
@@ -54,14 +53,6 @@ CASES: dict[str, tuple[str, Mapping[str, object]]] = {
 def whole_steps(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """Multiples of 1/64, so that sums and differences of a few of them are exact in float32."""
     return torch.randint(-40, 41, shape, generator=torch.Generator().manual_seed(seed)).float() / 64
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A directory in memory, where there is one: every fold syncs what it writes."""
-    place = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(dir=place) as directory:
-        yield Path(directory)
 
 
 @pytest.fixture
@@ -343,78 +334,3 @@ def test_a_fold_needs_room_for_what_it_touches(memory: Path, base: Path, monkeyp
             assert isinstance(found, zarr.Array)
             assert found.shape == SHAPES[name]
             assert not np.asarray(found[...]).any()
-
-
-def test_zeros_of_any_shape_are_what_writing_them_gives(memory: Path) -> None:
-    """And a large array of them has no blocks on the disk, where the file system has holes."""
-    specs = {
-        "long": SlotSpec((70000, 130)),
-        "padded": SlotSpec((11, 900001)),
-        "scalar": SlotSpec((), "float64"),
-        "none": SlotSpec((0, 5)),
-        "counts": SlotSpec((7,), "uint16"),
-    }
-    for name, spec in specs.items():
-        holes, written = memory / f"{name}-holes", memory / f"{name}-written"
-        holes.mkdir()
-        written.mkdir()
-        assert arrays.write_zeros(holes, spec) == arrays.write(written, spec, np.zeros(spec.shape, spec.dtype))
-        files = sorted(file.name for file in written.iterdir())
-        assert sorted(file.name for file in holes.iterdir()) == files
-        assert all((holes / file).read_bytes() == (written / file).read_bytes() for file in files)
-    assert sum(file.stat().st_blocks for file in (memory / "long-holes").iterdir()) * 512 < 1 << 20
-
-
-def test_opcm_knows_the_rank_of_what_adapters_made(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then no Gram is taken, and the merge is that of the usual way. A fine-tune of all tensors ends it, and is folded
-    to the bit as ever."""
-    names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
-    base = models.base(memory / "wide", shapes=dict.fromkeys(names, (72, 80)))
-    adapters = [thin(memory / f"adapter-{n}", names[:1] if n == 2 else names, n) for n in range(3)]
-    tuned = models.fine_tune(base, memory / "tuned", 1)
-
-    def ranks(merge: api.Merge) -> dict[str, int]:
-        generation = merge.state.generation_of(merge.state.ledger.head)
-        assert generation is not None
-        return dict(generation.receipts.ranks or {})
-
-    with opened(memory / "a", base, "opcm") as merge, opened(memory / "b", base, "opcm") as other:
-        with monkeypatch.context() as no_gram:
-            no_gram.setattr("continual.linalg.right_singular", None)
-            assert [merge.fold(model).fate for model in adapters] == ["folded"] * 3
-        assert ranks(merge) == dict(zip(names, (6, 4), strict=True))
-        with monkeypatch.context() as unknown:
-            unknown.setattr("continual.tensors.TaskVectors.rank", lambda *_: None)
-            assert [other.fold(model).fate for model in adapters] == ["folded"] * 3
-        assert ranks(other) == {}
-        for name in names:
-            one, same = merge.read(name), other.read(name)
-            assert float((one - same).norm() / same.norm()) < 1e-6
-        merge.unfold(merge.look_unfold("adapter-1"))
-        assert ranks(merge) == dict(zip(names, (4, 2), strict=True))
-        merge.state.rollback(3)
-        assert ranks(merge) == dict(zip(names, (6, 4), strict=True))
-        copy = memory / "copy"
-        shutil.copytree(memory / "a", copy)
-        merge.fold(tuned)
-        assert ranks(merge) == {}
-    with api.Merge(Settings(state=copy, max_mean_ratio=1e9), write=True) as again:
-        monkeypatch.setattr(Transaction, "rank", lambda *_: None)
-        again.fold(tuned)
-        with api.Merge(Settings(state=memory / "a")) as merge:
-            assert all(torch.equal(merge.read(name), again.read(name)) for name in names)
-
-
-def thin(place: Path, names: list[str], seed: int) -> Path:
-    """A LoRA adapter of rank 2 on matrices of 72 x 80."""
-    random = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name in names:
-        head = f"base_model.model.{name.removesuffix('.weight')}"
-        weights[f"{head}.lora_A.weight"] = torch.randn(2, 80, generator=random) * 0.1
-        weights[f"{head}.lora_B.weight"] = torch.randn(72, 2, generator=random) * 0.1
-    place.mkdir()
-    save_file(weights, place / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
-    (place / "adapter_config.json").write_text(json.dumps(config))
-    return place
