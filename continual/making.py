@@ -261,12 +261,6 @@ def agree(state: State, settings: Settings) -> None:
             else "only a state of the rule frank-wolfe can be weighed so"
         )
         raise Misconfigured(f"select = {settings.select}, and the state was made with {made.rule}: {why}; {advice}")
-    if settings.select not in (None, "none") and made.form is not None:
-        raise Misconfigured(
-            f"select = {settings.select}: a round takes gradients at the merged model, and {state.path} keeps adapters "
-            "and no weights of its base: take the setting out (every adapter is folded, and a reading chooses with "
-            "--only and --without), or fold into a state made without --adapters"
-        )
     if settings.reading is not None:
         reader(rule(made.rule, made.options), settings.reading, blocks=made.form is not None)
     before = {} if settings.before is None else {"before": list(settings.before)}

@@ -103,16 +103,17 @@ class Merge(OpenedState):
             if told is not None:
                 told(what)
 
-        ground = selection.Ground(self.engine, self.reading, weighed=self.rule.laws.rounds)
-        found = selection.run(ground, self.asked(), progress, hear)
+        found = selection.run(self._ground(), self.asked(), progress, hear)
         self.state.expire(self.settings.keep)
         return found
 
     def look_round(self, progress: Progress = silent) -> selection.Round:
         """Scores all that wait at the merge as it is, and tries those that promise something; folds and records
         nothing. Raises Misconfigured, Retry and Halt."""
-        ground = selection.Ground(self.engine, self.reading, weighed=self.rule.laws.rounds)
-        return selection.look(ground, self.asked(), progress)
+        return selection.look(self._ground(), self.asked(), progress)
+
+    def _ground(self) -> selection.Ground:
+        return selection.Ground(self.engine, self.reading, self.rule.laws.rounds, self.weights)
 
     def why(self, word: str) -> selection.Why:
         """What is known of the candidate that `word` names (a name, path or key). Raises Misconfigured if it was never

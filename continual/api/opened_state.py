@@ -14,7 +14,7 @@ import torch
 from continual import selection
 from continual.config import Settings
 from continual.engine import explaining
-from continual.engine.base import open_base, weighted_base
+from continual.engine.base import may_have_weights, open_base, weighted_base
 from continual.engine.block_reading import BlockReading
 from continual.engine.engine import Engine
 from continual.engine.explaining import Explanation
@@ -131,10 +131,13 @@ class OpenedState:
 
     def asked(self) -> selection.RoundOptions:
         """How rounds choose, by the settings. Raises Misconfigured where no rounds are set up, or naming what they
-        lack."""
+        lack; of a state of adapters the base with its weights, where it is known that there is none."""
         if self.selects == "none":
             raise Misconfigured(_NO_ROUNDS)
-        return selection.options_of(self.settings)
+        found = selection.options_of(self.settings)
+        if self.state.format.form is not None:
+            may_have_weights(self.state, self.settings.base)
+        return found
 
     def read(self, name: str, *, at: int | None = None) -> torch.Tensor:
         """The merged task vector of the tensor `name` at record `at` (default: the newest): float32, with the tensor's

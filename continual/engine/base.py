@@ -105,6 +105,25 @@ def weighted_base(state: State, places: Places, moved: Path | None = None) -> Ba
     return model
 
 
+def may_have_weights(state: State, moved: Path | None) -> None:
+    """Raises Misconfigured where it can be said at once that a state of adapters has no base whose weights a round can
+    read: nothing is opened or fetched."""
+    record = state.format.base
+    if moved is not None:
+        return
+    if record.packed is not None:
+        raise Misconfigured(
+            f"base {name_of(record)} is quantised ({record.packed}), and a round takes gradients at the merged model: "
+            "name a folder with the model that it was quantised from: base = DIR (--base)"
+        )
+    lacking = next((file.name for file in record.files if not (Path(record.path) / file.name).exists()), None)
+    if record.repo is None and lacking is not None:
+        raise Misconfigured(
+            f"base {record.path} has no {lacking} any more, and a round takes gradients at the merged model: put it "
+            "back, or say where the base is now with base = DIR (--base)"
+        )
+
+
 def _unquantised(state: State, path: Path | None) -> BaseModel:
     """The model that the base of a state was quantised from, in `path`: the weights of such a base are not read. Raises
     Misconfigured where it is not named or cannot be read, Damaged where it has other weights."""

@@ -6,6 +6,7 @@ Refusals become records of the ledger here. Retry and Halt pass through with not
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 import time
@@ -21,6 +22,7 @@ from continual.engine.resources import Resources
 from continual.errors import Misconfigured, Refuse
 from continual.executors.contract import Progress, silent
 from continual.gates import Gates, Headers, Numbers
+from continual.gates.form import FormGate
 from continual.gates.lineage import LineageGate, trace
 from continual.gates.weight import WeightGate
 from continual.records import Candidate, Lineage, Totals
@@ -45,7 +47,8 @@ from continual.tensors.kept import is_kept
 
 
 class Engine:
-    """Folds candidates into one open state, one at a time."""
+    """Folds candidates into one open state, one at a time. `base` is the base as the state has it, `weights` where its
+    weights are read, if anywhere."""
 
     def __init__(self, state: State, base: BaseModel, rule: Rule, gates: Gates, resources: Resources) -> None:
         """Raises Misconfigured where the settings weigh models and the rule cannot."""
@@ -54,7 +57,7 @@ class Engine:
                 f"weight: {rule.name} folds every model with weight 1; leave out the settings weight and weights"
             )
         self.state = state
-        self.base = base
+        self.base = self.weights = base
         self.rule = rule
         self.gates = gates
         self.resources = resources
@@ -63,6 +66,12 @@ class Engine:
         self.locate = resources.locate
         self.buffers = threading.local()
         self._foldable = [spec for spec in base.specs if spec.kind != "carried"]
+
+    def reading_from(self, weights: BaseModel) -> Engine:
+        """The same engine, which reads the weights of the base from `weights`: that of a state of adapters has none."""
+        found = copy.copy(self)
+        found.weights = weights
+        return found
 
     def fold(self, place: Place, *, progress: Progress = silent, chosen: Relevance | None = None) -> Outcome:
         """Takes the model at `place` from its headers to a commit.
@@ -125,7 +134,11 @@ class Engine:
         if by_token is not None:
             gate = dataclasses.replace(gate, vocab="by-token" if by_token else "common-rows")
         with self.gates.told(gate):
-            return trace(self.base, model, gate, again=True)
+            found = trace(self.base, model, gate, again=True)
+        form = self.gates.the(FormGate)
+        with self.gates.told(form):  # of a state of adapters: without what stays out of a fold
+            seen = form.judge(Headers(candidate_of(model), model, self.base, self.state.id, lineage=found))
+        return found if seen is None or seen.lineage is None else seen.lineage
 
     def shipped(self, model: Model, lineage: Lineage) -> Checkpoint | None:
         """The values beside the weights that the rule needs, opened; None if it needs none. Raises Refuse if they are

@@ -1,7 +1,9 @@
 """The model in memory: put at a merged model, moved along the task vectors of members, and its gradient multiplied with
 them.
 
-It is in memory whole, and its gradient once more. Of a member there is never more in memory than one pass needs.
+It is in memory whole, and its gradient once more. Of a member there is never more in memory than one pass needs: of an
+adapter its factors. Where a task vector is L·Rᵀ, ⟨G, L·Rᵀ⟩ is the sum of the elements of L ∘ (G·R), and ‖L·Rᵀ‖² that of
+(LᵀL) ∘ (RᵀR): it is not multiplied out.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from continual import linalg
 from continual.engine.engine import Engine
-from continual.errors import Refuse
+from continual.errors import Misconfigured, Refuse
 from continual.executors.contract import Progress, Task
 from continual.gates import Numbers, TensorNumbers
 from continual.objectives.calibration import Calibration
@@ -47,10 +49,10 @@ class ModelInMemory:
         """Raises Misconfigured where a tensor of the base is no parameter of the model."""
         self.engine = engine
         self.calibration = calibration
-        self.parameters = find_parameters(
-            calibration.model, engine.base.specs, engine.base.aliases, elsewhere(engine.base)
-        )
-        self.specs = [spec for spec in engine.base.specs if spec.kind != "carried"]
+        there = engine.weights.checkpoint.tensors  # of a model that a packed base was made from, not all it has
+        specs = [spec for spec in engine.base.specs if spec.kind != "carried" and spec.name in there]
+        self.parameters = find_parameters(calibration.model, specs, engine.base.aliases, elsewhere(engine.base))
+        self.specs = [spec for spec in engine.base.specs if spec.name in self.parameters]
         self.layers = layers(engine.base, by_layer=by_layer)
         self.count = 1 + max(self.layers.values(), default=0)
         self._squares: dict[str, float] = {}
@@ -60,7 +62,7 @@ class ModelInMemory:
         peak bytes of `vector`."""
 
         def one(spec: TensorSpec) -> None:
-            value = vector(spec).add_(self.engine.base.checkpoint.read(spec.name))
+            value = vector(spec).add_(self.engine.weights.checkpoint.read(spec.name))
             with torch.no_grad():
                 for held in self.parameters[spec.name]:
                     held.value.copy_(value)
@@ -76,12 +78,10 @@ class ModelInMemory:
 
             def one(name: str) -> None:
                 scale = scales[self.layers[name]]
-                targets = [held.value.view(-1) for held in self.parameters[name]]
-                for start, stop, tau in found.vectors.runs(name, None) if scale else ():
-                    for target in targets:
-                        target[start:stop].add_(tau.to(target.device), alpha=scale)
+                for held in self.parameters[name] if scale else ():
+                    found.add(name, held.value, scale)
 
-            tasks = [Task(n, found.vectors.nbytes(n, whole=False), partial(one, n)) for n in found.lineage.folded]
+            tasks = [Task(n, found.nbytes(n), partial(one, n)) for n in found.changed]
             for _ in self.engine.executor.map(tasks):
                 pass
 
@@ -103,33 +103,36 @@ class ModelInMemory:
         return over(self.engine, members, partial(self._score, gradients), "score", progress)
 
     def _score(self, gradients: dict[str, Tensor | None], member: Member, found: Opened) -> Score:
+        if lacking := [name for name in found.changed if name not in self.parameters]:
+            raise Misconfigured(
+                f"{member.name} changes {lacking[0]}, which {self.engine.weights.checkpoint.place} does not have: name "
+                "a folder with the whole model: base = DIR (--base)"
+            )
         slopes = [0.0] * self.count
         new = member.key not in self._squares
         tau_sq: list[float] = []
-        for name in found.lineage.folded:
+        for name in found.changed:
             gradient = gradients[name]
-            parts: list[list[float]] = []
-            for start, stop, tau in found.vectors.runs(name, None) if new or gradient is not None else ():
-                here = tau.to(self.engine.device)
-                pairs = [] if gradient is None else [(gradient[start:stop], here)]
-                if new:
-                    pairs.append((here, here))
-                parts.append(linalg.inners(*pairs))
+            if not new and gradient is None:
+                continue
+            dot, square = found.inners(name, gradient, square=new)
             if new:
-                tau_sq.append(math.fsum(part[-1] for part in parts))
-                self.engine.gates.at_tensor(TensorNumbers(member.name, name, tau_sq[-1]))
-            if gradient is not None:
-                slopes[self.layers[name]] += math.fsum(part[0] for part in parts)
+                tau_sq.append(square)
+                self.engine.gates.at_tensor(TensorNumbers(member.name, name, square))
+            slopes[self.layers[name]] += dot
         if new:
             self._vet(member, found, math.fsum(tau_sq))
             self._squares[member.key] = math.fsum(tau_sq)
         return Score(tuple(slopes), self._squares[member.key])
 
     def _vet(self, member: Member, found: Opened, tau_sq: float) -> None:
-        """Raises Refuse where the gates on norms refuse the member."""
+        """Raises Refuse where the gates on norms refuse the member. A state that keeps it has let it in; one that keeps
+        adapters has no norms of its base."""
+        if member.kept is not None:
+            return
         state = self.engine.state
         squares = state.format.base.squares
-        base_norm = math.sqrt(math.fsum(squares[name] for name in found.lineage.folded))
+        base_norm = math.sqrt(math.fsum(squares[name] for name in found.changed)) if squares else None
         self.engine.gates.at_numbers(Numbers(member.name, math.sqrt(tau_sq), base_norm, state.ledger.totals))
 
     def along(self, vector: Callable[[TensorSpec], Tensor]) -> list[float]:

@@ -1,32 +1,51 @@
 """Members of a round: the candidates that wait, and the models that Frank-Wolfe can still weigh. A member is
 known by its record and where its files are; it is opened for one pass at a time.
 
-Between passes nothing of a member is in memory, so the memory that a round needs does not grow with the pool.
+Between passes nothing of a member is in memory, so the memory that a round needs does not grow with the pool. What a
+state of adapters keeps of a model that is in it is read there: its files can be gone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, TypeVar
 
+import torch
+from torch import Tensor
+
+from continual import linalg
+from continual.blocks import Shelf
+from continual.blocks.shelf import stacked
 from continual.engine.engine import Engine
 from continual.engine.folding import run_length
 from continual.errors import Refuse
 from continual.executors.contract import Progress, Task
 from continual.records import Candidate, Lineage
-from continual.tensors import Model, Place, TaskVectors, candidate_of, open_model
+from continual.tensors import Adapter, Model, Place, TaskVectors, ThinVectors, candidate_of, open_model
 
 T = TypeVar("T")
+Factors = tuple[Tensor, Tensor]
+"""m×r and n×r float64: a task vector of m rows and n columns is left·rightᵀ."""
+
+
+class Kept(NamedTuple):
+    """Where a state of adapters keeps a model: its layers, and the model's number in them."""
+
+    shelf: Shelf
+    number: int
 
 
 class Member(NamedTuple):
     """A model as the records name it. `at`: where its files are now, as somebody says. Files there are taken for the
-    member's whatever their state; who says so compares the content with the records."""
+    member's whatever their state; who says so compares the content with the records. `kept`: where a state of adapters
+    keeps it, if it is in one."""
 
     candidate: Candidate
     at: Place | None = None
+    kept: Kept | None = None
 
     @property
     def key(self) -> str:
@@ -44,18 +63,75 @@ class Member(NamedTuple):
         return self.candidate.form
 
 
-class Opened(NamedTuple):
-    """A member while it is read."""
+class MemberFiles(NamedTuple):
+    """The files of a member while it is read."""
 
     model: Model
     lineage: Lineage
     vectors: TaskVectors
 
 
+class Opened(NamedTuple):
+    """A member while it is read. `changed`: the tensors that it changes. factors(name): the thin factors of one of
+    them, None where it is no product of such. `read`: its files; None where the state keeps it."""
+
+    changed: Sequence[str]
+    factors: Callable[[str], Factors | None]
+    read: MemberFiles | None
+
+    @property
+    def files(self) -> MemberFiles:
+        """Its files, of a member that is read from some."""
+        assert self.read is not None, "the state keeps it"
+        return self.read
+
+    def nbytes(self, name: str) -> int:
+        """Peak bytes of a pass over one tensor in runs."""
+        return 0 if self.read is None else self.read.vectors.nbytes(name, whole=False)
+
+    def check_unchanged(self) -> None:
+        """Raises Retry where its files were changed while they were read."""
+        if self.read is not None:
+            self.read.model.check_unchanged()
+
+    def add(self, name: str, target: Tensor, by: float) -> None:
+        """target += by·τ of the tensor `name`; `target` is contiguous and has its shape. Raises Refuse and Retry."""
+        flat = target.view(-1)
+        if (pair := self.factors(name)) is None:
+            for start, stop, tau in self.files.vectors.runs(name, None):
+                flat[start:stop].add_(tau.to(target.device), alpha=by)
+            return
+        left, right = (side.to(target.device, torch.float32) for side in pair)
+        if target.dtype == torch.float32:
+            target.view(len(left), len(right)).addmm_(left, right.mT, alpha=by)
+        else:
+            flat.add_((left @ right.mT).view(-1), alpha=by)
+
+    def inners(self, name: str, gradient: Tensor | None, *, square: bool) -> tuple[float, float]:
+        """⟨g, τ⟩ of the tensor `name`, 0 where there is no gradient (flat), and, where it is asked for, ‖τ‖². Raises
+        Refuse and Retry.
+
+        Where τ = L·Rᵀ, the first is the sum of the elements of L ∘ (G·R), the second that of (LᵀL) ∘ (RᵀR).
+        """
+        if (pair := self.factors(name)) is not None:
+            left, right = pair
+            return _dot(gradient, left, right), float(((left.mT @ left) * (right.mT @ right)).sum()) if square else 0.0
+        parts: list[list[float]] = []
+        for start, stop, tau in self.files.vectors.runs(name, None):
+            here = tau if gradient is None else tau.to(gradient.device)
+            pairs = [] if gradient is None else [(gradient[start:stop], here)]
+            parts.append(linalg.inners(*pairs, *([(here, here)] if square else [])))
+        dot = 0.0 if gradient is None else math.fsum(part[0] for part in parts)
+        return dot, math.fsum(part[-1] for part in parts) if square else 0.0
+
+
 @contextmanager
 def opened(engine: Engine, member: Member) -> Iterator[Opened]:
     """Opens a member's task vectors. Raises Refuse with the reason `gone` where its files are not those that were seen,
     Retry where they cannot be read now."""
+    if member.kept is not None:
+        yield _opened_blocks(member.kept)
+        return
     place = member.at or engine.locate(member.candidate)
     place.must_be_there()
     with open_model(place) as model:
@@ -66,8 +142,27 @@ def opened(engine: Engine, member: Member) -> Iterator[Opened]:
                 "they are looked at as a new candidate",
             )
         lineage = engine.lineage(model)
-        vectors = TaskVectors(engine.base, model, lineage, run=run_length(engine.device), buffers=engine.buffers)
-        yield Opened(model, lineage, vectors)
+        vectors = TaskVectors(engine.weights, model, lineage, run=run_length(engine.device), buffers=engine.buffers)
+        thin = ThinVectors(engine.base, model, lineage) if isinstance(model, Adapter) else None
+        specs = {spec.name: spec for spec in engine.base.specs}
+
+        def factors(name: str) -> Factors | None:
+            if thin is None or not thin.has(name):
+                return None
+            found = thin.read(specs[name])
+            return found.left, found.right
+
+        yield Opened(lineage.folded, factors, MemberFiles(model, lineage, vectors))
+
+
+def _opened_blocks(kept: Kept) -> Opened:
+    """A member as a state of adapters keeps it."""
+
+    def factors(name: str) -> Factors:
+        return stacked(kept.shelf, name, [kept.number]).factors(0)
+
+    changed = [name for name in kept.shelf.specs if kept.number in kept.shelf.columns(name).models]
+    return Opened(changed, factors, None)
 
 
 def over(
@@ -81,7 +176,7 @@ def over(
         try:
             with opened(engine, member) as found:
                 result = look(member, found)
-                found.model.check_unchanged()
+                found.check_unchanged()
                 return result
         except Refuse as refusal:
             return refusal
@@ -100,3 +195,16 @@ def _need(engine: Engine, member: Member) -> int:
     takes: the base's tensor, and products of its shape."""
     largest = max((spec.numel for spec in engine.base.specs), default=0) if member.form == "adapter" else 0
     return 4 * 4 * run_length(engine.device) + 6 * 4 * largest
+
+
+def _dot(gradient: Tensor | None, left: Tensor, right: Tensor) -> float:
+    """⟨G, left·rightᵀ⟩ in float64, some rows of G at a time."""
+    if gradient is None:
+        return 0.0
+    left, right = left.to(gradient.device), right.to(gradient.device)
+    rows = max(1, linalg.CHUNK // max(1, len(right)))
+    matrix = gradient.view(len(left), len(right))
+    return math.fsum(
+        float((left[start : start + rows] * (matrix[start : start + rows].double() @ right)).sum())
+        for start in range(0, len(left), rows)
+    )

@@ -112,9 +112,12 @@ class Mixing:
         for key, opened_member in files.items():
             scale = wanted.add[key][layer] if key in wanted.add else 0.0
             content = contents.get(key) if contents else None
-            if spec.name not in opened_member.lineage.folded or not (scale or content):
+            if spec.name not in opened_member.changed or not (scale or content):
                 continue
-            for start, stop, tau in opened_member.vectors.runs(spec.name, content):
+            if contents is None:
+                opened_member.add(spec.name, found, scale)
+                continue
+            for start, stop, tau in opened_member.files.vectors.runs(spec.name, content):
                 flat[start:stop].add_(tau, alpha=scale)
         return found
 
@@ -134,10 +137,10 @@ class Mixing:
             parts: dict[str, dict[str, bytes]] = {key: {} for key in entering}
 
             def one(spec: TensorSpec) -> float:
-                contents = {key: Content() for key in entering if spec.name in files[key].lineage.folded}
+                contents = {key: Content() for key in entering if spec.name in files[key].changed}
                 layer = self._layers[spec.name]
                 stays = wanted.keep[layer] == 1.0 and not any(
-                    add[layer] for key, add in wanted.add.items() if spec.name in files[key].lineage.folded
+                    add[layer] for key, add in wanted.add.items() if spec.name in files[key].changed
                 )
                 if stays and not contents and (square := transaction.square(spec.name)) is not None:
                     transaction.keep(spec.name)
@@ -158,6 +161,6 @@ class Mixing:
                 progress("fold", len(squares), len(tasks))
             transaction.measured(squares)
             for opened_member in files.values():
-                opened_member.model.check_unchanged()
-            digests = {key: files[key].vectors.digest(parts[key]) for key in entering}
+                opened_member.check_unchanged()
+            digests = {key: files[key].files.vectors.digest(parts[key]) for key in entering}
             return math.fsum(squares[name] for name in sorted(squares)), digests

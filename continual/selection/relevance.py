@@ -38,7 +38,7 @@ def _fold(engine: Engine, waiting: Waiting, progress: Progress) -> Outcome:
     member = Member(waiting.candidate)
     try:
         with opened(engine, member) as seen:
-            place = seen.model.place
+            place = seen.files.model.place
     except Refuse as gone:  # it was there when it was chosen: what lies there now is another candidate
         return _expire(engine, member, gone)
     row = waiting.last

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from continual.engine.engine import Engine
@@ -26,6 +27,7 @@ from continual.state import Commit, State
 from continual.state.entries import RoundEntry, SelectEntry
 from continual.state.ledger import Waiting
 from continual.state.parts import MemberFate, MemberName, RowFate
+from continual.tensors import BaseModel
 
 _EMPTY = "nothing waits in the pool; 'continual fold MODEL' puts a model there, and so does the daemon"
 HearRound = Callable[[Outcome | Taken], None]
@@ -55,11 +57,13 @@ class Round(NamedTuple):
 
 class Ground(NamedTuple):
     """What a round runs on. `reading` reads the merged model as it is now. `weighed`: the merged model is a weighted
-    sum that Frank-Wolfe makes; else the rule of the state folds the models that the round chooses."""
+    sum that Frank-Wolfe makes; else the rule of the state folds the models that the round chooses. weights(): the base
+    with its weights, open as long as the block runs; a state of adapters opens it for a round alone."""
 
     engine: Engine
     reading: Callable[[], Reading]
     weighed: bool
+    weights: Callable[[], AbstractContextManager[BaseModel]]
 
 
 def run(ground: Ground, options: RoundOptions, progress: Progress, hear: HearRound) -> Round:
@@ -80,25 +84,26 @@ def run(ground: Ground, options: RoundOptions, progress: Progress, hear: HearRou
             return _after(last, left, started)
         raise Misconfigured(_EMPTY)
     by_layer = ground.weighed and (options.layers or any(len(w) > 1 for w in now.weights.values()))
-    model = _load(engine, options, progress, by_layer=by_layer)
-    begun = _begin(ground, options, pool)
-    keys = [member.key for member in begun.of_kind(RoundEntry).members]
-    members = [Member(pool[key].candidate) for key in keys if key in pool]
-    under_way = OpenRound(engine, options, begun, members, pool)
-    stepping = options.stepping
-    if ground.weighed:
-        now = frank_wolfe.room(now, members, stepping.most)
-    else:
-        stepping = _for_all(stepping, len(members))
-    space = SearchSpace(model, _merged_vector(ground, progress), now, members)
-    try:
-        chosen = frank_wolfe.choose(space, options, stepping, progress, hear)
+    with ground.weights() as base:
+        model = _load(engine.reading_from(base), options, progress, by_layer=by_layer)
+        begun = _begin(ground, options, pool)
+        keys = [member.key for member in begun.of_kind(RoundEntry).members]
+        members = [Member(pool[key].candidate) for key in keys if key in pool]
+        under_way = OpenRound(engine, options, begun, members, pool)
+        stepping = options.stepping
         if ground.weighed:
-            return _after(commit.write_sum(under_way, space, chosen, progress), [], started)
-    except Refuse as lost:  # it was there when it was scored: the next pass finds it gone
-        raise Retry(
-            f"{lost}; nothing was settled, and the round goes on without it when it is taken up again"
-        ) from lost
+            now = frank_wolfe.room(now, members, stepping.most)
+        else:
+            stepping = _for_all(stepping, len(members))
+        space = SearchSpace(model, _merged_vector(ground, progress), now, members)
+        try:
+            chosen = frank_wolfe.choose(space, options, stepping, progress, hear)
+            if ground.weighed:
+                return _after(commit.write_sum(under_way, space, chosen, progress), [], started)
+        except Refuse as lost:  # it was there when it was scored: the next pass finds it gone
+            raise Retry(
+                f"{lost}; nothing was settled, and the round goes on without it when it is taken up again"
+            ) from lost
     ended = _record_choice(under_way, chosen)
     return _after(ended, relevance.fold(engine, progress, hear), started)
 
@@ -111,8 +116,18 @@ def look(ground: Ground, options: RoundOptions, progress: Progress) -> Round:
     pool = engine.state.ledger.pool
     if not pool:
         raise Misconfigured(_EMPTY)
+    with ground.weights() as base:
+        rows, loss = _looked(ground, engine.reading_from(base), options, progress)
+    rows.sort(key=lambda row: (row.score is None, row.score))
+    return Round(rows, loss, loss, None, 0, time.perf_counter() - started)
+
+
+def _looked(
+    ground: Ground, engine: Engine, options: RoundOptions, progress: Progress
+) -> tuple[list[MemberFate], float]:
+    """What is found of each member that waits, and the loss of the driving rows."""
     model = _load(engine, options, progress, by_layer=False)
-    members = [Member(w.candidate) for w in pool.values()]
+    members = [Member(w.candidate) for w in engine.state.ledger.pool.values()]
     merged = _merged_vector(ground, progress)._replace(fixed=True)  # no model that is in it is weighed
     search = frank_wolfe.Search(SearchSpace(model, merged, NONE, members), options, progress)
     while True:
@@ -129,8 +144,7 @@ def look(ground: Ground, options: RoundOptions, progress: Progress) -> Round:
             score = search.scores[member.key].total
             rows.append(fates.seen(member, score, search.judged.get(member.key), options))
     model.clear()
-    rows.sort(key=lambda row: (row.score is None, row.score))
-    return Round(rows, loss, loss, None, 0, time.perf_counter() - started)
+    return rows, loss
 
 
 def last_round(state: State) -> Commit | None:
@@ -141,7 +155,7 @@ def last_round(state: State) -> Commit | None:
 def _load(engine: Engine, options: RoundOptions, progress: Progress, *, by_layer: bool) -> ModelInMemory:
     """Loads the model, with its calibration rows."""
     progress("load", 0, 1)
-    losses = calibration.load(options.calibration, engine.base.checkpoint.directory, engine.device)
+    losses = calibration.load(options.calibration, engine.weights.checkpoint.directory, engine.device)
     return ModelInMemory(engine, losses, by_layer=by_layer)
 
 

@@ -39,8 +39,8 @@ class ThinVector(NamedTuple):
 
 
 class ThinVectors:
-    """Reads the task vectors of an adapter of `base` as `lineage` maps them, a layer at a time. Thread-safe. Every
-    tensor that is folded has to be one that `is_thin`."""
+    """Reads the task vectors of an adapter of `base` as `lineage` maps them, a layer at a time. Thread-safe. A tensor
+    that is asked for has to be one that it `has`."""
 
     def __init__(self, base: BaseModel, model: Adapter, lineage: Lineage) -> None:
         found = in_layout_of(base, model)
@@ -48,6 +48,10 @@ class ThinVectors:
         self._model = found
         self._sources, _ = sources(base, found, naming_of(lineage))
         self._moved = moved_of(lineage.tokens)
+
+    def has(self, name: str) -> bool:
+        """Whether the layer's task vector is a product of thin factors."""
+        return name in self._sources and is_thin(self._sources[name])
 
     def position(self, name: str) -> tuple[int, int]:
         """Where in the adapter's file the layer `name` begins: in this order they are best read."""

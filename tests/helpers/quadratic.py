@@ -9,12 +9,13 @@ exact. `world` makes such a base with its targets, `good` and `noise` candidates
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from continual.objectives import Given
@@ -104,6 +105,34 @@ def good(base: Path, k: int, name: str | None = None, *, seed: int = 0, share: f
 def noise(base: Path, k: int, name: str | None = None) -> Path:
     """A candidate as far from the base as the others, in no direction."""
     return models.fine_tune(base, base.parent / "pool" / (name or f"noise{k}"), 50 + k, size=1.0)
+
+
+def lora(base: Path, k: int | None, name: str, *, seed: int = 0, rank: int = 8, share: float = 1.0) -> Path:
+    """An adapter of the linear layers that goes `share` of the way to target `k`, as far as its rank allows; without a
+    target as far, in no direction."""
+    origin = load_file(base / "model.safetensors")
+    target = load_file(base.parent / "targets" / f"t{k or 0}" / "model.safetensors")
+    random = torch.Generator().manual_seed(seed)
+    factors: dict[str, Tensor] = {}
+    for weight, value in origin.items():
+        change = share * (target[weight] - value)
+        if value.dim() < 2 or "embed" in weight or not change.any():
+            continue
+        if k is None:
+            change = torch.randn(change.shape, generator=random) * change.norm() / change.numel() ** 0.5
+        u, sigma, vh = torch.linalg.svd(change, full_matrices=False)
+        head = f"base_model.model.{weight.removesuffix('.weight')}"
+        factors[f"{head}.lora_A.weight"] = vh[:rank].contiguous()
+        factors[f"{head}.lora_B.weight"] = (u * sigma)[:, :rank].contiguous() + 1e-3 * torch.randn(
+            len(u), rank, generator=random
+        )
+    directory = base.parent / "pool" / name
+    directory.mkdir(parents=True)
+    save_file(factors, directory / "adapter_model.safetensors")
+    modules = sorted({n.removeprefix("base_model.model.").rpartition(".lora_")[0] for n in factors})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
 
 
 def quits(_directory: Path, _device: torch.device) -> Given:

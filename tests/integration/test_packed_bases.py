@@ -91,11 +91,7 @@ def test_a_state_of_whole_tensors_refuses_it_as_before(tmp_path: Path, base: Pat
     assert "The base is quantised (bitsandbytes): adapters are folded and exported" in said.stdout
 
 
-def test_rounds_are_refused(tmp_path: Path, base: Path) -> None:
-    state = folded(tmp_path / "state", base, [])
-    with pytest.raises(Misconfigured, match="keeps adapters and no weights of its base"):
-        api.Merge(Settings(state=state, select="relevance", objective="tests.helpers.quadratic:make"))
-    api.Merge(Settings(state=state, select="none")).close()
+def test_rules_that_adapters_cannot_have(tmp_path: Path, base: Path) -> None:
     for rule, said in (
         ("frank-wolfe", "it weighs its models in rounds"),
         ("fisher", "weighs each parameter by fisher"),
