@@ -19,6 +19,11 @@ KEY, OMITTED, REST = "key", "omitted", "rest"
 """Metadata of fields, for their JSON bodies (state/fields.py): another key than the field's name; left out where the
 value is None; a mapping of all keys that no other field has."""
 
+LARGEST = 1e30
+"""No weight of a model and no scale is larger: with them a sum stays within float32."""
+WEIGHT = f"a number above 0, from {1 / LARGEST:g} to {LARGEST:g}"
+"""What a weight is, as messages say it."""
+
 ITEMSIZE: Mapping[str, int] = {
     "BOOL": 1,
     "U8": 1,
@@ -266,3 +271,8 @@ class ObjectiveRecord:
     rows: tuple[FileDigest, ...] | None = field(default=None, metadata={OMITTED: True})
     heads: tuple[FileDigest, ...] | None = field(default=None, metadata={OMITTED: True})
     digest: str
+
+
+def is_weight(value: float) -> bool:
+    """Whether a model can count so much: it is what `WEIGHT` says."""
+    return 1 / LARGEST <= value <= LARGEST

@@ -77,7 +77,7 @@ class ThinProduct(NamedTuple):
         """Times a number."""
         root = abs(factor) ** 0.5
         left, right = self.left * (root if factor >= 0 else -root), self.right * root
-        return ThinProduct(left, right, self.square * factor**2, self.cut * factor**2)
+        return ThinProduct(left, right, self.square * factor * factor, self.cut * factor * factor)
 
     def dense(self) -> Tensor:
         """The matrix, float32."""

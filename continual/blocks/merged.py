@@ -13,7 +13,7 @@ from continual.blocks.elements import Seed, by_number
 from continual.blocks.factoring import Entrant, Run, ThinProduct, square, thin
 from continual.blocks.shelf import Shelf, Stacked, stacked
 from continual.errors import Misconfigured
-from continual.records import TensorSpec, Totals
+from continual.records import WEIGHT, TensorSpec, Totals, is_weight
 from continual.rules import ReadOptions, Rule, Size, Sums, settle
 
 
@@ -142,8 +142,10 @@ def check(rule: Rule, chosen: Mapping[int, float]) -> None:
             f"{rule.name} needs the file {rule.needs.shipped} of every model, of which an adapter's blocks keep nothing"
         )
     for weight in chosen.values():
-        if not (math.isfinite(weight) and weight > 0):
-            raise Misconfigured(f"a weight of {weight:g}: it has to be above 0; to have none, leave the model out")
+        if not is_weight(weight):
+            raise Misconfigured(
+                f"a weight of {weight:g}: a weight is {WEIGHT}; to have a model count nothing, leave it out"
+            )
         if weight != 1.0 and not rule.laws.weighted:
             raise Misconfigured(f"{rule.name} reads every model with weight 1, not {weight:g}")
 

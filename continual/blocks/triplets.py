@@ -43,7 +43,8 @@ def triplets(left: Tensor, right: Tensor) -> Block:
     """The singular triplets of left·rightᵀ, an m×r and an n×r matrix of any float dtype.
 
     By QR of both and an SVD of the core in float64, O((m + n)r²), rounded once. Those at or below `linalg.NULL` of the
-    largest are left out; of a product that is zero none is left. Where a value is not finite, or the largest singular
+    largest are left out, and those that are zero in float32; of a product that is zero, or is so in float32, none is
+    left, and `energy` is 0. Where a value is not finite, or the largest singular
     value is none in float32, there are no triplets either and `energy` is not finite.
     """
     m, n = len(left), len(right)
@@ -57,7 +58,9 @@ def triplets(left: Tensor, right: Tensor) -> Block:
     energy, top = float(sigma.square().sum()), float(sigma[0])
     if top > torch.finfo(torch.float32).max:
         return _block(a.new_zeros(m, 0), a.new_zeros(0), b.new_zeros(n, 0), math.inf)
-    k = int((sigma > linalg.NULL * top).sum())
+    k = int(((sigma > linalg.NULL * top) & (sigma.float() > 0)).sum())
+    if not k:
+        energy = 0.0
     return _block(basis_a @ w[:, :k], sigma[:k], basis_b @ zh[:k].mT, energy)
 
 

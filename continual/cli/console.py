@@ -15,6 +15,7 @@ from continual.outside import few
 from continual.texts import figure, jsonable, plain, size, when
 
 if TYPE_CHECKING:
+    from continual.engine.block_reading import CutModel
     from continual.engine.outcomes import Outcome, Plan
     from continual.executors.contract import Progress
     from continual.publish.lora import LoraReport
@@ -138,6 +139,14 @@ def lora(found: LoraReport) -> None:
     say(f"relative error {found.error:.4g} over the whole task vector, {found.error_adapted:.4g} over what is adapted")
     if found.left_out:
         say(f"left out, as no adapter can have them: {few(found.left_out)}")
+    cut(found.cut)
+
+
+def cut(found: Sequence[CutModel]) -> None:
+    """What a state of adapters has cut off of the models that are read; nothing where all of them are whole."""
+    if found:
+        told = few(f"{one.name} {one.cut:.2%}" for one in sorted(found, key=lambda one: -one.cut))
+        say(f"cut off to make room in the state, of the square of a model's length: {told}")
 
 
 def plans(found: Sequence[Plan]) -> None:

@@ -78,7 +78,11 @@ def export(
     target = folder.Target(directory, at, word, folder.parse_size(shard_size))
     with opened.merge(flags) as merge, console.progress() as progress:
         path = merge.export(target, progress, view=typed.view(merge.settings, view))
-    return console.emit({"directory": path}) if flags.json else console.say(f"Wrote {path}")
+        cut = folder.cut_in(path)
+    if flags.json:
+        return console.emit({"directory": path, "cut": cut})
+    console.say(f"Wrote {path}")
+    return console.cut(cut)
 
 
 @app.command()
@@ -117,6 +121,7 @@ def told(found: Explanation, *, layers: bool = False) -> None:
         f"Record {found.seq}, read by {found.rule}, scale {found.scale}: {len(found.models)} models. share: of the "
         "lengths of all task vectors; cosine: with the merge; change: of the merge when the model is left out."
     )
+    console.cut(found.cut)
     console.table(
         ("model", "record", "weight", "share", "cosine", "change", "change by depth, first to last layer"),
         [

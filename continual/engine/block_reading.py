@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,18 @@ from continual.rules import ReadOptions, Rule, Size
 from continual.state import State
 from continual.state.format import Commit
 from continual.tensors.thin import sides_of
+
+_ROUNDED = 1e-6
+"""What rounding may take of a model's ‖τ‖², relative; beyond that something was cut."""
+
+
+class CutModel(NamedTuple):
+    """A model of which a state keeps a part, by its name and the record of its fold; `cut`: the share of its ‖τ‖² that
+    was cut off to make room, in layers that are full."""
+
+    name: str
+    seq: int
+    cut: float
 
 
 class StoredLayers:
@@ -107,6 +120,23 @@ class BlockReading(Reading):
         }
         models_read = [[digests[number], weight] for number, weight in self.chosen.items()]
         return digest_of([models_read, kept], self.rule, replace(self.options, weights=()))
+
+    def cut(self) -> tuple[CutModel, ...]:
+        """The models that are read and of which something was cut off, in the order of their folds. Raises Damaged."""
+        kept = dict.fromkeys(self.chosen, 0.0)
+        for name in self.shelf.specs:
+            columns = self.shelf.columns(name)
+            for number, where in columns.models.items():
+                if number in kept:
+                    kept[number] += float((columns.sigma[where].astype(float) ** 2).sum())
+        found = []
+        for fold in self.state.ledger.folds(at=self.commit.seq):
+            numbers = fold.entry.numbers
+            if numbers.block in kept and numbers.tau_norm:
+                lost = 1.0 - kept[numbers.block] / numbers.tau_norm**2
+                if lost > _ROUNDED:
+                    found.append(CutModel(fold.entry.candidate.name, fold.seq, lost))
+        return tuple(found)
 
     def size(self) -> Size:
         """How long X is, as far as that is known without a pass."""

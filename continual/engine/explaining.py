@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from continual.blocks import Explaining, ModelShare, Products
-from continual.engine.block_reading import BlockReading
+from continual.engine.block_reading import BlockReading, CutModel
 from continual.engine.reading import Reading
 from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task, silent
@@ -47,7 +47,8 @@ class ExplainedLayer:
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """The shares of every model that is read, the largest change first, and the same `layers`, by their depth. `view`:
-    what was asked for; nothing where all is as the state has it."""
+    what was asked for; nothing where all is as the state has it. `cut`: the models of which the state has cut off a
+    part, which no figure counts."""
 
     seq: int
     rule: str
@@ -55,6 +56,7 @@ class Explanation:
     view: Mapping[str, object]
     models: tuple[ExplainedModel, ...]
     layers: tuple[ExplainedLayer, ...]
+    cut: tuple[CutModel, ...] = ()
 
 
 def explain(reading: Reading, executor: Executor, progress: Progress = silent) -> Explanation:
@@ -90,6 +92,7 @@ def explain(reading: Reading, executor: Executor, progress: Progress = silent) -
         reading.view.described(),
         _models(named, reading.chosen, shares.whole),
         tuple(sorted(layers, key=lambda layer: layer.depth)),
+        reading.cut(),
     )
 
 

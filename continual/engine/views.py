@@ -122,6 +122,12 @@ class ReadView:
                 or fold.entry.candidate.answers(word)
                 or fnmatch.fnmatchcase(fold.entry.candidate.name, word)
             }
+            numbered = next((fold.entry.candidate for fold in folds if word == str(fold.seq)), None)
+            if numbered is not None and len(mine) > 1:
+                raise Misconfigured(
+                    f"{what} = {word}: record {word} is of {numbered.name}, and another model is called so: name the "
+                    "one that is meant by its path or key"
+                )
             if not mine and not (self.name and _GLOB.search(word)):
                 there = few(fold.entry.candidate.name for fold in folds) or "nothing"
                 raise Misconfigured(f"{what} = {word}: no model of the merge is called so; in it are {there}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from continual.errors import Misconfigured, Refuse
 from continual.gates.contract import AtFold, Headers
 from continual.outside import shown
+from continual.records import WEIGHT, is_weight
 from continual.tensors import Model, read_json
 
 METADATA = "metadata"
@@ -37,15 +38,15 @@ class WeightGate(AtFold):
 
     def __post_init__(self) -> None:
         number = _number(self.weight)
-        if number is not None and not _usable(number):
-            raise Misconfigured(f"weight = {self.weight}: a weight is a number above 0")
+        if number is not None and not is_weight(number):
+            raise Misconfigured(f"weight = {self.weight}: a weight is {WEIGHT}")
         file, colon, key = self.weight.partition(":")
         is_file = file.endswith(".json") and "/" not in file and not file.startswith(".")
         if number is None and not (colon and key and (file == METADATA or is_file)):
             raise Misconfigured(f"weight = {self.weight}: write a number, FILE.json:KEY or metadata:KEY")
         for glob, value in self.weights.items():
-            if not _usable(value):
-                raise Misconfigured(f"weights: {glob} = {value}: a weight is a number above 0")
+            if not is_weight(value):
+                raise Misconfigured(f"weights: {glob} = {value}: a weight is {WEIGHT}")
 
     @property
     def even(self) -> bool:
@@ -81,10 +82,10 @@ class WeightGate(AtFold):
                 )
             found = _within(self._read(model, source), key)
             value = _float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
-        if value is None or not _usable(value):
+        if value is None or not is_weight(value):
             raise Refuse(
                 "weight",
-                f"{file}: {key} is {shown(found)}; a weight is a number above 0 (setting weight = {self.weight}): "
+                f"{file}: {key} is {shown(found)}; a weight is {WEIGHT} (setting weight = {self.weight}): "
                 f"correct it, then 'continual retry {name}'; or give {name} a weight in the setting weights",
                 by=_BY,
             )
@@ -122,7 +123,3 @@ def _float(number: float) -> float:
         return float(number)
     except OverflowError:
         return math.inf
-
-
-def _usable(value: float) -> bool:
-    return math.isfinite(value) and value > 0

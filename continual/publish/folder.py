@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from continual.config import parse_bytes
+from continual.engine.block_reading import CutModel
 from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
@@ -219,6 +220,12 @@ def provenance_in(directory: Path) -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return body if isinstance(body, dict) else {}
+
+
+def cut_in(directory: Path) -> tuple[CutModel, ...]:
+    """The models of which a part was cut off before, as the export in `directory` says."""
+    found = provenance_in(directory).get("cut", [])
+    return tuple(CutModel(**one) for one in found) if isinstance(found, list) else ()
 
 
 def _old_exports(link: Path, before: Path | None) -> list[Path]:

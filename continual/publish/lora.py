@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from continual import linalg
-from continual.engine.block_reading import BlockReading
+from continual.engine.block_reading import BlockReading, CutModel
 from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
@@ -70,6 +70,7 @@ class LoraReport:
     `error` is ‖τ − BA‖/‖τ‖ over the whole model, with BA = 0 for a tensor that is left out; `error_adapted` is that
     over the adapted tensors; `worst` names the adapted tensor with the largest error, and says how large it is. All are
     measured on the factors as they were written; an error is 0 where τ is 0. `nbytes` is the size of the weight file.
+    `cut`: of which models a state of adapters has cut a part off before; no error counts that.
     """
 
     directory: Path
@@ -80,6 +81,7 @@ class LoraReport:
     error_adapted: float
     worst: tuple[str, float]
     nbytes: int
+    cut: tuple[CutModel, ...] = ()
 
 
 class _Layout(NamedTuple):
@@ -152,7 +154,8 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
     with written(target.path, reading) as temporary:
         factor = reading.settle(executor, progress)
         squares = _write_weights(base, reading, layout, temporary / weights, executor, progress)
-        report = _report(target.path.absolute(), layout, squares, (temporary / weights).stat().st_size)
+        cut = reading.cut() if isinstance(reading, BlockReading) else ()
+        report = _report(target.path.absolute(), layout, squares, (temporary / weights).stat().st_size, cut)
         if target.form == "peft":
             _write_json(temporary / CONFIG, _config(reading.state.format.base, layout))
         body = provenance_of(reading, factor, executor)
@@ -310,7 +313,9 @@ def _need(one: Adapted, rank: int, reading: Reading) -> int:
     return max(reading.need(one.spec), 4 * one.spec.numel + linalg.workspace(m, n) + 20 * rank * (m + n))
 
 
-def _report(directory: Path, layout: _Layout, squares: Mapping[str, _Squares], nbytes: int) -> LoraReport:
+def _report(
+    directory: Path, layout: _Layout, squares: Mapping[str, _Squares], nbytes: int, cut: tuple[CutModel, ...]
+) -> LoraReport:
     names = [one.spec.name for one in layout.adapted]
     errors = {name: _error([squares[name]]) for name in names}
     worst = max(names, key=lambda name: errors[name])
@@ -323,6 +328,7 @@ def _report(directory: Path, layout: _Layout, squares: Mapping[str, _Squares], n
         error_adapted=_error(squares[name] for name in names),
         worst=(worst, errors[worst]),
         nbytes=nbytes,
+        cut=cut,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from continual.engine.block_reading import BlockReading
 from continual.engine.explaining import shares_of
 from continual.engine.reading import Reading
 from continual.engine.views import ReadView
@@ -16,13 +17,16 @@ _KEPT = ("name", "origin", "revision", "form")
 def provenance_of(reading: Reading, factor: float, executor: Executor) -> dict[str, object]:
     """The body of `continual.json`: which state and record, which base, rule and options, every fold in it, what was
     read of it where it was not all (`view`), and a digest of that (`contents`). Of a state of adapters also what each
-    model has in what was read (`shares`), unless it would take long to find out."""
+    model has in what was read (`shares`), unless it would take long to find out; and of which models a part was cut off
+    (`cut`)."""
     state, commit = reading.state, reading.commit
     seq = commit.seq
     made = state.format
     more: dict[str, object] = {"contents": reading.contents}
     if reading.view != ReadView():
         more["view"] = reading.view.described()
+    if isinstance(reading, BlockReading) and (cut := reading.cut()):
+        more["cut"] = [one._asdict() for one in cut]
     if (shares := shares_of(reading, executor)) is not None:
         more["shares"] = shares
     return {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeGuard, get_args
 
 from continual.errors import Misconfigured
-from continual.records import TensorSpec, Totals
+from continual.records import LARGEST, TensorSpec, Totals
 
 Policy = Literal["norm", "number", "spread"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -74,6 +74,8 @@ class ReadOptions:
             raise Misconfigured(
                 f"lines = {text}: write ALPHA:BETA (a layer is scaled by ALPHA + BETA·depth), or none"
             ) from None
+        if max(abs(alpha), abs(beta)) > LARGEST:
+            raise Misconfigured(f"lines = {text}: the numbers are at most {LARGEST:g}")
         return alpha, beta
 
     @staticmethod
@@ -85,9 +87,12 @@ class ReadOptions:
         if policy != "number" and not colon:
             return ReadOptions(policy, 1.0)
         try:
-            return ReadOptions(policy, float(rest if policy != "number" else text))
+            found = ReadOptions(policy, float(rest if policy != "number" else text))
         except ValueError:
             raise Misconfigured(f"scale = {text}: {_WRITE}") from None
+        if abs(found.value) > LARGEST:
+            raise Misconfigured(f"scale = {text}: the number is at most {LARGEST:g}")
+        return found
 
     @staticmethod
     def from_mapping(options: Mapping[str, object]) -> ReadOptions:

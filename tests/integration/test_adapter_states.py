@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from continual import api, making
 from continual.config import Settings
 from continual.engine.blocks import layer_of
 from continual.engine.views import ReadView
 from continual.errors import Misconfigured
+from continual.publish.folder import cut_in
+from continual.publish.lora import LoraTarget
 from continual.rules import RULES, rule
 from continual.state import State
 from tests.helpers import adapters, models
+from tests.helpers.command import run
 
 READ = [name for name in RULES if rule(name).needs.shipped is None]
 Tensors = dict[str, torch.Tensor]
@@ -180,6 +183,30 @@ def test_blocks_are_cut_when_there_is_no_room_and_it_is_said(tmp_path: Path, bas
     assert api.verify(state).findings == ()
 
 
+@pytest.mark.parametrize("width", [2, 8, 64])
+def test_an_export_says_what_was_cut_off_of_the_models_that_it_reads(
+    tmp_path: Path, base: Path, tuned: list[Path], width: int
+) -> None:
+    """Its square is that of the distance between a model that is given back and the model; also where nothing of a
+    layer is left."""
+    state = folded(tmp_path / "state", base, tuned, width=width)
+    shares = []
+    for model in tuned:
+        view = ReadView(rule="mean", only=(model.name,))
+        with opened(state, base, write=False) as merge:
+            report = merge.export_lora(LoraTarget(tmp_path / f"{model.name}-out", None), view)
+            assert merge.explain(view).cut == cut_in(report.directory) == report.cut
+        expected, back = (adapters.task_vectors(base, one)[0] for one in (model, report.directory))
+        lost = sum(float((value - back.get(name, 0.0)).square().sum()) for name, value in expected.items())
+        share = lost / sum(float(value.square().sum()) for value in expected.values())
+        shares.append(share)
+        assert [one.name for one in report.cut] == ([model.name] if share > 1e-6 else [])
+        assert sum(one.cut for one in report.cut) == pytest.approx(share, abs=1e-5)
+    assert (max(shares) > 0.01) == (width < 64)
+    done = run("export", tmp_path / "whole", "--state", state)
+    assert ("cut off to make room in the state, of the square of" in done.stdout) == (width < 64), done.stderr
+
+
 def test_taking_a_model_out_leaves_what_the_others_give(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
     state = folded(tmp_path / "state", base, tuned)
     before = merged(state, ReadView(rule="mean"))
@@ -302,6 +329,16 @@ def test_a_value_that_is_not_finite_is_refused(tmp_path: Path, base: Path) -> No
         assert merge.state.ledger.head.generation is None
 
 
+def test_what_is_zero_in_float32_is_refused_as_in_a_state_of_whole_tensors(tmp_path: Path, base: Path) -> None:
+    small = adapters.lora(tmp_path / "small", base, 1, lora_alpha=1e-30)
+    tensors = {name: 1e-15 * value for name, value in load_file(small / "adapter_model.safetensors").items()}
+    save_file(tensors, small / "adapter_model.safetensors")
+    for width in (64, None):
+        with opened(tmp_path / f"state-{width}", base, width=width) as merge:
+            outcome = merge.fold(small)
+            assert (outcome.fate, outcome.reason) == ("refused", "zero"), width
+
+
 def test_a_state_of_whole_tensors_has_no_views(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
     state = folded(tmp_path / "state", base, tuned[:1], width=None)
     with opened(state, base) as merge, pytest.raises(Misconfigured, match="continual init --adapters"):
@@ -311,16 +348,18 @@ def test_a_state_of_whole_tensors_has_no_views(tmp_path: Path, base: Path, tuned
 @pytest.mark.parametrize(
     ("view", "said"),
     [
-        (ReadView(only=("carol",)), "only = carol: no model of the merge is called so; in it are lora-0, lora-1"),
-        (ReadView(without=("lora-*",)), "no model is left to be read"),
+        (ReadView(only=("carol",)), "only = carol: no model of the merge is called so; in it are lora-0, 1"),
+        (ReadView(without=("*",)), "no model is left to be read"),
         (ReadView(rule="no-such"), "unknown rule"),
         (ReadView(rule="fisher"), "cannot be read by fisher"),
         (ReadView(rule="mean", scale="spread"), "spread is for"),
-        (ReadView(weights={"lora-0": -1.0}), "has to be above 0"),
+        (ReadView(weights={"lora-0": -1.0}), "above 0"),
+        (ReadView(weights={"lora-0": 1e40}), "from 1e-30 to 1e.30"),
+        (ReadView(only=("1",)), "record 1 is of lora-0, and another model is called so"),
     ],
 )
 def test_views_that_cannot_be_read(tmp_path: Path, base: Path, tuned: list[Path], view: ReadView, said: str) -> None:
-    state = folded(tmp_path / "state", base, tuned[:2])
+    state = folded(tmp_path / "state", base, [tuned[0], tuned[1].rename(tmp_path / "1")])
     with pytest.raises(Misconfigured, match=said):
         merged(state, view)
 

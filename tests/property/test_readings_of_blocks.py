@@ -276,7 +276,8 @@ def test_pieces_of_a_tensor_read_as_the_whole(name: str, monkeypatch: pytest.Mon
         ("opcm", {1: 2.0}, "opcm reads every model with weight 1, not 2"),
         ("ties", {1: 0.5}, "with weight 1"),
         ("mean", {1: -1.0}, "above 0"),
-        ("mean", {1: 0.0}, "leave the model out"),
+        ("mean", {1: 0.0}, "leave it out"),
+        ("iso-c", {1: 1e40}, "from 1e-30 to 1e.30"),
         ("mean", {1: math.nan}, "above 0"),
     ],
 )

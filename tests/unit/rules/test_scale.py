@@ -63,10 +63,24 @@ def test_texts_are_read_back(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["big", "norm:", "norm:x", "spread:-1", "norm:0", "nan", "number", "number:1", "spread:inf", ""]
+    "text",
+    [
+        "big",
+        "1e300",
+        "norm:1e40",
+        "norm:",
+        "norm:x",
+        "spread:-1",
+        "norm:0",
+        "nan",
+        "number",
+        "number:1",
+        "spread:inf",
+        "",
+    ],
 )
 def test_what_is_no_scale_is_refused_with_what_is(text: str) -> None:
-    with pytest.raises(Misconfigured, match=r"spread|above 0"):
+    with pytest.raises(Misconfigured, match=r"spread|above 0|at most 1e.30"):
         ReadOptions.parse(text)
 
 
