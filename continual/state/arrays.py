@@ -96,21 +96,23 @@ def group_metadata() -> bytes:
     return store["zarr.json"].to_bytes()
 
 
-def chunk_names(spec: SlotSpec) -> list[str]:
+@functools.cache
+def chunk_names(spec: SlotSpec) -> tuple[str, ...]:
     """Names of the chunk files in the array's directory, in row order."""
     if not spec.shape:
-        return ["c"]
+        return ("c",)
     rest = ".0" * (len(spec.shape) - 1)
-    return [f"c.{i}{rest}" for i in range(grid(spec).chunks)]
+    return tuple(f"c.{i}{rest}" for i in range(grid(spec).chunks))
 
 
 class Writer:
     """Writes the values of a new array in order, in pieces of any size, as chunks below `directory`: all of them, or
     those numbered `chunks`. Not synced."""
 
-    def __init__(self, directory: Path, spec: SlotSpec, chunks: range | None = None) -> None:
+    def __init__(self, directory: str, spec: SlotSpec, chunks: range | None = None) -> None:
         names = chunk_names(spec)
-        self._paths = [directory / name for name in (names if chunks is None else names[chunks.start : chunks.stop])]
+        names = names if chunks is None else names[chunks.start : chunks.stop]
+        self._paths = [f"{directory}/{name}" for name in names]
         self._size = chunk_bytes(spec)
         self._fd: int | None = None
         self._at = self._crc = 0
@@ -155,8 +157,8 @@ class Reader:
     Misconfigured if the generation has been deleted meanwhile.
     """
 
-    def __init__(self, directory: Path, spec: SlotSpec, checksums: Sequence[str], skip: int = 0) -> None:
-        self._paths = [directory / name for name in chunk_names(spec)]
+    def __init__(self, directory: str, spec: SlotSpec, checksums: Sequence[str], skip: int = 0) -> None:
+        self._paths = [f"{directory}/{name}" for name in chunk_names(spec)]
         if len(checksums) != len(self._paths) and (spec.rows is None or len(checksums) > len(self._paths)):
             raise Damaged(f"{directory}: the receipt has {len(checksums)} chunks, the format {len(self._paths)}")
         self._checksums = checksums
@@ -189,7 +191,7 @@ class Reader:
             os.close(self._fd)
         self._fd, self._at, self._crc = None, 0, 0
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: str) -> None:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -198,7 +200,7 @@ class Reader:
         if size != self._size + 4:
             raise Damaged(f"chunk {path} is damaged: {size} bytes where {self._size + 4} were written")
 
-    def _check(self, path: Path) -> None:
+    def _check(self, path: str) -> None:
         """Takes padding and checksum, and the next chunk in turn."""
         assert self._fd is not None
         rest = os.pread(self._fd, self._size - self._at + 4, self._at)
@@ -212,7 +214,7 @@ class Reader:
         self._next += 1
 
 
-def write(directory: Path, spec: SlotSpec, array: Array) -> list[str]:
+def write(directory: str, spec: SlotSpec, array: Array) -> list[str]:
     """Writes the chunks of `array` below `directory`; returns their CRCs. Not synced."""
     assert array.shape == spec.shape, (array.shape, spec)
     assert array.dtype == spec.dtype, (array.dtype, spec)
@@ -226,7 +228,7 @@ def nothing(spec: SlotSpec) -> Array:
     return np.zeros(spec.shape, spec.dtype)
 
 
-def write_zeros(directory: Path, spec: SlotSpec) -> list[str]:
+def write_zeros(directory: str, spec: SlotSpec) -> list[str]:
     """Writes the chunks of an array of zeros below `directory`, as `write` would; returns their CRCs. Not synced.
 
     The values are a hole in the file, which the file system reads as zeros and keeps no block for.
@@ -234,7 +236,7 @@ def write_zeros(directory: Path, spec: SlotSpec) -> list[str]:
     size, names = chunk_bytes(spec), chunk_names(spec)
     checksum = _crc_of_zeros(size)
     for name in names:
-        fd = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        fd = os.open(f"{directory}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             os.lseek(fd, size, os.SEEK_SET)
             write_all(fd, checksum.to_bytes(4, "little"))
@@ -252,19 +254,19 @@ def _crc_of_zeros(size: int) -> int:
     return checksum
 
 
-def read(directory: Path, spec: SlotSpec, checksums: Sequence[str]) -> Array:
+def read(directory: str, spec: SlotSpec, checksums: Sequence[str]) -> Array:
     """The array below `directory`. Raises as `Reader` does."""
     return read_rows(directory, spec, checksums, 0, spec.shape[0]) if spec.rows else _whole(directory, spec, checksums)
 
 
-def _whole(directory: Path, spec: SlotSpec, checksums: Sequence[str]) -> Array:
+def _whole(directory: str, spec: SlotSpec, checksums: Sequence[str]) -> Array:
     array: Array = np.empty(spec.shape, spec.dtype)
     with contextlib.closing(Reader(directory, spec, checksums)) as reader:
         reader.read(raw(array))
     return array
 
 
-def read_rows(directory: Path, spec: SlotSpec, checksums: Sequence[str], start: int, stop: int) -> Array:
+def read_rows(directory: str, spec: SlotSpec, checksums: Sequence[str], start: int, stop: int) -> Array:
     """The rows from `start` on, to but without `stop`, of an array with `rows`; those behind its last chunk are zeros.
     Only the chunks with these rows are read, each of them whole. Raises as `Reader` does."""
     assert spec.rows
@@ -294,8 +296,8 @@ def chunk_bytes(spec: SlotSpec) -> int:
     return grid(spec).rows * (spec.nbytes // max(1, spec.shape[0])) if spec.shape else spec.nbytes
 
 
-def _gone(path: Path) -> Damaged | Misconfigured:
-    generation = next(p for p in path.parents if p.parent.name == "generations")
+def _gone(path: str) -> Damaged | Misconfigured:
+    generation = next(p for p in Path(path).parents if p.parent.name == "generations")
     if not generation.exists():
         return Misconfigured(f"{generation} has expired: only the last few generations and tagged ones are kept")
     return Damaged(f"chunk {path} is missing; restore it, or roll back to an earlier record")

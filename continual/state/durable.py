@@ -10,7 +10,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +39,8 @@ _GIVEN = {
     errno.EINVAL,
 }
 """What is wrong with a path that somebody gave: it stays wrong until that person does something."""
+_SYNCING = 4
+"""Threads that sync: a disk takes several at a time."""
 
 
 def trouble(error: OSError) -> str:
@@ -70,7 +72,7 @@ def usable(what: str) -> Iterator[None]:
             raise Misconfigured(f"{what}: {trouble(error)}") from error
 
 
-def sync_file(path: Path) -> None:
+def sync_file(path: str | Path) -> None:
     """fsync of a file or directory. Raises Halt if it fails: what reached the disk is then unknown."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -79,7 +81,7 @@ def sync_file(path: Path) -> None:
         os.close(fd)
 
 
-def sync_open(fd: int, path: Path) -> None:
+def sync_open(fd: int, path: str | Path) -> None:
     """fsync of the open file or directory `path`. Raises Halt if it fails."""
     try:
         os.fsync(fd)
@@ -101,7 +103,7 @@ def opened(directory: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
+def write_bytes(path: str | Path, *parts: bytes | memoryview) -> None:
     """A new file with `parts` as its contents, not yet synced. Raises FileExistsError."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
@@ -198,28 +200,35 @@ def link_tree(source: Path, target: Path) -> bool:
     return True
 
 
+def sync_all(paths: Sequence[str | Path]) -> None:
+    """fsync of all of these files or directories, on a few threads. Raises OSError, and Halt if an fsync failed."""
+
+    def some(first: int) -> None:
+        for path in paths[first::_SYNCING]:
+            sync_file(path)
+
+    with ThreadPoolExecutor(_SYNCING, "fsync") as pool:
+        list(pool.map(some, range(min(_SYNCING, len(paths)))))
+
+
 def sync_tree(directory: Path, between: Callable[[], None] | None = None) -> None:
-    """fsync of every file below `directory` on a few threads, then of every directory, innermost first; `between` is
-    called between the two."""
-    files: list[Path] = []
-    directories: list[Path] = []
+    """fsync of every file below `directory`, then of every directory, innermost first; `between` is called between the
+    two."""
+    files: list[str] = []
+    directories: list[str] = []
 
     def not_listed(error: OSError) -> None:
         raise error  # what is passed over would not be synced
 
     for root, _, names in os.walk(directory, onerror=not_listed):
-        directories.append(Path(root))
-        files.extend(Path(root, name) for name in names)
-    with ThreadPoolExecutor(4, "fsync") as pool:
-        list(pool.map(sync_file, files))
-        if between is not None:
-            between()
-        depth = max(len(d.parts) for d in directories)
-        while directories:  # a level at a time: a directory only after all that is in it
-            level = [d for d in directories if len(d.parts) == depth]
-            directories = [d for d in directories if len(d.parts) < depth]
-            list(pool.map(sync_file, level))
-            depth -= 1
+        directories.append(root)
+        files.extend(os.path.join(root, name) for name in names)
+    sync_all(files)
+    if between is not None:
+        between()
+    levels = [path.count(os.sep) for path in directories]
+    for depth in sorted(set(levels), reverse=True):  # a directory only after all that is in it
+        sync_all([path for path, level in zip(directories, levels, strict=True) if level == depth])
 
 
 def publish_dir(temporary: Path, final: Path) -> None:

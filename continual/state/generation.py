@@ -3,6 +3,7 @@ transaction.py for writing."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -44,6 +45,7 @@ class Receipts:
     ranks: Mapping[str, int] | None = field(default=None, metadata={OMITTED: True})
 
 
+@functools.cache
 def node(slot: str, name: str) -> str:
     """Path of an array below its generation."""
     return f"{names.encode(slot)}/{names.encode(name)}"
@@ -56,6 +58,8 @@ class Generation:
         self.directory = directory
         self.form = form
         self.checksum = checksum
+        self.synced = True
+        """Whether it is on disk, as all is that a record names."""
         self._receipts: Receipts | None = None
 
     @property
@@ -116,6 +120,10 @@ class Generation:
             len(self.receipt(node(slot, name)).chunks) * arrays.chunk_bytes(spec) for name, slot, spec in self.held()
         )
 
+    def place(self, path: str) -> str:
+        """The directory of the array at `path`."""
+        return f"{self.directory}/{path}"
+
     def receipt(self, path: str) -> Receipt:
         """The receipt of the array at `path`. Raises Damaged if there is none."""
         found = self.receipts.arrays.get(path)
@@ -130,7 +138,7 @@ class Generation:
         if not self.has(name):
             return arrays.nothing(spec)
         with environment(f"cannot read tensor {name}"):
-            return arrays.read(self.directory / path, spec, self.receipt(path).chunks)
+            return arrays.read(self.place(path), spec, self.receipt(path).chunks)
 
     def read_rows(self, name: str, slot: str, start: int, stop: int) -> Array:
         """The rows from `start` to before `stop` of an accumulator whose slot has `rows`. Raises as `read`."""
@@ -138,12 +146,12 @@ class Generation:
         if not self.has(name):
             return np.zeros((stop - start, *spec.shape[1:]), spec.dtype)
         with environment(f"cannot read tensor {name}"):
-            return arrays.read_rows(self.directory / path, spec, self.receipt(path).chunks, start, stop)
+            return arrays.read_rows(self.place(path), spec, self.receipt(path).chunks, start, stop)
 
     def reader(self, name: str, slot: str) -> arrays.Reader:
         """One accumulator, to be read in order and in pieces, every chunk checked against its receipt."""
         path = node(slot, name)
-        return arrays.Reader(self.directory / path, self.form.slots[name][slot], self.receipt(path).chunks)
+        return arrays.Reader(self.place(path), self.form.slots[name][slot], self.receipt(path).chunks)
 
     def parts(self, name: str, count: int) -> Iterator[dict[str, Array]]:
         """The accumulators of a tensor in `count` parts, one after the other: of each a part of its elements, flat, in
@@ -174,7 +182,7 @@ class Generation:
             else:
                 yield from _check_file(self.directory / path / "zarr.json", receipt.metadata)
                 try:
-                    arrays.read(self.directory / path, spec, receipt.chunks)
+                    arrays.read(self.place(path), spec, receipt.chunks)
                 except (Damaged, Misconfigured) as error:
                     yield str(error)
                 except OSError as error:

@@ -4,7 +4,6 @@ dropped."""
 from __future__ import annotations
 
 import math
-import os
 import secrets
 import shutil
 import threading
@@ -16,12 +15,12 @@ from types import MappingProxyType, TracebackType
 import numpy as np
 
 from continual.errors import Retry
-from continual.state import arrays, framing
+from continual.state import arrays
 from continual.state.arrays import Array
-from continual.state.durable import environment, sync_file, sync_tree, write_bytes
-from continual.state.fields import body_of
+from continual.state.draft import Draft
+from continual.state.durable import environment
 from continual.state.format import Format
-from continual.state.generation import RECEIPTS, Generation, Receipt, Receipts, node
+from continual.state.generation import Generation, node
 
 MARGIN = 16 << 20
 """Bytes that a fold needs besides its generation: records, metadata, what the file system takes for itself."""
@@ -45,23 +44,18 @@ class Transaction:
     ) -> None:
         self.id = secrets.token_hex(8)
         self.directory = root / self.id
+        self._draft = Draft(self.directory, form, before)
         self.in_force = in_force
         self._form = form
         self._before = before
         self._on_step = on_step
-        self._receipts: dict[str, Receipt] = {}
         self._squares: dict[str, float] = {}
         self._ranks: dict[str, int] = {}
         self._lock = threading.Lock()
         self._done = False
-        groups = ["", *sorted({node(slot, "x").split("/")[0] for slot in form.slot_names})]
-        self._groups = {path: framing.crc(arrays.group_metadata()) for path in groups}
         try:
             with environment("cannot begin a fold"):
-                self.directory.mkdir()
-                for path in groups:
-                    (self.directory / path).mkdir(exist_ok=True)
-                    write_bytes(self.directory / path / "zarr.json", arrays.group_metadata())
+                self._draft.begin()
         except Retry:
             self.abandon()
             raise
@@ -103,8 +97,8 @@ class Transaction:
     def write(self, name: str, slot: str, array: Array) -> None:
         """The accumulator after this fold: an array of exactly the slot's shape and dtype."""
         with environment(f"cannot write tensor {name}"):
-            directory = self._place(name, slot)
-            self._receive(name, slot, arrays.write(directory, self._form.slots[name][slot], array))
+            chunks = arrays.write(self._draft.place(name, slot), self._form.slots[name][slot], array)
+            self._draft.receive(name, slot, chunks)
 
     def read_rows(self, name: str, slot: str, start: int, stop: int) -> Array:
         """Rows of an accumulator as they were before this fold, where its slot has `rows`; zeros where there is
@@ -123,19 +117,18 @@ class Transaction:
         begun = linked * spec.rows
         last = math.ceil((start + len(values)) / spec.rows)
         with environment(f"cannot write tensor {name}"):
-            directory = self._place(name, slot)
+            directory = self._draft.place(name, slot)
             chunks: list[str] = []
             if linked:
                 assert self._before is not None, "rows that stay are of a generation before"
                 chunks += self._before.receipt(path).chunks[:linked]
-                for file in arrays.chunk_names(spec)[:linked]:
-                    os.link(self._before.directory / path / file, directory / file)
+                self._draft.take(path, arrays.chunk_names(spec)[:linked])
             if begun < start:
                 values = np.concatenate([self.read_rows(name, slot, begun, start), values])
             with closing(arrays.Writer(directory, spec, range(linked, last))) as writer:
                 writer.write(arrays.raw(np.ascontiguousarray(values)))
                 chunks += writer.finish()
-            self._receive(name, slot, chunks)
+            self._draft.receive(name, slot, chunks, linked)
 
     def runs(self, name: str, length: int) -> Iterator[tuple[int, int, dict[str, Array]]]:
         """Rewrites a tensor whose accumulators all have its shape, in flat runs of at most `length` elements, so that
@@ -166,7 +159,7 @@ class Transaction:
                 else {}
             )
             writers = {
-                slot: files.enter_context(closing(arrays.Writer(self._place(name, slot), spec)))
+                slot: files.enter_context(closing(arrays.Writer(self._draft.place(name, slot), spec)))
                 for slot, spec in slots.items()
             }
             buffers = {slot: np.zeros(steps[0][slot] if steps else 0, spec.dtype) for slot, spec in slots.items()}
@@ -181,7 +174,7 @@ class Transaction:
                 for slot, value in values.items():
                     writers[slot].write(arrays.raw(value))
             for slot, writer in writers.items():
-                self._receive(name, slot, writer.finish())
+                self._draft.receive(name, slot, writer.finish())
 
     def keep(self, name: str) -> None:
         """The tensor did not change: its files are hard links to those of the generation before; zeros where there is
@@ -192,26 +185,20 @@ class Transaction:
         if self._before is None or not self._before.has(name):
             self.clear(name)
             return
-        for slot, spec in self._form.slots[name].items():
-            path = node(slot, name)
-            shutil.rmtree(self.directory / path, ignore_errors=True)
+        for slot in self._form.slots[name]:
+            self._draft.drop(name, slot)
             with environment(f"cannot write tensor {name}"):
-                (self.directory / path).mkdir()
-                chunks = arrays.chunk_names(spec)[: len(self._before.receipt(path).chunks)]
-                for file in ["zarr.json", *chunks]:
-                    os.link(self._before.directory / path / file, self.directory / path / file)
-            with self._lock:
-                self._receipts[path] = self._before.receipt(path)
+                self._draft.keep(name, slot)
 
     def clear(self, name: str) -> None:
         """All that is kept of the tensor is zeros from here on: where arrays may be missing, it has none. What was
         written for it in this transaction is dropped."""
         for slot, spec in self._form.slots[name].items():
-            shutil.rmtree(self.directory / node(slot, name), ignore_errors=True)
+            self._draft.drop(name, slot)
             if self._form.sparse:
                 continue
             with environment(f"cannot write tensor {name}"):
-                self._receive(name, slot, arrays.write_zeros(self._place(name, slot), spec))
+                self._draft.receive(name, slot, arrays.write_zeros(self._draft.place(name, slot), spec))
 
     def square(self, name: str) -> float | None:
         """`Generation.square` of the tensor before this fold."""
@@ -234,17 +221,6 @@ class Transaction:
         self._done = True
         return generation
 
-    def _receipted(self) -> Generation:
-        expected = {node(slot, name) for name, slots in self._form.slots.items() for slot in slots}
-        lacking = expected ^ self._receipts.keys()
-        assert not (self._receipts.keys() - expected if self._form.sparse else lacking), sorted(lacking)[:3]
-        with environment(f"cannot write {self.directory}"):
-            data, checksum = framing.encode(
-                body_of(Receipts(self._groups, self._receipts, self._squares or None, self._ranks or None))
-            )
-            write_bytes(self.directory / RECEIPTS, data)
-        return Generation(self.directory, self._form, checksum)
-
     def sync(self) -> Generation:
         """Ends writing: what was written is a whole generation on disk, with its receipts, that no record names yet.
 
@@ -252,31 +228,13 @@ class Transaction:
         """
         generation = self._receipted()
         with environment(f"cannot commit {self.directory}"):
-            self._on_step("fsync-files")
-            sync_tree(self.directory, between=lambda: self._on_step("fsync-dirs"))
-            sync_file(self.directory.parent)
+            self._draft.sync(self._on_step)
+        generation.synced = True
         return generation
 
-    def _place(self, name: str, slot: str) -> Path:
-        """Makes the array's directory with its zarr.json, linked from the generation before where there is one: it is
-        the same, and on disk already."""
-        path = node(slot, name)
-        directory = self.directory / path
-        directory.mkdir()
-        if self._before is not None and self._before.has(name):
-            os.link(self._before.directory / path / "zarr.json", directory / "zarr.json")
-        else:
-            write_bytes(directory / "zarr.json", arrays.metadata(self._form.slots[name][slot], name))
-        return directory
-
-    def _receive(self, name: str, slot: str, chunks: list[str]) -> None:
-        path, spec = node(slot, name), self._form.slots[name][slot]
-        had = self._before is not None and self._before.has(name)
-        metadata = (
-            self._before.receipt(path).metadata if self._before and had else framing.crc(arrays.metadata(spec, name))
-        )
-        with self._lock:
-            self._receipts[path] = Receipt(metadata, spec.nbytes, tuple(chunks))
+    def _receipted(self) -> Generation:
+        with environment(f"cannot write {self.directory}"):
+            return self._draft.receipted(self._squares, self._ranks)
 
 
 def room(directory: Path, nbytes: int, what: str = "a fold") -> None:

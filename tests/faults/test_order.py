@@ -56,16 +56,35 @@ def initiation(place: Path) -> tuple[Trace, list[Path]]:
 
 def commit(place: Path) -> tuple[Trace, list[Path]]:
     with stores.make(place / "s") as state:
-        stores.fold(state, 1)
-        with traced(place) as trace:
+        with traced(place) as trace:  # from the first fold on: what the second links was synced by it
+            stores.fold(state, 1)
             folded(state, 2)
-        record, head = state.path / "commits/00000002.json", state.path / "HEAD"
+        first, record, head = (state.path / name for name in ("commits/00000001.json", "commits/00000002.json", "HEAD"))
         generation = state.path / "generations" / str(state.ledger.head.generation)
     point = trace.appeared(record)
     trace.whole(generation, before=point)
     trace.listed(generation, before=point)
     assert point < trace.listed(record, after=point) < trace.appeared(head), "HEAD names a record that is on disk"
-    return trace, [record, head]
+    return trace, [first, record, head, head]
+
+
+def commit_on_sealed(place: Path) -> tuple[Trace, list[Path]]:
+    """What a fold takes from a generation that no record names is not on disk yet."""
+    with stores.make(place / "s") as state, traced(place) as trace:
+        stores.fold(state, 1)
+        with state.begin() as between:
+            for name in stores.SHAPES:
+                between.write(name, "sum", stores.value(name, 2))
+            sealed = between.seal()
+        with state.begin(sealed) as transaction:
+            for name in stores.SHAPES:
+                transaction.keep(name)
+            state.commit(transaction, stores.entry(2))
+        between.abandon()
+        generation = state.path / "generations" / str(state.ledger.head.generation)
+    first, record, head = (place / "s" / name for name in ("commits/00000001.json", "commits/00000002.json", "HEAD"))
+    trace.whole(generation, before=trace.appeared(record))
+    return trace, [first, record, head, head]
 
 
 def tag(place: Path) -> tuple[Trace, list[Path]]:
@@ -221,6 +240,7 @@ class Write(NamedTuple):
 WRITES = (
     Write(initiation, ("state.store.create", "state.protocol.append", "state.protocol.write_head")),
     Write(commit, ("state.protocol.append", "state.protocol.write_head")),
+    Write(commit_on_sealed, ("state.protocol.append", "state.protocol.write_head")),
     Write(tag, ("state.protocol.write_tag",)),
     Write(adoption, ("state.protocol.write_head",)),
     Write(push, ("state.inbox.put",)),
@@ -292,9 +312,7 @@ def test_every_durable_write_of_the_package_is_in_the_table() -> None:
 def test_nobody_else_syncs_or_renames() -> None:
     calls = {".fsync", ".fdatasync", ".link", ".symlink", ".hardlink_to", ".symlink_to", ".rename"}
     assert callers(calls | {"os.replace", "shutil.move"}) == {
-        "state.transaction.keep": {"os.link"},  # both before `sync`, which takes the whole generation
-        "state.transaction._place": {"os.link"},
-        "state.transaction.write_rows": {"os.link"},
+        "state.draft.take": {"os.link"},  # of what is on disk, before `sync` takes the directories
         "state.copying._linked": {"os.link"},  # before the copy's HEAD, with all of the copy
         "state.repair._move": {"os.rename"},  # of old files, before the record of the repair
         "demo.digits.save": {"temporary.rename"},  # a model that a publisher would write

@@ -149,9 +149,15 @@ def test_an_fsync_that_fails_halts_for_good(state: State, part: str, stands: int
 
 
 def test_a_directory_that_cannot_be_listed_is_not_passed_over(state: State) -> None:
-    with failing(state.path, "scandir", "/sum", errno.EIO) as met:
+    with state.begin() as unsynced:
+        for name in stores.SHAPES:
+            unsynced.keep(name)
+        sealed = unsynced.seal()
+    with failing(state.path, "scandir", "/sum", errno.EIO) as met, state.begin(sealed) as transaction:
+        for name in stores.SHAPES:
+            transaction.keep(name)
         with pytest.raises(Retry, match="nothing was settled"):
-            stores.fold(state, 2)
+            state.commit(transaction, stores.entry(2))
         assert met
     assert names(state) == ["00000000.json", "00000001.json"]
 
