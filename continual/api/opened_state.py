@@ -18,6 +18,7 @@ from continual.engine.base import may_have_weights, open_base, weighted_base
 from continual.engine.block_reading import BlockReading
 from continual.engine.engine import Engine
 from continual.engine.explaining import Explanation
+from continual.engine.fullness import Fullness, fullness_of
 from continual.engine.reading import Reading
 from continual.engine.resources import Resources
 from continual.engine.standing import Standing
@@ -69,6 +70,7 @@ class OpenedState:
         self.places = Places(settings, self.state.format.base.repo, client, openers(settings))
         self.standing = Standing(self.state, lambda: self.settings)
         self._lengths: dict[str, tuple[float, float]] = {}
+        self._fullness: tuple[str | None, Fullness | None] | None = None
         self.releasing = threading.Lock()  # held while a release is on its way: two would write to one place
 
     def __enter__(self) -> Self:
@@ -211,6 +213,15 @@ class OpenedState:
         Misconfigured, Retry and Damaged."""
         with _held(self, at, view) as reading:
             return explaining.explain(reading, self.executor, progress)
+
+    def fullness(self) -> Fullness | None:
+        """How full a state of adapters is, and what was cut off of each by now; None for a merge of whole tensors. The
+        small arrays of every layer are read once for a generation. Raises Misconfigured and Damaged."""
+        with leasing.newest(self.state):
+            generation = self.state.ledger.head.generation
+            if self._fullness is None or self._fullness[0] != generation:
+                self._fullness = generation, fullness_of(self.state)
+            return self._fullness[1]
 
     def scale(self, at: int | None = None, view: ReadView | None = None) -> ReadOptions:
         """How the merge is read: as the records up to `at` (default: the newest), the settings and `view` say."""

@@ -152,9 +152,12 @@ class ViewSettings(BaseModel):
     current: Path | None = Field(
         default=None, description="a link that is kept pointing at an export of the view, as the setting current is"
     )
-    lora: Annotated[int, Field(ge=1)] | Literal["own"] | None = Field(
+    as_lora: Annotated[int, Field(ge=1)] | Literal["own"] | None = Field(
         default=None,
-        description="have current point at a LoRA adapter of this rank, or of its own rank; default: a whole model",
+        description="put it out as a LoRA adapter of this rank, or of its own rank; default: as a whole model",
+    )
+    format: Literal["peft", "diffusers", "kohya"] = Field(
+        default="peft", description="layout of that adapter, as continual export --format takes it"
     )
     repo: str | None = Field(
         default=None, description="repo (org/name) the view is released to, with the other settings of release"
@@ -166,22 +169,39 @@ class HookSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["sglang", "vllm-lora", "http", "command"]
+    kind: Literal["sglang", "sglang-lora", "vllm-lora", "http", "command"]
     url: str | None = Field(
         default=None,
         description="where the server listens, as http://127.0.0.1:30000; of an http hook, what is posted to",
     )
     command: tuple[str, ...] = Field(default=(), description="program and arguments of a command hook; no shell")
+    view: str | None = Field(
+        default=None, description="views whose publications it is told of, a name or a glob; default: the merge alone"
+    )
     after: Literal["current", "release"] | None = Field(
         default=None,
         description="what it comes after: the link current (the default where it is set), or the release on the Hub",
     )
     timeout: Annotated[float, Field(gt=0)] = Field(default=60.0, description="seconds one try may take")
     tries: Annotated[int, Field(ge=1)] = Field(default=3, description="how often it is tried")
-    name: str = Field(default="continual", description="vllm-lora: the name under which the adapter is served")
-    rank: Annotated[int, Field(ge=1)] = Field(
-        default=16, description="vllm-lora: rank of the adapter that is made of the merge"
+    name: str = Field(
+        default="continual",
+        description="sglang-lora, vllm-lora: the name under which the adapter is served, with {view} in it or without; "
+        "default for views: the view's",
     )
+    rank: Annotated[int, Field(ge=1)] = Field(
+        default=16, description="sglang-lora, vllm-lora: rank of the adapter that is made of a whole model"
+    )
+
+    @property
+    def serves_lora(self) -> bool:
+        """Whether the server is given an adapter."""
+        return self.kind in ("sglang-lora", "vllm-lora")
+
+    def served_as(self, view: str | None) -> str:
+        """The name under which the adapter of a view, or of the merge, is served."""
+        name = self.name if view is None or "name" in self.model_fields_set else "{view}"
+        return name.replace("{view}", view or "")
 
 
 class Settings(BaseModel):

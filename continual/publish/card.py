@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import Literal
 
 from continual.hub.names import is_repo, is_sha
 from continual.outside import few
@@ -63,7 +64,8 @@ class Facts:
     `width` that of a state of adapters; `settings` those of folding that are not the defaults, by the names of the
     flags of `continual fold` (`missing`, `vocab`); `export` further words of `continual export`. `generated` is the
     time of the record; `software` has at least continual's version; `architecture` is the first of the base's
-    config.json; `previous` the commit of the release before.
+    config.json; `previous` the commit of the release before. Of a `view`, `folded` are those that it reads, of so many
+    (`of`) in the merge. `lora`: the rank and the layout of the adapter that is released, None for a whole model.
     """
 
     base: Base
@@ -85,6 +87,9 @@ class Facts:
     repo: str | None = None
     architecture: str | None = None
     previous: str | None = None
+    view: str = ""
+    of: int = 0
+    lora: tuple[int | Literal["own"], str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +180,9 @@ def commands(facts: Facts) -> list[str]:
     scale = ["continual", "scale", *(["--rule", facts.reading] if facts.reading else [])]
     scale += ["--lines", facts.lines] if facts.lines else []
     lines.append(_line([*scale, *(["--"] if facts.scale.startswith("-") else []), facts.scale]))
-    return [*lines, _line(["continual", "export", "merged", *facts.export])]
+    layout = [] if facts.lora is None or facts.lora[1] == "peft" else ["--format", facts.lora[1]]
+    as_lora = [] if facts.lora is None else ["--as-lora", str(facts.lora[0]), *layout]
+    return [*lines, _line(["continual", "export", "merged", *as_lora, *facts.export])]
 
 
 def repo_of(origin: str) -> str | None:
@@ -198,7 +205,8 @@ def _cut(text: str) -> str:
 def _metadata(facts: Facts, agreement: Agreement, listed: Sequence[Model]) -> str:
     from huggingface_hub import ModelCardData
 
-    repos = [facts.base.repo, *(repo_of(model.origin) for model in listed)]
+    merged = [] if facts.lora else [repo_of(model.origin) for model in listed]
+    repos = [facts.base.repo, *merged]  # an adapter is loaded on its base; the table has the others
     words = list(agreement.known)
     licence = words[0] if words else None
     name = link = None
@@ -208,26 +216,43 @@ def _metadata(facts: Facts, agreement: Agreement, listed: Sequence[Model]) -> st
         link = f"https://huggingface.co/{facts.repo}#licences" if is_repo(facts.repo) else None
     return ModelCardData(
         base_model=list(dict.fromkeys(repo for repo in repos if is_repo(repo) and repo)) or None,
-        base_model_relation="merge",
-        library_name="transformers",
-        tags=["merge", "continual", "task-vectors", facts.rule],
+        base_model_relation="adapter" if facts.lora else "merge",
+        library_name=_library(facts),
+        tags=["merge", "continual", "task-vectors", facts.rule, *(["lora"] if facts.lora else [])],
         license=licence,
         license_name=name,
         license_link=link,
     ).to_yaml()
 
 
+def _library(facts: Facts) -> str:
+    """What loads it."""
+    if facts.lora is None:
+        return "transformers"
+    return "peft" if facts.lora[1] == "peft" else "diffusers"
+
+
 def _about(facts: Facts) -> str:
     count = len(facts.folded)
     models = f"{count} {'fine-tune' if count == 1 else 'fine-tunes'}"
+    if facts.view:
+        models = f"{count} of {facts.of} {'fine-tune' if facts.of == 1 else 'fine-tunes'}"
     layers = f", layers {_text(facts.lines)}" if facts.lines else ""
     by = f"by {_text(facts.reading)} " if facts.reading else ""
     base = _linked(facts.base.repo, facts.base.revision, facts.base.repo or _last(facts.base.name))
+    what = f"The view {_text(_cut(facts.view))}: the merge" if facts.view else "The merge"
+    as_lora = ""
+    if facts.lora is not None:
+        rank = "the merge's own rank" if facts.lora[0] == "own" else f"rank {facts.lora[0]}"
+        as_lora = (
+            f" It is a LoRA adapter of {rank}, to be loaded on the base; `continual.json` says how near it comes to "
+            "the merge, and which weights it cannot hold."
+        )
     previous = f" The release before it is commit {_commit(facts.repo, facts.previous)}." if facts.previous else ""
     return (
-        f"The merge of {models} of {base} by the rule {_text(facts.rule)}, read {by}at the scale "
+        f"{what} of {models} of {base} by the rule {_text(facts.rule)}, read {by}at the scale "
         f"{_text(facts.scale)}{layers}. It was made by continual, a service that folds each new fine-tune "
-        f"into one model, as record {facts.seq} of state {_text(facts.state)} on {_text(facts.generated)}.\n\n"
+        f"into one model, as record {facts.seq} of state {_text(facts.state)} on {_text(facts.generated)}.{as_lora}\n\n"
         f"It may be replaced by the next release at any time: name a commit where you depend on it.{previous}"
     )
 
@@ -236,7 +261,22 @@ def _use(facts: Facts) -> str:
     place = json.dumps(facts.repo or "merged")
     named = facts.architecture or ""
     name = named if named.isascii() and named.isidentifier() else "AutoModel"
+    if facts.lora is not None:
+        return _fenced("\n".join(_use_adapter(facts, name, place)), "python")
     return _fenced(f"from transformers import {name}\n\nmodel = {name}.from_pretrained({place})", "python")
+
+
+def _use_adapter(facts: Facts, name: str, place: str) -> list[str]:
+    """The lines of Python that load an adapter on its base, whose class is called `name`."""
+    base = json.dumps(facts.base.repo or _last(facts.base.name))
+    if is_sha(facts.base.revision):
+        base += f', revision="{facts.base.revision}"'
+    if _library(facts) == "diffusers":
+        loaded = f"pipeline = DiffusionPipeline.from_pretrained({base})"
+        return ["from diffusers import DiffusionPipeline", "", loaded, f"pipeline.load_lora_weights({place})"]
+    loaded = f"base = {name}.from_pretrained({base})"
+    imports = ["from peft import PeftModel", f"from transformers import {name}", ""]
+    return [*imports, loaded, f"model = PeftModel.from_pretrained(base, {place})"]
 
 
 def _table(models: Sequence[Model]) -> str:

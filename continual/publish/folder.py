@@ -46,13 +46,15 @@ _SMALL = 64 << 20
 class Target:
     """What an export is to be: the `directory` to write, the record to read (`at`; None: the newest), the `dtype` as a
     safetensors word (None: the base's own), and the size of a shard in bytes (None: the base's shards). `tokenizer`:
-    where the tokenizer and the chat template come from (None: the base)."""
+    where the tokenizer and the chat template come from (None: the base). `mark`: what `continual.json` is to have as
+    the `mark` of this export, by which others see whether it is what they want."""
 
     directory: str | Path
     at: int | None = None
     dtype: str | None = None
     shard_size: int | None = None
     tokenizer: Place | None = None
+    mark: str | None = None
 
     @property
     def path(self) -> Path:
@@ -172,19 +174,21 @@ def fill(
     factor = reading.settle(executor, progress)
     _write_weights(base, reading, target, directory, executor, progress)
     body = provenance_of(reading, factor, executor)
+    if target.mark is not None:
+        body["mark"] = target.mark
     if target.tokenizer is not None:
         body["tokenizer"] = {"origin": target.tokenizer.origin, "revision": target.tokenizer.revision}
     (directory / RELEASE).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def keep_current(
-    link: Path, seq: int, write: Callable[[Path], Path], time: str | None = None, contents: str | None = None
+    link: Path, seq: int, write: Callable[[Path], Path], time: str | None = None, mark: str | None = None
 ) -> Path:
     """Has `write` export into `LINK-<seq>` beside `link`, points the link there in one step, then removes the directory
     that it pointed at before, and what a killed process left beside it. Returns the new directory.
 
     An export that is there already is taken, unless it is of a record of another `time`: one that had this number
-    before the state was repaired or restored; or of other `contents`, where the settings said otherwise what is read.
+    before the state was repaired or restored; or has another `mark`, since the settings said otherwise what goes out.
     Then the new one is `LINK-<seq>-<n>`.
 
     Raises Misconfigured if `link` is there and no link, Retry where the disk gets in the way, and what `write` raises.
@@ -196,7 +200,7 @@ def keep_current(
         link.parent.mkdir(parents=True, exist_ok=True)
         before = link.resolve() if link.is_symlink() else None
         names = (f"{link.name}-{seq:08d}{f'-{n}' if n else ''}" for n in count())
-        directory = next(d for name in names if not (d := link.parent / name).exists() or _is_of(d, time, contents))
+        directory = next(d for name in names if not (d := link.parent / name).exists() or _is_of(d, time, mark))
         clear_leftovers(link.parent, rf"\.{re.escape(link.name)}(-[0-9]{{8}}(-[0-9]+)?)?\.[0-9a-f]+\.tmp")
         if not directory.exists():
             write(directory)
@@ -207,10 +211,11 @@ def keep_current(
     return directory
 
 
-def _is_of(directory: Path, time: str | None, contents: str | None) -> bool:
-    """Whether an export is of the record that was made at `time`, and of these `contents`; None: of any."""
+def _is_of(directory: Path, time: str | None, mark: str | None) -> bool:
+    """Whether an export is of the record that was made at `time`, and has this `mark`; None: any. One that an earlier
+    version wrote has no mark."""
     body = provenance_in(directory)
-    return (time is None or body.get("time") == time) and (contents is None or body.get("contents") == contents)
+    return (time is None or body.get("time") == time) and (mark is None or body.get("mark", mark) == mark)
 
 
 def provenance_in(directory: Path) -> dict[str, object]:

@@ -7,6 +7,10 @@ SGLang (UpdateWeightFromDiskReqInput): `POST /update_weights_from_disk`, answere
 "message"}, or by 400 and {"success": false, "message"}. It first waits for the requests under way, so `timeout` has to
 be longer than they take. `flush_cache` is what it does by default.
 
+SGLang's adapters (LoadLoRAAdapterReqInput): `POST /load_lora_adapter`, answered by 200 and {"success": true}, or by 400
+and {"success": false, "error_message"}. Of a name that is there it loads the new adapter first and refuses the name
+then, and what it has loaded stays in its memory; so the old one is unloaded before, which waits for its requests.
+
 vLLM (LoadLoRAAdapterRequest): `POST /v1/load_lora_adapter`, there only if vLLM runs with
 VLLM_ALLOW_RUNTIME_LORA_UPDATING; plain text on success, 400 "has already been loaded" for a name that is: then it is
 unloaded and loaded again, and for that moment requests to it fail. `load_inplace` is not used: what was loaded with it
@@ -51,13 +55,15 @@ PREFIX = "PUBLISHED_"
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "CONTINUAL_WEBHOOK_SECRET")
 """Variables that a command does not get."""
 _PASSING = (408, 409, 425, 429)
+_NO_ADAPTER = "there is no adapter directory to load: set `current`, and let the hook come after it"
 _NO_PROGRAM = (errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ENOEXEC, errno.EISDIR, errno.ELOOP, errno.E2BIG)
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What is out, as far as it is known. `directory` is a model directory on this machine, `lora` an adapter of the
-    same merge."""
+    """What is out, as far as it is known. `view` is None for the merge. `directory` is on this machine: a model, or the
+    adapter that a view is put out as; `lora` an adapter of the same merge or view. `mark` tells what is out at one
+    record apart, where the settings of a view have changed."""
 
     state: str | None = None
     seq: int | None = None
@@ -67,6 +73,12 @@ class Published:
     commit: str | None = None
     url: str | None = None
     tag: str | None = None
+    view: str | None = None
+    mark: str | None = None
+
+    def facts(self) -> dict[str, object]:
+        """What a server or a command is told."""
+        return {key: value for key, value in asdict(self).items() if key != "mark"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +123,12 @@ def check(hooks: Sequence[HookSettings]) -> None:
 def _wrong(hook: HookSettings) -> str | None:
     if hook.timeout > LONGEST_TIMEOUT:
         return f"timeout = {hook.timeout}: at most {LONGEST_TIMEOUT:.0f} seconds"
-    if hook.kind != "vllm-lora" and (given := hook.model_fields_set & {"name", "rank"}):
-        return f"{min(given)} is for vllm-lora"
-    if hook.kind == "vllm-lora" and not hook.name.strip():
+    if not hook.serves_lora and (given := hook.model_fields_set & {"name", "rank"}):
+        return f"{min(given)} is for sglang-lora and vllm-lora"
+    if hook.serves_lora and not hook.served_as("view").strip():
         return "name is empty: it is what the adapter is served as"
+    if hook.serves_lora and hook.view is None and "{view}" in hook.name:
+        return 'name has {view} in it, and the hook is told of the merge alone: set view, as "*"'
     if hook.kind == "command":
         if hook.url is not None:
             return "url is for the other kinds; a command gets it among its arguments"
@@ -160,7 +174,13 @@ def call(
     Never raises for what the other side does. `stop` ends the waits between tries, not a try under way: that has
     `timeout` seconds. `wait` waits so many seconds and returns whether to stop; the default waits for `stop`.
     """
-    once = {"sglang": _sglang, "vllm-lora": _vllm_lora, "http": _http, "command": _command}[hook.kind]
+    once = {
+        "sglang": _sglang,
+        "sglang-lora": _sglang_lora,
+        "vllm-lora": _vllm_lora,
+        "http": _http,
+        "command": _command,
+    }[hook.kind]
     wait = wait or stop.wait
     begun = time.monotonic()
     attempts = 0
@@ -178,25 +198,45 @@ def _sglang(hook: HookSettings, published: Published, deadline: float) -> _Tried
         return _Tried(False, "there is no model directory to load: set `current`, and let the hook come after it")
     version = f"{(published.state or 'unknown')[:12]}-{published.seq}"
     asked = {"model_path": str(published.directory.absolute()), "weight_version": version, "flush_cache": True}
-    answer = _post(f"{hook.url}".rstrip("/") + "/update_weights_from_disk", asked, deadline)
+    return _succeeded(_post(f"{hook.url}".rstrip("/") + "/update_weights_from_disk", asked, deadline))
+
+
+def _succeeded(answer: _Answer) -> _Tried:
+    """What became of a try, of which SGLang also says in the answer whether it worked."""
     tried = _tried(answer)
     if tried.ok and _fields(answer.text).get("success") is not True:
         return _Tried(False, _with(f"HTTP {answer.status}, but no success", _said(answer.text)), again=True)
     return tried
 
 
+def _sglang_lora(hook: HookSettings, published: Published, deadline: float) -> _Tried:
+    if published.lora is None:
+        return _Tried(False, _NO_ADAPTER)
+    base = f"{hook.url}".rstrip("/")
+    name = hook.served_as(published.view)
+    gone = _post(f"{base}/unload_lora_adapter", {"lora_name": name}, deadline)
+    if gone.status is None or gone.status >= 500 or gone.status in _PASSING:
+        return _tried(gone)
+    asked = {"lora_name": name, "lora_path": str(published.lora.absolute())}
+    answer = _post(f"{base}/load_lora_adapter", asked, deadline)  # it says what is wrong, also where nothing was there
+    if answer.status == 404:
+        return _Tried(False, "HTTP 404: run an SGLang that loads adapters, with --enable-lora; url is without a path")
+    return _succeeded(answer)
+
+
 def _vllm_lora(hook: HookSettings, published: Published, deadline: float) -> _Tried:
     if published.lora is None:
-        return _Tried(False, "there is no adapter directory to load: set `current`, and let the hook come after it")
+        return _Tried(False, _NO_ADAPTER)
     base = f"{hook.url}".rstrip("/")
     load = f"{base}/v1/load_lora_adapter"
     unload = f"{base}/v1/unload_lora_adapter"
-    asked = {"lora_name": hook.name, "lora_path": str(published.lora.absolute())}
+    name = hook.served_as(published.view)
+    asked = {"lora_name": name, "lora_path": str(published.lora.absolute())}
     answer = _post(load, asked, deadline)
     # Only then: unloading for any other trouble, a damaged adapter say, would take away the one that serves. The oldest
     # leave out the space.
     if answer.status == 400 and re.search(r"already been ?loaded", answer.text):
-        gone = _post(unload, {"lora_name": hook.name}, deadline)
+        gone = _post(unload, {"lora_name": name}, deadline)
         if gone.status is None or gone.status >= 500:
             return _tried(gone)
         answer = _post(load, asked, deadline)  # it says what is wrong, also where nothing was there to unload
@@ -208,7 +248,7 @@ def _vllm_lora(hook: HookSettings, published: Published, deadline: float) -> _Tr
 
 
 def _http(hook: HookSettings, published: Published, deadline: float) -> _Tried:
-    body = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(published).items()}
+    body = {key: str(value) if isinstance(value, Path) else value for key, value in published.facts().items()}
     return _tried(_post(f"{hook.url}", body, deadline))
 
 
@@ -216,7 +256,7 @@ def _command(hook: HookSettings, published: Published, deadline: float) -> _Trie
     """Runs a command in a session of its own, so that everything it started can be ended. Its output goes to a file: a
     pipe would stay open as long as anything it left running."""
     program, *arguments = hook.command
-    facts = {key: "" if value is None else str(value) for key, value in asdict(published).items()}
+    facts = {key: "" if value is None else str(value) for key, value in published.facts().items()}
     filled = [re.sub(r"\{(" + "|".join(facts) + r")\}", lambda found: facts[found[1]], part) for part in arguments]
     environment = {key: value for key, value in os.environ.items() if key not in SECRETS}
     environment |= {PREFIX + key.upper(): value for key, value in facts.items()}
@@ -306,7 +346,8 @@ def _said(text: str) -> str:
     """What an answer says: the text of the field in which such servers put it."""
     fields = _fields(text)
     inner = fields.get("error")
-    said = (inner if isinstance(inner, dict) else fields).get("message") or fields.get("detail") or inner or text
+    told = fields.get("error_message") or fields.get("detail")
+    said = (inner if isinstance(inner, dict) else fields).get("message") or told or inner or text
     return _line(said if isinstance(said, str) else json.dumps(said))
 
 

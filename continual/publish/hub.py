@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +26,7 @@ from continual.outside import Malformed, parse_fields
 from continual.retrying import Fault
 from continual.state import Commit
 from continual.state.entries import ReleaseEntry
+from continual.tensors.adapter_config import CONFIG
 from continual.tensors.files import LARGEST_CONFIG
 from continual.tensors.place import RELEASE
 
@@ -44,7 +46,7 @@ Exported = Callable[[], AbstractContextManager[Path]]
 @dataclass(frozen=True, slots=True)
 class Released:
     """A release that is out. `new`: whether this call made the commit; `files` and `uploaded`: how many files that
-    commit brought, and their bytes."""
+    commit brought, and their bytes. `mark`: that of the release that is out, None where it has none."""
 
     repo: str
     branch: str
@@ -55,29 +57,30 @@ class Released:
     new: bool
     uploaded: int = 0
     files: int = 0
+    mark: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Ours:
     """The record that is released: its number, the state's id, and the generation of each record of the state. `view`:
-    the name of the view that is released, empty for the merge; `contents`: a digest of what a view reads."""
+    the name of the view that is released, empty for the merge; `mark`: a digest of what goes out and of its form."""
 
     state: str
     seq: int
     generations: Sequence[str | None]
     view: str = ""
-    contents: str = ""
+    mark: str = ""
 
 
 class Stamp(NamedTuple):
     """Which record of which state a release is of, the generation it was read from, the view, and the digest of what
-    that reads; its `continual.json` says so."""
+    went out; its `continual.json` says so."""
 
     state: str
     seq: int
     generation: object
     view: str = ""
-    contents: str = ""
+    mark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,19 +134,19 @@ def stamp_of(body: bytes) -> Stamp | None:
         return None
     view = said.get("view")
     name = view.get("name") if isinstance(view, dict) else None
-    contents = said.get("contents")
+    mark = said.get("mark")
     return Stamp(
         state,
         seq,
         generation if isinstance(generation, str) else None,
         name if isinstance(name, str) else "",
-        contents if isinstance(contents, str) else "",
+        mark if isinstance(mark, str) else "",
     )
 
 
 def may_follow(remote: Remote, asked: ReleaseSettings, ours: Ours) -> bool:
     """Whether our record is to be committed on top of what is there; False if it is out already, or the view reads the
-    same as at the record that is.
+    same as at the record that is. Where the settings say by now that something else goes out, it is committed again.
 
     Raises Misconfigured where the branch holds something else: releases of another state or view, a model that we did
     not make, a later record of this state, or a record that this state does not have, because a backup was restored
@@ -175,7 +178,10 @@ def may_follow(remote: Remote, asked: ReleaseSettings, ours: Ours) -> bool:
             f"{where}: holds record {there} of this state, and releases go forward: "
             f"name another branch for record {seq}"
         )
-    return there < seq and not (ours.contents and remote.release.contents == ours.contents)
+    same = bool(ours.mark) and remote.release.mark == ours.mark
+    if there == seq:
+        return bool(ours.mark and remote.release.mark) and not same
+    return not (ours.view and same)
 
 
 def release(
@@ -187,7 +193,7 @@ def release(
     the ones in it. The repo and the branch are made where they are not there. Raises Misconfigured, Trouble, and Retry
     of the export. Nothing is ever half there: a commit is whole or not at all.
     """
-    made, seq = _Made(), ours.seq
+    made, seq = _Made(mark=ours.mark), ours.seq
     with ExitStack() as stack:
         directory: Path | None = None
         while True:
@@ -195,7 +201,7 @@ def release(
             if not may_follow(remote, asked, ours):
                 assert remote.info is not None
                 assert remote.release is not None
-                made, seq = made._replace(commit=remote.info.sha), remote.release.seq
+                made, seq = made._replace(commit=remote.info.sha, mark=remote.release.mark), remote.release.seq
                 break
             if remote.info is None:
                 remote = _create(hub, asked)
@@ -219,13 +225,14 @@ def release(
 
 class _Made(NamedTuple):
     """How far a release is: failed `tries`, the `commit` that has it, and whether we made it; of that commit the number
-    of `files` and the bytes `uploaded`."""
+    of `files` and the bytes `uploaded`. `mark`: what it is marked with."""
 
     tries: int = 0
     commit: str = ""
     new: bool = False
     files: int = 0
     uploaded: int = 0
+    mark: str = ""
 
 
 def _released(hub: Hub, asked: ReleaseSettings, seq: int, made: _Made) -> Released:
@@ -233,7 +240,7 @@ def _released(hub: Hub, asked: ReleaseSettings, seq: int, made: _Made) -> Releas
     repo = asked.repo or ""
     tag = (asked.tag or "").format(seq=seq) or None
     if tag is not None:
-        _tag(hub, repo, tag, made.commit, f"Record {seq}")
+        tag = _tag(hub, repo, tag, made.commit, seq)
     return Released(
         repo=repo,
         branch=asked.branch,
@@ -244,17 +251,34 @@ def _released(hub: Hub, asked: ReleaseSettings, seq: int, made: _Made) -> Releas
         new=made.new,
         uploaded=made.uploaded if made.new else 0,
         files=made.files,
+        mark=made.mark or None,
     )
 
 
-def _tag(hub: Hub, repo: str, tag: str, commit: str, message: str) -> None:
-    """Makes a tag. Raises Misconfigured where it is there and of another commit, and Trouble."""
-    what = f"tag {tag} of {repo}"
+def _tag(hub: Hub, repo: str, tag: str, commit: str, seq: int) -> str:
+    """Tags the release of record `seq`, and returns the tag: with a number behind it where the record was released
+    before, in another form. Raises Misconfigured where the tag is there and of a commit that is none of these, and
+    Trouble."""
     there = hub.tags(repo)
-    if there.get(tag, commit) != commit:
-        raise Misconfigured(f"{what}: is of another commit ({there[tag][:12]}); remove it, or set release.tag")
-    if tag not in there:
-        hub.ask(what, lambda: hub.api.create_tag(repo, tag=tag, revision=commit, tag_message=message, exist_ok=True))
+    names = (tag if n == 1 else f"{tag}-{n}" for n in count(1))
+    found = next(name for name in names if there.get(name, commit) == commit or not _is_of(hub, repo, there[name], seq))
+    what = f"tag {found} of {repo}"
+    if there.get(found, commit) != commit:
+        raise Misconfigured(f"{what}: is of another commit ({there[found][:12]}); remove it, or set release.tag")
+    if found not in there:
+        said = f"Record {seq}"
+        hub.ask(what, lambda: hub.api.create_tag(repo, tag=found, revision=commit, tag_message=said, exist_ok=True))
+    return found
+
+
+def _is_of(hub: Hub, repo: str, commit: str, seq: int) -> bool:
+    """Whether a commit is a release of record `seq`. Raises Trouble."""
+    try:
+        info = hub.info(repo, commit)
+        stamp = stamp_of(hub.small(repo, commit, info.files[RELEASE])) if RELEASE in info.files else None
+    except Refuse:
+        return False
+    return stamp is not None and stamp.seq == seq
 
 
 def _create(hub: Hub, asked: ReleaseSettings) -> Remote:
@@ -301,7 +325,8 @@ def _files(directory: Path) -> dict[str, Path]:
 
 def _changes(directory: Path, texts: Mapping[str, bytes], now: Info | None) -> _Changes:
     """What makes the branch as it is `now` into the exported directory, with `texts` in place of its own files. Files
-    that are the same stay; weights of before at its top level go."""
+    that are the same stay. Weights of before at its top level go, and so do the configurations, by one of which a model
+    is loaded as what it no longer is: a whole model, or an adapter."""
     adds: dict[str, Path | bytes] = {}
     nbytes = 0
     there = now.files if now else {}
@@ -313,7 +338,11 @@ def _changes(directory: Path, texts: Mapping[str, bytes], now: Info | None) -> _
         adds[name] = file
         nbytes += len(file) if isinstance(file, bytes) else file.stat().st_size
     weights = (".safetensors", ".safetensors.index.json")
-    gone = [name for name in there if name.endswith(weights) and "/" not in name and name not in ours]
+    gone = [
+        name
+        for name in there
+        if name not in ours and "/" not in name and (name.endswith(weights) or name in ("config.json", CONFIG))
+    ]
     return _Changes(adds, sorted(gone), nbytes)
 
 

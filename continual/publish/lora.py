@@ -48,13 +48,15 @@ from continual.tensors.renaming import family_of, is_known
 class LoraTarget:
     """What an adapter is to be: the `directory` to write, the `rank` of all its modules (None: as high as it takes to
     lose nothing, of a state of adapters), the `dtype` of its factors, a safetensors word or torch's, its `form`, the
-    layout that it is written in, and the record `at` which it is read, by default the newest."""
+    layout that it is written in, and the record `at` which it is read, by default the newest. `mark`: as of an export
+    of the whole model."""
 
     directory: str | Path
     rank: int | None
     dtype: str = "F32"
     form: LoraFormat = "peft"
     at: int | None = None
+    mark: str | None = None
 
     @property
     def path(self) -> Path:
@@ -167,7 +169,8 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
             "error_adapted": report.error_adapted,
             "left_out": list(report.left_out),
         }
-        _write_json(temporary / RELEASE, body | {"lora": told})
+        marked = {} if target.mark is None else {"mark": target.mark}
+        _write_json(temporary / RELEASE, body | marked | {"lora": told})
     return report
 
 

@@ -20,8 +20,8 @@ from continual.api import Merge
 from continual.config import Settings
 from continual.errors import Halt
 from continual.hub import must_be_online
-from continual.publish import hooks, hub
-from continual.service import logs, signals, view_outlets
+from continual.publish import hub
+from continual.service import logs, signals, telling, view_settings
 from continual.service.control.answering import Control
 from continual.service.control.performing import Performing
 from continual.service.failures import Failures, told
@@ -51,7 +51,7 @@ def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the client's bars are for people, not for a log
     check(settings)
     with Merge(settings, write=True) as merge:
-        view_outlets.must_be_readable(merge)
+        view_settings.must_be_readable(merge)
         gc.freeze()  # the modules and the records stay as long as the process: nobody looks through them for garbage
         gc.enable()
         sock = listen(settings.host, settings.port, allow_remote=settings.allow_remote)
@@ -67,8 +67,8 @@ def check(settings: Settings) -> None:
     published has nowhere to go."""
     roster.must_watch(settings)
     hub.check(settings.release)
-    view_outlets.check(settings)
-    hooks.check(settings.hooks)
+    view_settings.check(settings)
+    telling.check(settings)
     roster.check(settings)
 
 
@@ -94,9 +94,9 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._worker = Worker(merge, self.live, self._failures, fresh=self._fresh, halt=self._halt)
         performing = Performing(merge, self.live, self._worker.turns, self._worker.record, sources)
-        self._reloading = Reloading(merge, self._worker.turns, read, sources)
-        self._control = Control(merge.state.path, performing.perform, lambda: self.live.doing)
         self._outlets = Outlets(merge, self._failures, self._worker.record, self._worker.gauge)
+        self._reloading = Reloading(merge, self._worker.turns, read, sources, self._outlets.reloaded)
+        self._control = Control(merge.state.path, performing.perform, lambda: self.live.doing)
 
     async def run(self) -> None:
         """Starts everything, waits for a signal or a Halt, and drains within the time that is set."""
@@ -119,13 +119,13 @@ class Daemon:
             control = group.create_task(self._control.serve(served))
             group.create_task(self._heartbeat())
             folding = group.create_task(self._worker.run(self.sources, self._stopping))
-            publishing = [group.create_task(task) for task in self._outlets.tasks()]
+            publishing = group.create_task(self._outlets.run())
             looking = group.create_task(self._look_at_disk())
             feeding = [group.create_task(self._feed(source)) for source in self.sources]
             await self._stopping.wait()
             await self._drain(folding)
             self.merge.give_up()
-            for task in (*publishing, *feeding, looking):
+            for task in (publishing, *feeding, looking):
                 task.cancel()
             served.set()
             await asyncio.wait({web, control})

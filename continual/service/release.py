@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from continual.api import Merge
-from continual.config import ReleaseSettings, Settings
 from continual.engine.block_reading import BlockReading
-from continual.engine.views import ReadView, view_of
 from continual.errors import Misconfigured, Retry
 from continual.publish import card, folder, hub
 from continual.publish.hub import Released
+from continual.service.outgoing import OutPlan, mark_of, models_in, outgoing, write
 from continual.state import Commit
 from continual.state.durable import environment, link_tree
 from continual.state.entries import ReleaseEntry
 from continual.state.format import FoldCommit
 from continual.state.software import software
+from continual.tensors.adapter_config import CONFIG
 from continual.tensors.place import RELEASE
 
 
@@ -40,29 +40,7 @@ class Look(NamedTuple):
     card: str
 
 
-class ReleasePlan(NamedTuple):
-    """What is released: the merge, or a `view` of it; and where to and how."""
-
-    asked: ReleaseSettings
-    view: ReadView | None = None
-
-    @property
-    def name(self) -> str:
-        """The name of the view, empty for the merge."""
-        return "" if self.view is None else self.view.name
-
-
-def outgoing(settings: Settings, view: str | None = None) -> ReleasePlan:
-    """What the settings say of a release of the merge, or of a view. Raises Misconfigured where they know no such
-    view."""
-    if view is None:
-        return ReleasePlan(settings.release)
-    found = view_of(settings, view)
-    asked = settings.release.model_copy(update={"repo": settings.views[view].repo, "every": False})
-    return ReleasePlan(asked, found)
-
-
-def record_of(merge: Merge, out: ReleasePlan, at: int | None = None) -> Commit:
+def record_of(merge: Merge, out: OutPlan, at: int | None = None) -> Commit:
     """The record that is released: `at`, or the newest that changed the model. Raises Misconfigured where nothing is
     folded or no repo is named."""
     if out.asked.repo is None and out.view is not None:
@@ -106,7 +84,7 @@ def release(merge: Merge, at: int | None = None, *, view: str | None = None, wai
         merge.releasing.release()
 
 
-def _release(merge: Merge, out: ReleasePlan, at: int | None) -> Released:
+def _release(merge: Merge, out: OutPlan, at: int | None) -> Released:
     asked = out.asked
     seq = record_of(merge, out, at).seq
     shutil.rmtree(_staging(merge), ignore_errors=True)  # what a killed process left, also where the record is out
@@ -120,15 +98,31 @@ def _release(merge: Merge, out: ReleasePlan, at: int | None) -> Released:
     text = card.card(facts)
 
     def texts(directory: Path) -> dict[str, bytes]:
-        return {hub.CARD: text.encode(), RELEASE: public(directory / RELEASE)}
+        found = {hub.CARD: text.encode(), RELEASE: public(directory / RELEASE)}
+        if (directory / CONFIG).is_file():
+            found[CONFIG] = _public_config(directory / CONFIG)
+        return found
 
-    return hub.release(merge.hub, asked, _ours(merge, out, seq), lambda: exported(merge, out, seq), texts)
+    ours = _ours(merge, out, seq)
+    return hub.release(merge.hub, asked, ours, lambda: exported(merge, out, seq, ours.mark), texts)
 
 
-def _ours(merge: Merge, out: ReleasePlan, seq: int) -> hub.Ours:
-    contents = "" if out.view is None else merge.contents(out.view, at=seq)
+def _ours(merge: Merge, out: OutPlan, seq: int) -> hub.Ours:
     generations = [commit.generation for commit in merge.state.ledger.log]
-    return hub.Ours(merge.state.id, seq, generations, out.name, contents)
+    mark = mark_of(merge, out, seq, folder.parse_dtype(out.asked.dtype))
+    return hub.Ours(merge.state.id, seq, generations, out.name or "", mark)
+
+
+def is_out(merge: Merge, out: OutPlan, seq: int, done: ReleaseEntry | None) -> bool:
+    """Whether nothing is to be released at record `seq`, as far as the ledger knows: what goes out is what `done`, the
+    newest release, has, in the same form; or no model is in it. Raises Misconfigured for a view that cannot be read."""
+    if not models_in(merge, out, seq):
+        return out.view is None or done is None
+    if done is None:
+        return False
+    if out.view is None and (done.of != seq or done.mark is None):  # an earlier version knew no marks
+        return done.of >= seq
+    return done.mark == mark_of(merge, out, seq, folder.parse_dtype(out.asked.dtype))
 
 
 def public(file: Path) -> bytes:
@@ -142,6 +136,13 @@ def public(file: Path) -> bytes:
         view[key] = [_last(word) for word in view[key]]
     if "weights" in view:
         view["weights"] = {_last(word): weight for word, weight in view["weights"].items()}
+    return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _public_config(file: Path) -> bytes:
+    """An adapter_config.json as strangers may read it: a base that is a folder of this machine by its name alone."""
+    body = json.loads(file.read_bytes())
+    body["base_model_name_or_path"] = _last(str(body["base_model_name_or_path"]))
     return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -163,10 +164,11 @@ def entry(released: Released, view: str | None = None) -> ReleaseEntry:
         uploaded_bytes=released.uploaded,
         files=released.files,
         view=view,
+        mark=released.mark,
     )
 
 
-def facts_of(merge: Merge, out: ReleasePlan, seq: int) -> card.Facts:
+def facts_of(merge: Merge, out: OutPlan, seq: int) -> card.Facts:
     """What the card of record `seq` says. Of a view of adapters it is as if the models that are read had been folded by
     the rule that reads."""
     state, settings = merge.state, merge.settings
@@ -208,6 +210,9 @@ def facts_of(merge: Merge, out: ReleasePlan, seq: int) -> card.Facts:
         repo=asked.repo,
         architecture=str(listed[0]) if isinstance(listed, list) and listed else None,
         previous=None if before is None else before.commit,
+        view=out.name or "",
+        of=len(state.ledger.folds(seq)),
+        lora=None if out.as_lora is None else (out.as_lora, out.layout),
     )
 
 
@@ -235,23 +240,25 @@ def next_record(merge: Merge, after: int) -> int:
 
 
 @contextmanager
-def exported(merge: Merge, out: ReleasePlan, seq: int) -> Iterator[Path]:
-    """A directory with the model of record `seq` as it is to be released, which goes again: links to the files of
-    `current` where that is it, else an export.
+def exported(merge: Merge, out: OutPlan, seq: int, mark: str) -> Iterator[Path]:
+    """A directory with record `seq` as it is to be released, which goes again: links to the files of `current` where
+    that has this mark, else an export.
 
     Links, because `current` moves on while a release is on its way.
     """
-    dtype = folder.parse_dtype(out.asked.dtype)
-    link = merge.settings.current if out.view is None else None
-    beside = link.parent / f"{link.name}-{seq:08d}" if link is not None and dtype is None else None
+    beside = None if out.current is None else out.current.resolve()
+    there = {} if beside is None else folder.provenance_in(beside)
     staging = _staging(merge)
     with environment(f"cannot make {staging}"):
         staging.mkdir()
     try:
-        if beside is not None and link_tree(beside, staging / beside.name):
-            yield staging / beside.name
-            return
-        yield merge.export(folder.Target(staging / f"release-{seq:08d}", at=seq, dtype=dtype), view=out.view)
+        if beside is not None and (there.get("seq"), there.get("mark")) == (seq, mark):
+            linked = staging / beside.name
+            if link_tree(beside, linked) and folder.provenance_in(linked).get("mark") == mark:
+                yield linked
+                return
+        dtype = folder.parse_dtype(out.asked.dtype)
+        yield write(merge, out, seq, staging / f"release-{seq:08d}", mark, dtype)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -12,7 +12,8 @@ from continual import gates
 from continual.api import Merge
 from continual.config import Settings
 from continual.errors import ContinualError
-from continual.service import logs
+from continual.hub import must_be_online
+from continual.service import logs, telling, view_settings
 from continual.service.control.turns import Turns
 from continual.sources.contract import Source
 
@@ -30,6 +31,7 @@ AT_ONCE = frozenset(
         "missing",
         "tied",
         "updates",
+        "views",
         "vocab",
         "weight",
         "weights",
@@ -64,7 +66,6 @@ AT_START = frozenset(
         "sources",
         "state",
         "tokenizer",
-        "views",
         "watch",
         "webhook_secret",
     }
@@ -74,7 +75,7 @@ AT_START = frozenset(
 
 class Reloading:
     """Reads the settings of a running daemon again, by `read`, and has those that can change changed at a turn of the
-    thread that folds."""
+    thread that folds. `reloaded` is called when they have."""
 
     def __init__(
         self,
@@ -82,8 +83,10 @@ class Reloading:
         turns: Turns,
         read: Callable[[], Settings] | None,
         sources: Sequence[Source] = (),
+        reloaded: Callable[[], None] = lambda: None,
     ) -> None:
         self._merge = merge
+        self._reloaded = reloaded
         self._sources = sources
         self._turns = turns
         self._read = read
@@ -110,6 +113,8 @@ class Reloading:
         if {"log_json", "log_level"} & changed:
             logs.configure(json=found.log_json, level=found.log_level)
         again = self._reopen() if changed & AT_ONCE else 0
+        if "views" in changed:
+            self._reloaded()
         more = {"looked_at_again": again} if again else {}
         self._log.info("reloaded", changed=now, needs_restart=sorted(changed & AT_START), **more)
 
@@ -127,6 +132,8 @@ class Reloading:
         before = self._merge.settings
         changed = frozenset(name for name in type(before).model_fields if getattr(found, name) != getattr(before, name))
         wanted = before.model_copy(update={name: getattr(found, name) for name in changed & AT_ONCE})
+        if "views" in changed:
+            self._check_views(wanted)
         gates.make(wanted)  # other threads ask the merge for its gates: never by settings of which none can be made
         self._merge.settings = wanted
         try:
@@ -135,3 +142,11 @@ class Reloading:
             self._merge.settings = before
             raise
         return changed
+
+    def _check_views(self, wanted: Settings) -> None:
+        """Raises Misconfigured for views that cannot be read or put out, as at the start."""
+        view_settings.check(wanted)
+        telling.check(wanted)
+        view_settings.must_be_readable(self._merge, wanted)
+        if any(view.repo for view in wanted.views.values()):
+            must_be_online()

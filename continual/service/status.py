@@ -10,44 +10,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from continual import selection, texts, tuning
 from continual.api import Merge
 from continual.config import Settings
-from continual.outside import few
 from continual.records import Event
-from continual.service import view_outlets
+from continual.service import showing
 from continual.service.health import Health, Shortfall
 from continual.service.metrics import peak_memory
 from continual.service.queue import Queue, Queued
 from continual.service.web import Status, parse
-from continual.service.web.view import (
-    ShownFold,
-    ShownPublication,
-    ShownQueued,
-    ShownRefusal,
-    ShownRound,
-    ShownScale,
-    ShownWaiting,
-    UnderWay,
-)
+from continual.service.web.view import ShownQueued, ShownScale, UnderWay
 from continual.sources import roster
 from continual.sources.contract import Source, SourceReport
-from continual.state import Commit, State, going_back, lock, paused
-from continual.state.entries import HookEntry, ReleaseEntry, SelectEntry, TuneEntry
-from continual.state.format import FoldCommit
-from continual.state.ledger import Waiting
+from continual.state import State, going_back, lock, paused
+from continual.state.entries import TuneEntry
 from continual.state.software import software
 from continual.texts import Json, record
 
-_SHOWN = 15
-"""Rows of each list that are shown."""
-C = TypeVar("C", bound=Commit)
 _QUEUED = 50
 """Names of waiting candidates that are shown; the Hub can have thousands."""
-_RECENT = 2000
-"""Records among which publications are looked for."""
 _STUCK = 900.0
 """Seconds without any progress in a fold after which the daemon no longer calls itself healthy."""
 _SILENT = 30.0
@@ -253,6 +236,7 @@ def _status(merge: Merge, running: Running) -> Status:
     ledger = state.ledger
     folds = ledger.folds()
     pool = merge.pool()
+    full = showing.fullness_of(merge)
     last = selection.last_round(state)
     return Status(
         version=software()["continual"],
@@ -285,26 +269,23 @@ def _status(merge: Merge, running: Running) -> Status:
         queued=running.queued,
         select=merge.selects,
         pool_size=len(pool),
-        pool=tuple(_waiting(waiting) for waiting in list(pool.values())[-_SHOWN:]),
-        last_round=None if last is None else _round(last),
+        pool=tuple(showing.waiting(waiting) for waiting in list(pool.values())[-showing.SHOWN :]),
+        last_round=None if last is None else showing.ended(last),
         current=running.current,
-        last_folds=tuple(_fold(fold) for fold in _newest(folds)),
-        refusals=tuple(_refusal(refusal) for refusal in _newest(ledger.refusals)),
-        published=tuple(_publication(commit) for commit in _newest(_publications(ledger.log))),
-        views=view_outlets.shown(merge),
+        last_folds=tuple(showing.fold(fold, full) for fold in showing.newest(folds)),
+        refusals=tuple(showing.refusal(refusal) for refusal in showing.newest(ledger.refusals)),
+        published=tuple(showing.publications(ledger.log)),
+        form=showing.form_of(state, full),
+        views=showing.views(merge),
+        shares=showing.shares(merge),
         peak_memory_bytes=running.peak_memory_bytes,
     )
 
 
-def _newest(commits: Sequence[C]) -> list[C]:
-    """The newest of them, newest first."""
-    return list(commits[-_SHOWN:])[::-1]
-
-
 def _few(notes: Sequence[str]) -> tuple[str, ...]:
     """The first of them, and how many more there are."""
-    more = len(notes) - _SHOWN
-    return (*notes[:_SHOWN], *([f"and {more} more of this kind"] if more > 0 else []))
+    more = len(notes) - showing.SHOWN
+    return (*notes[: showing.SHOWN], *([f"and {more} more of this kind"] if more > 0 else []))
 
 
 def _base(state: State) -> str:
@@ -336,63 +317,4 @@ def _shown(queued: Queued, now: datetime, wait: float) -> ShownQueued:
         failures=queued.attempt,
         error=queued.error or None,
         next_try=again if queued.attempt else None,
-    )
-
-
-def _publications(log: Sequence[Commit]) -> list[Commit]:
-    """The records of releases and hooks, among the last."""
-    return [commit for commit in log[-_RECENT:] if isinstance(commit.entry, ReleaseEntry | HookEntry)]
-
-
-def _publication(commit: Commit) -> ShownPublication:
-    return ShownPublication(commit.seq, commit.time, commit.entry.message)
-
-
-def _round(commit: Commit) -> ShownRound:
-    ended = commit.of_kind(SelectEntry)
-    return ShownRound(
-        commit.seq,
-        commit.time,
-        loss=ended.loss,
-        before=ended.before,
-        gap=ended.gap,
-        steps=ended.steps,
-    )
-
-
-def _waiting(waiting: Waiting) -> ShownWaiting:
-    last = waiting.last
-    return ShownWaiting(
-        model=waiting.candidate.name,
-        since=waiting.since,
-        rounds=waiting.rounds,
-        score=last.score if last else None,
-        z=last.z if last else None,
-        said=last.message if last else "waits for its first round",
-    )
-
-
-def _fold(commit: FoldCommit) -> ShownFold:
-    candidate = commit.entry.candidate
-    numbers = commit.entry.numbers
-    return ShownFold(
-        commit.seq,
-        commit.time,
-        model=candidate.name,
-        form=candidate.form,
-        tau_norm=numbers.tau_norm,
-        cosine=numbers.cosine,
-        weight=numbers.weight,
-        left_out=few(numbers.extra or (), numbers.extra_count),
-    )
-
-
-def _refusal(commit: Commit) -> ShownRefusal:
-    candidate = commit.entry.candidate
-    return ShownRefusal(
-        commit.seq,
-        commit.time,
-        candidate.name if candidate else None,
-        reason=commit.entry.reason,
-        message=commit.entry.message,
     )

@@ -246,7 +246,7 @@ class RetryEntry(Entry):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseEntry(Entry):
     """Record `of` is out on the Hub, as `commit` on `branch` of `repo`; `files` were uploaded. `view`: which view of
-    the settings was released, where it was not the merge."""
+    the settings was released, where it was not the merge; `mark`: a digest of what was read and of its form."""
 
     kind = "publish"
     of: int
@@ -257,15 +257,18 @@ class ReleaseEntry(Entry):
     uploaded_bytes: int
     files: int
     view: str | None = field(default=None, metadata=_OMITTED)
+    mark: str | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookEntry(Entry):
-    """A server was told of record `of`, or could not be."""
+    """A server was told of record `of`, or could not be; `view`, `mark`: as in `ReleaseEntry`."""
 
     kind = "publish"
     of: int
     hook: HookCall
+    view: str | None = field(default=None, metadata=_OMITTED)
+    mark: str | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

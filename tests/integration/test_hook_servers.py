@@ -134,6 +134,7 @@ def test_http_gets_all_that_is_known(tmp_path: Path, served: Served, status: int
             "commit": "c0ffee",
             "url": "https://hub/org/merge",
             "tag": "record-7",
+            "view": None,
         },
     )
     assert "s3cret" not in json.dumps(told.body())

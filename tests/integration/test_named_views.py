@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from continual import api, making
 from continual.config import Settings
 from continual.engine.views import ReadView
 from continual.errors import Misconfigured
-from continual.service import daemon, view_outlets
+from continual.publish.hub import newest_release
+from continual.service import daemon, publishing, view_settings
 from continual.service import release as releasing
+from continual.service.outgoing import outgoing
 from tests.helpers import adapters, hubs, models, services
 from tests.helpers.command import machine, run
+from tests.helpers.hooks import VLLM, serving_hooks
 from tests.helpers.released import REPO
 from tests.loopback import serving
 
@@ -46,6 +50,18 @@ def settings(place: Path, **views: dict[str, object]) -> Settings:
 def config(file: Path, state: Path, text: str) -> Path:
     file.write_text(f'state = "{state}"\nmax_base_ratio = 100.0\n{text}')
     return file
+
+
+def put(merge: api.Merge, name: str, seq: int) -> Path | None:
+    """Where a view was put just now; None where it was out."""
+    found = publishing.put(merge, outgoing(merge.settings, name), seq)
+    return found.directory if found is not None and found.new else None
+
+
+def is_out(merge: api.Merge, name: str, seq: int) -> bool:
+    return releasing.is_out(
+        merge, outgoing(merge.settings, name), seq, newest_release(merge.state.ledger.log, REPO, "main")
+    )
 
 
 def told(directory: Path) -> dict[str, Any]:
@@ -118,47 +134,91 @@ def test_what_is_cut_for_others_is_other_contents(tmp_path: Path, base: Path) ->
 
 
 def test_the_daemon_keeps_each_view_where_it_is_wanted(tmp_path: Path, base: Path) -> None:
-    state, watch, out = tmp_path / "state", tmp_path / "in", tmp_path / "out"
+    state, watch, out, heard = tmp_path / "state", tmp_path / "in", tmp_path / "out", tmp_path / "heard"
     watch.mkdir()
     making.init(base, state, making.Recipe(width=64, rule="mean"))
-    views = f"""
+    crm = f"""
 [views.crm]
 only = ["crm-*"]
 current = "{out}/crm"
+"""
+    rest = f"""
 [views.rest]
 without = ["crm-*"]
-lora = "own"
+as_lora = "own"
 current = "{out}/rest"
+"""
+    typo = f"""
 [views.typo]
 only = ["nobody"]
 current = "{out}/typo"
 """
-    file = config(tmp_path / "c.toml", state, views)
-    with services.daemon(state, watch, "--config", str(file)) as process:
-        address = services.url(process, state)
-        adapters.lora(watch / "mail", base, 1)
-        services.until(lambda: (out / "rest").is_symlink(), "the view that reads it is out")
-        assert not (out / "crm").exists()
-        adapters.lora(watch / "crm-1", base, 2)
-        services.until(lambda: (out / "crm").is_symlink(), "the other view is out")
-        assert told(out / "crm")["seq"] == 2
-        assert [one["name"] for one in told(out / "crm")["shares"]] == ["crm-1"]
-        assert (out / "rest" / "adapter_model.safetensors").is_file()
-        adapters.lora(watch / "crm-2", base, 3)
-        services.until(lambda: len(told(out / "crm")["shares"]) == 2, "it follows")
-        shown = {view["name"]: view for view in services.status(address)["views"]}
-        assert (shown["crm"]["count"], shown["crm"]["models"], shown["crm"]["current_seq"]) == (2, "crm-1, crm-2", 3)
-        assert (shown["rest"]["count"], shown["rest"]["current_seq"]) == (1, 1), "nothing that it reads has changed"
-        assert "only = nobody" in shown["typo"]["problem"]
-        services.until(
-            lambda: "view typo: only = nobody" in str(services.status(address)["degraded"]), "it is told what is wrong"
-        )
-        assert run("unfold", "crm-2", "--yes", "--state", state).returncode == 0
-        services.until(lambda: len(told(out / "crm")["shares"]) == 1, "it follows an unfold")
-        assert f"crm: reads 1 by mean (crm-1); {out}/crm: record " in run("status", "--config", file).stdout
-        assert "<h2>Views</h2>" in services.get(address)[1]
-    assert sorted(path.name for path in out.iterdir()) == ["crm", "crm-00000004", "rest", "rest-00000001"]
-    assert (out / "crm").resolve().name == "crm-00000004"
+    with serving_hooks() as served, serving_hooks() as sglang:
+        served.reply = vllm = VLLM()
+        sglang.reply = lambda path, _body: (200, {"success": True}) if path == "/load_lora_adapter" else (400, {})
+        hooks = f"""
+[[hooks]]
+kind = "vllm-lora"
+url = "{served.url}"
+view = "*"
+rank = 2
+[[hooks]]
+kind = "sglang-lora"
+url = "{sglang.url}"
+view = "rest"
+name = "of-{{view}}"
+[[hooks]]
+kind = "command"
+command = ["sh", "-c", "echo $PUBLISHED_VIEW {{view}} $PUBLISHED_SEQ {{directory}} >> {heard}"]
+view = "c*"
+"""
+        file = config(tmp_path / "c.toml", state, crm + rest + typo + hooks)
+        with services.daemon(state, watch, "--config", str(file)) as process:
+            address = services.url(process, state)
+            adapters.lora(watch / "mail", base, 1)
+            services.until(lambda: (out / "rest").is_symlink(), "the view that reads it is out")
+            assert not (out / "crm").exists()
+            adapters.lora(watch / "crm-1", base, 2)
+            services.until(lambda: (out / "crm").is_symlink(), "the other view is out")
+            assert [one["name"] for one in told(out / "crm")["shares"]] == ["crm-1"]
+            assert (out / "rest" / "adapter_model.safetensors").is_file()
+            services.until(lambda: vllm.loaded.keys() == {"crm", "rest"}, "each view is served by its name")
+            assert Path(vllm.loaded["rest"]) == (out / "rest").resolve()
+            assert json.loads((Path(vllm.loaded["crm"]) / "adapter_config.json").read_text())["r"] == 2
+            loaded = {"lora_name": "of-rest", "lora_path": str((out / "rest").resolve())}
+            assert sglang.asked == [("/unload_lora_adapter", {"lora_name": "of-rest"}), ("/load_lora_adapter", loaded)]
+            adapters.lora(watch / "crm-2", base, 3)
+            services.until(lambda: len(told(out / "crm")["shares"]) == 2, "it follows")
+            second = told(out / "crm")["seq"]
+            shown = {view["name"]: view for view in services.status(address)["views"]}
+            assert (shown["crm"]["count"], shown["crm"]["models"]) == (2, "crm-1, crm-2")
+            assert (shown["rest"]["count"], shown["rest"]["current_seq"]) == (1, 1), "nothing that it reads has changed"
+            assert "only = nobody" in shown["typo"]["problem"]
+            services.until(
+                lambda: "view typo: only = nobody" in str(services.status(address)["degraded"]), "what is wrong is told"
+            )
+            services.until(lambda: len(heard.read_text().splitlines()) == 2, "the command is told")
+            lines = [line.split() for line in heard.read_text().splitlines()]
+            assert [line[:2] for line in lines] == [["crm", "crm"]] * 2, "and of no other view"
+            assert (lines[1][2], Path(lines[1][3]).name) == (str(second), f"crm-{second:08d}")
+            assert f"crm: reads 2 by mean (crm-1, crm-2); {out}/crm: record " in run("status", "--config", file).stdout
+            assert "<h2>Views</h2>" in services.get(address)[1]
+            config(file, state, crm + 'rule = "no-such"\n' + rest + hooks)
+            process.send_signal(signal.SIGHUP)
+            log = tmp_path / "daemon.log"
+            services.until(lambda: "view crm: unknown rule" in log.read_text(), "a view that cannot be changes nothing")
+            narrow = rest.replace('"own"', "3")
+            config(file, state, crm.replace("crm-*", "crm-1") + narrow + hooks)
+            process.send_signal(signal.SIGHUP)
+            services.until(lambda: len(told(out / "crm")["shares"]) == 1, "at once, and no fold is needed")
+            services.until(lambda: told(out / "rest")["lora"]["rank"] == 3, "so is another form")
+            assert run("unfold", "crm-2", "--yes", "--state", state).returncode == 0
+            services.until(lambda: not services.status(address)["degraded"], "the view that is gone is no trouble")
+    links = {path.name for path in out.iterdir() if path.is_symlink()}
+    assert links == {"crm", "crm-lora", "rest"}
+    assert {path for path in out.iterdir() if path.is_dir()} - {(out / link).resolve() for link in links} == {
+        out / link for link in links
+    }, "nothing else lies there"
 
 
 @pytest.mark.parametrize(
@@ -171,7 +231,8 @@ current = "{out}/typo"
         ({"v": {"current": "x"}, "w": {"current": "x"}}, r"views.w.current = x: views.v.current goes there already"),
         ({"v": {"repo": "me/merge"}}, r"views.v.repo = me/merge: release.repo goes there already"),
         ({"v": {"repo": "no repo"}}, r"views.v.repo = no repo: write ORG/NAME"),
-        ({"v": {"lora": 4}}, r"views.v.lora is for current"),
+        ({"v": {"format": "kohya"}}, r"views.v.format is the layout of an adapter: set as_lora"),
+        ({"v": {"rule": "ties", "as_lora": "own"}}, r"views.v.as_lora = own: what is read has no rank of its own"),
     ],
 )
 def test_a_view_that_can_never_be_read_keeps_the_daemon_from_starting(
@@ -191,25 +252,25 @@ def test_a_view_of_a_merge_of_whole_tensors_has_a_rule_alone(tmp_path: Path, bas
     with api.Merge(settings(tmp_path / "dense", v={"only": ["a"]}, w={"rule": "mean"})) as merge:
         assert merge.contents(merge.view("w")) != merge.contents()
         with pytest.raises(Misconfigured, match="no models can be chosen"):
-            view_outlets.must_be_readable(merge)
+            view_settings.must_be_readable(merge)
 
 
 def test_what_is_out_is_written_again_only_where_it_is_another(tmp_path: Path, base: Path, state: Path) -> None:
     link = tmp_path / "out/v"
     with api.Merge(settings(state, v={"only": ["a"], "current": link}), write=True) as merge:
-        assert view_outlets.put(merge, "v", 2) == link.resolve()
-        assert view_outlets.put(merge, "v", 2) is None
+        assert put(merge, "v", 2) == link.resolve()
+        assert put(merge, "v", 2) is None
         merge.fold(adapters.lora(tmp_path / "c", base, 9))
-        assert view_outlets.put(merge, "v", 3) is None
+        assert put(merge, "v", 3) is None
         merge.unfold(merge.look_unfold("a"))
         with pytest.raises(Misconfigured, match="only = a: no model"):
-            view_outlets.put(merge, "v", merge.head)
+            put(merge, "v", merge.head)
         assert told(link)["seq"] == 2
     with api.Merge(settings(state, v={"only": ["b"], "current": link})) as merge:
-        found = view_outlets.put(merge, "v", merge.head)
+        found = put(merge, "v", merge.head)
         assert found is not None
     with api.Merge(settings(state, v={"only": ["b"], "current": link, "rule": "mean"})) as merge:
-        again = view_outlets.put(merge, "v", merge.head)
+        again = put(merge, "v", merge.head)
     assert again == found.with_name(f"{found.name}-1"), "of the same record, but read otherwise"
     assert [one["name"] for one in told(link)["shares"]] == ["b"]
 
@@ -223,16 +284,16 @@ def test_a_view_is_released_to_a_repo_of_its_own(tmp_path: Path) -> None:
         with hubs.merge(state, hub, max_base_ratio=100.0, **wanted) as merge:
             for seed, name in enumerate("ab"):
                 merge.fold(adapters.lora(tmp_path / name, base, seed))
-            assert not view_outlets.is_out(merge, "v", 2)
+            assert not is_out(merge, "v", 2)
             look = releasing.look(merge, view="v")
             assert (look.out, look.seq) == (False, 2)
             first = releasing.release(merge, view="v")
             assert first.new
             merge.record(releasing.entry(first, "v"))
             assert merge.state.ledger.head.entry.message == f"record 2 of the view v released as {first.url}"
-            assert view_outlets.is_out(merge, "v", 2)
+            assert is_out(merge, "v", 2)
             merge.fold(adapters.lora(tmp_path / "c", base, 9))
-            assert view_outlets.is_out(merge, "v", merge.head)
+            assert is_out(merge, "v", merge.head)
             second = releasing.release(merge, view="v")
             assert (second.new, second.seq, second.tag) == (False, 2, "record-2"), "it reads the same"
             with pytest.raises(Misconfigured, match=r"views\.w\.repo is not set"):
@@ -253,3 +314,50 @@ def test_a_view_is_released_to_a_repo_of_its_own(tmp_path: Path) -> None:
             pytest.raises(Misconfigured, match="holds releases of the view v; one repo is for one view"),
         ):
             releasing.release(merge)
+
+
+def test_a_view_goes_out_as_an_adapter_and_again_where_the_settings_say_otherwise(tmp_path: Path) -> None:
+    with serving() as hub:
+        base = hubs.made(tmp_path, hub)
+        state = tmp_path / "adapters"
+        making.init(base, state, making.Recipe(width=64))
+        link = tmp_path / "out/v"
+
+        def released(**said: object) -> tuple[dict[str, bytes], str | None]:
+            """The files of the newest release of the view, with these settings, and its tag."""
+            view = {"only": ["a", "b"], "repo": REPO, "current": link, **said}
+            with hubs.merge(state, hub, max_base_ratio=100.0, views={"v": view}) as merge:
+                if not merge.state.ledger.folds():
+                    for seed, name in enumerate("abc"):
+                        merge.fold(adapters.lora(tmp_path / name, base, seed))
+                assert put(merge, "v", 3) is not None
+                assert not is_out(merge, "v", 3)
+                found = releasing.release(merge, view="v")
+                assert found.new
+                merge.record(releasing.entry(found, "v"))
+                assert is_out(merge, "v", 3)
+                assert put(merge, "v", 3) is None
+                assert not releasing.release(merge, view="v").new
+            assert told(link)["seq"] == 3
+            return {name: file.data for name, file in hub.history(REPO)[0].files.items()}, found.tag
+
+        whole, first = released()
+        assert {"config.json", "model.safetensors"} <= whole.keys()
+        lora, second = released(as_lora=4)
+        assert "config.json" not in lora
+        assert "model.safetensors" not in lora
+        said = json.loads(lora["adapter_config.json"])
+        assert (said["r"], said["base_model_name_or_path"]) == (4, base.name), "no folder of this machine"
+        card = lora["README.md"].decode()
+        assert "base_model_relation: adapter" in card
+        assert "The view v: the merge of 2 of 3 fine-tunes" in card
+        assert "continual export merged --as-lora 4" in card
+        body = json.loads(lora["continual.json"])
+        assert ({one["name"] for one in body["shares"]}, body["view"]["name"]) == ({"a", "b"}, "v")
+        wider, third = released(as_lora="own")
+        assert json.loads(wider["adapter_config.json"])["r"] == 8
+        again, fourth = released()
+        assert again.keys() >= whole.keys()
+        assert "adapter_config.json" not in again, "transformers would load it, and not the model"
+        assert (first, second, third, fourth) == ("record-3", "record-3-2", "record-3-3", "record-3-4")
+        assert len({path.name for path in link.parent.iterdir()}) == 2, "the link, and what it points at"

@@ -11,12 +11,12 @@ import structlog
 from continual.api import Merge
 from continual.errors import ContinualError
 from continual.service import release as releasing
+from continual.service.aside import aside
 from continual.service.control import acting
 from continual.service.control.acting import Answer
 from continual.service.control.parley import Hearing
 from continual.service.control.requests import ReleaseRequest, Request, RetryRequest
 from continual.service.control.turns import Turns
-from continual.service.outlets import aside
 from continual.service.status import Live
 from continual.sources.contract import Source
 from continual.state.entries import Entry

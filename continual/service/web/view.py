@@ -34,7 +34,8 @@ class UnderWay:
 class ShownFold:
     """A fold: the number and time of its record, the model's name and form, the norm of its task vector, its cosine
     with the merge before it, and its weight. None: the rule does not measure it. `left_out`: the first of its tensors
-    that this state lacks and that stay out, and how many more; empty where there are none."""
+    that this state lacks and that stay out, and how many more; empty where there are none. `cut`, `cut_now`: of a state
+    of adapters, the share of ‖τ‖² that was cut off when it came, and by now."""
 
     seq: int
     time: str
@@ -44,6 +45,8 @@ class ShownFold:
     cosine: float | None
     weight: float | None
     left_out: str = ""
+    cut: float | None = None
+    cut_now: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +70,56 @@ class ShownPublication:
 
 
 @dataclass(frozen=True, slots=True)
+class ShownForm:
+    """What the state keeps: `whole tensors`, or `adapters`. Of adapters: `width`, how many singular triplets a layer
+    can have; `used`, how many the fullest has, and `layers`, how many have any (None: cannot be read); `cut`, the share
+    of the sum of all ‖τ‖² that was cut off by now."""
+
+    kind: str
+    width: int | None = None
+    used: int | None = None
+    layers: int | None = None
+    cut: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShownShare:
+    """What a model has in what is out: its weight, its share of the lengths of all task vectors, its cosine with the
+    merge, and how much of that changes without it."""
+
+    model: str
+    weight: float
+    norm: float
+    cosine: float
+    change: float
+
+
+@dataclass(frozen=True, slots=True)
+class ShownShares:
+    """What each of `count` models has in what a link points at, the largest change first: of a view, or (None) of the
+    merge. They hold for record `seq`, which is what was exported, and not for what was folded since."""
+
+    view: str | None
+    seq: int
+    current: str
+    models: tuple[ShownShare, ...]
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShownView:
-    """A view of the settings: the rule that reads it, how many models it reads and the first of them, and the
-    `problem` where it cannot be read. `current`: its link, with the record and the time of the export that it points
-    at; `repo`: where it is released to, with the newest record that is out. None: there is none."""
+    """A view of the settings: the rule that reads it and its scale, how many models it reads and the first of them, and
+    the `problem` where it cannot be read. `form`: as what it goes out. `current`: its link, with the record and the
+    time of the export that it points at; `repo`: where it is released to, with the newest record that is out. None:
+    there is none."""
 
     name: str
     rule: str
+    scale: str
     count: int
     models: str
     problem: str
+    form: str
     current: str | None
     current_seq: int | None
     current_time: str | None
@@ -132,7 +175,7 @@ class Status:
     `sources` has what each kind of source says of itself, None where none of the kind runs; `notes` is what they see
     that is no model. Lists of records begin with the newest. `paused`: since when nothing is folded (empty: not known),
     None where folding goes on. `back`: the records that can be gone back to, as the first and the last of each row of
-    them.
+    them. `shares` are of what is out, at the record that each names.
     """
 
     version: str
@@ -172,7 +215,9 @@ class Status:
     refusals: tuple[ShownRefusal, ...]
     published: tuple[ShownPublication, ...]
     peak_memory_bytes: float | None
+    form: ShownForm = ShownForm("whole tensors")
     views: tuple[ShownView, ...] = ()
+    shares: tuple[ShownShares, ...] = ()
 
     def body(self) -> dict[str, Json]:
         """What `/api/status` and `continual status --json` give: each kind of source has a key of its own name."""

@@ -9,7 +9,8 @@ import pytest
 from continual.errors import Misconfigured, Retry
 from continual.hub import Trouble
 from continual.retrying import PARKED, Fault
-from continual.service.outlets import again_after, aside
+from continual.service.aside import aside
+from continual.service.outlets import again_after
 
 SOON, HOURLY = 5.0, PARKED
 

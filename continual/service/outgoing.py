@@ -1,0 +1,69 @@
+"""What goes out, in which form and where to: the merge, or a view of it. Which record that is, and when, is decided by
+who asks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from continual.api import Merge
+from continual.config import ReleaseSettings, Settings
+from continual.engine.views import ReadView, view_of
+from continual.publish import folder
+from continual.publish.diffusion import LoraFormat
+from continual.publish.lora import LoraTarget
+
+
+@dataclass(frozen=True, slots=True)
+class OutPlan:
+    """What goes out: the merge, or a `view` of it. `current`: the link that is kept pointing at it; `asked`: where it
+    is released to and how; `as_lora`, `layout`: as an adapter of this rank in this layout, else as a whole model."""
+
+    asked: ReleaseSettings
+    current: Path | None
+    view: ReadView | None = None
+    as_lora: int | Literal["own"] | None = None
+    layout: LoraFormat = "peft"
+
+    @property
+    def name(self) -> str | None:
+        """The name of the view, None for the merge."""
+        return None if self.view is None else self.view.name
+
+
+def outgoing(settings: Settings, view: str | None = None) -> OutPlan:
+    """What the settings say of the merge, or of a view. Raises Misconfigured where they know no such view."""
+    if view is None:
+        return OutPlan(settings.release, settings.current)
+    found, said = view_of(settings, view), settings.views[view]
+    asked = settings.release.model_copy(update={"repo": said.repo, "every": False})
+    return OutPlan(asked, said.current, found, said.as_lora, said.format)
+
+
+def mark_of(merge: Merge, out: OutPlan, seq: int, dtype: str | None = None) -> str:
+    """A digest of what is read at record `seq`, and of the settings that say in which form it goes out: where it is the
+    same, the same is out. Raises Misconfigured for what cannot be read."""
+    said = [merge.contents(out.view, at=seq), out.as_lora, out.layout, dtype, merge.settings.tokenizer]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
+
+
+def write(merge: Merge, out: OutPlan, seq: int, directory: Path, mark: str, dtype: str | None = None) -> Path:
+    """Writes record `seq` into `directory`, which must not exist, in its form; returns it. Raises Misconfigured, Retry
+    and Halt; then nothing is left behind."""
+    if out.as_lora is None:
+        return merge.export(folder.Target(directory, at=seq, dtype=dtype, mark=mark), view=out.view)
+    rank = None if out.as_lora == "own" else out.as_lora
+    target = LoraTarget(directory, rank, dtype or "F32", out.layout, at=seq, mark=mark)
+    return merge.export_lora(target, out.view).directory
+
+
+def models_in(merge: Merge, out: OutPlan, seq: int) -> list[str]:
+    """The names of the models that are read at record `seq`, in the order of their folds. Raises Misconfigured."""
+    folds = merge.state.ledger.folds(at=seq)
+    if merge.state.format.form is not None and folds and out.view is not None:
+        kept = out.view.kept(folds)
+        folds = [fold for fold in folds if fold.entry.candidate.key in kept]
+    return [fold.entry.candidate.name for fold in folds]

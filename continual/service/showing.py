@@ -1,0 +1,186 @@
+"""What the status shows of the state: its form, its newest records, its views, and what each model has in what is
+out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from continual.api import Merge
+from continual.engine.fullness import Fullness
+from continual.errors import ContinualError
+from continual.outside import few
+from continual.publish.folder import provenance_in
+from continual.publish.hub import newest_release
+from continual.service.outgoing import models_in, outgoing
+from continual.service.web.view import (
+    ShownFold,
+    ShownForm,
+    ShownPublication,
+    ShownRefusal,
+    ShownRound,
+    ShownShare,
+    ShownShares,
+    ShownView,
+    ShownWaiting,
+)
+from continual.state import Commit, State
+from continual.state.entries import HookEntry, ReleaseEntry, SelectEntry
+from continual.state.format import FoldCommit
+from continual.state.ledger import Waiting
+
+SHOWN = 15
+"""Rows of each list that are shown."""
+_RECENT = 2000
+"""Records among which publications are looked for."""
+C = TypeVar("C", bound=Commit)
+
+
+def newest(commits: Sequence[C]) -> list[C]:
+    """The newest of them, newest first."""
+    return list(commits[-SHOWN:])[::-1]
+
+
+def fullness_of(merge: Merge) -> Fullness | None:
+    """How full a state of adapters is; None also where that cannot be read, and `verify` says why."""
+    try:
+        return merge.fullness()
+    except ContinualError:
+        return None
+
+
+def form_of(state: State, full: Fullness | None) -> ShownForm:
+    """What the state keeps, and how full it is."""
+    form = state.format.form
+    if form is None:
+        return ShownForm("whole tensors")
+    return ShownForm("adapters", form.width, *((full.used, full.layers, full.cut) if full else ()))
+
+
+def fold(commit: FoldCommit, full: Fullness | None) -> ShownFold:
+    """A fold, and what of it was cut off when it came and by now."""
+    candidate = commit.entry.candidate
+    numbers = commit.entry.numbers
+    return ShownFold(
+        commit.seq,
+        commit.time,
+        model=candidate.name,
+        form=candidate.form,
+        tau_norm=numbers.tau_norm,
+        cosine=numbers.cosine,
+        weight=numbers.weight,
+        left_out=few(numbers.extra or (), numbers.extra_count),
+        cut=numbers.cut,
+        cut_now=None if full is None or numbers.block is None else full.models.get(numbers.block),
+    )
+
+
+def refusal(commit: Commit) -> ShownRefusal:
+    """A refusal."""
+    candidate = commit.entry.candidate
+    return ShownRefusal(
+        commit.seq,
+        commit.time,
+        candidate.name if candidate else None,
+        reason=commit.entry.reason,
+        message=commit.entry.message,
+    )
+
+
+def publications(log: Sequence[Commit]) -> list[ShownPublication]:
+    """The newest records of releases and hooks, among the last."""
+    found = [commit for commit in log[-_RECENT:] if isinstance(commit.entry, ReleaseEntry | HookEntry)]
+    return [ShownPublication(commit.seq, commit.time, commit.entry.message) for commit in newest(found)]
+
+
+def ended(commit: Commit) -> ShownRound:
+    """A round that has ended."""
+    entry = commit.of_kind(SelectEntry)
+    return ShownRound(commit.seq, commit.time, loss=entry.loss, before=entry.before, gap=entry.gap, steps=entry.steps)
+
+
+def waiting(found: Waiting) -> ShownWaiting:
+    """A candidate of the pool."""
+    last = found.last
+    return ShownWaiting(
+        model=found.candidate.name,
+        since=found.since,
+        rounds=found.rounds,
+        score=last.score if last else None,
+        z=last.z if last else None,
+        said=last.message if last else "waits for its first round",
+    )
+
+
+def views(merge: Merge) -> tuple[ShownView, ...]:
+    """What is to be said of every view."""
+    return tuple(_view(merge, name) for name in merge.settings.views)
+
+
+def _view(merge: Merge, name: str) -> ShownView:
+    state, said, out = merge.state, merge.settings.views[name], outgoing(merge.settings, name)
+    models: list[str] = []
+    rule, scale, problem = said.rule or "", "", ""
+    try:
+        read = merge.scale(view=out.view)
+        rule, scale = read.rule or state.format.rule, read.scale
+        models = models_in(merge, out, state.ledger.head.seq)
+    except ContinualError as error:
+        problem = str(error)
+    there = {} if out.current is None else provenance_in(out.current)
+    released = None if said.repo is None else newest_release(state.ledger.log, said.repo, out.asked.branch)
+    return ShownView(
+        name=name,
+        rule=rule,
+        scale=scale,
+        count=len(models),
+        models=few(models) or "nothing",
+        problem=problem,
+        form="a whole model" if out.as_lora is None else _adapter(out.as_lora, there),
+        current=None if out.current is None else str(out.current),
+        current_seq=_number(there.get("seq")),
+        current_time=str(there["exported"]) if "exported" in there else None,
+        repo=said.repo,
+        released_seq=None if released is None else released.of,
+    )
+
+
+def _adapter(wanted: int | str, there: Mapping[str, object]) -> str:
+    """As what kind of adapter a view goes out; where one is out, with its rank and how near it comes."""
+    lora = there.get("lora")
+    if not isinstance(lora, Mapping):
+        return f"an adapter of {'its own rank' if wanted == 'own' else f'rank {wanted}'}"
+    error = lora.get("error")
+    near = f", {100 * error:.2g} % off" if isinstance(error, float) and error > 1e-6 else ""
+    return f"an adapter of rank {lora.get('rank')}{near}"
+
+
+def shares(merge: Merge) -> tuple[ShownShares, ...]:
+    """What each model has in what is out, as the `continual.json` beside it says: of the merge, and of each view."""
+    links = {name: outgoing(merge.settings, name).current for name in (None, *merge.settings.views)}
+    found = [_shares(merge.state, name, link) for name, link in links.items()]
+    return tuple(one for one in found if one is not None)
+
+
+def _shares(state: State, view: str | None, link: Path | None) -> ShownShares | None:
+    body = {} if link is None else provenance_in(link)
+    rows, seq = body.get("shares"), _number(body.get("seq"))
+    if not isinstance(rows, list) or seq is None or body.get("state") != state.id:
+        return None
+    read = [row for row in map(_share, rows) if row is not None]
+    return ShownShares(view, seq, str(link), tuple(read[:SHOWN]), len(read))
+
+
+def _share(row: object) -> ShownShare | None:
+    """A row of `shares`; None for what is none."""
+    if not isinstance(row, Mapping):
+        return None
+    figures = [row.get(key) for key in ("weight", "norm", "cosine", "change")]
+    if not all(isinstance(figure, int | float) for figure in figures):
+        return None
+    return ShownShare(str(row.get("name")), *(float(str(figure)) for figure in figures))
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) else None
