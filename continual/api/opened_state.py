@@ -23,7 +23,7 @@ from continual.engine.reading import Reading
 from continual.engine.resources import Resources
 from continual.engine.standing import Standing
 from continual.engine.views import ReadView, view_of
-from continual.errors import Misconfigured
+from continual.errors import Misconfigured, Retry
 from continual.executors.contract import Progress, silent
 from continual.executors.device import pick_device
 from continual.executors.local import Local
@@ -34,7 +34,7 @@ from continual.records import TensorSpec
 from continual.rules import ReadOptions, rule
 from continual.sources.roster import openers
 from continual.state import State, leasing
-from continual.tensors import BaseModel
+from continual.tensors import BaseModel, Folder
 
 if TYPE_CHECKING:
     from continual.hub import Hub
@@ -66,6 +66,7 @@ class OpenedState:
             raise
         self.rule = rule(self.state.format.rule, self.state.format.options)
         self._base: BaseModel | None = None
+        self._weighted: list[BaseModel] = []
         self._engine: tuple[Settings, Engine] | None = None
         self.places = Places(settings, self.state.format.base.repo, client, openers(settings))
         self.standing = Standing(self.state, lambda: self.settings)
@@ -81,8 +82,9 @@ class OpenedState:
 
     def close(self) -> None:
         """Closes the base's files and the state."""
-        if self._base is not None:
-            self._base.checkpoint.close()
+        for base in (self._base, *self._weighted):
+            if base is not None:
+                base.checkpoint.close()
         self.state.close()
 
     @property
@@ -108,7 +110,9 @@ class OpenedState:
         """The same over another opening of the base: of a state of adapters that with its weights. Raises
         Misconfigured for a device that is not there."""
         device = pick_device(self.settings.device)
-        resources = Resources(self.executor, device, locate=self.places.of, stop=self.stopping)
+        resources = Resources(
+            self.executor, device, locate=self.places.of, stop=self.stopping, open_weights=self._open_values
+        )
         return Engine(self.state, base, self.rule, self.standing.gates, resources)
 
     @property
@@ -160,6 +164,19 @@ class OpenedState:
         found = Reading(self.state, self.rule, at, options or self.scale(at, view), self._lengths)
         found.view = view
         return found
+
+    def _open_values(self) -> BaseModel:
+        """The base of a state of adapters with its weights, of which a fold reads a few: from the Hub by ranges. It
+        stays open until all is closed. Raises Misconfigured and Damaged where they are not there, Retry."""
+        if self._weighted:
+            newest = self._weighted[-1]
+            if not isinstance(newest.checkpoint.place, Folder):
+                return newest  # a commit of the Hub does not change
+            with contextlib.suppress(Retry):
+                newest.checkpoint.check_unchanged()
+                return newest
+        self._weighted.append(weighted_base(self.state, self.places, self.settings.base, fetch=False))
+        return self._weighted[-1]
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[BaseModel]:

@@ -7,7 +7,7 @@ from continual.blocks.layer import Layer
 from continual.blocks.merged import Merged, recovered
 from continual.blocks.shares import Explaining, ModelShare, Products, Shares
 from continual.blocks.shelf import HeldLayers, Shelf
-from continual.blocks.triplets import Block, triplets
+from continual.blocks.triplets import Block, decomposed, decomposing, triplets
 
 __all__ = [
     "CHUNK",
@@ -24,6 +24,8 @@ __all__ = [
     "Shares",
     "Shelf",
     "ThinProduct",
+    "decomposed",
+    "decomposing",
     "plan",
     "recovered",
     "slots",

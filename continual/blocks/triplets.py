@@ -1,15 +1,22 @@
-"""One model's singular triplets in one layer, from the two thin factors of its task vector; the m×n product is never
-made."""
+"""One model's singular triplets in one layer: from the two thin factors of its task vector, whose m×n product is never
+made, or from the m×n matrix where it is no such product."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from continual import linalg
+
+_SMALL = 1024
+"""Sides up to which all triplets of a matrix are found, however few are kept."""
+_STEPS = 2
+"""Steps of the subspace iteration. What is cut off of task vectors of DoRA is within a twentieth of the least possible.
+"""
 
 
 class Block(NamedTuple):
@@ -67,3 +74,81 @@ def triplets(left: Tensor, right: Tensor) -> Block:
 def _block(u: Tensor, sigma: Tensor, v: Tensor, energy: float) -> Block:
     rows = (u.mT.float().contiguous(), sigma.float(), v.mT.float().contiguous())
     return Block(*rows, energy, len(sigma))
+
+
+def decomposed(matrix: Tensor, most: int) -> Block:
+    """The largest `most` singular triplets of an m×n matrix, float32, or all of them where there are fewer.
+
+    Rows and columns of zeros are left aside. Where few others are left, all triplets come from the float64 Gram
+    (`linalg.right_singular`); else the largest from a range finder with two steps of a subspace iteration (Halko,
+    Martinsson and Tropp 2011, algorithm 4.4), which finds all of a matrix of lower rank. `energy` is ‖matrix‖² in
+    either case, so that what was cut off is known exactly. `rank`: how many there are; where `most` do not say all, the
+    smaller side. Of a matrix that is not finite there is none, as `triplets` has it.
+    """
+    m, n = matrix.shape
+    energy = linalg.dot(matrix, matrix)
+    rows, columns = (matrix != 0).any(1).nonzero()[:, 0], (matrix != 0).any(0).nonzero()[:, 0]
+    if not energy or not math.isfinite(energy):
+        return _block(matrix.new_zeros(m, 0), matrix.new_zeros(0), matrix.new_zeros(n, 0), energy)
+    held = matrix if (len(rows), len(columns)) == (m, n) else matrix[rows][:, columns]
+    found = _all_of(held) if _few(len(rows), len(columns), most) else _largest_of(held, most, energy)
+    u, v = matrix.new_zeros(len(found.u), m), matrix.new_zeros(len(found.v), n)
+    u[:, rows], v[:, columns] = found.u, found.v
+    return Block(u, found.sigma, v, energy, found.rank).first(most)
+
+
+def decomposing(m: int, n: int, most: int) -> int:
+    """Peak bytes of `decomposed`, without the matrix that it is given."""
+    small = min(m, n)
+    if _few(m, n, most):
+        return 4 * m * n + linalg.workspace(m, n) + 12 * small * (m + n)
+    return 4 * m * n + 8 * 5 * (most + linalg.SPARE) * (m + n) + 8 * 2 * linalg.BLOCK
+
+
+def _few(m: int, n: int, most: int) -> bool:
+    """Whether the Gram of the smaller side costs no more than a range finder."""
+    return min(m, n) <= max(_SMALL, 2 * (most + linalg.SPARE))
+
+
+def _all_of(matrix: Tensor) -> Block:
+    """Every triplet, from the Gram of the smaller side."""
+    m, n = matrix.shape
+    rows = linalg.tall(matrix)
+    sigma, v = linalg.right_singular(rows, linalg.NULL)
+    v = v[:, : int((sigma > 0).sum())]
+    u = torch.cat([rows[part].double() @ v for part in linalg.row_blocks(*rows.shape)])
+    sigma = u.norm(dim=0)
+    order = sigma.argsort(descending=True)
+    u, sigma, v = (u / sigma)[:, order], sigma[order], v[:, order]
+    left, right = (u, v) if m >= n else (v, u)
+    return _block(left, sigma, right, 0.0)
+
+
+def _largest_of(matrix: Tensor, most: int, energy: float) -> Block:
+    """The largest `most` triplets of a matrix of this energy, by a range finder."""
+    m, n = matrix.shape
+    found = linalg.span(matrix, most)
+    if found is not None:
+        basis, core = found
+    else:
+        draw = torch.Generator().manual_seed(most)
+        start = torch.randn(n, most + linalg.SPARE, generator=draw, dtype=torch.float64).to(matrix.device)
+        parts = linalg.row_blocks(m, n)
+        basis = torch.linalg.qr(torch.cat([matrix[part].double() @ start for part in parts]))[0]
+        for _ in range(_STEPS):
+            other = torch.linalg.qr(_turned(matrix, basis, parts))[0]
+            basis = torch.linalg.qr(torch.cat([matrix[part].double() @ other for part in parts]))[0]
+        core = _turned(matrix, basis, parts).mT
+    turned, upper = torch.linalg.qr(core.mT)
+    w, sigma, zh = torch.linalg.svd(upper.mT, full_matrices=False)
+    k = int((sigma > linalg.NULL * sigma[0]).sum())
+    block = _block(basis @ w[:, :k], sigma[:k], turned @ zh[:k].mT, energy)
+    return block if found is not None else block._replace(rank=min(m, n))
+
+
+def _turned(matrix: Tensor, basis: Tensor, parts: Sequence[slice]) -> Tensor:
+    """matrixᵀ·basis, float64."""
+    found = basis.new_zeros(matrix.shape[1], basis.shape[1])
+    for part in parts:
+        found.addmm_(matrix[part].double().mT, basis[part])
+    return found

@@ -15,6 +15,7 @@ from continual.errors import Damaged, Misconfigured, Refuse
 from continual.executors.contract import Progress, silent
 from continual.hub.locate import Places
 from continual.linalg import dot
+from continual.records import SCHEME
 from continual.state import State
 from continual.state.format import BaseFile, BaseRecord
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, describe, foreign, open_model
@@ -70,15 +71,18 @@ def name_of(record: BaseRecord) -> str:
     return f"{record.repo}@{record.revision}" if record.repo is not None else record.path
 
 
-def weighted_base(state: State, places: Places, moved: Path | None = None) -> BaseModel:
+def weighted_base(state: State, places: Places, moved: Path | None = None, *, fetch: bool = True) -> BaseModel:
     """Opens the files of the base of `state`, where they were at init or in `moved`, to read its weights. One that came
-    from the Hub and is not on this machine is fetched. Raises as `open_base`."""
+    from the Hub and is not on this machine is fetched; without `fetch` it is read there, by ranges. Raises as
+    `open_base`."""
     record = state.format.base
     if record.packed is not None:
         return _unquantised(state, moved)
     path = moved or Path(record.path)
     there = bool(record.path) and all((path / file.name).exists() for file in record.files)  # a fetch may be cut off
     if not there and moved is None and record.repo is not None:
+        if not fetch:
+            return _as_made(open_checkpoint(places.named(f"{SCHEME}{name_of(record)}")), state)
         path = fetched(places.hub, record.repo, record.revision, silent).path
     if not path.exists():
         raise Misconfigured(f"base {path} is gone: put it back, or say where it is now with base = DIR (--base)")
@@ -87,8 +91,19 @@ def weighted_base(state: State, places: Places, moved: Path | None = None) -> Ba
         raise Misconfigured(
             f"base {path} has no {lacking} any more: put it back, or say where the base is now with base = DIR (--base)"
         )
+    model = _as_made(open_checkpoint(path, whole=_is_whole(record.files)), state)
+    if record.headers is None and files_of(model.checkpoint) != record.files:
+        digests = measure_base(model, silent).digests
+        if differing := sorted(name for name, digest in record.digests.items() if digests.get(name) != digest):
+            raise Damaged(f"base {path} is not the one this state was made from: tensor {differing[0]} differs")
+    return model
+
+
+def _as_made(checkpoint: Checkpoint, state: State) -> BaseModel:
+    """The base that `state` was made from, from its open files. Raises Damaged where it is another."""
+    record = state.format.base
     model = describe(
-        open_checkpoint(path, whole=_is_whole(record.files)),
+        checkpoint,
         plain=record.plain,
         exclude=record.exclude,
         tables=[spec.name for spec in state.format.tensors],  # what a state keeps by itself stays so
@@ -96,12 +111,9 @@ def weighted_base(state: State, places: Places, moved: Path | None = None) -> Ba
     model = replace(model, specs=as_made(model.specs, state.format.tensors))
     if model.specs != state.format.tensors:
         raise Damaged(
-            f"base {path} is not the one this state was made from: its tensors have other names, shapes or dtypes"
+            f"base {checkpoint.place} is not the one this state was made from: its tensors have other names, shapes or "
+            "dtypes"
         )
-    if record.headers is None and files_of(model.checkpoint) != record.files:
-        digests = measure_base(model, silent).digests
-        if differing := sorted(name for name, digest in record.digests.items() if digests.get(name) != digest):
-            raise Damaged(f"base {path} is not the one this state was made from: tensor {differing[0]} differs")
     return model
 
 

@@ -1,5 +1,6 @@
 """Folding an adapter into a state that keeps adapters as they are: its singular triplets beside the others', layer by
-layer. Neither the base nor the blocks of other adapters are read, unless they are cut."""
+layer. The blocks of other adapters are not read, unless they are cut; nor is the base, but where what an adapter adds
+depends on its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +14,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from continual.blocks import CHUNK, MOST, Arrangement, Block, Columns, Layer, plan, triplets, without
+from continual.blocks import (
+    CHUNK,
+    MOST,
+    Arrangement,
+    Block,
+    Columns,
+    Layer,
+    decomposed,
+    decomposing,
+    plan,
+    triplets,
+    without,
+)
 from continual.engine.outcomes import FoldReport, OpenCandidate
 from continual.engine.report import mapped, seconds_of
 from continual.engine.resources import Resources
@@ -25,17 +38,18 @@ from continual.rules import Sums, settle
 from continual.state import State, Transaction
 from continual.state.arrays import Array
 from continual.state.generation import Generation
-from continual.tensors import Adapter, BaseModel, ThinVectors, digest_of
+from continual.tensors import Adapter, BaseModel, Folder, LayerVectors, ThinVector, WholeVector, digest_of
 from continual.tensors.thin import sides_of
 
 
 class _Layer(NamedTuple):
-    """What folding one layer gave: the digest of what its factors were made from, ‖τ‖², what the cut took of it, bytes
-    read, and wall time by stage."""
+    """What folding one layer gave: the digest of what its task vector was made from, ‖τ‖², what the cut took of it,
+    whether that was read as thin factors, bytes read, and wall time by stage."""
 
     digest: bytes
     energy: float
     lost: float
+    thin: bool
     nbytes: int
     seconds: dict[str, float]
 
@@ -53,16 +67,22 @@ class BlockFolding:
         self._opened = opened
         self._gates = gates
         self._resources = resources
-        self._vectors = ThinVectors(base, opened.model, opened.lineage)
+        self._vectors = LayerVectors(base, opened.model, opened.lineage, opened.weights)
+        self._vectors.begin()
+        self._width = 0
 
-    def run(self, number: int, before: Totals, progress: Progress) -> FoldReport:
-        """Puts every layer of the adapter beside what is there; the report of it. Raises Refuse, Retry, Abandoned."""
+    def run(self, number: int, width: int, before: Totals, progress: Progress) -> FoldReport:
+        """Puts every layer of the adapter beside what is there, `width` columns in all; the report of it. Raises
+        Refuse, Retry, Abandoned."""
+        self._width = width
         changed = set(self._opened.lineage.folded)
         specs = [spec for spec in self._base.specs if spec.kind != "carried"]
         mine = sorted((s for s in specs if s.name in changed), key=lambda s: self._vectors.position(s.name))
         found: dict[str, _Layer] = {}
         progress("fold", 0, len(mine))
-        tasks = [Task(spec.name, need(self._vectors, spec), partial(self._layer, spec, number)) for spec in mine]
+        tasks = [
+            Task(spec.name, need(self._vectors, spec, self._width), partial(self._layer, spec, number)) for spec in mine
+        ]
         for name, layer in self._resources.executor.map(tasks):
             found[name] = layer
             progress("fold", len(found), len(tasks))
@@ -70,20 +90,22 @@ class BlockFolding:
             if spec.name not in changed:
                 self._transaction.keep(spec.name)
         self._opened.model.check_unchanged()
+        if self._opened.weights is not None and isinstance(self._opened.weights.checkpoint.place, Folder):
+            self._opened.weights.checkpoint.check_unchanged()  # a commit of the Hub does not change
         return self._report(number, before, found)
 
     def _layer(self, spec: TensorSpec, number: int) -> _Layer:
         self._resources.go_on(self._opened.candidate.name)
         started = time.perf_counter()
-        thin = self._vectors.read(spec)
+        vector = self._vectors.read(spec)
         read = time.perf_counter()
         device = self._resources.device
-        block = triplets(thin.left.to(device), thin.right.to(device))
+        block = block_of(vector, spec, self._width, device)
         self._gates.at_tensor(TensorNumbers(self._opened.candidate.name, spec.name, block.energy))
         computed = time.perf_counter()
         lost = put(self._transaction, spec.name, number, block)
         seconds = {"read": read - started, "rule": computed - read, "write": time.perf_counter() - computed}
-        return _Layer(thin.digest, block.energy, lost, thin.nbytes, seconds)
+        return _Layer(vector.digest, block.energy, lost, isinstance(vector, ThinVector), vector.nbytes, seconds)
 
     def _report(self, number: int, before: Totals, found: dict[str, _Layer]) -> FoldReport:
         opened, lineage = self._opened, self._opened.lineage
@@ -105,22 +127,39 @@ class BlockFolding:
             seconds=seconds_of(layer.seconds for layer in layers),
             bytes_read=sum(layer.nbytes for layer in layers),
             device=str(self._resources.device),
+            cut=math.fsum(layer.lost for layer in layers if not layer.thin) / tau_sq if tau_sq else 0.0,
         )
 
 
-def need(vectors: ThinVectors, spec: TensorSpec) -> int:
-    """Peak bytes of folding a layer: its factors in float64 three times over, and as many float32 rows as are kept."""
+def block_of(vector: ThinVector | WholeVector, spec: TensorSpec, width: int, device: torch.device) -> Block:
+    """The singular triplets of one layer, at most `width` of what is no product of thin factors."""
+    if isinstance(vector, ThinVector):
+        return triplets(vector.left.to(device), vector.right.to(device))
+    found = decomposed(vector.matrix.to(device), width)
+    if vector.rows is None:
+        return found
+    u = found.u.new_zeros(len(found.u), sides_of(spec.shape)[0])
+    u[:, vector.rows.to(device)] = found.u
+    return found._replace(u=u)
+
+
+def need(vectors: LayerVectors, spec: TensorSpec, width: int) -> int:
+    """Peak bytes of folding a layer: of thin factors these in float64 three times over, and as many float32 rows as are
+    kept; of a matrix what it takes to read and to decompose it."""
     m, n = sides_of(spec.shape)
-    return 14 * vectors.nbytes(spec.name) + 8 * (m + n) * 16
+    rows = 8 * (m + n) * CHUNK
+    if vectors.is_thin(spec.name):
+        return 14 * vectors.nbytes(spec.name) + rows
+    return vectors.workspace(spec.name) + decomposing(vectors.rows(spec.name), n, width) + rows
 
 
-def written(vectors: ThinVectors, spec: TensorSpec, width: int) -> int:
+def written(vectors: LayerVectors, spec: TensorSpec, width: int) -> int:
     """About how many bytes folding a layer writes where nothing is cut: whole chunks of columns."""
     m, n = sides_of(spec.shape)
     return 4 * (m + n) * min(width, -(-vectors.rank(spec.name) // CHUNK) * CHUNK)
 
 
-def cuts(state: State, vectors: ThinVectors, names: Iterable[str]) -> int:
+def cuts(state: State, vectors: LayerVectors, names: Iterable[str]) -> int:
     """In how many of these layers blocks are cut when the adapter comes in, its own or others'."""
     assert state.format.form is not None
     found, width = 0, state.format.form.width
@@ -140,7 +179,7 @@ def put(transaction: Transaction, name: str, number: int, block: Block) -> float
         transaction.keep(name)
         return block.energy
     rearrange(transaction, name, old, after, number, block)
-    return max(0.0, block.energy - block.first(after.take).kept) if after.take < len(block.sigma) else 0.0
+    return max(0.0, block.energy - block.first(after.take).kept) if after.take < block.rank else 0.0
 
 
 def take_out(transaction: Transaction, name: str, number: int) -> None:

@@ -123,6 +123,7 @@ class Engine:
                 earlier=earlier[-1].seq if earlier else None,
                 cloned=self.state.ledger.cloned,
                 repo=self.state.format.base.repo,
+                open_weights=self.resources.open_weights,
             )
         )
 
@@ -137,7 +138,16 @@ class Engine:
             found = trace(self.base, model, gate, again=True)
         form = self.gates.the(FormGate)
         with self.gates.told(form):  # of a state of adapters: without what stays out of a fold
-            seen = form.judge(Headers(candidate_of(model), model, self.base, self.state.id, lineage=found))
+            seen = form.judge(
+                Headers(
+                    candidate_of(model),
+                    model,
+                    self.base,
+                    self.state.id,
+                    lineage=found,
+                    open_weights=lambda: self.weights,  # whoever asks for a lineage opens what is read by it
+                )
+            )
         return found if seen is None or seen.lineage is None else seen.lineage
 
     def shipped(self, model: Model, lineage: Lineage) -> Checkpoint | None:
@@ -156,7 +166,7 @@ class Engine:
         model, lineage = opened.model, opened.lineage
         if self.state.format.form is not None:
             beside = BlockFolding(self.base, transaction, opened, self.gates, self.resources)
-            return beside.run(free_number(self.state), before, progress)
+            return beside.run(free_number(self.state), self.state.format.form.width, before, progress)
         with ExitStack() as files:
             read: list[Model] = [model, self.base.checkpoint]
             shipped = self.shipped(model, lineage)
@@ -186,7 +196,7 @@ class Engine:
             if twin := self.state.ledger.folded_digest(report.digest):
                 return self._duplicate(report, twin)
             found = report.numbers
-            self.gates.at_numbers(Numbers(candidate.name, found.tau_norm, found.base_norm, before))
+            self.gates.at_numbers(Numbers(candidate.name, found.tau_norm, found.base_norm, before, report.cut))
             self.go_on(candidate.name)
             streamed = time.perf_counter()
             progress("commit", 0, 1)

@@ -14,7 +14,7 @@ from continual.state import Commit
 from continual.state.entries import RefuseEntry
 from continual.state.fields import body_of
 from continual.state.parts import FoldNumbers, MatchedRows
-from continual.tensors import Model
+from continual.tensors import BaseModel, Model
 
 _SETTING = re.compile(
     r"\b(?:missing|vocab|lineage|tied|updates|max_base_ratio|max_mean_ratio|weight) = |lineage\.(?:extra|carried)="
@@ -23,23 +23,26 @@ _SETTING = re.compile(
 
 
 class OpenCandidate(NamedTuple):
-    """A candidate that the gates have let in, with its files open, and the weight it is folded with."""
+    """A candidate that the gates have let in, with its files open, and the weight it is folded with. `weights`: the
+    base with its weights, where a state keeps none and the candidate takes them."""
 
     candidate: Candidate
     model: Model
     lineage: Lineage
     weight: float = 1.0
+    weights: BaseModel | None = None
 
     @classmethod
     def of(cls, seen: Headers) -> OpenCandidate:
         """From what the gates have seen of its headers."""
         assert seen.lineage is not None, "the gate on lineage has not been asked"
-        return cls(seen.candidate, seen.model, seen.lineage, seen.weight)
+        return cls(seen.candidate, seen.model, seen.lineage, seen.weight, seen.weights)
 
 
 @dataclass(frozen=True, slots=True)
 class FoldReport:
-    """What one fold did, measured while its tensors streamed by. `seconds`: wall time by stage, added over workers."""
+    """What one fold did, measured while its tensors streamed by. `seconds`: wall time by stage, added over workers.
+    `cut`: as the gates are shown it (`Numbers`)."""
 
     candidate: Candidate
     digest: str
@@ -49,6 +52,7 @@ class FoldReport:
     seconds: Mapping[str, float]
     bytes_read: int
     device: str
+    cut: float = 0.0
 
     @property
     def tokens_left_out(self) -> str:

@@ -11,7 +11,7 @@ from continual.engine.outcomes import OpenCandidate, Plan, known_as, tokens_said
 from continual.engine.report import matched
 from continual.errors import Refuse, Retry
 from continual.executors.contract import Executor
-from continual.tensors import Adapter, Place, TaskVectors, ThinVectors, candidate_of, open_model
+from continual.tensors import Adapter, LayerVectors, Place, TaskVectors, candidate_of, open_model
 
 
 def plan(engine: Engine, place: Place) -> Plan:
@@ -53,7 +53,7 @@ class _Costs(NamedTuple):
 
 def _costs(engine: Engine, opened: OpenCandidate) -> _Costs:
     """Of a fold into whole tensors."""
-    candidate, model, lineage, _ = opened
+    candidate, model, lineage = opened.candidate, opened.model, opened.lineage
     rule = engine.rule
     specs = {spec.name: spec for spec in engine.base.specs}
     shipped = engine.shipped(model, lineage)
@@ -73,18 +73,19 @@ def _costs(engine: Engine, opened: OpenCandidate) -> _Costs:
 def _costs_of_blocks(engine: Engine, opened: OpenCandidate, width: int) -> tuple[_Costs, str]:
     """Of a fold beside other adapters, and what is to be said of cuts."""
     assert isinstance(opened.model, Adapter), "the gate on the form lets nothing else in"
-    vectors = ThinVectors(engine.base, opened.model, opened.lineage)
+    vectors = LayerVectors(engine.base, opened.model, opened.lineage, opened.weights)
+    vectors.begin()
     folded = set(opened.lineage.folded)
     specs = [spec for spec in engine.base.specs if spec.name in folded]
     disk = sum(blocks.written(vectors, spec, width) for spec in specs)
     cut = blocks.cuts(engine.state, vectors, opened.lineage.folded)
     said = f"; in {cut} of {len(specs)} layers adapters are cut to the width of {width}" if cut else ""
-    needs = [blocks.need(vectors, spec) for spec in specs]
+    needs = [blocks.need(vectors, spec, width) for spec in specs]
     return _Costs(1.0, sum(vectors.nbytes(spec.name) for spec in specs), disk, needs), said
 
 
 def _fitting(engine: Engine, opened: OpenCandidate, place: Place) -> Plan:
-    candidate, _, lineage, _ = opened
+    candidate, lineage = opened.candidate, opened.lineage
     specs = {spec.name: spec for spec in engine.base.specs}
     form, said = engine.state.format.form, ""
     if form is None:

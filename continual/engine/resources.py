@@ -12,10 +12,13 @@ import torch
 from continual.errors import Abandoned
 from continual.executors.contract import Executor
 from continual.records import Candidate
-from continual.tensors import Folder, Place
+from continual.tensors import BaseModel, Folder, Place
 
 Locate = Callable[[Candidate], Place]
 """Finds the place of a candidate that a record names."""
+OpenWeights = Callable[[], BaseModel]
+"""Opens the base of a state that keeps none of its weights, to read some; the caller does not close it. It raises Halt
+where they are not there, Retry."""
 
 
 def local_place(candidate: Candidate) -> Place:
@@ -25,13 +28,14 @@ def local_place(candidate: Candidate) -> Place:
 
 @dataclass(frozen=True)
 class Resources:
-    """Where the work runs (`executor`, `device`), how the engine finds a model that a record names (`locate`), and the
-    event that ends the work (`stop`)."""
+    """Where the work runs (`executor`, `device`), how the engine finds a model that a record names (`locate`), the
+    event that ends the work (`stop`), and how it opens the weights of a base of which it has the headers alone."""
 
     executor: Executor
     device: torch.device
     locate: Locate = local_place
     stop: threading.Event = field(default_factory=threading.Event)
+    open_weights: OpenWeights | None = None
 
     def go_on(self, name: str) -> None:
         """Raises Abandoned if continual is stopping. `name` is the candidate or work that the message is about."""

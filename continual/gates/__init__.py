@@ -24,6 +24,7 @@ from continual.gates.contract import (
     Numbers,
     TensorNumbers,
 )
+from continual.gates.cut import CutGate
 from continual.gates.finite import FiniteGate
 from continual.gates.form import FormGate
 from continual.gates.lineage import LineageGate
@@ -35,6 +36,7 @@ from continual.gates.weight import WeightGate
 __all__ = [
     "GATES",
     "AssemblyGate",
+    "CutGate",
     "FiniteGate",
     "FormGate",
     "Gate",
@@ -59,6 +61,7 @@ GATES: tuple[type[Gate], ...] = (
     WeightGate,
     FiniteGate,
     NormsGate,
+    CutGate,
 )
 """Every gate. Those of one stage are asked in this order."""
 

@@ -18,7 +18,7 @@ is none, because nothing evaluates yet.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -31,8 +31,10 @@ class Headers(NamedTuple):
 
     `state`: the id of the state; `cloned`: those of the states that it was cloned from. `release`: the `continual.json`
     beside the model, if it is an export of ours. `earlier`: the newest fold in force of other files from the same
-    origin. `lineage` (None until the gate of that name has passed) and `weight` are what gates have found out. `repo`:
-    that of the base on the Hub, where it came from there.
+    origin. `lineage` (None until the gate of that name has passed), `weight` and `weights` are what gates have found
+    out. `repo`: that of the base on the Hub, where it came from there. `open_weights`: opens the base with its weights,
+    in a state that keeps none; it raises Halt where they are not there. `weights`: the base so opened, where the
+    candidate takes them.
     """
 
     candidate: Candidate
@@ -45,6 +47,8 @@ class Headers(NamedTuple):
     weight: float = 1.0
     cloned: Sequence[str] = ()
     repo: str | None = None
+    open_weights: Callable[[], BaseModel] | None = None
+    weights: BaseModel | None = None
 
 
 class TensorNumbers(NamedTuple):
@@ -63,13 +67,15 @@ class Numbers(NamedTuple):
 
     `tau_norm`: ‖τ‖ over the whole model. `base_norm`: ‖θ₀‖ over the tensors that were folded, None in a state that does
     not read its base. `totals`: those of the state before this fold; `count` and `norm_sum` give the mean norm of what
-    was folded so far.
+    was folded so far. `cut`: the share of ‖τ‖² that a state of adapters has no room for, in tensors that were changed
+    by more than a product of two thin factors.
     """
 
     name: str
     tau_norm: float
     base_norm: float | None
     totals: Totals
+    cut: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -5,32 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from continual.errors import Refuse
+from continual.errors import Halt, Refuse
 from continual.gates.contract import AtHeaders, Headers
 from continual.outside import few
-from continual.tensors import Adapter
+from continual.tensors import Adapter, BaseModel
 from continual.tensors.kept import is_kept
 from continual.tensors.matching import naming_of, sources
 from continual.tensors.same_layout import in_layout_of
-from continual.tensors.thin import is_thin
+from continual.tensors.thin import needs_base
 
 
 @dataclass(frozen=True)
 class FormGate(AtHeaders):
-    """In a state that keeps adapters as they are, refuses full fine-tunes, and adapters that change a tensor by more
-    than a product of two thin factors: that takes the weights of the base, which such a state does not read. In other
-    states it lets everything pass.
+    """In a state that keeps adapters as they are, refuses full fine-tunes, and adapters whose changes depend on the
+    weights of the base (whole weights, DoRA, trained tokens) where these are not to be read. In other states it lets
+    everything pass.
 
-    `whole`: `leave-out` folds the thin factors of an adapter that also brings other changes, and leaves these out.
+    `whole`: `fold` reads the weights of the base that such an adapter takes, where they can be read; `leave-out` leaves
+    these changes out and folds the rest; `refuse` keeps the adapter out.
     """
 
     name = "form"
     reasons = ("form",)
 
-    whole: Literal["refuse", "leave-out"] = "refuse"
+    whole: Literal["fold", "leave-out", "refuse"] = "fold"
 
     def judge(self, seen: Headers) -> Headers | None:
-        """Finds which changes of an adapter stay out. Raises Refuse (`form`)."""
+        """Opens the weights of the base for an adapter that takes them, or finds which of its changes stay out. Raises
+        Refuse (`form`), Retry."""
         if not is_kept(seen.base):
             return None
         model = seen.model
@@ -42,23 +44,37 @@ class FormGate(AtHeaders):
             )
         assert seen.lineage is not None, "the gate on lineage comes first"
         found, _ = sources(seen.base, in_layout_of(seen.base, model), naming_of(seen.lineage))
-        whole = [name for name in seen.lineage.folded if not is_thin(found[name])]
+        whole = [name for name in seen.lineage.folded if needs_base(found[name])]
         if not whole:
             return None
-        thin = tuple(name for name in seen.lineage.folded if name not in whole)
         said = (
-            f"{model.place}: changes {few(whole)} by more than a product of two thin factors (a whole weight, DoRA, "
-            "trained tokens, …), which takes the weights of the base; this state keeps adapters and does not read them"
+            f"{model.place}: changes {few(whole)} by something that depends on the weights of the base (a whole "
+            "weight, DoRA, trained tokens, …)"
         )
-        if not thin:
-            raise Refuse("form", f"{said}: fold it into a state that was made without --adapters")
-        if self.whole == "refuse":
+        thin = tuple(name for name in seen.lineage.folded if name not in whole)
+        rest = "; or gates.form.whole = leave-out folds the rest without it" if thin else ""
+        if self.whole == "fold":
+            return seen._replace(weights=self._weights(seen, said, rest))
+        if self.whole == "refuse" or not thin:
             raise Refuse(
                 "form",
-                f"{said}: fold it into a state that was made without --adapters; or gates.form.whole = leave-out folds "
-                "the rest without it",
+                f"{said}: gates.form.whole = fold reads them, or fold it into a state that was made without "
+                f"--adapters{rest if self.whole == 'refuse' else ''}",
                 by=("whole",),
             )
         unchanged = tuple(sorted({*seen.lineage.unchanged, *whole}))
         extra = (*seen.lineage.extra, *whole)
         return seen._replace(lineage=replace(seen.lineage, folded=thin, unchanged=unchanged, extra=extra))
+
+    def _weights(self, seen: Headers, said: str, rest: str) -> BaseModel:
+        """The base with its weights. Raises Refuse (`form`) where they cannot be read, Retry where they cannot now."""
+        assert seen.open_weights is not None, "the engine of such a state opens the weights of its base"
+        try:
+            return seen.open_weights()
+        except (Halt, Refuse) as error:
+            raise Refuse(
+                "form",
+                f"{said}, and they cannot be read ({error}); once they can, 'continual retry' has it looked at again"
+                f"{rest}; or fold it into a state that was made without --adapters",
+                by=("whole",),
+            ) from None

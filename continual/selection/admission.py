@@ -17,7 +17,7 @@ def admit(engine: Engine, place: Place) -> Outcome:
     (nothing is settled) and Halt."""
 
     def wait(seen: Headers) -> Outcome:
-        candidate, model, lineage, _ = OpenCandidate.of(seen)
+        candidate, model, lineage, *_ = OpenCandidate.of(seen)
         name = candidate.name
         if waiting := engine.state.ledger.pool.get(candidate.key):
             message = f"{name}: waits in the pool since {waiting.since}"

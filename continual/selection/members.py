@@ -24,7 +24,7 @@ from continual.engine.folding import run_length
 from continual.errors import Refuse
 from continual.executors.contract import Progress, Task
 from continual.records import Candidate, Lineage
-from continual.tensors import Adapter, Model, Place, TaskVectors, ThinVectors, candidate_of, open_model
+from continual.tensors import Adapter, LayerVectors, Model, Place, TaskVectors, ThinVector, candidate_of, open_model
 
 T = TypeVar("T")
 Factors = tuple[Tensor, Tensor]
@@ -143,13 +143,14 @@ def opened(engine: Engine, member: Member) -> Iterator[Opened]:
             )
         lineage = engine.lineage(model)
         vectors = TaskVectors(engine.weights, model, lineage, run=run_length(engine.device), buffers=engine.buffers)
-        thin = ThinVectors(engine.base, model, lineage) if isinstance(model, Adapter) else None
+        layers = LayerVectors(engine.base, model, lineage) if isinstance(model, Adapter) else None
         specs = {spec.name: spec for spec in engine.base.specs}
 
         def factors(name: str) -> Factors | None:
-            if thin is None or not thin.has(name):
+            if layers is None or not layers.is_thin(name):
                 return None
-            found = thin.read(specs[name])
+            found = layers.read(specs[name])
+            assert isinstance(found, ThinVector)
             return found.left, found.right
 
         yield Opened(lineage.folded, factors, MemberFiles(model, lineage, vectors))

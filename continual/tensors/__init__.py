@@ -7,7 +7,7 @@ from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel, describe
 from continual.tensors.model import Model, candidate_of, open_model, open_shipped, unreadable
 from continual.tensors.place import Folder, Place, place_of, read_json, release_of
-from continual.tensors.thin import ThinVector, ThinVectors
+from continual.tensors.thin import LayerVectors, ThinVector, WholeVector
 from continual.tensors.vectors import TaskVector, TaskVectors, digest_of
 
 __all__ = [
@@ -15,13 +15,14 @@ __all__ = [
     "BaseModel",
     "Checkpoint",
     "Folder",
+    "LayerVectors",
     "Model",
     "Place",
     "TaskVector",
     "TaskVectors",
     "TensorInfo",
     "ThinVector",
-    "ThinVectors",
+    "WholeVector",
     "candidate_of",
     "describe",
     "digest_of",

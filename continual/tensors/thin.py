@@ -1,25 +1,35 @@
-"""What an adapter adds to a tensor as the two thin factors it is published in: the product is never made, and no weight
-of the base is read."""
+"""What an adapter adds to a tensor, in the smallest form that says it: the two thin factors it is published in, so that
+the product is never made; the few rows that were trained; else the whole task vector.
+
+The weights of the base are read only where what is added depends on them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from continual.records import Lineage, TensorSpec
+from continual.records import Lineage, TensorSpec, TokenRows
 from continual.tensors.adapter import Adapter
 from continual.tensors.added import Content, hash_piece
+from continual.tensors.checkpoint import TORCH
 from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import Match, naming_of, sources
 from continual.tensors.pieces import Piece
 from continual.tensors.pieces.low_rank import Bias, Factors, Triple
+from continual.tensors.pieces.tokens import Tokens
 from continual.tensors.pieces.trained import RowsOf, Trained
 from continual.tensors.row_order import gather, moved_of
 from continual.tensors.same_layout import in_layout_of
+from continual.tensors.vectors import TaskVectors
+
+_RUN = 1 << 22
+"""Elements of a whole tensor that are read at a time: of a base on the Hub each run is a request."""
 
 
 def sides_of(shape: Sequence[int]) -> tuple[int, int]:
@@ -38,48 +48,88 @@ class ThinVector(NamedTuple):
     nbytes: int
 
 
-class ThinVectors:
-    """Reads the task vectors of an adapter of `base` as `lineage` maps them, a layer at a time. Thread-safe. A tensor
-    that is asked for has to be one that it `has`."""
+class WholeVector(NamedTuple):
+    """One layer's task vector as a matrix, float32: the given `rows` of the layer, where all others are zero (int64),
+    or all of it (None). `digest` and `nbytes` as `ThinVector` has them."""
 
-    def __init__(self, base: BaseModel, model: Adapter, lineage: Lineage) -> None:
+    matrix: Tensor
+    rows: Tensor | None
+    digest: bytes
+    nbytes: int
+
+
+class LayerVectors:
+    """Reads the task vectors of an adapter of `base` as `lineage` maps them, a layer at a time. Thread-safe.
+
+    `weights`: the same base with its weights, without which no layer can be read of which `needs_base` says so.
+    """
+
+    def __init__(self, base: BaseModel, model: Adapter, lineage: Lineage, weights: BaseModel | None = None) -> None:
         found = in_layout_of(base, model)
         assert isinstance(found, Adapter)
         self._model = found
         self._sources, _ = sources(base, found, naming_of(lineage))
         self._moved = moved_of(lineage.tokens)
+        self._specs = {spec.name: spec for spec in base.specs}
+        self._weights = weights
+        self._whole: TaskVectors | None = None
+        self._others = partial(TaskVectors, weights or base, model, lineage, run=_RUN)
+        self._lineage = lineage
 
-    def has(self, name: str) -> bool:
-        """Whether the layer's task vector is a product of thin factors."""
-        return name in self._sources and is_thin(self._sources[name])
+    def begin(self) -> None:
+        """Begins to read all layers, each once: what is read in which order, if some are neither thin nor few rows."""
+        if any(not self.is_thin(name) and self._tokens(name) is None for name in self._lineage.folded):
+            self._whole = self._others()
 
     def position(self, name: str) -> tuple[int, int]:
         """Where in the adapter's file the layer `name` begins: in this order they are best read."""
-        info = self._model.infos(self._piece(name))[0]
+        source = self._sources[name]
+        info = source.full or self._model.infos(_piece(source))[0]
         return info.file, info.offset
 
     def nbytes(self, name: str) -> int:
-        """Bytes of the layer's factors in the adapter's file."""
-        return sum(info.nbytes for info in self._model.infos(self._piece(name)))
+        """Bytes of the adapter's file that the layer is read from."""
+        source = self._sources[name]
+        read = () if source.piece is None else self._model.infos(source.piece)
+        return sum(info.nbytes for info in (*read, *((source.full,) if source.full else ())))
+
+    def workspace(self, name: str) -> int:
+        """Peak bytes of reading a layer that is not read as factors, with what is read."""
+        if self._tokens(name) is not None:
+            return 4 * self.nbytes(name)
+        return (self._whole or self._others()).nbytes(name)
+
+    def is_thin(self, name: str) -> bool:
+        """Whether the layer is read as two thin factors; False of one that the adapter does not change."""
+        return name in self._sources and is_thin(self._sources[name], self._specs[name].shape)
+
+    def rows(self, name: str) -> int:
+        """How many rows of the layer are read where it is not read as factors."""
+        tokens = self._tokens(name)
+        return sides_of(self._specs[name].shape)[0] if tokens is None else len(tokens.rows)
 
     def rank(self, name: str) -> int:
-        """How many columns the layer's factors have: its task vector has at most this rank."""
-        piece = self._piece(name)
-        while isinstance(piece, Trained | RowsOf):
-            piece = piece.inner
-        return 1 if isinstance(piece, Bias) else self._model.infos(piece)[0].shape[0]
+        """The rank that the layer's task vector has at most."""
+        source, shape = self._sources[name], self._specs[name].shape
+        found = None if source.full is not None else columns(_piece(source), shape, transposed=source.transposed)
+        return min(self.rows(name), sides_of(shape)[1]) if found is None else found
 
-    def read(self, spec: TensorSpec) -> ThinVector:
+    def read(self, spec: TensorSpec) -> ThinVector | WholeVector:
         """The task vector of one layer. Rows that only one of the two vocabularies has are left out, or zero. Raises
-        Refuse (`tied`) if tied names differ, Retry if the file cannot be read to its end."""
-        source = self._sources[spec.name]
-        piece, content = self._piece(spec.name), Content()
-        read = self._model.read(piece)
-        moved = self._moved.get(spec.name)
-        if moved is not None:
-            content.hash.update(moved.digest.encode())
-        hash_piece(self._model, source, read, content)
-        pair = factors(piece, read, transposed=source.transposed)
+        Refuse (`tied`) if tied names differ, Retry if a file cannot be read to its end."""
+        if self.is_thin(spec.name):
+            return self._thin(spec)
+        if (tokens := self._tokens(spec.name)) is not None:
+            return self._trained(spec, tokens)
+        assert self._whole is not None, "begin first"
+        tau, digest, nbytes = self._whole.vector(spec.name)
+        return WholeVector(tau.view(sides_of(spec.shape)), None, digest, nbytes)
+
+    def _thin(self, spec: TensorSpec) -> ThinVector:
+        source, content = self._sources[spec.name], Content()
+        piece = _piece(source)
+        read, moved = self._hashed(spec.name, source, content)
+        pair = factors(piece, read, spec.shape, transposed=source.transposed)
         assert pair is not None, f"{spec.name}: not thin"
         left, right = pair
         rows, _ = sides_of(spec.shape)
@@ -91,30 +141,97 @@ class ThinVectors:
             left = torch.cat([left[:both], left.new_zeros(rows - both, left.shape[1])])
         return ThinVector(left, right, content.digest(), content.nbytes)
 
-    def _piece(self, name: str) -> Piece:
-        piece = self._sources[name].piece
-        assert piece is not None, f"{name}: not thin"
-        return piece
+    def _trained(self, spec: TensorSpec, tokens: Tokens) -> WholeVector:
+        """Rows that were trained by themselves, less the same rows of the base."""
+        source, content = self._sources[spec.name], Content()
+        (values, *_), moved = self._hashed(spec.name, source, content)
+        ours = [(_ours(row, moved, spec.shape[0]), at) for at, row in enumerate(tokens.rows)]
+        there = sorted((row, at) for row, at in ours if row is not None)
+        rows = torch.tensor([row for row, _ in there], dtype=torch.int64)
+        base = self._base_rows(spec, rows.tolist(), content)
+        matrix = values.float()[[at for _, at in there]] - base
+        return WholeVector(matrix, rows, content.digest(), content.nbytes)
+
+    def _hashed(self, name: str, source: Match, content: Content) -> tuple[tuple[Tensor, ...], TokenRows | None]:
+        """What a piece is made from, read and fed to `content`; and which rows of a table are which."""
+        read, moved = self._model.read(_piece(source)), self._moved.get(name)
+        if moved is not None:
+            content.hash.update(moved.digest.encode())
+        hash_piece(self._model, source, read, content)
+        return read, moved
+
+    def _base_rows(self, spec: TensorSpec, rows: Sequence[int], content: Content) -> Tensor:
+        """These rows of a table of the base, float32; rows that follow each other are read at once."""
+        assert self._weights is not None, f"{spec.name}: takes the weights of the base"
+        checkpoint = self._weights.checkpoint
+        info = checkpoint.tensors[spec.name]
+        found = torch.empty(len(rows), math.prod(spec.shape[1:]), dtype=TORCH[info.dtype])
+        size = found.shape[1] * found.element_size()
+        raw, at = found.view(torch.uint8).numpy(), 0
+        while at < len(rows):
+            end = at + 1
+            while end < len(rows) and rows[end] == rows[end - 1] + 1:
+                end += 1
+            checkpoint.read_part(info, rows[at] * size, raw[at:end].reshape(-1).data)
+            at = end
+        content.nbytes += found.nbytes
+        return found.float()
+
+    def _tokens(self, name: str) -> Tokens | None:
+        """The trained rows that a layer consists of, where it does."""
+        source = self._sources[name]
+        return source.piece if source.full is None and isinstance(source.piece, Tokens) else None
 
 
-def is_thin(source: Match) -> bool:
-    """Whether what an adapter does to a tensor is a product of thin factors, whatever the values of the base."""
-    piece = source.piece
-    while isinstance(piece, Trained | RowsOf) and not piece.needs_base:
-        piece = piece.inner
-    return source.full is None and isinstance(piece, Factors | Triple | Bias) and not piece.needs_base
+def _piece(source: Match) -> Piece:
+    assert source.piece is not None, "a whole weight"
+    return source.piece
 
 
-def factors(piece: Piece, read: Sequence[Tensor], *, transposed: bool) -> tuple[Tensor, Tensor] | None:
+def _ours(row: int, moved: TokenRows | None, length: int) -> int | None:
+    """The row of the base's table that a row of the adapter's is; None where the base has none."""
+    if moved is None:
+        return row if row < length else None
+    return next((ours + row - theirs for ours, theirs, count in moved.runs if theirs <= row < theirs + count), None)
+
+
+def needs_base(source: Match) -> bool:
+    """Whether what an adapter does to a tensor depends on the values of the base."""
+    return source.full is not None or _piece(source).needs_base
+
+
+def is_thin(source: Match, shape: Sequence[int]) -> bool:
+    """Whether what an adapter does to a tensor of this shape is a product of thin factors, whatever the values of the
+    base."""
+    return source.full is None and columns(_piece(source), shape, transposed=source.transposed) is not None
+
+
+def columns(piece: Piece, shape: Sequence[int], *, transposed: bool) -> int | None:
+    """How many columns the two thin factors have that a piece is in a tensor of this shape; None where it is no such
+    product."""
+    if piece.needs_base:
+        return None
+    if isinstance(piece, Trained | RowsOf):
+        return columns(piece.inner, shape, transposed=transposed)
+    if isinstance(piece, Bias):
+        return 1
+    return piece.a.shape[0] if isinstance(piece, Factors | Triple) else None
+
+
+def factors(
+    piece: Piece, read: Sequence[Tensor], shape: Sequence[int], *, transposed: bool
+) -> tuple[Tensor, Tensor] | None:
     """The factors of a piece whose tensors are `read`, m×r and n×r in float64: what it adds is left·rightᵀ, its scale
     in the left one. None where it is no product of thin factors."""
+    if piece.needs_base:
+        return None
     if isinstance(piece, Trained | RowsOf):
-        pair = None if piece.needs_base else factors(piece.inner, read[: len(piece.inner.names)], transposed=transposed)
+        pair = factors(piece.inner, read[: len(piece.inner.names)], shape, transposed=transposed)
         return None if pair is None else (piece.of_left(pair[0], read), pair[1])
     if isinstance(piece, Bias):
         values = read[0].double().reshape(-1, 1)
         return values * piece.scale, values.new_ones(1, 1)
-    if not isinstance(piece, Factors | Triple) or piece.needs_base:
+    if not isinstance(piece, Factors | Triple):
         return None
     rank = read[0].shape[0]
     a, b = read[0].double().reshape(rank, -1), read[1].double().reshape(-1, rank)

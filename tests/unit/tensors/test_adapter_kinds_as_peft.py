@@ -13,9 +13,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from continual.engine.blocks import block_of
 from continual.errors import Refuse
 from continual.records import Lineage
-from tests.helpers.adapters import task_vectors
+from continual.tensors import Adapter, LayerVectors, open_model
+from tests.helpers.adapters import based, task_vectors
 from tests.unit.tensors.test_adapter_as_peft import bert, gpt2
 
 pytestmark = pytest.mark.slow
@@ -89,6 +91,22 @@ def merged(model: Any, adapter: Path) -> Any:
         return loaded.merge_and_unload()
 
 
+def agree_as_blocks(base: Path, adapter: Path, lineage: Lineage, taus: dict[str, torch.Tensor]) -> None:
+    """Checks that the triplets that a wide state of adapters keeps are these task vectors."""
+    origin = based(base)
+    with origin.checkpoint, open_model(adapter) as model:
+        assert isinstance(model, Adapter)
+        vectors = LayerVectors(origin, model, lineage, origin)
+        vectors.begin()
+        for spec in origin.specs:
+            if spec.name in taus:
+                vector, expected = vectors.read(spec), taus[spec.name]
+                found = block_of(vector, spec, 64, torch.device("cpu"))
+                assert found.rank <= vectors.rank(spec.name)
+                made = found.dense().view(spec.shape)
+                torch.testing.assert_close(made, expected, rtol=1e-5, atol=2e-6, msg=spec.name)
+
+
 def agrees(make: Callable[[], Any], base: Path, adapter: Path, **policy: Any) -> Lineage:
     """Checks every task vector of `adapter`, and that nothing else is changed, against PEFT's merge."""
     taus, lineage, _ = task_vectors(base, adapter, **policy)
@@ -104,6 +122,7 @@ def agrees(make: Callable[[], Any], base: Path, adapter: Path, **policy: Any) ->
         # rounding to float32 is relative to what is subtracted
         torch.testing.assert_close(tau.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
     assert any(tau.count_nonzero() for tau in taus.values())
+    agree_as_blocks(base, adapter, lineage, taus)
     return lineage
 
 

@@ -11,11 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from continual.gates.lineage import LineageGate, trace
-from continual.tensors import Adapter, ThinVectors, candidate_of, open_model
+from continual.tensors import Adapter, LayerVectors, candidate_of, open_model
 from continual.tensors.loras.file import CONFIGURATION
 from continual.tensors.loras.releases import original, unet
-from continual.tensors.matching import naming_of, sources
-from continual.tensors.thin import is_thin
 from tests.helpers import diffusion
 from tests.helpers.adapters import Tensors, based, refused, task_vectors
 from tests.helpers.diffusion import component, factors, kohya, modules, pipeline, product, shapes, written
@@ -120,9 +118,9 @@ def test_the_factors_themselves(bases: dict[str, Path], tmp_path: Path) -> None:
     with base.checkpoint, open_model(path) as model:
         assert isinstance(model, Adapter)
         lineage = trace(base, model, LineageGate())
-        vectors = ThinVectors(base, model, lineage)
+        vectors = LayerVectors(base, model, lineage)
         thin = {spec.name: vectors.read(spec) for spec in base.specs if spec.name in lineage.folded}
-        assert all(is_thin(found) for found in sources(base, model.of(base), naming_of(lineage))[0].values())
+        assert all(vectors.is_thin(name) for name in lineage.folded)
     assert thin.keys() == whole.keys()
     for key, found in thin.items():
         torch.testing.assert_close((found.left @ found.right.T).float(), whole[key], rtol=1e-5, atol=1e-5)

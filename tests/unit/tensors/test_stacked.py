@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from continual.gates.lineage import LineageGate, trace
-from continual.tensors import Adapter, TaskVectors, ThinVectors, open_model
+from continual.tensors import Adapter, LayerVectors, TaskVectors, open_model
 from continual.tensors.vectors import Content
 from tests.helpers import models
 from tests.helpers.adapters import Tensors, based, plain, refused, task_vectors
@@ -89,7 +89,7 @@ def thin(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     with origin.checkpoint, open_model(path / "packed") as model:
         assert isinstance(model, Adapter)
         lineage = trace(origin, model, LineageGate())
-        reader = ThinVectors(origin, model, lineage)
+        reader = LayerVectors(origin, model, lineage)
         return {spec.name: reader.read(spec)[:2] for spec in origin.specs if spec.name in lineage.folded}
 
 

@@ -1,0 +1,211 @@
+"""Adapters that are no products of thin factors in a state of adapters: what takes the weights of the base, and what
+has more directions than the state keeps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from continual import api, making
+from continual.config import Settings
+from continual.engine.views import ReadView
+from continual.executors.contract import silent
+from tests.helpers import adapters, models
+from tests.helpers.kinds_of_adapters import seed_of, tensors_of
+
+ALONE = ReadView(rule="task-arithmetic", scale="1")
+SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "norm.weight": (6,), "embed_tokens.weight": (30, 6)}
+KINDS = ("LOHA", "VERA", "IA3", "OFT", "SHIRA", "LN_TUNING", "TRAINABLE_TOKENS")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return models.base(tmp_path / "base", shapes=SHAPES)
+
+
+def of_kind(directory: Path, kind: str, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    weights = tensors_of(kind)
+    if kind == "SHIRA":
+        weights["base_model.model.a.shira_indices"] = torch.tensor(
+            [[0, 1, 2, 3, 3], [5, 4, 0, 1, 2]], dtype=torch.int32
+        )
+    directory.mkdir()
+    save_file(weights, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(seed_of(kind)))
+    return directory
+
+
+def mixed(directory: Path) -> Path:
+    """Factors, a bias, a norm, and rows of a table."""
+    torch.manual_seed(3)
+    head = "base_model.model"
+    weights = {
+        f"{head}.a.lora_A.weight": torch.randn(2, 6),
+        f"{head}.a.lora_B.weight": torch.randn(4, 2),
+        f"{head}.a.bias": torch.randn(4),
+        f"{head}.norm.modules_to_save.weight": torch.randn(6),
+        f"{head}.embed_tokens.token_adapter.trainable_tokens_delta": torch.randn(3, 6),
+    }
+    said = {"bias": "lora_only", "modules_to_save": ["norm"], "trainable_token_indices": {"embed_tokens": [7, 2, 8]}}
+    return adapters.plain(directory, weights, **said)
+
+
+def dora(directory: Path, base: Path) -> Path:
+    torch.manual_seed(4)
+    made = adapters.plain(directory, use_dora=True)
+    lengths = load_file(base / "model.safetensors")["a.weight"].norm(dim=1) * 1.1
+    weights = load_file(made / "adapter_model.safetensors") | {"base_model.model.a.lora_magnitude_vector": lengths}
+    save_file(weights, made / "adapter_model.safetensors")
+    return made
+
+
+def merge_of(state: Path, made_of: Path | None, width: int = 16, **settings: object) -> api.Merge:
+    if not state.exists():
+        assert made_of is not None
+        making.init(made_of, state, making.Recipe(rule="mean", width=width))
+    return api.Merge(Settings.model_validate({"state": state, **settings}), write=True)
+
+
+def exported(merge: api.Merge, directory: Path, **view: object) -> dict[str, torch.Tensor]:
+    merge.export(directory, view=ALONE.changed(ReadView(**view)))  # type: ignore[arg-type]
+    return load_file(directory / "model.safetensors")
+
+
+def same_as_merged(found: dict[str, torch.Tensor], base: Path, model: Path) -> None:
+    before, taus = load_file(base / "model.safetensors"), adapters.task_vectors(base, model)[0]
+    assert taus
+    for name, value in found.items():
+        expected = before[name] + taus.get(name, torch.zeros_like(value))
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=2e-6, msg=name)
+
+
+def test_a_kind_of_adapter_comes_out_as_it_went_in(tmp_path: Path, base: Path) -> None:
+    """Several kinds beside each other: what is exported is what PEFT would merge
+    (tests/unit/tensors/test_adapter_kinds_as_peft.py has the same with what PEFT saves). Taken out, it leaves what it
+    found."""
+    made = {kind: of_kind(tmp_path / kind.lower(), kind, number) for number, kind in enumerate(KINDS)}
+    made |= {"LORA": mixed(tmp_path / "lora"), "DORA": dora(tmp_path / "dora", base)}
+    with merge_of(tmp_path / "state", base, width=64) as merge:
+        for kind, model in made.items():
+            planned = merge.plan(model)
+            outcome = merge.fold(model)
+            assert outcome.fate == "folded", outcome.message
+            assert outcome.report is not None
+            assert (planned.ok, planned.folded) == (True, len(outcome.report.lineage.folded)), kind
+            assert not outcome.report.numbers.cut
+        for kind, model in made.items():
+            reading, taus = (
+                merge.reading(view=replace(ALONE, only=(kind.lower(),))),
+                adapters.task_vectors(base, model)[0],
+            )
+            reading.settle(merge.executor, silent)
+            for spec in merge.base.specs:
+                expected = taus.get(spec.name, torch.zeros(spec.shape))
+                torch.testing.assert_close(reading.vector(spec), expected, rtol=1e-6, atol=2e-6, msg=kind)
+        same_as_merged(exported(merge, tmp_path / "out", only=("lora",)), base, made["LORA"])
+        assert {one.name for one in merge.explain(ALONE).models} == {kind.lower() for kind in made}
+        before = exported(merge, tmp_path / "before", without=("dora",))
+        merge.unfold(merge.look_unfold("dora"))
+        after = exported(merge, tmp_path / "after")
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    assert api.verify(tmp_path / "state").findings == ()
+
+
+def test_vectors_and_trained_rows_take_a_column_each(tmp_path: Path, base: Path) -> None:
+    with merge_of(tmp_path / "state", base) as merge:
+        outcome = merge.fold(mixed(tmp_path / "lora"))
+        assert outcome.report is not None
+        table = 3 * 6 * 4
+        read = {name: value.nbytes for name, value in load_file(tmp_path / "lora/adapter_model.safetensors").items()}
+        assert (
+            outcome.report.bytes_read == sum(read.values()) + 4 * 4 + 6 * 4 + table
+        )  # three rows of the base, no table
+        reading = merge.reading(view=ALONE)
+        columns = {spec.name: reading.columns(spec) for spec in merge.base.specs}  # type: ignore[attr-defined]
+    assert columns == {"a.weight": 2, "a.bias": 1, "norm.weight": 1, "embed_tokens.weight": 3}
+
+
+def test_a_base_whose_weights_are_gone(tmp_path: Path, base: Path) -> None:
+    """What takes them is refused, and looked at again when they are back; the rest of an adapter is folded on request,
+    and what takes none of them is folded."""
+    model, other = mixed(tmp_path / "lora"), of_kind(tmp_path / "loha", "LOHA")
+    with merge_of(tmp_path / "state", base) as merge:
+        shutil.move(base, tmp_path / "elsewhere")
+        outcome = merge.fold(model)
+        assert (outcome.fate, outcome.reason) == ("refused", "form")
+        assert "depends on the weights of the base" in outcome.message
+        assert "is gone: put it back, or say where it is now with base = DIR" in outcome.message
+        assert merge.plan(model).reason == "known"
+        found = merge.fold(other)
+        assert found.fate == "folded", found.message
+    with merge_of(tmp_path / "state", None, gates={"form": {"whole": "leave-out"}}) as merge:
+        outcome = merge.fold(model)
+        assert outcome.line().endswith(
+            "left out, as this state has no place for it: a.bias, embed_tokens.weight, norm.weight"
+        )
+        merge.unfold(merge.look_unfold("lora"))
+        merge.retry("lora")
+    with merge_of(tmp_path / "state", None, base=tmp_path / "elsewhere") as merge:
+        assert merge.fold(model).fate == "folded"
+        found = exported(merge, tmp_path / "out", only=("lora",))
+    same_as_merged(found, tmp_path / "elsewhere", model)
+
+
+def test_another_model_in_place_of_the_base(tmp_path: Path, base: Path) -> None:
+    models.base(tmp_path / "other", shapes=SHAPES | {"norm.weight": (7,)})
+    with merge_of(tmp_path / "state", base, base=tmp_path / "other") as merge:
+        outcome = merge.fold(dora(tmp_path / "dora", base))
+    assert (outcome.fate, outcome.reason) == ("refused", "form")
+    assert "is not the one this state was made from" in outcome.message
+
+
+def test_a_base_that_changes_under_an_open_state(tmp_path: Path, base: Path) -> None:
+    """The weights that are there now are read, as an export reads them."""
+    with merge_of(tmp_path / "state", base) as merge:
+        merge.fold(mixed(tmp_path / "lora"))
+        weights = load_file(base / "model.safetensors")
+        save_file({name: value + 1.0 for name, value in weights.items()}, base / "model.safetensors")
+        model = dora(tmp_path / "dora", base)
+        assert merge.fold(model).fate == "folded"
+        found = exported(merge, tmp_path / "out", only=("dora",))
+    same_as_merged(found, base, model)
+
+
+def wide(directory: Path, base: Path, noise: float) -> Path:
+    """A whole matrix of one large direction and many small ones."""
+    torch.manual_seed(5)
+    before = load_file(base / "model.safetensors")["a.weight"]
+    tau = torch.outer(torch.randn(4), torch.randn(6)) + noise * torch.randn(4, 6)
+    directory.mkdir()
+    save_file({"base_model.model.a.weight": before + tau}, directory / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 2, "target_modules": ["b"], "modules_to_save": ["a"]}
+    (directory / "adapter_config.json").write_text(json.dumps(said))
+    return directory
+
+
+def test_what_the_width_has_no_room_for_is_refused_or_said(tmp_path: Path, base: Path) -> None:
+    little, much = wide(tmp_path / "little", base, 0.01), wide(tmp_path / "much", base, 0.5)
+    with merge_of(tmp_path / "state", base, width=1) as merge:
+        outcome = merge.fold(little)
+        assert outcome.report is not None
+        assert 0.0 < (outcome.report.numbers.cut or 0.0) < 0.01
+        outcome = merge.fold(much)
+        assert (outcome.fate, outcome.reason) == ("refused", "cut")
+        assert merge.state.ledger.head.entry.settings == {"gates.cut.most": 0.01}  # type: ignore[union-attr]
+    with merge_of(tmp_path / "state", None, gates={"cut": {"most": 1.0}}) as merge:
+        outcome = merge.fold(much)
+        assert outcome.fate == "folded"
+        assert "of its square cut off" in outcome.line()
+        assert outcome.report is not None
+        expected = adapters.task_vectors(base, much)[0]["a.weight"]
+        sigma = torch.linalg.svdvals(expected.double()).square()
+        assert outcome.report.numbers.tau_norm == pytest.approx(float(expected.norm()), rel=1e-5)
+        # one column for two models: the larger first triplet stays
+        assert outcome.report.numbers.cut == pytest.approx(1 - float(sigma[0] / sigma.sum()), rel=1e-3)
