@@ -83,15 +83,20 @@ def decomposed(matrix: Tensor, most: int) -> Block:
     (`linalg.right_singular`); else the largest from a range finder with two steps of a subspace iteration (Halko,
     Martinsson and Tropp 2011, algorithm 4.4), which finds all of a matrix of lower rank. `energy` is ‖matrix‖² in
     either case, so that what was cut off is known exactly. `rank`: how many there are; where `most` do not say all, the
-    smaller side. Of a matrix that is not finite there is none, as `triplets` has it.
+    smaller side. Of a matrix that is zero or not finite there is none, as `triplets` has it.
     """
     m, n = matrix.shape
     energy = linalg.dot(matrix, matrix)
     rows, columns = (matrix != 0).any(1).nonzero()[:, 0], (matrix != 0).any(0).nonzero()[:, 0]
+    nothing = _block(matrix.new_zeros(m, 0), matrix.new_zeros(0), matrix.new_zeros(n, 0), energy)
     if not energy or not math.isfinite(energy):
-        return _block(matrix.new_zeros(m, 0), matrix.new_zeros(0), matrix.new_zeros(n, 0), energy)
+        return nothing
     held = matrix if (len(rows), len(columns)) == (m, n) else matrix[rows][:, columns]
     found = _all_of(held) if _few(len(rows), len(columns), most) else _largest_of(held, most, energy)
+    if not bool(torch.isfinite(found.sigma).all()):
+        return nothing._replace(energy=math.inf)
+    if not bool(found.sigma[0] > 0):
+        return nothing._replace(energy=0.0)
     u, v = matrix.new_zeros(len(found.u), m), matrix.new_zeros(len(found.v), n)
     u[:, rows], v[:, columns] = found.u, found.v
     return Block(u, found.sigma, v, energy, found.rank).first(most)

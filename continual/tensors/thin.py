@@ -97,7 +97,8 @@ class LayerVectors:
         """Peak bytes of reading a layer that is not read as factors, with what is read."""
         if self._tokens(name) is not None:
             return 4 * self.nbytes(name)
-        return (self._whole or self._others()).nbytes(name)
+        assert self._whole is not None, "begin first"
+        return self._whole.nbytes(name)
 
     def is_thin(self, name: str) -> bool:
         """Whether the layer is read as two thin factors; False of one that the adapter does not change."""

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from continual.blocks import Block, Columns, Layer, plan, triplets, width
+from continual.blocks import Block, Columns, Layer, decomposed, plan, triplets, width
 
 M, N = 14, 11
 RANKS = st.lists(st.integers(0, 9), min_size=1, max_size=9)
@@ -146,3 +146,26 @@ def test_free_columns_are_zeros() -> None:
     columns = Columns.empty(5)
     assert (columns.used, columns.models, columns.lost()) == (0, {}, {})
     assert [slot.dtype for slot in columns] == [np.uint16, np.uint16, np.float32, np.float64]
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "most"),
+    [((30, 20), 20, 64), ((20, 30), 20, 7), ((9, 1), 1, 4), ((1100, 1200), 5, 8), ((1200, 1100), 40, 8)],
+)
+def test_a_matrix_is_decomposed_into_its_largest_triplets(shape: tuple[int, int], rank: int, most: int) -> None:
+    """Rows of zeros among them; large ones by a range finder."""
+    random = torch.Generator().manual_seed(6)
+    left, right = torch.randn(shape[0], rank, generator=random), torch.randn(shape[1], rank, generator=random)
+    left *= torch.arange(1, rank + 1) ** -1.0
+    left[3] = 0.0
+    matrix = left @ right.mT
+    found, exact = decomposed(matrix, most), triplets(left, right)
+    assert found.energy == pytest.approx(exact.energy, rel=1e-6)
+    assert len(found.sigma) == min(most, exact.rank)
+    assert found.rank == (exact.rank if rank <= most or max(shape) < 100 else min(shape))
+    assert found.kept == pytest.approx(exact.first(most).kept, rel=1e-3)
+    unit = torch.eye(len(found.sigma))
+    for vectors in (found.u, found.v):
+        torch.testing.assert_close(vectors @ vectors.mT, unit, rtol=0, atol=1e-5)
+    if rank <= most:
+        torch.testing.assert_close(found.dense(), matrix, rtol=1e-5, atol=1e-5)
