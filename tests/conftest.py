@@ -18,6 +18,13 @@ for name in [name for name in os.environ if name.startswith("HF_")]:
 _home = tempfile.TemporaryDirectory(prefix="continual-hf-")
 os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": _home.name, "HF_HUB_DISABLE_TELEMETRY": "1"}
 
+# Whatever is committed is synced, and a test waits for the disk more than for anything else: where there is room,
+# temporary directories lie in memory
+if "PYTEST_DEBUG_TEMPROOT" not in os.environ and os.access("/dev/shm", os.W_OK):
+    _room = os.statvfs("/dev/shm")
+    if _room.f_bavail * _room.f_frsize > 4 << 30 and not _room.f_flag & os.ST_NOEXEC:
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = "/dev/shm"
+
 # An example may take as long as it takes: on a busy machine hypothesis' 200 ms say nothing about the code
 settings.register_profile("untimed", settings.get_profile(settings.get_current_profile_name()), deadline=None)
 settings.load_profile("untimed")

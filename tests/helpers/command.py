@@ -4,6 +4,7 @@ where that is what a test is about."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -14,10 +15,14 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+import typer.main
 
 from continual.cli.main import main
 from continual.hub import Hub
 from tests.helpers.preloaded import Process
+
+_parsers = functools.cache(typer.main.get_command)
+"""What parses the commands is made once: that takes longer than most commands, and no command changes it."""
 
 
 class Done(NamedTuple):
@@ -36,6 +41,7 @@ def run(*arguments: object, env: dict[str, str] | None = None, client: Hub | Non
     with (
         mock.patch.object(sys, "argv", ["continual", *(str(a) for a in arguments)]),
         mock.patch.dict(os.environ, env or {}),
+        mock.patch.object(typer.main, "get_command", _parsers),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

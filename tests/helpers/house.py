@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,15 +41,22 @@ class Module:
 
         `from continual.rules import ties` is an import of `ties`; of a name that is no module, one of the folder.
         """
-        found: set[str] = set()
+        found = set(self._imported[0])
+        for source, full in self._imported[1]:
+            found.add(full if full in known else source)
+        return (found & set(known)) - {self.name}
+
+    @cached_property
+    def _imported(self) -> tuple[set[str], list[tuple[str, str]]]:
+        """What `import` names; and for each name that `from` takes, from where, and whole."""
+        plain, taken = set[str](), list[tuple[str, str]]()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
+                plain |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 source = self._source(node)
-                full = [f"{source}.{alias.name}" for alias in node.names]
-                found |= {name if name in known else source for name in full}
-        return (found & set(known)) - {self.name}
+                taken += [(source, f"{source}.{alias.name}") for alias in node.names]
+        return plain, taken
 
     def _source(self, node: ast.ImportFrom) -> str:
         if not node.level:
@@ -67,8 +74,9 @@ class Function(NamedTuple):
     command: bool
 
 
-def modules(root: Path = ROOT) -> dict[str, Module]:
-    """Every module under `root`, by name."""
+@cache
+def modules(root: Path = ROOT) -> Mapping[str, Module]:
+    """Every module under `root`, by name: each is read and parsed once."""
     found = {}
     for file in sorted(root.rglob("*.py")):
         name = ".".join(("continual", *file.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")

@@ -101,6 +101,9 @@ def _serve(asking: socket.socket) -> list[str] | None:
             for number, descriptor in enumerate(outputs, start=1):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
+            # what these were before may have been files, which can be wound back
+            sys.stdout = open(1, "w", encoding=sys.stdout.encoding, closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", encoding=sys.stderr.encoding, closefd=False, buffering=1)  # noqa: SIM115
             os.environ.clear()
             os.environ.update(asked["environment"])
             os.chdir(asked["cwd"])

@@ -57,10 +57,14 @@ class Rows:
         self.parameters = [tensor for _, tensor in sorted(model.named_parameters())]  # as `flat` has them
         self.signs = (drawn(seed, len(target)) * (target != base)).float()
         self.wanted = self.signs @ target
+        self.taken: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def losses(self, rows: Sequence[int]) -> Tensor:
-        values = self.signs[list(rows)] @ torch.cat([tensor.reshape(-1) for tensor in self.parameters])
-        return 0.5 * (values - self.wanted[list(rows)]).square()
+        key = tuple(rows)
+        if key not in self.taken:  # the same batches come again and again
+            self.taken[key] = self.signs[list(key)], self.wanted[list(key)]
+        signs, wanted = self.taken[key]
+        return 0.5 * (signs @ torch.cat([tensor.reshape(-1) for tensor in self.parameters]) - wanted).square()
 
 
 def make(directory: Path, device: torch.device) -> Given:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -123,12 +121,7 @@ def test_our_own_output_in_a_watched_folder_is_a_wrong_configuration(
         if inside == "state"
         else ["--watch", str(watch), "--current", str(watch / "current")]
     )
-    told = subprocess.run(
-        [sys.executable, "-m", "continual", "run", "--state", str(state), *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    told = command.process("run", "--state", state, *flags)
     assert told.returncode == 2
     assert "watch" in told.stderr
     assert os.listdir(state / "generations") == []

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from continual.demo import story
+from tests.helpers import command
 from tests.helpers.pages import DOCS, blocks
 
 pytestmark = pytest.mark.slow
@@ -31,10 +29,7 @@ def form(text: str) -> list[str]:
 
 
 def test_demo(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "continual", "demo", "--json", "--dir", str(tmp_path / "demo")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": str(WIDTH)}
-    )
+    done = command.process("demo", "--json", "--dir", tmp_path / "demo", env={"COLUMNS": str(WIDTH)})
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["mean"]["merged"] > result["mean"]["averaged"] > result["mean"]["base"]

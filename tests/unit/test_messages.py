@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -36,8 +37,13 @@ def text_of(node: ast.AST) -> str:
     return "{}"
 
 
-def texts() -> Iterator[tuple[str, str]]:
+@cache
+def texts() -> tuple[tuple[str, str], ...]:
     """Every text of the package that is no docstring, with where it stands."""
+    return tuple(_texts())
+
+
+def _texts() -> Iterator[tuple[str, str]]:
     for name, module in house.modules().items():
         inner: set[int] = set()
         for node in ast.walk(module.tree):
@@ -67,12 +73,11 @@ def commands(found: Any, *before: str) -> Iterator[tuple[str, Any]]:
 KNOWN = dict(commands(typer.main.get_command(app)))
 OTHERS = {"--enable-lora", "--safe_serialization", "--help"}
 """Flags of other programs."""
-TEXTS = list(texts())
 
 
 def test_every_command_that_a_text_names_is_there() -> None:
     named, wrong = 0, []
-    for where, text in TEXTS:
+    for where, text in texts():
         for words in re.findall(r"(?:'continual|(?:that|Next|or): continual) ((?:[a-z-]+ ?)+)", text):
             named += 1
             if words.split()[0] not in KNOWN:
@@ -89,7 +94,7 @@ def test_every_flag_that_a_text_names_is_there() -> None:
         for name in (*option.opts, *option.secondary_opts)
     }
     said = [
-        (where, text) for where, text in TEXTS if "{color-scheme:" not in text
+        (where, text) for where, text in texts() if "{color-scheme:" not in text
     ]  # a style sheet has names like these
     named = [(where, flag) for where, text in said for flag in re.findall(r"(?<![\w-])(--[a-z][a-z_-]+)", text)]
     assert len(named) > 30
@@ -98,7 +103,7 @@ def test_every_flag_that_a_text_names_is_there() -> None:
 
 def test_every_setting_of_a_gate_that_a_text_names_is_there_and_takes_the_value() -> None:
     named = 0
-    for where, text in TEXTS:
+    for where, text in texts():
         for name, value in SET.findall(text):
             if name.startswith("gates."):
                 _, gate, key = name.split(".")
