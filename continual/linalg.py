@@ -192,6 +192,62 @@ def spans_cheaply(m: int, n: int, rank: int) -> bool:
     return 4 * width <= min(m, n) and 8 * 3 * (m + n) * width <= workspace(m, n)
 
 
+def longest(matrix: Tensor) -> float:
+    """A bound from above on the largest singular value of an m×k float64 matrix: at most k^{1/8} times that."""
+    scale = float(matrix.norm())
+    if not (math.isfinite(scale) and scale):
+        return scale
+    unit = (matrix / scale).float()
+    gram = unit.mT @ unit
+    return scale * math.sqrt(math.sqrt(float((gram @ gram).norm()))) * (1.0 + 1e-5)
+
+
+def longest_inverse(matrix: Tensor) -> float:
+    """The same of the inverse of a square matrix; infinite where there is none. That of a triangle above the diagonal
+    costs a third."""
+    if bool(matrix.tril(-1).any()):
+        inverse, failed = torch.linalg.inv_ex(matrix)
+        return math.inf if int(failed) else longest(inverse)
+    unit = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    found = longest(torch.linalg.solve_triangular(matrix, unit, upper=True))
+    return found if math.isfinite(found) else math.inf
+
+
+def gram(rows: Tensor) -> Tensor:
+    """The inner products of K float64 vectors, K×K: each pair once, by panels."""
+    found = _gram(len(rows), iter([rows.mT]), rows).tril_()
+    return found + found.tril(-1).mT
+
+
+QUADRATURE = 2.5e-6
+"""Error of `quadrature`, relative, about: the number of its points follows from that and from the range."""
+
+
+def quadrature(least: float, most: float) -> tuple[Tensor, Tensor]:
+    """The squares t² of the points and the weights w with x^{-1/2} = Σ w/(t² + x) for x in [least, most].
+
+    Hale, Higham and Trefethen 2008, "Computing A^α, log(A), and Related Matrix Functions by Contour Integrals", section
+    4: the integral 2/π ∫ (t² + x)⁻¹ dt by the trapezoidal rule, after a map under which it converges geometrically.
+    """
+    modulus = math.sqrt(least / most)  # the complementary one
+    a, b, steps = [1.0], modulus, [math.sqrt(1.0 - modulus**2)]
+    while steps[-1] > 1e-16 * a[-1] and len(a) < 12:
+        steps.append((a[-1] - b) / 2)
+        a.append((a[-1] + b) / 2)
+        b = math.sqrt(b * (2 * a[-1] - b))
+    quarter = math.pi / (2 * a[-1])
+    count = math.ceil((math.log(most / least) + 3.0) * math.log(1.0 / QUADRATURE) / (2 * math.pi**2))
+    places = (torch.arange(count, dtype=torch.float64) + 0.5) * (quarter / count)
+    # Jacobi's functions by descending Landen transformations
+    angle = before = places * (a[-1] * 2 ** (len(a) - 1))
+    for step, mean in zip(steps[:0:-1], a[:0:-1], strict=True):
+        before, angle = angle, (angle + torch.asin(step * torch.sin(angle) / mean)) / 2
+    cosine = torch.cos(angle)
+    slope = 1.0 / torch.cos(before - angle)  # dn / cn
+    points = least * torch.tan(angle).square()
+    return points, (2 * quarter * math.sqrt(least) / (math.pi * count)) * slope / cosine
+
+
 def top(matrix: Tensor) -> float:
     """The largest singular value of an m×n matrix, from below: three steps of a block power iteration from a fixed
     start, in float32.

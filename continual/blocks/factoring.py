@@ -183,7 +183,7 @@ def spanned(rows: Tensor) -> Basis:
     By Cholesky where that is safe, else by eigenvectors, without those directions in which the vectors lie within
     `linalg.NULL`: no reading has more than that there.
     """
-    gram = rows @ rows.mT
+    gram = linalg.gram(rows)
     factor, failed = torch.linalg.cholesky_ex(gram)
     if not int(failed):
         unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

@@ -4,17 +4,20 @@ changes without it. Exact: the reading is made again without each model, in smal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from continual.blocks.factoring import Run, direct, fold_cores, spanned
+from continual import linalg
+from continual.blocks.factoring import Run, fold_cores, spanned
 from continual.blocks.merged import Merged
 from continual.blocks.shelf import Stacked
-from continual.rules import Accumulators, Inputs
-from continual.rules.contract import CoreFunctions
+from continual.records import Totals
+from continual.rules import Accumulators, Inputs, Triplets
+from continual.rules.contract import Apart, LeftOut, Without
 from continual.rules.matrices import sides
 
 
@@ -69,10 +72,7 @@ class Explaining:
             return self._dense(name, given)
         if found.linear(given.spec):
             return _linear(self.merged, given, runs)
-        if found.triplets is not None:
-            return _direct(self.merged, given, runs)
-        assert found.cores is not None
-        return _cores(self.merged, found.cores, given, runs)
+        return _Turned(self.merged, given, runs).products()
 
     def shares(
         self, products: Mapping[str, Products] | None = None, group: Callable[[str], str] | None = None
@@ -158,7 +158,7 @@ def _products(whole: Tensor, taus: Sequence[Tensor], rests: Sequence[Tensor]) ->
 def _linear(merged: Merged, given: Stacked, runs: Sequence[Run]) -> Products:
     """Where X is Σ c_i τ_i all of them follow from the ⟨τ_i, τ_j⟩."""
     count = len(runs)
-    each = (given.u @ given.u.mT) * (given.v @ given.v.mT) * given.sigma[:, None] * given.sigma
+    each = linalg.gram(given.u) * linalg.gram(given.v) * given.sigma[:, None] * given.sigma
     which = torch.zeros(len(given.sigma), count, dtype=torch.float64, device=given.u.device)
     for index, where in given.rows.items():
         which[where, index] = 1.0
@@ -179,77 +179,86 @@ def _linear(merged: Merged, given: Stacked, runs: Sequence[Run]) -> Products:
     )
 
 
-def _direct(merged: Merged, given: Stacked, runs: Sequence[Run]) -> Products:
-    """From the factors that the rule makes of the triplets."""
+class _Turned:
+    """One layer in small coordinates: the triplets in orthonormal bases of what they span. What a rule reads there is
+    what it reads in the layer, turned."""
 
-    def inner(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-        return float(((one[0].mT @ other[0]) * (one[1].mT @ other[1])).sum())
+    def __init__(self, merged: Merged, given: Stacked, runs: Sequence[Run]) -> None:
+        assert merged.rule.factored is not None
+        self.merged, self.given, self.runs, self.factored = merged, given, runs, merged.rule.factored
+        weights = [entrant.weight for entrant in merged.run.entrants]
+        self.apart = Apart(
+            _columns(given.u),
+            given.sigma,
+            _columns(given.v),
+            given.rows,
+            weights,
+            merged.run.totals,
+            [run.totals for run in runs],
+            sides(given.spec),
+        )
 
-    whole = direct(merged.rule, given, merged.run)
-    rests = [direct(merged.rule, given.without(index), run) for index, run in enumerate(runs)]
-    taus = [given.factors(index) for index in range(len(runs))]
-    return Products(
-        max(0.0, inner(whole, whole)),
-        [inner(tau, tau) for tau in taus],
-        [inner(tau, whole) for tau in taus],
-        [max(0.0, inner(rest, rest)) for rest in rests],
-        [inner(rest, whole) for rest in rests],
-    )
+    def products(self) -> Products:
+        """The inner products. Where the rule knows a quicker way than to read again, it goes first."""
+        found = LeftOut(None, [None] * len(self.runs))
+        if self.factored.without is not None:
+            found = self.factored.without(self.apart)
+        whole = self._whole() if found.whole is None else found.whole
+        left = [self._less(index, whole) if one is None else one for index, one in enumerate(found.rests)]
+        u, sigma, v, rows, *_ = self.apart
+        along = sigma * (u * (whole @ v)).sum(0)
+        nothing = slice(0, 0)
+        return Products(
+            float(whole.square().sum()),
+            [float(sigma[rows.get(index, nothing)].square().sum()) for index in range(len(left))],
+            [float(along[rows.get(index, nothing)].sum()) for index in range(len(left))],
+            [one.square for one in left],
+            [one.inner for one in left],
+        )
+
+    @cached_property
+    def _cores(self) -> tuple[Accumulators, list[Tensor]]:
+        """The accumulators of all cores, and each of them."""
+        assert self.factored.cores is not None
+        return fold_cores(self.factored.cores, self.given, self.merged.run, (self.apart.u, self.apart.v))
+
+    def _whole(self) -> Tensor:
+        if self.factored.cores is None:
+            return self._again(range(len(self.runs)), self.merged.run.totals)
+        return self.factored.cores.read(_copy(self._cores[0]), self.merged.run.totals, self.apart.sides).double()
+
+    def _less(self, index: int, whole: Tensor) -> Without:
+        """X′ without one model: it is taken out again where the rule can do that, else the others are read again."""
+        run, functions = self.runs[index], self.factored.cores
+        if functions is None:
+            rest = self._again([other for other in range(len(self.runs)) if other != index], run.totals)
+            return Without(float(rest.square().sum()), float((rest * whole).sum()))
+        left = _copy(self._cores[0])
+        if index in self.given.rows and self.merged.rule.laws.combine is not None:
+            inputs = Inputs(self.given.spec, -self.merged.run.entrants[index].weight)
+            tau = self._cores[1][index].clone()
+            left = functions.fold(left, tau, inputs, self.merged.run.totals).accumulators
+        elif index in self.given.rows:
+            left, _ = fold_cores(functions, self.given.without(index), run, (self.apart.u, self.apart.v))
+        rest = functions.read(left, run.totals, self.apart.sides).double()
+        return Without(float(rest.square().sum()), float((rest * whole).sum()))
+
+    def _again(self, kept: Iterable[int], totals: Totals) -> Tensor:
+        """X′ of some models by a rule that works on triplets."""
+        assert self.factored.triplets is not None
+        u, sigma, v, rows, *_ = self.apart
+        mine = [(place, rows[index]) for place, index in enumerate(kept, 1) if index in rows]
+        owner = [place for place, where in mine for _ in range(where.start, where.stop)]
+        columns = [column for _, where in mine for column in range(where.start, where.stop)]
+        given = Triplets(owner, u[:, columns], sigma[columns], v[:, columns], self.apart.sides)
+        left, right = self.factored.triplets(given, totals)
+        return left @ right.mT
 
 
-def _cores(merged: Merged, functions: CoreFunctions, given: Stacked, runs: Sequence[Run]) -> Products:
-    """In the small matrices. Where the rule knows a quicker way than to read again it goes first."""
-    turned = (spanned(given.u).upper, spanned(given.v).upper)
-    kept, taus = fold_cores(functions, given, merged.run, turned)
-    found_whole: Tensor | None = None
-    quick: Sequence[tuple[float, float] | None] = [None] * len(runs)
-    if functions.without is not None:
-        terms = [_term(merged, given, turned, index) for index in range(len(runs))]
-        found_whole, quick = functions.without(kept, terms)
-    whole = found_whole
-    if whole is None:
-        whole = functions.read(_copy(kept), merged.run.totals, sides(given.spec)).double()
-    left = [
-        found or _again(whole, _read_without(merged, functions, given, (kept, taus, turned), index, runs[index]))
-        for index, found in enumerate(quick)
-    ]
-    exact = [tau.double() for tau in taus]
-    return Products(
-        float((whole * whole).sum()),
-        [float((tau * tau).sum()) for tau in exact],
-        [float((tau * whole).sum()) for tau in exact],
-        [square for square, _ in left],
-        [inner for _, inner in left],
-    )
-
-
-def _again(whole: Tensor, rest: Tensor) -> tuple[float, float]:
-    return float((rest * rest).sum()), float((rest * whole).sum())
-
-
-def _term(merged: Merged, given: Stacked, turned: tuple[Tensor, Tensor], index: int) -> tuple[Tensor, Tensor]:
-    """The core of a model with its weight, as two factors; without columns where it did not touch the layer."""
-    where = given.rows.get(index, slice(0, 0))
-    return turned[0][:, where] * (given.sigma[where] * merged.run.entrants[index].weight), turned[1][:, where]
-
-
-def _read_without(
-    merged: Merged,
-    functions: CoreFunctions,
-    given: Stacked,
-    cores: tuple[Accumulators, Sequence[Tensor], tuple[Tensor, Tensor]],
-    index: int,
-    run: Run,
-) -> Tensor:
-    """X′ without one model: it is taken out again where the rule can do that, else the others are folded again."""
-    kept, taus, turned = cores
-    left = _copy(kept)
-    if index in given.rows and merged.rule.laws.combine is not None:
-        weight = merged.run.entrants[index].weight
-        left = functions.fold(left, taus[index].clone(), Inputs(given.spec, -weight), merged.run.totals).accumulators
-    elif index in given.rows:
-        left, _ = fold_cores(functions, given.without(index), run, turned)
-    return functions.read(left, run.totals, sides(given.spec)).double()
+def _columns(rows: Tensor) -> Tensor:
+    """Vectors as columns in an orthonormal basis of what they span; in that of the whole space where it is no larger
+    than there are vectors."""
+    return rows.mT if rows.shape[1] <= rows.shape[0] else spanned(rows).upper
 
 
 def _copy(kept: Accumulators) -> Accumulators:

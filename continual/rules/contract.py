@@ -186,9 +186,6 @@ class Laws(NamedTuple):
     keeps: str | None = None
 
 
-Quick = tuple[Tensor | None, Sequence[tuple[float, float] | None]]
-
-
 class CoreFunctions(NamedTuple):
     """How a rule is put through small matrices, for tensors of which this holds: with every task vector turned alike,
     to Q τ_i Rᵀ, what is read is turned alike. Then X = Q·X′·Rᵀ, X′ being what is read of the cores QᵀτR, and Q and R
@@ -196,25 +193,62 @@ class CoreFunctions(NamedTuple):
 
     slots(rows, columns): the accumulators of a core. fold: as in `FoldFunctions`; the spec is the tensor's own.
     read(accumulators, totals, sides): X′, of any float dtype; `sides` are rows and columns of the tensor itself.
-    without(accumulators, all weighted task vectors as pairs of factors, float64): X′, and of X′ without each of them
-    the square of its length and its inner product with X′, where the rule has a quicker way than reading again; None
-    where not.
     """
 
     slots: Callable[[int, int], dict[str, SlotSpec]]
     fold: Callable[[Accumulators, Tensor, Inputs, Totals], Folded]
     read: Callable[[Accumulators, Totals, tuple[int, int]], Tensor]
-    without: Callable[[Accumulators, Sequence[tuple[Tensor, Tensor]]], Quick] | None = None
 
 
 class Triplets(NamedTuple):
     """Singular triplets of several task vectors, those of one together and largest first: `u` (m×k), `sigma` (k), `v`
-    (n×k), float64, and the number of each one's task vector in `owner`, from 1 on."""
+    (n×k), float64, and the number of each one's task vector in `owner`, from 1 on. `sides`: rows and columns of the
+    tensor itself, where `u` and `v` are turned into a smaller basis of what they span."""
 
     owner: Sequence[int]
     u: Tensor
     sigma: Tensor
     v: Tensor
+    sides: tuple[int, int] | None = None
+
+
+class Apart(NamedTuple):
+    """The task vectors of one tensor in small coordinates, in the order in which they are folded.
+
+    `u` (k×K), `sigma` (K), `v` (l×K): all their singular triplets, float64, in orthonormal bases of what they span;
+    `rows`: which columns are those of each task vector, by its index; one that did not touch the tensor is not there.
+    `weights`: of every task vector. `totals`: of all of them; `rests`: of all but each. `sides`: rows and columns of
+    the tensor itself.
+    """
+
+    u: Tensor
+    sigma: Tensor
+    v: Tensor
+    rows: Mapping[int, slice]
+    weights: Sequence[float]
+    totals: Totals
+    rests: Sequence[Totals]
+    sides: tuple[int, int]
+
+    def term(self, index: int) -> tuple[Tensor, Tensor]:
+        """One task vector as two factors, without its weight; without columns where it did not touch the tensor."""
+        where = self.rows.get(index, slice(0, 0))
+        return self.u[:, where] * self.sigma[where], self.v[:, where]
+
+
+class Without(NamedTuple):
+    """X₋, what is read without one task vector: ‖X₋‖² and ⟨X, X₋⟩."""
+
+    square: float
+    inner: float
+
+
+class LeftOut(NamedTuple):
+    """X′, what is read of all task vectors in the coordinates of an `Apart` (k×l, float64), and what is known of it
+    without each of them. None where it has to be read."""
+
+    whole: Tensor | None
+    rests: Sequence[Without | None]
 
 
 class Factored(NamedTuple):
@@ -223,11 +257,13 @@ class Factored(NamedTuple):
 
     linear(spec): X of this tensor is Σ c_i·τ_i, each c_i a number. Of the other tensors: `cores` puts them through
     small matrices; triplets(those of all task vectors, totals): the factors of X, m×k and n×k, straight from theirs.
+    without(task vectors): X without each of them, where the rule has a quicker way than reading again.
     """
 
     linear: Callable[[TensorSpec], bool] = _always
     cores: CoreFunctions | None = None
     triplets: Callable[[Triplets, Totals], tuple[Tensor, Tensor]] | None = None
+    without: Callable[[Apart], LeftOut] | None = None
 
 
 def one_sum(spec: TensorSpec) -> dict[str, SlotSpec]:

@@ -19,8 +19,20 @@ from torch import Tensor
 
 from continual import linalg
 from continual.records import SlotSpec, Totals
-from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, CoreFunctions, Factored, Folded, Inputs, Laws, Rule, RuleRow, Sums
+from continual.rules import gram_less, matrices, sums
+from continual.rules.contract import (
+    Accumulators,
+    Apart,
+    CoreFunctions,
+    Factored,
+    Folded,
+    Inputs,
+    Laws,
+    LeftOut,
+    Rule,
+    RuleRow,
+    Sums,
+)
 from continual.rules.matrices import Include, OnMatrices
 from continual.rules.options import Choice, Number
 from continual.rules.scale import ReadOptions
@@ -121,8 +133,14 @@ def _make(options: GramOptions) -> Rule:
     def read_core(accumulators: Accumulators, totals: Totals, sides: tuple[int, int]) -> Tensor:
         return solve(accumulators, options.ridge, options.pull, sides)
 
+    def without(given: Apart) -> LeftOut:
+        left, right = options.side != "right", options.side != "left"
+        return gram_less.without(given, options.ridge, left=left, right=right)
+
     laws = Laws(weighted=True, combine=combine)
-    on = OnMatrices(fold, read, workspace, slots, Factored(cores=CoreFunctions(slots, fold, read_core)))
+    # the ridge pulls either side to a multiple of the sum of its own
+    quick = None if options.pull else without
+    on = OnMatrices(fold, read, workspace, slots, Factored(cores=CoreFunctions(slots, fold, read_core), without=quick))
     return matrices.rule("gram", options.include, on, laws)
 
 

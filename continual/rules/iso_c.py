@@ -8,16 +8,13 @@ reads as the mean. All the work is at reading; a fold is an addition.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from continual import linalg
 from continual.records import Totals
 from continual.rules import iso_less, matrices, sums
-from continual.rules.contract import Accumulators, Folded, Inputs, Rule, RuleRow, Sums
-from continual.rules.iso_less import Less
+from continual.rules.contract import Accumulators, Apart, Folded, Inputs, LeftOut, Rule, RuleRow, Sums
 from continual.rules.matrices import MatrixOptions, OnMatrices
 from continual.rules.scale import ReadOptions
 
@@ -49,9 +46,14 @@ def add(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals)
     return Folded(accumulators, Sums())
 
 
-def without(accumulators: Accumulators, terms: Sequence[tuple[Tensor, Tensor]]) -> Less:
+def without(given: Apart) -> LeftOut:
     """X, and of X without each of the terms of S: the square of its length, and its inner product with X."""
-    return iso_less.without(accumulators[sums.SLOT].double(), terms)
+    terms = []
+    for index, weight in enumerate(given.weights):
+        left, right = given.term(index)
+        terms.append((left * weight, right))
+    total = torch.cat([left for left, _ in terms], 1) @ torch.cat([right for _, right in terms], 1).mT
+    return iso_less.without(total, terms)
 
 
 def workspace(m: int, n: int) -> int:
@@ -60,10 +62,7 @@ def workspace(m: int, n: int) -> int:
 
 
 def _make(options: MatrixOptions) -> Rule:
-    factored = matrices.turned(add, read)
-    assert factored.cores is not None
-    factored = factored._replace(cores=factored.cores._replace(without=without))
-    on = OnMatrices(sums.fold, read, workspace, factored=factored)
+    on = OnMatrices(sums.fold, read, workspace, factored=matrices.turned(add, read)._replace(without=without))
     return matrices.rule("iso-c", options.include, on, sums.GROUP)
 
 

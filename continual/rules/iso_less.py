@@ -1,45 +1,29 @@
 """Iso-C without one of its models, from the decomposition with all: what explaining a merge asks for each model and
 layer. Lengths and inner products alone; the merged task vector without the model is not made.
 
-With S = Στ, H = SᵀS = ZΛZᵀ and P = S·H^{-1/2} its polar factor, taking out a thin τ = ABᵀ changes H by C·J·Cᵀ of twice
-its rank, C = [SᵀA, B]. The inverse root is an integral of resolvents, H^{-1/2} = 2/π ∫ (t² + H)^{-1} dt, by the
-quadrature of Hale, Higham and Trefethen 2008, "Computing A^α, log(A), and Related Matrix Functions by Contour
-Integrals", section 4, and each resolvent follows by Woodbury's identity from that of Λ. So a model costs products with
-its few columns at some twenty points, where another decomposition would cost ten times that.
+With S = Στ = ÛΣZᵀ and P = ÛZᵀ its polar factor, taking out a thin τ = ABᵀ changes H = SᵀS by C·J·Cᵀ of twice its rank,
+C = Z[Σ·ÛᵀA, ZᵀB]. The inverse root is an integral of resolvents, H^{-1/2} = 2/π ∫ (t² + H)^{-1} dt, by the quadrature
+of Hale, Higham and Trefethen 2008, "Computing A^α, log(A), and Related Matrix Functions by Contour Integrals", section
+4, and each resolvent follows by Woodbury's identity from that of Λ = Σ². So a model costs products with its few columns
+at some twenty points, where another decomposition would cost ten times that.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from continual import linalg
+from continual.rules.contract import LeftOut, Without
 
-ERROR = 2.5e-6
-"""Of the quadrature, about: the number of its points follows from that and from the range of the singular values."""
 LEAST = 48
 """Columns below which a decomposition is as quick."""
 
 
-class Without(NamedTuple):
-    """X₋, the reading without a model: ‖X₋‖² and ⟨X, X₋⟩."""
-
-    square: float
-    inner: float
-
-
-class Less(NamedTuple):
-    """X, the reading with all models, and what is known without each; None where it has to be read."""
-
-    whole: Tensor | None
-    rests: Sequence[Without | None]
-
-
-def without(total: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> Less:
+def without(total: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> LeftOut:
     """X, and X₋ for each thin term A·Bᵀ of the sum `total`, by itself; None where that is better decomposed: for small
     matrices, terms with many columns, and where a singular value is about to count as null. `terms` are all there
     are."""
@@ -48,14 +32,25 @@ def without(total: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> Less:
         total, terms = total.mT, [(b, a) for a, b in terms]
     n = total.shape[1]
     if n < LEAST or not bool(total.any()):
-        return Less(None, [None] * len(terms))
+        return LeftOut(None, [None] * len(terms))
     values, z = torch.linalg.eigh(total.mT @ total)
     values = values.clamp(min=0)
-    top = max([float(values[-1]), *(float((a.norm() * b.norm()).square()) for a, b in terms)])
-    least = max(linalg.NULL**2 * top, _least(terms) ** 2)
-    whole = _Resolved(values, total @ z, z, *quadrature(least, 4 * top))
-    unit = (whole.turned * (whole.inverse * whole.mean)) @ z.mT
-    return Less(unit if same else unit.mT, [whole.less(a, b) if 4 * a.shape[1] < n else None for a, b in terms])
+    length = float(values[-1]) ** 0.5
+    most = length + max((linalg.longest(a) * linalg.longest(b) for a, b in terms), default=0.0)
+    least = max(linalg.NULL * length, _least(terms))
+    whole = _Resolved(values, total @ z, z, *linalg.quadrature(least**2, most**2))
+    unit = (whole.left * whole.mean) @ z.mT
+    rests: list[Without | None] = [None] * len(terms)
+    ranks: dict[int, list[int]] = {}
+    for index, (a, _) in enumerate(terms):
+        if a.shape[1] == 0:
+            rests[index] = Without(*2 * [whole.mean**2 * whole.rank])
+        elif 4 * a.shape[1] < n:
+            ranks.setdefault(a.shape[1], []).append(index)
+    for alike in ranks.values():
+        for index, found in zip(alike, whole.less([terms[index] for index in alike]), strict=True):
+            rests[index] = found
+    return LeftOut(unit if same else unit.mT, rests)
 
 
 def _least(terms: Sequence[tuple[Tensor, Tensor]]) -> float:
@@ -67,68 +62,97 @@ def _least(terms: Sequence[tuple[Tensor, Tensor]]) -> float:
         columns = torch.cat(side, 1)
         if columns.shape[0] != columns.shape[1]:
             return 0.0
-        inverse, failed = torch.linalg.inv_ex(columns)
-        length = math.inf if int(failed) else float(inverse.norm())
+        length = linalg.longest_inverse(columns)
         found *= 1.0 / length if math.isfinite(length) else 0.0
     return found
 
 
-def quadrature(least: float, most: float) -> tuple[Tensor, Tensor]:
-    """The squares t² of the points and the weights w with x^{-1/2} = Σ w/(t² + x) for x in [least, most]."""
-    modulus = math.sqrt(least / most)  # the complementary one
-    a, b, steps = [1.0], modulus, [math.sqrt(1.0 - modulus**2)]
-    while steps[-1] > 1e-16 * a[-1] and len(a) < 12:
-        steps.append((a[-1] - b) / 2)
-        a.append((a[-1] + b) / 2)
-        b = math.sqrt(b * (2 * a[-1] - b))
-    quarter = math.pi / (2 * a[-1])
-    count = math.ceil((math.log(most / least) + 3.0) * math.log(1.0 / ERROR) / (2 * math.pi**2))
-    places = (torch.arange(count, dtype=torch.float64) + 0.5) * (quarter / count)
-    # Jacobi's functions by descending Landen transformations
-    angle = before = places * (a[-1] * 2 ** (len(a) - 1))
-    for step, mean in zip(steps[:0:-1], a[:0:-1], strict=True):
-        before, angle = angle, (angle + torch.asin(step * torch.sin(angle) / mean)) / 2
-    cosine = torch.cos(angle)
-    slope = 1.0 / torch.cos(before - angle)  # dn / cn
-    points = least * torch.tan(angle).square()
-    return points, (2 * quarter * math.sqrt(least) / (math.pi * count)) * slope / cosine
-
-
 class _Resolved:
-    """S by its decomposition, and the points with the resolvents of Λ there."""
+    """S by its decomposition, and the points with the resolvents R = (t² + Λ)⁻¹ there."""
 
     def __init__(self, values: Tensor, turned: Tensor, z: Tensor, points: Tensor, weights: Tensor) -> None:
         held = values > linalg.NULL**2 * values[-1]
         self.sigma = torch.where(held, values.sqrt(), 0.0)
-        self.inverse = torch.where(held, 1.0 / self.sigma, 0.0)
-        self.mean = float(self.sigma.sum()) / int(held.sum())
-        self.turned, self.z = turned, z  # S·Z
+        self.rank = int(held.sum())
+        self.mean = float(self.sigma.sum()) / self.rank
+        self.left, self.z = turned * torch.where(held, 1.0 / self.sigma, 0.0), z  # Û and Z
+        self.all_held = self.rank == len(turned)
         # one point more, of no weight: what is left there tells null directions from others
         self.points = torch.cat([points, linalg.NULL**2 * values[-1:].cpu()]).to(values.device)
         self.weights = torch.cat([weights, torch.zeros(1, dtype=torch.float64)]).to(values.device)
         self.at = 1.0 / (self.points[:, None] + values)
         square = self.at.square()
-        self.kinds = torch.cat([self.at, square * self.sigma, self.at * self.inverse, square])
+        self.kinds = torch.cat([self.at, square, self.at * self.sigma, square * self.sigma])
 
-    def less(self, a: Tensor, b: Tensor) -> Without | None:
-        """Without A·Bᵀ."""
-        k, n, count = a.shape[1], len(self.sigma), len(self.points)
-        first, second = self.turned.mT @ a, self.z.mT @ b
-        c = torch.cat([first, second], 1)
-        grams = (self.kinds @ (c[:, :, None] * c[:, None, :]).view(n, -1)).view(4, count, 2 * k, 2 * k)
-        plain, rooted, divided, squared = grams
-        inverse = torch.zeros(2 * k, 2 * k, dtype=torch.float64, device=a.device)  # of J = [[0, −I], [−I, AᵀA]]
-        unit = torch.eye(k, dtype=torch.float64, device=a.device)
-        inverse[:k, :k], inverse[:k, k:], inverse[k:, :k] = -(a.mT @ a), -unit, -unit
-        # F = PᵀS₋ = Σ − D·(ZᵀB)ᵀ with D = Σ⁻¹·ZᵀSᵀA
-        inside = rooted - divided[:, :, :k] @ plain[:, k:, :]
-        solved = torch.linalg.solve(inverse + plain, torch.cat([inside, squared], 2))
-        traces = solved.view(count, 2 * k, 2, 2 * k).diagonal(dim1=1, dim2=3).sum(2)
-        diagonal = self.sigma - (self.inverse[:, None] * first * second).sum(1)
-        along = (self.at * diagonal).sum(1) - traces[:, 0]  # tr F(t² + H₋)⁻¹
-        share = n - self.points * (self.at.sum(1) - traces[:, 1])  # tr H₋(t² + H₋)⁻¹
-        rank = float(share[-1])
+    def less(self, terms: Sequence[tuple[Tensor, Tensor]]) -> list[Without | None]:
+        """Without each of some terms A·Bᵀ of one rank k. A and B in the singular vectors of S are written a and b.
+
+        Woodbury's matrix J⁻¹ + CᵀRC is [[−α, −E], [−Eᵀ, γ]] with α = Aᵀ(I − ÛÛᵀ)A + t²·aᵀRa, γ = bᵀRb and
+        E = I − aᵀΣRb: two positive definite corners, so its inverse is had by two factors of Cholesky.
+        """
+        k = terms[0][0].shape[1]
+        outer = torch.cat([a for a, _ in terms], 1)
+        first = self.left.mT @ outer  # n × all columns
+        missed = torch.zeros(0) if self.all_held else outer - self.left @ first
+        second = self.z.mT @ torch.cat([b for _, b in terms], 1)
+        aa, bb, ab = self._products(first, second, k)
+        t = self.points[:, None, None]
+        alpha, gamma = t * aa[:, 0], bb[:, 0]
+        if not self.all_held:
+            columns = missed.mT.reshape(len(terms), k, -1)
+            alpha = alpha + (columns @ columns.mT)[:, None]
+        unit = torch.eye(k, dtype=torch.float64, device=outer.device)
+        e = unit - ab[:, 2]
+        lower, failed = torch.linalg.cholesky_ex(alpha)
+        q = torch.cholesky_solve(e, lower)
+        corner, failed_too = torch.linalg.cholesky_ex(gamma + e.mT @ q)
+        low = torch.cholesky_inverse(corner)
+        across = -q @ low
+        high = -torch.cholesky_inverse(lower) - across @ q.mT
+
+        def trace(one: Tensor, two: Tensor, three: Tensor, four: Tensor) -> Tensor:
+            """Of the inverse times [[one, two], [three, four]]; `one` and `four` transposed."""
+            return (high * one + across * (two + three.mT) + low * four).sum((2, 3))
+
+        resolved = self.at.sum(1) - trace(aa[:, 0] - t * aa[:, 1], ab[:, 3], ab[:, 3].mT, bb[:, 1])
+        share = len(self.sigma) - self.points * resolved  # tr H₋(t² + H₋)⁻¹
+        # F = PᵀS₋ = Σ − a·bᵀ
+        inside = trace(
+            (aa[:, 2] - t * aa[:, 3] - aa[:, 2] @ ab[:, 2].mT).mT,
+            ab[:, 0] - t * ab[:, 1] - aa[:, 2] @ bb[:, 0],
+            (ab[:, 0] - t * ab[:, 1]).mT - ab[:, 0].mT @ ab[:, 2].mT,
+            (bb[:, 3] - ab[:, 0].mT @ bb[:, 0]).mT,
+        )
+        diagonal = self.sigma[:, None] - (first * second).view(len(first), -1, k).sum(2)
+        along = (self.at @ diagonal).mT - inside  # tr F(t² + H₋)⁻¹
+        broken = (failed + failed_too).sum(1) > 0
+        return [
+            None if lost else self._found(*found)
+            for lost, *found in zip(
+                broken.tolist(),
+                share[:, -1].tolist(),
+                (share @ self.weights).tolist(),
+                (along @ self.weights).tolist(),
+                strict=True,
+            )
+        ]
+
+    def _found(self, rank: float, length: float, along: float) -> Without | None:
         if not (math.isfinite(rank) and abs(rank - round(rank)) < 0.05 and round(rank) > 0):
             return None
-        mean = float(self.weights @ share) / round(rank)
-        return Without(mean * mean * round(rank), self.mean * mean * float(self.weights @ along))
+        mean = length / round(rank)
+        return Without(mean * mean * round(rank), self.mean * mean * along)
+
+    def _products(self, first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """aᵀDa, bᵀDb and aᵀDb for each of the terms, each of the four kinds of D (R, R², ΣR, ΣR²) and each point:
+        terms × 4 × points × k × k."""
+        n, many = first.shape[0], first.shape[1] // k
+        found = torch.empty(many, len(self.kinds), 3 * k * k, dtype=torch.float64, device=first.device)
+        pairs = torch.empty(3, k, k, n, dtype=torch.float64, device=first.device)
+        for index in range(many):
+            a, b = (side[:, index * k : (index + 1) * k].mT.contiguous() for side in (first, second))
+            for place, (one, other) in enumerate(((a, a), (b, b), (a, b))):
+                torch.mul(one[:, None], other[None], out=pairs[place])
+            torch.mm(self.kinds, pairs.view(-1, n).mT, out=found[index])
+        aa, bb, ab = found.view(many, 4, -1, 3, k, k).unbind(3)
+        return aa, bb, ab

@@ -18,8 +18,20 @@ from torch import Tensor
 
 from continual import linalg
 from continual.records import Totals
-from continual.rules import matrices, sums
-from continual.rules.contract import Accumulators, Folded, Inputs, Laws, Needs, ReadFunctions, Rule, RuleRow, Sums
+from continual.rules import matrices, opcm_less, sums
+from continual.rules.contract import (
+    Accumulators,
+    Apart,
+    Folded,
+    Inputs,
+    Laws,
+    LeftOut,
+    Needs,
+    ReadFunctions,
+    Rule,
+    RuleRow,
+    Sums,
+)
 from continual.rules.matrices import Include, OnMatrices
 from continual.rules.options import Choice, Number
 from continual.rules.scale import ReadOptions
@@ -166,10 +178,16 @@ def _make(options: OpcmOptions) -> Rule:
     def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
         return fold_matrix(accumulators[sums.SLOT], tau.contiguous(), options.alpha, options.variant, inputs.rank)
 
+    def step(total: Tensor, tau: Tensor) -> Tensor:
+        return fold_matrix(total, tau, options.alpha, options.variant).accumulators[sums.SLOT]
+
+    def without(given: Apart) -> LeftOut:
+        return opcm_less.without(given, step)
+
     made = matrices.rule(
         "opcm",
         options.include,
-        OnMatrices(fold, read, linalg.workspace, factored=matrices.turned(fold, read)),
+        OnMatrices(fold, read, linalg.workspace, factored=matrices.turned(fold, read)._replace(without=without)),
         Laws(order_free=False),
         plain=ReadFunctions(sums.read_sum, sums.size, gauges=gauges),
     )

@@ -18,8 +18,20 @@ from torch import Tensor
 from continual import linalg
 from continual.errors import Misconfigured
 from continual.records import SlotSpec, Totals
-from continual.rules import matrices
-from continual.rules.contract import Accumulators, Factored, Folded, Inputs, Laws, Rule, RuleRow, Sums, Triplets
+from continual.rules import matrices, tsv_less
+from continual.rules.contract import (
+    Accumulators,
+    Apart,
+    Factored,
+    Folded,
+    Inputs,
+    Laws,
+    LeftOut,
+    Rule,
+    RuleRow,
+    Sums,
+    Triplets,
+)
 from continual.rules.matrices import MatrixOptions, OnMatrices
 from continual.rules.scale import ReadOptions
 
@@ -51,7 +63,9 @@ def choose(owner: Sequence[int], sigma: Sequence[float], count: int, p: int) -> 
 
 
 def polar(columns: Tensor) -> Tensor:
-    """U_kV_kᵀ of an m×r matrix, m ≥ r, over its k directions that are not null; float64."""
+    """U_kV_kᵀ of an m×r matrix over its k directions that are not null; float64."""
+    if columns.shape[0] < columns.shape[1]:
+        return polar(columns.mT).mT
     sigma, v = linalg.right_singular(columns, linalg.NULL)
     rank = int((sigma > 0).sum())
     return columns @ (v[:, :rank] / sigma[:rank]) @ v[:, :rank].mT
@@ -96,10 +110,18 @@ def merge(accumulators: Accumulators, totals: Totals) -> Tensor:
 def factors(given: Triplets, totals: Totals) -> tuple[Tensor, Tensor]:
     """polar(U) diag(σ) and polar(V) over the triplets that stay with so many fine-tunes: m×r and n×r, float64."""
     u, sigma, v = given.u, given.sigma, given.v
-    chosen = choose(given.owner, sigma.tolist(), max(1, int(totals.count)), min(len(u), len(v)))
+    p = min(given.sides or (len(u), len(v)))
+    chosen = choose(given.owner, sigma.tolist(), max(1, int(totals.count)), p)
     if not chosen:
         return u[:, :0].double(), v[:, :0].double()
     return polar(u[:, chosen].double()) * sigma[chosen].double(), polar(v[:, chosen].double())
+
+
+def without(given: Apart) -> LeftOut:
+    """X without each of the models."""
+    p = min(given.sides)
+    sigma = given.sigma.tolist()
+    return tsv_less.without(given, polar, lambda owner, count: choose(owner, sigma, max(1, int(count)), p))
 
 
 def slots(m: int, n: int) -> dict[str, SlotSpec]:
@@ -119,7 +141,7 @@ def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals
 
 
 def _make(options: MatrixOptions) -> Rule:
-    on = OnMatrices(fold, merge, workspace, slots, Factored(triplets=factors))
+    on = OnMatrices(fold, merge, workspace, slots, Factored(triplets=factors, without=without))
     return matrices.rule("tsv-m", options.include, on, Laws())
 
 

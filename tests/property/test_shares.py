@@ -10,7 +10,7 @@ from torch import Tensor
 
 from continual.blocks import Explaining, HeldLayers, Merged, ModelShare
 from continual.records import TensorSpec
-from continual.rules import RULES, iso_less, read_options, rule
+from continual.rules import RULES, Rule, read_options, rule
 from tests.helpers.shelves import SPECS, Regime, adapters, dense, shelf
 
 pytestmark = pytest.mark.slow
@@ -81,31 +81,57 @@ def test_a_model_that_is_zero_has_no_share(name: str) -> None:
     assert sorted(found.whole) == [1, 3]
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+def plainly(name: str, **options: object) -> Rule:
+    """The rule without its quicker way: models are left out by reading again."""
+    made = rule(name, options)
+    assert made.factored is not None
+    assert made.factored.without is not None
+    return made._replace(factored=made.factored._replace(without=None))
+
+
+CASES: list[tuple[str, dict[str, object], str]] = [
+    *(("iso-c", {}, kind) for kind in ("independent", "shared", "twins", "cut")),
+    *(("tsv-m", {}, kind) for kind in ("independent", "shared", "twins", "cut")),
+    *(("gram", {}, kind) for kind in ("independent", "twins")),
+    ("gram", {"side": "left"}, "shared"),
+    ("gram", {"side": "right", "ridge": 0.01}, "cut"),
+    ("opcm", {}, "independent"),
+    ("opcm", {"variant": "rows+columns"}, "shared"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "kind"), CASES)
 def test_the_quick_way_without_a_model_gives_what_reading_again_gives(
-    weighted: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, object], kind: str
 ) -> None:
-    specs = {n: TensorSpec(n, shape, "F32", "matrix") for n, shape in (("a", (128, 96)), ("b", (96, 160)))}
+    specs = {n: TensorSpec(n, shape, "F32", "matrix") for n, shape in (("a", (128, 96)), ("b", (52, 120)))}
     random = torch.Generator().manual_seed(4)
+    shared = {n: torch.randn(s.shape[1], 8, generator=random) for n, s in specs.items()}
     given = [
         {
-            n: (torch.randn(s.shape[0], 8, generator=random), torch.randn(s.shape[1], 8, generator=random))
+            n: (
+                torch.randn(s.shape[0], 8, generator=random),
+                shared[n] if kind == "shared" else torch.randn(s.shape[1], 8, generator=random),
+            )
             for n, s in specs.items()
             if (number + len(n)) % 5
         }
-        for number in range(10)
+        for number in range(7)
     ]
-    held = shelf(given, 96, specs)
-    chosen = {number: 1.0 + 0.3 * number if weighted else 1.0 for number in range(1, 11)}
-    merged = Merged(held, chosen, rule("iso-c"), read_options("iso-c"))
-    quick = Explaining(merged).shares()
-    monkeypatch.setattr(iso_less, "LEAST", 10_000)
-    slow = Explaining(Merged(held, chosen, rule("iso-c"), read_options("iso-c"))).shares()
-    for number, found in quick.whole.items():
-        assert found == pytest.approx(slow.whole[number], abs=2e-4)
-        assert all(
-            quick.layers[n][number] == pytest.approx(slow.layers[n][number], abs=2e-4)
-            for n in specs
-            if number in slow.layers[n]
-        )
-    assert quick.whole != slow.whole
+    if kind == "twins":
+        given[4] = given[3]
+    held = shelf(given, 40 if kind == "cut" else 96, specs)
+    made, slow = rule(name, options), plainly(name, **options)
+    chosen = {number: 1.0 + 0.3 * number if made.laws.weighted else 1.0 for number in range(1, 8)}
+    found, expected = (Explaining(Merged(held, chosen, which, read_options(name))) for which in (made, slow))
+    for n in specs:
+        one, other = found.products(n), expected.products(n)
+        length = other.square
+        assert one.square == pytest.approx(length, rel=1e-4)
+        for figures, wanted in zip(one[1:], other[1:], strict=True):
+            assert figures == pytest.approx(wanted, rel=1e-4, abs=1e-5 * length)
+        for index in range(len(chosen)):
+            change, again = (
+                math.sqrt(max(0.0, way.square + way.squares[index] - 2 * way.inners[index])) for way in (one, other)
+            )
+            assert change == pytest.approx(again, abs=2e-4 * math.sqrt(length)), (n, index)

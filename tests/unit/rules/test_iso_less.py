@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from continual import linalg
+from continual.records import Totals
 from continual.rules import iso_c, iso_less
+from continual.rules.contract import Apart
 
 Terms = list[tuple[Tensor, Tensor]]
 
@@ -91,7 +93,7 @@ def test_a_term_that_is_all_there_is_is_left_to_the_decomposition() -> None:
 
 @pytest.mark.parametrize("least", [1e-12, 1e-6, 1e-2])
 def test_the_quadrature_is_the_inverse_root(least: float) -> None:
-    points, weights = iso_less.quadrature(least, 4.0)
+    points, weights = linalg.quadrature(least, 4.0)
     x = torch.logspace(math.log10(least), math.log10(4.0), 500, dtype=torch.float64)
     found = (weights / (points + x[:, None])).sum(1) * x.sqrt()
     assert float((found - 1).abs().max()) < 2e-5
@@ -99,7 +101,11 @@ def test_the_quadrature_is_the_inverse_root(least: float) -> None:
 
 def test_the_rule_reads_the_same_whole() -> None:
     terms = terms_of("independent", 64, 64)
-    total = torch.stack([a @ b.mT for a, b in terms]).sum(0).float()
-    whole, _ = iso_c.without({"sum": total}, terms)
+    u, v = (torch.cat(side, 1) for side in zip(*terms, strict=True))
+    rows = {index: slice(6 * index, 6 * index + 6) for index in range(8)}
+    sigma, weights = torch.linspace(1.0, 3.0, 48, dtype=torch.float64), [1.0 + index for index in range(8)]
+    whole, _ = iso_c.without(Apart(u, sigma, v, rows, weights, Totals(), [Totals()] * 8, (64, 64)))
     assert whole is not None
-    assert float((whole - iso_c.flat(total).double()).norm()) < 1e-5 * float(whole.norm())
+    heavy = sigma * torch.tensor(weights, dtype=torch.float64).repeat_interleave(6)
+    expected = iso_c.flat(((u * heavy) @ v.mT).float()).double()
+    assert float((whole - expected).norm()) < 1e-5 * float(whole.norm())
