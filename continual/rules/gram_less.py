@@ -16,7 +16,7 @@ from torch import Tensor
 from continual.rules.contract import Apart, LeftOut, Without
 
 
-class _Side(NamedTuple):
+class _GramSide(NamedTuple):
     """The Gram of one side by its eigenvalues and eigenvectors; of all triplets the vectors V there, in these
     eigenvectors (`columns`), and V·√G (`heavy`). `length`: how many rows or columns the tensor has on this side."""
 
@@ -68,14 +68,14 @@ def without(given: Apart, ridge: float, *, left: bool, right: bool) -> LeftOut:
 NOBODY = slice(0, 0)
 
 
-def _side(columns: Tensor, root: Tensor, length: int) -> _Side:
+def _side(columns: Tensor, root: Tensor, length: int) -> _GramSide:
     heavy = columns * root
     values, vectors = torch.linalg.eigh(heavy @ heavy.mT)
     turned = vectors.mT @ columns
-    return _Side(values.clamp(min=0), vectors, turned, turned * root, length)
+    return _GramSide(values.clamp(min=0), vectors, turned, turned * root, length)
 
 
-def _solved(side: _Side, where: slice, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+def _solved(side: _GramSide, where: slice, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """1/(Λ + ε); DV√G; and what the inverse without these triplets has besides D is that times the third."""
     quotients = 1.0 / (side.values + epsilon)
     heavy = side.heavy[:, where]

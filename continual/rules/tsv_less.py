@@ -26,7 +26,7 @@ Choose = Callable[[Sequence[int], float], list[int]]
 """Which triplets stay, by the number of each one's model (0: that is gone), and how many models there are."""
 
 
-class _Less(NamedTuple):
+class _PolarLess(NamedTuple):
     """P₋, the polar factor without some columns: PᵀP₋, and P₋ᵀP₋, None where that is the unit matrix; c×c, with zeros
     for the columns that are gone."""
 
@@ -34,7 +34,7 @@ class _Less(NamedTuple):
     own: Tensor | None
 
 
-class _Side:
+class _PolarSide:
     """The columns of one side, k×c, and P, their polar factor (`factor`)."""
 
     def __init__(self, columns: Tensor, polar: Polar) -> None:
@@ -51,13 +51,13 @@ class _Side:
         self._weights = weights.sqrt().to(z.device)
         self.factor = columns @ self._inverse
 
-    def less(self, gone: slice) -> _Less:
+    def less(self, gone: slice) -> _PolarLess:
         """Without some of the columns."""
         if not self._quick:
             kept = self.columns.clone()
             kept[:, gone] = 0.0
             rest = self._polar(kept)
-            return _Less(self.factor.mT @ rest, rest.mT @ rest)
+            return _PolarLess(self.factor.mT @ rest, rest.mT @ rest)
         rows = self._resolved[:, gone]  # of Y: points × r × c
         lower = torch.linalg.cholesky(rows[:, :, gone])
         thin = torch.linalg.solve_triangular(lower, rows, upper=False) * self._weights[:, None, None]
@@ -67,7 +67,7 @@ class _Side:
         inner = left.mT @ torch.cat([thin, self._inverse[gone]]).neg_()
         inner.diagonal().add_(1.0)
         inner[:, gone] = 0.0
-        return _Less(inner, None)
+        return _PolarLess(inner, None)
 
 
 def without(given: Apart, polar: Polar, choose: Choose) -> LeftOut:
@@ -81,7 +81,7 @@ def without(given: Apart, polar: Polar, choose: Choose) -> LeftOut:
         zeros = given.u.new_zeros(len(given.u), len(given.v))
         return LeftOut(zeros, [Without(0.0, 0.0)] * len(given.weights))
     sigma = given.sigma[chosen]
-    left, right = _Side(given.u[:, chosen], polar), _Side(given.v[:, chosen], polar)
+    left, right = _PolarSide(given.u[:, chosen], polar), _PolarSide(given.v[:, chosen], polar)
     whole = (left.factor * sigma) @ right.factor.mT
     rests = list[Without | None]()
     for number, totals in enumerate(given.rests, 1):
@@ -98,7 +98,7 @@ def without(given: Apart, polar: Polar, choose: Choose) -> LeftOut:
     return LeftOut(whole, rests)
 
 
-def _without(left: _Less, right: _Less, sigma: Tensor, kept: Tensor) -> Without:
+def _without(left: _PolarLess, right: _PolarLess, sigma: Tensor, kept: Tensor) -> Without:
     """Of X = PΣQᵀ and X₋ = P₋Σ₋Q₋ᵀ."""
     own = [one for one in (left.own, right.own) if one is not None]
     square = kept.square() if len(own) == 0 else kept.square() * own[0].diagonal()

@@ -102,7 +102,7 @@ def test_a_merge_of_whole_tensors_does_not_keep_models_apart(tmp_path: Path, bas
         merge.explain()
 
 
-@pytest.mark.parametrize(("name", "there"), [("mean", True), ("iso-c", True), ("ties", False)])
+@pytest.mark.parametrize(("name", "there"), [("mean", True), ("tsv-m", True), ("opcm", False), ("ties", False)])
 def test_an_export_says_what_each_model_has(tmp_path: Path, state: Path, name: str, there: bool) -> None:
     view = ReadView(rule=name, without=("few",))
     with api.Merge(Settings(state=state)) as merge:
