@@ -206,11 +206,6 @@ def _check_adapters(model: BaseModel, recipe: Recipe) -> None:
             f"rule = {recipe.rule}: it weighs each parameter by {chosen.needs.shipped} beside a full fine-tune, which "
             "adapters do not have: take another rule"
         )
-    if chosen.laws.rounds:
-        raise Misconfigured(
-            f"rule = {recipe.rule}: it weighs its models in rounds, which take gradients at the merged model; a state "
-            "that keeps adapters has no weights of its base: take another rule, or make the state without --adapters"
-        )
     if recipe.untie:
         raise Misconfigured("tied = untie: a state that keeps adapters keeps tied tables as one; leave it out")
     if any(part.folder for part in model.checkpoint.parts):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -71,6 +71,11 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return self.numel * ITEMSIZE[self.dtype]
+
+
+def depths_of(specs: Iterable[TensorSpec]) -> list[float]:
+    """The depths of what can be folded, in order: where a model has a weight for each layer, it has one for each."""
+    return sorted({spec.depth for spec in specs if spec.kind != "carried"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,8 @@ class Merge(OpenedState):
     def unfold(self, plan: unfolding.Unfolding, progress: Progress = silent) -> Commit:
         """Takes a model out of the merge, as `look_unfold` found, and returns the record of it. Raises Refuse, Retry
         and Halt; then nothing has changed."""
-        take_out = selection.subtract if self.rule.laws.rounds else unfolding.unfold
+        summed = self.rule.laws.rounds and self.state.format.form is None
+        take_out = selection.subtract if summed else unfolding.unfold
         commit = take_out(self.engine, plan, progress)
         self.state.expire(self.settings.keep)
         return commit

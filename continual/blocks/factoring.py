@@ -7,7 +7,7 @@ U_i and all V_i, the cores are QᵀU_i·Σ_i·(RᵀV_i)ᵀ, and X = Q·X′·R�
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -27,10 +27,12 @@ _SAFE = 1e3
 
 
 class Entrant(NamedTuple):
-    """One of the chosen models, in the order in which they are folded: its weight, and the totals before it."""
+    """One of the chosen models, in the order in which they are folded: its weight, and the totals before it. `layers`:
+    its weight in the layers of each depth, where they differ; then the rule is a sum with these weights."""
 
     weight: float
     before: Totals
+    layers: Mapping[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,15 @@ class Run:
     entrants: Sequence[Entrant]
     totals: Totals
 
+    def coefficients_at(self, spec: TensorSpec) -> list[float]:
+        """c_i of this tensor, which reads Σ c_i·τ_i."""
+        if not any(entrant.layers for entrant in self.entrants):
+            return self._coefficients
+        return [entrant.layers[spec.depth] if entrant.layers else entrant.weight for entrant in self.entrants]
+
     @cached_property
-    def coefficients(self) -> list[float]:
-        """c_i of a tensor that reads Σ c_i·τ_i: what the rule makes of unit vectors, one for each model."""
+    def _coefficients(self) -> list[float]:
+        """Of every tensor: what the rule makes of unit vectors, one for each model."""
         rule = self.rule
         size = len(self.entrants)
         spec = TensorSpec("", (size,), "F32", "plain")
@@ -147,7 +155,7 @@ def direct(rule: Rule, given: Stacked, run: Run) -> tuple[Tensor, Tensor]:
     """The factors of a weighted sum, or those that the rule makes of the triplets itself."""
     assert rule.factored is not None
     if rule.factored.linear(given.spec):
-        weights, coefficients = torch.zeros_like(given.sigma), run.coefficients
+        weights, coefficients = torch.zeros_like(given.sigma), run.coefficients_at(given.spec)
         for index, where in given.rows.items():
             weights[where] = coefficients[index] * given.sigma[where]
         return given.u.mT * weights, given.v.mT

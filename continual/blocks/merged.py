@@ -38,8 +38,18 @@ class Merged:
         self._figures = _figures(shelf, self.chosen, rule) if figures is None else figures
         self.run = _run(rule, self._figures, self.chosen)
         self._seed = seed
+        self.layered: Mapping[int, Mapping[float, float]] = {}
         self._measured: dict[int, object] = {}
         self._parts: tuple[float, float] | None = None
+
+    def by_layer(self, weights: Mapping[int, Mapping[float, float]]) -> Merged:
+        """The same, with weights of some models that differ by the depth of a layer: only of a rule that reads their
+        sum."""
+        self.layered = weights
+        numbered = zip(self.chosen, self.run.entrants, strict=True)
+        entrants = [entrant._replace(layers=weights.get(number)) for number, entrant in numbered]
+        self.run = replace(self.run, entrants=entrants)
+        return self
 
     @property
     def factored(self) -> bool:
@@ -117,7 +127,7 @@ class Merged:
         others = {other: weight for other, weight in self.chosen.items() if other != number}
         found = Merged(self.shelf, others, self.rule, self.options, self._seed, self._figures)
         found._measured = self._measured
-        return found
+        return found.by_layer(self.layered)
 
     def is_matrix(self, name: str) -> bool:
         """Whether the rule takes this layer for a matrix."""
@@ -132,11 +142,6 @@ class Merged:
 
 def check(rule: Rule, chosen: Mapping[int, float]) -> None:
     """Raises Misconfigured where `rule` cannot be read from blocks, or not with these weights."""
-    if rule.laws.rounds:
-        raise Misconfigured(
-            f"{rule.name} finds its weights in rounds, which are over: read by task-arithmetic, with a weight for each "
-            "model"
-        )
     if rule.needs.shipped is not None:
         raise Misconfigured(
             f"{rule.name} needs the file {rule.needs.shipped} of every model, of which an adapter's blocks keep nothing"
@@ -146,8 +151,10 @@ def check(rule: Rule, chosen: Mapping[int, float]) -> None:
             raise Misconfigured(
                 f"a weight of {weight:g}: a weight is {WEIGHT}; to have a model count nothing, leave it out"
             )
-        if weight != 1.0 and not rule.laws.weighted:
-            raise Misconfigured(f"{rule.name} reads every model with weight 1, not {weight:g}")
+        if weight != 1.0 and not (rule.laws.weighted or rule.laws.rounds):
+            raise Misconfigured(
+                f"{rule.name} reads every model with weight 1, not {weight:g}; --weight '*=1' gives each of them that"
+            )
 
 
 def _is_matrix(rule: Rule, spec: TensorSpec) -> bool:

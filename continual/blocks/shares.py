@@ -163,10 +163,10 @@ def _linear(merged: Merged, given: Stacked, runs: Sequence[Run]) -> Products:
     for index, where in given.rows.items():
         which[where, index] = 1.0
     inner = which.mT @ each @ which
-    whole = torch.tensor(merged.run.coefficients, dtype=torch.float64)
+    whole = torch.tensor(merged.run.coefficients_at(given.spec), dtype=torch.float64)
     rests = torch.zeros(count, count, dtype=torch.float64)
     for index, run in enumerate(runs):
-        found = torch.tensor(run.coefficients, dtype=torch.float64)
+        found = torch.tensor(run.coefficients_at(given.spec), dtype=torch.float64)
         rests[index, :index], rests[index, index + 1 :] = found[:index], found[index:]
     inner = inner.cpu()
     dots = inner @ whole

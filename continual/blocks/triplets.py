@@ -37,6 +37,11 @@ class Block(NamedTuple):
         """‖τ‖² of what is kept."""
         return float(self.sigma.double().square().sum())
 
+    @property
+    def cut(self) -> float:
+        """‖τ‖² of what was cut off; 0 where all triplets are there."""
+        return max(0.0, self.energy - self.kept) if len(self.sigma) < self.rank else 0.0
+
     def first(self, count: int) -> Block:
         """Its first `count` triplets, or all of them where there are fewer."""
         return self._replace(u=self.u[:count], sigma=self.sigma[:count], v=self.v[:count])

@@ -83,12 +83,14 @@ class BlockReading(Reading):
         self.view = view or ReadView()
         self.rule, self.options = self.view.read_by(rule, self.options, state)
         self.shelf = StoredLayers(state, self.commit)
-        self.chosen = self.view.chosen(state, self.commit.seq, dict(self.options.weights))
+        given = dict(self.options.weights)
+        self.chosen = self.view.chosen(state, self.commit.seq, given)
+        self.layered = self.view.layered(state, self.commit.seq, given) if self.rule.laws.rounds else {}
 
     @cached_property
     def merged(self) -> Merged:
         """What the chosen models read as."""
-        found = Merged(self.shelf, self.chosen, self.rule, self.options)
+        found = Merged(self.shelf, self.chosen, self.rule, self.options).by_layer(self.layered)
         self.totals = found.totals
         return found
 
@@ -118,7 +120,8 @@ class BlockReading(Reading):
             for name in self.shelf.specs
             if (models := self.shelf.columns(name).models).keys() & self.chosen.keys()
         }
-        models_read = [[digests[number], weight] for number, weight in self.chosen.items()]
+        layered = {number: list(each.values()) for number, each in self.layered.items()}
+        models_read = [[digests[number], layered.get(number, weight)] for number, weight in self.chosen.items()]
         return digest_of([models_read, kept], self.rule, replace(self.options, weights=()))
 
     def cut(self) -> tuple[CutModel, ...]:

@@ -4,9 +4,10 @@ depends on its weights."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -199,10 +200,36 @@ def put_all(transaction: Transaction, other: Generation, name: str, called: Mapp
     if not brought.columns.used:
         transaction.keep(name)
         return
-    layer = _layer_before(transaction, name)
-    old = layer.columns
+    before = _layer_before(transaction, name)
+    layer = before
     for number, block in brought.blocks().items():
         layer = layer.folded(called[number], block)
+    _write(transaction, name, before, layer)
+
+
+def exchange(
+    transaction: Transaction, name: str, gone: Collection[int], coming: Mapping[int, Block]
+) -> dict[int, float]:
+    """Writes one layer without the models of the numbers `gone`, and with those that are `coming` besides; what the cut
+    took of the ‖τ‖² of each of these."""
+    before = _layer_before(transaction, name)
+    layer = before
+    for number in gone:
+        layer = layer.without(number) if number in layer.columns.models else layer
+    for number, block in coming.items():
+        layer = layer.folded(number, block._replace(u=block.u.cpu(), sigma=block.sigma.cpu(), v=block.v.cpu()))
+    if layer is before:
+        transaction.keep(name)
+        return {}
+    if layer.columns.used:
+        _write(transaction, name, before, layer)
+    there = layer.columns.models
+    return {number: layer.block(number).cut if number in there else block.energy for number, block in coming.items()}
+
+
+def _write(transaction: Transaction, name: str, before: Layer, layer: Layer) -> None:
+    """Writes a layer as it is now; columns before the first that is another one stay as they are on disk."""
+    old = before.columns
     kept = np.nonzero((layer.columns.packed() != old.packed()).any(1))[0]
     first, used = int(kept[0]) if len(kept) else old.used, layer.columns.used
     for slot, rows in (("u", layer.u), ("v", layer.v)):
@@ -255,10 +282,10 @@ def rearrange(
     transaction.write(name, "columns", after.columns(old, number, block).packed())
 
 
-def free_number(state: State) -> int:
-    """The smallest number that no adapter in force has. Raises Misconfigured where there is none."""
+def free_numbers(state: State, count: int) -> list[int]:
+    """The `count` smallest numbers that no adapter in force has. Raises Misconfigured where there are not so many."""
     taken = {fold.entry.numbers.block for fold in state.ledger.folds()}
-    number = next((n for n in range(1, MOST + 1) if n not in taken), None)
-    if number is None:
+    numbers = list(itertools.islice((n for n in range(1, MOST + 1) if n not in taken), count))
+    if len(numbers) < count:
         raise Misconfigured(f"{state.path}: {MOST} adapters are the most that a state can keep")
-    return number
+    return numbers

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from continual.engine import standing
-from continual.engine.blocks import BlockFolding, free_number
+from continual.engine.blocks import BlockFolding, free_numbers
 from continual.engine.folding import Folding, Terms, run_length
 from continual.engine.outcomes import FoldReport, OpenCandidate, Outcome, known_as
 from continual.engine.report import report_of
@@ -166,7 +166,8 @@ class Engine:
         model, lineage = opened.model, opened.lineage
         if self.state.format.form is not None:
             beside = BlockFolding(self.base, transaction, opened, self.gates, self.resources)
-            return beside.run(free_number(self.state), self.state.format.form.width, before, progress)
+            number = free_numbers(self.state, 1)[0]
+            return beside.run(number, self.state.format.form.width, before, progress)
         with ExitStack() as files:
             read: list[Model] = [model, self.base.checkpoint]
             shipped = self.shipped(model, lineage)

@@ -21,6 +21,7 @@ from continual.rules import Sums, settle
 from continual.state import Commit, Transaction
 from continual.state.entries import UnfoldEntry
 from continual.state.format import FoldCommit
+from continual.state.ledger import weights_at
 from continual.tensors import Place, candidate_of, open_model
 
 
@@ -158,9 +159,14 @@ def _without(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
         progress("unfold", 0, len(tasks))
         for done, _ in enumerate(engine.executor.map(tasks), 1):
             progress("unfold", done, len(tasks))
-        left = settle(state.ledger.totals, Sums(numbers.tau_norm**2), -(numbers.weight or 1.0))
-        taken = entry(engine, plan, began, left)
-        return state.commit(transaction, replace(taken, tau_norm=numbers.tau_norm))
+        weights = weights_at(state.ledger)
+        mine = (weights or {}).get(plan.key) or (numbers.weight or 1.0,)
+        left = settle(state.ledger.totals, Sums(numbers.tau_norm**2), -sum(mine) / len(mine))
+        taken = replace(entry(engine, plan, began, left), tau_norm=numbers.tau_norm)
+        if weights is not None:
+            others = {key: each for key, each in weights.items() if key != plan.key}
+            taken = replace(taken, active=others, rest=())
+        return state.commit(transaction, taken)
 
 
 def entry(engine: Engine, plan: Unfolding, began: float, totals: Totals) -> UnfoldEntry:

@@ -11,9 +11,11 @@ from continual.blocks.merged import check
 from continual.config import Settings
 from continual.errors import Misconfigured
 from continual.outside import few
+from continual.records import depths_of
 from continual.rules import ReadAs, ReadOptions, Rule, read_as
 from continual.state import State
 from continual.state.format import FoldCommit
+from continual.state.ledger import weights_at
 
 _GLOB = re.compile(r"[*?[]")
 
@@ -58,13 +60,13 @@ class ReadView:
 
     def chosen(self, state: State, seq: int, read: Mapping[str, float] | None = None) -> dict[int, float]:
         """The numbers of the adapters that are read at record `seq`, with their weights, in the order in which they
-        were folded. `read`: weights by key that are in force where this says none. Raises Misconfigured for a word
-        that names no model of the merge, and where none is left."""
+        were folded. `read`: weights by key that are in force where this says none. A model that a round weighed by
+        layer has the mean of these weights. Raises Misconfigured for a word that names no model of the merge, and where
+        none is left."""
         folds = state.ledger.folds(at=seq)
         kept = self.kept(folds)
-        weights = dict(read or {})
-        for word, weight in self.weights.items():
-            weights |= dict.fromkeys(self._named(folds, (word,), "weight"), weight)
+        weights = {key: sum(each) / len(each) for key, each in (weights_at(state.ledger, seq) or {}).items()}
+        weights |= self._given(folds, read or {})
         if folds and not kept:
             raise Misconfigured("no model is left to be read: 'only' and 'without' leave none")
         found: dict[int, float] = {}
@@ -74,6 +76,25 @@ class ReadView:
                 assert numbers.block is not None, "a fold of a state of adapters"
                 found[numbers.block] = weights.get(key, 1.0 if numbers.weight is None else numbers.weight)
         return found
+
+    def layered(self, state: State, seq: int, read: Mapping[str, float]) -> dict[int, dict[float, float]]:
+        """The weights that a round found for each layer, by the depth of the layer, of models by their numbers: of
+        those that have such, and no other weight by `read` or by what this says."""
+        folds = state.ledger.folds(at=seq)
+        depths, given = depths_of(state.format.tensors), self._given(folds, read)
+        found = {key: each for key, each in (weights_at(state.ledger, seq) or {}).items() if len(each) > 1}
+        return {
+            fold.entry.numbers.block or 0: dict(zip(depths, found[key], strict=True))
+            for fold in folds
+            if (key := fold.entry.candidate.key) in found and key not in given
+        }
+
+    def _given(self, folds: Sequence[FoldCommit], read: Mapping[str, float]) -> dict[str, float]:
+        """By key, the weights that were given by hand, or tuned."""
+        given = dict(read)
+        for word, weight in self.weights.items():
+            given |= dict.fromkeys(self._named(folds, (word,), "weight"), weight)
+        return given
 
     def kept(self, folds: Sequence[FoldCommit]) -> set[str]:
         """The keys of those models of `folds` that are read; there may be none. Raises Misconfigured for a word that

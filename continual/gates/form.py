@@ -48,7 +48,7 @@ class FormGate(AtHeaders):
         if stacks := [name for name in seen.lineage.folded if kinds[name] == "stack"]:
             raise Refuse(
                 "form",
-                f"{model.place}: changes {few(stacks)}, packed experts, of which a state of adapters keeps nothing yet: "
+                f"{model.place}: changes {few(stacks)}, packed experts, of which a state of adapters keeps nothing: "
                 "fold it into a state that was made without --adapters",
             )
         whole = [name for name in seen.lineage.folded if needs_base(found[name])]

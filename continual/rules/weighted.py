@@ -24,7 +24,9 @@ def _task_arithmetic(_: NoOptions) -> Rule:
 
 
 def _frank_wolfe(_: NoOptions) -> Rule:
-    return Rule(fold=sums.FOLD, read=ReadFunctions(sums.read_sum, sums.size), laws=Laws(rounds=True))
+    return Rule(
+        fold=sums.FOLD, read=ReadFunctions(sums.read_sum, sums.size), laws=Laws(rounds=True), factored=Factored()
+    )
 
 
 MEAN = RuleRow(

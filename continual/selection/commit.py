@@ -65,7 +65,7 @@ def kept_out(under_way: OpenRound, chosen: Chosen) -> list[MemberFate]:
 def kept(chosen: Chosen, key: str, fate: RowFate = "folded", rank: int | None = None) -> MemberFate:
     """The fate of a member that was chosen, or that is in the sum."""
     member = chosen.active.members[key]
-    weight = _mean(chosen.active.weights.get(key, (0.0,)))
+    weight = mean(chosen.active.weights.get(key, (0.0,)))
     score = chosen.scores[key].total if key in chosen.scores else None
     figures = fates.figures(score, chosen.judged.get(key))
     message = f"{member.name}: weight {weight:.4g}"
@@ -83,7 +83,7 @@ def write_sum(under_way: OpenRound, space: SearchSpace, chosen: Chosen, progress
     now = active_at(state)
     weights = chosen.active.weights
     out = [key for key in now.members if key not in weights and (key in chosen.left or not chosen.active.rest)]
-    rows = kept_out(_with_those_that_leave(under_way, now, out, chosen), chosen)
+    rows = kept_out(with_those_that_leave(under_way, now, out, chosen), chosen)
     if weights == now.weights and chosen.active.rest == now.rest:
         rows = [*(kept(chosen, key) for key in weights), *rows]
         return state.record(entry(under_way, rows, chosen.figures))
@@ -100,7 +100,7 @@ def write_sum(under_way: OpenRound, space: SearchSpace, chosen: Chosen, progress
         entered = [key for key in entering if key in after.weights]
         staying = {key: now.members[key] for key in now.members if key not in out}
         members = staying | {key: after.members[key] for key in entered}
-        folds = [_fold(under_way.pool[key], digests[key], norms[key], _mean(after.weights[key])) for key in entered]
+        folds = [_fold(under_way.pool[key], digests[key], norms[key], mean(after.weights[key])) for key in entered]
         written = dataclasses.replace(
             entry(under_way, rows, chosen.figures),
             totals=totals(after._replace(members=members, norms=norms), merged_sq),
@@ -115,12 +115,12 @@ def write_sum(under_way: OpenRound, space: SearchSpace, chosen: Chosen, progress
 def totals(merged: Active, merged_sq: float) -> Totals:
     """The totals of a weighted sum. `weight` is Σ w; of weights by layer, their mean over layers. `merged_sq` is
     ‖X‖²."""
-    weight = sum(_mean(w) for w in merged.weights.values()) + (_mean(merged.rest) if merged.rest else 0.0)
+    weight = sum(mean(w) for w in merged.weights.values()) + (mean(merged.rest) if merged.rest else 0.0)
     norms = sum(merged.norms[key] for key in merged.members)
     return Totals(count=float(len(merged.members)), weight=weight, norm_sum=norms, merged_sq=merged_sq)
 
 
-def _with_those_that_leave(under_way: OpenRound, now: Active, out: Sequence[str], chosen: Chosen) -> OpenRound:
+def with_those_that_leave(under_way: OpenRound, now: Active, out: Sequence[str], chosen: Chosen) -> OpenRound:
     """The round, as if the models that leave the sum waited in the pool since they were folded."""
     pool = dict(under_way.pool)
     for fold in under_way.engine.state.ledger.folds():
@@ -160,5 +160,6 @@ def _without_twins(engine: Engine, after: Active, digests: Mapping[str, str]) ->
     return after._replace(weights=weights, rest=rest, members=members), twins
 
 
-def _mean(weights: Sequence[float]) -> float:
+def mean(weights: Sequence[float]) -> float:
+    """The mean over layers."""
     return sum(weights) / len(weights)

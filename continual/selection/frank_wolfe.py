@@ -120,16 +120,16 @@ class Search:
     def start(self) -> Tensor:
         """The weights there are now: vertices × layers, float64."""
         width = self.model.count
-        rows = [_wide(self.now.get(key, (0.0,)), width) for key in self.keys]
+        rows = [wide(self.now.get(key, (0.0,)), width) for key in self.keys]
         if self.rest:
-            rows.append(_wide(self.rest, width))
+            rows.append(wide(self.rest, width))
         return torch.tensor(rows, dtype=torch.float64).reshape(-1, width)
 
     def caps(self) -> Tensor:
         """What each weight may be at most, vertices × layers, float64: the rest of X can only shrink."""
         caps = torch.full((len(self.keys) + bool(self.rest), self.model.count), torch.inf, dtype=torch.float64)
         if self.rest:
-            caps[-1] = torch.tensor(_wide(self.rest, self.model.count), dtype=torch.float64)
+            caps[-1] = torch.tensor(wide(self.rest, self.model.count), dtype=torch.float64)
         return caps
 
     def mix(self, weights: Tensor) -> Mix:
@@ -317,9 +317,9 @@ def room(now: Active, waiting: Sequence[Member], most: int) -> Active:
 
 def together(rest: Sequence[float], weights: Sequence[float], width: int) -> tuple[float, ...]:
     """Two weights added, layer by layer; `width` is the number of layers."""
-    return tuple(a + b for a, b in zip(_wide(rest or (0.0,), width), _wide(weights, width), strict=True))
+    return tuple(a + b for a, b in zip(wide(rest or (0.0,), width), wide(weights, width), strict=True))
 
 
-def _wide(weights: Sequence[float], width: int) -> list[float]:
+def wide(weights: Sequence[float], width: int) -> list[float]:
     """One weight for each layer, where one is given for all."""
     return list(weights) if len(weights) == width else [weights[0]] * width

@@ -23,8 +23,18 @@ from continual.engine.engine import Engine
 from continual.engine.folding import run_length
 from continual.errors import Refuse
 from continual.executors.contract import Progress, Task
-from continual.records import Candidate, Lineage
-from continual.tensors import Adapter, LayerVectors, Model, Place, TaskVectors, ThinVector, candidate_of, open_model
+from continual.records import Candidate, Lineage, TensorSpec
+from continual.tensors import (
+    Adapter,
+    LayerVectors,
+    Model,
+    Place,
+    TaskVectors,
+    ThinVector,
+    WholeVector,
+    candidate_of,
+    open_model,
+)
 
 T = TypeVar("T")
 Factors = tuple[Tensor, Tensor]
@@ -64,11 +74,22 @@ class Member(NamedTuple):
 
 
 class MemberFiles(NamedTuple):
-    """The files of a member while it is read."""
+    """The files of a member while it is read; `layers` reads an adapter as a state of adapters folds it."""
 
     model: Model
     lineage: Lineage
     vectors: TaskVectors
+    layers: LayerVectors | None
+
+    def begin(self) -> None:
+        """Begins a pass in which `vector` is asked for every tensor once."""
+        assert self.layers is not None, "an adapter"
+        self.layers.begin()
+
+    def vector(self, spec: TensorSpec) -> ThinVector | WholeVector:
+        """One tensor's task vector, of an adapter that a state of adapters takes. Raises Refuse and Retry."""
+        assert self.layers is not None, "an adapter"
+        return self.layers.read(spec)
 
 
 class Opened(NamedTuple):
@@ -143,7 +164,7 @@ def opened(engine: Engine, member: Member) -> Iterator[Opened]:
             )
         lineage = engine.lineage(model)
         vectors = TaskVectors(engine.weights, model, lineage, run=run_length(engine.device), buffers=engine.buffers)
-        layers = LayerVectors(engine.base, model, lineage) if isinstance(model, Adapter) else None
+        layers = LayerVectors(engine.base, model, lineage, engine.weights) if isinstance(model, Adapter) else None
         specs = {spec.name: spec for spec in engine.base.specs}
 
         def factors(name: str) -> Factors | None:
@@ -153,7 +174,7 @@ def opened(engine: Engine, member: Member) -> Iterator[Opened]:
             assert isinstance(found, ThinVector)
             return found.left, found.right
 
-        yield Opened(lineage.folded, factors, MemberFiles(model, lineage, vectors))
+        yield Opened(lineage.folded, factors, MemberFiles(model, lineage, vectors, layers))
 
 
 def _opened_blocks(kept: Kept) -> Opened:

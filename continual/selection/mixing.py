@@ -20,7 +20,7 @@ from continual import linalg
 from continual.engine.engine import Engine
 from continual.engine.folding import need
 from continual.executors.contract import Progress, Task
-from continual.records import TensorSpec
+from continual.records import TensorSpec, depths_of
 from continual.rules.sums import SLOT
 from continual.selection.members import Member, Opened, opened
 from continual.state import State, Transaction
@@ -37,7 +37,7 @@ from next to nothing to much."""
 def layers(base: BaseModel, *, by_layer: bool) -> dict[str, int]:
     """The number of the layer of each tensor that is folded; 0 for all where models are weighed whole."""
     specs = [spec for spec in base.specs if spec.kind != "carried"]
-    depths = sorted({spec.depth for spec in specs})
+    depths = depths_of(specs)
     return {spec.name: depths.index(spec.depth) if by_layer else 0 for spec in specs}
 
 

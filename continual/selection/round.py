@@ -15,7 +15,7 @@ from continual.engine.reading import Reading
 from continual.errors import Misconfigured, Refuse, Retry
 from continual.executors.contract import Progress
 from continual.objectives import calibration
-from continual.selection import commit, fates, frank_wolfe, relevance
+from continual.selection import beside, commit, fates, frank_wolfe, relevance
 from continual.selection.active import NONE, active_at
 from continual.selection.commit import OpenRound
 from continual.selection.frank_wolfe import MergedVector, SearchSpace
@@ -99,7 +99,8 @@ def run(ground: Ground, options: RoundOptions, progress: Progress, hear: HearRou
         try:
             chosen = frank_wolfe.choose(space, options, stepping, progress, hear)
             if ground.weighed:
-                return _after(commit.write_sum(under_way, space, chosen, progress), [], started)
+                write = commit.write_sum if state.format.form is None else beside.write
+                return _after(write(under_way, space, chosen, progress), [], started)
         except Refuse as lost:  # it was there when it was scored: the next pass finds it gone
             raise Retry(
                 f"{lost}; nothing was settled, and the round goes on without it when it is taken up again"

@@ -65,7 +65,7 @@ def brought(commit: Commit, folds: Iterable[BroughtFold]) -> list[FoldCommit]:
 
 
 MODEL = (FoldEntry, RollbackEntry, RepairEntry, UnfoldEntry, CombineEntry, TuneEntry, ScaleEntry)
-"""Records after which the merged model is another one; a `select` is one where it wrote a generation."""
+"""Records after which the merged model is another one; a `select` is one where it has weights."""
 
 
 class Waiting(NamedTuple):
@@ -131,8 +131,8 @@ class Ledger:
         elif isinstance(entry, CloneEntry):
             self.id, self.cloned = entry.id, (*self.cloned, entry.of) if now else ()
         self._seen(commit)
-        wrote = isinstance(entry, SelectEntry) and commit.generation != self.log[-1].generation
-        if wrote or (isinstance(entry, MODEL) and (self.model or entry.kind not in ("tune", "repair"))):
+        weighed = isinstance(entry, SelectEntry) and entry.active is not None
+        if weighed or (isinstance(entry, MODEL) and (self.model or entry.kind not in ("tune", "repair"))):
             self.models.append(commit)
         self.log.append(commit)
         self._history.append(now)
@@ -331,3 +331,11 @@ class Ledger:
     def folded_digest(self, digest: str) -> FoldCommit | None:
         """The fold in force of a model with this content digest."""
         return self._digests.get(digest)
+
+
+def weights_at(ledger: Ledger, seq: int | None = None) -> Mapping[str, tuple[float, ...]] | None:
+    """The weights of the models in force now, or at record `seq`, by key, as rounds found them: one of each, or one for
+    each layer. None where no round weighs. Raises Misconfigured if there is no such record."""
+    fold = ledger.last_fold(ledger.head.seq if seq is None else seq)
+    entry = fold.at.entry if fold and fold.at else None
+    return entry.active if isinstance(entry, SelectEntry | UnfoldEntry) else None

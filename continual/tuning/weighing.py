@@ -103,6 +103,10 @@ def _groups(reading: BlockReading, named: Sequence[Sequence[str]]) -> list[list[
     every model with weight 1."""
     if not reading.chosen:
         raise Misconfigured(f"{reading.state.path}: nothing is folded yet, so there is nothing to weigh")
+    if reading.rule.laws.rounds:
+        raise Misconfigured(
+            f"{reading.rule.name} has the weights that rounds found: name another rule with --rule, as task-arithmetic"
+        )
     if not reading.rule.laws.weighted:
         raise Misconfigured(f"{reading.rule.name} reads every model with weight 1: name another rule with --rule")
     if not named:

@@ -271,7 +271,6 @@ def test_pieces_of_a_tensor_read_as_the_whole(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("name", "chosen", "said"),
     [
-        ("frank-wolfe", {1: 1.0}, "task-arithmetic"),
         ("fisher", {1: 1.0}, "fisher.safetensors"),
         ("opcm", {1: 2.0}, "opcm reads every model with weight 1, not 2"),
         ("ties", {1: 0.5}, "with weight 1"),
