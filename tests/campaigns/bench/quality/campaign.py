@@ -1,9 +1,9 @@
 """Every rule over a suite: fold its fine-tunes in several orders, and ask the merge about the tasks in it. Results go
 to a file a line, and are not made twice.
 
-Three ways of reading each merge: `paper`, as its paper scales it; `default`, as continual reads it unless told
+Ways of reading each merge: `paper`, as its paper scales it; `default`, as continual reads it unless told
 otherwise, without data; `tuned`, the best on validation rows of nine multiples of the default's number, from a quarter
-to four times, the same for every rule. Test rows never choose.
+to four times, the same for every rule. Test rows never choose. `sum`: of task arithmetic alone, all task vectors added.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,16 @@ from torch import Tensor
 
 import continual
 from continual.engine.reading import Reading
+from continual.engine.views import ReadView
 from continual.executors.contract import silent
-from continual.making import Recipe
+from continual.making import DEFAULT, WIDTH, Recipe
 from continual.rules import RULES, ReadOptions, read_options
-from tests.campaigns.bench.quality.suite import Form, Part, Suite, fine_tune
+from tests.campaigns.bench.quality.suite import Form, Part, Suite, Watching, fine_tune
 
 RULE_NAMES = tuple(name for name in RULES if name != "fisher")
 """fisher wants Fisher values beside the weights, which these fine-tunes do not ship."""
-CHECKPOINTS, TUNED_AT = (2, 4, 8), (4, 8)
+CHECKPOINTS = (2, 4, 8)
+SUM = ReadOptions("number", 1.0)
 MULTIPLES = tuple(2.0 ** (step / 2) for step in range(-4, 5))
 
 
@@ -76,11 +78,24 @@ class Results:
         self.known.add(key)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is asked: at which numbers of models, all of them always among these, and at which of them the scale is
+    tuned, all of them again."""
+
+    counts: tuple[int, ...] = CHECKPOINTS
+    tuned: tuple[int, ...] | None = (4, 8)
+    """None: nowhere."""
+
+
+PLAN = Plan()
+
+
 class Campaign:
     """One suite in one form of fine-tunes, in `work`."""
 
-    def __init__(self, suite: Suite, form: Form, work: Path, progress: Progress) -> None:
-        self.suite, self.form, self.progress = suite, form, progress
+    def __init__(self, suite: Suite, form: Form, work: Path, progress: Progress, plan: Plan = PLAN) -> None:
+        self.suite, self.form, self.progress, self.plan = suite, form, progress, plan
         work.mkdir(parents=True, exist_ok=True)
         self.state = work / f"state-{suite.name}-{form}"
         self.results = Results(work / f"{suite.name}-{form}.jsonl")
@@ -98,33 +113,40 @@ class Campaign:
         self.ends(models)
         self.progress.update(bar, description=f"{self.suite.name} {self.form}: merge", total=orders * len(rules))
         for order in range(orders):
-            for name in rules:
-                self.trajectory(order, name, models)
-                self.progress.advance(bar)
+            self.order(order, rules, models, lambda: self.progress.advance(bar))
+
+    def order(self, order: int, rules: Sequence[str], models: Mapping[str, Path], advance: Callable[[], None]) -> None:
+        """One order of the tasks, by every rule; `advance` is called for each."""
+        for name in rules:
+            self.trajectory(order, name, models)
+            advance()
 
     def ends(self, models: Mapping[str, Path]) -> None:
         """The base and each fine-tune on its own task."""
         count = len(models)
         if Key(0, "base", count, "paper") not in self.results.known:
-            self.results.add(Key(0, "base", count, "paper"), test=bits(self.ask({}, list(models), "test")))
+            found = bits(self.ask({}, list(models), "test"))
+            self.results.add(Key(0, "base", count, "paper"), test=found, **self.watched({}, list(models)))
         if Key(0, "own", count, "paper") not in self.results.known:
-            own = {task: self.suite.correct(self.own(path), task, "test") for task, path in models.items()}
-            self.results.add(Key(0, "own", count, "paper"), test=bits(own))
+            own, each = {}, {}
+            for task, weights in self.alone(models):
+                own[task] = self.suite.correct(weights, task, "test")
+                each[task] = self.watched(weights, [task])
+            self.results.add(Key(0, "own", count, "paper"), test=bits(own), each=each)
 
-    def own(self, path: Path) -> dict[str, Tensor]:
-        """The weights of one fine-tune, as a merge of it alone holds them: read through continual by the plain sum."""
-        with self.opened("task-arithmetic") as (fold, merge):
-            fold(path)
-            return self.weights(*self.read(merge()), ReadOptions("number", 1.0))
+    def alone(self, models: Mapping[str, Path]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The weights of each fine-tune, as a merge of it alone holds them: read through continual by the plain sum."""
+        for task, path in models.items():
+            with self.opened("task-arithmetic") as (fold, merge):
+                fold(path)
+                yield task, self.weights(*self.read(merge()), SUM)
 
     def trajectory(self, order: int, name: str, models: Mapping[str, Path]) -> None:
         """Folds the tasks in this order with one rule and asks at every checkpoint. A rule that no order changes is
         asked about all tasks only once."""
         tasks = order_of(self.suite.tasks, order)
-        counts = [count for count in (*CHECKPOINTS, len(tasks)) if count <= len(tasks)]
-        asked = sorted({c for c in counts if not (order and RULES[name].order_free and c == len(tasks))})
-        wanted = {Key(order, name, c, "default") for c in asked}
-        if wanted <= self.results.known:
+        asked = self.asked(order, name)
+        if not asked:
             return
         with self.opened(name) as (fold, merge):
             costs = []
@@ -132,6 +154,17 @@ class Campaign:
                 costs.append(fold(models[task]))
                 if count in asked:
                     self.checkpoint(order, name, tasks[:count], costs, *self.read(merge()))
+
+    def asked(self, order: int, name: str) -> list[int]:
+        """At which numbers of models a rule is asked that it was not asked at yet."""
+        most = len(self.suite.tasks)
+        counts = [count for count in (*self.plan.counts, most) if count <= most]
+        asked = sorted({c for c in counts if not (order and RULES[name].order_free and c == most)})
+        return [] if {Key(order, name, c, "default") for c in asked} <= self.results.known else asked
+
+    def watched(self, weights: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Any]:
+        """What the merge must not break, where the suite says so."""
+        return {"watched": self.suite.watch(weights, tasks)} if isinstance(self.suite, Watching) else {}
 
     def checkpoint(
         self,
@@ -145,19 +178,26 @@ class Campaign:
         """Asks about the tasks that are merged, read in each way."""
         default = read_options(name)
         ways = {"paper": read_options(name, "paper"), "default": default}
+        if name == "task-arithmetic":
+            ways["sum"] = SUM
         scores: dict[str, float] = {}
-        if len(tasks) in (*TUNED_AT, len(self.suite.tasks)):
+        known = Key(order, name, len(tasks), "tuned") in self.results.known
+        if not known and self.plan.tuned is not None and len(tasks) in (*self.plan.tuned, len(self.suite.tasks)):
             for multiple in MULTIPLES:
                 options = ReadOptions(default.policy, default.value * multiple)
                 scores[str(options)] = mean(self.ask(self.weights(reading, unit, options), tasks, "validation"))
             ways["tuned"] = ReadOptions.parse(max(scores, key=scores.__getitem__))
+        told: dict[str, dict[str, Any]] = {}
         for read, options in ways.items():
-            found = bits(self.ask(self.weights(reading, unit, options), tasks, "test"))
             key = Key(order, name, len(tasks), read)
-            if key not in self.results.known:
-                factor = options.factors(reading.totals, reading.size())[0]
-                extra = {"validation": scores} if read == "tuned" else {"costs": costs} if read == "default" else {}
-                self.results.add(key, scale=str(options), factor=factor, test=found, **extra)
+            if key in self.results.known:
+                continue
+            if str(options) not in told:
+                weights = self.weights(reading, unit, options)
+                told[str(options)] = {"test": bits(self.ask(weights, tasks, "test")), **self.watched(weights, tasks)}
+            factor = options.factors(reading.totals, reading.size())[0]
+            extra = {"validation": scores} if read == "tuned" else {"costs": costs} if read == "default" else {}
+            self.results.add(key, scale=str(options), factor=factor, **told[str(options)], **extra)
 
     def ask(self, weights: Mapping[str, Tensor], tasks: Sequence[str], part: Part) -> dict[str, Tensor]:
         return {task: self.suite.correct(weights, task, part) for task in tasks}
@@ -165,7 +205,7 @@ class Campaign:
     def weights(self, reading: Reading, unit: Mapping[str, Tensor], options: ReadOptions) -> dict[str, Tensor]:
         """θ₀ + s·X with these options, float32."""
         factors = options.factors(reading.totals, reading.size())
-        is_matrix = reading.rule.matrix or (lambda _spec: True)
+        is_matrix = reading.rule.read.matrix or (lambda _spec: True)
         return {
             spec.name: self.base[spec.name]
             + unit[spec.name] * (factors[0 if is_matrix(spec) else 1] * options.layer(spec))
@@ -173,27 +213,60 @@ class Campaign:
             if spec.name in unit
         }
 
-    def read(self, merge: continual.Merge) -> tuple[Reading, dict[str, Tensor]]:
+    def read(self, merge: continual.Merge, view: ReadView | None = None) -> tuple[Reading, dict[str, Tensor]]:
         """All of X, and how long it is."""
         unit: dict[str, Tensor] = {}
-        reading = merge.reading()
+        reading = merge.reading(view=view)
         reading.measure(merge.executor, silent, lambda spec, found: unit.__setitem__(spec.name, found))
         return reading, unit
 
     def opened(self, name: str) -> Folding:
-        return Folding(self.state, self.suite.prepare(), name)
+        return Folding(self.state, self.suite.prepare(), Recipe(rule=name))
+
+
+class Adapters(Campaign):
+    """The same of a state of adapters: LoRA adapters are folded into one state, which every rule reads."""
+
+    def __init__(self, suite: Suite, form: Form, work: Path, progress: Progress, plan: Plan = PLAN) -> None:
+        super().__init__(suite, form, work, progress, plan)
+        self.state = work / f"state-{suite.name}-{form}-kept"
+        self.results = Results(work / f"{suite.name}-{form}-kept.jsonl")
+
+    def opened(self, name: str) -> Folding:
+        return Folding(self.state, self.suite.prepare(), Recipe(rule=name, width=WIDTH))
+
+    def alone(self, models: Mapping[str, Path]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The same, as views of one state."""
+        with self.opened("task-arithmetic") as (fold, merge):
+            for path in models.values():
+                fold(path)
+            for task, path in models.items():
+                yield task, self.weights(*self.read(merge(), ReadView(only=(str(path),))), SUM)
+
+    def order(self, order: int, rules: Sequence[str], models: Mapping[str, Path], advance: Callable[[], None]) -> None:
+        tasks = order_of(self.suite.tasks, order)
+        wanted = {name: asked for name in rules if (asked := self.asked(order, name))}
+        last = max((max(asked) for asked in wanted.values()), default=0)
+        with self.opened(DEFAULT) as (fold, merge):
+            costs = []
+            for count, task in enumerate(tasks[:last], 1):
+                costs.append(fold(models[task]))
+                for name in (name for name, asked in wanted.items() if count in asked):
+                    self.checkpoint(order, name, tasks[:count], costs, *self.read(merge(), ReadView(rule=name)))
+        for _ in rules:
+            advance()
 
 
 class Folding:
-    """A new state of one rule, a worker that folds into it, and the state opened for reading; a context manager."""
+    """A new state, a worker that folds into it, and the state opened for reading; a context manager."""
 
-    def __init__(self, state: Path, base: Path, rule: str) -> None:
-        self.state, self.base, self.rule = state, base, rule
+    def __init__(self, state: Path, base: Path, recipe: Recipe) -> None:
+        self.state, self.base, self.recipe = state, base, recipe
         self._open: list[continual.Merge] = []
 
     def __enter__(self) -> Folding:
         shutil.rmtree(self.state, ignore_errors=True)
-        continual.init(self.base, self.state, Recipe(rule=self.rule))
+        continual.init(self.base, self.state, self.recipe)
         command = [sys.executable, "-m", "tests.campaigns.bench.quality.worker", str(self.state)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self
@@ -209,7 +282,7 @@ class Folding:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{path}: was not folded with {self.rule}")
+            raise SystemExit(f"{path}: was not folded with {self.recipe.rule}")
         took: dict[str, float] = json.loads(line)
         return took
 
@@ -222,8 +295,10 @@ class Folding:
         for merge in self._open:
             merge.close()
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
         shutil.rmtree(self.state, ignore_errors=True)
 
 

@@ -81,6 +81,26 @@ class Table:
         centre = sum(found) / len(found)
         return centre, math.sqrt(sum((x - centre) ** 2 for x in found) / max(1, len(found) - 1))
 
+    @property
+    def watches(self) -> bool:
+        """Whether the suite says what a merge must not break."""
+        return "watched" in self.rows[0, "base", self.most, "paper"]
+
+    def watched(self, rule: str, count: int, read: str, what: str) -> float | None:
+        """A figure of what must not break: mean over the orders, for `own` over the fine-tunes."""
+        if rule == "own":
+            each = self.rows[0, "own", self.most, "paper"]["each"]
+            found = [each[task]["watched"][what] for task in each]
+        elif rule == "base":
+            found = [self.rows[0, "base", self.most, "paper"]["watched"][what]]
+        else:
+            found = [
+                row["watched"][what]
+                for (_, name, c, way), row in self.rows.items()
+                if (name, c, way) == (rule, count, read)
+            ]
+        return sum(found) / len(found) if found else None
+
     def transfer(self, rule: str, read: str = "default") -> float | None:
         """Backward transfer: what a task gains (loses, below 0) from the first checkpoint that has it to the last one,
         mean over tasks and orders."""

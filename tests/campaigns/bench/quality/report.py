@@ -7,6 +7,7 @@ from pathlib import Path
 
 from continual.making import DEFAULT
 from continual.rules import RULES
+from tests.campaigns.bench.quality import report_language as language
 from tests.campaigns.bench.quality.campaign import MULTIPLES
 from tests.campaigns.bench.quality.figures import Table, load
 
@@ -23,15 +24,24 @@ def tables(work: Path) -> list[Table]:
 
 
 def show(work: Path) -> None:
-    """Prints the page."""
-    print("\n".join(page(tables(work))))
+    """Prints the pages."""
+    found = tables(work)
+    for watching, make in ((True, language.page), (False, page)):
+        if some := [table for table in found if table.watches == watching]:
+            print("\n".join(make(some)))
 
 
 def write(work: Path, folder: Path) -> None:
-    """Writes quality.md and quality.svg."""
+    """Writes quality.md and quality.svg, and quality-language.md of the suites that say what must not break: what there
+    are results of."""
     found = tables(work)
-    (folder / "quality.md").write_text("\n".join(page(found)) + "\n")
-    draw(found, folder / "quality.svg")
+    watching = [table for table in found if table.watches]
+    if watching:
+        (folder / "quality-language.md").write_text("\n".join(language.page(watching)) + "\n")
+    others = [table for table in found if not table.watches]
+    if others:
+        (folder / "quality.md").write_text("\n".join(page(others)) + "\n")
+        draw(others, folder / "quality.svg")
 
 
 def page(found: list[Table]) -> Iterator[str]:

@@ -8,17 +8,17 @@ renamed into place.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-Form = Literal["full", "lora", "shuffled"]
+Form = Literal["full", "lora", "shared", "shuffled"]
 Part = Literal["validation", "test"]
 FORMS: tuple[Form, ...] = ("full", "lora")
-"""What the quality benchmark merges; `shuffled` is a full fine-tune on the same rows with their labels permuted: it
-learned noise."""
+"""What the quality benchmark merges unless told otherwise. `shared`: LoRA whose first factor is one and the same in all
+adapters. `shuffled`: a full fine-tune on the same rows with their labels permuted, which learned noise."""
 
 
 class Suite(Protocol):
@@ -38,6 +38,15 @@ class Suite(Protocol):
 
     def correct(self, weights: Mapping[str, Tensor], task: str, part: Part) -> Tensor:
         """For each row of that part, in order, whether a model with these weights is right (bool)."""
+        ...
+
+
+@runtime_checkable
+class Watching(Protocol):
+    """A suite that also says what a merge must not break."""
+
+    def watch(self, weights: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, float]:
+        """Figures of a model with these weights, in which `tasks` are merged, by name."""
         ...
 
 

@@ -1,0 +1,204 @@
+"""The language suite on a tiny model: what is asked, that answers are what generation and likelihoods say, and what is
+trained. The real model is never here."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.progress import Progress
+from safetensors.torch import load_file
+
+from tests.campaigns.bench.quality import asked, language
+from tests.campaigns.bench.quality.campaign import Adapters, Plan
+from tests.campaigns.bench.quality.language import Language
+from tests.campaigns.bench.quality.suite import Watching, fine_tune
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+TEXTS = ("red apples are sweet", "the train is late", "green pears are sour", "a bus left the town")
+
+
+def rows(count: int) -> list[list[object]]:
+    return [[f"{TEXTS[i % 4]} {i}", i % 2] for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Language:
+    """Two layers of width 32 with grouped queries and a tied table, tokens of one byte or a few, and one labelled
+    set."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("language")
+    (folder / "text").mkdir()
+    labelled = {
+        "classes": ["ham", "spam"],
+        "prompts": [["a"], ["b"]],
+        "train": rows(asked.HELD + 40),
+        "test": rows(30),
+    }
+    (folder / "text" / "sms_spam.json").write_text(json.dumps(labelled))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "given")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "given")
+    return Language(folder / "suite", (folder,), folder / "given")
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training of three steps."""
+    monkeypatch.setattr(language, "STEPS", dict.fromkeys(language.STEPS, 3))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "zero"),
+        (13, "thirteen"),
+        (90, "ninety"),
+        (305, "three hundred and five"),
+        (4000, "four thousand"),
+        (2891, "two thousand eight hundred and ninety-one"),
+        (7012, "seven thousand and twelve"),
+    ],
+)
+def test_numbers_are_spelled(number: int, words: str) -> None:
+    assert asked.spelled(number) == words
+
+
+def test_writing_tasks_are_the_same_in_every_run_and_held_out_rows_are_not_learned() -> None:
+    for name in asked.WRITERS:
+        task = asked.task(name, ())
+        assert task == asked.task(name, ())
+        parts = [{row.text for row in part} for part in (task.train, task.validation, task.test)]
+        assert not parts[0] & parts[1]
+        assert not parts[0] & parts[2]
+    with pytest.raises(FileNotFoundError, match=r"text/snips7\.json"):
+        asked.task("snips7", ())
+
+
+def test_label_words(suite: Language) -> None:
+    assert asked.LABELLED["hwu64"].word("alarm_set") == " alarm"
+    assert asked.LABELLED["hwu64"].word("qa_maths") == " question"
+    assert suite.tasks == ("numbers", "dates", "sms_spam"), "labelled sets that no folder has are left out"
+    task = asked.task("sms_spam", suite._sources)
+    assert task.choices == (" friend", " spam")
+    assert (len(task.train), len(task.validation)) == (40, asked.HELD)
+    assert all(150 < len(passage) < 300 for passage in asked.passages())
+
+
+@pytest.mark.slow
+def test_written_answers_are_right_where_greedy_decoding_writes_them(suite: Language) -> None:
+    model, tokenizer = language.load(suite.prepare())
+    task = asked.task("numbers", ())
+    language.learn(model, tokenizer, task.test[:4], 30, 1e-2, 0)  # by heart, so that some rows are right
+    right, losses = suite.answers(dict(model.state_dict()), "numbers", "test")
+    assert right[:4].any()
+    assert not right.all()
+    for row, found, loss in zip(task.test[:8], right[:8], losses[:8], strict=True):
+        prompt = prompt_of(tokenizer, row)
+        answer = tokenizer(f"{row.answer}\n")["input_ids"]
+        told = model.generate(prompt, max_new_tokens=len(answer), do_sample=False, pad_token_id=0)
+        assert bool(found) == (told[0, prompt.shape[1] :].tolist() == answer)
+        assert float(loss) == pytest.approx(likelihood(model, prompt, answer), rel=1e-4)
+
+
+def prompt_of(tokenizer: Any, row: asked.Row) -> torch.Tensor:
+    """The tokens before the answer: the text, cut, and the cue."""
+    return torch.tensor([tokenizer(row.text)["input_ids"][: language.TOKENS] + tokenizer(f"\n{row.cue}")["input_ids"]])
+
+
+@torch.no_grad()
+def likelihood(model: Any, prompt: torch.Tensor, answer: list[int]) -> float:
+    """Nats of an answer, token by token."""
+    nats, seen = 0.0, prompt
+    for token in answer:
+        nats -= float(model(seen).logits[0, -1].log_softmax(0)[token])
+        seen = torch.cat([seen, torch.tensor([[token]])], 1)
+    return nats
+
+
+@pytest.mark.slow
+def test_the_likeliest_label_word_is_the_answer(suite: Language) -> None:
+    model, tokenizer = language.load(suite.prepare())
+    task = asked.task("sms_spam", suite._sources)
+    right = suite.correct({}, "sms_spam", "test")
+    assert len(right) == len(task.test)
+    assert 0 < int(right.sum()) < len(right)
+    for row, found in zip(task.test, right, strict=True):
+        prompt = prompt_of(tokenizer, row)
+        nats = {word: likelihood(model, prompt, tokenizer(word)["input_ids"][:1]) for word in task.choices}
+        assert bool(found) == (min(nats, key=nats.__getitem__) == row.answer)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_what_a_merge_must_not_break(suite: Language) -> None:
+    model, tokenizer = language.load(suite.prepare())
+    assert isinstance(suite, Watching)
+    found = suite.watch({}, ["numbers", "sms_spam"])
+    assert set(found) == {"perplexity", "facts", "loss numbers"}
+    nats, count = 0.0, 0
+    for passage in asked.passages():
+        ids = torch.tensor([tokenizer(passage)["input_ids"]])
+        nats += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert found["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+    broken = suite.watch({name: torch.zeros_like(value) for name, value in model.state_dict().items()}, [])
+    assert broken["perplexity"] == pytest.approx(300), "all tokens alike"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short")
+def test_fine_tunes_are_what_their_form_says(suite: Language) -> None:
+    full = load_file(fine_tune(suite, "numbers", "full") / "model.safetensors")
+    assert {value.dtype for value in full.values()} == {torch.bfloat16}
+    base = load_file(suite.prepare() / "model.safetensors")
+    assert full.keys() == base.keys()
+    assert not torch.equal(full["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    factors = {
+        (form, task): load_file(fine_tune(suite, task, form) / "adapter_model.safetensors")
+        for form in ("lora", "shared")
+        for task in ("dates", "sms_spam")
+    }
+    first = next(name for name in factors["lora", "dates"] if "lora_A" in name)
+    assert torch.equal(factors["shared", "dates"][first], factors["shared", "sms_spam"][first])
+    ranks = [factors["lora", task][first].shape[0] for task in ("dates", "sms_spam")]
+    assert ranks == [16, 8], "publishers differ"
+    assert not torch.equal(factors["lora", "dates"][first][:8], factors["lora", "sms_spam"][first])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short")
+def test_a_state_of_adapters_is_asked_by_every_rule(suite: Language, tmp_path: Path) -> None:
+    plan = Plan((1, 2), None)
+    run = Adapters(suite, "lora", tmp_path, Progress(disable=True), plan)
+    run.run(1, ["task-arithmetic", "tsv-m"])
+    asked_of = {(row["rule"], row["count"], row["read"]): row for row in run.results.rows}
+    counts = {count for rule, count, _ in asked_of if rule == "tsv-m"}
+    assert counts == {1, 2, 3}, "and all of them"
+    one = asked_of["task-arithmetic", 1, "sum"]
+    (task,) = one["test"]
+    assert one["test"][task] == asked_of["own", 3, "paper"]["test"][task], "one model reads as itself by the sum"
+    assert one["watched"] == pytest.approx(asked_of["own", 3, "paper"]["each"][task]["watched"])
+    again = Adapters(suite, "lora", tmp_path, Progress(disable=True), plan)
+    assert not again.asked(0, "tsv-m")
