@@ -46,8 +46,8 @@ class Products(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """The shares of every model by its number: `whole` of the merged model, `layers` of each layer, or each group of
-    layers, that a model has touched."""
+    """The shares of every model by its number: `whole` of the merged model, also of a model of which all was cut off;
+    `layers` of each layer, or each group of layers, that a model has touched."""
 
     whole: Mapping[int, ModelShare]
     layers: Mapping[str, Mapping[int, ModelShare]]
@@ -89,7 +89,7 @@ class Explaining:
         for name, one in layers.items():
             grouped.setdefault(name if group is None else group(name), []).append(one)
         return Shares(
-            self._shares(_added(list(layers.values()), len(weights)), weights),
+            self._shares(_added(list(layers.values()), len(weights)), weights, absent=True),
             {name: self._shares(_added(parts, len(weights)), weights) for name, parts in grouped.items()},
         )
 
@@ -104,17 +104,19 @@ class Explaining:
             [s * r * inner for r, inner in zip(scales, one.inners, strict=True)],
         )
 
-    def _shares(self, one: Products, weights: Sequence[float]) -> dict[int, ModelShare]:
+    def _shares(self, one: Products, weights: Sequence[float], *, absent: bool = False) -> dict[int, ModelShare]:
+        """The shares in some layers; also of models that have nothing there, where these are wanted: they can count
+        all the same, as in a mean."""
         lengths = [weight * math.sqrt(tau) for weight, tau in zip(weights, one.taus, strict=True)]
         total, length = math.fsum(lengths), math.sqrt(one.square)
         found = {}
         for index, number in enumerate(self.merged.chosen):
-            if not one.taus[index]:
+            if not one.taus[index] and not absent:
                 continue
             both = math.sqrt(one.taus[index]) * length
             left = one.square + one.squares[index] - 2 * one.inners[index]
             found[number] = ModelShare(
-                lengths[index] / total,
+                lengths[index] / total if total else 0.0,
                 one.dots[index] / both if both else 0.0,
                 math.sqrt(max(0.0, left)) / length if length else 0.0,
             )

@@ -76,6 +76,7 @@ LINES = (
     ("retry", "nobody"),
     ("retry", "ft-1"),
     ("rollback", "1", "--dry-run"),
+    ("unfold", "ft-0", "--yes", "--json"),
     ("rollback", "1"),
     ("rollback", "99", "--yes"),
     ("rollback", "1", "--yes"),
@@ -92,6 +93,7 @@ LINES = (
     ("scale", "auto", "--json"),
     ("unfold", "ft-0", "--dry-run", "--json"),
     ("unfold", "ft-0", "--json"),
+    ("unfold", "ft-0", "--yes", "--json"),
 )
 
 

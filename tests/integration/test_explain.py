@@ -91,6 +91,21 @@ def test_the_command_beside_one_that_writes(state: Path) -> None:
     assert "no model of the merge is called so" in missing.stderr
 
 
+def test_a_model_of_which_all_was_cut_off_is_told_of_with_what_it_changes(tmp_path: Path, base: Path) -> None:
+    """Nothing is left of it, and a mean divides by it all the same."""
+    making.init(base, tmp_path / "narrow", making.Recipe("mean", width=1))
+    with api.Merge(Settings(state=tmp_path / "narrow", max_base_ratio=100.0), write=True) as merge:
+        for number, name in enumerate(("first", "second", "third"), 1):
+            merge.fold(adapters.lora(tmp_path / name, base, number, modules=("q_proj",)))
+        found = merge.explain()
+        names = {one.name for one in found.models}
+        gone = [one for one in found.models if not one.norm]
+        assert (names, len(gone)) == ({"first", "second", "third"}, 1)
+        assert {one.name: one.cut for one in found.cut}[gone[0].name] == 1.0
+        whole, rest = (flat(vectors(merge, view)) for view in (ReadView(), ReadView(without=(gone[0].name,))))
+    assert gone[0].change == pytest.approx(float((whole - rest).norm() / whole.norm())) == pytest.approx(0.5)
+
+
 def test_nothing_folded_has_nothing_in_it(tmp_path: Path, base: Path) -> None:
     making.init(base, tmp_path / "new", making.Recipe(width=8))
     assert machine("explain", "--state", tmp_path / "new")["models"] == []

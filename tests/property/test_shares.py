@@ -78,7 +78,8 @@ def test_nobody_has_nothing(name: str) -> None:
 def test_a_model_that_is_zero_has_no_share(name: str) -> None:
     held = shelf(adapters("zero", 3))
     found = Explaining(Merged(held, dict.fromkeys([1, 2, 3], 1.0), rule(name), read_options(name))).shares()
-    assert sorted(found.whole) == [1, 3]
+    assert sorted(found.whole) == [1, 2, 3]
+    assert found.whole[2][:2] == (0.0, 0.0)
 
 
 def plainly(name: str, **options: object) -> Rule:
