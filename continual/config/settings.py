@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
-from continual.config.values import Bytes, Paths, Repos, Seconds, Texts, by_name, pairs, unset
+from continual.config.values import Bytes, Paths, Repos, Seconds, Texts, by_name, pairs, rank, unset, written
 
 
 class StepSettings(BaseModel):
@@ -147,12 +147,14 @@ class ViewSettings(BaseModel):
     )
     rule: str | None = Field(default=None, description="rule that reads; default: that of the state")
     options: dict[str, object] = Field(default_factory=dict, description="options of that rule")
-    scale: str | None = Field(default=None, description="scale, as continual scale takes it")
+    scale: Annotated[str | None, BeforeValidator(written)] = Field(
+        default=None, description="scale, as continual scale takes it"
+    )
     lines: str | None = Field(default=None, description="layer scaling, as continual scale takes it")
     current: Path | None = Field(
         default=None, description="a link that is kept pointing at an export of the view, as the setting current is"
     )
-    as_lora: Annotated[int, Field(ge=1)] | Literal["own"] | None = Field(
+    as_lora: Annotated[int | Literal["own"] | None, BeforeValidator(rank)] = Field(
         default=None,
         description="put it out as a LoRA adapter of this rank, or of its own rank; default: as a whole model",
     )

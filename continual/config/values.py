@@ -61,6 +61,19 @@ def unset(given: object) -> object:
     return None if given == "" else given
 
 
+def written(given: object) -> object:
+    """A number as its text, where a text is wanted that may be a number."""
+    return str(given) if isinstance(given, int | float) and not isinstance(given, bool) else given
+
+
+def rank(given: object) -> object:
+    """A rank from 1 on, or `own`. Raises ValueError for anything else."""
+    found = int(given) if isinstance(given, str) and given.isdecimal() else given
+    if found in (None, "own") or (isinstance(found, int) and not isinstance(found, bool) and found > 0):
+        return found
+    raise ValueError("write a rank, as 16, or own")
+
+
 def repos(text: object) -> object:
     """The ids of repos, which may be written with `hf://` before them; separated by commas in a text."""
     found = split(text)

@@ -26,7 +26,7 @@ def check(settings: Settings) -> None:
     for called, place in taken:
         if place is None:
             continue
-        where = str(place.absolute()) if isinstance(place, Path) else place
+        where = str(place.parent.resolve() / place.name) if isinstance(place, Path) else place
         if where in places:
             raise Misconfigured(f"{called} = {place}: {places[where]} goes there already; every view has its own place")
         places[where] = called

@@ -228,6 +228,11 @@ view = "c*"
         ({"v": {"scale": "many"}}, "view v: scale"),
         ({"v": {"weights": {"a": -1.0}}}, "view v: a weight of -1"),
         ({"v": {"rule": "opcm", "weights": {"a": 2.0}}}, "view v: opcm reads every model with weight 1"),
+        ({"v": {"scale": 1e40}}, "view v: scale = 1e.40: the number is at most"),
+        (
+            {"v": {"current": "x"}, "w": {"current": "no/../x"}},
+            r"views.w.current = no/../x: views.v.current goes there",
+        ),
         ({"v": {"current": "x"}, "w": {"current": "x"}}, r"views.w.current = x: views.v.current goes there already"),
         ({"v": {"repo": "me/merge"}}, r"views.v.repo = me/merge: release.repo goes there already"),
         ({"v": {"repo": "no repo"}}, r"views.v.repo = no repo: write ORG/NAME"),

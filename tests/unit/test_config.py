@@ -30,6 +30,8 @@ def test_file_named_by_the_environment(tmp_path: Path) -> None:
         ("kepe = 3", {}, ("kepe", "continual.toml")),
         ("keep = 0", {}, ("keep", "continual.toml")),
         ("keep = x", {}, ("continual.toml", "line 1")),
+        ('[views.v]\nas_lora = "x"', {}, ("views.v.as_lora = 'x'", "write a rank, as 16, or own")),
+        ("[views.v]\nas_lora = 0", {}, ("views.v.as_lora = 0", "write a rank")),
         ("", {"CONTINUAL_KEPE": "3"}, ("CONTINUAL_KEPE", "environment")),
         ("", {"CONTINUAL_UPDATES": "merge"}, ("CONTINUAL_UPDATES", "merge", "refuse")),
         ("", {"CONTINUAL_MEMORY": "lots"}, ("CONTINUAL_MEMORY", "lots")),
@@ -45,6 +47,13 @@ def test_errors_name_the_setting_and_where_it_was_set(
         load({}, file=file, environ=environ)
     for word in words:
         assert word in str(raised.value)
+
+
+def test_a_scale_of_a_view_is_a_number_or_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "continual.toml"
+    file.write_text('[views.v]\nscale = 0.3\nas_lora = 8\n[views.w]\nscale = "norm:2"\nas_lora = "own"\n')
+    views = load({}, file=file, environ={}).views
+    assert [(view.scale, view.as_lora) for view in views.values()] == [("0.3", 8), ("norm:2", "own")]
 
 
 def test_settings_of_a_program_are_checked_as_those_of_a_user() -> None:
