@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -157,11 +158,17 @@ def _made(kind: type[Gate], settings: Settings) -> Gate:
             words = ", ".join(sorted(fields - shared)) or "none"
             raise Misconfigured(f"gates.{kind.name}.{key}: unknown; the settings of this gate are: {words}")
     try:
-        return TypeAdapter(kind).validate_python({key: getattr(settings, key) for key in shared} | own)
+        return _adapter(kind).validate_python({key: getattr(settings, key) for key in shared} | own)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in ("gates", kind.name, *first["loc"]))
         raise Misconfigured(f"{path} = {first['input']!r}: {first['msg']}") from None
+
+
+@functools.cache
+def _adapter(kind: type[Gate]) -> TypeAdapter[Gate]:
+    """What checks the settings of a gate: to make it takes longer than to check them."""
+    return TypeAdapter(kind)
 
 
 def _plain(value: object) -> object:

@@ -123,7 +123,7 @@ def test_a_backup_that_is_killed_is_what_it_was_or_what_it_will_be(work: Path, w
     old = [c.crc for c in clean(work / "backup").ledger.log]
     new = [c.crc for c in clean(work / "state").ledger.log]
     found = Bag[bool]()
-    for path, number in at_every_call(work, lambda path: made(path, wish), 3):
+    for path, number in at_every_call(work, lambda path: made(path, wish), 7):
         log = [c.crc for c in clean(path / "backup").ledger.log]
         assert log in (old, new), number
         found[log == new] += 1
@@ -134,8 +134,8 @@ def test_a_backup_that_is_killed_is_what_it_was_or_what_it_will_be(work: Path, w
             assert (verify(state), strays(state.path, state.format, state.ledger)) == ([], []), number
         made(path, wish)
         same(path)
-    assert found[False] > 15
-    assert found[True] > 1
+    assert found[False] > 6
+    assert found[True] > 0
 
 
 def same(path: Path) -> None:
@@ -150,7 +150,7 @@ def same(path: Path) -> None:
 def test_a_first_one_that_is_killed_is_no_state_until_it_is_whole(work: Path, clone: bool) -> None:
     head = clean(work / "state").ledger.head
     wish = Wish(clone=clone)
-    for path, number in at_every_call(work, lambda path: made(path, wish, "first"), 3):
+    for path, number in at_every_call(work, lambda path: made(path, wish, "first"), 7):
         found = opened(path / "first")
         if isinstance(found, str):
             assert "no state" in found or "not completed" in found, number
@@ -167,7 +167,7 @@ def test_a_first_one_that_is_killed_is_no_state_until_it_is_whole(work: Path, cl
 def test_a_backup_that_fails_says_so_and_can_be_repeated(work: Path, failure: int) -> None:
     old = [c.crc for c in clean(work / "backup").ledger.log]
     new = [c.crc for c in clean(work / "state").ledger.log]
-    for path, number in at_every_call(work, lambda path: made(path, Wish()), 11, failure):
+    for path, number in at_every_call(work, lambda path: made(path, Wish()), 29, failure):
         assert [c.crc for c in clean(path / "backup").ledger.log] in (old, new), number
         made(path, Wish())
         same(path)
@@ -197,7 +197,7 @@ def test_a_repair_that_is_killed_can_be_repeated_and_says_the_same(work: Path) -
     assert len(plan.lost) == 1
     before = contents(work / "state")
     runs = 0
-    for path, number in at_every_call(work, lambda path: mended(path / "state"), 1):
+    for path, number in at_every_call(work, lambda path: mended(path / "state"), 3):
         runs += 1
         again = look(path / "state", lambda _done, _total: None)
         if again.findings:
@@ -210,4 +210,4 @@ def test_a_repair_that_is_killed_can_be_repeated_and_says_the_same(work: Path) -
             assert set(plan.generations) == set(entries[0].generations), number
         assert not before - contents(path / "state"), f"call {number}: a file is gone"
         assert not look(path / "state", lambda _done, _total: None).findings
-    assert runs > 20
+    assert runs > 7

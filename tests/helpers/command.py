@@ -21,7 +21,7 @@ from continual.cli.main import main
 from continual.hub import Hub
 from tests.helpers.preloaded import Process
 
-_parsers = functools.cache(typer.main.get_command)
+parsers = functools.cache(typer.main.get_command)
 """What parses the commands is made once: that takes longer than most commands, and no command changes it."""
 
 
@@ -41,7 +41,7 @@ def run(*arguments: object, env: dict[str, str] | None = None, client: Hub | Non
     with (
         mock.patch.object(sys, "argv", ["continual", *(str(a) for a in arguments)]),
         mock.patch.dict(os.environ, env or {}),
-        mock.patch.object(typer.main, "get_command", _parsers),
+        mock.patch.object(typer.main, "get_command", parsers),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

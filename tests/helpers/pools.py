@@ -53,7 +53,8 @@ def opened(
         "device": "cpu",
         "state": state,
     }
-    return api.Merge(Settings(**{**asked, **settings}), write=True, client=client, on_step=on_step)
+    rounds = {"batch": quadratic.ROWS, **settings.pop("rounds", {})}  # all rows of a task at once
+    return api.Merge(Settings(**{**asked, **settings, "rounds": rounds}), write=True, client=client, on_step=on_step)
 
 
 def fill(merge: api.Merge, *candidates: Path) -> None:

@@ -37,7 +37,7 @@ def opened(
         "max_base_ratio": 10.0,
         "device": "cpu",
         "state": state,
-        "rounds": rounds or {},
+        "rounds": {"batch": quadratic.ROWS, **(rounds or {})},  # all rows of a task at once
     }
     return api.Merge(Settings(**{**asked, **more}), write=True, on_step=on_step)
 

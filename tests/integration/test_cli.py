@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from typer.core import TyperGroup
 
 from continual.cli.main import app
 from tests.helpers import models
-from tests.helpers.command import machine, process, run
+from tests.helpers.command import machine, parsers, process, run
 from tests.helpers.pages import DOCS
 
 pytestmark = pytest.mark.slow
@@ -152,7 +151,7 @@ def commands(group: Any, path: tuple[str, ...] = ("continual",)) -> dict[str, st
 
 
 def test_every_command_has_help_and_a_line_in_the_reference() -> None:
-    found = commands(typer.main.get_command(app))
+    found = commands(parsers(app))
     assert len(found) > 20
     table = re.findall(r"^\| `(continual [a-z ]+)", (DOCS / "commands.md").read_text(), re.MULTILINE)
     assert sorted(row.strip() for row in table) == sorted(found)

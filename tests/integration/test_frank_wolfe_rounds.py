@@ -207,7 +207,7 @@ def test_who_has_no_weight_any_more_waits_again(tmp_path: Path, base: Path) -> N
 @pytest.mark.parametrize("stays", [0.0, 4.0])
 def test_a_model_that_the_others_make_useless_goes_again(tmp_path: Path, base: Path, stays: float) -> None:
     """Three of one task enter together; the third adds little that the two others have not."""
-    asked = {"layers": False, "step": "soft", "sigmas": 4.0, "stays": stays}
+    asked = {"layers": False, "step": "soft", "sigmas": 4.0, "stays": stays, "steps": 8}
     with opened(tmp_path / "state", base, rounds=asked) as merge:
         fill(merge, *(quadratic.good(base, 0, f"copy{i}", seed=i) for i in range(3)), quadratic.good(base, 1))
         found = rows(merge.round())

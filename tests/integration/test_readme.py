@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from continual.cli.main import app
 from tests.helpers import models, services
-from tests.helpers.command import run
+from tests.helpers.command import parsers, run
 from tests.helpers.pages import PAGES, ROOT, blocks, name, prose
 
 README = ROOT / "README.md"
@@ -47,7 +47,7 @@ def complaint(words: list[str], *, whole: bool) -> str | None:
 
     Where a sentence quotes it (not `whole`), arguments may be left out, and capitals stand for a value.
     """
-    command: Any = typer.main.get_command(app)
+    command: Any = parsers(app)
     arguments = words[1:]
     context = typer.Context(command, info_name="continual")
     try:

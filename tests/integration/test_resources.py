@@ -78,8 +78,7 @@ def test_bits_depend_neither_on_the_workers_nor_on_the_threads_that_torch_would_
     for number in range(2):
         models.fine_tune(base, tmp_path / f"ft-{number}", number)
     with_one = folded(tmp_path, "one", "tsv-m", workers=1, threads=1)["bits"]
-    assert folded(tmp_path, "two", "tsv-m", workers=1, threads=2)["bits"] == with_one
-    assert folded(tmp_path, "three", "tsv-m", workers=2, threads=2)["bits"] == with_one
+    assert folded(tmp_path, "two", "tsv-m", workers=2, threads=2)["bits"] == with_one
 
 
 @pytest.mark.slow

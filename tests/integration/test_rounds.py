@@ -237,10 +237,14 @@ def test_an_empty_pool_and_a_missing_objective_are_said(tmp_path: Path, base: Pa
 
 def kills(state: Path, base: Path, work: Path, rule: str) -> list[tuple[str, str, Path]]:
     """Runs a round, and keeps what a kill before each step of the commit protocol would leave: the step, the kind of
-    record it is for, and the state."""
+    record it is for, and the state. What an earlier step left as well is kept once."""
     seen: list[tuple[str, int, Path]] = []
+    kept: list[dict[str, bytes]] = []
 
     def keep(step: str) -> None:
+        if (now := files(state)) in kept:
+            return
+        kept.append(now)
         seen.append((step, merge.state.ledger.head.seq, work / str(len(seen))))
         shutil.copytree(state, seen[-1][2])
 
