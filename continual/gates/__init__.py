@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -165,10 +164,14 @@ def _made(kind: type[Gate], settings: Settings) -> Gate:
         raise Misconfigured(f"{path} = {first['input']!r}: {first['msg']}") from None
 
 
-@functools.cache
+_ADAPTERS: dict[type[Gate], TypeAdapter[Gate]] = {}
+
+
 def _adapter(kind: type[Gate]) -> TypeAdapter[Gate]:
-    """What checks the settings of a gate: to make it takes longer than to check them."""
-    return TypeAdapter(kind)
+    """What checks the settings of a gate, made once: that takes longer than to check them."""
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 def _plain(value: object) -> object:
