@@ -68,6 +68,13 @@ def figure(value: float | None, form: str = "+.3g") -> str:
     return "" if value is None else format(value, form)
 
 
+def share(value: float | None) -> str:
+    """A share in percent, `12.3 %`; an empty text for None, and what is not zero is never shown as 0."""
+    if value is None:
+        return ""
+    return f"{100 * value:.1f} %" if value == 0 or value >= 0.0005 else f"{100 * value:.1g} %"
+
+
 def scale(text: str, tuned: Mapping[str, int] | None) -> str:
     """The scale in force; where `continual tune` chose it (`tuned`), with the record that did and how many models were
     folded then."""

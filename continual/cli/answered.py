@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, cast
 
 from continual.cli.console import say, table
 from continual.outside import few
-from continual.texts import Json, figure, size, when
+from continual.texts import Json, figure, share, size, when
 
 Body: TypeAlias = Mapping[str, Any]
 
@@ -52,6 +52,7 @@ def _what(body: Body) -> str:
         told += f", cosine {found['cosine']:+.3f}"
     elif found.get("weight") is not None:
         told += f", weight {found['weight']:.4g}"
+    told += f", cut {share(found['cut'])}" if found.get("cut") else ""
     told += f", lambda {found['lambda']:.3f}" if "lambda" in found else ""
     out = few(found.get("extra") or (), found.get("extra_count"))
     return told + (f"; left out: {out}" if out else "")

@@ -7,7 +7,7 @@ from typing import Any
 
 from continual.cli.answered import ranges
 from continual.service.status import paused_since, sources_in
-from continual.texts import duration, plain, scale, size, when
+from continual.texts import duration, plain, scale, share, size, when
 
 
 def text(body: Mapping[str, Any]) -> str:
@@ -22,6 +22,7 @@ def text(body: Mapping[str, Any]) -> str:
         ),
         f"back       records {ranges(body.get('back', ()))} can be gone back to",
         f"base       {body['base']}",
+        *_form(body.get("form")),
         f"rule       {body['rule']} {body['options'] or ''}, scale {scale(body['scale'], body.get('tuned'))}"
         + "".join(f", {k} {v:.4g}" for k, v in body["gauges"].items()),
     ]
@@ -59,11 +60,33 @@ def text(body: Mapping[str, Any]) -> str:
             else "; no round yet"
         )
         lines.append(f"pool       {body['pool_size']} wait for a round ({body['select']}){told}")
-    lines += [f"folded     {when(f['time'])}  {f['seq']}  {f['model']}{_left_out(f)}" for f in body["last_folds"][:5]]
+    lines += [_fold(fold) for fold in body["last_folds"][:5]]
     lines += [f"published  {when(p['time'])}  {p['seq']}  {p['message']}" for p in body["published"][:3]]
     lines += [_view(view) for view in body.get("views", ())]
     lines += [f"refused    {when(r['time'])}  {r['seq']}  {r['model']}: {r['reason']}" for r in body["refusals"][:5]]
     return "\n".join(plain(line) for line in lines)
+
+
+def _form(form: Mapping[str, Any] | None) -> list[str]:
+    """What a state of adapters keeps, how full it is and what was cut off. A daemon of an earlier version does not say
+    it."""
+    if not form or form["width"] is None:
+        return []
+    full = "" if form["used"] is None else f", the fullest layer has {form['used']}; {share(form['cut'])} was cut off"
+    return [f"keeps      adapters, at most {form['width']} singular triplets a layer{full}"]
+
+
+def _fold(fold: Mapping[str, Any]) -> str:
+    """A fold, with what was cut off and what was left out."""
+    return f"folded     {when(fold['time'])}  {fold['seq']}  {fold['model']}{_cut(fold)}{_left_out(fold)}"
+
+
+def _cut(fold: Mapping[str, Any]) -> str:
+    """What was cut off a fold when it came and by now, where it was anything."""
+    if not fold.get("cut") and not fold.get("cut_now"):
+        return ""
+    now = "" if fold["cut_now"] is None else f", {share(fold['cut_now'])} by now"
+    return f" (cut {share(fold['cut'] or 0.0)} when it came{now})"
 
 
 def _left_out(fold: Mapping[str, Any]) -> str:
@@ -81,7 +104,8 @@ def _view(view: Mapping[str, Any]) -> str:
     if view["repo"]:
         released = "not out yet" if view["released_seq"] is None else f"record {view['released_seq']}"
         out.append(f"{view['repo']}: {released}")
-    reads = view["problem"] or f"reads {view['count']} by {view['rule']} ({view['models']})"
+    form = f", {view['form']}" if view.get("form") else ""
+    reads = view["problem"] or f"reads {view['count']} by {view['rule']} ({view['models']}){form}"
     return f"view       {view['name']}: {'; '.join([reads, *out])}"
 
 

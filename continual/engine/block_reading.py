@@ -19,7 +19,7 @@ from continual.executors.contract import Executor, Progress, Task
 from continual.records import TensorSpec
 from continual.rules import ReadOptions, Rule, Size
 from continual.state import State
-from continual.state.format import Commit
+from continual.state.format import Commit, FoldCommit
 from continual.tensors.thin import sides_of
 
 _ROUNDED = 1e-6
@@ -57,6 +57,23 @@ class StoredLayers:
                 return Columns.empty(self._width)
             self._columns[name] = Columns.of(self._generation.read(name, "columns"))
         return self._columns[name]
+
+    def cut(self, folds: Sequence[FoldCommit]) -> dict[int, float]:
+        """The share of ‖τ‖² that was cut off by now of each of these models, by the record of its fold; 0 where nothing
+        was. Raises Damaged and Misconfigured."""
+        kept: dict[int, float] = {}
+        for name in self._specs:
+            columns = self.columns(name)
+            for number, where in columns.models.items():
+                square = float((columns.sigma[where].astype(float) ** 2).sum())
+                kept[number] = kept.get(number, 0.0) + square
+        found = {}
+        for fold in folds:
+            numbers = fold.entry.numbers
+            square = numbers.tau_norm**2
+            lost = 1.0 - kept.get(numbers.block or 0, 0.0) / square if square else 0.0
+            found[fold.seq] = lost if lost > _ROUNDED else 0.0
+        return found
 
     def vectors(self, name: str, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of `u` and of `v` of the chosen columns. Raises Damaged and Misconfigured."""
@@ -126,20 +143,13 @@ class BlockReading(Reading):
 
     def cut(self) -> tuple[CutModel, ...]:
         """The models that are read and of which something was cut off, in the order of their folds. Raises Damaged."""
-        kept = dict.fromkeys(self.chosen, 0.0)
-        for name in self.shelf.specs:
-            columns = self.shelf.columns(name)
-            for number, where in columns.models.items():
-                if number in kept:
-                    kept[number] += float((columns.sigma[where].astype(float) ** 2).sum())
-        found = []
-        for fold in self.state.ledger.folds(at=self.commit.seq):
-            numbers = fold.entry.numbers
-            if numbers.block in kept and numbers.tau_norm:
-                lost = 1.0 - kept[numbers.block] / numbers.tau_norm**2
-                if lost > _ROUNDED:
-                    found.append(CutModel(fold.entry.candidate.name, fold.seq, lost))
-        return tuple(found)
+        folds = self.state.ledger.folds(at=self.commit.seq)
+        lost = self.shelf.cut(folds)
+        return tuple(
+            CutModel(fold.entry.candidate.name, fold.seq, lost[fold.seq])
+            for fold in folds
+            if fold.entry.numbers.block in self.chosen and lost[fold.seq]
+        )
 
     def size(self) -> Size:
         """How long X is, as far as that is known without a pass."""

@@ -21,7 +21,7 @@ from continual.config import Settings
 from continual.errors import Halt
 from continual.hub import must_be_online
 from continual.publish import hub
-from continual.service import logs, signals, telling, view_settings
+from continual.service import logs, showing, signals, telling, view_settings
 from continual.service.control.answering import Control
 from continual.service.control.performing import Performing
 from continual.service.failures import Failures, told
@@ -41,7 +41,7 @@ from continual.state.transaction import MARGIN
 _BEAT = 1.0
 """Seconds between two signs of life."""
 _DISK = 5.0
-"""Seconds between two looks at how much room there is."""
+"""Seconds between two looks at how much room there is, on the disk and in the layers of a state of adapters."""
 
 
 def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
@@ -193,7 +193,7 @@ class Daemon:
         self._log.info("listening", url=url)
 
     async def _look_at_disk(self) -> None:
-        """Looks from time to time how much room there is; ends when it is cancelled."""
+        """Looks from time to time how much room there is, on the disk and in the layers; ends when it is cancelled."""
         state = self.merge.state
         while True:
             try:  # where adapters are kept a cut writes all that is there again
@@ -206,6 +206,9 @@ class Daemon:
                 self.live.health.fails("disk", str(state.path), told(error))
             else:
                 self.live.health.works("disk", str(state.path))
+            full = await asyncio.to_thread(showing.fullness_of, self.merge)
+            if full is not None:
+                self.metrics.full(full.used / full.width, full.cut)
             await asyncio.sleep(_DISK)
 
     async def _heartbeat(self) -> None:

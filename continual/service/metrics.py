@@ -97,6 +97,16 @@ TABLE: tuple[Series, ...] = (
     ),
     Series(
         Gauge,
+        "continual_width_used_ratio",
+        "Of a state of adapters: singular triplets of its fullest layer over the width; else 0.",
+    ),
+    Series(
+        Gauge,
+        "continual_cut_ratio",
+        "Of a state of adapters: share of the sum of all squared task-vector norms that was cut off by now.",
+    ),
+    Series(
+        Gauge,
         "continual_scale_ratio",
         "What the rule's own result is multiplied by when it is read, where known; 0 until then.",
     ),
@@ -261,6 +271,11 @@ class Metrics:
         """What the state holds now."""
         for name, value in (("bytes", nbytes), ("generations", generations), ("head", head), ("folds", folds)):
             self._gauges[f"continual_state_{name}"].set(value)
+
+    def full(self, used: float, cut: float) -> None:
+        """How full the fullest layer of a state of adapters is, and what share was cut off by now."""
+        self._gauges["continual_width_used_ratio"].set(used)
+        self._gauges["continual_cut_ratio"].set(cut)
 
     def gauges(self, gauges: Mapping[str, float]) -> None:
         """What the rule says of its totals."""

@@ -41,6 +41,7 @@ def filled() -> Metrics:
     metrics.state(1, 2, 3, 4)
     metrics.gauges({"lambda": 1.5})
     metrics.scale(0.25, 7)
+    metrics.full(0.75, 0.125)
     metrics.round(4.0, 2, now=6.0)
     metrics.pool(9, replace(select(), gap=0.5, loss=1.5, before=2.5))
     metrics.released(11)
@@ -75,6 +76,8 @@ def test_every_series_says_what_was_observed() -> None:
         "continual_last_fold_timestamp_seconds 6.0",
         "continual_lambda_ratio 1.5",
         "continual_scale_ratio 0.25",
+        "continual_width_used_ratio 0.75",
+        "continual_cut_ratio 0.125",
         "continual_scale_tuned_folds 7.0",
         "continual_energy_kept_ratio 0.9",
         "continual_state_head 3.0",

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from continual.service.web.view import (
     ShownFold,
+    ShownForm,
     ShownPublication,
     ShownRefusal,
+    ShownShares,
     ShownView,
     ShownWaiting,
     Status,
@@ -16,7 +18,7 @@ from continual.service.web.view import (
 )
 from continual.sources.contract import SourceReport
 from continual.sources.roster import title_of
-from continual.texts import duration, figure, plain, scale, size, when
+from continual.texts import duration, figure, plain, scale, share, size, when
 
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--soft:#8882;--good:#1a7f37;--bad:#cf222e}
@@ -25,6 +27,7 @@ _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:0 auto;padding:1.2rem}
 h1{font-size:1.4rem;margin:0}
 h2{font-size:1.05rem;margin:1.8rem 0 .5rem}
+h3{font-size:.95rem;margin:1rem 0 .2rem}
 header{display:flex;gap:.8rem;align-items:baseline;flex-wrap:wrap}
 .tag{border-radius:1rem;padding:.05rem .7rem;font-weight:600;border:1px solid currentColor}
 .good{color:var(--good)}
@@ -42,11 +45,30 @@ td.wide{min-width:18rem;overflow-wrap:anywhere}
 p.none{opacity:.65;margin:.2rem 0}
 footer{margin-top:2rem;opacity:.65;font-size:.85rem;overflow-wrap:anywhere}
 progress{width:10rem;vertical-align:middle}
+meter{width:5rem;margin-left:.6rem;vertical-align:middle}
+@media(max-width:40rem){meter{display:none}}
 """
 SECONDS = 5
 """Seconds after which the page reloads itself."""
 _WIDE = ("why", "what", "left out")
-_NUMBERS = ("record", "when", "failed", "next try", "since", "norm", "cosine", "score", "z", "weight")
+_NUMBERS = (
+    "record",
+    "when",
+    "failed",
+    "next try",
+    "since",
+    "norm",
+    "cosine",
+    "score",
+    "z",
+    "weight",
+    "cut at fold",
+    "cut by now",
+    "share",
+    "change",
+)
+_BARS = ("share", "change")
+"""Columns of percentages that are also drawn."""
 
 
 def escape(text: str) -> str:
@@ -72,8 +94,9 @@ def render(status: Status) -> str:
         _pool(status),
         "<h2>Last folds</h2>",
         _folds(status.last_folds),
+        _merge(status),
+        _views(status),
         _published(status.published),
-        _views(status.views),
         "<h2>Refusals</h2>",
         _refusals(status.refusals),
         _footer(status),
@@ -101,6 +124,7 @@ def _cards(status: Status) -> str:
         ("waiting", status.queued),
         *([("in the pool", status.pool_size)] if status.select != "none" else []),
         ("record", status.head),
+        *_form(status.form),
         ("rule", status.rule),
         ("scale", scale(status.scale, None if tuned is None else {"record": tuned.record, "folds": tuned.folds})),
         *((name, f"{value:.4g}") for name, value in status.gauges.items()),
@@ -111,6 +135,19 @@ def _cards(status: Status) -> str:
     ]
     shown = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in cards)
     return f'<dl class="cards">{shown}</dl>'
+
+
+def _form(form: ShownForm) -> list[tuple[str, str]]:
+    """The cards of a state of adapters."""
+    if form.width is None:
+        return [("keeps", form.kind)]
+    if form.used is None:
+        return [("keeps", form.kind), ("width", str(form.width))]
+    return [
+        ("keeps", form.kind),
+        ("fullest layer", f"{form.used} of {form.width}"),
+        ("cut off by now", share(form.cut)),
+    ]
 
 
 def _footer(status: Status) -> str:
@@ -163,25 +200,64 @@ def _published(rows: Sequence[ShownPublication]) -> str:
     return f"<h2>Published</h2>{table}"
 
 
-def _views(rows: Sequence[ShownView]) -> str:
-    """The views of the settings, what each reads, and which record of it is out."""
-    if not rows:
+def _views(status: Status) -> str:
+    """The views of the settings: what each reads, what of it is out, and what each model has in that."""
+    if not status.views:
         return ""
+    shares = {one.view: one for one in status.shares}
+    return "<h2>Views</h2>" + "".join(_view(view, shares.get(view.name)) for view in status.views)
+
+
+def _view(view: ShownView, shares: ShownShares | None) -> str:
+    models = f"{view.count} {'model' if view.count == 1 else 'models'}: {view.models}" if view.count else "no model"
+    by = f"{view.rule}, scale {view.scale}" if view.scale else view.rule
+    problem = f'<p class="bad">{escape(view.problem)}</p>' if view.problem else ""
+    outs = "".join(f"<br>{escape(line)}" for line in _out(view)) or "<br>It is read by its name alone."
+    told = f"<p>Reads {escape(models)}; by {escape(by)}. Goes out as {escape(view.form)}.{outs}</p>"
+    return f"<h3>{escape(view.name)}</h3>{problem}{told}{_shares(shares)}"
+
+
+def _out(view: ShownView) -> list[str]:
+    """What is out of a view, a line for each place."""
+    found = []
+    if view.current is not None:
+        since = f", {when(view.current_time)}" if view.current_time else ""
+        out = "nothing yet" if view.current_seq is None else f"record {view.current_seq}{since}"
+        found.append(f"{view.current}: {out}")
+    if view.repo is not None:
+        out = "nothing yet" if view.released_seq is None else f"record {view.released_seq}"
+        found.append(f"{view.repo}: {out}")
+    return found
+
+
+def _merge(status: Status) -> str:
+    """What each model of a state of adapters has in the merge, where an export that is out says it."""
+    if status.form.width is None or not status.folds:
+        return ""
+    found = next((one for one in status.shares if one.view is None), None)
+    if found is None:
+        told = (
+            '<p class="none">No export of the merge is out that says it; <code>continual explain</code> finds it.</p>'
+        )
+    else:
+        told = (
+            f"<p>Of record {found.seq}, which {escape(found.current)} has. <i>share</i>: of the lengths of all task "
+            "vectors; <i>cosine</i>: with the merge; <i>change</i>: of the merge when the model is left out. "
+            f"<code>continual explain</code> says it of the newest record, and by layer.</p>{_shares(found)}"
+        )
+    return f"<h2>What each model has</h2>{told}"
+
+
+def _shares(found: ShownShares | None) -> str:
+    if found is None or not found.models:
+        return ""
+    of = f"in record {found.seq}" if found.view else "model"
+    more = found.count - len(found.models)
     table = _table(
-        ("view", "rule", "reads", "current", "released", "why"),
-        (
-            (
-                row.name,
-                row.rule,
-                f"{row.count}: {row.models}",
-                row.current_seq or "",
-                row.released_seq or "",
-                row.problem,
-            )
-            for row in rows
-        ),
+        (of, "weight", "share", "cosine", "change"),
+        ((r.model, f"{r.weight:g}", share(r.norm), f"{r.cosine:+.3f}", share(r.change)) for r in found.models),
     )
-    return f"<h2>Views</h2>{table}"
+    return table + (f"<p>and {more} more</p>" if more > 0 else "")
 
 
 def _pool(status: Status) -> str:
@@ -214,8 +290,20 @@ def _folds(rows: Sequence[ShownFold]) -> str:
     if not rows:
         return '<p class="none">No fold yet.</p>'
     outs = any(r.left_out for r in rows)
+    cosines = any(r.cosine is not None for r in rows)
+    cuts = any(r.cut is not None for r in rows)
     return _table(
-        ("record", "when", "model", "form", "norm", "cosine", "weight", *(("left out",) if outs else ())),
+        (
+            "record",
+            "when",
+            "model",
+            "form",
+            "norm",
+            *(("cosine",) if cosines else ()),
+            "weight",
+            *(("cut at fold", "cut by now") if cuts else ()),
+            *(("left out",) if outs else ()),
+        ),
         (
             (
                 r.seq,
@@ -223,8 +311,9 @@ def _folds(rows: Sequence[ShownFold]) -> str:
                 r.model,
                 r.form,
                 figure(r.tau_norm, ".4g"),
-                figure(r.cosine, "+.3f"),
+                *((figure(r.cosine, "+.3f"),) if cosines else ()),
                 figure(r.weight, ".3g"),
+                *((share(r.cut), share(r.cut_now)) if cuts else ()),
                 *((r.left_out,) if outs else ()),
             )
             for r in rows
@@ -241,6 +330,11 @@ def _refusals(rows: Sequence[ShownRefusal]) -> str:
     )
 
 
+def _bar(percent: str) -> str:
+    """A percentage as a bar, at most full."""
+    return f'<meter max="100" value="{percent.removesuffix(" %") or 0}"></meter>'
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     def cell(name: str, value: object) -> str:
         kind = ""
@@ -248,7 +342,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
             kind = ' class="wide"'
         elif name in _NUMBERS:
             kind = ' class="n"'
-        return f"<td{kind}>{escape(str(value))}</td>"
+        text = escape(str(value))
+        return f"<td{kind}>{text}{_bar(text) if name in _BARS else ''}</td>"
 
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     lines = "".join("<tr>" + "".join(map(cell, head, row)) + "</tr>" for row in rows)
