@@ -217,14 +217,17 @@ def _check_adapters(model: BaseModel, recipe: Recipe) -> None:
 
 def _blocks(model: BaseModel, width: int) -> dict[str, dict[str, SlotSpec]]:
     """What is kept of each tensor of a base where adapters are kept as they are."""
-    return {spec.name: slots(*sides_of(spec.shape), width) if spec.kind != "carried" else {} for spec in model.specs}
+    found: dict[str, dict[str, SlotSpec]] = {}
+    for spec in model.specs:
+        layers = spec.layers
+        kept = slots(*sides_of(layers[0].shape), width) if layers else {}
+        found |= {layer.name: kept for layer in layers} or {spec.name: kept}
+    return found
 
 
 def _most_bytes(model: BaseModel, width: int) -> int:
-    """Bytes of a generation in which every layer has as many triplets as it keeps. Stacks of experts are none: no
-    adapter changes one by a product of two thin factors."""
-    layers = _blocks(model, width)
-    return sum(slot.nbytes for spec in model.specs if spec.kind != "stack" for slot in layers[spec.name].values())
+    """Bytes of a generation in which every layer has as many triplets as it keeps."""
+    return sum(slot.nbytes for kept in _blocks(model, width).values() for slot in kept.values())
 
 
 def recipe_for(

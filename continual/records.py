@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -63,6 +63,14 @@ class TensorSpec:
             self.shape[1:] if len(self.shape) == 3 else (self.shape[0] // self.experts, math.prod(self.shape[1:]))
         )
         return TensorSpec(self.name, (rows, columns), self.dtype, "matrix", self.depth)
+
+    @property
+    def layers(self) -> tuple[TensorSpec, ...]:
+        """What a state of adapters keeps apart: each matrix of a stack by a name of its own, NAME[number] from 0 on;
+        else the tensor itself, or nothing of one that is carried."""
+        if self.kind == "carried":
+            return ()
+        return tuple(replace(self.expert, name=f"{self.name}[{n}]") for n in range(self.experts)) or (self,)
 
     @property
     def numel(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -43,11 +43,11 @@ class StoredLayers:
         self._generation = state.generation_of(commit)
         self._width = state.format.form.width if state.format.form else 0
         self._columns: dict[str, Columns] = {}
-        self._specs = {spec.name: spec for spec in state.format.tensors if spec.kind not in ("carried", "stack")}
+        self._specs = {layer.name: layer for layer in state.format.layers}
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """Every tensor that an adapter can change."""
+        """Every tensor that an adapter can change; of a stack each expert."""
         return self._specs
 
     def columns(self, name: str) -> Columns:
@@ -157,15 +157,21 @@ class BlockReading(Reading):
 
     def unit(self, spec: TensorSpec) -> torch.Tensor:
         """X of one tensor, at scale 1."""
-        if spec.name not in self.shelf.specs:
-            return torch.zeros(spec.shape)
-        return self.merged.unit(spec.name).view(spec.shape)
+        return self._made(spec, self.merged.unit)
 
     def vector(self, spec: TensorSpec) -> torch.Tensor:
         """The merged task vector of one tensor: float32 of the tensor's shape, in new memory."""
-        if spec.name not in self.shelf.specs:
-            return torch.zeros(spec.shape)
-        return self.merged.dense(spec.name).view(spec.shape)
+        return self._made(spec, self.merged.dense)
+
+    def _made(self, spec: TensorSpec, make: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """What is made of one layer, or of those of a stack one after the other."""
+        if spec.kind != "stack":
+            return make(spec.name).view(spec.shape) if spec.name in self.shelf.specs else torch.zeros(spec.shape)
+        found = torch.zeros(spec.experts, *spec.expert.shape)
+        for place, layer in zip(found, spec.layers, strict=True):
+            if self.columns(layer):
+                place.copy_(make(layer.name))
+        return found.view(spec.shape)
 
     def thin(self, spec: TensorSpec, rank: int | None = None) -> ThinProduct:
         """The merged task vector of one tensor as two thin factors, of the largest `rank` singular values where one is
@@ -178,7 +184,10 @@ class BlockReading(Reading):
         return self.merged.factored
 
     def columns(self, spec: TensorSpec) -> int:
-        """How many singular triplets the chosen models have in a tensor: no reading of it has a higher rank."""
+        """How many singular triplets the chosen models have in a tensor: no reading of it has a higher rank. Of a stack
+        the most of its experts."""
+        if spec.kind == "stack":
+            return max((self.columns(layer) for layer in spec.layers), default=0)
         if spec.name not in self.shelf.specs:
             return 0
         models = self.shelf.columns(spec.name).models
@@ -186,25 +195,27 @@ class BlockReading(Reading):
 
     def need(self, spec: TensorSpec) -> int:
         """Bytes that reading one tensor takes at its peak."""
-        m, n = sides_of(spec.shape)
+        m, n = sides_of(spec.expert.shape if spec.kind == "stack" else spec.shape)
         return 4 * spec.numel + 8 * 4 * self.columns(spec) * (m + n)
 
     def measure(self, executor: Executor, progress: Progress, seen: Seen | None = None) -> float:
         """‖X‖ over the whole model; `seen` is given X of each tensor."""
-        specs = [spec for spec in self.shelf.specs.values() if seen is not None or self.columns(spec)]
+        tensors = [spec for spec in self.state.format.tensors if spec.kind != "carried"]
+        specs = [spec for spec in tensors if seen is not None or self.columns(spec)]
         needs = [self.need(spec) - (4 * spec.numel if seen is None and self.factored else 0) for spec in specs]
         tasks = [
-            Task(spec.name, need, partial(self._square_of, spec, seen)) for spec, need in zip(specs, needs, strict=True)
+            Task(spec.name, need, partial(self._squares_of, spec, seen))
+            for spec, need in zip(specs, needs, strict=True)
         ]
         squares: dict[str, float] = {}
         progress("measure", 0, len(tasks))
-        for done, (name, square) in enumerate(executor.map(tasks), 1):
-            squares[name] = square
+        for done, (_, found) in enumerate(executor.map(tasks), 1):
+            squares |= found
             progress("measure", done, len(tasks))
         self.merged.settle(squares)
         return math.sqrt(math.fsum(squares.values()))
 
-    def _square_of(self, spec: TensorSpec, seen: Seen | None) -> float:
+    def _squares_of(self, spec: TensorSpec, seen: Seen | None) -> dict[str, float]:
         if seen is not None:
             seen(spec, self.unit(spec))
-        return self.merged.square(spec.name)
+        return {layer.name: self.merged.square(layer.name) for layer in spec.layers}

@@ -43,8 +43,8 @@ from continual.tensors import Adapter, BaseModel, Folder, LayerVectors, ThinVect
 from continual.tensors.thin import sides_of
 
 
-class _Layer(NamedTuple):
-    """What folding one layer gave: the digest of what its task vector was made from, ‖τ‖², what the cut took of it,
+class _Tensor(NamedTuple):
+    """What folding one tensor gave: the digest of what its task vector was made from, ‖τ‖², what the cut took of it,
     whether that was read as thin factors, bytes read, and wall time by stage."""
 
     digest: bytes
@@ -79,36 +79,50 @@ class BlockFolding:
         changed = set(self._opened.lineage.folded)
         specs = [spec for spec in self._base.specs if spec.kind != "carried"]
         mine = sorted((s for s in specs if s.name in changed), key=lambda s: self._vectors.position(s.name))
-        found: dict[str, _Layer] = {}
+        found: dict[str, _Tensor] = {}
         progress("fold", 0, len(mine))
         tasks = [
-            Task(spec.name, need(self._vectors, spec, self._width), partial(self._layer, spec, number)) for spec in mine
+            Task(spec.name, need(self._vectors, spec, self._width), partial(self._tensor, spec, number))
+            for spec in mine
         ]
-        for name, layer in self._resources.executor.map(tasks):
-            found[name] = layer
+        for name, tensor in self._resources.executor.map(tasks):
+            found[name] = tensor
             progress("fold", len(found), len(tasks))
         for spec in specs:
-            if spec.name not in changed:
-                self._transaction.keep(spec.name)
+            for layer in spec.layers if spec.name not in changed else ():
+                self._transaction.keep(layer.name)
         self._opened.model.check_unchanged()
         if self._opened.weights is not None and isinstance(self._opened.weights.checkpoint.place, Folder):
             self._opened.weights.checkpoint.check_unchanged()  # a commit of the Hub does not change
         return self._report(number, before, found)
 
-    def _layer(self, spec: TensorSpec, number: int) -> _Layer:
-        self._resources.go_on(self._opened.candidate.name)
-        started = time.perf_counter()
-        vector = self._vectors.read(spec)
-        read = time.perf_counter()
-        device = self._resources.device
-        block = block_of(vector, spec, self._width, device)
-        self._gates.at_tensor(TensorNumbers(self._opened.candidate.name, spec.name, block.energy))
-        computed = time.perf_counter()
-        lost = put(self._transaction, spec.name, number, block)
-        seconds = {"read": read - started, "rule": computed - read, "write": time.perf_counter() - computed}
-        return _Layer(vector.digest, block.energy, lost, isinstance(vector, ThinVector), vector.nbytes, seconds)
+    def _tensor(self, spec: TensorSpec, number: int) -> _Tensor:
+        """One layer, or one after the other of a stack."""
+        name = self._opened.candidate.name
+        found = _Tensor(b"", 0.0, 0.0, True, 0, {"read": 0.0, "rule": 0.0, "write": 0.0})
+        started, vectors = time.perf_counter(), self._vectors.read(spec)
+        for layer, vector in zip(spec.layers, vectors, strict=True):
+            self._resources.go_on(name)
+            read = time.perf_counter()
+            block = block_of(vector, layer, self._width, self._resources.device)
+            self._gates.at_tensor(TensorNumbers(name, layer.name, block.energy))
+            computed = time.perf_counter()
+            lost = put(self._transaction, layer.name, number, block)
+            ended = time.perf_counter()
+            for stage, seconds in (("read", read - started), ("rule", computed - read), ("write", ended - computed)):
+                found.seconds[stage] += seconds
+            started = ended
+            found = _Tensor(
+                vector.digest,
+                found.energy + block.energy,
+                found.lost + lost,
+                isinstance(vector, ThinVector),
+                found.nbytes + vector.nbytes,
+                found.seconds,
+            )
+        return found
 
-    def _report(self, number: int, before: Totals, found: dict[str, _Layer]) -> FoldReport:
+    def _report(self, number: int, before: Totals, found: dict[str, _Tensor]) -> FoldReport:
         opened, lineage = self._opened, self._opened.lineage
         layers = [found[name] for name in sorted(found)]
         tau_sq = math.fsum(layer.energy for layer in layers)
@@ -147,28 +161,31 @@ def block_of(vector: ThinVector | WholeVector, spec: TensorSpec, width: int, dev
 def need(vectors: LayerVectors, spec: TensorSpec, width: int) -> int:
     """Peak bytes of folding a layer: of thin factors these in float64 three times over, and as many float32 rows as are
     kept; of a matrix what it takes to read and to decompose it."""
-    m, n = sides_of(spec.shape)
+    m, n = sides_of(spec.layers[0].shape)
     rows = 8 * (m + n) * CHUNK
     if vectors.is_thin(spec.name):
         return 14 * vectors.nbytes(spec.name) + rows
-    return vectors.workspace(spec.name) + decomposing(vectors.rows(spec.name), n, width) + rows
+    return vectors.workspace(spec.name) + decomposing(*vectors.sides(spec.name), width) + rows
 
 
 def written(vectors: LayerVectors, spec: TensorSpec, width: int) -> int:
     """About how many bytes folding a layer writes where nothing is cut: whole chunks of columns."""
-    m, n = sides_of(spec.shape)
-    return 4 * (m + n) * min(width, -(-vectors.rank(spec.name) // CHUNK) * CHUNK)
+    m, n = sides_of(spec.layers[0].shape)
+    return 4 * len(spec.layers) * (m + n) * min(width, -(-vectors.rank(spec.name) // CHUNK) * CHUNK)
 
 
-def cuts(state: State, vectors: LayerVectors, names: Iterable[str]) -> int:
-    """In how many of these layers blocks are cut when the adapter comes in, its own or others'."""
+def cuts(state: State, vectors: LayerVectors, specs: Iterable[TensorSpec]) -> int:
+    """In how many layers of these tensors blocks are cut when the adapter comes in, its own or others'."""
     assert state.format.form is not None
     found, width = 0, state.format.form.width
     generation = state.generation_of(state.ledger.head)
-    for name in names:
-        there = Columns.of(generation.read(name, "columns")) if generation is not None else Columns.empty(width)
-        kept = [where.stop - where.start for where in there.models.values()]
-        found += sum(kept) + vectors.rank(name) > width
+    for spec in specs:
+        rank = vectors.rank(spec.name)
+        for layer in spec.layers:
+            there = (
+                Columns.of(generation.read(layer.name, "columns")) if generation is not None else Columns.empty(width)
+            )
+            found += there.used + rank > width
     return found
 
 

@@ -115,16 +115,16 @@ def _combine_blocks(state: State, other: State, executor: Executor, progress: Pr
     numbers = {fold.entry.numbers.block or 0: next(free) for fold in theirs}
     generation = other.generation_of(other.ledger.head)
     assert generation is not None, "something is folded there"
-    specs = [spec for spec in state.format.tensors if spec.kind != "carried"]
+    layers = state.format.layers
     writes = state.generation_bytes() + other.generation_bytes()
     with other.lease(other.ledger.head.seq), state.begin(writes=writes) as transaction:
         tasks = [
             Task(
-                spec.name,
-                4 * sum(slot.nbytes for slot in state.format.slots[spec.name].values()),
-                partial(put_all, transaction, generation, spec.name, numbers),
+                layer.name,
+                4 * sum(slot.nbytes for slot in state.format.slots[layer.name].values()),
+                partial(put_all, transaction, generation, layer.name, numbers),
             )
-            for spec in specs
+            for layer in layers
         ]
         progress("combine", 0, len(tasks))
         for done, _ in enumerate(executor.map(tasks), 1):

@@ -78,8 +78,12 @@ def _costs_of_blocks(engine: Engine, opened: OpenCandidate, width: int) -> tuple
     folded = set(opened.lineage.folded)
     specs = [spec for spec in engine.base.specs if spec.name in folded]
     disk = sum(blocks.written(vectors, spec, width) for spec in specs)
-    cut = blocks.cuts(engine.state, vectors, opened.lineage.folded)
-    said = f"; in {cut} of {len(specs)} layers adapters are cut to the width of {width}" if cut else ""
+    cut = blocks.cuts(engine.state, vectors, specs)
+    said = (
+        f"; in {cut} of {sum(len(spec.layers) for spec in specs)} layers adapters are cut to the width of {width}"
+        if cut
+        else ""
+    )
     needs = [blocks.need(vectors, spec, width) for spec in specs]
     return _Costs(1.0, sum(vectors.nbytes(spec.name) for spec in specs), disk, needs), said
 

@@ -153,9 +153,9 @@ def _without(engine: Engine, plan: Unfolding, progress: Progress) -> Commit:
     fold = next(c for c in state.ledger.folds() if (c.seq, c.entry.candidate.key) == (plan.seq, plan.key))
     numbers = fold.entry.numbers
     assert numbers.block is not None
-    specs = [spec for spec in state.format.tensors if spec.kind != "carried"]
     with state.begin(writes=plan.disk_bytes) as transaction:
-        tasks = [Task(s.name, 0, partial(take_out, transaction, s.name, numbers.block)) for s in specs]
+        layers = [layer.name for layer in state.format.layers]
+        tasks = [Task(name, 0, partial(take_out, transaction, name, numbers.block)) for name in layers]
         progress("unfold", 0, len(tasks))
         for done, _ in enumerate(engine.executor.map(tasks), 1):
             progress("unfold", done, len(tasks))

@@ -44,13 +44,6 @@ class FormGate(AtHeaders):
             )
         assert seen.lineage is not None, "the gate on lineage comes first"
         found, _ = sources(seen.base, in_layout_of(seen.base, model), naming_of(seen.lineage))
-        kinds = {spec.name: spec.kind for spec in seen.base.specs}
-        if stacks := [name for name in seen.lineage.folded if kinds[name] == "stack"]:
-            raise Refuse(
-                "form",
-                f"{model.place}: changes {few(stacks)}, packed experts, of which a state of adapters keeps nothing: "
-                "fold it into a state that was made without --adapters",
-            )
         whole = [name for name in seen.lineage.folded if needs_base(found[name])]
         if not whole:
             return None

@@ -107,7 +107,7 @@ def _digests(engine: Engine, members: Sequence[Member], progress: Progress) -> d
 
     def look(_: Member, found: Opened) -> str:
         found.files.begin()
-        return digest_of({name: found.files.vector(specs[name]).digest for name in found.changed})
+        return digest_of({name: [*found.files.vectors_of(specs[name])][-1].digest for name in found.changed})
 
     digests: dict[str, str] = {}
     for key, digest in over(engine, members, look, "hash", progress).items():
@@ -157,15 +157,22 @@ def _blocks(engine: Engine, transaction: Transaction, move: _Move, progress: Pro
         member.files.begin()
 
     def one(spec: TensorSpec) -> dict[int, _Lost]:
-        engine.go_on("the round")
-        vectors = {n: member.files.vector(spec) for n, member in move.coming.items() if spec.name in member.changed}
-        coming = {n: block_of(vector, spec, form.width, engine.device) for n, vector in vectors.items()}
-        lost = exchange(transaction, spec.name, move.gone, coming)
-        return {n: _Lost(cut, 0.0 if isinstance(vectors[n], ThinVector) else cut) for n, cut in lost.items()}
+        each = {n: member.files.vectors_of(spec) for n, member in move.coming.items() if spec.name in member.changed}
+        found: dict[int, _Lost] = {}
+        for layer in spec.layers:
+            engine.go_on("the round")
+            vectors = {n: next(mine) for n, mine in each.items()}
+            coming = {n: block_of(vector, layer, form.width, engine.device) for n, vector in vectors.items()}
+            for n, cut in exchange(transaction, layer.name, move.gone, coming).items():
+                whole = 0.0 if isinstance(vectors[n], ThinVector) else cut
+                before = found.get(n, _Lost(0.0, 0.0))
+                found[n] = _Lost(before.all + cut, before.whole + whole)
+        return found
 
     specs = [spec for spec in engine.base.specs if spec.kind != "carried"]
     slots = engine.state.format.slots
-    tasks = [Task(s.name, 4 * sum(slot.nbytes for slot in slots[s.name].values()), partial(one, s)) for s in specs]
+    needs = [4 * sum(slot.nbytes for slot in slots[spec.layers[0].name].values()) for spec in specs]
+    tasks = [Task(spec.name, need, partial(one, spec)) for spec, need in zip(specs, needs, strict=True)]
     lost = dict.fromkeys(move.coming, _Lost(0.0, 0.0))
     progress("fold", 0, len(tasks))
     for done, (_, found) in enumerate(engine.executor.map(tasks), 1):

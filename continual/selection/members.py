@@ -8,7 +8,7 @@ state of adapters keeps of a model that is in it is read there: its files can be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -35,6 +35,7 @@ from continual.tensors import (
     candidate_of,
     open_model,
 )
+from continual.tensors.thin import sides_of
 
 T = TypeVar("T")
 Factors = tuple[Tensor, Tensor]
@@ -82,22 +83,24 @@ class MemberFiles(NamedTuple):
     layers: LayerVectors | None
 
     def begin(self) -> None:
-        """Begins a pass in which `vector` is asked for every tensor once."""
+        """Begins a pass in which `vectors_of` is asked for every tensor once."""
         assert self.layers is not None, "an adapter"
         self.layers.begin()
 
-    def vector(self, spec: TensorSpec) -> ThinVector | WholeVector:
-        """One tensor's task vector, of an adapter that a state of adapters takes. Raises Refuse and Retry."""
+    def vectors_of(self, spec: TensorSpec) -> Iterator[ThinVector | WholeVector]:
+        """The task vector of each layer of a tensor, of an adapter that a state of adapters takes (`LayerVectors`).
+        Raises Refuse and Retry."""
         assert self.layers is not None, "an adapter"
         return self.layers.read(spec)
 
 
 class Opened(NamedTuple):
     """A member while it is read. `changed`: the tensors that it changes. factors(name): the thin factors of one of
-    them, None where it is no product of such. `read`: its files; None where the state keeps it."""
+    them, of a stack those of each matrix in it; None where it is no product of such. `read`: its files; None where the
+    state keeps it."""
 
     changed: Sequence[str]
-    factors: Callable[[str], Factors | None]
+    factors: Callable[[str], Sequence[Factors] | None]
     read: MemberFiles | None
 
     @property
@@ -118,15 +121,16 @@ class Opened(NamedTuple):
     def add(self, name: str, target: Tensor, by: float) -> None:
         """target += by·τ of the tensor `name`; `target` is contiguous and has its shape. Raises Refuse and Retry."""
         flat = target.view(-1)
-        if (pair := self.factors(name)) is None:
+        if (pairs := self.factors(name)) is None:
             for start, stop, tau in self.files.vectors.runs(name, None):
                 flat[start:stop].add_(tau.to(target.device), alpha=by)
             return
-        left, right = (side.to(target.device, torch.float32) for side in pair)
-        if target.dtype == torch.float32:
-            target.view(len(left), len(right)).addmm_(left, right.mT, alpha=by)
-        else:
-            flat.add_((left @ right.mT).view(-1), alpha=by)
+        for part, pair in zip(_parts(flat, pairs), pairs, strict=True):
+            left, right = (side.to(target.device, torch.float32) for side in pair)
+            if target.dtype == torch.float32:
+                part.view(len(left), len(right)).addmm_(left, right.mT, alpha=by)
+            else:
+                part.add_((left @ right.mT).view(-1), alpha=by)
 
     def inners(self, name: str, gradient: Tensor | None, *, square: bool) -> tuple[float, float]:
         """⟨g, τ⟩ of the tensor `name`, 0 where there is no gradient (flat), and, where it is asked for, ‖τ‖². Raises
@@ -134,9 +138,11 @@ class Opened(NamedTuple):
 
         Where τ = L·Rᵀ, the first is the sum of the elements of L ∘ (G·R), the second that of (LᵀL) ∘ (RᵀR).
         """
-        if (pair := self.factors(name)) is not None:
-            left, right = pair
-            return _dot(gradient, left, right), float(((left.mT @ left) * (right.mT @ right)).sum()) if square else 0.0
+        if (pairs := self.factors(name)) is not None:
+            gradients = [None] * len(pairs) if gradient is None else _parts(gradient, pairs)
+            dots = [_dot(part, *pair) for part, pair in zip(gradients, pairs, strict=True)]
+            lengths = [float(((left.mT @ left) * (right.mT @ right)).sum()) if square else 0.0 for left, right in pairs]
+            return math.fsum(dots), math.fsum(lengths)
         parts: list[list[float]] = []
         for start, stop, tau in self.files.vectors.runs(name, None):
             here = tau if gradient is None else tau.to(gradient.device)
@@ -151,7 +157,7 @@ def opened(engine: Engine, member: Member) -> Iterator[Opened]:
     """Opens a member's task vectors. Raises Refuse with the reason `gone` where its files are not those that were seen,
     Retry where they cannot be read now."""
     if member.kept is not None:
-        yield _opened_blocks(member.kept)
+        yield _opened_blocks(member.kept, {spec.name: spec.layers for spec in engine.base.specs})
         return
     place = member.at or engine.locate(member.candidate)
     place.must_be_there()
@@ -167,24 +173,35 @@ def opened(engine: Engine, member: Member) -> Iterator[Opened]:
         layers = LayerVectors(engine.base, model, lineage, engine.weights) if isinstance(model, Adapter) else None
         specs = {spec.name: spec for spec in engine.base.specs}
 
-        def factors(name: str) -> Factors | None:
+        def factors(name: str) -> Sequence[Factors] | None:
             if layers is None or not layers.is_thin(name):
                 return None
-            found = layers.read(specs[name])
-            assert isinstance(found, ThinVector)
-            return found.left, found.right
+            return [(one.left, one.right) for one in layers.read(specs[name]) if isinstance(one, ThinVector)]
 
         yield Opened(lineage.folded, factors, MemberFiles(model, lineage, vectors, layers))
 
 
-def _opened_blocks(kept: Kept) -> Opened:
-    """A member as a state of adapters keeps it."""
+def _opened_blocks(kept: Kept, layers: Mapping[str, Sequence[TensorSpec]]) -> Opened:
+    """A member as a state of adapters keeps it. `layers`: what it keeps of each tensor."""
 
-    def factors(name: str) -> Factors:
-        return stacked(kept.shelf, name, [kept.number]).factors(0)
+    def has(layer: TensorSpec) -> bool:
+        return kept.number in kept.shelf.columns(layer.name).models
 
-    changed = [name for name in kept.shelf.specs if kept.number in kept.shelf.columns(name).models]
-    return Opened(changed, factors, None)
+    def one(layer: TensorSpec) -> Factors:
+        if has(layer):
+            return stacked(kept.shelf, layer.name, [kept.number]).factors(0)
+        m, n = sides_of(layer.shape)
+        return torch.zeros(m, 0, dtype=torch.float64), torch.zeros(n, 0, dtype=torch.float64)
+
+    def factors(name: str) -> Sequence[Factors]:
+        return [one(layer) for layer in layers[name]]
+
+    return Opened([name for name, mine in layers.items() if any(has(layer) for layer in mine)], factors, None)
+
+
+def _parts(flat: Tensor, pairs: Sequence[Factors]) -> Sequence[Tensor]:
+    """A flat tensor in parts, one for each of the products of factors that it holds one after the other."""
+    return torch.split(flat, [len(left) * len(right) for left, right in pairs])
 
 
 def over(

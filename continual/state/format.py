@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -75,7 +75,8 @@ class BaseRecord:
 @dataclass(frozen=True, slots=True)
 class Format:
     """What never changes in a state. `slots`: tensor name to slot name to shape and dtype; empty for carried
-    tensors. `form`: that of a state that keeps adapters as they are; None where it keeps a merge of whole tensors."""
+    tensors. `form`: that of a state that keeps adapters as they are; None where it keeps a merge of whole tensors. Such
+    a state has slots for each of the `layers`: each expert of a stack is one."""
 
     version: int
     id: str
@@ -103,6 +104,11 @@ class Format:
         return cls(version, secrets.token_hex(16), base, ordered, rule, options, slots, form)
 
     @property
+    def layers(self) -> tuple[TensorSpec, ...]:
+        """What a state of adapters keeps something of, in the order of the tensors."""
+        return tuple(layer for tensor in self.tensors for layer in tensor.layers)
+
+    @property
     def sparse(self) -> bool:
         """Whether arrays may end early or be missing: what is not there is zero."""
         return self.form is not None
@@ -123,10 +129,15 @@ class Format:
     def body(self) -> dict[str, object]:
         """As format.json holds it."""
         tensors = tuple(
-            _TensorBody(t.name, t.shape, t.dtype, t.kind, t.depth, self.slots[t.name], t.experts or None)
+            _TensorBody(t.name, t.shape, t.dtype, t.kind, t.depth, self._slots_of(t), t.experts or None)
             for t in self.tensors
         )
         return body_of(_FormatBody(self.version, self.id, self.base, self.rule, self.options, tensors, self.form))
+
+    def _slots_of(self, tensor: TensorSpec) -> Mapping[str, SlotSpec]:
+        """The slots of a tensor, or of each of the layers that it is."""
+        names = [layer.name for layer in tensor.layers] if self.sparse else []
+        return self.slots[names[0] if names else tensor.name]
 
     @classmethod
     def of(cls, body: Mapping[str, object], path: Path) -> Format:
@@ -141,7 +152,27 @@ class Format:
             raise Damaged(f"{path}: format {found.version} {'has' if found.form else 'lacks'} the key form")
         tensors = tuple(TensorSpec(t.name, t.shape, t.dtype, t.kind, t.depth, t.experts or 0) for t in found.tensors)
         slots = {tensor.name: tensor.slots for tensor in found.tensors}
+        if found.form is not None:
+            slots = _of_layers(tensors, slots)
         return cls(found.version, found.id, found.base, tensors, found.rule, found.options, slots, found.form)
+
+
+def _of_layers(
+    tensors: Sequence[TensorSpec], slots: Mapping[str, Mapping[str, SlotSpec]]
+) -> dict[str, Mapping[str, SlotSpec]]:
+    """The slots of each layer of a state of adapters. Its first versions kept nothing of stacks, and had slots for them
+    in which nothing was: those of an expert take their place."""
+    found: dict[str, Mapping[str, SlotSpec]] = {}
+    for tensor in tensors:
+        mine = slots[tensor.name]
+        if tensor.kind == "stack":
+            sides = dict(zip(("u", "v"), tensor.expert.shape, strict=True))
+            mine = {
+                slot: replace(spec, shape=(spec.shape[0], sides[slot])) if slot in sides else spec
+                for slot, spec in mine.items()
+            }
+        found |= {layer.name: mine for layer in tensor.layers} or {tensor.name: mine}
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ The weights of the base are read only where what is added depends on them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import Match, naming_of, sources
 from continual.tensors.pieces import Piece
 from continual.tensors.pieces.low_rank import Bias, Factors, Triple
+from continual.tensors.pieces.stacks import Gathered, StackFactors
 from continual.tensors.pieces.tokens import Tokens
 from continual.tensors.pieces.trained import RowsOf, Trained
 from continual.tensors.row_order import gather, moved_of
@@ -59,7 +60,8 @@ class WholeVector(NamedTuple):
 
 
 class LayerVectors:
-    """Reads the task vectors of an adapter of `base` as `lineage` maps them, a layer at a time. Thread-safe.
+    """Reads the task vectors of an adapter of `base` as `lineage` maps them, a tensor at a time: one layer, or of a
+    stack one after the other (`TensorSpec.layers`). Thread-safe.
 
     `weights`: the same base with its weights, without which no layer can be read of which `needs_base` says so.
     """
@@ -104,27 +106,47 @@ class LayerVectors:
         """Whether the layer is read as two thin factors; False of one that the adapter does not change."""
         return name in self._sources and is_thin(self._sources[name], self._specs[name].shape)
 
-    def rows(self, name: str) -> int:
-        """How many rows of the layer are read where it is not read as factors."""
+    def sides(self, name: str) -> tuple[int, int]:
+        """Rows and columns of a matrix that is read where the tensor is not read as factors."""
+        m, n = sides_of(self._specs[name].layers[0].shape)
         tokens = self._tokens(name)
-        return sides_of(self._specs[name].shape)[0] if tokens is None else len(tokens.rows)
+        return (m if tokens is None else len(tokens.rows)), n
 
     def rank(self, name: str) -> int:
-        """The rank that the layer's task vector has at most."""
+        """The rank that the task vector of a layer of the tensor has at most."""
         source, shape = self._sources[name], self._specs[name].shape
         found = None if source.full is not None else columns(_piece(source), shape, transposed=source.transposed)
-        return min(self.rows(name), sides_of(shape)[1]) if found is None else found
+        return min(self.sides(name)) if found is None else found
 
-    def read(self, spec: TensorSpec) -> ThinVector | WholeVector:
-        """The task vector of one layer. Rows that only one of the two vocabularies has are left out, or zero. Raises
-        Refuse (`tied`) if tied names differ, Retry if a file cannot be read to its end."""
+    def read(self, spec: TensorSpec) -> Iterator[ThinVector | WholeVector]:
+        """The task vector of each layer of a tensor; the digest is that of the whole tensor, and empty before the last
+        one. Rows that only one of the two vocabularies has are left out, or zero. Raises Refuse (`tied`) if tied names
+        differ, Retry if a file cannot be read to its end."""
+        if spec.kind == "stack":
+            yield from self._experts(spec)
+        elif self.is_thin(spec.name):
+            yield self._thin(spec)
+        elif (tokens := self._tokens(spec.name)) is not None:
+            yield self._trained(spec, tokens)
+        else:
+            assert self._whole is not None, "begin first"
+            tau, digest, nbytes = self._whole.vector(spec.name)
+            yield WholeVector(tau.view(sides_of(spec.shape)), None, digest, nbytes)
+
+    def _experts(self, spec: TensorSpec) -> Iterator[ThinVector | WholeVector]:
+        """Each matrix of a stack, by itself."""
+        last, content = spec.experts - 1, Content()
         if self.is_thin(spec.name):
-            return self._thin(spec)
-        if (tokens := self._tokens(spec.name)) is not None:
-            return self._trained(spec, tokens)
+            piece = _piece(self._sources[spec.name])
+            read, _ = self._hashed(spec.name, self._sources[spec.name], content)
+            for number, one in enumerate(spec.layers):
+                pair = _expert(piece, read, sides_of(one.shape), number)
+                yield ThinVector(*pair, content.digest(), 0 if number < last else content.nbytes)
+            return
         assert self._whole is not None, "begin first"
-        tau, digest, nbytes = self._whole.vector(spec.name)
-        return WholeVector(tau.view(sides_of(spec.shape)), None, digest, nbytes)
+        for number, tau in enumerate(self._whole.experts(spec, content)):
+            done = number == last
+            yield WholeVector(tau, None, content.digest() if done else b"", content.nbytes if done else 0)
 
     def _thin(self, spec: TensorSpec) -> ThinVector:
         source, content = self._sources[spec.name], Content()
@@ -216,7 +238,43 @@ def columns(piece: Piece, shape: Sequence[int], *, transposed: bool) -> int | No
         return columns(piece.inner, shape, transposed=transposed)
     if isinstance(piece, Bias):
         return 1
+    if isinstance(piece, StackFactors):
+        return piece.rank
+    if isinstance(piece, Gathered):
+        return _gathered_columns(piece, shape)
     return piece.a.shape[0] if isinstance(piece, Factors | Triple) else None
+
+
+def _gathered_columns(piece: Gathered, shape: Sequence[int]) -> int | None:
+    """The most columns of a matrix that is put together from several pieces; None where one of them is not thin."""
+    counts: dict[int, int] = {}
+    for share in piece.shares:
+        mine = columns(share.piece, (share.stop - share.start, shape[-1]), transposed=False)
+        if mine is None:
+            return None
+        counts[share.number] = counts.get(share.number, 0) + mine
+    return max(counts.values(), default=0)
+
+
+def _expert(piece: Piece, read: Sequence[Tensor], sides: tuple[int, int], number: int) -> tuple[Tensor, Tensor]:
+    """The factors of one matrix of a stack, m×r and n×r in float64; no columns of one that is not changed."""
+    if isinstance(piece, StackFactors):
+        a = read[0].view(piece.experts, piece.rank, -1)[number].double()
+        b = read[1].view(-1, piece.rank, piece.experts)[:, :, number].double()
+        left, right = (a.mT, b) if piece.by_input else (b, a.mT)
+        return left * piece.scale, right
+    assert isinstance(piece, Gathered), "no stack of thin factors"
+    at, lefts, rights = 0, [torch.zeros(sides[0], 0, dtype=torch.float64)], [torch.zeros(sides[1], 0).double()]
+    for share in piece.shares:
+        mine = read[at : at + len(share.piece.names)]
+        at += len(mine)
+        if share.number == number:
+            pair = factors(share.piece, mine, (share.stop - share.start, sides[1]), transposed=False)
+            assert pair is not None, "no stack of thin factors"
+            lefts.append(pair[0].new_zeros(sides[0], pair[0].shape[1]))
+            lefts[-1][share.start : share.stop] = pair[0]
+            rights.append(pair[1])
+    return torch.cat(lefts, 1), torch.cat(rights, 1)
 
 
 def factors(
@@ -232,6 +290,8 @@ def factors(
     if isinstance(piece, Bias):
         values = read[0].double().reshape(-1, 1)
         return values * piece.scale, values.new_ones(1, 1)
+    if isinstance(piece, Gathered):
+        return _expert(piece, read, sides_of(shape), 0)
     if not isinstance(piece, Factors | Triple):
         return None
     rank = read[0].shape[0]

@@ -14,14 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from continual import api, making
 from continual.config import Settings
+from continual.engine.block_reading import StoredLayers
 from continual.engine.views import ReadView
 from continual.executors.contract import silent
+from continual.selection.members import Kept, Member, opened
+from continual.tensors import Folder, candidate_of, open_model
 from tests.helpers import adapters, models
 from tests.helpers.kinds_of_adapters import seed_of, tensors_of
 
 ALONE = ReadView(rule="task-arithmetic", scale="1")
 SHAPES = {"a.weight": (4, 6), "a.bias": (4,), "norm.weight": (6,), "embed_tokens.weight": (30, 6)}
-KINDS = ("LOHA", "VERA", "IA3", "OFT", "SHIRA", "LN_TUNING", "TRAINABLE_TOKENS")
+KINDS = ("LOHA", "OFT", "SHIRA", "TRAINABLE_TOKENS")
 
 
 @pytest.fixture
@@ -209,3 +212,126 @@ def test_what_the_width_has_no_room_for_is_refused_or_said(tmp_path: Path, base:
         assert outcome.report.numbers.tau_norm == pytest.approx(float(expected.norm()), rel=1e-5)
         # one column for two models: the larger first triplet stays
         assert outcome.report.numbers.cut == pytest.approx(1 - float(sigma[0] / sigma.sum()), rel=1e-3)
+
+
+PACKED = {
+    "model.embed_tokens.weight": (20, 8),
+    "model.layers.0.self_attn.q_proj.weight": (8, 8),
+    "model.layers.0.mlp.experts.gate_up_proj": (3, 12, 8),
+    "model.layers.0.mlp.experts.down_proj": (3, 8, 6),
+}
+HEAD = "base_model.model.model.layers.0.mlp.experts"
+
+
+def of_stacks(directory: Path, seed: int, rank: int = 2) -> Path:
+    """LoRA on the parameters of packed experts, as PEFT lays it out."""
+    random = torch.Generator().manual_seed(seed)
+    sides = {f"{HEAD}.base_layer": (8, 12), HEAD: (6, 8)}
+    weights = {}
+    for name, (inner, outer) in sides.items():
+        weights[f"{name}.lora_A.weight"] = torch.randn(3 * rank, inner, generator=random) * 0.3
+        weights[f"{name}.lora_B.weight"] = torch.randn(outer, 3 * rank, generator=random) * 0.3
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    return adapters.plain(directory, weights, target_parameters=targets, target_modules=[], r=rank)
+
+
+def of_experts(directory: Path, seed: int) -> Path:
+    """LoRA on two single experts of three, which the base has packed."""
+    random = torch.Generator().manual_seed(seed)
+    weights = {}
+    for number, role, inner, outer in ((0, "up_proj", 8, 6), (0, "gate_proj", 8, 6), (2, "down_proj", 6, 8)):
+        weights[f"{HEAD}.{number}.{role}.lora_A.weight"] = torch.randn(2, inner, generator=random) * 0.3
+        weights[f"{HEAD}.{number}.{role}.lora_B.weight"] = torch.randn(outer, 2, generator=random) * 0.3
+    return adapters.plain(directory, weights, target_modules=["up_proj", "gate_proj", "down_proj"])
+
+
+def of_saved_stacks(directory: Path, base: Path) -> Path:
+    """A whole stack, of which two experts differ from the base."""
+    value = load_file(base / "model.safetensors")["model.layers.0.mlp.experts.down_proj"]
+    value[1:] += torch.outer(torch.arange(8.0), torch.ones(6))
+    return adapters.plain(directory, {f"{HEAD}.down_proj": value}, modules_to_save=["experts"])
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    made = {name: torch.randn(shape) * 0.1 for name, shape in PACKED.items()}
+    return models.write(tmp_path / "packed", made, {"model_type": "qwen3_moe", "tie_word_embeddings": False})
+
+
+def read(merge: api.Merge, view: ReadView) -> dict[str, torch.Tensor]:
+    reading = merge.reading(view=view)
+    reading.settle(merge.executor, silent)
+    return {spec.name: reading.vector(spec) for spec in merge.base.specs}
+
+
+def test_packed_experts_are_kept_one_by_one(tmp_path: Path, packed: Path) -> None:
+    """What is read is what a state of whole tensors has; each comes out as it went in, and leaves what it found."""
+    made = [of_stacks(tmp_path / "one", 1), of_experts(tmp_path / "two", 2), of_stacks(tmp_path / "three", 3, rank=1)]
+    made.append(of_saved_stacks(tmp_path / "four", packed))
+    with merge_of(tmp_path / "state", packed, width=16) as merge:
+        for model in made:
+            assert merge.plan(model).stacks in (1, 2)
+            outcome = merge.fold(model)
+            assert outcome.fate == "folded", outcome.message
+            assert not outcome.report or not outcome.report.numbers.cut
+        for model in made:
+            taus = adapters.task_vectors(packed, model)[0]
+            for name, value in read(merge, replace(ALONE, only=(model.name,))).items():
+                torch.testing.assert_close(value, taus.get(name, torch.zeros_like(value)), rtol=1e-5, atol=1e-6)
+        making.init(packed, tmp_path / "dense", making.Recipe(rule="iso-c"))
+        with merge_of(tmp_path / "dense", None, max_base_ratio=100.0) as dense:
+            for model in made:
+                assert dense.fold(model).fate == "folded"
+            expected = read(dense, ReadView())
+        found = read(merge, ReadView(rule="iso-c"))
+        length = max(float(value.norm()) for value in expected.values())
+        assert all(float((found[name] - value).norm()) < 2e-5 * length for name, value in expected.items())
+        shares = merge.explain(ALONE)
+        assert [layer.name for layer in shares.layers] == ["model.layers.0"]
+        same_as_merged(exported(merge, tmp_path / "out", only=("two",)), packed, made[1])
+        before = exported(merge, tmp_path / "before", without=("one",))
+        merge.unfold(merge.look_unfold("one"))
+        after = exported(merge, tmp_path / "after")
+        assert all(torch.equal(before[name], value) for name, value in after.items())
+    with merge_of(tmp_path / "other", packed, width=16) as merge:
+        merge.fold(made[0])
+        merge.combine(tmp_path / "state")
+        again = exported(merge, tmp_path / "again", without=("one",))
+        assert all(torch.equal(before[name], value) for name, value in again.items())
+    assert api.verify(tmp_path / "other").findings == ()
+
+
+def test_experts_are_cut_one_by_one(tmp_path: Path, packed: Path) -> None:
+    with merge_of(tmp_path / "state", packed, width=2) as merge:
+        for number in range(2):
+            outcome = merge.fold(of_stacks(tmp_path / f"lora-{number}", number))
+            assert outcome.report is not None
+        assert 0.0 < (outcome.report.numbers.cut or 0.0) < 1.0
+        assert merge.plan(of_stacks(tmp_path / "more", 9)).message.endswith(
+            "; in 6 of 6 layers adapters are cut to the width of 2"
+        )
+        found = read(merge, replace(ALONE, only=("lora-1",)))
+    taus = adapters.task_vectors(packed, tmp_path / "lora-1")[0]
+    for name, value in taus.items():
+        u, sigma, v = torch.linalg.svd(value, full_matrices=False)
+        expected = u[..., :1] * sigma[:, None, :1] @ v[:, :1]
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_round_takes_what_is_kept_of_a_stack_expert_by_expert(tmp_path: Path, packed: Path) -> None:
+    model = of_experts(tmp_path / "lora", 2)
+    taus = adapters.task_vectors(packed, model)[0]
+    with merge_of(tmp_path / "state", packed) as merge:
+        new = Member(candidate_of(open_model(model)), at=Folder(model))
+        assert merge.fold(model).fate == "folded"
+        kept = Member(new.candidate, kept=Kept(StoredLayers(merge.state, merge.state.ledger.head), 1))
+        for member in (new, kept):
+            with opened(merge.engine, member) as found:
+                assert set(found.changed) == set(taus)
+                for name, tau in taus.items():
+                    target, gradient = torch.ones(tau.shape), torch.arange(float(tau.numel()))
+                    found.add(name, target, 0.5)
+                    torch.testing.assert_close(target, 1.0 + 0.5 * tau)
+                    expected = float(gradient @ tau.flatten()), float(tau.square().sum())
+                    assert found.inners(name, gradient, square=True) == pytest.approx(expected, rel=1e-5)

@@ -100,7 +100,7 @@ def agree_as_blocks(base: Path, adapter: Path, lineage: Lineage, taus: dict[str,
         vectors.begin()
         for spec in origin.specs:
             if spec.name in taus:
-                vector, expected = vectors.read(spec), taus[spec.name]
+                (vector,), expected = vectors.read(spec), taus[spec.name]
                 found = block_of(vector, spec, 64, torch.device("cpu"))
                 assert found.rank <= vectors.rank(spec.name)
                 made = found.dense().view(spec.shape)

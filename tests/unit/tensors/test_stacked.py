@@ -90,7 +90,7 @@ def thin(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         assert isinstance(model, Adapter)
         lineage = trace(origin, model, LineageGate())
         reader = LayerVectors(origin, model, lineage)
-        return {spec.name: reader.read(spec)[:2] for spec in origin.specs if spec.name in lineage.folded}
+        return {s.name: found[:2] for s in origin.specs if s.name in lineage.folded for found in reader.read(s)}
 
 
 @pytest.mark.parametrize("by_input", [False, True])
