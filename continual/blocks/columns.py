@@ -10,7 +10,8 @@ cutting later is cutting at once. With more than q models w is 1, and the q with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -61,10 +62,9 @@ class Columns(NamedTuple):
     @property
     def models(self) -> dict[int, slice]:
         """The columns of each model, in the order in which they lie."""
-        found: dict[int, slice] = {}
-        for column, number in enumerate(self.owner[: self.used].tolist()):
-            found[number] = slice(found[number].start if number in found else column, column + 1)
-        return found
+        owner = self.owner[: self.used]
+        begins = [0, *(np.flatnonzero(owner[1:] != owner[:-1]) + 1).tolist(), len(owner)]
+        return {int(owner[begin]): slice(begin, end) for begin, end in pairwise(begins) if end}
 
     @property
     def ranks(self) -> dict[int, int]:
@@ -100,6 +100,8 @@ class Arrangement(NamedTuple):
     @property
     def first(self) -> int:
         """The first column that is another one after; those before stay as they are on disk."""
+        if not self.keep or self.keep[-1] == len(self.keep) - 1:  # they ascend, so none is left out
+            return len(self.keep)
         moved = (place for place, column in enumerate(self.keep) if place != column)
         return next(moved, len(self.keep))
 
@@ -111,7 +113,7 @@ class Arrangement(NamedTuple):
     def columns(self, old: Columns, number: int = 0, block: Block | None = None) -> Columns:
         """The small arrays after, with the new `block` of the model `number` where one is taken."""
         found = Columns.empty(len(old.owner))
-        kept = list(self.keep)
+        kept = np.array(self.keep, np.intp)
         found.owner[: len(kept)], found.rank[: len(kept)] = old.owner[kept], old.rank[kept]
         found.sigma[: len(kept)], found.energy[: len(kept)] = old.sigma[kept], old.energy[kept]
         if self.take:
@@ -134,8 +136,8 @@ def slots(m: int, n: int, q: int) -> dict[str, SlotSpec]:
 
 def width(ranks: Iterable[int], q: int) -> int:
     """w of the law for models of these ranks in q columns, at least 1."""
-    listed, w = list(ranks), q
-    while w > 1 and sum(min(rank, w) for rank in listed) > q:
+    listed, w = np.fromiter(ranks, np.int64), q
+    while w > 1 and np.minimum(listed, w).sum() > q:
         w //= 2
     return w
 
@@ -143,10 +145,12 @@ def width(ranks: Iterable[int], q: int) -> int:
 def plan(old: Columns, number: int, block: Block) -> Arrangement:
     """What the columns become when the model `number`, which has none, comes in with `block`."""
     assert 0 < number <= MOST, f"{number}: a model's number is from 1 to {MOST}"
-    assert number not in old.models, f"the model {number} has columns already"
+    models = old.models
+    assert number not in models, f"the model {number} has columns already"
     q = len(old.owner)
-    w = width([*old.ranks.values(), block.rank], q)
-    keep = _cut(old, w)
+    ranks = [int(old.rank[where.start]) for where in models.values()]
+    w = width([*ranks, block.rank], q)
+    keep = _cut(models, w)
     take = min(len(block.sigma), w)
     if len(keep) + take <= q:
         return Arrangement(tuple(keep), take, w)
@@ -164,7 +168,6 @@ def without(old: Columns, number: int) -> Arrangement:
     return Arrangement(tuple(keep), 0, width(left.values(), len(old.owner)))
 
 
-def _cut(old: Columns, w: int) -> list[int]:
+def _cut(models: Mapping[int, slice], w: int) -> list[int]:
     """The columns that are left of every block at the width w."""
-    spans: Sequence[slice] = list(old.models.values())
-    return [column for where in spans for column in range(where.start, min(where.stop, where.start + w))]
+    return [column for where in models.values() for column in range(where.start, min(where.stop, where.start + w))]

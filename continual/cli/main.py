@@ -242,8 +242,6 @@ def fold(
     Where rounds choose (--select, or a state of the rule frank-wolfe) the models join those that wait, and a round is
     run over them.
     """
-    from continual.service.control.acting import round_body
-
     if dry_run:
         _plan(models, flags)
     outcomes, found = [], None
@@ -260,11 +258,15 @@ def fold(
         if merge.selects != "none" and merge.pool():
             with console.progress() as progress:
                 found = merge.round(progress, None if flags.json else console.heard)
+    if found is not None:
+        from continual.service.control.acting import round_body
+
+        judged = round_body(found)
     if flags.json:
         told = [outcome.summary() for outcome in outcomes]
-        console.emit(told if found is None else {"models": told, "round": round_body(found)})
+        console.emit(told if found is None else {"models": told, "round": judged})
     elif found is not None:
-        answered.round_told(round_body(found))
+        answered.round_told(judged)
     refused = any(outcome.refused for outcome in outcomes) or (found is not None and found.refused)
     raise typer.Exit(1 if refused else 0)
 
@@ -315,6 +317,7 @@ def main(client: Hub | None = None) -> None:
     asked in place of the Hub that the environment names."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     ending.prepare()
+    gc.freeze()  # what is loaded stays: the collector looked through all of it again and again
     try:
         try:
             app(obj=client)

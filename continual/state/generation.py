@@ -95,7 +95,10 @@ class Generation:
     def has(self, name: str) -> bool:
         """Whether there is anything of a tensor: where a state keeps adapters, one that none of them changes has no
         arrays."""
-        return not self.form.sparse or any(node(slot, name) in self.receipts.arrays for slot in self.form.slots[name])
+        if not self.form.sparse:
+            return True
+        arrays_there = self.receipts.arrays
+        return any(node(slot, name) in arrays_there for slot in self.form.slots[name])
 
     def square(self, name: str) -> float | None:
         """‖X‖² of what is kept of a tensor; None where an earlier version wrote the generation. Raises as `load`."""

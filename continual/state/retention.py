@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
-from continual.state.durable import environment, move_away, trouble
+from continual.state.durable import environment, move_away, remove_tree, trouble
 from continual.state.generation import RECEIPTS
 from continual.state.ledger import Ledger
 
@@ -55,7 +55,7 @@ def expire(path: Path, ledger: Ledger, keep: int) -> list[str]:
         gone.extend(_moved(path, expired(path, ledger, keep)))
         for name in _on_disk(path):
             if name.startswith(_EXPIRED):
-                shutil.rmtree(path / "generations" / name)
+                remove_tree(path / "generations" / name)
     except OSError as error:
         _log.warning("%s: old generations stay until the next fold: %s", path, trouble(error))
     return gone
@@ -64,7 +64,7 @@ def expire(path: Path, ledger: Ledger, keep: int) -> list[str]:
 def drop(path: Path, names: Iterable[str]) -> None:
     """Deletes generations of the copy of a state, but those that a reader has leased. Raises OSError and Halt."""
     for name in list(_moved(path, names)):
-        shutil.rmtree(path / "generations" / f"{_EXPIRED}{name}")
+        remove_tree(path / "generations" / f"{_EXPIRED}{name}")
 
 
 def _moved(path: Path, names: Iterable[str]) -> Iterator[str]:
