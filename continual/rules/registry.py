@@ -109,7 +109,8 @@ def readings(made: Rule, *, blocks: bool = False) -> list[str]:
     """The rules that a state made with `made` can be read by; with `blocks`, one that keeps adapters.
     One that finds its weights in rounds reads what it was made of alone."""
     if blocks:
-        return [name for name, row in ROWS.items() if name == made.name or _reads_blocks(row.rule())]
+        own = made.name if made.laws.rounds else None
+        return [name for name, row in ROWS.items() if name == own or _reads_blocks(row.rule())]
     return [name for name, row in ROWS.items() if name == made.name or _keeps_the_same(row.rule(), made)]
 
 

@@ -71,13 +71,21 @@ def ended(state: Path, select: str | None) -> bool:
         )
 
 
-@pytest.mark.parametrize("rule", ["iso-c", "frank-wolfe"])
-def test_kills_in_a_round_change_nothing(tmp_path: Path, rule: str) -> None:
+def full(base: Path) -> list[Path]:
+    return [quadratic.noise(base, 0), *(quadratic.good(base, k) for k in range(3)), quadratic.noise(base, 1)]
+
+
+def adapters(base: Path) -> list[Path]:
+    return [quadratic.lora(base, None, "noise0"), *(quadratic.lora(base, k, f"good{k}") for k in range(3))]
+
+
+@pytest.mark.parametrize(("rule", "width"), [("iso-c", None), ("frank-wolfe", None), ("frank-wolfe", 64)])
+def test_kills_in_a_round_change_nothing(tmp_path: Path, rule: str, width: int | None) -> None:
     base, state, straight = quadratic.world(tmp_path), tmp_path / "state", tmp_path / "straight"
     select = None if rule == "frank-wolfe" else "relevance"
-    making.init(base, state, making.Recipe(rule=rule))
+    making.init(base, state, making.Recipe(rule=rule, width=width))
     with opened(state, select) as merge:
-        for path in (quadratic.noise(base, 0), *(quadratic.good(base, k) for k in range(3)), quadratic.noise(base, 1)):
+        for path in full(base) if width is None else adapters(base):
             assert merge.fold(path).fate == "deferred"
     shutil.copytree(state, straight)
     context = multiprocessing.get_context("forkserver")
@@ -103,7 +111,7 @@ def test_kills_in_a_round_change_nothing(tmp_path: Path, rule: str) -> None:
     whole = run(straight, None)
     assert whole is not None
     draw, killed = random.Random(1), 0
-    for _ in range(KILLS):
+    for _ in range(KILLS if width is None else 3):
         killed += run(state, whole * draw.uniform(0.1, 0.95)) is None
         if ended(state, select):
             break

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from continual import api, making
 from continual.config import CalibrationSettings, Settings
+from continual.engine.engine import Engine
 from continual.hub import Hub
 from continual.objectives import calibration
 from continual.objectives.calibration import Wanted
@@ -141,9 +142,7 @@ def objective(base: Path, seed: int = 0) -> Callable[[dict[str, Tensor]], Tensor
     return loss
 
 
-def loaded(merge: api.Merge, *, by_layer: bool = False) -> ModelInMemory:
-    return ModelInMemory(
-        merge.engine,
-        calibration.load(merge.asked().calibration, merge.base.checkpoint.path, torch.device("cpu")),
-        by_layer=by_layer,
-    )
+def loaded(merge: api.Merge, engine: Engine | None = None, *, by_layer: bool = False) -> ModelInMemory:
+    engine = engine or merge.engine
+    losses = calibration.load(merge.asked().calibration, engine.weights.checkpoint.directory, torch.device("cpu"))
+    return ModelInMemory(engine, losses, by_layer=by_layer)

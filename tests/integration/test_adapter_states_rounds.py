@@ -16,10 +16,12 @@ from continual.engine.views import ReadView
 from continual.errors import Misconfigured
 from continual.records import depths_of
 from continual.selection.active import active_at
+from continual.selection.in_memory import Score
+from continual.selection.members import Member
 from continual.state.verify import verify
 from continual.tuning import Command
-from tests.helpers import adapters, packing, quadratic
-from tests.helpers.pools import fill, names, opened, waits
+from tests.helpers import adapters, calibrated, packing, quadratic
+from tests.helpers.pools import fill, loaded, names, opened, waits
 
 pytestmark = pytest.mark.slow
 
@@ -153,6 +155,37 @@ def test_frank_wolfe_weighs_blocks_as_it_weighs_sums(tmp_path: Path, base: Path)
         spec = next(spec for spec in merge.state.format.tensors if spec.name in tau)
         torch.testing.assert_close(one.vector(spec), tau[spec.name], rtol=0, atol=1e-6)
         assert verify(merge.state) == []
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_scores_and_trials_of_a_real_model(tmp_path: Path) -> None:
+    """GPT-2, whose layers lie the other way round, and an adapter that PEFT wrote: the factors give what the whole task
+    vector gives, in the score and in the model that is moved along it."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    given = calibrated.made("causal-lm", tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(given.base)
+    wanted = peft.LoraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
+    peft.get_peft_model(model, wanted).save_pretrained(tmp_path / "lora")
+    making.init(given.base, tmp_path / "state", making.Recipe(rule="mean", width=8))
+    rows = {"objective": "causal-lm", "rows": given.wanted.rows, "heads": ()}
+    with opened(tmp_path / "state", given.base, **rows) as merge, merge.weights() as weights:
+        fill(merge, tmp_path / "lora")
+        found = loaded(merge, merge.engine.reading_from(weights))
+        (member,) = (Member(waiting.candidate) for waiting in merge.pool().values())
+        before = {name: held[0].value.clone() for name, held in found.parameters.items()}
+        found.backward()
+        gradients = {name: held[0].gradient for name, held in found.parameters.items()}
+        score = found.scores([member], lambda *_: None)[member.key]
+        found.move(member, 0.5)
+    taus = adapters.task_vectors(given.base, tmp_path / "lora")[0]
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in taus} == {"c_attn", "c_fc"}
+    products = [float((gradients[name].double() * tau.double()).sum()) for name, tau in taus.items()]
+    assert isinstance(score, Score)
+    assert score.total == pytest.approx(sum(products), rel=1e-4, abs=1e-5)
+    assert score.tau_sq == pytest.approx(sum(float(tau.square().sum()) for tau in taus.values()), rel=1e-5)
+    for name, value in before.items():
+        moved = found.parameters[name][0].value
+        torch.testing.assert_close(moved, value + 0.5 * taus.get(name, torch.zeros_like(value)), rtol=1e-5, atol=1e-6)
 
 
 def test_the_base_has_to_be_readable(tmp_path: Path, base: Path) -> None:
