@@ -96,15 +96,20 @@ def _release(merge: Merge, out: OutPlan, at: int | None) -> Released:
             "or set release.licences = warn"
         )
     text = card.card(facts)
+    bodies: list[dict[str, object]] = []
 
     def texts(directory: Path) -> dict[str, bytes]:
+        bodies.append(folder.provenance_in(directory))
         found = {hub.CARD: text.encode(), RELEASE: public(directory / RELEASE)}
         if (directory / CONFIG).is_file():
             found[CONFIG] = _public_config(directory / CONFIG)
         return found
 
     ours = _ours(merge, out, seq)
-    return hub.release(merge.hub, asked, ours, lambda: exported(merge, out, seq, ours.mark), texts)
+    found = hub.release(merge.hub, asked, ours, lambda: exported(merge, out, seq, ours.mark), texts)
+    if found.new:
+        merge.released[out.name] = bodies[-1]
+    return found
 
 
 def _ours(merge: Merge, out: OutPlan, seq: int) -> hub.Ours:

@@ -4,7 +4,6 @@ out."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from continual.api import Merge
@@ -13,7 +12,7 @@ from continual.errors import ContinualError
 from continual.outside import few
 from continual.publish.folder import provenance_in
 from continual.publish.hub import newest_release
-from continual.service.outgoing import models_in, outgoing
+from continual.service.outgoing import OutPlan, models_in, outgoing
 from continual.service.web.view import (
     ShownFold,
     ShownForm,
@@ -157,19 +156,22 @@ def _adapter(wanted: int | str, there: Mapping[str, object]) -> str:
 
 
 def shares(merge: Merge) -> tuple[ShownShares, ...]:
-    """What each model has in what is out, as the `continual.json` beside it says: of the merge, and of each view."""
-    links = {name: outgoing(merge.settings, name).current for name in (None, *merge.settings.views)}
-    found = [_shares(merge.state, name, link) for name, link in links.items()]
-    return tuple(one for one in found if one is not None)
+    """What each model has in what is out: of the merge, and of each view. As `continual.json` says, beside an export or
+    in a release that was made since this process began."""
+    outs = [outgoing(merge.settings, name) for name in (None, *merge.settings.views)]
+    return tuple(one for one in (_shares(merge, out) for out in outs) if one is not None)
 
 
-def _shares(state: State, view: str | None, link: Path | None) -> ShownShares | None:
-    body = {} if link is None else provenance_in(link)
-    rows, seq = body.get("shares"), _number(body.get("seq"))
-    if not isinstance(rows, list) or seq is None or body.get("state") != state.id:
+def _shares(merge: Merge, out: OutPlan) -> ShownShares | None:
+    told: Mapping[str, object] = {} if out.current is None else provenance_in(out.current)
+    place = str(out.current)
+    if "shares" not in told:
+        told, place = merge.released.get(out.name, {}), out.asked.repo or ""
+    rows, seq = told.get("shares"), _number(told.get("seq"))
+    if not isinstance(rows, list) or seq is None or told.get("state") != merge.state.id:
         return None
     read = [row for row in map(_share, rows) if row is not None]
-    return ShownShares(view, seq, str(link), tuple(read[:SHOWN]), len(read))
+    return ShownShares(out.name, seq, place, tuple(read[:SHOWN]), len(read))
 
 
 def _share(row: object) -> ShownShare | None:

@@ -57,7 +57,7 @@ def test_sglang_without_success_is_none(tmp_path: Path, served: Served, said: An
     assert told.message.startswith("HTTP 200, but no success: ")
 
 
-@pytest.mark.parametrize("kind", ["sglang", "vllm-lora"])
+@pytest.mark.parametrize("kind", ["sglang", "sglang-lora", "vllm-lora"])
 def test_without_a_directory_no_server_is_asked(served: Served, kind: Any) -> None:
     told = tell(HookSettings(kind=kind, url=served.url), Published(STATE, 7, repo="org/merge"))
     assert (told.ok, told.attempts, served.asked) == (False, 1, [])
@@ -94,6 +94,39 @@ def test_a_damaged_adapter_does_not_unload_the_one_that_serves(tmp_path: Path, s
     assert (told.ok, told.attempts, len(served.asked)) == (False, 1, 1)
     assert told.message == f"HTTP 400: {vllm.broken}"
     assert vllm.loaded == {"continual": "old"}
+
+
+def test_sglang_is_given_an_adapter_after_the_old_one_is_gone(tmp_path: Path, served: Served) -> None:
+    loaded: dict[str, str] = {}
+
+    def reply(path: str, body: Any) -> Answer:
+        """As tokenizer_control_mixin.py of SGLang answers: what failed is 400 with `error_message`."""
+        name = body["lora_name"]
+        if path == "/unload_lora_adapter":
+            there = loaded.pop(name, None)
+            said = {"success": True} if there else {"success": False, "error_message": f"LoRA {name} does not exist"}
+            return (200 if there else 400), said
+        assert path == "/load_lora_adapter"
+        if "broken" in body["lora_path"]:
+            return 400, {"success": False, "error_message": "rank 64 exceeds the maximum 16"}
+        assert name not in loaded
+        loaded[name] = body["lora_path"]
+        return 200, {"success": True, "loaded_adapters": dict(loaded)}
+
+    served.reply = reply
+    hook = HookSettings(kind="sglang-lora", url=f"{served.url}/", view="*")
+    for seq in (7, 8):
+        told = tell(hook, Published(STATE, seq, lora=tmp_path / f"lora-{seq}", view="sales"))
+        assert (told.ok, told.attempts) == (True, 1), told.message
+        assert loaded == {"sales": str(tmp_path / f"lora-{seq}")}
+    told = tell(hook, Published(STATE, 9, lora=tmp_path / "broken", view="sales"))
+    assert (told.ok, told.attempts, told.message) == (False, 1, "HTTP 400: rank 64 exceeds the maximum 16")
+    served.reply = lambda _path, _body: (404, {"detail": "Not Found"})
+    assert "with --enable-lora" in tell(hook, published(tmp_path)).message
+    served.reply = lambda path, _body: (503, "busy") if "unload" in path else (200, {"success": True})
+    served.asked.clear()
+    assert not tell(hook, published(tmp_path)).ok
+    assert {path for path, _ in served.asked} == {"/unload_lora_adapter"}, "two of them in memory is too many"
 
 
 def test_an_unload_that_fails_is_tried_again(tmp_path: Path, served: Served) -> None:

@@ -15,7 +15,7 @@ from continual.config import Settings
 from continual.engine.views import ReadView
 from continual.errors import Misconfigured
 from continual.publish.hub import newest_release
-from continual.service import daemon, publishing, view_settings
+from continual.service import daemon, publishing, showing, view_settings
 from continual.service import release as releasing
 from continual.service.outgoing import outgoing
 from tests.helpers import adapters, hubs, models, services
@@ -294,6 +294,9 @@ def test_a_view_is_released_to_a_repo_of_its_own(tmp_path: Path) -> None:
             assert (look.out, look.seq) == (False, 2)
             first = releasing.release(merge, view="v")
             assert first.new
+            (shares,) = showing.shares(merge)
+            assert (shares.view, shares.seq, shares.place) == ("v", 2, REPO)
+            assert [one.model for one in shares.models] == ["a"]
             merge.record(releasing.entry(first, "v"))
             assert merge.state.ledger.head.entry.message == f"record 2 of the view v released as {first.url}"
             assert is_out(merge, "v", 2)

@@ -241,7 +241,7 @@ def _merge(status: Status) -> str:
         )
     else:
         told = (
-            f"<p>Of record {found.seq}, which {escape(found.current)} has. <i>share</i>: of the lengths of all task "
+            f"<p>Of record {found.seq}, which {escape(found.place)} has. <i>share</i>: of the lengths of all task "
             "vectors; <i>cosine</i>: with the merge; <i>change</i>: of the merge when the model is left out. "
             f"<code>continual explain</code> says it of the newest record, and by layer.</p>{_shares(found)}"
         )

@@ -96,12 +96,13 @@ class ShownShare:
 
 @dataclass(frozen=True, slots=True)
 class ShownShares:
-    """What each of `count` models has in what a link points at, the largest change first: of a view, or (None) of the
-    merge. They hold for record `seq`, which is what was exported, and not for what was folded since."""
+    """What each of `count` models has in what lies at a `place` (a link, or a repo), the largest change first: of a
+    view, or (None) of the merge. They hold for record `seq`, which is what went out, and not for what was folded
+    since."""
 
     view: str | None
     seq: int
-    current: str
+    place: str
     models: tuple[ShownShare, ...]
     count: int
 

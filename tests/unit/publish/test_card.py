@@ -101,6 +101,22 @@ def test_a_local_base_is_no_repo() -> None:
     assert words(dataclasses.replace(FACTS, base=Base("/srv/models/base")))[1][:3] == ["continual", "init", "./base"]
 
 
+def test_a_view_that_goes_out_as_an_adapter_says_so() -> None:
+    text, _, data = made(view="sa*les", of=9, lora=(16, "peft"), architecture="LlamaForCausalLM")
+    assert (data["base_model"], data["base_model_relation"], data["library_name"]) == (["org/base"], "adapter", "peft")
+    assert data["tags"][-1] == "lora"
+    assert "The view sa&#42;les: the merge of 3 of 9 fine-tunes" in text
+    assert "a LoRA adapter of rank 16" in text
+    assert f'base = LlamaForCausalLM.from_pretrained("org/base", revision="{SHA}")' in text
+    assert 'PeftModel.from_pretrained(base, "org/merged")' in text
+    assert "continual export merged --as-lora 16\n" in text
+    text, _, data = made(lora=("own", "kohya"), base=Base("/srv/sd"))
+    assert data["library_name"] == "diffusers"
+    assert 'from_pretrained("sd")' in text
+    assert 'load_lora_weights("org/merged")' in text
+    assert "continual export merged --as-lora own --format kohya" in text
+
+
 def test_how_to_load_it() -> None:
     assert 'LlamaForCausalLM.from_pretrained("org/merged")' in made(architecture="LlamaForCausalLM")[0]
     assert 'AutoModel.from_pretrained("merged")' in made(architecture="x; import os", repo=None)[0]
