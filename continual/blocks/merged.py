@@ -129,6 +129,11 @@ class Merged:
         found._measured = self._measured
         return found.by_layer(self.layered)
 
+    def weighed(self, weights: Mapping[int, float]) -> Merged:
+        """The same models read alike with other weights."""
+        assert weights.keys() == self.chosen.keys(), (weights, self.chosen)
+        return Merged(self.shelf, weights, self.rule, self.options, self._seed, self._figures)
+
     def is_matrix(self, name: str) -> bool:
         """Whether the rule takes this layer for a matrix."""
         return _is_matrix(self.rule, self.shelf.specs[name])

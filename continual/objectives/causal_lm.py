@@ -31,6 +31,11 @@ class CausalLM(Objective):
         batch = self.together(rows)
         return self.tokenwise(batch).sum(1) / batch.mask[:, 1:].sum(1)
 
+    def shares(self) -> list[float]:
+        """By its predicted tokens, so that the loss of all is minus the score."""
+        tokens = sum(self.lengths) - self.count
+        return [(length - 1) / tokens for length in self.lengths]
+
     def score(self) -> float:
         """Minus the mean loss per token."""
         with torch.inference_mode():

@@ -6,6 +6,7 @@ To add one: a subclass of `Objective` in a module of its own, and its place in t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -113,6 +114,22 @@ class Objective(ABC):
     @abstractmethod
     def score(self) -> float:
         """What the model is worth now."""
+
+    def shares(self) -> list[float]:
+        """How much each row counts in the loss of all."""
+        return [1.0 / self.count] * self.count
+
+    def backward(self) -> float:
+        """The loss of all rows under the model's present weights, and its gradient in the parameters' `grad`: None
+        where it does not depend on one. The activations of one batch are in memory at a time."""
+        self.model.zero_grad(set_to_none=True)
+        shares, total = self.shares(), []
+        for rows in chunks(in_order(self.lengths), self._batch):
+            mine = torch.tensor([shares[row] for row in rows], dtype=torch.float64, device=self.device)
+            loss = (self.losses(rows).double() * mine).sum()
+            total.append(float(loss.detach()))
+            loss.backward()  # type: ignore[no-untyped-call]
+        return math.fsum(total)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token numbers of each text, cut at the longest that the model takes."""

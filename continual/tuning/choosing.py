@@ -248,7 +248,7 @@ def evaluator(engine: Engine, evaluation: Evaluation, work: Path, progress: Prog
         return
     objective = builtin.load(evaluation, base.checkpoint.directory, engine.device)
     held = find_parameters(objective.model, base.specs, base.aliases, elsewhere(base))
-    yield lambda reading: scoring.score(objective, held, base, reading, executor)
+    yield scoring.OnRows(objective, held, base, executor)
 
 
 def _record(engine: Engine, reading: Reading, entry: TuneEntry) -> Commit:

@@ -3,6 +3,7 @@ good, the objective says."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,6 +18,19 @@ from continual.publish.folder import merged
 from continual.records import TensorSpec
 from continual.state.parts import RowsEvaluation
 from continual.tensors import BaseModel
+
+
+@dataclass(frozen=True)
+class OnRows:
+    """What says how much a reading is worth on calibration rows. `held`: the parameters of the objective's model."""
+
+    objective: Objective
+    held: Parameters
+    base: BaseModel
+    executor: Executor
+
+    def __call__(self, reading: Reading) -> float:
+        return score(self.objective, self.held, self.base, reading, self.executor)
 
 
 def score(objective: Objective, held: Parameters, base: BaseModel, reading: Reading, executor: Executor) -> float:

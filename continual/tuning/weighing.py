@@ -17,8 +17,9 @@ from continual.errors import Misconfigured
 from continual.executors.contract import Progress
 from continual.rules import ReadOptions
 from continual.state.transaction import room
-from continual.tuning import choosing, command, scoring
-from continual.tuning.search import Axis, Trial, climb
+from continual.tuning import choosing, command, scoring, slopes
+from continual.tuning.descent import Here, descend
+from continual.tuning.search import LEAST, Axis, Trial, climb
 
 MOST = 64.0
 """No weight is made more than so many times larger or smaller."""
@@ -59,12 +60,14 @@ def weigh(
             "a state made with 'continual init --adapters' can be read with other weights"
         )
     groups = _groups(reading, wanted.groups)
-    if wanted.candidates < 1 + 2 * len(groups):
-        raise Misconfigured(
-            f"candidates = {wanted.candidates}: {len(groups)} weights take at least {1 + 2 * len(groups)}; name more, "
-            "or fewer groups of models"
-        )
     is_command = isinstance(evaluation, command.Command)
+    downhill = not is_command and slopes.is_sum(reading)
+    least = LEAST if downhill else 1 + 2 * len(groups)
+    if wanted.candidates < least:
+        raise Misconfigured(
+            f"candidates = {wanted.candidates}: {len(groups)} weights take at least {least}; name more, or fewer "
+            "groups of models"
+        )
     lower = isinstance(evaluation, command.Command) and evaluation.lower
     start = _weights(reading)
 
@@ -85,16 +88,64 @@ def weigh(
             room(work, engine.base.checkpoint.nbytes, "tuning")
         kept = evaluation.told() if isinstance(evaluation, command.Command) else scoring.told(evaluation)
         worth = choosing.counted(made, evaluate, wanted.candidates, engine.executor, progress, told)
-        trials = _search(lambda factors: worth(options(factors)), len(groups), wanted.candidates, lower=lower)
+        if downhill:
+            assert isinstance(evaluate, scoring.OnRows)
+            way = _Downhill(reading, groups, evaluate, lambda factors: worth(options(factors)))
+            descend(way, len(groups), wanted.candidates, MOST)
+            trials = list(way.trials.items())
+        else:
+            trials = _search(lambda factors: worth(options(factors)), len(groups), wanted.candidates, lower=lower)
     found = [Trial(options(factors), -score if lower else score) for factors, score in trials]
     seconds = time.perf_counter() - started
     return choosing.settled(engine, reading, choosing.Found(found, kept, lower, seconds), dry_run=wanted.dry_run)
 
 
+class _Downhill:
+    """What factors for the groups are worth on calibration rows, and which way the loss falls there."""
+
+    def __init__(
+        self,
+        reading: BlockReading,
+        groups: Sequence[Sequence[str]],
+        rows: scoring.OnRows,
+        worth: Callable[[Sequence[float]], float],
+    ) -> None:
+        numbers = {key: number for number, key in _keys(reading).items()}
+        self._start, self._rows, self._worth = dict(reading.chosen), rows, worth
+        self._groups = [[numbers[key] for key in group] for group in groups]
+        self._slopes = slopes.Slopes(reading, self._groups, rows.executor)
+        self.trials: dict[tuple[float, ...], float] = {}
+
+    def __call__(self, factors: tuple[float, ...]) -> Here:
+        """Raises Misconfigured for a score that is no finite number."""
+        self.trials[factors] = _finite(self._worth(factors))
+        weights = dict(self._start)
+        for group, factor in zip(self._groups, factors, strict=True):
+            weights |= {number: self._start[number] * factor for number in group}
+        loss = self._rows.objective.backward()
+        found = self._slopes.at(weights, self._rows.held)
+        self._rows.objective.model.zero_grad(set_to_none=True)
+        return Here(loss, found)
+
+
+def _finite(score: float) -> float:
+    if not math.isfinite(score):
+        raise Misconfigured(f"a score is {score}; an evaluation has to end in a finite number")
+    return score
+
+
+def _keys(reading: BlockReading) -> dict[int, str]:
+    """The key of each model, by its number among the blocks."""
+    found = {}
+    for fold in reading.state.ledger.folds(at=reading.commit.seq):
+        assert fold.entry.numbers.block is not None, "a fold of a state of adapters"
+        found[fold.entry.numbers.block] = fold.entry.candidate.key
+    return found
+
+
 def _weights(reading: BlockReading) -> dict[str, float]:
     """The weight that each model is read with now, by its key."""
-    folds = reading.state.ledger.folds(at=reading.commit.seq)
-    keys = {fold.entry.numbers.block: fold.entry.candidate.key for fold in folds}
+    keys = _keys(reading)
     return {keys[number]: weight for number, weight in reading.chosen.items()}
 
 
@@ -131,10 +182,7 @@ def _search(
 
     def score(factors: tuple[float, ...]) -> float:
         if factors not in trials:
-            found = evaluate(factors)
-            if not math.isfinite(found):
-                raise Misconfigured(f"a score is {found}; an evaluation has to end in a finite number")
-            trials[factors] = found
+            trials[factors] = _finite(evaluate(factors))
         return -trials[factors] if lower else trials[factors]
 
     def left() -> int:

@@ -1,0 +1,93 @@
+"""Which weights to try where the slopes of a loss are known: quasi-Newton steps over the logarithms of factors. Pure:
+what factors are worth, and the slopes there, the caller says.
+
+BFGS with the projections of Bertsekas 1982, "Projected Newton Methods for Optimization Problems with Simple
+Constraints": at a bound, what leads beyond it is left out. The first step goes as far as doubles or halves the factor
+with the steepest slope; a step that does not lower the loss is shortened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FIRST = math.log(2.0)
+"""How far the first step goes, as a logarithm of a factor."""
+FAR = math.log(4.0)
+"""No step goes farther."""
+ENOUGH = 1e-4
+"""The share of what the slopes promise that a step has to keep (Armijo)."""
+SETTLED = 1e-5
+"""Where what a step promises is less, relative to the loss, there is nothing left to find."""
+
+
+class Here(NamedTuple):
+    """The loss at some factors, and its slope along the logarithm of each of them."""
+
+    loss: float
+    slopes: tuple[float, ...]
+
+
+def descend(evaluate: Callable[[tuple[float, ...]], Here], count: int, candidates: int, most: float) -> None:
+    """Asks for at most `candidates` points of `count` factors, the first of them all 1, each lower than those before
+    where that can be; no factor is over `most` or under 1/`most`. Returns where nothing is left to find.
+
+    A loss that is no finite number is taken for a high one.
+    """
+    bound = math.log(most)
+    at = torch.zeros(count, dtype=torch.float64)
+    here = _asked(evaluate, at)
+    left = candidates - 1
+    bend: Tensor | None = None  # the inverse of the Hessian, as far as it is known
+    while left and here is not None:
+        loss, slopes = here
+        free = ~(((at >= bound) & (slopes < 0)) | ((at <= -bound) & (slopes > 0)))
+        steep = torch.where(free, slopes, 0.0)
+        if not bool(steep.any()):
+            return
+        way = -FIRST * steep / steep.abs().max() if bend is None else torch.where(free, -(bend @ steep), 0.0)
+        if not float(way @ steep) < 0:
+            way, bend = -FIRST * steep / steep.abs().max(), None
+        way = way * min(1.0, FAR / float(way.abs().max()))
+        length, there = 1.0, None
+        while left:
+            target = (at + length * way).clamp(-bound, bound)
+            step = target - at
+            promised = float(step @ slopes)
+            if -promised <= SETTLED * abs(loss):
+                return
+            there = _asked(evaluate, target)
+            left -= 1
+            if there is not None and there[0] <= loss + ENOUGH * promised:
+                break
+            curved = math.inf if there is None else there[0] - loss - promised
+            length *= min(0.5, max(0.1, -promised / (2 * curved) if curved > 0 else 0.5))
+            there = None
+        if there is None:
+            return
+        bend = _bent(bend, step, there[1] - slopes)
+        at, here = target, there
+
+
+def _asked(evaluate: Callable[[tuple[float, ...]], Here], at: Tensor) -> tuple[float, Tensor] | None:
+    """The loss and its slopes; None where one of them is no finite number."""
+    found = evaluate(tuple(float(f"{factor:.6g}") for factor in at.exp().tolist()))
+    slopes = torch.tensor(found.slopes, dtype=torch.float64)
+    return (found.loss, slopes) if math.isfinite(found.loss) and bool(slopes.isfinite().all()) else None
+
+
+def _bent(bend: Tensor | None, step: Tensor, change: Tensor) -> Tensor | None:
+    """The inverse Hessian after a step over which the slopes changed so (Nocedal and Wright 2006, equation 6.17); as
+    before where the loss is not convex along it."""
+    along = float(step @ change)
+    if not along > 1e-10 * float(step.norm() * change.norm()):
+        return bend
+    unit = torch.eye(len(step), dtype=step.dtype)
+    if bend is None:
+        bend = unit * (along / float(change @ change))
+    turned = unit - torch.outer(step, change) / along
+    return turned @ bend @ turned.mT + torch.outer(step, step) / along
