@@ -40,6 +40,12 @@ class Slopes:
         self.merged, self.groups, self._executor = reading.merged, groups, executor
         self._names = [spec.name for spec in reading.shelf.specs.values() if reading.columns(spec)]
         self._needs = {name: reading.need(reading.shelf.specs[name]) for name in self._names}
+        self._stacks = {
+            layer.name: (spec.name, place)
+            for spec in reading.state.format.tensors
+            if spec.kind == "stack"
+            for place, layer in enumerate(spec.layers)
+        }
         self._inner: dict[str, Tensor] = {}  # the ⟨τ_i, τ_j⟩ of each layer, where the length of X has a say
 
     def at(self, weights: Mapping[int, float], held: Parameters) -> tuple[float, ...]:
@@ -57,12 +63,11 @@ class Slopes:
 
     def _along(self, merged: Merged, dots: Mapping[str, Tensor]) -> float:
         """⟨g, X⟩ at the scale of `merged`, with g held."""
-        coefficients = torch.tensor(merged.run.coefficients, dtype=torch.float64)
+        specs = merged.shelf.specs
+        by = {name: torch.tensor(merged.run.coefficients_at(specs[name]), dtype=torch.float64) for name in dots}
         if merged.measures:
-            merged.settle(
-                {name: max(0.0, float(coefficients @ one @ coefficients)) for name, one in self._inner.items()}
-            )
-        return math.fsum(merged.scale(name) * float(coefficients @ one) for name, one in dots.items())
+            merged.settle({name: max(0.0, float(by[name] @ one @ by[name])) for name, one in self._inner.items()})
+        return math.fsum(merged.scale(name) * float(by[name] @ one) for name, one in dots.items())
 
     def _dots(self, name: str, held: Parameters) -> Tensor:
         """⟨g, τ_i⟩ of every model in one layer, float64."""
@@ -74,9 +79,10 @@ class Slopes:
             each = linalg.gram(given.u) * linalg.gram(given.v) * given.sigma[:, None] * given.sigma
             self._inner[name] = owner.mT @ each @ owner
         each_column = torch.zeros_like(given.sigma)
-        for one in held.get(name, ()):
+        tensor, place = self._stacks.get(name, (name, 0))
+        for one in held[tensor]:
             if (gradient := one.gradient) is not None:
-                matrix = gradient.reshape(given.u.shape[1], given.v.shape[1])
+                matrix = gradient.reshape(-1, given.u.shape[1], given.v.shape[1])[place]
                 u, v = (side.to(matrix.device, torch.float32) for side in (given.u, given.v))
                 each_column += ((u @ matrix) * v).double().sum(1).to(each_column.device)
         return (each_column * given.sigma) @ owner

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from continual import api, making
 from continual.config import Settings
@@ -42,9 +43,15 @@ class Place(NamedTuple):
         return api.Merge(Settings(state=self.state, base=str(self.base), max_base_ratio=100.0), write=True)
 
 
-def placed(directory: Path, objective: str, rule: str = "task-arithmetic", scale: str = "1") -> Place:
+def placed(directory: Path, kind: str, rule: str = "task-arithmetic", scale: str = "1") -> Place:
     torch.manual_seed(0)
-    if objective == "causal-lm":
+    objective = "causal-lm" if kind == "experts" else kind
+    stack = "model.layers.0.mlp.experts.down_proj"  # experts × in × out
+    if kind == "experts":
+        sizes = SMALL | {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
+        config = transformers.GptOssConfig(**sizes, num_local_experts=3, num_experts_per_tok=2)
+        model, modules = transformers.GptOssForCausalLM(config), ("q_proj",)
+    elif objective == "causal-lm":
         config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, max_position_embeddings=32)
         model, modules = transformers.LlamaForCausalLM(config), ("q_proj", "v_proj", "down_proj")
     else:
@@ -64,21 +71,26 @@ def placed(directory: Path, objective: str, rule: str = "task-arithmetic", scale
     with found.open() as merge:
         for seed, name in enumerate(NAMES):
             made = adapters.lora(directory / name, found.base, seed, rank=2 + seed % 2, modules=modules, lora_alpha=60)
+            if kind == "experts" and seed > 1:
+                value = load_file(found.base / "model.safetensors")[stack].clone()
+                value[seed - 1] += torch.outer(torch.randn(value.shape[1]), torch.randn(value.shape[2]))
+                adapters.plain(made, {f"base_model.model.{stack}": value}, modules_to_save=["experts"])
             assert merge.fold(made).fate == "folded"
     return found
 
 
 @pytest.mark.parametrize(
-    ("objective", "rule", "scale", "lines"),
+    ("kind", "rule", "scale", "lines"),
     [
         ("causal-lm", "task-arithmetic", "0.8", "0.5:1"),
         ("causal-lm", "task-arithmetic", "norm:0.7", None),
         ("classification", "mean", "3", None),
         ("heads", "mean", "norm:0.6", None),
+        ("experts", "task-arithmetic", "0.5", None),
     ],
 )
-def test_slopes_are_those_of_the_loss(tmp_path: Path, objective: str, rule: str, scale: str, lines: str | None) -> None:
-    place = placed(tmp_path, objective, rule, scale)
+def test_slopes_are_those_of_the_loss(tmp_path: Path, kind: str, rule: str, scale: str, lines: str | None) -> None:
+    place = placed(tmp_path, kind, rule, scale)
     view = ReadView(lines=lines, weights={"a": 0.5, "c": 2.0})
     worth = builtin.load(place.ask, place.base, CPU)
     with place.open() as merge, merge.weights() as base:
