@@ -155,7 +155,7 @@ def plans(found: Sequence[Plan]) -> None:
     table(head, [_plan_row(p) for p in found])
     for p in found:
         if p.extra:
-            say(f"{p.name}: stays out, the base has no such tensor: {', '.join(p.extra)}")
+            say(f"{p.name}: stays out, as this state has no place for it: {', '.join(p.extra)}")
         if p.prefix != ("", ""):
             say(f"{p.name}: prefix {p.prefix[1]!r} stands for the base's {p.prefix[0]!r}")
         for said in p.tokens:

@@ -12,7 +12,7 @@ from continual.tensors import Adapter, BaseModel
 from continual.tensors.kept import is_kept
 from continual.tensors.matching import naming_of, sources
 from continual.tensors.same_layout import in_layout_of
-from continual.tensors.thin import needs_base
+from continual.tensors.thin import needs_base, without_copy
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class FormGate(AtHeaders):
     everything pass.
 
     `whole`: `fold` reads the weights of the base that such an adapter takes, where they can be read; `leave-out` leaves
-    these changes out and folds the rest; `refuse` keeps the adapter out.
+    these changes out and folds the rest, of a weight that was saved beside its factors these; `refuse` keeps the
+    adapter out.
     """
 
     name = "form"
@@ -55,6 +56,8 @@ class FormGate(AtHeaders):
         rest = "; or gates.form.whole = leave-out folds the rest without it" if thin else ""
         if self.whole == "fold":
             return seen._replace(weights=self._weights(seen, said, rest))
+        if self.whole == "leave-out":
+            thin = tuple(name for name in seen.lineage.folded if not needs_base(without_copy(found[name])))
         if self.whole == "refuse" or not thin:
             raise Refuse(
                 "form",
@@ -62,8 +65,9 @@ class FormGate(AtHeaders):
                 f"--adapters{rest if self.whole == 'refuse' else ''}",
                 by=("whole",),
             )
-        unchanged = tuple(sorted({*seen.lineage.unchanged, *whole}))
-        extra = (*seen.lineage.extra, *whole)
+        unchanged = tuple(sorted({*seen.lineage.unchanged, *whole} - {*thin}))
+        copies = {name: full.name for name in whole if name in thin and (full := found[name].full) is not None}
+        extra = (*seen.lineage.extra, *(copies.get(name, name) for name in whole))
         return seen._replace(lineage=replace(seen.lineage, folded=thin, unchanged=unchanged, extra=extra))
 
     def _weights(self, seen: Headers, said: str, rest: str) -> BaseModel:

@@ -63,7 +63,8 @@ class LayerVectors:
     """Reads the task vectors of an adapter of `base` as `lineage` maps them, a tensor at a time: one layer, or of a
     stack one after the other (`TensorSpec.layers`). Thread-safe.
 
-    `weights`: the same base with its weights, without which no layer can be read of which `needs_base` says so.
+    `weights`: the same base with its weights, without which no layer can be read of which `needs_base` says so; a copy
+    of a weight that lies beside its factors is left out then.
     """
 
     def __init__(self, base: BaseModel, model: Adapter, lineage: Lineage, weights: BaseModel | None = None) -> None:
@@ -71,6 +72,8 @@ class LayerVectors:
         assert isinstance(found, Adapter)
         self._model = found
         self._sources, _ = sources(base, found, naming_of(lineage))
+        if weights is None:
+            self._sources = {name: without_copy(source) for name, source in self._sources.items()}
         self._moved = moved_of(lineage.tokens)
         self._specs = {spec.name: spec for spec in base.specs}
         self._weights = weights
@@ -221,6 +224,12 @@ def _ours(row: int, moved: TokenRows | None, length: int) -> int | None:
 def needs_base(source: Match) -> bool:
     """Whether what an adapter does to a tensor depends on the values of the base."""
     return source.full is not None or _piece(source).needs_base
+
+
+def without_copy(source: Match) -> Match:
+    """The same without a whole weight that lies beside what is added to it: PEFT saves such a copy of every embedding
+    and head that it adapts (`save_embedding_layers`), which is the base's unless its vocabulary was resized."""
+    return source if source.piece is None else source._replace(full=None, twins=())
 
 
 def is_thin(source: Match, shape: Sequence[int]) -> bool:
