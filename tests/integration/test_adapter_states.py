@@ -312,23 +312,6 @@ def test_the_rest_of_an_adapter_is_folded_where_that_is_asked_for(tmp_path: Path
     same(merged(tmp_path / "state"), merged(folded(tmp_path / "other", base, [plain], name="mean")))
 
 
-@pytest.mark.parametrize("whole", ["fold", "leave-out"])
-def test_a_copy_of_a_weight_that_was_saved_beside_its_factors(tmp_path: Path, base: Path, whole: str) -> None:
-    """PEFT saves one of every embedding and head that it adapts; without the base's weights the factors are folded."""
-    model, module = adapters.lora(tmp_path / "model", base, 1), "model.layers.0.self_attn.q_proj"
-    copy = {f"base_model.model.{module}.base_layer.weight": load_file(base / "model.safetensors")[f"{module}.weight"]}
-    save_file(load_file(model / "adapter_model.safetensors") | copy, model / "adapter_model.safetensors")
-    plain = folded(tmp_path / "plain", base, [adapters.lora(tmp_path / "lora", base, 1)])
-    making.init(base, tmp_path / "state", making.Recipe(rule="task-arithmetic", width=64))
-    if whole == "leave-out":
-        (base / "model.safetensors").unlink()
-    with api.Merge(Settings(state=tmp_path / "state", gates={"form": {"whole": whole}}), write=True) as merge:
-        outcome = merge.fold(model)
-        assert outcome.fate == "folded", outcome.message
-        assert ("q_proj.base_layer.weight" in outcome.line()) == (whole == "leave-out")
-    same(merged(tmp_path / "state"), merged(plain))
-
-
 def test_the_same_adapter_in_another_place_is_a_duplicate(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
     state = folded(tmp_path / "state", base, tuned[:1])
     shutil.copytree(tuned[0], tmp_path / "copy")

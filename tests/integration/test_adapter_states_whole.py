@@ -335,3 +335,21 @@ def test_a_round_takes_what_is_kept_of_a_stack_expert_by_expert(tmp_path: Path, 
                     torch.testing.assert_close(target, 1.0 + 0.5 * tau)
                     expected = float(gradient @ tau.flatten()), float(tau.square().sum())
                     assert found.inners(name, gradient, square=True) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("whole", ["fold", "leave-out"])
+def test_a_copy_of_a_weight_that_was_saved_beside_its_factors(tmp_path: Path, base: Path, whole: str) -> None:
+    """PEFT saves one of every embedding and head that it adapts; without the base's weights the factors are folded."""
+    plain = adapters.plain(tmp_path / "plain")
+    model = shutil.copytree(plain, tmp_path / "model")
+    weights = load_file(base / "model.safetensors")
+    copy = {"base_model.model.a.base_layer.weight": weights["a.weight"]}
+    save_file(load_file(model / "adapter_model.safetensors") | copy, model / "adapter_model.safetensors")
+    with merge_of(tmp_path / "state", base, gates={"form": {"whole": whole}}) as merge:
+        if whole == "leave-out":
+            (base / "model.safetensors").unlink()
+        outcome = merge.fold(model)
+        assert outcome.fate == "folded", outcome.message
+        assert ("a.base_layer.weight" in outcome.line()) == (whole == "leave-out")
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+        same_as_merged(exported(merge, tmp_path / "out"), base, plain)
