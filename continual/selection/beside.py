@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from continual.engine.blocks import block_of, exchange, free_numbers
 from continual.engine.engine import Engine
-from continual.errors import Refuse, Retry
+from continual.engine.outcomes import Outcome
+from continual.errors import Refuse
 from continual.executors.contract import Progress, Task
 from continual.gates import Numbers
 from continual.records import TensorSpec, Totals
@@ -29,6 +30,14 @@ from continual.state.parts import BroughtFold, FoldNumbers, MemberFate
 from continual.tensors import ThinVector, digest_of
 
 Weights = dict[str, tuple[float, ...]]
+
+
+class NoRoom(Exception):
+    """The width leaves too little of a member, which is refused by now: the round has to choose again without it."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.message)
+        self.outcome = outcome
 
 
 class _Lost(NamedTuple):
@@ -47,7 +56,8 @@ class _Move(NamedTuple):
 
 def write(under_way: OpenRound, space: SearchSpace, chosen: Chosen, progress: Progress) -> Commit:
     """Makes the choice one durable step, with the fate of every member: a generation where a model enters or leaves,
-    else a record alone. Raises Refuse where a member's files are gone by now, Retry; then nothing is settled."""
+    else a record alone. Raises Refuse where a member's files are gone by now, Retry; then nothing is settled. Raises
+    NoRoom."""
     engine = space.model.engine
     state = engine.state
     now = active_at(state)
@@ -138,15 +148,14 @@ def _without_twins(
 
 
 def _has_room(engine: Engine, member: Member, cut: float) -> None:
-    """Settles a member of which the width leaves too little. Raises Retry then: the round chooses again without it."""
+    """Settles a member of which the width leaves too little. Raises NoRoom then."""
     try:
         engine.gates.at_numbers(Numbers(member.name, 1.0, None, Totals(), cut))
     except Refuse as refusal:
-        kept_out_by = dict(refusal.settings) or None
-        engine.state.record(
-            RefuseEntry(candidate=member.candidate, reason=refusal.reason, message=str(refusal), settings=kept_out_by)
-        )
-        raise Retry(f"{refusal}; the round chooses again without it when it is taken up") from None
+        by, said = dict(refusal.settings) or None, str(refusal)
+        refused = RefuseEntry(candidate=member.candidate, reason=refusal.reason, message=said, settings=by)
+        commit = engine.state.record(refused)
+        raise NoRoom(Outcome("refused", member.name, said, refusal.reason, commit)) from None
 
 
 def _blocks(engine: Engine, transaction: Transaction, move: _Move, progress: Progress) -> dict[int, _Lost]:

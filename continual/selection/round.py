@@ -101,6 +101,9 @@ def run(ground: Ground, options: RoundOptions, progress: Progress, hear: HearRou
             if ground.weighed:
                 write = commit.write_sum if state.format.form is None else beside.write
                 return _after(write(under_way, space, chosen, progress), [], started)
+        except beside.NoRoom as full:
+            hear(full.outcome)
+            return run(ground, options, progress, hear)
         except Refuse as lost:  # it was there when it was scored: the next pass finds it gone
             raise Retry(
                 f"{lost}; nothing was settled, and the round goes on without it when it is taken up again"

@@ -3,6 +3,7 @@ tensors chooses of the same adapters, by the factors alone."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from continual import api, making
+from continual.engine.outcomes import Outcome
 from continual.engine.views import ReadView
 from continual.errors import Misconfigured
 from continual.records import depths_of
@@ -101,7 +104,7 @@ def is_the_sum(merge: api.Merge, base: Path, found: dict[str, torch.Tensor]) -> 
     depths = depths_of(merge.state.format.tensors)
     taus = {name: adapters.task_vectors(base, base.parent / "pool" / name)[0] for name in weights(merge)}
     for spec in merge.state.format.tensors:
-        parts = {name: each[depths.index(spec.depth)] for name, each in weights(merge).items()}
+        parts = {n: each[depths.index(spec.depth) if len(each) > 1 else 0] for n, each in weights(merge).items()}
         nothing = torch.zeros(spec.shape)
         expected = sum((w * taus[name].get(spec.name, nothing) for name, w in parts.items()), nothing)
         torch.testing.assert_close(found[spec.name], expected, rtol=0, atol=1e-6, msg=spec.name)
@@ -155,6 +158,51 @@ def test_frank_wolfe_weighs_blocks_as_it_weighs_sums(tmp_path: Path, base: Path)
         spec = next(spec for spec in merge.state.format.tensors if spec.name in tau)
         torch.testing.assert_close(one.vector(spec), tau[spec.name], rtol=0, atol=1e-6)
         assert verify(merge.state) == []
+
+
+def test_in_a_full_house_all_keep_a_weight_and_a_twin_gives_its_own(tmp_path: Path, base: Path) -> None:
+    """Those that a round has no place for move together, and can be weighed again."""
+    _, *good = candidates(base)
+    asked = {"layers": False, "step": "soft", "active": 2}
+    with weighed(state_of(tmp_path, base, 64, "frank-wolfe"), base, **asked, rho=0.6) as merge:
+        fill(merge, *good[:2])
+        merge.round()
+        first = weights(merge)
+        assert sorted(first) == ["good0", "good1"]
+    lightest = min(first, key=lambda name: first[name])
+    with weighed(tmp_path / "blocks", base, **asked) as merge:
+        fill(merge, good[2])
+        merge.round()
+        second = weights(merge)
+        assert sorted(second) == ["good0", "good1", "good2"]
+        assert 0 < second[lightest][0] <= first[lightest][0]
+        is_the_sum(merge, base, read(merge))
+        shutil.copytree(base.parent / "pool" / lightest, base.parent / "pool/twin")
+        fill(merge, base.parent / "pool/twin")
+        found = {row.name: row for row in merge.round().rows}
+        assert found["twin"].message == f"twin: duplicate of {lightest}: the same tensors"
+        assert weights(merge)[lightest] > second[lightest]
+        assert (sorted(weights(merge)), waits(merge)) == (sorted(second), [])
+        is_the_sum(merge, base, read(merge))
+
+
+def test_who_has_no_room_in_the_width_is_refused_and_the_round_chooses_again(tmp_path: Path, base: Path) -> None:
+    """A whole matrix beside the factors has more directions than the state keeps."""
+    thick, good = quadratic.lora(base, 1, "thick", seed=3), quadratic.lora(base, 0, "good0")
+    head, weights_of = "base_model.model.lm_head", load_file(thick / "adapter_model.safetensors")
+    kept = {name: value for name, value in weights_of.items() if not name.startswith(head)}
+    whole = load_file(base.parent / "targets/t1/model.safetensors")["lm_head.weight"]
+    config = json.loads((thick / "adapter_config.json").read_text()) | {"modules_to_save": ["lm_head"]}
+    adapters.plain(thick, {**kept, f"{head}.weight": whole}, **config)
+    making.init(base, tmp_path / "state", making.Recipe(rule="frank-wolfe", width=8))
+    heard: list[Any] = []
+    with weighed(tmp_path / "state", base) as merge:
+        fill(merge, thick, good)
+        found = merge.round(told=heard.append)
+        assert [row.name for row in found.rows if row.fate == "folded"] == names(merge) == ["good0"]
+        (refused,) = (outcome for outcome in heard if isinstance(outcome, Outcome))
+        assert (refused.name, refused.reason, merge.why("thick").reason) == ("thick", "cut", "cut")
+        assert (waits(merge), merge.state.ledger.open_round) == ([], None)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
