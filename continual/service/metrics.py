@@ -42,7 +42,7 @@ that could not be shown."""
 DROPPED = ("full", "slow", "host", "malformed")
 """Why the service does not answer a connection as it was asked."""
 STAGES = ("read", "rule", "write", "commit")
-HOOKS = ("sglang", "vllm-lora", "http", "command")
+HOOKS = ("sglang", "sglang-lora", "vllm-lora", "http", "command")
 _SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 TABLE: tuple[Series, ...] = (
     Series(Counter, "continual_folds_total", "Fine-tunes folded by this process."),

@@ -96,6 +96,7 @@ class Outlets:
             if outlet not in self._wanted():
                 del self._fresh[outlet]
                 self.health.works(what, which)
+                self.telling.forget(name)
                 self._log.info("no longer published", what=which, hint="what is out stays as it is")
                 return
             model = self.merge.state.ledger.model

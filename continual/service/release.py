@@ -99,8 +99,8 @@ def _release(merge: Merge, out: OutPlan, at: int | None) -> Released:
     bodies: list[dict[str, object]] = []
 
     def texts(directory: Path) -> dict[str, bytes]:
-        bodies.append(folder.provenance_in(directory))
         found = {hub.CARD: text.encode(), RELEASE: public(directory / RELEASE)}
+        bodies.append(json.loads(found[RELEASE]))
         if (directory / CONFIG).is_file():
             found[CONFIG] = _public_config(directory / CONFIG)
         return found

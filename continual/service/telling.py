@@ -106,6 +106,12 @@ class Telling:
                 waiter.newest[published.view] = published
                 waiter.fresh.set()
 
+    def forget(self, view: str | None) -> None:
+        """Nobody is told of a view any more that the settings do not name any more, nor of what went wrong with it."""
+        for waiter in self._waiters if view not in self._merge.settings.views else ():
+            waiter.newest.pop(view, None)
+            self._health.works("hook", _which(waiter, view))
+
     def _hears(self, waiter: Waiter, published: Published, after: str) -> bool:
         """Whether it is told of this. After a restart nobody is told twice: the ledger has every call."""
         if not waiter.hears(self._merge.settings, published.view, after):
@@ -126,7 +132,7 @@ class Telling:
             waiter.fresh.clear()
             while waiter.newest:
                 view = next(iter(waiter.newest))
-                which = f"{waiter.hook.kind} ({hooks.target(waiter.hook)})" + (f", view {view}" if view else "")
+                which = _which(waiter, view)
                 try:
                     await self._call_once(waiter, waiter.newest.pop(view), which)
                 except Exception as error:  # the next publication calls it again
@@ -166,3 +172,8 @@ class Telling:
                 mark=published.mark,
             )
         )
+
+
+def _which(waiter: Waiter, view: str | None) -> str:
+    """What is called, and of what, as the status names it."""
+    return f"{waiter.hook.kind} ({hooks.target(waiter.hook)})" + (f", view {view}" if view else "")

@@ -13,7 +13,9 @@ import pytest
 import continual
 from continual import making
 from continual.errors import Misconfigured, Retry
+from continual.publish.hub import newest_release
 from continual.service import release as releasing
+from continual.service.outgoing import outgoing
 from tests.helpers import calls, hubs, models, services
 from tests.helpers.hubs import made, merge, publish
 from tests.helpers.released import REPO, count, published_records, releases
@@ -104,6 +106,22 @@ def test_a_model_that_cannot_be_read_is_not_released(tmp_path: Path, hub: Hub, c
         assert count(hub) == 0
         assert releasing.release(ours).new
         assert count(hub) == 1
+
+
+def test_a_record_is_released_again_where_the_settings_say_otherwise(tmp_path: Path, hub: Hub) -> None:
+    with folded(tmp_path, hub) as ours:
+        first = releasing.release(ours)
+        ours.state.record(releasing.entry(first))
+    halved = ours.settings.release.model_copy(update={"dtype": "float16"})
+    with merge(tmp_path / "state", hub, release=halved) as ours:
+        out = outgoing(ours.settings)
+        assert not releasing.is_out(ours, out, first.seq, newest_release(ours.state.ledger.log, REPO, "main"))
+        second = releasing.release(ours)
+        assert (second.new, second.seq, second.tag) == (True, first.seq, f"{first.tag}-2")
+        ours.state.record(releasing.entry(second))
+        assert releasing.is_out(ours, out, first.seq, newest_release(ours.state.ledger.log, REPO, "main"))
+        assert not releasing.release(ours).new
+    assert hub.repo(REPO).tags == {"record-1": first.commit, "record-1-2": second.commit}
 
 
 def test_another_branch_another_dtype_no_tag(tmp_path: Path, hub: Hub) -> None:
