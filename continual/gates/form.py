@@ -55,7 +55,7 @@ class FormGate(AtHeaders):
         thin = tuple(name for name in seen.lineage.folded if name not in whole)
         rest = "; or gates.form.whole = leave-out folds the rest without it" if thin else ""
         if self.whole == "fold":
-            return seen._replace(weights=self._weights(seen, said, rest))
+            return seen._replace(weights=self._weights(seen, said))
         if self.whole == "leave-out":
             thin = tuple(name for name in seen.lineage.folded if not needs_base(without_copy(found[name])))
         if self.whole == "refuse" or not thin:
@@ -70,7 +70,7 @@ class FormGate(AtHeaders):
         extra = (*seen.lineage.extra, *(copies.get(name, name) for name in whole))
         return seen._replace(lineage=replace(seen.lineage, folded=thin, unchanged=unchanged, extra=extra))
 
-    def _weights(self, seen: Headers, said: str, rest: str) -> BaseModel:
+    def _weights(self, seen: Headers, said: str) -> BaseModel:
         """The base with its weights. Raises Refuse (`form`) where they cannot be read, Retry where they cannot now."""
         assert seen.open_weights is not None, "the engine of such a state opens the weights of its base"
         try:
@@ -78,7 +78,7 @@ class FormGate(AtHeaders):
         except (Halt, Refuse) as error:
             raise Refuse(
                 "form",
-                f"{said}, and they cannot be read ({error}); once they can, 'continual retry' has it looked at again"
-                f"{rest}; or fold it into a state that was made without --adapters",
+                f"{said}, and they cannot be read ({error}); once they can, 'continual retry' has it looked at again; "
+                "gates.form.whole = leave-out folds the rest of an adapter without them",
                 by=("whole",),
             ) from None

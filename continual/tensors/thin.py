@@ -22,6 +22,9 @@ from continual.tensors.kinds import BaseModel
 from continual.tensors.matching import Match, naming_of, sources
 from continual.tensors.pieces import Piece
 from continual.tensors.pieces.low_rank import Bias, Factors, Triple
+from continual.tensors.pieces.lycoris import Pair
+from continual.tensors.pieces.scaling import Drawn, Shared
+from continual.tensors.pieces.sparse import Repeated
 from continual.tensors.pieces.stacks import Gathered, StackFactors
 from continual.tensors.pieces.tokens import Tokens
 from continual.tensors.pieces.trained import RowsOf, Trained
@@ -244,14 +247,24 @@ def columns(piece: Piece, shape: Sequence[int], *, transposed: bool) -> int | No
     if piece.needs_base:
         return None
     if isinstance(piece, Trained | RowsOf):
-        return columns(piece.inner, shape, transposed=transposed)
+        return columns(piece.inner, _inner(piece, shape), transposed=transposed)
     if isinstance(piece, Bias):
         return 1
     if isinstance(piece, StackFactors):
         return piece.rank
     if isinstance(piece, Gathered):
         return _gathered_columns(piece, shape)
+    if isinstance(piece, Pair):
+        return piece.columns(shape)
+    if isinstance(piece, Shared | Drawn | Repeated):
+        rank = piece.info.shape[0] if isinstance(piece, Repeated) else piece.d.shape[0]
+        return rank if 2 * rank <= min(sides_of(shape)) else None
     return piece.a.shape[0] if isinstance(piece, Factors | Triple) else None
+
+
+def _inner(piece: Trained | RowsOf, shape: Sequence[int]) -> Sequence[int]:
+    """The shape of what the piece inside adds to."""
+    return (piece.total, *shape[1:]) if isinstance(piece, RowsOf) else shape
 
 
 def _gathered_columns(piece: Gathered, shape: Sequence[int]) -> int | None:
@@ -294,13 +307,18 @@ def factors(
     if piece.needs_base:
         return None
     if isinstance(piece, Trained | RowsOf):
-        pair = factors(piece.inner, read[: len(piece.inner.names)], shape, transposed=transposed)
+        inner = read[: len(piece.inner.names)]
+        pair = factors(piece.inner, inner, _inner(piece, shape), transposed=transposed)
         return None if pair is None else (piece.of_left(pair[0], read), pair[1])
     if isinstance(piece, Bias):
         values = read[0].double().reshape(-1, 1)
         return values * piece.scale, values.new_ones(1, 1)
     if isinstance(piece, Gathered):
         return _expert(piece, read, sides_of(shape), 0)
+    if isinstance(piece, Pair | Repeated):
+        return piece.factors(read) if isinstance(piece, Pair) else piece.factors(read, shape)
+    if isinstance(piece, Shared | Drawn):
+        return piece.factors(read, shape, transposed=transposed)
     if not isinstance(piece, Factors | Triple):
         return None
     rank = read[0].shape[0]

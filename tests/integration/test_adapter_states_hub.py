@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from continual import api, making
 from continual.config import Settings
+from continual.engine.views import ReadView
+from continual.executors.contract import silent
 from continual.hub import Hub as Client
 from continual.publish.lora import LoraTarget
 from tests.helpers import adapters, command, hubs, models, packing, running, services
@@ -148,3 +150,37 @@ def test_what_waits_on_the_hub_is_taken_at_once(tmp_path: Path, hub: Hub, monkey
     both = ("--hub", f"bases={copy},{BASE}")
     taken = command.machine("watch", "--once", "--hub", "watch=true", "--hub", "settle=0", *both, client=asked)
     assert {row["model"]: row["fate"] for row in taken} == {"org/lora-0": "folded", "org/lora-1": "folded"}
+
+
+def test_weights_of_a_base_on_the_hub_are_read_where_an_adapter_takes_them(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm, some rows of a table, DoRA: by ranges, and nothing else of the base."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    base = models.base(tmp_path / "base", shapes=SHAPES, dtype=torch.bfloat16)
+    publish(hub, BASE, sharded(tmp_path, base), hubs.card(None))
+    making.init(BASE, tmp_path / "state", making.Recipe(rule="mean", width=64), client=client(hub))
+    head, before = "base_model.model.model", load_file(base / "model.safetensors")
+    query = before["model.layers.0.self_attn.q_proj.weight"].float()
+    weights = {
+        f"{head}.layers.0.self_attn.q_proj.lora_A.weight": torch.randn(2, query.shape[1]),
+        f"{head}.layers.0.self_attn.q_proj.lora_B.weight": torch.randn(query.shape[0], 2),
+        f"{head}.layers.0.self_attn.q_proj.lora_magnitude_vector": query.norm(dim=1) * 1.1,
+        f"{head}.norm.weight": torch.randn(SHAPES["model.norm.weight"]),
+        f"{head}.embed_tokens.token_adapter.trainable_tokens_delta": torch.randn(3, 64),
+    }
+    rows = {"embed_tokens": [2999, 7, 8]}
+    said = {"use_dora": True, "modules_to_save": ["norm"], "trainable_token_indices": rows}
+    adapter = adapters.plain(tmp_path / "lora", weights, base_model_name_or_path=BASE, **said)
+    expected = adapters.task_vectors(base, adapter)[0]
+    hub.journal.clear()
+    with hubs.merge(tmp_path / "state", hub, max_base_ratio=1e9) as merge:
+        outcome = merge.fold(adapter)
+        assert outcome.fate == "folded", outcome.message
+        reading = merge.reading(view=ReadView(rule="task-arithmetic", scale="1"))
+        reading.settle(merge.executor, silent)
+        for spec in merge.base.specs:
+            wanted = expected.get(spec.name, torch.zeros(spec.shape))
+            torch.testing.assert_close(reading.vector(spec), wanted, rtol=1e-5, atol=1e-5, msg=spec.name)
+    assert hub.journal.sent(origin="") < 400_000 < (base / "model.safetensors").stat().st_size
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))

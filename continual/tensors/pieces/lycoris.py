@@ -51,6 +51,21 @@ class _Thin:
         core, rows, columns = (tensor.float() for tensor in read)
         return torch.einsum("ijkl,ip,jr->prkl", core, rows, columns)
 
+    @property
+    def columns(self) -> int | None:
+        """How many columns two factors of it have; None of what is no product of two matrices."""
+        if len(self.infos) > 2 or len(self.shape) != 2:
+            return None
+        return self.rank if len(self.infos) == 2 else min(self.shape)
+
+    def factors(self, read: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two factors in float64, m×r and n×r: what it stands for is left·rightᵀ."""
+        if len(self.infos) == 2:
+            return read[0].double(), read[1].double().mT
+        whole = read[0].double()
+        one = torch.eye(min(self.shape), dtype=torch.float64)
+        return (one, whole.mT) if len(whole) <= whole.shape[1] else (whole, one)
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -110,6 +125,25 @@ class Pair:
         else:
             torch.mul(first.reshape(out.shape), second.reshape(out.shape), out=out)
         out.mul_(self.scale)
+
+    def columns(self, shape: Sequence[int]) -> int | None:
+        """How many columns the two factors have that it is in a tensor of this shape, the product of both ranks; None
+        where it is no product of two matrices, or where that is no gain."""
+        sides, one, other = (shape[0], math.prod(shape[1:])), self.first.columns, self.second.columns
+        if one is None or other is None or (not self.kronecker and self.first.shape != sides):
+            return None
+        return one * other if 2 * one * other <= min(sides) else None
+
+    def factors(self, read: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """These factors in float64, m×r and n×r: the mixed products of the factors of both, Kronecker's of all, or row
+        by row."""
+        count = len(self.first.infos)
+        pairs = zip(self.first.factors(read[:count]), self.second.factors(read[count:]), strict=True)
+        if self.kronecker:
+            left, right = ((a[:, None, :, None] * b[:, None, :]).flatten(2).flatten(0, 1) for a, b in pairs)
+        else:
+            left, right = ((a[:, :, None] * b[:, None]).flatten(1) for a, b in pairs)
+        return left * self.scale, right
 
 
 class LoHa:

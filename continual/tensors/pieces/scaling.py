@@ -202,6 +202,13 @@ class Shared:
         else:
             torch.mm(left, right, out=out)
 
+    def factors(
+        self, read: Sequence[torch.Tensor], shape: Sequence[int], *, transposed: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What it adds to a tensor of this shape as left·rightᵀ, m×r and n×r in float64."""
+        b, d, rows, columns = (tensor.double() for tensor in read)
+        return _vera(b, d, (rows, columns), shape[::-1] if transposed else shape, transposed=transposed)
+
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
@@ -242,12 +249,38 @@ class Drawn:
     ) -> None:
         """As the protocol says."""
         b, d = (tensor.float() for tensor in read)
-        generator = torch.Generator().manual_seed(self.seed)
-        columns = _uniform((len(d), self.inputs), generator)
-        rows = _uniform((self.outputs, len(d)), generator)
+        rows, columns = self._matrices(len(d))
         height, width = out.shape[::-1] if transposed else out.shape
         product = (b[:, None] * rows[:height]) @ (d[:, None] * columns[:, :width])
         out.copy_(product.T if transposed else product)
+
+    def factors(
+        self, read: Sequence[torch.Tensor], shape: Sequence[int], *, transposed: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of `Shared`."""
+        b, d = (tensor.double() for tensor in read)
+        rows, columns = self._matrices(len(d))
+        return _vera(b, d, (rows, columns), shape[::-1] if transposed else shape, transposed=transposed)
+
+    def _matrices(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """B and A as PEFT draws them."""
+        generator = torch.Generator().manual_seed(self.seed)
+        columns = _uniform((rank, self.inputs), generator)
+        return _uniform((self.outputs, rank), generator), columns
+
+
+def _vera(
+    b: torch.Tensor,
+    d: torch.Tensor,
+    drawn: tuple[torch.Tensor, torch.Tensor],
+    shape: Sequence[int],
+    *,
+    transposed: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of (b∘B)·(d∘A) of this shape, outputs × inputs; the other way round where they are stored so."""
+    (rows, columns), (height, width) = drawn, shape
+    left, right = b[:, None] * rows[:height].double(), (d[:, None] * columns[:, :width].double()).mT
+    return (right, left) if transposed else (left, right)
 
 
 def _uniform(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:

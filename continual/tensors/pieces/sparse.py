@@ -143,6 +143,12 @@ class Repeated:
             part = out[:, start : start + block.shape[0]]
             part.copy_(turned[:, : part.shape[1]])
 
+    def factors(self, read: Sequence[torch.Tensor], shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What it adds to a tensor of this shape as left·rightᵀ, m×r and n×r in float64; not as `bat`."""
+        block = read[0].double()
+        left = block.mT.repeat(shape[0] // block.shape[1], 1)
+        return left, torch.eye(len(block), dtype=torch.float64).repeat(-(-shape[1] // len(block)), 1)[: shape[1]]
+
 
 class Miss:
     """MiSS as PEFT saves it, or Bone, which it was until 0.16."""
