@@ -17,7 +17,7 @@ from torch import Tensor
 from continual.config import StepSettings
 from continual.selection.steps import WHOLE, Solved, Step, Stepping, solve
 
-quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 def by(step: Step = "corrective", rho: float = 1.0, **settings: float | str) -> Stepping:

@@ -57,7 +57,8 @@ def test_folds_is_killed_comes_back_and_stops(place: tuple[Path, Path, Path]) ->
     with daemon(state, watch, "--log-json") as process:
         address = url(process, state)
         until(lambda: status(address)["folds"] == 3, "the one published while it was down is folded")
-        assert '"left_out": "v_head.summary.weight"' in (state.parent / "daemon.log").read_text()
+        told = '"left_out": "v_head.summary.weight"'
+        until(lambda: told in (state.parent / "daemon.log").read_text(), "the log says what was left out")
         process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT) == 0
     with State.open(state) as opened:

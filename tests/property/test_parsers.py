@@ -22,7 +22,7 @@ def test_what_is_valid_is_read(parser: Parser) -> None:
 @each
 def test_wrong_inputs_give_a_result_or_an_error_of_ours(parser: Parser) -> None:
     @given(parser.inputs.strategy)
-    @settings(max_examples=150, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
     def holds(data: bytes) -> None:
         said = ""
         try:

@@ -34,7 +34,7 @@ CHAINS: list[tuple[str, list[str]]] = [
 
 @pytest.mark.parametrize(("name", "before"), CHAINS, ids=[f"{'+'.join(before)}+{name}" for name, before in CHAINS])
 @given(models=model_lists())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_chain_is_its_rule_on_transformed_models(name: str, before: list[str], models: Models) -> None:
     stream = Stream(name, before=before)
     for step in range(1, len(models) + 1):
@@ -53,7 +53,7 @@ def test_a_chain_is_its_rule_on_transformed_models(name: str, before: list[str],
 
 @pytest.mark.parametrize("name", [n for n in RULES if rule(n).laws.combine])
 @given(models=model_lists(), data=st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_two_states_combined_are_one_that_folded_all(name: str, models: Models, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(models)))
     whole, one, other = Stream(name), Stream(name), Stream(name)
@@ -73,7 +73,7 @@ def test_two_states_combined_are_one_that_folded_all(name: str, models: Models, 
 
 @pytest.mark.parametrize("name", [n for n in RULES if rule(n).laws.weighted])
 @given(models=model_lists(), weight=st.sampled_from([2, 3]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_a_weight_of_two_is_folding_twice(name: str, models: Models, weight: int) -> None:
     heavy, often = Stream(name), Stream(name)
     for model in models:
@@ -89,7 +89,7 @@ def test_a_weight_of_two_is_folding_twice(name: str, models: Models, weight: int
 
 
 @given(models=model_lists())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_model_without_moments_for_a_tensor_weighs_nothing_there(models: Models) -> None:
     stream = Stream("fisher")
     for model in models:

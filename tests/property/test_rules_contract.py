@@ -27,7 +27,7 @@ def test_every_rule_has_a_batch_form() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 @given(models=model_lists())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_streaming_is_the_batch_form_at_every_step(name: str, models: Models) -> None:
     stream = Stream(name)
     for step in range(1, len(models) + 1):
@@ -40,7 +40,7 @@ def test_streaming_is_the_batch_form_at_every_step(name: str, models: Models) ->
 
 
 @given(models=model_lists())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_float64_statistics_are_exact(models: Models) -> None:
     stream = Stream("gram")
     for model in models:
@@ -53,7 +53,7 @@ def test_float64_statistics_are_exact(models: Models) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 @given(models=model_lists())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_size_is_constant_from_the_first_fold_on(name: str, models: Models) -> None:
     stream = Stream(name)
     for model in models:
@@ -68,7 +68,7 @@ def test_size_is_constant_from_the_first_fold_on(name: str, models: Models) -> N
 
 @pytest.mark.parametrize("name", [n for n, row in RULES.items() if row.rule().laws.order_free])
 @given(models=model_lists(), seed=st.randoms())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_order_of_the_models_does_not_matter_where_that_is_claimed(name: str, models: Models, seed: object) -> None:
     shuffled = list(models)
     seed.shuffle(shuffled)  # type: ignore[attr-defined]
@@ -95,7 +95,7 @@ def test_order_of_the_tensors_does_not_matter(name: str, models: Models) -> None
 
 @pytest.mark.parametrize("name", [n for n in RULES if rule(n).laws.combine])
 @given(models=model_lists(), data=st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_unfolding_is_as_if_it_had_never_been_folded(name: str, models: Models, data: st.DataObject) -> None:
     out = data.draw(st.integers(0, len(models) - 1))
     stream, without = Stream(name), Stream(name)
@@ -135,7 +135,7 @@ def test_the_totals_know_how_long_the_merge_is_where_the_rule_says_so(name: str,
 
 @pytest.mark.parametrize("name", ["task-arithmetic+", *RULES])
 @given(models=model_lists(), run=st.integers(1, 40))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_runs_of_a_tensor_fold_as_the_whole(name: str, models: Models, run: int) -> None:
     made = rule(name) if name in RULES else rule("task-arithmetic", {"before": ["drop:rate=0.5", "trim:density=0.7"]})
     measured = [measure(made, model) for model in models]
@@ -169,7 +169,7 @@ def test_reading_before_the_first_fold_is_zero(name: str) -> None:
     density=st.sampled_from([0.05, 0.2, 0.5, 0.999, 1.0]),
     trim=st.sampled_from(["model", "tensor"]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_ties_at_every_density_over_the_model_and_per_tensor(models: Models, density: float, trim: str) -> None:
     stream = Stream("ties", density=density, trim=trim)
     for step in range(1, len(models) + 1):

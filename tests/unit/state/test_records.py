@@ -74,7 +74,7 @@ def read_again(entry: Entry) -> Entry:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ENTRIES, ids=lambda kind: kind.__name__)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_a_record_comes_back_as_it_was_written(kind: type[Entry], data: st.DataObject) -> None:
     entry = data.draw(records(kind))
@@ -82,7 +82,7 @@ def test_a_record_comes_back_as_it_was_written(kind: type[Entry], data: st.DataO
     assert entry.body() == read_again(entry).body()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(base=records(BaseRecord))
 def test_a_base_comes_back_as_it_was_written(base: BaseRecord) -> None:
     assert record_of(BaseRecord, json.loads(json.dumps(body_of(base))), "format.json") == base
@@ -90,7 +90,7 @@ def test_a_base_comes_back_as_it_was_written(base: BaseRecord) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ENTRIES, ids=lambda kind: kind.__name__)
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(data=st.data())
 def test_a_value_of_another_type_is_damage_and_its_key_is_named(kind: type[Entry], data: st.DataObject) -> None:
     body = json.loads(json.dumps(data.draw(records(kind)).body()))
