@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,37 @@ def flat(found: dict[str, torch.Tensor], word: str = "") -> torch.Tensor:
     return torch.cat([value.flatten() for name, value in found.items() if word in name])
 
 
-@pytest.mark.parametrize("name", ["mean", "iso-c", "ties"])
-def test_a_change_is_what_leaving_out_gives(state: Path, name: str) -> None:
+VIEWS = {
+    "lines": ReadView(rule="mean", lines="0.5:1"),
+    "elements": ReadView(rule="ties", lines="0.5:1"),
+    "weights": ReadView(rule="iso-c", lines="0.5:1", weights={"all": 0.3, "few": 2.0}),
+    "some": ReadView(rule="task-arithmetic", scale="norm:0.8", only=("all", "f*"), weights={"all": 3.0}),
+    "options": ReadView(rule="gram", options={"ridge": 0.3}, weights={"some": 0.5}),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=list(VIEWS))
+def test_a_change_is_what_leaving_out_gives(state: Path, view: ReadView) -> None:
     with api.Merge(Settings(state=state)) as merge:
-        found = merge.explain(ReadView(rule=name, lines="0.5:1"))
-        assert (found.seq, found.rule) == (3, name)
-        whole = vectors(merge, ReadView(rule=name, lines="0.5:1"))
+        found = merge.explain(view)
+        assert (found.seq, found.rule, found.view) == (3, view.rule, view.described())
+        whole = vectors(merge, view)
+        weights = {"all": 1.0, "some": 1.0, "few": 1.0} | dict(view.weights)
+        assert {one.name: one.weight for one in found.models} == {
+            name: weight for name, weight in weights.items() if not view.only or name != "some"
+        }
+        assert sum(one.norm for one in found.models) == pytest.approx(1.0)
         for model in found.models:
-            rest = vectors(merge, ReadView(rule=name, lines="0.5:1", without=(model.name,)))
+            left = replace(view, without=(model.name,), weights={**view.weights})
+            left.weights.pop(model.name, None)
+            rest = vectors(merge, left)
             change = float((flat(whole) - flat(rest)).norm() / flat(whole).norm())
             assert model.change == pytest.approx(change, abs=1e-4)
-        for layer in found.layers:
-            part = flat(whole, f"{layer.name}.")
-            for model in layer.models:
-                rest = vectors(merge, ReadView(rule=name, lines="0.5:1", without=(model.name,)))
+            for layer in found.layers:
+                mine = next((one for one in layer.models if one.name == model.name), None)
+                part = flat(whole, f"{layer.name}.")
                 change = float((part - flat(rest, f"{layer.name}.")).norm() / part.norm())
-                assert model.change == pytest.approx(change, abs=1e-4)
+                assert mine is None or mine.change == pytest.approx(change, abs=1e-4)
         assert [layer.depth for layer in found.layers] == sorted(layer.depth for layer in found.layers)
         assert [one.change for one in found.models] == sorted((one.change for one in found.models), reverse=True)
 
@@ -83,6 +99,10 @@ def test_the_command_beside_one_that_writes(state: Path) -> None:
         layers = run("explain", "--layers", "--only", "few", "--state", state)
     assert [one["name"] for one in body["models"]] == ["all", "some"]
     assert body["view"] == {"without": ["few"]}
+    model, layer = {"name", "seq", "weight", "norm", "cosine", "change"}, {"name", "depth", "models"}
+    assert set(body) == {"seq", "rule", "scale", "view", "models", "layers", "cut"}, "as commands.md says"
+    assert all(set(one) == model for one in (*body["models"], *body["layers"][0]["models"]))
+    assert all(set(one) == layer for one in body["layers"])
     assert "3 models. share: of the lengths" in said.stdout
     assert said.stdout.count(" %") >= 6
     assert "model.layers.1  1.00   few    100.0 %" in layers.stdout

@@ -3,6 +3,7 @@
     python -m tests.campaigns.bench.adapters                       # 0.5 B and 7 B, three adapters each
     python -m tests.campaigns.bench.adapters --sizes 70b --folds 20 --width 64
     python -m tests.campaigns.bench.adapters --sizes 0.5b --dense  # beside a state of whole tensors (iso-c)
+    python -m tests.campaigns.bench.adapters --sizes 0.5b --folds 16 --explain task-arithmetic iso-c tsv-m gram
     python -m tests.campaigns.bench.adapters --peft                # beside PEFT's add_weighted_adapter
 
 The base has headers alone: its weight file is a hole, and it is deleted once the state is made, so that a fold cannot
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -165,8 +166,9 @@ def step(shape: Shape) -> float:
     return spent
 
 
-def fold(size: str, *, folds: int, width: int, dense: bool, work: Path) -> None:
-    """Folds adapters one after the other and prints what each took, and what exports take."""
+def fold(size: str, *, folds: int, width: int, dense: bool, explained: Sequence[str], work: Path) -> None:
+    """Folds adapters one after the other and prints what each took, what exports take, and what it takes to explain
+    readings by the rules `explained`."""
     shape, state = SHAPES[size], work / "state"
     of = base(work / "base", shape, 0 if dense else None)
     forms = {"adapters": ["--adapters", "--width", str(width)]} | ({"dense": []} if dense else {})
@@ -201,6 +203,9 @@ def fold(size: str, *, folds: int, width: int, dense: bool, work: Path) -> None:
                 )
                 print(f"  export --as-lora {RANK} by {rule}: {cost.cpu:.2f} CPU s, {cost.memory / 1e6:.0f} MB at most")
                 shutil.rmtree(out)
+            for rule in explained:
+                cost = ran("explain", "--rule", rule, "--state", str(state))
+                print(f"  explain {folds} models by {rule}: {cost.cpu:.2f} CPU s, {cost.memory / 1e6:.0f} MB at most")
 
 
 def against_peft(work: Path, models: int = 4) -> None:
@@ -276,6 +281,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--dense", action="store_true", help="beside a state of whole tensors; its base has weights")
+    parser.add_argument("--explain", nargs="+", default=[], metavar="RULE", help="explain readings by these rules too")
     parser.add_argument("--peft", action="store_true", help="beside PEFT's add_weighted_adapter, and nothing else")
     given = parser.parse_args()
     if given.peft:
@@ -284,7 +290,8 @@ def main() -> None:
         return
     for size in given.sizes:
         with tempfile.TemporaryDirectory() as work:
-            fold(size, folds=given.folds, width=given.width, dense=given.dense, work=Path(work))
+            form = {"width": given.width, "dense": given.dense}
+            fold(size, folds=given.folds, explained=given.explain, work=Path(work), **form)
 
 
 if __name__ == "__main__":
