@@ -214,8 +214,9 @@ def longest_inverse(matrix: Tensor) -> float:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """The inner products of K float64 vectors, K×K: each pair once, by panels."""
-    found = _gram(len(rows), iter([rows.mT]), rows).tril_()
+    """The inner products of K vectors, K×K float64: each pair once, by panels; without a float64 copy of them."""
+    parts = row_blocks(rows.shape[1], 4 * len(rows)) if rows.dtype != torch.float64 else [slice(None)]
+    found = _gram(len(rows), (rows[:, part].double().mT for part in parts), rows).tril_()
     return found + found.tril(-1).mT
 
 

@@ -118,9 +118,9 @@ class Merged:
         seeds = [self._seed(number, name) if self.rule.needs.seeded else 0 for number in self.chosen]
         return elements.dense(self.rule, self.stacked(name), self.run, measured, seeds)
 
-    def stacked(self, name: str) -> Stacked:
-        """The chosen models' triplets in one layer."""
-        return stacked(self.shelf, name, list(self.chosen))
+    def stacked(self, name: str, *, exact: bool = True) -> Stacked:
+        """The chosen models' triplets in one layer; without `exact` their vectors are float32, as they are kept."""
+        return stacked(self.shelf, name, list(self.chosen), exact=exact)
 
     def without(self, number: int) -> Merged:
         """The same reading without one of the models."""

@@ -63,7 +63,7 @@ class Explaining:
 
     def products(self, name: str) -> Products:
         """The inner products of one layer."""
-        given = self.merged.stacked(name)
+        given = self.merged.stacked(name, exact=False)
         runs = [rest.run for rest in self.rests]
         if not given.rows:
             return _nothing(len(runs))
@@ -260,7 +260,7 @@ class _Turned:
 def _columns(rows: Tensor) -> Tensor:
     """Vectors as columns in an orthonormal basis of what they span; in that of the whole space where it is no larger
     than there are vectors."""
-    return rows.mT if rows.shape[1] <= rows.shape[0] else spanned(rows).upper
+    return rows.mT.double() if rows.shape[1] <= rows.shape[0] else spanned(rows).upper
 
 
 def _copy(kept: Accumulators) -> Accumulators:

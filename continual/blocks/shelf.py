@@ -77,8 +77,8 @@ class Stacked(NamedTuple):
         return self._replace(rows=rows)
 
 
-def stacked(shelf: Shelf, name: str, chosen: Sequence[int]) -> Stacked:
-    """The triplets of the models with these numbers, in this order."""
+def stacked(shelf: Shelf, name: str, chosen: Sequence[int], *, exact: bool = True) -> Stacked:
+    """The triplets of the models with these numbers, in this order. Without `exact` the vectors stay float32."""
     columns = shelf.columns(name)
     models, spec, rows, wanted = columns.models, shelf.specs[name], {}, list[int]()
     for index, number in enumerate(chosen):
@@ -91,4 +91,6 @@ def stacked(shelf: Shelf, name: str, chosen: Sequence[int]) -> Stacked:
         return Stacked(spec, empty[:, None], empty, empty[:, None], {})
     u, v = shelf.vectors(name, wanted)
     sigma = torch.from_numpy(columns.sigma[wanted]).to(u.device)
-    return Stacked(spec, u.double(), sigma.double(), v.double(), rows)
+    if exact:
+        u, v = u.double(), v.double()
+    return Stacked(spec, u, sigma.double(), v, rows)

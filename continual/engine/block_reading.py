@@ -80,8 +80,13 @@ class StoredLayers:
         assert self._generation is not None, "columns were chosen"
         begin, end = min(chosen), max(chosen) + 1
         places = [column - begin for column in chosen]
-        u, v = (torch.from_numpy(self._generation.read_rows(name, slot, begin, end)[places]) for slot in ("u", "v"))
-        return u, v
+        all_rows = places == list(range(end - begin))
+        u, v = (self._generation.read_rows(name, slot, begin, end) for slot in ("u", "v"))
+        return (
+            (torch.from_numpy(u), torch.from_numpy(v))
+            if all_rows
+            else (torch.from_numpy(u[places]), torch.from_numpy(v[places]))
+        )
 
 
 class BlockReading(Reading):

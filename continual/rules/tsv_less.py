@@ -27,11 +27,22 @@ Choose = Callable[[Sequence[int], float], list[int]]
 
 
 class _PolarLess(NamedTuple):
-    """P₋, the polar factor without some columns: PᵀP₋, and P₋ᵀP₋, None where that is the unit matrix; c×c, with zeros
-    for the columns that are gone."""
+    """P₋, the polar factor without some of the c columns. Where no direction is null, P₋ᵀP₋ is the unit matrix but for
+    what is gone, and PᵀP₋ that less leftᵀ·right, both p×c (`thin`); else P₋ᵀP₋ (`own`), and PᵀP₋ (`inner`), c×c."""
 
-    inner: Tensor
-    own: Tensor | None
+    thin: tuple[Tensor, Tensor] | None = None
+    own: Tensor | None = None
+    whole: Tensor | None = None
+
+    @property
+    def inner(self) -> Tensor:
+        """PᵀP₋; its columns that are gone mean nothing."""
+        if self.whole is not None:
+            return self.whole
+        assert self.thin is not None
+        found = self.thin[0].mT @ self.thin[1].neg()
+        found.diagonal().add_(1.0)
+        return found
 
 
 class _PolarSide:
@@ -57,17 +68,14 @@ class _PolarSide:
             kept = self.columns.clone()
             kept[:, gone] = 0.0
             rest = self._polar(kept)
-            return _PolarLess(self.factor.mT @ rest, rest.mT @ rest)
+            return _PolarLess(own=rest.mT @ rest, whole=self.factor.mT @ rest)
         rows = self._resolved[:, gone]  # of Y: points × r × c
         lower = torch.linalg.cholesky(rows[:, :, gone])
         thin = torch.linalg.solve_triangular(lower, rows, upper=False) * self._weights[:, None, None]
         thin = thin.flatten(0, 1)
         thin[:, gone] = 0.0
         left = torch.cat([thin @ self._root, self._root[gone]])
-        inner = left.mT @ torch.cat([thin, self._inverse[gone]]).neg_()
-        inner.diagonal().add_(1.0)
-        inner[:, gone] = 0.0
-        return _PolarLess(inner, None)
+        return _PolarLess((left, torch.cat([thin, self._inverse[gone]])))
 
 
 def without(given: Apart, polar: Polar, choose: Choose) -> LeftOut:
@@ -100,8 +108,12 @@ def without(given: Apart, polar: Polar, choose: Choose) -> LeftOut:
 
 def _without(left: _PolarLess, right: _PolarLess, sigma: Tensor, kept: Tensor) -> Without:
     """Of X = PΣQᵀ and X₋ = P₋Σ₋Q₋ᵀ."""
+    if left.thin is not None and right.thin is not None:
+        (one, two), (three, four) = left.thin, right.thin
+        both = sigma * kept
+        straight = both.sum() - ((one * two).sum(0) + (three * four).sum(0)) @ both
+        inner = straight + (((one * sigma) @ three.mT) * ((two * kept) @ four.mT)).sum()
+        return Without(float(kept.square().sum()), float(inner))
     own = [one for one in (left.own, right.own) if one is not None]
-    square = kept.square() if len(own) == 0 else kept.square() * own[0].diagonal()
-    if len(own) == 2:
-        square = kept @ (own[0] * own[1]) * kept
+    square = kept.square() * own[0].diagonal() if len(own) == 1 else kept @ (own[0] * own[1]) * kept
     return Without(float(square.sum()), float(sigma @ (left.inner * right.inner) @ kept))
