@@ -230,8 +230,10 @@ def over(
 
 
 def _need(engine: Engine, member: Member) -> int:
-    """Peak bytes of a pass over a member, one tensor after the other; for an adapter, with what its largest piece
-    takes: the base's tensor, and products of its shape."""
+    """Peak bytes of a pass over a member, one tensor after the other; for an adapter, with what its largest piece can
+    take: the base's tensor, and products of its shape. What a state keeps of one are factors."""
+    if member.kept is not None:
+        return 8 * 2 * max(slot.nbytes for slots in engine.state.format.slots.values() for slot in slots.values())
     largest = max((spec.numel for spec in engine.base.specs), default=0) if member.form == "adapter" else 0
     return 4 * 4 * run_length(engine.device) + 6 * 4 * largest
 
