@@ -202,13 +202,13 @@ class Daemon:
                 free = (await asyncio.to_thread(shutil.disk_usage, state.path)).free
                 self.live.health.room(str(state.path), free, needs)
                 self.metrics.room(free, needs)
+                full = await asyncio.to_thread(showing.fullness_of, self.merge)
+                if full is not None:
+                    self.metrics.full(full.used / full.width, full.cut)
             except OSError as error:
                 self.live.health.fails("disk", str(state.path), told(error))
             else:
                 self.live.health.works("disk", str(state.path))
-            full = await asyncio.to_thread(showing.fullness_of, self.merge)
-            if full is not None:
-                self.metrics.full(full.used / full.width, full.cut)
             await asyncio.sleep(_DISK)
 
     async def _heartbeat(self) -> None:
