@@ -72,7 +72,11 @@ def _form(form: Mapping[str, Any] | None) -> list[str]:
     it."""
     if not form or form["width"] is None:
         return []
-    full = "" if form["used"] is None else f", the fullest layer has {form['used']}; {share(form['cut'])} was cut off"
+    full = (
+        ""
+        if form["used"] is None
+        else f", the fullest layer has {form['used']}; {share(form['cut'])} of what they change was cut off"
+    )
     return [f"keeps      adapters, at most {form['width']} singular triplets a layer{full}"]
 
 

@@ -70,7 +70,7 @@ def test_what_was_cut_off_is_said_of_each_fold_and_of_all(
     assert "<th>cut at fold</th><th>cut by now</th>" in page
     assert "<th>cosine</th><th>weight</th>" not in page, "which is not measured here"
     said = text(body | {"form": body["form"] | {"cut": total}})
-    assert f"the fullest layer has 6; {100 * total:.1f} % was cut off" in said
+    assert f"the fullest layer has 6; {100 * total:.1f} % of what they change was cut off" in said
     assert f"alice (cut 0.0 % when it came, {100 * alice['cut_now']:.1f} % by now)" in said
     answered.records(client.get("/api/log").json())
     assert f"weight 1, cut {100 * bob['cut']:.1f} %" in capsys.readouterr().out
