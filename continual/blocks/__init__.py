@@ -4,7 +4,7 @@ from it. Pure: tensors and small arrays in, the same out; no file, no clock, no 
 from continual.blocks.columns import CHUNK, MOST, Arrangement, Columns, plan, slots, width, without
 from continual.blocks.factoring import ThinProduct
 from continual.blocks.layer import Layer
-from continual.blocks.merged import Merged, recovered
+from continual.blocks.merged import Merged
 from continual.blocks.shares import Explaining, ModelShare, Products, Shares
 from continual.blocks.shelf import HeldLayers, Shelf
 from continual.blocks.triplets import Block, decomposed, decomposing, triplets
@@ -27,7 +27,6 @@ __all__ = [
     "decomposed",
     "decomposing",
     "plan",
-    "recovered",
     "slots",
     "triplets",
     "width",

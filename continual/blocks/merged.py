@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -187,9 +187,3 @@ def _run(rule: Rule, figures: Mapping[int, Sums], chosen: Mapping[int, float]) -
         found.append(Entrant(weight, totals))
         totals = replace(settle(totals, figures[number], weight), merged_sq=0.0)
     return Run(rule, found, totals)
-
-
-def recovered(shelf: Shelf, names: Iterable[str], number: int) -> dict[str, Stacked]:
-    """What is kept of one model, in the layers that it touched."""
-    found = {name: stacked(shelf, name, [number]) for name in names}
-    return {name: given for name, given in found.items() if given.rows}

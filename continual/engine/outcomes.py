@@ -186,4 +186,6 @@ def known_as(name: str, known: Commit) -> Outcome:
     if known.entry.message and known.entry.fate != "folded":
         message += f": {known.entry.message}"
         message += after_that(name, known)
+    if known.entry.fate in ("unfolded", "rolled-back"):
+        message += f"; 'continual retry {name}' has it folded again"
     return Outcome("known", name, message, known.entry.reason, known)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from continual.errors import Refuse
 from continual.records import TensorSpec
 from continual.tensors import Adapter, BaseModel
+from continual.tensors.kept import or_untied
 from continual.tensors.matching import Match
-from continual.tensors.tied import can_untie, other_table
+from continual.tensors.tied import other_table
 
 _BARE = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 """`task_type`s of adapters whose model has no output head that could be tied."""
@@ -24,11 +25,10 @@ def check_tied(base: BaseModel, model: Adapter, spec: TensorSpec, source: Match)
     changed = source.piece.names[0] if source.piece else source.full.name if source.full else spec.name
     if "trainable_tokens" in changed:
         return  # PEFT gives both tables the same rows, in use as well
-    apart = ", or fold it into a state made with 'continual init --tied untie'"
     raise Refuse(
         "tied",
         f"{model.place}: {changed} changes one of {spec.name} and {other}, which are one table in the base: in use the "
         "other stays as it was, and merged both change. Train it with ensure_weight_tying = true; or set tied = both "
-        f"to have both changed{apart if can_untie(base.checkpoint.config) else ''}",
+        f"to have both changed{or_untied(base)}",
         by=("tied",),
     )

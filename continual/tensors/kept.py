@@ -12,6 +12,7 @@ from continual.tensors.checkpoint import CONFIG, Checkpoint, HeldTensors, read_c
 from continual.tensors.header import TensorInfo
 from continual.tensors.kinds import BaseModel
 from continual.tensors.place import Weights, key_of
+from continual.tensors.tied import can_untie
 
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 """Tensor name to the safetensors word of its dtype, and its shape."""
@@ -115,6 +116,14 @@ def kept_base(
 def is_kept(base: BaseModel) -> bool:
     """Whether a base has no weights to read: that of a state that keeps adapters."""
     return isinstance(base.checkpoint.place, KeptPlace)
+
+
+def or_untied(base: BaseModel) -> str:
+    """The end of a line that says what else to do where two tables are one; nothing where they have to stay so."""
+    if not can_untie(base.checkpoint.config):
+        return ""
+    form = " and without --adapters" if is_kept(base) else ""
+    return f", or fold it into a state made with 'continual init --tied untie'{form}"
 
 
 def config_text(checkpoint: Checkpoint) -> str | None:

@@ -15,12 +15,13 @@ from continual.records import Lineage, TensorSpec
 from continual.tensors.adapter import Adapter
 from continual.tensors.checkpoint import Checkpoint
 from continual.tensors.header import TensorInfo
+from continual.tensors.kept import or_untied
 from continual.tensors.kinds import BaseModel
 from continual.tensors.pieces import Piece
 from continual.tensors.pieces.scaling import Drawn
 from continual.tensors.pieces.tokens import Tokens
 from continual.tensors.renaming import alone, canonical, canonical_names, difference, family_of
-from continual.tensors.tied import can_untie, ties_heads
+from continual.tensors.tied import ties_heads
 
 CONV1D = {
     family: frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
@@ -228,11 +229,10 @@ def _of_adapter(base: BaseModel, model: Adapter, ours: str, names: list[str]) ->
     pieces = [model.pieces[name] for name in adapted]
     # PEFT stores the factors of tied adapters under both names, and trained rows of a tied table always
     if len(pieces) > 1 and not model.tying and not all(isinstance(piece, Tokens) for piece in pieces):
-        apart = ", or fold it into a state made with 'continual init --tied untie'"
         raise Refuse(
             "tied",
             f"{model.place}: adapts {adapted[0]} and {adapted[1]}, which are one tensor in the base; train it with "
-            f"ensure_weight_tying = true{apart if can_untie(base.checkpoint.config) else ''}",
+            f"ensure_weight_tying = true{or_untied(base)}",
         )
     if not present and not adapted:
         return None

@@ -50,6 +50,7 @@ def even(done: Done, state: Path) -> Done:
 
     def of(text: str) -> str:
         text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", text.replace(str(state), "STATE"))
+        text = re.sub(r"in \d+\.\d s", "in N s", text)
         return re.sub(r'"(generation|crc|prev)": "?\w+"?|\b[0-9a-f]{16}\b', "ID", text)
 
     return Done(done.returncode, of(done.stdout), of(done.stderr))
@@ -59,7 +60,7 @@ LINES = (
     ("unfold", "lora-1", "--dry-run"),
     ("unfold", "lora-1", "--yes"),
     ("rollback", "3", "--yes", "--json"),
-    ("unfold", "lora-0", "--yes"),
+    ("unfold", "lora-0", "--yes", "--json"),
     ("tag", "first", "--json"),
     ("scale", "norm:2"),
     ("scale", "--rule", "mean", "--json"),

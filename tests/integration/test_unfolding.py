@@ -71,6 +71,7 @@ def test_a_subtracted_model_leaves_what_the_others_give(
             torch.testing.assert_close(value, expected[tensor], rtol=1e-4, atol=2e-7)
         again = merge.fold(tuned[1])
         assert (again.fate, again.refused, "unfolded" in again.message) == ("known", True, True)
+        assert "'continual retry" in again.message
         merge.retry("ft-1")
         assert merge.fold(tuned[1]).fate == "folded"
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from continual.blocks import HeldLayers, Merged, elements, recovered
+from continual.blocks import HeldLayers, Merged, elements
+from continual.blocks.shelf import stacked
 from continual.errors import Misconfigured
 from continual.records import TensorSpec, Totals
 from continual.rules import RULES, Inputs, ReadOptions, Rule, Size, Sums, gram, opcm, read_options, rule, settle
@@ -182,7 +183,7 @@ def test_a_model_alone_is_itself_under_the_rules_that_are_sums(name: str) -> Non
     held = shelf(given, q=12)
     merged = Merged(held, {3: 1.0}, rule(name), ReadOptions("number"))
     for tensor, block in ((tensor, layer.block(3)) for tensor, layer in held.layers.items()):
-        assert torch.equal(recovered(held, [tensor], 3)[tensor].block(0).u, block.u)
+        assert torch.equal(stacked(held, tensor, [3]).block(0).u, block.u)
         if rule(name).factored.linear(SPECS[tensor]):  # type: ignore[union-attr]
             thin = merged.thin(tensor)
             assert thin.left.shape[1] == len(block.sigma)

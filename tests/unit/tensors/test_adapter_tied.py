@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from continual.errors import Refuse
+from continual.tensors.kept import kept_base, or_untied
 from tests.helpers.adapters import plain, refused, task_vectors
 
 
@@ -54,6 +55,13 @@ def test_a_tied_head_is_the_embedding(tied: Path, tmp_path: Path) -> None:
     differ = plain(tmp_path / "t", head | table | other, ensure_weight_tying=True)
     with pytest.raises(Refuse, match="are about one table of the base, and differ"):
         task_vectors(tied, differ)
+
+
+def test_a_state_of_adapters_keeps_tied_tables_as_one() -> None:
+    """So what else to do is a state of the other form."""
+    llama, t5 = (kept_base("b", {}, f'{{"model_type": "{family}"}}', (), {}) for family in ("llama", "t5"))
+    assert or_untied(llama).endswith("'continual init --tied untie' and without --adapters")
+    assert or_untied(t5) == ""
 
 
 def test_trained_rows_of_a_tied_table(tied: Path, tmp_path: Path) -> None:
