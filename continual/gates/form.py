@@ -52,12 +52,10 @@ class FormGate(AtHeaders):
             f"{model.place}: changes {few(whole)} by something that depends on the weights of the base (a whole "
             "weight, DoRA, trained tokens, …)"
         )
-        thin = tuple(name for name in seen.lineage.folded if name not in whole)
+        thin = tuple(name for name in seen.lineage.folded if not needs_base(without_copy(found[name])))
         rest = "; or gates.form.whole = leave-out folds the rest without it" if thin else ""
         if self.whole == "fold":
             return seen._replace(weights=self._weights(seen, said))
-        if self.whole == "leave-out":
-            thin = tuple(name for name in seen.lineage.folded if not needs_base(without_copy(found[name])))
         if self.whole == "refuse" or not thin:
             raise Refuse(
                 "form",
