@@ -1,7 +1,9 @@
 """What an adapter costs where adapters are kept as they are (`continual init --adapters`), at shapes of real models.
 
     python -m tests.campaigns.bench.adapters                       # 0.5 B and 7 B, three adapters each
-    python -m tests.campaigns.bench.adapters --sizes 70b --folds 20 --width 64
+    python -m tests.campaigns.bench.adapters --sizes 70b --folds 2 --no-exports
+    python -m tests.campaigns.bench.adapters --sizes 70b --long 20 --width 64     # 15 GB of disk for a while
+    python -m tests.campaigns.bench.adapters --sizes small --long 1000 --width 64
     python -m tests.campaigns.bench.adapters --sizes 0.5b --dense  # beside a state of whole tensors (iso-c)
     python -m tests.campaigns.bench.adapters --sizes 0.5b --folds 16 --explain task-arithmetic iso-c tsv-m gram
     python -m tests.campaigns.bench.adapters --peft                # beside PEFT's add_weighted_adapter
@@ -10,6 +12,9 @@ The base has headers alone: its weight file is a hole, and it is deleted once th
 read it. Adapters are of rank 16 on all linear layers, in bfloat16, as PEFT writes them. Each fold is the whole command
 in a process of its own; its clock starts when all modules are imported. `step` is QR and SVD of the factors alone, in
 this process. Times are CPU seconds of one thread.
+
+`--long` folds many adapters in one process, without importing each time: the CPU of a fold between the cuts that halve
+the width, which is to stay the same, and the size of the state beside what its shapes say.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -64,6 +70,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
+    "small": Shape(4, 256, 64, 512, 1000),
     "0.5b": Shape(24, 896, 128, 4864, 151936),
     "7b": Shape(32, 4096, 1024, 14336, 32000),
     "70b": Shape(80, 8192, 1024, 28672, 128256),
@@ -119,9 +126,10 @@ def write(file: Path, tensors: Mapping[str, tuple[int, ...]], seed: int | None) 
             out.truncate(8 + len(text) + end)
             return
         draw = np.random.default_rng(seed)
-        for begin in range(0, end, 1 << 24):
-            values = draw.standard_normal(min(1 << 24, end - begin) // 2, np.float32) * np.float32(0.02)
-            out.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+        values = draw.standard_normal(min(1 << 24, end) // 2, np.float32) * np.float32(0.02)
+        block = (values.view(np.uint32) >> 16).astype(np.uint16)
+        for begin in range(0, end, 1 << 24):  # drawn once: drawing all takes longer than a fold
+            out.write(np.roll(block, begin and int(draw.integers(len(block))))[: (end - begin) // 2].tobytes())
 
 
 def base(directory: Path, shape: Shape, seed: int | None = None) -> Path:
@@ -166,9 +174,9 @@ def step(shape: Shape) -> float:
     return spent
 
 
-def fold(size: str, *, folds: int, width: int, dense: bool, explained: Sequence[str], work: Path) -> None:
-    """Folds adapters one after the other and prints what each took, what exports take, and what it takes to explain
-    readings by the rules `explained`."""
+def fold(size: str, *, folds: int, width: int, dense: bool, read: Sequence[str] | None, work: Path) -> None:
+    """Folds adapters one after the other and prints what each took, and, unless `read` is None, what exports take, and
+    what it takes to explain readings by these rules."""
     shape, state = SHAPES[size], work / "state"
     of = base(work / "base", shape, 0 if dense else None)
     forms = {"adapters": ["--adapters", "--width", str(width)]} | ({"dense": []} if dense else {})
@@ -194,7 +202,7 @@ def fold(size: str, *, folds: int, width: int, dense: bool, explained: Sequence[
         nbytes = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
         median = statistics.median(cost.cpu for cost in costs)
         print(f"  {form}: median fold {median:.2f} CPU s; the generation in force has {nbytes / 1e6:.0f} MB")
-        if not dense:
+        if read is not None:
             for rule in ("task-arithmetic", "iso-c", "tsv-m", "opcm"):
                 out = work / f"lora-{rule}"
                 cost = ran(
@@ -203,9 +211,50 @@ def fold(size: str, *, folds: int, width: int, dense: bool, explained: Sequence[
                 )
                 print(f"  export --as-lora {RANK} by {rule}: {cost.cpu:.2f} CPU s, {cost.memory / 1e6:.0f} MB at most")
                 shutil.rmtree(out)
-            for rule in explained:
+            for rule in read:
                 cost = ran("explain", "--rule", rule, "--state", str(state))
                 print(f"  explain {folds} models by {rule}: {cost.cpu:.2f} CPU s, {cost.memory / 1e6:.0f} MB at most")
+
+
+def long(size: str, *, folds: int, width: int, work: Path) -> None:
+    """Folds adapters one after the other in this process; prints the CPU of a fold between cuts, and the size of the
+    state beside its formula."""
+    import torch
+
+    import continual
+    from continual.blocks import width as width_of
+    from continual.making import Recipe
+
+    torch.set_num_threads(1)
+    shape, state = SHAPES[size], work / "state"
+    of = base(work / "base", shape)
+    continual.init(of, state, Recipe(width=width))
+    (of / "model.safetensors").unlink()
+    stretches: dict[int, list[tuple[int, float]]] = {}
+    with continual.open(state, write=True, workers=1) as merge:
+        for number in range(1, folds + 1):
+            model = adapter(work / str(number), shape, number, of)
+            began = time.process_time()
+            merge.fold(model)
+            spent = time.process_time() - began
+            shutil.rmtree(model)
+            stretches.setdefault(width_of([RANK] * number, width), []).append((number, spent))
+        nbytes = merge.state.generation_bytes()
+        kept = state / "generations" / str(merge.state.ledger.head.generation)
+    wide = min(RANK, width_of([RANK] * folds, width))
+    chunks = -(-min(width, wide * folds) // 16)
+    formula = sum(4 * 16 * chunks * (rows + columns) + 32 * width for rows, columns in shape.linear().values())
+    found = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
+    print(f"{size} shapes, {folds} adapters of rank {RANK}, width {width}, in one process")
+    for wide, costs in stretches.items():
+        after = [cost for _, cost in costs[1:]] or [costs[0][1]]
+        print(
+            f"  at most {min(wide, RANK)} triplets each, folds {costs[0][0]} to {costs[-1][0]}: the first "
+            f"{costs[0][1]:.2f} CPU s, then {statistics.median(after):.3f} in the middle"
+            f" ({min(after):.3f} to {max(after):.3f})"
+        )
+    print(f"  values {nbytes / 1e9:.3f} GB, by the formula {formula / 1e9:.3f}; all files {found / 1e9:.3f} GB")
+    print(f"  {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB of memory at most")
 
 
 def against_peft(work: Path, models: int = 4) -> None:
@@ -280,6 +329,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["0.5b", "7b"])
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--long", type=int, default=0, metavar="N", help="N folds in one process, and nothing else")
+    parser.add_argument("--no-exports", action="store_true", help="folds alone")
     parser.add_argument("--dense", action="store_true", help="beside a state of whole tensors; its base has weights")
     parser.add_argument("--explain", nargs="+", default=[], metavar="RULE", help="explain readings by these rules too")
     parser.add_argument("--peft", action="store_true", help="beside PEFT's add_weighted_adapter, and nothing else")
@@ -290,8 +341,11 @@ def main() -> None:
         return
     for size in given.sizes:
         with tempfile.TemporaryDirectory() as work:
-            form = {"width": given.width, "dense": given.dense}
-            fold(size, folds=given.folds, explained=given.explain, work=Path(work), **form)
+            if given.long:
+                long(size, folds=given.long, width=given.width, work=Path(work))
+                continue
+            read = None if given.dense or given.no_exports else given.explain
+            fold(size, folds=given.folds, width=given.width, dense=given.dense, read=read, work=Path(work))
 
 
 if __name__ == "__main__":
