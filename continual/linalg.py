@@ -192,14 +192,15 @@ def spans_cheaply(m: int, n: int, rank: int) -> bool:
     return 4 * width <= min(m, n) and 8 * 3 * (m + n) * width <= workspace(m, n)
 
 
-def longest(matrix: Tensor) -> float:
-    """A bound from above on the largest singular value of an m×k float64 matrix: at most k^{1/8} times that."""
-    scale = float(matrix.norm())
-    if not (math.isfinite(scale) and scale):
-        return scale
-    unit = (matrix / scale).float()
+def longest(matrices: Tensor) -> Tensor:
+    """A bound from above on the largest singular value of an m×k float64 matrix, at most k^{1/8} times that; of each,
+    where there are several (… × m × k)."""
+    scale = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    unit = (matrices / torch.where(scale > 0, scale, 1.0)).float()
     gram = unit.mT @ unit
-    return scale * math.sqrt(math.sqrt(float((gram @ gram).norm()))) * (1.0 + 1e-5)
+    bound = torch.linalg.vector_norm(gram @ gram, dim=(-2, -1)).double() ** 0.25
+    found: Tensor = scale[..., 0, 0] * bound * (1.0 + 1e-5)
+    return found
 
 
 def longest_inverse(matrix: Tensor) -> float:
@@ -207,9 +208,9 @@ def longest_inverse(matrix: Tensor) -> float:
     costs a third."""
     if bool(matrix.tril(-1).any()):
         inverse, failed = torch.linalg.inv_ex(matrix)
-        return math.inf if int(failed) else longest(inverse)
+        return math.inf if int(failed) else float(longest(inverse))
     unit = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    found = longest(torch.linalg.solve_triangular(matrix, unit, upper=True))
+    found = float(longest(torch.linalg.solve_triangular(matrix, unit, upper=True)))
     return found if math.isfinite(found) else math.inf
 
 

@@ -36,21 +36,30 @@ def without(total: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> LeftOut:
     values, z = torch.linalg.eigh(total.mT @ total)
     values = values.clamp(min=0)
     length = float(values[-1]) ** 0.5
-    most = length + max((linalg.longest(a) * linalg.longest(b) for a, b in terms), default=0.0)
+    ranks: dict[int, list[int]] = {}
+    for index, (a, _) in enumerate(terms):
+        ranks.setdefault(a.shape[1], []).append(index)
+    most = length + max((_longest([terms[index] for index in alike]) for alike in ranks.values()), default=0.0)
     least = max(linalg.NULL * length, _least(terms))
     whole = _Resolved(values, total @ z, z, *linalg.quadrature(least**2, most**2))
     unit = (whole.left * whole.mean) @ z.mT
     rests: list[Without | None] = [None] * len(terms)
-    ranks: dict[int, list[int]] = {}
-    for index, (a, _) in enumerate(terms):
-        if a.shape[1] == 0:
-            rests[index] = Without(*2 * [whole.mean**2 * whole.rank])
-        elif 4 * a.shape[1] < n:
-            ranks.setdefault(a.shape[1], []).append(index)
-    for alike in ranks.values():
-        for index, found in zip(alike, whole.less([terms[index] for index in alike]), strict=True):
-            rests[index] = found
+    for rank, alike in ranks.items():
+        if rank == 0:
+            found: list[Without | None] = [Without(*2 * [whole.mean**2 * whole.rank])] * len(alike)
+        elif 4 * rank < n:
+            found = whole.less([terms[index] for index in alike])
+        else:
+            continue
+        for index, one in zip(alike, found, strict=True):
+            rests[index] = one
     return LeftOut(unit if same else unit.mT, rests)
+
+
+def _longest(terms: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """A bound from above on the singular values of some terms of one rank."""
+    one, other = (linalg.longest(torch.stack(side)) for side in zip(*terms, strict=True))
+    return float((one * other).max())
 
 
 def _least(terms: Sequence[tuple[Tensor, Tensor]]) -> float:

@@ -202,3 +202,27 @@ def test_a_thin_projection_is_for_few_directions_and_takes_no_more_memory() -> N
     assert linalg.spans_cheaply(896, 896, 216)
     assert not linalg.spans_cheaply(896, 896, 217)
     assert not linalg.spans_cheaply(131072, 896, 16), "its factors are longer than the Gram is large"
+
+
+def test_bounds_on_the_longest_directions_hold_and_are_near() -> None:
+    random = torch.Generator().manual_seed(3)
+    square = torch.randn(40, 40, generator=random, dtype=torch.float64)
+    several = torch.stack([square[:, :5], 1e-9 * square[:, 5:10], 0.0 * square[:, 5:10]])
+    exact = torch.linalg.svdvals(several)[:, 0]
+    found = linalg.longest(several)
+    assert bool((exact <= found).all())
+    assert bool((found <= 5**0.125 * exact * (1 + 1e-4)).all())
+    heavy = square + 10.0 * torch.eye(40, dtype=torch.float64)
+    for matrix in (square, heavy.triu(), heavy.triu().tril()):
+        longest = 1.0 / float(torch.linalg.svdvals(matrix)[-1])
+        assert longest <= linalg.longest_inverse(matrix) <= 40**0.125 * longest * (1 + 1e-4)
+    assert linalg.longest_inverse(torch.zeros(4, 4, dtype=torch.float64)) == math.inf
+    square[1] = square[0]
+    assert linalg.longest_inverse(square) > 1e12
+
+
+def test_inner_products_are_those_of_float64_also_of_float32_vectors() -> None:
+    rows = torch.randn(30, 9000, generator=torch.Generator().manual_seed(5))
+    exact = rows.double() @ rows.double().mT
+    for given in (rows, rows.double()):
+        assert torch.allclose(linalg.gram(given), exact, rtol=1e-12, atol=1e-10)
