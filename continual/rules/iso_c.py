@@ -2,8 +2,9 @@
 
 Marczak et al. 2025, "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", section
 4.1. With S = Στ = U Σ Vᵀ a matrix reads c·σ̄·U_kV_kᵀ over the k singular values that are not null, σ̄ their mean: a
-polar factor over all p directions would put most of a rank-deficient sum's length into arbitrary ones. Everything else
-reads as the mean. All the work is at reading; a fold is an addition.
+polar factor over all p directions would put most of a rank-deficient sum's length into arbitrary ones. One model alone
+reads as it is: it has no other to make room for (ops/decisions/0050). Everything else reads as the mean. All the work
+is at reading; a fold is an addition.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def flat(total: Tensor) -> Tensor:
 
 
 def read(accumulators: Accumulators, totals: Totals) -> Tensor:
-    """The flat spectrum of S."""
-    return flat(accumulators[sums.SLOT].flatten(1))
+    """The flat spectrum of S; S itself of one model."""
+    total = accumulators[sums.SLOT].flatten(1)
+    return total.clone() if totals.count == 1 else flat(total)
 
 
 def add(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
@@ -47,7 +49,10 @@ def add(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals)
 
 
 def without(given: Apart) -> LeftOut:
-    """X, and of X without each of the terms of S: the square of its length, and its inner product with X."""
+    """X, and of X without each of the terms of S: the square of its length, and its inner product with X. Of two models
+    nothing, since what is left of them is read as it is."""
+    if given.totals.count <= 2:
+        return LeftOut(None, [None] * len(given.weights))
     terms = []
     for index, weight in enumerate(given.weights):
         left, right = given.term(index)

@@ -27,11 +27,12 @@ class ReadOptions:
     `norm`: as long as `value` (κ) times the mean norm of the folded task vectors; the paper of OPCM is κ = 1. `number`:
     what the rule reads times `value`. `spread`: the matrices are `value`·ρ^1.5 times as long as those of the mean task
     vector, ρ² being the stable rank of the task vectors, and everything else is as long as it is in the mean task
-    vector; for the rules that see matrices (ops/decisions/0014). `lines` = (α, β) scales each layer by α + β·depth
-    after that, depth being 0 for the first layer and what lies before it and 1 for the last (Wang et al. 2024, "LiNeS:
-    Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", equation 3). `rule` names the rule that
-    reads, where it is not the one that the state was made with. `weights`: of a state of adapters, keys of models and
-    the weight that each is read with, in place of that of its fold; sorted by key.
+    vector; one model alone is as long as it is; for the rules that see matrices (ops/decisions/0014, 0050).
+    `lines` = (α, β) scales each layer by α + β·depth after that, depth being 0 for the first layer and what lies before
+    it and 1 for the last (Wang et al. 2024, "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model
+    Merging", equation 3). `rule` names the rule that reads, where it is not the one that the state was made with.
+    `weights`: of a state of adapters, keys of models and the weight that each is read with, in place of that of its
+    fold; sorted by key.
     """
 
     policy: Policy
@@ -137,7 +138,8 @@ class ReadOptions:
         `norm`: s = min(κ, t)·n̄/‖X‖ with n̄ the mean of ‖τ_1‖ … ‖τ_t‖, held at max(`size.most`, n̄/‖X‖): κ = 1 is the
         paper's law exactly; a larger κ makes the merged task vector no longer than all task vectors end to end, or than
         the plain sum where X is one.
-        `spread`: c·ρ^1.5·n̄/‖X‖ over the matrices; n̄/‖X‖, but no more than what makes it the plain sum, over the rest.
+        `spread`: c·ρ^1.5·n̄/‖X‖ over the matrices, n̄/‖X‖ of one model alone: nothing gets in its way. n̄/‖X‖, but no
+        more than what makes it the plain sum, over the rest.
         """
         if self.policy == "number":
             return self.value, self.value
@@ -158,8 +160,9 @@ class ReadOptions:
         matrices, rest = size.parts
         norms = totals.matrices.matrix_norm_sum
         spread = totals.matrices.spread_sum / norms if norms else 0.0
+        longer = self.value * spread**1.5 if count > 1 else 1.0
         return (
-            self.value * spread**1.5 * _ratio(norms / count, matrices),
+            longer * _ratio(norms / count, matrices),
             min(_ratio(totals.matrices.plain_norm_sum / count, rest), size.most),
         )
 

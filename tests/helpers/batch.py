@@ -172,6 +172,8 @@ def _spectral(models: Models, matrices: set[str], merge: Callable[[list[Tensor]]
 
 
 def _iso(taus: list[Tensor]) -> Tensor:
+    if len(taus) == 1:
+        return taus[0]
     u, sigma, vh = torch.linalg.svd(torch.stack(taus).sum(0), full_matrices=False)
     held = sigma > NULL * sigma[0]
     return sigma[held].mean() * u[:, held] @ vh[held]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from continual.errors import Misconfigured
 from continual.records import Totals
-from continual.rules import RULES, Inputs, Pass, gram, rule, trimming
+from continual.rules import RULES, Inputs, Pass, Size, gram, read_options, rule, trimming
 from tests.helpers import batch
 from tests.helpers.batch import BATCH
 from tests.helpers.streams import MATRICES, SHAPES, SPECS, Models, Stream, bound, distance, measure, model_lists
@@ -37,6 +37,26 @@ def test_streaming_is_the_batch_form_at_every_step(name: str, models: Models) ->
             folded = [model[tensor] for model in models[:step]]
             within = bound(name, folded if tensor in MATRICES else ())
             assert distance(merged[tensor], expected[tensor], folded) < within, (tensor, step)
+
+
+@pytest.mark.parametrize("name", [n for n, row in RULES.items() if row.read.policy == "spread" and n != "gram"])
+@given(models=model_lists())
+@settings(max_examples=15, deadline=None)
+def test_one_model_alone_reads_as_itself(name: str, models: Models) -> None:
+    """Of gram nearly: its ridge shortens what is small."""
+    stream = Stream(name)
+    stream.fold(models[0])
+    merged = stream.read()
+    matrices, rest = (
+        math.sqrt(
+            sum(float(merged[tensor].double().square().sum()) for tensor in SHAPES if (tensor in MATRICES) == one)
+        )
+        for one in (True, False)
+    )
+    found = read_options(name).factors(stream.totals, Size(None, math.inf, (matrices, rest)))
+    for tensor, tau in models[0].items():
+        read = merged[tensor] * found[0 if tensor in MATRICES else 1]
+        assert distance(read, tau, [tau]) < bound(name, [tau] if tensor in MATRICES else ()), tensor
 
 
 @given(models=model_lists())

@@ -45,6 +45,12 @@ def test_spread_scales_matrices_by_how_many_directions_they_lie_in_and_the_rest_
     assert factors("spread", Size(None, 4.0, (0.0, 0.0))) == (0.0, 0.0), "nothing there"
 
 
+def test_one_model_alone_is_as_long_as_it_is() -> None:
+    one = Totals(count=1.0, norm_sum=8.0, matrices=MatrixTotals(6.0, 2.0, 12.0))
+    assert factors("spread:1.15", Size(None, 1.0, (6.0, 2.0)), one) == pytest.approx((1.0, 1.0))
+    assert factors("spread:0.1", Size(None, 4.0, (3.0, 0.5)), one) == pytest.approx((2.0, 4.0))
+
+
 def test_folds_that_measured_no_spread_are_not_read_as_nothing() -> None:
     with pytest.raises(Misconfigured, match="norm or a number"):
         factors("spread", Size(None, 1.0, (3.0, 0.25)), Totals(count=2.0, norm_sum=3.0))
