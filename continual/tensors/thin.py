@@ -96,10 +96,14 @@ class LayerVectors:
         return info.file, info.offset
 
     def nbytes(self, name: str) -> int:
-        """Bytes of the adapter's file that the layer is read from."""
-        source = self._sources[name]
+        """Bytes that the tensor is read from: of the adapter's file, and of the base where it takes its weights."""
+        source, spec = self._sources[name], self._specs[name]
         read = () if source.piece is None else self._model.infos(source.piece)
-        return sum(info.nbytes for info in (*read, *((source.full,) if source.full else ())))
+        mine: int = sum(info.nbytes for info in (*read, *((source.full,) if source.full else ())))
+        if not needs_base(source):
+            return mine
+        tokens = self._tokens(name)
+        return mine + (spec.nbytes if tokens is None else len(tokens.rows) * spec.nbytes // spec.shape[0])
 
     def workspace(self, name: str) -> int:
         """Peak bytes of reading a layer that is not read as factors, with what is read."""
