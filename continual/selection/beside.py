@@ -78,15 +78,15 @@ def write(under_way: OpenRound, space: SearchSpace, chosen: Chosen, progress: Pr
     entered = [member for member in entering if member.key in weights]
     if not entered and not out:
         return state.record(ended)
-    numbers = dict(zip(free_numbers(state, len(entered)), entered, strict=True))
+    called = dict(zip(free_numbers(state, len(entered)), entered, strict=True))
     gone = [fold.entry.numbers.block or 0 for fold in state.ledger.folds() if fold.entry.candidate.key in out]
     nbytes = state.generation_bytes() + sum(4 * member.candidate.nbytes for member in entered)
     with state.begin(writes=nbytes) as transaction, ExitStack() as files:
-        coming = {number: files.enter_context(opened(engine, member)) for number, member in numbers.items()}
+        coming = {number: files.enter_context(opened(engine, member)) for number, member in called.items()}
         lost = _blocks(engine, transaction, _Move(gone, coming), progress)
         engine.go_on("the round")
         folds = []
-        for number, member in numbers.items():
+        for number, member in called.items():
             norm = after.norms[member.key]
             square = norm**2 or 1.0
             _has_room(engine, member, lost[number].whole / square)

@@ -110,9 +110,9 @@ class _Downhill:
         rows: scoring.OnRows,
         worth: Callable[[Sequence[float]], float],
     ) -> None:
-        numbers = {key: number for number, key in _keys(reading).items()}
+        by_key = {key: number for number, key in _keys(reading).items()}
         self._start, self._rows, self._worth = dict(reading.chosen), rows, worth
-        self._groups = [[numbers[key] for key in group] for group in groups]
+        self._groups = [[by_key[key] for key in group] for group in groups]
         self._slopes = slopes.Slopes(reading, self._groups, rows.executor)
         self.trials: dict[tuple[float, ...], float] = {}
 
