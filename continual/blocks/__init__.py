@@ -6,7 +6,7 @@ from continual.blocks.factoring import ThinProduct
 from continual.blocks.layer import Layer
 from continual.blocks.merged import Merged
 from continual.blocks.shares import Explaining, ModelShare, Products, Shares
-from continual.blocks.shelf import HeldLayers, Shelf
+from continual.blocks.shelf import Shelf
 from continual.blocks.triplets import Block, decomposed, decomposing, triplets
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "Block",
     "Columns",
     "Explaining",
-    "HeldLayers",
     "Layer",
     "Merged",
     "ModelShare",

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from continual.blocks.columns import Columns
-from continual.blocks.layer import Layer
 from continual.blocks.triplets import Block
 from continual.records import TensorSpec
 
@@ -31,22 +30,6 @@ class Shelf(Protocol):
     def vectors(self, name: str, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The rows of `u` and of `v` that belong to the chosen columns, float32, in new memory or not."""
         ...
-
-
-class HeldLayers(NamedTuple):
-    """Layers in memory."""
-
-    specs: Mapping[str, TensorSpec]
-    layers: Mapping[str, Layer]
-
-    def columns(self, name: str) -> Columns:
-        """As the protocol says."""
-        return self.layers[name].columns if name in self.layers else Columns.empty(0)
-
-    def vectors(self, name: str, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """As the protocol says."""
-        layer = self.layers[name]
-        return layer.u[list(chosen)], layer.v[list(chosen)]
 
 
 class Stacked(NamedTuple):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,10 @@ from tests.campaigns.faults.steps.campaign import Failure, campaign
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A directory in memory, where there is one: every run syncs what it writes."""
-    place = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(dir=place) as directory:
-        yield Path(directory)
-
-
 def test_killed_at_every_step(memory: Path) -> None:
-    found = campaign(memory, ("init", "fold", "tag"), ("iso-c",))
-    assert found["runs"] > 90
+    """An init is killed below."""
+    found = campaign(memory, ("fold", "tag"), ("iso-c",))
+    assert found["runs"] > 50
 
 
 def test_a_full_disk_and_a_failing_one_at_every_step(memory: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from continual.blocks import HeldLayers, Layer, triplets
+from continual.blocks import Columns, Layer, triplets
 from continual.records import TensorSpec
 
 Factors = tuple[Tensor, Tensor]
@@ -29,6 +29,22 @@ SPECS = {
     n: TensorSpec(n, s, "F32", "matrix" if n in MATRICES else "plain", place / 4)
     for place, (n, s) in enumerate(SHAPES.items())
 }
+
+
+class HeldLayers(NamedTuple):
+    """A shelf of layers in memory."""
+
+    specs: Mapping[str, TensorSpec]
+    layers: Mapping[str, Layer]
+
+    def columns(self, name: str) -> Columns:
+        """As the protocol says."""
+        return self.layers[name].columns if name in self.layers else Columns.empty(0)
+
+    def vectors(self, name: str, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As the protocol says."""
+        layer = self.layers[name]
+        return layer.u[list(chosen)], layer.v[list(chosen)]
 
 
 def sides(name: str) -> tuple[int, int]:

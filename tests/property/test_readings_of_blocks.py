@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from continual.blocks import HeldLayers, Merged, elements
+from continual.blocks import Merged, elements
 from continual.blocks.shelf import stacked
 from continual.errors import Misconfigured
 from continual.records import TensorSpec, Totals
 from continual.rules import RULES, Inputs, ReadOptions, Rule, Size, Sums, gram, opcm, read_options, rule, settle
 from tests.helpers import batch
 from tests.helpers.batch import BATCH
-from tests.helpers.shelves import MATRICES, REGIMES, SHAPES, SPECS, Regime, adapters, dense, shelf
+from tests.helpers.shelves import MATRICES, REGIMES, SHAPES, SPECS, HeldLayers, Regime, adapters, dense, shelf
 from tests.helpers.streams import distance
 
 pytestmark = pytest.mark.slow

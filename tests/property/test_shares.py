@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from continual.blocks import Explaining, HeldLayers, Merged, ModelShare
+from continual.blocks import Explaining, Merged, ModelShare
 from continual.records import TensorSpec
 from continual.rules import RULES, Rule, read_options, rule
-from tests.helpers.shelves import SPECS, Regime, adapters, dense, shelf
+from tests.helpers.shelves import SPECS, HeldLayers, Regime, adapters, dense, shelf
 
 pytestmark = pytest.mark.slow
 
