@@ -212,7 +212,7 @@ def fold(size: str, *, folds: int, width: int, dense: bool, read: Sequence[str] 
                 print(f"  export --as-lora {RANK} by {rule}: {cost.cpu:.2f} CPU s, {cost.memory / 1e6:.0f} MB at most")
                 shutil.rmtree(out)
             for rule in read:
-                cost = ran("explain", "--rule", rule, "--state", str(state))
+                cost = ran("explain", "--rule", rule, "--workers", "1", "--state", str(state))
                 print(f"  explain {folds} models by {rule}: {cost.cpu:.2f} CPU s, {cost.memory / 1e6:.0f} MB at most")
 
 
