@@ -24,9 +24,9 @@ from continual.rules import ReadAs, ReadOptions, read_as, read_options, reader, 
 from continual.state import Format, State
 from continual.state.format import AdaptersForm, BaseRecord, HeaderRecord
 from continual.tensors import BaseModel, Checkpoint, Folder, Place, describe
-from continual.tensors.kept import config_text
-from continual.tensors.thin import sides_of
-from continual.tensors.tied import can_untie, untied
+from continual.tensors.bases.kept import config_text
+from continual.tensors.names.tied import can_untie, untied
+from continual.tensors.vectors.thin import sides_of
 
 if TYPE_CHECKING:
     from continual.hub import Hub

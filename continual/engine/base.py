@@ -18,14 +18,15 @@ from continual.linalg import dot
 from continual.records import SCHEME
 from continual.state import State
 from continual.state.format import BaseFile, BaseRecord
-from continual.tensors import Adapter, BaseModel, Checkpoint, Place, describe, foreign, open_model
-from continual.tensors.checkpoint import TORCH, part_files
-from continual.tensors.compound import COPIED, manifest_of, parts_of
-from continual.tensors.kept import kept_base
-from continual.tensors.kinds import as_made
-from continual.tensors.packed import unpacked
-from continual.tensors.place import MANIFESTS
-from continual.tensors.quantised import form_of
+from continual.tensors import Adapter, BaseModel, Checkpoint, Place, describe, open_model
+from continual.tensors.bases.kept import kept_base
+from continual.tensors.bases.packed import unpacked
+from continual.tensors.checkpoints import foreign
+from continual.tensors.checkpoints.checkpoint import TORCH, part_files
+from continual.tensors.checkpoints.compound import COPIED, manifest_of, parts_of
+from continual.tensors.checkpoints.place import MANIFESTS
+from continual.tensors.checkpoints.quantised import form_of
+from continual.tensors.names.kinds import as_made
 
 if TYPE_CHECKING:
     from continual.hub import Hub, Repo

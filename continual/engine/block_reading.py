@@ -20,7 +20,7 @@ from continual.records import TensorSpec
 from continual.rules import ReadOptions, Rule, Size
 from continual.state import State
 from continual.state.format import Commit, FoldCommit
-from continual.tensors.thin import sides_of
+from continual.tensors.vectors.thin import sides_of
 
 _ROUNDED = 1e-6
 """What rounding may take of a model's ‖τ‖², relative; beyond that something was cut."""

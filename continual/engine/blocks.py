@@ -40,7 +40,7 @@ from continual.state import State, Transaction
 from continual.state.arrays import Array
 from continual.state.generation import Generation
 from continual.tensors import Adapter, BaseModel, Folder, LayerVectors, ThinVector, WholeVector, digest_of
-from continual.tensors.thin import sides_of
+from continual.tensors.vectors.thin import sides_of
 
 
 class _Tensor(NamedTuple):

@@ -43,7 +43,7 @@ from continual.tensors import (
     release_of,
     unreadable,
 )
-from continual.tensors.kept import is_kept
+from continual.tensors.bases.kept import is_kept
 
 
 class Engine:

@@ -12,7 +12,7 @@ from continual.engine.reading import Reading
 from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task, silent
 from continual.records import TensorSpec
-from continual.tensors.kinds import layer_in
+from continual.tensors.names.kinds import layer_in
 
 _LONG = 4000
 """Layers times models above which an export finds shares of sums alone: some twelve CPU seconds under `iso-c`."""

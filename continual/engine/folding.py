@@ -24,8 +24,8 @@ from continual.records import Lineage, TensorSpec, Totals
 from continual.rules import Counts, Folded, Inputs, Pass, Rule, Sums, last_out
 from continual.state import Transaction
 from continual.tensors import TaskVectors
-from continual.tensors.added import Content
-from continual.tensors.vectors import RUN
+from continual.tensors.vectors.added import Content
+from continual.tensors.vectors.vectors import RUN
 
 RUN_ON_DEVICE = 1 << 22
 """Elements of a run on an accelerator: enough to be worth a transfer and a kernel."""

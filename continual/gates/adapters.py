@@ -9,12 +9,12 @@ from typing import Literal
 from continual.errors import Refuse
 from continual.outside import few
 from continual.tensors import Adapter, BaseModel
-from continual.tensors.adapter_files import VALUE_HEADS
-from continual.tensors.buffers import is_buffer
-from continual.tensors.kinds import is_vocabulary
-from continual.tensors.leftovers import in_layer, is_head, is_output
-from continual.tensors.matching import Match, Naming, carried_of, names_of
-from continual.tensors.renaming import family_of
+from continual.tensors.adapters.adapter_files import VALUE_HEADS
+from continual.tensors.checkpoints.buffers import is_buffer
+from continual.tensors.matched.matching import Match, Naming, carried_of, names_of
+from continual.tensors.names.kinds import is_vocabulary
+from continual.tensors.names.leftovers import in_layer, is_head, is_output
+from continual.tensors.names.renaming import family_of
 
 
 def check_brought(

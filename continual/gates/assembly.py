@@ -8,9 +8,9 @@ from typing import Literal
 from continual.errors import Refuse
 from continual.gates.contract import AtHeaders, Headers
 from continual.tensors import Adapter
-from continual.tensors.compound import PIPELINE, differing, manifest_of
-from continual.tensors.foreign import release_of
-from continual.tensors.loras.targets import prefixes
+from continual.tensors.adapters.loras.targets import prefixes
+from continual.tensors.checkpoints.compound import PIPELINE, differing, manifest_of
+from continual.tensors.checkpoints.foreign import release_of
 
 
 @dataclass(frozen=True)

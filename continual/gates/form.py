@@ -9,10 +9,10 @@ from continual.errors import Halt, Refuse
 from continual.gates.contract import AtHeaders, Headers
 from continual.outside import few
 from continual.tensors import Adapter, BaseModel
-from continual.tensors.kept import is_kept
-from continual.tensors.matching import naming_of, sources
-from continual.tensors.same_layout import in_layout_of
-from continual.tensors.thin import needs_base, without_copy
+from continual.tensors.bases.kept import is_kept
+from continual.tensors.layouts.same_layout import in_layout_of
+from continual.tensors.matched.matching import naming_of, sources
+from continual.tensors.vectors.thin import needs_base, without_copy
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from continual.errors import Refuse
 from continual.gates.contract import Headers
 from continual.outside import shown
 from continual.tensors import Adapter
-from continual.tensors.loras.architecture import kinds_of, told_by
-from continual.tensors.loras.file import LoraFile
+from continual.tensors.adapters.loras.architecture import kinds_of, told_by
+from continual.tensors.adapters.loras.file import LoraFile
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CACHED = re.compile(r"(?:^|/)models--(?P<owner>[^/]+?)--(?P<name>[^/]+)(?:/|$)")

@@ -15,11 +15,13 @@ from continual.gates.vocabulary import check_pieces, corresponding, tables_of
 from continual.outside import few
 from continual.records import Lineage, TensorSpec
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, TensorInfo
-from continual.tensors.buffers import is_buffer, is_computed
-from continual.tensors.checkpoint import FLOATS
-from continual.tensors.foreign import layout_of
-from continual.tensors.kinds import is_vocabulary
-from continual.tensors.leftovers import (
+from continual.tensors.checkpoints.buffers import is_buffer, is_computed
+from continual.tensors.checkpoints.checkpoint import FLOATS
+from continual.tensors.checkpoints.foreign import layout_of
+from continual.tensors.layouts.same_layout import in_layout_of, repackings
+from continual.tensors.matched.matching import Match, names_of, naming, renamings, sources
+from continual.tensors.names.kinds import is_vocabulary
+from continual.tensors.names.leftovers import (
     Left,
     in_layer,
     of_an_adapter,
@@ -28,9 +30,7 @@ from continual.tensors.leftovers import (
     of_another_task,
     same_after_all,
 )
-from continual.tensors.matching import Match, names_of, naming, renamings, sources
-from continual.tensors.renaming import family_of
-from continual.tensors.same_layout import in_layout_of, repackings
+from continual.tensors.names.renaming import family_of
 
 
 @dataclass(frozen=True)

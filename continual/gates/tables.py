@@ -5,9 +5,9 @@ from __future__ import annotations
 from continual.errors import Refuse
 from continual.records import TensorSpec
 from continual.tensors import Adapter, BaseModel
-from continual.tensors.kept import or_untied
-from continual.tensors.matching import Match
-from continual.tensors.tied import other_table
+from continual.tensors.bases.kept import or_untied
+from continual.tensors.matched.matching import Match
+from continual.tensors.names.tied import other_table
 
 _BARE = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 """`task_type`s of adapters whose model has no output head that could be tied."""

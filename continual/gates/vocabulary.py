@@ -10,11 +10,11 @@ from continual.errors import Refuse
 from continual.outside import shown
 from continual.records import TensorSpec, TokenRows
 from continual.tensors import Adapter, BaseModel, Checkpoint
-from continual.tensors.kinds import is_positions, vocabularies
-from continual.tensors.matching import Match
-from continual.tensors.pieces.tokens import Tokens
-from continual.tensors.row_order import moved_of
-from continual.tensors.tokenizer import Tokenizer, compared, is_same, tokenizer_of
+from continual.tensors.adapters.pieces.tokens import Tokens
+from continual.tensors.matched.matching import Match
+from continual.tensors.matched.row_order import moved_of
+from continual.tensors.matched.tokenizer import Tokenizer, compared, is_same, tokenizer_of
+from continual.tensors.names.kinds import is_positions, vocabularies
 
 _OTHER_SIZE = "not a fine-tune of this base, or one whose layers were made larger or smaller"
 _RESIZED = (

@@ -36,7 +36,7 @@ from continual.hub.line import Line
 from continual.hub.proof import is_known, same
 from continual.hub.trouble import Failed, Trouble, next_of, said
 from continual.retrying import Fault
-from continual.tensors.files import LARGEST_CONFIG
+from continual.tensors.checkpoints.files import LARGEST_CONFIG
 
 if TYPE_CHECKING:
     from continual.hub.wire import Answer

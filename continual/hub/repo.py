@@ -23,8 +23,8 @@ from continual.hub.trouble import Trouble
 from continual.outside import shown
 from continual.records import SCHEME, FileStat
 from continual.retrying import Fault
-from continual.tensors.files import Files
-from continual.tensors.place import Weights, is_within
+from continual.tensors.checkpoints.files import Files
+from continual.tensors.checkpoints.place import Weights, is_within
 
 _ETAG_SECONDS = 20.0
 _DOWNLOAD_SECONDS, _SLOWEST = 600.0, 20_000

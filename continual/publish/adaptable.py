@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from continual.records import TensorSpec
 from continual.tensors import BaseModel
-from continual.tensors.kinds import is_vocabulary, kind_of
-from continual.tensors.matching import CONV1D
-from continual.tensors.renaming import family_of, loaded
+from continual.tensors.names.conv1d import CONV1D
+from continual.tensors.names.kinds import is_vocabulary, kind_of
+from continual.tensors.names.renaming import family_of, loaded
 
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|embed_in|tok_embeddings|tokens_embed|positions_embed|wte|wpe|shared|word_embeddings?"

@@ -16,10 +16,10 @@ from continual.errors import Misconfigured
 from continual.publish.adaptable import Adapted
 from continual.records import TensorSpec
 from continual.tensors import BaseModel
-from continual.tensors.kinds import kind_of
-from continual.tensors.loras.architecture import SDXL, kinds_of
-from continual.tensors.loras.releases import unet
-from continual.tensors.loras.targets import ENCODERS, prefixes
+from continual.tensors.adapters.loras.architecture import SDXL, kinds_of
+from continual.tensors.adapters.loras.releases import unet
+from continual.tensors.adapters.loras.targets import ENCODERS, prefixes
+from continual.tensors.names.kinds import kind_of
 
 LoraFormat = Literal["peft", "kohya", "diffusers"]
 FORMATS: tuple[LoraFormat, ...] = ("peft", "kohya", "diffusers")

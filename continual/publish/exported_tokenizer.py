@@ -15,8 +15,8 @@ from pathlib import Path
 from continual.errors import Misconfigured, Refuse
 from continual.outside import Malformed, few, parse_fields, shown
 from continual.tensors import BaseModel, Place
-from continual.tensors.kinds import vocabularies
-from continual.tensors.tokenizer import CLOSED, CONFIG, TOKENIZER, Tokenizer, compared, is_same
+from continual.tensors.matched.tokenizer import CLOSED, CONFIG, TOKENIZER, Tokenizer, compared, is_same
+from continual.tensors.names.kinds import vocabularies
 
 _CORES = (TOKENIZER, "vocab.json", "vocab.txt", *CLOSED)
 _BESIDE = (

@@ -32,10 +32,10 @@ from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, TensorSpec
 from continual.state.durable import move_away, publish_dir, replace_link, usable
 from continual.tensors import BaseModel, Checkpoint, TensorInfo
-from continual.tensors.compound import MODULES, manifest_of, parts_of
-from continual.tensors.place import RELEASE, Place
-from continual.tensors.tied import tables_apart
-from continual.tensors.weight_sets import index_for, stem_of
+from continual.tensors.checkpoints.compound import MODULES, manifest_of, parts_of
+from continual.tensors.checkpoints.place import RELEASE, Place
+from continual.tensors.checkpoints.weight_sets import index_for, stem_of
+from continual.tensors.names.tied import tables_apart
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")

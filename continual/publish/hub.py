@@ -26,9 +26,9 @@ from continual.outside import Malformed, parse_fields
 from continual.retrying import Fault
 from continual.state import Commit
 from continual.state.entries import ReleaseEntry
-from continual.tensors.adapter_config import CONFIG
-from continual.tensors.files import LARGEST_CONFIG
-from continual.tensors.place import RELEASE
+from continual.tensors.adapters.adapter_config import CONFIG
+from continual.tensors.checkpoints.files import LARGEST_CONFIG
+from continual.tensors.checkpoints.place import RELEASE
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete

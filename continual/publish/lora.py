@@ -38,10 +38,10 @@ from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, SCHEME, TensorSpec
 from continual.state.format import BaseRecord
 from continual.tensors import BaseModel
-from continual.tensors.adapter_config import CONFIG
-from continual.tensors.loras.targets import prefixes
-from continual.tensors.place import RELEASE
-from continual.tensors.renaming import family_of, is_known
+from continual.tensors.adapters.adapter_config import CONFIG
+from continual.tensors.adapters.loras.targets import prefixes
+from continual.tensors.checkpoints.place import RELEASE
+from continual.tensors.names.renaming import family_of, is_known
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from continual.objectives.parameters import find_parameters
 from continual.records import TensorSpec
 from continual.selection.members import Member, Opened, opened, over
 from continual.selection.mixing import layers
-from continual.tensors.in_classes import elsewhere
+from continual.tensors.layouts.in_classes import elsewhere
 
 
 class Score(NamedTuple):

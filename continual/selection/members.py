@@ -35,7 +35,7 @@ from continual.tensors import (
     candidate_of,
     open_model,
 )
-from continual.tensors.thin import sides_of
+from continual.tensors.vectors.thin import sides_of
 
 T = TypeVar("T")
 Factors = tuple[Tensor, Tensor]

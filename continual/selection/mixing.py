@@ -25,7 +25,7 @@ from continual.rules.sums import SLOT
 from continual.selection.members import Member, Opened, opened
 from continual.state import State, Transaction
 from continual.tensors import BaseModel
-from continual.tensors.added import Content
+from continual.tensors.vectors.added import Content
 
 NOTHING = 1e-15
 """Weights below this are rounding."""

@@ -23,8 +23,8 @@ from continual.state.durable import environment, link_tree
 from continual.state.entries import ReleaseEntry
 from continual.state.format import FoldCommit
 from continual.state.software import software
-from continual.tensors.adapter_config import CONFIG
-from continual.tensors.place import RELEASE
+from continual.tensors.adapters.adapter_config import CONFIG
+from continual.tensors.checkpoints.place import RELEASE
 
 
 class Look(NamedTuple):

@@ -20,13 +20,14 @@ from typing import NamedTuple
 
 from continual.errors import Refuse, Retry
 from continual.records import FileStat
-from continual.tensors import Folder, header
-from continual.tensors.adapter import weights_in
-from continual.tensors.adapter_config import CONFIG as ADAPTER
-from continual.tensors.checkpoint import CONFIG, INDEX, SINGLE, opened_files, weight_files
-from continual.tensors.compound import COPIED, Part, parts_of
-from continual.tensors.files import Files
-from continual.tensors.place import MANIFESTS, key_of
+from continual.tensors import Folder
+from continual.tensors.adapters.adapter import weights_in
+from continual.tensors.adapters.adapter_config import CONFIG as ADAPTER
+from continual.tensors.checkpoints import header
+from continual.tensors.checkpoints.checkpoint import CONFIG, INDEX, SINGLE, opened_files, weight_files
+from continual.tensors.checkpoints.compound import COPIED, Part, parts_of
+from continual.tensors.checkpoints.files import Files
+from continual.tensors.checkpoints.place import MANIFESTS, key_of
 
 MARKS = (INDEX, SINGLE, ADAPTER)
 _BESIDE = (*MARKS, CONFIG, *MANIFESTS)

@@ -8,17 +8,17 @@ from typing import Literal
 from continual.errors import Refuse
 from continual.outside import shown
 from continual.records import Candidate, Lineage
-from continual.tensors.adapter import Adapter
-from continual.tensors.adapter_config import CONFIG
-from continual.tensors.adapter_files import check_adapter, check_elsewhere
-from continual.tensors.checkpoint import FLOATS, Checkpoint, open_checkpoint
-from continual.tensors.compound import MODULES, WHOLE, manifest_of, parts_of
-from continual.tensors.kinds import BaseModel
-from continual.tensors.loras.file import LoraFile
-from continual.tensors.loras.parsing import is_lora
-from continual.tensors.matching import naming_of, sources
-from continual.tensors.place import Place, place_of
-from continual.tensors.same_layout import checkpoint_in_layout_of
+from continual.tensors.adapters.adapter import Adapter
+from continual.tensors.adapters.adapter_config import CONFIG
+from continual.tensors.adapters.adapter_files import check_adapter, check_elsewhere
+from continual.tensors.adapters.loras.file import LoraFile
+from continual.tensors.adapters.loras.parsing import is_lora
+from continual.tensors.checkpoints.checkpoint import FLOATS, Checkpoint, open_checkpoint
+from continual.tensors.checkpoints.compound import MODULES, WHOLE, manifest_of, parts_of
+from continual.tensors.checkpoints.place import Place, place_of
+from continual.tensors.layouts.same_layout import checkpoint_in_layout_of
+from continual.tensors.matched.matching import naming_of, sources
+from continual.tensors.names.kinds import BaseModel
 
 Model = Checkpoint | Adapter
 

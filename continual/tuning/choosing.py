@@ -30,8 +30,8 @@ from continual.state.entries import TuneEntry
 from continual.state.parts import CommandEvaluation, RowsEvaluation
 from continual.state.transaction import room
 from continual.tensors import Folder
-from continual.tensors.checkpoint import open_checkpoint
-from continual.tensors.in_classes import elsewhere
+from continual.tensors.checkpoints.checkpoint import open_checkpoint
+from continual.tensors.layouts.in_classes import elsewhere
 from continual.tuning import command, record, scoring, scratch
 from continual.tuning.search import LEAST, Range, Trial, best, search
 

@@ -3,7 +3,8 @@
     python -m tests.campaigns.ties
 
 Imports every modeling file of transformers, which takes half a minute, and makes no model. Prints each class where the
-two differ; the last line says how many ties were compared. `tests/unit/tensors/test_tied.py` asks the same of a few.
+two differ; the last line says how many ties were compared. `tests/unit/tensors/names/test_tied.py` asks the same of a
+few.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from continual.tensors.tied import ties
+from continual.tensors.names.tied import ties
 
 _LANGUAGE = re.compile(r"ForCausalLM|ForConditionalGeneration|ForMaskedLM|LMHead|ForPreTraining|ForSpeechTo|ForTextTo")
 _PATTERN = re.compile(r"[\\(\[*]")

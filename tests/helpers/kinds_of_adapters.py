@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from continual.tensors.header import TensorInfo
+from continual.tensors.checkpoints.header import TensorInfo
 
 Shapes = Mapping[str, tuple[int, ...]]
 SEEDS: tuple[dict[str, object], ...] = (

@@ -25,12 +25,13 @@ from continual.objectives.rows import read_heads, read_rows
 from continual.outside import Malformed, parse_json, shown
 from continual.publish.hub import stamp_of
 from continual.sources.webhook import LARGEST, Payload, push_of
-from continual.tensors import Folder, header, open_model, read_json, release_of
-from continual.tensors.adapter import kind_of
-from continual.tensors.adapter_config import CONFIG as ADAPTER
-from continual.tensors.adapter_config import Fields
-from continual.tensors.checkpoint import INDEX, read_config, weight_files
-from continual.tensors.patterns import Patterns
+from continual.tensors import Folder, open_model, read_json, release_of
+from continual.tensors.adapters.adapter import kind_of
+from continual.tensors.adapters.adapter_config import CONFIG as ADAPTER
+from continual.tensors.adapters.adapter_config import Fields
+from continual.tensors.adapters.patterns import Patterns
+from continual.tensors.checkpoints import header
+from continual.tensors.checkpoints.checkpoint import INDEX, read_config, weight_files
 from continual.tuning.command import parse as parse_score
 from tests.helpers import fuzzing, kinds_of_adapters
 

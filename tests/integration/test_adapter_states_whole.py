@@ -92,7 +92,8 @@ def same_as_merged(found: dict[str, torch.Tensor], base: Path, model: Path) -> N
 @pytest.mark.slow
 def test_a_kind_of_adapter_comes_out_as_it_went_in(tmp_path: Path, base: Path) -> None:
     """Several kinds beside each other: what is exported is what PEFT would merge
-    (tests/unit/tensors/test_adapter_kinds_as_peft.py has the same with what PEFT saves). Taken out, it leaves what it
+    (tests/unit/tensors/adapters/test_adapter_kinds_as_peft.py has the same with what PEFT saves). Taken out, it leaves
+    what it
     found."""
     made = {kind: of_kind(tmp_path / kind.lower(), kind, number) for number, kind in enumerate(KINDS)}
     made |= {"LORA": mixed(tmp_path / "lora"), "DORA": dora(tmp_path / "dora", base)}

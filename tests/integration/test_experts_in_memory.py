@@ -17,7 +17,7 @@ from continual.executors.contract import silent
 from continual.objectives import builtin
 from continual.objectives.parameters import find_parameters
 from continual.publish.folder import Target
-from continual.tensors.in_classes import elsewhere
+from continual.tensors.layouts.in_classes import elsewhere
 from continual.tuning import Rows, Tuning, scoring
 from tests.helpers import models
 from tests.helpers.tiny import CPU, SMALL, loaded, transformers, write_tokenizer

@@ -87,3 +87,23 @@ def test_durable_writes_only_in_state() -> None:
         if call in module.text
     ]
     assert calls == []
+
+
+# The rooms of `tensors`, by the same law: each sees only those above it. What stands beside them sees all
+TENSORS = ("checkpoints", "names", "adapters", "bases", "matched", "layouts", "vectors")
+
+
+def test_no_room_of_tensors_sees_one_below() -> None:
+    def place(name: str) -> int:
+        inner = name.split(".")[2] if name.count(".") > 2 else ""
+        return TENSORS.index(inner) if inner in TENSORS else len(TENSORS)
+
+    wrong = [
+        f"{name} imports {target}"
+        for name, module in KNOWN.items()
+        if module.room == "tensors" and name != "continual.tensors"
+        for target in sorted(module.imports(KNOWN))
+        if KNOWN[target].room == "tensors" and target.count(".") > 2 and place(target) > place(name)
+    ]
+    assert wrong == []
+    assert {name.split(".")[2] for name in KNOWN if name.startswith("continual.tensors.")} - {"model"} == set(TENSORS)

@@ -27,7 +27,7 @@ from diffusers.loaders.lora_conversion_utils import (
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 
-from continual.tensors.loras.releases import unet
+from continual.tensors.adapters.loras.releases import unet
 from tests.campaigns.diffusion.comparing import compare_all
 from tests.campaigns.diffusion.pipelines import PIPELINES, saved
 

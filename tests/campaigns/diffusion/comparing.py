@@ -15,7 +15,7 @@ from continual import api, making
 from continual.publish.diffusion import LoraFormat
 from continual.publish.folder import Target
 from continual.publish.lora import LoraTarget
-from continual.tensors.loras.releases import unet
+from continual.tensors.adapters.loras.releases import unet
 from tests.campaigns.diffusion.pipelines import DENOISER, saved
 from tests.helpers.adapters import Tensors, task_vectors
 from tests.helpers.diffusion import TEXT, factors, written

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from continual.gates.form import FormGate
-from continual.tensors.kept import kept_base
+from continual.tensors.bases.kept import kept_base
 from tests.helpers import adapters, models
 from tests.unit.gates import cases
 from tests.unit.gates.cases import Case

@@ -14,7 +14,7 @@ from continual.errors import Refuse
 from continual.gates.lineage import LineageGate, trace
 from continual.records import Lineage
 from continual.tensors import BaseModel, Checkpoint, describe, open_model
-from continual.tensors.buffers import is_buffer
+from continual.tensors.checkpoints.buffers import is_buffer
 from tests.unit.gates import cases
 
 Tensors = dict[str, torch.Tensor]

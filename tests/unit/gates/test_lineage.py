@@ -16,7 +16,7 @@ from continual.gates.contract import Headers
 from continual.gates.lineage import LineageGate, trace
 from continual.records import Lineage
 from continual.tensors import BaseModel, Checkpoint, TaskVectors, describe, open_model
-from continual.tensors.matching import find_prefix
+from continual.tensors.matched.matching import find_prefix
 from tests.helpers import models
 from tests.unit.gates import cases
 from tests.unit.gates.cases import Case, fine_tune, headers

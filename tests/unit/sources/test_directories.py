@@ -27,7 +27,7 @@ from continual.sources.directories import (
     why_none,
 )
 from continual.tensors import candidate_of, open_model, unreadable
-from continual.tensors.place import Folder
+from continual.tensors.checkpoints.place import Folder
 from tests.helpers import parts
 from tests.helpers.diffusion import written
 from tests.helpers.folders import WEIGHTS, model, publish, sharded
