@@ -62,23 +62,23 @@ def triplets(left: Tensor, right: Tensor) -> Block:
     m, n = len(left), len(right)
     a, b = left.double(), right.double()
     if not a.numel() or not b.numel():
-        return _block(a.new_zeros(m, 0), a.new_zeros(0), b.new_zeros(n, 0), 0.0)
+        return _block(a.new_zeros(0, m), a.new_zeros(0), b.new_zeros(0, n), 0.0)
     if not bool(torch.isfinite(a.sum() + b.sum())):  # float32 values do not sum up to more than float64 holds
-        return _block(a.new_zeros(m, 0), a.new_zeros(0), b.new_zeros(n, 0), math.nan)
+        return _block(a.new_zeros(0, m), a.new_zeros(0), b.new_zeros(0, n), math.nan)
     (basis_a, core_a), (basis_b, core_b) = torch.linalg.qr(a), torch.linalg.qr(b)
     w, sigma, zh = torch.linalg.svd(core_a @ core_b.mT, full_matrices=False)
     energy, top = float(sigma.square().sum()), float(sigma[0])
     if top > torch.finfo(torch.float32).max:
-        return _block(a.new_zeros(m, 0), a.new_zeros(0), b.new_zeros(n, 0), math.inf)
+        return _block(a.new_zeros(0, m), a.new_zeros(0), b.new_zeros(0, n), math.inf)
     k = int(((sigma > linalg.NULL * top) & (sigma.float() > 0)).sum())
     if not k:
         energy = 0.0
-    return _block(basis_a @ w[:, :k], sigma[:k], basis_b @ zh[:k].mT, energy)
+    return _block(w[:, :k].mT @ basis_a.mT, sigma[:k], zh[:k] @ basis_b.mT, energy)
 
 
 def _block(u: Tensor, sigma: Tensor, v: Tensor, energy: float) -> Block:
-    rows = (u.mT.float().contiguous(), sigma.float(), v.mT.float().contiguous())
-    return Block(*rows, energy, len(sigma))
+    """Triplets as they lie on disk, from k×m and k×n float64: products made in this order are not transposed after."""
+    return Block(u.float().contiguous(), sigma.float(), v.float().contiguous(), energy, len(sigma))
 
 
 def decomposed(matrix: Tensor, most: int) -> Block:
@@ -93,7 +93,7 @@ def decomposed(matrix: Tensor, most: int) -> Block:
     m, n = matrix.shape
     energy = linalg.dot(matrix, matrix)
     rows, columns = (matrix != 0).any(1).nonzero()[:, 0], (matrix != 0).any(0).nonzero()[:, 0]
-    nothing = _block(matrix.new_zeros(m, 0), matrix.new_zeros(0), matrix.new_zeros(n, 0), energy)
+    nothing = _block(matrix.new_zeros(0, m), matrix.new_zeros(0), matrix.new_zeros(0, n), energy)
     if not energy or not math.isfinite(energy):
         return nothing
     held = matrix if (len(rows), len(columns)) == (m, n) else matrix[rows][:, columns]
@@ -131,7 +131,7 @@ def _all_of(matrix: Tensor) -> Block:
     order = sigma.argsort(descending=True)
     u, sigma, v = (u / sigma)[:, order], sigma[order], v[:, order]
     left, right = (u, v) if m >= n else (v, u)
-    return _block(left, sigma, right, 0.0)
+    return _block(left.mT, sigma, right.mT, 0.0)
 
 
 def _largest_of(matrix: Tensor, most: int, energy: float) -> Block:
@@ -152,7 +152,7 @@ def _largest_of(matrix: Tensor, most: int, energy: float) -> Block:
     turned, upper = torch.linalg.qr(core.mT)
     w, sigma, zh = torch.linalg.svd(upper.mT, full_matrices=False)
     k = int((sigma > linalg.NULL * sigma[0]).sum())
-    block = _block(basis @ w[:, :k], sigma[:k], turned @ zh[:k].mT, energy)
+    block = _block(w[:, :k].mT @ basis.mT, sigma[:k], zh[:k] @ turned.mT, energy)
     return block if found is not None else block._replace(rank=min(m, n))
 
 
