@@ -19,7 +19,7 @@ from continual import linalg
 from continual.blocks.shelf import Stacked
 from continual.records import TensorSpec, Totals
 from continual.rules import Accumulators, Inputs, Rule, Triplets
-from continual.rules.contract import CoreFunctions
+from continual.rules.contract import CoreFunctions, weighed
 from continual.rules.matrices import sides
 
 _SAFE = 1e3
@@ -155,15 +155,13 @@ def direct(rule: Rule, given: Stacked, run: Run) -> tuple[Tensor, Tensor]:
     """The factors of a weighted sum, or those that the rule makes of the triplets itself."""
     assert rule.factored is not None
     if rule.factored.linear(given.spec):
-        weights, coefficients = torch.zeros_like(given.sigma), run.coefficients_at(given.spec)
-        for index, where in given.rows.items():
-            weights[where] = coefficients[index] * given.sigma[where]
-        return given.u.mT * weights, given.v.mT
+        return given.u.mT * weighed(given.sigma, given.rows, run.coefficients_at(given.spec)), given.v.mT
     assert rule.factored.triplets is not None
     owner = [index + 1 for index, where in given.rows.items() for _ in range(where.start, where.stop)]
     # a model that was left out has its vectors there still
     rows = [row for where in given.rows.values() for row in range(where.start, where.stop)]
-    u, sigma, v = (part if len(rows) == len(part) else part[rows] for part in (given.u, given.sigma, given.v))
+    sigma = weighed(given.sigma, given.rows, [entrant.weight for entrant in run.entrants])
+    u, sigma, v = (part if len(rows) == len(part) else part[rows] for part in (given.u, sigma, given.v))
     return rule.factored.triplets(Triplets(owner, u.mT, sigma, v.mT), run.totals)
 
 

@@ -248,7 +248,7 @@ class _Turned:
     def _again(self, kept: Iterable[int], totals: Totals) -> Tensor:
         """X′ of some models by a rule that works on triplets."""
         assert self.factored.triplets is not None
-        u, sigma, v, rows, *_ = self.apart
+        u, sigma, v, rows, *_ = self.apart.weighed()
         mine = [(place, rows[index]) for place, index in enumerate(kept, 1) if index in rows]
         owner = [place for place, where in mine for _ in range(where.start, where.stop)]
         columns = [column for _, where in mine for column in range(where.start, where.stop)]

@@ -16,6 +16,7 @@ from typing import Generic, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from continual.records import SlotSpec, TensorSpec, Totals
@@ -202,14 +203,24 @@ class CoreFunctions(NamedTuple):
 
 class Triplets(NamedTuple):
     """Singular triplets of several task vectors, those of one together and largest first: `u` (m×k), `sigma` (k), `v`
-    (n×k), float64, and the number of each one's task vector in `owner`, from 1 on. `sides`: rows and columns of the
-    tensor itself, where `u` and `v` are turned into a smaller basis of what they span."""
+    (n×k), float64, each σ times the weight of its model, and the number of each one's task vector in `owner`, from 1
+    on. `sides`: rows and columns of the tensor itself, where `u` and `v` are turned into a smaller basis of what they
+    span."""
 
     owner: Sequence[int]
     u: Tensor
     sigma: Tensor
     v: Tensor
     sides: tuple[int, int] | None = None
+
+
+def weighed(sigma: Tensor, rows: Mapping[int, slice], weights: Sequence[float]) -> Tensor:
+    """Singular values, each times the weight of its task vector, whose columns are in `rows` by its index; 0 where they
+    are those of none."""
+    found = torch.zeros_like(sigma)
+    for index, where in rows.items():
+        found[where] = weights[index] * sigma[where]
+    return found
 
 
 class Apart(NamedTuple):
@@ -234,6 +245,10 @@ class Apart(NamedTuple):
         """One task vector as two factors, without its weight; without columns where it did not touch the tensor."""
         where = self.rows.get(index, slice(0, 0))
         return self.u[:, where] * self.sigma[where], self.v[:, where]
+
+    def weighed(self) -> Apart:
+        """The same with every task vector times its weight; the weights are then 1."""
+        return self._replace(sigma=weighed(self.sigma, self.rows, self.weights), weights=[1.0] * len(self.weights))
 
 
 class Without(NamedTuple):

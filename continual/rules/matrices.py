@@ -76,7 +76,8 @@ PLAIN = ReadFunctions(sums.read_mean, sums.unknown)
 
 def rule(name: str, include: Sequence[str], on: OnMatrices, laws: Laws, plain: ReadFunctions = PLAIN) -> Rule:
     """The rule `name` that takes matrices (`include` names further ones) by `on`, and everything else as a sum that
-    `plain` reads. Its sums have the figures of the matrices. Unless it is `weighted` it refuses any weight but 1.
+    `plain` reads. Its sums have the figures of the matrices. Unless it is `weighted` it refuses any weight but 1,
+    and without `combine` one below 0.
 
     Of a stack it keeps what it keeps of each matrix, in arrays with a leading axis of the experts."""
     matrix = is_matrix(include)
@@ -92,6 +93,8 @@ def rule(name: str, include: Sequence[str], on: OnMatrices, laws: Laws, plain: R
     def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
         if not laws.weighted:
             sums.whole(name, inputs)
+        elif laws.combine is None:
+            sums.added(name, inputs)
         if not matrix(inputs.spec):
             return sums.fold(accumulators, tau, inputs, totals)
         matrix_sq, top_sq = figures(tau.flatten(1))  # first: a fold may overwrite τ

@@ -126,3 +126,12 @@ def whole(rule: str, inputs: Inputs) -> None:
             f"{rule} folds every model with weight 1, not {inputs.weight:g}; "
             "a model cannot be unfolded: roll back and fold the others"
         )
+
+
+def added(rule: str, inputs: Inputs) -> None:
+    """Raises Misconfigured unless the weight is above 0. `rule` names the rule in the message."""
+    if inputs.weight <= 0.0:
+        raise Misconfigured(
+            f"{rule} folds no model with the weight {inputs.weight:g}; "
+            "a model cannot be unfolded: roll back and fold the others"
+        )

@@ -6,6 +6,9 @@ multiply. The first k triplets are a prefix of the first k′ > k, so the state 
 with every block cut, and the new block: p columns for good, and the batch's result at every T ≤ p. Beyond, one triplet
 each of the p fine-tunes with the largest: ours. Triplets at or below 1e-6 of their matrix's largest are left out, and
 so are null directions of the polar factors. Everything that is no matrix reads as the mean.
+
+A weight w is ours: the triplets are those of wτ. It makes their σ longer, and leaves U and V, and with them what the
+polar factors do to other models, as they are.
 """
 
 from __future__ import annotations
@@ -78,8 +81,9 @@ def columns(value: Tensor, chosen: Sequence[int], p: int) -> Tensor:
     return found
 
 
-def fold_matrix(accumulators: Accumulators, tau: Tensor, totals: Totals) -> Folded:
-    """Puts the triplets of an m×n task vector beside what is kept, and cuts every block to the new width."""
+def fold_matrix(accumulators: Accumulators, tau: Tensor, totals: Totals, weight: float) -> Folded:
+    """Puts the triplets of an m×n task vector, times its weight, beside what is kept, and cuts every block to the new
+    width."""
     count = int(totals.count) + 1
     if count > _MOST:
         raise Misconfigured(f"tsv-m: {_MOST} fine-tunes are the most that its state can tell apart")
@@ -88,7 +92,7 @@ def fold_matrix(accumulators: Accumulators, tau: Tensor, totals: Totals) -> Fold
     dot = float((sigma.double() * ((u.mT @ tau).double() * v.mT.double()).sum(1)).sum())
     if tau_sq > 0.0:
         new_u, new_sigma, new_v = triplets(tau, max(1, p // count))
-        owners, lengths = owner.tolist() + [count] * len(new_sigma), torch.cat([sigma, new_sigma.float()])
+        owners, lengths = owner.tolist() + [count] * len(new_sigma), torch.cat([sigma, (new_sigma * weight).float()])
         chosen = choose(owners, lengths.tolist(), count, p)
         accumulators = {
             U: columns(torch.cat([u, new_u.float()], 1), chosen, p),
@@ -119,7 +123,7 @@ def factors(given: Triplets, totals: Totals) -> tuple[Tensor, Tensor]:
 
 def without(given: Apart) -> LeftOut:
     """X without each of the models."""
-    p = min(given.sides)
+    p, given = min(given.sides), given.weighed()
     sigma = given.sigma.tolist()
     return tsv_less.without(given, polar, lambda owner, count: choose(owner, sigma, max(1, int(count)), p))
 
@@ -137,12 +141,12 @@ def workspace(m: int, n: int) -> int:
 
 def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
     """One matrix of a fine-tune."""
-    return fold_matrix(accumulators, tau.flatten(1), totals)
+    return fold_matrix(accumulators, tau.flatten(1), totals, inputs.weight)
 
 
 def _make(options: MatrixOptions) -> Rule:
     on = OnMatrices(fold, merge, workspace, slots, Factored(triplets=factors, without=without))
-    return matrices.rule("tsv-m", options.include, on, Laws())
+    return matrices.rule("tsv-m", options.include, on, Laws(weighted=True))
 
 
 TSV_M = RuleRow(

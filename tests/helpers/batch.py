@@ -195,15 +195,25 @@ def _leading(tau: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, :k], sigma[:k], vh[:k]
 
 
-def _tsv(taus: list[Tensor]) -> Tensor:
+def _tsv(taus: list[Tensor], weights: Sequence[float] = ()) -> Tensor:
     us, sigmas, vhs = zip(*(_leading(tau, len(taus)) for tau in taus), strict=True)
     if not any(len(sigma) for sigma in sigmas):
         return torch.zeros_like(taus[0])
+    if weights:
+        sigmas = tuple(weight * sigma for weight, sigma in zip(weights, sigmas, strict=True))
     return _polar(torch.cat(us, 1)) @ torch.diag(torch.cat(sigmas)) @ _polar(torch.cat(vhs).mT).mT
 
 
 def tsv_m(models: Models, matrices: set[str]) -> dict[str, Tensor]:
     return _spectral(models, matrices, _tsv)
+
+
+def weighted_tsv_m(models: Models, matrices: set[str], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The same with σ_i times w_i, and of what is no matrix the weighted mean."""
+    found = _spectral(models, matrices, lambda taus: _tsv(taus, weights))
+    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    plain = {n: torch.tensordot(shares, _stacked(models, n), 1) for n in models[0] if n not in matrices}
+    return found | plain
 
 
 def condition(matrix: Tensor) -> float:

@@ -44,8 +44,8 @@ def merged(merge: api.Merge) -> dict[str, torch.Tensor]:
     return {spec.name: merge.read(spec.name) for spec in merge.state.format.tensors}
 
 
-def alone(state: Path, base: Path, name: str, fine_tunes: list[Path]) -> dict[str, torch.Tensor]:
-    with opened(state, base, name) as merge:
+def alone(state: Path, base: Path, name: str, fine_tunes: list[Path], **settings: object) -> dict[str, torch.Tensor]:
+    with opened(state, base, name, **settings) as merge:
         for model in fine_tunes:
             assert merge.fold(model).fate == "folded"
         return merged(merge)
@@ -98,10 +98,13 @@ def test_the_last_model_out_leaves_the_base(tmp_path: Path, base: Path, tuned: l
 def test_where_folding_is_no_addition_the_later_models_are_folded_again(
     tmp_path: Path, base: Path, tuned: list[Path], name: str, keep: int, start: int | None
 ) -> None:
-    expected = alone(tmp_path / "without", base, name, tuned[:2] + tuned[3:])
-    with opened(tmp_path / "state", base, name, keep=keep) as merge:
+    """With the weights that they were folded with, whatever the settings say by then."""
+    weights = {"ft-1": 2.0, "ft-4": 0.5} if rule(name).laws.weighted else {}
+    expected = alone(tmp_path / "without", base, name, tuned[:2] + tuned[3:], weights=weights)
+    with opened(tmp_path / "state", base, name, keep=keep, weights=weights) as merge:
         for model in tuned:
             merge.fold(model)
+    with opened(tmp_path / "state", base, name, keep=keep) as merge:
         plan = merge.look_unfold("ft-2")
         assert (plan.exact, plan.start) == (False, start)
         assert [a.name for a in plan.again] == ["ft-3", "ft-4"] if start else ["ft-0", "ft-1", "ft-3", "ft-4"]

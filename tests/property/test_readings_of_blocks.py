@@ -85,6 +85,18 @@ def read_densely(
     return {n: x * (factors[0 if matrix[n] else 1] * options.layer(held.specs[n])) for n, x in units.items()}
 
 
+@pytest.mark.parametrize("regime", REGIMES)
+def test_tsv_m_with_weights_is_its_batch_form_with_weights(regime: Regime) -> None:
+    chosen = {2: 0.5, 1: 2.5, 5: 1.0, 4: 1e-3}
+    held = shelf(adapters(regime, 5))
+    merged = Merged(held, chosen, rule("tsv-m"), read_options("tsv-m", "paper"))
+    models = dense(held, list(chosen))
+    expected = batch.weighted_tsv_m(models, MATRICES, list(chosen.values()))
+    for tensor, found in expected.items():
+        given = [model[tensor] for model in models]
+        assert distance(merged.dense(tensor), found, given) < 2.5 * within("tsv-m", models, tensor), tensor
+
+
 SCALES = ["0.4", "norm:2.5", "spread:1.15"]
 
 

@@ -71,7 +71,7 @@ def test_two_states_combined_are_one_that_folded_all(name: str, models: Models, 
         assert distance(found[tensor], expected, folded) < bound(name, folded if tensor in MATRICES else ()), tensor
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if rule(n).laws.weighted])
+@pytest.mark.parametrize("name", [n for n in RULES if rule(n).laws.weighted and rule(n).laws.combine])
 @given(models=model_lists(), weight=st.sampled_from([2, 3]))
 @settings(max_examples=6, deadline=None)
 def test_a_weight_of_two_is_folding_twice(name: str, models: Models, weight: int) -> None:
@@ -86,6 +86,19 @@ def test_a_weight_of_two_is_folding_twice(name: str, models: Models, weight: int
             if slot in heavy.kept[tensor]:
                 folded = [weight * model[tensor] for model in models]
                 assert distance(heavy.kept[tensor][slot], often.kept[tensor][slot], folded) < 1e-5, (tensor, slot)
+
+
+@given(models=model_lists(), weights=st.lists(st.sampled_from([0.25, 1.0, 3.0]), min_size=5, max_size=5))
+@settings(max_examples=12, deadline=None)
+def test_tsv_m_with_weights_is_its_batch_form_with_weights(models: Models, weights: list[float]) -> None:
+    stream = Stream("tsv-m")
+    for model, weight in zip(models, weights, strict=False):
+        stream.fold(model, weight=weight)
+    expected = batch.weighted_tsv_m(models, MATRICES, weights[: len(models)])
+    for tensor, found in stream.read().items():
+        folded = [model[tensor] for model in models]
+        near = 3 * bound("tsv-m", folded if tensor in MATRICES else ())
+        assert distance(found, expected[tensor], folded) < near, tensor
 
 
 @given(models=model_lists())

@@ -243,15 +243,17 @@ def test_magmax_takes_the_positive_one_of_equal_magnitudes() -> None:
         assert torch.equal(stream.kept["bias"]["sum"], model["bias"])
 
 
-def test_beyond_p_models_tsv_m_keeps_one_triplet_of_the_largest() -> None:
+def test_beyond_p_models_tsv_m_keeps_one_triplet_of_those_that_are_largest_with_their_weights() -> None:
     stream, random = Stream("tsv-m"), torch.Generator().manual_seed(1)
     p = min(SHAPES["wide"])
     models = [
         {n: (i % 7 + 1) * 0.01 * torch.randn(s, generator=random) for n, s in SHAPES.items()} for i in range(p + 6)
     ]
-    for model in models:
-        stream.fold(model)
-    largest = sorted((float(torch.linalg.matrix_norm(m["wide"], 2)) for m in models), reverse=True)[:p]
+    weights = [1.0 + 3 * (i % 3) for i in range(p + 6)]
+    for model, weight in zip(models, weights, strict=True):
+        stream.fold(model, weight)
+    lengths = [w * float(torch.linalg.matrix_norm(m["wide"], 2)) for m, w in zip(models, weights, strict=True)]
+    largest = sorted(lengths, reverse=True)[:p]
     found = sorted(stream.kept["wide"]["sigma"].tolist(), reverse=True)
     assert found == pytest.approx(largest, rel=1e-5)
     assert len(set(stream.kept["wide"]["owner"].tolist())) == p
