@@ -14,7 +14,8 @@ in a process of its own; its clock starts when all modules are imported. `step` 
 this process. Times are CPU seconds of one thread.
 
 `--long` folds many adapters in one process, without importing each time: the CPU of a fold between the cuts that halve
-the width, which is to stay the same, and the size of the state beside what its shapes say.
+the width, which is to stay the same, and the size of the state beside what its shapes say. The kernel's part is mostly
+directories and files that are made and deleted, and depends on the file system: TMPDIR says where all of it is.
 """
 
 from __future__ import annotations
@@ -230,15 +231,16 @@ def long(size: str, *, folds: int, width: int, work: Path) -> None:
     of = base(work / "base", shape)
     continual.init(of, state, Recipe(width=width))
     (of / "model.safetensors").unlink()
-    stretches: dict[int, list[tuple[int, float]]] = {}
+    stretches: dict[int, list[tuple[int, float, float]]] = {}
     with continual.open(state, write=True, workers=1) as merge:
         for number in range(1, folds + 1):
             model = adapter(work / str(number), shape, number, of)
-            began = time.process_time()
+            began = resource.getrusage(resource.RUSAGE_SELF)
             merge.fold(model)
-            spent = time.process_time() - began
+            ended = resource.getrusage(resource.RUSAGE_SELF)
+            spent, kernel = ended.ru_utime - began.ru_utime, ended.ru_stime - began.ru_stime
             shutil.rmtree(model)
-            stretches.setdefault(width_of([RANK] * number, width), []).append((number, spent))
+            stretches.setdefault(width_of([RANK] * number, width), []).append((number, spent, kernel))
         nbytes = merge.state.generation_bytes()
         kept = state / "generations" / str(merge.state.ledger.head.generation)
     wide = min(RANK, width_of([RANK] * folds, width))
@@ -247,11 +249,12 @@ def long(size: str, *, folds: int, width: int, work: Path) -> None:
     found = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
     print(f"{size} shapes, {folds} adapters of rank {RANK}, width {width}, in one process")
     for wide, costs in stretches.items():
-        after = [cost for _, cost in costs[1:]] or [costs[0][1]]
+        spent, kernel = ([cost[part] for cost in costs[1:] or costs] for part in (1, 2))
         print(
             f"  at most {min(wide, RANK)} triplets each, folds {costs[0][0]} to {costs[-1][0]}: the first "
-            f"{costs[0][1]:.2f} CPU s, then {statistics.median(after):.3f} in the middle"
-            f" ({min(after):.3f} to {max(after):.3f})"
+            f"{costs[0][1]:.2f} + {costs[0][2]:.2f} CPU s (program + kernel), then in the middle "
+            f"{statistics.median(spent):.3f} + {statistics.median(kernel):.3f}"
+            f" ({min(spent):.3f} to {max(spent):.3f}, {min(kernel):.3f} to {max(kernel):.3f})"
         )
     print(f"  values {nbytes / 1e9:.3f} GB, by the formula {formula / 1e9:.3f}; all files {found / 1e9:.3f} GB")
     print(f"  {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB of memory at most")
