@@ -96,6 +96,11 @@ def few(names: Iterable[str], count: int | None = None, most: int = 5) -> str:
     return ", ".join(listed[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things, for a line: `1 model`, `2 models`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def open_regular(path: str | Path) -> int:
     """A descriptor to read a regular file, wherever links lead; who calls closes it.
 

@@ -110,6 +110,15 @@ class Arrangement(NamedTuple):
         """The old columns that stay and stand in another place after: from `first` on, before the new ones."""
         return self.keep[self.first :]
 
+    def cut(self, old: Columns) -> dict[int, float]:
+        """What goes of the square of the length of each model that was there, of those that lose something."""
+        if len(self.keep) == old.used:
+            return {}
+        goes = np.ones(old.used, bool)
+        goes[list(self.keep)] = False
+        lost = {n: float(np.square(old.sigma[at][goes[at]], dtype=np.float64).sum()) for n, at in old.models.items()}
+        return {number: square for number, square in lost.items() if square}
+
     def columns(self, old: Columns, number: int = 0, block: Block | None = None) -> Columns:
         """The small arrays after, with the new `block` of the model `number` where one is taken."""
         found = Columns.empty(len(old.owner))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
 from continual.cli.console import say, table
-from continual.outside import few
+from continual.outside import counted, few
 from continual.texts import Json, figure, share, size, when
 
 Body: TypeAlias = Mapping[str, Any]
@@ -62,7 +62,7 @@ def rollback(found: Body, *, whole: bool = True) -> None:
     """What going back undid or would undo, and what expired with it; the folds that it is about where `whole`."""
     undone = rows(found["undone"])
     done = found["record"] is not None
-    say(f"{'Went' if done else 'Would go'} back to record {found['to']}; {len(undone)} folds undone")
+    say(f"{'Went' if done else 'Would go'} back to record {found['to']}; {counted(len(undone), 'fold')} undone")
     if undone and whole:
         records(undone)
     if found["expires"]:

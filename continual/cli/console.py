@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from continual.outside import few
+from continual.outside import counted, few
 from continual.texts import figure, jsonable, plain, size, when
 
 if TYPE_CHECKING:
@@ -340,5 +340,5 @@ def tuned_line(found: Tuned) -> str:
     recorded = f"recorded as record {found.commit.seq}" if found.commit else "nothing recorded"
     return (
         f"scale {found.read}: {found.score:.6g}, against {found.before:.6g} at what was in force; "
-        f"{len(entry.trials)} candidates in {entry.seconds:.1f} s; {recorded}"
+        f"{counted(len(entry.trials), 'candidate')} in {entry.seconds:.1f} s; {recorded}"
     )

@@ -23,6 +23,7 @@ from continual.cli.flags import (
     takes,
 )
 from continual.cli.typed import ViewFlags, rank_of
+from continual.outside import counted
 
 if TYPE_CHECKING:
     from continual.engine.explaining import ExplainedModel, Explanation
@@ -118,8 +119,9 @@ def told(found: Explanation, *, layers: bool = False) -> None:
     """An explanation for people: the whole model, and how the change spreads over the depth; `layers`: or each layer
     with all three figures."""
     console.say(
-        f"Record {found.seq}, read by {found.rule}, scale {found.scale}: {len(found.models)} models. share: of the "
-        "lengths of all task vectors; cosine: with the merge; change: of the merge when the model is left out."
+        f"Record {found.seq}, read by {found.rule}, scale {found.scale}: {counted(len(found.models), 'model')}. "
+        "share: of the lengths of all task vectors; cosine: with the merge; change: of the merge when the model is "
+        "left out."
     )
     console.cut(found.cut)
     console.table(

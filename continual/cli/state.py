@@ -11,6 +11,7 @@ import typer
 from continual import texts
 from continual.cli import answered, console, opened, typed
 from continual.cli.flags import MACHINE, OPENING, Flags, Lines, Yes, takes
+from continual.outside import counted
 
 if TYPE_CHECKING:
     from continual.texts import Json
@@ -240,5 +241,7 @@ def combine(
         record = None if commit is None else texts.record(commit)
         console.emit({"record": record, "added": [texts.record(c) for c in folds]})
         return
-    console.say(f"{f'Added as record {commit.seq}' if commit else 'Would add'}: {len(folds)} models of {other}")
+    console.say(
+        f"{f'Added as record {commit.seq}' if commit else 'Would add'}: {counted(len(folds), 'model')} of {other}"
+    )
     answered.records(texts.record(c) for c in folds)

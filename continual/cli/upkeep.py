@@ -9,6 +9,7 @@ import typer
 
 from continual.cli import console, opened
 from continual.cli.flags import OPENING, Flags, takes
+from continual.outside import counted
 from continual.texts import size
 
 if TYPE_CHECKING:
@@ -66,7 +67,11 @@ def repair(
     if plan.findings and not dry_run:
         if not yes:
             console.must_be_asked(f"{state}: a repair to record {plan.to} loses what is printed above")
-            told = f"{len(plan.lost)} records are lost, {len(plan.undone)} folds undone. " if flags.json else ""
+            told = (
+                f"lost: {counted(len(plan.lost), 'record')}; undone: {counted(len(plan.undone), 'fold')}. "
+                if flags.json
+                else ""
+            )
             console.must_agree(f"{told}Go on?")
         with console.progress() as progress:
             commit = api.repair(state, plan, progress=progress)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -38,18 +38,38 @@ from continual.records import TensorSpec, Totals
 from continual.rules import Sums, settle
 from continual.state import State, Transaction
 from continual.state.arrays import Array
+from continual.state.format import FoldCommit
 from continual.state.generation import Generation
 from continual.tensors import Adapter, BaseModel, Folder, LayerVectors, ThinVector, WholeVector, digest_of
 from continual.tensors.vectors.thin import sides_of
 
+_CHECKSUM = 4
+"""Bytes of the checksum behind each chunk."""
+
+
+class Cut(NamedTuple):
+    """What a fold cut off in a layer: of the ‖τ‖² of the model that came (`own`), and of those that were there, by
+    their numbers (`others`)."""
+
+    own: float
+    others: Mapping[int, float]
+
+
+class Room(NamedTuple):
+    """What a fold writes, in bytes, and in how many layers it cuts blocks, its own or others'."""
+
+    nbytes: int
+    cut: int
+
 
 class _Tensor(NamedTuple):
-    """What folding one tensor gave: the digest of what its task vector was made from, ‖τ‖², what the cut took of it,
-    whether that was read as thin factors, bytes read, and wall time by stage."""
+    """What folding one tensor gave: the digest of what its task vector was made from, ‖τ‖², what the cut took of it and
+    of others, whether it was read as thin factors, bytes read, and wall time by stage."""
 
     digest: bytes
     energy: float
     lost: float
+    others: dict[int, float]
     thin: bool
     nbytes: int
     seconds: dict[str, float]
@@ -72,10 +92,11 @@ class BlockFolding:
         self._vectors.begin()
         self._width = 0
 
-    def run(self, number: int, width: int, before: Totals, progress: Progress) -> FoldReport:
-        """Puts every layer of the adapter beside what is there, `width` columns in all; the report of it. Raises
-        Refuse, Retry, Abandoned."""
-        self._width = width
+    def run(self, state: State, before: Totals, progress: Progress) -> FoldReport:
+        """Puts every layer of the adapter beside what `state` has, as many columns in all as its width says; the report
+        of it. Raises Refuse, Retry, Abandoned."""
+        assert state.format.form is not None
+        number, self._width = free_numbers(state, 1)[0], state.format.form.width
         changed = set(self._opened.lineage.folded)
         specs = [spec for spec in self._base.specs if spec.kind != "carried"]
         mine = sorted((s for s in specs if s.name in changed), key=lambda s: self._vectors.position(s.name))
@@ -94,12 +115,12 @@ class BlockFolding:
         self._opened.model.check_unchanged()
         if self._opened.weights is not None and isinstance(self._opened.weights.checkpoint.place, Folder):
             self._opened.weights.checkpoint.check_unchanged()  # a commit of the Hub does not change
-        return self._report(number, before, found)
+        return self._report(number, before, found, state.ledger.folds())
 
     def _tensor(self, spec: TensorSpec, number: int) -> _Tensor:
         """One layer, or one after the other of a stack."""
         name = self._opened.candidate.name
-        found = _Tensor(b"", 0.0, 0.0, True, 0, {"read": 0.0, "rule": 0.0, "write": 0.0})
+        found = _Tensor(b"", 0.0, 0.0, {}, True, 0, {"read": 0.0, "rule": 0.0, "write": 0.0})
         started, vectors = time.perf_counter(), self._vectors.read(spec)
         for layer, vector in zip(spec.layers, vectors, strict=True):
             self._resources.go_on(name)
@@ -107,26 +128,36 @@ class BlockFolding:
             block = block_of(vector, layer, self._width, self._resources.device)
             self._gates.at_tensor(TensorNumbers(name, layer.name, block.energy))
             computed = time.perf_counter()
-            lost = put(self._transaction, layer.name, number, block)
+            cut = put(self._transaction, layer.name, number, block)
             ended = time.perf_counter()
             for stage, seconds in (("read", read - started), ("rule", computed - read), ("write", ended - computed)):
                 found.seconds[stage] += seconds
             started = ended
+            for other, square in cut.others.items():
+                found.others[other] = found.others.get(other, 0.0) + square
             found = _Tensor(
                 vector.digest,
                 found.energy + block.energy,
-                found.lost + lost,
+                found.lost + cut.own,
+                found.others,
                 isinstance(vector, ThinVector),
                 found.nbytes + vector.nbytes,
                 found.seconds,
             )
         return found
 
-    def _report(self, number: int, before: Totals, found: dict[str, _Tensor]) -> FoldReport:
+    def _report(
+        self, number: int, before: Totals, found: dict[str, _Tensor], folds: Sequence[FoldCommit]
+    ) -> FoldReport:
         opened, lineage = self._opened, self._opened.lineage
         layers = [found[name] for name in sorted(found)]
         tau_sq = math.fsum(layer.energy for layer in layers)
         lost = math.fsum(layer.lost for layer in layers)
+        others = {
+            fold.entry.candidate.name: math.fsum(squares) / (fold.entry.numbers.tau_norm**2 or 1.0)
+            for fold in folds
+            if (squares := [layer.others.get(fold.entry.numbers.block or 0, 0.0) for layer in layers]) and any(squares)
+        }
         numbers = replace(
             mapped(lineage, math.sqrt(tau_sq)),
             weight=opened.weight,
@@ -143,6 +174,7 @@ class BlockFolding:
             bytes_read=sum(layer.nbytes for layer in layers),
             device=str(self._resources.device),
             cut=math.fsum(layer.lost for layer in layers if not layer.thin) / tau_sq if tau_sq else 0.0,
+            others=others,
         )
 
 
@@ -168,36 +200,34 @@ def need(vectors: LayerVectors, spec: TensorSpec, width: int) -> int:
     return vectors.workspace(spec.name) + decomposing(*vectors.sides(spec.name), width) + rows
 
 
-def written(vectors: LayerVectors, spec: TensorSpec, width: int) -> int:
-    """About how many bytes folding a layer writes where nothing is cut: whole chunks of columns."""
-    m, n = sides_of(spec.layers[0].shape)
-    return 4 * len(spec.layers) * (m + n) * min(width, -(-vectors.rank(spec.name) // CHUNK) * CHUNK)
-
-
-def cuts(state: State, vectors: LayerVectors, specs: Iterable[TensorSpec]) -> int:
-    """In how many layers of these tensors blocks are cut when the adapter comes in, its own or others'."""
+def room(state: State, vectors: LayerVectors, specs: Iterable[TensorSpec]) -> Room:
+    """What folding these tensors writes at most: the chunks from the first column that is another one on, which is the
+    very first where blocks are cut, and the small arrays."""
     assert state.format.form is not None
-    found, width = 0, state.format.form.width
-    generation = state.generation_of(state.ledger.head)
+    generation, width = state.generation_of(state.ledger.head), state.format.form.width
+    nbytes = cut = 0
     for spec in specs:
         rank = vectors.rank(spec.name)
         for layer in spec.layers:
-            there = (
-                Columns.of(generation.read(layer.name, "columns")) if generation is not None else Columns.empty(width)
-            )
-            found += there.used + rank > width
-    return found
+            used = 0 if generation is None else Columns.of(generation.read(layer.name, "columns")).used
+            cuts, slots = used + rank > width, state.format.slots[layer.name]
+            chunks = -(-min(width, used + rank) // CHUNK) - (0 if cuts else used // CHUNK)
+            nbytes += slots["columns"].nbytes + _CHECKSUM
+            nbytes += chunks * (4 * sum(sides_of(layer.shape)) * CHUNK + 2 * _CHECKSUM)
+            cut += cuts
+    return Room(nbytes, cut)
 
 
-def put(transaction: Transaction, name: str, number: int, block: Block) -> float:
-    """Writes one layer with the model `number` besides; what the cut took of its ‖τ‖²."""
+def put(transaction: Transaction, name: str, number: int, block: Block) -> Cut:
+    """Writes one layer with the model `number` besides; what was cut off for it."""
     old = Columns.of(transaction.read(name, "columns"))
     after = plan(old, number, block)
     if not after.take and after.first == old.used:
         transaction.keep(name)
-        return block.energy
+        return Cut(block.energy, {})
     rearrange(transaction, name, old, after, number, block)
-    return max(0.0, block.energy - block.first(after.take).kept) if after.take < block.rank else 0.0
+    own = max(0.0, block.energy - block.first(after.take).kept) if after.take < block.rank else 0.0
+    return Cut(own, after.cut(old))
 
 
 def take_out(transaction: Transaction, name: str, number: int) -> None:

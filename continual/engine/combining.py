@@ -13,6 +13,7 @@ import torch
 from continual.engine.blocks import put_all
 from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task
+from continual.outside import counted
 from continual.records import TensorSpec, Totals
 from continual.rules import Rule, together
 from continual.state import Commit, State, Transaction
@@ -56,7 +57,7 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
             of=other.id,
             seq=at,
             folds=folds,
-            message=f"{len(folds)} models of the state {other.path.absolute()}, record {at}",
+            message=f"{counted(len(folds), 'model')} of the state {other.path.absolute()}, record {at}",
             device="cpu",
         )
         return state.commit(transaction, entry)
@@ -142,7 +143,8 @@ def _combine_blocks(state: State, other: State, executor: Executor, progress: Pr
             of=other.id,
             seq=other.ledger.head.seq,
             folds=folds,
-            message=f"{len(folds)} models of the state {other.path.absolute()}, record {other.ledger.head.seq}",
+            message=f"{counted(len(folds), 'model')} of the state {other.path.absolute()}, record "
+            f"{other.ledger.head.seq}",
             device="cpu",
         )
         return state.commit(transaction, entry)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from continual.engine import standing
-from continual.engine.blocks import BlockFolding, free_numbers
+from continual.engine.blocks import BlockFolding, room
 from continual.engine.folding import Folding, Terms, run_length
 from continual.engine.outcomes import FoldReport, OpenCandidate, Outcome, known_as
 from continual.engine.report import report_of
@@ -32,8 +32,10 @@ from continual.state.entries import FoldEntry, RefuseEntry
 from continual.state.format import FoldCommit
 from continual.state.parts import Relevance
 from continual.tensors import (
+    Adapter,
     BaseModel,
     Checkpoint,
+    LayerVectors,
     Model,
     Place,
     TaskVectors,
@@ -166,8 +168,7 @@ class Engine:
         model, lineage = opened.model, opened.lineage
         if self.state.format.form is not None:
             beside = BlockFolding(self.base, transaction, opened, self.gates, self.resources)
-            number = free_numbers(self.state, 1)[0]
-            return beside.run(number, self.state.format.form.width, before, progress)
+            return beside.run(self.state, before, progress)
         with ExitStack() as files:
             read: list[Model] = [model, self.base.checkpoint]
             shipped = self.shipped(model, lineage)
@@ -216,10 +217,13 @@ class Engine:
 
     def _writes(self, opened: OpenCandidate) -> int:
         """About how many bytes a fold writes: what is kept of the tensors that it touches; of an adapter that is kept
-        as it is its factors in float32, in whole chunks."""
+        as it is what its layers get and move."""
         if self.state.format.form is None:
             return self.state.format.bytes_of(opened.lineage.folded)
-        return 4 * opened.candidate.nbytes
+        assert isinstance(opened.model, Adapter), "the gate on the form lets nothing else in"
+        folded = set(opened.lineage.folded)
+        vectors = LayerVectors(self.base, opened.model, opened.lineage, opened.weights)
+        return room(self.state, vectors, [spec for spec in self.base.specs if spec.name in folded]).nbytes
 
     def _refuse(self, candidate: Candidate, refusal: Refuse) -> Outcome:
         if known := self.settled(candidate.key):

@@ -42,7 +42,8 @@ class OpenCandidate(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class FoldReport:
     """What one fold did, measured while its tensors streamed by. `seconds`: wall time by stage, added over workers.
-    `cut`: as the gates are shown it (`Numbers`)."""
+    `cut`: as the gates are shown it (`Numbers`). `others`: what was cut off of the models that were there to make room,
+    as shares of the squares of their lengths; of a state of adapters."""
 
     candidate: Candidate
     digest: str
@@ -53,6 +54,7 @@ class FoldReport:
     bytes_read: int
     device: str
     cut: float = 0.0
+    others: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tokens_left_out(self) -> str:
@@ -66,10 +68,17 @@ class FoldReport:
         none."""
         return few(self.numbers.extra or (), self.numbers.extra_count)
 
+    @property
+    def cut_others(self) -> str:
+        """What was cut off of models that were there, the largest shares first, for people; empty where nothing was."""
+        shares = sorted(self.others.items(), key=lambda other: -other[1])
+        return few([f"{name} {share:.2%}" for name, share in shares])
+
     def figures(self) -> dict[str, float]:
-        """What a log line says of it, rounded: `tau_norm`, `cosine`, and `lambda` of a rule that has it."""
+        """What a log line says of it, rounded: `tau_norm`, `cosine`, `lambda` of a rule that has it, and `cut`."""
         found = {"tau_norm": self.numbers.tau_norm, "cosine": self.numbers.cosine, **self.numbers.gauges}
-        shown = ("tau_norm", "cosine", "lambda")
+        found["cut"] = self.numbers.cut or None
+        shown = ("tau_norm", "cosine", "lambda", "cut")
         return {key: round(value, 4) for key in shown if (value := found.get(key)) is not None}
 
 
@@ -107,6 +116,8 @@ class Outcome(NamedTuple):
         cosine = "" if n.cosine is None else f"cosine {n.cosine:+.3f}, "
         cut = f"{n.cut:.2%} of its square cut off, " if n.cut else ""
         said = f"{self.message}: norm {n.tau_norm:.4g}, {cosine}{cut}{seconds:.2f} s"
+        if others := self.report.cut_others:
+            said += f"; cut off to make room, of the square of the length of others: {others}"
         if out := self.report.left_out:
             said += f"; left out, as this state has no place for it: {out}"
         lacking = self.report.lineage.lacking
@@ -127,6 +138,7 @@ class Outcome(NamedTuple):
                 "numbers": body_of(self.report.numbers),
                 "seconds": self.report.seconds,
                 "bytes_read": self.report.bytes_read,
+                "cut_others": dict(self.report.others),
             }
         return body
 

@@ -77,8 +77,7 @@ def _costs_of_blocks(engine: Engine, opened: OpenCandidate, width: int) -> tuple
     vectors.begin()
     folded = set(opened.lineage.folded)
     specs = [spec for spec in engine.base.specs if spec.name in folded]
-    disk = sum(blocks.written(vectors, spec, width) for spec in specs)
-    cut = blocks.cuts(engine.state, vectors, specs)
+    disk, cut = blocks.room(engine.state, vectors, specs)
     said = (
         f"; in {cut} of {sum(len(spec.layers) for spec in specs)} layers adapters are cut to the width of {width}"
         if cut

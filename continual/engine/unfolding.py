@@ -16,6 +16,7 @@ from continual.engine.engine import Engine
 from continual.engine.outcomes import FoldReport, OpenCandidate
 from continual.errors import Misconfigured, Refuse, Retry
 from continual.executors.contract import Progress, Task
+from continual.outside import counted
 from continual.records import Totals
 from continual.rules import Sums, settle
 from continual.state import Commit, Transaction
@@ -64,7 +65,8 @@ class Unfolding:
         if self.exact:
             return f"{self.name} (record {self.seq}) is read once more and subtracted"
         on = f"on the merge of record {self.start}" if self.start is not None else "from the beginning"
-        return f"{self.name} (record {self.seq}) is left out and {len(self.again)} later models are folded again {on}"
+        later = counted(len(self.again), "later model")
+        return f"{self.name} (record {self.seq}) is left out, and {later} will be folded again {on}"
 
 
 def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeGuard, get_args
 
 from continual.errors import Misconfigured
+from continual.outside import counted
 from continual.records import LARGEST, TensorSpec, Totals
 
 Policy = Literal["norm", "number", "spread"]
@@ -57,7 +58,7 @@ class ReadOptions:
         models have weights of their own."""
         lines = f", lines {self.lines[0]:g}:{self.lines[1]:g}" if self.lines else ""
         by = f", read by {self.rule}" if self.rule else ""
-        return self.scale + lines + by + (f", weights of {len(self.weights)} models" if self.weights else "")
+        return self.scale + lines + by + (f", weights of {counted(len(self.weights), 'model')}" if self.weights else "")
 
     @property
     def scale(self) -> str:

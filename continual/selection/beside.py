@@ -8,12 +8,12 @@ not weighed any more does in a state of whole tensors, and keep a weight each.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-from continual.engine.blocks import block_of, exchange, free_numbers
+from continual.engine.blocks import block_of, exchange, free_numbers, room
 from continual.engine.engine import Engine
 from continual.engine.outcomes import Outcome
 from continual.errors import Refuse
@@ -80,9 +80,9 @@ def write(under_way: OpenRound, space: SearchSpace, chosen: Chosen, progress: Pr
         return state.record(ended)
     called = dict(zip(free_numbers(state, len(entered)), entered, strict=True))
     gone = [fold.entry.numbers.block or 0 for fold in state.ledger.folds() if fold.entry.candidate.key in out]
-    nbytes = state.generation_bytes() + sum(4 * member.candidate.nbytes for member in entered)
-    with state.begin(writes=nbytes) as transaction, ExitStack() as files:
+    with ExitStack() as files:
         coming = {number: files.enter_context(opened(engine, member)) for number, member in called.items()}
+        transaction = files.enter_context(state.begin(writes=_writes(engine, coming.values())))
         lost = _blocks(engine, transaction, _Move(gone, coming), progress)
         engine.go_on("the round")
         folds = []
@@ -95,6 +95,14 @@ def write(under_way: OpenRound, space: SearchSpace, chosen: Chosen, progress: Pr
             )
             folds.append(BroughtFold(member.candidate, digests[member.key], found))
         return state.commit(transaction, dataclasses.replace(ended, folds=tuple(folds)))
+
+
+def _writes(engine: Engine, coming: Iterable[Opened]) -> int:
+    """Bytes that a round writes at most: what is there anew, and what comes."""
+    specs = {spec.name: spec for spec in engine.base.specs}
+    layers = [(member.files.layers, member.changed) for member in coming]
+    new = [room(engine.state, mine, [specs[name] for name in changed]).nbytes for mine, changed in layers if mine]
+    return engine.state.generation_bytes() + sum(new)
 
 
 def _all(now: Active, searched: Active, weighed: Active) -> Weights:

@@ -273,7 +273,7 @@ class Worker:
                 log.info("folded")
             else:
                 seconds = round(report.seconds["total"], 3)
-                said = {"left_out": report.left_out, "tokens": report.tokens_left_out}
+                said = {"left_out": report.left_out, "tokens": report.tokens_left_out, "cut_others": report.cut_others}
                 out = {key: text for key, text in said.items() if text}
                 log.info("folded", **report.figures(), seconds=seconds, bytes_read=report.bytes_read, **out)
             self._fresh()

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from continual.errors import Misconfigured
+from continual.outside import counted
 from continual.state import lock, opening, protocol
 from continual.state.damage import Inspection, RepairPlan
 from continual.state.durable import environment, replace_bytes, sync_file
@@ -98,8 +99,8 @@ def _record(path: Path, aside: Path, found: Inspection, on_step: OnStep) -> Comm
         tags=plan.tags,
         generations=plan.generations,
         aside=aside.name,
-        message=f"to record {plan.to}: {len(plan.lost)} records lost, {len(plan.undone)} folds undone; "
-        f"the old files are in {aside.name}",
+        message=f"to record {plan.to}: {counted(len(plan.lost), 'record')} lost, "
+        f"{counted(len(plan.undone), 'fold')} undone; the old files are in {aside.name}",
     )
     commit = Journal(path, found.ledger, on_step).append(entry, Held(target.generation, target.receipts))
     State.open(path).close()

@@ -16,11 +16,12 @@ from continual import api, making
 from continual.config import Settings
 from continual.engine.blocks import layer_of
 from continual.engine.views import ReadView
-from continual.errors import Misconfigured
+from continual.errors import Misconfigured, Retry
 from continual.publish.folder import cut_in
 from continual.publish.lora import LoraTarget
 from continual.rules import RULES, rule
 from continual.state import State
+from continual.state.transaction import MARGIN
 from tests.helpers import adapters, models
 from tests.helpers.command import run
 
@@ -159,19 +160,48 @@ def test_a_fold_writes_its_own_columns_alone(tmp_path: Path, base: Path) -> None
     assert not (after.directory / "u/model.norm.weight").exists()
 
 
-def test_blocks_are_cut_when_there_is_no_room_and_it_is_said(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+def _files(state: State) -> dict[int, int]:
+    """Inodes and sizes of the chunks of the newest generation."""
+    generation = state.generation_of(state.ledger.head)
+    found = [] if generation is None else [path.stat() for path in generation.directory.rglob("c.*")]
+    return {one.st_ino: one.st_size for one in found}
+
+
+def test_blocks_are_cut_when_there_is_no_room_and_it_is_said(
+    tmp_path: Path, base: Path, tuned: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the models that were there. A fold asks for the room on the disk that it takes."""
     state = tmp_path / "state"
-    cuts, planned = [], []
+    disk = shutil.disk_usage(tmp_path)
+    cuts, planned, told = [], [], set[str]()
     with opened(state, base, width=8) as merge:
         for model in tuned:
             plan = merge.plan(model)
             assert plan.read_bytes == (model / "adapter_model.safetensors").stat().st_size - _header(model)
             planned.append("are cut to the width of 8" in plan.message)
-            outcome = merge.fold(model)
+            whole, there = merge.fullness(), _files(merge.state)
+            with monkeypatch.context() as patch:
+                patch.setattr("shutil.disk_usage", lambda _, by=plan: disk._replace(free=MARGIN + by.disk_bytes - 1))
+                with pytest.raises(Retry, match="free some space"):
+                    merge.fold(model)
+                patch.setattr("shutil.disk_usage", lambda _, by=plan: disk._replace(free=MARGIN + by.disk_bytes))
+                outcome = merge.fold(model)
+            written = sum(size for inode, size in _files(merge.state).items() if inode not in there)
+            assert written <= plan.disk_bytes
+            assert written == plan.disk_bytes or planned[-1]
             assert outcome.report is not None
             assert outcome.report.bytes_read == plan.read_bytes
             cuts.append(outcome.report.numbers.cut)
+            now = merge.fullness()
+            assert whole is not None
+            assert now is not None
+            lost = {f"lora-{seq - 1}": now.models[seq] - share for seq, share in whole.models.items()}
+            others = outcome.report.others
+            assert others == pytest.approx({name: share for name, share in lost.items() if share > 1e-9})
+            assert ("of the square of the length of others: lora-" in outcome.line()) == bool(others)
+            told |= others.keys()
         assert "of its square cut off" in outcome.line()
+        assert told == {"lora-0", "lora-2"}
         generation = merge.state.generation_of(merge.state.ledger.head)
         assert generation is not None
         columns = layer_of(generation, "model.layers.0.self_attn.q_proj.weight").columns

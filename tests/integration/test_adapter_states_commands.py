@@ -94,7 +94,7 @@ def test_combined_copied_damaged_and_repaired(tmp_path: Path, state: Path) -> No
         assert found.returncode == code, found
         return found.stdout + found.stderr
 
-    assert "1 models" in done("combine", tmp_path / "other", "--dry-run")
+    assert "1 model of" in done("combine", tmp_path / "other", "--dry-run")
     done("combine", tmp_path / "other")
     assert names(state) == ["lora-0", "lora-1", "lora-2", "lora-3"]
     done("backup", tmp_path / "backup", "--copy")

@@ -215,7 +215,7 @@ def test_unfold_combine_and_scale_from_the_command(tmp_path: Path) -> None:
     assert [c["candidate"]["name"] for c in machine("combine", tmp_path / "two", *one, "--dry-run")["added"]] == [
         "ft-2"
     ]
-    assert "Added as record 3: 1 models" in run("combine", tmp_path / "two", *one).stdout
+    assert "Added as record 3: 1 model of" in run("combine", tmp_path / "two", *one).stdout
     assert run("combine", tmp_path / "two", *one).returncode == 2
     dry = run("unfold", "ft-0", *one, "--dry-run")
     assert "ft-0 (record 1) is read once more and subtracted" in dry.stdout
@@ -261,5 +261,5 @@ def test_unfold_shows_its_cost_where_others_are_folded_again(tmp_path: Path, pla
     assert (plan["exact"], plan["start"], [m["name"] for m in plan["again"]]) == (False, 1, ["ft-2"])
     assert plan["read_bytes"] > 0
     done = run("unfold", "ft-1", "--yes", "--state", state)
-    assert "1 later models are folded again on the merge of record 1" in done.stdout
+    assert "1 later model will be folded again on the merge of record 1" in done.stdout
     assert machine("status", "--state", state)["folds"] == 2

@@ -104,6 +104,7 @@ def test_the_command_beside_one_that_writes(state: Path) -> None:
     assert all(set(one) == model for one in (*body["models"], *body["layers"][0]["models"]))
     assert all(set(one) == layer for one in body["layers"])
     assert "3 models. share: of the lengths" in said.stdout
+    assert "1 model. share: of the lengths" in layers.stdout
     assert said.stdout.count(" %") >= 6
     assert "model.layers.1  1.00   few    100.0 %" in layers.stdout
     missing = run("explain", "--only", "carol", "--state", state)
