@@ -202,3 +202,6 @@ def test_a_state_of_adapters_is_asked_by_every_rule(suite: Language, tmp_path: P
     assert one["watched"] == pytest.approx(asked_of["own", 3, "paper"]["each"][task]["watched"])
     again = Adapters(suite, "lora", tmp_path, Progress(disable=True), plan)
     assert not again.asked(0, "tsv-m")
+    more = Adapters(suite, "lora", tmp_path, Progress(disable=True), Plan((1, 2), (1,)))
+    assert more.asked(0, "tsv-m") == [1, 3], "only where something was not asked"
+    assert more.asked(1, "tsv-m") == [1, 2], "no order changes what all of them make"

@@ -86,19 +86,27 @@ def test_the_page_of_a_language_model_says_what_broke(tmp_path: Path) -> None:
     results.add(Key(0, "base", 2, "paper"), test={"a": answers(2), "b": answers(4)}, watched=whole)
     each = {"a": {"watched": {"perplexity": 40.0, "facts": 1.0}}, "b": {"watched": {"perplexity": 32.0, "facts": 0.5}}}
     results.add(Key(0, "own", 2, "paper"), test={"a": answers(10), "b": answers(9)}, each=each)
-    for read, right, perplexity in (("default", 6, 35.0), ("sum", 8, 50.0)):
+    for rule, read, right, perplexity in (
+        ("task-arithmetic", "default", 6, 35.0),
+        ("task-arithmetic", "sum", 8, 50.0),
+        ("iso-c", "default", 6, 31.0),
+    ):
         found = {"perplexity": perplexity, "facts": 0.75}
         test = {"a": answers(right), "b": answers(right)}
-        results.add(Key(0, "task-arithmetic", 2, read), scale="1.0", factor=1.0, test=test, watched=found)
+        results.add(Key(0, rule, 2, read), scale="1.0", factor=1.0, test=test, watched=found)
     table = figures.load(results.file)
     page = list(report_language.page([table]))
     assert "## LoRA adapters in a state of adapters, up to 2" in page
-    assert page[-4:] == [
+    shown, compared = "\n".join(page).split("\n\n")[-2:]
+    assert shown.split("\n")[2:] == [
         "| base |  | 30.0 (30.0, 100 %) |",
         "| each model, own task |  | 95.0 (36.0, 75 %) |",
         "| task-arithmetic | sum | 80.0 (50.0, 75 %) |",
+        "| **iso-c** | default | 60.0 (31.0, 75 %) |",
         "| task-arithmetic | default | 60.0 (35.0, 75 %) |",
     ]
+    assert compared.split("\n")[2].startswith("| task-arithmetic | sum | +20.0 [+")
+    assert compared.split("\n")[3:] == ["| task-arithmetic | default | +0.0 [+0.0, +0.0] |"]
     report.write(tmp_path, tmp_path)
     assert (tmp_path / "quality-language.md").read_text() == "\n".join(page) + "\n"
     assert not (tmp_path / "quality.md").exists(), "of which there are no results"

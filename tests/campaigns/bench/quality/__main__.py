@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--counts", type=int, nargs="+", help="numbers of models at which is asked, and all; the scale is not tuned"
     )
-    parser.add_argument("--tasks", type=int, help="the first tasks of the suite alone")
+    parser.add_argument("--tasks", type=int, help="the first tasks of the suite alone; their results stand apart")
     parser.add_argument("--rule", choices=RULE_NAMES, action="append", help="default: all")
     parser.add_argument("--orders", type=int, default=3, help="orders of the tasks")
     parser.add_argument("--threads", type=int, default=1, help="threads of the models that are asked")
@@ -64,7 +64,8 @@ def main() -> None:
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         for name in args.suite or ("digits", "text"):
             suite: Suite = Digits(args.work / "digits") if name == "digits" else texts(name, args)
-            suite.tasks = suite.tasks[: args.tasks]
+            if args.tasks is not None:  # another order of other tasks: its results are no part of the whole suite's
+                suite.tasks, suite.name = suite.tasks[: args.tasks], f"{suite.name}{args.tasks}"
             plan = PLAN if args.counts is None else Plan(tuple(args.counts), None)
             campaign = Adapters if args.kept else Campaign
             for form in args.form or (("lora",) if args.kept else FORMS):

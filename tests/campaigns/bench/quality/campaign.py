@@ -156,11 +156,19 @@ class Campaign:
                     self.checkpoint(order, name, tasks[:count], costs, *self.read(merge()))
 
     def asked(self, order: int, name: str) -> list[int]:
-        """At which numbers of models a rule is asked that it was not asked at yet."""
+        """At which numbers of models something is not asked of a rule yet."""
         most = len(self.suite.tasks)
-        counts = [count for count in (*self.plan.counts, most) if count <= most]
-        asked = sorted({c for c in counts if not (order and RULES[name].order_free and c == most)})
-        return [] if {Key(order, name, c, "default") for c in asked} <= self.results.known else asked
+        counts = {count for count in (*self.plan.counts, most) if count <= most}
+        if order and RULES[name].order_free:
+            counts.discard(most)
+        return sorted(
+            c for c in counts if {Key(order, name, c, way) for way in self.ways(name, c)} - self.results.known
+        )
+
+    def ways(self, name: str, count: int) -> list[str]:
+        """In which ways a merge of so many models is read."""
+        tuned = self.plan.tuned is not None and count in (*self.plan.tuned, len(self.suite.tasks))
+        return ["paper", "default", *(["sum"] if name == "task-arithmetic" else []), *(["tuned"] if tuned else [])]
 
     def watched(self, weights: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Any]:
         """What the merge must not break, where the suite says so."""
@@ -181,8 +189,8 @@ class Campaign:
         if name == "task-arithmetic":
             ways["sum"] = SUM
         scores: dict[str, float] = {}
-        known = Key(order, name, len(tasks), "tuned") in self.results.known
-        if not known and self.plan.tuned is not None and len(tasks) in (*self.plan.tuned, len(self.suite.tasks)):
+        tuned = "tuned" in self.ways(name, len(tasks))
+        if tuned and Key(order, name, len(tasks), "tuned") not in self.results.known:
             for multiple in MULTIPLES:
                 options = ReadOptions(default.policy, default.value * multiple)
                 scores[str(options)] = mean(self.ask(self.weights(reading, unit, options), tasks, "validation"))

