@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,7 @@ class OpenedState:
             raise
         self.rule = rule(self.state.format.rule, self.state.format.options)
         self._base: BaseModel | None = None
-        self._weighted: list[BaseModel] = []
+        self._weighted: BaseModel | None = None
         self._engine: tuple[Settings, Engine] | None = None
         self.places = Places(settings, self.state.format.base.repo, client, openers(settings))
         self.standing = Standing(self.state, lambda: self.settings)
@@ -84,7 +85,7 @@ class OpenedState:
 
     def close(self) -> None:
         """Closes the base's files and the state."""
-        for base in (self._base, *self._weighted):
+        for base in (self._base, self._weighted):
             if base is not None:
                 base.checkpoint.close()
         self.state.close()
@@ -169,16 +170,18 @@ class OpenedState:
 
     def _open_values(self) -> BaseModel:
         """The base of a state of adapters with its weights, of which a fold reads a few: from the Hub by ranges. It
-        stays open until all is closed. Raises Misconfigured and Damaged where they are not there, Retry."""
-        if self._weighted:
-            newest = self._weighted[-1]
-            if not isinstance(newest.checkpoint.place, Folder):
-                return newest  # a commit of the Hub does not change
+        stays open until all is closed, or until its files have changed and nobody reads from it any more. Raises
+        Misconfigured and Damaged where they are not there, Retry."""
+        if (there := self._weighted) is not None:
+            if not isinstance(there.checkpoint.place, Folder):
+                return there  # a commit of the Hub does not change
             with contextlib.suppress(Retry):
-                newest.checkpoint.check_unchanged()
-                return newest
-        self._weighted.append(weighted_base(self.state, self.places, self.settings.base, fetch=False))
-        return self._weighted[-1]
+                there.checkpoint.check_unchanged()
+                return there
+        found = weighted_base(self.state, self.places, self.settings.base, fetch=False)
+        weakref.finalize(found, found.checkpoint.close)  # a fold or a plan on another thread may still read the former
+        self._weighted = found
+        return found
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[BaseModel]:

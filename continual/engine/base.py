@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -101,20 +102,24 @@ def weighted_base(state: State, places: Places, moved: Path | None = None, *, fe
 
 
 def _as_made(checkpoint: Checkpoint, state: State) -> BaseModel:
-    """The base that `state` was made from, from its open files. Raises Damaged where it is another."""
+    """The base that `state` was made from, from its open files. Raises Damaged where it is another; then they are
+    closed."""
     record = state.format.base
-    model = describe(
-        checkpoint,
-        plain=record.plain,
-        exclude=record.exclude,
-        tables=[spec.name for spec in state.format.tensors],  # what a state keeps by itself stays so
-    )
-    model = replace(model, specs=as_made(model.specs, state.format.tensors))
-    if model.specs != state.format.tensors:
-        raise Damaged(
-            f"base {checkpoint.place} is not the one this state was made from: its tensors have other names, shapes or "
-            "dtypes"
+    with ExitStack() as unless_it_is:
+        unless_it_is.callback(checkpoint.close)
+        model = describe(
+            checkpoint,
+            plain=record.plain,
+            exclude=record.exclude,
+            tables=[spec.name for spec in state.format.tensors],  # what a state keeps by itself stays so
         )
+        model = replace(model, specs=as_made(model.specs, state.format.tensors))
+        if model.specs != state.format.tensors:
+            raise Damaged(
+                f"base {checkpoint.place} is not the one this state was made from: its tensors have other names, "
+                "shapes or dtypes"
+            )
+        unless_it_is.pop_all()
     return model
 
 
@@ -150,8 +155,17 @@ def _unquantised(state: State, path: Path | None) -> BaseModel:
         opened = open_checkpoint(path, packed=True)
     except Refuse as error:
         raise Misconfigured(f"base {error}") from None
+    with ExitStack() as unless_it_is:
+        unless_it_is.callback(opened.close)
+        model = _described(opened, state)
+        unless_it_is.pop_all()
+    return model
+
+
+def _described(opened: Checkpoint, state: State) -> BaseModel:
+    """The model that a quantised base was made from, from its open files. Raises as `_unquantised`."""
+    record, path = state.format.base, opened.place
     if form := form_of(opened.config, opened.tensors):
-        opened.close()
         raise Misconfigured(
             f"base {path} is quantised as well ({form}): name a folder with the model that {name_of(record)} was "
             "quantised from, in F32, F16 or BF16, or export an adapter (--as-lora)"
@@ -160,7 +174,6 @@ def _unquantised(state: State, path: Path | None) -> BaseModel:
     there = {spec.name: spec.shape for spec in model.specs}
     for spec in state.format.tensors:
         if len(spec.shape) >= 2 and spec.kind != "carried" and there.get(spec.name) != spec.shape:
-            model.checkpoint.close()
             raise Damaged(
                 f"base {path} is not the model that {name_of(record)} was quantised from: tensor {spec.name} is "
                 f"{list(spec.shape)} there, and {list(there.get(spec.name, ())) or 'missing'} here"

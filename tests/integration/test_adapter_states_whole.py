@@ -4,6 +4,7 @@ has more directions than the state keeps."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -168,12 +169,13 @@ def test_another_model_in_place_of_the_base(tmp_path: Path, base: Path) -> None:
     models.base(tmp_path / "other", shapes=SHAPES | {"norm.weight": (7,)})
     with merge_of(tmp_path / "state", base, base=tmp_path / "other") as merge:
         outcome = merge.fold(dora(tmp_path / "dora", base))
+        assert not open_files(tmp_path / "other")
     assert (outcome.fate, outcome.reason) == ("refused", "form")
     assert "is not the one this state was made from" in outcome.message
 
 
 def test_a_base_that_changes_under_an_open_state(tmp_path: Path, base: Path) -> None:
-    """The weights that are there now are read, as an export reads them."""
+    """The weights that are there now are read, as an export reads them; the files of before do not stay open."""
     with merge_of(tmp_path / "state", base) as merge:
         merge.fold(mixed(tmp_path / "lora"))
         weights = load_file(base / "model.safetensors")
@@ -181,7 +183,14 @@ def test_a_base_that_changes_under_an_open_state(tmp_path: Path, base: Path) -> 
         model = dora(tmp_path / "dora", base)
         assert merge.fold(model).fate == "folded"
         found = exported(merge, tmp_path / "out", only=("dora",))
+        assert len(open_files(base)) == 1
     same_as_merged(found, base, model)
+
+
+def open_files(directory: Path) -> list[str]:
+    """The files of a directory that this process has open, gone ones too."""
+    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.lexists(link)]
+    return [link for link in links if link.startswith(f"{directory}/")]
 
 
 def wide(directory: Path, base: Path, noise: float) -> Path:

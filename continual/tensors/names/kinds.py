@@ -57,7 +57,7 @@ _BEFORE = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class BaseModel:
     """A base and what is known of its tensors: `specs` in name order, `aliases` from a tied name (in its files or not)
     to its canonical one. `untied`: from a name that is a tensor by itself here to that which it is tied to in the
