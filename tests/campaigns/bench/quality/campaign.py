@@ -159,7 +159,7 @@ class Campaign:
         """At which numbers of models something is not asked of a rule yet."""
         most = len(self.suite.tasks)
         counts = {count for count in (*self.plan.counts, most) if count <= most}
-        if order and RULES[name].order_free:
+        if order and RULES[name].rule().laws.order_free:
             counts.discard(most)
         return sorted(
             c for c in counts if {Key(order, name, c, way) for way in self.ways(name, c)} - self.results.known
