@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from continual.hub import Hub
 
 DEFAULT = "iso-c"
-"""The rule of a state, unless the recipe names another."""
+"""The rule of a state of whole tensors, unless the recipe names another."""
+DEFAULT_OF_ADAPTERS = "tsv-m"
+"""The same of a state that keeps adapters (ops/decisions/0051)."""
 WIDTH = 256
 """Singular triplets of a layer that a state of adapters keeps, unless the recipe says otherwise: sixteen adapters of
 rank 16, or thirty-two of rank 8, are kept whole."""
@@ -43,9 +45,10 @@ MOST_COLUMNS = 1 << 16
 class Recipe:
     """What a new state is to be.
 
-    `rule` names the fold rule. `options` are its fold-time options, by name; they become part of the state and never
-    change, as do `plain` and `exclude`: globs of tensor names. Tensors that match `plain` are folded by the rule's
-    plain form, those that match `exclude` are copied from the base untouched. `scale` says how long the merged task
+    `rule` names the fold rule; None takes the default, `DEFAULT` or, with a `width`, `DEFAULT_OF_ADAPTERS`. `options`
+    are its fold-time options, by name; they become part of the state and never change, as do `plain` and `exclude`:
+    globs of tensor names. Tensors that match `plain` are folded by the rule's plain form, those that match `exclude`
+    are copied from the base untouched. `scale` says how long the merged task
     vector is read (`norm`, `norm:KAPPA`, a number or `auto`), `lines` how the layers are scaled (`ALPHA:BETA`); both
     can be changed later, and None takes the rule's default. `reading` names the rule that reads the merge, where that
     is another; it can be changed later too. `untie` gives an output head that is tied to the input
@@ -54,7 +57,7 @@ class Recipe:
     are read; None: it keeps a merge of whole tensors.
     """
 
-    rule: str = DEFAULT
+    rule: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     scale: str | None = None
     lines: str | None = None
@@ -64,12 +67,17 @@ class Recipe:
     width: int | None = None
     reading: str | None = None
 
+    @property
+    def rule_name(self) -> str:
+        """The fold rule of the state."""
+        return self.rule or (DEFAULT if self.width is None else DEFAULT_OF_ADAPTERS)
+
     def read(self) -> ReadOptions:
         """How the merge is read at first. Raises Misconfigured for what is unknown or malformed, and a rule that cannot
         read such a state."""
-        made, blocks = rule(self.rule, self.options), self.width is not None
-        default = read_options(self.rule)
-        reader(made, self.reading or self.rule, blocks=blocks)
+        made, blocks = rule(self.rule_name, self.options), self.width is not None
+        default = read_options(self.rule_name)
+        reader(made, self.reading or self.rule_name, blocks=blocks)
         return read_as(made, default, ReadAs(self.reading, self.scale, self.lines), blocks=blocks)[1]
 
 
@@ -128,7 +136,7 @@ def init(
     be read, Retry where the network or the disk gets in the way.
     """
     recipe = recipe or Recipe()
-    chosen = rule(recipe.rule, recipe.options)  # before anything is fetched
+    chosen = rule(recipe.rule_name, recipe.options)  # before anything is fetched
     place = Places(Settings(), client=client).named(base)
     if recipe.width is not None:
         return _init_adapters(place, base, Path(state), recipe)
@@ -153,7 +161,7 @@ def init(
     slots = {spec.name: chosen.slots(spec) if spec.kind != "carried" else {} for spec in model.specs}
     State.create(
         Path(state),
-        Format.new(record, model.specs, recipe.rule, chosen.options, slots),
+        Format.new(record, model.specs, recipe.rule_name, chosen.options, slots),
         read=recipe.read().to_mapping(),
         device="cpu",
     ).close()
@@ -188,7 +196,7 @@ def _init_adapters(place: Place, base: str | Path, state: Path, recipe: Recipe) 
     State.create(
         state,
         Format.new(
-            record, model.specs, recipe.rule, made.options, _blocks(model, recipe.width), AdaptersForm(recipe.width)
+            record, model.specs, made.rule, made.options, _blocks(model, recipe.width), AdaptersForm(recipe.width)
         ),
         read=recipe.read().to_mapping(),
         device="cpu",
@@ -200,10 +208,10 @@ def _check_adapters(model: BaseModel, recipe: Recipe) -> None:
     """Raises Misconfigured for what a state that keeps adapters cannot be."""
     if not 1 <= (recipe.width or 0) <= MOST_COLUMNS:
         raise Misconfigured(f"width = {recipe.width}: a layer has 1 to {MOST_COLUMNS} singular triplets")
-    chosen = rule(recipe.rule, recipe.options)
+    chosen = rule(recipe.rule_name, recipe.options)
     if chosen.needs.shipped is not None:
         raise Misconfigured(
-            f"rule = {recipe.rule}: it weighs each parameter by {chosen.needs.shipped} beside a full fine-tune, which "
+            f"rule = {chosen.name}: it weighs each parameter by {chosen.needs.shipped} beside a full fine-tune, which "
             "adapters do not have: take another rule"
         )
     if recipe.untie:
@@ -241,7 +249,7 @@ def recipe_for(
     given here wins over the settings; an option that is given is added to theirs."""
     transforms = list(before or settings.before or ())
     asked = {**settings.options, **(options or {}), **({"before": transforms} if transforms else {})}
-    name = rule or settings.rule or ("frank-wolfe" if settings.select == "frank-wolfe" else DEFAULT)
+    name = rule or settings.rule or ("frank-wolfe" if settings.select == "frank-wolfe" else None)
     return Recipe(rule=name, options=asked, untie=settings.tied == "untie", reading=settings.reading)
 
 
@@ -313,11 +321,11 @@ def _survey(base: str, model: BaseModel, recipe: Recipe, form: str | None = None
         )
     if recipe.width is not None:
         _check_adapters(model, recipe)
-    chosen, read = rule(recipe.rule, recipe.options), recipe.read()
+    chosen, read = rule(recipe.rule_name, recipe.options), recipe.read()
     counted = {kind: [spec.numel for spec in model.specs if spec.kind == kind] for kind in get_args(Kind)}
     return Survey(
         base=base,
-        rule=recipe.rule,
+        rule=recipe.rule_name,
         options=chosen.options,
         scale=str(read),
         lines=read.lines,

@@ -214,7 +214,9 @@ class Settings(BaseModel):
     state: Path = Field(default=Path("state"), description="directory of the state")
     watch: Paths = Field(default=(), description="folders in which fine-tunes are published")
     rule: str | None = Field(
-        default=None, description="fold rule that init takes; a state made under another is refused"
+        default=None,
+        description="fold rule that init takes, by default iso-c, for adapters tsv-m; a state made under another is "
+        "refused",
     )
     reading: str | None = Field(
         default=None,

@@ -86,9 +86,12 @@ def test_a_state_of_whole_tensors_refuses_it_as_before(tmp_path: Path, base: Pat
         making.init(packed, tmp_path / "state")
     assert refusal.value.reason == "quantised"
     assert "continual init --adapters" in str(refusal.value)
-    assert making.survey(packed, making.Recipe(width=8)).packed == "bitsandbytes"
+    found = making.survey(packed, making.Recipe(width=8))
+    assert (found.packed, found.rule, found.scale) == ("bitsandbytes", "tsv-m", "spread:1.0")
+    assert making.survey(base).rule == "iso-c"
     said = command.run("init", packed, "--adapters", "--state", tmp_path / "state")
     assert "The base is quantised (bitsandbytes): adapters are folded and exported" in said.stdout
+    assert "rule tsv-m, scale spread:1.0" in said.stdout
 
 
 def test_fisher_needs_full_fine_tunes(tmp_path: Path, base: Path) -> None:

@@ -50,7 +50,7 @@ def near(tmp_path: Path, merge: api.Merge, view: ReadView) -> Command:
     return Command((sys.executable, "-S", str(tmp_path / "eval.py"), str(tmp_path / "target"), "{model}"))
 
 
-@pytest.mark.parametrize("rule", ["iso-c", "task-arithmetic", "ties"])
+@pytest.mark.parametrize("rule", ["tsv-m", "task-arithmetic", "ties"])
 def test_the_scale_is_found(tmp_path: Path, base: Path, rule: str) -> None:
     with folded(tmp_path, base, rule) as merge:
         command = near(tmp_path, merge, ReadView(scale="0.45"))
@@ -75,8 +75,9 @@ def test_the_scale_under_spread_is_found_around_what_is_in_force(tmp_path: Path,
         assert found.read.value == pytest.approx(0.6, rel=0.1)
 
 
-def test_the_weights_are_found_and_read_from_then_on(tmp_path: Path, base: Path) -> None:
-    with folded(tmp_path, base, "task-arithmetic") as merge:
+@pytest.mark.parametrize("rule", ["task-arithmetic", "tsv-m"])
+def test_the_weights_are_found_and_read_from_then_on(tmp_path: Path, base: Path, rule: str) -> None:
+    with folded(tmp_path, base, rule) as merge:
         merge.rescale("1")
         command = near(tmp_path, merge, ReadView(weights={"a": 0.3, "b": 2.0}))
         plain = {fold.entry.candidate.key: fold.entry.candidate.name for fold in merge.state.ledger.folds()}

@@ -46,7 +46,7 @@ SIGNATURES = {
     "Merge.retry": "(self, word)",
     "Merge.close": "(self)",
     "Recipe": (
-        "(rule='iso-c', options, scale=None, lines=None, plain=(), exclude=(), untie=False, width=None, reading=None)"
+        "(rule=None, options, scale=None, lines=None, plain=(), exclude=(), untie=False, width=None, reading=None)"
     ),
     "LoraTarget": "(directory, rank, dtype='F32', form='peft', at=None, mark=None)",
     "Target": "(directory, at=None, dtype=None, shard_size=None, tokenizer=None, mark=None)",
