@@ -228,7 +228,8 @@ class Totals:
     """What a rule keeps of the whole model, besides the accumulators of its tensors. All 0 before the first fold.
 
     `count`: how many models are folded. `weight`: Σw of them. `norm_sum`: Σ‖τ_i‖, each over the whole model.
-    `merged_sq`: ‖X‖² of what the rule keeps. `matrices`: of the rules that take some tensors for matrices.
+    `merged_sq`: ‖X‖² of what the rule keeps. `matrices`: of the rules that take some tensors for matrices. `each`: the
+    same of each model, where it is known of all of them; it is in the records of the folds, not in that of the totals.
     """
 
     count: float = 0.0
@@ -236,6 +237,7 @@ class Totals:
     norm_sum: float = 0.0
     merged_sq: float = 0.0
     matrices: MatrixTotals | None = None
+    each: tuple[MatrixTotals, ...] = ()
 
     @staticmethod
     def of(body: Mapping[str, float]) -> Totals:

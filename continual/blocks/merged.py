@@ -14,7 +14,7 @@ from continual.blocks.factoring import Entrant, Run, ThinProduct, square, thin
 from continual.blocks.shelf import Shelf, Stacked, stacked
 from continual.errors import Misconfigured
 from continual.records import WEIGHT, TensorSpec, Totals, is_weight
-from continual.rules import ReadOptions, Rule, Size, Sums, settle
+from continual.rules import ReadOptions, Rule, Size, Sums, figures_of, settle
 
 
 class Merged:
@@ -186,4 +186,5 @@ def _run(rule: Rule, figures: Mapping[int, Sums], chosen: Mapping[int, float]) -
     for number, weight in chosen.items():
         found.append(Entrant(weight, totals))
         totals = replace(settle(totals, figures[number], weight), merged_sq=0.0)
-    return Run(rule, found, totals)
+    each = tuple(mine for number in chosen if (mine := figures_of(figures[number])) is not None)
+    return Run(rule, found, replace(totals, each=each))

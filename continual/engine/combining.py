@@ -183,7 +183,14 @@ def _add_experts(
 
 
 def _kept(numbers: FoldNumbers) -> FoldNumbers:
-    return FoldNumbers(tau_norm=numbers.tau_norm, cosine=numbers.cosine, weight=numbers.weight)
+    return FoldNumbers(
+        tau_norm=numbers.tau_norm,
+        cosine=numbers.cosine,
+        weight=numbers.weight,
+        matrix_norm=numbers.matrix_norm,
+        plain_norm=numbers.plain_norm,
+        spread_norm=numbers.spread_norm,
+    )
 
 
 def _named(rule: str, options: Mapping[str, object]) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from continual import linalg
 from continual.engine.views import ReadView
 from continual.executors.contract import Executor, Progress, Task
-from continual.records import TensorSpec
+from continual.records import TensorSpec, Totals
 from continual.rules import ReadOptions, Rule, Size, reader
 from continual.rules.matrices import sides
 from continual.state import Commit, State
@@ -46,7 +47,7 @@ class Reading:
     ) -> None:
         self.state = state
         self.commit: Commit = state.ledger.head if seq is None else state.ledger.get(seq)
-        self.totals = state.ledger.totals_at(self.commit.seq)
+        self.totals = _totals_of(state, self.commit.seq)
         self.options = options or ReadOptions.from_mapping(state.ledger.read_options(self.commit.seq))
         self.rule = reader(rule, self.options.rule, blocks=state.format.form is not None)
         self.lengths = {} if lengths is None else lengths
@@ -148,6 +149,15 @@ class Reading:
         if seen is not None:
             seen(spec, found)
         return linalg.inner(found, found)
+
+
+def _totals_of(state: State, seq: int) -> Totals:
+    """The totals at record `seq`, with those of each model where the records of all folds in force have them."""
+    totals = state.ledger.totals_at(seq)
+    if totals.matrices is None:
+        return totals
+    figures = [fold.entry.numbers.figures for fold in state.ledger.folds(seq)]
+    return replace(totals, each=tuple(mine for mine in figures if mine is not None))
 
 
 def digest_of(what: object, rule: Rule, options: ReadOptions) -> str:

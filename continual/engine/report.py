@@ -12,7 +12,7 @@ from continual.engine.folding import TensorFold, Terms
 from continual.engine.outcomes import FoldReport, OpenCandidate
 from continual.outside import shown
 from continual.records import Lineage, TokenRows
-from continual.rules import Sums, settle
+from continual.rules import Sums, figures_of, settle
 from continual.state.parts import FoldNumbers, MatchedRows, NoteSummary
 
 _LISTED = 100
@@ -40,6 +40,7 @@ def report_of(
     ordered = [folds[name] for name in sorted(folds)]
     sums = Sums.total([fold.sums for fold in ordered])
     totals = settle(terms.totals, sums, terms.weight)
+    figures = figures_of(sums)
     cross = math.sqrt(sums.tau_sq * terms.totals.merged_sq)
     numbers = replace(
         mapped(lineage, math.sqrt(sums.tau_sq)),
@@ -47,6 +48,9 @@ def report_of(
         merged_norm=math.sqrt(sums.merged_sq),
         cosine=sums.dot / cross if cross else 0.0,
         weight=terms.weight if rule.laws.weighted else None,
+        matrix_norm=None if figures is None else figures.matrix_norm_sum,
+        plain_norm=None if figures is None else figures.plain_norm_sum,
+        spread_norm=None if figures is None else figures.spread_sum,
         notes=summarise([notes for fold in ordered for notes in fold.notes]),
         gauges=rule.read.gauges(totals),
     )

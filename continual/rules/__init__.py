@@ -21,7 +21,7 @@ from continual.rules.contract import (
 from continual.rules.options import NoOptions, Option
 from continual.rules.registry import ROWS, RULES, ReadAs, read_as, read_options, reader, readings, rule
 from continual.rules.scale import ReadOptions, Size
-from continual.rules.sums import last_out, settle, together
+from continual.rules.sums import figures_of, last_out, settle, together
 
 __all__ = [
     "ROWS",
@@ -46,6 +46,7 @@ __all__ = [
     "Size",
     "Sums",
     "Triplets",
+    "figures_of",
     "last_out",
     "read_as",
     "read_options",

@@ -10,14 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal, NamedTuple, TypeGuard, get_args
 
 from continual.errors import Misconfigured
 from continual.outside import counted
-from continual.records import LARGEST, TensorSpec, Totals
+from continual.records import LARGEST, MatrixTotals, TensorSpec, Totals
 
 Policy = Literal["norm", "number", "spread"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
+FEW = 4
+"""From so many models on one of them can be told from the others, and `spread` holds it."""
+_HOLD = 1.5
+"""The widest with which the mean of four stays within a factor 1.3, whatever one of them is."""
 _WRITE = "write spread:C, norm, norm:KAPPA or a number; auto is the rule's default, paper its paper's"
 
 
@@ -140,7 +145,9 @@ class ReadOptions:
         paper's law exactly; a larger κ makes the merged task vector no longer than all task vectors end to end, or than
         the plain sum where X is one.
         `spread`: c·ρ^1.5·n̄/‖X‖ over the matrices, n̄/‖X‖ of one model alone: nothing gets in its way. n̄/‖X‖, but no
-        more than what makes it the plain sum, over the rest.
+        more than what makes it the plain sum, over the rest. From `FEW` models on both lengths are means of what each
+        model has, ρ_i^1.5·‖τ_i‖ and ‖τ_i‖, `held` near the median: one odd model hardly changes them. Not where
+        `totals` do not have each model's: the records of some folds are older.
         """
         if self.policy == "number":
             return self.value, self.value
@@ -159,13 +166,12 @@ class ReadOptions:
             )
         assert size.parts is not None
         matrices, rest = size.parts
-        norms = totals.matrices.matrix_norm_sum
-        spread = totals.matrices.spread_sum / norms if norms else 0.0
-        longer = self.value * spread**1.5 if count > 1 else 1.0
-        return (
-            longer * _ratio(norms / count, matrices),
-            min(_ratio(totals.matrices.plain_norm_sum / count, rest), size.most),
-        )
+        if len(totals.each) == count >= FEW:
+            long, plain = held([_length(model) for model in totals.each]), held([m.plain_norm_sum for m in totals.each])
+        else:
+            long, plain = _length(totals.matrices) / count, totals.matrices.plain_norm_sum / count
+        longer = self.value * long if count > 1 else totals.matrices.matrix_norm_sum
+        return _ratio(longer, matrices), min(_ratio(plain, rest), size.most)
 
     def needs(self, size: Size) -> bool:
         """Whether `size` lacks something that this policy takes: X has to be read to know it."""
@@ -181,6 +187,20 @@ class Size(NamedTuple):
     length: float | None = None
     most: float = math.inf
     parts: tuple[float, float] | None = None
+
+
+def held(values: Sequence[float]) -> float:
+    """The mean of `values`, each held within a factor of their median (ops/decisions/0052). Where the median is 0,
+    the mean."""
+    middle = median(values)
+    inside = [min(max(value, middle / _HOLD), middle * _HOLD) for value in values] if middle else values
+    return math.fsum(inside) / len(values)
+
+
+def _length(figures: MatrixTotals) -> float:
+    """ρ^1.5·‖τ‖ over the matrices, of one model, or of all of them end to end with the mean ρ."""
+    norm = figures.matrix_norm_sum
+    return (figures.spread_sum / norm) ** 1.5 * norm if norm else 0.0
 
 
 def _ratio(above: float, below: float) -> float:

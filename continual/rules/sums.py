@@ -27,15 +27,10 @@ def settle(totals: Totals, sums: Sums, weight: float) -> Totals:
     rest, and ρ_i‖τ_i‖ over the matrices. ρ_i² = ‖τ_i‖²/‖τ_i‖₂², norms squared and added over the matrices, says in how
     many directions a task vector lies.
     """
-    sign, before, matrices = math.copysign(1.0, weight), totals.matrices or MatrixTotals(), None
-    if sums.matrix_sq is not None and sums.top_sq is not None:
-        plain_sq = max(0.0, sums.tau_sq - sums.matrix_sq)
-        spread = sums.matrix_sq / math.sqrt(sums.top_sq) if sums.top_sq else 0.0
-        matrices = MatrixTotals(
-            before.matrix_norm_sum + sign * math.sqrt(sums.matrix_sq),
-            before.plain_norm_sum + sign * math.sqrt(plain_sq),
-            before.spread_sum + sign * spread,
-        )
+    sign, mine, matrices = math.copysign(1.0, weight), figures_of(sums), None
+    if mine is not None:
+        pairs = zip(totals.matrices or MatrixTotals(), mine, strict=True)
+        matrices = MatrixTotals(*(before + sign * figure for before, figure in pairs))
     if last_out(totals, weight):
         return Totals(matrices=None if matrices is None else MatrixTotals())
     norm_sum = totals.norm_sum + sign * math.sqrt(sums.tau_sq)
@@ -46,6 +41,15 @@ def settle(totals: Totals, sums: Sums, weight: float) -> Totals:
         merged_sq=sums.merged_sq,
         matrices=matrices,
     )
+
+
+def figures_of(sums: Sums) -> MatrixTotals | None:
+    """The totals of one model alone over the matrices and the rest; None where the sums do not tell matrices apart."""
+    if sums.matrix_sq is None or sums.top_sq is None:
+        return None
+    plain_sq = max(0.0, sums.tau_sq - sums.matrix_sq)
+    spread = sums.matrix_sq / math.sqrt(sums.top_sq) if sums.top_sq else 0.0
+    return MatrixTotals(math.sqrt(sums.matrix_sq), math.sqrt(plain_sq), spread)
 
 
 def together(ours: Totals, theirs: Totals) -> Totals:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from continual.records import KEY, OMITTED, REST, Candidate, FileDigest
+from continual.records import KEY, OMITTED, REST, Candidate, FileDigest, MatrixTotals
 
 _OMITTED = {OMITTED: True}
 RowFate = Literal["folded", "chosen", "deferred", "refused", "expired"]
@@ -59,12 +59,13 @@ class FoldNumbers:
 
     `tau_norm`: of the task vector; `base_norm`: of the base's tensors that were folded; `merged_norm`: of the merged
     task vector after the fold; `cosine`: of the task vector and the merged one before it; `weight`: what it was folded
-    with, where the rule has weights. `block`, `cut`: of a state that keeps adapters, the adapter's number in it, and
-    the share of ‖τ‖² that was cut off when it came. `tensors`, `unchanged`: how many got a task vector, how many the
-    candidate lacks; `extra`: names of the first of its `extra_count` tensors that the base lacks; `prefix`, `narrowed`,
-    `rows`, `renamings`: as in `Lineage`, of the last the first; `tokens`: tables whose rows were matched by token.
-    `notes`: by the rule's names; `gauges`: the rule's gauges after the fold, by name. A fold that came with another
-    state, or that a round weighed, has few of these.
+    with, where the rule has weights. `matrix_norm`, `plain_norm`, `spread_norm`: what the model added to the totals of
+    a rule that sees matrices (`MatrixTotals`). `block`, `cut`: of a state that keeps adapters, the adapter's number in
+    it, and the share of ‖τ‖² that was cut off when it came. `tensors`, `unchanged`: how many got a task vector, how
+    many the candidate lacks; `extra`: names of the first of its `extra_count` tensors that the base lacks; `prefix`,
+    `narrowed`, `rows`, `renamings`: as in `Lineage`, of the last the first; `tokens`: tables whose rows were matched by
+    token. `notes`: by the rule's names; `gauges`: the rule's gauges after the fold, by name. A fold that came with
+    another state, or that a round weighed, has few of these.
     """
 
     tau_norm: float
@@ -72,6 +73,9 @@ class FoldNumbers:
     merged_norm: float | None = field(default=None, metadata=_OMITTED)
     cosine: float | None = field(default=None, metadata=_OMITTED)
     weight: float | None = field(default=None, metadata=_OMITTED)
+    matrix_norm: float | None = field(default=None, metadata=_OMITTED)
+    plain_norm: float | None = field(default=None, metadata=_OMITTED)
+    spread_norm: float | None = field(default=None, metadata=_OMITTED)
     block: int | None = field(default=None, metadata=_OMITTED)
     cut: float | None = field(default=None, metadata=_OMITTED)
     tensors: int | None = field(default=None, metadata=_OMITTED)
@@ -86,6 +90,13 @@ class FoldNumbers:
     notes: Mapping[str, NoteSummary] | None = field(default=None, metadata=_OMITTED)
     relevance: Relevance | None = field(default=None, metadata=_OMITTED)
     gauges: Mapping[str, float] = field(default_factory=dict, metadata={REST: True})
+
+    @property
+    def figures(self) -> MatrixTotals | None:
+        """What the model added to the totals of a rule that sees matrices; None where its record does not say."""
+        if self.matrix_norm is None or self.plain_norm is None or self.spread_norm is None:
+            return None
+        return MatrixTotals(self.matrix_norm, self.plain_norm, self.spread_norm)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ pass has to find them."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,24 @@ def test_unfolding_and_combining_keep_what_spread_stands_on(tmp_path: Path, base
         with folded(tmp_path, base, making.Recipe(), tuned, "all") as whole:
             assert third.state.ledger.totals.body() == pytest.approx(whole.state.ledger.totals.body(), rel=1e-6)
             assert lengths(third) == pytest.approx(lengths(whole), rel=1e-4)
+
+
+def test_one_odd_model_is_held_by_what_each_record_says(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    """Folded, unfolded and combined, and in an older state, whose records do not say it of every model."""
+    alike = [*tuned[:1], *(models.fine_tune(base, tmp_path / f"alike-{i}", 7 + i, size=0.02) for i in range(3))]
+    odd = models.fine_tune(base, tmp_path / "odd", 3, size=0.2)
+    recipe = making.Recipe()
+    with folded(tmp_path, base, recipe, [odd, *alike]) as merge, folded(tmp_path, base, recipe, alike, "four") as four:
+        plain, found = lengths(four), lengths(merge)
+        assert all(1.0 < with_it / without < 1.3 for with_it, without in zip(found, plain, strict=True))
+        totals = replace(merge.reading().totals, each=merge.reading().totals.each[1:])
+        by_mean = merge.reading().options.factors(totals, merge.reading().size())
+        assert merge.reading().factor() < 0.5 * by_mean[0], "what an older state is read by"
+        merge.unfold(merge.look_unfold("odd"))
+        assert lengths(merge) == pytest.approx(plain, rel=1e-4)
+    with folded(tmp_path, base, recipe, [odd], "alone") as alone:
+        alone.combine(tmp_path / "four")
+        assert lengths(alone) == pytest.approx(found, rel=1e-4)
 
 
 def test_the_scale_changes_without_folding_and_comes_back(tmp_path: Path, base: Path, tuned: list[Path]) -> None:

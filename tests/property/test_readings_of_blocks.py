@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,20 @@ from continual.blocks import Merged, elements
 from continual.blocks.shelf import stacked
 from continual.errors import Misconfigured
 from continual.records import TensorSpec, Totals
-from continual.rules import RULES, Inputs, ReadOptions, Rule, Size, Sums, gram, opcm, read_options, rule, settle
+from continual.rules import (
+    RULES,
+    Inputs,
+    ReadOptions,
+    Rule,
+    Size,
+    Sums,
+    figures_of,
+    gram,
+    opcm,
+    read_options,
+    rule,
+    settle,
+)
 from tests.helpers import batch
 from tests.helpers.batch import BATCH
 from tests.helpers.shelves import MATRICES, REGIMES, SHAPES, SPECS, HeldLayers, Regime, adapters, dense, shelf
@@ -62,7 +76,7 @@ def read_densely(
     held: HeldLayers, chosen: dict[int, float], made: Rule, options: ReadOptions
 ) -> dict[str, torch.Tensor]:
     """The same task vectors folded as full fine-tunes are, by the rule itself."""
-    totals = Totals()
+    totals, each = Totals(), []
     kept = {
         n: {s: torch.zeros(one.shape, dtype=getattr(torch, one.dtype)) for s, one in made.slots(spec).items()}
         for n, spec in held.specs.items()
@@ -74,6 +88,7 @@ def read_densely(
             kept[n] = folded.accumulators
             sums.append(folded.sums)
         totals = settle(totals, Sums.total(sums), weight)
+        each.append(figures_of(Sums.total(sums)))
     units = {n: made.read.unit(spec, kept[n], totals) for n, spec in held.specs.items()}
     matrix = {n: made.read.matrix is not None and made.read.matrix(spec) for n, spec in held.specs.items()}
     parts = tuple(
@@ -81,7 +96,7 @@ def read_densely(
         for wanted in (True, False)
     )
     size = Size(math.hypot(*parts), made.read.size(totals).most, (parts[0], parts[1]))
-    factors = options.factors(totals, size)
+    factors = options.factors(replace(totals, each=tuple(mine for mine in each if mine)), size)
     return {n: x * (factors[0 if matrix[n] else 1] * options.layer(held.specs[n])) for n, x in units.items()}
 
 
@@ -108,8 +123,10 @@ def test_every_scale_gives_what_a_dense_state_of_the_same_models_gives(name: str
         return
     options = read_options(name, scale, "0.5:1.5")
     weighted = rule(name).laws.weighted
-    chosen = {1: 1.0, 4: 2.5 if weighted else 1.0, 2: 0.5 if weighted else 1.0}
-    held = shelf(adapters(regime, 4))
+    chosen = {1: 1.0, 4: 2.5 if weighted else 1.0, 2: 0.5 if weighted else 1.0, 3: 1.0}
+    mixed = adapters(regime, 4)
+    mixed[2] = {tensor: (4 * left, right) for tensor, (left, right) in mixed[2].items()}  # one that `spread` holds
+    held = shelf(mixed)
     expected = read_densely(held, chosen, rule(name), options)
     merged = Merged(held, chosen, rule(name), options)
     merged.settle()

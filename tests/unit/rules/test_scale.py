@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -49,6 +52,55 @@ def test_one_model_alone_is_as_long_as_it_is() -> None:
     one = Totals(count=1.0, norm_sum=8.0, matrices=MatrixTotals(6.0, 2.0, 12.0))
     assert factors("spread:1.15", Size(None, 1.0, (6.0, 2.0)), one) == pytest.approx((1.0, 1.0))
     assert factors("spread:0.1", Size(None, 4.0, (3.0, 0.5)), one) == pytest.approx((2.0, 4.0))
+
+
+def totals_of(models: Sequence[tuple[float, float]]) -> Totals:
+    """Of models by ρ and ‖τ‖ over the matrices; over the rest they are half as long."""
+    each = tuple(MatrixTotals(norm, norm / 2, rho * norm) for rho, norm in models)
+    return Totals(float(len(each)), matrices=MatrixTotals(*map(math.fsum, zip(*each, strict=True))), each=each)
+
+
+def long(models: Sequence[tuple[float, float]], *, by_each: bool = True) -> tuple[float, float]:
+    """How long `spread:1` makes the matrices and the rest."""
+    found = totals_of(models)
+    return factors("spread", Size(None, math.inf, (1.0, 1.0)), found if by_each else replace(found, each=()))
+
+
+ALIKE = st.lists(st.floats(1.0, 1.3), min_size=3, max_size=24)
+"""Models of one kind, all of one norm: ρ, up to a common factor."""
+ANY = st.tuples(st.floats(1.0, 1e4), st.sampled_from([0.0]) | st.floats(1e-12, 1e12))
+
+
+@given(ALIKE, ANY, ANY, st.sampled_from([1.0, 3.0]), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_one_model_of_any_kind_among_four_or_more_hardly_changes_the_length(
+    alike: list[float], one: tuple[float, float], other: tuple[float, float], rho: float, norm: float
+) -> None:
+    others = [(rho * each, norm) for each in alike]
+    for before, after in zip(long([*others, one]), long([other, *others]), strict=True):
+        assert max(before, after) <= 1.3 * min(before, after)
+
+
+@settings(max_examples=50)
+@given(ALIKE, st.floats(1.0, 1e4), st.randoms(use_true_random=False))
+def test_models_of_one_kind_are_as_long_as_their_mean_says_in_any_order(
+    alike: list[float], rho: float, random: Random
+) -> None:
+    models = [(rho, 2.0), *((rho * each, 2.0) for each in alike)]
+    assert long(models) == pytest.approx(long(models, by_each=False), rel=0.01)
+    assert long(random.sample(models, len(models))) == long(models)
+
+
+def test_the_length_is_a_mean_held_near_the_median_from_four_models_on_that_are_all_known() -> None:
+    odd = [(1.0, 1.0), (1.0, 1.0), (4.0, 1.0), (1.0, 1.0)]
+    assert long(odd) == pytest.approx(((3 + 1.5) / 4, 0.5))
+    assert long([*odd[:2], (1.0, 9.0), odd[3]]) == pytest.approx(((3 + 1.5) / 4, (3 + 1.5) / 8)), "of both parts"
+    assert long([(1.0, 0.0), *odd[:2], (1.0, 1.0)])[0] == pytest.approx((3 + 1 / 1.5) / 4), "one that has nothing"
+    assert long([(1.0, 0.0)] * 3 + odd[:1]) == pytest.approx((1 / 4, 1 / 8)), "most have nothing: the mean"
+    for models in (odd[1:], odd[2:]):
+        assert long(models) == long(models, by_each=False), "too few to tell which is the odd one"
+    some = totals_of(odd)
+    known = replace(some, each=some.each[1:])
+    assert factors("spread", Size(None, 4.0, (1.0, 1.0)), known)[0] == pytest.approx((7 / 4) ** 1.5), "one is not known"
 
 
 def test_folds_that_measured_no_spread_are_not_read_as_nothing() -> None:

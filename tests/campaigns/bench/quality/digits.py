@@ -74,12 +74,12 @@ WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class Digits:
-    """The suite, in `folder`."""
+    """The suite, in `folder`; its fine-tunes are trained `times` as long as the suite says."""
 
     name = "digits"
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, times: int = 1) -> None:
+        self.folder, self.times = folder, times
         self.tasks = tuple(name.replace(" ", "-") for name in WAYS)
         self._ways = dict(zip(self.tasks, WAYS.values(), strict=True))
         self._model: tuple[digits.Digits, dict[str, Tensor]] | None = None
@@ -98,8 +98,9 @@ class Digits:
         seen, seed = self._ways[task](images), SEED + 1 + self.tasks.index(task)
         if form == "shuffled":
             labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+        steps = self.times * STEPS[form]
         if form != "lora":
-            digits.train(model, seen, labels, steps=STEPS[form], rate=RATES[form], seed=seed)
+            digits.train(model, seen, labels, steps=steps, rate=RATES[form], seed=seed)
             save({name: value.detach().clone() for name, value in model.state_dict().items()}, target)
             return
         from peft import LoraConfig, get_peft_model
@@ -111,7 +112,7 @@ class Digits:
                 r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
             ),
         )
-        digits.train(wrapped, seen, labels, steps=STEPS[form], rate=RATES[form], seed=seed)
+        digits.train(wrapped, seen, labels, steps=steps, rate=RATES[form], seed=seed)
         wrapped.save_pretrained(target)
 
     def correct(self, weights: Mapping[str, Tensor], task: str, part: Part) -> Tensor:
