@@ -137,9 +137,14 @@ class Telling:
                     await self._call_once(waiter, waiter.newest.pop(view), which)
                 except Exception as error:  # the next publication calls it again
                     self._metrics.error("hook")
-                    self._health.fails("hook", which, told(error))
+                    self._fails(which, view, told(error))
                     trace = None if isinstance(error, ContinualError) else error
                     self._log.error("hook failed", what=which, error=told(error), exc_info=trace)
+
+    def _fails(self, which: str, view: str | None, message: str) -> None:
+        """Degraded by a call that failed; not where its view was taken out meanwhile: nobody would call again."""
+        if view is None or view in self._merge.settings.views:
+            self._health.fails("hook", which, message)
 
     async def _call_once(self, waiter: Waiter, published: Published, which: str) -> None:
         """Tells one server, and records what became of it. Raises Retry and Halt where the record cannot be made."""
@@ -150,7 +155,7 @@ class Telling:
         if found.ok:
             self._health.works("hook", which)
         else:
-            self._health.fails("hook", which, found.message)
+            self._fails(which, published.view, found.message)
         call = HookCall(
             number=waiter.number,
             kind=found.kind,

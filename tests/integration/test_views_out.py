@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from continual.service.telling import Telling
 from continual.state.entries import Entry, HookEntry
 from continual.state.parts import HookCall
 from tests.helpers import adapters, hubs, models
+from tests.helpers.hooks import serving_hooks
 from tests.helpers.named_views import is_out, put, settings, told
 from tests.helpers.released import REPO
 from tests.loopback import serving
@@ -57,6 +59,41 @@ def test_a_hook_is_called_again_where_something_else_is_out_and_only_there(tmp_p
         assert waits("two")
         called(view="v")
         assert not waits("two"), "an earlier version wrote no marks"
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_call_that_fails_once_its_view_is_gone_is_no_trouble(tmp_path: Path, stays: bool) -> None:
+    """The settings change while a server is being told; nobody would call it again of that view."""
+    making.init(models.base(tmp_path / "base"), tmp_path / "state", making.Recipe(width=64))
+    wanted = settings(tmp_path / "state", v={"current": tmp_path / "out/v"})
+    health = Health()
+    with serving_hooks() as server, api.Merge(wanted, write=True) as merge:
+        hook = HookSettings(kind="http", url=server.url, view="*", tries=1)
+        merge.settings = wanted.model_copy(update={"hooks": (hook,)})
+        recorded = asyncio.Event()
+
+        async def record(_entry: Entry) -> None:
+            recorded.set()
+
+        telling = Telling(merge, Failures(Metrics(), health), record)
+
+        def reply(_path: str, _body: object) -> tuple[int, str]:
+            if not stays:
+                merge.settings = merge.settings.model_copy(update={"views": {}})
+                telling.forget("v")
+            return 500, "no"
+
+        server.reply = reply
+
+        async def told_of() -> None:
+            (calls,) = [asyncio.create_task(call) for call in telling.tasks()]
+            telling.hand(Published(merge.state.id, 2, view="v", mark="one"), "current")
+            await recorded.wait()
+            calls.cancel()
+
+        asyncio.run(told_of())
+    assert len(server.asked) == 1
+    assert bool(health.found((), ())) == stays
 
 
 def test_a_view_is_released_to_a_repo_of_its_own(tmp_path: Path) -> None:
