@@ -72,13 +72,26 @@ def run(ground: Ground, options: RoundOptions, progress: Progress, hear: HearRou
     Raises Misconfigured where nothing waits or the objective cannot be used, Retry (the round stays open, and is taken
     up again) and Halt.
     """
+    started, again = time.perf_counter(), False
+    while True:
+        try:
+            found = _run(ground, options, progress, hear, again=again)
+            return found._replace(seconds=time.perf_counter() - started)
+        except beside.NoRoom as full:  # here the base is closed and the model let go, before they are opened anew
+            hear(full.outcome)
+            again = True
+
+
+def _run(ground: Ground, options: RoundOptions, progress: Progress, hear: HearRound, *, again: bool) -> Round:
+    """As `run`, until a member is settled for which there is no room. Raises NoRoom then; `again`: it did, and the
+    round has to end also where nobody is left."""
     started = time.perf_counter()
     engine = ground.engine
     state = engine.state
     left = relevance.fold(engine, progress, hear)
     pool = state.ledger.pool
     now = active_at(state) if ground.weighed else NONE
-    if not pool and not now.weights:
+    if not pool and not now.weights and not again:
         last = last_round(state)
         if left and last:
             return _after(last, left, started)
@@ -101,9 +114,6 @@ def run(ground: Ground, options: RoundOptions, progress: Progress, hear: HearRou
             if ground.weighed:
                 write = commit.write_sum if state.format.form is None else beside.write
                 return _after(write(under_way, space, chosen, progress), [], started)
-        except beside.NoRoom as full:
-            hear(full.outcome)
-            return run(ground, options, progress, hear)
         except Refuse as lost:  # it was there when it was scored: the next pass finds it gone
             raise Retry(
                 f"{lost}; nothing was settled, and the round goes on without it when it is taken up again"

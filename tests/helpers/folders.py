@@ -31,3 +31,9 @@ def model(path: Path, when: int | None = None) -> Path:
 def sharded(*names: str) -> bytes:
     """An index over these files."""
     return json.dumps({"weight_map": {f"t{i}": name for i, name in enumerate(names)}}).encode()
+
+
+def open_files(directory: Path) -> list[str]:
+    """The files of a directory that this process has open, gone ones too."""
+    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.lexists(link)]
+    return [link for link in links if link.startswith(f"{directory}/")]

@@ -18,12 +18,15 @@ from continual.engine.outcomes import Outcome
 from continual.engine.views import ReadView
 from continual.errors import Misconfigured
 from continual.records import depths_of
+from continual.selection import beside
 from continual.selection.active import active_at
 from continual.selection.in_memory import Score
 from continual.selection.members import Member
+from continual.state import Commit
 from continual.state.verify import verify
 from continual.tuning import Command
 from tests.helpers import adapters, calibrated, packing, quadratic
+from tests.helpers.folders import open_files
 from tests.helpers.pools import fill, loaded, names, opened, waits
 
 pytestmark = pytest.mark.slow
@@ -186,8 +189,20 @@ def test_in_a_full_house_all_keep_a_weight_and_a_twin_gives_its_own(tmp_path: Pa
         is_the_sum(merge, base, read(merge))
 
 
-def test_who_has_no_room_in_the_width_is_refused_and_the_round_chooses_again(tmp_path: Path, base: Path) -> None:
-    """A whole matrix beside the factors has more directions than the state keeps."""
+@pytest.mark.parametrize("alone", [True, False])
+def test_who_has_no_room_in_the_width_is_refused_and_the_round_chooses_again(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    """A whole matrix beside the factors has more directions than the state keeps. The round ends also where nobody else
+    waits, and before it chooses again it closes the base."""
+    opened_before: list[int] = []
+    write = beside.write
+
+    def counted(*given: Any) -> Commit:
+        opened_before.append(len(open_files(base)))
+        return write(*given)
+
+    monkeypatch.setattr(beside, "write", counted)
     thick, good = quadratic.lora(base, 1, "thick", seed=3), quadratic.lora(base, 0, "good0")
     head, weights_of = "base_model.model.lm_head", load_file(thick / "adapter_model.safetensors")
     kept = {name: value for name, value in weights_of.items() if not name.startswith(head)}
@@ -197,9 +212,11 @@ def test_who_has_no_room_in_the_width_is_refused_and_the_round_chooses_again(tmp
     making.init(base, tmp_path / "state", making.Recipe(rule="frank-wolfe", width=8))
     heard: list[Any] = []
     with weighed(tmp_path / "state", base) as merge:
-        fill(merge, thick, good)
+        fill(merge, *([thick] if alone else [thick, good]))
         found = merge.round(told=heard.append)
-        assert [row.name for row in found.rows if row.fate == "folded"] == names(merge) == ["good0"]
+        chosen = [row.name for row in found.rows if row.fate == "folded"]
+        assert chosen == names(merge) == ([] if alone else ["good0"])
+        assert opened_before == [2, 2], "for the gate, and for the round"
         (refused,) = (outcome for outcome in heard if isinstance(outcome, Outcome))
         assert (refused.name, refused.reason, merge.why("thick").reason) == ("thick", "cut", "cut")
         assert (waits(merge), merge.state.ledger.open_round) == ([], None)

@@ -4,7 +4,6 @@ has more directions than the state keeps."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from continual.executors.contract import silent
 from continual.selection.members import Kept, Member, opened
 from continual.tensors import Folder, candidate_of, open_model
 from tests.helpers import adapters, models
+from tests.helpers.folders import open_files
 from tests.helpers.kinds_of_adapters import seed_of, tensors_of
 
 ALONE = ReadView(rule="task-arithmetic", scale="1")
@@ -185,12 +185,6 @@ def test_a_base_that_changes_under_an_open_state(tmp_path: Path, base: Path) -> 
         found = exported(merge, tmp_path / "out", only=("dora",))
         assert len(open_files(base)) == 1
     same_as_merged(found, base, model)
-
-
-def open_files(directory: Path) -> list[str]:
-    """The files of a directory that this process has open, gone ones too."""
-    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.lexists(link)]
-    return [link for link in links if link.startswith(f"{directory}/")]
 
 
 def wide(directory: Path, base: Path, noise: float) -> Path:
