@@ -90,6 +90,7 @@ def test_the_page_of_a_language_model_says_what_broke(tmp_path: Path) -> None:
         ("task-arithmetic", "default", 6, 35.0),
         ("task-arithmetic", "sum", 8, 50.0),
         ("iso-c", "default", 6, 31.0),
+        ("tsv-m", "default", 5, 32.0),
     ):
         found = {"perplexity": perplexity, "facts": 0.75}
         test = {"a": answers(right), "b": answers(right)}
@@ -102,11 +103,12 @@ def test_the_page_of_a_language_model_says_what_broke(tmp_path: Path) -> None:
         "| base |  | 30.0 (30.0, 100 %) |",
         "| each model, own task |  | 95.0 (36.0, 75 %) |",
         "| task-arithmetic | sum | 80.0 (50.0, 75 %) |",
-        "| **iso-c** | default | 60.0 (31.0, 75 %) |",
+        "| iso-c | default | 60.0 (31.0, 75 %) |",
         "| task-arithmetic | default | 60.0 (35.0, 75 %) |",
+        "| **tsv-m** | default | 50.0 (32.0, 75 %) |",
     ]
     assert compared.split("\n")[2].startswith("| task-arithmetic | sum | +20.0 [+")
-    assert compared.split("\n")[3:] == ["| task-arithmetic | default | +0.0 [+0.0, +0.0] |"]
+    assert compared.split("\n")[3] == "| task-arithmetic | default | +0.0 [+0.0, +0.0] |"
     report.write(tmp_path, tmp_path)
     assert (tmp_path / "quality-language.md").read_text() == "\n".join(page) + "\n"
     assert not (tmp_path / "quality.md").exists(), "of which there are no results"

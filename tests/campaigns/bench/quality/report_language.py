@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from continual.making import DEFAULT
+from continual.making import DEFAULT, DEFAULT_OF_ADAPTERS
 from tests.campaigns.bench.quality.figures import Table
 
 READS = ("paper", "default", "sum", "tuned")
@@ -43,8 +43,9 @@ def accuracies(table: Table) -> Iterator[str]:
     heads = [head(table, count) for count in counts]
     yield "| rule | read | " + " | ".join(heads) + " |"
     yield "|---" * (len(counts) + 2) + "|"
+    default = DEFAULT_OF_ADAPTERS if table.form == "kept" else DEFAULT
     for rule, read in (("base", "paper"), ("own", "paper"), *rows):
-        name = {"base": "base", "own": "each model, own task"}.get(rule, f"**{rule}**" if rule == DEFAULT else rule)
+        name = {"base": "base", "own": "each model, own task"}.get(rule, f"**{rule}**" if rule == default else rule)
         cells = [cell(table, rule, count, read) for count in counts]
         yield f"| {name} | {'' if rule in ('base', 'own') else read} | " + " | ".join(cells) + " |"
 
