@@ -98,15 +98,14 @@ def thin(rule: Rule, given: Stacked, run: Run, rank: int | None = None) -> ThinP
     if not given.rows:
         return ThinProduct(torch.zeros(m, 0), torch.zeros(n, 0), 0.0)
     assert rule.factored is not None
-    if rule.factored.linear(given.spec) or rule.factored.triplets is not None:
+    if rule.factored.linear(given.spec):
         left, right = direct(rule, given, run)
         if rank is None or rank >= left.shape[1]:
             return _balanced(left, right)
         one, other = spanned(left.mT), spanned(right.mT)
         return _of_core(one, one.upper @ other.upper.mT, other, rank)
-    assert rule.factored.cores is not None
     one, other = spanned(given.u), spanned(given.v)
-    return _of_core(one, core(rule.factored.cores, given, run, (one.upper, other.upper)), other, rank)
+    return _of_core(one, _turned(rule, given, run, (one.upper, other.upper)), other, rank)
 
 
 def square(rule: Rule, given: Stacked, run: Run) -> float:
@@ -114,12 +113,20 @@ def square(rule: Rule, given: Stacked, run: Run) -> float:
     if not given.rows:
         return 0.0
     assert rule.factored is not None
-    if rule.factored.linear(given.spec) or rule.factored.triplets is not None:
+    if rule.factored.linear(given.spec):
         left, right = direct(rule, given, run)
         return max(0.0, float(((left.mT @ left) * (right.mT @ right)).sum()))
+    return float(_turned(rule, given, run, (spanned(given.u).upper, spanned(given.v).upper)).square().sum())
+
+
+def _turned(rule: Rule, given: Stacked, run: Run, turned: tuple[Tensor, Tensor]) -> Tensor:
+    """X′ of a rule that is no sum, float64, in the bases in which the columns of all models are `turned`."""
+    assert rule.factored is not None
+    if rule.factored.triplets is not None:
+        left, right = direct(rule, given, run, turned)
+        return left @ right.mT
     assert rule.factored.cores is not None
-    turned = (spanned(given.u).upper, spanned(given.v).upper)
-    return float(core(rule.factored.cores, given, run, turned).square().sum())
+    return core(rule.factored.cores, given, run, turned)
 
 
 def core(functions: CoreFunctions, given: Stacked, run: Run, turned: tuple[Tensor, Tensor]) -> Tensor:
@@ -151,8 +158,9 @@ def fold_cores(
     return kept, taus
 
 
-def direct(rule: Rule, given: Stacked, run: Run) -> tuple[Tensor, Tensor]:
-    """The factors of a weighted sum, or those that the rule makes of the triplets itself."""
+def direct(rule: Rule, given: Stacked, run: Run, turned: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The factors of a weighted sum, or those that the rule makes of the triplets itself: of `turned`, as `core` has
+    it, where these are given."""
     assert rule.factored is not None
     if rule.factored.linear(given.spec):
         return given.u.mT * weighed(given.sigma, given.rows, run.coefficients_at(given.spec)), given.v.mT
@@ -161,8 +169,10 @@ def direct(rule: Rule, given: Stacked, run: Run) -> tuple[Tensor, Tensor]:
     # a model that was left out has its vectors there still
     rows = [row for where in given.rows.values() for row in range(where.start, where.stop)]
     sigma = weighed(given.sigma, given.rows, [entrant.weight for entrant in run.entrants])
-    u, sigma, v = (part if len(rows) == len(part) else part[rows] for part in (given.u, sigma, given.v))
-    return rule.factored.triplets(Triplets(owner, u.mT, sigma, v.mT), run.totals)
+    u, v = (given.u.mT, given.v.mT) if turned is None else turned
+    if len(rows) != len(sigma):
+        u, sigma, v = u[:, rows], sigma[rows], v[:, rows]
+    return rule.factored.triplets(Triplets(owner, u, sigma, v, sides(given.spec)), run.totals)
 
 
 def _balanced(left: Tensor, right: Tensor) -> ThinProduct:
