@@ -28,6 +28,10 @@ class Elsewhere(NamedTuple):
     packed: Callable[[str, tuple[int, ...]], Sequence[Spot]] = lambda *_: ()
 
 
+AS_IN_FILES = Elsewhere()
+"""A class that calls and lays out everything as the files do."""
+
+
 class HeldIn(NamedTuple):
     """A parameter or buffer that holds a tensor, whole or in a spot of it."""
 
@@ -56,7 +60,7 @@ def find_parameters(
     model: torch.nn.Module,
     specs: Sequence[TensorSpec],
     aliases: Mapping[str, str],
-    elsewhere: Elsewhere = Elsewhere(),  # noqa: B008
+    elsewhere: Elsewhere = AS_IN_FILES,
 ) -> Parameters:
     """Finds each tensor of a base in `model`: under its name or an alias (`aliases`: alias to name), with or without
     the prefix of a transformers model's body, or as `elsewhere` says. Tensors that are carried may be missing.
