@@ -21,6 +21,7 @@ from continual.rules.contract import Rule, RuleRow
 from continual.rules.fisher import FISHER
 from continual.rules.gram import GRAM
 from continual.rules.iso_c import ISO_C
+from continual.rules.isotropic import ISOTROPIC
 from continual.rules.magmax import MAGMAX
 from continual.rules.opcm import OPCM
 from continual.rules.scale import ReadOptions
@@ -36,6 +37,7 @@ _LIST: tuple[RuleRow[Any], ...] = (
     MAGMAX,
     ISO_C,
     TSV_M,
+    ISOTROPIC,
     GRAM,
     OPCM,
     FRANK_WOLFE,

@@ -13,7 +13,7 @@ polar factors do to other models, as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ from continual.rules.matrices import MatrixOptions, OnMatrices
 from continual.rules.scale import ReadOptions
 
 U, SIGMA, V, OWNER = "u", "sigma", "v", "owner"
+KEEPS = "triplets"
+"""What a state keeps that this rule made, and the other readings of it."""
+Factors = Callable[[Triplets, Totals], tuple[Tensor, Tensor]]
+"""X as two factors, m×r and n×r float64, from the triplets of all fine-tunes and the totals."""
 _MOST = (1 << 16) - 1
 """Fine-tunes that the numbers of `owner` can tell apart."""
 
@@ -104,21 +108,30 @@ def fold_matrix(accumulators: Accumulators, tau: Tensor, totals: Totals, weight:
     return Folded(accumulators, Sums(tau_sq, dot, merged_sq))
 
 
-def merge(accumulators: Accumulators, totals: Totals) -> Tensor:
-    """polar(U) diag(σ) polar(V)ᵀ, m×n float64; blocks that a later fine-tune did not touch are cut here."""
-    u, sigma, v, owner = (accumulators[slot] for slot in (U, SIGMA, V, OWNER))
-    left, right = factors(Triplets(owner.tolist(), u, sigma, v), totals)
-    return left @ right.mT
+def kept(given: Triplets, totals: Totals) -> Triplets:
+    """The triplets that stay with so many fine-tunes, float64; blocks that a later one did not touch are cut here."""
+    u, sigma, v = given.u, given.sigma, given.v
+    p = min(given.sides or (len(u), len(v)))
+    chosen = choose(given.owner, sigma.tolist(), max(1, int(totals.count)), p)
+    owner = [given.owner[column] for column in chosen]
+    return Triplets(owner, u[:, chosen].double(), sigma[chosen].double(), v[:, chosen].double(), given.sides)
 
 
 def factors(given: Triplets, totals: Totals) -> tuple[Tensor, Tensor]:
     """polar(U) diag(σ) and polar(V) over the triplets that stay with so many fine-tunes: m×r and n×r, float64."""
-    u, sigma, v = given.u, given.sigma, given.v
-    p = min(given.sides or (len(u), len(v)))
-    chosen = choose(given.owner, sigma.tolist(), max(1, int(totals.count)), p)
-    if not chosen:
-        return u[:, :0].double(), v[:, :0].double()
-    return polar(u[:, chosen].double()) * sigma[chosen].double(), polar(v[:, chosen].double())
+    found = kept(given, totals)
+    return (polar(found.u) * found.sigma, polar(found.v)) if found.owner else (found.u, found.v)
+
+
+def of_several(make: Callable[[Triplets], tuple[Tensor, Tensor]]) -> Factors:
+    """Another reading, by what `make` makes of the triplets that stay; one fine-tune alone reads as it is
+    (ops/decisions/0050)."""
+
+    def read(given: Triplets, totals: Totals) -> tuple[Tensor, Tensor]:
+        found = kept(given, totals)
+        return make(found) if found.owner and totals.count != 1 else (found.u * found.sigma, found.v)
+
+    return read
 
 
 def without(given: Apart) -> LeftOut:
@@ -144,9 +157,27 @@ def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals
     return fold_matrix(accumulators, tau.flatten(1), totals, inputs.weight)
 
 
+def reading(
+    name: str,
+    include: Sequence[str],
+    factors: Factors,
+    *,
+    weighted: bool = True,
+    without: Callable[[Apart], LeftOut] | None = None,
+) -> Rule:
+    """A rule that keeps the triplets and reads matrices by `factors`. Unless it is `weighted` every weight is 1."""
+
+    def read(accumulators: Accumulators, totals: Totals) -> Tensor:
+        u, sigma, v, owner = (accumulators[slot] for slot in (U, SIGMA, V, OWNER))
+        left, right = factors(Triplets(owner.tolist(), u, sigma, v), totals)
+        return left @ right.mT
+
+    on = OnMatrices(fold, read, workspace, slots, Factored(triplets=factors, without=without))
+    return matrices.rule(name, include, on, Laws(weighted=weighted, keeps=KEEPS))
+
+
 def _make(options: MatrixOptions) -> Rule:
-    on = OnMatrices(fold, merge, workspace, slots, Factored(triplets=factors, without=without))
-    return matrices.rule("tsv-m", options.include, on, Laws(weighted=True))
+    return reading("tsv-m", options.include, factors, without=without)
 
 
 TSV_M = RuleRow(

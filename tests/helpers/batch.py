@@ -208,6 +208,14 @@ def tsv_m(models: Models, matrices: set[str]) -> dict[str, Tensor]:
     return _spectral(models, matrices, _tsv)
 
 
+def _flat_tsv(taus: list[Tensor]) -> Tensor:
+    return taus[0] if len(taus) == 1 else _iso([_tsv(taus), torch.zeros_like(taus[0])])
+
+
+def isotropic(models: Models, matrices: set[str]) -> dict[str, Tensor]:
+    return _spectral(models, matrices, _flat_tsv)
+
+
 def weighted_tsv_m(models: Models, matrices: set[str], weights: Sequence[float]) -> dict[str, Tensor]:
     """The same with σ_i times w_i, and of what is no matrix the weighted mean."""
     found = _spectral(models, matrices, lambda taus: _tsv(taus, weights))
@@ -230,6 +238,14 @@ def _summed(folded: Sequence[Tensor]) -> list[Tensor]:
 def _triplets(folded: Sequence[Tensor]) -> list[Tensor]:
     parts = [_leading(tau.double().flatten(1), len(folded)) for tau in folded]
     return [torch.cat([u for u, _, _ in parts], 1), torch.cat([vh for _, _, vh in parts])] if parts else []
+
+
+def _flat_triplets(folded: Sequence[Tensor]) -> list[Tensor]:
+    """The triplets; where they have null directions the spectrum of the merge counts too."""
+    found = _triplets(folded)
+    if any(int(torch.linalg.matrix_rank(part, rtol=NULL)) < max(found[0].shape[1], 1) for part in found):
+        found.append(_tsv([tau.double().flatten(1) for tau in folded]))
+    return found
 
 
 def _least_squares(taus: list[Tensor], ridge: float) -> Tensor:
@@ -267,9 +283,14 @@ BATCH: Mapping[str, Callable[[Models, set[str]], dict[str, Tensor]]] = {
     "magmax": magmax,
     "iso-c": iso_c,
     "tsv-m": tsv_m,
+    "isotropic": isotropic,
     "gram": gram,
     "opcm": opcm,
 }
 """The batch form of every rule in the registry."""
-POLAR: Mapping[str, Callable[[Sequence[Tensor]], list[Tensor]]] = {"iso-c": _summed, "tsv-m": _triplets}
+POLAR: Mapping[str, Callable[[Sequence[Tensor]], list[Tensor]]] = {
+    "iso-c": _summed,
+    "tsv-m": _triplets,
+    "isotropic": _flat_triplets,
+}
 """Of the rules that take polar factors: the matrices whose factors they are, for one matrix of every fine-tune."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from continual.records import TensorSpec, Totals
-from continual.rules import Inputs, Pass, Rule, Sums, read_options, rule, settle
+from continual.rules import RULES, Inputs, Pass, Rule, Sums, read_options, rule, settle
 from tests.helpers import batch
 
 SHAPES = {
@@ -26,6 +26,10 @@ SHAPES = {
 MATRICES = {"tall", "wide", "square", "conv"}
 SPECS = {n: TensorSpec(n, s, "F32", "matrix" if n in MATRICES else "plain") for n, s in SHAPES.items()}
 Model = dict[str, Tensor]
+READINGS = {"isotropic": "tsv-m"}
+"""Rules that read what another keeps, and fold as it does. What is asked of a fold is asked of that one."""
+FOLDING = [name for name in RULES if name not in READINGS]
+"""Rules with a fold of their own."""
 RUN = 48
 """Elements of a run: several in each matrix, so that the last one is shorter."""
 

@@ -16,14 +16,15 @@ from continual.engine.views import ReadView
 from continual.errors import Misconfigured, Retry
 from continual.publish.folder import cut_in
 from continual.publish.lora import LoraTarget
-from continual.rules import RULES, rule
+from continual.rules import rule
 from continual.state import State
 from continual.state.transaction import MARGIN
 from tests.helpers import adapters, models
 from tests.helpers.adapter_states import folded, merged, opened, same
 from tests.helpers.command import run
+from tests.helpers.streams import FOLDING
 
-READ = [name for name in RULES if rule(name).needs.shipped is None]
+READ = [name for name in FOLDING if rule(name).needs.shipped is None]
 
 
 @pytest.fixture

@@ -17,10 +17,11 @@ from continual import api, making
 from continual.config import Settings
 from continual.errors import Abandoned, Damaged, Misconfigured
 from continual.publish.folder import Target
-from continual.rules import RULES, Inputs
+from continual.rules import Inputs
 from continual.rules.trimming import Sampled, Threshold
 from continual.state.verify import verify
 from tests.helpers import models
+from tests.helpers.streams import FOLDING
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -212,7 +213,7 @@ def test_bits_do_not_depend_on_the_workers(tmp_path: Path, base: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", FOLDING)
 def test_every_rule_folds_survives_reopening_and_exports(tmp_path: Path, base: Path, name: str) -> None:
     """Three folds, the state reopened before each, with one worker and with three: the same bits; a clean state of
     constant size; a sane export."""

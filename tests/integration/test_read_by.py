@@ -15,6 +15,7 @@ from continual.config import Settings
 from continual.engine.views import ReadView
 from continual.errors import Misconfigured
 from tests.helpers import models
+from tests.helpers.streams import READINGS
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +72,19 @@ def test_every_state_of_a_sum_reads_as_each_rule_that_keeps_it(
                 assert same(read(merge), expected[name]), (made, name)
             with merge_of(tmp_path / made) as merge:  # and from the record
                 assert same(read(merge), expected[name]), (made, name)
+
+
+def test_a_state_of_triplets_reads_as_each_rule_that_reads_them(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    names = ["tsv-m", *(name for name, by in READINGS.items() if by == "tsv-m")]
+    for name in names:
+        folded(tmp_path, base, making.Recipe(rule=name), tuned, name)
+    with merge_of(tmp_path / "tsv-m", write=True) as merge, merge_of(tmp_path / names[-1], write=True) as last:
+        for name in reversed(names):
+            with merge_of(tmp_path / name) as other:
+                expected = read(other)
+            for one in (merge, last):
+                one.rescale(rule=name)
+                assert same(read(one), expected), name
 
 
 def test_what_was_read_before_is_read_again_with_no_fold(tmp_path: Path, base: Path, tuned: list[Path]) -> None:

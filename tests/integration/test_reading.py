@@ -16,10 +16,11 @@ from continual.executors.contract import silent
 from continual.publish.folder import Target
 from continual.rules import RULES
 from tests.helpers import models
+from tests.helpers.streams import FOLDING
 
 pytestmark = pytest.mark.slow
 
-SPECTRAL = [name for name, row in RULES.items() if row.spectral]
+SPECTRAL = [name for name in FOLDING if RULES[name].spectral]
 COUNT = 3
 
 
@@ -70,7 +71,7 @@ def test_norm_makes_the_merge_as_long_as_it_says_under_every_rule(
         assert merge.reading().factor() == pytest.approx(merge.reading().settle(merge.executor, silent))
 
 
-@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("name", FOLDING)
 def test_a_fold_between_two_readings_makes_the_second_as_long_as_it_has_to_be(
     tmp_path: Path, base: Path, tuned: list[Path], name: str
 ) -> None:

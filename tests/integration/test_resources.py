@@ -20,8 +20,8 @@ from continual.engine.engine import Engine
 from continual.engine.resources import Resources
 from continual.executors.contract import Task
 from continual.executors.local import Local
-from continual.rules import RULES
 from tests.helpers import models
+from tests.helpers.streams import FOLDING
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +104,7 @@ class Noting(Local):
         return super().map(tasks)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", FOLDING)
 @pytest.mark.parametrize(("workers", "budget"), [(1, 1 << 40), (3, 1 << 40), (3, 30_000_000), (3, 1)])
 def test_a_plan_counts_the_tasks_that_can_run_at_a_time(tmp_path: Path, name: str, workers: int, budget: int) -> None:
     base = models.base(tmp_path / "base")

@@ -13,16 +13,44 @@ from hypothesis import strategies as st
 
 from continual.errors import Misconfigured
 from continual.records import Totals
-from continual.rules import RULES, Inputs, Pass, Size, gram, read_options, rule, trimming
+from continual.rules import RULES, Inputs, Pass, Size, gram, read_options, readings, rule, trimming
 from tests.helpers import batch
 from tests.helpers.batch import BATCH
-from tests.helpers.streams import MATRICES, SHAPES, SPECS, Models, Stream, bound, distance, measure, model_lists
+from tests.helpers.streams import (
+    FOLDING,
+    MATRICES,
+    READINGS,
+    SHAPES,
+    SPECS,
+    Models,
+    Stream,
+    bound,
+    distance,
+    measure,
+    model_lists,
+)
 
 pytestmark = pytest.mark.slow
 
 
 def test_every_rule_has_a_batch_form() -> None:
     assert RULES.keys() == BATCH.keys(), "write the paper's form in tests/helpers/batch.py"
+
+
+@pytest.mark.parametrize(("name", "by"), READINGS.items())
+def test_a_reading_folds_as_the_rule_does_whose_states_it_reads(name: str, by: str) -> None:
+    """Bit for bit, so either can read what the other made."""
+    one, other, random = Stream(name), Stream(by), torch.Generator().manual_seed(1)
+    for _ in range(3):
+        model = {n: torch.randn(shape, generator=random) for n, shape in SHAPES.items()}
+        one.fold(model)
+        other.fold(model)
+    assert one.totals == other.totals
+    for tensor, kept in one.kept.items():
+        assert kept.keys() == other.kept[tensor].keys()
+        assert all(torch.equal(value, other.kept[tensor][slot]) for slot, value in kept.items())
+    assert name in readings(rule(by))
+    assert by in readings(rule(name))
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -71,7 +99,7 @@ def test_float64_statistics_are_exact(models: Models) -> None:
         assert distance(found, expected[name].reshape(found.shape)) < 1e-10, name
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", FOLDING)
 @given(models=model_lists())
 @settings(max_examples=5, deadline=None)
 def test_size_is_constant_from_the_first_fold_on(name: str, models: Models) -> None:
@@ -86,7 +114,7 @@ def test_size_is_constant_from_the_first_fold_on(name: str, models: Models) -> N
                 assert all(slot.shape == spec.shape for slot in slots.values())
 
 
-@pytest.mark.parametrize("name", [n for n, row in RULES.items() if row.rule().laws.order_free])
+@pytest.mark.parametrize("name", [n for n in FOLDING if rule(n).laws.order_free])
 @given(models=model_lists(), seed=st.randoms())
 @settings(max_examples=8, deadline=None)
 def test_order_of_the_models_does_not_matter_where_that_is_claimed(name: str, models: Models, seed: object) -> None:
@@ -101,7 +129,7 @@ def test_order_of_the_models_does_not_matter_where_that_is_claimed(name: str, mo
         assert distance(other.read()[tensor], found, folded) < bound(name, folded if tensor in MATRICES else ()), tensor
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", FOLDING)
 @given(models=model_lists())
 @settings(max_examples=5, deadline=None)
 def test_order_of_the_tensors_does_not_matter(name: str, models: Models) -> None:
@@ -153,11 +181,11 @@ def test_the_totals_know_how_long_the_merge_is_where_the_rule_says_so(name: str,
         assert stream.rule.read.size(stream.totals).length == pytest.approx(length, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["task-arithmetic+", *RULES])
+@pytest.mark.parametrize("name", ["task-arithmetic+", *FOLDING])
 @given(models=model_lists(), run=st.integers(1, 40))
 @settings(max_examples=5, deadline=None)
 def test_runs_of_a_tensor_fold_as_the_whole(name: str, models: Models, run: int) -> None:
-    made = rule(name) if name in RULES else rule("task-arithmetic", {"before": ["drop:rate=0.5", "trim:density=0.7"]})
+    made = rule(name) if name in FOLDING else rule("task-arithmetic", {"before": ["drop:rate=0.5", "trim:density=0.7"]})
     measured = [measure(made, model) for model in models]
     for tensor in ("bias", "stack", "tall"):
         spec = SPECS[tensor]
