@@ -91,7 +91,7 @@ class Reading:
         """X of one tensor, at scale 1: float32 of the tensor's shape, in new memory. Raises Retry and Damaged."""
         if spec.kind == "stack":
             return self._stack(spec)
-        slots = self.state.format.slots[spec.name]
+        slots = self.rule.slots(spec)  # a state can keep more
         accumulators = {slot: torch.from_numpy(self.state.read(spec.name, slot, at=self.commit.seq)) for slot in slots}
         return self.rule.read.unit(spec, accumulators, self.totals)
 
@@ -102,7 +102,7 @@ class Reading:
         found = torch.zeros(spec.experts, *one.shape)
         generation = self.state.generation_of(self.commit)
         for number, values in enumerate(generation.parts(spec.name, spec.experts) if generation else ()):
-            accumulators = {slot: torch.from_numpy(value).view(slots[slot].shape) for slot, value in values.items()}
+            accumulators = {slot: torch.from_numpy(values[slot]).view(one.shape) for slot, one in slots.items()}
             found[number] = self.rule.read.unit(one, accumulators, self.totals)
         return found.view(spec.shape)
 

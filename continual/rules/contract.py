@@ -176,15 +176,15 @@ class Laws(NamedTuple):
     any weight above 0. combine(accumulators, others, totals of both together): adds the others' accumulators in place
     and returns ‖X‖² after; where a rule has it, folding is adding: two states become one, and folding again with minus
     the weight unfolds. `rounds`: no model is folded by itself; rounds over the candidates that wait choose and weigh
-    them (`continual.selection`). `keeps`: what the accumulators are, where another rule keeps the same: each of those
-    that share the word can read the states of the others.
+    them (`continual.selection`). `keeps`: words for what the accumulators are, where another rule keeps the same: a
+    rule can read the states of another that keeps all that it keeps itself.
     """
 
     order_free: bool = True
     weighted: bool = False
     combine: Callable[[Accumulators, Accumulators, Totals], float] | None = None
     rounds: bool = False
-    keeps: str | None = None
+    keeps: frozenset[str] = frozenset()
 
 
 class CoreFunctions(NamedTuple):

@@ -12,34 +12,17 @@ is no matrix reads as the mean.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from continual import linalg
-from continual.records import SlotSpec, Totals
-from continual.rules import gram_less, matrices, sums
-from continual.rules.contract import (
-    Accumulators,
-    Apart,
-    CoreFunctions,
-    Factored,
-    Folded,
-    Inputs,
-    Laws,
-    LeftOut,
-    Rule,
-    RuleRow,
-    Sums,
-)
-from continual.rules.matrices import Include, OnMatrices
+from continual.rules import gram_less, gram_sums, matrices
+from continual.rules.contract import Accumulators, Apart, LeftOut, Rule, RuleRow
+from continual.rules.gram_sums import CROSS, LEFT, RIGHT, SIDES, SUM, Side
+from continual.rules.matrices import Include
 from continual.rules.options import Choice, Number
 from continual.rules.scale import ReadOptions
-
-Side = Literal["both", "right", "left"]
-SIDES: tuple[Side, ...] = ("both", "right", "left")
-CROSS, RIGHT, LEFT, SUM = "cross", "right", "left", "sum"
 
 
 @dataclass(frozen=True)
@@ -52,37 +35,6 @@ class GramOptions:
     include: Include = ()
 
 
-def fold_matrix(accumulators: Accumulators, tau: Tensor, weight: float) -> Folded:
-    """Adds weight·τᵀτ/‖τ‖², weight·ττᵀ/‖τ‖², weight·ττᵀτ/‖τ‖² and weight·τ to what is kept of an m×n matrix."""
-    cross, exact = accumulators[CROSS], tau.double()
-    tau_sq, dot = linalg.dot(tau, tau), float((exact * cross).sum())
-    if tau_sq > 0.0:
-        scale = weight / tau_sq
-        wide = tau.shape[0] <= tau.shape[1]
-        inner = exact @ exact.mT if wide else exact.mT @ exact
-        cross.add_(inner @ exact if wide else exact @ inner, alpha=scale)
-        for side in {RIGHT, LEFT} & accumulators.keys():
-            mine = (side == LEFT) == wide
-            accumulators[side].add_(inner if mine else (exact.mT @ exact if wide else exact @ exact.mT), alpha=scale)
-        if SUM in accumulators:
-            accumulators[SUM].add_(tau, alpha=weight)
-        # Each Gram's trace is Σ weight of the models that changed this tensor: none left is exact zeros, not what
-        # rounding left.
-        gram = accumulators[RIGHT if RIGHT in accumulators else LEFT]
-        if weight < 0 and float(gram.trace()) < -1e-6 * weight:
-            for value in accumulators.values():
-                value.zero_()
-    return Folded(accumulators, Sums(tau_sq, dot, float(cross.square().sum())))
-
-
-def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:
-    """Adds every statistic; ‖B‖² after, or ‖Στ‖² of what is no matrix."""
-    for slot, value in accumulators.items():
-        value.add_(others[slot])
-    found = accumulators[CROSS if CROSS in accumulators else SUM]
-    return linalg.inner(found, found) if found.dtype == torch.float32 else float(found.square().sum())
-
-
 def solve(accumulators: Accumulators, ridge: float, pull: float, sides: tuple[int, int] | None = None) -> Tensor:
     """The merged m×n task vector, float64: of the right side, the left side, or the mean of both, as there are
     accumulators for. Where these are the accumulators of a core, `sides` are m and n: the mean of a Gram's diagonal is
@@ -92,9 +44,7 @@ def solve(accumulators: Accumulators, ridge: float, pull: float, sides: tuple[in
         if side not in accumulators:
             continue
         gram = accumulators[side]
-        epsilon = ridge * float(gram.diagonal().mean())
-        if sides is not None:
-            epsilon *= len(gram) / sides[side == RIGHT]
+        epsilon = ridge * gram_sums.mean_diagonal(gram, sides and sides[side == RIGHT])
         if epsilon == 0.0:
             return torch.zeros_like(cross)
         target = cross + (epsilon * pull) * accumulators[SUM] if SUM in accumulators else cross
@@ -105,43 +55,18 @@ def solve(accumulators: Accumulators, ridge: float, pull: float, sides: tuple[in
     return found[0] if len(found) == 1 else (found[0] + found[1]) / 2
 
 
-def workspace(m: int, n: int) -> int:
-    """The task vector and a product of it in float64, and two Grams."""
-    return 8 * (2 * m * n + 2 * max(m, n) ** 2)
-
-
 def _make(options: GramOptions) -> Rule:
-    def slots(m: int, n: int) -> dict[str, SlotSpec]:
-        kept = {CROSS: SlotSpec((m, n), "float64")}
-        if options.side != "left":
-            kept[RIGHT] = SlotSpec((n, n), "float64")
-        if options.side != "right":
-            kept[LEFT] = SlotSpec((m, m), "float64")
-        return kept | ({SUM: SlotSpec((m, n))} if options.pull else {})
-
-    def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
-        folded = fold_matrix(accumulators, tau.flatten(1), inputs.weight)
-        if not sums.last_out(totals, inputs.weight):
-            return folded
-        for value in accumulators.values():
-            value.zero_()
-        return folded._replace(sums=folded.sums._replace(merged_sq=0.0))
-
-    def read(accumulators: Accumulators, totals: Totals) -> Tensor:
-        return solve(accumulators, options.ridge, options.pull)
-
-    def read_core(accumulators: Accumulators, totals: Totals, sides: tuple[int, int]) -> Tensor:
+    def read(accumulators: Accumulators, sides: tuple[int, int] | None) -> Tensor:
         return solve(accumulators, options.ridge, options.pull, sides)
 
     def without(given: Apart) -> LeftOut:
         left, right = options.side != "right", options.side != "left"
         return gram_less.without(given, options.ridge, left=left, right=right)
 
-    laws = Laws(weighted=True, combine=combine)
+    pulled = options.pull > 0.0
     # the ridge pulls either side to a multiple of the sum of its own
-    quick = None if options.pull else without
-    on = OnMatrices(fold, read, workspace, slots, Factored(cores=CoreFunctions(slots, fold, read_core), without=quick))
-    return matrices.rule("gram", options.include, on, laws)
+    on = gram_sums.on_matrices(options.side, pulled, read, None if pulled else without)
+    return matrices.rule("gram", options.include, on, gram_sums.laws(options.side, pulled))
 
 
 GRAM = RuleRow(

@@ -81,6 +81,8 @@ def rule(name: str, include: Sequence[str], on: OnMatrices, laws: Laws, plain: R
 
     Of a stack it keeps what it keeps of each matrix, in arrays with a leading axis of the experts."""
     matrix = is_matrix(include)
+    if laws.keeps and on.slots is not None:  # of what is no matrix something else is kept
+        laws = laws._replace(keeps=laws.keeps | {f"matrices with {sorted(include)}"})
 
     def slots(spec: TensorSpec) -> dict[str, SlotSpec]:
         if on.slots is None or not matrix(spec):

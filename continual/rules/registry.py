@@ -19,6 +19,7 @@ from continual.rules import before
 from continual.rules.chain import chain
 from continual.rules.contract import Rule, RuleRow
 from continual.rules.fisher import FISHER
+from continual.rules.flow import FLOW
 from continual.rules.gram import GRAM
 from continual.rules.iso_c import ISO_C
 from continual.rules.isotropic import ISOTROPIC
@@ -39,6 +40,7 @@ _LIST: tuple[RuleRow[Any], ...] = (
     TSV_M,
     ISOTROPIC,
     GRAM,
+    FLOW,
     OPCM,
     FRANK_WOLFE,
 )
@@ -113,7 +115,7 @@ def readings(made: Rule, *, blocks: bool = False) -> list[str]:
     if blocks:
         own = made.name if made.laws.rounds else None
         return [name for name, row in ROWS.items() if name == own or _reads_blocks(row.rule())]
-    return [name for name, row in ROWS.items() if name == made.name or _keeps_the_same(row.rule(), made)]
+    return [name for name, row in ROWS.items() if name == made.name or _has(made, row.rule(_shared(made, row)))]
 
 
 def reader(made: Rule, name: str | None, options: Mapping[str, object] | None = None, *, blocks: bool = False) -> Rule:
@@ -128,10 +130,14 @@ def reader(made: Rule, name: str | None, options: Mapping[str, object] | None = 
         raise Misconfigured(f"{of} cannot be read by {name}; it can be by {', '.join(readings(made, blocks=blocks))}")
     if not blocks and name == made.name:
         raise Misconfigured(f"the options of {name} are those that the state was made with")
-    given, transforms = dict(options or {}), made.options.get("before")
-    if blocks or not transforms:
-        return rule(name, given)
-    return rule(known.name, {**given, "before": transforms})
+    if blocks:
+        return rule(name, options)
+    transforms = made.options.get("before")
+    given = {**_shared(made, known), **(options or {}), **({"before": transforms} if transforms else {})}
+    found = rule(name, given)
+    if not _has(made, found):
+        raise Misconfigured(f"{name} needs more with {dict(options or {})} than a state made with {made.name} keeps")
+    return found
 
 
 def read_as(made: Rule, now: ReadOptions, wanted: ReadAs, *, blocks: bool = False) -> tuple[Rule, ReadOptions]:
@@ -155,8 +161,14 @@ def read_as(made: Rule, now: ReadOptions, wanted: ReadAs, *, blocks: bool = Fals
     return chosen, dataclasses.replace(found, rule=None if name == made.name else name, weights=weights)
 
 
-def _keeps_the_same(one: Rule, other: Rule) -> bool:
-    return one.laws.keeps is not None and one.laws.keeps == other.laws.keeps
+def _has(made: Rule, reads: Rule) -> bool:
+    """Whether a state made with `made` keeps all that `reads` reads."""
+    return bool(reads.laws.keeps) and reads.laws.keeps <= made.laws.keeps
+
+
+def _shared(made: Rule, row: RuleRow[Any]) -> dict[str, object]:
+    """The options of a state that its reader has too: they say what is kept."""
+    return {option: value for option, value in made.options.items() if option in row.declared}
 
 
 def _reads_blocks(one: Rule) -> bool:

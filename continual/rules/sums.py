@@ -95,7 +95,7 @@ def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) ->
     return linalg.inner(total, total)
 
 
-GROUP = Laws(weighted=True, combine=combine, keeps="Σwτ")
+GROUP = Laws(weighted=True, combine=combine, keeps=frozenset({"Σwτ"}))
 
 
 def read_mean(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:

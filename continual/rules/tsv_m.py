@@ -39,7 +39,7 @@ from continual.rules.matrices import MatrixOptions, OnMatrices
 from continual.rules.scale import ReadOptions
 
 U, SIGMA, V, OWNER = "u", "sigma", "v", "owner"
-KEEPS = "triplets"
+KEEPS = frozenset({"triplets"})
 """What a state keeps that this rule made, and the other readings of it."""
 Factors = Callable[[Triplets, Totals], tuple[Tensor, Tensor]]
 """X as two factors, m×r and n×r float64, from the triplets of all fine-tunes and the totals."""

@@ -87,6 +87,24 @@ def test_a_state_of_triplets_reads_as_each_rule_that_reads_them(tmp_path: Path, 
                 assert same(read(merge), expected[name]), (made, name)
 
 
+@pytest.mark.parametrize("options", [{}, {"side": "left", "include": ["*embed*"]}], ids=["usual", "given"])
+def test_the_sums_of_gram_read_as_gram_and_as_flow(
+    tmp_path: Path, base: Path, tuned: list[Path], options: dict[str, object]
+) -> None:
+    """With the options of the state that say what is kept; a state that keeps more is read all the same."""
+    expected = {}
+    for name in ("gram", "flow"):
+        folded(tmp_path, base, making.Recipe(rule=name, options=options), tuned, name)
+        with merge_of(tmp_path / name) as merge:
+            expected[name] = read(merge)
+    assert not same(expected["gram"], expected["flow"])
+    folded(tmp_path, base, making.Recipe(rule="gram", options={**options, "pull": 0.5}), tuned, "more")
+    for made, name in (("gram", "flow"), ("flow", "gram"), ("more", "flow")):
+        with merge_of(tmp_path / made, write=True) as merge:
+            merge.rescale(rule=name)
+            assert same(read(merge), expected[name]), (made, name)
+
+
 def test_what_was_read_before_is_read_again_with_no_fold(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
     folded(tmp_path, base, making.Recipe(), tuned, "state")
     with merge_of(tmp_path / "state", write=True) as merge:
@@ -144,6 +162,7 @@ def test_a_state_begins_with_the_reading_of_its_recipe(tmp_path: Path, base: Pat
         ("opcm", "mean", "made with opcm cannot be read by mean; it can be by opcm"),
         ("magmax", "task-arithmetic", "cannot be read by task-arithmetic; it can be by magmax"),
         ("mean", "iso-c", "scale = spread:1.15: a state made with mean measures nothing of its matrices"),
+        ("gram", "iso-c", "made with gram cannot be read by iso-c; it can be by gram, flow"),
         ("mean", "nonsense", "unknown rule 'nonsense'"),
     ],
 )

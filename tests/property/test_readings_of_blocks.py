@@ -20,6 +20,7 @@ from continual.rules import (
     Size,
     Sums,
     figures_of,
+    flow,
     gram,
     opcm,
     read_options,
@@ -193,9 +194,22 @@ def test_every_variant_of_opcm_is_that_of_a_dense_state(variant: opcm.Variant) -
 def test_the_ridge_of_gram_is_that_of_the_whole_matrix(side: gram.Side, pull: float) -> None:
     held = shelf(adapters("shared", 3))
     chosen = dict.fromkeys([1, 2, 3], 1.0)
-    made = rule("gram", {"side": side, "pull": pull, "ridge": 0.03})
+    of_the_whole(held, chosen, rule("gram", {"side": side, "pull": pull, "ridge": 0.03}))
+
+
+@pytest.mark.parametrize("side", gram.SIDES)
+@pytest.mark.parametrize("start", flow.STARTS)
+def test_the_mean_and_the_share_of_eigenvalues_of_flow_are_those_of_the_whole_matrix(
+    side: gram.Side, start: flow.Start
+) -> None:
+    held = shelf(adapters("independent", 3))
+    chosen = {1: 2.0, 2: 1.0, 3: 0.3}
+    of_the_whole(held, chosen, rule("flow", {"side": side, "start": start, "time": 2.0, "top": 0.1}))
+
+
+def of_the_whole(held: HeldLayers, chosen: dict[int, float], made: Rule) -> None:
     merged = Merged(held, chosen, made, ReadOptions("number"))
-    models = dense(held, [1, 2, 3])
+    models = dense(held, list(chosen))
     for tensor, expected in read_densely(held, chosen, made, ReadOptions("number")).items():
         assert distance(merged.dense(tensor), expected, [model[tensor] for model in models]) < 1e-5, tensor
 

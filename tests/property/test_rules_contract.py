@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from continual.errors import Misconfigured
 from continual.records import Totals
-from continual.rules import RULES, Inputs, Pass, Size, gram, read_options, readings, rule, trimming
+from continual.rules import RULES, Inputs, Pass, Size, flow, gram, read_options, readings, rule, trimming
 from tests.helpers import batch
 from tests.helpers.batch import BATCH
 from tests.helpers.streams import (
@@ -31,6 +31,8 @@ from tests.helpers.streams import (
 )
 
 pytestmark = pytest.mark.slow
+SHORTER = ("gram", "flow")
+"""One model alone reads nearly as itself: a ridge, or an early stop, shortens what is small."""
 
 
 def test_every_rule_has_a_batch_form() -> None:
@@ -67,11 +69,10 @@ def test_streaming_is_the_batch_form_at_every_step(name: str, models: Models) ->
             assert distance(merged[tensor], expected[tensor], folded) < within, (tensor, step)
 
 
-@pytest.mark.parametrize("name", [n for n, row in RULES.items() if row.read.policy == "spread" and n != "gram"])
+@pytest.mark.parametrize("name", [n for n, row in RULES.items() if row.read.policy == "spread" and n not in SHORTER])
 @given(models=model_lists())
 @settings(max_examples=15, deadline=None)
 def test_one_model_alone_reads_as_itself(name: str, models: Models) -> None:
-    """Of gram nearly: its ridge shortens what is small."""
     stream = Stream(name)
     stream.fold(models[0])
     merged = stream.read()
@@ -93,10 +94,26 @@ def test_float64_statistics_are_exact(models: Models) -> None:
     stream = Stream("gram")
     for model in models:
         stream.fold(model)
-    expected = BATCH["gram"](models, MATRICES)
+    solved, flowed = BATCH["gram"](models, MATRICES), BATCH["flow"](models, MATRICES)
     for name in MATRICES:
-        found = gram.solve(stream.kept[name], 0.1, 0.0)
-        assert distance(found, expected[name].reshape(found.shape)) < 1e-10, name
+        found, other = gram.solve(stream.kept[name], 0.1, 0.0), flow.flowed(stream.kept[name], flow.FlowOptions())
+        assert distance(found, solved[name].reshape(found.shape)) < 1e-10, name
+        assert distance(other, flowed[name].reshape(found.shape)) < 1e-10, name
+
+
+@pytest.mark.parametrize("side", gram.SIDES)
+@pytest.mark.parametrize("start", flow.STARTS)
+@given(models=model_lists(), time=st.sampled_from([0.3, 3.0, 30.0]), top=st.sampled_from([0.3, 1.0]))
+@settings(max_examples=4, deadline=None)
+def test_flow_stops_where_its_options_say(
+    side: gram.Side, start: flow.Start, models: Models, time: float, top: float
+) -> None:
+    stream = Stream("flow", side=side, start=start, time=time, top=top)
+    for model in models:
+        stream.fold(model)
+    expected = batch.flow(models, MATRICES, side, time, top, start)
+    for tensor, found in stream.read().items():
+        assert distance(found, expected[tensor], [model[tensor] for model in models]) < 1e-5, tensor
 
 
 @pytest.mark.parametrize("name", FOLDING)
