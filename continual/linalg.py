@@ -216,9 +216,20 @@ def longest_inverse(matrix: Tensor) -> float:
 
 def gram(rows: Tensor) -> Tensor:
     """The inner products of K vectors, K×K float64: each pair once, by panels; without a float64 copy of them."""
-    parts = row_blocks(rows.shape[1], 4 * len(rows)) if rows.dtype != torch.float64 else [slice(None)]
-    found = _gram(len(rows), (rows[:, part].double().mT for part in parts), rows).tril_()
+    found = _gram(len(rows), _doubled(rows), rows).tril_()
     return found + found.tril(-1).mT
+
+
+def _doubled(rows: Tensor) -> Iterator[Tensor]:
+    """The columns of a matrix of vectors, a few at a time, as rows of float64: all in the memory of the first, as new
+    memory for each takes longer than filling it."""
+    if rows.dtype == torch.float64:
+        yield rows.mT
+        return
+    parts = row_blocks(rows.shape[1], 4 * len(rows))
+    held = torch.empty(len(rows), parts[0].stop if parts else 0, dtype=torch.float64, device=rows.device)
+    for part in parts:
+        yield held[:, : part.stop - part.start].copy_(rows[:, part]).mT
 
 
 QUADRATURE = 2.5e-6

@@ -193,13 +193,13 @@ class Basis(NamedTuple):
     back: Tensor
 
 
-def spanned(rows: Tensor) -> Basis:
-    """A basis of what float64 vectors span, from their Gram.
+def spanned(rows: Tensor, gram: Tensor | None = None) -> Basis:
+    """A basis of what some vectors span, from their Gram; `gram`, where that is there already.
 
     By Cholesky where that is safe, else by eigenvectors, without those directions in which the vectors lie within
     `linalg.NULL`: no reading has more than that there.
     """
-    gram = linalg.gram(rows)
+    gram = linalg.gram(rows) if gram is None else gram
     factor, failed = torch.linalg.cholesky_ex(gram)
     if not int(failed):
         unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

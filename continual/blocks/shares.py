@@ -17,7 +17,7 @@ from continual.blocks.merged import Merged
 from continual.blocks.shelf import Stacked
 from continual.records import Totals
 from continual.rules import Accumulators, Inputs, Triplets
-from continual.rules.contract import Apart, LeftOut, Without
+from continual.rules.contract import Apart, LeftOut, SideVectors, WholeRead, Without
 from continual.rules.matrices import sides
 
 
@@ -190,9 +190,9 @@ class _Turned:
         self.merged, self.given, self.runs, self.factored = merged, given, runs, merged.rule.factored
         weights = [entrant.weight for entrant in merged.run.entrants]
         self.apart = Apart(
-            _columns(given.u),
+            _vectors(given.u),
             given.sigma,
-            _columns(given.v),
+            _vectors(given.v),
             given.rows,
             weights,
             merged.run.totals,
@@ -205,18 +205,24 @@ class _Turned:
         found = LeftOut(None, [None] * len(self.runs))
         if self.factored.without is not None:
             found = self.factored.without(self.apart)
-        whole = self._whole() if found.whole is None else found.whole
-        left = [self._less(index, whole) if one is None else one for index, one in enumerate(found.rests)]
-        u, sigma, v, rows, *_ = self.apart
-        along = sigma * (u * (whole @ v)).sum(0)
+        if isinstance(found.whole, Tensor):
+            self._whole = found.whole
+        told = found.whole if isinstance(found.whole, WholeRead) else self._told()
+        left = [self._less(index) if one is None else one for index, one in enumerate(found.rests)]
+        sigma, rows = self.apart.sigma, self.apart.rows
+        along = sigma * told.along
         nothing = slice(0, 0)
         return Products(
-            float(whole.square().sum()),
+            told.square,
             [float(sigma[rows.get(index, nothing)].square().sum()) for index in range(len(left))],
             [float(along[rows.get(index, nothing)].sum()) for index in range(len(left))],
             [one.square for one in left],
             [one.inner for one in left],
         )
+
+    def _told(self) -> WholeRead:
+        along = (self.apart.u * (self._whole @ self.apart.v)).sum(0)
+        return WholeRead(float(self._whole.square().sum()), along)
 
     @cached_property
     def _cores(self) -> tuple[Accumulators, list[Tensor]]:
@@ -224,17 +230,19 @@ class _Turned:
         assert self.factored.cores is not None
         return fold_cores(self.factored.cores, self.given, self.merged.run, (self.apart.u, self.apart.v))
 
+    @cached_property
     def _whole(self) -> Tensor:
+        """X′, read where the rule has not told it."""
         if self.factored.cores is None:
             return self._again(range(len(self.runs)), self.merged.run.totals)
         return self.factored.cores.read(_copy(self._cores[0]), self.merged.run.totals, self.apart.sides).double()
 
-    def _less(self, index: int, whole: Tensor) -> Without:
+    def _less(self, index: int) -> Without:
         """X′ without one model: it is taken out again where the rule can do that, else the others are read again."""
         run, functions = self.runs[index], self.factored.cores
         if functions is None:
             rest = self._again([other for other in range(len(self.runs)) if other != index], run.totals)
-            return Without(float(rest.square().sum()), float((rest * whole).sum()))
+            return Without(float(rest.square().sum()), float((rest * self._whole).sum()))
         left = _copy(self._cores[0])
         if index in self.given.rows and self.merged.rule.laws.combine is not None:
             inputs = Inputs(self.given.spec, -self.merged.run.entrants[index].weight)
@@ -243,24 +251,29 @@ class _Turned:
         elif index in self.given.rows:
             left, _ = fold_cores(functions, self.given.without(index), run, (self.apart.u, self.apart.v))
         rest = functions.read(left, run.totals, self.apart.sides).double()
-        return Without(float(rest.square().sum()), float((rest * whole).sum()))
+        return Without(float(rest.square().sum()), float((rest * self._whole).sum()))
 
     def _again(self, kept: Iterable[int], totals: Totals) -> Tensor:
         """X′ of some models by a rule that works on triplets."""
         assert self.factored.triplets is not None
-        u, sigma, v, rows, *_ = self.apart.weighed()
+        given = self.apart.weighed()
+        u, sigma, v, rows = given.u, given.sigma, given.v, given.rows
         mine = [(place, rows[index]) for place, index in enumerate(kept, 1) if index in rows]
         owner = [place for place, where in mine for _ in range(where.start, where.stop)]
         columns = [column for _, where in mine for column in range(where.start, where.stop)]
-        given = Triplets(owner, u[:, columns], sigma[columns], v[:, columns], self.apart.sides)
-        left, right = self.factored.triplets(given, totals)
+        kept_of = Triplets(owner, u[:, columns], sigma[columns], v[:, columns], self.apart.sides)
+        left, right = self.factored.triplets(kept_of, totals)
         return left @ right.mT
 
 
-def _columns(rows: Tensor) -> Tensor:
-    """Vectors as columns in an orthonormal basis of what they span; in that of the whole space where it is no larger
-    than there are vectors."""
-    return rows.mT.double() if rows.shape[1] <= rows.shape[0] else spanned(rows).upper
+def _vectors(rows: Tensor) -> SideVectors:
+    """SideVectors as what a rule asks for of them: in the basis of the whole space where it is no larger than there are
+    vectors."""
+
+    def columns(found: SideVectors) -> Tensor:
+        return rows.mT.double() if rows.shape[1] <= len(rows) else spanned(rows, found.gram).upper
+
+    return SideVectors(lambda: linalg.gram(rows), columns)
 
 
 def _copy(kept: Accumulators) -> Accumulators:

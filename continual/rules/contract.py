@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Generic, NamedTuple
 
@@ -223,23 +224,50 @@ def weighed(sigma: Tensor, rows: Mapping[int, slice], weights: Sequence[float]) 
     return found
 
 
+class SideVectors:
+    """The singular vectors of one side, K of them: their inner products (`gram`, K×K), and as `columns` (k×K) in an
+    orthonormal basis of what they span; float64. Both are made when they are first asked for."""
+
+    def __init__(self, gram: Callable[[], Tensor], columns: Callable[[SideVectors], Tensor]) -> None:
+        self._gram, self._columns = gram, columns
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Their inner products."""
+        return self._gram()
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """In a basis."""
+        return self._columns(self)
+
+
 class Apart(NamedTuple):
     """The task vectors of one tensor in small coordinates, in the order in which they are folded.
 
-    `u` (k×K), `sigma` (K), `v` (l×K): all their singular triplets, float64, in orthonormal bases of what they span;
-    `rows`: which columns are those of each task vector, by its index; one that did not touch the tensor is not there.
-    `weights`: of every task vector. `totals`: of all of them; `rests`: of all but each. `sides`: rows and columns of
-    the tensor itself.
+    `left`, `sigma` (K), `right`: all their singular triplets; `rows`: which of them are those of each task vector, by
+    its index; one that did not touch the tensor is not there. `weights`: of every task vector. `totals`: of all of
+    them; `rests`: of all but each. `sides`: rows and columns of the tensor itself.
     """
 
-    u: Tensor
+    left: SideVectors
     sigma: Tensor
-    v: Tensor
+    right: SideVectors
     rows: Mapping[int, slice]
     weights: Sequence[float]
     totals: Totals
     rests: Sequence[Totals]
     sides: tuple[int, int]
+
+    @property
+    def u(self) -> Tensor:
+        """The left singular vectors as columns in a basis."""
+        return self.left.columns
+
+    @property
+    def v(self) -> Tensor:
+        """The right singular vectors as columns in a basis."""
+        return self.right.columns
 
     def term(self, index: int) -> tuple[Tensor, Tensor]:
         """One task vector as two factors, without its weight; without columns where it did not touch the tensor."""
@@ -258,11 +286,18 @@ class Without(NamedTuple):
     inner: float
 
 
-class LeftOut(NamedTuple):
-    """X′, what is read of all task vectors in the coordinates of an `Apart` (k×l, float64), and what is known of it
-    without each of them. None where it has to be read."""
+class WholeRead(NamedTuple):
+    """X, what is read of all task vectors, by ‖X‖² and uᵀXv of every triplet."""
 
-    whole: Tensor | None
+    square: float
+    along: Tensor
+
+
+class LeftOut(NamedTuple):
+    """X as a matrix in the coordinates of an `Apart` (k×l, float64) or by its products, and what is known of it without
+    each of the task vectors. None where it has to be read."""
+
+    whole: Tensor | WholeRead | None
     rests: Sequence[Without | None]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from continual import linalg
-from continual.rules.contract import Apart, LeftOut, Without
+from continual.rules.contract import Apart, LeftOut, SideVectors, WholeRead, Without
 
 SAFE = 1e-8
 """Down to this share of the largest eigenvalue of a Gram nothing counts as null, nor in a part of it."""
@@ -26,56 +26,70 @@ Choose = Callable[[Sequence[int], float], list[int]]
 """Which triplets stay, by the number of each one's model (0: that is gone), and how many models there are."""
 
 
+class _PolarThin(NamedTuple):
+    """P₋, the polar factor without some of the c columns, several times; where no direction is null. P₋ᵀP₋ is the unit
+    matrix but for what is gone, and PᵀP₋ that less leftᵀ·right, both …×p×c; its columns that are gone mean nothing."""
+
+    left: Tensor
+    right: Tensor
+
+    def one(self, index: int) -> _PolarLess:
+        """One of them as whole matrices."""
+        inner = self.left[index].mT @ self.right[index].neg()
+        inner.diagonal().add_(1.0)
+        return _PolarLess(None, inner)
+
+
 class _PolarLess(NamedTuple):
-    """P₋, the polar factor without some of the c columns. Where no direction is null, P₋ᵀP₋ is the unit matrix but for
-    what is gone, and PᵀP₋ that less leftᵀ·right, both p×c (`thin`); else P₋ᵀP₋ (`own`), and PᵀP₋ (`inner`), c×c."""
+    """P₋ once: P₋ᵀP₋ (`own`; None where it is the unit matrix but for what is gone), and PᵀP₋ (`inner`), c×c."""
 
-    thin: tuple[Tensor, Tensor] | None = None
-    own: Tensor | None = None
-    whole: Tensor | None = None
-
-    @property
-    def inner(self) -> Tensor:
-        """PᵀP₋; its columns that are gone mean nothing."""
-        if self.whole is not None:
-            return self.whole
-        assert self.thin is not None
-        found = self.thin[0].mT @ self.thin[1].neg()
-        found.diagonal().add_(1.0)
-        return found
+    own: Tensor | None
+    inner: Tensor
 
 
 class _PolarSide:
-    """The columns of one side, k×c, and P, their polar factor (`factor`)."""
+    """The chosen c vectors of one side, and P, their polar factor. `inner`: what all K vectors are in P, K×c; `quick`:
+    no direction is about to be null, and all follows from the Gram."""
 
-    def __init__(self, columns: Tensor, polar: Polar) -> None:
-        self.columns, self._polar = columns, polar
-        values, z = torch.linalg.eigh(linalg.gram(columns.mT))
-        self._quick = float(values[0]) > SAFE * float(values[-1])
-        if not self._quick:
-            self.factor = polar(columns)
+    def __init__(self, vectors: SideVectors, chosen: Sequence[int], polar: Polar) -> None:
+        self._polar = polar
+        self.own: Tensor | None = None
+        across = gram = vectors.gram
+        if len(chosen) < len(gram):
+            across = gram[:, chosen]
+            gram = across[chosen]
+        values, z = torch.linalg.eigh(gram)
+        self.quick = float(values[0]) > SAFE * float(values[-1])
+        if not self.quick:
+            self._columns = vectors.columns[:, chosen]
+            self._factor = polar(self._columns)
+            self.inner, self.own = vectors.columns.mT @ self._factor, self._factor.mT @ self._factor
             return
         points, weights = linalg.quadrature(float(values[0]), float(values[-1]))
+        points, self._weights = points.to(z.device), weights.sqrt().to(z.device)
         roots = values.sqrt()
-        self._root, self._inverse = linalg.gram(z * roots.sqrt()), linalg.gram(z / roots.sqrt())
-        self._resolved = torch.stack([linalg.gram(z / (point + values).sqrt()) for point in points.tolist()])
-        self._weights = weights.sqrt().to(z.device)
-        self.factor = columns @ self._inverse
+        self._root, self._inverse = (z * roots) @ z.mT, (z / roots) @ z.mT
+        self._resolved = (z / (points[:, None, None] + values)) @ z.mT
+        self.inner = self._root if across is gram else across @ self._inverse
 
-    def less(self, gone: slice) -> _PolarLess:
-        """Without some of the columns."""
-        if not self._quick:
-            kept = self.columns.clone()
-            kept[:, gone] = 0.0
-            rest = self._polar(kept)
-            return _PolarLess(own=rest.mT @ rest, whole=self.factor.mT @ rest)
-        rows = self._resolved[:, gone]  # of Y: points × r × c
-        lower = torch.linalg.cholesky(rows[:, :, gone])
-        thin = torch.linalg.solve_triangular(lower, rows, upper=False) * self._weights[:, None, None]
-        thin = thin.flatten(0, 1)
-        thin[:, gone] = 0.0
-        left = torch.cat([thin @ self._root, self._root[gone]])
-        return _PolarLess((left, torch.cat([thin, self._inverse[gone]])))
+    def thin(self, gone: Tensor) -> _PolarThin:
+        """Without some of the columns, as many each time (M×r places): where it is `quick`."""
+        rows = self._resolved[:, gone]  # of Y: points × M × r × c
+        corners = rows.take_along_dim(gone[None, :, None, :], 3)
+        found = torch.linalg.solve_triangular(torch.linalg.cholesky(corners), rows, upper=False)
+        found = (found * self._weights[:, None, None, None]).transpose(0, 1).flatten(1, 2)
+        found.scatter_(2, gone[:, None, :].expand(-1, found.shape[1], -1), 0.0)
+        left = torch.cat([found @ self._root, self._root[gone]], 1)
+        return _PolarThin(left, torch.cat([found, self._inverse[gone]], 1))
+
+    def less(self, gone: Tensor) -> _PolarLess:
+        """Without some of the columns, by another decomposition or, where it is `quick`, as `thin`."""
+        if self.quick:
+            return self.thin(gone[None]).one(0)
+        kept = self._columns.clone()
+        kept[:, gone] = 0.0
+        rest = self._polar(kept)
+        return _PolarLess(rest.mT @ rest, self._factor.mT @ rest)
 
 
 def without(given: Apart, polar: Polar, choose: Choose) -> LeftOut:
@@ -86,34 +100,53 @@ def without(given: Apart, polar: Polar, choose: Choose) -> LeftOut:
         owner[where] = [index + 1] * (where.stop - where.start)
     chosen = choose(owner, given.totals.count)
     if not chosen:
-        zeros = given.u.new_zeros(len(given.u), len(given.v))
-        return LeftOut(zeros, [Without(0.0, 0.0)] * len(given.weights))
+        return LeftOut(WholeRead(0.0, torch.zeros_like(given.sigma)), [Without(0.0, 0.0)] * len(given.weights))
     sigma = given.sigma[chosen]
-    left, right = _PolarSide(given.u[:, chosen], polar), _PolarSide(given.v[:, chosen], polar)
-    whole = (left.factor * sigma) @ right.factor.mT
-    rests = list[Without | None]()
-    for number, totals in enumerate(given.rests, 1):
-        others = [0 if one == number else one for one in owner]
-        mine = [place for place, column in enumerate(chosen) if owner[column] == number]
-        if choose(others, totals.count) != [column for column in chosen if owner[column] != number]:
-            rests.append(None)
-        elif not mine:
-            rests.append(Without(*2 * [float(whole.square().sum())]))
+    left, right = _PolarSide(given.left, chosen, polar), _PolarSide(given.right, chosen, polar)
+    whole = WholeRead(_square(sigma, left, right), ((left.inner * sigma) * right.inner).sum(1))
+    rests: list[Without | None] = [None] * len(given.weights)
+    places: dict[int, list[int]] = {}
+    for place, column in enumerate(chosen):
+        places.setdefault(owner[column] - 1, []).append(place)
+    alike: dict[int, list[int]] = {}
+    for index, totals in enumerate(given.rests):
+        others = [0 if one == index + 1 else one for one in owner]
+        if choose(others, totals.count) != [column for column in chosen if others[column]]:
+            continue
+        if index not in places:
+            rests[index] = Without(whole.square, whole.square)
         else:
-            kept, gone = sigma.clone(), slice(mine[0], mine[-1] + 1)
-            kept[gone] = 0.0
-            rests.append(_without(left.less(gone), right.less(gone), sigma, kept))
+            alike.setdefault(len(places[index]), []).append(index)
+    for indices in alike.values():
+        gone = torch.tensor([places[index] for index in indices], device=sigma.device)
+        kept = sigma.repeat(len(indices), 1).scatter_(1, gone, 0.0)
+        for index, found in zip(indices, _without(left, right, sigma, kept, gone), strict=True):
+            rests[index] = found
     return LeftOut(whole, rests)
 
 
-def _without(left: _PolarLess, right: _PolarLess, sigma: Tensor, kept: Tensor) -> Without:
-    """Of X = PΣQᵀ and X₋ = P₋Σ₋Q₋ᵀ."""
-    if left.thin is not None and right.thin is not None:
-        (one, two), (three, four) = left.thin, right.thin
-        both = sigma * kept
-        straight = both.sum() - ((one * two).sum(0) + (three * four).sum(0)) @ both
-        inner = straight + (((one * sigma) @ three.mT) * ((two * kept) @ four.mT)).sum()
-        return Without(float(kept.square().sum()), float(inner))
-    own = [one for one in (left.own, right.own) if one is not None]
-    square = kept.square() * own[0].diagonal() if len(own) == 1 else kept @ (own[0] * own[1]) * kept
-    return Without(float(square.sum()), float(sigma @ (left.inner * right.inner) @ kept))
+def _square(kept: Tensor, *sides: _PolarSide | _PolarLess) -> float:
+    """‖PΣQᵀ‖², of two sides; the unit matrix of one keeps the diagonal of the other alone."""
+    own = [side.own for side in sides if side.own is not None]
+    if len(own) == 2:
+        return float(kept @ (own[0] * own[1]) @ kept)
+    square = kept.square()
+    return float((square * own[0].diagonal() if own else square).sum())
+
+
+def _without(left: _PolarSide, right: _PolarSide, sigma: Tensor, kept: Tensor, gone: Tensor) -> list[Without]:
+    """Of X = PΣQᵀ and each X₋ = P₋Σ₋Q₋ᵀ. `kept`: the diagonal of Σ₋, a row each time."""
+    if not (left.quick and right.quick):
+        found = []
+        for rest, where in zip(kept, gone, strict=True):
+            near, far = left.less(where), right.less(where)
+            found.append(Without(_square(rest, near, far), float(sigma @ (near.inner * far.inner) @ rest)))
+        return found
+    (one, two), (three, four) = left.thin(gone), right.thin(gone)
+    both = sigma * kept
+    straight = both.sum(1) - (((one * two).sum(1) + (three * four).sum(1)) * both).sum(1)
+    across = ((one * sigma) @ three.mT).mul_((two * kept[:, None]) @ four.mT)
+    return [
+        Without(*figures)
+        for figures in zip(kept.square().sum(1).tolist(), (straight + across.sum((1, 2))).tolist(), strict=True)
+    ]
