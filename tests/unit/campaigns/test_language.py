@@ -13,8 +13,9 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import load_file
 
+from continual.engine.views import ReadView
 from tests.campaigns.bench.quality import asked, language
-from tests.campaigns.bench.quality.campaign import Adapters, Plan
+from tests.campaigns.bench.quality.campaign import Adapters, Campaign, Plan, order_of
 from tests.campaigns.bench.quality.language import Language
 from tests.campaigns.bench.quality.suite import Watching, fine_tune
 
@@ -183,25 +184,67 @@ def test_fine_tunes_are_what_their_form_says(suite: Language) -> None:
     first = next(name for name in factors["lora", "dates"] if "lora_A" in name)
     assert torch.equal(factors["shared", "dates"][first], factors["shared", "sms_spam"][first])
     ranks = [factors["lora", task][first].shape[0] for task in ("dates", "sms_spam")]
-    assert ranks == [16, 8], "publishers differ"
-    assert not torch.equal(factors["lora", "dates"][first][:8], factors["lora", "sms_spam"][first])
+    assert ranks == [8, 16], "publishers differ"
+    assert not torch.equal(factors["lora", "sms_spam"][first][:8], factors["lora", "dates"][first])
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_a_state_of_adapters_is_asked_by_every_rule(suite: Language, tmp_path: Path) -> None:
     plan = Plan((1, 2), None)
-    run = Adapters(suite, "lora", tmp_path, Progress(disable=True), plan)
-    run.run(1, ["task-arithmetic", "tsv-m"])
+    with Adapters(suite, "lora", tmp_path, Progress(disable=True), plan) as run:
+        run.run(1, ["task-arithmetic", "tsv-m"])
+        assert not run.states.exists() or not list(run.states.iterdir()), "nothing is kept"
+        with pytest.raises(SystemExit, match="another run writes it"):
+            Adapters(suite, "lora", tmp_path, Progress(disable=True), plan)
     asked_of = {(row["rule"], row["count"], row["read"]): row for row in run.results.rows}
-    counts = {count for rule, count, _ in asked_of if rule == "tsv-m"}
+    counts = {count for rule, count, read in asked_of if (rule, read) == ("tsv-m", "default")}
     assert counts == {1, 2, 3}, "and all of them"
-    one = asked_of["task-arithmetic", 1, "sum"]
+    reads = [row["read"] for row in run.results.rows if (row["rule"], row["count"]) == ("task-arithmetic", 2)]
+    assert reads == ["default", "paper", "sum"], "what says most comes first"
+    own, one = asked_of["own", 3, "paper"], asked_of["task-arithmetic", 1, "sum"]
     (task,) = one["test"]
-    assert one["test"][task] == asked_of["own", 3, "paper"]["test"][task], "one model reads as itself by the sum"
-    assert one["watched"] == pytest.approx(asked_of["own", 3, "paper"]["each"][task]["watched"])
-    again = Adapters(suite, "lora", tmp_path, Progress(disable=True), plan)
-    assert not again.asked(0, "tsv-m")
-    more = Adapters(suite, "lora", tmp_path, Progress(disable=True), Plan((1, 2), (1,)))
-    assert more.asked(0, "tsv-m") == [1, 3], "only where something was not asked"
-    assert more.asked(1, "tsv-m") == [1, 2], "no order changes what all of them make"
+    assert one["test"][task] == own["test"][task], "one model reads as itself by the sum"
+    assert one["watched"] == pytest.approx(own["each"][task]["watched"])
+    assert asked_of["tsv-m", 3, "alone"]["test"] == own["test"], "and by the default"
+    assert asked_of["tsv-m", 3, "alone"]["apart"] < 1e-5
+    with Adapters(suite, "lora", tmp_path, Progress(disable=True), plan) as again:
+        assert not again.asked(0, "tsv-m")
+    with Adapters(suite, "lora", tmp_path, Progress(disable=True), Plan((1, 2), (1,))) as more:
+        assert more.asked(0, "tsv-m") == [1, 3], "only where something was not asked"
+        assert more.asked(1, "tsv-m") == [1, 2], "no order changes what all of them make"
+        assert more.ways("tsv-m", 2) == ["default", "paper"]
+    with Adapters(suite, "shared", tmp_path, Progress(disable=True), Plan((1,), None, ("default",))) as other:
+        other.origin()
+        assert other.results.rows[0]["test"] == asked_of["base", 3, "paper"]["test"], "the base is asked once"
+        assert other.ways("task-arithmetic", 1) == ["default"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short")
+def test_a_campaign_goes_on_where_it_was_killed(suite: Language, tmp_path: Path) -> None:
+    """By the states that are kept: no model is folded twice, and what one rule folded another reads."""
+    plan = Plan((2,), None, ("default",), keep=True)
+    with Campaign(suite, "lora", tmp_path, Progress(disable=True), plan) as run:
+        assert run.homes(["iso-c", "opcm", "mean"]) == {"iso-c": ["iso-c", "mean"], "opcm": ["opcm"]}
+        run.trajectory(0, "iso-c", ["iso-c"])
+        assert sorted(path.name for path in run.states.iterdir()) == ["iso-c-0", "iso-c-0-at-2", "iso-c-0.json"]
+        first = {row["count"]: row for row in run.results.rows}
+        assert [len(first[count]["costs"]) for count in (2, 3)] == [2, 3]
+    lines = run.results.file.read_text().splitlines()
+    run.results.file.write_text(lines[0] + "\n" + lines[1][:40])  # killed while it wrote
+    with Campaign(suite, "lora", tmp_path, Progress(disable=True), plan) as again:
+        assert [row["count"] for row in again.results.rows] == [2]
+        tasks = order_of(suite.tasks, 0)
+        again.trajectory(0, "iso-c", ["iso-c"])
+        assert again.results.rows[1]["test"] == first[3]["test"], "by the state that stands: nothing is folded"
+        assert again.results.rows[1]["costs"] == first[3]["costs"]
+        with again.opened("iso-c", "0") as folding:
+            assert folding.begin(tasks, 2) == 2, "the copy: the state itself has one too many"
+            assert len(folding.costs) == 2
+            reading, _ = again.read(folding.merge(), ReadView(rule="mean"))
+            assert (reading.rule.name, reading.totals.count) == ("mean", 2)
+        (again.states / "opcm-0").mkdir()  # killed while it was made
+        with again.opened("opcm", "0") as folding:
+            assert folding.begin(tasks, 3) == 0
+            assert folding.merge().state.ledger.folds() == []

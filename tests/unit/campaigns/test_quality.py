@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.campaigns.bench.quality import figures, report, report_language
-from tests.campaigns.bench.quality.campaign import Key, Results, order_of
+from tests.campaigns.bench.quality.campaign import order_of
 from tests.campaigns.bench.quality.digits import WAYS
+from tests.campaigns.bench.quality.results import Key, Results
 
 TASKS = ("a", "b", "c", "d", "e")
 COSTS = [{"cpu": 0.5, "peak": 2e8, "state": 1e6}] * len(TASKS)
@@ -40,6 +41,7 @@ def table(tmp_path: Path) -> figures.Table:
                         test={t: answers(right) for t in tasks[:count]},
                         costs=COSTS,
                     )
+    results.close()
     return figures.load(results.file)
 
 
@@ -62,9 +64,18 @@ def test_differences_are_paired(table: figures.Table) -> None:
 
 def test_results_are_not_made_twice_and_survive_a_restart(tmp_path: Path) -> None:
     file = tmp_path / "digits-full.jsonl"
-    Results(file).add(Key(0, "opcm", 2, "paper"), test={"a": "10"})
-    assert Results(file).known == {Key(0, "opcm", 2, "paper")}
-    assert json.loads(file.read_text())["test"] == {"a": "10"}
+    first = Results(file)
+    first.add(Key(0, "opcm", 2, "paper"), test={"a": "10"})
+    with pytest.raises(SystemExit, match="another run writes it"):
+        Results(file)
+    first.close()
+    with file.open("a") as out:
+        out.write('{"order": 0, "rule"')  # a kill cut it off
+    again = Results(file)
+    assert again.known == {Key(0, "opcm", 2, "paper")}
+    again.add(Key(0, "opcm", 4, "paper"), test={"a": "11"})
+    assert [json.loads(line)["test"] for line in file.read_text().splitlines()] == [{"a": "10"}, {"a": "11"}]
+    again.close()
 
 
 def test_orders_are_shuffles_that_do_not_change() -> None:
@@ -91,24 +102,41 @@ def test_the_page_of_a_language_model_says_what_broke(tmp_path: Path) -> None:
         ("task-arithmetic", "sum", 8, 50.0),
         ("iso-c", "default", 6, 31.0),
         ("tsv-m", "default", 5, 32.0),
+        ("opcm", "paper", 4, 33.0),
     ):
         found = {"perplexity": perplexity, "facts": 0.75}
         test = {"a": answers(right), "b": answers(right)}
         results.add(Key(0, rule, 2, read), scale="1.0", factor=1.0, test=test, watched=found)
+    results.add(Key(0, "tsv-m", 2, "alone"), test={"a": answers(10), "b": answers(8)}, apart=1e-7)
+    results.add(Key(1, "tsv-m", 1, "default"), scale="1.0", factor=1.0, test={"a": answers(9)}, watched=whole)
+    results.close()
     table = figures.load(results.file)
     page = list(report_language.page([table]))
     assert "## LoRA adapters in a state of adapters, up to 2" in page
-    shown, compared = "\n".join(page).split("\n\n")[-2:]
-    assert shown.split("\n")[2:] == [
-        "| base |  | 30.0 (30.0, 100 %) |",
-        "| each model, own task |  | 95.0 (36.0, 75 %) |",
-        "| task-arithmetic | sum | 80.0 (50.0, 75 %) |",
-        "| iso-c | default | 60.0 (31.0, 75 %) |",
-        "| task-arithmetic | default | 60.0 (35.0, 75 %) |",
-        "| **tsv-m** | default | 50.0 (32.0, 75 %) |",
+    *_, promised, alone, _, shown, compared = "\n".join(page).split("\n\n")
+    assert promised.split("\n")[2:] == [
+        "| LoRA adapters, 1 model | tsv-m | 90.0 | none other asked |  |  | 30.0 (42.0) | 100 % |",
+        "| LoRA adapters, 2 models | tsv-m | 50.0 | task-arithmetic, sum | -30.0 [-50.0, -10.0] | "
+        "+10.0 [+0.0, +25.0] | 32.0 (42.0) | 75 % |",
     ]
-    assert compared.split("\n")[2].startswith("| task-arithmetic | sum | +20.0 [+")
-    assert compared.split("\n")[3] == "| task-arithmetic | default | +0.0 [+0.0, +0.0] |"
+    assert alone.split("\n")[2:] == ["| LoRA adapters, mean of 2 | tsv-m | 90.0 | 95.0 | 1.0e-07 |"]
+    assert shown.split("\n")[2:] == [
+        "| base |  | 20.0 (30.0, 100 %) | 30.0 (30.0, 100 %) |",
+        "| each model, own task |  | 100.0 (36.0, 75 %) | 95.0 (36.0, 75 %) |",
+        "| task-arithmetic | sum |  | 80.0 (50.0, 75 %) |",
+        "| iso-c | default |  | 60.0 (31.0, 75 %) |",
+        "| task-arithmetic | default |  | 60.0 (35.0, 75 %) |",
+        "| **tsv-m** | default | 90.0 (30.0, 100 %) | 50.0 (32.0, 75 %) |",
+        "| opcm | paper |  | 40.0 (33.0, 75 %) |",
+    ]
+    assert compared.split("\n")[2].startswith("| task-arithmetic | sum |  | +30.0 [+")
+    assert len(compared.split("\n")) == 6, "and not the default by itself"
     report.write(tmp_path, tmp_path)
     assert (tmp_path / "quality-language.md").read_text() == "\n".join(page) + "\n"
     assert not (tmp_path / "quality.md").exists(), "of which there are no results"
+
+
+def test_a_cell_says_that_it_was_asked_in_fewer_orders(table: figures.Table) -> None:
+    assert report_language.head(table, 4) == "4 models (2 orders)"
+    assert table.asked("iso-c", 5, "default") == [0]
+    assert report_language.orders(table, 5) == 2, "opcm's"

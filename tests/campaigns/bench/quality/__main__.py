@@ -18,12 +18,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.campaigns.bench.quality import report
-from tests.campaigns.bench.quality.campaign import PLAN, RULE_NAMES, Adapters, Campaign, Plan, settle_threads
+from tests.campaigns.bench.quality.campaign import (
+    PLAN,
+    READS,
+    RULE_NAMES,
+    Adapters,
+    Campaign,
+    Plan,
+    settle_threads,
+)
 from tests.campaigns.bench.quality.digits import Digits
 from tests.campaigns.bench.quality.suite import FORMS, Suite
 
@@ -48,6 +57,12 @@ def main() -> None:
     parser.add_argument(
         "--counts", type=int, nargs="+", help="numbers of models at which is asked, and all; the scale is not tuned"
     )
+    parser.add_argument(
+        "--read", choices=READS, action="append", help="ways of reading that are asked; default: all that there are"
+    )
+    parser.add_argument(
+        "--keep-states", action="store_true", help="leave the states in W, so that they can be read in other ways later"
+    )
     parser.add_argument("--tasks", type=int, help="the first tasks of the suite alone; their results stand apart")
     parser.add_argument("--rule", choices=RULE_NAMES, action="append", help="default: all")
     parser.add_argument("--orders", type=int, default=3, help="orders of the tasks")
@@ -67,9 +82,11 @@ def main() -> None:
             if args.tasks is not None:  # another order of other tasks: its results are no part of the whole suite's
                 suite.tasks, suite.name = suite.tasks[: args.tasks], f"{suite.name}{args.tasks}"
             plan = PLAN if args.counts is None else Plan(tuple(args.counts), None)
+            plan = replace(plan, reads=tuple(args.read or READS), keep=args.keep_states)
             campaign = Adapters if args.kept else Campaign
             for form in args.form or (("lora",) if args.kept else FORMS):
-                campaign(suite, form, args.work, progress, plan).run(args.orders, args.rule or RULE_NAMES)
+                with campaign(suite, form, args.work, progress, plan) as run:
+                    run.run(args.orders, args.rule or RULE_NAMES)
     report.show(args.work)
 
 

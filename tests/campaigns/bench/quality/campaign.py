@@ -9,14 +9,12 @@ to four times, the same for every rule. Test rows never choose. `sum`: of task a
 from __future__ import annotations
 
 import json
+import math
 import random
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.progress import Progress
@@ -27,26 +25,21 @@ import continual
 from continual.engine.reading import Reading
 from continual.engine.views import ReadView
 from continual.executors.contract import silent
-from continual.making import DEFAULT, WIDTH, Recipe
-from continual.rules import RULES, ReadOptions, read_options
+from continual.making import DEFAULT, DEFAULT_OF_ADAPTERS, WIDTH, Recipe
+from continual.rules import RULES, ReadOptions, read_options, readings
+from tests.campaigns.bench.quality.folding import Folding
+from tests.campaigns.bench.quality.results import Key, Results, bits
 from tests.campaigns.bench.quality.suite import Form, Part, Suite, Watching, fine_tune
 
-RULE_NAMES = tuple(name for name in RULES if name != "fisher")
-"""fisher wants Fisher values beside the weights, which these fine-tunes do not ship."""
+FIRST = ("iso-c", "tsv-m", "gram", "opcm", "task-arithmetic")
+RULE_NAMES = (*FIRST, *(name for name in RULES if name not in (*FIRST, "fisher")))
+"""All rules, what decides first. fisher wants Fisher values beside the weights, which these fine-tunes do not ship."""
 CHECKPOINTS = (2, 4, 8)
 SUM = ReadOptions("number", 1.0)
+READS = ("default", "paper", "sum", "tuned")
+"""The ways of reading, in the order in which they are asked."""
+Two = tuple[dict[str, Tensor], dict[str, Tensor]]
 MULTIPLES = tuple(2.0 ** (step / 2) for step in range(-4, 5))
-
-
-@dataclass(frozen=True)
-class Key:
-    """One result: the merge of the first `count` tasks of an order, read in one way; rule `base` and `own` are the base
-    and the fine-tunes themselves."""
-
-    order: int
-    rule: str
-    count: int
-    read: str
 
 
 def order_of(tasks: Sequence[str], seed: int) -> list[str]:
@@ -56,104 +49,148 @@ def order_of(tasks: Sequence[str], seed: int) -> list[str]:
     return shuffled
 
 
-def bits(found: Mapping[str, Tensor]) -> dict[str, str]:
-    """Right and wrong answers by task, as text."""
-    return {task: "".join("1" if right else "0" for right in answers.tolist()) for task, answers in found.items()}
-
-
-class Results:
-    """A file of results, one a line; what stands there is not made again."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        lines = file.read_text().splitlines() if file.is_file() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        self.known = {Key(row["order"], row["rule"], row["count"], row["read"]) for row in self.rows}
-
-    def add(self, key: Key, **values: Any) -> None:
-        row = {"order": key.order, "rule": key.rule, "count": key.count, "read": key.read, **values}
-        with self.file.open("a") as out:
-            out.write(json.dumps(row) + "\n")
-        self.rows.append(row)
-        self.known.add(key)
-
-
 @dataclass(frozen=True)
 class Plan:
-    """What is asked: at which numbers of models, all of them always among these, and at which of them the scale is
-    tuned, all of them again."""
+    """What is asked: at which numbers of models, all of them always among these; at which of them the scale is tuned,
+    all of them again; and which ways of reading are asked at all."""
 
     counts: tuple[int, ...] = CHECKPOINTS
     tuned: tuple[int, ...] | None = (4, 8)
     """None: nowhere."""
+    reads: tuple[str, ...] = READS
+    keep: bool = False
+    """Whether the states stay, at each number of models, so that they can be read in other ways later."""
 
 
 PLAN = Plan()
 
 
 class Campaign:
-    """One suite in one form of fine-tunes, in `work`."""
+    """One suite in one form of fine-tunes, in `work`. A context manager, which holds the file of results.
+
+    What says most comes first: the base, then the first order, rule by rule as they are named, each as it is read by
+    default before the other ways; then the fine-tunes by themselves, then the other orders. A run that was killed goes
+    on: results stand, a fine-tune is whole or not there, and a state is folded on from its last fold.
+    """
+
+    kept = ""
+    """What the files of this kind of campaign end with."""
 
     def __init__(self, suite: Suite, form: Form, work: Path, progress: Progress, plan: Plan = PLAN) -> None:
-        self.suite, self.form, self.progress, self.plan = suite, form, progress, plan
+        self.suite, self.form, self.progress, self.plan, self.work = suite, form, progress, plan, work
         work.mkdir(parents=True, exist_ok=True)
-        self.state = work / f"state-{suite.name}-{form}"
-        self.results = Results(work / f"{suite.name}-{form}.jsonl")
+        self.states = work / f"states-{suite.name}-{form}{self.kept}"
+        self.results = Results(work / f"{suite.name}-{form}{self.kept}.jsonl")
         base = load_file(suite.prepare() / "model.safetensors")
         self.base = {name: value.float() for name, value in base.items() if value.is_floating_point()}
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.results.close()
+
     def run(self, orders: int, rules: Sequence[str]) -> None:
         """Everything that is not in the results yet."""
-        bar = self.progress.add_task(f"{self.suite.name} {self.form}: train", total=len(self.suite.tasks))
-        models = {}
-        for task in self.suite.tasks:
-            models[task] = fine_tune(self.suite, task, self.form)
-            self.progress.advance(bar)
-        self.progress.update(bar, description=f"{self.suite.name} {self.form}: ends", total=1, completed=0)
-        self.ends(models)
-        self.progress.update(bar, description=f"{self.suite.name} {self.form}: merge", total=orders * len(rules))
+        homes = self.homes(rules)
+        bar = self.progress.add_task(f"{self.suite.name} {self.form}", total=orders * len(homes))
+        self.origin()
         for order in range(orders):
-            self.order(order, rules, models, lambda: self.progress.advance(bar))
+            for home, names in homes.items():
+                self.trajectory(order, home, names)
+                self.progress.advance(bar)
+            if order == 0:
+                self.alone()
 
-    def order(self, order: int, rules: Sequence[str], models: Mapping[str, Path], advance: Callable[[], None]) -> None:
-        """One order of the tasks, by every rule; `advance` is called for each."""
+    def model(self, task: str) -> Path:
+        """A fine-tune, trained when it is first wanted."""
+        return fine_tune(self.suite, task, self.form)
+
+    def homes(self, rules: Sequence[str]) -> dict[str, list[str]]:
+        """The rules that states are made with, and which of `rules` each state is read by: one that keeps the same as
+        an earlier one reads its state."""
+        found: dict[str, list[str]] = {}
         for name in rules:
-            self.trajectory(order, name, models)
-            advance()
+            home = next((home for home in found if name in readings(RULES[home].rule())), name)
+            found.setdefault(home, []).append(name)
+        return found
 
-    def ends(self, models: Mapping[str, Path]) -> None:
-        """The base and each fine-tune on its own task."""
-        count = len(models)
-        if Key(0, "base", count, "paper") not in self.results.known:
-            found = bits(self.ask({}, list(models), "test"))
-            self.results.add(Key(0, "base", count, "paper"), test=found, **self.watched({}, list(models)))
-        if Key(0, "own", count, "paper") not in self.results.known:
-            own, each = {}, {}
-            for task, weights in self.alone(models):
-                own[task] = self.suite.correct(weights, task, "test")
-                each[task] = self.watched(weights, [task])
-            self.results.add(Key(0, "own", count, "paper"), test=bits(own), each=each)
-
-    def alone(self, models: Mapping[str, Path]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The weights of each fine-tune, as a merge of it alone holds them: read through continual by the plain sum."""
-        for task, path in models.items():
-            with self.opened("task-arithmetic") as (fold, merge):
-                fold(path)
-                yield task, self.weights(*self.read(merge()), SUM)
-
-    def trajectory(self, order: int, name: str, models: Mapping[str, Path]) -> None:
-        """Folds the tasks in this order with one rule and asks at every checkpoint. A rule that no order changes is
-        asked about all tasks only once."""
-        tasks = order_of(self.suite.tasks, order)
-        asked = self.asked(order, name)
-        if not asked:
+    def origin(self) -> None:
+        """The base, asked once for all forms of a suite."""
+        key = Key(0, "base", len(self.suite.tasks), "paper")
+        if key in self.results.known:
             return
-        with self.opened(name) as (fold, merge):
-            costs = []
-            for count, task in enumerate(tasks[: max(asked)], 1):
-                costs.append(fold(models[task]))
-                if count in asked:
-                    self.checkpoint(order, name, tasks[:count], costs, *self.read(merge()))
+        for file in sorted(self.work.glob(f"{self.suite.name}-*.jsonl")):
+            for line in file.read_text().splitlines():
+                row = json.loads(line)
+                if row["rule"] == "base" and list(row["test"]) == list(self.suite.tasks):
+                    self.results.add(key, **{name: row[name] for name in ("test", "watched") if name in row})
+                    return
+        found = bits(self.ask({}, self.suite.tasks, "test"))
+        self.results.add(key, test=found, **self.watched({}, self.suite.tasks))
+
+    def alone(self) -> None:
+        """Each fine-tune on its own task: as it is, which is the plain sum of it alone, and read by the default rule as
+        a merge of one model."""
+        keys = (
+            Key(0, "own", len(self.suite.tasks), "paper"),
+            Key(0, self.default, len(self.suite.tasks), "alone"),
+        )
+        if self.results.known.issuperset(keys):
+            return
+        own, each, read, apart = {}, {}, {}, 0.0
+        for task, (weights, merged) in self.ones():
+            own[task], each[task] = self.suite.correct(weights, task, "test"), self.watched(weights, [task])
+            read[task] = self.suite.correct(merged, task, "test")
+            long = math.hypot(*(float((weights[name] - self.base[name]).norm()) for name in weights))
+            apart = max(apart, math.hypot(*(float((merged[n] - weights[n]).norm()) for n in weights)) / long)
+        if keys[0] not in self.results.known:
+            self.results.add(keys[0], test=bits(own), each=each)
+        if keys[1] not in self.results.known:
+            self.results.add(keys[1], test=bits(read), apart=apart)
+
+    def ones(self) -> Iterator[tuple[str, Two]]:
+        """Of each task the weights of its fine-tune as they are, and as a merge of it alone is read by default."""
+        for task in self.suite.tasks:
+            with self.opened("iso-c", "one") as folding:
+                if not folding.begin([task], 1):
+                    folding.fold(self.model(task))
+                merge = folding.merge()
+                yield task, self.one(merge, ReadView(rule="task-arithmetic"), ReadView(rule=self.default))
+
+    def one(self, merge: continual.Merge, plain: ReadView, default: ReadView) -> Two:
+        """One model, read in these two views."""
+        return (
+            self.weights(*self.read(merge, plain), SUM),
+            self.weights(*self.read(merge, default), read_options(self.default)),
+        )
+
+    @property
+    def default(self) -> str:
+        """The rule that such a state has unless told otherwise."""
+        return DEFAULT
+
+    def trajectory(self, order: int, home: str, rules: Sequence[str]) -> None:
+        """Folds the tasks in this order into a state made with `home`, and asks at every checkpoint how `rules` read
+        it. A rule that no order changes is asked about all tasks only once."""
+        tasks = order_of(self.suite.tasks, order)
+        asked = {name: self.asked(order, name) for name in rules}
+        counts = sorted({count for found in asked.values() for count in found})
+        if not counts:
+            return
+        with self.opened(home, str(order)) as folding:
+            count = folding.begin(tasks, counts[0])
+            while counts:
+                if count == counts[0]:
+                    for name in (name for name in rules if count in asked[name]):
+                        read = self.read(folding.merge(), ReadView(rule=None if name == home else name))
+                        self.checkpoint(order, name, tasks[:count], folding.costs if name == home else [], *read)
+                    counts.pop(0)
+                else:
+                    if count in self.plan.counts:
+                        folding.copy(count)
+                    folding.fold(self.model(tasks[count]))
+                    count += 1
 
     def asked(self, order: int, name: str) -> list[int]:
         """At which numbers of models something is not asked of a rule yet."""
@@ -166,9 +203,10 @@ class Campaign:
         )
 
     def ways(self, name: str, count: int) -> list[str]:
-        """In which ways a merge of so many models is read."""
+        """In which ways a merge of so many models is read, the first one first."""
         tuned = self.plan.tuned is not None and count in (*self.plan.tuned, len(self.suite.tasks))
-        return ["paper", "default", *(["sum"] if name == "task-arithmetic" else []), *(["tuned"] if tuned else [])]
+        possible = {"sum": name == "task-arithmetic", "tuned": tuned}
+        return [read for read in READS if read in self.plan.reads and possible.get(read, True)]
 
     def watched(self, weights: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Any]:
         """What the merge must not break, where the suite says so."""
@@ -184,28 +222,30 @@ class Campaign:
         unit: Mapping[str, Tensor],
     ) -> None:
         """Asks about the tasks that are merged, read in each way."""
-        default = read_options(name)
-        ways = {"paper": read_options(name, "paper"), "default": default}
-        if name == "task-arithmetic":
-            ways["sum"] = SUM
-        scores: dict[str, float] = {}
-        tuned = "tuned" in self.ways(name, len(tasks))
-        if tuned and Key(order, name, len(tasks), "tuned") not in self.results.known:
-            for multiple in MULTIPLES:
-                options = ReadOptions(default.policy, default.value * multiple)
-                scores[str(options)] = mean(self.ask(self.weights(reading, unit, options), tasks, "validation"))
-            ways["tuned"] = ReadOptions.parse(max(scores, key=scores.__getitem__))
+        ways = {"default": read_options(name), "paper": read_options(name, "paper"), "sum": SUM}
         told: dict[str, dict[str, Any]] = {}
-        for read, options in ways.items():
+        for read in self.ways(name, len(tasks)):
             key = Key(order, name, len(tasks), read)
             if key in self.results.known:
                 continue
+            scores: dict[str, float] = {}
+            if read == "tuned":
+                scores = self.scores(name, tasks, reading, unit)
+            options = ReadOptions.parse(max(scores, key=scores.__getitem__)) if scores else ways[read]
             if str(options) not in told:
                 weights = self.weights(reading, unit, options)
                 told[str(options)] = {"test": bits(self.ask(weights, tasks, "test")), **self.watched(weights, tasks)}
             factor = options.factors(reading.totals, reading.size())[0]
-            extra = {"validation": scores} if read == "tuned" else {"costs": costs} if read == "default" else {}
+            extra = {"validation": scores} if read == "tuned" else {"costs": list(costs)} if read == "default" else {}
             self.results.add(key, scale=str(options), factor=factor, **told[str(options)], **extra)
+
+    def scores(self, name: str, tasks: Sequence[str], reading: Reading, unit: Mapping[str, Tensor]) -> dict[str, float]:
+        """Validation accuracy at nine multiples of the default's number, by the read-time options as text."""
+        found, default = {}, read_options(name)
+        for multiple in MULTIPLES:
+            options = ReadOptions(default.policy, default.value * multiple)
+            found[str(options)] = mean(self.ask(self.weights(reading, unit, options), tasks, "validation"))
+        return found
 
     def ask(self, weights: Mapping[str, Tensor], tasks: Sequence[str], part: Part) -> dict[str, Tensor]:
         return {task: self.suite.correct(weights, task, part) for task in tasks}
@@ -228,86 +268,39 @@ class Campaign:
         reading.measure(merge.executor, silent, lambda spec, found: unit.__setitem__(spec.name, found))
         return reading, unit
 
-    def opened(self, name: str) -> Folding:
-        return Folding(self.state, self.suite.prepare(), Recipe(rule=name))
+    def opened(self, name: str, what: str) -> Folding:
+        """A state made with the rule `name`; `what` tells it from others of that rule."""
+        keep = self.plan.keep and what != "one"
+        return Folding(self.states / f"{name}-{what}", self.suite.prepare(), Recipe(rule=name), keep)
 
 
 class Adapters(Campaign):
     """The same of a state of adapters: LoRA adapters are folded into one state, which every rule reads."""
 
-    def __init__(self, suite: Suite, form: Form, work: Path, progress: Progress, plan: Plan = PLAN) -> None:
-        super().__init__(suite, form, work, progress, plan)
-        self.state = work / f"state-{suite.name}-{form}-kept"
-        self.results = Results(work / f"{suite.name}-{form}-kept.jsonl")
+    kept = "-kept"
 
-    def opened(self, name: str) -> Folding:
-        return Folding(self.state, self.suite.prepare(), Recipe(rule=name, width=WIDTH))
+    @property
+    def default(self) -> str:
+        return DEFAULT_OF_ADAPTERS
 
-    def alone(self, models: Mapping[str, Path]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def homes(self, rules: Sequence[str]) -> dict[str, list[str]]:
+        return {self.default: list(rules)}
+
+    def opened(self, name: str, what: str) -> Folding:
+        recipe = Recipe(rule=name, width=WIDTH)
+        return Folding(self.states / f"{name}-{what}", self.suite.prepare(), recipe, self.plan.keep)
+
+    def ones(self) -> Iterator[tuple[str, Two]]:
         """The same, as views of one state."""
-        with self.opened("task-arithmetic") as (fold, merge):
-            for path in models.values():
-                fold(path)
-            for task, path in models.items():
-                yield task, self.weights(*self.read(merge(), ReadView(only=(str(path),))), SUM)
-
-    def order(self, order: int, rules: Sequence[str], models: Mapping[str, Path], advance: Callable[[], None]) -> None:
-        tasks = order_of(self.suite.tasks, order)
-        wanted = {name: asked for name in rules if (asked := self.asked(order, name))}
-        last = max((max(asked) for asked in wanted.values()), default=0)
-        with self.opened(DEFAULT) as (fold, merge):
-            costs = []
-            for count, task in enumerate(tasks[:last], 1):
-                costs.append(fold(models[task]))
-                for name in (name for name, asked in wanted.items() if count in asked):
-                    self.checkpoint(order, name, tasks[:count], costs, *self.read(merge(), ReadView(rule=name)))
-        for _ in rules:
-            advance()
-
-
-class Folding:
-    """A new state, a worker that folds into it, and the state opened for reading; a context manager."""
-
-    def __init__(self, state: Path, base: Path, recipe: Recipe) -> None:
-        self.state, self.base, self.recipe = state, base, recipe
-        self._open: list[continual.Merge] = []
-
-    def __enter__(self) -> Folding:
-        shutil.rmtree(self.state, ignore_errors=True)
-        continual.init(self.base, self.state, self.recipe)
-        command = [sys.executable, "-m", "tests.campaigns.bench.quality.worker", str(self.state)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        return self
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.fold, self.merge))
-
-    def fold(self, path: Path) -> dict[str, float]:
-        """Folds a model; what it took."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{path}\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{path}: was not folded with {self.recipe.rule}")
-        took: dict[str, float] = json.loads(line)
-        return took
-
-    def merge(self) -> continual.Merge:
-        """The state as it is now."""
-        self._open.append(continual.open(self.state, workers=1))
-        return self._open[-1]
-
-    def __exit__(self, *_: object) -> None:
-        for merge in self._open:
-            merge.close()
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-        shutil.rmtree(self.state, ignore_errors=True)
+        with self.opened(self.default, "0") as folding:
+            tasks = order_of(self.suite.tasks, 0)
+            for task in tasks[folding.begin(tasks, len(tasks)) :]:
+                folding.fold(self.model(task))
+            merge = folding.merge()
+            for task in self.suite.tasks:
+                only = (task,)
+                plain, default = ReadView(rule="task-arithmetic", only=only), ReadView(rule=self.default, only=only)
+                yield task, self.one(merge, plain, default)
 
 
 def mean(found: Mapping[str, Tensor]) -> float:

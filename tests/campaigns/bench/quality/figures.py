@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from continual.making import DEFAULT, DEFAULT_OF_ADAPTERS
+
 Answers = Mapping[str, str]
 DRAWS = 4000
 
@@ -19,8 +21,8 @@ DRAWS = 4000
 def load(file: Path) -> Table:
     """The results of one suite and form."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    suite, form = file.stem.rsplit("-", 1)
-    return Table(suite, form, {(r["order"], r["rule"], r["count"], r["read"]): r for r in rows})
+    suite, form, *kept = file.stem.split("-")
+    return Table(suite, form, bool(kept), {(r["order"], r["rule"], r["count"], r["read"]): r for r in rows})
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,19 @@ class Table:
 
     suite: str
     form: str
+    kept: bool
+    """Whether the fine-tunes are adapters in a state of adapters."""
     rows: Mapping[tuple[int, str, int, str], Mapping[str, Any]]
+
+    @property
+    def default(self) -> str:
+        """The rule that such a state has unless told otherwise."""
+        return DEFAULT_OF_ADAPTERS if self.kept else DEFAULT
+
+    @property
+    def versions(self) -> list[str]:
+        """The versions of the code that the results were made by, as far as they say it."""
+        return sorted({row["by"] for row in self.rows.values() if row.get("by")})
 
     @property
     def most(self) -> int:
@@ -44,6 +58,20 @@ class Table:
     def rules(self) -> list[str]:
         return sorted({rule for _, rule, _, _ in self.rows} - {"base", "own"})
 
+    def ways(self, count: int) -> list[tuple[str, str]]:
+        """The rules that were asked at this number of models, each with a way of reading it."""
+        found = {(rule, read) for _, rule, c, read in self.rows if c == count and rule not in ("base", "own")}
+        return sorted(way for way in found if way[1] != "alone")
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """The numbers of models at which merges were asked."""
+        return sorted({c for _, rule, c, read in self.rows if rule not in ("base", "own") and read != "alone"})
+
+    def asked(self, rule: str, count: int, read: str) -> list[int]:
+        """The orders in which this merge was asked."""
+        return [order for order in self.orders if (order, rule, count, read) in self.rows]
+
     def counts(self, rule: str, read: str = "default") -> list[int]:
         return sorted({c for _, name, c, way in self.rows if (name, way) == (rule, read)})
 
@@ -54,9 +82,9 @@ class Table:
             self.rows.get((0, rule, count, read)) if count == self.most else None
         )
         if rule in ("base", "own"):
-            whole: Answers = self.rows[0, rule, self.most, "paper"]["test"]
+            whole = self.rows.get((0, rule, self.most, "paper"))
             tasks = self.tasks(order, count)
-            return None if tasks is None else {task: whole[task] for task in tasks}
+            return None if tasks is None or whole is None else {task: whole["test"][task] for task in tasks}
         return None if row is None else row["test"]
 
     def tasks(self, order: int, count: int) -> list[str] | None:
@@ -89,7 +117,7 @@ class Table:
     def watched(self, rule: str, count: int, read: str, what: str) -> float | None:
         """A figure of what must not break: mean over the orders, for `own` over the fine-tunes."""
         if rule == "own":
-            each = self.rows[0, "own", self.most, "paper"]["each"]
+            each = self.rows.get((0, "own", self.most, "paper"), {"each": {}})["each"]
             found = [each[task]["watched"][what] for task in each]
         elif rule == "base":
             found = [self.rows[0, "base", self.most, "paper"]["watched"][what]]
@@ -97,9 +125,15 @@ class Table:
             found = [
                 row["watched"][what]
                 for (_, name, c, way), row in self.rows.items()
-                if (name, c, way) == (rule, count, read)
+                if (name, c, way) == (rule, count, read) and "watched" in row
             ]
         return sum(found) / len(found) if found else None
+
+    def allowed(self) -> float:
+        """The neutral perplexity that a merge must not exceed: 5 % above the worse of the base and the fine-tunes."""
+        each = self.rows.get((0, "own", self.most, "paper"), {"each": {}})["each"]
+        found = [float(one["watched"]["perplexity"]) for one in each.values()]
+        return 1.05 * max(0.0, *found, self.watched("base", self.most, "paper", "perplexity") or 0.0)
 
     def transfer(self, rule: str, read: str = "default") -> float | None:
         """Backward transfer: what a task gains (loses, below 0) from the first checkpoint that has it to the last one,

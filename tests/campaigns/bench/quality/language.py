@@ -53,7 +53,7 @@ class Language:
 
     def train(self, task: str, form: Form, target: Path) -> None:
         model, tokenizer = load(self.prepare())
-        number = self.tasks.index(task)
+        number = asked.TASKS.index(task)  # of all: what is learned must not hang on which sets there are
         torch.manual_seed(0 if form == "shared" else number)
         rows = self._task(task).train
         if form == "shuffled":
@@ -78,6 +78,8 @@ class Language:
         of = self._task(task)
         rows = of.test[:TEST] if part == "test" else of.validation[:VALIDATION]
         choices = torch.tensor([tokenizer(word)["input_ids"][0] for word in of.choices], dtype=torch.int64)
+        if len(choices.unique()) < len(choices):
+            raise SystemExit(f"{task}: two label words begin with one token, so that no likelihood tells them apart")
         right, losses = torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows))
         encoded = [encode(tokenizer, row) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]))  # alike lengths together: less padding

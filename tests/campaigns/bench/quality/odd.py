@@ -10,6 +10,7 @@ fine-tunes and the length of the matrices, by both laws.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from torch import Tensor
 from continual.making import Recipe
 from continual.rules import read_options
 from tests.campaigns.bench.quality import digits
-from tests.campaigns.bench.quality.campaign import Campaign, Folding, settle_threads
+from tests.campaigns.bench.quality.campaign import Campaign, settle_threads
+from tests.campaigns.bench.quality.folding import Folding
 from tests.campaigns.bench.quality.suite import FORMS, fine_tune, once
 
 RULES = ("iso-c", "tsv-m", "gram", "opcm")
@@ -63,12 +65,13 @@ def _made(suite: digits.Digits, kind: str, tasks: Sequence[str]) -> dict[str, Te
 
 def merged(campaign: Campaign, name: str, tasks: Sequence[str], other: Path | None) -> Iterator[str]:
     """Says how the fine-tunes and the odd model, where there is one, read together."""
-    with Folding(campaign.state, campaign.suite.prepare(), Recipe(rule=name)) as (fold, merge):
+    with Folding(campaign.states / "odd", campaign.suite.prepare(), Recipe(rule=name)) as folding:
+        folding.begin((), 0)
         for task in tasks:
-            fold(fine_tune(campaign.suite, task, campaign.form))
+            folding.fold(fine_tune(campaign.suite, task, campaign.form))
         if other is not None:
-            fold(other)
-        reading, unit = campaign.read(merge())
+            folding.fold(other)
+        reading, unit = campaign.read(folding.merge())
         figures = reading.totals.each
         yield "rho " + " ".join(f"{m.spread_sum / m.matrix_norm_sum:.2f}" for m in figures)
         yield "norm " + " ".join(f"{m.matrix_norm_sum:.2f}/{m.plain_norm_sum:.2f}" for m in figures)
@@ -91,9 +94,8 @@ def main() -> None:
     settle_threads(1)
     suite = digits.Digits(args.work / "digits")
     for form in args.form or FORMS:
-        campaign = Campaign(suite, form, args.work, Progress(disable=True))
-        for count in args.counts:
-            for kind in KINDS:
+        with Campaign(suite, form, args.work, Progress(disable=True)) as campaign:
+            for count, kind in itertools.product(args.counts, KINDS):
                 tasks = suite.tasks[: count if kind == "none" else count - 1]
                 other = None if kind == "none" else odd(suite, kind, tasks)
                 for name in args.rule or RULES:

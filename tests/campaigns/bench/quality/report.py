@@ -51,7 +51,7 @@ def page(found: list[Table]) -> Iterator[str]:
     yield from (Path(__file__).with_name("preface.md").read_text().strip().split("\n"))
     for table in found:
         yield ""
-        yield f"## {table.suite}, {'full fine-tunes' if table.form == 'full' else 'LoRA adapters'}, {table.most} tasks"
+        yield f"## {table.suite}, {merged(table)}, {table.most} tasks"
         yield ""
         yield from accuracies(table)
         yield ""
@@ -74,6 +74,12 @@ def page(found: list[Table]) -> Iterator[str]:
     yield from (Path(__file__).with_name("postface.md").read_text().strip().split("\n"))
 
 
+def merged(table: Table) -> str:
+    """What was merged, and how."""
+    made = "full fine-tunes" if table.form == "full" else "LoRA adapters"
+    return f"{made} in a state of adapters" if table.kept else made
+
+
 def accuracies(table: Table) -> Iterator[str]:
     """Accuracy by rule, number of models and way of reading; the ends; retention and backward transfer."""
     counts = [*SHOWN, table.most]
@@ -92,7 +98,7 @@ def accuracies(table: Table) -> Iterator[str]:
             table.transfer(rule),
         )
         kept = f"{100 * ours[0] / own[0]:.1f} %" if ours and own else ""
-        name = f"**{rule}**" if rule == DEFAULT else rule
+        name = f"**{rule}**" if rule == table.default else rule
         yield f"| {name} | " + " | ".join(cells) + f" | {kept} | {'' if gain is None else f'{gain:+.1f}'} |"
 
 
@@ -199,7 +205,7 @@ def draw(found: list[Table], file: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(table.counts(DEFAULT), [str(c) for c in table.counts(DEFAULT)])
         axis.minorticks_off()
-        axis.set_title(f"{table.suite}, {'full fine-tunes' if table.form == 'full' else 'LoRA adapters'}", fontsize=10)
+        axis.set_title(f"{table.suite}, {merged(table)}", fontsize=10)
         axis.set_xlabel("fine-tunes folded")
         axis.set_ylabel("mean accuracy, %")
         axis.grid(alpha=0.25)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from continual.making import DEFAULT, DEFAULT_OF_ADAPTERS
 from tests.campaigns.bench.quality.figures import Table
 
-READS = ("paper", "default", "sum", "tuned")
+READS = ("default", "paper", "sum", "tuned")
 FORMS = {
-    "full": "full fine-tunes",
+    "full": "Full fine-tunes",
     "lora": "LoRA adapters",
     "shared": "LoRA adapters that share their first factors",
-    "kept": "in a state of adapters",
 }
 
 
@@ -22,6 +20,12 @@ def page(found: Sequence[Table]) -> Iterator[str]:
     yield "# Merge quality on a language model, measured"
     yield ""
     yield from Path(__file__).with_name("preface_language.md").read_text().strip().split("\n")
+    yield ""
+    yield "## What is promised, cell by cell"
+    yield ""
+    yield from promises(found)
+    yield ""
+    yield from alone(found)
     for table in found:
         yield ""
         yield f"## {title(table)}"
@@ -32,58 +36,112 @@ def page(found: Sequence[Table]) -> Iterator[str]:
 
 
 def title(table: Table) -> str:
-    """What was merged, and how: `language-lora` and `kept` are LoRA adapters in a state of adapters."""
-    _, *forms = f"{table.suite}-{table.form}".split("-")
-    return f"{' '.join(FORMS[form] for form in forms)}, up to {table.most}"
+    """What was merged, and how."""
+    return f"{FORMS[table.form]}{' in a state of adapters' if table.kept else ''}, up to {table.most}"
+
+
+def promises(found: Sequence[Table]) -> Iterator[str]:
+    """The default as it is read by default, against the best reading without data, OPCM as published, and the neutral
+    perplexity that is allowed."""
+    yield (
+        "| merged | default | accuracy | best without data | default less it | default less OPCM as published | "
+        "perplexity (allowed) | facts |"
+    )
+    yield "|---" * 8 + "|"
+    for table in found:
+        default = (table.default, "default")
+        for count in table.checkpoints:
+            right = table.accuracy(table.default, count)
+            if right is None:
+                continue
+            others = [way for way in table.ways(count) if way[1] != "tuned" and way != default]
+            gaps = {way: gap for way in others if (gap := table.difference(default, way, count))}
+            best = min(gaps, key=lambda way: gaps[way][0], default=None)
+            told = "none other asked" if best is None else f"{best[0]}, {best[1]}"
+            if best is not None and gaps[best][0] >= 0.0:
+                told = f"the default; next {told}"
+            perplexity, facts = (table.watched(table.default, count, "default", w) or 0.0 for w in WATCHED)
+            yield (
+                f"| {FORMS[table.form]}, {head(table, count)} | {table.default} | {right[0]:.1f} | {told} | "
+                f"{interval(gaps.get(best) if best else None)} | {interval(gaps.get(('opcm', 'paper')))} | "
+                f"{perplexity:.1f} ({table.allowed():.1f}) | {100 * facts:.0f} % |"
+            )
+
+
+def alone(found: Sequence[Table]) -> Iterator[str]:
+    """One model read as a merge, against the model itself."""
+    yield "| one model | rule | accuracy as a merge of one | itself | largest difference of one model's τ, relative |"
+    yield "|---" * 5 + "|"
+    for table in found:
+        row = table.rows.get((0, table.default, table.most, "alone"))
+        if row is not None:
+            read, own = (table.accuracy(rule, table.most, way) for rule, way in ((table.default, "alone"), OWN))
+            yield (
+                f"| {FORMS[table.form]}, mean of {table.most} | {table.default} | {(read or (0.0,))[0]:.1f} | "
+                f"{(own or (0.0,))[0]:.1f} | {row['apart']:.1e} |"
+            )
+
+
+WATCHED = ("perplexity", "facts")
+OWN = ("own", "paper")
 
 
 def accuracies(table: Table) -> Iterator[str]:
     """Mean accuracy, and behind it the neutral perplexity and the facts that are answered."""
-    rows, counts = ways(table)
-    heads = [head(table, count) for count in counts]
-    yield "| rule | read | " + " | ".join(heads) + " |"
+    counts = table.checkpoints
+    yield "| rule | read | " + " | ".join(head(table, count) for count in counts) + " |"
     yield "|---" * (len(counts) + 2) + "|"
-    default = DEFAULT_OF_ADAPTERS if table.form == "kept" else DEFAULT
-    for rule, read in (("base", "paper"), ("own", "paper"), *rows):
-        name = {"base": "base", "own": "each model, own task"}.get(rule, f"**{rule}**" if rule == default else rule)
+    for rule, read in (("base", "paper"), OWN, *ways(table)):
+        name = {"base": "base", "own": "each model, own task"}.get(rule, marked(table, rule))
         cells = [cell(table, rule, count, read) for count in counts]
         yield f"| {name} | {'' if rule in ('base', 'own') else read} | " + " | ".join(cells) + " |"
 
 
 def differences(table: Table) -> Iterator[str]:
     """What each way of reading gains on the default rule as it is read by default, with its intervals."""
-    rows, counts = ways(table)
-    yield f"| less {DEFAULT}, default | read | " + " | ".join(head(table, count) for count in counts) + " |"
+    counts = table.checkpoints
+    yield f"| less {table.default}, default | read | " + " | ".join(head(table, count) for count in counts) + " |"
     yield "|---" * (len(counts) + 2) + "|"
-    for way in rows:
-        if way != (DEFAULT, "default"):
-            found = [table.difference(way, (DEFAULT, "default"), count) for count in counts]
-            cells = [
-                "" if c is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(round(x, 1) + 0.0 for x in c)) for c in found
-            ]
-            yield f"| {way[0]} | {way[1]} | " + " | ".join(cells) + " |"
+    for rule, read in ways(table):
+        if (rule, read) != (table.default, "default"):
+            found = [table.difference((rule, read), (table.default, "default"), count) for count in counts]
+            yield f"| {rule} | {read} | " + " | ".join(interval(one) for one in found) + " |"
 
 
-def ways(table: Table) -> tuple[list[tuple[str, str]], list[int]]:
-    """Rules and how they were read, the best of all models first, and at which numbers of models."""
-    found = {(rule, count, read) for _, rule, count, read in table.rows if rule not in ("base", "own")}
-    counts = sorted({count for _, count, _ in found})
-    rows = sorted({(rule, read) for rule, _, read in found}, key=lambda way: (way[0], READS.index(way[1])))
-    rows.sort(key=lambda way: -(table.accuracy(way[0], counts[-1], way[1]) or (0.0, 0.0))[0])
-    return rows, counts
+def ways(table: Table) -> list[tuple[str, str]]:
+    """Rules and how they were read, the best of all models first; behind them what was asked of fewer alone."""
+    counts = table.checkpoints
+    rows = sorted({way for c in counts for way in table.ways(c)}, key=lambda way: (way[0], READS.index(way[1])))
+    return sorted(rows, key=lambda way: [-(table.accuracy(way[0], c, way[1]) or (0.0,))[0] for c in counts[::-1]])
+
+
+def marked(table: Table, rule: str) -> str:
+    """The rule's name, bold where it is the default."""
+    return f"**{rule}**" if rule == table.default else rule
+
+
+def orders(table: Table, count: int) -> int:
+    """In how many orders a merge of so many models was asked at most."""
+    return max(len(table.asked(rule, count, read)) for rule, read in table.ways(count))
 
 
 def head(table: Table, count: int) -> str:
     """`4 models (3 orders)`."""
-    orders = {order for order, rule, number, _ in table.rows if number == count and rule not in ("base", "own")}
-    told = f" ({len(orders)} orders)" if len(orders) > 1 else ""
+    told = f" ({orders(table, count)} orders)" if orders(table, count) > 1 else ""
     return f"{count} model{'s' if count > 1 else ''}{told}"
 
 
 def cell(table: Table, rule: str, count: int, read: str) -> str:
-    """`77.9 (103, 94 %)`: accuracy, perplexity, facts."""
+    """`77.9 (103, 94 %)`: accuracy, perplexity, facts; `1 order: ...` where it was asked in fewer than others were."""
     right = table.accuracy(rule, count, read)
     if right is None:
         return ""
-    perplexity, facts = (table.watched(rule, count, read, what) or 0.0 for what in ("perplexity", "facts"))
-    return f"{right[0]:.1f} ({perplexity:.1f}, {100 * facts:.0f} %)"
+    perplexity, facts = (table.watched(rule, count, read, what) or 0.0 for what in WATCHED)
+    asked = len(table.asked(rule, count, read))
+    fewer = f"{asked} order{'s' if asked > 1 else ''}: " if 0 < asked < orders(table, count) else ""
+    return f"{fewer}{right[0]:.1f} ({perplexity:.1f}, {100 * facts:.0f} %)"
+
+
+def interval(found: tuple[float, float, float] | None) -> str:
+    """`+1.2 [-0.3, +2.7]`, without a minus before 0."""
+    return "" if found is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(round(x, 1) + 0.0 for x in found))

@@ -7,6 +7,7 @@ renamed into place.
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,11 +59,16 @@ def fine_tune(suite: Suite, task: str, form: Form) -> Path:
 
 
 def once(target: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a directory beside `target` and renames it there; nothing where `target` exists."""
+    """Has `write` fill a directory beside `target` and renames it there; nothing where `target` exists. Where two
+    processes want the same, one makes it, and the other waits."""
     if target.is_dir():
         return
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    write(temporary)
-    temporary.rename(target)
+    temporary, lock = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.lock")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if not target.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+            write(temporary)
+            temporary.rename(target)
+        lock.unlink(missing_ok=True)

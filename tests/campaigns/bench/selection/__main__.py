@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tests.campaigns.bench.quality.__main__ import text
+from tests.campaigns.bench.quality.__main__ import texts
 from tests.campaigns.bench.quality.campaign import settle_threads
 from tests.campaigns.bench.quality.digits import Digits
 from tests.campaigns.bench.quality.suite import Suite
@@ -51,7 +51,7 @@ def main() -> None:
     pollutions, methods = args.irrelevant or list(POLLUTED), args.method or list(METHODS)
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         for name in args.suite or list(WORLDS):
-            suite: Suite = Digits(args.work / "digits") if name == "digits" else text(args.work / "text", args)
+            suite: Suite = Digits(args.work / "digits") if name == "digits" else texts("text", args)
             suite.prepare()
             bar = progress.add_task(name, total=len(methods) * len(pollutions) * len(args.seeds or (0, 1, 2)))
             for seed in args.seeds or (0, 1, 2):
