@@ -156,9 +156,10 @@ def read_as(made: Rule, now: ReadOptions, wanted: ReadAs, *, blocks: bool = Fals
             f"scale = {found.scale}: a state made with {made.name} measures nothing of its matrices, which spread goes "
             "by; name another scale, as norm:2.45 or a number"
         )
-    kept = before is not None and wanted.scale not in ("auto", "paper")  # which are the rule's own, with no weights
-    weights = now.weights if kept else ()
-    return chosen, dataclasses.replace(found, rule=None if name == made.name else name, weights=weights)
+    kept = before is not None and wanted.scale not in ("auto", "paper")  # which are the rule's own and nothing else
+    weights, layers = (now.weights, now.layers) if kept else ((), ())
+    by = None if name == made.name else name
+    return chosen, dataclasses.replace(found, rule=by, weights=weights, layers=layers)
 
 
 def _has(made: Rule, reads: Rule) -> bool:

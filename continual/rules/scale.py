@@ -8,8 +8,11 @@ says what s is. It is pure.
 from __future__ import annotations
 
 import math
+import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from statistics import median
 from typing import Literal, NamedTuple, TypeGuard, get_args
 
@@ -23,6 +26,8 @@ FEW = 4
 """From so many models on one of them can be told from the others, and `spread` holds it."""
 _HOLD = 1.5
 """The widest with which the mean of four stays within a factor 1.3, whatever one of them is."""
+_KEYS = ("policy", "value", "lines", "rule", "weights", "layers")
+_IN_STACK, _EXPERT = re.compile(r"\[\d+\]$"), re.compile(r"(?<=\bexperts)\.\d+\.")
 _WRITE = "write spread:C, norm, norm:KAPPA or a number; auto is the rule's default, paper its paper's"
 
 
@@ -38,7 +43,8 @@ class ReadOptions:
     it and 1 for the last (Wang et al. 2024, "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model
     Merging", equation 3). `rule` names the rule that reads, where it is not the one that the state was made with.
     `weights`: of a state of adapters, keys of models and the weight that each is read with, in place of that of its
-    fold; sorted by key.
+    fold; sorted by key. `layers`: what the merged task vector of a layer is multiplied by besides, by `layer_key`;
+    sorted; of a layer that is not there it is 1.
     """
 
     policy: Policy
@@ -46,6 +52,7 @@ class ReadOptions:
     lines: tuple[float, float] | None = None
     rule: str | None = None
     weights: tuple[tuple[str, float], ...] = ()
+    layers: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not _is_number(self.value):
@@ -57,13 +64,18 @@ class ReadOptions:
         for key, weight in self.weights:
             if not _is_number(weight) or weight <= 0:
                 raise Misconfigured(f"weight of {key}: {weight!r} is no number above 0")
+        for key, factor in self.layers:
+            if not _is_number(factor) or factor <= 0:
+                raise Misconfigured(f"coefficient of {key}: {factor!r} is no number above 0")
 
     def __str__(self) -> str:
         """The text that `parse` reads, the layer scaling where there is one, the rule where it is another, and how many
-        models have weights of their own."""
+        models have weights and how many layers have coefficients of their own."""
         lines = f", lines {self.lines[0]:g}:{self.lines[1]:g}" if self.lines else ""
         by = f", read by {self.rule}" if self.rule else ""
-        return self.scale + lines + by + (f", weights of {counted(len(self.weights), 'model')}" if self.weights else "")
+        weights = f", weights of {counted(len(self.weights), 'model')}" if self.weights else ""
+        layers = f", coefficients of {counted(len(self.layers), 'layer')}" if self.layers else ""
+        return self.scale + lines + by + weights + layers
 
     @property
     def scale(self) -> str:
@@ -105,9 +117,9 @@ class ReadOptions:
     def from_mapping(options: Mapping[str, object]) -> ReadOptions:
         """The inverse of `to_mapping`. Raises Misconfigured for unknown or missing keys, or a value that is not
         allowed."""
-        if not {"policy", "value"} <= set(options) <= {"policy", "value", "lines", "rule", "weights"}:
+        if not {"policy", "value"} <= set(options) <= {*_KEYS}:
             raise Misconfigured(
-                "scale: expected the keys policy, value and perhaps lines, rule and weights, "
+                "scale: expected the keys policy, value and perhaps lines, rule, weights and layers, "
                 f"got {', '.join(sorted(options)) or 'none'}"
             )
         policy = next((known for known in POLICIES if known == options["policy"]), None)
@@ -120,22 +132,26 @@ class ReadOptions:
             raise Misconfigured(f"lines = {lines!r}: write two numbers, ALPHA:BETA")
         if by is not None and not isinstance(by, str):
             raise Misconfigured(f"scale: rule = {by!r} is no rule's name")
-        weights = options.get("weights", {})
-        if not isinstance(weights, Mapping) or not all(_is_number(weight) for weight in weights.values()):
-            raise Misconfigured(f"scale: weights = {weights!r} is no table of numbers")
-        found = tuple((str(key), float(weight)) for key, weight in sorted(weights.items()))
-        return ReadOptions(policy, value, None if lines is None else (lines[0], lines[1]), by, found)
+        weights, layers = (_table(key, options.get(key, {})) for key in ("weights", "layers"))
+        return ReadOptions(policy, value, None if lines is None else (lines[0], lines[1]), by, weights, layers)
 
     def to_mapping(self) -> dict[str, object]:
         """Plain data, as it is kept in the state."""
         lines = {"lines": list(self.lines)} if self.lines else {}
         weights = {"weights": dict(self.weights)} if self.weights else {}
         rule = {"rule": self.rule} if self.rule else {}
-        return {"policy": self.policy, "value": self.value, **lines, **rule, **weights}
+        layers = {"layers": dict(self.layers)} if self.layers else {}
+        return {"policy": self.policy, "value": self.value, **lines, **rule, **weights, **layers}
 
     def layer(self, spec: TensorSpec) -> float:
-        """What a tensor of this depth is scaled by besides."""
-        return self.lines[0] + self.lines[1] * spec.depth if self.lines else 1.0
+        """What a tensor is scaled by besides: by its depth, and by the coefficient of its layer."""
+        factor = self.lines[0] + self.lines[1] * spec.depth if self.lines else 1.0
+        if not self.layers:
+            return factor
+        key = layer_key(spec.name)
+        place = bisect_left(self.layers, key, key=itemgetter(0))
+        found = place < len(self.layers) and self.layers[place][0] == key
+        return factor * self.layers[place][1] if found else factor
 
     def factors(self, totals: Totals, size: Size) -> tuple[float, float]:
         """s for the matrices and for everything else: one number, but under `spread`. `size` has to have what the
@@ -178,6 +194,12 @@ class ReadOptions:
         return (self.policy == "norm" and size.length is None) or (self.policy == "spread" and size.parts is None)
 
 
+def layer_key(name: str) -> str:
+    """The name under which a tensor has a coefficient: its own, but one for all experts of a layer, whether they lie in
+    a stack (`NAME[3]` is of NAME) or one by one (`experts.3.` is of `experts.*.`)."""
+    return _EXPERT.sub(".*.", _IN_STACK.sub("", name))
+
+
 class Size(NamedTuple):
     """How long X is over the whole model, and the multiple of X that is the plain sum of the task vectors if one is.
 
@@ -205,6 +227,12 @@ def _length(figures: MatrixTotals) -> float:
 
 def _ratio(above: float, below: float) -> float:
     return above / below if below else 0.0
+
+
+def _table(key: str, found: object) -> tuple[tuple[str, float], ...]:
+    if not isinstance(found, Mapping) or not all(_is_number(value) for value in found.values()):
+        raise Misconfigured(f"scale: {key} = {found!r} is no table of numbers")
+    return tuple((str(name), float(value)) for name, value in sorted(found.items()))
 
 
 def _is_pair(value: object) -> TypeGuard[Sequence[float]]:

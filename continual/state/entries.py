@@ -207,12 +207,13 @@ class CombineEntry(Entry):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneEntry(Entry):
     """Ways of reading were evaluated, and the best is in force: `before` is the first trial, what was in force until
-    then; `seconds` the wall time; `folds` how many were in force."""
+    then; `seconds` the wall time; `folds` how many were in force. Coefficients of layers are found by an objective on
+    rows that drive and rows that judge."""
 
     kind = "tune"
     trials: tuple[TrialRecord, ...]
     before: TrialRecord
-    evaluation: CommandEvaluation | RowsEvaluation
+    evaluation: CommandEvaluation | ObjectiveRecord | RowsEvaluation
     seconds: float
     folds: int
 

@@ -187,6 +187,13 @@ def test_layers_are_scaled_by_their_depth() -> None:
     assert ReadOptions("number", 1.0).layer(TensorSpec("w", (2, 2), "F32", "matrix", 0.5)) == 1.0
 
 
+def test_layers_are_scaled_by_their_coefficients_and_all_experts_of_a_layer_alike() -> None:
+    found = ReadOptions("number", lines=(0.5, 1.0), layers=(("a.experts.*.up", 3.0), ("a.weight", 0.5), ("stack", 2.0)))
+    names = ("a.weight", "b.weight", "stack", "stack[7]", "a.experts.12.up", "a.experts.3.down", "a.weigh", "zzz")
+    factors = [found.layer(TensorSpec(name, (2, 2), "F32", "matrix", depth=0.5)) for name in names]
+    assert factors == [0.5, 1.0, 2.0, 2.0, 3.0, 1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -203,6 +210,8 @@ def test_layers_are_scaled_by_their_depth() -> None:
         ({"policy": "norm", "value": 1.0, "weights": [1.0]}, "no table of numbers"),
         ({"policy": "norm", "value": 1.0, "weights": {"a": "1"}}, "no table of numbers"),
         ({"policy": "norm", "value": 1.0, "weights": {"a": 0.0}}, "no number above 0"),
+        ({"policy": "norm", "value": 1.0, "layers": {"a": None}}, "layers = .* is no table of numbers"),
+        ({"policy": "norm", "value": 1.0, "layers": {"a": -1.0}}, "coefficient of a: -1.0 is no number above 0"),
     ],
 )
 def test_a_record_that_is_no_scale_is_refused(body: dict[str, object], words: str) -> None:
@@ -219,6 +228,9 @@ def test_a_record_gives_back_what_it_was_made_of() -> None:
     assert weighed.to_mapping()["weights"] == {"a": 0.5, "b": 2.0}
     assert ReadOptions.from_mapping(weighed.to_mapping()) == weighed
     assert str(weighed) == "1.0, weights of 2 models"
+    layered = replace(weighed, layers=(("a", 0.5), ("b", 2.0), ("c", 3.0)))
+    assert ReadOptions.from_mapping(layered.to_mapping()) == layered
+    assert str(layered) == "1.0, weights of 2 models, coefficients of 3 layers"
 
 
 def test_options_of_a_state_that_are_no_scale_are_named() -> None:
@@ -226,7 +238,7 @@ def test_options_of_a_state_that_are_no_scale_are_named() -> None:
         ReadOptions.from_mapping({"value": 1.0, "other": 2, "more": 3})
     assert (
         str(wrong.value)
-        == "scale: expected the keys policy, value and perhaps lines, rule and weights, got more, other, value"
+        == "scale: expected the keys policy, value and perhaps lines, rule, weights and layers, got more, other, value"
     )
     with pytest.raises(Misconfigured, match="got none"):
         ReadOptions.from_mapping({})
