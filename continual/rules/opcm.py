@@ -174,6 +174,15 @@ def read(accumulators: Accumulators, totals: Totals) -> Tensor:
     return accumulators[sums.SLOT].clone()
 
 
+FREED: Mapping[Variant, opcm_less.Freed] = {
+    "block": lambda tau, led: [tau, (-led[0], led[1])],
+    "rows+columns": lambda tau, led: [tau, (-led[0], tau[1]), (tau[0], -led[1]), led],
+    "rows": lambda tau, led: [tau, (-led[0], tau[1])],
+    "columns": lambda tau, led: [tau, (tau[0], -led[1])],
+}
+"""C of a thin τ = UVᵀ by `project`, as products that are added up, from PU and QV: the variants that only project."""
+
+
 def _make(options: OpcmOptions) -> Rule:
     def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
         return fold_matrix(accumulators[sums.SLOT], tau.contiguous(), options.alpha, options.variant, inputs.rank)
@@ -182,7 +191,11 @@ def _make(options: OpcmOptions) -> Rule:
         return fold_matrix(total, tau, options.alpha, options.variant).accumulators[sums.SLOT]
 
     def without(given: Apart) -> LeftOut:
-        return opcm_less.without(given, step)
+        freed = FREED.get(options.variant)
+        # the same bound as in `project`: below it singular values ask for more than one Gram
+        if freed is None or (1.0 - options.alpha) / min(len(given.u), len(given.v)) < linalg.STEEP:
+            return opcm_less.without(given, step)
+        return opcm_less.projected(given, lambda sigma: cut(sigma, options.alpha), freed)
 
     made = matrices.rule(
         "opcm",

@@ -1,21 +1,31 @@
 """OPCM without one of its models: the models after it are folded again, on what was there before it. What explaining a
 merge asks for each model and layer.
 
-Each step is the rule's own, on a matrix as small as it may be: with all triplets in bases that grow model by model,
-what was folded so far has nothing beyond its own corner.
+Where all triplets are in bases that grow model by model, what is folded so far has nothing beyond its own corner, so
+each step works on a matrix as small as it may be. `without` does the rule's own steps, one after the other. Where a
+model is only freed of leading subspaces, `projected` does those of all models that are left out at once, in float64:
+with the projectors P and Q on these subspaces, and a thin τ = UVᵀ, what is folded is thin too, of U, V, PU and QV. So a
+step costs the decomposition of RᵀR or of RRᵀ, and little else; and the first step after the model that is left out asks
+for the same subspaces as that model's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from continual import linalg
 from continual.rules.contract import Apart, LeftOut, Without
 
 Fold = Callable[[Tensor, Tensor], Tensor]
 """R after a fold: of R and τ, both m×n float32; may overwrite both."""
+Cut = Callable[[Tensor], int]
+"""How many singular values lead, of all of them, descending, null ones 0."""
+Freed = Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]
+"""What is folded of a task vector UVᵀ, as products that are added up: of U and V, and of PU and QV."""
 
 
 def without(given: Apart, fold: Fold) -> LeftOut:
@@ -42,6 +52,80 @@ def without(given: Apart, fold: Fold) -> LeftOut:
         m, n = rest.shape
         rests.append(Without(float(rest.square().sum()), float((rest * whole[:m, :n]).sum())))
     return LeftOut(whole, rests)
+
+
+class _Leading(NamedTuple):
+    """The leading singular subspaces of M matrices, M×m×n (`totals`). `vectors`: all singular vectors of the smaller
+    side, M×k×k; `held`: 1 for those that lead, else 0, and `inverse`: 1/σ² of these, M×k."""
+
+    totals: Tensor
+    vectors: Tensor
+    held: Tensor
+    inverse: Tensor
+
+    def images(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """PU and QV, M×m×k and M×n×k, of U and V with as many rows or more."""
+        _, m, n = self.totals.shape
+        tall = m >= n
+        # of R with σ and V: PU = RV(σ⁻²)VᵀRᵀU and QV₀ = VVᵀV₀ over what leads
+        totals, u, v = (self.totals, u[:m], v[:n]) if tall else (self.totals.mT, v[:n], u[:m])
+        inner = self.vectors.mT @ torch.cat([totals.mT @ u, v.expand(len(totals), -1, -1)], 2)
+        k = u.shape[1]
+        inner[..., :k] *= self.inverse[..., None]
+        inner[..., k:] *= self.held[..., None]
+        found = self.vectors @ inner
+        one, other = totals @ found[..., :k], found[..., k:]
+        return (one, other) if tall else (other, one)
+
+
+def projected(given: Apart, cut: Cut, freed: Freed) -> LeftOut:
+    """The same. `freed` says what is left of a task vector."""
+    corners = _corners(given)
+    totals, base = given.u.new_zeros(1, 0, 0), None  # R, and R without each model so far
+    for index in sorted(given.rows):
+        where = given.rows[index]
+        m, n = corners[index]
+        u, v = given.u[:m, where] * given.sigma[where], given.v[:n, where]
+        leading = _leading(totals[: 1 if base is None else -1], cut)
+        images = [leading.images(u, v)]
+        if base is not None:  # the last one is R as it was before the model before this one
+            images.append(base.images(u, v))
+        after = totals.new_zeros(len(totals) + 1, m, n)
+        after[:-1, : totals.shape[1], : totals.shape[2]] = totals
+        begin = 0
+        for one, other in images:
+            end = begin + len(one)
+            for left, right in freed((u, v), (one, other)):
+                part = after[begin:end, : left.shape[-2], : right.shape[-2]]
+                part += left @ right.mT
+            begin = end
+        after[-1, : totals.shape[1], : totals.shape[2]] = totals[0]
+        base = _Leading(*(part[:1] for part in leading))
+        totals = after
+    return _left_out(given, totals)
+
+
+def _left_out(given: Apart, totals: Tensor) -> LeftOut:
+    """What follows from R, and R without each of the models that touched the tensor."""
+    whole = _widened(totals[0], (len(given.u), len(given.v)))
+    squares, inners = totals.square().sum((1, 2)).tolist(), (totals * totals[0]).sum((1, 2)).tolist()
+    rests = [Without(squares[0], squares[0])] * len(given.weights)
+    for place, index in enumerate(sorted(given.rows), 1):
+        rests[index] = Without(squares[place], inners[place])
+    return LeftOut(whole, rests)
+
+
+def _leading(totals: Tensor, cut: Cut) -> _Leading:
+    count, m, n = totals.shape
+    if not m or not n:
+        return _Leading(totals, *(totals.new_zeros(count, 0, *more) for more in ((0,), (), ())))
+    values, vectors = torch.linalg.eigh(totals.mT @ totals if m >= n else totals @ totals.mT)
+    sigma = values.clamp(min=0).sqrt()
+    sigma = torch.where(sigma > linalg.NULL * sigma[:, -1:], sigma, 0.0)
+    held = torch.zeros_like(sigma)
+    for place, one in enumerate(sigma.flip(1).cpu()):
+        held[place, len(one) - cut(one) :] = 1.0
+    return _Leading(totals, vectors, held, torch.where(held > 0, 1.0 / values, 0.0))
 
 
 def _step(given: Apart, total: Tensor, index: int, corner: tuple[int, int], fold: Fold) -> Tensor:

@@ -96,8 +96,12 @@ CASES: list[tuple[str, dict[str, object], str]] = [
     *(("gram", {}, kind) for kind in ("independent", "twins")),
     ("gram", {"side": "left"}, "shared"),
     ("gram", {"side": "right", "ridge": 0.01}, "cut"),
-    ("opcm", {}, "independent"),
+    *(("opcm", {}, kind) for kind in ("independent", "twins", "cut")),
     ("opcm", {"variant": "rows+columns"}, "shared"),
+    ("opcm", {"variant": "rows", "alpha": 0.9}, "independent"),
+    ("opcm", {"variant": "columns", "alpha": 0.2}, "cut"),
+    ("opcm", {"variant": "block+diagonal"}, "independent"),
+    ("opcm", {"alpha": 0.9999}, "twins"),
 ]
 
 
