@@ -18,6 +18,7 @@ from continual.errors import Misconfigured
 from continual.rules import before
 from continual.rules.chain import chain
 from continual.rules.contract import Rule, RuleRow
+from continual.rules.esm import ESM, TSV_W
 from continual.rules.fisher import FISHER
 from continual.rules.flow import FLOW
 from continual.rules.gram import GRAM
@@ -38,7 +39,9 @@ _LIST: tuple[RuleRow[Any], ...] = (
     MAGMAX,
     ISO_C,
     TSV_M,
+    TSV_W,
     ISOTROPIC,
+    ESM,
     GRAM,
     FLOW,
     OPCM,

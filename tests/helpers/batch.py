@@ -209,6 +209,28 @@ def tsv_m(models: Models, matrices: set[str]) -> dict[str, Tensor]:
     return _spectral(models, matrices, _tsv)
 
 
+def _weighed_tsv(taus: list[Tensor], weights: Sequence[float] = (), *, own: bool, power: float = 3.0) -> Tensor:
+    """PΣQᵀ, or σ̄·PQᵀ, of a polar factor Q of V with its columns times σ^power, 1e-3 of the largest at least."""
+    weights = weights or [1.0] * len(taus)
+    if len(taus) == 1:
+        return weights[0] * taus[0]
+    us, sigmas, vhs = zip(*(_leading(tau, len(taus)) for tau in taus), strict=True)
+    sigma = torch.cat([weight * one for weight, one in zip(weights, sigmas, strict=True)])
+    if not len(sigma):
+        return torch.zeros_like(taus[0])
+    each = torch.maximum(sigma**power, 1e-3 * sigma.max() ** power)
+    left, right = _polar(torch.cat(us, 1)), _polar(torch.cat(vhs).mT @ torch.diag(each))
+    return left @ torch.diag(sigma if own else sigma.mean().expand(len(sigma))) @ right.mT
+
+
+def tsv_w(models: Models, matrices: set[str]) -> dict[str, Tensor]:
+    return _spectral(models, matrices, lambda taus: _weighed_tsv(taus, own=True))
+
+
+def esm(models: Models, matrices: set[str]) -> dict[str, Tensor]:
+    return _spectral(models, matrices, lambda taus: _weighed_tsv(taus, own=False))
+
+
 def _flat_tsv(taus: list[Tensor]) -> Tensor:
     return taus[0] if len(taus) == 1 else _iso([_tsv(taus), torch.zeros_like(taus[0])])
 
@@ -217,9 +239,17 @@ def isotropic(models: Models, matrices: set[str]) -> dict[str, Tensor]:
     return _spectral(models, matrices, _flat_tsv)
 
 
-def weighted_tsv_m(models: Models, matrices: set[str], weights: Sequence[float]) -> dict[str, Tensor]:
+WEIGHTED: Mapping[str, Callable[[list[Tensor], Sequence[float]], Tensor]] = {
+    "tsv-m": _tsv,
+    "tsv-w": lambda taus, weights: _weighed_tsv(taus, weights, own=True),
+    "esm": lambda taus, weights: _weighed_tsv(taus, weights, own=False),
+}
+"""Rules that read triplets, with weights of the models."""
+
+
+def weighted(name: str, models: Models, matrices: set[str], weights: Sequence[float]) -> dict[str, Tensor]:
     """The same with σ_i times w_i, and of what is no matrix the weighted mean."""
-    found = _spectral(models, matrices, lambda taus: _tsv(taus, weights))
+    found = _spectral(models, matrices, lambda taus: WEIGHTED[name](taus, weights))
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     plain = {n: torch.tensordot(shares, _stacked(models, n), 1) for n in models[0] if n not in matrices}
     return found | plain
@@ -319,7 +349,9 @@ BATCH: Mapping[str, Callable[[Models, set[str]], dict[str, Tensor]]] = {
     "magmax": magmax,
     "iso-c": iso_c,
     "tsv-m": tsv_m,
+    "tsv-w": tsv_w,
     "isotropic": isotropic,
+    "esm": esm,
     "gram": gram,
     "flow": flow,
     "opcm": opcm,
@@ -328,6 +360,8 @@ BATCH: Mapping[str, Callable[[Models, set[str]], dict[str, Tensor]]] = {
 POLAR: Mapping[str, Callable[[Sequence[Tensor]], list[Tensor]]] = {
     "iso-c": _summed,
     "tsv-m": _triplets,
+    "tsv-w": _triplets,
     "isotropic": _flat_triplets,
+    "esm": _triplets,
 }
 """Of the rules that take polar factors: the matrices whose factors they are, for one matrix of every fine-tune."""

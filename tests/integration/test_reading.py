@@ -59,7 +59,7 @@ def own(base: Path, model: Path) -> dict[str, torch.Tensor]:
     return {n: (t - origin[n]).double() for n, t in load_file(model / "model.safetensors").items()}
 
 
-@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("name", FOLDING)
 def test_norm_makes_the_merge_as_long_as_it_says_under_every_rule(
     tmp_path: Path, base: Path, tuned: list[Path], name: str
 ) -> None:

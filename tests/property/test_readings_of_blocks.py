@@ -30,7 +30,7 @@ from continual.rules import (
 from tests.helpers import batch
 from tests.helpers.batch import BATCH
 from tests.helpers.shelves import MATRICES, REGIMES, SHAPES, SPECS, HeldLayers, Regime, adapters, dense, shelf
-from tests.helpers.streams import distance
+from tests.helpers.streams import FOLDING, distance
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,11 @@ def agree(held: HeldLayers, name: str, numbers: list[int], matrices: set[str] = 
 
 @pytest.mark.parametrize(
     ("name", "regime"),
-    [(name, regime) for name in READABLE for regime in (REGIMES if name in FACTORED else ("mixed", "zero"))],
+    [
+        (name, regime)
+        for name in READABLE
+        for regime in (REGIMES if name in FACTORED and name in FOLDING else ("mixed", "twins", "zero"))
+    ],
 )
 def test_a_reading_is_the_batch_form_at_every_step_before_and_after_cuts(name: str, regime: Regime) -> None:
     given = adapters(regime, 9)
@@ -101,31 +105,35 @@ def read_densely(
     return {n: x * (factors[0 if matrix[n] else 1] * options.layer(held.specs[n])) for n, x in units.items()}
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-def test_tsv_m_with_weights_is_its_batch_form_with_weights(regime: Regime) -> None:
+@pytest.mark.parametrize(
+    ("name", "regime"),
+    [(name, regime) for name in batch.WEIGHTED for regime in (REGIMES if name == "tsv-m" else ("mixed", "twins"))],
+)
+def test_triplets_with_weights_read_as_the_batch_form_with_weights(name: str, regime: Regime) -> None:
     chosen = {2: 0.5, 1: 2.5, 5: 1.0, 4: 1e-3}
     held = shelf(adapters(regime, 5))
-    merged = Merged(held, chosen, rule("tsv-m"), read_options("tsv-m", "paper"))
+    merged = Merged(held, chosen, rule(name), read_options(name, "paper"))
     models = dense(held, list(chosen))
-    expected = batch.weighted_tsv_m(models, MATRICES, list(chosen.values()))
+    expected = batch.weighted(name, models, MATRICES, list(chosen.values()))
     for tensor, found in expected.items():
         given = [model[tensor] for model in models]
-        assert distance(merged.dense(tensor), found, given) < 2.5 * within("tsv-m", models, tensor), tensor
+        assert distance(merged.dense(tensor), found, given) < 2.5 * within(name, models, tensor), tensor
 
 
 SCALES = ["0.4", "norm:2.5", "spread:1.15"]
 
 
-@pytest.mark.parametrize("regime", ["partial"])
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", [*FACTORED, "magmax"])
-def test_every_scale_gives_what_a_dense_state_of_the_same_models_gives(name: str, scale: str, regime: Regime) -> None:
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [(name, scale) for name in (*FACTORED, "magmax") for scale in (SCALES if name in FOLDING else SCALES[-1:])],
+)
+def test_every_scale_gives_what_a_dense_state_of_the_same_models_gives(name: str, scale: str) -> None:
     if scale.startswith("spread") and rule(name).read.matrix is None:
         return
     options = read_options(name, scale, "0.5:1.5")
     weighted = rule(name).laws.weighted
     chosen = {1: 1.0, 4: 2.5 if weighted else 1.0, 2: 0.5 if weighted else 1.0, 3: 1.0}
-    mixed = adapters(regime, 4)
+    mixed = adapters("partial", 4)
     mixed[2] = {tensor: (4 * left, right) for tensor, (left, right) in mixed[2].items()}  # one that `spread` holds
     held = shelf(mixed)
     expected = read_densely(held, chosen, rule(name), options)

@@ -88,16 +88,19 @@ def test_a_weight_of_two_is_folding_twice(name: str, models: Models, weight: int
                 assert distance(heavy.kept[tensor][slot], often.kept[tensor][slot], folded) < 1e-5, (tensor, slot)
 
 
+@pytest.mark.parametrize("name", batch.WEIGHTED)
 @given(models=model_lists(), weights=st.lists(st.sampled_from([0.25, 1.0, 3.0]), min_size=5, max_size=5))
-@settings(max_examples=12, deadline=None)
-def test_tsv_m_with_weights_is_its_batch_form_with_weights(models: Models, weights: list[float]) -> None:
-    stream = Stream("tsv-m")
+@settings(max_examples=5, deadline=None)
+def test_triplets_with_weights_are_their_batch_form_with_weights(
+    name: str, models: Models, weights: list[float]
+) -> None:
+    stream = Stream(name)
     for model, weight in zip(models, weights, strict=False):
         stream.fold(model, weight=weight)
-    expected = batch.weighted_tsv_m(models, MATRICES, weights[: len(models)])
+    expected = batch.weighted(name, models, MATRICES, weights[: len(models)])
     for tensor, found in stream.read().items():
         folded = [model[tensor] for model in models]
-        near = 3 * bound("tsv-m", folded if tensor in MATRICES else ())
+        near = 3 * bound(name, folded if tensor in MATRICES else ())
         assert distance(found, expected[tensor], folded) < near, tensor
 
 

@@ -55,10 +55,21 @@ def test_a_reading_folds_as_the_rule_does_whose_states_it_reads(name: str, by: s
     assert by in readings(rule(name))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", FOLDING)
 @given(models=model_lists())
 @settings(max_examples=12, deadline=None)
 def test_streaming_is_the_batch_form_at_every_step(name: str, models: Models) -> None:
+    as_in_the_batch(name, models)
+
+
+@pytest.mark.parametrize("name", READINGS)
+@given(models=model_lists())
+@settings(max_examples=5, deadline=None)
+def test_a_reading_is_its_batch_form_at_every_step(name: str, models: Models) -> None:
+    as_in_the_batch(name, models)
+
+
+def as_in_the_batch(name: str, models: Models) -> None:
     stream = Stream(name)
     for step in range(1, len(models) + 1):
         stream.fold(models[step - 1])
@@ -69,10 +80,21 @@ def test_streaming_is_the_batch_form_at_every_step(name: str, models: Models) ->
             assert distance(merged[tensor], expected[tensor], folded) < within, (tensor, step)
 
 
-@pytest.mark.parametrize("name", [n for n, row in RULES.items() if row.read.policy == "spread" and n not in SHORTER])
+@pytest.mark.parametrize("name", [n for n in FOLDING if RULES[n].read.policy == "spread" and n not in SHORTER])
 @given(models=model_lists())
 @settings(max_examples=15, deadline=None)
 def test_one_model_alone_reads_as_itself(name: str, models: Models) -> None:
+    alone(name, models)
+
+
+@pytest.mark.parametrize("name", [n for n in READINGS if n not in SHORTER])
+@given(models=model_lists())
+@settings(max_examples=4, deadline=None)
+def test_one_model_alone_is_itself_in_every_reading(name: str, models: Models) -> None:
+    alone(name, models)
+
+
+def alone(name: str, models: Models) -> None:
     stream = Stream(name)
     stream.fold(models[0])
     merged = stream.read()
