@@ -19,7 +19,7 @@ from continual import linalg
 from continual.blocks.shelf import Stacked
 from continual.records import TensorSpec, Totals
 from continual.rules import Accumulators, Inputs, Rule, Triplets
-from continual.rules.contract import CoreFunctions, weighed
+from continual.rules.contract import Apart, CoreFunctions, SideVectors, weighed
 from continual.rules.matrices import sides
 
 _SAFE = 1e3
@@ -87,10 +87,6 @@ class ThinProduct(NamedTuple):
         left, right = self.left * (root if factor >= 0 else -root), self.right * root
         return ThinProduct(left, right, self.square * factor * factor, self.cut * factor * factor)
 
-    def dense(self) -> Tensor:
-        """The matrix, float32."""
-        return self.left @ self.right.mT
-
 
 def thin(rule: Rule, given: Stacked, run: Run, rank: int | None = None) -> ThinProduct:
     """X of one layer, cut to the `rank` largest singular values where one is given. The rule has `factored`."""
@@ -106,6 +102,21 @@ def thin(rule: Rule, given: Stacked, run: Run, rank: int | None = None) -> ThinP
         return _of_core(one, one.upper @ other.upper.mT, other, rank)
     one, other = spanned(given.u), spanned(given.v)
     return _of_core(one, _turned(rule, given, run, (one.upper, other.upper)), other, rank)
+
+
+def dense(rule: Rule, given: Stacked, run: Run) -> Tensor:
+    """X of one layer as an m×n matrix, float32. The rule has `factored`."""
+    m, n = sides(given.spec)
+    if not given.rows:
+        return torch.zeros(m, n)
+    assert rule.factored is not None
+    if rule.factored.linear(given.spec):
+        left, right = direct(rule, given, run)
+    else:  # of orthonormal columns, so that rounding one side does no more than rounding X
+        one, other = spanned(given.u), spanned(given.v)
+        middle = _turned(rule, given, run, (one.upper, other.upper))
+        left, right = one.rows.mT @ (one.back @ middle), other.rows.mT @ other.back
+    return left.float() @ right.float().mT
 
 
 def square(rule: Rule, given: Stacked, run: Run) -> float:
@@ -125,8 +136,19 @@ def _turned(rule: Rule, given: Stacked, run: Run, turned: tuple[Tensor, Tensor])
     if rule.factored.triplets is not None:
         left, right = direct(rule, given, run, turned)
         return left @ right.mT
+    if rule.factored.whole is not None:
+        sides_of = [SideVectors.of(columns) for columns in turned]
+        found = rule.factored.whole(apart(given, run, sides_of[0], sides_of[1], []))
+        if found is not None:
+            return found
     assert rule.factored.cores is not None
     return core(rule.factored.cores, given, run, turned)
+
+
+def apart(given: Stacked, run: Run, left: SideVectors, right: SideVectors, rests: Sequence[Totals]) -> Apart:
+    """The triplets as a rule is given them. `rests`: the totals without each of the models."""
+    weights = [entrant.weight for entrant in run.entrants]
+    return Apart(left, given.sigma, right, given.rows, weights, run.totals, rests, sides(given.spec))
 
 
 def core(functions: CoreFunctions, given: Stacked, run: Run, turned: tuple[Tensor, Tensor]) -> Tensor:
@@ -214,10 +236,19 @@ def spanned(rows: Tensor, gram: Tensor | None = None) -> Basis:
 
 def _of_core(one: Basis, middle: Tensor, other: Basis, rank: int | None) -> ThinProduct:
     """Q·X′·Rᵀ over the singular values of X′ that are not null, the largest `rank` of them."""
-    w, sigma, zh = torch.linalg.svd(middle, full_matrices=False)
-    held = int((sigma > linalg.NULL * sigma[0]).sum()) if len(sigma) else 0
-    k = held if rank is None else min(rank, held)
+    if rank is None or not middle.numel():
+        w, sigma, zh = torch.linalg.svd(middle, full_matrices=False)
+        z = zh.mT
+        held = k = int((sigma > linalg.NULL * sigma[0]).sum()) if len(sigma) else 0
+    else:  # the largest are as exact from the Gram, at half of the cost
+        rows = linalg.tall(middle)
+        sigma, z = linalg.right_singular(rows)
+        held = int((sigma > 0).sum())
+        k = min(rank, held)
+        w = rows @ (z[:, :k] / sigma[:k])
+        if rows is not middle:
+            w, z = z, w
     root, total = sigma[:k].sqrt(), float(sigma[:k].square().sum())
     cut = float(sigma[k:held].square().sum())
-    left, right = one.back @ (w[:, :k] * root), other.back @ (zh[:k].mT * root)
+    left, right = one.back @ (w[:, :k] * root), other.back @ (z[:, :k] * root)
     return ThinProduct((one.rows.mT @ left).float(), (other.rows.mT @ right).float(), total, cut)

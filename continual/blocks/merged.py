@@ -10,7 +10,7 @@ from torch import Tensor
 
 from continual.blocks import elements
 from continual.blocks.elements import Seed, by_number
-from continual.blocks.factoring import Entrant, Run, ThinProduct, square, thin
+from continual.blocks.factoring import Entrant, Run, ThinProduct, dense, square, thin
 from continual.blocks.shelf import Shelf, Stacked, stacked
 from continual.errors import Misconfigured
 from continual.records import WEIGHT, TensorSpec, Totals, is_weight
@@ -66,6 +66,11 @@ class Merged:
         """Whether `settle` has to know how long X is."""
         return self.options.needs(Size())
 
+    @property
+    def settled(self) -> bool:
+        """Whether it is known how long X is."""
+        return self._parts is not None
+
     def square(self, name: str) -> float:
         """‖X‖² of one layer at scale 1."""
         if self.factored:
@@ -106,14 +111,12 @@ class Merged:
 
     def dense(self, name: str) -> Tensor:
         """The merged task vector of one layer, float32 of its shape."""
-        if self.factored:
-            return self.thin(name).dense().view(self.shelf.specs[name].shape)
         return self.unit(name).mul_(self.scale(name))
 
     def unit(self, name: str) -> Tensor:
         """X of one layer at scale 1, float32 of its shape, in new memory."""
         if self.factored:
-            return thin(self.rule, self.stacked(name), self.run).dense().view(self.shelf.specs[name].shape)
+            return dense(self.rule, self.stacked(name), self.run).view(self.shelf.specs[name].shape)
         measured = [self.measure(number) for number in self.chosen]
         seeds = [self._seed(number, name) if self.rule.needs.seeded else 0 for number in self.chosen]
         return elements.dense(self.rule, self.stacked(name), self.run, measured, seeds)

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from continual import linalg
-from continual.blocks.factoring import Run, fold_cores, spanned
+from continual.blocks.factoring import Run, apart, fold_cores, spanned
 from continual.blocks.merged import Merged
 from continual.blocks.shelf import Stacked
 from continual.records import Totals
 from continual.rules import Accumulators, Inputs, Triplets
-from continual.rules.contract import Apart, LeftOut, SideVectors, WholeRead, Without
-from continual.rules.matrices import sides
+from continual.rules.contract import LeftOut, SideVectors, WholeRead, Without
 
 
 class ModelShare(NamedTuple):
@@ -188,17 +187,8 @@ class _Turned:
     def __init__(self, merged: Merged, given: Stacked, runs: Sequence[Run]) -> None:
         assert merged.rule.factored is not None
         self.merged, self.given, self.runs, self.factored = merged, given, runs, merged.rule.factored
-        weights = [entrant.weight for entrant in merged.run.entrants]
-        self.apart = Apart(
-            _vectors(given.u),
-            given.sigma,
-            _vectors(given.v),
-            given.rows,
-            weights,
-            merged.run.totals,
-            [run.totals for run in runs],
-            sides(given.spec),
-        )
+        rests = [run.totals for run in runs]
+        self.apart = apart(given, merged.run, _vectors(given.u), _vectors(given.v), rests)
 
     def products(self) -> Products:
         """The inner products. Where the rule knows a quicker way than to read again, it goes first."""

@@ -119,9 +119,9 @@ class BlockReading(Reading):
     def settle(self, executor: Executor, progress: Progress) -> float:
         """As of every reading."""
         if self._factors is None:
-            if self.merged.measures and self.chosen:
+            if self.merged.measures and not self.merged.settled and self.chosen:
                 self.measure(executor, progress)
-            elif self.merged.measures:
+            elif self.merged.measures and not self.merged.settled:
                 self.merged.settle({})
             self._factors = self.merged.factors
         return self._factors[0]

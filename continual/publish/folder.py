@@ -22,6 +22,7 @@ import torch
 
 from continual.config import parse_bytes
 from continual.engine.block_reading import CutModel
+from continual.engine.explaining import shares_of
 from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
@@ -171,9 +172,10 @@ def fill(
         put_tokenizer(target.tokenizer, base, directory)
     if tables_apart(base.checkpoint, base.aliases, base.untied):
         untie_config(directory / "config.json")
+    shares = shares_of(reading, executor)  # first: it finds the lengths that settling asks for
     factor = reading.settle(executor, progress)
     _write_weights(base, reading, target, directory, executor, progress)
-    body = provenance_of(reading, factor, executor)
+    body = provenance_of(reading, factor, shares)
     if target.mark is not None:
         body["mark"] = target.mark
     if target.tokenizer is not None:

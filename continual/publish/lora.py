@@ -27,6 +27,7 @@ from torch import Tensor
 
 from continual import linalg
 from continual.engine.block_reading import BlockReading, CutModel
+from continual.engine.explaining import shares_of
 from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
@@ -154,13 +155,14 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
     layout = _Layout(adapted, rank, word, header_of(base, target.form, rank))
     weights = FILES[target.form]
     with written(target.path, reading) as temporary:
+        shares = shares_of(reading, executor)  # first: it finds the lengths that settling asks for
         factor = reading.settle(executor, progress)
         squares = _write_weights(base, reading, layout, temporary / weights, executor, progress)
         cut = reading.cut() if isinstance(reading, BlockReading) else ()
         report = _report(target.path.absolute(), layout, squares, (temporary / weights).stat().st_size, cut)
         if target.form == "peft":
             _write_json(temporary / CONFIG, _config(reading.state.format.base, layout))
-        body = provenance_of(reading, factor, executor)
+        body = provenance_of(reading, factor, shares)
         told = {
             "rank": rank,
             "dtype": word,

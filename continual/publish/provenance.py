@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 
 from continual.engine.block_reading import BlockReading
-from continual.engine.explaining import shares_of
 from continual.engine.reading import Reading
 from continual.engine.views import ReadView
-from continual.executors.contract import Executor
 from continual.state.software import software
 
 _KEPT = ("name", "origin", "revision", "form")
 
 
-def provenance_of(reading: Reading, factor: float, executor: Executor) -> dict[str, object]:
+def provenance_of(reading: Reading, factor: float, shares: Sequence[Mapping[str, object]] | None) -> dict[str, object]:
     """The body of `continual.json`: which state and record, which base, rule and options, every fold in it, what was
-    read of it where it was not all (`view`), and a digest of that (`contents`). Of a state of adapters also what each
-    model has in what was read (`shares`), unless it would take long to find out; and of which models a part was cut off
-    (`cut`)."""
+    read of it where it was not all (`view`), and a digest of that (`contents`). Of a state of adapters also of which
+    models a part was cut off (`cut`), and the `shares` where they are given."""
     state, commit = reading.state, reading.commit
     seq = commit.seq
     made = state.format
@@ -27,7 +25,7 @@ def provenance_of(reading: Reading, factor: float, executor: Executor) -> dict[s
         more["view"] = reading.view.described()
     if isinstance(reading, BlockReading) and (cut := reading.cut()):
         more["cut"] = [one._asdict() for one in cut]
-    if (shares := shares_of(reading, executor)) is not None:
+    if shares is not None:
         more["shares"] = shares
     return {
         "state": state.id,

@@ -231,6 +231,11 @@ class SideVectors:
     def __init__(self, gram: Callable[[], Tensor], columns: Callable[[SideVectors], Tensor]) -> None:
         self._gram, self._columns = gram, columns
 
+    @staticmethod
+    def of(columns: Tensor) -> SideVectors:
+        """Of vectors that are in a basis already."""
+        return SideVectors(lambda: columns.mT @ columns, lambda _: columns)
+
     @cached_property
     def gram(self) -> Tensor:
         """Their inner products."""
@@ -307,13 +312,15 @@ class Factored(NamedTuple):
 
     linear(spec): X of this tensor is Σ c_i·τ_i, each c_i a number. Of the other tensors: `cores` puts them through
     small matrices; triplets(those of all task vectors, totals): the factors of X, m×k and n×k, straight from theirs.
-    without(task vectors): X without each of them, where the rule has a quicker way than reading again.
+    without(task vectors): X without each of them, where the rule has a quicker way than reading again. whole(task
+    vectors): X in their coordinates, where it has a quicker way than `cores`; None where it has none for these.
     """
 
     linear: Callable[[TensorSpec], bool] = _always
     cores: CoreFunctions | None = None
     triplets: Callable[[Triplets, Totals], tuple[Tensor, Tensor]] | None = None
     without: Callable[[Apart], LeftOut] | None = None
+    whole: Callable[[Apart], Tensor | None] | None = None
 
 
 def one_sum(spec: TensorSpec) -> dict[str, SlotSpec]:

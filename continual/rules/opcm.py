@@ -190,17 +190,27 @@ def _make(options: OpcmOptions) -> Rule:
     def step(total: Tensor, tau: Tensor) -> Tensor:
         return fold_matrix(total, tau, options.alpha, options.variant).accumulators[sums.SLOT]
 
-    def without(given: Apart) -> LeftOut:
-        freed = FREED.get(options.variant)
-        # the same bound as in `project`: below it singular values ask for more than one Gram
-        if freed is None or (1.0 - options.alpha) / min(len(given.u), len(given.v)) < linalg.STEEP:
-            return opcm_less.without(given, step)
-        return opcm_less.projected(given, lambda sigma: cut(sigma, options.alpha), freed)
+    def leads(sigma: Tensor) -> int:
+        return cut(sigma, options.alpha)
 
+    def freed(given: Apart) -> opcm_less.Freed | None:
+        # the same bound as in `project`: below it singular values ask for more than one Gram
+        safe = (1.0 - options.alpha) / max(1, len(given.u), len(given.v)) >= linalg.STEEP
+        return FREED.get(options.variant) if safe else None
+
+    def without(given: Apart) -> LeftOut:
+        found = freed(given)
+        return opcm_less.without(given, step) if found is None else opcm_less.projected(given, leads, found)
+
+    def whole(given: Apart) -> Tensor | None:
+        found = freed(given)
+        return None if found is None else opcm_less.whole(given, leads, found)
+
+    factored = matrices.turned(fold, read)._replace(without=without, whole=whole)
     made = matrices.rule(
         "opcm",
         options.include,
-        OnMatrices(fold, read, linalg.workspace, factored=matrices.turned(fold, read)._replace(without=without)),
+        OnMatrices(fold, read, linalg.workspace, factored=factored),
         Laws(order_free=False),
         plain=ReadFunctions(sums.read_sum, sums.size, gauges=gauges),
     )

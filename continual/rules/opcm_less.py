@@ -80,29 +80,39 @@ class _Leading(NamedTuple):
 
 def projected(given: Apart, cut: Cut, freed: Freed) -> LeftOut:
     """The same. `freed` says what is left of a task vector."""
+    return _left_out(given, _folded(given, cut, freed, alone=False))
+
+
+def whole(given: Apart, cut: Cut, freed: Freed) -> Tensor:
+    """R alone."""
+    return _widened(_folded(given, cut, freed, alone=True)[0], (len(given.u), len(given.v)))
+
+
+def _folded(given: Apart, cut: Cut, freed: Freed, *, alone: bool) -> Tensor:
+    """R, and unless it is wanted `alone`, R without each of the models that touched the tensor; in the last corner."""
     corners = _corners(given)
-    totals, base = given.u.new_zeros(1, 0, 0), None  # R, and R without each model so far
+    totals, base = given.u.new_zeros(1, 0, 0), None
     for index in sorted(given.rows):
         where = given.rows[index]
         m, n = corners[index]
         u, v = given.u[:m, where] * given.sigma[where], given.v[:n, where]
-        leading = _leading(totals[: 1 if base is None else -1], cut)
+        leading = _leading(totals if base is None or alone else totals[:-1], cut)
         images = [leading.images(u, v)]
-        if base is not None:  # the last one is R as it was before the model before this one
+        if base is not None and not alone:  # the last one is R as it was before the model before this one
             images.append(base.images(u, v))
-        after = totals.new_zeros(len(totals) + 1, m, n)
-        after[:-1, : totals.shape[1], : totals.shape[2]] = totals
+        after = totals.new_zeros(len(totals) + (not alone), m, n)
+        before = after[:, : totals.shape[1], : totals.shape[2]]
+        before[: len(totals)] = totals
         begin = 0
         for one, other in images:
-            end = begin + len(one)
+            part = after[begin : begin + len(one)]
             for left, right in freed((u, v), (one, other)):
-                part = after[begin:end, : left.shape[-2], : right.shape[-2]]
-                part += left @ right.mT
-            begin = end
-        after[-1, : totals.shape[1], : totals.shape[2]] = totals[0]
-        base = _Leading(*(part[:1] for part in leading))
-        totals = after
-    return _left_out(given, totals)
+                part[:, : left.shape[-2], : right.shape[-2]] += left @ right.mT
+            begin += len(one)
+        if not alone:
+            before[-1] = totals[0]
+        base, totals = _Leading(*(part[:1] for part in leading)), after
+    return totals
 
 
 def _left_out(given: Apart, totals: Tensor) -> LeftOut:

@@ -99,19 +99,16 @@ def test_the_quadrature_is_the_inverse_root(least: float) -> None:
     assert float((found - 1).abs().max()) < 2e-5
 
 
-def of(columns: Tensor) -> SideVectors:
-    return SideVectors(lambda: columns.mT @ columns, lambda _: columns)
-
-
 def test_the_rule_reads_the_same_whole() -> None:
     terms = terms_of("independent", 64, 64)
     u, v = (torch.cat(side, 1) for side in zip(*terms, strict=True))
     rows = {index: slice(6 * index, 6 * index + 6) for index in range(8)}
+    left, right = SideVectors.of(u), SideVectors.of(v)
     sigma, weights = torch.linspace(1.0, 3.0, 48, dtype=torch.float64), [1.0 + index for index in range(8)]
-    whole, _ = iso_c.without(Apart(of(u), sigma, of(v), rows, weights, Totals(8.0), [Totals(7.0)] * 8, (64, 64)))
+    whole, _ = iso_c.without(Apart(left, sigma, right, rows, weights, Totals(8.0), [Totals(7.0)] * 8, (64, 64)))
     assert isinstance(whole, Tensor)
     heavy = sigma * torch.tensor(weights, dtype=torch.float64).repeat_interleave(6)
     expected = iso_c.flat(((u * heavy) @ v.mT).float()).double()
     assert float((whole - expected).norm()) < 1e-5 * float(whole.norm())
-    two = iso_c.without(Apart(of(u), sigma, of(v), rows, weights[:2], Totals(2.0), [Totals(1.0)] * 2, (64, 64)))
+    two = iso_c.without(Apart(left, sigma, right, rows, weights[:2], Totals(2.0), [Totals(1.0)] * 2, (64, 64)))
     assert two == (None, [None, None]), "one model alone has no flat spectrum"
