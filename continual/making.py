@@ -20,7 +20,7 @@ from continual.executors.contract import Progress, silent
 from continual.hub import Repo
 from continual.hub.locate import Places
 from continual.records import Kind, SlotSpec
-from continual.rules import ReadAs, ReadOptions, read_as, read_options, reader, rule
+from continual.rules import ReadAs, ReadOptions, read_as, read_options, reader, rule, rule_of
 from continual.state import Format, State
 from continual.state.format import AdaptersForm, BaseRecord, HeaderRecord
 from continual.tensors import BaseModel, Checkpoint, Folder, Place, describe
@@ -268,14 +268,13 @@ def agree(state: State, settings: Settings) -> None:
         )
         raise Misconfigured(f"select = {settings.select}, and the state was made with {made.rule}: {why}; {advice}")
     if settings.reading is not None:
-        reader(rule(made.rule, made.options), settings.reading, blocks=made.form is not None)
+        reader(rule_of(made.rule, made.options), settings.reading, blocks=made.form is not None)
     before = {} if settings.before is None else {"before": list(settings.before)}
-    wanted = rule(made.rule, {**made.options, **settings.options, **before}).options
-    for key in sorted({*wanted, *made.options}):
-        if wanted.get(key) != made.options.get(key):
-            raise Misconfigured(
-                f"{key} = {wanted.get(key)}, and the state was made with {made.options.get(key)}: {advice}"
-            )
+    found = rule_of(made.rule, made.options).options
+    wanted = rule(made.rule, {**found, **settings.options, **before}).options
+    for key in sorted({*wanted, *found}):
+        if wanted.get(key) != found.get(key):
+            raise Misconfigured(f"{key} = {wanted.get(key)}, and the state was made with {found.get(key)}: {advice}")
 
 
 def _described(checkpoint: Checkpoint, recipe: Recipe) -> BaseModel:

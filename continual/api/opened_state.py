@@ -32,7 +32,7 @@ from continual.hub.locate import Places
 from continual.making import agree
 from continual.publish import folder, lora
 from continual.records import TensorSpec
-from continual.rules import ReadOptions, rule
+from continual.rules import ReadOptions, rule_of
 from continual.sources.roster import openers
 from continual.state import State, leasing
 from continual.tensors import BaseModel, Folder
@@ -65,7 +65,7 @@ class OpenedState:
         except Misconfigured:
             self.state.close()
             raise
-        self.rule = rule(self.state.format.rule, self.state.format.options)
+        self.rule = rule_of(self.state.format.rule, self.state.format.options)
         self._base: BaseModel | None = None
         self._weighted: BaseModel | None = None
         self._engine: tuple[Settings, Engine] | None = None

@@ -15,7 +15,7 @@ from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task
 from continual.outside import counted
 from continual.records import TensorSpec, Totals
-from continual.rules import Rule, together
+from continual.rules import Rule, rule_of, together
 from continual.state import Commit, State, Transaction
 from continual.state.entries import CombineEntry
 from continual.state.format import Format
@@ -80,10 +80,11 @@ def check(state: State, other: State, rule: Rule) -> None:
             f"{state.path} and {other.path} are one state, or copies of one: what they share would count twice"
         )
     ours, theirs = state.format, other.format
-    if (ours.rule, dict(ours.options)) != (theirs.rule, dict(theirs.options)):
+    their = rule_of(theirs.rule, theirs.options)
+    if (rule.name, dict(rule.options)) != (their.name, dict(their.options)):
         raise Misconfigured(
-            f"{state.path} is {_named(ours.rule, ours.options)} and {other.path} is "
-            f"{_named(theirs.rule, theirs.options)}: they have to be the same"
+            f"{state.path} is {_named(rule.name, rule.options)} and {other.path} is "
+            f"{_named(their.name, their.options)}: they have to be the same"
         )
     if ours.form != theirs.form:
         raise Misconfigured(

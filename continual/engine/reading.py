@@ -116,9 +116,9 @@ class Reading:
         """Bytes that reading one tensor takes at its peak. Of a matrix it is as much as a decomposition takes; of a
         stack, all of it and one expert besides."""
         part = spec.expert if spec.kind == "stack" else spec
-        decomposed = linalg.workspace(*sides(part)) if self._is_matrix(spec) else 0
+        works = (self.rule.fold.workspace(part), linalg.workspace(*sides(part))) if self._is_matrix(spec) else (0,)
         kept = sum(slot.nbytes for slot in self.rule.slots(part).values())
-        return kept + 4 * (spec.numel + part.numel) + decomposed
+        return kept + 4 * (spec.numel + part.numel) + max(works)
 
     def measure(self, executor: Executor, progress: Progress, seen: Seen | None = None) -> float:
         """‖X‖ over the whole model, measured by a pass over all tensors; `seen` is given each of them. Raises Retry and

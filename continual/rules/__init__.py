@@ -19,7 +19,7 @@ from continual.rules.contract import (
     Triplets,
 )
 from continual.rules.options import NoOptions, Option
-from continual.rules.registry import ROWS, RULES, ReadAs, read_as, read_options, reader, readings, rule
+from continual.rules.registry import ROWS, RULES, ReadAs, read_as, read_options, reader, readings, rule, rule_of
 from continual.rules.scale import ReadOptions, Size
 from continual.rules.sums import figures_of, last_out, settle, together
 
@@ -53,6 +53,7 @@ __all__ = [
     "reader",
     "readings",
     "rule",
+    "rule_of",
     "settle",
     "together",
 ]

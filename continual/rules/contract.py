@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Generic, NamedTuple
@@ -351,7 +351,8 @@ class RuleRow(Generic[O]):
     """A rule in the list of rules: what it is, its options, how it is read unless told otherwise.
 
     bytes_per_parameter: size of its state, for people. options: the dataclass that declares them. make: the rule, from
-    its options. published: how its paper reads it, where that is not the default.
+    its options. published: how its paper reads it, where that is not the default. earlier: what the options meant that
+    it did not have at first, of states whose record does not name them.
     """
 
     name: str
@@ -362,6 +363,7 @@ class RuleRow(Generic[O]):
     published: ReadOptions | None = None
     options: type[O]
     make: Callable[[O], Rule]
+    earlier: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def declared(self) -> dict[str, Option]:

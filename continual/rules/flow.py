@@ -23,7 +23,7 @@ from torch import Tensor
 
 from continual.rules import gram_sums, matrices
 from continual.rules.contract import Accumulators, Rule, RuleRow
-from continual.rules.gram_sums import CROSS, LEFT, RIGHT, SIDES, SUM, Side
+from continual.rules.gram_sums import CROSS, EARLIER, GRAMS, LEFT, RIGHT, SIDES, SUM, Grams, GramSlots, Side
 from continual.rules.matrices import Include
 from continual.rules.options import Choice, Number
 from continual.rules.scale import ReadOptions
@@ -40,6 +40,7 @@ class FlowOptions:
     time: Annotated[float, Number(above=0.0), "when the flow stops, in units of one over the mean eigenvalue"] = 10.0
     top: Annotated[float, Number(above=0.0, most=1.0), "K, the largest eigenvalues that count, as a share of all"] = 1.0
     start: Annotated[Start, Choice(STARTS), "where the flow starts: zero, or the sum of the task vectors"] = "zero"
+    grams: Annotated[Grams, Choice(GRAMS), "how the Grams are kept: float32, packed, or float64, whole"] = "float32"
     include: Include = ()
 
 
@@ -82,18 +83,18 @@ def _make(options: FlowOptions) -> Rule:
     def read(accumulators: Accumulators, sides: tuple[int, int] | None) -> Tensor:
         return flowed(accumulators, options, sides)
 
-    total = options.start == "sum"
-    on = gram_sums.on_matrices(options.side, total, read, None)
-    return matrices.rule("flow", options.include, on, gram_sums.laws(options.side, total))
+    kept = GramSlots(options.side, options.start == "sum", options.grams)
+    return matrices.rule("flow", options.include, kept.on_matrices(read, None), kept.laws())
 
 
 FLOW = RuleRow(
     name="flow",
     summary="the least squares of gram by gradient flow, stopped early",
     paper="Wei et al. 2026, SWUDI, in closed form; two-sided is ours",
-    bytes_per_parameter="24 of a square matrix, up to 8·(m+n)²/mn + 8",
+    bytes_per_parameter="12 of a square matrix, 2·(m²+n²)/mn + 8 of any",
     read=ReadOptions("spread", 0.85),
     published=ReadOptions("number", 1.0),
     options=FlowOptions,
     make=_make,
+    earlier=EARLIER,
 )

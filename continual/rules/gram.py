@@ -19,7 +19,7 @@ from torch import Tensor
 
 from continual.rules import gram_less, gram_sums, matrices
 from continual.rules.contract import Accumulators, Apart, LeftOut, Rule, RuleRow
-from continual.rules.gram_sums import CROSS, LEFT, RIGHT, SIDES, SUM, Side
+from continual.rules.gram_sums import CROSS, EARLIER, GRAMS, LEFT, RIGHT, SIDES, SUM, Grams, GramSlots, Side
 from continual.rules.matrices import Include
 from continual.rules.options import Choice, Number
 from continual.rules.scale import ReadOptions
@@ -32,6 +32,7 @@ class GramOptions:
     side: Annotated[Side, Choice(SIDES), "which side the task vectors act on"] = "both"
     ridge: Annotated[float, Number(least=1e-3), "ε relative to the mean diagonal of the Gram"] = 0.1
     pull: Annotated[float, Number(least=0.0), "c, what the ridge pulls to: c times the sum of the task vectors"] = 0.0
+    grams: Annotated[Grams, Choice(GRAMS), "how the Grams are kept: float32, packed, or float64, whole"] = "float32"
     include: Include = ()
 
 
@@ -63,19 +64,20 @@ def _make(options: GramOptions) -> Rule:
         left, right = options.side != "right", options.side != "left"
         return gram_less.without(given, options.ridge, left=left, right=right)
 
-    pulled = options.pull > 0.0
+    kept = GramSlots(options.side, options.pull > 0.0, options.grams)
     # the ridge pulls either side to a multiple of the sum of its own
-    on = gram_sums.on_matrices(options.side, pulled, read, None if pulled else without)
-    return matrices.rule("gram", options.include, on, gram_sums.laws(options.side, pulled))
+    on = kept.on_matrices(read, None if options.pull else without)
+    return matrices.rule("gram", options.include, on, kept.laws())
 
 
 GRAM = RuleRow(
     name="gram",
     summary="least squares between the merged task vector and each fine-tune's own",
     paper="Cheng et al. 2025, WUDI-Merging, in closed form; two-sided is ours",
-    bytes_per_parameter="24 of a square matrix, up to 8·(m+n)²/mn + 8",
+    bytes_per_parameter="12 of a square matrix, 2·(m²+n²)/mn + 8 of any",
     read=ReadOptions("spread", 0.85),
     published=ReadOptions("number", 1.0),
     options=GramOptions,
     make=_make,
+    earlier=EARLIER,
 )

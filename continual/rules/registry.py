@@ -72,6 +72,12 @@ def rule(name: str, options: Mapping[str, object] | None = None) -> Rule:
     return chain(made, transforms) if transforms else made
 
 
+def rule_of(name: str, options: Mapping[str, object]) -> Rule:
+    """The rule of a state that its record names with these options. Those that there were not when it was made are what
+    they meant then. Raises Misconfigured as `rule`."""
+    return rule(name, {**row(name).earlier, **options})
+
+
 def row(name: str) -> RuleRow[Any]:
     """The rule `name` in the list. Raises Misconfigured for an unknown name."""
     if name not in ROWS:

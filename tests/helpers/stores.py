@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from continual.blocks import slots
 from continual.records import Candidate, SlotSpec, TensorSpec, Totals
-from continual.state import Format, State
+from continual.state import Format, State, framing
 from continual.state.entries import FoldEntry, RefuseEntry
 from continual.state.format import AdaptersForm, BaseRecord, HeaderRecord
 from continual.state.parts import FoldNumbers
@@ -34,6 +37,23 @@ def make(path: Path) -> State:
     slots = {s.name: {} if s.kind == "carried" else {"sum": SlotSpec(s.shape)} for s in specs}
     read = {"policy": "number", "value": 1.0}
     return State.create(path, Format.new(BASE, specs, "mean", {}, slots), read=read, device="cpu")
+
+
+@contextmanager
+def made_otherwise(path: Path) -> Iterator[dict[str, Any]]:
+    """What format.json of a state without folds says, to be changed: as if it had been made so, by another version."""
+    body, _ = framing.decode(path / "format.json")
+    yield body
+    data, crc = framing.encode(body)
+    (path / "format.json").write_bytes(data)
+    record = path / "commits" / "00000000.json"
+    first, _ = framing.decode(record)
+    assert isinstance(first["numbers"], dict)
+    first["numbers"]["format"] = crc
+    data, crc = framing.encode(first)
+    record.write_bytes(data)
+    head, _ = framing.decode(path / "HEAD")
+    (path / "HEAD").write_bytes(framing.encode(head | {"crc": crc})[0])
 
 
 def value(name: str, number: int) -> np.ndarray:

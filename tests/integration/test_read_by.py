@@ -14,7 +14,7 @@ from continual import api, making
 from continual.config import Settings
 from continual.engine.views import ReadView
 from continual.errors import Misconfigured
-from tests.helpers import models
+from tests.helpers import models, stores
 
 pytestmark = pytest.mark.slow
 
@@ -102,6 +102,34 @@ def test_the_sums_of_gram_read_as_gram_and_as_flow(
         with merge_of(tmp_path / made, write=True) as merge:
             merge.rescale(rule=name)
             assert same(read(merge), expected[name]), (made, name)
+
+
+def test_a_state_of_gram_goes_on_as_it_was_made_before_its_grams_were_packed(
+    tmp_path: Path, base: Path, tuned: list[Path]
+) -> None:
+    whole = making.Recipe(rule="gram", options={"grams": "float64"})
+    folded(tmp_path, base, whole, tuned, "expected")
+    making.init(base, tmp_path / "old", whole)
+    with stores.made_otherwise(tmp_path / "old") as body:
+        del body["options"]["grams"]
+    for model in tuned:  # opened, and taken for what it is, each time
+        with merge_of(tmp_path / "old", write=True) as merge:
+            assert merge.fold(model).fate == "folded"
+    folded(tmp_path, base, making.Recipe(rule="gram"), tuned, "packed")
+    with merge_of(tmp_path / "expected") as merge, merge_of(tmp_path / "old", write=True) as old:
+        expected = read(merge)
+        assert same(read(old), expected)
+        with pytest.raises(Misconfigured, match="grams=float32"):
+            old.combine(tmp_path / "packed")
+        with pytest.raises(Misconfigured, match="2 models are in both"):
+            old.combine(tmp_path / "expected")
+    with merge_of(tmp_path / "packed") as merge:
+        found = read(merge)
+        assert not same(found, expected)
+        assert all(torch.allclose(value, expected[name], rtol=1e-4, atol=1e-7) for name, value in found.items())
+        assert merge.state.format.generation_bytes < 0.7 * old.state.format.generation_bytes
+    with pytest.raises(Misconfigured, match="grams = float32, and the state was made with float64"):
+        merge_of(tmp_path / "old", options={"grams": "float32"})
 
 
 def test_what_was_read_before_is_read_again_with_no_fold(tmp_path: Path, base: Path, tuned: list[Path]) -> None:

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import continual
-from continual.state import framing
-from tests.helpers import models
+from tests.helpers import models, stores
 
 pytestmark = pytest.mark.slow
 
@@ -161,20 +160,8 @@ def test_a_state_that_was_made_before_there_were_stacks_folds_as_then(
     packed, _ = pair
     recipe = continual.Recipe("opcm", plain=("*.experts.*",), scale="1.0")
     continual.init(packed[0], tmp_path / "state", recipe)
-    path = tmp_path / "state" / "format.json"
-    body, _ = framing.decode(path)
-    assert isinstance(body["base"], dict)
-    body["base"]["plain"] = []
-    data, crc = framing.encode(body)
-    path.write_bytes(data)
-    record = tmp_path / "state" / "commits" / "00000000.json"
-    first, _ = framing.decode(record)
-    assert isinstance(first["numbers"], dict)
-    first["numbers"]["format"] = crc
-    data, crc = framing.encode(first)
-    record.write_bytes(data)
-    head, _ = framing.decode(tmp_path / "state" / "HEAD")
-    (tmp_path / "state" / "HEAD").write_bytes(framing.encode(head | {"crc": crc})[0])
+    with stores.made_otherwise(tmp_path / "state") as body:
+        body["base"]["plain"] = []
     with continual.open(tmp_path / "state", write=True) as merge:
         kinds = {spec.name: spec.kind for spec in merge.base.specs}
         assert kinds["model.layers.0.mlp.experts.down_proj"] == "plain"

@@ -113,7 +113,7 @@ def alone(name: str, models: Models) -> None:
 @given(models=model_lists())
 @settings(max_examples=12, deadline=None)
 def test_float64_statistics_are_exact(models: Models) -> None:
-    stream = Stream("gram")
+    stream = Stream("gram", grams="float64")
     for model in models:
         stream.fold(model)
     solved, flowed = BATCH["gram"](models, MATRICES), BATCH["flow"](models, MATRICES)

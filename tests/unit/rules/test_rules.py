@@ -8,7 +8,7 @@ from torch import Tensor
 
 from continual.errors import Misconfigured
 from continual.records import SlotSpec, TensorSpec, Totals
-from continual.rules import RULES, Inputs, Rule, Sums, gram, matrices, opcm, rule
+from continual.rules import RULES, Inputs, Rule, Sums, gram, gram_sums, matrices, opcm, rule
 from tests.helpers import batch
 
 MATRIX = TensorSpec("w", (12, 8), "F32", "matrix")
@@ -118,6 +118,16 @@ def test_gram_pulls_to_a_multiple_of_the_sum(side: gram.Side, pull: float) -> No
     assert set(kept) == {"cross", *(["right"] if side != "left" else []), *(["left"] if side != "right" else [])} | (
         {"sum"} if pull else set()
     )
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8])
+def test_half_of_a_gram_is_kept_and_comes_back(n: int) -> None:
+    gram = randn(n, n, seed=3).double()
+    gram = gram + gram.mT
+    packed = gram_sums.pack(gram)
+    assert packed.shape == ((n + 1) // 2, n + 1)
+    assert int((packed != 0).sum()) == n * (n + 1) // 2
+    assert torch.equal(gram_sums.unpack(packed), gram.tril())
 
 
 def test_opcm_reports_what_it_cut_and_what_it_kept() -> None:
