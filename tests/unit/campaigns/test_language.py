@@ -244,6 +244,7 @@ def test_a_campaign_goes_on_where_it_was_killed(suite: Language, tmp_path: Path)
             assert len(folding.costs) == 2
             reading, _ = again.read(folding.merge(), ReadView(rule="mean"))
             assert (reading.rule.name, reading.totals.count) == ("mean", 2)
+            assert folding.begin(tasks[::-1], 3) == 0, "another order is another state"
         (again.states / "opcm-0").mkdir()  # killed while it was made
         with again.opened("opcm", "0") as folding:
             assert folding.begin(tasks, 3) == 0

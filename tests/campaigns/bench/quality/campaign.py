@@ -8,7 +8,6 @@ to four times, the same for every rule. Test rows never choose. `sum`: of task a
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from continual.executors.contract import silent
 from continual.making import DEFAULT, DEFAULT_OF_ADAPTERS, WIDTH, Recipe
 from continual.rules import RULES, ReadOptions, read_options, readings
 from tests.campaigns.bench.quality.folding import Folding
-from tests.campaigns.bench.quality.results import Key, Results, bits
+from tests.campaigns.bench.quality.results import Key, Results, bits, rows_of
 from tests.campaigns.bench.quality.suite import Form, Part, Suite, Watching, fine_tune
 
 FIRST = ("iso-c", "tsv-m", "gram", "opcm", "task-arithmetic")
@@ -121,8 +120,7 @@ class Campaign:
         if key in self.results.known:
             return
         for file in sorted(self.work.glob(f"{self.suite.name}-*.jsonl")):
-            for line in file.read_text().splitlines():
-                row = json.loads(line)
+            for row in rows_of(file):
                 if row["rule"] == "base" and list(row["test"]) == list(self.suite.tasks):
                     self.results.add(key, **{name: row[name] for name in ("test", "watched") if name in row})
                     return

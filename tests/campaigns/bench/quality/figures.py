@@ -3,7 +3,6 @@ differences. No files are written here."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from continual.making import DEFAULT, DEFAULT_OF_ADAPTERS
+from tests.campaigns.bench.quality.results import rows_of
 
 Answers = Mapping[str, str]
 DRAWS = 4000
@@ -20,9 +20,8 @@ DRAWS = 4000
 
 def load(file: Path) -> Table:
     """The results of one suite and form."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
     suite, form, *kept = file.stem.split("-")
-    return Table(suite, form, bool(kept), {(r["order"], r["rule"], r["count"], r["read"]): r for r in rows})
+    return Table(suite, form, bool(kept), {(r["order"], r["rule"], r["count"], r["read"]): r for r in rows_of(file)})
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,6 @@ class Table:
     def default(self) -> str:
         """The rule that such a state has unless told otherwise."""
         return DEFAULT_OF_ADAPTERS if self.kept else DEFAULT
-
-    @property
-    def versions(self) -> list[str]:
-        """The versions of the code that the results were made by, as far as they say it."""
-        return sorted({row["by"] for row in self.rows.values() if row.get("by")})
 
     @property
     def most(self) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tests.campaigns.bench.quality.campaign import READS
 from tests.campaigns.bench.quality.figures import Table
 
-READS = ("default", "paper", "sum", "tuned")
 FORMS = {
     "full": "Full fine-tunes",
     "lora": "LoRA adapters",

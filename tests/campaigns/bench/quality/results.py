@@ -47,10 +47,8 @@ class Results:
             raise SystemExit(f"{file}: another run writes it; take another --work, or another --form") from None
         self._out.seek(0)
         text = self._out.read()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            self._out.truncate(len(whole.encode()))
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+        self._out.truncate(len(_whole(text).encode()))
+        self.rows = _parsed(text)
         self.known = {Key(row["order"], row["rule"], row["count"], row["read"]) for row in self.rows}
 
     def add(self, key: Key, **values: Any) -> None:
@@ -64,6 +62,20 @@ class Results:
     def close(self) -> None:
         """Lets go of the file."""
         self._out.close()
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """The results in a file, which another run may be writing."""
+    return _parsed(file.read_text())
+
+
+def _whole(text: str) -> str:
+    """Without a line that has no end."""
+    return text[: text.rfind("\n") + 1]
+
+
+def _parsed(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _whole(text).splitlines()]
 
 
 @functools.cache
