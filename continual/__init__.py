@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from continual.publish.lora import LoraTarget
     from continual.state.backup import BackupReport, Wish
     from continual.state.damage import RepairPlan
-    from continual.tuning import Command, Rows, Tuned, Tuning, Weighing
+    from continual.tuning import Command, Learning, Rows, Tuned, Tuning, Weighing
 
 __all__ = [
     "BackupReport",
     "Command",
     "ContinualError",
     "Halt",
+    "Learning",
     "LoraTarget",
     "Merge",
     "Outcome",
@@ -66,7 +67,7 @@ _HOMES = {
     "continual.publish.lora": ("LoraTarget",),
     "continual.state.backup": ("BackupReport", "Wish"),
     "continual.state.damage": ("RepairPlan",),
-    "continual.tuning": ("Command", "Rows", "Tuned", "Tuning", "Weighing"),
+    "continual.tuning": ("Command", "Learning", "Rows", "Tuned", "Tuning", "Weighing"),
 }
 """The module that each name is loaded from: the same as above, which only type checkers read."""
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, cast
 
 import typer
 
 from continual.cli import console, opened
 from continual.cli.flags import MACHINE, OPENING, Flags, takes
-from continual.cli.typed import Worth
+from continual.cli.typed import Worth, parse_options
 from continual.errors import Misconfigured
 
 if TYPE_CHECKING:
     from continual.rules import ReadOptions
     from continual.rules.scale import Policy
-    from continual.tuning import Evaluation, Weighing
+    from continual.tuning import Evaluation, Learning, Weighing
 
 app = typer.Typer(rich_markup_mode=None)
+What = Literal["scale", "weights", "layers"]
 
 
 @app.command()
@@ -32,17 +33,44 @@ def tune(
             show_default=False,
         ),
     ] = None,
+    what: Annotated[
+        What,
+        typer.Option(
+            "--what",
+            help="What to find: scale, weights (of the models of a state of adapters), or layers (a coefficient each).",
+        ),
+    ] = "scale",
     rows: Annotated[
-        Path | None,
-        typer.Option("--rows", help="Calibration rows: a JSONL file with text and label.", show_default=False),
+        list[Path] | None,
+        typer.Option(
+            "--rows",
+            help="Calibration rows: a JSONL file with text and label; for layers one a task.",
+            show_default=False,
+        ),
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option("--objective", help="Of the rows: causal-lm, classification or heads.", show_default=False),
+        typer.Option(
+            "--objective",
+            help="Of the rows: causal-lm, classification or heads; for layers also module:function.",
+            show_default=False,
+        ),
     ] = None,
     heads: Annotated[
-        Path | None,
-        typer.Option("--heads", help="Prompts of each label (JSON), for the objective heads.", show_default=False),
+        list[Path] | None,
+        typer.Option(
+            "--heads",
+            help="Prompts of each label (JSON), for the objective heads; one for each --rows.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibration",
+            help="With layers: how the rows are run, as seed=1, held=0.2, dtype=bfloat16 or unsupervised=true.",
+            show_default=False,
+        ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Rows evaluated at a time.")] = 16,
     candidates: Annotated[int, typer.Option("--candidates", help="Evaluations, at least 3.")] = 20,
@@ -80,36 +108,38 @@ def tune(
         str | None,
         typer.Option("--rule", help="Rule to read by; default: the one in force.", show_default=False),
     ] = None,
-    weights: Annotated[
-        bool,
-        typer.Option("--weights", help="Find the weights of the models instead (a state of adapters)."),
-    ] = False,
     group: Annotated[
         list[str] | None,
         typer.Option(
             "--group",
-            help="With --weights: models that share a factor, as NAME,NAME or a glob; default: one each; repeatable.",
+            help="With weights: models that share a factor, as NAME,NAME or a glob; default: one each; repeatable.",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Evaluate and print, and record nothing.")] = False,
     *,
     flags: Flags,
 ) -> None:
-    """Find how large the merged task vector should be, or how much each model weighs in it, by evaluating candidates,
-    and record it. Nothing is folded again."""
-    from continual.tuning import Tuning, Weighing
+    """Find how large the merged task vector should be, or how much each model weighs in it, or each of its layers, by
+    evaluating candidates, and record it. Nothing is folded again."""
+    from continual.tuning import Learning, Tuning, Weighing
 
-    worth = Worth(command, rows, objective, heads, batch, key, lower, timeout)
+    worth = Worth(command, rows or (), objective, heads or (), batch, key, lower, timeout)
+    if what != "scale" and (policy is not None or around is not None or lines):
+        raise Misconfigured(f"--what {what} leaves the scale as it is: leave out --policy, --around and --lines")
+    if group and what != "weights":
+        raise Misconfigured("--group is for --what weights")
+    if calibration and what != "layers":
+        raise Misconfigured("--calibration is for --what layers")
+    signal.signal(signal.SIGTERM, _stop)
+    if what == "layers":
+        name, files, prompts = worth.learned()
+        settings = {"batch": batch, **parse_options(calibration or ())}
+        return _learn(Learning(name, files, prompts, settings, candidates, work, dry_run, rule), flags)
     evaluation = worth.evaluation()
-    if group and not weights:
-        raise Misconfigured("--group is for --weights")
-    if weights:
-        if policy is not None or around is not None or lines:
-            raise Misconfigured("--weights finds the weights alone: leave out --policy, --around and --lines")
+    if what == "weights":
         groups = tuple(tuple(words.split(",")) for words in group or ())
         return _weigh(evaluation, Weighing(candidates, groups, work, dry_run, rule), flags)
     wanted = Tuning(candidates, cast("Policy | None", policy), around, lines, work, dry_run, rule)
-    signal.signal(signal.SIGTERM, _stop)
     with opened.merge(flags, write=not dry_run) as merge, console.progress() as progress:
         tuned = merge.tune(evaluation, wanted, progress, None if flags.json else console.trial)
     if flags.json:
@@ -118,9 +148,31 @@ def tune(
         console.tuned(tuned)
 
 
+def _learn(wanted: Learning, flags: Flags) -> None:
+    """Finds the coefficients of the layers."""
+    if wanted.asked().settings.unsupervised:
+        console.warn(
+            "unsupervised: entropy says how sure the model is, not whether it is right: look at the tuned model before "
+            "you use it"
+        )
+
+    def told(_options: ReadOptions, score: float) -> None:
+        console.warn(f"loss of the rows that judge: {-score:.6g}")
+
+    with opened.merge(flags, write=not wanted.dry_run) as merge, console.progress() as progress:
+        tuned = merge.tune_layers(wanted, progress, None if flags.json else told)
+    if flags.json:
+        console.emit(console.tuned_body(tuned))
+        return
+    rows = [(f"{row.loss:.6g}", f"{-row.score:.6g}") for row in tuned.entry.trials]
+    console.table(("loss of the rows that drive", "of those that judge"), rows)
+    if tuned.score == tuned.before:
+        return console.say("no candidate served the rows that judge better than what is in force: nothing is recorded")
+    console.say(console.tuned_line(tuned))
+
+
 def _weigh(evaluation: Evaluation, wanted: Weighing, flags: Flags) -> None:
     """Finds the weights of the models."""
-    signal.signal(signal.SIGTERM, _stop)
     with opened.merge(flags, write=not wanted.dry_run) as merge, console.progress() as progress:
         names = {fold.entry.candidate.key: fold.entry.candidate.name for fold in merge.state.ledger.folds()}
 

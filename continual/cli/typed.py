@@ -97,9 +97,9 @@ class Worth:
     """The flags of `tune` that say by what a candidate is worth something, as they were typed."""
 
     command: str | None
-    rows: Path | None
+    rows: Sequence[Path]
     objective: str | None
-    heads: Path | None
+    heads: Sequence[Path]
     batch: int
     key: str | None
     lower: bool
@@ -110,16 +110,31 @@ class Worth:
         cannot be used."""
         from continual.tuning import Command, Rows
 
-        if (self.command is None) == (self.rows is None) or (self.rows is None) != (self.objective is None):
+        if (self.command is None) == (not self.rows) or (not self.rows) != (self.objective is None):
             raise Misconfigured(
                 "say what a candidate is worth: with --command 'eval.py {model}', or with --rows FILE --objective NAME"
             )
         if self.command is not None:
-            if self.heads is not None:
+            if self.heads:
                 raise Misconfigured("--heads goes with --rows")
             return Command(Command.split(self.command), self.key, self.lower, self.timeout)
+        self._by_no_command()
+        if len(self.rows) > 1 or len(self.heads) > 1:
+            raise Misconfigured("several files of rows, one for each task, are for --what layers")
+        assert self.objective is not None
+        return Rows(self.objective, self.rows[0], self.heads[0] if self.heads else None, self.batch)
+
+    def learned(self) -> tuple[str, tuple[Path, ...], tuple[Path, ...]]:
+        """The objective, the files of rows and those of prompts by which coefficients of layers are found. Raises
+        Misconfigured for a command, which has no gradient."""
+        if self.command is not None or self.objective is None:
+            raise Misconfigured(
+                "coefficients of layers follow from a gradient, which no --command has: name an objective with "
+                "--rows FILE --objective NAME, or --objective module:function"
+            )
+        self._by_no_command()
+        return self.objective, tuple(self.rows), tuple(self.heads)
+
+    def _by_no_command(self) -> None:
         if self.key is not None or self.lower or self.timeout is not None:
             raise Misconfigured("--key, --lower and --timeout go with --command")
-        assert self.rows is not None
-        assert self.objective is not None
-        return Rows(self.objective, self.rows, self.heads, self.batch)

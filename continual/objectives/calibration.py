@@ -136,6 +136,8 @@ class Calibration:
         self._device = device
         self._dtype = DTYPES[wanted.settings.dtype]
         self._reference = wanted.objective if wanted.by_function else None
+        self.enlarged = FLOAT16_SCALE if self._dtype == torch.float16 else 1.0
+        """By what the gradient is multiplied until `backward` is done."""
 
     def loss(self) -> float:
         """The mean over tasks of the mean loss of the rows that drive. Raises Misconfigured naming the task and row of
@@ -154,7 +156,6 @@ class Calibration:
         Raises Misconfigured as `loss` does, and for a loss without a gradient or with one that is not finite.
         """
         self.model.zero_grad(set_to_none=True)
-        scale = FLOAT16_SCALE if self._dtype == torch.float16 else 1.0
         total = []
         for dealt in self.dealt:
             if isinstance(dealt.task, FittedTask):
@@ -168,13 +169,13 @@ class Calibration:
                 share = losses.double().sum() / (len(dealt.drive) * len(self.dealt))
                 total.append(float(share.detach()))
                 with told_as_theirs(self._reference):
-                    (share * scale).backward()  # type: ignore[no-untyped-call]
+                    (share * self.enlarged).backward()  # type: ignore[no-untyped-call]
         for name, parameter in self.model.named_parameters():
             if parameter.grad is None:
                 continue
-            parameter.grad /= scale
+            parameter.grad /= self.enlarged
             if not parameter.grad.isfinite().all():
-                hint = ": use dtype = bfloat16 or float32" if scale != 1 else ""
+                hint = ": use dtype = bfloat16 or float32" if self.enlarged != 1 else ""
                 raise Misconfigured(f"the loss is finite, and its gradient in {name} is not{hint}")
         return math.fsum(total)
 

@@ -4,6 +4,7 @@ a command or on rows, the record."""
 from continual.objectives.builtin import Rows
 from continual.tuning.choosing import Evaluation, Told, Tuned, Tuning, tune
 from continual.tuning.command import Command
+from continual.tuning.learning import Learning, learn
 from continual.tuning.record import chosen, in_force, newest
 from continual.tuning.rescaling import rescale
 from continual.tuning.weighing import Weighing, weigh
@@ -11,6 +12,7 @@ from continual.tuning.weighing import Weighing, weigh
 __all__ = [
     "Command",
     "Evaluation",
+    "Learning",
     "Rows",
     "Told",
     "Tuned",
@@ -18,6 +20,7 @@ __all__ = [
     "Weighing",
     "chosen",
     "in_force",
+    "learn",
     "newest",
     "rescale",
     "tune",

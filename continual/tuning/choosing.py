@@ -22,9 +22,10 @@ from continual.executors.contract import Executor, Progress
 from continual.objectives import builtin
 from continual.objectives.parameters import find_parameters
 from continual.publish import folder
+from continual.records import ObjectiveRecord
 from continual.rules import ReadAs, ReadOptions, read_as
 from continual.rules.scale import POLICIES, Policy
-from continual.state import Commit
+from continual.state import Commit, State
 from continual.state.durable import environment, usable
 from continual.state.entries import TuneEntry
 from continual.state.parts import CommandEvaluation, RowsEvaluation
@@ -106,8 +107,7 @@ def tune(
     """
     state = engine.state
     started = time.perf_counter()
-    if not state.ledger.folds(reading.commit.seq):
-        raise Misconfigured(f"{state.path}: nothing is folded yet, so there is nothing to tune; fold a model first")
+    check_folded(state, reading)
     if tuning.policy == "spread":
         blocks = state.format.form is not None
         read_as(engine.rule, reading.options, ReadAs(reading.rule.name, "spread"), blocks=blocks)  # raises
@@ -126,12 +126,18 @@ def tune(
     return settled(engine, reading, found, dry_run=tuning.dry_run)
 
 
+def check_folded(state: State, reading: Reading) -> None:
+    """Raises Misconfigured where nothing is folded."""
+    if not state.ledger.folds(reading.commit.seq):
+        raise Misconfigured(f"{state.path}: nothing is folded yet, so there is nothing to tune; fold a model first")
+
+
 class Found(NamedTuple):
     """What a search found: its trials, what the record keeps of the evaluation, whether lower scores are better, and
     the seconds that it took."""
 
     trials: Sequence[Trial]
-    evaluation: CommandEvaluation | RowsEvaluation
+    evaluation: CommandEvaluation | ObjectiveRecord | RowsEvaluation
     lower: bool
     seconds: float
 

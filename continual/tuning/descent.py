@@ -2,8 +2,8 @@
 what factors are worth, and the slopes there, the caller says.
 
 BFGS with the projections of Bertsekas 1982, "Projected Newton Methods for Optimization Problems with Simple
-Constraints": at a bound, what leads beyond it is left out. The first step goes as far as doubles or halves the factor
-with the steepest slope; a step that does not lower the loss is shortened.
+Constraints": at a bound, what leads beyond it is left out. The first step changes the factor with the steepest slope by
+as much as it is told; a step that does not lower the loss is shortened.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FIRST = math.log(2.0)
-"""How far the first step goes, as a logarithm of a factor."""
-FAR = math.log(4.0)
-"""No step goes farther."""
+FIRST = 2.0
+"""By what the first step changes a factor, unless told otherwise; no later step by more than the square of it."""
 ENOUGH = 1e-4
 """The share of what the slopes promise that a step has to keep (Armijo)."""
 SETTLED = 1e-5
@@ -32,29 +30,37 @@ class Here(NamedTuple):
     slopes: tuple[float, ...]
 
 
-def descend(evaluate: Callable[[tuple[float, ...]], Here], count: int, candidates: int, most: float) -> None:
+def descend(
+    evaluate: Callable[[tuple[float, ...]], Here],
+    count: int,
+    candidates: int,
+    most: float,
+    first: float = FIRST,
+    enough: Callable[[], bool] = lambda: False,
+) -> None:
     """Asks for at most `candidates` points of `count` factors, the first of them all 1, each lower than those before
-    where that can be; no factor is over `most` or under 1/`most`. Returns where nothing is left to find.
+    where that can be; no factor is over `most` or under 1/`most`. Returns where nothing is left to find, or as soon as
+    `enough` says so.
 
     A loss that is no finite number is taken for a high one.
     """
-    bound = math.log(most)
+    bound, short = math.log(most), math.log(first)
     at = torch.zeros(count, dtype=torch.float64)
     here = _asked(evaluate, at)
     left = candidates - 1
     bend: Tensor | None = None  # the inverse of the Hessian, as far as it is known
-    while left and here is not None:
+    while left and here is not None and not enough():
         loss, slopes = here
         free = ~(((at >= bound) & (slopes < 0)) | ((at <= -bound) & (slopes > 0)))
         steep = torch.where(free, slopes, 0.0)
         if not bool(steep.any()):
             return
-        way = -FIRST * steep / steep.abs().max() if bend is None else torch.where(free, -(bend @ steep), 0.0)
+        way = -short * steep / steep.abs().max() if bend is None else torch.where(free, -(bend @ steep), 0.0)
         if not float(way @ steep) < 0:
-            way, bend = -FIRST * steep / steep.abs().max(), None
-        way = way * min(1.0, FAR / float(way.abs().max()))
+            way, bend = -short * steep / steep.abs().max(), None
+        way = way * min(1.0, 2 * short / float(way.abs().max()))
         length, there = 1.0, None
-        while left:
+        while left and not enough():
             target = (at + length * way).clamp(-bound, bound)
             step = target - at
             promised = float(step @ slopes)
@@ -86,8 +92,7 @@ def _bent(bend: Tensor | None, step: Tensor, change: Tensor) -> Tensor | None:
     along = float(step @ change)
     if not along > 1e-10 * float(step.norm() * change.norm()):
         return bend
-    unit = torch.eye(len(step), dtype=step.dtype)
     if bend is None:
-        bend = unit * (along / float(change @ change))
-    turned = unit - torch.outer(step, change) / along
-    return turned @ bend @ turned.mT + torch.outer(step, step) / along
+        bend = torch.eye(len(step), dtype=step.dtype) * (along / float(change @ change))
+    mixed = torch.outer(step, bend @ change) / along
+    return bend - mixed - mixed.mT + torch.outer(step, step) * ((1.0 + float(change @ bend @ change) / along) / along)

@@ -12,7 +12,8 @@ from continual.tuning.search import Trial
 def row(trial: Trial, *, lower: bool) -> TrialRecord:
     """A trial; `lower` where the evaluation's score is better where it is lower."""
     score = -trial.score if lower else trial.score
-    return TrialRecord(trial.options.scale, trial.options.lines or None, score, dict(trial.options.weights) or None)
+    read = trial.options
+    return TrialRecord(read.scale, read.lines or None, score, dict(read.weights) or None, trial.loss)
 
 
 def newest(state: State) -> Commit | None:

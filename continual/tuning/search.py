@@ -28,10 +28,12 @@ TRIED = (0.0, 1.0, -0.5, 2.0, -1.0)
 
 
 class Trial(NamedTuple):
-    """A way to read the merged model, and what that is worth, higher being better."""
+    """A way to read the merged model, and what that is worth, higher being better; `loss` is what it was found by,
+    where that is something else."""
 
     options: ReadOptions
     score: float
+    loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

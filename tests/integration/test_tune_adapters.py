@@ -124,14 +124,14 @@ def test_the_command(tmp_path: Path, base: Path) -> None:
     with folded(tmp_path, base, "mean") as merge:
         argv = near(tmp_path, merge, ReadView(weights={"a": 3.0})).argv
     where = ("--state", tmp_path / "state", "--command", shlex.join(argv))
-    done = run("tune", "--weights", "--candidates", 9, *where)
+    done = run("tune", "--what", "weights", "--candidates", 9, *where)
     assert done.returncode == 0, done.stderr
     assert "weights of 3 models" in done.stdout
     assert "9 candidates" in done.stdout
     body = machine("scale", "--state", tmp_path / "state")
     assert len(body["weights"]) == 3
     assert run("tune", "--group", "a", *where).returncode == 2
-    assert run("tune", "--weights", "--lines", *where).returncode == 2
+    assert run("tune", "--what", "weights", "--lines", *where).returncode == 2
 
 
 def test_a_merge_of_whole_tensors_is_weighed_as_it_is_folded(tmp_path: Path, base: Path) -> None:

@@ -22,7 +22,7 @@ from continual.objectives.parameters import Parameters, find_parameters
 from continual.rules import ReadOptions
 from continual.state.entries import TuneEntry
 from continual.state.parts import RowsEvaluation
-from continual.tuning import Rows, Weighing, scoring, slopes
+from continual.tuning import Learning, Rows, Weighing, scoring, slopes
 from tests.helpers import adapters
 from tests.helpers.command import machine, run
 from tests.helpers.tiny import CPU, MODELS, SMALL, WORDS, transformers, write_tokenizer
@@ -162,17 +162,51 @@ def test_the_weights_are_found_by_slopes(tmp_path: Path, monkeypatch: pytest.Mon
 def test_groups_on_rows_and_what_is_no_sum(tmp_path: Path) -> None:
     place = placed(tmp_path, "causal-lm")
     argv = ["--rows", place.ask.file, "--objective", "causal-lm", "--batch", 5, "--state", place.state, "--dry-run"]
-    body = machine("tune", "--weights", "--group", "a,b", "--group", "c", "--candidates", 4, *argv)
+    body = machine("tune", "--what", "weights", "--group", "a,b", "--group", "c", "--candidates", 4, *argv)
     with place.open() as merge:
         keys = [fold.entry.candidate.key for fold in merge.state.ledger.folds()]
     weights = [body["read"]["weights"][key] for key in keys]
     assert weights[0] == weights[1] != 1.0
     assert weights[3] == 1.0
     assert len(body["trials"]) <= 4
-    few = run("tune", "--weights", "--rule", "iso-c", "--candidates", 8, *argv)
+    few = run("tune", "--what", "weights", "--rule", "iso-c", "--candidates", 8, *argv)
     assert few.returncode == 2
     assert "4 weights take at least 9" in few.stderr
     with place.open() as merge:
         assert merge.scale().weights == ()
         found = merge.tune_weights(place.ask, Weighing(3, (("a", "b", "c", "d"),), rule="iso-c"))
         assert len({weight for _, weight in found.read.weights}) == 1
+
+
+def test_coefficients_of_layers_of_experts(tmp_path: Path) -> None:
+    place = placed(tmp_path, "experts", "tsv-m", "0.3")
+    files = {"rows": (place.ask.file,), "calibration": {"batch": 4, "held": 0.25}}
+    with place.open() as merge:
+        found = merge.tune_layers(Learning("causal-lm", **files, candidates=6))
+        assert found.score > found.before
+        layers = dict(found.read.layers)
+        stack = "model.layers.0.mlp.experts.down_proj"
+        assert layers[stack] != 1.0
+        base, after = (
+            load_file(where / "model.safetensors") for where in (place.base, merge.export(tmp_path / "after"))
+        )
+        merge.rescale("auto")
+        merge.rescale("0.3")
+        plain = load_file(merge.export(tmp_path / "plain") / "model.safetensors")
+    for name, value in base.items():
+        wanted = layers.get(name, 1.0) * (plain[name].float() - value.float())
+        assert torch.allclose(after[name].float() - value.float(), wanted, rtol=1e-3, atol=1e-6), name
+
+
+def test_entropy_needs_no_labels_and_is_warned_of(tmp_path: Path) -> None:
+    place = placed(tmp_path, "heads", "mean")
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("".join(json.dumps({"text": f"{word} film"}) + "\n" for word in WORDS[2:]))
+    argv = ["--rows", bare, "--objective", "heads", "--heads", place.ask.heads, "--state", place.state]
+    argv += ["--what", "layers", "--candidates", 3, "--calibration", "unsupervised=true", "--dry-run"]
+    done = run("tune", *argv)
+    assert done.returncode == 0, done.stderr
+    assert "entropy says how sure the model is, not whether it is right" in done.stderr
+    body = machine("tune", *argv)
+    assert body["evaluation"]["unsupervised"] is True
+    assert body["score"] >= body["before"]["score"]

@@ -39,6 +39,8 @@ SIGNATURES = {
     "Merge.rescale": "(self, scale=None, lines=None, rule=None)",
     "Merge.tune": "(self, evaluation, wanted=None, progress, told=None)",
     "Merge.tune_weights": "(self, evaluation, wanted=None, progress, told=None)",
+    "Merge.tune_layers": "(self, wanted, progress, told=None)",
+    "Learning": ("(objective, rows=(), heads=(), calibration, candidates=20, work=None, dry_run=False, rule=None)"),
     "Weighing": "(candidates=20, groups=(), work=None, dry_run=False, rule=None)",
     "Merge.look_unfold": "(self, word, at=None)",
     "Merge.unfold": "(self, plan, progress)",

@@ -1,0 +1,204 @@
+"""Coefficients of layers, learned at reading: what the merged task vector of each layer is multiplied by, so that the
+loss on calibration rows is least. Nothing is folded.
+
+In the spirit of AdaMerging (Yang et al. 2024, "AdaMerging: Adaptive Model Merging for Multi-Task Learning", equation 5)
+and aTLAS (Zhang et al. 2024, "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling", equation 3),
+with one coefficient a layer and not one a layer and model: a state has the merged task vector alone. Θ = θ₀ + c_l·v_l
+in layer l, v being what is read now. One pass backwards gives every ∂loss/∂c_l = ⟨g_l, v_l⟩, and quasi-Newton steps on
+the logarithms of the c_l follow from them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from continual import linalg
+from continual.config import CalibrationSettings
+from continual.engine.engine import Engine
+from continual.engine.reading import Reading
+from continual.errors import Misconfigured
+from continual.executors.contract import Progress
+from continual.objectives.calibration import Calibration, Wanted, load
+from continual.objectives.parameters import HeldIn, find_parameters
+from continual.records import TensorSpec
+from continual.rules import ReadOptions
+from continual.rules.scale import layer_key
+from continual.state.transaction import room
+from continual.tensors import Folder
+from continual.tensors.checkpoints.checkpoint import open_checkpoint
+from continual.tensors.layouts.in_classes import elsewhere
+from continual.tuning import choosing, scoring, scratch
+from continual.tuning.descent import Here, descend
+from continual.tuning.search import LEAST, Trial, best
+
+MOST = 16.0
+"""No coefficient becomes more than so many times larger or smaller in one run."""
+FIRST = 1.35
+"""By what the first step changes the layer with the steepest slope."""
+HELD = 0.2
+"""The share of the rows that judge. They end a run, and compare its best with its start: fewer do than in a round,
+which judges each model by them."""
+PATIENCE = 5
+"""So many candidates one after the other that do not lower the loss of the rows that judge end a run."""
+
+_HINT = "a gradient in float16 underflows or is too large; take dtype = bfloat16 or float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """What to go by, and what to try: at most so many candidates.
+
+    `objective` is causal-lm, classification, heads, or module:function; `rows` is a JSONL file for each task, and
+    `heads` a JSON file of prompts for each, for the objective heads alone. `calibration`: `seed`, `held` (the share of
+    the rows that judge), `batch`, `dtype`, `checkpointing` and `unsupervised` (entropy, without labels), where they are
+    not as by default. `rule` reads, by default the one in force. `work` is the directory for the scratch file;
+    `dry_run` records nothing.
+
+    Raises Misconfigured naming what is missing or cannot be used.
+    """
+
+    objective: str
+    rows: tuple[str | Path, ...] = ()
+    heads: tuple[str | Path, ...] = ()
+    calibration: Mapping[str, object] = field(default_factory=dict)
+    candidates: int = 20
+    work: str | Path | None = None
+    dry_run: bool = False
+    rule: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.candidates < LEAST:
+            raise Misconfigured(f"candidates = {self.candidates}: coefficients of layers take at least {LEAST}")
+        self.asked()
+
+    def asked(self) -> Wanted:
+        """The losses that are wanted. Raises Misconfigured."""
+        try:
+            settings = CalibrationSettings.model_validate({"held": HELD, **self.calibration})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise Misconfigured(f"{' '.join(map(str, first['loc']))}: {first['msg']}") from None
+        rows, heads = (tuple(Path(file) for file in files) for files in (self.rows, self.heads))
+        return Wanted(self.objective, rows, heads, settings)
+
+
+def learn(
+    engine: Engine,
+    reading: Reading,
+    wanted: Learning,
+    progress: Progress,
+    told: choosing.Told | None = None,
+) -> choosing.Tuned:
+    """Finds the coefficients of the layers of what `reading` reads under which the rows that judge have the least loss,
+    going where the rows that drive say, and records them; nothing is recorded where none is better than what is in
+    force. Scores are minus the mean over tasks of the mean loss of the rows that judge.
+
+    Raises Misconfigured where nothing is folded or the objective cannot be used, Retry where the environment got in the
+    way or the state moved on meanwhile; then nothing is recorded.
+    """
+    started = time.perf_counter()
+    choosing.check_folded(engine.state, reading)
+    objective = wanted.asked()
+    asked = objective.told()
+    with choosing.scratch_directory(wanted.work) as work, ExitStack() as held:
+        room(work, scratch.nbytes(reading), "tuning")
+        file = work / "merged.safetensors"
+        scratch.write(reading, file, engine.executor, progress)
+        unit = held.enter_context(open_checkpoint(Folder(file)))
+        losses = load(objective, engine.base.checkpoint.directory, engine.device)
+        way = held.enter_context(_Way(engine, partial(scratch.Scratch, reading, unit), reading.options, losses))
+        progress("tune", 0, wanted.candidates)
+
+        def evaluate(factors: tuple[float, ...]) -> Here:
+            here = way(factors, progress)
+            progress("tune", len(way.trials), wanted.candidates)
+            if told is not None:
+                told(way.trials[-1].options, way.trials[-1].score)
+            return here
+
+        descend(evaluate, len(way.keys), wanted.candidates, MOST, FIRST, way.is_enough)
+    found = choosing.Found(way.trials, asked, False, time.perf_counter() - started)
+    better = best(way.trials).score > way.trials[0].score
+    return choosing.settled(engine, reading, found, dry_run=wanted.dry_run or not better)
+
+
+class _Way:
+    """What factors for the layers are worth on the rows, and which way the loss falls there. A context manager.
+
+    Each gradient is let go as soon as its product with the merged task vector is known, so that the model is in memory
+    once.
+    """
+
+    def __init__(
+        self, engine: Engine, made: Callable[[ReadOptions], Reading], start: ReadOptions, losses: Calibration
+    ) -> None:
+        """Raises Misconfigured where a tensor of the base is no parameter of the model."""
+        base = engine.base
+        there = [spec for spec in base.specs if spec.kind == "carried" or spec.name in base.checkpoint.tensors]
+        self._held = find_parameters(losses.model, there, base.aliases, elsewhere(base))
+        self._engine, self._made, self._start, self._losses = engine, made, start, losses
+        self._specs = {spec.name: spec for spec in base.specs if spec.name in self._held}
+        self.keys = sorted({layer_key(name) for name in self._specs})
+        self.trials: list[Trial] = []
+        self._reading = made(start)
+        self._dots: dict[str, list[float]] = {}
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> _Way:
+        within: dict[torch.Tensor, list[tuple[TensorSpec, HeldIn]]] = {}
+        for name, found in self._held.items():
+            for one in found:
+                within.setdefault(one.tensor, []).append((self._specs[name], one))
+        for parameter in self._losses.model.parameters():
+            if parameter in within:
+                take = partial(self._take, within[parameter])
+                hook = parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+                self._hooks.callback(hook.remove)
+            else:
+                parameter.requires_grad_(False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def __call__(self, factors: tuple[float, ...], progress: Progress) -> Here:
+        """Raises Misconfigured for a loss or a gradient that is not finite."""
+        found = dict(self._start.layers)
+        for key, factor in zip(self.keys, factors, strict=True):
+            if factor != 1.0:
+                found[key] = float(f"{found.get(key, 1.0) * factor:.6g}")
+        options = replace(self._start, layers=tuple(sorted(found.items())))
+        self._reading = self._made(options)
+        self._reading.settle(self._engine.executor, progress)
+        scoring.fill(self._held, self._engine.base, self._reading, self._engine.executor)
+        judged = [float(each.mean()) for each in self._losses.held()]
+        self._dots = {key: [] for key in self.keys}
+        loss = self._losses.backward()
+        self.trials.append(Trial(options, -math.fsum(judged) / len(judged), loss))
+        return Here(loss, tuple(math.fsum(self._dots[key]) for key in self.keys))
+
+    def is_enough(self) -> bool:
+        """Whether the last candidates did not lower the loss of the rows that judge."""
+        scores = [trial.score for trial in self.trials]
+        return len(scores) - 1 - scores.index(max(scores)) >= PATIENCE
+
+    def _take(self, within: Sequence[tuple[TensorSpec, HeldIn]], parameter: torch.Tensor) -> None:
+        """Adds what the gradient of this parameter, of one batch of rows, says of its layers."""
+        for spec, held in within:
+            gradient = held.gradient
+            assert gradient is not None, spec.name
+            vector = self._reading.vector(spec).to(gradient.device)
+            slope = linalg.dot(gradient, vector) / self._losses.enlarged
+            if not math.isfinite(slope):
+                raise Misconfigured(f"the loss is finite, and its gradient in {spec.name} is not: {_HINT}")
+            self._dots[layer_key(spec.name)].append(slope)
+        parameter.grad = None

@@ -1,0 +1,217 @@
+"""Coefficients of layers, measured: `continual tune --what layers` on a few rows a task, against the reading that it
+begins at and against simply training on the same rows. Accuracy on test rows, which nothing sees before.
+
+    python -m tests.campaigns.bench.layers --work W --suite digits --form full --tasks 4 8
+    python -m tests.campaigns.bench.layers --work W --data DIR --data SETS --suite language --form lora --tasks 4
+
+W, DIR and SETS are those of `tests.campaigns.bench.quality`, whose fine-tunes are taken where they are there, and
+trained where not. Full fine-tunes are folded into a state of whole tensors, adapters into one of adapters; both by the
+default rule of that form. The rows are never trained on by a fine-tune, and are no test rows.
+
+Trained on the rows: the base, and the merge, by the recipe of the fine-tunes, on all rows, those that judge too; the
+language model by LoRA. Minutes on digits; on the language model a pass backwards takes three CPU seconds for 8 rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+import continual
+from continual.demo import digits as demo
+from continual.making import WIDTH
+from continual.objectives import Given
+from tests.campaigns.bench.quality import digits as ways
+from tests.campaigns.bench.quality import language
+from tests.campaigns.bench.quality.campaign import settle_threads
+from tests.campaigns.bench.quality.suite import Form, Suite, fine_tune
+from tests.campaigns.bench.selection.world import DigitsWorld, Seen
+
+MODULE = "tests.campaigns.bench.layers"
+
+
+class Place(Protocol):
+    """A suite with the rows that are learned from."""
+
+    suite: Suite
+    wanted: Sequence[str]
+    objective: str
+
+    def trained(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """These weights after training on the rows."""
+        ...
+
+
+class OnDigits:
+    """Digits seen in other ways; a row's loss is at a fitted confidence."""
+
+    objective = f"{MODULE}:digits"
+
+    def __init__(self, work: Path, count: int, rows: int, seed: int) -> None:
+        self.suite = ways.Digits(work / "digits")
+        self.world = DigitsWorld(self.suite, seed, work / "layers")
+        self.wanted, self.seed, self.rows = self.world.wanted[:count], seed, rows
+
+    def of(self, task: str) -> tuple[Tensor, Tensor]:
+        """Images and labels."""
+        images, labels = self.world.rows(task)
+        return images[: self.rows], labels[: self.rows]
+
+    def given(self, directory: Path) -> Given:
+        """The objective."""
+        model = demo.Digits()
+        model.load_state_dict(load_file(directory / "model.safetensors"))
+        return Given(model.eval(), [Seen(model, *self.of(task)) for task in self.wanted])
+
+    def trained(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By the recipe of a fine-tune, twice as long."""
+        model = demo.Digits()
+        model.load_state_dict(dict(weights))
+        found = [self.of(task) for task in self.wanted]
+        images, labels = torch.cat([rows[0] for rows in found]), torch.cat([rows[1] for rows in found])
+        demo.train(model, images, labels, steps=2 * ways.STEPS["full"], rate=ways.RATES["full"], seed=self.seed)
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+class OnLanguage:
+    """The language model; a row's loss is that of its answer, a token."""
+
+    objective = f"{MODULE}:answers"
+
+    def __init__(self, work: Path, data: Sequence[Path], count: int, rows: int, seed: int) -> None:
+        self.suite = language.Language(work / "language", tuple(data))
+        tasks = list(self.suite.tasks[:8])
+        random.Random(1000 + seed).shuffle(tasks)
+        self.wanted, self.seed, self._count = tasks[:count], seed, rows
+
+    def rows(self, task: str) -> list[Any]:
+        """Rows that are neither trained on, nor those by which the quality benchmark chooses."""
+        left = list(self.suite._task(task).validation[language.VALIDATION :])
+        random.Random(f"{self.seed} {task}").shuffle(left)
+        return left[: self._count]
+
+    def given(self, directory: Path) -> Given:
+        """The objective."""
+        model, tokenizer = language.load(directory)
+        return Given(
+            model, [Answers(model, [language.encode(tokenizer, row) for row in self.rows(t)]) for t in self.wanted]
+        )
+
+    def trained(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """LoRA by the recipe of a fine-tune, as many steps for all the tasks."""
+        model, tokenizer = language.load(self.suite.prepare())
+        model.load_state_dict({name: weights.get(name, value) for name, value in model.state_dict().items()})
+        torch.manual_seed(self.seed)
+        wrapped = language.adapted(model, 16, frozen=False)
+        rows = [row for task in self.wanted for row in self.rows(task)]
+        steps = language.STEPS["lora"]
+        language.learn(model, tokenizer, rows, steps, language.RATES["lora"], self.seed)
+        return {name: value.detach().clone() for name, value in wrapped.merge_and_unload().state_dict().items()}
+
+
+class Answers:
+    """A task of the language model."""
+
+    def __init__(self, model: nn.Module, rows: Sequence[tuple[list[int], list[int]]]) -> None:
+        self.model, self.rows, self.count = model, rows, len(rows)
+
+    def losses(self, rows: Sequence[int]) -> Tensor:
+        """The mean over the tokens of each answer."""
+        tokens, wanted = language.batch([self.rows[row] for row in rows])
+        logits, where = language.scores(self.model, tokens, wanted)
+        nats = functional.cross_entropy(logits, wanted[where], reduction="none")
+        each = torch.zeros(len(rows)).index_add(0, where.nonzero()[:, 0], nats)
+        return each / where.sum(1)
+
+
+PLACE: dict[str, Any] = {}
+
+
+def digits(directory: Path, _device: torch.device) -> Given:
+    """The objective of the digits, as `module:function`."""
+    given: Given = PLACE["now"].given(directory)
+    return given
+
+
+answers = digits
+"""That of the language model."""
+
+
+def accuracy(place: Place, weights: Mapping[str, Tensor]) -> float:
+    """Mean over the tasks, on test rows, in per cent."""
+    found = [place.suite.correct(weights, task, "test").float().mean() for task in place.wanted]
+    return 100 * float(sum(found)) / len(found)
+
+
+def weights_of(merge: continual.Merge, where: Path) -> dict[str, Tensor]:
+    """What an export of the merge holds, in float32."""
+    shutil.rmtree(where, ignore_errors=True)
+    merge.export(continual.Target(where, dtype="F32"))
+    found = load_file(where / "model.safetensors")
+    shutil.rmtree(where)
+    return found
+
+
+def measured(place: Place, work: Path, form: Form, candidates: int, batch: int) -> dict[str, Any]:
+    """Folds, learns, trains and asks."""
+    importlib.import_module(MODULE).PLACE["now"] = place  # which is another module than this one, where it is run
+    base, state = place.suite.prepare(), work / "layers-state"
+    shutil.rmtree(state, ignore_errors=True)
+    continual.init(base, state, continual.Recipe(width=WIDTH if form == "lora" else None))
+    told: dict[str, Any] = {"suite": place.suite.name, "form": form, "tasks": len(place.wanted)}
+    with continual.open(state, write=True, workers=1, max_base_ratio=100.0) as merge:
+        for task in place.wanted:
+            merge.fold(fine_tune(place.suite, task, form))
+        start = weights_of(merge, work / "layers-export")
+        told["base"] = accuracy(place, load_file(base / "model.safetensors"))
+        told["default"] = accuracy(place, start)
+        learning = continual.Learning(place.objective, calibration={"batch": batch}, candidates=candidates)
+        tuned = merge.tune_layers(learning, told=lambda _, score: print(f"  judged {-score:.4f}", flush=True))
+        told["layers"] = accuracy(place, weights_of(merge, work / "layers-export"))
+        told |= {"candidates": len(tuned.entry.trials), "before": -tuned.before, "judged": -tuned.score}
+        print(json.dumps(told), flush=True)
+    shutil.rmtree(state)
+    told["trained"] = accuracy(place, place.trained(load_file(base / "model.safetensors")))
+    told["merge, trained"] = accuracy(place, place.trained(start))
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where fine-tunes and states are kept")
+    parser.add_argument("--data", type=Path, action="append", default=[], help="folder with text/; repeatable")
+    parser.add_argument("--suite", choices=("digits", "language"), required=True)
+    parser.add_argument("--form", choices=("full", "lora"), required=True)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[4, 8], help="numbers of models that are merged")
+    parser.add_argument("--rows", type=int, default=100, help="rows a task, at most 100")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of tasks and rows")
+    parser.add_argument("--candidates", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=100, help="rows at a time")
+    args = parser.parse_args()
+    settle_threads(1)
+    for count in args.tasks:
+        for seed in range(args.seeds):
+            place: Place = (
+                OnDigits(args.work, count, args.rows, seed)
+                if args.suite == "digits"
+                else OnLanguage(args.work, args.data, count, args.rows, seed)
+            )
+            print(
+                json.dumps(measured(place, args.work, args.form, args.candidates, args.batch) | {"seed": seed}),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
