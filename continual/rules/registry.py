@@ -18,11 +18,13 @@ from continual.errors import Misconfigured
 from continual.rules import before
 from continual.rules.chain import chain
 from continual.rules.contract import Rule, RuleRow
+from continual.rules.dc import DC
 from continual.rules.esm import ESM, TSV_W
 from continual.rules.fisher import FISHER
 from continual.rules.flow import FLOW
 from continual.rules.gram import GRAM
 from continual.rules.iso_c import ISO_C
+from continual.rules.iso_cts import ISO_CTS
 from continual.rules.isotropic import ISOTROPIC
 from continual.rules.magmax import MAGMAX
 from continual.rules.opcm import OPCM
@@ -42,6 +44,8 @@ _LIST: tuple[RuleRow[Any], ...] = (
     TSV_W,
     ISOTROPIC,
     ESM,
+    DC,
+    ISO_CTS,
     GRAM,
     FLOW,
     OPCM,

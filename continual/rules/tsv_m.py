@@ -117,6 +117,12 @@ def kept(given: Triplets, totals: Totals) -> Triplets:
     return Triplets(owner, u[:, chosen].double(), sigma[chosen].double(), v[:, chosen].double(), given.sides)
 
 
+def places(given: Triplets) -> list[slice]:
+    """The columns of each fine-tune, which lie side by side."""
+    ends = [column for column, owner in enumerate(given.owner) if given.owner[column + 1 : column + 2] != [owner]]
+    return [slice(start, end + 1) for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
+
+
 def factors(given: Triplets, totals: Totals) -> tuple[Tensor, Tensor]:
     """polar(U) diag(σ) and polar(V) over the triplets that stay with so many fine-tunes: m×r and n×r, float64."""
     found = kept(given, totals)

@@ -231,6 +231,80 @@ def esm(models: Models, matrices: set[str]) -> dict[str, Tensor]:
     return _spectral(models, matrices, lambda taus: _weighed_tsv(taus, own=False))
 
 
+def _cut(taus: list[Tensor], weights: Sequence[float] = ()) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The triplets of each that has any, times its weight."""
+    weighed = [weight * tau for weight, tau in zip(weights or [1.0] * len(taus), taus, strict=True)]
+    return [found for tau in weighed if len((found := _leading(tau, len(taus)))[1])]
+
+
+def _dc(taus: list[Tensor], weights: Sequence[float] = (), smooth: str = "none", density: float = 1e-3) -> Tensor:
+    """P·M·Qᵀ: the core of each as a whole, trimmed by a full sort; signs over a stack of them; the mask as a matrix."""
+    weights = weights or [1.0] * len(taus)
+    if len(taus) == 1:
+        return weights[0] * taus[0]
+    cut = _cut(taus, weights)
+    if not cut:
+        return torch.zeros_like(taus[0])
+    left, right = _polar(torch.cat([u for u, _, _ in cut], 1)), _polar(torch.cat([vh for _, _, vh in cut]).mT)
+    cores, blocks = [], []
+    for u, sigma, vh in cut:
+        k = len(sigma)
+        if smooth == "mean":
+            sigma = sigma.mean().expand(k)
+        elif smooth == "linear":
+            line = torch.linspace(min(5.0, float(sigma[0] / sigma[-1])), 1.0, k, dtype=torch.float64)
+            sigma = sigma.sum() * line / line.sum()
+        core = left.mT @ (u @ torch.diag(sigma) @ vh) @ right
+        ordered = core.abs().flatten().sort(descending=True).values
+        least = max((1 - 1e-4) * ordered[max(k, int(density * core.numel())) - 1], NULL * ordered[0])
+        cores.append(torch.where(core.abs() >= least, core, 0.0))
+        blocks.append(torch.ones(k, k, dtype=torch.float64))
+    values = torch.stack(cores)
+    total = values.sum(0)
+    sign = torch.where(total.abs() > 2.0**-20 * values.abs().sum(0), total.sign(), 0.0)
+    agree = (values.sign() == sign) & (sign != 0)
+    merged = torch.where(agree, values, 0.0).sum(0) / agree.sum(0).clamp(min=1)
+    return left @ (merged * torch.block_diag(*blocks)) @ right.mT
+
+
+def dc(models: Models, matrices: set[str], smooth: str = "none", density: float = 1e-3) -> dict[str, Tensor]:
+    return _spectral(models, matrices, lambda taus: _dc(taus, (), smooth, density))
+
+
+def _common(cut: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """U, σ and V side by side, the common ones first; and what shows how near the cuts are to other ones."""
+    kept = [u @ torch.diag(sigma) @ vh for u, sigma, vh in cut]
+    rank = sum(len(sigma) for _, sigma, _ in cut)
+    own = min(rank // len(cut), round((rank - int(0.8 * rank)) / len(cut)))
+    us, sigmas, vhs, near = [], [], [], []
+    p = None
+    for tau, count in [(torch.stack(kept).sum(0), rank - own * len(cut)), *((tau, own) for tau in kept)]:
+        u, sigma, vh = torch.linalg.svd(tau if p is None else tau - p @ p.mT @ tau, full_matrices=False)
+        held = min(count, int((sigma > NULL * torch.linalg.svdvals(tau)[0]).sum()))
+        if held:  # a direction is as sharp as the singular value that it is found from
+            near.append(torch.diag(torch.stack([torch.linalg.svdvals(tau)[0], sigma[held - 1]])))
+        if 0 < held < len(sigma):
+            near.append(torch.diag(torch.stack([sigma[0], sigma[held - 1] - sigma[held]])))
+        us, sigmas, vhs = [*us, u[:, :held]], [*sigmas, sigma[:held]], [*vhs, vh[:held]]
+        p = us[0]
+    return us, sigmas, vhs, near
+
+
+def _iso_cts(taus: list[Tensor], weights: Sequence[float] = ()) -> Tensor:
+    weights = weights or [1.0] * len(taus)
+    if len(taus) == 1:
+        return weights[0] * taus[0]
+    cut = _cut(taus, weights)
+    if not cut:
+        return torch.zeros_like(taus[0])
+    us, sigmas, vhs, _ = _common(cut)
+    return torch.cat(sigmas).mean() * _polar(torch.cat(us, 1)) @ _polar(torch.cat(vhs).mT).mT
+
+
+def iso_cts(models: Models, matrices: set[str]) -> dict[str, Tensor]:
+    return _spectral(models, matrices, _iso_cts)
+
+
 def _flat_tsv(taus: list[Tensor]) -> Tensor:
     return taus[0] if len(taus) == 1 else _iso([_tsv(taus), torch.zeros_like(taus[0])])
 
@@ -243,6 +317,8 @@ WEIGHTED: Mapping[str, Callable[[list[Tensor], Sequence[float]], Tensor]] = {
     "tsv-m": _tsv,
     "tsv-w": lambda taus, weights: _weighed_tsv(taus, weights, own=True),
     "esm": lambda taus, weights: _weighed_tsv(taus, weights, own=False),
+    "dc": _dc,
+    "iso-cts": _iso_cts,
 }
 """Rules that read triplets, with weights of the models."""
 
@@ -277,6 +353,14 @@ def _flat_triplets(folded: Sequence[Tensor]) -> list[Tensor]:
     if any(int(torch.linalg.matrix_rank(part, rtol=NULL)) < max(found[0].shape[1], 1) for part in found):
         found.append(_tsv([tau.double().flatten(1) for tau in folded]))
     return found
+
+
+def _common_parts(folded: Sequence[Tensor]) -> list[Tensor]:
+    cut = _cut([tau.double().flatten(1) for tau in folded])
+    if not cut:
+        return []
+    us, _, vhs, near = _common(cut)
+    return [torch.cat(us, 1), torch.cat(vhs), *near]
 
 
 def _least_squares(taus: list[Tensor], ridge: float) -> Tensor:
@@ -352,6 +436,8 @@ BATCH: Mapping[str, Callable[[Models, set[str]], dict[str, Tensor]]] = {
     "tsv-w": tsv_w,
     "isotropic": isotropic,
     "esm": esm,
+    "dc": dc,
+    "iso-cts": iso_cts,
     "gram": gram,
     "flow": flow,
     "opcm": opcm,
@@ -363,5 +449,7 @@ POLAR: Mapping[str, Callable[[Sequence[Tensor]], list[Tensor]]] = {
     "tsv-w": _triplets,
     "isotropic": _flat_triplets,
     "esm": _triplets,
+    "dc": _triplets,
+    "iso-cts": _common_parts,
 }
 """Of the rules that take polar factors: the matrices whose factors they are, for one matrix of every fine-tune."""

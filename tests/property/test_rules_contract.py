@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from continual.errors import Misconfigured
 from continual.records import Totals
-from continual.rules import RULES, Inputs, Pass, Size, flow, gram, read_options, readings, rule, trimming
+from continual.rules import RULES, Inputs, Pass, Size, dc, flow, gram, read_options, readings, rule, trimming
 from tests.helpers import batch
 from tests.helpers.batch import BATCH
 from tests.helpers.streams import (
@@ -78,6 +78,19 @@ def as_in_the_batch(name: str, models: Models) -> None:
             folded = [model[tensor] for model in models[:step]]
             within = bound(name, folded if tensor in MATRICES else ())
             assert distance(merged[tensor], expected[tensor], folded) < within, (tensor, step)
+
+
+@pytest.mark.parametrize("smooth", dc.SMOOTH)
+@given(models=model_lists(), density=st.sampled_from([1e-3, 0.1, 0.3]))
+@settings(max_examples=4, deadline=None)
+def test_dc_smooths_and_trims_as_its_options_say(smooth: dc.Smooth, models: Models, density: float) -> None:
+    stream = Stream("dc", smooth=smooth, density=density)
+    for model in models:
+        stream.fold(model)
+    expected = batch.dc(models, MATRICES, smooth, density)
+    for tensor, found in stream.read().items():
+        folded = [model[tensor] for model in models]
+        assert distance(found, expected[tensor], folded) < bound("dc", folded if tensor in MATRICES else ()), tensor
 
 
 @pytest.mark.parametrize("name", [n for n in FOLDING if RULES[n].read.policy == "spread" and n not in SHORTER])

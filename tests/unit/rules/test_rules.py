@@ -8,7 +8,7 @@ from torch import Tensor
 
 from continual.errors import Misconfigured
 from continual.records import SlotSpec, TensorSpec, Totals
-from continual.rules import RULES, Inputs, Rule, Sums, gram, gram_sums, matrices, opcm, rule
+from continual.rules import RULES, Inputs, Rule, Sums, Triplets, esm, gram, gram_sums, iso_cts, matrices, opcm, rule
 from tests.helpers import batch
 
 MATRIX = TensorSpec("w", (12, 8), "F32", "matrix")
@@ -211,3 +211,23 @@ def test_ties_holds_a_tensor_whole_only_where_its_own_threshold_is_wanted(
     options: dict[str, object], expected: bool
 ) -> None:
     assert rule("ties", options).fold.elementwise(MATRIX) is expected
+
+
+def test_every_fine_tune_has_as_many_directions_of_its_own() -> None:
+    """As the paper's code counts them: 0.8 of 768 for 8 tasks leave 19 for each; of few, no more than there are."""
+    assert iso_cts.shares(768, 8, 0.8) == (768 - 8 * 19, 19)
+    assert iso_cts.shares(3, 3, 0.1) == (0, 1)
+    assert iso_cts.shares(3, 5, 0.1) == (3, 0)
+    assert iso_cts.shares(10, 1, 1.0) == (10, 0)
+
+
+def test_weights_of_columns_say_what_stays() -> None:
+    """Of two columns that lean to each other the strong one keeps its direction; with no weights both give way."""
+    u, v = torch.eye(4, dtype=torch.float64)[:, :2], torch.eye(5, dtype=torch.float64)[:, :2].clone()
+    v[:, 1] = torch.tensor([0.6, 0.8, 0.0, 0.0, 0.0])
+    given = Triplets([1, 2], u, torch.tensor([1.0, 0.1], dtype=torch.float64), v)
+    moved = {power: (esm.weighed(given, power)[1] - v).norm(dim=0).tolist() for power in (0.0, 3.0)}
+    assert moved[0.0][0] == pytest.approx(moved[0.0][1])
+    assert moved[3.0][0] < 1e-3
+    assert moved[3.0][1] > moved[0.0][1]
+    assert float((esm.weighed(given, 16.0)[1] - esm.weighed(given, 3.0)[1]).abs().max()) < 1e-12, "1e-3 at least"
