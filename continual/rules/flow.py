@@ -37,7 +37,7 @@ class FlowOptions:
     """The options of `flow`."""
 
     side: Annotated[Side, Choice(SIDES), "which side the task vectors act on"] = "both"
-    time: Annotated[float, Number(above=0.0), "when the flow stops, in units of one over the mean eigenvalue"] = 10.0
+    time: Annotated[float, Number(above=0.0), "when the flow stops, in units of one over the mean eigenvalue"] = 5.0
     top: Annotated[float, Number(above=0.0, most=1.0), "K, the largest eigenvalues that count, as a share of all"] = 1.0
     start: Annotated[Start, Choice(STARTS), "where the flow starts: zero, or the sum of the task vectors"] = "zero"
     grams: Annotated[Grams, Choice(GRAMS), "how the Grams are kept: float32, packed, or float64, whole"] = "float32"

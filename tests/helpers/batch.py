@@ -408,7 +408,7 @@ def _flowed(taus: list[Tensor], time: float, top: float, start: str) -> Tensor:
 
 
 def flow(
-    models: Models, matrices: set[str], side: str = "both", time: float = 10.0, top: float = 1.0, start: str = "zero"
+    models: Models, matrices: set[str], side: str = "both", time: float = 5.0, top: float = 1.0, start: str = "zero"
 ) -> dict[str, Tensor]:
     def merge(taus: list[Tensor]) -> Tensor:
         sides = {
