@@ -66,7 +66,7 @@ class Merge(OpenedState):
         for model in models:
             self.places.named(model)
         if self.selects != "none":
-            self.asked().calibration.told()
+            self.asked().calibration.check()
 
     def plan(self, model: str | Path) -> Plan:
         """Says from headers alone what folding `model` would take, and whether it would be let in. Raises
@@ -113,7 +113,7 @@ class Merge(OpenedState):
         return selection.look(self._ground(), self.asked(), progress)
 
     def _ground(self) -> selection.Ground:
-        return selection.Ground(self.engine, self.reading, self.rule.laws.rounds, self.weights)
+        return selection.Ground(self.engine, self.reading_of, self.rule.laws.rounds, self.weights)
 
     def why(self, word: str) -> selection.Why:
         """What is known of the candidate that `word` names (a name, path or key). Raises Misconfigured if it was never

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -167,6 +168,12 @@ class OpenedState:
         found = Reading(self.state, self.rule, at, options or self.scale(at, view), self._lengths)
         found.view = view
         return found
+
+    def reading_of(self, state: State) -> Reading:
+        """The merged model at the newest record of `state`: this one, or one made of it on trial."""
+        other = copy.copy(self)
+        other.state = state
+        return other.reading()
 
     def _open_values(self) -> BaseModel:
         """The base of a state of adapters with its weights, of which a fold reads a few: from the Hub by ranges. It

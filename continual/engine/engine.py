@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from typing import NamedTuple
 
 from continual.engine import standing
 from continual.engine.blocks import BlockFolding, room
@@ -30,6 +32,7 @@ from continual.rules import Rule
 from continual.state import Commit, State, Transaction
 from continual.state.entries import FoldEntry, RefuseEntry
 from continual.state.format import FoldCommit
+from continual.state.generation import Generation
 from continual.state.parts import Relevance
 from continual.tensors import (
     Adapter,
@@ -46,6 +49,13 @@ from continual.tensors import (
     unreadable,
 )
 from continual.tensors.bases.kept import is_kept
+
+
+class TrialFold(NamedTuple):
+    """A fold that no record names: what its record would say, and the generation that it wrote."""
+
+    entry: FoldEntry
+    generation: Generation
 
 
 class Engine:
@@ -75,17 +85,14 @@ class Engine:
         found.weights = weights
         return found
 
-    def fold(self, place: Place, *, progress: Progress = silent, chosen: Relevance | None = None) -> Outcome:
-        """Takes the model at `place` from its headers to a commit.
+    def fold(self, place: Place, *, progress: Progress = silent) -> Outcome:
+        """Takes the model at `place` from its headers to a commit. A refusal is a record in the ledger and an outcome.
+        Raises Retry (nothing is settled) and Halt."""
+        return self.consider(place, partial(self._go, progress, None))
 
-        `chosen` is what a round says of the model that it chose; the record keeps it. A refusal is a record in the
-        ledger and an outcome. Raises Retry (nothing is settled) and Halt.
-        """
-
-        def go(seen: Headers) -> Outcome:
-            return self._fold(OpenCandidate.of(self.gates.at_fold(seen)), progress, chosen)
-
-        return self.consider(place, go)
+    def fold_chosen(self, model: Model, chosen: Relevance, progress: Progress) -> Outcome:
+        """As `fold`, of an open model that a round chose; the record keeps what the round says of it (`chosen`)."""
+        return self._look(model, candidate_of(model), partial(self._go, progress, chosen))
 
     def consider(self, place: Place, then: Callable[[Headers], Outcome]) -> Outcome:
         """Opens the model at `place`, asks the gates about its headers, and returns what `then` makes of it.
@@ -94,18 +101,28 @@ class Engine:
         ledger and an outcome. Raises Retry and Halt.
         """
         with ExitStack() as open_files:
-            candidate = None
             try:
                 if (key := place.settled_key) and (known := self.settled(key)):
                     return known_as(place.name, known)
                 model = open_model(place)
                 open_files.callback(model.close)
                 candidate = candidate_of(model)
-                if known := self.settled(candidate.key):
-                    return known_as(candidate.name, known)
-                return then(self.vet(candidate, model))
             except Refuse as refusal:
-                return self._refuse(candidate or unreadable(place), refusal)
+                return self._refuse(unreadable(place), refusal)
+            return self._look(model, candidate, then)
+
+    def _look(self, model: Model, candidate: Candidate, then: Callable[[Headers], Outcome]) -> Outcome:
+        """As `consider`, of a model that is open."""
+        try:
+            if known := self.settled(candidate.key):
+                return known_as(candidate.name, known)
+            return then(self.vet(candidate, model))
+        except Refuse as refusal:
+            return self._refuse(candidate, refusal)
+
+    def _go(self, progress: Progress, chosen: Relevance | None, seen: Headers) -> Outcome:
+        """Folds a candidate whose headers the gates let in."""
+        return self._fold(OpenCandidate.of(self.gates.at_fold(seen)), progress, chosen)
 
     def settled(self, key: str) -> Commit | None:
         """The record that settled the candidate `key`; None where it is to be looked at: it is new, or was refused by
@@ -197,23 +214,43 @@ class Engine:
             report = self.stream(transaction, opened, before, progress)
             if twin := self.state.ledger.folded_digest(report.digest):
                 return self._duplicate(report, twin)
-            found = report.numbers
-            self.gates.at_numbers(Numbers(candidate.name, found.tau_norm, found.base_norm, before, report.cut))
+            entry = self._entry(report, before, chosen)
             self.go_on(candidate.name)
             streamed = time.perf_counter()
             progress("commit", 0, 1)
-            entry = FoldEntry(
-                candidate=candidate,
-                digest=report.digest,
-                totals=report.totals,
-                numbers=dataclasses.replace(found, relevance=chosen),
-                device=report.device,
-            )
             commit = self.state.commit(transaction, entry)
         seconds = {**report.seconds, "commit": time.perf_counter() - streamed, "total": time.perf_counter() - begun}
         message = f"{candidate.name}: folded as record {commit.seq}"
         timed = dataclasses.replace(report, seconds=seconds)
         return Outcome("folded", candidate.name, message, None, commit, timed)
+
+    def fold_on_trial(
+        self, model: Model, transaction: Callable[[int], Transaction], progress: Progress
+    ) -> TrialFold | None:
+        """Folds an open model as `fold` does, into the transaction that is begun for so many bytes, and records
+        nothing: what was written is sealed. None where the model would not be folded. Raises Retry and Halt."""
+        before = self.state.ledger.totals
+        try:
+            opened = OpenCandidate.of(self.gates.at_fold(self.vet(candidate_of(model), model)))
+            with transaction(self._writes(opened)) as writing:
+                report = self.stream(writing, opened, before, progress)
+                if self.state.ledger.folded_digest(report.digest):
+                    return None
+                return TrialFold(self._entry(report, before, None), writing.seal())
+        except Refuse:
+            return None
+
+    def _entry(self, report: FoldReport, before: Totals, chosen: Relevance | None) -> FoldEntry:
+        """The record of a fold, if the gates let in what it measured. Raises Refuse."""
+        found = report.numbers
+        self.gates.at_numbers(Numbers(report.candidate.name, found.tau_norm, found.base_norm, before, report.cut))
+        return FoldEntry(
+            candidate=report.candidate,
+            digest=report.digest,
+            totals=report.totals,
+            numbers=dataclasses.replace(found, relevance=chosen),
+            device=report.device,
+        )
 
     def _writes(self, opened: OpenCandidate) -> int:
         """About how many bytes a fold writes: what is kept of the tensors that it touches; of an adapter that is kept

@@ -26,7 +26,7 @@ from continual.objectives.classes import Classes, Entropy
 from continual.objectives.contract import chunks, in_order
 from continual.objectives.function import CalibrationTask, FittedTask, told_as_theirs
 from continual.objectives.loading import keep_no_activations, load_model
-from continual.objectives.rows import file_digest
+from continual.objectives.rows import file_digest, must_be_readable
 from continual.records import ObjectiveRecord
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -92,6 +92,14 @@ class Wanted:
         """Whether the objective is a function of the user's."""
         return function.is_function(self.objective)
 
+    def check(self) -> None:
+        """Raises Misconfigured for a file that is not there or cannot be opened, and for a function that cannot be
+        imported. What is in the files is seen when they are loaded."""
+        if self.by_function:
+            function.code_digest(self.objective)
+        for file in (*self.rows, *self.heads):
+            must_be_readable(file)
+
     def told(self) -> ObjectiveRecord:
         """What a record keeps: names and digests of the files, or of the function's module, and all else that the
         losses depend on. `digest` is over all the rest. Raises Misconfigured for a file that cannot be read, and for a
@@ -142,12 +150,21 @@ class Calibration:
     def loss(self) -> float:
         """The mean over tasks of the mean loss of the rows that drive. Raises Misconfigured naming the task and row of
         a loss that is not finite."""
-        return math.fsum(float(self._losses(task, task.drive).mean()) for task in self.dealt) / len(self.dealt)
+        return math.fsum(self.driving()) / len(self.dealt)
+
+    def driving(self) -> list[float]:
+        """Of each task the mean loss of the rows that drive. Raises as `loss` does."""
+        return [float(self._losses(task, task.drive).mean()) for task in self.dealt]
 
     def held(self) -> list[Tensor]:
         """Of each task the loss of every row that judges (float64, 1-D, on the CPU), in an order that never changes.
         Raises as `loss` does."""
         return [self._losses(task, task.judge) for task in self.dealt]
+
+    def both(self) -> list[Tensor]:
+        """Of each task the loss of every row, as `held` has it: those that drive, then those that judge. What is fitted
+        is fitted to each kind by itself. Raises as `loss` does."""
+        return [torch.cat([self._losses(task, task.drive), self._losses(task, task.judge)]) for task in self.dealt]
 
     def backward(self) -> float:
         """The loss, and its gradient in the parameters' `grad`: None where the loss does not depend on one. The

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from blake3 import blake3
 
 from continual.errors import Misconfigured
-from continual.outside import Irregular, Malformed, parse_json, read_regular, shown
+from continual.outside import Irregular, Malformed, open_regular, parse_json, read_regular, shown
 from continual.records import FileDigest
 
 _LARGEST = 1 << 30
@@ -67,6 +70,12 @@ def file_digest(file: str | Path) -> FileDigest:
     return FileDigest(Path(file).name, f"blake3:{blake3(_bytes(file)).hexdigest()}")
 
 
+def must_be_readable(file: str | Path) -> None:
+    """Raises Misconfigured where a file cannot be opened, or is no regular file. Nothing of it is read."""
+    with _misconfigured(file):
+        os.close(open_regular(file))
+
+
 def _text(file: str | Path) -> str:
     try:
         return _bytes(file).decode("utf-8")
@@ -75,8 +84,15 @@ def _text(file: str | Path) -> str:
 
 
 def _bytes(file: str | Path) -> bytes:
-    try:
+    with _misconfigured(file):
         return read_regular(file, _LARGEST)
+
+
+@contextmanager
+def _misconfigured(file: str | Path) -> Iterator[None]:
+    """Says what is wrong with a file that a user named."""
+    try:
+        yield
     except Irregular:
         raise Misconfigured(f"{file}: is no regular file") from None
     except OSError as error:

@@ -22,7 +22,7 @@ class Judgement(NamedTuple):
     z: float
 
 
-def judge(without: Sequence[Tensor], with_it: Sequence[Tensor]) -> Judgement:
+def judge(without: Sequence[Tensor], with_it: Sequence[Tensor], own: int | None = None) -> Judgement:
     """Judges from the losses of every held-out row of each task (1-D, at least two rows), in the same order in both.
 
     Rows are compared in pairs, so what makes a row hard cancels. They are compared within tasks, so how much the loss
@@ -33,6 +33,9 @@ def judge(without: Sequence[Tensor], with_it: Sequence[Tensor]) -> Judgement:
     A fine-tune of one task may do little for the other tasks, and its effect may drown in their noise. So, where the
     mean falls, the task that gains most surely is looked at by itself. It is the best of T, and what it says is made
     weaker for that: its tail e^(−z²/2) times T, which is √(z² − 2 ln T). The lower z of the two counts.
+
+    `own`: the number of the task that the candidate is known to serve, by something else than these losses. Then it is
+    this one that is looked at, and there is no price.
 
     Raises ValueError where the tasks of the two differ in number.
     """
@@ -51,8 +54,9 @@ def judge(without: Sequence[Tensor], with_it: Sequence[Tensor]) -> Judgement:
     error = math.sqrt(variance) / tasks
     z = normal(change / error, freedom)
     if change < 0:
-        surest = min(normal(c / math.sqrt(v), nu) for c, v, nu in zip(changes, variances, freedoms, strict=True))
-        z = min(z, -math.sqrt(max(0.0, surest**2 - 2 * math.log(tasks))))
+        each = [normal(c / math.sqrt(v), nu) for c, v, nu in zip(changes, variances, freedoms, strict=True)]
+        surest = min(each)
+        z = min(z, -math.sqrt(max(0.0, surest**2 - 2 * math.log(tasks))) if own is None else each[own])
     return Judgement(change, error, z)
 
 

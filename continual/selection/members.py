@@ -159,15 +159,7 @@ def opened(engine: Engine, member: Member) -> Iterator[Opened]:
     if member.kept is not None:
         yield _opened_blocks(member.kept, {spec.name: spec.layers for spec in engine.base.specs})
         return
-    place = member.at or engine.locate(member.candidate)
-    place.must_be_there()
-    with open_model(place) as model:
-        if member.at is None and candidate_of(model).key != member.key:
-            raise Refuse(
-                "gone",
-                f"{member.name}: the files in {place} are not those that were seen; "
-                "they are looked at as a new candidate",
-            )
+    with opened_files(engine, member) as model:
         lineage = engine.lineage(model)
         vectors = TaskVectors(engine.weights, model, lineage, run=run_length(engine.device), buffers=engine.buffers)
         layers = LayerVectors(engine.base, model, lineage, engine.weights) if isinstance(model, Adapter) else None
@@ -179,6 +171,21 @@ def opened(engine: Engine, member: Member) -> Iterator[Opened]:
             return [(one.left, one.right) for one in layers.read(specs[name]) if isinstance(one, ThinVector)]
 
         yield Opened(lineage.folded, factors, MemberFiles(model, lineage, vectors, layers))
+
+
+@contextmanager
+def opened_files(engine: Engine, member: Member) -> Iterator[Model]:
+    """Opens a member's files. Raises as `opened`."""
+    place = member.at or engine.locate(member.candidate)
+    place.must_be_there()
+    with open_model(place) as model:
+        if member.at is None and candidate_of(model).key != member.key:
+            raise Refuse(
+                "gone",
+                f"{member.name}: the files in {place} are not those that were seen; "
+                "they are looked at as a new candidate",
+            )
+        yield model
 
 
 def _opened_blocks(kept: Kept, layers: Mapping[str, Sequence[TensorSpec]]) -> Opened:

@@ -12,7 +12,7 @@ from continual.engine.engine import Engine
 from continual.engine.outcomes import Outcome
 from continual.errors import Refuse
 from continual.executors.contract import Progress
-from continual.selection.members import Member, opened
+from continual.selection.members import Member, opened_files
 from continual.state.entries import RefuseEntry
 from continual.state.ledger import Waiting
 from continual.state.parts import Relevance
@@ -35,16 +35,14 @@ def fold(engine: Engine, progress: Progress, hear: Callable[[Outcome], None]) ->
 
 
 def _fold(engine: Engine, waiting: Waiting, progress: Progress) -> Outcome:
-    member = Member(waiting.candidate)
-    try:
-        with opened(engine, member) as seen:
-            place = seen.files.model.place
-    except Refuse as gone:  # it was there when it was chosen: what lies there now is another candidate
-        return _expire(engine, member, gone)
-    row = waiting.last
+    member, row = Member(waiting.candidate), waiting.last
     assert row is not None, "a round chose it"
     chosen = Relevance(row.score, row.change, row.error, row.z, row.weight)
-    return engine.fold(place, progress=progress, chosen=chosen)
+    try:
+        with opened_files(engine, member) as model:
+            return engine.fold_chosen(model, chosen, progress)
+    except Refuse as gone:  # it was there when it was chosen: what lies there now is another candidate
+        return _expire(engine, member, gone)
 
 
 def _expire(engine: Engine, member: Member, gone: Refuse) -> Outcome:

@@ -15,7 +15,7 @@ from continual.engine.reading import Reading
 from continual.errors import Misconfigured, Refuse, Retry
 from continual.executors.contract import Progress
 from continual.objectives import calibration
-from continual.selection import beside, commit, fates, frank_wolfe, relevance
+from continual.selection import beside, commit, fates, frank_wolfe, last_word, relevance
 from continual.selection.active import NONE, active_at
 from continual.selection.commit import OpenRound
 from continual.selection.frank_wolfe import MergedVector, SearchSpace
@@ -26,7 +26,7 @@ from continual.selection.steps import Stepping, Taken
 from continual.state import Commit, State
 from continual.state.entries import RoundEntry, SelectEntry
 from continual.state.ledger import Waiting
-from continual.state.parts import MemberFate, MemberName, RowFate
+from continual.state.parts import MemberFate, MemberName, MergedWord, RowFate
 from continual.tensors import BaseModel
 
 _EMPTY = "nothing waits in the pool; 'continual fold MODEL' puts a model there, and so does the daemon"
@@ -56,12 +56,13 @@ class Round(NamedTuple):
 
 
 class Ground(NamedTuple):
-    """What a round runs on. `reading` reads the merged model as it is now. `weighed`: the merged model is a weighted
-    sum that Frank-Wolfe makes; else the rule of the state folds the models that the round chooses. weights(): the base
-    with its weights, open as long as the block runs; a state of adapters opens it for a round alone."""
+    """What a round runs on. `reading` reads the merged model of a state as it is now: of that of `engine`, or of one
+    made of it on trial. `weighed`: the merged model is a weighted sum that Frank-Wolfe makes; else the rule of the
+    state folds the models that the round chooses. weights(): the base with its weights, open as long as the block runs;
+    a state of adapters opens it for a round alone."""
 
     engine: Engine
-    reading: Callable[[], Reading]
+    reading: Callable[[State], Reading]
     weighed: bool
     weights: Callable[[], AbstractContextManager[BaseModel]]
 
@@ -114,11 +115,12 @@ def _run(ground: Ground, options: RoundOptions, progress: Progress, hear: HearRo
             if ground.weighed:
                 write = commit.write_sum if state.format.form is None else beside.write
                 return _after(write(under_way, space, chosen, progress), [], started)
+            words = last_word.ask(space, chosen, ground.reading, progress)
         except Refuse as lost:  # it was there when it was scored: the next pass finds it gone
             raise Retry(
                 f"{lost}; nothing was settled, and the round goes on without it when it is taken up again"
             ) from lost
-    ended = _record_choice(under_way, chosen)
+    ended = _record_choice(under_way, chosen, words)
     return _after(ended, relevance.fold(engine, progress, hear), started)
 
 
@@ -193,7 +195,7 @@ def _begin(ground: Ground, options: RoundOptions, pool: Mapping[str, Waiting]) -
 def _merged_vector(ground: Ground, progress: Progress) -> MergedVector:
     """What weights are counted from: the weighted sum that the state holds; of another rule, the merged model as it is
     published."""
-    reading = ground.reading()
+    reading = ground.reading(ground.engine.state)
     reading.settle(ground.engine.executor, progress)
     return MergedVector(reading.unit if ground.weighed else reading.vector, reading.need, fixed=not ground.weighed)
 
@@ -203,12 +205,13 @@ def _for_all(stepping: Stepping, members: int) -> Stepping:
     return dataclasses.replace(stepping, most=max(stepping.most, members), steps=max(stepping.steps, 2 * members))
 
 
-def _record_choice(under_way: OpenRound, chosen: frank_wolfe.Chosen) -> Commit:
-    """Records which models the rule has to fold, the heaviest first, and the fates of the others."""
-    weights = chosen.active.weights
-    order = sorted(weights, key=lambda key: (-weights[key][0], key))
+def _record_choice(under_way: OpenRound, chosen: frank_wolfe.Chosen, words: Mapping[str, MergedWord]) -> Commit:
+    """Records which models the rule has to fold, the heaviest first, then those that have the last `words` on their
+    side, and the fates of the others."""
+    order = last_word.order(chosen)
     first = [commit.kept(chosen, key, "chosen", rank) for rank, key in enumerate(order)]
-    rows = [*first, *commit.kept_out(under_way, chosen)]
+    others = commit.kept_out(under_way, chosen)
+    rows = [*first, *fates.with_last_words(others, words, under_way.options, len(first))]
     return under_way.engine.state.record(commit.entry(under_way, rows, chosen.figures))
 
 

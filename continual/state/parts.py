@@ -117,6 +117,20 @@ class MemberName:
 
 
 @dataclass(frozen=True, slots=True)
+class MergedWord:
+    """What the rule's merge of the chosen models says of a member that serves the task of this number, from 0, and
+    `name`: the loss on `rows` rows in all, with it folded too against without. `change`, `error` and `z` are as in
+    `MemberFate`."""
+
+    task: int
+    name: str
+    rows: int
+    change: float
+    error: float
+    z: float
+
+
+@dataclass(frozen=True, slots=True)
 class MemberFate:
     """A member at the end of a round, or a model that the round weighed.
 
@@ -124,7 +138,8 @@ class MemberFate:
     a trial of the model, or its being in the merge, does to the mean loss of held-out rows, and the standard error of
     that; `z`: their ratio; None where it was not tried, as where the score already is not below zero. `weight`: what
     Frank-Wolfe gave it; `rank`: of those chosen for a rule, which is folded first, from 0. `judged`: 1 if this round
-    counts towards patience. `settings`: of one that is refused, as in `RefuseEntry`.
+    counts towards patience. `settings`: of one that is refused, as in `RefuseEntry`. `merged`: of one that serves a
+    task and was left out by then, what the merge of those chosen says.
     """
 
     key: str
@@ -140,6 +155,7 @@ class MemberFate:
     weight: float | None = None
     rank: int | None = field(default=None, metadata={KEY: "place"})
     settings: Mapping[str, object] | None = field(default=None, metadata=_OMITTED)
+    merged: MergedWord | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -188,8 +188,13 @@ def test_rows_that_are_too_few_or_missing_are_named(classes: Calibrated, tmp_pat
         Misconfigured, match=r"few.jsonl: of its 6 rows 1 would judge and 5 drive \(held = 0.1\); at least 2 of each"
     ):
         classes.load(rows=(few,), held=0.1)
-    with pytest.raises(Misconfigured, match=r"none.jsonl: No such file"):
-        changed(classes.wanted, rows=(tmp_path / "none.jsonl",)).told()
+    absent = changed(classes.wanted, rows=(tmp_path / "none.jsonl",))
+    for look in (absent.told, absent.check):
+        with pytest.raises(Misconfigured, match=r"none.jsonl: No such file"):
+            look()
+    with pytest.raises(Misconfigured, match="is no regular file"):
+        changed(classes.wanted, rows=(tmp_path,)).check()
+    classes.wanted.check()
 
 
 def test_a_loss_that_is_not_finite_names_the_file_and_the_line(classes: Calibrated, tmp_path: Path) -> None:

@@ -146,6 +146,17 @@ def test_the_relevant_ones_are_folded_as_if_by_hand(tmp_path: Path, base: Path, 
         assert numbers == {k: c.entry.numbers.cosine for k, c in zip(order, merge.state.ledger.folds(), strict=True)}
 
 
+def test_a_chosen_model_is_folded_from_the_files_that_were_compared(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is opened once: the engine opens none of its own."""
+    with opened(tmp_path / "state", base) as merge:
+        fill(merge, quadratic.good(base, 0), quadratic.good(base, 1))
+        monkeypatch.delattr("continual.engine.engine.open_model")
+        merge.round()
+        assert sorted(names(merge)) == ["good0", "good1"]
+
+
 def test_what_is_chosen_lowers_the_loss_and_the_figures_say_by_how_much(tmp_path: Path, base: Path) -> None:
     with opened(tmp_path / "state", base) as merge:
         fill(merge, *(quadratic.good(base, k) for k in range(3)), quadratic.noise(base, 0))

@@ -123,8 +123,9 @@ def test_a_module_that_is_nowhere_or_has_no_source() -> None:
     ) as caught:
         load(Wanted("nowhere:f"), Path("anywhere"), CPU)
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
-    with pytest.raises(Misconfigured, match="sys has no source file"):
-        Wanted("sys:exit").told()
+    for look in (Wanted("sys:exit").told, Wanted("sys:exit").check):
+        with pytest.raises(Misconfigured, match="sys has no source file"):
+            look()
 
 
 def test_the_digest_is_of_the_code_that_runs(code: Path) -> None:

@@ -139,6 +139,17 @@ def test_a_small_error_is_not_taken_for_rounding() -> None:
     assert found.z == pytest.approx(normal(2.0, 1))
 
 
+def test_a_task_that_is_known_to_be_served_is_looked_at_by_itself_and_has_no_price() -> None:
+    clear, noisy = drawn(1, (60,), shift=-0.1), drawn(2, (60,), shift=0.0, spread=10.0)
+    without, with_it = [clear[0][0], noisy[0][0]], [clear[1][0], noisy[1][0]]
+    own, other = (judge(without, with_it, task) for task in (0, 1))
+    assert own.z == pytest.approx(judge(*clear).z, rel=1e-12)
+    assert own.z < judge(without, with_it).z < other.z, "the surest of two has a price, and another is no help"
+    assert own[:2] == other[:2]
+    hurt = drawn(2, (60,), shift=+5.0, spread=10.0)
+    assert judge([clear[0][0], hurt[0][0]], [clear[1][0], hurt[1][0]], 0).z > 0, "nor where the mean rises"
+
+
 def test_tasks_have_to_be_the_same() -> None:
     with pytest.raises(ValueError, match="argument"):
         judge(losses([1.0, 2.0]), losses([1.0, 2.0], [1.0, 2.0]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,15 +104,7 @@ class Digits:
             digits.train(model, seen, labels, steps=steps, rate=RATES[form], seed=seed)
             save({name: value.detach().clone() for name, value in model.state_dict().items()}, target)
             return
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(seed)
-        wrapped = get_peft_model(
-            model,
-            LoraConfig(
-                r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-            ),
-        )
+        wrapped = adapted(model, seed)
         digits.train(wrapped, seen, labels, steps=steps, rate=RATES[form], seed=seed)
         wrapped.save_pretrained(target)
 
@@ -136,6 +129,15 @@ class Digits:
 @cache
 def _held_out() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return digits.load(SEED)
+
+
+def adapted(model: digits.Digits, seed: int) -> Any:
+    """The model with a new adapter around it, as PEFT makes one."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=modules))
 
 
 def save(weights: Mapping[str, Tensor], target: Path) -> None:

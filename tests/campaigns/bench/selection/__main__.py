@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--suite", choices=tuple(WORLDS), action="append", help="default: both")
     parser.add_argument("--method", choices=tuple(METHODS), action="append", help="default: all")
     parser.add_argument("--seeds", type=int, action="append", help="default: 0, 1 and 2")
-    parser.add_argument("--irrelevant", type=int, choices=POLLUTED, action="append", help="default: 0, 8 and 16")
+    parser.add_argument("--irrelevant", type=int, choices=POLLUTED, action="append", help="default: 0, 4, 8 and 16")
     parser.add_argument(
         "--report", type=Path, metavar="DIR", help="write selection-measured.md there and do nothing else"
     )

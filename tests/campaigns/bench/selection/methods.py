@@ -3,6 +3,7 @@ what it took."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
@@ -18,6 +19,7 @@ from continual.executors.contract import silent
 from continual.making import Recipe
 from continual.selection.active import active_at
 from continual.state.fields import body_of
+from tests.campaigns.bench.quality.suite import Form
 from tests.campaigns.bench.selection.world import World
 
 
@@ -44,6 +46,13 @@ def _read(merge: continual.Merge) -> dict[str, Tensor]:
 def plain(rule: str, scale: str, world: World, irrelevant: int, state: Path) -> Merged:
     """Every model of the pool, by a rule that has no data."""
     return fold(rule, scale, [path for _, path in world.members(irrelevant)], world, state)
+
+
+def random(method: Method, world: World, irrelevant: int, state: Path) -> Merged:
+    """A method over the pool whose models learned nothing."""
+    other = copy.copy(world)
+    other.members = world.random  # type: ignore[method-assign]
+    return method(other, irrelevant, state)
 
 
 def fold(rule: str, scale: str, paths: Sequence[Path], world: World, state: Path) -> Merged:
@@ -98,10 +107,10 @@ def relevant(rule: str, world: World, irrelevant: int, state: Path) -> Merged:
     )
 
 
-def learn(world: World, irrelevant: int, state: Path) -> Merged:  # noqa: ARG001 - no model of the pool is asked
+def learn(form: Form, world: World, irrelevant: int, state: Path) -> Merged:  # noqa: ARG001 - no model is asked
     """No merge: the base fine-tuned on the calibration rows."""
     began = time.process_time()
-    weights = world.learn()
+    weights = world.learn(form)
     return Merged(weights, {}, time.process_time() - began, {})
 
 
@@ -119,9 +128,15 @@ METHODS: Mapping[str, Method] = {
     "frank-wolfe pairwise": partial(rounds, "frank-wolfe", {"step": "pairwise"}),
     "frank-wolfe soft": partial(rounds, "frank-wolfe", {"step": "soft"}),
     "frank-wolfe hard": partial(rounds, "frank-wolfe", {"step": "hard"}),
-    "fine-tuning on the rows": learn,
+    "iso-c, random models": partial(random, partial(plain, "iso-c", "auto")),
+    "relevance + iso-c, random models": partial(random, partial(rounds, "iso-c", {})),
+    "frank-wolfe corrective, by layer, random models": partial(
+        random, partial(rounds, "frank-wolfe", {"step": "corrective"})
+    ),
+    "fine-tuning on the rows": partial(learn, "full"),
+    "LoRA on the rows": partial(learn, "lora"),
 }
 """By the name in the table. `iso-c` and `gram` are read as continual reads them by default, the others of the data-free
 ones as their papers do."""
-WITHOUT = ("fine-tuning on the rows",)
+WITHOUT = ("fine-tuning on the rows", "LoRA on the rows")
 """Methods that no pool changes."""

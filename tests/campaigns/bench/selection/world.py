@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,10 +25,10 @@ from continual.objectives import Given
 from tests.campaigns.bench import data, encoder
 from tests.campaigns.bench.quality import digits as ways
 from tests.campaigns.bench.quality import text
-from tests.campaigns.bench.quality.suite import Form, Suite, fine_tune
+from tests.campaigns.bench.quality.suite import Form, Suite, fine_tune, once
 
 RELEVANT, ROWS = 8, 100
-POLLUTED = (0, 8, 16)
+POLLUTED = (0, 4, 8, 16)
 
 
 class World:
@@ -52,6 +55,27 @@ class World:
             (f"{kind}-{task}", self._link(f"{kind}-{task}", fine_tune(self.suite, task, form)))
             for kind, task, form in chosen
         ]
+
+    def random(self, irrelevant: int) -> list[tuple[str, Path]]:
+        """The same pool, and in place of each model one that learned nothing: of each tensor normal numbers, as long as
+        the model's change of it."""
+        return [(name, self._random(name, path)) for name, path in self.members(irrelevant)]
+
+    def _random(self, name: str, path: Path) -> Path:
+        def write(temporary: Path) -> None:
+            temporary.mkdir()
+            base = load_file(self.suite.prepare() / "model.safetensors")
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+            found = {}
+            for key, value in load_file(path / "model.safetensors").items():
+                drawn = torch.randn(value.shape, generator=generator)
+                found[key] = base[key] + drawn * ((value - base[key]).norm() / drawn.norm())
+            save_file(found, temporary / "model.safetensors", {"format": "pt"})
+            shutil.copy(path / "config.json", temporary)
+
+        target = self.folder / "random" / name
+        once(target, write)
+        return target
 
     def _link(self, name: str, target: Path) -> Path:
         link = self.folder / "pool" / name
@@ -87,17 +111,23 @@ class TextWorld(World):
             "rounds": {"dtype": "bfloat16", "batch": 32},
         }
 
-    def learn(self) -> dict[str, Tensor]:
+    def learn(self, form: Form = "full") -> dict[str, Tensor]:
         """The base fine-tuned on the calibration rows themselves: 400 steps of 16 rows of one task after the other."""
         model = encoder.Encoder(self.suite.prepare())
         parts = [(self._rows(task), encoder.heads(model, self._set(task))) for task in self.wanted]
-        steps, optimizer = 400, torch.optim.AdamW(model.model.parameters(), lr=encoder.RATE, weight_decay=0.01)
+        torch.manual_seed(self.seed)
+        if form == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            model.model = get_peft_model(model.model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+        learned = [p for p in model.model.parameters() if p.requires_grad]
+        steps, optimizer = 400, torch.optim.AdamW(learned, lr=text.RATES[form], weight_decay=0.01)
         generator = torch.Generator().manual_seed(self.seed)
         torch.manual_seed(self.seed)
         model.model.train()
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = encoder.RATE * min((step + 1) / 40, (steps - step) / (steps - 39))
+                group["lr"] = text.RATES[form] * min((step + 1) / 40, (steps - step) / (steps - 39))
             rows, head = parts[step % len(parts)]
             batch = torch.randperm(len(rows), generator=generator)[: encoder.BATCH].tolist()
             with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -106,7 +136,8 @@ class TextWorld(World):
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
-        return {name: value.detach().clone() for name, value in model.model.eval().named_parameters()}
+        done = model.model.eval().merge_and_unload() if form == "lora" else model.model.eval()
+        return {name: value.detach().clone() for name, value in done.named_parameters()}
 
     def _rows(self, task: str) -> data.Rows:
         """Rows that are neither trained on, nor those by which the quality benchmark chooses, nor tested on."""
@@ -128,16 +159,19 @@ class DigitsWorld(World):
         Seen.world = self
         return {"objective": "tests.campaigns.bench.selection.world:digits"}
 
-    def learn(self) -> dict[str, Tensor]:
-        """The base fine-tuned on the calibration rows themselves, by the recipe of the fine-tunes."""
-        from safetensors.torch import load_file
-
+    def learn(self, form: Form = "full") -> dict[str, Tensor]:
+        """The base fine-tuned on the calibration rows themselves, by the recipe of the fine-tunes of this form."""
         model = demo.Digits()
         model.load_state_dict(load_file(self.suite.prepare() / "model.safetensors"))
         rows = [self.rows(task) for task in self.wanted]
         images, labels = torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows])
-        demo.train(model, images, labels, steps=2 * ways.STEPS["full"], rate=ways.RATES["full"], seed=self.seed)
-        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+        if form == "full":
+            demo.train(model, images, labels, steps=2 * ways.STEPS[form], rate=ways.RATES[form], seed=self.seed)
+            return {name: value.detach().clone() for name, value in model.state_dict().items()}
+        wrapped = ways.adapted(model, self.seed)
+        demo.train(wrapped, images, labels, steps=2 * ways.STEPS[form], rate=ways.RATES[form], seed=self.seed)
+        merged = wrapped.merge_and_unload()
+        return {name: value.detach().clone() for name, value in merged.state_dict().items()}
 
     def rows(self, task: str) -> tuple[Tensor, Tensor]:
         """Calibration images and labels of a task: of the held-out images that choose in the quality benchmark."""
@@ -174,8 +208,6 @@ class Seen:
 
 def digits(directory: Path, device: torch.device) -> Given:
     """The objective of the digits, as `module:function`."""
-    from safetensors.torch import load_file
-
     model = demo.Digits()
     model.load_state_dict(load_file(directory / "model.safetensors"))
     model.to(device).eval()
