@@ -21,8 +21,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from continual.rules import gram_sums, matrices
-from continual.rules.contract import Accumulators, Rule, RuleRow
+from continual.rules import gram_less, gram_sums, matrices
+from continual.rules.contract import Accumulators, Apart, LeftOut, Rule, RuleRow
 from continual.rules.gram_sums import CROSS, EARLIER, GRAMS, LEFT, RIGHT, SIDES, SUM, Grams, GramSlots, Side
 from continual.rules.matrices import Include
 from continual.rules.options import Choice, Number
@@ -83,8 +83,14 @@ def _make(options: FlowOptions) -> Rule:
     def read(accumulators: Accumulators, sides: tuple[int, int] | None) -> Tensor:
         return flowed(accumulators, options, sides)
 
+    def without(given: Apart) -> LeftOut:
+        left, right = options.side != "right", options.side != "left"
+        return gram_less.without(given, gram_less.flow(options.time), left=left, right=right)
+
     kept = GramSlots(options.side, options.start == "sum", options.grams)
-    return matrices.rule("flow", options.include, kept.on_matrices(read, None), kept.laws())
+    quick = options.start == "zero" and options.top == 1.0
+    on = kept.on_matrices(read, without if quick else None)
+    return matrices.rule("flow", options.include, on, kept.laws())
 
 
 FLOW = RuleRow(

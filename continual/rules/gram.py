@@ -62,7 +62,7 @@ def _make(options: GramOptions) -> Rule:
 
     def without(given: Apart) -> LeftOut:
         left, right = options.side != "right", options.side != "left"
-        return gram_less.without(given, options.ridge, left=left, right=right)
+        return gram_less.without(given, gram_less.ridge(options.ridge), left=left, right=right)
 
     kept = GramSlots(options.side, options.pull > 0.0, options.grams)
     # the ridge pulls either side to a multiple of the sum of its own
