@@ -12,7 +12,7 @@ from continual.selection.judging import Judgement
 from continual.selection.members import Member
 from continual.selection.round_options import DAY, RoundOptions
 from continual.state.ledger import Waiting
-from continual.state.parts import MemberFate, MergedWord, RowFate
+from continual.state.parts import MemberFate, RowFate
 
 
 class Judged(TypedDict):
@@ -57,33 +57,6 @@ def kept_out(
         return MemberFate(key, name, "expired", "age", message, judged=1, **found)
     message = f"{name}: not relevant to the merge as it is (round {rounds} of {s.patience}): {reasons}"
     return MemberFate(key, name, "deferred", "irrelevant", message, judged=1, **found)
-
-
-def with_last_words(
-    rows: Sequence[MemberFate], words: Mapping[str, MergedWord], options: RoundOptions, first: int
-) -> list[MemberFate]:
-    """The rows of members that were left out; of those that have a last word, with it. One that the merge is better
-    with is chosen after all, and folded after the `first` ones."""
-    kept: list[MemberFate] = []
-    others: list[MemberFate] = []
-    for row in rows:
-        if (word := words.get(row.key)) is None or row.fate not in ("deferred", "refused"):
-            others.append(row)
-            continue
-        said = (
-            f"it serves task {word.task} ({word.name}), and with it folded too the loss on {word.rows} rows changes by "
-            f"{word.change:+.2g} ± {word.error:.1g} (z {word.z:+.1f})"
-        )
-        if word.z < -options.settings.sigmas:
-            message, rank = f"{row.name}: kept, since {said}", first + len(kept)
-            kept.append(
-                dataclasses.replace(
-                    row, fate="chosen", reason="", message=message, judged=0, rank=rank, settings=None, merged=word
-                )
-            )
-        else:
-            others.append(dataclasses.replace(row, message=f"{row.message}; {said}", merged=word))
-    return [*kept, *others]
 
 
 def seen(member: Member, score: float, judgement: Judgement | None, options: RoundOptions) -> MemberFate:

@@ -18,6 +18,7 @@ from continual.executors.contract import Progress
 from continual.selection.frank_wolfe import Chosen, SearchSpace
 from continual.selection.judging import judge
 from continual.selection.members import Member, opened_files
+from continual.selection.round_options import RoundOptions
 from continual.state import State
 from continual.state.parts import MergedWord
 
@@ -29,9 +30,14 @@ def order(chosen: Chosen) -> list[str]:
 
 
 def ask(
-    space: SearchSpace, chosen: Chosen, reading: Callable[[State], Reading], progress: Progress
+    space: SearchSpace,
+    chosen: Chosen,
+    options: RoundOptions,
+    reading: Callable[[State], Reading],
+    progress: Progress,
 ) -> dict[str, MergedWord]:
-    """By key, what is found of each member that serves a task and was not chosen.
+    """By key, what is found of each member that serves a task and was not chosen. They are asked in the order in which
+    they came; who is kept is in the merge when the next is asked.
 
     Of N members and T tasks it costs N evaluations of the rows that drive, T + 1 of all rows at most, as many readings
     of the merged model, and T folds besides those of the chosen; nothing where nobody is left out. Raises Refuse where
@@ -61,10 +67,19 @@ def ask(
             if tried is None:  # a gate keeps it out, and would when it is folded
                 continue
             _put(space, tried, reading, progress)
-            trials.drop(tried)
-            judgement = judge(without, calibration.both(), task)
-            found[key] = MergedWord(task, Path(calibration.dealt[task].name).name, sum(map(len, without)), *judgement)
+            with_it = calibration.both()
+            name, rows = Path(calibration.dealt[task].name).name, sum(map(len, without))
+            found[key] = MergedWord(task, name, rows, *judge(without, with_it, task))
+            if is_kept(found[key], options):
+                merged, tried, without = tried, merged, with_it
+            if tried is not engine:
+                trials.drop(tried)
     return found
+
+
+def is_kept(word: MergedWord, options: RoundOptions) -> bool:
+    """Whether a member is chosen after all: all rows are better with it, as surely as a trial has to be."""
+    return word.z < -options.settings.sigmas
 
 
 def _servers(space: SearchSpace, members: Mapping[str, Member], progress: Progress) -> dict[int, str]:

@@ -28,7 +28,7 @@ FEW = {"held": 0.2}
 """Rows that judge in a trial: so few that a weak model is not sure to help."""
 
 
-def weak(base: Path, size: float = 0.8) -> Path:
+def weak(base: Path, size: float) -> Path:
     """A candidate for the third task, with nearly as much noise as there is good in it."""
     origin, target = (load_file(base.parent / at / "model.safetensors") for at in ("base", "targets/t2"))
 
@@ -39,12 +39,12 @@ def weak(base: Path, size: float = 0.8) -> Path:
     return models.fine_tune(base, base.parent / "pool" / "weak", 7, size=size, change=change)
 
 
-def world(tmp_path: Path, scale: str) -> tuple[Path, Path]:
+def world(tmp_path: Path, scale: str, size: float = 0.8) -> tuple[Path, Path]:
     """The base, and a state whose rule sums and is read at this scale, with a pool."""
     base = quadratic.world(tmp_path)
     making.init(base, tmp_path / "state", making.Recipe(rule="task-arithmetic", scale=scale))
     with opened(tmp_path / "state", base, rounds=FEW) as merge:
-        fill(merge, quadratic.noise(base, 0), weak(base), quadratic.good(base, 0), quadratic.good(base, 1))
+        fill(merge, quadratic.noise(base, 0), weak(base, size), quadratic.good(base, 0), quadratic.good(base, 1))
     return base, tmp_path / "state"
 
 
@@ -63,28 +63,29 @@ def tidy(merge: api.Merge) -> None:
 
 
 def test_a_weak_model_is_kept_where_the_rules_merge_is_better_with_it(tmp_path: Path) -> None:
-    base, state = world(tmp_path, "0.4")
-    with opened(state, base, rounds=FEW, keep=9) as merge:
+    """Of two the second is asked of the merge with the first."""
+    base, state = world(tmp_path, "0.4", 0.7)
+    with opened(state, base, rounds={"held": 0.15}, keep=9) as merge:
         found = rows(merge.round())
-        assert names(merge) == ["good0", "good1", "weak"], "after those that were chosen"
+        assert names(merge) == ["good0", "weak", "good1"], "those that were chosen first"
         assert waits(merge) == ["noise0"]
         assert found["noise0"].merged is None, "it serves no task, and is not asked again"
-        row = next(row for row in table(merge) if row.name == "weak")
-        assert (row.fate, row.rank, row.weight, row.judged) == ("chosen", 2, None, 0)
-        assert row.z is not None
-        assert row.z > -3, "the trial did not find it"
-        without, with_it = (losses(merge, merge.head - back) for back in (1, 0))
-        expected = judge(without, with_it, 2)
-        said = row.merged
-        assert said is not None
-        assert (said.task, said.name, said.rows) == (2, "tests.helpers.quadratic:make, task 2", 480)
-        assert (said.change, said.error, said.z) == tuple(pytest.approx(figure, rel=1e-3) for figure in expected)
-        assert f"kept, since it serves task 2 ({said.name})" in row.message
-        assert "on 480 rows changes by -" in row.message
+        merges = [losses(merge, merge.head - back) for back in (2, 1, 0)]
+        for rank, task, name in ((1, 2, "weak"), (2, 1, "good1")):
+            row = next(row for row in table(merge) if row.name == name)
+            assert (row.fate, row.rank, row.weight, row.judged) == ("chosen", rank, None, 0)
+            assert row.z is not None
+            assert row.z > -3, "the trial did not find it"
+            expected, said = judge(merges[rank - 1], merges[rank], task), row.merged
+            assert said is not None
+            assert (said.task, said.name, said.rows) == (task, f"tests.helpers.quadratic:make, task {task}", 480)
+            assert (said.change, said.error, said.z) == tuple(pytest.approx(figure, rel=1e-3) for figure in expected)
+            assert f"kept, since it serves task {task} ({said.name})" in row.message
+            assert "on 480 rows changes by -" in row.message
         tidy(merge)
-        assert merge.why("weak").rounds[-1].row == row
+        assert merge.why("good1").rounds[-1].row == row
     with opened(state, base) as merge:  # as the file has it
-        assert next(row for row in table(merge) if row.name == "weak") == row
+        assert next(other for other in table(merge) if other.name == "good1") == row
 
 
 def test_one_that_the_rules_merge_is_no_better_with_waits_and_hears_why(tmp_path: Path) -> None:

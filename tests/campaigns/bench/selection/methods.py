@@ -4,7 +4,6 @@ what it took."""
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -88,25 +87,6 @@ def rounds(rule: str, options: Mapping[str, Any], world: World, irrelevant: int,
         return Merged(_read(merge), shares, time.process_time() - began, told)
 
 
-def relevant(rule: str, world: World, irrelevant: int, state: Path) -> Merged:
-    """Relevance before `rule`. What a round chooses where nothing is merged yet does not depend on the rule, so it is
-    run once, before iso-c, and the other rules fold the same models in the same order; their seconds are those of the
-    folds alone."""
-    kept = world.folder / f"chosen-{irrelevant}.json"
-    if not kept.is_file():
-        found = rounds("iso-c", {}, world, irrelevant, state)
-        kept.write_text(json.dumps({"shares": list(found.shares), "seconds": found.seconds, "round": found.round}))
-        if rule == "iso-c":
-            return found
-    chosen, paths = json.loads(kept.read_text()), dict(world.members(irrelevant))
-    merged = fold(rule, "auto", [paths[name] for name in chosen["shares"]], world, state)
-    return (
-        merged._replace(round=chosen["round"])
-        if rule != "iso-c"
-        else merged._replace(round=chosen["round"], seconds=chosen["seconds"])
-    )
-
-
 def learn(form: Form, world: World, irrelevant: int, state: Path) -> Merged:  # noqa: ARG001 - no model is asked
     """No merge: the base fine-tuned on the calibration rows."""
     began = time.process_time()
@@ -121,8 +101,8 @@ METHODS: Mapping[str, Method] = {
     "opcm": partial(plain, "opcm", "paper"),
     "iso-c": partial(plain, "iso-c", "auto"),
     "gram": partial(plain, "gram", "auto"),
-    "relevance + iso-c": partial(relevant, "iso-c"),
-    "relevance + gram": partial(relevant, "gram"),
+    "relevance + iso-c": partial(rounds, "iso-c", {}),
+    "relevance + gram": partial(rounds, "gram", {}),
     "frank-wolfe corrective, by layer": partial(rounds, "frank-wolfe", {"step": "corrective"}),
     "frank-wolfe corrective": partial(rounds, "frank-wolfe", {"step": "corrective", "layers": False}),
     "frank-wolfe pairwise": partial(rounds, "frank-wolfe", {"step": "pairwise"}),
