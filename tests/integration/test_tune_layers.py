@@ -17,9 +17,10 @@ from continual.engine.views import ReadView
 from continual.errors import Misconfigured
 from continual.objectives import Given
 from continual.publish.folder import Target
+from continual.publish.lora import LoraTarget
 from continual.records import ObjectiveRecord
 from continual.tuning import Learning
-from tests.helpers import quadratic
+from tests.helpers import adapters, quadratic
 from tests.helpers.command import machine, run
 
 OBJECTIVE = "tests.helpers.quadratic:make"
@@ -73,6 +74,11 @@ def test_they_are_learned_and_read_from_then_on(tmp_path: Path, rule: str, kept:
         trial = next(trial for trial in found.entry.trials if trial.score == found.score)
         assert trial.loss == pytest.approx(loss(tmp_path, after, judging=False), rel=1e-4)
         least = lowest(tmp_path, base, start)
+        if kept:
+            written = merge.export_lora(LoraTarget(tmp_path / "thin", None)).directory
+            thin = adapters.task_vectors(tmp_path / "base", written)[0]
+            assert all(torch.allclose(thin[name], after[name] - base[name], atol=1e-5) for name in thin)
+            assert thin
         losses = [trial.loss or 0.0 for trial in found.entry.trials]
         assert min(losses) - least < 0.2 * (losses[0] - least), "near the least loss that there is"
     with api.Merge(Settings(state=tmp_path / "state"), write=True) as merge:  # and from the record

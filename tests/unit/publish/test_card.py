@@ -117,6 +117,11 @@ def test_a_view_that_goes_out_as_an_adapter_says_so() -> None:
     assert "continual export merged --as-lora own --format kohya" in text
 
 
+def test_learned_coefficients_are_told_of() -> None:
+    assert "Coefficients of 30 layers were learned from calibration rows" in made(layers=30)[0]
+    assert "Coefficients" not in made()[0]
+
+
 def test_how_to_load_it() -> None:
     assert 'LlamaForCausalLM.from_pretrained("org/merged")' in made(architecture="LlamaForCausalLM")[0]
     assert 'AutoModel.from_pretrained("merged")' in made(architecture="x; import os", repo=None)[0]
