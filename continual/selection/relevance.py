@@ -37,7 +37,7 @@ def fold(engine: Engine, progress: Progress, hear: Callable[[Outcome], None]) ->
 def _fold(engine: Engine, waiting: Waiting, progress: Progress) -> Outcome:
     member, row = Member(waiting.candidate), waiting.last
     assert row is not None, "a round chose it"
-    chosen = Relevance(row.score, row.change, row.error, row.z, row.weight)
+    chosen = Relevance(row.score, row.change, row.error, row.z, row.weight, row.merged)
     try:
         with opened_files(engine, member) as model:
             return engine.fold_chosen(model, chosen, progress)

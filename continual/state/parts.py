@@ -33,6 +33,7 @@ class Relevance:
     error: float | None = None
     z: float | None = None
     weight: float | None = None
+    merged: MergedWord | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

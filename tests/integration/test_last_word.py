@@ -82,6 +82,9 @@ def test_a_weak_model_is_kept_where_the_rules_merge_is_better_with_it(tmp_path: 
             assert (said.change, said.error, said.z) == tuple(pytest.approx(figure, rel=1e-3) for figure in expected)
             assert f"kept, since it serves task {task} ({said.name})" in row.message
             assert "on 480 rows changes by -" in row.message
+        told = merge.state.ledger.folds()[-1].entry.numbers.relevance
+        assert told is not None
+        assert (told.z, told.weight, told.merged) == (row.z, None, said)
         tidy(merge)
         assert merge.why("good1").rounds[-1].row == row
     with opened(state, base) as merge:  # as the file has it
