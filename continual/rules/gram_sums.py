@@ -34,6 +34,11 @@ CROSS, RIGHT, LEFT, SUM = "cross", "right", "left", "sum"
 CoreRead = Callable[[Accumulators, tuple[int, int] | None], Tensor]
 """What is read of a matrix; where the accumulators are those of a core, the second are rows and columns of the whole.
 """
+Part = Callable[[slice, slice], Tensor]
+"""Some rows and columns of a matrix."""
+_ROWS = 256
+"""Rows of a packed Gram that are added to at a time: enough for a product of matrices, and few enough to stay in cache.
+"""
 
 
 class GramSlots(NamedTuple):
@@ -75,19 +80,25 @@ class GramSlots(NamedTuple):
         return OnMatrices(fold, read_whole, workspace, self.slots, Factored(cores=cores, without=without))
 
 
-def pack(gram: Tensor) -> Tensor:
-    """The lower triangle of a symmetric n×n matrix, ⌈n/2⌉ × (n + 1): the i-th row from the top, and behind it the i-th
-    from the bottom, backwards. Where n is odd the second half of the last row is zeros."""
-    n = len(gram)
-    half = (n + 1) // 2
-    found = gram.new_zeros(half, n + 1)
-    found[:, :n] = gram[:half].tril()
-    found[: n - half, 1:] += gram[half:].flip(0, 1).triu()
-    return found
+def add_packed(packed: Tensor, part: Part, scale: float) -> None:
+    """packed += scale·G, of a symmetric n×n matrix G of which `part` gives pieces, float64; each element rounded once.
+
+    `packed` is its lower triangle, ⌈n/2⌉ × (n + 1) float32: the i-th row from the top, and behind it the i-th from the
+    bottom, backwards. Where n is odd the second half of the last row is zeros.
+    """
+    half, n = len(packed), packed.shape[1] - 1
+    for top in range(0, half, _ROWS):
+        down = min(top + _ROWS, half)
+        found = torch.zeros(down - top, n + 1, dtype=torch.float64, device=packed.device)
+        found[:, :down] = part(slice(top, down), slice(0, down)).tril(top)
+        down = min(down, n - half)
+        below = part(slice(n - down, n - top), slice(0, n - top))
+        found[: down - top, top + 1 :] += below.flip(0, 1).triu()
+        packed[top : top + len(found)] = found.mul_(scale).add_(packed[top : top + len(found)])
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The lower triangle that `pack` was given, n×n float64, zeros above it."""
+    """The lower triangle of what `add_packed` added up, n×n float64, zeros above it."""
     half, n = len(packed), packed.shape[1] - 1
     found = packed.new_zeros(n, n, dtype=torch.float64)
     found[:half] = packed[:, :n].tril()
@@ -115,9 +126,8 @@ def fold_matrix(accumulators: Accumulators, tau: Tensor, weight: float) -> Folde
         inner = exact @ exact.mT if wide else exact.mT @ exact
         cross.add_(inner @ exact if wide else exact @ inner, alpha=scale)
         for side in {RIGHT, LEFT} & accumulators.keys():
-            mine = (side == LEFT) == wide
-            term = inner if mine else exact.mT @ exact if wide else exact @ exact.mT
-            _add(accumulators[side], term, scale)
+            known = inner if (side == LEFT) == wide else None
+            _add(accumulators[side], exact if side == LEFT else exact.mT, known, scale)
         if SUM in accumulators:
             accumulators[SUM].add_(tau, alpha=weight)
         if weight < 0 and _none_left(accumulators, -weight):
@@ -126,11 +136,12 @@ def fold_matrix(accumulators: Accumulators, tau: Tensor, weight: float) -> Folde
     return Folded(accumulators, Sums(tau_sq, dot, float(cross.square().sum())))
 
 
-def _add(kept: Tensor, gram: Tensor, scale: float) -> None:
+def _add(kept: Tensor, rows: Tensor, gram: Tensor | None, scale: float) -> None:
+    """kept += scale·(inner products of `rows`); `gram` are these, where they are known."""
     if kept.dtype == torch.float64:
-        kept.add_(gram, alpha=scale)
+        kept.add_(rows @ rows.mT if gram is None else gram, alpha=scale)
     else:
-        kept.copy_(pack(gram).mul_(scale).add_(kept))  # rounded once
+        add_packed(kept, lambda one, other: rows[one] @ rows[other].mT if gram is None else gram[one, other], scale)
 
 
 def _none_left(accumulators: Accumulators, weight: float) -> bool:

@@ -8,7 +8,21 @@ from torch import Tensor
 
 from continual.errors import Misconfigured
 from continual.records import SlotSpec, TensorSpec, Totals
-from continual.rules import RULES, Inputs, Rule, Sums, Triplets, esm, gram, gram_sums, iso_cts, matrices, opcm, rule
+from continual.rules import (
+    RULES,
+    Inputs,
+    Rule,
+    Sums,
+    Triplets,
+    esm,
+    gram,
+    gram_less,
+    gram_sums,
+    iso_cts,
+    matrices,
+    opcm,
+    rule,
+)
 from tests.helpers import batch
 
 MATRIX = TensorSpec("w", (12, 8), "F32", "matrix")
@@ -121,13 +135,23 @@ def test_gram_pulls_to_a_multiple_of_the_sum(side: gram.Side, pull: float) -> No
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8])
-def test_half_of_a_gram_is_kept_and_comes_back(n: int) -> None:
-    gram = randn(n, n, seed=3).double()
-    gram = gram + gram.mT
-    packed = gram_sums.pack(gram)
-    assert packed.shape == ((n + 1) // 2, n + 1)
+def test_half_of_a_gram_is_kept_and_comes_back(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram_sums, "_ROWS", 3)
+    gram = randn(n, n, seed=3)
+    gram = (gram + gram.mT).double()
+    packed = torch.zeros((n + 1) // 2, n + 1)
+    for scale in (1.0, 0.5):
+        gram_sums.add_packed(packed, lambda one, other: gram[one, other], scale)
     assert int((packed != 0).sum()) == n * (n + 1) // 2
-    assert torch.equal(gram_sums.unpack(packed), gram.tril())
+    assert torch.allclose(gram_sums.unpack(packed), 1.5 * gram.tril(), atol=1e-7)
+
+
+@pytest.mark.parametrize("time", [0.1, 5.0, 1000.0])
+def test_what_flow_makes_of_an_eigenvalue_is_nearly_four_resolvents(time: float) -> None:
+    values = torch.cat([torch.zeros(1), torch.logspace(-6, 6, 2001)]).double()
+    found = sum(((weight / (values + pole)).real for pole, weight in gram_less.flow(time)), torch.zeros(2002))
+    expected = torch.where(values > 0, -torch.expm1(-time * values) / values.clamp(min=1e-300), time)
+    assert float((found / expected - 1).abs().max()) < 4e-7
 
 
 def test_opcm_reports_what_it_cut_and_what_it_kept() -> None:
