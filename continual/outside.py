@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 VALUES = 100_000
@@ -94,6 +94,11 @@ def few(names: Iterable[str], count: int | None = None, most: int = 5) -> str:
     listed = list(names)
     more = (len(listed) if count is None else count) - len(listed[:most])
     return ", ".join(listed[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def few_shares(shares: Mapping[str, float]) -> str:
+    """The largest shares of something, for a line: `lora-1 3.20%`; empty where there are none."""
+    return few(f"{name} {share:.2%}" for name, share in sorted(shares.items(), key=lambda one: -one[1]))
 
 
 def counted(count: int, noun: str) -> str:

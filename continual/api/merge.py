@@ -19,6 +19,7 @@ from continual import selection, tuning
 from continual.api.opened_state import OpenedState
 from continual.config import settings_of
 from continual.engine import combining, planning, unfolding
+from continual.engine.combining import Combined
 from continual.engine.outcomes import Outcome, Plan
 from continual.engine.views import ReadView
 from continual.executors.contract import Progress, silent
@@ -187,17 +188,18 @@ class Merge(OpenedState):
 
     def combine(
         self, other: str | Path, *, dry_run: bool = False, progress: Progress = silent
-    ) -> tuple[list[FoldCommit], Commit | None]:
-        """Adds the models of the state in `other` to this one. Returns their folds, and the record (None of a dry run).
-        Raises Misconfigured, Damaged, Retry and Halt; then nothing has changed."""
+    ) -> tuple[list[FoldCommit], Combined | None]:
+        """Adds the models of the state in `other` to this one. Returns their folds, and the record with what was cut
+        off to make room (None of a dry run). Raises Misconfigured, Damaged, Retry and Halt; then nothing has
+        changed."""
         with State.open(Path(other)) as found:
             combining.check(self.state, found, self.rule)
             folds = found.ledger.folds()
             if dry_run:
                 return folds, None
-            commit = combining.combine(self.state, found, self.rule, self.executor, progress)
+            combined = combining.combine(self.state, found, self.rule, self.executor, progress)
         self.state.expire(self.settings.keep)
-        return folds, commit
+        return folds, combined
 
     def retry(self, word: str) -> list[Commit]:
         """Has the settled candidates that `word` names (a name, path, key or record number) looked at again: the

@@ -111,7 +111,7 @@ def dense(rule: Rule, given: Stacked, run: Run) -> Tensor:
         return torch.zeros(m, n)
     assert rule.factored is not None
     if rule.factored.linear(given.spec):
-        left, right = direct(rule, given, run)
+        left, right, *_ = _balanced(*direct(rule, given, run))
     else:  # of orthonormal columns, so that rounding one side does no more than rounding X
         one, other = spanned(given.u), spanned(given.v)
         middle = _turned(rule, given, run, (one.upper, other.upper))

@@ -11,7 +11,7 @@ import typer
 from continual import texts
 from continual.cli import answered, console, opened, typed
 from continual.cli.flags import MACHINE, OPENING, Flags, Lines, Yes, takes
-from continual.outside import counted
+from continual.outside import counted, few_shares
 
 if TYPE_CHECKING:
     from continual.texts import Json
@@ -236,12 +236,13 @@ def combine(
     """Add the models of another state to this one: two machines fold, one merge comes of it. The other state stays as
     it is."""
     with opened.merge(flags, write=not dry_run) as merge, console.progress() as progress:
-        folds, commit = merge.combine(other, dry_run=dry_run, progress=progress)
+        folds, combined = merge.combine(other, dry_run=dry_run, progress=progress)
     if flags.json:
-        record = None if commit is None else texts.record(commit)
-        console.emit({"record": record, "added": [texts.record(c) for c in folds]})
+        record, cut = (None, {}) if combined is None else (texts.record(combined.commit), dict(combined.cut))
+        console.emit({"record": record, "added": [texts.record(c) for c in folds], "cut": cut})
         return
-    console.say(
-        f"{f'Added as record {commit.seq}' if commit else 'Would add'}: {counted(len(folds), 'model')} of {other}"
-    )
+    done = f"Added as record {combined.commit.seq}" if combined else "Would add"
+    console.say(f"{done}: {counted(len(folds), 'model')} of {other}")
+    if combined and combined.cut:
+        console.say(f"cut off to make room, of the square of a model's length: {few_shares(combined.cut)}")
     answered.records(texts.record(c) for c in folds)

@@ -59,8 +59,8 @@ class StoredLayers:
         return self._columns[name]
 
     def cut(self, folds: Sequence[FoldCommit]) -> dict[int, float]:
-        """The share of ‖τ‖² that was cut off by now of each of these models, by the record of its fold; 0 where nothing
-        was. Raises Damaged and Misconfigured."""
+        """The share of ‖τ‖² that was cut off by now of each of these models, by its number; 0 where nothing was. Raises
+        Damaged and Misconfigured."""
         kept: dict[int, float] = {}
         for name in self._specs:
             columns = self.columns(name)
@@ -69,10 +69,9 @@ class StoredLayers:
                 kept[number] = kept.get(number, 0.0) + square
         found = {}
         for fold in folds:
-            numbers = fold.entry.numbers
-            square = numbers.tau_norm**2
-            lost = 1.0 - kept.get(numbers.block or 0, 0.0) / square if square else 0.0
-            found[fold.seq] = lost if lost > _ROUNDED else 0.0
+            number, square = fold.entry.numbers.block or 0, fold.entry.numbers.tau_norm**2
+            lost = 1.0 - kept.get(number, 0.0) / square if square else 0.0
+            found[number] = lost if lost > _ROUNDED else 0.0
         return found
 
     def vectors(self, name: str, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,9 +150,9 @@ class BlockReading(Reading):
         folds = self.state.ledger.folds(at=self.commit.seq)
         lost = self.shelf.cut(folds)
         return tuple(
-            CutModel(fold.entry.candidate.name, fold.seq, lost[fold.seq])
+            CutModel(fold.entry.candidate.name, fold.seq, share)
             for fold in folds
-            if fold.entry.numbers.block in self.chosen and lost[fold.seq]
+            if (number := fold.entry.numbers.block) in self.chosen and (share := lost[number])
         )
 
     def size(self) -> Size:
@@ -224,3 +223,12 @@ class BlockReading(Reading):
         if seen is not None:
             seen(spec, self.unit(spec))
         return {layer.name: self.merged.square(layer.name) for layer in spec.layers}
+
+
+def cut_since(state: State, before: Mapping[int, float]) -> dict[str, float]:
+    """What was cut off of the models in force since `before`, the shares of ‖τ‖² that `StoredLayers.cut` said then: of
+    those that lost some, by name. A model that was not there has lost all that it lacks. Raises Damaged."""
+    folds = state.ledger.folds()
+    now = StoredLayers(state, state.ledger.head).cut(folds)
+    lost = {fold.entry.candidate.name: now[n] - before.get(n, 0.0) for fold in folds if (n := fold.entry.numbers.block)}
+    return {name: share for name, share in lost.items() if share > _ROUNDED}

@@ -7,10 +7,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
+from continual.engine.block_reading import StoredLayers, cut_since
 from continual.engine.blocks import put_all
+from continual.engine.views import ReadView
 from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task
 from continual.outside import counted
@@ -22,8 +25,16 @@ from continual.state.format import Format
 from continual.state.parts import BroughtFold, FoldNumbers
 
 
-def combine(state: State, other: State, rule: Rule, executor: Executor, progress: Progress) -> Commit:
-    """Adds the folds in force of `other` to `state`, which is open for writing. Returns the record.
+class Combined(NamedTuple):
+    """The record of a combination, and what it cut off to make room in a state of adapters: the share of ‖τ‖² of each
+    model that lost some, by its name."""
+
+    commit: Commit
+    cut: Mapping[str, float]
+
+
+def combine(state: State, other: State, rule: Rule, executor: Executor, progress: Progress) -> Combined:
+    """Adds the folds in force of `other` to `state`, which is open for writing.
 
     Raises Misconfigured as `check`; Retry and Halt. Then the state is as it was before.
     """
@@ -60,20 +71,22 @@ def combine(state: State, other: State, rule: Rule, executor: Executor, progress
             message=f"{counted(len(folds), 'model')} of the state {other.path.absolute()}, record {at}",
             device="cpu",
         )
-        return state.commit(transaction, entry)
+        return Combined(state.commit(transaction, entry), {})
 
 
 def check(state: State, other: State, rule: Rule) -> None:
     """Raises Misconfigured if `other` cannot be added to `state`: folding is no addition for the rule, the states have
-    other bases, rules or options, a model is in both, or nothing is folded in `other`."""
+    other bases, rules or options, a model is in both, or nothing is folded in `other`. States of adapters keep the same
+    whatever their rules: there the rule of `state` stands, and has to take the weights of the others."""
     if rule.laws.rounds:
         raise Misconfigured(
             f"{rule.name} weighs its models together: let the models of both states wait for rounds of one"
         )
-    if rule.laws.combine is None and state.format.form is None:
+    blocks = state.format.form is not None
+    if rule.laws.combine is None and not blocks:
+        why = "keeps of each model what there is room for among all" if rule.laws.order_free else "depends on the order"
         raise Misconfigured(
-            f"{rule.name} depends on the order of the folds, so two of its states cannot be combined; "
-            "'continual rules' says which can"
+            f"{rule.name} {why}, so two of its states cannot be combined; 'continual rules' says which can"
         )
     if state.id == other.id:
         raise Misconfigured(
@@ -81,7 +94,7 @@ def check(state: State, other: State, rule: Rule) -> None:
         )
     ours, theirs = state.format, other.format
     their = rule_of(theirs.rule, theirs.options)
-    if (rule.name, dict(rule.options)) != (their.name, dict(their.options)):
+    if not blocks and (rule.name, dict(rule.options)) != (their.name, dict(their.options)):
         raise Misconfigured(
             f"{state.path} is {_named(rule.name, rule.options)} and {other.path} is "
             f"{_named(their.name, their.options)}: they have to be the same"
@@ -107,11 +120,23 @@ def check(state: State, other: State, rule: Rule) -> None:
         raise Misconfigured(
             f"{len(both)} models are in both states ({names}): unfold them from one first, else they would count twice"
         )
+    if blocks and not rule.laws.weighted and any(weight != 1.0 for weight in _weights(other).values()):
+        raise Misconfigured(
+            f"{other.path} reads some of its models with weights other than 1, which {rule.name} does not take: "
+            "combine into a state of a rule that does ('continual rules')"
+        )
 
 
-def _combine_blocks(state: State, other: State, executor: Executor, progress: Progress) -> Commit:
-    """Puts the adapters of `other` beside those of `state`; both keep adapters as they are."""
+def _weights(other: State) -> dict[int, float]:
+    """The weight of each adapter of a state, by its number: that of its fold, or of the newest round."""
+    return ReadView().chosen(other, other.ledger.head.seq)
+
+
+def _combine_blocks(state: State, other: State, executor: Executor, progress: Progress) -> Combined:
+    """Puts the adapters of `other` beside those of `state`; both keep adapters as they are, whatever their rules."""
     ours, theirs = state.ledger.folds(), other.ledger.folds()
+    weights, shares = _weights(other), StoredLayers(other, other.ledger.head).cut(theirs)
+    before = StoredLayers(state, state.ledger.head).cut(ours)
     taken = {fold.entry.numbers.block for fold in ours}
     free = (number for number in itertools.count(1) if number not in taken)
     numbers = {fold.entry.numbers.block or 0: next(free) for fold in theirs}
@@ -135,7 +160,7 @@ def _combine_blocks(state: State, other: State, executor: Executor, progress: Pr
             BroughtFold(
                 fold.entry.candidate,
                 fold.entry.digest,
-                replace(_kept(fold.entry.numbers), block=numbers[fold.entry.numbers.block or 0]),
+                _beside(fold.entry.numbers, numbers, weights),
             )
             for fold in theirs
         )
@@ -148,7 +173,9 @@ def _combine_blocks(state: State, other: State, executor: Executor, progress: Pr
             f"{other.ledger.head.seq}",
             device="cpu",
         )
-        return state.commit(transaction, entry)
+        commit = state.commit(transaction, entry)
+    before |= {numbers[number]: share for number, share in shares.items()}
+    return Combined(commit, cut_since(state, before))
 
 
 def _form(made: Format) -> str:
@@ -192,6 +219,13 @@ def _kept(numbers: FoldNumbers) -> FoldNumbers:
         plain_norm=numbers.plain_norm,
         spread_norm=numbers.spread_norm,
     )
+
+
+def _beside(numbers: FoldNumbers, called: Mapping[int, int], weights: Mapping[int, float]) -> FoldNumbers:
+    """What stays of the numbers of an adapter: it has another number here, and the weight that it was read with."""
+    found, number = _kept(numbers), numbers.block or 0
+    weight = found.weight if weights[number] == 1.0 else weights[number]
+    return replace(found, block=called[number], weight=weight)
 
 
 def _named(rule: str, options: Mapping[str, object]) -> str:

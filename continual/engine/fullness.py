@@ -14,7 +14,7 @@ from continual.state import State
 class Fullness:
     """`width`: how many singular triplets a layer can have; `used`: how many the fullest one has; `layers`: how many
     have any. `cut`: the share of the sum of all ‖τ‖² that was cut off by now; `models`: that of each model's own, by
-    the record of its fold."""
+    its number."""
 
     width: int
     used: int
@@ -33,6 +33,6 @@ def fullness_of(state: State) -> Fullness | None:
     shelf = StoredLayers(state, head)
     used = [found for name in shelf.specs if (found := shelf.columns(name).used)]
     cut = shelf.cut(folds)
-    squares = {fold.seq: fold.entry.numbers.tau_norm**2 for fold in folds}
-    whole, lost = math.fsum(squares.values()), math.fsum(squares[seq] * cut[seq] for seq in squares)
+    squares = {fold.entry.numbers.block or 0: fold.entry.numbers.tau_norm**2 for fold in folds}
+    whole, lost = math.fsum(squares.values()), math.fsum(square * cut[number] for number, square in squares.items())
     return Fullness(state.format.form.width, max(used, default=0), len(used), lost / whole if lost else 0.0, cut)

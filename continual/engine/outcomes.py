@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from continual.gates import Headers
-from continual.outside import few
+from continual.outside import few, few_shares
 from continual.records import Candidate, Lineage, Totals
 from continual.state import Commit
 from continual.state.entries import RefuseEntry
@@ -71,8 +71,7 @@ class FoldReport:
     @property
     def cut_others(self) -> str:
         """What was cut off of models that were there, the largest shares first, for people; empty where nothing was."""
-        shares = sorted(self.others.items(), key=lambda other: -other[1])
-        return few([f"{name} {share:.2%}" for name, share in shares])
+        return few_shares(self.others)
 
     def figures(self) -> dict[str, float]:
         """What a log line says of it, rounded: `tau_norm`, `cosine`, `lambda` of a rule that has it, and `cut`."""

@@ -69,6 +69,12 @@ class ReadView:
         weights |= self._given(folds, read or {})
         if folds and not kept:
             raise Misconfigured("no model is left to be read: 'only' and 'without' leave none")
+        for word in self.weights:
+            if (named := self._named(folds, (word,), "weight")) and not named & kept:
+                raise Misconfigured(
+                    f"weight = {word}: 'only' and 'without' leave that model out, so its weight would say nothing: "
+                    "take the weight out, or have the model read"
+                )
         found: dict[int, float] = {}
         for fold in folds:
             key, numbers = fold.entry.candidate.key, fold.entry.numbers

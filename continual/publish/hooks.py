@@ -196,7 +196,9 @@ def call(
 def _sglang(hook: HookSettings, published: Published, deadline: float) -> _Tried:
     if published.directory is None:
         return _Tried(False, "there is no model directory to load: set `current`, and let the hook come after it")
-    version = f"{(published.state or 'unknown')[:12]}-{published.seq}"
+    # one record is out as something else once the settings say so
+    marked = f"-{published.mark[:8]}" if published.mark else ""
+    version = f"{(published.state or 'unknown')[:12]}-{published.seq}{marked}"
     asked = {"model_path": str(published.directory.absolute()), "weight_version": version, "flush_cache": True}
     return _succeeded(_post(f"{hook.url}".rstrip("/") + "/update_weights_from_disk", asked, deadline))
 

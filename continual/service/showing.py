@@ -71,7 +71,7 @@ def fold(commit: FoldCommit, full: Fullness | None) -> ShownFold:
         weight=numbers.weight,
         left_out=few(numbers.extra or (), numbers.extra_count),
         cut=numbers.cut,
-        cut_now=None if full is None else full.models.get(commit.seq),
+        cut_now=None if full is None else full.models.get(commit.entry.numbers.block or 0),
     )
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from continual import api
+from continual import api, making
+from continual.config import Settings
 from continual.engine.blocks import layer_of
 from continual.engine.views import ReadView
 from continual.errors import Misconfigured, Retry
@@ -246,17 +247,46 @@ def test_the_last_model_out_leaves_nothing(tmp_path: Path, base: Path, tuned: li
 @pytest.mark.parametrize("width", [64, 8])
 def test_two_states_become_one(tmp_path: Path, base: Path, tuned: list[Path], width: int) -> None:
     ours = folded(tmp_path / "ours", base, tuned[:2], width=width)
-    theirs = folded(tmp_path / "theirs", base, tuned[2:], width=width)
+    theirs = folded(tmp_path / "theirs", base, tuned[2:], width=width, name="opcm")
     together = folded(tmp_path / "together", base, tuned, width=width)
     with opened(ours, base) as merge:
-        merge.combine(theirs)
-        assert [fold.entry.numbers.block for fold in merge.state.ledger.folds()] == [1, 2, 3, 4, 5]
+        before = {fold.entry.candidate.name for fold in merge.state.ledger.folds()}
+        _, combined = merge.combine(theirs)
+        assert combined is not None
+        folds = merge.state.ledger.folds()
+        assert [fold.entry.numbers.block for fold in folds] == [1, 2, 3, 4, 5]
+        whole = merge.fullness()
+        assert whole is not None
+        lost = {fold.entry.candidate.name: whole.models[fold.entry.numbers.block or 0] for fold in folds}
+        assert bool(combined.cut) == (width == 8)
+        assert {name: combined.cut[name] for name in before if lost[name]} == pytest.approx(
+            {name: lost[name] for name in before if lost[name]}
+        )
     for name in ("iso-c", "opcm"):
         same(merged(ours, ReadView(rule=name)), merged(together, ReadView(rule=name)))
     assert api.verify(ours).findings == ()
     other = folded(tmp_path / "other", base, tuned[2:], width=32)
     with opened(ours, base) as merge, pytest.raises(Misconfigured, match="adapters at width 32"):
         merge.combine(other)
+
+
+def test_the_rule_of_the_first_of_two_states_takes_the_weights_of_the_other(
+    tmp_path: Path, base: Path, tuned: list[Path]
+) -> None:
+    theirs = tmp_path / "theirs"
+    making.init(base, theirs, making.Recipe(rule="mean", width=64))
+    with api.Merge(Settings(state=theirs, max_base_ratio=100.0, weight="0.5"), write=True) as merge:
+        for model in tuned[2:]:
+            merge.fold(model)
+    for name in ("opcm", "mean"):
+        with opened(folded(tmp_path / name, base, tuned[:2], name=name), base) as merge:
+            if name == "opcm":
+                with pytest.raises(Misconfigured, match="weights other than 1, which opcm does not take"):
+                    merge.combine(theirs)
+            else:
+                merge.combine(theirs)
+                weights = ReadView().chosen(merge.state, merge.state.ledger.head.seq)
+                assert list(weights.values()) == [1.0, 1.0, 0.5, 0.5, 0.5]
 
 
 def test_the_same_adapter_in_another_place_is_a_duplicate(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
@@ -276,6 +306,7 @@ def test_a_state_of_whole_tensors_has_no_views(tmp_path: Path, base: Path, tuned
     ("view", "said"),
     [
         (ReadView(only=("carol",)), "only = carol: no model of the merge is called so; in it are lora-0, 1"),
+        (ReadView(without=("lora-0",), weights={"lora-0": 2.0}), "weight = lora-0: 'only' and 'without' leave that"),
         (ReadView(without=("*",)), "no model is left to be read"),
         (ReadView(rule="no-such"), "unknown rule"),
         (ReadView(rule="fisher"), "cannot be read by fisher"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import threading
@@ -34,6 +35,9 @@ def test_sglang_is_told_where_the_weights_are(tmp_path: Path, served: Served) ->
     assert (told.target, told.attempts) == (f"{served.url}/", 1)
     asked = {"model_path": str(tmp_path / "current-7"), "weight_version": "0123456789ab-7", "flush_cache": True}
     assert served.asked == [("/update_weights_from_disk", asked)]
+    read_otherwise = dataclasses.replace(published(tmp_path), mark="89abcdef01234567")
+    assert tell(HookSettings(kind="sglang", url=served.url), read_otherwise).ok
+    assert served.asked[1][1]["weight_version"] == "0123456789ab-7-89abcdef", "another reading of the same record"
     assert set(told.body()) == {"kind", "target", "ok", "attempts", "seconds", "message"}
 
 

@@ -219,8 +219,8 @@ def test_two_states_combined_are_as_if_one_had_folded_all(
     with opened(tmp_path / "state", base, name) as merge:
         for model in tuned[:3]:
             merge.fold(model)
-        folds, commit = merge.combine(tmp_path / "other")
-        assert (len(folds), commit and commit.seq) == (2, 4)
+        folds, combined = merge.combine(tmp_path / "other")
+        assert (len(folds), combined and combined.commit.seq) == (2, 4)
     with opened(tmp_path / "state", base, name) as merge:
         assert names(merge) == [f"ft-{i}" for i in range(5)]
         assert merge.state.ledger.totals.body() == pytest.approx(
@@ -242,7 +242,6 @@ def test_states_that_cannot_be_combined_are_refused(tmp_path: Path, base: Path, 
     alone(tmp_path / "mean", base, "mean", tuned[:2])
     alone(tmp_path / "same", base, "mean", tuned[1:3])
     alone(tmp_path / "sum", base, "task-arithmetic", tuned[:1])
-    alone(tmp_path / "opcm", base, "opcm", tuned[:1])
     shutil.copytree(tmp_path / "mean", tmp_path / "copy")
     other_base = models.base(tmp_path / "other-base", seed=5)
     alone(tmp_path / "elsewhere", other_base, "mean", [models.fine_tune(other_base, tmp_path / "x", 1)])
@@ -259,5 +258,7 @@ def test_states_that_cannot_be_combined_are_refused(tmp_path: Path, base: Path, 
             with pytest.raises(Misconfigured, match=words):
                 merge.combine(tmp_path / place)
         assert merge.state.ledger.head.seq == 2
-    with opened(tmp_path / "opcm", base, "opcm") as merge, pytest.raises(Misconfigured, match="order of the folds"):
-        merge.combine(tmp_path / "mean")
+    for name, words in (("opcm", "depends on the order"), ("tsv-m", "keeps of each model what there is room for")):
+        alone(tmp_path / f"as-{name}", base, name, tuned[:1])
+        with opened(tmp_path / f"as-{name}", base, name) as merge, pytest.raises(Misconfigured, match=words):
+            merge.combine(tmp_path / "mean")
