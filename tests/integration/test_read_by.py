@@ -116,13 +116,14 @@ def test_a_state_of_gram_goes_on_as_it_was_made_before_its_grams_were_packed(
         with merge_of(tmp_path / "old", write=True) as merge:
             assert merge.fold(model).fate == "folded"
     folded(tmp_path, base, making.Recipe(rule="gram"), tuned, "packed")
-    with merge_of(tmp_path / "expected") as merge, merge_of(tmp_path / "old", write=True) as old:
+    with merge_of(tmp_path / "expected", write=True) as merge, merge_of(tmp_path / "old", write=True) as old:
         expected = read(merge)
         assert same(read(old), expected)
         with pytest.raises(Misconfigured, match="grams=float32"):
             old.combine(tmp_path / "packed")
-        with pytest.raises(Misconfigured, match="2 models are in both"):
-            old.combine(tmp_path / "expected")
+        for one, other in ((old, "expected"), (merge, "old")):
+            with pytest.raises(Misconfigured, match="2 models are in both"):
+                one.combine(tmp_path / other)
     with merge_of(tmp_path / "packed") as merge:
         found = read(merge)
         assert not same(found, expected)

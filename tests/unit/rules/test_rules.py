@@ -134,6 +134,18 @@ def test_gram_pulls_to_a_multiple_of_the_sum(side: gram.Side, pull: float) -> No
     )
 
 
+@pytest.mark.parametrize("grams", gram_sums.GRAMS)
+def test_where_no_model_is_left_that_changed_a_tensor_gram_keeps_exact_zeros(grams: gram_sums.Grams) -> None:
+    """Though others are left that did not change it."""
+    made, totals = rule("gram", {"grams": grams}), Totals(count=3.0, weight=3.0)
+    kept, taus = zeros(made, MATRIX), [randn(12, 8, seed=seed) for seed in range(2)]
+    for tau, weight in ((taus[0], 1.0), (taus[1], 3e-3), (taus[0], -1.0)):
+        kept = made.fold.apply(kept, tau.clone(), Inputs(MATRIX, weight), totals).accumulators
+    assert float(kept["cross"].norm()) > 1e-3, "the other one is left"
+    kept = made.fold.apply(kept, taus[1].clone(), Inputs(MATRIX, -3e-3), totals).accumulators
+    assert not any(bool(value.any()) for value in kept.values())
+
+
 @pytest.mark.parametrize("n", [1, 2, 7, 8])
 def test_half_of_a_gram_is_kept_and_comes_back(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram_sums, "_ROWS", 3)
