@@ -333,7 +333,7 @@ def _groups(
 
 
 def merged(base: BaseModel, reading: Reading, spec: TensorSpec, dtype: str) -> torch.Tensor:
-    """θ₀ + s·(α + β·depth)·X of one tensor in the safetensors word `dtype`. Raises Halt naming the tensor if `dtype`
+    """θ₀ + s·(α + β·depth)·c·X of one tensor in the safetensors word `dtype`. Raises Halt naming the tensor if `dtype`
     cannot hold it."""
     theta = base.checkpoint.read(spec.name)
     if spec.kind == "carried":

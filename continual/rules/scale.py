@@ -1,8 +1,8 @@
 """How long the merged task vector is made when it is read, and how its layers are scaled: options that can change
 without folding again.
 
-A rule reads what it calls one (the sum, the mean, its own result): X. What is merged is s·(α + β·depth)·X; this module
-says what s is. It is pure.
+A rule reads what it calls one (the sum, the mean, its own result): X. What is merged is s·(α + β·depth)·c·X, with a
+coefficient c of each layer where these were learned; this module says what s is. It is pure.
 """
 
 from __future__ import annotations
