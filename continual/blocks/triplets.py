@@ -4,7 +4,7 @@ made, or from the m×n matrix where it is no such product."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ from continual import linalg
 
 _SMALL = 1024
 """Sides up to which all triplets of a matrix are found, however few are kept."""
+_SAFE = 1e3
+"""Up to this condition of its columns, a basis by Cholesky is orthonormal to 1e-10."""
 _STEPS = 2
 """Steps of the subspace iteration. What is cut off of task vectors of DoRA is within a twentieth of the least possible.
 """
@@ -54,18 +56,21 @@ class Block(NamedTuple):
 def triplets(left: Tensor, right: Tensor) -> Block:
     """The singular triplets of left·rightᵀ, an m×r and an n×r matrix of any float dtype.
 
-    By QR of both and an SVD of the core in float64, O((m + n)r²), rounded once. Those at or below `linalg.NULL` of the
-    largest are left out, and those that are zero in float32; of a product that is zero, or is so in float32, none is
-    left, and `energy` is 0. Where a value is not finite, or the largest singular
-    value is none in float32, there are no triplets either and `energy` is not finite.
+    By an orthonormal basis of both and an SVD of the core in float64, O((m + n)r²), rounded once. Those at or below
+    `linalg.NULL` of the largest are left out, and those that are zero in float32; of a product that is zero, or is so
+    in float32, none is left, and `energy` is 0. Where a value is not finite, or the largest singular value is none in
+    float32, there are no triplets either and `energy` is not finite.
     """
     m, n = len(left), len(right)
     a, b = left.double(), right.double()
     if not a.numel() or not b.numel():
         return _block(a.new_zeros(0, m), a.new_zeros(0), b.new_zeros(0, n), 0.0)
-    if not bool(torch.isfinite(a.sum() + b.sum())):  # float32 values do not sum up to more than float64 holds
-        return _block(a.new_zeros(0, m), a.new_zeros(0), b.new_zeros(0, n), math.nan)
-    (basis_a, core_a), (basis_b, core_b) = torch.linalg.qr(a), torch.linalg.qr(b)
+    bases = _by_cholesky(a, b)
+    if bases is None:
+        if not bool(torch.isfinite(a.sum() + b.sum())):  # float32 values do not sum up to more than float64 holds
+            return _block(a.new_zeros(0, m), a.new_zeros(0), b.new_zeros(0, n), math.nan)
+        bases = _by_qr(a), _by_qr(b)
+    (core_a, basis_a), (core_b, basis_b) = bases
     w, sigma, zh = torch.linalg.svd(core_a @ core_b.mT, full_matrices=False)
     energy, top = float(sigma.square().sum()), float(sigma[0])
     if top > torch.finfo(torch.float32).max:
@@ -73,7 +78,38 @@ def triplets(left: Tensor, right: Tensor) -> Block:
     k = int(((sigma > linalg.NULL * top) & (sigma.float() > 0)).sum())
     if not k:
         energy = 0.0
-    return _block(w[:, :k].mT @ basis_a.mT, sigma[:k], zh[:k] @ basis_b.mT, energy)
+    return _block(basis_a(w[:, :k].mT), sigma[:k], basis_b(zh[:k]), energy)
+
+
+_Basis = tuple[Tensor, Callable[[Tensor], Tensor]]
+"""Of a factor F = Q·R: R, and what gives k×len(F) products with the transposed of the orthonormal Q."""
+
+
+def _by_qr(factor: Tensor) -> _Basis:
+    basis, core = torch.linalg.qr(factor)
+    return core, lambda turned: turned @ basis.mT
+
+
+def _by_cholesky(a: Tensor, b: Tensor) -> tuple[_Basis, _Basis] | None:
+    """Bases of two factors with as many columns, from their Grams, whose columns are made unit vectors first: half the
+    work of QR. None where that could be wrong by more than 1e-10, as where columns are zero or nearly depend on others,
+    or a value is not finite."""
+    grams = torch.stack([a.mT @ a, b.mT @ b])
+    lengths = grams.diagonal(dim1=1, dim2=2).sqrt()
+    factors, failed = torch.linalg.cholesky_ex(grams / (lengths[:, :, None] * lengths[:, None]))
+    size = factors.shape[-1]
+    unit = torch.eye(size, dtype=factors.dtype, device=factors.device).expand_as(factors)
+    inverse = torch.linalg.solve_triangular(factors, unit, upper=False)
+    # a unit diagonal makes ‖factor‖ = √size; NaN compares false
+    safe = (failed == 0) & (inverse.flatten(1).norm(dim=1) * size**0.5 < _SAFE)
+    if not bool(safe.all()):
+        return None
+    cores, turns = factors.mT * lengths[:, None], inverse / lengths[:, None]
+
+    def of(number: int, factor: Tensor) -> _Basis:
+        return cores[number], lambda turned: (turned @ turns[number]) @ factor.mT
+
+    return of(0, a), of(1, b)
 
 
 def _block(u: Tensor, sigma: Tensor, v: Tensor, energy: float) -> Block:

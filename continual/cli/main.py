@@ -3,9 +3,12 @@ prints; heavy imports happen inside the commands, so that help and completion st
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -312,6 +315,19 @@ def demo(
         console.emit(result)
 
 
+def _alone(words: Sequence[str]) -> typer.Typer:
+    """The app with that command alone that `words` begin with, else all of it: typer makes every flag of each command
+    that it has, which takes as long as folding a small adapter."""
+    parts = (app, *(group.typer_instance for group in app.registered_groups))
+    for command in (command for part in parts if part is not None for command in part.registered_commands):
+        assert command.callback is not None
+        if words[:1] == [command.name or command.callback.__name__]:
+            found = copy.copy(app)
+            found.registered_groups, found.registered_commands = [], [command]
+            return found
+    return app
+
+
 def main(client: Hub | None = None) -> None:
     """Entry point: whatever goes wrong becomes one line on standard error and an exit code, see `ending`. `client` is
     asked in place of the Hub that the environment names."""
@@ -320,7 +336,7 @@ def main(client: Hub | None = None) -> None:
     gc.freeze()  # what is loaded stays: the collector looked through all of it again and again
     try:
         try:
-            app(obj=client)
+            _alone(sys.argv[1:])(obj=client)
         finally:
             ending.flush()  # what cannot be written is told of here, and not while the process ends
     except SystemExit as left:

@@ -4,6 +4,7 @@ format.json is the one that the ledger began with. FORMAT.md says what can lie a
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from continual.state.entries import (
     UnfoldEntry,
 )
 from continual.state.format import Commit, Format
-from continual.state.generation import Generation, node
+from continual.state.generation import Generation
 from continual.state.ledger import Ledger
 from continual.state.protocol import Held
 
@@ -96,15 +97,14 @@ def _not_whole(generation: Generation) -> str | None:
     contents of the files are for `verify`."""
     try:
         generation.load()
-        for name, slot, spec in generation.held():
-            directory = generation.directory / node(slot, name)
-            receipt = generation.receipt(node(slot, name))
-            names = arrays.chunk_names(spec)
-            for chunk in names[: len(receipt.chunks)] if spec.rows else names:
-                size = (directory / chunk).stat().st_size
-                if size != arrays.chunk_bytes(spec) + 4:
-                    return f"{directory / chunk} has {size} bytes, and {arrays.chunk_bytes(spec) + 4} were written"
-            (directory / "zarr.json").stat()
+        for _, place in generation.held():
+            expected = arrays.chunk_bytes(place.spec) + 4
+            count = len(generation.chunks(place)) if place.spec.rows else None
+            for file in map(generation.path, place.files(count)):
+                if (size := os.stat(file).st_size) != expected:
+                    return f"{file} has {size} bytes, and {expected} were written"
+        for path in generation.receipts.metadata:
+            os.stat(generation.path(f"{path}/zarr.json"))
     except (FileNotFoundError, NotADirectoryError) as error:
         return f"{error.filename} is missing"
     except (Damaged, Misconfigured) as error:

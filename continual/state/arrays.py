@@ -1,8 +1,10 @@
-"""One tensor's accumulator as a Zarr v3 array: metadata by zarr-python, chunks written and read directly.
+"""One tensor's accumulator in a Zarr v3 array: metadata by zarr-python, chunks written and read directly.
 
 Zarr v3 core specification, regular chunk grid, codecs `bytes` (little endian) and `crc32c`, chunk keys with dots: a
 chunk file is the raw values, then their CRC32C in four little-endian bytes. Chunks are equal blocks of rows of at most
-32 MiB; where the rows do not divide evenly the last block is padded with zeros.
+32 MiB; where the rows do not divide evenly the last block is padded with zeros. `stem` is what the paths of a tensor's
+chunk files begin with: `ARRAY/c`, or `ARRAY/c.7` of the tensor 7 in an array of several, whose first axis are the
+tensors, one to a chunk.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -58,17 +60,18 @@ def grid(spec: SlotSpec) -> Grid:
 
 
 @functools.cache
-def _template(spec: SlotSpec) -> dict[str, object]:
+def _template(spec: SlotSpec, tensors: int | None) -> dict[str, object]:
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.storage import MemoryStore
 
+    several = () if tensors is None else (tensors,)
     chunks = (grid(spec).rows, *(max(1, n) for n in spec.shape[1:])) if spec.shape else ()
     store: dict[str, Buffer] = {}
     zarr.create_array(
         MemoryStore(store),
-        shape=spec.shape,
-        chunks=chunks,
+        shape=(*several, *spec.shape),
+        chunks=(*(1 for _ in several), *chunks),
         dtype=spec.dtype,
         serializer=BytesCodec(endian="little"),
         compressors=[Crc32cCodec()],
@@ -80,9 +83,9 @@ def _template(spec: SlotSpec) -> dict[str, object]:
     return cast("dict[str, object]", json.loads(store["zarr.json"].to_bytes()))
 
 
-def metadata(spec: SlotSpec, name: str) -> bytes:
-    """The zarr.json of an array; its attribute `name` is the tensor's true name."""
-    return json.dumps(_template(spec) | {"attributes": {"name": name}}, sort_keys=True).encode()
+def metadata(spec: SlotSpec, attributes: Mapping[str, object], tensors: int | None = None) -> bytes:
+    """The zarr.json of an array with these attributes: of one tensor's, or of so many tensors' along a first axis."""
+    return json.dumps(_template(spec, tensors) | {"attributes": attributes}, sort_keys=True).encode()
 
 
 @functools.cache
@@ -97,22 +100,22 @@ def group_metadata() -> bytes:
 
 
 @functools.cache
-def chunk_names(spec: SlotSpec) -> tuple[str, ...]:
-    """Names of the chunk files in the array's directory, in row order."""
+def suffixes(spec: SlotSpec) -> tuple[str, ...]:
+    """What the paths of the chunk files have after the stem, in row order."""
     if not spec.shape:
-        return ("c",)
+        return ("",)
     rest = ".0" * (len(spec.shape) - 1)
-    return tuple(f"c.{i}{rest}" for i in range(grid(spec).chunks))
+    return tuple(f".{i}{rest}" for i in range(grid(spec).chunks))
 
 
 class Writer:
-    """Writes the values of a new array in order, in pieces of any size, as chunks below `directory`: all of them, or
-    those numbered `chunks`. Not synced."""
+    """Writes the values of a new array in order, in pieces of any size, as chunks: all of them, or those numbered
+    `chunks`. Not synced."""
 
-    def __init__(self, directory: str, spec: SlotSpec, chunks: range | None = None) -> None:
-        names = chunk_names(spec)
-        names = names if chunks is None else names[chunks.start : chunks.stop]
-        self._paths = [f"{directory}/{name}" for name in names]
+    def __init__(self, stem: str, spec: SlotSpec, chunks: range | None = None) -> None:
+        after = suffixes(spec)
+        after = after if chunks is None else after[chunks.start : chunks.stop]
+        self._paths = [stem + suffix for suffix in after]
         self._size = chunk_bytes(spec)
         self._fd: int | None = None
         self._at = self._crc = 0
@@ -150,17 +153,17 @@ class Writer:
 
 
 class Reader:
-    """Reads the values of the array below `directory` in order, in pieces of any size, from its chunk `skip` on; a
-    chunk is checked as its last value is read. An array that ends early is read to its end and no further.
+    """Reads the values of an array in order, in pieces of any size, from its chunk `skip` on; a chunk is checked as its
+    last value is read. An array that ends early is read to its end and no further.
 
     Raises Damaged naming the chunk that is missing, has another size, or whose CRC is not the one its receipt has;
     Misconfigured if the generation has been deleted meanwhile.
     """
 
-    def __init__(self, directory: str, spec: SlotSpec, checksums: Sequence[str], skip: int = 0) -> None:
-        self._paths = [f"{directory}/{name}" for name in chunk_names(spec)]
+    def __init__(self, stem: str, spec: SlotSpec, checksums: Sequence[str], skip: int = 0) -> None:
+        self._paths = [stem + suffix for suffix in suffixes(spec)]
         if len(checksums) != len(self._paths) and (spec.rows is None or len(checksums) > len(self._paths)):
-            raise Damaged(f"{directory}: the receipt has {len(checksums)} chunks, the format {len(self._paths)}")
+            raise Damaged(f"{stem}: the receipt has {len(checksums)} chunks, the format {len(self._paths)}")
         self._checksums = checksums
         self._size = chunk_bytes(spec)
         self._left = spec.nbytes - skip * self._size
@@ -214,11 +217,11 @@ class Reader:
         self._next += 1
 
 
-def write(directory: str, spec: SlotSpec, array: Array) -> list[str]:
-    """Writes the chunks of `array` below `directory`; returns their CRCs. Not synced."""
+def write(stem: str, spec: SlotSpec, array: Array) -> list[str]:
+    """Writes the chunks of `array`; returns their CRCs. Not synced."""
     assert array.shape == spec.shape, (array.shape, spec)
     assert array.dtype == spec.dtype, (array.dtype, spec)
-    with contextlib.closing(Writer(directory, spec)) as writer:
+    with contextlib.closing(Writer(stem, spec)) as writer:
         writer.write(raw(np.ascontiguousarray(array)))
         return writer.finish()
 
@@ -228,21 +231,21 @@ def nothing(spec: SlotSpec) -> Array:
     return np.zeros(spec.shape, spec.dtype)
 
 
-def write_zeros(directory: str, spec: SlotSpec) -> list[str]:
-    """Writes the chunks of an array of zeros below `directory`, as `write` would; returns their CRCs. Not synced.
+def write_zeros(stem: str, spec: SlotSpec) -> list[str]:
+    """Writes the chunks of an array of zeros, as `write` would; returns their CRCs. Not synced.
 
     The values are a hole in the file, which the file system reads as zeros and keeps no block for.
     """
-    size, names = chunk_bytes(spec), chunk_names(spec)
+    size, after = chunk_bytes(spec), suffixes(spec)
     checksum = _crc_of_zeros(size)
-    for name in names:
-        fd = os.open(f"{directory}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    for suffix in after:
+        fd = os.open(stem + suffix, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             os.lseek(fd, size, os.SEEK_SET)
             write_all(fd, checksum.to_bytes(4, "little"))
         finally:
             os.close(fd)
-    return [f"{checksum:08x}"] * len(names)
+    return [f"{checksum:08x}"] * len(after)
 
 
 @functools.cache
@@ -254,19 +257,19 @@ def _crc_of_zeros(size: int) -> int:
     return checksum
 
 
-def read(directory: str, spec: SlotSpec, checksums: Sequence[str]) -> Array:
-    """The array below `directory`. Raises as `Reader` does."""
-    return read_rows(directory, spec, checksums, 0, spec.shape[0]) if spec.rows else _whole(directory, spec, checksums)
+def read(stem: str, spec: SlotSpec, checksums: Sequence[str]) -> Array:
+    """The array. Raises as `Reader` does."""
+    return read_rows(stem, spec, checksums, 0, spec.shape[0]) if spec.rows else _whole(stem, spec, checksums)
 
 
-def _whole(directory: str, spec: SlotSpec, checksums: Sequence[str]) -> Array:
+def _whole(stem: str, spec: SlotSpec, checksums: Sequence[str]) -> Array:
     array: Array = np.empty(spec.shape, spec.dtype)
-    with contextlib.closing(Reader(directory, spec, checksums)) as reader:
+    with contextlib.closing(Reader(stem, spec, checksums)) as reader:
         reader.read(raw(array))
     return array
 
 
-def read_rows(directory: str, spec: SlotSpec, checksums: Sequence[str], start: int, stop: int) -> Array:
+def read_rows(stem: str, spec: SlotSpec, checksums: Sequence[str], start: int, stop: int) -> Array:
     """The rows from `start` on, to but without `stop`, of an array with `rows`; those behind its last chunk are zeros.
     Only the chunks with these rows are read, each of them whole. Raises as `Reader` does."""
     assert spec.rows
@@ -274,7 +277,7 @@ def read_rows(directory: str, spec: SlotSpec, checksums: Sequence[str], start: i
     last = min(math.ceil(stop / spec.rows) * spec.rows, there)
     found: Array = np.zeros((max(stop, last) - first * spec.rows, *spec.shape[1:]), spec.dtype)
     if first * spec.rows < last:
-        with contextlib.closing(Reader(directory, spec, checksums, first)) as reader:
+        with contextlib.closing(Reader(stem, spec, checksums, first)) as reader:
             reader.read(raw(found[: last - first * spec.rows]))
     return found[start - first * spec.rows : stop - first * spec.rows]
 

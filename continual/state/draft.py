@@ -4,6 +4,8 @@ transaction.py."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
 import threading
@@ -14,7 +16,8 @@ from continual.state import arrays, framing
 from continual.state.durable import sync_all, sync_file, sync_tree, write_bytes
 from continual.state.fields import body_of
 from continual.state.format import Format
-from continual.state.generation import RECEIPTS, Generation, Receipt, Receipts, node
+from continual.state.generation import RECEIPTS, Generation, Receipt, Receipts, ReceiptTogether
+from continual.state.layout import Location
 
 
 class Draft:
@@ -25,78 +28,109 @@ class Draft:
         self.directory = directory
         self._root = f"{directory}/"
         self._form = form
+        self._layout = form.layout
         self._before = before
-        self._receipts: dict[str, Receipt] = {}
-        groups = ["", *sorted({node(slot, "x").split("/")[0] for slot in form.slot_names})]
-        self._groups = {path: framing.crc(arrays.group_metadata()) for path in groups}
-        self._new: dict[str, tuple[str, ...]] = dict.fromkeys(groups, ("zarr.json",))
-        """The files that were written here, by group or array; the others are links."""
+        self._chunks: dict[Location, tuple[str, ...]] = {}
+        """The CRCs of what is whole."""
+        self._begun: set[Location] = set()
+        self._new: dict[Location | None, list[str]] = {None: []}
+        """The files that were written here, of no place those that are there from the beginning; all others are links.
+        """
+        self._metadata: dict[str, str] = {}
+        """The CRC of each zarr.json, by the path of its group or array."""
         self._lock = threading.Lock()
 
     def begin(self) -> None:
-        """Makes the directory, with its groups."""
-        for path in self._groups:
+        """Makes the directory, with its groups, and the arrays of several tensors."""
+        metadata = arrays.group_metadata()
+        for path in self._layout.groups:
             os.mkdir(self._root + path)
-            write_bytes(f"{self._root}{path}/zarr.json", arrays.group_metadata())
+            write_bytes(f"{self._root}{path}/zarr.json", metadata)
+            self._new[None].append(f"{path}/zarr.json")
+            self._metadata[path] = framing.crc(metadata)
+        for path, array in self._layout.together.items():
+            os.mkdir(self._root + path)
+            if self._before is None:
+                self._describe(path, array.metadata(), None)
+            else:
+                self.take([f"{path}/zarr.json"])
+                self._metadata[path] = self._before.receipts.metadata_of(path)
 
-    def place(self, name: str, slot: str) -> str:
-        """Makes the array's directory with its zarr.json, and returns it. The zarr.json is linked from the generation
-        before where there is one: it is the same."""
-        path = node(slot, name)
-        os.mkdir(self._root + path)
-        if self._has_before(name):
-            self.take(path, ("zarr.json",))
-        else:
-            write_bytes(f"{self._root}{path}/zarr.json", arrays.metadata(self._form.slots[name][slot], name))
-        return self._root + path
+    def ready(self, place: Location, name: str, slot: str) -> str:
+        """Makes ready to write an accumulator, and returns what the paths of its chunks begin with. The zarr.json of an
+        array of its own is linked from the generation before where there is one: it is the same."""
+        with self._lock:
+            self._begun.add(place)
+            self._new[place] = []
+        if place.number is None:
+            os.mkdir(self._root + place.array)
+            if self._has_before(name):
+                self._take_metadata(place)
+            else:
+                self._describe(place.array, self._layout.metadata(name, slot), place)
+        return self._root + place.stem
 
-    def take(self, path: str, files: Iterable[str]) -> None:
-        """Takes files of the array at `path` from the generation before."""
+    def take(self, files: Iterable[str]) -> None:
+        """Takes files from the generation before."""
         assert self._before is not None, "what is linked is of a generation before"
-        source, target = self._before.place(path), self._root + path
         for file in files:
-            os.link(f"{source}/{file}", f"{target}/{file}")
+            os.link(self._before.path(file), self._root + file)
 
-    def receive(self, name: str, slot: str, chunks: Iterable[str], linked: int = 0) -> None:
-        """The array has chunks with these CRCs, whose first `linked` are links."""
-        path, spec, chunks = node(slot, name), self._form.slots[name][slot], tuple(chunks)
-        new = arrays.chunk_names(spec)[linked : len(chunks)]
-        if self._before is not None and self._has_before(name):
-            metadata = self._before.receipt(path).metadata
-        else:
-            metadata, new = framing.crc(arrays.metadata(spec, name)), ("zarr.json", *new)
+    def receive(self, place: Location, chunks: Iterable[str], linked: int = 0) -> None:
+        """An accumulator has chunks with these CRCs, whose first `linked` are links."""
+        found = tuple(chunks)
         with self._lock:
-            self._receipts[path] = Receipt(metadata, spec.nbytes, chunks)
-            self._new[path] = new
+            self._chunks[place] = found
+            self._new[place] += place.files(len(found))[linked:]
 
-    def keep(self, name: str, slot: str) -> None:
-        """The array is the one of the generation before, all of it linked."""
+    def keep(self, place: Location) -> None:
+        """An accumulator is the one of the generation before, all of it linked."""
         assert self._before is not None, "what is kept is of a generation before"
-        path, spec = node(slot, name), self._form.slots[name][slot]
-        receipt = self._before.receipt(path)
-        os.mkdir(self._root + path)
-        self.take(path, ("zarr.json", *arrays.chunk_names(spec)[: len(receipt.chunks)]))
+        chunks = self._before.chunks(place)
         with self._lock:
-            self._receipts[path] = receipt
+            self._begun.add(place)
+        if place.number is None:
+            os.mkdir(self._root + place.array)
+            self._take_metadata(place)
+        self.take(place.files(len(chunks)))
+        with self._lock:
+            self._chunks[place] = chunks
 
-    def drop(self, name: str, slot: str) -> None:
-        """Removes the array, if it was written or kept here."""
-        path = node(slot, name)
+    def drop(self, place: Location) -> None:
+        """Removes an accumulator, if it was written or kept here."""
         with self._lock:
-            self._new.pop(path, None)
-            self._receipts.pop(path, None)
-        if os.path.lexists(self._root + path):
-            shutil.rmtree(self._root + path, ignore_errors=True)
+            if place not in self._begun:
+                return
+            self._begun.discard(place)
+            self._new.pop(place, None)
+            self._chunks.pop(place, None)
+        if place.number is None:
+            self._metadata.pop(place.array, None)
+            shutil.rmtree(self._root + place.array, ignore_errors=True)
+            return
+        for file in place.files():
+            with contextlib.suppress(OSError):
+                os.unlink(self._root + file)
 
     def receipted(self, squares: Mapping[str, float], ranks: Mapping[str, int]) -> Generation:
         """Writes the receipts, with what else is known of the tensors: a whole generation, of which nothing needs to be
         on disk yet."""
-        expected = {node(slot, name) for name, slots in self._form.slots.items() for slot in slots}
-        lacking = expected ^ self._receipts.keys()
-        assert not (self._receipts.keys() - expected if self._form.sparse else lacking), sorted(lacking)[:3]
-        data, checksum = framing.encode(
-            body_of(Receipts(self._groups, self._receipts, squares or None, ranks or None)),
-        )
+        expected = {self._layout.place(name, slot) for name, slots in self._form.slots.items() for slot in slots}
+        lacking = expected ^ self._chunks.keys()
+        assert not (self._chunks.keys() - expected if self._form.sparse else lacking), sorted(lacking)[:3]
+        groups = {path: self._metadata[path] for path in self._layout.groups}
+        own = {
+            place.array: Receipt(self._metadata[place.array], place.spec.nbytes, chunks)
+            for place, chunks in self._chunks.items()
+            if place.number is None
+        }
+        together: dict[str, dict[str, tuple[str, ...]]] = {path: {} for path in self._layout.together}
+        for place, chunks in self._chunks.items():
+            if place.number is not None:
+                together[place.array][str(place.number)] = chunks
+        shared = {path: ReceiptTogether(self._metadata[path], chunks) for path, chunks in together.items()}
+        receipts = Receipts(groups, own, shared or None, squares or None, ranks or None)
+        data, checksum = framing.encode(body_of(receipts))
         write_bytes(self._root + RECEIPTS, data)
         made = Generation(self.directory, self._form, checksum)
         made.synced = False
@@ -110,13 +144,25 @@ class Draft:
         if self._before is not None and not self._before.synced:
             sync_tree(self.directory, between=lambda: on_step("fsync-dirs"))
         else:
-            files = [f"{self._root}{path}/{name}" for path, names in self._new.items() for name in names]
-            sync_all([self._root + RECEIPTS, *files])
+            sync_all([self._root + file for file in (RECEIPTS, *itertools.chain.from_iterable(self._new.values()))])
             on_step("fsync-dirs")
-            sync_all([self._root + path for path in self._receipts])
-            sync_all([self._root + path for path in self._groups if path])
+            sync_all([self._root + path for path in self._metadata if "/" in path])
+            sync_all([self._root + path for path in self._layout.groups if path])
             sync_file(self.directory)
         sync_file(self.directory.parent)
 
     def _has_before(self, name: str) -> bool:
         return self._before is not None and self._before.has(name)
+
+    def _take_metadata(self, place: Location) -> None:
+        assert self._before is not None, "what is linked is of a generation before"
+        self.take([f"{place.array}/zarr.json"])
+        with self._lock:
+            self._metadata[place.array] = self._before.receipts.metadata_of(place.array)
+
+    def _describe(self, array: str, metadata: bytes, place: Location | None) -> None:
+        """Writes the zarr.json of an array."""
+        write_bytes(f"{self._root}{array}/zarr.json", metadata)
+        with self._lock:
+            self._new[place].append(f"{array}/zarr.json")
+            self._metadata[array] = framing.crc(metadata)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -12,11 +13,14 @@ from continual.errors import Damaged
 from continual.records import OMITTED, Kind, SlotSpec, TensorSpec
 from continual.state.entries import Entry, FoldEntry, entry_of
 from continual.state.fields import body_of, record_of
+from continual.state.layout import Layout
 
 VERSION = 1
 """Of states that keep something of every tensor."""
 SPARSE = 2
-"""Of states that keep adapters as they are: arrays may end early, or be missing."""
+"""Of states that keep adapters as they are, as the first of them were made: arrays may end early, or be missing."""
+TOGETHER = 3
+"""The same, and tensors of one shape share an array."""
 E = TypeVar("E", bound=Entry)
 
 
@@ -72,7 +76,7 @@ class BaseRecord:
     packed: str | None = field(default=None, metadata={OMITTED: True})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Format:
     """What never changes in a state. `slots`: tensor name to slot name to shape and dtype; empty for carried
     tensors. `form`: that of a state that keeps adapters as they are; None where it keeps a merge of whole tensors. Such
@@ -100,7 +104,7 @@ class Format:
         """Of a new state: the version of its form, an id that is drawn here, and the tensors in order of their
         names."""
         ordered = tuple(sorted(tensors, key=lambda tensor: tensor.name))
-        version = VERSION if form is None else SPARSE
+        version = VERSION if form is None else TOGETHER
         return cls(version, secrets.token_hex(16), base, ordered, rule, options, slots, form)
 
     @property
@@ -113,9 +117,14 @@ class Format:
         """Whether arrays may end early or be missing: what is not there is zero."""
         return self.form is not None
 
-    @property
-    def slot_names(self) -> tuple[str, ...]:
-        return tuple(sorted({slot for slots in self.slots.values() for slot in slots}))
+    @cached_property
+    def layout(self) -> Layout:
+        """Where what is kept of each tensor lies below a generation."""
+        together = self.version == TOGETHER
+        # in the order of format.json, and not in that of whoever made the state
+        return Layout(
+            {layer.name: self.slots[layer.name] for layer in self.layers} if together else self.slots, together
+        )
 
     @property
     def generation_bytes(self) -> int:
@@ -142,13 +151,13 @@ class Format:
     @classmethod
     def of(cls, body: Mapping[str, object], path: Path) -> Format:
         """From format.json. Raises Damaged for a newer format, and naming what it lacks or what has another type."""
-        if body.get("version") not in (VERSION, SPARSE):
+        if body.get("version") not in (VERSION, SPARSE, TOGETHER):
             raise Damaged(
-                f"{path}: format {body.get('version')}; this continual understands the formats {VERSION} and {SPARSE}: "
-                "install the version that wrote it"
+                f"{path}: format {body.get('version')}; this continual understands the formats {VERSION} to "
+                f"{TOGETHER}: install the version that wrote it"
             )
         found = record_of(_FormatBody, body, path)
-        if (found.form is not None) != (found.version == SPARSE):
+        if (found.form is not None) != (found.version in (SPARSE, TOGETHER)):
             raise Damaged(f"{path}: format {found.version} {'has' if found.form else 'lacks'} the key form")
         tensors = tuple(TensorSpec(t.name, t.shape, t.dtype, t.kind, t.depth, t.experts or 0) for t in found.tensors)
         slots = {tensor.name: tensor.slots for tensor in found.tensors}

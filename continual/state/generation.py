@@ -3,22 +3,22 @@ transaction.py for writing."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from continual.errors import Damaged, Misconfigured
-from continual.records import KEY, OMITTED, SlotSpec
-from continual.state import arrays, framing, names
+from continual.records import KEY, OMITTED
+from continual.state import arrays, framing
 from continual.state.arrays import Array
 from continual.state.durable import environment
 from continual.state.fields import record_of
 from continual.state.format import Format
+from continual.state.layout import Location
 
 RECEIPTS = "receipts.json"
 
@@ -34,21 +34,48 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class ReceiptTogether:
+    """What an array of several tensors was when it was written: the CRC of its zarr.json, and of each tensor that has
+    anything in it, by its number, the CRCs of its chunks in row order."""
+
+    metadata: str
+    chunks: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class Receipts:
-    """What receipts.json says: of each group, by its path, the CRC of its zarr.json; of each array its receipt;
-    `squares`: tensor name to ‖X‖² of what the rule keeps of it; earlier versions have written none. `ranks`: tensor
-    name to the sum of the ranks of the task vectors in it, where the rule goes by that and all are known."""
+    """What receipts.json says: of each group, by its path, the CRC of its zarr.json; of each array its receipt, of
+    those of several tensors in `together`; `squares`: tensor name to ‖X‖² of what the rule keeps of it; earlier
+    versions have written none. `ranks`: tensor name to the sum of the ranks of the task vectors in it, where the rule
+    goes by that and all are known."""
 
     groups: Mapping[str, str]
     arrays: Mapping[str, Receipt]
+    together: Mapping[str, ReceiptTogether] | None = field(default=None, metadata={OMITTED: True})
     squares: Mapping[str, float] | None = field(default=None, metadata={OMITTED: True})
     ranks: Mapping[str, int] | None = field(default=None, metadata={OMITTED: True})
 
+    def chunks(self, place: Location) -> tuple[str, ...] | None:
+        """The CRCs of the chunks of one accumulator of one tensor; None where it is not there."""
+        if place.number is None:
+            receipt = self.arrays.get(place.array)
+            return None if receipt is None else receipt.chunks
+        shared = (self.together or {}).get(place.array)
+        return None if shared is None else shared.chunks.get(str(place.number))
 
-@functools.cache
-def node(slot: str, name: str) -> str:
-    """Path of an array below its generation."""
-    return f"{names.encode(slot)}/{names.encode(name)}"
+    def metadata_of(self, array: str) -> str:
+        """The CRC of the zarr.json of an array that is there."""
+        receipt = self.arrays.get(array) or (self.together or {})[array]
+        return receipt.metadata
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The CRC of every zarr.json, by the path of its group or array."""
+        return {
+            **self.groups,
+            **{path: receipt.metadata for path, receipt in self.arrays.items()},
+            **{path: receipt.metadata for path, receipt in (self.together or {}).items()},
+        }
 
 
 class Generation:
@@ -93,12 +120,12 @@ class Generation:
             return self.directory.exists()
 
     def has(self, name: str) -> bool:
-        """Whether there is anything of a tensor: where a state keeps adapters, one that none of them changes has no
-        arrays."""
+        """Whether there is anything of a tensor: where a state keeps adapters, of one that none of them changes there
+        is not."""
         if not self.form.sparse:
             return True
-        arrays_there = self.receipts.arrays
-        return any(node(slot, name) in arrays_there for slot in self.form.slots[name])
+        receipts, layout = self.receipts, self.form.layout
+        return any(receipts.chunks(layout.place(name, slot)) is not None for slot in self.form.slots[name])
 
     def square(self, name: str) -> float | None:
         """‖X‖² of what is kept of a tensor; None where an earlier version wrote the generation. Raises as `load`."""
@@ -108,53 +135,51 @@ class Generation:
         """The sum of the ranks of the task vectors in a tensor, where all of them are known. Raises as `load`."""
         return 0 if self.square(name) == 0.0 else (self.receipts.ranks or {}).get(name)
 
-    def held(self) -> Iterator[tuple[str, str, SlotSpec]]:
-        """The arrays that have to be there: tensor, slot, and what the array is."""
+    def held(self) -> Iterator[tuple[str, Location]]:
+        """What has to be there: each tensor's name, with the place of each of its accumulators."""
         for name, slots in self.form.slots.items():
             if self.has(name):
-                yield from ((name, slot, spec) for slot, spec in slots.items())
+                yield from ((name, self.form.layout.place(name, slot)) for slot in slots)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all values in it, padding included where arrays may end early."""
         if not self.form.sparse:
             return self.form.generation_bytes
-        return sum(
-            len(self.receipt(node(slot, name)).chunks) * arrays.chunk_bytes(spec) for name, slot, spec in self.held()
-        )
+        return sum(len(self.chunks(place)) * arrays.chunk_bytes(place.spec) for _, place in self.held())
 
-    def place(self, path: str) -> str:
-        """The directory of the array at `path`."""
-        return f"{self.directory}/{path}"
+    def path(self, file: str) -> str:
+        """The path of a file or directory below it."""
+        return f"{self.directory}/{file}"
 
-    def receipt(self, path: str) -> Receipt:
-        """The receipt of the array at `path`. Raises Damaged if there is none."""
-        found = self.receipts.arrays.get(path)
+    def chunks(self, place: Location) -> tuple[str, ...]:
+        """The CRCs of the chunks at a place. Raises Damaged if there is no receipt of it."""
+        found = self.receipts.chunks(place)
         if found is None:
-            raise Damaged(f"{self.directory}: no receipt for {path}")
+            raise Damaged(f"{self.directory}: no receipt for {place.stem}")
         return found
 
     def read(self, name: str, slot: str) -> Array:
         """One accumulator, every byte checked against its receipt. Raises Damaged, or Misconfigured if the generation
         has expired."""
-        path, spec = node(slot, name), self.form.slots[name][slot]
+        place = self.form.layout.place(name, slot)
         if not self.has(name):
-            return arrays.nothing(spec)
-        with environment(f"cannot read tensor {name}"):
-            return arrays.read(self.place(path), spec, self.receipt(path).chunks)
+            return arrays.nothing(place.spec)
+        with self._reading(name, place):
+            return arrays.read(self.path(place.stem), place.spec, self.chunks(place))
 
     def read_rows(self, name: str, slot: str, start: int, stop: int) -> Array:
         """The rows from `start` to before `stop` of an accumulator whose slot has `rows`. Raises as `read`."""
-        path, spec = node(slot, name), self.form.slots[name][slot]
+        place = self.form.layout.place(name, slot)
         if not self.has(name):
-            return np.zeros((stop - start, *spec.shape[1:]), spec.dtype)
-        with environment(f"cannot read tensor {name}"):
-            return arrays.read_rows(self.place(path), spec, self.receipt(path).chunks, start, stop)
+            return np.zeros((stop - start, *place.spec.shape[1:]), place.spec.dtype)
+        with self._reading(name, place):
+            return arrays.read_rows(self.path(place.stem), place.spec, self.chunks(place), start, stop)
 
     def reader(self, name: str, slot: str) -> arrays.Reader:
         """One accumulator, to be read in order and in pieces, every chunk checked against its receipt."""
-        path = node(slot, name)
-        return arrays.Reader(self.place(path), self.form.slots[name][slot], self.receipt(path).chunks)
+        place = self.form.layout.place(name, slot)
+        return arrays.Reader(self.path(place.stem), place.spec, self.chunks(place))
 
     def parts(self, name: str, count: int) -> Iterator[dict[str, Array]]:
         """The accumulators of a tensor in `count` parts, one after the other: of each a part of its elements, flat, in
@@ -175,22 +200,33 @@ class Generation:
         except (Damaged, Misconfigured) as error:
             yield str(error)
             return
-        for path, checksum in receipts.groups.items():
+        for path, checksum in receipts.metadata.items():
             yield from _check_file(self.directory / path / "zarr.json", checksum)
-        for name, slot, spec in self.held():
-            path = node(slot, name)
-            receipt = receipts.arrays.get(path)
-            if receipt is None:
-                yield f"{self.directory}: no receipt for {path}"
-            else:
-                yield from _check_file(self.directory / path / "zarr.json", receipt.metadata)
-                try:
-                    arrays.read(self.place(path), spec, receipt.chunks)
-                except (Damaged, Misconfigured) as error:
-                    yield str(error)
-                except OSError as error:
-                    yield f"{error.filename}: {error.strerror}"
+        for name, place in self.held():
+            try:
+                with _named(name, place):
+                    arrays.read(self.path(place.stem), place.spec, self.chunks(place))
+            except (Damaged, Misconfigured) as error:
+                yield str(error)
+            except OSError as error:
+                yield f"{error.filename}: {error.strerror}"
             step()
+
+    @contextmanager
+    def _reading(self, name: str, place: Location) -> Iterator[None]:
+        with environment(f"cannot read tensor {name}"), _named(name, place):
+            yield
+
+
+@contextmanager
+def _named(name: str, place: Location) -> Iterator[None]:
+    """Damage names the tensor, where the path of the file does not."""
+    try:
+        yield
+    except Damaged as error:
+        if place.number is None:
+            raise
+        raise Damaged(f"tensor {name}: {error}") from error
 
 
 def _check_file(path: Path, checksum: str) -> Iterator[str]:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from continual.state import paused
-from continual.state.arrays import chunk_names
 from continual.state.format import Format
-from continual.state.generation import RECEIPTS, node
+from continual.state.generation import RECEIPTS
 from continual.state.ledger import Ledger
 from continual.state.opening import PARTIAL
 
@@ -83,11 +82,9 @@ def _tags(directory: Path, ledger: Ledger) -> Iterator[Stray]:
 
 
 def _generations(directory: Path, form: Format, known: set[str]) -> Iterator[Stray]:
-    arrays = {
-        node(slot, name): {"zarr.json", *chunk_names(spec)}
-        for name, slots in form.slots.items()
-        for slot, spec in slots.items()
-    }
+    arrays: dict[str, set[str]] = {}
+    for path, files in form.layout.files():
+        arrays.setdefault(path, set()).update(files)
     groups = {array.split("/")[0] for array in arrays}
     for generation in _entries(directory):
         name = f"generations/{generation.name}"

@@ -20,7 +20,7 @@ from continual.state.arrays import Array
 from continual.state.draft import Draft
 from continual.state.durable import environment
 from continual.state.format import Format
-from continual.state.generation import Generation, node
+from continual.state.generation import Generation
 
 MARGIN = 16 << 20
 """Bytes that a fold needs besides its generation: records, metadata, what the file system takes for itself."""
@@ -97,8 +97,9 @@ class Transaction:
     def write(self, name: str, slot: str, array: Array) -> None:
         """The accumulator after this fold: an array of exactly the slot's shape and dtype."""
         with environment(f"cannot write tensor {name}"):
-            chunks = arrays.write(self._draft.place(name, slot), self._form.slots[name][slot], array)
-            self._draft.receive(name, slot, chunks)
+            place = self._form.layout.place(name, slot)
+            stem = self._draft.ready(place, name, slot)
+            self._draft.receive(place, arrays.write(stem, place.spec, array))
 
     def read_rows(self, name: str, slot: str, start: int, stop: int) -> Array:
         """Rows of an accumulator as they were before this fold, where its slot has `rows`; zeros where there is
@@ -110,25 +111,26 @@ class Transaction:
     def write_rows(self, name: str, slot: str, start: int, values: Array) -> None:
         """The accumulator after this fold, where its slot has `rows`: up to the row `start` as it was, from there on
         `values`, and nothing behind them. Chunks that end before `start` are hard links."""
-        spec, path = self._form.slots[name][slot], node(slot, name)
+        place = self._form.layout.place(name, slot)
+        spec = place.spec
         assert spec.rows is not None, "a slot with rows"
         assert values.shape[1:] == spec.shape[1:], (values.shape, spec)
         linked = start // spec.rows
         begun = linked * spec.rows
         last = math.ceil((start + len(values)) / spec.rows)
         with environment(f"cannot write tensor {name}"):
-            directory = self._draft.place(name, slot)
+            stem = self._draft.ready(place, name, slot)
             chunks: list[str] = []
             if linked:
                 assert self._before is not None, "rows that stay are of a generation before"
-                chunks += self._before.receipt(path).chunks[:linked]
-                self._draft.take(path, arrays.chunk_names(spec)[:linked])
+                chunks += self._before.chunks(place)[:linked]
+                self._draft.take(place.files(linked))
             if begun < start:
                 values = np.concatenate([self.read_rows(name, slot, begun, start), values])
-            with closing(arrays.Writer(directory, spec, range(linked, last))) as writer:
+            with closing(arrays.Writer(stem, spec, range(linked, last))) as writer:
                 writer.write(arrays.raw(np.ascontiguousarray(values)))
                 chunks += writer.finish()
-            self._draft.receive(name, slot, chunks, linked)
+            self._draft.receive(place, chunks, linked)
 
     def runs(self, name: str, length: int) -> Iterator[tuple[int, int, dict[str, Array]]]:
         """Rewrites a tensor whose accumulators all have its shape, in flat runs of at most `length` elements, so that
@@ -152,6 +154,7 @@ class Transaction:
     def _rewritten(self, name: str, steps: Sequence[Mapping[str, int]]) -> Iterator[dict[str, Array]]:
         """The accumulators of a tensor in flat pieces, each step so many elements of each."""
         slots = self._form.slots[name]
+        places = {slot: self._form.layout.place(name, slot) for slot in slots}
         with ExitStack() as files, environment(f"cannot rewrite tensor {name}"):
             readers = (
                 {slot: files.enter_context(closing(self._before.reader(name, slot))) for slot in slots}
@@ -159,8 +162,8 @@ class Transaction:
                 else {}
             )
             writers = {
-                slot: files.enter_context(closing(arrays.Writer(self._draft.place(name, slot), spec)))
-                for slot, spec in slots.items()
+                slot: files.enter_context(closing(arrays.Writer(self._draft.ready(place, name, slot), place.spec)))
+                for slot, place in places.items()
             }
             buffers = {slot: np.zeros(steps[0][slot] if steps else 0, spec.dtype) for slot, spec in slots.items()}
             for step in steps:
@@ -174,7 +177,7 @@ class Transaction:
                 for slot, value in values.items():
                     writers[slot].write(arrays.raw(value))
             for slot, writer in writers.items():
-                self._draft.receive(name, slot, writer.finish())
+                self._draft.receive(places[slot], writer.finish())
 
     def keep(self, name: str) -> None:
         """The tensor did not change: its files are hard links to those of the generation before; zeros where there is
@@ -186,19 +189,22 @@ class Transaction:
             self.clear(name)
             return
         for slot in self._form.slots[name]:
-            self._draft.drop(name, slot)
+            place = self._form.layout.place(name, slot)
+            self._draft.drop(place)
             with environment(f"cannot write tensor {name}"):
-                self._draft.keep(name, slot)
+                self._draft.keep(place)
 
     def clear(self, name: str) -> None:
         """All that is kept of the tensor is zeros from here on: where arrays may be missing, it has none. What was
         written for it in this transaction is dropped."""
-        for slot, spec in self._form.slots[name].items():
-            self._draft.drop(name, slot)
+        for slot in self._form.slots[name]:
+            place = self._form.layout.place(name, slot)
+            self._draft.drop(place)
             if self._form.sparse:
                 continue
             with environment(f"cannot write tensor {name}"):
-                self._draft.receive(name, slot, arrays.write_zeros(self._draft.place(name, slot), spec))
+                stem = self._draft.ready(place, name, slot)
+                self._draft.receive(place, arrays.write_zeros(stem, place.spec))
 
     def square(self, name: str) -> float | None:
         """`Generation.square` of the tensor before this fold."""

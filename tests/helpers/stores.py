@@ -98,14 +98,15 @@ LAYERS: dict[str, tuple[int, ...]] = {"a.weight": (5, 3), "never.weight": (2, 2)
 WIDTH = 24
 
 
-def make_of_adapters(path: Path) -> State:
-    """A new state that keeps adapters, open for writing."""
+def make_of_adapters(path: Path, version: int = 3) -> State:
+    """A new state that keeps adapters, open for writing; of the version 2 or 3 of the format."""
     specs = [TensorSpec(name, shape, "F32", "matrix" if len(shape) == 2 else "plain") for name, shape in LAYERS.items()]
     kept = {name: slots(shape[0], int(np.prod(shape[1:])), WIDTH) for name, shape in LAYERS.items()}
     base = replace(
         BASE, headers={name: HeaderRecord("F32", shape) for name, shape in LAYERS.items()}, aliases={}, config="{}"
     )
     form = Format.new(base, specs, "iso-c", {"include": []}, kept, AdaptersForm(WIDTH))
+    form = replace(form, version=version)
     return State.create(path, form, read={"policy": "spread", "value": 1.15}, device="cpu")
 
 
@@ -122,9 +123,9 @@ def rows(upto: int, size: int) -> np.ndarray:
     return np.repeat(np.arange(10 * upto, dtype=np.float32)[:, None], size, 1)
 
 
-def history_of_adapters(path: Path) -> None:
+def history_of_adapters(path: Path, version: int = 3) -> None:
     """Two adapters of the layer `a.weight`, the second also of `bias`."""
-    with make_of_adapters(path) as state:
+    with make_of_adapters(path, version) as state:
         for number in (1, 2):
             with state.begin(writes=0) as transaction:
                 for slot, size in (("u", 5), ("v", 3)):

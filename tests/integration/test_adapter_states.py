@@ -122,9 +122,11 @@ def test_a_fold_writes_its_own_columns_alone(tmp_path: Path, base: Path) -> None
     }
     written = {path.relative_to(after.directory).as_posix() for path in after.directory.rglob("c.*")} - linked.keys()
     queries = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
-    assert written == {f"{slot}/{name}/c.1.0" for slot in "uv" for name in queries}
-    assert {name for name, is_link in linked.items() if not is_link} == {f"columns/{name}/c.0.0" for name in queries}
-    assert not (after.directory / "u/model.norm.weight").exists()
+    place = after.form.layout.place
+    assert written == {place(name, slot).files()[1] for slot in "uv" for name in queries}
+    anew = {file for file, is_link in linked.items() if not is_link}
+    assert anew == {place(name, "columns").files()[0] for name in queries}
+    assert not (after.directory / place("model.norm.weight", "u").files()[0]).exists()
 
 
 def _files(state: State) -> dict[int, int]:

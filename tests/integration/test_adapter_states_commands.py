@@ -103,12 +103,15 @@ def test_combined_copied_damaged_and_repaired(tmp_path: Path, state: Path) -> No
         generation = merge.state.generation_of(merge.state.ledger.head)
         merge.export_lora(LoraTarget(tmp_path / "before", None), ReadView(only=("lora-3",), rule="mean"))
     assert generation is not None
-    chunk = next(generation.directory.glob("u/*q_proj*/c.*"))
+    damaged = "model.layers.0.self_attn.q_proj.weight"
+    chunk = Path(generation.path(generation.form.layout.place(damaged, "u").files()[0]))
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 255
     chunk.chmod(0o644)
     chunk.write_bytes(data)
-    assert "is damaged" in done("verify", code=4)
+    told = done("verify", code=4)
+    assert "is damaged" in told
+    assert damaged in told
     done("repair", "--yes")
     assert names(state) == ["lora-0", "lora-1", "lora-2"]  # the newest whole one
     done("combine", tmp_path / "backup", code=2)  # three of them are here already

@@ -27,7 +27,7 @@ from tests.helpers import stores
 from tests.helpers.entries import candidate
 
 GOLDEN = Path(__file__).parents[2] / "data" / "state-format-1"
-GOLDEN_ADAPTERS = GOLDEN.with_name("state-format-2")
+GOLDEN_ADAPTERS = {2: GOLDEN.with_name("state-format-2"), 3: GOLDEN.with_name("state-format-3")}
 
 
 def test_history_after_reopening(tmp_path: Path) -> None:
@@ -62,8 +62,9 @@ def test_golden_store_of_format_1_reads_as_it_was_written() -> None:
         _check_history(state)
 
 
-def _check_adapters(state: State) -> None:
-    assert (state.format.version, state.format.form, len(state.ledger.folds())) == (2, AdaptersForm(stores.WIDTH), 2)
+def _check_adapters(state: State, version: int) -> None:
+    assert (state.format.version, state.format.form) == (version, AdaptersForm(stores.WIDTH))
+    assert len(state.ledger.folds()) == 2
     assert state.format.base.headers == {name: HeaderRecord("F32", shape) for name, shape in stores.LAYERS.items()}
     assert [fold.entry.numbers.block for fold in state.ledger.folds()] == [1, 2]
     for at in (1, 2):
@@ -78,12 +79,31 @@ def _check_adapters(state: State) -> None:
     assert verify(state) == []
 
 
-def test_golden_store_of_format_2_reads_as_it_was_written(tmp_path: Path) -> None:
-    with State.open(GOLDEN_ADAPTERS) as state:
-        _check_adapters(state)
+@pytest.mark.parametrize("version", [2, 3])
+def test_golden_stores_of_adapters_read_as_they_were_written(version: int, tmp_path: Path) -> None:
+    """Of the first format of adapters, too, whose layers have an array each: it can still be folded into."""
+    with State.open(GOLDEN_ADAPTERS[version]) as state:
+        _check_adapters(state, version)
+    stores.history_of_adapters(tmp_path / "s", version)
+    with State.open(tmp_path / "s") as state:
+        _check_adapters(state, version)
+
+
+def test_layers_of_one_shape_share_an_array(tmp_path: Path) -> None:
+    """By another reader of Zarr: a layer to each place along the first axis, and zeros where nothing is."""
     stores.history_of_adapters(tmp_path / "s")
     with State.open(tmp_path / "s") as state:
-        _check_adapters(state)
+        generation = state.generation_of(state.ledger.head)
+        assert generation is not None
+        path = generation.directory / "columns/4"
+        opened = tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}).result()
+        by_zarr = state.group()["columns/4"]
+        assert isinstance(by_zarr, zarr.Array)
+        names_of = list(by_zarr.attrs["tensors"])  # type: ignore[arg-type]
+        assert sorted(names_of) == sorted(stores.LAYERS)
+        for number, name in enumerate(names_of):
+            np.testing.assert_array_equal(opened[number].read().result(), state.read(name, "columns"))
+        np.testing.assert_array_equal(by_zarr[...], opened.read().result())
 
 
 def test_uncommitted_transaction_leaves_nothing(tmp_path: Path) -> None:
@@ -186,8 +206,8 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     stores.make(tmp_path / "s").close()
     path = tmp_path / "s/format.json"
     body, _ = framing.decode(path)
-    path.write_bytes(framing.encode(body | {"version": 3})[0])
-    with pytest.raises(Damaged, match="format 3; this continual understands the formats 1 and 2"):
+    path.write_bytes(framing.encode(body | {"version": 4})[0])
+    with pytest.raises(Damaged, match="format 4; this continual understands the formats 1 to 3"):
         State.open(tmp_path / "s")
 
 
