@@ -23,7 +23,8 @@ def test_zeros_of_any_shape_are_what_writing_them_gives(memory: Path) -> None:
         holes, written = memory / f"{name}-holes", memory / f"{name}-written"
         holes.mkdir()
         written.mkdir()
-        assert arrays.write_zeros(f"{holes}/c", spec) == arrays.write(f"{written}/c", spec, np.zeros(spec.shape, spec.dtype))
+        zeros = np.zeros(spec.shape, spec.dtype)
+        assert arrays.write_zeros(f"{holes}/c", spec) == arrays.write(f"{written}/c", spec, zeros)
         files = sorted(file.name for file in written.iterdir())
         assert sorted(file.name for file in holes.iterdir()) == files
         assert all((holes / file).read_bytes() == (written / file).read_bytes() for file in files)
