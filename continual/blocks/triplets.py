@@ -97,12 +97,10 @@ def _by_cholesky(a: Tensor, b: Tensor) -> tuple[_Basis, _Basis] | None:
     grams = torch.stack([a.mT @ a, b.mT @ b])
     lengths = grams.diagonal(dim1=1, dim2=2).sqrt()
     factors, failed = torch.linalg.cholesky_ex(grams / (lengths[:, :, None] * lengths[:, None]))
-    size = factors.shape[-1]
-    unit = torch.eye(size, dtype=factors.dtype, device=factors.device).expand_as(factors)
+    unit = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
     inverse = torch.linalg.solve_triangular(factors, unit, upper=False)
     # a unit diagonal makes ‖factor‖ = √size; NaN compares false
-    safe = (failed == 0) & (inverse.flatten(1).norm(dim=1) * size**0.5 < _SAFE)
-    if not bool(safe.all()):
+    if not float(inverse.norm()) * len(unit) ** 0.5 < _SAFE or bool(failed.any()):
         return None
     cores, turns = factors.mT * lengths[:, None], inverse / lengths[:, None]
 

@@ -210,12 +210,32 @@ def room(state: State, vectors: LayerVectors, specs: Iterable[TensorSpec]) -> Ro
         rank = vectors.rank(spec.name)
         for layer in spec.layers:
             used = 0 if generation is None else Columns.of(generation.read(layer.name, "columns")).used
-            cuts, slots = used + rank > width, state.format.slots[layer.name]
-            chunks = -(-min(width, used + rank) // CHUNK) - (0 if cuts else used // CHUNK)
-            nbytes += slots["columns"].nbytes + _CHECKSUM
-            nbytes += chunks * (4 * sum(sides_of(layer.shape)) * CHUNK + 2 * _CHECKSUM)
+            cuts = used + rank > width
+            nbytes += _written(state, layer, used, rank, cuts)
             cut += cuts
     return Room(nbytes, cut)
+
+
+def most(state: State, vectors: LayerVectors, specs: Iterable[TensorSpec]) -> int:
+    """The bytes of `room` or a few more: nothing is read for it."""
+    assert state.format.form is not None
+    generation, width = state.generation_of(state.ledger.head), state.format.form.width
+    nbytes = 0
+    for spec in specs:
+        rank = vectors.rank(spec.name)
+        for layer in spec.layers:
+            chunks = 0 if generation is None else generation.count(layer.name, "u")
+            # the last chunk may be full or not
+            nbytes += _written(state, layer, max(0, CHUNK * chunks - 1), rank + 1, CHUNK * chunks + rank > width)
+    return nbytes
+
+
+def _written(state: State, layer: TensorSpec, used: int, rank: int, cuts: bool) -> int:
+    """The bytes that a fold of this rank writes in a layer of so many used columns."""
+    assert state.format.form is not None
+    chunks = -(-min(state.format.form.width, used + rank) // CHUNK) - (0 if cuts else used // CHUNK)
+    small = state.format.slots[layer.name]["columns"].nbytes + _CHECKSUM
+    return small + chunks * (4 * sum(sides_of(layer.shape)) * CHUNK + 2 * _CHECKSUM)
 
 
 def put(transaction: Transaction, name: str, number: int, block: Block) -> Cut:
@@ -324,7 +344,7 @@ def rearrange(
         if after.take:
             assert block is not None
             rows.append(getattr(block, slot)[: after.take].cpu().numpy())
-        values = np.concatenate(rows) if rows else transaction.read_rows(name, slot, 0, 0)
+        values = np.concatenate(rows or [transaction.read_rows(name, slot, 0, 0)]) if len(rows) != 1 else rows[0]
         transaction.write_rows(name, slot, after.first, values)
     transaction.write(name, "columns", after.columns(old, number, block).packed())
 

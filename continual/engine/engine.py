@@ -16,7 +16,7 @@ from functools import partial
 from typing import NamedTuple
 
 from continual.engine import standing
-from continual.engine.blocks import BlockFolding, room
+from continual.engine.blocks import BlockFolding, most
 from continual.engine.folding import Folding, Terms, run_length
 from continual.engine.outcomes import FoldReport, OpenCandidate, Outcome, known_as
 from continual.engine.report import report_of
@@ -260,7 +260,7 @@ class Engine:
         assert isinstance(opened.model, Adapter), "the gate on the form lets nothing else in"
         folded = set(opened.lineage.folded)
         vectors = LayerVectors(self.base, opened.model, opened.lineage, opened.weights)
-        return room(self.state, vectors, [spec for spec in self.base.specs if spec.name in folded]).nbytes
+        return most(self.state, vectors, [spec for spec in self.base.specs if spec.name in folded])
 
     def _refuse(self, candidate: Candidate, refusal: Refuse) -> Outcome:
         if known := self.settled(candidate.key):

@@ -156,8 +156,11 @@ def _made(kind: type[Gate], settings: Settings) -> Gate:
         if key not in fields:
             words = ", ".join(sorted(fields - shared)) or "none"
             raise Misconfigured(f"gates.{kind.name}.{key}: unknown; the settings of this gate are: {words}")
+    values = {key: getattr(settings, key) for key in shared}
+    if not own:
+        return kind(**values)  # they were checked with the settings, and its own are as it has them
     try:
-        return _adapter(kind).validate_python({key: getattr(settings, key) for key in shared} | own)
+        return _adapter(kind).validate_python(values | own)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in ("gates", kind.name, *first["loc"]))

@@ -152,6 +152,10 @@ class Generation:
         """The path of a file or directory below it."""
         return f"{self.directory}/{file}"
 
+    def count(self, name: str, slot: str) -> int:
+        """How many chunks one accumulator of a tensor has, 0 where it is not there. Raises as `load`."""
+        return len(self.receipts.chunks(self.form.layout.place(name, slot)) or ())
+
     def chunks(self, place: Location) -> tuple[str, ...]:
         """The CRCs of the chunks at a place. Raises Damaged if there is no receipt of it."""
         found = self.receipts.chunks(place)

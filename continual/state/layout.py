@@ -25,6 +25,9 @@ class Location(NamedTuple):
     number: int | None
     spec: SlotSpec
 
+    def __hash__(self) -> int:
+        return hash((self.array, self.number))  # the spec follows from them, and takes longer
+
     @property
     def stem(self) -> str:
         """What the paths of its chunk files begin with."""
