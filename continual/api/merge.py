@@ -19,6 +19,7 @@ from continual import selection, tuning
 from continual.api.opened_state import OpenedState
 from continual.config import settings_of
 from continual.engine import combining, planning, unfolding
+from continual.engine.block_reading import StoredLayers, cut_since
 from continual.engine.combining import Combined
 from continual.engine.outcomes import Outcome, Plan
 from continual.engine.views import ReadView
@@ -104,7 +105,11 @@ class Merge(OpenedState):
             if told is not None:
                 told(what)
 
+        weighs = self.rule.laws.rounds and self.state.format.form is not None
+        before = StoredLayers(self.state, self.state.ledger.head).cut(self.state.ledger.folds()) if weighs else {}
         found = selection.run(self._ground(), self.asked(), progress, hear)
+        if weighs:  # of others each fold has told
+            found = found._replace(cut=cut_since(self.state, before))
         self.state.expire(self.settings.keep)
         return found
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
 from continual.cli.console import say, table
-from continual.outside import counted, few
+from continual.outside import counted, few, few_shares
 from continual.texts import Json, figure, share, size, when
 
 Body: TypeAlias = Mapping[str, Any]
@@ -106,6 +106,8 @@ def round_told(found: Body) -> None:
     loss = f"loss {found['before']:.6g} to {found['loss']:.6g}{gap}"
     record = "nothing recorded" if found["record"] is None else f"recorded as record {found['record']}"
     say(f"{loss}; {found['folds']} folded in {found['seconds']:.1f} s; {record}")
+    if cut := fields(found.get("cut", {})):
+        say(f"cut off to make room, of the square of a model's length: {few_shares(cut)}")
 
 
 def release_look(found: Body) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import NamedTuple
 
 from continual.engine.engine import Engine
@@ -37,7 +38,8 @@ HearRound = Callable[[Outcome | Taken], None]
 class Round(NamedTuple):
     """What a round came to: the fate of each member (`rows`), the `loss` of the driving rows after it and `before` it,
     the record that ended it (None of a dry run), how many models were folded, and its wall time in seconds. A dry run
-    has no `gap`, `pool_gap` and `steps`; SelectEntry says what they are."""
+    has no `gap`, `pool_gap` and `steps`; SelectEntry says what they are. `cut`: where it weighs the models of a state
+    of adapters, the shares of ‖τ‖² that it cut off to make room, by the models' names."""
 
     rows: list[MemberFate]
     loss: float
@@ -48,6 +50,7 @@ class Round(NamedTuple):
     gap: float | None = None
     pool_gap: float | None = None
     steps: int | None = None
+    cut: Mapping[str, float] = MappingProxyType({})
 
     @property
     def refused(self) -> bool:

@@ -13,6 +13,7 @@ from continual import selection
 from continual.api import Merge
 from continual.engine.outcomes import Outcome
 from continual.errors import Abandoned, Halt, Retry
+from continual.outside import few_shares
 from continual.retrying import retry_delay
 from continual.selection.steps import Taken
 from continual.service.failures import Failures, told
@@ -95,7 +96,8 @@ class Rounds:
             fate: sum(row.fate == fate for row in found.rows) for fate in ("folded", "deferred", "refused", "expired")
         }
         figures = {"before": round(ended.before, 6), "loss": round(ended.loss, 6), "gap": round(ended.gap, 6)}
-        self._log.info("round", seq=found.commit.seq, **fates, **figures, seconds=round(found.seconds, 3))
+        cut = {"cut": few_shares(found.cut)} if found.cut else {}
+        self._log.info("round", seq=found.commit.seq, **fates, **figures, **cut, seconds=round(found.seconds, 3))
         for row in ended.scores:
             if row.fate in ("refused", "expired"):
                 self.metrics.refused(row.reason)

@@ -189,6 +189,17 @@ def test_in_a_full_house_all_keep_a_weight_and_a_twin_gives_its_own(tmp_path: Pa
         is_the_sum(merge, base, read(merge))
 
 
+def test_a_round_that_weighs_says_what_it_cut_to_make_room(tmp_path: Path, base: Path) -> None:
+    _, *good = candidates(base)
+    with weighed(state_of(tmp_path, base, 2, "frank-wolfe"), base) as merge:
+        fill(merge, *good)
+        found, whole = merge.round(), merge.fullness()
+        assert whole is not None
+        lost = {f.entry.candidate.name: whole.models[f.entry.numbers.block or 0] for f in merge.state.ledger.folds()}
+        assert any(lost.values())
+        assert found.cut == pytest.approx({name: share for name, share in lost.items() if share})
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_who_has_no_room_in_the_width_is_refused_and_the_round_chooses_again(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, alone: bool

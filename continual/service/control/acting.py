@@ -168,6 +168,7 @@ def round_body(found: Round) -> Answer:
         "record": record,
         **{key: value for key, value in {**figures, "steps": found.steps}.items() if value is not None},
         "folds": found.folds,
+        **({"cut": dict(found.cut)} if found.cut else {}),
         "seconds": round(found.seconds, 3),
         "members": [jsonable(body_of(row)) for row in found.rows],
     }
