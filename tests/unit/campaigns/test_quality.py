@@ -115,8 +115,8 @@ def test_the_page_of_a_language_model_says_what_broke(tmp_path: Path) -> None:
     assert "## LoRA adapters in a state of adapters, up to 2" in page
     *_, promised, alone, _, shown, compared = "\n".join(page).split("\n\n")
     assert promised.split("\n")[2:] == [
-        "| LoRA adapters, 1 model | tsv-m | 90.0 | none other asked |  |  | 30.0 (42.0) | 100 % |",
-        "| LoRA adapters, 2 models | tsv-m | 50.0 | task-arithmetic, sum | -30.0 [-50.0, -10.0] | "
+        "| LoRA adapters, 1 of 2 | tsv-m | 90.0 | none other asked |  |  | 30.0 (42.0) | 100 % |",
+        "| LoRA adapters, 2 of 2 | tsv-m | 50.0 | task-arithmetic, sum | -30.0 [-50.0, -10.0] | "
         "+10.0 [+0.0, +25.0] | 32.0 (42.0) | 75 % |",
     ]
     assert alone.split("\n")[2:] == ["| LoRA adapters, mean of 2 | tsv-m | 90.0 | 95.0 | 1.0e-07 |"]

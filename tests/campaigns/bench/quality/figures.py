@@ -123,11 +123,16 @@ class Table:
             ]
         return sum(found) / len(found) if found else None
 
-    def allowed(self) -> float:
-        """The neutral perplexity that a merge must not exceed: 5 % above the worse of the base and the fine-tunes."""
-        each = self.rows.get((0, "own", self.most, "paper"), {"each": {}})["each"]
-        found = [float(one["watched"]["perplexity"]) for one in each.values()]
-        return 1.05 * max(0.0, *found, self.watched("base", self.most, "paper", "perplexity") or 0.0)
+    def allowed(self) -> float | None:
+        """The neutral perplexity that a merge must not exceed: 5 % above the worse of the base and the fine-tunes. None
+        as long as these were not asked."""
+        own, base = (
+            self.rows.get((0, "own", self.most, "paper")),
+            self.watched("base", self.most, "paper", "perplexity"),
+        )
+        if own is None or base is None:
+            return None
+        return 1.05 * max(base, *(float(one["watched"]["perplexity"]) for one in own["each"].values()))
 
     def transfer(self, rule: str, read: str = "default") -> float | None:
         """Backward transfer: what a task gains (loses, below 0) from the first checkpoint that has it to the last one,

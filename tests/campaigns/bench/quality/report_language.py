@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.campaigns.bench.quality.campaign import READS
 from tests.campaigns.bench.quality.figures import Table
@@ -24,8 +25,9 @@ def page(found: Sequence[Table]) -> Iterator[str]:
     yield "## What is promised, cell by cell"
     yield ""
     yield from promises(found)
-    yield ""
-    yield from alone(found)
+    if any(_alone(table) for table in found):
+        yield ""
+        yield from alone(found)
     for table in found:
         yield ""
         yield f"## {title(table)}"
@@ -61,11 +63,17 @@ def promises(found: Sequence[Table]) -> Iterator[str]:
             if best is not None and gaps[best][0] >= 0.0:
                 told = f"the default; next {told}"
             perplexity, facts = (table.watched(table.default, count, "default", w) or 0.0 for w in WATCHED)
+            allowed, times = table.allowed(), orders(table, count)
+            name = f"{FORMS[table.form]}, {count} of {table.most}{f' ({times} orders)' if times > 1 else ''}"
             yield (
-                f"| {FORMS[table.form]}, {head(table, count)} | {table.default} | {right[0]:.1f} | {told} | "
+                f"| {name} | {table.default} | {right[0]:.1f} | {told} | "
                 f"{interval(gaps.get(best) if best else None)} | {interval(gaps.get(('opcm', 'paper')))} | "
-                f"{perplexity:.1f} ({table.allowed():.1f}) | {100 * facts:.0f} % |"
+                f"{perplexity:.1f} ({'not asked' if allowed is None else f'{allowed:.1f}'}) | {100 * facts:.0f} % |"
             )
+
+
+def _alone(table: Table) -> Mapping[str, Any]:
+    return table.rows.get((0, table.default, table.most, "alone"), {})
 
 
 def alone(found: Sequence[Table]) -> Iterator[str]:
@@ -73,8 +81,8 @@ def alone(found: Sequence[Table]) -> Iterator[str]:
     yield "| one model | rule | accuracy as a merge of one | itself | largest difference of one model's τ, relative |"
     yield "|---" * 5 + "|"
     for table in found:
-        row = table.rows.get((0, table.default, table.most, "alone"))
-        if row is not None:
+        row = _alone(table)
+        if row:
             read, own = (table.accuracy(rule, table.most, way) for rule, way in ((table.default, "alone"), OWN))
             yield (
                 f"| {FORMS[table.form]}, mean of {table.most} | {table.default} | {(read or (0.0,))[0]:.1f} | "
