@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from continual.errors import Misconfigured
-from continual.rules import RULES, Inputs, opcm, rule, together
+from continual.rules import Inputs, opcm, rule, together
 from tests.helpers import batch
 from tests.helpers.batch import BATCH
-from tests.helpers.streams import MATRICES, SHAPES, SPECS, Models, Stream, bound, distance, model_lists
+from tests.helpers.streams import FOLDING, MATRICES, SHAPES, SPECS, Models, Stream, bound, distance, model_lists
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def test_a_chain_is_its_rule_on_transformed_models(name: str, before: list[str],
             ), (tensor, step)
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if rule(n).laws.combine])
+@pytest.mark.parametrize("name", [n for n in FOLDING if rule(n).laws.combine])
 @given(models=model_lists(), data=st.data())
 @settings(max_examples=8, deadline=None)
 def test_two_states_combined_are_one_that_folded_all(name: str, models: Models, data: st.DataObject) -> None:
@@ -71,7 +71,7 @@ def test_two_states_combined_are_one_that_folded_all(name: str, models: Models, 
         assert distance(found[tensor], expected, folded) < bound(name, folded if tensor in MATRICES else ()), tensor
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if rule(n).laws.weighted and rule(n).laws.combine])
+@pytest.mark.parametrize("name", [n for n in FOLDING if rule(n).laws.weighted and rule(n).laws.combine])
 @given(models=model_lists(), weight=st.sampled_from([2, 3]))
 @settings(max_examples=6, deadline=None)
 def test_a_weight_of_two_is_folding_twice(name: str, models: Models, weight: int) -> None:

@@ -193,7 +193,7 @@ def test_order_of_the_tensors_does_not_matter(name: str, models: Models) -> None
     assert all(torch.equal(found, other.read()[tensor]) for tensor, found in one.read().items())
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if rule(n).laws.combine])
+@pytest.mark.parametrize("name", [n for n in FOLDING if rule(n).laws.combine])
 @given(models=model_lists(), data=st.data())
 @settings(max_examples=8, deadline=None)
 def test_unfolding_is_as_if_it_had_never_been_folded(name: str, models: Models, data: st.DataObject) -> None:
