@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -197,47 +197,44 @@ def progress() -> Iterator[Progress]:
 
 
 def rules(found: Sequence[RuleInfo], transforms: Sequence[TransformInfo]) -> None:
-    """The fold rules, and the transforms that can stand before them."""
-    head = (
-        "rule",
-        "bytes per parameter",
-        "order-free",
-        "unfold",
-        "weights",
-        "passes",
-        "needs",
-        "default scale",
-        "read by",
-        "of adapters",
-        "options",
-        "what, and where from",
-    )
-    table(head, [_rule_row(row) for row in found])
+    """The fold rules, the transforms that can stand before them, and which rules read each other's states."""
+    head = ("rule", "default scale", "weights", "unfold", "of adapters", "what")
+    table(head, [(r.name, r.scale, *_allowed(r), r.adapters or "no", r.summary) for r in found])
     say("")
-    rows = [(row.name, _options(row.options), f"{row.summary} ({row.paper})") for row in transforms]
-    table(("before", "options", "what, and where from"), rows)
+    table(("before", "what"), [(row.name, row.summary) for row in transforms])
+    say("")
+    for names in dict.fromkeys(row.readings for row in found if len(row.readings) > 1):
+        say(f"A state of one of {', '.join(names)} is read by each of them.")
+    say("continual rules NAME says all of one: its options, what its state takes, its paper.")
 
 
-def _rule_row(row: RuleInfo) -> tuple[object, ...]:
-    return (
-        row.name,
-        row.bytes_per_parameter,
-        "yes" if row.order_free else "no",
-        "yes" if row.unfold else "refolds",
-        "yes" if row.weighted else "no",
-        f"{row.passes:.3g}",
-        row.needs or "nothing",
-        row.scale,
-        ", ".join(row.readings),
-        row.adapters or "no",
-        _options(row.options),
-        f"{row.summary} ({row.paper})",
-    )
+def rule(found: RuleInfo | TransformInfo) -> None:
+    """All of one rule or transform, a line each."""
+    from continual.rules.catalogue import TransformInfo
+
+    rows: list[tuple[str, object]] = [("what", found.summary), ("paper", found.paper)]
+    if isinstance(found, TransformInfo):
+        rows.append(("stands", "before a rule: init --before"))
+    else:
+        weights, unfold = _allowed(found)
+        rows += [
+            ("bytes per parameter", found.bytes_per_parameter),
+            ("default scale", found.scale),
+            ("order-free", "yes" if found.order_free else "no"),
+            ("weights", weights),
+            ("unfold", unfold),
+            ("passes", f"{found.passes:.3g}"),
+            ("needs", found.needs or "nothing"),
+            ("read by", ", ".join(found.readings)),
+            ("of adapters", found.adapters or "no"),
+        ]
+    rows.append(("options", ", ".join(f"{key}={value}" for key, value in found.options.items()) or "none"))
+    table((found.name, ""), rows)
 
 
-def _options(found: Mapping[str, object]) -> str:
-    """Options with their defaults, in one cell."""
-    return ", ".join(f"{key}={value}" for key, value in found.items())
+def _allowed(found: RuleInfo) -> tuple[str, str]:
+    """Whether models can have weights, and be taken out."""
+    return "yes" if found.weighted else "no", "yes" if found.unfold else "refolds"
 
 
 def waiting_row(waiting: Waiting) -> tuple[object, ...]:

@@ -183,13 +183,26 @@ def init(
 
 
 @app.command()
-def rules(json: Json = False) -> None:
+def rules(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Of one alone, and all of it.", show_default=False, autocompletion=rules_named),
+    ] = None,
+    json: Json = False,
+) -> None:
     """List the fold rules and the transforms before them: what each is, what its state takes, and what it allows."""
     from continual.rules import catalogue
 
     rules, transforms = catalogue.rules(), catalogue.transforms()
+    if name is not None:
+        rules, transforms = [r for r in rules if r.name == name], [t for t in transforms if t.name == name]
+        if not rules and not transforms:
+            raise Misconfigured(f"{name}: no rule of that name; continual rules lists them")
     if json:
         console.emit({"rules": rules, "transforms": transforms})
+    elif name is not None:
+        for row in rules or transforms:
+            console.rule(row)
     else:
         console.rules(rules, transforms)
 

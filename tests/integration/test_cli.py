@@ -183,7 +183,15 @@ def test_rules_are_listed() -> None:
         r for r in listed if r["name"] == "opcm"
     ).items()
     table = run("rules").stdout
-    assert all(r["name"] in table and r["paper"] in table for r in listed)
+    assert all(r["name"] in table and r["summary"] in table for r in listed)
+    assert "A state of one of gram, flow is read by each of them." in table
+    for name, wanted in (("gram", "ridge=0.1"), ("drop", "rate=0.9")):
+        told = run("rules", name)
+        assert all(part in told.stdout for part in (wanted, "paper", "options")), told
+        assert [row["name"] for rows in json.loads(run("rules", name, "--json").stdout).values() for row in rows] == [
+            name
+        ]
+    assert "no rule of that name" in run("rules", "grams").stderr
 
 
 def test_adapter_with_a_huge_alpha_is_refused(tmp_path: Path, place: tuple[Path, Path]) -> None:
