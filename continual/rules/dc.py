@@ -58,11 +58,11 @@ def smoothed(sigma: Tensor, how: Smooth) -> Tensor:
     return sigma.sum() * line / line.sum()
 
 
-def trimmed(core: Tensor, least: int, density: float) -> Tensor:
-    """M_i with its largest entries, `least` at least; the others are zero."""
+def trim(core: Tensor, least: int, density: float) -> Tensor:
+    """M_i with its largest entries, `least` at least; the others become zero, in place."""
     sizes = core.abs()
     last = sizes.flatten().topk(max(least, int(density * core.numel()))).values[-1]
-    return torch.where(sizes >= torch.maximum(last * (1.0 - CLOSE), linalg.NULL * sizes.max()), core, 0.0)
+    return core.masked_fill_(sizes < torch.maximum(last * (1.0 - CLOSE), linalg.NULL * sizes.max()), 0.0)
 
 
 def elected(plus: Tensor, minus: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
@@ -76,22 +76,21 @@ def elected(plus: Tensor, minus: Tensor, counts: tuple[Tensor, Tensor]) -> Tenso
 def factors(given: Triplets, options: DcOptions) -> tuple[Tensor, Tensor]:
     """P·M and Q."""
     left, right = tsv_m.polar(given.u), tsv_m.polar(given.v)
-    near, far = left.mT @ given.u, right.mT @ given.v  # PᵀU and QᵀV, the columns of all
     blocks = tsv_m.places(given)
-    sums = [[near.new_zeros(where.stop - where.start, where.stop - where.start) for _ in range(4)] for where in blocks]
+    sums = [[left.new_zeros(where.stop - where.start, where.stop - where.start) for _ in range(4)] for where in blocks]
     for mine in blocks:
         sigma = smoothed(given.sigma[mine], options.smooth)
-        core = trimmed((near[:, mine] * sigma) @ far[:, mine].mT, len(sigma), options.density)
+        near, far = left.mT @ given.u[:, mine], right.mT @ given.v[:, mine]
+        core = trim((near * sigma) @ far.mT, len(sigma), options.density)
         for where, (plus, minus, above, below) in zip(blocks, sums, strict=True):
             part = core[where, where]
             plus += part.clamp(min=0)
             minus += part.clamp(max=0)
             above += part > 0
             below += part < 0
-    merged = torch.empty_like(left)
     for where, (plus, minus, above, below) in zip(blocks, sums, strict=True):
-        torch.mm(left[:, where], elected(plus, minus, (above, below)), out=merged[:, where])
-    return merged, right
+        left[:, where] = left[:, where] @ elected(plus, minus, (above, below))
+    return left, right
 
 
 def _make(options: DcOptions) -> Rule:
