@@ -139,7 +139,7 @@ def _combine_blocks(state: State, other: State, executor: Executor, progress: Pr
     before = StoredLayers(state, state.ledger.head).cut(ours)
     taken = {fold.entry.numbers.block for fold in ours}
     free = (number for number in itertools.count(1) if number not in taken)
-    numbers = {fold.entry.numbers.block or 0: next(free) for fold in theirs}
+    places = {fold.entry.numbers.block or 0: next(free) for fold in theirs}
     generation = other.generation_of(other.ledger.head)
     assert generation is not None, "something is folded there"
     layers = state.format.layers
@@ -149,7 +149,7 @@ def _combine_blocks(state: State, other: State, executor: Executor, progress: Pr
             Task(
                 layer.name,
                 4 * sum(slot.nbytes for slot in state.format.slots[layer.name].values()),
-                partial(put_all, transaction, generation, layer.name, numbers),
+                partial(put_all, transaction, generation, layer.name, places),
             )
             for layer in layers
         ]
@@ -160,7 +160,7 @@ def _combine_blocks(state: State, other: State, executor: Executor, progress: Pr
             BroughtFold(
                 fold.entry.candidate,
                 fold.entry.digest,
-                _beside(fold.entry.numbers, numbers, weights),
+                _beside(fold.entry.numbers, places, weights),
             )
             for fold in theirs
         )
@@ -174,7 +174,7 @@ def _combine_blocks(state: State, other: State, executor: Executor, progress: Pr
             device="cpu",
         )
         commit = state.commit(transaction, entry)
-    before |= {numbers[number]: share for number, share in shares.items()}
+    before |= {places[number]: share for number, share in shares.items()}
     return Combined(commit, cut_since(state, before))
 
 

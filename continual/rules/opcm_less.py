@@ -55,26 +55,26 @@ def without(given: Apart, fold: Fold) -> LeftOut:
 
 
 class _Leading(NamedTuple):
-    """The leading singular subspaces of M matrices, M×m×n (`totals`). `vectors`: all singular vectors of the smaller
+    """The leading singular subspaces of M matrices, M×m×n (`sums`). `vectors`: all singular vectors of the smaller
     side, M×k×k; `held`: 1 for those that lead, else 0, and `inverse`: 1/σ² of these, M×k."""
 
-    totals: Tensor
+    sums: Tensor
     vectors: Tensor
     held: Tensor
     inverse: Tensor
 
     def images(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """PU and QV, M×m×k and M×n×k, of U and V with as many rows or more."""
-        _, m, n = self.totals.shape
+        _, m, n = self.sums.shape
         tall = m >= n
         # of R with σ and V: PU = RV(σ⁻²)VᵀRᵀU and QV₀ = VVᵀV₀ over what leads
-        totals, u, v = (self.totals, u[:m], v[:n]) if tall else (self.totals.mT, v[:n], u[:m])
-        inner = self.vectors.mT @ torch.cat([totals.mT @ u, v.expand(len(totals), -1, -1)], 2)
+        sums, u, v = (self.sums, u[:m], v[:n]) if tall else (self.sums.mT, v[:n], u[:m])
+        inner = self.vectors.mT @ torch.cat([sums.mT @ u, v.expand(len(sums), -1, -1)], 2)
         k = u.shape[1]
         inner[..., :k] *= self.inverse[..., None]
         inner[..., k:] *= self.held[..., None]
         found = self.vectors @ inner
-        one, other = totals @ found[..., :k], found[..., k:]
+        one, other = sums @ found[..., :k], found[..., k:]
         return (one, other) if tall else (other, one)
 
 
@@ -91,18 +91,18 @@ def whole(given: Apart, cut: Cut, freed: Freed) -> Tensor:
 def _folded(given: Apart, cut: Cut, freed: Freed, *, alone: bool) -> Tensor:
     """R, and unless it is wanted `alone`, R without each of the models that touched the tensor; in the last corner."""
     corners = _corners(given)
-    totals, base = given.u.new_zeros(1, 0, 0), None
+    sums, base = given.u.new_zeros(1, 0, 0), None
     for index in sorted(given.rows):
         where = given.rows[index]
         m, n = corners[index]
         u, v = given.u[:m, where] * given.sigma[where], given.v[:n, where]
-        leading = _leading(totals if base is None or alone else totals[:-1], cut)
+        leading = _leading(sums if base is None or alone else sums[:-1], cut)
         images = [leading.images(u, v)]
         if base is not None and not alone:  # the last one is R as it was before the model before this one
             images.append(base.images(u, v))
-        after = totals.new_zeros(len(totals) + (not alone), m, n)
-        before = after[:, : totals.shape[1], : totals.shape[2]]
-        before[: len(totals)] = totals
+        after = sums.new_zeros(len(sums) + (not alone), m, n)
+        before = after[:, : sums.shape[1], : sums.shape[2]]
+        before[: len(sums)] = sums
         begin = 0
         for one, other in images:
             part = after[begin : begin + len(one)]
@@ -110,32 +110,32 @@ def _folded(given: Apart, cut: Cut, freed: Freed, *, alone: bool) -> Tensor:
                 part[:, : left.shape[-2], : right.shape[-2]] += left @ right.mT
             begin += len(one)
         if not alone:
-            before[-1] = totals[0]
-        base, totals = _Leading(*(part[:1] for part in leading)), after
-    return totals
+            before[-1] = sums[0]
+        base, sums = _Leading(*(part[:1] for part in leading)), after
+    return sums
 
 
-def _left_out(given: Apart, totals: Tensor) -> LeftOut:
+def _left_out(given: Apart, sums: Tensor) -> LeftOut:
     """What follows from R, and R without each of the models that touched the tensor."""
-    whole = _widened(totals[0], (len(given.u), len(given.v)))
-    squares, inners = totals.square().sum((1, 2)).tolist(), (totals * totals[0]).sum((1, 2)).tolist()
+    whole = _widened(sums[0], (len(given.u), len(given.v)))
+    squares, inners = sums.square().sum((1, 2)).tolist(), (sums * sums[0]).sum((1, 2)).tolist()
     rests = [Without(squares[0], squares[0])] * len(given.weights)
     for place, index in enumerate(sorted(given.rows), 1):
         rests[index] = Without(squares[place], inners[place])
     return LeftOut(whole, rests)
 
 
-def _leading(totals: Tensor, cut: Cut) -> _Leading:
-    count, m, n = totals.shape
+def _leading(sums: Tensor, cut: Cut) -> _Leading:
+    count, m, n = sums.shape
     if not m or not n:
-        return _Leading(totals, *(totals.new_zeros(count, 0, *more) for more in ((0,), (), ())))
-    values, vectors = torch.linalg.eigh(totals.mT @ totals if m >= n else totals @ totals.mT)
+        return _Leading(sums, *(sums.new_zeros(count, 0, *more) for more in ((0,), (), ())))
+    values, vectors = torch.linalg.eigh(sums.mT @ sums if m >= n else sums @ sums.mT)
     sigma = values.clamp(min=0).sqrt()
     sigma = torch.where(sigma > linalg.NULL * sigma[:, -1:], sigma, 0.0)
     held = torch.zeros_like(sigma)
     for place, one in enumerate(sigma.flip(1).cpu()):
         held[place, len(one) - cut(one) :] = 1.0
-    return _Leading(totals, vectors, held, torch.where(held > 0, 1.0 / values, 0.0))
+    return _Leading(sums, vectors, held, torch.where(held > 0, 1.0 / values, 0.0))
 
 
 def _step(given: Apart, total: Tensor, index: int, corner: tuple[int, int], fold: Fold) -> Tensor:
