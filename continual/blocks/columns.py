@@ -10,8 +10,10 @@ cutting later is cutting at once. With more than q models w is 1, and the q with
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -60,11 +62,9 @@ class Columns(NamedTuple):
         return int(np.count_nonzero(self.owner))
 
     @property
-    def models(self) -> dict[int, slice]:
+    def models(self) -> Mapping[int, slice]:
         """The columns of each model, in the order in which they lie."""
-        owner = self.owner[: self.used]
-        begins = [0, *(np.flatnonzero(owner[1:] != owner[:-1]) + 1).tolist(), len(owner)]
-        return {int(owner[begin]): slice(begin, end) for begin, end in pairwise(begins) if end}
+        return _models(self.owner.tobytes())
 
     @property
     def ranks(self) -> dict[int, int]:
@@ -79,6 +79,15 @@ class Columns(NamedTuple):
             energy, kept = float(self.energy[where.start]), float(np.square(self.sigma[where], dtype=np.float64).sum())
             found[number] = 0.0 if whole or not energy else max(0.0, 1.0 - kept / energy)
         return found
+
+
+@functools.lru_cache(1 << 10)
+def _models(owners: bytes) -> Mapping[int, slice]:
+    """`Columns.models`: most layers of a state have the same models in the same columns."""
+    owner = np.frombuffer(owners, np.uint16)
+    owner = owner[: np.count_nonzero(owner)]
+    begins = [0, *(np.flatnonzero(owner[1:] != owner[:-1]) + 1).tolist(), len(owner)]
+    return MappingProxyType({int(owner[begin]): slice(begin, end) for begin, end in pairwise(begins) if end})
 
 
 class Arrangement(NamedTuple):
@@ -154,17 +163,14 @@ def width(ranks: Iterable[int], q: int) -> int:
 def plan(old: Columns, number: int, block: Block) -> Arrangement:
     """What the columns become when the model `number`, which has none, comes in with `block`."""
     assert 0 < number <= MOST, f"{number}: a model's number is from 1 to {MOST}"
-    models = old.models
-    assert number not in models, f"the model {number} has columns already"
+    assert number not in old.models, f"the model {number} has columns already"
     q = len(old.owner)
-    ranks = [int(old.rank[where.start]) for where in models.values()]
-    w = width([*ranks, block.rank], q)
-    keep = _cut(models, w)
+    w, keep = _kept(old.owner.tobytes(), old.rank.tobytes(), block.rank)
     take = min(len(block.sigma), w)
     if len(keep) + take <= q:
-        return Arrangement(tuple(keep), take, w)
+        return Arrangement(keep, take, w)
     # more than q models, with one column each
-    lengths = [*old.sigma[keep].tolist(), float(block.sigma[0])]
+    lengths = [*old.sigma[list(keep)].tolist(), float(block.sigma[0])]
     largest = sorted(sorted(range(len(lengths)), key=lambda place: -lengths[place])[:q])
     return Arrangement(tuple(keep[place] for place in largest if place < len(keep)), int(largest[-1] == len(keep)), w)
 
@@ -175,6 +181,14 @@ def without(old: Columns, number: int) -> Arrangement:
     mine = old.models.get(number, slice(0, 0))
     keep = [column for column in range(old.used) if not mine.start <= column < mine.stop]
     return Arrangement(tuple(keep), 0, width(left.values(), len(old.owner)))
+
+
+@functools.lru_cache(1 << 10)
+def _kept(owners: bytes, ranks: bytes, rank: int) -> tuple[int, tuple[int, ...]]:
+    """w with a model of this rank besides, and the columns that are left of those that are there."""
+    models, there = _models(owners), np.frombuffer(ranks, np.uint16)
+    w = width([*(int(there[where.start]) for where in models.values()), rank], len(there))
+    return w, tuple(_cut(models, w))
 
 
 def _cut(models: Mapping[int, slice], w: int) -> list[int]:
