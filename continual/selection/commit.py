@@ -13,13 +13,14 @@ from continual.records import Totals
 from continual.selection import fates
 from continual.selection.active import Active, active_at
 from continual.selection.frank_wolfe import Chosen, Figures, SearchSpace, together
+from continual.selection.last_word import LastWord
 from continual.selection.members import Member
 from continual.selection.mixing import Mixing
 from continual.selection.round_options import RoundOptions
 from continual.state import Commit
 from continual.state.entries import SelectEntry
 from continual.state.ledger import Waiting
-from continual.state.parts import BroughtFold, FoldNumbers, MemberFate, RowFate
+from continual.state.parts import BroughtFold, FoldNumbers, MemberFate, MergedWord, RowFate
 
 
 class OpenRound(NamedTuple):
@@ -47,19 +48,59 @@ def entry(under_way: OpenRound, rows: Sequence[MemberFate], figures: Figures) ->
     )
 
 
-def kept_out(under_way: OpenRound, chosen: Chosen) -> list[MemberFate]:
-    """The fates of the members that were not chosen."""
-    options = under_way.options
-    pool = under_way.pool
+def kept_out(under_way: OpenRound, chosen: Chosen, last: LastWord | None = None) -> list[MemberFate]:
+    """The fates of the members that are not in the merge: that were not chosen, and under relevance those that the
+    `last` word did not keep."""
+    options, pool = under_way.options, under_way.pool
+    goes = chosen.active.weights if last is None else last.order
+    words = {} if last is None else last.words
     rows = []
     for member in under_way.members:
-        if member.key in chosen.lost:
-            rows.append(fates.lost(member, chosen.lost[member.key]))
-        elif member.key not in chosen.active.weights:
-            score = chosen.scores[member.key].total
-            judgement = chosen.judged.get(member.key)
-            rows.append(fates.kept_out(member, pool[member.key], score, judgement, under_way.begun.time, options))
+        key = member.key
+        if key in goes:
+            continue
+        if key in chosen.lost:
+            rows.append(fates.lost(member, chosen.lost[key]))
+            continue
+        word = words.get(key)
+        score, judgement = chosen.scores[key].total, chosen.judged.get(key)
+        if word is not None and key in chosen.active.weights:
+            found = fates.figures(score, judgement)
+            row = fates.irrelevant(member, pool[key], found, _said(word), under_way.begun.time, options)
+            row = dataclasses.replace(row, weight=mean(chosen.active.weights[key]), merged=word)
+        else:
+            row = fates.kept_out(member, pool[key], score, judgement, under_way.begun.time, options)
+            if word is not None:
+                row = dataclasses.replace(row, message=f"{row.message}; {_said(word)}", merged=word)
+        rows.append(row)
     return fates.crowded(rows, pool, options)
+
+
+def to_fold(under_way: OpenRound, chosen: Chosen, last: LastWord) -> list[MemberFate]:
+    """The rows of the models that the rule has to fold, in their order."""
+    members = {member.key: member for member in under_way.members}
+    rows = []
+    for rank, key in enumerate(last.order):
+        word = last.words.get(key)
+        if key in chosen.active.weights:
+            row = kept(chosen, key, "chosen", rank)
+            rows.append(row if word is None else dataclasses.replace(row, message=f"{row.message}; {_said(word)}"))
+        else:
+            assert word is not None, "it was left out"
+            found = fates.figures(chosen.scores[key].total, chosen.judged.get(key))
+            message = f"{members[key].name}: kept, since {_said(word)}"
+            rows.append(MemberFate(key, members[key].name, "chosen", "", message, rank=rank, **found))
+        rows[-1] = dataclasses.replace(rows[-1], merged=word)
+    return rows
+
+
+def _said(word: MergedWord) -> str:
+    """What the rule's merge says of a member, in words."""
+    serves = "it serves no task" if word.task is None else f"it serves task {word.task} ({word.name})"
+    return (
+        f"{serves}, and with it folded too the loss on {word.rows} rows changes by {word.change:+.2g} ± "
+        f"{word.error:.1g} (z {word.z:+.1f})"
+    )
 
 
 def kept(chosen: Chosen, key: str, fate: RowFate = "folded", rank: int | None = None) -> MemberFate:

@@ -41,22 +41,40 @@ def kept_out(
     """The fate of a member that was not chosen: deferred, refused where patience is at its end, or expired. `now` is
     the time at which the round began."""
     found = figures(score, judgement)
-    key, name, s = member.key, member.name, options.settings
-    waited = seconds(waiting.since, now)
-    old = waited >= s.age
-    rounds = waiting.rounds + 1
-    if judgement is not None and _relevant(judgement, options) and not old:
-        message = f"{name}: relevant (z {judgement.z:+.1f}), but the round had no place or no steps left for it"
-        return MemberFate(key, name, "deferred", "no-place", message, **found)
     reasons = _reasons(score, judgement, options)
-    if rounds >= s.patience and not _relevant(judgement, options):
+    if judgement is None or not _relevant(judgement, options):
+        return irrelevant(member, waiting, found, reasons, now, options)
+    if _is_old(waiting, now, options):
+        return _expired(member, waiting, found, reasons, now, options)
+    message = f"{member.name}: relevant (z {judgement.z:+.1f}), but the round had no place or no steps left for it"
+    return MemberFate(member.key, member.name, "deferred", "no-place", message, **found)
+
+
+def irrelevant(
+    member: Member, waiting: Waiting, found: Judged, reasons: str, now: str, options: RoundOptions
+) -> MemberFate:
+    """The fate of a member that was found irrelevant, for these reasons: as `kept_out`."""
+    key, name, s = member.key, member.name, options.settings
+    rounds = waiting.rounds + 1
+    if rounds >= s.patience:
         message = f"{name}: irrelevant in {rounds} rounds: {reasons}; 'continual retry {name}' has it looked at again"
         return MemberFate(key, name, "refused", "irrelevant", message, judged=1, **found)
-    if old:
-        message = f"{name}: waited {waited / DAY:.1f} days (rounds.age is {s.age / DAY:g}): {reasons}"
-        return MemberFate(key, name, "expired", "age", message, judged=1, **found)
+    if _is_old(waiting, now, options):
+        return _expired(member, waiting, found, reasons, now, options)
     message = f"{name}: not relevant to the merge as it is (round {rounds} of {s.patience}): {reasons}"
     return MemberFate(key, name, "deferred", "irrelevant", message, judged=1, **found)
+
+
+def _is_old(waiting: Waiting, now: str, options: RoundOptions) -> bool:
+    return seconds(waiting.since, now) >= options.settings.age
+
+
+def _expired(
+    member: Member, waiting: Waiting, found: Judged, reasons: str, now: str, options: RoundOptions
+) -> MemberFate:
+    waited = seconds(waiting.since, now) / DAY
+    message = f"{member.name}: waited {waited:.1f} days (rounds.age is {options.settings.age / DAY:g}): {reasons}"
+    return MemberFate(member.key, member.name, "expired", "age", message, judged=1, **found)
 
 
 def seen(member: Member, score: float, judgement: Judgement | None, options: RoundOptions) -> MemberFate:

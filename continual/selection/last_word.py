@@ -1,15 +1,18 @@
-"""The last word on the models that a round under relevance left out, by the merge that the rule makes of the chosen.
+"""The last word on models that a round under relevance left out or let in, by the merge that the rule makes.
 
 A search weighs models in a plain sum, with little of each. A weak fine-tune can look useless there, and the rule's
-merge be better with it (ops/decisions/0058). So a model that serves a wanted task is folded on trial beside the chosen
-ones, and all rows are asked, with it and without. It is kept if they are better with it by as much as a trial takes.
-Nobody else is asked: who serves no task has no second chance.
+merge be better with it; another can look useful there, and hold the rule's merge down (ops/decisions/0058). So two
+kinds of models are folded on trial, and all rows are asked, with each and without: one that was left out and serves a
+wanted task is kept if they are better with it by as much as a trial takes; one that was chosen and serves none is
+folded last, and stays if they miss it by as much as the search asks of those that stay. Who was left out and serves no
+task has no second chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from continual.engine.engine import Engine
 from continual.engine.reading import Reading
@@ -23,10 +26,12 @@ from continual.state import State
 from continual.state.parts import MergedWord
 
 
-def order(chosen: Chosen) -> list[str]:
-    """The keys of the models that were chosen, in the order in which they are folded: the heaviest first."""
-    weights = chosen.active.weights
-    return sorted(weights, key=lambda key: (-weights[key][0], key))
+class LastWord(NamedTuple):
+    """What the rule's merge has to say: the keys of the models to fold, in their `order`, and by key the `words` on
+    those that were asked. One without a word, and not in the order, is out by other means."""
+
+    order: Sequence[str]
+    words: Mapping[str, MergedWord]
 
 
 def ask(
@@ -35,51 +40,57 @@ def ask(
     options: RoundOptions,
     reading: Callable[[State], Reading],
     progress: Progress,
-) -> dict[str, MergedWord]:
-    """By key, what is found of each member that serves a task and was not chosen. They are asked in the order in which
-    they came; who is kept is in the merge when the next is asked.
+) -> LastWord:
+    """Asks the rule's merge. Folded first are the chosen that serve a task, the heaviest first. Then are asked those
+    that serve one and were left out, in the order in which they came, then the chosen that serve none, the heaviest
+    first. Who is kept is in the merge when the next is asked.
 
-    Of N members and T tasks it costs N evaluations of the rows that drive, T + 1 of all rows at most, as many readings
-    of the merged model, and T folds besides those of the chosen; nothing where nobody is left out. Raises Refuse where
-    a member is gone, Retry, and Abandoned when told to stop.
+    Of N members it costs N + 1 evaluations of the rows that drive; where somebody is asked, a fold of each of the
+    chosen and of the T at most that were left out, and one evaluation of all rows and one reading of the merged model
+    more than are asked. Raises Refuse where a member is gone, Retry, and Abandoned when told to stop.
     """
     members = {member.key: member for member in space.waiting if member.key not in chosen.lost}
-    if len(members) == len(chosen.active.weights):
-        return {}
-    serves = {key: task for task, key in _servers(space, members, progress).items()}
-    asked = {key: serves[key] for key in members if key in serves and key not in chosen.active.weights}
-    found: dict[str, MergedWord] = {}
+    weights = chosen.active.weights
+    heaviest = sorted(weights, key=lambda key: (-weights[key][0], key))
+    serves = {key: task for task, key in _servers(space, members, progress).items()} if members else {}
+    order = [key for key in heaviest if key in serves]
+    asked = [key for key in members if key in serves and key not in weights]
+    asked += [key for key in heaviest if key not in serves]
+    words: dict[str, MergedWord] = {}
     if not asked:
-        return found
+        return LastWord(order, words)
     engine = space.model.engine
     with Trials(engine, progress) as trials:
         merged = engine
-        for key in order(chosen):
+        for key in order:
             before, merged = merged, _folded(trials, merged, members[key]) or merged
             if merged is not before and before is not engine:
                 trials.drop(before)
         _put(space, merged, reading, progress)
         calibration = space.model.calibration
         without = calibration.both()
-        for key, task in asked.items():
-            progress("last word", len(found), len(asked))
+        for done, key in enumerate(asked):
+            progress("last word", done, len(asked))
             tried = _folded(trials, merged, members[key])
-            if tried is None:  # a gate keeps it out, and would when it is folded
+            if tried is None:  # a gate keeps it out, and says so when it is folded
+                order += [key] * (key in weights)
                 continue
             _put(space, tried, reading, progress)
             with_it = calibration.both()
-            name, rows = Path(calibration.dealt[task].name).name, sum(map(len, without))
-            found[key] = MergedWord(task, name, rows, *judge(without, with_it, task))
-            if is_kept(found[key], options):
+            task = serves.get(key)
+            name = None if task is None else Path(calibration.dealt[task].name).name
+            words[key] = MergedWord(sum(map(len, without)), *judge(without, with_it, task), task, name)
+            if _is_kept(words[key], options):
+                order.append(key)
                 merged, tried, without = tried, merged, with_it
             if tried is not engine:
                 trials.drop(tried)
-    return found
+    return LastWord(order, words)
 
 
-def is_kept(word: MergedWord, options: RoundOptions) -> bool:
-    """Whether a member is chosen after all: all rows are better with it, as surely as a trial has to be."""
-    return word.z < -options.settings.sigmas
+def _is_kept(word: MergedWord, options: RoundOptions) -> bool:
+    """Whether all rows are so much better with a member that it is folded."""
+    return word.z < -(options.settings.stays if word.task is None else options.settings.sigmas)
 
 
 def _servers(space: SearchSpace, members: Mapping[str, Member], progress: Progress) -> dict[int, str]:

@@ -27,7 +27,7 @@ from continual.selection.steps import Stepping, Taken
 from continual.state import Commit, State
 from continual.state.entries import RoundEntry, SelectEntry
 from continual.state.ledger import Waiting
-from continual.state.parts import MemberFate, MemberName, MergedWord, RowFate
+from continual.state.parts import MemberFate, MemberName, RowFate
 from continual.tensors import BaseModel
 
 _EMPTY = "nothing waits in the pool; 'continual fold MODEL' puts a model there, and so does the daemon"
@@ -118,12 +118,13 @@ def _run(ground: Ground, options: RoundOptions, progress: Progress, hear: HearRo
             if ground.weighed:
                 write = commit.write_sum if state.format.form is None else beside.write
                 return _after(write(under_way, space, chosen, progress), [], started)
-            words = last_word.ask(space, chosen, options, ground.reading, progress)
+            word = last_word.ask(space, chosen, options, ground.reading, progress)
         except Refuse as lost:  # it was there when it was scored: the next pass finds it gone
             raise Retry(
                 f"{lost}; nothing was settled, and the round goes on without it when it is taken up again"
             ) from lost
-    ended = _record_choice(under_way, chosen, words)
+    rows = [*commit.to_fold(under_way, chosen, word), *commit.kept_out(under_way, chosen, word)]
+    ended = state.record(commit.entry(under_way, rows, chosen.figures))
     return _after(ended, relevance.fold(engine, progress, hear), started)
 
 
@@ -206,43 +207,6 @@ def _merged_vector(ground: Ground, progress: Progress) -> MergedVector:
 def _for_all(stepping: Stepping, members: int) -> Stepping:
     """Under relevance all members may be chosen, and there are at least two steps for each."""
     return dataclasses.replace(stepping, most=max(stepping.most, members), steps=max(stepping.steps, 2 * members))
-
-
-def _record_choice(under_way: OpenRound, chosen: frank_wolfe.Chosen, words: Mapping[str, MergedWord]) -> Commit:
-    """Records which models the rule has to fold, the heaviest first, then those that have the last `words` on their
-    side, and the fates of the others."""
-    order = last_word.order(chosen)
-    first = [commit.kept(chosen, key, "chosen", rank) for rank, key in enumerate(order)]
-    others = commit.kept_out(under_way, chosen)
-    rows = [*first, *_with_last_words(others, words, under_way.options, len(first))]
-    return under_way.engine.state.record(commit.entry(under_way, rows, chosen.figures))
-
-
-def _with_last_words(
-    rows: Sequence[MemberFate], words: Mapping[str, MergedWord], options: RoundOptions, first: int
-) -> list[MemberFate]:
-    """The rows of members that were left out; of those that have a last word, with it. One that the merge is better
-    with is chosen after all, and folded after the `first` ones."""
-    kept: list[MemberFate] = []
-    others: list[MemberFate] = []
-    for row in rows:
-        if (word := words.get(row.key)) is None or row.fate not in ("deferred", "refused"):
-            others.append(row)
-            continue
-        said = (
-            f"it serves task {word.task} ({word.name}), and with it folded too the loss on {word.rows} rows changes by "
-            f"{word.change:+.2g} ± {word.error:.1g} (z {word.z:+.1f})"
-        )
-        if last_word.is_kept(word, options):
-            message, rank = f"{row.name}: kept, since {said}", first + len(kept)
-            kept.append(
-                dataclasses.replace(
-                    row, fate="chosen", reason="", message=message, judged=0, rank=rank, settings=None, merged=word
-                )
-            )
-        else:
-            others.append(dataclasses.replace(row, message=f"{row.message}; {said}", merged=word))
-    return [*kept, *others]
 
 
 def _after(ended: Commit, outcomes: Sequence[Outcome], started: float) -> Round:

@@ -119,16 +119,16 @@ class MemberName:
 
 @dataclass(frozen=True, slots=True)
 class MergedWord:
-    """What the rule's merge of the chosen models says of a member that serves the task of this number, from 0, and
-    `name`: the loss on `rows` rows in all, with it folded too against without. `change`, `error` and `z` are as in
-    `MemberFate`."""
+    """What the rule's merge says of a member of a round: the loss on `rows` rows in all, with it folded too against
+    without. `change`, `error` and `z` are as in `MemberFate`. `task`: the number, from 0, of the task that it serves,
+    and `name` that task's; None of a member that was chosen and serves no task."""
 
-    task: int
-    name: str
     rows: int
     change: float
     error: float
     z: float
+    task: int | None = field(default=None, metadata=_OMITTED)
+    name: str | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +139,8 @@ class MemberFate:
     a trial of the model, or its being in the merge, does to the mean loss of held-out rows, and the standard error of
     that; `z`: their ratio; None where it was not tried, as where the score already is not below zero. `weight`: what
     Frank-Wolfe gave it; `rank`: of those chosen for a rule, which is folded first, from 0. `judged`: 1 if this round
-    counts towards patience. `settings`: of one that is refused, as in `RefuseEntry`. `merged`: of one that serves a
-    task and was left out by then, what the merge of those chosen says.
+    counts towards patience. `settings`: of one that is refused, as in `RefuseEntry`. `merged`: what the rule's merge
+    says of one that serves a task and was left out by then, or that was chosen and serves none.
     """
 
     key: str

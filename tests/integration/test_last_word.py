@@ -1,5 +1,5 @@
-"""The last word of a round on the models that it left out: what the rule's merge of the chosen says of a weak one, on
-real files."""
+"""The last word of a round on the models that it left out or let in: what the rule's merge says of a weak one that
+serves a task, and of a chosen one that serves none, on real files."""
 
 from __future__ import annotations
 
@@ -113,6 +113,54 @@ def test_who_serves_no_task_is_not_asked(tmp_path: Path) -> None:
         found = rows(merge.round())
         assert found["good2"].fate == "folded"
         assert (found["weak"].fate, found["weak"].merged) == ("deferred", None)
+
+
+def twins(tmp_path: Path, scale: str) -> tuple[Path, Path]:
+    """The base, and a state whose rule sums and is read at this scale, with two candidates for the first task: the
+    search takes the second, and the first alone and whole does more for the task."""
+    base = quadratic.world(tmp_path)
+    making.init(base, tmp_path / "state", making.Recipe(rule="task-arithmetic", scale=scale))
+    with opened(tmp_path / "state", base) as merge:
+        fill(merge, quadratic.good(base, 0, "second", seed=1), *(quadratic.good(base, k) for k in range(3)))
+    return base, tmp_path / "state"
+
+
+def test_one_that_was_chosen_and_serves_no_task_is_folded_last_and_stays_where_it_is_missed(tmp_path: Path) -> None:
+    base, state = twins(tmp_path, "0.4")
+    with opened(state, base, keep=9) as merge:
+        merge.round()
+        found = {row.name: row for row in table(merge)}
+        assert names(merge) == list(found) == ["good1", "good2", "good0", "second"]
+        row = found["second"]
+        assert (row.fate, row.rank, row.judged) == ("chosen", 3, 0)
+        assert row.weight is not None
+        assert row.weight > (found["good1"].weight or 0), "it would be the first"
+        assert (found["good0"].weight, found["good1"].merged) == (None, None)
+        expected, said = judge(losses(merge, merge.head - 1), losses(merge, merge.head)), row.merged
+        assert said is not None
+        assert (said.task, said.name, said.rows) == (None, None, 480)
+        assert (said.change, said.error, said.z) == tuple(pytest.approx(figure, rel=1e-3) for figure in expected)
+        assert row.message.startswith(f"second: weight {row.weight:.4g}; it serves no task, and with it folded too")
+        told = merge.state.ledger.folds()[-1].entry.numbers.relevance
+        assert told is not None
+        assert told.merged == said
+        tidy(merge)
+
+
+def test_one_that_was_chosen_waits_where_the_rules_merge_does_not_miss_it(tmp_path: Path) -> None:
+    """The same pool, read so long that one for the task is enough."""
+    base, state = twins(tmp_path, "1.0")
+    with opened(state, base, rounds={"patience": 2}) as merge:
+        row = rows(merge.round())["second"]
+        assert (names(merge), waits(merge)) == (["good1", "good2", "good0"], ["second"])
+        assert (row.fate, row.reason, row.judged, row.rank) == ("deferred", "irrelevant", 1, None)
+        assert row.weight is not None, "the search let it in"
+        assert row.merged is not None
+        assert row.merged.z > 0
+        assert row.message.startswith("second: not relevant to the merge as it is (round 1 of 2): it serves no task")
+        tidy(merge)
+    with opened(state, base) as merge:  # as the file has it
+        assert next(other for other in table(merge) if other.name == "second") == row
 
 
 def test_a_kill_in_the_middle_leaves_nothing_and_the_choice_is_the_same(tmp_path: Path) -> None:
