@@ -80,7 +80,7 @@ def ask(
             task = serves.get(key)
             name = None if task is None else Path(calibration.dealt[task].name).name
             words[key] = MergedWord(sum(map(len, without)), *judge(without, with_it, task), task, name)
-            if _is_kept(words[key], options):
+            if is_kept(words[key], options):
                 order.append(key)
                 merged, tried, without = tried, merged, with_it
             if tried is not engine:
@@ -88,7 +88,7 @@ def ask(
     return LastWord(order, words)
 
 
-def _is_kept(word: MergedWord, options: RoundOptions) -> bool:
+def is_kept(word: MergedWord, options: RoundOptions) -> bool:
     """Whether all rows are so much better with a member that it is folded."""
     return word.z < -(options.settings.stays if word.task is None else options.settings.sigmas)
 
