@@ -16,6 +16,9 @@ _SMALL = 1024
 """Sides up to which all triplets of a matrix are found, however few are kept."""
 _SAFE = 1e3
 """Up to this condition of its columns, a basis by Cholesky is orthonormal to 1e-10."""
+_NOISE = 1e-14
+"""Up to this fraction of the lengths that its columns may have, multiplied and summed up, a product is what rounding in
+float64 leaves of one that is zero."""
 _STEPS = 2
 """Steps of the subspace iteration. What is cut off of task vectors of DoRA is within a twentieth of the least possible.
 """
@@ -58,24 +61,33 @@ def triplets(left: Tensor, right: Tensor) -> Block:
 
     By an orthonormal basis of both and an SVD of the core in float64, O((m + n)r²), rounded once. Those at or below
     `linalg.NULL` of the largest are left out, and those that are zero in float32; of a product that is zero, or is so
-    in float32, none is left, and `energy` is 0. Where a value is not finite, or the largest singular value is none in
-    float32, there are no triplets either and `energy` is not finite.
+    in float32, none is left, and `energy` is 0: also of one whose columns cancel out, as those of an adapter that was
+    subtracted from itself. Where a value is not finite, or the largest singular value is none in float32, there are no
+    triplets either and `energy` is not finite.
     """
     m, n = len(left), len(right)
     a, b = left.double(), right.double()
     if not a.numel() or not b.numel():
-        return _block(a.new_zeros(0, m), a.new_zeros(0), b.new_zeros(0, n), 0.0)
-    bases = _by_cholesky(a, b)
+        return _nothing(a, m, n, 0.0)
+    bases, noise = _by_cholesky(a, b), 0.0
     if bases is None:
         if not bool(torch.isfinite(a.sum() + b.sum())):  # float32 values do not sum up to more than float64 holds
-            return _block(a.new_zeros(0, m), a.new_zeros(0), b.new_zeros(0, n), math.nan)
+            return _nothing(a, m, n, math.nan)
         bases = _by_qr(a), _by_qr(b)
+        # columns far from dependent, as above, cannot cancel out; no squares, which float64 could not hold
+        noise = _NOISE * math.sqrt(m * n) * float((a.abs().amax(0) * b.abs().amax(0)).sum())
     (core_a, basis_a), (core_b, basis_b) = bases
-    w, sigma, zh = torch.linalg.svd(core_a @ core_b.mT, full_matrices=False)
+    core = core_a @ core_b.mT
+    try:
+        w, sigma, zh = torch.linalg.svd(core, full_matrices=False)
+    except RuntimeError:  # LinAlgError is one
+        if bool(torch.isfinite(core).all()):
+            raise
+        return _nothing(a, m, n, math.inf)  # of factors in float64
     energy, top = float(sigma.square().sum()), float(sigma[0])
-    if top > torch.finfo(torch.float32).max:
-        return _block(a.new_zeros(0, m), a.new_zeros(0), b.new_zeros(0, n), math.inf)
-    k = int(((sigma > linalg.NULL * top) & (sigma.float() > 0)).sum())
+    if not top <= torch.finfo(torch.float32).max:  # NaN compares false
+        return _nothing(a, m, n, math.inf)
+    k = int(((sigma > max(linalg.NULL * top, noise)) & (sigma.float() > 0)).sum())
     if not k:
         energy = 0.0
     return _block(basis_a(w[:, :k].mT), sigma[:k], basis_b(zh[:k]), energy)
@@ -115,6 +127,11 @@ def _block(u: Tensor, sigma: Tensor, v: Tensor, energy: float) -> Block:
     return Block(u.float().contiguous(), sigma.float(), v.float().contiguous(), energy, len(sigma))
 
 
+def _nothing(like: Tensor, m: int, n: int, energy: float) -> Block:
+    """No triplets of an m×n matrix, where `like` is."""
+    return _block(like.new_zeros(0, m), like.new_zeros(0), like.new_zeros(0, n), energy)
+
+
 def decomposed(matrix: Tensor, most: int) -> Block:
     """The largest `most` singular triplets of an m×n matrix, float32, or all of them where there are fewer.
 
@@ -127,7 +144,7 @@ def decomposed(matrix: Tensor, most: int) -> Block:
     m, n = matrix.shape
     energy = linalg.dot(matrix, matrix)
     rows, columns = (matrix != 0).any(1).nonzero()[:, 0], (matrix != 0).any(0).nonzero()[:, 0]
-    nothing = _block(matrix.new_zeros(0, m), matrix.new_zeros(0), matrix.new_zeros(0, n), energy)
+    nothing = _nothing(matrix, m, n, energy)
     if not energy or not math.isfinite(energy):
         return nothing
     held = matrix if (len(rows), len(columns)) == (m, n) else matrix[rows][:, columns]

@@ -198,7 +198,7 @@ class Reader:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise _gone(path) from None
+            raise gone(path) from None
         size = os.fstat(self._fd).st_size
         if size != self._size + 4:
             raise Damaged(f"chunk {path} is damaged: {size} bytes where {self._size + 4} were written")
@@ -299,8 +299,10 @@ def chunk_bytes(spec: SlotSpec) -> int:
     return grid(spec).rows * (spec.nbytes // max(1, spec.shape[0])) if spec.shape else spec.nbytes
 
 
-def _gone(path: str) -> Damaged | Misconfigured:
+def gone(path: str) -> Damaged | Misconfigured:
+    """Why a chunk, or a zarr.json, of a generation is not there."""
     generation = next(p for p in Path(path).parents if p.parent.name == "generations")
     if not generation.exists():
         return Misconfigured(f"{generation} has expired: only the last few generations and tagged ones are kept")
-    return Damaged(f"chunk {path} is missing; restore it, or roll back to an earlier record")
+    what = path if path.endswith("/zarr.json") else f"chunk {path}"
+    return Damaged(f"{what} is missing; restore it, or roll back to an earlier record")

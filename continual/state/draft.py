@@ -71,10 +71,16 @@ class Draft:
         return self._root + place.stem
 
     def take(self, files: Iterable[str]) -> None:
-        """Takes files from the generation before."""
+        """Takes files from the generation before. Raises Damaged where one is missing there."""
         assert self._before is not None, "what is linked is of a generation before"
         for file in files:
-            os.link(self._before.path(file), self._root + file)
+            source = self._before.path(file)
+            try:
+                os.link(source, self._root + file)
+            except FileNotFoundError:
+                if os.path.exists(source):
+                    raise
+                raise arrays.gone(source) from None
 
     def receive(self, place: Location, chunks: Iterable[str], linked: int = 0) -> None:
         """An accumulator has chunks with these CRCs, whose first `linked` are links."""

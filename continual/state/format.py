@@ -163,7 +163,21 @@ class Format:
         slots = {tensor.name: tensor.slots for tensor in found.tensors}
         if found.form is not None:
             slots = _of_layers(tensors, slots)
+            _check_slots(slots, found.form.width, path)
         return cls(found.version, found.id, found.base, tensors, found.rule, found.options, slots, found.form)
+
+
+def _check_slots(slots: Mapping[str, Mapping[str, SlotSpec]], width: int, path: Path) -> None:
+    """Raises Damaged where a slot of a state of adapters has not `width` rows, or is not in all else as that of another
+    layer whose rows are as long: such slots share an array."""
+    seen: dict[tuple[str, tuple[int, ...]], tuple[str, SlotSpec]] = {}
+    for name, mine in slots.items():
+        for slot, spec in mine.items():
+            other, like = seen.setdefault((slot, spec.shape[1:]), (name, spec))
+            if len(spec.shape) != 2 or spec.shape[0] != width:
+                raise Damaged(f"{path}: the slot {slot} of {name} has the shape {list(spec.shape)}, not {width} rows")
+            if spec != like:
+                raise Damaged(f"{path}: the slot {slot} of {name} and that of {other} differ in more than their names")
 
 
 def _of_layers(

@@ -208,7 +208,7 @@ class Generation:
             yield from _check_file(self.directory / path / "zarr.json", checksum)
         for name, place in self.held():
             try:
-                with _named(name, place):
+                with named(name, place):
                     arrays.read(self.path(place.stem), place.spec, self.chunks(place))
             except (Damaged, Misconfigured) as error:
                 yield str(error)
@@ -218,12 +218,12 @@ class Generation:
 
     @contextmanager
     def _reading(self, name: str, place: Location) -> Iterator[None]:
-        with environment(f"cannot read tensor {name}"), _named(name, place):
+        with environment(f"cannot read tensor {name}"), named(name, place):
             yield
 
 
 @contextmanager
-def _named(name: str, place: Location) -> Iterator[None]:
+def named(name: str, place: Location) -> Iterator[None]:
     """Damage names the tensor, where the path of the file does not."""
     try:
         yield

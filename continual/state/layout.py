@@ -81,11 +81,8 @@ class Layout:
         """The zarr.json of the array that has one accumulator of one tensor."""
         return arrays.metadata(self._slots[name][slot], {"name": name})
 
-    def files(self) -> Iterator[tuple[str, list[str]]]:
-        """All files that a generation may have in its arrays: an array's path, and names below it; an array of several
-        tensors comes once for each."""
+    def places(self) -> Iterator[Location]:
+        """Where every accumulator of every tensor is."""
         for name, mine in self._slots.items():
             for slot in mine:
-                place = self.place(name, slot)
-                cut = len(place.array) + 1
-                yield place.array, ["zarr.json", *(file[cut:] for file in place.files())]
+                yield self.place(name, slot)

@@ -3,6 +3,7 @@ its size. None of it is damage, and nothing is removed here."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -10,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from continual.errors import Damaged, Misconfigured, Retry
 from continual.state import paused
 from continual.state.format import Format
-from continual.state.generation import RECEIPTS
+from continual.state.generation import RECEIPTS, Generation, Receipts
 from continual.state.ledger import Ledger
 from continual.state.opening import PARTIAL
 
@@ -27,6 +29,7 @@ _FRAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.json")
 _TEMPORARY = re.compile(r"\..+\.tmp")
 _FILES = ("format.json", "HEAD", "lock", "FORMAT.md", PARTIAL, paused.NAME)
 _UNKNOWN = "no part of the format"
+_UNNAMED = "no receipt is for it: continual does not read it, and other readers of Zarr may take it for values"
 _WRITING = "being written, or left by a writer that died: it goes when the state is next opened for writing"
 
 
@@ -52,7 +55,7 @@ def strays(path: Path, form: Format, ledger: Ledger) -> list[Stray]:
         elif name == "leases":
             found += _in(entry, name, _LEASE)
         elif name == "generations":
-            found += _generations(entry, form, {c.generation for c in ledger.log if c.generation})
+            found += _generations(entry, form, {c.generation: c.receipts or "" for c in ledger.log if c.generation})
         elif name == "staging":
             found.append(_stray(entry, "staging", "a release on its way; it goes when the next begins"))
         elif name.startswith(ASIDE):
@@ -81,16 +84,14 @@ def _tags(directory: Path, ledger: Ledger) -> Iterator[Stray]:
             yield _stray(entry, f"tags/{entry.name}", "no record names this tag")
 
 
-def _generations(directory: Path, form: Format, known: set[str]) -> Iterator[Stray]:
-    arrays: dict[str, set[str]] = {}
-    for path, files in form.layout.files():
-        arrays.setdefault(path, set()).update(files)
-    groups = {array.split("/")[0] for array in arrays}
+def _generations(directory: Path, form: Format, known: dict[str, str]) -> Iterator[Stray]:
+    groups = {group for group in form.layout.groups if group}
     for generation in _entries(directory):
         name = f"generations/{generation.name}"
         if generation.name not in known:
             yield _stray(generation, name, f"a generation that no record names; {_WRITING}")
             continue
+        arrays = _arrays(Generation(generation, form, known[generation.name]))
         for entry in _entries(generation):
             if entry.name not in groups:
                 if entry.name not in ("zarr.json", RECEIPTS):
@@ -104,7 +105,24 @@ def _generations(directory: Path, form: Format, known: set[str]) -> Iterator[Str
                     continue
                 for file in _entries(array):
                     if file.name not in arrays[inner]:
-                        yield _stray(file, f"{name}/{inner}/{file.name}", _UNKNOWN)
+                        yield _stray(file, f"{name}/{inner}/{file.name}", _UNNAMED)
+
+
+def _arrays(generation: Generation) -> dict[str, set[str]]:
+    """The names of the files in each array, by its path, that the receipts of a generation are for; where they cannot
+    be read, which is damage, of all that there may be."""
+    receipts: Receipts | None = None
+    with contextlib.suppress(Damaged, Misconfigured, Retry):
+        receipts = generation.receipts
+    found: dict[str, set[str]] = {}
+    for place in generation.form.layout.places():
+        chunks = receipts.chunks(place) if receipts is not None else place.files()
+        if place.number is None and chunks is None:
+            continue
+        cut = len(place.array) + 1
+        files = place.files(len(chunks or ()))
+        found.setdefault(place.array, {"zarr.json"}).update(file[cut:] for file in files)
+    return found
 
 
 def _entries(directory: Path) -> list[Path]:

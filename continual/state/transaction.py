@@ -20,7 +20,7 @@ from continual.state.arrays import Array
 from continual.state.draft import Draft
 from continual.state.durable import environment
 from continual.state.format import Format
-from continual.state.generation import Generation
+from continual.state.generation import Generation, named
 
 MARGIN = 16 << 20
 """Bytes that a fold needs besides its generation: records, metadata, what the file system takes for itself."""
@@ -56,7 +56,7 @@ class Transaction:
         try:
             with environment("cannot begin a fold"):
                 self._draft.begin()
-        except Retry:
+        except BaseException:
             self.abandon()
             raise
 
@@ -124,7 +124,8 @@ class Transaction:
             if linked:
                 assert self._before is not None, "rows that stay are of a generation before"
                 chunks += self._before.chunks(place)[:linked]
-                self._draft.take(place.files(linked))
+                with named(name, place):
+                    self._draft.take(place.files(linked))
             if begun < start:
                 values = np.concatenate([self.read_rows(name, slot, begun, start), values])
             with closing(arrays.Writer(stem, spec, range(linked, last))) as writer:
@@ -191,7 +192,7 @@ class Transaction:
         for slot in self._form.slots[name]:
             place = self._form.layout.place(name, slot)
             self._draft.drop(place)
-            with environment(f"cannot write tensor {name}"):
+            with environment(f"cannot write tensor {name}"), named(name, place):
                 self._draft.keep(place)
 
     def clear(self, name: str) -> None:

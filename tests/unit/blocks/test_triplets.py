@@ -60,6 +60,27 @@ def test_a_value_that_is_not_finite_is_seen(value: float, side: int) -> None:
     assert not math.isfinite(triplets(*pair).energy)
 
 
+@pytest.mark.parametrize("dependent", [False, True])
+@pytest.mark.parametrize(("one", "other"), [(1e200, 1e200), (1e307, 1.0), (1e154, 1e154)])
+def test_factors_whose_product_no_float_holds_are_seen(one: float, other: float, dependent: bool) -> None:
+    left, right = (factor.double() for factor in factors(30, 20, 4))
+    if dependent:
+        left[:, 1] = left[:, 0]
+    assert not math.isfinite(triplets(left * one, right * other).energy)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_columns_that_cancel_out_have_no_triplets(scale: float) -> None:
+    """An adapter minus itself, beside a column of its own or not."""
+    left, right = factors(300, 200, 3)
+    twice = torch.cat([left, left], 1) * scale, torch.cat([right, -right], 1) / scale
+    assert (len(triplets(*twice).sigma), triplets(*twice).energy) == (0, 0.0)
+    one = factors(300, 200, 1)
+    block = triplets(*(torch.cat(pair, 1) for pair in zip(twice, one, strict=True)))
+    torch.testing.assert_close(block.dense(), one[0] @ one[1].mT, rtol=1e-4, atol=1e-4)
+    assert len(block.sigma) == 1
+
+
 def test_a_product_beyond_float32_is_seen() -> None:
     left, right = factors(30, 20, 4)
     assert triplets(left * 1e30, right * 1e30).energy == math.inf

@@ -101,6 +101,48 @@ def test_every_generation_that_no_record_names_is_listed(tmp_path: Path) -> None
     assert any(name.endswith("/note") for name in found)
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_chunk_that_no_receipt_is_for_is_listed(tmp_path: Path, version: int) -> None:
+    """Behind those of a layer, and of a layer of which nothing is kept: other readers of Zarr take it for values."""
+    stores.history_of_adapters(tmp_path / "s", version)
+    with State.open(tmp_path / "s") as state:
+        assert strays(state.path, state.format, state.ledger) == []
+        generation = state.generation_of(state.ledger.head)
+        assert generation is not None
+        place = state.format.layout.place
+        more = [place("bias", "u").files()[1], place("never.weight", "v").files()[0]]
+        for file in map(Path, map(generation.path, more)):
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"chunk")
+        found = {stray.path for stray in strays(state.path, state.format, state.ledger)}
+        # in the format 2 a layer of which nothing is kept has no array
+        expected = more if version == 3 else [more[0], str(Path(more[1]).parent)]
+        assert found == {f"generations/{generation.directory.name}/{path}" for path in expected}
+        assert verify(state) == []
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_file_that_a_fold_would_take_over_and_is_missing_is_damage(tmp_path: Path, version: int) -> None:
+    """And not the matter of a disk, which trying again would settle."""
+    stores.history_of_adapters(tmp_path / "s", version)
+    with State.open(tmp_path / "s", write=True) as state:
+        generation = state.generation_of(state.ledger.head)
+        assert generation is not None
+        place = state.format.layout.place("a.weight", "u")
+        chunk = Path(generation.path(place.files()[0]))
+        chunk.unlink()
+        said = f"^tensor a.weight: chunk {chunk} is missing" if version == 3 else f"^chunk {chunk} is missing"
+        with state.begin(writes=0) as transaction, pytest.raises(Damaged, match=said):
+            transaction.keep("a.weight")
+        with state.begin(writes=0) as transaction, pytest.raises(Damaged, match=said):
+            transaction.write_rows("a.weight", "u", 20, stores.rows(1, 5)[:1])
+        about = generation.directory / place.array / "zarr.json"
+        about.unlink()
+        with pytest.raises(Damaged, match=f"^{about} is missing"), state.begin(writes=0) as transaction:
+            transaction.keep("a.weight")
+        assert {path.name for path in (tmp_path / "s/generations").iterdir()} == set(state.generations())
+
+
 def test_a_tree_is_linked_or_nothing_is_there(tmp_path: Path) -> None:
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/file").write_bytes(b"1")
