@@ -14,6 +14,8 @@ from continual import linalg
 
 _SMALL = 1024
 """Sides up to which all triplets of a matrix are found, however few are kept."""
+_TINY = 2.0**-150
+"""What is not larger than this is zero in float32."""
 _SAFE = 1e3
 """Up to this condition of its columns, a basis by Cholesky is orthonormal to 1e-10."""
 _NOISE = 1e-14
@@ -84,12 +86,12 @@ def triplets(left: Tensor, right: Tensor) -> Block:
         if bool(torch.isfinite(core).all()):
             raise
         return _nothing(a, m, n, math.inf)  # of factors in float64
-    energy, top = float(sigma.square().sum()), float(sigma[0])
-    if not top <= torch.finfo(torch.float32).max:  # NaN compares false
+    values = sigma.tolist()
+    if not values[0] <= torch.finfo(torch.float32).max:  # NaN compares false
         return _nothing(a, m, n, math.inf)
-    k = int(((sigma > max(linalg.NULL * top, noise)) & (sigma.float() > 0)).sum())
-    if not k:
-        energy = 0.0
+    least = max(linalg.NULL * values[0], noise, _TINY)
+    k = sum(value > least for value in values)
+    energy = math.fsum(value * value for value in values) if k else 0.0
     return _block(basis_a(w[:, :k].mT), sigma[:k], basis_b(zh[:k]), energy)
 
 

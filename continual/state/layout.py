@@ -60,7 +60,8 @@ class Layout:
         for name, mine in slots.items() if together else ():
             for slot, spec in mine.items():
                 path = f"{names.encode(slot)}/{'x'.join(map(str, spec.shape[1:])) or '1'}"
-                tensors = found.setdefault(path, (spec, []))[1]
+                alike, tensors = found.setdefault(path, (spec, []))
+                assert alike == spec, f"{path}: {alike} and {spec} cannot share an array"
                 self._places[name, slot] = Location(path, len(tensors), spec)
                 tensors.append(name)
         self.together = {path: Together(spec, tensors) for path, (spec, tensors) in found.items()}
