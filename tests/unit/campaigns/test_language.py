@@ -214,6 +214,13 @@ def test_a_state_of_adapters_is_asked_by_every_rule(suite: Language, tmp_path: P
         assert more.asked(0, "tsv-m") == [1, 3], "only where something was not asked"
         assert more.asked(1, "tsv-m") == [1, 2], "no order changes what all of them make"
         assert more.ways("tsv-m", 2) == ["default", "paper"]
+    named = Plan((1,), None, ("default",), scales=("0.5",))
+    with Adapters(suite, "lora", tmp_path, Progress(disable=True), named) as tried:
+        assert tried.ways("tsv-m", 1) == ["default", "0.5"]
+        tried.trajectory(1, "tsv-m", ["tsv-m"])
+        first, half = tried.results.rows[-2:]
+        assert (first["read"], half["read"], half["scale"], half["factor"]) == ("default", "0.5", "0.5", 0.5)
+        assert half["watched"] != first["watched"]
     with Adapters(suite, "shared", tmp_path, Progress(disable=True), Plan((1,), None, ("default",))) as other:
         other.origin()
         assert other.results.rows[0]["test"] == asked_of["base", 3, "paper"]["test"], "the base is asked once"

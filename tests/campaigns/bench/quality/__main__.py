@@ -23,6 +23,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from continual.errors import Misconfigured
+from continual.rules import ReadOptions
 from tests.campaigns.bench.quality import report
 from tests.campaigns.bench.quality.campaign import (
     PLAN,
@@ -61,6 +63,9 @@ def main() -> None:
         "--read", choices=READS, action="append", help="ways of reading that are asked; default: all that there are"
     )
     parser.add_argument(
+        "--scale", type=scale, action="append", default=[], help="a scale at which is read besides: spread:0.8"
+    )
+    parser.add_argument(
         "--keep-states", action="store_true", help="leave the states in W, so that they can be read in other ways later"
     )
     parser.add_argument("--tasks", type=int, help="the first tasks of the suite alone; their results stand apart")
@@ -82,12 +87,20 @@ def main() -> None:
             if args.tasks is not None:  # another order of other tasks: its results are no part of the whole suite's
                 suite.tasks, suite.name = suite.tasks[: args.tasks], f"{suite.name}{args.tasks}"
             plan = PLAN if args.counts is None else Plan(tuple(args.counts), None)
-            plan = replace(plan, reads=tuple(args.read or READS), keep=args.keep_states)
+            plan = replace(plan, reads=tuple(args.read or READS), keep=args.keep_states, scales=tuple(args.scale))
             campaign = Adapters if args.kept else Campaign
             for form in args.form or (("lora",) if args.kept else FORMS):
                 with campaign(suite, form, args.work, progress, plan) as run:
                     run.run(args.orders, args.rule or RULE_NAMES)
     report.show(args.work)
+
+
+def scale(text: str) -> str:
+    """A scale as results name it."""
+    try:
+        return ReadOptions.parse(text).scale
+    except Misconfigured as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def texts(name: str, args: argparse.Namespace) -> Suite:

@@ -4,6 +4,7 @@ to a file a line, and are not made twice.
 Ways of reading each merge: `paper`, as its paper scales it; `default`, as continual reads it unless told
 otherwise, without data; `tuned`, the best on validation rows of nine multiples of the default's number, from a quarter
 to four times, the same for every rule. Test rows never choose. `sum`: of task arithmetic alone, all task vectors added.
+Besides, the scales that are named.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class Plan:
     reads: tuple[str, ...] = READS
     keep: bool = False
     """Whether the states stay, at each number of models, so that they can be read in other ways later."""
+    scales: tuple[str, ...] = ()
+    """Scales at which every rule is read besides, as `ReadOptions` writes them (`spread:0.8`)."""
 
 
 PLAN = Plan()
@@ -204,7 +207,8 @@ class Campaign:
         """In which ways a merge of so many models is read, the first one first."""
         tuned = self.plan.tuned is not None and count in (*self.plan.tuned, len(self.suite.tasks))
         possible = {"sum": name == "task-arithmetic", "tuned": tuned}
-        return [read for read in READS if read in self.plan.reads and possible.get(read, True)]
+        known = [read for read in READS if read in self.plan.reads and possible.get(read, True)]
+        return [*known, *self.plan.scales]
 
     def watched(self, weights: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Any]:
         """What the merge must not break, where the suite says so."""
@@ -229,7 +233,8 @@ class Campaign:
             scores: dict[str, float] = {}
             if read == "tuned":
                 scores = self.scores(name, tasks, reading, unit)
-            options = ReadOptions.parse(max(scores, key=scores.__getitem__)) if scores else ways[read]
+            chosen = max(scores, key=scores.__getitem__) if scores else read
+            options = ways.get(chosen) or ReadOptions.parse(chosen)
             if str(options) not in told:
                 weights = self.weights(reading, unit, options)
                 told[str(options)] = {"test": bits(self.ask(weights, tasks, "test")), **self.watched(weights, tasks)}

@@ -15,6 +15,9 @@ FORMS = {
     "shared": "LoRA adapters that share their first factors",
 }
 
+WITHOUT_DATA = ("default", "paper", "sum")
+"""The ways of reading that no data chose. Of scales that are named nobody knows."""
+
 
 def page(found: Sequence[Table]) -> Iterator[str]:
     """The whole page, line by line."""
@@ -56,7 +59,7 @@ def promises(found: Sequence[Table]) -> Iterator[str]:
             right = table.accuracy(table.default, count)
             if right is None:
                 continue
-            others = [way for way in table.ways(count) if way[1] != "tuned" and way != default]
+            others = [way for way in table.ways(count) if way[1] in WITHOUT_DATA and way != default]
             gaps = {way: gap for way in others if (gap := table.difference(default, way, count))}
             best = min(gaps, key=lambda way: gaps[way][0], default=None)
             told = "none other asked" if best is None else f"{best[0]}, {best[1]}"
@@ -119,8 +122,14 @@ def differences(table: Table) -> Iterator[str]:
 def ways(table: Table) -> list[tuple[str, str]]:
     """Rules and how they were read, the best of all models first; behind them what was asked of fewer alone."""
     counts = table.checkpoints
-    rows = sorted({way for c in counts for way in table.ways(c)}, key=lambda way: (way[0], READS.index(way[1])))
+    rows = sorted({way for c in counts for way in table.ways(c)}, key=_place)
     return sorted(rows, key=lambda way: [-(table.accuracy(way[0], c, way[1]) or (0.0,))[0] for c in counts[::-1]])
+
+
+def _place(way: tuple[str, str]) -> tuple[str, int, str]:
+    """By rule; scales that were named come behind the other ways of reading."""
+    rule, read = way
+    return rule, READS.index(read) if read in READS else len(READS), read
 
 
 def marked(table: Table, rule: str) -> str:
