@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,13 +215,6 @@ def test_a_state_of_adapters_is_asked_by_every_rule(suite: Language, tmp_path: P
         assert more.asked(0, "tsv-m") == [1, 3], "only where something was not asked"
         assert more.asked(1, "tsv-m") == [1, 2], "no order changes what all of them make"
         assert more.ways("tsv-m", 2) == ["default", "paper"]
-    named = Plan((1,), None, ("default",), scales=("0.5",))
-    with Adapters(suite, "lora", tmp_path, Progress(disable=True), named) as tried:
-        assert tried.ways("tsv-m", 1) == ["default", "0.5"]
-        tried.trajectory(1, "tsv-m", ["tsv-m"])
-        first, half = tried.results.rows[-2:]
-        assert (first["read"], half["read"], half["scale"], half["factor"]) == ("default", "0.5", "0.5", 0.5)
-        assert half["watched"] != first["watched"]
     with Adapters(suite, "shared", tmp_path, Progress(disable=True), Plan((1,), None, ("default",))) as other:
         other.origin()
         assert other.results.rows[0]["test"] == asked_of["base", 3, "paper"]["test"], "the base is asked once"
@@ -249,8 +243,14 @@ def test_a_campaign_goes_on_where_it_was_killed(suite: Language, tmp_path: Path)
         with again.opened("iso-c", "0") as folding:
             assert folding.begin(tasks, 2) == 2, "the copy: the state itself has one too many"
             assert len(folding.costs) == 2
-            reading, _ = again.read(folding.merge(), ReadView(rule="mean"))
+            reading, unit = again.read(folding.merge(), ReadView(rule="mean"))
             assert (reading.rule.name, reading.totals.count) == ("mean", 2)
+            again.plan = replace(plan, scales=("0.5",))
+            assert again.ways("mean", 2) == ["default", "0.5"], "a scale that is named comes besides"
+            again.checkpoint(0, "mean", tasks[:2], [], reading, unit)
+            whole, half = again.results.rows[-2:]
+            assert (whole["factor"], half["scale"], half["factor"]) == (1.0, "0.5", 0.5)
+            assert half["watched"] != whole["watched"]
             assert folding.begin(tasks[::-1], 3) == 0, "another order is another state"
         (again.states / "opcm-0").mkdir()  # killed while it was made
         with again.opened("opcm", "0") as folding:
