@@ -331,11 +331,13 @@ def tuned(found: Tuned) -> None:
     say(tuned_line(found))
 
 
-def tuned_line(found: Tuned) -> str:
-    """What a tuning came to."""
+def tuned_line(found: Tuned, *, loss: bool = False) -> str:
+    """What a tuning came to; `loss`: scores are minus the loss of the rows that judge."""
     entry = found.entry
+    score, before = found.score, found.before
+    worth = f"loss of the rows that judge {-score:.6g}, against {-before:.6g}" if loss else None
     recorded = f"recorded as record {found.commit.seq}" if found.commit else "nothing recorded"
     return (
-        f"scale {found.read}: {found.score:.6g}, against {found.before:.6g} at what was in force; "
+        f"scale {found.read}: {worth or f'{score:.6g}, against {before:.6g}'} at what was in force; "
         f"{counted(len(entry.trials), 'candidate')} in {entry.seconds:.1f} s; {recorded}"
     )

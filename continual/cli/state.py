@@ -228,7 +228,10 @@ def unfold(
 @app.command()
 @takes("keep", "workers", "memory", *OPENING)
 def combine(
-    other: Annotated[Path, typer.Argument(help="Directory of another state of the same base and rule.")],
+    other: Annotated[
+        Path,
+        typer.Argument(help="Directory of another state of the same base; of whole tensors also of the same rule."),
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be added and change nothing.")] = False,
     *,
     flags: Flags,

@@ -168,7 +168,7 @@ def _learn(wanted: Learning, flags: Flags) -> None:
     console.table(("loss of the rows that drive", "of those that judge"), rows)
     if tuned.score == tuned.before:
         return console.say("no candidate served the rows that judge better than what is in force: nothing is recorded")
-    console.say(console.tuned_line(tuned))
+    console.say(console.tuned_line(tuned, loss=True))
 
 
 def _weigh(evaluation: Evaluation, wanted: Weighing, flags: Flags) -> None:

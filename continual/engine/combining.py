@@ -18,7 +18,7 @@ from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task
 from continual.outside import counted
 from continual.records import TensorSpec, Totals
-from continual.rules import Rule, rule_of, together
+from continual.rules import ReadOptions, Rule, reader, rule_of, together
 from continual.state import Commit, State, Transaction
 from continual.state.entries import CombineEntry
 from continual.state.format import Format
@@ -118,18 +118,26 @@ def check(state: State, other: State, rule: Rule) -> None:
     if both := [c for c in other.ledger.folds() if c.entry.digest and state.ledger.folded_digest(c.entry.digest)]:
         names = ", ".join(c.entry.candidate.name for c in both[:5])
         raise Misconfigured(
-            f"{len(both)} models are in both states ({names}): unfold them from one first, else they would count twice"
+            f"{counted(len(both), 'model')} {'is' if len(both) == 1 else 'are'} in both states ({names}): "
+            "unfold from one what is in the other, else it would count twice"
         )
-    if blocks and not rule.laws.weighted and any(weight != 1.0 for weight in _weights(other).values()):
-        raise Misconfigured(
-            f"{other.path} reads some of its models with weights other than 1, which {rule.name} does not take: "
-            "combine into a state of a rule that does ('continual rules')"
-        )
+    if blocks and any(weight != 1.0 for weight in _weights(other).values()):
+        by = reader(rule, _now(state).rule, blocks=True)
+        if even := [one.name for one in (rule, by) if not (one.laws.weighted or one.laws.rounds)]:
+            raise Misconfigured(
+                f"{other.path} reads some of its models with weights other than 1, which {even[0]} does not take: "
+                "combine into a state of a rule that does, and that is read by one ('continual rules')"
+            )
 
 
 def _weights(other: State) -> dict[int, float]:
-    """The weight of each adapter of a state, by its number: that of its fold, or of the newest round."""
-    return ReadView().chosen(other, other.ledger.head.seq)
+    """The weight that each adapter of a state is read with, by its number: that of its fold, of the newest round, or
+    what was tuned."""
+    return ReadView().chosen(other, other.ledger.head.seq, dict(_now(other).weights))
+
+
+def _now(state: State) -> ReadOptions:
+    return ReadOptions.from_mapping(state.ledger.read_options(state.ledger.head.seq))
 
 
 def _combine_blocks(state: State, other: State, executor: Executor, progress: Progress) -> Combined:

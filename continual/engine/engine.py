@@ -21,6 +21,7 @@ from continual.engine.folding import Folding, Terms, run_length
 from continual.engine.outcomes import FoldReport, OpenCandidate, Outcome, known_as
 from continual.engine.report import report_of
 from continual.engine.resources import Resources
+from continual.engine.views import check_weights
 from continual.errors import Misconfigured, Refuse
 from continual.executors.contract import Progress, silent
 from continual.gates import Gates, Headers, Numbers
@@ -28,7 +29,7 @@ from continual.gates.form import FormGate
 from continual.gates.lineage import LineageGate, trace
 from continual.gates.weight import WeightGate
 from continual.records import Candidate, Lineage, Totals
-from continual.rules import Rule
+from continual.rules import ReadOptions, Rule, reader
 from continual.state import Commit, State, Transaction
 from continual.state.entries import FoldEntry, RefuseEntry
 from continual.state.format import FoldCommit
@@ -210,6 +211,9 @@ class Engine:
         candidate = opened.candidate
         begun = time.perf_counter()
         before = self.state.ledger.totals
+        if self.state.format.form is not None:
+            now = ReadOptions.from_mapping(self.state.ledger.read_options(self.state.ledger.head.seq))
+            check_weights(reader(self.rule, now.rule, blocks=True), {candidate.name: opened.weight})
         with self.state.begin(writes=self._writes(opened)) as transaction:
             report = self.stream(transaction, opened, before, progress)
             if twin := self.state.ledger.folded_digest(report.digest):

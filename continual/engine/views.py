@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from continual.blocks.merged import check
 from continual.config import Settings
 from continual.errors import Misconfigured
-from continual.outside import few
+from continual.outside import counted, few
 from continual.records import depths_of
 from continual.rules import ReadAs, ReadOptions, Rule, read_as
 from continual.state import State
@@ -160,6 +160,21 @@ class ReadView:
                 raise Misconfigured(f"{what} = {word}: no model of the merge is called so; in it are {there}")
             found |= mine
         return found
+
+
+def check_weights(rule: Rule, weights: Mapping[str, float]) -> None:
+    """Raises Misconfigured where a state of adapters is to be read by `rule` and that does not take the weight of one
+    of these models, by their names: whoever exports, and the daemon, would find that nothing can be read."""
+    if rule.laws.weighted or rule.laws.rounds:
+        return
+    if heavy := {name: weight for name, weight in weights.items() if weight != 1.0}:
+        name, weight = next(iter(heavy.items()))
+        others = f", and {counted(len(heavy) - 1, 'other model')}" if len(heavy) > 1 else ""
+        raise Misconfigured(
+            f"{rule.name} reads every model with weight 1, and {name} has the weight {weight:g}{others}: have another "
+            "rule read the merge ('continual scale --rule'; 'continual rules' says which take weights), or read it so "
+            "in a view that gives each model the weight 1"
+        )
 
 
 def view_of(settings: Settings, name: str) -> ReadView:

@@ -73,11 +73,16 @@ class Tuning:
             raise Misconfigured(f"candidates = {self.candidates}: a search takes at least {LEAST}")
         if self.policy is not None and self.policy not in POLICIES:
             raise Misconfigured(f"policy = {self.policy}: use one of {', '.join(POLICIES)}")
-        if self.work is not None:
-            with usable(f"work = {self.work}"):
-                there = Path(self.work).is_dir()
-            if not there:
-                raise Misconfigured(f"work = {self.work}: no such directory")
+        check_work(self.work)
+
+
+def check_work(work: str | Path | None) -> None:
+    """Raises Misconfigured where the directory for scratch files is none, Retry where that cannot be seen."""
+    if work is not None:
+        with usable(f"work = {work}"):
+            there = Path(work).is_dir()
+        if not there:
+            raise Misconfigured(f"work = {work}: no such directory")
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,7 @@ class Learning:
     def __post_init__(self) -> None:
         if self.candidates < LEAST:
             raise Misconfigured(f"candidates = {self.candidates}: coefficients of layers take at least {LEAST}")
+        choosing.check_work(self.work)
         self.asked()
 
     def asked(self) -> Wanted:

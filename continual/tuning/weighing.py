@@ -31,13 +31,18 @@ _VISIT = 3
 class Weighing:
     """What to try: so many candidates, over one factor for the weights of each of the `groups`, which are words that
     name models as those of a view; by default every model is a group of its own. `rule` reads, by default the one in
-    force. `work` is the directory for scratch files; `dry_run` records nothing."""
+    force. `work` is the directory for scratch files; `dry_run` records nothing.
+
+    Raises Misconfigured for a `work` that is no directory, Retry."""
 
     candidates: int = 20
     groups: tuple[tuple[str, ...], ...] = ()
     work: str | Path | None = None
     dry_run: bool = False
     rule: str | None = None
+
+    def __post_init__(self) -> None:
+        choosing.check_work(self.work)
 
 
 def weigh(

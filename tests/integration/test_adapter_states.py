@@ -17,8 +17,9 @@ from continual.engine.views import ReadView
 from continual.errors import Misconfigured, Retry
 from continual.publish.folder import cut_in
 from continual.publish.lora import LoraTarget
-from continual.rules import rule
+from continual.rules import ReadOptions, rule
 from continual.state import State
+from continual.state.entries import ScaleEntry
 from continual.state.transaction import MARGIN
 from tests.helpers import adapters, models
 from tests.helpers.adapter_states import folded, merged, opened, same
@@ -280,15 +281,40 @@ def test_the_rule_of_the_first_of_two_states_takes_the_weights_of_the_other(
     with api.Merge(Settings(state=theirs, max_base_ratio=100.0, weight="0.5"), write=True) as merge:
         for model in tuned[2:]:
             merge.fold(model)
-    for name in ("opcm", "mean"):
-        with opened(folded(tmp_path / name, base, tuned[:2], name=name), base) as merge:
-            if name == "opcm":
-                with pytest.raises(Misconfigured, match="weights other than 1, which opcm does not take"):
-                    merge.combine(theirs)
-            else:
+        key = merge.state.ledger.folds()[0].entry.candidate.key
+        read = ReadOptions("number", weights=((key, 3.0),))
+        merge.state.record(ScaleEntry(read=read.to_mapping(), message="as tune --what weights leaves it"))
+    for name in ("opcm", "isotropic", "mean"):
+        made = "tsv-m" if name == "isotropic" else name
+        with opened(folded(tmp_path / name, base, tuned[:2], name=made), base) as merge:
+            merge.rescale(rule=name)
+            if name == "mean":
                 merge.combine(theirs)
                 weights = ReadView().chosen(merge.state, merge.state.ledger.head.seq)
-                assert list(weights.values()) == [1.0, 1.0, 0.5, 0.5, 0.5]
+                assert list(weights.values()) == [1.0, 1.0, 3.0, 0.5, 0.5]
+            else:
+                with pytest.raises(Misconfigured, match=f"weights other than 1, which {name} does not take"):
+                    merge.combine(theirs)
+
+
+def test_no_weight_comes_in_that_the_rule_which_reads_does_not_take(
+    tmp_path: Path, base: Path, tuned: list[Path]
+) -> None:
+    """Nothing could be read of the state after it, and a daemon would not start."""
+    state = folded(tmp_path / "state", base, tuned[:1], name="tsv-m")
+    with api.Merge(Settings(state=state, max_base_ratio=100.0, weights={"lora-1": 2.0}), write=True) as merge:
+        merge.rescale(rule="isotropic")
+        head = merge.state.ledger.head
+        with pytest.raises(Misconfigured, match="isotropic reads every model with weight 1, and lora-1 has the weight"):
+            merge.fold(tuned[1])
+        assert merge.state.ledger.head == head
+        merge.rescale(rule="tsv-w")
+        assert merge.fold(tuned[1]).fate == "folded"
+        for name in ("isotropic", "opcm"):
+            with pytest.raises(Misconfigured, match=f"{name} reads every model with weight 1, and lora-1 has"):
+                merge.rescale(rule=name)
+        assert merge.scale().rule == "tsv-w"
+        assert merge.explain(ReadView(rule="opcm", weights={"*": 1.0})).models
 
 
 def test_the_same_adapter_in_another_place_is_a_duplicate(tmp_path: Path, base: Path, tuned: list[Path]) -> None:

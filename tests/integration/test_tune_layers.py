@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from continual.objectives import Given
 from continual.publish.folder import Target
 from continual.publish.lora import LoraTarget
 from continual.records import ObjectiveRecord
-from continual.tuning import Learning
+from continual.tuning import Learning, Tuning, Weighing
 from tests.helpers import adapters, quadratic
 from tests.helpers.command import machine, run
 
@@ -188,6 +189,7 @@ def test_the_command(tmp_path: Path) -> None:
     done = run(*flags, *where)
     assert done.returncode == 0, done.stderr
     assert "coefficients of" in done.stdout
+    assert "layers: loss of the rows that judge " in done.stdout
     assert "recorded as record 4" in done.stdout
     assert machine("scale", *where)["layers"] != {}
     assert "coefficients of" in run("status", *where).stdout
@@ -204,6 +206,9 @@ def test_what_cannot_be_learned_is_said(tmp_path: Path) -> None:
             merge.tune_layers(WANTED)
         with pytest.raises(Misconfigured, match="take at least"):
             Learning(OBJECTIVE, candidates=2)
+        for wanted in (partial(Learning, OBJECTIVE), Weighing, Tuning):
+            with pytest.raises(Misconfigured, match="no such directory"):
+                wanted(work=tmp_path / "gone")
         with pytest.raises(Misconfigured, match="needs a JSONL file"):
             Learning("heads")
         with pytest.raises(Misconfigured, match=r"calibration|sed"):

@@ -248,7 +248,7 @@ def test_states_that_cannot_be_combined_are_refused(tmp_path: Path, base: Path, 
     making.init(base, tmp_path / "empty", making.Recipe(rule="mean"))
     with opened(tmp_path / "mean", base, "mean") as merge:
         for place, words in (
-            ("same", r"1 models are in both states \(ft-1\)"),
+            ("same", r"1 model is in both states \(ft-1\)"),
             ("sum", "have to be the same"),
             ("copy", "copies of one"),
             ("elsewhere", r"different bases: tensor .* differs"),

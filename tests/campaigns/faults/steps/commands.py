@@ -221,7 +221,7 @@ STEPS = (
         "combine",
         beside_another,
         lambda w, merge: opened(merge).combine(w.work / "other"),
-        again="models are in both states",
+        again="in both states",
         only=("iso-c", ADAPTERS),
     ),
     Step("scale", of_folds(1), lambda _w, merge: opened(merge).rescale("0.5")),
