@@ -50,7 +50,7 @@ def dense(rule: Rule, given: Stacked, run: Run, measured: Sequence[object], seed
     """X of one layer: float32 of the tensor's shape. `measured` and `seeds` are of the models, in their order."""
     spec, (m, n) = given.spec, sides(given.spec)
     found = torch.zeros(m, n, device=given.u.device)
-    step = _step(spec, rule) if given.rows else m
+    step = _step(spec, rule) if given.rows else max(1, m)
     for first in range(0, m if given.rows else 0, step):
         rows = slice(first, min(m, first + step))
         part = spec if step == m else replace(spec, shape=(rows.stop - first, n))

@@ -135,8 +135,8 @@ def is_matrix(include: Sequence[str]) -> IsMatrix:
 
 
 def sides(spec: TensorSpec) -> tuple[int, int]:
-    """Rows and columns of a matrix; a convolution is out × rest."""
-    return spec.shape[0], spec.numel // spec.shape[0]
+    """Rows and columns of a matrix; a convolution is out × rest, a vector has one column, a scalar is 1 × 1."""
+    return spec.shape[0] if spec.shape else 1, math.prod(spec.shape[1:])
 
 
 def figures(tau: Tensor) -> tuple[float, float]:
