@@ -1,12 +1,14 @@
 """Takes a model out of a merge.
 
-Where a rule folds by adding, the model is folded once more with minus its weight. Where it does not, all models that
-came later are folded again without it. Either way the ledger gets one record. Until that record is there nothing has
-changed, and what a kill leaves behind is removed when the state is opened next.
+Where a rule folds by adding, the model is folded once more with minus its weight. Where it does not, or what rounding
+would leave of the model could hide one that stays, all models that came later are folded again without it. Either way
+the ledger gets one record. Until that record is there nothing has changed, and what a kill leaves behind is removed
+when the state is opened next.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,7 +85,9 @@ def look(engine: Engine, word: str, at: Place | None = None) -> Unfolding:
     if state.format.form is not None:
         seq, candidate = gone.seq, gone.entry.candidate
         return Unfolding(seq, candidate.name, candidate.key, True, None, (), 0, state.generation_bytes())
-    exact = rule.laws.combine is not None or rule.laws.rounds
+    others = [_weight(fold.commit) for number, fold in enumerate(history) if number != index]
+    told_apart = min(others, default=math.inf) >= rule.laws.lightest * _weight(gone)
+    exact = rule.laws.rounds or (rule.laws.combine is not None and told_apart)
     start: int | None = None
     needed = [gone]
     if not exact:
@@ -236,7 +240,7 @@ def _locate(engine: Engine, commit: FoldCommit, moved: Place | None, gone: FoldC
     candidate = commit.entry.candidate
     place = moved or engine.locate(candidate)
     is_gone = commit is gone
-    why = f"{gone.entry.candidate.name} cannot be taken out of this rule without folding the others again, and "
+    why = f"{gone.entry.candidate.name} cannot be taken out of this merge without folding the others again, and "
     try:
         with open_model(place) as model:
             nbytes = model.nbytes
@@ -245,7 +249,10 @@ def _locate(engine: Engine, commit: FoldCommit, moved: Place | None, gone: FoldC
         raise Misconfigured(
             f"{'' if is_gone else why}{candidate.name} (record {commit.seq}) cannot be read: {error}; {advice}"
         ) from None
-    numbers = commit.entry.numbers
-    weight = 1.0 if numbers.weight is None else numbers.weight
-    by_token = bool(numbers.tokens)
-    return Again(commit.seq, candidate.name, place, commit.entry.digest, weight, nbytes, by_token)
+    by_token = bool(commit.entry.numbers.tokens)
+    return Again(commit.seq, candidate.name, place, commit.entry.digest, _weight(commit), nbytes, by_token)
+
+
+def _weight(commit: FoldCommit) -> float:
+    weight = commit.entry.numbers.weight
+    return 1.0 if weight is None else weight

@@ -176,14 +176,17 @@ class Laws(NamedTuple):
     `order_free`: the order of the fine-tunes does not matter beyond rounding. `weighted`: a model can be folded with
     any weight above 0. combine(accumulators, others, totals of both together): adds the others' accumulators in place
     and returns ‖X‖² after; where a rule has it, folding is adding: two states become one, and folding again with minus
-    the weight unfolds. `rounds`: no model is folded by itself; rounds over the candidates that wait choose and weigh
-    them (`continual.selection`). `keeps`: words for what the accumulators are, where another rule keeps the same: a
-    rule can read the states of another that keeps all that it keeps itself.
+    the weight unfolds. `lightest`: of the weight of a model that is so subtracted, the least share that each of the
+    others has to have, since what rounding leaves hides lighter ones. `rounds`: no model is folded by itself; rounds
+    over the candidates that wait choose and weigh them (`continual.selection`). `keeps`: words for what the
+    accumulators are, where another rule keeps the same: a rule can read the states of another that keeps all that it
+    keeps itself.
     """
 
     order_free: bool = True
     weighted: bool = False
     combine: Callable[[Accumulators, Accumulators, Totals], float] | None = None
+    lightest: float = 0.0
     rounds: bool = False
     keeps: frozenset[str] = frozenset()
 

@@ -36,6 +36,8 @@ CoreRead = Callable[[Accumulators, tuple[int, int] | None], Tensor]
 """
 Part = Callable[[slice, slice], Tensor]
 """Some rows and columns of a matrix."""
+_ROUNDING: Mapping[Grams, float] = {"float32": 1e-4, "float64": 1e-6}
+"""Below this share of the weight of a model that was taken out, the trace of a Gram is what rounding left."""
 _ROWS = 256
 """Rows of a packed Gram that are added to at a time: enough for a product of matrices, and few enough to stay in cache.
 """
@@ -63,7 +65,9 @@ class GramSlots(NamedTuple):
     def laws(self) -> Laws:
         """Folding is adding; a state of one of the rules is read by the other where it has all that this one keeps."""
         words = {slot if slot in (CROSS, SUM) else f"{slot} {self.grams}" for slot in self.slots(1, 1)}
-        return Laws(weighted=True, combine=combine, keeps=frozenset(words))
+        # a model of ten times the weight that counts as rounding is told from it, in every matrix that it changed
+        lightest = 10 * _ROUNDING[self.grams]
+        return Laws(weighted=True, combine=combine, lightest=lightest, keeps=frozenset(words))
 
     def on_matrices(self, read: CoreRead, without: Callable[[Apart], LeftOut] | None) -> OnMatrices:
         """The form for matrices of a rule that reads these sums by `read`. The Grams of cores are whole: they are
@@ -146,12 +150,13 @@ def _add(kept: Tensor, rows: Tensor, gram: Tensor | None, scale: float) -> None:
 
 def _none_left(accumulators: Accumulators, weight: float) -> bool:
     """Whether all that is left is rounding, after a model of this weight was taken out: then it becomes exact zeros.
-    Each Gram's trace is Σ weight of the models that changed this tensor, as exactly as its dtype has it."""
+    Where much lighter models are left none is taken out so (`Laws.lightest`). Each Gram's trace is Σ weight of the
+    models that changed this tensor, as exactly as its dtype has it."""
     gram = accumulators[RIGHT if RIGHT in accumulators else LEFT]
     if gram.dtype == torch.float64:
-        return float(gram.trace()) < 1e-6 * weight
+        return float(gram.trace()) < _ROUNDING["float64"] * weight
     trace = float(gram.diagonal().double().sum() + gram[:, 1:].diagonal().double().sum())
-    return trace < 1e-4 * weight
+    return trace < _ROUNDING["float32"] * weight
 
 
 def _whole(slot: str, kept: Tensor) -> Tensor:

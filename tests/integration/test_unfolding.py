@@ -94,6 +94,30 @@ def test_the_last_model_out_leaves_the_base(tmp_path: Path, base: Path, tuned: l
         )
 
 
+@pytest.mark.parametrize("grams", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["gram", "flow"])
+def test_a_light_model_is_not_lost_with_a_heavy_one(
+    tmp_path: Path, base: Path, tuned: list[Path], name: str, grams: str
+) -> None:
+    """What a subtraction leaves by rounding would hide it: the others are folded again instead."""
+    light = {"float32": 3e-5, "float64": 3e-7}[grams]
+    made = making.Recipe(rule=name, options={"grams": grams})
+    for state in ("state", "without"):
+        making.init(base, tmp_path / state, made)
+    expected = alone(tmp_path / "without", base, name, tuned[1:2], weights={"ft-1": light})
+    assert any(bool(value.any()) for value in expected.values())
+    with opened(tmp_path / "state", base, name, weights={"ft-1": light}) as merge:
+        for model in tuned[:2]:
+            merge.fold(model)
+        plan = merge.look_unfold("ft-0")
+        assert (plan.exact, [again.name for again in plan.again]) == (False, ["ft-1"])
+        merge.unfold(plan)
+        assert all(torch.equal(value, expected[tensor]) for tensor, value in merged(merge).items())
+        assert verify(merge.state) == []
+        merge.fold(tuned[2])
+        assert merge.look_unfold("ft-1").exact, "the light one can be subtracted"
+
+
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize(("keep", "start"), [(4, 2), (1, None)])
 def test_where_folding_is_no_addition_the_later_models_are_folded_again(
