@@ -213,7 +213,10 @@ class Engine:
         before = self.state.ledger.totals
         if self.state.format.form is not None:
             now = ReadOptions.from_mapping(self.state.ledger.read_options(self.state.ledger.head.seq))
-            check_weights(reader(self.rule, now.rule, blocks=True), {candidate.name: opened.weight})
+            try:
+                check_weights(reader(self.rule, now.rule, blocks=True), {candidate.name: opened.weight})
+            except Misconfigured as error:  # what one candidate brings stops nobody
+                raise Refuse("weight", f"{error}; then 'continual retry {candidate.name}'") from None
         with self.state.begin(writes=self._writes(opened)) as transaction:
             report = self.stream(transaction, opened, before, progress)
             if twin := self.state.ledger.folded_digest(report.digest):

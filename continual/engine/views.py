@@ -12,7 +12,7 @@ from continual.config import Settings
 from continual.errors import Misconfigured
 from continual.outside import counted, few
 from continual.records import depths_of
-from continual.rules import ReadAs, ReadOptions, Rule, read_as
+from continual.rules import ReadAs, ReadOptions, Rule, read_as, reader
 from continual.state import State
 from continual.state.format import FoldCommit
 from continual.state.ledger import weights_at
@@ -175,6 +175,15 @@ def check_weights(rule: Rule, weights: Mapping[str, float]) -> None:
             "rule read the merge ('continual scale --rule'; 'continual rules' says which take weights), or read it so "
             "in a view that gives each model the weight 1"
         )
+
+
+def check_weights_at(state: State, made: Rule, read: ReadOptions, seq: int) -> None:
+    """`check_weights` of all models in the merge at record `seq`, as they would be read there. Raises Misconfigured."""
+    if state.format.form is None:
+        return
+    names = {fold.entry.numbers.block: fold.entry.candidate.name for fold in state.ledger.folds(at=seq)}
+    chosen = ReadView().chosen(state, seq, dict(read.weights))
+    check_weights(reader(made, read.rule, blocks=True), {names[number]: weight for number, weight in chosen.items()})
 
 
 def view_of(settings: Settings, name: str) -> ReadView:

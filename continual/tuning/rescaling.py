@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from continual.engine.views import ReadView, check_weights
+from continual.engine.views import check_weights_at
 from continual.errors import Misconfigured
-from continual.rules import ReadAs, ReadOptions, Rule, read_as, reader
+from continual.rules import ReadAs, ReadOptions, Rule, read_as
 from continual.state import State
 from continual.state.entries import ScaleEntry
 from continual.tuning import record
@@ -34,11 +34,7 @@ def rescale(state: State, rule: Rule, wanted: ReadAs) -> ReadOptions:
             of = found.seq
     else:
         _, then = read_as(rule, now, wanted, blocks=blocks)
-    if blocks:
-        ledger = state.ledger
-        chosen_weights = ReadView().chosen(state, ledger.head.seq, dict(then.weights))
-        names = {fold.entry.numbers.block: fold.entry.candidate.name for fold in ledger.folds()}
-        check_weights(reader(rule, then.rule, blocks=True), {names[n]: w for n, w in chosen_weights.items()})
+    check_weights_at(state, rule, then, state.ledger.head.seq)
     if then != now or of is not None:
         state.record(ScaleEntry(read=then.to_mapping(), of=of, message=f"scale {then}"))
     return then

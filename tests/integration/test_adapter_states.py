@@ -18,6 +18,8 @@ from continual.errors import Misconfigured, Retry
 from continual.publish.folder import cut_in
 from continual.publish.lora import LoraTarget
 from continual.rules import ReadOptions, rule
+from continual.service.control.acting import act
+from continual.service.control.requests import RollbackRequest
 from continual.state import State
 from continual.state.entries import ScaleEntry
 from continual.state.transaction import MARGIN
@@ -307,17 +309,23 @@ def test_no_weight_comes_in_that_the_rule_which_reads_does_not_take(
     state = folded(tmp_path / "state", base, tuned[:1], name="tsv-m")
     with api.Merge(Settings(state=state, max_base_ratio=100.0, weights={"lora-1": 2.0}), write=True) as merge:
         merge.rescale(rule="isotropic")
-        head = merge.state.ledger.head
-        with pytest.raises(Misconfigured, match="isotropic reads every model with weight 1, and lora-1 has the weight"):
-            merge.fold(tuned[1])
-        assert merge.state.ledger.head == head
+        found = merge.fold(tuned[1])
+        assert (found.fate, found.reason) == ("refused", "weight"), "it stops no daemon"
+        assert "isotropic reads every model with weight 1, and lora-1 has the weight" in found.message
         merge.rescale(rule="tsv-w")
+        merge.retry("lora-1")
         assert merge.fold(tuned[1]).fate == "folded"
         for name in ("isotropic", "opcm"):
             with pytest.raises(Misconfigured, match=f"{name} reads every model with weight 1, and lora-1 has"):
                 merge.rescale(rule=name)
         assert merge.scale().rule == "tsv-w"
         assert merge.explain(ReadView(rule="opcm", weights={"*": 1.0})).models
+        back = merge.state.ledger.head.seq
+        merge.unfold(merge.look_unfold("lora-1"))
+        merge.rescale(rule="isotropic")
+        with pytest.raises(Misconfigured, match="lora-1 has the weight 2"):
+            act(merge, RollbackRequest(seq=back), lambda _: None)
+        assert len(merge.state.ledger.folds()) == 1
 
 
 def test_the_same_adapter_in_another_place_is_a_duplicate(tmp_path: Path, base: Path, tuned: list[Path]) -> None:

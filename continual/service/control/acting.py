@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from continual import texts
+from continual.engine.views import check_weights_at
 from continual.errors import Misconfigured, Retry
+from continual.rules import ReadOptions
 from continual.service import release as releasing
 from continual.service.control.requests import (
     PauseRequest,
@@ -118,6 +120,8 @@ def _rollback(merge: Merge, request: RollbackRequest) -> Answer:
             f"the merge went on meanwhile: {len(plan.undone)} folds would be undone, and not {request.expected}; "
             "nothing was done, ask again"
         )
+    now = ReadOptions.from_mapping(state.ledger.read_options(state.ledger.head.seq))
+    check_weights_at(state, merge.rule, now, plan.to)  # how the merge is read does not go back with it
     commit = None
     if not request.dry_run:
         commit = state.rollback(request.seq)
