@@ -16,10 +16,9 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from tests.helpers import reference
+from tests.helpers import reference, triplets
 
 Models = Sequence[Mapping[str, Tensor]]
-NULL = 1e-6
 
 
 def _stacked(models: Models, name: str) -> Tensor:
@@ -172,160 +171,37 @@ def _spectral(models: Models, matrices: set[str], merge: Callable[[list[Tensor]]
     return merged
 
 
-def _iso(taus: list[Tensor]) -> Tensor:
-    if len(taus) == 1:
-        return taus[0]
-    u, sigma, vh = torch.linalg.svd(torch.stack(taus).sum(0), full_matrices=False)
-    held = sigma > NULL * sigma[0]
-    return sigma[held].mean() * u[:, held] @ vh[held]
-
-
 def iso_c(models: Models, matrices: set[str]) -> dict[str, Tensor]:
-    return _spectral(models, matrices, _iso)
-
-
-def _polar(columns: Tensor) -> Tensor:
-    p, d, qh = torch.linalg.svd(columns, full_matrices=False)
-    held = d > NULL * d[0]
-    return p[:, held] @ qh[held]
-
-
-def _leading(tau: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    u, sigma, vh = torch.linalg.svd(tau, full_matrices=False)
-    k = min(len(sigma) // count, int((sigma > NULL * sigma[0]).sum()))
-    return u[:, :k], sigma[:k], vh[:k]
-
-
-def _tsv(taus: list[Tensor], weights: Sequence[float] = ()) -> Tensor:
-    us, sigmas, vhs = zip(*(_leading(tau, len(taus)) for tau in taus), strict=True)
-    if not any(len(sigma) for sigma in sigmas):
-        return torch.zeros_like(taus[0])
-    if weights:
-        sigmas = tuple(weight * sigma for weight, sigma in zip(weights, sigmas, strict=True))
-    return _polar(torch.cat(us, 1)) @ torch.diag(torch.cat(sigmas)) @ _polar(torch.cat(vhs).mT).mT
+    return _spectral(models, matrices, triplets.iso)
 
 
 def tsv_m(models: Models, matrices: set[str]) -> dict[str, Tensor]:
-    return _spectral(models, matrices, _tsv)
-
-
-def _weighed_tsv(taus: list[Tensor], weights: Sequence[float] = (), *, own: bool, power: float = 3.0) -> Tensor:
-    """PΣQᵀ, or σ̄·PQᵀ, of a polar factor Q of V with its columns times σ^power, 1e-3 of the largest at least."""
-    weights = weights or [1.0] * len(taus)
-    if len(taus) == 1:
-        return weights[0] * taus[0]
-    us, sigmas, vhs = zip(*(_leading(tau, len(taus)) for tau in taus), strict=True)
-    sigma = torch.cat([weight * one for weight, one in zip(weights, sigmas, strict=True)])
-    if not len(sigma):
-        return torch.zeros_like(taus[0])
-    each = torch.maximum(sigma**power, 1e-3 * sigma.max() ** power)
-    left, right = _polar(torch.cat(us, 1)), _polar(torch.cat(vhs).mT @ torch.diag(each))
-    return left @ torch.diag(sigma if own else sigma.mean().expand(len(sigma))) @ right.mT
+    return _spectral(models, matrices, triplets.tsv)
 
 
 def tsv_w(models: Models, matrices: set[str]) -> dict[str, Tensor]:
-    return _spectral(models, matrices, lambda taus: _weighed_tsv(taus, own=True))
+    return _spectral(models, matrices, lambda taus: triplets.weighed_tsv(taus, own=True))
 
 
 def esm(models: Models, matrices: set[str]) -> dict[str, Tensor]:
-    return _spectral(models, matrices, lambda taus: _weighed_tsv(taus, own=False))
-
-
-def _cut(taus: list[Tensor], weights: Sequence[float] = ()) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The triplets of each that has any, times its weight."""
-    weighed = [weight * tau for weight, tau in zip(weights or [1.0] * len(taus), taus, strict=True)]
-    return [found for tau in weighed if len((found := _leading(tau, len(taus)))[1])]
-
-
-def _dc(taus: list[Tensor], weights: Sequence[float] = (), smooth: str = "none", density: float = 1e-3) -> Tensor:
-    """P·M·Qᵀ: the core of each as a whole, trimmed by a full sort; signs over a stack of them; the mask as a matrix."""
-    weights = weights or [1.0] * len(taus)
-    if len(taus) == 1:
-        return weights[0] * taus[0]
-    cut = _cut(taus, weights)
-    if not cut:
-        return torch.zeros_like(taus[0])
-    left, right = _polar(torch.cat([u for u, _, _ in cut], 1)), _polar(torch.cat([vh for _, _, vh in cut]).mT)
-    cores, blocks = [], []
-    for u, sigma, vh in cut:
-        k = len(sigma)
-        if smooth == "mean":
-            sigma = sigma.mean().expand(k)
-        elif smooth == "linear":
-            line = torch.linspace(min(5.0, float(sigma[0] / sigma[-1])), 1.0, k, dtype=torch.float64)
-            sigma = sigma.sum() * line / line.sum()
-        core = left.mT @ (u @ torch.diag(sigma) @ vh) @ right
-        ordered = core.abs().flatten().sort(descending=True).values
-        least = max((1 - 1e-4) * ordered[max(k, int(density * core.numel())) - 1], NULL * ordered[0])
-        cores.append(torch.where(core.abs() >= least, core, 0.0))
-        blocks.append(torch.ones(k, k, dtype=torch.float64))
-    values = torch.stack(cores)
-    total = values.sum(0)
-    sign = torch.where(total.abs() > 2.0**-20 * values.abs().sum(0), total.sign(), 0.0)
-    agree = (values.sign() == sign) & (sign != 0)
-    merged = torch.where(agree, values, 0.0).sum(0) / agree.sum(0).clamp(min=1)
-    return left @ (merged * torch.block_diag(*blocks)) @ right.mT
+    return _spectral(models, matrices, lambda taus: triplets.weighed_tsv(taus, own=False))
 
 
 def dc(models: Models, matrices: set[str], smooth: str = "none", density: float = 1e-3) -> dict[str, Tensor]:
-    return _spectral(models, matrices, lambda taus: _dc(taus, (), smooth, density))
-
-
-def _common(cut: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """U, σ and V side by side, the common ones first; and what shows how near the cuts are to other ones."""
-    kept = [u @ torch.diag(sigma) @ vh for u, sigma, vh in cut]
-    rank = sum(len(sigma) for _, sigma, _ in cut)
-    own = min(rank // len(cut), round((rank - int(0.8 * rank)) / len(cut)))
-    us, sigmas, vhs, near = [], [], [], []
-    p = None
-    for tau, count in [(torch.stack(kept).sum(0), rank - own * len(cut)), *((tau, own) for tau in kept)]:
-        u, sigma, vh = torch.linalg.svd(tau if p is None else tau - p @ p.mT @ tau, full_matrices=False)
-        held = min(count, int((sigma > NULL * torch.linalg.svdvals(tau)[0]).sum()))
-        if held:  # a direction is as sharp as the singular value that it is found from
-            near.append(torch.diag(torch.stack([torch.linalg.svdvals(tau)[0], sigma[held - 1]])))
-        if 0 < held < len(sigma):
-            near.append(torch.diag(torch.stack([sigma[0], sigma[held - 1] - sigma[held]])))
-        us, sigmas, vhs = [*us, u[:, :held]], [*sigmas, sigma[:held]], [*vhs, vh[:held]]
-        p = us[0]
-    return us, sigmas, vhs, near
-
-
-def _iso_cts(taus: list[Tensor], weights: Sequence[float] = ()) -> Tensor:
-    weights = weights or [1.0] * len(taus)
-    if len(taus) == 1:
-        return weights[0] * taus[0]
-    cut = _cut(taus, weights)
-    if not cut:
-        return torch.zeros_like(taus[0])
-    us, sigmas, vhs, _ = _common(cut)
-    return torch.cat(sigmas).mean() * _polar(torch.cat(us, 1)) @ _polar(torch.cat(vhs).mT).mT
+    return _spectral(models, matrices, lambda taus: triplets.dc(taus, (), smooth, density))
 
 
 def iso_cts(models: Models, matrices: set[str]) -> dict[str, Tensor]:
-    return _spectral(models, matrices, _iso_cts)
-
-
-def _flat_tsv(taus: list[Tensor]) -> Tensor:
-    return taus[0] if len(taus) == 1 else _iso([_tsv(taus), torch.zeros_like(taus[0])])
+    return _spectral(models, matrices, triplets.iso_cts)
 
 
 def isotropic(models: Models, matrices: set[str]) -> dict[str, Tensor]:
-    return _spectral(models, matrices, _flat_tsv)
-
-
-WEIGHTED: Mapping[str, Callable[[list[Tensor], Sequence[float]], Tensor]] = {
-    "tsv-m": _tsv,
-    "tsv-w": lambda taus, weights: _weighed_tsv(taus, weights, own=True),
-    "esm": lambda taus, weights: _weighed_tsv(taus, weights, own=False),
-    "dc": _dc,
-    "iso-cts": _iso_cts,
-}
-"""Rules that read triplets, with weights of the models."""
+    return _spectral(models, matrices, triplets.flat_tsv)
 
 
 def weighted(name: str, models: Models, matrices: set[str], weights: Sequence[float]) -> dict[str, Tensor]:
     """The same with σ_i times w_i, and of what is no matrix the weighted mean."""
-    found = _spectral(models, matrices, lambda taus: WEIGHTED[name](taus, weights))
+    found = _spectral(models, matrices, lambda taus: triplets.WEIGHTED[name](taus, weights))
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     plain = {n: torch.tensordot(shares, _stacked(models, n), 1) for n in models[0] if n not in matrices}
     return found | plain
@@ -334,7 +210,7 @@ def weighted(name: str, models: Models, matrices: set[str], weights: Sequence[fl
 def condition(matrix: Tensor) -> float:
     """The largest singular value over the smallest that is not null; 1 for zeros."""
     sigma = torch.linalg.svdvals(matrix)
-    held = sigma[sigma > NULL * sigma.amax()] if sigma.numel() else sigma
+    held = sigma[sigma > triplets.NULL * sigma.amax()] if sigma.numel() else sigma
     return float(held.amax() / held.amin()) if held.numel() else 1.0
 
 
@@ -343,23 +219,23 @@ def _summed(folded: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _triplets(folded: Sequence[Tensor]) -> list[Tensor]:
-    parts = [_leading(tau.double().flatten(1), len(folded)) for tau in folded]
+    parts = [triplets.leading(tau.double().flatten(1), len(folded)) for tau in folded]
     return [torch.cat([u for u, _, _ in parts], 1), torch.cat([vh for _, _, vh in parts])] if parts else []
 
 
 def _flat_triplets(folded: Sequence[Tensor]) -> list[Tensor]:
     """The triplets; where they have null directions the spectrum of the merge counts too."""
     found = _triplets(folded)
-    if any(int(torch.linalg.matrix_rank(part, rtol=NULL)) < max(found[0].shape[1], 1) for part in found):
-        found.append(_tsv([tau.double().flatten(1) for tau in folded]))
+    if any(int(torch.linalg.matrix_rank(part, rtol=triplets.NULL)) < max(found[0].shape[1], 1) for part in found):
+        found.append(triplets.tsv([tau.double().flatten(1) for tau in folded]))
     return found
 
 
 def _common_parts(folded: Sequence[Tensor]) -> list[Tensor]:
-    cut = _cut([tau.double().flatten(1) for tau in folded])
+    cut = triplets.cuts([tau.double().flatten(1) for tau in folded])
     if not cut:
         return []
-    us, _, vhs, near = _common(cut)
+    us, _, vhs, near = triplets.common(cut)
     return [torch.cat(us, 1), torch.cat(vhs), *near]
 
 

@@ -27,7 +27,7 @@ from continual.rules import (
     rule,
     settle,
 )
-from tests.helpers import batch
+from tests.helpers import batch, triplets
 from tests.helpers.batch import BATCH
 from tests.helpers.shelves import MATRICES, REGIMES, SHAPES, SPECS, HeldLayers, Regime, adapters, dense, shelf
 from tests.helpers.streams import FOLDING, distance
@@ -107,7 +107,7 @@ def read_densely(
 
 @pytest.mark.parametrize(
     ("name", "regime"),
-    [(name, regime) for name in batch.WEIGHTED for regime in (REGIMES if name == "tsv-m" else ("mixed", "twins"))],
+    [(name, regime) for name in triplets.WEIGHTED for regime in (REGIMES if name == "tsv-m" else ("mixed", "twins"))],
 )
 def test_triplets_with_weights_read_as_the_batch_form_with_weights(name: str, regime: Regime) -> None:
     chosen = {2: 0.5, 1: 2.5, 5: 1.0, 4: 1e-3}

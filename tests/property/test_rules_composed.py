@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from continual.errors import Misconfigured
 from continual.rules import Inputs, opcm, rule, together
-from tests.helpers import batch
+from tests.helpers import batch, triplets
 from tests.helpers.batch import BATCH
 from tests.helpers.streams import FOLDING, MATRICES, SHAPES, SPECS, Models, Stream, bound, distance, model_lists
 
@@ -88,7 +88,7 @@ def test_a_weight_of_two_is_folding_twice(name: str, models: Models, weight: int
                 assert distance(heavy.kept[tensor][slot], often.kept[tensor][slot], folded) < 1e-5, (tensor, slot)
 
 
-@pytest.mark.parametrize("name", batch.WEIGHTED)
+@pytest.mark.parametrize("name", triplets.WEIGHTED)
 @given(models=model_lists(), weights=st.lists(st.sampled_from([0.25, 1.0, 3.0]), min_size=5, max_size=5))
 @settings(max_examples=5, deadline=None)
 def test_triplets_with_weights_are_their_batch_form_with_weights(
