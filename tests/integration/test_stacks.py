@@ -138,7 +138,8 @@ def test_kinds_are_counted(pair: tuple[list[Path], list[Path]], tmp_path: Path) 
         plan = merge.plan(packed[1])
         assert (plan.stacks, plan.matrices, plan.plain) == (2, 1, 2)
         of_stacks = merge.engine.state.format
-        assert of_stacks.slots["model.layers.0.mlp.experts.down_proj"]["right"].shape == (EXPERTS, 6, 6)
+        # of each expert the lower triangle of a 6 × 6 Gram, folded into half the rows
+        assert of_stacks.slots["model.layers.0.mlp.experts.down_proj"]["right"].shape == (EXPERTS, 3, 7)
     with merged(tmp_path / "apart", singles[0], [], "gram") as merge:
         assert merge.engine.state.format.generation_bytes == of_stacks.generation_bytes
 
