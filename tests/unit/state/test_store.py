@@ -17,7 +17,7 @@ import zarr
 
 from continual.errors import Busy, Damaged, Misconfigured, Retry
 from continual.records import SlotSpec, TensorSpec, Totals
-from continual.state import Format, State, arrays, names
+from continual.state import Format, State, arrays, framing, names
 from continual.state.durable import link_new
 from continual.state.entries import FoldEntry
 from continual.state.format import AdaptersForm, HeaderRecord
@@ -104,6 +104,23 @@ def test_layers_of_one_shape_share_an_array(tmp_path: Path) -> None:
         for number, name in enumerate(names_of):
             np.testing.assert_array_equal(opened[number].read().result(), state.read(name, "columns"))
         np.testing.assert_array_equal(by_zarr[...], opened.read().result())
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [({"rows": 8}, "differ in more than their names"), ({"shape": [16, 4]}, r"has the shape \[16, 4\], not 24 rows")],
+)
+def test_slots_that_cannot_share_an_array_are_damage(change: dict[str, object], what: str) -> None:
+    path = GOLDEN_ADAPTERS[3] / "format.json"
+    body, _ = framing.decode(path)
+    tensors = body["tensors"]
+    assert isinstance(tensors, list)
+    twin = next(tensor for tensor in tensors if tensor["name"] == "bias")
+    alike = {**twin, "name": "zz", "slots": {slot: dict(spec) for slot, spec in twin["slots"].items()}}
+    alike["slots"]["u"] |= change
+    assert Format.of({**body, "tensors": [*tensors, {**twin, "name": "zz"}]}, path).layout.together
+    with pytest.raises(Damaged, match=what):
+        Format.of({**body, "tensors": [*tensors, alike]}, path)
 
 
 def test_uncommitted_transaction_leaves_nothing(tmp_path: Path) -> None:
@@ -201,8 +218,6 @@ def test_an_interrupted_creation_can_be_repeated(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    from continual.state import framing
-
     stores.make(tmp_path / "s").close()
     path = tmp_path / "s/format.json"
     body, _ = framing.decode(path)
