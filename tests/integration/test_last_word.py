@@ -91,6 +91,14 @@ def test_a_weak_model_is_kept_where_the_rules_merge_is_better_with_it(tmp_path: 
         assert next(other for other in table(merge) if other.name == "good1") == row
 
 
+def test_one_that_is_kept_does_not_expire_however_long_it_waited(tmp_path: Path) -> None:
+    base, state = world(tmp_path, "0.4", 0.7)
+    with opened(state, base, rounds={"held": 0.15, "age": 1e-6}) as merge:
+        fates = {row.name: row.fate for row in merge.round().rows}
+        assert names(merge) == ["good0", "weak", "good1"]
+        assert fates["noise0"] == "expired"
+
+
 def test_one_that_the_rules_merge_is_no_better_with_waits_and_hears_why(tmp_path: Path) -> None:
     """The same pool, read so long that any model more is too much."""
     base, state = world(tmp_path, "1.2")
