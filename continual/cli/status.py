@@ -23,7 +23,7 @@ def text(body: Mapping[str, Any]) -> str:
         f"back       records {ranges(body.get('back', ()))} can be gone back to",
         f"base       {body['base']}",
         *_form(body.get("form")),
-        f"rule       {body['rule']} {body['options'] or ''}, scale {scale(body['scale'], body.get('tuned'))}"
+        f"rule       {body['rule']}{_options(body['options'])}, scale {scale(body['scale'], body.get('tuned'))}"
         + "".join(f", {k} {v:.4g}" for k, v in body["gauges"].items()),
     ]
     lines[1:1] = [f"{row['reason']:<10} {row['message']}" for row in body["degraded"]]
@@ -65,6 +65,12 @@ def text(body: Mapping[str, Any]) -> str:
     lines += [_view(view) for view in body.get("views", ())]
     lines += [f"refused    {when(r['time'])}  {r['seq']}  {r['model']}: {r['reason']}" for r in body["refusals"][:5]]
     return "\n".join(plain(line) for line in lines)
+
+
+def _options(options: Mapping[str, object]) -> str:
+    """The options of the rule; those that say nothing, as an empty list of globs, are left out."""
+    said = [f"{key}={value}" for key, value in options.items() if value not in ([], None)]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _form(form: Mapping[str, Any] | None) -> list[str]:

@@ -50,6 +50,8 @@ def test_a_day_with_the_command(tmp_path: Path, place: tuple[Path, Path]) -> Non
     assert [c["seq"] for c in dry["undone"]] == [3]
     assert run("rollback", 1, "--yes", "--state", state).returncode == 0
     assert machine("status", "--state", state)["folds"] == 1
+    (line,) = [line for line in run("status", "--state", state).stdout.splitlines() if line.startswith("rule ")]
+    assert line.startswith("rule       opcm (alpha=0.4, variant=block), scale "), line
     assert run("retry", "ft-1", "--state", state).returncode == 0
     assert machine("fold", good[1], "--state", state)[0]["fate"] == "folded"
     assert Path(
