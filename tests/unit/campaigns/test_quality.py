@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.campaigns.bench.quality import figures, report, report_language
+from continual.demo.digits import Digits as Model
+from tests.campaigns.bench.quality import digits, figures, report, report_language
 from tests.campaigns.bench.quality.campaign import order_of
-from tests.campaigns.bench.quality.digits import WAYS
+from tests.campaigns.bench.quality.digits import WAYS, Digits
 from tests.campaigns.bench.quality.results import Key, Results
+from tests.campaigns.bench.quality.suite import fine_tune
 
 TASKS = ("a", "b", "c", "d", "e")
 COSTS = [{"cpu": 0.5, "peak": 2e8, "state": 1e6}] * len(TASKS)
@@ -60,6 +64,27 @@ def test_differences_are_paired(table: figures.Table) -> None:
     same = table.difference(("iso-c", "default"), ("iso-c", "tuned"), 4)
     assert same == (0.0, 0.0, 0.0), "the same answers differ by nothing, however rows are drawn"
     assert table.difference(("iso-c", "default"), ("gram", "default"), 4) is None
+
+
+@pytest.mark.slow
+def test_adapters_of_digits_share_a_frozen_first_factor_where_their_form_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digits, "STEPS", {"lora": 2, "shared": 2})
+    digits.save(Model().state_dict(), tmp_path / "base")  # nobody is asked, so it has learned nothing
+    suite = Digits(tmp_path)
+    found = {
+        (form, task): load_file(fine_tune(suite, task, form) / "adapter_model.safetensors")
+        for form in ("lora", "shared")
+        for task in suite.tasks[:2]
+    }
+    names = [name for name in found["lora", suite.tasks[0]] if "lora_A" in name]
+    one, other = (found["shared", task] for task in suite.tasks[:2])
+    assert names
+    assert all(torch.equal(one[name], other[name]) for name in names)
+    assert not any(torch.equal(one[name], other[name]) for name in one if name not in names), "both learned"
+    one, other = (found["lora", task] for task in suite.tasks[:2])
+    assert not any(torch.equal(one[name], other[name]) for name in names)
 
 
 def test_results_are_not_made_twice_and_survive_a_restart(tmp_path: Path) -> None:

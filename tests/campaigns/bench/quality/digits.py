@@ -21,8 +21,8 @@ from tests.campaigns.bench.quality.suite import Form, Part, once
 
 VALIDATION = 200
 SEED = 0
-STEPS: Mapping[Form, int] = {"full": 80, "lora": 120, "shuffled": 80}
-RATES: Mapping[Form, float] = {"full": 1e-3, "lora": 2e-3, "shuffled": 1e-3}
+STEPS: Mapping[Form, int] = {"full": 80, "lora": 120, "shared": 120, "shuffled": 80}
+RATES: Mapping[Form, float] = {"full": 1e-3, "lora": 2e-3, "shared": 4e-3, "shuffled": 1e-3}
 
 
 def _turned(degrees: float) -> Callable[[Tensor], Tensor]:
@@ -100,11 +100,11 @@ class Digits:
         if form == "shuffled":
             labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
         steps = self.times * STEPS[form]
-        if form != "lora":
+        if form not in ("lora", "shared"):
             digits.train(model, seen, labels, steps=steps, rate=RATES[form], seed=seed)
             save({name: value.detach().clone() for name, value in model.state_dict().items()}, target)
             return
-        wrapped = adapted(model, seed)
+        wrapped = adapted(model, seed if form == "lora" else SEED, frozen=form == "shared")
         digits.train(wrapped, seen, labels, steps=steps, rate=RATES[form], seed=seed)
         wrapped.save_pretrained(target)
 
@@ -131,13 +131,18 @@ def _held_out() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return digits.load(SEED)
 
 
-def adapted(model: digits.Digits, seed: int) -> Any:
-    """The model with a new adapter around it, as PEFT makes one."""
+def adapted(model: digits.Digits, seed: int, frozen: bool) -> Any:
+    """The model with a new adapter around it, as PEFT makes one; with `frozen`, the first factors keep what they were
+    drawn as."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=modules))
+    wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=modules))
+    for name, parameter in wrapped.named_parameters():
+        if frozen and "lora_A" in name:
+            parameter.requires_grad_(False)
+    return wrapped
 
 
 def save(weights: Mapping[str, Tensor], target: Path) -> None:
