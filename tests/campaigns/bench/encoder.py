@@ -110,9 +110,8 @@ def learn(encoder: Encoder, head: Tensor, rows: data.Rows, recipe: Recipe) -> No
     order = torch.cat(
         [torch.randperm(len(rows), generator=random) for _ in range(1 + recipe.steps * BATCH // len(rows))]
     )
-    optimizer = torch.optim.AdamW(
-        [p for p in encoder.model.parameters() if p.requires_grad], lr=recipe.rate, weight_decay=0.01
-    )
+    learned = [p for p in encoder.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=recipe.rate, weight_decay=0.01, fused=True)  # a seventh of its time
     rise = max(1, recipe.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (recipe.steps - step) / (recipe.steps - rise + 1))

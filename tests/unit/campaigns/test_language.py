@@ -251,7 +251,10 @@ def test_a_campaign_goes_on_where_it_was_killed(suite: Language, tmp_path: Path)
             whole, half = again.results.rows[-2:]
             assert (whole["factor"], half["scale"], half["factor"]) == (1.0, "0.5", 0.5)
             assert half["watched"] != whole["watched"]
+            before = folding.merge()
+            assert folding.merge() is before, "every rule reads what is open already"
             assert folding.begin(tasks[::-1], 3) == 0, "another order is another state"
+            assert folding.merge() is not before
         (again.states / "opcm-0").mkdir()  # killed while it was made
         with again.opened("opcm", "0") as folding:
             assert folding.begin(tasks, 3) == 0

@@ -163,6 +163,33 @@ def test_the_page_of_a_language_model_says_what_broke(tmp_path: Path) -> None:
     assert not (tmp_path / "quality.md").exists(), "of which there are no results"
 
 
+def test_a_suite_that_was_not_tuned_is_shown_by_rule_and_way_of_reading(tmp_path: Path) -> None:
+    results = Results(tmp_path / "text8-lora-kept.jsonl")
+    tasks = ("a", "b", "c")
+    results.add(Key(0, "base", 3, "paper"), test={task: answers(2) for task in tasks})
+    results.add(Key(0, "own", 3, "paper"), test={task: answers(10) for task in tasks})
+    for order, count, rule, read, right in (
+        (0, 2, "tsv-m", "default", 7),
+        (1, 2, "tsv-m", "default", 9),
+        (0, 2, "opcm", "paper", 5),
+        (0, 3, "tsv-m", "default", 6),
+        (0, 3, "iso-c", "default", 7),
+        (0, 3, "opcm", "paper", 5),
+        (1, 3, "opcm", "paper", 3),
+    ):
+        test = {task: answers(right) for task in tasks[:count]}
+        results.add(Key(order, rule, count, read), scale="1.0", factor=1.0, test=test, costs=COSTS)
+    results.close()
+    page = "\n".join(report.page([figures.load(results.file)]))
+    assert "## text, LoRA adapters in a state of adapters, 3 tasks" in page
+    assert "| rule | read | 2 models (2 orders) | 3 models (2 orders) |" in page
+    assert "| **tsv-m** | default | 80.0 | 60.0 |" in page, "no order changes what all of them make"
+    assert "| opcm | paper | 1 order: 50.0 | 40.0 |" in page
+    name = "| text: LoRA adapters in a state of adapters, 3 of 3 (2 orders)"
+    assert f"{name} | tsv-m | 60.0 | iso-c, default | -10.0 [" in page
+    assert "Around the default's number" not in page, "as nothing was tuned"
+
+
 def test_a_cell_says_that_it_was_asked_in_fewer_orders(table: figures.Table) -> None:
     assert report_language.head(table, 4) == "4 models (2 orders)"
     assert table.asked("iso-c", 5, "default") == [0]

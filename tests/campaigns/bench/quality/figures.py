@@ -104,6 +104,11 @@ class Table:
         return centre, math.sqrt(sum((x - centre) ** 2 for x in found) / max(1, len(found) - 1))
 
     @property
+    def tuned(self) -> bool:
+        """Whether scales were chosen by validation rows too."""
+        return any(read == "tuned" for *_, read in self.rows)
+
+    @property
     def watches(self) -> bool:
         """Whether the suite says what a merge must not break."""
         return "watched" in self.rows[0, "base", self.most, "paper"]

@@ -31,7 +31,7 @@ class Folding:
         self.state, self.base, self.recipe, self.keep = state, base, recipe, keep
         self.costs: list[dict[str, float]] = []
         """What the folds in the state took, oldest first; empty where one of them is not known."""
-        self._open: list[continual.Merge] = []
+        self._merge: continual.Merge | None = None
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Folding:
@@ -40,6 +40,7 @@ class Folding:
     def begin(self, tasks: Sequence[str], most: int) -> int:
         """Takes up the state, or its copy, with most of the first `most` models of `tasks`, or makes a new one; how
         many models it has."""
+        self._close()
         copies = sorted(self.state.parent.glob(f"{self.state.name}-at-*"))
         found = {path: count for path in (self.state, *copies) if 0 < (count := _count(path, tasks)) <= most}
         best = max(found, key=found.__getitem__, default=None)
@@ -57,7 +58,8 @@ class Folding:
         return count
 
     def fold(self, path: Path) -> None:
-        """Folds a model."""
+        """Folds a model. What `merge` gave out before is closed."""
+        self._close()
         if self._process is None:
             command = [sys.executable, "-m", "tests.campaigns.bench.quality.worker", str(self.state)]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -71,9 +73,10 @@ class Folding:
         self._costs_file().write_text(json.dumps(self.costs))
 
     def merge(self) -> continual.Merge:
-        """The state as it is now."""
-        self._open.append(continual.open(self.state, workers=1))
-        return self._open[-1]
+        """The state as it is now, open until the next fold: what it has read stays in memory as long."""
+        if self._merge is None:
+            self._merge = continual.open(self.state, workers=1)
+        return self._merge
 
     def copy(self, count: int) -> None:
         """With `keep`, keeps what is there now under its number of models."""
@@ -82,8 +85,7 @@ class Folding:
             _copy(self.state, target)
 
     def __exit__(self, *_: object) -> None:
-        for merge in self._open:
-            merge.close()
+        self._close()
         if self._process is not None:
             into, out = _pipes(self._process)
             into.close()
@@ -92,6 +94,11 @@ class Folding:
         if not self.keep:
             shutil.rmtree(self.state, ignore_errors=True)
             self._costs_file().unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._merge is not None:
+            self._merge.close()
+            self._merge = None
 
     def _costs_file(self) -> Path:
         return self.state.with_name(f"{self.state.name}.json")

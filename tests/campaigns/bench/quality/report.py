@@ -51,21 +51,28 @@ def page(found: list[Table]) -> Iterator[str]:
     yield from (Path(__file__).with_name("preface.md").read_text().strip().split("\n"))
     for table in found:
         yield ""
-        yield f"## {table.suite}, {merged(table)}, {table.most} tasks"
+        yield f"## {title(table)}"
         yield ""
-        yield from accuracies(table)
+        yield from (accuracies if table.tuned else language.accuracies)(table)
         yield ""
-        yield from differences(table)
-    yield ""
-    yield "## Around the default's number"
-    yield ""
-    yield (
-        "Mean accuracy on *validation* rows, over orders and numbers of models, "
-        "where the default's number is multiplied: how"
-    )
-    yield "well it is chosen, and how flat the top is."
-    yield ""
-    yield from curves(found)
+        yield from (differences if table.tuned else language.differences)(table)
+    some = [table for table in found if not table.tuned]
+    if some:
+        yield ""
+        yield "## What is promised, cell by cell"
+        yield ""
+        yield from language.promises(some)
+    if any(table.tuned for table in found):
+        yield ""
+        yield "## Around the default's number"
+        yield ""
+        yield (
+            "Mean accuracy on *validation* rows, over orders and numbers of models, "
+            "where the default's number is multiplied: how"
+        )
+        yield "well it is chosen, and how flat the top is."
+        yield ""
+        yield from curves(found)
     yield ""
     yield "## What a fold takes"
     yield ""
@@ -74,15 +81,25 @@ def page(found: list[Table]) -> Iterator[str]:
     yield from (Path(__file__).with_name("postface.md").read_text().strip().split("\n"))
 
 
+def title(table: Table) -> str:
+    """`text, LoRA adapters in a state of adapters, 8 tasks`."""
+    return f"{table.suite.rstrip('0123456789')}, {merged(table)}, {table.most} tasks"
+
+
 def merged(table: Table) -> str:
     """What was merged, and how."""
-    made = "full fine-tunes" if table.form == "full" else "LoRA adapters"
+    made = "full fine-tunes" if table.form == "full" else language.FORMS[table.form]
     return f"{made} in a state of adapters" if table.kept else made
+
+
+def shown(table: Table) -> list[int]:
+    """The numbers of models that the wide table has, all of them last."""
+    return [*(count for count in SHOWN if count < table.most), table.most]
 
 
 def accuracies(table: Table) -> Iterator[str]:
     """Accuracy by rule, number of models and way of reading; the ends; retention and backward transfer."""
-    counts = [*SHOWN, table.most]
+    counts = shown(table)
     yield "| rule | " + " | ".join(f"{c}: {read}" for c in counts for read in READS) + " | retention | backward |"
     yield "|---" * (len(counts) * len(READS) + 3) + "|"
     for rule in ("base", "own"):
@@ -107,15 +124,14 @@ def differences(table: Table) -> Iterator[str]:
     pairs = (
         ("opcm as its paper ships it", ("opcm", "paper")),
         ("plain averaging", ("mean", "paper")),
-        ("the same rule, tuned on validation rows", (DEFAULT, "tuned")),
-        ("gram, default", ("gram", "default")),
-        ("tsv-m, default", ("tsv-m", "default")),
+        ("the same rule, tuned on validation rows", (table.default, "tuned")),
+        *((f"{name}, default", (name, "default")) for name in ("gram", "tsv-m", "iso-c") if name != table.default),
     )
-    counts = [*SHOWN, table.most]
-    yield f"| {DEFAULT} as it is read by default, less … | " + " | ".join(f"{c} tasks" for c in counts) + " |"
+    counts = shown(table)
+    yield f"| {table.default} as it is read by default, less … | " + " | ".join(f"{c} tasks" for c in counts) + " |"
     yield "|---" * (len(counts) + 1) + "|"
     for told, other in pairs:
-        cells = [table.difference((DEFAULT, "default"), other, count) for count in counts]
+        cells = [table.difference((table.default, "default"), other, count) for count in counts]
         yield (
             f"| {told} | "
             + " | ".join("" if c is None else f"{c[0]:+.1f} [{c[1]:+.1f}, {c[2]:+.1f}]" for c in cells)
@@ -189,7 +205,7 @@ def draw(found: list[Table], file: Path) -> None:
     figure, axes = pyplot.subplots(rows, 2, figsize=(10, 3.6 * rows), squeeze=False)
     for table, axis in zip(found, axes.flat, strict=False):
         for rule, read, label, style, colour in lines:
-            counts = [c for c in table.counts(DEFAULT) if table.accuracy(rule, c, read)]
+            counts = [c for c in table.checkpoints if table.accuracy(rule, c, read)]
             values = [table.accuracy(rule, c, read) for c in counts]
             marker = None if rule in ("base", "own") else "o"
             axis.plot(
@@ -203,9 +219,9 @@ def draw(found: list[Table], file: Path) -> None:
                 linewidth=1.5,
             )
         axis.set_xscale("log", base=2)
-        axis.set_xticks(table.counts(DEFAULT), [str(c) for c in table.counts(DEFAULT)])
+        axis.set_xticks(table.checkpoints, [str(c) for c in table.checkpoints])
         axis.minorticks_off()
-        axis.set_title(f"{table.suite}, {merged(table)}", fontsize=10)
+        axis.set_title(title(table), fontsize=10)
         axis.set_xlabel("fine-tunes folded")
         axis.set_ylabel("mean accuracy, %")
         axis.grid(alpha=0.25)

@@ -4,8 +4,8 @@ class heads.
 The encoder and what is asked of it are those of `tests.campaigns.bench.encoder`. Only the encoder is fine-tuned; a
 class's head is the normalised mean of the base's embeddings of the class's prompts, as CLIP's zero-shot heads, so one
 merged encoder can be asked about every task. The last 200 training rows of each set are never trained on: read-time
-options are chosen by them. Matrix products run in bfloat16 (autocast), as such encoders are served; weights stay
-float32.
+options are chosen by them. Matrix products run in bfloat16 (autocast), as such encoders are served, or in float32,
+which a processor without bfloat16 takes a quarter of the time for; weights stay float32.
 """
 
 from __future__ import annotations
@@ -45,12 +45,23 @@ STEPS: Mapping[Form, int] = {"full": 200, "lora": 150, "shuffled": 200}
 
 
 class Text:
-    """The suite, in `folder`; `sources` are the data folders that are searched for a set, in order."""
+    """The suite, in `folder`; `sources` are the data folders that are searched for a set, in order. `dtype`: of matrix
+    products, in training as in asking: bfloat16 or float32. `steps`: of training, in place of those that the form has
+    (`STEPS`)."""
 
     name = "text"
 
-    def __init__(self, folder: Path, sources: tuple[Path, ...], base: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sources: tuple[Path, ...],
+        base: Path | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        steps: int | None = None,
+    ) -> None:
         self.folder = folder
+        self._steps = steps
+        self._half = dtype == torch.bfloat16
         self._sources = sources
         self._given = base
         self.tasks = tuple(task for task in TASKS if any((s / "text" / f"{task}.json").is_file() for s in sources))
@@ -74,11 +85,11 @@ class Text:
 
             torch.manual_seed(seed)  # of the adapter's first factors: no two publishers share them
             model.model = get_peft_model(model.model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-        recipe = encoder.Recipe(f"{task} {form}", task, steps=STEPS[form], seed=seed, rate=RATES[form])
+        recipe = encoder.Recipe(f"{task} {form}", task, steps=self._steps or STEPS[form], seed=seed, rate=RATES[form])
         seen = rows.train.first(len(rows.train) - HELD)
-        with torch.autocast(
-            "cpu", torch.bfloat16, cache_enabled=False
-        ):  # a cache would keep the weights of the first step
+        with torch.autocast(  # a cache would keep the weights of the first step
+            "cpu", torch.bfloat16, enabled=self._half, cache_enabled=False
+        ):
             encoder.learn(model, head, _shuffled(seen, self.tasks.index(task)) if form == "shuffled" else seen, recipe)
         model.model.save_pretrained(target)
 
@@ -91,7 +102,7 @@ class Text:
         )
         asked = rows.test.first(TEST) if part == "test" else rows.train.last(HELD).first(VALIDATION)
         order = sorted(range(len(asked)), key=lambda i: len(asked.texts[i]))  # alike lengths together: less padding
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._half):
             found = model.embed(tuple(asked.texts[i] for i in order)).float()
         answers = torch.empty(len(asked), dtype=torch.int64)
         answers[torch.tensor(order)] = (found @ head.T).argmax(1)
