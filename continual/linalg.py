@@ -12,8 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from continual.lazily import Tensor, torch
 
 BLOCK = 1 << 19
 """Elements of a block of rows in float64 (4 MiB): large enough for GEMM, small enough that six of them never matter."""

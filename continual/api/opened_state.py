@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-import torch
-
 from continual import selection
 from continual.config import Settings
 from continual.engine import explaining
@@ -30,6 +28,7 @@ from continual.executors.contract import Progress, silent
 from continual.executors.device import pick_device
 from continual.executors.local import Local
 from continual.hub.locate import Places
+from continual.lazily import torch
 from continual.making import agree
 from continual.publish import folder, lora
 from continual.records import TensorSpec

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from blake3 import blake3
-from torch import Tensor
 
 from continual.blocks.factoring import Run
 from continual.blocks.shelf import Shelf, Stacked, stacked
+from continual.lazily import Tensor, torch
 from continual.records import TensorSpec
 from continual.rules import Accumulators, Inputs, Pass, Rule
 from continual.rules.matrices import sides

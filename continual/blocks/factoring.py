@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from continual import linalg
 from continual.blocks.shelf import Stacked
+from continual.lazily import Tensor, torch
 from continual.records import TensorSpec, Totals
 from continual.rules import Accumulators, Inputs, Rule, Triplets
 from continual.rules.contract import Apart, CoreFunctions, SideVectors, weighed

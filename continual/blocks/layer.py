@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from continual.blocks.columns import Arrangement, Columns, plan, without
 from continual.blocks.triplets import Block
+from continual.lazily import Tensor, torch
 
 
 class Layer(NamedTuple):

@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor
-
 from continual.blocks import elements
 from continual.blocks.elements import Seed, by_number
 from continual.blocks.factoring import Entrant, Run, ThinProduct, dense, square, thin
 from continual.blocks.shelf import Shelf, Stacked, stacked
 from continual.errors import Misconfigured
+from continual.lazily import Tensor
 from continual.records import WEIGHT, TensorSpec, Totals, is_weight
 from continual.rules import ReadOptions, Rule, Size, Sums, figures_of, settle
 

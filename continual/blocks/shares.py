@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from continual import linalg
 from continual.blocks.factoring import Run, apart, fold_cores, spanned
 from continual.blocks.merged import Merged
 from continual.blocks.shelf import Stacked
+from continual.lazily import Tensor, torch
 from continual.records import Totals
 from continual.rules import Accumulators, Inputs, Triplets
 from continual.rules.contract import LeftOut, SideVectors, WholeRead, Without
@@ -195,7 +193,7 @@ class _Turned:
         found = LeftOut(None, [None] * len(self.runs))
         if self.factored.without is not None:
             found = self.factored.without(self.apart)
-        if isinstance(found.whole, Tensor):
+        if isinstance(found.whole, torch.Tensor):
             self._whole = found.whole
         told = found.whole if isinstance(found.whole, WholeRead) else self._told()
         left = [self._less(index) if one is None else one for index, one in enumerate(found.rests)]

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-import torch
-from torch import Tensor
-
 from continual.blocks.columns import Columns
 from continual.blocks.triplets import Block
+from continual.lazily import Tensor, torch
 from continual.records import TensorSpec
 
 

@@ -7,10 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from continual import linalg
+from continual.lazily import Tensor, torch
 
 _SMALL = 1024
 """Sides up to which all triplets of a matrix are found, however few are kept."""

@@ -26,11 +26,22 @@ def settings(flags: Flags) -> Settings:
 
 @contextlib.contextmanager
 def merge(flags: Flags, *, write: bool = False) -> Iterator[Merge]:
-    """The state that the settings name, opened. Raises Misconfigured, Busy and Damaged."""
+    """The state that the settings name, opened for work on its tensors. Raises Misconfigured, Busy and Damaged."""
+    from continual import lazily
     from continual.api import Merge
 
+    lazily.load()
     gc.freeze()  # half of the collector's time in a short command went into what was loaded just now
     with Merge(settings(flags), write=write, client=flags.client) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def looked(flags: Flags) -> Iterator[Merge]:
+    """The same for a command that only looks at it, and at no tensor: torch is not loaded."""
+    from continual.api import Merge
+
+    with Merge(settings(flags), client=flags.client) as found:
         yield found
 
 

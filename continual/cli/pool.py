@@ -22,7 +22,7 @@ def listed(context: typer.Context, *, flags: Flags) -> None:
     """Show the candidates that wait for a round; subcommands say why, and run a round."""
     if context.invoked_subcommand is not None:
         return
-    with opened.merge(flags) as merge:
+    with opened.looked(flags) as merge:
         waiting = merge.pool()
     if flags.json:
         console.emit([console.waiting_body(key, found) for key, found in waiting.items()])
@@ -43,7 +43,7 @@ def why(
     flags: Flags,
 ) -> None:
     """Say what each round found of a candidate, and why it is or is not in the merge."""
-    with opened.merge(flags) as merge:
+    with opened.looked(flags) as merge:
         told = merge.why(model)
     if flags.json:
         console.emit(told.body())

@@ -46,7 +46,7 @@ def log(
     to."""
     from continual.state import going_back
 
-    with opened.merge(flags) as merge:
+    with opened.looked(flags) as merge:
         commits = merge.state.ledger.log[-number:]
         generations = going_back.reachable(merge.state)
     bodies = [{**texts.record(c), **going_back.marked(c, generations)} for c in commits]
@@ -60,7 +60,7 @@ def log(
 @takes(*OPENING)
 def show(seq: Annotated[int, typer.Argument(help="Record number.")], *, flags: Flags) -> None:
     """Show one record whole."""
-    with opened.merge(flags) as merge:
+    with opened.looked(flags) as merge:
         body = texts.record(merge.state.ledger.get(seq))
     if flags.json:
         console.emit(body)
@@ -81,7 +81,7 @@ def tag(
 ) -> None:
     """Name a record, so that its generation is kept for good; or list the names."""
     if name is None:
-        with opened.merge(flags) as merge:
+        with opened.looked(flags) as merge:
             tags: Mapping[str, object] = merge.state.ledger.tags
     else:
         from continual.service.control.requests import TagRequest
@@ -168,7 +168,7 @@ def scale(
     """Show or change how the merge is read: by which rule, its scale, and that of its layers. Nothing is folded
     again."""
     if value is None and lines is None and rule is None:
-        with opened.merge(flags) as merge:
+        with opened.looked(flags) as merge:
             now = merge.scale()
         found: dict[str, Json] = {"read": texts.jsonable(now.to_mapping()), "scale": str(now)}
     else:

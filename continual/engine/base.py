@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from blake3 import blake3
 
 from continual.errors import Damaged, Misconfigured, Refuse
 from continual.executors.contract import Progress, silent
 from continual.hub.locate import Places
+from continual.lazily import torch
 from continual.linalg import dot
 from continual.records import SCHEME
 from continual.state import State

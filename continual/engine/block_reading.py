@@ -8,14 +8,13 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
-import torch
-
 from continual.blocks import Columns
 from continual.blocks.factoring import ThinProduct
 from continual.blocks.merged import Merged
 from continual.engine.reading import Reading, Seen, digest_of
 from continual.engine.views import ReadView
 from continual.executors.contract import Executor, Progress, Task
+from continual.lazily import torch
 from continual.records import TensorSpec
 from continual.rules import ReadOptions, Rule, Size
 from continual.state import State

@@ -13,7 +13,6 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from continual.blocks import (
     CHUNK,
@@ -34,6 +33,7 @@ from continual.engine.resources import Resources
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress, Task
 from continual.gates import Gates, TensorNumbers
+from continual.lazily import torch
 from continual.records import TensorSpec, Totals
 from continual.rules import Sums, settle
 from continual.state import State, Transaction

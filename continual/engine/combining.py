@@ -9,13 +9,12 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-import torch
-
 from continual.engine.block_reading import StoredLayers, cut_since
 from continual.engine.blocks import put_all
 from continual.engine.views import ReadView
 from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task
+from continual.lazily import torch
 from continual.outside import counted
 from continual.records import TensorSpec, Totals
 from continual.rules import ReadOptions, Rule, reader, rule_of, together

@@ -13,13 +13,13 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from blake3 import blake3
 
 from continual.engine.resources import Resources
 from continual.engine.untouched import Ahead, square_of
 from continual.executors.contract import Progress, Task
 from continual.gates import Gates, TensorNumbers
+from continual.lazily import torch
 from continual.records import Lineage, TensorSpec, Totals
 from continual.rules import Counts, Folded, Inputs, Pass, Rule, Sums, last_out
 from continual.state import Transaction

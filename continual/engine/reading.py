@@ -12,17 +12,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from continual import linalg
 from continual.engine.views import ReadView
 from continual.executors.contract import Executor, Progress, Task
+from continual.lazily import Tensor, torch
 from continual.records import TensorSpec, Totals
 from continual.rules import ReadOptions, Rule, Size, reader
 from continual.rules.matrices import sides
 from continual.state import Commit, State
 
-Seen = Callable[[TensorSpec, torch.Tensor], None]
+Seen = Callable[[TensorSpec, Tensor], None]
 """Is given a tensor at scale 1, on the thread that read it."""
 Parts = tuple[float, float]
 """A figure of the matrices, and the same figure of all other tensors."""

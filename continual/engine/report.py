@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
 from continual.engine.folding import TensorFold, Terms
 from continual.engine.outcomes import FoldReport, OpenCandidate
+from continual.lazily import torch
 from continual.outside import shown
 from continual.records import Lineage, TokenRows
 from continual.rules import Sums, figures_of, settle

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from continual.errors import Abandoned
 from continual.executors.contract import Executor
+from continual.lazily import torch
 from continual.records import Candidate
 from continual.tensors import BaseModel, Folder, Place
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
+from continual.lazily import torch
 from continual.records import Totals
 from continual.rules import Inputs, Rule, Sums
 from continual.state import Transaction

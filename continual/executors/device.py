@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from continual.errors import ContinualError
+from continual.lazily import torch
 
 
 def pick_device(word: str) -> torch.device:

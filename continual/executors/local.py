@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-import torch
-
 from continual.executors.contract import Task
+from continual.lazily import torch
 
 T = TypeVar("T")
 _M_TRIM_THRESHOLD = -1

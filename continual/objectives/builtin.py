@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from continual.errors import Misconfigured
+from continual.lazily import torch
 from continual.objectives.causal_lm import CausalLM
 from continual.objectives.classes import Classification
 from continual.objectives.contract import Objective

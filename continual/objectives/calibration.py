@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from blake3 import blake3
-from torch import Tensor
 
 from continual.config import CalibrationSettings
 from continual.errors import Misconfigured
+from continual.lazily import Dtypes, Tensor, torch
 from continual.objectives import function
 from continual.objectives.builtin import OBJECTIVES, Rows
 from continual.objectives.classes import Classes, Entropy
@@ -29,7 +28,7 @@ from continual.objectives.loading import keep_no_activations, load_model
 from continual.objectives.rows import file_digest, must_be_readable
 from continual.records import ObjectiveRecord
 
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = Dtypes({word: word for word in ("float32", "bfloat16", "float16")})
 FLOAT16_SCALE = 1024.0
 """The loss is multiplied by this, and the gradient divided, where activations have float16 gradients, which underflow
 at 6e-8."""
@@ -219,8 +218,12 @@ class Calibration:
             torch.autocast(self._device.type, self._dtype if mixed else None, enabled=mixed, cache_enabled=False),
         ):
             found: object = run(rows)
-        if not isinstance(found, Tensor) or tuple(found.shape) != (len(rows),) or not found.is_floating_point():
-            what = f"{found.dtype} of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        if not isinstance(found, torch.Tensor) or tuple(found.shape) != (len(rows),) or not found.is_floating_point():
+            what = (
+                f"{found.dtype} of shape {list(found.shape)}"
+                if isinstance(found, torch.Tensor)
+                else type(found).__name__
+            )
             raise Misconfigured(
                 f"{dealt.name}: {run.__name__} of {len(rows)} rows has to be a tensor of as many losses, and is {what}"
             )

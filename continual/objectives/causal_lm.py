@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
+from continual.lazily import Tensor, torch
 from continual.objectives.contract import Batch, Objective
 
 
@@ -24,7 +21,9 @@ class CausalLM(Objective):
         """Cross-entropy of every token given those before it, float32, rows × (tokens - 1); 0 where there is none."""
         logits = self.model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1]
         wanted = batch.ids[:, 1:].masked_fill(batch.mask[:, 1:] == 0, -100)
-        return functional.cross_entropy(logits.transpose(1, 2).float(), wanted, ignore_index=-100, reduction="none")
+        return torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2).float(), wanted, ignore_index=-100, reduction="none"
+        )
 
     def losses(self, rows: Sequence[int]) -> Tensor:
         """Of each row the mean over its predicted tokens: all but the first. float32, 1-D."""

@@ -8,11 +8,8 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
 from continual.errors import Misconfigured
+from continual.lazily import Tensor, torch
 from continual.objectives.contract import Batch, Objective, chunks
 from continual.objectives.rows import Example
 
@@ -39,7 +36,9 @@ class Classes(Objective):
     def losses(self, rows: Sequence[int]) -> Tensor:
         """Cross-entropy of each row's class, float64, 1-D."""
         batch = self.together(rows)
-        return functional.cross_entropy(self.confidence * self.logits(batch).double(), batch.labels, reduction="none")
+        return torch.nn.functional.cross_entropy(
+            self.confidence * self.logits(batch).double(), batch.labels, reduction="none"
+        )
 
     def fit(self, rows: Sequence[int]) -> Tensor:
         """Sets the confidence to the best one on these rows. Returns their losses under it: float64, 1-D, on the CPU,
@@ -48,7 +47,7 @@ class Classes(Objective):
             found = torch.cat([self.logits(self.together(some)).double().cpu() for some in chunks(rows, self._batch)])
         labels = torch.tensor([self._labels[i] for i in rows])
         self.confidence = fitted(found, labels)
-        return functional.cross_entropy(self.confidence * found, labels, reduction="none")
+        return torch.nn.functional.cross_entropy(self.confidence * found, labels, reduction="none")
 
     def score(self) -> float:
         """The share of rows that are right."""

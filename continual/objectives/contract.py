@@ -12,10 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-import torch
-from torch import Tensor
-
 from continual.errors import Misconfigured
+from continual.lazily import Tensor, torch
 from continual.objectives.rows import Example, read_rows
 
 T = TypeVar("T")

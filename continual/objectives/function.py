@@ -13,10 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
-
 from continual.errors import Misconfigured
+from continual.lazily import Tensor, torch
 from continual.objectives.rows import file_digest
 from continual.records import FileDigest
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
 from continual.errors import Misconfigured
+from continual.lazily import Tensor, torch
 from continual.objectives.classes import Classes
 from continual.objectives.contract import Batch, RowFiles, chunks
 from continual.objectives.rows import Example, read_heads
@@ -33,7 +30,9 @@ class Heads(Classes):
         prompts = read_heads(files.heads)
         self._numbers = {label: number for number, label in enumerate(prompts)}
         with torch.inference_mode():
-            heads = functional.normalize(torch.stack([self._mean(texts) for texts in prompts.values()]), dim=-1)
+            heads = torch.nn.functional.normalize(
+                torch.stack([self._mean(texts) for texts in prompts.values()]), dim=-1
+            )
         self._heads = heads.clone()  # classes × width; no inference tensor, so that losses can be differentiated
 
     def _mean(self, texts: list[str]) -> Tensor:
@@ -55,7 +54,7 @@ class Heads(Classes):
         """The normalised mean of the last hidden states, float32, rows × width."""
         states = self.model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state.float()
         mask = batch.mask.unsqueeze(-1)
-        return functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+        return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
     def logits(self, batch: Batch) -> Tensor:
         """The cosines to the heads over the temperature, never in less than float32; rows × classes."""

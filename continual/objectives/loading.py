@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from continual.errors import Misconfigured
+from continual.lazily import torch
 from continual.objectives.contract import LoadedModel, Objective
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-
 from continual.errors import Misconfigured
+from continual.lazily import torch
 from continual.records import TensorSpec
 
 

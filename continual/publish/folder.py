@@ -18,14 +18,13 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-import torch
-
 from continual.config import parse_bytes
 from continual.engine.block_reading import CutModel
 from continual.engine.explaining import shares_of
 from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
+from continual.lazily import Dtypes, torch
 from continual.publish.exported_config import WORDS, set_config_dtype, untie_config
 from continual.publish.exported_tokenizer import put_tokenizer
 from continual.publish.provenance import provenance_of
@@ -38,7 +37,7 @@ from continual.tensors.checkpoints.place import RELEASE, Place
 from continual.tensors.checkpoints.weight_sets import index_for, stem_of
 from continual.tensors.names.tied import tables_apart
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = Dtypes({"F32": "float32", "F16": "float16", "BF16": "bfloat16"})
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")
 _SMALL = 64 << 20
 

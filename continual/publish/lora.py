@@ -22,15 +22,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from continual import linalg
 from continual.engine.block_reading import BlockReading, CutModel
 from continual.engine.explaining import shares_of
 from continual.engine.reading import Reading
 from continual.errors import Halt, Misconfigured
 from continual.executors.contract import Executor, Progress, Task
+from continual.lazily import Tensor, torch
 from continual.publish.adaptable import Adapted, adaptable
 from continual.publish.diffusion import FILES, LoraFormat, adaptable_in, header_of
 from continual.publish.folder import DTYPES, free, parse_dtype, written

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-import torch
+from continual.lazily import torch
 
 
 class Placed(NamedTuple):

@@ -15,11 +15,10 @@ from typing import Annotated, Any, Generic, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from blake3 import blake3
-from torch import Tensor
 
 from continual.errors import Misconfigured
+from continual.lazily import Tensor, torch
 from continual.rules import trimming
 from continual.rules.contract import Inputs, Pass
 from continual.rules.options import Choice, Flag, Number, O, Option, Whole, declared, plain, resolve

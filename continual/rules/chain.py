@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from continual.errors import Misconfigured
+from continual.lazily import Tensor
 from continual.records import TensorSpec, Totals
 from continual.rules.before import TRANSFORMS, Transform
 from continual.rules.contract import Accumulators, Counts, Folded, Inputs, Pass, Rule

@@ -17,9 +17,8 @@ from typing import Generic, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from continual.lazily import Tensor, torch
 from continual.records import SlotSpec, TensorSpec, Totals
 from continual.rules.options import O, Option, declared, plain, resolve
 from continual.rules.scale import ReadOptions, Size

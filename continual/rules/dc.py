@@ -20,10 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-import torch
-from torch import Tensor
-
 from continual import linalg
+from continual.lazily import Tensor, torch
 from continual.rules import tsv_m
 from continual.rules.contract import Rule, RuleRow, Triplets
 from continual.rules.matrices import Include

@@ -22,8 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from torch import Tensor
-
+from continual.lazily import Tensor
 from continual.rules import tsv_m
 from continual.rules.contract import Rule, RuleRow, Triplets
 from continual.rules.matrices import Include

@@ -11,10 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-from torch import Tensor
-
 from continual import linalg
+from continual.lazily import Tensor, torch
 from continual.records import SlotSpec, TensorSpec, Totals
 from continual.rules import sums
 from continual.rules.contract import (

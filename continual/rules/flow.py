@@ -18,9 +18,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
-from torch import Tensor
-
+from continual.lazily import Tensor, torch
 from continual.rules import gram_less, gram_sums, matrices
 from continual.rules.contract import Accumulators, Apart, LeftOut, Rule, RuleRow
 from continual.rules.gram_sums import CROSS, EARLIER, GRAMS, LEFT, RIGHT, SIDES, SUM, Grams, GramSlots, Side

@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
+from continual.lazily import Tensor, torch
 from continual.rules.contract import Apart, LeftOut, Without
 
 Poles = Sequence[tuple[complex, complex]]

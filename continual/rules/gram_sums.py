@@ -15,10 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
 from continual import linalg
+from continual.lazily import Tensor, torch
 from continual.records import SlotSpec, Totals
 from continual.rules import sums
 from continual.rules.contract import Accumulators, Apart, CoreFunctions, Factored, Folded, Inputs, Laws, LeftOut, Sums

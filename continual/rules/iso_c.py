@@ -9,10 +9,8 @@ is at reading; a fold is an addition.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from continual import linalg
+from continual.lazily import Tensor, torch
 from continual.records import Totals
 from continual.rules import iso_less, matrices, sums
 from continual.rules.contract import Accumulators, Apart, Folded, Inputs, LeftOut, Rule, RuleRow, Sums

@@ -13,10 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from continual import linalg
+from continual.lazily import Tensor, torch
 from continual.rules.contract import LeftOut, Without
 
 LEAST = 48

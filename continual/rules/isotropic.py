@@ -13,9 +13,8 @@ would change σ̄ alone, and no direction: every weight is 1. Everything that is
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from continual import linalg
+from continual.lazily import Tensor
 from continual.rules import tsv_m
 from continual.rules.contract import Rule, RuleRow, Triplets
 from continual.rules.matrices import MatrixOptions

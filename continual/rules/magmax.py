@@ -6,10 +6,8 @@ Marczak et al. 2024, "MagMax: Leveraging Model Merging for Seamless Continual Le
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from continual import linalg
+from continual.lazily import Tensor, torch
 from continual.records import Totals
 from continual.rules import sums
 from continual.rules.contract import Accumulators, Folded, FoldFunctions, Inputs, ReadFunctions, Rule, RuleRow, Sums

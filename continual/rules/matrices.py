@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
-from torch import Tensor
-
 from continual import linalg
+from continual.lazily import Tensor
 from continual.records import SlotSpec, TensorSpec, Totals
 from continual.rules import sums
 from continual.rules.contract import (

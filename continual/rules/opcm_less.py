@@ -14,10 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from continual import linalg
+from continual.lazily import Tensor, torch
 from continual.rules.contract import Apart, LeftOut, Without
 
 Fold = Callable[[Tensor, Tensor], Tensor]

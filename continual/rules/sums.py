@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from continual import linalg
 from continual.errors import Misconfigured
+from continual.lazily import Tensor
 from continual.records import MatrixTotals, TensorSpec, Totals
 from continual.rules.contract import Accumulators, Folded, FoldFunctions, Inputs, Laws, Sums
 from continual.rules.scale import Size

@@ -11,11 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-from torch import Tensor
-
 from continual import linalg
 from continual.errors import Misconfigured
+from continual.lazily import Tensor, torch
 from continual.records import SlotSpec, TensorSpec, Totals
 from continual.rules import sums, trimming
 from continual.rules.contract import (

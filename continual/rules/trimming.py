@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from continual.lazily import Tensor, torch
 from continual.rules.contract import Counts, Inputs, Pass
 
 SCOPES = ("model", "tensor")

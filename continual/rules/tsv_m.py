@@ -15,11 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
-
 from continual import linalg
 from continual.errors import Misconfigured
+from continual.lazily import Tensor, torch
 from continual.records import SlotSpec, Totals
 from continual.rules import matrices, tsv_less
 from continual.rules.contract import (

@@ -15,11 +15,9 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from continual.errors import Refuse
 from continual.executors.contract import Progress
+from continual.lazily import Tensor, torch
 from continual.records import TensorSpec
 from continual.selection.active import Active
 from continual.selection.in_memory import ModelInMemory, Score

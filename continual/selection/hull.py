@@ -14,10 +14,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple, Protocol
 
-import torch
-from torch import Tensor
-
 from continual.errors import Misconfigured
+from continual.lazily import Tensor, torch
 
 GONE = 1e-9
 """Weights up to this share of ρ are taken for 0."""

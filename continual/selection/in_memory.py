@@ -13,14 +13,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from continual import linalg
 from continual.engine.engine import Engine
 from continual.errors import Misconfigured, Refuse
 from continual.executors.contract import Progress, Task
 from continual.gates import Numbers, TensorNumbers
+from continual.lazily import Tensor, torch
 from continual.objectives.calibration import Calibration
 from continual.objectives.parameters import find_parameters
 from continual.records import TensorSpec

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from continual.lazily import Tensor
 
 LEAST = 1e-12
 """Standard errors below this are rounding."""

@@ -13,9 +13,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-import torch
-from torch import Tensor
-
 from continual import linalg
 from continual.blocks import Shelf
 from continual.blocks.shelf import stacked
@@ -23,6 +20,7 @@ from continual.engine.engine import Engine
 from continual.engine.folding import run_length
 from continual.errors import Refuse
 from continual.executors.contract import Progress, Task
+from continual.lazily import Tensor, torch
 from continual.records import Candidate, Lineage, TensorSpec
 from continual.tensors import (
     Adapter,

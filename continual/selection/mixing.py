@@ -13,13 +13,11 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from continual import linalg
 from continual.engine.engine import Engine
 from continual.engine.folding import need
 from continual.executors.contract import Progress, Task
+from continual.lazily import Tensor, torch
 from continual.records import TensorSpec, depths_of
 from continual.rules.sums import SLOT
 from continual.selection.members import Member, Opened, opened

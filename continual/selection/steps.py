@@ -13,11 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
 from continual.config import StepSettings
 from continual.errors import Misconfigured
+from continual.lazily import Tensor, torch
 from continual.selection.hull import GONE, Hull, Point, Problem, project
 
 Step = Literal["hard", "pairwise", "soft", "corrective"]

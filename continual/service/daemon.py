@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from continual import lazily
 from continual.api import Merge
 from continual.config import Settings
 from continual.errors import Halt
@@ -50,6 +51,7 @@ def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
     logs.configure(json=settings.log_json, level=settings.log_level)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the client's bars are for people, not for a log
     check(settings)
+    lazily.load()  # before the first fold, and on this thread
     with Merge(settings, write=True) as merge:
         view_settings.must_be_readable(merge)
         gc.freeze()  # the modules and the records stay as long as the process: nobody looks through them for garbage

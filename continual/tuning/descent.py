@@ -12,8 +12,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from continual.lazily import Tensor, torch
 
 FIRST = 2.0
 """By what the first step changes a factor, unless told otherwise; no later step by more than the square of it."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 
 from continual import linalg
@@ -27,6 +26,7 @@ from continual.engine.engine import Engine
 from continual.engine.reading import Reading
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress
+from continual.lazily import torch
 from continual.objectives.calibration import Calibration, Wanted, load
 from continual.objectives.parameters import HeldIn, find_parameters
 from continual.records import TensorSpec

@@ -6,10 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from continual.engine.reading import Reading
 from continual.executors.contract import Executor, Task
+from continual.lazily import torch
 from continual.objectives.builtin import Rows
 from continual.objectives.contract import Objective
 from continual.objectives.parameters import HeldIn, Parameters

@@ -7,10 +7,9 @@ import os
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from continual.engine.reading import Reading
 from continual.executors.contract import Executor, Progress
+from continual.lazily import torch
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import TensorSpec
 from continual.rules import ReadOptions, Size

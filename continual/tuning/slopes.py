@@ -11,13 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from continual import linalg
 from continual.blocks.merged import Merged
 from continual.engine.block_reading import BlockReading
 from continual.executors.contract import Executor, Task
+from continual.lazily import Tensor, torch
 from continual.objectives.parameters import Parameters
 
 _STEP = 1e-3

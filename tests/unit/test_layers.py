@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -15,6 +16,7 @@ ROOMS = (
     ("errors", ""),
     ("outside", ""),
     ("records", ""),
+    ("lazily", ""),
     ("linalg", ""),
     ("retrying", ""),
     ("config", ""),
@@ -107,3 +109,13 @@ def test_no_room_of_tensors_sees_one_below() -> None:
     ]
     assert wrong == []
     assert {name.split(".")[2] for name in KNOWN if name.startswith("continual.tensors.")} - {"model"} == set(TENSORS)
+
+
+def test_torch_is_taken_from_one_place_alone() -> None:
+    """Where loading it waits until it is used. The demonstration trains models, and uses it at once."""
+    direct = [
+        name
+        for name, module in KNOWN.items()
+        if module.room not in ("lazily", "demo") and re.search(r"^\s*(import|from) torch\b", module.text, re.M)
+    ]
+    assert direct == [], "write `from continual.lazily import Tensor, torch`"

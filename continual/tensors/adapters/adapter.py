@@ -11,9 +11,8 @@ import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-import torch
-
 from continual.errors import Refuse
+from continual.lazily import torch
 from continual.outside import shown
 from continual.records import FileStat
 from continual.tensors.adapters.adapter_config import CONFIG, MERGE, Fields

@@ -12,9 +12,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
-
 from continual.errors import Refuse
+from continual.lazily import torch
 from continual.records import ITEMSIZE
 from continual.tensors.checkpoints import header, quantised
 from continual.tensors.checkpoints.buffers import is_buffer

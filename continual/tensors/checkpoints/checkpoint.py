@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from continual.errors import Refuse
+from continual.lazily import Dtypes, torch
 from continual.outside import VALUES, shown
 from continual.tensors.checkpoints import foreign, header, quantised
 from continual.tensors.checkpoints.compound import COPIED, WHOLE, Part, has_weights, settings_of
@@ -21,21 +20,23 @@ from continual.tensors.checkpoints.weight_sets import INDEX, SINGLE, weight_set
 __all__ = ["CONFIG", "FLOATS", "INDEX", "SINGLE", "TORCH", "Checkpoint", "open_checkpoint", "weight_files"]
 
 CONFIG = "config.json"
-TORCH: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-}
+TORCH = Dtypes(
+    {
+        "BOOL": "bool",
+        "U8": "uint8",
+        "I8": "int8",
+        "I16": "int16",
+        "U16": "uint16",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "I32": "int32",
+        "U32": "uint32",
+        "F32": "float32",
+        "I64": "int64",
+        "U64": "uint64",
+        "F64": "float64",
+    }
+)
 FLOATS = ("F32", "F16", "BF16")
 MOST_SHARDS = 16_384
 """Files of the largest model that is opened."""

@@ -7,8 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-
+from continual.lazily import torch
 from continual.tensors.checkpoints.checkpoint import Checkpoint
 from continual.tensors.checkpoints.header import TensorInfo
 

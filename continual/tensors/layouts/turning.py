@@ -11,8 +11,7 @@ import math
 import threading
 from collections.abc import Mapping
 
-import torch
-
+from continual.lazily import torch
 from continual.tensors.checkpoints.checkpoint import TORCH, Checkpoint
 from continual.tensors.checkpoints.header import TensorInfo
 from continual.tensors.layouts.repacking import Repacked, packed_of

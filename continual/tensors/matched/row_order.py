@@ -10,8 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-
+from continual.lazily import torch
 from continual.records import ITEMSIZE, Lineage, TokenRows
 from continual.tensors.adapters.adapter import Adapter
 from continual.tensors.checkpoints.checkpoint import TORCH, Checkpoint

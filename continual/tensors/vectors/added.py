@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from blake3 import blake3
 
 from continual.errors import Refuse
+from continual.lazily import torch
 from continual.records import Lineage, TensorSpec
 from continual.tensors.adapters.adapter import Adapter
 from continual.tensors.adapters.pieces import Piece

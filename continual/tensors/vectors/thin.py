@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
+from continual.lazily import Tensor, torch
 from continual.records import Lineage, TensorSpec, TokenRows
 from continual.tensors.adapters.adapter import Adapter
 from continual.tensors.adapters.pieces import Piece

@@ -12,10 +12,10 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-import torch
 from blake3 import blake3
 
 from continual.errors import Refuse
+from continual.lazily import torch
 from continual.records import Lineage, TensorSpec
 from continual.tensors.adapters.adapter import Adapter
 from continual.tensors.adapters.pieces.low_rank import Factors

@@ -8,9 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-import torch
-
 from continual.errors import Refuse
+from continual.lazily import torch
 from continual.tensors.adapters.adapter_config import Fields
 from continual.tensors.checkpoints.header import TensorInfo
 

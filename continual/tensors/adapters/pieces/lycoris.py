@@ -10,9 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from continual.errors import Refuse
+from continual.lazily import torch
 from continual.outside import shown
 from continual.tensors.adapters.adapter_config import Fields
 from continual.tensors.adapters.pieces.contract import Module, Piece, possible, roles_of, unfit

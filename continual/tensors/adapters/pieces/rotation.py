@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from continual.errors import Refuse
+from continual.lazily import torch
 from continual.outside import shown
 from continual.tensors.adapters.adapter_config import MERGE, Fields
 from continual.tensors.adapters.pieces.contract import Module, Piece, possible, roles_of, unfit

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from blake3 import blake3
 
 from continual.errors import Refuse
+from continual.lazily import torch
 from continual.tensors.adapters.adapter_config import Fields
 from continual.tensors.adapters.pieces.contract import Module, Piece, possible, unfit
 from continual.tensors.checkpoints.header import TensorInfo

@@ -11,9 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from continual.errors import Refuse
+from continual.lazily import torch
 from continual.tensors.adapters.pieces.contract import Piece, possible, unfit
 from continual.tensors.checkpoints.header import TensorInfo
 
