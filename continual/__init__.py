@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from continual.publish.lora import LoraTarget
     from continual.state.backup import BackupReport, Wish
     from continual.state.damage import RepairPlan
-    from continual.tuning import Command, Learning, Rows, Tuned, Tuning, Weighing
+    from continual.tuning import Command, Learning, Rows, TaskRows, Tuned, Tuning, Weighing
 
 __all__ = [
     "BackupReport",
@@ -40,6 +40,7 @@ __all__ = [
     "Settings",
     "Survey",
     "Target",
+    "TaskRows",
     "Tuned",
     "Tuning",
     "Verified",
@@ -67,7 +68,7 @@ _HOMES = {
     "continual.publish.lora": ("LoraTarget",),
     "continual.state.backup": ("BackupReport", "Wish"),
     "continual.state.damage": ("RepairPlan",),
-    "continual.tuning": ("Command", "Learning", "Rows", "Tuned", "Tuning", "Weighing"),
+    "continual.tuning": ("Command", "Learning", "Rows", "TaskRows", "Tuned", "Tuning", "Weighing"),
 }
 """The module that each name is loaded from: the same as above, which only type checkers read."""
 

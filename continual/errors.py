@@ -23,7 +23,7 @@ REFUSALS = (
     *("missing", "shape", "vocab", "prefix", "tied", "name", "adapter-kind", "adapter-target", "moments", "weight"),
     *("assembly", "non-finite", "zero", "norm-base", "norm-mean", "duplicate", "update", "own-release"),
     *("gone", "gated", "superseded", "changed", "malformed", "irrelevant", "age", "count", "internal"),
-    *("quantised", "foreign", "sharded-state", "lineage", "extra", "form", "cut"),
+    *("quantised", "foreign", "sharded-state", "lineage", "extra", "form", "cut", "inputs"),
 )
 """Every reason for which continual keeps a candidate out; operations.md says what each means. A gate of somebody else
 can have others."""

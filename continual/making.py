@@ -20,7 +20,7 @@ from continual.executors.contract import Progress, silent
 from continual.hub import Repo
 from continual.hub.locate import Places
 from continual.records import Kind, SlotSpec
-from continual.rules import ReadAs, ReadOptions, read_as, read_options, reader, rule, rule_of
+from continual.rules import ReadAs, ReadOptions, must_keep_adapters, read_as, read_options, reader, rule, rule_of
 from continual.state import Format, State
 from continual.state.format import AdaptersForm, BaseRecord, HeaderRecord
 from continual.tensors import BaseModel, Checkpoint, Folder, Place, describe
@@ -137,6 +137,8 @@ def init(
     """
     recipe = recipe or Recipe()
     chosen = rule(recipe.rule_name, recipe.options)  # before anything is fetched
+    if recipe.width is None:
+        must_keep_adapters(chosen)
     place = Places(Settings(), client=client).named(base)
     if recipe.width is not None:
         return _init_adapters(place, base, Path(state), recipe)
@@ -321,6 +323,8 @@ def _survey(base: str, model: BaseModel, recipe: Recipe, form: str | None = None
     if recipe.width is not None:
         _check_adapters(model, recipe)
     chosen, read = rule(recipe.rule_name, recipe.options), recipe.read()
+    if recipe.width is None:
+        must_keep_adapters(chosen)
     counted = {kind: [spec.numel for spec in model.specs if spec.kind == kind] for kind in get_args(Kind)}
     return Survey(
         base=base,

@@ -32,7 +32,7 @@ from continual.state import Commit, State
 from continual.state.entries import Entry
 from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting
-from continual.tuning import Evaluation, Learning, Told, Tuned, Tuning, Weighing
+from continual.tuning import Evaluation, FoundInputs, Learning, TaskRows, Told, Tuned, Tuning, Weighing
 
 if TYPE_CHECKING:
     pass
@@ -176,6 +176,14 @@ class Merge(OpenedState):
         with self.weights() as base:
             engine = self.engine if self.state.format.form is None else self.engine_over(base)
             return tuning.learn(engine, reading, wanted, progress, told)
+
+    def read_inputs(self, wanted: TaskRows, progress: Progress = silent) -> FoundInputs:
+        """Runs the base on rows of each task, and records the second moments of what its linear layers are given, by
+        which `regmean` reads a state of adapters; nothing is folded. Raises Misconfigured where a state keeps whole
+        tensors, or the rows or the base's weights cannot be used, Retry and Halt; then nothing is recorded."""
+        with self.weights() as base:
+            engine = self.engine if self.state.format.form is None else self.engine_over(base)
+            return tuning.read_inputs(engine, wanted, progress)
 
     def look_unfold(self, word: str, at: str | Path | None = None) -> unfolding.Unfolding:
         """Says what taking the model that `word` names (a name, path, key or record number) out of the merge takes;

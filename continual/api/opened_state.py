@@ -114,7 +114,12 @@ class OpenedState:
         Misconfigured for a device that is not there."""
         device = pick_device(self.settings.device)
         resources = Resources(
-            self.executor, device, locate=self.places.of, stop=self.stopping, open_weights=self._open_values
+            self.executor,
+            device,
+            locate=self.places.of,
+            stop=self.stopping,
+            open_weights=self._open_values,
+            reads=self.settings.reading,
         )
         return Engine(self.state, base, self.rule, self.standing.gates, resources)
 

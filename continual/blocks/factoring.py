@@ -92,7 +92,7 @@ def thin(rule: Rule, given: Stacked, run: Run, rank: int | None = None) -> ThinP
     if not given.rows:
         return ThinProduct(torch.zeros(m, 0), torch.zeros(n, 0), 0.0)
     assert rule.factored is not None
-    if rule.factored.linear(given.spec):
+    if is_direct(rule, given):
         left, right = direct(rule, given, run)
         if rank is None or rank >= left.shape[1]:
             return _balanced(left, right)
@@ -108,7 +108,7 @@ def dense(rule: Rule, given: Stacked, run: Run) -> Tensor:
     if not given.rows:
         return torch.zeros(m, n)
     assert rule.factored is not None
-    if rule.factored.linear(given.spec):
+    if is_direct(rule, given):
         left, right, *_ = _balanced(*direct(rule, given, run))
     else:  # of orthonormal columns, so that rounding one side does no more than rounding X
         one, other = spanned(given.u), spanned(given.v)
@@ -122,7 +122,7 @@ def square(rule: Rule, given: Stacked, run: Run) -> float:
     if not given.rows:
         return 0.0
     assert rule.factored is not None
-    if rule.factored.linear(given.spec):
+    if is_direct(rule, given):
         left, right = direct(rule, given, run)
         return max(0.0, float(((left.mT @ left) * (right.mT @ right)).sum()))
     return float(_turned(rule, given, run, (spanned(given.u).upper, spanned(given.v).upper)).square().sum())
@@ -178,11 +178,26 @@ def fold_cores(
     return kept, taus
 
 
+def is_direct(rule: Rule, given: Stacked) -> bool:
+    """Whether the factors of X are those of a weighted sum, or follow from the inputs of the layer: `direct` has them
+    without a core. The rule has `factored`."""
+    assert rule.factored is not None
+    return rule.factored.by_inputs is not None or rule.factored.linear(given.spec)
+
+
 def direct(rule: Rule, given: Stacked, run: Run, turned: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """The factors of a weighted sum, or those that the rule makes of the triplets itself: of `turned`, as `core` has
     it, where these are given."""
     assert rule.factored is not None
-    if rule.factored.linear(given.spec):
+    if rule.factored.by_inputs is not None and given.inputs is not None:
+        weights = [entrant.weight for entrant in run.entrants]
+        sigma = weighed(given.sigma, given.rows, weights)
+        across = any(one.rows for one in given.inputs)
+        near, far = (given.u, given.v) if across else (given.v, given.u)
+        solved = rule.factored.by_inputs(near.mT.double(), given.rows, given.inputs, weights)
+        ahead = far.mT * sigma
+        return (solved, ahead) if across else (ahead, solved)
+    if is_direct(rule, given):
         return given.u.mT * weighed(given.sigma, given.rows, run.coefficients_at(given.spec)), given.v.mT
     assert rule.factored.triplets is not None
     owner = [index + 1 for index, where in given.rows.items() for _ in range(where.start, where.stop)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from continual.blocks import elements
@@ -13,7 +13,11 @@ from continual.blocks.shelf import Shelf, Stacked, stacked
 from continual.errors import Misconfigured
 from continual.lazily import Tensor
 from continual.records import WEIGHT, TensorSpec, Totals, is_weight
-from continual.rules import ReadOptions, Rule, Size, Sums, figures_of, settle
+from continual.rules import LayerInputs, ReadOptions, Rule, Size, Sums, figures_of, settle
+
+KnownInputs = Callable[[str], Mapping[int, LayerInputs] | None]
+"""The inputs that a layer has on rows of the task of each of the chosen models, by its number; None where they are not
+known."""
 
 
 class Merged:
@@ -38,6 +42,7 @@ class Merged:
         self.run = _run(rule, self._figures, self.chosen)
         self._seed = seed
         self.layered: Mapping[int, Mapping[float, float]] = {}
+        self._inputs: KnownInputs = _unknown
         self._measured: dict[int, object] = {}
         self._parts: tuple[float, float] | None = None
 
@@ -48,6 +53,11 @@ class Merged:
         numbered = zip(self.chosen, self.run.entrants, strict=True)
         entrants = [entrant._replace(layers=weights.get(number)) for number, entrant in numbered]
         self.run = replace(self.run, entrants=entrants)
+        return self
+
+    def by_inputs(self, known: KnownInputs) -> Merged:
+        """The same, where the inputs of layers are known, for a rule that reads by them."""
+        self._inputs = known
         return self
 
     @property
@@ -122,19 +132,22 @@ class Merged:
 
     def stacked(self, name: str, *, exact: bool = True) -> Stacked:
         """The chosen models' triplets in one layer; without `exact` their vectors are float32, as they are kept."""
-        return stacked(self.shelf, name, list(self.chosen), exact=exact)
+        found = stacked(self.shelf, name, list(self.chosen), exact=exact)
+        if not self.rule.needs.inputs or not self.is_matrix(name) or (known := self._inputs(name)) is None:
+            return found
+        return found._replace(inputs=[known[number] for number in self.chosen])
 
     def without(self, number: int) -> Merged:
         """The same reading without one of the models."""
         others = {other: weight for other, weight in self.chosen.items() if other != number}
         found = Merged(self.shelf, others, self.rule, self.options, self._seed, self._figures)
         found._measured = self._measured
-        return found.by_layer(self.layered)
+        return found.by_layer(self.layered).by_inputs(self._inputs)
 
     def weighed(self, weights: Mapping[int, float]) -> Merged:
         """The same models read alike with other weights."""
         assert weights.keys() == self.chosen.keys(), (weights, self.chosen)
-        return Merged(self.shelf, weights, self.rule, self.options, self._seed, self._figures)
+        return Merged(self.shelf, weights, self.rule, self.options, self._seed, self._figures).by_inputs(self._inputs)
 
     def is_matrix(self, name: str) -> bool:
         """Whether the rule takes this layer for a matrix."""
@@ -162,6 +175,10 @@ def check(rule: Rule, chosen: Mapping[int, float]) -> None:
             raise Misconfigured(
                 f"{rule.name} reads every model with weight 1, not {weight:g}; --weight '*=1' gives each of them that"
             )
+
+
+def _unknown(_name: str) -> None:
+    return None
 
 
 def _is_matrix(rule: Rule, spec: TensorSpec) -> bool:

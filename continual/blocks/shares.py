@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from continual import linalg
-from continual.blocks.factoring import Run, apart, fold_cores, spanned
+from continual.blocks.factoring import Run, apart, direct, fold_cores, is_direct, spanned
 from continual.blocks.merged import Merged
 from continual.blocks.shelf import Stacked
 from continual.lazily import Tensor, torch
@@ -67,7 +67,9 @@ class Explaining:
         found = self.merged.rule.factored
         if found is None:
             return self._dense(name, given)
-        if found.linear(given.spec):
+        if given.inputs is not None:
+            return _by_factors(self.merged, given, runs)
+        if is_direct(self.merged.rule, given):
             return _linear(self.merged, given, runs)
         return _Turned(self.merged, given, runs).products()
 
@@ -176,6 +178,26 @@ def _linear(merged: Merged, given: Stacked, runs: Sequence[Run]) -> Products:
         [max(0.0, float(rest @ inner @ rest)) for rest in rests],
         (rests @ dots).tolist(),
     )
+
+
+def _by_factors(merged: Merged, given: Stacked, runs: Sequence[Run]) -> Products:
+    """Where X has factors that lie in no span of the task vectors': of each reading, and of each task vector."""
+    rule, whole = merged.rule, direct(merged.rule, given, merged.run)
+    rests = [direct(rule, given.without(index), run) for index, run in enumerate(runs)]
+    taus = [given.factors(index) for index in range(len(runs))]
+    return Products(
+        _product(whole, whole),
+        [_product(tau, tau) for tau in taus],
+        [_product(tau, whole) for tau in taus],
+        [_product(rest, rest) for rest in rests],
+        [_product(rest, whole) for rest in rests],
+    )
+
+
+def _product(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """⟨L·Rᵀ, L′·R′ᵀ⟩."""
+    (left, right), (ahead, behind) = ([side.double() for side in pair] for pair in (one, other))
+    return float(((left.mT @ ahead) * (right.mT @ behind)).sum())
 
 
 class _Turned:

@@ -9,6 +9,7 @@ from continual.blocks.columns import Columns
 from continual.blocks.triplets import Block
 from continual.lazily import Tensor, torch
 from continual.records import TensorSpec
+from continual.rules import LayerInputs
 
 
 class Shelf(Protocol):
@@ -33,13 +34,15 @@ class Shelf(Protocol):
 class Stacked(NamedTuple):
     """The chosen models' triplets in one layer, one model's below the other's: `u` (K×m), `sigma` (K) and `v` (K×n) in
     float64. `rows`: where those of each model are, by its index among the chosen; a model that did not touch the layer
-    is not there."""
+    is not there. `inputs`: those that the layer has on rows of each model's task, by the same index, where the rule
+    reads by them and they are known of all."""
 
     spec: TensorSpec
     u: Tensor
     sigma: Tensor
     v: Tensor
     rows: Mapping[int, slice]
+    inputs: Sequence[LayerInputs] | None = None
 
     def block(self, index: int) -> Block:
         """The block of one model, float32, as it is kept."""
@@ -55,7 +58,8 @@ class Stacked(NamedTuple):
     def without(self, index: int) -> Stacked:
         """The same without one of the chosen models; those after it come one earlier. The vectors are shared."""
         rows = {place - (place > index): where for place, where in self.rows.items() if place != index}
-        return self._replace(rows=rows)
+        inputs = self.inputs and [one for place, one in enumerate(self.inputs) if place != index]
+        return self._replace(rows=rows, inputs=inputs)
 
 
 def stacked(shelf: Shelf, name: str, chosen: Sequence[int], *, exact: bool = True) -> Stacked:

@@ -12,14 +12,16 @@ from continual.cli import console, opened
 from continual.cli.flags import MACHINE, OPENING, Flags, takes
 from continual.cli.typed import Worth, parse_options
 from continual.errors import Misconfigured
+from continual.outside import counted
+from continual.texts import size
 
 if TYPE_CHECKING:
     from continual.rules import ReadOptions
     from continual.rules.scale import Policy
-    from continual.tuning import Evaluation, Learning, Weighing
+    from continual.tuning import Evaluation, Learning, TaskRows, Weighing
 
 app = typer.Typer(rich_markup_mode=None)
-What = Literal["scale", "weights", "layers"]
+What = Literal["scale", "weights", "layers", "inputs"]
 
 
 @app.command()
@@ -37,14 +39,15 @@ def tune(
         What,
         typer.Option(
             "--what",
-            help="What to find: scale, weights (of the models of a state of adapters), or layers (a coefficient each).",
+            help="What to find: scale, weights (of the models of a state of adapters), layers (a coefficient each), or "
+            "inputs (of layers, on rows of each task; for the rule regmean).",
         ),
     ] = "scale",
     rows: Annotated[
         list[Path] | None,
         typer.Option(
             "--rows",
-            help="Calibration rows: a JSONL file with text and label; for layers one a task.",
+            help="Calibration rows: a JSONL file with text and label; for layers and inputs one a task.",
             show_default=False,
         ),
     ] = None,
@@ -52,7 +55,7 @@ def tune(
         str | None,
         typer.Option(
             "--objective",
-            help="Of the rows: causal-lm, classification or heads; for layers also module:function.",
+            help="Of the rows: causal-lm, classification or heads; for layers and inputs also module:function.",
             show_default=False,
         ),
     ] = None,
@@ -68,7 +71,7 @@ def tune(
         list[str] | None,
         typer.Option(
             "--calibration",
-            help="With layers: how the rows are run, as seed=1, held=0.2, dtype=bfloat16 or unsupervised=true.",
+            help="With layers and inputs: how rows are run, as seed=1, held=0.2, dtype=bfloat16, unsupervised=true.",
             show_default=False,
         ),
     ] = None,
@@ -115,22 +118,46 @@ def tune(
             help="With weights: models that share a factor, as NAME,NAME or a glob; default: one each; repeatable.",
         ),
     ] = None,
+    whose: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            help="With inputs: the models of each file of rows, or task, as NAME,NAME or a glob; once for each.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank", help="With inputs: eigenvalues that are kept of a layer; default: 64.", show_default=False
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Evaluate and print, and record nothing.")] = False,
     *,
     flags: Flags,
 ) -> None:
     """Find how large the merged task vector should be, or how much each model weighs in it, or each of its layers, by
-    evaluating candidates, and record it. Nothing is folded again."""
-    from continual.tuning import Learning, Tuning, Weighing
+    evaluating candidates, and record it; or read what layers are given on rows of each task, for rules that read by
+    that. Nothing is folded again."""
+    from continual.tuning import Learning, TaskRows, Tuning, Weighing
 
     worth = Worth(command, rows or (), objective, heads or (), batch, key, lower, timeout)
     if what != "scale" and (policy is not None or around is not None or lines):
         raise Misconfigured(f"--what {what} leaves the scale as it is: leave out --policy, --around and --lines")
     if group and what != "weights":
         raise Misconfigured("--group is for --what weights")
-    if calibration and what != "layers":
-        raise Misconfigured("--calibration is for --what layers")
+    if calibration and what not in ("layers", "inputs"):
+        raise Misconfigured("--calibration is for --what layers and --what inputs")
+    if (whose or rank is not None) and what != "inputs":
+        raise Misconfigured("--for and --rank are for --what inputs")
     signal.signal(signal.SIGTERM, _stop)
+    if what == "inputs":
+        if rule is not None:
+            raise Misconfigured("--what inputs leaves the rule as it is: then 'continual scale --rule regmean'")
+        name, files, prompts = worth.run_on()
+        models = tuple(tuple(words.split(",")) for words in whose or ())
+        more = {} if rank is None else {"rank": rank}
+        asked = parse_options(calibration or ())
+        return _inputs(TaskRows(name, models, files, prompts, calibration=asked, dry_run=dry_run, **more), flags)
     if what == "layers":
         name, files, prompts = worth.learned()
         settings = {"batch": batch, **parse_options(calibration or ())}
@@ -169,6 +196,30 @@ def _learn(wanted: Learning, flags: Flags) -> None:
     if tuned.score == tuned.before:
         return console.say("no candidate served the rows that judge better than what is in force: nothing is recorded")
     console.say(console.tuned_line(tuned, loss=True))
+
+
+def _inputs(wanted: TaskRows, flags: Flags) -> None:
+    """Reads the inputs of layers."""
+    with opened.merge(flags, write=not wanted.dry_run) as merge, console.progress() as progress:
+        found = merge.read_inputs(wanted, progress)
+    names = ("models", "rows", "vectors", "bytes")
+    if flags.json:
+        tasks = [dict(zip(names, task, strict=True)) for task in found.tasks]
+        record = None if found.commit is None else found.commit.seq
+        more = {"rank": found.rank, "layers": found.layers, "lacking": list(found.lacking)}
+        return console.emit({"record": record, "tasks": tasks, **more, "seconds": round(found.seconds, 3)})
+    table = [(",".join(models), str(rows), str(vectors), size(nbytes)) for models, rows, vectors, nbytes in found.tasks]
+    console.table(("models", "rows", "inputs of a layer", "bytes"), table)
+    if found.lacking:
+        console.say(
+            f"{counted(len(found.lacking), 'layer')} of the state (as {found.lacking[0]}) lie in no linear layer of "
+            "the class that ran the rows: a rule that reads by inputs reads them as the mean"
+        )
+    recorded = f"recorded as record {found.commit.seq}" if found.commit else "nothing recorded"
+    console.say(
+        f"inputs of {counted(found.layers, 'layer')}, {found.rank} eigenvalues of each, "
+        f"in {found.seconds:.1f} s; {recorded}"
+    )
 
 
 def _weigh(evaluation: Evaluation, wanted: Weighing, flags: Flags) -> None:

@@ -120,7 +120,7 @@ class Worth:
             return Command(Command.split(self.command), self.key, self.lower, self.timeout)
         self._by_no_command()
         if len(self.rows) > 1 or len(self.heads) > 1:
-            raise Misconfigured("several files of rows, one for each task, are for --what layers")
+            raise Misconfigured("several files of rows, one for each task, are for --what layers and --what inputs")
         assert self.objective is not None
         return Rows(self.objective, self.rows[0], self.heads[0] if self.heads else None, self.batch)
 
@@ -131,6 +131,17 @@ class Worth:
             raise Misconfigured(
                 "coefficients of layers follow from a gradient, which no --command has: name an objective with "
                 "--rows FILE --objective NAME, or --objective module:function"
+            )
+        self._by_no_command()
+        return self.objective, tuple(self.rows), tuple(self.heads)
+
+    def run_on(self) -> tuple[str, tuple[Path, ...], tuple[Path, ...]]:
+        """The objective, the files of rows and those of prompts on which the base is run. Raises Misconfigured for a
+        command, which is no model in memory."""
+        if self.command is not None or self.objective is None:
+            raise Misconfigured(
+                "inputs of layers are those of a model in memory, which no --command has: name an objective with "
+                "--rows FILE --for NAME --objective NAME, or --objective module:function"
             )
         self._by_no_command()
         return self.objective, tuple(self.rows), tuple(self.heads)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from continual.blocks import Columns
 from continual.blocks.factoring import ThinProduct
 from continual.blocks.merged import Merged
+from continual.engine.models_inputs import ModelsInputs
 from continual.engine.reading import Reading, Seen, digest_of
 from continual.engine.views import ReadView
 from continual.executors.contract import Executor, Progress, Task
@@ -106,11 +107,16 @@ class BlockReading(Reading):
         given = dict(self.options.weights)
         self.chosen = self.view.chosen(state, self.commit.seq, given)
         self.layered = self.view.layered(state, self.commit.seq, given) if self.rule.laws.rounds else {}
+        folds = state.ledger.folds(at=self.commit.seq) if self.rule.needs.inputs else []
+        mine = [fold for fold in folds if fold.entry.numbers.block in self.chosen]
+        self.inputs = ModelsInputs(state, self.rule, mine) if self.rule.needs.inputs else None
 
     @cached_property
     def merged(self) -> Merged:
         """What the chosen models read as."""
         found = Merged(self.shelf, self.chosen, self.rule, self.options).by_layer(self.layered)
+        if self.inputs is not None:
+            found = found.by_inputs(self.inputs.layer)
         self.totals = found.totals
         return found
 
@@ -132,7 +138,8 @@ class BlockReading(Reading):
 
     @property
     def contents(self) -> str:
-        """Which models are read, in which order, with which weights, and how many triplets each has in each tensor."""
+        """Which models are read, in which order, with which weights, how many triplets each has in each tensor, and by
+        whose inputs."""
         folds = self.state.ledger.folds(at=self.commit.seq)
         digests = {fold.entry.numbers.block: fold.entry.digest for fold in folds}
         kept = {
@@ -142,7 +149,10 @@ class BlockReading(Reading):
         }
         layered = {number: list(each.values()) for number, each in self.layered.items()}
         models_read = [[digests[number], layered.get(number, weight)] for number, weight in self.chosen.items()]
-        return digest_of([models_read, kept], self.rule, replace(self.options, weights=()))
+        what: list[object] = [models_read, kept]
+        if self.inputs is not None:
+            what.append([self.inputs.contents[number] for number in self.chosen])
+        return digest_of(what, self.rule, replace(self.options, weights=()))
 
     def cut(self) -> tuple[CutModel, ...]:
         """The models that are read and of which something was cut off, in the order of their folds. Raises Damaged."""
@@ -199,7 +209,8 @@ class BlockReading(Reading):
     def need(self, spec: TensorSpec) -> int:
         """Bytes that reading one tensor takes at its peak."""
         m, n = sides_of(spec.expert.shape if spec.kind == "stack" else spec.shape)
-        return 4 * spec.numel + 8 * 4 * self.columns(spec) * (m + n)
+        known = 0 if self.inputs is None else 8 * 3 * max(m, n) * self.inputs.rank
+        return 4 * spec.numel + 8 * 4 * self.columns(spec) * (m + n) + known
 
     def measure(self, executor: Executor, progress: Progress, seen: Seen | None = None) -> float:
         """‖X‖ over the whole model; `seen` is given X of each tensor."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from continual.engine.block_reading import StoredLayers, cut_since
 from continual.engine.blocks import put_all
+from continual.engine.models_inputs import check_inputs
 from continual.engine.views import ReadView
 from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task
@@ -119,6 +120,10 @@ def check(state: State, other: State, rule: Rule) -> None:
         raise Misconfigured(
             f"{counted(len(both), 'model')} {'is' if len(both) == 1 else 'are'} in both states ({names}): "
             "unfold from one what is in the other, else it would count twice"
+        )
+    if blocks:
+        check_inputs(
+            state, reader(rule, _now(state).rule, blocks=True), [c.entry.candidate for c in other.ledger.folds()]
         )
     if blocks and any(weight != 1.0 for weight in _weights(other).values()):
         by = reader(rule, _now(state).rule, blocks=True)

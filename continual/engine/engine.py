@@ -18,6 +18,7 @@ from typing import NamedTuple
 from continual.engine import standing
 from continual.engine.blocks import BlockFolding, most
 from continual.engine.folding import Folding, Terms, run_length
+from continual.engine.models_inputs import check_inputs
 from continual.engine.outcomes import FoldReport, OpenCandidate, Outcome, known_as
 from continual.engine.report import report_of
 from continual.engine.resources import Resources
@@ -133,6 +134,11 @@ class Engine:
     def vet(self, candidate: Candidate, model: Model) -> Headers:
         """Asks the gates about the headers of a candidate; what they found out. Raises Refuse and Retry."""
         earlier = self.state.ledger.revisions(candidate.origin)
+        if self.state.format.form is not None:
+            try:
+                check_inputs(self.state, self._reader(), [candidate])
+            except Misconfigured as error:  # what one candidate lacks stops nobody
+                raise Refuse("inputs", f"{error}; then 'continual retry {candidate.name}'") from None
         return self.gates.at_headers(
             Headers(
                 candidate,
@@ -203,6 +209,11 @@ class Engine:
             digest = vectors.digest({name: folds[name].digest for name in lineage.folded})
         return report_of(opened, terms, folds, self.state.format.base.squares, digest, self.device)
 
+    def _reader(self) -> Rule:
+        """The rule that reads a state of adapters now."""
+        now = ReadOptions.from_mapping(self.state.ledger.read_options(self.state.ledger.head.seq))
+        return reader(self.rule, self.resources.reads or now.rule, blocks=True)
+
     def go_on(self, name: str) -> None:
         """Raises Abandoned if continual is stopping. `name` is the candidate or work that the message is about."""
         self.resources.go_on(name)
@@ -212,9 +223,8 @@ class Engine:
         begun = time.perf_counter()
         before = self.state.ledger.totals
         if self.state.format.form is not None:
-            now = ReadOptions.from_mapping(self.state.ledger.read_options(self.state.ledger.head.seq))
             try:
-                check_weights(reader(self.rule, now.rule, blocks=True), {candidate.name: opened.weight})
+                check_weights(self._reader(), {candidate.name: opened.weight})
             except Misconfigured as error:  # what one candidate brings stops nobody
                 raise Refuse("weight", f"{error}; then 'continual retry {candidate.name}'") from None
         with self.state.begin(writes=self._writes(opened)) as transaction:

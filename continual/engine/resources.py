@@ -28,13 +28,15 @@ def local_place(candidate: Candidate) -> Place:
 @dataclass(frozen=True)
 class Resources:
     """Where the work runs (`executor`, `device`), how the engine finds a model that a record names (`locate`), the
-    event that ends the work (`stop`), and how it opens the weights of a base of which it has the headers alone."""
+    event that ends the work (`stop`), how it opens the weights of a base of which it has the headers alone, and the
+    rule that reads the merge where the settings name one (`reads`)."""
 
     executor: Executor
     device: torch.device
     locate: Locate = local_place
     stop: threading.Event = field(default_factory=threading.Event)
     open_weights: OpenWeights | None = None
+    reads: str | None = None
 
     def go_on(self, name: str) -> None:
         """Raises Abandoned if continual is stopping. `name` is the candidate or work that the message is about."""

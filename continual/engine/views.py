@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from continual.blocks.merged import check
 from continual.config import Settings
+from continual.engine.models_inputs import of_folds
 from continual.errors import Misconfigured
 from continual.outside import counted, few
 from continual.records import depths_of
@@ -177,13 +178,17 @@ def check_weights(rule: Rule, weights: Mapping[str, float]) -> None:
         )
 
 
-def check_weights_at(state: State, made: Rule, read: ReadOptions, seq: int) -> None:
-    """`check_weights` of all models in the merge at record `seq`, as they would be read there. Raises Misconfigured."""
+def check_read_at(state: State, made: Rule, read: ReadOptions, seq: int) -> None:
+    """`check_weights` of all models in the merge at record `seq`, as they would be read there, and whether their inputs
+    are known. Raises Misconfigured."""
     if state.format.form is None:
         return
+    by = reader(made, read.rule, blocks=True)
+    if by.needs.inputs:
+        of_folds(state, by, state.ledger.folds(at=seq))
     names = {fold.entry.numbers.block: fold.entry.candidate.name for fold in state.ledger.folds(at=seq)}
     chosen = ReadView().chosen(state, seq, dict(read.weights))
-    check_weights(reader(made, read.rule, blocks=True), {names[number]: weight for number, weight in chosen.items()})
+    check_weights(by, {names[number]: weight for number, weight in chosen.items()})
 
 
 def view_of(settings: Settings, name: str) -> ReadView:

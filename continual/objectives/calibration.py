@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -194,6 +194,16 @@ class Calibration:
                 hint = ": use dtype = bfloat16 or float32" if self.enlarged != 1 else ""
                 raise Misconfigured(f"the loss is finite, and its gradient in {name} is not{hint}")
         return math.fsum(total)
+
+    def each_alone(self, dealt: Dealt) -> Iterator[int]:
+        """Runs every row of a task by itself, so that nothing is padded, and yields its number after it; no gradient is
+        kept. Raises as `loss` does."""
+        run = dealt.task.fit if isinstance(dealt.task, FittedTask) else dealt.task.losses
+        self.model.eval()
+        for row in sorted([*dealt.drive, *dealt.judge]):
+            with torch.no_grad():
+                self._run(dealt, [row], run)
+            yield row
 
     def _losses(self, dealt: Dealt, rows: list[int]) -> Tensor:
         """The losses of rows without a gradient: float64, 1-D, on the CPU."""

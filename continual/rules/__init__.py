@@ -18,8 +18,20 @@ from continual.rules.contract import (
     Sums,
     Triplets,
 )
+from continual.rules.layer_inputs import LayerInputs
 from continual.rules.options import NoOptions, Option
-from continual.rules.registry import ROWS, RULES, ReadAs, read_as, read_options, reader, readings, rule, rule_of
+from continual.rules.registry import (
+    ROWS,
+    RULES,
+    ReadAs,
+    must_keep_adapters,
+    read_as,
+    read_options,
+    reader,
+    readings,
+    rule,
+    rule_of,
+)
 from continual.rules.scale import ReadOptions, Size
 from continual.rules.sums import figures_of, last_out, settle, together
 
@@ -34,6 +46,7 @@ __all__ = [
     "Folded",
     "Inputs",
     "Laws",
+    "LayerInputs",
     "Needs",
     "NoOptions",
     "Option",
@@ -48,6 +61,7 @@ __all__ = [
     "Triplets",
     "figures_of",
     "last_out",
+    "must_keep_adapters",
     "read_as",
     "read_options",
     "reader",

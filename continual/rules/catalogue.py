@@ -15,9 +15,10 @@ class RuleInfo:
 
     `order_free`: the order of the fine-tunes does not matter beyond rounding. `unfold`: one can be subtracted.
     `weighted`: a fine-tune can have a weight. `passes`: how often its tensors are usually read. `needs`: the file that
-    it has to bring besides its weights, or nothing. `scale`: how the merge is read by default. `options`: the fold-time
-    options with their defaults. `readings`: the rules that a state made with it can be read by. `adapters`: how it
-    reads a state that keeps adapters: `factors`, an adapter again; `dense`, whole tensors; or nothing where it cannot.
+    it has to bring besides its weights; `inputs`, those of layers on rows of its task; or nothing. `scale`: how the
+    merge is read by default. `options`: the fold-time options with their defaults. `readings`: the rules that a state
+    of whole tensors made with it can be read by. `adapters`: how it reads a state that keeps adapters: `factors`, an
+    adapter again; `dense`, whole tensors; or nothing where it cannot.
     """
 
     name: str
@@ -50,7 +51,7 @@ def _info(row: RuleRow[O], made: Rule) -> RuleInfo:
         unfold=made.laws.combine is not None or made.laws.rounds,
         weighted=made.laws.weighted,
         passes=1 + (made.needs.measure.usual if made.needs.measure else 0.0),
-        needs=made.needs.shipped or "",
+        needs="inputs" if made.needs.inputs else made.needs.shipped or "",
         scale=str(row.read),
         options=_defaults(row.declared),
         readings=tuple(readings(made)),

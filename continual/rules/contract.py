@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from continual.lazily import Tensor, torch
 from continual.records import SlotSpec, TensorSpec, Totals
+from continual.rules.layer_inputs import ByInputs
 from continual.rules.options import O, Option, declared, plain, resolve
 from continual.rules.scale import ReadOptions, Size
 
@@ -160,13 +161,15 @@ class Needs(NamedTuple):
 
     `measure`: the first pass over a model before any of it is folded. `seeded`: `fold` makes random choices, by
     `inputs.seed`. `shipped`: the file beside the weights that `inputs.moments` comes from; a tensor whose τ is zero is
-    folded then like any other. `ranks`: `fold` is faster where it knows `inputs.rank`.
+    folded then like any other. `ranks`: `fold` is faster where it knows `inputs.rank`. `inputs`: to read, of every
+    model the inputs that layers have on rows of its task; then it reads adapters alone.
     """
 
     measure: Pass | None = None
     seeded: bool = False
     shipped: str | None = None
     ranks: bool = False
+    inputs: bool = False
 
 
 class Laws(NamedTuple):
@@ -316,6 +319,7 @@ class Factored(NamedTuple):
     small matrices; triplets(those of all task vectors, totals): the factors of X, m×k and n×k, straight from theirs.
     without(task vectors): X without each of them, where the rule has a quicker way than reading again. whole(task
     vectors): X in their coordinates, where it has a quicker way than `cores`; None where it has none for these.
+    `by_inputs`: X where the inputs of the layer are known; where they are not it is linear.
     """
 
     linear: Callable[[TensorSpec], bool] = _always
@@ -323,6 +327,7 @@ class Factored(NamedTuple):
     triplets: Callable[[Triplets, Totals], tuple[Tensor, Tensor]] | None = None
     without: Callable[[Apart], LeftOut] | None = None
     whole: Callable[[Apart], Tensor | None] | None = None
+    by_inputs: ByInputs | None = None
 
 
 def one_sum(spec: TensorSpec) -> dict[str, SlotSpec]:

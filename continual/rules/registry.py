@@ -28,6 +28,7 @@ from continual.rules.iso_cts import ISO_CTS
 from continual.rules.isotropic import ISOTROPIC
 from continual.rules.magmax import MAGMAX
 from continual.rules.opcm import OPCM
+from continual.rules.regmean import REGMEAN
 from continual.rules.scale import ReadOptions
 from continual.rules.ties import TIES
 from continual.rules.tsv_m import TSV_M
@@ -49,12 +50,15 @@ _LIST: tuple[RuleRow[Any], ...] = (
     GRAM,
     FLOW,
     OPCM,
+    REGMEAN,
     FRANK_WOLFE,
 )
 ROWS: Mapping[str, RuleRow[Any]] = {row.name: row for row in _LIST}
 """All that a state can be made with, by name."""
-RULES: Mapping[str, RuleRow[Any]] = {name: row for name, row in ROWS.items() if not row.rule().laws.rounds}
-"""Those that fold one model after the other; the others weigh them in rounds."""
+RULES: Mapping[str, RuleRow[Any]] = {
+    name: row for name, row in ROWS.items() if not (row.rule().laws.rounds or row.rule().needs.inputs)
+}
+"""Those that fold one model after the other. Of the others one weighs them in rounds, and one reads adapters alone."""
 
 
 def rule(name: str, options: Mapping[str, object] | None = None) -> Rule:
@@ -112,6 +116,18 @@ def read_options(
     return ReadOptions(found.policy, found.value, layers)
 
 
+_APART = (
+    "{} needs every model apart, and a merge of whole tensors keeps none: only a state made with 'continual init "
+    "--adapters' can be read by it"
+)
+
+
+def must_keep_adapters(made: Rule) -> None:
+    """Raises Misconfigured where a rule reads adapters alone, and a state of whole tensors is to be made with it."""
+    if made.needs.inputs:
+        raise Misconfigured(_APART.format(made.name))
+
+
 class ReadAs(NamedTuple):
     """How somebody wants a state read, as texts; what is None stays as it is, or is the default of the rule that is
     named here. `options` are the rule's."""
@@ -128,7 +144,8 @@ def readings(made: Rule, *, blocks: bool = False) -> list[str]:
     if blocks:
         own = made.name if made.laws.rounds else None
         return [name for name, row in ROWS.items() if name == own or _reads_blocks(row.rule())]
-    return [name for name, row in ROWS.items() if name == made.name or _has(made, row.rule(_shared(made, row)))]
+    own = None if made.needs.inputs else made.name
+    return [name for name, row in ROWS.items() if name == own or _has(made, row.rule(_shared(made, row)))]
 
 
 def reader(made: Rule, name: str | None, options: Mapping[str, object] | None = None, *, blocks: bool = False) -> Rule:
@@ -139,6 +156,8 @@ def reader(made: Rule, name: str | None, options: Mapping[str, object] | None = 
     name = name or made.name
     known = row(name)
     if name not in readings(made, blocks=blocks):
+        if known.rule().needs.inputs:
+            raise Misconfigured(_APART.format(name))
         of = "a state of adapters" if blocks else f"a state made with {made.name}"
         raise Misconfigured(f"{of} cannot be read by {name}; it can be by {', '.join(readings(made, blocks=blocks))}")
     if not blocks and name == made.name:

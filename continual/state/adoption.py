@@ -15,6 +15,7 @@ from continual.state.entries import (
     CombineEntry,
     FoldEntry,
     InitEntry,
+    InputsEntry,
     RepairEntry,
     RollbackEntry,
     SelectEntry,
@@ -24,6 +25,7 @@ from continual.state.format import Commit, Format
 from continual.state.generation import Generation
 from continual.state.ledger import Ledger
 from continual.state.protocol import Held
+from continual.state.task_inputs import DIRECTORY
 
 _log = logging.getLogger("continual.state")
 _WRITES = (FoldEntry, CombineEntry, UnfoldEntry, SelectEntry)
@@ -66,6 +68,9 @@ def make_durable(path: Path, log: Sequence[Commit], acknowledged: int) -> None:
             sync_file(path / "commits" / f"{commit.seq:08d}.json")
         for name in {c.generation for c in above if c.generation}:
             sync_tree(path / "generations" / name)
+        for entry in [c.entry for c in above if isinstance(c.entry, InputsEntry)]:
+            for task in entry.tasks:
+                sync_tree(path / DIRECTORY / task.id)
         if above:
             sync_file(path / "generations")
     for commit in above:

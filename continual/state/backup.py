@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from continual.errors import Busy, Damaged, Misconfigured, Retry
-from continual.state import framing, lock, opening, protocol, retention
+from continual.state import framing, lock, opening, protocol, retention, task_inputs
 from continual.state.copying import Taking
 from continual.state.durable import environment, replace_bytes, sync_file, sync_tree
 from continual.state.entries import CloneEntry
@@ -136,6 +136,7 @@ class _Copy:
                 self._head()
                 self._beside(loose_files)
             retention.drop(self.directory, report.dropped)
+            task_inputs.clear(self.directory, ledger)
         if self.wish.check:
             self._checked()
         return replace(
@@ -192,9 +193,30 @@ class _Copy:
                 taking.know(generations / name, self.directory / "generations" / name)
         for name in new:
             self._take(taking, name)
+        self._inputs(taking)
         if self.wish.check:
             self._check(taking)
         return taking
+
+    def _inputs(self, taking: Taking) -> None:
+        """Takes the inputs of tasks that are in force. Those that were read again meanwhile are gone: then the state
+        has to be opened again."""
+        below = Path(task_inputs.DIRECTORY)
+        for kept in task_inputs.in_force(self.source.ledger):
+            source, target = (where / below / kept.task.id for where in (self.source.path, self.directory))
+            if target.exists():
+                continue
+            target.parent.mkdir(exist_ok=True)
+            try:
+                taking.tree(source, target, target.with_name(f"{_COPYING}{kept.task.id}"), RECEIPTS)
+            except FileNotFoundError:
+                with State.open(self.source.path) as now:
+                    if kept.task.id not in {one.task.id for one in task_inputs.in_force(now.ledger)}:
+                        raise _Gone from None
+                raise Damaged(f"{source} is missing, or not whole: see 'continual verify'") from None
+        if (self.directory / below).exists():
+            sync_file(self.directory)
+            sync_file(self.directory / below)
 
     def _take(self, taking: Taking, name: str) -> None:
         """Takes a generation, which must not expire meanwhile. One that is not needed may have expired before."""
@@ -235,6 +257,9 @@ class _Copy:
                     f"{findings[0]} ({len(findings)} findings): the backup stays at the record where it was; "
                     "'continual verify' says whether the state itself is damaged"
                 )
+        for name, wrong in task_inputs.findings(self.directory, self.source.format, self.source.ledger).items():
+            shutil.rmtree(self.directory / task_inputs.DIRECTORY / name, ignore_errors=True)  # to be taken again
+            raise Damaged(f"{wrong[0]}: the backup stays at the record where it was; make it again")
 
     def _records(self, taking: Taking) -> None:
         for commit in self.source.ledger.log[self.have + 1 :]:

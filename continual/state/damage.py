@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from continual.errors import ContinualError, Damaged, Misconfigured
-from continual.state import adoption, framing, protocol
+from continual.state import adoption, framing, protocol, task_inputs
 from continual.state.entries import CombineEntry, RepairEntry, SelectEntry, TagEntry
 from continual.state.format import Commit, Format
 from continual.state.generation import Generation
@@ -28,7 +28,8 @@ class RepairPlan:
     merge is in force afterwards. `lost` has a line for each record after `last`, and for each push or cursor that
     cannot be read; `undone` the folds up to `last` that go with the way back to `to`, `again` those that come back with
     it. `tags` go because their generations are not whole. `generations` can no longer be gone back to. `aside`: the
-    files and directories that are moved; `tag_files` are written anew.
+    files and directories that are moved; `tag_files` are written anew; `inputs` of tasks are not whole, and no longer
+    in force.
     """
 
     findings: tuple[str, ...]
@@ -41,6 +42,7 @@ class RepairPlan:
     generations: tuple[str, ...] = ()
     aside: tuple[str, ...] = ()
     tag_files: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
 
     @property
     def loses(self) -> bool:
@@ -197,6 +199,7 @@ class Inspection:
             self.findings.append(f"generation {ledger.head.generation}, the one in force, is missing")
         tags = self._tags(broken)
         self._loose()
+        inputs = self._inputs()
         now, then = ledger.folds(), ledger.folds(to)
         kept, before = {same(fold) for fold in then}, {same(fold) for fold in now}
         gone = [name for name in broken if f"generations/{name}" in self.aside or name == ledger.head.generation]
@@ -222,6 +225,7 @@ class Inspection:
             generations=tuple(sorted(set(gone))),
             aside=tuple(sorted(self.aside)),
             tag_files=rewritten,
+            inputs=inputs,
         )
 
     def _tags(self, broken: dict[str, str]) -> _Tags:
@@ -256,6 +260,17 @@ class Inspection:
                     self.findings.append(str(error))
                     self.lost.append(f"{kind}/{name}: {what}")
                     self.aside.append(f"{kind}/{name}")
+
+    def _inputs(self) -> tuple[str, ...]:
+        """The directories of the inputs of tasks that are not whole."""
+        found = task_inputs.findings(self.path, self.form, self.ledger)
+        words = {one.task.id: one.words for one in task_inputs.in_force(self.ledger)}
+        for name, wrong in found.items():
+            self.findings += wrong
+            self.lost.append(f"{task_inputs.DIRECTORY}/{name}: the inputs of {words[name]}, which can be read again")
+            if (self.path / task_inputs.DIRECTORY / name).exists():
+                self.aside.append(f"{task_inputs.DIRECTORY}/{name}")
+        return tuple(sorted(found))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from continual.state.parts import (
     MemberName,
     RoundTerms,
     RowsEvaluation,
+    TaskInputs,
     TrialRecord,
 )
 
@@ -33,6 +34,7 @@ EntryKind = Literal[
     "unfold",
     "combine",
     "tune",
+    "inputs",
     "tag",
     "publish",
     "retry",
@@ -227,6 +229,21 @@ class ScaleEntry(Entry):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InputsEntry(Entry):
+    """The inputs that layers of the base have on rows of each task were read: of so many `layers`, each with the
+    `rank` largest eigenvalues of its second moment. `across`: those whose inputs meet the rows of the weight; `seconds`
+    the wall time."""
+
+    kind = "inputs"
+    objective: ObjectiveRecord
+    rank: int
+    layers: int
+    across: tuple[str, ...] = ()
+    tasks: tuple[TaskInputs, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TagEntry(Entry):
     """Record `of` was named."""
 
@@ -276,7 +293,8 @@ class HookEntry(Entry):
 class RepairEntry(Entry):
     """The state was damaged, and a person followed what was left. The merge of record `to` is in force again, and so
     many folds were `undone` for it. `lost`: a line for each record that stood after this place; `tags` and
-    `generations` that are gone; `aside`: the directory in the state that has the old files."""
+    `generations` that are gone; `inputs` of tasks that are, by their directories; `aside`: the directory in the state
+    that has the old files."""
 
     kind = "repair"
     to: int
@@ -284,6 +302,7 @@ class RepairEntry(Entry):
     lost: tuple[str, ...]
     tags: tuple[str, ...]
     generations: tuple[str, ...]
+    inputs: tuple[str, ...] | None = field(default=None, metadata=_OMITTED)
     aside: str
 
 
@@ -308,6 +327,7 @@ ENTRIES: tuple[type[Entry], ...] = (
     CombineEntry,
     TuneEntry,
     ScaleEntry,
+    InputsEntry,
     TagEntry,
     RetryEntry,
     ReleaseEntry,

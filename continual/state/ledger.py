@@ -14,6 +14,7 @@ from continual.state.entries import (
     CombineEntry,
     DeferEntry,
     FoldEntry,
+    InputsEntry,
     RefuseEntry,
     RepairEntry,
     RetryEntry,
@@ -64,7 +65,7 @@ def brought(commit: Commit, folds: Iterable[BroughtFold]) -> list[FoldCommit]:
     ]
 
 
-MODEL = (FoldEntry, RollbackEntry, RepairEntry, UnfoldEntry, CombineEntry, TuneEntry, ScaleEntry)
+MODEL = (FoldEntry, RollbackEntry, RepairEntry, UnfoldEntry, CombineEntry, TuneEntry, ScaleEntry, InputsEntry)
 """Records after which the merged model is another one; a `select` is one where it has weights."""
 
 
@@ -132,7 +133,7 @@ class Ledger:
             self.id, self.cloned = entry.id, (*self.cloned, entry.of) if now else ()
         self._seen(commit)
         weighed = isinstance(entry, SelectEntry) and entry.active is not None
-        if weighed or (isinstance(entry, MODEL) and (self.model or entry.kind not in ("tune", "repair"))):
+        if weighed or (isinstance(entry, MODEL) and (self.model or entry.kind not in ("tune", "inputs", "repair"))):
             self.models.append(commit)
         self.log.append(commit)
         self._history.append(now)

@@ -216,6 +216,20 @@ class RowsEvaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskInputs:
+    """The second moments of the inputs of layers on the rows of one task: below `inputs/` in the directory `id`, whose
+    receipts.json has the CRC `receipts`. `models`: words that name the models of this task. `rows`: how many were run;
+    `vectors`: how many inputs the layer had that had most; `nbytes`: of the values on disk."""
+
+    id: str
+    receipts: str
+    models: tuple[str, ...]
+    rows: int
+    vectors: int
+    nbytes: int = field(metadata={KEY: "bytes"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HookCall:
     """A server that was told: `number` is the hook's in the settings, from 1; `seconds` include all `attempts`."""
 

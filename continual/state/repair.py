@@ -98,6 +98,7 @@ def _record(path: Path, aside: Path, found: Inspection, on_step: OnStep) -> Comm
         lost=(*plan.lost[:_MOST], *([f"and {more} more"] if more > 0 else [])),
         tags=plan.tags,
         generations=plan.generations,
+        inputs=plan.inputs or None,
         aside=aside.name,
         message=f"to record {plan.to}: {counted(len(plan.lost), 'record')} lost, "
         f"{counted(len(plan.undone), 'fold')} undone; the old files are in {aside.name}",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from continual.errors import Misconfigured, Retry
-from continual.state import adoption, arrays, framing, lock, names, opening, retention
+from continual.state import adoption, arrays, framing, lock, names, opening, retention, task_inputs
 from continual.state.arrays import Array
 from continual.state.durable import environment, replace_bytes, sync_file, usable
 from continual.state.entries import Entry, InitEntry, RollbackEntry, TagEntry
@@ -42,7 +42,7 @@ class State:
         self.acknowledged = -1
         self.ledger = ledger
         self._lock_fd = lock_fd
-        self._on_step = on_step
+        self.on_step = on_step
         self._journal = Journal(path, ledger, on_step)
         self._open: dict[str, Generation] = {}
 
@@ -106,6 +106,7 @@ class State:
     def _complete(self, unnamed: list[str]) -> None:
         """Makes up for what the last writer could not do. What it left goes first: that may make room for the rest."""
         retention.clear(self.path, unnamed)
+        task_inputs.clear(self.path, self.ledger)
         with environment(f"cannot open {self.path} for writing"):
             opening.complete(self.path)
             opening.whole_again(self.path, self.ledger)
@@ -138,14 +139,14 @@ class State:
     def begin(self, after: Generation | Literal["now"] | None = "now", writes: int | None = None) -> Transaction:
         """Begins a fold, on the generation in force or on `after` (None: on zeros). Raises Retry if the disk has no
         room for the bytes that it `writes` (None: a whole generation)."""
-        self._needs_lock()
+        self.must_be_writable()
         self._journal.mend()
-        self._on_step("begin")
+        self.on_step("begin")
         room(self.path, self.format.generation_bytes if writes is None else writes)
         head = self.ledger.head
         before = self._generation(head) if isinstance(after, str) else after
-        transaction = Transaction(self.path / "generations", self.format, before, head.generation, self._on_step)
-        self._on_step("chunks")
+        transaction = Transaction(self.path / "generations", self.format, before, head.generation, self.on_step)
+        self.on_step("chunks")
         return transaction
 
     def commit(self, transaction: Transaction, entry: Entry) -> Commit:
@@ -154,7 +155,7 @@ class State:
 
         Raises Retry (nothing settled) if the disk or another writer got in the way, Halt if an fsync failed.
         """
-        self._needs_lock()
+        self.must_be_writable()
         generation = transaction.sync()
         if self.ledger.head.generation != transaction.in_force:
             raise Retry("another fold was committed meanwhile; nothing was settled")
@@ -172,7 +173,7 @@ class State:
     def record(self, entry: Entry, generation: Generation | Literal["now"] | None = "now") -> Commit:
         """Adds a record that writes no tensor: the generation in force stays so, or `generation` is (None: zeros).
         Durable when it returns. Raises Retry, Halt."""
-        self._needs_lock()
+        self.must_be_writable()
         if isinstance(generation, str):
             return self._append(entry, Held(self.ledger.head.generation, self.ledger.head.receipts))
         if generation is None:
@@ -188,7 +189,7 @@ class State:
 
     def rollback(self, seq: int) -> Commit:
         """Puts the generation of record `seq` in force again. Raises Misconfigured if it has expired."""
-        self._needs_lock()
+        self.must_be_writable()
         target = self.ledger.get(seq)
         self.generation_of(target)
         undone = len(self.ledger.undone(seq))
@@ -198,7 +199,7 @@ class State:
     def tag(self, name: str, seq: int | None = None, *, force: bool = False) -> Commit:
         """Names record `seq` (default: the newest), so that its generation does not expire. A tag that names another
         record is only moved by `force`. Raises Misconfigured for that, for a bad name and for an expired record."""
-        self._needs_lock()
+        self.must_be_writable()
         target = self.ledger.get(self.ledger.head.seq if seq is None else seq)
         self.generation_of(target)
         _may_name(self.ledger, name, target, force=force)
@@ -247,7 +248,7 @@ class State:
         """Deletes generations but the newest `keep`, the tagged ones and those that a living reader has leased; returns
         those it deleted. What cannot be deleted now is tried again the next time, and the log has a line about it: it
         undoes nothing. Raises Halt if an fsync failed."""
-        self._needs_lock()
+        self.must_be_writable()
         if self._journal.behind is not None:
             return []  # nothing is written before that is made up for
         gone = retention.expire(self.path, self.ledger, keep)
@@ -260,7 +261,8 @@ class State:
         assert self._lock_fd is not None
         lock.tell(self._lock_fd, url)
 
-    def _needs_lock(self) -> None:
+    def must_be_writable(self) -> None:
+        """Raises Misconfigured where the state is not open for writing."""
         if self._lock_fd is None:
             raise Misconfigured(f"{self.path} is open for reading only: open it with write=True")
 

@@ -7,12 +7,12 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from continual.errors import Damaged, Misconfigured, Retry
-from continual.state import paused
+from continual.state import paused, task_inputs
 from continual.state.format import Format
 from continual.state.generation import RECEIPTS, Generation, Receipts
 from continual.state.ledger import Ledger
@@ -56,6 +56,8 @@ def strays(path: Path, form: Format, ledger: Ledger) -> list[Stray]:
             found += _in(entry, name, _LEASE)
         elif name == "generations":
             found += _generations(entry, form, {c.generation: c.receipts or "" for c in ledger.log if c.generation})
+        elif name == task_inputs.DIRECTORY:
+            found += _inputs(entry, {one.task.id for one in task_inputs.in_force(ledger)})
         elif name == "staging":
             found.append(_stray(entry, "staging", "a release on its way; it goes when the next begins"))
         elif name.startswith(ASIDE):
@@ -106,6 +108,13 @@ def _generations(directory: Path, form: Format, known: dict[str, str]) -> Iterat
                 for file in _entries(array):
                     if file.name not in arrays[inner]:
                         yield _stray(file, f"{name}/{inner}/{file.name}", _UNNAMED)
+
+
+def _inputs(directory: Path, known: Set[str]) -> Iterator[Stray]:
+    for entry in _entries(directory):
+        if entry.name not in known:
+            what = f"inputs of a task that were read again, or that no record names; {_WRITING}"
+            yield _stray(entry, f"{task_inputs.DIRECTORY}/{entry.name}", what)
 
 
 def _arrays(generation: Generation) -> dict[str, set[str]]:

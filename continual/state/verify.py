@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from continual.errors import ContinualError, Misconfigured
-from continual.state import framing
+from continual.state import framing, task_inputs
 from continual.state.entries import TagEntry
 from continual.state.fields import record_of
 from continual.state.format import Commit, Format
@@ -25,8 +25,8 @@ OnPart = Callable[[int, int], None]
 
 def verify(state: State, progress: OnPart = lambda _done, _total: None, *, generations: bool = True) -> list[str]:
     """Reads every file of `state` anew: format.json, HEAD, every record, tags, pushes, cursors, and every byte of the
-    generations that it keeps, unless `generations` is False. Returns what is wrong, nothing if all is as it was
-    written.
+    generations that it keeps and of the inputs of tasks, unless `generations` is False. Returns what is wrong, nothing
+    if all is as it was written.
 
     A part, for `progress`, is a record or an array.
     """
@@ -55,6 +55,9 @@ def verify(state: State, progress: OnPart = lambda _done, _total: None, *, gener
         step()
     for name in kept if generations else ():
         findings += _generation(state, name, receipts[name] or "", step)
+    if generations:
+        for wrong in task_inputs.findings(state.path, state.format, state.ledger).values():
+            findings += wrong
     for tag in state.ledger.tags:
         findings += _told(partial(tag_finding, state.path, state.ledger, acknowledged, tag))
     return findings + loose_findings(state.path)

@@ -4,6 +4,7 @@ a command or on rows, the record."""
 from continual.objectives.builtin import Rows
 from continual.tuning.choosing import Evaluation, Told, Tuned, Tuning, tune
 from continual.tuning.command import Command
+from continual.tuning.inputs import FoundInputs, TaskRows, read_inputs
 from continual.tuning.learning import Learning, learn
 from continual.tuning.record import chosen, in_force, newest
 from continual.tuning.rescaling import rescale
@@ -12,8 +13,10 @@ from continual.tuning.weighing import Weighing, weigh
 __all__ = [
     "Command",
     "Evaluation",
+    "FoundInputs",
     "Learning",
     "Rows",
+    "TaskRows",
     "Told",
     "Tuned",
     "Tuning",
@@ -22,6 +25,7 @@ __all__ = [
     "in_force",
     "learn",
     "newest",
+    "read_inputs",
     "rescale",
     "tune",
     "weigh",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from continual.engine.views import check_weights_at
+from continual.engine.views import check_read_at
 from continual.errors import Misconfigured
 from continual.rules import ReadAs, ReadOptions, Rule, read_as
 from continual.state import State
@@ -34,7 +34,7 @@ def rescale(state: State, rule: Rule, wanted: ReadAs) -> ReadOptions:
             of = found.seq
     else:
         _, then = read_as(rule, now, wanted, blocks=blocks)
-    check_weights_at(state, rule, then, state.ledger.head.seq)
+    check_read_at(state, rule, then, state.ledger.head.seq)
     if then != now or of is not None:
         state.record(ScaleEntry(read=then.to_mapping(), of=of, message=f"scale {then}"))
     return then

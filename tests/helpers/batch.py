@@ -329,3 +329,20 @@ POLAR: Mapping[str, Callable[[Sequence[Tensor]], list[Tensor]]] = {
     "iso-cts": _common_parts,
 }
 """Of the rules that take polar factors: the matrices whose factors they are, for one matrix of every fine-tune."""
+
+
+def regmean(
+    taus: Sequence[Tensor], moments: Sequence[Tensor], weights: Sequence[float], alpha: float, *, across: bool = False
+) -> Tensor:
+    """RegMean of one matrix: Σ w·τ·C·(Σ w·C)⁻¹, what is off the diagonals of the second moments C of the inputs being
+    multiplied by `alpha`; `across`: the inputs meet the rows of τ. Each C gets 1e-6 of its mean diagonal."""
+    flat = [tau.double().flatten(1) for tau in taus]
+    shrunk = []
+    for moment, weight in zip(moments, weights, strict=True):
+        diagonal = torch.diag(moment.double().diagonal())
+        floor = 1e-6 * moment.double().diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+        shrunk.append(weight * (alpha * moment.double() + (1 - alpha) * diagonal + floor))
+    total = torch.stack(shrunk).sum(0)
+    if across:
+        return torch.linalg.inv(total) @ sum(c @ tau for c, tau in zip(shrunk, flat, strict=True))
+    return sum(tau @ c for c, tau in zip(shrunk, flat, strict=True)) @ torch.linalg.inv(total)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from continual import texts
-from continual.engine.views import check_weights_at
+from continual.engine.views import check_read_at
 from continual.errors import Misconfigured, Retry
 from continual.rules import ReadOptions
 from continual.service import release as releasing
@@ -121,7 +121,7 @@ def _rollback(merge: Merge, request: RollbackRequest) -> Answer:
             "nothing was done, ask again"
         )
     now = ReadOptions.from_mapping(state.ledger.read_options(state.ledger.head.seq))
-    check_weights_at(state, merge.rule, now, plan.to)  # how the merge is read does not go back with it
+    check_read_at(state, merge.rule, now, plan.to)  # how the merge is read does not go back with it
     commit = None
     if not request.dry_run:
         commit = state.rollback(request.seq)
