@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import torch
-
 from continual.errors import Misconfigured
+from continual.lazily import torch
 from continual.outside import few
 from continual.records import Candidate
 from continual.rules import LayerInputs, Rule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from continual.lazily import Tensor
 
 
 class LayerInputs(NamedTuple):

@@ -18,9 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-from torch import Tensor
-
+from continual.lazily import Tensor, torch
 from continual.records import Totals
 from continual.rules import matrices, sums
 from continual.rules.contract import Accumulators, Factored, Needs, Rule, RuleRow

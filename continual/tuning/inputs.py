@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
 
 from continual.config import CalibrationSettings
 from continual.engine.engine import Engine
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress
+from continual.lazily import Tensor, torch
 from continual.objectives import builtin
 from continual.objectives.calibration import Calibration, Wanted, load
 from continual.objectives.parameters import find_parameters
@@ -162,11 +161,11 @@ class _Layers:
         held = find_parameters(losses.model, there, base.aliases, elsewhere(base))
         matrices = {spec.name: spec for spec in base.specs if spec.kind == "matrix"}
         whole = {id(one.tensor): name for name in matrices for one in held.get(name, ()) if one.spot is None}
-        self.places: dict[str, list[nn.Module]] = {}
+        self.places: dict[str, list[torch.nn.Module]] = {}
         self.across: set[str] = set()
         for module in losses.model.modules():
             kind, weight = type(module).__name__, getattr(module, "weight", None)
-            if id(weight) not in whole or not (isinstance(module, nn.Linear) or kind == "Conv1D"):
+            if id(weight) not in whole or not (isinstance(module, torch.nn.Linear) or kind == "Conv1D"):
                 continue
             self.places.setdefault(whole[id(weight)], []).append(module)
             if kind == "Conv1D":  # of transformers, in × out
@@ -184,7 +183,7 @@ class _Layers:
 class _Heard:
     """Moments of layers that hear what the layers are given. A context manager."""
 
-    def __init__(self, moments: Mapping[str, _Moment], places: Mapping[str, Sequence[nn.Module]]) -> None:
+    def __init__(self, moments: Mapping[str, _Moment], places: Mapping[str, Sequence[torch.nn.Module]]) -> None:
         self._moments, self._places, self._hooks = moments, places, ExitStack()
 
     def __enter__(self) -> Mapping[str, _Moment]:
@@ -198,7 +197,7 @@ class _Heard:
         self._hooks.close()
 
 
-def _heard(moment: _Moment, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
+def _heard(moment: _Moment, _module: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
     moment.add(given[0].detach().flatten(0, -2))
 
 

@@ -40,6 +40,8 @@ SIGNATURES = {
     "Merge.tune": "(self, evaluation, wanted=None, progress, told=None)",
     "Merge.tune_weights": "(self, evaluation, wanted=None, progress, told=None)",
     "Merge.tune_layers": "(self, wanted, progress, told=None)",
+    "Merge.read_inputs": "(self, wanted, progress)",
+    "TaskRows": "(objective, models, rows=(), heads=(), rank=64, calibration, dry_run=False)",
     "Learning": ("(objective, rows=(), heads=(), calibration, candidates=20, work=None, dry_run=False, rule=None)"),
     "Weighing": "(candidates=20, groups=(), work=None, dry_run=False, rule=None)",
     "Merge.look_unfold": "(self, word, at=None)",
@@ -65,7 +67,7 @@ RECORDS = {
     "unchanged prefix extra narrowed renamings tokens",
     "Outcome": "fate name message reason commit report",
     "Verified": "findings strays",
-    "RepairPlan": "findings last to lost undone again tags generations aside tag_files",
+    "RepairPlan": "findings last to lost undone again tags generations aside tag_files inputs",
     "BackupReport": "directory id head records generations dropped nbytes linked copied copied_bytes checked",
     "Tuned": "read score before entry commit",
 }
