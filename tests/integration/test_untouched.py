@@ -18,7 +18,7 @@ from continual import api, making
 from continual.config import Settings
 from continual.errors import Damaged, Retry
 from continual.records import Totals
-from continual.rules import RULES, Inputs, Pass, rule
+from continual.rules import RULES, Inputs, Pass
 from continual.state import Transaction
 from continual.state.parts import FoldNumbers
 from continual.state.transaction import MARGIN
