@@ -31,7 +31,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_tokenizer(tmp_path / "base")
     for seed, name in enumerate(("alice", "bob", "carol")):
         models.fine_tune(tmp_path / "base", tmp_path / "fine-tunes" / name, seed)
-    recipe = continual.Recipe(options={"before": ["drop:rate=0.1"]})
+    recipe = continual.Recipe(rule="iso-c", options={"before": ["drop:rate=0.1"]})
     continual.init("base", "other-state", recipe)
     with continual.open("other-state", write=True) as other:
         other.fold("fine-tunes/carol")

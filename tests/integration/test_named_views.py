@@ -227,7 +227,7 @@ def test_a_view_that_can_never_be_read_keeps_the_daemon_from_starting(
 
 
 def test_a_view_of_a_merge_of_whole_tensors_has_a_rule_alone(tmp_path: Path, base: Path) -> None:
-    making.init(base, tmp_path / "dense", making.Recipe())
+    making.init(base, tmp_path / "dense", making.Recipe(rule="iso-c"))
     with api.Merge(settings(tmp_path / "dense", v={"only": ["a"]}, w={"rule": "mean"})) as merge:
         assert merge.contents(merge.view("w")) != merge.contents()
         with pytest.raises(Misconfigured, match="no models can be chosen"):

@@ -108,16 +108,16 @@ def test_spread_is_the_law_of_its_page(tmp_path: Path, base: Path, tuned: list[P
 
 def test_unfolding_and_combining_keep_what_spread_stands_on(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
     with (
-        folded(tmp_path, base, making.Recipe(), tuned) as merge,
-        folded(tmp_path, base, making.Recipe(), tuned[:2], "two") as two,
+        folded(tmp_path, base, making.Recipe(rule="iso-c"), tuned) as merge,
+        folded(tmp_path, base, making.Recipe(rule="iso-c"), tuned[:2], "two") as two,
     ):
         merge.unfold(merge.look_unfold("model-2"))
         assert merge.state.ledger.totals.body() == pytest.approx(two.state.ledger.totals.body(), rel=1e-6)
         assert lengths(merge) == pytest.approx(lengths(two), rel=1e-4)
-    with folded(tmp_path, base, making.Recipe(), tuned[2:], "third") as third:
+    with folded(tmp_path, base, making.Recipe(rule="iso-c"), tuned[2:], "third") as third:
         third.combine(tmp_path / "two")
         assert third.state.ledger.totals.body()["spread_sum"] > 0
-        with folded(tmp_path, base, making.Recipe(), tuned, "all") as whole:
+        with folded(tmp_path, base, making.Recipe(rule="iso-c"), tuned, "all") as whole:
             assert third.state.ledger.totals.body() == pytest.approx(whole.state.ledger.totals.body(), rel=1e-6)
             assert lengths(third) == pytest.approx(lengths(whole), rel=1e-4)
 
@@ -126,7 +126,7 @@ def test_one_odd_model_is_held_by_what_each_record_says(tmp_path: Path, base: Pa
     """Folded, unfolded and combined, and in an older state, whose records do not say it of every model."""
     alike = [*tuned[:1], *(models.fine_tune(base, tmp_path / f"alike-{i}", 7 + i, size=0.02) for i in range(3))]
     odd = models.fine_tune(base, tmp_path / "odd", 3, size=0.2)
-    recipe = making.Recipe()
+    recipe = making.Recipe(rule="iso-c")
     with folded(tmp_path, base, recipe, [odd, *alike]) as merge, folded(tmp_path, base, recipe, alike, "four") as four:
         plain, found = lengths(four), lengths(merge)
         assert all(1.0 < with_it / without < 1.3 for with_it, without in zip(found, plain, strict=True))
@@ -145,6 +145,6 @@ def test_the_scale_changes_without_folding_and_comes_back(tmp_path: Path, base: 
         first, generation = merge.read("model.layers.0.mlp.up_proj.weight"), merge.state.ledger.head.generation
         assert str(merge.rescale("paper")) == "1.0"
         assert not torch.equal(merge.read("model.layers.0.mlp.up_proj.weight"), first)
-        assert str(merge.rescale("auto")) == "spread:1.15"
+        assert str(merge.rescale("auto")) == "spread:1.0"
         assert torch.equal(merge.read("model.layers.0.mlp.up_proj.weight"), first)
         assert merge.state.ledger.head.generation == generation

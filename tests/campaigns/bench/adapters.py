@@ -180,7 +180,7 @@ def fold(size: str, *, folds: int, width: int, dense: bool, read: Sequence[str] 
     what it takes to explain readings by these rules."""
     shape, state = SHAPES[size], work / "state"
     of = base(work / "base", shape, 0 if dense else None)
-    forms = {"adapters": ["--adapters", "--width", str(width)]} | ({"dense": []} if dense else {})
+    forms = {"adapters": ["--adapters", "--width", str(width)]} | ({"dense": ["--rule", "iso-c"]} if dense else {})
     print(f"{size} shapes, adapters of rank {RANK} on {len(shape.linear())} layers")
     if not dense:
         print(f"  step alone (QR and SVD of the factors): {step(shape):.2f} CPU s")

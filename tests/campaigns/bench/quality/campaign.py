@@ -25,7 +25,7 @@ import continual
 from continual.engine.reading import Reading
 from continual.engine.views import ReadView
 from continual.executors.contract import silent
-from continual.making import DEFAULT, DEFAULT_OF_ADAPTERS, WIDTH, Recipe
+from continual.making import DEFAULT, WIDTH, Recipe
 from continual.rules import RULES, ReadOptions, read_options, readings
 from tests.campaigns.bench.quality.folding import Folding
 from tests.campaigns.bench.quality.results import Key, Results, bits, rows_of
@@ -135,7 +135,7 @@ class Campaign:
         a merge of one model."""
         keys = (
             Key(0, "own", len(self.suite.tasks), "paper"),
-            Key(0, self.default, len(self.suite.tasks), "alone"),
+            Key(0, DEFAULT, len(self.suite.tasks), "alone"),
         )
         if self.results.known.issuperset(keys):
             return
@@ -153,23 +153,14 @@ class Campaign:
     def ones(self) -> Iterator[tuple[str, Two]]:
         """Of each task the weights of its fine-tune as they are, and as a merge of it alone is read by default."""
         for task in self.suite.tasks:
-            with self.opened("iso-c", "one") as folding:
-                if not folding.begin([task], 1):
-                    folding.fold(self.model(task))
-                merge = folding.merge()
-                yield task, self.one(merge, ReadView(rule="task-arithmetic"), ReadView(rule=self.default))
+            yield task, (self.one("task-arithmetic", task, SUM), self.one(DEFAULT, task, read_options(DEFAULT)))
 
-    def one(self, merge: continual.Merge, plain: ReadView, default: ReadView) -> Two:
-        """One model, read in these two views."""
-        return (
-            self.weights(*self.read(merge, plain), SUM),
-            self.weights(*self.read(merge, default), read_options(self.default)),
-        )
-
-    @property
-    def default(self) -> str:
-        """The rule that such a state has unless told otherwise."""
-        return DEFAULT
+    def one(self, name: str, task: str, options: ReadOptions) -> dict[str, Tensor]:
+        """The weights of a merge of one model."""
+        with self.opened(name, "one") as folding:
+            if not folding.begin([task], 1):
+                folding.fold(self.model(task))
+            return self.weights(*self.read(folding.merge()), options)
 
     def trajectory(self, order: int, home: str, rules: Sequence[str]) -> None:
         """Folds the tasks in this order into a state made with `home`, and asks at every checkpoint how `rules` read
@@ -282,12 +273,8 @@ class Adapters(Campaign):
 
     kept = "-kept"
 
-    @property
-    def default(self) -> str:
-        return DEFAULT_OF_ADAPTERS
-
     def homes(self, rules: Sequence[str]) -> dict[str, list[str]]:
-        return {self.default: list(rules)}
+        return {DEFAULT: list(rules)}
 
     def opened(self, name: str, what: str) -> Folding:
         recipe = Recipe(rule=name, width=WIDTH)
@@ -295,15 +282,15 @@ class Adapters(Campaign):
 
     def ones(self) -> Iterator[tuple[str, Two]]:
         """The same, as views of one state."""
-        with self.opened(self.default, "0") as folding:
+        with self.opened(DEFAULT, "0") as folding:
             tasks = order_of(self.suite.tasks, 0)
             for task in tasks[folding.begin(tasks, len(tasks)) :]:
                 folding.fold(self.model(task))
             merge = folding.merge()
             for task in self.suite.tasks:
-                only = (task,)
-                plain, default = ReadView(rule="task-arithmetic", only=only), ReadView(rule=self.default, only=only)
-                yield task, self.one(merge, plain, default)
+                plain, default = (ReadView(rule=rule, only=(task,)) for rule in ("task-arithmetic", DEFAULT))
+                weights = self.weights(*self.read(merge, plain), SUM)
+                yield task, (weights, self.weights(*self.read(merge, default), read_options(DEFAULT)))
 
 
 def mean(found: Mapping[str, Tensor]) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from continual.making import DEFAULT, DEFAULT_OF_ADAPTERS
+from continual.making import DEFAULT
 from tests.campaigns.bench.quality.results import rows_of
 
 Answers = Mapping[str, str]
@@ -36,8 +36,8 @@ class Table:
 
     @property
     def default(self) -> str:
-        """The rule that such a state has unless told otherwise."""
-        return DEFAULT_OF_ADAPTERS if self.kept else DEFAULT
+        """The rule that a state has unless told otherwise."""
+        return DEFAULT
 
     @property
     def most(self) -> int:
