@@ -144,6 +144,10 @@ def test_without_inputs_it_says_the_command_and_lets_no_model_in(tmp_path: Path,
         outcome = merge.fold(given.base.parent / "c")
         assert (outcome.fate, outcome.reason) == ("refused", "inputs")
         assert "continual retry c" in outcome.message
+        with opened(tmp_path / "other", given, "c"):
+            pass
+        with pytest.raises(Misconfigured, match="c: the merge is read by regmean"):
+            merge.combine(tmp_path / "other" / "state")
         merge.read_inputs(rows(given, "[c-z]*"))  # whoever is called so, when it comes
         merge.retry("c")
         assert merge.fold(given.base.parent / "c").fate == "folded"
@@ -153,8 +157,9 @@ def test_without_inputs_it_says_the_command_and_lets_no_model_in(tmp_path: Path,
         merge.state.rollback(2)
         merge.rescale(rule="regmean")
         assert merge.head > seq, "inputs do not go back with a merge"
-    with opened(tmp_path / "started", given, rule="regmean") as merge:
-        assert merge.fold(given.base.parent / "a").reason == "inputs"
+    for more in ({"rule": "regmean"}, {"reading": "regmean"}):
+        with opened(tmp_path / next(iter(more)), given, **more) as merge:
+            assert merge.fold(given.base.parent / "a").reason == "inputs"
 
 
 def test_a_merge_of_whole_tensors_is_told_what_can_be_read_so(tmp_path: Path, given: Calibrated) -> None:
