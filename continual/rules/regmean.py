@@ -28,7 +28,7 @@ from continual.rules.options import Number
 from continual.rules.scale import ReadOptions
 
 _FLOOR = 1e-6
-"""What each diagonal of C_i gets besides, relative to its mean: where no task has an input, X is the mean."""
+"""What each diagonal gets besides, relative to the mean of all: where no task has an input, X is the mean."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,15 @@ def solved(
     those of each, by its index in `given` and `weights`; a model without any has a C_i all the same."""
     found, rest = torch.zeros_like(v), torch.zeros(len(v), dtype=v.dtype, device=v.device)
     heavy = []
+    level = sum(float(one.diagonal.mean()) for one in given) / len(given) or 1.0
     for index, (one, weight) in enumerate(zip(given, weights, strict=True)):
         factor, diagonal = one.factor.to(v), one.diagonal.to(v)
-        alone = (diagonal - alpha * factor.square().sum(0)).clamp(min=0) + _FLOOR * diagonal.mean()
+        alone = (diagonal - alpha * factor.square().sum(0)).clamp(min=0) + _FLOOR * level
         rest += weight * alone
         heavy.append(factor * (alpha * weight) ** 0.5)
         if (where := rows.get(index)) is not None:
             mine = v[:, where]
             found[:, where] = alpha * (factor.mT @ (factor @ mine)) + alone[:, None] * mine
-    if not bool(rest.any()):
-        return torch.zeros_like(v)
     wide = torch.cat(heavy)  # Σ w_i·C_i = wideᵀ·wide + diag(rest)
     if len(wide) >= len(v):
         factor = torch.linalg.cholesky(wide.mT @ wide + torch.diag(rest))

@@ -54,7 +54,8 @@ class BackupReport:
     """What was made, or would be: a copy in `directory` of a state at record `head`; `id` is the copy's.
 
     `records` and `generations` are new in it, `dropped` are generations that neither keeps any more. `linked` files are
-    hard links to the state; `copied` have `copied_bytes`. `nbytes` is the size of the new generations.
+    hard links to the state; `copied` have `copied_bytes`. `nbytes` is the size of the new generations, and of inputs of
+    tasks.
     """
 
     directory: Path
@@ -120,7 +121,7 @@ class _Copy:
             records=ledger.head.seq - self.have,
             generations=new,
             dropped=tuple(sorted(self.there - set(self.left) - kept)),
-            nbytes=sum(max(0, size_of(self.source.path / "generations" / name)) for name in new),
+            nbytes=sum(max(0, size_of(self.source.path / "generations" / name)) for name in new) + self._missing(),
         )
         if self.wish.dry_run:
             return report
@@ -197,6 +198,12 @@ class _Copy:
         if self.wish.check:
             self._check(taking)
         return taking
+
+    def _missing(self) -> int:
+        """Bytes of the inputs of tasks that the copy lacks."""
+        kept = [one.task for one in task_inputs.in_force(self.source.ledger)]
+        there = set(_names(self.directory / task_inputs.DIRECTORY))
+        return sum(task.nbytes for task in kept if task.id not in there)
 
     def _inputs(self, taking: Taking) -> None:
         """Takes the inputs of tasks that are in force. Those that were read again meanwhile are gone: then the state

@@ -120,10 +120,9 @@ def read_inputs(engine: Engine, wanted: TaskRows, progress: Progress) -> FoundIn
                 for _ in losses.each_alone(task):
                     done += 1
                     progress("inputs", done, rows)
-            if silent := [name for name, one in heard.items() if not one.count]:
-                raise Misconfigured(f"{task.name}: nothing reached the layer {silent[0]} on any of its rows")
             found = {name: one.kept().numpy() for name, one in heard.items()}
-            most = max(one.count for one in heard.values())
+            if not (most := max(one.count for one in heard.values())):  # one expert alone may be asked by no row
+                raise Misconfigured(f"{task.name}: its rows reach no linear layer of the model")
             count, nbytes = len(task.drive) + len(task.judge), sum(values.nbytes for values in found.values())
             tasks.append((models, count, most, nbytes))
             if writer is not None:
@@ -226,8 +225,8 @@ class _Moment:
         found = torch.zeros(self._rank + 1, self._n, dtype=torch.float64)
         rows = self._largest(self._rank)
         found[: len(rows)], found[-1] = rows, self._diagonal
-        found[:-1] /= self.count**0.5
-        found[-1] /= self.count
+        found[:-1] /= max(1, self.count) ** 0.5
+        found[-1] /= max(1, self.count)
         return found.float()
 
     def _largest(self, count: int) -> Tensor:

@@ -335,12 +335,13 @@ def regmean(
     taus: Sequence[Tensor], moments: Sequence[Tensor], weights: Sequence[float], alpha: float, *, across: bool = False
 ) -> Tensor:
     """RegMean of one matrix: Σ w·τ·C·(Σ w·C)⁻¹, what is off the diagonals of the second moments C of the inputs being
-    multiplied by `alpha`; `across`: the inputs meet the rows of τ. Each C gets 1e-6 of its mean diagonal."""
+    multiplied by `alpha`; `across`: the inputs meet the rows of τ. Each C gets 1e-6 of the mean of all diagonals."""
     flat = [tau.double().flatten(1) for tau in taus]
     shrunk = []
+    level = torch.stack([moment.double().diagonal() for moment in moments]).mean()
     for moment, weight in zip(moments, weights, strict=True):
         diagonal = torch.diag(moment.double().diagonal())
-        floor = 1e-6 * moment.double().diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+        floor = 1e-6 * level * torch.eye(len(moment), dtype=torch.float64)
         shrunk.append(weight * (alpha * moment.double() + (1 - alpha) * diagonal + floor))
     total = torch.stack(shrunk).sum(0)
     if across:

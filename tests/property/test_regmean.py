@@ -89,7 +89,8 @@ def test_few_eigenvalues_and_many_are_solved_alike(models: int, rank: int, alpha
     whole = []
     for one, weight in zip(inputs, weights, strict=True):
         off = alpha * (one.factor.mT @ one.factor)
-        alone = one.diagonal - off.diagonal() + 1e-6 * one.diagonal.mean()
+        level = sum(float(other.diagonal.mean()) for other in inputs) / models
+        alone = one.diagonal - off.diagonal() + 1e-6 * level
         whole.append(weight * (off + torch.diag(alone)))
     total = torch.stack(whole).sum(0)
     for k in range(models):
@@ -109,6 +110,26 @@ def test_one_model_reads_as_it_is_and_one_c_for_all_gives_the_mean() -> None:
     for name in SPECS:
         mean = torch.stack([each[name] for each in models]).mean(0)
         torch.testing.assert_close(shared.unit(name).double(), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_where_a_task_has_no_inputs_the_others_decide_and_where_none_has_it_is_the_mean() -> None:
+    held, known = shelf(adapters("mixed", 3)), moments(3, 60)
+    models = dense(held, [1, 2, 3])
+    for mine in known.values():
+        mine[2] = torch.zeros_like(mine[2])
+    found = merged(held, dict.fromkeys((1, 2), 1.0), known, 99, 0.5, across=False)
+    torch.testing.assert_close(
+        found.unit("tall").double()[:, 4:],
+        models[0]["tall"][:, 4:],
+        rtol=1e-3,
+        atol=1e-4,
+        msg="the first's inputs decide",
+    )
+    none = {name: {number: torch.zeros_like(c) for number, c in mine.items()} for name, mine in known.items()}
+    found = merged(held, dict.fromkeys((1, 2, 3), 1.0), none, 99, 0.95, across=False)
+    for name in SPECS:
+        mean = torch.stack([each[name] for each in models]).mean(0)
+        torch.testing.assert_close(found.unit(name).double(), mean, rtol=1e-5, atol=1e-6)
 
 
 def test_shares_are_what_leaving_out_gives() -> None:
