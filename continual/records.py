@@ -273,7 +273,8 @@ class FileDigest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveRecord:
     """The objective of a round, and the digests of what it is made of: `code` of a function's module, else `rows`;
-    `heads` where there are any. `digest` is over all the rest."""
+    `heads` where there are any; `teachers`, each by its name with a digest of what it said. `digest` is over all the
+    rest."""
 
     kind: Literal["rows", "function"]
     objective: str
@@ -285,6 +286,7 @@ class ObjectiveRecord:
     code: FileDigest | None = field(default=None, metadata={OMITTED: True})
     rows: tuple[FileDigest, ...] | None = field(default=None, metadata={OMITTED: True})
     heads: tuple[FileDigest, ...] | None = field(default=None, metadata={OMITTED: True})
+    teachers: tuple[FileDigest, ...] | None = field(default=None, metadata={OMITTED: True})
     digest: str
 
 

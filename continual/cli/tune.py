@@ -75,6 +75,14 @@ def tune(
             show_default=False,
         ),
     ] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--teacher",
+            help="With layers: a model for each --rows, which says what is right in place of labels.",
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Rows evaluated at a time.")] = 16,
     candidates: Annotated[int, typer.Option("--candidates", help="Evaluations, at least 3.")] = 20,
     policy: Annotated[
@@ -149,6 +157,8 @@ def tune(
         raise Misconfigured("--calibration is for --what layers and --what inputs")
     if (whose or rank is not None) and what != "inputs":
         raise Misconfigured("--for and --rank are for --what inputs")
+    if teacher and what != "layers":
+        raise Misconfigured("--teacher is for --what layers")
     signal.signal(signal.SIGTERM, _stop)
     if what == "inputs":
         if rule is not None:
@@ -161,7 +171,8 @@ def tune(
     if what == "layers":
         name, files, prompts = worth.learned()
         settings = {"batch": batch, **parse_options(calibration or ())}
-        return _learn(Learning(name, files, prompts, settings, candidates, work, dry_run, rule), flags)
+        teachers = tuple(teacher or ())
+        return _learn(Learning(name, files, prompts, settings, candidates, work, dry_run, rule, teachers), flags)
     evaluation = worth.evaluation()
     if what == "weights":
         groups = tuple(tuple(words.split(",")) for words in group or ())

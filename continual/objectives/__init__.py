@@ -3,5 +3,6 @@ objectives of one's own."""
 
 from continual.objectives.classes import fitted
 from continual.objectives.function import CalibrationTask, FittedTask, Given
+from continual.objectives.taught import Said, TellingTask
 
-__all__ = ["CalibrationTask", "FittedTask", "Given", "fitted"]
+__all__ = ["CalibrationTask", "FittedTask", "Given", "Said", "TellingTask", "fitted"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,8 @@ from continual.objectives.contract import chunks, in_order
 from continual.objectives.function import CalibrationTask, FittedTask, told_as_theirs
 from continual.objectives.loading import keep_no_activations, load_model
 from continual.objectives.rows import file_digest, must_be_readable
-from continual.records import ObjectiveRecord
+from continual.objectives.taught import Taught, TellingTask
+from continual.records import FileDigest, ObjectiveRecord
 
 DTYPES = Dtypes({word: word for word in ("float32", "bfloat16", "float16")})
 FLOAT16_SCALE = 1024.0
@@ -39,7 +41,8 @@ LEAST = 2
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """Which losses, on which rows. `objective` is causal-lm, classification, heads, or module:function; `rows` is a
-    JSONL file for each task, and `heads` a JSON file of prompts for each, for the objective heads alone.
+    JSONL file for each task, and `heads` a JSON file of prompts for each, for the objective heads alone. `taught`: what
+    is right a teacher of each task says, and no label is looked at.
 
     Raises Misconfigured naming what is missing or cannot be used.
     """
@@ -48,6 +51,7 @@ class Wanted:
     rows: tuple[Path, ...] = ()
     heads: tuple[Path, ...] = ()
     settings: CalibrationSettings = field(default_factory=CalibrationSettings)
+    taught: bool = False
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -61,6 +65,10 @@ class Wanted:
             raise Misconfigured(f"held = {s.held}: the share of the rows that judge has to be over 0 and under 1")
         if s.dtype not in DTYPES:
             raise Misconfigured(f"dtype = {s.dtype!r}: use one of {', '.join(DTYPES)}")
+        if self.taught and s.unsupervised:
+            raise Misconfigured(
+                "unsupervised says that entropy says what is good, and teachers say it: name one of them"
+            )
         if self.by_function:
             named = (
                 ("rows", self.rows),
@@ -99,9 +107,10 @@ class Wanted:
         for file in (*self.rows, *self.heads):
             must_be_readable(file)
 
-    def told(self) -> ObjectiveRecord:
+    def told(self, teachers: Sequence[FileDigest] = ()) -> ObjectiveRecord:
         """What a record keeps: names and digests of the files, or of the function's module, and all else that the
-        losses depend on. `digest` is over all the rest. Raises Misconfigured for a file that cannot be read, and for a
+        losses depend on: `teachers` by their names, each with a digest of what it said. `digest` is over all the rest.
+        Raises Misconfigured for a file that cannot be read, and for a
         function that cannot be imported."""
         found = ObjectiveRecord(
             kind="function" if self.by_function else "rows",
@@ -114,6 +123,7 @@ class Wanted:
             code=function.code_digest(self.objective) if self.by_function else None,
             rows=None if self.by_function else tuple(file_digest(file) for file in self.rows),
             heads=tuple(file_digest(file) for file in self.heads) or None,
+            teachers=tuple(teachers) or None,
             digest="",
         )
         rest = {key: value for key, value in asdict(found).items() if value is not None and key != "digest"}
@@ -164,6 +174,17 @@ class Calibration:
         """Of each task the loss of every row, as `held` has it: those that drive, then those that judge. What is fitted
         is fitted to each kind by itself. Raises as `loss` does."""
         return [torch.cat([self._losses(task, task.drive), self._losses(task, task.judge)]) for task in self.dealt]
+
+    def teach(self, number: int, by: Calibration | None = None) -> str:
+        """Has task `number` keep what the weights that are in memory now say of its rows; those in the memory of `by`,
+        where that is given. Returns a digest of it. Only where teachers are wanted."""
+        mine, other = self.dealt[number], (by or self).dealt[number]
+        assert isinstance(mine.task, Taught), mine.name
+        assert isinstance(other.task, Taught), other.name
+        for rows in chunks([*mine.drive, *mine.judge], self._batch):
+            with torch.no_grad(), self._as_asked():
+                mine.task.learn(rows, other.task)
+        return mine.task.digest
 
     def backward(self) -> float:
         """The loss, and its gradient in the parameters' `grad`: None where the loss does not depend on one. The
@@ -221,12 +242,7 @@ class Calibration:
     def _run(self, dealt: Dealt, rows: Sequence[int], run: Callable[[Sequence[int]], Tensor]) -> Tensor:
         """The losses of rows as the task says them. Raises Misconfigured where they are no losses, or one is not
         finite."""
-        mixed = self._dtype != torch.float32
-        with (
-            told_as_theirs(self._reference),
-            # A cache of weights in half precision would outlive a change of the weights.
-            torch.autocast(self._device.type, self._dtype if mixed else None, enabled=mixed, cache_enabled=False),
-        ):
+        with self._as_asked():
             found: object = run(rows)
         if not isinstance(found, torch.Tensor) or tuple(found.shape) != (len(rows),) or not found.is_floating_point():
             what = (
@@ -244,6 +260,17 @@ class Calibration:
             )
         return found
 
+    @contextmanager
+    def _as_asked(self) -> Iterator[None]:
+        """Runs the model in the dtype that is wanted."""
+        mixed = self._dtype != torch.float32
+        with (
+            told_as_theirs(self._reference),
+            # A cache of weights in half precision would outlive a change of the weights.
+            torch.autocast(self._device.type, self._dtype if mixed else None, enabled=mixed, cache_enabled=False),
+        ):
+            yield
+
 
 def load(wanted: Wanted, directory: Path, device: torch.device) -> Calibration:
     """The losses that are wanted, of the model in `directory`, or of the model that the user's function makes of it.
@@ -252,22 +279,37 @@ def load(wanted: Wanted, directory: Path, device: torch.device) -> Calibration:
     """
     if wanted.by_function:
         given = function.call(wanted.objective, directory, device)
-        dealt = [_deal(wanted, f"{wanted.objective}, task {number}", task) for number, task in enumerate(given.tasks)]
+        names = [f"{wanted.objective}, task {number}" for number in range(len(given.tasks))]
+        tasks = [_taught(*pair) if wanted.taught else pair[1] for pair in zip(names, given.tasks, strict=True)]
+        dealt = [_deal(wanted, *pair) for pair in zip(names, tasks, strict=True)]
         return Calibration(given.model, dealt, wanted, device)
     settings = wanted.settings
     kind = OBJECTIVES[wanted.objective]
     loaded = load_model(kind, directory, device, still=settings.checkpointing)
     dealt = []
     for file, heads in zip(wanted.rows, wanted.heads or (None,) * len(wanted.rows), strict=True):
-        objective = kind(loaded, Rows(kind.name, file, heads, settings.batch), labels=not settings.unsupervised)
+        objective = kind(
+            loaded, Rows(kind.name, file, heads, settings.batch), labels=not (settings.unsupervised or wanted.taught)
+        )
         task: CalibrationTask = objective
         if settings.unsupervised and isinstance(objective, Classes):
             task = Entropy(objective)
+        if wanted.taught:
+            task = _taught(str(file), objective)
         dealt.append(_deal(wanted, str(file), task, objective.lengths, objective.lines))
     model = loaded.model.requires_grad_(True)
     if settings.checkpointing:
         keep_no_activations(model)
     return Calibration(model, dealt, wanted, device)
+
+
+def _taught(name: str, task: CalibrationTask) -> Taught:
+    """Raises Misconfigured for a task whose model cannot be asked."""
+    if not isinstance(task, TellingTask):
+        raise Misconfigured(
+            f"{name}: a task that a teacher teaches has a method `says`, and {type(task).__name__} has not"
+        )
+    return Taught(task)
 
 
 def _deal(

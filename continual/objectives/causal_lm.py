@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from continual.lazily import Tensor, torch
 from continual.objectives.contract import Batch, Objective
+from continual.objectives.taught import Said
 
 
 class CausalLM(Objective):
@@ -24,6 +25,13 @@ class CausalLM(Objective):
         return torch.nn.functional.cross_entropy(
             logits.transpose(1, 2).float(), wanted, ignore_index=-100, reduction="none"
         )
+
+    def says(self, rows: Sequence[int]) -> Said:
+        """What it predicts for every token of these rows but the first."""
+        batch = self.together(rows)
+        logits = self.model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1]
+        where = batch.mask[:, 1:] != 0
+        return Said(logits[where], where.nonzero()[:, 0])
 
     def losses(self, rows: Sequence[int]) -> Tensor:
         """Of each row the mean over its predicted tokens: all but the first. float32, 1-D."""

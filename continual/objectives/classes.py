@@ -12,6 +12,7 @@ from continual.errors import Misconfigured
 from continual.lazily import Tensor, torch
 from continual.objectives.contract import Batch, Objective, chunks
 from continual.objectives.rows import Example
+from continual.objectives.taught import Said
 
 WIDEST = math.log(10)
 """How far from 1 a fitted confidence may go, as a logarithm, up or down: of rows that are all right it would go up for
@@ -32,6 +33,10 @@ class Classes(Objective):
     @abstractmethod
     def logits(self, batch: Batch) -> Tensor:
         """Float, rows × classes."""
+
+    def says(self, rows: Sequence[int]) -> Said:
+        """The logits of these rows, at a confidence of 1."""
+        return Said(self.logits(self.together(rows)), torch.arange(len(rows), device=self.device))
 
     def losses(self, rows: Sequence[int]) -> Tensor:
         """Cross-entropy of each row's class, float64, 1-D."""

@@ -39,6 +39,7 @@ from continual.tensors.layouts.in_classes import elsewhere
 from continual.tuning import choosing, scoring, scratch
 from continual.tuning.descent import Here, descend
 from continual.tuning.search import LEAST, Trial, best
+from continual.tuning.teaching import teach
 
 MOST = 16.0
 """No coefficient becomes more than so many times larger or smaller in one run."""
@@ -60,8 +61,9 @@ class Learning:
     `objective` is causal-lm, classification, heads, or module:function; `rows` is a JSONL file for each task, and
     `heads` a JSON file of prompts for each, for the objective heads alone. `calibration`: `seed`, `held` (the share of
     the rows that judge), `batch`, `dtype`, `checkpointing` and `unsupervised` (entropy, without labels), where they are
-    not as by default. `rule` reads, by default the one in force. `work` is the directory for the scratch file;
-    `dry_run` records nothing.
+    not as by default. `teachers`: a model for each task, which says what is right in place of labels: a model
+    directory, or in a state of adapters the name, path, key or record number of a model. `rule` reads, by default the
+    one in force. `work` is the directory for the scratch file; `dry_run` records nothing.
 
     Raises Misconfigured naming what is missing or cannot be used.
     """
@@ -74,6 +76,7 @@ class Learning:
     work: str | Path | None = None
     dry_run: bool = False
     rule: str | None = None
+    teachers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.candidates < LEAST:
@@ -89,7 +92,9 @@ class Learning:
             first = error.errors()[0]
             raise Misconfigured(f"{' '.join(map(str, first['loc']))}: {first['msg']}") from None
         rows, heads = (tuple(Path(file) for file in files) for files in (self.rows, self.heads))
-        return Wanted(self.objective, rows, heads, settings)
+        if self.teachers and rows and len(self.teachers) != len(rows):
+            raise Misconfigured(f"teachers: one for each file of rows; there are {len(self.teachers)} for {len(rows)}")
+        return Wanted(self.objective, rows, heads, settings, bool(self.teachers))
 
 
 def learn(
@@ -109,7 +114,7 @@ def learn(
     started = time.perf_counter()
     choosing.check_folded(engine.state, reading)
     objective = wanted.asked()
-    asked = objective.told()
+    objective.check()
     with choosing.scratch_directory(wanted.work) as work, ExitStack() as held:
         room(work, scratch.nbytes(reading), "tuning")
         file = work / "merged.safetensors"
@@ -117,6 +122,8 @@ def learn(
         unit = held.enter_context(open_checkpoint(Folder(file)))
         losses = load(objective, engine.base.checkpoint.directory, engine.device)
         way = held.enter_context(_Way(engine, partial(scratch.Scratch, reading, unit), reading.options, losses))
+        taught = teach(engine, reading, objective, (losses, way.held), wanted.teachers) if wanted.teachers else ()
+        asked = objective.told(taught)
         progress("tune", 0, wanted.candidates)
 
         def evaluate(factors: tuple[float, ...]) -> Here:
@@ -145,9 +152,9 @@ class _Way:
         """Raises Misconfigured where a tensor of the base is no parameter of the model."""
         base = engine.base
         there = [spec for spec in base.specs if spec.kind == "carried" or spec.name in base.checkpoint.tensors]
-        self._held = find_parameters(losses.model, there, base.aliases, elsewhere(base))
+        self.held = find_parameters(losses.model, there, base.aliases, elsewhere(base))
         self._engine, self._made, self._start, self._losses = engine, made, start, losses
-        self._specs = {spec.name: spec for spec in base.specs if spec.name in self._held}
+        self._specs = {spec.name: spec for spec in base.specs if spec.name in self.held}
         self.keys = sorted({layer_key(name) for name in self._specs})
         self.trials: list[Trial] = []
         self._reading = made(start)
@@ -156,7 +163,7 @@ class _Way:
 
     def __enter__(self) -> _Way:
         within: dict[torch.Tensor, list[tuple[TensorSpec, HeldIn]]] = {}
-        for name, found in self._held.items():
+        for name, found in self.held.items():
             for one in found:
                 within.setdefault(one.tensor, []).append((self._specs[name], one))
         for parameter in self._losses.model.parameters():
@@ -180,7 +187,7 @@ class _Way:
         options = replace(self._start, layers=tuple(sorted(found.items())))
         self._reading = self._made(options)
         self._reading.settle(self._engine.executor, progress)
-        scoring.fill(self._held, self._engine.base, self._reading, self._engine.executor)
+        scoring.fill(self.held, self._engine.base, self._reading, self._engine.executor)
         judged = [float(each.mean()) for each in self._losses.held()]
         self._dots = {key: [] for key in self.keys}
         loss = self._losses.backward()

@@ -4,14 +4,17 @@ differences and a dense search."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from continual.errors import Misconfigured
-from continual.objectives import FittedTask
+from continual.objectives import FittedTask, taught
+from continual.objectives.calibration import Dealt, load
 from continual.objectives.classes import Classes
 from tests.helpers.calibrated import (
     CLASSES,
@@ -27,7 +30,7 @@ from tests.helpers.calibrated import (
     slopes,
     write,
 )
-from tests.helpers.tiny import MODELS, loaded, transformers
+from tests.helpers.tiny import CPU, MODELS, loaded, transformers
 
 pytestmark = pytest.mark.slow
 
@@ -180,6 +183,46 @@ def test_without_labels_a_loss_is_an_entropy(name: str, tmp_path: Path) -> None:
     assert found.loss() == pytest.approx(float(sum(means)) / 2, rel=1e-5)
     assert found.backward() == pytest.approx(found.loss(), rel=1e-6)
     assert slopes(found.model)
+
+
+@pytest.mark.parametrize("name", ["causal-lm", "classification", "heads"])
+@pytest.mark.parametrize("kept", [64, 3])
+def test_a_teacher_says_what_is_right(name: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taught, "KEPT", kept)
+    place = made(name, tmp_path)
+    for file in place.wanted.rows:
+        write(file, [{"text": row["text"]} for row in read(file)])
+    found = load(replace(place.wanted, taught=True), place.base, CPU)
+    told = [found.teach(number) for number in range(len(found.dealt))]
+    assert found.loss() == pytest.approx(0.0, abs=1e-6), "it agrees with itself"
+
+    def says(dealt: Dealt) -> list[Tensor]:
+        assert isinstance(dealt.task, taught.Taught)
+        with torch.no_grad():
+            return [dealt.task._of.says([row]).logits.double().log_softmax(-1) for row in dealt.drive]
+
+    before = [says(dealt) for dealt in found.dealt]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in found.model.parameters():
+            parameter += torch.randn_like(parameter) * 0.1
+    means = []
+    for dealt, teacher in zip(found.dealt, before, strict=True):
+        each = []
+        for there, here in zip(teacher, says(dealt), strict=True):
+            top = there.topk(min(kept, there.shape[-1]), -1).indices
+            p, q = there.exp().gather(-1, top), here.exp().gather(-1, top)
+            if top.shape[-1] < there.shape[-1]:
+                p, q = (torch.cat([one, 1.0 - one.sum(-1, keepdim=True)], -1) for one in (p, q))
+            each.append(torch.xlogy(p, p / q).sum(-1).mean())
+        means.append(torch.stack(each).mean())
+    assert found.loss() == pytest.approx(float(sum(means)) / len(means), rel=1e-3)
+    assert found.backward() == pytest.approx(found.loss(), rel=1e-6)
+    assert slopes(found.model)
+    assert [found.teach(0, load(replace(place.wanted, taught=True), place.base, CPU))] == told[:1], (
+        "from another memory"
+    )
+    assert found.teach(0) != told[0], "another teacher"
 
 
 def test_rows_that_are_too_few_or_missing_are_named(classes: Calibrated, tmp_path: Path) -> None:

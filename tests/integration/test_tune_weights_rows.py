@@ -16,9 +16,11 @@ from continual import api, making
 from continual.config import Settings
 from continual.engine.block_reading import BlockReading
 from continual.engine.views import ReadView
+from continual.errors import Misconfigured
 from continual.executors.contract import silent
 from continual.objectives import builtin
 from continual.objectives.parameters import Parameters, find_parameters
+from continual.records import ObjectiveRecord
 from continual.rules import ReadOptions
 from continual.state.entries import TuneEntry
 from continual.state.parts import RowsEvaluation
@@ -196,6 +198,32 @@ def test_coefficients_of_layers_of_experts(tmp_path: Path) -> None:
     for name, value in base.items():
         wanted = layers.get(name, 1.0) * (plain[name].float() - value.float())
         assert torch.allclose(after[name].float() - value.float(), wanted, rtol=1e-3, atol=1e-6), name
+
+
+def test_models_of_the_state_and_directories_teach(tmp_path: Path) -> None:
+    place = placed(tmp_path, "causal-lm", "tsv-m")
+    files = {"rows": (place.ask.file, place.ask.file), "calibration": {"batch": 5}}
+    with place.open() as merge:
+        alone = merge.export(tmp_path / "alone", view=ReadView(rule="task-arithmetic", scale="1", only=("b",)))
+        found = merge.tune_layers(Learning("causal-lm", **files, candidates=6, teachers=("a", "b")))
+        assert found.score > found.before
+        told = found.entry.evaluation
+        assert isinstance(told, ObjectiveRecord)
+        assert [teacher.name for teacher in told.teachers or ()] == ["a", "b"]
+        merge.rescale("auto")
+        merge.rescale("1")
+        outside = merge.tune_layers(Learning("causal-lm", **files, candidates=3, teachers=("a", str(alone))))
+        assert outside.before == pytest.approx(found.before, rel=1e-2), "exported, and rounded with that"
+        assert merge.state.ledger.head.seq == outside.commit.seq if outside.commit else True
+        for named, message in ((("a",), "one for each file"), (("a", "*"), "4 models are called so")):
+            with pytest.raises(Misconfigured, match=message):
+                merge.tune_layers(Learning("causal-lm", **files, teachers=named))
+    argv = ["--rows", place.ask.file, "--objective", "causal-lm", "--state", place.state, "--teacher", "a"]
+    body = machine("tune", "--what", "layers", "--candidates", 3, *argv, "--dry-run")
+    assert [one["name"] for one in body["evaluation"]["teachers"]] == ["a"]
+    done = run("tune", *argv)
+    assert done.returncode == 2
+    assert "--teacher is for --what layers" in done.stderr
 
 
 def test_entropy_needs_no_labels_and_is_warned_of(tmp_path: Path) -> None:

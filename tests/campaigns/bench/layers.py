@@ -31,7 +31,7 @@ from torch.nn import functional
 import continual
 from continual.demo import digits as demo
 from continual.making import WIDTH
-from continual.objectives import Given
+from continual.objectives import Given, Said
 from tests.campaigns.bench.quality import digits as ways
 from tests.campaigns.bench.quality import language
 from tests.campaigns.bench.quality.campaign import settle_threads
@@ -85,7 +85,7 @@ class OnDigits:
 
 
 class OnLanguage:
-    """The language model; a row's loss is that of its answer, a token."""
+    """The language model; a row's loss is that of its answer, as the suite asks for it."""
 
     objective = f"{MODULE}:answers"
 
@@ -104,9 +104,12 @@ class OnLanguage:
     def given(self, directory: Path) -> Given:
         """The objective."""
         model, tokenizer = language.load(directory)
-        return Given(
-            model, [Answers(model, [language.encode(tokenizer, row) for row in self.rows(t)]) for t in self.wanted]
-        )
+        tasks = []
+        for task in self.wanted:
+            words = [tokenizer(word)["input_ids"][0] for word in self.suite._task(task).choices]
+            rows = [language.encode(tokenizer, row) for row in self.rows(task)]
+            tasks.append(Answers(model, [first(*row) for row in rows] if words else rows, words))
+        return Given(model, tasks)
 
     def trained(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """LoRA by the recipe of a fine-tune, as many steps for all the tasks."""
@@ -120,16 +123,32 @@ class OnLanguage:
         return {name: value.detach().clone() for name, value in wrapped.merge_and_unload().state_dict().items()}
 
 
+def first(seen: list[int], wanted: list[int]) -> tuple[list[int], list[int]]:
+    """A row up to the first token of its answer, by which the suite tells label words apart."""
+    stop = 1 + next(place for place, token in enumerate(wanted) if token != language.IGNORED)
+    return seen[:stop], wanted[:stop]
+
+
 class Answers:
-    """A task of the language model."""
+    """A task of the language model. `words`: the first tokens of the label words, where it has some."""
 
-    def __init__(self, model: nn.Module, rows: Sequence[tuple[list[int], list[int]]]) -> None:
+    def __init__(self, model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], words: Sequence[int]) -> None:
         self.model, self.rows, self.count = model, rows, len(rows)
+        self.words = torch.tensor(words, dtype=torch.int64)
 
-    def losses(self, rows: Sequence[int]) -> Tensor:
-        """The mean over the tokens of each answer."""
+    def says(self, rows: Sequence[int]) -> Said:
+        """The logits where an answer is wanted, for a teacher; of a label word those that the suite chooses from."""
         tokens, wanted = language.batch([self.rows[row] for row in rows])
         logits, where = language.scores(self.model, tokens, wanted)
+        return Said(logits[:, self.words] if len(self.words) else logits, where.nonzero()[:, 0])
+
+    def losses(self, rows: Sequence[int]) -> Tensor:
+        """The mean over the tokens of each answer; of a label word over the words that the suite chooses from."""
+        tokens, wanted = language.batch([self.rows[row] for row in rows])
+        logits, where = language.scores(self.model, tokens, wanted)
+        if len(self.words):
+            chosen = (wanted[where][:, None] == self.words).int().argmax(1)
+            return functional.cross_entropy(logits[:, self.words], chosen, reduction="none")
         nats = functional.cross_entropy(logits, wanted[where], reduction="none")
         each = torch.zeros(len(rows)).index_add(0, where.nonzero()[:, 0], nats)
         return each / where.sum(1)
@@ -163,8 +182,9 @@ def weights_of(merge: continual.Merge, where: Path) -> dict[str, Tensor]:
     return found
 
 
-def measured(place: Place, work: Path, form: Form, candidates: int, batch: int) -> dict[str, Any]:
+def measured(place: Place, form: Form, args: argparse.Namespace) -> dict[str, Any]:
     """Folds, learns, trains and asks."""
+    work = args.work
     importlib.import_module(MODULE).PLACE["now"] = place  # which is another module than this one, where it is run
     base, state = place.suite.prepare(), work / "layers-state"
     shutil.rmtree(state, ignore_errors=True)
@@ -173,15 +193,23 @@ def measured(place: Place, work: Path, form: Form, candidates: int, batch: int) 
     with continual.open(state, write=True, workers=1, max_base_ratio=100.0) as merge:
         for task in place.wanted:
             merge.fold(fine_tune(place.suite, task, form))
+        models = [str(fine_tune(place.suite, task, form)) for task in place.wanted]
         start = weights_of(merge, work / "layers-export")
         told["base"] = accuracy(place, load_file(base / "model.safetensors"))
         told["default"] = accuracy(place, start)
-        learning = continual.Learning(place.objective, calibration={"batch": batch}, candidates=candidates)
+        learning = continual.Learning(
+            place.objective,
+            calibration={"batch": args.batch},
+            candidates=args.candidates,
+            teachers=tuple(models) if args.teachers else (),
+        )
         tuned = merge.tune_layers(learning, told=lambda _, score: print(f"  judged {-score:.4f}", flush=True))
         told["layers"] = accuracy(place, weights_of(merge, work / "layers-export"))
         told |= {"candidates": len(tuned.entry.trials), "before": -tuned.before, "judged": -tuned.score}
         print(json.dumps(told), flush=True)
     shutil.rmtree(state)
+    if args.untrained:
+        return told
     told["trained"] = accuracy(place, place.trained(load_file(base / "model.safetensors")))
     told["merge, trained"] = accuracy(place, place.trained(start))
     return told
@@ -198,6 +226,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="draws of tasks and rows")
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--batch", type=int, default=100, help="rows at a time")
+    parser.add_argument("--teachers", action="store_true", help="each fine-tune says what is right, not the labels")
+    parser.add_argument("--untrained", action="store_true", help="nothing is trained on the rows")
     args = parser.parse_args()
     settle_threads(1)
     for count in args.tasks:
@@ -207,10 +237,7 @@ def main() -> None:
                 if args.suite == "digits"
                 else OnLanguage(args.work, args.data, count, args.rows, seed)
             )
-            print(
-                json.dumps(measured(place, args.work, args.form, args.candidates, args.batch) | {"seed": seed}),
-                flush=True,
-            )
+            print(json.dumps(measured(place, args.form, args) | {"seed": seed}), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from continual.demo import digits as demo
-from continual.objectives import Given
+from continual.objectives import Given, Said
 from tests.campaigns.bench import data, encoder
 from tests.campaigns.bench.quality import digits as ways
 from tests.campaigns.bench.quality import text
@@ -189,6 +189,10 @@ class Seen:
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         self.model, self.images, self.labels, self.count, self.confidence = model, images, labels, len(labels), 1.0
+
+    def says(self, rows: Sequence[int]) -> Said:
+        """The logits, for a teacher."""
+        return Said(self.model(self.images[list(rows)]), torch.arange(len(rows)))
 
     def losses(self, rows: Sequence[int]) -> Tensor:
         """Cross-entropy at the confidence that was fitted."""
