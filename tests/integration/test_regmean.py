@@ -271,7 +271,7 @@ def in_force_of(state: Path, words: str) -> str:
         return next(one.task.id for one in in_force(found.ledger) if one.words == words)
 
 
-@pytest.mark.parametrize("step", ["chunks", "fsync-dirs", "temp-commit", "head"])
+@pytest.mark.parametrize("step", ["fsync-dirs", "temp-commit", "head"])
 def test_a_writer_that_dies_leaves_all_or_nothing(tmp_path: Path, given: Calibrated, step: str) -> None:
     class Died(BaseException):
         pass
