@@ -107,6 +107,26 @@ def test_an_inner_product_that_float32_cannot_hold_is_summed_in_float64(size: fl
     assert linalg.inner(a, a) == pytest.approx((linalg.SMALL + 10) * size**2, rel=1e-6, abs=0.0)
 
 
+def test_a_piece_that_float32_cannot_hold_is_summed_in_float64_and_the_others_are_not_lost() -> None:
+    a = torch.ones(3 * linalg.PIECE + 10)
+    a[linalg.PIECE : 2 * linalg.PIECE] = 1e25
+    assert linalg.inner(a, a) == pytest.approx(linalg.PIECE * 1e50, rel=1e-6)
+    a[linalg.PIECE : 2 * linalg.PIECE] = math.inf
+    assert linalg.inner(a, a) == math.inf
+
+
+@pytest.mark.parametrize("weight", [1.0, -0.3])
+def test_a_long_addition_is_that_of_torch_and_is_measured_before_and_after(weight: float) -> None:
+    random = torch.Generator().manual_seed(8)
+    total, term = torch.randn(2, 2 * linalg.PIECE + 1500, generator=random).unbind()
+    total[: linalg.PIECE] = 0.0
+    before, after = total.clone(), total.add(term, alpha=weight)
+    found = linalg.add(total, term, weight)
+    assert torch.equal(total, after)
+    exact = linalg.Added(linalg.dot(term, term), linalg.dot(term, before), linalg.dot(after, after))
+    assert found == pytest.approx(exact, rel=1e-7)
+
+
 def test_small_tensors_are_summed_in_float64() -> None:
     a = torch.ones(linalg.SMALL)
     a[0] = 3e4
