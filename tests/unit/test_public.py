@@ -42,7 +42,9 @@ SIGNATURES = {
     "Merge.tune_layers": "(self, wanted, progress, told=None)",
     "Merge.read_inputs": "(self, wanted, progress)",
     "TaskRows": "(objective, models, rows=(), heads=(), rank=64, calibration, dry_run=False)",
-    "Learning": ("(objective, rows=(), heads=(), calibration, candidates=20, work=None, dry_run=False, rule=None)"),
+    "Learning": (
+        "(objective, rows=(), heads=(), calibration, candidates=20, work=None, dry_run=False, rule=None, teachers=())"
+    ),
     "Weighing": "(candidates=20, groups=(), work=None, dry_run=False, rule=None)",
     "Merge.look_unfold": "(self, word, at=None)",
     "Merge.unfold": "(self, plan, progress)",
