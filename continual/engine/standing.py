@@ -65,7 +65,7 @@ class Standing:
         stale = [refusal for refusal in ledger.refusals if not stands(refusal, now)]
         if not stale:
             return []
-        newest = {c.entry.candidate.origin: c.entry.candidate.key for c in ledger.log if c.entry.candidate is not None}
+        newest = {commit.origin: commit.key for commit in ledger.log if commit.key is not None}
         found: dict[str, Candidate] = {}
         for refusal in stale:
             candidate = refusal.entry.candidate

@@ -393,7 +393,7 @@ def _commit(
 def newest_release(log: Sequence[Commit], repo: str, branch: str) -> ReleaseEntry | None:
     """The newest record of a release to this branch; None if there is none."""
     for commit in reversed(log):
-        entry = commit.entry
+        entry = commit.entry if commit.kind == "publish" else None
         if isinstance(entry, ReleaseEntry) and (entry.repo, entry.branch) == (repo, branch):
             return entry
     return None

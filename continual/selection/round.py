@@ -169,7 +169,7 @@ def _looked(
 
 def last_round(state: State) -> Commit | None:
     """The record that ended the last round; None where there was none."""
-    return next((c for c in reversed(state.ledger.log) if isinstance(c.entry, SelectEntry)), None)
+    return next((c for c in reversed(state.ledger.log) if c.kind == "select"), None)
 
 
 def _load(engine: Engine, options: RoundOptions, progress: Progress, *, by_layer: bool) -> ModelInMemory:

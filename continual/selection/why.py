@@ -67,7 +67,7 @@ def explain(state: State, word: str) -> Why:
 
 def _rounds(state: State, key: str) -> Iterator[RoundVerdict]:
     """What each round said of the candidate."""
-    for commit in state.ledger.log:
+    for commit in (c for c in state.ledger.log if c.kind == "select"):
         entry = commit.entry
         if not isinstance(entry, SelectEntry):
             continue

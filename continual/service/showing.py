@@ -25,7 +25,7 @@ from continual.service.web.view import (
     ShownWaiting,
 )
 from continual.state import Commit, State
-from continual.state.entries import HookEntry, ReleaseEntry, SelectEntry
+from continual.state.entries import SelectEntry
 from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting
 
@@ -89,7 +89,7 @@ def refusal(commit: Commit) -> ShownRefusal:
 
 def publications(log: Sequence[Commit]) -> list[ShownPublication]:
     """The newest records of releases and hooks, among the last."""
-    found = [commit for commit in log[-_RECENT:] if isinstance(commit.entry, ReleaseEntry | HookEntry)]
+    found = [commit for commit in log[-_RECENT:] if commit.kind == "publish"]
     return [ShownPublication(commit.seq, commit.time, commit.entry.message) for commit in newest(found)]
 
 

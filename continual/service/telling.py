@@ -118,7 +118,8 @@ class Telling:
             return False
         seq = published.seq or 0
         wanted = (seq, published.view, waiter.number, hooks.target(waiter.hook))
-        calls = (c.entry for c in reversed(self._merge.state.ledger.log[seq:]) if isinstance(c.entry, HookEntry))
+        said = (c.entry for c in reversed(self._merge.state.ledger.log[seq:]) if c.kind == "publish")
+        calls = (entry for entry in said if isinstance(entry, HookEntry))
         return not any(
             (call.of, call.view, call.hook.number, call.hook.target) == wanted
             and (call.mark is None or call.mark == published.mark)

@@ -23,7 +23,7 @@ from continual.state.entries import (
 )
 from continual.state.format import Commit, Format
 from continual.state.generation import Generation
-from continual.state.ledger import Ledger
+from continual.state.ledger import SHORT, Ledger
 from continual.state.protocol import Held
 from continual.state.task_inputs import DIRECTORY
 
@@ -35,7 +35,8 @@ _WRITES = (FoldEntry, CombineEntry, UnfoldEntry, SelectEntry)
 def bound(path: Path, ledger: Ledger, checksum: str) -> None:
     """Raises Damaged where format.json, with this CRC, is not the one of which the ledger says that it is its own. A
     ledger that an earlier version began says nothing of it."""
-    named = [crc for commit in ledger.log if (crc := getattr(commit.entry, "format", None)) is not None]
+    said = [commit for commit in ledger.log if commit.kind not in SHORT]
+    named = [crc for commit in said if (crc := getattr(commit.entry, "format", None)) is not None]
     if named and named[-1] != checksum:
         raise Damaged(
             f"{path / 'format.json'} is not the one that this state was made with: it has the checksum {checksum}, and "

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from continual.errors import Damaged
 from continual.records import OMITTED, Kind, SlotSpec, TensorSpec
-from continual.state.entries import Entry, FoldEntry, entry_of
+from continual.state.entries import Entry, EntryKind, FoldEntry, entry_of
 from continual.state.fields import body_of, record_of
 from continual.state.layout import Layout
 
@@ -236,6 +236,31 @@ class Commit:
     receipts: str | None
     time: str
     entry: Entry
+
+    @property
+    def kind(self) -> EntryKind:
+        """The kind of its entry. This and the next four are known where the entry would have to be read first."""
+        return self.entry.kind
+
+    @property
+    def key(self) -> str | None:
+        """The key of the candidate that it is about, if there is one."""
+        return self.entry.candidate.key if self.entry.candidate is not None else None
+
+    @property
+    def origin(self) -> str | None:
+        """Where that candidate came from."""
+        return self.entry.candidate.origin if self.entry.candidate is not None else None
+
+    @property
+    def digest(self) -> str | None:
+        """The content digest of what was folded."""
+        return self.entry.digest
+
+    @property
+    def read(self) -> Mapping[str, object] | None:
+        """The read-time options that it sets."""
+        return self.entry.read
 
     def body(self) -> dict[str, object]:
         """As the commit file holds it, without its own CRC."""

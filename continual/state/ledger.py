@@ -12,18 +12,13 @@ from continual.records import Candidate, Totals
 from continual.state.entries import (
     CloneEntry,
     CombineEntry,
-    DeferEntry,
     FoldEntry,
-    InputsEntry,
     RefuseEntry,
     RepairEntry,
-    RetryEntry,
     RollbackEntry,
     RoundEntry,
-    ScaleEntry,
     SelectEntry,
     TagEntry,
-    TuneEntry,
     UnfoldEntry,
 )
 from continual.state.format import Commit, FoldCommit
@@ -54,7 +49,7 @@ def chain(fold: Fold | None) -> list[Fold]:
 
 def same(commit: FoldCommit) -> tuple[int, str]:
     """What tells folds apart: the record, and for those that came with another state in one record the candidate."""
-    return commit.seq, commit.entry.candidate.key
+    return commit.seq, commit.key or ""
 
 
 def brought(commit: Commit, folds: Iterable[BroughtFold]) -> list[FoldCommit]:
@@ -65,8 +60,10 @@ def brought(commit: Commit, folds: Iterable[BroughtFold]) -> list[FoldCommit]:
     ]
 
 
-MODEL = (FoldEntry, RollbackEntry, RepairEntry, UnfoldEntry, CombineEntry, TuneEntry, ScaleEntry, InputsEntry)
-"""Records after which the merged model is another one; a `select` is one where it has weights."""
+SHORT = ("fold", "refuse", "defer", "retry", "publish")
+"""Kinds of which an excerpt of the ledger says all that `add` asks for. Records of the others are few."""
+MODEL = ("fold", "rollback", "repair", "unfold", "combine", "tune", "inputs")
+"""Kinds of records after which the merged model is another one; a `select` is one where it has weights."""
 
 
 class Waiting(NamedTuple):
@@ -109,12 +106,26 @@ class Ledger:
         self.cloned: tuple[str, ...] = ()
 
     def add(self, commit: Commit) -> None:
-        """Takes the next record."""
-        entry = commit.entry
+        """Takes the next record. Of short kinds (see excerpts.py) its entry is not asked for."""
         now = self._history[-1] if self._history else None
-        if isinstance(entry, FoldEntry):
-            now = self._added(now, commit, [FoldCommit.at(commit, entry)])
-        elif isinstance(entry, CombineEntry):
+        if commit.kind == "fold":
+            fold = commit if isinstance(commit, FoldCommit) else FoldCommit.at(commit, commit.of_kind(FoldEntry))
+            now = self._added(now, commit, [fold])
+        elif commit.kind not in SHORT:
+            now = self._changed(now, commit)
+        self._seen(commit)
+        weighed = commit.kind == "select" and commit.of_kind(SelectEntry).active is not None
+        if weighed or (commit.kind in MODEL and (self.models or commit.kind not in ("tune", "inputs", "repair"))):
+            self.models.append(commit)
+        self.log.append(commit)
+        self._history.append(now)
+        read = commit.read
+        self._read.append(read if read is not None else self._read[-1] if self._read else {})
+
+    def _changed(self, now: Fold | None, commit: Commit) -> Fold | None:
+        """The history after a record of a kind that is not short."""
+        entry = commit.entry
+        if isinstance(entry, CombineEntry):
             now = self._added(now, commit, brought(commit, entry.folds))
         elif isinstance(entry, UnfoldEntry):
             now = self._without(now, commit, entry)
@@ -131,26 +142,19 @@ class Ledger:
             self._tags[entry.tag] = entry.of
         elif isinstance(entry, CloneEntry):
             self.id, self.cloned = entry.id, (*self.cloned, entry.of) if now else ()
-        self._seen(commit)
-        weighed = isinstance(entry, SelectEntry) and entry.active is not None
-        if weighed or (isinstance(entry, MODEL) and (self.model or entry.kind not in ("tune", "inputs", "repair"))):
-            self.models.append(commit)
-        self.log.append(commit)
-        self._history.append(now)
-        self._read.append(entry.read if entry.read is not None else self._read[-1] if self._read else {})
+        return now
 
     def _seen(self, commit: Commit) -> None:
         """The fate of the candidate that a record is about, and whether it waits."""
-        entry = commit.entry
-        if isinstance(entry, RefuseEntry):
+        if commit.kind == "refuse":
             self.refusals.append(commit)
-        if entry.candidate is None:
+        key = commit.key
+        if key is None:
             return
-        key = entry.candidate.key
-        if not isinstance(entry, FoldEntry):  # of a fold it is settled with its history
-            self._fates[key] = commit if isinstance(entry, RefuseEntry | UnfoldEntry) else None
+        if commit.kind != "fold":  # of a fold it is settled with its history
+            self._fates[key] = commit if commit.kind in ("refuse", "unfold") else None
         self._pool.pop(key, None)
-        if isinstance(entry, DeferEntry):
+        if commit.kind == "defer":
             self._pool[key] = Waiting(commit, commit.time)
 
     def _added(self, now: Fold | None, commit: Commit, folds: Sequence[FoldCommit]) -> Fold | None:
@@ -166,14 +170,14 @@ class Ledger:
         out = set(entry.out or ())
         folds = [fold.commit for fold in chain(now)]
         for fold in folds:
-            if (key := fold.entry.candidate.key) in out:
-                self._digests.pop(fold.entry.digest, None)
+            if (key := fold.key) is not None and key in out:
+                self._digests.pop(fold.digest or "", None)
                 self._fates[key] = None
                 self._pool[key] = Waiting(fold, fold.time)
         if entry.active is not None:
             new = brought(commit, entry.folds or ())
             now = None
-            for fold in [f for f in folds if f.entry.candidate.key not in out] + new:
+            for fold in [f for f in folds if f.key not in out] + new:
                 now = Fold(fold, None, now)
             now = now and now._replace(at=commit)
             for fold in new:
@@ -207,7 +211,7 @@ class Ledger:
         for fold in chain(now):
             if same(fold.commit) not in kept:
                 entry = dataclasses.replace(fold.commit.entry, fate="rolled-back")
-                self._fates[entry.candidate.key] = dataclasses.replace(fold.commit, entry=entry)
+                self._fates[entry.candidate.key] = FoldCommit.at(fold.commit, entry)
         self._digests = {}
         for fold in chain(target):
             self._settle(fold.commit)
@@ -217,18 +221,19 @@ class Ledger:
         """The history without the fold that the record `commit` took out; up to its index it is as it was."""
         folds = chain(now)
         index = next(i for i, fold in enumerate(folds) if same(fold.commit) == (entry.of, entry.key))
-        self._digests.pop(folds[index].commit.entry.digest, None)
+        self._digests.pop(folds[index].commit.digest or "", None)
         left = folds[index].before
         for fold in folds[index + 1 :]:
             left = Fold(fold.commit, None, left)
         return left and left._replace(at=commit)
 
     def _settle(self, fold: FoldCommit) -> None:
-        key = fold.entry.candidate.key
+        key, digest = fold.key, fold.digest
+        assert key is not None
         self._fates[key] = fold
         self._pool.pop(key, None)
-        if fold.entry.digest:
-            self._digests[fold.entry.digest] = fold
+        if digest:
+            self._digests[digest] = fold
 
     @property
     def head(self) -> Commit:
@@ -297,7 +302,7 @@ class Ledger:
 
     def revisions(self, origin: str) -> list[FoldCommit]:
         """The folds in force of candidates that came from `origin`, oldest first."""
-        return [c for c in self.folds() if c.entry.candidate.origin == origin]
+        return [c for c in self.folds() if c.origin == origin]
 
     @property
     def totals(self) -> Totals:
@@ -326,7 +331,7 @@ class Ledger:
     def retried(self) -> list[Candidate]:
         """The candidates, as their records name them, that somebody asked to look at again and that are not settled
         since."""
-        asked = {c.entry.candidate.key: c.entry.candidate for c in self.log if isinstance(c.entry, RetryEntry)}
+        asked = {c.entry.candidate.key: c.entry.candidate for c in self.log if c.kind == "retry" and c.entry.candidate}
         return [candidate for key, candidate in asked.items() if not self.is_settled(key)]
 
     def folded_digest(self, digest: str) -> FoldCommit | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from continual.errors import Damaged, Misconfigured, Retry
-from continual.state import adoption, framing, protocol
+from continual.state import adoption, excerpts, framing, protocol
 from continual.state.durable import sync_file, usable
 from continual.state.format import Commit, Format
 from continual.state.generation import Generation
@@ -164,21 +165,42 @@ def _missing(path: Path, head: Head, names: list[str]) -> str:
 
 
 def _replayed(path: Path, head: Head, names: list[str], read: dict[str, Commit]) -> Ledger:
-    """The records in the files `names`, each of which must follow the one before it. `read` has those that were read
-    before, and gets the others: a record never changes. Raises Damaged."""
+    """The records in the files `names`, each of which must follow the one before it; those that excerpts are of are not
+    read, unless what the excerpts say cannot be. `read` has those that were read before, and gets the others: a record
+    never changes. Raises Damaged."""
     if names != [f"{seq:08d}.json" for seq in range(len(names))] or not head.seq < len(names):
         raise Damaged(_missing(path, head, names))
-    ledger = Ledger()
     commits = str(path / "commits")
-    for seq, name in enumerate(names):
-        file = f"{commits}/{name}"
-        commit = read.get(name) or Commit.of(*framing.decode(file), file)
-        read[name] = commit
+
+    def record(seq: int) -> Commit:
+        name = names[seq]
+        found = read.get(name)
+        if found is None:
+            file = f"{commits}/{name}"
+            found = read[name] = Commit.of(*framing.decode(file), file)
+        return found
+
+    sealed = excerpts.believed(path, head.seq, head.crc, record)
+    try:
+        return _chained(path, head, len(names), lambda seq: sealed.get(seq) or record(seq))
+    except (Damaged, LookupError):
+        if not sealed:
+            raise
+        return _chained(path, head, len(names), record)
+
+
+def _chained(path: Path, head: Head, count: int, record: Callable[[int], Commit]) -> Ledger:
+    """So many records, one after the other. Raises Damaged."""
+    ledger = Ledger()
+    for seq in range(count):
+        commit = record(seq)
         if commit.seq != seq or commit.prev != (ledger.head.crc if ledger.log else None):
             raise Damaged(
-                f"{file} does not follow the record before it: the chain of checksums is broken; restore from a backup"
+                f"{path / 'commits' / f'{seq:08d}.json'} does not follow the record before it: the chain of checksums "
+                "is broken; restore from a backup"
             )
         ledger.add(commit)
+    _ = ledger.head.entry  # the newest is read in any case
     if ledger.get(head.seq).crc != head.crc:
         raise Damaged(
             f"{path / 'HEAD'} names another record {head.seq} than the one in commits/: restore from a backup"

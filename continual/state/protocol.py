@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from continual.errors import Damaged, Halt
-from continual.state import framing
+from continual.state import excerpts, framing
 from continual.state.durable import (
     environment,
     link_new,
@@ -157,13 +157,19 @@ class Journal:
         write_head(self.path, self.ledger.head)
         self._write_tags(first)
         self.behind = self._first = None
+        log = self.ledger.log
+        for end in range(first + 1, len(log) + 1):
+            if end % excerpts.SPAN == 0:
+                excerpts.write(self.path, log[end - excerpts.SPAN : end])
 
     def _write_tags(self, first: int, *, missing: bool = False) -> None:
         """The files of the tags among the records from `first` on; with `missing` only those that do not stand. Raises
         OSError, Retry of `missing` alone, and Halt."""
         for commit in self.ledger.log[first:]:
-            entry = commit.entry
-            if not isinstance(entry, TagEntry) or self.ledger.tags.get(entry.tag) != entry.of:
+            if commit.kind != "tag":
+                continue
+            entry = commit.of_kind(TagEntry)
+            if self.ledger.tags.get(entry.tag) != entry.of:
                 continue
             with contextlib.suppress(Damaged):  # an altered file is for `verify` to report
                 if missing and tag_stands(self.path, entry.tag, entry.of):

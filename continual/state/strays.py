@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from continual.errors import Damaged, Misconfigured, Retry
-from continual.state import paused, task_inputs
+from continual.state import excerpts, paused, task_inputs
 from continual.state.format import Format
 from continual.state.generation import RECEIPTS, Generation, Receipts
 from continual.state.ledger import Ledger
@@ -50,6 +50,8 @@ def strays(path: Path, form: Format, ledger: Ledger) -> list[Stray]:
         name = entry.name
         if name == "commits":
             found += _in(entry, "commits", _RECORD)
+        elif name == excerpts.DIRECTORY:
+            found += _in(entry, name, _RECORD)
         elif name in ("tags", "sources", "inbox"):
             found += _tags(entry, ledger) if name == "tags" else _in(entry, name, _FRAMED)
         elif name == "leases":

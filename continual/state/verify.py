@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from continual.errors import ContinualError, Misconfigured
-from continual.state import framing, task_inputs
+from continual.state import excerpts, framing, task_inputs
 from continual.state.entries import TagEntry
+from continual.state.excerpts import Sealed
 from continual.state.fields import record_of
 from continual.state.format import Commit, Format
 from continual.state.generation import Generation
@@ -53,6 +54,8 @@ def verify(state: State, progress: OnPart = lambda _done, _total: None, *, gener
     for commit in state.ledger.log:
         findings += _told(partial(_record, state.path, commit))
         step()
+    for first in range(0, acknowledged + 2 - excerpts.SPAN, excerpts.SPAN):
+        findings += _told(partial(excerpts.finding, state.path, state.ledger.log, first))
     for name in kept if generations else ():
         findings += _generation(state, name, receipts[name] or "", step)
     if generations:
@@ -112,6 +115,9 @@ def _head(state: State, head: Head) -> list[str]:
 
 
 def _record(path: Path, commit: Commit) -> str | None:
+    if isinstance(commit, Sealed):  # an excerpt said it, and is compared with it
+        excerpts.whole(commit, str(path / "commits"))
+        return None
     file = path / "commits" / f"{commit.seq:08d}.json"
     if framing.decode(file)[1] != commit.crc:
         return f"{file} is another record than the state was opened with"

@@ -18,12 +18,12 @@ def row(trial: Trial, *, lower: bool) -> TrialRecord:
 
 def newest(state: State) -> Commit | None:
     """The record of the newest tuning; None where there was none."""
-    return next((c for c in reversed(state.ledger.log) if isinstance(c.entry, TuneEntry)), None)
+    return next((c for c in reversed(state.ledger.log) if c.kind == "tune" and isinstance(c.entry, TuneEntry)), None)
 
 
 def in_force(state: State) -> Commit | None:
     """The record of the tuning that chose how the merged model is read now; None where none did."""
-    last = next(c for c in reversed(state.ledger.log) if c.entry.read is not None)
+    last = next(c for c in reversed(state.ledger.log) if c.read is not None)
     of = last.entry.of if isinstance(last.entry, ScaleEntry) else None
     found = last if of is None else state.ledger.get(of)
     return found if isinstance(found.entry, TuneEntry) else None

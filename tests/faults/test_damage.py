@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from continual.errors import ContinualError
-from continual.state import State
+from continual.state import State, excerpts
 from continual.state.verify import verify
 from tests.helpers import stores
 
@@ -28,12 +28,16 @@ def findings(state: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("harm", ["flipped", "cut", "deleted"])
-def test_every_file(tmp_path: Path, harm: str) -> None:
+def test_every_file(tmp_path: Path, harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(excerpts, "SPAN", 3)
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
     stores.history(whole)
     assert findings(whole) == []
     files = sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file() and p.name not in UNCHECKED)
     assert len(files) > 50
+    assert [file.name for file in files if file.parent.name == "excerpts"] == ["00000000.json", "00000003.json"]
+    if harm == "deleted":  # an excerpt that is not there is no damage: it is made anew
+        files = [file for file in files if file.parent.name != "excerpts"]
     missed = []
     for file in files:
         shutil.copytree(whole, hurt)

@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 
 from continual.errors import Misconfigured, Retry
 from continual.records import TensorSpec, Totals
-from continual.state import Format, State, Transaction
+from continual.state import Format, State, Transaction, excerpts
 from continual.state.entries import CombineEntry, DeferEntry, Entry, FoldEntry, RefuseEntry, RetryEntry, UnfoldEntry
 from continual.state.parts import FoldNumbers
 from continual.state.verify import verify
@@ -377,7 +377,8 @@ class StateAgainstAList(RuleBasedStateMachine):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300 + 20 * EXAMPLES)
-def test_the_state_is_a_list_whatever_happens() -> None:
+def test_the_state_is_a_list_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(excerpts, "SPAN", 3)  # so that most records are known by excerpts
     run_state_machine_as_test(
         StateAgainstAList,
         settings=settings(

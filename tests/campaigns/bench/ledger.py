@@ -1,0 +1,123 @@
+"""How long a state takes to open, to look at and to fold into, by how many records its ledger has.
+
+`python -m tests.campaigns.bench.ledger` makes a small state, gives it 10, 1,000 and 10,000 records (three of four are
+folds, the others refusals) and prints, in CPU seconds and as the least of five: opening it in a process that runs,
+`continual status` and `continual log -n 20`, and folding one more model in a process that runs; and the peak memory of
+that process. `--to FOLDER` keeps the states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import continual
+from continual.state import State, framing
+from tests.helpers import models
+
+SIZES = (10, 1_000, 10_000)
+TIMES = 5
+FOLD = """
+import json, resource, sys, time
+from pathlib import Path
+import continual
+state, model = sys.argv[1:]
+with continual.open(state, write=True) as merge:
+    merge.engine  # what is loaded once
+    before = time.process_time()
+    outcome = merge.fold(model)
+    seconds = time.process_time() - before
+    assert outcome.fate == "folded", outcome
+print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+"""
+
+
+def grown(state: Path, records: int) -> None:
+    """Adds records to the state's ledger until it has so many, as if so many models had come: files alone, since the
+    commit protocol would take an hour."""
+    commits = sorted((state / "commits").glob("*.json"))
+    body, crc = framing.decode(commits[-1])
+    assert body["kind"] == "fold", body["kind"]
+    for seq in range(len(commits), records):
+        data, crc = framing.encode(_next(body, seq, crc))
+        (state / "commits" / f"{seq:08d}.json").write_bytes(data)
+    (state / "HEAD").write_bytes(framing.encode({"seq": records - 1, "crc": crc})[0])
+
+
+def _next(body: dict[str, Any], seq: int, prev: str) -> dict[str, Any]:
+    """A record like the fold `body`: every fourth is a refusal."""
+    candidate = {**body["candidate"], "key": f"folder:{seq:032x}", "name": f"m{seq}", "origin": f"/models/m{seq}"}
+    found = {**body, "seq": seq, "prev": prev, "candidate": candidate, "digest": f"blake3:{seq:064x}"}
+    if seq % 4 == 0:
+        said = {"kind": "refuse", "fate": "refused", "reason": "vocab", "message": f"m{seq}: another vocabulary"}
+        found |= {**said, "digest": None, "totals": None, "numbers": {"settings": {"vocab": "refuse"}}}
+    return found
+
+
+def _least(what: Callable[[], float]) -> float:
+    return min(what() for _ in range(TIMES))
+
+
+def _opened(state: Path) -> float:
+    before = time.process_time()
+    State.open(state).close()
+    return time.process_time() - before
+
+
+def _command(*words: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "continual", *words], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def _folded(state: Path, model: Path, copies: Path) -> tuple[float, float]:
+    """Seconds and MiB of one more fold, the least of both."""
+    told = []
+    for number in range(TIMES):
+        copy = shutil.copytree(state, copies / str(number))
+        done = subprocess.run(
+            [sys.executable, "-c", FOLD, str(copy), str(model)], check=True, capture_output=True, text=True
+        )
+        told.append(json.loads(done.stdout))
+        shutil.rmtree(copy)
+    return min(seconds for seconds, _ in told), min(memory for _, memory in told)
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", type=Path, help="keep the states here")
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
+    parser.add_argument("--no-fold", action="store_true", help="leave the folds out")
+    wanted = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        folder = wanted.to or Path(made)
+        folder.mkdir(parents=True, exist_ok=True)
+        base = models.base(folder / "base")
+        first, second = (models.fine_tune(base, folder / f"fine-tune-{seed}", seed=seed) for seed in (1, 2))
+        print("| records | open | status | log -n 20 | one fold | memory |\n|---|---|---|---|---|---|", flush=True)
+        for records in wanted.sizes:
+            state = folder / f"state-{records}"
+            continual.init(base, state, continual.Recipe(rule="iso-c"))
+            with continual.open(state, write=True) as merge:
+                merge.fold(first)
+            grown(state, records)
+            State.open(state, write=True).close()  # what a writer makes of it once
+            row = [_least(lambda s=state: _opened(s))]
+            row += [_least(lambda w=words, s=state: _command(*w, "--state", str(s))) for words in (["status"], ["log"])]
+            seconds, memory = (0.0, 0.0) if wanted.no_fold else _folded(state, second, folder)
+            print(f"| {records} | {' | '.join(f'{x:.3f}' for x in (*row, seconds))} | {memory:.0f} MiB |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
