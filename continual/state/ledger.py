@@ -52,6 +52,11 @@ def same(commit: FoldCommit) -> tuple[int, str]:
     return commit.seq, commit.key or ""
 
 
+def folded(commit: Commit) -> FoldCommit:
+    """The record of a fold as such: the same, where it is known that it is one."""
+    return commit if isinstance(commit, FoldCommit) else FoldCommit.at(commit, commit.of_kind(FoldEntry))
+
+
 def brought(commit: Commit, folds: Iterable[BroughtFold]) -> list[FoldCommit]:
     """The folds that one record brought, each as if it were a record of its own."""
     return [
@@ -82,6 +87,14 @@ class Waiting(NamedTuple):
         return self.commit.entry.candidate
 
 
+def refused(candidate: Candidate, row: MemberFate) -> RefuseEntry:
+    """What a round said of a member that it refused, or that expired, as if it were a record of its own."""
+    assert row.fate in ("refused", "expired")
+    return RefuseEntry(
+        candidate=candidate, fate=row.fate, reason=row.reason, message=row.message, settings=row.settings
+    )
+
+
 class Ledger:
     """Every question about the history of a state, answered from memory; `add` takes the next record.
 
@@ -106,11 +119,10 @@ class Ledger:
         self.cloned: tuple[str, ...] = ()
 
     def add(self, commit: Commit) -> None:
-        """Takes the next record. Of short kinds (see excerpts.py) its entry is not asked for."""
+        """Takes the next record. Of a short kind its entry is not asked for."""
         now = self._history[-1] if self._history else None
         if commit.kind == "fold":
-            fold = commit if isinstance(commit, FoldCommit) else FoldCommit.at(commit, commit.of_kind(FoldEntry))
-            now = self._added(now, commit, [fold])
+            now = self._added(now, commit, [folded(commit)])
         elif commit.kind not in SHORT:
             now = self._changed(now, commit)
         self._seen(commit)
@@ -119,8 +131,7 @@ class Ledger:
             self.models.append(commit)
         self.log.append(commit)
         self._history.append(now)
-        read = commit.read
-        self._read.append(read if read is not None else self._read[-1] if self._read else {})
+        self._read.append(commit.read if commit.read is not None else self._read[-1] if self._read else {})
 
     def _changed(self, now: Fold | None, commit: Commit) -> Fold | None:
         """The history after a record of a kind that is not short."""
@@ -148,8 +159,7 @@ class Ledger:
         """The fate of the candidate that a record is about, and whether it waits."""
         if commit.kind == "refuse":
             self.refusals.append(commit)
-        key = commit.key
-        if key is None:
+        if (key := commit.key) is None:
             return
         if commit.kind != "fold":  # of a fold it is settled with its history
             self._fates[key] = commit if commit.kind in ("refuse", "unfold") else None
@@ -195,14 +205,7 @@ class Ledger:
             self._pool[row.key] = waiting._replace(rounds=waiting.rounds + row.judged, last=row)
         elif row.fate == "refused" or row.fate == "expired":
             del self._pool[row.key]
-            refusal = RefuseEntry(
-                candidate=waiting.candidate,
-                fate=row.fate,
-                reason=row.reason,
-                message=row.message,
-                settings=row.settings,
-            )
-            self.refusals.append(dataclasses.replace(commit, entry=refusal))
+            self.refusals.append(dataclasses.replace(commit, entry=refused(waiting.candidate, row)))
             self._fates[row.key] = self.refusals[-1]
 
     def _rolled_back(self, now: Fold | None, to: int) -> Fold | None:
@@ -228,12 +231,11 @@ class Ledger:
         return left and left._replace(at=commit)
 
     def _settle(self, fold: FoldCommit) -> None:
-        key, digest = fold.key, fold.digest
-        assert key is not None
+        key = fold.key or ""
         self._fates[key] = fold
         self._pool.pop(key, None)
-        if digest:
-            self._digests[digest] = fold
+        if fold.digest:
+            self._digests[fold.digest] = fold
 
     @property
     def head(self) -> Commit:

@@ -125,6 +125,7 @@ class Journal:
             if acknowledged != self.ledger.head.seq:
                 write_head(self.path, self.ledger.head)
             self._write_tags(acknowledged, missing=True)
+        excerpts.renew(self.path, self.ledger.log)
         with contextlib.suppress(OSError):  # found again at the next open
             for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):
                 leftover.unlink(missing_ok=True)

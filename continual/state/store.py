@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from continual.errors import Misconfigured, Retry
-from continual.state import adoption, arrays, excerpts, framing, lock, names, opening, retention, task_inputs
+from continual.state import adoption, arrays, framing, lock, names, opening, retention, task_inputs
 from continual.state.arrays import Array
 from continual.state.durable import environment, replace_bytes, sync_file, usable
 from continual.state.entries import Entry, InitEntry, RollbackEntry, TagEntry
@@ -112,7 +112,6 @@ class State:
             opening.whole_again(self.path, self.ledger)
         adoption.make_durable(self.path, self.ledger.log, self.acknowledged)
         self._journal.settle(self.acknowledged)
-        excerpts.renew(self.path, self.ledger.log)
 
     def __enter__(self) -> State:
         return self

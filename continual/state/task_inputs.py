@@ -50,8 +50,8 @@ def in_force(ledger: Ledger) -> list[KeptInputs]:
     found: list[KeptInputs] = []
     seen: set[tuple[str, ...]] = set()
     damaged: set[str] = set()
-    for commit in reversed(ledger.log):
-        if commit.kind == "inputs" and isinstance(entry := commit.entry, InputsEntry):
+    for commit in (c for c in reversed(ledger.log) if c.kind in ("inputs", "repair")):
+        if isinstance(entry := commit.entry, InputsEntry):
             tasks = [task for task in entry.tasks if task.models not in seen and task.id not in damaged]
             found += [KeptInputs(commit.seq, entry, task) for task in tasks]
             seen |= {task.models for task in entry.tasks}
