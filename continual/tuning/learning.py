@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from continual import linalg
 from continual.config import CalibrationSettings
+from continual.engine.block_reading import BlockReading
 from continual.engine.engine import Engine
 from continual.engine.reading import Reading
 from continual.errors import Misconfigured
@@ -121,7 +122,8 @@ def learn(
         scratch.write(reading, file, engine.executor, progress)
         unit = held.enter_context(open_checkpoint(Folder(file)))
         losses = load(objective, engine.base.checkpoint.directory, engine.device)
-        way = held.enter_context(_Way(engine, partial(scratch.Scratch, reading, unit), reading.options, losses))
+        made = partial(scratch.Scratch, reading, unit)
+        way = held.enter_context(_Way(engine, made, reading.options, losses, _changed(engine, reading)))
         taught = teach(engine, reading, objective, (losses, way.held), wanted.teachers) if wanted.teachers else ()
         asked = objective.told(taught)
         progress("tune", 0, wanted.candidates)
@@ -139,6 +141,12 @@ def learn(
     return choosing.settled(engine, reading, found, dry_run=wanted.dry_run or not better)
 
 
+def _changed(engine: Engine, reading: Reading) -> frozenset[str]:
+    """Tensors that the merge can change: no other needs a gradient, which of a table of tokens is as large as it is."""
+    blocks = reading if isinstance(reading, BlockReading) else None
+    return frozenset(spec.name for spec in engine.base.specs if blocks is None or blocks.columns(spec))
+
+
 class _Way:
     """What factors for the layers are worth on the rows, and which way the loss falls there. A context manager.
 
@@ -147,14 +155,20 @@ class _Way:
     """
 
     def __init__(
-        self, engine: Engine, made: Callable[[ReadOptions], Reading], start: ReadOptions, losses: Calibration
+        self,
+        engine: Engine,
+        made: Callable[[ReadOptions], Reading],
+        start: ReadOptions,
+        losses: Calibration,
+        changed: frozenset[str],
     ) -> None:
-        """Raises Misconfigured where a tensor of the base is no parameter of the model."""
+        """`changed`: the tensors that coefficients are for. Raises Misconfigured where a tensor of the base is no
+        parameter of the model."""
         base = engine.base
         there = [spec for spec in base.specs if spec.kind == "carried" or spec.name in base.checkpoint.tensors]
         self.held = find_parameters(losses.model, there, base.aliases, elsewhere(base))
         self._engine, self._made, self._start, self._losses = engine, made, start, losses
-        self._specs = {spec.name: spec for spec in base.specs if spec.name in self.held}
+        self._specs = {spec.name: spec for spec in base.specs if spec.name in self.held and spec.name in changed}
         self.keys = sorted({layer_key(name) for name in self._specs})
         self.trials: list[Trial] = []
         self._reading = made(start)
@@ -164,7 +178,7 @@ class _Way:
     def __enter__(self) -> _Way:
         within: dict[torch.Tensor, list[tuple[TensorSpec, HeldIn]]] = {}
         for name, found in self.held.items():
-            for one in found:
+            for one in found if name in self._specs else ():
                 within.setdefault(one.tensor, []).append((self._specs[name], one))
         for parameter in self._losses.model.parameters():
             if parameter in within:

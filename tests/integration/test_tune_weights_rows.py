@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from continual import api, making
+from continual import api, linalg, making
 from continual.config import Settings
 from continual.engine.block_reading import BlockReading
 from continual.engine.views import ReadView
@@ -180,13 +180,17 @@ def test_groups_on_rows_and_what_is_no_sum(tmp_path: Path) -> None:
         assert len({weight for _, weight in found.read.weights}) == 1
 
 
-def test_coefficients_of_layers_of_experts(tmp_path: Path) -> None:
+def test_coefficients_of_layers_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = placed(tmp_path, "experts", "tsv-m", "0.3")
+    dots, asked = linalg.dot, set[int]()
+    monkeypatch.setattr(linalg, "dot", lambda one, other: asked.add(one.numel()) or dots(one, other))
     files = {"rows": (place.ask.file,), "calibration": {"batch": 4, "held": 0.25}}
     with place.open() as merge:
         found = merge.tune_layers(Learning("causal-lm", **files, candidates=6))
         assert found.score > found.before
         layers = dict(found.read.layers)
+        sizes = {spec.numel for spec in merge.state.format.tensors if spec.layers and merge.reading().columns(spec)}
+        assert asked == sizes, "a tensor that no adapter changes has no gradient"
         stack = "model.layers.0.mlp.experts.down_proj"
         assert layers[stack] != 1.0
         base, after = (
