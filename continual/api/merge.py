@@ -58,6 +58,10 @@ class Merge(OpenedState):
         """Says in the lock, for other processes, where the service of this state listens."""
         self.state.set_url(url)
 
+    def expire(self) -> None:
+        """Drops the generations beyond those that the settings keep. Raises Halt."""
+        self.state.expire(self.settings.keep, self.settings.keep_bytes)
+
     def give_up(self) -> None:
         """Ends for good what another thread does: a fold or a round raises Abandoned soon, a wait for the Hub ends."""
         self.stopping.set()
@@ -88,7 +92,7 @@ class Merge(OpenedState):
             return admission.admit(self.engine, place)
         outcome = self.engine.fold(place, progress=progress)
         if outcome.fate == "folded":
-            self.state.expire(self.settings.keep)
+            self.expire()
         return outcome
 
     def pool(self) -> dict[str, Waiting]:
@@ -101,7 +105,7 @@ class Merge(OpenedState):
 
         def hear(what: Outcome | Taken) -> None:
             if isinstance(what, Outcome) and what.fate == "folded":
-                self.state.expire(self.settings.keep)
+                self.expire()
             if told is not None:
                 told(what)
 
@@ -110,7 +114,7 @@ class Merge(OpenedState):
         found = selection.run(self._ground(), self.asked(), progress, hear)
         if weighs:  # of others each fold has told
             found = found._replace(cut=cut_since(self.state, before))
-        self.state.expire(self.settings.keep)
+        self.expire()
         return found
 
     def look_round(self, progress: Progress = silent) -> selection.Round:
@@ -196,7 +200,7 @@ class Merge(OpenedState):
         summed = self.rule.laws.rounds and self.state.format.form is None
         take_out = selection.subtract if summed else unfolding.unfold
         commit = take_out(self.engine, plan, progress)
-        self.state.expire(self.settings.keep)
+        self.expire()
         return commit
 
     def combine(
@@ -211,7 +215,7 @@ class Merge(OpenedState):
             if dry_run:
                 return folds, None
             combined = combining.combine(self.state, found, self.rule, self.executor, progress)
-        self.state.expire(self.settings.keep)
+        self.expire()
         return folds, combined
 
     def retry(self, word: str) -> list[Commit]:

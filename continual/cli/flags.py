@@ -108,6 +108,7 @@ _FLAGS = (
     _flag("workers", _WHOLE, "Tensors folded at a time; 0: one per core."),
     _flag("memory", _TEXT, "What the tensors in flight may take, as 4GB."),
     _flag("keep", _WHOLE, "Generations kept besides tagged ones."),
+    _flag("keep_bytes", _TEXT, "What they may take on the disk, as 40GB."),
     _flag("weight", _TEXT, "Weight of the models: a number, FILE.json:KEY or metadata:KEY."),
     _flag("updates", _TEXT, "New files at a place folded before: refuse or add."),
     _flag("missing", _TEXT, "A tensor the fine-tune lacks: refuse or unchanged."),

@@ -218,6 +218,7 @@ def rules(
     "current",
     "tokenizer",
     "keep",
+    "keep_bytes",
     "drain",
     *SOURCES,
     "release",
@@ -241,7 +242,7 @@ def run(*, flags: Flags) -> None:
 
 
 @app.command()
-@takes("keep", *ROUNDS, *GATES, *MACHINE, *OPENING)
+@takes("keep", "keep_bytes", *ROUNDS, *GATES, *MACHINE, *OPENING)
 def fold(
     models: Annotated[
         list[str],

@@ -52,7 +52,7 @@ def why(
 
 
 @pool.command(name="round")
-@takes("keep", *ROUNDS, *GATES, *MACHINE, *OPENING)
+@takes("keep", "keep_bytes", *ROUNDS, *GATES, *MACHINE, *OPENING)
 def round_(
     dry_run: Annotated[
         bool,

@@ -96,7 +96,7 @@ def tag(
 
 
 @app.command()
-@takes("keep", *OPENING)
+@takes("keep", "keep_bytes", *OPENING)
 def rollback(
     seq: Annotated[int, typer.Argument(help="Record to go back to.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be undone and change nothing.")] = False,
@@ -182,7 +182,7 @@ def scale(
 
 
 @app.command()
-@takes("keep", "missing", "vocab", "gates", *MACHINE, *OPENING)
+@takes("keep", "keep_bytes", "missing", "vocab", "gates", *MACHINE, *OPENING)
 def unfold(
     model: Annotated[str, typer.Argument(help="Name, path, key or record number of a model in the merge.")],
     at: Annotated[
@@ -226,7 +226,7 @@ def unfold(
 
 
 @app.command()
-@takes("keep", "workers", "memory", *OPENING)
+@takes("keep", "keep_bytes", "workers", "memory", *OPENING)
 def combine(
     other: Annotated[
         Path,

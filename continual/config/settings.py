@@ -287,6 +287,10 @@ class Settings(BaseModel):
         default=None, description="bytes the tensors in flight may take; default: half of what the machine has free"
     )
     keep: Annotated[int, Field(ge=1)] = Field(default=3, description="generations kept besides the tagged ones")
+    keep_bytes: Bytes | None = Field(
+        default=None,
+        description="what these may take on the disk, as 40GB; the one in force stays; default: any amount",
+    )
     updates: Literal["refuse", "add"] = Field(
         default="refuse", description="what to do with new files at a place that was folded before"
     )

@@ -22,6 +22,7 @@ AT_ONCE = frozenset(
         "drain",
         "gates",
         "keep",
+        "keep_bytes",
         "lineage",
         "log_json",
         "log_level",

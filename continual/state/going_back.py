@@ -23,13 +23,16 @@ class GoingBack:
     lost: tuple[int, ...]
 
 
-def look(state: State, seq: int, keep: int) -> GoingBack:
-    """What going back to record `seq` would do, where `keep` generations are kept besides the tagged ones. Raises
-    Misconfigured if there is no such record or its generation has expired, Retry where the disk gets in the way."""
+def look(state: State, seq: int, keep: int, nbytes: int | None = None) -> GoingBack:
+    """What going back to record `seq` would do, where `keep` generations, of at most `nbytes`, are kept besides the
+    tagged ones. Raises Misconfigured if there is no such record or its generation has expired, Retry where the disk
+    gets in the way."""
     target = state.ledger.get(seq)
     state.generation_of(target)
     with environment(f"cannot look at what expires in {state.path}"):
-        expires = tuple(retention.expired(state.path, state.ledger, keep, then=target.generation))
+        expires = tuple(
+            retention.expired(state.path, state.ledger, retention.Keep(keep, nbytes), then=target.generation)
+        )
     return GoingBack(
         seq,
         tuple(state.ledger.undone(seq)),

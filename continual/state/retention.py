@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
+from typing import NamedTuple
 
 from continual.state.durable import environment, move_away, remove_tree, trouble
 from continual.state.generation import RECEIPTS
@@ -36,18 +37,42 @@ def orphans(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names if not name.startswith(_EXPIRED))
 
 
-def expired(path: Path, ledger: Ledger, keep: int, *, then: str | None = None) -> list[str]:
-    """The generations on disk that may go: not the one in force, none of the newest `keep`, none that a tag names,
-    none that a living reader has leased. `then`: as it will be once that generation is put in force again. Raises
-    OSError."""
-    newest = list(dict.fromkeys(g for g in (then, *(c.generation for c in reversed(ledger.log))) if g))[:keep]
+class Keep(NamedTuple):
+    """How many of the newest generations are kept, and how many bytes they may take on the disk (None: any number). A
+    file that several of them share counts once."""
+
+    most: int
+    nbytes: int | None = None
+
+
+def expired(path: Path, ledger: Ledger, keep: Keep, *, then: str | None = None) -> list[str]:
+    """The generations on disk that may go: not the one in force, none of the newest as `keep` says, none that a tag
+    names, none that a living reader has leased. `then`: as it will be once that generation is put in force again.
+    Raises OSError."""
+    newest = list(dict.fromkeys(g for g in (then, *(c.generation for c in reversed(ledger.log))) if g))[: keep.most]
+    if keep.nbytes is not None:
+        newest = _within(path, newest, keep.nbytes)
     tagged = {ledger.get(seq).generation for seq in ledger.tags.values()}
     held = {then or ledger.head.generation, *newest, *tagged, *_leased_by_files(path / "leases")}
     found = [name for name in kept(path, ledger) if name not in held]
     return [name for name in found if not _is_leased(path / "generations" / name)]
 
 
-def expire(path: Path, ledger: Ledger, keep: int) -> list[str]:
+def _within(path: Path, newest: list[str], nbytes: int) -> list[str]:
+    """As many of the newest, in this order, as take `nbytes` on the disk together."""
+    seen, taken = set[int](), 0
+    for place, name in enumerate(newest):
+        for root, _, files in os.walk(path / "generations" / name):
+            for file in files:
+                told = os.lstat(os.path.join(root, file))
+                taken += 0 if told.st_ino in seen else 512 * told.st_blocks
+                seen.add(told.st_ino)
+        if taken > nbytes:
+            return newest[:place]
+    return newest
+
+
+def expire(path: Path, ledger: Ledger, keep: Keep) -> list[str]:
     """Deletes the generations that `expired` names and returns them. What cannot be deleted now is tried again the next
     time, and the log has a line about it. Raises Halt if an fsync failed."""
     gone: list[str] = []

@@ -244,14 +244,14 @@ class State:
             self.generation_of(commit)
             yield
 
-    def expire(self, keep: int) -> list[str]:
-        """Deletes generations but the newest `keep`, the tagged ones and those that a living reader has leased; returns
-        those it deleted. What cannot be deleted now is tried again the next time, and the log has a line about it: it
-        undoes nothing. Raises Halt if an fsync failed."""
+    def expire(self, keep: int, nbytes: int | None = None) -> list[str]:
+        """Deletes generations but the newest `keep` (fewer where they take more than `nbytes`), the tagged ones and
+        those that a living reader has leased; returns those it deleted. What cannot be deleted now is tried again the
+        next time, and the log has a line about it: it undoes nothing. Raises Halt if an fsync failed."""
         self.must_be_writable()
         if self._journal.behind is not None:
             return []  # nothing is written before that is made up for
-        gone = retention.expire(self.path, self.ledger, keep)
+        gone = retention.expire(self.path, self.ledger, retention.Keep(keep, nbytes))
         for generation in gone:
             self._open.pop(generation, None)
         return gone

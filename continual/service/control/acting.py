@@ -113,8 +113,8 @@ def _word(merge: Merge, request: RetryRequest | UnfoldRequest) -> str:
 
 def _rollback(merge: Merge, request: RollbackRequest) -> Answer:
     state = merge.state
-    keep = merge.settings.keep
-    plan = going_back.look(state, request.seq, keep)
+    keep = merge.settings.keep, merge.settings.keep_bytes
+    plan = going_back.look(state, request.seq, *keep)
     if request.expected is not None and len(plan.undone) != request.expected:
         raise Retry(
             f"the merge went on meanwhile: {len(plan.undone)} folds would be undone, and not {request.expected}; "
@@ -125,7 +125,7 @@ def _rollback(merge: Merge, request: RollbackRequest) -> Answer:
     commit = None
     if not request.dry_run:
         commit = state.rollback(request.seq)
-        state.expire(keep)
+        state.expire(*keep)
     return {
         "to": plan.to,
         "record": None if commit is None else commit.seq,

@@ -321,3 +321,24 @@ def test_a_link_that_failed_is_told_as_it_failed(tmp_path: Path, monkeypatch: py
             link_new(tmp_path / name, temporary)
         assert not temporary.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["b"]
+
+
+def test_generations_are_kept_by_the_bytes_that_they_take(tmp_path: Path) -> None:
+    """The newest as far as they fit; the one in force always. Files that several share count once."""
+    with stores.make(tmp_path / "s") as state:
+        for number in range(1, 6):
+            stores.fold(state, number)
+        names = [str(c.generation) for c in state.ledger.log[1:]]
+
+        def taken(*generations: str) -> int:
+            files = {
+                os.lstat(f) for g in generations for f in (state.path / "generations" / g).rglob("*") if f.is_file()
+            }
+            return sum(512 * told.st_blocks for told in {told.st_ino: told for told in files}.values())
+
+        assert taken(*names[3:]) < taken(names[3]) + taken(names[4]), "they share files"
+        assert state.expire(5, taken(*names[2:])) == sorted(names[:2])
+        assert state.expire(5, taken(*names[3:])) == [names[2]]
+        assert state.expire(2, 10**12) == []
+        assert state.expire(5, 1) == [names[3]]
+        assert state.generations() == [names[4]]
