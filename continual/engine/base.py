@@ -15,7 +15,7 @@ from continual.errors import Damaged, Misconfigured, Refuse
 from continual.executors.contract import Progress, silent
 from continual.hub.locate import Places
 from continual.lazily import torch
-from continual.linalg import dot
+from continual.linalg import inner
 from continual.records import SCHEME
 from continual.state import State
 from continual.state.format import BaseFile, BaseRecord
@@ -238,7 +238,19 @@ class BaseNumbers(NamedTuple):
 
 
 def measure_base(base: BaseModel, progress: Progress) -> BaseNumbers:
-    """Reads the base once, 1 MiB at a time, for its digests and norms. Raises Retry."""
+    """Reads the base once, 1 MiB at a time, for its digests and norms. Raises Retry.
+
+    On one thread of torch: a piece is too short to be shared, and threads that wait for their part of it spin.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measured(base, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(base: BaseModel, progress: Progress) -> BaseNumbers:
     digests: dict[str, str] = {}
     squares: dict[str, float] = {}
     folded = {spec.name for spec in base.specs if spec.kind != "carried"}
@@ -255,7 +267,7 @@ def measure_base(base: BaseModel, progress: Progress) -> BaseNumbers:
             whole.update(part.numpy().data)
             if name in folded:
                 values = part.view(TORCH[info.dtype])
-                parts.append(dot(values, values))
+                parts.append(inner(values, values))
         digests[name] = whole.hexdigest()
         if name in folded:
             squares[name] = math.fsum(parts)

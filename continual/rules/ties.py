@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
+
 from continual import linalg
 from continual.errors import Misconfigured
 from continual.lazily import Tensor, torch
@@ -47,12 +49,15 @@ class TiesOptions:
     trim: Annotated[str, Choice(trimming.SCOPES), "over what the share is taken"] = "model"
 
 
-def add_sides(accumulators: Accumulators, tau: Tensor, kept: Tensor, weight: float) -> Folded:
-    """Adds the trimmed changes (or takes them out) on the side of their sign; where no model is left the sums are exact
-    zeros."""
+def add_sides(accumulators: Accumulators, tau: Tensor, threshold: float, weight: float) -> Folded:
+    """Adds the changes of at least that magnitude (or takes them out) on the side of their sign; where no model is left
+    the sums are exact zeros."""
+    if tau.is_cpu and tau.numel() > linalg.SMALL:
+        return _add_by_pieces(accumulators, tau, threshold, weight)
     plus, minus = accumulators[PLUS], accumulators[MINUS]
     tau_sq, dot = linalg.inners((tau, tau), (tau, plus + minus))
     sign = 1 if weight > 0 else -1
+    kept = trimming.trimmed(tau, threshold)
     upper = torch.relu(kept)
     for total, slot, side in ((plus, COUNT_PLUS, upper), (minus, COUNT_MINUS, kept - upper)):
         total.add_(side, alpha=sign)
@@ -62,6 +67,33 @@ def add_sides(accumulators: Accumulators, tau: Tensor, kept: Tensor, weight: flo
             total.masked_fill_(counts == 0, 0.0)
     both = plus + minus
     return Folded(accumulators, Sums(tau_sq, dot, linalg.inner(both, both)))
+
+
+def _add_by_pieces(accumulators: Accumulators, tau: Tensor, threshold: float, weight: float) -> Folded:
+    """`add_sides` in one pass over pieces that stay in the cache, with the same bits in the accumulators."""
+    arrays = {slot: value.view(-1).numpy() for slot, value in accumulators.items()}
+    step = np.add if weight > 0 else np.subtract
+    flat, rows = tau.view(-1), linalg.RowSums(3, tau.numel())
+    both, lower = np.empty((2, linalg.PIECE), np.float32)
+    upper, chosen = torch.empty(linalg.PIECE), np.empty(linalg.PIECE, np.bool_)
+    with rows:
+        for i, j in linalg.pieces(len(flat), linalg.PIECE):
+            length, change = j - i, flat[i:j].numpy()
+            rows.take(0, i, change, change)
+            plus, minus = arrays[PLUS][i:j], arrays[MINUS][i:j]
+            rows.take(1, i, change, np.add(plus, minus, out=both[:length]))
+            kept = trimming.trimmed(flat[i:j], threshold)
+            above = torch.clamp_min(kept, 0.0, out=upper[:length]).numpy()
+            below = np.subtract(kept.numpy(), above, out=lower[:length])
+            for total, slot, side in ((plus, COUNT_PLUS, above), (minus, COUNT_MINUS, below)):
+                counts = arrays[slot][i:j]
+                step(total, side, out=total)
+                step(counts, np.not_equal(side, 0.0, out=chosen[:length]), out=counts)
+                if weight < 0:
+                    total[counts == 0] = 0.0
+            np.add(plus, minus, out=both[:length])
+            rows.take(2, i, both[:length], both[:length])
+    return Folded(accumulators, Sums(*rows.totals()))
 
 
 def combine(accumulators: Accumulators, others: Accumulators, totals: Totals) -> float:
@@ -113,7 +145,7 @@ def _make(options: TiesOptions) -> Rule:
         if abs(inputs.weight) != 1.0:
             raise Misconfigured(f"ties folds every model with weight 1, or -1 to take it out, not {inputs.weight:g}")
         _countable(totals.count + 1)
-        return add_sides(accumulators, tau, trimming.trimmed(tau, threshold(tau, inputs)), inputs.weight)
+        return add_sides(accumulators, tau, threshold(tau, inputs), inputs.weight)
 
     def elementwise(spec: TensorSpec) -> bool:
         return options.trim == "model" or whole

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from continual import linalg
 from continual.lazily import Tensor, torch
 from continual.rules.contract import Counts, Inputs, Pass
 
@@ -52,8 +53,7 @@ def model_threshold(inputs: Inputs) -> float:
 def trimmed(tau: Tensor, threshold: float) -> Tensor:
     """τ where |τ| ≥ threshold, else 0."""
     # hardshrink keeps what is above, and costs a twentieth of a where
-    below = torch.tensor(threshold).nextafter(torch.tensor(0.0))
-    return torch.nn.functional.hardshrink(tau, float(below))
+    return torch.nn.functional.hardshrink(tau, float(np.nextafter(np.float32(threshold), np.float32(0.0))))
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,12 @@ class Window(Pass):
     bins = _WIDTH + 1
 
     def tally(self, tau: Tensor, inputs: Inputs, counts: Counts, times: int) -> None:
-        bits = _patterns(tau)
-        bits -= np.uint32(self.first)  # what lies below wraps round to the largest
-        _count(bits[np.flatnonzero(bits < _WIDTH)], counts, times)
-        counts[_WIDTH] += times * np.count_nonzero(bits.view(np.int32) >= _WIDTH)
+        flat = tau.view(-1)
+        for start in range(0, len(flat), linalg.PIECE):  # what is made of a piece stays in the cache
+            bits = _patterns(flat[start : start + linalg.PIECE])
+            bits -= np.uint32(self.first)  # what lies below wraps round to the largest
+            _count(bits[np.flatnonzero(bits < _WIDTH)], counts, times)
+            counts[_WIDTH] += times * np.count_nonzero(bits.view(np.int32) >= _WIDTH)
 
     def conclude(self, counts: Counts, numel: int) -> Threshold | Pass:
         wanted, at_least = keep(self.density, numel) - int(counts[_WIDTH]), _at_least(counts[:_WIDTH])
