@@ -6,7 +6,7 @@ import contextlib
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -74,8 +74,6 @@ class OpenedState:
         self._lengths: dict[str, tuple[float, float]] = {}
         self._fullness: tuple[str | None, Fullness | None] | None = None
         self.releasing = threading.Lock()  # held while a release is on its way: two would write to one place
-        self.released: dict[str | None, Mapping[str, object]] = {}
-        """What `continual.json` says in the newest release that was made here: of a view, or (None) of the merge."""
 
     def __enter__(self) -> Self:
         return self

@@ -7,26 +7,26 @@ whether the release was made. A commit names its parent, so one of two writers f
 
 from __future__ import annotations
 
-import errno
-import os
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from continual.config import ReleaseSettings
-from continual.errors import Misconfigured, Refuse, Retry
+from continual.errors import Misconfigured, Refuse
 from continual.hub import Hub, Info, Trouble, named
 from continual.hub.names import is_sha
-from continual.hub.proof import same
 from continual.outside import Malformed, parse_fields
+from continual.publish.changes import changes_to, operations_of, readable
+from continual.publish.provenance import shares_in
 from continual.retrying import Fault
 from continual.state import Commit
 from continual.state.entries import ReleaseEntry
-from continual.tensors.adapters.adapter_config import CONFIG
+from continual.state.parts import ReleasedShare
 from continual.tensors.checkpoints.files import LARGEST_CONFIG
 from continual.tensors.checkpoints.place import RELEASE
 
@@ -46,7 +46,8 @@ Exported = Callable[[], AbstractContextManager[Path]]
 @dataclass(frozen=True, slots=True)
 class Released:
     """A release that is out. `new`: whether this call made the commit; `files` and `uploaded`: how many files that
-    commit brought, and their bytes. `mark`: that of the release that is out, None where it has none."""
+    commit brought, and their bytes. `mark`: that of the release that is out, None where it has none; `shares`: what its
+    models have in it, the largest change first, None where it does not say."""
 
     repo: str
     branch: str
@@ -58,6 +59,7 @@ class Released:
     uploaded: int = 0
     files: int = 0
     mark: str | None = None
+    shares: tuple[ReleasedShare, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +75,15 @@ class Ours:
 
 
 class Stamp(NamedTuple):
-    """Which record of which state a release is of, the generation it was read from, the view, and the digest of what
-    went out; its `continual.json` says so."""
+    """Which record of which state a release is of, the generation it was read from, the view, the digest of what went
+    out, and what the models have in it; its `continual.json` says so."""
 
     state: str
     seq: int
     generation: object
     view: str = ""
     mark: str = ""
+    shares: tuple[ReleasedShare, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,7 @@ def stamp_of(body: bytes) -> Stamp | None:
         generation if isinstance(generation, str) else None,
         name if isinstance(name, str) else "",
         mark if isinstance(mark, str) else "",
+        shares_in(said),
     )
 
 
@@ -201,16 +205,18 @@ def release(
             if not may_follow(remote, asked, ours):
                 assert remote.info is not None
                 assert remote.release is not None
-                made, seq = made._replace(commit=remote.info.sha, mark=remote.release.mark), remote.release.seq
+                there = remote.release
+                made, seq = made._replace(commit=remote.info.sha, mark=there.mark, shares=there.shares), there.seq
                 break
             if remote.info is None:
                 remote = _create(hub, asked)
             if directory is None:
                 directory = stack.enter_context(exported())
-            with _read(directory):
-                changes = _changes(directory, texts(directory), remote.info)
-                operations = _operations(changes)
-            made = made._replace(uploaded=changes.nbytes)
+            with readable(directory):
+                said = texts(directory)
+                changes = changes_to(directory, said, remote.info)
+                operations = operations_of(changes)
+            made = made._replace(uploaded=changes.nbytes, shares=shares_in(json.loads(said[RELEASE])))
             try:
                 commit = _commit(hub, asked, operations, changes.nbytes, remote.info, f"Record {ours.seq}")
                 made = made._replace(commit=commit, files=len(changes.adds), new=True)
@@ -225,7 +231,7 @@ def release(
 
 class _Made(NamedTuple):
     """How far a release is: failed `tries`, the `commit` that has it, and whether we made it; of that commit the number
-    of `files` and the bytes `uploaded`. `mark`: what it is marked with."""
+    of `files` and the bytes `uploaded`. `mark`: what it is marked with; `shares`: what its models have in it."""
 
     tries: int = 0
     commit: str = ""
@@ -233,6 +239,7 @@ class _Made(NamedTuple):
     files: int = 0
     uploaded: int = 0
     mark: str = ""
+    shares: tuple[ReleasedShare, ...] | None = None
 
 
 def _released(hub: Hub, asked: ReleaseSettings, seq: int, made: _Made) -> Released:
@@ -252,6 +259,7 @@ def _released(hub: Hub, asked: ReleaseSettings, seq: int, made: _Made) -> Releas
         uploaded=made.uploaded if made.new else 0,
         files=made.files,
         mark=made.mark or None,
+        shares=made.shares,
     )
 
 
@@ -291,72 +299,6 @@ def _create(hub: Hub, asked: ReleaseSettings) -> Remote:
             lambda: hub.api.create_branch(repo, branch=asked.branch, exist_ok=True),
         )
     return look(hub, asked)
-
-
-class _Changes(NamedTuple):
-    """What a commit adds, by name; which files it deletes; and the bytes of what it adds."""
-
-    adds: Mapping[str, Path | bytes]
-    deletes: list[str]
-    nbytes: int
-
-
-@contextmanager
-def _read(directory: Path) -> Iterator[None]:
-    """Turns what keeps the exported files from being read into Retry."""
-    try:
-        yield
-    except OSError as error:
-        raise Retry(
-            f"{error.filename or directory}: cannot be read ({error.strerror or error}); nothing was released"
-        ) from error
-
-
-def _files(directory: Path) -> dict[str, Path]:
-    """Every file below a directory, by its name there. Raises OSError where one folder cannot be listed: what is not
-    seen would be deleted from the branch."""
-
-    def not_listed(error: OSError) -> None:
-        raise error
-
-    found = (Path(root, name) for root, _, names in os.walk(directory, onerror=not_listed) for name in names)
-    return {str(file.relative_to(directory)): file for file in sorted(found)}
-
-
-def _changes(directory: Path, texts: Mapping[str, bytes], now: Info | None) -> _Changes:
-    """What makes the branch as it is `now` into the exported directory, with `texts` in place of its own files. Files
-    that are the same stay. Weights of before at its top level go, and so do the configurations, by one of which a model
-    is loaded as what it no longer is: a whole model, or an adapter."""
-    adds: dict[str, Path | bytes] = {}
-    nbytes = 0
-    there = now.files if now else {}
-    ours: dict[str, Path | bytes] = {**_files(directory), **texts}
-    for name, file in ours.items():
-        known = there.get(name)
-        if known is not None and same(file, known):
-            continue
-        adds[name] = file
-        nbytes += len(file) if isinstance(file, bytes) else file.stat().st_size
-    weights = (".safetensors", ".safetensors.index.json")
-    gone = [
-        name
-        for name in there
-        if name not in ours and "/" not in name and (name.endswith(weights) or name in ("config.json", CONFIG))
-    ]
-    return _Changes(adds, sorted(gone), nbytes)
-
-
-def _operations(changes: _Changes) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """What a commit does, as the package names it; reads and hashes what is uploaded. Raises OSError."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    operations: list[CommitOperationAdd | CommitOperationDelete] = []
-    for name, file in changes.adds.items():
-        try:
-            operations.append(CommitOperationAdd(name, str(file) if isinstance(file, Path) else file))
-        except ValueError as error:  # what the package says of a file that is not there any more
-            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from error
-    return operations + [CommitOperationDelete(name) for name in changes.deletes]
 
 
 def _commit(

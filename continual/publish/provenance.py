@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
 from continual.engine.block_reading import BlockReading
 from continual.engine.reading import Reading
 from continual.engine.views import ReadView
+from continual.state.parts import ReleasedShare
 from continual.state.software import software
 
+SHARES = 15
+"""Models of a release whose shares a record keeps, and that a page shows."""
+_FIGURES = ("weight", "norm", "cosine", "change")
 _KEPT = ("name", "origin", "revision", "form")
 
 
@@ -46,3 +51,21 @@ def provenance_of(reading: Reading, factor: float, shares: Sequence[Mapping[str,
         "software": dict(software()),
         "exported": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def shares_in(said: Mapping[str, object]) -> tuple[ReleasedShare, ...] | None:
+    """The `shares` of a `continual.json`, without rows that are none; None where it says nothing of them."""
+    rows = said.get("shares")
+    if not isinstance(rows, list):
+        return None
+    return tuple(found for row in rows if (found := _share(row)) is not None)
+
+
+def _share(row: object) -> ReleasedShare | None:
+    """A row of `shares`; None for what is none."""
+    if not isinstance(row, Mapping):
+        return None
+    found = {key: float(str(row[key])) for key in _FIGURES if isinstance(row.get(key), int | float)}
+    if len(found) < len(_FIGURES) or not all(map(math.isfinite, found.values())):
+        return None
+    return ReleasedShare(name=str(row.get("name")), **found)

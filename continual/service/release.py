@@ -17,6 +17,7 @@ from continual.engine.block_reading import BlockReading
 from continual.errors import Misconfigured, Retry
 from continual.publish import card, folder, hub
 from continual.publish.hub import Released
+from continual.publish.provenance import SHARES
 from continual.service.outgoing import OutPlan, mark_of, models_in, outgoing, write
 from continual.state import Commit
 from continual.state.durable import environment, link_tree
@@ -96,20 +97,15 @@ def _release(merge: Merge, out: OutPlan, at: int | None) -> Released:
             "or set release.licences = warn"
         )
     text = card.card(facts)
-    bodies: list[dict[str, object]] = []
 
     def texts(directory: Path) -> dict[str, bytes]:
         found = {hub.CARD: text.encode(), RELEASE: public(directory / RELEASE)}
-        bodies.append(json.loads(found[RELEASE]))
         if (directory / CONFIG).is_file():
             found[CONFIG] = _public_config(directory / CONFIG)
         return found
 
     ours = _ours(merge, out, seq)
-    found = hub.release(merge.hub, asked, ours, lambda: exported(merge, out, seq, ours.mark), texts)
-    if found.new:
-        merge.released[out.name] = bodies[-1]
-    return found
+    return hub.release(merge.hub, asked, ours, lambda: exported(merge, out, seq, ours.mark), texts)
 
 
 def _ours(merge: Merge, out: OutPlan, seq: int) -> hub.Ours:
@@ -170,6 +166,8 @@ def entry(released: Released, view: str | None = None) -> ReleaseEntry:
         files=released.files,
         view=view,
         mark=released.mark,
+        shares=None if released.shares is None else released.shares[:SHARES],
+        models=None if released.shares is None else len(released.shares),
     )
 
 

@@ -12,6 +12,7 @@ from continual.errors import ContinualError
 from continual.outside import few
 from continual.publish.folder import provenance_in
 from continual.publish.hub import newest_release
+from continual.publish.provenance import SHARES, shares_in
 from continual.service.outgoing import OutPlan, models_in, outgoing
 from continual.service.web.view import (
     ShownFold,
@@ -28,8 +29,9 @@ from continual.state import Commit, State
 from continual.state.entries import SelectEntry
 from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting
+from continual.state.parts import ReleasedShare
 
-SHOWN = 15
+SHOWN = SHARES
 """Rows of each list that are shown."""
 _RECENT = 2000
 """Records among which publications are looked for."""
@@ -156,32 +158,28 @@ def _adapter(wanted: int | str, there: Mapping[str, object]) -> str:
 
 
 def shares(merge: Merge) -> tuple[ShownShares, ...]:
-    """What each model has in what is out: of the merge, and of each view. As `continual.json` says, beside an export or
-    in a release that was made since this process began."""
+    """What each model has in what is out: of the merge, and of each view. As `continual.json` says beside an export;
+    else as the record of the newest release does."""
     outs = [outgoing(merge.settings, name) for name in (None, *merge.settings.views)]
     return tuple(one for one in (_shares(merge, out) for out in outs) if one is not None)
 
 
 def _shares(merge: Merge, out: OutPlan) -> ShownShares | None:
-    told: Mapping[str, object] = {} if out.current is None else provenance_in(out.current)
-    place = str(out.current)
-    if "shares" not in told:
-        told, place = merge.released.get(out.name, {}), out.asked.repo or ""
-    rows, seq = told.get("shares"), _number(told.get("seq"))
-    if not isinstance(rows, list) or seq is None or told.get("state") != merge.state.id:
+    there = {} if out.current is None else provenance_in(out.current)
+    found, seq = shares_in(there), _number(there.get("seq"))
+    if found is not None and seq is not None and there.get("state") == merge.state.id:
+        return _shown(out, seq, str(out.current), found, len(found))
+    if found is not None or out.asked.repo is None:
         return None
-    read = [row for row in map(_share, rows) if row is not None]
-    return ShownShares(out.name, seq, place, tuple(read[:SHOWN]), len(read))
+    release = newest_release(merge.state.ledger.log, out.asked.repo, out.asked.branch)
+    if release is None or release.shares is None or release.view != out.name:
+        return None
+    return _shown(out, release.of, release.repo, release.shares, release.models or len(release.shares))
 
 
-def _share(row: object) -> ShownShare | None:
-    """A row of `shares`; None for what is none."""
-    if not isinstance(row, Mapping):
-        return None
-    figures = [row.get(key) for key in ("weight", "norm", "cosine", "change")]
-    if not all(isinstance(figure, int | float) for figure in figures):
-        return None
-    return ShownShare(str(row.get("name")), *(float(str(figure)) for figure in figures))
+def _shown(out: OutPlan, seq: int, place: str, found: Sequence[ReleasedShare], count: int) -> ShownShares:
+    rows = [ShownShare(one.name, one.weight, one.norm, one.cosine, one.change) for one in found[:SHOWN]]
+    return ShownShares(out.name, seq, place, tuple(rows), count)
 
 
 def _number(value: object) -> int | None:

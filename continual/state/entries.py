@@ -17,6 +17,7 @@ from continual.state.parts import (
     HookCall,
     MemberFate,
     MemberName,
+    ReleasedShare,
     RoundTerms,
     RowsEvaluation,
     TaskInputs,
@@ -264,7 +265,8 @@ class RetryEntry(Entry):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseEntry(Entry):
     """Record `of` is out on the Hub, as `commit` on `branch` of `repo`; `files` were uploaded. `view`: which view of
-    the settings was released, where it was not the merge; `mark`: a digest of what was read and of its form."""
+    the settings was released, where it was not the merge; `mark`: a digest of what was read and of its form. `shares`:
+    what the models that matter most have in it, the largest change first, of `models` of which that is known."""
 
     kind = "publish"
     of: int
@@ -276,6 +278,8 @@ class ReleaseEntry(Entry):
     files: int
     view: str | None = field(default=None, metadata=_OMITTED)
     mark: str | None = field(default=None, metadata=_OMITTED)
+    shares: tuple[ReleasedShare, ...] | None = field(default=None, metadata=_OMITTED)
+    models: int | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -230,6 +230,18 @@ class TaskInputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReleasedShare:
+    """What a model has in a release, as its `continual.json` says: the weight it is read with, its share of the lengths
+    of all task vectors, its cosine with the merge, and how much of that changes without it."""
+
+    name: str
+    weight: float
+    norm: float
+    cosine: float
+    change: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HookCall:
     """A server that was told: `number` is the hook's in the settings, from 1; `seconds` include all `attempts`."""
 

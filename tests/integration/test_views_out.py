@@ -110,12 +110,16 @@ def test_a_view_is_released_to_a_repo_of_its_own(tmp_path: Path) -> None:
             assert (look.out, look.seq) == (False, 2)
             first = releasing.release(merge, view="v")
             assert first.new
-            (shares,) = showing.shares(merge)
-            assert (shares.view, shares.seq, shares.place) == ("v", 2, REPO)
-            assert [one.model for one in shares.models] == ["a"]
+            assert showing.shares(merge) == (), "no record says yet that it is out"
             merge.record(releasing.entry(first, "v"))
             assert merge.state.ledger.head.entry.message == f"record 2 of the view v released as {first.url}"
             assert is_out(merge, "v", 2)
+        with hubs.merge(state, hub, max_base_ratio=100.0, **wanted) as merge:
+            (shares,) = showing.shares(merge)
+            assert (shares.view, shares.seq, shares.place, shares.count) == ("v", 2, REPO, 1)
+            assert [one.model for one in shares.models] == ["a"]
+            again = releasing.release(merge, view="v")
+            assert (again.new, again.shares) == (False, first.shares), "as after a kill before the record of it"
             merge.fold(adapters.lora(tmp_path / "c", base, 9))
             assert is_out(merge, "v", merge.head)
             second = releasing.release(merge, view="v")
