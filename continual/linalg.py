@@ -9,7 +9,7 @@ has a random sample of directions that leaves any out, since it cannot give Σσ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -242,6 +242,15 @@ def right_singular(matrix: Tensor, need: float = 1.0) -> tuple[Tensor, Tensor]:
         sigma = torch.cat([sigma[:steep], inner.sqrt()])
         v = torch.cat([v[:, :steep], rest @ w], dim=1)
     return torch.where(sigma > NULL * top, sigma, 0.0), v
+
+
+def together(sides: Sequence[int], first: Tensor, second: Tensor) -> Callable[[Tensor], Tensor]:
+    """What multiplies rows of an m×n matrix with n×r and r×n, these two first where that takes fewer products."""
+    (m, n), r = sides, first.shape[1]
+    if n * r + m * n < 2 * m * r:
+        both = first @ second
+        return lambda rows: rows @ both
+    return lambda rows: rows @ first @ second
 
 
 SPARE = 8

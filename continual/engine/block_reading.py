@@ -91,6 +91,8 @@ class StoredLayers:
 class BlockReading(Reading):
     """A state of adapters as it is read by a view."""
 
+    kept_by_elements = False
+
     def __init__(
         self,
         state: State,

@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from continual import linalg
+from continual.engine.spool import Spool, roomy
 from continual.engine.views import ReadView
 from continual.executors.contract import Executor, Progress, Task
 from continual.lazily import Tensor, torch
@@ -36,6 +39,9 @@ class Reading:
     later. `rule` is the one that the state was made with; `self.rule` the one that reads.
     """
 
+    kept_by_elements = True
+    """Whether the state has of each tensor something of its own shape, where the rule says so."""
+
     def __init__(
         self,
         state: State,
@@ -52,6 +58,24 @@ class Reading:
         self.lengths = {} if lengths is None else lengths
         self.view = ReadView()
         self._factors: Parts | None = None
+        self._spool: Spool | None = None
+
+    @contextmanager
+    def spooled(self, directory: Path, beside: int) -> Iterator[None]:
+        """While it lasts, what `settle` has to make of the matrices to know how long they are is kept in a file without
+        a name in `directory`, and not made again; where its disk has room for that and `beside` bytes more. Raises
+        OSError."""
+        specs = [spec for spec in self.state.format.tensors if spec.kind != "carried" and not self.elementwise(spec)]
+        measures = self._factors is None and self.kept_by_elements and self.options.needs(self.size())
+        nbytes = 4 * sum(spec.numel for spec in specs)
+        if measures and self.commit.generation is not None and nbytes and roomy(directory, nbytes + beside):
+            with closing(Spool(directory, {spec.name: spec.numel for spec in specs})) as self._spool:
+                try:
+                    yield
+                finally:
+                    self._spool = None
+        else:
+            yield
 
     def settle(self, executor: Executor, progress: Progress) -> float:
         """Finds out the factor s that X is multiplied by, with a pass over all tensors where that is needed.
@@ -88,6 +112,8 @@ class Reading:
 
     def unit(self, spec: TensorSpec) -> torch.Tensor:
         """X of one tensor, at scale 1: float32 of the tensor's shape, in new memory. Raises Retry and Damaged."""
+        if self._spool is not None and (kept := self._spool.get(spec.name, spec.shape)) is not None:
+            return kept
         if spec.kind == "stack":
             return self._stack(spec)
         slots = self.rule.slots(spec)  # a state can keep more
@@ -108,25 +134,56 @@ class Reading:
     def vector(self, spec: TensorSpec) -> torch.Tensor:
         """The merged task vector of one tensor: float32 of the tensor's shape, in new memory. `settle` comes first.
         Raises Retry and Damaged."""
+        return self.unit(spec).mul_(self._factor(spec))
+
+    def _factor(self, spec: TensorSpec) -> float:
+        """What X of this tensor is multiplied by."""
         assert self._factors is not None, "settle first"
-        return self.unit(spec).mul_(self._factors[0 if self._is_matrix(spec) else 1] * self.options.layer(spec))
+        return self._factors[0 if self._is_matrix(spec) else 1] * self.options.layer(spec)
+
+    def elementwise(self, spec: TensorSpec) -> bool:
+        """Whether `runs` gives this tensor."""
+        return self.kept_by_elements and self.rule.read.elementwise(spec)
+
+    def runs(self, spec: TensorSpec, length: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """What `vector` gives, in flat runs of at most `length` elements: (first element, one past the last, values).
+        Only of a tensor that is read `elementwise`; `settle` comes first. Raises Retry and Damaged."""
+        generation, factor = self.state.generation_of(self.commit), self._factor(spec)
+        if generation is None:
+            for start in range(0, spec.numel, length):
+                stop = min(start + length, spec.numel)
+                yield start, stop, torch.zeros(stop - start)
+            return
+        slots = self.rule.slots(spec)  # a state can keep more
+        for start, stop, values in generation.runs(spec.name, length):
+            accumulators = {slot: torch.from_numpy(values[slot]) for slot in slots}
+            yield start, stop, self.rule.read.unit(spec, accumulators, self.totals).mul_(factor)
 
     def need(self, spec: TensorSpec) -> int:
         """Bytes that reading one tensor takes at its peak. Of a matrix it is as much as a decomposition takes; of a
         stack, all of it and one expert besides."""
         part = spec.expert if spec.kind == "stack" else spec
+        if self.elementwise(spec):
+            return sum(slot.nbytes for slot in self.rule.slots(spec).values()) + 4 * spec.numel
         works = (self.rule.fold.workspace(part), linalg.workspace(*sides(part))) if self._is_matrix(spec) else (0,)
         kept = sum(slot.nbytes for slot in self.rule.slots(part).values())
         return kept + 4 * (spec.numel + part.numel) + max(works)
 
     def measure(self, executor: Executor, progress: Progress, seen: Seen | None = None) -> float:
-        """‖X‖ over the whole model, measured by a pass over all tensors; `seen` is given each of them. Raises Retry and
-        Damaged."""
+        """‖X‖ over the whole model, measured by a pass over the tensors of which the state does not say it; `seen` is
+        given all of them. Raises Retry and Damaged."""
         specs = [spec for spec in self.state.format.tensors if spec.kind != "carried"]
-        tasks = [Task(spec.name, self.need(spec), partial(self._square, spec, seen)) for spec in specs]
+        known = {} if seen is not None else self._known(specs)
+        tasks = [
+            Task(spec.name, self.need(spec), partial(self._square, spec, seen))
+            for spec in specs
+            if spec.name not in known
+        ]
         squares: tuple[list[float], list[float]] = ([], [])
         progress("measure", 0, len(tasks))
         kinds = {spec.name: 0 if self._is_matrix(spec) else 1 for spec in specs}
+        for name, square in known.items():
+            squares[kinds[name]].append(square)
         for done, (name, square) in enumerate(executor.map(tasks), 1):
             squares[kinds[name]].append(square)
             progress("measure", done, len(tasks))
@@ -143,8 +200,20 @@ class Reading:
     def _is_matrix(self, spec: TensorSpec) -> bool:
         return self.rule.read.matrix is not None and self.rule.read.matrix(spec)
 
+    def _known(self, specs: Sequence[TensorSpec]) -> dict[str, float]:
+        """‖X‖² of the tensors of which it follows from what the last fold has kept of them."""
+        generation, found = self.state.generation_of(self.commit), {}
+        for spec in specs:
+            kept = generation.square(spec.name) if generation is not None else 0.0
+            square = None if kept is None else self.rule.read.square(spec, kept, self.totals)
+            if square is not None:
+                found[spec.name] = square
+        return found
+
     def _square(self, spec: TensorSpec, seen: Seen | None) -> float:
         found = self.unit(spec)
+        if self._spool is not None:
+            self._spool.put(spec.name, found)
         if seen is not None:
             seen(spec, found)
         return linalg.inner(found, found)

@@ -22,14 +22,15 @@ from continual.config import parse_bytes
 from continual.engine.block_reading import CutModel
 from continual.engine.explaining import shares_of
 from continual.engine.reading import Reading
-from continual.errors import Halt, Misconfigured
+from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task
-from continual.lazily import Dtypes, torch
+from continual.lazily import torch
 from continual.publish.exported_config import WORDS, set_config_dtype, untie_config
 from continual.publish.exported_tokenizer import put_tokenizer
+from continual.publish.exported_weights import DTYPES, merged, need
 from continual.publish.provenance import provenance_of
 from continual.publish.weights import Placed, header, raw, write_at
-from continual.records import ITEMSIZE, TensorSpec
+from continual.records import ITEMSIZE
 from continual.state.durable import move_away, publish_dir, replace_link, usable
 from continual.tensors import BaseModel, Checkpoint, TensorInfo
 from continual.tensors.checkpoints.compound import MODULES, manifest_of, parts_of
@@ -37,7 +38,6 @@ from continual.tensors.checkpoints.place import RELEASE, Place
 from continual.tensors.checkpoints.weight_sets import index_for, stem_of
 from continual.tensors.names.tied import tables_apart
 
-DTYPES = Dtypes({"F32": "float32", "F16": "float16", "BF16": "bfloat16"})
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")
 _SMALL = 64 << 20
 
@@ -172,8 +172,9 @@ def fill(
     if tables_apart(base.checkpoint, base.aliases, base.untied):
         untie_config(directory / "config.json")
     shares = shares_of(reading, executor)  # first: it finds the lengths that settling asks for
-    factor = reading.settle(executor, progress)
-    _write_weights(base, reading, target, directory, executor, progress)
+    with reading.spooled(directory, base.checkpoint.nbytes):
+        factor = reading.settle(executor, progress)
+        _write_weights(base, reading, target, directory, executor, progress)
     body = provenance_of(reading, factor, shares)
     if target.mark is not None:
         body["mark"] = target.mark
@@ -331,21 +332,6 @@ def _groups(
     return dict(groups) if size is None else {f"{file}\0{i}": placed for i, (file, placed) in enumerate(groups)}
 
 
-def merged(base: BaseModel, reading: Reading, spec: TensorSpec, dtype: str) -> torch.Tensor:
-    """θ₀ + s·(α + β·depth)·c·X of one tensor in the safetensors word `dtype`. Raises Halt naming the tensor if `dtype`
-    cannot hold it."""
-    theta = base.checkpoint.read(spec.name)
-    if spec.kind == "carried":
-        return theta
-    result = reading.vector(spec).add_(theta)
-    if spec.name.endswith("running_var"):  # a sum of changes can be below zero, a variance cannot
-        result.clamp_(min=0.0)
-    result = result.to(DTYPES[dtype])
-    if not bool(torch.isfinite(result).all()):
-        raise Halt(f"tensor {spec.name} has values that {dtype} cannot hold: export with --dtype float32 or bfloat16")
-    return result
-
-
 def _write_weights(
     base: BaseModel, reading: Reading, target: Target, directory: Path, executor: Executor, progress: Progress
 ) -> None:
@@ -354,7 +340,10 @@ def _write_weights(
     _write_indexes(files, directory)
 
     def place(p: Placed, fd: int, offset: int) -> None:
-        write_at(fd, raw(merged(base, reading, specs[p.made_of], p.dtype)), offset)
+        for piece in merged(base, reading, specs[p.made_of], p.dtype):
+            data = raw(piece)
+            write_at(fd, data, offset)
+            offset += data.nbytes
 
     with ExitStack() as stack:
         tasks: list[Task[None]] = []
@@ -364,7 +353,7 @@ def _write_weights(
             stack.callback(os.close, fd)
             write_at(fd, memoryview(head), 0)
             for p in placed:
-                tasks.append(Task(p.name, _need(specs[p.made_of], reading), partial(place, p, fd, len(head) + p.begin)))
+                tasks.append(Task(p.name, need(specs[p.made_of], reading), partial(place, p, fd, len(head) + p.begin)))
         progress("export", 0, len(tasks))
         for done, _ in enumerate(executor.map(tasks), 1):
             progress("export", done, len(tasks))
@@ -384,7 +373,3 @@ def _write_indexes(files: Mapping[str, Sequence[Placed]], directory: Path) -> No
         size = sum(p.end - p.begin for file in inside for p in files[file])
         body = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (directory / folder / index).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def _need(spec: TensorSpec, reading: Reading) -> int:
-    return spec.nbytes + (reading.need(spec) if spec.kind != "carried" else 0)

@@ -31,7 +31,8 @@ from continual.executors.contract import Executor, Progress, Task
 from continual.lazily import Tensor, torch
 from continual.publish.adaptable import Adapted, adaptable
 from continual.publish.diffusion import FILES, LoraFormat, adaptable_in, header_of
-from continual.publish.folder import DTYPES, free, parse_dtype, written
+from continual.publish.exported_weights import DTYPES
+from continual.publish.folder import free, parse_dtype, written
 from continual.publish.provenance import provenance_of
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, SCHEME, TensorSpec

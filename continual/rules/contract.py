@@ -123,6 +123,10 @@ def _always(spec: TensorSpec) -> bool:
     return True
 
 
+def _unknown(spec: TensorSpec, kept: float, totals: Totals) -> float | None:
+    return None
+
+
 def _no_gauges(totals: Totals) -> dict[str, float]:
     return {}
 
@@ -148,12 +152,17 @@ class ReadFunctions(NamedTuple):
     tensor's shape, in new memory; of a stack it is asked for each expert. size(totals): how long X is, and how long it
     may be made. matrix(spec): whether the rule takes this tensor for a matrix, or for a stack of them, where it tells
     them apart; the sums of these have `matrix_sq` and `top_sq`. gauges(totals): figures worth watching, by name.
+    elementwise(spec): `unit` may be given any run of elements in place of the whole tensor, flat, and gives that run of
+    X. square(spec, kept, totals): ‖X‖² of a tensor whose fold left `kept` as its `Sums.merged_sq`; None where X has to
+    be read to know it.
     """
 
     unit: Callable[[TensorSpec, Accumulators, Totals], Tensor]
     size: Callable[[Totals], Size]
     matrix: Callable[[TensorSpec], bool] | None = None
     gauges: Callable[[Totals], dict[str, float]] = _no_gauges
+    elementwise: Callable[[TensorSpec], bool] = _always
+    square: Callable[[TensorSpec, float, Totals], float | None] = _unknown
 
 
 class Needs(NamedTuple):

@@ -26,11 +26,12 @@ def flat(total: Tensor) -> Tensor:
     sigma, v = linalg.right_singular(rows, linalg.NULL)
     rank = int((sigma > 0).sum())
     v = v[:, :rank].contiguous()
-    back = (v * (sigma[:rank].mean() / sigma[:rank])).mT  # S·V·diag(σ̄/σ)·Vᵀ
+    back = (v * (sigma[:rank].mean() / sigma[:rank])).mT
+    turned = linalg.together(rows.shape, v, back)  # S·V·diag(σ̄/σ)·Vᵀ
     result = torch.empty_like(total)
     out = linalg.tall(result)
     for block in linalg.row_blocks(*rows.shape):
-        out[block] = (rows[block].double() @ v @ back).float()
+        out[block] = turned(rows[block].double()).float()
     return result
 
 

@@ -26,7 +26,10 @@ def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals
 
 
 def _make(_: NoOptions) -> Rule:
-    return Rule(fold=FoldFunctions(fold, sums.workspace), read=ReadFunctions(sums.read_sum, sums.size))
+    return Rule(
+        fold=FoldFunctions(fold, sums.workspace),
+        read=ReadFunctions(sums.read_sum, sums.size, square=sums.square_of_sum),
+    )
 
 
 MAGMAX = RuleRow(

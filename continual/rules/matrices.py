@@ -70,7 +70,7 @@ def turned(
     return Factored(cores=CoreFunctions(slots, fold, read_core))
 
 
-PLAIN = ReadFunctions(sums.read_mean, sums.unknown)
+PLAIN = ReadFunctions(sums.read_mean, sums.unknown, square=sums.square_of_mean)
 
 
 def rule(name: str, include: Sequence[str], on: OnMatrices, laws: Laws, plain: ReadFunctions = PLAIN) -> Rule:
@@ -107,13 +107,16 @@ def rule(name: str, include: Sequence[str], on: OnMatrices, laws: Laws, plain: R
             return plain.unit(spec, accumulators, totals)
         return on.read(accumulators, totals).float().view(spec.shape)
 
+    def square(spec: TensorSpec, kept: float, totals: Totals) -> float | None:
+        return None if matrix(spec) else plain.square(spec, kept, totals)
+
     def workspace(spec: TensorSpec) -> int:
         return on.workspace(*sides(spec)) if matrix(spec) else sums.workspace(spec)
 
     return Rule(
         slots=slots,
         fold=FoldFunctions(fold, workspace, elementwise=lambda spec: not matrix(spec)),
-        read=plain._replace(unit=unit, matrix=matrix),
+        read=plain._replace(unit=unit, matrix=matrix, elementwise=lambda spec: not matrix(spec), square=square),
         laws=laws,
         factored=on.factored and on.factored._replace(linear=lambda spec: not matrix(spec)),
         name=name,

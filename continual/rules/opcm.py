@@ -210,9 +210,10 @@ def _make(options: OpcmOptions) -> Rule:
         options.include,
         OnMatrices(fold, read, linalg.workspace, factored=factored),
         Laws(order_free=False),
-        plain=ReadFunctions(sums.read_sum, sums.size, gauges=gauges),
+        plain=ReadFunctions(sums.read_sum, sums.size, gauges=gauges, square=sums.square_of_sum),
     )
-    return made._replace(needs=Needs(ranks=options.variant == "block"))
+    by_elements = ReadFunctions(sums.read_sum, sums.size, made.read.matrix, gauges, square=sums.square_of_sum)
+    return made._replace(needs=Needs(ranks=options.variant == "block"), read=by_elements)
 
 
 OPCM = RuleRow(

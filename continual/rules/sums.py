@@ -107,6 +107,16 @@ def read_sum(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Te
     return accumulators[SLOT].clone()
 
 
+def square_of_mean(spec: TensorSpec, kept: float, totals: Totals) -> float:
+    """‖Σwτ / Σw‖² of a tensor."""
+    return kept / totals.weight**2 if totals.weight else 0.0
+
+
+def square_of_sum(spec: TensorSpec, kept: float, totals: Totals) -> float:
+    """‖Σwτ‖² of a tensor."""
+    return kept
+
+
 def size(totals: Totals) -> Size:
     """How long X is where `merged_sq` is its square, and X is the plain sum."""
     return Size(math.sqrt(totals.merged_sq), 1.0)

@@ -73,7 +73,8 @@ def polar(columns: Tensor) -> Tensor:
         return polar(columns.mT).mT
     sigma, v = linalg.right_singular(columns, linalg.NULL)
     rank = int((sigma > 0).sum())
-    return columns @ (v[:, :rank] / sigma[:rank]) @ v[:, :rank].mT
+    turned = linalg.together(columns.shape, v[:, :rank] / sigma[:rank], v[:, :rank].mT)
+    return turned(columns)
 
 
 def columns(value: Tensor, chosen: Sequence[int], p: int) -> Tensor:

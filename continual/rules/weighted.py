@@ -15,17 +15,28 @@ from continual.rules.scale import ReadOptions
 
 def _mean(_: NoOptions) -> Rule:
     return Rule(
-        fold=sums.FOLD, read=ReadFunctions(sums.read_mean, sums.size_of_mean), laws=sums.GROUP, factored=Factored()
+        fold=sums.FOLD,
+        read=ReadFunctions(sums.read_mean, sums.size_of_mean, square=sums.square_of_mean),
+        laws=sums.GROUP,
+        factored=Factored(),
     )
 
 
 def _task_arithmetic(_: NoOptions) -> Rule:
-    return Rule(fold=sums.FOLD, read=ReadFunctions(sums.read_sum, sums.size), laws=sums.GROUP, factored=Factored())
+    return Rule(
+        fold=sums.FOLD,
+        read=ReadFunctions(sums.read_sum, sums.size, square=sums.square_of_sum),
+        laws=sums.GROUP,
+        factored=Factored(),
+    )
 
 
 def _frank_wolfe(_: NoOptions) -> Rule:
     return Rule(
-        fold=sums.FOLD, read=ReadFunctions(sums.read_sum, sums.size), laws=Laws(rounds=True), factored=Factored()
+        fold=sums.FOLD,
+        read=ReadFunctions(sums.read_sum, sums.size, square=sums.square_of_sum),
+        laws=Laws(rounds=True),
+        factored=Factored(),
     )
 
 

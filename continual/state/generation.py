@@ -197,6 +197,20 @@ class Generation:
                     readers[slot].read(arrays.raw(value))
                 yield values
 
+    def runs(self, name: str, length: int) -> Iterator[tuple[int, int, dict[str, Array]]]:
+        """The accumulators of a tensor that all have its shape, in flat runs of at most `length` elements: (first
+        element, one past the last, accumulators by slot). The next run reuses their memory. Raises as `read`."""
+        slots = self.form.slots[name]
+        numel = math.prod(next(iter(slots.values())).shape)
+        buffers = {slot: np.empty(min(length, numel), spec.dtype) for slot, spec in slots.items()}
+        with ExitStack() as files, environment(f"cannot read tensor {name}"):
+            readers = {slot: files.enter_context(closing(self.reader(name, slot))) for slot in slots}
+            for start in range(0, numel, length):
+                values = {slot: buffer[: min(length, numel - start)] for slot, buffer in buffers.items()}
+                for slot, value in values.items():
+                    readers[slot].read(arrays.raw(value))
+                yield start, min(start + length, numel), values
+
     def check(self, step: Callable[[], None]) -> Iterator[str]:
         """Reads everything and yields what is wrong; `step` is called after each array."""
         try:

@@ -13,7 +13,7 @@ from continual.objectives.builtin import Rows
 from continual.objectives.contract import Objective
 from continual.objectives.parameters import HeldIn, Parameters
 from continual.objectives.rows import file_digest
-from continual.publish.folder import merged
+from continual.publish.exported_weights import merged
 from continual.records import TensorSpec
 from continual.state.parts import RowsEvaluation
 from continual.tensors import BaseModel
@@ -57,7 +57,7 @@ def told(rows: Rows) -> RowsEvaluation:
 
 
 def _set(tensors: list[HeldIn], base: BaseModel, reading: Reading, spec: TensorSpec) -> None:
-    value = merged(base, reading, spec, spec.dtype)
+    value = torch.cat([piece.reshape(-1) for piece in merged(base, reading, spec, spec.dtype)]).view(spec.shape)
     with torch.no_grad():
         for held in tensors:
             held.value.copy_(value)
