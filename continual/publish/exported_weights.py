@@ -23,7 +23,7 @@ def merged(base: BaseModel, reading: Reading, spec: TensorSpec, dtype: str) -> I
     it."""
     if spec.kind == "carried" or not reading.elementwise(spec):
         theta = base.checkpoint.read(spec.name)
-        yield theta if spec.kind == "carried" else _added(reading.vector(spec), theta, spec, dtype)
+        yield theta if spec.kind == "carried" else added(reading.vector(spec), theta, spec, dtype)
         return
     info = base.checkpoint.tensors[spec.name]
     size = ITEMSIZE[info.dtype]
@@ -31,10 +31,10 @@ def merged(base: BaseModel, reading: Reading, spec: TensorSpec, dtype: str) -> I
     for start, stop, values in reading.runs(spec, RUN):
         part = buffer[: size * (stop - start)]
         base.checkpoint.read_part(info, size * start, part.numpy().data)
-        yield _added(values, part.view(DTYPES[info.dtype]), spec, dtype)
+        yield added(values, part.view(DTYPES[info.dtype]), spec, dtype)
 
 
-def _added(result: torch.Tensor, theta: torch.Tensor, spec: TensorSpec, dtype: str) -> torch.Tensor:
+def added(result: torch.Tensor, theta: torch.Tensor, spec: TensorSpec, dtype: str) -> torch.Tensor:
     """`theta` and the task vector `result` together, whose memory it takes."""
     result.add_(theta)
     if spec.name.endswith("running_var"):  # a sum of changes can be below zero, a variance cannot

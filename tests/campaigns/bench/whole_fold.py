@@ -1,13 +1,14 @@
-"""What the fold of a whole fine-tune costs in a state of whole tensors, against what the same bytes cost.
+"""What the fold of a whole fine-tune costs in a state of whole tensors, against what the same bytes cost, and what an
+export does.
 
-    python -m tests.campaigns.bench.whole_fold [--gigabytes 0.5] [--rules task-arithmetic iso-c ties]
+    python -m tests.campaigns.bench.whole_fold [--gigabytes 0.5] [--rules task-arithmetic iso-c ties] [--layers 24]
         [--against CHECKOUT] [--repeats 5]
 
 A bf16 model with its fine-tunes. Each turn is a process of its own with one thread: it makes a state (`init`), folds
-two fine-tunes, and reads, hashes and writes what the second fold did, no more (`floor`): base, fine-tune and state are
-read in pieces of 1 MiB, the fine-tune goes through BLAKE3, the state through CRC-32C as it is read and as it is
-written, and the files are synced. All are CPU seconds per GB of the model, beyond imports: medians of all turns.
-`--against` names a checkout of another version of continual, which takes turns with this one.
+two fine-tunes, exports the merge, and reads, hashes and writes what the second fold did, no more (`floor`): base,
+fine-tune and state are read in pieces of 1 MiB, the fine-tune goes through BLAKE3, the state through CRC-32C as it is
+read and as it is written, and the files are synced. All are CPU seconds per GB of the model, beyond imports: medians of
+all turns. `--against` names a checkout of another version of continual, which takes turns with this one.
 """
 
 from __future__ import annotations
@@ -80,6 +81,14 @@ for number, model in enumerate(tunes, 1):
         found[f"fold {number}"] = time.process_time() - began
         found["memory"] = max(found.get("memory", 0), peak() - held)
         assert outcome.fate == "folded", outcome.message
+with api.Merge(Settings(state=state, workers=1), write=True) as merge:
+    merge.engine
+    clear()
+    held, began = peak(), time.process_time()
+    merge.export(state / "export")
+    found["export"] = time.process_time() - began
+    found["export memory"] = peak() - held
+shutil.rmtree(state / "export")
 arrays = [path for path in (state / "generations").rglob("*") if path.is_file() and path.name.startswith("c")]
 file = "model.safetensors"
 began = time.process_time()
@@ -102,6 +111,7 @@ def turn(checkout: Path, rule: str, base: Path, state: Path, tunes: list[Path]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=0.5)
+    parser.add_argument("--layers", type=int, default=24, help="fewer layers of a model of one size are wider")
     parser.add_argument("--rules", nargs="+", default=["task-arithmetic", "iso-c", "ties"])
     parser.add_argument("--against", type=Path, help="a checkout of another version")
     parser.add_argument("--repeats", type=int, default=5)
@@ -109,7 +119,9 @@ def main() -> None:
     versions = {"this version": HERE} | ({"the other": args.against.absolute()} if args.against else {})
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        base = models.base(work / "base", shapes=models.big_shapes(args.gigabytes, layers=24), dtype=torch.bfloat16)
+        base = models.base(
+            work / "base", shapes=models.big_shapes(args.gigabytes, layers=args.layers), dtype=torch.bfloat16
+        )
         tunes = [models.fine_tune(base, work / f"fine-tune-{number}", number) for number in range(2)]
         size = (base / "model.safetensors").stat().st_size / 1e9
         print(f"model of {size:.2f} GB; CPU seconds per GB, beyond imports; medians of {args.repeats}")
@@ -120,11 +132,14 @@ def main() -> None:
                     turns[version].append(turn(checkout, rule, base, work / "state", tunes))
             for version, figures in turns.items():
                 median = {key: statistics.median(each[key] for each in figures) for key in figures[0]}
-                memory = median.pop("memory") / 1e6
+                memory, exporting = median.pop("memory") / 1e6, median.pop("export memory") / 1e6
                 del median["held"]
                 said = ", ".join(f"{key} {value / size:.2f}" for key, value in median.items())
                 ratio = statistics.median(each["fold 2"] / each["floor"] for each in figures)
-                print(f"  {rule}, {version}: {said}; fold 2 / floor {ratio:.2f}; memory of a fold {memory:.0f} MB")
+                print(
+                    f"  {rule}, {version}: {said}; fold 2 / floor {ratio:.2f}; memory of a fold {memory:.0f} MB, "
+                    f"of an export {exporting:.0f} MB"
+                )
 
 
 if __name__ == "__main__":
