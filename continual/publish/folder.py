@@ -184,10 +184,18 @@ def fill(
 
 
 def keep_current(
-    link: Path, seq: int, write: Callable[[Path], Path], time: str | None = None, mark: str | None = None
+    link: Path,
+    seq: int,
+    write: Callable[[Path], Path],
+    time: str | None = None,
+    mark: str | None = None,
+    served: Callable[[Path], bool] | None = None,
 ) -> Path:
     """Has `write` export into `LINK-<seq>` beside `link`, points the link there in one step, then removes the directory
     that it pointed at before, and what a killed process left beside it. Returns the new directory.
+
+    Where servers read what lies there whenever they like (`served`), the directory from before stays until the next
+    one, and so does each of which `served` says that a server has it.
 
     An export that is there already is taken, unless it is of a record of another `time`: one that had this number
     before the state was repaired or restored; or has another `mark`, since the settings said otherwise what goes out.
@@ -208,7 +216,7 @@ def keep_current(
             write(directory)
         replace_link(link, directory)
     for old in _old_exports(link, before):
-        if old != directory:
+        if old != directory and not (served is not None and (old == before or served(old))):
             _remove(old)
     return directory
 

@@ -1,22 +1,24 @@
 """Telling a server that a new merged model is out: SGLang, vLLM, any URL, any command. One call is a few tries within
 seconds; when to call is not decided here.
 
-Requests, as they stand in the servers' sources; no real server has been run against them.
+Requests, as they stand in the servers' sources. vLLM 0.32.0 was run against them (decision 0065); SGLang was read, in
+0.5.23.
 
 SGLang (UpdateWeightFromDiskReqInput): `POST /update_weights_from_disk`, answered by 200 and {"success": true,
 "message"}, or by 400 and {"success": false, "message"}. It first waits for the requests under way, so `timeout` has to
 be longer than they take. `flush_cache` is what it does by default.
 
 SGLang's adapters (LoadLoRAAdapterReqInput): `POST /load_lora_adapter`, answered by 200 and {"success": true}, or by 400
-and {"success": false, "error_message"}. Of a name that is there it loads the new adapter first and refuses the name
-then, and what it has loaded stays in its memory; so the old one is unloaded before, which waits for its requests.
+and {"success": false, "error_message"}. It refuses a name that is there, earlier versions only once they had loaded the
+adapter, which then stayed in their memory; so the old one is unloaded before, which waits for its requests.
 
 vLLM (LoadLoRAAdapterRequest): `POST /v1/load_lora_adapter`, there only if vLLM runs with
-VLLM_ALLOW_RUNTIME_LORA_UPDATING; plain text on success, 400 "has already been loaded" for a name that is: then it is
-unloaded and loaded again, and for that moment requests to it fail. `load_inplace` is not used: what was loaded with it
-is read again from its path at every step (vLLM issue 33791), and that directory goes with the next publication. The
-prefix cache goes by the adapter's name (42125), so vLLM may answer from the old one for a while; run it without prefix
-caching if that matters.
+VLLM_ALLOW_RUNTIME_LORA_UPDATING; plain text on success, 400 "has already been loaded" for a name that is, whatever the
+new adapter is like. So that one is loaded under another name first, which is taken away again: what cannot be loaded
+(500, a rank that is too large) leaves the old one in place. Then the name is unloaded and loaded, and for that moment
+requests to it fail. `load_inplace` is not used: what was loaded with it is read again from its path at every step (vLLM
+issue 33791). The prefix cache goes by the adapter's name and path, and the path is another one each time; that of
+earlier versions goes by the name alone (42125), so that they may answer from the old one for a while.
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ MESSAGE = 300
 """Characters of a message at most."""
 ANSWER = 64 << 10
 """Bytes of an answer or of a command's output that are looked at."""
+TRIAL = ".trial"
+"""What is put behind the name of an adapter that vLLM is to load for a trial."""
 PREFIX = "PUBLISHED_"
 """Of the variables a command gets. Not CONTINUAL_: those are settings, and a hook may well run `continual`."""
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "CONTINUAL_WEBHOOK_SECRET")
@@ -230,18 +234,22 @@ def _vllm_lora(hook: HookSettings, published: Published, deadline: float) -> _Tr
     if published.lora is None:
         return _Tried(False, _NO_ADAPTER)
     base = f"{hook.url}".rstrip("/")
-    load = f"{base}/v1/load_lora_adapter"
-    unload = f"{base}/v1/unload_lora_adapter"
-    name = hook.served_as(published.view)
-    asked = {"lora_name": name, "lora_path": str(published.lora.absolute())}
-    answer = _post(load, asked, deadline)
-    # Only then: unloading for any other trouble, a damaged adapter say, would take away the one that serves. The oldest
-    # leave out the space.
+    load, unload = (f"{base}/v1/{what}_lora_adapter" for what in ("load", "unload"))
+    name = {"lora_name": hook.served_as(published.view)}
+    path = {"lora_path": str(published.lora.absolute())}
+    answer = _post(load, name | path, deadline)
+    # The oldest leave out the space.
     if answer.status == 400 and re.search(r"already been ?loaded", answer.text):
-        gone = _post(unload, {"lora_name": name}, deadline)
+        trial = {"lora_name": name["lora_name"] + TRIAL}
+        _post(unload, trial, deadline)  # a call that was cut off left it there
+        tried = _tried(_post(load, trial | path, deadline))
+        _post(unload, trial, deadline)
+        if not tried.ok:
+            return tried
+        gone = _post(unload, name, deadline)
         if gone.status is None or gone.status >= 500:
             return _tried(gone)
-        answer = _post(load, asked, deadline)  # it says what is wrong, also where nothing was there to unload
+        answer = _post(load, name | path, deadline)  # it says what is wrong, also where nothing was there to unload
     if answer.status == 404 and _said(answer.text) == "Not Found":
         return _Tried(
             False, "HTTP 404: run vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; url is without /v1"

@@ -123,7 +123,10 @@ class Outlets:
 
     async def _publish(self, out: OutPlan, seq: int) -> bool:
         """Points a link at an export of record `seq`, and hands it to the hooks. Never more to do."""
-        found = await asyncio.to_thread(contained(partial(publishing.put, self.merge, out, seq)))
+        served = self.telling.served(out.name)
+        whole = out.as_lora is None
+        putting = partial(publishing.put, self.merge, out, seq, None if whole else served)
+        found = await asyncio.to_thread(contained(putting))
         if found is None:
             return False
         if found.new:
@@ -134,11 +137,11 @@ class Outlets:
         if not self.telling.waits(published, "current"):
             return False
         adapter: Path | None = found.directory
-        if out.as_lora is None:
+        if whole:
             rank = self.telling.rank(out.name)
             adapter = None
             if rank is not None:
-                beside = partial(publishing.put_beside, self.merge, out, seq, found.mark, rank)
+                beside = partial(publishing.put_beside, self.merge, out, seq, found.mark, rank, served or set())
                 adapter = await asyncio.to_thread(contained(beside))
         self.telling.hand(dataclasses.replace(published, lora=adapter), "current")
         return False

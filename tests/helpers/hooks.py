@@ -112,7 +112,8 @@ def published(tmp_path: Path) -> Published:
 
 
 class VLLM:
-    """What vLLM's routes do; `said` is what they say of a name that is loaded."""
+    """What vLLM's routes do, as serving.py of 0.32.0 has them: a name that is taken is said before the adapter is
+    looked at; `said` is what they say then. `broken`: what the engine says of every adapter."""
 
     def __init__(self, said: str = "has already been loaded.") -> None:
         self.said = said
@@ -127,9 +128,10 @@ class VLLM:
             return 200, f"Success: LoRA adapter '{name}' removed successfully."
         if path != "/v1/load_lora_adapter":
             return 404, {"detail": "Not Found"}
-        if self.broken:
-            return 400, {"object": "error", "message": self.broken, "code": 400}
         if name in self.loaded:
-            return 400, {"object": "error", "message": f"The lora adapter '{name}' {self.said}", "code": 400}
+            said = f"The lora adapter '{name}' {self.said}"
+            return 400, {"error": {"message": said, "type": "InvalidUserInput", "param": None, "code": 400}}
+        if self.broken:
+            return 500, {"error": {"message": self.broken, "type": "InternalServerError", "param": None, "code": 500}}
         self.loaded[name] = body["lora_path"]
         return 200, f"Success: LoRA adapter '{name}' added successfully."

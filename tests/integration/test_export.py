@@ -156,6 +156,26 @@ def test_current_link_moves_in_one_step(tmp_path: Path, merge: api.Merge) -> Non
             folder.keep_current(tmp_path / "file", 1, lambda d: d)
 
 
+def test_what_a_server_was_given_stays_until_it_has_another(tmp_path: Path, merge: api.Merge) -> None:
+    with merge:
+        link = tmp_path / "published" / "current"
+
+        def put(seq: int, given: int) -> set[str]:
+            def served(directory: Path) -> bool:
+                return directory.name == f"current-{given:08d}"
+
+            folder.keep_current(link, seq, lambda d: merge.export(Target(d)), served=served)
+            return {path.name for path in link.parent.iterdir() if path != link}
+
+        def named(*seqs: int) -> set[str]:
+            return {f"current-{seq:08d}" for seq in seqs}
+
+        assert put(1, given=0) == named(1)
+        assert put(2, given=1) == named(1, 2)
+        assert put(3, given=1) == named(1, 2, 3), "it was not given the second"
+        assert put(4, given=3) == named(3, 4)
+
+
 @pytest.mark.slow
 def test_transformers_loads_an_export(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")

@@ -86,18 +86,27 @@ def test_vllm_unloads_the_old_adapter_and_loads_the_new(tmp_path: Path, served: 
         assert told.message == "HTTP 200: Success: LoRA adapter 'merged' added successfully."
         assert vllm.loaded == {"merged": str(tmp_path / f"lora-{seq}")}
     paths = [path.removeprefix("/v1/") for path, _ in served.asked]
-    assert paths == ["load_lora_adapter", "load_lora_adapter", "unload_lora_adapter", "load_lora_adapter"]
+    load, unload = "load_lora_adapter", "unload_lora_adapter"
+    assert paths == [load, load, unload, load, unload, unload, load]
+    assert [body["lora_name"] for _, body in served.asked[2:5]] == ["merged.trial"] * 3
     assert served.asked[-1][1] == {"lora_name": "merged", "lora_path": str(tmp_path / "lora-8")}
 
 
 def test_a_damaged_adapter_does_not_unload_the_one_that_serves(tmp_path: Path, served: Served) -> None:
     served.reply = vllm = VLLM()
     vllm.loaded["continual"] = "old"
-    vllm.broken = "Loading lora /x failed: rank 16 is greater than max_lora_rank 8"
+    vllm.broken = "Call to add_lora method failed: LoRA rank 16 is greater than max_lora_rank 8."
     told = tell(HookSettings(kind="vllm-lora", url=served.url), published(tmp_path))
-    assert (told.ok, told.attempts, len(served.asked)) == (False, 1, 1)
-    assert told.message == f"HTTP 400: {vllm.broken}"
+    assert (told.ok, told.attempts) == (False, 3)
+    assert told.message == f"HTTP 500: {vllm.broken}"
     assert vllm.loaded == {"continual": "old"}
+
+
+def test_a_trial_that_was_left_there_is_in_nobodys_way(tmp_path: Path, served: Served) -> None:
+    served.reply = vllm = VLLM()
+    vllm.loaded |= {"continual": "old", "continual.trial": "older"}
+    assert tell(HookSettings(kind="vllm-lora", url=served.url), published(tmp_path)).ok
+    assert vllm.loaded == {"continual": str(tmp_path / "lora-7")}
 
 
 def test_sglang_is_given_an_adapter_after_the_old_one_is_gone(tmp_path: Path, served: Served) -> None:
@@ -137,7 +146,7 @@ def test_an_unload_that_fails_is_tried_again(tmp_path: Path, served: Served) -> 
     vllm, failed = VLLM(), []
 
     def reply(path: str, body: Any) -> Answer:
-        if "unload" in path and not failed:
+        if "unload" in path and body["lora_name"] == "continual" and not failed:
             failed.append(path)
             return 500, {"error": {"message": "Failed to remove lora adapter"}}
         return vllm(path, body)

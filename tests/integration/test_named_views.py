@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -192,7 +193,10 @@ view = "c*"
     links = {path.name for path in out.iterdir() if path.is_symlink()}
     assert links == {"crm", "crm-lora", "rest"}
     there = {path for path in out.glob("[!.]*") if not path.is_symlink()}
-    assert there == {(out / link).resolve() for link in links}, "nothing else lies there"
+    assert {(out / link).resolve() for link in links} <= there
+    assert {path for path in there if path.name.startswith("crm-0")} == {(out / "crm").resolve()}, "no server reads it"
+    for link in ("rest", "crm-lora"):
+        assert len([path for path in there if re.fullmatch(rf"{link}-[0-9-]+", path.name)]) == 2, "and the one before"
 
 
 @pytest.mark.parametrize(
