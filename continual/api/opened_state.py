@@ -167,7 +167,9 @@ class OpenedState:
         view.check(self.state)
         if self.state.format.form is not None:
             return BlockReading(self.state, self.rule, at, view, options)
-        found = Reading(self.state, self.rule, at, options or self.scale(at, view), self._lengths)
+        now = ReadOptions.from_mapping(self.state.ledger.read_options(self.head if at is None else at))
+        by, read = view.read_by(self.rule, now, self.state)
+        found = Reading(self.state, by if options is None else self.rule, at, options or read, self._lengths)
         found.view = view
         return found
 

@@ -88,6 +88,10 @@ Weights = Annotated[
     list[str] | None,
     typer.Option("--weight", help="Weight of a model, NAME=W (a state of adapters); repeatable."),
 ]
+RuleOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", help="Option of the rule that reads, as key=value; repeatable."),
+]
 """Flags of what reads the merge by a view, from `ReadRule` on."""
 Form = Annotated[
     Literal["peft", "kohya", "diffusers"],

@@ -17,6 +17,7 @@ from continual.cli.flags import (
     Only,
     ReadRule,
     ReadScale,
+    RuleOptions,
     View,
     Weights,
     Without,
@@ -63,6 +64,7 @@ def export(
     only: Only = None,
     without: Without = None,
     weight: Weights = None,
+    option: RuleOptions = None,
     *,
     flags: Flags,
 ) -> None:
@@ -70,7 +72,7 @@ def export(
     from continual.publish import folder, lora
 
     word = folder.parse_dtype(dtype)
-    typed = ViewFlags(rule, scale, lines, only, without, weight)
+    typed = ViewFlags(rule, scale, lines, only, without, weight, option)
     if as_lora is not None:
         wanted = lora.LoraTarget(directory, rank_of(as_lora), word or "F32", form, at)
         with opened.merge(flags) as merge, console.progress() as progress:
@@ -102,11 +104,12 @@ def explain(
     only: Only = None,
     without: Without = None,
     weight: Weights = None,
+    option: RuleOptions = None,
     *,
     flags: Flags,
 ) -> None:
     """Say what each model has in the merge of a state of adapters, over the whole and by layer; nothing is changed."""
-    typed = ViewFlags(rule, scale, lines, only, without, weight)
+    typed = ViewFlags(rule, scale, lines, only, without, weight, option)
     with opened.merge(flags) as merge, console.progress() as progress:
         found = merge.explain(typed.view(merge.settings, view), at=at, progress=progress)
     if flags.json:

@@ -20,7 +20,7 @@ R = TypeVar("R", bound="Asking")
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, object]:
-    """Fold-time options of a rule from `key=value` pairs. A value is read as TOML where it is that, else as text.
+    """Options of a rule from `key=value` pairs. A value is read as TOML where it is that, else as text.
     Raises Misconfigured for what is no pair."""
     options: dict[str, object] = {}
     for pair in pairs:
@@ -54,10 +54,11 @@ class ViewFlags:
     only: Sequence[str] | None = None
     without: Sequence[str] | None = None
     weights: Sequence[str] | None = None
+    options: Sequence[str] | None = None
 
     def view(self, settings: Settings, name: str | None = None) -> ReadView:
         """The view that they describe, or what they make of the one that the settings call `name`. Raises Misconfigured
-        for a weight that is no `NAME=W`, and a view that there is not."""
+        for a weight that is no `NAME=W`, an option that is no `KEY=VALUE`, and a view that there is not."""
         from continual.engine.views import ReadView, view_of
 
         weights = {}
@@ -70,9 +71,8 @@ class ViewFlags:
             if not model:
                 raise Misconfigured(f"weight {pair!r}: write it as NAME=W, as alice=0.5")
         only, without = tuple(self.only or ()), tuple(self.without or ())
-        typed = ReadView(
-            rule=self.rule, scale=self.scale, lines=self.lines, only=only, without=without, weights=weights
-        )
+        options = parse_options(self.options or ())
+        typed = ReadView(self.rule, options, self.scale, self.lines, only, without, weights)
         return typed if name is None else view_of(settings, name).changed(typed)
 
 

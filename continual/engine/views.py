@@ -28,7 +28,7 @@ class ReadView:
     `rule`: what is made of the adapters, with its `options`, or of the merge; `scale` and `lines`: how long the result
     is, by default as that rule has it. `only`: names, paths, keys, record numbers or globs of the models that are read,
     `without` of those that are not. `weights`: the weight of a model, by the same words; those that are not named have
-    the weight that they were folded with. Of a merge of whole tensors only `rule`, `scale` and `lines` can be chosen.
+    the weight that they were folded with. Of a merge of whole tensors no models can be chosen.
     `name`: what the settings call it; then a glob may match no model, since one may come later.
     """
 
@@ -125,10 +125,10 @@ class ReadView:
 
     def check(self, state: State) -> None:
         """Raises Misconfigured where a state keeps a merge of whole tensors and this chooses among its models."""
-        if state.format.form is None and (self.only or self.without or self.weights or self.options):
+        if state.format.form is None and (self.only or self.without or self.weights):
             raise Misconfigured(
-                f"{state.path} keeps a merge of whole tensors, of which no models can be chosen, nor options of a "
-                "rule: only a state made with 'continual init --adapters' is read so"
+                f"{state.path} keeps a merge of whole tensors, of which no models can be chosen: only a state made "
+                "with 'continual init --adapters' is read so"
             )
 
     def check_readable(self, made: Rule, now: ReadOptions, state: State) -> None:

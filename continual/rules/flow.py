@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from continual.lazily import Tensor, torch
-from continual.rules import gram_less, gram_sums, matrices
-from continual.rules.contract import Accumulators, Apart, LeftOut, Rule, RuleRow
+from continual.rules import gram_less, gram_sums
+from continual.rules.contract import Accumulators, Rule, RuleRow
 from continual.rules.gram_sums import CROSS, EARLIER, GRAMS, LEFT, RIGHT, SIDES, SUM, Grams, GramSlots, Side
 from continual.rules.matrices import Include
 from continual.rules.options import Choice, Number
@@ -81,14 +81,9 @@ def _make(options: FlowOptions) -> Rule:
     def read(accumulators: Accumulators, sides: tuple[int, int] | None) -> Tensor:
         return flowed(accumulators, options, sides)
 
-    def without(given: Apart) -> LeftOut:
-        left, right = options.side != "right", options.side != "left"
-        return gram_less.without(given, gram_less.flow(options.time), left=left, right=right)
-
     kept = GramSlots(options.side, options.start == "sum", options.grams)
     quick = options.start == "zero" and options.top == 1.0
-    on = kept.on_matrices(read, without if quick else None)
-    return matrices.rule("flow", options.include, on, kept.laws())
+    return kept.rule("flow", options.include, read, gram_less.flow(options.time) if quick else None)
 
 
 FLOW = RuleRow(

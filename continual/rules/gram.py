@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from continual.lazily import Tensor, torch
-from continual.rules import gram_less, gram_sums, matrices
-from continual.rules.contract import Accumulators, Apart, LeftOut, Rule, RuleRow
+from continual.rules import gram_less, gram_sums
+from continual.rules.contract import Accumulators, Rule, RuleRow
 from continual.rules.gram_sums import CROSS, EARLIER, GRAMS, LEFT, RIGHT, SIDES, SUM, Grams, GramSlots, Side
 from continual.rules.matrices import Include
 from continual.rules.options import Choice, Number
@@ -58,14 +58,9 @@ def _make(options: GramOptions) -> Rule:
     def read(accumulators: Accumulators, sides: tuple[int, int] | None) -> Tensor:
         return solve(accumulators, options.ridge, options.pull, sides)
 
-    def without(given: Apart) -> LeftOut:
-        left, right = options.side != "right", options.side != "left"
-        return gram_less.without(given, gram_less.ridge(options.ridge), left=left, right=right)
-
     kept = GramSlots(options.side, options.pull > 0.0, options.grams)
     # the ridge pulls either side to a multiple of the sum of its own
-    on = kept.on_matrices(read, None if options.pull else without)
-    return matrices.rule("gram", options.include, on, kept.laws())
+    return kept.rule("gram", options.include, read, None if options.pull else gram_less.ridge(options.ridge))
 
 
 GRAM = RuleRow(

@@ -18,9 +18,20 @@ from typing import Literal, NamedTuple
 from continual import linalg
 from continual.lazily import Tensor, torch
 from continual.records import SlotSpec, Totals
-from continual.rules import sums
-from continual.rules.contract import Accumulators, Apart, CoreFunctions, Factored, Folded, Inputs, Laws, LeftOut, Sums
-from continual.rules.matrices import OnMatrices
+from continual.rules import gram_less, matrices, sums
+from continual.rules.contract import (
+    Accumulators,
+    Apart,
+    CoreFunctions,
+    Factored,
+    Folded,
+    Inputs,
+    Laws,
+    LeftOut,
+    Rule,
+    Sums,
+)
+from continual.rules.matrices import Include, OnMatrices
 
 Side = Literal["both", "right", "left"]
 SIDES: tuple[Side, ...] = ("both", "right", "left")
@@ -67,9 +78,10 @@ class GramSlots(NamedTuple):
         lightest = 10 * _ROUNDING[self.grams]
         return Laws(weighted=True, combine=combine, lightest=lightest, keeps=frozenset(words))
 
-    def on_matrices(self, read: CoreRead, without: Callable[[Apart], LeftOut] | None) -> OnMatrices:
-        """The form for matrices of a rule that reads these sums by `read`. The Grams of cores are whole: they are
-        small, and nobody keeps them."""
+    def rule(self, name: str, include: Include, read: CoreRead, poles: gram_less.Poles | None) -> Rule:
+        """The rule that reads these sums by `read`. `poles`: as what function of a Gram that stands where one model is
+        left out (`gram_less`); None where it is none. The Grams of cores are whole: they are small, and nobody keeps
+        them."""
         mine = tuple(self.slots(1, 1))  # a state of another rule can have more
 
         def read_whole(accumulators: Accumulators, totals: Totals) -> Tensor:
@@ -78,8 +90,13 @@ class GramSlots(NamedTuple):
         def read_core(accumulators: Accumulators, totals: Totals, sides: tuple[int, int]) -> Tensor:
             return read(accumulators, sides)
 
+        def without(given: Apart) -> LeftOut:
+            return gram_less.without(given, poles or (), left=self.side != "right", right=self.side != "left")
+
         cores = CoreFunctions(self._replace(grams="float64").slots, fold, read_core)
-        return OnMatrices(fold, read_whole, workspace, self.slots, Factored(cores=cores, without=without))
+        factored = Factored(cores=cores, without=None if poles is None else without)
+        on = OnMatrices(fold, read_whole, workspace, self.slots, factored)
+        return matrices.rule(name, include, on, self.laws())
 
 
 def add_packed(packed: Tensor, part: Part, scale: float) -> None:

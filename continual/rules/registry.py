@@ -150,7 +150,8 @@ def readings(made: Rule, *, blocks: bool = False) -> list[str]:
 
 def reader(made: Rule, name: str | None, options: Mapping[str, object] | None = None, *, blocks: bool = False) -> Rule:
     """The rule `name` (None: its own) as it reads a state made with `made`; with `blocks`, one that keeps adapters.
-    Raises Misconfigured for an unknown rule or option, and one that cannot read it."""
+    Of a merge of whole tensors the `options` are those that matter at reading alone. Raises Misconfigured for an
+    unknown rule or option, and one that cannot read it."""
     if name in (None, made.name) and not options:
         return made
     name = name or made.name
@@ -160,10 +161,10 @@ def reader(made: Rule, name: str | None, options: Mapping[str, object] | None = 
             raise Misconfigured(_APART.format(name))
         of = "a state of adapters" if blocks else f"a state made with {made.name}"
         raise Misconfigured(f"{of} cannot be read by {name}; it can be by {', '.join(readings(made, blocks=blocks))}")
-    if not blocks and name == made.name:
-        raise Misconfigured(f"the options of {name} are those that the state was made with")
     if blocks:
         return rule(name, options)
+    if fixed := sorted(options or ()) if not made.laws.keeps else sorted({"before", "include"} & set(options or ())):
+        raise Misconfigured(f"{name}: {', '.join(fixed)} is as the state was made with it, since the folds went by it")
     transforms = made.options.get("before")
     given = {**_shared(made, known), **(options or {}), **({"before": transforms} if transforms else {})}
     found = rule(name, given)

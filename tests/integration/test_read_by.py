@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import continual
 from continual import api, making
+from continual.cli import main
 from continual.config import Settings
 from continual.engine.views import ReadView
 from continual.errors import Misconfigured
@@ -102,6 +104,30 @@ def test_the_sums_of_gram_read_as_gram_and_as_flow(
         with merge_of(tmp_path / made, write=True) as merge:
             merge.rescale(rule=name)
             assert same(read(merge), expected[name]), (made, name)
+
+
+def test_options_that_matter_at_reading_alone_are_given_there(tmp_path: Path, base: Path, tuned: list[Path]) -> None:
+    recipe = making.Recipe(rule="flow", options={"time": 20.0}, scale="1")
+    folded(tmp_path, base, recipe, tuned, "slow")
+    with merge_of(tmp_path / "slow") as merge:
+        wanted = weights(merge.export(tmp_path / "wanted"))
+    for made in ("gram", "flow"):
+        folded(tmp_path, base, making.Recipe(rule=made, scale="1"), tuned, made)
+        with merge_of(tmp_path / made) as merge:
+            plain = weights(merge.export(tmp_path / f"{made}-as-it-is", view=ReadView(rule="flow", scale="1")))
+        typed = f"export {tmp_path / made}-slow --state {tmp_path / made} --rule flow --scale 1 --option time=20.0"
+        said = CliRunner().invoke(main.app, typed.split())
+        assert said.exit_code == 0, said.output
+        assert weights(tmp_path / f"{made}-slow") == wanted != plain
+        with merge_of(tmp_path / made) as merge:
+            for option, why in (("start=sum", "needs more with"), ("include=x", "as the state was made with it")):
+                key, _, value = option.partition("=")
+                view = ReadView(rule="flow", options={key: [value] if key == "include" else value})
+                with pytest.raises(Misconfigured, match=why):
+                    merge.export(tmp_path / "out", view=view)
+    folded(tmp_path, base, making.Recipe(rule="ties"), tuned, "ties")
+    with merge_of(tmp_path / "ties") as merge, pytest.raises(Misconfigured, match="density is as the state was made"):
+        merge.export(tmp_path / "out", view=ReadView(options={"density": 0.5}))
 
 
 def test_a_state_of_gram_goes_on_as_it_was_made_before_its_grams_were_packed(
