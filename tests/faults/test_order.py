@@ -315,6 +315,7 @@ def test_nobody_else_syncs_or_renames() -> None:
         "state.draft.take": {"os.link"},  # of what is on disk, before `sync` takes the directories
         "state.copying._linked": {"os.link"},  # before the copy's HEAD, with all of the copy
         "state.repair._move": {"os.rename"},  # of old files, before the record of the repair
+        "state.excerpts.write": {"os.rename"},  # what a power cut leaves of it is told by its CRC, and made anew
         "demo.digits.save": {"temporary.rename"},  # a model that a publisher would write
     }
 
