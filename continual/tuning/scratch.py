@@ -21,6 +21,8 @@ class Scratch(Reading):
     """Reads the merged model that `of` reads, under `options`, with X from a scratch file. The bits are those that the
     rule would read, without the work of that."""
 
+    kept_by_elements = False
+
     def __init__(self, of: Reading, file: Checkpoint, options: ReadOptions) -> None:
         super().__init__(of.state, of.rule, of.commit.seq, options, of.lengths)
         self._of = of

@@ -152,7 +152,7 @@ def test_a_repair_asks(tmp_path: Path) -> None:
 
 
 def nothing() -> dict[str, object]:
-    lists = ("findings", "lost", "undone", "again", "tags", "generations", "aside", "tag_files")
+    lists = ("findings", "lost", "undone", "again", "tags", "generations", "aside", "tag_files", "inputs")
     return {"last": 6, "to": 6, **{name: [] for name in lists}}
 
 
