@@ -68,7 +68,7 @@ def test_what_is_put_into_an_argument_is_not_filled_in_itself() -> None:
 
 
 def test_a_command_that_fails_is_tried_again() -> None:
-    code = "import sys; print('one'); print('t\\033[1mwo\\u2028\\n\\n', file=sys.stderr); sys.exit(3)"
+    code = "import sys; print('one', flush=True); print('t\\033[1mwo\\u2028\\n\\n', file=sys.stderr); sys.exit(3)"
     waits = Waits()
     told = tell(python(code, tries=2), Published(STATE, 7), waits)
     assert (told.ok, told.attempts, waits.seconds) == (False, 2, [1.0])
