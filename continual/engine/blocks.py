@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -56,7 +57,8 @@ class Cut(NamedTuple):
 
 
 class Room(NamedTuple):
-    """What a fold writes, in bytes, and in how many layers it cuts blocks, its own or others'."""
+    """What a fold takes on the disk, in bytes of whole blocks of the file system, and in how many layers it cuts blocks
+    of models, its own or others'."""
 
     nbytes: int
     cut: int
@@ -231,11 +233,19 @@ def most(state: State, vectors: LayerVectors, specs: Iterable[TensorSpec]) -> in
 
 
 def _written(state: State, layer: TensorSpec, used: int, rank: int, cuts: bool) -> int:
-    """The bytes that a fold of this rank writes in a layer of so many used columns."""
+    """The bytes that a fold of this rank takes on the disk in a layer of so many used columns: each file is as many
+    whole blocks of the file system as hold it."""
     assert state.format.form is not None
     chunks = -(-min(state.format.form.width, used + rank) // CHUNK) - (0 if cuts else used // CHUNK)
-    small = state.format.slots[layer.name]["columns"].nbytes + _CHECKSUM
-    return small + chunks * (4 * sum(sides_of(layer.shape)) * CHUNK + 2 * _CHECKSUM)
+    block = os.statvfs(state.path).f_frsize
+    small, *sides = (
+        -(-(nbytes + _CHECKSUM) // block) * block
+        for nbytes in (
+            state.format.slots[layer.name]["columns"].nbytes,
+            *(4 * side * CHUNK for side in sides_of(layer.shape)),
+        )
+    )
+    return small + chunks * sum(sides)
 
 
 def put(transaction: Transaction, name: str, number: int, block: Block) -> Cut:

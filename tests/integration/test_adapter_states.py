@@ -136,10 +136,10 @@ def test_a_fold_writes_its_own_columns_alone(tmp_path: Path, base: Path) -> None
 
 
 def _files(state: State) -> dict[int, int]:
-    """Inodes and sizes of the chunks of the newest generation."""
+    """Inodes of the chunks of the newest generation, and what they take on the disk."""
     generation = state.generation_of(state.ledger.head)
     found = [] if generation is None else [path.stat() for path in generation.directory.rglob("c.*")]
-    return {one.st_ino: one.st_size for one in found}
+    return {one.st_ino: 512 * one.st_blocks for one in found}
 
 
 def test_blocks_are_cut_when_there_is_no_room_and_it_is_said(
