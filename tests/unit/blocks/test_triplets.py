@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from continual.blocks import triplets
+from continual.blocks import decomposed, triplets
 from continual.rules import tsv_m
 
 
@@ -57,13 +57,23 @@ def test_a_product_of_zeros_has_no_triplets(rank: int) -> None:
 def test_a_value_that_is_not_finite_is_seen(value: float, side: int) -> None:
     pair = factors(30, 20, 4)
     pair[side][3, 2] = value
-    assert not math.isfinite(triplets(*pair).energy)
+    assert math.isnan(triplets(*pair).energy), "before anything is decomposed"
 
 
-@pytest.mark.parametrize("dependent", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+@pytest.mark.parametrize("sides", [(40, 30), (1100, 1050)], ids=["all of them", "a range finder"])
+def test_a_matrix_that_is_not_finite_is_seen(value: float, sides: tuple[int, int]) -> None:
+    """Also one whose largest singular value float32 does not hold, though it holds all of its values."""
+    matrix = torch.full(sides, value)
+    found = decomposed(matrix, 4)
+    assert (len(found.sigma), math.isfinite(found.energy)) == (0, False)
+
+
+@pytest.mark.parametrize(("rank", "dependent"), [(4, False), (4, True), (1, False)])
 @pytest.mark.parametrize(("one", "other"), [(1e200, 1e200), (1e307, 1.0), (1e154, 1e154)])
-def test_factors_whose_product_no_float_holds_are_seen(one: float, other: float, dependent: bool) -> None:
-    left, right = (factor.double() for factor in factors(30, 20, 4))
+def test_factors_whose_product_no_float_holds_are_seen(one: float, other: float, rank: int, dependent: bool) -> None:
+    """Of rank 1, too, where LAPACK decomposes infinity into NaN and says nothing."""
+    left, right = (factor.double() for factor in factors(30, 20, rank))
     if dependent:
         left[:, 1] = left[:, 0]
     assert not math.isfinite(triplets(left * one, right * other).energy)
