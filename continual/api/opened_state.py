@@ -22,7 +22,7 @@ from continual.engine.fullness import Fullness, fullness_of
 from continual.engine.reading import Reading
 from continual.engine.resources import Resources
 from continual.engine.standing import Standing
-from continual.engine.views import ReadView, view_of
+from continual.engine.views import ReadView, check_read_at, view_of
 from continual.errors import Misconfigured, Retry
 from continual.executors.contract import Progress, silent
 from continual.executors.device import pick_device
@@ -261,6 +261,11 @@ class OpenedState:
         ledger = self.state.ledger
         now = ReadOptions.from_mapping(ledger.read_options(ledger.head.seq if at is None else at))
         return (view or ReadView()).by(self.settings.reading).read_by(self.rule, now, self.state)[1]
+
+    def check_readable(self) -> None:
+        """Raises Misconfigured where the merge has models that what reads it does not take: with other weights, or
+        without the inputs of their tasks. A repair can bring such back."""
+        check_read_at(self.state, self.rule, self.scale(), self.head)
 
 
 @contextlib.contextmanager

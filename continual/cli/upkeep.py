@@ -63,7 +63,7 @@ def repair(
         plan = api.look_repair(state, progress=progress)
     if not flags.json:
         _plan_told(plan)
-    commit = None
+    commit = why = None
     if plan.findings and not dry_run:
         if not yes:
             console.must_be_asked(f"{state}: a repair to record {plan.to} loses what is printed above")
@@ -75,10 +75,26 @@ def repair(
             console.must_agree(f"{told}Go on?")
         with console.progress() as progress:
             commit = api.repair(state, plan, progress=progress)
+        why = _unreadable(flags)
     if flags.json:
-        console.emit({"plan": plan, "record": None if commit is None else texts.record(commit)})
+        record = None if commit is None else texts.record(commit)
+        console.emit({"plan": plan, "record": record} | ({} if why is None else {"unreadable": why}))
     elif commit is not None:
         console.say(f"Repaired, as record {commit.seq}: {commit.entry.message}")
+        if why is not None:
+            console.warn(f"what is in the merge now cannot be read as it is to be: {why}")
+
+
+def _unreadable(flags: Flags) -> str | None:
+    """Why nothing can be read after a repair: how a merge is read does not go back with it."""
+    from continual.errors import Misconfigured
+
+    with opened.merge(flags) as merge:
+        try:
+            merge.check_readable()
+        except Misconfigured as error:
+            return str(error)
+    return None
 
 
 def _plan_told(plan: RepairPlan) -> None:

@@ -3,6 +3,7 @@ needs the base."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -10,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from continual import api, making
+from continual.cli import main
 from continual.engine.views import ReadView
 from continual.publish.lora import LoraTarget
 from continual.service.control import parley
@@ -120,3 +123,29 @@ def test_combined_copied_damaged_and_repaired(tmp_path: Path, state: Path) -> No
         merge.export_lora(LoraTarget(tmp_path / "after", None), ReadView(only=("lora-3",), rule="mean"))
     before, after = (tmp_path / d / "adapter_model.safetensors" for d in ("before", "after"))
     assert before.read_bytes() == after.read_bytes()
+
+
+def test_a_repair_says_where_what_comes_back_cannot_be_read(tmp_path: Path) -> None:
+    """A weight that the rule which reads it by now does not take."""
+    base, state = models.base(tmp_path / "base"), tmp_path / "state"
+    making.init(base, state, making.Recipe(width=16, rule="mean"))
+    for seed, (name, weight) in enumerate({"heavy": "2", "light": "1"}.items()):
+        with api.open(state, write=True, weight=weight) as merge:
+            assert merge.fold(adapters.lora(tmp_path / name, base, seed)).fate == "folded"
+    with api.open(state, write=True) as merge:
+        merge.unfold(merge.look_unfold("heavy"))
+        merge.rescale(rule="isotropic")
+        merge.check_readable()
+        generation = merge.state.generation_of(merge.state.ledger.head)
+    assert generation is not None
+    own = next(file for file in generation.directory.rglob("c.*") if file.stat().st_nlink == 1)
+    own.chmod(0o644)
+    own.write_bytes(b"")
+    found = CliRunner().invoke(main.app, ["repair", "--yes", "--json", "--state", str(state)])
+    assert found.exit_code == 0, found.output
+    assert names(state) == ["heavy", "light"]
+    said = json.loads(found.stdout)["unreadable"]
+    assert said.startswith("isotropic reads every model with weight 1, and heavy has the weight 2")
+    with api.open(state, write=True) as merge:
+        merge.rescale(rule="mean")
+        merge.check_readable()
