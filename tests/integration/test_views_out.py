@@ -61,6 +61,23 @@ def test_a_hook_is_called_again_where_something_else_is_out_and_only_there(tmp_p
         assert not waits("two"), "an earlier version wrote no marks"
 
 
+def test_what_a_server_was_given_last_is_known_from_the_records(tmp_path: Path) -> None:
+    making.init(models.base(tmp_path / "base"), tmp_path / "state", making.Recipe(width=64))
+    wanted = settings(tmp_path / "state", v={"current": tmp_path / "v"}, w={"current": tmp_path / "w"}).model_copy(
+        update={"hooks": (HookSettings(kind="vllm-lora", url="http://127.0.0.1:9", view="v"),)}
+    )
+    with api.Merge(wanted, write=True) as merge:
+        telling = Telling(merge, Failures(Metrics(), Health()), aside)
+        assert telling.served("v") == frozenset()
+        for mark, number, ok in (("one", 1, True), ("two", 1, True), ("three", 1, False), ("four", 2, True)):
+            call = HookCall(
+                number=number, kind="", target="http://127.0.0.1:9", ok=ok, attempts=1, seconds=0.0, message=""
+            )
+            merge.record(HookEntry(of=2, hook=call, view="v", mark=mark))
+        assert telling.served("v") == {"two"}, "the third failed, the fourth was another's"
+        assert telling.served("w") is None, "nobody is given it"
+
+
 @pytest.mark.parametrize("stays", [True, False])
 def test_a_call_that_fails_once_its_view_is_gone_is_no_trouble(tmp_path: Path, stays: bool) -> None:
     """The settings change while a server is being told; nobody would call it again of that view."""
