@@ -11,6 +11,7 @@ import time
 from tests.loopback import access
 from tests.loopback.access import Refusal
 from tests.loopback.hub import Hub
+from tests.loopback.repos import Bytes
 from tests.loopback.routing import Answer, Call, route
 from tests.loopback.writing import writable
 
@@ -32,12 +33,12 @@ def check_signed(call: Call) -> None:
         raise Refusal(403, "Request has expired" if good else "Missing or bad signature")
 
 
-def ranged(call: Call, data: bytes, headers: dict[str, str]) -> Answer:
+def ranged(call: Call, data: Bytes, headers: dict[str, str]) -> Answer:
     """The bytes asked for: 206 with a slice for one range, 416 beyond the end, else 200 with all."""
     headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", **headers}
     found = re.fullmatch(r"bytes=(\d*)-(\d*)", call.request.range or "")
     if found is None or not any(found.groups()):
-        return Answer(200, headers, data)
+        return Answer(200, headers, data[:])
     size = len(data)
     first, last = found.groups()
     start = int(first) if first else max(0, size - int(last))
@@ -45,7 +46,7 @@ def ranged(call: Call, data: bytes, headers: dict[str, str]) -> Answer:
     if start > end:
         raise Refusal(416, "Range not satisfiable", headers={"Content-Range": f"bytes */{size}"})
     headers["Content-Range"] = f"bytes {start}-{end}/{size}"
-    return Answer(206, headers, memoryview(data)[start : end + 1])
+    return Answer(206, headers, data[start : end + 1])
 
 
 @route("GET", "/{repo}/resolve/{rev}/{path*}")

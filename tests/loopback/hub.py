@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tests.loopback import webhooks
 from tests.loopback.access import EVERYTHING, TOKEN, Account, Refusal
 from tests.loopback.journal import Journal, Request
-from tests.loopback.repos import ATTRIBUTES, Blob, Commit, Gate, Repo, commit_sha
+from tests.loopback.repos import ATTRIBUTES, Blob, Bytes, Commit, Gate, Repo, commit_sha
 from tests.loopback.webhooks import Change, Moved
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Hub:
     endpoint: str = field(default="", init=False)
     cdn: str = field(default="", init=False)
     journal: Journal = field(default_factory=Journal, init=False)
-    objects: dict[str, bytes] = field(default_factory=dict, init=False)
+    objects: dict[str, Bytes] = field(default_factory=dict, init=False)
     xorbs: dict[str, list[bytes]] = field(default_factory=dict, init=False)
     moved: dict[str, str] = field(default_factory=dict, init=False)
     changes: list[Change] = field(default_factory=list, init=False)
@@ -70,7 +70,7 @@ class Hub:
         commit = self.repo(repo).find(revision)
         if commit is None:
             raise KeyError(f"{repo} has no revision {revision}")
-        return commit.files[path].data
+        return commit.files[path].data[:]
 
     def history(self, repo: str, branch: str = "main") -> list[Commit]:
         """The commits of a branch, newest first."""

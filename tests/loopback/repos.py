@@ -11,11 +11,21 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 Gate = Literal[False, "auto", "manual"]
 
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"  # .gitattributes of a repo created through the API
+
+
+PIECE = 1 << 24
+
+
+class Bytes(Protocol):
+    """Bytes by their places: `bytes`, or something that makes them as they are read."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> bytes: ...
 
 
 def git_oid(kind: str, data: bytes) -> str:
@@ -27,7 +37,7 @@ def git_oid(kind: str, data: bytes) -> str:
 class Blob:
     """The content of a file, kept by git itself or, if `lfs`, as a large file to which git keeps a pointer."""
 
-    data: bytes = field(repr=False)
+    data: Bytes = field(repr=False)
     lfs: bool = False
 
     @property
@@ -36,7 +46,10 @@ class Blob:
 
     @cached_property
     def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
+        digest = hashlib.sha256()
+        for start in range(0, self.size, PIECE):
+            digest.update(self.data[start : start + PIECE])
+        return digest.hexdigest()
 
     @cached_property
     def pointer(self) -> bytes:
@@ -45,7 +58,7 @@ class Blob:
     @cached_property
     def oid(self) -> str:
         """The git blob: of the pointer for a large file."""
-        return git_oid("blob", self.pointer if self.lfs else self.data)
+        return git_oid("blob", self.pointer if self.lfs else self.data[:])
 
     @property
     def etag(self) -> str:

@@ -22,12 +22,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -36,11 +33,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from tests.campaigns.bench import ran
+
 if TYPE_CHECKING:
     import torch
 
 RANK = 16
-_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Shape(NamedTuple):
@@ -76,40 +74,6 @@ SHAPES = {
     "7b": Shape(32, 4096, 1024, 14336, 32000),
     "70b": Shape(80, 8192, 1024, 28672, 128256),
 }
-
-
-class Cost(NamedTuple):
-    """What a command took: CPU seconds beyond importing, wall seconds, and its largest memory in bytes."""
-
-    cpu: float
-    wall: float
-    memory: int
-
-
-_COMMAND = """
-import sys, time
-import blake3, google_crc32c, torch, zarr
-import continual.api, continual.cli.main, continual.gates, continual.making, continual.publish.lora
-began = time.process_time()
-try:
-    continual.cli.main.main()
-finally:
-    print(time.process_time() - began, file=sys.stderr)
-"""
-
-
-def ran(*words: str) -> Cost:
-    """Runs `continual` with these words to its end, in one thread of torch."""
-    began = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, *words], stdout=subprocess.DEVNULL, stderr=said, env=os.environ | _THREADS
-        )
-        _, status, used = os.wait4(process.pid, 0)
-        said.seek(0)
-        told = said.read()
-    assert os.waitstatus_to_exitcode(status) == 0, (words, told)
-    return Cost(float(told.split()[-1]), time.perf_counter() - began, used.ru_maxrss << 10)
 
 
 def write(file: Path, tensors: Mapping[str, tuple[int, ...]], seed: int | None) -> None:
@@ -186,14 +150,14 @@ def fold(size: str, *, folds: int, width: int, dense: bool, read: Sequence[str] 
         print(f"  step alone (QR and SVD of the factors): {step(shape):.2f} CPU s")
     for form, words in forms.items():
         state = work / form
-        made = ran("init", str(of), *words, "--state", str(state))
+        made = ran.continual("init", str(of), *words, "--state", str(state))
         print(f"  {form}: init {made.cpu:.2f} CPU s")
         if not dense:
             (of / "model.safetensors").unlink()
         costs = []
         for number in range(1, folds + 1):
             model = adapter(work / f"{form}-{number}", shape, number, of)
-            costs.append(ran("fold", str(model), "--state", str(state)))
+            costs.append(ran.continual("fold", str(model), "--state", str(state)))
             shutil.rmtree(model)
             print(
                 f"  {form}: fold {number}: {costs[-1].cpu:.2f} CPU s, {costs[-1].wall:.1f} s, "
@@ -206,14 +170,14 @@ def fold(size: str, *, folds: int, width: int, dense: bool, read: Sequence[str] 
         if read is not None:
             for rule in ("task-arithmetic", "iso-c", "tsv-m", "opcm"):
                 out = work / f"lora-{rule}"
-                cost = ran(
+                cost = ran.continual(
                     *("export", str(out), "--as-lora", str(RANK), "--rule", rule),
                     *("--state", str(state)),
                 )
                 print(f"  export --as-lora {RANK} by {rule}: {cost.cpu:.2f} CPU s, {cost.memory / 1e6:.0f} MB at most")
                 shutil.rmtree(out)
             for rule in read:
-                cost = ran("explain", "--rule", rule, "--workers", "1", "--state", str(state))
+                cost = ran.continual("explain", "--rule", rule, "--workers", "1", "--state", str(state))
                 print(f"  explain {folds} models by {rule}: {cost.cpu:.2f} CPU s, {cost.memory / 1e6:.0f} MB at most")
 
 
