@@ -36,6 +36,7 @@ from continual.rules import ReadOptions, rule_of
 from continual.sources.roster import openers
 from continual.state import State, leasing
 from continual.tensors import BaseModel, Folder
+from continual.timing.clock import stage
 
 if TYPE_CHECKING:
     from continual.hub import Hub
@@ -92,7 +93,8 @@ class OpenedState:
     def base(self) -> BaseModel:
         """The base that the state was made from. Raises Misconfigured if it is gone, Damaged if it is another."""
         if self._base is None:
-            self._base = open_base(self.state, self.places, self.settings.base)
+            with stage("open"):
+                self._base = open_base(self.state, self.places, self.settings.base)
         return self._base
 
     @property

@@ -35,6 +35,8 @@ from continual.cli.flags import (
     rules_named,
     takes,
 )
+from continual.cli.profiling import Profiled, profiled, spending, with_profile
+from continual.cli.profiling import told as profile_told
 from continual.cli.typed import parse_options
 from continual.errors import Misconfigured
 
@@ -251,6 +253,7 @@ def fold(
         ),
     ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as 'plan'.")] = False,
+    profile: Profiled = False,
     *,
     flags: Flags,
 ) -> None:
@@ -262,7 +265,7 @@ def fold(
     if dry_run:
         _plan(models, flags)
     outcomes, found = [], None
-    with opened.merge(flags, write=True) as merge:
+    with profiled(profile) as taken, opened.merge(flags, write=True) as merge:
         merge.check(models)  # a mistyped one is told of before any is folded, and so is what rounds lack
         if merge.selects != "none":
             console.caution(merge.asked().settings.unsupervised)
@@ -279,11 +282,17 @@ def fold(
         from continual.service.control.acting import round_body
 
         judged = round_body(found)
+    spent = spending(taken, merge)
     if flags.json:
         told = [outcome.summary() for outcome in outcomes]
-        console.emit(told if found is None else {"models": told, "round": judged})
+        if found is None and spent is None:
+            console.emit(told)
+        else:
+            console.emit(with_profile({"models": told} | ({} if found is None else {"round": judged}), spent))
     elif found is not None:
         answered.round_told(judged)
+    if not flags.json:
+        profile_told(spent)
     refused = any(outcome.refused for outcome in outcomes) or (found is not None and found.refused)
     raise typer.Exit(1 if refused else 0)
 

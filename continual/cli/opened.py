@@ -8,6 +8,8 @@ import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from continual.timing.clock import stage
+
 if TYPE_CHECKING:
     from continual.api import Merge
     from continual.cli.flags import Flags
@@ -27,12 +29,14 @@ def settings(flags: Flags) -> Settings:
 @contextlib.contextmanager
 def merge(flags: Flags, *, write: bool = False) -> Iterator[Merge]:
     """The state that the settings name, opened for work on its tensors. Raises Misconfigured, Busy and Damaged."""
-    from continual import lazily
-    from continual.api import Merge
+    with stage("open"):
+        from continual import lazily
+        from continual.api import Merge
 
-    lazily.load()
-    gc.freeze()  # half of the collector's time in a short command went into what was loaded just now
-    with Merge(settings(flags), write=write, client=flags.client) as found:
+        lazily.load()
+        gc.freeze()  # half of the collector's time in a short command went into what was loaded just now
+        found = Merge(settings(flags), write=write, client=flags.client)
+    with found:
         yield found
 
 

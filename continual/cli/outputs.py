@@ -23,6 +23,8 @@ from continual.cli.flags import (
     Without,
     takes,
 )
+from continual.cli.profiling import Profiled, profiled, spending, with_profile
+from continual.cli.profiling import told as profile_told
 from continual.cli.typed import ViewFlags, rank_of
 from continual.outside import counted
 
@@ -65,6 +67,7 @@ def export(
     without: Without = None,
     weight: Weights = None,
     option: RuleOptions = None,
+    profile: Profiled = False,
     *,
     flags: Flags,
 ) -> None:
@@ -75,17 +78,23 @@ def export(
     typed = ViewFlags(rule, scale, lines, only, without, weight, option)
     if as_lora is not None:
         wanted = lora.LoraTarget(directory, rank_of(as_lora), word or "F32", form, at)
-        with opened.merge(flags) as merge, console.progress() as progress:
+        with profiled(profile) as taken, opened.merge(flags) as merge, console.progress() as progress:
             report = merge.export_lora(wanted, typed.view(merge.settings, view), progress)
-        return console.emit(report) if flags.json else console.lora(report)
+        spent = spending(taken, merge)
+        if flags.json:
+            return console.emit(with_profile(report, spent))
+        console.lora(report)
+        return profile_told(spent)
     target = folder.Target(directory, at, word, folder.parse_size(shard_size))
-    with opened.merge(flags) as merge, console.progress() as progress:
+    with profiled(profile) as taken, opened.merge(flags) as merge, console.progress() as progress:
         path = merge.export(target, progress, view=typed.view(merge.settings, view))
         cut = folder.cut_in(path)
+    spent = spending(taken, merge)
     if flags.json:
-        return console.emit({"directory": path, "cut": cut})
+        return console.emit(with_profile({"directory": path, "cut": cut}, spent))
     console.say(f"Wrote {path}")
-    return console.cut(cut)
+    console.cut(cut)
+    return profile_told(spent)
 
 
 @app.command()

@@ -51,6 +51,7 @@ from continual.tensors import (
     unreadable,
 )
 from continual.tensors.bases.kept import is_kept
+from continual.timing.clock import stage
 
 
 class TrialFold(NamedTuple):
@@ -106,9 +107,10 @@ class Engine:
             try:
                 if (key := place.settled_key) and (known := self.settled(key)):
                     return known_as(place.name, known)
-                model = open_model(place)
-                open_files.callback(model.close)
-                candidate = candidate_of(model)
+                with stage("open"):
+                    model = open_model(place)
+                    open_files.callback(model.close)
+                    candidate = candidate_of(model)
             except Refuse as refusal:
                 return self._refuse(unreadable(place), refusal)
             return self._look(model, candidate, then)
@@ -118,7 +120,9 @@ class Engine:
         try:
             if known := self.settled(candidate.key):
                 return known_as(candidate.name, known)
-            return then(self.vet(candidate, model))
+            with stage("gates"):
+                seen = self.vet(candidate, model)
+            return then(seen)
         except Refuse as refusal:
             return self._refuse(candidate, refusal)
 
@@ -235,7 +239,8 @@ class Engine:
             self.go_on(candidate.name)
             streamed = time.perf_counter()
             progress("commit", 0, 1)
-            commit = self.state.commit(transaction, entry)
+            with stage("commit"):
+                commit = self.state.commit(transaction, entry)
         seconds = {**report.seconds, "commit": time.perf_counter() - streamed, "total": time.perf_counter() - begun}
         message = f"{candidate.name}: folded as record {commit.seq}"
         timed = dataclasses.replace(report, seconds=seconds)

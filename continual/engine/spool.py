@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from continual.lazily import torch
+from continual.timing.clock import stage
 
 
 class Spool:
@@ -31,7 +32,7 @@ class Spool:
         if name not in self._at:
             return
         data, offset = values.contiguous().view(-1).view(torch.uint8).numpy().data, self._at[name]
-        with contextlib.suppress(OSError):
+        with stage("write", len(data)), contextlib.suppress(OSError):
             while data:
                 written = os.pwrite(self._file.fileno(), data, offset)
                 data, offset = data[written:], offset + written
@@ -43,11 +44,12 @@ class Spool:
             return None
         found = torch.empty(shape)
         data, offset = found.view(-1).view(torch.uint8).numpy().data, self._at[name]
-        while data:
-            count = os.preadv(self._file.fileno(), [data], offset)
-            if not count:
-                raise OSError(f"{self._file.name}: ends early")
-            data, offset = data[count:], offset + count
+        with stage("read", len(data)):
+            while data:
+                count = os.preadv(self._file.fileno(), [data], offset)
+                if not count:
+                    raise OSError(f"{self._file.name}: ends early")
+                data, offset = data[count:], offset + count
         return found
 
     def close(self) -> None:

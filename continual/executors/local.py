@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from continual.executors.contract import Task
 from continual.lazily import torch
+from continual.timing import clock
 
 T = TypeVar("T")
 _M_TRIM_THRESHOLD = -1
@@ -47,9 +48,10 @@ class Local:
                         break
                     index += 1
                     used += task.need
-                    running[pool.submit(task.run)] = task
+                    running[pool.submit(clock.task(task.name, task.run))] = task
                     _prefetch(tasks[index : index + 1])
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                with clock.stage(clock.WAITING):
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     task = running.pop(future)
                     used -= task.need

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from continual.lazily import torch
+from continual.timing.clock import stage
 
 
 class Placed(NamedTuple):
@@ -46,7 +47,8 @@ def raw(tensor: torch.Tensor) -> memoryview:
 def write_at(fd: int, data: memoryview, offset: int) -> None:
     """Writes all of `data` at `offset`, in as many writes as it takes. Safe from several threads."""
     data = data.cast("B")
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data = data[written:]
-        offset += written
+    with stage("write", len(data)):
+        while data:
+            written = os.pwrite(fd, data, offset)
+            data = data[written:]
+            offset += written

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from continual.errors import Damaged, Misconfigured
 from continual.records import SlotSpec
 from continual.state.durable import write_all
+from continual.timing.clock import stage
 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
@@ -178,7 +179,9 @@ class Reader:
             if self._fd is None:
                 self._open(path)
             assert self._fd is not None
-            count = os.preadv(self._fd, [into[: min(self._size, self._at + self._left) - self._at]], self._at)
+            part = into[: min(self._size, self._at + self._left) - self._at]
+            with stage("read", len(part)):
+                count = os.preadv(self._fd, [part], self._at)
             if count == 0:
                 raise Damaged(f"chunk {path} is damaged: it ends after {self._at} bytes")
             self._crc = _crc(self._crc, into[:count])
@@ -289,9 +292,10 @@ def raw(array: Array) -> memoryview:
 
 def _crc(before: int, data: bytes | memoryview) -> int:
     """The CRC32C of what had the CRC `before`, then `data`."""
-    return (
-        int(google_crc32c.extend(before, np.frombuffer(data, np.uint8))) if len(data) else before
-    )  # it takes no memoryview
+    if not len(data):  # it takes no memoryview
+        return before
+    with stage("checksum", len(data)):
+        return int(google_crc32c.extend(before, np.frombuffer(data, np.uint8)))
 
 
 def chunk_bytes(spec: SlotSpec) -> int:

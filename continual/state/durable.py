@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from continual.errors import Halt, Misconfigured, Retry
+from continual.timing.clock import stage
 
 _HINTS = {
     errno.ENOSPC: "the disk is full: free some space",
@@ -84,7 +85,8 @@ def sync_file(path: str | Path) -> None:
 def sync_open(fd: int, path: str | Path) -> None:
     """fsync of the open file or directory `path`. Raises Halt if it fails."""
     try:
-        os.fsync(fd)
+        with stage("fsync"):
+            os.fsync(fd)
     except OSError as error:
         raise Halt(
             f"fsync of {path} failed ({error.strerror}): what reached the disk is unknown; "
@@ -116,8 +118,9 @@ def write_bytes(path: str | Path, *parts: bytes | memoryview) -> None:
 def write_all(fd: int, data: bytes | memoryview) -> None:
     """All of `data` (a view of single bytes), however little a write takes."""
     view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+    with stage("write", len(view)):
+        while view:
+            view = view[os.write(fd, view) :]
 
 
 def write_temporary(path: Path, data: bytes) -> Path:
@@ -207,7 +210,7 @@ def sync_all(paths: Sequence[str | Path]) -> None:
         for path in paths[first::_SYNCING]:
             sync_file(path)
 
-    with ThreadPoolExecutor(_SYNCING, "fsync") as pool:
+    with stage("fsync"), ThreadPoolExecutor(_SYNCING, "fsync") as pool:
         list(pool.map(some, range(min(_SYNCING, len(paths)))))
 
 

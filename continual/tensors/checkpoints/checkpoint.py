@@ -16,6 +16,7 @@ from continual.tensors.checkpoints.compound import COPIED, WHOLE, Part, has_weig
 from continual.tensors.checkpoints.header import TensorInfo
 from continual.tensors.checkpoints.place import Folder, Place, Weights, read_json
 from continual.tensors.checkpoints.weight_sets import INDEX, SINGLE, weight_set
+from continual.timing.clock import stage
 
 __all__ = ["CONFIG", "FLOATS", "INDEX", "SINGLE", "TORCH", "Checkpoint", "open_checkpoint", "weight_files"]
 
@@ -129,7 +130,7 @@ class Checkpoint:
         info = self.tensors[name]
         raw = torch.empty(info.nbytes, dtype=torch.uint8) if out is None else out[: info.nbytes]
         if info.nbytes:
-            self._weights.preadv(info.file, raw.numpy().data, info.offset)
+            self.read_part(info, 0, raw.numpy().data)
         return (
             raw.view(TORCH[info.dtype]).reshape(info.shape)
             if info.nbytes
@@ -139,7 +140,8 @@ class Checkpoint:
     def read_part(self, info: TensorInfo, start: int, into: memoryview) -> None:
         """Fills `into` with the bytes of a tensor from its byte `start` on. Raises Retry if the file cannot be read to
         there any more."""
-        self._weights.preadv(info.file, into, info.offset + start)
+        with stage("read", len(into)):
+            self._weights.preadv(info.file, into, info.offset + start)
 
     def expect(self, infos: Sequence[TensorInfo]) -> None:
         """Says which tensors will be read, in this order."""

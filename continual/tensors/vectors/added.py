@@ -15,6 +15,7 @@ from continual.tensors.adapters.pieces import Piece
 from continual.tensors.checkpoints.checkpoint import Checkpoint
 from continual.tensors.matched.matching import Match
 from continual.tensors.matched.row_order import InOrderOf, gather, moved_of, scatter
+from continual.timing.clock import stage
 
 
 class Content:
@@ -104,7 +105,8 @@ def hash_piece(model: Adapter, source: Match, read: Sequence[torch.Tensor], cont
     content.hash.update(source.piece.settings(transposed=source.transposed).encode())
     for info, part in zip(model.infos(source.piece), read, strict=True):
         content.hash.update(f" {info.dtype} {info.shape} ".encode())
-        content.hash.update(raw(part))
+        with stage("hash", info.nbytes):
+            content.hash.update(raw(part))
         content.nbytes += info.nbytes
 
 

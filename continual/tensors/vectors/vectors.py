@@ -28,6 +28,7 @@ from continual.tensors.matched.row_order import InOrderOf, matches, tables_of, t
 from continual.tensors.names.kinds import BaseModel
 from continual.tensors.names.tied import can_untie
 from continual.tensors.vectors.added import AddedPieces, Content, hash_piece, raw
+from continual.timing.clock import stage
 
 RUN = 1 << 18
 """Elements read at a time: the four buffers of a thread, 1 MiB in float32, stay in its cache."""
@@ -141,7 +142,8 @@ class TaskVectors:
         if given:
             read = self._read("shipped", self._shipped, info, start, given)
             content.shipped = content.shipped or blake3()
-            content.shipped.update(raw(read))
+            with stage("hash", read.nbytes):
+                content.shipped.update(raw(read))
             content.nbytes += read.nbytes
             values[:given] = read
             _check_moments(values[:given], f"{self._shipped.where}: {info.name}")
@@ -240,7 +242,8 @@ class TaskVectors:
         base = self._read("base", self._base, self._base.tensors[spec.name], start, len(tau))
         values = self._read("fine-tune", self._weights, source.full, start, len(tau))
         if content is not None:
-            content.hash.update(raw(values))
+            with stage("hash", values.nbytes):
+                content.hash.update(raw(values))
         for twin in source.twins if content is not None else ():
             if raw(self._read("twin", self._weights, twin, start, len(tau))) != raw(values):
                 apart = "; an embedding and its head are kept apart in a state made with 'continual init --tied untie'"
