@@ -192,6 +192,19 @@ def row_blocks(rows: int, columns: int) -> list[slice]:
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
+def in_float64(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a matrix in float64 to read, block by block, each with where it is: all in the memory of the first,
+    as new memory for each takes longer than filling it."""
+    blocks = row_blocks(*matrix.shape)
+    if matrix.dtype == torch.float64:
+        yield from ((rows, matrix[rows]) for rows in blocks)
+        return
+    height = blocks[0].stop if blocks else 0
+    held = torch.empty(height, matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    for rows in blocks:
+        yield rows, held[: rows.stop - rows.start].copy_(matrix[rows])
+
+
 def workspace(m: int, n: int) -> int:
     """Peak bytes of `right_singular` and of what a rule does with it: the Gram, its eigenvectors in place, LAPACK's
     work (2n²), one more n², six blocks."""
@@ -210,8 +223,9 @@ def _gram(columns: int, blocks: Iterator[Tensor], like: Tensor) -> Tensor:
 
 
 def _eigh_descending(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (clipped at 0) and eigenvectors of a symmetric matrix given by its lower triangle, largest first. On
-    a CPU the vectors take its memory."""
+    """Eigenvalues (clipped at 0) and eigenvectors of a symmetric matrix given by its lower triangle, largest first. Its
+    memory is used, on a CPU for the vectors."""
+    gram.neg_()  # LAPACK gives the smallest first
     if gram.is_cpu and gram.numel():
         # The memory read as columns holds the upper triangle; written as columns it receives the eigenvectors.
         vectors = gram.mT
@@ -219,7 +233,7 @@ def _eigh_descending(gram: Tensor) -> tuple[Tensor, Tensor]:
         torch.linalg.eigh(vectors, UPLO="U", out=(values, vectors))
     else:
         values, vectors = torch.linalg.eigh(gram)
-    return values.clamp_(min=0).flip(0), vectors.flip(1)
+    return values.neg_().clamp_(min=0), vectors
 
 
 def right_singular(matrix: Tensor, need: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -230,15 +244,14 @@ def right_singular(matrix: Tensor, need: float = 1.0) -> tuple[Tensor, Tensor]:
     smallest fraction of σ₁ that matters to the caller; if singular values between NULL and STEEP lie there, the Gram of
     what is left outside the steep directions is taken a second time.
     """
-    m, n = matrix.shape
-    blocks = row_blocks(m, n)
-    values, v = _eigh_descending(_gram(n, (matrix[rows].double() for rows in blocks), matrix))
+    n = matrix.shape[1]
+    values, v = _eigh_descending(_gram(n, (block for _, block in in_float64(matrix)), matrix))
     sigma = values.sqrt()
     top = float(sigma[0])
     steep = int((sigma > STEEP * top).sum())
     if need < STEEP and steep < n and top > 0:
         rest = v[:, steep:]
-        inner, w = _eigh_descending(_gram(n - steep, (matrix[rows].double() @ rest for rows in blocks), matrix))
+        inner, w = _eigh_descending(_gram(n - steep, (block @ rest for _, block in in_float64(matrix)), matrix))
         sigma = torch.cat([sigma[:steep], inner.sqrt()])
         v = torch.cat([v[:, :steep], rest @ w], dim=1)
     return torch.where(sigma > NULL * top, sigma, 0.0), v
@@ -269,11 +282,9 @@ def span(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     width = min(m, n, rank + SPARE)
     draw = torch.Generator().manual_seed(width)
     omega = torch.randn(n, width, generator=draw, dtype=torch.float64).to(matrix.device)
-    blocks = row_blocks(m, n)
-    left = torch.linalg.qr(torch.cat([matrix[rows].double() @ omega for rows in blocks]))[0]
+    left = torch.linalg.qr(torch.cat([block @ omega for _, block in in_float64(matrix)]))[0]
     core, whole_sq = torch.zeros(width, n, dtype=torch.float64, device=matrix.device), 0.0
-    for rows in blocks:
-        block = matrix[rows].double()
+    for rows, block in in_float64(matrix):
         core.addmm_(left[rows].mT, block)
         whole_sq += float(block.square().sum())
     return (left, core) if whole_sq - float(core.square().sum()) <= MISSED * whole_sq else None
@@ -330,7 +341,7 @@ def _twice(rows: Tensor, v: Tensor) -> Tensor:
     if not rows.is_cpu or not rows.is_contiguous():
         return rows.mT @ (rows @ v)
     found = torch.zeros_like(v)
-    step = max(1, PIECE // rows.shape[1])
+    step = max(1, CHUNK // rows.shape[1])
     for first in range(0, len(rows), step):
         block = rows[first : first + step]
         found.addmm_(block.mT, block @ v)
@@ -374,8 +385,8 @@ def top(matrix: Tensor) -> float:
     crowd at the top. A figure to choose lengths by, not to compute with. It costs seven passes over the matrix.
     """
     largest = max(map(abs, map(float, torch.aminmax(matrix)))) if matrix.numel() else 0.0
-    if not largest:
-        return 0.0
+    if not largest or not math.isfinite(largest):
+        return largest
     rows = tall(matrix)
     width = min(16, rows.shape[1])
     places = torch.arange(rows.shape[1] * width, dtype=torch.float64)
@@ -385,4 +396,5 @@ def top(matrix: Tensor) -> float:
     v = torch.linalg.qr(start.to(matrix.device, torch.float32))[0]
     for _ in range(3):
         v = torch.linalg.qr(_twice(rows, v / largest) / largest)[0]
-    return largest * float(torch.linalg.svdvals((rows @ (v / largest)).double())[0])
+    ahead = (rows @ (v / largest)).double()
+    return largest * math.sqrt(float(torch.linalg.eigvalsh(ahead.mT @ ahead)[-1]))

@@ -8,21 +8,25 @@ Then it is never whole in memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from blake3 import blake3
 
+from continual import linalg
 from continual.engine.resources import Resources
 from continual.engine.untouched import Ahead, square_of
 from continual.executors.contract import Progress, Task
+from continual.executors.memory import Memory
 from continual.gates import Gates, TensorNumbers
 from continual.lazily import torch
-from continual.records import Lineage, TensorSpec, Totals
+from continual.records import Lineage, SlotSpec, TensorSpec, Totals
 from continual.rules import Counts, Folded, Inputs, Pass, Rule, Sums, last_out
 from continual.state import Transaction
+from continual.state.arrays import Array
 from continual.tensors import TaskVectors
 from continual.tensors.vectors.added import Content
 from continual.tensors.vectors.vectors import RUN
@@ -75,6 +79,7 @@ class Folding:
         self._resources = resources
         self._device = resources.device
         self._seeds: dict[str, int] = {}
+        self._memory = Memory()
         self._is_last_out = last_out(terms.totals, terms.weight)
 
     def measure(self, specs: Sequence[TensorSpec], lineage: Lineage, progress: Progress) -> None:
@@ -155,10 +160,15 @@ class Folding:
         return Task(spec.name, need, run, partial(vectors.prefetch, spec.name) if share == 1.0 else None)
 
     def _whole(self, spec: TensorSpec) -> TensorFold:
+        with held(self._memory, spec, self._rule.slots(spec)) as (tau, kept):
+            return self._whole_in(spec, tau, kept)
+
+    def _whole_in(self, spec: TensorSpec, into: torch.Tensor, kept: Mapping[str, Array]) -> TensorFold:
+        """`_whole`: task vector and accumulators in memory that other tensors had before, and will have."""
         self._resources.go_on(self._terms.name)
         started = time.perf_counter()
         inputs = self._inputs(spec)
-        tau, digest, nbytes = self._vectors.vector(spec.name)
+        tau, digest, nbytes = self._vectors.vector(spec.name, into)
         if self._is_nothing(tau):
             return self._left(spec)._replace(
                 digest=digest, nbytes=nbytes, seconds={"read": time.perf_counter() - started}
@@ -169,7 +179,11 @@ class Folding:
             digest = blake3(digest + content.digest()).digest()
             nbytes += content.nbytes
         read = time.perf_counter()
-        folded = self._apply(inputs, tau)
+        accumulators = {
+            slot: torch.from_numpy(self._transaction.read(spec.name, slot, memory)).to(self._device)
+            for slot, memory in kept.items()
+        }
+        folded = self._rule.fold.apply(accumulators, tau.to(self._device), inputs, self._terms.totals)
         self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums.tau_sq))
         computed = time.perf_counter()
         if not self._kept(spec, folded.sums):
@@ -254,7 +268,8 @@ class Folding:
 
     def _is_nothing(self, tau: torch.Tensor) -> bool:
         """Whether folding `tau`, of a tensor or part of it, changes nothing: it is zero, with nothing shipped."""
-        return self._rule.needs.shipped is None and not bool(tau.any())
+        beginning = tau.view(-1)[: linalg.ROW]  # says it of nearly all
+        return self._rule.needs.shipped is None and not (bool(beginning.any()) or bool(tau.any()))
 
     def _left(self, spec: TensorSpec, square: float | None = None) -> TensorFold:
         """A tensor whose task vector is zero: that changes no accumulator (ops/decisions/0040). `square` is ‖X‖² where
@@ -281,12 +296,6 @@ class Folding:
             self._transaction.keep(spec.name)
         return nothing
 
-    def _apply(self, inputs: Inputs, tau: torch.Tensor) -> Folded:
-        name = inputs.spec.name
-        slots = self._rule.slots(inputs.spec)
-        accumulators = {slot: torch.from_numpy(self._transaction.read(name, slot)).to(self._device) for slot in slots}
-        return self._rule.fold.apply(accumulators, tau.to(self._device), inputs, self._terms.totals)
-
     def _inputs(self, spec: TensorSpec) -> Inputs:
         """What the rule is given besides the task vector, for a tensor that the candidate changes."""
         seed = self._seed(spec.name) if self._rule.needs.seeded else 0
@@ -297,16 +306,32 @@ class Folding:
         return self._transaction.rank(name) if self._rule.needs.ranks else None
 
     def _seed(self, name: str) -> int:
-        """A seed from the tensor's content and name, so that the random choices do not depend on where a fine-tune
-        lies. It takes one more pass over the tensor."""
         if name not in self._seeds:
-            content = Content()
-            for _ in self._vectors.runs(name, content):
-                pass
-            self._seeds[name] = int.from_bytes(
-                blake3(content.hash.digest() + name.encode()).digest(length=16), "little"
-            )
+            self._seeds[name] = seed_of(self._vectors, name)
         return self._seeds[name]
+
+
+def seed_of(vectors: TaskVectors, name: str) -> int:
+    """A seed from a tensor's content and name, so that the random choices do not depend on where a fine-tune lies. It
+    takes one more pass over the tensor."""
+    content = Content()
+    for _ in vectors.runs(name, content):
+        pass
+    return int.from_bytes(blake3(content.hash.digest() + name.encode()).digest(length=16), "little")
+
+
+@contextmanager
+def held(
+    memory: Memory, spec: TensorSpec, slots: Mapping[str, SlotSpec]
+) -> Iterator[tuple[torch.Tensor, dict[str, Array]]]:
+    """Memory that other tensors had before, and will have: for a task vector, flat float32, and for the accumulators of
+    its tensor."""
+    with memory.take([4 * spec.numel, *(slot.nbytes for slot in slots.values())]) as (first, *parts):
+        arrays = {
+            name: part.view(slot.dtype).reshape(slot.shape)
+            for (name, slot), part in zip(slots.items(), parts, strict=True)
+        }
+        yield torch.from_numpy(first).view(torch.float32), arrays
 
 
 def moments_of(vectors: TaskVectors, spec: TensorSpec, first: int, content: Content) -> torch.Tensor:

@@ -46,7 +46,7 @@ class OnMatrices(NamedTuple):
     `ReadFunctions`, but what is read may have any float dtype and any shape of as many elements. workspace(m, n): peak
     bytes that `fold` needs beyond the accumulators, τ and the figures. slots(m, n): the accumulators, where they are
     not one sum of the tensor's own shape. `factored`: its `cores` or `triplets`, for matrices; what is no matrix is
-    linear.
+    linear. `decomposes`: `fold` decomposes τ, and says itself what its largest singular value is.
     """
 
     fold: Callable[[Accumulators, Tensor, Inputs, Totals], Folded]
@@ -54,6 +54,7 @@ class OnMatrices(NamedTuple):
     workspace: Callable[[int, int], int]
     slots: Callable[[int, int], dict[str, SlotSpec]] | None = None
     factored: Factored | None = None
+    decomposes: bool = False
 
 
 def turned(
@@ -98,9 +99,12 @@ def rule(name: str, include: Sequence[str], on: OnMatrices, laws: Laws, plain: R
             sums.added(name, inputs)
         if not matrix(inputs.spec):
             return sums.fold(accumulators, tau, inputs, totals)
-        matrix_sq, top_sq = figures(tau.flatten(1))  # first: a fold may overwrite τ
+        top_sq = None if on.decomposes else linalg.top(tau.flatten(1)) ** 2  # first: a fold may overwrite τ
         folded = on.fold(accumulators, tau, inputs, totals)
-        return folded._replace(sums=folded.sums._replace(matrix_sq=matrix_sq, top_sq=top_sq))
+        found = folded.sums
+        return folded._replace(
+            sums=found._replace(matrix_sq=found.tau_sq, top_sq=found.top_sq if top_sq is None else top_sq)
+        )
 
     def unit(spec: TensorSpec, accumulators: Accumulators, totals: Totals) -> Tensor:
         if not matrix(spec):
@@ -141,15 +145,6 @@ def sides(spec: TensorSpec) -> tuple[int, int]:
     return spec.shape[0] if spec.shape else 1, math.prod(spec.shape[1:])
 
 
-def figures(tau: Tensor) -> tuple[float, float]:
-    """‖τ‖² of an m×n task vector, and the square of its largest singular value.
-
-    Values that are not finite give figures that are not: the fold is refused for them where its sums are looked at.
-    """
-    tau_sq = linalg.inner(tau, tau)
-    return tau_sq, linalg.top(tau) ** 2 if tau_sq and math.isfinite(tau_sq) else tau_sq
-
-
 def workspace(m: int, n: int) -> int:
-    """Peak bytes of `figures` beyond the task vector: a few narrow matrices of either side."""
+    """Peak bytes of `linalg.top` beyond the task vector: a few narrow matrices of either side."""
     return 16 * 16 * (m + n)

@@ -13,7 +13,8 @@ polar factors do to other models, as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from continual import linalg
 from continual.errors import Misconfigured
@@ -51,8 +52,8 @@ def triplets(tau: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = linalg.tall(tau)
     sigma, v = linalg.right_singular(rows, linalg.NULL)
     k = min(count, int((sigma > 0).sum()))
-    sigma, v = sigma[:k], v[:, :k].contiguous()
-    u = torch.cat([rows[block].double() @ v for block in linalg.row_blocks(*rows.shape)]) / sigma
+    sigma, v = sigma[:k], v[:, :k]
+    u = torch.cat([block @ v for _, block in linalg.in_float64(rows)]) / sigma
     return (u, sigma, v) if rows is tau else (v, sigma, u)
 
 
@@ -77,34 +78,66 @@ def polar(columns: Tensor) -> Tensor:
     return turned(columns)
 
 
-def columns(value: Tensor, chosen: Sequence[int], p: int) -> Tensor:
-    """The chosen columns, then zeros up to p."""
-    found = value.new_zeros((*value.shape[:-1], p))
-    found[..., : len(chosen)] = value[..., chosen]
-    return found
+def product(u: Tensor, sigma: Tensor, v: Tensor, tau: Tensor) -> float:
+    """⟨τ, U diag(σ) Vᵀ⟩ of an m×n matrix, of m×k and n×k: by blocks of rows, in float32 and their sums in float64."""
+    total = torch.zeros(len(sigma), dtype=torch.float64, device=tau.device)
+    for rows in linalg.row_blocks(len(tau), max(tau.shape[1], len(sigma))):
+        total += (tau[rows] @ v).mul_(u[rows]).sum(0)
+    return float(total @ sigma.double())
 
 
 def fold_matrix(accumulators: Accumulators, tau: Tensor, totals: Totals, weight: float) -> Folded:
     """Puts the triplets of an m×n task vector, times its weight, beside what is kept, and cuts every block to the new
-    width."""
+    width; in place."""
     count = int(totals.count) + 1
     if count > _MOST:
         raise Misconfigured(f"tsv-m: {_MOST} fine-tunes are the most that its state can tell apart")
-    u, sigma, v, owner = (accumulators[slot] for slot in (U, SIGMA, V, OWNER))
-    p, tau_sq = len(sigma), linalg.inner(tau, tau)
-    dot = float((sigma.double() * ((u.mT @ tau).double() * v.mT.double()).sum(1)).sum())
-    if tau_sq > 0.0:
-        new_u, new_sigma, new_v = triplets(tau, max(1, p // count))
-        owners, lengths = owner.tolist() + [count] * len(new_sigma), torch.cat([sigma, (new_sigma * weight).float()])
-        chosen = choose(owners, lengths.tolist(), count, p)
-        accumulators = {
-            U: columns(torch.cat([u, new_u.float()], 1), chosen, p),
-            SIGMA: columns(lengths, chosen, p),
-            V: columns(torch.cat([v, new_v.float()], 1), chosen, p),
-            OWNER: columns(torch.tensor(owners, device=tau.device), chosen, p).to(owner.dtype),
-        }
-    merged_sq = linalg.inner(accumulators[SIGMA], accumulators[SIGMA])
-    return Folded(accumulators, Sums(tau_sq, dot, merged_sq))
+    sigma, owner = accumulators[SIGMA], accumulators[OWNER]
+    u, v, p, tau_sq = accumulators[U], accumulators[V], len(sigma), linalg.inner(tau, tau)
+    owners = owner.tolist()
+    held = sum(number > 0 for number in owners)
+    dot, top_sq = product(u[:, :held], sigma[:held], v[:, :held], tau) if held else 0.0, tau_sq
+    if 0.0 < tau_sq < math.inf:
+        rows = linalg.tall(tau)
+        found, right = linalg.right_singular(rows, linalg.NULL)
+        top_sq, found = float(found[0]) ** 2, found[: min(max(1, p // count), int((found > 0).sum()))]
+        lengths = torch.cat([sigma, (found * weight).float()]).tolist()
+        chosen = choose(owners + [count] * len(found), lengths, count, p)
+        stay = [column for column in chosen if column < p]
+        new = len(chosen) - len(stay)
+        left, other = (u, v) if rows is tau else (v, u)
+        _put(left, stay, _ahead(rows, found[:new], right[:, :new]))
+        _put(other, stay, ((part, right[part, :new]) for part in linalg.row_blocks(*other.shape)))
+        for slot, values in ((sigma, lengths), (owner, owners + [count] * new)):
+            filled = [values[column] for column in chosen] + [0] * (p - len(chosen))
+            slot.copy_(torch.tensor(filled, dtype=slot.dtype, device=slot.device))
+    merged_sq = linalg.inner(sigma, sigma)
+    return Folded(accumulators, Sums(tau_sq, dot, merged_sq, tau_sq, top_sq))
+
+
+def _ahead(rows: Tensor, sigma: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """U = τV/σ of an m×n matrix by blocks of its rows. In float32, which U is kept in, where σ is about the average or
+    more: rounding in the product is to U as the average σ to this one."""
+    average = float(linalg.inner(rows, rows) / rows.shape[1]) ** 0.5
+    short = int((sigma > average / 4).sum())
+    back = v / sigma
+    near, far = back[:, :short].float(), back[:, short:]
+    if not far.shape[1]:
+        yield from ((part, rows[part] @ near) for part in linalg.row_blocks(*rows.shape))
+        return
+    for part, block in linalg.in_float64(rows):
+        yield part, torch.cat([rows[part] @ near, (block @ far).float()], 1)
+
+
+def _put(kept: Tensor, stay: Sequence[int], new: Iterable[tuple[slice, Tensor]]) -> None:
+    """Columns beside those that stay of what is kept, by blocks of rows; the rest becomes zeros."""
+    places = None if list(stay) == list(range(len(stay))) else torch.tensor(stay, device=kept.device)
+    for rows, values in new:
+        if places is not None:
+            kept[rows, : len(stay)] = kept[rows].index_select(1, places)
+        end = len(stay) + values.shape[1]
+        kept[rows, len(stay) : end] = values
+        kept[rows, end:] = 0.0
 
 
 def kept(given: Triplets, totals: Totals) -> Triplets:
@@ -153,8 +186,8 @@ def slots(m: int, n: int) -> dict[str, SlotSpec]:
 
 
 def workspace(m: int, n: int) -> int:
-    """A decomposition, and the triplets twice."""
-    return linalg.workspace(m, n) + 16 * (m + n) * min(m, n)
+    """A decomposition, and U times 1/σ before it is multiplied."""
+    return linalg.workspace(m, n) + 12 * min(m, n) ** 2
 
 
 def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
@@ -177,7 +210,7 @@ def reading(
         left, right = factors(Triplets(owner.tolist(), u, sigma, v), totals)
         return left @ right.mT
 
-    on = OnMatrices(fold, read, workspace, slots, Factored(triplets=factors, without=without))
+    on = OnMatrices(fold, read, workspace, slots, Factored(triplets=factors, without=without), True)
     return matrices.rule(name, include, on, Laws(weighted=weighted, keeps=KEEPS))
 
 

@@ -229,9 +229,12 @@ def write(stem: str, spec: SlotSpec, array: Array) -> list[str]:
         return writer.finish()
 
 
-def nothing(spec: SlotSpec) -> Array:
-    """The array where nothing was written: zeros."""
-    return np.zeros(spec.shape, spec.dtype)
+def nothing(spec: SlotSpec, into: Array | None = None) -> Array:
+    """The array where nothing was written: zeros; in `into` where that is given."""
+    if into is None:
+        return np.zeros(spec.shape, spec.dtype)
+    into.fill(0)
+    return into
 
 
 def write_zeros(stem: str, spec: SlotSpec) -> list[str]:
@@ -260,13 +263,13 @@ def _crc_of_zeros(size: int) -> int:
     return checksum
 
 
-def read(stem: str, spec: SlotSpec, checksums: Sequence[str]) -> Array:
-    """The array. Raises as `Reader` does."""
-    return read_rows(stem, spec, checksums, 0, spec.shape[0]) if spec.rows else _whole(stem, spec, checksums)
-
-
-def _whole(stem: str, spec: SlotSpec, checksums: Sequence[str]) -> Array:
-    array: Array = np.empty(spec.shape, spec.dtype)
+def read(stem: str, spec: SlotSpec, checksums: Sequence[str], into: Array | None = None) -> Array:
+    """The array, in `into` where that is given: of its shape and dtype. Raises as `Reader` does."""
+    if spec.rows:
+        return read_rows(stem, spec, checksums, 0, spec.shape[0])
+    array: Array = np.empty(spec.shape, spec.dtype) if into is None else into
+    assert array.shape == spec.shape, (array.shape, spec)
+    assert array.dtype == spec.dtype, (array.dtype, spec)
     with contextlib.closing(Reader(stem, spec, checksums)) as reader:
         reader.read(raw(array))
     return array

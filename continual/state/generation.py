@@ -163,14 +163,14 @@ class Generation:
             raise Damaged(f"{self.directory}: no receipt for {place.stem}")
         return found
 
-    def read(self, name: str, slot: str) -> Array:
-        """One accumulator, every byte checked against its receipt. Raises Damaged, or Misconfigured if the generation
-        has expired."""
+    def read(self, name: str, slot: str, into: Array | None = None) -> Array:
+        """One accumulator, every byte checked against its receipt; `into` is as `arrays.read` has it. Raises Damaged,
+        or Misconfigured if the generation has expired."""
         place = self.form.layout.place(name, slot)
         if not self.has(name):
-            return arrays.nothing(place.spec)
+            return arrays.nothing(place.spec, into)
         with self._reading(name, place):
-            return arrays.read(self.path(place.stem), place.spec, self.chunks(place))
+            return arrays.read(self.path(place.stem), place.spec, self.chunks(place), into)
 
     def read_rows(self, name: str, slot: str, start: int, stop: int) -> Array:
         """The rows from `start` to before `stop` of an accumulator whose slot has `rows`. Raises as `read`."""

@@ -78,12 +78,13 @@ class Transaction:
         """`State` says that a record names what was written: it is not dropped any more."""
         self._done = True
 
-    def read(self, name: str, slot: str) -> Array:
-        """The accumulator as it was before this fold, freshly allocated and writable; zeros before the first."""
+    def read(self, name: str, slot: str, into: Array | None = None) -> Array:
+        """The accumulator as it was before this fold, writable; zeros before the first. Freshly allocated unless it is
+        read into an array of the slot's shape and dtype."""
         if self._before is None:
-            return arrays.nothing(self._form.slots[name][slot])
+            return arrays.nothing(self._form.slots[name][slot], into)
         with environment(f"cannot read tensor {name}"):
-            return self._before.read(name, slot)
+            return self._before.read(name, slot, into)
 
     def before(self, name: str, count: int) -> Iterator[dict[str, Array]]:
         """The accumulators of a tensor as `read` gives them, in `count` parts, flat and one after the other."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from continual import linalg
+from continual.records import Totals
 from continual.rules import iso_c, opcm, tsv_m
 from tests.helpers import batch
 
@@ -76,6 +77,30 @@ def test_rules_are_right_on_matrices_of_every_condition(shape: tuple[int, int], 
     opcm.fold_matrix(matrix.clone(), changed, 0.5, "block+diagonal")
     step = batch.opcm_step(matrix, tau, 0.5, "block+diagonal")
     assert float((changed.double() - step).norm() / step.norm()) < 1e-7
+
+
+@pytest.mark.parametrize("shape", [(60, 30), (30, 60)])
+@pytest.mark.parametrize("least", [0.5, 1e-4])
+def test_what_tsv_m_keeps_is_right_where_singular_values_are_alike_and_where_they_are_not(
+    shape: tuple[int, int], least: float
+) -> None:
+    """Long vectors of singular values far below the average are multiplied in float64: float32 is wrong there by
+    1e-4."""
+    sigma = torch.logspace(0, math.log10(least), 30, dtype=torch.float64)
+    tall = with_spectrum(sigma, 60).float()
+    matrix = tall if shape == (60, 30) else tall.mT.contiguous()
+    kept = {slot: torch.zeros(one.shape, dtype=getattr(torch, one.dtype)) for slot, one in tsv_m.slots(*shape).items()}
+    folded = tsv_m.fold_matrix(kept, matrix, Totals(), 1.0)
+    u, found, v = (kept[slot].double() for slot in (tsv_m.U, tsv_m.SIGMA, tsv_m.V))
+    exact = torch.linalg.svdvals(matrix.double())
+    assert torch.allclose(found, exact, rtol=1e-6, atol=0.0)
+    assert folded.sums.top_sq == pytest.approx(float(exact[0]) ** 2, rel=1e-9)
+    for side in (u, v):
+        assert torch.allclose(side.mT @ side, torch.eye(30, dtype=torch.float64), atol=2e-6)
+    assert torch.allclose((u * found) @ v.mT, matrix.double(), atol=1e-6)
+    again = tsv_m.fold_matrix(kept, matrix, Totals(count=1.0), 1.0)  # ⟨τ, X⟩ of X as it was
+    assert again.sums.dot == pytest.approx(float(exact.square().sum()), rel=1e-6)
+    assert kept[tsv_m.OWNER].tolist() == [1] * 15 + [2] * 15
 
 
 @pytest.mark.parametrize("variant", opcm.VARIANTS)

@@ -100,10 +100,11 @@ class TaskVectors:
         assert info is not None
         return (info.file, info.offset)
 
-    def vector(self, name: str) -> TaskVector:
-        """The task vector of the base's tensor `name`. Raises Refuse if tied names differ, Retry if a file cannot be
-        read to its end."""
-        tau, content = torch.empty(self._specs[name].shape), Content()
+    def vector(self, name: str, into: torch.Tensor | None = None) -> TaskVector:
+        """The task vector of the base's tensor `name`, in new memory or in that of the float32 `into`, which has as
+        many elements. Raises Refuse if tied names differ, Retry if a file cannot be read to its end."""
+        shape, content = self._specs[name].shape, Content()
+        tau = torch.empty(shape) if into is None else into.view(shape)
         flat = tau.view(-1)
         for start, stop, values in self.runs(name, content, flat):
             if values.data_ptr() != flat[start:stop].data_ptr():
