@@ -6,7 +6,7 @@ An open state is `continual.api.Merge`. How a state lies on disk is the matter o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
@@ -290,6 +290,14 @@ def _described(checkpoint: Checkpoint, recipe: Recipe) -> BaseModel:
     return describe(
         checkpoint, plain=recipe.plain, exclude=recipe.exclude, tables=heads, sampled=recipe.width is not None
     )
+
+
+@contextlib.contextmanager
+def described(base: str | Path, recipe: Recipe, *, client: Hub | None = None) -> Iterator[BaseModel]:
+    """A base as a state of whole tensors would have it, by its headers. Raises as `survey`."""
+    must_keep_adapters(rule(recipe.rule_name, recipe.options))
+    with open_checkpoint(Places(Settings(), client=client).named(base)) as checkpoint:
+        yield _described(checkpoint, recipe)
 
 
 class _Found(NamedTuple):

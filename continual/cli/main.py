@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from continual import texts
-from continual.cli import answered, console, ending, opened
+from continual.cli import answered, console, ending, opened, planned
 from continual.cli import control as cli_control
 from continual.cli import hub as cli_hub
 from continual.cli import outputs as cli_outputs
@@ -35,7 +35,7 @@ from continual.cli.flags import (
     rules_named,
     takes,
 )
-from continual.cli.profiling import Profiled, profiled, spending, with_profile
+from continual.cli.profiling import Profiled, profiled, spending, with_more
 from continual.cli.profiling import told as profile_told
 from continual.cli.typed import parse_options
 from continual.errors import Misconfigured
@@ -55,6 +55,7 @@ app.add_typer(cli_state.app)
 app.add_typer(cli_upkeep.app)
 app.add_typer(cli_tune.app)
 app.add_typer(cli_outputs.app)
+app.add_typer(planned.app)
 app.add_typer(cli_pool.app)
 app.add_typer(cli_hub.app)
 app.add_typer(cli_control.app)
@@ -263,7 +264,7 @@ def fold(
     run over them.
     """
     if dry_run:
-        _plan(models, flags)
+        planned.plans(models, flags)
     outcomes, found = [], None
     with profiled(profile) as taken, opened.merge(flags, write=True) as merge:
         merge.check(models)  # a mistyped one is told of before any is folded, and so is what rounds lack
@@ -288,36 +289,13 @@ def fold(
         if found is None and spent is None:
             console.emit(told)
         else:
-            console.emit(with_profile({"models": told} | ({} if found is None else {"round": judged}), spent))
+            console.emit(with_more({"models": told} | ({} if found is None else {"round": judged}), "profile", spent))
     elif found is not None:
         answered.round_told(judged)
     if not flags.json:
         profile_told(spent)
     refused = any(outcome.refused for outcome in outcomes) or (found is not None and found.refused)
     raise typer.Exit(1 if refused else 0)
-
-
-@app.command()
-@takes(*GATES, *MACHINE, *OPENING)
-def plan(
-    models: Annotated[
-        list[str], typer.Argument(help="Directories of fine-tunes or adapters, or repos (hf://ORG/NAME@REVISION).")
-    ],
-    *,
-    flags: Flags,
-) -> None:
-    """Say from headers alone what folding models would take, and whether they would be let in."""
-    _plan(models, flags)
-
-
-def _plan(models: list[str], flags: Flags) -> NoReturn:
-    with opened.merge(flags) as merge:
-        plans = [merge.plan(model) for model in models]
-    if flags.json:
-        console.emit(plans)
-    else:
-        console.plans(plans)
-    raise typer.Exit(0 if all(p.ok or p.reason == "known" for p in plans) else 1)
 
 
 @app.command()

@@ -23,7 +23,7 @@ from continual.cli.flags import (
     Without,
     takes,
 )
-from continual.cli.profiling import Profiled, profiled, spending, with_profile
+from continual.cli.profiling import Profiled, profiled, spending, with_more
 from continual.cli.profiling import told as profile_told
 from continual.cli.typed import ViewFlags, rank_of
 from continual.outside import counted
@@ -82,7 +82,7 @@ def export(
             report = merge.export_lora(wanted, typed.view(merge.settings, view), progress)
         spent = spending(taken, merge)
         if flags.json:
-            return console.emit(with_profile(report, spent))
+            return console.emit(with_more(report, "profile", spent))
         console.lora(report)
         return profile_told(spent)
     target = folder.Target(directory, at, word, folder.parse_size(shard_size))
@@ -91,7 +91,7 @@ def export(
         cut = folder.cut_in(path)
     spent = spending(taken, merge)
     if flags.json:
-        return console.emit(with_profile({"directory": path, "cut": cut}, spent))
+        return console.emit(with_more({"directory": path, "cut": cut}, "profile", spent))
     console.say(f"Wrote {path}")
     console.cut(cut)
     return profile_told(spent)

@@ -42,15 +42,15 @@ def spending(profile: Profile | None, merge: Merge) -> Spending | None:
     from continual.forecast import spending as spent
 
     with console.spinner("measuring this machine"):
-        found = machine.measure(machine.scratch_place(merge.settings.state), merge.executor.workers)
+        found = machine.measure(machine.beside(merge.settings.state), merge.executor.workers)
     return spent.spending(profile, found, merge.state.format.tensors, merge.rule)
 
 
-def with_profile(body: object, found: Spending | None) -> object:
-    """An answer for machines, a JSON object, with its profile where there is one."""
+def with_more(body: object, key: str, more: object) -> object:
+    """An answer for machines, a JSON object, that has `more` under `key` where there is any."""
     shown = jsonable(body)
     assert isinstance(shown, dict)
-    return shown if found is None else {**shown, "profile": jsonable(found)}
+    return shown if more is None else {**shown, key: jsonable(more)}
 
 
 def told(found: Spending | None) -> None:

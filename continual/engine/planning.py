@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from continual.engine import blocks
@@ -13,11 +14,15 @@ from continual.errors import Refuse, Retry
 from continual.executors.contract import Executor
 from continual.tensors import Adapter, LayerVectors, Place, TaskVectors, candidate_of, open_model
 
+Seen = Callable[[OpenCandidate, Plan], None]
+"""Is given a model that would be folded, with its files open, and its plan."""
 
-def plan(engine: Engine, place: Place) -> Plan:
+
+def plan(engine: Engine, place: Place, seen: Seen | None = None) -> Plan:
     """Says what folding the model at `place` would take. It reads nothing but headers, and makes no record.
 
-    It never raises for a bad candidate: the plan then says why the model would be kept out.
+    It never raises for a bad candidate: the plan then says why the model would be kept out. One that would be folded is
+    given to `seen`.
     """
     try:
         with open_model(place) as model:
@@ -25,8 +30,11 @@ def plan(engine: Engine, place: Place) -> Plan:
             if known := engine.settled(candidate.key):
                 message = known_as(candidate.name, known).message
                 return _kept_out(candidate.name, place, "known", message, form=candidate.form)
-            seen = engine.gates.at_fold(engine.vet(candidate, model))
-            return _fitting(engine, OpenCandidate.of(seen), place)
+            fits = OpenCandidate.of(engine.gates.at_fold(engine.vet(candidate, model)))
+            found = _fitting(engine, fits, place)
+            if seen is not None:
+                seen(fits, found)
+            return found
     except (Refuse, Retry) as error:
         reason = error.reason if isinstance(error, Refuse) else "retry"
         return _kept_out(place.name, place, reason, str(error))

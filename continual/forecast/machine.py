@@ -53,10 +53,10 @@ def measure(directory: Path, threads: int) -> Machine:
     return found[1]
 
 
-def scratch_place(directory: Path) -> Path:
-    """Where scratch files go for work in `directory`: there or above it, what is the first that may be written to; else
-    where the system has its own."""
-    for place in (directory, *directory.absolute().parents):
+def beside(state: Path) -> Path:
+    """Where scratch files for work on a state go: beside it or above, in the first directory that may be written to,
+    which is as a rule on the same disk; else where the system has its own."""
+    for place in state.absolute().parents:
         if place.is_dir():
             return place if os.access(place, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
     return Path(tempfile.gettempdir())
