@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from continual.forecast.forecast import Forecast
     from continual.forecast.outlook import Outlook
 
+UNTOLD = "time is said of full fine-tunes alone, in states of whole tensors, by rules that take nothing but weights"
 app = typer.Typer(rich_markup_mode=None)
 
 
@@ -84,6 +85,8 @@ def plans(models: list[str], flags: Flags, *, time: bool = False) -> NoReturn:
         for one, seen in found:
             if seen is not None:
                 told(one.name, seen)
+            elif time and one.ok:
+                console.warn(f"{one.name}: {UNTOLD}")
     raise typer.Exit(0 if all(one.ok or one.reason == "known" for one, _ in found) else 1)
 
 
@@ -107,16 +110,20 @@ def told(name: str, found: Outlook) -> None:
     head = ("", "seconds", "CPU", "memory", "disk", "read", "written", "CPU by stage (of fsync wall seconds)")
     console.table(head, [_row(work, one) for work, one in both])
     for work, one in both:
-        dearest = ", ".join(f"{tensor} {seconds:.2g}" for tensor, seconds in one.dearest[:3])
+        dearest = ", ".join(f"{tensor} {_brief(seconds)}" for tensor, seconds in one.dearest[:3])
         console.say(f"dearest of the {work}, CPU seconds: {dearest}")
     console.say("cheaper would be:")
     console.table(("what", "then"), [(one.change, one.gain) for one in found.cheaper])
 
 
 def _row(work: str, one: Forecast) -> tuple[object, ...]:
-    stages = ", ".join(f"{stage} {seconds:.2g}" for stage, seconds in one.stages.items() if seconds >= 0.01)
+    stages = ", ".join(f"{stage} {_brief(seconds)}" for stage, seconds in one.stages.items() if seconds >= 0.01)
     room = (size(one.memory_bytes), size(one.disk_bytes), size(one.read_bytes), size(one.written_bytes))
     return work, _said(one.seconds), _said(one.cpu_seconds), *room, stages
+
+
+def _brief(seconds: float) -> str:
+    return f"{seconds:.2g}" if seconds < 100 else f"{seconds:.0f}"
 
 
 def _said(seconds: float) -> str:

@@ -76,26 +76,22 @@ class Job(NamedTuple):
 
 
 def planned(merge: Merge, model: str | Path, opening: float) -> tuple[Plan, Outlook | None]:
-    """What `Merge.plan` says of a model, and the outlook where it would be folded; `opening`: CPU seconds that a
-    command takes to begin. Raises as that, and as `of_candidate`."""
+    """What `Merge.plan` says of a model; and the outlook where it would be folded, and is a full fine-tune for a state
+    of whole tensors by a rule that weights are enough for. `opening`: CPU seconds that a command takes to begin. Raises
+    Misconfigured if there is no such model, Retry."""
     found: list[Outlook] = []
 
     def seen(opened: OpenCandidate, plan: Plan) -> None:
-        found.append(of_candidate(merge, opened, plan.memory_bytes, opening))
+        if merge.state.format.form is None and opened.candidate.form == "full" and _takes_weights(merge.rule):
+            found.append(of_candidate(merge, opened, plan.memory_bytes, opening))
 
     plan = planning.plan(merge.engine, merge.places.named(model), seen)
     return plan, found[0] if found else None
 
 
 def of_candidate(merge: Merge, opened: OpenCandidate, memory: int, opening: float) -> Outlook:
-    """Of folding a model that the gates let in; `memory` as its plan says. Raises Misconfigured where the state or the
-    model is of a kind that no sample is made of."""
+    """Of folding a full fine-tune that the gates let in; `memory` as its plan says. Raises Retry."""
     form, made = merge.state.format, merge.rule
-    if form.form is not None or opened.candidate.form != "full":
-        raise Misconfigured(
-            f"{opened.candidate.name}: time is said of full fine-tunes in a state of whole tensors alone; leave --time "
-            "out"
-        )
     now = merge.scale()
     others = [name for name in readings(made) if name != (now.rule or made.name) and _reads(made, now, name)][
         :_READINGS
@@ -123,8 +119,11 @@ def of_candidate(merge: Merge, opened: OpenCandidate, memory: int, opening: floa
 
 def of_base(base: str | Path, recipe: Recipe, settings: Settings, opening: float, client: Hub | None = None) -> Outlook:
     """Of a state that would be made of `base`, and a full fine-tune of all of it. Of the base headers are enough: a
-    weight file may end behind its own. Raises as `continual.making.survey`."""
+    weight file may end behind its own. Raises as `continual.making.survey`, and Misconfigured for a rule that takes
+    more than weights."""
     made = rule(recipe.rule_name, recipe.options)
+    if not _takes_weights(made):
+        raise Misconfigured(f"{made.name}: it takes more than the weights of fine-tunes, and no sample has that")
     with _shapes(base) as there:
         with described(there, recipe, client=client) as model:
             folded = [spec for spec in model.specs if spec.kind != "carried"]
@@ -160,6 +159,11 @@ def of_base(base: str | Path, recipe: Recipe, settings: Settings, opening: float
     return replace(found, cheaper=tuple(more))
 
 
+def _takes_weights(made: Rule) -> bool:
+    """Whether nothing but the weights of a fine-tune is folded, one after the other."""
+    return made.needs.shipped is None and not made.needs.inputs and not made.laws.rounds
+
+
 def _reads(made: Rule, now: ReadOptions, name: str) -> bool:
     """Whether a rule reads the state at the scale that is its default."""
     with contextlib.suppress(Misconfigured):
@@ -170,8 +174,6 @@ def _reads(made: Rule, now: ReadOptions, name: str) -> bool:
 
 def _tried(how: How, job: Job, on: Machine | None = None) -> tuple[Sample, Machine, int]:
     """A sample, what the machine can do (where that is not known), and the bytes that the process holds before."""
-    if how.rule.needs.shipped is not None or how.rule.needs.inputs or how.rule.laws.rounds:
-        raise Misconfigured(f"{how.rule.name}: it takes more than weights, so that no sample is made; leave --time out")
     held = _held()
     directory = machine.beside(how.settings.state)
     threads = Local(how.settings.workers, how.settings.memory).workers
@@ -221,9 +223,10 @@ def _against(found: Outlook, other: Outlook) -> Iterator[Cheaper]:
     if then < 0.8 * now or other.state_bytes < 0.8 * found.state_bytes:
         gain = (
             f"a fold of {_said(other.fold.seconds)} and an export of {_said(other.export.seconds)} in place of "
-            f"{_said(found.fold.seconds)} and {_said(found.export.seconds)}; a generation of {size(other.state_bytes)} "
-            f"in place of {size(found.state_bytes)}"
+            f"{_said(found.fold.seconds)} and {_said(found.export.seconds)}"
         )
+        if other.state_bytes != found.state_bytes:
+            gain += f"; a generation of {size(other.state_bytes)} in place of {size(found.state_bytes)}"
         yield Cheaper(f"init --rule {other.rule}, another merge", gain)
 
 

@@ -71,5 +71,17 @@ def test_a_base_of_70_b_is_told_of_by_its_header(tmp_path: Path) -> None:
     assert found["fold"]["memory_bytes"] < 2e9
     assert found["fold"]["dearest"][0][0] == "model.embed_tokens.weight"
     assert not (tmp_path / "state").exists()
-    assert run("plan", "--init", base, tmp_path, "--state", tmp_path / "state").returncode == 2
+    done = run("plan", "--init", base, "--rule", "fisher", "--state", tmp_path / "state")
+    assert (done.returncode, "takes more than the weights" in done.stderr) == (2, True)
+
+
+def test_of_what_no_sample_is_made_the_plan_alone_is_shown(tmp_path: Path) -> None:
+    base, state = models.base(tmp_path / "base"), tmp_path / "state"
+    assert run("init", base, "--rule", "fisher", "--state", state).returncode == 0
+    tune = models.ship(models.fine_tune(base, tmp_path / "ft", 1), 1)
+    done = run("plan", tune, "--time", "--state", state)
+    assert (done.returncode, "time is said of full fine-tunes alone" in done.stderr) == (0, True)
+    assert "time" not in machine("plan", tune, "--time", "--state", state)[0]
+    assert run("plan", "--init", base, tune, "--state", state).returncode == 2
+    assert run("plan", tune, "--rule", "iso-c", "--state", state).returncode == 2
     assert run("plan", "--state", tmp_path / "state").returncode == 2
