@@ -1,11 +1,12 @@
 """What `continual plan --time` said, against the folds and exports that came then.
 
     python -m tests.campaigns.bench.forecast [--gigabytes 0.1 0.5] [--layers 3] [--rules task-arithmetic ties iso-c]
-        [--repeats 3] [--workers 1]
+        [--repeats 3] [--workers 1] [--sides 4096]
 
-A bf16 model with its fine-tunes. For each rule, in a process of its own each: `plan --init` of the base of which only
-the header is there, `init`, a first fold; then in turns `plan --time`, a fold and an export. Printed are ratios of what
-was taken to what was said, medians over the turns: CPU and wall seconds, VmHWM and disk, of the whole command.
+A bf16 model with its fine-tunes; with `--sides` also one of a single square matrix of each of these sides, which shows
+what becomes of a law beyond the sample. For each rule, in a process of its own each: `plan --init` of the base of which
+only the header is there, `init`, a first fold; then in turns `plan --time`, a fold and an export. Printed are ratios of
+what was taken to what was said, medians over the turns: CPU and wall seconds, VmHWM and disk, of the whole command.
 """
 
 from __future__ import annotations
@@ -89,22 +90,24 @@ def turns(rule: str, base: Path, tunes: list[Path], work: Path, workers: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.1, 0.5])
+    parser.add_argument("--gigabytes", type=float, nargs="*", default=[0.1, 0.5])
+    parser.add_argument("--sides", type=int, nargs="*", default=[])
     parser.add_argument("--layers", type=int, default=3, help="fewer layers of a model of one size are wider")
     parser.add_argument("--rules", nargs="+", default=RULES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--directory", type=Path, help="where to work")
     args = parser.parse_args()
-    for gigabytes in args.gigabytes:
+    sized = [models.big_shapes(gigabytes, layers=args.layers) for gigabytes in args.gigabytes]
+    sized += [{"model.norm.weight": (side,), "model.layers.0.mlp.up_proj.weight": (side, side)} for side in args.sides]
+    for shapes in sized:
         with tempfile.TemporaryDirectory(dir=args.directory) as temporary:
             work = Path(temporary)
-            shapes = models.big_shapes(gigabytes, layers=args.layers)
             base = models.base(work / "base", shapes=shapes, dtype=torch.bfloat16)
             tunes = [models.fine_tune(base, work / f"fine-tune-{n}", n) for n in range(1 + args.repeats)]
             size = (base / "model.safetensors").stat().st_size / 1e9
             side = shapes["model.norm.weight"][0]
-            print(f"model of {size:.2f} GB, sides of {side} and {2 * side}; taken over said, medians of {args.repeats}")
+            print(f"model of {size:.2f} GB, sides from {side} on; taken over said, medians of {args.repeats}")
             for rule in args.rules:
                 for what, rows in turns(rule, base, tunes, work, args.workers).items():
                     medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
