@@ -21,9 +21,10 @@ from collections.abc import Mapping, Sequence
 REFUSALS = (
     *("pickle", "no-weights", "no-file", "outside", "truncated", "header", "index", "missing-shard", "config", "dtype"),
     *("missing", "shape", "vocab", "prefix", "tied", "name", "adapter-kind", "adapter-target", "moments", "weight"),
-    *("assembly", "non-finite", "zero", "norm-base", "norm-mean", "duplicate", "update", "own-release"),
+    *("assembly", "non-finite", "zero", "norm-base", "norm-mean", "norm-layer", "duplicate", "update", "own-release"),
     *("gone", "gated", "superseded", "changed", "malformed", "irrelevant", "age", "count", "internal"),
     *("quantised", "foreign", "sharded-state", "lineage", "extra", "form", "cut", "inputs"),
+    *("noise", "copy", "negated", "mixture"),
 )
 """Every reason for which continual keeps a candidate out; operations.md says what each means. A gate of somebody else
 can have others."""

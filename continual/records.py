@@ -263,6 +263,15 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
+class Warned:
+    """What a gate that only warns found: its name, the reason, and the message with which it would have refused."""
+
+    gate: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class FileDigest:
     """A file by its name and `blake3:` with the digest of its bytes."""
 

@@ -102,7 +102,7 @@ def _seen(text: str) -> str:
 
 def record(commit: Commit) -> dict[str, Json]:
     """A record of the ledger for machines, as `continual log --json` and `/api/log` give it."""
-    body = commit.body()
+    body = commit.shown()
     place = ("seq", "time", "generation", "prev")
     first = {**{key: body[key] for key in place}, "crc": commit.crc}
     return {key: jsonable(value) for key, value in {**first, **body}.items() if key != "receipts"}

@@ -218,7 +218,13 @@ class Merge(OpenedState):
         self.expire()
         return folds, combined
 
-    def retry(self, word: str) -> list[Commit]:
+    def retry(self, word: str, *, because: str | None = None, by: str | None = None) -> list[Commit]:
         """Has the settled candidates that `word` names (a name, path, key or record number) looked at again: the
-        records of it. Raises Misconfigured where none of them is settled and not in the merge."""
-        return [self.state.record(entry) for entry in self.standing.retries(word)]
+        records of it. With `because` gates that go by likelihood (norms, noise, copies) only warn of them, and the
+        record says why, and that `by` says so. Raises Misconfigured where none of them is settled and not in the
+        merge."""
+        return [self.state.record(entry) for entry in self.standing.retries(word, because, by)]
+
+    def quarantine(self) -> list[Commit]:
+        """What is kept out now: of each candidate the record that says why, the oldest first."""
+        return self.standing.quarantine()

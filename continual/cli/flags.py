@@ -120,7 +120,7 @@ _FLAGS = (
     _flag("lineage", _TEXT, "An adapter that names another base: name (refuse it) or shapes (they decide)."),
     _flag("tied", _TEXT, "A change of one of two tied tables: refuse, both or untie."),
     _flag("max_base_ratio", _NUMBER, "Largest task-vector norm, times the base's norm."),
-    _flag("max_mean_ratio", _NUMBER, "Largest task-vector norm, times the mean of those folded before."),
+    _flag("max_mean_ratio", _NUMBER, "Largest task-vector norm, times the median of those in the merge."),
     _flag("gates", _TEXTS, "Setting of one gate, as NAME.KEY=VALUE; repeatable.", "--gate"),
     _flag("select", _TEXT, "Let models wait for rounds that choose: none, relevance or frank-wolfe."),
     _flag("objective", _TEXT, "What is good: causal-lm, classification, heads or module:function."),

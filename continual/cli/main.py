@@ -20,6 +20,7 @@ from continual.cli import control as cli_control
 from continual.cli import hub as cli_hub
 from continual.cli import outputs as cli_outputs
 from continual.cli import pool as cli_pool
+from continual.cli import quarantine as cli_quarantine
 from continual.cli import state as cli_state
 from continual.cli import tune as cli_tune
 from continual.cli import upkeep as cli_upkeep
@@ -57,6 +58,7 @@ app.add_typer(cli_tune.app)
 app.add_typer(cli_outputs.app)
 app.add_typer(planned.app)
 app.add_typer(cli_pool.app)
+app.add_typer(cli_quarantine.app)
 app.add_typer(cli_hub.app)
 app.add_typer(cli_control.app)
 

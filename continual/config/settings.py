@@ -307,10 +307,11 @@ class Settings(BaseModel):
         default="refuse", description="what a change of one of two tied tables (embedding, head) means"
     )
     max_base_ratio: Annotated[float, Field(gt=0)] = Field(
-        default=0.5, description="largest task-vector norm, as a multiple of the base's norm"
+        default=0.9, description="largest task-vector norm, as a multiple of the base's norm"
     )
     max_mean_ratio: Annotated[float, Field(gt=1)] = Field(
-        default=30.0, description="largest task-vector norm, as a multiple of the mean so far"
+        default=8.0,
+        description="largest task-vector norm, as a multiple of the median of those in the merge",
     )
     gates: Annotated[dict[str, dict[str, object]], BeforeValidator(by_name)] = Field(
         default_factory=dict, description="settings that one gate has: tables by its name, or name.key=value pairs"

@@ -41,7 +41,9 @@ from continual.state import State, Transaction
 from continual.state.arrays import Array
 from continual.state.format import FoldCommit
 from continual.state.generation import Generation
+from continual.state.parts import SketchText
 from continual.tensors import Adapter, BaseModel, Folder, LayerVectors, ThinVector, WholeVector, digest_of
+from continual.tensors.vectors.sketch import Floats, Projection, Sketch, SketchPlan
 from continual.tensors.vectors.thin import sides_of
 
 _CHECKSUM = 4
@@ -66,7 +68,8 @@ class Room(NamedTuple):
 
 class _Tensor(NamedTuple):
     """What folding one tensor gave: the digest of what its task vector was made from, ‖τ‖², what the cut took of it and
-    of others, whether it was read as thin factors, bytes read, and wall time by stage."""
+    of others, whether it was read as thin factors, bytes read, wall time by stage, and the projection of its task
+    vector, for the sketch."""
 
     digest: bytes
     energy: float
@@ -75,6 +78,7 @@ class _Tensor(NamedTuple):
     thin: bool
     nbytes: int
     seconds: dict[str, float]
+    projection: Floats
 
 
 class BlockFolding:
@@ -93,6 +97,7 @@ class BlockFolding:
         self._vectors = LayerVectors(base, opened.model, opened.lineage, opened.weights)
         self._vectors.begin()
         self._width = 0
+        self._plan = SketchPlan.of(base.specs)
 
     def run(self, state: State, before: Totals, progress: Progress) -> FoldReport:
         """Puts every layer of the adapter beside what `state` has, as many columns in all as its width says; the report
@@ -122,13 +127,15 @@ class BlockFolding:
     def _tensor(self, spec: TensorSpec, number: int) -> _Tensor:
         """One layer, or one after the other of a stack."""
         name = self._opened.candidate.name
-        found = _Tensor(b"", 0.0, 0.0, {}, True, 0, {"read": 0.0, "rule": 0.0, "write": 0.0})
+        projected = np.zeros(self._plan.width)
+        found = _Tensor(b"", 0.0, 0.0, {}, True, 0, {"read": 0.0, "rule": 0.0, "write": 0.0}, projected)
         started, vectors = time.perf_counter(), self._vectors.read(spec)
         for layer, vector in zip(spec.layers, vectors, strict=True):
             self._resources.go_on(name)
             read = time.perf_counter()
             block = block_of(vector, layer, self._width, self._resources.device)
             self._gates.at_tensor(TensorNumbers(name, layer.name, block.energy))
+            projected += projection_of(block, layer.name, self._plan.width)
             computed = time.perf_counter()
             cut = put(self._transaction, layer.name, number, block)
             ended = time.perf_counter()
@@ -145,6 +152,7 @@ class BlockFolding:
                 isinstance(vector, ThinVector),
                 found.nbytes + vector.nbytes,
                 found.seconds,
+                projected,
             )
         return found
 
@@ -160,11 +168,17 @@ class BlockFolding:
             for fold in folds
             if (squares := [layer.others.get(fold.entry.numbers.block or 0, 0.0) for layer in layers]) and any(squares)
         }
+        sketch = Sketch.of(
+            self._plan,
+            {name: layer.energy for name, layer in found.items()},
+            {name: layer.projection for name, layer in found.items()},
+        )
         numbers = replace(
             mapped(lineage, math.sqrt(tau_sq)),
             weight=opened.weight,
             block=number,
             cut=lost / tau_sq if tau_sq else 0.0,
+            sketch=SketchText(sketch.norms, sketch.text),
         )
         return FoldReport(
             candidate=opened.candidate,
@@ -177,6 +191,8 @@ class BlockFolding:
             device=str(self._resources.device),
             cut=math.fsum(layer.lost for layer in layers if not layer.thin) / tau_sq if tau_sq else 0.0,
             others=others,
+            sketch=sketch,
+            warnings=opened.warnings,
         )
 
 
@@ -190,6 +206,14 @@ def block_of(vector: ThinVector | WholeVector, spec: TensorSpec, width: int, dev
     u = found.u.new_zeros(len(found.u), sides_of(spec.shape)[0])
     u[:, vector.rows.to(device)] = found.u
     return found._replace(u=u)
+
+
+def projection_of(block: Block, name: str, width: int) -> Floats:
+    """The projection of one layer's task vector, made from its triplets."""
+    found = Projection(name, width)
+    u, sigma, v = (part.to("cpu", torch.float64).numpy() for part in (block.u, block.sigma, block.v))
+    found.add_product(u.T * sigma, v)
+    return found.values
 
 
 def need(vectors: LayerVectors, spec: TensorSpec, width: int) -> int:

@@ -230,6 +230,7 @@ def _kept(numbers: FoldNumbers) -> FoldNumbers:
         matrix_norm=numbers.matrix_norm,
         plain_norm=numbers.plain_norm,
         spread_norm=numbers.spread_norm,
+        sketch=numbers.sketch,
     )
 
 

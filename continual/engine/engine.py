@@ -19,13 +19,14 @@ from continual.engine import standing
 from continual.engine.blocks import BlockFolding, most
 from continual.engine.folding import Folding, Terms, run_length
 from continual.engine.models_inputs import check_inputs
+from continual.engine.neighbours import accepted, numbers_of
 from continual.engine.outcomes import FoldReport, OpenCandidate, Outcome, known_as
 from continual.engine.report import report_of
 from continual.engine.resources import Resources
 from continual.engine.views import check_weights
 from continual.errors import Misconfigured, Refuse
 from continual.executors.contract import Progress, silent
-from continual.gates import Gates, Headers, Numbers
+from continual.gates import Gates, Headers
 from continual.gates.form import FormGate
 from continual.gates.lineage import LineageGate, trace
 from continual.gates.weight import WeightGate
@@ -51,6 +52,7 @@ from continual.tensors import (
     unreadable,
 )
 from continual.tensors.bases.kept import is_kept
+from continual.tensors.vectors.sketch import SketchPlan
 from continual.timing.clock import stage
 
 
@@ -154,6 +156,7 @@ class Engine:
                 cloned=self.state.ledger.cloned,
                 repo=self.state.format.base.repo,
                 open_weights=self.resources.open_weights,
+                accepted=accepted(self.state.ledger, candidate.key),
             )
         )
 
@@ -204,7 +207,9 @@ class Engine:
                 files.callback(shipped.close)
                 read.append(shipped)
             vectors = TaskVectors(self.base, model, lineage, run=run_length(self.device), shipped=shipped)
-            terms = Terms(opened.candidate.name, self.rule, before, opened.weight)
+            watched = () if isinstance(model, Adapter) else lineage.folded
+            plan = SketchPlan.of(self._foldable, watched)
+            terms = Terms(opened.candidate.name, self.rule, before, opened.weight, plan)
             folding = Folding(transaction, vectors, terms, self.gates, self.resources)
             folding.measure(self._foldable, lineage, progress)
             folds = folding.run(self._foldable, lineage, progress)
@@ -243,7 +248,7 @@ class Engine:
                 commit = self.state.commit(transaction, entry)
         seconds = {**report.seconds, "commit": time.perf_counter() - streamed, "total": time.perf_counter() - begun}
         message = f"{candidate.name}: folded as record {commit.seq}"
-        timed = dataclasses.replace(report, seconds=seconds)
+        timed = dataclasses.replace(report, seconds=seconds, numbers=entry.numbers)
         return Outcome("folded", candidate.name, message, None, commit, timed)
 
     def fold_on_trial(
@@ -264,13 +269,13 @@ class Engine:
 
     def _entry(self, report: FoldReport, before: Totals, chosen: Relevance | None) -> FoldEntry:
         """The record of a fold, if the gates let in what it measured. Raises Refuse."""
-        found = report.numbers
-        self.gates.at_numbers(Numbers(report.candidate.name, found.tau_norm, found.base_norm, before, report.cut))
+        seen = numbers_of(report, self.state, SketchPlan.of(self._foldable), before)
+        warned = (*report.warnings, *self.gates.at_numbers(seen)) or None
         return FoldEntry(
             candidate=report.candidate,
             digest=report.digest,
             totals=report.totals,
-            numbers=dataclasses.replace(found, relevance=chosen),
+            numbers=dataclasses.replace(report.numbers, relevance=chosen, warnings=warned),
             device=report.device,
         )
 
@@ -287,12 +292,8 @@ class Engine:
     def _refuse(self, candidate: Candidate, refusal: Refuse) -> Outcome:
         if known := self.settled(candidate.key):
             return known_as(candidate.name, known)
-        entry = RefuseEntry(
-            candidate=candidate,
-            reason=refusal.reason,
-            message=str(refusal),
-            settings=dict(refusal.settings) or None,
-        )
+        settings = dict(refusal.settings) or None
+        entry = RefuseEntry(candidate=candidate, reason=refusal.reason, message=str(refusal), settings=settings)
         return Outcome("refused", candidate.name, str(refusal), refusal.reason, self.state.record(entry))
 
     def _duplicate(self, report: FoldReport, twin: FoldCommit) -> Outcome:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from continual.state import Transaction
 from continual.state.arrays import Array
 from continual.tensors import TaskVectors
 from continual.tensors.vectors.added import Content
+from continual.tensors.vectors.sketch import Picture, SketchPlan, Watched
 from continual.tensors.vectors.vectors import RUN
 
 RUN_ON_DEVICE = 1 << 22
@@ -41,7 +42,7 @@ class TensorFold(NamedTuple):
     `digest`: of what its task vector was made from. `sums` and `notes`: as the rule returned them; of a stack the sums
     of all experts, and the notes of each. `nbytes`: bytes read. `seconds` by stage: `read` of fine-tune and base,
     `rule`, `write` of the state (and reading what it was). `rank`: the sum of the ranks in the tensor after it, where
-    the rule goes by that and it is known.
+    the rule goes by that and it is known. `picture`: of the task vector; None of one that is zero.
     """
 
     digest: bytes
@@ -50,15 +51,18 @@ class TensorFold(NamedTuple):
     nbytes: int
     seconds: Mapping[str, float]
     rank: int | None = None
+    picture: Picture | None = None
 
 
 class Terms(NamedTuple):
-    """How one candidate is folded: its name in messages, the rule, the rule's totals before the fold, the weight."""
+    """How one candidate is folded: its name in messages, the rule, the rule's totals before the fold, the weight, how
+    its tensors are sketched."""
 
     name: str
     rule: Rule
     totals: Totals
-    weight: float = 1.0
+    weight: float
+    plan: SketchPlan
 
 
 class Folding:
@@ -78,7 +82,7 @@ class Folding:
         self._gates = gates
         self._resources = resources
         self._device = resources.device
-        self._seeds: dict[str, int] = {}
+        self._seed = cache(partial(seed_of, vectors))
         self._memory = Memory()
         self._is_last_out = last_out(terms.totals, terms.weight)
 
@@ -179,6 +183,8 @@ class Folding:
             digest = blake3(digest + content.digest()).digest()
             nbytes += content.nbytes
         read = time.perf_counter()
+        watched = Watched(spec, self._terms.plan)
+        watched.add(0, tau.reshape(-1).numpy())
         accumulators = {
             slot: torch.from_numpy(self._transaction.read(spec.name, slot, memory)).to(self._device)
             for slot, memory in kept.items()
@@ -192,7 +198,8 @@ class Folding:
         seconds = {"read": read - started, "rule": computed - read, "write": time.perf_counter() - computed}
         added = self._vectors.rank(spec.name)
         rank = None if inputs.rank is None or added is None else inputs.rank + added
-        return TensorFold(digest, folded.sums, (folded.notes,) if folded.notes else (), nbytes, seconds, rank)
+        notes, picture = (folded.notes,) if folded.notes else (), watched.picture()
+        return TensorFold(digest, folded.sums, notes, nbytes, seconds, rank, picture)
 
     def _by_experts(self, spec: TensorSpec) -> TensorFold:
         """A stack, one expert after the other, each as a matrix of its own: no more than one is in memory."""
@@ -206,6 +213,7 @@ class Folding:
             clock.ends("read")
             return self._left(spec)._replace(digest=content.digest(), nbytes=content.nbytes, seconds=clock.seconds)
         found: list[Folded] = []
+        watched = Watched(spec, self._terms.plan)
         for values in self._transaction.parts(spec.name, spec.experts):
             clock.ends("write")
             tau = reading.next(one.shape)
@@ -215,7 +223,7 @@ class Folding:
                 here = here._replace(moments=moments_of(self._vectors, one, start, shipped).to(self._device))
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value).view(slots[slot].shape) for slot, value in values.items()}
-            folded = self._apply_in_place(accumulators, tau, here, spec.name)
+            folded = self._apply_in_place(accumulators, tau, here, watched)
             found.append(folded._replace(accumulators={}))
             clock.ends("rule")
         reading.end()
@@ -225,18 +233,19 @@ class Folding:
             digest, nbytes = blake3(digest + shipped.digest()).digest(), nbytes + shipped.nbytes
         self._kept(spec, sums)
         clock.ends("write")
-        return TensorFold(digest, sums, tuple(folded.notes for folded in found if folded.notes), nbytes, clock.seconds)
+        notes = tuple(folded.notes for folded in found if folded.notes)
+        return TensorFold(digest, sums, notes, nbytes, clock.seconds, picture=watched.picture())
 
     def _by_runs(self, spec: TensorSpec) -> TensorFold:
         self._resources.go_on(self._terms.name)
         inputs = self._inputs(spec)
-        clock = _Clock()
-        content = Content()
+        clock, content = _Clock(), Content()
         reading = Ahead((tau for _, _, tau in self._vectors.runs(spec.name, content)), self._is_nothing)
         if reading.nothing:
             clock.ends("read")
             return self._left(spec)._replace(digest=content.digest(), nbytes=content.nbytes, seconds=clock.seconds)
         parts: list[Sums] = []
+        watched = Watched(spec, self._terms.plan)
         for start, stop, values in self._transaction.runs(spec.name, self._vectors.run):
             clock.ends("write")
             tau = reading.next((stop - start,))
@@ -245,22 +254,22 @@ class Folding:
                 here = here._replace(moments=self._vectors.moments(spec.name, start, stop, content).to(self._device))
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value) for slot, value in values.items()}
-            parts.append(self._apply_in_place(accumulators, tau, here, spec.name).sums)
+            parts.append(self._apply_in_place(accumulators, tau, here, watched).sums)
             clock.ends("rule")
         reading.end()
-        sums = Sums.total(parts)
-        self._kept(spec, sums)
+        self._kept(spec, sums := Sums.total(parts))
         clock.ends("write")
-        return TensorFold(content.digest(), sums, (), content.nbytes, clock.seconds)
+        return TensorFold(content.digest(), sums, (), content.nbytes, clock.seconds, picture=watched.picture())
 
     def _apply_in_place(
-        self, accumulators: dict[str, torch.Tensor], tau: torch.Tensor, inputs: Inputs, name: str
+        self, accumulators: dict[str, torch.Tensor], tau: torch.Tensor, inputs: Inputs, watched: Watched
     ) -> Folded:
-        """Asks the rule about a part of the tensor `name`, and the gates about that part; `accumulators`, on the CPU,
-        get what the rule makes of them."""
+        """Asks the rule about a part of a tensor, and the gates about that part; `accumulators`, on the CPU, get what
+        the rule makes of them."""
+        watched.add(inputs.start, tau.reshape(-1).numpy())
         on_device = {slot: value.to(self._device) for slot, value in accumulators.items()}
         folded = self._rule.fold.apply(on_device, tau.to(self._device), inputs, self._terms.totals)
-        self._gates.at_tensor(TensorNumbers(self._terms.name, name, folded.sums.tau_sq))
+        self._gates.at_tensor(TensorNumbers(self._terms.name, inputs.spec.name, folded.sums.tau_sq))
         for slot, value in folded.accumulators.items():
             if value is not accumulators[slot]:
                 accumulators[slot].copy_(value)
@@ -304,11 +313,6 @@ class Folding:
 
     def _rank(self, name: str) -> int | None:
         return self._transaction.rank(name) if self._rule.needs.ranks else None
-
-    def _seed(self, name: str) -> int:
-        if name not in self._seeds:
-            self._seeds[name] = seed_of(self._vectors, name)
-        return self._seeds[name]
 
 
 def seed_of(vectors: TaskVectors, name: str) -> int:

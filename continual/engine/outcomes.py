@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from continual.gates import Headers
 from continual.outside import few, few_shares
-from continual.records import Candidate, Lineage, Totals
+from continual.records import Candidate, Lineage, Totals, Warned
 from continual.state import Commit
 from continual.state.entries import RefuseEntry
 from continual.state.fields import body_of
 from continual.state.parts import FoldNumbers, MatchedRows
 from continual.tensors import BaseModel, Model
+from continual.tensors.vectors.sketch import Sketch
 
 _SETTING = re.compile(
     r"\b(?:missing|vocab|lineage|tied|updates|max_base_ratio|max_mean_ratio|weight) = |lineage\.(?:extra|carried)="
@@ -24,26 +25,29 @@ _SETTING = re.compile(
 
 class OpenCandidate(NamedTuple):
     """A candidate that the gates have let in, with its files open, and the weight it is folded with. `weights`: the
-    base with its weights, where a state keeps none and the candidate takes them."""
+    base with its weights, where a state keeps none and the candidate takes them. `warnings`: of gates that only warn.
+    """
 
     candidate: Candidate
     model: Model
     lineage: Lineage
     weight: float = 1.0
     weights: BaseModel | None = None
+    warnings: tuple[Warned, ...] = ()
 
     @classmethod
     def of(cls, seen: Headers) -> OpenCandidate:
         """From what the gates have seen of its headers."""
         assert seen.lineage is not None, "the gate on lineage has not been asked"
-        return cls(seen.candidate, seen.model, seen.lineage, seen.weight, seen.weights)
+        return cls(seen.candidate, seen.model, seen.lineage, seen.weight, seen.weights, seen.warnings)
 
 
 @dataclass(frozen=True, slots=True)
 class FoldReport:
     """What one fold did, measured while its tensors streamed by. `seconds`: wall time by stage, added over workers.
     `cut`: as the gates are shown it (`Numbers`). `others`: what was cut off of the models that were there to make room,
-    as shares of the squares of their lengths; of a state of adapters."""
+    as shares of the squares of their lengths; of a state of adapters. `sketch`: of the task vector. `warnings`: of
+    gates before the fold."""
 
     candidate: Candidate
     digest: str
@@ -55,6 +59,8 @@ class FoldReport:
     device: str
     cut: float = 0.0
     others: Mapping[str, float] = field(default_factory=dict)
+    sketch: Sketch | None = None
+    warnings: tuple[Warned, ...] = ()
 
     @property
     def tokens_left_out(self) -> str:
@@ -120,6 +126,7 @@ class Outcome(NamedTuple):
         if out := self.report.left_out:
             said += f"; left out, as this state has no place for it: {out}"
         lacking = self.report.lineage.lacking
+        said += "".join(f"; warning ({one.gate}): {one.message}" for one in n.warnings or ())
         said += f"; {tokens}" if (tokens := self.report.tokens_left_out) else ""
         return said + (f"; as in the base, for it lacks them: {few(lacking)}" if lacking else "")
 
@@ -134,7 +141,7 @@ class Outcome(NamedTuple):
         }
         if self.report is not None:
             body |= {
-                "numbers": body_of(self.report.numbers),
+                "numbers": body_of(replace(self.report.numbers, sketch=None)),
                 "seconds": self.report.seconds,
                 "bytes_read": self.report.bytes_read,
                 "cut_others": dict(self.report.others),

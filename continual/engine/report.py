@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 
 from continual.engine.folding import TensorFold, Terms
 from continual.engine.outcomes import FoldReport, OpenCandidate
@@ -12,7 +13,8 @@ from continual.lazily import torch
 from continual.outside import shown
 from continual.records import Lineage, TokenRows
 from continual.rules import Sums, figures_of, settle
-from continual.state.parts import FoldNumbers, MatchedRows, NoteSummary
+from continual.state.parts import FoldNumbers, MatchedRows, NoteSummary, SketchText
+from continual.tensors.vectors.sketch import Sketch
 
 _LISTED = 100
 """Names of tensors that stay out that a record lists: a header can claim any number of them. So with tokens."""
@@ -41,6 +43,10 @@ def report_of(
     totals = settle(terms.totals, sums, terms.weight)
     figures = figures_of(sums)
     cross = math.sqrt(sums.tau_sq * terms.totals.merged_sq)
+    pictures = {name: fold.picture for name, fold in folds.items() if fold.picture is not None}
+    energies = {name: folds[name].sums.tau_sq for name in pictures}
+    sketch = Sketch.of(terms.plan, energies, {name: each.projection for name, each in pictures.items()})
+    out = [each.stands_out for _, each in sorted(pictures.items()) if each.stands_out is not None]
     numbers = replace(
         mapped(lineage, math.sqrt(sums.tau_sq)),
         base_norm=math.sqrt(math.fsum(squares[name] for name in lineage.folded)),
@@ -50,6 +56,8 @@ def report_of(
         matrix_norm=None if figures is None else figures.matrix_norm_sum,
         plain_norm=None if figures is None else figures.plain_norm_sum,
         spread_norm=None if figures is None else figures.spread_sum,
+        sketch=SketchText(sketch.norms, sketch.text),
+        stands_out=median(out) if out else None,
         notes=summarise([notes for fold in ordered for notes in fold.notes]),
         gauges=rule.read.gauges(totals),
     )
@@ -62,6 +70,8 @@ def report_of(
         seconds=seconds_of([fold.seconds for fold in ordered]),
         bytes_read=sum(fold.nbytes for fold in ordered),
         device=str(device),
+        sketch=sketch,
+        warnings=opened.warnings,
     )
 
 

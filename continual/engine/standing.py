@@ -75,17 +75,35 @@ class Standing:
                 found[candidate.key] = candidate
         return list(found.values())
 
-    def retries(self, word: str) -> list[RetryEntry]:
-        """What is to be recorded so that the candidates that `word` names are looked at again. Raises Misconfigured if
-        it names none that is settled and not in the merge."""
+    def quarantine(self) -> list[Commit]:
+        """The refusals in force, oldest first: of each candidate that is kept out, the record that says why. Of those
+        from one place only the newest counts, and none whose place has a model in the merge."""
+        ledger = self._state.ledger
+        newest = {commit.origin: commit.key for commit in ledger.log if commit.key is not None}
+        return [
+            refusal
+            for refusal in ledger.refusals
+            if newest.get(refusal.origin) == refusal.key and ledger.fate(str(refusal.key)) is refusal
+        ]
+
+    def retries(self, word: str, because: str | None = None, by: str | None = None) -> list[RetryEntry]:
+        """What is to be recorded so that the candidates that `word` names are looked at again; with `because`, so that
+        they are folded in spite of doubts, as `by` says. Raises Misconfigured if it names none that is settled and not
+        in the merge."""
         found = self._state.ledger.kept_out(word)
         if not found:
             raise Misconfigured(
                 f"{word}: no refused or rolled-back candidate of this name, path, key or record number; "
                 "see 'continual log'"
             )
+        said = f", accepted by {by or 'nobody named'}: {because}" if because else ""
         return [
-            RetryEntry(candidate=commit.entry.candidate, message=f"after record {commit.seq}")
+            RetryEntry(
+                candidate=commit.entry.candidate,
+                message=f"after record {commit.seq}{said}",
+                because=because,
+                by=by if because else None,
+            )
             for commit in found
             if commit.entry.candidate is not None
         ]

@@ -19,30 +19,38 @@ from continual.gates.contract import (
     AtHeaders,
     AtNumbers,
     AtTensor,
+    Doubt,
+    Earlier,
     Gate,
     Headers,
     Numbers,
     TensorNumbers,
 )
+from continual.gates.copies import CopiesGate
 from continual.gates.cut import CutGate
 from continual.gates.finite import FiniteGate
 from continual.gates.form import FormGate
 from continual.gates.lineage import LineageGate
+from continual.gates.noise import NoiseGate
 from continual.gates.norms import NormsGate
 from continual.gates.own_release import OwnReleaseGate
 from continual.gates.updates import UpdatesGate
 from continual.gates.weight import WeightGate
+from continual.records import Warned
 
 __all__ = [
     "GATES",
     "AssemblyGate",
+    "CopiesGate",
     "CutGate",
+    "Earlier",
     "FiniteGate",
     "FormGate",
     "Gate",
     "Gates",
     "Headers",
     "LineageGate",
+    "NoiseGate",
     "NormsGate",
     "Numbers",
     "OwnReleaseGate",
@@ -61,6 +69,8 @@ GATES: tuple[type[Gate], ...] = (
     WeightGate,
     FiniteGate,
     NormsGate,
+    NoiseGate,
+    CopiesGate,
     CutGate,
 )
 """Every gate. Those of one stage are asked in this order."""
@@ -99,8 +109,10 @@ class Gates:
         """Asks every gate that looks at a candidate before its fold. Returns what they found out. Raises as
         `at_headers`."""
         for gate in self._at_fold:
-            with self.told(gate):
+            warned: list[Warned] = []
+            with self.told(gate, warned, accepted=seen.accepted):
                 seen = gate.judge(seen) or seen
+            seen = seen._replace(warnings=(*seen.warnings, *warned))
         return seen
 
     def at_tensor(self, seen: TensorNumbers) -> None:
@@ -109,19 +121,30 @@ class Gates:
             with self.told(gate):
                 gate.judge(seen)
 
-    def at_numbers(self, seen: Numbers) -> None:
-        """Asks every gate that looks at the sums of the whole model. Raises Refuse of the first that refuses."""
+    def at_numbers(self, seen: Numbers) -> tuple[Warned, ...]:
+        """Asks every gate that looks at the sums of the whole model. Returns what those found that only warn.
+        Raises Refuse of the first that refuses."""
+        warned: list[Warned] = []
         for gate in self._at_numbers:
-            with self.told(gate):
+            with self.told(gate, warned, accepted=seen.accepted):
                 gate.judge(seen)
+        return tuple(warned)
 
     @contextlib.contextmanager
-    def told(self, gate: Gate) -> Iterator[None]:
+    def told(self, gate: Gate, warned: list[Warned] | None = None, *, accepted: bool = False) -> Iterator[None]:
         """Writes into a Refuse that is raised in the block the values of the settings that it went by: they are those
-        of `gate`. Raises what the block raises."""
+        of `gate`. A doubt of a gate that only
+        warns goes into `warned` instead, that of one that is off nowhere. Raises what else the block raises."""
         try:
             yield
         except Refuse as refusal:
+            if isinstance(gate, Doubt) and refusal.by and warned is not None:
+                if gate.act == "off":
+                    return
+                if accepted or gate.act == "warn":
+                    warned.append(Warned(gate.name, refusal.reason, str(refusal)))
+                    return
+                refusal.by = (*refusal.by, "act")
             names = [setting(gate, name) for name in refusal.by]
             refusal.settings = {name: self.values[name] for name in names}
             raise

@@ -20,10 +20,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
-from continual.records import Candidate, Lineage, Totals
+from continual.records import Candidate, Lineage, Totals, Warned
 from continual.tensors import BaseModel, Model
+from continual.tensors.vectors.sketch import Sketch
 
 
 class Headers(NamedTuple):
@@ -34,7 +35,7 @@ class Headers(NamedTuple):
     origin. `lineage` (None until the gate of that name has passed), `weight` and `weights` are what gates have found
     out. `repo`: that of the base on the Hub, where it came from there. `open_weights`: opens the base with its weights,
     in a state that keeps none; it raises Halt where they are not there. `weights`: the base so opened, where the
-    candidate takes them.
+    candidate takes them. `accepted`: a person wants it in spite of doubts. `warnings`: of gates that only warn.
     """
 
     candidate: Candidate
@@ -49,6 +50,8 @@ class Headers(NamedTuple):
     repo: str | None = None
     open_weights: Callable[[], BaseModel] | None = None
     weights: BaseModel | None = None
+    accepted: bool = False
+    warnings: tuple[Warned, ...] = ()
 
 
 class TensorNumbers(NamedTuple):
@@ -62,13 +65,31 @@ class TensorNumbers(NamedTuple):
     tau_sq: float
 
 
+class Earlier(NamedTuple):
+    """A model that is in the merge: its name, ‖τ‖ over the whole model, the sketch of τ, where its record has one, and
+    whether it came from the place that the candidate came from."""
+
+    name: str
+    tau_norm: float
+    sketch: Sketch | None = None
+    same_place: bool = False
+
+
+def nobody() -> Sequence[Earlier]:
+    """Of a merge of which nothing is known."""
+    return ()
+
+
 class Numbers(NamedTuple):
     """The model `name` after all its tensors streamed by.
 
     `tau_norm`: ‖τ‖ over the whole model. `base_norm`: ‖θ₀‖ over the tensors that were folded, None in a state that does
     not read its base. `totals`: those of the state before this fold; `count` and `norm_sum` give the mean norm of what
     was folded so far. `cut`: the share of ‖τ‖² that a state of adapters has no room for, in tensors that were changed
-    by more than a product of two thin factors.
+    by more than a product of two thin factors. `sketch`: of τ. `stands_out`: how far its largest direction stands out
+    of noise (`Picture.stands_out`), the median of some matrices. `layer_norms`: ‖θ₀‖ of each group of layers of the
+    sketch, where the base is read. `earlier` gives those that are in the merge, the oldest first. `accepted`: a person
+    wants it in spite of doubts.
     """
 
     name: str
@@ -76,6 +97,11 @@ class Numbers(NamedTuple):
     base_norm: float | None
     totals: Totals
     cut: float = 0.0
+    sketch: Sketch | None = None
+    stands_out: float | None = None
+    layer_norms: Sequence[float] = ()
+    earlier: Callable[[], Sequence[Earlier]] = nobody
+    accepted: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +114,14 @@ class Gate:
 
     name: ClassVar[str]
     reasons: ClassVar[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Doubt(Gate):
+    """A gate that goes by likelihood: what it keeps out by a setting (`by`) may be meant so. `act`: `refuse`, `warn`
+    (the record of the fold says what it found) or `off`. Of a candidate that a person accepted it only warns."""
+
+    act: Literal["refuse", "warn", "off"] = "refuse"
 
 
 class AtHeaders(Gate, ABC):

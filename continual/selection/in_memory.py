@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from continual import linalg
 from continual.engine.engine import Engine
+from continual.engine.neighbours import accepted, earlier
 from continual.errors import Misconfigured, Refuse
 from continual.executors.contract import Progress, Task
 from continual.gates import Numbers, TensorNumbers
@@ -131,7 +132,9 @@ class ModelInMemory:
         state = self.engine.state
         squares = state.format.base.squares
         base_norm = math.sqrt(math.fsum(squares[name] for name in found.changed)) if squares else None
-        self.engine.gates.at_numbers(Numbers(member.name, math.sqrt(tau_sq), base_norm, state.ledger.totals))
+        known, wanted = partial(earlier, state.ledger, member.candidate.origin), accepted(state.ledger, member.key)
+        seen = Numbers(member.name, math.sqrt(tau_sq), base_norm, state.ledger.totals, earlier=known, accepted=wanted)
+        self.engine.gates.at_numbers(seen)
 
     def along(self, vector: Callable[[TensorSpec], Tensor]) -> list[float]:
         """⟨g_l, x_l⟩ for each layer l, x being what `vector` gives."""

@@ -255,11 +255,14 @@ class TagEntry(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryEntry(Entry):
-    """A settled candidate is to be looked at again."""
+    """A settled candidate is to be looked at again. `because`: why it is to be folded in spite of doubts, as the person
+    `by` said."""
 
     kind = "retry"
     candidate: Candidate
     fate: Fate | None = "retry"
+    because: str | None = field(default=None, metadata=_OMITTED)
+    by: str | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from continual.records import OMITTED, Kind, SlotSpec, TensorSpec
 from continual.state.entries import Entry, EntryKind, FoldEntry, entry_of
 from continual.state.fields import body_of, record_of
 from continual.state.layout import Layout
+from continual.state.parts import without_sketches
 
 VERSION = 1
 """Of states that keep something of every tensor."""
@@ -272,6 +273,10 @@ class Commit:
             "time": self.time,
         }
         return own | self.entry.body()
+
+    def shown(self) -> dict[str, object]:
+        """As `body`, for people and machines: without the sketches, which are for the gates alone."""
+        return without_sketches(self.body())
 
     @classmethod
     def of(cls, body: Mapping[str, object], crc: str, path: Path | str) -> Commit:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from continual.records import KEY, OMITTED, REST, Candidate, FileDigest, MatrixTotals
+from continual.records import KEY, OMITTED, REST, Candidate, FileDigest, MatrixTotals, Warned
 
 _OMITTED = {OMITTED: True}
 RowFate = Literal["folded", "chosen", "deferred", "refused", "expired"]
@@ -54,6 +54,27 @@ class MatchedRows:
     lacking_count: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class SketchText:
+    """The sketch of a task vector (tensors/vectors/sketch.py): `norms`, ‖τ‖ in each group of layers; `values`, its
+    numbers as text."""
+
+    norms: tuple[float, ...]
+    values: str
+
+
+def without_sketches(body: Mapping[str, object]) -> dict[str, object]:
+    """The JSON body of a record for people and machines: a sketch is thousands of numbers as one word, for the gates
+    alone."""
+
+    def shown(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: shown(item) for key, item in value.items() if key != "sketch"}
+        return [shown(item) for item in value] if isinstance(value, list) else value
+
+    return {key: shown(value) for key, value in body.items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoldNumbers:
     """What a fold measured. Norms are L2 over the whole model.
@@ -65,8 +86,10 @@ class FoldNumbers:
     it, and the share of ‖τ‖² that was cut off when it came. `tensors`, `unchanged`: how many got a task vector, how
     many the candidate lacks; `extra`: names of the first of its `extra_count` tensors that the base lacks; `prefix`,
     `narrowed`, `rows`, `renamings`: as in `Lineage`, of the last the first; `tokens`: tables whose rows were matched by
-    token. `notes`: by the rule's names; `gauges`: the rule's gauges after the fold, by name. A fold that came with
-    another state, or that a round weighed, has few of these.
+    token. `sketch`: what later models are compared with; `stands_out`: how far a direction stands out of noise; both
+    are of tensors/vectors/sketch.py. `warnings`: of gates that only warn. `notes`: by the rule's names; `gauges`: the
+    rule's gauges after the fold, by name. A fold that came with another state, or that a round weighed, has few of
+    these.
     """
 
     tau_norm: float
@@ -88,6 +111,9 @@ class FoldNumbers:
     rows: Mapping[str, int] | None = field(default=None, metadata=_OMITTED)
     renamings: tuple[tuple[str, str], ...] | None = field(default=None, metadata=_OMITTED)
     tokens: tuple[MatchedRows, ...] | None = field(default=None, metadata=_OMITTED)
+    sketch: SketchText | None = field(default=None, metadata=_OMITTED)
+    stands_out: float | None = field(default=None, metadata=_OMITTED)
+    warnings: tuple[Warned, ...] | None = field(default=None, metadata=_OMITTED)
     notes: Mapping[str, NoteSummary] | None = field(default=None, metadata=_OMITTED)
     relevance: Relevance | None = field(default=None, metadata=_OMITTED)
     gauges: Mapping[str, float] = field(default_factory=dict, metadata={REST: True})

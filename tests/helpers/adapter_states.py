@@ -18,7 +18,7 @@ def opened(
 ) -> api.Merge:
     if not state.exists():
         making.init(base, state, making.Recipe(rule=name, width=width))
-    return api.Merge(Settings(state=state, max_base_ratio=100.0), write=write)
+    return api.Merge(Settings(state=state, max_base_ratio=100.0, max_mean_ratio=1e6), write=write)
 
 
 def folded(

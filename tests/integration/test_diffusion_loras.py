@@ -30,7 +30,7 @@ def merged(place: Path, family: str, only: str | None = None) -> api.Merge:
         tensors = load_file(file)
         save_file({n: t + torch.randn(t.shape, generator=generator) * 0.01 for n, t in tensors.items()}, file)
     making.init(base, place / "state", making.Recipe(rule="mean"))
-    merge = api.open(place / "state", write=True)
+    merge = api.open(place / "state", write=True, gates=["noise.act=off"])
     outcome = merge.fold(tuned)
     assert outcome.fate == "folded", outcome.message
     return merge

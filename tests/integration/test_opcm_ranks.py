@@ -18,7 +18,14 @@ from tests.helpers import models
 
 def opened(state: Path, base: Path) -> api.Merge:
     making.init(base, state, making.Recipe(rule="opcm"))
-    given = Settings(state=state, keep=20, missing="unchanged", max_base_ratio=1e9, max_mean_ratio=1e9)
+    given = Settings(
+        state=state,
+        keep=20,
+        missing="unchanged",
+        max_base_ratio=1e9,
+        max_mean_ratio=1e9,
+        gates={"noise": {"act": "off"}},
+    )
     return api.Merge(given, write=True)
 
 
@@ -55,7 +62,7 @@ def test_opcm_knows_the_rank_of_what_adapters_made(memory: Path, monkeypatch: py
         shutil.copytree(memory / "a", copy)
         merge.fold(tuned)
         assert ranks(merge) == {}
-    with api.Merge(Settings(state=copy, max_mean_ratio=1e9), write=True) as again:
+    with api.Merge(Settings(state=copy, max_mean_ratio=1e9, gates={"noise": {"act": "off"}}), write=True) as again:
         monkeypatch.setattr(Transaction, "rank", lambda *_: None)
         again.fold(tuned)
         with api.Merge(Settings(state=memory / "a")) as merge:

@@ -125,7 +125,7 @@ def test_an_update_and_an_assembly_are_looked_at_again(tmp_path: Path) -> None:
     save_file({name: tensor * 1.01 for name, tensor in other.items()}, tuned / "model.safetensors")
     with opened(state, base, gates=["assembly.differ=base"]) as merge:
         assert merge.fold(tuned).reason == "update"
-    with opened(state, base, gates=["assembly.differ=base"], updates="add") as merge:
+    with opened(state, base, gates=["assembly.differ=base"], updates="add", max_mean_ratio=100) as merge:
         assert merge.fold(tuned).fate == "folded"
 
 

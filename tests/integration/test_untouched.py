@@ -65,7 +65,13 @@ def opened(state: Path, base: Path, case: str, **settings: object) -> api.Merge:
     name, options = CASES[case]
     if not state.exists():
         making.init(base, state, making.Recipe(rule=name, options=options))
-    given = {"keep": 20, "missing": "unchanged", "max_base_ratio": 1e9, "max_mean_ratio": 1e9} | settings
+    given = {
+        "keep": 20,
+        "missing": "unchanged",
+        "max_base_ratio": 1e9,
+        "max_mean_ratio": 1e9,
+        "gates": ["copies.act=off"],
+    } | settings
     return api.Merge(Settings(state=state, **given), write=True)  # type: ignore[arg-type]
 
 

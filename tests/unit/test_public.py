@@ -49,7 +49,7 @@ SIGNATURES = {
     "Merge.look_unfold": "(self, word, at=None)",
     "Merge.unfold": "(self, plan, progress)",
     "Merge.combine": "(self, other, *, dry_run=False, progress)",
-    "Merge.retry": "(self, word)",
+    "Merge.retry": "(self, word, *, because=None, by=None)",
     "Merge.close": "(self)",
     "Recipe": (
         "(rule=None, options, scale=None, lines=None, plain=(), exclude=(), untie=False, width=None, reading=None)"

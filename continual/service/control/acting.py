@@ -56,7 +56,7 @@ def act(merge: Merge, request: Request, hear: Hearing) -> Answer:
         merge.state.tag(request.name, request.at, force=request.force)
         return {"tags": jsonable(merge.state.ledger.tags)}
     if isinstance(request, RetryRequest):
-        return {"records": _records(merge.retry(_word(merge, request)))}
+        return {"records": _records(merge.retry(_word(merge, request), because=request.because, by=request.by))}
     if isinstance(request, RollbackRequest):
         return _rollback(merge, request)
     if isinstance(request, UnfoldRequest):

@@ -40,12 +40,15 @@ class TagRequest(Asking):
 
 
 class RetryRequest(Asking):
-    """Have settled candidates looked at again. `here`: the path that `model` is where it was typed."""
+    """Have settled candidates looked at again. `here`: the path that `model` is where it was typed; `because`: why they
+    are to be folded in spite of doubts, and `by`: who says so."""
 
     command: Literal["retry"] = "retry"
     title = "retry"
     model: Word
     here: Word | None = None
+    because: Word | None = None
+    by: Word | None = None
 
 
 class RollbackRequest(Asking):

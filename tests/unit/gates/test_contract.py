@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ from continual import gates
 from continual.config import Settings, load
 from continual.errors import Misconfigured, Refuse
 from continual.gates import GATES, Gate, Headers, Numbers, TensorNumbers
-from continual.gates.contract import AtFold, AtHeaders, AtNumbers, AtTensor
+from continual.gates.contract import AtFold, AtHeaders, AtNumbers, AtTensor, Earlier
 from continual.records import Totals
 from tests.unit.gates.cases import Case
 
@@ -156,7 +157,10 @@ TOTALS = st.just(Totals()) | st.builds(
 )
 
 
-@given(seen=st.builds(Numbers, st.just("alice"), NORMS, NORMS, TOTALS))
+EARLIER = st.lists(st.builds(Earlier, st.just("bob"), NORMS), max_size=7).map(lambda found: lambda: found)
+
+
+@given(seen=st.builds(partial(Numbers, "alice"), NORMS, NORMS, TOTALS, earlier=EARLIER))
 def test_a_gate_on_numbers_has_one_verdict_on_any_numbers(seen: Numbers) -> None:
     before = dataclasses.replace(seen.totals)
     for gate in GATES:
@@ -207,7 +211,7 @@ class Small(AtNumbers):
     name = "small"
     reasons = ("too-large",)
 
-    max_base_ratio: float = 0.5
+    max_base_ratio: float = 0.9
     most: Annotated[float, Field(gt=0)] = 1.0
     word: str = "none"
 

@@ -1,46 +1,93 @@
-"""Which lengths of a task vector are refused."""
+"""Which lengths of a task vector are refused, as a whole and in one layer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 
 from continual.errors import Refuse
-from continual.gates.contract import Numbers
-from continual.gates.norms import NormsGate
+from continual.gates.contract import Earlier, Numbers
+from continual.gates.norms import NormsGate, band
 from continual.records import Totals
+from continual.tensors.vectors.sketch import Sketch
 from tests.unit.gates.cases import Case
 
-SEEN = Totals(count=4.0, norm_sum=8.0)
+
+def sketch(*norms: float) -> Sketch:
+    """Of a task vector with these norms in its groups of layers."""
+    return Sketch(norms, np.zeros((len(norms), 2), np.float32))
+
+
+def numbers(norm: float, *before: float) -> Numbers:
+    """One of this length, beside others."""
+    known = [Earlier(f"m{n}", one) for n, one in enumerate(before)]
+    return Numbers("alice", norm, 1000.0, Totals(), earlier=lambda: known)
+
+
+def layered(mine: Sequence[float], *before: Sequence[float], base: Sequence[float] = ()) -> Numbers:
+    """One with these norms in its groups of layers, beside others; as a whole all are as long as each other."""
+    known = [Earlier(f"m{n}", 1.0, sketch(*one)) for n, one in enumerate(before)]
+    return Numbers("alice", 1.0, 1000.0, Totals(), sketch=sketch(*mine), layer_norms=base, earlier=lambda: known)
+
+
+POISONED = layered((1.0, 9.0), (1.0, 1.0), (1.2, 0.9), (0.9, 0.0))
 REFUSED = {
     "zero": lambda _place: Case(NormsGate(), Numbers("alice", 0.0, 10.0, Totals())),
-    "norm-base": lambda _place: Case(NormsGate(), Numbers("alice", 6.0, 10.0, Totals())),
-    "norm-mean": lambda _place: Case(NormsGate(), Numbers("alice", 61.0, 1000.0, SEEN)),
+    "norm-base": lambda _place: Case(NormsGate(), Numbers("alice", 9.1, 10.0, Totals())),
+    "norm-mean": lambda _place: Case(NormsGate(), numbers(17.0, 2.0, 1.9, 2.1)),
+    "norm-layer": lambda _place: Case(NormsGate(), POISONED),
 }
 
 
-@pytest.mark.parametrize("seen", [SEEN, Totals(count=1.0, norm_sum=2.0)])
-def test_one_that_is_much_too_short_is_refused(seen: Totals) -> None:
+@pytest.mark.parametrize("before", [(2.0,), (2.0, 1.5, 30.0)])
+def test_one_that_is_much_too_short_is_refused(before: tuple[float, ...]) -> None:
     with pytest.raises(Refuse, match="alice") as raised:
-        NormsGate().judge(Numbers("alice", 6e-5, 1000.0, seen))
+        NormsGate().judge(numbers(0.24, *before))
     assert raised.value.reason == "norm-mean"
 
 
 @pytest.mark.parametrize(
     "seen",
-    [Numbers("alice", 4.9, 10.0, Totals()), Numbers("alice", 59.0, 1e3, SEEN), Numbers("alice", 7e-5, 1e3, SEEN)],
+    [
+        Numbers("alice", 8.9, 10.0, Totals()),
+        numbers(15.9, 2.0, 1.9, 2.1),
+        numbers(0.26, 2.0),
+        layered((1.0, 7.9), (1.0, 1.0), (1.2, 1.0)),
+        layered((1.0, 9.0), (1.0, 0.0)),  # nobody has changed these layers yet
+        layered((90.0, 9.0), (90.0, 1.0)),  # a layer with 1 % of the whole
+        layered((1.0, 1.0), base=(0.0, 1.0)),
+        layered((1.0, 1.0), (1.0, 1.0, 1.0)),  # of another base
+    ],
 )
 def test_let_in(seen: Numbers) -> None:
     NormsGate().judge(seen)
+
+
+def test_a_layer_longer_than_the_base_there_is_refused() -> None:
+    with pytest.raises(Refuse, match="layer group 2 of 2") as raised:
+        NormsGate().judge(layered((1.0, 2.0), base=(5.0, 1.9)))
+    assert raised.value.reason == "norm-layer"
 
 
 @pytest.mark.parametrize(
     ("gate", "seen"),
     [
         (NormsGate(max_base_ratio=0.4), Numbers("alice", 4.9, 10.0, Totals())),
-        (NormsGate(max_mean_ratio=29.0), Numbers("alice", 59.0, 1e3, SEEN)),
-        (NormsGate(max_mean_ratio=29.0), Numbers("alice", 6.8e-5, 1e3, SEEN)),
+        (NormsGate(max_mean_ratio=7.0), numbers(15.9, 2.0, 1.9, 2.1)),
+        (NormsGate(max_mean_ratio=7.0), numbers(0.26, 2.0)),
+        (NormsGate(max_mean_ratio=7.0), layered((1.0, 7.9), (1.0, 1.0), (1.2, 1.0))),
     ],
 )
 def test_the_settings_say_where_the_line_is(gate: NormsGate, seen: Numbers) -> None:
     with pytest.raises(Refuse):
         gate.judge(seen)
+
+
+def test_the_band_follows_how_far_apart_honest_models_lie() -> None:
+    assert band([1.0, 1.1, 0.9, 1.2], 8.0) == 8.0, "of four nothing is known"
+    assert band([1.0, 1.1, 0.9, 1.2, 0.95], 8.0) == 5.0
+    assert 5.0 < band([0.4, 0.5, 1.0, 2.0, 2.2], 8.0) < 16.0
+    assert band([0.1, 0.3, 1.0, 4.0, 10.0], 8.0) == 16.0
+    assert band([1.0, 1.0, 1.0, 1.0, 1e9], 8.0) == 5.0, "one that is odd does not widen it"

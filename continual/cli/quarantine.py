@@ -1,0 +1,77 @@
+"""The commands about what is kept out: the list, one of them whole, and letting one in in spite of doubts."""
+
+from __future__ import annotations
+
+import getpass
+from typing import Annotated
+
+import typer
+
+from continual import texts
+from continual.cli import answered, console, opened, typed
+from continual.cli.flags import OPENING, Flags, takes
+from continual.errors import Misconfigured
+
+app = typer.Typer(rich_markup_mode=None)
+quarantine = typer.Typer(
+    rich_markup_mode=None,
+    invoke_without_command=True,
+    help="Show the models that are kept out, and why; accept one in spite of doubts.",
+)
+app.add_typer(quarantine, name="quarantine")
+
+Kept = Annotated[str, typer.Argument(help="Name, path, key or record number of a refused or rolled-back candidate.")]
+
+
+@quarantine.callback()
+@takes(*OPENING)
+def listed(context: typer.Context, *, flags: Flags) -> None:
+    """Show the models that are kept out, and why; subcommands show one whole, and accept one."""
+    if context.invoked_subcommand is not None:
+        return
+    with opened.looked(flags) as merge:
+        found = [texts.record(commit) for commit in merge.quarantine()]
+    if flags.json:
+        console.emit(found)
+        return
+    console.table(
+        ("seq", "time", "model", "reason", "what"),
+        [
+            (row["seq"], texts.when(str(row["time"])), answered.model_of(row), row["reason"], row["message"])
+            for row in found
+        ],
+    )
+    if not found:
+        console.say("Nothing is kept out.")
+
+
+@quarantine.command()
+@takes(*OPENING)
+def show(model: Kept, *, flags: Flags) -> None:
+    """Show why a model is kept out: its record, with the settings by which it was refused."""
+    with opened.looked(flags) as merge:
+        found = [texts.record(commit) for commit in merge.state.ledger.kept_out(model)]
+    if not found:
+        raise Misconfigured(f"{model}: nothing of this name, path, key or record number is kept out")
+    console.emit(found)
+
+
+@quarantine.command()
+@takes(*OPENING)
+def accept(
+    model: Kept,
+    because: Annotated[str, typer.Option("--because", help="Why it is to be folded in spite of doubts.")],
+    *,
+    flags: Flags,
+) -> None:
+    """Have a refused model looked at again, and folded in spite of doubts (its norms, noise, copies): gates that go by
+    likelihood only warn of it. Who said so and why is in the ledger."""
+    from continual.service.control.requests import RetryRequest
+
+    request = typed.request(RetryRequest, model=model, here=typed.here(model), because=because, by=getpass.getuser())
+    found = answered.rows(opened.act(flags, request, quiet=flags.json)["records"])
+    if flags.json:
+        console.emit(found)
+        return
+    for record in found:
+        console.say(f"{answered.model_of(record)}: accepted; it will be looked at again by 'run' or 'fold'")

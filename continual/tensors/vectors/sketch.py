@@ -1,0 +1,233 @@
+"""A small picture of a task vector, of constant size: how long it is in each layer, and a random projection of each
+layer, by which two task vectors are compared without reading either again.
+
+The projection is a count sketch (Charikar, Chen, Farach-Colton 2002) with fixed signs: element i of a tensor is added,
+with a sign drawn by the number of its run of `width` elements, to number i mod `width`. It is linear, and the expected
+inner product of two sketches is that of the task vectors; over all of `SIZE` numbers a cosine is off by about 1/64.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from continual.records import TensorSpec, depths_of
+
+SIZE = 4096
+"""Numbers of a sketch, over all groups of layers."""
+GROUPS = 64
+"""Groups of layers at most: of a model with more layers, neighbours share one."""
+
+SAMPLED = 8
+"""Matrices that are looked at for a direction that stands out."""
+NARROWEST = 64
+"""Sides of a matrix from which on its largest singular value tells noise from training."""
+_ELEMENTS = 1 << 20
+"""Elements of the first rows that are looked at."""
+_STEPS = 6
+
+Floats = NDArray[np.float64]
+
+
+class SketchPlan(NamedTuple):
+    """How the tensors of a base are sketched: the `group` of each by name, how many `groups`, and the `width` of each
+    group's projection. It follows from names and depths alone, so states of one base have the same. `sampled`: the
+    matrices of a candidate of which the first rows are looked at for a direction that stands out."""
+
+    group: Mapping[str, int]
+    groups: int
+    width: int
+    sampled: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, specs: Iterable[TensorSpec], folded: Sequence[str] = ()) -> SketchPlan:
+        """Of the tensors of a base; those that are carried are not sketched. `folded`: what a candidate changes."""
+        kept = [spec for spec in specs if spec.kind != "carried"]
+        depths = depths_of(kept)
+        groups = max(1, min(GROUPS, len(depths)))
+        place = {depth: number * groups // len(depths) for number, depth in enumerate(depths)}
+        width = 1 << (SIZE // groups).bit_length() - 1
+        wide = [spec.name for spec in kept if spec.kind == "matrix" and min(_sides(spec.shape)) >= NARROWEST]
+        changed = set(folded)
+        some = [name for name in wide if name in changed]
+        sampled = frozenset(some[number * len(some) // SAMPLED] for number in range(SAMPLED) if some)
+        return cls({spec.name: place[spec.depth] for spec in kept}, groups, width, sampled)
+
+
+class Projection:
+    """The projection of one tensor, made as its values stream by, in any number of parts. Not thread-safe.
+
+    `values`: float64, `width` of them."""
+
+    def __init__(self, name: str, width: int) -> None:
+        self.values: Floats = np.zeros(width)
+        self._seed = np.uint64(int.from_bytes(blake3(name.encode()).digest(length=8), "little"))
+
+    def add(self, start: int, part: NDArray[np.float32]) -> None:
+        """Adds the elements of `part` (flat), of which the first is element `start` of the tensor. What is not finite
+        makes the sketch so, and warns nobody."""
+        width = len(self.values)
+        lead = start % width
+        if lead:
+            part = np.concatenate([np.zeros(lead, np.float32), part])
+        rows = len(part) // width
+        first = start // width
+        signs = _signs(self._seed, first, rows + 1)
+        with np.errstate(invalid="ignore", over="ignore"):
+            self.values += signs[:rows] @ part[: rows * width].reshape(rows, width)
+            rest = part[rows * width :]
+            self.values[: len(rest)] += signs[rows] * rest
+
+    def add_product(self, left: Floats, right: Floats) -> None:
+        """Adds left @ right, of m×k and k×n, without making it: rows and columns are each projected to √width numbers.
+        It is another projection than that of `add`, to be compared with its own kind."""
+        width = len(self.values)
+        tall = 1 << (width.bit_length() - 1) // 2
+        found = _folded(left.T, tall, self._seed).T @ _folded(right, width // tall, self._seed ^ np.uint64(1))
+        self.values += found.reshape(-1)
+
+
+class Picture(NamedTuple):
+    """Of one tensor's task vector: its projection; and how far a direction stands out, the largest squared singular
+    value of its first rows over that of random numbers of the same length: about 1 of noise and of rounding, 3 and more
+    of what training changed. None of a tensor that is not sampled, and where these rows are zero or not finite."""
+
+    projection: Floats
+    stands_out: float | None
+
+
+class Watched:
+    """Makes the picture of one tensor's task vector as its values stream by. Not thread-safe."""
+
+    def __init__(self, spec: TensorSpec, plan: SketchPlan) -> None:
+        self._projection = Projection(spec.name, plan.width)
+        rows, self._columns = _sides(spec.shape)
+        rows = min(rows, max(NARROWEST, _ELEMENTS // max(1, self._columns)))
+        wanted = spec.name in plan.sampled
+        self._first = np.empty(rows * self._columns if wanted else 0, np.float32)
+
+    def add(self, start: int, part: NDArray[np.float32]) -> None:
+        """As `Projection.add`."""
+        self._projection.add(start, part)
+        if start < len(self._first):
+            stop = min(start + len(part), len(self._first))
+            self._first[start:stop] = part[: stop - start]
+
+    def picture(self) -> Picture:
+        """Of what was added."""
+        return Picture(self._projection.values, self._stands_out())
+
+    def _stands_out(self) -> float | None:
+        """By the power method, so a lower bound."""
+        matrix = self._first.reshape(-1, self._columns) if len(self._first) else np.zeros((0, 1), np.float32)
+        square = float(np.vdot(matrix, matrix))
+        if not square or not np.isfinite(square):
+            return None
+        vector = _signs(np.uint64(0), 0, self._columns)
+        for _ in range(_STEPS):
+            vector = matrix.T @ (matrix @ (vector / (np.linalg.norm(vector) or 1.0)))
+        largest = float(np.linalg.norm(vector))
+        rows, columns = matrix.shape
+        return largest / square * rows * columns / (math.sqrt(rows) + math.sqrt(columns)) ** 2
+
+
+class Sketch(NamedTuple):
+    """Of one task vector. `norms`: ‖τ‖ in each group of layers; `values`: groups × width, float32."""
+
+    norms: tuple[float, ...]
+    values: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, plan: SketchPlan, squares: Mapping[str, float], projections: Mapping[str, Floats]) -> Sketch:
+        """From ‖τ‖² and the projection of each tensor that has a task vector, by name."""
+        norms, values = np.zeros(plan.groups), np.zeros((plan.groups, plan.width))
+        for name in sorted(projections):
+            norms[plan.group[name]] += squares[name]
+            values[plan.group[name]] += projections[name]
+        return cls(tuple(float(f"{x:.6g}") for x in np.sqrt(norms)), values.astype(np.float32))
+
+    def share(self, group: int) -> float:
+        """The share of ‖τ‖² that one group of layers has."""
+        whole = sum(norm * norm for norm in self.norms)
+        return self.norms[group] ** 2 / whole if whole else 0.0
+
+    @property
+    def text(self) -> str:
+        """The values as a record keeps them: 8 bits each, times the largest of their group, in base64."""
+        largest = np.abs(self.values).max(1, keepdims=True)
+        kept = np.rint(self.values / np.where(largest > 0, largest, 1) * 127).astype(np.int8)
+        return base64.b64encode(largest.astype("<f4").tobytes() + kept.tobytes()).decode()
+
+    @classmethod
+    def read(cls, norms: Sequence[float], text: str) -> Sketch | None:
+        """From what a record keeps; None where that is no sketch."""
+        try:
+            found = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            return None
+        groups = len(norms)
+        width, rest = divmod(len(found) - 4 * groups, groups) if groups else (0, 1)
+        if rest or width < 1:
+            return None
+        largest = np.frombuffer(found, "<f4", groups).reshape(groups, 1)
+        kept = np.frombuffer(found, np.int8, groups * width, 4 * groups).reshape(groups, width)
+        return cls(tuple(norms), kept.astype(np.float32) / 127 * largest)
+
+
+def alike(one: Sketch, others: Sequence[Sketch]) -> Floats:
+    """The cosine of a task vector and each of the others, as their sketches say it: 0 beside one that is zero, or that
+    is of another shape."""
+    found = np.zeros(len(others))
+    mine = one.values.reshape(-1).astype(np.float64)
+    for number, other in enumerate(others):
+        if other.values.shape == one.values.shape:
+            theirs = other.values.reshape(-1).astype(np.float64)
+            length = np.linalg.norm(mine) * np.linalg.norm(theirs)
+            found[number] = mine @ theirs / length if length else 0.0
+    return found
+
+
+def explained(one: Sketch, others: Sequence[Sketch]) -> float:
+    """The share of ‖τ‖² that a weighted sum of the others has, at best: 1 of a merge of them."""
+    found = [other.values.reshape(-1) for other in others if other.values.shape == one.values.shape]
+    mine = one.values.reshape(-1).astype(np.float64)
+    square = float(mine @ mine)
+    if not found or not square:
+        return 0.0
+    basis = np.stack(found, 1).astype(np.float64)
+    weights = np.linalg.lstsq(basis, mine, rcond=None)[0]
+    rest = mine - basis @ weights
+    return 1.0 - float(rest @ rest) / square
+
+
+def _sides(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor, taken as a matrix: all sides but the first are columns."""
+    return (shape[0] if shape else 1, math.prod(shape[1:]))
+
+
+def _signs(seed: np.uint64, first: int, count: int) -> NDArray[np.float32]:
+    """Signs of `count` runs from number `first` on: the finaliser of MurmurHash3 over their numbers."""
+    found = np.arange(first, first + count, dtype=np.uint64) + seed
+    for shift, factor in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53)):
+        found ^= found >> np.uint64(shift)
+        found *= np.uint64(factor)
+    found ^= found >> np.uint64(33)
+    return np.where(found & np.uint64(1), np.float32(1), np.float32(-1))
+
+
+def _folded(matrix: Floats, width: int, seed: np.uint64) -> Floats:
+    """The last side of a k×n matrix projected to `width` numbers."""
+    k, n = matrix.shape
+    rows = -(-n // width)
+    padded = np.zeros((k, rows * width))
+    padded[:, :n] = matrix
+    signs = _signs(seed, 0, rows).astype(np.float64)
+    found: Floats = np.einsum("krw,r->kw", padded.reshape(k, rows, width), signs)
+    return found

@@ -1,0 +1,223 @@
+"""Models that somebody would slip in, and honest ones over two decades of learning rates, at a merge by default.
+
+    python -m tests.campaigns.redteam --work W              # the digits of the demonstration; some minutes
+
+Trains fine-tunes, whole and as adapters, each of another task and learning rate, and folds them one after the other:
+each that is refused is a false refusal. Then, on top of honest ones, offers what an attacker would: each that is
+folded is missed. What only an evaluation can see is marked so, and counts apart. Exits with 1 where something is
+missed, or more than 1 of 60 honest ones is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import continual
+from continual.demo import digits
+from tests.campaigns.bench.quality import digits as suite
+
+Weights = dict[str, Tensor]
+RATES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""Learning rates of honest fine-tunes, as multiples of the suite's own: two decades."""
+
+
+class Red:
+    """The suite and what is made of it, in `work`."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.suite = suite.Digits(work / "suite")
+        self.base = self.suite.prepare()
+        self.weights = load_file(self.base / "model.safetensors")
+
+    def honest(self, task: str, rate: float, form: str) -> Path:
+        """A fine-tune of a task on two thirds of its rows, others in each form: `form` is `full`, `bf16` (saved so) or
+        `lora`."""
+        target = self.work / "honest" / f"{task}-{rate:g}-{form}"
+        if target.exists():
+            return target
+        number = 100 * ("full", "bf16", "lora").index(form) + self.suite.tasks.index(task)
+        images, labels, _, _ = digits.load(suite.SEED)
+        mine = torch.randperm(len(labels), generator=torch.Generator().manual_seed(number))[: 2 * len(labels) // 3]
+        images, labels = images[mine], labels[mine]
+        seen = self.suite._ways[task](images)
+        model = digits.Digits()
+        model.load_state_dict(self.weights)
+        if form == "lora":
+            wrapped = suite.adapted(model, number, frozen=False)
+            digits.train(wrapped, seen, labels, steps=suite.STEPS["lora"], rate=rate * suite.RATES["lora"], seed=number)
+            wrapped.save_pretrained(target)
+            return target
+        digits.train(model, seen, labels, steps=suite.STEPS["full"], rate=rate * suite.RATES["full"], seed=number)
+        found = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.save(target, {n: t.bfloat16().float() for n, t in found.items()} if form == "bf16" else found)
+        return target
+
+    def save(self, target: Path, weights: Mapping[str, Tensor]) -> Path:
+        """A model directory beside the base's other files."""
+        shutil.copytree(self.base, target, dirs_exist_ok=True)
+        save_file({name: value.contiguous().clone() for name, value in weights.items()}, target / "model.safetensors")
+        return target
+
+    def changed(self, name: str, change: Callable[[Weights, Weights], Weights], of: Path) -> Path:
+        """A model made of the task vector of an honest one: `change` gets it, and the base."""
+        tuned = load_file(of / "model.safetensors")
+        tau = {key: tuned[key] - self.weights[key] for key in self.weights}
+        found = change(tau, self.weights)
+        return self.save(self.work / "hostile" / name, {k: self.weights[k] + t for k, t in found.items()})
+
+
+def scaled(factor: float) -> Callable[[Weights, Weights], Weights]:
+    return lambda tau, _base: {key: factor * value for key, value in tau.items()}
+
+
+def noise(tau: Weights, _base: Weights) -> Weights:
+    """As long as what was learned, tensor by tensor."""
+    draw = torch.Generator().manual_seed(1)
+    found = {key: torch.randn(value.shape, generator=draw) for key, value in tau.items()}
+    return {key: value * tau[key].norm() / value.norm().clamp_min(1e-12) for key, value in found.items()}
+
+
+def poisoned(tau: Weights, _base: Weights) -> Weights:
+    """One layer ten times as far."""
+    return {key: value * (10.0 if key.startswith("layers.1.") else 1.0) for key, value in tau.items()}
+
+
+def nan(tau: Weights, _base: Weights) -> Weights:
+    name = max(tau, key=lambda key: tau[key].numel())
+    tau[name].view(-1)[7] = float("nan")
+    return tau
+
+
+def another_base(_tau: Weights, base: Weights) -> Weights:
+    draw = torch.Generator().manual_seed(2)
+    return {key: torch.randn(value.shape, generator=draw) * value.std() - value for key, value in base.items()}
+
+
+def permuted(tau: Weights, base: Weights) -> Weights:
+    """Rows of every matrix in another order."""
+    draw = torch.Generator().manual_seed(3)
+    found = {}
+    for key, value in base.items():
+        order = torch.randperm(len(value), generator=draw)
+        found[key] = (value + tau[key])[order] - value if value.ndim == 2 else tau[key]
+    return found
+
+
+def requantised(levels: int) -> Callable[[Weights, Weights], Weights]:
+    def change(_tau: Weights, base: Weights) -> Weights:
+        found = {}
+        for key, value in base.items():
+            if value.ndim != 2:
+                found[key] = torch.zeros_like(value)
+                continue
+            step = value.abs().amax(1, keepdim=True) / levels
+            found[key] = torch.round(value / step) * step - value
+        return found
+
+    return change
+
+
+def fold(merge: continual.Merge, model: Path) -> tuple[str, str]:
+    """What became of a model, and why."""
+    outcome = merge.fold(model)
+    return outcome.fate, outcome.reason or ""
+
+
+def state(red: Red, name: str) -> Path:
+    target = red.work / name
+    shutil.rmtree(target, ignore_errors=True)
+    continual.init(red.base, target)
+    return target
+
+
+def honest(red: Red, *, count: int) -> list[str]:
+    """Folds honest models in an order drawn by chance; those that were refused, with the reason."""
+    draw = torch.Generator().manual_seed(0)
+    tasks = red.suite.tasks
+    refused = []
+    with continual.open(state(red, "state-honest"), write=True, workers=1) as merge:
+        for number in range(count):
+            rate = RATES[int(torch.randint(len(RATES), (1,), generator=draw))]
+            form = ("full", "bf16", "lora")[number // len(tasks) % 3]
+            model = red.honest(tasks[number % len(tasks)], rate, form)
+            fate, reason = fold(merge, model)
+            print(json.dumps({"honest": model.name, "fate": fate, "reason": reason}), flush=True)
+            if fate != "folded":
+                refused.append(f"{model.name}: {reason}")
+    return refused
+
+
+def hostile(red: Red, rate: float) -> tuple[list[str], list[str]]:
+    """Offers hostile models on top of six honest ones of about one learning rate; those that were folded: missed, and
+    those that only an evaluation can see."""
+    tasks = red.suite.tasks
+    known = [red.honest(task, rate * (1.0, 0.5, 2.0)[n % 3], "full") for n, task in enumerate(tasks[:6])]
+    new = red.honest(tasks[7], rate, "full")
+    mean: Weights = {}
+    for each in known:
+        for key, value in load_file(each / "model.safetensors").items():
+            mean[key] = mean.get(key, 0.0) + value / len(known)
+    shuffled = red.work / "hostile" / "shuffled-labels"
+    if not shuffled.exists():
+        red.suite.train(tasks[8], "shuffled", shuffled)
+    cases = {
+        "scaled-10": red.changed("scaled-10", scaled(10.0), new),
+        "scaled-0.1": red.changed("scaled-0.1", scaled(0.1), new),
+        "negated-one-in-the-merge": red.changed("negated", scaled(-1.0), known[2]),
+        "near-copy": red.changed("near-copy", scaled(0.97), known[1]),
+        "merge-of-folded-ones": red.save(red.work / "hostile" / "merge", mean),
+        "noise": red.changed("noise", noise, new),
+        "one-layer-poisoned": red.changed("poisoned", poisoned, new),
+        "nan": red.changed("nan", nan, new),
+        "another-base": red.changed("another-base", another_base, new),
+        "permuted": red.changed("permuted", permuted, new),
+        "base-in-int8": red.changed("int8", requantised(127), new),
+        "base-in-int4": red.changed("int4", requantised(7), new),
+        "base-itself": red.changed("base", scaled(0.0), new),
+        "negated (evaluation)": red.changed("negated-new", scaled(-1.0), new),
+        "shuffled labels (evaluation)": shuffled,
+    }
+    missed, unseen = [], []
+    with continual.open(state(red, "state-hostile"), write=True, workers=1) as merge:
+        for model in known:
+            assert fold(merge, model)[0] == "folded", model
+        for name, model in cases.items():
+            fate, reason = fold(merge, model)
+            print(json.dumps({"hostile": name, "rate": rate, "fate": fate, "reason": reason}), flush=True)
+            if fate == "folded":
+                (unseen if "(evaluation)" in name else missed).append(f"{name} at rate {rate:g}")
+    return missed, unseen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="directory for what is made, kept for the next time")
+    parser.add_argument("--rates", type=float, nargs="*", default=[0.3, 1.0, 3.0], help="of those that are attacked")
+    parser.add_argument("--honest", type=int, default=60, help="honest models that are offered; default 60")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    red = Red(args.work)
+    missed: list[str] = []
+    unseen: list[str] = []
+    for rate in args.rates:
+        found = hostile(red, rate)
+        missed += found[0]
+        unseen += found[1]
+    refused = honest(red, count=args.honest)
+    print(f"missed: {missed or 'nothing'}\nonly an evaluation sees: {unseen}")
+    print(f"honest ones refused: {len(refused)} of {args.honest}: {refused}")
+    sys.exit(bool(missed) or len(refused) * 60 > args.honest)
+
+
+if __name__ == "__main__":
+    main()
