@@ -152,12 +152,21 @@ def _models(scratch: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) ->
     """A base and two fine-tunes."""
     random = torch.Generator().manual_seed(0)
     values = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
-    found = []
-    for name in ("base", "first", "second"):
-        found.append(_written(scratch / name, values, dtype))
-        for value in values.values():
-            value += 0.02 * torch.randn(value.shape, generator=random)
+    found = [_written(scratch / "base", values, dtype)]
+    for tune in ("first", "second"):
+        changed = {name: value + 0.02 * _change(value.shape, random) for name, value in values.items()}
+        found.append(_written(scratch / tune, changed, dtype))
     return found
+
+
+def _change(shape: Sequence[int], random: torch.Generator) -> Tensor:
+    """Noise, in matrices with one direction that stands out of it as in those that were trained, or a gate would take
+    it for noise."""
+    noise = torch.randn(*shape, generator=random)
+    if len(shape) < 2:
+        return noise
+    left, right = torch.randn(shape[0], generator=random), torch.randn(shape[1], generator=random)
+    return noise.addr_(left / left.norm(), right / right.norm(), alpha=4.0 * (shape[0] ** 0.5 + shape[1] ** 0.5))
 
 
 def _written(directory: Path, values: Mapping[str, Tensor], dtype: str) -> Path:

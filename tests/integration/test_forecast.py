@@ -14,10 +14,10 @@ from tests.helpers.command import machine, run
 pytestmark = pytest.mark.slow
 
 SHAPES = {
-    "model.embed_tokens.weight": (3000, 64),
-    "model.norm.weight": (64,),
-    **{f"model.layers.0.self_attn.{p}_proj.weight": (64, 64) for p in "qkvo"},
-    "model.layers.0.mlp.up_proj.weight": (256, 64),
+    "model.embed_tokens.weight": (3000, 48),
+    "model.norm.weight": (48,),
+    **{f"model.layers.0.self_attn.{p}_proj.weight": (48, 48) for p in "qkvo"},
+    "model.layers.0.mlp.up_proj.weight": (192, 48),
 }
 
 

@@ -67,13 +67,14 @@ def turns(rule: str, base: Path, tunes: list[Path], work: Path, workers: int) ->
     """The ratios of every turn, by what was done."""
     state, export = work / "state", work / "export"
     on = ("--state", str(state), "--workers", str(workers))
+    gates = ("--gate", "noise.act=off")  # what is folded here is noise
     before = said("plan", "--init", header_of(base, work / "header"), "--rule", rule, *on)
     continual("init", str(base), "--rule", rule, "--state", str(state))
-    continual("fold", str(tunes[0]), *on, "--keep", "1")
+    continual("fold", str(tunes[0]), *on, *gates, "--keep", "1")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("fold", "export", "fold (init)", "export (init)")}
     for tune in tunes[1:]:
-        (now,) = said("plan", tune, "--time", *on)
-        fold = continual("fold", str(tune), *on, "--keep", "1")
+        (now,) = said("plan", tune, "--time", *on, *gates)
+        fold = continual("fold", str(tune), *on, *gates, "--keep", "1")
         wrote = on_disk(state / "generations")
         exported = continual("export", str(export), *on)
         out = on_disk(export)
