@@ -55,7 +55,9 @@ def _what(body: Body) -> str:
     told += f", cut {share(found['cut'])}" if found.get("cut") else ""
     told += f", lambda {found['lambda']:.3f}" if "lambda" in found else ""
     out = few(found.get("extra") or (), found.get("extra_count"))
-    return told + (f"; left out: {out}" if out else "")
+    told += f"; left out: {out}" if out else ""
+    warned = ", ".join(one["reason"] for one in found.get("warnings") or ())
+    return told + (f"; warned: {warned}" if warned else "")
 
 
 def rollback(found: Body, *, whole: bool = True) -> None:

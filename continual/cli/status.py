@@ -87,8 +87,10 @@ def _form(form: Mapping[str, Any] | None) -> list[str]:
 
 
 def _fold(fold: Mapping[str, Any]) -> str:
-    """A fold, with what was cut off and what was left out."""
-    return f"folded     {when(fold['time'])}  {fold['seq']}  {fold['model']}{_cut(fold)}{_left_out(fold)}"
+    """A fold, with what was cut off, what was left out, and what gates warned of."""
+    return (
+        f"folded     {when(fold['time'])}  {fold['seq']}  {fold['model']}{_cut(fold)}{_left_out(fold)}{_warned(fold)}"
+    )
 
 
 def _cut(fold: Mapping[str, Any]) -> str:
@@ -103,6 +105,11 @@ def _left_out(fold: Mapping[str, Any]) -> str:
     """What a fold left out. A daemon of an earlier version does not say it."""
     out = fold.get("left_out")
     return f" (left out: {out})" if out else ""
+
+
+def _warned(fold: Mapping[str, Any]) -> str:
+    """What gates found that only warn."""
+    return f" (warned: {fold['warned']})" if fold.get("warned") else ""
 
 
 def _view(view: Mapping[str, Any]) -> str:

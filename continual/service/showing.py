@@ -72,6 +72,7 @@ def fold(commit: FoldCommit, full: Fullness | None) -> ShownFold:
         cosine=numbers.cosine,
         weight=numbers.weight,
         left_out=few(numbers.extra or (), numbers.extra_count),
+        warned=numbers.warned,
         cut=numbers.cut,
         cut_now=None if full is None else full.models.get(commit.entry.numbers.block or 0),
     )

@@ -274,6 +274,7 @@ class Worker:
             else:
                 seconds = round(report.seconds["total"], 3)
                 said = {"left_out": report.left_out, "tokens": report.tokens_left_out, "cut_others": report.cut_others}
+                said["warned"] = report.numbers.warned
                 out = {key: text for key, text in said.items() if text}
                 log.info("folded", **report.figures(), seconds=seconds, bytes_read=report.bytes_read, **out)
             self._fresh()

@@ -119,6 +119,11 @@ class FoldNumbers:
     gauges: Mapping[str, float] = field(default_factory=dict, metadata={REST: True})
 
     @property
+    def warned(self) -> str:
+        """The reasons of what gates found that only warn; empty where there are none."""
+        return ", ".join(one.reason for one in self.warnings or ())
+
+    @property
     def figures(self) -> MatrixTotals | None:
         """What the model added to the totals of a rule that sees matrices; None where its record does not say."""
         if self.matrix_norm is None or self.plain_norm is None or self.spread_norm is None:

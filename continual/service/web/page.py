@@ -290,6 +290,7 @@ def _folds(rows: Sequence[ShownFold]) -> str:
     if not rows:
         return '<p class="none">No fold yet.</p>'
     outs = any(r.left_out for r in rows)
+    warned = any(r.warned for r in rows)
     cosines = any(r.cosine is not None for r in rows)
     cuts = any(r.cut is not None for r in rows)
     return _table(
@@ -303,6 +304,7 @@ def _folds(rows: Sequence[ShownFold]) -> str:
             "weight",
             *(("cut at fold", "cut by now") if cuts else ()),
             *(("left out",) if outs else ()),
+            *(("warned",) if warned else ()),
         ),
         (
             (
@@ -315,6 +317,7 @@ def _folds(rows: Sequence[ShownFold]) -> str:
                 figure(r.weight, ".3g"),
                 *((share(r.cut), share(r.cut_now)) if cuts else ()),
                 *((r.left_out,) if outs else ()),
+                *((r.warned,) if warned else ()),
             )
             for r in rows
         ),

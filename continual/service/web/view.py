@@ -34,8 +34,9 @@ class UnderWay:
 class ShownFold:
     """A fold: the number and time of its record, the model's name and form, the norm of its task vector, its cosine
     with the merge before it, and its weight. None: the rule does not measure it. `left_out`: the first of its tensors
-    that this state lacks and that stay out, and how many more; empty where there are none. `cut`, `cut_now`: of a state
-    of adapters, the share of ‖τ‖² that was cut off when it came, and by now."""
+    that this state lacks and that stay out, and how many more; empty where there are none. `warned`: the reasons of
+    gates that only warned. `cut`, `cut_now`: of a state of adapters, the share of ‖τ‖² that was cut off when it came,
+    and by now."""
 
     seq: int
     time: str
@@ -45,6 +46,7 @@ class ShownFold:
     cosine: float | None
     weight: float | None
     left_out: str = ""
+    warned: str = ""
     cut: float | None = None
     cut_now: float | None = None
 

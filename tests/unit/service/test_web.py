@@ -12,7 +12,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from continual import api, making
+from continual import api, gates, making
 from continual.cli import answered
 from continual.cli.status import text
 from continual.config import Settings
@@ -65,6 +65,22 @@ def test_what_a_fold_left_out_is_on_the_page_in_the_status_and_in_the_log(
     assert f"bob (left out: {said})" in text(body)
     answered.records(client.get("/api/log").json())
     assert f"; left out: {said}" in capsys.readouterr().out
+
+
+def test_what_gates_warned_of_is_on_the_page_in_the_status_and_in_the_log(
+    tmp_path: Path, client: TestClient, live: Live, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "<th>warned</th>" not in client.get("/").text
+    live.merge.engine.gates = gates.make(Settings(gates={"norms": {"act": "warn"}}))
+    live.merge.fold(models.fine_tune(tmp_path / "base", tmp_path / "bob", 2, size=1.0))
+    assert "<th>warned</th>" in client.get("/").text
+    body = client.get("/api/status").json()
+    assert [fold["warned"] for fold in body["last_folds"]] == ["norm-base", ""]
+    assert "bob (warned: norm-base)" in text(body)
+    records = client.get("/api/log").json()
+    assert not any("sketch" in (record["numbers"] or {}) for record in records)
+    answered.records(records)
+    assert "; warned: norm-base" in capsys.readouterr().out
 
 
 def test_every_answer_has_the_security_headers(client: TestClient) -> None:
