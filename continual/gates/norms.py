@@ -107,11 +107,11 @@ _SHARE = 0.05
 
 
 def band(norms: Sequence[float], ratio: float) -> float:
-    """How many times longer or shorter than the median of these norms one more may be: `ratio` of a few; of more, two
-    and a half standard deviations of their logarithms, by the median deviation, from 0.625 to 2 times `ratio`."""
+    """How many times longer or shorter than the median of these norms one more may be: `ratio` of a few; of more, three
+    standard deviations of their logarithms, by the median deviation, from 0.625 to 2 times `ratio`."""
     if len(norms) < FEW:
         return ratio
     logs = [math.log(norm) for norm in norms]
     middle = median(logs)
     apart = 1.4826 * median(abs(one - middle) for one in logs)
-    return min(_WIDE * ratio, max(_NARROW * ratio, math.exp(min(2.5 * apart, 700.0))))
+    return min(_WIDE * ratio, max(_NARROW * ratio, math.exp(min(3.0 * apart, 700.0))))
