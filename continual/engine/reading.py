@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -212,8 +212,9 @@ class Reading:
 
     def _square(self, spec: TensorSpec, seen: Seen | None) -> float:
         found = self.unit(spec)
-        if self._spool is not None:
-            self._spool.put(spec.name, found)
+        if self._spool is not None and not self.elementwise(spec):
+            with suppress(OSError):  # then it is made a second time
+                self._spool.put(spec.name, found)
         if seen is not None:
             seen(spec, found)
         return linalg.inner(found, found)

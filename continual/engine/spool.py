@@ -1,9 +1,8 @@
-"""What a pass over the matrices has made, kept in a file until it is read a second time: finding out how long the
-merged task vector is and writing it then takes one decomposition of each matrix, not two."""
+"""Tensors that are dear to make, kept in a file until they are read again: an export that has to know how long the
+merged task vector is before it writes it decomposes each matrix once, and a tuning once for all that it tries."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ class Spool:
     def __init__(self, directory: Path, sizes: Mapping[str, int]) -> None:
         """`sizes`: elements of each tensor. Raises OSError."""
         self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - closed by `close`
+        self._directory = directory
         self._at: dict[str, int] = {}
         end = 0
         for name, numel in sizes.items():
@@ -28,15 +28,13 @@ class Spool:
         self._there: set[str] = set()
 
     def put(self, name: str, values: torch.Tensor) -> None:
-        """Keeps a tensor of the CPU, if the disk takes it: where it does not, the tensor is made a second time."""
-        if name not in self._at:
-            return
+        """Keeps a tensor of the CPU. Raises OSError where the disk does not take it; then it is not kept."""
         data, offset = values.contiguous().view(-1).view(torch.uint8).numpy().data, self._at[name]
-        with stage("write", len(data)), contextlib.suppress(OSError):
+        with stage("write", len(data)):
             while data:
                 written = os.pwrite(self._file.fileno(), data, offset)
                 data, offset = data[written:], offset + written
-            self._there.add(name)
+        self._there.add(name)
 
     def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
         """A tensor that was kept, in new memory; None where it was not. Raises OSError."""
@@ -48,7 +46,7 @@ class Spool:
             while data:
                 count = os.preadv(self._file.fileno(), [data], offset)
                 if not count:
-                    raise OSError(f"{self._file.name}: ends early")
+                    raise OSError(f"a file without a name in {self._directory} ends early")
                 data, offset = data[count:], offset + count
         return found
 

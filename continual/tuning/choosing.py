@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +29,6 @@ from continual.state.durable import environment, usable
 from continual.state.entries import TuneEntry
 from continual.state.parts import CommandEvaluation, RowsEvaluation
 from continual.state.transaction import room
-from continual.tensors import Folder
-from continual.tensors.checkpoints.checkpoint import open_checkpoint
 from continual.tensors.layouts.in_classes import elsewhere
 from continual.tuning import command, record, scoring, scratch
 from continual.tuning.search import LEAST, Range, Trial, best, search
@@ -121,10 +118,7 @@ def tune(
     with scratch_directory(tuning.work) as work, evaluator(engine, evaluation, work, progress) as evaluate:
         room(work, scratch.nbytes(reading) + (engine.base.checkpoint.nbytes if is_command else 0), "tuning")
         kept = evaluation.told() if isinstance(evaluation, command.Command) else scoring.told(evaluation)
-        file = work / "merged.safetensors"
-        scratch.write(reading, file, engine.executor, progress)
-        with open_checkpoint(Folder(file)) as unit:
-            made = partial(scratch.Scratch, reading, unit)
+        with scratch.written(reading, work, engine.executor, progress) as made:
             worth = counted(made, evaluate, tuning.candidates, engine.executor, progress, told)
             trials = search(lambda options: -worth(options) if lower else worth(options), range_of(reading, tuning))
     found = Found(trials, kept, lower, time.perf_counter() - started)

@@ -34,8 +34,6 @@ from continual.records import TensorSpec
 from continual.rules import ReadOptions
 from continual.rules.scale import layer_key
 from continual.state.transaction import room
-from continual.tensors import Folder
-from continual.tensors.checkpoints.checkpoint import open_checkpoint
 from continual.tensors.layouts.in_classes import elsewhere
 from continual.tuning import choosing, scoring, scratch
 from continual.tuning.descent import Here, descend
@@ -118,11 +116,8 @@ def learn(
     objective.check()
     with choosing.scratch_directory(wanted.work) as work, ExitStack() as held:
         room(work, scratch.nbytes(reading), "tuning")
-        file = work / "merged.safetensors"
-        scratch.write(reading, file, engine.executor, progress)
-        unit = held.enter_context(open_checkpoint(Folder(file)))
+        made = held.enter_context(scratch.written(reading, work, engine.executor, progress))
         losses = load(objective, engine.base.checkpoint.directory, engine.device)
-        made = partial(scratch.Scratch, reading, unit)
         way = held.enter_context(_Way(engine, made, reading.options, losses, _changed(engine, reading)))
         taught = teach(engine, reading, objective, (losses, way.held), wanted.teachers) if wanted.teachers else ()
         asked = objective.told(taught)
