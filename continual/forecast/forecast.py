@@ -79,17 +79,17 @@ class Costs:
         self._per_element = {form: self._moved(form, sample.sizes[1]) for form in sample.forms}
 
     def _law(self, form: MatrixForm, sizes: tuple[int, int]) -> Law:
-        shapes = [form.shape(side) for side in sizes]
+        shapes, fixed = [form.shape(side) for side in sizes], self._fixed["compute"].cpu_seconds
         small, large = (
-            max(0.0, self._work.tensors[name]["compute"].cpu_seconds - self._fixed["compute"].cpu_seconds)
-            for name in form.names
+            max(0.0, min(self._work.tensors[name]["compute"].cpu_seconds for name in names) - fixed)
+            for names in form.names
         )
         return Law.fitted((*shapes[0], small), (*shapes[1], large))
 
     def _moved(self, form: MatrixForm, side: int) -> dict[str, float]:
         """Bytes by stage of an element of a matrix of this form."""
         m, n = form.shape(side)
-        found = self._work.tensors[form.names[1]]
+        found = self._work.tensors[form.names[1][0]]
         return {stage: (spent.nbytes - self._fixed[stage].nbytes) / (m * n) for stage, spent in found.items()}
 
     def of(self, spec: TensorSpec) -> dict[str, Spent]:

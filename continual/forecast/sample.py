@@ -40,6 +40,8 @@ FORMS = 3
 """Forms of matrices that are sampled: those that take most. Others are taken for the nearest."""
 LONGEST = 8
 """Longer side of a sampled matrix, in smaller sides."""
+SMALL_ONES, LARGE_ONES = 4, 2
+"""Matrices of each size: the least that one of them takes counts."""
 TINY = 16
 DTYPES = Dtypes({"F32": "float32", "F16": "float16", "BF16": "bfloat16"})
 
@@ -61,10 +63,15 @@ class MatrixForm(NamedTuple):
         return (longer, side) if self.ratio >= 0 else (side, longer)
 
     @property
-    def names(self) -> tuple[str, str]:
-        """What the smaller and the larger matrix are called."""
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the smaller and the larger matrices are called, several of each: what else goes on on a machine can only
+        add to what one of them takes."""
         word = f"{'tall' if self.ratio >= 0 else 'wide'}{abs(self.ratio)}"
-        return f"model.layers.0.mlp.{word}_small.weight", f"model.layers.0.mlp.{word}_large.weight"
+        small, large = (
+            tuple(f"model.layers.{number}.mlp.{word}_{size}.weight" for number in range(copies))
+            for size, copies in (("small", SMALL_ONES), ("large", LARGE_ONES))
+        )
+        return small, large
 
 
 class How(NamedTuple):
@@ -131,7 +138,8 @@ def take(how: How, specs: Sequence[TensorSpec], directory: Path) -> Sample:
     sizes = (max(1, side // 2), max(1, side))
     shapes: dict[str, tuple[int, ...]] = {TABLE: (ROWS, WIDTH)}
     for form in forms:
-        shapes |= {name: form.shape(size) for name, size in zip(form.names, sizes, strict=True)}
+        for names, size in zip(form.names, sizes, strict=True):
+            shapes |= dict.fromkeys(names, form.shape(size))
     shapes |= {f"model.layers.{number}.input_layernorm.weight": (16,) for number in range(TINY)}
     with environment("cannot try a sample"), tempfile.TemporaryDirectory(prefix=".continual-", dir=directory) as made:
         models = _models(Path(made), shapes, dtype_of(specs))
