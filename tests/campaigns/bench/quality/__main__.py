@@ -67,7 +67,10 @@ def main() -> None:
         "--kept", action="store_true", help="fold LoRA adapters into one state of adapters, which every rule reads"
     )
     parser.add_argument(
-        "--counts", type=int, nargs="+", help="numbers of models at which is asked, and all; the scale is not tuned"
+        "--counts",
+        type=int,
+        nargs="+",
+        help="numbers of models at which is asked, and all; the scale is tuned where --read tuned says so",
     )
     parser.add_argument(
         "--read", choices=READS, action="append", help="ways of reading that are asked; default: all that there are"
@@ -96,7 +99,10 @@ def main() -> None:
             suite: Suite = Digits(args.work / "digits") if name == "digits" else texts(name, args)
             if args.tasks is not None:  # another order of other tasks: its results are no part of the whole suite's
                 suite.tasks, suite.name = suite.tasks[: args.tasks], f"{suite.name}{args.tasks}"
-            plan = PLAN if args.counts is None else Plan(tuple(args.counts), None)
+            plan = PLAN
+            if args.counts is not None:
+                counts = tuple(args.counts)
+                plan = Plan(counts, counts if "tuned" in (args.read or ()) else None)
             plan = replace(plan, reads=tuple(args.read or READS), keep=args.keep_states, scales=tuple(args.scale))
             campaign = Adapters if args.kept else Campaign
             for form in args.form or (("lora",) if args.kept else FORMS):

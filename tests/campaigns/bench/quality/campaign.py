@@ -230,7 +230,9 @@ class Campaign:
                 weights = self.weights(reading, unit, options)
                 told[str(options)] = {"test": bits(self.ask(weights, tasks, "test")), **self.watched(weights, tasks)}
             factor = options.factors(reading.totals, reading.size())[0]
-            extra = {"validation": scores} if read == "tuned" else {"costs": list(costs)} if read == "default" else {}
+            extra: dict[str, Any] = {"validation": scores} if read == "tuned" else {}
+            if read == "default":
+                extra = {"costs": list(costs), "each": spread_of(reading)}
             self.results.add(key, scale=str(options), factor=factor, **told[str(options)], **extra)
 
     def scores(self, name: str, tasks: Sequence[str], reading: Reading, unit: Mapping[str, Tensor]) -> dict[str, float]:
@@ -291,6 +293,15 @@ class Adapters(Campaign):
                 plain, default = (ReadView(rule=rule, only=(task,)) for rule in ("task-arithmetic", DEFAULT))
                 weights = self.weights(*self.read(merge, plain), SUM)
                 yield task, (weights, self.weights(*self.read(merge, default), read_options(DEFAULT)))
+
+
+def spread_of(reading: Reading) -> list[tuple[float, float]]:
+    """ρ and ‖τ‖ over the matrices, of each model that is merged; none where the state measures no matrices."""
+    return [
+        (model.spread_sum / model.matrix_norm_sum, model.matrix_norm_sum)
+        for model in reading.totals.each
+        if model.matrix_norm_sum
+    ]
 
 
 def mean(found: Mapping[str, Tensor]) -> float:
