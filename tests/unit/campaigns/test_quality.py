@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from continual.demo.digits import Digits as Model
-from tests.campaigns.bench.quality import digits, figures, report, report_language
+from continual.making import DEFAULT
+from tests.campaigns.bench.quality import digits, drawing, figures, report, report_language
 from tests.campaigns.bench.quality.campaign import order_of
 from tests.campaigns.bench.quality.digits import WAYS, Digits
 from tests.campaigns.bench.quality.results import Key, Results
@@ -194,3 +195,20 @@ def test_a_cell_says_that_it_was_asked_in_fewer_orders(table: figures.Table) -> 
     assert report_language.head(table, 4) == "4 models (2 orders)"
     assert table.asked("tsv-m", 5, "default") == [0]
     assert report_language.orders(table, 5) == 2, "opcm's"
+
+
+def test_the_plot_is_of_the_tables_of_the_page(table: figures.Table) -> None:
+    (panel,) = drawing.panels("\n".join(report.page([table])))
+    assert panel.title == "digits, full fine-tunes, 5 tasks"
+    assert panel.line("tsv-m", "default") == [(4, 80.0), (5, 80.0)]
+    assert panel.line("base", "paper") == [(4, 20.0), (5, 20.0)]
+    assert panel.line("gram", "default") == []
+
+
+def test_the_plot_of_this_repository_has_every_table_and_the_default() -> None:
+    folder = Path(__file__).parents[3] / "ops" / "docs"
+    told = (folder / "quality.svg").read_text()
+    titles = [panel.title for panel in drawing.panels((folder / "quality.md").read_text())]
+    assert len(titles) > 2
+    missing = [text for text in (*titles, f"{DEFAULT} (default)") if f"<!-- {text} -->" not in told]
+    assert not missing, "python -m tests.campaigns.bench.quality.drawing ops/docs"

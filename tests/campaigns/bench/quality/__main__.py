@@ -1,4 +1,4 @@
-"""Merge quality, measured: every rule on real fine-tunes of three small models, and the table and the plot that the
+"""Merge quality, measured: every rule on real fine-tunes of four small models, and the table and the plot that the
 default is chosen by.
 
     # once: the text sets made from packages
@@ -10,8 +10,12 @@ default is chosen by.
     # the report alone
     python -m tests.campaigns.bench.quality --work W --report ops/docs
 
-DIR and SETS hold text/NAME.json. What is trained and measured stays in W. Hours on two cores: one run per `--suite` and
-`--form` can go beside the others.
+    # sets of small images, and a vision transformer asked about them
+    python -m tests.campaigns.bench.quality.images --data SETS
+    python -m tests.campaigns.bench.quality --work W --data SETS --suite vision
+
+DIR and SETS hold text/NAME.json, SETS images/NAME.safetensors. What is trained and measured stays in W. Hours on two
+cores: one run per `--suite` and `--form` can go beside the others.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from tests.campaigns.bench.quality.campaign import (
 from tests.campaigns.bench.quality.digits import Digits
 from tests.campaigns.bench.quality.suite import FORMS, Suite
 
-SUITES = ("text", "digits", "language")
+SUITES = ("text", "digits", "language", "vision")
 
 
 def main() -> None:
@@ -59,7 +63,9 @@ def main() -> None:
         help="of the text encoder's matrix products, in training and in asking; one W, one dtype",
     )
     parser.add_argument(
-        "--steps", type=int, help="of training of a fine-tune of the suite text; default: 200, and 150 of an adapter"
+        "--steps",
+        type=int,
+        help="of training of a fine-tune of text (default: 200, 150 of an adapter) and vision (100)",
     )
     parser.add_argument("--suite", choices=SUITES, action="append", help="default: text and digits")
     parser.add_argument("--form", choices=(*FORMS, "shared"), action="append", help="default: full and lora")
@@ -96,7 +102,7 @@ def main() -> None:
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         for name in args.suite or ("digits", "text"):
-            suite: Suite = Digits(args.work / "digits") if name == "digits" else texts(name, args)
+            suite: Suite = Digits(args.work / "digits") if name == "digits" else encoders(name, args)
             if args.tasks is not None:  # another order of other tasks: its results are no part of the whole suite's
                 suite.tasks, suite.name = suite.tasks[: args.tasks], f"{suite.name}{args.tasks}"
             plan = PLAN
@@ -119,22 +125,25 @@ def scale(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def texts(name: str, args: argparse.Namespace) -> Suite:
-    """The suites on texts; transformers is imported only for them."""
+def encoders(name: str, args: argparse.Namespace) -> Suite:
+    """The suites on models of transformers, which is imported only for them."""
     from transformers import logging
 
     from tests.campaigns.bench.quality.language import Language
     from tests.campaigns.bench.quality.text import Text
+    from tests.campaigns.bench.quality.vision import Vision
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder, sources = args.work / name, tuple(args.data)
     if name == "language":
         suite: Suite = Language(folder, sources, args.model)
+    elif name == "vision":
+        suite = Vision(folder, sources, args.steps)
     else:
         suite = Text(folder, sources, args.base, getattr(torch, args.dtype), args.steps)
     if not suite.tasks:
-        raise SystemExit("no text set in any --data folder: see python -m tests.campaigns.bench.quality --help")
+        raise SystemExit(f"no set of {name} in any --data folder: see python -m tests.campaigns.bench.quality --help")
     return suite
 
 

@@ -40,13 +40,14 @@ def fetch(package: str, root: Path) -> None:
     kept = root / ".fetched" / re.sub(r"\W", "_", package)
     if kept.exists():
         return
-    with tempfile.TemporaryDirectory(dir=root) as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        folder = Path(scratch)
         if package.startswith("npm:"):
             call("npm", "pack", "--silent", package.removeprefix("npm:"), cwd=folder)
             with tarfile.open(next(folder.glob("*.tgz"))) as archive:
                 archive.extractall(folder / "out", filter="data")
-            shutil.move(folder / "out" / "package", root / "package" / package.rpartition("/")[2])
+            name = package.removeprefix("npm:").rpartition("/")[2]
+            shutil.move(folder / "out" / "package", root / "package" / name)
         else:
             call("apt-get", "download", package, cwd=folder)
             call("dpkg-deb", "-x", str(next(folder.glob("*.deb"))), str(root))

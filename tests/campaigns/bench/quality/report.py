@@ -1,12 +1,12 @@
-"""The page and the plot of the quality benchmark, from its results."""
+"""The page of the quality benchmark, from its results."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from continual.making import DEFAULT
 from continual.rules import RULES
+from tests.campaigns.bench.quality import drawing
 from tests.campaigns.bench.quality import report_language as language
 from tests.campaigns.bench.quality.campaign import MULTIPLES
 from tests.campaigns.bench.quality.figures import Table, load
@@ -41,7 +41,7 @@ def write(work: Path, folder: Path) -> None:
     others = [table for table in found if not table.watches]
     if others:
         (folder / "quality.md").write_text("\n".join(page(others)) + "\n")
-        draw(others, folder / "quality.svg")
+        drawing.draw(folder)
 
 
 def page(found: list[Table]) -> Iterator[str]:
@@ -180,51 +180,3 @@ def costs(found: list[Table]) -> Iterator[str]:
 
 def _cell(found: tuple[float, float] | None) -> str:
     return "" if found is None else f"{found[0]:.1f} ± {found[1]:.1f}" if found[1] >= 0.05 else f"{found[0]:.1f}"
-
-
-def draw(found: list[Table], file: Path) -> None:
-    """Accuracy against the number of folds, a panel for each suite and form."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("the plot needs matplotlib: python -m pip install matplotlib") from None
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "continual"
-    from matplotlib import pyplot
-
-    lines = (
-        (DEFAULT, "default", f"{DEFAULT} (default)", "-", "C0"),
-        ("gram", "default", "gram", "-", "C2"),
-        ("opcm", "paper", "opcm as published", "--", "C3"),
-        ("task-arithmetic", "paper", "task arithmetic × 0.3", ":", "C4"),
-        ("mean", "paper", "plain average", ":", "C5"),
-        ("own", "paper", "each fine-tune, own task", "-", "0.75"),
-        ("base", "paper", "base", "-", "0.55"),
-    )
-    rows = (len(found) + 1) // 2
-    figure, axes = pyplot.subplots(rows, 2, figsize=(10, 3.6 * rows), squeeze=False)
-    for table, axis in zip(found, axes.flat, strict=False):
-        for rule, read, label, style, colour in lines:
-            counts = [c for c in table.checkpoints if table.accuracy(rule, c, read)]
-            values = [table.accuracy(rule, c, read) for c in counts]
-            marker = None if rule in ("base", "own") else "o"
-            axis.plot(
-                counts,
-                [v[0] for v in values if v],
-                style,
-                color=colour,
-                label=label,
-                marker=marker,
-                markersize=4,
-                linewidth=1.5,
-            )
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(table.checkpoints, [str(c) for c in table.checkpoints])
-        axis.minorticks_off()
-        axis.set_title(title(table), fontsize=10)
-        axis.set_xlabel("fine-tunes folded")
-        axis.set_ylabel("mean accuracy, %")
-        axis.grid(alpha=0.25)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), fontsize=9, loc="lower center", ncol=4)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(file, metadata={"Date": None})
