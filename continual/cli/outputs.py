@@ -27,6 +27,7 @@ from continual.cli.profiling import Profiled, profiled, spending, with_more
 from continual.cli.profiling import told as profile_told
 from continual.cli.typed import ViewFlags, rank_of
 from continual.outside import counted
+from continual.texts import size
 
 if TYPE_CHECKING:
     from continual.engine.explaining import ExplainedModel, Explanation
@@ -59,6 +60,12 @@ def export(
         ),
     ] = None,
     form: Form = "peft",
+    earlier: Annotated[
+        Path | None,
+        typer.Option(
+            "--earlier", help="Earlier export: of tensors that did not change its bytes are taken.", show_default=False
+        ),
+    ] = None,
     view: View = None,
     rule: ReadRule = None,
     scale: ReadScale = None,
@@ -73,6 +80,7 @@ def export(
 ) -> None:
     """Write the merged model as an ordinary model directory, or as a LoRA adapter."""
     from continual.publish import folder, lora
+    from continual.publish.earlier import taken_in
 
     word = folder.parse_dtype(dtype)
     typed = ViewFlags(rule, scale, lines, only, without, weight, option)
@@ -85,14 +93,19 @@ def export(
             return console.emit(with_more(report, "profile", spent))
         console.lora(report)
         return profile_told(spent)
-    target = folder.Target(directory, at, word, folder.parse_size(shard_size))
+    target = folder.Target(directory, at, word, folder.parse_size(shard_size), earlier=earlier)
     with profiled(profile) as taken, opened.merge(flags) as merge, console.progress() as progress:
         path = merge.export(target, progress, view=typed.view(merge.settings, view))
-        cut = folder.cut_in(path)
+        cut, parts = folder.cut_in(path), taken_in(folder.provenance_in(path))
     spent = spending(taken, merge)
     if flags.json:
-        return console.emit(with_more({"directory": path, "cut": cut}, "profile", spent))
+        return console.emit(with_more({"directory": path, "cut": cut, "made": parts._asdict()}, "profile", spent))
     console.say(f"Wrote {path}")
+    if earlier is not None:
+        console.say(
+            f"{counted(parts.made, 'tensor')} made ({size(parts.made_bytes)}), {parts.taken} taken over "
+            f"({size(parts.taken_bytes)})"
+        )
     console.cut(cut)
     return profile_told(spent)
 

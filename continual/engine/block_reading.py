@@ -18,6 +18,7 @@ from continual.executors.contract import Executor, Progress, Task
 from continual.lazily import torch
 from continual.records import TensorSpec
 from continual.rules import ReadOptions, Rule, Size
+from continual.rules.sums import everything
 from continual.state import State
 from continual.state.format import Commit, FoldCommit
 from continual.tensors.vectors.thin import sides_of
@@ -187,6 +188,22 @@ class BlockReading(Reading):
             if self.columns(layer):
                 place.copy_(make(layer.name))
         return found.view(spec.shape)
+
+    def made_from(self, spec: TensorSpec) -> object:
+        """As of every reading. Where the rule goes by all totals, or by the order of the models, by all that is
+        read."""
+        generation, by = self.state.generation_of(self.commit), self.rule.read.goes_by
+        if generation is None or not self.columns(spec):
+            return None
+        some = by is not None and self.rule.laws.order_free and self.inputs is None
+        found: list[object] = [self.state.id, self.rule.name, dict(self.rule.options), None if some else self.contents]
+        found.append((by if some and by is not None else everything)(spec, self.totals))
+        for layer in spec.layers:
+            models = self.shelf.columns(layer.name).models
+            mine = [(n, w, list(self.layered.get(n, {}).items())) for n, w in self.chosen.items() if n in models]
+            marks = generation.marks(layer.name, self.state.format.slots[layer.name]) if models else None
+            found.append([mine, self.merged.scale(layer.name).hex(), marks])
+        return found
 
     def thin(self, spec: TensorSpec, rank: int | None = None) -> ThinProduct:
         """The merged task vector of one tensor as two thin factors, of the largest `rank` singular values where one is

@@ -22,6 +22,7 @@ from continual.lazily import Tensor, torch
 from continual.records import TensorSpec, Totals
 from continual.rules import ReadOptions, Rule, Size, reader
 from continual.rules.matrices import sides
+from continual.rules.sums import everything
 from continual.state import Commit, State
 
 Seen = Callable[[TensorSpec, Tensor], None]
@@ -158,6 +159,16 @@ class Reading:
         for start, stop, values in generation.runs(spec.name, length):
             accumulators = {slot: torch.from_numpy(values[slot]) for slot in slots}
             yield start, stop, self.rule.read.unit(spec, accumulators, self.totals).mul_(factor)
+
+    def made_from(self, spec: TensorSpec) -> object:
+        """All that `vector` of a tensor follows from, as plain data: where it is the same, so is the vector, bit for
+        bit. `settle` comes first. Raises Misconfigured and Damaged."""
+        generation, factor = self.state.generation_of(self.commit), self._factor(spec)
+        if generation is None or generation.is_nothing(spec.name):
+            return math.copysign(1.0, factor)  # of zeros only the sign can be seen
+        by = (self.rule.read.goes_by or everything)(spec, self.totals)
+        marks = generation.marks(spec.name, self.rule.slots(spec))
+        return [self.state.id, self.rule.name, dict(self.rule.options), factor.hex(), by, marks]
 
     def need(self, spec: TensorSpec) -> int:
         """Bytes that reading one tensor takes at its peak. Of a matrix it is as much as a decomposition takes; of a

@@ -25,11 +25,12 @@ from continual.engine.reading import Reading
 from continual.errors import Misconfigured
 from continual.executors.contract import Executor, Progress, Task
 from continual.lazily import torch
+from continual.publish.earlier import EarlierExport, Row, body_of, made_of
 from continual.publish.exported_config import WORDS, set_config_dtype, untie_config
 from continual.publish.exported_tokenizer import put_tokenizer
 from continual.publish.exported_weights import DTYPES, merged, need
 from continual.publish.provenance import provenance_of
-from continual.publish.weights import Placed, header, raw, write_at
+from continual.publish.weights import Placed, header, raw, write_at, write_hashed
 from continual.records import ITEMSIZE
 from continual.state.durable import move_away, publish_dir, replace_link, usable
 from continual.tensors import BaseModel, Checkpoint, TensorInfo
@@ -47,7 +48,8 @@ class Target:
     """What an export is to be: the `directory` to write, the record to read (`at`; None: the newest), the `dtype` as a
     safetensors word (None: the base's own), and the size of a shard in bytes (None: the base's shards). `tokenizer`:
     where the tokenizer and the chat template come from (None: the base). `mark`: what `continual.json` is to have as
-    the `mark` of this export, by which others see whether it is what they want."""
+    the `mark` of this export, by which others see whether it is what they want. `earlier`: an earlier export, of which
+    the bytes of tensors that did not change are taken."""
 
     directory: str | Path
     at: int | None = None
@@ -55,6 +57,7 @@ class Target:
     shard_size: int | None = None
     tokenizer: Place | None = None
     mark: str | None = None
+    earlier: Path | None = None
 
     @property
     def path(self) -> Path:
@@ -174,8 +177,8 @@ def fill(
     shares = shares_of(reading, executor)  # first: it finds the lengths that settling asks for
     with reading.spooled(directory, base.checkpoint.nbytes):
         factor = reading.settle(executor, progress)
-        _write_weights(base, reading, target, directory, executor, progress)
-    body = provenance_of(reading, factor, shares)
+        made = _write_weights(base, reading, target, directory, executor, progress)
+    body = provenance_of(reading, factor, shares) | made
     if target.mark is not None:
         body["mark"] = target.mark
     if target.tokenizer is not None:
@@ -342,30 +345,39 @@ def _groups(
 
 def _write_weights(
     base: BaseModel, reading: Reading, target: Target, directory: Path, executor: Executor, progress: Progress
-) -> None:
+) -> dict[str, object]:
+    """Returns what `continual.json` says of them."""
     files = layout(base, target.dtype, target.shard_size)
+    earlier = EarlierExport(target.earlier)
     specs = {spec.name: spec for spec in base.specs}
     _write_indexes(files, directory)
 
-    def place(p: Placed, fd: int, offset: int) -> None:
-        for piece in merged(base, reading, specs[p.made_of], p.dtype):
-            data = raw(piece)
-            write_at(fd, data, offset)
-            offset += data.nbytes
+    def place(p: Placed, file: str, fd: int, offset: int) -> Row:
+        spec = specs[p.made_of]
+        of = made_of(base, reading, spec, p.dtype)
+        if (found := earlier.take(of, fd, offset, p.end - p.begin)) is not None:
+            return Row(file, offset, p.end - p.begin, of, found, taken=True)
+        digest = write_hashed(fd, map(raw, merged(base, reading, spec, p.dtype)), offset)
+        return Row(file, offset, p.end - p.begin, of, digest, taken=False)
 
     with ExitStack() as stack:
-        tasks: list[Task[None]] = []
+        tasks: list[Task[Row]] = []
+        rows: list[Row] = []
         for file, placed in files.items():
             head = header(placed)
             fd = os.open(directory / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             stack.callback(os.close, fd)
             write_at(fd, memoryview(head), 0)
             for p in placed:
-                tasks.append(Task(p.name, need(specs[p.made_of], reading), partial(place, p, fd, len(head) + p.begin)))
+                tasks.append(
+                    Task(p.name, need(specs[p.made_of], reading), partial(place, p, file, fd, len(head) + p.begin))
+                )
         progress("export", 0, len(tasks))
-        for done, _ in enumerate(executor.map(tasks), 1):
+        for done, (_, row) in enumerate(executor.map(tasks), 1):
+            rows.append(row)
             progress("export", done, len(tasks))
     base.checkpoint.check_unchanged()
+    return body_of(rows)
 
 
 def _write_indexes(files: Mapping[str, Sequence[Placed]], directory: Path) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
+
+from blake3 import blake3
 
 from continual.lazily import torch
 from continual.timing.clock import stage
@@ -52,3 +54,14 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
             written = os.pwrite(fd, data, offset)
             data = data[written:]
             offset += written
+
+
+def write_hashed(fd: int, pieces: Iterable[memoryview], offset: int) -> str:
+    """Writes pieces one after the other from `offset` on; returns the BLAKE3 hash of all of them."""
+    seen = blake3()
+    for data in pieces:
+        with stage("hash", data.nbytes):
+            seen.update(data)
+        write_at(fd, data, offset)
+        offset += data.nbytes
+    return seen.hexdigest()

@@ -154,7 +154,7 @@ class ReadFunctions(NamedTuple):
     them apart; the sums of these have `matrix_sq` and `top_sq`. gauges(totals): figures worth watching, by name.
     elementwise(spec): `unit` may be given any run of elements in place of the whole tensor, flat, and gives that run of
     X. square(spec, kept, totals): ‖X‖² of a tensor whose fold left `kept` as its `Sums.merged_sq`; None where X has to
-    be read to know it.
+    be read to know it. goes_by(spec, totals): what of the totals `unit` goes by, as plain data; None: by all of them.
     """
 
     unit: Callable[[TensorSpec, Accumulators, Totals], Tensor]
@@ -163,6 +163,7 @@ class ReadFunctions(NamedTuple):
     gauges: Callable[[Totals], dict[str, float]] = _no_gauges
     elementwise: Callable[[TensorSpec], bool] = _always
     square: Callable[[TensorSpec, float, Totals], float | None] = _unknown
+    goes_by: Callable[[TensorSpec, Totals], object] | None = None
 
 
 class Needs(NamedTuple):

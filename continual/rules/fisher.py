@@ -112,7 +112,7 @@ def _make(options: FisherOptions) -> Rule:
     return Rule(
         slots=slots,
         fold=FoldFunctions(fold, workspace),
-        read=ReadFunctions(read, size),
+        read=ReadFunctions(read, size, goes_by=sums.nothing),
         needs=Needs(shipped=options.file),
         laws=Laws(weighted=True, combine=combine),
     )

@@ -66,7 +66,8 @@ def workspace(m: int, n: int) -> int:
 
 
 def _make(options: MatrixOptions) -> Rule:
-    on = OnMatrices(sums.fold, read, workspace, factored=matrices.turned(add, read)._replace(without=without))
+    factored = matrices.turned(add, read)._replace(without=without)
+    on = OnMatrices(sums.fold, read, workspace, factored=factored, goes_by=lambda totals: totals.count == 1)
     return matrices.rule("iso-c", options.include, on, sums.GROUP)
 
 

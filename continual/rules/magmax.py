@@ -28,7 +28,7 @@ def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals
 def _make(_: NoOptions) -> Rule:
     return Rule(
         fold=FoldFunctions(fold, sums.workspace),
-        read=ReadFunctions(sums.read_sum, sums.size, square=sums.square_of_sum),
+        read=ReadFunctions(sums.read_sum, sums.size, square=sums.square_of_sum, goes_by=sums.nothing),
     )
 
 

@@ -47,6 +47,7 @@ class OnMatrices(NamedTuple):
     bytes that `fold` needs beyond the accumulators, τ and the figures. slots(m, n): the accumulators, where they are
     not one sum of the tensor's own shape. `factored`: its `cores` or `triplets`, for matrices; what is no matrix is
     linear. `decomposes`: `fold` decomposes τ, and says itself what its largest singular value is.
+    goes_by(totals): what of the totals `read` goes by, as plain data; None: by all of them.
     """
 
     fold: Callable[[Accumulators, Tensor, Inputs, Totals], Folded]
@@ -55,6 +56,7 @@ class OnMatrices(NamedTuple):
     slots: Callable[[int, int], dict[str, SlotSpec]] | None = None
     factored: Factored | None = None
     decomposes: bool = False
+    goes_by: Callable[[Totals], object] | None = None
 
 
 def turned(
@@ -71,7 +73,7 @@ def turned(
     return Factored(cores=CoreFunctions(slots, fold, read_core))
 
 
-PLAIN = ReadFunctions(sums.read_mean, sums.unknown, square=sums.square_of_mean)
+PLAIN = ReadFunctions(sums.read_mean, sums.unknown, square=sums.square_of_mean, goes_by=sums.weight)
 
 
 def rule(name: str, include: Sequence[str], on: OnMatrices, laws: Laws, plain: ReadFunctions = PLAIN) -> Rule:
@@ -114,13 +116,20 @@ def rule(name: str, include: Sequence[str], on: OnMatrices, laws: Laws, plain: R
     def square(spec: TensorSpec, kept: float, totals: Totals) -> float | None:
         return None if matrix(spec) else plain.square(spec, kept, totals)
 
+    def goes_by(spec: TensorSpec, totals: Totals) -> object:
+        if matrix(spec):
+            return sums.everything(spec, totals) if on.goes_by is None else on.goes_by(totals)
+        return (plain.goes_by or sums.everything)(spec, totals)
+
     def workspace(spec: TensorSpec) -> int:
         return on.workspace(*sides(spec)) if matrix(spec) else sums.workspace(spec)
 
     return Rule(
         slots=slots,
         fold=FoldFunctions(fold, workspace, elementwise=lambda spec: not matrix(spec)),
-        read=plain._replace(unit=unit, matrix=matrix, elementwise=lambda spec: not matrix(spec), square=square),
+        read=plain._replace(
+            unit=unit, matrix=matrix, elementwise=lambda spec: not matrix(spec), square=square, goes_by=goes_by
+        ),
         laws=laws,
         factored=on.factored and on.factored._replace(linear=lambda spec: not matrix(spec)),
         name=name,

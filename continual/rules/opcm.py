@@ -210,9 +210,11 @@ def _make(options: OpcmOptions) -> Rule:
         options.include,
         OnMatrices(fold, read, linalg.workspace, factored=factored),
         Laws(order_free=False),
-        plain=ReadFunctions(sums.read_sum, sums.size, gauges=gauges, square=sums.square_of_sum),
+        plain=ReadFunctions(sums.read_sum, sums.size, gauges=gauges, square=sums.square_of_sum, goes_by=sums.nothing),
     )
-    by_elements = ReadFunctions(sums.read_sum, sums.size, made.read.matrix, gauges, square=sums.square_of_sum)
+    by_elements = ReadFunctions(
+        sums.read_sum, sums.size, made.read.matrix, gauges, square=sums.square_of_sum, goes_by=sums.nothing
+    )
     return made._replace(needs=Needs(ranks=options.variant == "block"), read=by_elements)
 
 

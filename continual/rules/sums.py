@@ -117,6 +117,21 @@ def square_of_sum(spec: TensorSpec, kept: float, totals: Totals) -> float:
     return kept
 
 
+def nothing(spec: TensorSpec, totals: Totals) -> object:
+    """What of the totals is gone by where X follows from the accumulators alone."""
+    return None
+
+
+def everything(spec: TensorSpec, totals: Totals) -> object:
+    """All of the totals."""
+    return [totals.body(), totals.each]
+
+
+def weight(spec: TensorSpec, totals: Totals) -> object:
+    """What the mean goes by."""
+    return totals.weight
+
+
 def size(totals: Totals) -> Size:
     """How long X is where `merged_sq` is its square, and X is the plain sum."""
     return Size(math.sqrt(totals.merged_sq), 1.0)

@@ -156,7 +156,7 @@ def _make(options: TiesOptions) -> Rule:
     return Rule(
         slots=slots,
         fold=FoldFunctions(fold, workspace, elementwise),
-        read=ReadFunctions(read, sums.unknown),
+        read=ReadFunctions(read, sums.unknown, goes_by=sums.nothing),
         needs=Needs(measure=trimming.Sampled(density) if measuring else None),
         laws=Laws(combine=combine),
     )

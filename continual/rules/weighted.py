@@ -16,7 +16,7 @@ from continual.rules.scale import ReadOptions
 def _mean(_: NoOptions) -> Rule:
     return Rule(
         fold=sums.FOLD,
-        read=ReadFunctions(sums.read_mean, sums.size_of_mean, square=sums.square_of_mean),
+        read=ReadFunctions(sums.read_mean, sums.size_of_mean, square=sums.square_of_mean, goes_by=sums.weight),
         laws=sums.GROUP,
         factored=Factored(),
     )
@@ -25,7 +25,7 @@ def _mean(_: NoOptions) -> Rule:
 def _task_arithmetic(_: NoOptions) -> Rule:
     return Rule(
         fold=sums.FOLD,
-        read=ReadFunctions(sums.read_sum, sums.size, square=sums.square_of_sum),
+        read=ReadFunctions(sums.read_sum, sums.size, square=sums.square_of_sum, goes_by=sums.nothing),
         laws=sums.GROUP,
         factored=Factored(),
     )
@@ -34,7 +34,7 @@ def _task_arithmetic(_: NoOptions) -> Rule:
 def _frank_wolfe(_: NoOptions) -> Rule:
     return Rule(
         fold=sums.FOLD,
-        read=ReadFunctions(sums.read_sum, sums.size, square=sums.square_of_sum),
+        read=ReadFunctions(sums.read_sum, sums.size, square=sums.square_of_sum, goes_by=sums.nothing),
         laws=Laws(rounds=True),
         factored=Factored(),
     )

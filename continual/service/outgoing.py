@@ -54,7 +54,8 @@ def write(merge: Merge, out: OutPlan, seq: int, directory: Path, mark: str, dtyp
     """Writes record `seq` into `directory`, which must not exist, in its form; returns it. Raises Misconfigured, Retry
     and Halt; then nothing is left behind."""
     if out.as_lora is None:
-        return merge.export(folder.Target(directory, at=seq, dtype=dtype, mark=mark), view=out.view)
+        whole = folder.Target(directory, at=seq, dtype=dtype, mark=mark, earlier=out.current)
+        return merge.export(whole, view=out.view)
     rank = None if out.as_lora == "own" else out.as_lora
     target = LoraTarget(directory, rank, dtype or "F32", out.layout, at=seq, mark=mark)
     return merge.export_lora(target, out.view).directory

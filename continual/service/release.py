@@ -129,6 +129,8 @@ def is_out(merge: Merge, out: OutPlan, seq: int, done: ReleaseEntry | None) -> b
 def public(file: Path) -> bytes:
     """A `continual.json` as strangers may read it: without the folders of this machine."""
     body = json.loads(file.read_bytes())
+    for ours in ("made", "weights"):  # for the next export here
+        body.pop(ours, None)
     for row, key in [(body["base"], "path"), *((fold, "origin") for fold in body["folded"])]:
         if "://" not in str(row[key]):
             row[key] = Path(str(row[key])).name

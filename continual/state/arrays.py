@@ -254,6 +254,11 @@ def write_zeros(stem: str, spec: SlotSpec) -> list[str]:
     return [f"{checksum:08x}"] * len(after)
 
 
+def zeros(spec: SlotSpec) -> list[str]:
+    """The CRCs of the chunks of an array of zeros."""
+    return [f"{_crc_of_zeros(chunk_bytes(spec)):08x}"] * grid(spec).chunks
+
+
 @functools.cache
 def _crc_of_zeros(size: int) -> int:
     """The CRC of `size` bytes that are all zero."""

@@ -4,7 +4,7 @@ transaction.py for writing."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,6 +126,19 @@ class Generation:
             return True
         receipts, layout = self.receipts, self.form.layout
         return any(receipts.chunks(layout.place(name, slot)) is not None for slot in self.form.slots[name])
+
+    def is_nothing(self, name: str) -> bool:
+        """Whether all that is kept of a tensor is zeros, as far as the receipts say: no model has changed it, or they
+        took back what they changed. Raises as `load`."""
+        if not self.has(name):
+            return True
+        places = [self.form.layout.place(name, slot) for slot in self.form.slots[name]]
+        return not self.square(name) and all(list(self.chunks(one)) == arrays.zeros(one.spec) for one in places)
+
+    def marks(self, name: str, slots: Iterable[str]) -> list[object]:
+        """What tells these accumulators of a tensor from others: the CRCs of all chunks, and ‖X‖² of what is kept of
+        it. Raises as `load`."""
+        return [[list(self.chunks(self.form.layout.place(name, slot))) for slot in slots], self.square(name)]
 
     def square(self, name: str) -> float | None:
         """‖X‖² of what is kept of a tensor; None where an earlier version wrote the generation. Raises as `load`."""
