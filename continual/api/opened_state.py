@@ -20,10 +20,11 @@ from continual.engine.engine import Engine
 from continual.engine.explaining import Explanation
 from continual.engine.fullness import Fullness, fullness_of
 from continual.engine.reading import Reading
-from continual.engine.resources import Resources
+from continual.engine.resources import Judge, Resources
 from continual.engine.standing import Standing
 from continual.engine.views import ReadView, check_read_at, view_of
 from continual.errors import Misconfigured, Retry
+from continual.evaluation.evaluator import Evaluator
 from continual.executors.contract import Progress, silent
 from continual.executors.device import pick_device
 from continual.executors.local import Local
@@ -120,8 +121,25 @@ class OpenedState:
             stop=self.stopping,
             open_weights=self._open_values,
             reads=self.settings.reading,
+            judge=self._judge(),
         )
         return Engine(self.state, base, self.rule, self.standing.gates, resources)
+
+    def _judge(self) -> Judge | None:
+        """What the settings have asked about the merge before a fold is committed."""
+        if not self.settings.evaluation.command:
+            return None
+
+        def export(state: State, target: Path) -> None:
+            with self.weights() as whole:
+                folder.export(whole, self.reading_of(state), folder.Target(target), self.executor, silent)
+
+        def origin() -> Path | None:
+            with self.weights() as whole:
+                place = whole.checkpoint.place
+                return place.path if isinstance(place, Folder) else None
+
+        return Evaluator(self.settings.evaluation, export, origin)
 
     @property
     def executor(self) -> Local:

@@ -206,6 +206,32 @@ class HookSettings(BaseModel):
         return name.replace("{view}", view or "")
 
 
+class EvaluationSettings(BaseModel):
+    """What is asked about the merge before a fold is committed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    command: tuple[str, ...] = Field(
+        default=(),
+        description="program and arguments, no shell; {model} stands for the directory of the merged model. The last "
+        "line it prints is a JSON object of metrics: numbers, or lists with a number for each row",
+    )
+    max_drop: Annotated[float, Field(ge=0)] = Field(
+        default=0.01, description="by how much each metric may be worse than that of the merge in force"
+    )
+    sigmas: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="standard errors, over rows, below which what fell further may be chance"
+    )
+    unclear: Literal["refuse", "fold"] = Field(
+        default="refuse", description="what becomes of a model where that may be chance"
+    )
+    lower: Texts = Field(default=(), description="metrics of which less is better, as a loss")
+    timeout: Annotated[float, Field(gt=0)] = Field(default=3600.0, description="seconds the command may take")
+    directory: Path | None = Field(
+        default=None, description="where models are written for the command; default: the system's for temporary files"
+    )
+
+
 class Settings(BaseModel):
     """Everything a user can set. Sizes are bytes (`4GB` is understood), times are seconds."""
 
@@ -315,6 +341,9 @@ class Settings(BaseModel):
     )
     gates: Annotated[dict[str, dict[str, object]], BeforeValidator(by_name)] = Field(
         default_factory=dict, description="settings that one gate has: tables by its name, or name.key=value pairs"
+    )
+    evaluation: EvaluationSettings = Field(
+        default=EvaluationSettings(), description="what is asked about the merge before a fold is committed: a table"
     )
     host: str = Field(default="127.0.0.1", description="address the service listens on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(

@@ -23,6 +23,7 @@ from continual.engine.neighbours import accepted, numbers_of
 from continual.engine.outcomes import FoldReport, OpenCandidate, Outcome, known_as
 from continual.engine.report import report_of
 from continual.engine.resources import Resources
+from continual.engine.staging import judged
 from continual.engine.views import check_weights
 from continual.errors import Misconfigured, Refuse
 from continual.executors.contract import Progress, silent
@@ -240,7 +241,7 @@ class Engine:
             report = self.stream(transaction, opened, before, progress)
             if twin := self.state.ledger.folded_digest(report.digest):
                 return self._duplicate(report, twin)
-            entry = self._entry(report, before, chosen)
+            entry = judged(self.state, self.resources.judge, transaction, self._entry(report, before, chosen))
             self.go_on(candidate.name)
             streamed = time.perf_counter()
             progress("commit", 0, 1)

@@ -11,6 +11,8 @@ from continual.errors import Abandoned
 from continual.executors.contract import Executor
 from continual.lazily import torch
 from continual.records import Candidate
+from continual.state import State
+from continual.state.parts import Evaluated
 from continual.tensors import BaseModel, Folder, Place
 
 Locate = Callable[[Candidate], Place]
@@ -18,6 +20,11 @@ Locate = Callable[[Candidate], Place]
 OpenWeights = Callable[[], BaseModel]
 """Opens the base of a state that keeps none of its weights, to read some; the caller does not close it. It raises Halt
 where they are not there, Retry."""
+
+
+Judge = Callable[[State, State, str], Evaluated]
+"""Says of the state as it would be with a candidate, beside the one in force, what it is worth; the third is the
+candidate's name. It raises Refuse where it is worse, Retry and Misconfigured where it cannot be asked."""
 
 
 def local_place(candidate: Candidate) -> Place:
@@ -29,7 +36,8 @@ def local_place(candidate: Candidate) -> Place:
 class Resources:
     """Where the work runs (`executor`, `device`), how the engine finds a model that a record names (`locate`), the
     event that ends the work (`stop`), how it opens the weights of a base of which it has the headers alone, and the
-    rule that reads the merge where the settings name one (`reads`)."""
+    rule that reads the merge where the settings name one (`reads`), and what is asked about the merge before a fold is
+    committed (`judge`)."""
 
     executor: Executor
     device: torch.device
@@ -37,6 +45,7 @@ class Resources:
     stop: threading.Event = field(default_factory=threading.Event)
     open_weights: OpenWeights | None = None
     reads: str | None = None
+    judge: Judge | None = None
 
     def go_on(self, name: str) -> None:
         """Raises Abandoned if continual is stopping. `name` is the candidate or work that the message is about."""

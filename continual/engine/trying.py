@@ -6,9 +6,9 @@ import copy
 from types import TracebackType
 
 from continual.engine.engine import Engine
+from continual.engine.staging import staged
 from continual.executors.contract import Progress
-from continual.state import Commit, State, Transaction
-from continual.state.ledger import Ledger
+from continual.state import Transaction
 from continual.tensors import Model
 
 
@@ -44,20 +44,10 @@ class Trials:
             return None
         transaction = begun[0]
         self._written[transaction.id] = transaction
-        head = on.state.ledger.head
-        commit = Commit(head.seq + 1, None, "", transaction.id, trial.generation.checksum, head.time, trial.entry)
         found = copy.copy(on)
-        found.state = State(on.state.path, on.state.format, _with(on.state.ledger, commit), None, lambda _: None)
+        found.state = staged(on.state, trial.generation, trial.entry)
         return found
 
     def drop(self, engine: Engine) -> None:
         """Drops what `fold` wrote for this engine, on which nothing is to be folded any more."""
         self._written.pop(engine.state.ledger.head.generation or "").abandon()
-
-
-def _with(ledger: Ledger, commit: Commit) -> Ledger:
-    """A ledger of its own with one record more."""
-    found = Ledger()
-    for known in (*ledger.log, commit):
-        found.add(known)
-    return found

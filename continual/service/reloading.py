@@ -20,6 +20,7 @@ from continual.sources.contract import Source
 AT_ONCE = frozenset(
     {
         "drain",
+        "evaluation",
         "gates",
         "keep",
         "keep_bytes",

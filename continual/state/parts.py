@@ -63,6 +63,15 @@ class SketchText:
     values: str
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The metrics that a command said of the merge with a model in it (`after`), and of the merge before it, or of the
+    base (`before`; None where nobody could be asked)."""
+
+    after: Mapping[str, float]
+    before: Mapping[str, float] | None = field(default=None, metadata=_OMITTED)
+
+
 def without_sketches(body: Mapping[str, object]) -> dict[str, object]:
     """The JSON body of a record for people and machines: a sketch is thousands of numbers as one word, for the gates
     alone."""
@@ -87,7 +96,8 @@ class FoldNumbers:
     many the candidate lacks; `extra`: names of the first of its `extra_count` tensors that the base lacks; `prefix`,
     `narrowed`, `rows`, `renamings`: as in `Lineage`, of the last the first; `tokens`: tables whose rows were matched by
     token. `sketch`: what later models are compared with; `stands_out`: how far a direction stands out of noise; both
-    are of tensors/vectors/sketch.py. `warnings`: of gates that only warn. `notes`: by the rule's names; `gauges`: the
+    are of tensors/vectors/sketch.py. `warnings`: of gates that only warn; `evaluated`: what a command
+    said of the merge. `notes`: by the rule's names; `gauges`: the
     rule's gauges after the fold, by name. A fold that came with another state, or that a round weighed, has few of
     these.
     """
@@ -114,6 +124,7 @@ class FoldNumbers:
     sketch: SketchText | None = field(default=None, metadata=_OMITTED)
     stands_out: float | None = field(default=None, metadata=_OMITTED)
     warnings: tuple[Warned, ...] | None = field(default=None, metadata=_OMITTED)
+    evaluated: Evaluated | None = field(default=None, metadata=_OMITTED)
     notes: Mapping[str, NoteSummary] | None = field(default=None, metadata=_OMITTED)
     relevance: Relevance | None = field(default=None, metadata=_OMITTED)
     gauges: Mapping[str, float] = field(default_factory=dict, metadata={REST: True})

@@ -53,6 +53,7 @@ class Transaction:
         self._ranks: dict[str, int] = {}
         self._lock = threading.Lock()
         self._done = False
+        self._written: Generation | None = None
         try:
             with environment("cannot begin a fold"):
                 self._draft.begin()
@@ -229,6 +230,11 @@ class Transaction:
         self._done = True
         return generation
 
+    def written(self) -> Generation:
+        """What was written so far, to be read; nothing more may be written. A commit can follow, or `abandon`."""
+        self._written = self._receipted()
+        return self._written
+
     def sync(self) -> Generation:
         """Ends writing: what was written is a whole generation on disk, with its receipts, that no record names yet.
 
@@ -241,6 +247,8 @@ class Transaction:
         return generation
 
     def _receipted(self) -> Generation:
+        if self._written is not None:
+            return self._written
         with environment(f"cannot write {self.directory}"):
             return self._draft.receipted(self._squares, self._ranks)
 

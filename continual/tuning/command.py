@@ -59,13 +59,24 @@ class Command:
 
 def score(command: Command, model: Path, logs: Path, candidate: str) -> float:
     """Runs `command` on the directory `model`; its output goes to files in `logs`. Returns the number that it printed.
+    Raises as `last_line`, and Misconfigured where it ends in no number; all name `candidate`, which says how the model
+    is read."""
+    line = last_line(command, model, logs, f"candidate {candidate}")
+    try:
+        return parse(line, command.key)
+    except ValueError as error:
+        words = _last_words(logs / "stderr")
+        where = f"candidate {candidate}: {shlex.join(_argv(command, model))}"
+        raise Misconfigured(f"{where}: {error}; exit code 0{words}; nothing was recorded") from None
 
-    Raises Retry where it took too long or was killed, Misconfigured where it cannot be started, fails, or ends in no
-    number; both name `candidate`, which says how the model is read.
-    """
-    argv = [part.replace(MODEL, str(model)) for part in command.argv]
+
+def last_line(command: Command, model: Path, logs: Path, what: str) -> str:
+    """Runs `command` on the directory `model`; its output goes to files in `logs`. Returns the last line that it
+    printed. Raises Retry where it took too long or was killed, Misconfigured where it cannot be started or fails; both
+    name `what`."""
+    argv = _argv(command, model)
     out, err = logs / "stdout", logs / "stderr"
-    where = f"candidate {candidate}: {shlex.join(argv)}"
+    where = f"{what}: {shlex.join(argv)}"
     with out.open("wb") as stdout, err.open("wb") as stderr:
         try:
             process = subprocess.Popen(
@@ -87,10 +98,11 @@ def score(command: Command, model: Path, logs: Path, candidate: str) -> float:
         raise Retry(f"{where}: killed by signal {-code}{_last_words(err)}; nothing was recorded")
     if code > 0:
         raise Misconfigured(f"{where}: exit code {code}{_last_words(err)}; nothing was recorded")
-    try:
-        return parse(_last_line(out), command.key)
-    except ValueError as error:
-        raise Misconfigured(f"{where}: {error}; exit code 0{_last_words(err)}; nothing was recorded") from None
+    return _last_line(out)
+
+
+def _argv(command: Command, model: Path) -> list[str]:
+    return [part.replace(MODEL, str(model)) for part in command.argv]
 
 
 def parse(line: str, key: str | None) -> float:

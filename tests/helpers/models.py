@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -70,6 +71,10 @@ def fine_tune(
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             noise = torch.randn(tensor.shape, generator=random) * size * 0.1
+            if tensor.ndim == 2 and min(tensor.shape) >= 64:  # a direction that stands out, as of what was trained
+                left, right = (torch.randn(side, generator=random) for side in tensor.shape)
+                strength = 2.5 * size * 0.1 * sum(math.sqrt(side) for side in tensor.shape)
+                noise += strength * torch.outer(left / left.norm(), right / right.norm())
             tensors[name] = (tensor.float() + noise).to(tensor.dtype)
     if change is not None:
         change(tensors)

@@ -34,6 +34,7 @@ ROOMS = (
     ("engine", "objectives sources texts"),
     ("publish", "gates objectives sources texts"),
     ("tuning", "gates hub sources texts"),
+    ("evaluation", "gates hub publish sources texts"),
     ("selection", "hub publish sources texts"),
     ("making", "gates selection sources texts tuning"),
     ("api", "texts"),

@@ -1,0 +1,149 @@
+"""A command that is asked about the merge before a fold is committed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import continual
+from continual import api
+from continual.config import Settings
+from continual.errors import Misconfigured, Retry
+from continual.state.entries import FoldEntry
+from tests.helpers import adapters, models
+
+pytestmark = pytest.mark.slow
+
+ASK = """
+import json, pathlib, sys
+from safetensors.torch import load_file
+model = pathlib.Path(sys.argv[1])
+found = {}
+for file in sorted(model.glob("*.safetensors")):
+    found.update(load_file(file))
+with open(sys.argv[2], "a") as asked:
+    print(model, file=asked)
+value = float(found["model.norm.weight"].float().mean())
+if value > 5:
+    sys.exit("cannot run this")
+print("some words before")
+print(json.dumps({"score": {"task": value}} if value > -5 else {}))
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return models.base(tmp_path / "base")
+
+
+def moved(base: Path, name: str, by: float) -> Path:
+    """A fine-tune that moves what the command looks at."""
+
+    def change(tensors: dict[str, object]) -> None:
+        tensors["model.norm.weight"] = load_file(base / "model.safetensors")["model.norm.weight"] + by
+
+    return models.fine_tune(base, base.parent / name, len(name), change=change)  # type: ignore[arg-type]
+
+
+def opened(place: Path, base: Path, *, width: int | None = None, **evaluation: object) -> api.Merge:
+    (place / "ask.py").write_text(ASK)
+    command = [sys.executable, str(place / "ask.py"), "{model}", str(place / "asked")]
+    if not (place / "state").exists():
+        continual.init(base, place / "state", continual.Recipe(rule="task-arithmetic", scale="1", width=width))
+    given = {"state": place / "state", "max_base_ratio": 1e9, "max_mean_ratio": 1e9}
+    return api.Merge(Settings.model_validate(given | {"evaluation": {"command": command} | evaluation}), write=True)
+
+
+def asked(place: Path) -> int:
+    return len((place / "asked").read_text().splitlines())
+
+
+def test_a_fold_that_makes_it_worse_is_refused_and_changes_nothing(tmp_path: Path, base: Path) -> None:
+    with opened(tmp_path, base) as merge:
+        outcome = merge.fold(moved(base, "good", 0.1))
+        assert outcome.fate == "folded", outcome.message
+        evaluated = outcome.commit.of_kind(FoldEntry).numbers.evaluated
+        assert evaluated is not None
+        assert evaluated.after["score.task"] - (evaluated.before or {})["score.task"] == pytest.approx(0.1, abs=1e-3)
+        assert asked(tmp_path) == 2, "the base, and the merge"
+        before = merge.read("model.norm.weight")
+        outcome = merge.fold(moved(base, "bad", -0.2))
+        assert (outcome.fate, outcome.reason) == ("refused", "evaluation")
+        assert "score.task is worse by 0.2" in outcome.message
+        assert "evaluation.max_drop = 0.01" in outcome.message
+        assert merge.read("model.norm.weight").equal(before)
+        assert asked(tmp_path) == 3, "the merge in force was asked when it was folded"
+        assert merge.fold(moved(base, "fair", 0.0)).fate == "folded"
+    assert continual.verify(tmp_path / "state").findings == ()
+    assert [child.name for child in (tmp_path / "state" / "generations").iterdir() if child.name[0] != "."] != []
+
+
+def test_in_a_new_process_the_merge_in_force_is_asked_again(tmp_path: Path, base: Path) -> None:
+    with opened(tmp_path, base) as merge:
+        merge.fold(moved(base, "good", 0.1))
+    with opened(tmp_path, base) as merge:
+        assert merge.fold(moved(base, "bad", -0.05)).reason == "evaluation"
+    assert asked(tmp_path) == 4
+
+
+def test_an_accepted_one_is_folded_with_a_warning(tmp_path: Path, base: Path) -> None:
+    bad = moved(base, "bad", -0.2)
+    with opened(tmp_path, base) as merge:
+        assert merge.fold(bad).reason == "evaluation"
+        merge.retry("bad", because="the task is retired", by="alice")
+        outcome = merge.fold(bad)
+        assert (outcome.fate, "warning (evaluation)" in outcome.line()) == ("folded", True)
+
+
+@pytest.mark.parametrize(("by", "said"), [(100.0, "exit code 1"), (-100.0, "no metric")])
+def test_a_command_that_fails_on_the_new_merge_refuses_it(tmp_path: Path, base: Path, by: float, said: str) -> None:
+    with opened(tmp_path, base) as merge:
+        outcome = merge.fold(moved(base, "odd", by))
+        assert (outcome.reason, said in outcome.message) == ("evaluation", True), outcome.message
+
+
+def test_a_command_that_cannot_be_asked_settles_nothing(tmp_path: Path, base: Path) -> None:
+    tuned = moved(base, "good", 0.1)
+    with opened(tmp_path, base, command=["/no/such/program", "{model}"]) as merge, pytest.raises(Misconfigured):
+        merge.fold(tuned)
+    slow = [sys.executable, "-c", "import time; time.sleep(60)", "{model}"]
+    with opened(tmp_path, base, command=slow, timeout=0.2) as merge:
+        with pytest.raises(Retry, match="not done after"):
+            merge.fold(tuned)
+        assert merge.state.ledger.head.seq == 0
+    with opened(tmp_path, base) as merge:
+        assert merge.fold(tuned).fate == "folded"
+
+
+def test_rows_that_may_be_chance(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "rows.py").write_text(
+        "import json, pathlib, sys\n"
+        "first = 'base' in sys.argv[1]\n"
+        "print(json.dumps({'a': [1.0, 1.0, 0.0, 0.0] if first else [0.0, 0.0, 1.0, 0.0]}))\n"
+    )
+    command = [sys.executable, str(tmp_path / "rows.py"), "{model}"]
+    tuned = moved(base, "tuned", 0.1)
+    with opened(tmp_path, base, command=command) as merge:
+        outcome = merge.fold(tuned)
+        assert (outcome.reason, "may be chance" in outcome.message) == ("unclear", True)
+        merge.retry("tuned")
+    with opened(tmp_path, base, command=command, unclear="fold") as merge:
+        assert merge.fold(tuned).fate == "folded"
+
+
+def test_a_state_of_adapters_is_asked_too(tmp_path: Path, base: Path) -> None:
+    with opened(tmp_path, base, width=32) as merge:
+        outcome = merge.fold(adapters.lora(tmp_path / "lora", base, 1, modules=("up_proj",)))
+        assert outcome.fate == "folded", outcome.message
+        assert outcome.commit.of_kind(FoldEntry).numbers.evaluated is not None
+    assert asked(tmp_path) == 2
+
+
+def test_its_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="max_drop"):
+        Settings.model_validate({"evaluation": {"max_drop": -1}})
+    assert json.loads(Settings().model_dump_json())["evaluation"]["command"] == []
