@@ -17,8 +17,10 @@ from continual.blocks.shelf import Stacked
 from continual.lazily import Tensor, torch
 from continual.records import TensorSpec, Totals
 from continual.rules import Accumulators, Inputs, Rule, Triplets
-from continual.rules.contract import Apart, CoreFunctions, SideVectors, weighed
+from continual.rules.apart import Apart, SideVectors, weighed
+from continual.rules.contract import CoreFunctions
 from continual.rules.matrices import sides
+from continual.rules.terms import ModelTerms
 
 _SAFE = 1e3
 """Up to this condition, a basis by Cholesky is orthonormal to 1e-10."""
@@ -146,7 +148,7 @@ def _turned(rule: Rule, given: Stacked, run: Run, turned: tuple[Tensor, Tensor])
 def apart(given: Stacked, run: Run, left: SideVectors, right: SideVectors, rests: Sequence[Totals]) -> Apart:
     """The triplets as a rule is given them. `rests`: the totals without each of the models."""
     weights = [entrant.weight for entrant in run.entrants]
-    return Apart(left, given.sigma, right, given.rows, weights, run.totals, rests, sides(given.spec))
+    return Apart(left, given.sigma, right, given.rows, weights, run.totals, rests, sides(given.spec), given.times)
 
 
 def core(functions: CoreFunctions, given: Stacked, run: Run, turned: tuple[Tensor, Tensor]) -> Tensor:
@@ -188,18 +190,47 @@ def is_direct(rule: Rule, given: Stacked) -> bool:
 def direct(rule: Rule, given: Stacked, run: Run, turned: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """The factors of a weighted sum, or those that the rule makes of the triplets itself: of `turned`, as `core` has
     it, where these are given."""
-    assert rule.factored is not None
-    if rule.factored.by_inputs is not None and given.inputs is not None:
-        weights = [entrant.weight for entrant in run.entrants]
-        sigma = weighed(given.sigma, given.rows, weights)
-        across = any(one.rows for one in given.inputs)
-        near, far = (given.u, given.v) if across else (given.v, given.u)
-        solved = rule.factored.by_inputs(near.mT.double(), given.rows, given.inputs, weights)
-        ahead = far.mT * sigma
-        return (solved, ahead) if across else (ahead, solved)
+    if given.times is not None:
+        left, right, _ = terms(rule, given, run, turned).times(dict(enumerate(given.times)))
+        return left, right
     if is_direct(rule, given):
-        return given.u.mT * weighed(given.sigma, given.rows, run.coefficients_at(given.spec)), given.v.mT
+        return _summed(rule, given, run)
+    assert rule.factored is not None
     assert rule.factored.triplets is not None
+    return rule.factored.triplets(_handed(given, run, turned), run.totals)
+
+
+def terms(rule: Rule, given: Stacked, run: Run, turned: tuple[Tensor, Tensor] | None = None) -> ModelTerms:
+    """X by the terms of the models, by the index of each, without coefficients. Only where the rule reads such a
+    sum."""
+    if is_direct(rule, given):
+        owner = [-1] * len(given.sigma)
+        for index, where in given.rows.items():
+            owner[where] = [index] * (where.stop - where.start)
+        return ModelTerms(*_summed(rule, given, run), owner)
+    assert rule.factored is not None
+    assert rule.factored.triplets is not None
+    assert rule.factored.owners is not None, "a rule whose triplets are terms"
+    handed = _handed(given, run, turned)
+    owners = rule.factored.owners(handed, run.totals)
+    return ModelTerms(*rule.factored.triplets(handed, run.totals), [one - 1 for one in owners])
+
+
+def _summed(rule: Rule, given: Stacked, run: Run) -> tuple[Tensor, Tensor]:
+    """The factors where `is_direct`: a column for each triplet."""
+    assert rule.factored is not None
+    if rule.factored.by_inputs is None or given.inputs is None:
+        return given.u.mT * weighed(given.sigma, given.rows, run.coefficients_at(given.spec)), given.v.mT
+    weights = [entrant.weight for entrant in run.entrants]
+    across = any(one.rows for one in given.inputs)
+    near, far = (given.u, given.v) if across else (given.v, given.u)
+    solved = rule.factored.by_inputs(near.mT.double(), given.rows, given.inputs, weights)
+    ahead = far.mT * weighed(given.sigma, given.rows, weights)
+    return (solved, ahead) if across else (ahead, solved)
+
+
+def _handed(given: Stacked, run: Run, turned: tuple[Tensor, Tensor] | None) -> Triplets:
+    """The triplets as a rule is given them, of which each model's number is its index and one."""
     owner = [index + 1 for index, where in given.rows.items() for _ in range(where.start, where.stop)]
     # a model that was left out has its vectors there still
     rows = [row for where in given.rows.values() for row in range(where.start, where.stop)]
@@ -207,7 +238,7 @@ def direct(rule: Rule, given: Stacked, run: Run, turned: tuple[Tensor, Tensor] |
     u, v = (given.u.mT, given.v.mT) if turned is None else turned
     if len(rows) != len(sigma):
         u, sigma, v = u[:, rows], sigma[rows], v[:, rows]
-    return rule.factored.triplets(Triplets(owner, u, sigma, v, sides(given.spec)), run.totals)
+    return Triplets(owner, u, sigma, v, sides(given.spec))
 
 
 def _balanced(left: Tensor, right: Tensor) -> ThinProduct:

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 from continual.blocks import elements
 from continual.blocks.elements import Seed, by_number
-from continual.blocks.factoring import Entrant, Run, ThinProduct, dense, square, thin
+from continual.blocks.factoring import Entrant, Run, ThinProduct, dense, square, terms, thin
 from continual.blocks.shelf import Shelf, Stacked, stacked
 from continual.errors import Misconfigured
 from continual.lazily import Tensor
 from continual.records import WEIGHT, TensorSpec, Totals, is_weight
-from continual.rules import LayerInputs, ReadOptions, Rule, Size, Sums, figures_of, settle
+from continual.rules import LayerInputs, ModelTerms, ReadOptions, Rule, Size, Sums, figures_of, settle
+from continual.rules.matrices import sides
+from continual.rules.scale import layer_key
 
 KnownInputs = Callable[[str], Mapping[int, LayerInputs] | None]
 """The inputs that a layer has on rows of the task of each of the chosen models, by its number; None where they are not
@@ -43,6 +45,7 @@ class Merged:
         self._seed = seed
         self.layered: Mapping[int, Mapping[float, float]] = {}
         self._inputs: KnownInputs = _unknown
+        self._times: Mapping[int, Mapping[str, float]] = {}
         self._measured: dict[int, object] = {}
         self._parts: tuple[float, float] | None = None
 
@@ -59,6 +62,19 @@ class Merged:
         """The same, where the inputs of layers are known, for a rule that reads by them."""
         self._inputs = known
         return self
+
+    def by_term(self, factors: Mapping[int, Mapping[str, float]]) -> Merged:
+        """The same, with coefficients of some models' terms: by number, then by the layer (`layer_key`). The scale goes
+        by X without them. Only of a rule that reads a sum of terms (`terms_of`)."""
+        self._times = factors
+        return self
+
+    def times_at(self, name: str) -> list[float] | None:
+        """What the term of each model in X of a layer is multiplied by, in order; None where there is no such
+        number."""
+        key = layer_key(name)
+        found = [self._times.get(number, {}).get(key, 1.0) for number in self.chosen] if self._times else []
+        return found if any(one != 1.0 for one in found) else None
 
     @property
     def factored(self) -> bool:
@@ -81,9 +97,9 @@ class Merged:
         return self._parts is not None
 
     def square(self, name: str) -> float:
-        """‖X‖² of one layer at scale 1."""
+        """‖X‖² of one layer at scale 1, by which the scale goes: coefficients of terms do not count."""
         if self.factored:
-            return square(self.rule, self.stacked(name), self.run)
+            return square(self.rule, self.stacked(name)._replace(times=None), self.run)
         return float(self.unit(name).double().square().sum())
 
     def settle(self, squares: Mapping[str, float] | None = None) -> float:
@@ -130,9 +146,18 @@ class Merged:
         seeds = [self._seed(number, name) if self.rule.needs.seeded else 0 for number in self.chosen]
         return elements.dense(self.rule, self.stacked(name), self.run, measured, seeds)
 
+    def terms(self, name: str) -> ModelTerms:
+        """X of one layer at scale 1 by the terms of the models, by their numbers, without coefficients."""
+        given = self.stacked(name)._replace(times=None)
+        if not given.rows:
+            m, n = sides(given.spec)
+            return ModelTerms(given.u.new_zeros(m, 0), given.u.new_zeros(n, 0), ())
+        models, found = list(self.chosen), terms(self.rule, given, self.run)
+        return found._replace(owner=[models[index] for index in found.owner])
+
     def stacked(self, name: str, *, exact: bool = True) -> Stacked:
         """The chosen models' triplets in one layer; without `exact` their vectors are float32, as they are kept."""
-        found = stacked(self.shelf, name, list(self.chosen), exact=exact)
+        found = stacked(self.shelf, name, list(self.chosen), exact=exact)._replace(times=self.times_at(name))
         if not self.rule.needs.inputs or not self.is_matrix(name) or (known := self._inputs(name)) is None:
             return found
         return found._replace(inputs=[known[number] for number in self.chosen])
@@ -142,12 +167,13 @@ class Merged:
         others = {other: weight for other, weight in self.chosen.items() if other != number}
         found = Merged(self.shelf, others, self.rule, self.options, self._seed, self._figures)
         found._measured = self._measured
-        return found.by_layer(self.layered).by_inputs(self._inputs)
+        return found.by_layer(self.layered).by_inputs(self._inputs).by_term(self._times)
 
     def weighed(self, weights: Mapping[int, float]) -> Merged:
         """The same models read alike with other weights."""
         assert weights.keys() == self.chosen.keys(), (weights, self.chosen)
-        return Merged(self.shelf, weights, self.rule, self.options, self._seed, self._figures).by_inputs(self._inputs)
+        found = Merged(self.shelf, weights, self.rule, self.options, self._seed, self._figures)
+        return found.by_inputs(self._inputs).by_term(self._times)
 
     def is_matrix(self, name: str) -> bool:
         """Whether the rule takes this layer for a matrix."""

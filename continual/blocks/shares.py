@@ -14,8 +14,8 @@ from continual.blocks.merged import Merged
 from continual.blocks.shelf import Stacked
 from continual.lazily import Tensor, torch
 from continual.records import Totals
-from continual.rules import Accumulators, Inputs, Triplets
-from continual.rules.contract import LeftOut, SideVectors, WholeRead, Without
+from continual.rules import Accumulators, Inputs, ModelTerms, Triplets
+from continual.rules.apart import LeftOut, SideVectors, WholeRead, Without
 
 
 class ModelShare(NamedTuple):
@@ -33,13 +33,20 @@ class ModelShare(NamedTuple):
 
 class Products(NamedTuple):
     """The inner products of one layer that shares follow from, X and X₋ᵢ at scale 1: `square` ‖X‖², and of each of the
-    chosen models ‖τ_i‖², ⟨τ_i, X⟩, ‖X₋ᵢ‖² and ⟨X, X₋ᵢ⟩."""
+    chosen models ‖τ_i‖², ⟨τ_i, X⟩, ‖X₋ᵢ‖² and ⟨X, X₋ᵢ⟩. `lengths`: ‖X‖² and every ‖X₋ᵢ‖² by which the scale goes, where
+    terms have coefficients, without which these are."""
 
     square: float
     taus: Sequence[float]
     dots: Sequence[float]
     squares: Sequence[float]
     inners: Sequence[float]
+    lengths: tuple[float, Sequence[float]] | None = None
+
+    @property
+    def measured(self) -> tuple[float, Sequence[float]]:
+        """‖X‖² and every ‖X₋ᵢ‖² by which the scale goes."""
+        return (self.square, self.squares) if self.lengths is None else self.lengths
 
 
 class Shares(NamedTuple):
@@ -61,6 +68,13 @@ class Explaining:
     def products(self, name: str) -> Products:
         """The inner products of one layer."""
         given = self.merged.stacked(name, exact=False)
+        found = self._products(name, given)
+        if given.times is None:
+            return found
+        plain = self._products(name, given._replace(times=None))
+        return found._replace(lengths=plain.measured)
+
+    def _products(self, name: str, given: Stacked) -> Products:
         runs = [rest.run for rest in self.rests]
         if not given.rows:
             return _nothing(len(runs))
@@ -79,9 +93,9 @@ class Explaining:
         """The shares, from what `products` says of every layer of the shelf. Layers for which `group` gives one name
         are counted together under it."""
         found = {name: self.products(name) for name in self.merged.shelf.specs} if products is None else products
-        self.merged.settle({name: one.square for name, one in found.items()})
+        self.merged.settle({name: one.measured[0] for name, one in found.items()})
         for index, rest in enumerate(self.rests):
-            rest.settle({name: one.squares[index] for name, one in found.items()})
+            rest.settle({name: one.measured[1][index] for name, one in found.items()})
         layers = {name: self._scaled(name, one) for name, one in found.items() if any(one.taus)}
         weights = list(self.merged.chosen.values())
         grouped: dict[str, list[Products]] = {}
@@ -140,9 +154,9 @@ def _added(parts: Sequence[Products], count: int) -> Products:
     """The products of the whole model."""
     if not parts:
         return _nothing(count)
-    square, *columns = zip(*parts, strict=True)
-    sums = [[math.fsum(values) for values in zip(*column, strict=True)] for column in columns]
-    return Products(math.fsum(square), *sums)
+    columns = [list(zip(*column, strict=True)) for column in list(zip(*parts, strict=True))[1:5]]
+    taus, dots, squares, inners = ([math.fsum(values) for values in column] for column in columns)
+    return Products(math.fsum(part.square for part in parts), taus, dots, squares, inners)
 
 
 def _products(whole: Tensor, taus: Sequence[Tensor], rests: Sequence[Tensor]) -> Products:
@@ -164,11 +178,13 @@ def _linear(merged: Merged, given: Stacked, runs: Sequence[Run]) -> Products:
     for index, where in given.rows.items():
         which[where, index] = 1.0
     inner = which.mT @ each @ which
-    whole = torch.tensor(merged.run.coefficients_at(given.spec), dtype=torch.float64)
+    times = torch.ones(count, dtype=torch.float64) if given.times is None else torch.tensor(given.times).double()
+    whole = torch.tensor(merged.run.coefficients_at(given.spec), dtype=torch.float64) * times
     rests = torch.zeros(count, count, dtype=torch.float64)
     for index, run in enumerate(runs):
         found = torch.tensor(run.coefficients_at(given.spec), dtype=torch.float64)
         rests[index, :index], rests[index, index + 1 :] = found[:index], found[index:]
+        rests[index] *= times
     inner = inner.cpu()
     dots = inner @ whole
     return Products(
@@ -266,13 +282,18 @@ class _Turned:
     def _again(self, kept: Iterable[int], totals: Totals) -> Tensor:
         """X′ of some models by a rule that works on triplets."""
         assert self.factored.triplets is not None
-        given = self.apart.weighed()
+        given, kept = self.apart.weighed(), list(kept)
         u, sigma, v, rows = given.u, given.sigma, given.v, given.rows
         mine = [(place, rows[index]) for place, index in enumerate(kept, 1) if index in rows]
         owner = [place for place, where in mine for _ in range(where.start, where.stop)]
         columns = [column for _, where in mine for column in range(where.start, where.stop)]
         kept_of = Triplets(owner, u[:, columns], sigma[columns], v[:, columns], self.apart.sides)
         left, right = self.factored.triplets(kept_of, totals)
+        if given.times is None:
+            return left @ right.mT
+        assert self.factored.owners is not None, "a rule whose triplets are terms"
+        owners = [kept[place - 1] for place in self.factored.owners(kept_of, totals)]
+        left, right, _ = ModelTerms(left, right, owners).times(dict(enumerate(given.times)))
         return left @ right.mT
 
 

@@ -35,7 +35,8 @@ class Stacked(NamedTuple):
     """The chosen models' triplets in one layer, one model's below the other's: `u` (K×m), `sigma` (K) and `v` (K×n) in
     float64. `rows`: where those of each model are, by its index among the chosen; a model that did not touch the layer
     is not there. `inputs`: those that the layer has on rows of each model's task, by the same index, where the rule
-    reads by them and they are known of all."""
+    reads by them and they are known of all. `times`: what the term of each model in X is multiplied by, by the same
+    index, where there are such coefficients."""
 
     spec: TensorSpec
     u: Tensor
@@ -43,6 +44,7 @@ class Stacked(NamedTuple):
     v: Tensor
     rows: Mapping[int, slice]
     inputs: Sequence[LayerInputs] | None = None
+    times: Sequence[float] | None = None
 
     def block(self, index: int) -> Block:
         """The block of one model, float32, as it is kept."""
@@ -59,7 +61,8 @@ class Stacked(NamedTuple):
         """The same without one of the chosen models; those after it come one earlier. The vectors are shared."""
         rows = {place - (place > index): where for place, where in self.rows.items() if place != index}
         inputs = self.inputs and [one for place, one in enumerate(self.inputs) if place != index]
-        return self._replace(rows=rows, inputs=inputs)
+        times = self.times and [one for place, one in enumerate(self.times) if place != index]
+        return self._replace(rows=rows, inputs=inputs, times=times)
 
 
 def stacked(shelf: Shelf, name: str, chosen: Sequence[int], *, exact: bool = True) -> Stacked:

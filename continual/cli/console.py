@@ -205,6 +205,9 @@ def rules(found: Sequence[RuleInfo], transforms: Sequence[TransformInfo]) -> Non
     say("")
     for names in dict.fromkeys(row.readings for row in found if len(row.readings) > 1):
         say(f"A state of one of {', '.join(names)} is read by each of them.")
+    for kind, what in (("adapters", "adapters"), ("tensors", "whole tensors")):
+        able = ", ".join(row.name for row in found if kind in row.terms)
+        say(f"Of {what} {able} take a coefficient for each model in each layer.")
     say("continual rules NAME says all of one: its options, what its state takes, its paper.")
 
 
@@ -227,6 +230,7 @@ def rule(found: RuleInfo | TransformInfo) -> None:
             ("needs", found.needs or "nothing"),
             ("read by", ", ".join(found.readings)),
             ("of adapters", found.adapters or "no"),
+            ("models-layers", " and ".join(f"of {kind}" for kind in found.terms) or "no"),
         ]
     rows.append(("options", ", ".join(f"{key}={value}" for key, value in found.options.items()) or "none"))
     table((found.name, ""), rows)

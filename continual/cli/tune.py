@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from continual.tuning import Evaluation, Learning, TaskRows, Weighing
 
 app = typer.Typer(rich_markup_mode=None)
-What = Literal["scale", "weights", "layers", "inputs"]
+What = Literal["scale", "weights", "layers", "models-layers", "inputs"]
+LEARNED = ("layers", "models-layers")
 
 
 @app.command()
@@ -39,15 +40,16 @@ def tune(
         What,
         typer.Option(
             "--what",
-            help="What to find: scale, weights (of the models of a state of adapters), layers (a coefficient each), or "
-            "inputs (of layers, on rows of each task; for the rule regmean).",
+            help="What to find: scale, weights (of the models of a state of adapters), layers (a coefficient each), "
+            "models-layers (one for each model in each layer), or inputs (of layers, on rows of each task; for the "
+            "rule regmean).",
         ),
     ] = "scale",
     rows: Annotated[
         list[Path] | None,
         typer.Option(
             "--rows",
-            help="Calibration rows: a JSONL file with text and label; for layers and inputs one a task.",
+            help="Calibration rows: a JSONL file with text and label; for layers, models-layers and inputs one a task.",
             show_default=False,
         ),
     ] = None,
@@ -55,7 +57,8 @@ def tune(
         str | None,
         typer.Option(
             "--objective",
-            help="Of the rows: causal-lm, classification or heads; for layers and inputs also module:function.",
+            help="Of the rows: causal-lm, classification or heads; for layers, models-layers and inputs also "
+            "module:function.",
             show_default=False,
         ),
     ] = None,
@@ -71,7 +74,8 @@ def tune(
         list[str] | None,
         typer.Option(
             "--calibration",
-            help="With layers and inputs: how rows are run, as seed=1, held=0.2, dtype=bfloat16, unsupervised=true.",
+            help="With layers, models-layers and inputs: how rows are run, as seed=1, held=0.2, dtype=bfloat16, "
+            "unsupervised=true.",
             show_default=False,
         ),
     ] = None,
@@ -79,7 +83,7 @@ def tune(
         list[str] | None,
         typer.Option(
             "--teacher",
-            help="With layers: a model for each --rows, which says what is right in place of labels.",
+            help="With layers and models-layers: a model for each --rows, which says what is right in place of labels.",
             show_default=False,
         ),
     ] = None,
@@ -143,9 +147,9 @@ def tune(
     *,
     flags: Flags,
 ) -> None:
-    """Find how large the merged task vector should be, or how much each model weighs in it, or each of its layers, by
-    evaluating candidates, and record it; or read what layers are given on rows of each task, for rules that read by
-    that. Nothing is folded again."""
+    """Find how large the merged task vector should be, or how much each model weighs in it, or each of its layers, or
+    each model in each layer, by evaluating candidates, and record it; or read what layers are given on rows of each
+    task, for rules that read by that. Nothing is folded again."""
     from continual.tuning import Learning, TaskRows, Tuning, Weighing
 
     worth = Worth(command, rows or (), objective, heads or (), batch, key, lower, timeout)
@@ -153,12 +157,12 @@ def tune(
         raise Misconfigured(f"--what {what} leaves the scale as it is: leave out --policy, --around and --lines")
     if group and what != "weights":
         raise Misconfigured("--group is for --what weights")
-    if calibration and what not in ("layers", "inputs"):
-        raise Misconfigured("--calibration is for --what layers and --what inputs")
+    if calibration and what not in (*LEARNED, "inputs"):
+        raise Misconfigured("--calibration is for --what layers, --what models-layers and --what inputs")
     if (whose or rank is not None) and what != "inputs":
         raise Misconfigured("--for and --rank are for --what inputs")
-    if teacher and what != "layers":
-        raise Misconfigured("--teacher is for --what layers")
+    if teacher and what not in LEARNED:
+        raise Misconfigured("--teacher is for --what layers and --what models-layers")
     signal.signal(signal.SIGTERM, _stop)
     if what == "inputs":
         if rule is not None:
@@ -168,11 +172,12 @@ def tune(
         more = {} if rank is None else {"rank": rank}
         asked = parse_options(calibration or ())
         return _inputs(TaskRows(name, models, files, prompts, calibration=asked, dry_run=dry_run, **more), flags)
-    if what == "layers":
+    if what in LEARNED:
         name, files, prompts = worth.learned()
         settings = {"batch": batch, **parse_options(calibration or ())}
         teachers = tuple(teacher or ())
-        return _learn(Learning(name, files, prompts, settings, candidates, work, dry_run, rule, teachers), flags)
+        each = what == "models-layers"
+        return _learn(Learning(name, files, prompts, settings, candidates, work, dry_run, rule, teachers, each), flags)
     evaluation = worth.evaluation()
     if what == "weights":
         groups = tuple(tuple(words.split(",")) for words in group or ())
@@ -187,7 +192,7 @@ def tune(
 
 
 def _learn(wanted: Learning, flags: Flags) -> None:
-    """Finds the coefficients of the layers."""
+    """Finds the coefficients of the layers, or of each model in them."""
     if wanted.asked().settings.unsupervised:
         console.warn(
             "unsupervised: entropy says how sure the model is, not whether it is right: look at the tuned model before "

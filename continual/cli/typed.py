@@ -120,7 +120,9 @@ class Worth:
             return Command(Command.split(self.command), self.key, self.lower, self.timeout)
         self._by_no_command()
         if len(self.rows) > 1 or len(self.heads) > 1:
-            raise Misconfigured("several files of rows, one for each task, are for --what layers and --what inputs")
+            raise Misconfigured(
+                "several files of rows, one for each task, are for --what layers, models-layers and inputs"
+            )
         assert self.objective is not None
         return Rows(self.objective, self.rows[0], self.heads[0] if self.heads else None, self.batch)
 

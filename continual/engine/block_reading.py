@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from continual.engine.views import ReadView
 from continual.executors.contract import Executor, Progress, Task
 from continual.lazily import torch
 from continual.records import TensorSpec
-from continual.rules import ReadOptions, Rule, Size
+from continual.rules import ModelTerms, ReadOptions, Rule, Size, check_terms, terms_of
 from continual.rules.sums import everything
 from continual.state import State
 from continual.state.format import Commit, FoldCommit
@@ -113,15 +113,34 @@ class BlockReading(Reading):
         folds = state.ledger.folds(at=self.commit.seq) if self.rule.needs.inputs else []
         mine = [fold for fold in folds if fold.entry.numbers.block in self.chosen]
         self.inputs = ModelsInputs(state, self.rule, mine) if self.rule.needs.inputs else None
+        if self.options.terms:
+            check_terms(self.rule, blocks=True)
 
     @cached_property
     def merged(self) -> Merged:
         """What the chosen models read as."""
-        found = Merged(self.shelf, self.chosen, self.rule, self.options).by_layer(self.layered)
+        found = Merged(self.shelf, self.chosen, self.rule, self.options).by_layer(self.layered).by_term(self._times)
         if self.inputs is not None:
             found = found.by_inputs(self.inputs.layer)
         self.totals = found.totals
         return found
+
+    @cached_property
+    def keys(self) -> dict[int, str]:
+        """As of every reading."""
+        folds = self.state.ledger.folds(at=self.commit.seq)
+        found = {fold.entry.numbers.block: fold.entry.candidate.key for fold in folds}
+        return {number: found[number] for number in self.chosen}
+
+    def has_terms(self, spec: TensorSpec) -> bool:
+        """As of every reading: here of whatever an adapter can change."""
+        return terms_of(self.rule, blocks=True) and spec.kind != "carried"
+
+    def terms(self, spec: TensorSpec) -> Iterator[ModelTerms]:
+        """As of every reading."""
+        for layer in spec.layers:
+            if layer.name in self.shelf.specs:
+                yield self.merged.terms(layer.name)
 
     def settle(self, executor: Executor, progress: Progress) -> float:
         """As of every reading."""
@@ -202,7 +221,8 @@ class BlockReading(Reading):
             models = self.shelf.columns(layer.name).models
             mine = [(n, w, list(self.layered.get(n, {}).items())) for n, w in self.chosen.items() if n in models]
             marks = generation.marks(layer.name, self.state.format.slots[layer.name]) if models else None
-            found.append([mine, self.merged.scale(layer.name).hex(), marks])
+            times = sorted(self.times_at(layer.name).items())
+            found.append([mine, self.merged.scale(layer.name).hex(), marks, times])
         return found
 
     def thin(self, spec: TensorSpec, rank: int | None = None) -> ThinProduct:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from continual import linalg
@@ -20,8 +20,9 @@ from continual.engine.views import ReadView
 from continual.executors.contract import Executor, Progress, Task
 from continual.lazily import Tensor, torch
 from continual.records import TensorSpec, Totals
-from continual.rules import ReadOptions, Rule, Size, reader
+from continual.rules import Accumulators, ModelTerms, ReadOptions, Rule, Size, check_terms, reader
 from continual.rules.matrices import sides
+from continual.rules.scale import layer_key
 from continual.rules.sums import everything
 from continual.state import Commit, State
 
@@ -56,6 +57,8 @@ class Reading:
         self.totals = _totals_of(state, self.commit.seq)
         self.options = options or ReadOptions.from_mapping(state.ledger.read_options(self.commit.seq))
         self.rule = reader(rule, self.options.rule, blocks=state.format.form is not None)
+        if self.options.terms and state.format.form is None:
+            check_terms(self.rule)
         self.lengths = {} if lengths is None else lengths
         self.view = ReadView()
         self._factors: Parts | None = None
@@ -112,33 +115,74 @@ class Reading:
         return digest_of(self.commit.generation, self.rule, self.options)
 
     def unit(self, spec: TensorSpec) -> torch.Tensor:
-        """X of one tensor, at scale 1: float32 of the tensor's shape, in new memory. Raises Retry and Damaged."""
+        """X of one tensor, at scale 1, each model's term times its coefficient: float32 of the tensor's shape, in new
+        memory. Raises Retry and Damaged."""
         if self._spool is not None and (kept := self._spool.get(spec.name, spec.shape)) is not None:
             return kept
-        if spec.kind == "stack":
-            return self._stack(spec)
-        slots = self.rule.slots(spec)  # a state can keep more
-        accumulators = {slot: torch.from_numpy(self.state.read(spec.name, slot, at=self.commit.seq)) for slot in slots}
-        return self.rule.read.unit(spec, accumulators, self.totals)
-
-    def _stack(self, spec: TensorSpec) -> torch.Tensor:
-        """X of a stack: that of its experts, each read and made as a matrix of its own."""
-        one = spec.expert
-        slots = self.rule.slots(one)
-        found = torch.zeros(spec.experts, *one.shape)
-        generation = self.state.generation_of(self.commit)
-        for number, values in enumerate(generation.parts(spec.name, spec.experts) if generation else ()):
-            accumulators = {slot: torch.from_numpy(values[slot]).view(one.shape) for slot, one in slots.items()}
-            found[number] = self.rule.read.unit(one, accumulators, self.totals)
+        if self.times_at(spec.name) and self.has_terms(spec):
+            return self._by_terms(spec)[0]
+        units = (self.rule.read.unit(one, kept, self.totals) for one, kept in self._accumulators(spec))
+        if spec.kind != "stack":
+            return next(units)
+        found = torch.zeros(spec.experts, *spec.expert.shape)
+        for number, unit in enumerate(units):
+            found[number] = unit
         return found.view(spec.shape)
+
+    def terms(self, spec: TensorSpec) -> Iterator[ModelTerms]:
+        """X of a matrix, or of each of a stack, at scale 1 by the terms of the models, by the numbers that `keys` has,
+        without coefficients. Only where the rule reads such a sum (`terms_of`). Raises Retry and Damaged."""
+        assert self.rule.read.terms is not None, self.rule.name
+        for _, accumulators in self._accumulators(spec):
+            yield self.rule.read.terms(accumulators, self.totals)
+
+    def has_terms(self, spec: TensorSpec) -> bool:
+        """Whether `terms` gives this tensor; else X of it is one sum, of which no model is known."""
+        return self.rule.read.terms is not None and self._is_matrix(spec)
+
+    @cached_property
+    def keys(self) -> dict[int, str]:
+        """The keys of the models that are read, by the numbers of their terms."""
+        return {n: fold.entry.candidate.key for n, fold in enumerate(self.state.ledger.folds(at=self.commit.seq), 1)}
+
+    def times_at(self, name: str) -> dict[int, float]:
+        """What the terms of models in a layer are multiplied by, by their numbers; nothing where all are 1."""
+        key = layer_key(name)
+        return {number: mine[key] for number, mine in self._times.items() if mine.get(key, 1.0) != 1.0}
+
+    @cached_property
+    def _times(self) -> dict[int, dict[str, float]]:
+        return {number: mine for number, key in self.keys.items() if (mine := self.options.terms.of(key))}
+
+    def _by_terms(self, spec: TensorSpec) -> tuple[torch.Tensor, float]:
+        """X of a tensor at scale 1, and ‖X‖² without coefficients, by which its length goes."""
+        times, squares = self.times_at(spec.name), []
+        found = torch.empty(max(1, spec.experts), *sides(spec.expert if spec.kind == "stack" else spec))
+        for number, terms in enumerate(self.terms(spec)):
+            squares.append(terms.square)
+            left, right, _ = terms.times(times)
+            found[number] = left @ right.mT
+        return found.view(spec.shape), math.fsum(squares)
+
+    def _accumulators(self, spec: TensorSpec) -> Iterator[tuple[TensorSpec, Accumulators]]:
+        """The accumulators of a tensor; of a stack those of its experts, each as a matrix of its own."""
+        if spec.kind != "stack":
+            at = self.commit.seq
+            slots = self.rule.slots(spec)  # a state can keep more
+            yield spec, {slot: torch.from_numpy(self.state.read(spec.name, slot, at=at)) for slot in slots}
+            return
+        one, generation = spec.expert, self.state.generation_of(self.commit)
+        shapes = {slot: each.shape for slot, each in self.rule.slots(one).items()}
+        for values in generation.parts(spec.name, spec.experts) if generation else ():
+            yield one, {slot: torch.from_numpy(values[slot]).view(shape) for slot, shape in shapes.items()}
 
     def vector(self, spec: TensorSpec) -> torch.Tensor:
         """The merged task vector of one tensor: float32 of the tensor's shape, in new memory. `settle` comes first.
         Raises Retry and Damaged."""
-        return self.unit(spec).mul_(self._factor(spec))
+        return self.unit(spec).mul_(self.factor_of(spec))
 
-    def _factor(self, spec: TensorSpec) -> float:
-        """What X of this tensor is multiplied by."""
+    def factor_of(self, spec: TensorSpec) -> float:
+        """What X of this tensor is multiplied by. `settle` comes first."""
         assert self._factors is not None, "settle first"
         return self._factors[0 if self._is_matrix(spec) else 1] * self.options.layer(spec)
 
@@ -149,7 +193,7 @@ class Reading:
     def runs(self, spec: TensorSpec, length: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         """What `vector` gives, in flat runs of at most `length` elements: (first element, one past the last, values).
         Only of a tensor that is read `elementwise`; `settle` comes first. Raises Retry and Damaged."""
-        generation, factor = self.state.generation_of(self.commit), self._factor(spec)
+        generation, factor = self.state.generation_of(self.commit), self.factor_of(spec)
         if generation is None:
             for start in range(0, spec.numel, length):
                 stop = min(start + length, spec.numel)
@@ -163,12 +207,13 @@ class Reading:
     def made_from(self, spec: TensorSpec) -> object:
         """All that `vector` of a tensor follows from, as plain data: where it is the same, so is the vector, bit for
         bit. `settle` comes first. Raises Misconfigured and Damaged."""
-        generation, factor = self.state.generation_of(self.commit), self._factor(spec)
+        generation, factor = self.state.generation_of(self.commit), self.factor_of(spec)
         if generation is None or generation.is_nothing(spec.name):
             return math.copysign(1.0, factor)  # of zeros only the sign can be seen
         by = (self.rule.read.goes_by or everything)(spec, self.totals)
         marks = generation.marks(spec.name, self.rule.slots(spec))
-        return [self.state.id, self.rule.name, dict(self.rule.options), factor.hex(), by, marks]
+        times = sorted(self.times_at(spec.name).items()) if self.has_terms(spec) else []
+        return [self.state.id, self.rule.name, dict(self.rule.options), factor.hex(), by, marks, times]
 
     def need(self, spec: TensorSpec) -> int:
         """Bytes that reading one tensor takes at its peak. Of a matrix it is as much as a decomposition takes; of a
@@ -222,13 +267,17 @@ class Reading:
         return found
 
     def _square(self, spec: TensorSpec, seen: Seen | None) -> float:
-        found = self.unit(spec)
+        if self.times_at(spec.name) and self.has_terms(spec):
+            found, square = self._by_terms(spec)
+        else:
+            found = self.unit(spec)
+            square = linalg.inner(found, found)
         if self._spool is not None and not self.elementwise(spec):
             with suppress(OSError):  # then it is made a second time
                 self._spool.put(spec.name, found)
         if seen is not None:
             seen(spec, found)
-        return linalg.inner(found, found)
+        return square
 
 
 def _totals_of(state: State, seq: int) -> Totals:

@@ -60,13 +60,13 @@ class Facts:
     """What a card says. `folded` are in the order in which they were folded.
 
     `options` are the rule's fold-time options, `before` among them; `reading` the rule that reads it, where that is
-    another; `scale` and `lines` what `continual scale` takes; `layers` how many have a coefficient besides; `plain` and
-    `exclude` the globs of `continual init`, `width` that of a state of adapters; `settings` those of folding that are
-    not the defaults, by the names of the flags of `continual fold` (`missing`, `vocab`); `export` further words of
-    `continual export`. `generated` is the time of the record; `software` has at least continual's version;
-    `architecture` is the first of the base's config.json; `previous` the commit of the release before. Of a `view`,
-    `folded` are those that it reads, of so many (`of`) in the merge. `lora`: the rank and the layout of the adapter
-    that is released, None for a whole model.
+    another; `scale` and `lines` what `continual scale` takes; `layers` how many have a coefficient besides, `terms`
+    how many models have some in how many layers, in words; `plain` and `exclude` the globs of `continual init`, `width`
+    that of a state of adapters; `settings` those of folding that are not the defaults, by the names of the flags of
+    `continual fold` (`missing`, `vocab`); `export` further words of `continual export`. `generated` is the time of the
+    record; `software` has at least continual's version; `architecture` is the first of the base's config.json;
+    `previous` the commit of the release before. Of a `view`, `folded` are those that it reads, of so many (`of`) in the
+    merge. `lora`: the rank and the layout of the adapter that is released, None for a whole model.
     """
 
     base: Base
@@ -80,6 +80,7 @@ class Facts:
     options: Mapping[str, object] = field(default_factory=dict)
     lines: str | None = None
     layers: int = 0
+    terms: str = ""
     reading: str | None = None
     plain: Sequence[str] = ()
     exclude: Sequence[str] = ()
@@ -310,10 +311,11 @@ def _how(facts: Facts) -> str:
         parts.append("What was no repo of the Hub is named by its folder: only who has it can fold it.")
     if facts.rule == "frank-wolfe":
         parts.append("Its weights were found in rounds on calibration rows, which the commands do not have.")
-    if facts.layers:
+    layers = f"coefficients of {counted(facts.layers, 'layer')}" if facts.layers else ""
+    if learned := " and ".join(filter(None, (layers, facts.terms))):
         parts.append(
-            f"Coefficients of {counted(facts.layers, 'layer')} were learned from calibration rows: `continual.json` "
-            "has them, and the commands do not."
+            f"{learned.capitalize()} were learned from calibration rows: `continual.json` has them, and the commands "
+            "do not."
         )
     return " ".join(parts)
 

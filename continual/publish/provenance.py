@@ -15,7 +15,7 @@ from continual.state.software import software
 SHARES = 15
 """Models of a release whose shares a record keeps, and that a page shows."""
 _FIGURES = ("weight", "norm", "cosine", "change")
-_KEPT = ("name", "origin", "revision", "form")
+_KEPT = ("key", "name", "origin", "revision", "form")
 
 
 def provenance_of(reading: Reading, factor: float, shares: Sequence[Mapping[str, object]] | None) -> dict[str, object]:

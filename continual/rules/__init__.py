@@ -24,6 +24,7 @@ from continual.rules.registry import (
     ROWS,
     RULES,
     ReadAs,
+    check_terms,
     must_keep_adapters,
     read_as,
     read_options,
@@ -31,9 +32,11 @@ from continual.rules.registry import (
     readings,
     rule,
     rule_of,
+    terms_of,
 )
 from continual.rules.scale import ReadOptions, Size
 from continual.rules.sums import figures_of, last_out, settle, together
+from continual.rules.terms import ModelTerms, TermFactors
 
 __all__ = [
     "ROWS",
@@ -47,6 +50,7 @@ __all__ = [
     "Inputs",
     "Laws",
     "LayerInputs",
+    "ModelTerms",
     "Needs",
     "NoOptions",
     "Option",
@@ -58,7 +62,9 @@ __all__ = [
     "RuleRow",
     "Size",
     "Sums",
+    "TermFactors",
     "Triplets",
+    "check_terms",
     "figures_of",
     "last_out",
     "must_keep_adapters",
@@ -69,5 +75,6 @@ __all__ = [
     "rule",
     "rule_of",
     "settle",
+    "terms_of",
     "together",
 ]

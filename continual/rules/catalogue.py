@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from continual.rules import ROWS, TRANSFORMS, Option, Rule, RuleRow, readings
+from continual.rules import ROWS, TRANSFORMS, Option, Rule, RuleRow, readings, terms_of
 from continual.rules.options import O
 
 
@@ -18,7 +18,8 @@ class RuleInfo:
     it has to bring besides its weights; `inputs`, those of layers on rows of its task; or nothing. `scale`: how the
     merge is read by default. `options`: the fold-time options with their defaults. `readings`: the rules that a state
     of whole tensors made with it can be read by. `adapters`: how it reads a state that keeps adapters: `factors`, an
-    adapter again; `dense`, whole tensors; or nothing where it cannot.
+    adapter again; `dense`, whole tensors; or nothing where it cannot. `terms`: the states (`adapters`, `tensors`) of
+    which it reads a sum with a term of each model, so that each can have a coefficient in each layer.
     """
 
     name: str
@@ -34,6 +35,7 @@ class RuleInfo:
     options: Mapping[str, object]
     readings: tuple[str, ...]
     adapters: str
+    terms: tuple[str, ...]
 
 
 def rules() -> list[RuleInfo]:
@@ -56,6 +58,7 @@ def _info(row: RuleRow[O], made: Rule) -> RuleInfo:
         options=_defaults(row.declared),
         readings=tuple(readings(made)),
         adapters="" if row.name not in readings(made, blocks=True) else "factors" if made.factored else "dense",
+        terms=tuple(kind for kind in ("adapters", "tensors") if terms_of(made, blocks=kind == "adapters")),
     )
 
 

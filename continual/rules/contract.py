@@ -11,18 +11,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from types import MappingProxyType
 from typing import Generic, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from continual.lazily import Tensor, torch
+from continual.lazily import Tensor
 from continual.records import SlotSpec, TensorSpec, Totals
+from continual.rules.apart import Apart, LeftOut
 from continual.rules.layer_inputs import ByInputs
 from continual.rules.options import O, Option, declared, plain, resolve
 from continual.rules.scale import ReadOptions, Size
+from continual.rules.terms import ModelTerms
 
 Accumulators = dict[str, Tensor]
 """What a rule keeps of one tensor, by slot name: fixed shapes and dtypes from the first fold on, zeros before it."""
@@ -155,6 +156,8 @@ class ReadFunctions(NamedTuple):
     elementwise(spec): `unit` may be given any run of elements in place of the whole tensor, flat, and gives that run of
     X. square(spec, kept, totals): ‖X‖² of a tensor whose fold left `kept` as its `Sums.merged_sq`; None where X has to
     be read to know it. goes_by(spec, totals): what of the totals `unit` goes by, as plain data; None: by all of them.
+    terms(accumulators, totals): X of a matrix by the terms of the models, by their numbers from 1 on, in the order in
+    which they were folded; None where the rule keeps no model apart.
     """
 
     unit: Callable[[TensorSpec, Accumulators, Totals], Tensor]
@@ -164,6 +167,7 @@ class ReadFunctions(NamedTuple):
     elementwise: Callable[[TensorSpec], bool] = _always
     square: Callable[[TensorSpec, float, Totals], float | None] = _unknown
     goes_by: Callable[[TensorSpec, Totals], object] | None = None
+    terms: Callable[[Accumulators, Totals], ModelTerms] | None = None
 
 
 class Needs(NamedTuple):
@@ -230,97 +234,6 @@ class Triplets(NamedTuple):
     sides: tuple[int, int] | None = None
 
 
-def weighed(sigma: Tensor, rows: Mapping[int, slice], weights: Sequence[float]) -> Tensor:
-    """Singular values, each times the weight of its task vector, whose columns are in `rows` by its index; 0 where they
-    are those of none."""
-    found = torch.zeros_like(sigma)
-    for index, where in rows.items():
-        found[where] = weights[index] * sigma[where]
-    return found
-
-
-class SideVectors:
-    """The singular vectors of one side, K of them: their inner products (`gram`, K×K), and as `columns` (k×K) in an
-    orthonormal basis of what they span; float64. Both are made when they are first asked for."""
-
-    def __init__(self, gram: Callable[[], Tensor], columns: Callable[[SideVectors], Tensor]) -> None:
-        self._gram, self._columns = gram, columns
-
-    @staticmethod
-    def of(columns: Tensor) -> SideVectors:
-        """Of vectors that are in a basis already."""
-        return SideVectors(lambda: columns.mT @ columns, lambda _: columns)
-
-    @cached_property
-    def gram(self) -> Tensor:
-        """Their inner products."""
-        return self._gram()
-
-    @cached_property
-    def columns(self) -> Tensor:
-        """In a basis."""
-        return self._columns(self)
-
-
-class Apart(NamedTuple):
-    """The task vectors of one tensor in small coordinates, in the order in which they are folded.
-
-    `left`, `sigma` (K), `right`: all their singular triplets; `rows`: which of them are those of each task vector, by
-    its index; one that did not touch the tensor is not there. `weights`: of every task vector. `totals`: of all of
-    them; `rests`: of all but each. `sides`: rows and columns of the tensor itself.
-    """
-
-    left: SideVectors
-    sigma: Tensor
-    right: SideVectors
-    rows: Mapping[int, slice]
-    weights: Sequence[float]
-    totals: Totals
-    rests: Sequence[Totals]
-    sides: tuple[int, int]
-
-    @property
-    def u(self) -> Tensor:
-        """The left singular vectors as columns in a basis."""
-        return self.left.columns
-
-    @property
-    def v(self) -> Tensor:
-        """The right singular vectors as columns in a basis."""
-        return self.right.columns
-
-    def term(self, index: int) -> tuple[Tensor, Tensor]:
-        """One task vector as two factors, without its weight; without columns where it did not touch the tensor."""
-        where = self.rows.get(index, slice(0, 0))
-        return self.u[:, where] * self.sigma[where], self.v[:, where]
-
-    def weighed(self) -> Apart:
-        """The same with every task vector times its weight; the weights are then 1."""
-        return self._replace(sigma=weighed(self.sigma, self.rows, self.weights), weights=[1.0] * len(self.weights))
-
-
-class Without(NamedTuple):
-    """X₋, what is read without one task vector: ‖X₋‖² and ⟨X, X₋⟩."""
-
-    square: float
-    inner: float
-
-
-class WholeRead(NamedTuple):
-    """X, what is read of all task vectors, by ‖X‖² and uᵀXv of every triplet."""
-
-    square: float
-    along: Tensor
-
-
-class LeftOut(NamedTuple):
-    """X as a matrix in the coordinates of an `Apart` (k×l, float64) or by its products, and what is known of it without
-    each of the task vectors. None where it has to be read."""
-
-    whole: Tensor | WholeRead | None
-    rests: Sequence[Without | None]
-
-
 class Factored(NamedTuple):
     """How a rule is read where every task vector is a product of thin factors (`continual.blocks`), the m×n tensor
     never made.
@@ -329,7 +242,8 @@ class Factored(NamedTuple):
     small matrices; triplets(those of all task vectors, totals): the factors of X, m×k and n×k, straight from theirs.
     without(task vectors): X without each of them, where the rule has a quicker way than reading again. whole(task
     vectors): X in their coordinates, where it has a quicker way than `cores`; None where it has none for these.
-    `by_inputs`: X where the inputs of the layer are known; where they are not it is linear.
+    `by_inputs`: X where the inputs of the layer are known; where they are not it is linear. owners(those of all task
+    vectors, totals): whose each column of what `triplets` gives is, where X is a sum with a term of each task vector.
     """
 
     linear: Callable[[TensorSpec], bool] = _always
@@ -338,6 +252,7 @@ class Factored(NamedTuple):
     without: Callable[[Apart], LeftOut] | None = None
     whole: Callable[[Apart], Tensor | None] | None = None
     by_inputs: ByInputs | None = None
+    owners: Callable[[Triplets, Totals], Sequence[int]] | None = None
 
 
 def one_sum(spec: TensorSpec) -> dict[str, SlotSpec]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from continual.lazily import Tensor, torch
-from continual.rules.contract import Apart, LeftOut, Without
+from continual.rules.apart import Apart, LeftOut, Without
 
 Poles = Sequence[tuple[complex, complex]]
 """Pairs p and w of a function Σ Re(w/(λ + p·λ̄)) of an eigenvalue, λ̄ being the mean of all."""

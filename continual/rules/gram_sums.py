@@ -19,18 +19,8 @@ from continual import linalg
 from continual.lazily import Tensor, torch
 from continual.records import SlotSpec, Totals
 from continual.rules import gram_less, matrices, sums
-from continual.rules.contract import (
-    Accumulators,
-    Apart,
-    CoreFunctions,
-    Factored,
-    Folded,
-    Inputs,
-    Laws,
-    LeftOut,
-    Rule,
-    Sums,
-)
+from continual.rules.apart import Apart, LeftOut
+from continual.rules.contract import Accumulators, CoreFunctions, Factored, Folded, Inputs, Laws, Rule, Sums
 from continual.rules.matrices import Include, OnMatrices
 
 Side = Literal["both", "right", "left"]

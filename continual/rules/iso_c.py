@@ -13,7 +13,8 @@ from continual import linalg
 from continual.lazily import Tensor, torch
 from continual.records import Totals
 from continual.rules import iso_less, matrices, sums
-from continual.rules.contract import Accumulators, Apart, Folded, Inputs, LeftOut, Rule, RuleRow, Sums
+from continual.rules.apart import Apart, LeftOut
+from continual.rules.contract import Accumulators, Folded, Inputs, Rule, RuleRow, Sums
 from continual.rules.matrices import MatrixOptions, OnMatrices
 from continual.rules.scale import ReadOptions
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from continual import linalg
 from continual.lazily import Tensor, torch
-from continual.rules.contract import LeftOut, Without
+from continual.rules.apart import LeftOut, Without
 
 LEAST = 48
 """Columns below which a decomposition is as quick."""

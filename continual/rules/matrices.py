@@ -26,6 +26,7 @@ from continual.rules.contract import (
     one_sum,
 )
 from continual.rules.options import Globs
+from continual.rules.terms import ModelTerms
 
 IsMatrix = Callable[[TensorSpec], bool]
 Include = Annotated[tuple[str, ...], Globs(), "globs of tensors that are matrices here too: embeddings, output heads"]
@@ -47,7 +48,8 @@ class OnMatrices(NamedTuple):
     bytes that `fold` needs beyond the accumulators, τ and the figures. slots(m, n): the accumulators, where they are
     not one sum of the tensor's own shape. `factored`: its `cores` or `triplets`, for matrices; what is no matrix is
     linear. `decomposes`: `fold` decomposes τ, and says itself what its largest singular value is.
-    goes_by(totals): what of the totals `read` goes by, as plain data; None: by all of them.
+    goes_by(totals): what of the totals `read` goes by, as plain data; None: by all of them. `terms`: as in
+    `ReadFunctions`.
     """
 
     fold: Callable[[Accumulators, Tensor, Inputs, Totals], Folded]
@@ -57,6 +59,7 @@ class OnMatrices(NamedTuple):
     factored: Factored | None = None
     decomposes: bool = False
     goes_by: Callable[[Totals], object] | None = None
+    terms: Callable[[Accumulators, Totals], ModelTerms] | None = None
 
 
 def turned(
@@ -124,14 +127,16 @@ def rule(name: str, include: Sequence[str], on: OnMatrices, laws: Laws, plain: R
     def workspace(spec: TensorSpec) -> int:
         return on.workspace(*sides(spec)) if matrix(spec) else sums.workspace(spec)
 
+    def linear(spec: TensorSpec) -> bool:
+        return not matrix(spec)
+
+    read = plain._replace(unit=unit, matrix=matrix, elementwise=linear, square=square, goes_by=goes_by, terms=on.terms)
     return Rule(
         slots=slots,
-        fold=FoldFunctions(fold, workspace, elementwise=lambda spec: not matrix(spec)),
-        read=plain._replace(
-            unit=unit, matrix=matrix, elementwise=lambda spec: not matrix(spec), square=square, goes_by=goes_by
-        ),
+        fold=FoldFunctions(fold, workspace, elementwise=linear),
+        read=read,
         laws=laws,
-        factored=on.factored and on.factored._replace(linear=lambda spec: not matrix(spec)),
+        factored=on.factored and on.factored._replace(linear=linear),
         name=name,
     )
 

@@ -17,19 +17,8 @@ from continual import linalg
 from continual.lazily import Tensor, torch
 from continual.records import Totals
 from continual.rules import matrices, opcm_less, sums
-from continual.rules.contract import (
-    Accumulators,
-    Apart,
-    Folded,
-    Inputs,
-    Laws,
-    LeftOut,
-    Needs,
-    ReadFunctions,
-    Rule,
-    RuleRow,
-    Sums,
-)
+from continual.rules.apart import Apart, LeftOut
+from continual.rules.contract import Accumulators, Folded, Inputs, Laws, Needs, ReadFunctions, Rule, RuleRow, Sums
 from continual.rules.matrices import Include, OnMatrices
 from continual.rules.options import Choice, Number
 from continual.rules.scale import ReadOptions

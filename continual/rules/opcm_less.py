@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from continual import linalg
 from continual.lazily import Tensor, torch
-from continual.rules.contract import Apart, LeftOut, Without
+from continual.rules.apart import Apart, LeftOut, Without
 
 Fold = Callable[[Tensor, Tensor], Tensor]
 """R after a fold: of R and τ, both m×n float32; may overwrite both."""

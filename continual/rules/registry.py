@@ -190,9 +190,39 @@ def read_as(made: Rule, now: ReadOptions, wanted: ReadAs, *, blocks: bool = Fals
             "by; name another scale, as norm:2.45 or a number"
         )
     kept = before is not None and wanted.scale not in ("auto", "paper")  # which are the rule's own and nothing else
-    weights, layers = (now.weights, now.layers) if kept else ((), ())
+    of = now if kept else ReadOptions("number")
     by = None if name == made.name else name
-    return chosen, dataclasses.replace(found, rule=by, weights=weights, layers=layers)
+    return chosen, dataclasses.replace(found, rule=by, weights=of.weights, layers=of.layers, terms=of.terms)
+
+
+def terms_of(reads: Rule, *, blocks: bool = False) -> bool:
+    """Whether X of a matrix is a sum with a term of each model as `reads` reads it, so that each can have a coefficient
+    of its own; with `blocks`, from a state that keeps adapters. Else a state has to keep the models' triplets."""
+    if reads.laws.rounds:
+        return False  # the weights are those that rounds found
+    if not blocks:
+        return reads.read.terms is not None
+    found = reads.factored
+    if found is None:
+        return False
+    return found.owners is not None or found.by_inputs is not None or (found.cores is None and found.triplets is None)
+
+
+def check_terms(reads: Rule, *, blocks: bool = False) -> None:
+    """Raises Misconfigured where `terms_of` says no, saying which rules would do."""
+    if not terms_of(reads, blocks=blocks):
+        there = [name for name, row in ROWS.items() if terms_of(row.rule(), blocks=blocks)]
+        of = "a state of adapters" if blocks else "a state of whole tensors"
+        raise Misconfigured(
+            f"{_named(reads)} reads no sum with a term of each model, so models have no coefficients of their own in a "
+            f"layer; of {of} it is {', '.join(there)} that read{'' if len(there) > 1 else 's'} so, without transforms "
+            "('continual rules'); or take a coefficient for each layer: --what layers"
+        )
+
+
+def _named(reads: Rule) -> str:
+    before = reads.options.get("before")
+    return f"{reads.name} with transforms before it" if before else reads.name
 
 
 def _has(made: Rule, reads: Rule) -> bool:

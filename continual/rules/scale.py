@@ -2,7 +2,8 @@
 without folding again.
 
 A rule reads what it calls one (the sum, the mean, its own result): X. What is merged is s·(α + β·depth)·c·X, with a
-coefficient c of each layer where these were learned; this module says what s is. It is pure.
+coefficient c of each layer where these were learned; where each model's term in X has one, s is that of X without them.
+This module says what s is. It is pure.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Literal, NamedTuple, TypeGuard, get_args
 from continual.errors import Misconfigured
 from continual.outside import counted
 from continual.records import LARGEST, MatrixTotals, TensorSpec, Totals
+from continual.rules.terms import NO_TERMS, TermFactors
 
 Policy = Literal["norm", "number", "spread"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -26,7 +28,7 @@ FEW = 4
 """From so many models on one of them can be told from the others, and `spread` holds it."""
 _HOLD = 1.5
 """The widest with which the mean of four stays within a factor 1.3, whatever one of them is."""
-_KEYS = ("policy", "value", "lines", "rule", "weights", "layers")
+_KEYS = ("policy", "value", "lines", "rule", "weights", "layers", "terms")
 _IN_STACK, _EXPERT = re.compile(r"\[\d+\]$"), re.compile(r"(?<=\bexperts)\.\d+\.")
 _WRITE = "write spread:C, norm, norm:KAPPA or a number; auto is the rule's default, paper its paper's"
 
@@ -44,7 +46,8 @@ class ReadOptions:
     Merging", equation 3). `rule` names the rule that reads, where it is not the one that the state was made with.
     `weights`: of a state of adapters, keys of models and the weight that each is read with, in place of that of its
     fold; sorted by key. `layers`: what the merged task vector of a layer is multiplied by besides, by `layer_key`;
-    sorted; of a layer that is not there it is 1.
+    sorted; of a layer that is not there it is 1. `terms`: what the term of each model in X of a layer is multiplied by,
+    where there are such terms; how long X is made goes by X without them.
     """
 
     policy: Policy
@@ -53,6 +56,7 @@ class ReadOptions:
     rule: str | None = None
     weights: tuple[tuple[str, float], ...] = ()
     layers: tuple[tuple[str, float], ...] = ()
+    terms: TermFactors = NO_TERMS
 
     def __post_init__(self) -> None:
         if not _is_number(self.value):
@@ -70,12 +74,13 @@ class ReadOptions:
 
     def __str__(self) -> str:
         """The text that `parse` reads, the layer scaling where there is one, the rule where it is another, and how many
-        models have weights and how many layers have coefficients of their own."""
+        models have weights, how many layers coefficients of their own, and in how many each of how many models."""
         lines = f", lines {self.lines[0]:g}:{self.lines[1]:g}" if self.lines else ""
         by = f", read by {self.rule}" if self.rule else ""
         weights = f", weights of {counted(len(self.weights), 'model')}" if self.weights else ""
         layers = f", coefficients of {counted(len(self.layers), 'layer')}" if self.layers else ""
-        return self.scale + lines + by + weights + layers
+        terms = f", {self.terms}" if self.terms else ""
+        return self.scale + lines + by + weights + layers + terms
 
     @property
     def scale(self) -> str:
@@ -119,7 +124,7 @@ class ReadOptions:
         allowed."""
         if not {"policy", "value"} <= set(options) <= {*_KEYS}:
             raise Misconfigured(
-                "scale: expected the keys policy, value and perhaps lines, rule, weights and layers, "
+                "scale: expected the keys policy, value and perhaps lines, rule, weights, layers and terms, "
                 f"got {', '.join(sorted(options)) or 'none'}"
             )
         policy = next((known for known in POLICIES if known == options["policy"]), None)
@@ -133,7 +138,8 @@ class ReadOptions:
         if by is not None and not isinstance(by, str):
             raise Misconfigured(f"scale: rule = {by!r} is no rule's name")
         weights, layers = (_table(key, options.get(key, {})) for key in ("weights", "layers"))
-        return ReadOptions(policy, value, None if lines is None else (lines[0], lines[1]), by, weights, layers)
+        terms, pair = TermFactors.from_mapping(options.get("terms")), None if lines is None else (lines[0], lines[1])
+        return ReadOptions(policy, value, pair, by, weights, layers, terms)
 
     def to_mapping(self) -> dict[str, object]:
         """Plain data, as it is kept in the state."""
@@ -141,7 +147,8 @@ class ReadOptions:
         weights = {"weights": dict(self.weights)} if self.weights else {}
         rule = {"rule": self.rule} if self.rule else {}
         layers = {"layers": dict(self.layers)} if self.layers else {}
-        return {"policy": self.policy, "value": self.value, **lines, **rule, **weights, **layers}
+        terms = {"terms": self.terms.to_mapping()} if self.terms else {}
+        return {"policy": self.policy, "value": self.value, **lines, **rule, **weights, **layers, **terms}
 
     def layer(self, spec: TensorSpec) -> float:
         """What a tensor is scaled by besides: by its depth, and by the coefficient of its layer."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from continual import linalg
 from continual.lazily import Tensor, torch
-from continual.rules.contract import Apart, LeftOut, SideVectors, WholeRead, Without
+from continual.rules.apart import Apart, LeftOut, SideVectors, WholeRead, Without
 
 SAFE = 1e-8
 """Down to this share of the largest eigenvalue of a Gram nothing counts as null, nor in a part of it."""
@@ -100,6 +100,9 @@ def without(given: Apart, polar: Polar, choose: Choose) -> LeftOut:
     if not chosen:
         return LeftOut(WholeRead(0.0, torch.zeros_like(given.sigma)), [Without(0.0, 0.0)] * len(given.weights))
     sigma = given.sigma[chosen]
+    if given.times is not None:
+        each = [given.times[owner[column] - 1] for column in chosen]
+        sigma = sigma * torch.tensor(each, dtype=sigma.dtype, device=sigma.device)
     left, right = _PolarSide(given.left, chosen, polar), _PolarSide(given.right, chosen, polar)
     whole = WholeRead(_square(sigma, left, right), ((left.inner * sigma) * right.inner).sum(1))
     rests: list[Without | None] = [None] * len(given.weights)

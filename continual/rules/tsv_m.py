@@ -21,21 +21,11 @@ from continual.errors import Misconfigured
 from continual.lazily import Tensor, torch
 from continual.records import SlotSpec, Totals
 from continual.rules import matrices, tsv_less
-from continual.rules.contract import (
-    Accumulators,
-    Apart,
-    Factored,
-    Folded,
-    Inputs,
-    Laws,
-    LeftOut,
-    Rule,
-    RuleRow,
-    Sums,
-    Triplets,
-)
+from continual.rules.apart import Apart, LeftOut
+from continual.rules.contract import Accumulators, Factored, Folded, Inputs, Laws, Rule, RuleRow, Sums, Triplets
 from continual.rules.matrices import MatrixOptions, OnMatrices
 from continual.rules.scale import ReadOptions
+from continual.rules.terms import ModelTerms
 
 U, SIGMA, V, OWNER = "u", "sigma", "v", "owner"
 KEEPS = frozenset({"triplets"})
@@ -149,6 +139,13 @@ def kept(given: Triplets, totals: Totals) -> Triplets:
     return Triplets(owner, u[:, chosen].double(), sigma[chosen].double(), v[:, chosen].double(), given.sides)
 
 
+def owners(given: Triplets, totals: Totals) -> list[int]:
+    """Whose each of the triplets is that stay with so many fine-tunes."""
+    p = min(given.sides or (len(given.u), len(given.v)))
+    chosen = choose(given.owner, given.sigma.tolist(), max(1, int(totals.count)), p)
+    return [given.owner[column] for column in chosen]
+
+
 def places(given: Triplets) -> list[slice]:
     """The columns of each fine-tune, which lie side by side."""
     ends = [column for column, owner in enumerate(given.owner) if given.owner[column + 1 : column + 2] != [owner]]
@@ -202,20 +199,31 @@ def reading(
     *,
     weighted: bool = True,
     without: Callable[[Apart], LeftOut] | None = None,
+    terms: bool = False,
 ) -> Rule:
-    """A rule that keeps the triplets and reads matrices by `factors`. Unless it is `weighted` every weight is 1."""
+    """A rule that keeps the triplets and reads matrices by `factors`. Unless it is `weighted` every weight is 1.
+    `terms`: the columns of the factors are those of the triplets that stay, in their order, so that X is a sum with a
+    term of each fine-tune."""
+
+    def stored(accumulators: Accumulators) -> Triplets:
+        u, sigma, v, owner = (accumulators[slot] for slot in (U, SIGMA, V, OWNER))
+        return Triplets(owner.tolist(), u, sigma, v)
 
     def read(accumulators: Accumulators, totals: Totals) -> Tensor:
-        u, sigma, v, owner = (accumulators[slot] for slot in (U, SIGMA, V, OWNER))
-        left, right = factors(Triplets(owner.tolist(), u, sigma, v), totals)
+        left, right = factors(stored(accumulators), totals)
         return left @ right.mT
 
-    on = OnMatrices(fold, read, workspace, slots, Factored(triplets=factors, without=without), True)
+    def told_apart(accumulators: Accumulators, totals: Totals) -> ModelTerms:
+        given = stored(accumulators)
+        return ModelTerms(*factors(given, totals), owners(given, totals))
+
+    factored = Factored(triplets=factors, without=without, owners=owners if terms else None)
+    on = OnMatrices(fold, read, workspace, slots, factored, True, terms=told_apart if terms else None)
     return matrices.rule(name, include, on, Laws(weighted=weighted, keeps=KEEPS))
 
 
 def _make(options: MatrixOptions) -> Rule:
-    return reading("tsv-m", options.include, factors, without=without)
+    return reading("tsv-m", options.include, factors, without=without, terms=True)
 
 
 TSV_M = RuleRow(

@@ -208,6 +208,7 @@ def facts_of(merge: Merge, out: OutPlan, seq: int) -> card.Facts:
         options=dict(options),
         lines=None if read.lines is None else f"{read.lines[0]}:{read.lines[1]}",
         layers=len(read.layers),
+        terms=str(read.terms) if read.terms else "",
         plain=made_of.plain,
         exclude=made_of.exclude,
         width=made.form.width if made.form else None,

@@ -29,6 +29,14 @@ class Here(NamedTuple):
     slopes: tuple[float, ...]
 
 
+class Bend(NamedTuple):
+    """A step, over which the slopes changed so, and the inner product of both."""
+
+    step: Tensor
+    change: Tensor
+    along: float
+
+
 def descend(
     evaluate: Callable[[tuple[float, ...]], Here],
     count: int,
@@ -47,16 +55,16 @@ def descend(
     at = torch.zeros(count, dtype=torch.float64)
     here = _asked(evaluate, at)
     left = candidates - 1
-    bend: Tensor | None = None  # the inverse of the Hessian, as far as it is known
+    bends: list[Bend] = []  # what is known of the Hessian
     while left and here is not None and not enough():
         loss, slopes = here
         free = ~(((at >= bound) & (slopes < 0)) | ((at <= -bound) & (slopes > 0)))
         steep = torch.where(free, slopes, 0.0)
         if not bool(steep.any()):
             return
-        way = -short * steep / steep.abs().max() if bend is None else torch.where(free, -(bend @ steep), 0.0)
+        way = torch.where(free, -_bent(bends, steep), 0.0) if bends else -short * steep / steep.abs().max()
         if not float(way @ steep) < 0:
-            way, bend = -short * steep / steep.abs().max(), None
+            way, bends = -short * steep / steep.abs().max(), []
         way = way * min(1.0, 2 * short / float(way.abs().max()))
         length, there = 1.0, None
         while left and not enough():
@@ -74,7 +82,9 @@ def descend(
             there = None
         if there is None:
             return
-        bend = _bent(bend, step, there[1] - slopes)
+        change = there[1] - slopes
+        if (along := float(step @ change)) > 1e-10 * float(step.norm() * change.norm()):  # else it is not convex there
+            bends.append(Bend(step, change, along))
         at, here = target, there
 
 
@@ -85,13 +95,15 @@ def _asked(evaluate: Callable[[tuple[float, ...]], Here], at: Tensor) -> tuple[f
     return (found.loss, slopes) if math.isfinite(found.loss) and bool(slopes.isfinite().all()) else None
 
 
-def _bent(bend: Tensor | None, step: Tensor, change: Tensor) -> Tensor | None:
-    """The inverse Hessian after a step over which the slopes changed so (Nocedal and Wright 2006, equation 6.17); as
-    before where the loss is not convex along it."""
-    along = float(step @ change)
-    if not along > 1e-10 * float(step.norm() * change.norm()):
-        return bend
-    if bend is None:
-        bend = torch.eye(len(step), dtype=step.dtype) * (along / float(change @ change))
-    mixed = torch.outer(step, bend @ change) / along
-    return bend - mixed - mixed.mT + torch.outer(step, step) * ((1.0 + float(change @ bend @ change) / along) / along)
+def _bent(bends: list[Bend], slopes: Tensor) -> Tensor:
+    """The inverse Hessian times some slopes, from all the steps (Nocedal and Wright 2006, algorithm 7.4), so that no
+    matrix of as many rows as there are factors is made."""
+    found, shares = slopes.clone(), []
+    for step, change, along in reversed(bends):
+        shares.append(float(step @ found) / along)
+        found -= shares[-1] * change
+    first = bends[0]
+    found *= first.along / float(first.change @ first.change)
+    for (step, change, along), share in zip(bends, reversed(shares), strict=True):
+        found += (share - float(change @ found) / along) * step
+    return found

@@ -1,26 +1,26 @@
-"""Coefficients of layers, learned at reading: what the merged task vector of each layer is multiplied by, so that the
-loss on calibration rows is least. Nothing is folded.
+"""Coefficients of layers, learned at reading: what the merged task vector of each layer is multiplied by, or what each
+model has in it, so that the loss on calibration rows is least. Nothing is folded.
 
 In the spirit of AdaMerging (Yang et al. 2024, "AdaMerging: Adaptive Model Merging for Multi-Task Learning", equation 5)
-and aTLAS (Zhang et al. 2024, "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling", equation 3),
-with one coefficient a layer and not one a layer and model: a state has the merged task vector alone. Θ = θ₀ + c_l·v_l
-in layer l, v being what is read now. One pass backwards gives every ∂loss/∂c_l = ⟨g_l, v_l⟩, and quasi-Newton steps on
-the logarithms of the c_l follow from them.
+and aTLAS (Zhang et al. 2024, "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling", equation 3).
+Both have one coefficient a layer and model: Θ = θ₀ + s·Σ_i c_il·X_il in layer l, where X = ΣX_i is read, and s is as
+long as X without coefficients asks for. Where a state has no model apart it is one a layer: Θ = θ₀ + c_l·v_l, v being
+what is read now. One pass backwards gives every ∂loss/∂c = ⟨g_l, s·X_il⟩, and quasi-Newton steps on the logarithms
+follow from them.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from continual import linalg
 from continual.config import CalibrationSettings
 from continual.engine.block_reading import BlockReading
 from continual.engine.engine import Engine
@@ -29,13 +29,11 @@ from continual.errors import Misconfigured
 from continual.executors.contract import Progress
 from continual.lazily import torch
 from continual.objectives.calibration import Calibration, Wanted, load
-from continual.objectives.parameters import HeldIn, find_parameters
+from continual.objectives.parameters import HeldIn, Parameters, find_parameters
 from continual.records import TensorSpec
-from continual.rules import ReadOptions
-from continual.rules.scale import layer_key
-from continual.state.transaction import room
 from continual.tensors.layouts.in_classes import elsewhere
-from continual.tuning import choosing, scoring, scratch
+from continual.tuning import choosing, scoring
+from continual.tuning.coefficients import Coefficients, OfLayers, OfTerms
 from continual.tuning.descent import Here, descend
 from continual.tuning.search import LEAST, Trial, best
 from continual.tuning.teaching import teach
@@ -61,8 +59,9 @@ class Learning:
     `heads` a JSON file of prompts for each, for the objective heads alone. `calibration`: `seed`, `held` (the share of
     the rows that judge), `batch`, `dtype`, `checkpointing` and `unsupervised` (entropy, without labels), where they are
     not as by default. `teachers`: a model for each task, which says what is right in place of labels: a model
-    directory, or in a state of adapters the name, path, key or record number of a model. `rule` reads, by default the
-    one in force. `work` is the directory for the scratch file; `dry_run` records nothing.
+    directory, or in a state of adapters the name, path, key or record number of a model. `models`: a coefficient for
+    each model in each layer, and not for each layer alone. `rule` reads, by default the one in force. `work` is the
+    directory for the scratch file; `dry_run` records nothing.
 
     Raises Misconfigured naming what is missing or cannot be used.
     """
@@ -76,6 +75,7 @@ class Learning:
     dry_run: bool = False
     rule: str | None = None
     teachers: tuple[str, ...] = ()
+    models: bool = False
 
     def __post_init__(self) -> None:
         if self.candidates < LEAST:
@@ -115,10 +115,11 @@ def learn(
     objective = wanted.asked()
     objective.check()
     with choosing.scratch_directory(wanted.work) as work, ExitStack() as held:
-        room(work, scratch.nbytes(reading), "tuning")
-        made = held.enter_context(scratch.written(reading, work, engine.executor, progress))
         losses = load(objective, engine.base.checkpoint.directory, engine.device)
-        way = held.enter_context(_Way(engine, made, reading.options, losses, _changed(engine, reading)))
+        parameters, specs = _learned(engine, reading, losses)
+        kind = OfTerms if wanted.models else OfLayers
+        numbers = kind(reading, specs, work, (engine.executor, progress), held)
+        way = held.enter_context(_Way(engine, numbers, losses, (parameters, specs)))
         taught = teach(engine, reading, objective, (losses, way.held), wanted.teachers) if wanted.teachers else ()
         asked = objective.told(taught)
         progress("tune", 0, wanted.candidates)
@@ -130,44 +131,42 @@ def learn(
                 told(way.trials[-1].options, way.trials[-1].score)
             return here
 
-        descend(evaluate, len(way.keys), wanted.candidates, MOST, FIRST, way.is_enough)
+        descend(evaluate, len(numbers.layers), wanted.candidates, MOST, FIRST, way.is_enough)
     found = choosing.Found(way.trials, asked, False, time.perf_counter() - started)
     better = best(way.trials).score > way.trials[0].score
     return choosing.settled(engine, reading, found, dry_run=wanted.dry_run or not better)
 
 
-def _changed(engine: Engine, reading: Reading) -> frozenset[str]:
-    """Tensors that the merge can change: no other needs a gradient, which of a table of tokens is as large as it is."""
-    blocks = reading if isinstance(reading, BlockReading) else None
-    return frozenset(spec.name for spec in engine.base.specs if blocks is None or blocks.columns(spec))
+def _learned(engine: Engine, reading: Reading, losses: Calibration) -> tuple[Parameters, list[TensorSpec]]:
+    """Where the model has the tensors of the base, and those of them that the merge can change: no other needs a
+    gradient, which of a table of tokens is as large as it is. Raises Misconfigured where a tensor of the base is no
+    parameter of the model."""
+    base, blocks = engine.base, reading if isinstance(reading, BlockReading) else None
+    there = [spec for spec in base.specs if spec.kind == "carried" or spec.name in base.checkpoint.tensors]
+    held = find_parameters(losses.model, there, base.aliases, elsewhere(base))
+    return held, [spec for spec in base.specs if spec.name in held and (blocks is None or blocks.columns(spec))]
 
 
 class _Way:
     """What factors for the layers are worth on the rows, and which way the loss falls there. A context manager.
 
-    Each gradient is let go as soon as its product with the merged task vector is known, so that the model is in memory
+    Each gradient is let go as soon as its products with what is multiplied are known, so that the model is in memory
     once.
     """
 
     def __init__(
         self,
         engine: Engine,
-        made: Callable[[ReadOptions], Reading],
-        start: ReadOptions,
+        numbers: Coefficients,
         losses: Calibration,
-        changed: frozenset[str],
+        learned: tuple[Parameters, Sequence[TensorSpec]],
     ) -> None:
-        """`changed`: the tensors that coefficients are for. Raises Misconfigured where a tensor of the base is no
-        parameter of the model."""
-        base = engine.base
-        there = [spec for spec in base.specs if spec.kind == "carried" or spec.name in base.checkpoint.tensors]
-        self.held = find_parameters(losses.model, there, base.aliases, elsewhere(base))
-        self._engine, self._made, self._start, self._losses = engine, made, start, losses
-        self._specs = {spec.name: spec for spec in base.specs if spec.name in self.held and spec.name in changed}
-        self.keys = sorted({layer_key(name) for name in self._specs})
+        self.held, specs = learned
+        self._engine, self._numbers, self._losses = engine, numbers, losses
+        self._specs = {spec.name: spec for spec in specs}
         self.trials: list[Trial] = []
-        self._reading = made(start)
-        self._dots: dict[str, list[float]] = {}
+        self._reading = numbers.reading(numbers.options([1.0] * len(numbers.layers)))
+        self._dots: list[list[float]] = []
         self._hooks = ExitStack()
 
     def __enter__(self) -> _Way:
@@ -189,19 +188,15 @@ class _Way:
 
     def __call__(self, factors: tuple[float, ...], progress: Progress) -> Here:
         """Raises Misconfigured for a loss or a gradient that is not finite."""
-        found = dict(self._start.layers)
-        for key, factor in zip(self.keys, factors, strict=True):
-            if factor != 1.0:
-                found[key] = float(f"{found.get(key, 1.0) * factor:.6g}")
-        options = replace(self._start, layers=tuple(sorted(found.items())))
-        self._reading = self._made(options)
+        options = self._numbers.options(factors)
+        self._reading = self._numbers.reading(options)
         self._reading.settle(self._engine.executor, progress)
         scoring.fill(self.held, self._engine.base, self._reading, self._engine.executor)
         judged = [float(each.mean()) for each in self._losses.held()]
-        self._dots = {key: [] for key in self.keys}
+        self._dots = [[] for _ in factors]
         loss = self._losses.backward()
         self.trials.append(Trial(options, -math.fsum(judged) / len(judged), loss))
-        return Here(loss, tuple(math.fsum(self._dots[key]) for key in self.keys))
+        return Here(loss, tuple(math.fsum(dots) for dots in self._dots))
 
     def is_enough(self) -> bool:
         """Whether the last candidates did not lower the loss of the rows that judge."""
@@ -213,9 +208,9 @@ class _Way:
         for spec, held in within:
             gradient = held.gradient
             assert gradient is not None, spec.name
-            vector = self._reading.vector(spec).to(gradient.device)
-            slope = linalg.dot(gradient, vector) / self._losses.enlarged
-            if not math.isfinite(slope):
-                raise Misconfigured(f"the loss is finite, and its gradient in {spec.name} is not: {_HINT}")
-            self._dots[layer_key(spec.name)].append(slope)
+            for place, enlarged in self._numbers.slopes(self._reading, spec, gradient):
+                slope = enlarged / self._losses.enlarged
+                if not math.isfinite(slope):
+                    raise Misconfigured(f"the loss is finite, and its gradient in {spec.name} is not: {_HINT}")
+                self._dots[place].append(slope)
         parameter.grad = None

@@ -65,6 +65,9 @@ class Slopes:
         by = {name: torch.tensor(merged.run.coefficients_at(specs[name]), dtype=torch.float64) for name in dots}
         if merged.measures:
             merged.settle({name: max(0.0, float(by[name] @ one @ by[name])) for name, one in self._inner.items()})
+        for name, each in by.items():
+            if (times := merged.times_at(name)) is not None:
+                each *= torch.tensor(times, dtype=torch.float64)
         return math.fsum(merged.scale(name) * float(by[name] @ one) for name, one in dots.items())
 
     def _dots(self, name: str, held: Parameters) -> Tensor:

@@ -193,6 +193,11 @@ def test_coefficients_of_layers_of_experts(tmp_path: Path, monkeypatch: pytest.M
         assert asked == sizes, "a tensor that no adapter changes has no gradient"
         stack = "model.layers.0.mlp.experts.down_proj"
         assert layers[stack] != 1.0
+        each = merge.tune_layers(Learning("causal-lm", **files, candidates=6, models=True, dry_run=True))
+        assert each.before == pytest.approx(found.score, rel=1e-4)
+        assert each.score > each.before
+        owners = [key for key, _ in each.read.terms.models if each.read.terms.of(key)[stack] != 1.0]
+        assert len(owners) > 1, "all experts of a layer have one in common, and each model its own"
         base, after = (
             load_file(where / "model.safetensors") for where in (place.base, merge.export(tmp_path / "after"))
         )

@@ -43,7 +43,8 @@ SIGNATURES = {
     "Merge.read_inputs": "(self, wanted, progress)",
     "TaskRows": "(objective, models, rows=(), heads=(), rank=64, calibration, dry_run=False)",
     "Learning": (
-        "(objective, rows=(), heads=(), calibration, candidates=20, work=None, dry_run=False, rule=None, teachers=())"
+        "(objective, rows=(), heads=(), calibration, candidates=20, work=None, dry_run=False, rule=None, teachers=(), "
+        "models=False)"
     ),
     "Weighing": "(candidates=20, groups=(), work=None, dry_run=False, rule=None)",
     "Merge.look_unfold": "(self, word, at=None)",

@@ -16,6 +16,7 @@ import importlib
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from safetensors.torch import load_file
 
 import continual
 from continual.making import WIDTH
-from continual.tuning import TaskRows
 from tests.campaigns.bench import layers
 from tests.campaigns.bench.quality.campaign import settle_threads
 from tests.campaigns.bench.quality.suite import Watching, fine_tune
@@ -43,7 +43,7 @@ def measured(place: layers.Place, work: Path, rank: int, rules: tuple[str, ...])
         for task in place.wanted:
             merge.fold(fine_tune(place.suite, task, "lora"))
         begun = time.process_time()
-        found = merge.read_inputs(TaskRows(place.objective, tuple((task,) for task in place.wanted), rank=rank))
+        found = merge.read_inputs(replace(place.inputs(list(place.wanted)), rank=rank))
         told["seconds"] = time.process_time() - begun
         told["bytes a task"] = found.tasks[0][3]
         told["bytes of the adapters"] = merge.state.generation_bytes()

@@ -1,15 +1,20 @@
-"""Coefficients of layers, measured: `continual tune --what layers` on a few rows a task, against the reading that it
-begins at and against simply training on the same rows. Accuracy on test rows, which nothing sees before.
+"""Coefficients, measured: `continual tune` with `--what layers` and with `--what models-layers`, on a few rows a task,
+against the reading that they begin at and against simply training on the same rows. Accuracy on test rows, which
+nothing sees before.
 
-    python -m tests.campaigns.bench.layers --work W --suite digits --form full --tasks 4 8
+    python -m tests.campaigns.bench.layers --work W --suite digits --form full --tasks 4 8 --trained 1 3
+    python -m tests.campaigns.bench.layers --work W --suite digits --form lora --tasks 4 8 --rule tsv-m --rule regmean
+    python -m tests.campaigns.bench.layers --work W --data DIR --data SETS --suite text --form lora --tasks 8
     python -m tests.campaigns.bench.layers --work W --data DIR --data SETS --suite language --form lora --tasks 4
 
 W, DIR and SETS are those of `tests.campaigns.bench.quality`, whose fine-tunes are taken where they are there, and
-trained where not. Full fine-tunes are folded into a state of whole tensors, adapters into one of adapters; both by the
-default rule of that form. The rows are never trained on by a fine-tune, and are no test rows.
+trained where not. Full fine-tunes are folded into a state of whole tensors, adapters into one of adapters; read by the
+default rule, or by each `--rule`; `regmean` is given the inputs of the same rows first. The rows are never trained on
+by a fine-tune, and are no test rows.
 
-Trained on the rows: the base, and the merge, by the recipe of the fine-tunes, on all rows, those that judge too; the
-language model by LoRA. Minutes on digits; on the language model a pass backwards takes three CPU seconds for 8 rows.
+Trained on the rows: the base, and with `--merge-too` the merge, by the recipe of the fine-tunes, on all rows, those
+that judge too, of the digits all weights and besides by LoRA, elsewhere by LoRA; `--trained 1 3` as long as that recipe
+and three times as long. Minutes on digits; on the language model a pass backwards takes three CPU seconds for 8 rows.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import importlib
 import json
 import random
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,12 +39,13 @@ from continual.demo import digits as demo
 from continual.making import WIDTH
 from continual.objectives import Given, Said
 from tests.campaigns.bench.quality import digits as ways
-from tests.campaigns.bench.quality import language
+from tests.campaigns.bench.quality import language, text
 from tests.campaigns.bench.quality.campaign import settle_threads
 from tests.campaigns.bench.quality.suite import Form, Suite, fine_tune
-from tests.campaigns.bench.selection.world import DigitsWorld, Seen
+from tests.campaigns.bench.selection.world import DigitsWorld, Seen, TextWorld
 
 MODULE = "tests.campaigns.bench.layers"
+WHAT = ("layers", "models-layers")
 
 
 class Place(Protocol):
@@ -46,17 +53,40 @@ class Place(Protocol):
 
     suite: Suite
     wanted: Sequence[str]
-    objective: str
+    forms: Sequence[Form]
 
-    def trained(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """These weights after training on the rows."""
+    def learning(self, **more: Any) -> continual.Learning:
+        """What is learned by."""
+        ...
+
+    def inputs(self, models: Sequence[str]) -> continual.TaskRows:
+        """The same rows, to read what layers are given."""
+        ...
+
+    def trained(self, weights: Mapping[str, Tensor], form: Form, times: float) -> dict[str, Tensor]:
+        """These weights after training on the rows, in one of `forms`, so many times as long as a fine-tune."""
         ...
 
 
-class OnDigits:
+class ByFunction:
+    """A place whose objective is a function."""
+
+    objective: str
+
+    def learning(self, **more: Any) -> continual.Learning:
+        """What is learned by."""
+        return continual.Learning(self.objective, **more)
+
+    def inputs(self, models: Sequence[str]) -> continual.TaskRows:
+        """The same rows, to read what layers are given."""
+        return continual.TaskRows(self.objective, tuple((model,) for model in models))
+
+
+class OnDigits(ByFunction):
     """Digits seen in other ways; a row's loss is at a fitted confidence."""
 
     objective = f"{MODULE}:digits"
+    forms: Sequence[Form] = ("full", "lora")
 
     def __init__(self, work: Path, count: int, rows: int, seed: int) -> None:
         self.suite = ways.Digits(work / "digits")
@@ -74,20 +104,50 @@ class OnDigits:
         model.load_state_dict(load_file(directory / "model.safetensors"))
         return Given(model.eval(), [Seen(model, *self.of(task)) for task in self.wanted])
 
-    def trained(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By the recipe of a fine-tune, twice as long."""
-        model = demo.Digits()
+    def trained(self, weights: Mapping[str, Tensor], form: Form, times: float) -> dict[str, Tensor]:
+        """By the recipe of a fine-tune, twice as long where `times` is 1."""
+        model: Any = demo.Digits()
         model.load_state_dict(dict(weights))
+        model = ways.adapted(model, self.seed, frozen=False) if form == "lora" else model
         found = [self.of(task) for task in self.wanted]
         images, labels = torch.cat([rows[0] for rows in found]), torch.cat([rows[1] for rows in found])
-        demo.train(model, images, labels, steps=2 * ways.STEPS["full"], rate=ways.RATES["full"], seed=self.seed)
+        steps = round(2 * times * ways.STEPS[form])
+        demo.train(model, images, labels, steps=steps, rate=ways.RATES[form], seed=self.seed)
+        model = model.merge_and_unload() if form == "lora" else model
         return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-class OnLanguage:
+class OnText:
+    """The sentence encoder; a row's loss is that of frozen heads at a fitted confidence."""
+
+    forms: Sequence[Form] = ("lora",)
+
+    def __init__(self, work: Path, data: Sequence[Path], count: int, rows: int, seed: int) -> None:
+        self.suite = text.Text(work / "text", tuple(data), dtype=torch.float32)
+        self.world = TextWorld(self.suite, seed, work / "layers-text", rows)
+        self.wanted = self.world.wanted[:count]
+        self.world.wanted = list(self.wanted)
+
+    def learning(self, **more: Any) -> continual.Learning:
+        """What is learned by."""
+        asked = self.world.settings()
+        return continual.Learning("heads", asked["rows"], asked["heads"], **more)
+
+    def inputs(self, models: Sequence[str]) -> continual.TaskRows:
+        """The same rows, to read what layers are given."""
+        asked = self.world.settings()
+        return continual.TaskRows("heads", tuple((model,) for model in models), asked["rows"], asked["heads"])
+
+    def trained(self, weights: Mapping[str, Tensor], form: Form, times: float) -> dict[str, Tensor]:
+        """LoRA by the recipe of a fine-tune: 400 steps of one task after the other."""
+        return self.world.learn(form, weights, round(400 * times), torch.float32)
+
+
+class OnLanguage(ByFunction):
     """The language model; a row's loss is that of its answer, as the suite asks for it."""
 
     objective = f"{MODULE}:answers"
+    forms: Sequence[Form] = ("lora",)
 
     def __init__(self, work: Path, data: Sequence[Path], count: int, rows: int, seed: int) -> None:
         self.suite = language.Language(work / "language", tuple(data))
@@ -111,14 +171,15 @@ class OnLanguage:
             tasks.append(Answers(model, [first(*row) for row in rows] if words else rows, words))
         return Given(model, tasks)
 
-    def trained(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def trained(self, weights: Mapping[str, Tensor], form: Form, times: float) -> dict[str, Tensor]:
         """LoRA by the recipe of a fine-tune, as many steps for all the tasks."""
+        assert form == "lora", form
         model, tokenizer = language.load(self.suite.prepare())
         model.load_state_dict({name: weights.get(name, value) for name, value in model.state_dict().items()})
         torch.manual_seed(self.seed)
         wrapped = language.adapted(model, 16, frozen=False)
         rows = [row for task in self.wanted for row in self.rows(task)]
-        steps = language.STEPS["lora"]
+        steps = round(times * language.STEPS["lora"])
         language.learn(model, tokenizer, rows, steps, language.RATES["lora"], self.seed)
         return {name: value.detach().clone() for name, value in wrapped.merge_and_unload().state_dict().items()}
 
@@ -186,32 +247,52 @@ def measured(place: Place, form: Form, args: argparse.Namespace) -> dict[str, An
     """Folds, learns, trains and asks."""
     work = args.work
     importlib.import_module(MODULE).PLACE["now"] = place  # which is another module than this one, where it is run
-    base, state = place.suite.prepare(), work / "layers-state"
+    base, state = place.suite.prepare(), work / f"layers-state-{form}"
     shutil.rmtree(state, ignore_errors=True)
     continual.init(base, state, continual.Recipe(width=WIDTH if form == "lora" else None))
     told: dict[str, Any] = {"suite": place.suite.name, "form": form, "tasks": len(place.wanted)}
+    models = [fine_tune(place.suite, task, form) for task in place.wanted]
     with continual.open(state, write=True, workers=1, max_base_ratio=100.0) as merge:
-        for task in place.wanted:
-            merge.fold(fine_tune(place.suite, task, form))
-        models = [str(fine_tune(place.suite, task, form)) for task in place.wanted]
-        start = weights_of(merge, work / "layers-export")
+        for model in models:
+            merge.fold(model)
         told["base"] = accuracy(place, load_file(base / "model.safetensors"))
-        told["default"] = accuracy(place, start)
-        learning = continual.Learning(
-            place.objective,
-            calibration={"batch": args.batch},
+        start = weights_of(merge, work / "layers-export")
+        if "regmean" in args.rule:
+            merge.read_inputs(place.inputs([model.name for model in models]))
+        for rule in args.rule or (merge.rule.name,):
+            merge.rescale("auto", rule=rule)
+            told[rule] = learned(merge, place, [str(model) for model in models], args)
+            print(json.dumps({rule: told[rule]}), flush=True)
+    shutil.rmtree(state)
+    before = {"base": load_file(base / "model.safetensors"), "merge": start}
+    for name, weights in list(before.items())[: 2 if args.merge_too else 1]:
+        for how in place.forms:
+            for times in args.trained:
+                told[f"{name}, {how}, {times:g}"] = accuracy(place, place.trained(weights, how, times))
+    return told
+
+
+def learned(merge: continual.Merge, place: Place, models: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+    """What the merge is worth as it is read by default, and with coefficients of either kind."""
+    export = args.work / "layers-export"
+    told: dict[str, Any] = {"default": round(accuracy(place, weights_of(merge, export)), 2)}
+    for what in args.what:
+        learning = place.learning(
+            calibration={"batch": args.batch, "dtype": args.dtype},
             candidates=args.candidates,
             teachers=tuple(models) if args.teachers else (),
+            models=what == "models-layers",
         )
-        tuned = merge.tune_layers(learning, told=lambda _, score: print(f"  judged {-score:.4f}", flush=True))
-        told["layers"] = accuracy(place, weights_of(merge, work / "layers-export"))
-        told |= {"candidates": len(tuned.entry.trials), "before": -tuned.before, "judged": -tuned.score}
-        print(json.dumps(told), flush=True)
-    shutil.rmtree(state)
-    if args.untrained:
-        return told
-    told["trained"] = accuracy(place, place.trained(load_file(base / "model.safetensors")))
-    told["merge, trained"] = accuracy(place, place.trained(start))
+        begun = time.process_time()
+        tuned = merge.tune_layers(learning)
+        told[what] = {
+            "right": round(accuracy(place, weights_of(merge, export)), 2),
+            "candidates": len(tuned.entry.trials),
+            "before": round(-tuned.before, 4),
+            "judged": round(-tuned.score, 4),
+            "seconds": round(time.process_time() - begun, 1),
+        }
+        merge.rescale("auto")
     return told
 
 
@@ -219,7 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where fine-tunes and states are kept")
     parser.add_argument("--data", type=Path, action="append", default=[], help="folder with text/; repeatable")
-    parser.add_argument("--suite", choices=("digits", "language"), required=True)
+    parser.add_argument("--suite", choices=("digits", "text", "language"), required=True)
     parser.add_argument("--form", choices=("full", "lora"), required=True)
     parser.add_argument("--tasks", type=int, nargs="+", default=[4, 8], help="numbers of models that are merged")
     parser.add_argument("--rows", type=int, default=100, help="rows a task, at most 100")
@@ -227,16 +308,21 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--batch", type=int, default=100, help="rows at a time")
     parser.add_argument("--teachers", action="store_true", help="each fine-tune says what is right, not the labels")
-    parser.add_argument("--untrained", action="store_true", help="nothing is trained on the rows")
+    parser.add_argument("--dtype", default="float32", help="of what is learned; training is in float32")
+    parser.add_argument("--rule", action="append", default=[], help="rules that read; by default that of the state")
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT, help="coefficients that are learned")
+    parser.add_argument("--trained", type=float, nargs="*", default=[], help="how long the base is trained on the rows")
+    parser.add_argument("--merge-too", action="store_true", help="the merge is trained on the rows as well")
     args = parser.parse_args()
     settle_threads(1)
     for count in args.tasks:
         for seed in range(args.seeds):
-            place: Place = (
-                OnDigits(args.work, count, args.rows, seed)
-                if args.suite == "digits"
-                else OnLanguage(args.work, args.data, count, args.rows, seed)
-            )
+            where = (args.work, args.data, count, args.rows, seed)
+            place: Place
+            if args.suite == "digits":
+                place = OnDigits(args.work, count, args.rows, seed)
+            else:
+                place = OnText(*where) if args.suite == "text" else OnLanguage(*where)
             print(json.dumps(measured(place, args.form, args) | {"seed": seed}), flush=True)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from continual import linalg
 from continual.records import Totals
 from continual.rules import iso_c, iso_less
-from continual.rules.contract import Apart, SideVectors
+from continual.rules.apart import Apart, SideVectors
 
 Terms = list[tuple[Tensor, Tensor]]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from continual import linalg
 from continual.errors import Misconfigured
 from continual.records import MatrixTotals, TensorSpec, Totals
-from continual.rules import RULES, ReadOptions, Size, read_options
+from continual.rules import RULES, ReadOptions, Size, TermFactors, read_options
 
 TOTALS = Totals(count=4.0, norm_sum=8.0, matrices=MatrixTotals(6.0, 2.0, 12.0))
 
@@ -212,6 +212,11 @@ def test_layers_are_scaled_by_their_coefficients_and_all_experts_of_a_layer_alik
         ({"policy": "norm", "value": 1.0, "weights": {"a": 0.0}}, "no number above 0"),
         ({"policy": "norm", "value": 1.0, "layers": {"a": None}}, "layers = .* is no table of numbers"),
         ({"policy": "norm", "value": 1.0, "layers": {"a": -1.0}}, "coefficient of a: -1.0 is no number above 0"),
+        ({"policy": "norm", "value": 1.0, "terms": [1.0]}, "terms = .* is no table of layers and models"),
+        ({"policy": "norm", "value": 1.0, "terms": {"layers": [1], "models": {}}}, "names of layers"),
+        ({"policy": "norm", "value": 1.0, "terms": {"layers": ["a"], "models": {"m": ["1"]}}}, "no list of numbers"),
+        ({"policy": "norm", "value": 1.0, "terms": {"layers": ["a"], "models": {"m": []}}}, "0 coefficients for 1"),
+        ({"policy": "norm", "value": 1.0, "terms": {"layers": ["a"], "models": {"m": [0.0]}}}, "of m is 0.0"),
     ],
 )
 def test_a_record_that_is_no_scale_is_refused(body: dict[str, object], words: str) -> None:
@@ -231,6 +236,14 @@ def test_a_record_gives_back_what_it_was_made_of() -> None:
     layered = replace(weighed, layers=(("a", 0.5), ("b", 2.0), ("c", 3.0)))
     assert ReadOptions.from_mapping(layered.to_mapping()) == layered
     assert str(layered) == "1.0, weights of 2 models, coefficients of 3 layers"
+    apart = replace(weighed, terms=TermFactors(("x", "y"), (("a", (0.5, 2.0)), ("b", (1.0, 3.0)))))
+    assert ReadOptions.from_mapping(apart.to_mapping()) == apart
+    assert str(apart) == "1.0, weights of 2 models, coefficients of 2 models in 2 layers"
+    assert apart.terms.of("b") == {"x": 1.0, "y": 3.0}
+    assert apart.terms.of("c") == {}
+    more = apart.terms.times({("a", "y"): 3.0, ("c", "w"): 0.25})
+    assert more.layers == ("w", "x", "y")
+    assert more.models == (("a", (1.0, 0.5, 6.0)), ("b", (1.0, 1.0, 3.0)), ("c", (0.25, 1.0, 1.0)))
 
 
 def test_options_of_a_state_that_are_no_scale_are_named() -> None:
@@ -238,7 +251,8 @@ def test_options_of_a_state_that_are_no_scale_are_named() -> None:
         ReadOptions.from_mapping({"value": 1.0, "other": 2, "more": 3})
     assert (
         str(wrong.value)
-        == "scale: expected the keys policy, value and perhaps lines, rule, weights and layers, got more, other, value"
+        == "scale: expected the keys policy, value and perhaps lines, rule, weights, layers and terms, got more, "
+        "other, value"
     )
     with pytest.raises(Misconfigured, match="got none"):
         ReadOptions.from_mapping({})

@@ -35,8 +35,8 @@ class World:
     """The pools of one seed, in `folder`: which tasks are wanted, which models wait, in which order, and what says what
     is good."""
 
-    def __init__(self, suite: Suite, seed: int, folder: Path) -> None:
-        self.suite, self.seed, self.folder = suite, seed, folder
+    def __init__(self, suite: Suite, seed: int, folder: Path, rows: int = ROWS) -> None:
+        self.suite, self.seed, self.folder, self.count = suite, seed, folder, rows
         tasks = list(suite.tasks)
         random.Random(1000 + seed).shuffle(tasks)
         self.wanted, self._off = tasks[:RELEVANT], tasks[RELEVANT : 2 * RELEVANT]
@@ -111,17 +111,26 @@ class TextWorld(World):
             "rounds": {"dtype": "bfloat16", "batch": 32},
         }
 
-    def learn(self, form: Form = "full") -> dict[str, Tensor]:
-        """The base fine-tuned on the calibration rows themselves: 400 steps of 16 rows of one task after the other."""
+    def learn(
+        self,
+        form: Form = "full",
+        start: Mapping[str, Tensor] | None = None,
+        steps: int = 400,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> dict[str, Tensor]:
+        """The base, or the weights `start`, fine-tuned on the calibration rows themselves: steps of 16 rows of one task
+        after the other, products in `dtype`."""
         model = encoder.Encoder(self.suite.prepare())
         parts = [(self._rows(task), encoder.heads(model, self._set(task))) for task in self.wanted]
+        if start is not None:
+            model.model.load_state_dict({n: start.get(n, v) for n, v in model.model.state_dict().items()})
         torch.manual_seed(self.seed)
         if form == "lora":
             from peft import LoraConfig, get_peft_model
 
             model.model = get_peft_model(model.model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
         learned = [p for p in model.model.parameters() if p.requires_grad]
-        steps, optimizer = 400, torch.optim.AdamW(learned, lr=text.RATES[form], weight_decay=0.01)
+        optimizer = torch.optim.AdamW(learned, lr=text.RATES[form], weight_decay=0.01)
         generator = torch.Generator().manual_seed(self.seed)
         torch.manual_seed(self.seed)
         model.model.train()
@@ -130,7 +139,7 @@ class TextWorld(World):
                 group["lr"] = text.RATES[form] * min((step + 1) / 40, (steps - step) / (steps - 39))
             rows, head = parts[step % len(parts)]
             batch = torch.randperm(len(rows), generator=generator)[: encoder.BATCH].tolist()
-            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
                 logits = model([rows.texts[i] for i in batch]) @ head.T / encoder.TEMPERATURE
                 loss = functional.cross_entropy(logits.float(), torch.tensor([rows.labels[i] for i in batch]))
             optimizer.zero_grad()
@@ -144,7 +153,9 @@ class TextWorld(World):
         held = self._set(task).train.last(text.HELD)
         left = list(range(text.VALIDATION, len(held)))
         random.Random(f"{self.seed} {task}").shuffle(left)
-        return data.Rows(tuple(held.texts[i] for i in left[:ROWS]), tuple(held.labels[i] for i in left[:ROWS]))
+        return data.Rows(
+            tuple(held.texts[i] for i in left[: self.count]), tuple(held.labels[i] for i in left[: self.count])
+        )
 
     def _set(self, task: str) -> data.TextSet:
         assert isinstance(self.suite, text.Text)
@@ -168,7 +179,7 @@ class DigitsWorld(World):
         if form == "full":
             demo.train(model, images, labels, steps=2 * ways.STEPS[form], rate=ways.RATES[form], seed=self.seed)
             return {name: value.detach().clone() for name, value in model.state_dict().items()}
-        wrapped = ways.adapted(model, self.seed)
+        wrapped = ways.adapted(model, self.seed, frozen=False)
         demo.train(wrapped, images, labels, steps=2 * ways.STEPS[form], rate=ways.RATES[form], seed=self.seed)
         merged = wrapped.merge_and_unload()
         return {name: value.detach().clone() for name, value in merged.state_dict().items()}
