@@ -193,8 +193,8 @@ def row_blocks(rows: int, columns: int) -> list[slice]:
 
 
 def in_float64(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a matrix in float64 to read, block by block, each with where it is: all in the memory of the first,
-    as new memory for each takes longer than filling it."""
+    """The rows of a matrix in float64, block by block, each with where it is: all in the memory of the first, as new
+    memory for each takes longer than filling it. A float64 matrix gives its own rows."""
     blocks = row_blocks(*matrix.shape)
     if matrix.dtype == torch.float64:
         yield from ((rows, matrix[rows]) for rows in blocks)

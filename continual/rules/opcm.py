@@ -67,15 +67,14 @@ def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple
     sigma, v = sigma[:k], v[:, :k].contiguous()
     wide, radial = "rows" in variant, 0.0
     inner = linalg.dot(tau, total) if variant == "block+radial" else 0.0
-    blocks = linalg.row_blocks(m, n)
     # Y = R V is kept for the second pass where it fits into what the eigenproblem has just freed, else computed again.
     kept: list[Tensor] | None = [] if m * k <= 2 * n * n else None
     cross = torch.zeros(k, n if wide else k, dtype=torch.float64, device=tau.device)
-    for rows in blocks:
-        y, t = total[rows].double() @ v, tau[rows].double()
+    for (rows, before), (_, t) in zip(linalg.in_float64(total), linalg.in_float64(tau), strict=True):
         if variant == "columns":
             tau[rows].copy_(t.addmm_(t @ v, v.mT, alpha=-1.0))
             continue
+        y = before @ v
         cross.addmm_(y.mT, t if wide else t @ v)
         if kept is not None:
             kept.append(y)
@@ -94,8 +93,7 @@ def project(total: Tensor, tau: Tensor, alpha: float, variant: Variant) -> tuple
         z.diagonal()[r:] = diagonal
     z.div_(sigma[:, None])
     back = z if wide else z @ v.mT  # k×n, and U·… = Y·back
-    for index, rows in enumerate(blocks):
-        t = tau[rows].double()
+    for index, (rows, t) in enumerate(linalg.in_float64(tau)):
         if radial:
             t.sub_(total[rows].double(), alpha=radial)
         t.addmm_(kept[index] if kept is not None else total[rows].double() @ v, back, alpha=-1.0)
@@ -119,13 +117,12 @@ def project_thin(total: Tensor, tau: Tensor, alpha: float, rank: int) -> tuple[i
     sigma = torch.where(sigma > linalg.NULL * sigma[0], sigma, 0.0)
     r = cut(sigma, alpha)
     u, v = left @ u[:, :r], vh[:r].mT.contiguous()
-    blocks = linalg.row_blocks(*total.shape)
     z = torch.zeros(r, r, dtype=torch.float64, device=tau.device)
-    for rows in blocks:
-        z.addmm_(u[rows].mT, tau[rows].double() @ v)
+    for rows, t in linalg.in_float64(tau):
+        z.addmm_(u[rows].mT, t @ v)
     back = z @ v.mT
-    for rows in blocks:
-        tau[rows].copy_(tau[rows].double().addmm_(u[rows], back, alpha=-1.0))
+    for rows, t in linalg.in_float64(tau):
+        tau[rows].copy_(t.addmm_(u[rows], back, alpha=-1.0))
     return r, int((sigma > 0).sum())
 
 

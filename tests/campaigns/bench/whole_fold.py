@@ -2,13 +2,15 @@
 export does.
 
     python -m tests.campaigns.bench.whole_fold [--gigabytes 0.5] [--rules task-arithmetic iso-c ties] [--layers 24]
-        [--against CHECKOUT] [--repeats 5]
+        [--against CHECKOUT] [--repeats 5] [--embedding ROWS COLUMNS] [--folds]
 
 A bf16 model with its fine-tunes. Each turn is a process of its own with one thread: it makes a state (`init`), folds
 two fine-tunes, exports the merge, and reads, hashes and writes what the second fold did, no more (`floor`): base,
 fine-tune and state are read in pieces of 1 MiB, the fine-tune goes through BLAKE3, the state through CRC-32C as it is
-read and as it is written, and the files are synced. All are CPU seconds per GB of the model, beyond imports: medians of
-all turns. `--against` names a checkout of another version of continual, which takes turns with this one.
+read and as it is written, and the files are synced. All are CPU seconds per GB of the model, beyond imports, those of
+the kernel in brackets: medians of all turns. Memory is what came beyond what was held. With `--embedding` the model has
+one of that shape; `--folds` leaves exports out. `--against` names a checkout of another version of continual, which
+takes turns with this one.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from tests.helpers import models
 
 HERE = Path(__file__).parents[3]
 WORKER = """
-import json, os, shutil, sys, time
+import json, os, resource, shutil, sys, time
 from pathlib import Path
 import google_crc32c, numpy, torch
 from blake3 import blake3
@@ -38,6 +40,9 @@ from continual.config import Settings
 def peak():
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+def kernel():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_stime
 
 def clear():
     with open("/proc/self/clear_refs", "w") as file:
@@ -66,7 +71,7 @@ def floor(base, model, arrays, scratch):
                 left -= file.write(part)
             os.fsync(file.fileno())
 
-rule, base, state, *tunes = sys.argv[1:]
+rule, exports, base, state, *tunes = sys.argv[1:]
 state = Path(state)
 found = {"held": peak()}
 began = time.process_time()
@@ -76,33 +81,36 @@ for number, model in enumerate(tunes, 1):
     with api.Merge(Settings(state=state, workers=1, keep=1), write=True) as merge:
         merge.engine
         clear()
-        held, began = peak(), time.process_time()
+        held, began, inside = peak(), time.process_time(), kernel()
         outcome = merge.fold(Path(model))
         found[f"fold {number}"] = time.process_time() - began
+        found[f"fold {number} kernel"] = kernel() - inside
         found["memory"] = max(found.get("memory", 0), peak() - held)
         assert outcome.fate == "folded", outcome.message
-with api.Merge(Settings(state=state, workers=1), write=True) as merge:
-    merge.engine
-    clear()
-    held, began = peak(), time.process_time()
-    merge.export(state / "export")
-    found["export"] = time.process_time() - began
-    found["export memory"] = peak() - held
-shutil.rmtree(state / "export")
+if exports == "True":
+    with api.Merge(Settings(state=state, workers=1), write=True) as merge:
+        merge.engine
+        clear()
+        held, began = peak(), time.process_time()
+        merge.export(state / "export")
+        found["export"] = time.process_time() - began
+        found["export memory"] = peak() - held
+    shutil.rmtree(state / "export")
 arrays = [path for path in (state / "generations").rglob("*") if path.is_file() and path.name.startswith("c")]
 file = "model.safetensors"
-began = time.process_time()
+began, inside = time.process_time(), kernel()
 floor(Path(base) / file, Path(tunes[-1]) / file, arrays, state / "floor")
 found["floor"] = time.process_time() - began
+found["floor kernel"] = kernel() - inside
 shutil.rmtree(state)
 print(json.dumps(found))
 """
 
 
-def turn(checkout: Path, rule: str, base: Path, state: Path, tunes: list[Path]) -> dict[str, float]:
+def turn(checkout: Path, rule: str, exports: bool, base: Path, state: Path, tunes: list[Path]) -> dict[str, float]:
     """The figures of one turn, by the code of `checkout`."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WORKER, rule, str(base), str(state), *map(str, tunes)]
+    command = [sys.executable, "-c", WORKER, rule, str(exports), str(base), str(state), *map(str, tunes)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=checkout)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
@@ -112,6 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=0.5)
     parser.add_argument("--layers", type=int, default=24, help="fewer layers of a model of one size are wider")
+    parser.add_argument("--embedding", type=int, nargs=2, metavar=("ROWS", "COLUMNS"))
+    parser.add_argument("--folds", action="store_true", help="no exports")
     parser.add_argument("--rules", nargs="+", default=["task-arithmetic", "iso-c", "ties"])
     parser.add_argument("--against", type=Path, help="a checkout of another version")
     parser.add_argument("--repeats", type=int, default=5)
@@ -119,9 +129,10 @@ def main() -> None:
     versions = {"this version": HERE} | ({"the other": args.against.absolute()} if args.against else {})
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        base = models.base(
-            work / "base", shapes=models.big_shapes(args.gigabytes, layers=args.layers), dtype=torch.bfloat16
-        )
+        shapes = models.big_shapes(args.gigabytes, layers=args.layers)
+        if args.embedding:
+            shapes["model.embed_tokens.weight"] = tuple(args.embedding)
+        base = models.base(work / "base", shapes=shapes, dtype=torch.bfloat16)
         tunes = [models.fine_tune(base, work / f"fine-tune-{number}", number) for number in range(2)]
         size = (base / "model.safetensors").stat().st_size / 1e9
         print(f"model of {size:.2f} GB; CPU seconds per GB, beyond imports; medians of {args.repeats}")
@@ -129,16 +140,20 @@ def main() -> None:
             turns: dict[str, list[dict[str, float]]] = {version: [] for version in versions}
             for _ in range(args.repeats):
                 for version, checkout in versions.items():
-                    turns[version].append(turn(checkout, rule, base, work / "state", tunes))
+                    turns[version].append(turn(checkout, rule, not args.folds, base, work / "state", tunes))
             for version, figures in turns.items():
                 median = {key: statistics.median(each[key] for each in figures) for key in figures[0]}
-                memory, exporting = median.pop("memory") / 1e6, median.pop("export memory") / 1e6
+                memory, exporting = median.pop("memory") / 1e6, median.pop("export memory", 0.0) / 1e6
                 del median["held"]
-                said = ", ".join(f"{key} {value / size:.2f}" for key, value in median.items())
+                kernel = {key: median.pop(f"{key} kernel") / size for key in ("fold 1", "fold 2", "floor")}
+                said = ", ".join(
+                    f"{key} {value / size:.2f}" + (f" ({kernel[key]:.2f})" if key in kernel else "")
+                    for key, value in median.items()
+                )
                 ratio = statistics.median(each["fold 2"] / each["floor"] for each in figures)
                 print(
-                    f"  {rule}, {version}: {said}; fold 2 / floor {ratio:.2f}; memory of a fold {memory:.0f} MB, "
-                    f"of an export {exporting:.0f} MB"
+                    f"  {rule}, {version}: {said}; fold 2 / floor {ratio:.2f}; memory of a fold {memory:.0f} MB"
+                    + (f", of an export {exporting:.0f} MB" if exporting else "")
                 )
 
 
