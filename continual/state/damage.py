@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from continual.errors import ContinualError, Damaged, Misconfigured
-from continual.state import adoption, framing, protocol, task_inputs
+from continual.state import adoption, earlier, framing, protocol, task_inputs
 from continual.state.entries import CombineEntry, RepairEntry, SelectEntry, TagEntry
 from continual.state.format import Commit, Format
 from continual.state.generation import Generation
@@ -79,33 +79,30 @@ class Inspection:
 
     def _chain(self) -> Ledger:
         """The records that follow each other from the first. Raises Damaged where there is none."""
-        commits: list[Commit] = []
         ledger = Ledger()
         limit = self._limit()
-        while limit is None or len(commits) <= limit:
+        while limit is None or len(ledger.log) <= limit:
             try:
-                commit = _commit(self.path / "commits" / _file(len(commits)), commits[-1] if commits else None)
-                ledger.add(commit)
-            except (ContinualError, OSError, LookupError, StopIteration, AssertionError) as error:
-                self._broken_off(error, len(commits), isinstance(error, ContinualError | OSError))
+                file = self.path / "commits" / _file(len(ledger.log))
+                commit = Commit.of(*framing.decode(file), file)
+                earlier.must_follow(ledger, commit, file)
+            except (ContinualError, OSError) as error:
+                self._broken_off(error, len(ledger.log))
                 break
-            commits.append(commit)
-        if not commits:
+            ledger.add(commit)
+        if not ledger.log:
             raise Damaged(
                 f"{self.path} cannot be repaired: {self.findings[-1] if self.findings else 'there is no record'}; "
                 "every record follows from the first one: copy commits/00000000.json from a backup of this state, then "
                 "look again"
             )
-        ledger = Ledger()
-        for commit in commits:
-            ledger.add(commit)
         return ledger
 
-    def _broken_off(self, error: BaseException, seq: int, told: bool) -> None:
+    def _broken_off(self, error: Exception, seq: int) -> None:
         """The chain ends before record `seq`: it is the end where no file has a number from there on."""
         file = self.path / "commits" / _file(seq)
         if file.exists():
-            self.findings.append(str(error) if told else f"{file} does not fit the records before it")
+            self.findings.append(str(error))
 
     def _limit(self) -> int | None:
         """In a backup that was not completed, records after HEAD do not count."""
@@ -335,15 +332,6 @@ def _is_record(name: str) -> bool:
 def _visible(directory: Path) -> list[str]:
     """The names in a directory but hidden ones; none where it is not there."""
     return sorted(p.name for p in directory.iterdir() if not p.name.startswith(".")) if directory.is_dir() else []
-
-
-def _commit(file: Path, before: Commit | None) -> Commit:
-    """The record in `file`, which follows the one `before`. Raises Damaged."""
-    body, checksum = framing.decode(file)
-    commit = Commit.of(body, checksum, file)
-    if (commit.seq, commit.prev) != ((before.seq + 1, before.crc) if before else (0, None)):
-        raise Damaged(f"{file} does not follow the record before it: the chain of checksums is broken")
-    return commit
 
 
 def _told(file: Path | None) -> str:

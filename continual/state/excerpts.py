@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from continual.errors import ContinualError, Damaged
 from continual.state import framing
@@ -27,6 +27,9 @@ from continual.state.ledger import SHORT
 SPAN = 1000
 """Records that an excerpt is of."""
 DIRECTORY = "excerpts"
+_KINDS = frozenset(get_args(EntryKind))
+_SHORT, _LONG = 2, 8
+"""Cells of a row: of a record that is read at opening, and of one that is not."""
 _log = logging.getLogger("continual.state")
 
 
@@ -131,12 +134,35 @@ def whole(commit: Sealed, commits: str) -> Commit:
     """The record in its file. Raises Damaged where that is not the record that its excerpt is of, Retry."""
     file = f"{commits}/{commit.seq:08d}.json"
     found = Commit.of(*framing.decode(file), file)
-    if (found.seq, found.prev, found.crc) != (commit.seq, commit.prev, commit.crc):
-        raise Damaged(f"{file} is another record {commit.seq} than the one in the ledger; restore it from a backup")
-    if ExcerptRow.of(found) != commit.row:
-        excerpt = f"{DIRECTORY}/{commit.seq // SPAN * SPAN:08d}.json"
-        raise Damaged(f"{excerpt} says otherwise than {file}: delete the excerpt; it is made anew from the records")
-    return found
+    fits = (found.seq, found.prev) == (commit.seq, commit.prev)
+    if fits and found.crc == commit.crc and ExcerptRow.of(found) == commit.row:
+        return found
+    excerpt = _file(Path(commits).parent, commit.seq // SPAN * SPAN)
+    if (fits and found.crc == commit.crc) or _stands(commits, commit.seq, found):
+        raise Damaged(
+            f"{excerpt} is damaged: it says otherwise than {file}, which is whole; delete {excerpt}, and nothing is "
+            "lost: the next command that writes makes it anew from the records"
+        )
+    if not fits:
+        raise Damaged(
+            f"{file} does not follow the record before it: it is record {found.seq} after one with the checksum "
+            f"{found.prev}; restore it from a backup"
+        )
+    raise Damaged(f"{file} is another record {commit.seq} than the one in the ledger; restore it from a backup")
+
+
+def _stands(commits: str, seq: int, found: Commit) -> bool:
+    """Whether what was found as record `seq` fits the records before and after it, in their files."""
+
+    def beside(other: int) -> Commit | None:
+        file = f"{commits}/{other:08d}.json"
+        with contextlib.suppress(ContinualError):
+            return Commit.of(*framing.decode(file), file)
+        return None
+
+    before, after = beside(seq - 1) if seq else None, beside(seq + 1)
+    prev = before.crc if before is not None else None
+    return found.seq == seq and found.prev == prev and after is not None and after.prev == found.crc
 
 
 def believed(path: Path, last: int, crc: str, read: Callable[[int], Commit]) -> dict[int, Sealed]:
@@ -164,13 +190,26 @@ def believed(path: Path, last: int, crc: str, read: Callable[[int], Commit]) -> 
 
 def _loaded(path: Path, first: int) -> tuple[str | None, list[ExcerptRow]] | None:
     """The excerpt of the records from `first` on; None where there is none that can be used."""
-    with contextlib.suppress(ContinualError, TypeError):
+    with contextlib.suppress(ContinualError):
         file = _file(path, first)
         body = record_of(ExcerptBody, framing.decode(file)[0], file)
-        rows = [ExcerptRow(*row) for row in body.rows if isinstance(row, list)]
-        if len(rows) == SPAN and all(isinstance(row.crc, str) and isinstance(row.kind, str) for row in rows):
+        rows = [row for cells in body.rows if (row := _row(cells)) is not None]
+        if len(rows) == len(body.rows) == SPAN:
             return body.prev, rows
     return None
+
+
+def _row(cells: object) -> ExcerptRow | None:
+    """A row as its cells say; None for cells that are not those of a row."""
+    if not isinstance(cells, list) or not all(type(cell) is str or cell is None for cell in cells):
+        return None
+    if len(cells) == _SHORT and cells[0] and cells[1] in _KINDS:
+        return ExcerptRow(*cells)
+    if len(cells) != _LONG or not cells[0] or cells[1] not in SHORT or cells[4] is None:
+        return None
+    # a fold holds a generation and is of a candidate, a digest included; so are others of one, but publications
+    must = cells[2:] if cells[1] == "fold" else cells[5:7] if cells[1] != "publish" else ()
+    return None if None in must else ExcerptRow(*cells)
 
 
 def renew(path: Path, log: Sequence[Commit]) -> None:
@@ -210,7 +249,7 @@ def finding(path: Path, log: Sequence[Commit], first: int) -> str | None:
     if not file.exists() or any(isinstance(commit, Sealed) for commit in log[first : first + SPAN]):
         return None
     found = _loaded(path, first)
-    if found is not None and [row.crc for row in found[1]] == [c.crc for c in log[first : first + SPAN]]:
+    if found is not None and found[1] == [ExcerptRow.of(commit) for commit in log[first : first + SPAN]]:
         return None
     return f"{file} does not fit its records, and is not believed: the next writer makes it anew"
 

@@ -87,6 +87,12 @@ class Waiting(NamedTuple):
         return self.commit.entry.candidate
 
 
+class RolledBack(NamedTuple):
+    """The fate of a candidate whose fold a rollback took out: its record is read when somebody asks for it."""
+
+    fold: FoldCommit
+
+
 def refused(candidate: Candidate, row: MemberFate) -> RefuseEntry:
     """What a round said of a member that it refused, or that expired, as if it were a record of its own."""
     assert row.fate in ("refused", "expired")
@@ -109,7 +115,7 @@ class Ledger:
         self._tags: dict[str, int] = {}
         self._history: list[Fold | None] = []
         self._read: list[Mapping[str, object]] = []
-        self._fates: dict[str, Commit | None] = {}
+        self._fates: dict[str, Commit | RolledBack | None] = {}
         self._digests: dict[str, FoldCommit] = {}
         self.models: list[Commit] = []
         self._pool: dict[str, Waiting] = {}
@@ -119,7 +125,8 @@ class Ledger:
         self.cloned: tuple[str, ...] = ()
 
     def add(self, commit: Commit) -> None:
-        """Takes the next record. Of a short kind its entry is not asked for."""
+        """Takes the next record, which must follow the others (earlier.py). Of a short kind its entry is not asked
+        for."""
         now = self._history[-1] if self._history else None
         if commit.kind == "fold":
             now = self._added(now, commit, [folded(commit)])
@@ -213,8 +220,7 @@ class Ledger:
         kept = {same(fold.commit) for fold in chain(target)}
         for fold in chain(now):
             if same(fold.commit) not in kept:
-                entry = dataclasses.replace(fold.commit.entry, fate="rolled-back")
-                self._fates[entry.candidate.key] = FoldCommit.at(fold.commit, entry)
+                self._fates[fold.commit.key or ""] = RolledBack(fold.commit)
         self._digests = {}
         for fold in chain(target):
             self._settle(fold.commit)
@@ -324,7 +330,11 @@ class Ledger:
     def fate(self, key: str) -> Commit | None:
         """The record that settled the candidate `key`; its entry's fate is `rolled-back` where a rollback undid it.
         None if the candidate was never seen, is deferred, or is to be looked at again."""
-        return self._fates.get(key)
+        found = self._fates.get(key)
+        if isinstance(found, RolledBack):
+            entry = dataclasses.replace(found.fold.entry, fate="rolled-back")
+            found = self._fates[key] = FoldCommit.at(found.fold, entry)
+        return found
 
     def is_settled(self, key: str) -> bool:
         """Whether the candidate `key` need not be looked at: its fate is settled, or it waits in the pool."""

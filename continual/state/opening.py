@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from continual.errors import Damaged, Misconfigured, Retry
-from continual.state import adoption, excerpts, framing, protocol
+from continual.state import adoption, earlier, excerpts, framing, protocol
 from continual.state.durable import sync_file, usable
 from continual.state.format import Commit, Format
 from continual.state.generation import Generation
@@ -183,7 +183,7 @@ def _replayed(path: Path, head: Head, names: list[str], read: dict[str, Commit])
     sealed = excerpts.believed(path, head.seq, head.crc, record)
     try:
         return _chained(path, head, len(names), lambda seq: sealed.get(seq) or record(seq))
-    except (Damaged, LookupError):
+    except Damaged:
         if not sealed:
             raise
         return _chained(path, head, len(names), record)
@@ -191,14 +191,10 @@ def _replayed(path: Path, head: Head, names: list[str], read: dict[str, Commit])
 
 def _chained(path: Path, head: Head, count: int, record: Callable[[int], Commit]) -> Ledger:
     """So many records, one after the other. Raises Damaged."""
-    ledger = Ledger()
+    ledger, commits = Ledger(), str(path / "commits")
     for seq in range(count):
         commit = record(seq)
-        if commit.seq != seq or commit.prev != (ledger.head.crc if ledger.log else None):
-            raise Damaged(
-                f"{path / 'commits' / f'{seq:08d}.json'} does not follow the record before it: the chain of checksums "
-                "is broken; restore from a backup"
-            )
+        earlier.must_follow(ledger, commit, f"{commits}/{seq:08d}.json")
         ledger.add(commit)
     _ = ledger.head.entry  # the newest is read in any case
     if ledger.get(head.seq).crc != head.crc:

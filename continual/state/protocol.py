@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from continual.errors import Damaged, Halt
-from continual.state import excerpts, framing
+from continual.state import earlier, excerpts, framing
 from continual.state.durable import (
     environment,
     link_new,
@@ -79,10 +79,13 @@ class Journal:
         a tag could not be written after it, the log has a line about that, and the next write makes up for it first.
 
         Raises Retry if the disk or another writer got in the way before the record stood, Refuse for a text that no
-        record can hold; then nothing is settled. Raises Halt if an fsync failed, and from then on always.
+        record can hold, Damaged where an earlier record that it goes by cannot be read; then nothing is settled. Raises
+        Halt if an fsync failed, and from then on always.
         """
         self.mend()
         ledger = self.ledger
+        for known in earlier.goes_by(ledger, entry):
+            _ = known.entry  # read now, if it was not yet
         last = ledger.log[-1] if ledger.log else None
         time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         entry = dataclasses.replace(entry, software=software())

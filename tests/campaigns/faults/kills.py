@@ -1,12 +1,13 @@
 """The kill campaign: SIGKILL a loop of real folds at chosen and random instants, and look at what is left each time.
 
-    python -m tests.campaigns.faults.kills --kills 200 [--adapters]
+    python -m tests.campaigns.faults.kills --kills 200 [--adapters] [--span 4]
 
 A child process folds model after model and announces each step of the commit protocol through a pipe before it begins.
 The parent draws a step and kills either while the child still waits for leave to begin it, or a random moment after.
 After each kill the state must open at the last acknowledged fold, or one further if its link was done, and `verify`
 must be clean; at the end it must be bit-equal to an uninterrupted run's. `--adapters`: adapters into a state that keeps
-them as they are, and cuts them more and more.
+them as they are, and cuts them more and more. `--span`: an excerpt of the ledger is of so many records, so that kills
+fall beside it, and what is folded next goes by it.
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from continual.state import State
+from continual.state import State, excerpts
+from continual.state.excerpts import Sealed
 from continual.state.verify import verify
 
 STEPS = ("begin", "chunks", "fsync-files", "fsync-dirs", "temp-commit", "link", "fsync-commits", "head", "acknowledged")
 
 
-def fold_loop(state: str, models: list[str], pipe: Connection | None) -> None:
+def fold_loop(state: str, models: list[str], pipe: Connection | None, span: int) -> None:
     """The child: folds every model in order; before each step it says so and waits for leave."""
     from continual.api import Merge
     from continual.config import Settings
+
+    excerpts.SPAN = span
 
     def announce(step: str) -> None:
         if pipe is not None:
@@ -80,6 +84,7 @@ def campaign(work: Path, kills: int, seed: int = 0, *, kept: bool = False) -> di
     assert _bits(state) == _bits(straight), "the end state differs from an uninterrupted run's"
     return {
         "kills": kills,
+        "records known by excerpts": _sealed(state),
         "between begin and acknowledgement": inside,
         "by step": {s: fell[s] for s in ("outside", *STEPS)},
         "folds": len(_folded(state)),
@@ -98,7 +103,7 @@ def _one_kill(
     """Starts the loop and kills it at `target` of a fold after `skip` whole ones; returns the step it fell in and the
     last acknowledged record."""
     ours, theirs = context.Pipe()
-    child = context.Process(target=fold_loop, args=(str(state), fine_tunes, theirs))
+    child = context.Process(target=fold_loop, args=(str(state), fine_tunes, theirs, excerpts.SPAN))
     child.start()
     theirs.close()
     last, seen = "outside", 0
@@ -140,7 +145,7 @@ def _check(state: Path, last: str, acknowledged: int) -> None:
 
 
 def _finish(context: multiprocessing.context.ForkServerContext, state: Path, fine_tunes: list[str]) -> None:
-    child = context.Process(target=fold_loop, args=(str(state), fine_tunes, None))
+    child = context.Process(target=fold_loop, args=(str(state), fine_tunes, None, excerpts.SPAN))
     child.start()
     child.join()
     assert child.exitcode == 0, child.exitcode
@@ -149,6 +154,11 @@ def _finish(context: multiprocessing.context.ForkServerContext, state: Path, fin
 def _folded(state: Path) -> list[tuple[str | None, float]]:
     with State.open(state) as opened:
         return [(c.entry.digest, c.entry.numbers.tau_norm) for c in opened.ledger.folds()]
+
+
+def _sealed(state: Path) -> int:
+    with State.open(state) as opened:
+        return sum(isinstance(commit, Sealed) for commit in opened.ledger.log)
 
 
 def _bits(state: Path) -> dict[tuple[str, str], bytes]:
@@ -165,8 +175,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapters", action="store_true", help="adapters into a state that keeps them as they are")
+    parser.add_argument("--span", type=int, default=excerpts.SPAN, help="records that an excerpt is of")
     parser.add_argument("--dir", type=Path, help="where to work; default: a temporary directory")
     args = parser.parse_args()
+    excerpts.SPAN = args.span
     with tempfile.TemporaryDirectory() as temporary:
         result = campaign(args.dir or Path(temporary) / "kills", args.kills, args.seed, kept=args.adapters)
     json.dump(result, sys.stdout, indent=2)

@@ -87,8 +87,8 @@ def test_records_of_which_an_excerpt_is_are_not_read(state: Path, monkeypatch: p
     monkeypatch.setattr(framing, "decode", lambda file: (seen.append(str(file)), decode(file))[1])
     with State.open(state) as opened:
         read = {Path(file).name for file in seen if "/commits/" in file}
-        # the beginning, a tag, a rollback and the fold that it undid, and what came last
-        assert read == {f"{seq:08d}.json" for seq in (0, 4, 5, 6, 8, 9)}
+        # the beginning, a tag, a rollback, and what came last
+        assert read == {f"{seq:08d}.json" for seq in (0, 4, 6, 8, 9)}
         assert len(opened.ledger.folds()) == 3
         assert opened.ledger.revisions("/o2")[0].entry.candidate.name == "n2"
     assert [Path(file).name for file in seen].count("00000002.json") == 1
@@ -117,7 +117,20 @@ NOT_BELIEVED: dict[str, Callable[[bytes], bytes]] = {
     "a-row-less": changed(lambda rows: rows.pop()),
     "a-cell-more": changed(lambda rows: rows[1].append("x")),
     "no-list": changed(lambda rows: rows.__setitem__(1, 7)),
+    "no-rows": changed(lambda rows: rows.clear()),
+    "no-cells": changed(lambda rows: rows[1].clear()),
+    "a-cell-less": changed(lambda rows: rows[1].pop()),
+    "another-kind": changed(lambda rows: rows[0].__setitem__(1, "made-up")),
+    "a-long-row-of-a-short-one": changed(lambda rows: rows[1].__setitem__(1, "tag")),
     "another-chain": changed(lambda rows: rows[-1].__setitem__(0, "00000000")),
+}
+
+
+CELLS = ("crc", "kind", "generation", "receipts", "time", "key", "origin", "digest")
+NOT_BELIEVED |= {
+    f"{name}-{value!r}": changed(lambda rows, at=at, value=value: rows[1].__setitem__(at, value))
+    for at, name in enumerate(CELLS)
+    for value in (None, 7, True, [], {})
 }
 
 
@@ -163,12 +176,15 @@ def test_an_excerpt_that_lies_is_found_where_the_record_is_read(
     file = state / "excerpts/00000000.json"
     file.write_bytes(changed(lie)(file.read_bytes()))
     with State.open(state) as opened:
-        assert verify(opened) != []
-        with pytest.raises(Damaged, match="00000001"):
+        said = f"{file} is damaged: it says otherwise than {state}/commits/0000000{{}}.json, which is whole; delete"
+        assert any(line.startswith((said.format(1), said.format(2))) for line in verify(opened))
+        with pytest.raises(Damaged, match=f"^{said.format(1)} {file}, and nothing is lost"):
             _ = opened.ledger.get(1).entry
     file.unlink()
     with State.open(state) as opened:
         assert verify(opened) == []
+    State.open(state, write=True).close()
+    assert sealed(state) == [1, 2, 3, 5, 7]
 
 
 def test_a_lie_about_a_record_that_is_read_is_not_believed(state: Path) -> None:
@@ -188,10 +204,65 @@ def test_damage_of_an_old_record_is_found_when_it_is_asked_for_and_by_verify(sta
             _ = opened.ledger.get(2).entry
 
 
-def test_another_record_with_a_right_checksum_is_found(state: Path) -> None:
-    shutil.copy(state / "commits/00000003.json", state / "commits/00000002.json")
-    with State.open(state) as opened, pytest.raises(Damaged, match="another record 2"):
-        _ = opened.ledger.get(2).entry
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "another-number": ({"seq": 3}, "does not follow the record before it"),
+    "another-before": ({"prev": "00000000"}, "does not follow the record before it"),
+    "another-fate": ({"message": "other"}, "is another record 2 than the one in the ledger"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), MISFITS.values(), ids=MISFITS)
+def test_another_record_with_a_right_checksum_is_damage(state: Path, change: dict[str, Any], said: str) -> None:
+    file = state / "commits/00000002.json"
+    body, _ = framing.decode(file)
+    file.write_bytes(framing.encode(body | change)[0])
+    with State.open(state) as opened:
+        assert [line for line in verify(opened) if line.startswith(f"{file} {said}")]
+        with pytest.raises(Damaged, match=f"^{file} {said}"):
+            _ = opened.ledger.get(2).entry
+    shutil.rmtree(state / "excerpts")
+    with pytest.raises(Damaged, match="does not follow the record before it"):
+        State.open(state)
+
+
+def test_an_excerpt_of_another_state_is_not_believed(state: Path, tmp_path: Path) -> None:
+    """Also one that has the same number of records."""
+    with stores.make(tmp_path / "other") as other:
+        for number in range(1, 9):
+            stores.fold(other, number)
+    for name in ("00000000.json", "00000004.json"):
+        shutil.copy(tmp_path / "other/excerpts" / name, state / "excerpts" / name)
+    assert sealed(state) == []
+    with State.open(state) as opened:
+        assert len(verify(opened)) == 2
+        assert said(opened.ledger) == said(without(state))
+    State.open(state, write=True).close()
+    assert sealed(state) == [1, 2, 3, 5, 7]
+
+
+def test_an_excerpt_of_records_that_are_no_longer_there_harms_nothing(state: Path) -> None:
+    """As where commits/ and HEAD came back from an older copy, and other records took their numbers."""
+    before = (state / "excerpts/00000004.json").read_bytes()
+    for seq in range(7, 10):
+        (state / f"commits/{seq:08d}.json").unlink()
+    head, crc = framing.decode(state / "commits/00000006.json")
+    (state / "HEAD").write_bytes(framing.encode({"seq": head["seq"], "crc": crc})[0])
+    with State.open(state, write=True) as opened:
+        assert verify(opened) == []
+        assert stores.fold(opened, 7) == 7
+    assert (state / "excerpts/00000004.json").read_bytes() != before
+    with State.open(state) as opened:
+        assert [c.seq for c in opened.ledger.log if isinstance(c, Sealed)] == [1, 2, 3, 5, 7]
+        assert verify(opened) == []
+
+
+def test_rows_in_another_order_are_found_where_a_record_is_read(state: Path) -> None:
+    file = state / "excerpts/00000000.json"
+    file.write_bytes(changed(lambda rows: rows.insert(1, rows.pop(2)))(file.read_bytes()))
+    with State.open(state) as opened:
+        assert [line for line in verify(opened) if line.startswith(f"{file} is damaged")]
+        with pytest.raises(Damaged, match=f"^{file} is damaged"):
+            _ = opened.ledger.get(1).entry
 
 
 def test_what_a_kill_leaves_of_an_excerpt_harms_nothing(state: Path) -> None:

@@ -8,7 +8,8 @@ EMFILE and ENAMETOOLONG. A process is forked for each run, in a copy of what the
 to fail at call n, for every n. Of an error every call counts that can have it, those that only look too. Afterwards the
 state opens and is whole, it is one of those that an undisturbed run goes through, and the command, given once more,
 ends as that run did. A command that fails raises an error of ours; once the disk works again, the same open state does
-the work, unless it was told to halt.
+the work, unless it was told to halt. With `--span 2` an excerpt of the ledger is of two records, so that each command
+writes some, and goes by others.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 
 from continual.errors import ContinualError, Halt, Misconfigured, Retry
-from continual.state import State
+from continual.state import State, excerpts
 from tests.campaigns.faults.steps import commands, looking
 from tests.campaigns.faults.steps.commands import Step, World
 from tests.campaigns.faults.steps.looking import Facts
@@ -350,7 +351,9 @@ def main() -> None:
     parser.add_argument("--command", action="append", help="only this one; can be given several times")
     parser.add_argument("--rule", action="append", help="only this one; can be given several times")
     parser.add_argument("--dir", type=Path, help="where to work; default: a temporary directory in memory")
+    parser.add_argument("--span", type=int, default=excerpts.SPAN, help="records that an excerpt is of")
     args = parser.parse_args()
+    excerpts.SPAN = args.span
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as temporary:
         work = args.dir or Path(temporary)
