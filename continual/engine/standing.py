@@ -13,7 +13,7 @@ from continual.gates import Gates
 from continual.records import Candidate
 from continual.state import Commit, State
 from continual.state.entries import RefuseEntry, RetryEntry
-from continual.state.ledger import Ledger
+from continual.state.ledger import Ledger, kept_out
 
 Values = Mapping[str, object]
 """The value of each setting of the gates, by its whole name (`Gates.values`)."""
@@ -90,7 +90,7 @@ class Standing:
         """What is to be recorded so that the candidates that `word` names are looked at again; with `because`, so that
         they are folded in spite of doubts, as `by` says. Raises Misconfigured if it names none that is settled and not
         in the merge."""
-        found = self._state.ledger.kept_out(word)
+        found = kept_out(self._state.ledger, word)
         if not found:
             raise Misconfigured(
                 f"{word}: no refused or rolled-back candidate of this name, path, key or record number; "

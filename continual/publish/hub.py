@@ -24,8 +24,6 @@ from continual.outside import Malformed, parse_fields
 from continual.publish.changes import changes_to, operations_of, readable
 from continual.publish.provenance import shares_in
 from continual.retrying import Fault
-from continual.state import Commit
-from continual.state.entries import ReleaseEntry
 from continual.state.parts import ReleasedShare
 from continual.tensors.checkpoints.files import LARGEST_CONFIG
 from continual.tensors.checkpoints.place import RELEASE
@@ -330,12 +328,3 @@ def _commit(
     if not is_sha(commit):
         raise Trouble(f"{what}: the Hub's answer names no commit", Fault.SERVER)
     return commit
-
-
-def newest_release(log: Sequence[Commit], repo: str, branch: str) -> ReleaseEntry | None:
-    """The newest record of a release to this branch; None if there is none."""
-    for commit in reversed(log):
-        entry = commit.entry if commit.kind == "publish" else None
-        if isinstance(entry, ReleaseEntry) and (entry.repo, entry.branch) == (repo, branch):
-            return entry
-    return None

@@ -20,7 +20,6 @@ from continual.api import Merge
 from continual.errors import ContinualError, Misconfigured, Retry
 from continual.hub import Trouble
 from continual.publish.hooks import Published
-from continual.publish.hub import newest_release
 from continual.retrying import PARKED, Fault, retry_delay
 from continual.service import publishing
 from continual.service import release as releasing
@@ -150,7 +149,7 @@ class Outlets:
         """Releases the newest record that changed the model; where every one is wanted, the next after the last that
         was released. Whether there are more."""
         state = self.merge.state
-        done = newest_release(state.ledger.log, out.asked.repo or "", out.asked.branch)
+        done = state.publications.release(out.asked.repo or "", out.asked.branch)
         seq = newest
         if out.asked.every and state.ledger.folds(newest) and (done is None or done.of < newest):
             seq = releasing.next_record(self.merge, -1 if done is None else done.of)

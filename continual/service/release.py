@@ -187,7 +187,7 @@ def facts_of(merge: Merge, out: OutPlan, seq: int) -> card.Facts:
         name, options, read, reading = found.rule.name, found.rule.options, found.options, None
         weights = {fold.seq: found.chosen.get(fold.entry.numbers.block or -1) for fold in state.ledger.folds(seq)}
         folded = [replace(model, weight=weights[model.seq]) for model in folded if weights[model.seq] is not None]
-    before = hub.newest_release(state.ledger.log, asked.repo or "", asked.branch)
+    before = state.publications.release(asked.repo or "", asked.branch)
     defaults = type(settings).model_fields
     kept = {
         name: getattr(settings, name)

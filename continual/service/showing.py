@@ -11,7 +11,6 @@ from continual.engine.fullness import Fullness
 from continual.errors import ContinualError
 from continual.outside import few
 from continual.publish.folder import provenance_in
-from continual.publish.hub import newest_release
 from continual.publish.provenance import SHARES, shares_in
 from continual.service.outgoing import OutPlan, models_in, outgoing
 from continual.service.web.view import (
@@ -131,7 +130,7 @@ def _view(merge: Merge, name: str) -> ShownView:
     except ContinualError as error:
         problem = str(error)
     there = {} if out.current is None else provenance_in(out.current)
-    released = None if said.repo is None else newest_release(state.ledger.log, said.repo, out.asked.branch)
+    released = None if said.repo is None else state.publications.release(said.repo, out.asked.branch)
     return ShownView(
         name=name,
         rule=rule,
@@ -172,7 +171,7 @@ def _shares(merge: Merge, out: OutPlan) -> ShownShares | None:
         return _shown(out, seq, str(out.current), found, len(found))
     if found is not None or out.asked.repo is None:
         return None
-    release = newest_release(merge.state.ledger.log, out.asked.repo, out.asked.branch)
+    release = merge.state.publications.release(out.asked.repo, out.asked.branch)
     if release is None or release.shares is None or release.view != out.name:
         return None
     return _shown(out, release.of, release.repo, release.shares, release.models or len(release.shares))

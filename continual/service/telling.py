@@ -104,17 +104,9 @@ class Telling:
         at any time. None where no server is given one."""
         heard = [waiter for waiter in self._waiters if waiter.hears(self._merge.settings, view, "current")]
         given = [waiter for waiter in heard if waiter.hook.serves_lora]
-        last = [self._last(waiter, view) for waiter in given]
+        calls = self._merge.state.publications
+        last = [calls.call(view, waiter.number, hooks.target(waiter.hook)) for waiter in given]
         return frozenset(call.mark for call in last if call is not None and call.mark) if given else None
-
-    def _last(self, waiter: Waiter, view: str | None) -> HookEntry | None:
-        """The record of the last call of a hook that went well."""
-        wanted = (view, waiter.number, hooks.target(waiter.hook))
-        for commit in reversed(self._merge.state.ledger.log):
-            entry = commit.entry if commit.kind == "publish" else None
-            if isinstance(entry, HookEntry) and entry.hook.ok and _told(entry) == wanted:
-                return entry
-        return None
 
     def hand(self, published: Published, after: str) -> None:
         """Wakes the hooks that come after such a publication and were not told of it."""
@@ -195,11 +187,6 @@ class Telling:
                 mark=published.mark,
             )
         )
-
-
-def _told(call: HookEntry) -> tuple[str | None, int, str]:
-    """Of which view a call was, and of which hook."""
-    return call.view, call.hook.number, call.hook.target
 
 
 def _which(waiter: Waiter, view: str | None) -> str:

@@ -227,7 +227,7 @@ class _Copy:
 
     def _take(self, taking: Taking, name: str) -> None:
         """Takes a generation, which must not expire meanwhile. One that is not needed may have expired before."""
-        commit = next(c for c in self.source.ledger.log if c.generation == name)
+        commit = self.source.ledger.generations[name]
         target = self.directory / "generations"
         try:
             with self.source.lease(commit.seq):
@@ -249,7 +249,7 @@ class _Copy:
 
         for name in self.wanted:
             directory = self.directory / "generations" / name
-            commit = next(c for c in self.source.ledger.log if c.generation == name)
+            commit = self.source.ledger.generations[name]
             generation = Generation(directory, self.source.format, commit.receipts or "")
             if not directory.exists():
                 continue

@@ -167,7 +167,7 @@ class Inspection:
 
     def _generations(self, progress: OnPart) -> dict[str, str]:
         """Reads all generations that are there; of those that are not whole, what is wrong."""
-        receipts = {c.generation: c.receipts or "" for c in self.ledger.log if c.generation}
+        receipts = {name: c.receipts or "" for name, c in self.ledger.generations.items()}
         there = [name for name in _visible(self.path / "generations") if name in receipts]
         arrays, done = sum(len(slots) for slots in self.form.slots.values()), 0
 
@@ -203,8 +203,7 @@ class Inspection:
         if self.unfinished is not None:
             gone += [name for name in _visible(self.unfinished / "generations") if name in broken]
         if self.lost:  # of the records that are lost, or of a fold that was not committed: never deleted
-            named = {c.generation for c in ledger.log}
-            left = [name for name in _visible(self.path / "generations") if name not in named]
+            left = [name for name in _visible(self.path / "generations") if name not in ledger.generations]
             self.aside += [f"generations/{name}" for name in left]
         if (self.path / PARTIAL).exists():
             self.aside.append(PARTIAL)

@@ -101,10 +101,39 @@ def refused(candidate: Candidate, row: MemberFate) -> RefuseEntry:
     )
 
 
+class InForce:
+    """The folds in force, found by what was folded and by where it came from."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, FoldCommit] = {}
+        self._origins: dict[str, list[FoldCommit]] = {}
+
+    def add(self, fold: FoldCommit) -> None:
+        """Takes a fold, the newest."""
+        if fold.digest:
+            self._digests[fold.digest] = fold
+        self._origins.setdefault(fold.origin or "", []).append(fold)
+
+    def remove(self, fold: FoldCommit) -> None:
+        """Gives up a fold."""
+        self._digests.pop(fold.digest or "", None)
+        there = self._origins[fold.origin or ""]
+        there[:] = [other for other in there if same(other) != same(fold)]
+
+    def of_digest(self, digest: str) -> FoldCommit | None:
+        """The fold of a model with this content digest."""
+        return self._digests.get(digest)
+
+    def of_origin(self, origin: str) -> list[FoldCommit]:
+        """The folds of candidates that came from there, oldest first."""
+        return list(self._origins.get(origin, ()))
+
+
 class Ledger:
     """Every question about the history of a state, answered from memory; `add` takes the next record.
 
-    `log` has every record, oldest first; `models` those that made the merged model another one; `refusals` what was
+    `log` has every record, oldest first; `generations` the first record that holds each generation, in the order in
+    which they were held last; `models` the records that made the merged model another one; `refusals` what was
     refused, duplicates and what expired included (a candidate that a round refused has the number of its record);
     `open_round` the round that was begun and has not ended; `id` is that of a clone, and
     `cloned` has the ids of the states that it has models of, the oldest first. Nobody but `add` changes them.
@@ -116,7 +145,8 @@ class Ledger:
         self._history: list[Fold | None] = []
         self._read: list[Mapping[str, object]] = []
         self._fates: dict[str, Commit | RolledBack | None] = {}
-        self._digests: dict[str, FoldCommit] = {}
+        self._in_force = InForce()
+        self.generations: dict[str, Commit] = {}
         self.models: list[Commit] = []
         self._pool: dict[str, Waiting] = {}
         self.open_round: Commit | None = None
@@ -136,6 +166,9 @@ class Ledger:
         weighed = commit.kind == "select" and commit.of_kind(SelectEntry).active is not None
         if weighed or (commit.kind in MODEL and (self.models or commit.kind not in ("tune", "inputs", "repair"))):
             self.models.append(commit)
+        held = commit.generation
+        if held is not None and (not self.log or held != self.head.generation):
+            self.generations[held] = self.generations.pop(held, commit)
         self.log.append(commit)
         self._history.append(now)
         self._read.append(commit.read if commit.read is not None else self._read[-1] if self._read else {})
@@ -188,7 +221,7 @@ class Ledger:
         folds = [fold.commit for fold in chain(now)]
         for fold in folds:
             if (key := fold.key) is not None and key in out:
-                self._digests.pop(fold.digest or "", None)
+                self._in_force.remove(fold)
                 self._fates[key] = None
                 self._pool[key] = Waiting(fold, fold.time)
         if entry.active is not None:
@@ -221,7 +254,7 @@ class Ledger:
         for fold in chain(now):
             if same(fold.commit) not in kept:
                 self._fates[fold.commit.key or ""] = RolledBack(fold.commit)
-        self._digests = {}
+        self._in_force = InForce()
         for fold in chain(target):
             self._settle(fold.commit)
         return target
@@ -230,7 +263,7 @@ class Ledger:
         """The history without the fold that the record `commit` took out; up to its index it is as it was."""
         folds = chain(now)
         index = next(i for i, fold in enumerate(folds) if same(fold.commit) == (entry.of, entry.key))
-        self._digests.pop(folds[index].commit.digest or "", None)
+        self._in_force.remove(folds[index].commit)
         left = folds[index].before
         for fold in folds[index + 1 :]:
             left = Fold(fold.commit, None, left)
@@ -240,8 +273,7 @@ class Ledger:
         key = fold.key or ""
         self._fates[key] = fold
         self._pool.pop(key, None)
-        if fold.digest:
-            self._digests[fold.digest] = fold
+        self._in_force.add(fold)
 
     @property
     def head(self) -> Commit:
@@ -291,26 +323,9 @@ class Ledger:
         kept = {same(commit) for commit in self.folds(to)}
         return [commit for commit in self.folds() if same(commit) not in kept]
 
-    def kept_out(self, word: str) -> list[Commit]:
-        """The records that settled the candidates that `word` names (a name, path, key or record number) and that are
-        not in the merge. Of a repo it is the newest commit that was seen, unless `word` is a key or a record number."""
-        latest: dict[str, Commit] = {}
-        for commit in self.log:
-            candidate = commit.entry.candidate
-            if candidate is None:
-                continue
-            exact = word in (candidate.key, str(commit.seq))
-            if not exact and not candidate.answers(word):
-                continue
-            fate = self.fate(candidate.key)
-            if fate is not None and fate.entry.fate != "folded":
-                of_repo = candidate.revision is not None and not exact
-                latest[candidate.origin if of_repo else candidate.key] = fate
-        return list(latest.values())
-
     def revisions(self, origin: str) -> list[FoldCommit]:
         """The folds in force of candidates that came from `origin`, oldest first."""
-        return [c for c in self.folds() if c.origin == origin]
+        return self._in_force.of_origin(origin)
 
     @property
     def totals(self) -> Totals:
@@ -348,7 +363,7 @@ class Ledger:
 
     def folded_digest(self, digest: str) -> FoldCommit | None:
         """The fold in force of a model with this content digest."""
-        return self._digests.get(digest)
+        return self._in_force.of_digest(digest)
 
 
 def weights_at(ledger: Ledger, seq: int | None = None) -> Mapping[str, tuple[float, ...]] | None:
@@ -357,3 +372,21 @@ def weights_at(ledger: Ledger, seq: int | None = None) -> Mapping[str, tuple[flo
     fold = ledger.last_fold(ledger.head.seq if seq is None else seq)
     entry = fold.at.entry if fold and fold.at else None
     return entry.active if isinstance(entry, SelectEntry | UnfoldEntry) else None
+
+
+def kept_out(ledger: Ledger, word: str) -> list[Commit]:
+    """The records that settled the candidates that `word` names (a name, path, key or record number) and that are
+    not in the merge. Of a repo it is the newest commit that was seen, unless `word` is a key or a record number."""
+    latest: dict[str, Commit] = {}
+    for commit in ledger.log:
+        candidate = commit.entry.candidate
+        if candidate is None:
+            continue
+        exact = word in (candidate.key, str(commit.seq))
+        if not exact and not candidate.answers(word):
+            continue
+        fate = ledger.fate(candidate.key)
+        if fate is not None and fate.entry.fate != "folded":
+            of_repo = candidate.revision is not None and not exact
+            latest[candidate.origin if of_repo else candidate.key] = fate
+    return list(latest.values())

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Set
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,14 +23,12 @@ _EXPIRED = ".expired-"
 
 def kept(path: Path, ledger: Ledger) -> list[str]:
     """The generations of the state in `path` that are on disk and named by a record, in order of their names."""
-    named = _named(ledger)
-    return [name for name in _on_disk(path) if name in named]
+    return [name for name in _on_disk(path) if name in ledger.generations]
 
 
 def unnamed(path: Path, ledger: Ledger) -> list[str]:
     """The directories below `generations/` that no record names: orphans, and what is being deleted."""
-    named = _named(ledger)
-    return [name for name in _on_disk(path) if name not in named]
+    return [name for name in _on_disk(path) if name not in ledger.generations]
 
 
 def orphans(names: Iterable[str]) -> tuple[str, ...]:
@@ -49,7 +48,8 @@ def expired(path: Path, ledger: Ledger, keep: Keep, *, then: str | None = None) 
     """The generations on disk that may go: not the one in force, none of the newest as `keep` says, none that a tag
     names, none that a living reader has leased. `then`: as it will be once that generation is put in force again.
     Raises OSError."""
-    newest = list(dict.fromkeys(g for g in (then, *(c.generation for c in reversed(ledger.log))) if g))[: keep.most]
+    again = [] if then is None else [then]
+    newest = [*again, *islice((g for g in reversed(ledger.generations) if g != then), keep.most)][: keep.most]
     if keep.nbytes is not None:
         newest = _within(path, newest, keep.nbytes)
     tagged = {ledger.get(seq).generation for seq in ledger.tags.values()}
@@ -187,10 +187,6 @@ def _leased_by_files(directory: Path) -> Set[str]:
             finally:
                 os.close(fd)
     return found
-
-
-def _named(ledger: Ledger) -> set[str]:
-    return {commit.generation for commit in ledger.log if commit.generation}
 
 
 def _on_disk(path: Path) -> list[str]:

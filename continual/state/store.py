@@ -19,6 +19,7 @@ from continual.state.format import Commit, Format
 from continual.state.generation import Generation
 from continual.state.ledger import Ledger
 from continual.state.protocol import Held, Journal, OnStep
+from continual.state.publications import Publications
 from continual.state.transaction import Transaction, room
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class State:
         self.adopted: tuple[int, ...] = ()
         self.acknowledged = -1
         self.ledger = ledger
+        self.publications = Publications(ledger.log)
         self._lock_fd = lock_fd
         self.on_step = on_step
         self._journal = Journal(path, ledger, on_step)
@@ -160,7 +162,7 @@ class State:
         if self.ledger.head.generation != transaction.in_force:
             raise Retry("another fold was committed meanwhile; nothing was settled")
         try:
-            return self._append(entry, Held(transaction.id, generation.checksum))
+            return self._journal.append(entry, Held(transaction.id, generation.checksum))
         except Exception:
             raise
         except BaseException:  # an interrupt may come between the record and its place in the ledger: the next opening
@@ -175,10 +177,10 @@ class State:
         Durable when it returns. Raises Retry, Halt."""
         self.must_be_writable()
         if isinstance(generation, str):
-            return self._append(entry, Held(self.ledger.head.generation, self.ledger.head.receipts))
+            return self._journal.append(entry, Held(self.ledger.head.generation, self.ledger.head.receipts))
         if generation is None:
-            return self._append(entry, Held())
-        return self._append(entry, Held(generation.directory.name, generation.checksum))
+            return self._journal.append(entry, Held())
+        return self._journal.append(entry, Held(generation.directory.name, generation.checksum))
 
     def generation_of(self, commit: Commit) -> Generation | None:
         """The generation of a record, None where it holds nothing. Raises Misconfigured if it has expired."""
@@ -194,7 +196,7 @@ class State:
         self.generation_of(target)
         undone = len(self.ledger.undone(seq))
         entry = RollbackEntry(to=seq, undone=undone, message=f"back to record {seq}")
-        return self._append(entry, Held(target.generation, target.receipts))
+        return self._journal.append(entry, Held(target.generation, target.receipts))
 
     def tag(self, name: str, seq: int | None = None, *, force: bool = False) -> Commit:
         """Names record `seq` (default: the newest), so that its generation does not expire. A tag that names another
@@ -274,9 +276,6 @@ class State:
             found = Generation(self.path / "generations" / commit.generation, self.format, commit.receipts or "")
             self._open[commit.generation] = found
         return found
-
-    def _append(self, entry: Entry, held: Held) -> Commit:
-        return self._journal.append(entry, held)
 
 
 def _may_name(ledger: Ledger, tag: str, target: Commit, *, force: bool) -> None:

@@ -57,7 +57,7 @@ def strays(path: Path, form: Format, ledger: Ledger) -> list[Stray]:
         elif name == "leases":
             found += _in(entry, name, _LEASE)
         elif name == "generations":
-            found += _generations(entry, form, {c.generation: c.receipts or "" for c in ledger.log if c.generation})
+            found += _generations(entry, form, {name: c.receipts or "" for name, c in ledger.generations.items()})
         elif name == task_inputs.DIRECTORY:
             found += _inputs(entry, {one.task.id for one in task_inputs.in_force(ledger)})
         elif name == "staging":

@@ -31,7 +31,6 @@ def verify(state: State, progress: OnPart = lambda _done, _total: None, *, gener
 
     A part, for `progress`, is a record or an array.
     """
-    receipts = {c.generation: c.receipts for c in state.ledger.log if c.generation}
     kept = state.generations()
     tagged = {state.ledger.get(seq).generation for seq in state.ledger.tags.values()} - {None}
     findings = [f"generation {missing} is tagged, but missing" for missing in sorted(tagged - set(kept), key=str)]
@@ -57,7 +56,7 @@ def verify(state: State, progress: OnPart = lambda _done, _total: None, *, gener
     for first in range(0, acknowledged + 2 - excerpts.SPAN, excerpts.SPAN):
         findings += _told(partial(excerpts.finding, state.path, state.ledger.log, first))
     for name in kept if generations else ():
-        findings += _generation(state, name, receipts[name] or "", step)
+        findings += _generation(state, name, step)
     if generations:
         for wrong in task_inputs.findings(state.path, state.format, state.ledger).values():
             findings += wrong
@@ -124,11 +123,12 @@ def _record(path: Path, commit: Commit) -> str | None:
     return None
 
 
-def _generation(state: State, name: str, checksum: str, step: Callable[[], None]) -> list[str]:
+def _generation(state: State, name: str, step: Callable[[], None]) -> list[str]:
     """What is wrong with a generation; nothing if it expires before it is looked at."""
     try:
-        with state.lease(next(c.seq for c in state.ledger.log if c.generation == name)):
-            return list(Generation(state.path / "generations" / name, state.format, checksum).check(step))
+        held = state.ledger.generations[name]
+        with state.lease(held.seq):
+            return list(Generation(state.path / "generations" / name, state.format, held.receipts or "").check(step))
     except Misconfigured:
         return []
     except ContinualError as error:

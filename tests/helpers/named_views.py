@@ -8,7 +8,6 @@ from typing import Any
 
 from continual import api
 from continual.config import Settings
-from continual.publish.hub import newest_release
 from continual.service import publishing
 from continual.service import release as releasing
 from continual.service.outgoing import outgoing
@@ -26,9 +25,7 @@ def put(merge: api.Merge, name: str, seq: int) -> Path | None:
 
 
 def is_out(merge: api.Merge, name: str, seq: int) -> bool:
-    return releasing.is_out(
-        merge, outgoing(merge.settings, name), seq, newest_release(merge.state.ledger.log, REPO, "main")
-    )
+    return releasing.is_out(merge, outgoing(merge.settings, name), seq, merge.state.publications.release(REPO, "main"))
 
 
 def told(directory: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import pytest
 import continual
 from continual import making
 from continual.errors import Misconfigured, Retry
-from continual.publish.hub import newest_release
 from continual.service import release as releasing
 from continual.service.outgoing import outgoing
 from tests.helpers import calls, hubs, models, services
@@ -115,11 +114,11 @@ def test_a_record_is_released_again_where_the_settings_say_otherwise(tmp_path: P
     halved = ours.settings.release.model_copy(update={"dtype": "float16"})
     with merge(tmp_path / "state", hub, release=halved) as ours:
         out = outgoing(ours.settings)
-        assert not releasing.is_out(ours, out, first.seq, newest_release(ours.state.ledger.log, REPO, "main"))
+        assert not releasing.is_out(ours, out, first.seq, ours.state.publications.release(REPO, "main"))
         second = releasing.release(ours)
         assert (second.new, second.seq, second.tag) == (True, first.seq, f"{first.tag}-2")
         ours.state.record(releasing.entry(second))
-        assert releasing.is_out(ours, out, first.seq, newest_release(ours.state.ledger.log, REPO, "main"))
+        assert releasing.is_out(ours, out, first.seq, ours.state.publications.release(REPO, "main"))
         assert not releasing.release(ours).new
     assert hub.repo(REPO).tags == {"record-1": first.commit, "record-1-2": second.commit}
 

@@ -42,13 +42,13 @@ def test_a_hook_is_called_again_where_something_else_is_out_and_only_there(tmp_p
         telling = Telling(merge, Failures(Metrics(), Health()), aside)
 
         def waits(mark: str, view: str | None = "v") -> bool:
-            return telling.waits(Published(merge.state.id, 2, view=view, mark=mark), "current")
+            return telling.waits(Published(merge.state.id, 0, view=view, mark=mark), "current")
 
         def called(**more: str) -> None:
             call = HookCall(
                 number=1, kind="http", target="http://127.0.0.1:9/x", ok=False, attempts=1, seconds=0.0, message="no"
             )
-            merge.record(HookEntry(of=2, hook=call, **more))
+            merge.record(HookEntry(of=0, hook=call, **more))
 
         assert waits("one")
         assert not waits("one", None), "the merge is for others"
@@ -73,7 +73,7 @@ def test_what_a_server_was_given_last_is_known_from_the_records(tmp_path: Path) 
             call = HookCall(
                 number=number, kind="", target="http://127.0.0.1:9", ok=ok, attempts=1, seconds=0.0, message=""
             )
-            merge.record(HookEntry(of=2, hook=call, view="v", mark=mark))
+            merge.record(HookEntry(of=0, hook=call, view="v", mark=mark))
         assert telling.served("v") == {"two"}, "the third failed, the fourth was another's"
         assert telling.served("w") is None, "nobody is given it"
 
@@ -104,7 +104,7 @@ def test_a_call_that_fails_once_its_view_is_gone_is_no_trouble(tmp_path: Path, s
 
         async def told_of() -> None:
             (calls,) = [asyncio.create_task(call) for call in telling.tasks()]
-            telling.hand(Published(merge.state.id, 2, view="v", mark="one"), "current")
+            telling.hand(Published(merge.state.id, 0, view="v", mark="one"), "current")
             await recorded.wait()
             calls.cancel()
 

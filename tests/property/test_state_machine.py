@@ -345,6 +345,11 @@ class StateAgainstAList(RuleBasedStateMachine):
         assert told(self.store) == expected
         with State.open(self.path) as read:
             assert told(read) == expected
+            folds = read.ledger.folds()
+            for origin in {c.origin or "" for c in read.ledger.log}:
+                assert read.ledger.revisions(origin) == [fold for fold in folds if fold.origin == origin]
+            held = [c.generation for c in reversed(read.ledger.log) if c.generation]
+            assert list(reversed(read.ledger.generations)) == list(dict.fromkeys(held))
             assert set(read.orphans) == {begun.transaction.id for begun in self.begun}
             assert set(read.generations()) == {self.ids[generation] for generation in self.model.kept}
             for seq, moment in enumerate(self.model.moments):

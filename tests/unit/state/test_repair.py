@@ -17,6 +17,7 @@ from continual.state import State
 from continual.state.damage import RepairPlan
 from continual.state.entries import RepairEntry
 from continual.state.inbox import save_cursor
+from continual.state.ledger import kept_out
 from continual.state.repair import look, repair
 from continual.state.strays import strays
 from continual.state.verify import verify
@@ -164,7 +165,7 @@ def test_folds_that_are_undone_can_be_retried(state: Path) -> None:
         fate = found.ledger.fate("k2")
         assert fate is not None
         assert fate.entry.fate == "rolled-back"
-        assert found.ledger.kept_out("n2") == [fate]
+        assert kept_out(found.ledger, "n2") == [fate]
 
 
 def test_all_generations_are_gone(state: Path) -> None:
