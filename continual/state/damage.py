@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from continual.errors import ContinualError, Damaged, Misconfigured
-from continual.state import adoption, earlier, framing, protocol, task_inputs
+from continual.state import adoption, framing, predecessors, protocol, task_inputs
 from continual.state.entries import CombineEntry, RepairEntry, SelectEntry, TagEntry
 from continual.state.format import Commit, Format
 from continual.state.generation import Generation
@@ -85,7 +85,7 @@ class Inspection:
             try:
                 file = self.path / "commits" / _file(len(ledger.log))
                 commit = Commit.of(*framing.decode(file), file)
-                earlier.must_follow(ledger, commit, file)
+                predecessors.must_follow(ledger, commit, file)
             except (ContinualError, OSError) as error:
                 self._broken_off(error, len(ledger.log))
                 break

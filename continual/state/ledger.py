@@ -155,7 +155,7 @@ class Ledger:
         self.cloned: tuple[str, ...] = ()
 
     def add(self, commit: Commit) -> None:
-        """Takes the next record, which must follow the others (earlier.py). Of a short kind its entry is not asked
+        """Takes the next record, which must follow the others (predecessors.py). Of a short kind its entry is not asked
         for."""
         now = self._history[-1] if self._history else None
         if commit.kind == "fold":

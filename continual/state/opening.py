@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from continual.errors import Damaged, Misconfigured, Retry
-from continual.state import adoption, earlier, excerpts, framing, protocol
+from continual.state import adoption, excerpts, framing, predecessors, protocol
 from continual.state.durable import sync_file, usable
 from continual.state.format import Commit, Format
 from continual.state.generation import Generation
@@ -194,7 +194,7 @@ def _chained(path: Path, head: Head, count: int, record: Callable[[int], Commit]
     ledger, commits = Ledger(), str(path / "commits")
     for seq in range(count):
         commit = record(seq)
-        earlier.must_follow(ledger, commit, f"{commits}/{seq:08d}.json")
+        predecessors.must_follow(ledger, commit, f"{commits}/{seq:08d}.json")
         ledger.add(commit)
     _ = ledger.head.entry  # the newest is read in any case
     if ledger.get(head.seq).crc != head.crc:

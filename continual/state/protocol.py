@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from continual.errors import Damaged, Halt
-from continual.state import earlier, excerpts, framing
+from continual.state import excerpts, framing, predecessors
 from continual.state.durable import (
     environment,
     link_new,
@@ -84,7 +84,7 @@ class Journal:
         """
         self.mend()
         ledger = self.ledger
-        for known in earlier.goes_by(ledger, entry):
+        for known in predecessors.goes_by(ledger, entry):
             _ = known.entry  # read now, if it was not yet
         last = ledger.log[-1] if ledger.log else None
         time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
