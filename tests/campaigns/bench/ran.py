@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -15,29 +14,31 @@ THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 MEASURE = """
 import json, sys, time
-def told(began):
+def told(began, clock):
+    wall = time.perf_counter() - clock
     with open("/proc/self/status") as lines:
         peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    print(json.dumps([time.process_time() - began, time.process_time(), peak]), file=sys.stderr)
+    print(json.dumps([time.process_time() - began, time.process_time(), wall, peak]), file=sys.stderr)
 """
-"""`told` is called last: CPU seconds since `began` and of the whole process, and VmHWM in bytes, which the kernel's
-`ru_maxrss` is not: that counts the memory of the process that started this one."""
+"""`told` is called last, with the CPU seconds and the clock as they were when imports were done: CPU seconds since then
+and of the whole process, seconds since then, and VmHWM in bytes, which the kernel's `ru_maxrss` is not: that counts the
+memory of the process that started this one."""
 _COMMAND = (
     MEASURE
     + """
 import blake3, google_crc32c, torch, zarr
 import continual.api, continual.cli.main, continual.gates, continual.making, continual.publish.lora
-began = time.process_time()
+began = time.process_time(), time.perf_counter()
 try:
     continual.cli.main.main()
 finally:
-    told(began)
+    told(*began)
 """
 )
 
 
 class Cost(NamedTuple):
-    """What a command took: CPU seconds beyond importing and in all, wall seconds in all, and VmHWM in bytes."""
+    """What a command took: CPU seconds beyond importing and in all, seconds beyond importing, and VmHWM in bytes."""
 
     cpu: float
     whole: float
@@ -49,15 +50,12 @@ def python(code: str, *words: str, by: str = sys.executable, env: Mapping[str, s
     """Runs `code`, which begins with MEASURE and ends with `told`, to its end in one thread of torch and BLAS. Raises
     AssertionError with what it said where it failed."""
     environment = {**os.environ, **THREADS, **(env or {})}
-    began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as said:
         done = subprocess.run([by, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=said, env=environment)
-        wall = time.perf_counter() - began
         said.seek(0)
         lines = said.read().splitlines()
     assert done.returncode == 0, (words, lines)
-    cpu, whole, memory = json.loads(lines[-1])
-    return Cost(cpu, whole, wall, memory)
+    return Cost(*json.loads(lines[-1]))
 
 
 def continual(*words: str, env: Mapping[str, str] | None = None) -> Cost:
