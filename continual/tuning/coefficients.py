@@ -6,6 +6,7 @@ X, or its terms, are made once and kept in a file while coefficients are learned
 
 from __future__ import annotations
 
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -221,6 +222,10 @@ class TermsReading(Reading):
     def need(self, spec: TensorSpec) -> int:
         """Peak bytes of reading one tensor."""
         return 8 * spec.numel + 4 * max((sum(sides(one)) * min(sides(one)) for one in spec.layers), default=0)
+
+    def made_from(self, spec: TensorSpec) -> object:  # noqa: ARG002 - as of every reading
+        """Another word each time: nothing is taken of what is written for a trial."""
+        return secrets.token_hex(8)
 
 
 def layered(start: ReadOptions, factors: dict[str, float]) -> ReadOptions:

@@ -74,7 +74,7 @@ def merge_of(state: Path, made_of: Path | None, width: int = 16, **settings: obj
     if not state.exists():
         assert made_of is not None
         making.init(made_of, state, making.Recipe(rule="mean", width=width))
-    return api.Merge(Settings.model_validate({"state": state, **settings}), write=True)
+    return api.Merge(Settings.model_validate({"state": state, "max_mean_ratio": 1e6, **settings}), write=True)
 
 
 def exported(merge: api.Merge, directory: Path, **view: object) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ FAMILIES = (
 def merged(tmp_path: Path, base: Path) -> tuple[Path, lora.LoraReport]:
     """A merge of two fine-tunes that changed what an adapter can have, as a full model and as an adapter."""
     making.init(base, tmp_path / "state", making.Recipe(rule="mean"))
-    with api.open(tmp_path / "state", write=True) as merge:
+    with api.open(tmp_path / "state", write=True, gates=["noise.act=off"]) as merge:
         able = {one.spec.name for one in adaptable(merge.base)}
         origin = load_file(base / "model.safetensors")
         for seed in range(2):
@@ -91,7 +91,7 @@ def test_a_family_of_unknown_names_is_refused(tmp_path: Path) -> None:
     config = base / "config.json"
     config.write_text(config.read_text().replace("llama", "yolos"))
     making.init(base, tmp_path / "state")
-    with api.open(tmp_path / "state", write=True) as merge:
+    with api.open(tmp_path / "state", write=True, gates=["noise.act=off"]) as merge:
         merge.fold(models.fine_tune(base, tmp_path / "ft", 0))
         with pytest.raises(Misconfigured, match="yolos under other names"):
             lora.export(merge.base, merge.reading(), lora.LoraTarget(tmp_path / "out", 4), merge.executor, silent)
