@@ -31,7 +31,7 @@ from continual.selection.steps import Taken
 from continual.state import Commit, State
 from continual.state.entries import Entry
 from continual.state.format import FoldCommit
-from continual.state.ledger import Waiting
+from continual.state.ledger import Waiting, kept_out
 from continual.tuning import Evaluation, FoundInputs, Learning, TaskRows, Told, Tuned, Tuning, Weighing
 
 if TYPE_CHECKING:
@@ -224,6 +224,11 @@ class Merge(OpenedState):
         record says why, and that `by` says so. Raises Misconfigured where none of them is settled and not in the
         merge."""
         return [self.state.record(entry) for entry in self.standing.retries(word, because, by)]
+
+    def kept_out(self, word: str) -> list[Commit]:
+        """The records that settled the candidates that `word` names (a name, path, key or record number) and that are
+        not in the merge."""
+        return kept_out(self.state.ledger, word)
 
     def quarantine(self) -> list[Commit]:
         """What is kept out now: of each candidate the record that says why, the oldest first."""

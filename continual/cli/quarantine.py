@@ -11,7 +11,6 @@ from continual import texts
 from continual.cli import answered, console, opened, typed
 from continual.cli.flags import OPENING, Flags, takes
 from continual.errors import Misconfigured
-from continual.state.ledger import kept_out
 
 app = typer.Typer(rich_markup_mode=None)
 quarantine = typer.Typer(
@@ -51,7 +50,7 @@ def listed(context: typer.Context, *, flags: Flags) -> None:
 def show(model: Kept, *, flags: Flags) -> None:
     """Show why a model is kept out: its record, with the settings by which it was refused."""
     with opened.looked(flags) as merge:
-        found = [texts.record(commit) for commit in kept_out(merge.state.ledger, model)]
+        found = [texts.record(commit) for commit in merge.kept_out(model)]
     if not found:
         raise Misconfigured(f"{model}: nothing of this name, path, key or record number is kept out")
     console.emit(found)

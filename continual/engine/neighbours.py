@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 from continual.engine.outcomes import FoldReport
 from continual.gates import Earlier, Numbers
@@ -52,5 +52,6 @@ def accepted(ledger: Ledger, key: str) -> bool:
     return last is not None and isinstance(last.entry, RetryEntry) and last.entry.because is not None
 
 
+@lru_cache(maxsize=1024)  # a record's sketch does not change, and every fold asks for those of all models in the merge
 def _sketch(kept: SketchText | None) -> Sketch | None:
     return None if kept is None else Sketch.read(kept.norms, kept.values)
