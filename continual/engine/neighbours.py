@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 
 from continual.engine.outcomes import FoldReport
 from continual.gates import Earlier, Numbers
@@ -31,7 +31,7 @@ def numbers_of(report: FoldReport, state: State, plan: SketchPlan, before: Total
         report.sketch,
         found.stands_out,
         tuple(map(math.sqrt, sums)) if squares else (),
-        partial(earlier, state.ledger, report.candidate.origin),
+        cache(partial(earlier, state.ledger, report.candidate.origin)),  # several gates ask
         accepted(state.ledger, report.candidate.key),
     )
 

@@ -14,7 +14,7 @@ import continual
 from continual import api
 from continual.config import Settings
 from continual.state.entries import FoldEntry, RetryEntry
-from continual.tensors.vectors.sketch import Sketch, alike
+from continual.tensors.vectors.sketch import Projection, Sketch, SketchPlan, alike
 from tests.helpers import adapters, models
 from tests.helpers.command import machine, run
 
@@ -173,3 +173,20 @@ def test_a_merge_of_what_is_in_the_merge_after_a_combine(tmp_path: Path, base: P
             merge.fold(model)
         merge.combine(tmp_path / "other")
         assert merge.fold(merged).reason == "mixture"
+
+
+def test_a_tensor_of_several_runs_is_sketched_whole(tmp_path: Path) -> None:
+    base = models.base(tmp_path / "base", shapes={"w.weight": (640, 640)})  # a run has 262,144 elements
+    tuned = models.fine_tune(base, tmp_path / "tuned", 1)
+    with opened(tmp_path / "state", base) as merge:
+        kept = merge.fold(tuned).commit.of_kind(FoldEntry).numbers.sketch
+        plan = SketchPlan.of(merge.base.specs)
+    assert kept is not None
+    change = load_file(tuned / "model.safetensors")["w.weight"] - load_file(base / "model.safetensors")["w.weight"]
+    whole = Projection("w.weight", plan.width)
+    whole.add(0, change.reshape(-1).numpy())
+    expected = Sketch.of(plan, {"w.weight": float(change.square().sum())}, {"w.weight": whole.values})
+    found = Sketch.read(kept.norms, kept.values)
+    assert found is not None
+    assert alike(expected, [found])[0] > 0.999
+    assert found.norms == pytest.approx(expected.norms, rel=1e-4)
