@@ -25,7 +25,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,10 +88,10 @@ class OnDigits(ByFunction):
     objective = f"{MODULE}:digits"
     forms: Sequence[Form] = ("full", "lora")
 
-    def __init__(self, work: Path, count: int, rows: int, seed: int) -> None:
-        self.suite = ways.Digits(work / "digits")
-        self.world = DigitsWorld(self.suite, seed, work / "layers")
-        self.wanted, self.seed, self.rows = self.world.wanted[:count], seed, rows
+    def __init__(self, args: argparse.Namespace, count: int, seed: int) -> None:
+        self.suite = ways.Digits(args.work / "digits")
+        self.world = DigitsWorld(self.suite, seed, args.work / "layers")
+        self.wanted, self.seed, self.rows = self.world.wanted[:count], seed, args.rows
 
     def of(self, task: str) -> tuple[Tensor, Tensor]:
         """Images and labels."""
@@ -122,8 +122,9 @@ class OnText:
 
     forms: Sequence[Form] = ("lora",)
 
-    def __init__(self, work: Path, data: Sequence[Path], count: int, rows: int, seed: int) -> None:
-        self.suite = text.Text(work / "text", tuple(data), dtype=torch.float32)
+    def __init__(self, args: argparse.Namespace, count: int, seed: int) -> None:
+        work, rows, self._dtype = args.work, args.rows, getattr(torch, args.dtype)
+        self.suite = text.Text(work / "text", tuple(args.data), dtype=self._dtype)
         self.world = TextWorld(self.suite, seed, work / "layers-text", rows)
         self.wanted = self.world.wanted[:count]
         self.world.wanted = list(self.wanted)
@@ -140,7 +141,7 @@ class OnText:
 
     def trained(self, weights: Mapping[str, Tensor], form: Form, times: float) -> dict[str, Tensor]:
         """LoRA by the recipe of a fine-tune: 400 steps of one task after the other."""
-        return self.world.learn(form, weights, round(400 * times), torch.float32)
+        return self.world.learn(form, weights, round(400 * times), self._dtype)
 
 
 class OnLanguage(ByFunction):
@@ -149,11 +150,11 @@ class OnLanguage(ByFunction):
     objective = f"{MODULE}:answers"
     forms: Sequence[Form] = ("lora",)
 
-    def __init__(self, work: Path, data: Sequence[Path], count: int, rows: int, seed: int) -> None:
-        self.suite = language.Language(work / "language", tuple(data))
+    def __init__(self, args: argparse.Namespace, count: int, seed: int) -> None:
+        self.suite = language.Language(args.work / "language", tuple(args.data))
         tasks = list(self.suite.tasks[:8])
         random.Random(1000 + seed).shuffle(tasks)
-        self.wanted, self.seed, self._count = tasks[:count], seed, rows
+        self.wanted, self.seed, self._count = tasks[:count], seed, args.rows
 
     def rows(self, task: str) -> list[Any]:
         """Rows that are neither trained on, nor those by which the quality benchmark chooses."""
@@ -224,6 +225,11 @@ def digits(directory: Path, _device: torch.device) -> Given:
     return given
 
 
+PLACES: Mapping[str, Callable[[argparse.Namespace, int, int], Place]] = {
+    "digits": OnDigits,
+    "text": OnText,
+    "language": OnLanguage,
+}
 answers = digits
 """That of the language model."""
 
@@ -300,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where fine-tunes and states are kept")
     parser.add_argument("--data", type=Path, action="append", default=[], help="folder with text/; repeatable")
-    parser.add_argument("--suite", choices=("digits", "text", "language"), required=True)
+    parser.add_argument("--suite", choices=tuple(PLACES), required=True)
     parser.add_argument("--form", choices=("full", "lora"), required=True)
     parser.add_argument("--tasks", type=int, nargs="+", default=[4, 8], help="numbers of models that are merged")
     parser.add_argument("--rows", type=int, default=100, help="rows a task, at most 100")
@@ -308,7 +314,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--batch", type=int, default=100, help="rows at a time")
     parser.add_argument("--teachers", action="store_true", help="each fine-tune says what is right, not the labels")
-    parser.add_argument("--dtype", default="float32", help="of what is learned; training is in float32")
+    parser.add_argument("--dtype", default="float32", help="of what is learned; text is trained and asked in it too")
     parser.add_argument("--rule", action="append", default=[], help="rules that read; by default that of the state")
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT, help="coefficients that are learned")
     parser.add_argument("--trained", type=float, nargs="*", default=[], help="how long the base is trained on the rows")
@@ -317,12 +323,7 @@ def main() -> None:
     settle_threads(1)
     for count in args.tasks:
         for seed in range(args.seeds):
-            where = (args.work, args.data, count, args.rows, seed)
-            place: Place
-            if args.suite == "digits":
-                place = OnDigits(args.work, count, args.rows, seed)
-            else:
-                place = OnText(*where) if args.suite == "text" else OnLanguage(*where)
+            place: Place = PLACES[args.suite](args, count, seed)
             print(json.dumps(measured(place, args.form, args) | {"seed": seed}), flush=True)
 
 

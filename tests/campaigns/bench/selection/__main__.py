@@ -1,9 +1,10 @@
 """Selection, measured: pools of which a half or two thirds are of no use, by every method; accuracy on the wanted
 tasks, and whose weight is in the merge.
 
-    python -m tests.campaigns.bench.selection --work W --data DIR --data SETS      # train what is missing, run, report;
-    goes on where it was stopped python -m tests.campaigns.bench.selection --work W --report ops/docs           # the
-    report alone
+    # train what is missing, run, report; goes on where it was stopped
+    python -m tests.campaigns.bench.selection --work W --data DIR --data SETS
+    # the report alone
+    python -m tests.campaigns.bench.selection --work W --report ops/docs
 
 W, DIR and SETS are those of `tests.campaigns.bench.quality`, whose fine-tunes are taken where they are there. About two
 hours on two cores, one run per `--suite` beside the other; `--method` and `--seeds` run a part.
@@ -19,10 +20,10 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tests.campaigns.bench.quality.__main__ import texts
 from tests.campaigns.bench.quality.campaign import settle_threads
 from tests.campaigns.bench.quality.digits import Digits
 from tests.campaigns.bench.quality.suite import Suite
+from tests.campaigns.bench.quality.text import Text
 from tests.campaigns.bench.selection import report
 from tests.campaigns.bench.selection.methods import METHODS, WITHOUT
 from tests.campaigns.bench.selection.world import POLLUTED, WORLDS, World
@@ -51,7 +52,7 @@ def main() -> None:
     pollutions, methods = args.irrelevant or list(POLLUTED), args.method or list(METHODS)
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         for name in args.suite or list(WORLDS):
-            suite: Suite = Digits(args.work / "digits") if name == "digits" else texts("text", args)
+            suite: Suite = Digits(args.work / "digits") if name == "digits" else Text(args.work / "text", tuple(args.data), args.base)
             suite.prepare()
             bar = progress.add_task(name, total=len(methods) * len(pollutions) * len(args.seeds or (0, 1, 2)))
             for seed in args.seeds or (0, 1, 2):
