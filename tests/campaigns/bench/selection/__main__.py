@@ -52,7 +52,8 @@ def main() -> None:
     pollutions, methods = args.irrelevant or list(POLLUTED), args.method or list(METHODS)
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         for name in args.suite or list(WORLDS):
-            suite: Suite = Digits(args.work / "digits") if name == "digits" else Text(args.work / "text", tuple(args.data), args.base)
+            text = Text(args.work / "text", tuple(args.data), args.base)
+            suite: Suite = Digits(args.work / "digits") if name == "digits" else text
             suite.prepare()
             bar = progress.add_task(name, total=len(methods) * len(pollutions) * len(args.seeds or (0, 1, 2)))
             for seed in args.seeds or (0, 1, 2):

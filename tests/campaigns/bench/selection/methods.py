@@ -118,7 +118,7 @@ METHODS: Mapping[str, Method] = {
     "fine-tuning on the rows": partial(learn, "full"),
     "LoRA on the rows": partial(learn, "lora"),
 }
-"""By the name in the table. `iso-c`, `gram` and `tsv-m` are read as continual reads them by default, the others of the data-free
-ones as their papers do."""
+"""By the name in the table. `iso-c`, `gram` and `tsv-m` are read as continual reads them by default, the others of the
+data-free ones as their papers do."""
 WITHOUT = ("fine-tuning on the rows", "LoRA on the rows")
 """Methods that no pool changes."""
