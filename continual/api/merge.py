@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from continual import selection, tuning
+from continual.api import diffs
 from continual.api.opened_state import OpenedState
 from continual.config import settings_of
 from continual.engine import combining, planning, unfolding
 from continual.engine.block_reading import StoredLayers, cut_since
 from continual.engine.combining import Combined
+from continual.engine.comparing import Diff
 from continual.engine.outcomes import Outcome, Plan
 from continual.engine.views import ReadView
 from continual.executors.contract import Progress, silent
@@ -217,6 +219,12 @@ class Merge(OpenedState):
             combined = combining.combine(self.state, found, self.rule, self.executor, progress)
         self.expire()
         return folds, combined
+
+    def diff(self, a: str, b: str = "HEAD", *, progress: Progress = silent) -> Diff:
+        """What tells the merge `b` from the merge `a`: how long the difference of the merged task vectors is, over the
+        whole, by layer and by tensor, and which models came and went. Each is a record (its number, a tag, HEAD) or a
+        model of the base: a directory, or a repo of the Hub. Raises Misconfigured, Refuse, Retry and Damaged."""
+        return diffs.diff(self, a, b, progress)
 
     def retry(self, word: str, *, because: str | None = None, by: str | None = None) -> list[Commit]:
         """Has the settled candidates that `word` names (a name, path, key or record number) looked at again: the

@@ -17,6 +17,7 @@ import typer
 from continual import texts
 from continual.cli import answered, console, ending, opened, planned
 from continual.cli import control as cli_control
+from continual.cli import history as cli_history
 from continual.cli import hub as cli_hub
 from continual.cli import outputs as cli_outputs
 from continual.cli import pool as cli_pool
@@ -56,6 +57,7 @@ app.add_typer(cli_state.app)
 app.add_typer(cli_upkeep.app)
 app.add_typer(cli_tune.app)
 app.add_typer(cli_outputs.app)
+app.add_typer(cli_history.app)
 app.add_typer(planned.app)
 app.add_typer(cli_pool.app)
 app.add_typer(cli_quarantine.app)

@@ -49,6 +49,14 @@ def looked(flags: Flags) -> Iterator[Merge]:
         yield found
 
 
+def seq_of(merge: Merge, word: str | None) -> int | None:
+    """The number of the record that was typed: a number, a tag or HEAD; None where nothing was. Raises
+    Misconfigured."""
+    from continual.state.refs import must_be_named
+
+    return None if word is None else must_be_named(merge.state.ledger, word)
+
+
 def act(flags: Flags, request: Request, *, quiet: bool = False) -> dict[str, Json]:
     """Has `request` done: by the daemon that has the state open, between two folds, or here where none has. Returns the
     answer; lines for people go to standard error, unless `quiet`. Raises the same errors either way, Busy where another

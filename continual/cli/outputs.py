@@ -33,15 +33,17 @@ if TYPE_CHECKING:
     from continual.engine.explaining import ExplainedModel, Explanation
 
 app = typer.Typer(rich_markup_mode=None)
+At = Annotated[
+    str | None,
+    typer.Option("--at", help="Record to read: its number, or a tag; default: the newest.", show_default=False),
+]
 
 
 @app.command()
 @takes("tokenizer", *READING, *OPENING)
 def export(
     directory: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
-    at: Annotated[
-        int | None, typer.Option("--at", help="Record to export; default: the newest.", show_default=False)
-    ] = None,
+    at: At = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="float32, float16 or bfloat16; default: the base's.", show_default=False),
@@ -85,16 +87,18 @@ def export(
     word = folder.parse_dtype(dtype)
     typed = ViewFlags(rule, scale, lines, only, without, weight, option)
     if as_lora is not None:
-        wanted = lora.LoraTarget(directory, rank_of(as_lora), word or "F32", form, at)
+        rank = rank_of(as_lora)
         with profiled(profile) as taken, opened.merge(flags) as merge, console.progress() as progress:
+            wanted = lora.LoraTarget(directory, rank, word or "F32", form, opened.seq_of(merge, at))
             report = merge.export_lora(wanted, typed.view(merge.settings, view), progress)
         spent = spending(taken, merge)
         if flags.json:
             return console.emit(with_more(report, "profile", spent))
         console.lora(report)
         return profile_told(spent)
-    target = folder.Target(directory, at, word, folder.parse_size(shard_size), earlier=earlier)
+    nbytes = folder.parse_size(shard_size)
     with profiled(profile) as taken, opened.merge(flags) as merge, console.progress() as progress:
+        target = folder.Target(directory, opened.seq_of(merge, at), word, nbytes, earlier=earlier)
         path = merge.export(target, progress, view=typed.view(merge.settings, view))
         cut, parts = folder.cut_in(path), taken_in(folder.provenance_in(path))
     spent = spending(taken, merge)
@@ -116,9 +120,7 @@ def explain(
     view: Annotated[
         str | None, typer.Argument(help="View of the settings file; default: what is in force.", show_default=False)
     ] = None,
-    at: Annotated[
-        int | None, typer.Option("--at", help="Record to read; default: the newest.", show_default=False)
-    ] = None,
+    at: At = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer, too.")] = False,
     rule: ReadRule = None,
     scale: ReadScale = None,
@@ -133,7 +135,7 @@ def explain(
     """Say what each model has in the merge of a state of adapters, over the whole and by layer; nothing is changed."""
     typed = ViewFlags(rule, scale, lines, only, without, weight, option)
     with opened.merge(flags) as merge, console.progress() as progress:
-        found = merge.explain(typed.view(merge.settings, view), at=at, progress=progress)
+        found = merge.explain(typed.view(merge.settings, view), at=opened.seq_of(merge, at), progress=progress)
     if flags.json:
         console.emit(found)
     else:

@@ -58,10 +58,12 @@ def log(
 
 @app.command()
 @takes(*OPENING)
-def show(seq: Annotated[int, typer.Argument(help="Record number.")], *, flags: Flags) -> None:
+def show(seq: Annotated[str, typer.Argument(help="Record number, a tag, or HEAD.")], *, flags: Flags) -> None:
     """Show one record whole."""
+    from continual.state.refs import must_be_named
+
     with opened.looked(flags) as merge:
-        body = texts.record(merge.state.ledger.get(seq))
+        body = texts.record(merge.state.ledger.get(must_be_named(merge.state.ledger, seq)))
     if flags.json:
         console.emit(body)
     else:

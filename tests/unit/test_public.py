@@ -50,6 +50,7 @@ SIGNATURES = {
     "Merge.look_unfold": "(self, word, at=None)",
     "Merge.unfold": "(self, plan, progress)",
     "Merge.combine": "(self, other, *, dry_run=False, progress)",
+    "Merge.diff": "(self, a, b='HEAD', *, progress)",
     "Merge.retry": "(self, word, *, because=None, by=None)",
     "Merge.close": "(self)",
     "Recipe": (
