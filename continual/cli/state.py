@@ -39,6 +39,9 @@ def status(*, flags: Flags) -> None:
 @takes(*OPENING)
 def log(
     number: Annotated[int, typer.Option("--number", "-n", min=0, help="Newest records to show; 0 shows all.")] = 20,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Draw what changed the merge, newest first, as git draws its history.")
+    ] = False,
     *,
     flags: Flags,
 ) -> None:
@@ -46,14 +49,18 @@ def log(
     to."""
     from continual.state import going_back
 
+    if graph and not flags.json:
+        from continual.cli.graph import graph as drawn
+
+        with opened.looked(flags) as merge:
+            return console.say("\n".join(drawn(merge.state.ledger, number)), lines=True)
     with opened.looked(flags) as merge:
         commits = merge.state.ledger.log[-number:]
         generations = going_back.reachable(merge.state)
     bodies = [{**texts.record(c), **going_back.marked(c, generations)} for c in commits]
     if flags.json:
-        console.emit(bodies)
-    else:
-        answered.records(bodies)
+        return console.emit(bodies)
+    return answered.records(bodies)
 
 
 @app.command()
