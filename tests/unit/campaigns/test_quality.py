@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from continual.demo.digits import Digits as Model
 from continual.making import DEFAULT
-from tests.campaigns.bench.quality import digits, drawing, figures, report, report_language
+from tests.campaigns.bench.quality import digits, drawing, figures, report, report_language, sections
 from tests.campaigns.bench.quality.campaign import order_of
 from tests.campaigns.bench.quality.digits import WAYS, Digits
 from tests.campaigns.bench.quality.results import Key, Results
@@ -110,11 +110,11 @@ def test_orders_are_shuffles_that_do_not_change() -> None:
 
 
 def test_the_page_has_every_rule_and_what_decides(table: figures.Table) -> None:
-    page = "\n".join(report.page([table]))
+    page = sections.written("", list(report.page([table])))
     assert "**tsv-m**" in page
     assert "opcm as its paper ships it" in page
     assert "+20.0 [" in page
-    assert "| tsv-m | 0.50 | 200 | 1 |" in page
+    assert "| tsv-m | digits | 0.50 | 200 | 1 |" in page
 
 
 def test_the_page_of_a_language_model_says_what_broke(tmp_path: Path) -> None:
@@ -138,9 +138,9 @@ def test_the_page_of_a_language_model_says_what_broke(tmp_path: Path) -> None:
     results.add(Key(1, "tsv-m", 1, "default"), scale="1.0", factor=1.0, test={"a": answers(9)}, watched=whole)
     results.close()
     table = figures.load(results.file)
-    page = list(report_language.page([table]))
+    page = sections.written("", list(report_language.page([table])))
     assert "## LoRA adapters in a state of adapters, up to 2" in page
-    *_, promised, alone, _, shown, compared = "\n".join(page).split("\n\n")
+    _, promised, alone, _, shown, compared = page.rstrip("\n").split("\n\n")
     assert promised.split("\n")[2:] == [  # a scale that was named is no best without data
         "| LoRA adapters, 1 of 2 | tsv-m | 90.0 | none other asked |  |  | 30.0 (42.0) | 100 % |",
         "| LoRA adapters, 2 of 2 | tsv-m | 50.0 | task-arithmetic, sum | -30.0 [-50.0, -10.0] | "
@@ -160,7 +160,8 @@ def test_the_page_of_a_language_model_says_what_broke(tmp_path: Path) -> None:
     assert compared.split("\n")[3].startswith("| task-arithmetic | sum |  | +30.0 [+")
     assert len(compared.split("\n")) == 7, "and not the default by itself"
     report.write(tmp_path, tmp_path)
-    assert (tmp_path / "quality-language.md").read_text() == "\n".join(page) + "\n"
+    whole_page = f"# Merge quality on a language model, measured\n\n{page}"
+    assert (tmp_path / "quality-language.md").read_text() == whole_page
     assert not (tmp_path / "quality.md").exists(), "of which there are no results"
 
 
@@ -181,7 +182,7 @@ def test_a_suite_that_was_not_tuned_is_shown_by_rule_and_way_of_reading(tmp_path
         test = {task: answers(right) for task in tasks[:count]}
         results.add(Key(order, rule, count, read), scale="1.0", factor=1.0, test=test, costs=COSTS)
     results.close()
-    page = "\n".join(report.page([figures.load(results.file)]))
+    page = sections.written("", list(report.page([figures.load(results.file)])))
     assert "## text, LoRA adapters in a state of adapters, 3 tasks" in page
     assert "| rule | read | 2 models (2 orders) | 3 models (2 orders) |" in page
     assert "| **tsv-m** | default | 80.0 | 60.0 |" in page, "no order changes what all of them make"
@@ -198,11 +199,61 @@ def test_a_cell_says_that_it_was_asked_in_fewer_orders(table: figures.Table) -> 
 
 
 def test_the_plot_is_of_the_tables_of_the_page(table: figures.Table) -> None:
-    (panel,) = drawing.panels("\n".join(report.page([table])))
+    (panel,) = drawing.panels(sections.written("", list(report.page([table]))))
     assert panel.title == "digits, full fine-tunes, 5 tasks"
     assert panel.line("tsv-m", "default") == [(4, 80.0), (5, 80.0)]
     assert panel.line("base", "paper") == [(4, 20.0), (5, 20.0)]
     assert panel.line("gram", "default") == []
+
+
+PAGE = """# Results
+
+By hand.
+
+## one
+
+Why: by hand.
+
+| a | b |
+|---|---|
+| old | 1 |
+
+```
+# no heading
+```
+
+| c | d |
+|---|---|
+| by hand | 2 |
+
+## All
+
+| suite | right |
+|---|---|
+| other | 3 |
+| **this** | 4 |
+
+## How to run it
+"""
+
+
+def test_what_is_written_by_hand_and_by_other_runs_stays_on_the_page() -> None:
+    head, line = "| suite | right |", "|---|---|"
+    made = [
+        sections.Section("new", [["| x |", "|---|", "| 5 |"]]),
+        sections.Section("one", [["| a | b | c |", "|---|---|---|", "| fresh | 6 | 7 |"]]),
+        sections.Section("All", [[head, line, "| this | 8 |", "| another | 9 |"]], keys=1),
+    ]
+    page = sections.written(PAGE, made)
+    one = "## one\n\nWhy: by hand.\n\n| a | b | c |\n|---|---|---|\n| fresh | 6 | 7 |\n\n```\n# no heading\n```\n"
+    all_of = f"## All\n\n{head}\n{line}\n| other | 3 |\n| this | 8 |\n| another | 9 |\n"
+    kept = "| c | d |\n|---|---|\n| by hand | 2 |\n"
+    begin = "# Results\n\nBy hand.\n\n## new\n\n| x |\n|---|\n| 5 |\n"
+    assert page == "\n".join((begin, one, kept, all_of, "## How to run it\n"))
+    assert sections.written(page, made) == page, "the same again changes nothing"
+    other = [sections.Section("All", [["| suite | wrong |", line]], keys=1)]
+    with pytest.raises(SystemExit, match="All: the table that is there has other columns"):
+        sections.written(page, other)
 
 
 def test_the_plot_of_this_repository_has_every_table_and_the_default() -> None:

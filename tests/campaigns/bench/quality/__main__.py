@@ -7,7 +7,7 @@ default is chosen by.
     python -m tests.campaigns.bench.quality --work W --data DIR --data SETS
     # the same on a language model, its adapters folded into one state of adapters
     python -m tests.campaigns.bench.quality --work W --data DIR --data SETS --suite language --kept --counts 1 2 4
-    # the report alone
+    # the tables put into the pages, of which all else stays
     python -m tests.campaigns.bench.quality --work W --report ops/docs
 
     # sets of small images, and a vision transformer asked about them
@@ -92,7 +92,10 @@ def main() -> None:
     parser.add_argument("--orders", type=int, default=3, help="orders of the tasks")
     parser.add_argument("--threads", type=int, default=1, help="threads of the models that are asked")
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="write quality.md and quality.svg there and do nothing else"
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="put the tables into quality.md and quality-language.md there, draw quality.svg, and do nothing else",
     )
     args = parser.parse_args()
     if args.report:

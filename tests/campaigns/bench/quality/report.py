@@ -1,8 +1,8 @@
-"""The page of the quality benchmark, from its results."""
+"""The tables of the quality benchmark's pages, from its results. What the pages say beside them is written there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from continual.rules import RULES
@@ -10,6 +10,7 @@ from tests.campaigns.bench.quality import drawing
 from tests.campaigns.bench.quality import report_language as language
 from tests.campaigns.bench.quality.campaign import MULTIPLES
 from tests.campaigns.bench.quality.figures import Table, load
+from tests.campaigns.bench.quality.sections import Section, update, written
 
 READS = ("paper", "default", "tuned")
 SHOWN = (4, 8)
@@ -24,61 +25,35 @@ def tables(work: Path) -> list[Table]:
 
 
 def show(work: Path) -> None:
-    """Prints the pages."""
+    """Prints the tables."""
     found = tables(work)
     for watching, make in ((True, language.page), (False, page)):
         if some := [table for table in found if table.watches == watching]:
-            print("\n".join(make(some)))
+            print(written("", list(make(some))))
 
 
 def write(work: Path, folder: Path) -> None:
-    """Writes quality.md and quality.svg, and quality-language.md of the suites that say what must not break: what there
-    are results of."""
+    """Puts the tables into quality.md, draws quality.svg, and those of the suites that say what must not break into
+    quality-language.md: what there are results of. All else that the pages say stays."""
     found = tables(work)
     watching = [table for table in found if table.watches]
     if watching:
-        (folder / "quality-language.md").write_text("\n".join(language.page(watching)) + "\n")
+        update(folder / "quality-language.md", "Merge quality on a language model, measured", language.page(watching))
     others = [table for table in found if not table.watches]
     if others:
-        (folder / "quality.md").write_text("\n".join(page(others)) + "\n")
+        update(folder / "quality.md", "Merge quality, measured", page(others))
         drawing.draw(folder)
 
 
-def page(found: list[Table]) -> Iterator[str]:
-    """The whole page, line by line."""
-    yield "# Merge quality, measured"
-    yield ""
-    yield from (Path(__file__).with_name("preface.md").read_text().strip().split("\n"))
+def page(found: Sequence[Table]) -> Iterator[Section]:
+    """The sections of quality.md that are made of these results."""
     for table in found:
-        yield ""
-        yield f"## {title(table)}"
-        yield ""
-        yield from (accuracies if table.tuned else language.accuracies)(table)
-        yield ""
-        yield from (differences if table.tuned else language.differences)(table)
-    some = [table for table in found if not table.tuned]
-    if some:
-        yield ""
-        yield "## What is promised, cell by cell"
-        yield ""
-        yield from language.promises(some)
+        one = (accuracies, differences) if table.tuned else (language.accuracies, language.differences)
+        yield Section(title(table), [list(make(table)) for make in one])
+    yield Section(language.PROMISED, [list(language.promises(found))], keys=1)
     if any(table.tuned for table in found):
-        yield ""
-        yield "## Around the default's number"
-        yield ""
-        yield (
-            "Mean accuracy on *validation* rows, over orders and numbers of models, "
-            "where the default's number is multiplied: how"
-        )
-        yield "well it is chosen, and how flat the top is."
-        yield ""
-        yield from curves(found)
-    yield ""
-    yield "## What a fold takes"
-    yield ""
-    yield from costs(found)
-    yield ""
-    yield from (Path(__file__).with_name("postface.md").read_text().strip().split("\n"))
+        yield Section("Around the default's number", [list(curves(found))], keys=2)
+    yield Section("What a fold takes", [list(costs(found))], keys=2)
 
 
 def title(table: Table) -> str:
@@ -139,7 +114,7 @@ def differences(table: Table) -> Iterator[str]:
         )
 
 
-def curves(found: list[Table]) -> Iterator[str]:
+def curves(found: Sequence[Table]) -> Iterator[str]:
     """Validation accuracy against multiples of the default's number."""
     yield "| rule | suite | " + " | ".join(f"× {multiple:.3g}" for multiple in MULTIPLES) + " |"
     yield "|---" * (len(MULTIPLES) + 2) + "|"
@@ -156,26 +131,16 @@ def curves(found: list[Table]) -> Iterator[str]:
                 yield f"| {name} | {table.suite}, {table.form} | " + " | ".join(cells) + " |"
 
 
-def costs(found: list[Table]) -> Iterator[str]:
+def costs(found: Sequence[Table]) -> Iterator[str]:
     """CPU seconds, peak memory and state of each rule, on the full fine-tunes of each suite."""
-    full = [table for table in found if table.form == "full"]
-    names = [name for name in RULES if any(name in table.rules for table in full)]
-    yield (
-        "| rule | "
-        + " | ".join(f"{t.suite}: CPU s a fold | {t.suite}: VmHWM, MB | {t.suite}: state, MB" for t in full)
-        + " |"
-    )
-    yield "|---" * (3 * len(full) + 1) + "|"
-    for name in names:
-        cells = []
-        for table in full:
+    yield "| rule | suite | CPU s a fold | VmHWM, MB | state, MB |"
+    yield "|---" * 5 + "|"
+    for name in RULES:
+        for table in (table for table in found if table.form == "full"):
             cpu, peak, state = (table.cost(name, what) for what in ("cpu", "peak", "state"))
-            cells += (
-                [f"{sum(cpu) / len(cpu):.2f}", f"{max(peak) / 1e6:.0f}", f"{state[-1] / 1e6:.3g}"]
-                if cpu
-                else ["", "", ""]
-            )
-        yield f"| {name} | " + " | ".join(cells) + " |"
+            if cpu:
+                told = f"{sum(cpu) / len(cpu):.2f} | {max(peak) / 1e6:.0f} | {state[-1] / 1e6:.3g}"
+                yield f"| {name} | {table.suite} | {told} |"
 
 
 def _cell(found: tuple[float, float] | None) -> str:

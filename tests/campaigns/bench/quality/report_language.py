@@ -1,15 +1,15 @@
-"""The page of the language suite: the tasks, and what a merge must not break. Its tables serve the other suites too,
-where no scale was tuned."""
+"""The tables of the language suite's page: the tasks, and what a merge must not break. They serve the other suites
+too, where no scale was tuned."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from continual.rules import RULES
 from tests.campaigns.bench.quality.campaign import READS
 from tests.campaigns.bench.quality.figures import Table
+from tests.campaigns.bench.quality.sections import Section
 
 FORMS = {
     "full": "Full fine-tunes",
@@ -17,29 +17,17 @@ FORMS = {
     "shared": "LoRA adapters that share their first factors",
 }
 
+PROMISED = "What is promised, cell by cell"
 WITHOUT_DATA = ("default", "paper", "sum")
 """The ways of reading that no data chose. Of scales that are named nobody knows."""
 
 
-def page(found: Sequence[Table]) -> Iterator[str]:
-    """The whole page, line by line."""
-    yield "# Merge quality on a language model, measured"
-    yield ""
-    yield from Path(__file__).with_name("preface_language.md").read_text().strip().split("\n")
-    yield ""
-    yield "## What is promised, cell by cell"
-    yield ""
-    yield from promises(found)
-    if any(_alone(table) for table in found):
-        yield ""
-        yield from alone(found)
+def page(found: Sequence[Table]) -> Iterator[Section]:
+    """The sections that are made of these results."""
+    alone = [one_model(found)] if any(_alone(table) for table in found) else []
+    yield Section(PROMISED, [list(made) for made in (promises(found), *alone)], keys=1)
     for table in found:
-        yield ""
-        yield f"## {title(table)}"
-        yield ""
-        yield from accuracies(table)
-        yield ""
-        yield from differences(table)
+        yield Section(title(table), [list(accuracies(table)), list(differences(table))])
 
 
 def title(table: Table) -> str:
@@ -95,7 +83,7 @@ def _alone(table: Table) -> Mapping[str, Any]:
     return table.rows.get((0, table.default, table.most, "alone"), {})
 
 
-def alone(found: Sequence[Table]) -> Iterator[str]:
+def one_model(found: Sequence[Table]) -> Iterator[str]:
     """One model read as a merge, against the model itself."""
     yield "| one model | rule | accuracy as a merge of one | itself | largest difference of one model's τ, relative |"
     yield "|---" * 5 + "|"

@@ -3,7 +3,7 @@ tasks, and whose weight is in the merge.
 
     # train what is missing, run, report; goes on where it was stopped
     python -m tests.campaigns.bench.selection --work W --data DIR --data SETS
-    # the report alone
+    # the rows put into the page, of which all else stays
     python -m tests.campaigns.bench.selection --work W --report ops/docs
 
 W, DIR and SETS are those of `tests.campaigns.bench.quality`, whose fine-tunes are taken where they are there. About two
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, action="append", help="default: 0, 1 and 2")
     parser.add_argument("--irrelevant", type=int, choices=POLLUTED, action="append", help="default: 0, 4, 8 and 16")
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="write selection-measured.md there and do nothing else"
+        "--report", type=Path, metavar="DIR", help="put the rows into selection-measured.md there and do nothing else"
     )
     args = parser.parse_args()
     if args.report:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.campaigns.bench.quality.sections import Section, update
 from tests.campaigns.bench.selection.methods import METHODS, WITHOUT
 from tests.campaigns.bench.selection.world import POLLUTED, WORLDS
-
-PROSE = Path(__file__).parent
 
 
 def rows(work: Path, suite: str) -> list[dict[str, Any]]:
@@ -42,7 +41,6 @@ def spread(values: Sequence[float]) -> str:
 def table(work: Path, suite: str) -> str:
     """Markdown: a row a method; of each pool the accuracy, and what share of the weight irrelevant models have."""
     found = rows(work, suite)
-    seeds = sorted({row["seed"] for row in found})
     head = [
         "method",
         *(f"8 + {n}" for n in POLLUTED),
@@ -65,10 +63,6 @@ def table(work: Path, suite: str) -> str:
         last = by[POLLUTED[-1]]
         cells.append(f"{statistics.fmean([r['cpu_seconds'] for r in last]):.0f}" if last else "")
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append(
-        f"\nSeeds {', '.join(map(str, seeds))}: mean (least to most), accuracy in % on the test rows of "
-        "the eight wanted tasks."
-    )
     return "\n".join(lines)
 
 
@@ -85,13 +79,13 @@ def good(row: dict[str, Any]) -> int:
 def show(work: Path) -> None:
     """The tables on standard output."""
     for suite in WORLDS:
-        print(f"\n{suite}\n\n{table(work, suite)}")
+        seeds = sorted({row["seed"] for row in rows(work, suite)})
+        print(f"\n{suite}, seeds {', '.join(map(str, seeds))}\n\n{table(work, suite)}")
 
 
 def write(work: Path, target: Path) -> None:
-    """The page selection-measured.md."""
-    parts = [(PROSE / "preface.md").read_text()]
-    for suite in ("text", "digits"):
-        parts.append(f"## {suite}\n\n{table(work, suite)}\n")
-    parts.append((PROSE / "postface.md").read_text())
-    (target / "selection-measured.md").write_text("\n".join(parts))
+    """Puts the rows that there are results of into the tables of selection-measured.md; all else there stays."""
+    found = [
+        Section(suite, [table(work, suite).split("\n")], keys=1) for suite in ("text", "digits") if rows(work, suite)
+    ]
+    update(target / "selection-measured.md", "Selection, measured", found)
