@@ -26,10 +26,13 @@ from continual.cli.flags import (
 from continual.cli.profiling import Profiled, profiled, spending, with_more
 from continual.cli.profiling import told as profile_told
 from continual.cli.typed import ViewFlags, rank_of
+from continual.errors import Misconfigured
 from continual.outside import counted
-from continual.texts import size
+from continual.texts import figure, size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from continual.engine.explaining import ExplainedModel, Explanation
 
 app = typer.Typer(rich_markup_mode=None)
@@ -68,6 +71,10 @@ def export(
             "--earlier", help="Earlier export: of tensors that did not change its bytes are taken.", show_default=False
         ),
     ] = None,
+    explained: Annotated[
+        bool,
+        typer.Option("--explain", help="Find what each model has in it, for continual.json, however long that takes."),
+    ] = False,
     view: View = None,
     rule: ReadRule = None,
     scale: ReadScale = None,
@@ -86,6 +93,8 @@ def export(
 
     word = folder.parse_dtype(dtype)
     typed = ViewFlags(rule, scale, lines, only, without, weight, option)
+    if explained and as_lora is not None:
+        raise Misconfigured("--explain is for whole models: leave it out with --as-lora, or use 'continual explain'")
     if as_lora is not None:
         rank = rank_of(as_lora)
         with profiled(profile) as taken, opened.merge(flags) as merge, console.progress() as progress:
@@ -98,7 +107,7 @@ def export(
         return profile_told(spent)
     nbytes = folder.parse_size(shard_size)
     with profiled(profile) as taken, opened.merge(flags) as merge, console.progress() as progress:
-        target = folder.Target(directory, opened.seq_of(merge, at), word, nbytes, earlier=earlier)
+        target = folder.Target(directory, opened.seq_of(merge, at), word, nbytes, earlier=earlier, explain=explained)
         path = merge.export(target, progress, view=typed.view(merge.settings, view))
         cut, parts = folder.cut_in(path), taken_in(folder.provenance_in(path))
     spent = spending(taken, merge)
@@ -132,7 +141,8 @@ def explain(
     *,
     flags: Flags,
 ) -> None:
-    """Say what each model has in the merge of a state of adapters, over the whole and by layer; nothing is changed."""
+    """Say what each model has in the merge, over the whole and by layer; nothing is changed. Of a state of adapters it
+    is exact, of a merge of whole tensors what sketches tell."""
     typed = ViewFlags(rule, scale, lines, only, without, weight, option)
     with opened.merge(flags) as merge, console.progress() as progress:
         found = merge.explain(typed.view(merge.settings, view), at=opened.seq_of(merge, at), progress=progress)
@@ -143,40 +153,54 @@ def explain(
 
 
 def told(found: Explanation, *, layers: bool = False) -> None:
-    """An explanation for people: the whole model, and how the change spreads over the depth; `layers`: or each layer
-    with all three figures."""
+    """An explanation for people: the whole model, and how it spreads over the depth; `layers`: or each layer with all
+    figures. What is not known of any model has no column."""
+    models = [*found.models, *(one for layer in found.layers for one in layer.models)]
+    exact = any(one.change is not None for one in models)
+    cosines = any(one.cosine is not None for one in models)
+    means = ["share: of the lengths of all task vectors"]
+    if cosines:
+        off = "" if found.error is None else ", an estimate, off by {:.2f}, in a layer by {:.2f}".format(*found.error)
+        means.append(f"cosine: with the merge{off}")
+    means += ["change: of the merge when the model is left out"] if exact else []
     console.say(
         f"Record {found.seq}, read by {found.rule}, scale {found.scale}: {counted(len(found.models), 'model')}. "
-        "share: of the lengths of all task vectors; cosine: with the merge; change: of the merge when the model is "
-        "left out."
+        f"{'; '.join(means)}."
     )
     console.cut(found.cut)
+    head = ("share", *(("cosine",) if cosines else ()), *(("change",) if exact else ()))
+    wanted = (True, cosines, exact)
+    depth = f"{head[-1] if exact else 'share'} by depth, first to last layer"
     console.table(
-        ("model", "record", "weight", "share", "cosine", "change", "change by depth, first to last layer"),
+        ("model", "record", "weight", *head, depth),
         [
-            (one.name, one.seq, f"{one.weight:g}", *_figures(one), "" if layers else _by_depth(found, one))
+            (one.name, one.seq, f"{one.weight:g}", *_figures(one, wanted), "" if layers else _by_depth(found, one))
             for one in found.models
         ],
     )
     if layers:
         console.table(
-            ("layer", "depth", "model", "share", "cosine", "change"),
+            ("layer", "depth", "model", *head),
             [
-                (layer.name, f"{layer.depth:.2f}", one.name, *_figures(one))
+                (layer.name, f"{layer.depth:.2f}", one.name, *_figures(one, wanted))
                 for layer in found.layers
                 for one in layer.models
             ],
         )
 
 
-def _figures(one: ExplainedModel) -> tuple[str, str, str]:
-    return f"{100 * one.norm:.1f} %", f"{one.cosine:+.3f}", f"{100 * one.change:.1f} %"
+def _figures(one: ExplainedModel, wanted: Sequence[bool]) -> list[str]:
+    """Those of share, cosine and change that are `wanted`."""
+    change = "" if one.change is None else f"{100 * one.change:.1f} %"
+    cells = (f"{100 * one.norm:.1f} %", figure(one.cosine, "+.3f"), change)
+    return [cell for cell, is_wanted in zip(cells, wanted, strict=True) if is_wanted]
 
 
 def _by_depth(found: Explanation, one: ExplainedModel) -> str:
-    """The mean change in each quarter of the model that the model touched; a dash where it touched none."""
+    """The mean change, or share where nobody knows that, in each quarter of the model that the model touched; a dash
+    where it touched none."""
     quarters: list[list[float]] = [[], [], [], []]
     for layer in found.layers:
-        mine = [model.change for model in layer.models if model.seq == one.seq]
+        mine = [m.norm if m.change is None else m.change for m in layer.models if m.seq == one.seq]
         quarters[min(3, int(4 * layer.depth))] += mine
     return "  ".join(f"{100 * sum(some) / len(some):.0f} %" if some else "-" for some in quarters)

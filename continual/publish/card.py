@@ -20,6 +20,7 @@ from typing import Literal
 
 from continual.hub.names import is_repo, is_sha
 from continual.outside import counted, few
+from continual.publish.share_columns import UNKNOWN, ShareColumns, ShareFigures
 from continual.records import SCHEME
 
 MOST = 1000
@@ -43,7 +44,7 @@ class Base:
 @dataclass(frozen=True, slots=True)
 class Model:
     """A folded model, as its record has it. `origin` is `hf://ORG/NAME` or a path, `revision` a commit, `weight` None
-    where the rule has none."""
+    where the rule has none; `has`: what it has in the merge."""
 
     seq: int
     name: str
@@ -53,6 +54,7 @@ class Model:
     revision: str | None = None
     licence: str | None = None
     weight: float | None = None
+    has: ShareFigures = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +285,7 @@ def _use_adapter(facts: Facts, name: str, place: str) -> list[str]:
 
 
 def _table(models: Sequence[Model]) -> str:
+    shares = ShareColumns.of([model.has for model in models])
     rows = [
         [
             str(model.seq),
@@ -290,13 +293,15 @@ def _table(models: Sequence[Model]) -> str:
             _commit(repo_of(model.origin), model.revision) if model.revision else "",
             _text(_cut(model.form)),
             "" if model.weight is None else f"{model.weight:g}",
+            *cells,
             _text(_cut(model.licence or "")),
             _text(model.digest.removeprefix("blake3:")[:12]),
         ]
-        for model in models
+        for model, cells in zip(models, shares.rows, strict=True)
     ]
-    head = ["record", "model", "commit", "form", "weight", "licence", "digest (BLAKE3)"]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    head = ["record", "model", "commit", "form", "weight", *shares.head, "licence", "digest (BLAKE3)"]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    return f"{table}\n\n{shares.meaning}" if shares.meaning else table
 
 
 def _how(facts: Facts) -> str:

@@ -49,7 +49,8 @@ class Target:
     safetensors word (None: the base's own), and the size of a shard in bytes (None: the base's shards). `tokenizer`:
     where the tokenizer and the chat template come from (None: the base). `mark`: what `continual.json` is to have as
     the `mark` of this export, by which others see whether it is what they want. `earlier`: an earlier export, of which
-    the bytes of tensors that did not change are taken."""
+    the bytes of tensors that did not change are taken. `explain`: what each model has in it is found whatever that
+    takes."""
 
     directory: str | Path
     at: int | None = None
@@ -58,6 +59,7 @@ class Target:
     tokenizer: Place | None = None
     mark: str | None = None
     earlier: Path | None = None
+    explain: bool = False
 
     @property
     def path(self) -> Path:
@@ -174,8 +176,8 @@ def fill(
         put_tokenizer(target.tokenizer, base, directory)
     if tables_apart(base.checkpoint, base.aliases, base.untied):
         untie_config(directory / "config.json")
-    shares = shares_of(reading, executor)  # first: it finds the lengths that settling asks for
     with reading.spooled(directory, base.checkpoint.nbytes):
+        shares = shares_of(reading, executor, all_of_it=target.explain)  # first: it finds lengths that settling needs
         factor = reading.settle(executor, progress)
         made = _write_weights(base, reading, target, directory, executor, progress)
     body = provenance_of(reading, factor, shares) | made

@@ -17,7 +17,7 @@ from continual.engine.block_reading import BlockReading
 from continual.errors import Misconfigured, Retry
 from continual.publish import card, folder, hub
 from continual.publish.hub import Released
-from continual.publish.provenance import SHARES
+from continual.publish.provenance import SHARES, figures_in
 from continual.service.outgoing import OutPlan, mark_of, models_in, outgoing, write
 from continual.state import Commit
 from continual.state.durable import environment, link_tree
@@ -96,9 +96,11 @@ def _release(merge: Merge, out: OutPlan, at: int | None) -> Released:
             f"{asked.repo}: {agreement.message}; nothing is released: unfold the models in question, "
             "or set release.licences = warn"
         )
-    text = card.card(facts)
 
     def texts(directory: Path) -> dict[str, bytes]:
+        has = figures_in(json.loads((directory / RELEASE).read_bytes()))
+        told = [replace(model, has=has.get(model.seq, model.has)) for model in facts.folded]
+        text = card.card(replace(facts, folded=told))
         found = {hub.CARD: text.encode(), RELEASE: public(directory / RELEASE)}
         if (directory / CONFIG).is_file():
             found[CONFIG] = _public_config(directory / CONFIG)

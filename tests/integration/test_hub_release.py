@@ -59,6 +59,7 @@ def test_a_release_is_one_commit_and_made_once(tmp_path: Path, hub: Hub) -> None
     files = commits[second.commit].files
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "continual.json"} <= files.keys()
     card = files["README.md"].data.decode()
+    assert "| weight | share |" in card, "as continual.json has it"
     assert "base_model_relation: merge" in card
     assert "license: apache-2.0" in card
     for sha in shas:

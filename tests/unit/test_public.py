@@ -57,7 +57,9 @@ SIGNATURES = {
         "(rule=None, options, scale=None, lines=None, plain=(), exclude=(), untie=False, width=None, reading=None)"
     ),
     "LoraTarget": "(directory, rank, dtype='F32', form='peft', at=None, mark=None)",
-    "Target": "(directory, at=None, dtype=None, shard_size=None, tokenizer=None, mark=None, earlier=None)",
+    "Target": (
+        "(directory, at=None, dtype=None, shard_size=None, tokenizer=None, mark=None, earlier=None, explain=False)"
+    ),
     "Tuning": "(candidates=20, policy=None, around=None, lines=False, work=None, dry_run=False, rule=None)",
     "Command": "(argv, key=None, lower=False, timeout=None)",
     "Rows": "(name, file, heads=None, batch=16)",

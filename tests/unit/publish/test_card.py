@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from continual.cli.typed import parse_options
 from continual.publish import card
 from continual.publish.card import Base, Facts, Model
+from continual.publish.share_columns import ShareFigures
 from continual.rules import rule
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -89,6 +90,15 @@ def test_metadata_as_the_hub_reads_them() -> None:
     ]
     assert "The merge of 4 fine-tunes" in text
     assert "may be replaced by the next release" in text
+
+
+def test_what_each_model_has_is_listed_where_it_is_known() -> None:
+    first = dataclasses.replace(model(1), has=ShareFigures(0.75, -0.5, None))
+    text = made(folded=(first, model(2)))[0]
+    assert "| weight | share | cosine | licence |" in text
+    assert [row[5:7] for row in rows(text)] == [["75.0%", "-0.500"], ["", ""]]
+    assert "*share*: of the lengths of all task vectors; *cosine*: between" in text
+    assert "share" not in made()[0]
 
 
 def test_a_local_base_is_no_repo() -> None:
