@@ -5,6 +5,8 @@ and constants that were fitted on the other suites.
     python -m tests.campaigns.bench.quality --work W ... --rule tsv-m --counts 4 8 --read default \\
         --scale spread:0.5 --scale spread:0.7071067811865476 --scale spread:1.4142135623730951 --scale spread:2
     python -m tests.campaigns.bench.quality.lengths --work W
+    # the tables put into the page; its cells of other runs stay, and the laws are fitted on all
+    python -m tests.campaigns.bench.quality.lengths --work W --page ops/docs/quality.md
 
 A cell is a suite, a form and a number of models. *Tuned*: in each order the multiple that is best on every second test
 row of each task, judged on the others, and the other way round; so no row both chooses and judges, and the default is
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -29,7 +31,14 @@ from continual.rules.scale import FEW, held
 from tests.campaigns.bench.quality.figures import DRAWS, Answers, Table, mean
 from tests.campaigns.bench.quality.report import tables
 from tests.campaigns.bench.quality.report_language import interval, made
+from tests.campaigns.bench.quality.sections import Section, written
 
+HEADING, MERGED, LESS, NEUTRAL = (
+    "What the default's length costs",
+    "merged",
+    "default less tuned",
+    "neutral perplexity",
+)
 POWERS, GROWTHS = (1.0, 1.25, 1.5, 1.75, 2.0), (0.0, 0.125, 0.25, 0.375, 0.5)
 CONSTANTS = tuple(2.0 ** (step / 8) for step in range(-8, 9))
 
@@ -55,14 +64,15 @@ class Law:
 
 @dataclass(frozen=True)
 class Merged:
-    """One order of one cell: ρ and ‖τ‖ of each model, and the answers at each multiple of the default's length."""
+    """One order of one cell: ρ and ‖τ‖ of each model, and the accuracy in per cent at each multiple of the default's
+    length."""
 
     each: Sequence[tuple[float, float]]
-    asked: Mapping[float, Answers]
+    right: Mapping[float, float]
 
     def at(self, multiple: float) -> float:
         """Accuracy in per cent at this multiple; that of the nearest one beyond the ends."""
-        known = sorted((math.log2(m), mean(answers)) for m, answers in self.asked.items())
+        known = sorted((math.log2(m), right) for m, right in self.right.items())
         x, y = ([point[axis] for point in known] for axis in (0, 1))
         where = min(max(math.log2(multiple), x[0]), x[-1])
         at = max(i for i in range(len(x) - 1) if x[i] <= where)
@@ -82,17 +92,24 @@ class Merged:
 
 @dataclass(frozen=True)
 class Cell:
-    """A suite, a form and a number of models, in the orders in which they were merged."""
+    """A suite, a form and a number of models, in the orders in which they were merged. `gap`: the default less tuned,
+    as the table says it. `perplexity`: by multiple, where the suite says it, and what is `allowed`."""
 
-    table: Table
-    count: int
+    name: str
     orders: Sequence[Merged]
+    gap: str
+    perplexity: Mapping[float, str]
+    allowed: str = ""
 
     @property
-    def name(self) -> str:
-        times = f" ({len(self.orders)} orders)" if len(self.orders) > 1 else ""
-        form = made(self.table) if not self.table.watches else f"language: {made(self.table)}"
-        return f"{form}, {self.count}{times}"
+    def suite(self) -> str:
+        """The suite's name."""
+        return self.name.partition(":")[0]
+
+    @property
+    def key(self) -> str:
+        """The name without the number of orders."""
+        return self.name.partition(" (")[0]
 
     @property
     def rho(self) -> float:
@@ -105,28 +122,29 @@ class Cell:
 
     def multiples(self) -> list[float]:
         """Those that were asked in every order."""
-        return sorted(set.intersection(*(set(one.asked) for one in self.orders)))
+        return sorted(set.intersection(*(set(one.right) for one in self.orders)))
 
-    def gap(self) -> tuple[float, float, float]:
-        """The default less tuned, in points, and its 95 % interval: a bootstrap over the rows of each task, with what
-        was chosen as it was."""
-        by_task: dict[str, list[np.ndarray]] = {}
-        for one in self.orders:
-            apart = {m: {task: _rows(found) for task, found in a.items()} for m, a in one.asked.items()}
-            for half in (0, 1):
-                best = max(apart, key=lambda m: (sum(r[half::2].mean() for r in apart[m].values()), -abs(m - 1)))
-                for task, rows in apart[1.0].items():
-                    gained = rows - apart[best][task]
-                    gained[half::2] = 0.0  # these rows chose
-                    by_task.setdefault(task, []).append(gained)
-        random = np.random.default_rng(0)
-        centre, draws = 0.0, np.zeros(DRAWS)
-        for task in sorted(by_task):
-            summed = np.sum(by_task[task], axis=0) / (len(self.orders) * self.count)
-            centre += float(summed.mean())
-            draws += summed[random.integers(0, len(summed), (DRAWS, len(summed)))].mean(1)
-        low, high = np.percentile(draws, (2.5, 97.5))
-        return 100 * centre, 100 * float(low), 100 * float(high)
+
+def gap(orders: Sequence[Mapping[float, Answers]]) -> tuple[float, float, float]:
+    """The default less tuned, in points, and its 95 % interval, from the answers at each multiple in each order: a
+    bootstrap over the rows of each task, with what was chosen as it was."""
+    by_task: dict[str, list[np.ndarray]] = {}
+    for asked in orders:
+        apart = {m: {task: _rows(found) for task, found in a.items()} for m, a in asked.items()}
+        for half in (0, 1):
+            best = max(apart, key=lambda m: (sum(r[half::2].mean() for r in apart[m].values()), -abs(m - 1)))
+            for task, rows in apart[1.0].items():
+                gained = rows - apart[best][task]
+                gained[half::2] = 0.0  # these rows chose
+                by_task.setdefault(task, []).append(gained)
+    random = np.random.default_rng(0)
+    centre, draws = 0.0, np.zeros(DRAWS)
+    for task in sorted(by_task):
+        summed = np.sum(by_task[task], axis=0) / sum(len(asked[1.0]) for asked in orders)
+        centre += float(summed.mean())
+        draws += summed[random.integers(0, len(summed), (DRAWS, len(summed)))].mean(1)
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return 100 * centre, 100 * float(low), 100 * float(high)
 
 
 def _rows(answers: str) -> np.ndarray:
@@ -135,29 +153,81 @@ def _rows(answers: str) -> np.ndarray:
 
 def cells(found: Sequence[Table]) -> Iterator[Cell]:
     """What was asked at the default's length and at others."""
-    default = read_options(DEFAULT)
     for table in found:
         for count in table.counts(DEFAULT):
-            orders = []
+            orders, asked = [], []
             for order in table.asked(DEFAULT, count, "default"):
                 row = table.rows[order, DEFAULT, count, "default"]
-                asked = {
-                    ReadOptions.parse(other["scale"]).value / default.value: other["test"]
-                    for (o, rule, c, _), other in table.rows.items()
-                    if (o, rule, c) == (order, DEFAULT, count) and "scale" in other
-                }
-                if len(asked) > 1 and row.get("each"):
+                answers = _asked(table, order, count)
+                if len(answers) > 1 and row.get("each"):
                     each = [(float(rho), float(norm)) for rho, norm in row["each"][:count]]
-                    orders.append(Merged(each, asked))
+                    orders.append(Merged(each, {m: mean(told) for m, told in answers.items()}))
+                    asked.append(answers)
             if orders:
-                yield Cell(table, count, orders)
+                times = f" ({len(orders)} orders)" if len(orders) > 1 else ""
+                form = f"language: {made(table)}" if table.watches else made(table)
+                allowed = table.allowed() if table.watches else None
+                yield Cell(
+                    f"{form}, {count}{times}",
+                    orders,
+                    interval(gap(asked)),
+                    dict(_perplexities(table, count, orders[0].right)),
+                    "" if allowed is None else f"{allowed:.1f}",
+                )
+
+
+def _asked(table: Table, order: int, count: int) -> dict[float, Answers]:
+    """The answers by multiple of the default's length."""
+    return {
+        ReadOptions.parse(row["scale"]).value / read_options(DEFAULT).value: row["test"]
+        for (o, rule, c, read), row in table.rows.items()
+        if (o, rule, c) == (order, DEFAULT, count) and "scale" in row and read != "tuned"
+    }
+
+
+def _perplexities(table: Table, count: int, multiples: Iterable[float]) -> Iterator[tuple[float, str]]:
+    for multiple in multiples:
+        scale = ReadOptions("spread", read_options(DEFAULT).value * multiple)
+        found = table.watched(DEFAULT, count, "default" if multiple == 1.0 else scale.scale, "perplexity")
+        if found is not None:
+            yield multiple, f"{found:.1f}"
+
+
+def told(page: str) -> Iterator[Cell]:
+    """The cells that are on the page, of whatever run. A cell's models are taken to have its mean ρ and one norm, and
+    its orders to be one."""
+    _, _, section = page.partition(f"## {HEADING}\n")
+    parts = section.partition("\n## ")[0].strip().split("\n\n")
+    blocks = [part.split("\n") for part in parts if part.startswith("|")]
+    watched = {}
+    rows: list[dict[str, str]] = []
+    for block in blocks:
+        head, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block]
+        found = [dict(zip(head, line, strict=True)) for line in lines[1:]]
+        if head[0] == MERGED:
+            rows = found
+        elif head[0] == NEUTRAL:
+            watched = {row[NEUTRAL].partition(" (")[0]: row for row in found}
+    for row in rows:
+        right = {m: float(value) for m, value in _by_multiple(row)}
+        count = int(row[MERGED].partition(" (")[0].rpartition(", ")[2])
+        seen = watched.get(row[MERGED].partition(" (")[0], {})
+        orders = [Merged([(float(row["ρ"]), 1.0)] * count, right)]
+        yield Cell(row[MERGED], orders, row[LESS], dict(_by_multiple(seen)), seen.get("allowed", ""))
+
+
+def _by_multiple(row: Mapping[str, str]) -> Iterator[tuple[float, str]]:
+    """`× 1.41` is the power of the square root of two, or of its root, that it is rounded from."""
+    for name, value in row.items():
+        if name.startswith("× ") and value:
+            yield 2.0 ** (round(4 * math.log2(float(name.removeprefix("× ")))) / 4), value
 
 
 def fitted(some: Sequence[Cell], powers: Sequence[float], growths: Sequence[float]) -> Law:
     """The law with the highest accuracy in these cells, each suite counted alike."""
     suites: dict[str, list[Cell]] = {}
     for cell in some:
-        suites.setdefault(suite(cell), []).append(cell)
+        suites.setdefault(cell.suite, []).append(cell)
 
     def score(law: Law) -> float:
         return sum(sum(cell.under(law) for cell in of) / len(of) for of in suites.values())
@@ -165,61 +235,75 @@ def fitted(some: Sequence[Cell], powers: Sequence[float], growths: Sequence[floa
     return max((Law(*one) for one in product(CONSTANTS, powers, growths)), key=score)
 
 
-def suite(cell: Cell) -> str:
-    """The suite's name, without the number of tasks."""
-    return cell.table.suite.rstrip("0123456789")
-
-
-def page(some: Sequence[Cell]) -> Iterator[str]:
+def page(some: Sequence[Cell]) -> Iterator[Iterator[str]]:
     """The tables."""
     multiples = sorted({m for cell in some for m in cell.multiples()})
-    yield "| merged | ρ | " + " | ".join(f"× {m:.3g}" for m in multiples) + " | default less tuned |"
+    yield curves(some, multiples)
+    watched = [cell for cell in some if cell.perplexity]
+    if watched:
+        yield perplexities(watched, multiples)
+    yield laws(some)
+
+
+def curves(some: Sequence[Cell], multiples: Sequence[float]) -> Iterator[str]:
+    """Accuracy at each multiple, and what the default's costs."""
+    yield f"| {MERGED} | ρ | " + " | ".join(f"× {m:.3g}" for m in multiples) + f" | {LESS} |"
     yield "|---" * (len(multiples) + 3) + "|"
     for cell in some:
         curve = [f"{cell.under(Law(m)):.1f}" if m in cell.multiples() else "" for m in multiples]
-        yield f"| {cell.name} | {cell.rho:.2f} | " + " | ".join(curve) + f" | {interval(cell.gap())} |"
-    if any(cell.table.watches for cell in some):
-        yield ""
-        yield from perplexities([cell for cell in some if cell.table.watches], multiples)
-    yield ""
-    names = ("c", "c and power", "c and growth", "all three")
-    kinds = (((1.5,), (0.0,)), (POWERS, (0.0,)), ((1.5,), GROWTHS), (POWERS, GROWTHS))
-    yield "| left out | fitted on the others | law | default less it | by cell |"
-    yield "|---" * 5 + "|"
-    for left in sorted({suite(cell) for cell in some}):
-        others = [cell for cell in some if suite(cell) != left]
-        for name, (powers, growths) in zip(names, kinds, strict=True):
-            if others:
-                law = fitted(others, powers, growths)
-                gaps = [cell.under(Law()) - cell.under(law) for cell in some if suite(cell) == left]
-                told = ", ".join(f"{gap:+.1f}" for gap in gaps)
-                yield f"| {left} | {name} | {law} | {sum(gaps) / len(gaps):+.1f} | {told} |"
-    for name, (powers, growths) in zip(names, kinds, strict=True):
-        law = fitted(some, powers, growths)
-        gaps = [cell.under(Law()) - cell.under(law) for cell in some]
-        yield f"| none | {name} | {law} | {sum(gaps) / len(gaps):+.1f} | {', '.join(f'{g:+.1f}' for g in gaps)} |"
+        yield f"| {cell.name} | {cell.rho:.2f} | " + " | ".join(curve) + f" | {cell.gap} |"
 
 
 def perplexities(some: Sequence[Cell], multiples: Sequence[float]) -> Iterator[str]:
     """Perplexity of neutral text at each multiple."""
-    yield "| neutral perplexity | allowed | " + " | ".join(f"× {m:.3g}" for m in multiples) + " |"
+    yield f"| {NEUTRAL} | allowed | " + " | ".join(f"× {m:.3g}" for m in multiples) + " |"
     yield "|---" * (len(multiples) + 2) + "|"
     for cell in some:
-        told = []
-        for multiple in multiples:
-            scale = ReadOptions("spread", read_options(DEFAULT).value * multiple)
-            read = "default" if multiple == 1.0 else scale.scale
-            found = cell.table.watched(DEFAULT, cell.count, read, "perplexity")
-            told.append("" if found is None else f"{found:.1f}")
-        allowed = cell.table.allowed()
-        yield f"| {cell.name} | {'' if allowed is None else f'{allowed:.1f}'} | " + " | ".join(told) + " |"
+        yield f"| {cell.name} | {cell.allowed} | " + " | ".join(cell.perplexity.get(m, "") for m in multiples) + " |"
+
+
+def laws(some: Sequence[Cell]) -> Iterator[str]:
+    """Laws that were fitted without a suite, and what the default gains on them there."""
+    names = ("c", "c and power", "c and growth", "all three")
+    kinds = (((1.5,), (0.0,)), (POWERS, (0.0,)), ((1.5,), GROWTHS), (POWERS, GROWTHS))
+    yield "| left out | fitted on the others | law | default less it | by cell |"
+    yield "|---" * 5 + "|"
+    for left in (*sorted({cell.suite for cell in some}), "none"):
+        others = [cell for cell in some if cell.suite != left]
+        judged = [cell for cell in some if left in (cell.suite, "none")]
+        for name, (powers, growths) in zip(names, kinds, strict=True):
+            if others:
+                yield _law(left, name, fitted(others, powers, growths), judged)
+    for growth in GROWTHS[1:3]:
+        yield _law("none", "nothing", Law(growth=growth), some)
+
+
+def _law(left: str, fitted_on: str, law: Law, some: Sequence[Cell]) -> str:
+    gaps = [cell.under(Law()) - cell.under(law) for cell in some]
+    each = ", ".join(f"{round(gap, 1) + 0.0:+.1f}" for gap in gaps)
+    return f"| {left} | {fitted_on} | {law} | {round(sum(gaps) / len(gaps), 1) + 0.0:+.1f} | {each} |"
+
+
+def together(some: Sequence[Cell], others: Sequence[Cell]) -> list[Cell]:
+    """These cells, and those of the page that they are not; suite by suite."""
+    known = {cell.key for cell in some}
+    return sorted([*some, *(cell for cell in others if cell.key not in known)], key=lambda cell: cell.suite)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where the results are")
+    parser.add_argument(
+        "--page", type=Path, help="quality.md, which gets the tables; its cells that WORK does not have stay in them"
+    )
     args = parser.parse_args()
-    print("\n".join(page(list(cells(tables(args.work))))))
+    found = list(cells(tables(args.work)))
+    if args.page:
+        text = args.page.read_text()
+        made_of = [list(table) for table in page(together(found, list(told(text))))]
+        args.page.write_text(written(text, [Section(HEADING, made_of)]))
+    else:
+        print("\n\n".join("\n".join(table) for table in page(found)))
 
 
 if __name__ == "__main__":
