@@ -139,7 +139,7 @@ class OpenedState:
                 place = whole.checkpoint.place
                 return place.path if isinstance(place, Folder) else None
 
-        return Evaluator(self.settings.evaluation, export, origin)
+        return Evaluator(self.settings.evaluation, export, origin, self.stopping)
 
     @property
     def executor(self) -> Local:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -81,11 +82,11 @@ G = TypeVar("G", bound=Gate)
 class Gates:
     """The gates of one state, each with its settings. Immutable, so thread-safe.
 
-    `values` has the value of each setting of each gate, by the name under which a person sets it (`vocab`,
-    `gates.lineage.extra`), as JSON holds it.
+    `values` has the value of each setting by which a candidate is refused, by the name under which a person sets it
+    (`vocab`, `gates.lineage.extra`), as JSON holds it: those of each gate, and `others`.
     """
 
-    def __init__(self, gates: Sequence[Gate]) -> None:
+    def __init__(self, gates: Sequence[Gate], others: Mapping[str, object] = MappingProxyType({})) -> None:
         self._gates = tuple(gates)
         self._at_headers = [gate for gate in gates if isinstance(gate, AtHeaders)]
         self._at_fold = [gate for gate in gates if isinstance(gate, AtFold)]
@@ -95,7 +96,7 @@ class Gates:
             setting(gate, field.name): _plain(getattr(gate, field.name))
             for gate in gates
             for field in dataclasses.fields(gate)
-        }
+        } | dict(others)
 
     def at_headers(self, seen: Headers) -> Headers:
         """Asks every gate that looks at headers. Returns what they found out. Raises Refuse of the first that refuses,
@@ -166,7 +167,8 @@ def make(settings: Settings, kinds: Sequence[type[Gate]] = GATES) -> Gates:
     for name in settings.gates:
         if name not in known:
             raise Misconfigured(f"gates.{name}: no such gate; known are {', '.join(known)}")
-    return Gates([_made(kind, settings) for kind in kinds])
+    asked = {f"evaluation.{name}": value for name, value in settings.evaluation.model_dump(mode="json").items()}
+    return Gates([_made(kind, settings) for kind in kinds], asked)
 
 
 def _made(kind: type[Gate], settings: Settings) -> Gate:

@@ -224,9 +224,8 @@ def scratch_directory(work: str | Path | None) -> Iterator[Path]:
     begins with a dot, so no watched folder takes what is in it. Raises Retry where it cannot be made."""
     with ExitStack() as held:
         with environment("cannot make a scratch directory"):
-            parent = None if work is None else Path(work).absolute()
-            if parent is not None:
-                folder.clear_leftovers(parent, re.escape(_SCRATCH) + "[a-z0-9_]+")
+            parent = Path(tempfile.gettempdir() if work is None else work).absolute()
+            folder.clear_leftovers(parent, re.escape(_SCRATCH) + "[a-z0-9_]+")
             made = tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=parent, ignore_cleanup_errors=True)
             directory = Path(held.enter_context(made))
             held.enter_context(folder.marked(directory))

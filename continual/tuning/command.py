@@ -10,17 +10,25 @@ import os
 import shlex
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from continual import outside
-from continual.errors import Misconfigured, Retry
+from continual.errors import Abandoned, Misconfigured, Retry
 from continual.state.parts import CommandEvaluation
 
 MODEL = "{model}"
-_TAIL = 1 << 16
+_TAIL = 16 << 20
 """So many bytes at the end of what a command printed are looked at."""
+_LOOK = 0.5
+"""Seconds between two looks at whether continual is stopping."""
+
+
+class CommandFailed(Misconfigured):
+    """A command was run and ended with an exit code above 0, or said nothing that can be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +78,10 @@ def score(command: Command, model: Path, logs: Path, candidate: str) -> float:
         raise Misconfigured(f"{where}: {error}; exit code 0{words}; nothing was recorded") from None
 
 
-def last_line(command: Command, model: Path, logs: Path, what: str) -> str:
+def last_line(command: Command, model: Path, logs: Path, what: str, stop: threading.Event | None = None) -> str:
     """Runs `command` on the directory `model`; its output goes to files in `logs`. Returns the last line that it
-    printed. Raises Retry where it took too long or was killed, Misconfigured where it cannot be started or fails; both
-    name `what`."""
+    printed. Raises Retry where it took too long or was killed, Abandoned once `stop` is set, Misconfigured where it
+    cannot be started, CommandFailed where it fails; all name `what`."""
     argv = _argv(command, model)
     out, err = logs / "stdout", logs / "stderr"
     where = f"{what}: {shlex.join(argv)}"
@@ -85,11 +93,7 @@ def last_line(command: Command, model: Path, logs: Path, what: str) -> str:
         except (OSError, ValueError) as error:
             raise Misconfigured(f"{where}: cannot be started ({error})") from None
         try:
-            code = process.wait(command.timeout)
-        except subprocess.TimeoutExpired:
-            raise Retry(
-                f"{where}: not done after {command.timeout:g} s and stopped; nothing was recorded (--timeout)"
-            ) from None
+            code = _waited(process, command.timeout, where, stop or threading.Event())
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the whole group: what the command left running ends too
@@ -97,8 +101,19 @@ def last_line(command: Command, model: Path, logs: Path, what: str) -> str:
     if code < 0:
         raise Retry(f"{where}: killed by signal {-code}{_last_words(err)}; nothing was recorded")
     if code > 0:
-        raise Misconfigured(f"{where}: exit code {code}{_last_words(err)}; nothing was recorded")
+        raise CommandFailed(f"{where}: exit code {code}{_last_words(err)}; nothing was recorded")
     return _last_line(out)
+
+
+def _waited(process: subprocess.Popen[bytes], timeout: float | None, where: str, stop: threading.Event) -> int:
+    """The exit code of a command, once it has one. Raises Retry where it took longer than `timeout`, Abandoned."""
+    end = math.inf if timeout is None else time.monotonic() + timeout
+    while (left := end - time.monotonic()) > 0 and not stop.is_set():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(min(_LOOK, left))
+    if stop.is_set():
+        raise Abandoned(f"{where}: ended, as continual is stopping; nothing was recorded")
+    raise Retry(f"{where}: not done after {timeout:g} s, its timeout, and stopped; nothing was recorded")
 
 
 def _argv(command: Command, model: Path) -> list[str]:
@@ -144,7 +159,7 @@ def _last_words(err: Path) -> str:
 
 
 def _last_line(file: Path) -> str:
-    """The last line at the end of a file that is not empty."""
+    """The last line at the end of a file that is not empty; of one that is longer than what is looked at its end."""
     with file.open("rb") as opened:
         opened.seek(max(0, file.stat().st_size - _TAIL))
         lines = opened.read().decode("utf-8", "replace").splitlines()

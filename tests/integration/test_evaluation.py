@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,22 +15,22 @@ from safetensors.torch import load_file
 import continual
 from continual import api
 from continual.config import Settings
-from continual.errors import Misconfigured, Retry
+from continual.errors import Abandoned, Misconfigured, Retry
 from continual.state.entries import FoldEntry
 from tests.helpers import adapters, models
 
 pytestmark = pytest.mark.slow
 
 ASK = """
-import json, pathlib, sys
-from safetensors.torch import load_file
+import array, json, pathlib, sys
 model = pathlib.Path(sys.argv[1])
-found = {}
-for file in sorted(model.glob("*.safetensors")):
-    found.update(load_file(file))
+data = (model / "model.safetensors").read_bytes()
+end = 8 + int.from_bytes(data[:8], "little")
+start, stop = json.loads(data[8:end])["model.norm.weight"]["data_offsets"]
 with open(sys.argv[2], "a") as asked:
     print(model, file=asked)
-value = float(found["model.norm.weight"].float().mean())
+values = array.array("f", data[end + start : end + stop])
+value = sum(values) / len(values)
 if value > 5:
     sys.exit("cannot run this")
 print("some words before")
@@ -51,7 +54,7 @@ def moved(base: Path, name: str, by: float) -> Path:
 
 def opened(place: Path, base: Path, *, width: int | None = None, **evaluation: object) -> api.Merge:
     (place / "ask.py").write_text(ASK)
-    command = [sys.executable, str(place / "ask.py"), "{model}", str(place / "asked")]
+    command = [sys.executable, "-S", str(place / "ask.py"), "{model}", str(place / "asked")]
     if not (place / "state").exists():
         continual.init(base, place / "state", continual.Recipe(rule="task-arithmetic", scale="1", width=width))
     given = {"state": place / "state", "max_base_ratio": 1e9, "max_mean_ratio": 1e9}
@@ -133,6 +136,98 @@ def test_rows_that_may_be_chance(tmp_path: Path, base: Path) -> None:
         merge.retry("tuned")
     with opened(tmp_path, base, command=command, unclear="fold") as merge:
         assert merge.fold(tuned).fate == "folded"
+
+
+def printing(what: str) -> list[str]:
+    return [sys.executable, "-S", "-c", what, "{model}"]
+
+
+def test_what_makes_no_statement_on_the_model_refuses_nobody(tmp_path: Path, base: Path) -> None:
+    """A directory that is not there, a command that names no model, a metric that no command prints."""
+    tuned, said = moved(base, "good", 0.1), printing("print('{\"loss\": 1}')")
+    for evaluation, words in (
+        ({"directory": tmp_path / "none"}, "evaluation.directory = .*none: no such directory"),
+        ({"command": said, "lower": ["los"]}, "no metric los; it prints loss"),
+        ({"command": ["/no/such/program", "{model}"]}, "evaluation.command, asked about the base: .*cannot be started"),
+        ({"command": ["eval.py"]}, "write {model}"),
+    ):
+        with opened(tmp_path, base, **evaluation) as merge:
+            with pytest.raises(Misconfigured, match=words):
+                merge.fold(tuned)
+            assert merge.head == 0
+
+
+def test_a_command_that_is_gone_when_the_merge_with_it_is_asked_refuses_nobody(tmp_path: Path, base: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text(f"#!{sys.executable}\nimport os\nprint('{{\"a\": 1}}')\nos.unlink({str(program)!r})\n")
+    program.chmod(0o755)
+    with opened(tmp_path, base, command=[str(program), "{model}"]) as merge:
+        with pytest.raises(Misconfigured, match=r"asked about the merge with good: .*cannot be started"):
+            merge.fold(moved(base, "good", 0.1))
+        assert merge.head == 0
+
+
+def test_a_merge_that_is_read_otherwise_is_asked_again(tmp_path: Path, base: Path) -> None:
+    with opened(tmp_path, base) as merge:
+        merge.fold(moved(base, "good", 1.0))
+        merge.rescale("0.1")
+        outcome = merge.fold(moved(base, "fair", 0.0))
+        assert outcome.fate == "folded", outcome.message
+        evaluated = outcome.commit.of_kind(FoldEntry).numbers.evaluated
+        assert evaluated is not None
+        assert evaluated.before is not None
+        assert evaluated.before["score.task"] == pytest.approx(evaluated.after["score.task"], abs=0.01)
+    assert asked(tmp_path) == 4, "the base, the merge, the merge read otherwise, the next"
+
+
+def test_another_evaluation_looks_again_at_whom_it_refused(tmp_path: Path, base: Path) -> None:
+    bad = moved(base, "bad", -0.2)
+    with opened(tmp_path, base) as merge:
+        outcome = merge.fold(bad)
+        assert outcome.reason == "evaluation"
+        assert "continual quarantine accept bad --because" in outcome.line()
+        assert merge.fold(bad).fate == "known"
+    with opened(tmp_path, base, timeout=50.0) as merge:
+        assert merge.fold(bad).fate == "known"
+    with opened(tmp_path, base, max_drop=0.5) as merge:
+        assert merge.fold(bad).fate == "folded"
+
+
+def test_a_long_last_line_is_read_whole(tmp_path: Path, base: Path) -> None:
+    command = printing("print('{\"a\": [' + '0.123456789, ' * 50_000 + '1]}')")
+    with opened(tmp_path, base, command=command) as merge:
+        evaluated = merge.fold(moved(base, "good", 0.1)).commit.of_kind(FoldEntry).numbers.evaluated
+    assert evaluated is not None
+    assert evaluated.after["a"] == pytest.approx(0.12347, abs=1e-4)
+
+
+def test_a_stop_ends_the_command(tmp_path: Path, base: Path) -> None:
+    with opened(tmp_path, base, command=printing("import time; time.sleep(600)")) as merge:
+        threading.Timer(0.3, merge.give_up).start()
+        with pytest.raises(Abandoned, match="continual is stopping"):
+            merge.fold(moved(base, "good", 0.1))
+        assert merge.head == 0
+
+
+def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path, base: Path) -> None:
+    where = tmp_path / "models"
+    where.mkdir()
+    with opened(tmp_path, base, directory=where):
+        pass
+    killed = (
+        "import os, sys, pathlib; from continual import api\n"
+        "with api.open(sys.argv[1], write=True, evaluation={'command': [sys.executable, '-S', '-c', "
+        "'import os; os.kill(os.getppid(), 9)', '{model}'], 'directory': sys.argv[3]}) as merge:\n"
+        "    merge.fold(sys.argv[2])\n"
+    )
+    tuned = moved(base, "good", 0.1)
+    ended = subprocess.run([sys.executable, "-c", killed, tmp_path / "state", tuned, where], check=False, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(list(where.iterdir())) == 1
+    with opened(tmp_path, base, directory=where) as merge:
+        assert merge.fold(tuned).fate == "folded"
+    assert list(where.iterdir()) == []
+    assert continual.verify(tmp_path / "state").findings == ()
 
 
 def test_a_state_of_adapters_is_asked_too(tmp_path: Path, base: Path) -> None:

@@ -74,10 +74,10 @@ def test_another_value_has_it_looked_at_again_and_the_same_one_does_not(tmp_path
         assert (refused.fate, refused.reason) == ("refused", reason)
         settings = merge.state.ledger.head.of_kind(RefuseEntry).settings
         assert settings
-        assert refused.line().endswith(f"; a fold or run with another {' or '.join(settings)} looks at it again")
+        assert f"; a fold or run with another {' or '.join(settings)} looks at it again" in refused.line()
     with opened(state, base, **first, keep=7) as merge:
         again = merge.fold(alice)
-        assert (again.fate, again.line().endswith("looks at it again")) == ("known", True)
+        assert (again.fate, "looks at it again" in again.line()) == ("known", True)
         assert merge.plan(alice).reason == "known"
         assert merge.standing.reopened() == []
     with opened(state, base, **{**first, **second}) as merge:
