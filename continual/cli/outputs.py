@@ -95,6 +95,10 @@ def export(
     typed = ViewFlags(rule, scale, lines, only, without, weight, option)
     if explained and as_lora is not None:
         raise Misconfigured("--explain is for whole models: leave it out with --as-lora, or use 'continual explain'")
+    if as_lora is not None and (earlier is not None or shard_size is not None):
+        raise Misconfigured("--earlier and --shard-size are for whole models: leave them out with --as-lora")
+    if earlier is not None and not folder.provenance_in(earlier):
+        raise Misconfigured(f"--earlier {earlier}: no export of continual is there, with a continual.json")
     if as_lora is not None:
         rank = rank_of(as_lora)
         with profiled(profile) as taken, opened.merge(flags) as merge, console.progress() as progress:

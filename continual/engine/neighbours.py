@@ -47,8 +47,7 @@ def earlier(ledger: Ledger, origin: str) -> Sequence[Earlier]:
 
 def accepted(ledger: Ledger, key: str) -> bool:
     """Whether a person said that the candidate `key` is to be folded in spite of doubts."""
-    about = (commit for commit in reversed(ledger.log) if commit.key == key and commit.kind in ("retry", "refuse"))
-    last = next(about, None)
+    last = ledger.asked(key)
     return last is not None and isinstance(last.entry, RetryEntry) and last.entry.because is not None
 
 

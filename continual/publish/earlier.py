@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from continual.engine.reading import Reading
-from continual.outside import Irregular, open_regular
+from continual.outside import open_regular
 from continual.publish.weights import write_hashed
 from continual.records import TensorSpec
 from continual.state.software import software
@@ -66,7 +66,7 @@ class EarlierExport:
         self._rows: dict[str, Row] = {}
         self._directory = None if directory is None else directory.resolve()
         if self._directory is not None:
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 self._rows = _rows(json.loads((self._directory / RELEASE).read_bytes())["weights"])
 
     def take(self, of: str, fd: int, offset: int, nbytes: int) -> str | None:
@@ -78,7 +78,7 @@ class EarlierExport:
             return None
         try:
             source = open_regular(self._directory / row.file)
-        except (OSError, Irregular):
+        except (OSError, ValueError):  # a name that no file has
             return None
         try:
             return row.digest if write_hashed(fd, _pieces(source, row), offset) == row.digest else None
@@ -93,7 +93,7 @@ def _pieces(source: int, row: Row) -> Iterator[memoryview]:
         try:
             with stage("read", wanted := min(_PIECE, row.nbytes - done)):
                 data = os.pread(source, wanted, row.start + done)
-        except OSError:
+        except (OSError, OverflowError):  # a place that no file has
             return
         if not data:
             return

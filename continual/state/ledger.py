@@ -145,6 +145,7 @@ class Ledger:
         self._history: list[Fold | None] = []
         self._read: list[Mapping[str, object]] = []
         self._fates: dict[str, Commit | RolledBack | None] = {}
+        self._asked: dict[str, Commit] = {}
         self._in_force = InForce()
         self.generations: dict[str, Commit] = {}
         self.models: list[Commit] = []
@@ -201,6 +202,8 @@ class Ledger:
             self.refusals.append(commit)
         if (key := commit.key) is None:
             return
+        if commit.kind in ("refuse", "retry"):
+            self._asked[key] = commit
         if commit.kind != "fold":  # of a fold it is settled with its history
             self._fates[key] = commit if commit.kind in ("refuse", "unfold") else None
         self._pool.pop(key, None)
@@ -354,6 +357,10 @@ class Ledger:
     def is_settled(self, key: str) -> bool:
         """Whether the candidate `key` need not be looked at: its fate is settled, or it waits in the pool."""
         return self._fates.get(key) is not None or key in self._pool
+
+    def asked(self, key: str) -> Commit | None:
+        """The newest record by which the candidate `key` was refused by itself, or is to be looked at again."""
+        return self._asked.get(key)
 
     def retried(self) -> list[Candidate]:
         """The candidates, as their records name them, that somebody asked to look at again and that are not settled

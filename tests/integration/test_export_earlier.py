@@ -90,6 +90,14 @@ def test_an_edited_or_damaged_export_is_not_believed(tmp_path: Path) -> None:
         assert counts(merge.export(Target(tmp_path / "fifth", earlier=first))).taken == 0
         assert counts(merge.export(Target(tmp_path / "sixth", earlier=tmp_path / "none"))).taken == 0
         file.write_bytes(b"edited")
+        for number, (name, start) in enumerate(
+            [("\0", "0"), ("\ud800", "0"), (file.name, "9" * 30), (file.name, "-9")]
+        ):
+            said = json.loads((second / "continual.json").read_text())
+            rows = [line.split() for line in said["weights"].pop(file.name)]
+            said["weights"][name] = [" ".join([start, *row[1:]]) for row in rows]
+            (first / "continual.json").write_text(json.dumps(said))
+            assert counts(merge.export(Target(tmp_path / f"hostile-{number}", earlier=first))).taken == 0
     assert weights(second) == whole, "nothing is shared"
 
 

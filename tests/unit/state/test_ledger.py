@@ -108,6 +108,21 @@ def test_a_record_of_its_own_takes_a_candidate_out(book: Book, kind: Any) -> Non
     assert book.waits() == ["a", "c", "b"]
 
 
+def test_what_was_said_last_of_a_candidate_is_known_without_a_search(book: Book) -> None:
+    assert book.ledger.asked("k-b") is None, "it only waits"
+    for entry in (
+        RefuseEntry(candidate=candidate("b")),
+        RetryEntry(candidate=candidate("b"), because="meant so"),
+        RetryEntry(candidate=candidate("a")),
+    ):
+        seq = book.add(entry)
+        assert book.ledger.asked(entry.candidate.key) is book.ledger.log[seq]
+    asked = book.ledger.asked("k-b")
+    book.fold("b")
+    book.add(RollbackEntry(to=0, undone=1))
+    assert book.ledger.asked("k-b") is asked
+
+
 def test_a_fold_takes_it_out(book: Book) -> None:
     book.fold("a")
     assert (book.waits(), book.folded, book.fate("a")) == (["b", "c"], ["a"], ("folded", None))
