@@ -1,4 +1,4 @@
-"""The commands about what is watched and what is released: one look at the sources, a release by hand."""
+"""The commands about what is watched and what is released: one look at the sources, a release by hand, a promotion."""
 
 from __future__ import annotations
 
@@ -78,3 +78,27 @@ def release(
         answered.release_look(body)
     else:
         answered.released(body)
+
+
+@app.command()
+@takes("tokenizer", *READING, *OPENING)
+def promote(
+    view: Annotated[
+        str | None, typer.Argument(help="View of the settings file; default: the merge.", show_default=False)
+    ] = None,
+    at: Annotated[
+        int | None, typer.Option("--at", help="Record that the canary has to be.", show_default=False)
+    ] = None,
+    *,
+    flags: Flags,
+) -> None:
+    """Promote a canary: what is out beside the promoted merge, and watched, takes its place."""
+    from continual.service.control.requests import PromoteRequest
+
+    request = typed.request(PromoteRequest, at=at, view=view)
+    body = answered.fields(opened.act(flags, request, quiet=flags.json)["promoted"])
+    if flags.json:
+        console.emit(body)
+    else:
+        of = f" of the view {body['view']}" if body["view"] else ""
+        console.say(f"Record {body['seq']}{of} {'is promoted' if body['done'] else 'is promoted by the daemon now'}.")

@@ -62,6 +62,7 @@ def text(body: Mapping[str, Any]) -> str:
         lines.append(f"pool       {body['pool_size']} wait for a round ({body['select']}){told}")
     lines += [_fold(fold) for fold in body["last_folds"][:5]]
     lines += [f"published  {when(p['time'])}  {p['seq']}  {p['message']}" for p in body["published"][:3]]
+    lines += [_canary(found) for found in body.get("canaries", ())]
     lines += [_view(view) for view in body.get("views", ())]
     lines += [f"refused    {when(r['time'])}  {r['seq']}  {r['model']}: {r['reason']}" for r in body["refusals"][:5]]
     return "\n".join(plain(line) for line in lines)
@@ -124,6 +125,16 @@ def _view(view: Mapping[str, Any]) -> str:
     form = f", {view['form']}" if view.get("form") else ""
     reads = view["problem"] or f"reads {view['count']} by {view['rule']} ({view['models']}){form}"
     return f"view       {view['name']}: {'; '.join([reads, *out])}"
+
+
+def _canary(found: Mapping[str, Any]) -> str:
+    """A canary, and what was seen of it."""
+    seen = f"{found['measurements']} measurements, {found['failed']} of the last {found['kept']} alarms"
+    since = f" since {when(found['since'])}" if found["since"] else ""
+    said = f"; {found['said']}" if found["said"] else ""
+    where = f" at {', '.join(found['places'])}" if found["places"] else ""
+    of = f"view {found['view']}, " if found["view"] else ""
+    return f"canary     {of}record {found['seq']}, {found['phase']}{since}{where}: {seen}{said}"
 
 
 def _source(name: str, told: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Everything a user can set: one frozen `Settings`, and where it comes from."""
 
+from continual.config.canary import CanarySettings
 from continual.config.given import load, settings_of
 from continual.config.settings import (
     CalibrationSettings,
@@ -15,6 +16,7 @@ from continual.config.values import parse_bytes
 
 __all__ = [
     "CalibrationSettings",
+    "CanarySettings",
     "HookSettings",
     "HubSettings",
     "ReleaseSettings",

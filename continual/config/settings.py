@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
+from continual.config.canary import CanarySettings
 from continual.config.values import Bytes, Paths, Repos, Seconds, Texts, by_name, pairs, rank, unset, written
 
 
@@ -130,6 +131,10 @@ class ReleaseSettings(BaseModel):
         default="warn", description="what to do where licences of the base and the folded models differ"
     )
     dtype: str | None = Field(default=None, description="float32, float16 or bfloat16; default: the base's")
+    canary: CanarySettings | None = Field(
+        default=None,
+        description="put the merge out as a canary first, and watch it: a table; default: not",
+    )
 
 
 class ViewSettings(BaseModel):
@@ -164,6 +169,9 @@ class ViewSettings(BaseModel):
     repo: str | None = Field(
         default=None, description="repo (org/name) the view is released to, with the other settings of release"
     )
+    canary: CanarySettings | None = Field(
+        default=None, description="put the view out as a canary first, and watch it, as release.canary: a table"
+    )
 
 
 class HookSettings(BaseModel):
@@ -180,9 +188,10 @@ class HookSettings(BaseModel):
     view: str | None = Field(
         default=None, description="views whose publications it is told of, a name or a glob; default: the merge alone"
     )
-    after: Literal["current", "release"] | None = Field(
+    after: Literal["current", "release", "candidate"] | None = Field(
         default=None,
-        description="what it comes after: the link current (the default where it is set), or the release on the Hub",
+        description="what it comes after: the link current (the default where it is set), the release on the Hub, or "
+        "either of them going out as a canary",
     )
     timeout: Annotated[float, Field(gt=0)] = Field(default=60.0, description="seconds one try may take")
     tries: Annotated[int, Field(ge=1)] = Field(default=3, description="how often it is tried")
@@ -292,6 +301,9 @@ class Settings(BaseModel):
     hooks: tuple[HookSettings, ...] = Field(default=(), description="who is told when a new merge is out: tables")
     webhook_secret: Annotated[SecretStr | None, BeforeValidator(unset)] = Field(
         default=None, description="what the Hub sends as X-Webhook-Secret; without it there is no /webhook"
+    )
+    promote_token: Annotated[SecretStr | None, BeforeValidator(unset)] = Field(
+        default=None, description="what POST /promote has to bring as its bearer token; without it there is no /promote"
     )
     sources: Annotated[dict[str, dict[str, object]], BeforeValidator(by_name)] = Field(
         default_factory=dict, description="settings of any other source: tables by its name, or name.key=value pairs"

@@ -56,7 +56,7 @@ TRIAL = ".trial"
 """What is put behind the name of an adapter that vLLM is to load for a trial."""
 PREFIX = "PUBLISHED_"
 """Of the variables a command gets. Not CONTINUAL_: those are settings, and a hook may well run `continual`."""
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "CONTINUAL_WEBHOOK_SECRET")
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "CONTINUAL_WEBHOOK_SECRET", "CONTINUAL_PROMOTE_TOKEN")
 """Variables that a command does not get."""
 _PASSING = (408, 409, 425, 429)
 _NO_ADAPTER = "there is no adapter directory to load: set `current`, and let the hook come after it"

@@ -63,13 +63,15 @@ class Released:
 @dataclass(frozen=True, slots=True)
 class Ours:
     """The record that is released: its number, the state's id, and the generation of each record of the state. `view`:
-    the name of the view that is released, empty for the merge; `mark`: a digest of what goes out and of its form."""
+    the name of the view that is released, empty for the merge; `mark`: a digest of what goes out and of its form;
+    `backwards`: whether it may take the place of a later record, as of a canary that is taken back."""
 
     state: str
     seq: int
     generations: Sequence[str | None]
     view: str = ""
     mark: str = ""
+    backwards: bool = False
 
 
 class Stamp(NamedTuple):
@@ -175,7 +177,7 @@ def may_follow(remote: Remote, asked: ReleaseSettings, ours: Ours) -> bool:
             f"{where}: holds record {there} of this state as it was before it was restored from a backup; "
             "name another repo"
         )
-    if there > seq:
+    if there > seq and not ours.backwards:
         raise Misconfigured(
             f"{where}: holds record {there} of this state, and releases go forward: "
             f"name another branch for record {seq}"

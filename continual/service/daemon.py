@@ -22,7 +22,10 @@ from continual.config import Settings
 from continual.errors import Halt
 from continual.hub import must_be_online
 from continual.publish import hub
+from continual.records import Candidate
 from continual.service import logs, showing, signals, telling, view_settings
+from continual.service.canary.calling import Calling
+from continual.service.canary.watching import CanaryWatch
 from continual.service.control.answering import Control
 from continual.service.control.performing import Performing
 from continual.service.failures import Failures, told
@@ -95,9 +98,11 @@ class Daemon:
         self._log = structlog.get_logger("continual")
         self._stopping = asyncio.Event()
         self._worker = Worker(merge, self.live, self._failures, fresh=self._fresh, halt=self._halt)
-        performing = Performing(merge, self.live, self._worker.turns, self._worker.record, sources)
-        self._outlets = Outlets(merge, self._failures, self._worker.record, self._worker.gauge)
-        self._reloading = Reloading(merge, self._worker.turns, read, sources, self._outlets.reloaded)
+        worker = self._worker
+        self._watch = CanaryWatch(merge, self._failures, worker.turns, self._fresh, self._again)
+        performing = Performing(merge, self.live, worker.turns, worker.record, sources, self._fresh)
+        self._outlets = Outlets(merge, self._failures, worker.record, worker.gauge, self._watch.turned)
+        self._reloading = Reloading(merge, worker.turns, read, sources, self._reloaded)
         self._control = Control(merge.state.path, performing.perform, lambda: self.live.doing)
 
     async def run(self) -> None:
@@ -105,6 +110,7 @@ class Daemon:
         with signals.taken(self._signalled, self._reloading.ask):
             asyncio.get_running_loop().set_exception_handler(self._stray)
             await self._worker.prepare()
+            await self._watch.prepare()
             self._log_start()
             try:
                 await self._run_tasks()
@@ -122,12 +128,13 @@ class Daemon:
             group.create_task(self._heartbeat())
             folding = group.create_task(self._worker.run(self.sources, self._stopping))
             publishing = group.create_task(self._outlets.run())
+            watching = group.create_task(self._watch.run())
             looking = group.create_task(self._look_at_disk())
             feeding = [group.create_task(self._feed(source)) for source in self.sources]
             await self._stopping.wait()
             await self._drain(folding)
             self.merge.give_up()
-            for task in (publishing, *feeding, looking):
+            for task in (publishing, watching, *feeding, looking):
                 task.cancel()
             served.set()
             await asyncio.wait({web, control})
@@ -141,6 +148,14 @@ class Daemon:
 
     def _fresh(self) -> None:
         self._outlets.fresh()
+
+    def _reloaded(self) -> None:
+        self._outlets.reloaded()
+        self._watch.reloaded()
+
+    def _again(self, candidates: list[Candidate]) -> None:
+        for source in self.sources:
+            source.again(candidates)
 
     def _stray(self, _loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
         """Tells of what was raised where nobody waited for it."""
@@ -184,6 +199,7 @@ class Daemon:
 
     async def _serve(self, stop: asyncio.Event) -> None:
         routes = [route for source in self.sources if isinstance(source, Listening) for route in source.routes()]
+        routes += Calling(self.merge, self._fresh).routes()
         names = [*self.settings.allowed_hosts, self.settings.host]
         app = create_app(self.live, self.metrics, routes, names)
         ears = Ears(self.metrics.dropped, lambda error: self._failures.tell(error, "page", what="a page"))

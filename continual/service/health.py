@@ -11,7 +11,7 @@ from continual.service.queue import Queued
 from continual.sources.contract import Source
 from continual.texts import plain, size
 
-REASONS = ("disk", "source", "token", "retrying", "internal", "round", "publish", "release", "hook")
+REASONS = ("disk", "source", "token", "retrying", "internal", "round", "publish", "release", "hook", "canary")
 """The words for what is wrong; operations.md says what each means and what to do."""
 FAILED = 3
 """So many times each waiting candidate has failed when the queue is said to do nothing but retry."""
@@ -43,7 +43,8 @@ class Health:
         self._broke = (self._clock(), f"{what}: {error}")
 
     def fails(self, reason: str, which: str, error: str) -> None:
-        """`which` (a publication, a round, a hook) did not work the last time, and is tried again."""
+        """`which` (a publication, a round, a hook, the watch over a canary) did not work the last time, and is tried
+        again."""
         self._failing[reason, which] = error
 
     def works(self, reason: str, which: str) -> None:

@@ -36,9 +36,9 @@ class Series(NamedTuple):
     buckets: tuple[float, ...] = ()
 
 
-ERRORS = ("halt", "internal", "source", "publish", "release", "hook", "page")
-"""The kinds of errors: a halt; an exception that nobody expected; a source, a publication or a hook that failed; a page
-that could not be shown."""
+ERRORS = ("halt", "internal", "source", "publish", "release", "hook", "canary", "page")
+"""The kinds of errors: a halt; an exception that nobody expected; a source, a publication, a hook or the watch over a
+canary that failed; a page that could not be shown."""
 DROPPED = ("full", "slow", "host", "malformed")
 """Why the service does not answer a connection as it was asked."""
 STAGES = ("read", "rule", "write", "commit")
@@ -132,6 +132,9 @@ TABLE: tuple[Series, ...] = (
     Series(Counter, "continual_releases_total", "Releases on the Hub that this process made."),
     Series(Counter, "continual_released_bytes_total", "Bytes of files that were uploaded for them."),
     Series(Counter, "continual_hooks_total", "Hooks called after a publication.", ("kind", "result")),
+    Series(Gauge, "continual_canaries", "Canaries that are not promoted or taken back yet."),
+    Series(Counter, "continual_canary_measurements_total", "Looks at canaries, by what they said.", ("verdict",)),
+    Series(Counter, "continual_canary_verdicts_total", "Canaries that were promoted or taken back.", ("verdict",)),
     Series(Counter, "continual_hub_requests_total", "Requests this process made to the Hub to look and to read."),
     Series(Counter, "continual_hub_received_bytes_total", "Bytes it received from there."),
     Series(
@@ -178,6 +181,8 @@ class Metrics:
             "continual_errors_total": [(kind,) for kind in ERRORS],
             "continual_fold_stage_seconds_total": [(stage,) for stage in STAGES],
             "continual_hooks_total": product(HOOKS, ("ok", "failed")),
+            "continual_canary_measurements_total": [("passed",), ("failed",), ("inconclusive",)],
+            "continual_canary_verdicts_total": [("promoted",), ("failed",)],
             "continual_http_dropped_total": [(reason,) for reason in DROPPED],
             "continual_degraded": [(reason,) for reason in REASONS],
         }
@@ -227,6 +232,18 @@ class Metrics:
     def hook(self, kind: str, *, ok: bool) -> None:
         """A hook that was called, and whether it worked."""
         self._counters["continual_hooks_total"].labels(kind, "ok" if ok else "failed").inc()
+
+    def canaries(self, waiting: int) -> None:
+        """How many canaries wait for a verdict."""
+        self._gauges["continual_canaries"].set(waiting)
+
+    def canary_measured(self, verdict: str) -> None:
+        """A look at a canary: `passed`, `failed` or `inconclusive`."""
+        self._counters["continual_canary_measurements_total"].labels(verdict).inc()
+
+    def canary_ended(self, verdict: str) -> None:
+        """A canary that was `promoted`, or taken back: `failed`."""
+        self._counters["continual_canary_verdicts_total"].labels(verdict).inc()
 
     def source(self, series: Mapping[str, float]) -> None:
         """What a source measured, by the name of the series; a counter counts from the start of the source."""

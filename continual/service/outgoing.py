@@ -5,42 +5,72 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from continual.api import Merge
-from continual.config import ReleaseSettings, Settings
+from continual.config import CanarySettings, ReleaseSettings, Settings
 from continual.engine.views import ReadView, view_of
 from continual.publish import folder
 from continual.publish.diffusion import LoraFormat
 from continual.publish.lora import LoraTarget
 
+What = Literal["publish", "release"]
+"""By which way something goes out: the link `current` is pointed at it (`publish`), or it is released on the Hub."""
+
 
 @dataclass(frozen=True, slots=True)
 class OutPlan:
     """What goes out: the merge, or a `view` of it. `current`: the link that is kept pointing at it; `asked`: where it
-    is released to and how; `as_lora`, `layout`: as an adapter of this rank in this layout, else as a whole model."""
+    is released to and how; `as_lora`, `layout`: as an adapter of this rank in this layout, else as a whole model.
+    `canary`: as what it goes out first. `earlier`: an export of which the bytes of tensors that are the same are taken,
+    beside those of `current`. `backwards`: whether it may take the place of a later record."""
 
     asked: ReleaseSettings
     current: Path | None
     view: ReadView | None = None
     as_lora: int | Literal["own"] | None = None
     layout: LoraFormat = "peft"
+    canary: CanarySettings | None = None
+    earlier: Path | None = None
+    backwards: bool = False
 
     @property
     def name(self) -> str | None:
         """The name of the view, None for the merge."""
         return None if self.view is None else self.view.name
 
+    @property
+    def outlets(self) -> tuple[What, ...]:
+        """By which ways it goes out."""
+        found: list[What] = ["publish"] if self.current is not None else []
+        return (*found, "release") if self.asked.repo is not None else tuple(found)
+
+    def as_candidate(self, *, backwards: bool = False) -> OutPlan:
+        """The same as a canary: at the link beside `current`, and on the branch that its canary names, untagged."""
+        assert self.canary is not None
+        asked = self.asked.model_copy(update={"branch": self.canary.branch, "tag": None})
+        link = None if self.current is None else candidate_link(self.current)
+        return replace(self, asked=asked, current=link, earlier=self.current, backwards=backwards)
+
+    def as_promoted(self) -> OutPlan:
+        """The same where its canary is promoted to: tensors are copied from there."""
+        return replace(self, earlier=None if self.current is None else candidate_link(self.current))
+
+
+def candidate_link(current: Path) -> Path:
+    """The link that is kept at the canary for the link `current`."""
+    return current.with_name(f"{current.name}-candidate")
+
 
 def outgoing(settings: Settings, view: str | None = None) -> OutPlan:
     """What the settings say of the merge, or of a view. Raises Misconfigured where they know no such view."""
     if view is None:
-        return OutPlan(settings.release, settings.current)
+        return OutPlan(settings.release, settings.current, canary=settings.release.canary)
     found, said = view_of(settings, view), settings.views[view]
     asked = settings.release.model_copy(update={"repo": said.repo, "every": False})
-    return OutPlan(asked, said.current, found, said.as_lora, said.format)
+    return OutPlan(asked, said.current, found, said.as_lora, said.format, said.canary)
 
 
 def mark_of(merge: Merge, out: OutPlan, seq: int, dtype: str | None = None) -> str:
@@ -54,7 +84,7 @@ def write(merge: Merge, out: OutPlan, seq: int, directory: Path, mark: str, dtyp
     """Writes record `seq` into `directory`, which must not exist, in its form; returns it. Raises Misconfigured, Retry
     and Halt; then nothing is left behind."""
     if out.as_lora is None:
-        whole = folder.Target(directory, at=seq, dtype=dtype, mark=mark, earlier=out.current)
+        whole = folder.Target(directory, at=seq, dtype=dtype, mark=mark, earlier=out.earlier or out.current)
         return merge.export(whole, view=out.view)
     rank = None if out.as_lora == "own" else out.as_lora
     target = LoraTarget(directory, rank, dtype or "F32", out.layout, at=seq, mark=mark)

@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import structlog
 
@@ -24,13 +23,15 @@ from continual.retrying import PARKED, Fault, retry_delay
 from continual.service import publishing
 from continual.service import release as releasing
 from continual.service.aside import Recorder, aside
+from continual.service.canary import stages
+from continual.service.canary.stages import Step
 from continual.service.failures import Failures, contained, told
-from continual.service.outgoing import OutPlan, outgoing
+from continual.service.outgoing import OutPlan, What, outgoing
 from continual.service.telling import Telling
+from continual.state.canaries import Phase
 
 HOPELESS = (Fault.TOKEN, Fault.DENIED, Fault.REQUEST)
 """Faults of the Hub that only a person can mend."""
-What = Literal["publish", "release"]
 Outlet = tuple[What, str | None]
 """What is kept: the link `current` (`publish`) or the release, of a view or (None) of the merge."""
 
@@ -38,8 +39,17 @@ Outlet = tuple[What, str | None]
 class Outlets:
     """Everything that follows a fold. `told` is called when something was published."""
 
-    def __init__(self, merge: Merge, failures: Failures, record: Recorder, told: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        merge: Merge,
+        failures: Failures,
+        record: Recorder,
+        told: Callable[[], None],
+        turned: Callable[[str | None], None] = lambda _name: None,
+    ) -> None:
+        """`turned` is called with a view, or (None) the merge, whose canary has come further."""
         self.merge = merge
+        self._turned = turned
         self.metrics = failures.metrics
         self.health = failures.health
         self.record = record
@@ -76,16 +86,13 @@ class Outlets:
         settings = self.merge.settings
         found: list[Outlet] = []
         for name in (None, *settings.views):
-            out = outgoing(settings, name)
-            found += [("publish", name)] if out.current is not None else []
-            found += [("release", name)] if out.asked.repo is not None else []
+            found += [(what, name) for what in outgoing(settings, name).outlets]
         return found
 
     async def _keep(self, outlet: Outlet) -> None:
         """Publishes the newest model whenever there is another one, as long as the settings want it."""
         what, name = outlet
         which = f"view {name}" if name else what
-        do: Callable[[OutPlan, int], Awaitable[bool]] = self._publish if what == "publish" else self._release
         fresh = self._fresh[outlet]
         fresh.set()
         failures = 0
@@ -102,7 +109,7 @@ class Outlets:
             if model is None:
                 continue
             try:
-                if await do(outgoing(self.merge.settings, name), model.seq):
+                if await self._put_out(outlet, model.seq):
                     fresh.set()
                 failures = 0
                 self.health.works(what, which)
@@ -120,32 +127,64 @@ class Outlets:
                 )
                 asyncio.get_running_loop().call_later(delay, fresh.set)
 
-    async def _publish(self, out: OutPlan, seq: int) -> bool:
+    async def _put_out(self, outlet: Outlet, newest: int) -> bool:
+        """Puts record `newest` out, or where there is a canary what it says. Whether there is more to do."""
+        what, name = outlet
+        out = outgoing(self.merge.settings, name)
+        do: Callable[[OutPlan, int, str], Awaitable[bool]] = self._publish if what == "publish" else self._release
+        if out.canary is None:
+            return await do(out, newest, "current" if what == "publish" else "release")
+        found = await asyncio.to_thread(contained(partial(stages.step, self.merge, name, newest)))
+        if found is None:
+            self._turned(name)
+            return False
+        after = found.after if found.after == "candidate" or what == "publish" else "release"
+        await do(found.out, found.seq, after)
+        await self._turn(outlet, found)
+        return False
+
+    async def _turn(self, outlet: Outlet, made: Step) -> None:
+        """What follows for a canary from what was put out of it."""
+        what, name = outlet
+        phase: Phase = "goes out" if made.after == "candidate" else "promoted"
+        turn = partial(stages.done, self.merge, name, what, made.seq, phase)
+        record = await asyncio.to_thread(contained(turn))
+        if record is not None and stages.is_everywhere(self.merge, record):
+            if (entry := stages.verdict(self.merge, record)) is not None:
+                await self.record(entry)
+                self.metrics.canary_ended("promoted")
+                self._log.info("promoted", **_of(outgoing(self.merge.settings, name)), seq=record.seq, why=record.why)
+            self.merge.state.canaries.rest(name, record.seq)
+            self.fresh()  # what was folded meanwhile is the next canary
+        self._turned(name)
+
+    async def _publish(self, out: OutPlan, seq: int, after: str) -> bool:
         """Points a link at an export of record `seq`, and hands it to the hooks. Never more to do."""
-        served = self.telling.served(out.name)
+        served = self.telling.served(out.name, after)
         whole = out.as_lora is None
         putting = partial(publishing.put, self.merge, out, seq, None if whole else served)
         found = await asyncio.to_thread(contained(putting))
         if found is None:
             return False
         if found.new:
-            self._log.info("published", **_of(out), seq=found.seq, directory=str(found.directory))
+            said = "canary out" if after == "candidate" else "published"
+            self._log.info(said, **_of(out), seq=found.seq, directory=str(found.directory))
         published = Published(
             state=self.merge.state.id, seq=found.seq, view=out.name, directory=found.directory, mark=found.mark
         )
-        if not self.telling.waits(published, "current"):
+        if not self.telling.waits(published, after):
             return False
         adapter: Path | None = found.directory
         if whole:
-            rank = self.telling.rank(out.name)
+            rank = self.telling.rank(out.name, after)
             adapter = None
             if rank is not None:
                 beside = partial(publishing.put_beside, self.merge, out, seq, found.mark, rank, served or set())
                 adapter = await asyncio.to_thread(contained(beside))
-        self.telling.hand(dataclasses.replace(published, lora=adapter), "current")
+        self.telling.hand(dataclasses.replace(published, lora=adapter), after)
         return False
 
-    async def _release(self, out: OutPlan, newest: int) -> bool:
+    async def _release(self, out: OutPlan, newest: int, after: str) -> bool:
         """Releases the newest record that changed the model; where every one is wanted, the next after the last that
         was released. Whether there are more."""
         state = self.merge.state
@@ -156,14 +195,14 @@ class Outlets:
         if await asyncio.to_thread(contained(partial(releasing.is_out, self.merge, out, seq, done))):
             if done is not None:  # a kill may have come between the release and its hooks
                 was = Published(state=state.id, seq=done.of, repo=done.repo, commit=done.commit, tag=done.tag)
-                self.telling.hand(dataclasses.replace(was, view=out.name, mark=done.mark), "release")
+                self.telling.hand(dataclasses.replace(was, view=out.name, mark=done.mark), after)
             return False
-        found = await aside(partial(releasing.release, self.merge, seq, view=out.name, wait=True))
+        found = await aside(partial(releasing.release_as, self.merge, out, seq, wait=True))
         if done is None or (done.of, done.mark) != (found.seq, found.mark):
             await self.record(releasing.entry(found, out.name))
             self.metrics.released(found.uploaded)
         self._log.info(
-            "released",
+            "canary out" if after == "candidate" else "released",
             **_of(out),
             seq=found.seq,
             repo=found.repo,
@@ -175,7 +214,7 @@ class Outlets:
         facts = Published(
             state=state.id, seq=found.seq, repo=found.repo, commit=found.commit, url=found.url, tag=found.tag
         )
-        self.telling.hand(dataclasses.replace(facts, view=out.name, mark=found.mark), "release")
+        self.telling.hand(dataclasses.replace(facts, view=out.name, mark=found.mark), after)
         return seq < newest
 
 

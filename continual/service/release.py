@@ -60,6 +60,8 @@ def record_of(merge: Merge, out: OutPlan, at: int | None = None) -> Commit:
 def look(merge: Merge, at: int | None = None, view: str | None = None) -> Look:
     """Says what `release` would do; only asks the Hub. Raises Misconfigured, Trouble."""
     out = outgoing(merge.settings, view)
+    if out.canary is not None:
+        out = out.as_candidate()
     asked = out.asked
     seq = record_of(merge, out, at).seq
     remote = hub.look(merge.hub, asked)
@@ -77,10 +79,15 @@ def release(merge: Merge, at: int | None = None, *, view: str | None = None, wai
 
     Raises Misconfigured (also where licences differ and the settings refuse that), Trouble, Retry.
     """
+    return release_as(merge, outgoing(merge.settings, view), at, wait=wait)
+
+
+def release_as(merge: Merge, out: OutPlan, at: int | None = None, *, wait: bool = False) -> Released:
+    """The same as `out` says: as a canary, or where that is promoted to."""
     if not merge.releasing.acquire(blocking=wait):
         raise Retry("another release is on its way: try again when it is out; nothing was done")
     try:
-        return _release(merge, outgoing(merge.settings, view), at)
+        return _release(merge, out, at)
     finally:
         merge.releasing.release()
 
@@ -113,7 +120,7 @@ def _release(merge: Merge, out: OutPlan, at: int | None) -> Released:
 def _ours(merge: Merge, out: OutPlan, seq: int) -> hub.Ours:
     generations = [commit.generation for commit in merge.state.ledger.log]
     mark = mark_of(merge, out, seq, folder.parse_dtype(out.asked.dtype))
-    return hub.Ours(merge.state.id, seq, generations, out.name or "", mark)
+    return hub.Ours(merge.state.id, seq, generations, out.name or "", mark, out.backwards)
 
 
 def is_out(merge: Merge, out: OutPlan, seq: int, done: ReleaseEntry | None) -> bool:
@@ -123,7 +130,9 @@ def is_out(merge: Merge, out: OutPlan, seq: int, done: ReleaseEntry | None) -> b
         return out.view is None or done is None
     if done is None:
         return False
-    if out.view is None and (done.of != seq or done.mark is None):  # an earlier version knew no marks
+    if (
+        out.view is None and not out.backwards and (done.of != seq or done.mark is None)
+    ):  # an earlier version knew no marks
         return done.of >= seq
     return done.mark == mark_of(merge, out, seq, folder.parse_dtype(out.asked.dtype))
 

@@ -57,6 +57,7 @@ AT_START = frozenset(
         "objective",
         "options",
         "port",
+        "promote_token",
         "reading",
         "release",
         "rescan",

@@ -12,8 +12,9 @@ from continual.errors import ContinualError
 from continual.outside import few
 from continual.publish.folder import provenance_in
 from continual.publish.provenance import SHARES, shares_in
-from continual.service.outgoing import OutPlan, models_in, outgoing
+from continual.service.outgoing import OutPlan, candidate_link, models_in, outgoing
 from continual.service.web.view import (
+    ShownCanary,
     ShownFold,
     ShownForm,
     ShownPublication,
@@ -25,6 +26,7 @@ from continual.service.web.view import (
     ShownWaiting,
 )
 from continual.state import Commit, State
+from continual.state.canaries import CanaryRecord
 from continual.state.entries import SelectEntry
 from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting
@@ -144,6 +146,37 @@ def _view(merge: Merge, name: str) -> ShownView:
         current_time=str(there["exported"]) if "exported" in there else None,
         repo=said.repo,
         released_seq=None if released is None else released.of,
+    )
+
+
+def canaries(merge: Merge) -> tuple[ShownCanary, ...]:
+    """The canaries; none where their files cannot be read, which the daemon says."""
+    try:
+        found = merge.state.canaries.all()
+    except ContinualError:
+        return ()
+    return tuple(_canary(merge, record) for record in found)
+
+
+def _canary(merge: Merge, record: CanaryRecord) -> ShownCanary:
+    places: list[str] = []
+    if record.view is None or record.view in merge.settings.views:
+        out = outgoing(merge.settings, record.view)
+        places += [str(candidate_link(out.current))] if out.current is not None else []
+        places += [f"{out.asked.repo}@{out.canary.branch}"] if out.asked.repo and out.canary else []
+    verdicts = [one.verdict for one in record.measured]
+    return ShownCanary(
+        view=record.view,
+        seq=record.seq,
+        back=record.back,
+        phase=record.phase,
+        since=record.since,
+        places=tuple(places),
+        measurements=record.measurements,
+        kept=len(verdicts),
+        failed=verdicts.count("failed"),
+        inconclusive=verdicts.count("inconclusive"),
+        said=record.why or (record.measured[-1].said if record.measured else ""),
     )
 
 

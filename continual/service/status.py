@@ -278,6 +278,7 @@ def _status(merge: Merge, running: Running) -> Status:
         form=showing.form_of(state, full),
         views=showing.views(merge),
         shares=showing.shares(merge),
+        canaries=showing.canaries(merge),
         peak_memory_bytes=running.peak_memory_bytes,
     )
 

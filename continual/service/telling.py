@@ -32,8 +32,18 @@ def check(settings: Settings) -> None:
     form that the server cannot load."""
     hooks.check(settings.hooks)
     for number, hook in enumerate(settings.hooks, 1):
+        if hook.after == "candidate" and not any(_has_canary(settings, hook.view)):
+            of = "release" if hook.view is None else "views.NAME"
+            raise Misconfigured(f"hook {number} ({hook.kind}): after = candidate, and {of}.canary is not set")
         if hook.view is not None and (wrong := _wrong(hook, hook.view, settings)):
             raise Misconfigured(f"hook {number} ({hook.kind}): view = {hook.view}: {wrong}")
+
+
+def _has_canary(settings: Settings, word: str | None) -> list[bool]:
+    """Of each view that a word names, or of the merge, whether it has a canary."""
+    if word is None:
+        return [settings.release.canary is not None]
+    return [view.canary is not None for name, view in settings.views.items() if fnmatch.fnmatchcase(name, word)]
 
 
 def _wrong(hook: HookSettings, word: str, settings: Settings) -> str | None:
@@ -66,8 +76,8 @@ class Waiter:
     fresh: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
     def hears(self, settings: Settings, view: str | None, after: str) -> bool:
-        """Whether it is told of a view, or of the merge, after this kind of publication: the link `current`, or a
-        release."""
+        """Whether it is told of a view, or of the merge, after this kind of publication: the link `current`, a
+        release, or either as a canary."""
         word = self.hook.view
         if (word is None) != (view is None) or not fnmatch.fnmatchcase(view or "", word or ""):
             return False
@@ -94,15 +104,15 @@ class Telling:
         """Whether a hook comes after such a publication and was not told of it."""
         return any(self._hears(waiter, published, after) for waiter in self._waiters)
 
-    def rank(self, view: str | None) -> int | None:
+    def rank(self, view: str | None, after: str = "current") -> int | None:
         """The rank of the adapter that is to lie beside a whole model for the servers that load one; None: none."""
-        heard = [waiter.hook for waiter in self._waiters if waiter.hears(self._merge.settings, view, "current")]
+        heard = [waiter.hook for waiter in self._waiters if waiter.hears(self._merge.settings, view, after)]
         return max((hook.rank for hook in heard if hook.serves_lora), default=None)
 
-    def served(self, view: str | None) -> frozenset[str] | None:
+    def served(self, view: str | None, after: str = "current") -> frozenset[str] | None:
         """The marks of the adapters that servers were given last of a view, or (None) of the merge, and may read again
         at any time. None where no server is given one."""
-        heard = [waiter for waiter in self._waiters if waiter.hears(self._merge.settings, view, "current")]
+        heard = [waiter for waiter in self._waiters if waiter.hears(self._merge.settings, view, after)]
         given = [waiter for waiter in heard if waiter.hook.serves_lora]
         calls = self._merge.state.publications
         last = [calls.call(view, waiter.number, hooks.target(waiter.hook)) for waiter in given]
@@ -126,14 +136,11 @@ class Telling:
         if not waiter.hears(self._merge.settings, published.view, after):
             return False
         seq = published.seq or 0
-        wanted = (seq, published.view, waiter.number, hooks.target(waiter.hook))
+        wanted = (published.view, waiter.number, hooks.target(waiter.hook))
         said = (c.entry for c in reversed(self._merge.state.ledger.log[seq:]) if c.kind == "publish")
         calls = (entry for entry in said if isinstance(entry, HookEntry))
-        return not any(
-            (call.of, call.view, call.hook.number, call.hook.target) == wanted
-            and (call.mark is None or call.mark == published.mark)
-            for call in calls
-        )
+        last = next((c for c in calls if (c.view, c.hook.number, c.hook.target) == wanted), None)
+        return last is None or last.of != seq or (last.mark is not None and last.mark != published.mark)
 
     async def _call(self, waiter: Waiter) -> None:
         """Tells one server of what is new, one publication at a time. Nothing waits for it."""

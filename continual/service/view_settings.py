@@ -10,7 +10,8 @@ from continual.engine.views import view_of
 from continual.errors import Misconfigured
 from continual.publish import hub
 from continual.rules import ReadOptions
-from continual.service.outgoing import outgoing
+from continual.service.canary import checking
+from continual.service.outgoing import candidate_link, outgoing
 
 
 def check(settings: Settings) -> None:
@@ -23,6 +24,11 @@ def check(settings: Settings) -> None:
             hub.check(outgoing(settings, name).asked, f"views.{name}.repo")
         if "format" in view.model_fields_set and view.as_lora is None:
             raise Misconfigured(f"views.{name}.format is the layout of an adapter: set as_lora, or leave format out")
+    checking.check(settings)
+    for which, out in [(name, outgoing(settings, name)) for name in (None, *settings.views)]:
+        if out.canary is not None and out.current is not None:
+            of = "the merge" if which is None else f"views.{which}"
+            taken.append((f"the canary of {of}", candidate_link(out.current)))
     for called, place in taken:
         if place is None:
             continue

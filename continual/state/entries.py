@@ -12,6 +12,7 @@ from continual.records import OMITTED, Candidate, ObjectiveRecord, Totals
 from continual.state.fields import body_of, record_of
 from continual.state.parts import (
     BroughtFold,
+    CanaryVerdict,
     CommandEvaluation,
     FoldNumbers,
     HookCall,
@@ -297,6 +298,17 @@ class HookEntry(Entry):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryEntry(Entry):
+    """Record `of`, which was out as a canary, was promoted, or taken back; `view`, `mark`: as in `ReleaseEntry`."""
+
+    kind = "publish"
+    of: int
+    canary: CanaryVerdict
+    view: str | None = field(default=None, metadata=_OMITTED)
+    mark: str | None = field(default=None, metadata=_OMITTED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RepairEntry(Entry):
     """The state was damaged, and a person followed what was left. The merge of record `to` is in force again, and so
     many folds were `undone` for it. `lost`: a line for each record that stood after this place; `tags` and
@@ -339,6 +351,7 @@ ENTRIES: tuple[type[Entry], ...] = (
     RetryEntry,
     ReleaseEntry,
     HookEntry,
+    CanaryEntry,
     RepairEntry,
     CloneEntry,
 )
@@ -368,11 +381,11 @@ def _path_of(key: str) -> str:
 
 
 def _class(kind: object, numbers: Mapping[str, object], where: object) -> type[Entry]:
-    """The class of a record; of two kinds the numbers say which of two classes it is."""
+    """The class of a record; of two kinds the numbers say which of several classes it is."""
     if kind == "tune":
         return TuneEntry if "trials" in numbers else ScaleEntry
     if kind == "publish":
-        return HookEntry if "hook" in numbers else ReleaseEntry
+        return CanaryEntry if "canary" in numbers else HookEntry if "hook" in numbers else ReleaseEntry
     found = _CLASSES.get(kind) if isinstance(kind, str) else None
     if found is None:
         raise Damaged(f"{where}: kind is {kind!r:.60}, none of {', '.join(get_args(EntryKind))}")

@@ -294,3 +294,15 @@ class HookCall:
     attempts: int
     seconds: float
     message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryVerdict:
+    """What became of a canary: who decided it (`by`: `command`, `http`, `time`, `hub` or `metric`), the `why` in a
+    sentence, after so many `measurements`, of which the newest had these `values`."""
+
+    verdict: Literal["promoted", "failed"]
+    by: str
+    why: str
+    measurements: int
+    values: tuple[float, ...] = ()

@@ -1,5 +1,6 @@
-"""The newest of a state's records of releases, and of calls of hooks that went well, found without reading any record
-twice: a daemon asks for them at each publication, and whoever was never told of one would be looked for in all."""
+"""The newest of a state's records of releases, of canaries, and of calls of hooks that went well, found without
+reading any record twice: a daemon asks for them at each publication, and whoever was never told of one would be looked
+for in all."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import TypeVar
 
-from continual.state.entries import HookEntry, ReleaseEntry
+from continual.state.entries import CanaryEntry, HookEntry, ReleaseEntry
 from continual.state.format import Commit
 
 K = TypeVar("K")
@@ -23,6 +24,7 @@ class Publications:
         self._looked = range(len(log), len(log))  # the records that were looked at
         self._releases: dict[tuple[str, str], ReleaseEntry] = {}
         self._calls: dict[tuple[str | None, int, str], HookEntry] = {}
+        self._verdicts: dict[str | None, CanaryEntry] = {}
         self._lock = threading.Lock()
 
     def release(self, repo: str, branch: str) -> ReleaseEntry | None:
@@ -34,6 +36,10 @@ class Publications:
         """The record of the last call that went well of a hook, by its number among the settings and what it calls,
         after a publication of a view, or (None) of the merge. Raises as `release`."""
         return self._found(self._calls, (view, number, target))
+
+    def verdict(self, view: str | None) -> CanaryEntry | None:
+        """The newest record of what became of a canary of a view, or (None) of the merge. Raises as `release`."""
+        return self._found(self._verdicts, view)
 
     def _found(self, table: dict[K, V], key: K) -> V | None:
         with self._lock:
@@ -58,3 +64,5 @@ class Publications:
             whom = entry.view, entry.hook.number, entry.hook.target
             if newer or whom not in self._calls:
                 self._calls[whom] = entry
+        elif isinstance(entry, CanaryEntry) and (newer or entry.view not in self._verdicts):
+            self._verdicts[entry.view] = entry

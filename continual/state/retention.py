@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from continual.state import canaries
 from continual.state.durable import environment, move_away, remove_tree, trouble
 from continual.state.generation import RECEIPTS
 from continual.state.ledger import Ledger
@@ -46,13 +47,14 @@ class Keep(NamedTuple):
 
 def expired(path: Path, ledger: Ledger, keep: Keep, *, then: str | None = None) -> list[str]:
     """The generations on disk that may go: not the one in force, none of the newest as `keep` says, none that a tag
-    names, none that a living reader has leased. `then`: as it will be once that generation is put in force again.
-    Raises OSError."""
+    names or a canary needs, none that a living reader has leased. `then`: as it will be once that generation is put
+    in force again. Raises OSError."""
     again = [] if then is None else [then]
     newest = [*again, *islice((g for g in reversed(ledger.generations) if g != then), keep.most)][: keep.most]
     if keep.nbytes is not None:
         newest = _within(path, newest, keep.nbytes)
     tagged = {ledger.get(seq).generation for seq in ledger.tags.values()}
+    tagged |= {ledger.get(seq).generation for seq in canaries.held(path) if seq <= ledger.head.seq}
     held = {then or ledger.head.generation, *newest, *tagged, *_leased_by_files(path / "leases")}
     found = [name for name in kept(path, ledger) if name not in held]
     return [name for name in found if not _is_leased(path / "generations" / name)]

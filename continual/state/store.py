@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from continual.errors import Misconfigured, Retry
 from continual.state import adoption, arrays, framing, lock, names, opening, retention, task_inputs
 from continual.state.arrays import Array
+from continual.state.canaries import Canaries
 from continual.state.durable import environment, replace_bytes, sync_file, usable
 from continual.state.entries import Entry, InitEntry, RollbackEntry, TagEntry
 from continual.state.format import Commit, Format
@@ -43,6 +44,7 @@ class State:
         self.acknowledged = -1
         self.ledger = ledger
         self.publications = Publications(ledger.log)
+        self.canaries = Canaries(path)
         self._lock_fd = lock_fd
         self.on_step = on_step
         self._journal = Journal(path, ledger, on_step)
@@ -189,13 +191,14 @@ class State:
             generation.load()
         return generation
 
-    def rollback(self, seq: int) -> Commit:
-        """Puts the generation of record `seq` in force again. Raises Misconfigured if it has expired."""
+    def rollback(self, seq: int, because: str | None = None) -> Commit:
+        """Puts the generation of record `seq` in force again; `because`: why, for the record. Raises Misconfigured if
+        it has expired."""
         self.must_be_writable()
         target = self.ledger.get(seq)
         self.generation_of(target)
-        undone = len(self.ledger.undone(seq))
-        entry = RollbackEntry(to=seq, undone=undone, message=f"back to record {seq}")
+        said = f"back to record {seq}{f': {because}' if because else ''}"
+        entry = RollbackEntry(to=seq, undone=len(self.ledger.undone(seq)), message=said)
         return self._journal.append(entry, Held(target.generation, target.receipts))
 
     def tag(self, name: str, seq: int | None = None, *, force: bool = False) -> Commit:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from continual.errors import Damaged, Misconfigured, Retry
-from continual.state import excerpts, paused, task_inputs
+from continual.state import canaries, excerpts, paused, task_inputs
 from continual.state.format import Format
 from continual.state.generation import RECEIPTS, Generation, Receipts
 from continual.state.ledger import Ledger
@@ -52,7 +52,7 @@ def strays(path: Path, form: Format, ledger: Ledger) -> list[Stray]:
             found += _in(entry, "commits", _RECORD)
         elif name == excerpts.DIRECTORY:
             found += _in(entry, name, _RECORD)
-        elif name in ("tags", "sources", "inbox"):
+        elif name in ("tags", "sources", "inbox", canaries.DIRECTORY):
             found += _tags(entry, ledger) if name == "tags" else _in(entry, name, _FRAMED)
         elif name == "leases":
             found += _in(entry, name, _LEASE)

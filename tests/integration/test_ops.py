@@ -46,6 +46,9 @@ def filled() -> Metrics:
     metrics.pool(9, replace(select(), gap=0.5, loss=1.5, before=2.5))
     metrics.released(11)
     metrics.hook("http", ok=True)
+    metrics.canaries(2)
+    metrics.canary_measured("inconclusive")
+    metrics.canary_ended("failed")
     for requests, received, polled in ((5, 60, 1.0), (7, 90, 2.0)):
         metrics.source(
             {
@@ -65,6 +68,9 @@ def test_every_series_says_what_was_observed() -> None:
         "continual_releases_total 1.0",
         "continual_released_bytes_total 11.0",
         'continual_hooks_total{kind="http",result="ok"} 1.0',
+        "continual_canaries 2.0",
+        'continual_canary_measurements_total{verdict="inconclusive"} 1.0',
+        'continual_canary_verdicts_total{verdict="failed"} 1.0',
         "continual_hub_requests_total 7.0",
         "continual_hub_received_bytes_total 90.0",
         "continual_hub_last_poll_timestamp_seconds 2.0",

@@ -12,7 +12,7 @@ from typer.models import OptionInfo
 
 from continual.cli.flags import FLAGS
 from continual.cli.main import run
-from continual.config import HookSettings, HubSettings, ReleaseSettings, Settings, ViewSettings, load
+from continual.config import CanarySettings, HookSettings, HubSettings, ReleaseSettings, Settings, ViewSettings, load
 from tests.helpers.pages import DOCS, PAGES, blocks, name
 
 HEAD = "| setting | default | flag | what it says |\n|---|---|---|---|\n"
@@ -61,6 +61,14 @@ def test_every_setting_is_on_the_page_with_default_flag_and_meaning() -> None:
 def test_every_setting_of_the_hub_is_named_on_its_page(kind: type[BaseModel]) -> None:
     page = (DOCS / "hub.md").read_text()
     assert [setting for setting in kind.model_fields if not re.search(rf"\b{setting}\b", page)] == []
+
+
+def test_every_setting_of_a_canary_is_on_its_page_with_default_and_meaning() -> None:
+    head = "| setting | default | what it says |\n|---|---|---|\n"
+    table = (DOCS / "hub.md").read_text().partition("## Canaries")[2].partition(head)[2].partition("\n\n")[0]
+    defaults = dict(CanarySettings())
+    fields = CanarySettings.model_fields.items()
+    assert table.splitlines() == [f"| `{key}` | {said(defaults[key])} | {row.description} |" for key, row in fields]
 
 
 def test_every_setting_of_a_view_is_named_on_its_page() -> None:

@@ -13,8 +13,10 @@ from continual.engine.views import check_read_at
 from continual.errors import Misconfigured, Retry
 from continual.rules import ReadOptions
 from continual.service import release as releasing
+from continual.service.canary import stages
 from continual.service.control.requests import (
     PauseRequest,
+    PromoteRequest,
     ReleaseRequest,
     Request,
     ResumeRequest,
@@ -25,6 +27,7 @@ from continual.service.control.requests import (
     TagRequest,
     UnfoldRequest,
 )
+from continual.service.outgoing import outgoing
 from continual.state import going_back, paused
 from continual.state.fields import body_of
 from continual.texts import Json, jsonable
@@ -71,7 +74,10 @@ def act(merge: Merge, request: Request, hear: Hearing) -> Answer:
             return look_release(merge, request)
         found_release = release(merge, request)
         merge.record(releasing.entry(found_release.released, request.view))
+        stages.put_link(merge, request.view)
         return found_release.answer
+    if isinstance(request, PromoteRequest):
+        return promote(merge, request, alone=True)
     return _pausing(merge, request)
 
 
@@ -84,8 +90,22 @@ def look_release(merge: Merge, request: ReleaseRequest) -> Answer:
 def release(merge: Merge, request: ReleaseRequest) -> ReleaseAnswer:
     """Releases a record on the Hub, without the record of it in the ledger. From any thread. Raises Misconfigured,
     Trouble, Retry."""
-    out = releasing.release(merge, request.at, view=request.view)
+    if outgoing(merge.settings, request.view).canary is not None:
+        out = stages.release_candidate(merge, request.view, request.at)
+    else:
+        out = releasing.release(merge, request.at, view=request.view)
     return ReleaseAnswer(out, {"released": jsonable(out)})
+
+
+def promote(merge: Merge, request: PromoteRequest, *, alone: bool) -> Answer:
+    """Has a canary promoted; `alone`: where no daemon does it after this. From any thread. Raises Misconfigured,
+    Trouble, Retry and Halt."""
+    if request.dry_run:
+        raise Misconfigured("promote has no dry run: 'continual status' shows the canaries")
+    found = stages.promote(merge, request.view, request.at, "command", "by 'continual promote'")
+    if alone:
+        stages.finish(merge, found)
+    return {"promoted": {"view": found.view, "seq": found.seq, "done": alone}}
 
 
 def told(what: Outcome | Taken) -> str:

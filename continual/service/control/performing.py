@@ -3,6 +3,7 @@ from it for the parts that run."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
@@ -15,7 +16,7 @@ from continual.service.aside import aside
 from continual.service.control import acting
 from continual.service.control.acting import Answer
 from continual.service.control.parley import Hearing
-from continual.service.control.requests import ReleaseRequest, Request, RetryRequest
+from continual.service.control.requests import PromoteRequest, ReleaseRequest, Request, RetryRequest
 from continual.service.control.turns import Turns
 from continual.service.status import Live
 from continual.sources.contract import Source
@@ -25,9 +26,19 @@ Recorder = Callable[[Entry], Awaitable[None]]
 
 
 class Performing:
-    """Does requests for a daemon on the open `merge`. `record` makes a record at its turn."""
+    """Does requests for a daemon on the open `merge`. `record` makes a record at its turn; `promoted` is called when
+    somebody has a canary promoted."""
 
-    def __init__(self, merge: Merge, live: Live, turns: Turns, record: Recorder, sources: Sequence[Source]) -> None:
+    def __init__(
+        self,
+        merge: Merge,
+        live: Live,
+        turns: Turns,
+        record: Recorder,
+        sources: Sequence[Source],
+        promoted: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._promoted = promoted
         self._merge = merge
         self._live = live
         self._turns = turns
@@ -59,7 +70,12 @@ class Performing:
                 return await aside(partial(acting.look_release, self._merge, request))
             out = await aside(partial(acting.release, self._merge, request))
             await self._record(releasing.entry(out.released, request.view))
+            self._promoted()  # a canary may be out by now
             return out.answer
+        if isinstance(request, PromoteRequest):
+            answer = await asyncio.to_thread(acting.promote, self._merge, request, alone=False)
+            self._promoted()
+            return answer
         return await self._turns.ask(request.title, partial(self._act, request, hear))
 
     def _act(self, request: Request, hear: Hearing) -> Answer:

@@ -98,6 +98,15 @@ class ReleaseRequest(Asking):
     view: Word | None = None
 
 
+class PromoteRequest(Asking):
+    """Promote the canary of the merge, or of a view; `at`: the record that it has to be."""
+
+    command: Literal["promote"] = "promote"
+    title = "promote"
+    at: Seq | None = None
+    view: Word | None = None
+
+
 class PauseRequest(Asking):
     """Fold nothing until `resume`."""
 
@@ -120,6 +129,7 @@ Request = (
     | ScaleRequest
     | RoundRequest
     | ReleaseRequest
+    | PromoteRequest
     | PauseRequest
     | ResumeRequest
 )

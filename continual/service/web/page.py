@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 
 from continual.service.web.view import (
+    ShownCanary,
     ShownFold,
     ShownForm,
     ShownPublication,
@@ -96,6 +97,7 @@ def render(status: Status) -> str:
         _folds(status.last_folds),
         _merge(status),
         _views(status),
+        _canaries(status.canaries),
         _published(status.published),
         "<h2>Refusals</h2>",
         _refusals(status.refusals),
@@ -198,6 +200,31 @@ def _published(rows: Sequence[ShownPublication]) -> str:
         return ""
     table = _table(("record", "when", "what"), ((r.seq, when(r.time), r.message) for r in rows))
     return f"<h2>Published</h2>{table}"
+
+
+def _canaries(rows: Sequence[ShownCanary]) -> str:
+    """What is out as a canary, and what was seen of it."""
+    if not rows:
+        return ""
+    table = _table(
+        ("canary", "record", "phase", "since", "in place of", "where", "measured", "alarms", "nothing said", "what"),
+        (
+            (
+                r.view or "the merge",
+                r.seq,
+                r.phase,
+                when(r.since) if r.since else "",
+                "" if r.back is None else r.back,
+                ", ".join(r.places),
+                r.measurements,
+                f"{r.failed} of {r.kept}",
+                f"{r.inconclusive} of {r.kept}",
+                r.said,
+            )
+            for r in rows
+        ),
+    )
+    return f"<h2>Canaries</h2>{table}"
 
 
 def _views(status: Status) -> str:

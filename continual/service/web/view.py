@@ -131,6 +131,26 @@ class ShownView:
 
 
 @dataclass(frozen=True, slots=True)
+class ShownCanary:
+    """A canary, of a view or (None) of the merge: record `seq`, which is to replace record `back` (None: nothing is
+    out). `phase`: `goes out`, `watched`, `promoted` (on its way) or `failed` (being taken back); `since`: when it was
+    out. Of `measurements` in all, how many of the newest `kept` were alarms (`failed`) or said nothing
+    (`inconclusive`); `said`: the newest, or why it was decided. `places`: where it lies."""
+
+    view: str | None
+    seq: int
+    back: int | None
+    phase: str
+    since: str | None
+    places: tuple[str, ...]
+    measurements: int
+    kept: int
+    failed: int
+    inconclusive: int
+    said: str
+
+
+@dataclass(frozen=True, slots=True)
 class ShownRound:
     """A round: the number and time of its record, the loss at its end and before it, the duality gap at its end, and
     how many steps it took."""
@@ -221,6 +241,7 @@ class Status:
     form: ShownForm = ShownForm("whole tensors")
     views: tuple[ShownView, ...] = ()
     shares: tuple[ShownShares, ...] = ()
+    canaries: tuple[ShownCanary, ...] = ()
 
     def body(self) -> dict[str, Json]:
         """What `/api/status` and `continual status --json` give: each kind of source has a key of its own name."""

@@ -32,6 +32,7 @@ def test_each_reason_has_its_sentence() -> None:
     health.fails("publish", "publish", "no permission")
     health.fails("release", "release", "the Hub has trouble")
     health.fails("hook", "http (http://x)", "HTTP 500")
+    health.fails("canary", "the merge", "no data")
     here, hub = FolderSource(Path("/gone")), FolderSource(Path("/hub"))
     here.problem = "/gone: the folder cannot be reached"
     hub.problem, hub.denied = "check HF_TOKEN", True
@@ -48,6 +49,7 @@ def test_each_reason_has_its_sentence() -> None:
     for reason, which in (("round", "a round over the pool"), ("publish", "publish"), ("release", "release")):
         health.works(reason, which)
     health.works("hook", "http (http://x)")
+    health.works("canary", "the merge")
     here.problem = hub.problem = None
     assert health.found([here, hub], [queued("a", FAILED - 1)]) == []
 

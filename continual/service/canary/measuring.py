@@ -1,0 +1,236 @@
+"""One look at a canary: what Prometheus says of it, and what the evaluation command does. What follows from it is
+decided in `verdicts.py`."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import math
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+from urllib.parse import urlencode, urlsplit
+
+from continual.config import CanarySettings
+from continual.errors import ContinualError
+from continual.evaluation import scores
+from continual.outside import Malformed, few, parse_fields, shown
+from continual.publish import folder
+from continual.service.canary.verdicts import moment
+from continual.service.outgoing import OutPlan, candidate_link
+from continual.state.canaries import CanaryRecord, Measurement
+from continual.tensors import Folder
+from continual.tuning.choosing import scratch_directory
+from continual.tuning.command import Command, CommandFailed, last_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from continual.api import Merge
+
+LARGEST = 1 << 20
+"""Bytes of an answer of Prometheus that are read."""
+MOST = 1000
+"""Values that an answer may have."""
+KEPT = 10
+"""Values of a measurement that are kept, the worst first."""
+_LONGEST = 400
+Verdict = Literal["passed", "failed", "inconclusive"]
+
+
+class Answered(NamedTuple):
+    """What one of them says: the verdict, a sentence, and the values, the worst first."""
+
+    verdict: Verdict
+    said: str
+    values: tuple[float, ...] = ()
+
+
+class Unanswered(Exception):
+    """Prometheus said nothing that can be used; the message says what came instead."""
+
+
+def measure(merge: Merge, out: OutPlan, record: CanaryRecord) -> Measurement:
+    """One look at the canary `record`; blocks as long as what is asked takes. An alarm of either counts; one that
+    says nothing leaves it open, whatever the other says. Never raises for what the other side does."""
+    canary = out.canary
+    assert canary is not None
+    seen = [queried(canary)] if canary.query is not None else []
+    if canary.evaluate and not any(one.verdict == "failed" for one in seen):
+        seen.append(_evaluated(merge, out, record))
+    order: tuple[Verdict, ...] = ("failed", "inconclusive", "passed")
+    worst = min(seen, key=lambda one: order.index(one.verdict))
+    finite = tuple(value for value in worst.values if math.isfinite(value))
+    return Measurement(
+        time=moment(datetime.now(UTC)), verdict=worst.verdict, said=worst.said[:_LONGEST], values=finite[:KEPT]
+    )
+
+
+def queried(canary: CanarySettings) -> Answered:
+    """What Prometheus says now, beside the limits."""
+    what = f"query {canary.query}"
+    try:
+        values = ask(canary)
+    except Unanswered as error:
+        return Answered("inconclusive", f"{what}: {error}")
+    if not values:
+        return Answered("inconclusive", f"{what}: no data")
+    worst = sorted(values, key=lambda value: -_beyond(value, canary))
+    if any(math.isnan(value) for value in values):
+        return Answered("inconclusive", f"{what}: {len(values)} values, and one of them is no number (NaN)")
+    if _beyond(worst[0], canary) > 0:
+        limit = f"above max = {canary.max:g}" if _is_above(worst[0], canary) else f"below min = {canary.min:g}"
+        return Answered("failed", f"{what}: {worst[0]:.6g} is {limit}", tuple(worst))
+    return Answered("passed", f"{what}: {few(f'{value:.6g}' for value in worst)}", tuple(worst))
+
+
+def _is_above(value: float, canary: CanarySettings) -> bool:
+    return canary.max is not None and value > canary.max
+
+
+def _beyond(value: float, canary: CanarySettings) -> float:
+    """By how much a value is beyond the limits; not above 0 where it keeps to them."""
+    above = -math.inf if canary.max is None else value - canary.max
+    below = -math.inf if canary.min is None else canary.min - value
+    return max(above, below)
+
+
+def ask(canary: CanarySettings) -> list[float]:
+    """The values that Prometheus gives for the query now. Raises Unanswered."""
+    body = _asked(canary)
+    if body.get("status") != "success":
+        raise Unanswered(f"Prometheus says: {shown(body.get('error') or body.get('status') or 'nothing')}")
+    data = body.get("data")
+    kind, result = (data.get("resultType"), data.get("result")) if isinstance(data, dict) else (None, None)
+    if kind == "scalar" and isinstance(result, list):
+        return [_value(result)]
+    if kind == "vector" and isinstance(result, list):
+        if len(result) > MOST:
+            raise Unanswered(f"{len(result)} values are too many: aggregate them, as by max(…)")
+        return [_value(row.get("value")) if isinstance(row, dict) else _value(None) for row in result]
+    raise Unanswered(f"its result is a {shown(kind)}, and not one value for each series")
+
+
+def _value(pair: object) -> float:
+    """The value of a pair [time, "value"]. Raises Unanswered for what is none, as a histogram."""
+    try:
+        return float(pair[1]) if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) else _no()
+    except ValueError:
+        return _no()
+
+
+def _no() -> float:
+    raise Unanswered("one of its values is no number")
+
+
+class _Here(urllib.request.HTTPErrorProcessor):
+    """Hands on every answer as it is: no redirect is followed, no status is an exception."""
+
+    def http_response(
+        self,
+        request: urllib.request.Request,  # noqa: ARG002
+        response: http.client.HTTPResponse,
+    ) -> http.client.HTTPResponse:
+        return response
+
+    https_response = http_response
+
+
+def _asked(canary: CanarySettings) -> dict[str, object]:
+    """The answer of Prometheus. A proxy of the environment is used, but never for this machine itself."""
+    url = f"{canary.prometheus.rstrip('/')}/api/v1/query"
+    data = urlencode({"query": canary.query or "", "timeout": f"{canary.timeout:g}"}).encode()
+    request = urllib.request.Request(url, data, {"User-Agent": "continual"})
+    direct = [urllib.request.ProxyHandler({})] if _is_here(urlsplit(url).hostname or "") else []
+    until = time.monotonic() + canary.timeout
+    try:
+        with urllib.request.build_opener(_Here, *direct).open(request, timeout=canary.timeout) as answer:
+            status, read = answer.status, bytearray()
+            while part := answer.read1(LARGEST + 1 - len(read)):
+                read += part
+                if len(read) > LARGEST:
+                    raise Unanswered(f"HTTP {status}, and more than {LARGEST} bytes")
+                if time.monotonic() > until:
+                    raise TimeoutError
+    except TimeoutError:
+        raise Unanswered(f"Prometheus did not answer within {canary.timeout:g} s") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, TimeoutError):
+            raise Unanswered(f"Prometheus did not answer within {canary.timeout:g} s") from None
+        said = getattr(reason, "strerror", None) or type(reason).__name__
+        raise Unanswered(f"Prometheus cannot be asked ({said})") from None
+    try:
+        return parse_fields(bytes(read))
+    except Malformed as error:
+        raise Unanswered(f"HTTP {status}, and no JSON of Prometheus ({error})") from None
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _evaluated(merge: Merge, out: OutPlan, record: CanaryRecord) -> Answered:
+    """What the evaluation command says of the canary, beside what it is to replace (the base, where nothing was
+    promoted yet)."""
+    wanted = merge.settings.evaluation
+    try:
+        with _models(merge, out, record) as (after, before):
+            known = _run(merge, before, "what the canary is to replace")
+            try:
+                now = _run(merge, after, f"the canary, record {record.seq}")
+            except CommandFailed as error:
+                return Answered("failed", f"evaluation of {error}")
+        found = scores.compare(known, now, wanted.max_drop, lower=wanted.lower, sigmas=wanted.sigmas)
+    except (ContinualError, OSError) as error:
+        return Answered("inconclusive", f"evaluation: {error}")
+    if found.worse:
+        return Answered("failed", f"evaluation: {_drops(found.worse)}", tuple(one.drop for one in found.worse))
+    if found.unclear:
+        return Answered("inconclusive", f"evaluation: {_drops(found.unclear)}, which may be chance")
+    return Answered("passed", f"evaluation: {few(f'{key} {scores.mean(value):.4g}' for key, value in now.items())}")
+
+
+def _drops(found: Sequence[scores.Drop]) -> str:
+    told = [f"{one.name} is {'missing' if math.isinf(one.drop) else f'worse by {one.drop:.4g}'}" for one in found]
+    return ", ".join(told)
+
+
+@contextmanager
+def _models(merge: Merge, out: OutPlan, record: CanaryRecord) -> Iterator[tuple[Path, Path]]:
+    """Directories with the canary and with what it is to replace, as whole models: those that are out, where whole
+    models are, else exports that go again. Raises Misconfigured, Retry and Halt."""
+    with scratch_directory(merge.settings.evaluation.directory) as place:
+
+        def model(link: Path | None, seq: int, name: str) -> Path:
+            there = {} if link is None else folder.provenance_in(link)
+            if link is not None and out.as_lora is None and there.get("seq") == seq:
+                return link.resolve()
+            return merge.export(folder.Target(place / name, at=seq), view=out.view)
+
+        link = None if out.current is None else candidate_link(out.current)
+        after = model(link, record.seq, "candidate")
+        if record.back is not None:
+            yield after, model(out.current, record.back, "before")
+            return
+        with merge.weights() as whole:
+            base = whole.checkpoint.place
+            yield after, base.path if isinstance(base, Folder) else model(None, 0, "before")
+
+
+def _run(merge: Merge, model: Path, what: str) -> dict[str, scores.Metric]:
+    wanted = merge.settings.evaluation
+    with scratch_directory(None) as logs:
+        line = last_line(Command(wanted.command, timeout=wanted.timeout), model, logs, what, merge.stopping)
+    try:
+        return scores.parse(line)
+    except ValueError as error:
+        raise CommandFailed(f"{what}: {error}") from None
