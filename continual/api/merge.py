@@ -11,11 +11,11 @@ The commands and the daemon work with `Merge`, and so can any program:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from continual import selection, tuning
+from continual import removal, selection, tuning
 from continual.api import diffs
 from continual.api.opened_state import OpenedState
 from continual.config import settings_of
@@ -204,6 +204,15 @@ class Merge(OpenedState):
         commit = take_out(self.engine, plan, progress)
         self.expire()
         return commit
+
+    def certify(
+        self, seq: int, file: str | Path, *, at: str | Path | None = None, progress: Progress = silent
+    ) -> Mapping[str, object]:
+        """Writes to `file` the certificate that record `seq` took its model out, which anybody can check
+        (`continual.removal.verifier`); `at` is where the model is now, if it was moved. The generation before has to be
+        there still: `lease` it. Raises Misconfigured where that cannot be shown, Damaged where it is not so, Retry."""
+        place = None if at is None else self.places.named(at)
+        return removal.certified(self.engine, seq, Path(file), place, progress)
 
     def combine(
         self, other: str | Path, *, dry_run: bool = False, progress: Progress = silent

@@ -11,6 +11,7 @@ import typer
 from continual import texts
 from continual.cli import answered, console, opened, typed
 from continual.cli.flags import MACHINE, OPENING, Flags, Lines, Yes, takes
+from continual.cli.proving import proving
 from continual.outside import counted, few_shares
 
 if TYPE_CHECKING:
@@ -199,11 +200,27 @@ def unfold(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it takes and change nothing.")] = False,
     yes: Yes = False,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(
+            "--certificate", help="Write there a proof of the removal that anybody can check.", show_default=False
+        ),
+    ] = None,
     *,
     flags: Flags,
 ) -> None:
     """Take a model out of the merge: subtracted where the rule allows it, else the later ones are folded again without
     it."""
+    if certificate is None:
+        _unfold(model, at, flags, dry_run=dry_run, yes=yes)
+        return
+    with proving(certificate, model, at, flags) as proof:
+        if proof.seq is None:
+            proof.seq = _unfold(model, at, flags, dry_run=dry_run, yes=yes)
+
+
+def _unfold(model: str, at: Path | None, flags: Flags, *, dry_run: bool, yes: bool) -> int | None:
+    """Takes a model out, and returns the number of the record of it; None of a dry run."""
     from continual.service.control.requests import UnfoldRequest
 
     where = None if at is None else typed.here(str(at))
@@ -213,11 +230,11 @@ def unfold(
         plan = answered.fields(look["plan"])
         if dry_run and flags.json:
             console.emit({"plan": plan, "record": None})
-            return
+            return None
         if not flags.json:
             answered.unfold_plan(look)
         if dry_run:
-            return
+            return None
         expected = 0 if plan["exact"] else len(answered.rows(plan["again"]))
         asked = asked.model_copy(update={"expected": expected})
         if expected:
@@ -225,13 +242,14 @@ def unfold(
             console.must_be_asked(costs)
             console.must_agree(f"{costs}. Go on?")
     done = opened.act(flags, asked, quiet=flags.json)
+    taken, record = answered.fields(done["plan"]), answered.fields(done["record"])
     if flags.json:
         console.emit({"plan": done["plan"], "record": done["record"]})
-        return
+        return int(record["seq"])
     if yes:
         answered.unfold_plan(done)
-    taken, record = answered.fields(done["plan"]), answered.fields(done["record"])
     console.say(f"{taken['name']}: taken out as record {record['seq']}")
+    return int(record["seq"])
 
 
 @app.command()

@@ -33,6 +33,7 @@ ROOMS = (
     ("sources", "blocks executors gates rules texts"),
     ("engine", "objectives sources texts"),
     ("publish", "gates objectives sources texts"),
+    ("removal", "blocks config gates hub linalg objectives publish sources texts"),
     ("tuning", "gates hub sources texts"),
     ("evaluation", "gates hub publish sources texts"),
     ("selection", "hub publish sources texts"),

@@ -1,7 +1,8 @@
 """What it costs to look back: `diff`, what an export says of its models, `explain`, against an export in the same
-process.
+process; and the proof that a model was taken out, against taking it out.
 
     python -m tests.campaigns.bench.looking_back [--gigabytes 0.5] [--rules mean tsv-m] [--models 4] [--repeats 3]
+        [--only removal]
 
 A bf16 model with random fine-tunes, each folded by one thread into a state of whole tensors; and a state of adapters of
 the same base. CPU seconds, medians of `--repeats`, and the ratio to an export; memory is what came beyond what was held
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +28,10 @@ from continual import api, making
 from continual.config import Settings
 from continual.engine.attributing import Sketched
 from continual.publish.folder import Target
+from continual.removal.verifier import verify
 from tests.helpers import adapters, models
+
+GATES = ["noise.act=off", "norms.act=off", "copies.act=off"]
 
 
 def peak() -> int:
@@ -67,24 +73,61 @@ def turn(merge: api.Merge, scratch: Path) -> dict[str, float]:
     return found
 
 
+def removal(work: Path, base: Path, rule: str) -> None:
+    """What a proof costs beside the unfold that it is about, and how near that comes to never folding."""
+    merged = []
+    for skipped in (None, 3):
+        making.init(base, work / "state", making.Recipe(rule=rule))
+        with api.Merge(Settings(state=work / "state", workers=1, gates=GATES), write=True) as merge:
+            for number in range(8):
+                place = work / f"removal-{number}"
+                models.fine_tune(base, place, number)
+                if number != skipped:
+                    assert merge.fold(place).fate == "folded"
+                if number != 3:
+                    shutil.rmtree(place)
+            if skipped is None:
+                with merge.state.lease():
+                    unfolding = seconds(lambda: merge.unfold(merge.look_unfold("removal-3")))
+                    certifying = seconds(lambda: merge.certify(merge.head, work / "certificate.json"))
+                certificate = json.loads((work / "certificate.json").read_text())
+                state, model = merge.state.path, work / "removal-3"
+                verifying = seconds(partial(verify, certificate, state, state, model, base))
+            names = [spec.name for spec in merge.state.format.tensors]
+            merged.append([merge.read(name) for name in names])
+        shutil.rmtree(work / "state")
+        shutil.rmtree(work / "removal-3")
+    change = math.fsum(float((a - b).double().square().sum()) for a, b in zip(*merged, strict=True))
+    length = math.fsum(float(b.double().square().sum()) for b in merged[1])
+    nbytes = (work / "certificate.json").stat().st_size
+    print(
+        f"  {rule}, 8 folded and one taken out: off by {math.sqrt(change / length):.2g} of what never had it; unfold "
+        f"{unfolding:.2f} s, certificate {certifying / unfolding:.2f} and check {verifying / unfolding:.2f} of that; "
+        f"{nbytes / 1000:.0f} kB; rounding at most {certificate['bound']:.2g}"
+    )
+    (work / "certificate.json").unlink()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=0.5)
     parser.add_argument("--rules", nargs="+", default=["mean", "tsv-m"])
     parser.add_argument("--models", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=("all", "removal"), default="all")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         base = models.base(work / "base", shapes=models.big_shapes(args.gigabytes, layers=24), dtype=torch.bfloat16)
         size = (base / "model.safetensors").stat().st_size / 1e9
         print(f"model of {size:.2f} GB, {args.models} models; CPU seconds, medians of {args.repeats}")
-        for form in (*args.rules, "adapters"):
+        for rule in ("mean", "task-arithmetic"):
+            removal(work, base, rule)
+        for form in (*args.rules, "adapters") if args.only == "all" else ():
             state = work / "state"
             width = 64 if form == "adapters" else None
             making.init(base, state, making.Recipe(rule=None if width else form, width=width))
-            gates = ["noise.act=off", "norms.act=off", "copies.act=off"]
-            settings = Settings(state=state, workers=1, keep=50, max_base_ratio=100.0, gates=gates)
+            settings = Settings(state=state, workers=1, keep=50, max_base_ratio=100.0, gates=GATES)
             with api.Merge(settings, write=True) as merge:
                 for number in range(args.models):
                     place = work / f"fine-tune-{number}"

@@ -1,0 +1,193 @@
+"""Writes the statement that a model was taken out of a merge: from the bytes of the state before and after, of the base
+and of the model. What it says, and how it is checked, is in verifier.py, whose arithmetic is used here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from continual.engine.engine import Engine
+from continual.errors import Damaged, Misconfigured
+from continual.executors.contract import Progress, Task
+from continual.outside import few
+from continual.records import Lineage, TensorSpec
+from continual.removal import verifier
+from continual.removal.verifier import FileWeights, Generations, Refused, SumFacts
+from continual.rules import Rule
+from continual.rules.sums import GROUP, SLOT
+from continual.state import Commit, State
+from continual.state.durable import environment, replace_bytes, usable
+from continual.state.entries import UnfoldEntry
+from continual.state.format import FoldCommit
+from continual.tensors import Adapter, Checkpoint, Folder, Place, open_model
+from continual.tensors.matched.matching import naming_of, sources
+
+
+def check_certifiable(state: State, rule: Rule) -> None:
+    """Raises Misconfigured where no certificate of a removal can be written: what is kept is no plain sum."""
+    why = None
+    if state.format.form is not None:
+        why = "a state of adapters keeps models apart, and takes one out whole"
+    elif rule.options.get("before"):
+        why = "transforms change task vectors before they are folded"
+    elif rule.laws.combine is None or rule.laws.keeps != GROUP.keeps:
+        why = f"{rule.name} keeps something else"
+    elif any(set(slots) - {SLOT} for slots in state.format.slots.values()):
+        why = f"{rule.name} keeps more"
+    if why:
+        raise Misconfigured(
+            "no certificate of a removal can be written here: it shows that a sum of task vectors is less by one, and "
+            f"{why}"
+        )
+
+
+def check_place(file: Path) -> None:
+    """Raises Misconfigured where a certificate cannot be written to `file`."""
+    with usable(f"cannot write {file}"):
+        if file.exists() or file.is_symlink():
+            raise Misconfigured(f"certificate = {file}: is there already; name a file that is not")
+        if not file.absolute().parent.is_dir():
+            raise Misconfigured(f"certificate = {file}: no such directory to write it in")
+
+
+def certified(engine: Engine, seq: int, file: Path, at: Place | None, progress: Progress) -> Mapping[str, Any]:
+    """Writes to `file` the certificate that record `seq` took its model out, and returns it. `at` is where the model is
+    now, if it was moved. Raises Misconfigured where that cannot be shown, naming what is in the way; Damaged where the
+    state after is not the one before less the model; Retry."""
+    state = engine.state
+    check_certifiable(state, engine.rule)
+    last = state.ledger.get(seq)
+    first = state.ledger.get(seq - 1)
+    entry = last.entry
+    if not isinstance(entry, UnfoldEntry) or entry.tau_norm is None or entry.again:
+        raise Misconfigured(f"record {seq} subtracted no model: there is nothing to certify")
+    fold = next(f for f in state.ledger.folds(at=first.seq) if (f.seq, f.entry.candidate.key) == (entry.of, entry.key))
+    with state.lease(first.seq), state.lease(seq):
+        before, after = state.generation_of(first), state.generation_of(last)
+        assert before is not None, "it had the model"
+        assert after is not None, "it was written"
+        with open_model(at or engine.locate(fold.entry.candidate)) as model:
+            folder = _folder(model.place, "the model")
+            if isinstance(model, Adapter):
+                raise Misconfigured(f"{fold.entry.candidate.name} is an adapter: a certificate is of whole fine-tunes")
+            places = Generations(before.directory, after.directory, FileWeights(_base(engine)), FileWeights(folder))
+            lineage = engine.lineage(model, by_token=bool(fold.entry.numbers.tokens))
+            said = _named(engine, model, lineage)
+        try:
+            return _written(engine, (first, last, fold), places, said, file, progress)
+        except Refused as error:
+            raise Damaged(f"{fold.entry.candidate.name}: what record {seq} says cannot be shown: {error}") from None
+
+
+def _written(
+    engine: Engine,
+    records: tuple[Commit, Commit, FoldCommit],
+    places: Generations,
+    said: Mapping[str, dict[str, Any]],
+    file: Path,
+    progress: Progress,
+) -> Mapping[str, Any]:
+    first, last, fold = records
+    made, candidate = engine.state.format, fold.entry.candidate
+    weight = 1.0 if fold.entry.numbers.weight is None else fold.entry.numbers.weight
+    found = _facts(engine, places, said, weight, progress)
+    verdict = verifier.judged(found)
+    tensors = {
+        name: said[name] | {key: getattr(one, key) for key in ("before", "after", "base", "model", "bound", "off")}
+        for name, one in found.items()
+    }
+    body: dict[str, Any] = {
+        "kind": verifier.KIND,
+        "state": made.id,
+        "rule": made.rule,
+        "options": json.loads(json.dumps(dict(made.options))),
+        "model": {
+            "name": candidate.name,
+            "revision": candidate.revision,
+            "digest": fold.entry.digest,
+            "weight": float(weight),
+        },
+        "fold": {"seq": fold.seq, "sha256": _sha(engine.state, fold.seq)},
+        "before": {"seq": first.seq, "sha256": _sha(engine.state, first.seq), "generation": first.generation},
+        "after": {"seq": last.seq, "sha256": _sha(engine.state, last.seq), "generation": last.generation},
+        "tensors": tensors,
+        "bound": verdict.share,
+        "extra": list(fold.entry.numbers.extra or ()),
+    }
+    body["digest"] = verifier.digest(body)
+    state = engine.state.path
+    verifier.check_form(body)
+    verifier.check_records(body, state, state)
+    carried = {spec.name for spec in made.tensors if not made.slots[spec.name]}
+    verifier.check_used(body, places.model.names, carried)
+    with usable(f"cannot write {file}"):
+        replace_bytes(file, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+    return body
+
+
+def _facts(
+    engine: Engine, places: Generations, said: Mapping[str, Mapping[str, Any]], weight: float, progress: Progress
+) -> dict[str, SumFacts]:
+    specs = {spec.name: spec for spec in engine.state.format.tensors}
+    tasks = [
+        Task(name, _need(specs[name]), partial(verifier.facts, places, name, weight, one)) for name, one in said.items()
+    ]
+    found: dict[str, SumFacts] = {}
+    progress("certify", 0, len(tasks))
+    for name, one in engine.executor.map(tasks):
+        found[name] = one
+        progress("certify", len(found), len(tasks))
+    return {name: found[name] for name in said}
+
+
+def _need(spec: TensorSpec) -> int:
+    """Bytes that one tensor takes: two sums and their files, the values of base and model, and the task vector."""
+    return 4 * 4 * spec.numel + 4 * spec.nbytes + 12 * spec.numel
+
+
+def _named(engine: Engine, model: Checkpoint, lineage: Lineage) -> dict[str, dict[str, Any]]:
+    """By tensor of the state its shape, the tensor of the model that it comes from, and those that have to be equal to
+    it. Raises Misconfigured where a tensor of the state is made of something else than one tensor of a file."""
+    base, made = engine.base, engine.state.format
+    if lineage.tokens or lineage.repackings or base.untied or model.parts[0].folder:
+        raise Misconfigured(
+            f"{model.place}: its tensors are not laid out as those of the base (rows matched by token, packed experts, "
+            "tables apart, several folders), which a certificate does not show"
+        )
+    found, _ = sources(base, model, naming_of(lineage))
+    folded = frozenset(lineage.folded)
+    said: dict[str, dict[str, Any]] = {}
+    for name, slots in made.slots.items():
+        if not slots:
+            continue
+        source = found[name] if name in folded else None
+        full = None if source is None else source.full
+        there = [] if source is None or full is None else [full, *source.twins]
+        if source is not None and (full is None or name not in base.checkpoint.tensors):
+            raise Misconfigured(f"{model.place}: {name} is no tensor of a file, which a certificate does not show")
+        names = [one.name for one in there]
+        said[name] = {"shape": list(slots[SLOT].shape), "from": names[0] if names else None, "twins": names[1:]}
+    if missing := [
+        one["from"] for one in said.values() if one["from"] is not None and one["from"] not in model.tensors
+    ]:
+        raise Misconfigured(f"{model.place}: {few(missing)}: in no file, which a certificate does not show")
+    return said
+
+
+def _base(engine: Engine) -> Path:
+    return _folder(engine.base.checkpoint.place, "the base")
+
+
+def _folder(place: Place, what: str) -> Path:
+    if not isinstance(place, Folder):
+        raise Misconfigured(f"{place}: a certificate is of files: download {what}, and name its folder (--at, --base)")
+    return place.path
+
+
+def _sha(state: State, seq: int) -> str:
+    with environment(f"cannot read record {seq}"):
+        return hashlib.sha256((state.path / "commits" / f"{seq:08d}.json").read_bytes()).hexdigest()
