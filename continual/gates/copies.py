@@ -18,10 +18,11 @@ _NEAREST = 64
 class CopiesGate(AtNumbers, Doubt):
     """Refuses a task vector that what is in the merge explains, as sketches say it (tensors/vectors/sketch.py).
 
-    `same`: the smallest cosine with one model, or with its negation, that makes it a copy; fine-tunes of one task by
-    one recipe have up to 0.6. `mixed`: the share of ‖τ‖² that a weighted sum of models in the merge may have; honest
-    ones have up to 0.4, and up to 0.89 where another of the same task is in the merge. An earlier revision of the
-    candidate is no copy: the setting `updates` is about those.
+    `same`: the smallest cosine with one model, or with its negation, that makes it a copy, also where each layer may be
+    another multiple of that model's, or none; fine-tunes of one task by one recipe have up to 0.86. `mixed`: the share
+    of ‖τ‖² that a weighted sum of models in the merge may have; honest ones have up to 0.4, up to 0.89 where another
+    of the same task is in the merge. An earlier revision of the candidate is no copy: the setting `updates` is about
+    those.
     """
 
     name = "copies"
@@ -48,7 +49,16 @@ class CopiesGate(AtNumbers, Doubt):
                 what,
                 f"{seen.name}: {of} of {other.name}, which is in the merge: its task vector is {ratio:.3g} times as "
                 f"long, cosine {cosine:+.3f} (gates.copies.same = {self.same:g}); to give that model more weight, "
-                "unfold it and fold it again with another --weight",
+                "unfold it and fold it again with another --weight; to put this one in its place, unfold it first",
+                by=("same",),
+            )
+        layered = sketches.alike_by_layers(seen.sketch, [sketch for _, sketch in known])
+        if layered[nearest := int(np.argmax(layered))] >= self.same:
+            raise Refuse(
+                "copy",
+                f"{seen.name}: a copy of some layers of {known[nearest][0].name}, which is in the merge, or of all of "
+                f"them, each times a number of its own: cosine {layered[nearest]:.3f} by layers (gates.copies.same = "
+                f"{self.same:g})",
                 by=("same",),
             )
         order = np.argsort(-np.abs(cosines))[:_NEAREST]

@@ -29,6 +29,8 @@ SAMPLED = 8
 """Matrices that are looked at for a direction that stands out."""
 NARROWEST = 64
 """Sides of a matrix from which on its largest singular value tells noise from training."""
+PART = 0.05
+"""Of ‖τ‖² of a model: what its layers have that make another a copy of these. In less two honest ones can agree."""
 _ELEMENTS = 1 << 20
 """Elements of the first rows that are looked at."""
 _STEPS = 6
@@ -191,6 +193,25 @@ def alike(one: Sketch, others: Sequence[Sketch]) -> Floats:
             theirs = other.values.reshape(-1).astype(np.float64)
             length = np.linalg.norm(mine) * np.linalg.norm(theirs)
             found[number] = mine @ theirs / length if length else 0.0
+    return found
+
+
+def alike_by_layers(one: Sketch, others: Sequence[Sketch]) -> Floats:
+    """How like each of the others a task vector is where each group of layers of it may be any multiple of theirs: the
+    root of the share of ‖τ‖² that this explains, 0 to 1. 1 of some layers of another, or of another whose layers were
+    scaled, each otherwise. 0 beside one that has less than `PART` of its ‖τ‖² in these layers, or another shape."""
+    found = np.zeros(len(others))
+    mine = one.values.astype(np.float64)
+    squares = (mine * mine).sum(1)
+    for number, other in enumerate(others):
+        if other.values.shape != one.values.shape or not squares.any():
+            continue
+        theirs = other.values.astype(np.float64)
+        lengths = (theirs * theirs).sum(1)
+        both = (squares > 0) & (lengths > 0)
+        if lengths[both].sum() >= PART * lengths.sum() > 0:
+            share = ((mine * theirs).sum(1)[both] ** 2 / lengths[both]).sum() / squares.sum()
+            found[number] = math.sqrt(min(1.0, share))
     return found
 
 

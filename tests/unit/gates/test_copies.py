@@ -50,10 +50,23 @@ def test_the_message_names_the_model_and_the_factor() -> None:
         CopiesGate().judge(beside(DRAWN[2]))
 
 
+def by_layers(*factors: float) -> Values:
+    return np.asarray(DRAWN[2] * np.array(factors, np.float32)[:, None])
+
+
+@pytest.mark.parametrize("factors", [(1, 1, 0, 0), (0, 0, 1, 1), (0, 2, 0, 0), (5, 0.2, -3, 1)])
+def test_some_layers_of_one_or_each_scaled_otherwise_are_a_copy(factors: tuple[float, ...]) -> None:
+    with pytest.raises(Refuse, match=r"a copy of some layers of m2, .* by layers") as raised:
+        CopiesGate().judge(beside(by_layers(*factors)))
+    assert raised.value.reason == "copy"
+
+
 @pytest.mark.parametrize(
     "seen",
     [
         beside(DRAWN[7]),
+        beside(by_layers(1, 0, 0, 0) + DRAWN[7] * np.float32(0.5)),
+        beside(by_layers(1, 0, 0, 0), [Earlier("m2", 16.0, sketch(by_layers(1, 9, 9, 9)))]),  # of 1 % of it
         beside(tilted(0.7)),
         beside(tilted(-0.7)),
         beside(DRAWN[2], []),
