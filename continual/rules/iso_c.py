@@ -20,19 +20,18 @@ from continual.rules.scale import ReadOptions
 
 
 def flat(total: Tensor) -> Tensor:
-    """σ̄·U_kV_kᵀ of an m×n float32 matrix, float32; zeros for zeros. In float64 by blocks of rows."""
+    """σ̄·U_kV_kᵀ of an m×n float32 matrix, float32; zeros for zeros. In float64 by blocks of rows, but for a
+    last product that float32 does not harm."""
     if not bool(total.any()):
         return torch.zeros_like(total)
     rows = linalg.tall(total)
     sigma, v = linalg.right_singular(rows, linalg.NULL)
     rank = int((sigma > 0).sum())
-    v = v[:, :rank].contiguous()
-    back = (v * (sigma[:rank].mean() / sigma[:rank])).mT
-    turned = linalg.together(rows.shape, v, back)  # S·V·diag(σ̄/σ)·Vᵀ
+    sigma, v = sigma[:rank], v[:, :rank].contiguous()
+    back, single = (v * (sigma.mean() / sigma)).mT, linalg.mild(sigma)
+    turned = linalg.together(rows.shape, *((v.float(), back.float()) if single else (v, back)))  # S·V·diag(σ̄/σ)·Vᵀ
     result = torch.empty_like(total)
-    out = linalg.tall(result)
-    for block in linalg.row_blocks(*rows.shape):
-        out[block] = turned(rows[block].double()).float()
+    linalg.through(rows, turned, linalg.tall(result), single=single)
     return result
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from continual import linalg
 from continual.lazily import Tensor, torch
 from continual.rules.apart import LeftOut, Without
+from continual.rules.quadrature import quadrature
 
 LEAST = 48
 """Columns below which a decomposition is as quick."""
@@ -39,7 +40,7 @@ def without(total: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> LeftOut:
         ranks.setdefault(a.shape[1], []).append(index)
     most = length + max((_longest([terms[index] for index in alike]) for alike in ranks.values()), default=0.0)
     least = max(linalg.NULL * length, _least(terms))
-    whole = _Resolved(values, total @ z, z, *linalg.quadrature(least**2, most**2))
+    whole = _Resolved(values, total @ z, z, *quadrature(least**2, most**2))
     unit = (whole.left * whole.mean) @ z.mT
     rests: list[Without | None] = [None] * len(terms)
     for rank, alike in ranks.items():

@@ -2,7 +2,7 @@
 model and layer. Lengths and inner products alone.
 
 P = A·G^{-1/2} is the polar factor of columns A with the Gram G. Without some of the columns it is that of a submatrix
-of G, whose inverse root is an integral of resolvents (`linalg.quadrature`); where Y = (t² + G)⁻¹, the inverse of a
+of G, whose inverse root is an integral of resolvents (`rules.quadrature`); where Y = (t² + G)⁻¹, the inverse of a
 submatrix of t² + G is that of Y less Y_iY_ii⁻¹Y_iᵀ, of the rank of the columns that are gone. So is PᵀP₋ the unit
 matrix less a thin product.
 """
@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from continual import linalg
 from continual.lazily import Tensor, torch
 from continual.rules.apart import Apart, LeftOut, SideVectors, WholeRead, Without
+from continual.rules.quadrature import quadrature
 
 SAFE = 1e-8
 """Down to this share of the largest eigenvalue of a Gram nothing counts as null, nor in a part of it."""
@@ -63,7 +63,7 @@ class _PolarSide:
             self._factor = polar(self._columns)
             self.inner, self.own = vectors.columns.mT @ self._factor, self._factor.mT @ self._factor
             return
-        points, weights = linalg.quadrature(float(values[0]), float(values[-1]))
+        points, weights = quadrature(float(values[0]), float(values[-1]))
         points, self._weights = points.to(z.device), weights.sqrt().to(z.device)
         roots = values.sqrt()
         self._root, self._inverse = (z * roots) @ z.mT, (z / roots) @ z.mT

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from continual import linalg
 from continual.errors import Misconfigured
@@ -152,6 +153,36 @@ def places(given: Triplets) -> list[slice]:
     return [slice(start, end + 1) for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
 
 
+def merged(given: Triplets, totals: Totals) -> Tensor:
+    """X, m×n float32: U·(UᵀU)^{-1/2}·diag(σ)·(VᵀV)^{-1/2}·Vᵀ. What lies between U and V is multiplied first: no polar
+    factor of the longer one is made, and no float64 copy of it."""
+    u, v, p = given.u, given.v, min(len(given.u), len(given.v))
+    chosen = choose(given.owner, given.sigma.tolist(), max(1, int(totals.count)), p)
+    found = u.new_zeros(len(u), len(v))
+    if not chosen:
+        return found
+    places = slice(len(chosen)) if chosen[-1] == len(chosen) - 1 else chosen
+    u, v = u[:, places], v[:, places]
+    (before, mild), (after, other_mild) = _root(u), _root(v)
+    core = before * given.sigma[chosen].double() @ after
+    rows, short, core, out = (u, v, core, found) if len(u) >= len(v) else (v, u, core.mT, found.mT)
+    single = mild if rows is u else other_mild
+    back = core @ short.double().mT
+    if single:
+        back = back.float()
+    linalg.through(rows, lambda block: block @ back, out, single=single)
+    return found
+
+
+def _root(columns: Tensor) -> tuple[Tensor, bool]:
+    """(CᵀC)^{-1/2} of an m×r matrix C over its directions that are not null, r×r float64, and whether a product of C
+    with it may be made in float32."""
+    sigma, v = linalg.right_singular(columns, linalg.NULL)
+    rank = int((sigma > 0).sum())
+    sigma, v = sigma[:rank], v[:, :rank]
+    return v / sigma @ v.mT, linalg.mild(sigma)
+
+
 def factors(given: Triplets, totals: Totals) -> tuple[Tensor, Tensor]:
     """polar(U) diag(σ) and polar(V) over the triplets that stay with so many fine-tunes: m×r and n×r, float64."""
     found = kept(given, totals)
@@ -192,14 +223,21 @@ def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals
     return fold_matrix(accumulators, tau.flatten(1), totals, inputs.weight)
 
 
+class Forms(NamedTuple):
+    """What a reading has besides its factors: `whole`, X at once, and `without`, X without each of the models."""
+
+    whole: Callable[[Triplets, Totals], Tensor]
+    without: Callable[[Apart], LeftOut]
+
+
 def reading(
     name: str,
     include: Sequence[str],
     factors: Factors,
     *,
     weighted: bool = True,
-    without: Callable[[Apart], LeftOut] | None = None,
     terms: bool = False,
+    forms: Forms | None = None,
 ) -> Rule:
     """A rule that keeps the triplets and reads matrices by `factors`. Unless it is `weighted` every weight is 1.
     `terms`: the columns of the factors are those of the triplets that stay, in their order, so that X is a sum with a
@@ -210,20 +248,23 @@ def reading(
         return Triplets(owner.tolist(), u, sigma, v)
 
     def read(accumulators: Accumulators, totals: Totals) -> Tensor:
-        left, right = factors(stored(accumulators), totals)
-        return left @ right.mT
+        given = stored(accumulators)
+        if forms is not None:
+            return forms.whole(given, totals)
+        left, right = factors(given, totals)
+        return left.float() @ right.float().mT
 
     def told_apart(accumulators: Accumulators, totals: Totals) -> ModelTerms:
         given = stored(accumulators)
         return ModelTerms(*factors(given, totals), owners(given, totals))
 
-    factored = Factored(triplets=factors, without=without, owners=owners if terms else None)
+    factored = Factored(triplets=factors, without=forms and forms.without, owners=owners if terms else None)
     on = OnMatrices(fold, read, workspace, slots, factored, True, terms=told_apart if terms else None)
     return matrices.rule(name, include, on, Laws(weighted=weighted, keeps=KEEPS))
 
 
 def _make(options: MatrixOptions) -> Rule:
-    return reading("tsv-m", options.include, factors, without=without, terms=True)
+    return reading("tsv-m", options.include, factors, terms=True, forms=Forms(merged, without))
 
 
 TSV_M = RuleRow(

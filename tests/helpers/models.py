@@ -81,13 +81,14 @@ def fine_tune(
     return write(directory, tensors, json.loads((base / "config.json").read_text()))
 
 
-def big_shapes(gigabytes: float, *, layers: int) -> dict[str, tuple[int, ...]]:
+def big_shapes(gigabytes: float, *, layers: int, sides: tuple[int, int] | None = None) -> dict[str, tuple[int, ...]]:
     """Shapes of a llama-like model of about `gigabytes` in bf16 with 9 tensors a layer, the embedding being its
-    largest."""
+    largest; or of layers with these `sides`, hidden and inner, and a small embedding."""
     width = 16 * max(1, round((gigabytes * 1e9 / 2 / layers / 12.5) ** 0.5 / 16))
-    wide = 2 * width
+    words = int(32e6 / width)
+    width, wide, words = (*sides, 256) if sides else (width, 2 * width, words)
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (int(32e6 / width), width),
+        "model.embed_tokens.weight": (words, width),
         "model.norm.weight": (width,),
     }
     for layer in range(layers):

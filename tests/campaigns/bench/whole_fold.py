@@ -2,15 +2,15 @@
 export does.
 
     python -m tests.campaigns.bench.whole_fold [--gigabytes 0.5] [--rules task-arithmetic iso-c ties] [--layers 24]
-        [--against CHECKOUT] [--repeats 5] [--embedding ROWS COLUMNS] [--folds]
+        [--against CHECKOUT] [--repeats 5] [--sides 1024 4864] [--embedding ROWS COLUMNS] [--folds]
 
 A bf16 model with its fine-tunes. Each turn is a process of its own with one thread: it makes a state (`init`), folds
 two fine-tunes, exports the merge, and reads, hashes and writes what the second fold did, no more (`floor`): base,
 fine-tune and state are read in pieces of 1 MiB, the fine-tune goes through BLAKE3, the state through CRC-32C as it is
 read and as it is written, and the files are synced. All are CPU seconds per GB of the model, beyond imports, those of
-the kernel in brackets: medians of all turns. Memory is what came beyond what was held. With `--embedding` the model has
-one of that shape; `--folds` leaves exports out. `--against` names a checkout of another version of continual, which
-takes turns with this one.
+the kernel in brackets: medians of all turns. Memory is what came beyond what was held. `--sides` says what the layers
+are made of, in place of `--gigabytes`. With `--embedding` the model has one of that shape; `--folds` leaves exports
+out. `--against` names a checkout of another version of continual, which takes turns with this one.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=0.5)
     parser.add_argument("--layers", type=int, default=24, help="fewer layers of a model of one size are wider")
+    parser.add_argument("--sides", type=int, nargs=2, metavar=("HIDDEN", "INNER"))
     parser.add_argument("--embedding", type=int, nargs=2, metavar=("ROWS", "COLUMNS"))
     parser.add_argument("--folds", action="store_true", help="no exports")
     parser.add_argument("--rules", nargs="+", default=["task-arithmetic", "iso-c", "ties"])
@@ -129,7 +130,7 @@ def main() -> None:
     versions = {"this version": HERE} | ({"the other": args.against.absolute()} if args.against else {})
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        shapes = models.big_shapes(args.gigabytes, layers=args.layers)
+        shapes = models.big_shapes(args.gigabytes, layers=args.layers, sides=args.sides)
         if args.embedding:
             shapes["model.embed_tokens.weight"] = tuple(args.embedding)
         base = models.base(work / "base", shapes=shapes, dtype=torch.bfloat16)
