@@ -34,6 +34,8 @@ from continual.making import agree
 from continual.publish import folder, lora
 from continual.records import TensorSpec
 from continual.rules import ReadOptions, rule_of
+from continual.signing import signer as signing
+from continual.signing.signer import Signer
 from continual.sources.roster import openers
 from continual.state import State, leasing
 from continual.tensors import BaseModel, Folder
@@ -142,6 +144,13 @@ class OpenedState:
         return Evaluator(self.settings.evaluation, export, origin, self.stopping)
 
     @property
+    def signer(self) -> Signer | None:
+        """What signs what goes out; None where the settings have nothing signed. Raises Misconfigured where it cannot
+        be."""
+        signing.check(self.settings.signing)
+        return Signer(self.settings.signing) if signing.is_asked(self.settings.signing) else None
+
+    @property
     def executor(self) -> Local:
         """Threads of this process, within the settings `workers` and `memory`."""
         return Local(self.settings.workers, self.settings.memory)
@@ -237,6 +246,7 @@ class OpenedState:
         if target.tokenizer is None:
             folded = [fold.entry.candidate for fold in self.state.ledger.folds()]
             target = replace(target, tokenizer=self.places.tokenizer(self.settings.tokenizer, folded))
+        target = replace(target, signer=self.signer)
         with _held(self, target.at, view) as reading, self.weights() as base:
             return folder.export(base, reading, target, self.executor, progress)
 
@@ -246,7 +256,7 @@ class OpenedState:
         """Writes the merged model as a LoRA adapter, as near as one of the target's rank comes to it. Raises
         Misconfigured and Halt; then nothing is left behind."""
         with _held(self, target.at, view) as reading:
-            return lora.export(self.base, reading, target, self.executor, progress)
+            return lora.export(self.base, reading, replace(target, signer=self.signer), self.executor, progress)
 
     def view(self, name: str) -> ReadView:
         """The view that the settings call `name`. Raises Misconfigured where they name no such view."""

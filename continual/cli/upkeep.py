@@ -9,6 +9,7 @@ import typer
 
 from continual.cli import console, opened
 from continual.cli.flags import OPENING, Flags, takes
+from continual.errors import Misconfigured
 from continual.outside import counted
 from continual.texts import size
 
@@ -23,9 +24,31 @@ app = typer.Typer(rich_markup_mode=None)
 
 @app.command(name="verify")
 @takes(*OPENING)
-def verify_(*, flags: Flags) -> None:
+def verify_(
+    signature: Annotated[
+        Path | None,
+        typer.Option("--signature", help="Of this model directory the signature, and nothing of the state."),
+    ] = None,
+    key: Annotated[
+        list[str] | None, typer.Option("--key", help="With --signature: file of a public key (PEM); repeatable.")
+    ] = None,
+    certificate: Annotated[
+        list[str] | None,
+        typer.Option("--certificate", help="With --signature: file of a root certificate (PEM); repeatable."),
+    ] = None,
+    identity: Annotated[
+        str, typer.Option("--identity", help="With --signature: who signed by Sigstore.", show_default=False)
+    ] = "",
+    issuer: Annotated[str, typer.Option("--issuer", help="Who vouches for that identity.", show_default=False)] = "",
+    *,
+    flags: Flags,
+) -> None:
     """Read every file of the state and compare it with its receipt, record or checksum; name what does not belong to
-    it."""
+    it. With --signature: whether a model directory is signed by one of those who are named."""
+    if signature is not None:
+        return _signature(signature, (tuple(key or ()), tuple(certificate or ()), identity, issuer), json=flags.json)
+    if key or certificate or identity or issuer:
+        raise Misconfigured("--key, --certificate, --identity and --issuer say who signed: name what, by --signature")
     from continual import api
     from continual.errors import Damaged
 
@@ -44,6 +67,25 @@ def verify_(*, flags: Flags) -> None:
         clean = "clean: every byte is as it was written"
         console.say(f"{len(found.findings)} findings" if found.findings else clean)
     raise typer.Exit(4 if found.findings else 0)
+
+
+def _signature(directory: Path, trusted: tuple[tuple[str, ...], tuple[str, ...], str, str], *, json: bool) -> None:
+    """Says by whom a model directory is signed. Raises Refuse and Misconfigured."""
+    from continual.publish.folder import provenance_in
+    from continual.signing.trust import Trusted, verify_directory
+
+    who = Trusted(*trusted)
+    who.check("--signature")
+    found = verify_directory(directory, who)
+    there = provenance_in(directory)
+    if json:
+        console.emit({"by": found.by, "files": found.files, "state": there.get("state"), "seq": there.get("seq")})
+        return
+    console.say(f"{directory}: signed by {found.by}, {found.files} files, each as it was signed")
+    if "seq" in there:
+        console.say(
+            f"It says that it is record {there['seq']} of the state {there.get('state')}, and that is signed, too."
+        )
 
 
 @app.command()

@@ -12,6 +12,7 @@ from continual.config.settings import (
     StepSettings,
     ViewSettings,
 )
+from continual.config.signing import SigningSettings
 from continual.config.values import parse_bytes
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ReleaseSettings",
     "RoundSettings",
     "Settings",
+    "SigningSettings",
     "StepSettings",
     "ViewSettings",
     "load",

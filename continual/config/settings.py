@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 from continual.config.canary import CanarySettings
+from continual.config.signing import SigningSettings
 from continual.config.values import Bytes, Paths, Repos, Seconds, Texts, by_name, pairs, rank, unset, written
 
 
@@ -356,6 +357,9 @@ class Settings(BaseModel):
     )
     evaluation: EvaluationSettings = Field(
         default=EvaluationSettings(), description="what is asked about the merge before a fold is committed: a table"
+    )
+    signing: SigningSettings = Field(
+        default=SigningSettings(), description="how what goes out is signed: a table; default: it is not"
     )
     host: str = Field(default="127.0.0.1", description="address the service listens on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(

@@ -35,6 +35,7 @@ from continual.gates.lineage import LineageGate
 from continual.gates.noise import NoiseGate
 from continual.gates.norms import NormsGate
 from continual.gates.own_release import OwnReleaseGate
+from continual.gates.signature import SignatureGate
 from continual.gates.updates import UpdatesGate
 from continual.gates.weight import WeightGate
 from continual.records import Warned
@@ -55,6 +56,7 @@ __all__ = [
     "NormsGate",
     "Numbers",
     "OwnReleaseGate",
+    "SignatureGate",
     "TensorNumbers",
     "UpdatesGate",
     "WeightGate",
@@ -68,6 +70,7 @@ GATES: tuple[type[Gate], ...] = (
     LineageGate,
     FormGate,
     WeightGate,
+    SignatureGate,
     FiniteGate,
     NormsGate,
     NoiseGate,

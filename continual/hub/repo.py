@@ -7,6 +7,7 @@ candidate is refused.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from continual.hub.trouble import Trouble
 from continual.outside import shown
 from continual.records import SCHEME, FileStat
 from continual.retrying import Fault
-from continual.tensors.checkpoints.files import Files
+from continual.tensors.checkpoints.files import LARGEST_CONFIG, Files
 from continual.tensors.checkpoints.place import Weights, is_within
 
 _ETAG_SECONDS = 20.0
@@ -171,6 +172,20 @@ class Repo:
         ranges = Ranges(self.hub, self.name, self.info.sha, files, self._access.workers)
         cached = self._access.read == "cache" and any(name.endswith(".safetensors") for name in names)
         return Cached(ranges, self.hub, self.name, self.info.sha, files) if cached else ranges
+
+    def files(self) -> frozenset[str]:
+        """All files of the commit. Raises as `info`."""
+        return frozenset(self.info.files)
+
+    def sha256(self, name: str) -> str:
+        """As the Hub says it of a file in LFS; small ones are fetched. Raises as `small`, and Refuse (`signature`) for
+        a large file of which a mirror says no hash."""
+        file = self._file(name)
+        if file.sha256:
+            return file.sha256
+        if file.size > LARGEST_CONFIG:
+            raise Refuse("signature", f"{self.file(name)}: the Hub says no SHA-256 of it")
+        return hashlib.sha256(self.small(name)).hexdigest()
 
     def look(self) -> tuple[FileStat, ...]:
         """The weight files of the commit; none before the Hub was asked."""

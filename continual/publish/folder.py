@@ -32,6 +32,7 @@ from continual.publish.exported_weights import DTYPES, merged, need
 from continual.publish.provenance import provenance_of
 from continual.publish.weights import Placed, header, raw, write_at, write_hashed
 from continual.records import ITEMSIZE
+from continual.signing.signer import Signer
 from continual.state.durable import move_away, publish_dir, replace_link, usable
 from continual.tensors import BaseModel, Checkpoint, TensorInfo
 from continual.tensors.checkpoints.compound import MODULES, manifest_of, parts_of
@@ -50,7 +51,7 @@ class Target:
     where the tokenizer and the chat template come from (None: the base). `mark`: what `continual.json` is to have as
     the `mark` of this export, by which others see whether it is what they want. `earlier`: an earlier export, of which
     the bytes of tensors that did not change are taken. `explain`: what each model has in it is found whatever that
-    takes."""
+    takes. `signer`: what signs it."""
 
     directory: str | Path
     at: int | None = None
@@ -60,6 +61,7 @@ class Target:
     mark: str | None = None
     earlier: Path | None = None
     explain: bool = False
+    signer: Signer | None = None
 
     @property
     def path(self) -> Path:
@@ -71,8 +73,7 @@ def parse_dtype(word: str | None) -> str | None:
     """`float32`, `bf16`, `F16`… as a safetensors word. Raises Misconfigured for any other."""
     if word is None:
         return None
-    found = WORDS.get(word.lower(), word.upper())
-    if found not in DTYPES:
+    if (found := WORDS.get(word.lower(), word.upper())) not in DTYPES:
         raise Misconfigured(f"dtype {word!r}: use one of float32, float16, bfloat16")
     return found
 
@@ -96,6 +97,8 @@ def export(base: BaseModel, reading: Reading, target: Target, executor: Executor
     free(target.path)
     with written(target.path, reading) as temporary:
         fill(base, reading, target, temporary, executor, progress)
+        if target.signer is not None:
+            target.signer.sign(temporary, target.path.name)
     return target.path.absolute()
 
 

@@ -36,6 +36,7 @@ from continual.publish.folder import free, parse_dtype, written
 from continual.publish.provenance import provenance_of
 from continual.publish.weights import Placed, header, raw, write_at
 from continual.records import ITEMSIZE, SCHEME, TensorSpec
+from continual.signing.signer import Signer
 from continual.state.format import BaseRecord
 from continual.tensors import BaseModel
 from continual.tensors.adapters.adapter_config import CONFIG
@@ -48,8 +49,8 @@ from continual.tensors.names.renaming import family_of, is_known
 class LoraTarget:
     """What an adapter is to be: the `directory` to write, the `rank` of all its modules (None: as high as it takes to
     lose nothing, of a state of adapters), the `dtype` of its factors, a safetensors word or torch's, its `form`, the
-    layout that it is written in, and the record `at` which it is read, by default the newest. `mark`: as of an export
-    of the whole model."""
+    layout that it is written in, and the record `at` which it is read, by default the newest. `mark`, `signer`: as of
+    an export of the whole model."""
 
     directory: str | Path
     rank: int | None
@@ -57,6 +58,7 @@ class LoraTarget:
     form: LoraFormat = "peft"
     at: int | None = None
     mark: str | None = None
+    signer: Signer | None = None
 
     @property
     def path(self) -> Path:
@@ -172,6 +174,8 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
         }
         marked = {} if target.mark is None else {"mark": target.mark}
         _write_json(temporary / RELEASE, body | marked | {"lora": told})
+        if target.signer is not None:
+            target.signer.sign(temporary, target.path.name)
     return report
 
 

@@ -43,6 +43,7 @@ def provenance_of(reading: Reading, factor: float, shares: Explanation | None) -
         "state": state.id,
         "cloned": list(state.ledger.cloned),
         "seq": seq,
+        "crc": commit.crc,
         "generation": commit.generation,
         "time": commit.time,
         "base": {"path": made.base.path, "repo": made.base.repo, "revision": made.base.revision},

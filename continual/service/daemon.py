@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from continual import lazily
+from continual import gates, lazily
 from continual.api import Merge
 from continual.config import Settings
 from continual.errors import Halt
+from continual.gates import SignatureGate
 from continual.hub import must_be_online
 from continual.publish import hub
 from continual.records import Candidate
@@ -38,6 +39,7 @@ from continual.service.status import Live
 from continual.service.watched import sources_of
 from continual.service.web import Ears, create_app, listen, serve
 from continual.service.worker import Worker
+from continual.signing import signer as signing
 from continual.sources import roster
 from continual.sources.contract import Listening, Source
 from continual.state.transaction import MARGIN
@@ -73,6 +75,8 @@ def check(settings: Settings) -> None:
     roster.must_watch(settings)
     hub.check(settings.release)
     view_settings.check(settings)
+    signing.check(settings.signing)
+    gates.make(settings).the(SignatureGate).check()
     telling.check(settings)
     roster.check(settings)
 

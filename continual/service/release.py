@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,8 @@ from continual.publish import card, folder, hub
 from continual.publish.hub import Released
 from continual.publish.provenance import SHARES, figures_in
 from continual.service.outgoing import OutPlan, mark_of, models_in, outgoing, write
+from continual.signing.manifests import SIGNATURE
+from continual.signing.signer import Signer
 from continual.state import Commit
 from continual.state.durable import environment, link_tree
 from continual.state.entries import ReleaseEntry
@@ -26,6 +28,7 @@ from continual.state.format import FoldCommit
 from continual.state.software import software
 from continual.tensors.adapters.adapter_config import CONFIG
 from continual.tensors.checkpoints.place import RELEASE
+from continual.tuning.choosing import scratch_directory
 
 
 class Look(NamedTuple):
@@ -111,10 +114,26 @@ def _release(merge: Merge, out: OutPlan, at: int | None) -> Released:
         found = {hub.CARD: text.encode(), RELEASE: public(directory / RELEASE)}
         if (directory / CONFIG).is_file():
             found[CONFIG] = _public_config(directory / CONFIG)
+        if (signer := merge.signer) is not None:
+            found[SIGNATURE] = _signed(directory, found, signer, asked.repo or "")
         return found
 
     ours = _ours(merge, out, seq)
     return hub.release(merge.hub, asked, ours, lambda: exported(merge, out, seq, ours.mark), texts)
+
+
+def _signed(directory: Path, texts: Mapping[str, bytes], signer: Signer, name: str) -> bytes:
+    """The signature of what is released: of the files in `directory`, with `texts` in the place of its own. Raises
+    Misconfigured, Retry."""
+    with environment(f"cannot sign {name}"), scratch_directory(directory.parent) as place:
+        signed = place / "signed"
+        if not link_tree(directory, signed):
+            shutil.copytree(directory, signed)
+        for file, text in texts.items():
+            (signed / file).unlink(missing_ok=True)  # a link: what it leads to stays
+            (signed / file).write_bytes(text)
+        signer.sign(signed, name)
+        return (signed / SIGNATURE).read_bytes()
 
 
 def _ours(merge: Merge, out: OutPlan, seq: int) -> hub.Ours:

@@ -15,6 +15,7 @@ from continual.errors import ContinualError
 from continual.hub import must_be_online
 from continual.service import logs, telling, view_settings
 from continual.service.control.turns import Turns
+from continual.signing import signer as signing
 from continual.sources.contract import Source
 
 AT_ONCE = frozenset(
@@ -31,6 +32,7 @@ AT_ONCE = frozenset(
         "max_mean_ratio",
         "memory",
         "missing",
+        "signing",
         "tied",
         "updates",
         "views",
@@ -137,7 +139,9 @@ class Reloading:
         wanted = before.model_copy(update={name: getattr(found, name) for name in changed & AT_ONCE})
         if "views" in changed:
             self._check_views(wanted)
-        gates.make(wanted)  # other threads ask the merge for its gates: never by settings of which none can be made
+        signing.check(wanted.signing)
+        # other threads ask the merge for its gates: never by settings of which none can be made
+        gates.make(wanted).the(gates.SignatureGate).check()
         self._merge.settings = wanted
         try:
             _ = self._merge.engine  # made anew, with gates of the new settings

@@ -18,6 +18,7 @@ from continual.publish.folder import Target
 from continual.publish.lora import LoraTarget
 from continual.state import State, paused
 from continual.state.backup import Wish, backup
+from continual.state.canaries import CanaryRecord
 from continual.state.inbox import Inbox, PushRecord, save_cursor
 from continual.state.repair import look, repair
 from continual.state.verify import verify
@@ -188,6 +189,12 @@ def pause(place: Path) -> tuple[Trace, list[Path]]:
     return trace, [place / "s/paused"]
 
 
+def canary(place: Path) -> tuple[Trace, list[Path]]:
+    with stores.make(place / "s") as state, traced(place) as trace:
+        state.canaries.put(CanaryRecord(view=None, seq=0, mark="m", back=None))
+    return trace, [place / "s/canaries/merge.json"]
+
+
 def copy(place: Path) -> tuple[Trace, list[Path]]:
     with stores.make(place / "s") as state:
         stores.fold(state, 1)
@@ -247,6 +254,7 @@ WRITES = (
     Write(cursor, ("state.inbox.save_cursor",)),
     Write(expiry, ("state.retention._moved_away",)),
     Write(pause, ("state.paused.pause",)),
+    Write(canary, ("state.canaries._write",)),
     Write(copy, ("state.backup._begun", "state.backup._records", "state.backup._beside", "state.copying.tree")),
     Write(repaired, ("state.repair._move", "state.protocol.write_tag", "state.protocol.append")),
     Write(export, ("publish.folder.written",)),

@@ -28,6 +28,7 @@ ROOMS = (
     ("objectives", "blocks executors rules state"),
     ("texts", "blocks executors objectives rules"),
     ("tensors", "blocks config executors rules state texts"),
+    ("signing", "blocks executors rules state texts"),
     ("gates", "blocks executors rules state texts"),
     ("hub", "blocks executors gates rules state texts"),
     ("sources", "blocks executors gates rules texts"),

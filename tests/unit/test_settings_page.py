@@ -12,7 +12,16 @@ from typer.models import OptionInfo
 
 from continual.cli.flags import FLAGS
 from continual.cli.main import run
-from continual.config import CanarySettings, HookSettings, HubSettings, ReleaseSettings, Settings, ViewSettings, load
+from continual.config import (
+    CanarySettings,
+    HookSettings,
+    HubSettings,
+    ReleaseSettings,
+    Settings,
+    SigningSettings,
+    ViewSettings,
+    load,
+)
 from tests.helpers.pages import DOCS, PAGES, blocks, name
 
 HEAD = "| setting | default | flag | what it says |\n|---|---|---|---|\n"
@@ -68,6 +77,14 @@ def test_every_setting_of_a_canary_is_on_its_page_with_default_and_meaning() -> 
     table = (DOCS / "hub.md").read_text().partition("## Canaries")[2].partition(head)[2].partition("\n\n")[0]
     defaults = dict(CanarySettings())
     fields = CanarySettings.model_fields.items()
+    assert table.splitlines() == [f"| `{key}` | {said(defaults[key])} | {row.description} |" for key, row in fields]
+
+
+def test_every_setting_of_signing_is_on_its_page_with_default_and_meaning() -> None:
+    head = "| setting | default | what it says |\n|---|---|---|\n"
+    table = (DOCS / "signatures.md").read_text().partition(head)[2].partition("\n\n")[0]
+    defaults = dict(SigningSettings())
+    fields = SigningSettings.model_fields.items()
     assert table.splitlines() == [f"| `{key}` | {said(defaults[key])} | {row.description} |" for key, row in fields]
 
 

@@ -3,6 +3,7 @@ machine."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -55,6 +56,14 @@ class KeptPlace:
         if name not in self._files:
             raise Refuse("no-file", f"{self.file(name)}: the state keeps only config.json of its base")
         return self._files[name]
+
+    def files(self) -> frozenset[str]:
+        """config.json, where the base has one."""
+        return frozenset(self._files)
+
+    def sha256(self, name: str) -> str:
+        """Of a kept file. Raises as `small`."""
+        return hashlib.sha256(self.small(name)).hexdigest()
 
     def open(self, *_: object, **__: object) -> Weights:
         """No weights."""

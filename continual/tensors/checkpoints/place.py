@@ -29,6 +29,8 @@ RELEASE = "continual.json"
 MOST_FILES = 100_000
 """Files in a model's directory that are looked at."""
 _DEEPEST = 8
+_PIECE = 4 << 20
+"""Bytes of a file that are hashed at a time."""
 MANIFESTS = ("modules.json", "model_index.json")
 """Files that say which folders make a model: of sentence-transformers, and of a pipeline of diffusers (`compound`)."""
 
@@ -124,6 +126,16 @@ class Place(Protocol):
         """Opens weight files. Raises Refuse or Retry naming the file."""
         ...
 
+    def files(self) -> frozenset[str]:
+        """The paths of all files in it, in all its folders. Raises Refuse (`index`) where there are more than any model
+        has, Retry."""
+        ...
+
+    def sha256(self, name: str) -> str:
+        """The SHA-256 of a file, in hexadecimal: of its bytes, or as the Hub says it, which is compared with them when
+        they are read. Raises Refuse and Retry naming the file."""
+        ...
+
     def look(self) -> tuple[FileStat, ...]:
         """Its files in the order of their names, as far as they can be seen. They make the key of a model whose headers
         cannot be read."""
@@ -208,6 +220,35 @@ class Folder:
         """Opens them. Raises Refuse if one is no regular file or lies outside `root`, Retry if one cannot be opened."""
         return Files([self._at(name) for name in names], self.root, names)
 
+    def files(self) -> frozenset[str]:
+        """All that is no folder, links included; links to folders are not followed. Raises Retry, and Refuse (`index`)
+        for more files, or deeper folders, than any model has."""
+        found: set[str] = set()
+        with reading(self.directory):
+            for root, folders, names in os.walk(self.directory, onerror=_raised):
+                inner = Path(root).relative_to(self.directory)
+                links = {folder for folder in folders if os.path.islink(os.path.join(root, folder))}
+                found |= {(inner / name).as_posix() for name in (*names, *links)}
+                if len(found) > MOST_FILES or len(inner.parts) >= _DEEPEST:
+                    raise Refuse("index", f"{self.path}: holds more files, or deeper folders, than any model has")
+        return frozenset(found)
+
+    def sha256(self, name: str) -> str:
+        """Reads the file, which has to be a regular one within `root`."""
+        weights, digest, at = self.open([name]), hashlib.sha256(), 0
+        try:
+            size = weights.stats[0].size
+            buffer = memoryview(bytearray(min(_PIECE, size)))
+            while at < size:
+                part = buffer[: min(len(buffer), size - at)]
+                weights.preadv(0, part, at)
+                digest.update(part)
+                at += len(part)
+            weights.check_unchanged()
+        finally:
+            weights.close()
+        return digest.hexdigest()
+
     def look(self) -> tuple[FileStat, ...]:
         """Every file and link in the directory, and in the folders of a model in parts, as far as they can be read."""
         listed = [self.path]
@@ -254,6 +295,10 @@ def key_of(origin: str, files: Sequence[FileStat]) -> str:
     named = "".join(f"\0{file.name}\0{file.size}\0{file.mtime_ns}\0{file.inode}" for file in files)
     seen = hashlib.sha256((origin + named).encode("utf-8", "surrogateescape"))
     return f"folder:{seen.hexdigest()}"
+
+
+def _raised(error: OSError) -> None:
+    raise error  # what is passed over would not be known of
 
 
 def _there(path: Path) -> bool:
