@@ -51,6 +51,13 @@ def when(time: str) -> str:
     return time[:19] + "Z"
 
 
+def paused_since(since: str | None) -> str:
+    """That folding is paused, since when, and how it goes on; empty where it is not."""
+    if since is None:
+        return ""
+    return f"folding is paused{f' since {when(since)}' if since else ''}; 'continual resume' goes on"
+
+
 def duration(seconds: float) -> str:
     """A time span in its two largest units: `2 d 3 h`, `4 min 10 s`."""
     minutes, s = divmod(int(seconds), 60)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from continual import selection
 from continual.config import Settings
 from continual.engine import explaining
+from continual.engine.agreeing import agree
 from continual.engine.base import may_have_weights, open_base, weighted_base
 from continual.engine.block_reading import BlockReading
 from continual.engine.engine import Engine
@@ -30,7 +31,6 @@ from continual.executors.device import pick_device
 from continual.executors.local import Local
 from continual.hub.locate import Places
 from continual.lazily import torch
-from continual.making import agree
 from continual.publish import folder, lora
 from continual.records import TensorSpec
 from continual.rules import ReadOptions, rule_of

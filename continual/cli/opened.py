@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from continual.config import Settings
     from continual.service.control.parley import Hearing
     from continual.service.control.requests import Request
+    from continual.state import State
     from continual.texts import Json
 
 
@@ -38,6 +39,19 @@ def merge(flags: Flags, *, write: bool = False) -> Iterator[Merge]:
         found = Merge(settings(flags), write=write, client=flags.client)
     with found:
         yield found
+
+
+@contextlib.contextmanager
+def records(flags: Flags) -> Iterator[State]:
+    """The state that the settings name, for a command that looks at its records alone: neither rules' figures nor
+    anything else of the merge is loaded. Raises Misconfigured, Busy and Damaged."""
+    from continual.engine.agreeing import agree
+    from continual.state import State
+
+    asked = settings(flags)
+    with State.open(asked.state) as state:
+        agree(state, asked)
+        yield state
 
 
 @contextlib.contextmanager

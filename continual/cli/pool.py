@@ -22,8 +22,8 @@ def listed(context: typer.Context, *, flags: Flags) -> None:
     """Show the candidates that wait for a round; subcommands say why, and run a round."""
     if context.invoked_subcommand is not None:
         return
-    with opened.looked(flags) as merge:
-        waiting = merge.pool()
+    with opened.records(flags) as state:
+        waiting = state.ledger.pool
     if flags.json:
         console.emit([console.waiting_body(key, found) for key, found in waiting.items()])
         return

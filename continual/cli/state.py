@@ -26,10 +26,14 @@ REFUSED_ROLLBACK = "rollback undoes folds"
 def status(*, flags: Flags) -> None:
     """Show health, queue and last folds: the running daemon's answer, else what the state says."""
     from continual.cli.status import text
-    from continual.service import status
+    from continual.service import asking
 
     settings = opened.settings(flags)
-    body = status.ask(settings.state) or status.at_rest(settings)
+    body = asking.ask(settings.state)
+    if body is None:
+        from continual.service import status
+
+        body = status.at_rest(settings)
     if flags.json:
         console.emit(body)
     else:
@@ -53,11 +57,11 @@ def log(
     if graph and not flags.json:
         from continual.cli.graph import graph as drawn
 
-        with opened.looked(flags) as merge:
-            return console.say("\n".join(drawn(merge.state.ledger, number)), lines=True)
-    with opened.looked(flags) as merge:
-        commits = merge.state.ledger.log[-number:]
-        generations = going_back.reachable(merge.state)
+        with opened.records(flags) as state:
+            return console.say("\n".join(drawn(state.ledger, number)), lines=True)
+    with opened.records(flags) as state:
+        commits = state.ledger.log[-number:]
+        generations = going_back.reachable(state)
     bodies = [{**texts.record(c), **going_back.marked(c, generations)} for c in commits]
     if flags.json:
         return console.emit(bodies)
@@ -70,8 +74,8 @@ def show(seq: Annotated[str, typer.Argument(help="Record number, a tag, or HEAD.
     """Show one record whole."""
     from continual.state.refs import must_be_named
 
-    with opened.looked(flags) as merge:
-        body = texts.record(merge.state.ledger.get(must_be_named(merge.state.ledger, seq)))
+    with opened.records(flags) as state:
+        body = texts.record(state.ledger.get(must_be_named(state.ledger, seq)))
     if flags.json:
         console.emit(body)
     else:
@@ -91,8 +95,8 @@ def tag(
 ) -> None:
     """Name a record, so that its generation is kept for good; or list the names."""
     if name is None:
-        with opened.looked(flags) as merge:
-            tags: Mapping[str, object] = merge.state.ledger.tags
+        with opened.records(flags) as state:
+            tags: Mapping[str, object] = state.ledger.tags
     else:
         from continual.service.control.requests import TagRequest
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from continual.cli.answered import ranges
-from continual.service.status import paused_since, sources_in
-from continual.texts import duration, plain, scale, share, size, when
+from continual.texts import duration, paused_since, plain, scale, share, size, when
 
 
 def text(body: Mapping[str, Any]) -> str:
     """A status for people."""
-    sources = sources_in(body)
+    sources = _sources(body)
     lines = [
         f"{body['health']}{': ' + body['why'] if body['why'] and not body['degraded'] else ''}"
         + (f", process {body['pid']} at {body['url']}" if body["pid"] else ""),
@@ -28,7 +27,7 @@ def text(body: Mapping[str, Any]) -> str:
     ]
     lines[1:1] = [f"{row['reason']:<10} {row['message']}" for row in body["degraded"]]
     if body["uptime_seconds"] is not None:
-        watched = ", ".join([*body["watch"], *(told.title for told in sources)]) or "nothing"
+        watched = ", ".join([*body["watch"], *(_title(name, told) for name, told in sources.items())]) or "nothing"
         lines.append(
             f"up         {duration(body['uptime_seconds'])}, peak memory "
             f"{size(body['peak_memory_bytes'])}, watching {watched}"
@@ -49,7 +48,7 @@ def text(body: Mapping[str, Any]) -> str:
         f"failed     {row['model']}, {row['failures']} times: {row['error']}; next try {when(row['next_try'])}"
         for row in failed
     ]
-    lines += [_source(told.name, told.report) for told in sources]
+    lines += [_source(name, told) for name, told in sources.items()]
     lines += [f"note       {note}" for note in body["notes"]]
     if body["select"] != "none":
         last = body["last_round"]
@@ -135,6 +134,16 @@ def _canary(found: Mapping[str, Any]) -> str:
     where = f" at {', '.join(found['places'])}" if found["places"] else ""
     of = f"view {found['view']}, " if found["view"] else ""
     return f"canary     {of}record {found['seq']}, {found['phase']}{since}{where}: {seen}{said}"
+
+
+def _sources(body: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What the sources that run say of themselves (`SourceReport`), by the name of their kind."""
+    return {key: told for key, told in body.items() if isinstance(told, dict) and {"bases", "polled"} <= told.keys()}
+
+
+def _title(name: str, told: Mapping[str, Any]) -> str:
+    """How people call a kind of source. A daemon of an earlier version does not say it."""
+    return str(told.get("title") or name)
 
 
 def _source(name: str, told: Mapping[str, Any]) -> str:

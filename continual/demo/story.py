@@ -25,7 +25,7 @@ from continual import api, making
 from continual.demo import digits
 from continual.errors import Halt
 from continual.publish.folder import Target
-from continual.service import status
+from continual.service import asking
 from continual.state import State
 from continual.state.verify import verify
 
@@ -206,7 +206,7 @@ def _folded(state: Path, process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def _ask(state: Path, process: subprocess.Popen[bytes]) -> dict[str, Any] | None:
-    body = status.ask(state)
+    body = asking.ask(state)
     return body if body is not None and body["pid"] == process.pid else None
 
 

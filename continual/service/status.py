@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import NamedTuple
 
 from continual import selection, texts, tuning
 from continual.api import Merge
@@ -20,11 +17,11 @@ from continual.service import showing
 from continual.service.health import Health, Shortfall
 from continual.service.metrics import peak_memory
 from continual.service.queue import Queue, Queued
-from continual.service.web import Status, parse
+from continual.service.web import Status
 from continual.service.web.view import ShownQueued, ShownScale, UnderWay
 from continual.sources import roster
 from continual.sources.contract import Source, SourceReport
-from continual.state import State, going_back, lock, paused
+from continual.state import State, going_back, paused
 from continual.state.entries import TuneEntry
 from continual.state.software import software
 from continual.texts import Json, record
@@ -35,8 +32,6 @@ _STUCK = 900.0
 """Seconds without any progress in a fold after which the daemon no longer calls itself healthy."""
 _SILENT = 30.0
 """Seconds without a turn of the event loop after which it does not, either."""
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Asks this machine itself: a proxy of the environment (`http_proxy`) is never used for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +170,9 @@ class Live:
             self.merge,
             Running(
                 health="stuck" if not good else "degraded" if found else "ok" if self.paused is None else "paused",
-                why="; ".join(part for part in ("" if good and not found else why, paused_since(self.paused)) if part),
+                why="; ".join(
+                    part for part in ("" if good and not found else why, texts.paused_since(self.paused)) if part
+                ),
                 paused=self.paused,
                 degraded=found,
                 pid=os.getpid(),
@@ -191,44 +188,10 @@ class Live:
         )
 
 
-def paused_since(when: str | None) -> str:
-    """That folding is paused, since when, and how it goes on; empty where it is not."""
-    if when is None:
-        return ""
-    return f"folding is paused{f' since {texts.when(when)}' if when else ''}; 'continual resume' goes on"
-
-
-def ask(state: Path) -> dict[str, Json] | None:
-    """What the daemon on `state` answers; None if none runs or it does not answer."""
-    url = lock.holder(state / "lock").url
-    if not isinstance(url, str) or not url.startswith("http://"):
-        return None
-    try:
-        with _DIRECT.open(f"{url}/api/status", timeout=5) as answer:
-            body = parse(answer.read().decode())
-    except (OSError, ValueError):
-        return None
-    return body if Path(str(body["state"])) == state.absolute() else None
-
-
 def at_rest(settings: Settings) -> dict[str, Json]:
     """What the files say, where no daemon runs; with the keys of `ask`. Raises Misconfigured, Damaged."""
     with Merge(settings) as merge:
         return _status(merge, Running()).body()
-
-
-class ToldSource(NamedTuple):
-    """What a kind of source says in the body of a status: its name, how people call it, and its report."""
-
-    name: str
-    title: str
-    report: Mapping[str, Json]
-
-
-def sources_in(body: Mapping[str, Json]) -> list[ToldSource]:
-    """What the sources that run say in the body of a status, one of each kind."""
-    found = [(kind, body.get(kind.name)) for kind in roster.KINDS if kind.reports]
-    return [ToldSource(kind.name, kind.title, told) for kind, told in found if isinstance(told, dict)]
 
 
 def _status(merge: Merge, running: Running) -> Status:
@@ -304,7 +267,9 @@ def _sources(reports: Mapping[str, SourceReport]) -> dict[str, SourceReport | No
     """What each kind of source says of itself; None where none of the kind runs."""
     silent = [kind.name for kind in roster.KINDS if not kind.reports]
     told: dict[str, SourceReport | None] = {kind.name: None for kind in roster.KINDS if kind.reports}
-    told.update({name: report for name, report in reports.items() if name not in silent})
+    for name, report in reports.items():
+        if name not in silent:
+            told[name] = replace(report, title=roster.title_of(name))
     return told
 
 

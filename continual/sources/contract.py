@@ -43,13 +43,15 @@ class SourceReport:
     """What a source says of itself on the status page and in `continual status`.
 
     `bases`: what it looks for; `polled`: when it last asked with success (RFC 3339, UTC); `problem`: why it could not
-    the last time; `seen`: how many models it has seen that are not settled.
+    the last time; `seen`: how many models it has seen that are not settled; `title`: how people call its kind, which
+    who shows it fills in.
     """
 
     bases: tuple[str, ...] = ()
     polled: str | None = None
     problem: str | None = None
     seen: int = 0
+    title: str = ""
 
 
 class Source(Protocol):

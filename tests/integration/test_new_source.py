@@ -26,8 +26,8 @@ from continual.errors import Misconfigured
 from continual.hub.locate import Opener
 from continual.records import Event
 from continual.service import once
+from continual.service.asking import ask
 from continual.service.daemon import Daemon, check
-from continual.service.status import ask
 from continual.service.watched import sources_of
 from continual.service.web import listen
 from continual.sources import roster
@@ -216,7 +216,13 @@ def test_the_daemon_folds_shows_and_serves_it(tmp_path: Path, settings: Settings
     assert [key is not None for key in source.done] == [True, True]
     body = told["status"]
     assert isinstance(body, dict)
-    assert body["post"] == {"bases": [str(tmp_path / "box")], "polled": None, "problem": None, "seen": 0}
+    assert body["post"] == {
+        "bases": [str(tmp_path / "box")],
+        "polled": None,
+        "problem": None,
+        "seen": 0,
+        "title": "the post",
+    }
     assert body["hub"] is None
     assert "watching the post" in text(body)
     assert f"post       {tmp_path / 'box'}; not asked yet, 0 open" in text(body)

@@ -1,7 +1,7 @@
 """The daemon's one port: status page, JSON, metrics and probes."""
 
-from continual.service.web.app import create_app, listen, parse, serve
+from continual.service.web.app import create_app, listen, serve
 from continual.service.web.server import Ears
 from continual.service.web.view import Status, View
 
-__all__ = ["Ears", "Status", "View", "create_app", "listen", "parse", "serve"]
+__all__ = ["Ears", "Status", "View", "create_app", "listen", "serve"]

@@ -23,7 +23,7 @@ from continual.service.web import page
 from continual.service.web.hosts import may_ask
 from continual.service.web.server import Ears, Server
 from continual.service.web.view import Status, View
-from continual.texts import Json, plain
+from continual.texts import plain
 
 _MOST = 1000
 _HEADERS = (
@@ -171,11 +171,3 @@ async def serve(
         started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     await Server(app, sock, ears).run(listening, stop)
-
-
-def parse(text: str) -> dict[str, Json]:
-    """The body of an answer of /api/status. Raises ValueError if it is none."""
-    body: Json = json.loads(text)
-    if not isinstance(body, dict) or "state_id" not in body:
-        raise ValueError("no status")
-    return body
