@@ -6,11 +6,11 @@ from __future__ import annotations
 import os
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from continual.config.settings import Settings
 from continual.config.values import pairs
@@ -94,7 +94,25 @@ def _validated(values: Mapping[str, object], where: Mapping[str, str]) -> Settin
         first = error.errors()[0]
         name, *within = (str(part) for part in first["loc"])
         setting = ".".join([where.get(name, name), *within])
-        raise Misconfigured(f"{setting} = {_cut(first['input'])}: {first['msg']}") from None
+        if first["type"] == "extra_forbidden":
+            keys = ", ".join(sorted(_keys(Settings, [name, *within][:-1])))
+            raise Misconfigured(f"{setting}: unknown; known are {keys}") from None
+        said = _WORDS.get(first["type"], first["msg"])
+        raise Misconfigured(f"{setting} = {_cut(first['input'])}: {said}") from None
+
+
+_WORDS = {"tuple_type": "write a list: [...]", "model_type": "write a table of its keys", "dict_type": "write a table"}
+"""What is said where pydantic speaks of Python's types."""
+
+
+def _keys(kind: object, path: Sequence[str]) -> Collection[str]:
+    """The keys of the table at `path` in a value of this type; none where there is no such table."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if not path:
+            return kind.model_fields.keys()
+        return _keys(kind.model_fields[path[0]].annotation, path[1:]) if path[0] in kind.model_fields else ()
+    within = path[1:] if get_origin(kind) in (dict, tuple, list, Mapping) else path
+    return next((found for one in get_args(kind) if (found := _keys(one, within))), ())
 
 
 def _cut(value: object) -> str:

@@ -49,6 +49,24 @@ def test_errors_name_the_setting_and_where_it_was_set(
         assert word in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("toml", "said"),
+    [
+        ("[evaluation]\ncomand = []", "evaluation.comand: unknown; known are command, "),
+        ("[hub]\nwach = true", "hub.wach: unknown; known are .*watch"),
+        ("[views.v]\nsacle = 1", "views.v.sacle: unknown; known are .*scale"),
+        ("[[hooks]]\nkind = 'command'\ncomand = ['x']", "hooks.*comand: unknown; known are .*command"),
+        ("[evaluation]\ncommand = 'x {model}'", r"evaluation.command = 'x {model}': write a list: \[...\]"),
+        ("evaluation = 3", "evaluation = 3: write a table of its keys"),
+    ],
+)
+def test_a_key_of_a_table_that_is_not_known_is_said_with_those_that_are(tmp_path: Path, toml: str, said: str) -> None:
+    file = tmp_path / "continual.toml"
+    file.write_text(toml)
+    with pytest.raises(Misconfigured, match=said):
+        load({}, file=file, environ={})
+
+
 def test_a_scale_of_a_view_is_a_number_or_a_text(tmp_path: Path) -> None:
     file = tmp_path / "continual.toml"
     file.write_text('[views.v]\nscale = 0.3\nas_lora = 8\n[views.w]\nscale = "norm:2"\nas_lora = "own"\n')
