@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from continual import removal, selection, tuning
-from continual.api import diffs
+from continual.api import diffs, replaying
 from continual.api.opened_state import OpenedState
 from continual.config import settings_of
 from continual.engine import combining, planning, unfolding
@@ -27,6 +27,7 @@ from continual.engine.outcomes import Outcome, Plan
 from continual.engine.views import ReadView
 from continual.executors.contract import Progress, silent
 from continual.records import Event
+from continual.replay import Replayed
 from continual.rules import ReadAs, ReadOptions
 from continual.selection import admission
 from continual.selection.steps import Taken
@@ -234,6 +235,18 @@ class Merge(OpenedState):
         whole, by layer and by tensor, and which models came and went. Each is a record (its number, a tag, HEAD) or a
         model of the base: a directory, or a repo of the Hub. Raises Misconfigured, Refuse, Retry and Damaged."""
         return diffs.diff(self, a, b, progress)
+
+    def look_replay(self, models: Iterable[str | Path] = (), *, progress: Progress = silent) -> replaying.ReplayLook:
+        """Says what building the state again would take, and whether every model that it folded is still there, below
+        the directories `models` or where it came from, with the bytes that were folded. Raises Misconfigured."""
+        return replaying.look_replay(self, [Path(one) for one in models], progress)
+
+    def replay(
+        self, directory: str | Path, models: Iterable[str | Path] = (), *, progress: Progress = silent
+    ) -> Replayed:
+        """Builds this state again in `directory` from its ledger and the models that it folded, and says whether it is
+        equal bit for bit. What was begun there is gone on with. Raises Misconfigured, Refuse, Retry and Halt."""
+        return replaying.replay(self, Path(directory), [Path(one) for one in models], progress)
 
     def retry(self, word: str, *, because: str | None = None, by: str | None = None) -> list[Commit]:
         """Has the settled candidates that `word` names (a name, path, key or record number) looked at again: the

@@ -1,4 +1,4 @@
-"""The commands that read the history of a merge: what tells two records of it apart."""
+"""The commands that go by the history of a merge: what tells two records of it apart, and building it again."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from continual.cli import console, opened
-from continual.cli.flags import OPENING, READING, Flags, takes
+from continual.cli.flags import MACHINE, OPENING, READING, Flags, takes
 from continual.outside import counted, few
 from continual.texts import figure, share
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from continual.api.replaying import ReplayLook
     from continual.engine.comparing import Diff, DiffFigures
+    from continual.replay import Replayed
 
 app = typer.Typer(rich_markup_mode=None)
 _HEAD = ("depth", "before", "after", "difference", "relative", "cosine", "rank")
@@ -49,6 +53,68 @@ def diff(
     _diff_told(found, tensors=tensors)
     if picture is not None:
         console.say(f"Wrote {picture}")
+
+
+@app.command()
+@takes("missing", "vocab", "gates", *MACHINE, *OPENING)
+def replay(
+    directory: Annotated[Path, typer.Argument(help="Where to build it: a new directory, or one where this was begun.")],
+    models: Annotated[
+        list[Path] | None,
+        typer.Option("--models", help="Directory below which the models are now; repeatable.", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Look for every model and read it, and build nothing.")
+    ] = False,
+    *,
+    flags: Flags,
+) -> None:
+    """Build the state again from its ledger and the models that it folded, and prove that it is equal, bit for bit."""
+    with opened.merge(flags) as merge, console.progress() as progress:
+        if dry_run:
+            look = merge.look_replay(models or (), progress=progress)
+        else:
+            found = merge.replay(directory, models or (), progress=progress)
+    if dry_run:
+        _look_told(look, json=flags.json)
+        raise typer.Exit(1 if any(one.why for one in look.models) else 0)
+    if flags.json:
+        console.emit(found)
+    else:
+        _replay_told(found)
+    raise typer.Exit(0 if found.equal else 4)
+
+
+def _look_told(found: ReplayLook, *, json: bool) -> None:
+    """What a replay would do."""
+    rows = [one.body() for one in found.models]
+    if json:
+        return console.emit({**found._asdict(), "models": rows})
+    console.table(("record", "model", "place", "why not"), [tuple(row.values()) for row in rows])
+    lacking = sum(bool(one.why) for one in found.models)
+    said = f"{lacking} of them cannot be used" if lacking else "all of them are there, with the bytes that were folded"
+    console.say(f"{counted(found.records, 'record')}, {counted(len(rows), 'model')}: {said}")
+    return _left_told(found.left_out)
+
+
+def _replay_told(found: Replayed) -> None:
+    """What a replay came to."""
+    _left_told(found.left_out)
+    for one in found.differs:
+        console.warn(f"differs: {one}")
+    if not found.equal:
+        for one in found.software:
+            console.warn(f"was made otherwise: {one}")
+    made = f"{counted(found.records, 'record')} made again in {found.directory}, {found.compared} of them compared"
+    if found.equal:
+        console.say(f"EQUAL: {counted(found.tensors, 'tensor')} of the newest merge, bit for bit; {made}")
+    else:
+        console.say(f"NOT equal: {counted(len(found.differs), 'difference')}; {made}")
+
+
+def _left_told(left_out: Sequence[str]) -> None:
+    for one in left_out:
+        console.say(f"not built again: {one}")
 
 
 def _diff_told(found: Diff, *, tensors: bool) -> None:

@@ -237,7 +237,7 @@ class Engine:
                 check_weights(self._reader(), {candidate.name: opened.weight})
             except Misconfigured as error:  # what one candidate brings stops nobody
                 raise Refuse("weight", f"{error}; then 'continual retry {candidate.name}'") from None
-        with self.state.begin(writes=self._writes(opened)) as transaction:
+        with self.state.begin(writes=self.writes(opened)) as transaction:
             report = self.stream(transaction, opened, before, progress)
             if twin := self.state.ledger.folded_digest(report.digest):
                 return self._duplicate(report, twin)
@@ -260,7 +260,7 @@ class Engine:
         before = self.state.ledger.totals
         try:
             opened = OpenCandidate.of(self.gates.at_fold(self.vet(candidate_of(model), model)))
-            with transaction(self._writes(opened)) as writing:
+            with transaction(self.writes(opened)) as writing:
                 report = self.stream(writing, opened, before, progress)
                 if self.state.ledger.folded_digest(report.digest):
                     return None
@@ -280,7 +280,7 @@ class Engine:
             device=report.device,
         )
 
-    def _writes(self, opened: OpenCandidate) -> int:
+    def writes(self, opened: OpenCandidate) -> int:
         """About how many bytes a fold writes: what is kept of the tensors that it touches; of an adapter that is kept
         as it is what its layers get and move."""
         if self.state.format.form is None:

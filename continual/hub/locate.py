@@ -44,7 +44,7 @@ class Places:
         self.bases = settings.hub.bases or ((base,) if base else ())
         self.stop = threading.Event() if client is None else client.stop
         self.hurry = threading.Event() if client is None else client.hurry
-        self._client = client
+        self.client = client
         self.newer: Callable[[Info], None] = _nobody
 
     @cached_property
@@ -52,7 +52,7 @@ class Places:
         """The Hub. Raises Misconfigured if the package huggingface_hub is told to stay offline."""
         from continual.hub import Hub
 
-        return self._client or Hub(stop=self.stop, hurry=self.hurry)
+        return self.client or Hub(stop=self.stop, hurry=self.hurry)
 
     def named(self, word: str | Path) -> Place:
         """The place that a person names: a path, or a repo as `hf://ORG/NAME@REVISION`. The scheme can be left out

@@ -61,8 +61,15 @@ def opened(tmp_path: Path, base: Path, rule: str, **settings: Any) -> api.Merge:
     return api.Merge(Settings(state=tmp_path / "state", gates=OFF, **settings), write=True)
 
 
-@pytest.mark.parametrize(("rule", "weight"), [("mean", 0.3), ("task-arithmetic", 3.0), ("iso-c", 1.0)])
-@pytest.mark.parametrize("dtypes", ["float32 float32", "bfloat16 bfloat16", "float32 bfloat16", "bfloat16 float16"])
+@pytest.mark.parametrize(
+    ("rule", "weight", "dtypes"),
+    [
+        ("mean", 0.3, "float32 float32"),
+        ("task-arithmetic", 3.0, "bfloat16 bfloat16"),
+        ("iso-c", 1.0, "float32 bfloat16"),
+        ("mean", 3.0, "bfloat16 float16"),
+    ],
+)
 def test_what_was_subtracted_is_verified(tmp_path: Path, rule: str, weight: float, dtypes: str) -> None:
     ours, theirs = (getattr(torch, word) for word in dtypes.split())
     base = models.base(tmp_path / "base", shapes=SHAPES, dtype=ours)

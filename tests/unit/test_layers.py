@@ -39,6 +39,7 @@ ROOMS = (
     ("evaluation", "gates hub publish sources texts"),
     ("selection", "hub publish sources texts"),
     ("making", "gates selection sources texts tuning"),
+    ("replay", "blocks config hub linalg objectives publish sources texts removal tuning evaluation making"),
     ("api", "texts"),
     ("forecast", "gates linalg objectives selection sources tuning"),
     ("service", "linalg objectives"),

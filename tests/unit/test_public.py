@@ -52,6 +52,8 @@ SIGNATURES = {
     "Merge.certify": "(self, seq, file, *, at=None, progress)",
     "Merge.combine": "(self, other, *, dry_run=False, progress)",
     "Merge.diff": "(self, a, b='HEAD', *, progress)",
+    "Merge.look_replay": "(self, models=(), *, progress)",
+    "Merge.replay": "(self, directory, models=(), *, progress)",
     "Merge.retry": "(self, word, *, because=None, by=None)",
     "Merge.close": "(self)",
     "Recipe": (
@@ -93,6 +95,7 @@ PATHS = {
     "Merge.look_unfold": ("at",),
     "Merge.certify": ("file", "at"),
     "Merge.combine": ("other",),
+    "Merge.replay": ("directory",),
     "Target": ("directory",),
     "LoraTarget": ("directory",),
     "Tuning": ("work",),
