@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from continual import texts
-from continual.cli import answered, console, ending, opened, planned
+from continual.cli import answered, configuring, console, ending, opened, planned
 from continual.cli import control as cli_control
 from continual.cli import history as cli_history
 from continual.cli import hub as cli_hub
@@ -63,6 +63,7 @@ app.add_typer(cli_pool.app)
 app.add_typer(cli_quarantine.app)
 app.add_typer(cli_hub.app)
 app.add_typer(cli_control.app)
+app.add_typer(configuring.app)
 
 
 def _transforms(incomplete: str) -> list[tuple[str, str]]:

@@ -3,18 +3,22 @@ settings from the environment."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import stat
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from continual.config.settings import Settings
 from continual.config.values import pairs
 from continual.errors import Misconfigured
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 PREFIX = "CONTINUAL_"
 FILE = "CONTINUAL_CONFIG"
@@ -36,14 +40,27 @@ class Setting(NamedTuple):
     called: str
 
 
+class Looked(NamedTuple):
+    """The settings in force, and where each that was given was set: by its whole name, as `hub.poll` of a table, the
+    file, `environment` or `flag`, with what it is called there. What is not in it has its default."""
+
+    settings: Settings
+    where: Mapping[str, str]
+
+
 def load(
     flags: Mapping[str, object], *, file: Path | None = None, environ: Mapping[str, str] | None = None
 ) -> Settings:
     """The settings from `file` (default: the file that `CONTINUAL_CONFIG` names, if it does), the environment and
     `flags`, by name; a flag that is None or an empty list was not given.
 
-    Raises Misconfigured naming the setting, where it was set and what is wrong with it.
+    Raises Misconfigured naming every setting that is wrong, where it was set and what is wrong with it.
     """
+    return look(flags, file=file, environ=environ).settings
+
+
+def look(flags: Mapping[str, object], *, file: Path | None = None, environ: Mapping[str, str] | None = None) -> Looked:
+    """The same, and where each setting was set. Raises Misconfigured as `load` does."""
     environ = os.environ if environ is None else environ
     if file is None and environ.get(FILE):
         file = Path(environ[FILE])
@@ -52,20 +69,40 @@ def load(
         if variable.startswith(PREFIX) and variable not in NO_SETTINGS:
             given.append(Setting(variable.removeprefix(PREFIX).lower(), text, "environment", variable.upper()))
     given += [Setting(name, value, "flag", name) for name, value in flags.items() if value is not None and value != []]
+    wrong = [_unknown(one.name, f"{one.by}: unknown setting {one.called!r}") for one in given if not _known(one.name)]
     values: dict[str, object] = {}
     where: dict[str, str] = {}
+    parts: dict[str, str] = {}
     for one in given:
-        _must_be_known(one.name, f"{one.by}: unknown setting {one.called!r}")
+        if not _known(one.name):
+            continue
         where[one.name] = f"{one.by}: {one.called}"
-        values[one.name] = _over(values.get(one.name), one, where[one.name])
-    return _validated(values, where)
+        before = values.get(one.name)
+        values[one.name] = _over(before, one, where[one.name])
+        if values[one.name] is one.value or not isinstance(before, dict):  # else it changes some keys of a table
+            parts = {name: by for name, by in parts.items() if name.partition(".")[0] != one.name}
+        parts |= dict.fromkeys(_names(one), where[one.name])
+    return Looked(_validated(values, where, wrong), parts)
+
+
+def _names(given: Setting) -> list[str]:
+    """The whole names of what was given: of a table each key that it has."""
+    value = given.value
+    if given.name in TABLES and not isinstance(value, dict):
+        value = pairs(value)  # checked before
+    return _leaves(given.name, value)
+
+
+def _leaves(name: str, value: object) -> list[str]:
+    if not isinstance(value, dict):
+        return [name]
+    return [leaf for key, one in value.items() for leaf in _leaves(f"{name}.{key}", one)]
 
 
 def settings_of(values: Mapping[str, object]) -> Settings:
-    """The settings of a program: from these values alone, by name. Raises Misconfigured naming what is wrong."""
-    for name in values:
-        _must_be_known(name, f"unknown setting {name!r}")
-    return _validated(values, {})
+    """The settings of a program: from these values alone, by name. Raises Misconfigured naming all that is wrong."""
+    wrong = [_unknown(name, f"unknown setting {name!r}") for name in values if not _known(name)]
+    return _validated({name: value for name, value in values.items() if _known(name)}, {}, wrong)
 
 
 def _over(before: object, given: Setting, where: str) -> object:
@@ -81,24 +118,44 @@ def _over(before: object, given: Setting, where: str) -> object:
     return before | found
 
 
-def _must_be_known(name: str, trouble: str) -> None:
-    if name not in Settings.model_fields:
-        raise Misconfigured(f"{trouble}; known are {', '.join(sorted(Settings.model_fields))}")
+def _known(name: str) -> bool:
+    return name in Settings.model_fields
 
 
-def _validated(values: Mapping[str, object], where: Mapping[str, str]) -> Settings:
-    """`where` says of each setting where it was set. Raises Misconfigured for the first that cannot be used."""
+def _unknown(name: str, trouble: str) -> str:
+    """What is said of a setting that there is not: the nearest there is, and all."""
+    known = sorted(Settings.model_fields)
+    return f"{trouble}; {_near(name, known)}known are {', '.join(known)}"
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    """The question whether another name was meant; empty where none is near."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {found[0]!r}? " if found else ""
+
+
+def _validated(values: Mapping[str, object], where: Mapping[str, str], wrong: Sequence[str]) -> Settings:
+    """`where` says of each setting where it was set; `wrong` is what was found before. Raises Misconfigured for all
+    that cannot be used, one a line."""
+    found = list(wrong)
     try:
-        return Settings.model_validate(values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name, *within = (str(part) for part in first["loc"])
-        setting = ".".join([where.get(name, name), *within])
-        if first["type"] == "extra_forbidden":
-            keys = ", ".join(sorted(_keys(Settings, [name, *within][:-1])))
-            raise Misconfigured(f"{setting}: unknown; known are {keys}") from None
-        said = _WORDS.get(first["type"], first["msg"])
-        raise Misconfigured(f"{setting} = {_cut(first['input'])}: {said}") from None
+        found += [_trouble(one, where) for one in error.errors()]
+    else:
+        if not found:
+            return settings
+    raise Misconfigured("\n".join(found))
+
+
+def _trouble(found: ErrorDetails, where: Mapping[str, str]) -> str:
+    """What is wrong with a setting, by what pydantic says of it."""
+    name, *within = (str(part) for part in found["loc"])
+    setting = ".".join([where.get(name, name), *within])
+    if found["type"] == "extra_forbidden":
+        known = sorted(_keys(Settings, [name, *within][:-1]))
+        return f"{setting}: unknown; {_near(within[-1], known)}known are {', '.join(known)}"
+    return f"{setting} = {_cut(found['input'])}: {_WORDS.get(found['type'], found['msg'])}"
 
 
 _WORDS = {"tuple_type": "write a list: [...]", "model_type": "write a table of its keys", "dict_type": "write a table"}

@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from continual.config import Settings, load, parse_bytes, settings_of
+from continual.config.given import look
 from continual.errors import Misconfigured
 
 
@@ -52,10 +53,13 @@ def test_errors_name_the_setting_and_where_it_was_set(
 @pytest.mark.parametrize(
     ("toml", "said"),
     [
-        ("[evaluation]\ncomand = []", "evaluation.comand: unknown; known are command, "),
-        ("[hub]\nwach = true", "hub.wach: unknown; known are .*watch"),
-        ("[views.v]\nsacle = 1", "views.v.sacle: unknown; known are .*scale"),
-        ("[[hooks]]\nkind = 'command'\ncomand = ['x']", "hooks.*comand: unknown; known are .*command"),
+        ("[evaluation]\ncomand = []", "evaluation.comand: unknown; did you mean 'command'[?] known are command, "),
+        ("[hub]\nwach = true", "hub.wach: unknown; did you mean 'watch'[?] known are .*watch"),
+        ("[views.v]\nsacle = 1", "views.v.sacle: unknown; did you mean 'scale'[?] known are .*scale"),
+        (
+            "[[hooks]]\nkind = 'command'\ncomand = ['x']",
+            "hooks.*comand: unknown; did you mean 'command'[?]",
+        ),
         ("[evaluation]\ncommand = 'x {model}'", r"evaluation.command = 'x {model}': write a list: \[...\]"),
         ("evaluation = 3", "evaluation = 3: write a table of its keys"),
     ],
@@ -76,7 +80,7 @@ def test_a_scale_of_a_view_is_a_number_or_a_text(tmp_path: Path) -> None:
 
 def test_settings_of_a_program_are_checked_as_those_of_a_user() -> None:
     assert settings_of({"state": "s", "rounds": {"sigmas": 4}}).rounds.sigmas == 4
-    with pytest.raises(Misconfigured, match=r"unknown setting 'kepe'; known are .*keep"):
+    with pytest.raises(Misconfigured, match=r"unknown setting 'kepe'; did you mean 'keep'\? known are .*keep"):
         settings_of({"kepe": 3})
     with pytest.raises(Misconfigured, match=r"rounds\.sgmas"):
         settings_of({"rounds": {"sgmas": 4}})
@@ -99,3 +103,32 @@ def test_settings_are_frozen() -> None:
 )
 def test_sizes(text: str, value: object) -> None:
     assert parse_bytes(text) == value
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "continual.toml"
+    file.write_text("kepe = 3\nkeep = 0\n[hub]\nwach = true\n")
+    with pytest.raises(Misconfigured) as raised:
+        load({"port": -1}, file=file, environ={"CONTINUAL_PORTT": "1"})
+    lines = str(raised.value).splitlines()
+    assert [line.partition(": ")[2][:21] for line in lines[:2]] == ["unknown setting 'kepe", "unknown setting 'CONT"]
+    assert sorted(word for line in lines[2:] for word in ("hub.wach", "keep = 0", "port = -1") if word in line) == [
+        "hub.wach",
+        "keep = 0",
+        "port = -1",
+    ]
+
+
+def test_where_each_setting_was_set(tmp_path: Path) -> None:
+    """Of a table key by key; what replaces a table whole takes its places, too."""
+    file = tmp_path / "continual.toml"
+    file.write_text("keep = 2\n[hub]\nwatch = true\npoll = 10\n[gates.noise]\nact = 'warn'\n")
+    found = look({"gates": ["copies.act=off"], "keep": 4}, file=file, environ={"CONTINUAL_HUB": "poll=5"})
+    assert found.where == {
+        "keep": "flag: keep",
+        "hub.watch": f"{file}: hub",
+        "hub.poll": "environment: CONTINUAL_HUB",
+        "gates.noise.act": f"{file}: gates",
+        "gates.copies.act": "flag: gates",
+    }
+    assert (found.settings.hub.watch, found.settings.hub.poll, found.settings.keep) == (True, 5.0, 4)

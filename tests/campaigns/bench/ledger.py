@@ -9,7 +9,9 @@ that process. `--to FOLDER` keeps the states.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
+import random
 import resource
 import shutil
 import subprocess
@@ -56,11 +58,21 @@ def grown(state: Path, records: int) -> None:
 def _next(body: dict[str, Any], seq: int, prev: str) -> dict[str, Any]:
     """A record like the fold `body`: every fourth is a refusal."""
     candidate = {**body["candidate"], "key": f"folder:{seq:032x}", "name": f"m{seq}", "origin": f"/models/m{seq}"}
-    found = {**body, "seq": seq, "prev": prev, "candidate": candidate, "digest": f"blake3:{seq:064x}"}
+    numbers = {**body["numbers"], "sketch": _sketch(body["numbers"]["sketch"], seq)}
+    said = {"candidate": candidate, "digest": f"blake3:{seq:064x}", "numbers": numbers}
+    found = {**body, "seq": seq, "prev": prev, **said}
     if seq % 4 == 0:
         said = {"kind": "refuse", "fate": "refused", "reason": "vocab", "message": f"m{seq}: another vocabulary"}
         found |= {**said, "digest": None, "totals": None, "numbers": {"settings": {"vocab": "refuse"}}}
     return found
+
+
+def _sketch(like: dict[str, Any], seq: int) -> dict[str, Any]:
+    """The sketch of another model: as long, of random values."""
+    head = 4 * len(like["norms"])
+    text = base64.b64decode(like["values"])
+    values = random.Random(seq).randbytes(len(text) - head)
+    return {**like, "values": base64.b64encode(text[:head] + values).decode()}
 
 
 def _least(what: Callable[[], float]) -> float:

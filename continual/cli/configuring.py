@@ -1,0 +1,53 @@
+"""`continual config show`: which settings are in force, and where each was set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+from continual.cli import console
+from continual.cli.flags import FLAGS, Flags, takes
+
+app = typer.Typer(rich_markup_mode=None)
+config = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Show which settings are in force, and why.")
+app.add_typer(config, name="config")
+
+
+@config.callback()
+def _config() -> None:
+    """Show which settings are in force, and why."""
+
+
+@config.command()
+@takes(*[name for name in FLAGS if name not in ("json",)], "json")
+def show(
+    changed: Annotated[bool, typer.Option("--changed", help="Only those that were set somewhere.")] = False,
+    *,
+    flags: Flags,
+) -> None:
+    """Show every setting: its value, and whether a flag, the environment or a file set it. What a running daemon was
+    started with is on its page."""
+    from continual.config.given import look
+    from continual.service.in_force import shown
+
+    looked = look(flags.settings, file=flags.config)
+    rows = [row for row in shown(looked) if not changed or row["from"] != "default"]
+    if flags.json:
+        console.emit(rows)
+    else:
+        console.table(
+            ("setting", "value", "from"), [(row["setting"], _text(row["value"]), row["from"]) for row in rows]
+        )
+
+
+def _text(value: object) -> str:
+    """A value as people read it."""
+    if value is None:
+        return "-"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_text(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_text(one) for one in value) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
