@@ -112,6 +112,12 @@ class Cell:
         return self.name.partition(" (")[0]
 
     @property
+    def place(self) -> tuple[str, int]:
+        """Suite and form, and the number of models."""
+        made_of, _, count = self.key.rpartition(", ")
+        return made_of, int(count)
+
+    @property
     def rho(self) -> float:
         """Mean ρ of the models."""
         return sum(rho for one in self.orders for rho, _ in one.each) / sum(len(one.each) for one in self.orders)
@@ -210,8 +216,9 @@ def told(page: str) -> Iterator[Cell]:
             watched = {row[NEUTRAL].partition(" (")[0]: row for row in found}
     for row in rows:
         right = {m: float(value) for m, value in _by_multiple(row)}
-        count = int(row[MERGED].partition(" (")[0].rpartition(", ")[2])
-        seen = watched.get(row[MERGED].partition(" (")[0], {})
+        name = row[MERGED].partition(" (")[0]
+        count = int(name.rpartition(", ")[2])
+        seen = watched.get(name, {})
         orders = [Merged([(float(row["ρ"]), 1.0)] * count, right)]
         yield Cell(row[MERGED], orders, row[LESS], dict(_by_multiple(seen)), seen.get("allowed", ""))
 
@@ -285,9 +292,9 @@ def _law(left: str, fitted_on: str, law: Law, some: Sequence[Cell]) -> str:
 
 
 def together(some: Sequence[Cell], others: Sequence[Cell]) -> list[Cell]:
-    """These cells, and those of the page that they are not; suite by suite."""
+    """These cells, and those of the page that they are not, by suite, form and number of models."""
     known = {cell.key for cell in some}
-    return sorted([*some, *(cell for cell in others if cell.key not in known)], key=lambda cell: cell.suite)
+    return sorted([*some, *(cell for cell in others if cell.key not in known)], key=lambda cell: cell.place)
 
 
 def main() -> None:
