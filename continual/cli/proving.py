@@ -33,6 +33,8 @@ def proving(file: Path, model: str, at: Path | None, flags: Flags) -> Iterator[P
     with opened.merge(flags) as before:
         removal.check_certifiable(before.state, before.rule)
         proof = Proof(_taken_out(before, model))
+        if proof.seq is None:
+            _must_be_shown(before, model, at)
         with before.state.lease():
             yield proof
     if proof.seq is None:
@@ -41,6 +43,18 @@ def proving(file: Path, model: str, at: Path | None, flags: Flags) -> Iterator[P
         merge.certify(proof.seq, file, at=at, progress=progress)
     if not flags.json:
         console.say(f"Wrote {file}: check it with continual/removal/verifier.py, which needs numpy alone")
+
+
+def _must_be_shown(merge: Merge, word: str, at: Path | None) -> None:
+    """Raises Misconfigured where a certificate could not be of the model that `word` names."""
+    from continual import removal
+    from continual.errors import Misconfigured
+
+    plan = merge.look_unfold(word, at)
+    if not plan.exact:
+        raise Misconfigured(f"{plan.line()}: nothing is subtracted, so there is nothing to certify")
+    fold = next(f for f in merge.state.ledger.folds() if (f.seq, f.key) == (plan.seq, plan.key))
+    removal.sources_shown(merge.engine, fold, None if at is None else merge.places.named(at))
 
 
 def _taken_out(merge: Merge, word: str) -> int | None:

@@ -64,8 +64,8 @@ def verify_(
             console.warn(finding)
         if found.strays:
             console.table(("stray", "size", "what"), [(s.path, size(s.nbytes), s.what) for s in found.strays])
-        clean = "clean: every byte is as it was written"
-        console.say(f"{len(found.findings)} findings" if found.findings else clean)
+        bad = f"damaged: {counted(len(found.findings), 'finding')}; 'continual repair --dry-run' says what is whole"
+        console.say(bad if found.findings else "clean: every byte is as it was written")
     raise typer.Exit(4 if found.findings else 0)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from continual.engine.engine import Engine
-from continual.errors import Damaged, Misconfigured
+from continual.errors import Damaged, Misconfigured, Refuse
 from continual.executors.contract import Progress, Task
 from continual.outside import few
 from continual.records import Lineage, TensorSpec
@@ -70,17 +70,32 @@ def certified(engine: Engine, seq: int, file: Path, at: Place | None, progress: 
         before, after = state.generation_of(first), state.generation_of(last)
         assert before is not None, "it had the model"
         assert after is not None, "it was written"
-        with open_model(at or engine.locate(fold.entry.candidate)) as model:
-            folder = _folder(model.place, "the model")
-            if isinstance(model, Adapter):
-                raise Misconfigured(f"{fold.entry.candidate.name} is an adapter: a certificate is of whole fine-tunes")
-            places = Generations(before.directory, after.directory, FileWeights(_base(engine)), FileWeights(folder))
-            lineage = engine.lineage(model, by_token=bool(fold.entry.numbers.tokens))
-            said = _named(engine, model, lineage)
+        base, model, said = sources_shown(engine, fold, at)
+        places = Generations(before.directory, after.directory, base, model)
         try:
             return _written(engine, (first, last, fold), places, said, file, progress)
         except Refused as error:
             raise Damaged(f"{fold.entry.candidate.name}: what record {seq} says cannot be shown: {error}") from None
+
+
+def sources_shown(
+    engine: Engine, fold: FoldCommit, at: Place | None
+) -> tuple[FileWeights, FileWeights, dict[str, dict[str, Any]]]:
+    """The files of the base and of a folded model, and what a certificate says of where each tensor comes from; only
+    headers are read. Raises Misconfigured where a certificate cannot show that, naming what is in the way."""
+    candidate = fold.entry.candidate
+    try:
+        with open_model(at or engine.locate(candidate)) as model:
+            folder = _folder(model.place, "the model")
+            if isinstance(model, Adapter):
+                raise Misconfigured(f"{candidate.name} is an adapter: a certificate is of whole fine-tunes")
+            said = _named(engine, model, engine.lineage(model, by_token=bool(fold.entry.numbers.tokens)))
+        base, files = (FileWeights(each) for each in (_folder(engine.base.checkpoint.place, "the base"), folder))
+        carried = {spec.name for spec in engine.state.format.tensors if not engine.state.format.slots[spec.name]}
+        verifier.check_used({"tensors": said, "extra": list(fold.entry.numbers.extra or ())}, files.names, carried)
+    except (Refused, Refuse) as error:
+        raise Misconfigured(f"{candidate.name}: a certificate does not show it: {error}") from None
+    return base, files, said
 
 
 def _written(
@@ -122,8 +137,6 @@ def _written(
     state = engine.state.path
     verifier.check_form(body)
     verifier.check_records(body, state, state)
-    carried = {spec.name for spec in made.tensors if not made.slots[spec.name]}
-    verifier.check_used(body, places.model.names, carried)
     with usable(f"cannot write {file}"):
         replace_bytes(file, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
     return body
@@ -176,10 +189,6 @@ def _named(engine: Engine, model: Checkpoint, lineage: Lineage) -> dict[str, dic
     ]:
         raise Misconfigured(f"{model.place}: {few(missing)}: in no file, which a certificate does not show")
     return said
-
-
-def _base(engine: Engine) -> Path:
-    return _folder(engine.base.checkpoint.place, "the base")
 
 
 def _folder(place: Place, what: str) -> Path:

@@ -458,7 +458,13 @@ def test_the_command_and_a_model_that_is_out_already(tmp_path: Path) -> None:
             merge.certify(3, tmp_path / "x.json")
         lora = adapters.lora(tmp_path / "lora", base, 1, modules=("q_proj",))
         assert merge.fold(lora).fate == "folded"
-        with merge.state.lease():
-            commit = merge.unfold(merge.look_unfold("lora"))
-            with pytest.raises(Misconfigured, match="lora is an adapter"):
-                merge.certify(commit.seq, tmp_path / "x.json")
+    for model, word in (("lora", "lora is an adapter"), ("two", "is in two files")):
+        if model == "two":
+            two = models.fine_tune(base, tmp_path / "two", 8)
+            with api.open(state, write=True) as merge:
+                assert merge.fold(two).fate == "folded"
+            shutil.copyfile(two / "model.safetensors", two / "beside.safetensors")
+        done = run("unfold", model, "--yes", "--certificate", tmp_path / "x.json", "--state", state)
+        assert (done.returncode, word in done.stderr) == (2, True), done.stderr
+    with api.open(state) as merge:
+        assert [fold.entry.candidate.name for fold in merge.state.ledger.folds()][-2:] == ["lora", "two"]

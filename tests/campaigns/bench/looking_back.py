@@ -1,5 +1,5 @@
 """What it costs to look back: `diff`, what an export says of its models, `explain`, against an export in the same
-process; and the proof that a model was taken out, against taking it out.
+process; a replay against all folds; and the proof that a model was taken out, against taking it out.
 
     python -m tests.campaigns.bench.looking_back [--gigabytes 0.5] [--rules mean tsv-m] [--models 4] [--repeats 3]
         [--only removal]
@@ -73,6 +73,19 @@ def turn(merge: api.Merge, scratch: Path) -> dict[str, float]:
     return found
 
 
+def fold(merge: api.Merge, model: Path) -> None:
+    """Folds a model, which has to be let in."""
+    outcome = merge.fold(model)
+    assert outcome.fate == "folded", outcome.message
+
+
+def again(merge: api.Merge, place: Path) -> None:
+    """Builds the state again, which has to be equal."""
+    found = merge.replay(place)
+    assert found.equal, found.differs
+    shutil.rmtree(place)
+
+
 def removal(work: Path, base: Path, rule: str) -> None:
     """What a proof costs beside the unfold that it is about, and how near that comes to never folding."""
     merged = []
@@ -129,17 +142,21 @@ def main() -> None:
             making.init(base, state, making.Recipe(rule=None if width else form, width=width))
             settings = Settings(state=state, workers=1, keep=50, max_base_ratio=100.0, gates=GATES)
             with api.Merge(settings, write=True) as merge:
-                for number in range(args.models):
-                    place = work / f"fine-tune-{number}"
+                tunes, folding = [work / f"fine-tune-{number}" for number in range(args.models)], 0.0
+                for number, place in enumerate(tunes):
                     made = adapters.lora(place, base, number) if width else models.fine_tune(base, place, number)
-                    outcome = merge.fold(made)
-                    assert outcome.fate == "folded", outcome.message
+                    folding += seconds(partial(fold, merge, made))
+                replaying = seconds(lambda: again(merge, work / "again")) / folding
+                for place in tunes:
                     shutil.rmtree(place)
                 turns = [turn(merge, work / "out") for _ in range(args.repeats)]
             median = {key: statistics.median(each[key] for each in turns) for key in turns[0]}
             nbytes, memory = median.pop("bytes of shares"), median.pop("memory of a diff")
             ratios = ", ".join(f"{key} {value:.3f} ({value / median['export']:.3f})" for key, value in median.items())
-            print(f"  {form}: {ratios}; {nbytes:.0f} bytes of shares; memory of a diff {memory:.1f} largest tensors")
+            print(
+                f"  {form}: {ratios}; {nbytes:.0f} bytes of shares; memory of a diff {memory:.1f} largest tensors; "
+                f"replay {replaying:.2f} of all folds"
+            )
             shutil.rmtree(state)
 
 
