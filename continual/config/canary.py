@@ -21,6 +21,9 @@ class CanarySettings(BaseModel):
     branch: str = Field(
         default="candidate", description="branch of the repo that has the canary; made if it is not there"
     )
+    request: bool = Field(
+        default=False, description="propose the canary by a pull request to main, in place of a branch of its own"
+    )
     query: str | None = Field(
         default=None, description="what is asked of Prometheus (PromQL); each of its values has to keep to the limits"
     )

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 CARD = "README.md"
-_TRIES = 4
+TRIES = 4
+"""How often a commit is tried."""
 _COMMIT_SECONDS, _SLOWEST = 600.0, 20_000
 """A commit has failed after so many seconds, and one for so many bytes."""
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -209,7 +210,7 @@ def release(
                 made, seq = made._replace(commit=remote.info.sha, mark=there.mark, shares=there.shares), there.seq
                 break
             if remote.info is None:
-                remote = _create(hub, asked)
+                remote = create(hub, asked)
             if directory is None:
                 directory = stack.enter_context(exported())
             with readable(directory):
@@ -223,7 +224,7 @@ def release(
                 break
             except Trouble as error:  # the branch will tell whether the commit was made
                 made = made._replace(tries=made.tries + 1)
-                if made.tries == _TRIES or error.fault in (Fault.TOKEN, Fault.DENIED, Fault.REQUEST):
+                if made.tries == TRIES or error.fault in (Fault.TOKEN, Fault.DENIED, Fault.REQUEST):
                     raise
                 hub.stop.wait(max(error.after, 0.5 * 2.0**made.tries))
     return _released(hub, asked, seq, made)
@@ -289,7 +290,12 @@ def _is_of(hub: Hub, repo: str, commit: str, seq: int) -> bool:
     return stamp is not None and stamp.seq == seq
 
 
-def _create(hub: Hub, asked: ReleaseSettings) -> Remote:
+def seconds_for(nbytes: int) -> float:
+    """Seconds after which a commit of so many bytes has failed."""
+    return _COMMIT_SECONDS + nbytes / _SLOWEST
+
+
+def create(hub: Hub, asked: ReleaseSettings) -> Remote:
     """Makes the repo and the branch where they are not there, and looks at the branch. Raises Trouble."""
     repo = asked.repo or ""
     hub.ask(f"making {repo}", lambda: hub.api.create_repo(repo, private=asked.private, exist_ok=True))
@@ -322,7 +328,7 @@ def _commit(
         return str(made.oid)
 
     what = f"commit to {asked.repo}"
-    seconds = _COMMIT_SECONDS + nbytes / _SLOWEST
+    seconds = seconds_for(nbytes)
     try:
         commit = hub.ask(what, create, tries=1, seconds=seconds)
     except Refuse as error:  # the repo went away meanwhile, or the token may not write there

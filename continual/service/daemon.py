@@ -42,6 +42,7 @@ from continual.service.worker import Worker
 from continual.signing import signer as signing
 from continual.sources import roster
 from continual.sources.contract import Listening, Source
+from continual.sources.hub import HubSource
 from continual.state.transaction import MARGIN
 
 _BEAT = 1.0
@@ -104,6 +105,9 @@ class Daemon:
         self._worker = Worker(merge, self.live, self._failures, fresh=self._fresh, halt=self._halt)
         worker = self._worker
         self._watch = CanaryWatch(merge, self._failures, worker.turns, self._fresh, self._again)
+        for source in sources:
+            if isinstance(source, HubSource):
+                source.heard = self._watch.heard
         performing = Performing(merge, self.live, worker.turns, worker.record, sources, self._fresh)
         self._outlets = Outlets(merge, self._failures, worker.record, worker.gauge, self._watch.turned)
         self._reloading = Reloading(merge, worker.turns, read, sources, self._reloaded)

@@ -25,7 +25,8 @@ class OutPlan:
     """What goes out: the merge, or a `view` of it. `current`: the link that is kept pointing at it; `asked`: where it
     is released to and how; `as_lora`, `layout`: as an adapter of this rank in this layout, else as a whole model.
     `canary`: as what it goes out first. `earlier`: an export of which the bytes of tensors that are the same are taken,
-    beside those of `current`. `backwards`: whether it may take the place of a later record."""
+    beside those of `current`. `backwards`: whether it may take the place of a later record. `request`: whether it is
+    proposed by a pull request, `merges`: the number of the one that is merged first."""
 
     asked: ReleaseSettings
     current: Path | None
@@ -35,6 +36,8 @@ class OutPlan:
     canary: CanarySettings | None = None
     earlier: Path | None = None
     backwards: bool = False
+    request: bool = False
+    merges: int | None = None
 
     @property
     def name(self) -> str | None:
@@ -48,15 +51,19 @@ class OutPlan:
         return (*found, "release") if self.asked.repo is not None else tuple(found)
 
     def as_candidate(self, *, backwards: bool = False) -> OutPlan:
-        """The same as a canary: at the link beside `current`, and on the branch that its canary names, untagged."""
+        """The same as a canary: at the link beside `current`, and on a branch of its own, untagged, or proposed."""
         assert self.canary is not None
-        asked = self.asked.model_copy(update={"branch": self.canary.branch, "tag": None})
+        branch = self.asked.branch if self.canary.request else self.canary.branch
+        asked = self.asked.model_copy(update={"branch": branch, "tag": None})
         link = None if self.current is None else candidate_link(self.current)
-        return replace(self, asked=asked, current=link, earlier=self.current, backwards=backwards)
+        found = replace(self, asked=asked, current=link, earlier=self.current, backwards=backwards)
+        return replace(found, request=self.canary.request)
 
-    def as_promoted(self) -> OutPlan:
-        """The same where its canary is promoted to: tensors are copied from there."""
-        return replace(self, earlier=None if self.current is None else candidate_link(self.current))
+    def as_promoted(self, merges: int | None = None) -> OutPlan:
+        """The same where its canary is promoted to: tensors are copied from there; `merges`: the pull request that it
+        waits in."""
+        earlier = None if self.current is None else candidate_link(self.current)
+        return replace(self, earlier=earlier, merges=merges)
 
 
 def candidate_link(current: Path) -> Path:

@@ -23,7 +23,7 @@ from continual.retrying import PARKED, Fault, retry_delay
 from continual.service import publishing
 from continual.service import release as releasing
 from continual.service.aside import Recorder, aside
-from continual.service.canary import stages
+from continual.service.canary import reporting, stages
 from continual.service.canary.stages import Step
 from continual.service.failures import Failures, contained, told
 from continual.service.outgoing import OutPlan, What, outgoing
@@ -188,6 +188,8 @@ class Outlets:
         """Releases the newest record that changed the model; where every one is wanted, the next after the last that
         was released. Whether there are more."""
         state = self.merge.state
+        if out.request:
+            return await self._propose(out, newest, after)
         done = state.publications.release(out.asked.repo or "", out.asked.branch)
         seq = newest
         if out.asked.every and state.ledger.folds(newest) and (done is None or done.of < newest):
@@ -216,6 +218,28 @@ class Outlets:
         )
         self.telling.hand(dataclasses.replace(facts, view=out.name, mark=found.mark), after)
         return seq < newest
+
+    async def _propose(self, out: OutPlan, seq: int, after: str) -> bool:
+        """Has record `seq` proposed by a pull request where it is a canary, and else none that is open."""
+        state = self.merge.state
+        record = await asyncio.to_thread(contained(partial(state.canaries.get, out.name)))
+        if record is None or record.seq != seq:
+            last = state.publications.verdict(out.name)
+            why = "It is promoted." if last is None or last.canary.verdict == "promoted" else last.canary.why
+            closed = await aside(partial(releasing.close_requests, self.merge, out, seq, why))
+            self._log.info("requests closed", **_of(out), repo=out.asked.repo, numbers=closed) if closed else None
+            return False
+        if record.request is None:
+            found = await aside(partial(reporting.propose, self.merge, record))
+            if state.publications.release(found.repo, found.branch) is None:
+                await self.record(releasing.entry(found, out.name))
+                self.metrics.released(found.uploaded)
+            self._log.info("proposed", **_of(out), seq=seq, repo=found.repo, url=found.url, new=found.new)
+        done = await asyncio.to_thread(contained(partial(state.canaries.get, out.name)))
+        if done is not None and done.request is not None:
+            facts = Published(state=state.id, seq=seq, repo=out.asked.repo, commit=done.commit)
+            self.telling.hand(dataclasses.replace(facts, view=out.name, mark=record.mark), after)
+        return False
 
 
 def _of(out: OutPlan) -> dict[str, str]:

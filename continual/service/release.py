@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from continual.api import Merge
 from continual.engine.block_reading import BlockReading
 from continual.errors import Misconfigured, Retry
-from continual.publish import card, folder, hub
+from continual.publish import card, folder, hub, proposals
 from continual.publish.hub import Released
 from continual.publish.provenance import SHARES, figures_in
 from continual.service.outgoing import OutPlan, mark_of, models_in, outgoing, write
@@ -85,17 +86,17 @@ def release(merge: Merge, at: int | None = None, *, view: str | None = None, wai
     return release_as(merge, outgoing(merge.settings, view), at, wait=wait)
 
 
-def release_as(merge: Merge, out: OutPlan, at: int | None = None, *, wait: bool = False) -> Released:
-    """The same as `out` says: as a canary, or where that is promoted to."""
+def release_as(merge: Merge, out: OutPlan, at: int | None = None, *, wait: bool = False, report: str = "") -> Released:
+    """The same as `out` says: as a canary, or where that is promoted to. `report`: what a pull request says."""
     if not merge.releasing.acquire(blocking=wait):
         raise Retry("another release is on its way: try again when it is out; nothing was done")
     try:
-        return _release(merge, out, at)
+        return _release(merge, out, at, report)
     finally:
         merge.releasing.release()
 
 
-def _release(merge: Merge, out: OutPlan, at: int | None) -> Released:
+def _release(merge: Merge, out: OutPlan, at: int | None, report: str) -> Released:
     asked = out.asked
     seq = record_of(merge, out, at).seq
     shutil.rmtree(_staging(merge), ignore_errors=True)  # what a killed process left, also where the record is out
@@ -119,6 +120,11 @@ def _release(merge: Merge, out: OutPlan, at: int | None) -> Released:
         return found
 
     ours = _ours(merge, out, seq)
+    if out.request:
+        export = partial(exported, merge, out, seq, ours.mark)
+        return proposals.propose(merge.hub, asked, ours, export, texts, report)
+    if out.merges is not None:
+        proposals.merge(merge.hub, asked.repo or "", out.merges)
     return hub.release(merge.hub, asked, ours, lambda: exported(merge, out, seq, ours.mark), texts)
 
 
@@ -140,6 +146,15 @@ def _ours(merge: Merge, out: OutPlan, seq: int) -> hub.Ours:
     generations = [commit.generation for commit in merge.state.ledger.log]
     mark = mark_of(merge, out, seq, folder.parse_dtype(out.asked.dtype))
     return hub.Ours(merge.state.id, seq, generations, out.name or "", mark, out.backwards)
+
+
+def close_requests(merge: Merge, out: OutPlan, seq: int, why: str) -> list[int]:
+    """Closes the open pull requests of this state and view, and returns their numbers. Raises Trouble."""
+    repo, ours = out.asked.repo or "", _ours(merge, out, seq)
+    found = list(proposals.opened(merge.hub, repo, ours))
+    for number in found:
+        proposals.close(merge.hub, repo, number, why)
+    return found
 
 
 def is_out(merge: Merge, out: OutPlan, seq: int, done: ReleaseEntry | None) -> bool:

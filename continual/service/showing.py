@@ -163,7 +163,9 @@ def _canary(merge: Merge, record: CanaryRecord) -> ShownCanary:
     if record.view is None or record.view in merge.settings.views:
         out = outgoing(merge.settings, record.view)
         places += [str(candidate_link(out.current))] if out.current is not None else []
-        places += [f"{out.asked.repo}@{out.canary.branch}"] if out.asked.repo and out.canary else []
+        if out.asked.repo and out.canary:
+            proposed = f"{out.asked.repo}/discussions/{record.request}" if record.request else "no pull request yet"
+            places.append(proposed if out.canary.request else f"{out.asked.repo}@{out.canary.branch}")
     verdicts = [one.verdict for one in record.measured]
     return ShownCanary(
         view=record.view,

@@ -38,7 +38,7 @@ _FIRST_LOOK = 30.0
 
 class HubSource(Source):
     """Polls what the settings name, and takes what the inbox holds. `polled`: when the last poll succeeded, in seconds
-    since 1970."""
+    since 1970; `heard`: what is called with the repo of every delivery of a webhook."""
 
     name = "hub"
     parks = True
@@ -56,6 +56,7 @@ class HubSource(Source):
         self._state = wiring.state
         self._clock = clock
         self._fate = wiring.known
+        self.heard: Callable[[str], None] = lambda _repo: None
         self._pushed = asyncio.Event()
         self._names: dict[str, list[str]] = {}
         self._settled: deque[tuple[str, str | None]] = deque()
@@ -104,7 +105,7 @@ class HubSource(Source):
 
         if self._secret is None:
             return []
-        webhook = Webhook(self._secret.get_secret_value(), self.inbox, self.told)
+        webhook = Webhook(self._secret.get_secret_value(), self.inbox, self.told, lambda repo: self.heard(repo))
         return [Route("/webhook", webhook.answer, methods=["POST"])]
 
     def told(self) -> None:

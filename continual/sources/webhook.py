@@ -87,11 +87,12 @@ def push_of(payload: Payload) -> Push | None:
 @dataclass(frozen=True, slots=True)
 class Webhook:
     """Takes deliveries: `secret` is what the Hub has to send, `inbox` keeps the pushes, `told` is called for each new
-    one."""
+    one, and `heard` with the repo of every delivery about a model, also of those that are no push."""
 
     secret: str
     inbox: Inbox
     told: Callable[[], None]
+    heard: Callable[[str], None] = lambda _repo: None
 
     async def answer(self, request: Request) -> Response:
         """202 when the push is on disk, or there is nothing to do; 401 without the secret, 413 for a large body, 400
@@ -103,11 +104,14 @@ class Webhook:
             body = await _body(request)
             if body is None:
                 return _said(413, f"at most {LARGEST} bytes")
-            push = push_of(Payload.model_validate_json(body))
+            payload = Payload.model_validate_json(body)
+            push = push_of(payload)
         except (ValidationError, ValueError):
             return _said(400, "no payload of a webhook of version 3")
         except ClientDisconnect:
             return _said(400, "cut off")
+        if payload.repo.type == "model":
+            self.heard(payload.repo.name)
         if push is None:
             return _said(202, "nothing to do")
         record = PushRecord(push.repo, push.sha, time.time())

@@ -2,8 +2,8 @@
 token=TOKEN)`.
 
 It keeps models in memory (`repos`, `hub`, `access`), speaks the wire protocol (`listing`, `writing`, `files`, `xet`),
-writes down every request (`journal`), fails as told (`faults`) and sends webhooks (`webhooks`). Datasets, Spaces,
-discussions and pull requests are not here.
+writes down every request (`journal`), fails as told (`faults`) and sends webhooks (`webhooks`). Pull requests
+are opened, listed, merged and closed (`discussions`). Datasets, Spaces and other discussions are not here.
 """
 
 from tests.loopback.access import TOKEN, Account

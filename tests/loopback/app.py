@@ -9,7 +9,7 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tests.loopback import files, listing, writing, xet
+from tests.loopback import discussions, files, listing, writing, xet
 from tests.loopback.faults import Drop, Fault, Mangle, Raw, Slow, Stale, Stall, Status, Truncate
 from tests.loopback.hub import Hub
 from tests.loopback.journal import Origin, Request
@@ -18,7 +18,7 @@ from tests.loopback.routing import ROUTES, Answer, answer
 PIECE = 1 << 16  # bytes of a body sent at once
 TICK = 0.01  # seconds between the pieces of a slow body
 
-assert ROUTES, (files, listing, writing, xet)  # importing them registers their routes
+assert ROUTES, (discussions, files, listing, writing, xet)  # importing them registers their routes
 
 
 class Connection(H11Protocol):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tests.loopback import webhooks
 from tests.loopback.access import EVERYTHING, TOKEN, Account, Refusal
 from tests.loopback.journal import Journal, Request
-from tests.loopback.repos import ATTRIBUTES, Blob, Bytes, Commit, Gate, Repo, commit_sha
+from tests.loopback.repos import ATTRIBUTES, Blob, Bytes, Commit, Gate, PullRequest, Repo, commit_sha
 from tests.loopback.webhooks import Change, Moved
 
 if TYPE_CHECKING:
@@ -115,24 +115,65 @@ class Hub:
                 raise Refusal(404, f"Invalid rev id: {branch}", "RevisionNotFound")
             if parent is not None and parent != before:
                 raise Refusal(412, "A commit has happened since. Please refresh and try again.")
-            tree = dict(old.commits[before].files) if before else {}
-            for path, content in files.items():
-                if content is None:
-                    if tree.pop(path, None) is None:
-                        raise Refusal(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-                else:
-                    tree[path] = (
-                        content if isinstance(content, Blob) else Blob(content, self.is_large(path, len(content)))
-                    )
-            self.objects.update({blob.sha256: blob.data for blob in tree.values() if blob.lfs})
-            self._counter += 1
-            now = self.clock()
-            title, _, body = message.partition("\n\n")
-            commit = Commit(commit_sha(tree, before, self._counter), before, title, body, author, now, tree)
+            commit = self._built(old, before, files, message, author)
             branches, commits = {**old.branches, branch: commit.sha}, {**old.commits, commit.sha: commit}
-            new = replace(old, modified=now, branches=branches, commits=commits)
+            new = replace(old, modified=commit.date, branches=branches, commits=commits)
             self._publish(new, Change("update", "repo.content", new, ((f"refs/heads/{branch}", before, commit.sha),)))
             return commit.sha
+
+    def propose(
+        self, repo: str, files: Mapping[str, bytes | Blob | None], title: str, text: str = "", *, author: str = "tester"
+    ) -> int:
+        """A pull request to `main` that sets these files and removes those given as None; its number."""
+        with self.lock:
+            old = self.repo(repo)
+            parent = old.branches["main"]
+            commit = self._built(old, parent, files, title, author)
+            number = len(old.requests) + 1
+            pull = PullRequest(number, title, text, author, commit.date, commit.sha, parent)
+            new = replace(old, commits={**old.commits, commit.sha: commit}, requests={**old.requests, number: pull})
+            self._publish(new, Change("update", "repo.content", new, ((f"refs/pr/{number}", None, commit.sha),)))
+            return number
+
+    def pull(self, repo: str, number: str | int) -> PullRequest:
+        """The pull request of a number."""
+        found = self.repo(repo).requests.get(int(number)) if str(number).isdecimal() else None
+        if found is None:
+            raise Refusal(404, f"There is no discussion {number}")
+        return found
+
+    def merge(self, repo: str, number: str | int, *, author: str = "tester") -> str:
+        """Merges a pull request as one commit on top of `main`; its sha."""
+        with self.lock:
+            old = self.repo(repo)
+            pull = self.pull(repo, number)
+            if pull.status != "open":
+                raise Refusal(400, f"This pull request is {pull.status}")
+            if pull.parent != old.branches["main"]:
+                raise Refusal(409, "Merge conflict")
+            files, now = old.commits[pull.sha].files, old.commits[old.branches["main"]].files
+            changed: dict[str, Blob | None] = {name: file for name, file in files.items() if now.get(name) != file}
+            changed |= {name: None for name in now if name not in files}
+            sha = self.commit(repo, changed, f"{pull.title} (#{number})", author=author)
+            merged = replace(pull, status="merged", merged=sha)
+            self._change(repo, requests={**old.requests, pull.number: merged})
+            return sha
+
+    def discuss(
+        self,
+        repo: str,
+        number: str | int,
+        *,
+        status: str | None = None,
+        comment: tuple[str, str] | None = None,
+    ) -> None:
+        """Closes or opens a pull request, or says something in it."""
+        with self.lock:
+            old = self.repo(repo)
+            pull = self.pull(repo, number)
+            said = (*pull.comments, comment) if comment else pull.comments
+            new = replace(pull, status=status or pull.status, comments=said)
+            self._change(repo, requests={**old.requests, pull.number: new})
 
     def delete(self, repo: str) -> None:
         with self.lock:
@@ -206,6 +247,26 @@ class Hub:
                 after = refs[name] = commit.sha
             new = replace(old, tags=refs) if kind == "tags" else replace(old, branches=refs)
             self._publish(new, Change("update", "repo.content", new, ((f"refs/{kind}/{name}", before, after),)))
+
+    def _built(
+        self, repo: Repo, parent: str | None, files: Mapping[str, bytes | Blob | None], message: str, author: str
+    ) -> Commit:
+        """A commit on top of `parent` that sets these files and removes those given as None; nothing names it yet."""
+        tree = dict(repo.commits[parent].files) if parent else {}
+        for path, content in files.items():
+            if content is None:
+                if tree.pop(path, None) is None:
+                    raise Refusal(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
+            else:
+                tree[path] = content if isinstance(content, Blob) else Blob(content, self.is_large(path, len(content)))
+        self.objects.update({blob.sha256: blob.data for blob in tree.values() if blob.lfs})
+        self._counter += 1
+        title, _, body = message.partition("\n\n")
+        return Commit(commit_sha(tree, parent, self._counter), parent, title, body, author, self.clock(), tree)
+
+    def _change(self, repo: str, **fields: Any) -> None:
+        """Changes what no webhook tells of."""
+        self._states.append({**self.state(), repo: replace(self.repo(repo), **fields)})
 
     def _configure(self, repo: str, **settings: Any) -> None:
         with self.lock:

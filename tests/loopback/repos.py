@@ -79,6 +79,22 @@ class Commit:
 
 
 @dataclass(frozen=True)
+class PullRequest:
+    """A pull request to `main`: its commit `sha`, on top of `parent`; `merged`: the commit that merged it."""
+
+    number: int
+    title: str
+    description: str
+    author: str
+    date: float
+    sha: str
+    parent: str | None
+    status: str = "open"
+    merged: str | None = None
+    comments: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Repo:
     """One model repository. `key` outlives a rename; `modified` moves with every commit to any branch."""
 
@@ -91,6 +107,7 @@ class Repo:
     branches: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     commits: Mapping[str, Commit] = field(default_factory=dict)
+    requests: Mapping[int, PullRequest] = field(default_factory=dict)
 
     @property
     def owner(self) -> str:
@@ -103,6 +120,9 @@ class Repo:
 
     def find(self, revision: str) -> Commit | None:
         """The commit of a branch, a tag, a full sha or the beginning of one (7 digits or more)."""
+        if revision.startswith("refs/pr/"):
+            found = self.requests.get(int(revision.removeprefix("refs/pr/")))
+            return self.commits[found.sha] if found else None
         name = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
         sha = self.branches.get(name) or self.tags.get(name) or (revision if revision in self.commits else None)
         if sha is None and len(revision) >= 7:

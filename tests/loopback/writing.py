@@ -123,8 +123,6 @@ def preupload(call: Call) -> Answer:
 def commit(call: Call) -> Answer:
     """A commit of NDJSON lines. All of it happens or none."""
     repo = writable(call)
-    if call.flag("create_pr"):
-        raise Refusal(400, "This Hub has no pull requests")
     head = call.commit().files if call.repo.branches else {}
     header: dict[str, Any] = {}
     files: dict[str, Blob | None] = {}
@@ -148,6 +146,13 @@ def commit(call: Call) -> Answer:
             raise Refusal(400, f"Unknown operation {key}")
     message = "\n\n".join(part for part in (header.get("summary"), header.get("description")) if part)
     author = access.member(call.who).user
+    if call.flag("create_pr"):
+        if header.get("parentCommit") not in (None, call.repo.branches.get("main")):
+            raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+        number = call.hub.propose(repo, files, header["summary"], header.get("description", ""), author=author)
+        sha = call.hub.repo(repo).requests[number].sha
+        where = {"pullRequestUrl": f"{call.hub.endpoint}/{repo}/discussions/{number}"}
+        return Answer.json({"success": True, "commitOid": sha, "commitUrl": "", "hookOutput": "", **where})
     sha = call.hub.commit(
         repo, files, message, branch=call.args["rev"], parent=header.get("parentCommit"), author=author
     )

@@ -27,6 +27,8 @@ def _misplaced(canary: CanarySettings, out: OutPlan) -> str | None:
         return "nothing goes out: set current, or a repo"
     if out.asked.repo is not None and canary.branch == out.asked.branch:
         return f"branch = {canary.branch}: releases are promoted to that branch; name another for canaries"
+    if canary.request and (out.asked.repo is None or out.asked.branch != "main"):
+        return "request = true: a pull request is to the branch main of a repo; set the repo, and leave branch out"
     if not _BRANCH.fullmatch(canary.branch):
         return f"branch = {canary.branch}: a branch is letters, digits, '.', '_' and '-'"
     if out.asked.every:

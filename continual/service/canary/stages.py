@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from continual.api import Merge
 from continual.engine.views import check_read_at
 from continual.errors import Misconfigured
-from continual.publish import folder
+from continual.publish import folder, proposals
 from continual.publish.hub import Released
 from continual.records import Candidate
 from continual.rules import ReadOptions
@@ -55,7 +55,7 @@ def step(merge: Merge, name: str | None, newest: int) -> Step | None:
     if record.phase == "failed":
         return None
     if record.phase == "promoted":
-        return Step(out.as_promoted(), record.seq, "current")
+        return Step(out.as_promoted(record.request), record.seq, "current")
     return Step(out.as_candidate(), record.seq, "candidate")
 
 
@@ -206,7 +206,7 @@ def promote(merge: Merge, name: str | None, seq: int | None, by: str, why: str) 
 def finish(merge: Merge, record: CanaryRecord) -> None:
     """Puts a promoted canary out and records it, where no daemon does. Raises Misconfigured, Trouble, Retry and
     Halt; what is done then is done, and the next call goes on."""
-    out = outgoing(merge.settings, record.view).as_promoted()
+    out = outgoing(merge.settings, record.view).as_promoted(record.request)
     if out.current is not None:
         publishing.put(merge, out, record.seq)
     if out.asked.repo is not None:
@@ -219,7 +219,36 @@ def finish(merge: Merge, record: CanaryRecord) -> None:
     merge.state.canaries.rest(record.view, record.seq)
 
 
-def release_candidate(merge: Merge, name: str | None, at: int | None) -> Released:
+def proposed(merge: Merge, record: CanaryRecord, found: Released) -> None:
+    """Keeps the pull request that a canary waits in, where it does. Raises Retry and Damaged."""
+    number = proposals.number_of(found.branch)
+
+    def kept(before: CanaryRecord) -> CanaryRecord:
+        same = number is not None and (before.seq, before.mark) == (record.seq, record.mark)
+        return replace(before, request=number, commit=found.commit) if same else before
+
+    merge.state.canaries.change(record.view, kept)
+
+
+def ask_request(merge: Merge, record: CanaryRecord) -> CanaryRecord | None:
+    """What somebody has decided of the pull request that a canary waits in, kept on disk; None where it is open. Raises
+    Trouble, Retry and Damaged."""
+    assert record.request is not None
+    repo = outgoing(merge.settings, record.view).asked.repo or ""
+    found = proposals.standing(merge.hub, repo, record.request)
+    if found.status == "open":
+        return None
+    verdict: Literal["promoted", "failed"] = "promoted" if found.status == "merged" else "failed"
+    why = f"pull request {record.request} of {repo} was {found.status}"
+
+    def decided(before: CanaryRecord) -> CanaryRecord:
+        same = (before.seq, before.request, before.phase) == (record.seq, record.request, "watched")
+        return before.decided(verdict, "hub", why) if same else before
+
+    return merge.state.canaries.change(record.view, decided)
+
+
+def release_candidate(merge: Merge, name: str | None, at: int | None, report: str = "") -> Released:
     """Releases a record by hand where there is a canary: as the candidate. Raises Misconfigured where another one is
     watched, or this one was taken back, Trouble and Retry."""
     out = outgoing(merge.settings, name)
@@ -234,7 +263,8 @@ def release_candidate(merge: Merge, name: str | None, at: int | None) -> Release
         raise Misconfigured(f"record {seq} is no canary any more: {why}")
     if record.seq != seq:
         raise Misconfigured(f"record {record.seq} is the canary: promote it, or go back; nothing was released")
-    found = releasing.release_as(merge, out.as_candidate(), seq)
+    found = releasing.release_as(merge, out.as_candidate(), seq, report=report)
+    proposed(merge, record, found)
     done(merge, name, "release", seq, "goes out")
     return found
 

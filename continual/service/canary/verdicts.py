@@ -31,7 +31,8 @@ def wait(record: CanaryRecord, canary: CanarySettings, now: datetime) -> float |
         return None
     last = record.measured[-1] if record.measured else None
     pause = canary.interval / 2 if last is not None and last.verdict == "failed" else canary.interval
-    every = [pause - seconds_since(last.time if last else record.since, now)] if measures(canary) else []
+    looks = measures(canary) or record.request is not None
+    every = [pause - seconds_since(last.time if last else record.since, now)] if looks else []
     if not every and canary.after is not None:
         every = [canary.after - seconds_since(record.since, now)]
     return max(0.0, *every) if every else None

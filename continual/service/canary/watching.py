@@ -42,6 +42,7 @@ class CanaryWatch:
         self._fresh = fresh
         self._again = again
         self._events: dict[str | None, asyncio.Event] = {}
+        self._told: set[str | None] = set()
         self._changed = asyncio.Event()
         self._log = structlog.get_logger("continual")
 
@@ -49,6 +50,14 @@ class CanaryWatch:
         """Hears that a canary has come further."""
         if name in self._events:
             self._events[name].set()
+
+    def heard(self, repo: str) -> None:
+        """Hears that something happened in a repo of the Hub: a pull request may have been merged there."""
+        for name in self._events:
+            known = name is None or name in self._merge.settings.views
+            if known and outgoing(self._merge.settings, name).asked.repo == repo:
+                self._told.add(name)
+                self._events[name].set()
 
     def reloaded(self) -> None:
         """Hears that the settings are others."""
@@ -111,10 +120,17 @@ class CanaryWatch:
             self._health.works("canary", which)
             return None
         pause = verdicts.wait(record, canary, datetime.now(UTC))
-        if pause == 0.0:
-            after = await self._measure(name, which, record)
-            return 0.0 if after is None or after.phase == "failed" else None if after.phase != "watched" else 0.0
-        return pause
+        told = name in self._told
+        self._told.discard(name)
+        if pause != 0.0 and not told:
+            return pause
+        after = await self._measure(name, which, record) if pause == 0.0 else record
+        if after is not None and after.phase == "watched" and after.request is not None:
+            after = await aside(partial(stages.ask_request, self._merge, after)) or after
+        if after is not None and after.phase == "watched":
+            return verdicts.wait(after, canary, datetime.now(UTC)) or canary.interval
+        self._fresh()
+        return 0.0
 
     async def _measure(self, name: str | None, which: str, record: CanaryRecord) -> CanaryRecord | None:
         """Looks at a canary, and keeps what was seen and what follows from it."""
@@ -139,8 +155,6 @@ class CanaryWatch:
             self._health.fails("canary", which, f"{of}: {after.measured[-1].said}")
         else:
             self._health.works("canary", which)
-        if after is not None and after.phase == "promoted":
-            self._fresh()
         return after
 
     async def _take_back(self, name: str | None, record: CanaryRecord) -> None:

@@ -13,7 +13,7 @@ from continual.engine.views import check_read_at
 from continual.errors import Misconfigured, Retry
 from continual.rules import ReadOptions
 from continual.service import release as releasing
-from continual.service.canary import stages
+from continual.service.canary import reporting, stages
 from continual.service.control.requests import (
     PauseRequest,
     PromoteRequest,
@@ -91,7 +91,7 @@ def release(merge: Merge, request: ReleaseRequest) -> ReleaseAnswer:
     """Releases a record on the Hub, without the record of it in the ledger. From any thread. Raises Misconfigured,
     Trouble, Retry."""
     if outgoing(merge.settings, request.view).canary is not None:
-        out = stages.release_candidate(merge, request.view, request.at)
+        out = reporting.release_candidate(merge, request.view, request.at)
     else:
         out = releasing.release(merge, request.at, view=request.view)
     return ReleaseAnswer(out, {"released": jsonable(out)})
