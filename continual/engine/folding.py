@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import NamedTuple
 
-import numpy as np
 from blake3 import blake3
 
 from continual import linalg
+from continual.engine.passes import Passes, by_runs
 from continual.engine.resources import Resources
 from continual.engine.untouched import Ahead, square_of
 from continual.executors.contract import Progress, Task
@@ -24,7 +24,7 @@ from continual.executors.memory import Memory
 from continual.gates import Gates, TensorNumbers
 from continual.lazily import torch
 from continual.records import Lineage, SlotSpec, TensorSpec, Totals
-from continual.rules import Counts, Folded, Inputs, Pass, Rule, Sums, last_out
+from continual.rules import Folded, Inputs, Rule, Sums, last_out
 from continual.state import Transaction
 from continual.state.arrays import Array
 from continual.tensors import TaskVectors
@@ -84,28 +84,17 @@ class Folding:
         self._device = resources.device
         self._seed = cache(partial(seed_of, vectors))
         self._memory = Memory()
+        self._own: Mapping[str, object] = {}
         self._is_last_out = last_out(terms.totals, terms.weight)
 
     def measure(self, specs: Sequence[TensorSpec], lineage: Lineage, progress: Progress) -> None:
         """Makes the passes that the rule asks for before it folds anything; `specs` are those of the base that are
-        folded. Raises Refuse, Retry, Abandoned.
-
-        Counts are whole numbers, so the order in which tensors end does not matter.
-        """
-        numel = sum(spec.numel for spec in specs)
+        folded. Raises Refuse, Retry, Abandoned."""
         names = set(lineage.folded)
         changed = self._in_file_order([spec for spec in specs if spec.name in names])
-        number = 0
-        while isinstance(self.measured, Pass):
-            measure = self.measured
-            number += 1
-            self._vectors.begin()
-            tasks = [self._measuring(spec, measure) for spec in changed]
-            counts = np.zeros(measure.bins, np.int64)
-            for done, (_, found) in enumerate(self._resources.executor.map(tasks), 1):
-                counts += found
-                progress(f"measure {number}", done, len(tasks))
-            self.measured = measure.conclude(counts, numel)
+        passes = Passes(self._terms.name, self._vectors, self._resources, self._inputs)
+        self.measured = passes.of_model(self.measured, changed, sum(spec.numel for spec in specs), progress)
+        self._own = passes.of_tensors(self._rule, changed, progress)
 
     def run(self, specs: Sequence[TensorSpec], lineage: Lineage, progress: Progress) -> dict[str, TensorFold]:
         """Puts every tensor of `specs` through the rule, several at a time; what each gave, by name. Raises Refuse,
@@ -141,27 +130,10 @@ class Folding:
         """The work of one tensor that the candidate has."""
         vectors = self._vectors
         by_parts = self._by_experts if spec.kind == "stack" else self._whole
-        run = self._by_runs if self._rule.fold.elementwise(spec) else by_parts
+        run = self._by_runs if by_runs(self._rule, spec) else by_parts
         return Task(
             spec.name, need(self._rule, spec, vectors), partial(run, spec), partial(vectors.prefetch, spec.name)
         )
-
-    def _measuring(self, spec: TensorSpec, measure: Pass) -> Task[Counts]:
-        """The work of one tensor in a pass before the fold, on the share of its elements that the pass has to see."""
-        vectors = self._vectors
-        share = measure.share
-
-        def run() -> Counts:
-            self._resources.go_on(self._terms.name)
-            counts = np.zeros(measure.bins, np.int64)
-            inputs = self._inputs(spec)
-            for start, stop, tau in vectors.runs(spec.name, None, share=share):
-                stands_for = round(min(vectors.run, spec.numel - start) / (stop - start))
-                measure.tally(tau, inputs._replace(start=start), counts, stands_for)
-            return counts
-
-        need = vectors.nbytes(spec.name, whole=False) + 8 * 4 * vectors.run
-        return Task(spec.name, need, run, partial(vectors.prefetch, spec.name) if share == 1.0 else None)
 
     def _whole(self, spec: TensorSpec) -> TensorFold:
         with held(self._memory, spec, self._rule.slots(spec)) as (tau, kept):
@@ -309,7 +281,7 @@ class Folding:
         """What the rule is given besides the task vector, for a tensor that the candidate changes."""
         seed = self._seed(spec.name) if self._rule.needs.seeded else 0
         rank = self._rank(spec.name) if self._vectors.rank(spec.name) is not None else None
-        return Inputs(spec, self._terms.weight, seed, self.measured, rank=rank)
+        return Inputs(spec, self._terms.weight, seed, self._own.get(spec.name, self.measured), rank=rank)
 
     def _rank(self, name: str) -> int | None:
         return self._transaction.rank(name) if self._rule.needs.ranks else None
@@ -372,18 +344,15 @@ def need(rule: Rule, spec: TensorSpec, vectors: TaskVectors | None) -> int:
     part = spec.expert if spec.kind == "stack" else spec
     if vectors is None:
         return 4 * part.numel + sum(slot.nbytes for slot in rule.slots(part).values()) + rule.fold.workspace(part)
-    if part is not spec and not rule.fold.elementwise(spec):
+    if part is not spec and not by_runs(rule, spec):
         kept = sum(slot.nbytes for slot in rule.slots(part).values())
         moments = 4 * part.numel if rule.needs.shipped is not None else 0
         return vectors.nbytes(spec.name, whole=False) + 4 * part.numel + moments + kept + rule.fold.workspace(part)
     slots = rule.slots(spec).values()
-    if rule.fold.elementwise(spec):
+    if by_runs(rule, spec):
         share = min(1.0, vectors.run / max(1, spec.numel))
-        return (
-            vectors.nbytes(spec.name, whole=False)
-            + int(share * sum(slot.nbytes for slot in slots))
-            + rule.fold.workspace(spec)
-        )
+        works = rule.fold.workspace(spec) * (1.0 if rule.fold.elementwise(spec) else share)
+        return vectors.nbytes(spec.name, whole=False) + int(share * sum(slot.nbytes for slot in slots) + works)
     return vectors.nbytes(spec.name) + sum(slot.nbytes for slot in slots) + rule.fold.workspace(spec)
 
 

@@ -9,6 +9,7 @@ from continual.engine import blocks
 from continual.engine.engine import Engine
 from continual.engine.folding import need, state_bytes
 from continual.engine.outcomes import OpenCandidate, Plan, known_as, tokens_said
+from continual.engine.passes import seen_alone
 from continual.engine.report import matched
 from continual.errors import Refuse, Retry
 from continual.executors.contract import Executor
@@ -70,9 +71,10 @@ def _costs(engine: Engine, opened: OpenCandidate) -> _Costs:
     vectors = TaskVectors(engine.base, model, lineage, shipped=shipped)
     passes = 1.0 + rule.needs.seeded + (rule.needs.measure.usual if rule.needs.measure else 0.0)
     once = candidate.nbytes + sum(specs[name].nbytes for name in lineage.folded)
+    alone = sum(2 * specs[name].nbytes * seen_alone(rule, specs[name]) for name in lineage.folded)
     return _Costs(
         passes,
-        int(passes * once) + (shipped.nbytes if shipped else 0),
+        int(passes * once + alone) + (shipped.nbytes if shipped else 0),
         state_bytes(rule, [specs[name] for name in lineage.folded]),
         [need(rule, specs[name], vectors) for name in lineage.folded],
     )

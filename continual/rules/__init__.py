@@ -3,6 +3,7 @@ rule, written like its paper."""
 
 from continual.rules.before import TRANSFORMS
 from continual.rules.contract import (
+    LARGE,
     Accumulators,
     Counts,
     Factored,
@@ -39,6 +40,7 @@ from continual.rules.sums import figures_of, last_out, settle, together
 from continual.rules.terms import ModelTerms, TermFactors
 
 __all__ = [
+    "LARGE",
     "ROWS",
     "RULES",
     "TRANSFORMS",

@@ -85,7 +85,7 @@ def _trim(options: TrimOptions) -> Transform:
         return trimming.trimmed(tau, trimming.own_threshold(tau, options.density))
 
     def of_model(tau: Tensor, inputs: Inputs) -> Tensor:
-        return trimming.trimmed(tau, trimming.model_threshold(inputs))
+        return trimming.trimmed(tau, trimming.found_threshold(inputs))
 
     if options.over == "tensor":
         return Transform(own, elementwise=False)

@@ -48,6 +48,7 @@ def chain(rule: Rule, items: Sequence[Mapping[str, object]]) -> Rule:
         needs=rule.needs._replace(
             seeded=rule.needs.seeded or any(step.seeded for step in steps),
             measure=ChainPass(steps, measures) if any(measures) else None,
+            own=None if steps else rule.needs.own,  # what is left of τ is known once all of it is there
             ranks=False,  # what is left of a product of thin factors has any rank
         ),
     )

@@ -170,16 +170,23 @@ class ReadFunctions(NamedTuple):
     terms: Callable[[Accumulators, Totals], ModelTerms] | None = None
 
 
+LARGE = 1 << 22
+"""Elements of a tensor that may be whole in memory, with all that is made of it."""
+
+
 class Needs(NamedTuple):
     """What a rule needs besides the task vectors.
 
-    `measure`: the first pass over a model before any of it is folded. `seeded`: `fold` makes random choices, by
+    `measure`: the first pass over a model before any of it is folded. `own`: the first pass over a tensor that `fold`
+    needs whole; where what it finds is `inputs.measured`, `fold` goes element by element. It is made where a tensor has
+    more than LARGE elements and is no stack. `seeded`: `fold` makes random choices, by
     `inputs.seed`. `shipped`: the file beside the weights that `inputs.moments` comes from; a tensor whose τ is zero is
     folded then like any other. `ranks`: `fold` is faster where it knows `inputs.rank`. `inputs`: to read, of every
     model the inputs that layers have on rows of its task; then it reads adapters alone.
     """
 
     measure: Pass | None = None
+    own: Pass | None = None
     seeded: bool = False
     shipped: str | None = None
     ranks: bool = False

@@ -137,8 +137,8 @@ def _make(options: TiesOptions) -> Rule:
     measuring = options.trim == "model" and not whole
 
     def threshold(tau: Tensor, inputs: Inputs) -> float:
-        if measuring:
-            return trimming.model_threshold(inputs)
+        if measuring or inputs.measured is not None:
+            return trimming.found_threshold(inputs)
         return 0.0 if whole else trimming.own_threshold(tau, density)
 
     def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals) -> Folded:
@@ -157,7 +157,10 @@ def _make(options: TiesOptions) -> Rule:
         slots=slots,
         fold=FoldFunctions(fold, workspace, elementwise),
         read=ReadFunctions(read, sums.unknown, goes_by=sums.nothing),
-        needs=Needs(measure=trimming.Sampled(density) if measuring else None),
+        needs=Needs(
+            measure=trimming.Sampled(density) if measuring else None,
+            own=None if measuring or whole else trimming.Sampled(density),
+        ),
         laws=Laws(combine=combine),
     )
 

@@ -28,7 +28,7 @@ _UPPER_HALVES = 1 << 15
 
 
 class Threshold(NamedTuple):
-    """The smallest magnitude that is kept of a whole model."""
+    """The smallest magnitude that is kept."""
 
     value: float
 
@@ -44,9 +44,9 @@ def own_threshold(tau: Tensor, density: float) -> float:
     return float(tau.abs().flatten().kthvalue(numel - keep(density, numel) + 1).values) if numel else 0.0
 
 
-def model_threshold(inputs: Inputs) -> float:
-    """The smallest magnitude that is kept of the whole model, as the passes found it."""
-    assert isinstance(inputs.measured, Threshold), "measure the model first"
+def found_threshold(inputs: Inputs) -> float:
+    """The smallest magnitude that is kept, as the passes over the model or the tensor found it."""
+    assert isinstance(inputs.measured, Threshold), "measure first"
     return inputs.measured.value
 
 
