@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -23,6 +24,8 @@ from continual.state.parts import CommandEvaluation
 MODEL = "{model}"
 _TAIL = 16 << 20
 """So many bytes at the end of what a command printed are looked at."""
+_ROOM = 1 << 20
+"""Bytes: where the disk of what a command prints has fewer, it may have failed for that alone."""
 _LOOK = 0.5
 """Seconds between two looks at whether continual is stopping."""
 
@@ -80,8 +83,8 @@ def score(command: Command, model: Path, logs: Path, candidate: str) -> float:
 
 def last_line(command: Command, model: Path, logs: Path, what: str, stop: threading.Event | None = None) -> str:
     """Runs `command` on the directory `model`; its output goes to files in `logs`. Returns the last line that it
-    printed. Raises Retry where it took too long or was killed, Abandoned once `stop` is set, Misconfigured where it
-    cannot be started, CommandFailed where it fails; all name `what`."""
+    printed. Raises Retry where it took too long, was killed or failed on a full disk, Abandoned once `stop` is set,
+    Misconfigured where it cannot be started, CommandFailed where it fails; all name `what`."""
     argv = _argv(command, model)
     out, err = logs / "stdout", logs / "stderr"
     where = f"{what}: {shlex.join(argv)}"
@@ -100,6 +103,8 @@ def last_line(command: Command, model: Path, logs: Path, what: str, stop: thread
             process.wait()
     if code < 0:
         raise Retry(f"{where}: killed by signal {-code}{_last_words(err)}; nothing was recorded")
+    if code > 0 and shutil.disk_usage(logs).free < _ROOM:
+        raise Retry(f"{where}: exit code {code}, and the disk of {logs} is full: free some space; nothing was recorded")
     if code > 0:
         raise CommandFailed(f"{where}: exit code {code}{_last_words(err)}; nothing was recorded")
     return _last_line(out)

@@ -18,6 +18,7 @@ from continual.config import Settings
 from continual.errors import Abandoned, Misconfigured, Retry
 from continual.state.entries import FoldEntry
 from tests.helpers import adapters, models
+from tests.helpers.mounting import mounted
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +58,8 @@ def opened(place: Path, base: Path, *, width: int | None = None, **evaluation: o
     command = [sys.executable, "-S", str(place / "ask.py"), "{model}", str(place / "asked")]
     if not (place / "state").exists():
         continual.init(base, place / "state", continual.Recipe(rule="task-arithmetic", scale="1", width=width))
-    given = {"state": place / "state", "max_base_ratio": 1e9, "max_mean_ratio": 1e9}
+    odd = {"copies": {"act": "off"}}  # what moves one norm alone is like all others that do
+    given = {"state": place / "state", "max_base_ratio": 1e9, "max_mean_ratio": 1e9, "gates": odd}
     return api.Merge(Settings.model_validate(given | {"evaluation": {"command": command} | evaluation}), write=True)
 
 
@@ -199,6 +201,18 @@ def test_a_long_last_line_is_read_whole(tmp_path: Path, base: Path) -> None:
         evaluated = merge.fold(moved(base, "good", 0.1)).commit.of_kind(FoldEntry).numbers.evaluated
     assert evaluated is not None
     assert evaluated.after["a"] == pytest.approx(0.12347, abs=1e-4)
+
+
+def test_a_command_that_fails_on_a_full_disk_refuses_nobody(tmp_path: Path, base: Path) -> None:
+    disk = tmp_path / "small"
+    disk.mkdir()
+    filling = printing(f"import sys; 'base' in sys.argv[1] or open({str(disk / 'full')!r}, 'wb').write(bytes(1 << 22))")
+    filling[3] += "; print('{\"a\": 1}')"
+    small = mounted(disk, "-t", "tmpfs", "-o", "size=2M", "tmpfs")
+    with small, opened(tmp_path, base, command=filling, directory=disk) as merge:
+        with pytest.raises(Retry, match=r"exit code 1, and the disk of .* is full"):
+            merge.fold(moved(base, "good", 0.1))
+        assert merge.head == 0
 
 
 def test_a_stop_ends_the_command(tmp_path: Path, base: Path) -> None:

@@ -31,6 +31,7 @@ NARROWEST = 64
 """Sides of a matrix from which on its largest singular value tells noise from training."""
 PART = 0.05
 """Of ‖τ‖² of a model: what its layers have that make another a copy of these. In less two honest ones can agree."""
+NUMBERS = 32
 _ELEMENTS = 1 << 20
 """Elements of the first rows that are looked at."""
 _STEPS = 6
@@ -199,7 +200,8 @@ def alike(one: Sketch, others: Sequence[Sketch]) -> Floats:
 def alike_by_layers(one: Sketch, others: Sequence[Sketch]) -> Floats:
     """How like each of the others a task vector is where each group of layers of it may be any multiple of theirs: the
     root of the share of ‖τ‖² that this explains, 0 to 1. 1 of some layers of another, or of another whose layers were
-    scaled, each otherwise. 0 beside one that has less than `PART` of its ‖τ‖² in these layers, or another shape."""
+    scaled, each otherwise. 0 beside one that has less than `PART` of its ‖τ‖² in these layers, or another shape. Groups
+    of fewer than `NUMBERS` numbers, as a norm alone, agree by chance: they explain nothing."""
     found = np.zeros(len(others))
     mine = one.values.astype(np.float64)
     squares = (mine * mine).sum(1)
@@ -208,7 +210,7 @@ def alike_by_layers(one: Sketch, others: Sequence[Sketch]) -> Floats:
             continue
         theirs = other.values.astype(np.float64)
         lengths = (theirs * theirs).sum(1)
-        both = (squares > 0) & (lengths > 0)
+        both = (squares > 0) & (np.count_nonzero(theirs, 1) >= NUMBERS)
         if lengths[both].sum() >= PART * lengths.sum() > 0:
             share = ((mine * theirs).sum(1)[both] ** 2 / lengths[both]).sum() / squares.sum()
             found[number] = math.sqrt(min(1.0, share))

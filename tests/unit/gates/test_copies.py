@@ -54,6 +54,13 @@ def by_layers(*factors: float) -> Values:
     return np.asarray(DRAWN[2] * np.array(factors, np.float32)[:, None])
 
 
+def few(factor: float) -> Values:
+    """A group of sixteen numbers, as of a norm."""
+    found = np.zeros((4, 64), np.float32)
+    found[0, :16] = factor
+    return found
+
+
 @pytest.mark.parametrize("factors", [(1, 1, 0, 0), (0, 0, 1, 1), (0, 2, 0, 0), (5, 0.2, -3, 1)])
 def test_some_layers_of_one_or_each_scaled_otherwise_are_a_copy(factors: tuple[float, ...]) -> None:
     with pytest.raises(Refuse, match=r"a copy of some layers of m2, .* by layers") as raised:
@@ -66,6 +73,7 @@ def test_some_layers_of_one_or_each_scaled_otherwise_are_a_copy(factors: tuple[f
     [
         beside(DRAWN[7]),
         beside(by_layers(1, 0, 0, 0) + DRAWN[7] * np.float32(0.5)),
+        beside(few(2.0), [Earlier("m2", 16.0, sketch(few(-1.0) + by_layers(0, 1, 0, 0)))]),
         beside(by_layers(1, 0, 0, 0), [Earlier("m2", 16.0, sketch(by_layers(1, 9, 9, 9)))]),  # of 1 % of it
         beside(tilted(0.7)),
         beside(tilted(-0.7)),
