@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from continual import texts
-from continual.cli import answered, configuring, console, ending, opened, planned
+from continual.cli import answered, configuring, console, doctoring, ending, opened, planned
 from continual.cli import control as cli_control
 from continual.cli import history as cli_history
 from continual.cli import hub as cli_hub
@@ -64,6 +64,7 @@ app.add_typer(cli_quarantine.app)
 app.add_typer(cli_hub.app)
 app.add_typer(cli_control.app)
 app.add_typer(configuring.app)
+app.add_typer(doctoring.app)
 
 
 def _transforms(incomplete: str) -> list[tuple[str, str]]:
