@@ -112,7 +112,7 @@ def _state(settings: Settings, client: Hub | None) -> Iterator[Finding]:
 
 
 def _least(merge: Merge) -> int:
-    """Bytes that a generation takes at the least, before any is there; 0 for a state of adapters, which begins empty."""
+    """Bytes that a generation takes at the least; 0 for a state of adapters, which begins empty."""
     made = merge.state.format
     return state_bytes(merge.rule, made.tensors) if made.form is None else 0
 
