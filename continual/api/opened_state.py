@@ -246,7 +246,7 @@ class OpenedState:
         if target.tokenizer is None:
             folded = [fold.entry.candidate for fold in self.state.ledger.folds()]
             target = replace(target, tokenizer=self.places.tokenizer(self.settings.tokenizer, folded))
-        target = replace(target, signer=self.signer)
+        target = replace(target, signer=self.signer, bom=self.settings.bom)
         with _held(self, target.at, view) as reading, self.weights() as base:
             return folder.export(base, reading, target, self.executor, progress)
 
@@ -255,8 +255,9 @@ class OpenedState:
     ) -> lora.LoraReport:
         """Writes the merged model as a LoRA adapter, as near as one of the target's rank comes to it. Raises
         Misconfigured and Halt; then nothing is left behind."""
+        target = replace(target, signer=self.signer, bom=self.settings.bom)
         with _held(self, target.at, view) as reading:
-            return lora.export(self.base, reading, replace(target, signer=self.signer), self.executor, progress)
+            return lora.export(self.base, reading, target, self.executor, progress)
 
     def view(self, name: str) -> ReadView:
         """The view that the settings call `name`. Raises Misconfigured where they name no such view."""

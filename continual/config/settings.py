@@ -361,6 +361,7 @@ class Settings(BaseModel):
     signing: SigningSettings = Field(
         default=SigningSettings(), description="how what goes out is signed: a table; default: it is not"
     )
+    bom: bool = Field(default=False, description="write a bill of materials (CycloneDX) beside each continual.json")
     host: str = Field(default="127.0.0.1", description="address the service listens on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=8321, description="port of the service; 0 takes a free one"

@@ -29,6 +29,7 @@ from continual.publish.earlier import EarlierExport, Row, body_of, made_of
 from continual.publish.exported_config import WORDS, set_config_dtype, untie_config
 from continual.publish.exported_tokenizer import put_tokenizer
 from continual.publish.exported_weights import DTYPES, merged, need
+from continual.publish.finishing import finish
 from continual.publish.provenance import provenance_of
 from continual.publish.weights import Placed, header, raw, write_at, write_hashed
 from continual.records import ITEMSIZE
@@ -47,11 +48,10 @@ _SMALL = 64 << 20
 @dataclass(frozen=True, slots=True)
 class Target:
     """What an export is to be: the `directory` to write, the record to read (`at`; None: the newest), the `dtype` as a
-    safetensors word (None: the base's own), and the size of a shard in bytes (None: the base's shards). `tokenizer`:
-    where the tokenizer and the chat template come from (None: the base). `mark`: what `continual.json` is to have as
-    the `mark` of this export, by which others see whether it is what they want. `earlier`: an earlier export, of which
-    the bytes of tensors that did not change are taken. `explain`: what each model has in it is found whatever that
-    takes. `signer`: what signs it."""
+    safetensors word (None: the base's own), the size of a shard in bytes (None: the base's shards), where `tokenizer`
+    and chat template come from (None: the base), and the `mark` that `continual.json` is to have, by which others see
+    whether it is what they want. `earlier`: an earlier export, of which the bytes of tensors that did not change are
+    taken. `explain`: what each model has is found whatever that takes. `signer` signs it, `bom`: it has a bill."""
 
     directory: str | Path
     at: int | None = None
@@ -62,6 +62,7 @@ class Target:
     earlier: Path | None = None
     explain: bool = False
     signer: Signer | None = None
+    bom: bool = False
 
     @property
     def path(self) -> Path:
@@ -97,8 +98,7 @@ def export(base: BaseModel, reading: Reading, target: Target, executor: Executor
     free(target.path)
     with written(target.path, reading) as temporary:
         fill(base, reading, target, temporary, executor, progress)
-        if target.signer is not None:
-            target.signer.sign(temporary, target.path.name)
+        finish(temporary, target, reading)
     return target.path.absolute()
 
 

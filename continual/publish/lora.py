@@ -32,6 +32,7 @@ from continual.lazily import Tensor, torch
 from continual.publish.adaptable import Adapted, adaptable
 from continual.publish.diffusion import FILES, LoraFormat, adaptable_in, header_of
 from continual.publish.exported_weights import DTYPES
+from continual.publish.finishing import finish
 from continual.publish.folder import free, parse_dtype, written
 from continual.publish.provenance import provenance_of
 from continual.publish.weights import Placed, header, raw, write_at
@@ -49,8 +50,8 @@ from continual.tensors.names.renaming import family_of, is_known
 class LoraTarget:
     """What an adapter is to be: the `directory` to write, the `rank` of all its modules (None: as high as it takes to
     lose nothing, of a state of adapters), the `dtype` of its factors, a safetensors word or torch's, its `form`, the
-    layout that it is written in, and the record `at` which it is read, by default the newest. `mark`, `signer`: as of
-    an export of the whole model."""
+    layout that it is written in, and the record `at` which it is read, by default the newest. `mark`, `signer`
+    and `bom`: as of an export of the whole model."""
 
     directory: str | Path
     rank: int | None
@@ -59,6 +60,7 @@ class LoraTarget:
     at: int | None = None
     mark: str | None = None
     signer: Signer | None = None
+    bom: bool = False
 
     @property
     def path(self) -> Path:
@@ -174,8 +176,7 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
         }
         marked = {} if target.mark is None else {"mark": target.mark}
         _write_json(temporary / RELEASE, body | marked | {"lora": told})
-        if target.signer is not None:
-            target.signer.sign(temporary, target.path.name)
+        finish(temporary, target, reading)
     return report
 
 

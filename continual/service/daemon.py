@@ -22,7 +22,7 @@ from continual.config import Settings
 from continual.errors import Halt
 from continual.gates import SignatureGate
 from continual.hub import must_be_online
-from continual.publish import hub
+from continual.publish import bom, hub
 from continual.records import Candidate
 from continual.service import logs, showing, signals, telling, view_settings
 from continual.service.canary.calling import Calling
@@ -77,6 +77,8 @@ def check(settings: Settings) -> None:
     hub.check(settings.release)
     view_settings.check(settings)
     signing.check(settings.signing)
+    if settings.bom:
+        bom.check()
     gates.make(settings).the(SignatureGate).check()
     telling.check(settings)
     roster.check(settings)

@@ -13,6 +13,7 @@ from continual.api import Merge
 from continual.config import Settings
 from continual.errors import ContinualError
 from continual.hub import must_be_online
+from continual.publish import bom
 from continual.service import logs, telling, view_settings
 from continual.service.control.turns import Turns
 from continual.signing import signer as signing
@@ -20,6 +21,7 @@ from continual.sources.contract import Source
 
 AT_ONCE = frozenset(
     {
+        "bom",
         "drain",
         "evaluation",
         "gates",
@@ -140,6 +142,8 @@ class Reloading:
         if "views" in changed:
             self._check_views(wanted)
         signing.check(wanted.signing)
+        if wanted.bom:
+            bom.check()
         # other threads ask the merge for its gates: never by settings of which none can be made
         gates.make(wanted).the(gates.SignatureGate).check()
         self._merge.settings = wanted

@@ -59,10 +59,10 @@ SIGNATURES = {
     "Recipe": (
         "(rule=None, options, scale=None, lines=None, plain=(), exclude=(), untie=False, width=None, reading=None)"
     ),
-    "LoraTarget": "(directory, rank, dtype='F32', form='peft', at=None, mark=None, signer=None)",
+    "LoraTarget": "(directory, rank, dtype='F32', form='peft', at=None, mark=None, signer=None, bom=False)",
     "Target": (
         "(directory, at=None, dtype=None, shard_size=None, tokenizer=None, mark=None, earlier=None, explain=False, "
-        "signer=None)"
+        "signer=None, bom=False)"
     ),
     "Tuning": "(candidates=20, policy=None, around=None, lines=False, work=None, dry_run=False, rule=None)",
     "Command": "(argv, key=None, lower=False, timeout=None)",
