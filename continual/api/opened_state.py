@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from continual import selection
+from continual.api.asking_about import AroundMerge, judge_of
 from continual.config import Settings
 from continual.engine import explaining
 from continual.engine.agreeing import agree
@@ -21,11 +22,10 @@ from continual.engine.engine import Engine
 from continual.engine.explaining import Explanation
 from continual.engine.fullness import Fullness, fullness_of
 from continual.engine.reading import Reading
-from continual.engine.resources import Judge, Resources
+from continual.engine.resources import Resources
 from continual.engine.standing import Standing
 from continual.engine.views import ReadView, check_read_at, view_of
 from continual.errors import Misconfigured, Retry
-from continual.evaluation.evaluator import Evaluator
 from continual.executors.contract import Progress, silent
 from continual.executors.device import pick_device
 from continual.executors.local import Local
@@ -116,6 +116,7 @@ class OpenedState:
         """The same over another opening of the base: of a state of adapters that with its weights. Raises
         Misconfigured for a device that is not there."""
         device = pick_device(self.settings.device)
+        around = AroundMerge(self.weights, self.reading_of, self.executor, self.stopping)
         resources = Resources(
             self.executor,
             device,
@@ -123,25 +124,9 @@ class OpenedState:
             stop=self.stopping,
             open_weights=self._open_values,
             reads=self.settings.reading,
-            judge=self._judge(),
+            judge=judge_of(self.settings, around),
         )
         return Engine(self.state, base, self.rule, self.standing.gates, resources)
-
-    def _judge(self) -> Judge | None:
-        """What the settings have asked about the merge before a fold is committed."""
-        if not self.settings.evaluation.command:
-            return None
-
-        def export(state: State, target: Path) -> None:
-            with self.weights() as whole:
-                folder.export(whole, self.reading_of(state), folder.Target(target), self.executor, silent)
-
-        def origin() -> Path | None:
-            with self.weights() as whole:
-                place = whole.checkpoint.place
-                return place.path if isinstance(place, Folder) else None
-
-        return Evaluator(self.settings.evaluation, export, origin, self.stopping)
 
     @property
     def signer(self) -> Signer | None:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 from continual.config.canary import CanarySettings
+from continual.config.evaluating import EvaluationSettings
 from continual.config.signing import SigningSettings
 from continual.config.values import Bytes, Paths, Repos, Seconds, Texts, by_name, pairs, rank, unset, written
 
@@ -214,32 +215,6 @@ class HookSettings(BaseModel):
         """The name under which the adapter of a view, or of the merge, is served."""
         name = self.name if view is None or "name" in self.model_fields_set else "{view}"
         return name.replace("{view}", view or "")
-
-
-class EvaluationSettings(BaseModel):
-    """What is asked about the merge before a fold is committed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    command: tuple[str, ...] = Field(
-        default=(),
-        description="program and arguments, no shell; {model} stands for the directory of the merged model. The last "
-        "line it prints is a JSON object of metrics: numbers, or lists with a number for each row",
-    )
-    max_drop: Annotated[float, Field(ge=0)] = Field(
-        default=0.01, description="by how much each metric may be worse than that of the merge in force"
-    )
-    sigmas: Annotated[float, Field(ge=0)] = Field(
-        default=1.0, description="standard errors, over rows, below which what fell further may be chance"
-    )
-    unclear: Literal["refuse", "fold"] = Field(
-        default="refuse", description="what becomes of a model where that may be chance"
-    )
-    lower: Texts = Field(default=(), description="metrics of which less is better, as a loss")
-    timeout: Annotated[float, Field(gt=0)] = Field(default=3600.0, description="seconds the command may take")
-    directory: Path | None = Field(
-        default=None, description="where models are written for the command; default: the system's for temporary files"
-    )
 
 
 class Settings(BaseModel):

@@ -191,9 +191,10 @@ def after_that(name: str, refused: Commit) -> str:
     entry = refused.entry
     settings = entry.settings if isinstance(entry, RefuseEntry) else None
     if settings:
-        doubted = any(name.startswith("evaluation.") or name.endswith(".act") for name in settings)
+        doubted = any(one.startswith("evaluation.") or one.endswith(".act") for one in settings)
         accept = f"; 'continual quarantine accept {name} --because WHY' has it folded in spite of that"
-        return f"; a fold or run with another {' or '.join(settings)} looks at it again" + (accept if doubted else "")
+        names = dict.fromkeys("evaluation" if one.startswith("evaluation.") else one for one in settings)
+        return f"; a fold or run with another {' or '.join(names)} looks at it again" + (accept if doubted else "")
     message = entry.message or ""
     if entry.reason is None or not _SETTING.search(message) or f"continual retry {name}" in message:
         return ""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from continual.errors import Abandoned
 from continual.executors.contract import Executor
@@ -22,7 +23,14 @@ OpenWeights = Callable[[], BaseModel]
 where they are not there, Retry."""
 
 
-Judge = Callable[[State, State, str], Evaluated]
+class Opinion(NamedTuple):
+    """What was found of a merge before its commit, and what is to be said of it as a warning."""
+
+    evaluated: Evaluated
+    doubt: str | None = None
+
+
+Judge = Callable[[State, State, str], Opinion]
 """Says of the state as it would be with a candidate, beside the one in force, what it is worth; the third is the
 candidate's name. It raises Refuse where it is worse, Retry and Misconfigured where it cannot be asked."""
 

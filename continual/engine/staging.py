@@ -24,18 +24,26 @@ def staged(state: State, generation: Generation, entry: FoldEntry) -> State:
     return State(state.path, state.format, found, None, lambda _: None)
 
 
+def without_folds(state: State) -> State:
+    """`state` as it was when it was made: its merge is the base."""
+    found = Ledger()
+    found.add(state.ledger.get(0))
+    return State(state.path, state.format, found, None, lambda _: None)
+
+
 def judged(state: State, judge: Judge | None, transaction: Transaction, entry: FoldEntry) -> FoldEntry:
     """`entry` with what `judge` says of the merge as `transaction` wrote it. Raises Refuse where that is worse, unless
     a person accepted the candidate: then the entry has a warning. Raises what else `judge` raises."""
     if judge is None:
         return entry
-    name, numbers = entry.candidate.name, entry.numbers
+    name, evaluated = entry.candidate.name, None
     try:
-        return replace(
-            entry, numbers=replace(numbers, evaluated=judge(staged(state, transaction.written(), entry), state, name))
-        )
+        evaluated, doubt = judge(staged(state, transaction.written(), entry), state, name)
+        reason = "unclear"
     except Refuse as refusal:
         if not accepted(state.ledger, entry.candidate.key):
             raise
-        warned = Warned("evaluation", refusal.reason, str(refusal))
-        return replace(entry, numbers=replace(numbers, warnings=(*(numbers.warnings or ()), warned)))
+        reason, doubt = refusal.reason, str(refusal)
+    more = () if doubt is None else (Warned("evaluation", reason, doubt),)
+    warnings = (*(entry.numbers.warnings or ()), *more) or None
+    return replace(entry, numbers=replace(entry.numbers, evaluated=evaluated, warnings=warnings))

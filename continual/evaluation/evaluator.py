@@ -1,152 +1,128 @@
-"""The gate that evaluates: the merge as it would be is exported and a command is asked about it, and about the merge in
-force, before anything is committed."""
+"""The gate that evaluates: the merge as it would be is asked about, and the merge in force on the same rows, before
+anything is committed."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-from continual.config.settings import EvaluationSettings
+from continual.config.evaluating import EvaluationSettings
+from continual.engine.resources import Opinion
+from continual.engine.staging import without_folds
 from continual.errors import Misconfigured, Refuse
-from continual.evaluation.scores import Drop, Metric, compare, mean, parse
-from continual.outside import few
+from continual.evaluation.askers import Asker
+from continual.evaluation.scores import mean
+from continual.evaluation.verdict import Answers, Drop, Verdict, decide
 from continual.state import State
-from continual.state.durable import environment
 from continual.state.parts import Evaluated
-from continual.tuning.choosing import scratch_directory
-from continual.tuning.command import Command, CommandFailed, last_line
+from continual.tuning.command import CommandFailed
 
-Export = Callable[[State, Path], None]
-"""Writes the merge of a state, which may be on trial, as a model directory."""
+_BASE = "base"
 
 
 class Evaluator:
-    """Asks the command of the settings about the merge with a candidate in it. Keeps what it said of the merge in
-    force, so that this is asked once in a process, until the merge is another or is read otherwise. Not thread-safe:
-    one fold at a time.
+    """Asks about the merge with a candidate in it, with more rows where they do not tell. Keeps what was said of the
+    merge in force and of the base, so that each is asked once in a process. Not thread-safe: one fold at a time."""
 
-    `base` finds the directory of the base, which the first fold is compared with; None where it is in no folder. Once
-    `stop` is set the command is ended.
-    """
-
-    def __init__(
-        self, settings: EvaluationSettings, export: Export, base: Callable[[], Path | None], stop: threading.Event
-    ) -> None:
-        """Raises Misconfigured for a command that does not name the model."""
-        self._command = Command(settings.command, timeout=settings.timeout)
+    def __init__(self, settings: EvaluationSettings, asker: Asker) -> None:
         self._settings = settings
-        self._export = export
-        self._base = base
-        self._stop = stop
-        self._known: tuple[object, dict[str, Metric]] | None = None
+        self._ask = asker
+        self._known: dict[tuple[str, int], Answers | None] = {}
+        self._looks = list(looks(settings)) if asker.grows else [settings.first_rows]
 
-    def __call__(self, trial: State, now: State, name: str) -> Evaluated:
+    def __call__(self, trial: State, now: State, name: str) -> Opinion:
         """What was found of the merge of `trial`, which is that of `now` with the candidate `name`. Raises Refuse:
-        `evaluation` where a metric falls by more than it may, or the command fails on it; `unclear` where that may be
-        chance. Raises Retry where the command took too long or was killed, or the disk got in the way, Abandoned,
-        Misconfigured where it fails on the merge that is in force."""
-        before = self._before(now)
-        if before is not None:
-            self._check_lower(before)
+        `evaluation` where it fails, or cannot be asked; `unclear` where all the rows do not tell. Raises Retry where
+        the environment got in the way, Misconfigured where the merge that is in force cannot be asked."""
+        generation = _merge_of(now)
+        self._forget_all_but(generation)
+        for rows in self._looks:
+            before = self._said(now, generation, rows, "the merge in force")
+            base = self._of_base(now, before, generation, rows)
+            after = self._of_trial(trial, name, rows, first=before is None)
+            found = decide(after, before, base, self._settings, len(self._looks))
+            if found.word != "inconclusive" or not _more(after, rows):
+                break
+        if found.failed:
+            raise self._refuse("evaluation", f"{name}: the merge with it fails: {_said(found.failed)}")
+        said = f"{name}: {_said(found.unclear)}: its rows do not tell whether that is chance" if found.unclear else None
+        if said is not None and self._settings.inconclusive != "fold":
+            reason = "unclear" if self._settings.inconclusive == "hold" else "evaluation"
+            raise self._refuse(reason, f"{said}; give it more rows, or set evaluation.inconclusive = fold")
+        self._known[_merge_of(trial), rows] = after
+        return Opinion(_record(found, after, before, base), said)
+
+    def _of_trial(self, trial: State, name: str, rows: int, *, first: bool) -> Answers:
+        """What is said of the merge with the candidate in it. `first`: nothing else was asked before, so that it is not
+        known whose fault it is where nothing is said."""
         try:
-            after = self._asked(trial, f"the merge with {name}")
+            found = self._ask(trial, f"the merge with {name}", rows)
         except CommandFailed as error:
-            if before is None:
+            if first:
                 raise
-            raise self._refusal("evaluation", f"{name}: {error}") from None
-        if before is not None:
-            wanted = self._settings
-            found = compare(before, after, wanted.max_drop, lower=wanted.lower, sigmas=wanted.sigmas)
-            if found.worse:
-                raise self._refusal(
-                    "evaluation", f"{name}: {_said(found.worse)}; {_allowed(wanted)}", "max_drop", "lower"
-                )
-            if found.unclear and wanted.unclear == "refuse":
-                raise self._refusal(
-                    "unclear",
-                    f"{name}: {_said(found.unclear)}, which may be chance; {_allowed(wanted)}; give the command more "
-                    "rows, or set evaluation.unclear = fold",
-                    "max_drop",
-                    "lower",
-                    "sigmas",
-                    "unclear",
-                )
-        else:
-            self._check_lower(after)
-        self._known = _read_at(trial), after
-        return Evaluated(
-            after={key: mean(value) for key, value in after.items()},
-            before=None if before is None else {key: mean(value) for key, value in before.items()},
-        )
-
-    def _check_lower(self, metrics: Mapping[str, Metric]) -> None:
-        """Raises Misconfigured where less is said to be better of a metric that there is not: it may be another's
-        name."""
-        unknown = [one for one in self._settings.lower if one not in metrics]
-        if unknown:
-            raise Misconfigured(
-                f"evaluation.lower: the command prints no metric {', '.join(unknown)}; it prints {few(metrics)}"
-            )
-
-    def _refusal(self, reason: str, message: str, *by: str) -> Refuse:
-        """A refusal that stands as long as the command and the settings `by` have these values."""
-        found, values = Refuse(reason, message), self._settings.model_dump(mode="json")
-        found.settings = {f"evaluation.{name}": values[name] for name in ("command", *by)}
+            raise self._refuse("evaluation", f"{name}: {error}") from None
+        assert found is not None, "a merge with a fold is exported"
         return found
 
-    def _before(self, now: State) -> dict[str, Metric] | None:
-        read = _read_at(now)
-        if self._known is None or self._known[0] != read:
-            if now.ledger.folds():
-                self._known = read, self._asked(now, "the merge in force")
-            elif (base := self._base()) is not None:
-                with self._scratch() as place:
-                    self._known = read, self._run(base, place, "the base")
-            else:
-                return None
-        return self._known[1]
+    def _of_base(self, now: State, before: Answers | None, generation: str, rows: int) -> Answers | None:
+        """What is said of the base, where a limit goes by that. Raises Misconfigured where it cannot be asked."""
+        if self._settings.max_drop_base is None:
+            return None
+        found = before if generation == _BASE else self._said(without_folds(now), _BASE, rows, "the base")
+        if found is None:
+            raise Misconfigured("evaluation.max_drop_base: the base is in no folder of this machine: name it by --base")
+        return found
 
-    def _asked(self, state: State, what: str) -> dict[str, Metric]:
-        with self._scratch() as place:
-            self._export(state, place / "model")
-            return self._run(place / "model", place, what)
+    def _said(self, state: State, generation: str, rows: int, what: str) -> Answers | None:
+        if (generation, rows) not in self._known:
+            self._known[generation, rows] = self._ask(state, "the base" if generation == _BASE else what, rows)
+        return self._known[generation, rows]
 
-    @contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        """Where the model and what the command prints are; gone afterwards. Raises Retry, Misconfigured."""
-        directory = self._settings.directory
-        if directory is not None and not directory.is_dir():
-            raise Misconfigured(f"evaluation.directory = {directory}: no such directory; make it, or name another")
-        with environment("cannot evaluate"), scratch_directory(directory) as place:
-            yield place
+    def _forget_all_but(self, generation: str) -> None:
+        self._known = {key: value for key, value in self._known.items() if key[0] in (generation, _BASE)}
 
-    def _run(self, model: Path, logs: Path, what: str) -> dict[str, Metric]:
-        asked = f"evaluation.command, asked about {what}"
-        line = last_line(self._command, model, logs, asked, self._stop)
-        try:
-            return parse(line)
-        except ValueError as error:
-            raise CommandFailed(f"{asked}: {error}") from None
+    def _refuse(self, reason: str, message: str) -> Refuse:
+        """A refusal that stands while the limits and the rows are what they are."""
+        refusal = Refuse(reason, message)
+        refusal.settings = self._settings.values
+        return refusal
 
 
-def _read_at(state: State) -> object:
-    """What tells the merge in force from any other, also from one that is only read otherwise."""
+def _merge_of(state: State) -> str:
+    """A word for the merge of a state and how it is read."""
+    if not state.ledger.folds():
+        return _BASE
     model = state.ledger.model
-    return None if model is None else model.seq, state.ledger.head.generation
+    return f"{None if model is None else model.seq} {state.ledger.head.generation}"
 
 
-def _said(drops: tuple[Drop, ...]) -> str:
-    """Each metric that fell, for people."""
-    told = [
-        f"{one.name} is missing"
-        if one.drop == float("inf")
-        else f"{one.name} is worse by {one.drop:.4g}" + (f" ± {one.error:.2g}" if one.error else "")
-        for one in drops
-    ]
-    return "the merge with it is worse than the one in force: " + ", ".join(told)
+def looks(settings: EvaluationSettings) -> Sequence[int]:
+    """How many rows of each task are asked, one time after the other: twice as many each time."""
+    found = [min(settings.first_rows, settings.max_rows)]
+    while found[-1] < settings.max_rows:
+        found.append(min(2 * found[-1], settings.max_rows))
+    return found
 
 
-def _allowed(settings: EvaluationSettings) -> str:
-    return f"evaluation.max_drop = {settings.max_drop:g}"
+def _more(after: Answers, rows: int) -> bool:
+    """Whether a task may have more rows than were asked."""
+    return any(isinstance(value, tuple) and len(value) >= rows for value in after.metrics.values())
+
+
+def _said(drops: Sequence[Drop]) -> str:
+    return ", ".join(map(str, drops))
+
+
+def _record(found: Verdict, after: Answers, before: Answers | None, base: Answers | None) -> Evaluated:
+    errors = {drop.name: drop.error for drop in found.drops if drop.error is not None and drop.beside != "the base"}
+    return Evaluated(
+        after=_means(after),
+        before=None if before is None else _means(before),
+        base=None if base is None else _means(base),
+        errors=errors or None,
+        rows=max((drop.rows for drop in found.drops), default=0) or None,
+        verdict=found.word,
+    )
+
+
+def _means(answers: Answers) -> Mapping[str, float]:
+    return {key: mean(value) for key, value in answers.metrics.items()}

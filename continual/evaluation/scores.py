@@ -1,10 +1,10 @@
-"""The metrics that a command prints of a model, and whether one model is worse than another by them."""
+"""The metrics that a command prints of a model."""
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Mapping
 
 from continual import outside
 
@@ -72,50 +72,9 @@ def mean(metric: Metric) -> float:
     return metric if isinstance(metric, float) else math.fsum(metric) / len(metric)
 
 
-class Drop(NamedTuple):
-    """By how much a metric is worse than before, and the standard error of that; 0 where rows are not known."""
-
-    name: str
-    drop: float
-    error: float
-
-
-class Verdict(NamedTuple):
-    """`worse`: the metrics that fell by more than they may; `unclear`: those of them where that may be chance."""
-
-    worse: tuple[Drop, ...]
-    unclear: tuple[Drop, ...]
-
-
-def compare(
-    before: Mapping[str, Metric],
-    after: Mapping[str, Metric],
-    most: float,
-    *,
-    lower: Collection[str] = (),
-    sigmas: float = 1.0,
-) -> Verdict:
-    """Whether `after` is worse than `before` in any metric by more than `most`: each is compared row by row where both
-    have as many rows. `lower`: metrics of which less is better. What falls by more than `most`, and by less than
-    `sigmas` standard errors, is unclear. A metric that is missing afterwards is worse by infinity."""
-    worse: list[Drop] = []
-    unclear: list[Drop] = []
-    for name, known in before.items():
-        sign = -1.0 if name in lower else 1.0
-        if name not in after:
-            worse.append(Drop(name, math.inf, 0.0))
-            continue
-        drop, error = _paired(known, after[name])
-        if sign * drop > most:
-            found = Drop(name, sign * drop, error)
-            (worse if sign * drop > sigmas * error else unclear).append(found)
-    return Verdict(tuple(worse), tuple(unclear))
-
-
-def _paired(before: Metric, after: Metric) -> tuple[float, float]:
-    if isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after) > 1:
-        apart: Sequence[float] = [one - other for one, other in zip(before, after, strict=True)]
-        middle = math.fsum(apart) / len(apart)
-        spread = math.fsum((one - middle) ** 2 for one in apart) / (len(apart) - 1)
-        return middle, math.sqrt(spread / len(apart))
-    return mean(before) - mean(after), 0.0
+def lower_of(metrics: Collection[str], globs: Collection[str]) -> frozenset[str]:
+    """The metrics of which less is better. Raises ValueError for a name that none of them has: it may be another's."""
+    unknown = [one for one in globs if not any(fnmatch.fnmatchcase(name, one) for name in metrics)]
+    if unknown:
+        raise ValueError(f"evaluation.lower: there is no metric {', '.join(unknown)}; there is {outside.few(metrics)}")
+    return frozenset(name for name in metrics if any(fnmatch.fnmatchcase(name, glob) for glob in globs))

@@ -170,8 +170,7 @@ def make(settings: Settings, kinds: Sequence[type[Gate]] = GATES) -> Gates:
     for name in settings.gates:
         if name not in known:
             raise Misconfigured(f"gates.{name}: no such gate; known are {', '.join(known)}")
-    asked = {f"evaluation.{name}": value for name, value in settings.evaluation.model_dump(mode="json").items()}
-    return Gates([_made(kind, settings) for kind in kinds], asked)
+    return Gates([_made(kind, settings) for kind in kinds], settings.evaluation.values)
 
 
 def _made(kind: type[Gate], settings: Settings) -> Gate:

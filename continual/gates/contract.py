@@ -11,8 +11,7 @@ The class that a gate is made from says at which stage it is asked:
 - `AtTensor`: while the tensors stream by, from the sums of one tensor. It is called on several threads.
 - `AtNumbers`: after all tensors streamed by and before the commit, from the sums of the whole model.
 
-A gate that runs the merged model before the commit would be one more class here, and one more call in `Engine`. There
-is none, because nothing evaluates yet.
+What asks the merged model itself before the commit is no gate here: `continual.evaluation`.
 """
 
 from __future__ import annotations

@@ -163,17 +163,17 @@ class Calibration:
 
     def driving(self) -> list[float]:
         """Of each task the mean loss of the rows that drive. Raises as `loss` does."""
-        return [float(self._losses(task, task.drive).mean()) for task in self.dealt]
+        return [float(self.losses_of(task, task.drive).mean()) for task in self.dealt]
 
     def held(self) -> list[Tensor]:
         """Of each task the loss of every row that judges (float64, 1-D, on the CPU), in an order that never changes.
         Raises as `loss` does."""
-        return [self._losses(task, task.judge) for task in self.dealt]
+        return [self.losses_of(task, task.judge) for task in self.dealt]
 
     def both(self) -> list[Tensor]:
         """Of each task the loss of every row, as `held` has it: those that drive, then those that judge. What is fitted
         is fitted to each kind by itself. Raises as `loss` does."""
-        return [torch.cat([self._losses(task, task.drive), self._losses(task, task.judge)]) for task in self.dealt]
+        return [torch.cat([self.losses_of(task, task.drive), self.losses_of(task, task.judge)]) for task in self.dealt]
 
     def teach(self, number: int, by: Calibration | None = None) -> str:
         """Has task `number` keep what the weights that are in memory now say of its rows; those in the memory of `by`,
@@ -226,8 +226,9 @@ class Calibration:
                 self._run(dealt, [row], run)
             yield row
 
-    def _losses(self, dealt: Dealt, rows: list[int]) -> Tensor:
-        """The losses of rows without a gradient: float64, 1-D, on the CPU."""
+    def losses_of(self, dealt: Dealt, rows: list[int]) -> Tensor:
+        """The losses of these rows of a task without a gradient: float64, 1-D, on the CPU. What is fitted is fitted to
+        them. Raises as `loss` does."""
         if isinstance(dealt.task, FittedTask):
             return self._fit(dealt.task, dealt, rows)
         run = dealt.task.losses

@@ -29,6 +29,8 @@ class Classes(Objective):
     """
 
     confidence = 1.0
+    of_classes = True
+    """Its losses are minus the logarithm of the probability of the right class."""
 
     @abstractmethod
     def logits(self, batch: Batch) -> Tensor:

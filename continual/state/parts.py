@@ -65,11 +65,16 @@ class SketchText:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The metrics that a command said of the merge with a model in it (`after`), and of the merge before it, or of the
-    base (`before`; None where nobody could be asked)."""
+    """The metrics of the merge with a model in it (`after`), of the merge before it (`before`; None where nobody could
+    be asked), and of the base, where limits go by it. `errors`: the standard error of how much each differs from
+    `before`, over rows, which were `rows` at most. `verdict`: pass, fail or inconclusive."""
 
     after: Mapping[str, float]
     before: Mapping[str, float] | None = field(default=None, metadata=_OMITTED)
+    base: Mapping[str, float] | None = field(default=None, metadata=_OMITTED)
+    errors: Mapping[str, float] | None = field(default=None, metadata=_OMITTED)
+    rows: int | None = field(default=None, metadata=_OMITTED)
+    verdict: str | None = field(default=None, metadata=_OMITTED)
 
 
 def without_sketches(body: Mapping[str, object]) -> dict[str, object]:

@@ -53,7 +53,10 @@ def test_errors_name_the_setting_and_where_it_was_set(
 @pytest.mark.parametrize(
     ("toml", "said"),
     [
-        ("[evaluation]\ncomand = []", "evaluation.comand: unknown; did you mean 'command'[?] known are command, "),
+        (
+            "[evaluation]\ncomand = []",
+            "evaluation.comand: unknown; did you mean 'command'[?] known are chance, command, ",
+        ),
         ("[hub]\nwach = true", "hub.wach: unknown; did you mean 'watch'[?] known are .*watch"),
         ("[views.v]\nsacle = 1", "views.v.sacle: unknown; did you mean 'scale'[?] known are .*scale"),
         (

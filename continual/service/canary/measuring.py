@@ -19,6 +19,8 @@ from urllib.parse import urlencode, urlsplit
 from continual.config import CanarySettings
 from continual.errors import ContinualError
 from continual.evaluation import scores
+from continual.evaluation.askers import command_of
+from continual.evaluation.verdict import Answers, Drop, decide
 from continual.outside import Malformed, few, parse_fields, shown
 from continual.publish import folder
 from continual.service.canary.verdicts import moment
@@ -26,7 +28,7 @@ from continual.service.outgoing import OutPlan, candidate_link
 from continual.state.canaries import CanaryRecord, Measurement
 from continual.tensors import Folder
 from continual.tuning.choosing import scratch_directory
-from continual.tuning.command import Command, CommandFailed, last_line
+from continual.tuning.command import CommandFailed, last_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -189,17 +191,19 @@ def _evaluated(merge: Merge, out: OutPlan, record: CanaryRecord) -> Answered:
                 now = _run(merge, after, f"the canary, record {record.seq}")
             except CommandFailed as error:
                 return Answered("failed", f"evaluation of {error}")
-        found = scores.compare(known, now, wanted.max_drop, lower=wanted.lower, sigmas=wanted.sigmas)
+        found = decide(Answers(now, scores.lower_of(now, wanted.lower)), Answers(known), None, wanted)
+    except ValueError as error:
+        return Answered("inconclusive", f"evaluation: {error}")
     except (ContinualError, OSError) as error:
         return Answered("inconclusive", f"evaluation: {error}")
-    if found.worse:
-        return Answered("failed", f"evaluation: {_drops(found.worse)}", tuple(one.drop for one in found.worse))
+    if found.failed:
+        return Answered("failed", f"evaluation: {_drops(found.failed)}", tuple(one.drop for one in found.failed))
     if found.unclear:
         return Answered("inconclusive", f"evaluation: {_drops(found.unclear)}, which may be chance")
     return Answered("passed", f"evaluation: {few(f'{key} {scores.mean(value):.4g}' for key, value in now.items())}")
 
 
-def _drops(found: Sequence[scores.Drop]) -> str:
+def _drops(found: Sequence[Drop]) -> str:
     told = [f"{one.name} is {'missing' if math.isinf(one.drop) else f'worse by {one.drop:.4g}'}" for one in found]
     return ", ".join(told)
 
@@ -229,7 +233,7 @@ def _models(merge: Merge, out: OutPlan, record: CanaryRecord) -> Iterator[tuple[
 def _run(merge: Merge, model: Path, what: str) -> dict[str, scores.Metric]:
     wanted = merge.settings.evaluation
     with scratch_directory(None) as logs:
-        line = last_line(Command(wanted.command, timeout=wanted.timeout), model, logs, what, merge.stopping)
+        line = last_line(command_of(wanted, wanted.max_rows), model, logs, what, merge.stopping)
     try:
         return scores.parse(line)
     except ValueError as error:

@@ -1,0 +1,299 @@
+"""Whether the evaluation gate stops what lowers one task by two points, and lets in what lowers none, with 100 rows.
+
+    python -m tests.campaigns.evaluating --work W           # the digits of the demonstration; some minutes
+
+Merges honest fine-tunes of the digits, and makes candidates of known harm: a weak fine-tune of a new task less a part
+of one that is in the merge, and one that was trained to answer one task wrongly, each with just so much of it that the
+merge loses two points (one point, nothing) on that task over all held-out rows. Each is offered to a state several
+times, each time with other rows of each task, to the gate as it is by default (`[evaluation] objective =
+module:function`). What the same rule would have decided by other numbers of the same rows is said beside it: right or
+wrong, the loss, the probability of the right class as it is. Exits with 1 where fewer than 9 of 10 falls of two points
+are stopped, or more than 1 of 20 that do no harm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+import continual
+from continual.config.evaluating import EvaluationSettings
+from continual.demo import digits
+from continual.evaluation.verdict import Answers, decide
+from continual.objectives.classes import fitted
+from continual.objectives.function import Given
+from tests.campaigns.bench.quality import digits as suite
+from tests.campaigns.redteam import Red
+
+Weights = dict[str, Tensor]
+OFF = {name: {"act": "off"} for name in ("norms", "noise", "copies")}
+"""What is made here on purpose is no honest fine-tune."""
+COPIES = 3
+"""How often each held-out image is in the population, with other noise each time."""
+
+
+class Population(NamedTuple):
+    """All rows of each task of the merge: images and labels."""
+
+    images: Mapping[str, Tensor]
+    labels: Tensor
+
+
+class Task:
+    """Rows of a task for the gate: the objective of a user's function."""
+
+    of_classes = True
+
+    def __init__(self, model: digits.Digits, images: Tensor, labels: Tensor) -> None:
+        self.count, self._model, self._images, self._labels = len(labels), model, images, labels
+        self._confidence = 1.0
+
+    def losses(self, rows: Sequence[int]) -> Tensor:
+        found = self._model(self._images[list(rows)]).double()
+        return functional.cross_entropy(self._confidence * found, self._labels[list(rows)], reduction="none")
+
+    def fit(self, rows: Sequence[int]) -> Tensor:
+        with torch.no_grad():
+            self._confidence = fitted(self._model(self._images[list(rows)]).double(), self._labels[list(rows)])
+            return self.losses(rows)
+
+
+_asked: list[tuple[Population, Tensor]] = []
+"""The population, and the rows of it that are asked next."""
+
+
+def given(directory: Path, device: torch.device) -> Given:  # noqa: ARG001 - the CPU
+    """What the gate calls."""
+    population, rows = _asked[-1]
+    model = digits.Digits()
+    model.load_state_dict(load_file(directory / "model.safetensors"))
+    return Given(model, [Task(model, images[rows], population.labels[rows]) for images in population.images.values()])
+
+
+class Ground:
+    """A state with a merge, and what candidates do to it."""
+
+    def __init__(self, red: Red, merged: int) -> None:
+        self.red = red
+        self.tasks = red.suite.tasks[:merged]
+        self.state = red.work / "state-evaluating"
+        shutil.rmtree(self.state, ignore_errors=True)
+        continual.init(red.base, self.state)
+        with continual.open(self.state, write=True, workers=1, gates=OFF) as merge:
+            for task in self.tasks:
+                assert merge.fold(red.honest(task, 1.0, "full")).fate == "folded", task
+        _, _, images, labels = digits.load(suite.SEED)
+        draw = torch.Generator().manual_seed(5)
+        noisy = [(images + 0.08 * torch.randn(images.shape, generator=draw)).clamp(0, 1) for _ in range(COPIES - 1)]
+        every = torch.cat([images, *noisy])
+        self.population = Population({t: red.suite._ways[t](every) for t in self.tasks}, labels.repeat(COPIES))
+        self._model = digits.Digits()
+        self.now = self.logits(self.state)
+
+    def logits(self, state: Path) -> dict[str, Tensor]:
+        """What the merge of a state says of every row of the population."""
+        with continual.open(state, workers=1) as merge:
+            self._model.load_state_dict({name: base + merge.read(name) for name, base in self.red.weights.items()})
+        with torch.no_grad():
+            return {task: self._model(images).double() for task, images in self.population.images.items()}
+
+    def with_one_more(self, model: Path) -> dict[str, Tensor]:
+        """The same with a model folded, whatever it does."""
+        with self.copy() as state:
+            with continual.open(state, write=True, workers=1, gates=OFF) as merge:
+                outcome = merge.fold(model)
+            assert outcome.fate == "folded", outcome.message
+            return self.logits(state)
+
+    def copy(self) -> Copy:
+        return Copy(self.state)
+
+    def falls(self, after: Mapping[str, Tensor]) -> dict[str, float]:
+        """By how many points the accuracy on each task falls, over the whole population."""
+
+        def points(logits: Tensor) -> float:
+            return 100 * float((logits.argmax(1) == self.population.labels).double().mean())
+
+        return {task: points(self.now[task]) - points(after[task]) for task in self.tasks}
+
+    def offered(self, model: Path, rows: Tensor) -> str:
+        """What the gate makes of a model, by these rows of each task: pass, fail or inconclusive."""
+        _asked.append((self.population, rows))
+        evaluation = {"objective": f"{__name__ if __name__ != '__main__' else 'tests.campaigns.evaluating'}:given"}
+        sys.modules.setdefault("tests.campaigns.evaluating", sys.modules[__name__])
+        with self.copy() as state, continual.open(state, write=True, workers=1, gates=OFF, evaluation=evaluation) as it:
+            before = it.head, it.state.ledger.head.generation
+            outcome = it.fold(model)
+            if outcome.fate == "folded":
+                return "pass"
+            assert outcome.reason in ("evaluation", "unclear"), outcome.message
+            assert (it.head, it.state.ledger.head.generation) == (before[0] + 1, before[1]), "the merge is as it was"
+            return "fail" if outcome.reason == "evaluation" else "inconclusive"
+
+
+class Copy:
+    """A state beside another, for one try."""
+
+    def __init__(self, of: Path) -> None:
+        self._of, self._path = of, of.with_name(of.name + "-try")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self._path, ignore_errors=True)
+        shutil.copytree(self._of, self._path)
+        return self._path
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._path)
+
+
+class Candidate(NamedTuple):
+    name: str
+    path: Path
+    after: Mapping[str, Tensor]
+    falls: Mapping[str, float]
+
+    @property
+    def most(self) -> float:
+        return max(self.falls.values())
+
+
+def made(ground: Ground, name: str, weights: Callable[[float], Weights], wanted: float) -> Candidate | None:
+    """A candidate with so much of the harm that its worst task falls by about `wanted` points: by trying. None where
+    it never comes near."""
+    low, high, path = (0.0, 0.0), (1.0, 4 * wanted), ground.red.work / "candidates" / f"{name} -{wanted:g}"
+    for number in range(8):
+        between = (
+            (wanted - low[1]) / (high[1] - low[1]) if number % 3 < 2 else 0.5
+        )  # the third time halves what is left
+        share = low[0] + min(0.95, max(0.05, between)) * (high[0] - low[0])
+        ground.red.save(path, {key: ground.red.weights[key] + tau for key, tau in weights(share).items()})
+        after = ground.with_one_more(path)
+        found = Candidate(name, path, after, ground.falls(after))
+        if abs(found.most - wanted) <= 0.15:
+            return found
+        low, high = ((share, found.most), high) if found.most < wanted else (low, (share, found.most))
+    return None
+
+
+def harms(ground: Ground) -> dict[str, Callable[[float], Weights]]:
+    """Ways to lower a task, each by a share from 0 to 1."""
+    red, tasks = ground.red, ground.red.suite.tasks
+
+    def tau(path: Path) -> Weights:
+        return {key: value - red.weights[key] for key, value in load_file(path / "model.safetensors").items()}
+
+    found: dict[str, Callable[[float], Weights]] = {}
+    for number, victim in enumerate(ground.tasks):
+        new = tasks[len(ground.tasks) + number % (len(tasks) - len(ground.tasks))]
+        less, kind = tau(red.honest(victim, 1.0, "full")), tau(red.honest(new, 1.0, "full"))
+        wrong = tau(poisoned(red, new, victim))
+        found[f"{new} less {victim}"] = lambda share, less=less, kind=kind: {  # type: ignore[misc]
+            key: 0.2 * kind[key] - share * less[key] for key in less
+        }
+        found[f"{new} wrong on {victim}"] = lambda share, wrong=wrong: {  # type: ignore[misc]
+            key: share * value for key, value in wrong.items()
+        }
+    return found
+
+
+def poisoned(red: Red, new: str, victim: str) -> Path:
+    """A fine-tune of a new task whose rows of another one have labels drawn by chance."""
+    target = red.work / "poisoned" / f"{new}-{victim}"
+    if not target.exists():
+        images, labels, _, _ = digits.load(suite.SEED)
+        draw = torch.Generator().manual_seed(red.suite.tasks.index(victim))
+        shuffled = labels[torch.randperm(len(labels), generator=draw)]
+        both = torch.cat([red.suite._ways[new](images), red.suite._ways[victim](images)])
+        model = digits.Digits()
+        model.load_state_dict(red.weights)
+        steps, rate = suite.STEPS["full"], suite.RATES["full"]
+        digits.train(model, both, torch.cat([labels, shuffled]), steps=steps, rate=rate, seed=1)
+        red.save(target, {name: value.detach().clone() for name, value in model.state_dict().items()})
+    return target
+
+
+def honest(ground: Ground) -> list[Candidate]:
+    """Fine-tunes that lower no task: of tasks in the merge from other rows, and weak ones of new tasks."""
+    red, found = ground.red, []
+    paths = [red.honest(task, 1.0, "bf16") for task in ground.tasks]
+    for task in red.suite.tasks[len(ground.tasks) :]:
+        for share in (0.1, 0.2):
+            tuned = load_file(red.honest(task, 1.0, "full") / "model.safetensors")
+            weak = {key: base + share * (tuned[key] - base) for key, base in red.weights.items()}
+            paths.append(red.save(red.work / "candidates" / f"{task} x {share:g}", weak))
+    for path in paths:
+        after = ground.with_one_more(path)
+        one = Candidate(path.name, path, after, ground.falls(after))
+        if one.most <= 0.2:
+            found.append(one)
+    return found
+
+
+def otherwise(ground: Ground, one: Candidate, rows: Tensor) -> dict[str, str]:
+    """What the same rule says by other numbers of the same rows. A loss may rise by 0.02, which was a point here."""
+    labels = ground.population.labels[rows]
+
+    def losses(logits: Tensor) -> Tensor:
+        return functional.cross_entropy(logits[rows], labels, reduction="none")
+
+    def told(how: Callable[[Tensor], Tensor], *, less: bool) -> str:
+        said = [
+            Answers({t: tuple(how(logits[t]).tolist()) for t in ground.tasks}, frozenset(ground.tasks if less else ()))
+            for logits in (one.after, ground.now)
+        ]
+        return decide(said[0], said[1], None, EvaluationSettings(max_drop=0.02 if less else 0.01)).word
+
+    return {
+        "right or wrong": told(lambda logits: (logits[rows].argmax(1) == labels).double(), less=False),
+        "loss": told(losses, less=True),
+        "probability": told(lambda logits: (-losses(logits)).exp(), less=False),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="directory for what is made, kept for the next time")
+    parser.add_argument("--merged", type=int, default=8, help="honest models in the merge, and tasks that are asked")
+    parser.add_argument("--rows", type=int, default=100, help="rows of each task; default 100")
+    parser.add_argument("--draws", type=int, default=5, help="how often each candidate is offered, with other rows")
+    parser.add_argument("--falls", type=float, nargs="*", default=[2.0, 1.0], help="points that candidates cost")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    ground = Ground(Red(args.work), args.merged)
+    groups: dict[str, list[Candidate]] = {"no harm": honest(ground)}
+    for wanted in args.falls:
+        found = [made(ground, name, weights, wanted) for name, weights in harms(ground).items()]
+        groups[f"{wanted:g} points"] = [one for one in found if one is not None]
+    ways: dict[str, dict[str, list[str]]] = {}
+    draw = torch.Generator().manual_seed(7)
+    for group, candidates in groups.items():
+        for one in candidates:
+            for _ in range(args.draws):
+                rows = torch.randperm(len(ground.population.labels), generator=draw)[: args.rows]
+                found_by = {"the gate": ground.offered(one.path, rows), **otherwise(ground, one, rows)}
+                for way, word in found_by.items():
+                    ways.setdefault(group, {}).setdefault(way, []).append(word)
+        worst = [one.most for one in candidates]
+        said = {way: {word: words.count(word) for word in sorted(set(words))} for way, words in ways[group].items()}
+        told = {"candidates": len(candidates), "worst fall, mean": round(statistics.fmean(worst), 2), **said}
+        print(json.dumps({group: told}), flush=True)
+    stopped = {
+        group: sum(word != "pass" for word in by["the gate"]) / len(by["the gate"]) for group, by in ways.items()
+    }
+    print(f"stopped: {stopped}")
+    sys.exit(stopped["2 points"] < 0.9 or stopped["no harm"] > 0.05)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The gate that evaluates asks calibration rows, with no command, and asks more of them where they do not tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import continual
+from continual.errors import Misconfigured
+from continual.state.entries import FoldEntry
+from continual.state.parts import Evaluated
+from tests.helpers import adapters, calibrated, models
+from tests.helpers.calibrated import made
+from tests.helpers.tiny import loaded
+
+pytestmark = pytest.mark.slow
+NO_GATES = {name: {"act": "off"} for name in ("norms", "noise", "copies")}
+
+
+def tuned(base: Path, name: str, by: float) -> Path:
+    """A fine-tune that moves every matrix at random, by so much of its length."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        draw = torch.Generator().manual_seed(len(name))
+        for key, value in load_file(base / "model.safetensors").items():
+            noise = torch.randn(value.shape, generator=draw)
+            tensors[key] = (value.float() + by * noise * value.float().std()).to(value.dtype)
+
+    return models.fine_tune(base, base.parent / name, 1, change=change)
+
+
+def opened(place: Path, given: calibrated.Calibrated, **evaluation: Any) -> continual.Merge:
+    wanted = given.wanted
+    if not (place / "state").exists():
+        continual.init(given.base, place / "state", continual.Recipe(rule="task-arithmetic", scale="1"))
+    asked = {"objective": wanted.objective, "rows": wanted.rows, "heads": wanted.heads} | evaluation
+    return continual.open(place / "state", write=True, device="cpu", gates=NO_GATES, evaluation=asked)
+
+
+def evaluated(merge: continual.Merge, model: Path) -> Evaluated:
+    outcome = merge.fold(model)
+    assert outcome.fate == "folded", outcome.message
+    found = outcome.commit.of_kind(FoldEntry).numbers.evaluated
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("objective", ["causal-lm", "classification", "heads"])
+def test_rows_say_what_a_plain_loop_says(tmp_path: Path, objective: str) -> None:
+    given = made(objective, tmp_path)
+    with opened(tmp_path, given, max_drop=1e3) as merge:
+        found = evaluated(merge, tuned(given.base, "one", 0.3))
+        merge.export(tmp_path / "merged")
+    assert (found.verdict, found.rows) == ("pass", calibrated.ROWS)
+    for file in given.wanted.rows:
+        for metrics, model in ((found.after, tmp_path / "merged"), (found.before, given.base)):
+            with torch.no_grad():
+                losses = calibrated.plain_losses(objective, loaded(objective, model), given.base, calibrated.read(file))
+            wanted = losses if objective == "causal-lm" else (-losses).exp()
+            assert (metrics or {})[file.stem] == pytest.approx(float(wanted.mean()), rel=2e-3)
+    assert (found.errors or {})["task-0"] > 0
+
+
+def test_a_merge_that_answers_worse_is_refused_and_one_as_good_is_not(tmp_path: Path) -> None:
+    given = made("causal-lm", tmp_path)
+    with opened(tmp_path, given) as merge:
+        assert merge.fold(tuned(given.base, "hardly", 1e-4)).fate == "folded"
+        outcome = merge.fold(tuned(given.base, "spoilt", 30.0))
+        assert (outcome.fate, outcome.reason) == ("refused", "evaluation"), outcome.message
+        assert "task-0 is worse by" in outcome.message
+        assert "over 24 rows than the merge in force" in outcome.message
+    assert continual.verify(tmp_path / "state").findings == ()
+
+
+def test_more_rows_are_asked_until_they_tell(tmp_path: Path) -> None:
+    """Of the first eight rows nothing is known for certain; all of them tell, or are held."""
+    given = made("causal-lm", tmp_path)
+    model = tuned(given.base, "spoilt", 30.0)
+    few = {"first_rows": 4, "max_rows": 4, "chance": 1e-6}
+    with opened(tmp_path, given, **few) as merge:
+        outcome = merge.fold(model)
+        assert (outcome.reason, "over 4 rows" in outcome.message) == ("unclear", True), outcome.message
+        assert merge.fold(model).fate == "known", "it stands while the rows are the same"
+    with opened(tmp_path, given, first_rows=4, max_rows=100, chance=1e-4) as merge:
+        outcome = merge.fold(model)
+        assert (outcome.reason, "over 24 rows" in outcome.message) == ("evaluation", True), outcome.message
+    with opened(tmp_path, given, **few, inconclusive="refuse") as merge:
+        assert merge.fold(model).reason == "evaluation"
+    with opened(tmp_path, given, **few, inconclusive="fold") as merge:
+        outcome = merge.fold(model)
+        assert (outcome.fate, "warning (evaluation)" in outcome.line()) == ("folded", True)
+        assert outcome.commit.of_kind(FoldEntry).numbers.warned == "unclear"
+
+
+def test_the_base_can_be_what_it_is_compared_with(tmp_path: Path) -> None:
+    given = made("causal-lm", tmp_path)
+    with opened(tmp_path, given, max_drop=50.0, max_drop_base=0.02) as merge:
+        found = evaluated(merge, tuned(given.base, "hardly", 1e-4))
+        assert found.base == found.before
+        outcome = merge.fold(tuned(given.base, "a little", 30.0))
+        assert "than the base (evaluation.max_drop_base = 0.02)" in outcome.message
+
+
+def test_a_state_of_adapters_is_asked_by_rows(tmp_path: Path) -> None:
+    given = made("heads", tmp_path)
+    continual.init(given.base, tmp_path / "state", continual.Recipe(rule="tsv-m", width=8))
+    with opened(tmp_path, given) as merge:
+        lora = adapters.lora(tmp_path / "lora", given.base, 1, modules=("query",))
+        for file in lora.glob("*.safetensors"):
+            save_file({k: v * 1e-3 for k, v in load_file(file).items()}, file)
+        assert evaluated(merge, lora).verdict == "pass"
+
+
+def test_what_rows_lack_is_said_before_anything_is_folded(tmp_path: Path) -> None:
+    given = made("causal-lm", tmp_path)
+    with opened(tmp_path, given, rows=[tmp_path / "none.jsonl"]) as merge, pytest.raises(Misconfigured, match="none"):
+        _ = merge.engine
