@@ -241,6 +241,8 @@ class Engine:
             report = self.stream(transaction, opened, before, progress)
             if twin := self.state.ledger.folded_digest(report.digest):
                 return self._duplicate(report, twin)
+            if self.resources.judge is not None:
+                progress("evaluate", 0, 1)
             entry = judged(self.state, self.resources.judge, transaction, self._entry(report, before, chosen))
             self.go_on(candidate.name)
             streamed = time.perf_counter()

@@ -94,7 +94,9 @@ def test_in_a_new_process_the_merge_in_force_is_asked_again(tmp_path: Path, base
     with opened(tmp_path, base) as merge:
         merge.fold(moved(base, "good", 0.1))
     with opened(tmp_path, base) as merge:
-        assert merge.fold(moved(base, "bad", -0.05)).reason == "evaluation"
+        stages: list[str] = []
+        outcome = merge.fold(moved(base, "bad", -0.05), progress=lambda stage, *_: stages.append(stage))
+        assert (outcome.reason, stages[-1]) == ("evaluation", "evaluate")
     assert asked(tmp_path) == 4
 
 
