@@ -104,6 +104,17 @@ def test_a_life_is_lived_again(tmp_path: Path, recipe: making.Recipe) -> None:
         assert again.ledger.totals == before.ledger.totals
 
 
+def test_adapters_that_whole_tensors_took_in(tmp_path: Path) -> None:
+    """Beside a whole fine-tune; the first is taken out, under a rule that folds the later ones again."""
+    state, model = made(tmp_path, RECIPES["opcm"])
+    with opened(state) as merge:
+        for number, name in enumerate(("lora-1", "lora-2")):
+            assert merge.fold(adapters.lora(tmp_path / name, tmp_path / "base", number)).fate == "folded"
+        assert merge.fold(model("whole", 1)).fate == "folded"
+        merge.unfold(merge.look_unfold("lora-1"))
+        assert merge.replay(tmp_path / "again").equal
+
+
 def test_moved_models_and_those_that_are_others_now(tmp_path: Path) -> None:
     state = a_life(tmp_path, RECIPES["mean"])
     (tmp_path / "moved").mkdir()
