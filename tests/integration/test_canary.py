@@ -331,3 +331,27 @@ def test_the_evaluation_command_is_asked_about_a_candidate(tmp_path: Path) -> No
         found = looked()
         assert (found.verdict, "no rows" in found.said) == ("inconclusive", True), "it fails on what is out, too"
     assert verdicts.measures(wanted.release.canary)  # type: ignore[arg-type]
+
+
+def test_a_view_that_fails_on_the_hub_gives_its_branch_back(tmp_path: Path) -> None:
+    with serving() as hub:
+        base = hubs.made(tmp_path, hub)
+        state = tmp_path / "adapters"
+        making.init(base, state, making.Recipe(width=64))
+        views = {"v": {"repo": REPO, "as_lora": "own", "canary": {}}}
+        with hubs.merge(state, hub, views=views, max_base_ratio=100.0) as merge:
+            for seed, name in enumerate(("a", "b")):
+                merge.fold(adapters.lora(tmp_path / name, base, seed))
+                out_now(merge, "v", "release")
+                if name == "a":
+                    stages.finish(merge, stages.promote(merge, "v", None, "command", ""))
+            second = merge.state.ledger.models[-1].seq
+            assert [seq for seq, _ in releases(hub, "candidate")] == [1, second]
+            alarmed(merge, "v")
+            stages.take_back(merge, "v")
+            out_now(merge, "v", "release")
+            assert [seq for seq, _ in releases(hub, "candidate")] == [1, second, 1]
+            assert [seq for seq, _ in releases(hub)] == [1]
+            commits = len(hub.history(REPO, "candidate"))
+            out_now(merge, "v", "release")
+            assert len(hub.history(REPO, "candidate")) == commits, "it is back already"

@@ -1,12 +1,11 @@
 """Real signatures by `model-signing`: of exports, adapters and releases, asked for by the command and by the gate; what
-was altered, added or left out is seen, and the library's own command says the same of what we sign."""
+was altered, added or left out is seen, and the library says the same of what we sign."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -151,13 +150,20 @@ def test_an_export_is_signed_and_what_is_spoiled_is_seen(tmp_path: Path, keys: K
 def test_the_library_itself_verifies_what_is_signed_here_and_signs_what_is_verified_here(
     tmp_path: Path, keys: Keys
 ) -> None:
+    from model_signing import hashing, signing, verifying
+
     merged, _ = signed(tmp_path, keys)
-    asked = ["--signature", merged / "model.sig", "--public_key", keys.public["ours"]]
-    command = [sys.executable, "-m", "model_signing"]
-    subprocess.run([*command, "verify", "key", merged, *asked], check=True, capture_output=True)
-    theirs = tmp_path / "alice"
-    signs = ["--signature", theirs / "model.sig", "--private_key", keys.pem["theirs"]]
-    subprocess.run([*command, "sign", "key", theirs, *signs], check=True, capture_output=True)
+    verifier = verifying.Config().use_elliptic_key_verifier(public_key=keys.public["ours"])
+    verifier.verify(merged, merged / "model.sig")
+    altered(merged)
+    with pytest.raises(ValueError, match=r"Hash mismatch for 'model\.safetensors'"):
+        verifying.Config().use_elliptic_key_verifier(public_key=keys.public["ours"]).verify(
+            merged, merged / "model.sig"
+        )
+    theirs, at = tmp_path / "alice", tmp_path / "alice/model.sig"
+    hashed = hashing.Config().set_ignored_paths(paths=[at], ignore_git_paths=True)
+    signs = signing.Config().use_elliptic_key_signer(private_key=keys.pem["theirs"])
+    signs.set_hashing_config(hashed).sign(theirs, at)
     assert verify(Folder(theirs), keys.trusted("theirs")).files == 2
 
 
