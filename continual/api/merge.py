@@ -255,6 +255,12 @@ class Merge(OpenedState):
         merge."""
         return [self.state.record(entry) for entry in self.standing.retries(word, because, by)]
 
+    def drop(self, word: str, *, because: str | None = None, by: str | None = None) -> list[Commit]:
+        """Takes the candidates that `word` names (a name, path, key or record number) off the list of what is kept out:
+        the records of it. They stay out, whatever settings change, until somebody asks for another look. Raises
+        Misconfigured where none of them is on the list."""
+        return [self.state.record(entry) for entry in self.standing.drops(word, because, by)]
+
     def kept_out(self, word: str) -> list[Commit]:
         """The records that settled the candidates that `word` names (a name, path, key or record number) and that are
         not in the merge."""

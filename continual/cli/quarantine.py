@@ -12,11 +12,13 @@ from continual.cli import answered, console, opened, typed
 from continual.cli.flags import OPENING, Flags, takes
 from continual.errors import Misconfigured
 
+_HELD = "unclear"
+"""The reason of those of which an evaluation does not tell: they wait for a person."""
 app = typer.Typer(rich_markup_mode=None)
 quarantine = typer.Typer(
     rich_markup_mode=None,
     invoke_without_command=True,
-    help="Show the models that are kept out, and why; accept one in spite of doubts.",
+    help="Show the models that are kept out, and why; accept one in spite of doubts, or drop it.",
 )
 app.add_typer(quarantine, name="quarantine")
 
@@ -26,7 +28,7 @@ Kept = Annotated[str, typer.Argument(help="Name, path, key or record number of a
 @quarantine.callback()
 @takes(*OPENING)
 def listed(context: typer.Context, *, flags: Flags) -> None:
-    """Show the models that are kept out, and why; subcommands show one whole, and accept one."""
+    """Show the models that are kept out, and why; subcommands show one whole, accept one, or drop it."""
     if context.invoked_subcommand is not None:
         return
     with opened.looked(flags) as merge:
@@ -35,9 +37,16 @@ def listed(context: typer.Context, *, flags: Flags) -> None:
         console.emit(found)
         return
     console.table(
-        ("seq", "time", "model", "reason", "what"),
+        ("seq", "time", "model", "fate", "reason", "what"),
         [
-            (row["seq"], texts.when(str(row["time"])), answered.model_of(row), row["reason"], row["message"])
+            (
+                row["seq"],
+                texts.when(str(row["time"])),
+                answered.model_of(row),
+                "held" if row["reason"] == _HELD else row["fate"],
+                row["reason"],
+                row["message"],
+            )
             for row in found
         ],
     )
@@ -75,3 +84,24 @@ def accept(
         return
     for record in found:
         console.say(f"{answered.model_of(record)}: accepted; it will be looked at again by 'run' or 'fold'")
+
+
+@quarantine.command()
+@takes(*OPENING)
+def drop(
+    model: Kept,
+    because: Annotated[str | None, typer.Option("--because", help="Why it is not to come in.")] = None,
+    *,
+    flags: Flags,
+) -> None:
+    """Take a model off the list: it stays out, whatever settings change, until 'continual retry'. Who said so is in the
+    ledger."""
+    from continual.service.control.requests import DropRequest
+
+    request = typed.request(DropRequest, model=model, here=typed.here(model), because=because, by=getpass.getuser())
+    found = answered.rows(opened.act(flags, request, quiet=flags.json)["records"])
+    if flags.json:
+        console.emit(found)
+        return
+    for record in found:
+        console.say(f"{answered.model_of(record)}: dropped; 'continual retry' has it looked at again")

@@ -15,6 +15,8 @@ from continual.state import Commit, State
 from continual.state.entries import RefuseEntry, RetryEntry
 from continual.state.ledger import Ledger, kept_out
 
+_DROPPED = "dropped"
+"""The reason of a refusal with which a person took a candidate off the list of what is kept out."""
 Values = Mapping[str, object]
 """The value of each setting of the gates, by its whole name (`Gates.values`)."""
 
@@ -83,7 +85,32 @@ class Standing:
         return [
             refusal
             for refusal in ledger.refusals
-            if newest.get(refusal.origin) == refusal.key and ledger.fate(str(refusal.key)) is refusal
+            if newest.get(refusal.origin) == refusal.key
+            and ledger.fate(str(refusal.key)) is refusal
+            and refusal.entry.reason != _DROPPED
+        ]
+
+    def drops(self, word: str, because: str | None = None, by: str | None = None) -> list[RefuseEntry]:
+        """What is to be recorded so that the candidates that `word` names are on the list no more. They stay out,
+        whatever the settings say, until a `retry`. Raises Misconfigured if it names none that is on it."""
+        listed = {commit.key for commit in self.quarantine()}
+        found = [
+            (commit, commit.entry.candidate)
+            for commit in kept_out(self._state.ledger, word)
+            if commit.key in listed and commit.entry.candidate is not None
+        ]
+        if not found:
+            raise Misconfigured(
+                f"{word}: nothing of this name, path, key or record number is kept out; see 'continual quarantine'"
+            )
+        why = f": {because}" if because else ""
+        return [
+            RefuseEntry(
+                candidate=candidate,
+                reason=_DROPPED,
+                message=f"dropped after record {commit.seq} ({commit.entry.reason}) by {by or 'nobody named'}{why}",
+            )
+            for commit, candidate in found
         ]
 
     def retries(self, word: str, because: str | None = None, by: str | None = None) -> list[RetryEntry]:

@@ -39,6 +39,8 @@ from tests.campaigns.redteam import Red
 Weights = dict[str, Tensor]
 OFF = {name: {"act": "off"} for name in ("norms", "noise", "copies")}
 """What is made here on purpose is no honest fine-tune."""
+LITTLE = 0.5
+"""Points: what lowers no task by more does no harm; the gate lets a task fall by one."""
 COPIES = 3
 """How often each held-out image is in the population, with other noise each time."""
 
@@ -172,6 +174,10 @@ def made(ground: Ground, name: str, weights: Callable[[float], Weights], wanted:
     """A candidate with so much of the harm that its worst task falls by about `wanted` points: by trying. None where
     it never comes near."""
     low, high, path = (0.0, 0.0), (1.0, 4 * wanted), ground.red.work / "candidates" / f"{name} -{wanted:g}"
+    if path.exists():
+        after = ground.with_one_more(path)
+        found = Candidate(name, path, after, ground.falls(after))
+        return found if abs(found.most - wanted) <= 0.15 else None
     for number in range(8):
         between = (
             (wanted - low[1]) / (high[1] - low[1]) if number % 3 < 2 else 0.5
@@ -224,18 +230,18 @@ def poisoned(red: Red, new: str, victim: str) -> Path:
 
 
 def honest(ground: Ground) -> list[Candidate]:
-    """Fine-tunes that lower no task: of tasks in the merge from other rows, and weak ones of new tasks."""
+    """Fine-tunes that lower no task by much: of tasks in the merge from other rows, and weak ones of new tasks."""
     red, found = ground.red, []
     paths = [red.honest(task, 1.0, "bf16") for task in ground.tasks]
     for task in red.suite.tasks[len(ground.tasks) :]:
-        for share in (0.1, 0.2):
+        for share in (0.02, 0.1):
             tuned = load_file(red.honest(task, 1.0, "full") / "model.safetensors")
             weak = {key: base + share * (tuned[key] - base) for key, base in red.weights.items()}
             paths.append(red.save(red.work / "candidates" / f"{task} x {share:g}", weak))
     for path in paths:
         after = ground.with_one_more(path)
         one = Candidate(path.name, path, after, ground.falls(after))
-        if one.most <= 0.2:
+        if one.most <= LITTLE:
             found.append(one)
     return found
 
@@ -284,6 +290,9 @@ def main() -> None:
                 found_by = {"the gate": ground.offered(one.path, rows), **otherwise(ground, one, rows)}
                 for way, word in found_by.items():
                     ways.setdefault(group, {}).setdefault(way, []).append(word)
+        if not candidates:
+            print(json.dumps({group: "none was found"}), flush=True)
+            continue
         worst = [one.most for one in candidates]
         said = {way: {word: words.count(word) for word in sorted(set(words))} for way, words in ways[group].items()}
         told = {"candidates": len(candidates), "worst fall, mean": round(statistics.fmean(worst), 2), **said}

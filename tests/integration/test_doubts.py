@@ -190,3 +190,22 @@ def test_a_tensor_of_several_runs_is_sketched_whole(tmp_path: Path) -> None:
     assert found is not None
     assert alike(expected, [found])[0] > 0.999
     assert found.norms == pytest.approx(expected.norms, rel=1e-4)
+
+
+def test_what_is_dropped_is_on_the_list_no_more_and_stays_out(tmp_path: Path, base: Path) -> None:
+    state, noise = tmp_path / "state", noisy(base, "noise; it's [odd]")
+    with opened(state, base) as merge:
+        merge.fold(tuned(base, 0))
+        assert merge.fold(noise).reason == "noise"
+    listed = machine("quarantine", "--state", state, "--json")
+    assert [row["reason"] for row in listed] == ["noise"]
+    said = machine("quarantine", "drop", noise.name, "--because", "it is noise", "--state", state, "--json")
+    assert "dropped after record 2 (noise) by " in said[0]["message"]
+    assert said[0]["message"].endswith(": it is noise")
+    assert machine("quarantine", "--state", state, "--json") == []
+    assert run("quarantine", "drop", noise.name, "--state", state).returncode == 2, "it is not on the list"
+    with opened(state, base, gates={"noise": {"act": "off"}}) as merge:
+        assert merge.fold(noise).fate == "known", "other settings do not bring it back"
+        merge.retry(noise.name)
+        assert merge.fold(noise).fate == "folded"
+    assert continual.verify(state).findings == ()

@@ -15,6 +15,7 @@ from continual.rules import ReadOptions
 from continual.service import release as releasing
 from continual.service.canary import reporting, stages
 from continual.service.control.requests import (
+    DropRequest,
     PauseRequest,
     PromoteRequest,
     ReleaseRequest,
@@ -60,6 +61,8 @@ def act(merge: Merge, request: Request, hear: Hearing) -> Answer:
         return {"tags": jsonable(merge.state.ledger.tags)}
     if isinstance(request, RetryRequest):
         return {"records": _records(merge.retry(_word(merge, request), because=request.because, by=request.by))}
+    if isinstance(request, DropRequest):
+        return {"records": _records(merge.drop(_word(merge, request), because=request.because, by=request.by))}
     if isinstance(request, RollbackRequest):
         return _rollback(merge, request)
     if isinstance(request, UnfoldRequest):
@@ -121,7 +124,7 @@ def _records(commits: Sequence[Commit]) -> list[Json]:
     return [jsonable(texts.record(commit)) for commit in commits]
 
 
-def _word(merge: Merge, request: RetryRequest | UnfoldRequest) -> str:
+def _word(merge: Merge, request: RetryRequest | DropRequest | UnfoldRequest) -> str:
     """The word by which a person named a candidate: as it was typed, or the path that it was there, where only that
     names one."""
     ledger = merge.state.ledger

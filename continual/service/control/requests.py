@@ -51,6 +51,18 @@ class RetryRequest(Asking):
     by: Word | None = None
 
 
+class DropRequest(Asking):
+    """Take candidates that are kept out off the list of them. `here`: as of a retry; `because`: why, and `by`: who says
+    so."""
+
+    command: Literal["drop"] = "drop"
+    title = "drop"
+    model: Word
+    here: Word | None = None
+    because: Word | None = None
+    by: Word | None = None
+
+
 class RollbackRequest(Asking):
     """Go back to a record. `expected`: how many folds a person agreed to have undone; None: however many."""
 
@@ -124,6 +136,7 @@ class ResumeRequest(Asking):
 Request = (
     TagRequest
     | RetryRequest
+    | DropRequest
     | RollbackRequest
     | UnfoldRequest
     | ScaleRequest
