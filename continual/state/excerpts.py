@@ -171,7 +171,7 @@ def believed(path: Path, last: int, crc: str, read: Callable[[int], Commit]) -> 
     names, or HEAD. `read` reads a record. Raises Damaged and Retry as it does."""
     found: dict[int, Sealed] = {}
     count = (last + 1) // SPAN
-    if not count or not (path / DIRECTORY).is_dir():
+    if not count:
         return found
     link = crc if last + 1 == count * SPAN else read(count * SPAN).prev
     commits = str(path / "commits")

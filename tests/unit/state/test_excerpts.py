@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -223,6 +224,25 @@ def test_another_record_with_a_right_checksum_is_damage(state: Path, change: dic
     shutil.rmtree(state / "excerpts")
     with pytest.raises(Damaged, match="does not follow the record before it"):
         State.open(state)
+
+
+def test_excerpts_that_the_disk_does_not_give_are_done_without(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with State.open(state) as opened:
+        expected = said(opened.ledger)
+
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *args: Any, **more: Any) -> Any:
+            if str(path).startswith(str(state / "excerpts")):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path, *args, **more)
+
+        return call
+
+    for name in ("stat", "open", "scandir"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
+    monkeypatch.setattr("builtins.open", failing(open))
+    with State.open(state) as opened:
+        assert said(opened.ledger) == expected
 
 
 def test_an_excerpt_of_another_state_is_not_believed(state: Path, tmp_path: Path) -> None:
