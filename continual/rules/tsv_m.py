@@ -158,19 +158,20 @@ def merged(given: Triplets, totals: Totals) -> Tensor:
     factor of the longer one is made, and no float64 copy of it."""
     u, v, p = given.u, given.v, min(len(given.u), len(given.v))
     chosen = choose(given.owner, given.sigma.tolist(), max(1, int(totals.count)), p)
-    found = u.new_zeros(len(u), len(v))
     if not chosen:
-        return found
+        return u.new_zeros(len(u), len(v))
     places = slice(len(chosen)) if chosen[-1] == len(chosen) - 1 else chosen
     u, v = u[:, places], v[:, places]
-    (before, mild), (after, other_mild) = _root(u), _root(v)
-    core = before * given.sigma[chosen].double() @ after
-    rows, short, core, out = (u, v, core, found) if len(u) >= len(v) else (v, u, core.mT, found.mT)
-    single = mild if rows is u else other_mild
-    back = core @ short.double().mT
+    (core, mild), (after, other_mild) = _root(u), _root(v)
+    core = core * given.sigma[chosen].double() @ after
+    del after  # what follows is large itself
+    rows, short, single = (u, v, mild) if len(u) >= len(v) else (v, u, other_mild)
+    back = (core if rows is u else core.mT) @ short.double().mT
     if single:
         back = back.float()
-    linalg.through(rows, lambda block: block @ back, out, single=single)
+    del core
+    found = u.new_empty(len(u), len(v))
+    linalg.through(rows, lambda block: block @ back, found if rows is u else found.mT, single=single)
     return found
 
 
