@@ -180,11 +180,11 @@ def _probability(body: Mapping[str, object]) -> float | None:
         return None
     right = int(target) if isinstance(target, int) or (isinstance(target, str) and target.isdecimal()) else -1
     logs = [one[0] if isinstance(one, list) and one else None for one in answers]
-    numbers = [float(one) for one in logs if isinstance(one, int | float | str) and _is_number(one)]
-    if len(numbers) != len(answers) or not 0 <= right < len(numbers):
+    values = [float(one) for one in logs if isinstance(one, int | float | str) and _is_number(one)]
+    if len(values) != len(answers) or not 0 <= right < len(values):
         return None
-    most = max(numbers)
-    return math.exp(numbers[right] - most) / math.fsum(math.exp(one - most) for one in numbers)
+    most = max(values)
+    return math.exp(values[right] - most) / math.fsum(math.exp(one - most) for one in values)
 
 
 def _is_number(given: float | str) -> bool:

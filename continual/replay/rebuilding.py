@@ -64,11 +64,9 @@ def rebuild(
     _must_be_begun(state, steps)
     differs: list[str] = []
     compared = 0
-    numbers = {step.commit.seq: number for number, step in enumerate(steps, 1) if step.changes}
-    starts = {
-        numbers[at] for step in steps if step.kind == "unfold" and (at := start_of(source, step.commit)) in numbers
-    }
-    going = Rebuilding(source, target, found, numbers, progress)
+    seqs = {step.commit.seq: number for number, step in enumerate(steps, 1) if step.changes}
+    starts = {seqs[at] for step in steps if step.kind == "unfold" and (at := start_of(source, step.commit)) in seqs}
+    going = Rebuilding(source, target, found, seqs, progress)
     with contextlib.ExitStack() as leases:
         for number in sorted(starts):
             if number <= state.ledger.head.seq:
@@ -115,24 +113,24 @@ def _must_be_begun(state: State, steps: tuple[ReplayStep, ...]) -> None:
 
 
 class Rebuilding:
-    """Makes one record after the other. `numbers`: that of each record, by its number in the ledger."""
+    """Makes one record after the other. `seqs`: that of each record, by its number in the ledger."""
 
     def __init__(
         self,
         source: State,
         target: Engine,
         found: Mapping[str, FoundModel],
-        numbers: Mapping[int, int],
+        seqs: Mapping[int, int],
         progress: Progress,
     ) -> None:
         self.source, self.target, self.found = source, target, found
-        self.numbers, self.progress = numbers, progress
+        self.seqs, self.progress = seqs, progress
 
     def make(self, step: ReplayStep) -> None:
         """Makes the record of a step. Raises Refuse, Retry and Halt."""
         state, entry = self.target.state, step.commit.entry
         if step.kind == "tag":
-            state.tag(step.tag, self.numbers[step.commit.seq])
+            state.tag(step.tag, self.seqs[step.commit.seq])
         elif isinstance(entry, FoldEntry):
             self._fold(step.commit, entry)
         elif isinstance(entry, UnfoldEntry):
@@ -169,11 +167,11 @@ class Rebuilding:
         exact, start = not folds_again(self.source, entry), start_of(self.source, commit)
         again = [gone] if exact else [fold for fold in history if fold.seq in entry.again and fold is not gone]
         plan = Unfolding(
-            seq=self.numbers[entry.of],
+            seq=self.seqs[entry.of],
             name=entry.candidate.name,
             key=entry.key,
             exact=exact,
-            start=None if start is None else self.numbers[start],
+            start=None if start is None else self.seqs[start],
             again=() if state.format.form is not None else tuple(self._again(fold) for fold in again),
             read_bytes=0,
             disk_bytes=state.generation_bytes(),
@@ -186,7 +184,7 @@ class Rebuilding:
         assert found.place is not None, "it was found"
         weight = 1.0 if numbers.weight is None else numbers.weight
         return Again(
-            self.numbers[fold.seq],
+            self.seqs[fold.seq],
             fold.entry.candidate.name,
             found.place,
             fold.entry.digest,

@@ -15,6 +15,7 @@ from continual import api, making
 from continual.errors import Retry
 from continual.publish import folder
 from continual.publish.folder import Target
+from continual.publish.heat_map import draw
 from continual.publish.lora import LoraTarget
 from continual.state import State, paused
 from continual.state.backup import Wish, backup
@@ -195,6 +196,22 @@ def canary(place: Path) -> tuple[Trace, list[Path]]:
     return trace, [place / "s/canaries/merge.json"]
 
 
+def picture(place: Path) -> tuple[Trace, list[Path]]:
+    with merged(place) as merge:
+        found = merge.diff("0", "HEAD")
+    with traced(place) as trace:
+        draw(found, place / "diff.svg")
+    return trace, [place / "diff.svg"]
+
+
+def certificate(place: Path) -> tuple[Trace, list[Path]]:
+    with merged(place) as merge:
+        commit = merge.unfold(merge.look_unfold("ft"))
+        with traced(place) as trace:
+            merge.certify(commit.seq, place / "proof.json")
+    return trace, [place / "proof.json"]
+
+
 def copy(place: Path) -> tuple[Trace, list[Path]]:
     with stores.make(place / "s") as state:
         stores.fold(state, 1)
@@ -255,6 +272,8 @@ WRITES = (
     Write(expiry, ("state.retention._moved_away",)),
     Write(pause, ("state.paused.pause",)),
     Write(canary, ("state.canaries._write",)),
+    Write(picture, ("publish.heat_map.draw",)),
+    Write(certificate, ("removal.certificate._written",)),
     Write(copy, ("state.backup._begun", "state.backup._records", "state.backup._beside", "state.copying.tree")),
     Write(repaired, ("state.repair._move", "state.protocol.write_tag", "state.protocol.append")),
     Write(export, ("publish.folder.written",)),

@@ -250,11 +250,15 @@ def by_key(tree: ast.AST) -> list[int]:
     return [node.lineno for node in ast.walk(tree) if keyed(node)]  # type: ignore[attr-defined]
 
 
+ALONE = {"continual.removal.verifier"}
+"""What checks a proof without this package: it reads the files as they are."""
+
+
 def test_nothing_outside_the_state_reads_a_record_by_key() -> None:
     found = {
         name: lines
         for name, module in house.modules().items()
-        if module.room != "state" and (lines := by_key(ast.parse(module.text)))
+        if module.room != "state" and name not in ALONE and (lines := by_key(ast.parse(module.text)))
     }
     assert found == {}
 
