@@ -1,7 +1,8 @@
 """Calibration rows as what says how much a merge is worth: the model is in memory, and gets one merge after the other.
 
-Of a task with classes each row's number is the probability of the right class, with the confidence that fits these rows
-best (objectives/classes.py): a merge that only became less sure of everything has lost nothing. A task of a user's
+Of a task with classes each row's number is the probability of the right class, with the confidence (objectives/classes)
+that fits the first merge that is asked best. It stays for all others: one fitted to each would add an error that all
+rows have in common, which no standard error over rows knows of. A task of a user's
 function says by `of_classes = True` that its losses are minus the logarithm of that. Of any other objective it is the
 loss, of which less is better.
 """
@@ -58,6 +59,7 @@ class RowsAsker:
         self._reading_of = reading_of
         self._executor, self._device = work
         self._go_on = go_on
+        self._fitted = False
         self._loaded: tuple[Calibration, Parameters] | None = None
 
     def __call__(self, state: State, what: str, rows: int) -> Answers | None:  # noqa: ARG002 - errors name task and row
@@ -70,10 +72,11 @@ class RowsAsker:
         lower: set[str] = set()
         for name, dealt in zip(_names(calibration.dealt), calibration.dealt, strict=True):
             self._go_on()
-            losses = calibration.losses_of(dealt, _first(dealt, rows))
+            losses = calibration.losses_of(dealt, _first(dealt, rows), fit=not self._fitted)
             right = getattr(dealt.task, "of_classes", False) is True
             metrics[name] = tuple(((-losses).exp() if right else losses).tolist())
             lower |= set() if right else {name}
+        self._fitted = True
         return Answers(metrics, frozenset(lower))
 
     def _opened(self, base: BaseModel) -> tuple[Calibration, Parameters]:

@@ -226,10 +226,10 @@ class Calibration:
                 self._run(dealt, [row], run)
             yield row
 
-    def losses_of(self, dealt: Dealt, rows: list[int]) -> Tensor:
+    def losses_of(self, dealt: Dealt, rows: list[int], *, fit: bool = True) -> Tensor:
         """The losses of these rows of a task without a gradient: float64, 1-D, on the CPU. What is fitted is fitted to
-        them. Raises as `loss` does."""
-        if isinstance(dealt.task, FittedTask):
+        them, or stays as it was (`fit`). Raises as `loss` does."""
+        if fit and isinstance(dealt.task, FittedTask):
             return self._fit(dealt.task, dealt, rows)
         run = dealt.task.losses
         with torch.no_grad():

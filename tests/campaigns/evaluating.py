@@ -301,7 +301,7 @@ def main() -> None:
         group: sum(word != "pass" for word in by["the gate"]) / len(by["the gate"]) for group, by in ways.items()
     }
     print(f"stopped: {stopped}")
-    sys.exit(stopped["2 points"] < 0.9 or stopped["no harm"] > 0.05)
+    sys.exit(stopped.get("2 points", 1.0) < 0.9 or stopped.get("no harm", 0.0) > 0.05)
 
 
 if __name__ == "__main__":
