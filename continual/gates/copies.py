@@ -39,7 +39,7 @@ class CopiesGate(AtNumbers, Doubt):
         known = [(one, one.sketch) for one in others if one.sketch is not None]
         if not known:
             return
-        cosines = sketches.alike(seen.sketch, [sketch for _, sketch in known])
+        cosines, layered = sketches.Alike.of(seen.sketch, [sketch for _, sketch in known])
         nearest = int(np.argmax(np.abs(cosines)))
         cosine, other = float(cosines[nearest]), known[nearest][0]
         if abs(cosine) >= self.same:
@@ -52,7 +52,6 @@ class CopiesGate(AtNumbers, Doubt):
                 "unfold it and fold it again with another --weight; to put this one in its place, unfold it first",
                 by=("same",),
             )
-        layered = sketches.alike_by_layers(seen.sketch, [sketch for _, sketch in known])
         if layered[nearest := int(np.argmax(layered))] >= self.same:
             raise Refuse(
                 "copy",

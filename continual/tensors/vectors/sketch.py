@@ -35,6 +35,8 @@ NUMBERS = 32
 _ELEMENTS = 1 << 20
 """Elements of the first rows that are looked at."""
 _STEPS = 6
+_AT_ONCE = 64
+"""Sketches that are compared at a time: a megabyte."""
 
 Floats = NDArray[np.float64]
 
@@ -184,37 +186,64 @@ class Sketch(NamedTuple):
         return cls(tuple(norms), kept.astype(np.float32) / 127 * largest)
 
 
-def alike(one: Sketch, others: Sequence[Sketch]) -> Floats:
-    """The cosine of a task vector and each of the others, as their sketches say it: 0 beside one that is zero, or that
-    is of another shape."""
-    found = np.zeros(len(others))
-    mine = one.values.reshape(-1).astype(np.float64)
-    for number, other in enumerate(others):
-        if other.values.shape == one.values.shape:
-            theirs = other.values.reshape(-1).astype(np.float64)
-            length = np.linalg.norm(mine) * np.linalg.norm(theirs)
-            found[number] = mine @ theirs / length if length else 0.0
+class _Beside(NamedTuple):
+    """Of the sketches of one shape among others, by group of layers: the `products` with one sketch, their own
+    `squares`, and how many numbers are not zero (`filled`). `places`: which of the others they are."""
+
+    places: NDArray[np.intp]
+    products: Floats
+    squares: Floats
+    filled: NDArray[np.intp]
+
+
+class Alike(NamedTuple):
+    """How like each of others a task vector is. `cosine`: 0 beside one that is zero, or that is of another shape.
+
+    `by_layers`: where each group of layers of it may be any multiple of theirs, the root of the share of ‖τ‖² that this
+    explains, 0 to 1. 1 of some layers of another, or of another whose layers were scaled, each otherwise. 0 beside one
+    that has less than `PART` of its ‖τ‖² in these layers, or another shape. Groups of fewer than `NUMBERS` numbers, as
+    a norm alone, agree by chance: they explain nothing.
+    """
+
+    cosine: Floats
+    by_layers: Floats
+
+    @classmethod
+    def of(cls, one: Sketch, others: Sequence[Sketch]) -> Alike:
+        """As their sketches say it."""
+        beside, squares = _beside(one, others), _squares(one)
+        whole = beside.squares.sum(1)
+        found = cls(np.zeros(len(others)), np.zeros(len(others)))
+        if not squares.any():
+            return found
+        lengths = np.sqrt(squares.sum() * whole)
+        found.cosine[beside.places] = beside.products.sum(1) / np.where(lengths > 0, lengths, np.inf)
+        theirs = np.where((squares > 0) & (beside.filled >= NUMBERS), beside.squares, 0.0)
+        shares = (beside.products**2 / np.where(theirs > 0, theirs, np.inf)).sum(1) / squares.sum()
+        enough = (theirs.sum(1) >= PART * whole) & (whole > 0)
+        found.by_layers[beside.places] = np.sqrt(np.minimum(1.0, np.where(enough, shares, 0.0)))
+        return found
+
+
+def _squares(one: Sketch) -> Floats:
+    """The squared length of each group of layers."""
+    values = one.values.astype(np.float64)
+    found: Floats = (values * values).sum(1)
     return found
 
 
-def alike_by_layers(one: Sketch, others: Sequence[Sketch]) -> Floats:
-    """How like each of the others a task vector is where each group of layers of it may be any multiple of theirs: the
-    root of the share of ‖τ‖² that this explains, 0 to 1. 1 of some layers of another, or of another whose layers were
-    scaled, each otherwise. 0 beside one that has less than `PART` of its ‖τ‖² in these layers, or another shape. Groups
-    of fewer than `NUMBERS` numbers, as a norm alone, agree by chance: they explain nothing."""
-    found = np.zeros(len(others))
-    mine = one.values.astype(np.float64)
-    squares = (mine * mine).sum(1)
-    for number, other in enumerate(others):
-        if other.values.shape != one.values.shape or not squares.any():
-            continue
-        theirs = other.values.astype(np.float64)
-        lengths = (theirs * theirs).sum(1)
-        both = (squares > 0) & (np.count_nonzero(theirs, 1) >= NUMBERS)
-        if lengths[both].sum() >= PART * lengths.sum() > 0:
-            share = ((mine * theirs).sum(1)[both] ** 2 / lengths[both]).sum() / squares.sum()
-            found[number] = math.sqrt(min(1.0, share))
-    return found
+def _beside(one: Sketch, others: Sequence[Sketch]) -> _Beside:
+    """What is compared, of many at a time: a thousand models in the merge are looked at in every fold."""
+    places = [number for number, other in enumerate(others) if other.values.shape == one.values.shape]
+    groups = len(one.values)
+    products, squares, filled = (np.zeros((len(places), groups)) for _ in range(3))
+    for first in range(0, len(places), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        theirs = np.stack([others[number].values for number in places[part]])
+        np.einsum("ngw,gw->ng", theirs, one.values, out=products[part])
+        np.einsum("ngw,ngw->ng", theirs, theirs, out=squares[part])
+        filled[part] = np.count_nonzero(theirs, 2)
+    return _Beside(np.array(places, np.intp), products, squares, filled.astype(np.intp))
 
 
 def explained(one: Sketch, others: Sequence[Sketch]) -> float:

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from continual.records import TensorSpec
-from continual.tensors.vectors.sketch import SIZE, Projection, Sketch, SketchPlan, Watched, alike, explained
+from continual.tensors.vectors.sketch import SIZE, Alike, Projection, Sketch, SketchPlan, Watched, explained
 
 RANDOM = np.random.default_rng(0)
 Values = NDArray[np.float64]
@@ -42,8 +42,8 @@ def test_cosines_and_norms() -> None:
     one, two = drawn(plan), drawn(plan)
     both = {name: 0.6 * one[name] + 0.8 * two[name] for name in one}
     seen = [sketched(plan, each) for each in (one, two, both)]
-    assert np.allclose(alike(seen[2], seen[:2]), [0.6, 0.8], atol=0.06)
-    assert abs(alike(seen[0], seen[1:2])[0]) < 0.06
+    assert np.allclose(Alike.of(seen[2], seen[:2]).cosine, [0.6, 0.8], atol=0.06)
+    assert abs(Alike.of(seen[0], seen[1:2]).cosine[0]) < 0.06
     assert seen[0].norms == pytest.approx([np.linalg.norm(one[name]) for name in sorted(one)], rel=1e-5)
     assert explained(seen[2], seen[:2]) == pytest.approx(1.0, abs=1e-6)
     assert explained(seen[2], seen[:1]) == pytest.approx(0.36, abs=0.06)
@@ -77,7 +77,7 @@ def test_what_a_record_keeps_is_nearly_the_same() -> None:
     again = Sketch.read(seen.norms, seen.text)
     assert again is not None
     assert len(seen.text) < 1.4 * SIZE
-    assert alike(seen, [again])[0] > 0.9999
+    assert Alike.of(seen, [again]).cosine[0] > 0.9999
     assert again.norms == seen.norms
 
 
