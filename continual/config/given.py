@@ -3,6 +3,7 @@ settings from the environment."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import stat
@@ -89,7 +90,8 @@ def _names(given: Setting) -> list[str]:
     """The whole names of what was given: of a table each key that it has."""
     value = given.value
     if given.name in TABLES and not isinstance(value, dict):
-        value = pairs(value)  # checked before
+        with contextlib.suppress(ValueError):  # the field says what is wrong with it
+            value = pairs(value)
     return _leaves(given.name, value)
 
 

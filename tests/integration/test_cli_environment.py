@@ -150,7 +150,7 @@ def test_every_command_where_nothing_can_be_written(tmp: Path, number: int) -> N
 def test_what_ends_a_command_from_within_is_one_line(world: Path, error: BaseException, tmp_path: Path) -> None:
     expected = {MemoryError: 3, KeyboardInterrupt: 130}.get(type(error), 70)
     with (
-        mock.patch("continual.cli.opened.looked", side_effect=error),
+        mock.patch("continual.cli.opened.records", side_effect=error),
         mock.patch.dict(os.environ, {"TMPDIR": str(tmp_path)}),
         mock.patch("tempfile.tempdir", None),
     ):

@@ -133,7 +133,7 @@ def test_a_dry_run_prints_and_records_nothing(state: tuple[str, str], candidates
         (("--select", "relevance", "--objective", "no.such:make"), ("no.such:make",)),
         (("--select", "relevance", "--objective", "causal-lm"), ("rows",)),
         ((*ASK, "--rows", "x.jsonl"), ("rows", "built-in")),
-        ((*ASK, "--round", "zise=3"), ("rounds.zise", "not permitted")),
+        ((*ASK, "--round", "zise=3"), ("rounds.zise", "rounds.zise: unknown")),
         ((*ASK, "--round", "size"), ("size", "key=value")),
         ((*ASK, "--round", "size=many"), ("rounds.size", "many")),
         ((*ASK, "--round", "size=0"), ("rounds: size = 0", "at least 1")),
