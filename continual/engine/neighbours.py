@@ -51,6 +51,6 @@ def accepted(ledger: Ledger, key: str) -> bool:
     return last is not None and isinstance(last.entry, RetryEntry) and last.entry.because is not None
 
 
-@lru_cache(maxsize=1024)  # a record's sketch does not change, and every fold asks for those of all models in the merge
+@lru_cache(maxsize=1 << 14)  # a record's sketch does not change, and every fold asks for those of all in the merge
 def _sketch(kept: SketchText | None) -> Sketch | None:
     return None if kept is None else Sketch.read(kept.norms, kept.values)

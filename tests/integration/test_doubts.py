@@ -14,7 +14,7 @@ import continual
 from continual import api
 from continual.config import Settings
 from continual.state.entries import FoldEntry, RetryEntry
-from continual.tensors.vectors.sketch import Projection, Sketch, SketchPlan, alike
+from continual.tensors.vectors.sketch import Alike, Projection, Sketch, SketchPlan
 from tests.helpers import adapters, models
 from tests.helpers.command import machine, run
 
@@ -155,7 +155,7 @@ def test_adapters_are_compared_too(tmp_path: Path, base: Path, form: str) -> Non
         sketches = [fold.entry.numbers.sketch for fold in merge.state.ledger.folds()]
         found = [Sketch.read(one.norms, one.values) for one in sketches if one is not None]
         assert len(found) == 3
-        assert np.abs(alike(found[0], found[1:])).max() < 0.5  # type: ignore[arg-type]
+        assert np.abs(Alike.of(found[0], found[1:]).cosine).max() < 0.5  # type: ignore[arg-type]
         copy = shutil.copytree(some[0], tmp_path / "copy")
         save_file(other, copy / "adapter_model.safetensors")
         assert merge.fold(copy).reason == "copy"
@@ -188,7 +188,7 @@ def test_a_tensor_of_several_runs_is_sketched_whole(tmp_path: Path) -> None:
     expected = Sketch.of(plan, {"w.weight": float(change.square().sum())}, {"w.weight": whole.values})
     found = Sketch.read(kept.norms, kept.values)
     assert found is not None
-    assert alike(expected, [found])[0] > 0.999
+    assert Alike.of(expected, [found]).cosine[0] > 0.999
     assert found.norms == pytest.approx(expected.norms, rel=1e-4)
 
 

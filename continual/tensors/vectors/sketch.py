@@ -12,6 +12,8 @@ import base64
 import binascii
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -143,11 +145,14 @@ class Watched:
         return largest / square * rows * columns / (math.sqrt(rows) + math.sqrt(columns)) ** 2
 
 
-class Sketch(NamedTuple):
-    """Of one task vector. `norms`: ‖τ‖ in each group of layers; `values`: groups × width, float32."""
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """Of one task vector, as a record keeps it. `norms`: ‖τ‖ in each group of layers; `numbers`: groups × width, 8 bits
+    each, in units of a 127th of the `largest` of their group (groups × 1, float32)."""
 
     norms: tuple[float, ...]
-    values: NDArray[np.float32]
+    numbers: NDArray[np.int8]
+    largest: NDArray[np.float32]
 
     @classmethod
     def of(cls, plan: SketchPlan, squares: Mapping[str, float], projections: Mapping[str, Floats]) -> Sketch:
@@ -156,7 +161,32 @@ class Sketch(NamedTuple):
         for name in sorted(projections):
             norms[plan.group[name]] += squares[name]
             values[plan.group[name]] += projections[name]
-        return cls(tuple(float(f"{x:.6g}") for x in np.sqrt(norms)), values.astype(np.float32))
+        return cls.rounded(tuple(float(f"{x:.6g}") for x in np.sqrt(norms)), values)
+
+    @classmethod
+    def rounded(cls, norms: tuple[float, ...], values: NDArray[np.floating]) -> Sketch:
+        """From the numbers as they were summed, groups × width."""
+        largest = np.abs(values).max(1, keepdims=True)
+        kept = np.rint(values / np.where(largest > 0, largest, 1) * 127).astype(np.int8)
+        return cls(norms, kept, largest.astype(np.float32))
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """The numbers, groups × width."""
+        return self.numbers.astype(np.float32) * (self.largest / np.float32(127))
+
+    @cached_property
+    def squares(self) -> Floats:
+        """The squared length of the numbers of each group."""
+        values = self.values.astype(np.float64)
+        found: Floats = (values * values).sum(1)
+        return found
+
+    @cached_property
+    def filled(self) -> NDArray[np.intp]:
+        """How many numbers of each group are not zero."""
+        found: NDArray[np.intp] = np.count_nonzero(self.numbers, 1)
+        return found
 
     def share(self, group: int) -> float:
         """The share of ‖τ‖² that one group of layers has."""
@@ -165,10 +195,8 @@ class Sketch(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The values as a record keeps them: 8 bits each, times the largest of their group, in base64."""
-        largest = np.abs(self.values).max(1, keepdims=True)
-        kept = np.rint(self.values / np.where(largest > 0, largest, 1) * 127).astype(np.int8)
-        return base64.b64encode(largest.astype("<f4").tobytes() + kept.tobytes()).decode()
+        """What a record keeps besides the norms, in base64."""
+        return base64.b64encode(self.largest.astype("<f4").tobytes() + self.numbers.tobytes()).decode()
 
     @classmethod
     def read(cls, norms: Sequence[float], text: str) -> Sketch | None:
@@ -182,18 +210,9 @@ class Sketch(NamedTuple):
         if rest or width < 1:
             return None
         largest = np.frombuffer(found, "<f4", groups).reshape(groups, 1)
-        kept = np.frombuffer(found, np.int8, groups * width, 4 * groups).reshape(groups, width)
-        return cls(tuple(norms), kept.astype(np.float32) / 127 * largest)
-
-
-class _Beside(NamedTuple):
-    """Of the sketches of one shape among others, by group of layers: the `products` with one sketch, their own
-    `squares`, and how many numbers are not zero (`filled`). `places`: which of the others they are."""
-
-    places: NDArray[np.intp]
-    products: Floats
-    squares: Floats
-    filled: NDArray[np.intp]
+        return cls(
+            tuple(norms), np.frombuffer(found, np.int8, groups * width, 4 * groups).reshape(groups, width), largest
+        )
 
 
 class Alike(NamedTuple):
@@ -211,44 +230,39 @@ class Alike(NamedTuple):
     @classmethod
     def of(cls, one: Sketch, others: Sequence[Sketch]) -> Alike:
         """As their sketches say it."""
-        beside, squares = _beside(one, others), _squares(one)
-        whole = beside.squares.sum(1)
+        places = [number for number, other in enumerate(others) if other.numbers.shape == one.numbers.shape]
         found = cls(np.zeros(len(others)), np.zeros(len(others)))
-        if not squares.any():
+        if not places or not one.squares.any():
             return found
-        lengths = np.sqrt(squares.sum() * whole)
-        found.cosine[beside.places] = beside.products.sum(1) / np.where(lengths > 0, lengths, np.inf)
-        theirs = np.where((squares > 0) & (beside.filled >= NUMBERS), beside.squares, 0.0)
-        shares = (beside.products**2 / np.where(theirs > 0, theirs, np.inf)).sum(1) / squares.sum()
+        products = _products(one, [others[number] for number in places])
+        squares = np.stack([others[number].squares for number in places])
+        filled = np.stack([others[number].filled for number in places])
+        whole = squares.sum(1)
+        lengths = np.sqrt(one.squares.sum() * whole)
+        found.cosine[places] = products.sum(1) / np.where(lengths > 0, lengths, np.inf)
+        theirs = np.where((one.squares > 0) & (filled >= NUMBERS), squares, 0.0)
+        shares = (products**2 / np.where(theirs > 0, theirs, np.inf)).sum(1) / one.squares.sum()
         enough = (theirs.sum(1) >= PART * whole) & (whole > 0)
-        found.by_layers[beside.places] = np.sqrt(np.minimum(1.0, np.where(enough, shares, 0.0)))
+        found.by_layers[places] = np.sqrt(np.minimum(1.0, np.where(enough, shares, 0.0)))
         return found
 
 
-def _squares(one: Sketch) -> Floats:
-    """The squared length of each group of layers."""
-    values = one.values.astype(np.float64)
-    found: Floats = (values * values).sum(1)
+def _products(one: Sketch, others: Sequence[Sketch]) -> Floats:
+    """The inner products in each group of layers, others × groups: of many at a time, since every fold looks at all
+    that are in the merge."""
+    found = np.empty((len(others), len(one.numbers)))
+    mine = one.values
+    for first in range(0, len(others), _AT_ONCE):
+        part = others[first : first + _AT_ONCE]
+        numbers = np.stack([other.numbers for other in part]).astype(np.float32)
+        largest = np.stack([other.largest[:, 0] for other in part])
+        found[first : first + len(part)] = np.einsum("ngw,gw->ng", numbers, mine) * (largest / 127.0)
     return found
-
-
-def _beside(one: Sketch, others: Sequence[Sketch]) -> _Beside:
-    """What is compared, of many at a time: a thousand models in the merge are looked at in every fold."""
-    places = [number for number, other in enumerate(others) if other.values.shape == one.values.shape]
-    groups = len(one.values)
-    products, squares, filled = (np.zeros((len(places), groups)) for _ in range(3))
-    for first in range(0, len(places), _AT_ONCE):
-        part = slice(first, first + _AT_ONCE)
-        theirs = np.stack([others[number].values for number in places[part]])
-        np.einsum("ngw,gw->ng", theirs, one.values, out=products[part])
-        np.einsum("ngw,ngw->ng", theirs, theirs, out=squares[part])
-        filled[part] = np.count_nonzero(theirs, 2)
-    return _Beside(np.array(places, np.intp), products, squares, filled.astype(np.intp))
 
 
 def explained(one: Sketch, others: Sequence[Sketch]) -> float:
     """The share of ‖τ‖² that a weighted sum of the others has, at best: 1 of a merge of them."""
-    found = [other.values.reshape(-1) for other in others if other.values.shape == one.values.shape]
+    found = [other.values.reshape(-1) for other in others if other.numbers.shape == one.numbers.shape]
     mine = one.values.reshape(-1).astype(np.float64)
     square = float(mine @ mine)
     if not found or not square:

@@ -20,7 +20,7 @@ DRAWN: Values = np.random.default_rng(0).standard_normal((9, 4, 64)).astype(np.f
 
 
 def sketch(values: Values) -> Sketch:
-    return Sketch(tuple(float(norm) for norm in np.linalg.norm(values, axis=1)), values)
+    return Sketch.rounded(tuple(float(norm) for norm in np.linalg.norm(values, axis=1)), values)
 
 
 KNOWN = [Earlier(f"m{n}", 16.0, sketch(values)) for n, values in enumerate(DRAWN[:6])]

@@ -17,7 +17,7 @@ from tests.unit.gates.cases import Case
 
 def sketch(*norms: float) -> Sketch:
     """Of a task vector with these norms in its groups of layers."""
-    return Sketch(norms, np.zeros((len(norms), 2), np.float32))
+    return Sketch.rounded(norms, np.zeros((len(norms), 2), np.float32))
 
 
 def numbers(norm: float, *before: float) -> Numbers:
