@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import errno
 import http.client
-import ipaddress
 import json
 import os
 import re
@@ -45,6 +44,7 @@ from urllib.parse import SplitResult, urlsplit
 from continual.config import HookSettings
 from continual.errors import Misconfigured
 from continual.outside import Malformed, parse_fields
+from continual.publish.plain_http import opener_for
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 LONGEST_TIMEOUT = 86400.0
@@ -292,29 +292,13 @@ def _command(hook: HookSettings, published: Published, deadline: float) -> _Trie
         return _Tried(False, f"cannot be run: {error.strerror}", again=error.errno not in _NO_PROGRAM)
 
 
-class _Plain(urllib.request.HTTPErrorProcessor):
-    """Hands on every answer as it is: no redirect is followed, no status is an exception."""
-
-    def http_response(
-        self,
-        request: urllib.request.Request,  # noqa: ARG002
-        response: http.client.HTTPResponse,
-    ) -> http.client.HTTPResponse:
-        return response
-
-    https_response = http_response
-
-
 def _post(url: str, body: Mapping[str, object], deadline: float) -> _Answer:
-    """Posts JSON. A proxy from the environment is used, but never for this machine itself."""
+    """Posts JSON."""
     request = urllib.request.Request(
         url, json.dumps(body).encode(), {"Content-Type": "application/json", "User-Agent": "continual"}
     )
-    direct = [urllib.request.ProxyHandler({})] if _is_loopback(urlsplit(url).hostname or "") else []
     try:
-        with urllib.request.build_opener(_Plain, *direct).open(
-            request, timeout=max(deadline - time.monotonic(), 0.001)
-        ) as response:
+        with opener_for(url).open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
             return _Answer(response.status, _read(response, deadline))
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -367,13 +351,6 @@ def target(hook: HookSettings) -> str:
         return _line(hook.command[0])
     parts = urlsplit(hook.url or "")
     return _line(SplitResult(parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "").geturl())
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _last_line(output: IO[bytes]) -> str:

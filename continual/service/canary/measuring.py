@@ -4,7 +4,6 @@ decided in `verdicts.py`."""
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import math
 import time
 import urllib.error
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from continual.config import CanarySettings
 from continual.errors import ContinualError
@@ -23,6 +22,7 @@ from continual.evaluation.askers import command_of
 from continual.evaluation.verdict import Answers, Drop, decide
 from continual.outside import Malformed, few, parse_fields, shown
 from continual.publish import folder
+from continual.publish.plain_http import opener_for
 from continual.service.canary.verdicts import moment
 from continual.service.outgoing import OutPlan, candidate_link
 from continual.state.canaries import CanaryRecord, Measurement
@@ -130,28 +130,14 @@ def _no() -> float:
     raise Unanswered("one of its values is no number")
 
 
-class _Here(urllib.request.HTTPErrorProcessor):
-    """Hands on every answer as it is: no redirect is followed, no status is an exception."""
-
-    def http_response(
-        self,
-        request: urllib.request.Request,  # noqa: ARG002
-        response: http.client.HTTPResponse,
-    ) -> http.client.HTTPResponse:
-        return response
-
-    https_response = http_response
-
-
 def _asked(canary: CanarySettings) -> dict[str, object]:
-    """The answer of Prometheus. A proxy of the environment is used, but never for this machine itself."""
+    """The answer of Prometheus."""
     url = f"{canary.prometheus.rstrip('/')}/api/v1/query"
     data = urlencode({"query": canary.query or "", "timeout": f"{canary.timeout:g}"}).encode()
     request = urllib.request.Request(url, data, {"User-Agent": "continual"})
-    direct = [urllib.request.ProxyHandler({})] if _is_here(urlsplit(url).hostname or "") else []
     until = time.monotonic() + canary.timeout
     try:
-        with urllib.request.build_opener(_Here, *direct).open(request, timeout=canary.timeout) as answer:
+        with opener_for(url).open(request, timeout=canary.timeout) as answer:
             status, read = answer.status, bytearray()
             while part := answer.read1(LARGEST + 1 - len(read)):
                 read += part
@@ -171,13 +157,6 @@ def _asked(canary: CanarySettings) -> dict[str, object]:
         return parse_fields(bytes(read))
     except Malformed as error:
         raise Unanswered(f"HTTP {status}, and no JSON of Prometheus ({error})") from None
-
-
-def _is_here(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _evaluated(merge: Merge, out: OutPlan, record: CanaryRecord) -> Answered:
