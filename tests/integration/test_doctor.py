@@ -84,6 +84,17 @@ def test_the_hub_is_asked_where_something_is_wanted_of_it(state: Path, token: st
         assert "role is write" in told["token", "ok"]["told"]
 
 
+def test_a_token_that_may_only_read_cannot_release(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as hub:
+        client = Client(endpoint=hub.endpoint, token=TOKEN)
+        me = {"name": "tester", "auth": {"accessToken": {"role": "read"}}}
+        monkeypatch.setattr(client.api, "whoami", lambda: me)
+        told = found(state, "--watch", state.parent / "in", "--release", "repo=org/merged", code=3, client=client)
+        assert "cannot release to org/merged" in told["token", "fail"]["told"]
+        told = found(state, "--hub", "watch=true", client=client)
+        assert ("token", "ok") in told
+
+
 def test_a_hub_that_does_not_answer_is_said(state: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -135,3 +135,10 @@ def test_where_each_setting_was_set(tmp_path: Path) -> None:
         "gates.copies.act": "flag: gates",
     }
     assert (found.settings.hub.watch, found.settings.hub.poll, found.settings.keep) == (True, 5.0, 4)
+
+
+def test_a_table_that_replaces_one_takes_its_places() -> None:
+    """A flag over a variable; over a file it changes some keys."""
+    found = look({"hub": ["watch=true"]}, environ={"CONTINUAL_HUB": "poll=5"})
+    assert found.where == {"hub.watch": "flag: hub"}
+    assert (found.settings.hub.watch, found.settings.hub.poll) == (True, 300.0)
