@@ -1,6 +1,10 @@
-"""The commands that hold a daemon up and have it go on. They work beside a daemon and without one."""
+"""The commands that hold a daemon up, have it go on, and end it in order. They work beside a daemon and without one."""
 
 from __future__ import annotations
+
+import contextlib
+import os
+import select
 
 import typer
 
@@ -36,3 +40,40 @@ def resume(*, flags: Flags) -> None:
         console.emit({"paused": None, "was_paused": was})
     else:
         console.say("The daemon folds again." if was else "It was not paused.")
+
+
+@app.command()
+@takes(*OPENING)
+def drain(*, flags: Flags) -> None:
+    """Have the daemon end when the fold under way is done, however long that takes, and wait until it has. What waits
+    is folded by the next one."""
+    from continual.errors import Busy
+    from continual.service.control.parley import Hearing
+    from continual.service.control.requests import DrainRequest
+    from continual.state import lock
+
+    asked = opened.settings(flags)
+    with console.progress() as progress:
+        hear = Hearing(progress, (lambda _: None) if flags.json else console.warn)
+        answer = opened.by_daemon(flags, asked, DrainRequest(), hear)
+    pid = None if answer is None else answer["pid"]
+    if isinstance(pid, int):
+        _wait(pid)
+    elif (held := lock.holder(asked.state / "lock").pid) is not None and os.path.exists(f"/proc/{held}"):
+        raise Busy(
+            f"{asked.state} is open in process {held}, which takes no requests of this user; stop it by a signal"
+        )
+    if flags.json:
+        console.emit({"drained": pid})
+    else:
+        console.say("No daemon runs." if pid is None else f"The daemon has ended (process {pid}); nothing is lost.")
+
+
+def _wait(pid: int) -> None:
+    """Returns once the process has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        try:
+            select.select([fd], [], [])
+        finally:
+            os.close(fd)

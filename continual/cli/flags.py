@@ -141,6 +141,7 @@ _FLAGS = (
     _flag("port", _WHOLE, "Port of the service; 0 takes a free one."),
     _flag("allow_remote", _SWITCH, "Listen beyond loopback."),
     _flag("allowed_hosts", _TEXTS, "Name by which the service may be asked; repeatable.", "--allowed-host"),
+    _flag("log_file", _PATH, "Where log lines go, in place of standard error."),
     _flag("log_json", _SWITCH, "Form of the log lines.", "--log-json/--log-text"),
     _flag("log_level", _TEXT, "debug, info, warning or error."),
 )

@@ -236,6 +236,7 @@ def rules(
     *MACHINE,
     "state",
     "config",
+    "log_file",
     "log_json",
     "log_level",
     "allow_remote",

@@ -87,7 +87,7 @@ def act(flags: Flags, request: Request, *, quiet: bool = False) -> dict[str, Jso
 
     with console.progress() as progress:
         hear = Hearing(progress, note)
-        answer = _by_daemon(flags, asked, request, hear)
+        answer = by_daemon(flags, asked, request, hear)
         if answer is not None:
             return answer
         from continual.api import Merge
@@ -97,13 +97,13 @@ def act(flags: Flags, request: Request, *, quiet: bool = False) -> dict[str, Jso
             with Merge(asked, write=request.writes, client=flags.client) as found:
                 return acting.act(found, request, hear)
         except Busy:  # a daemon may have been starting
-            answer = _by_daemon(flags, asked, request, hear)
+            answer = by_daemon(flags, asked, request, hear)
             if answer is None:
                 raise
             return answer
 
 
-def _by_daemon(flags: Flags, asked: Settings, request: Request, hear: Hearing) -> dict[str, Json] | None:
+def by_daemon(flags: Flags, asked: Settings, request: Request, hear: Hearing) -> dict[str, Json] | None:
     """What the daemon on the state answers; None where none takes requests. Raises Misconfigured for flags that would
     change nothing: the daemon has settings of its own."""
     from continual.errors import Misconfigured

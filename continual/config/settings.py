@@ -353,6 +353,9 @@ class Settings(BaseModel):
         description="whose tokenizer and chat template an export has: base, a model in the merge, or a directory",
     )
     drain: Seconds = Field(default=30.0, description="how long a stop waits for the fold under way before giving it up")
+    log_file: Path | None = Field(
+        default=None, description="where log lines go in place of standard error; it may be rotated"
+    )
     log_json: bool | None = Field(default=None, description="JSON log lines; default: when the output is no terminal")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least level that is logged"

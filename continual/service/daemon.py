@@ -27,8 +27,11 @@ from continual.records import Candidate
 from continual.service import logs, showing, signals, telling, view_settings
 from continual.service.canary.calling import Calling
 from continual.service.canary.watching import CanaryWatch
+from continual.service.control.acting import Answer
 from continual.service.control.answering import Control
+from continual.service.control.parley import Hearing
 from continual.service.control.performing import Performing
+from continual.service.control.requests import DrainRequest, Request
 from continual.service.failures import Failures, told
 from continual.service.feeding import feed
 from continual.service.metrics import Metrics
@@ -36,6 +39,7 @@ from continual.service.outlets import Outlets
 from continual.service.queue import Queue
 from continual.service.reloading import Reloading
 from continual.service.status import Live
+from continual.service.supervised import Supervisor
 from continual.service.watched import sources_of
 from continual.service.web import Ears, create_app, listen, serve
 from continual.service.worker import Worker
@@ -47,6 +51,8 @@ from continual.state.transaction import MARGIN
 
 _BEAT = 1.0
 """Seconds between two signs of life."""
+_ENDING = 60.0
+"""Seconds that the service manager is asked to wait after `drain`: until a tensor is done, and connections end."""
 _DISK = 5.0
 """Seconds between two looks at how much room there is, on the disk and in the layers of a state of adapters."""
 
@@ -54,7 +60,8 @@ _DISK = 5.0
 def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
     """Runs until a signal or a Halt; returns the exit code. `read` reads the settings again. Raises ContinualError for
     what keeps it from starting."""
-    logs.configure(json=settings.log_json, level=settings.log_level)
+    supervisor = Supervisor.of(os.environ)
+    logs.configure(json=settings.log_json, level=settings.log_level, file=settings.log_file)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the client's bars are for people, not for a log
     check(settings)
     lazily.load()  # before the first fold, and on this thread
@@ -65,7 +72,7 @@ def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
         sock = listen(settings.host, settings.port, allow_remote=settings.allow_remote)
         if settings.release.repo or any(view.repo for view in settings.views.values()):
             must_be_online()
-        daemon = Daemon(merge, sock, sources_of(merge), read)
+        daemon = Daemon(merge, sock, sources_of(merge), read, supervisor)
         asyncio.run(daemon.run())
         return 4 if daemon.halted else 0
 
@@ -93,8 +100,10 @@ class Daemon:
         sock: socket.socket,
         sources: Sequence[Source],
         read: Callable[[], Settings] | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self.merge = merge
+        self._supervisor = supervisor or Supervisor()
         self.settings = merge.settings
         self.sources = sources
         self.halted: Halt | None = None
@@ -110,10 +119,10 @@ class Daemon:
         for source in sources:
             if isinstance(source, HubSource):
                 source.heard = self._watch.heard
-        performing = Performing(merge, self.live, worker.turns, worker.record, sources, self._fresh)
+        self._performing = Performing(merge, self.live, worker.turns, worker.record, sources, self._fresh)
         self._outlets = Outlets(merge, self._failures, worker.record, worker.gauge, self._watch.turned)
-        self._reloading = Reloading(merge, worker.turns, read, sources, self._reloaded)
-        self._control = Control(merge.state.path, performing.perform, lambda: self.live.doing)
+        self._reloading = Reloading(merge, worker.turns, read, sources, self._reloaded, self._supervisor)
+        self._control = Control(merge.state.path, self._perform, lambda: self.live.doing)
 
     async def run(self) -> None:
         """Starts everything, waits for a signal or a Halt, and drains within the time that is set."""
@@ -182,8 +191,23 @@ class Daemon:
         except Halt as error:
             self._halt(error)
 
+    async def _perform(self, request: Request, hear: Hearing) -> Answer:
+        """Does what somebody asks for over the control socket."""
+        if not isinstance(request, DrainRequest):
+            return await self._performing.perform(request, hear)
+        loop = asyncio.get_running_loop()
+        # from its turn on that thread, so that it stops before the next fold is begun
+        await self._worker.turns.ask(request.title, lambda: loop.call_soon_threadsafe(self._drained))
+        return {"pid": os.getpid()}
+
+    def _drained(self) -> None:
+        """Stops after the fold under way, however long that takes: at a turn between two."""
+        self._log.info("stopping", command="drain")
+        self._stop()
+
     def _stop(self) -> None:
         self._stopping.set()
+        self._supervisor.stopping(self.merge.settings.drain + _ENDING)
         self.merge.places.hurry.set()  # a server that trickles does not use up the time to drain
         self._worker.wake()
 
@@ -219,6 +243,7 @@ class Daemon:
         self.merge.announce(url)
         self.live.url = url
         self._log.info("listening", url=url)
+        self._supervisor.ready()
 
     async def _look_at_disk(self) -> None:
         """Looks from time to time how much room there is, on the disk and in the layers; ends when it is cancelled."""
@@ -242,6 +267,7 @@ class Daemon:
     async def _heartbeat(self) -> None:
         while not self._stopping.is_set():
             self.live.beat()
+            self._supervisor.alive(self.live.line())
             try:
                 for source in self.sources:
                     self.metrics.source(source.series())

@@ -1,5 +1,5 @@
-"""Log lines: for people on a terminal, JSON otherwise, both on standard error. One line per thing that happened, with
-stable keys.
+"""Log lines: for people on a terminal, JSON otherwise; on standard error, or in a file that may be rotated. One line
+per thing that happened, with stable keys.
 
 Nothing in a line can steer a terminal or pass for another line, wherever a name or message came from; and what goes
 wrong again and again in the same way is said once, and then from time to time with a count.
@@ -7,17 +7,23 @@ wrong again and again in the same way is said once, and then from time to time w
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import os
+import stat
 import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from continual.errors import Misconfigured
 from continual.texts import plain
 
 INTERVAL = 300.0
@@ -29,16 +35,17 @@ _TRACE = 20_000
 _SAME = ("level", "event", "model", "what", "error", "message", "reason", "target")
 
 
-def configure(*, json: bool | None = None, level: str = "info") -> None:
-    """Sets structlog up for this process, and has what libraries log come the same way. `json` None means JSON where
-    standard error is no terminal."""
-    as_json = not sys.stderr.isatty() if json is None else json
+def configure(*, json: bool | None = None, level: str = "info", file: Path | None = None) -> None:
+    """Sets structlog up for this process, and has what libraries log come the same way. `file`: where lines go in place
+    of standard error. `json` None means JSON where they go to no terminal. Raises Misconfigured for a file that cannot
+    be written."""
+    terminal = file is None and sys.stderr.isatty()
+    out = sys.stderr if file is None else Appended(file)
+    as_json = not terminal if json is None else json
     last: Processor = (
         structlog.processors.JSONRenderer()
         if as_json
-        else structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-        )
+        else structlog.dev.ConsoleRenderer(colors=terminal, exception_formatter=structlog.dev.plain_traceback)
     )
     structlog.configure(
         processors=[
@@ -50,11 +57,61 @@ def configure(*, json: bool | None = None, level: str = "info") -> None:
             last,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", out)),  # a line and its end in one piece
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(level=logging.WARNING, handlers=[_Forward()], force=True)
     logging.getLogger("continual").setLevel(level.upper())  # the rooms below the service, which know no structlog
+
+
+class Appended:
+    """A log file: lines are appended, and where it was moved or removed, as a rotation does, the next one begins it
+    anew. Where it cannot be written the line goes to standard error. A stream to structlog's logger, which writes a
+    line at a time under a lock of its own."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises Misconfigured where the file cannot be opened."""
+        self._path = path
+        try:
+            self._fd, self._at = self._open()
+        except OSError as error:
+            raise Misconfigured(f"log_file {path}: cannot be written ({error.strerror})") from None
+
+    def write(self, text: str) -> int:
+        """Appends a line."""
+        data = text.encode(errors="backslashreplace")
+        try:
+            if self._moved():
+                before = self._fd
+                self._fd, self._at = self._open()
+                os.close(before)
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError:
+            sys.stderr.write(data.decode(errors="replace"))
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # it was never open
+            os.close(self._fd)
+
+    def _open(self) -> tuple[int, tuple[int, int]]:
+        """The descriptor, and which file it is. A pipe would hold up every thread that logs."""
+        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o640)
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "it is no file")
+        return fd, (found.st_dev, found.st_ino)
+
+    def _moved(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(self._path)
+            return (found.st_dev, found.st_ino) != self._at
+        return True
 
 
 def harmless(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:

@@ -16,6 +16,7 @@ from continual.hub import must_be_online
 from continual.publish import bom
 from continual.service import logs, telling, view_settings
 from continual.service.control.turns import Turns
+from continual.service.supervised import Supervisor
 from continual.signing import signer as signing
 from continual.sources.contract import Source
 
@@ -28,6 +29,7 @@ AT_ONCE = frozenset(
         "keep",
         "keep_bytes",
         "lineage",
+        "log_file",
         "log_json",
         "log_level",
         "max_base_ratio",
@@ -91,19 +93,33 @@ class Reloading:
         read: Callable[[], Settings] | None,
         sources: Sequence[Source] = (),
         reloaded: Callable[[], None] = lambda: None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self._merge = merge
+        self._supervisor = supervisor or Supervisor()
         self._reloaded = reloaded
         self._sources = sources
         self._turns = turns
         self._read = read
         self._log = structlog.get_logger("continual")
         self._task: asyncio.Task[None] | None = None
+        self._again = False
 
     def ask(self) -> None:
-        """Has the settings read again, on the event loop: the handler of the signal."""
+        """Has the settings read again, on the event loop: the handler of the signal. One that comes meanwhile has them
+        read once more: the file may have changed after it was read."""
+        self._again = True
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._reload())
+            self._task = asyncio.get_running_loop().create_task(self._reload_all())
+
+    async def _reload_all(self) -> None:
+        self._supervisor.reloading()
+        try:
+            while self._again:
+                self._again = False
+                await self._reload()
+        finally:
+            self._supervisor.ready()
 
     async def _reload(self) -> None:
         """Says what changed and what needs a restart. Settings that cannot be used change nothing, and that is said."""
@@ -117,8 +133,8 @@ class Reloading:
             self._log.error("not reloaded", error=str(error), hint="the settings stay as they were")
             return
         now = sorted(changed & AT_ONCE)
-        if {"log_json", "log_level"} & changed:
-            logs.configure(json=found.log_json, level=found.log_level)
+        if {"log_file", "log_json", "log_level"} & changed:
+            logs.configure(json=found.log_json, level=found.log_level, file=found.log_file)
         again = self._reopen() if changed & AT_ONCE else 0
         if "views" in changed:
             self._reloaded()
@@ -144,6 +160,8 @@ class Reloading:
         signing.check(wanted.signing)
         if wanted.bom:
             bom.check()
+        if wanted.log_file is not None:
+            logs.Appended(wanted.log_file)
         # other threads ask the merge for its gates: never by settings of which none can be made
         gates.make(wanted).the(gates.SignatureGate).check()
         self._merge.settings = wanted

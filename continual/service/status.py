@@ -118,6 +118,18 @@ class Live:
         self._stage = (stage, done, total)
         self._moved = self._clock()
 
+    def line(self) -> str:
+        """What is done now, in a line for who asks the service manager."""
+        good, why = self.healthy()
+        if not good:
+            return why
+        if self.doing is not None:
+            stage, done, total = self._stage
+            return f"{self.doing}: {stage} {done} of {total}; {len(self.queue.waiting)} wait"
+        if self.paused is not None:
+            return texts.paused_since(self.paused)
+        return f"waits for models; record {self.merge.head}, {len(self.queue.waiting)} wait"
+
     def healthy(self) -> tuple[bool, str]:
         """Not if the event loop, a fold or a round has been standing still."""
         now = self._clock()

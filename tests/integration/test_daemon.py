@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -140,9 +141,11 @@ def test_a_failed_publication_is_tried_again(place: tuple[Path, Path, Path]) -> 
         until((link / "continual.json").is_file, "the release is whole")
 
 
-@pytest.mark.parametrize(("drain", "twice", "folds"), [("60", False, 2), ("0", False, 1), ("60", True, 1)])
-def test_sigterm_finishes_the_fold_or_gives_it_up_in_time_and_a_second_one_at_once(
-    tmp_path: Path, drain: str, twice: bool, folds: int
+@pytest.mark.parametrize(
+    ("drain", "how", "folds"), [("60", "once", 2), ("0", "once", 1), ("60", "twice", 1), ("0", "command", 2)]
+)
+def test_sigterm_finishes_the_fold_or_gives_it_up_in_time_a_second_one_at_once_and_a_drain_never(
+    tmp_path: Path, drain: str, how: str, folds: int
 ) -> None:
     base = models.base(
         tmp_path / "base", shapes={f"model.layers.{i}.mlp.up_proj.weight": (768, 768) for i in range(24)}
@@ -156,8 +159,13 @@ def test_sigterm_finishes_the_fold_or_gives_it_up_in_time_and_a_second_one_at_on
         until(lambda: status(address)["folds"] == 1, "the first is folded")
         models.fine_tune(base, watch / "second", 2)
         until(lambda: (status(address)["current"] or {}).get("done", 0) >= 1, "the second is being folded")
-        process.send_signal(signal.SIGTERM)
-        if twice:
+        if how == "command":
+            shutil.copytree(watch / "second", watch / "third")
+            told = command.run("drain", "--state", state)
+            assert told.stdout == f"The daemon has ended (process {process.pid}); nothing is lost.\n", told.stderr
+        else:
+            process.send_signal(signal.SIGTERM)
+        if how == "twice":
             until(lambda: "stopping" in (tmp_path / "daemon.log").read_text(), "the first signal is heard")
             process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT) == 0
@@ -166,3 +174,4 @@ def test_sigterm_finishes_the_fold_or_gives_it_up_in_time_and_a_second_one_at_on
         assert len(found.ledger.folds()) == folds
         assert found.orphans == ()
         assert verify(found) == []
+    assert command.run("drain", "--state", state).stdout == "No daemon runs.\n"

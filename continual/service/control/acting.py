@@ -15,6 +15,7 @@ from continual.rules import ReadOptions
 from continual.service import release as releasing
 from continual.service.canary import reporting, stages
 from continual.service.control.requests import (
+    DrainRequest,
     DropRequest,
     PauseRequest,
     PromoteRequest,
@@ -81,6 +82,7 @@ def act(merge: Merge, request: Request, hear: Hearing) -> Answer:
         return found_release.answer
     if isinstance(request, PromoteRequest):
         return promote(merge, request, alone=True)
+    assert not isinstance(request, DrainRequest), "the daemon alone does it"
     return _pausing(merge, request)
 
 

@@ -133,6 +133,13 @@ class ResumeRequest(Asking):
     title = "resume"
 
 
+class DrainRequest(Asking):
+    """Stop after the fold under way, however long that takes."""
+
+    command: Literal["drain"] = "drain"
+    title = "drain"
+
+
 Request = (
     TagRequest
     | RetryRequest
@@ -145,6 +152,7 @@ Request = (
     | PromoteRequest
     | PauseRequest
     | ResumeRequest
+    | DrainRequest
 )
 _ANY: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="command")])
 

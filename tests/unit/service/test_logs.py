@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import structlog
 
+from continual.errors import Misconfigured
 from continual.service import logs
 from continual.service.logs import INTERVAL, Repeats
 
@@ -88,3 +92,48 @@ def test_what_is_kept_in_mind_is_bounded() -> None:
     for number in range(5000):
         repeats(None, "", {"level": "error", "event": "refused", "model": str(number)})
     assert len(repeats._told) == 1000
+
+
+def test_a_log_file_may_be_moved_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "log"
+    logs.configure(file=file)
+    log = structlog.get_logger("continual")
+    log.info("one", model=FOUL)
+    file.rename(tmp_path / "log.1")
+    log.info("two")
+    shutil.copy(file, tmp_path / "log.2")
+    os.truncate(file, 0)
+    log.info("three")
+    file.unlink()
+    log.info("four")
+    events = [[json.loads(line)["event"] for line in (tmp_path / name).read_text().splitlines()]
+              for name in ("log.1", "log.2", "log")]  # fmt: skip
+    assert events == [["one"], ["two"], ["four"]]
+    assert stat.S_IMODE(file.stat().st_mode) & 0o007 == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_that_a_log_file_does_not_take_go_to_standard_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "in" / "log"
+    file.parent.mkdir()
+    logs.configure(file=file)
+    file.rename(file.with_name("log.1"))
+    file.mkdir()
+    structlog.get_logger("continual").info("one")
+    assert json.loads(capsys.readouterr().err)["event"] == "one"
+    file.rmdir()
+    structlog.get_logger("continual").info("two")
+    assert json.loads(file.read_text())["event"] == "two"
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "missing"])
+def test_a_log_file_that_cannot_be_one_is_refused(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "a" / "log" if kind == "missing" else tmp_path / "log"
+    if kind == "directory":
+        file.mkdir()
+    if kind == "pipe":
+        os.mkfifo(file)
+    with pytest.raises(Misconfigured, match=f"log_file {file}: cannot be written"):
+        logs.configure(file=file)
