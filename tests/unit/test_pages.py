@@ -14,7 +14,7 @@ import pytest
 from continual.errors import Refuse
 from continual.gates.contract import AtNumbers, Gate, Numbers
 from continual.records import Totals
-from tests.helpers.pages import DECISIONS, PAGES, ROOT, anchors, blocks, links, name, prose
+from tests.helpers.pages import DECISIONS, DOCS, PAGES, ROOT, anchors, blocks, links, name, prose
 from tests.unit.test_layers import ROOMS
 
 STATUS = r"in force|replaced (?:in part )?by \[(?P<new>\d{4})\]\((?P=new)-[a-z0-9-]+\.md\)(?:, .+)?"
@@ -57,6 +57,13 @@ def test_every_name_of_the_package_exists(page: Path) -> None:
     named = set(re.findall(r"`(continual(?:\.\w+)+)(?:\(.*?\))?`", prose(page)))
     files = re.compile(r"\.(json|toml|service|md|py)$")
     assert [dotted for dotted in named if not files.search(dotted) and pydoc.locate(dotted) is None] == []
+
+
+def test_the_index_leads_to_every_page() -> None:
+    index = DOCS / "README.md"
+    led = {(DOCS / link.partition("#")[0]).resolve() for link in links(index)}
+    assert [name(page) for page in PAGES if page not in (index, *DECISIONS) and page.resolve() not in led] == []
+    assert "ops/docs/README.md" in links(ROOT / "README.md")
 
 
 def test_decisions_are_numbered_dated_and_listed() -> None:
