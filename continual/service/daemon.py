@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import shutil
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from continual.gates import SignatureGate
 from continual.hub import must_be_online
 from continual.publish import bom, hub
 from continual.records import Candidate
-from continual.service import logs, showing, signals, telling, view_settings
+from continual.service import gauging, logs, signals, telling, view_settings
 from continual.service.canary.calling import Calling
 from continual.service.canary.watching import CanaryWatch
 from continual.service.control.acting import Answer
@@ -32,7 +31,7 @@ from continual.service.control.answering import Control
 from continual.service.control.parley import Hearing
 from continual.service.control.performing import Performing
 from continual.service.control.requests import DrainRequest, Request
-from continual.service.failures import Failures, told
+from continual.service.failures import Failures
 from continual.service.feeding import feed
 from continual.service.metrics import Metrics
 from continual.service.outlets import Outlets
@@ -47,14 +46,11 @@ from continual.signing import signer as signing
 from continual.sources import roster
 from continual.sources.contract import Listening, Source
 from continual.sources.hub import HubSource
-from continual.state.transaction import MARGIN
 
 _BEAT = 1.0
 """Seconds between two signs of life."""
 _ENDING = 60.0
 """Seconds that the service manager is asked to wait after `drain`: until a tensor is done, and connections end."""
-_DISK = 5.0
-"""Seconds between two looks at how much room there is, on the disk and in the layers of a state of adapters."""
 
 
 def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
@@ -109,6 +105,7 @@ class Daemon:
         self.halted: Halt | None = None
         self.metrics = Metrics()
         self.live = Live(merge, Queue(), sources)
+        gauging.begin(self.metrics, merge)
         self._failures = Failures(self.metrics, self.live.health)
         self._socket = sock
         self._log = structlog.get_logger("continual")
@@ -148,7 +145,7 @@ class Daemon:
             folding = group.create_task(self._worker.run(self.sources, self._stopping))
             publishing = group.create_task(self._outlets.run())
             watching = group.create_task(self._watch.run())
-            looking = group.create_task(self._look_at_disk())
+            looking = group.create_task(gauging.measure(self.merge, self.live, self.metrics))
             feeding = [group.create_task(self._feed(source)) for source in self.sources]
             await self._stopping.wait()
             await self._drain(folding)
@@ -169,6 +166,7 @@ class Daemon:
         self._outlets.fresh()
 
     def _reloaded(self) -> None:
+        gauging.begin(self.metrics, self.merge)
         self._outlets.reloaded()
         self._watch.reloaded()
 
@@ -245,25 +243,6 @@ class Daemon:
         self._log.info("listening", url=url)
         self._supervisor.ready()
 
-    async def _look_at_disk(self) -> None:
-        """Looks from time to time how much room there is, on the disk and in the layers; ends when it is cancelled."""
-        state = self.merge.state
-        while True:
-            try:  # where adapters are kept a cut writes all that is there again
-                whole = state.generation_bytes() if state.format.sparse else state.format.generation_bytes
-                needs = whole + MARGIN
-                free = (await asyncio.to_thread(shutil.disk_usage, state.path)).free
-                self.live.health.room(str(state.path), free, needs)
-                self.metrics.room(free, needs)
-                full = await asyncio.to_thread(showing.fullness_of, self.merge)
-                if full is not None:
-                    self.metrics.full(full.used / full.width, full.cut)
-            except OSError as error:
-                self.live.health.fails("disk", str(state.path), told(error))
-            else:
-                self.live.health.works("disk", str(state.path))
-            await asyncio.sleep(_DISK)
-
     async def _heartbeat(self) -> None:
         while not self._stopping.is_set():
             self.live.beat()
@@ -271,6 +250,7 @@ class Daemon:
             try:
                 for source in self.sources:
                     self.metrics.source(source.series())
+                self.metrics.under_way(self.live.done)
                 self.metrics.degraded({shortfall.reason for shortfall in self.live.shortfalls()})
             except Exception as error:
                 self._failures.tell(error, what="the heartbeat")

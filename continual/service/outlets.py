@@ -166,6 +166,8 @@ class Outlets:
         found = await asyncio.to_thread(contained(putting))
         if found is None:
             return False
+        if out.name is None and after != "candidate":
+            self.metrics.published(found.seq)
         if found.new:
             said = "canary out" if after == "candidate" else "published"
             self._log.info(said, **_of(out), seq=found.seq, directory=str(found.directory))

@@ -113,6 +113,12 @@ class Live:
             return "a round over the pool"
         return None if self.current is None else self.current.name
 
+    @property
+    def done(self) -> float | None:
+        """Which share is done of the stage that a fold or a round is in; None where nothing is done."""
+        _, done, total = self._stage
+        return None if self.doing is None else done / total if total else 0.0
+
     def progress(self, stage: str, done: int, total: int) -> None:
         """Hears how far the candidate or the round is: the engine's progress callback."""
         self._stage = (stage, done, total)

@@ -15,7 +15,6 @@ from typing import TypeVar
 
 import structlog
 
-from continual import selection, tuning
 from continual.api import Merge
 from continual.engine import internal
 from continual.engine.outcomes import Outcome
@@ -23,13 +22,14 @@ from continual.errors import Abandoned, Halt, Retry, Skip
 from continual.hub import Trouble
 from continual.records import Event
 from continual.retrying import Fault, retry_delay
+from continual.service import gauging
 from continual.service.control.turns import Turn, Turns
 from continual.service.failures import TRIES, Failures, contained, refusal, told
 from continual.service.queue import Queued
 from continual.service.rounds import Rounds
 from continual.service.status import Live
 from continual.sources.contract import Source
-from continual.state.entries import Entry, SelectEntry, TuneEntry
+from continual.state.entries import Entry
 from continual.state.software import software
 
 T = TypeVar("T")
@@ -62,6 +62,7 @@ class Worker:
         engine = await asyncio.to_thread(lambda: self.merge.engine)
         await self.rounds.prepare()
         self.metrics.build(rule=self.merge.rule.name, device=str(engine.device), software=software())
+        self.metrics.last(*gauging.last_times(self.merge.state.ledger.log))
         self.gauge()
 
     def wake(self) -> None:
@@ -118,15 +119,7 @@ class Worker:
 
     def gauge(self) -> None:
         """Sets the series of what the state holds now."""
-        state = self.merge.state
-        ledger = state.ledger
-        self.metrics.paused(paused=self.live.paused is not None)
-        self.metrics.state(state.generation_bytes(), len(state.generations()), ledger.head.seq, len(ledger.folds()))
-        self.metrics.gauges(self.merge.rule.read.gauges(ledger.totals))
-        last = selection.last_round(state)
-        self.metrics.pool(len(ledger.pool), last.of_kind(SelectEntry) if last else None)
-        tuned = tuning.in_force(state)
-        self.metrics.scale(self.merge.reading().factor(), tuned.of_kind(TuneEntry).folds if tuned else 0)
+        gauging.of_state(self.merge, self.live, self.metrics)
 
     async def _turn(self, sources: Sequence[Source]) -> None:
         """Does a command, looks at one candidate, or runs a round, or waits until there is something to do."""

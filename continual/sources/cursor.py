@@ -59,7 +59,8 @@ class Cursor:
 
     `high`: by listing, the newest commit time that it had when it was read as far as needed; `swept`: by listing, when
     it was last read to the end; `seen`: what is not settled, by key; `asked`: a hash of the settings; `given`: the keys
-    of `seen` that were handed on in this process; `rests`: by listing, what is left of a read that had to stop.
+    of `seen` that were handed on in this process; `rests`: by listing, what is left of a read that had to stop;
+    `polled`: when the Hub last answered all that was asked. All times are seconds since 1970.
     """
 
     high: dict[str, float] = field(default_factory=dict)
@@ -68,6 +69,7 @@ class Cursor:
     asked: str = ""
     given: set[str] = field(default_factory=set)
     rests: dict[str, Rest] = field(default_factory=dict)
+    polled: float | None = None
 
     @property
     def full(self) -> bool:
@@ -195,6 +197,7 @@ class Cursor:
             "asked": self.asked,
             "high": self.high,
             "swept": self.swept,
+            "polled": self.polled,
             "rests": {listing: list(rest) for listing, rest in self.rests.items()},
             "seen": [list(s) for s in self.seen.values()],
         }
@@ -208,6 +211,7 @@ class Cursor:
         seen = {s.key: s for s in (Sighting(*row) for row in body["seen"])}
         same = body["asked"] == asked
         found = cls(dict(body["high"]) if same else {}, dict(body["swept"]) if same else {}, seen, asked)
+        found.polled = body.get("polled")  # an earlier version did not say it
         if same:  # a cursor of before there were rests has none
             found.rests = {listing: Rest(*rest) for listing, rest in body.get("rests", {}).items()}
         return found

@@ -37,8 +37,8 @@ _FIRST_LOOK = 30.0
 
 
 class HubSource(Source):
-    """Polls what the settings name, and takes what the inbox holds. `polled`: when the last poll succeeded, in seconds
-    since 1970; `heard`: what is called with the repo of every delivery of a webhook."""
+    """Polls what the settings name, and takes what the inbox holds. `heard`: what is called with the repo of every
+    delivery of a webhook."""
 
     name = "hub"
     parks = True
@@ -47,7 +47,6 @@ class HubSource(Source):
         """`clock` tells the seconds since 1970."""
         self.scanned = asyncio.Event()
         self.problem: str | None = None
-        self.polled: float | None = None
         self.inbox = Inbox(wiring.state)
         self.cursor = Cursor.of(load_cursor(wiring.state, self.name), _word(wiring.settings.hub, wiring.places.bases))
         self._places = wiring.places
@@ -173,7 +172,6 @@ class HubSource(Source):
             self._failures = 0
             self._refused = 0
             self.problem, self.denied = None, False
-            self.polled = self._clock()
         except Retry as error:
             after = error.after
             self.problem = str(error)
@@ -227,16 +225,17 @@ class HubSource(Source):
     def report(self) -> SourceReport:
         """The bases, repos and authors it asks for, and what came of it."""
         looked_for = [*(self._places.bases if self._asked.watch else ()), *self._asked.repos, *self._asked.authors]
-        polled = None if self.polled is None else datetime.fromtimestamp(self.polled, UTC).isoformat(timespec="seconds")
+        at = self.cursor.polled
+        polled = None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
         return SourceReport(tuple(looked_for), polled, self.problem, len(self.cursor.seen))
 
     def series(self) -> dict[str, float]:
         """Requests and bytes of the process, and the time of the last poll."""
+        polled = self.cursor.polled if self.polls else None
         return {
             "continual_hub_requests_total": self._places.hub.requests,
             "continual_hub_received_bytes_total": self._places.hub.received,
-            "continual_hub_last_poll_timestamp_seconds": self.polled or 0.0,
-        }
+        } | ({} if polled is None else {"continual_hub_last_poll_timestamp_seconds": polled})
 
     def save(self) -> None:
         """Keeps on disk how far this source has come. Raises Retry."""
@@ -247,7 +246,9 @@ class HubSource(Source):
         """Asks the Hub once what there is. Returns how many commits were new; they are on disk by then. Raises Retry,
         of the Hub or the disk."""
         try:
-            return self._polling.look(self._clock())
+            found = self._polling.look(self._clock())
+            self.cursor.polled = self._clock()
+            return found
         finally:
             self.save()
 

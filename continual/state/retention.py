@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from continual.state import canaries
+from continual.state import canaries, usage
 from continual.state.durable import environment, move_away, remove_tree, trouble
 from continual.state.generation import RECEIPTS
 from continual.state.ledger import Ledger
@@ -62,14 +62,10 @@ def expired(path: Path, ledger: Ledger, keep: Keep, *, then: str | None = None) 
 
 def _within(path: Path, newest: list[str], nbytes: int) -> list[str]:
     """As many of the newest, in this order, as take `nbytes` on the disk together."""
-    seen, taken = set[int](), 0
+    seen, total = set[int](), 0
     for place, name in enumerate(newest):
-        for root, _, files in os.walk(path / "generations" / name):
-            for file in files:
-                told = os.lstat(os.path.join(root, file))
-                taken += 0 if told.st_ino in seen else 512 * told.st_blocks
-                seen.add(told.st_ino)
-        if taken > nbytes:
+        total += usage.taken(path / "generations" / name, seen)
+        if total > nbytes:
             return newest[:place]
     return newest
 

@@ -15,8 +15,11 @@ import pytest
 from continual import making
 from continual.engine.outcomes import FoldReport
 from continual.records import Candidate, Lineage, Totals
-from continual.service.metrics import TABLE, Metrics
+from continual.service import series
+from continual.service.metrics import Metrics
+from continual.service.series import TABLE
 from continual.state.parts import FoldNumbers, NoteSummary
+from tests.campaigns import dashboard
 from tests.helpers import models, services
 from tests.helpers.entries import select
 
@@ -46,6 +49,15 @@ def filled() -> Metrics:
     metrics.pool(9, replace(select(), gap=0.5, loss=1.5, before=2.5))
     metrics.released(11)
     metrics.hook("http", ok=True)
+    metrics.published(8)
+    metrics.under_way(0.5)
+    metrics.room(20, 10)
+    metrics.stored({"generations": 30, "ledger": 4, "other": 1})
+    metrics.device(used=6, free=7, reserved=5)
+    metrics.resources(workers=2, memory=100)
+    metrics.paused(paused=False)
+    metrics.degraded({"disk"})
+    metrics.uses(*series.FEATURES)
     metrics.canaries(2)
     metrics.canary_measured("inconclusive")
     metrics.canary_ended("failed")
@@ -93,6 +105,12 @@ def test_every_series_says_what_was_observed() -> None:
         "continual_round_gap 0.5",
         "continual_round_loss 1.5",
         "continual_round_loss_before 2.5",
+        "continual_last_round_timestamp_seconds 6.0",
+        "continual_under_way_ratio 0.5",
+        'continual_stored_bytes{what="ledger"} 4.0',
+        "continual_device_reserved_bytes 5.0",
+        "continual_memory_limit_bytes 100.0",
+        'continual_degraded{reason="disk"} 1.0',
     ):
         assert line in text
     assert 'stage="total"' not in text
@@ -151,12 +169,55 @@ def test_a_real_prometheus_scrapes_a_running_daemon(tmp_path: Path) -> None:
                 server.terminate()
 
 
+def test_every_series_of_the_table_can_be_had() -> None:
+    text = filled().text().decode()
+    had = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE continual_")}
+    assert had == {row.name for row in TABLE}
+    assert {row.there for row in TABLE} == set(series.FEATURES)
+
+
+def test_what_is_not_used_has_no_series_and_no_counter_says_when_it_was_made() -> None:
+    text = Metrics().text().decode()
+    had = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE continual_")}
+    assert had == {row.name for row in TABLE if row.there == "always" and row.kind != "gauge"} | {
+        "continual_peak_memory_bytes"
+    }
+    assert "_created" not in filled().text().decode()
+    metrics = Metrics()
+    metrics.hooks(["http"])
+    assert b'continual_hooks_total{kind="http",result="failed"} 0.0' in metrics.text()
+    assert b'kind="command"' not in metrics.text()
+    metrics.scale(0.5, 3)
+    metrics.scale(None, None)
+    assert b"continual_scale_ratio 0.5" in metrics.text(), "the last one that was known"
+    assert b"continual_scale_tuned_folds" not in metrics.text()
+    metrics.scale(None, 4)
+    assert b"continual_scale_tuned_folds 4.0" in metrics.text()
+
+
+def test_words_of_strangers_make_no_new_labels() -> None:
+    metrics = Metrics()
+    for number in range(1000):
+        metrics.refused(f"reason-{number}")
+        metrics.error(f"kind-{number}")
+        metrics.hook(f"kind-{number}", ok=True)
+    text = metrics.text().decode()
+    assert 'continual_refusals_total{reason="other"} 1000.0' in text
+    assert 'continual_hooks_total{kind="other",result="ok"} 1000.0' in text
+    assert len(text.splitlines()) < 250
+
+
 def test_alerts_and_dashboard_speak_of_series_that_exist() -> None:
     known = {row.name for row in TABLE}
     texts = [(OPS / "prometheus/alerts.yml").read_text(), (OPS / "grafana/continual.json").read_text()]
     used = {SUFFIX.sub("", name) for text in texts for name in re.findall(r"\bcontinual_\w+", text)}
     assert used <= known
     assert known - used == set(), "series that no alert and no panel shows"
+
+
+def test_the_dashboard_is_the_one_that_the_code_makes() -> None:
+    pytest.importorskip("grafana_foundation_sdk", reason="grafana-foundation-sdk is not installed")
+    assert (OPS / "grafana/continual.json").read_text() == dashboard.built(), "python -m tests.campaigns.dashboard"
 
 
 def test_dashboard_panels_do_not_overlap() -> None:
@@ -172,9 +233,34 @@ def test_dashboard_panels_do_not_overlap() -> None:
     assert len({p["id"] for p in panels}) == len(panels)
 
 
-def test_every_series_is_documented() -> None:
+def test_the_page_has_the_table_of_the_code_and_no_series_besides() -> None:
     page = (OPS / "docs/operations.md").read_text()
-    assert [row.name for row in TABLE if f"`{row.name}`" not in page] == []
+    assert series.markdown() in page
+    known = {row.name for row in TABLE}
+    for file in (OPS / "docs").glob("*.md"):
+        named = {SUFFIX.sub("", name) for name in re.findall(r"\bcontinual_[a-z_]+", file.read_text())}
+        assert named <= known, file.name
+
+
+def alerts() -> dict[str, str]:
+    """The rule of every alert by its name, as it stands in the file."""
+    rules = (OPS / "prometheus/alerts.yml").read_text().split("- alert: ")[1:]
+    return {rule.split()[0]: rule for rule in rules}
+
+
+def test_every_alert_has_a_section_in_the_page_and_names_it() -> None:
+    page = (OPS / "docs/alerts.md").read_text()
+    sections = dict(re.findall(r"^## (\w+)\n\n\*(page|ticket): ", page, re.MULTILINE))
+    assert list(sections) == list(alerts())
+    for name, rule in alerts().items():
+        assert f"runbook: ops/docs/alerts.md#{name.lower()}\n" in rule
+        assert f"severity: {sections[name]}}}" in rule
+
+
+def test_every_alert_fires_in_the_tests_of_the_rules() -> None:
+    tests = (OPS / "prometheus/alerts_test.yml").read_text()
+    fires = set(re.findall(r"alertname: (\w+)\n +exp_alerts:\n", tests))
+    assert fires == set(alerts())
 
 
 def test_the_gate_says_how_it_is_called() -> None:

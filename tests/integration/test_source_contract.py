@@ -23,7 +23,7 @@ from continual.errors import Retry
 from continual.hub import Hub as Client
 from continual.hub.locate import Places
 from continual.records import Event
-from continual.service.metrics import TABLE
+from continual.service.series import TABLE
 from continual.sources import roster
 from continual.sources.contract import Source, Wiring
 from tests import loopback
