@@ -23,7 +23,7 @@ def test_every_setting_is_of_one_kind() -> None:
 
 def test_the_page_names_those_that_change_at_once() -> None:
     page = (DOCS / "operations.md").read_text()
-    said = re.split(r"\schange\sfrom\sthe\snext", page.partition("(`needs_restart`).")[2])[0]
+    said = re.split(r"\schange\s+from\s+the\s+next", page.partition("(`needs_restart`).")[2])[0]
     assert set(re.findall(r"`(\w+)`", said)) == AT_ONCE
 
 
