@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from continual.executors.contract import Progress, silent
-from continual.state import Commit, State, strays
+from continual.state import Commit, State, opening, strays
 from continual.state import backup as backing
 from continual.state import repair as repairing
 from continual.state import verify as verifying
@@ -18,7 +18,9 @@ from continual.state.strays import Stray
 def verify(state: str | Path = "state", *, progress: Progress = silent) -> Verified:
     """Reads every file of a state, and says what is not as it was written and what does not belong to it. Raises
     Misconfigured where there is no state, Damaged where it cannot be opened."""
-    with State.open(Path(state)) as found:
+    with opening.way_out():
+        opened = State.open(Path(state))
+    with opened as found:
         findings = verifying.verify(found, lambda done, total: progress("verify", done, total))
         return Verified(tuple(findings), tuple(strays.strays(found.path, found.format, found.ledger)))
 

@@ -32,7 +32,7 @@ from continual.rules import ReadAs, ReadOptions
 from continual.selection import admission
 from continual.selection.steps import Taken
 from continual.state import Commit, State
-from continual.state.entries import Entry
+from continual.state.entries import Entry, ReleaseEntry
 from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting, kept_out
 from continual.tuning import Evaluation, FoundInputs, Learning, TaskRows, Told, Tuned, Tuning, Weighing
@@ -53,8 +53,14 @@ def open(state: str | Path = "state", *, write: bool = False, **settings: object
 class Merge(OpenedState):
     """An open state with its base and its rule, to read and to change. A context manager."""
 
-    def record(self, entry: Entry) -> Commit:
-        """Adds a record that leaves the model as it is. Raises Retry and Halt."""
+    def record(self, entry: Entry) -> Commit | None:
+        """Adds a record that leaves the model as it is; None, and no record, for a release that the ledger says is out:
+        a command and the daemon may both have had it on the way. Raises Retry and Halt."""
+        if isinstance(entry, ReleaseEntry):
+            known = self.state.publications.release(entry.repo, entry.branch)
+            said = entry.of, entry.mark, entry.view, entry.tag
+            if known is not None and (known.of, known.mark, known.view, known.tag) == said:
+                return None
         return self.state.record(entry)
 
     def announce(self, url: str) -> None:

@@ -37,7 +37,7 @@ from continual.rules import ReadOptions, rule_of
 from continual.signing import signer as signing
 from continual.signing.signer import Signer
 from continual.sources.roster import openers
-from continual.state import State, leasing
+from continual.state import State, leasing, opening
 from continual.tensors import BaseModel, Folder
 from continual.timing.clock import stage
 
@@ -63,7 +63,8 @@ class OpenedState:
         """Opens the state that `settings` name. `client` is asked in place of the Hub that the environment names;
         `on_step` is called before each step of the commit protocol. Raises Misconfigured, Busy and Damaged."""
         self.settings = settings
-        self.state = State.open(settings.state, write=write, on_step=on_step)
+        with opening.way_out():
+            self.state = State.open(settings.state, write=write, on_step=on_step)
         try:
             agree(self.state, settings)
         except Misconfigured:

@@ -58,7 +58,8 @@ def watch(
 @takes("release", "tokenizer", *READING, *OPENING)
 def release(
     at: Annotated[
-        int | None, typer.Option("--at", help="Record to release; default: the newest.", show_default=False)
+        str | None,
+        typer.Option("--at", help="Record to release (number or tag); default: the newest.", show_default=False),
     ] = None,
     view: View = None,
     dry_run: Annotated[
@@ -70,7 +71,9 @@ def release(
     """Publish the merged model as a release on the Hub, unless it is out already."""
     from continual.service.control.requests import ReleaseRequest
 
-    found = opened.act(flags, typed.request(ReleaseRequest, at=at, view=view, dry_run=dry_run), quiet=flags.json)
+    found = opened.act(
+        flags, typed.request(ReleaseRequest, at=typed.record(at), view=view, dry_run=dry_run), quiet=flags.json
+    )
     body = answered.fields(found["look" if dry_run else "released"])
     if flags.json:
         console.emit(body)
@@ -87,7 +90,8 @@ def promote(
         str | None, typer.Argument(help="View of the settings file; default: the merge.", show_default=False)
     ] = None,
     at: Annotated[
-        int | None, typer.Option("--at", help="Record that the canary has to be.", show_default=False)
+        str | None,
+        typer.Option("--at", help="Record (number or tag) that the canary has to be.", show_default=False),
     ] = None,
     *,
     flags: Flags,
@@ -95,7 +99,7 @@ def promote(
     """Promote a canary: what is out beside the promoted merge, and watched, takes its place."""
     from continual.service.control.requests import PromoteRequest
 
-    request = typed.request(PromoteRequest, at=at, view=view)
+    request = typed.request(PromoteRequest, at=typed.record(at), view=view)
     body = answered.fields(opened.act(flags, request, quiet=flags.json)["promoted"])
     if flags.json:
         console.emit(body)

@@ -46,10 +46,12 @@ def records(flags: Flags) -> Iterator[State]:
     """The state that the settings name, for a command that looks at its records alone: neither rules' figures nor
     anything else of the merge is loaded. Raises Misconfigured, Busy and Damaged."""
     from continual.engine.agreeing import agree
-    from continual.state import State
+    from continual.state import State, opening
 
     asked = settings(flags)
-    with State.open(asked.state) as state:
+    with opening.way_out():
+        state = State.open(asked.state)
+    with state:
         agree(state, asked)
         yield state
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import getpass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from continual import texts
 from continual.cli import answered, console, opened, typed
 from continual.cli.flags import OPENING, Flags, takes
 from continual.errors import Misconfigured
+
+if TYPE_CHECKING:
+    from continual.service.control.requests import DropRequest, RetryRequest
 
 _HELD = "unclear"
 """The reason of those of which an evaluation does not tell: they wait for a person."""
@@ -77,13 +80,7 @@ def accept(
     likelihood only warn of it. Who said so and why is in the ledger."""
     from continual.service.control.requests import RetryRequest
 
-    request = typed.request(RetryRequest, model=model, here=typed.here(model), because=because, by=getpass.getuser())
-    found = answered.rows(opened.act(flags, request, quiet=flags.json)["records"])
-    if flags.json:
-        console.emit(found)
-        return
-    for record in found:
-        console.say(f"{answered.model_of(record)}: accepted; it will be looked at again by 'run' or 'fold'")
+    _decided(RetryRequest, model, because, flags, "accepted; it will be looked at again by 'run' or 'fold'")
 
 
 @quarantine.command()
@@ -98,10 +95,15 @@ def drop(
     ledger."""
     from continual.service.control.requests import DropRequest
 
-    request = typed.request(DropRequest, model=model, here=typed.here(model), because=because, by=getpass.getuser())
+    _decided(DropRequest, model, because, flags, "dropped; 'continual retry' has it looked at again")
+
+
+def _decided(kind: type[RetryRequest | DropRequest], model: str, because: str | None, flags: Flags, said: str) -> None:
+    """What a person decides of a model that is kept out, and what is said of each that it was."""
+    request = typed.request(kind, model=model, here=typed.here(model), because=because, by=getpass.getuser())
     found = answered.rows(opened.act(flags, request, quiet=flags.json)["records"])
     if flags.json:
         console.emit(found)
         return
     for record in found:
-        console.say(f"{answered.model_of(record)}: dropped; 'continual retry' has it looked at again")
+        console.say(f"{answered.model_of(record)}: {said}")

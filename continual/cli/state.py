@@ -87,7 +87,7 @@ def show(seq: Annotated[str, typer.Argument(help="Record number, a tag, or HEAD.
 def tag(
     name: Annotated[str | None, typer.Argument(help="Name to give; without one the tags are listed.")] = None,
     seq: Annotated[
-        int | None, typer.Option("--at", help="Record number; default: the newest.", show_default=False)
+        str | None, typer.Option("--at", help="Record number or tag; default: the newest.", show_default=False)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Move the tag where it names another record.")] = False,
     *,
@@ -100,7 +100,7 @@ def tag(
     else:
         from continual.service.control.requests import TagRequest
 
-        found = opened.act(flags, typed.request(TagRequest, name=name, at=seq, force=force))["tags"]
+        found = opened.act(flags, typed.request(TagRequest, name=name, at=typed.record(seq), force=force))["tags"]
         assert isinstance(found, dict)
         tags = found
     if flags.json:
@@ -112,7 +112,7 @@ def tag(
 @app.command()
 @takes("keep", "keep_bytes", *OPENING)
 def rollback(
-    seq: Annotated[int, typer.Argument(help="Record to go back to.")],
+    record: Annotated[str, typer.Argument(help="Record to go back to (number or tag).")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be undone and change nothing.")] = False,
     yes: Yes = False,
     *,
@@ -124,12 +124,14 @@ def rollback(
     expected = None
     if not (dry_run or yes):
         console.must_be_asked(REFUSED_ROLLBACK)
-        look = opened.act(flags, typed.request(RollbackRequest, seq=seq, dry_run=True), quiet=flags.json)
+        look = opened.act(
+            flags, typed.request(RollbackRequest, seq=typed.record(record), dry_run=True), quiet=flags.json
+        )
         expected = len(answered.rows(look["undone"]))
         if not flags.json:
             answered.rollback(look)
         console.must_agree(f"{expected} folds would be undone. Go back?" if flags.json else "Go back?")
-    asked = typed.request(RollbackRequest, seq=seq, dry_run=dry_run, expected=expected)
+    asked = typed.request(RollbackRequest, seq=typed.record(record), dry_run=dry_run, expected=expected)
     done = opened.act(flags, asked, quiet=flags.json)
     if flags.json:
         console.emit(done)

@@ -87,6 +87,11 @@ def request(kind: type[R], **fields: object) -> R:
         raise Misconfigured(f"{' '.join(str(part) for part in first['loc'])}: {first['msg']}") from None
 
 
+def record(word: str | None) -> int | str | None:
+    """The number of a record, or the word by which it was named."""
+    return int(word) if word is not None and word.isascii() and word.isdecimal() and len(word) < 16 else word
+
+
 def here(model: str) -> str:
     """The path that the word would be, as another process understands it, too."""
     return str(Path(model).absolute())

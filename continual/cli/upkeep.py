@@ -32,9 +32,9 @@ def verify_(
     key: Annotated[
         list[str] | None, typer.Option("--key", help="With --signature: file of a public key (PEM); repeatable.")
     ] = None,
-    certificate: Annotated[
+    root: Annotated[
         list[str] | None,
-        typer.Option("--certificate", help="With --signature: file of a root certificate (PEM); repeatable."),
+        typer.Option("--root", help="With --signature: file of a root certificate (PEM); repeatable."),
     ] = None,
     identity: Annotated[
         str, typer.Option("--identity", help="With --signature: who signed by Sigstore.", show_default=False)
@@ -46,17 +46,13 @@ def verify_(
     """Read every file of the state and compare it with its receipt, record or checksum; name what does not belong to
     it. With --signature: whether a model directory is signed by one of those who are named."""
     if signature is not None:
-        return _signature(signature, (tuple(key or ()), tuple(certificate or ()), identity, issuer), json=flags.json)
-    if key or certificate or identity or issuer:
-        raise Misconfigured("--key, --certificate, --identity and --issuer say who signed: name what, by --signature")
+        return _signature(signature, (tuple(key or ()), tuple(root or ()), identity, issuer), json=flags.json)
+    if key or root or identity or issuer:
+        raise Misconfigured("--key, --root, --identity and --issuer say who signed: name what, by --signature")
     from continual import api
-    from continual.errors import Damaged
 
-    try:
-        with console.progress() as progress:
-            found = api.verify(opened.settings(flags).state, progress=progress)
-    except Damaged as error:
-        raise Damaged(f"{error}. 'continual repair --dry-run' says what is whole") from error
+    with console.progress() as progress:
+        found = api.verify(opened.settings(flags).state, progress=progress)
     if flags.json:
         console.emit({"ok": not found.findings, **found._asdict()})
     else:

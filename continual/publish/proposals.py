@@ -1,5 +1,5 @@
 """Pull requests on the Hub that propose a release: opened, asked for, merged and closed. Which record a request is of
-is said by the `continual.json` in it, as of a release."""
+is said by the `continual.json` in it, as of a release, where the account that we ask with has opened it."""
 
 from __future__ import annotations
 
@@ -115,13 +115,15 @@ def _propose(
 def opened(hub: Hub, repo: str, ours: Ours) -> dict[int, Stamp]:
     """The open pull requests of this state and view, by their numbers, the newest first. Raises Trouble."""
 
-    def listed() -> list[tuple[int, str]]:
+    def listed() -> list[tuple[int, str, str]]:
         found = hub.api.get_repo_discussions(repo, discussion_type="pull_request", discussion_status="open")
-        return [(one.num, one.title) for one in islice(found, MOST)]
+        return [(one.num, one.title, one.author) for one in islice(found, MOST) if one.title.startswith("Record ")]
 
     stamps: dict[int, Stamp] = {}
-    for number, title in _asked(hub, f"pull requests of {repo}", listed):
-        if not title.startswith("Record "):
+    seen = _asked(hub, f"pull requests of {repo}", listed)
+    me = _asked(hub, "the account of the token", lambda: str(hub.api.whoami()["name"])) if seen else ""
+    for number, title, author in seen:
+        if author != me:  # anybody may open one with our title and continual.json, and other weights
             continue
         try:
             info = hub.info(repo, ref_of(number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit, urlunsplit
 
@@ -10,8 +11,11 @@ from continual.config.given import Looked
 from continual.texts import jsonable
 
 MASK = "**********"
-_SECRETS = ("secret", "token", "password", "passwd", "api_key", "credential")
-"""Words in the names of settings whose values are shown to nobody."""
+_SECRETS = r"(?:secret|token|password|passwd|api[-_]?key|credential|authorization)s?"
+_SECRET = re.compile(rf"(?:^|[^a-z0-9]){_SECRETS}(?:$|[^a-z0-9])")
+"""Names of settings, and flags of commands, whose values are shown to nobody: `promote_token`, but not `tokenizer`."""
+_TOLD = re.compile(rf"({_SECRETS}\s*[=:]\s*(?:bearer\s+|basic\s+)?|\b(?:bearer|basic)\s+)([^\s&;,\"']+)", re.IGNORECASE)
+"""A secret in a text, behind its name."""
 
 
 def shown(looked: Looked) -> list[dict[str, object]]:
@@ -46,10 +50,18 @@ def _masked(name: str, value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _masked(f"{name}.{key}", one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_masked(name, one) for one in value]
-    if value and any(word in name.rpartition(".")[2].lower() for word in _SECRETS):
+        before = ("", *value)
+        return [
+            MASK if str(flag).startswith("-") and "=" not in str(flag) and _is_secret(str(flag)) else _masked(name, one)
+            for flag, one in zip(before, value, strict=False)
+        ]
+    if value and _is_secret(name.rpartition(".")[2]):
         return MASK
-    return _public(value) if isinstance(value, str) else value
+    return _TOLD.sub(rf"\g<1>{MASK}", _public(value)) if isinstance(value, str) else value
+
+
+def _is_secret(name: str) -> bool:
+    return _SECRET.search(name.lower()) is not None
 
 
 def _public(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,6 +104,15 @@ def whole_again(path: Path, ledger: Ledger) -> None:
             if not protocol.tag_stands(path, tag, seq):
                 protocol.write_tag(path, tag, seq)
     (path / PARTIAL).unlink()
+
+
+@contextlib.contextmanager
+def way_out() -> Iterator[None]:
+    """Around the opening of a state for a person: a Damaged says how to find out what is whole."""
+    try:
+        yield
+    except Damaged as error:
+        raise Damaged(f"{error}. 'continual repair --dry-run' says what is whole") from error
 
 
 def load(path: Path, form: Format, checksum: str) -> Loaded:

@@ -22,7 +22,7 @@ from continual.service.canary import measuring, stages, verdicts
 from continual.service.outgoing import What, outgoing
 from continual.state import State
 from continual.state.canaries import CanaryRecord, Measurement
-from continual.state.entries import CanaryEntry, HookEntry, RetryEntry, RollbackEntry
+from continual.state.entries import CanaryEntry, HookEntry, ReleaseEntry, RetryEntry, RollbackEntry
 from tests.helpers import adapters, hubs, models
 from tests.helpers.command import machine, run
 from tests.helpers.prometheus import Told, told
@@ -243,6 +243,45 @@ def test_what_was_cut_off_while_it_was_taken_back_is_done_once(tmp_path: Path) -
         assert [c.name for c in merge.state.ledger.retried()] == ["ft-3", "ft-4", "ft-5"]
 
 
+def test_what_a_person_took_out_is_not_put_back_by_an_alarm(tmp_path: Path) -> None:
+    base = models.base(tmp_path / "base")
+    making.init(base, tmp_path / "state", making.Recipe(rule="task-arithmetic"))
+    wanted = Settings.model_validate(
+        {"state": tmp_path / "state", "current": tmp_path / "c", "keep": 9, "release": {"canary": {}}}
+    )
+
+    def inside() -> list[str]:
+        return [fold.entry.candidate.name for fold in merge.state.ledger.folds()]
+
+    with api.Merge(wanted, write=True) as merge:
+        for seed, name in enumerate("ab"):
+            merge.fold(models.fine_tune(base, tmp_path / name, seed))
+        out_now(merge, None)
+        stages.finish(merge, stages.promote(merge, None, None, "command", ""))
+        merge.fold(models.fine_tune(base, tmp_path / "d", 3))
+        out_now(merge, None)
+        alarmed(merge, None)
+        merge.unfold(merge.look_unfold("a"))
+        with pytest.raises(Misconfigured, match=r"would put a back, which record \d+ took out; unfold d"):
+            stages.take_back(merge, None)
+        assert (inside(), merge.state.canaries.get(None) is None) == (["b", "d"], False)
+        merge.unfold(merge.look_unfold("d"))
+        assert stages.take_back(merge, None) == []
+        assert (inside(), merge.state.canaries.get(None)) == (["b"], None)
+        out_now(merge, None)  # that something was taken out is a canary, too
+        alarmed(merge, None)
+        assert stages.take_back(merge, None) == []
+        assert inside() == ["b"]
+        for name in "ef":
+            merge.fold(models.fine_tune(base, tmp_path / name, ord(name)))
+        out_now(merge, None)
+        alarmed(merge, None)
+        merge.state.rollback(1)  # by hand, to before what is promoted
+        assert stages.take_back(merge, None) == []
+        assert inside() == ["a"]
+        assert [commit.kind for commit in merge.state.ledger.log].count("rollback") == 1
+
+
 def test_a_candidate_branch_on_the_hub_and_one_commit_that_promotes(tmp_path: Path) -> None:
     with serving() as hub:
         base = hubs.made(tmp_path, hub)
@@ -290,7 +329,9 @@ def test_by_hand_a_release_is_a_candidate_until_it_is_promoted(tmp_path: Path) -
         assert "no tag" not in run("promote", "--at", 5, *flags, client=client).stdout
         assert machine("promote", *flags, client=client) == {"view": None, "seq": 1, "done": True}
         assert ([seq for seq, _ in releases(hub)], seq_at(tmp_path / "c")) == ([1], 1)
-        assert machine("release", *flags, client=client)["new"] is False
+        for _ in range(2):
+            assert machine("release", *flags, client=client)["new"] is False
+        assert len(entries(tmp_path / "state", ReleaseEntry)) == 2, "the canary, and what was promoted"
 
 
 def test_the_evaluation_command_is_asked_about_a_candidate(tmp_path: Path) -> None:

@@ -120,6 +120,26 @@ def test_promoting_here_merges_it_and_taking_back_closes_it_with_the_reason(tmp_
             assert releasing.close_requests(merge, step.out, step.seq, "no") == [], "it is not ours"
 
 
+def test_a_copy_of_our_request_by_somebody_else_is_none_of_ours(tmp_path: Path) -> None:
+    with serving() as hub:
+        base = hubs.made(tmp_path, hub)
+        with hubs.merge(tmp_path / "state", hub, **ASKED) as merge:
+            merge.fold(models.fine_tune(base, tmp_path / "a", 1))
+            record = begun(merge)
+            ours = hub.repo(REPO).find("refs/pr/1")
+            assert ours is not None
+            copied = {"continual.json": hub.read(REPO, ours.sha, "continual.json"), "model.safetensors": b"evil"}
+            forged = hub.propose(REPO, copied, requests(hub)[0].title, author="mallory")
+            again = reporting.propose(merge, record)
+            assert (again.branch, forged) == ("refs/pr/1", 2)
+            found = merge.state.canaries.get(None)
+            assert found is not None
+            assert found.request == 1
+            step = stages.step(merge, None, 1)
+            assert step is not None
+            assert releasing.close_requests(merge, step.out, 1, "no") == [1], "theirs is not ours to close"
+
+
 def test_the_report_has_the_metrics_of_both_on_the_same_rows(tmp_path: Path) -> None:
     with serving() as hub:
         base = hubs.made(tmp_path, hub)

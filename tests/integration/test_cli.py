@@ -48,7 +48,8 @@ def test_a_day_with_the_command(tmp_path: Path, place: tuple[Path, Path]) -> Non
     assert machine("tag", "--state", state) == {"first": 1}
     dry = machine("rollback", 1, "--dry-run", "--state", state)
     assert [c["seq"] for c in dry["undone"]] == [3]
-    assert run("rollback", 1, "--yes", "--state", state).returncode == 0
+    assert machine("rollback", "first", "--dry-run", "--state", state) == dry
+    assert run("rollback", "first", "--yes", "--state", state).returncode == 0
     assert machine("status", "--state", state)["folds"] == 1
     (line,) = [line for line in run("status", "--state", state).stdout.splitlines() if line.startswith("rule ")]
     assert line.startswith("rule       opcm (alpha=0.4, variant=block), scale "), line
@@ -60,6 +61,10 @@ def test_a_day_with_the_command(tmp_path: Path, place: tuple[Path, Path]) -> Non
     assert machine("verify", "--state", state) == {"ok": True, "findings": [], "strays": []}
     assert "ft-2" not in run("log", "--state", state).stdout
     assert "first" in run("tag", "--state", state).stdout
+    (state / "HEAD").write_text("nothing\n")
+    for command in ("status", "log", "verify", "export"):
+        told = run(command, *([tmp_path / "o"] if command == "export" else []), "--state", state)
+        assert (told.returncode, told.stderr.count("'continual repair --dry-run' says what is whole")) == (4, 1)
 
 
 @pytest.mark.parametrize("command", ["fold", "plan"])
@@ -103,6 +108,7 @@ def test_damage_is_found_and_named(tmp_path: Path, place: tuple[Path, Path]) -> 
         (("init", "{tmp}/base", "--state", "{tmp}/state"), 2, ("state",)),
         (("show", "99", "--state", "{tmp}/state"), 2, ("99",)),
         (("rollback", "99", "--yes", "--state", "{tmp}/state"), 2, ("99",)),
+        (("rollback", "nobody", "--yes", "--state", "{tmp}/state"), 2, ("nobody", "continual tag")),
         (("retry", "nobody", "--state", "{tmp}/state"), 2, ("nobody",)),
         (("export", "{tmp}/base", "--state", "{tmp}/state"), 2, ("exists",)),
         (("export", "{tmp}/o", "--dtype", "int4", "--state", "{tmp}/state"), 2, ("int4",)),

@@ -75,7 +75,7 @@ def test_a_line_that_is_not_understood_is_found() -> None:
     assert complaint(["continual", "fold", "a", "--selekt", "relevance"], whole=True) is not None
     assert complaint(["continual", "foldd"], whole=False) is not None
     assert complaint(["continual", "rollback"], whole=True) is not None
-    assert complaint(["continual", "rollback", "soon"], whole=False) is not None
+    assert complaint(["continual", "log", "--number", "soon"], whole=False) is not None
 
 
 @pytest.mark.slow

@@ -14,11 +14,11 @@ import pytest
 
 from continual import api, making
 from continual.config import Settings
-from continual.errors import Misconfigured, Refuse
+from continual.errors import Misconfigured, Refuse, Retry
 from continual.service import release as releasing
 from continual.signing import signer
 from continual.signing.trust import Trusted, verify
-from continual.tensors import Folder
+from continual.tensors import Folder, Place
 from tests.helpers import adapters, hubs, models
 from tests.helpers.command import machine, run
 from tests.helpers.released import REPO
@@ -251,3 +251,43 @@ def test_the_gate_takes_what_is_signed_from_folders_and_from_the_hub_and_nothing
             assert merge.fold("hf://org/signed").fate == "folded"
         with hubs.merge(tmp_path / "state", hub) as merge:
             assert merge.fold(places[1]).fate == "folded", "another setting: it is looked at again"
+
+
+def test_what_is_exchanged_around_the_gate_is_not_folded(
+    tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever publishes into a watched folder shows the gate what was signed, and the fold something else."""
+    from continual.gates import signature as gate
+
+    sign = signer.Signer(Settings.model_validate({"signing": {"key": keys.pem["theirs"]}}).signing)
+    base = models.base(tmp_path / "base")
+    making.init(base, tmp_path / "state")
+    weights = models.fine_tune(base, tmp_path / "in/weights", 1)
+    config = models.fine_tune(base, tmp_path / "in/config", 2)
+    signed = (config / "config.json").read_bytes()
+    for place in (weights, config):
+        sign.sign(place, place.name)
+    evil = json.dumps(json.loads(signed) | {"tie_word_embeddings": True, "evil": 1}).encode()
+    asked = {"signature": {"act": "refuse", "keys": [str(keys.public["theirs"])]}}
+    wanted = Settings.model_validate({"state": tmp_path / "state", "gates": asked})
+
+    def rewritten(place: Place, trusted: Trusted) -> object:
+        found, file = verify(place, trusted), weights / "model.safetensors"
+        times = file.stat()
+        altered(weights)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return found
+
+    def shown(place: Place, trusted: Trusted) -> object:
+        (config / "config.json").write_bytes(signed)
+        return verify(place, trusted)
+
+    with api.Merge(wanted, write=True) as merge:
+        monkeypatch.setattr(gate, "verify", rewritten)
+        with pytest.raises(Retry, match=r"model\.safetensors"):
+            merge.engine.fold(Folder(weights, tmp_path / "in"))
+        monkeypatch.setattr(gate, "verify", shown)
+        (config / "config.json").write_bytes(evil)
+        assert merge.engine.fold(Folder(config, tmp_path / "in")).reason == "signature"
+        monkeypatch.undo()
+        assert merge.state.ledger.folds() == []

@@ -82,12 +82,12 @@ def queried(canary: CanarySettings) -> Answered:
         return Answered("inconclusive", f"{what}: {error}")
     if not values:
         return Answered("inconclusive", f"{what}: no data")
-    worst = sorted(values, key=lambda value: -_beyond(value, canary))
-    if any(math.isnan(value) for value in values):
-        return Answered("inconclusive", f"{what}: {len(values)} values, and one of them is no number (NaN)")
-    if _beyond(worst[0], canary) > 0:
+    worst = sorted((one for one in values if not math.isnan(one)), key=lambda one: -_beyond(one, canary))
+    if worst and _beyond(worst[0], canary) > 0:  # whatever others are: a share of no requests is NaN
         limit = f"above max = {canary.max:g}" if _is_above(worst[0], canary) else f"below min = {canary.min:g}"
         return Answered("failed", f"{what}: {worst[0]:.6g} is {limit}", tuple(worst))
+    if len(worst) < len(values):
+        return Answered("inconclusive", f"{what}: {len(values)} values, and one of them is no number (NaN)")
     return Answered("passed", f"{what}: {few(f'{value:.6g}' for value in worst)}", tuple(worst))
 
 

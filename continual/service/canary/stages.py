@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from continual.api import Merge
 from continual.engine.views import check_read_at
 from continual.errors import Misconfigured
+from continual.outside import few
 from continual.publish import folder, proposals
 from continual.publish.hub import Released
 from continual.records import Candidate
@@ -20,7 +21,7 @@ from continual.service import release as releasing
 from continual.service.canary.verdicts import moment
 from continual.service.outgoing import OutPlan, What, mark_of, models_in, outgoing
 from continual.state.canaries import CanaryRecord, Phase
-from continual.state.entries import CanaryEntry, RetryEntry, RollbackEntry
+from continual.state.entries import CanaryEntry, RetryEntry, RollbackEntry, UnfoldEntry
 from continual.state.parts import CanaryVerdict
 from continual.state.software import software
 
@@ -211,9 +212,7 @@ def finish(merge: Merge, record: CanaryRecord) -> None:
         publishing.put(merge, out, record.seq)
     if out.asked.repo is not None:
         found = releasing.release_as(merge, out, record.seq)
-        before = merge.state.publications.release(out.asked.repo, out.asked.branch)
-        if before is None or (before.of, before.mark) != (found.seq, found.mark):
-            merge.record(releasing.entry(found, out.name))
+        merge.record(releasing.entry(found, out.name))
     if (entry := verdict(merge, record)) is not None:
         merge.record(entry)
     merge.state.canaries.rest(record.view, record.seq)
@@ -279,10 +278,11 @@ def put_link(merge: Merge, name: str | None) -> None:
 
 
 def take_back(merge: Merge, name: str | None) -> list[Candidate]:
-    """Takes a canary back that failed: of the merge by a rollback to what is promoted, of a view by a record that
-    says so; then nothing of it goes out any more. Returns the models that were folded after it and went with the
-    rollback: they are to be looked at again. On the thread that writes the state. Raises Misconfigured where the record
-    has expired, Retry and Halt."""
+    """Takes a canary back that failed: of the merge by a rollback to what is promoted, unless a person has taken its
+    models out by now; of a view by a record that says so. Then nothing of it goes out any more. Returns the models that
+    were folded after it and went with the rollback: they are to be looked at again. On the thread that writes the
+    state. Raises Misconfigured where the record has expired, or has a model that was taken out since; Retry and
+    Halt."""
     record = merge.state.canaries.get(name)
     if record is None or record.phase != "failed":
         return []
@@ -303,6 +303,8 @@ def _rolled_back(merge: Merge, record: CanaryRecord) -> list[Candidate]:
     after = (c for c in ledger.models if c.seq > record.seq)
     done = [c for c in after if isinstance(c.entry, RollbackEntry) and c.entry.to == to]
     if not done:
+        if _is_gone(merge, record, to):
+            return []
         now = ReadOptions.from_mapping(ledger.read_options(ledger.head.seq))
         check_read_at(state, merge.rule, now, to)
         done = [state.rollback(to, because)]
@@ -313,3 +315,29 @@ def _rolled_back(merge: Merge, record: CanaryRecord) -> list[Candidate]:
             said = f"it was folded after record {record.seq}, whose canary failed"
             merge.record(RetryEntry(candidate=candidate, message=said))
     return later
+
+
+def _is_gone(merge: Merge, record: CanaryRecord, to: int) -> bool:
+    """Whether a person took out by now what came with a canary, or the canary is that something was taken out: what a
+    person took out stays out. Raises Misconfigured where a part of it is in the merge, and going back would put back
+    what was taken out."""
+    ledger = merge.state.ledger
+    now, before, mine = (
+        {fold.entry.candidate.key: fold.entry.candidate.name for fold in ledger.folds(seq)}
+        for seq in (ledger.head.seq, to, record.seq)
+    )
+    new = mine.keys() - before.keys()
+    if new and not new & now.keys():
+        return True
+    out = [c for c in ledger.models if c.seq > to and isinstance(c.entry, UnfoldEntry)]
+    back = {c.entry.key: c for c in out if isinstance(c.entry, UnfoldEntry) and c.entry.key in before.keys() - now}
+    if not back:
+        return False
+    if not new & now.keys():
+        return True
+    key, commit = next(iter(back.items()))
+    raise Misconfigured(
+        f"the canary of record {record.seq} failed ({record.why}), and is not taken back: to go back to record {to} "
+        f"would put {before[key]} back, which record {commit.seq} took out; unfold {few(now[one] for one in new)}, or "
+        "roll back by hand"
+    )

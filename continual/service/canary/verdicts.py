@@ -8,6 +8,9 @@ from datetime import UTC, datetime
 from continual.config import CanarySettings
 from continual.state.canaries import CanaryRecord, Measurement
 
+_UNSEEN = 60.0
+"""Seconds without a look, or five intervals, which do not count as quiet."""
+
 
 def moment(now: datetime) -> str:
     """A time as the files of the state have it."""
@@ -15,8 +18,8 @@ def moment(now: datetime) -> str:
 
 
 def seconds_since(time: str, now: datetime) -> float:
-    """Seconds from a time of a file until `now`; none where the clock went back."""
-    return max(0.0, (now - datetime.fromisoformat(time)).total_seconds())
+    """Seconds from a time of a file until `now`; below 0 where the clock went back since."""
+    return (now - datetime.fromisoformat(time)).total_seconds()
 
 
 def measures(canary: CanarySettings) -> bool:
@@ -26,25 +29,31 @@ def measures(canary: CanarySettings) -> bool:
 
 def wait(record: CanaryRecord, canary: CanarySettings, now: datetime) -> float | None:
     """Seconds until a canary is to be looked at; None where only a person decides. An alarm is looked at again after
-    half of the interval: so two of them take it back within two intervals, whenever the first began."""
+    half of the interval: so two of them take it back within two intervals, whenever the first began. At once where
+    the clock went back since the last look: else nobody would look until it is as late again."""
     if record.since is None:
         return None
     last = record.measured[-1] if record.measured else None
     pause = canary.interval / 2 if last is not None and last.verdict == "failed" else canary.interval
-    looks = measures(canary) or record.request is not None
-    every = [pause - seconds_since(last.time if last else record.since, now)] if looks else []
-    if not every and canary.after is not None:
-        every = [canary.after - seconds_since(record.since, now)]
-    return max(0.0, *every) if every else None
+    if not measures(canary) and record.request is None:
+        if canary.after is None:
+            return None
+        pause, last = canary.after, None
+    gone = seconds_since(last.time if last else record.since, now)
+    return 0.0 if gone < 0.0 else max(0.0, pause - gone)
 
 
-def measured(record: CanaryRecord, found: Measurement | None, canary: CanarySettings, now: datetime) -> CanaryRecord:
-    """What becomes of a watched canary after a measurement (None: nothing is measured)."""
+def measured(
+    record: CanaryRecord, found: Measurement | None, canary: CanarySettings, now: datetime, took: float = 0.0
+) -> CanaryRecord:
+    """What becomes of a watched canary after a measurement (None: nothing is measured), which took so many seconds."""
     if record.phase != "watched" or record.since is None:
         return record
+    record = _not_ahead(record, now)
     if found is not None:
         kept = (*record.measured, found)[-canary.count :]
-        passed = (record.passed or found.time) if found.verdict == "passed" else None
+        begun = None if _is_gap(record, canary, now, took) else record.passed
+        passed = (begun or found.time) if found.verdict == "passed" else None
         count = record.measurements + 1
         record = replace(record, measured=kept, passed=passed, measurements=count)
         failed = [one for one in kept if one.verdict == "failed"]
@@ -55,6 +64,22 @@ def measured(record: CanaryRecord, found: Measurement | None, canary: CanarySett
     if canary.after is not None and quiet is not None and seconds_since(quiet, now) >= canary.after:
         return record.decided("promoted", "time", f"no alarm for {canary.after:g} s")
     return record
+
+
+def _not_ahead(record: CanaryRecord, now: datetime) -> CanaryRecord:
+    """The same where the clock went back: what was to come counts from now."""
+
+    def here(time: str | None) -> str | None:
+        return moment(now) if time is not None and seconds_since(time, now) < 0.0 else time
+
+    return replace(record, since=here(record.since), passed=here(record.passed))
+
+
+def _is_gap(record: CanaryRecord, canary: CanarySettings, now: datetime, took: float) -> bool:
+    """Whether nobody looked for long, as when the daemon was down or the clock jumped: that was no quiet time."""
+    if not record.measured:
+        return False
+    return seconds_since(record.measured[-1].time, now) - took > max(_UNSEEN, 5 * canary.interval)
 
 
 def inconclusive(record: CanaryRecord) -> int:

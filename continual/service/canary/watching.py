@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -137,17 +138,17 @@ class CanaryWatch:
         out = outgoing(self._merge.settings, name)
         canary = out.canary
         assert canary is not None
-        found = None
+        found, begun = None, time.monotonic()
         if verdicts.measures(canary):
             found = await aside(partial(measuring.measure, self._merge, out, record))
             self._metrics.canary_measured(found.verdict)
             log = self._log.info if found.verdict == "passed" else self._log.warning
             log("canary", what=which, seq=record.seq, verdict=found.verdict, said=found.said)
-        now = datetime.now(UTC)
+        now, took = datetime.now(UTC), time.monotonic() - begun
 
         def decided(before: CanaryRecord) -> CanaryRecord:
             same = (before.seq, before.since) == (record.seq, record.since)
-            return verdicts.measured(before, found, canary, now) if same else before
+            return verdicts.measured(before, found, canary, now, took) if same else before
 
         after = await asyncio.to_thread(self._merge.state.canaries.change, name, decided)
         if after is not None and verdicts.inconclusive(after) >= canary.failure_limit:

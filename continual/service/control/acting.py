@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from continual import texts
 from continual.engine.views import check_read_at
@@ -32,6 +32,7 @@ from continual.service.control.requests import (
 from continual.service.outgoing import outgoing
 from continual.state import going_back, paused
 from continual.state.fields import body_of
+from continual.state.refs import must_be_named
 from continual.texts import Json, jsonable
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def act(merge: Merge, request: Request, hear: Hearing) -> Answer:
     """Does what `request` asks for, on the thread that writes the state. Raises what the method of `Merge` raises, and
     Retry where more would be undone or folded again than a person agreed to."""
     if isinstance(request, TagRequest):
-        merge.state.tag(request.name, request.at, force=request.force)
+        merge.state.tag(request.name, _seq(merge, request.at), force=request.force)
         return {"tags": jsonable(merge.state.ledger.tags)}
     if isinstance(request, RetryRequest):
         return {"records": _records(merge.retry(_word(merge, request), because=request.because, by=request.by))}
@@ -89,16 +90,17 @@ def act(merge: Merge, request: Request, hear: Hearing) -> Answer:
 def look_release(merge: Merge, request: ReleaseRequest) -> Answer:
     """What a release would do; changes nothing, and only asks the Hub. From any thread. Raises Misconfigured and
     Trouble."""
-    return {"look": jsonable(releasing.look(merge, request.at, request.view)._asdict())}
+    return {"look": jsonable(releasing.look(merge, _seq(merge, request.at), request.view)._asdict())}
 
 
 def release(merge: Merge, request: ReleaseRequest) -> ReleaseAnswer:
     """Releases a record on the Hub, without the record of it in the ledger. From any thread. Raises Misconfigured,
     Trouble, Retry."""
+    at = _seq(merge, request.at)
     if outgoing(merge.settings, request.view).canary is not None:
-        out = reporting.release_candidate(merge, request.view, request.at)
+        out = reporting.release_candidate(merge, request.view, at)
     else:
-        out = releasing.release(merge, request.at, view=request.view)
+        out = releasing.release(merge, at, view=request.view)
     return ReleaseAnswer(out, {"released": jsonable(out)})
 
 
@@ -107,7 +109,7 @@ def promote(merge: Merge, request: PromoteRequest, *, alone: bool) -> Answer:
     Trouble, Retry and Halt."""
     if request.dry_run:
         raise Misconfigured("promote has no dry run: 'continual status' shows the canaries")
-    found = stages.promote(merge, request.view, request.at, "command", "by 'continual promote'")
+    found = stages.promote(merge, request.view, _seq(merge, request.at), "command", "by 'continual promote'")
     if alone:
         stages.finish(merge, found)
     return {"promoted": {"view": found.view, "seq": found.seq, "done": alone}}
@@ -136,10 +138,19 @@ def _word(merge: Merge, request: RetryRequest | DropRequest | UnfoldRequest) -> 
     return request.model
 
 
+@overload
+def _seq(merge: Merge, named: int | str) -> int: ...
+@overload
+def _seq(merge: Merge, named: int | str | None) -> int | None: ...
+def _seq(merge: Merge, named: int | str | None) -> int | None:
+    """The number of the record that was named. Raises Misconfigured where none is."""
+    return must_be_named(merge.state.ledger, named) if isinstance(named, str) else named
+
+
 def _rollback(merge: Merge, request: RollbackRequest) -> Answer:
-    state = merge.state
+    state, seq = merge.state, _seq(merge, request.seq)
     keep = merge.settings.keep, merge.settings.keep_bytes
-    plan = going_back.look(state, request.seq, *keep)
+    plan = going_back.look(state, seq, *keep)
     if request.expected is not None and len(plan.undone) != request.expected:
         raise Retry(
             f"the merge went on meanwhile: {len(plan.undone)} folds would be undone, and not {request.expected}; "
@@ -149,7 +160,7 @@ def _rollback(merge: Merge, request: RollbackRequest) -> Answer:
     check_read_at(state, merge.rule, now, plan.to)  # how the merge is read does not go back with it
     commit = None
     if not request.dry_run:
-        commit = state.rollback(request.seq)
+        commit = state.rollback(seq)
         state.expire(*keep)
     return {
         "to": plan.to,

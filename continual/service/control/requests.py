@@ -14,6 +14,10 @@ Seq = Annotated[int, Field(ge=-(2**53), le=2**53)]
 """The number of a record; whether there is one is for the ledger to say."""
 
 
+Record = Seq | Word
+"""A record by its number or, where it was typed so, by its tag or HEAD: what that names is for the ledger to say."""
+
+
 class Asking(BaseModel):
     """What all requests have. `writes`: whether the state has to be open for writing. `title`: what is done, as the
     status page says it."""
@@ -35,7 +39,7 @@ class TagRequest(Asking):
     command: Literal["tag"] = "tag"
     title = "tag"
     name: Word
-    at: Seq | None = None
+    at: Record | None = None
     force: bool = False
 
 
@@ -68,7 +72,7 @@ class RollbackRequest(Asking):
 
     command: Literal["rollback"] = "rollback"
     title = "rollback"
-    seq: Seq
+    seq: Record
     expected: int | None = None
 
 
@@ -106,7 +110,7 @@ class ReleaseRequest(Asking):
 
     command: Literal["release"] = "release"
     title = "release"
-    at: Seq | None = None
+    at: Record | None = None
     view: Word | None = None
 
 
@@ -115,7 +119,7 @@ class PromoteRequest(Asking):
 
     command: Literal["promote"] = "promote"
     title = "promote"
-    at: Seq | None = None
+    at: Record | None = None
     view: Word | None = None
 
 

@@ -27,17 +27,20 @@ _FEWEST, _MOST = 8, 128
 
 
 class Identity(NamedTuple):
-    """What tells a file from every other, and from itself before a change."""
+    """What tells a file from every other, and from itself before a change. `ctime_ns`: of a file that others can write
+    to, who may set its other times back; 0 of one of our own, to which a link may be made meanwhile."""
 
     device: int
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int = 0
 
     @staticmethod
-    def of(found: os.stat_result) -> Identity:
+    def of(found: os.stat_result, *, of_others: bool = False) -> Identity:
         """That of a file as `stat` found it."""
-        return Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        ctime = found.st_ctime_ns if of_others else 0
+        return Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, ctime)
 
 
 class ModelFile:
@@ -63,7 +66,7 @@ class ModelFile:
         """Opens the file. Raises OSError, Refuse (`outside`), and Retry if it is not what it was."""
         fd = open_regular(self.path)
         try:
-            identity = Identity.of(os.fstat(fd))
+            identity = Identity.of(os.fstat(fd), of_others=self.root is not None)
             if self.identity is None:
                 _check_inside(fd, self.path, self.root)
             elif identity != self.identity:

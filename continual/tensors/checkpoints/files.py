@@ -93,7 +93,7 @@ class Files:
         """Raises Retry naming the first file that was rewritten, replaced or deleted since it was opened."""
         for file in self._files:
             with reading(file.path):
-                named = Identity.of(os.stat(file.path))
+                named = Identity.of(os.stat(file.path), of_others=file.root is not None)
             if named != file.identity:
                 raise Retry(changed(file.path))
 

@@ -149,12 +149,14 @@ class Place(Protocol):
 
 class Folder:
     """A model directory, or one safetensors file. `root` is the watched folder its files must lie in, None for a path
-    given by hand."""
+    given by hand. Of a watched one a small file is what it was when it was read first, so that what is asked of it
+    later (a signature) is asked of what is used: whoever publishes there could exchange it in between."""
 
     def __init__(self, path: Path, root: Path | None = None, source: str = "hand") -> None:
         self.path = path
         self.root = root
         self.source = source
+        self._read: dict[str, str] = {}  # the SHA-256 of small files
         self.name = path.name
         self.origin = str(path.absolute())
 
@@ -213,17 +215,22 @@ class Folder:
         return _there(self._at(name))
 
     def small(self, name: str) -> bytes:
-        """At most 64 MiB, of a regular file within `root`."""
-        return small_file(self._at(name), self.root)
+        """At most 64 MiB, of a regular file within `root`. Raises Retry, too, where it was another before."""
+        found = small_file(self._at(name), self.root)
+        if self.root is not None:
+            digest = hashlib.sha256(found).hexdigest()
+            if self._read.setdefault(name, digest) != digest:
+                raise Retry(f"{self.file(name)}: was exchanged while the model was read; nothing was settled")
+        return found
 
     def open(self, names: Sequence[str]) -> Weights:
         """Opens them. Raises Refuse if one is no regular file or lies outside `root`, Retry if one cannot be opened."""
         return Files([self._at(name) for name in names], self.root, names)
 
     def files(self) -> frozenset[str]:
-        """All that is no folder, links included; links to folders are not followed. Raises Retry, and Refuse (`index`)
-        for more files, or deeper folders, than any model has."""
-        found: set[str] = set()
+        """All that is no folder, links included, and what was read; links to folders are not followed. Raises Retry,
+        and Refuse (`index`) for more files, or deeper folders, than any model has."""
+        found = set(self._read)
         with reading(self.directory):
             for root, folders, names in os.walk(self.directory, onerror=_raised):
                 inner = Path(root).relative_to(self.directory)
@@ -234,7 +241,9 @@ class Folder:
         return frozenset(found)
 
     def sha256(self, name: str) -> str:
-        """Reads the file, which has to be a regular one within `root`."""
+        """Reads the file, which has to be a regular one within `root`, unless it was read whole before."""
+        if name in self._read:
+            return self._read[name]
         weights, digest, at = self.open([name]), hashlib.sha256(), 0
         try:
             size = weights.stats[0].size

@@ -77,12 +77,14 @@ def test_what_failed_is_said_with_its_values_and_no_more_is_kept_than_counts() -
         (START, {}, 0, 60.0),
         (START, {}, 45, 15.0),
         (START, {}, 600, 0.0),
-        (START, {}, -600, 60.0),
+        (START, {}, -600, 0.0),
+        (watched("p"), {}, -600, 0.0),
         (watched("p"), {}, 70, 50.0),
         (watched("pf"), {}, 130, 20.0),
         (watched("fi"), {}, 130, 50.0),
         (START, {"query": None, "max": None}, 0, None),
         (START, {"query": None, "max": None, "after": 90.0}, 30, 60.0),
+        (START, {"query": None, "max": None, "after": 90.0}, -30, 0.0),
     ],
 )
 def test_when_a_candidate_is_looked_at(
@@ -95,6 +97,30 @@ def test_one_of_which_nothing_is_measured_is_promoted_by_time_alone() -> None:
     asked = canary(query=None, max=None, after=90.0)
     for later, phase in ((89, "watched"), (90, "promoted")):
         assert verdicts.measured(START, None, asked, NOW + timedelta(seconds=later)).phase == phase
+
+
+def looked(record: CanaryRecord, seconds: float, took: float = 0.0, **said: Any) -> CanaryRecord:
+    """After a look that passed, so many seconds after the beginning."""
+    now = NOW + timedelta(seconds=seconds)
+    found = Measurement(time=verdicts.moment(now), verdict="passed", said="quiet")
+    return verdicts.measured(record, found, canary(**said), now, took)
+
+
+def test_a_clock_that_went_back_neither_stops_the_watch_nor_holds_up_the_promotion() -> None:
+    record = watched("pp", after=3600.0)
+    for seconds in (-86_000, -84_000):
+        record = looked(record, seconds, took=2000.0, after=3600.0)
+    assert (record.phase, record.since) == ("watched", verdicts.moment(NOW - timedelta(seconds=86_000)))
+    assert looked(record, -82_000, took=2000.0, after=3600.0).phase == "promoted"
+    quiet = verdicts.measured(START, None, canary(query=None, max=None, after=90.0), NOW - timedelta(days=1))
+    assert (quiet.phase, quiet.since) == ("watched", verdicts.moment(NOW - timedelta(days=1)))
+
+
+def test_hours_in_which_nobody_looked_are_not_quiet_hours() -> None:
+    """A daemon that was down, or a clock that jumped: one look is not a quiet hour."""
+    record = looked(watched("pp", after=3600.0), 86_400, after=3600.0)
+    assert (record.phase, record.passed) == ("watched", verdicts.moment(NOW + timedelta(days=1)))
+    assert looked(watched("pp", after=3600.0), 7200, took=7000.0, after=3600.0).phase == "promoted"
 
 
 @given(st.text("pfi", max_size=12), st.integers(1, 5))
@@ -114,7 +140,9 @@ ANSWERS: list[tuple[Any, dict[str, Any], str, str]] = [
     ([0.1, 1.5], {"min": 0.4}, "failed", "1.5 is above max"),
     ([0.1, 0.9], {"min": 0.4}, "failed", "0.1 is below min = 0.4"),
     ([math.inf], {}, "failed", "inf is above max"),
-    ([math.nan, 9.0], {}, "inconclusive", "NaN"),
+    ([math.nan, 0.5], {}, "inconclusive", "NaN"),
+    ([math.nan], {}, "inconclusive", "NaN"),
+    ([math.nan, 9.0], {}, "failed", "9 is above max"),
     ([], {}, "inconclusive", "query q: no data"),
     (success({"resultType": "scalar", "result": [1, "7"]}), {}, "failed", "7 is above"),
     (success({"resultType": "matrix", "result": []}), {}, "inconclusive", "is a matrix"),

@@ -16,6 +16,8 @@ def test_every_setting_is_shown_with_where_it_was_set_and_no_secret(tmp_path: Pa
     file.write_text(
         "[views.a]\nonly = ['x']\n[sources.post]\nbox = '/in'\napi_token = 'hidden'\n"
         "[[hooks]]\nkind = 'http'\nurl = 'https://me:hidden@there/a?key=hidden'\n[gates.noise]\nact = 'warn'\n"
+        "[evaluation]\ncommand = ['eval', '{model}', '--api-key', 'hidden', '--auth=token=hidden', "
+        "'Authorization: Bearer hidden', '--tokenizer', 'shown']\n"
     )
     environ = {"CONTINUAL_WEBHOOK_SECRET": "hidden", "CONTINUAL_KEEP": "5"}
     rows = {str(row["setting"]): row for row in shown(look({"port": 1}, file=file, environ=environ))}
@@ -25,6 +27,11 @@ def test_every_setting_is_shown_with_where_it_was_set_and_no_secret(tmp_path: Pa
         "value": MASK,
         "from": "environment: CONTINUAL_WEBHOOK_SECRET",
     }
+    assert rows["tokenizer"]["value"] != MASK
+    assert rows["evaluation.command"]["value"] == [
+        *("eval", "{model}", "--api-key", MASK, f"--auth=token={MASK}", f"Authorization: Bearer {MASK}"),
+        *("--tokenizer", "shown"),
+    ]
     assert rows["sources.post.api_token"]["value"] == MASK
     assert (rows["keep"]["value"], rows["keep"]["from"]) == (5, "environment: CONTINUAL_KEEP")
     assert (rows["port"]["value"], rows["port"]["from"]) == (1, "flag: port")
