@@ -101,7 +101,7 @@ class Sketched:
         along = None if merged is None else [_cosine(one.reshape(-1), merged.reshape(-1)) for one in own]
         whole = self._shares(self._lengths, along)
         layers = []
-        for group, (depth, name) in self._layers().items() if own else ():
+        for group, (depth, name) in layer_groups(self.specs, self.plan).items() if own else ():
             along = None if merged is None else [_cosine(one[group], merged[group]) for one in own]
             shares = self._shares([one.norms[group] for one in self.sketches], along)
             layers.append(ToldLayer(name, depth, [share for share in shares if share.norm]))
@@ -115,12 +115,14 @@ class Sketched:
         shares = [length / total if total else 0.0 for length in weighed]
         return list(map(ToldShare, self.models, shares, cosines))
 
-    def _layers(self) -> Mapping[int, tuple[float, str]]:
-        """The first depth and the layers of each group of the sketches, by its number."""
-        inside: dict[int, tuple[float, dict[str, None]]] = {}
-        for spec in sorted(self.specs, key=lambda spec: (spec.depth, spec.name)):
-            inside.setdefault(self.plan.group[spec.name], (spec.depth, {}))[1][layer_in(spec.name)] = None
-        return {group: (depth, _called(list(names))) for group, (depth, names) in inside.items()}
+
+def layer_groups(specs: Sequence[TensorSpec], plan: SketchPlan) -> Mapping[int, tuple[float, str]]:
+    """The first depth and the layers of each group of the sketches, by its number. `specs` are those that `plan` is
+    of."""
+    inside: dict[int, tuple[float, dict[str, None]]] = {}
+    for spec in sorted(specs, key=lambda spec: (spec.depth, spec.name)):
+        inside.setdefault(plan.group[spec.name], (spec.depth, {}))[1][layer_in(spec.name)] = None
+    return {group: (depth, _called(list(names))) for group, (depth, names) in inside.items()}
 
 
 def _cosine(one: Floats, other: Floats) -> float | None:

@@ -3,6 +3,7 @@ out."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -37,6 +38,11 @@ SHOWN = SHARES
 _RECENT = 2000
 """Records among which publications are looked for."""
 C = TypeVar("C", bound=Commit)
+
+
+def model_id(key: str) -> str:
+    """What stands for a model's key in addresses of pages: a key can be long, and have any character."""
+    return hashlib.blake2s(key.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def newest(commits: Sequence[C]) -> list[C]:
@@ -76,6 +82,7 @@ def fold(commit: FoldCommit, full: Fullness | None) -> ShownFold:
         warned=numbers.warned,
         cut=numbers.cut,
         cut_now=None if full is None else full.models.get(commit.entry.numbers.block or 0),
+        model_id=model_id(candidate.key),
     )
 
 
@@ -88,6 +95,7 @@ def refusal(commit: Commit) -> ShownRefusal:
         candidate.name if candidate else None,
         reason=commit.entry.reason,
         message=commit.entry.message,
+        model_id=model_id(candidate.key) if candidate else "",
     )
 
 
@@ -113,6 +121,7 @@ def waiting(found: Waiting) -> ShownWaiting:
         score=last.score if last else None,
         z=last.z if last else None,
         said=last.message if last else "waits for its first round",
+        model_id=model_id(found.candidate.key),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -17,6 +18,7 @@ from continual.service import showing
 from continual.service.health import Health, Shortfall
 from continual.service.metrics import peak_memory
 from continual.service.queue import Queue, Queued
+from continual.service.recalling import Recalling
 from continual.service.web import Status
 from continual.service.web.view import ShownQueued, ShownScale, UnderWay
 from continual.sources import roster
@@ -62,6 +64,8 @@ class Live:
     ) -> None:
         """`clock` tells seconds that never go back."""
         self.merge = merge
+        self.recalling = Recalling(merge)
+        self.directory = str(merge.state.path.absolute())
         self.queue = queue
         self.sources = sources
         self.health = Health(clock)
@@ -174,13 +178,33 @@ class Live:
         shown = state.ledger.log[:before][-limit:]
         return [{**record(commit), **going_back.marked(commit, generations)} for commit in shown]
 
+    def is_ending(self) -> bool:
+        """Whether the daemon stops: nobody may wait for it any more."""
+        return self.merge.stopping.is_set()
+
+    def stamp(self) -> str:
+        """A word that is another one when there is something new to show, and once a minute."""
+        head, queue = self.merge.state.ledger.head, self.queue.waiting
+        tries = sum(queued.attempt for queued in list(queue.values()))
+        wrong = [(shortfall.reason, shortfall.message) for shortfall in self.shortfalls()]
+        now = (head.crc, len(queue), tries, self.doing, self.paused, self.scanned, wrong, int(self._clock() / 60))
+        return hashlib.blake2s(repr(now).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+
+    def under_way(self) -> UnderWay | None:
+        """What is done now, and how far it is."""
+        doing = self.doing
+        return None if doing is None else UnderWay(doing, *self._stage)
+
+    def free_bytes(self) -> int:
+        """Bytes that are free on the disk of the state."""
+        return shutil.disk_usage(self.merge.state.path).free
+
     def status(self) -> Status:
         """Everything there is to show."""
         good, why = self.healthy()
         found = self.shortfalls()
         if good and found:
             why = "; ".join(shortfall.message for shortfall in found)
-        doing = self.doing
         reports: dict[str, SourceReport] = {}
         for source in self.sources:
             reports.setdefault(source.name, source.report())
@@ -200,7 +224,7 @@ class Live:
                 queued=len(self.queue.waiting),
                 sources=reports,
                 notes=[note for source in self.sources for note in source.notes()],
-                current=None if doing is None else UnderWay(doing, *self._stage),
+                current=self.under_way(),
                 peak_memory_bytes=peak_memory(),
             ),
         )

@@ -1,11 +1,10 @@
-"""The service over HTTP: status page, JSON, metrics and probes, which read and never change anything. What a source
+"""The service over HTTP: pages, JSON, events, metrics and probes, which read and never change anything. What a source
 wants to be told over HTTP are routes of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import socket
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
@@ -13,23 +12,26 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from continual.errors import Misconfigured
 from continual.service.metrics import CONTENT_TYPE, Metrics
-from continual.service.web import page
+from continual.service.web.events import Events
 from continual.service.web.hosts import may_ask
+from continual.service.web.looking import PageLook
+from continual.service.web.machines import Machines, description
+from continual.service.web.people import People
+from continual.service.web.seen import View
 from continual.service.web.server import Ears, Server
-from continual.service.web.view import Status, View
 from continual.texts import plain
 
-_MOST = 1000
 _HEADERS = (
     (
         b"content-security-policy",
-        b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+        b"default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; "
+        b"frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     ),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -42,23 +44,8 @@ def create_app(
 ) -> Starlette:
     """The application on what `view` tells; `routes` are those that sources add, `names` by which it may be asked for
     besides localhost and addresses."""
-    look = _Look(view)
-
-    async def index(_request: Request) -> Response:
-        return HTMLResponse(page.render(await look.status()))
-
-    async def status(_request: Request) -> Response:
-        return _Json((await look.status()).body())
-
-    async def log(request: Request) -> Response:
-        try:
-            limit = int(request.query_params.get("limit", 100))
-            before = int(request.query_params["before"]) if "before" in request.query_params else None
-        except ValueError:
-            return JSONResponse({"error": "limit and before are whole numbers"}, 400)
-        if not 1 <= limit <= _MOST or (before is not None and before < 0):
-            return JSONResponse({"error": f"limit is from 1 to {_MOST}, before a record number"}, 400)
-        return _Json(view.log(limit, before))
+    look = PageLook(view)
+    machines = Machines(look)
 
     async def series(_request: Request) -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
@@ -71,36 +58,16 @@ def create_app(
         return answer
 
     ours = [
-        Route("/", index),
-        Route("/api/status", status),
-        Route("/api/log", log),
+        *People(look).routes(),
+        *machines.routes(),
+        description([row.described for row in machines.table()]),
+        Route("/events", Events(view).answer),
         Route("/metrics", series),
         Route("/healthz", probe(view.healthy)),
         Route("/readyz", probe(view.ready)),
     ]
     guards = [Middleware(_Headers), Middleware(_Names, names=names, metrics=metrics)]
     return Starlette(routes=[*ours, *routes], middleware=guards)
-
-
-class _Json(JSONResponse):
-    """JSON in ASCII: a name that is no Unicode can be in it, and a terminal that shows it is not steered."""
-
-    def render(self, content: object) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
-
-
-class _Look:
-    """Asks for the status on a thread, once at a time: who asks meanwhile gets the same answer."""
-
-    def __init__(self, view: View) -> None:
-        self._view = view
-        self._under_way: asyncio.Future[Status] | None = None
-
-    async def status(self) -> Status:
-        """Everything there is to show."""
-        if self._under_way is None or self._under_way.done():
-            self._under_way = asyncio.ensure_future(asyncio.to_thread(self._view.status))
-        return await asyncio.shield(self._under_way)
 
 
 class _Names:

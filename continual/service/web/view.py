@@ -1,10 +1,10 @@
-"""What the service shows, as frozen records, and where it gets it. How it looks is for `page.py`."""
+"""What the service shows of the present, as frozen records. Who gives them is in `seen.py`, how it looks in
+`pages/`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from continual.service.health import Shortfall
 from continual.sources.contract import SourceReport
@@ -36,7 +36,7 @@ class ShownFold:
     with the merge before it, and its weight. None: the rule does not measure it. `left_out`: the first of its tensors
     that this state lacks and that stay out, and how many more; empty where there are none. `warned`: the reasons of
     gates that only warned. `cut`, `cut_now`: of a state of adapters, the share of ‖τ‖² that was cut off when it came,
-    and by now."""
+    and by now. `model_id`: what stands for the model's key in addresses of pages."""
 
     seq: int
     time: str
@@ -49,17 +49,20 @@ class ShownFold:
     warned: str = ""
     cut: float | None = None
     cut_now: float | None = None
+    model_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ShownRefusal:
-    """A refusal: the number and time of its record, the model's name, the short reason and the sentence."""
+    """A refusal: the number and time of its record, the model's name, the short reason and the sentence; `model_id`: as
+    in `ShownFold`."""
 
     seq: int
     time: str
     model: str | None
     reason: str | None
     message: str | None
+    model_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +177,7 @@ class ShownWaiting:
     score: float | None
     z: float | None
     said: str
+    model_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,24 +255,3 @@ class Status:
         for key, value in fields.items():
             found.update(value if key == "sources" and isinstance(value, dict) else {key: value})
         return found
-
-
-class View(Protocol):
-    """What the app asks of the daemon."""
-
-    def status(self) -> Status:
-        """Everything there is to show."""
-        ...
-
-    def healthy(self) -> tuple[bool, str]:
-        """Whether the daemon is alive, and why not."""
-        ...
-
-    def ready(self) -> tuple[bool, str]:
-        """Whether it has opened its state and every source has looked once, and why not; where it is ready, whether it
-        is degraded."""
-        ...
-
-    def log(self, limit: int, before: int | None) -> list[dict[str, Json]]:
-        """The newest `limit` records, or those before the record `before`; oldest first."""
-        ...

@@ -58,7 +58,7 @@ def test_what_a_fold_left_out_is_on_the_page_in_the_status_and_in_the_log(
     live.merge.fold(models.fine_tune(tmp_path / "base", tmp_path / "bob", 2, change=bring))
     said = ", ".join(f"<h>{number}.weight" for number in range(5)) + " and 2 more"
     page = client.get("/").text
-    assert "<th>left out</th>" in page
+    assert '<th scope="col">left out</th>' in page
     assert html.escape(said) in page
     body = client.get("/api/status").json()
     assert [fold["left_out"] for fold in body["last_folds"]] == [said, ""]
@@ -70,10 +70,10 @@ def test_what_a_fold_left_out_is_on_the_page_in_the_status_and_in_the_log(
 def test_what_gates_warned_of_is_on_the_page_in_the_status_and_in_the_log(
     tmp_path: Path, client: TestClient, live: Live, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "<th>warned</th>" not in client.get("/").text
+    assert '<th scope="col">warned</th>' not in client.get("/").text
     live.merge.engine.gates = gates.make(Settings(gates={"norms": {"act": "warn"}}))
     live.merge.fold(models.fine_tune(tmp_path / "base", tmp_path / "bob", 2, size=1.0))
-    assert "<th>warned</th>" in client.get("/").text
+    assert '<th scope="col">warned</th>' in client.get("/").text
     body = client.get("/api/status").json()
     assert [fold["warned"] for fold in body["last_folds"]] == ["norm-base", ""]
     assert "bob (warned: norm-base)" in text(body)

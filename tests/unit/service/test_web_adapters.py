@@ -67,8 +67,8 @@ def test_what_was_cut_off_is_said_of_each_fold_and_of_all(
     page = client.get("/").text
     assert f"<dt>cut off by now</dt><dd>{100 * total:.1f} %</dd>" in page
     assert "<dt>fullest layer</dt><dd>6 of 6</dd>" in page
-    assert "<th>cut at fold</th><th>cut by now</th>" in page
-    assert "<th>cosine</th><th>weight</th>" not in page, "which is not measured here"
+    assert '<th scope="col">cut at fold</th><th scope="col">cut by now</th>' in page
+    assert '<th scope="col">cosine</th><th scope="col">weight</th>' not in page, "which is not measured here"
     said = text(body | {"form": body["form"] | {"cut": total}})
     assert f"the fullest layer has 6; {100 * total:.1f} % of what they change was cut off" in said
     assert f"alice (cut 0.0 % when it came, {100 * alice['cut_now']:.1f} % by now)" in said
@@ -94,7 +94,7 @@ def test_what_each_model_has_is_said_of_the_record_that_is_out(client: TestClien
     page = client.get("/").text
     assert f"Of record 2, which {tmp_path}/out/merged has" in page
     assert "&lt;b&gt;bob" in page
-    assert '<meter max="100" value="100.0"></meter>' in page, "alice is all of the view"
+    assert '<meter aria-hidden="true" max="100" value="100.0"></meter>' in page, "alice is all of the view"
     assert "<i>nobody" not in page
     assert "Goes out as an adapter of rank 2, " in page
     assert "org/gone: nothing yet" in page

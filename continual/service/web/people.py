@@ -1,0 +1,116 @@
+"""The pages for people: which address shows what."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import cache, partial
+from importlib.resources import files
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from continual.service.web.looking import AskedWrongly, PageLook, number, wanted
+from continual.service.web.pages import (
+    about_fold,
+    about_model,
+    evaluations,
+    front,
+    lists,
+    pictures,
+    settings_page,
+    storage,
+)
+from continual.service.web.pages.markup import Html
+from continual.service.web.pages.shell import Around, trouble
+
+FRONT_COLUMNS = 24
+"""Folds in the picture of the front page."""
+ASSETS = (("page.css", "text/css"), ("page.js", "text/javascript"), ("icon.svg", "image/svg+xml"))
+Show = Callable[[Request, Around], Awaitable[str]]
+
+
+class Missing(LookupError):
+    """There is no such fold or model."""
+
+
+class People:
+    """Shows pages of what `look` sees."""
+
+    def __init__(self, look: PageLook) -> None:
+        self._look = look
+        self._past = look.view.recalling
+
+    def routes(self) -> list[BaseRoute]:
+        """The pages, and what they are dressed in."""
+        pages: tuple[tuple[str, Show], ...] = (
+            ("/", self._front),
+            ("/folds", self._folds),
+            ("/folds/{seq:int}", self._fold),
+            ("/models/{identity}", self._model),
+            ("/refusals", self._refusals),
+            ("/evaluations", self._evaluations),
+            ("/storage", self._storage),
+            ("/settings", self._settings),
+        )
+        return [
+            *(Route(path, partial(self._answer, show)) for path, show in pages),
+            *(Route(f"/{name}", partial(_asset, name, kind)) for name, kind in ASSETS),
+        ]
+
+    async def _answer(self, show: Show, request: Request) -> Response:
+        around = Around(self._look.view.directory, self._look.view.stamp())
+        try:
+            return HTMLResponse(await show(request, around))
+        except AskedWrongly as error:
+            return HTMLResponse(trouble(400, str(error), around), 400)
+        except Missing as error:
+            return HTMLResponse(trouble(404, str(error), around), 404)
+
+    async def _front(self, _request: Request, around: Around) -> str:
+        status = await self._look.status()
+        picture = await self._look.aside(partial(self._past.picture, FRONT_COLUMNS))
+        return front.render(status, pictures.layers(picture), Html(), around)
+
+    async def _folds(self, request: Request, around: Around) -> str:
+        asked = wanted(request)
+        found = await self._look.aside(partial(self._past.folds, asked))
+        picture = await self._look.aside(partial(self._past.picture, pictures.COLUMNS))
+        return lists.folds(found, picture, asked, around)
+
+    async def _fold(self, request: Request, around: Around) -> str:
+        seq, part = request.path_params["seq"], number(request, "part", 0) or 0
+        about = await self._look.aside(partial(self._past.fold, seq, part))
+        if about is None:
+            raise Missing(f"Record {seq} brought no such fold.")
+        return about_fold.render(about, Html(), around)
+
+    async def _model(self, request: Request, around: Around) -> str:
+        about = await self._look.aside(partial(self._past.model, request.path_params["identity"]))
+        if about is None:
+            raise Missing("No record is about such a model.")
+        return about_model.render(about, Html(), around)
+
+    async def _refusals(self, request: Request, around: Around) -> str:
+        asked = wanted(request)
+        return lists.refusals(await self._look.aside(partial(self._past.refusals, asked)), asked, around)
+
+    async def _evaluations(self, _request: Request, around: Around) -> str:
+        return evaluations.render(await self._look.aside(self._past.evaluations), around)
+
+    async def _storage(self, _request: Request, around: Around) -> str:
+        found = await self._look.aside(self._past.generations)
+        free = await self._look.aside(self._look.view.free_bytes)
+        return storage.render(found, free, around)
+
+    async def _settings(self, _request: Request, around: Around) -> str:
+        return settings_page.render(await self._look.aside(self._past.settings), around)
+
+
+@cache
+def _bytes(name: str) -> bytes:
+    return files("continual.service.web").joinpath("assets", name).read_bytes()
+
+
+async def _asset(name: str, kind: str, _request: Request) -> Response:
+    return Response(_bytes(name), media_type=kind)
