@@ -31,7 +31,15 @@ can have others."""
 
 
 class ContinualError(Exception):
-    """Something went wrong that continual can explain."""
+    """Something went wrong that continual can explain. It can be sent to another process whatever it is made with."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _again, (type(self), self.args), self.__dict__
+
+
+def _again(kind: type[ContinualError], args: tuple[object, ...]) -> ContinualError:
+    """An error as it was, without what has to be said to make a new one."""
+    return kind.__new__(kind, *args)
 
 
 class Retry(ContinualError):

@@ -18,7 +18,7 @@ from continual.lazily import torch
 from continual.linalg import inner
 from continual.records import SCHEME
 from continual.state import State
-from continual.state.format import BaseFile, BaseRecord
+from continual.state.format import BaseFile, BaseRecord, Format
 from continual.tensors import Adapter, BaseModel, Checkpoint, Place, describe, open_model
 from continual.tensors.bases.kept import kept_base
 from continual.tensors.bases.packed import unpacked
@@ -61,11 +61,24 @@ def open_base(state: State, places: Places, moved: Path | None = None) -> BaseMo
     another size or time than at init, every tensor is hashed and compared. Raises Misconfigured if the base is not
     there, Damaged naming the first tensor that differs.
     """
-    record = state.format.base
-    if record.headers is not None:
-        headers = {name: (info.dtype, info.shape) for name, info in record.headers.items()}
-        return kept_base(name_of(record), headers, record.config, state.format.tensors, record.aliases or {})
+    if state.format.base.headers is not None:
+        return kept_headers(state.format)
     return weighted_base(state, places, moved)
+
+
+def kept_headers(form: Format) -> BaseModel:
+    """The base of a state of adapters, by its headers, which the format of the state has."""
+    record = form.base
+    headers = {name: (info.dtype, info.shape) for name, info in (record.headers or {}).items()}
+    return kept_base(name_of(record), headers, record.config, form.tensors, record.aliases or {})
+
+
+def as_recorded(form: Format, place: Place) -> BaseModel:
+    """Opens the base of a state of the format `form` at a place where another process has found it: no value is
+    compared. Raises as `open_base`."""
+    if form.base.packed is not None:
+        return _described(open_checkpoint(place, packed=True), form)
+    return _as_made(open_checkpoint(place, whole=_is_whole(form.base.files)), form, sampled=True)
 
 
 def name_of(record: BaseRecord) -> str:
@@ -84,7 +97,7 @@ def weighted_base(state: State, places: Places, moved: Path | None = None, *, fe
     there = bool(record.path) and all((path / file.name).exists() for file in record.files)  # a fetch may be cut off
     if not there and moved is None and record.repo is not None:
         if not fetch:
-            return _as_made(open_checkpoint(places.named(f"{SCHEME}{name_of(record)}")), state)
+            return _as_made(open_checkpoint(places.named(f"{SCHEME}{name_of(record)}")), state.format)
         path = fetched(places.hub, record.repo, record.revision, silent).path
     if not path.exists():
         raise Misconfigured(f"base {path} is gone: put it back, or say where it is now with base = DIR (--base)")
@@ -93,7 +106,7 @@ def weighted_base(state: State, places: Places, moved: Path | None = None, *, fe
         raise Misconfigured(
             f"base {path} has no {lacking} any more: put it back, or say where the base is now with base = DIR (--base)"
         )
-    model = _as_made(open_checkpoint(path, whole=_is_whole(record.files)), state)
+    model = _as_made(open_checkpoint(path, whole=_is_whole(record.files)), state.format)
     if record.headers is None and files_of(model.checkpoint) != record.files:
         digests = measure_base(model, silent).digests
         if differing := sorted(name for name, digest in record.digests.items() if digests.get(name) != digest):
@@ -101,20 +114,21 @@ def weighted_base(state: State, places: Places, moved: Path | None = None, *, fe
     return model
 
 
-def _as_made(checkpoint: Checkpoint, state: State) -> BaseModel:
-    """The base that `state` was made from, from its open files. Raises Damaged where it is another; then they are
-    closed."""
-    record = state.format.base
+def _as_made(checkpoint: Checkpoint, form: Format, *, sampled: bool = False) -> BaseModel:
+    """The base that a state of the format `form` was made from, from its open files; `sampled` is as `describe` has it.
+    Raises Damaged where it is another; then they are closed."""
+    record = form.base
     with ExitStack() as unless_it_is:
         unless_it_is.callback(checkpoint.close)
         model = describe(
             checkpoint,
             plain=record.plain,
             exclude=record.exclude,
-            tables=[spec.name for spec in state.format.tensors],  # what a state keeps by itself stays so
+            tables=[spec.name for spec in form.tensors],  # what a state keeps by itself stays so
+            sampled=sampled,
         )
-        model = replace(model, specs=as_made(model.specs, state.format.tensors))
-        if model.specs != state.format.tensors:
+        model = replace(model, specs=as_made(model.specs, form.tensors))
+        if model.specs != form.tensors:
             raise Damaged(
                 f"base {checkpoint.place} is not the one this state was made from: its tensors have other names, "
                 "shapes or dtypes"
@@ -157,22 +171,22 @@ def _unquantised(state: State, path: Path | None) -> BaseModel:
         raise Misconfigured(f"base {error}") from None
     with ExitStack() as unless_it_is:
         unless_it_is.callback(opened.close)
-        model = _described(opened, state)
+        model = _described(opened, state.format)
         unless_it_is.pop_all()
     return model
 
 
-def _described(opened: Checkpoint, state: State) -> BaseModel:
+def _described(opened: Checkpoint, form: Format) -> BaseModel:
     """The model that a quantised base was made from, from its open files. Raises as `_unquantised`."""
-    record, path = state.format.base, opened.place
-    if form := form_of(opened.config, opened.tensors):
+    record, path = form.base, opened.place
+    if quantised := form_of(opened.config, opened.tensors):
         raise Misconfigured(
-            f"base {path} is quantised as well ({form}): name a folder with the model that {name_of(record)} was "
+            f"base {path} is quantised as well ({quantised}): name a folder with the model that {name_of(record)} was "
             "quantised from, in F32, F16 or BF16, or export an adapter (--as-lora)"
         )
     model = describe(opened, plain=record.plain, exclude=record.exclude)
     there = {spec.name: spec.shape for spec in model.specs}
-    for spec in state.format.tensors:
+    for spec in form.tensors:
         if len(spec.shape) >= 2 and spec.kind != "carried" and there.get(spec.name) != spec.shape:
             raise Damaged(
                 f"base {path} is not the model that {name_of(record)} was quantised from: tensor {spec.name} is "

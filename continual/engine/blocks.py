@@ -1,16 +1,12 @@
-"""Folding an adapter into a state that keeps adapters as they are: its singular triplets beside the others', layer by
-layer. The blocks of other adapters are not read, unless they are cut; nor is the base, but where what an adapter adds
-depends on its weights."""
+"""What a fold writes of a layer in a state that keeps adapters as they are: singular triplets beside the others'. The
+blocks of other adapters are not read, unless they are cut; nor is the base, but where what an adapter adds depends on
+its weights. Which process folds which layers is the matter of block_orders.py."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
-import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -23,27 +19,19 @@ from continual.blocks import (
     Columns,
     Layer,
     decomposed,
-    decomposing,
     plan,
     triplets,
     without,
 )
-from continual.engine.outcomes import FoldReport, OpenCandidate
-from continual.engine.report import mapped, seconds_of
-from continual.engine.resources import Resources
 from continual.errors import Misconfigured
-from continual.executors.contract import Progress, Task
-from continual.gates import Gates, TensorNumbers
 from continual.lazily import torch
-from continual.records import TensorSpec, Totals
-from continual.rules import Sums, settle
-from continual.state import State, Transaction
+from continual.records import TensorSpec
+from continual.state import State
 from continual.state.arrays import Array
-from continual.state.format import FoldCommit
 from continual.state.generation import Generation
-from continual.state.parts import SketchText
-from continual.tensors import Adapter, BaseModel, Folder, LayerVectors, ThinVector, WholeVector, digest_of
-from continual.tensors.vectors.sketch import Floats, Projection, Sketch, SketchPlan
+from continual.state.writing import Writing
+from continual.tensors import LayerVectors, ThinVector, WholeVector
+from continual.tensors.vectors.sketch import Floats, Projection
 from continual.tensors.vectors.thin import sides_of
 
 _CHECKSUM = 4
@@ -66,136 +54,6 @@ class Room(NamedTuple):
     cut: int
 
 
-class _Tensor(NamedTuple):
-    """What folding one tensor gave: the digest of what its task vector was made from, ‖τ‖², what the cut took of it and
-    of others, whether it was read as thin factors, bytes read, wall time by stage, and the projection of its task
-    vector, for the sketch."""
-
-    digest: bytes
-    energy: float
-    lost: float
-    others: dict[int, float]
-    thin: bool
-    nbytes: int
-    seconds: dict[str, float]
-    projection: Floats
-
-
-class BlockFolding:
-    """Folds one adapter in one transaction, as the adapter `number` of the state. Thread-safe. The gates are asked of
-    each layer. Where continual is stopping, the layer that comes next raises Abandoned."""
-
-    def __init__(
-        self, base: BaseModel, transaction: Transaction, opened: OpenCandidate, gates: Gates, resources: Resources
-    ) -> None:
-        assert isinstance(opened.model, Adapter), "the gate on the form lets nothing else in"
-        self._base = base
-        self._transaction = transaction
-        self._opened = opened
-        self._gates = gates
-        self._resources = resources
-        self._vectors = LayerVectors(base, opened.model, opened.lineage, opened.weights)
-        self._vectors.begin()
-        self._width = 0
-        self._plan = SketchPlan.of(base.specs)
-
-    def run(self, state: State, before: Totals, progress: Progress) -> FoldReport:
-        """Puts every layer of the adapter beside what `state` has, as many columns in all as its width says; the report
-        of it. Raises Refuse, Retry, Abandoned."""
-        assert state.format.form is not None
-        number, self._width = free_numbers(state, 1)[0], state.format.form.width
-        changed = set(self._opened.lineage.folded)
-        specs = [spec for spec in self._base.specs if spec.kind != "carried"]
-        mine = sorted((s for s in specs if s.name in changed), key=lambda s: self._vectors.position(s.name))
-        found: dict[str, _Tensor] = {}
-        progress("fold", 0, len(mine))
-        tasks = [
-            Task(spec.name, need(self._vectors, spec, self._width), partial(self._tensor, spec, number))
-            for spec in mine
-        ]
-        for name, tensor in self._resources.executor.map(tasks):
-            found[name] = tensor
-            progress("fold", len(found), len(tasks))
-        for spec in specs:
-            for layer in spec.layers if spec.name not in changed else ():
-                self._transaction.keep(layer.name)
-        self._opened.model.check_unchanged()
-        if self._opened.weights is not None and isinstance(self._opened.weights.checkpoint.place, Folder):
-            self._opened.weights.checkpoint.check_unchanged()  # a commit of the Hub does not change
-        return self._report(number, before, found, state.ledger.folds())
-
-    def _tensor(self, spec: TensorSpec, number: int) -> _Tensor:
-        """One layer, or one after the other of a stack."""
-        name = self._opened.candidate.name
-        projected = np.zeros(self._plan.width)
-        found = _Tensor(b"", 0.0, 0.0, {}, True, 0, {"read": 0.0, "rule": 0.0, "write": 0.0}, projected)
-        started, vectors = time.perf_counter(), self._vectors.read(spec)
-        for layer, vector in zip(spec.layers, vectors, strict=True):
-            self._resources.go_on(name)
-            read = time.perf_counter()
-            block = block_of(vector, layer, self._width, self._resources.device)
-            self._gates.at_tensor(TensorNumbers(name, layer.name, block.energy))
-            projected += projection_of(block, layer.name, self._plan.width)
-            computed = time.perf_counter()
-            cut = put(self._transaction, layer.name, number, block)
-            ended = time.perf_counter()
-            for stage, seconds in (("read", read - started), ("rule", computed - read), ("write", ended - computed)):
-                found.seconds[stage] += seconds
-            started = ended
-            for other, square in cut.others.items():
-                found.others[other] = found.others.get(other, 0.0) + square
-            found = _Tensor(
-                vector.digest,
-                found.energy + block.energy,
-                found.lost + cut.own,
-                found.others,
-                isinstance(vector, ThinVector),
-                found.nbytes + vector.nbytes,
-                found.seconds,
-                projected,
-            )
-        return found
-
-    def _report(
-        self, number: int, before: Totals, found: dict[str, _Tensor], folds: Sequence[FoldCommit]
-    ) -> FoldReport:
-        opened, lineage = self._opened, self._opened.lineage
-        layers = [found[name] for name in sorted(found)]
-        tau_sq = math.fsum(layer.energy for layer in layers)
-        lost = math.fsum(layer.lost for layer in layers)
-        others = {
-            fold.entry.candidate.name: math.fsum(squares) / (fold.entry.numbers.tau_norm**2 or 1.0)
-            for fold in folds
-            if (squares := [layer.others.get(fold.entry.numbers.block or 0, 0.0) for layer in layers]) and any(squares)
-        }
-        sketch = Sketch.of(
-            self._plan,
-            {name: layer.energy for name, layer in found.items()},
-            {name: layer.projection for name, layer in found.items()},
-        )
-        numbers = replace(
-            mapped(lineage, math.sqrt(tau_sq)),
-            weight=opened.weight,
-            block=number,
-            cut=lost / tau_sq if tau_sq else 0.0,
-            sketch=SketchText(sketch.norms, sketch.text),
-        )
-        return FoldReport(
-            candidate=opened.candidate,
-            digest=digest_of({name: layer.digest for name, layer in found.items()}),
-            lineage=lineage,
-            totals=settle(before, Sums(tau_sq), opened.weight),
-            numbers=numbers,
-            seconds=seconds_of(layer.seconds for layer in layers),
-            bytes_read=sum(layer.nbytes for layer in layers),
-            device=str(self._resources.device),
-            cut=math.fsum(layer.lost for layer in layers if not layer.thin) / tau_sq if tau_sq else 0.0,
-            others=others,
-            sketch=sketch,
-            warnings=opened.warnings,
-        )
-
-
 def block_of(vector: ThinVector | WholeVector, spec: TensorSpec, width: int, device: torch.device) -> Block:
     """The singular triplets of one layer, at most `width` of what is no product of thin factors."""
     if isinstance(vector, ThinVector):
@@ -214,16 +72,6 @@ def projection_of(block: Block, name: str, width: int) -> Floats:
     u, sigma, v = (part.to("cpu", torch.float64).numpy() for part in (block.u, block.sigma, block.v))
     found.add_product(u.T * sigma, v)
     return found.values
-
-
-def need(vectors: LayerVectors, spec: TensorSpec, width: int) -> int:
-    """Peak bytes of folding a layer: of thin factors these in float64 three times over, and as many float32 rows as are
-    kept; of a matrix what it takes to read and to decompose it."""
-    m, n = sides_of(spec.layers[0].shape)
-    rows = 8 * (m + n) * CHUNK
-    if vectors.is_thin(spec.name):
-        return 14 * vectors.nbytes(spec.name) + rows
-    return vectors.workspace(spec.name) + decomposing(*vectors.sides(spec.name), width) + rows
 
 
 def room(state: State, vectors: LayerVectors, specs: Iterable[TensorSpec]) -> Room:
@@ -272,7 +120,7 @@ def _written(state: State, layer: TensorSpec, used: int, rank: int, cuts: bool) 
     return small + chunks * sum(sides)
 
 
-def put(transaction: Transaction, name: str, number: int, block: Block) -> Cut:
+def put(transaction: Writing, name: str, number: int, block: Block) -> Cut:
     """Writes one layer with the model `number` besides; what was cut off for it."""
     old = Columns.of(transaction.read(name, "columns"))
     after = plan(old, number, block)
@@ -284,7 +132,7 @@ def put(transaction: Transaction, name: str, number: int, block: Block) -> Cut:
     return Cut(own, after.cut(old))
 
 
-def take_out(transaction: Transaction, name: str, number: int) -> None:
+def take_out(transaction: Writing, name: str, number: int) -> None:
     """Writes one layer without the model `number`."""
     old = Columns.of(transaction.read(name, "columns"))
     if number not in old.models:
@@ -295,7 +143,7 @@ def take_out(transaction: Transaction, name: str, number: int) -> None:
         rearrange(transaction, name, old, after)
 
 
-def put_all(transaction: Transaction, other: Generation, name: str, called: Mapping[int, int]) -> None:
+def put_all(transaction: Writing, other: Generation, name: str, called: Mapping[int, int]) -> None:
     """Writes one layer with all models of another state's besides; `called`: their numbers there to those here."""
     brought = layer_of(other, name)
     if not brought.columns.used:
@@ -308,9 +156,7 @@ def put_all(transaction: Transaction, other: Generation, name: str, called: Mapp
     _write(transaction, name, before, layer)
 
 
-def exchange(
-    transaction: Transaction, name: str, gone: Collection[int], coming: Mapping[int, Block]
-) -> dict[int, float]:
+def exchange(transaction: Writing, name: str, gone: Collection[int], coming: Mapping[int, Block]) -> dict[int, float]:
     """Writes one layer without the models of the numbers `gone`, and with those that are `coming` besides; what the cut
     took of the ‖τ‖² of each of these."""
     before = _layer_before(transaction, name)
@@ -328,7 +174,7 @@ def exchange(
     return {number: layer.block(number).cut if number in there else block.energy for number, block in coming.items()}
 
 
-def _write(transaction: Transaction, name: str, before: Layer, layer: Layer) -> None:
+def _write(transaction: Writing, name: str, before: Layer, layer: Layer) -> None:
     """Writes a layer as it is now; columns before the first that is another one stay as they are on disk."""
     old = before.columns
     kept = np.nonzero((layer.columns.packed() != old.packed()).any(1))[0]
@@ -345,7 +191,7 @@ def layer_of(generation: Generation, name: str) -> Layer:
     return _layer(columns, u, v)
 
 
-def _layer_before(transaction: Transaction, name: str) -> Layer:
+def _layer_before(transaction: Writing, name: str) -> Layer:
     columns = Columns.of(transaction.read(name, "columns"))
     u, v = (transaction.read_rows(name, slot, 0, columns.used) for slot in ("u", "v"))
     return _layer(columns, u, v)
@@ -361,7 +207,7 @@ def _layer(columns: Columns, u: Array, v: Array) -> Layer:
 
 
 def rearrange(
-    transaction: Transaction,
+    transaction: Writing,
     name: str,
     old: Columns,
     after: Arrangement,

@@ -16,13 +16,16 @@ from functools import partial
 from typing import NamedTuple
 
 from continual.engine import standing
-from continual.engine.blocks import BlockFolding, most
-from continual.engine.folding import Folding, Terms, run_length
+from continual.engine.block_orders import BlockOrders
+from continual.engine.blocks import most
+from continual.engine.fold_orders import FoldOrders
+from continual.engine.folding import Terms
 from continual.engine.models_inputs import check_inputs
 from continual.engine.neighbours import accepted, numbers_of
 from continual.engine.outcomes import FoldReport, OpenCandidate, Outcome, known_as
 from continual.engine.report import report_of
 from continual.engine.resources import Resources
+from continual.engine.sent import Sources
 from continual.engine.staging import judged
 from continual.engine.views import check_weights
 from continual.errors import Misconfigured, Refuse
@@ -45,8 +48,8 @@ from continual.tensors import (
     LayerVectors,
     Model,
     Place,
-    TaskVectors,
     candidate_of,
+    digest_of,
     open_model,
     open_shipped,
     release_of,
@@ -199,7 +202,7 @@ class Engine:
         """
         model, lineage = opened.model, opened.lineage
         if self.state.format.form is not None:
-            beside = BlockFolding(self.base, transaction, opened, self.gates, self.resources)
+            beside = BlockOrders(self.base, transaction, opened, self.gates, self.resources)
             return beside.run(self.state, before, progress)
         with ExitStack() as files:
             read: list[Model] = [model, self.base.checkpoint]
@@ -207,16 +210,15 @@ class Engine:
             if shipped is not None:
                 files.callback(shipped.close)
                 read.append(shipped)
-            vectors = TaskVectors(self.base, model, lineage, run=run_length(self.device), shipped=shipped)
             watched = () if isinstance(model, Adapter) else lineage.folded
             plan = SketchPlan.of(self._foldable, watched)
             terms = Terms(opened.candidate.name, self.rule, before, opened.weight, plan)
-            folding = Folding(transaction, vectors, terms, self.gates, self.resources)
-            folding.measure(self._foldable, lineage, progress)
-            folds = folding.run(self._foldable, lineage, progress)
+            sources = Sources(self.state.format, self.base, model, lineage, shipped)
+            orders = FoldOrders(transaction, sources, terms, self.gates, self.resources)
+            folds = orders.run(self._foldable, progress)
             for checkpoint in read:
                 checkpoint.check_unchanged()
-            digest = vectors.digest({name: folds[name].digest for name in lineage.folded})
+            digest = digest_of({name: folds[name].digest for name in lineage.folded})
         return report_of(opened, terms, folds, self.state.format.base.squares, digest, self.device)
 
     def _reader(self) -> Rule:

@@ -1,5 +1,5 @@
-"""The tensors of one candidate through the rule, each on its own: read, subtract, fold, write. Here nothing judges the
-candidate as a whole.
+"""The tensors of one candidate through the rule, each on its own: read, subtract, fold, write. Which process folds
+which of them is the matter of fold_orders.py, and nothing here judges the candidate as a whole.
 
 Where a rule works element by element, a tensor goes through it in short runs that stay in the cache of the processor.
 Then it is never whole in memory.
@@ -7,26 +7,28 @@ Then it is never whole in memory.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import NamedTuple
 
 from blake3 import blake3
 
 from continual import linalg
-from continual.engine.passes import Passes, by_runs
-from continual.engine.resources import Resources
+from continual.engine.passes import by_runs, counts_of
+from continual.engine.resources import Workplace
 from continual.engine.untouched import Ahead, square_of
-from continual.executors.contract import Progress, Task
 from continual.executors.memory import Memory
 from continual.gates import Gates, TensorNumbers
 from continual.lazily import torch
-from continual.records import Lineage, SlotSpec, TensorSpec, Totals
-from continual.rules import Folded, Inputs, Rule, Sums, last_out
-from continual.state import Transaction
+from continual.records import SlotSpec, TensorSpec, Totals
+from continual.rules import Counts, Folded, Inputs, Pass, Rule, Sums, last_out
 from continual.state.arrays import Array
+from continual.state.attempts import Written
+from continual.state.writing import Writing
 from continual.tensors import TaskVectors
 from continual.tensors.vectors.added import Content
 from continual.tensors.vectors.sketch import Picture, SketchPlan, Watched
@@ -42,7 +44,8 @@ class TensorFold(NamedTuple):
     `digest`: of what its task vector was made from. `sums` and `notes`: as the rule returned them; of a stack the sums
     of all experts, and the notes of each. `nbytes`: bytes read. `seconds` by stage: `read` of fine-tune and base,
     `rule`, `write` of the state (and reading what it was). `rank`: the sum of the ranks in the tensor after it, where
-    the rule goes by that and it is known. `picture`: of the task vector; None of one that is zero.
+    the rule goes by that and it is known. `picture`: of the task vector; None of one that is zero. `written`: what
+    another process wrote of it into the transaction, which has to take that; None where it was written there.
     """
 
     digest: bytes
@@ -52,6 +55,7 @@ class TensorFold(NamedTuple):
     seconds: Mapping[str, float]
     rank: int | None = None
     picture: Picture | None = None
+    written: Written | None = None
 
 
 class Terms(NamedTuple):
@@ -65,75 +69,60 @@ class Terms(NamedTuple):
     plan: SketchPlan
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What the passes before a fold found: of the whole model, and of tensors by name, where those have passes of their
+    own."""
+
+    model: object = None
+    own: Mapping[str, object] = field(default_factory=dict)
+
+    def of(self, name: str) -> object:
+        """What is known for a tensor."""
+        return self.own.get(name, self.model)
+
+
 class Folding:
-    """Folds the tensors of one candidate in one transaction. Thread-safe.
+    """Folds tensors of one candidate; `into` says where to. Thread-safe.
 
     The gates are asked of each tensor. Where continual is stopping, the tensor that comes next raises Abandoned.
     """
 
-    def __init__(
-        self, transaction: Transaction, vectors: TaskVectors, terms: Terms, gates: Gates, resources: Resources
-    ) -> None:
-        self.measured: object = terms.rule.needs.measure
-        self._transaction = transaction
+    _transaction: Writing
+
+    def __init__(self, vectors: TaskVectors, terms: Terms, gates: Gates, workplace: Workplace) -> None:
+        self.counted = Counted()
         self._vectors = vectors
         self._terms = terms
         self._rule = terms.rule
         self._gates = gates
-        self._resources = resources
-        self._device = resources.device
+        self._workplace = workplace
+        self._device = workplace.device
         self._seed = cache(partial(seed_of, vectors))
         self._memory = Memory()
-        self._own: Mapping[str, object] = {}
         self._is_last_out = last_out(terms.totals, terms.weight)
 
-    def measure(self, specs: Sequence[TensorSpec], lineage: Lineage, progress: Progress) -> None:
-        """Makes the passes that the rule asks for before it folds anything; `specs` are those of the base that are
-        folded. Raises Refuse, Retry, Abandoned."""
-        names = set(lineage.folded)
-        changed = self._in_file_order([spec for spec in specs if spec.name in names])
-        passes = Passes(self._terms.name, self._vectors, self._resources, self._inputs)
-        self.measured = passes.of_model(self.measured, changed, sum(spec.numel for spec in specs), progress)
-        self._own = passes.of_tensors(self._rule, changed, progress)
-
-    def run(self, specs: Sequence[TensorSpec], lineage: Lineage, progress: Progress) -> dict[str, TensorFold]:
-        """Puts every tensor of `specs` through the rule, several at a time; what each gave, by name. Raises Refuse,
-        Retry, Abandoned.
-
-        Tensors that the candidate leaves as they are come first: there is nothing to read where ‖X‖² of them is known.
-        """
-        self._vectors.begin()
-        changed = set(lineage.folded)
-        found: dict[str, TensorFold] = {}
-        tasks: list[Task[TensorFold]] = []
-        progress("fold", 0, len(specs))
-        for spec in self._in_file_order(specs):
-            if spec.name in changed:
-                tasks.append(self._task(spec))
-            elif (square := self._transaction.square(spec.name)) is not None:
-                found[spec.name] = self._left(spec, square)
-            else:
-                tasks.append(Task(spec.name, need(self._rule, spec, None), partial(self._left, spec)))
-        for name, tensor in self._resources.executor.map(tasks):
-            found[name] = tensor
-            progress("fold", len(found), len(specs))
-        self._transaction.measured(
-            {name: tensor.sums.merged_sq for name, tensor in found.items()},
-            {name: tensor.rank for name, tensor in found.items() if tensor.rank},
-        )
+    def into(self, writing: Writing) -> Folding:
+        """The same, which writes there."""
+        found = copy.copy(self)
+        found._transaction = writing
         return found
 
-    def _in_file_order(self, specs: Sequence[TensorSpec]) -> list[TensorSpec]:
-        return sorted(specs, key=lambda spec: self._vectors.position(spec.name))
+    def work(self, names: Sequence[str]) -> list[TensorFold]:
+        """Folds tensors, one after the other. Raises Refuse, Retry, Abandoned."""
+        return [self.fold(name) for name in names]
 
-    def _task(self, spec: TensorSpec) -> Task[TensorFold]:
-        """The work of one tensor that the candidate has."""
-        vectors = self._vectors
-        by_parts = self._by_experts if spec.kind == "stack" else self._whole
-        run = self._by_runs if by_runs(self._rule, spec) else by_parts
-        return Task(
-            spec.name, need(self._rule, spec, vectors), partial(run, spec), partial(vectors.prefetch, spec.name)
-        )
+    def close(self) -> None:
+        """Nothing: who opened the files closes them."""
+
+    def fold(self, name: str) -> TensorFold:
+        """Folds one tensor. Raises as `work`."""
+        spec = self._vectors.spec(name)
+        if not self._vectors.has(name):
+            return self.left(spec)
+        if by_runs(self._rule, spec):
+            return self._by_runs(spec)
+        return self._by_experts(spec) if spec.kind == "stack" else self._whole(spec)
 
     def _whole(self, spec: TensorSpec) -> TensorFold:
         with held(self._memory, spec, self._rule.slots(spec)) as (tau, kept):
@@ -141,12 +130,12 @@ class Folding:
 
     def _whole_in(self, spec: TensorSpec, into: torch.Tensor, kept: Mapping[str, Array]) -> TensorFold:
         """`_whole`: task vector and accumulators in memory that other tensors had before, and will have."""
-        self._resources.go_on(self._terms.name)
+        self._workplace.go_on(self._terms.name)
         started = time.perf_counter()
-        inputs = self._inputs(spec)
+        inputs = self._ranked(spec)
         tau, digest, nbytes = self._vectors.vector(spec.name, into)
         if self._is_nothing(tau):
-            return self._left(spec)._replace(
+            return self.left(spec)._replace(
                 digest=digest, nbytes=nbytes, seconds={"read": time.perf_counter() - started}
             )
         if self._rule.needs.shipped is not None:
@@ -175,15 +164,15 @@ class Folding:
 
     def _by_experts(self, spec: TensorSpec) -> TensorFold:
         """A stack, one expert after the other, each as a matrix of its own: no more than one is in memory."""
-        self._resources.go_on(self._terms.name)
+        self._workplace.go_on(self._terms.name)
         one = spec.expert
-        inputs = self._inputs(spec)._replace(spec=one)
+        inputs = self._ranked(spec)._replace(spec=one)
         slots = self._rule.slots(one)
         clock, content, shipped = _Clock(), Content(), Content()
         reading = Ahead(self._vectors.experts(spec, content), self._is_nothing)
         if reading.nothing:
             clock.ends("read")
-            return self._left(spec)._replace(digest=content.digest(), nbytes=content.nbytes, seconds=clock.seconds)
+            return self.left(spec)._replace(digest=content.digest(), nbytes=content.nbytes, seconds=clock.seconds)
         found: list[Folded] = []
         watched = Watched(spec, self._terms.plan)
         for values in self._transaction.parts(spec.name, spec.experts):
@@ -209,13 +198,13 @@ class Folding:
         return TensorFold(digest, sums, notes, nbytes, clock.seconds, picture=watched.picture())
 
     def _by_runs(self, spec: TensorSpec) -> TensorFold:
-        self._resources.go_on(self._terms.name)
-        inputs = self._inputs(spec)
+        self._workplace.go_on(self._terms.name)
+        inputs = self._ranked(spec)
         clock, content = _Clock(), Content()
         reading = Ahead((tau for _, _, tau in self._vectors.runs(spec.name, content)), self._is_nothing)
         if reading.nothing:
             clock.ends("read")
-            return self._left(spec)._replace(digest=content.digest(), nbytes=content.nbytes, seconds=clock.seconds)
+            return self.left(spec)._replace(digest=content.digest(), nbytes=content.nbytes, seconds=clock.seconds)
         parts: list[Sums] = []
         watched = Watched(spec, self._terms.plan)
         for start, stop, values in self._transaction.runs(spec.name, self._vectors.run):
@@ -252,10 +241,10 @@ class Folding:
         beginning = tau.view(-1)[: linalg.ROW]  # says it of nearly all
         return self._rule.needs.shipped is None and not (bool(beginning.any()) or bool(tau.any()))
 
-    def _left(self, spec: TensorSpec, square: float | None = None) -> TensorFold:
+    def left(self, spec: TensorSpec, square: float | None = None) -> TensorFold:
         """A tensor whose task vector is zero: that changes no accumulator (ops/decisions/0040). `square` is ‖X‖² where
         the caller knows it. Where the last model is taken out, what rounding left becomes exact zeros."""
-        self._resources.go_on(self._terms.name)
+        self._workplace.go_on(self._terms.name)
         if self._is_last_out:
             self._transaction.clear(spec.name)
             square = 0.0
@@ -263,7 +252,7 @@ class Folding:
             self._transaction.keep(spec.name)
             square = self._transaction.square(spec.name) if square is None else square
             if square is None:
-                inputs = Inputs(spec, self._terms.weight, measured=self.measured)
+                inputs = Inputs(spec, self._terms.weight, measured=self.counted.model)
                 square = square_of(self._transaction, self._rule, inputs, self._terms.totals, self._device)
         figure = 0.0 if self._rule.read.matrix is not None and self._rule.read.matrix(spec) else None
         return TensorFold(
@@ -277,11 +266,20 @@ class Folding:
             self._transaction.keep(spec.name)
         return nothing
 
+    def counts(self, name: str, measure: Pass) -> Counts:
+        """What a pass counts in one tensor. Raises Refuse, Retry, Abandoned."""
+        self._workplace.go_on(self._terms.name)
+        return counts_of(self._vectors, self._inputs(self._vectors.spec(name)), measure)
+
     def _inputs(self, spec: TensorSpec) -> Inputs:
         """What the rule is given besides the task vector, for a tensor that the candidate changes."""
         seed = self._seed(spec.name) if self._rule.needs.seeded else 0
+        return Inputs(spec, self._terms.weight, seed, self.counted.of(spec.name))
+
+    def _ranked(self, spec: TensorSpec) -> Inputs:
+        """The same for a fold: with the ranks of what the tensor has."""
         rank = self._rank(spec.name) if self._vectors.rank(spec.name) is not None else None
-        return Inputs(spec, self._terms.weight, seed, self._own.get(spec.name, self.measured), rank=rank)
+        return self._inputs(spec)._replace(rank=rank)
 
     def _rank(self, name: str) -> int | None:
         return self._transaction.rank(name) if self._rule.needs.ranks else None

@@ -3,14 +3,11 @@ that it would else need whole. What is counted is the rule's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from continual.engine.resources import Resources
-from continual.executors.contract import Progress, Task
+from continual.executors.contract import Progress
 from continual.records import TensorSpec
 from continual.rules import LARGE, Counts, Inputs, Pass, Rule
 from continual.tensors import TaskVectors
@@ -31,57 +28,50 @@ def _has_own(rule: Rule, spec: TensorSpec) -> bool:
     return rule.needs.own is not None and large and not rule.fold.elementwise(spec)
 
 
-class Passes(NamedTuple):
-    """Makes the passes over the candidate `name`. `inputs` says what a rule is given besides the task vector. Counts
-    are whole numbers, so the order in which tensors end does not matter."""
+Tally = Callable[[Mapping[str, Pass]], Iterator[tuple[str, Counts]]]
+"""Makes a pass over each tensor of these names; what was counted, as it comes."""
 
-    name: str
-    vectors: TaskVectors
-    resources: Resources
-    inputs: Callable[[TensorSpec], Inputs]
 
-    def of_model(self, found: object, changed: Sequence[TensorSpec], numel: int, progress: Progress) -> object:
-        """What passes over the tensors `changed` of a model of `numel` elements find, `found` being the first of them;
-        itself where it is none. Raises Refuse, Retry, Abandoned."""
-        number = 0
-        while isinstance(found, Pass):
-            number += 1
-            self.vectors.begin()
-            tasks = [self._task(spec, found) for spec in changed]
-            counts = np.zeros(found.bins, np.int64)
-            for done, (_, part) in enumerate(self.resources.executor.map(tasks), 1):
-                counts += part
-                progress(f"measure {number}", done, len(tasks))
-            found = found.conclude(counts, numel)
-        return found
+def of_model(found: object, changed: Sequence[str], numel: int, tally: Tally, progress: Progress) -> object:
+    """What passes over the tensors `changed` of a model of `numel` elements find, `found` being the first of them;
+    itself where it is none. Counts are whole numbers, so the order in which tensors end does not matter. Raises Refuse,
+    Retry, Abandoned."""
+    number = 0
+    while isinstance(found, Pass):
+        number += 1
+        counts = np.zeros(found.bins, np.int64)
+        for done, (_, part) in enumerate(tally(dict.fromkeys(changed, found)), 1):
+            counts += part
+            progress(f"measure {number}", done, len(changed))
+        found = found.conclude(counts, numel)
+    return found
 
-    def of_tensors(self, rule: Rule, changed: Sequence[TensorSpec], progress: Progress) -> Mapping[str, object]:
-        """What the rule finds by passes over each tensor by itself, by name, of those that it would else need whole and
-        that are too large for that. Raises as `of_model`."""
-        specs = {spec.name: spec for spec in changed if _has_own(rule, spec)}
-        found: dict[str, object] = dict.fromkeys(specs, rule.needs.own)
-        number = 0
-        while left := {name: each for name, each in found.items() if isinstance(each, Pass)}:
-            number += 1
-            self.vectors.begin()
-            tasks = [self._task(specs[name], each) for name, each in left.items()]
-            for done, (name, counts) in enumerate(self.resources.executor.map(tasks), 1):
-                found[name] = left[name].conclude(counts, specs[name].numel)
-                progress(f"measure {number}", done, len(tasks))
-        return found
 
-    def _task(self, spec: TensorSpec, measure: Pass) -> Task[Counts]:
-        """The work of one tensor, on the share of its elements that the pass has to see."""
-        vectors, share = self.vectors, measure.share
+def of_tensors(rule: Rule, changed: Sequence[TensorSpec], tally: Tally, progress: Progress) -> Mapping[str, object]:
+    """What the rule finds by passes over each tensor by itself, by name, of those that it would else need whole and
+    that are too large for that. Raises as `of_model`."""
+    specs = {spec.name: spec for spec in changed if _has_own(rule, spec)}
+    found: dict[str, object] = dict.fromkeys(specs, rule.needs.own)
+    number = 0
+    while left := {name: each for name, each in found.items() if isinstance(each, Pass)}:
+        number += 1
+        for done, (name, counts) in enumerate(tally(left), 1):
+            found[name] = left[name].conclude(counts, specs[name].numel)
+            progress(f"measure {number}", done, len(left))
+    return found
 
-        def run() -> Counts:
-            self.resources.go_on(self.name)
-            counts = np.zeros(measure.bins, np.int64)
-            inputs = self.inputs(spec)
-            for start, stop, tau in vectors.runs(spec.name, None, share=share):
-                stands_for = round(min(vectors.run, spec.numel - start) / (stop - start))
-                measure.tally(tau, inputs._replace(start=start), counts, stands_for)
-            return counts
 
-        need = vectors.nbytes(spec.name, whole=False) + 8 * 4 * vectors.run
-        return Task(spec.name, need, run, partial(vectors.prefetch, spec.name) if share == 1.0 else None)
+def counts_of(vectors: TaskVectors, inputs: Inputs, measure: Pass) -> Counts:
+    """What a pass counts in one tensor, on the share of its elements that the pass has to see; `inputs` are what the
+    rule is given besides the task vector. Raises Refuse, Retry."""
+    counts = np.zeros(measure.bins, np.int64)
+    spec = inputs.spec
+    for start, stop, tau in vectors.runs(spec.name, None, share=measure.share):
+        stands_for = round(min(vectors.run, spec.numel - start) / (stop - start))
+        measure.tally(tau, inputs._replace(start=start), counts, stands_for)
+    return counts
+
+
+def pass_need(vectors: TaskVectors, name: str) -> int:
+    """Peak bytes of a pass over one tensor."""
+    return vectors.nbytes(name, whole=False) + 8 * 4 * vectors.run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from continual.engine import blocks
+from continual.engine import block_orders, blocks
 from continual.engine.engine import Engine
 from continual.engine.folding import need, state_bytes
 from continual.engine.outcomes import OpenCandidate, Plan, known_as, tokens_said
@@ -93,7 +93,7 @@ def _costs_of_blocks(engine: Engine, opened: OpenCandidate, width: int) -> tuple
         if cut
         else ""
     )
-    needs = [blocks.need(vectors, spec, width) for spec in specs]
+    needs = [block_orders.need(vectors, spec, width) for spec in specs]
     return _Costs(1.0, sum(vectors.nbytes(spec.name) for spec in specs), disk, needs), said
 
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from continual.errors import Abandoned
 from continual.executors.contract import Executor
@@ -40,6 +40,26 @@ def local_place(candidate: Candidate) -> Place:
     return Folder(Path(candidate.origin), source=candidate.source)
 
 
+class Workplace(Protocol):
+    """Where a tensor is worked on: the device, and whether to go on."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def go_on(self, name: str) -> None:
+        """Raises Abandoned if continual is stopping. `name` is the candidate or work that the message is about."""
+        ...
+
+
+class AwayPlace(NamedTuple):
+    """A workplace in a process that does orders of another, which ends it when it stops."""
+
+    device: torch.device
+
+    def go_on(self, name: str) -> None:
+        """Goes on."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """Where the work runs (`executor`, `device`), how the engine finds a model that a record names (`locate`), the
@@ -54,6 +74,11 @@ class Resources:
     open_weights: OpenWeights | None = None
     reads: str | None = None
     judge: Judge | None = None
+
+    @property
+    def device_elsewhere(self) -> str:
+        """The device of other processes that do work of this one."""
+        return self.executor.elsewhere or str(self.device)
 
     def go_on(self, name: str) -> None:
         """Raises Abandoned if continual is stopping. `name` is the candidate or work that the message is about."""

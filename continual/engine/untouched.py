@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from continual.lazily import torch
 from continual.records import Totals
 from continual.rules import Inputs, Rule, Sums
-from continual.state import Transaction
+from continual.state.writing import Writing
 
 
-def square_of(transaction: Transaction, rule: Rule, inputs: Inputs, totals: Totals, device: torch.device) -> float:
+def square_of(writing: Writing, rule: Rule, inputs: Inputs, totals: Totals, device: torch.device) -> float:
     """‖X‖² of the tensor of `inputs` before the fold, where an earlier version has kept none: the rule is asked to fold
     zeros. `totals` are those before. Raises Retry, Damaged."""
     spec = inputs.spec
     one, count = (spec.expert, spec.experts) if spec.kind == "stack" else (spec, 1)
     slots = rule.slots(one)
     parts: list[Sums] = []
-    for values in transaction.before(spec.name, count):
+    for values in writing.before(spec.name, count):
         kept = {slot: torch.from_numpy(value).view(slots[slot].shape).to(device) for slot, value in values.items()}
         tau = torch.zeros(one.shape, device=device)
         parts.append(rule.fold.apply(kept, tau, inputs._replace(spec=one), totals).sums)

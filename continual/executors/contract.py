@@ -13,14 +13,16 @@ Progress = Callable[[str, int, int], None]
 class Task(NamedTuple, Generic[T]):
     """A piece of work.
 
-    `need`: bytes that it takes at its peak. `run` does the work, on a thread or a machine of the executor's choice.
-    `prefetch` asks the kernel to read the task's input ahead.
+    `need`: bytes that it takes at its peak. `run` does the work, on a thread of the executor's choice; a `WorkPiece`
+    (orders.py) on any machine. `prefetch` asks the kernel to read the task's input ahead. `reads`: bytes that it reads,
+    as far as it is known.
     """
 
     name: str
     need: int
     run: Callable[[], T]
     prefetch: Callable[[], None] | None = None
+    reads: int = 0
 
 
 class Executor(Protocol):
@@ -33,6 +35,12 @@ class Executor(Protocol):
 
     workers: int
     budget: int
+
+    @property
+    def elsewhere(self) -> str | None:
+        """Where other processes do the pieces of jobs: the device that they compute on, as the setting `device` has it;
+        None where all is done in this process."""
+        ...
 
     def map(self, tasks: Sequence[Task[T]]) -> Iterator[tuple[str, T]]:
         """Runs the tasks. They begin in the order given; each result is yielded as (name, result) when its task ends.

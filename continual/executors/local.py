@@ -25,6 +25,8 @@ class Local:
     It changes how glibc manages memory, for the whole process: see `give_back_large_blocks`.
     """
 
+    elsewhere = None
+
     def __init__(self, workers: int = 0, budget: int | None = None) -> None:
         """`workers` 0 takes one for each core of this process, `budget` None half of the memory that is free now."""
         self.workers = workers or len(os.sched_getaffinity(0))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Generic, NamedTuple
 
 import numpy as np
@@ -33,13 +34,18 @@ class Transform(NamedTuple):
 
     apply(τ, inputs): the task vector to fold, may overwrite τ. elementwise: τ may be any run of a tensor, from element
     `inputs.start` on; else it is whole. seeded: it needs `inputs.seed`. measure: the first pass over the model, where
-    it has to know something of the whole of it.
+    it has to know something of the whole of it. said: its name and all its options, by which another process has the
+    same.
     """
 
     apply: Callable[[Tensor, Inputs], Tensor]
     elementwise: bool = True
     seeded: bool = False
     measure: Pass | None = None
+    said: Mapping[str, object] = MappingProxyType({})
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _again, (dict(self.said),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,7 @@ class TransformRow(Generic[O]):
     def transform(self, given: Mapping[str, object]) -> Transform:
         """The transform with these options. Raises Misconfigured as `canonical` does, and where they do not fit each
         other."""
-        return self.make(self._resolved(given))
+        return self.make(self._resolved(given))._replace(said=self.canonical(given))
 
     def _resolved(self, given: Mapping[str, object]) -> O:
         return resolve(f"transform {self.name}", self.options, {k: v for k, v in given.items() if k != "name"})
@@ -178,6 +184,10 @@ _ROWS: tuple[TransformRow[Any], ...] = (
 )
 TRANSFORMS: Mapping[str, TransformRow[Any]] = {row.name: row for row in _ROWS}
 """Every transform by name."""
+
+
+def _again(said: Mapping[str, object]) -> Transform:
+    return TRANSFORMS[str(said["name"])].transform(said)
 
 
 def parse(given: object) -> list[dict[str, object]]:

@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from continual.state import arrays, framing
 from continual.state.durable import sync_all, sync_file, sync_tree, write_bytes
@@ -18,6 +19,14 @@ from continual.state.fields import body_of
 from continual.state.format import Format
 from continual.state.generation import RECEIPTS, Generation, Receipt, Receipts, ReceiptTogether
 from continual.state.layout import Location
+
+
+class ArrayWritten(NamedTuple):
+    """What another process wrote of one accumulator: the CRCs of its chunks, and of its zarr.json where the array is
+    its own."""
+
+    chunks: tuple[str, ...]
+    metadata: str | None
 
 
 class Draft:
@@ -55,6 +64,43 @@ class Draft:
             else:
                 self.take([f"{path}/zarr.json"])
                 self._metadata[path] = self._before.receipts.metadata_of(path)
+
+    def begin_apart(self) -> None:
+        """Makes the directory for parts that another draft takes: with the directories of groups and of arrays of
+        several tensors, and nothing in them. Raises OSError; the directory around it has to be there."""
+        for path in (*self._layout.groups, *self._layout.together):
+            os.mkdir(self._root + path)
+
+    def taken(self) -> dict[Location, ArrayWritten]:
+        """What became whole since this was last asked, by its place. It is not dropped any more."""
+        with self._lock:
+            found = {
+                place: ArrayWritten(chunks, self._metadata.get(place.array) if place.number is None else None)
+                for place, chunks in self._chunks.items()
+            }
+            self._chunks.clear()
+            self._begun.clear()
+        return found
+
+    def take_over(self, directory: Path, written: Mapping[Location, ArrayWritten]) -> None:
+        """Takes accumulators that another process wrote into `directory` and synced: the files are renamed. Raises
+        OSError."""
+        for place, array in written.items():
+            if place.number is None:
+                os.rename(f"{directory}/{place.array}", self._root + place.array)
+            else:
+                for file in place.files(len(array.chunks)):
+                    os.rename(f"{directory}/{file}", self._root + file)
+            with self._lock:
+                self._begun.add(place)
+                self._chunks[place], self._new[place] = array.chunks, []
+                if array.metadata is not None:
+                    self._metadata[place.array] = array.metadata
+
+    def sync_apart(self) -> None:
+        """fsync of all that was written here, for another draft to take. Raises OSError, and Halt if an fsync
+        failed."""
+        sync_all([self._root + file for file in itertools.chain.from_iterable(self._new.values())])
 
     def ready(self, place: Location, name: str, slot: str) -> str:
         """Makes ready to write an accumulator, and returns what the paths of its chunks begin with. The zarr.json of an

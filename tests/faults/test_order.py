@@ -340,6 +340,7 @@ def test_nobody_else_syncs_or_renames() -> None:
     calls = {".fsync", ".fdatasync", ".link", ".symlink", ".hardlink_to", ".symlink_to", ".rename"}
     assert callers(calls | {"os.replace", "shutil.move"}) == {
         "state.draft.take": {"os.link"},  # of what is on disk, before `sync` takes the directories
+        "state.draft.take_over": {"os.rename"},  # of what another process synced, before the same
         "state.copying._linked": {"os.link"},  # before the copy's HEAD, with all of the copy
         "state.repair._move": {"os.rename"},  # of old files, before the record of the repair
         "state.excerpts.write": {"os.rename"},  # what a power cut leaves of it is told by its CRC, and made anew

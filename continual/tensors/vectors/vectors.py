@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -71,19 +71,30 @@ class TaskVectors:
         self._model = model
         self._weights = model.weights if isinstance(model, Adapter) else model
         self._lineage = lineage
+        self._folded = frozenset(lineage.folded)
         self._specs = {spec.name: spec for spec in base.specs}
         self._added = AddedPieces(base.checkpoint, model, lineage) if isinstance(model, Adapter) else None
         self._sources = matches(found, tables) if tables else found
         self._buffers = buffers or threading.local()
         self.begin()
 
-    def begin(self) -> None:
-        """Begins a pass over the candidate: what will be read of it, and in which order."""
-        self._weights.expect(sorted(self._reads(), key=lambda info: (info.file, info.offset)))
+    def begin(self, names: Sequence[str] | None = None) -> None:
+        """Begins a pass over the candidate, or over tensors of these names: what will be read of it, and in which
+        order."""
+        reads = self._reads(self._lineage.folded if names is None else [name for name in names if self.has(name)])
+        self._weights.expect(sorted(reads, key=lambda info: (info.file, info.offset)))
 
-    def _reads(self) -> Iterator[TensorInfo]:
-        """All that is read of the candidate in one pass."""
-        for name in self._lineage.folded:
+    def has(self, name: str) -> bool:
+        """Whether the candidate changes the base's tensor `name`, as far as its headers say."""
+        return name in self._folded
+
+    def spec(self, name: str) -> TensorSpec:
+        """The base's tensor `name`."""
+        return self._specs[name]
+
+    def _reads(self, names: Sequence[str]) -> Iterator[TensorInfo]:
+        """All that is read of these tensors of the candidate in one pass."""
+        for name in names:
             source = self._sources[name]
             yield from (source.full,) if source.full else ()
             yield from source.twins

@@ -1,0 +1,244 @@
+"""The tensors of one candidate as orders: what a process needs to fold some of them, and how all that came back becomes
+one fold. What folding a tensor is, folding.py says.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from continual.engine import passes
+from continual.engine.folding import Counted, Folding, TensorFold, Terms, need, run_length
+from continual.engine.resources import AwayPlace, Resources, Workplace
+from continual.engine.sent import SentSources, Sources
+from continual.errors import Retry
+from continual.executors.contract import Progress, Task
+from continual.executors.device import pick_device
+from continual.executors.orders import WorkJob, WorkPiece, at_hand
+from continual.gates import Gates
+from continual.records import TensorSpec, Totals
+from continual.rules import Counts, Pass, rule_of
+from continual.state import Transaction
+from continual.state.attempts import Attempt, Handed
+from continual.tensors import TaskVectors
+from continual.tensors.vectors.sketch import SketchPlan
+
+R = TypeVar("R")
+
+
+class SentTerms(NamedTuple):
+    """`Terms` as plain data, without the rule, which is the state's; and the gates and the device of the fold."""
+
+    name: str
+    totals: Totals
+    weight: float
+    plan: SketchPlan
+    gates: Gates
+    device: str
+
+
+@dataclass(frozen=True)
+class PassJob(WorkJob[Counts]):
+    """A pass over tensors: which each of them has. `added`: only the sum of all counts is asked for, so an order adds
+    its own, and the first of its pieces has them."""
+
+    sources: SentSources
+    terms: SentTerms
+    counted: Counted
+    passes: Mapping[str, Pass]
+    added: bool
+
+    def open(self) -> AwayPasses:
+        return AwayPasses(self)
+
+
+@dataclass(frozen=True)
+class FoldJob(WorkJob[TensorFold]):
+    """The fold of a candidate; `handed` is None where it can be done in this process alone."""
+
+    sources: SentSources
+    terms: SentTerms
+    counted: Counted
+    handed: Handed | None
+
+    def open(self) -> AwayFolding:
+        return AwayFolding(self)
+
+
+class PassBench:
+    """Counts in tensors of one candidate."""
+
+    def __init__(self, folding: Folding, work: Mapping[str, Pass]) -> None:
+        self._folding, self._passes = folding, work
+
+    def work(self, names: Sequence[str]) -> list[Counts]:
+        """What the passes count. Raises Refuse, Retry, Abandoned."""
+        return [self._folding.counts(name, self._passes[name]) for name in names]
+
+    def close(self) -> None:
+        """Nothing: who opened the files closes them."""
+
+
+class _Opened:
+    """A candidate that this process opened for an order."""
+
+    def __init__(self, sources: SentSources, terms: SentTerms, counted: Counted) -> None:
+        self.sources = sources.open()
+        form, workplace = self.sources.form, AwayPlace(pick_device(terms.device))
+        self.vectors = _vectors(self.sources, workplace)
+        made = Terms(terms.name, rule_of(form.rule, form.options), terms.totals, terms.weight, terms.plan)
+        self.folding = Folding(self.vectors, made, terms.gates, workplace)
+        self.folding.counted = counted
+
+
+class AwayPasses:
+    """Counts in tensors for another process."""
+
+    def __init__(self, job: PassJob) -> None:
+        self._opened, self._added = _Opened(job.sources, job.terms, job.counted), job.added
+        self._bench = PassBench(self._opened.folding, job.passes)
+
+    def work(self, names: Sequence[str]) -> list[Counts]:
+        """As `PassBench.work`."""
+        self._opened.vectors.begin(names)
+        if not self._added:
+            return self._bench.work(names)
+        counts = self._bench.work(names[:1])
+        for name in names[1:]:
+            counts[0] += self._bench.work([name])[0]
+            counts.append(np.zeros(1, np.int64))
+        return counts
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._opened.sources.close()
+
+
+class AwayFolding:
+    """Folds tensors for another process, whose transaction takes what was written."""
+
+    def __init__(self, job: FoldJob) -> None:
+        assert job.handed is not None, "a fold that no other process may write into"
+        self._handed, self._before = job.handed, job.handed.generation()
+        self._opened = _Opened(job.sources, job.terms, job.counted)
+
+    def work(self, names: Sequence[str]) -> list[TensorFold]:
+        """Folds tensors into an attempt of its own, which is on disk when it returns. Raises Refuse, Retry, Halt."""
+        attempt, found = Attempt(self._handed, self._before), []
+        vectors, folding = self._opened.vectors, self._opened.folding.into(attempt)
+        vectors.begin(names)
+        for number, name in enumerate(names):
+            for following in names[number + 1 : number + 2]:
+                if vectors.has(following):
+                    vectors.prefetch(following)
+            found.append(folding.fold(name)._replace(written=attempt.taken()))
+        attempt.sync()
+        return found
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._opened.sources.close()
+
+
+class FoldOrders:
+    """One candidate, put through the rule in one transaction, by orders. `specs` are those of the base that are
+    folded."""
+
+    def __init__(
+        self, transaction: Transaction, sources: Sources, terms: Terms, gates: Gates, resources: Resources
+    ) -> None:
+        self.vectors = _vectors(sources, resources)
+        self._transaction = transaction
+        self._rule = terms.rule
+        self._sources = sources
+        self._terms = terms
+        self._gates = gates
+        self._executor = resources.executor
+        self._resources = resources
+        self._folding = Folding(self.vectors, terms, gates, resources).into(transaction)
+
+    def run(self, specs: Sequence[TensorSpec], progress: Progress) -> dict[str, TensorFold]:
+        """Makes the passes that the rule asks for, then puts every tensor of `specs` through it, several at a time;
+        what each gave, by name. Raises Refuse, Retry, Abandoned.
+
+        Tensors that the candidate leaves as they are come first: there is nothing to read where ‖X‖² of them is known.
+        """
+        ordered = sorted(specs, key=lambda spec: self.vectors.position(spec.name))
+        self._measure(ordered, progress)
+        self.vectors.begin()
+        found: dict[str, TensorFold] = {}
+        handed = self._transaction.hand_out() if self._executor.elsewhere else None
+        job = FoldJob(secrets.token_hex(8), *self._sent(), handed)
+        tasks: list[Task[TensorFold]] = []
+        progress("fold", 0, len(specs))
+        for spec in ordered:
+            if self.vectors.has(spec.name):
+                tasks.append(self._task(job, spec, need(self._rule, spec, self.vectors)))
+            elif (square := self._transaction.square(spec.name)) is not None:
+                found[spec.name] = self._folding.left(spec, square)
+            else:
+                tasks.append(Task(spec.name, need(self._rule, spec, None), WorkPiece(job, spec.name)))
+        with at_hand(job, self._folding):
+            for name, tensor in self._executor.map(tasks):
+                if tensor.written is not None:
+                    self._transaction.take_over(tensor.written)
+                found[name] = tensor
+                progress("fold", len(found), len(specs))
+        if lacking := {spec.name for spec in specs} - found.keys():
+            raise Retry(f"{self._terms.name}: {min(lacking)} was not folded; nothing was settled")
+        self._transaction.measured(
+            {name: tensor.sums.merged_sq for name, tensor in found.items()},
+            {name: tensor.rank for name, tensor in found.items() if tensor.rank},
+        )
+        return found
+
+    def _measure(self, ordered: Sequence[TensorSpec], progress: Progress) -> None:
+        """Makes the passes before the fold."""
+        changed = [spec for spec in ordered if self.vectors.has(spec.name)]
+        numel, names = sum(spec.numel for spec in ordered), [spec.name for spec in changed]
+        folding, first = self._folding, self._rule.needs.measure
+        folding.counted = Counted(first)
+        folding.counted = Counted(passes.of_model(first, names, numel, partial(self._tally, added=True), progress))
+        own = passes.of_tensors(self._rule, changed, self._tally, progress)
+        folding.counted = Counted(folding.counted.model, own)
+
+    def _tally(self, work: Mapping[str, Pass], *, added: bool = False) -> Iterator[tuple[str, Counts]]:
+        """Makes a pass over tensors; `added` is as a `PassJob` has it."""
+        self.vectors.begin()
+        job = PassJob(secrets.token_hex(8), *self._sent(), work, added)
+        tasks = [
+            self._task(job, self.vectors.spec(name), passes.pass_need(self.vectors, name), each.share)
+            for name, each in work.items()
+        ]
+        with at_hand(job, PassBench(self._folding, work)):
+            yield from self._executor.map(tasks)
+
+    def _task(self, job: WorkJob[R], spec: TensorSpec, takes: int, share: float = 1.0) -> Task[R]:
+        """The work of one tensor that the candidate has."""
+        prefetch = partial(self.vectors.prefetch, spec.name) if share == 1.0 else None
+        return Task(spec.name, takes, WorkPiece(job, spec.name), prefetch, int(2 * share * spec.nbytes))
+
+    def _sent(self) -> tuple[SentSources, SentTerms, Counted]:
+        terms = self._terms
+        return (
+            self._sources.sent(self._rule.needs.shipped),
+            SentTerms(
+                terms.name, terms.totals, terms.weight, terms.plan, self._gates, self._resources.device_elsewhere
+            ),
+            self._folding.counted,
+        )
+
+
+def _vectors(sources: Sources, workplace: Workplace) -> TaskVectors:
+    return TaskVectors(
+        sources.base,
+        sources.model,
+        sources.lineage,
+        run=run_length(workplace.device),
+        shipped=sources.shipped,
+    )
