@@ -1,4 +1,4 @@
-"""`continual config show`: which settings are in force, and where each was set."""
+"""`continual config`: which settings are in force, where each was set, and what a systemd unit needs for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from continual.cli import console
+from continual.cli import console, opened
 from continual.cli.flags import FLAGS, Flags, takes
 
 app = typer.Typer(rich_markup_mode=None)
@@ -40,6 +40,16 @@ def show(
         console.table(
             ("setting", "value", "from"), [(row["setting"], _text(row["value"]), row["from"]) for row in rows]
         )
+
+
+@config.command()
+@takes("state", "config")
+def unit(*, flags: Flags) -> None:
+    """Print what the unit of systemd needs for these settings, as a drop-in: folders to write, mounts, network, time to
+    stop."""
+    from continual.service.unit import drop_in
+
+    console.say(drop_in(opened.settings(flags), str(flags.config or "the settings")).rstrip("\n"), lines=True)
 
 
 def _text(value: object) -> str:

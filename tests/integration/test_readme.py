@@ -3,6 +3,7 @@ of every page is one that the command understands."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import shutil
@@ -24,8 +25,9 @@ README = ROOT / "README.md"
 
 
 def typed(line: str) -> list[str]:
-    """The words of a line of a block, without a prompt and without what follows a #."""
-    return shlex.split(line.strip().removeprefix("$ "), comments=True)
+    """The words of a line of a block, without a prompt and without what follows a #, or sends on what is printed."""
+    words = shlex.split(line.strip().removeprefix("$ "), comments=True)
+    return list(itertools.takewhile(lambda word: word[0:1] not in ("|", ">"), words))
 
 
 def lines(block: str) -> list[list[str]]:
