@@ -178,7 +178,7 @@ view = "c*"
             assert (lines[1][2], Path(lines[1][3]).name) == (str(second), f"crm-{second:08d}")
             said = run("status", "--config", file).stdout
             assert f"crm: reads 2 by mean (crm-1, crm-2), a whole model; {out}/crm: record " in said
-            assert "<h2>Views</h2>" in services.get(address)[1]
+            assert ">Views</h2>" in services.get(address)[1]
             config(file, state, crm + 'rule = "no-such"\n' + rest + hooks)
             process.send_signal(signal.SIGHUP)
             log = tmp_path / "daemon.log"
