@@ -181,12 +181,16 @@ class HookSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["sglang", "sglang-lora", "vllm-lora", "http", "command"]
+    kind: Literal["sglang", "sglang-lora", "vllm", "vllm-lora", "http", "command"]
     url: str | None = Field(
         default=None,
         description="where the server listens, as http://127.0.0.1:30000; of an http hook, what is posted to",
     )
     command: tuple[str, ...] = Field(default=(), description="program and arguments of a command hook; no shell")
+    secret: Annotated[SecretStr | None, BeforeValidator(unset)] = Field(
+        default=None,
+        description="http: what is posted is signed with it, after Standard Webhooks: whsec_ and Base64, or env:NAME",
+    )
     view: str | None = Field(
         default=None, description="views whose publications it is told of, a name or a glob; default: the merge alone"
     )

@@ -18,7 +18,7 @@ import structlog
 from continual.api import Merge
 from continual.errors import ContinualError, Misconfigured, Retry
 from continual.hub import Trouble
-from continual.publish.hooks import Published
+from continual.publish.published import Published
 from continual.retrying import PARKED, Fault, retry_delay
 from continual.service import publishing
 from continual.service import release as releasing

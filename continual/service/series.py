@@ -40,7 +40,7 @@ canary that failed; a page that could not be shown."""
 DROPPED = ("full", "slow", "host", "malformed")
 """Why the service does not answer a connection as it was asked."""
 STAGES = ("read", "rule", "write", "commit")
-HOOKS = ("sglang", "sglang-lora", "vllm-lora", "http", "command")
+HOOKS = ("sglang", "sglang-lora", "vllm", "vllm-lora", "http", "command")
 OTHER = "other"
 _SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 _REFUSALS = tuple(dict.fromkeys((*REFUSALS, *(reason for gate in GATES for reason in gate.reasons))))

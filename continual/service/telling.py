@@ -16,7 +16,7 @@ from continual.api import Merge
 from continual.config import HookSettings, Settings
 from continual.errors import ContinualError, Misconfigured
 from continual.publish import hooks
-from continual.publish.hooks import Published
+from continual.publish.published import Published
 from continual.service.aside import Recorder, aside
 from continual.service.failures import Failures, told
 from continual.service.outgoing import outgoing
@@ -50,7 +50,7 @@ def _wrong(hook: HookSettings, word: str, settings: Settings) -> str | None:
     named = [name for name in settings.views if fnmatch.fnmatchcase(name, word)]
     if not named and not _GLOB.search(word):
         return f"the settings name no such view; there are {', '.join(settings.views) or 'none'}"
-    if hook.kind != "sglang" and not hook.serves_lora:
+    if hook.kind not in ("sglang", "vllm") and not hook.serves_lora:
         return None
     if hook.serves_lora and len({hook.served_as(name) for name in named}) < len(named):
         return f"{' and '.join(named[:2])} would be served under one name, {hook.name}: write {{view}} into it"
@@ -58,8 +58,8 @@ def _wrong(hook: HookSettings, word: str, settings: Settings) -> str | None:
         view = settings.views[name]
         if view.current is None:
             return f"views.{name}.current is not set, and the server loads what lies there"
-        if hook.kind == "sglang" and view.as_lora is not None:
-            return f"views.{name}.as_lora is set, and this kind loads a whole model: use sglang-lora"
+        if not hook.serves_lora and view.as_lora is not None:
+            return f"views.{name}.as_lora is set, and this kind loads a whole model: use {hook.kind}-lora"
         if hook.serves_lora and view.as_lora is not None and view.format != "peft":
             return f"views.{name}.format = {view.format}, and the server loads adapters of PEFT"
     return None

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from continual.config import HookSettings
-from continual.publish.hooks import Called, Published, call, check
+from continual.publish.hooks import Called, call, check
+from continual.publish.published import Published
 
 Answer = tuple[int, Any]
 """A status, and JSON or text."""
@@ -23,12 +24,14 @@ STATE = "0123456789abcdef0123"
 @dataclass
 class Served:
     """A server that answers what `reply(path, body)` gives: a status and JSON or text; None drops the connection.
-    `asked` is what came."""
+    `asked` is what came, `heads` and `bodies` as they came."""
 
     url: str
     reply: Callable[[str, Any], Answer | None] = lambda _path, _body: (200, "")
     headers: dict[str, str] = field(default_factory=dict)
     asked: list[tuple[str, Any]] = field(default_factory=list)
+    heads: list[dict[str, str]] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
     release: threading.Event = field(default_factory=threading.Event)
 
 
@@ -39,7 +42,10 @@ def serving_hooks() -> Iterator[Served]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             assert self.headers["Content-Type"] == "application/json"
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            body = json.loads(raw)
+            it.heads.append({name.lower(): value for name, value in self.headers.items()})
+            it.bodies.append(raw)
             it.asked.append((self.path, body))
             answer = it.reply(self.path, body)
             if answer is None:

@@ -15,7 +15,8 @@ import pytest
 from continual import config
 from continual.config import HookSettings
 from continual.publish import hooks
-from continual.publish.hooks import Published, call
+from continual.publish.hooks import call
+from continual.publish.published import Published
 from tests.helpers.hooks import STATE, Waits, published, tell
 
 
@@ -26,6 +27,8 @@ def python(code: str, *arguments: str, **more: Any) -> HookSettings:
 def test_a_command_gets_arguments_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in hooks.SECRETS:
         monkeypatch.setenv(name, "hf_s3cret")
+    monkeypatch.setenv("CONTINUAL_ANY_TOKEN", "s3cret")
+    monkeypatch.setenv("MERGED", "whsec_s3cret")
     monkeypatch.setenv("KEPT", "yes")
     code = (
         "import json, os, sys; sys.stdin.read(); "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hmac
 import json
 import socket
 import threading
@@ -12,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from continual.config import HookSettings
-from continual.publish.hooks import Called, Published, call
+from continual.publish.hooks import Called, call
+from continual.publish.published import Published
 from tests.helpers.hooks import STATE, VLLM, Answer, Served, Waits, published, serving_hooks, tell
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
 @pytest.fixture
@@ -162,6 +168,61 @@ def test_vllm_without_the_routes_says_what_to_do(tmp_path: Path, served: Served)
     told = tell(HookSettings(kind="vllm-lora", url=served.url), published(tmp_path))
     assert (told.ok, told.attempts) == (False, 1)
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in told.message
+
+
+def test_vllm_is_paused_for_whole_weights_and_goes_on(tmp_path: Path, served: Served) -> None:
+    served.reply = lambda _path, _body: (200, {"status": "ok"})
+    told = tell(HookSettings(kind="vllm", url=served.url), published(tmp_path))
+    assert (told.ok, told.attempts) == (True, 1)
+    assert [path for path, _ in served.asked] == ["/pause?mode=wait", "/collective_rpc", "/resume"]
+    loading = served.asked[1][1]
+    assert (loading["method"], loading["kwargs"]) == (
+        "reload_weights",
+        {"weights_path": str(tmp_path / "current-7")},
+    )
+
+
+def test_vllm_that_may_have_half_of_the_weights_stays_paused(tmp_path: Path, served: Served) -> None:
+    served.reply = lambda path, _body: (500, "out of memory") if path == "/collective_rpc" else (200, "")
+    told = tell(HookSettings(kind="vllm", url=served.url, tries=2), published(tmp_path))
+    assert (told.ok, told.attempts) == (False, 2)
+    assert "out of memory; it stays paused" in told.message
+    assert [path for path, _ in served.asked] == 2 * ["/pause?mode=wait", "/collective_rpc"]
+
+
+def test_vllm_that_took_nothing_goes_on(tmp_path: Path, served: Served) -> None:
+    served.reply = lambda path, _body: (400, {"detail": "no such method"}) if path == "/collective_rpc" else (200, "")
+    told = tell(HookSettings(kind="vllm", url=served.url), published(tmp_path))
+    assert (told.ok, told.attempts, told.message) == (False, 1, "HTTP 400: no such method")
+    assert served.asked[-1][0] == "/resume"
+
+
+def test_vllm_that_does_not_go_on_is_no_success(tmp_path: Path, served: Served) -> None:
+    served.reply = lambda path, _body: (500, "stuck") if path == "/resume" else (200, "")
+    told = tell(HookSettings(kind="vllm", url=served.url, tries=1), published(tmp_path))
+    assert (told.ok, told.message) == (False, "loaded; HTTP 500: stuck")
+
+
+def test_vllm_without_its_development_mode_says_what_to_do(tmp_path: Path, served: Served) -> None:
+    served.reply = lambda _path, _body: (404, {"detail": "Not Found"})
+    told = tell(HookSettings(kind="vllm", url=served.url), published(tmp_path))
+    assert (told.ok, told.attempts, len(served.asked)) == (False, 1, 1)
+    assert "VLLM_SERVER_DEV_MODE=1" in told.message
+
+
+def test_what_is_posted_is_signed_anew_at_each_try_under_one_id(tmp_path: Path, served: Served) -> None:
+    answers = [503, 503, 200, 200]
+    served.reply = lambda _path, _body: (answers[len(served.asked) - 1], "")
+    hook = HookSettings(kind="http", url=f"{served.url}/a?token=s3cret", secret=SecretStr(SECRET))
+    assert tell(hook, published(tmp_path)).ok
+    assert tell(hook, dataclasses.replace(published(tmp_path), seq=8)).ok
+    for head, raw in zip(served.heads, served.bodies, strict=True):
+        signed = f"{head['webhook-id']}.{head['webhook-timestamp']}.".encode() + raw
+        mac = hmac.new(base64.b64decode(SECRET.removeprefix("whsec_")), signed, "sha256").digest()
+        assert head["webhook-signature"] == "v1," + base64.b64encode(mac).decode()
+        assert abs(int(head["webhook-timestamp"]) - time.time()) < 60
+    *ids, other = [head["webhook-id"] for head in served.heads]
+    assert (len(ids), len(set(ids)), other in ids) == (3, 1, False)
 
 
 @pytest.mark.parametrize("status", [200, 201, 204])

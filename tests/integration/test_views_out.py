@@ -11,7 +11,7 @@ import pytest
 from continual import api, making
 from continual.config import HookSettings
 from continual.errors import Misconfigured
-from continual.publish.hooks import Published
+from continual.publish.published import Published
 from continual.service import release as releasing
 from continual.service import showing
 from continual.service.failures import Failures

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from continual.config import HookSettings
 from continual.errors import Misconfigured
@@ -34,6 +35,11 @@ from continual.publish.hooks import check
         ({"kind": "vllm-lora", "url": "http://host", "name": " "}, "name is empty"),
         ({"kind": "sglang-lora", "url": "http://host", "name": "{view}"}, "told of the merge alone: set view"),
         ({"kind": "http", "url": "http://host", "timeout": float("inf")}, "at most 86400 seconds"),
+        ({"kind": "sglang", "url": "http://host", "secret": "whsec_s3cret"}, "secret is for http"),
+        ({"kind": "http", "url": "http://host", "secret": "s3cret"}, "has to be whsec_ and Base64, or env:NAME"),
+        ({"kind": "http", "url": "http://host", "secret": "whsec_s3creta="}, "has 5 bytes"),
+        ({"kind": "http", "url": "http://host", "secret": "env:NOT_THERE_AT_ALL"}, "no such variable"),
+        ({"kind": "vllm", "url": "http://host", "rank": 8}, "rank is for sglang-lora and vllm-lora"),
         ({"kind": "command"}, "command is missing"),
         ({"kind": "command", "command": ["", "x"]}, "command is missing"),
         ({"kind": "command", "command": ["x", "a\0b"]}, "NUL"),
@@ -55,6 +61,8 @@ def test_what_check_takes() -> None:
             HookSettings(kind="sglang", url="http://127.0.0.1:30000"),
             HookSettings(kind="vllm-lora", url="https://host/behind/", name="merged", rank=64),
             HookSettings(kind="http", url="https://[::1]:8000/hook?token=x"),
+            HookSettings(kind="http", url="https://host", secret=SecretStr("whsec_" + "x" * 32)),
+            HookSettings(kind="vllm", url="http://127.0.0.1:8000"),
             HookSettings(kind="command", command=("deploy", "{directory}")),
         ]
     )
