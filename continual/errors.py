@@ -24,7 +24,7 @@ REFUSALS = (
     *("assembly", "non-finite", "zero", "norm-base", "norm-mean", "norm-layer", "duplicate", "update", "own-release"),
     *("gone", "gated", "superseded", "changed", "malformed", "irrelevant", "age", "count", "internal"),
     *("quantised", "foreign", "sharded-state", "lineage", "extra", "form", "cut", "inputs"),
-    *("noise", "copy", "negated", "mixture", "evaluation", "unclear", "dropped", "signature"),
+    *("noise", "copy", "negated", "mixture", "evaluation", "unclear", "dropped", "signature", "interference"),
 )
 """Every reason for which continual keeps a candidate out; operations.md says what each means. A gate of somebody else
 can have others."""

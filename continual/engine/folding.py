@@ -25,7 +25,7 @@ from continual.executors.memory import Memory
 from continual.gates import Gates, TensorNumbers
 from continual.lazily import torch
 from continual.records import SlotSpec, TensorSpec, Totals
-from continual.rules import Counts, Folded, Inputs, Pass, Rule, Sums, last_out
+from continual.rules import Counts, Folded, Inputs, Pass, Rule, Sums, first_of, last_out
 from continual.state.arrays import Array
 from continual.state.attempts import Written
 from continual.state.writing import Writing
@@ -46,6 +46,7 @@ class TensorFold(NamedTuple):
     `rule`, `write` of the state (and reading what it was). `rank`: the sum of the ranks in the tensor after it, where
     the rule goes by that and it is known. `picture`: of the task vector; None of one that is zero. `written`: what
     another process wrote of it into the transaction, which has to take that; None where it was written there.
+    `before_sq`: ‖X‖² before it, where that is known.
     """
 
     digest: bytes
@@ -56,6 +57,7 @@ class TensorFold(NamedTuple):
     rank: int | None = None
     picture: Picture | None = None
     written: Written | None = None
+    before_sq: float | None = None
 
 
 class Terms(NamedTuple):
@@ -120,9 +122,12 @@ class Folding:
         spec = self._vectors.spec(name)
         if not self._vectors.has(name):
             return self.left(spec)
+        before = self._transaction.square(name)
         if by_runs(self._rule, spec):
-            return self._by_runs(spec)
-        return self._by_experts(spec) if spec.kind == "stack" else self._whole(spec)
+            found = self._by_runs(spec)
+        else:
+            found = self._by_experts(spec) if spec.kind == "stack" else self._whole(spec)
+        return found._replace(before_sq=before)
 
     def _whole(self, spec: TensorSpec) -> TensorFold:
         with held(self._memory, spec, self._rule.slots(spec)) as (tau, kept):
@@ -150,6 +155,7 @@ class Folding:
             slot: torch.from_numpy(self._transaction.read(spec.name, slot, memory)).to(self._device)
             for slot, memory in kept.items()
         }
+        tell_before(watched, accumulators, 0)
         folded = self._rule.fold.apply(accumulators, tau.to(self._device), inputs, self._terms.totals)
         self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums.tau_sq))
         computed = time.perf_counter()
@@ -228,6 +234,7 @@ class Folding:
         """Asks the rule about a part of a tensor, and the gates about that part; `accumulators`, on the CPU, get what
         the rule makes of them."""
         watched.add(inputs.start, tau.reshape(-1).numpy())
+        tell_before(watched, accumulators, inputs.start)
         on_device = {slot: value.to(self._device) for slot, value in accumulators.items()}
         folded = self._rule.fold.apply(on_device, tau.to(self._device), inputs, self._terms.totals)
         self._gates.at_tensor(TensorNumbers(self._terms.name, inputs.spec.name, folded.sums.tau_sq))
@@ -306,6 +313,13 @@ def held(
             for (name, slot), part in zip(slots.items(), parts, strict=True)
         }
         yield torch.from_numpy(first).view(torch.float32), arrays
+
+
+def tell_before(watched: Watched, accumulators: dict[str, torch.Tensor], start: int) -> None:
+    """Tells of the merge before the fold, from element `start` on, where it is asked for and one product away."""
+    count = watched.wanted(start)
+    if count and (found := first_of(accumulators, count)) is not None:
+        watched.beside(start, found.to("cpu", torch.float32).numpy())
 
 
 def moments_of(vectors: TaskVectors, spec: TensorSpec, first: int, content: Content) -> torch.Tensor:

@@ -33,6 +33,8 @@ def numbers_of(report: FoldReport, state: State, plan: SketchPlan, before: Total
         tuple(map(math.sqrt, sums)) if squares else (),
         cache(partial(earlier, state.ledger, report.candidate.origin)),  # several gates ask
         accepted(state.ledger, report.candidate.key),
+        found.cosine,
+        found.met.cosines if found.met else (),
     )
 
 

@@ -13,8 +13,8 @@ from continual.lazily import torch
 from continual.outside import shown
 from continual.records import Lineage, TokenRows
 from continual.rules import Sums, figures_of, settle
-from continual.state.parts import FoldNumbers, MatchedRows, NoteSummary, SketchText
-from continual.tensors.vectors.sketch import Sketch
+from continual.state.parts import FoldNumbers, MatchedRows, MetNumbers, NoteSummary, SketchText
+from continual.tensors.vectors.sketch import Sketch, SketchPlan
 
 _LISTED = 100
 """Names of tensors that stay out that a record lists: a header can claim any number of them. So with tokens."""
@@ -58,6 +58,7 @@ def report_of(
         spread_norm=None if figures is None else figures.spread_sum,
         sketch=SketchText(sketch.norms, sketch.text),
         stands_out=median(out) if out else None,
+        met=met(terms.plan, folds),
         notes=summarise([notes for fold in ordered for notes in fold.notes]),
         gauges=rule.read.gauges(totals),
     )
@@ -73,6 +74,37 @@ def report_of(
         sketch=sketch,
         warnings=opened.warnings,
     )
+
+
+def met(plan: SketchPlan, folds: Mapping[str, TensorFold]) -> MetNumbers | None:
+    """How a task vector lies to the merge before it; None where there was none, or its lengths are not known."""
+    changed = {name: fold for name, fold in folds.items() if fold.sums.tau_sq > 0.0}
+    if not any(fold.before_sq for fold in changed.values()) or any(f.before_sq is None for f in changed.values()):
+        return None
+    tau, dots, before, gone = ([0.0] * plan.groups for _ in range(4))
+    projected, sampled = False, []
+    for name in sorted(changed):
+        fold, group = changed[name], plan.group[name]
+        tau[group] += fold.sums.tau_sq
+        dots[group] += fold.sums.dot
+        before[group] += fold.before_sq or 0.0
+        if len(fold.notes) == 1 and "kept" in fold.notes[0]:
+            projected = True
+            gone[group] += (1.0 - fold.notes[0]["kept"]) * fold.sums.tau_sq
+        if fold.picture is not None and fold.picture.meeting.overlap is not None:
+            sampled.append((group, fold.picture.meeting))
+    cosines = [d / math.sqrt(t * b) if t * b else 0.0 for d, t, b in zip(dots, tau, before, strict=True)]
+    return MetNumbers(
+        cosines=tuple(map(_rounded, cosines)),
+        removed=tuple(_rounded(g / t if t else 0.0) for g, t in zip(gone, tau, strict=True)) if projected else None,
+        sampled=tuple(group for group, _ in sampled) or None,
+        overlap=tuple(_rounded(one.overlap or 0.0) for _, one in sampled) or None,
+        conflict=tuple(_rounded(one.conflict or 0.0) for _, one in sampled) or None,
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def matched(rows: TokenRows) -> MatchedRows:

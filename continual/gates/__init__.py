@@ -31,6 +31,7 @@ from continual.gates.copies import CopiesGate
 from continual.gates.cut import CutGate
 from continual.gates.finite import FiniteGate
 from continual.gates.form import FormGate
+from continual.gates.interference import InterferenceGate
 from continual.gates.lineage import LineageGate
 from continual.gates.noise import NoiseGate
 from continual.gates.norms import NormsGate
@@ -51,6 +52,7 @@ __all__ = [
     "Gate",
     "Gates",
     "Headers",
+    "InterferenceGate",
     "LineageGate",
     "NoiseGate",
     "NormsGate",
@@ -75,6 +77,7 @@ GATES: tuple[type[Gate], ...] = (
     NormsGate,
     NoiseGate,
     CopiesGate,
+    InterferenceGate,
     CutGate,
 )
 """Every gate. Those of one stage are asked in this order."""

@@ -88,7 +88,8 @@ class Numbers(NamedTuple):
     by more than a product of two thin factors. `sketch`: of τ. `stands_out`: how far its largest direction stands out
     of noise (`Picture.stands_out`), the median of some matrices. `layer_norms`: ‖θ₀‖ of each group of layers of the
     sketch, where the base is read. `earlier` gives those that are in the merge, the oldest first. `accepted`: a person
-    wants it in spite of doubts.
+    wants it in spite of doubts. `cosine`: with the merge before it, `layer_cosines` in each group of layers,
+    where these are known.
     """
 
     name: str
@@ -101,6 +102,8 @@ class Numbers(NamedTuple):
     layer_norms: Sequence[float] = ()
     earlier: Callable[[], Sequence[Earlier]] = nobody
     accepted: bool = False
+    cosine: float | None = None
+    layer_cosines: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from continual.rules.contract import (
     Sums,
     Triplets,
 )
+from continual.rules.first_rows import first_of
 from continual.rules.layer_inputs import LayerInputs
 from continual.rules.options import NoOptions, Option
 from continual.rules.registry import (
@@ -68,6 +69,7 @@ __all__ = [
     "Triplets",
     "check_terms",
     "figures_of",
+    "first_of",
     "last_out",
     "must_keep_adapters",
     "read_as",

@@ -63,6 +63,20 @@ class SketchText:
     values: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetNumbers:
+    """How a task vector lies to the merge before it. By group of layers, as of its sketch: `cosines` with the merge,
+    and `removed`, the share of ‖τ‖² that the rule's projection took away (OPCM). Of a few matrices, which are in the
+    groups `sampled` (counted from 0): `overlap`, the share of ‖τ‖² along the leading directions of the merge, and
+    `conflict`, the share of Σ|τ| where the merge has the other sign (`tensors/vectors/meeting.py`)."""
+
+    cosines: tuple[float, ...] = ()
+    removed: tuple[float, ...] | None = field(default=None, metadata=_OMITTED)
+    sampled: tuple[int, ...] | None = field(default=None, metadata=_OMITTED)
+    overlap: tuple[float, ...] | None = field(default=None, metadata=_OMITTED)
+    conflict: tuple[float, ...] | None = field(default=None, metadata=_OMITTED)
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluated:
     """The metrics of the merge with a model in it (`after`), of the merge before it (`before`; None where nobody could
@@ -101,10 +115,10 @@ class FoldNumbers:
     many the candidate lacks; `extra`: names of the first of its `extra_count` tensors that the base lacks; `prefix`,
     `narrowed`, `rows`, `renamings`: as in `Lineage`, of the last the first; `tokens`: tables whose rows were matched by
     token. `sketch`: what later models are compared with; `stands_out`: how far a direction stands out of noise; both
-    are of tensors/vectors/sketch.py. `warnings`: of gates that only warn; `evaluated`: what a command
-    said of the merge. `notes`: by the rule's names; `gauges`: the
-    rule's gauges after the fold, by name. A fold that came with another state, or that a round weighed, has few of
-    these.
+    are of tensors/vectors/sketch.py. `met`: how it lies to the merge before it.
+    `warnings`: of gates that only warn; `evaluated`: what a command said of the merge. `notes`: by the rule's
+    names; `gauges`: the rule's gauges after the fold, by name. A fold that came with another state, or that a round
+    weighed, has few of these.
     """
 
     tau_norm: float
@@ -128,6 +142,7 @@ class FoldNumbers:
     tokens: tuple[MatchedRows, ...] | None = field(default=None, metadata=_OMITTED)
     sketch: SketchText | None = field(default=None, metadata=_OMITTED)
     stands_out: float | None = field(default=None, metadata=_OMITTED)
+    met: MetNumbers | None = field(default=None, metadata=_OMITTED)
     warnings: tuple[Warned, ...] | None = field(default=None, metadata=_OMITTED)
     evaluated: Evaluated | None = field(default=None, metadata=_OMITTED)
     notes: Mapping[str, NoteSummary] | None = field(default=None, metadata=_OMITTED)

@@ -86,12 +86,12 @@ def given(directory: Path, device: torch.device) -> Given:  # noqa: ARG001 - the
 class Ground:
     """A state with a merge, and what candidates do to it."""
 
-    def __init__(self, red: Red, merged: int) -> None:
+    def __init__(self, red: Red, merged: int, **recipe: str) -> None:
         self.red = red
         self.tasks = red.suite.tasks[:merged]
         self.state = red.work / "state-evaluating"
         shutil.rmtree(self.state, ignore_errors=True)
-        continual.init(red.base, self.state)
+        continual.init(red.base, self.state, continual.Recipe(**recipe))  # type: ignore[arg-type]
         with continual.open(self.state, write=True, workers=1, gates=OFF) as merge:
             for task in self.tasks:
                 assert merge.fold(red.honest(task, 1.0, "full")).fate == "folded", task

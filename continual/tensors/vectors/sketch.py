@@ -21,6 +21,8 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from continual.records import TensorSpec, depths_of
+from continual.tensors.vectors import meeting
+from continual.tensors.vectors.meeting import Meeting
 
 SIZE = 4096
 """Numbers of a sketch, over all groups of layers."""
@@ -104,10 +106,12 @@ class Projection:
 class Picture(NamedTuple):
     """Of one tensor's task vector: its projection; and how far a direction stands out, the largest squared singular
     value of its first rows over that of random numbers of the same length: about 1 of noise and of rounding, 3 and more
-    of what training changed. None of a tensor that is not sampled, and where these rows are zero or not finite."""
+    of what training changed. None of a tensor that is not sampled, and where these rows are zero or not finite.
+    `meeting`: how some of these rows lie to the merge before."""
 
     projection: Floats
     stands_out: float | None
+    meeting: Meeting = Meeting()
 
 
 class Watched:
@@ -119,6 +123,9 @@ class Watched:
         rows = min(rows, max(NARROWEST, _ELEMENTS // max(1, self._columns)))
         wanted = spec.name in plan.sampled
         self._first = np.empty(rows * self._columns if wanted else 0, np.float32)
+        some = min(rows, max(NARROWEST, meeting.ELEMENTS // max(1, self._columns)))
+        self._before = np.empty(some * self._columns if wanted else 0, np.float32)
+        self._seen = 0
 
     def add(self, start: int, part: NDArray[np.float32]) -> None:
         """As `Projection.add`."""
@@ -127,9 +134,25 @@ class Watched:
             stop = min(start + len(part), len(self._first))
             self._first[start:stop] = part[: stop - start]
 
+    def wanted(self, start: int) -> int:
+        """How many elements of the merge from number `start` on are asked for."""
+        return max(0, len(self._before) - start)
+
+    def beside(self, start: int, part: NDArray[np.float32]) -> None:
+        """Hears of the merge before, flat, from element `start` on."""
+        stop = min(start + len(part), len(self._before))
+        self._before[start:stop] = part[: stop - start]
+        self._seen += stop - start
+
     def picture(self) -> Picture:
         """Of what was added."""
-        return Picture(self._projection.values, self._stands_out())
+        return Picture(self._projection.values, self._stands_out(), self._meeting())
+
+    def _meeting(self) -> Meeting:
+        if not len(self._before) or self._seen < len(self._before):
+            return Meeting()
+        rows = self._before.reshape(-1, self._columns)
+        return meeting.meeting_of(self._first[: len(self._before)].reshape(rows.shape), rows)
 
     def _stands_out(self) -> float | None:
         """By the power method, so a lower bound."""
