@@ -2,6 +2,7 @@
 
 from continual.config.canary import CanarySettings
 from continual.config.given import load, settings_of
+from continual.config.notify import NotifySettings
 from continual.config.settings import (
     CalibrationSettings,
     HookSettings,
@@ -20,6 +21,7 @@ __all__ = [
     "CanarySettings",
     "HookSettings",
     "HubSettings",
+    "NotifySettings",
     "ReleaseSettings",
     "RoundSettings",
     "Settings",

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 from continual.config.canary import CanarySettings
 from continual.config.evaluating import EvaluationSettings
+from continual.config.notify import NotifySettings
 from continual.config.signing import SigningSettings
 from continual.config.values import Bytes, Paths, Repos, Seconds, Texts, by_name, pairs, rank, unset, written
 
@@ -339,6 +340,9 @@ class Settings(BaseModel):
     )
     signing: SigningSettings = Field(
         default=SigningSettings(), description="how what goes out is signed: a table; default: it is not"
+    )
+    notify: NotifySettings = Field(
+        default=NotifySettings(), description="which people are told of what: a table; default: nobody is"
     )
     bom: bool = Field(default=False, description="write a bill of materials (CycloneDX) beside each continual.json")
     host: str = Field(default="127.0.0.1", description="address the service listens on")

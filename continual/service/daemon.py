@@ -23,7 +23,7 @@ from continual.gates import SignatureGate
 from continual.hub import must_be_online
 from continual.publish import bom, hub
 from continual.records import Candidate
-from continual.service import gauging, logs, signals, telling, view_settings
+from continual.service import gauging, logs, notifying, signals, telling, view_settings
 from continual.service.canary.calling import Calling
 from continual.service.canary.watching import CanaryWatch
 from continual.service.control.acting import Answer
@@ -34,6 +34,7 @@ from continual.service.control.requests import DrainRequest, Request
 from continual.service.failures import Failures
 from continual.service.feeding import feed
 from continual.service.metrics import Metrics
+from continual.service.notifying import Notifier
 from continual.service.outlets import Outlets
 from continual.service.queue import Queue
 from continual.service.reloading import Reloading
@@ -84,6 +85,7 @@ def check(settings: Settings) -> None:
         bom.check()
     gates.make(settings).the(SignatureGate).check()
     telling.check(settings)
+    notifying.check(settings.notify)
     roster.check(settings)
 
 
@@ -107,6 +109,8 @@ class Daemon:
         self.live = Live(merge, Queue(), sources)
         gauging.begin(self.metrics, merge)
         self._failures = Failures(self.metrics, self.live.health)
+        self._notifier = Notifier(merge.settings.notify, merge.state.path, self._failures)
+        self._failures.news = self._notifier.hear
         self._socket = sock
         self._log = structlog.get_logger("continual")
         self._stopping = asyncio.Event()
@@ -134,6 +138,7 @@ class Daemon:
                 self._halt(_first(group_error))
             finally:
                 self._worker.close()
+            await self._notifier.last()
             self._log.info("stopped", head=self.merge.head, clean=self.halted is None)
 
     async def _run_tasks(self) -> None:
@@ -145,12 +150,13 @@ class Daemon:
             folding = group.create_task(self._worker.run(self.sources, self._stopping))
             publishing = group.create_task(self._outlets.run())
             watching = group.create_task(self._watch.run())
+            notifying = group.create_task(self._notifier.run())
             looking = group.create_task(gauging.measure(self.merge, self.live, self.metrics))
             feeding = [group.create_task(self._feed(source)) for source in self.sources]
             await self._stopping.wait()
             await self._drain(folding)
             self.merge.give_up()
-            for task in (publishing, watching, *feeding, looking):
+            for task in (publishing, watching, *feeding, looking, notifying):
                 task.cancel()
             served.set()
             await asyncio.wait({web, control})
@@ -220,6 +226,7 @@ class Daemon:
         self.halted = error
         self.metrics.error("halt")
         self._log.error("halted", error=str(error))
+        self._failures.news("halted", f"has stopped, and a person has to look: {error}")
         self._stop()
 
     async def _drain(self, folding: asyncio.Task[None]) -> None:
@@ -251,7 +258,9 @@ class Daemon:
                 for source in self.sources:
                     self.metrics.source(source.series())
                 self.metrics.under_way(self.live.done)
-                self.metrics.degraded({shortfall.reason for shortfall in self.live.shortfalls()})
+                shortfalls = self.live.shortfalls()
+                self.metrics.degraded({short.reason for short in shortfalls})
+                self._notifier.degraded(shortfalls)
             except Exception as error:
                 self._failures.tell(error, what="the heartbeat")
             with contextlib.suppress(TimeoutError):

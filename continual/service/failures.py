@@ -30,6 +30,8 @@ class Failures:
     def __init__(self, metrics: Metrics, health: Health) -> None:
         self.metrics = metrics
         self.health = health
+        self.news: Callable[[str, str], None] = lambda _event, _text: None
+        """Hears what people may want to be told: a word of `config.notify.Happening`, and a sentence."""
         self._log = structlog.get_logger("continual")
 
     def tell(self, error: BaseException, kind: str = "internal", **what: str) -> None:

@@ -36,6 +36,7 @@ def in_use(settings: Settings, selects: str) -> list[str]:
         "rounds": selects != "none",
         "publish": settings.current is not None,
         "release": settings.release.repo is not None or any(view.repo for view in views),
+        "notify": bool(settings.notify.urls),
         "canary": settings.release.canary is not None or any(view.canary for view in views),
     }
     return [word for word, used in found.items() if used]

@@ -154,6 +154,10 @@ class Metrics:
         """A hook that was called, and whether it worked."""
         self._count("continual_hooks_total", 1, kind, "ok" if ok else "failed")
 
+    def notified(self, *, ok: bool) -> None:
+        """A message to people that an address took, or did not take after all tries."""
+        self._count("continual_notifications_total", 1, "ok" if ok else "failed")
+
     def canaries(self, waiting: int | None) -> None:
         """How many canaries wait for a verdict; None where the settings have none."""
         self._set("continual_canaries", waiting)

@@ -52,6 +52,7 @@ class Outlets:
         self._turned = turned
         self.metrics = failures.metrics
         self.health = failures.health
+        self._news = failures.news
         self.record = record
         self.told = told
         self.telling = Telling(merge, failures, record)
@@ -153,6 +154,8 @@ class Outlets:
             if (entry := stages.verdict(self.merge, record)) is not None:
                 await self.record(entry)
                 self.metrics.canary_ended("promoted")
+                of = f" of the view {name}" if name else ""
+                self._news("canary", f"record {record.seq}{of} was a canary, and is promoted: {record.why}")
                 self._log.info("promoted", **_of(outgoing(self.merge.settings, name)), seq=record.seq, why=record.why)
             self.merge.state.canaries.rest(name, record.seq)
             self.fresh()  # what was folded meanwhile is the next canary
@@ -205,6 +208,7 @@ class Outlets:
         if done is None or (done.of, done.mark) != (found.seq, found.mark):
             await self.record(releasing.entry(found, out.name))
             self.metrics.released(found.uploaded)
+            self._news("released", f"record {found.seq} is on the Hub as {found.repo} ({found.tag or found.commit})")
         self._log.info(
             "canary out" if after == "candidate" else "released",
             **_of(out),

@@ -60,6 +60,7 @@ AT_START = frozenset(
         "host",
         "hub",
         "nested",
+        "notify",
         "objective",
         "options",
         "port",

@@ -101,6 +101,7 @@ class Rounds:
         for row in ended.scores:
             if row.fate in ("refused", "expired"):
                 self.metrics.refused(row.reason)
+                self.failures.news("refused", f"{row.name} was kept out ({row.reason}): {row.message}")
                 self._log.warning(
                     row.fate, model=row.name, seq=found.commit.seq, reason=row.reason, message=row.message
                 )

@@ -32,11 +32,12 @@ FEATURES = {
     "release": "with `release.repo` or the `repo` of a view",
     "hooks": "with `[[hooks]]`",
     "canary": "with the `canary` of a release or a view",
+    "notify": "with `[notify]`",
 }
 """When a series is there, by the word in `Series.there`."""
-ERRORS = ("halt", "internal", "source", "publish", "release", "hook", "canary", "page")
-"""The kinds of errors: a halt; an exception that nobody expected; a source, a publication, a hook or the watch over a
-canary that failed; a page that could not be shown."""
+ERRORS = ("halt", "internal", "source", "publish", "release", "hook", "canary", "page", "notify")
+"""The kinds of errors: a halt; an exception that nobody expected; a source, a publication, a hook, the watch over a
+canary or a message that failed; a page that could not be shown."""
 DROPPED = ("full", "slow", "host", "malformed")
 """Why the service does not answer a connection as it was asked."""
 STAGES = ("read", "rule", "write", "commit")
@@ -241,6 +242,13 @@ TABLE: tuple[Series, ...] = (
         "continual_hub_last_poll_timestamp_seconds",
         "When the Hub was last asked with success what is new, as seconds since 1970; kept over a restart.",
         there="polled",
+    ),
+    Series(
+        "counter",
+        "continual_notifications_total",
+        "Messages to people, one for each address, by whether they were taken.",
+        (("result", _RESULTS),),
+        there="notify",
     ),
     Series(
         "counter",

@@ -262,6 +262,7 @@ class Worker:
         if outcome.fate == "folded":
             report = outcome.report
             self.metrics.observe(report, time.time())
+            self.failures.news("folded", f"{outcome.name} was folded, as record {outcome.commit.seq}")
             if report is None:
                 log.info("folded")
             else:
@@ -277,5 +278,6 @@ class Worker:
             log.debug("known", fate=outcome.commit.entry.fate)
         else:
             self.metrics.refused(outcome.reason or "unknown")
+            self.failures.news("refused", f"{outcome.name} was kept out ({outcome.reason}): {outcome.message}")
             log.warning(outcome.fate, reason=outcome.reason, message=outcome.message)
         self.gauge()

@@ -212,6 +212,14 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
     ),
+    "Messages to people": (
+        _one(
+            "Messages per hour",
+            "short",
+            "sum by (instance, result) (rate(continual_notifications_total@[1h])) * 3600",
+            "{{instance}} {{result}}",
+        ),
+    ),
     "The Hub": (
         _one("Since the Hub last answered", "s", "time() - continual_hub_last_poll_timestamp_seconds@", form="stat"),
         _one("Requests to the Hub", "reqps", "rate(continual_hub_requests_total@[5m])"),

@@ -50,6 +50,7 @@ def filled() -> Metrics:
     metrics.released(11)
     metrics.hook("http", ok=True)
     metrics.published(8)
+    metrics.notified(ok=True)
     metrics.under_way(0.5)
     metrics.room(20, 10)
     metrics.stored({"generations": 30, "ledger": 4, "other": 1})

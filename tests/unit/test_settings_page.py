@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -16,12 +18,14 @@ from continual.config import (
     CanarySettings,
     HookSettings,
     HubSettings,
+    NotifySettings,
     ReleaseSettings,
     Settings,
     SigningSettings,
     ViewSettings,
     load,
 )
+from continual.config.notify import Happening
 from tests.helpers.pages import DOCS, PAGES, blocks, name
 
 HEAD = "| setting | default | flag | what it says |\n|---|---|---|---|\n"
@@ -86,6 +90,27 @@ def test_every_setting_of_signing_is_on_its_page_with_default_and_meaning() -> N
     defaults = dict(SigningSettings())
     fields = SigningSettings.model_fields.items()
     assert table.splitlines() == [f"| `{key}` | {said(defaults[key])} | {row.description} |" for key, row in fields]
+
+
+def test_every_setting_of_messages_is_on_its_page_with_default_and_meaning() -> None:
+    head = "| setting | default | what it says |\n|---|---|---|\n"
+    part = (DOCS / "operations.md").read_text().partition("## Telling people")[2]
+    fields = NotifySettings.model_fields
+    names = [f"`{key}`" for key in fields]
+    table = part.partition(head)[2].partition("\n\n")[0].splitlines()
+    assert [row.split(" | ")[0].removeprefix("| ") for row in table] == names
+    for row, (key, field) in zip(table, fields.items(), strict=True):
+        _, _, default, meaning, _ = [cell.strip() for cell in row.split("|")]
+        assert meaning == field.description, key
+        assert load_default(default) == field.default, key
+    explained = part.partition("| event | what is said |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", explained)) == set(get_args(Happening))
+
+
+def load_default(written: str) -> object:
+    """What a default of a page stands for."""
+    found = tomllib.loads(f"it = {written.strip('`')}")["it"]
+    return tuple(found) if isinstance(found, list) else found
 
 
 def test_every_setting_of_a_view_is_named_on_its_page() -> None:

@@ -38,6 +38,7 @@ class CanaryWatch:
     ) -> None:
         self._merge = merge
         self._metrics = failures.metrics
+        self._news = failures.news
         self._health = failures.health
         self._turns = turns
         self._fresh = fresh
@@ -162,6 +163,8 @@ class CanaryWatch:
         """Has a canary taken back at a turn of the thread that writes the state."""
         again = await self._turns.ask("canary", lambda: stages.take_back(self._merge, name))
         self._metrics.canary_ended("failed")
+        of = f" of the view {name}" if name else ""
+        self._news("canary", f"record {record.seq}{of} was a canary, and is taken back: {record.why}")
         view = {"view": name} if name else {}
         self._log.error("taken back", **view, seq=record.seq, why=record.why, again=[one.name for one in again])
         if again:

@@ -33,6 +33,7 @@ def test_each_reason_has_its_sentence() -> None:
     health.fails("release", "release", "the Hub has trouble")
     health.fails("hook", "http (http://x)", "HTTP 500")
     health.fails("canary", "the merge", "no data")
+    health.fails("notify", "Slack (number 1)", "not taken")
     here, hub = FolderSource(Path("/gone")), FolderSource(Path("/hub"))
     here.problem = "/gone: the folder cannot be reached"
     hub.problem, hub.denied = "check HF_TOKEN", True
@@ -50,6 +51,7 @@ def test_each_reason_has_its_sentence() -> None:
         health.works(reason, which)
     health.works("hook", "http (http://x)")
     health.works("canary", "the merge")
+    health.works("notify", "Slack (number 1)")
     here.problem = hub.problem = None
     assert health.found([here, hub], [queued("a", FAILED - 1)]) == []
 
