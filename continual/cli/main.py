@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from continual import texts
-from continual.cli import answered, configuring, console, doctoring, ending, opened, planned
+from continual.cli import answered, configuring, console, doctoring, ending, importing, opened, planned
 from continual.cli import control as cli_control
 from continual.cli import history as cli_history
 from continual.cli import hub as cli_hub
@@ -65,6 +65,7 @@ app.add_typer(cli_hub.app)
 app.add_typer(cli_control.app)
 app.add_typer(configuring.app)
 app.add_typer(doctoring.app)
+app.add_typer(importing.app)
 
 
 def _transforms(incomplete: str) -> list[tuple[str, str]]:

@@ -193,6 +193,10 @@ def _said(texts: _Texts, call: ast.Call) -> Iterator[tuple[str, str, str]]:
     if called in _FATES and len(call.args) > max(_FATES[called][1]):
         first, others = _FATES[called]
         kind, reasons, said = "Refuse", texts.of(call.args[first]), [call.args[n] for n in others]
+    elif called == "_wrong" and isinstance(
+        call.func, ast.Attribute
+    ):  # of a recipe of another program: the key, and what is wrong with it
+        kind, said = "Misconfigured", call.args[1:2]
     elif called == "Refuse":
         reasons, said = texts.of(call.args[0]), [call.args[1]]
     elif {"reason", "message"} <= given.keys():
@@ -201,7 +205,7 @@ def _said(texts: _Texts, call: ast.Call) -> Iterator[tuple[str, str, str]]:
     elif called not in KINDS:
         return
     for reason, *parts in itertools.product(reasons, *(texts.of(part) for part in said)):
-        text = "; ".join(parts)
+        text = ("…: " if called == "_wrong" else "") + "; ".join(parts)
         if text:
             yield kind, "" if reason == "…" else reason, f"…: {text}" if called == "ValueError" else text
 
