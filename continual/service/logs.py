@@ -72,6 +72,8 @@ class Appended:
     def __init__(self, path: Path) -> None:
         """Raises Misconfigured where the file cannot be opened."""
         self._path = path
+        self._fd = -1
+        self._close = os.close  # at the end of the process no module has its names any more
         try:
             self._fd, self._at = self._open()
         except OSError as error:
@@ -95,8 +97,8 @@ class Appended:
         """Nothing is held back."""
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):  # it was never open
-            os.close(self._fd)
+        if self._fd >= 0:  # it was open
+            self._close(self._fd)
 
     def _open(self) -> tuple[int, tuple[int, int]]:
         """The descriptor, and which file it is. A pipe would hold up every thread that logs."""
