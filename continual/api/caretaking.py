@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from continual.executors.contract import Progress, silent
@@ -13,32 +12,33 @@ from continual.state import verify as verifying
 from continual.state.backup import BackupReport, Wish
 from continual.state.damage import RepairPlan
 from continual.state.strays import Stray
+from continual.stores import Where, where
 
 
-def verify(state: str | Path = "state", *, progress: Progress = silent) -> Verified:
+def verify(state: str | Where = "state", *, progress: Progress = silent) -> Verified:
     """Reads every file of a state, and says what is not as it was written and what does not belong to it. Raises
     Misconfigured where there is no state, Damaged where it cannot be opened."""
     with opening.way_out():
-        opened = State.open(Path(state))
+        opened = State.open(where(state))
     with opened as found:
         findings = verifying.verify(found, lambda done, total: progress("verify", done, total))
         return Verified(tuple(findings), tuple(strays.strays(found.path, found.format, found.ledger)))
 
 
-def look_repair(state: str | Path = "state", *, progress: Progress = silent) -> RepairPlan:
+def look_repair(state: str | Where = "state", *, progress: Progress = silent) -> RepairPlan:
     """Says what is damaged in a state, and what following the rest would lose. Raises Misconfigured where there is no
     state, Busy where a process writes to it, Damaged where nothing in it can be followed."""
-    return repairing.look(Path(state), lambda done, total: progress("look", done, total))
+    return repairing.look(where(state), lambda done, total: progress("look", done, total))
 
 
-def repair(state: str | Path, plan: RepairPlan, *, progress: Progress = silent) -> Commit | None:
+def repair(state: str | Where, plan: RepairPlan, *, progress: Progress = silent) -> Commit | None:
     """Does what `look_repair` said, and returns the record of it; None where nothing is damaged. Raises Misconfigured
     where the state is not as it was then, Busy, Damaged, Retry and Halt."""
-    return repairing.repair(Path(state), plan, lambda done, total: progress("look", done, total))
+    return repairing.repair(where(state), plan, lambda done, total: progress("look", done, total))
 
 
 def backup(
-    state: str | Path, directory: str | Path, wish: Wish | None = None, *, progress: Progress = silent
+    state: str | Where, directory: str | Where, wish: Wish | None = None, *, progress: Progress = silent
 ) -> BackupReport:
     """Makes a backup of a state in `directory`, or brings the one that is there up to date; or a clone, as `wish` says.
     A daemon may write to the state meanwhile.
@@ -46,7 +46,7 @@ def backup(
     Raises Misconfigured where `directory` holds something else, Busy where another process writes there, Damaged where
     the state or the backup is damaged, Retry and Halt. What was in the backup before is not touched then.
     """
-    return backing.backup(Path(state), Path(directory), wish or Wish(), progress)
+    return backing.backup(where(state), where(directory), wish or Wish(), progress)
 
 
 class Verified(NamedTuple):

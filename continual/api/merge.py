@@ -35,19 +35,20 @@ from continual.state import Commit, State
 from continual.state.entries import Entry, ReleaseEntry
 from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting, kept_out
+from continual.stores import Where
 from continual.tuning import Evaluation, FoundInputs, Learning, TaskRows, Told, Tuned, Tuning, Weighing
 
 if TYPE_CHECKING:
     pass
 
 
-def open(state: str | Path = "state", *, write: bool = False, **settings: object) -> Merge:
+def open(state: str | Where = "state", *, write: bool = False, **settings: object) -> Merge:
     """Opens the state in the directory `state`; `settings` are fields of `continual.Settings`.
 
     Any number of processes may open a state for reading, one at a time for writing. Raises Misconfigured where there
     is no state or a setting cannot be used, Busy where another process writes to it, Damaged.
     """
-    return Merge(settings_of({"state": Path(state), **settings}), write=write)
+    return Merge(settings_of({"state": state, **settings}), write=write)
 
 
 class Merge(OpenedState):

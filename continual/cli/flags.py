@@ -104,7 +104,7 @@ _TEXT, _NUMBER, _WHOLE, _PATH, _SWITCH = str | None, float | None, int | None, P
 _TEXTS, _PATHS = list[str] | None, list[Path] | None
 
 _FLAGS = (
-    _flag("state", _PATH, "Directory of the state; else CONTINUAL_STATE, else ./state."),
+    _flag("state", _TEXT, "Directory of the state, or s3://BUCKET/PREFIX; else CONTINUAL_STATE, else ./state."),
     _flag("config", _PATH, "Settings file (TOML); else CONTINUAL_CONFIG."),
     inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json),
     _flag("base", _PATH, "Where the base is now, if it was moved since init."),

@@ -163,7 +163,7 @@ def _list(what: str, lines: Sequence[str]) -> None:
 @app.command()
 @takes(*OPENING)
 def backup(
-    directory: Annotated[Path, typer.Argument(help="Where the backup is, or is to be: outside of the state.")],
+    directory: Annotated[str, typer.Argument(help="Where the backup is, or is to be: outside of the state.")],
     copy: Annotated[bool, typer.Option("--copy", help="Copy every file, also where hard links are possible.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read every byte of the backup when it is made.")

@@ -6,15 +6,17 @@ ops/docs/commands.md shows the same names, defaults and meanings; a test compare
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 from continual.config.canary import CanarySettings
 from continual.config.evaluating import EvaluationSettings
 from continual.config.notify import NotifySettings
 from continual.config.signing import SigningSettings
-from continual.config.values import Bytes, Paths, Repos, Seconds, Texts, by_name, pairs, rank, unset, written
+from continual.config.values import Bytes, Home, Paths, Repos, Seconds, Texts, by_name, pairs, rank, unset, written
+from continual.stores import ObjectPath, where
+from continual.stores.objects import LEASE
 
 
 class StepSettings(BaseModel):
@@ -227,7 +229,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    state: Path = Field(default=Path("state"), description="directory of the state")
+    state: Home = Field(
+        default=Path("state"),
+        description="directory of the state, or s3://BUCKET/PREFIX, gs://… or az://… on an object store",
+    )
+    lease: Annotated[float, Field(ge=2)] = Field(
+        default=LEASE,
+        description="on an object store, for how long a writer or reader that is not heard of keeps what it holds",
+    )
     watch: Paths = Field(default=(), description="folders in which fine-tunes are published")
     rule: str | None = Field(
         default=None,
@@ -368,3 +377,10 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least level that is logged"
     )
+
+    @model_validator(mode="after")
+    def _lent(self) -> Self:
+        """The place of the state knows how long a lease is."""
+        if isinstance(self.state, ObjectPath) and self.state.objects.lease != self.lease:
+            object.__setattr__(self, "state", where(str(self.state), self.lease))
+        return self

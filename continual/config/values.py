@@ -6,11 +6,24 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer
 
+from continual.errors import Misconfigured
 from continual.records import SCHEME
+from continual.stores import ObjectPath, where
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def place(given: object) -> object:
+    """A directory, or a place on an object store. Anything else is passed on, and the field refuses it. Raises
+    ValueError for an object store without bucket or prefix."""
+    if not isinstance(given, str | Path | ObjectPath):
+        return given
+    try:
+        return where(given)
+    except Misconfigured as error:
+        raise ValueError(str(error)) from None
 
 
 def parse_bytes(text: object) -> object:
@@ -80,6 +93,7 @@ def repos(text: object) -> object:
     return tuple(str(part).removeprefix(SCHEME) for part in found) if isinstance(found, tuple | list) else found
 
 
+Home = Annotated[InstanceOf[Path] | InstanceOf[ObjectPath], BeforeValidator(place), PlainSerializer(str)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(split)]
 Repos = Annotated[tuple[str, ...], BeforeValidator(repos)]

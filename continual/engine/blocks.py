@@ -5,7 +5,6 @@ its weights. Which process folds which layers is the matter of block_orders.py."
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from continual.blocks import (
 from continual.errors import Misconfigured
 from continual.lazily import torch
 from continual.records import TensorSpec
-from continual.state import State
+from continual.state import State, storing
 from continual.state.arrays import Array
 from continual.state.generation import Generation
 from continual.state.writing import Writing
@@ -109,7 +108,7 @@ def _written(state: State, layer: TensorSpec, used: int, rank: int, cuts: bool) 
     whole blocks of the file system as hold it."""
     assert state.format.form is not None
     chunks = -(-min(state.format.form.width, used + rank) // CHUNK) - (0 if cuts else used // CHUNK)
-    block = os.statvfs(state.path).f_frsize
+    block = storing.block(state.path)
     small, *sides = (
         -(-(nbytes + _CHECKSUM) // block) * block
         for nbytes in (

@@ -17,6 +17,7 @@ from continual.executors.contract import Task
 from continual.executors.local import Local
 from continual.lazily import torch
 from continual.state.durable import environment, sync_open, write_all
+from continual.stores import Where
 
 PIECE = 1 << 20
 PIECES = 64
@@ -53,10 +54,10 @@ def measure(directory: Path, threads: int) -> Machine:
     return found[1]
 
 
-def beside(state: Path) -> Path:
+def beside(state: Where) -> Path:
     """Where scratch files for work on a state go: beside it or above, in the first directory that may be written to,
     which is as a rule on the same disk; else where the system has its own."""
-    for place in state.absolute().parents:
+    for place in state.absolute().parents if isinstance(state, Path) else ():
         if place.is_dir():
             return place if os.access(place, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
     return Path(tempfile.gettempdir())

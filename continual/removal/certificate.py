@@ -23,6 +23,7 @@ from continual.state import Commit, State
 from continual.state.durable import environment, replace_bytes, usable
 from continual.state.entries import UnfoldEntry
 from continual.state.format import FoldCommit
+from continual.stores import Where
 from continual.tensors import Adapter, Checkpoint, Folder, Place, open_model
 from continual.tensors.matched.matching import naming_of, sources
 
@@ -60,6 +61,7 @@ def certified(engine: Engine, seq: int, file: Path, at: Place | None, progress: 
     state after is not the one before less the model; Retry."""
     state = engine.state
     check_certifiable(state, engine.rule)
+    where = _on_a_disk(state.path)
     last = state.ledger.get(seq)
     first = state.ledger.get(seq - 1)
     entry = last.entry
@@ -71,7 +73,8 @@ def certified(engine: Engine, seq: int, file: Path, at: Place | None, progress: 
         assert before is not None, "it had the model"
         assert after is not None, "it was written"
         base, model, said = sources_shown(engine, fold, at)
-        places = Generations(before.directory, after.directory, base, model)
+        earlier, later = (where / "generations" / found.directory.name for found in (before, after))
+        places = Generations(earlier, later, base, model)
         try:
             return _written(engine, (first, last, fold), places, said, file, progress)
         except Refused as error:
@@ -134,7 +137,7 @@ def _written(
         "extra": list(fold.entry.numbers.extra or ()),
     }
     body["digest"] = verifier.digest(body)
-    state = engine.state.path
+    state = _on_a_disk(engine.state.path)
     verifier.check_form(body)
     verifier.check_records(body, state, state)
     with usable(f"cannot write {file}"):
@@ -195,6 +198,17 @@ def _folder(place: Place, what: str) -> Path:
     if not isinstance(place, Folder):
         raise Misconfigured(f"{place}: a certificate is of files: download {what}, and name its folder (--at, --base)")
     return place.path
+
+
+def _on_a_disk(path: Where) -> Path:
+    """Raises Misconfigured for a state on an object store: who checks a certificate reads the two generations and their
+    records as files."""
+    if isinstance(path, Path):
+        return path
+    raise Misconfigured(
+        f"{path}: a certificate is of files, and this state is on an object store: make a backup in a directory, "
+        "unfold and certify there"
+    )
 
 
 def _sha(state: State, seq: int) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from pathlib import Path
 
 from continual.state import lock
+from continual.stores import Where
 from continual.texts import Json
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks this machine itself: a proxy of the environment (`http_proxy`) is never used for that."""
 
 
-def ask(state: Path) -> dict[str, Json] | None:
+def ask(state: Where) -> dict[str, Json] | None:
     """What the daemon on `state` answers; None if none runs or it does not answer."""
     url = lock.holder(state / "lock").url
     if not isinstance(url, str) or not url.startswith("http://"):
@@ -25,4 +25,4 @@ def ask(state: Path) -> dict[str, Json] | None:
         return None
     if not isinstance(body, dict) or "state_id" not in body:
         return None
-    return body if Path(str(body["state"])) == state.absolute() else None
+    return body if str(body["state"]) == str(state.absolute()) else None

@@ -47,6 +47,7 @@ from continual.signing import signer as signing
 from continual.sources import roster
 from continual.sources.contract import Listening, Source
 from continual.sources.hub import HubSource
+from continual.stores import here
 
 _BEAT = 1.0
 """Seconds between two signs of life."""
@@ -123,7 +124,7 @@ class Daemon:
         self._performing = Performing(merge, self.live, worker.turns, worker.record, sources, self._fresh)
         self._outlets = Outlets(merge, self._failures, worker.record, worker.gauge, self._watch.turned)
         self._reloading = Reloading(merge, worker.turns, read, sources, self._reloaded, self._supervisor)
-        self._control = Control(merge.state.path, self._perform, lambda: self.live.doing)
+        self._control = Control(here(merge.state.path), self._perform, lambda: self.live.doing)
 
     async def run(self) -> None:
         """Starts everything, waits for a signal or a Halt, and drains within the time that is set."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -20,8 +21,9 @@ from continual.hub.locate import Places
 from continual.outside import counted
 from continual.service import asking, daemon
 from continual.service.web import listen
-from continual.state import lock
+from continual.state import heartbeat, lock
 from continual.state.software import software
+from continual.stores import ObjectPath, Where
 from continual.texts import size
 
 if TYPE_CHECKING:
@@ -99,11 +101,9 @@ def _state(settings: Settings, client: Hub | None) -> Iterator[Finding]:
     answered = asking.ask(path)
     if answered is not None:
         yield Finding("daemon", "ok", f"process {answered['pid']} at {answered['url']} says {answered['health']}")
-    elif (pid := lock.holder(path / "lock").pid) is not None and _lives(pid) and not _free(path / "lock"):
+    elif (pid := lock.holder(path / "lock").pid) is not None and _holds(path, pid):
         yield Finding("daemon", "warn", f"process {pid} has the state open for writing", "wait for it, or end it")
-    if not os.access(path, os.W_OK):
-        yield Finding("state", "fail", f"{path}: this user may not write there", f"chown -R {_user()} {path}")
-    yield from _room(path, need)
+    yield from _on_store(path) if isinstance(path, ObjectPath) else _on_disk(path, need)
     ahead = (last - datetime.now(UTC)).total_seconds()
     if ahead > _SKEW:
         yield Finding(
@@ -115,6 +115,31 @@ def _least(merge: Merge) -> int:
     """Bytes that a generation takes at the least; 0 for a state of adapters, which begins empty."""
     made = merge.state.format
     return state_bytes(merge.rule, made.tensors) if made.form is None else 0
+
+
+def _on_disk(path: Path, need: int) -> Iterator[Finding]:
+    if not os.access(path, os.W_OK):
+        yield Finding("state", "fail", f"{path}: this user may not write there", f"chown -R {_user()} {path}")
+    yield from _room(path, need)
+
+
+def _on_store(path: ObjectPath) -> Iterator[Finding]:
+    """Whether this user may write there, and the store keeps two writers apart."""
+    begun = time.perf_counter()
+    try:
+        heartbeat.now(path)
+    except PermissionError as error:
+        yield Finding("state", "fail", f"{path}: {error.strerror}", "use credentials that may write there")
+        return
+    took = (time.perf_counter() - begun) / 5 * 1000  # so many requests
+    yield Finding("store", "ok", f"{path}: honours conditional writes, and answers in {took:.0f} ms")
+
+
+def _holds(path: Where, pid: int) -> bool:
+    """Whether the process that the lock names still has it."""
+    if isinstance(path, Path):
+        return _lives(pid) and not _free(path / "lock")
+    return True  # on whichever machine it is: it has not given it back
 
 
 def _room(path: Path, need: int) -> Iterator[Finding]:
@@ -267,7 +292,7 @@ def _lives(pid: int) -> bool:
 def _free(path: Path) -> bool:
     """Whether nobody holds the lock. It is taken and given back."""
     try:
-        os.close(lock.take(path))
+        lock.take(path).close()
     except ContinualError:
         return False
     return True

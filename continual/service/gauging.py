@@ -4,7 +4,6 @@ The series that it is for are in `series.py`."""
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -18,7 +17,7 @@ from continual.service import showing
 from continual.service.failures import told
 from continual.service.metrics import Metrics
 from continual.service.status import Live
-from continual.state import usage
+from continual.state import storing, usage
 from continual.state.entries import SelectEntry, TuneEntry
 from continual.state.format import Commit
 from continual.state.transaction import MARGIN
@@ -114,9 +113,9 @@ def _look(merge: Merge, live: Live, metrics: Metrics, device: torch.device) -> N
     state = merge.state
     # where adapters are kept a cut writes all that is there again
     needs = (state.generation_bytes() if state.format.sparse else state.format.generation_bytes) + MARGIN
-    free = shutil.disk_usage(state.path).free
-    live.health.room(str(state.path), free, needs)
-    metrics.room(free, needs)
+    if (free := storing.free(state.path)) is not None:
+        live.health.room(str(state.path), free, needs)
+        metrics.room(free, needs)
     if (full := showing.fullness_of(merge)) is not None:
         metrics.full(full.used / full.width, full.cut)
     if (memory := device_memory(device)) is not None:

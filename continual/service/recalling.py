@@ -4,7 +4,6 @@ the evaluations, the generations, the settings in force. It reads no tensor."""
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from continual.api import Merge
@@ -33,7 +32,7 @@ from continual.service.web.recalled import (
     SettingInForce,
 )
 from continual.service.web.view import ShownShares
-from continual.state import Commit
+from continual.state import Commit, storing
 from continual.state.entries import RefuseEntry, RetryEntry
 from continual.state.format import FoldCommit
 from continual.state.going_back import reachable
@@ -229,14 +228,7 @@ class Recalling:
     def _size(self, name: str) -> int:
         """Bytes of the files of a generation, which do not change once it is committed."""
         if name not in self._sizes:
-            found = 0
-            for root, _, files in os.walk(self.merge.state.path / "generations" / name):
-                for file in files:
-                    try:
-                        found += os.lstat(os.path.join(root, file)).st_size
-                    except FileNotFoundError:  # it expires at this moment
-                        continue
-            self._sizes[name] = found
+            self._sizes[name] = sum(storing.sizes(self.merge.state.path / "generations" / name).values())
         return self._sizes[name]
 
 

@@ -27,6 +27,7 @@ from continual.state.durable import environment, link_tree
 from continual.state.entries import ReleaseEntry
 from continual.state.format import FoldCommit
 from continual.state.software import software
+from continual.stores import here
 from continual.tensors.adapters.adapter_config import CONFIG
 from continual.tensors.checkpoints.place import RELEASE
 from continual.tuning.choosing import scratch_directory
@@ -317,4 +318,4 @@ def exported(merge: Merge, out: OutPlan, seq: int, mark: str) -> Iterator[Path]:
 
 def _staging(merge: Merge) -> Path:
     """Where what is on its way to the Hub lies."""
-    return merge.settings.state.absolute() / "staging"
+    return here(merge.settings.state).absolute() / "staging"

@@ -59,6 +59,7 @@ AT_START = frozenset(
         "hooks",
         "host",
         "hub",
+        "lease",
         "nested",
         "notify",
         "objective",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from continual.service.web import Status
 from continual.service.web.view import ShownQueued, ShownScale, UnderWay
 from continual.sources import roster
 from continual.sources.contract import Source, SourceReport
-from continual.state import State, going_back, paused
+from continual.state import State, going_back, paused, storing
 from continual.state.entries import TuneEntry
 from continual.state.software import software
 from continual.texts import Json, record
@@ -195,9 +194,9 @@ class Live:
         doing = self.doing
         return None if doing is None else UnderWay(doing, *self._stage)
 
-    def free_bytes(self) -> int:
-        """Bytes that are free on the disk of the state."""
-        return shutil.disk_usage(self.merge.state.path).free
+    def free_bytes(self) -> int | None:
+        """Bytes that are free on the disk of the state; None of one on an object store."""
+        return storing.free(self.merge.state.path)
 
     def status(self) -> Status:
         """Everything there is to show."""
@@ -267,7 +266,7 @@ def _status(merge: Merge, running: Running) -> Status:
         folds=len(folds),
         generations=len(state.generations()),
         state_bytes=state.generation_bytes(),
-        disk_free_bytes=shutil.disk_usage(state.path).free,
+        disk_free_bytes=storing.free(state.path),
         totals=ledger.totals.body() if folds else {},
         gauges={} if state.format.sparse else merge.rule.read.gauges(ledger.totals),
         queue=tuple(running.queue),

@@ -49,7 +49,8 @@ def drop_in(settings: Settings, source: str = "the settings") -> str:
 
 def _written(settings: Settings) -> Iterator[tuple[str, Path]]:
     """The directories that the daemon writes in, with the settings that name them."""
-    yield "state", settings.state
+    if isinstance(settings.state, Path):
+        yield "state", settings.state
     if settings.current is not None:
         yield "current", settings.current.parent
     for name, view in settings.views.items():

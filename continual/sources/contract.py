@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
@@ -18,6 +17,7 @@ from continual.config import Settings
 from continual.errors import Misconfigured
 from continual.hub.locate import Opener, Places
 from continual.records import Candidate, Event
+from continual.stores import Where
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
@@ -147,7 +147,7 @@ class Wiring:
 
     settings: Settings
     places: Places
-    state: Path
+    state: Where
     known: Callable[[str], bool]
     retried: Sequence[Candidate]
     reopened: Sequence[Candidate] = ()

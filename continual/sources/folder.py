@@ -259,7 +259,7 @@ def scan(
 
 def _check(settings: Settings) -> None:
     """Raises Misconfigured for a folder that is not there, or in which we would see what we write ourselves."""
-    ours = [settings.state] + ([settings.current.parent] if settings.current else [])
+    ours = [path for path in (settings.state, settings.current and settings.current.parent) if isinstance(path, Path)]
     for root in settings.watch:
         if not os.path.isdir(root):
             raise Misconfigured(f"watch = {root}: no such directory")

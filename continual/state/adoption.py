@@ -4,13 +4,11 @@ format.json is the one that the ledger began with. FORMAT.md says what can lie a
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from continual.errors import Damaged, Misconfigured
-from continual.state import arrays
-from continual.state.durable import environment, sync_file, sync_tree
+from continual.state import arrays, storing
+from continual.state.durable import environment
 from continual.state.entries import (
     CombineEntry,
     FoldEntry,
@@ -26,13 +24,14 @@ from continual.state.generation import Generation
 from continual.state.ledger import SHORT, Ledger
 from continual.state.protocol import Held
 from continual.state.task_inputs import DIRECTORY
+from continual.stores import Where
 
 _log = logging.getLogger("continual.state")
 _WRITES = (FoldEntry, CombineEntry, UnfoldEntry, SelectEntry)
 """Records that may come with a generation of their own."""
 
 
-def bound(path: Path, ledger: Ledger, checksum: str) -> None:
+def bound(path: Where, ledger: Ledger, checksum: str) -> None:
     """Raises Damaged where format.json, with this CRC, is not the one of which the ledger says that it is its own. A
     ledger that an earlier version began says nothing of it."""
     said = [commit for commit in ledger.log if commit.kind not in SHORT]
@@ -45,7 +44,7 @@ def bound(path: Path, ledger: Ledger, checksum: str) -> None:
         )
 
 
-def check(path: Path, form: Format, log: Sequence[Commit], acknowledged: int) -> None:
+def check(path: Where, form: Format, log: Sequence[Commit], acknowledged: int) -> None:
     """Raises Damaged where a record of `log` above `acknowledged`, the one that HEAD names, cannot be what the holder
     of this state's lock wrote: what it holds does not follow from the records before it, or its generation is not
     whole. That its checksums follow each other has been checked."""
@@ -60,25 +59,25 @@ def check(path: Path, form: Format, log: Sequence[Commit], acknowledged: int) ->
             )
 
 
-def make_durable(path: Path, log: Sequence[Commit], acknowledged: int) -> None:
+def make_durable(path: Where, log: Sequence[Commit], acknowledged: int) -> None:
     """Syncs the records above `acknowledged` and their generations, which a copy of the state may have left in memory
     alone; logs each. Raises Retry and Halt."""
     above = log[acknowledged + 1 :]
     with environment(f"cannot open {path} for writing"):
         for commit in above:
-            sync_file(path / "commits" / f"{commit.seq:08d}.json")
+            storing.sync(path / "commits" / f"{commit.seq:08d}.json")
         for name in {c.generation for c in above if c.generation}:
-            sync_tree(path / "generations" / name)
+            storing.sync_tree(path / "generations" / name)
         for entry in [c.entry for c in above if isinstance(c.entry, InputsEntry)]:
             for task in entry.tasks:
-                sync_tree(path / DIRECTORY / task.id)
+                storing.sync_tree(path / DIRECTORY / task.id)
         if above:
-            sync_file(path / "generations")
+            storing.sync(path / "generations")
     for commit in above:
         _log.warning("%s: record %d stands above HEAD: it is whole, and counts", path, commit.seq)
 
 
-def _why_not(path: Path, form: Format, log: Sequence[Commit], commit: Commit) -> str | None:
+def _why_not(path: Where, form: Format, log: Sequence[Commit], commit: Commit) -> str | None:
     """What is wrong with a record above HEAD; None if it can be adopted."""
     before = [Held(c.generation, c.receipts) for c in log[: commit.seq]]
     held, entry = Held(commit.generation, commit.receipts), commit.entry
@@ -103,16 +102,17 @@ def _not_whole(generation: Generation) -> str | None:
     contents of the files are for `verify`."""
     try:
         generation.load()
+        sizes = storing.sizes(generation.directory)
         for _, place in generation.held():
             expected = arrays.chunk_bytes(place.spec) + 4
             count = len(generation.chunks(place)) if place.spec.rows else None
-            for file in map(generation.path, place.files(count)):
-                if (size := os.stat(file).st_size) != expected:
-                    return f"{file} has {size} bytes, and {expected} were written"
+            for file in place.files(count):
+                if (size := sizes[file]) != expected:
+                    return f"{generation.path(file)} has {size} bytes, and {expected} were written"
         for path in generation.receipts.metadata:
-            os.stat(generation.path(f"{path}/zarr.json"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        return f"{error.filename} is missing"
+            _ = sizes[f"{path}/zarr.json".lstrip("/")]
+    except KeyError as error:
+        return f"{generation.path(error.args[0])} is missing"
     except (Damaged, Misconfigured) as error:
         return str(error)
     return None

@@ -13,9 +13,7 @@ import contextlib
 import functools
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import google_crc32c
@@ -24,7 +22,8 @@ from numpy.typing import NDArray
 
 from continual.errors import Damaged, Misconfigured
 from continual.records import SlotSpec
-from continual.state.durable import write_all
+from continual.state import chunk_files, storing
+from continual.state.storing import Stem
 from continual.timing.clock import stage
 
 if TYPE_CHECKING:
@@ -113,44 +112,43 @@ class Writer:
     """Writes the values of a new array in order, in pieces of any size, as chunks: all of them, or those numbered
     `chunks`. Not synced."""
 
-    def __init__(self, stem: str, spec: SlotSpec, chunks: range | None = None) -> None:
+    def __init__(self, stem: Stem, spec: SlotSpec, chunks: range | None = None) -> None:
         after = suffixes(spec)
         after = after if chunks is None else after[chunks.start : chunks.stop]
         self._paths = [stem + suffix for suffix in after]
         self._size = chunk_bytes(spec)
-        self._fd: int | None = None
+        self._file: chunk_files.NewChunk | None = None
         self._at = self._crc = 0
         self._checksums: list[str] = []
 
     def write(self, data: memoryview) -> None:
         """The next values, as bytes."""
         while data:
-            if self._fd is None:
-                self._fd = os.open(
-                    self._paths[len(self._checksums)], os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
-                )
+            if self._file is None:
+                self._file = chunk_files.new(self._paths[len(self._checksums)], self._size + 4)
             part = data[: self._size - self._at]
             self._crc = _crc(self._crc, part)
-            write_all(self._fd, part)
+            self._file.write(part)
             self._at += len(part)
             data = data[len(part) :]
             if self._at == self._size:
-                write_all(self._fd, self._crc.to_bytes(4, "little"))
+                self._file.write(self._crc.to_bytes(4, "little"))
+                self._file.finish()
                 self._checksums.append(f"{self._crc:08x}")
                 self.close()
 
     def finish(self) -> list[str]:
         """Pads the last chunk and returns the CRCs of all (of values and padding)."""
-        if self._fd is not None:
+        if self._file is not None:
             self.write(memoryview(bytes(self._size - self._at)))
         assert len(self._checksums) == len(self._paths), "fewer values than the array has"
         return self._checksums
 
     def close(self) -> None:
         """Closes the file it is at."""
-        if self._fd is not None:
-            os.close(self._fd)
-        self._fd, self._at, self._crc = None, 0, 0
+        if self._file is not None:
+            self._file.close()
+        self._file, self._at, self._crc = None, 0, 0
 
 
 class Reader:
@@ -161,7 +159,7 @@ class Reader:
     Misconfigured if the generation has been deleted meanwhile.
     """
 
-    def __init__(self, stem: str, spec: SlotSpec, checksums: Sequence[str], skip: int = 0) -> None:
+    def __init__(self, stem: Stem, spec: SlotSpec, checksums: Sequence[str], skip: int = 0) -> None:
         self._paths = [stem + suffix for suffix in suffixes(spec)]
         if len(checksums) != len(self._paths) and (spec.rows is None or len(checksums) > len(self._paths)):
             raise Damaged(f"{stem}: the receipt has {len(checksums)} chunks, the format {len(self._paths)}")
@@ -169,19 +167,17 @@ class Reader:
         self._size = chunk_bytes(spec)
         self._left = spec.nbytes - skip * self._size
         self._next = skip
-        self._fd: int | None = None
+        self._file: chunk_files.OldChunk | None = None
         self._at = self._crc = 0
 
     def read(self, into: memoryview) -> None:
         """Fills `into` with the next values, as bytes."""
         while into:
             path = self._paths[self._next]
-            if self._fd is None:
-                self._open(path)
-            assert self._fd is not None
+            file = self._file or self._open(path)
             part = into[: min(self._size, self._at + self._left) - self._at]
             with stage("read", len(part)):
-                count = os.preadv(self._fd, [part], self._at)
+                count = file.read_into(part, self._at)
             if count == 0:
                 raise Damaged(f"chunk {path} is damaged: it ends after {self._at} bytes")
             self._crc = _crc(self._crc, into[:count])
@@ -193,23 +189,23 @@ class Reader:
 
     def close(self) -> None:
         """Closes the file it is at."""
-        if self._fd is not None:
-            os.close(self._fd)
-        self._fd, self._at, self._crc = None, 0, 0
+        if self._file is not None:
+            self._file.close()
+        self._file, self._at, self._crc = None, 0, 0
 
-    def _open(self, path: str) -> None:
+    def _open(self, path: Stem) -> chunk_files.OldChunk:
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = file = chunk_files.old(path)
         except FileNotFoundError:
             raise gone(path) from None
-        size = os.fstat(self._fd).st_size
-        if size != self._size + 4:
-            raise Damaged(f"chunk {path} is damaged: {size} bytes where {self._size + 4} were written")
+        if file.nbytes != self._size + 4:
+            raise Damaged(f"chunk {path} is damaged: {file.nbytes} bytes where {self._size + 4} were written")
+        return file
 
-    def _check(self, path: str) -> None:
+    def _check(self, path: Stem) -> None:
         """Takes padding and checksum, and the next chunk in turn."""
-        assert self._fd is not None
-        rest = os.pread(self._fd, self._size - self._at + 4, self._at)
+        assert self._file is not None
+        rest = self._file.read(self._size - self._at + 4, self._at)
         found = _crc(self._crc, rest[:-4])
         if not f"{int.from_bytes(rest[-4:], 'little'):08x}" == f"{found:08x}" == self._checksums[self._next]:
             raise Damaged(
@@ -220,7 +216,7 @@ class Reader:
         self._next += 1
 
 
-def write(stem: str, spec: SlotSpec, array: Array) -> list[str]:
+def write(stem: Stem, spec: SlotSpec, array: Array) -> list[str]:
     """Writes the chunks of `array`; returns their CRCs. Not synced."""
     assert array.shape == spec.shape, (array.shape, spec)
     assert array.dtype == spec.dtype, (array.dtype, spec)
@@ -237,7 +233,7 @@ def nothing(spec: SlotSpec, into: Array | None = None) -> Array:
     return into
 
 
-def write_zeros(stem: str, spec: SlotSpec) -> list[str]:
+def write_zeros(stem: Stem, spec: SlotSpec) -> list[str]:
     """Writes the chunks of an array of zeros, as `write` would; returns their CRCs. Not synced.
 
     The values are a hole in the file, which the file system reads as zeros and keeps no block for.
@@ -245,12 +241,10 @@ def write_zeros(stem: str, spec: SlotSpec) -> list[str]:
     size, after = chunk_bytes(spec), suffixes(spec)
     checksum = _crc_of_zeros(size)
     for suffix in after:
-        fd = os.open(stem + suffix, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            os.lseek(fd, size, os.SEEK_SET)
-            write_all(fd, checksum.to_bytes(4, "little"))
-        finally:
-            os.close(fd)
+        with contextlib.closing(chunk_files.new(stem + suffix, size + 4)) as file:
+            file.skip(size)
+            file.write(checksum.to_bytes(4, "little"))
+            file.finish()
     return [f"{checksum:08x}"] * len(after)
 
 
@@ -268,7 +262,7 @@ def _crc_of_zeros(size: int) -> int:
     return checksum
 
 
-def read(stem: str, spec: SlotSpec, checksums: Sequence[str], into: Array | None = None) -> Array:
+def read(stem: Stem, spec: SlotSpec, checksums: Sequence[str], into: Array | None = None) -> Array:
     """The array, in `into` where that is given: of its shape and dtype. Raises as `Reader` does."""
     if spec.rows:
         return read_rows(stem, spec, checksums, 0, spec.shape[0])
@@ -280,7 +274,7 @@ def read(stem: str, spec: SlotSpec, checksums: Sequence[str], into: Array | None
     return array
 
 
-def read_rows(stem: str, spec: SlotSpec, checksums: Sequence[str], start: int, stop: int) -> Array:
+def read_rows(stem: Stem, spec: SlotSpec, checksums: Sequence[str], start: int, stop: int) -> Array:
     """The rows from `start` on, to but without `stop`, of an array with `rows`; those behind its last chunk are zeros.
     Only the chunks with these rows are read, each of them whole. Raises as `Reader` does."""
     assert spec.rows
@@ -311,10 +305,10 @@ def chunk_bytes(spec: SlotSpec) -> int:
     return grid(spec).rows * (spec.nbytes // max(1, spec.shape[0])) if spec.shape else spec.nbytes
 
 
-def gone(path: str) -> Damaged | Misconfigured:
+def gone(path: Stem) -> Damaged | Misconfigured:
     """Why a chunk, or a zarr.json, of a generation is not there."""
-    generation = next(p for p in Path(path).parents if p.parent.name == "generations")
+    generation = next(p for p in storing.place(path).parents if p.parent.name == "generations")
     if not generation.exists():
         return Misconfigured(f"{generation} has expired: only the last few generations and tagged ones are kept")
-    what = path if path.endswith("/zarr.json") else f"chunk {path}"
+    what = path if str(path).endswith("/zarr.json") else f"chunk {path}"
     return Damaged(f"{what} is missing; restore it, or roll back to an earlier record")

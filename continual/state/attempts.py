@@ -8,11 +8,9 @@ an orphan like any other.
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from continual.errors import Retry
@@ -22,6 +20,7 @@ from continual.state.format import Format
 from continual.state.generation import Generation
 from continual.state.layout import Location
 from continual.state.writing import Writing
+from continual.stores import Where
 
 SUFFIX = ".attempts"
 """What the directory of the attempts at a generation has behind the generation's name."""
@@ -40,8 +39,8 @@ class Handed:
     `before`: the generation that the transaction begins on, by its directory and the CRC of its receipts."""
 
     form: Format
-    directory: Path
-    before: tuple[Path, str] | None
+    directory: Where
+    before: tuple[Where, str] | None
 
     def generation(self) -> Generation | None:
         """The generation before, as this process sees it. Raises Misconfigured where it is not there, Damaged."""
@@ -59,7 +58,7 @@ class Attempt(Writing):
     def __init__(self, handed: Handed, before: Generation | None) -> None:
         self.name = secrets.token_hex(8)
         super().__init__(Draft(handed.directory / self.name, handed.form, before), handed.form, before)
-        if not os.path.isdir(handed.directory):
+        if not handed.directory.is_dir():
             raise Retry(
                 f"{handed.directory} is not there on this machine: the fold has ended, or the state is not in a folder "
                 "that all machines share; nothing was settled"

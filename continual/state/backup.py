@@ -9,26 +9,27 @@ backup is written last: until then the backup is what it was before (FORMAT.md).
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from continual.errors import Busy, Damaged, Misconfigured, Retry
-from continual.state import framing, lock, opening, protocol, retention, task_inputs
+from continual.state import framing, opening, protocol, retention, storing, task_inputs
+from continual.state import lock as locking
 from continual.state.copying import Taking
-from continual.state.durable import environment, replace_bytes, sync_file, sync_tree
+from continual.state.durable import environment
 from continual.state.entries import CloneEntry
 from continual.state.format import Format
 from continual.state.generation import RECEIPTS, Generation
+from continual.state.lock import Lock
 from continual.state.opening import PARTIAL
 from continual.state.protocol import Held, Journal
 from continual.state.store import State
 from continual.state.strays import size_of
 from continual.state.transaction import room
-from continual.state.verify import loose, verify
+from continual.state.verify import loose, loose_files, verify
+from continual.stores import ObjectPath, Where
 
 _COPYING = ".copying-"
 _LOOSE = ("inbox", "sources")
@@ -58,7 +59,7 @@ class BackupReport:
     tasks.
     """
 
-    directory: Path
+    directory: Where
     id: str
     head: int
     records: int
@@ -75,20 +76,20 @@ class _Gone(Exception):
     """A generation that the copy needs has expired meanwhile."""
 
 
-def backup(path: Path, directory: Path, wish: Wish, progress: OnStage) -> BackupReport:
+def backup(path: Where, directory: Where, wish: Wish, progress: OnStage) -> BackupReport:
     """Makes or goes on with a backup of the state in `path`.
 
     Raises Misconfigured where `directory` holds something else or another history, Busy where another process writes
     there, Damaged where the state or the backup is damaged (then the backup stays as it was), Retry and Halt.
     """
-    if directory.resolve().is_relative_to(path.resolve()):
+    if _lies_in(directory, path):
         raise Misconfigured(f"{directory} lies in the state: a backup needs a directory outside of it")
     for _ in range(_TRIES):
         with environment("cannot make the backup"), contextlib.suppress(_Gone):
             # cursors first: what they have passed without a record would not be looked at again
             loose_files = {} if wish.clone else _loose_files(path)
             with State.open(path) as source:
-                sync_file(path / "commits")  # the newest record may be in flight: it must not be here and lost there
+                storing.sync(path / "commits")  # the newest record may be in flight: it must not be here and lost there
                 return _Copy(source, directory, wish, progress).make(loose_files)
     raise Retry(f"{path} changes faster than it can be copied: try again; nothing was settled")
 
@@ -96,11 +97,12 @@ def backup(path: Path, directory: Path, wish: Wish, progress: OnStage) -> Backup
 class _Copy:
     """One backup: `source` is open and stays at the record where it was opened, whatever is written meanwhile."""
 
-    def __init__(self, source: State, directory: Path, wish: Wish, progress: OnStage) -> None:
+    def __init__(self, source: State, directory: Where, wish: Wish, progress: OnStage) -> None:
         self.source = source
         self.directory = directory
         self.wish = wish
         self.progress = progress
+        self._lock: Lock | None = None
         self.id = secrets.token_hex(16) if wish.clone else source.id
         self.have = _have(source, directory, wish)
         self.wanted = source.generations()
@@ -126,7 +128,7 @@ class _Copy:
         if self.wish.dry_run:
             return report
         with self._begun():
-            copies = self.wish.copy or self.source.path.stat().st_dev != self.directory.stat().st_dev
+            copies = self.wish.copy or not _on_one_disk(self.source.path, self.directory)
             room(self.directory, report.nbytes if copies else 0, "the backup")
             taking = self._generations(new)
             self._records(taking)
@@ -154,34 +156,31 @@ class _Copy:
         """Holds the lock of the copy, in which PARTIAL says that it is not whole; what a killed backup left there is
         removed first."""
         directory = self.directory
-        made = [p for p in (directory.absolute(), *directory.absolute().parents) if not p.exists()]
-        directory.mkdir(parents=True, exist_ok=True)
-        for parent in made:
-            sync_file(parent.parent)
-        fd = lock.take(directory / "lock")
+        for made in storing.made(directory):
+            storing.sync(made.parent)
+        self._lock = lock = locking.take(directory / "lock")
         try:
             if _have(self.source, directory, self.wish) != self.have:
                 raise Busy(f"{directory} was written meanwhile: try again")
-            replace_bytes(directory / PARTIAL, framing.encode({"clone": self.wish.clone, "of": self.source.id})[0])
+            storing.replace(directory / PARTIAL, framing.encode({"clone": self.wish.clone, "of": self.source.id})[0])
             for name in opening.DIRECTORIES:
                 (directory / name).mkdir(exist_ok=True)
-            for leftover in (*directory.glob(".*.tmp"), *directory.glob("*/.*.tmp")):
-                leftover.unlink()
+            storing.clear_temporaries(directory)
             opening.cut(directory, self.have)
             if self.have < 0:
-                (directory / "HEAD").unlink(missing_ok=True)
+                storing.remove(directory / "HEAD")
             for name in (*self.left, *(n for n in _names(directory / "generations") if n.startswith("."))):
-                shutil.rmtree(directory / "generations" / name)
+                storing.remove_tree(directory / "generations" / name)
             yield
-            (directory / PARTIAL).unlink()
-            sync_file(directory)
+            storing.remove(directory / PARTIAL)
+            storing.sync(directory)
         finally:
-            os.close(fd)
+            lock.close()
 
     def _generations(self, new: tuple[str, ...]) -> Taking:
         """Takes the new generations and checks all. Raises Damaged where one is not whole: then HEAD is not written."""
         generations, done = self.source.path / "generations", 0
-        total = sum(len(names) for name in new for _, _, names in os.walk(generations / name))
+        total = sum(len(storing.sizes(generations / name)) for name in new)
 
         def step() -> None:
             nonlocal done
@@ -208,22 +207,22 @@ class _Copy:
     def _inputs(self, taking: Taking) -> None:
         """Takes the inputs of tasks that are in force. Those that were read again meanwhile are gone: then the state
         has to be opened again."""
-        below = Path(task_inputs.DIRECTORY)
+        below = task_inputs.DIRECTORY
         for kept in task_inputs.in_force(self.source.ledger):
-            source, target = (where / below / kept.task.id for where in (self.source.path, self.directory))
+            source, target = (place / below / kept.task.id for place in (self.source.path, self.directory))
             if target.exists():
                 continue
             target.parent.mkdir(exist_ok=True)
             try:
-                taking.tree(source, target, target.with_name(f"{_COPYING}{kept.task.id}"), RECEIPTS)
+                taking.tree(source, target, f"{_COPYING}{kept.task.id}", RECEIPTS)
             except FileNotFoundError:
                 with State.open(self.source.path) as now:
                     if kept.task.id not in {one.task.id for one in task_inputs.in_force(now.ledger)}:
                         raise _Gone from None
                 raise Damaged(f"{source} is missing, or not whole: see 'continual verify'") from None
         if (self.directory / below).exists():
-            sync_file(self.directory)
-            sync_file(self.directory / below)
+            storing.sync(self.directory)
+            storing.sync(self.directory / below)
 
     def _take(self, taking: Taking, name: str) -> None:
         """Takes a generation, which must not expire meanwhile. One that is not needed may have expired before."""
@@ -233,7 +232,7 @@ class _Copy:
             with self.source.lease(commit.seq):
                 # who reads a generation holds a lock on its receipts: the copy has readers of its own
                 source = self.source.path / "generations" / name
-                taking.tree(source, target / name, target / f"{_COPYING}{name}", RECEIPTS)
+                taking.tree(source, target / name, f"{_COPYING}{name}", RECEIPTS)
         except Misconfigured:
             if name == self.source.ledger.head.generation:
                 raise _Gone from None
@@ -255,7 +254,7 @@ class _Copy:
                 continue
             findings = list(generation.check(step))
             if findings and name in self.there:
-                shutil.rmtree(directory)
+                storing.remove_tree(directory)
                 taking.same.clear()
                 self._take(taking, name)
                 findings = list(Generation(directory, self.source.format, commit.receipts or "").check(step))
@@ -265,17 +264,17 @@ class _Copy:
                     "'continual verify' says whether the state itself is damaged"
                 )
         for name, wrong in task_inputs.findings(self.directory, self.source.format, self.source.ledger).items():
-            shutil.rmtree(self.directory / task_inputs.DIRECTORY / name, ignore_errors=True)  # to be taken again
+            storing.drop_tree(storing.stem(self.directory / task_inputs.DIRECTORY / name))  # to be taken again
             raise Damaged(f"{wrong[0]}: the backup stays at the record where it was; make it again")
 
     def _records(self, taking: Taking) -> None:
         for commit in self.source.ledger.log[self.have + 1 :]:
             name = f"commits/{commit.seq:08d}.json"
             taking.file(self.source.path / name, self.directory / name)
-        sync_tree(self.directory / "commits")
-        sync_file(self.directory / "generations")
+        storing.sync_tree(self.directory / "commits")
+        storing.sync(self.directory / "generations")
         if self.have < 0:
-            replace_bytes(self.directory / "format.json", (self.source.path / "format.json").read_bytes())
+            storing.replace(self.directory / "format.json", (self.source.path / "format.json").read_bytes())
 
     def _head(self) -> None:
         """From here on the copy is at the new record."""
@@ -283,7 +282,7 @@ class _Copy:
         if self.wish.clone:
             told = f"a clone of the state {self.source.path.absolute()}, record {head.seq}"
             entry = CloneEntry(id=self.id, of=self.source.id, message=told)
-            Journal(self.directory, ledger, _silent).append(entry, Held(head.generation, head.receipts))
+            Journal(self.directory, ledger, _silent, self._lock).append(entry, Held(head.generation, head.receipts))
         else:
             protocol.write_head(self.directory, head)
 
@@ -296,11 +295,11 @@ class _Copy:
         for name, data in {**tags, **files}.items():
             (self.directory / name).parent.mkdir(exist_ok=True)
             if not (self.directory / name).exists() or (self.directory / name).read_bytes() != data:
-                replace_bytes(self.directory / name, data)
+                storing.replace(self.directory / name, data)
         for kind in ("tags", *_LOOSE):
-            for file in (self.directory / kind).glob("[!.]*.json"):
+            for file in loose_files(self.directory / kind):
                 if f"{kind}/{file.name}" not in {**tags, **files}:
-                    file.unlink()
+                    storing.remove(file)
 
     def _checked(self) -> None:
         """Opens the copy and reads all but its generations, which were read before. Raises Damaged."""
@@ -309,7 +308,7 @@ class _Copy:
                 raise Damaged(f"the backup is not whole: {findings[0]} ({len(findings)} findings)")
 
 
-def _have(source: State, directory: Path, wish: Wish) -> int:
+def _have(source: State, directory: Where, wish: Wish) -> int:
     """The newest record that the backup in `directory` has, −1 where there is none yet. Raises Misconfigured where
     something else is there, Damaged."""
     if not directory.exists():
@@ -328,10 +327,7 @@ def _have(source: State, directory: Path, wish: Wish) -> int:
         raise Misconfigured(f"{directory} is a state already: a clone needs a directory of its own")
     if form != source.format:
         raise Misconfigured(f"{directory} holds another state ({form.id[:12]}): name another directory")
-    if wish.copy and any(
-        file.exists() and file.samefile(directory / "commits" / file.name)
-        for file in map((source.path / "commits").joinpath, _names(directory / "commits"))
-    ):
+    if wish.copy and _are_links(source.path, directory):
         raise Misconfigured(f"{directory} was made with hard links: copies need a directory of their own")
     head = protocol.read_head(directory)
     if head.seq >= len(source.ledger.log) or source.ledger.get(head.seq).crc != head.crc:
@@ -342,11 +338,31 @@ def _have(source: State, directory: Path, wish: Wish) -> int:
     return head.seq
 
 
-def _loose_files(path: Path) -> dict[str, bytes]:
+def _are_links(path: Where, directory: Where) -> bool:
+    """Whether any record of the copy is a hard link to the state's."""
+    if not (isinstance(path, Path) and isinstance(directory, Path)):
+        return False
+    files = [path / "commits" / name for name in _names(directory / "commits")]
+    return any(file.exists() and file.samefile(directory / "commits" / file.name) for file in files)
+
+
+def _on_one_disk(path: Where, directory: Where) -> bool:
+    if isinstance(path, ObjectPath) or isinstance(directory, ObjectPath):
+        return False
+    return path.stat().st_dev == directory.stat().st_dev
+
+
+def _lies_in(directory: Where, path: Where) -> bool:
+    if isinstance(directory, ObjectPath) or isinstance(path, ObjectPath):
+        return isinstance(directory, ObjectPath) and directory.is_relative_to(path)
+    return directory.resolve().is_relative_to(path.resolve())
+
+
+def _loose_files(path: Where) -> dict[str, bytes]:
     """The pushes and cursors of the state in `path`, by path below it. Raises Damaged."""
     found = {}
     for name in _LOOSE:
-        for file in sorted((path / name).glob("[!.]*.json")):
+        for file in loose_files(path / name):
             with contextlib.suppress(FileNotFoundError):  # settled meanwhile
                 data = file.read_bytes()
                 loose(file)
@@ -354,8 +370,8 @@ def _loose_files(path: Path) -> dict[str, bytes]:
     return found
 
 
-def _names(directory: Path) -> list[str]:
-    return sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
+def _names(directory: Where) -> list[str]:
+    return storing.names(directory)
 
 
 def _silent(_step: str) -> None:

@@ -7,14 +7,14 @@ import hashlib
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 from continual.errors import Damaged
 from continual.records import OMITTED
-from continual.state import framing
-from continual.state.durable import environment, replace_bytes, sync_file
+from continual.state import framing, storing
+from continual.state.durable import environment
 from continual.state.fields import body_of, record_of
+from continual.stores import Where
 
 DIRECTORY = "canaries"
 Phase = Literal["goes out", "watched", "promoted", "failed", "rests"]
@@ -63,7 +63,7 @@ class CanaryRecord:
 class Canaries:
     """The canaries of the state in `path`. Safe from several threads of one process."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Where) -> None:
         self._directory = path / DIRECTORY
         self._lock = threading.Lock()
         self.turn = threading.Lock()  # held while somebody looks whether one is to be begun
@@ -115,32 +115,31 @@ class Canaries:
                 if file not in wanted:
                     self._remove(file)
 
-    def _remove(self, file: Path) -> None:
+    def _remove(self, file: Where) -> None:
         if file.exists():
             with environment("cannot end a canary"):
-                file.unlink(missing_ok=True)
-                sync_file(self._directory)
+                storing.remove(file)
+                storing.sync(self._directory)
 
     def _write(self, record: CanaryRecord) -> None:
         with environment("cannot keep a canary"):
             if not self._directory.is_dir():
                 self._directory.mkdir(exist_ok=True)
-                sync_file(self._directory.parent)
-            replace_bytes(self._file(record.view), framing.encode(body_of(record))[0])
+                storing.sync(self._directory.parent)
+            storing.replace(self._file(record.view), framing.encode(body_of(record))[0])
 
-    def _file(self, view: str | None) -> Path:
+    def _file(self, view: str | None) -> Where:
         name = "merge" if view is None else hashlib.sha256(view.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         return self._directory / f"{name}.json"
 
 
-def files(directory: Path) -> list[Path]:
+def files(directory: Where) -> list[Where]:
     """The files of canaries in a directory that may not be there."""
-    if not directory.is_dir():
-        return []
-    return sorted(file for file in directory.iterdir() if file.suffix == ".json" and not file.name.startswith("."))
+    names = storing.names(directory)
+    return [directory / name for name in names if name.endswith(".json") and not name.startswith(".")]
 
 
-def held(path: Path) -> set[int]:
+def held(path: Where) -> set[int]:
     """The records of the state in `path` that canaries need: their own, and those that they are to replace. Of a file
     that was altered nothing is known."""
     found: set[int] = set()
@@ -154,7 +153,7 @@ def held(path: Path) -> set[int]:
     return found
 
 
-def _read(file: Path) -> CanaryRecord | None:
+def _read(file: Where) -> CanaryRecord | None:
     """What a file says, None where it is not there: another process may end a canary at any time."""
     try:
         return record_of(CanaryRecord, framing.decode(file)[0], file)

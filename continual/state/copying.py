@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from continual.state import storing
 from continual.state.durable import move_away, sync_tree
+from continual.stores import ObjectPath, Where
 
 _FICLONE = 0x40049409
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -34,8 +36,12 @@ class Taking:
     copied_bytes: int = 0
     same: dict[tuple[int, int], Path] = field(default_factory=dict)
 
-    def file(self, source: Path, target: Path, *, apart: bool = False) -> None:
+    def file(self, source: Where, target: Where, *, apart: bool = False) -> None:
         """Takes a file; `apart`: as a copy. Not synced. Raises OSError."""
+        if not (isinstance(source, Path) and isinstance(target, Path)):
+            self.copied_bytes += _carried(source, target)
+            self.copied += 1
+            return
         if self.link and not apart and _linked(source, target):
             self.linked += 1
             return
@@ -49,26 +55,54 @@ class Taking:
         if told.st_nlink > 1:
             self.same[told.st_dev, told.st_ino] = target
 
-    def tree(self, source: Path, final: Path, temporary: Path, apart: str) -> None:
-        """Takes a directory with all that is in it as `final`: under the name `temporary` until all is on disk. What an
-        earlier try left there is dropped. Files called `apart` are always copied. Raises OSError, and Halt if an fsync
-        failed."""
+    def tree(self, source: Where, final: Where, name: str, apart: str) -> None:
+        """Takes a directory with all that is in it as `final`: under the `name` beside it until all is on disk. What an
+        earlier try left there is dropped. Files called `apart` are always copied; to an object store as the last, and
+        there is no other name there. Raises OSError, and Halt if an fsync failed."""
+        if isinstance(final, ObjectPath):
+            self._carry(source, final, apart)
+            return
+        temporary = final.with_name(name)
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(source, ObjectPath):
+            self._carry(source, temporary, apart)
+        else:
+            self._walk(source, temporary, apart)
+            for inode, path in self.same.items():
+                if path.is_relative_to(temporary):
+                    self.same[inode] = final / path.relative_to(temporary)
+        sync_tree(temporary)
+        move_away(temporary, final)
+
+    def _walk(self, source: Path, target: Path, apart: str) -> None:
         for root, _, names in os.walk(source, onerror=_raise):
-            directory = temporary / Path(root).relative_to(source)
+            directory = target / Path(root).relative_to(source)
             directory.mkdir()
             for name in names:
                 self.file(Path(root, name), directory / name, apart=name == apart)
                 self.step()
-        for inode, path in self.same.items():
-            if path.is_relative_to(temporary):
-                self.same[inode] = final / path.relative_to(temporary)
-        sync_tree(temporary)
-        move_away(temporary, final)
 
-    def know(self, source: Path, target: Path) -> None:
+    def _carry(self, source: Where, target: Where, last: str) -> None:
+        """Copies all files from or to an object store, several at a time, and then those called `last`."""
+        files = sorted(storing.sizes(source))
+        if not files:
+            raise FileNotFoundError(errno.ENOENT, "there is nothing", str(source))
+        for parent in {(target / file).parent for file in files}:
+            parent.mkdir(parents=True, exist_ok=True)
+        for some in (
+            [file for file in files if Path(file).name != last],
+            [file for file in files if Path(file).name == last],
+        ):
+            for nbytes in storing.each(lambda file: _carried(source / file, target / file), some):
+                self.copied += 1
+                self.copied_bytes += nbytes
+                self.step()
+
+    def know(self, source: Where, target: Where) -> None:
         """The directory `target` has been taken from `source` before: files of `source` that have several names are
         not copied again."""
+        if isinstance(source, ObjectPath) or isinstance(target, ObjectPath):
+            return
         for root, _, names in os.walk(source):
             for name in names:
                 file = Path(root, name)
@@ -80,6 +114,16 @@ class Taking:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _carried(source: Where, target: Where) -> int:
+    """Copies a file from or to an object store; returns its bytes. They do not travel within one bucket."""
+    if isinstance(source, ObjectPath) and isinstance(target, ObjectPath) and source.objects.url == target.objects.url:
+        source.objects.copy(source.key, target.key)
+        return storing.size(target)
+    data = storing.contents(source)
+    storing.write_new(target, data)
+    return len(data)
 
 
 def _linked(source: Path, target: Path) -> bool:

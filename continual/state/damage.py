@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from continual.errors import ContinualError, Damaged, Misconfigured
-from continual.state import adoption, framing, predecessors, protocol, task_inputs
+from continual.state import adoption, framing, predecessors, protocol, storing, task_inputs
 from continual.state.entries import CombineEntry, RepairEntry, SelectEntry, TagEntry
 from continual.state.format import Commit, Format
 from continual.state.generation import Generation
@@ -18,6 +18,7 @@ from continual.state.opening import PARTIAL
 from continual.state.protocol import Head
 from continual.state.strays import ASIDE
 from continual.state.verify import OnPart, loose, tag_finding
+from continual.stores import ObjectPath, Where
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Inspection:
     """What is whole in the state in `path`. `ledger` has the records up to the last that an unbroken chain leads to;
     `unfinished` is the directory of a repair that was killed."""
 
-    def __init__(self, path: Path, progress: OnPart) -> None:
+    def __init__(self, path: Where, progress: OnPart) -> None:
         self.path = path
         self.findings: list[str] = []
         self.lost: list[str] = []
@@ -65,7 +66,8 @@ class Inspection:
         _bound(path, self.ledger, checksum)
         self.acknowledged = self.last
         named = {c.entry.aside for c in self.ledger.log if isinstance(c.entry, RepairEntry)}
-        dirs = sorted(d for d in path.glob(f"{ASIDE}*") if d.is_dir() and d.name not in named)
+        dirs = [path / d for d in storing.names(path) if d.startswith(ASIDE) and d not in named]
+        dirs = [d for d in dirs if d.is_dir()]
         self.unfinished = dirs[-1] if dirs else None
         if self.unfinished is not None:
             self.findings.append(f"{self.unfinished}: a repair was not completed")
@@ -277,9 +279,11 @@ class _Tags:
     bad: set[str] = field(default_factory=set)
 
 
-def _must_be_readable(path: Path) -> None:
+def _must_be_readable(path: Where) -> None:
     """Raises Misconfigured where a file may not be read: it says nothing of what is in it, and nothing is to be given
     up for it. Raises OSError."""
+    if isinstance(path, ObjectPath):  # what may not be read there is told as that when it is
+        return
     parts = [path / name for name in ("commits", "generations", "tags")]
     below = (Path(root, name) for part in parts for root, dirs, files in os.walk(part) for name in (*dirs, *files))
     for file in (path / "format.json", path / "HEAD", *parts, *below):
@@ -287,7 +291,7 @@ def _must_be_readable(path: Path) -> None:
             raise Misconfigured(f"{file}: permission denied, so whether it is whole is not known: run as its owner")
 
 
-def _format(path: Path) -> tuple[Format, str]:
+def _format(path: Where) -> tuple[Format, str]:
     """What format.json says, and its CRC. Raises Damaged."""
     file = path / "format.json"
     try:
@@ -301,7 +305,7 @@ def _format(path: Path) -> tuple[Format, str]:
         ) from None
 
 
-def _bound(path: Path, ledger: Ledger, checksum: str) -> None:
+def _bound(path: Where, ledger: Ledger, checksum: str) -> None:
     """Raises Damaged where format.json is not the one of the ledger."""
     try:
         adoption.bound(path, ledger, checksum)
@@ -309,14 +313,14 @@ def _bound(path: Path, ledger: Ledger, checksum: str) -> None:
         raise Damaged(f"{path} cannot be repaired: {error}, then look again") from None
 
 
-def _stands(path: Path, tag: str, seq: int) -> bool:
+def _stands(path: Where, tag: str, seq: int) -> bool:
     """Whether the file of a tag is there and says what the ledger says."""
     with contextlib.suppress(ContinualError, OSError):
         return protocol.tag_stands(path, tag, seq)
     return False
 
 
-def _bytes(file: Path) -> bytes | None:
+def _bytes(file: Where) -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
@@ -328,12 +332,12 @@ def _is_record(name: str) -> bool:
     return name.endswith(".json") and name[:-5].isascii() and name[:-5].isdigit() and name == _file(int(name[:-5]))
 
 
-def _visible(directory: Path) -> list[str]:
+def _visible(directory: Where) -> list[str]:
     """The names in a directory but hidden ones; none where it is not there."""
-    return sorted(p.name for p in directory.iterdir() if not p.name.startswith(".")) if directory.is_dir() else []
+    return [name for name in storing.names(directory) if not name.startswith(".")]
 
 
-def _told(file: Path | None) -> str:
+def _told(file: Where | None) -> str:
     """What a record that is lost said."""
     if file is None:
         return "is missing"

@@ -6,19 +6,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
-from continual.state import arrays, framing
-from continual.state.durable import sync_all, sync_file, sync_tree, write_bytes
+from continual.state import arrays, framing, storing
 from continual.state.fields import body_of
 from continual.state.format import Format
 from continual.state.generation import RECEIPTS, Generation, Receipt, Receipts, ReceiptTogether
 from continual.state.layout import Location
+from continual.stores import Where
 
 
 class ArrayWritten(NamedTuple):
@@ -33,9 +30,10 @@ class Draft:
     """A generation of the form `form` in `directory`, on `before` (None: zeros). Threads may share it, as long as each
     tensor is one thread's. Whatever the disk refuses is an OSError."""
 
-    def __init__(self, directory: Path, form: Format, before: Generation | None) -> None:
+    def __init__(self, directory: Where, form: Format, before: Generation | None) -> None:
         self.directory = directory
-        self._root = f"{directory}/"
+        self._root = storing.stem(directory)
+        self._several = storing.Several(directory)
         self._form = form
         self._layout = form.layout
         self._before = before
@@ -53,12 +51,12 @@ class Draft:
         """Makes the directory, with its groups, and the arrays of several tensors."""
         metadata = arrays.group_metadata()
         for path in self._layout.groups:
-            os.mkdir(self._root + path)
-            write_bytes(f"{self._root}{path}/zarr.json", metadata)
+            storing.directory(self._at(path))
+            self._several.do(storing.write_new, self._at(f"{path}/zarr.json"), metadata)
             self._new[None].append(f"{path}/zarr.json")
             self._metadata[path] = framing.crc(metadata)
         for path, array in self._layout.together.items():
-            os.mkdir(self._root + path)
+            storing.directory(self._at(path))
             if self._before is None:
                 self._describe(path, array.metadata(), None)
             else:
@@ -69,10 +67,11 @@ class Draft:
         """Makes the directory for parts that another draft takes: with the directories of groups and of arrays of
         several tensors, and nothing in them. Raises OSError; the directory around it has to be there."""
         for path in (*self._layout.groups, *self._layout.together):
-            os.mkdir(self._root + path)
+            storing.directory(self._at(path))
 
     def taken(self) -> dict[Location, ArrayWritten]:
         """What became whole since this was last asked, by its place. It is not dropped any more."""
+        self._several.wait()
         with self._lock:
             found = {
                 place: ArrayWritten(chunks, self._metadata.get(place.array) if place.number is None else None)
@@ -82,15 +81,12 @@ class Draft:
             self._begun.clear()
         return found
 
-    def take_over(self, directory: Path, written: Mapping[Location, ArrayWritten]) -> None:
+    def take_over(self, directory: Where, written: Mapping[Location, ArrayWritten]) -> None:
         """Takes accumulators that another process wrote into `directory` and synced: the files are renamed. Raises
         OSError."""
         for place, array in written.items():
-            if place.number is None:
-                os.rename(f"{directory}/{place.array}", self._root + place.array)
-            else:
-                for file in place.files(len(array.chunks)):
-                    os.rename(f"{directory}/{file}", self._root + file)
+            for file in [place.array] if place.number is None else place.files(len(array.chunks)):
+                self._several.do(storing.rename, directory / file, self.directory / file)
             with self._lock:
                 self._begun.add(place)
                 self._chunks[place], self._new[place] = array.chunks, []
@@ -100,33 +96,29 @@ class Draft:
     def sync_apart(self) -> None:
         """fsync of all that was written here, for another draft to take. Raises OSError, and Halt if an fsync
         failed."""
-        sync_all([self._root + file for file in itertools.chain.from_iterable(self._new.values())])
+        self._several.wait()
+        storing.sync_all([self._at(file) for file in itertools.chain.from_iterable(self._new.values())])
 
-    def ready(self, place: Location, name: str, slot: str) -> str:
+    def ready(self, place: Location, name: str, slot: str) -> storing.Stem:
         """Makes ready to write an accumulator, and returns what the paths of its chunks begin with. The zarr.json of an
         array of its own is linked from the generation before where there is one: it is the same."""
         with self._lock:
             self._begun.add(place)
             self._new[place] = []
         if place.number is None:
-            os.mkdir(self._root + place.array)
+            storing.directory(self._at(place.array))
             if self._has_before(name):
                 self._take_metadata(place)
             else:
                 self._describe(place.array, self._layout.metadata(name, slot), place)
-        return self._root + place.stem
+        return self._at(place.stem)
 
     def take(self, files: Iterable[str]) -> None:
-        """Takes files from the generation before. Raises Damaged where one is missing there."""
+        """Takes files from the generation before. Raises Damaged where one is missing there; on an object store
+        `receipted` may raise it."""
         assert self._before is not None, "what is linked is of a generation before"
         for file in files:
-            source = self._before.path(file)
-            try:
-                os.link(source, self._root + file)
-            except FileNotFoundError:
-                if os.path.exists(source):
-                    raise
-                raise arrays.gone(source) from None
+            self._several.do(_taken, self._before.path(file), self._at(file))
 
     def receive(self, place: Location, chunks: Iterable[str], linked: int = 0) -> None:
         """An accumulator has chunks with these CRCs, whose first `linked` are links."""
@@ -142,7 +134,7 @@ class Draft:
         with self._lock:
             self._begun.add(place)
         if place.number is None:
-            os.mkdir(self._root + place.array)
+            storing.directory(self._at(place.array))
             self._take_metadata(place)
         self.take(place.files(len(chunks)))
         with self._lock:
@@ -153,16 +145,18 @@ class Draft:
         with self._lock:
             if place not in self._begun:
                 return
+        self._several.wait()  # what is on its way must not come after this
+        with self._lock:
             self._begun.discard(place)
             self._new.pop(place, None)
             self._chunks.pop(place, None)
         if place.number is None:
             self._metadata.pop(place.array, None)
-            shutil.rmtree(self._root + place.array, ignore_errors=True)
+            storing.drop_tree(self._at(place.array))
             return
         for file in place.files():
             with contextlib.suppress(OSError):
-                os.unlink(self._root + file)
+                storing.remove(storing.place(self._at(file)))
 
     def receipted(self, squares: Mapping[str, float], ranks: Mapping[str, int]) -> Generation:
         """Writes the receipts, with what else is known of the tensors: a whole generation, of which nothing needs to be
@@ -183,7 +177,8 @@ class Draft:
         shared = {path: ReceiptTogether(self._metadata[path], chunks) for path, chunks in together.items()}
         receipts = Receipts(groups, own, shared or None, squares or None, ranks or None)
         data, checksum = framing.encode(body_of(receipts))
-        write_bytes(self._root + RECEIPTS, data)
+        self._several.wait()
+        storing.write_new(self._at(RECEIPTS), data)
         made = Generation(self.directory, self._form, checksum)
         made.synced = False
         return made
@@ -194,14 +189,23 @@ class Draft:
         OSError, and Halt if an fsync failed."""
         on_step("fsync-files")
         if self._before is not None and not self._before.synced:
-            sync_tree(self.directory, between=lambda: on_step("fsync-dirs"))
+            storing.sync_tree(self.directory, between=lambda: on_step("fsync-dirs"))
         else:
-            sync_all([self._root + file for file in (RECEIPTS, *itertools.chain.from_iterable(self._new.values()))])
+            storing.sync_all(
+                [self._at(file) for file in (RECEIPTS, *itertools.chain.from_iterable(self._new.values()))]
+            )
             on_step("fsync-dirs")
-            sync_all([self._root + path for path in self._metadata if "/" in path])
-            sync_all([self._root + path for path in self._layout.groups if path])
-            sync_file(self.directory)
-        sync_file(self.directory.parent)
+            storing.sync_all([self._at(path) for path in self._metadata if "/" in path])
+            storing.sync_all([self._at(path) for path in self._layout.groups if path])
+            storing.sync(self.directory)
+        storing.sync(self.directory.parent)
+
+    def end(self) -> None:
+        """Has nothing on its way any more. Nothing can be written then."""
+        self._several.end()
+
+    def _at(self, file: str) -> storing.Stem:
+        return storing.below(self._root, file)
 
     def _has_before(self, name: str) -> bool:
         return self._before is not None and self._before.has(name)
@@ -214,7 +218,16 @@ class Draft:
 
     def _describe(self, array: str, metadata: bytes, place: Location | None) -> None:
         """Writes the zarr.json of an array."""
-        write_bytes(f"{self._root}{array}/zarr.json", metadata)
+        self._several.do(storing.write_new, self._at(f"{array}/zarr.json"), metadata)
         with self._lock:
             self._new[place].append(f"{array}/zarr.json")
             self._metadata[array] = framing.crc(metadata)
+
+
+def _taken(source: storing.Stem, target: storing.Stem) -> None:
+    try:
+        storing.take(source, target)
+    except FileNotFoundError:
+        if storing.place(source).exists():
+            raise
+        raise arrays.gone(source) from None

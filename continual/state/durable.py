@@ -46,7 +46,9 @@ _SYNCING = 4
 
 def trouble(error: OSError) -> str:
     """An OSError in words: the path, what is wrong with it, and what to do."""
-    hint = _HINTS.get(error.errno or 0, error.strerror or str(error))
+    said = error.strerror or str(error)
+    by_itself = "://" in str(error.filename)  # an object store says what is wrong
+    hint = said if by_itself else _HINTS.get(error.errno or 0, said)
     return f"{os.fsdecode(error.filename)}: {hint}" if isinstance(error.filename, str | bytes) else hint
 
 

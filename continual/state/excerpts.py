@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 from continual.errors import ContinualError, Damaged
-from continual.state import framing
-from continual.state.durable import discard, write_bytes
+from continual.state import framing, storing
 from continual.state.entries import EntryKind
 from continual.state.fields import body_of, record_of
 from continual.state.format import Commit, FoldCommit
 from continual.state.ledger import SHORT
+from continual.state.storing import Stem
+from continual.stores import Where
 
 SPAN = 1000
 """Records that an excerpt is of."""
@@ -76,9 +75,9 @@ class Sealed(FoldCommit):
 
     __slots__ = ("_commits", "row")
     row: ExcerptRow
-    _commits: str
+    _commits: Stem
 
-    def __init__(self, seq: int, prev: str | None, row: ExcerptRow, commits: str) -> None:
+    def __init__(self, seq: int, prev: str | None, row: ExcerptRow, commits: Stem) -> None:
         put = object.__setattr__
         for name, value in (
             ("seq", seq),
@@ -130,14 +129,14 @@ class Sealed(FoldCommit):
         """Read-time options that it sets: none, as in every row of a short kind."""
 
 
-def whole(commit: Sealed, commits: str) -> Commit:
+def whole(commit: Sealed, commits: Stem) -> Commit:
     """The record in its file. Raises Damaged where that is not the record that its excerpt is of, Retry."""
-    file = f"{commits}/{commit.seq:08d}.json"
+    file = storing.below(commits, f"{commit.seq:08d}.json")
     found = Commit.of(*framing.decode(file), file)
     fits = (found.seq, found.prev) == (commit.seq, commit.prev)
     if fits and found.crc == commit.crc and ExcerptRow.of(found) == commit.row:
         return found
-    excerpt = _file(Path(commits).parent, commit.seq // SPAN * SPAN)
+    excerpt = _file(storing.place(commits).parent, commit.seq // SPAN * SPAN)
     if (fits and found.crc == commit.crc) or _stands(commits, commit.seq, found):
         raise Damaged(
             f"{excerpt} is damaged: it says otherwise than {file}, which is whole; delete {excerpt}, and nothing is "
@@ -151,11 +150,11 @@ def whole(commit: Sealed, commits: str) -> Commit:
     raise Damaged(f"{file} is another record {commit.seq} than the one in the ledger; restore it from a backup")
 
 
-def _stands(commits: str, seq: int, found: Commit) -> bool:
+def _stands(commits: Stem, seq: int, found: Commit) -> bool:
     """Whether what was found as record `seq` fits the records before and after it, in their files."""
 
     def beside(other: int) -> Commit | None:
-        file = f"{commits}/{other:08d}.json"
+        file = storing.below(commits, f"{other:08d}.json")
         with contextlib.suppress(ContinualError):
             return Commit.of(*framing.decode(file), file)
         return None
@@ -165,7 +164,7 @@ def _stands(commits: str, seq: int, found: Commit) -> bool:
     return found.seq == seq and found.prev == prev and after is not None and after.prev == found.crc
 
 
-def believed(path: Path, last: int, crc: str, read: Callable[[int], Commit]) -> dict[int, Sealed]:
+def believed(path: Where, last: int, crc: str, read: Callable[[int], Commit]) -> dict[int, Sealed]:
     """What excerpts say of the records up to `last`, which HEAD names by its `crc`: by their numbers, those of short
     kinds. Only excerpts that fit the chain are believed: the last CRC of each is the one that the record after it
     names, or HEAD. `read` reads a record. Raises Damaged and Retry as it does."""
@@ -174,7 +173,7 @@ def believed(path: Path, last: int, crc: str, read: Callable[[int], Commit]) -> 
     if not count:
         return found
     link = crc if last + 1 == count * SPAN else read(count * SPAN).prev
-    commits = str(path / "commits")
+    commits = storing.stem(path / "commits")
     for first in reversed(range(0, count * SPAN, SPAN)):
         excerpt = _loaded(path, first)
         if excerpt is None or excerpt[1][-1].crc != link:
@@ -188,7 +187,7 @@ def believed(path: Path, last: int, crc: str, read: Callable[[int], Commit]) -> 
     return found
 
 
-def _loaded(path: Path, first: int) -> tuple[str | None, list[ExcerptRow]] | None:
+def _loaded(path: Where, first: int) -> tuple[str | None, list[ExcerptRow]] | None:
     """The excerpt of the records from `first` on; None where there is none that can be used."""
     with contextlib.suppress(ContinualError):
         file = _file(path, first)
@@ -212,7 +211,7 @@ def _row(cells: object) -> ExcerptRow | None:
     return None if None in must else ExcerptRow(*cells)
 
 
-def renew(path: Path, log: Sequence[Commit]) -> None:
+def renew(path: Where, log: Sequence[Commit]) -> None:
     """Writes the excerpts of the whole thousands of `log`, all of which is acknowledged, that were not believed. Where
     the disk refuses it nothing is lost: the next writer does it."""
     for first in range(0, len(log) // SPAN * SPAN, SPAN):
@@ -221,19 +220,15 @@ def renew(path: Path, log: Sequence[Commit]) -> None:
             write(path, records)
 
 
-def write(path: Path, records: Sequence[Commit]) -> None:
+def write(path: Where, records: Sequence[Commit]) -> None:
     """Writes the excerpt of these records, a whole thousand. It is not synced: what a power cut leaves of it has
     another CRC than its first line says."""
     file = _file(path, records[0].seq)
     rows = tuple([*_cells(ExcerptRow.of(commit))] for commit in records)
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        write_bytes(temporary, framing.encode(body_of(ExcerptBody(records[0].prev, rows)))[0])
-        os.rename(temporary, file)
+        storing.replace_unsynced(file, framing.encode(body_of(ExcerptBody(records[0].prev, rows)))[0])
     except OSError as error:
-        discard(temporary)
         _log.debug("%s was not written: %s", file, error)
 
 
@@ -242,7 +237,7 @@ def _cells(row: ExcerptRow) -> tuple[str | None, ...]:
     return cells if row.short else cells[:2]
 
 
-def finding(path: Path, log: Sequence[Commit], first: int) -> str | None:
+def finding(path: Where, log: Sequence[Commit], first: int) -> str | None:
     """What is wrong with the excerpt of the records from `first` on, where there is one. Reads none of them: that each
     is as its excerpt says is looked at where `whole` reads it."""
     file = _file(path, first)
@@ -254,5 +249,5 @@ def finding(path: Path, log: Sequence[Commit], first: int) -> str | None:
     return f"{file} does not fit its records, and is not believed: the next writer makes it anew"
 
 
-def _file(path: Path, first: int) -> Path:
+def _file(path: Where, first: int) -> Where:
     return path / DIRECTORY / f"{first:08d}.json"

@@ -6,7 +6,6 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Literal, TypeVar
 
 from continual.errors import Damaged
@@ -15,6 +14,7 @@ from continual.state.entries import Entry, EntryKind, FoldEntry, entry_of
 from continual.state.fields import body_of, record_of
 from continual.state.layout import Layout
 from continual.state.parts import without_sketches
+from continual.stores import Where
 
 VERSION = 1
 """Of states that keep something of every tensor."""
@@ -150,7 +150,7 @@ class Format:
         return self.slots[names[0] if names else tensor.name]
 
     @classmethod
-    def of(cls, body: Mapping[str, object], path: Path) -> Format:
+    def of(cls, body: Mapping[str, object], path: Where) -> Format:
         """From format.json. Raises Damaged for a newer format, and naming what it lacks or what has another type."""
         if body.get("version") not in (VERSION, SPARSE, TOGETHER):
             raise Damaged(
@@ -168,7 +168,7 @@ class Format:
         return cls(found.version, found.id, found.base, tensors, found.rule, found.options, slots, found.form)
 
 
-def _check_slots(slots: Mapping[str, Mapping[str, SlotSpec]], width: int, path: Path) -> None:
+def _check_slots(slots: Mapping[str, Mapping[str, SlotSpec]], width: int, path: Where) -> None:
     """Raises Damaged where a slot of a state of adapters has not `width` rows, or is not in all else as that of another
     layer whose rows are as long: such slots share an array."""
     seen: dict[tuple[str, tuple[int, ...]], tuple[str, SlotSpec]] = {}
@@ -279,7 +279,7 @@ class Commit:
         return without_sketches(self.body())
 
     @classmethod
-    def of(cls, body: Mapping[str, object], crc: str, path: Path | str) -> Commit:
+    def of(cls, body: Mapping[str, object], crc: str, path: Where | str) -> Commit:
         """From a commit file. Raises Damaged naming what it lacks, or what has another type."""
         chain = record_of(_Link, body, path)
         return cls(chain.seq, chain.prev, crc, chain.generation, chain.receipts, chain.time, entry_of(body, path))

@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
 
 import google_crc32c
 
 from continual.errors import Damaged, Refuse
+from continual.state import storing
 from continual.state.durable import environment
+from continual.stores import Where
 
 _PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
@@ -50,13 +51,12 @@ def encode(body: Mapping[str, object]) -> tuple[bytes, str]:
     return checksum.encode() + b"\n" + text, checksum
 
 
-def decode(path: Path | str) -> tuple[dict[str, object], str]:
+def decode(path: Where | str) -> tuple[dict[str, object], str]:
     """The body of the file at `path` and its CRC. Raises Damaged naming the file if it is missing, altered or no such
     file; Retry if it cannot be read now."""
     with environment(f"cannot read {path}"):
         try:
-            with open(path, "rb", buffering=0) as file:
-                data = file.read()
+            data = storing.contents(path)
         except (FileNotFoundError, NotADirectoryError):
             raise Damaged(
                 f"{path} is missing; restore it from a backup, continual does not guess what it held"

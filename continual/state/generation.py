@@ -8,17 +8,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from continual.errors import Damaged, Misconfigured
 from continual.records import KEY, OMITTED
-from continual.state import arrays, framing
+from continual.state import arrays, framing, storing
 from continual.state.arrays import Array
 from continual.state.durable import environment
 from continual.state.fields import record_of
 from continual.state.format import Format
 from continual.state.layout import Location
+from continual.stores import Where
+
+if TYPE_CHECKING:
+    import zarr
 
 RECEIPTS = "receipts.json"
 
@@ -81,7 +86,7 @@ class Receipts:
 class Generation:
     """A committed generation on disk; `checksum` is the CRC of its receipts that the commit holds."""
 
-    def __init__(self, directory: Path, form: Format, checksum: str) -> None:
+    def __init__(self, directory: Where, form: Format, checksum: str) -> None:
         self.directory = directory
         self.form = form
         self.checksum = checksum
@@ -117,7 +122,7 @@ class Generation:
 
     def _is_there(self) -> bool:
         with environment(f"cannot read {self.directory}"):
-            return self.directory.exists()
+            return stands(self.directory)
 
     def has(self, name: str) -> bool:
         """Whether there is anything of a tensor: where a state keeps adapters, of one that none of them changes there
@@ -161,9 +166,9 @@ class Generation:
             return self.form.generation_bytes
         return sum(len(self.chunks(place)) * arrays.chunk_bytes(place.spec) for _, place in self.held())
 
-    def path(self, file: str) -> str:
+    def path(self, file: str) -> storing.Stem:
         """The path of a file or directory below it."""
-        return f"{self.directory}/{file}"
+        return storing.below(storing.stem(self.directory), file)
 
     def count(self, name: str, slot: str) -> int:
         """How many chunks one accumulator of a tensor has, 0 where it is not there. Raises as `load`."""
@@ -232,7 +237,7 @@ class Generation:
             yield str(error)
             return
         for path, checksum in receipts.metadata.items():
-            yield from _check_file(self.directory / path / "zarr.json", checksum)
+            yield from _check_file(self.directory / f"{path}/zarr.json".lstrip("/"), checksum)
         for name, place in self.held():
             try:
                 with named(name, place):
@@ -260,9 +265,27 @@ def named(name: str, place: Location) -> Iterator[None]:
         raise Damaged(f"tensor {name}: {error}") from error
 
 
-def _check_file(path: Path, checksum: str) -> Iterator[str]:
+def zarr_group(directory: Where) -> zarr.Group:
+    """A generation as zarr-python opens it, read-only."""
+    import zarr
+
+    if isinstance(directory, Path):
+        return zarr.open_group(directory, mode="r", zarr_format=3)
+    from zarr.storage import ObjectStore
+
+    bucket = ObjectStore(directory.objects.store, read_only=True)
+    return zarr.open_group(bucket, path=directory.key, mode="r", zarr_format=3)
+
+
+def stands(directory: Where) -> bool:
+    """Whether a generation is there: its directory, or on an object store its receipts, which are the last that is
+    written and the first that is deleted. Raises OSError."""
+    return directory.exists() if isinstance(directory, Path) else (directory / RECEIPTS).is_file()
+
+
+def _check_file(path: Where, checksum: str) -> Iterator[str]:
     try:
-        if framing.crc(path.read_bytes()) != checksum:
+        if framing.crc(storing.contents(path)) != checksum:
             yield f"{path} is damaged: its contents are not those its receipt is for"
     except OSError as error:
         yield f"{path}: {error.strerror}"

@@ -7,12 +7,12 @@ import hashlib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from continual.errors import Retry
-from continual.state import framing
-from continual.state.durable import environment, replace_bytes, sync_file
+from continual.state import framing, storing
+from continual.state.durable import environment
 from continual.state.fields import body_of, record_of
+from continual.stores import Where
 
 MOST = 10_000
 """Pushes that may wait."""
@@ -38,7 +38,7 @@ class Inbox:
     """Accepted pushes of the state in `path`, by a name that is the same for the same push. Safe from several
     threads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Where) -> None:
         self._directory = path / "inbox"
 
     def put(self, name: str, push: PushRecord) -> bool:
@@ -49,48 +49,43 @@ class Inbox:
             return False
         with environment("cannot keep the push"):
             _made(self._directory)
-            if sum(1 for _ in self._directory.iterdir()) >= MOST:
+            if len(storing.names(self._directory)) >= MOST:
                 raise Retry(f"{self._directory}: {MOST} pushes wait already; nothing was accepted")
-            replace_bytes(file, framing.encode(body_of(push))[0])
+            storing.replace(file, framing.encode(body_of(push))[0])
         return True
 
     def items(self, but: Collection[str] = ()) -> dict[str, PushRecord]:
         """The pushes that wait, by name, without those whose names are in `but`. Raises Damaged naming a file that was
         altered."""
-        if not self._directory.is_dir():
-            return {}
-        found = sorted(
-            file for file in self._directory.iterdir() if file.suffix == ".json" and not file.name.startswith(".")
-        )
-        return {
-            file.stem: record_of(PushRecord, framing.decode(file)[0], file) for file in found if file.stem not in but
-        }
+        names = [name for name in storing.names(self._directory) if name.endswith(".json") and name[0] != "."]
+        files = {name[:-5]: self._directory / name for name in names if name[:-5] not in but}
+        return {name: record_of(PushRecord, framing.decode(file)[0], file) for name, file in files.items()}
 
     def remove(self, name: str) -> None:
         """A push is settled."""
         with environment("cannot remove the push"):
-            self._file(name).unlink(missing_ok=True)
+            storing.remove(self._file(name))
 
-    def _file(self, name: str) -> Path:
+    def _file(self, name: str) -> Where:
         assert _NAME.fullmatch(name), name
         return self._directory / f"{name}.json"
 
 
-def save_cursor(path: Path, source: str, body: Mapping[str, object]) -> None:
+def save_cursor(path: Where, source: str, body: Mapping[str, object]) -> None:
     """Keeps how far `source` has come with the state in `path`; on disk when it returns. Raises Retry."""
     with environment("cannot keep the cursor"):
         _made(path / "sources")
-        replace_bytes(path / "sources" / f"{source}.json", framing.encode(body)[0])
+        storing.replace(path / "sources" / f"{source}.json", framing.encode(body)[0])
 
 
-def load_cursor(path: Path, source: str) -> dict[str, object] | None:
+def load_cursor(path: Where, source: str) -> dict[str, object] | None:
     """What `save_cursor` kept, None if nothing. Raises Damaged: without that file the source begins anew, and nothing
     is lost."""
     file = path / "sources" / f"{source}.json"
     return framing.decode(file)[0] if file.exists() else None
 
 
-def _made(directory: Path) -> None:
+def _made(directory: Where) -> None:
     if not directory.is_dir():
         directory.mkdir(exist_ok=True)
-        sync_file(directory.parent)
+        storing.sync(directory.parent)

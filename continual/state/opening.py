@@ -4,18 +4,17 @@ record. What may stand above HEAD, and when it counts, is in adoption.py."""
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from continual.errors import Damaged, Misconfigured, Retry
-from continual.state import adoption, excerpts, framing, predecessors, protocol
-from continual.state.durable import sync_file, usable
+from continual.errors import ContinualError, Damaged, Misconfigured, Retry
+from continual.state import adoption, excerpts, framing, predecessors, protocol, storing
+from continual.state.durable import usable
 from continual.state.format import Commit, Format
 from continual.state.generation import Generation
 from continual.state.ledger import Ledger
 from continual.state.protocol import Head
+from continual.stores import ObjectPath, Where
 
 DIRECTORIES = ("commits", "generations", "tags", "leases")
 PARTIAL = "backup.json"
@@ -31,19 +30,19 @@ class Loaded(NamedTuple):
     acknowledged: int
 
 
-def unfinished(path: Path) -> bool:
+def unfinished(path: Where) -> bool:
     """Whether a directory without format.json holds no more than a killed `create` leaves. Its hidden files do not
     count: they are temporary."""
     return {"00000000.json"}.issuperset(_listed(path / "commits")) and not _listed(path / "generations")
 
 
-def must_be_free(path: Path) -> None:
+def must_be_free(path: Where) -> None:
     """Raises Misconfigured unless a state can be made in `path`, where what a killed `create` left may lie."""
     with usable(f"cannot look into {path}"):
         if not path.exists():
             return
         found = (
-            {p.name for p in path.iterdir() if p.name != "FORMAT.md" and not p.name.startswith(".")}
+            {name for name in storing.names(path) if name != "FORMAT.md" and not name.startswith(".")}
             if path.is_dir()
             else {path.name}
         )
@@ -53,16 +52,15 @@ def must_be_free(path: Path) -> None:
             raise Misconfigured(f"{path} is not empty: a state needs a directory of its own")
 
 
-def clear(path: Path) -> None:
+def clear(path: Where) -> None:
     """Removes what a killed `create` left in `path`, which `must_be_free` has looked into. Raises OSError."""
-    (path / "HEAD").unlink(missing_ok=True)
+    storing.remove(path / "HEAD")
     if (path / "commits").exists():
-        shutil.rmtree(path / "commits")
-    for leftover in path.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+        storing.remove_tree(path / "commits")
+    storing.clear_temporaries(path)
 
 
-def read_format(path: Path) -> tuple[Format, str]:
+def read_format(path: Where) -> tuple[Format, str]:
     """What format.json of the state in `path` says, and its CRC. Raises Misconfigured if there is no state, Damaged,
     Retry."""
     file = path / "format.json"
@@ -77,33 +75,33 @@ def read_format(path: Path) -> tuple[Format, str]:
     return Format.of(body, file), checksum
 
 
-def complete(path: Path) -> None:
+def complete(path: Where) -> None:
     """Makes the directories that a state has and that a backup or git left out because they were empty. Raises
     OSError."""
     for name in DIRECTORIES:
         (path / name).mkdir(exist_ok=True)
 
 
-def cut(path: Path, last: int) -> None:
+def cut(path: Where, last: int) -> None:
     """Removes the records after `last` from the copy of a state: a backup that was killed left them, and HEAD does not
     name them yet. Raises OSError."""
     for name in _listed(path / "commits"):
         if name > f"{last:08d}.json":
-            (path / "commits" / name).unlink()
+            storing.remove(path / "commits" / name)
 
 
-def whole_again(path: Path, ledger: Ledger) -> None:
+def whole_again(path: Where, ledger: Ledger) -> None:
     """Makes a state of its own of a backup in which a later one was killed: it is as HEAD says. Raises OSError and
     Halt."""
     if not (path / PARTIAL).exists():
         return
     cut(path, ledger.head.seq)
-    sync_file(path / "commits")
+    storing.sync(path / "commits")
     for tag, seq in ledger.tags.items():
         with contextlib.suppress(Damaged):  # an altered file is for `verify` to report
             if not protocol.tag_stands(path, tag, seq):
                 protocol.write_tag(path, tag, seq)
-    (path / PARTIAL).unlink()
+    storing.remove(path / PARTIAL)
 
 
 @contextlib.contextmanager
@@ -115,7 +113,7 @@ def way_out() -> Iterator[None]:
         raise Damaged(f"{error}. 'continual repair --dry-run' says what is whole") from error
 
 
-def load(path: Path, form: Format, checksum: str) -> Loaded:
+def load(path: Where, form: Format, checksum: str) -> Loaded:
     """Replays the commit log of the state in `path`, up to a record whose generation is there and has its receipts.
     `checksum` is that of format.json.
 
@@ -142,13 +140,13 @@ def load(path: Path, form: Format, checksum: str) -> Loaded:
     raise Retry(f"{path} changes faster than it can be opened: try again")
 
 
-def _is_partial(path: Path) -> bool:
+def _is_partial(path: Where) -> bool:
     """Whether the state is a backup under way, of which nothing above HEAD counts."""
     with usable(f"cannot open the state {path}"):
         return (path / PARTIAL).exists()
 
 
-def _in_force(path: Path, form: Format, commit: Commit) -> None:
+def _in_force(path: Where, form: Format, commit: Commit) -> None:
     """Raises Damaged unless the generation of `commit` is there with its receipts."""
     if commit.generation is None:
         return
@@ -159,37 +157,39 @@ def _in_force(path: Path, form: Format, commit: Commit) -> None:
     raise Damaged(f"{directory} is missing, and it is the generation in force; restore it from a backup")
 
 
-def _listed(directory: Path) -> list[str]:
+def _listed(directory: Where) -> list[str]:
     """The names in `directory` but hidden ones, in order; none where it is not there."""
     with usable(f"cannot open the state {directory.parent}"), contextlib.suppress(FileNotFoundError):
-        return sorted(file.name for file in directory.iterdir() if not file.name.startswith("."))
+        return [name for name in storing.names(directory) if not name.startswith(".")]
     return []
 
 
-def _missing(path: Path, head: Head, names: list[str]) -> str:
+def _missing(path: Where, head: Head, names: list[str]) -> str:
     return (
         f"{path / 'commits'}: HEAD is at record {head.seq} and {len(names)} files are there: "
         "records are missing; restore from a backup"
     )
 
 
-def _replayed(path: Path, head: Head, names: list[str], read: dict[str, Commit]) -> Ledger:
+def _replayed(path: Where, head: Head, names: list[str], read: dict[str, Commit]) -> Ledger:
     """The records in the files `names`, each of which must follow the one before it; those that excerpts are of are not
     read, unless what the excerpts say cannot be. `read` has those that were read before, and gets the others: a record
     never changes. Raises Damaged."""
     if names != [f"{seq:08d}.json" for seq in range(len(names))] or not head.seq < len(names):
         raise Damaged(_missing(path, head, names))
-    commits = str(path / "commits")
+    commits = storing.stem(path / "commits")
 
     def record(seq: int) -> Commit:
         name = names[seq]
         found = read.get(name)
         if found is None:
-            file = f"{commits}/{name}"
+            file = storing.below(commits, name)
             found = read[name] = Commit.of(*framing.decode(file), file)
         return found
 
     sealed = excerpts.believed(path, head.seq, head.crc, record)
+    if isinstance(commits, ObjectPath):
+        _ahead(commits, [name for seq, name in enumerate(names) if seq not in sealed and name not in read], read)
     try:
         return _chained(path, head, len(names), lambda seq: sealed.get(seq) or record(seq))
     except Damaged:
@@ -198,12 +198,25 @@ def _replayed(path: Path, head: Head, names: list[str], read: dict[str, Commit])
         return _chained(path, head, len(names), record)
 
 
-def _chained(path: Path, head: Head, count: int, record: Callable[[int], Commit]) -> Ledger:
+def _ahead(commits: ObjectPath, names: list[str], read: dict[str, Commit]) -> None:
+    """Reads records of an object store several at a time. One that cannot be read is met again, and told, in its
+    turn."""
+
+    def one(name: str) -> Commit | None:
+        with contextlib.suppress(ContinualError):
+            return Commit.of(*framing.decode(commits / name), commits / name)
+        return None
+
+    found = list(storing.each(one, names))
+    read |= {name: commit for name, commit in zip(names, found, strict=True) if commit is not None}
+
+
+def _chained(path: Where, head: Head, count: int, record: Callable[[int], Commit]) -> Ledger:
     """So many records, one after the other. Raises Damaged."""
-    ledger, commits = Ledger(), str(path / "commits")
+    ledger, commits = Ledger(), storing.stem(path / "commits")
     for seq in range(count):
         commit = record(seq)
-        predecessors.must_follow(ledger, commit, f"{commits}/{seq:08d}.json")
+        predecessors.must_follow(ledger, commit, storing.below(commits, f"{seq:08d}.json"))
         ledger.add(commit)
     _ = ledger.head.entry  # the newest is read in any case
     if ledger.get(head.seq).crc != head.crc:

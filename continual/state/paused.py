@@ -4,37 +4,37 @@ pause; its contents, the time since when, are for people."""
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from pathlib import Path
 
 from continual.errors import Damaged
-from continual.state import framing
-from continual.state.durable import environment, replace_bytes, sync_file
+from continual.state import framing, storing
+from continual.state.durable import environment
+from continual.stores import Where
 
 NAME = "paused"
 """Of the file, in the directory of the state."""
 
 
-def pause(path: Path) -> str:
+def pause(path: Where) -> str:
     """Pauses folding into the state in `path`; returns since when it is paused. On disk when it returns. Raises
     Retry."""
     if (before := since(path)) is not None:
         return before
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     with environment("cannot pause"):
-        replace_bytes(path / NAME, framing.encode({"since": now})[0])
+        storing.replace(path / NAME, framing.encode({"since": now})[0])
     return now
 
 
-def resume(path: Path) -> bool:
+def resume(path: Where) -> bool:
     """Ends the pause; whether there was one. Raises Retry."""
     was = since(path) is not None
     with environment("cannot resume"):
-        (path / NAME).unlink(missing_ok=True)
-        sync_file(path)
+        storing.remove(path / NAME)
+        storing.sync(path)
     return was
 
 
-def since(path: Path) -> str | None:
+def since(path: Where) -> str | None:
     """Since when folding is paused; None if it is not. A file that was altered is a pause of an unknown time."""
     if not (path / NAME).exists():
         return None

@@ -15,23 +15,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from continual.errors import Damaged, Halt
-from continual.state import excerpts, framing, predecessors
-from continual.state.durable import (
-    environment,
-    link_new,
-    opened,
-    replace_bytes,
-    sync_file,
-    sync_open,
-    trouble,
-    write_temporary,
-)
+from continual.errors import Damaged, Halt, Retry
+from continual.state import excerpts, framing, predecessors, storing
+from continual.state.durable import environment, trouble
 from continual.state.entries import Entry, TagEntry
 from continual.state.fields import body_of, record_of
 from continual.state.format import Commit
 from continual.state.ledger import Ledger
+from continual.state.lock import Lock
 from continual.state.software import software
+from continual.state.storing import Creating
+from continual.stores import Where
 
 OnStep = Callable[[str], None]
 """Is called with the name of each step of the protocol as it begins, and with `acknowledged` at the end."""
@@ -53,7 +47,7 @@ class Head:
     crc: str
 
 
-def read_head(path: Path) -> Head:
+def read_head(path: Where) -> Head:
     """The last acknowledged record of the state in `path`. Raises Damaged and Retry."""
     return record_of(Head, framing.decode(path / "HEAD")[0], path / "HEAD")
 
@@ -65,9 +59,10 @@ class Journal:
     be done. Nothing more is written before that is.
     """
 
-    def __init__(self, path: Path, ledger: Ledger, on_step: OnStep) -> None:
+    def __init__(self, path: Where, ledger: Ledger, on_step: OnStep, lock: Lock | None) -> None:
         self.path = path
         self.ledger = ledger
+        self._lock = lock
         self.behind: str | None = None
         """What could not be done for records that stand, in words; None where all is done."""
         self._on_step = on_step
@@ -80,7 +75,7 @@ class Journal:
 
         Raises Retry if the disk or another writer got in the way before the record stood, Refuse for a text that no
         record can hold, Damaged where an earlier record that it goes by cannot be read; then nothing is settled. Raises
-        Halt if an fsync failed, and from then on always.
+        Halt if an fsync failed, or an object store did not say whether the record stands, and from then on always.
         """
         self.mend()
         ledger = self.ledger
@@ -93,16 +88,13 @@ class Journal:
         data, checksum = framing.encode(commit.body())
         commit = dataclasses.replace(commit, crc=checksum)
         file = self.path / "commits" / f"{commit.seq:08d}.json"
-        with environment("cannot write the record"), opened(file.parent) as commits:
-            self._on_step("temp-commit")
-            temporary = write_temporary(file, data)
-            self._on_step("link")
-            link_new(file, temporary)
+        with environment("cannot write the record"), storing.creating(file, data, self._on_step) as new:
+            self._halting(lambda: self._make(new))
             # the commit point is passed: whatever fails from here on, the record stands
             self._first = commit.seq
             ledger.add(commit)
             self._on_step("fsync-commits")
-            self._synced(commits, file)
+            self._halting(new.sync)
         self._on_step("head")
         self._acknowledge()
         self._on_step("acknowledged")
@@ -116,7 +108,7 @@ class Journal:
         if self._first is None:
             return
         with environment("what an earlier write left undone has to be done first"):
-            sync_file(self.path / "commits")
+            storing.sync(self.path / "commits")
             self._complete(self._first)
         _log.warning("%s: record %d is acknowledged now", self.path, self.ledger.head.seq)
 
@@ -124,18 +116,28 @@ class Journal:
         """Completes what the last writer left: all of the ledger stands, and HEAD names record `acknowledged`. The file
         of a tag may be missing if its record is the newest that HEAD names, or newer. Raises Retry and Halt."""
         with environment(f"cannot open {self.path} for writing"):
-            sync_file(self.path / "commits")
+            storing.sync(self.path / "commits")
             if acknowledged != self.ledger.head.seq:
                 write_head(self.path, self.ledger.head)
             self._write_tags(acknowledged, missing=True)
         excerpts.renew(self.path, self.ledger.log)
         with contextlib.suppress(OSError):  # found again at the next open
-            for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):
-                leftover.unlink(missing_ok=True)
+            storing.clear_temporaries(self.path)
 
-    def _synced(self, commits: int, file: Path) -> None:
+    def _make(self, new: Creating) -> None:
+        """Has the record stand. Where another writer was first, and none may be, this one stops."""
+        assert self._lock is not None, "who has no lock writes nothing"
         try:
-            sync_open(commits, file.parent)
+            new.make(self._lock.must_hold)
+        except Retry as error:
+            if isinstance(self.path, Path):
+                raise
+            raise Halt(f"{error}; another process writes to {self.path}: start again once it is done") from None
+
+    def _halting(self, work: Callable[[], None]) -> None:
+        """Does something after whose failure nothing more may be written: what stands is unknown."""
+        try:
+            work()
         except Halt as error:
             self._halted = error
             raise
@@ -181,21 +183,21 @@ class Journal:
                 write_tag(self.path, entry.tag, entry.of)
 
 
-def tag_stands(path: Path, name: str, seq: int) -> bool:
+def tag_stands(path: Where, name: str, seq: int) -> bool:
     """Whether the file of a tag is there and names record `seq`. Raises Damaged if it is there and was altered."""
     file = _tag_file(path, name)
     return file.exists() and framing.decode(file)[0] == {"tag": name, "seq": seq}
 
 
-def write_tag(path: Path, name: str, seq: int) -> None:
+def write_tag(path: Where, name: str, seq: int) -> None:
     """Writes the file of a tag. Raises OSError and Halt."""
-    replace_bytes(_tag_file(path, name), framing.encode({"tag": name, "seq": seq})[0])
+    storing.replace(_tag_file(path, name), framing.encode({"tag": name, "seq": seq})[0])
 
 
-def write_head(path: Path, commit: Commit) -> None:
+def write_head(path: Where, commit: Commit) -> None:
     """Has HEAD name `commit`. Raises OSError and Halt."""
-    replace_bytes(path / "HEAD", framing.encode(body_of(Head(commit.seq, commit.crc)))[0])
+    storing.replace(path / "HEAD", framing.encode(body_of(Head(commit.seq, commit.crc)))[0])
 
 
-def _tag_file(path: Path, name: str) -> Path:
+def _tag_file(path: Where, name: str) -> Where:
     return path / "tags" / f"{name}.json"

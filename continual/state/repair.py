@@ -8,27 +8,26 @@ killed repair moved is found in that directory, and is part of what the next one
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from pathlib import Path
 
 from continual.errors import Misconfigured
 from continual.outside import counted
-from continual.state import lock, opening, protocol
+from continual.state import lock, opening, protocol, storing
 from continual.state.damage import Inspection, RepairPlan
-from continual.state.durable import environment, replace_bytes, sync_file
+from continual.state.durable import environment
 from continual.state.entries import RepairEntry
 from continual.state.format import Commit
 from continual.state.protocol import Held, Journal, OnStep
 from continual.state.store import State
 from continual.state.strays import ASIDE
 from continual.state.verify import OnPart
+from continual.stores import Where
 
 _MOST = 1000
 """Lines of what was lost that the record keeps; the old files say the rest."""
 
 
-def look(path: Path, progress: OnPart) -> RepairPlan:
+def look(path: Where, progress: OnPart) -> RepairPlan:
     """Says what is damaged in the state in `path` and what can be done. A part, for `progress`, is an array.
 
     Raises Misconfigured where there is no state, Busy where a process writes to it, Damaged where nothing can be done:
@@ -37,18 +36,18 @@ def look(path: Path, progress: OnPart) -> RepairPlan:
     _check(path)
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(Misconfigured):  # a read-only state can be looked at, and nobody writes to it
-            stack.callback(os.close, lock.take(path / "lock"))
+            stack.callback(lock.take(path / "lock").close)
         return _inspected(path, progress).plan
 
 
-def repair(path: Path, plan: RepairPlan, progress: OnPart, on_step: OnStep | None = None) -> Commit | None:
+def repair(path: Where, plan: RepairPlan, progress: OnPart, on_step: OnStep | None = None) -> Commit | None:
     """Does what `plan` says, and returns the record of it; None where nothing is damaged.
 
     Raises Misconfigured where the state is not any more what it was when the plan was made, Busy, Damaged, Retry and
     Halt. It can be repeated after a kill.
     """
     _check(path)
-    fd = lock.take(path / "lock")
+    held = lock.take(path / "lock")
     try:
         found = _inspected(path, progress)
         if found.plan != plan:
@@ -58,17 +57,20 @@ def repair(path: Path, plan: RepairPlan, progress: OnPart, on_step: OnStep | Non
         with environment("cannot repair the state"):
             aside = found.unfinished or _new_aside(path)
             _move(path, aside, plan)
-            return _record(path, aside, found, on_step or _silent)
+            journal = Journal(path, found.ledger, on_step or _silent, held)
+            commit = _record(journal, aside, found)
+            State.open(path).close()
+            return commit
     finally:
-        os.close(fd)
+        held.close()
 
 
-def _inspected(path: Path, progress: OnPart) -> Inspection:
+def _inspected(path: Where, progress: OnPart) -> Inspection:
     with environment(f"cannot look at the state {path}"):
         return Inspection(path, progress)
 
 
-def _move(path: Path, aside: Path, plan: RepairPlan) -> None:
+def _move(path: Where, aside: Where, plan: RepairPlan) -> None:
     """Moves the old files away and makes the directories of a state."""
     touched = {path, aside}
     for name in opening.DIRECTORIES:
@@ -78,19 +80,19 @@ def _move(path: Path, aside: Path, plan: RepairPlan) -> None:
         target.parent.mkdir(exist_ok=True)
         while target.exists():  # of an earlier try
             target = target.with_name(f"{target.name}.again")
-        os.rename(source, target)
+        storing.rename(source, target)
         touched |= {source.parent, target.parent}
     if (path / "HEAD").exists() and not (aside / "HEAD").exists():  # it is replaced in one step, by the record
-        replace_bytes(aside / "HEAD", (path / "HEAD").read_bytes())
-    for directory in sorted(touched):
-        sync_file(directory)
+        storing.replace(aside / "HEAD", (path / "HEAD").read_bytes())
+    for directory in sorted(touched, key=str):
+        storing.sync(directory)
 
 
-def _record(path: Path, aside: Path, found: Inspection, on_step: OnStep) -> Commit:
+def _record(journal: Journal, aside: Where, found: Inspection) -> Commit:
     """Writes the tags, then the record, which puts the merge in force."""
     plan, target = found.plan, found.ledger.get(found.plan.to)
     for tag in plan.tag_files:
-        protocol.write_tag(path, tag, found.ledger.tags[tag])
+        protocol.write_tag(journal.path, tag, found.ledger.tags[tag])
     more = len(plan.lost) - _MOST
     entry = RepairEntry(
         to=plan.to,
@@ -103,12 +105,10 @@ def _record(path: Path, aside: Path, found: Inspection, on_step: OnStep) -> Comm
         message=f"to record {plan.to}: {counted(len(plan.lost), 'record')} lost, "
         f"{counted(len(plan.undone), 'fold')} undone; the old files are in {aside.name}",
     )
-    commit = Journal(path, found.ledger, on_step).append(entry, Held(target.generation, target.receipts))
-    State.open(path).close()
-    return commit
+    return journal.append(entry, Held(target.generation, target.receipts))
 
 
-def _check(path: Path) -> None:
+def _check(path: Where) -> None:
     """Raises Misconfigured where there is no state, nor what is left of one."""
     if (path / opening.PARTIAL).exists() and not (path / "HEAD").exists():
         opening.read_format(path)
@@ -116,7 +116,7 @@ def _check(path: Path) -> None:
         raise Misconfigured(f"no state in {path}: make one with 'continual init BASE --state {path}'")
 
 
-def _new_aside(path: Path) -> Path:
+def _new_aside(path: Where) -> Where:
     """Makes the directory for the old files."""
     name = ASIDE + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     aside = next(p for n in range(1000) if not (p := path / (f"{name}-{n}" if n else name)).exists())

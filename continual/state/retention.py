@@ -7,29 +7,44 @@ import contextlib
 import fcntl
 import logging
 import os
-import shutil
+import secrets
 from collections.abc import Iterable, Iterator, Set
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from continual.state import canaries, usage
-from continual.state.durable import environment, move_away, remove_tree, trouble
-from continual.state.generation import RECEIPTS
+from continual.errors import Retry
+from continual.state import canaries, heartbeat, storing, usage
+from continual.state.durable import environment, move_away, trouble
+from continual.state.generation import RECEIPTS, stands
 from continual.state.ledger import Ledger
+from continual.stores import ObjectPath, Where
 
 _log = logging.getLogger("continual.state")
 _EXPIRED = ".expired-"
+_LEASES = 3
+"""Leases after which nothing comes of what was sent before they began."""
 
 
-def kept(path: Path, ledger: Ledger) -> list[str]:
+def kept(path: Where, ledger: Ledger) -> list[str]:
     """The generations of the state in `path` that are on disk and named by a record, in order of their names."""
-    return [name for name in _on_disk(path) if name in ledger.generations]
+    found = [name for name in _listed(path) if name in ledger.generations]
+    return [name for name in found if stands(path / "generations" / name)] if isinstance(path, ObjectPath) else found
 
 
-def unnamed(path: Path, ledger: Ledger) -> list[str]:
-    """The directories below `generations/` that no record names: orphans, and what is being deleted."""
-    return [name for name in _on_disk(path) if name not in ledger.generations]
+def unnamed(path: Where, ledger: Ledger) -> list[str]:
+    """The directories below `generations/` that no record names: orphans, and what is being deleted. Of an object store
+    without those that were written a short time ago: a writer that lost its lease may still be writing them."""
+    found = [name for name in _listed(path) if name not in ledger.generations]
+    return [name for name in found if name.startswith(_EXPIRED) or not _young(path, name)] if found else []
+
+
+def _young(path: Where, name: str) -> bool:
+    """Whether a generation was written to less than some leases ago."""
+    if not isinstance(path, ObjectPath):
+        return False
+    written = max((one.modified for one in path.objects.below(f"{path.key}/generations/{name}")), default=None)
+    return written is not None and not heartbeat.ran_out(written, heartbeat.now(path), _LEASES * path.objects.lease)
 
 
 def orphans(names: Iterable[str]) -> tuple[str, ...]:
@@ -45,7 +60,7 @@ class Keep(NamedTuple):
     nbytes: int | None = None
 
 
-def expired(path: Path, ledger: Ledger, keep: Keep, *, then: str | None = None) -> list[str]:
+def expired(path: Where, ledger: Ledger, keep: Keep, *, then: str | None = None) -> list[str]:
     """The generations on disk that may go: not the one in force, none of the newest as `keep` says, none that a tag
     names or a canary needs, none that a living reader has leased. `then`: as it will be once that generation is put
     in force again. Raises OSError."""
@@ -55,59 +70,79 @@ def expired(path: Path, ledger: Ledger, keep: Keep, *, then: str | None = None) 
         newest = _within(path, newest, keep.nbytes)
     tagged = {ledger.get(seq).generation for seq in ledger.tags.values()}
     tagged |= {ledger.get(seq).generation for seq in canaries.held(path) if seq <= ledger.head.seq}
-    held = {then or ledger.head.generation, *newest, *tagged, *_leased_by_files(path / "leases")}
+    held = {then or ledger.head.generation, *newest, *tagged, *_leased(path)}
     found = [name for name in kept(path, ledger) if name not in held]
+    if isinstance(path, ObjectPath):
+        return found
     return [name for name in found if not _is_leased(path / "generations" / name)]
 
 
-def _within(path: Path, newest: list[str], nbytes: int) -> list[str]:
+def _within(path: Where, newest: list[str], nbytes: int) -> list[str]:
     """As many of the newest, in this order, as take `nbytes` on the disk together."""
     seen, total = set[int](), 0
     for place, name in enumerate(newest):
-        total += usage.taken(path / "generations" / name, seen)
+        at = path / "generations" / name
+        total += sum(storing.sizes(at).values()) if isinstance(at, ObjectPath) else usage.taken(at, seen)
         if total > nbytes:
             return newest[:place]
     return newest
 
 
-def expire(path: Path, ledger: Ledger, keep: Keep) -> list[str]:
+def expire(path: Where, ledger: Ledger, keep: Keep) -> list[str]:
     """Deletes the generations that `expired` names and returns them. What cannot be deleted now is tried again the next
     time, and the log has a line about it. Raises Halt if an fsync failed."""
     gone: list[str] = []
     try:
         gone.extend(_moved(path, expired(path, ledger, keep)))
-        for name in _on_disk(path):
+        for name in _listed(path):
             if name.startswith(_EXPIRED):
-                remove_tree(path / "generations" / name)
+                _remove(path, name)
     except OSError as error:
         _log.warning("%s: old generations stay until the next fold: %s", path, trouble(error))
     return gone
 
 
-def drop(path: Path, names: Iterable[str]) -> None:
+def drop(path: Where, names: Iterable[str]) -> None:
     """Deletes generations of the copy of a state, but those that a reader has leased. Raises OSError and Halt."""
     for name in list(_moved(path, names)):
-        remove_tree(path / "generations" / f"{_EXPIRED}{name}")
+        _remove(path, f"{_EXPIRED}{name}")
 
 
-def _moved(path: Path, names: Iterable[str]) -> Iterator[str]:
+def _remove(path: Where, name: str) -> None:
+    """Deletes a directory below `generations/`; on an object store, of what expires, first what it stands for."""
+    if isinstance(path, ObjectPath) and name.startswith(_EXPIRED):
+        storing.remove_tree(path / "generations" / name.removeprefix(_EXPIRED))
+    storing.remove_tree(path / "generations" / name)
+
+
+def _moved(path: Where, names: Iterable[str]) -> Iterator[str]:
     """Gives generations that no reader has leased another name, and yields theirs. First of all: a kill while its files
-    are deleted must not leave half of a generation under a name that a record knows."""
+    are deleted must not leave half of a generation under a name that a record knows. On an object store only the
+    receipts get another name: without them it is no generation."""
     for name in names:
         if _moved_away(path / "generations" / name, path / "generations" / f"{_EXPIRED}{name}"):
             yield name
 
 
-def clear(path: Path, names: Iterable[str]) -> None:
+def clear(path: Where, names: Iterable[str]) -> None:
     """Deletes what `unnamed` found. What cannot be deleted now is found again at the next open."""
     for name in names:
-        shutil.rmtree(path / "generations" / name, ignore_errors=True)
+        if isinstance(path, ObjectPath):
+            with contextlib.suppress(OSError):
+                _remove(path, name)
+        else:
+            storing.drop_tree(path / "generations" / name)
 
 
 @contextlib.contextmanager
-def lease(path: Path, generation: str) -> Iterator[None]:
+def lease(path: Where, generation: str) -> Iterator[None]:
     """Keeps `generation` of the state in `path` from expiring while the block runs, if it has not yet: that is for the
-    block to look at. It needs no permission to write. Raises Retry where the disk gets in the way."""
+    block to look at. It needs no permission to write, but on an object store, where it is not kept without. Raises
+    Retry where the disk gets in the way."""
+    if isinstance(path, ObjectPath):
+        with _beating(path, generation):
+            yield
+        return
     with contextlib.ExitStack() as held:
         with environment(f"cannot read the generation {generation}"), contextlib.suppress(FileNotFoundError):
             fd = os.open(path / "generations" / generation / RECEIPTS, os.O_RDONLY | os.O_CLOEXEC)
@@ -117,8 +152,33 @@ def lease(path: Path, generation: str) -> Iterator[None]:
         yield
 
 
-def _moved_away(generation: Path, target: Path) -> bool:
+@contextlib.contextmanager
+def _beating(path: ObjectPath, generation: str) -> Iterator[None]:
+    """A reader's lease on an object store."""
+    at, since = path / "leases" / f"{generation}-{secrets.token_hex(4)}", heartbeat.boottime()
+    try:
+        with environment(f"cannot read the generation {generation}"):
+            at.objects.put_now(at.key, b"")
+    except Retry as error:
+        if not isinstance(error.__cause__, PermissionError):
+            raise
+        yield
+        return
+    beat = heartbeat.Heartbeat(at, bytes, lambda: False, since)
+    try:
+        yield
+    finally:
+        beat.end()
+        with contextlib.suppress(OSError):
+            at.unlink()
+
+
+def _moved_away(generation: Where, target: Where) -> bool:
     """Renames a generation, unless a reader has leased it: the rename and a lease exclude each other."""
+    if isinstance(generation, ObjectPath):
+        storing.rename(generation / RECEIPTS, target / RECEIPTS)
+        return True
+    assert isinstance(target, Path)
     with _unless_leased(generation) as free:
         if free:
             move_away(generation, target)
@@ -163,6 +223,17 @@ def _is_locked(fd: int) -> bool:
     return False
 
 
+def _leased(path: Where) -> Set[str]:
+    """The generations that living readers have leased by an object, or by a file."""
+    if not isinstance(path, ObjectPath):
+        return _leased_by_files(path / "leases")
+    listed = list(path.objects.below(f"{path.key}/leases"))
+    now = heartbeat.now(path) if listed else None
+    over = [one.name for one in listed if now and heartbeat.ran_out(one.modified, now, path.objects.lease)]
+    path.objects.delete([f"{path.key}/leases/{name}" for name in over])
+    return {one.name.rpartition("-")[0] for one in listed if one.name not in over}
+
+
 def _leased_by_files(directory: Path) -> Set[str]:
     """The generations that a living reader of an earlier version has leased, by the files in `directory`; removes those
     of dead readers. A file that may not be opened counts as a living reader's."""
@@ -187,8 +258,6 @@ def _leased_by_files(directory: Path) -> Set[str]:
     return found
 
 
-def _on_disk(path: Path) -> list[str]:
+def _listed(path: Where) -> list[str]:
     """The names below `generations/`; none where it is not there. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
-        return sorted(directory.name for directory in (path / "generations").iterdir())
-    return []
+    return storing.names(path / "generations")

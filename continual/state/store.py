@@ -4,24 +4,25 @@ protocol.py, what expires in retention.py, what happened so far in ledger.py; FO
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from continual.errors import Misconfigured, Retry
-from continual.state import adoption, arrays, framing, lock, names, opening, retention, task_inputs
+from continual.errors import Halt, Misconfigured, Retry
+from continual.state import adoption, arrays, framing, names, opening, retention, storing, task_inputs
+from continual.state import lock as locking
 from continual.state.arrays import Array
 from continual.state.canaries import Canaries
-from continual.state.durable import environment, replace_bytes, sync_file, usable
+from continual.state.durable import environment, usable
 from continual.state.entries import Entry, InitEntry, RollbackEntry, TagEntry
 from continual.state.format import Commit, Format
-from continual.state.generation import Generation
+from continual.state.generation import Generation, zarr_group
 from continual.state.ledger import Ledger
+from continual.state.lock import Lock
 from continual.state.protocol import Held, Journal, OnStep
 from continual.state.publications import Publications
 from continual.state.transaction import Transaction, room
+from continual.stores import Where
 
 if TYPE_CHECKING:
     import zarr
@@ -36,7 +37,7 @@ class State:
     writing.
     """
 
-    def __init__(self, path: Path, form: Format, ledger: Ledger, lock_fd: int | None, on_step: OnStep) -> None:
+    def __init__(self, path: Where, form: Format, ledger: Ledger, lock: Lock | None, on_step: OnStep) -> None:
         self.path = path
         self.format = form
         self.orphans: tuple[str, ...] = ()
@@ -45,13 +46,13 @@ class State:
         self.ledger = ledger
         self.publications = Publications(ledger.log)
         self.canaries = Canaries(path)
-        self._lock_fd = lock_fd
+        self._lock = lock
         self.on_step = on_step
-        self._journal = Journal(path, ledger, on_step)
+        self._journal = Journal(path, ledger, on_step, lock)
         self._open: dict[str, Generation] = {}
 
     @classmethod
-    def create(cls, path: Path, form: Format, *, read: Mapping[str, object], device: str) -> State:
+    def create(cls, path: Where, form: Format, *, read: Mapping[str, object], device: str) -> State:
         """Makes a state of the format `form` in `path`, which must be absent or empty (hidden files, FORMAT.md and what
         a killed `create` left aside), and opens it for writing. `read` are its first read-time options.
 
@@ -63,9 +64,8 @@ class State:
             names.encode(tensor.name)
         data, checksum = framing.encode(form.body())
         with usable(f"cannot make a state in {path}"):
-            made = [p for p in (path.absolute(), *path.absolute().parents) if not p.exists()] or [path.absolute()]
-            path.mkdir(parents=True, exist_ok=True)
-            state = cls(path, form, Ledger(), lock.take(path / "lock"), _nothing)
+            made = storing.made(path)
+            state = cls(path, form, Ledger(), locking.take(path / "lock"), _nothing)
             try:
                 opening.must_be_free(path)  # another process may have made one before the lock was taken
                 opening.clear(path)
@@ -73,16 +73,16 @@ class State:
                 state._journal.append(InitEntry(read=read, device=device, format=checksum), Held())
                 state._journal.mend()
                 # last: a directory without format.json is no state, so a kill before this leaves none behind
-                replace_bytes(path / "format.json", data)
+                storing.replace(path / "format.json", data)
                 for directory in made:
-                    sync_file(directory.parent)
+                    storing.sync(directory.parent)
             except BaseException:
                 state.close()
                 raise
         return state
 
     @classmethod
-    def open(cls, path: Path, *, write: bool = False, on_step: OnStep | None = None) -> State:
+    def open(cls, path: Where, *, write: bool = False, on_step: OnStep | None = None) -> State:
         """Opens the state in `path`. For writing it takes the lock, acknowledges the records that a writer left above
         HEAD, makes directories that a backup left out, and removes orphans.
 
@@ -90,10 +90,10 @@ class State:
         that is not as it was written, Retry if the disk gets in the way.
         """
         form, checksum = opening.read_format(path)
-        lock_fd = lock.take(path / "lock") if write else None
+        lock = locking.take(path / "lock") if write else None
         try:
             ledger, acknowledged = opening.load(path, form, checksum)
-            state = cls(path, form, ledger, lock_fd, on_step or _nothing)
+            state = cls(path, form, ledger, lock, on_step or _nothing)
             state.acknowledged = acknowledged
             state.adopted = tuple(range(acknowledged + 1, len(ledger.log)))
             with environment(f"cannot open the state {path}"):
@@ -102,8 +102,8 @@ class State:
             if write:
                 state._complete(unnamed)
         except BaseException:
-            if lock_fd is not None:
-                os.close(lock_fd)
+            if lock is not None:
+                lock.close()
             raise
         return state
 
@@ -125,9 +125,9 @@ class State:
 
     def close(self) -> None:
         """Gives the lock back."""
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     @property
     def behind(self) -> str | None:
@@ -165,6 +165,9 @@ class State:
             raise Retry("another fold was committed meanwhile; nothing was settled")
         try:
             return self._journal.append(entry, Held(transaction.id, generation.checksum))
+        except Halt:  # whether the record stands may be unknown: then what it names must stay
+            transaction.committed()
+            raise
         except Exception:
             raise
         except BaseException:  # an interrupt may come between the record and its place in the ledger: the next opening
@@ -220,12 +223,10 @@ class State:
     def group(self, at: int | None = None) -> zarr.Group:
         """The generation of record `at` (default: the newest) as zarr-python opens it, read-only. Raises Misconfigured
         before the first fold."""
-        import zarr
-
         commit = self.ledger.head if at is None else self.ledger.get(at)
         if commit.generation is None:
             raise Misconfigured(f"record {commit.seq}: nothing is folded yet, so there is no generation to open")
-        return zarr.open_group(self.path / "generations" / commit.generation, mode="r", zarr_format=3)
+        return zarr_group(self.path / "generations" / commit.generation)
 
     def generations(self) -> list[str]:
         """The generations on disk that a record names, in order of their names."""
@@ -263,12 +264,12 @@ class State:
 
     def set_url(self, url: str) -> None:
         """Tells who asks the lock where the daemon answers."""
-        assert self._lock_fd is not None
-        lock.tell(self._lock_fd, url)
+        assert self._lock is not None
+        self._lock.tell(url)
 
     def must_be_writable(self) -> None:
         """Raises Misconfigured where the state is not open for writing."""
-        if self._lock_fd is None:
+        if self._lock is None:
             raise Misconfigured(f"{self.path} is open for reading only: open it with write=True")
 
     def _generation(self, commit: Commit) -> Generation | None:

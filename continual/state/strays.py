@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from continual.errors import Damaged, Misconfigured, Retry
-from continual.state import canaries, excerpts, paused, task_inputs
+from continual.state import canaries, excerpts, paused, storing, task_inputs
 from continual.state.format import Format
 from continual.state.generation import RECEIPTS, Generation, Receipts
 from continual.state.ledger import Ledger
 from continual.state.opening import PARTIAL
+from continual.stores import ObjectPath, Where
 
 ASIDE = ".repaired-"
 """What the name of a directory begins with in which a repair keeps the old files."""
@@ -43,7 +44,7 @@ class Stray:
     what: str
 
 
-def strays(path: Path, form: Format, ledger: Ledger) -> list[Stray]:
+def strays(path: Where, form: Format, ledger: Ledger) -> list[Stray]:
     """The strays of the state in `path`, in order of their paths. What goes away while it is looked at is left out."""
     found: list[Stray] = []
     for entry in _entries(path):
@@ -66,12 +67,14 @@ def strays(path: Path, form: Format, ledger: Ledger) -> list[Stray]:
             found.append(_stray(entry, name, "what a repair kept aside: delete it when nothing of it is needed"))
         elif _TEMPORARY.fullmatch(name):
             found.append(_stray(entry, name, _WRITING))
+        elif name == "lock" and isinstance(entry, ObjectPath):
+            found += _in(entry, name, _RECORD)
         elif name not in _FILES and not (name == CONTROL and _is_socket(entry)):
             found.append(_stray(entry, name, _UNKNOWN))
     return sorted((stray for stray in found if stray.nbytes >= 0), key=lambda stray: stray.path)
 
 
-def _in(directory: Path, name: str, pattern: re.Pattern[str]) -> Iterator[Stray]:
+def _in(directory: Where, name: str, pattern: re.Pattern[str]) -> Iterator[Stray]:
     """The strays in a directory that has files whose names match."""
     for entry in _entries(directory):
         if _TEMPORARY.fullmatch(entry.name):
@@ -80,7 +83,7 @@ def _in(directory: Path, name: str, pattern: re.Pattern[str]) -> Iterator[Stray]
             yield _stray(entry, f"{name}/{entry.name}", _UNKNOWN)
 
 
-def _tags(directory: Path, ledger: Ledger) -> Iterator[Stray]:
+def _tags(directory: Where, ledger: Ledger) -> Iterator[Stray]:
     yield from _in(directory, "tags", _FRAMED)
     known = ledger.tags
     for entry in _entries(directory):
@@ -88,7 +91,7 @@ def _tags(directory: Path, ledger: Ledger) -> Iterator[Stray]:
             yield _stray(entry, f"tags/{entry.name}", "no record names this tag")
 
 
-def _generations(directory: Path, form: Format, known: dict[str, str]) -> Iterator[Stray]:
+def _generations(directory: Where, form: Format, known: dict[str, str]) -> Iterator[Stray]:
     groups = {group for group in form.layout.groups if group}
     for generation in _entries(directory):
         name = f"generations/{generation.name}"
@@ -112,7 +115,7 @@ def _generations(directory: Path, form: Format, known: dict[str, str]) -> Iterat
                         yield _stray(file, f"{name}/{inner}/{file.name}", _UNNAMED)
 
 
-def _inputs(directory: Path, known: Set[str]) -> Iterator[Stray]:
+def _inputs(directory: Where, known: Set[str]) -> Iterator[Stray]:
     for entry in _entries(directory):
         if entry.name not in known:
             what = f"inputs of a task that were read again, or that no record names; {_WRITING}"
@@ -136,28 +139,32 @@ def _arrays(generation: Generation) -> dict[str, set[str]]:
     return found
 
 
-def _entries(directory: Path) -> list[Path]:
+def _entries(directory: Where) -> list[Where]:
     """What is in a directory; nothing where there is none."""
-    try:
-        return sorted(directory.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    return [directory / name for name in storing.names(directory)]
 
 
-def _is_socket(entry: Path) -> bool:
+def _is_socket(entry: Where) -> bool:
+    if isinstance(entry, ObjectPath):
+        return False
     try:
         return stat.S_ISSOCK(entry.lstat().st_mode)
     except FileNotFoundError:
         return True
 
 
-def _stray(entry: Path, name: str, what: str) -> Stray:
+def _stray(entry: Where, name: str, what: str) -> Stray:
     """The stray at `entry`; of −1 bytes where it has gone meanwhile."""
     return Stray(name, size_of(entry), what)
 
 
-def size_of(entry: Path) -> int:
+def size_of(entry: Where) -> int:
     """The bytes of a file, or of all files below a directory; −1 if it is not there."""
+    if isinstance(entry, ObjectPath):
+        with contextlib.suppress(FileNotFoundError):
+            return storing.size(entry)
+        below = storing.sizes(entry)
+        return sum(below.values()) if below else -1
     try:
         told = entry.lstat()
     except FileNotFoundError:

@@ -8,15 +8,14 @@ import contextlib
 import fnmatch
 import logging
 import math
-import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 from continual.errors import Damaged, Misconfigured
 from continual.records import Candidate, SlotSpec, TensorSpec
-from continual.state.durable import sync_file, trouble
+from continual.state import storing
+from continual.state.durable import trouble
 from continual.state.entries import InputsEntry, RepairEntry
 from continual.state.format import TOGETHER, Format
 from continual.state.generation import Generation
@@ -24,6 +23,7 @@ from continual.state.ledger import Ledger
 from continual.state.parts import TaskInputs
 from continual.state.protocol import OnStep
 from continual.state.transaction import Transaction
+from continual.stores import Where
 
 DIRECTORY = "inputs"
 SLOT = "inputs"
@@ -85,26 +85,26 @@ def length(layer: TensorSpec, across: bool) -> int:
     return layer.shape[0] if across else math.prod(layer.shape[1:])
 
 
-def begin(path: Path, form: Format, on_step: OnStep) -> Transaction:
+def begin(path: Where, form: Format, on_step: OnStep) -> Transaction:
     """Begins to write the inputs of one task of the state in `path`. Raises OSError, Retry and Halt."""
     directory = path / DIRECTORY
     if not directory.is_dir():
         directory.mkdir()
-        sync_file(path)
+        storing.sync(path)
     on_step("begin")
     transaction = Transaction(directory, form, None, None, on_step)
     on_step("chunks")
     return transaction
 
 
-def generation(path: Path, form: Format, kept: KeptInputs) -> Generation:
+def generation(path: Where, form: Format, kept: KeptInputs) -> Generation:
     """Where the inputs of a task are read, layer by layer, and checked as those of a generation are."""
     laid = form_of(form, kept.entry.rank, kept.entry.across)
     return Generation(path / DIRECTORY / kept.task.id, laid, kept.task.receipts)
 
 
 @contextlib.contextmanager
-def told(path: Path, kept: KeptInputs) -> Iterator[None]:
+def told(path: Where, kept: KeptInputs) -> Iterator[None]:
     """Says of inputs that are gone, or damaged, what to do."""
     again = f"'continual tune --what inputs' with --for {kept.words}"
     try:
@@ -118,24 +118,24 @@ def told(path: Path, kept: KeptInputs) -> Iterator[None]:
         raise Damaged(f"{error}; no fold depends on it: read the inputs again with {again}") from error
 
 
-def unnamed(path: Path, ledger: Ledger) -> list[Path]:
+def unnamed(path: Where, ledger: Ledger) -> list[Where]:
     """What lies in `inputs/` and is not in force: what a writer left that died, and what was read again since. Raises
     OSError."""
     wanted = {one.task.id for one in in_force(ledger)}
     directory = path / DIRECTORY
-    return sorted(entry for entry in directory.iterdir() if entry.name not in wanted) if directory.is_dir() else []
+    return [directory / name for name in storing.names(directory) if name not in wanted]
 
 
-def clear(path: Path, ledger: Ledger) -> None:
+def clear(path: Where, ledger: Ledger) -> None:
     """Deletes what `unnamed` finds. What cannot be deleted now goes the next time, and the log has a line about it."""
     try:
         for entry in unnamed(path, ledger):
-            shutil.rmtree(entry)
+            storing.remove_tree(entry)
     except OSError as error:
         _log.warning("%s: old inputs stay until the state is next opened for writing: %s", path, trouble(error))
 
 
-def findings(path: Path, form: Format, ledger: Ledger) -> dict[str, list[str]]:
+def findings(path: Where, form: Format, ledger: Ledger) -> dict[str, list[str]]:
     """What is wrong with the inputs in force, by the directory of each task of which they are not whole."""
     found = {}
     for kept in in_force(ledger):

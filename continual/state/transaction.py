@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import math
 import secrets
-import shutil
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType, TracebackType
 
 from continual.errors import Retry
+from continual.state import storing
 from continual.state.attempts import SUFFIX, Handed, Written
 from continual.state.draft import Draft
 from continual.state.durable import environment
 from continual.state.format import Format
 from continual.state.generation import Generation
 from continual.state.writing import Writing
+from continual.stores import Where
 
 MARGIN = 16 << 20
 """Bytes that a fold needs besides its generation: records, metadata, what the file system takes for itself."""
@@ -33,7 +33,7 @@ class Transaction(Writing):
 
     def __init__(
         self,
-        root: Path,
+        root: Where,
         form: Format,
         before: Generation | None,
         in_force: str | None,
@@ -69,12 +69,13 @@ class Transaction(Writing):
         """Drops what was written."""
         self._done = True
         self._end_attempts()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self._draft.end()
+        storing.drop_tree(self.directory)
 
     def hand_out(self) -> Handed:
         """What other processes need to write parts of this. Raises Retry."""
         with environment("cannot begin a fold"):
-            self._attempts.mkdir(exist_ok=True)
+            storing.open_directory(self._attempts)
         before = self._before
         return Handed(self._form, self._attempts, None if before is None else (before.directory, before.checksum))
 
@@ -84,16 +85,17 @@ class Transaction(Writing):
             self._draft.take_over(self._attempts / written.attempt, written.arrays)
 
     @property
-    def _attempts(self) -> Path:
+    def _attempts(self) -> Where:
         return self.directory.with_name(f"{self.id}{SUFFIX}")
 
     def _end_attempts(self) -> None:
         """Nothing more is taken from others, and who still writes finds no directory."""
-        shutil.rmtree(self._attempts, ignore_errors=True)
+        storing.drop_tree(storing.stem(self._attempts))
 
     def committed(self) -> None:
         """`State` says that a record names what was written: it is not dropped any more."""
         self._done = True
+        self._draft.end()
 
     def measured(self, squares: Mapping[str, float], ranks: Mapping[str, int] = MappingProxyType({})) -> None:
         """What the next fold finds as `square` and `rank` of tensors, by name. What is not finite is not kept."""
@@ -133,12 +135,12 @@ class Transaction(Writing):
             return self._draft.receipted(self._squares, self._ranks)
 
 
-def room(directory: Path, nbytes: int, what: str = "a fold") -> None:
+def room(directory: Where, nbytes: int, what: str = "a fold") -> None:
     """Raises Retry if the disk has no room for `nbytes`, which `what` needs beside what is there."""
     with environment("cannot look at the disk"):
-        free = shutil.disk_usage(directory).free
+        free = storing.free(directory)
     need = nbytes + MARGIN
-    if free < need:
+    if free is not None and free < need:
         raise Retry(
             f"{directory}: {free / 1e9:.2f} GB free, {what} needs {need / 1e9:.2f} GB: free some space; "
             "nothing was settled"

@@ -6,15 +6,22 @@ import contextlib
 import os
 from pathlib import Path
 
+from continual.state import storing
+from continual.stores import ObjectPath, Where
+
 _KINDS = {"generations": "generations", "commits": "ledger", "HEAD": "ledger", "excerpts": "ledger"}
 KINDS = ("generations", "ledger", "other")
 """What takes room: the generations, the records, and all else."""
 
 
-def by_kind(state: Path) -> dict[str, int]:
+def by_kind(state: Where) -> dict[str, int]:
     """Bytes that the files below the directory of a state take on the disk, for each of `KINDS`; a file with several
     names, as generations share them, counts once. Raises OSError where the directory cannot be listed."""
     found = dict.fromkeys(KINDS, 0)
+    if isinstance(state, ObjectPath):
+        for name, nbytes in storing.sizes(state).items():
+            found[_KINDS.get(name.partition("/")[0], "other")] += nbytes
+        return found
     seen: set[int] = set()
     for entry in os.scandir(state):
         found[_KINDS.get(entry.name, "other")] += taken(entry.path, seen)

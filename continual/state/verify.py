@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from continual.errors import ContinualError, Misconfigured
-from continual.state import excerpts, framing, task_inputs
+from continual.state import excerpts, framing, storing, task_inputs
 from continual.state.entries import TagEntry
 from continual.state.excerpts import Sealed
 from continual.state.fields import record_of
@@ -19,6 +18,7 @@ from continual.state.ledger import Ledger
 from continual.state.opening import PARTIAL
 from continual.state.protocol import Head, read_head, tag_stands
 from continual.state.store import State
+from continual.stores import Where
 
 OnPart = Callable[[int, int], None]
 """Is called with the number of parts that were checked so far, and of all."""
@@ -65,17 +65,22 @@ def verify(state: State, progress: OnPart = lambda _done, _total: None, *, gener
     return findings + loose_findings(state.path)
 
 
-def loose_findings(path: Path) -> list[str]:
+def loose_findings(path: Where) -> list[str]:
     """What is wrong with the pushes and cursors of the state in `path`: files that no record names."""
     return [
         finding
         for name in ("inbox", "sources")
-        for file in sorted((path / name).glob("[!.]*.json"))
+        for file in loose_files(path / name)
         for finding in _told(partial(loose, file))
     ]
 
 
-def loose(file: Path) -> str | None:
+def loose_files(directory: Where) -> list[Where]:
+    """The files of pushes, or cursors, in a directory that may not be there. Raises OSError."""
+    return [directory / name for name in storing.names(directory) if name.endswith(".json") and name[0] != "."]
+
+
+def loose(file: Where) -> str | None:
     """Reads a push or a cursor. Raises Damaged; one that has gone meanwhile is settled."""
     try:
         body, _ = framing.decode(file)
@@ -113,9 +118,9 @@ def _head(state: State, head: Head) -> list[str]:
     return []
 
 
-def _record(path: Path, commit: Commit) -> str | None:
+def _record(path: Where, commit: Commit) -> str | None:
     if isinstance(commit, Sealed):  # an excerpt said it, and is compared with it
-        excerpts.whole(commit, str(path / "commits"))
+        excerpts.whole(commit, storing.stem(path / "commits"))
         return None
     file = path / "commits" / f"{commit.seq:08d}.json"
     if framing.decode(file)[1] != commit.crc:
@@ -135,7 +140,7 @@ def _generation(state: State, name: str, step: Callable[[], None]) -> list[str]:
         return [str(error)]
 
 
-def tag_finding(path: Path, ledger: Ledger, acknowledged: int, tag: str) -> str | None:
+def tag_finding(path: Where, ledger: Ledger, acknowledged: int, tag: str) -> str | None:
     """What is wrong with the file of a tag. It is written after its record and HEAD: where that record is the one that
     HEAD names, or stands above it, and in a backup that was not completed, the next writer writes the file."""
     in_flight = (path / PARTIAL).exists() or any(

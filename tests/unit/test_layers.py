@@ -20,6 +20,7 @@ ROOMS = (
     ("linalg", ""),
     ("timing", ""),
     ("retrying", ""),
+    ("stores", "outside records linalg lazily retrying"),
     ("config", ""),
     ("executors", "config"),
     ("rules", "config executors retrying"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from pathlib import Path
 
 from continual.errors import Abandoned, Retry
 from continual.service.control import parley
 from continual.service.control.parley import Hearing
 from continual.service.control.requests import Request
+from continual.stores import Where, here
 from continual.texts import Json
 
 PATIENCE = 10.0
@@ -91,12 +91,12 @@ class Reached:
         return body
 
 
-def reach(state: Path) -> Reached | None:
+def reach(state: Where) -> Reached | None:
     """The daemon on the state in `state`; None where none answers."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(PATIENCE)
     try:
-        with parley.address(state) as path:
+        with parley.address(here(state)) as path:
             sock.connect(path)
     except OSError:  # no state, no socket, one of a killed daemon, or one of another user
         sock.close()

@@ -80,8 +80,8 @@ class View(Protocol):
         """What is done now, and how far it is. On the event loop."""
         ...
 
-    def free_bytes(self) -> int:
-        """Bytes that are free on the disk of the state."""
+    def free_bytes(self) -> int | None:
+        """Bytes that are free on the disk of the state; None of one on an object store."""
         ...
 
     def status(self) -> Status:

@@ -228,7 +228,7 @@ class Status:
     folds: int
     generations: int
     state_bytes: int
-    disk_free_bytes: int
+    disk_free_bytes: int | None
     totals: Mapping[str, float]
     gauges: Mapping[str, float]
     queue: tuple[ShownQueued, ...]

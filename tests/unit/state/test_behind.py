@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from continual.errors import Halt, Retry
-from continual.state import State, durable, protocol
+from continual.state import State, durable
 from continual.state.verify import verify
 from tests.helpers import calls, stores
 from tests.helpers.calls import Called
@@ -105,12 +105,14 @@ def test_a_link_that_was_made_although_it_failed_counts(state: State) -> None:
 def test_an_interrupt_at_the_commit_point_takes_no_generation_from_its_record(
     state: State, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
+    link = durable.link_new
+
     def interrupted(file: Path, temporary: Path) -> None:
         if late:
-            durable.link_new(file, temporary)
+            link(file, temporary)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(protocol, "link_new", interrupted)
+    monkeypatch.setattr(durable, "link_new", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stores.fold(state, 2)
     monkeypatch.undo()

@@ -88,7 +88,7 @@ def _cards(status: Status) -> Html:
             ("scale", scale(status.scale, None if tuned is None else {"record": tuned.record, "folds": tuned.folds})),
             *((key, f"{value:.4g}") for key, value in status.gauges.items()),
             ("state", size(status.state_bytes)),
-            ("disk free", size(status.disk_free_bytes)),
+            ("disk free", "no disk" if status.disk_free_bytes is None else size(status.disk_free_bytes)),
             ("peak memory", size(status.peak_memory_bytes or 0)),
             ("up", Html(f'<span data-still="">{duration(status.uptime_seconds or 0)}</span>')),
         ]

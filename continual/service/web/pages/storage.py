@@ -11,11 +11,12 @@ from continual.service.web.recalled import KeptGeneration
 from continual.texts import size, when
 
 
-def render(found: Sequence[KeptGeneration], free: int, around: Around) -> str:
-    """The page. `free`: bytes that are free on the disk of the state."""
+def render(found: Sequence[KeptGeneration], free: int | None, around: Around) -> str:
+    """The page. `free`: bytes that are free on the disk of the state; None where it is on none."""
     whole = sum(one.nbytes for one in found)
+    room = "" if free is None else f"; {size(free)} are free"
     told = (
-        f"{counted(len(found), 'generation')}, {size(whole)}; {size(free)} are free. The settings keep and keep_bytes "
+        f"{counted(len(found), 'generation')}, {size(whole)}{room}. The settings keep and keep_bytes "
         "say how many stay; what is in force, and what a tag names, stays always."
     )
     todo = [

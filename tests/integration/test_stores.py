@@ -1,0 +1,167 @@
+"""The contract of what a state lies on, asked of a disk and of two object stores."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from continual.errors import Misconfigured, Retry
+from continual.state import chunk_files, storing
+from continual.stores import ObjectPath, Where, where
+from tests.helpers import object_stores
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(params=["disk", "moto", "seaweedfs"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Where:
+    if request.param == "disk":
+        return tmp_path
+    return object_stores.state_at(request.getfixturevalue(request.param), f"contract/{tmp_path.name}", monkeypatch)
+
+
+def create(path: Where, data: bytes) -> None:
+    with storing.creating(path, data, lambda _step: None) as new:
+        new.make()
+        new.sync()
+
+
+def test_put_takes_the_place_of_what_was_there(root: Where) -> None:
+    for data in (b"one", b"", b"three" * 1000):
+        storing.replace(root / "HEAD", data)
+        assert storing.contents(root / "HEAD") == (root / "HEAD").read_bytes() == data
+        assert storing.size(storing.below(storing.stem(root), "HEAD")) == len(data)
+    with pytest.raises(FileNotFoundError):
+        storing.contents(root / "head")
+
+
+def test_create_takes_no_name_that_is_taken(root: Where) -> None:
+    storing.made(root / "commits")
+    create(root / "commits/1", b"first")
+    with pytest.raises(Retry, match="another writer was first"):
+        create(root / "commits/1", b"second")
+    assert storing.contents(root / "commits/1") == b"first"
+    assert storing.names(root / "commits") == ["1"]
+
+
+def test_of_sixteen_who_create_one_wins(root: Where) -> None:
+    storing.made(root / "commits")
+    for turn in range(2):
+        ready = threading.Barrier(16)
+        file = root / f"commits/{turn}"
+
+        def race(number: int, file: Where = file, ready: threading.Barrier = ready) -> bytes | None:
+            ready.wait()
+            try:
+                create(file, b"%d" % number)
+            except Retry:
+                return None
+            return b"%d" % number
+
+        with ThreadPoolExecutor(16) as pool:
+            won = [found for found in pool.map(race, range(16)) if found is not None]
+        assert won == [storing.contents(file)]
+
+
+def test_a_range_is_read_and_no_more(root: Where) -> None:
+    storing.replace(root / "x", bytes(range(100)))
+    assert storing.some(root / "x", 10, 20) == bytes(range(10, 20))
+    assert storing.some(root / "x", 90, 200) == bytes(range(90, 100))
+    assert storing.some(root / "x", 100, 200) == storing.some(root / "x", 300, 400) == b""
+
+
+def test_what_is_below_is_listed(root: Where) -> None:
+    names = ["a/%2Fx", "a/.hidden", "a/c.0.0", "a/é", "ab", "b/c/d"]
+    for name in names:
+        storing.made((root / name).parent)
+        storing.replace(root / name, name.encode())
+    assert storing.names(root) == ["a", "ab", "b"]
+    assert storing.names(root / "a") == sorted(name[2:] for name in names[:4])
+    assert storing.names(root / "nothing") == storing.names(root / "ab") == []
+    assert storing.sizes(root) == {name: len(name.encode()) for name in names}
+    assert storing.sizes(root / "b") == {"c/d": 5}
+    found = {entry.name: (entry.exists(), entry.is_file(), entry.is_dir()) for entry in root.iterdir()}
+    assert found == {"a": (True, False, True), "ab": (True, True, False), "b": (True, False, True)}
+
+
+def test_what_is_deleted_is_gone(root: Where) -> None:
+    for name in ("a/b/c", "a/d", "ab"):
+        storing.made((root / name).parent)
+        storing.replace(root / name, b"x")
+    storing.remove(root / "a/d")
+    storing.remove(root / "a/d")
+    assert storing.sizes(root) == {"a/b/c": 1, "ab": 1}
+    storing.remove_tree(root / "a")
+    assert storing.sizes(root) == {"ab": 1}
+    storing.drop_tree(root / "a")
+    storing.rename(root / "ab", root / "z")
+    assert storing.sizes(root) == {"z": 1}
+
+
+def test_a_file_taken_besides_outlives_the_one_before(root: Where) -> None:
+    storing.replace(root / "x", b"values")
+    at = storing.stem(root)
+    storing.take(storing.below(at, "x"), storing.below(at, "y"))
+    storing.remove(root / "x")
+    assert storing.contents(root / "y") == b"values"
+    with pytest.raises(FileNotFoundError):
+        storing.take(storing.below(at, "x"), storing.below(at, "z"))
+
+
+@pytest.mark.parametrize("nbytes", [0, 10, (4 << 20) + 7])
+def test_a_chunk_is_read_in_pieces_as_it_was_written(root: Where, nbytes: int) -> None:
+    data = bytes(i % 251 for i in range(1 << 12)) * (nbytes // (1 << 12) + 1)
+    path = storing.below(storing.stem(root), "c.0")
+    new = chunk_files.new(path, nbytes + 6)
+    new.write(data[:nbytes])
+    new.skip(2)
+    new.write(b"tail")
+    new.finish()
+    new.close()
+    whole = data[:nbytes] + b"\0\0tail"
+    for step in (3 if nbytes < 100 else 1 << 20, 5 << 20):
+        file, found = chunk_files.old(path), bytearray()
+        assert file.nbytes == len(whole)
+        while more := file.read_into(memoryview(bytearray(step))[: len(whole)], len(found)):
+            piece = bytearray(step)
+            assert file.read_into(memoryview(piece), len(found)) == more
+            found += piece[:more]
+        assert bytes(found) == whole
+        assert file.read(4, len(whole) - 4) == b"tail"
+        file.close()
+
+
+@pytest.mark.parametrize("text", ["s3://", "s3://bucket", "s3://bucket/", "s3:///x", "s3://b/a/../c"])
+def test_a_state_needs_a_prefix_of_its_own(text: str) -> None:
+    with pytest.raises(Misconfigured, match="a state needs a prefix of its own"):
+        where(text)
+
+
+def test_a_place_is_written_as_it_was_named(tmp_path: Path) -> None:
+    assert str(where("s3://bucket/a//b/")) == "s3://bucket/a/b"
+    assert where(str(tmp_path)) == tmp_path
+    place = where("gs://bucket/a")
+    assert isinstance(place, ObjectPath)
+    assert place / "b" == where("gs://bucket/a/b")
+    assert (place / "b").is_relative_to(place)
+    assert not place.is_relative_to(place / "b")
+    assert not (place / "b").is_relative_to(where("s3://bucket/a"))
+
+
+def test_what_the_store_says_is_told_in_words(moto: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = object_stores.state_at(moto, "x", monkeypatch)
+    missing = where("s3://no-such-bucket/x")
+
+    def said(look: Callable[[], object]) -> str:
+        try:
+            look()
+        except OSError as error:
+            return str(error)
+        return "nothing"
+
+    assert "there is no such bucket" in said(lambda: storing.names(missing))
+    assert "s3://bucket/x/y" in said(lambda: storing.contents(at / "y"))
