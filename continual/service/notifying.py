@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -23,6 +22,7 @@ from continual.retrying import retry_delay
 from continual.service.aside import aside
 from continual.service.failures import Failures
 from continual.service.health import Shortfall
+from continual.stores import Where
 from continual.texts import plain
 
 _SHOWN = 20
@@ -90,7 +90,7 @@ def _send(server: object, title: str, body: str) -> bool:
 class Notifier:
     """Gathers what happened and sends it. On the event loop."""
 
-    def __init__(self, settings: NotifySettings, state: Path, failures: Failures) -> None:
+    def __init__(self, settings: NotifySettings, state: Where, failures: Failures) -> None:
         """`state`: whose daemon speaks. Raises Misconfigured, as `check`."""
         self._settings = settings
         self._title = plain(f"continual on {socket.gethostname()}: {state.resolve().name}", _LONGEST).translate(_CALLS)
