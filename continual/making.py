@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 from continual.blocks import slots
 from continual.config import Settings
 from continual.engine.base import Fetched, fetched, files_of, measure_base, open_checkpoint, open_headers
-from continual.engine.folding import state_bytes
+from continual.engine.needs import state_bytes
 from continual.errors import Misconfigured, Retry
 from continual.executors.contract import Progress, silent
 from continual.hub import Repo

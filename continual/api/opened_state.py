@@ -181,11 +181,13 @@ class OpenedState:
         view = (view or ReadView()).by(self.settings.reading)
         view.check(self.state)
         if self.state.format.form is not None:
-            return BlockReading(self.state, self.rule, at, view, options)
+            beside = BlockReading(self.state, self.rule, at, view, options)
+            beside.device = self.settings.device
+            return beside
         now = ReadOptions.from_mapping(self.state.ledger.read_options(self.head if at is None else at))
         by, read = view.read_by(self.rule, now, self.state)
         found = Reading(self.state, by if options is None else self.rule, at, options or read, self._lengths)
-        found.view = view
+        found.view, found.device = view, self.settings.device
         return found
 
     def reading_of(self, state: State) -> Reading:

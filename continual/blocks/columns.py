@@ -138,7 +138,7 @@ class Arrangement(NamedTuple):
             assert block is not None
             mine = slice(len(kept), self.used)
             found.owner[mine], found.rank[mine] = number, min(block.rank, MOST)
-            found.sigma[mine], found.energy[mine] = block.sigma[: self.take].cpu().numpy(), block.energy
+            found.sigma[mine], found.energy[mine] = block.sigma[: self.take].numpy(), block.energy
         return found
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -15,6 +17,7 @@ from continual.engine.models_inputs import ModelsInputs
 from continual.engine.reading import Reading, Seen, digest_of
 from continual.engine.views import ReadView
 from continual.executors.contract import Executor, Progress, Task
+from continual.executors.device import pick_device, turn
 from continual.lazily import torch
 from continual.records import TensorSpec
 from continual.rules import ModelTerms, ReadOptions, Rule, Size, check_terms, terms_of
@@ -45,6 +48,16 @@ class StoredLayers:
         self._width = state.format.form.width if state.format.form else 0
         self._columns: dict[str, Columns] = {}
         self._specs = {layer.name: layer for layer in state.format.layers}
+        self._here = threading.local()
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Within it this thread is given vectors on `device`."""
+        self._here.device = device
+        try:
+            yield
+        finally:
+            del self._here.device
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -81,11 +94,12 @@ class StoredLayers:
         begin, end = min(chosen), max(chosen) + 1
         places = [column - begin for column in chosen]
         all_rows = places == list(range(end - begin))
+        device = getattr(self._here, "device", "cpu")
         u, v = (self._generation.read_rows(name, slot, begin, end) for slot in ("u", "v"))
         return (
-            (torch.from_numpy(u), torch.from_numpy(v))
+            (torch.from_numpy(u).to(device), torch.from_numpy(v).to(device))
             if all_rows
-            else (torch.from_numpy(u[places]), torch.from_numpy(v[places]))
+            else (torch.from_numpy(u[places]).to(device), torch.from_numpy(v[places]).to(device))
         )
 
 
@@ -201,12 +215,23 @@ class BlockReading(Reading):
     def _made(self, spec: TensorSpec, make: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """What is made of one layer, or of those of a stack one after the other."""
         if spec.kind != "stack":
-            return make(spec.name).view(spec.shape) if spec.name in self.shelf.specs else torch.zeros(spec.shape)
+            if spec.name not in self.shelf.specs:
+                return torch.zeros(spec.shape)
+            with self._turn(spec):
+                return make(spec.name).view(spec.shape).cpu()
         found = torch.zeros(spec.experts, *spec.expert.shape)
         for place, layer in zip(found, spec.layers, strict=True):
             if self.columns(layer):
-                place.copy_(make(layer.name))
+                with self._turn(layer):
+                    place.copy_(make(layer.name))
         return found.view(spec.shape)
+
+    @contextmanager
+    def _turn(self, spec: TensorSpec) -> Iterator[None]:
+        """Within it what is read of a layer is computed where the settings say. Inputs of layers are on the CPU."""
+        device = pick_device("cpu" if self.inputs is not None else self.device)
+        with turn(device, self.need(spec)) as here, self.shelf.on(here):
+            yield
 
     def made_from(self, spec: TensorSpec) -> object:
         """As of every reading. Where the rule goes by all totals, or by the order of the models, by all that is
@@ -271,7 +296,11 @@ class BlockReading(Reading):
     def _squares_of(self, spec: TensorSpec, seen: Seen | None) -> dict[str, float]:
         if seen is not None:
             seen(spec, self.unit(spec))
-        return {layer.name: self.merged.square(layer.name) for layer in spec.layers}
+        found = {}
+        for layer in spec.layers:
+            with self._turn(layer):
+                found[layer.name] = self.merged.square(layer.name)
+        return found
 
 
 def cut_since(state: State, before: Mapping[int, float]) -> dict[str, float]:

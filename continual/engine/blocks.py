@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from continual import linalg
 from continual.blocks import (
     CHUNK,
     MOST,
@@ -23,6 +24,7 @@ from continual.blocks import (
     without,
 )
 from continual.errors import Misconfigured
+from continual.executors.device import turn
 from continual.lazily import torch
 from continual.records import TensorSpec
 from continual.state import State, storing
@@ -54,21 +56,29 @@ class Room(NamedTuple):
 
 
 def block_of(vector: ThinVector | WholeVector, spec: TensorSpec, width: int, device: torch.device) -> Block:
-    """The singular triplets of one layer, at most `width` of what is no product of thin factors."""
+    """The singular triplets of one layer, at most `width` of what is no product of thin factors; computed on `device`,
+    given on the CPU."""
+    m, n = sides_of(spec.shape)
     if isinstance(vector, ThinVector):
-        return triplets(vector.left.to(device), vector.right.to(device))
-    found = decomposed(vector.matrix.to(device), width)
+        with turn(device, 8 * 8 * (m + n) * vector.left.shape[1]) as here:
+            return _on_cpu(triplets(vector.left.to(here), vector.right.to(here)))
+    with turn(device, 3 * 4 * m * n + linalg.workspace(m, n)) as here:
+        found = _on_cpu(decomposed(vector.matrix.to(here), width))
     if vector.rows is None:
         return found
-    u = found.u.new_zeros(len(found.u), sides_of(spec.shape)[0])
-    u[:, vector.rows.to(device)] = found.u
+    u = found.u.new_zeros(len(found.u), m)
+    u[:, vector.rows] = found.u
     return found._replace(u=u)
+
+
+def _on_cpu(block: Block) -> Block:
+    return block._replace(u=block.u.cpu(), sigma=block.sigma.cpu(), v=block.v.cpu())
 
 
 def projection_of(block: Block, name: str, width: int) -> Floats:
     """The projection of one layer's task vector, made from its triplets."""
     found = Projection(name, width)
-    u, sigma, v = (part.to("cpu", torch.float64).numpy() for part in (block.u, block.sigma, block.v))
+    u, sigma, v = (part.double().numpy() for part in (block.u, block.sigma, block.v))
     found.add_product(u.T * sigma, v)
     return found.values
 
@@ -163,7 +173,7 @@ def exchange(transaction: Writing, name: str, gone: Collection[int], coming: Map
     for number in gone:
         layer = layer.without(number) if number in layer.columns.models else layer
     for number, block in coming.items():
-        layer = layer.folded(number, block._replace(u=block.u.cpu(), sigma=block.sigma.cpu(), v=block.v.cpu()))
+        layer = layer.folded(number, block)
     if layer is before:
         transaction.keep(name)
         return {}
@@ -222,7 +232,7 @@ def rearrange(
             rows.append(transaction.read_rows(name, slot, begin, end)[[place - begin for place in moved]])
         if after.take:
             assert block is not None
-            rows.append(getattr(block, slot)[: after.take].cpu().numpy())
+            rows.append(getattr(block, slot)[: after.take].numpy())
         values = np.concatenate(rows or [transaction.read_rows(name, slot, 0, 0)]) if len(rows) != 1 else rows[0]
         transaction.write_rows(name, slot, after.first, values)
     transaction.write(name, "columns", after.columns(old, number, block).packed())

@@ -13,8 +13,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from continual.engine import passes
-from continual.engine.folding import Counted, Folding, TensorFold, Terms, need, run_length
-from continual.engine.resources import AwayPlace, Resources, Workplace
+from continual.engine.folding import Counted, Folding, TensorFold, Terms
+from continual.engine.needs import need
+from continual.engine.resources import AwayPlace, Resources
 from continual.engine.sent import SentSources, Sources
 from continual.errors import Retry
 from continual.executors.contract import Progress, Task
@@ -27,6 +28,7 @@ from continual.state import Transaction
 from continual.state.attempts import Attempt, Handed
 from continual.tensors import TaskVectors
 from continual.tensors.vectors.sketch import SketchPlan
+from continual.tensors.vectors.vectors import RUN
 
 R = TypeVar("R")
 
@@ -90,7 +92,7 @@ class _Opened:
     def __init__(self, sources: SentSources, terms: SentTerms, counted: Counted) -> None:
         self.sources = sources.open()
         form, workplace = self.sources.form, AwayPlace(pick_device(terms.device))
-        self.vectors = _vectors(self.sources, workplace)
+        self.vectors = _vectors(self.sources)
         made = Terms(terms.name, rule_of(form.rule, form.options), terms.totals, terms.weight, terms.plan)
         self.folding = Folding(self.vectors, made, terms.gates, workplace)
         self.folding.counted = counted
@@ -152,7 +154,7 @@ class FoldOrders:
     def __init__(
         self, transaction: Transaction, sources: Sources, terms: Terms, gates: Gates, resources: Resources
     ) -> None:
-        self.vectors = _vectors(sources, resources)
+        self.vectors = _vectors(sources)
         self._transaction = transaction
         self._rule = terms.rule
         self._sources = sources
@@ -234,11 +236,11 @@ class FoldOrders:
         )
 
 
-def _vectors(sources: Sources, workplace: Workplace) -> TaskVectors:
+def _vectors(sources: Sources) -> TaskVectors:
     return TaskVectors(
         sources.base,
         sources.model,
         sources.lineage,
-        run=run_length(workplace.device),
+        run=RUN,
         shipped=sources.shipped,
     )

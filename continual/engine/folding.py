@@ -2,7 +2,7 @@
 which of them is the matter of fold_orders.py, and nothing here judges the candidate as a whole.
 
 Where a rule works element by element, a tensor goes through it in short runs that stay in the cache of the processor.
-Then it is never whole in memory.
+Then it is never whole in memory, and it is computed on the CPU: to copy it to an accelerator and back takes longer.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import NamedTuple
 from blake3 import blake3
 
 from continual import linalg
+from continual.engine.needs import on_device
 from continual.engine.passes import by_runs, counts_of
 from continual.engine.resources import Workplace
 from continual.engine.untouched import Ahead, square_of
+from continual.executors.device import turn
 from continual.executors.memory import Memory
 from continual.gates import Gates, TensorNumbers
 from continual.lazily import torch
@@ -32,10 +34,6 @@ from continual.state.writing import Writing
 from continual.tensors import TaskVectors
 from continual.tensors.vectors.added import Content
 from continual.tensors.vectors.sketch import Picture, SketchPlan, Watched
-from continual.tensors.vectors.vectors import RUN
-
-RUN_ON_DEVICE = 1 << 22
-"""Elements of a run on an accelerator: enough to be worth a transfer and a kernel."""
 
 
 class TensorFold(NamedTuple):
@@ -101,7 +99,7 @@ class Folding:
         self._workplace = workplace
         self._device = workplace.device
         self._seed = cache(partial(seed_of, vectors))
-        self._memory = Memory()
+        self._memory = Memory(pinned=self._device.type == "cuda")
         self._is_last_out = last_out(terms.totals, terms.weight)
 
     def into(self, writing: Writing) -> Folding:
@@ -145,23 +143,21 @@ class Folding:
             )
         if self._rule.needs.shipped is not None:
             content = Content()
-            inputs = inputs._replace(moments=moments_of(self._vectors, spec, 0, content).to(self._device))
+            inputs = inputs._replace(moments=moments_of(self._vectors, spec, 0, content))
             digest = blake3(digest + content.digest()).digest()
             nbytes += content.nbytes
         read = time.perf_counter()
         watched = Watched(spec, self._terms.plan)
         watched.add(0, tau.reshape(-1).numpy())
         accumulators = {
-            slot: torch.from_numpy(self._transaction.read(spec.name, slot, memory)).to(self._device)
-            for slot, memory in kept.items()
+            slot: torch.from_numpy(self._transaction.read(spec.name, slot, memory)) for slot, memory in kept.items()
         }
         tell_before(watched, accumulators, 0)
-        folded = self._rule.fold.apply(accumulators, tau.to(self._device), inputs, self._terms.totals)
-        self._gates.at_tensor(TensorNumbers(self._terms.name, spec.name, folded.sums.tau_sq))
+        folded = self._apply(accumulators, tau, inputs)
         computed = time.perf_counter()
         if not self._kept(spec, folded.sums):
             for slot, value in folded.accumulators.items():
-                self._transaction.write(spec.name, slot, value.to("cpu").contiguous().numpy())
+                self._transaction.write(spec.name, slot, value.contiguous().numpy())
         seconds = {"read": read - started, "rule": computed - read, "write": time.perf_counter() - computed}
         added = self._vectors.rank(spec.name)
         rank = None if inputs.rank is None or added is None else inputs.rank + added
@@ -187,7 +183,7 @@ class Folding:
             start = len(found) * one.numel
             here = inputs._replace(start=start)
             if self._rule.needs.shipped is not None:
-                here = here._replace(moments=moments_of(self._vectors, one, start, shipped).to(self._device))
+                here = here._replace(moments=moments_of(self._vectors, one, start, shipped))
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value).view(slots[slot].shape) for slot, value in values.items()}
             folded = self._apply_in_place(accumulators, tau, here, watched)
@@ -218,7 +214,7 @@ class Folding:
             tau = reading.next((stop - start,))
             here = inputs._replace(start=start)
             if self._rule.needs.shipped is not None:
-                here = here._replace(moments=self._vectors.moments(spec.name, start, stop, content).to(self._device))
+                here = here._replace(moments=self._vectors.moments(spec.name, start, stop, content))
             clock.ends("read")
             accumulators = {slot: torch.from_numpy(value) for slot, value in values.items()}
             parts.append(self._apply_in_place(accumulators, tau, here, watched).sums)
@@ -231,16 +227,30 @@ class Folding:
     def _apply_in_place(
         self, accumulators: dict[str, torch.Tensor], tau: torch.Tensor, inputs: Inputs, watched: Watched
     ) -> Folded:
-        """Asks the rule about a part of a tensor, and the gates about that part; `accumulators`, on the CPU, get what
-        the rule makes of them."""
+        """Asks the rule about a part of a tensor, and the gates about that part; `accumulators` get what the rule makes
+        of them."""
         watched.add(inputs.start, tau.reshape(-1).numpy())
         tell_before(watched, accumulators, inputs.start)
-        on_device = {slot: value.to(self._device) for slot, value in accumulators.items()}
-        folded = self._rule.fold.apply(on_device, tau.to(self._device), inputs, self._terms.totals)
-        self._gates.at_tensor(TensorNumbers(self._terms.name, inputs.spec.name, folded.sums.tau_sq))
+        folded = self._apply(accumulators, tau, inputs)
         for slot, value in folded.accumulators.items():
             if value is not accumulators[slot]:
                 accumulators[slot].copy_(value)
+        return folded
+
+    def _apply(self, accumulators: dict[str, torch.Tensor], tau: torch.Tensor, inputs: Inputs) -> Folded:
+        """Asks the rule about a tensor or a part of one, and the gates about that. All is given on the CPU, and comes
+        back there: from an accelerator in the memory of `accumulators`."""
+        rule, totals = self._rule, self._terms.totals
+        if self._device.type == "cpu" or by_runs(rule, inputs.spec):
+            folded = rule.fold.apply(accumulators, tau, inputs, totals)
+        else:
+            with turn(self._device, on_device(rule, inputs.spec)) as device:
+                there = {slot: value.to(device) for slot, value in accumulators.items()}
+                moments = None if inputs.moments is None else inputs.moments.to(device)
+                folded = rule.fold.apply(there, tau.to(device), inputs._replace(moments=moments), totals)
+                back = {slot: accumulators[slot].copy_(value) for slot, value in folded.accumulators.items()}
+                folded = folded._replace(accumulators=back)
+        self._gates.at_tensor(TensorNumbers(self._terms.name, inputs.spec.name, folded.sums.tau_sq))
         return folded
 
     def _is_nothing(self, tau: torch.Tensor) -> bool:
@@ -319,7 +329,7 @@ def tell_before(watched: Watched, accumulators: dict[str, torch.Tensor], start: 
     """Tells of the merge before the fold, from element `start` on, where it is asked for and one product away."""
     count = watched.wanted(start)
     if count and (found := first_of(accumulators, count)) is not None:
-        watched.beside(start, found.to("cpu", torch.float32).numpy())
+        watched.beside(start, found.float().numpy())
 
 
 def moments_of(vectors: TaskVectors, spec: TensorSpec, first: int, content: Content) -> torch.Tensor:
@@ -343,31 +353,3 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
-
-
-def run_length(device: torch.device) -> int:
-    """Elements of a run on this device."""
-    return RUN if device.type == "cpu" else RUN_ON_DEVICE
-
-
-def need(rule: Rule, spec: TensorSpec, vectors: TaskVectors | None) -> int:
-    """Bytes that folding one tensor takes at its peak; of a stack, its largest part in memory at a time. Without
-    `vectors` it is a tensor that the candidate leaves as it is."""
-    part = spec.expert if spec.kind == "stack" else spec
-    if vectors is None:
-        return 4 * part.numel + sum(slot.nbytes for slot in rule.slots(part).values()) + rule.fold.workspace(part)
-    if part is not spec and not by_runs(rule, spec):
-        kept = sum(slot.nbytes for slot in rule.slots(part).values())
-        moments = 4 * part.numel if rule.needs.shipped is not None else 0
-        return vectors.nbytes(spec.name, whole=False) + 4 * part.numel + moments + kept + rule.fold.workspace(part)
-    slots = rule.slots(spec).values()
-    if by_runs(rule, spec):
-        share = min(1.0, vectors.run / max(1, spec.numel))
-        works = rule.fold.workspace(spec) * (1.0 if rule.fold.elementwise(spec) else share)
-        return vectors.nbytes(spec.name, whole=False) + int(share * sum(slot.nbytes for slot in slots) + works)
-    return vectors.nbytes(spec.name) + sum(slot.nbytes for slot in slots) + rule.fold.workspace(spec)
-
-
-def state_bytes(rule: Rule, specs: Sequence[TensorSpec]) -> int:
-    """Bytes of what is kept of these tensors, without metadata."""
-    return sum(slot.nbytes for spec in specs if spec.kind != "carried" for slot in rule.slots(spec).values())

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from continual.engine import block_orders, blocks
 from continual.engine.engine import Engine
-from continual.engine.folding import need, state_bytes
+from continual.engine.needs import need, state_bytes
 from continual.engine.outcomes import OpenCandidate, Plan, known_as, tokens_said
 from continual.engine.passes import seen_alone
 from continual.engine.report import matched

@@ -18,6 +18,7 @@ from continual import linalg
 from continual.engine.spool import Spool, roomy
 from continual.engine.views import ReadView
 from continual.executors.contract import Executor, Progress, Task
+from continual.executors.device import pick_device, turn
 from continual.lazily import Tensor, torch
 from continual.records import TensorSpec, Totals
 from continual.rules import Accumulators, ModelTerms, ReadOptions, Rule, Size, check_terms, reader
@@ -38,8 +39,11 @@ class Reading:
 
     The scale can ask for a length that the rule's totals do not know. Then one pass over all tensors measures ‖X‖; it
     takes as long as reading them. `lengths` keeps what was measured, by generation and rule, for the readings that come
-    later. `rule` is the one that the state was made with; `self.rule` the one that reads.
+    later. `rule` is the one that the state was made with; `self.rule` the one that reads. `device`: where matrices are
+    computed, as the setting of that name says it; all that is read is given on the CPU.
     """
+
+    device = "cpu"
 
     kept_by_elements = True
     """Whether the state has of each tensor something of its own shape, where the rule says so."""
@@ -121,7 +125,7 @@ class Reading:
             return kept
         if self.times_at(spec.name) and self.has_terms(spec):
             return self._by_terms(spec)[0]
-        units = (self.rule.read.unit(one, kept, self.totals) for one, kept in self._accumulators(spec))
+        units = (_unit(self, one, kept) for one, kept in self._accumulators(spec))
         if spec.kind != "stack":
             return next(units)
         found = torch.zeros(spec.experts, *spec.expert.shape)
@@ -278,6 +282,16 @@ class Reading:
         if seen is not None:
             seen(spec, found)
         return square
+
+
+def _unit(reading: Reading, spec: TensorSpec, kept: Accumulators) -> torch.Tensor:
+    """X of a tensor or of an expert, at scale 1, from what is kept of it."""
+    read = reading.rule.read
+    if read.elementwise(spec):
+        return read.unit(spec, kept, reading.totals)
+    with turn(pick_device(reading.device), reading.need(spec)) as device:
+        there = {slot: value.to(device) for slot, value in kept.items()}
+        return read.unit(spec, there, reading.totals).cpu()
 
 
 def _totals_of(state: State, seq: int) -> Totals:

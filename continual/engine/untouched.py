@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from continual.engine.needs import on_device
+from continual.executors.device import turn
 from continual.lazily import torch
 from continual.records import Totals
 from continual.rules import Inputs, Rule, Sums
@@ -19,9 +21,11 @@ def square_of(writing: Writing, rule: Rule, inputs: Inputs, totals: Totals, devi
     slots = rule.slots(one)
     parts: list[Sums] = []
     for values in writing.before(spec.name, count):
-        kept = {slot: torch.from_numpy(value).view(slots[slot].shape).to(device) for slot, value in values.items()}
-        tau = torch.zeros(one.shape, device=device)
-        parts.append(rule.fold.apply(kept, tau, inputs._replace(spec=one), totals).sums)
+        kept = {slot: torch.from_numpy(value).view(slots[slot].shape) for slot, value in values.items()}
+        with turn(device, on_device(rule, one)) as here:
+            kept = {slot: value.to(here) for slot, value in kept.items()}
+            tau = torch.zeros(one.shape, device=here)
+            parts.append(rule.fold.apply(kept, tau, inputs._replace(spec=one), totals).sums)
     return Sums.total(parts).merged_sq
 
 

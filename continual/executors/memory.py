@@ -4,20 +4,27 @@ takes longer than reading it; here what a task no longer needs goes to the next.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
+from continual.lazily import torch
+
 Bytes = npt.NDArray[np.uint8]
 _ALIGN = 64
 
 
 class Memory:
-    """Blocks of bytes, no more of them than are used at a time. Thread-safe. It lasts as long as the work does."""
+    """Blocks of bytes, no more of them than are used at a time. Thread-safe. It lasts as long as the work does.
 
-    def __init__(self) -> None:
+    `pinned`: CUDA copies from and to these blocks by itself, several times as fast as through memory of its own.
+    """
+
+    def __init__(self, *, pinned: bool = False) -> None:
+        self._pinned = pinned
         self._free: list[Bytes] = []
         self._lock = threading.Lock()
 
@@ -44,4 +51,14 @@ class Memory:
             if place is not None:
                 return self._free.pop(place)
             del self._free[-1:]  # before there is a new one
-        return np.empty(nbytes, np.uint8)
+        block = np.empty(nbytes, np.uint8)
+        if self._pinned and nbytes:
+            _pin(block)
+        return block
+
+
+def _pin(block: Bytes) -> None:
+    """Has CUDA lock a block in memory, until nobody has it any more. Where it cannot, copies are slower, and right."""
+    cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if int(cuda.cudaHostRegister(block.ctypes.data, block.nbytes, 0)) == 0:
+        weakref.finalize(block, cuda.cudaHostUnregister, block.ctypes.data)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from continual.api import Merge
 from continual.config import Settings
 from continual.engine import planning
-from continual.engine.folding import need, state_bytes
+from continual.engine.needs import need, state_bytes
 from continual.engine.outcomes import OpenCandidate, Plan
 from continual.engine.views import ReadView
 from continual.errors import Misconfigured

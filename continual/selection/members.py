@@ -17,7 +17,6 @@ from continual import linalg
 from continual.blocks import Shelf
 from continual.blocks.shelf import stacked
 from continual.engine.engine import Engine
-from continual.engine.folding import run_length
 from continual.errors import Refuse
 from continual.executors.contract import Progress, Task
 from continual.lazily import Tensor, torch
@@ -34,10 +33,13 @@ from continual.tensors import (
     open_model,
 )
 from continual.tensors.vectors.thin import sides_of
+from continual.tensors.vectors.vectors import RUN
 
 T = TypeVar("T")
 Factors = tuple[Tensor, Tensor]
 """m×r and n×r float64: a task vector of m rows and n columns is left·rightᵀ."""
+_RUN_ON_DEVICE = 1 << 22
+"""Elements of a run on an accelerator: enough to be worth a transfer and a kernel."""
 
 
 class Kept(NamedTuple):
@@ -159,7 +161,7 @@ def opened(engine: Engine, member: Member) -> Iterator[Opened]:
         return
     with opened_files(engine, member) as model:
         lineage = engine.lineage(model)
-        vectors = TaskVectors(engine.weights, model, lineage, run=run_length(engine.device), buffers=engine.buffers)
+        vectors = TaskVectors(engine.weights, model, lineage, run=_run(engine), buffers=engine.buffers)
         layers = LayerVectors(engine.base, model, lineage, engine.weights) if isinstance(model, Adapter) else None
         specs = {spec.name: spec for spec in engine.base.specs}
 
@@ -240,7 +242,12 @@ def _need(engine: Engine, member: Member) -> int:
     if member.kept is not None:
         return 8 * 2 * max(slot.nbytes for slots in engine.state.format.slots.values() for slot in slots.values())
     largest = max((spec.numel for spec in engine.base.specs), default=0) if member.form == "adapter" else 0
-    return 4 * 4 * run_length(engine.device) + 6 * 4 * largest
+    return 4 * 4 * _run(engine) + 6 * 4 * largest
+
+
+def _run(engine: Engine) -> int:
+    """Elements of a run where gradients are."""
+    return RUN if engine.device.type == "cpu" else _RUN_ON_DEVICE
 
 
 def _dot(gradient: Tensor | None, left: Tensor, right: Tensor) -> float:

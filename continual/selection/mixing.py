@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from continual import linalg
 from continual.engine.engine import Engine
-from continual.engine.folding import need
+from continual.engine.needs import need
 from continual.executors.contract import Progress, Task
 from continual.lazily import Tensor, torch
 from continual.records import TensorSpec, depths_of

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from continual.api import Merge
 from continual.config import Settings
-from continual.engine.folding import state_bytes
+from continual.engine.needs import state_bytes
 from continual.errors import ContinualError
 from continual.hub.locate import Places
 from continual.outside import counted

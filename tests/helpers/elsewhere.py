@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
+DEVICES = [DEVICE, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+"""That device, and CUDA where there is one."""
 _COPIES = ("aten::_to_copy", "aten::copy_")
 _INDEXED = ("aten::index", "aten::index_put", "aten::index_put_")
 """Operations that CUDA lets mix devices: copies, and indices of the CPU."""
@@ -114,3 +116,8 @@ class Reachable(TorchFunctionMode):
             return found if isinstance(found, Elsewhere) else Elsewhere(found.clone())
         given["device"] = torch.device("cpu")
         return Elsewhere(func(*args, **given))
+
+
+def lies_on(value: Tensor, device: torch.device) -> bool:
+    """Whether a tensor lies on one of DEVICES."""
+    return isinstance(value, Elsewhere) if device == DEVICE else value.device.type == device.type

@@ -353,7 +353,7 @@ def test_a_sample_counts_for_all_elements_that_it_stands_for(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With runs that are shorter than a tensor, the last one shorter still."""
-    monkeypatch.setattr("continual.engine.folding.RUN", 100)
+    monkeypatch.setattr("continual.engine.fold_orders.RUN", 100)
     counted: Counter[str] = Counter()
 
     def tally(_self: Sampled, tau: torch.Tensor, inputs: Inputs, _counts: object, times: int) -> None:

@@ -294,7 +294,7 @@ def test_a_change_at_the_end_of_a_tensor_is_folded_whole(
     memory: Path, base: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     """Where the first runs or experts of a tensor are as in the base, and later ones are not, all of it is there."""
-    monkeypatch.setattr("continual.engine.folding.RUN", 24)
+    monkeypatch.setattr("continual.engine.fold_orders.RUN", 24)
     names = ("model.embed_tokens.weight", "model.layers.0.mlp.experts.down_proj", "model.norm.weight")
 
     def end(tensors: Tensors) -> None:

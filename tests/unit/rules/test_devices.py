@@ -10,7 +10,7 @@ import torch
 from continual.records import Totals
 from continual.rules import RULES, Inputs, Sums, rule, settle
 from tests.helpers import batch
-from tests.helpers.elsewhere import DEVICE, Elsewhere, Reachable
+from tests.helpers.elsewhere import DEVICES, Reachable, lies_on
 from tests.helpers.streams import MATRICES, SHAPES, SPECS, Model, bound, distance, measure
 
 Kept = dict[str, dict[str, torch.Tensor]]
@@ -46,13 +46,14 @@ def merged(name: str, given: list[Model], device: torch.device) -> tuple[Model, 
     return {n: one.read.unit(spec, kept[n], totals) for n, spec in SPECS.items()}, kept
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("name", RULES)
-def test_a_rule_folds_and_reads_where_its_tensors_are(name: str) -> None:
+def test_a_rule_folds_and_reads_where_its_tensors_are(name: str, device: torch.device) -> None:
     given = models(3)
     here, _ = merged(name, given, torch.device("cpu"))
-    there, kept = merged(name, given, DEVICE)
+    there, kept = merged(name, given, device)
     for tensor, found in there.items():
-        assert isinstance(found, Elsewhere), tensor
-        assert all(isinstance(value, Elsewhere) for value in kept[tensor].values()), tensor
+        assert lies_on(found, device), tensor
+        assert all(lies_on(value, device) for value in kept[tensor].values()), tensor
         folded = [model[tensor] for model in given]
         assert distance(found.cpu(), here[tensor], folded) < bound(name, folded if tensor in MATRICES else ()), tensor
