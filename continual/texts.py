@@ -51,6 +51,11 @@ def when(time: str) -> str:
     return time[:19] + "Z"
 
 
+def minute(time: str) -> str:
+    """A time of a record to the minute, with its zone: `2026-11-27 22:54Z`."""
+    return f"{time[:10]} {time[11:16]}Z"
+
+
 def paused_since(since: str | None) -> str:
     """That folding is paused, since when, and how it goes on; empty where it is not."""
     if since is None:

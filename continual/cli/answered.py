@@ -1,14 +1,15 @@
 """What the commands print that a daemon may have done for them: tables and lines out of an answer, which is JSON as
-`continual.service.control.acting` makes it. A record is shown from its JSON, too, wherever it comes from."""
+`continual.service.control.acting` makes it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
+from continual.cli import recorded
 from continual.cli.console import say, table
-from continual.outside import counted, few, few_shares
-from continual.texts import Json, figure, share, size, when
+from continual.outside import counted, few_shares
+from continual.texts import Json, figure, size
 
 Body: TypeAlias = Mapping[str, Any]
 
@@ -25,48 +26,13 @@ def rows(value: Json) -> list[Body]:
     return cast("list[Body]", value)
 
 
-def records(bodies: Iterable[Body]) -> None:
-    """Records of the ledger, a row each; `back` says which of them can be gone back to, where that was asked."""
-    found = list(bodies)
-    head = ("seq", "time", "kind", "model", "fate", "reason", *(("back",) if any("back" in b for b in found) else ()))
-    table((*head, "what"), [(*_record_row(body, head), _what(body)) for body in found])
-
-
-def model_of(body: Body) -> str:
-    """The name of the candidate that a record is about; empty where it is about none."""
-    return str((body["candidate"] or {}).get("name", ""))
-
-
-def _record_row(body: Body, head: Iterable[str]) -> list[object]:
-    cells = {**body, "time": when(body["time"]), "model": model_of(body), "back": "yes" if body.get("back") else ""}
-    return [cells[name] for name in head]
-
-
-def _what(body: Body) -> str:
-    """What a record says: the figures of a fold, the message of any other."""
-    if body["kind"] != "fold":
-        return str(body["message"] or "")
-    found = body["numbers"]
-    told = f"norm {found['tau_norm']:.4g}"
-    if found.get("cosine") is not None:
-        told += f", cosine {found['cosine']:+.3f}"
-    elif found.get("weight") is not None:
-        told += f", weight {found['weight']:.4g}"
-    told += f", cut {share(found['cut'])}" if found.get("cut") else ""
-    told += f", lambda {found['lambda']:.3f}" if "lambda" in found else ""
-    out = few(found.get("extra") or (), found.get("extra_count"))
-    told += f"; left out: {out}" if out else ""
-    warned = ", ".join(one["reason"] for one in found.get("warnings") or ())
-    return told + (f"; warned: {warned}" if warned else "")
-
-
 def rollback(found: Body, *, whole: bool = True) -> None:
     """What going back undid or would undo, and what expired with it; the folds that it is about where `whole`."""
     undone = rows(found["undone"])
     done = found["record"] is not None
     say(f"{'Went' if done else 'Would go'} back to record {found['to']}; {counted(len(undone), 'fold')} undone")
     if undone and whole:
-        records(undone)
+        recorded.many(undone)
     if found["expires"]:
         lost = ranges(runs(found["lost"]))
         say(

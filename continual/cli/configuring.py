@@ -9,6 +9,7 @@ import typer
 
 from continual.cli import console, opened
 from continual.cli.flags import FLAGS, Flags, takes
+from continual.texts import size
 
 app = typer.Typer(rich_markup_mode=None)
 config = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Show which settings are in force, and why.")
@@ -38,7 +39,8 @@ def show(
         console.emit(rows)
     else:
         console.table(
-            ("setting", "value", "from"), [(row["setting"], _text(row["value"]), row["from"]) for row in rows]
+            ("setting", "value", "from"),
+            [(row["setting"], _text(row["value"], str(row["setting"])), row["from"]) for row in rows],
         )
 
 
@@ -52,8 +54,12 @@ def unit(*, flags: Flags) -> None:
     console.say(drop_in(opened.settings(flags), str(flags.config or "the settings")).rstrip("\n"), lines=True)
 
 
-def _text(value: object) -> str:
-    """A value as people read it."""
+def _text(value: object, name: str = "") -> str:
+    """The value of a setting as people read it, and as a settings file takes it."""
+    from continual.config.values import parse_bytes
+
+    if name.rpartition(".")[2] in ("memory", "keep_bytes", "max_bytes") and isinstance(value, int):
+        return size(value) if parse_bytes(size(value)) == value else f"{size(value)} ({value})"
     if value is None:
         return "-"
     if isinstance(value, Mapping):

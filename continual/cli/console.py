@@ -85,7 +85,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=400)
-    console.print(shown)
+    with console.capture() as printed:
+        console.print(shown)
+    sys.stdout.write("".join(f"{line.rstrip(' ')}\n" for line in printed.get().splitlines()))
 
 
 @contextmanager
@@ -198,8 +200,11 @@ def progress() -> Iterator[Progress]:
 
 def rules(found: Sequence[RuleInfo], transforms: Sequence[TransformInfo]) -> None:
     """The fold rules, the transforms that can stand before them, and which rules read each other's states."""
-    head = ("rule", "default scale", "weights", "unfold", "of adapters", "what")
-    table(head, [(r.name, r.scale, *_allowed(r), r.adapters or "no", r.summary) for r in found])
+    table(("rule", "scale", "can", "what"), [(r.name, r.scale, _abilities(r), r.summary) for r in found])
+    say("")
+    say("scale: how the merge is read by default. can: w, models can have weights;")
+    say("u, one is taken out by subtracting (else the later ones are folded again);")
+    say("c, two states can be combined; a, it reads states of adapters, A as an adapter.")
     say("")
     table(("before", "what"), [(row.name, row.summary) for row in transforms])
     say("")
@@ -226,6 +231,7 @@ def rule(found: RuleInfo | TransformInfo) -> None:
             ("order-free", "yes" if found.order_free else "no"),
             ("weights", weights),
             ("unfold", unfold),
+            ("combine", "yes" if found.combine else "of adapters" if found.adapters else "no"),
             ("passes", f"{found.passes:.3g}"),
             ("needs", found.needs or "nothing"),
             ("read by", ", ".join(found.readings)),
@@ -239,6 +245,13 @@ def rule(found: RuleInfo | TransformInfo) -> None:
 def _allowed(found: RuleInfo) -> tuple[str, str]:
     """Whether models can have weights, and be taken out."""
     return "yes" if found.weighted else "no", "yes" if found.unfold else "refolds"
+
+
+def _abilities(found: RuleInfo) -> str:
+    """The same and more, a letter each."""
+    adapters = {"factors": "A", "dense": "a"}.get(found.adapters, "")
+    letters = (("w", found.weighted), ("u", found.unfold), ("c", found.combine))
+    return "".join(letter for letter, able in letters if able) + adapters
 
 
 def waiting_row(waiting: Waiting) -> tuple[object, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from continual import texts
-from continual.cli import answered, console, opened, typed
+from continual.cli import answered, completing, console, opened, recorded, typed
 from continual.cli.flags import OPENING, Flags, takes
 from continual.errors import Misconfigured
 
@@ -25,7 +25,13 @@ quarantine = typer.Typer(
 )
 app.add_typer(quarantine, name="quarantine")
 
-Kept = Annotated[str, typer.Argument(help="Name, path, key or record number of a refused or rolled-back candidate.")]
+Kept = Annotated[
+    str,
+    typer.Argument(
+        help="Name, path, key or record number of a refused or rolled-back candidate.",
+        autocompletion=completing.kept_out,
+    ),
+]
 
 
 @quarantine.callback()
@@ -45,7 +51,7 @@ def listed(context: typer.Context, *, flags: Flags) -> None:
             (
                 row["seq"],
                 texts.when(str(row["time"])),
-                answered.model_of(row),
+                recorded.model_of(row),
                 "held" if row["reason"] == _HELD else row["fate"],
                 row["reason"],
                 row["message"],
@@ -106,4 +112,4 @@ def _decided(kind: type[RetryRequest | DropRequest], model: str, because: str | 
         console.emit(found)
         return
     for record in found:
-        console.say(f"{answered.model_of(record)}: {said}")
+        console.say(f"{recorded.model_of(record)}: {said}")

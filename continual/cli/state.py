@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from continual import texts
-from continual.cli import answered, console, opened, typed
+from continual.cli import answered, completing, console, opened, recorded, typed
 from continual.cli.flags import MACHINE, OPENING, Flags, Lines, Yes, takes
 from continual.cli.proving import proving
+from continual.errors import Misconfigured
 from continual.outside import counted, few_shares
 
 if TYPE_CHECKING:
+    from continual.config import Settings
     from continual.texts import Json
 
 app = typer.Typer(rich_markup_mode=None)
@@ -23,21 +25,39 @@ REFUSED_ROLLBACK = "rollback undoes folds"
 
 @app.command()
 @takes(*OPENING)
-def status(*, flags: Flags) -> None:
+def status(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option("--every", min=0.2, help="With --watch: seconds between two looks.")] = 2.0,
+    *,
+    flags: Flags,
+) -> None:
     """Show health, queue and last folds: the running daemon's answer, else what the state says."""
     from continual.cli.status import text
-    from continual.service import asking
 
     settings = opened.settings(flags)
+    if watch:
+        from continual.cli.live_status import watch as watched
+
+        if flags.json:
+            raise Misconfigured("--watch is for people: ask again with --json, or the daemon's /api/status")
+        return watched(lambda: _asked(settings), every)
+    body = _asked(settings)
+    if flags.json:
+        console.emit(body)
+    else:
+        console.say(text(body), lines=True)
+
+
+def _asked(settings: Settings) -> dict[str, Json]:
+    """The status of a state. Raises Misconfigured, Damaged."""
+    from continual.service import asking
+
     body = asking.ask(settings.state)
     if body is None:
         from continual.service import status
 
         body = status.at_rest(settings)
-    if flags.json:
-        console.emit(body)
-    else:
-        console.say(text(body), lines=True)
+    return body
 
 
 @app.command()
@@ -65,13 +85,17 @@ def log(
     bodies = [{**texts.record(c), **going_back.marked(c, generations)} for c in commits]
     if flags.json:
         return console.emit(bodies)
-    return answered.records(bodies)
+    return recorded.many(bodies)
 
 
 @app.command()
 @takes(*OPENING)
-def show(seq: Annotated[str, typer.Argument(help="Record number, a tag, or HEAD.")], *, flags: Flags) -> None:
-    """Show one record whole."""
+def show(
+    seq: Annotated[str, typer.Argument(help="Record number, a tag, or HEAD.", autocompletion=completing.refs)],
+    *,
+    flags: Flags,
+) -> None:
+    """Show one record whole, in words."""
     from continual.state.refs import must_be_named
 
     with opened.records(flags) as state:
@@ -79,7 +103,7 @@ def show(seq: Annotated[str, typer.Argument(help="Record number, a tag, or HEAD.
     if flags.json:
         console.emit(body)
     else:
-        console.table(("field", "value"), [(k, v) for k, v in body.items() if v is not None])
+        recorded.whole(body)
 
 
 @app.command()
@@ -87,7 +111,13 @@ def show(seq: Annotated[str, typer.Argument(help="Record number, a tag, or HEAD.
 def tag(
     name: Annotated[str | None, typer.Argument(help="Name to give; without one the tags are listed.")] = None,
     seq: Annotated[
-        str | None, typer.Option("--at", help="Record number or tag; default: the newest.", show_default=False)
+        str | None,
+        typer.Option(
+            "--at",
+            help="Record number or tag; default: the newest.",
+            show_default=False,
+            autocompletion=completing.refs,
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Move the tag where it names another record.")] = False,
     *,
@@ -112,7 +142,9 @@ def tag(
 @app.command()
 @takes("keep", "keep_bytes", *OPENING)
 def rollback(
-    record: Annotated[str, typer.Argument(help="Record to go back to (number or tag).")],
+    record: Annotated[
+        str, typer.Argument(help="Record to go back to (number or tag).", autocompletion=completing.refs)
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be undone and change nothing.")] = False,
     yes: Yes = False,
     *,
@@ -143,7 +175,11 @@ def rollback(
 @takes(*OPENING)
 def retry(
     model: Annotated[
-        str, typer.Argument(help="Name, path, key or record number of a refused or rolled-back candidate.")
+        str,
+        typer.Argument(
+            help="Name, path, key or record number of a refused or rolled-back candidate.",
+            autocompletion=completing.kept_out,
+        ),
     ],
     *,
     flags: Flags,
@@ -157,7 +193,7 @@ def retry(
         console.emit(found)
         return
     for record in found:
-        console.say(f"{answered.model_of(record)}: will be looked at again by 'run' or 'fold'")
+        console.say(f"{recorded.model_of(record)}: will be looked at again by 'run' or 'fold'")
 
 
 @app.command()
@@ -200,7 +236,12 @@ def scale(
 @app.command()
 @takes("keep", "keep_bytes", "missing", "vocab", "gates", *MACHINE, *OPENING)
 def unfold(
-    model: Annotated[str, typer.Argument(help="Name, path, key or record number of a model in the merge.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Name, path, key or record number of a model in the merge.", autocompletion=completing.merged
+        ),
+    ],
     at: Annotated[
         Path | None, typer.Option("--at", help="Where the model is now, if it was moved.", show_default=False)
     ] = None,
@@ -281,4 +322,4 @@ def combine(
     console.say(f"{done}: {counted(len(folds), 'model')} of {other}")
     if combined and combined.cut:
         console.say(f"cut off to make room, of the square of a model's length: {few_shares(combined.cut)}")
-    answered.records(texts.record(c) for c in folds)
+    recorded.many(texts.record(c) for c in folds)

@@ -51,7 +51,7 @@ def report_of(
         mapped(lineage, math.sqrt(sums.tau_sq)),
         base_norm=math.sqrt(math.fsum(squares[name] for name in lineage.folded)),
         merged_norm=math.sqrt(sums.merged_sq),
-        cosine=sums.dot / cross if cross else 0.0,
+        cosine=sums.dot / cross if cross else None,
         weight=terms.weight if rule.laws.weighted else None,
         matrix_norm=None if figures is None else figures.matrix_norm_sum,
         plain_norm=None if figures is None else figures.plain_norm_sum,

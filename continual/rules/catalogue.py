@@ -14,6 +14,7 @@ class RuleInfo:
     """A fold rule of the list.
 
     `order_free`: the order of the fine-tunes does not matter beyond rounding. `unfold`: one can be subtracted.
+    `combine`: two states of it can be added.
     `weighted`: a fine-tune can have a weight. `passes`: how often its tensors are usually read. `needs`: the file that
     it has to bring besides its weights; `inputs`, those of layers on rows of its task; or nothing. `scale`: how the
     merge is read by default. `options`: the fold-time options with their defaults. `readings`: the rules that a state
@@ -28,6 +29,7 @@ class RuleInfo:
     bytes_per_parameter: str
     order_free: bool
     unfold: bool
+    combine: bool
     weighted: bool
     passes: float
     needs: str
@@ -51,6 +53,7 @@ def _info(row: RuleRow[O], made: Rule) -> RuleInfo:
         bytes_per_parameter=row.bytes_per_parameter,
         order_free=made.laws.order_free,
         unfold=made.laws.combine is not None or made.laws.rounds,
+        combine=made.laws.combine is not None and not made.laws.rounds,
         weighted=made.laws.weighted,
         passes=1 + (made.needs.measure.usual if made.needs.measure else 0.0),
         needs="inputs" if made.needs.inputs else made.needs.shipped or "",

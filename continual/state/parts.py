@@ -108,8 +108,9 @@ class FoldNumbers:
     """What a fold measured. Norms are L2 over the whole model.
 
     `tau_norm`: of the task vector; `base_norm`: of the base's tensors that were folded; `merged_norm`: of the merged
-    task vector after the fold; `cosine`: of the task vector and the merged one before it; `weight`: what it was folded
-    with, where the rule has weights. `matrix_norm`, `plain_norm`, `spread_norm`: what the model added to the totals of
+    task vector after the fold; `cosine`: of the task vector and the merged one before it, None where one of them is
+    zero; `weight`: what it was folded with, where the rule has weights.
+    `matrix_norm`, `plain_norm`, `spread_norm`: what the model added to the totals of
     a rule that sees matrices (`MatrixTotals`). `block`, `cut`: of a state that keeps adapters, the adapter's number in
     it, and the share of ‖τ‖² that was cut off when it came. `tensors`, `unchanged`: how many got a task vector, how
     many the candidate lacks; `extra`: names of the first of its `extra_count` tensors that the base lacks; `prefix`,
