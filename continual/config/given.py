@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
@@ -26,6 +27,8 @@ FILE = "CONTINUAL_CONFIG"
 """The variable that names the settings file. It is no setting."""
 NO_SETTINGS = (FILE, "CONTINUAL_DEBUG")
 """Variables that are no settings: CONTINUAL_DEBUG has a command show the trace of an error."""
+_SECRET = re.compile(r"(?i)(secret|token|password)$")
+"""Names of settings of which no message has the value."""
 LARGEST = 1 << 20
 """Bytes of a settings file that are read."""
 TABLES = ("gates", "hub", "release", "rounds", "sources")
@@ -157,7 +160,8 @@ def _trouble(found: ErrorDetails, where: Mapping[str, str]) -> str:
     if found["type"] == "extra_forbidden":
         known = sorted(_keys(Settings, [name, *within][:-1]))
         return f"{setting}: unknown; {_near(within[-1], known)}known are {', '.join(known)}"
-    return f"{setting} = {_cut(found['input'])}: {_WORDS.get(found['type'], found['msg'])}"
+    value = "..." if _SECRET.search(setting) else _cut(found["input"])
+    return f"{setting} = {value}: {_WORDS.get(found['type'], found['msg']).removeprefix('Value error, ')}"
 
 
 _WORDS = {"tuple_type": "write a list: [...]", "model_type": "write a table of its keys", "dict_type": "write a table"}

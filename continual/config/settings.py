@@ -8,13 +8,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 from continual.config.canary import CanarySettings
 from continual.config.evaluating import EvaluationSettings
 from continual.config.notify import NotifySettings
 from continual.config.signing import SigningSettings
-from continual.config.values import Bytes, Home, Paths, Repos, Seconds, Texts, by_name, pairs, rank, unset, written
+from continual.config.values import (
+    Bytes,
+    Home,
+    Paths,
+    Repos,
+    Seconds,
+    Texts,
+    by_name,
+    long_enough,
+    pairs,
+    rank,
+    unset,
+    written,
+)
 from continual.stores import ObjectPath, where
 from continual.stores.objects import LEASE
 
@@ -294,6 +307,9 @@ class Settings(BaseModel):
     )
     promote_token: Annotated[SecretStr | None, BeforeValidator(unset)] = Field(
         default=None, description="what POST /promote has to bring as its bearer token; without it there is no /promote"
+    )
+    admin_token: Annotated[Annotated[SecretStr, AfterValidator(long_enough)] | None, BeforeValidator(unset)] = Field(
+        default=None, description="what lets people and programs give commands over HTTP; without it nobody can"
     )
     sources: Annotated[dict[str, dict[str, object]], BeforeValidator(by_name)] = Field(
         default_factory=dict, description="settings of any other source: tables by its name, or name.key=value pairs"

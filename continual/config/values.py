@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer
+from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer, SecretStr
 
 from continual.errors import Misconfigured
 from continual.records import SCHEME
 from continual.stores import ObjectPath, where
 
+_LONG_ENOUGH = 16
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -72,6 +73,13 @@ def by_name(given: object) -> object:
 def unset(given: object) -> object:
     """None for an empty text: a variable that is set to nothing."""
     return None if given == "" else given
+
+
+def long_enough(given: SecretStr) -> SecretStr:
+    """A word that nobody guesses. Raises ValueError for a short one."""
+    if len(given.get_secret_value()) < _LONG_ENOUGH:
+        raise ValueError(f"a secret of at least {_LONG_ENOUGH} characters, as 'openssl rand -hex 32' makes one")
+    return given
 
 
 def written(given: object) -> object:

@@ -41,7 +41,7 @@ from continual.service.reloading import Reloading
 from continual.service.status import Live
 from continual.service.supervised import Supervisor
 from continual.service.watched import sources_of
-from continual.service.web import Ears, create_app, listen, serve
+from continual.service.web import Commanding, Ears, create_app, listen, serve
 from continual.service.worker import Worker
 from continual.signing import signer as signing
 from continual.sources import roster
@@ -196,10 +196,10 @@ class Daemon:
         except Halt as error:
             self._halt(error)
 
-    async def _perform(self, request: Request, hear: Hearing) -> Answer:
-        """Does what somebody asks for over the control socket."""
+    async def _perform(self, request: Request, hear: Hearing, by: str = "") -> Answer:
+        """Does what somebody asks for over the control socket, or (`by` says who) over the web."""
         if not isinstance(request, DrainRequest):
-            return await self._performing.perform(request, hear)
+            return await self._performing.perform(request, hear, by)
         loop = asyncio.get_running_loop()
         # from its turn on that thread, so that it stops before the next fold is begun
         await self._worker.turns.ask(request.title, lambda: loop.call_soon_threadsafe(self._drained))
@@ -241,7 +241,10 @@ class Daemon:
         routes = [route for source in self.sources if isinstance(source, Listening) for route in source.routes()]
         routes += Calling(self.merge, self._fresh).routes()
         names = [*self.settings.allowed_hosts, self.settings.host]
-        app = create_app(self.live, self.metrics, routes, names)
+        token = self.settings.admin_token
+        identity = self.merge.state.id[:8]
+        commanding = None if token is None else Commanding(token.get_secret_value(), identity, self._perform)
+        app = create_app(self.live, self.metrics, routes, names, commanding)
         ears = Ears(self.metrics.dropped, lambda error: self._failures.tell(error, "page", what="a page"))
         await serve(app, self._socket, self._listening, stop, ears)
 

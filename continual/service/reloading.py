@@ -49,6 +49,7 @@ AT_ONCE = frozenset(
 """Settings that are read at use: a change counts from the next candidate on."""
 AT_START = frozenset(
     {
+        "admin_token",
         "allow_remote",
         "allowed_hosts",
         "base",

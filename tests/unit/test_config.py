@@ -142,3 +142,13 @@ def test_a_table_that_replaces_one_takes_its_places() -> None:
     found = look({"hub": ["watch=true"]}, environ={"CONTINUAL_HUB": "poll=5"})
     assert found.where == {"hub.watch": "flag: hub"}
     assert (found.settings.hub.watch, found.settings.hub.poll) == (True, 300.0)
+
+
+def test_a_secret_that_is_too_short_is_not_told(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('admin_token = "hunter2"\n')
+    with pytest.raises(Misconfigured) as raised:
+        load({}, file=file, environ={})
+    assert "hunter2" not in str(raised.value)
+    assert "at least 16 characters" in str(raised.value)
+    assert load({}, environ={"CONTINUAL_ADMIN_TOKEN": ""}).admin_token is None

@@ -46,19 +46,21 @@ class Performing:
         self._sources = sources
         self._log = structlog.get_logger("continual")
 
-    async def perform(self, request: Request, hear: Hearing) -> Answer:
-        """Does it when its turn comes, and returns the answer. Raises what `acting.act` raises; what is no error of
-        continual is a bug, and logged with its trace."""
-        asked = request.model_dump(exclude_defaults=True)
+    async def perform(self, request: Request, hear: Hearing, by: str = "") -> Answer:
+        """Does it when its turn comes, and returns the answer; `by`: who asked, for the log. Raises what `acting.act`
+        raises; what is no error of continual is a bug, and logged with its trace."""
+        said = {"command": request.title, "asked": request.model_dump(exclude_defaults=True)}
+        if by:
+            said["by"] = by
         try:
             answer = await self._do(request, hear)
         except ContinualError as error:
-            self._log.info("command failed", command=request.title, asked=asked, error=str(error))
+            self._log.info("command failed", **said, error=str(error))
             raise
         except Exception:
-            self._log.exception("command failed", command=request.title, asked=asked)
+            self._log.exception("command failed", **said)
             raise
-        self._log.info("command", command=request.title, asked=asked)
+        self._log.info("command", **said)
         if isinstance(request, RetryRequest):
             self._again()
         return answer

@@ -1,5 +1,5 @@
 """The service over HTTP: pages, JSON, events, metrics and probes, which read and never change anything. What a source
-wants to be told over HTTP are routes of its own."""
+wants to be told over HTTP are routes of its own, and so are commands, where the settings let anybody give them here."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from continual.errors import Misconfigured
 from continual.service.metrics import CONTENT_TYPE, Metrics
+from continual.service.web.commanding import Commanding
 from continual.service.web.events import Events
 from continual.service.web.hosts import may_ask
 from continual.service.web.looking import PageLook
@@ -34,18 +35,22 @@ _HEADERS = (
         b"frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     ),
     (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
+    (b"referrer-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 )
 
 
 def create_app(
-    view: View, metrics: Metrics, routes: Sequence[BaseRoute] = (), names: Collection[str] = ()
+    view: View,
+    metrics: Metrics,
+    routes: Sequence[BaseRoute] = (),
+    names: Collection[str] = (),
+    commanding: Commanding | None = None,
 ) -> Starlette:
     """The application on what `view` tells; `routes` are those that sources add, `names` by which it may be asked for
-    besides localhost and addresses."""
+    besides localhost and addresses; `commanding` takes commands, where the settings let anybody give them here."""
     look = PageLook(view)
-    machines = Machines(look)
+    machines, people = Machines(look), People(look, commanding)
 
     async def series(_request: Request) -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
@@ -58,10 +63,11 @@ def create_app(
         return answer
 
     ours = [
-        *People(look).routes(),
+        *people.routes(),
         *machines.routes(),
-        description([row.described for row in machines.table()]),
-        Route("/events", Events(view).answer),
+        *(commanding.routes() if commanding else []),
+        description([row.described for row in machines.table()] + (commanding.described() if commanding else [])),
+        Route("/events", Events(people.stamp, view).answer),
         Route("/metrics", series),
         Route("/healthz", probe(view.healthy)),
         Route("/readyz", probe(view.ready)),

@@ -6,20 +6,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from continual.service.web.seen import View
+from continual.service.web.server import most_connections
 from continual.service.web.view import UnderWay
 from continual.texts import plain
 
 LIFE = 20.0
 """Seconds of a stream; all of a request and its answer have thirty."""
 MOST = 16
-"""Streams at a time: a quarter of the connections that there may be."""
+"""Streams at a time, and never more than a quarter of the connections that there may be."""
 _EVERY = 0.5
 """Seconds between two looks."""
 _AGAIN = 1000
@@ -27,11 +29,13 @@ _AGAIN = 1000
 
 
 class Events:
-    """Tells open pages what is new in `view`; nobody is asked more often than every `every` seconds, whatever the
-    number of pages."""
+    """Tells open pages what is new in `view`, as `stamp` says; nobody is asked more often than every `every` seconds,
+    whatever the number of pages."""
 
-    def __init__(self, view: View, *, life: float = LIFE, every: float = _EVERY) -> None:
+    def __init__(self, stamp: Callable[[], str], view: View, *, life: float = LIFE, every: float = _EVERY) -> None:
+        self._stamp = stamp
         self._view = view
+        self._most = max(1, min(MOST, most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 4))
         self._life = life
         self._every = every
         self._open = 0
@@ -40,8 +44,8 @@ class Events:
 
     async def answer(self, request: Request) -> Response:
         """A stream; 503 where there are too many."""
-        if self._open >= MOST:
-            return PlainTextResponse(f"{MOST} pages are open already\n", 503, {"retry-after": "15"})
+        if self._open >= self._most:
+            return PlainTextResponse(f"{self._most} pages are open already\n", 503, {"retry-after": "15"})
         known = request.headers.get("last-event-id") or request.query_params.get("stamp", "")
         headers = {"x-accel-buffering": "no"}  # nginx would keep the events back
         return StreamingResponse(self._stream(known), media_type="text/event-stream", headers=headers)
@@ -67,7 +71,7 @@ class Events:
     def _look(self) -> tuple[str, UnderWay | None]:
         now = time.monotonic()
         if now - self._looked >= self._every / 2:
-            self._looked, self._found = now, (self._view.stamp(), self._view.under_way())
+            self._looked, self._found = now, (self._stamp(), self._view.under_way())
         return self._found
 
 

@@ -12,13 +12,14 @@ from continual.service.web.view import Status
 from continual.state.software import software
 
 _REF = "#/components/schemas/{model}"
-_PATHS = ("seq", "identity")
+_PATHS = ("seq", "identity", "number")
 PARAMETERS: dict[str, tuple[str, dict[str, object]]] = {
     "q": ("what the place or the key has in it, in any case", {"type": "string", "maxLength": LONGEST}),
     "limit": ("how many rows at most", {"type": "integer", "minimum": 1, "maximum": MOST}),
     "before": ("only records before this one", {"type": "integer", "minimum": 0}),
     "seq": ("the number of a record", {"type": "integer", "minimum": 0}),
     "part": ("which of the models that came in one record", {"type": "integer", "minimum": 0, "default": 0}),
+    "number": ("the number of a command that was asked for", {"type": "integer", "minimum": 1}),
     "identity": ("the model_id of a fold, a refusal or a candidate that waits", {"type": "string"}),
 }
 """What routes take: what it means, and its schema."""

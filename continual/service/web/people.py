@@ -10,10 +10,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from continual.service.web.commanding import Commanding
 from continual.service.web.looking import AskedWrongly, PageLook, number, wanted
 from continual.service.web.pages import (
     about_fold,
     about_model,
+    controls,
     evaluations,
     front,
     lists,
@@ -23,6 +25,7 @@ from continual.service.web.pages import (
 )
 from continual.service.web.pages.markup import Html
 from continual.service.web.pages.shell import Around, trouble
+from continual.service.web.sessions import Session
 
 FRONT_COLUMNS = 24
 """Folds in the picture of the front page."""
@@ -35,10 +38,11 @@ class Missing(LookupError):
 
 
 class People:
-    """Shows pages of what `look` sees."""
+    """Shows pages of what `look` sees, with buttons for who has signed in to give commands, by `commanding`."""
 
-    def __init__(self, look: PageLook) -> None:
+    def __init__(self, look: PageLook, commanding: Commanding | None = None) -> None:
         self._look = look
+        self._commanding = commanding
         self._past = look.view.recalling
 
     def routes(self) -> list[BaseRoute]:
@@ -52,14 +56,25 @@ class People:
             ("/evaluations", self._evaluations),
             ("/storage", self._storage),
             ("/settings", self._settings),
+            *([("/commands", self._commands)] if self._commanding is not None else []),
         )
         return [
             *(Route(path, partial(self._answer, show)) for path, show in pages),
             *(Route(f"/{name}", partial(_asset, name, kind)) for name, kind in ASSETS),
         ]
 
+    def stamp(self) -> str:
+        """A word that is another one when there is something new on a page."""
+        asked = "" if self._commanding is None else f"-{self._commanding.errands.version}"
+        return self._look.view.stamp() + asked
+
+    def _session(self, request: Request) -> Session | None:
+        """Who gives commands by a request; None where nobody has signed in, or nobody can."""
+        return None if self._commanding is None else self._commanding.sessions.of(request)
+
     async def _answer(self, show: Show, request: Request) -> Response:
-        around = Around(self._look.view.directory, self._look.view.stamp())
+        more = () if self._commanding is None else (("/commands", "Commands"),)
+        around = Around(self._look.view.directory, self.stamp(), more)
         try:
             return HTMLResponse(await show(request, around))
         except AskedWrongly as error:
@@ -67,10 +82,12 @@ class People:
         except Missing as error:
             return HTMLResponse(trouble(404, str(error), around), 404)
 
-    async def _front(self, _request: Request, around: Around) -> str:
+    async def _front(self, request: Request, around: Around) -> str:
         status = await self._look.status()
         picture = await self._look.aside(partial(self._past.picture, FRONT_COLUMNS))
-        return front.render(status, pictures.layers(picture), Html(), around)
+        session = self._session(request)
+        buttons = Html() if session is None else controls.front(status, session.form)
+        return front.render(status, pictures.layers(picture), buttons, around)
 
     async def _folds(self, request: Request, around: Around) -> str:
         asked = wanted(request)
@@ -83,13 +100,15 @@ class People:
         about = await self._look.aside(partial(self._past.fold, seq, part))
         if about is None:
             raise Missing(f"Record {seq} brought no such fold.")
-        return about_fold.render(about, Html(), around)
+        session = self._session(request)
+        return about_fold.render(about, Html() if session is None else controls.fold(about, session.form), around)
 
     async def _model(self, request: Request, around: Around) -> str:
         about = await self._look.aside(partial(self._past.model, request.path_params["identity"]))
         if about is None:
             raise Missing("No record is about such a model.")
-        return about_model.render(about, Html(), around)
+        session = self._session(request)
+        return about_model.render(about, Html() if session is None else controls.model(about, session.form), around)
 
     async def _refusals(self, request: Request, around: Around) -> str:
         asked = wanted(request)
@@ -102,6 +121,10 @@ class People:
         found = await self._look.aside(self._past.generations)
         free = await self._look.aside(self._look.view.free_bytes)
         return storage.render(found, free, around)
+
+    async def _commands(self, request: Request, around: Around) -> str:
+        assert self._commanding is not None
+        return self._commanding.page(self._session(request), around)
 
     async def _settings(self, _request: Request, around: Around) -> str:
         return settings_page.render(await self._look.aside(self._past.settings), around)

@@ -43,7 +43,7 @@ async def heard(answer: Response) -> list[str]:
 
 def test_a_page_hears_of_what_is_new_and_of_nothing_twice(live: Live, tmp_path: Path) -> None:
     async def run() -> None:
-        told = Events(live, life=0.06, every=0.01)
+        told = Events(live.stamp, live, life=0.06, every=0.01)
         old = live.stamp()
         quiet = await heard(await told.answer(asked(f"stamp={old}")))
         assert quiet == ["retry: 1000\n\n"], "the page shows all of it"
@@ -80,7 +80,9 @@ def test_progress_is_told_with_a_name_that_cannot_steer(live: Live) -> None:
     async def run() -> None:
         live.begin(Event("folder", "/in/a\u202e\n\ndata: forged\udce9"))
         live.progress("fold", 1, 2)
-        lines = await heard(await Events(live, life=0.03, every=0.01).answer(asked(f"stamp={live.stamp()}")))
+        lines = await heard(
+            await Events(live.stamp, live, life=0.03, every=0.01).answer(asked(f"stamp={live.stamp()}"))
+        )
         assert lines[1:] == [
             'event: progress\ndata: {"model": "a\\\\u202e\\\\n\\\\ndata: forged\\\\udce9", "stage": "fold", '
             '"done": 1, "total": 2}\n\n'
@@ -92,7 +94,7 @@ def test_progress_is_told_with_a_name_that_cannot_steer(live: Live) -> None:
 
 def test_streams_end_when_the_daemon_does_and_there_are_only_so_many(live: Live) -> None:
     async def run() -> None:
-        told = Events(live, life=60.0, every=0.01)
+        told = Events(live.stamp, live, life=60.0, every=0.01)
         answers = [await told.answer(asked()) for _ in range(events.MOST)]
         streams = [asyncio.create_task(heard(answer)) for answer in answers]
         await asyncio.sleep(0.03)

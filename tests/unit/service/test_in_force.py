@@ -42,7 +42,7 @@ def test_every_setting_is_shown_with_where_it_was_set_and_no_secret(tmp_path: Pa
     assert {name.split(".")[1] for name in rows if name.startswith("gates.")} <= {gate.name for gate in GATES}
 
 
-@pytest.mark.parametrize("name", ["webhook_secret", "promote_token"])
+@pytest.mark.parametrize("name", ["webhook_secret", "promote_token", "admin_token"])
 def test_a_secret_that_is_not_set_is_told_from_one_that_is(name: str) -> None:
     rows = {row["setting"]: row["value"] for row in shown(look({}, environ={}))}
     assert rows[name] is None
