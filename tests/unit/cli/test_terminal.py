@@ -14,7 +14,7 @@ import pytest
 import typer
 from rich.cells import cell_len
 
-from continual.cli import completing, console, recorded
+from continual.cli import completing, console, live_status, recorded
 from continual.cli.configuring import _text
 from continual.errors import Retry
 from continual.rules import catalogue
