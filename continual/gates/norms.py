@@ -26,8 +26,9 @@ class NormsGate(AtNumbers, Doubt):
 
     `max_base_ratio`: largest ‖τ‖/‖θ₀‖; a model that has nothing to do with the base has 1 and more. `max_mean_ratio`: a
     task vector may be so many times longer or shorter than the median of those in the merge; where these are five or
-    more, the band follows how far apart they lie, from a factor 5 to 16. In a group of layers it may be so many times
-    longer than the median of those that change these layers, and no longer than the base there.
+    more, the band follows how far apart they lie, from a factor 5 to 16; where they are fewer, one may be 16 times
+    shorter, since a short one harms little and nobody knows yet how far apart lengths lie. In a group of layers it may
+    be so many times longer than the median of those that change these layers, and no longer than the base there.
     """
 
     name = "norms"
@@ -62,7 +63,8 @@ class NormsGate(AtNumbers, Doubt):
         norms = [one.tau_norm for one in earlier]
         middle, norm = median(norms), seen.tau_norm
         limit = band(norms, self.max_mean_ratio)
-        if norm > limit * middle or norm < middle / limit:
+        shorter = _WIDE * limit if len(norms) < FEW else limit
+        if norm > limit * middle or norm < middle / shorter:
             said = "" if limit == self.max_mean_ratio else f" ({limit:.3g} by how far apart these lie)"
             raise Refuse(
                 "norm-mean",

@@ -41,10 +41,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("before", [(2.0,), (2.0, 1.5, 30.0)])
-def test_one_that_is_much_too_short_is_refused(before: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(("before", "norm"), [((2.0,), 0.12), ((2.0, 1.5, 30.0), 0.12), ((2.0,) * 5, 0.39)])
+def test_one_that_is_much_too_short_is_refused(before: tuple[float, ...], norm: float) -> None:
     with pytest.raises(Refuse, match="alice") as raised:
-        NormsGate().judge(numbers(0.24, *before))
+        NormsGate().judge(numbers(norm, *before))
     assert raised.value.reason == "norm-mean"
 
 
@@ -53,7 +53,8 @@ def test_one_that_is_much_too_short_is_refused(before: tuple[float, ...]) -> Non
     [
         Numbers("alice", 8.9, 10.0, Totals()),
         numbers(15.9, 2.0, 1.9, 2.1),
-        numbers(0.26, 2.0),
+        numbers(0.13, 2.0),
+        numbers(0.41, 2.0, 2.0, 2.0, 2.0, 2.0),
         layered((1.0, 7.9), (1.0, 1.0), (1.2, 1.0)),
         layered((1.0, 9.0), (1.0, 0.0)),  # nobody has changed these layers yet
         layered((90.0, 9.0), (90.0, 1.0)),  # a layer with 1 % of the whole
@@ -76,7 +77,7 @@ def test_a_layer_longer_than_the_base_there_is_refused() -> None:
     [
         (NormsGate(max_base_ratio=0.4), Numbers("alice", 4.9, 10.0, Totals())),
         (NormsGate(max_mean_ratio=7.0), numbers(15.9, 2.0, 1.9, 2.1)),
-        (NormsGate(max_mean_ratio=7.0), numbers(0.26, 2.0)),
+        (NormsGate(max_mean_ratio=7.0), numbers(0.13, 2.0)),
         (NormsGate(max_mean_ratio=7.0), layered((1.0, 7.9), (1.0, 1.0), (1.2, 1.0))),
     ],
 )
