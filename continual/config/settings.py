@@ -369,6 +369,10 @@ class Settings(BaseModel):
     notify: NotifySettings = Field(
         default=NotifySettings(), description="which people are told of what: a table; default: nobody is"
     )
+    otlp: str | None = Field(
+        default=None,
+        description="where spans of folds, exports, releases and hooks are sent (OTLP over HTTP); default: nowhere",
+    )
     bom: bool = Field(default=False, description="write a bill of materials (CycloneDX) beside each continual.json")
     host: str = Field(default="127.0.0.1", description="address the service listens on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(

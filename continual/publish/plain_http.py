@@ -24,11 +24,12 @@ class _Plain(urllib.request.HTTPErrorProcessor):
 def opener_for(url: str) -> urllib.request.OpenerDirector:
     """What opens `url`: it follows no redirect and raises for no status. A proxy of the environment is used, but never
     for this machine itself. Raises ValueError for an address that is none."""
-    direct = [urllib.request.ProxyHandler({})] if _is_loopback(urlsplit(url).hostname or "") else []
+    direct = [urllib.request.ProxyHandler({})] if is_loopback(urlsplit(url).hostname or "") else []
     return urllib.request.build_opener(_Plain, *direct)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

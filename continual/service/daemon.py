@@ -23,7 +23,7 @@ from continual.gates import SignatureGate
 from continual.hub import must_be_online
 from continual.publish import bom, hub
 from continual.records import Candidate
-from continual.service import gauging, logs, notifying, signals, telling, view_settings
+from continual.service import gauging, logs, notifying, signals, telling, tracing, view_settings
 from continual.service.canary.calling import Calling
 from continual.service.canary.watching import CanaryWatch
 from continual.service.control.acting import Answer
@@ -40,6 +40,7 @@ from continual.service.queue import Queue
 from continual.service.reloading import Reloading
 from continual.service.status import Live
 from continual.service.supervised import Supervisor
+from continual.service.tracing import Tracing
 from continual.service.watched import sources_of
 from continual.service.web import Commanding, Ears, create_app, listen, serve
 from continual.service.worker import Worker
@@ -87,6 +88,7 @@ def check(settings: Settings) -> None:
     gates.make(settings).the(SignatureGate).check()
     telling.check(settings)
     notifying.check(settings.notify)
+    tracing.check(settings)
     roster.check(settings)
 
 
@@ -109,7 +111,7 @@ class Daemon:
         self.metrics = Metrics()
         self.live = Live(merge, Queue(), sources)
         gauging.begin(self.metrics, merge)
-        self._failures = Failures(self.metrics, self.live.health)
+        self._failures = Failures(self.metrics, self.live.health, Tracing(merge.settings))
         self._notifier = Notifier(merge.settings.notify, merge.state.path, self._failures)
         self._failures.news = self._notifier.hear
         self._socket = sock
@@ -140,6 +142,7 @@ class Daemon:
             finally:
                 self._worker.close()
             await self._notifier.last()
+            await asyncio.to_thread(self._failures.tracing.end)
             self._log.info("stopped", head=self.merge.head, clean=self.halted is None)
 
     async def _run_tasks(self) -> None:

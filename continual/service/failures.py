@@ -8,9 +8,11 @@ from typing import TypeVar
 
 import structlog
 
+from continual.config import Settings
 from continual.errors import ContinualError
 from continual.service.health import Health
 from continual.service.metrics import Metrics
+from continual.service.tracing import Tracing
 from continual.texts import plain
 
 T = TypeVar("T")
@@ -27,11 +29,13 @@ class Escaped(Exception):
 class Failures:
     """Tells of such exceptions in the log, with their traces, in the metrics and in what health says."""
 
-    def __init__(self, metrics: Metrics, health: Health) -> None:
+    def __init__(self, metrics: Metrics, health: Health, tracing: Tracing | None = None) -> None:
+        """`tracing`: where the parts that do work send their spans; the default is nowhere."""
         self.metrics = metrics
         self.health = health
         self.news: Callable[[str, str], None] = lambda _event, _text: None
         """Hears what people may want to be told: a word of `config.notify.Happening`, and a sentence."""
+        self.tracing = tracing or Tracing(Settings())
         self._log = structlog.get_logger("continual")
 
     def tell(self, error: BaseException, kind: str = "internal", **what: str) -> None:

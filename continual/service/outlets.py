@@ -53,6 +53,7 @@ class Outlets:
         self.metrics = failures.metrics
         self.health = failures.health
         self._news = failures.news
+        self._tracing = failures.tracing
         self.record = record
         self.told = told
         self.telling = Telling(merge, failures, record)
@@ -165,7 +166,11 @@ class Outlets:
         """Points a link at an export of record `seq`, and hands it to the hooks. Never more to do."""
         served = self.telling.served(out.name, after)
         whole = out.as_lora is None
-        putting = partial(publishing.put, self.merge, out, seq, None if whole else served)
+
+        def putting() -> publishing.Put | None:
+            with self._tracing.staged("export", seq=seq, view=out.name):
+                return publishing.put(self.merge, out, seq, None if whole else served)
+
         found = await asyncio.to_thread(contained(putting))
         if found is None:
             return False
@@ -204,7 +209,8 @@ class Outlets:
                 was = Published(state=state.id, seq=done.of, repo=done.repo, commit=done.commit, tag=done.tag)
                 self.telling.hand(dataclasses.replace(was, view=out.name, mark=done.mark), after)
             return False
-        found = await aside(partial(releasing.release_as, self.merge, out, seq, wait=True))
+        with self._tracing.span("release", seq=seq, view=out.name):
+            found = await aside(partial(releasing.release_as, self.merge, out, seq, wait=True))
         if done is None or (done.of, done.mark) != (found.seq, found.mark):
             await self.record(releasing.entry(found, out.name))
             self.metrics.released(found.uploaded)

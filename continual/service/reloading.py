@@ -65,6 +65,7 @@ AT_START = frozenset(
         "notify",
         "objective",
         "options",
+        "otlp",
         "port",
         "promote_token",
         "reading",

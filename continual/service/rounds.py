@@ -64,7 +64,8 @@ class Rounds:
         loop = asyncio.get_running_loop()
         self.live.begin_round()
         try:
-            found = await on_thread(lambda: self.merge.round(self.live.progress, self._heard(loop)))
+            with self.failures.tracing.span("round"):
+                found = await on_thread(lambda: self.merge.round(self.live.progress, self._heard(loop)))
         except Abandoned as error:
             self._log.info("abandoned", what="round", error=str(error))
             return False

@@ -92,6 +92,7 @@ class Telling:
         self._merge = merge
         self._metrics = failures.metrics
         self._health = failures.health
+        self._tracing = failures.tracing
         self._record = record
         self._waiters = [Waiter(number, hook) for number, hook in enumerate(merge.settings.hooks, 1)]
         self._log = structlog.get_logger("continual")
@@ -165,7 +166,9 @@ class Telling:
 
     async def _call_once(self, waiter: Waiter, published: Published, which: str) -> None:
         """Tells one server, and records what became of it. Raises Retry and Halt where the record cannot be made."""
-        found = await aside(partial(hooks.call, waiter.hook, published, self._merge.stopping))
+        with self._tracing.span("hook", kind=waiter.hook.kind, seq=published.seq, view=published.view) as span:
+            found = await aside(partial(hooks.call, waiter.hook, published, self._merge.stopping))
+            span.set_attribute("continual.ok", found.ok)
         self._metrics.hook(waiter.hook.kind, ok=found.ok)
         log = self._log.info if found.ok else self._log.error
         log("hook", **found.body(), seq=published.seq, **({"view": published.view} if published.view else {}))

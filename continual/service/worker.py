@@ -31,6 +31,7 @@ from continual.service.status import Live
 from continual.sources.contract import Source
 from continual.state.entries import Entry
 from continual.state.software import software
+from continual.texts import plain
 
 T = TypeVar("T")
 _LOOK = 0.2
@@ -202,7 +203,11 @@ class Worker:
         stands: it is the outcome."""
         before = self.merge.head
         try:
-            return self.merge.fold(queued.event, progress=self.live.progress)
+            with self.failures.tracing.staged("fold", model=plain(queued.event.name)) as span:
+                outcome = self.merge.fold(queued.event, progress=self.live.progress)
+                span.set_attribute("continual.fate", outcome.fate)
+                span.set_attribute("continual.seq", outcome.commit.seq)
+            return outcome
         except Halt:
             raise
         except Exception as error:

@@ -7,6 +7,7 @@ within `profiled`. Where nobody wants to know, a stage costs one look at a varia
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -24,17 +25,22 @@ WAITING = "waiting"
 
 @dataclass(slots=True)
 class Spent:
-    """What went into a stage: wall seconds, CPU seconds, bytes. Of several threads it is their sum."""
+    """What went into a stage: wall seconds, CPU seconds, bytes; of several threads it is their sum. `first` and `last`:
+    when it was begun first and left last, as `time.perf_counter` says."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     nbytes: int = 0
+    first: float = field(default=math.inf, compare=False)
+    last: float = field(default=0.0, compare=False)
 
     def add(self, other: Spent) -> None:
         """Adds what went into the same elsewhere."""
         self.seconds += other.seconds
         self.cpu_seconds += other.cpu_seconds
         self.nbytes += other.nbytes
+        self.first = min(self.first, other.first)
+        self.last = max(self.last, other.last)
 
 
 class Watch(Protocol):
@@ -60,7 +66,7 @@ class Track:
     def turn(self, stage: str) -> str:
         """From now on it is in `stage`. Returns the one before."""
         now = time.perf_counter(), time.thread_time()
-        self._of(self._stage).add(Spent(now[0] - self._last[0], now[1] - self._last[1]))
+        self._of(self._stage).add(Spent(now[0] - self._last[0], now[1] - self._last[1], 0, self._last[0], now[0]))
         self._last = now
         before, self._stage = self._stage, stage
         return before

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from continual.service.series import BY_NAME, FEATURES
+from tests.helpers.prometheus import ask
 
 FILE = Path(__file__).parents[2] / "ops/grafana/continual.json"
 HERE = '{instance=~"$instance"}'
@@ -232,6 +233,12 @@ def panels() -> Iterator[Panel]:
     """Every panel, in order."""
     for row in ROWS.values():
         yield from row
+
+
+def silent(url: str, panel: Panel) -> list[tuple[Panel, Query]]:
+    """The queries of a panel for which the Prometheus at `url` has no data."""
+    asked = [(panel, query) for query in panel.queries]
+    return [(panel, query) for panel, query in asked if not ask(url, query.expr.replace("@", ""))]
 
 
 def built() -> str:

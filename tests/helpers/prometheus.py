@@ -85,8 +85,7 @@ class Scraped:
 
     def ask(self, query: str) -> list[float]:
         """The values of a query now; none before it has started."""
-        code, text = services.get(f"{self.url}/api/v1/query?query={quote(query)}")
-        return [float(row["value"][1]) for row in json.loads(text)["data"]["result"]] if code == 200 else []
+        return [float(row["value"][1]) for row in ask(self.url, query) or []]
 
 
 @contextmanager
@@ -119,16 +118,32 @@ def scraped(place: Path) -> Iterator[Scraped]:
         "scrape_configs:\n  - job_name: service\n    static_configs:\n"
         f"      - targets: ['127.0.0.1:{service.server_address[1]}']\n"
     )
+    with started(place) as it.url:
+        try:
+            services.until(lambda: it.ask("service_errors_ratio"), "Prometheus knows of the service")
+            yield it
+        finally:
+            service.shutdown()
+            thread.join()
+            service.server_close()
+
+
+@contextmanager
+def started(place: Path) -> Iterator[str]:
+    """A real Prometheus by the file prometheus.yml in the directory `place`, as long as the block; its address."""
     flags = ["--config.file=prometheus.yml", "--storage.tsdb.path=series", "--web.listen-address=127.0.0.1:0"]
     log = place / "prometheus.log"
     with log.open("w") as file, subprocess.Popen(["prometheus", *flags], cwd=place, stderr=file) as server:
         try:
             listens = re.compile(r'"Listening on" address=(127\.0\.0\.1:[1-9]\d*)')
-            it.url = "http://" + services.until(lambda: listens.search(log.read_text()), "Prometheus has a port")[1]
-            services.until(lambda: it.ask("service_errors_ratio"), "Prometheus knows of the service")
-            yield it
+            yield "http://" + services.until(lambda: listens.search(log.read_text()), "Prometheus has a port")[1]
         finally:
             server.terminate()
-            service.shutdown()
-            thread.join()
-            service.server_close()
+
+
+def ask(url: str, query: str) -> list[dict[str, Any]] | None:
+    """The rows of a query now; None where Prometheus has not started. Raises AssertionError for one that is wrong."""
+    code, text = services.get(f"{url}/api/v1/query?query={quote(query, safe='')}")
+    assert code in (200, 503), f"{query}: {text}"
+    rows: list[dict[str, Any]] | None = json.loads(text)["data"]["result"] if code == 200 else None
+    return rows

@@ -34,9 +34,9 @@ def daemon(
             process.kill()
 
 
-def until(found: Callable[[], Any], what: str) -> Any:
+def until(found: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
     """Polls `found` until it is true."""
-    end = time.monotonic() + LIMIT
+    end = time.monotonic() + limit
     while time.monotonic() < end:
         try:
             if value := found():
@@ -44,7 +44,7 @@ def until(found: Callable[[], Any], what: str) -> Any:
         except OSError:
             pass  # not listening yet
         time.sleep(0.05)
-    raise AssertionError(f"not within {LIMIT:.0f} s: {what}")
+    raise AssertionError(f"not within {limit:.0f} s: {what}")
 
 
 def url(process: subprocess.Popen[str], state: Path) -> str:

@@ -20,7 +20,7 @@ from continual.service.metrics import Metrics
 from continual.service.series import TABLE
 from continual.state.parts import FoldNumbers, NoteSummary
 from tests.campaigns import dashboard
-from tests.helpers import models, services
+from tests.helpers import models, prometheus, services
 from tests.helpers.entries import select
 
 OPS = Path(__file__).parents[2] / "ops"
@@ -150,24 +150,22 @@ def test_a_real_prometheus_scrapes_a_running_daemon(tmp_path: Path) -> None:
         (tmp_path / "prometheus.yml").write_text(
             config.replace("127.0.0.1:8321", address.removeprefix("http://")).replace("15s", "1s")
         )
-        flags = ["--config.file=prometheus.yml", "--storage.tsdb.path=series", "--web.listen-address=127.0.0.1:0"]
-        log = tmp_path / "prometheus.log"
-        with log.open("w") as file, subprocess.Popen(["prometheus", *flags], cwd=tmp_path, stderr=file) as server:
-            try:
-                listens = re.compile(r'"Listening on" address=(127\.0\.0\.1:[1-9]\d*)')
-                where = "http://" + services.until(lambda: listens.search(log.read_text()), "Prometheus has a port")[1]
+        with prometheus.started(tmp_path) as where:
 
-                def value(query: str) -> str | None:
-                    code, text = services.get(f"{where}/api/v1/query?query={query}")
-                    found = json.loads(text)["data"]["result"] if code == 200 else []  # 503 until it has started
-                    return str(found[0]["value"][1]) if found else None
+            def value(query: str) -> str | None:
+                found = prometheus.ask(where, query)
+                return str(found[0]["value"][1]) if found else None
 
-                services.until(lambda: value("continual_folds_total") == "1", "Prometheus knows of the fold")
-                assert value("up") == "1"
-                rules = json.loads(services.get(f"{where}/api/v1/rules")[1])["data"]["groups"][0]["rules"]
-                assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
-            finally:
-                server.terminate()
+            services.until(lambda: value("continual_folds_total") == "1", "Prometheus knows of the fold")
+            services.until(lambda: value("rate(continual_folds_total[1h])"), "it has asked twice")
+            services.until(lambda: value("continual_stored_bytes"), "the files were looked at")
+            assert value("up") == "1"
+            rules = json.loads(services.get(f"{where}/api/v1/rules")[1])["data"]["groups"][0]["rules"]
+            assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
+            silent = [silent for panel in dashboard.panels() for silent in dashboard.silent(where, panel)]
+    # what is neither there nor says which feature it needs
+    assert [(panel.title, query.expr) for panel, query in silent if not query.needs and not panel.quiet] == []
+    assert len(silent) < len(list(dashboard.panels())), "some have data"
 
 
 def test_every_series_of_the_table_can_be_had() -> None:
