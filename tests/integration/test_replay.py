@@ -155,12 +155,13 @@ def test_what_differs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with api.Merge(Settings(state=state)) as merge:
         found = merge.replay(tmp_path / "again")
         commit = replace(merge.state.ledger.get(1))
-        older = replace(commit.entry, software={**software(), "torch": "1.0"}, device="cuda:0")
+        newer = replace(commit.entry, device="cpu")
+        older = replace(newer, software={**software(), "torch": "1.0"}, device="cuda:0")
     assert not found.equal
     short = [name for name, shape in SHAPES.items() if shape == (16,)]
     assert {one for one in found.differs if "tensor" in one} >= {f"record 2: tensor {name}" for name in short}
     assert not any("proj" in one for one in found.differs)
-    (said,) = other_software([replace(commit, entry=older), commit], "cpu")
+    (said,) = other_software([replace(commit, entry=older), replace(commit, entry=newer)], "cpu")
     assert said.startswith("1 record (1): torch 1.0, here ")
     assert said.endswith("; device cuda:0, here cpu")
     done = run("replay", tmp_path / "again", "--state", state)

@@ -2,6 +2,7 @@
 
     python -m tests.campaigns.bench.cuda                    # all of it, within ten minutes; 15 GB of disk for a while
     python -m tests.campaigns.bench.cuda --layers 1 --width 256 --device cpu    # try it on a machine without CUDA
+    python -m tests.campaigns.bench.cuda --width 256 --commands tsv-m adapters  # some of the commands
 
 First every rule folds three fine-tunes of four matrices and a bias on both, and reads them: how far the merged task
 vectors are apart, relative to their length, which has to stay below TOLERANCE. Then whole commands at the shapes of a
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ TOLERANCE = 1e-4
 by that rounding over the smallest singular value that it keeps."""
 GATES = ["noise.act=off"]
 """Fine-tunes of this size made of random numbers stand out less than trained ones."""
-COMMANDS = ("task-arithmetic", "iso-c", "tsv-m", "opcm")
+COMMANDS = ("task-arithmetic", "iso-c", "tsv-m", "opcm", "adapters")
+"""Rules of states of whole tensors, and a state of adapters."""
 
 
 def fine_tunes(width: int, count: int) -> list[Model]:
@@ -160,7 +162,7 @@ def child(state: str, device: str, models: list[str], target: str) -> None:
     print(json.dumps([folded - began, ended - folded, peak(), on_device]))
 
 
-def commands(shape: adapters.Shape, device: str, work: Path) -> None:
+def commands(shape: adapters.Shape, device: str, chosen: Sequence[str], work: Path) -> None:
     """Prints the commands of both devices beside each other."""
     from continual import making
 
@@ -171,10 +173,10 @@ def commands(shape: adapters.Shape, device: str, work: Path) -> None:
         "adapter": [adapters.adapter(work / f"adapter{n}", shape, n, base) for n in range(2)],
     }
     print(f"shapes of 8 B, {shape.layers} of 32 layers, {size / 1e9:.1f} GB: seconds, GB of memory, GB on the device")
-    for form, recipe in [("whole", making.Recipe(rule=name)) for name in COMMANDS] + [
-        ("adapter", making.Recipe(width=256))
-    ]:
-        for place in dict.fromkeys(("cpu", device)):
+    for name in chosen:
+        form = "adapter" if name == "adapters" else "whole"
+        recipe = making.Recipe(width=256) if form == "adapter" else making.Recipe(rule=name)
+        for place in dict.fromkeys((device, "cpu")):
             state, target = work / "state", work / "export"
             making.init(base, state, recipe)
             code = (
@@ -184,7 +186,7 @@ def commands(shape: adapters.Shape, device: str, work: Path) -> None:
             done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
             fold, export, memory, on_device = json.loads(done.stdout)
             print(
-                f"  {recipe.rule or 'adapters':16} {place:5} fold {fold:7.1f}  export {export:7.1f}  "
+                f"  {name:16} {place:5} fold {fold:7.1f}  export {export:7.1f}  "
                 f"{memory / 1e9:5.2f}  {on_device / 1e9:5.2f}",
                 flush=True,
             )
@@ -197,6 +199,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or, to try this script, cpu")
     parser.add_argument("--width", type=int, default=2048, help="of the matrices that are compared")
     parser.add_argument("--layers", type=int, default=2, help="of the model of 8 B; 0: no whole commands")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS, help="which are run")
     args = parser.parse_args()
     device = pick_device(args.device)
     if device.type == "cuda":
@@ -205,7 +208,7 @@ def main() -> None:
     differ = parity(args.width, device)
     if args.layers:
         with tempfile.TemporaryDirectory() as work:
-            commands(adapters.Shape(args.layers, 4096, 1024, 14336, 128256), args.device, Path(work))
+            commands(adapters.Shape(args.layers, 4096, 1024, 14336, 128256), args.device, args.commands, Path(work))
     if differ:
         sys.exit(f"more than {TOLERANCE:g} apart: {', '.join(differ)}")
 
