@@ -14,9 +14,10 @@ class InterferenceGate(AtNumbers, Doubt):
     """Doubts a task vector that points against the merge: one that was negated, or trained to undo what is there.
 
     `against`: minus the smallest cosine with the merge before it. Fine-tunes of one base point the same way a little,
-    whatever their tasks: of 57 honest ones of the digits, beside one to 57 others, the smallest is -0.07 (beside one),
-    the next -0.02; negated ones have up to -0.45. `act` is `warn`: those of tasks that have nothing in common with the
-    merge's have 0, and so has what is negated of them (ops/docs/measured.md).
+    whatever their tasks: of 57 honest ones of the digits, folded one after the other, the smallest is -0.07 (beside one
+    other), the next -0.02; of the negations of 14, twelve have less than -0.1. `act` is `warn`: to undo something may
+    be what is wanted, and one that has nothing in common with the merge has 0, as has its negation
+    (ops/docs/measured.md).
     """
 
     name = "interference"
