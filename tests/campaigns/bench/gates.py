@@ -4,10 +4,10 @@ lies to the merge, and the verdicts.
     python -m tests.campaigns.bench.gates [--gigabytes 0.3] [--layers 24] [--rules task-arithmetic ties tsv-m]
         [--models 3] [--repeats 5]
 
-A bf16 model with its fine-tunes. Each turn is a process of its own with one thread that folds as many models, and
-measures the last; every other turn is without what the gates look at (nothing is watched while tensors stream by, and
-no gate is asked after the headers), so that the two stand side by side. CPU seconds are medians, the ratio that of the
-medians of all pairs.
+A bf16 model with its fine-tunes. A process with one thread folds all but the last; the last is folded, rolled back and
+folded again, by turns with the gates and without what they look at (nothing is watched while tensors stream by, and no
+gate is asked after the headers), so that the two stand side by side. CPU seconds are medians, the ratio that of the
+medians, and in brackets the least and the largest of the pairs.
 """
 
 from __future__ import annotations
@@ -40,31 +40,50 @@ class Nothing:
     def wanted(self, start): return 0
     def picture(self): return None
 
-how, rule, base, state, *tunes = sys.argv[1:]
-if how == "bare":
-    folding.Watched = Nothing
-    Gates.at_tensor = lambda self, seen: None
-    Gates.at_numbers = lambda self, seen: ()
+kept = folding.Watched, Gates.at_tensor, Gates.at_numbers
+
+def choose(bare):
+    folding.Watched = Nothing if bare else kept[0]
+    Gates.at_tensor = (lambda self, seen: None) if bare else kept[1]
+    Gates.at_numbers = (lambda self, seen: ()) if bare else kept[2]
+
+repeats, rule, base, state, *tunes = sys.argv[1:]
 making.init(Path(base), Path(state), making.Recipe(rule=rule))
-with api.Merge(Settings(state=state, workers=1, keep=1, gates=["noise.act=warn"]), write=True) as merge:
-    merge.engine
-    for model in tunes:
+found = []
+with api.Merge(Settings(state=state, workers=1, keep=2, gates=["noise.act=warn"]), write=True) as merge:
+    def fold(model):
         began = time.process_time()
         outcome = merge.fold(Path(model))
         spent = time.process_time() - began
         assert outcome.fate == "folded", outcome.message
-    numbers = merge.state.ledger.folds()[-1].entry.numbers
-    assert (how == "bare") == (not any(numbers.sketch.norms)), "what is left out is left out"
+        return spent
+
+    for model in tunes:
+        fold(model)
+    back = merge.state.ledger.folds()[-2].seq
+    for number in range(int(repeats)):
+        pair = {}
+        for bare in ((True, False) if number % 2 else (False, True)):
+            merge.state.rollback(back)
+            merge.retry(tunes[-1])
+            choose(bare)
+            pair["bare" if bare else "gates"] = fold(tunes[-1])
+            choose(False)
+            numbers = merge.state.ledger.folds()[-1].entry.numbers
+            assert bare == (not any(numbers.sketch.norms)), "what is left out is left out"
+            merge.expire()
+        found.append((pair["gates"], pair["bare"]))
 shutil.rmtree(state)
-print(json.dumps(spent))
+print(json.dumps(found))
 """
 
 
-def turn(how: str, rule: str, base: Path, state: Path, tunes: list[Path]) -> float:
+def pairs_of(rule: str, repeats: int, base: Path, state: Path, tunes: list[Path]) -> list[tuple[float, float]]:
+    """CPU seconds of the last fold with the gates and without, by pairs."""
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WORKER, how, rule, str(base), str(state), *map(str, tunes)]
+    command = [sys.executable, "-c", WORKER, str(repeats), rule, str(base), str(state), *map(str, tunes)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return float(json.loads(done.stdout))
+    return [(one, other) for one, other in json.loads(done.stdout)]
 
 
 def main() -> None:
@@ -83,14 +102,11 @@ def main() -> None:
         size = (base / "model.safetensors").stat().st_size / 1e9
         print(f"model of {size:.2f} GB, fold of the last of {args.models}; medians of {args.repeats} pairs")
         for rule in args.rules:
-            pairs = []
-            for number in range(args.repeats):
-                order = ("gates", "bare") if number % 2 else ("bare", "gates")
-                found = {how: turn(how, rule, base, work / "state", tunes) for how in order}
-                pairs.append((found["gates"], found["bare"]))
+            pairs = pairs_of(rule, args.repeats, base, work / "state", tunes)
             with_gates, bare = (statistics.median(column) for column in zip(*pairs, strict=True))
-            ratio = statistics.median(one / other for one, other in pairs)
-            print(f"{rule}: {with_gates:.2f} CPU s with the gates, {bare:.2f} without: {ratio - 1:+.1%}", flush=True)
+            ratios = [one / other - 1 for one, other in pairs]
+            told = f"{with_gates:.2f} CPU s with the gates, {bare:.2f} without: {with_gates / bare - 1:+.1%}"
+            print(f"{rule}: {told} ({min(ratios):+.1%} to {max(ratios):+.1%})", flush=True)
 
 
 if __name__ == "__main__":
