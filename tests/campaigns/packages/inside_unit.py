@@ -1,5 +1,4 @@
-"""What `tests.campaigns.packages.unit` runs inside the container, as root: an operator's morning with the unit. Needs
-nothing beyond Python until the state is made; writes /campaign/report.json, a row (what, as expected, said) each."""
+"""What `tests.campaigns.packages.unit` runs inside the container, as root: an operator's morning with the unit."""
 
 from __future__ import annotations
 
@@ -10,13 +9,10 @@ import resource
 import signal
 import socket
 import struct
-import subprocess
-import sys
-import time
-import traceback
-import urllib.request
 from pathlib import Path
-from typing import Any
+
+from tests.campaigns.packages.inside import journal, reported, row, run, shown, status, until
+from tests.helpers import models
 
 CONTINUAL = "/opt/continual/.venv/bin/continual"
 UNIT = Path("/etc/systemd/system/continual.service")
@@ -73,43 +69,6 @@ found["descriptors"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 found["capabilities"], found["no new privileges"] = own("CapEff"), own("NoNewPrivs")
 print(json.dumps(found))
 """
-ROWS: list[tuple[str, bool, str]] = []
-
-
-def row(what: str, found: object, expected: object) -> None:
-    """Notes whether something is as expected."""
-    ROWS.append((what, found == expected, str(found) if found == expected else f"{found!r}, not {expected!r}"))
-
-
-def run(*command: str, user: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False, user=user, timeout=300)
-
-
-def shown(name: str, unit: str = "continual") -> str:
-    return run("systemctl", "show", "--value", "-p", name, unit).stdout.strip()
-
-
-def status() -> dict[str, Any]:
-    with urllib.request.urlopen("http://127.0.0.1:8321/api/status", timeout=10) as answer:
-        body: dict[str, Any] = json.loads(answer.read())
-    return body
-
-
-def until(what: str, found: Any, seconds: float = 60.0) -> None:
-    """Waits until it is so, and notes whether it came to that."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if found():
-                return row(what, "so", "so")
-        except (OSError, ValueError, KeyError):
-            pass
-        time.sleep(0.1)
-    return row(what, "not so", "so")
-
-
-def journal(unit: str = "continual") -> str:
-    return run("journalctl", "-u", unit, "-o", "cat", "--no-pager").stdout
 
 
 def install() -> None:
@@ -119,8 +78,6 @@ def install() -> None:
         folder.mkdir(parents=True)
     for folder in (SRV / "out", Path("/var/lib/continual")):
         run("chown", "continual:continual", str(folder))
-    sys.path[:0] = ["/opt/continual/src", "/opt/continual/packages"]
-    from tests.helpers import models
 
     models.base(SRV / "base")
     run("chmod", "-R", "a+rX", str(SRV / "base"))  # safetensors writes files for their owner alone
@@ -132,13 +89,12 @@ def install() -> None:
     folder.mkdir()
     (folder / "settings.conf").write_text(printed.stdout)
     # of this container: its Python lies elsewhere than it was built for
-    (folder / "python.conf").write_text("[Service]\nEnvironment=LD_LIBRARY_PATH=/opt/continual/python/lib\n")
+    (folder / "python.conf").write_text("[Service]\nEnvironment=LD_LIBRARY_PATH=/opt/campaign/python/lib\n")
     row("systemd finds nothing wrong", run("systemd-analyze", "verify", str(UNIT)).stderr, "")
     run("systemctl", "daemon-reload")
 
 
 def use() -> None:
-    from tests.helpers import models
 
     began = run("systemctl", "start", "continual")
     row("it starts, and systemd says so when the page answers", (began.returncode, began.stderr), (0, ""))
@@ -176,7 +132,7 @@ def look_inside() -> None:
     Path("/opt/continual/probe.py").write_text(PROBE)
     text = UNIT.read_text().replace("Type=notify", "Type=oneshot").replace("WatchdogSec=60", "")
     start = next(line for line in text.splitlines() if line.startswith("ExecStart="))
-    text = text.replace(start, "ExecStart=/opt/continual/python/bin/python3 /opt/continual/probe.py")
+    text = text.replace(start, "ExecStart=/opt/campaign/python/bin/python3 /opt/continual/probe.py")
     text = text.replace("Restart=on-failure", "Restart=no")
     probe = UNIT.with_name("probe.service")
     probe.write_text(text)
@@ -239,17 +195,5 @@ def hang_and_stop() -> None:
     row("exposure", worth, worth)
 
 
-def main() -> None:
-    try:
-        install()
-        use()
-        look_inside()
-        hang_and_stop()
-    except Exception:
-        row("the campaign ran to its end", traceback.format_exc()[-1500:], "")
-    Path("/campaign/journal").write_text(run("journalctl", "--no-pager").stdout)
-    Path("/campaign/report.json").write_text(json.dumps(ROWS))
-
-
 if __name__ == "__main__":
-    main()
+    reported(install, use, look_inside, hang_and_stop)
