@@ -3,14 +3,12 @@
 from continual.config.canary import CanarySettings
 from continual.config.given import load, settings_of
 from continual.config.notify import NotifySettings
+from continual.config.round_settings import CalibrationSettings, RoundSettings, StepSettings
 from continual.config.settings import (
-    CalibrationSettings,
     HookSettings,
     HubSettings,
     ReleaseSettings,
-    RoundSettings,
     Settings,
-    StepSettings,
     ViewSettings,
 )
 from continual.config.signing import SigningSettings
