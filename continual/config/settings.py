@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from continual.config.canary import CanarySettings
 from continual.config.evaluating import EvaluationSettings
@@ -18,15 +18,15 @@ from continual.config.signing import SigningSettings
 from continual.config.values import (
     Bytes,
     Home,
+    LongSecret,
     Paths,
     Repos,
     Seconds,
+    Secret,
     Texts,
     by_name,
-    long_enough,
     pairs,
     rank,
-    unset,
     written,
 )
 from continual.stores import ObjectPath, where
@@ -149,7 +149,7 @@ class HookSettings(BaseModel):
         description="where the server listens, as http://127.0.0.1:30000; of an http hook, what is posted to",
     )
     command: tuple[str, ...] = Field(default=(), description="program and arguments of a command hook; no shell")
-    secret: Annotated[SecretStr | None, BeforeValidator(unset)] = Field(
+    secret: Secret = Field(
         default=None,
         description="http: what is posted is signed with it, after Standard Webhooks: whsec_ and Base64, or env:NAME",
     )
@@ -232,8 +232,7 @@ class Settings(BaseModel):
         default=(), description="prompts of the labels, one JSON file for each of rows, for the objective heads"
     )
     rounds: Annotated[RoundSettings, BeforeValidator(pairs)] = Field(
-        default_factory=RoundSettings,
-        description="how rounds choose: a table, or key=value pairs",
+        default_factory=RoundSettings, description="how rounds choose: a table, or key=value pairs"
     )
     hub: Annotated[HubSettings, BeforeValidator(pairs)] = Field(
         default_factory=HubSettings,
@@ -244,18 +243,17 @@ class Settings(BaseModel):
         description="where the merge is published on the Hub: a table, or key=value pairs",
     )
     views: dict[str, ViewSettings] = Field(
-        default_factory=dict,
-        description="readings with names of their own, each put out by itself: tables by name",
+        default_factory=dict, description="readings with names of their own, each put out by itself: tables by name"
     )
     hooks: tuple[HookSettings, ...] = Field(default=(), description="who is told when a new merge is out: tables")
-    webhook_secret: Annotated[SecretStr | None, BeforeValidator(unset)] = Field(
+    webhook_secret: Secret = Field(
         default=None, description="what the Hub sends as X-Webhook-Secret; without it there is no /webhook"
     )
-    promote_token: Annotated[SecretStr | None, BeforeValidator(unset)] = Field(
+    promote_token: Secret = Field(
         default=None, description="what POST /promote has to bring as its bearer token; without it there is no /promote"
     )
-    admin_token: Annotated[Annotated[SecretStr, AfterValidator(long_enough)] | None, BeforeValidator(unset)] = Field(
-        default=None, description="what lets people and programs give commands over HTTP; without it nobody can"
+    admin_token: LongSecret = Field(
+        default=None, description="lets who brings it give commands over HTTP; else nobody can"
     )
     sources: Annotated[dict[str, dict[str, object]], BeforeValidator(by_name)] = Field(
         default_factory=dict, description="settings of any other source: tables by its name, or name.key=value pairs"

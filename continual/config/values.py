@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, PlainSerializer, SecretStr
 
 from continual.errors import Misconfigured
 from continual.records import SCHEME
@@ -107,3 +107,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(split)]
 Repos = Annotated[tuple[str, ...], BeforeValidator(repos)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(split)]
 Seconds = Annotated[float, Field(ge=0)]
+Secret = Annotated[SecretStr | None, BeforeValidator(unset)]
+"""A word that nobody is to see; None for an empty text."""
+LongSecret = Annotated[Annotated[SecretStr, AfterValidator(long_enough)] | None, BeforeValidator(unset)]
+"""The same, and one that nobody guesses."""

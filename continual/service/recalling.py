@@ -32,7 +32,7 @@ from continual.service.web.recalled import (
     SettingInForce,
 )
 from continual.service.web.view import ShownShares
-from continual.state import Commit, storing
+from continual.state import Commit, retention
 from continual.state.entries import RefuseEntry, RetryEntry
 from continual.state.format import FoldCommit
 from continual.state.going_back import reachable
@@ -101,6 +101,8 @@ class Recalling:
             gauges=dict(numbers.gauges),
             notes={name: note.mean for name, note in (numbers.notes or {}).items()},
             groups=self._changes(numbers),
+            overlap=_mean(numbers.met.overlap if numbers.met else None),
+            conflict=_mean(numbers.met.conflict if numbers.met else None),
             out=_placed(showing.shares(self.merge), candidate.name) if shown.in_force else (),
             warnings=tuple(RecalledWarning(one.gate, one.reason, one.message) for one in numbers.warnings or ()),
             evaluated=_evaluation(commit),
@@ -213,7 +215,13 @@ class Recalling:
             kept = numbers.notes[_KEPT].mean
         fate = self.past.fate(commit)
         return RecalledFold(
-            shown, fate, fate == "in the merge", self.past.part(commit), kept, merged_norm=numbers.merged_norm
+            shown,
+            fate,
+            fate == "in the merge",
+            self.past.part(commit),
+            kept=kept,
+            merged_norm=numbers.merged_norm,
+            conflict=_mean(numbers.met.conflict if numbers.met else None),
         )
 
     def _changes(self, numbers: FoldNumbers) -> tuple[GroupChange, ...]:
@@ -221,14 +229,18 @@ class Recalling:
         if norms is None:
             return ()
         whole = math.fsum(norm * norm for norm in norms) or 1.0
+        cosines: Sequence[float | None] = numbers.met.cosines if numbers.met is not None else ()
+        if len(cosines) != len(norms):
+            cosines = [None] * len(norms)
         return tuple(
-            GroupChange(name, norm, norm * norm / whole) for name, norm in zip(self.groups, norms, strict=True)
+            GroupChange(name, norm, norm * norm / whole, cosine)
+            for name, norm, cosine in zip(self.groups, norms, cosines, strict=True)
         )
 
     def _size(self, name: str) -> int:
         """Bytes of the files of a generation, which do not change once it is committed."""
         if name not in self._sizes:
-            self._sizes[name] = sum(storing.sizes(self.merge.state.path / "generations" / name).values())
+            self._sizes[name] = retention.taken(self.merge.state.path, name, set())
         return self._sizes[name]
 
 
@@ -236,6 +248,10 @@ def _norms(numbers: FoldNumbers, groups: int) -> tuple[float, ...] | None:
     """‖τ‖ in each group of layers; None where the record does not say it."""
     sketch = numbers.sketch
     return sketch.norms if sketch is not None and len(sketch.norms) == groups else None
+
+
+def _mean(values: Sequence[float] | None) -> float | None:
+    return math.fsum(values) / len(values) if values else None
 
 
 def _record(commit: Commit) -> ModelRecord:
@@ -267,7 +283,7 @@ def _evaluation(fold: FoldCommit) -> RecalledEvaluation | None:
         found.verdict,
         dict(found.after),
         before=dict(found.before or {}),
-        base=dict(found.base or {}),
+        of_base=dict(found.base or {}),
         errors=dict(found.errors or {}),
         rows=found.rows,
     )

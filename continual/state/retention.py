@@ -81,11 +81,17 @@ def _within(path: Where, newest: list[str], nbytes: int) -> list[str]:
     """As many of the newest, in this order, as take `nbytes` on the disk together."""
     seen, total = set[int](), 0
     for place, name in enumerate(newest):
-        at = path / "generations" / name
-        total += sum(storing.sizes(at).values()) if isinstance(at, ObjectPath) else usage.taken(at, seen)
+        total += taken(path, name, seen)
         if total > nbytes:
             return newest[:place]
     return newest
+
+
+def taken(path: Where, name: str, seen: set[int]) -> int:
+    """Bytes that a generation takes; files whose inodes are in `seen` count as nothing, and those that are counted are
+    added to it."""
+    at = path / "generations" / name
+    return sum(storing.sizes(at).values()) if isinstance(at, ObjectPath) else usage.taken(at, seen)
 
 
 def expire(path: Where, ledger: Ledger, keep: Keep) -> list[str]:

@@ -23,7 +23,8 @@ class RowsWanted:
 class RecalledFold:
     """A fold of the past. `fate`: what has become of it by now, in words; `in_force`: whether it is in the merge.
     `part`: which of the models that came in one record it is, from 0. `kept`: the share of ‖τ‖² that is in the merge,
-    where a part was cut off or projected away; `merged_norm`: of the merged task vector after it."""
+    where a part was cut off or projected away; `merged_norm`: of the merged task vector after it. `conflict`: of a few
+    matrices, the share of Σ|τ| where the merge before it has the other sign."""
 
     shown: ShownFold
     fate: str
@@ -31,6 +32,7 @@ class RecalledFold:
     part: int
     kept: float | None
     merged_norm: float | None
+    conflict: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,13 @@ class RefusalList:
 
 @dataclass(frozen=True, slots=True)
 class GroupChange:
-    """What a fold changed in a group of layers: the first of their names, the length of its task vector there, and the
-    share of ‖τ‖² that lies there."""
+    """What a fold changed in a group of layers: the first of their names, the length of its task vector there, the
+    share of ‖τ‖² that lies there, and its cosine with the merge before it there (None: its record does not say it)."""
 
     name: str
     norm: float
     share: float
+    cosine: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ class RecalledEvaluation:
     verdict: str | None
     after: Mapping[str, float]
     before: Mapping[str, float]
-    base: Mapping[str, float]
+    of_base: Mapping[str, float]
     errors: Mapping[str, float]
     rows: int | None
 
@@ -100,7 +103,8 @@ class AboutFold:
     """All that is told of a fold. `back`: whether the state can still go back to it; `older`, `newer`: the records of
     the folds beside it. `length_share`: of the lengths of all task vectors in the merge, `weight_share`: of all
     weights, `mean_norm`: the mean length; None where it is not in the merge. `gauges` and `notes`: what the rule
-    measured, by its own names."""
+    measured, by its own names. `overlap`: of a few matrices, the share of ‖τ‖² along the leading directions of the
+    merge before it."""
 
     fold: RecalledFold
     kind: str
@@ -122,6 +126,8 @@ class AboutFold:
     gauges: Mapping[str, float]
     notes: Mapping[str, float]
     groups: tuple[GroupChange, ...]
+    overlap: float | None
+    conflict: float | None
     out: tuple[PlacedShare, ...]
     warnings: tuple[RecalledWarning, ...]
     evaluated: RecalledEvaluation | None

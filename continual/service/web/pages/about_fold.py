@@ -20,7 +20,7 @@ from continual.service.web.pages.markup import (
 )
 from continual.service.web.pages.shell import Around, Frame, document
 from continual.service.web.recalled import AboutFold, GroupChange
-from continual.texts import share, size, when
+from continual.texts import figure, share, size, when
 
 
 def render(about: AboutFold, controls: Html, around: Around) -> str:
@@ -65,8 +65,18 @@ def _layers(groups: tuple[GroupChange, ...]) -> Html:
         return paragraph("Its record does not say it.", "none")
     most = max(range(len(groups)), key=lambda number: groups[number].share)
     told = paragraph(f"Most of it, {share(groups[most].share)} of its energy, lies in {groups[most].name}.")
-    rows = ((one.name, f"{one.norm:.4g}", share(one.share)) for one in groups)
-    return Html(told + table(("layers", "norm", "share"), rows))
+    cosines = any(one.cosine is not None for one in groups)
+    head = ("layers", "norm", *(("cosine",) if cosines else ()), "share")
+    rows = (
+        (
+            one.name,
+            f"{one.norm:.4g}",
+            *((figure(one.cosine or None, "+.3f"),) if cosines else ()),
+            share(one.share),
+        )
+        for one in groups
+    )
+    return Html(told + table(head, rows))
 
 
 def _warnings(about: AboutFold) -> Html:

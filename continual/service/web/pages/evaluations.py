@@ -60,7 +60,7 @@ def one(found: RecalledEvaluation) -> Html:
             f"{value:.4g}",
             f"{found.before[key]:.4g}" if key in found.before else "",
             f"± {found.errors[key]:.2g}" if key in found.errors else "",
-            f"{found.base[key]:.4g}" if key in found.base else "",
+            f"{found.of_base[key]:.4g}" if key in found.of_base else "",
         )
         for key, value in found.after.items()
     )

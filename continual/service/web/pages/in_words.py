@@ -43,6 +43,13 @@ def _direction(about: AboutFold) -> Iterator[str]:
         else:
             meaning = "it takes back a part of what others brought: they get in each other's way"
         yield f"Cosine {cosine:+.3f} with the merge before it: {meaning}."
+    if about.overlap is not None:
+        yield (
+            f"Of a few matrices, {share(about.overlap)} of its energy lies along the leading directions of the merge "
+            "before it."
+        )
+    if about.conflict is not None:
+        yield f"Interference: in {share(about.conflict)} of what it changes the merge before it had the other sign."
     if about.fold.merged_norm is not None:
         yield f"After it the merged task vector was {about.fold.merged_norm:.4g} long."
 

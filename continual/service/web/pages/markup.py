@@ -26,6 +26,7 @@ _NUMBERS = (
     "z",
     "weight",
     "kept",
+    "interference",
     "cut at fold",
     "cut by now",
     "share",

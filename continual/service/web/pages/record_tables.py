@@ -55,6 +55,7 @@ def timeline(found: Sequence[RecalledFold]) -> Html:
         return paragraph("No such fold.", "none")
     cosines = any(r.shown.cosine is not None for r in found)
     kept = any(r.kept is not None for r in found)
+    conflicts = any(r.conflict is not None for r in found)
     warned = any(r.shown.warned for r in found)
     return table(
         (
@@ -64,6 +65,7 @@ def timeline(found: Sequence[RecalledFold]) -> Html:
             "fate",
             "norm",
             *(("cosine",) if cosines else ()),
+            *(("interference",) if conflicts else ()),
             *(("kept",) if kept else ()),
             "merge norm",
             "weight",
@@ -77,6 +79,7 @@ def timeline(found: Sequence[RecalledFold]) -> Html:
                 r.fate,
                 figure(r.shown.tau_norm, ".4g"),
                 *((figure(r.shown.cosine or None, "+.3f"),) if cosines else ()),
+                *((share(r.conflict),) if conflicts else ()),
                 *((share(r.kept),) if kept else ()),
                 figure(r.merged_norm, ".4g"),
                 figure(r.shown.weight, ".3g"),
