@@ -1,5 +1,5 @@
-"""torch, which is loaded when something of it is first used: loading takes longer than most commands do their work in,
-and what only looks at a state needs nothing of it.
+"""What is loaded when something of it is first used: torch, which takes longer than most commands do their work in, and
+the modules of a room that only some of its users need. What only looks at a state needs nothing of these.
 
 Every module takes `torch` and `Tensor` from here, and uses torch in its functions alone. `Tensor` is for annotations
 and other words about types; to ask whether something is one, write `torch.Tensor`.
@@ -7,11 +7,11 @@ and other words about types; to ask whether something is one, write `torch.Tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = ["Dtypes", "Tensor", "load", "torch"]
+__all__ = ["Dtypes", "Tensor", "from_homes", "load", "torch"]
 
 if TYPE_CHECKING:
     import torch as torch
@@ -33,6 +33,23 @@ else:
 def load() -> None:
     """Loads torch now: for who is about to use it, and has a better time for it now than then."""
     import_module("torch")
+
+
+def from_homes(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], object]:
+    """The `__getattr__` of a package whose names are loaded when they are first asked for: `homes` says from which
+    module of it, or which other one, each comes. Type checkers read the imports beside it."""
+    home = {
+        name: module if module.startswith("continual.") else f"{package}.{module}"
+        for module, names in homes.items()
+        for name in names
+    }
+
+    def get(name: str) -> object:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(home[name]), name)
+
+    return get
 
 
 class Dtypes(Mapping[str, "torch.dtype"]):

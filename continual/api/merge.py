@@ -34,7 +34,7 @@ from continual.selection.steps import Taken
 from continual.state import Commit, State
 from continual.state.entries import Entry, ReleaseEntry
 from continual.state.format import FoldCommit
-from continual.state.ledger import Waiting, kept_out
+from continual.state.ledger import kept_out
 from continual.stores import Where
 from continual.tuning import Evaluation, FoundInputs, Learning, TaskRows, Told, Tuned, Tuning, Weighing
 
@@ -104,10 +104,6 @@ class Merge(OpenedState):
         if outcome.fate == "folded":
             self.expire()
         return outcome
-
-    def pool(self) -> dict[str, Waiting]:
-        """The candidates that wait for a round, by key."""
-        return self.state.ledger.pool
 
     def round(self, progress: Progress = silent, told: selection.HearRound | None = None) -> selection.Round:
         """Runs a round over the pool: scores all that wait, folds what is relevant, settles the others' fates. `told`

@@ -9,18 +9,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING
 
 from continual import selection
 from continual.api.asking_about import AroundMerge, judge_of
+from continual.api.looked_state import LookedState
 from continual.config import Settings
 from continual.engine import explaining
-from continual.engine.agreeing import agree
 from continual.engine.base import may_have_weights, open_base, weighted_base
 from continual.engine.block_reading import BlockReading
 from continual.engine.engine import Engine
 from continual.engine.explaining import Explanation
-from continual.engine.fullness import Fullness, fullness_of
 from continual.engine.reading import Reading
 from continual.engine.resources import Resources
 from continual.engine.standing import Standing
@@ -33,11 +32,11 @@ from continual.hub.locate import Places
 from continual.lazily import torch
 from continual.publish import folder, lora
 from continual.records import TensorSpec
-from continual.rules import ReadOptions, rule_of
+from continual.rules import ReadOptions
 from continual.signing import signer as signing
 from continual.signing.signer import Signer
 from continual.sources.roster import openers
-from continual.state import State, leasing, opening
+from continual.state import State, leasing
 from continual.tensors import BaseModel, Folder
 from continual.timing.clock import stage
 
@@ -49,7 +48,7 @@ _NO_ROUNDS = (
 )
 
 
-class OpenedState:
+class OpenedState(LookedState):
     """An open state with its base and its rule, to read. A context manager."""
 
     def __init__(
@@ -62,36 +61,21 @@ class OpenedState:
     ) -> None:
         """Opens the state that `settings` name. `client` is asked in place of the Hub that the environment names;
         `on_step` is called before each step of the commit protocol. Raises Misconfigured, Busy and Damaged."""
-        self.settings = settings
-        with opening.way_out():
-            self.state = State.open(settings.state, write=write, on_step=on_step)
-        try:
-            agree(self.state, settings)
-        except Misconfigured:
-            self.state.close()
-            raise
-        self.rule = rule_of(self.state.format.rule, self.state.format.options)
+        super().__init__(settings, write=write, on_step=on_step)
         self._base: BaseModel | None = None
         self._weighted: BaseModel | None = None
         self._engine: tuple[Settings, Engine] | None = None
         self.places = Places(settings, self.state.format.base.repo, client, openers(settings))
         self.standing = Standing(self.state, lambda: self.settings)
         self._lengths: dict[str, tuple[float, float]] = {}
-        self._fullness: tuple[str | None, Fullness | None] | None = None
         self.releasing = threading.Lock()  # held while a release is on its way: two would write to one place
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the base's files and the state."""
         for base in (self._base, self._weighted):
             if base is not None:
                 base.checkpoint.close()
-        self.state.close()
+        super().close()
 
     @property
     def base(self) -> BaseModel:
@@ -145,16 +129,6 @@ class OpenedState:
     def stopping(self) -> threading.Event:
         """Set once `give_up` was called."""
         return self.places.stop
-
-    @property
-    def head(self) -> int:
-        """The number of the newest record."""
-        return self.state.ledger.head.seq
-
-    @property
-    def selects(self) -> Literal["none", "relevance", "frank-wolfe"]:
-        """Who chooses what is folded: nobody (`none`), or rounds over the pool, and how they do."""
-        return "frank-wolfe" if self.rule.laws.rounds else self.settings.select or "none"
 
     def asked(self) -> selection.RoundOptions:
         """How rounds choose, by the settings. Raises Misconfigured where no rounds are set up, or naming what they
@@ -265,21 +239,6 @@ class OpenedState:
         Misconfigured, Retry and Damaged."""
         with _held(self, at, view) as reading:
             return explaining.explain(reading, self.executor, progress)
-
-    def fullness(self) -> Fullness | None:
-        """How full a state of adapters is, and what was cut off of each by now; None for a merge of whole tensors. The
-        small arrays of every layer are read once for a generation. Raises Misconfigured and Damaged."""
-        with leasing.newest(self.state):
-            generation = self.state.ledger.head.generation
-            if self._fullness is None or self._fullness[0] != generation:
-                self._fullness = generation, fullness_of(self.state)
-            return self._fullness[1]
-
-    def scale(self, at: int | None = None, view: ReadView | None = None) -> ReadOptions:
-        """How the merge is read: as the records up to `at` (default: the newest), the settings and `view` say."""
-        ledger = self.state.ledger
-        now = ReadOptions.from_mapping(ledger.read_options(ledger.head.seq if at is None else at))
-        return (view or ReadView()).by(self.settings.reading).read_by(self.rule, now, self.state)[1]
 
     def check_readable(self) -> None:
         """Raises Misconfigured where the merge has models that what reads it does not take: with other weights, or

@@ -15,8 +15,6 @@ from continual.publish.share_columns import ShareFigures
 from continual.state.parts import ReleasedShare
 from continual.state.software import software
 
-SHARES = 15
-"""Models of a release whose shares a record keeps, and that a page shows."""
 _ROWS = 4000
 """Layers times models of which an export says what each has; a thousand of them are some 40 kB."""
 _FIGURES = ("weight", "norm", "cosine", "change")

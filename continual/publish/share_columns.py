@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+SHARES = 15
+"""Models of a release whose shares a record keeps, and that a page shows."""
+
 
 class ShareFigures(NamedTuple):
     """What a model has in the merge, as far as that is known: the share of the lengths of all task vectors (`norm`),

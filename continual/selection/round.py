@@ -22,6 +22,7 @@ from continual.selection.commit import OpenRound
 from continual.selection.frank_wolfe import MergedVector, SearchSpace
 from continual.selection.in_memory import ModelInMemory
 from continual.selection.members import Member
+from continual.selection.newest import last_round
 from continual.selection.round_options import RoundOptions
 from continual.selection.steps import Stepping, Taken
 from continual.state import Commit, State
@@ -165,11 +166,6 @@ def _looked(
             rows.append(fates.seen(member, score, search.judged.get(member.key), options))
     model.clear()
     return rows, loss
-
-
-def last_round(state: State) -> Commit | None:
-    """The record that ended the last round; None where there was none."""
-    return next((c for c in reversed(state.ledger.log) if c.kind == "select"), None)
 
 
 def _load(engine: Engine, options: RoundOptions, progress: Progress, *, by_layer: bool) -> ModelInMemory:

@@ -7,14 +7,15 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from continual.api import Merge
 from continual.config import CanarySettings, ReleaseSettings, Settings
 from continual.engine.views import ReadView, view_of
-from continual.publish import folder
-from continual.publish.diffusion import LoraFormat
-from continual.publish.lora import LoraTarget
+
+if TYPE_CHECKING:
+    from continual.api import Merge
+    from continual.api.looked_state import LookedState
+    from continual.publish.diffusion import LoraFormat
 
 What = Literal["publish", "release"]
 """By which way something goes out: the link `current` is pointed at it (`publish`), or it is released on the Hub."""
@@ -90,15 +91,18 @@ def mark_of(merge: Merge, out: OutPlan, seq: int, dtype: str | None = None) -> s
 def write(merge: Merge, out: OutPlan, seq: int, directory: Path, mark: str, dtype: str | None = None) -> Path:
     """Writes record `seq` into `directory`, which must not exist, in its form; returns it. Raises Misconfigured, Retry
     and Halt; then nothing is left behind."""
+    from continual.publish.folder import Target
+    from continual.publish.lora import LoraTarget
+
     if out.as_lora is None:
-        whole = folder.Target(directory, at=seq, dtype=dtype, mark=mark, earlier=out.earlier or out.current)
+        whole = Target(directory, at=seq, dtype=dtype, mark=mark, earlier=out.earlier or out.current)
         return merge.export(whole, view=out.view)
     rank = None if out.as_lora == "own" else out.as_lora
     target = LoraTarget(directory, rank, dtype or "F32", out.layout, at=seq, mark=mark)
     return merge.export_lora(target, out.view).directory
 
 
-def models_in(merge: Merge, out: OutPlan, seq: int) -> list[str]:
+def models_in(merge: LookedState, out: OutPlan, seq: int) -> list[str]:
     """The names of the models that are read at record `seq`, in the order of their folds. Raises Misconfigured."""
     folds = merge.state.ledger.folds(at=seq)
     if merge.state.format.form is not None and folds and out.view is not None:

@@ -18,7 +18,8 @@ from continual.engine.block_reading import BlockReading
 from continual.errors import Misconfigured, Retry
 from continual.publish import card, folder, hub, proposals
 from continual.publish.hub import Released
-from continual.publish.provenance import SHARES, figures_in
+from continual.publish.provenance import figures_in
+from continual.publish.share_columns import SHARES
 from continual.service.outgoing import OutPlan, mark_of, models_in, outgoing, write
 from continual.signing.manifests import SIGNATURE
 from continual.signing.signer import Signer

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from continual.api import Merge
-from continual.engine.fullness import Fullness
 from continual.errors import ContinualError
 from continual.outside import few
-from continual.publish.folder import provenance_in
-from continual.publish.provenance import SHARES, shares_in
+from continual.publish.share_columns import SHARES
 from continual.service.outgoing import OutPlan, candidate_link, models_in, outgoing
 from continual.service.web.view import (
     ShownCanary,
@@ -33,6 +30,10 @@ from continual.state.format import FoldCommit
 from continual.state.ledger import Waiting
 from continual.state.parts import ReleasedShare
 
+if TYPE_CHECKING:
+    from continual.api.looked_state import LookedState
+    from continual.engine.fullness import Fullness
+
 SHOWN = SHARES
 """Rows of each list that are shown."""
 _RECENT = 2000
@@ -50,7 +51,7 @@ def newest(commits: Sequence[C]) -> list[C]:
     return list(commits[-SHOWN:])[::-1]
 
 
-def fullness_of(merge: Merge) -> Fullness | None:
+def fullness_of(merge: LookedState) -> Fullness | None:
     """How full a state of adapters is; None also where that cannot be read, and `verify` says why."""
     try:
         return merge.fullness()
@@ -125,12 +126,12 @@ def waiting(found: Waiting) -> ShownWaiting:
     )
 
 
-def views(merge: Merge) -> tuple[ShownView, ...]:
+def views(merge: LookedState) -> tuple[ShownView, ...]:
     """What is to be said of every view."""
     return tuple(_view(merge, name) for name in merge.settings.views)
 
 
-def _view(merge: Merge, name: str) -> ShownView:
+def _view(merge: LookedState, name: str) -> ShownView:
     state, said, out = merge.state, merge.settings.views[name], outgoing(merge.settings, name)
     models: list[str] = []
     rule, scale, problem = said.rule or "", "", ""
@@ -140,7 +141,7 @@ def _view(merge: Merge, name: str) -> ShownView:
         models = models_in(merge, out, state.ledger.head.seq)
     except ContinualError as error:
         problem = str(error)
-    there = {} if out.current is None else provenance_in(out.current)
+    there = _provenance(out)
     released = None if said.repo is None else state.publications.release(said.repo, out.asked.branch)
     return ShownView(
         name=name,
@@ -158,7 +159,7 @@ def _view(merge: Merge, name: str) -> ShownView:
     )
 
 
-def canaries(merge: Merge) -> tuple[ShownCanary, ...]:
+def canaries(merge: LookedState) -> tuple[ShownCanary, ...]:
     """The canaries; none where their files cannot be read, which the daemon says."""
     try:
         found = merge.state.canaries.all()
@@ -167,7 +168,7 @@ def canaries(merge: Merge) -> tuple[ShownCanary, ...]:
     return tuple(_canary(merge, record) for record in found)
 
 
-def _canary(merge: Merge, record: CanaryRecord) -> ShownCanary:
+def _canary(merge: LookedState, record: CanaryRecord) -> ShownCanary:
     places: list[str] = []
     if record.view is None or record.view in merge.settings.views:
         out = outgoing(merge.settings, record.view)
@@ -201,16 +202,33 @@ def _adapter(wanted: int | str, there: Mapping[str, object]) -> str:
     return f"an adapter of rank {lora.get('rank')}{near}"
 
 
-def shares(merge: Merge) -> tuple[ShownShares, ...]:
+def _provenance(out: OutPlan) -> Mapping[str, object]:
+    """What `continual.json` of the export says that a link points at; nothing where there is none."""
+    if out.current is None:
+        return {}
+    from continual.publish.folder import provenance_in
+
+    return provenance_in(out.current)
+
+
+def _shares_in(there: Mapping[str, object]) -> Sequence[ReleasedShare] | None:
+    if not there:
+        return None
+    from continual.publish.provenance import shares_in
+
+    return shares_in(there)
+
+
+def shares(merge: LookedState) -> tuple[ShownShares, ...]:
     """What each model has in what is out: of the merge, and of each view. As `continual.json` says beside an export;
     else as the record of the newest release does."""
     outs = [outgoing(merge.settings, name) for name in (None, *merge.settings.views)]
     return tuple(one for one in (_shares(merge, out) for out in outs) if one is not None)
 
 
-def _shares(merge: Merge, out: OutPlan) -> ShownShares | None:
-    there = {} if out.current is None else provenance_in(out.current)
-    found, seq = shares_in(there), _number(there.get("seq"))
+def _shares(merge: LookedState, out: OutPlan) -> ShownShares | None:
+    there = _provenance(out)
+    found, seq = _shares_in(there), _number(there.get("seq"))
     if found is not None and seq is not None and there.get("state") == merge.state.id:
         return _shown(out, seq, str(out.current), found, len(found))
     if found is not None or out.asked.repo is None:

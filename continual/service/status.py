@@ -8,24 +8,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 from continual import selection, texts, tuning
-from continual.api import Merge
+from continual.api.looked_state import LookedState
 from continual.config import Settings
 from continual.records import Event
 from continual.service import showing
 from continual.service.health import Health, Shortfall
-from continual.service.metrics import peak_memory
 from continual.service.queue import Queue, Queued
-from continual.service.recalling import Recalling
-from continual.service.web import Status
-from continual.service.web.view import ShownQueued, ShownScale, UnderWay
-from continual.sources import roster
-from continual.sources.contract import Source, SourceReport
+from continual.service.web.view import ShownQueued, ShownScale, Status, UnderWay
+from continual.sources.contract import REPORTING, Source, SourceReport
 from continual.state import State, going_back, paused, storing
 from continual.state.entries import TuneEntry
 from continual.state.software import software
 from continual.texts import Json, record
+
+if TYPE_CHECKING:
+    from continual.api import Merge
 
 _QUEUED = 50
 """Names of waiting candidates that are shown; the Hub can have thousands."""
@@ -63,6 +63,8 @@ class Live:
     ) -> None:
         """`clock` tells seconds that never go back."""
         self.merge = merge
+        from continual.service.recalling import Recalling
+
         self.recalling = Recalling(merge)
         self.directory = str(merge.state.path.absolute())
         self.queue = queue
@@ -200,6 +202,8 @@ class Live:
 
     def status(self) -> Status:
         """Everything there is to show."""
+        from continual.service.metrics import peak_memory
+
         good, why = self.healthy()
         found = self.shortfalls()
         if good and found:
@@ -231,11 +235,11 @@ class Live:
 
 def at_rest(settings: Settings) -> dict[str, Json]:
     """What the files say, where no daemon runs; with the keys of `ask`. Raises Misconfigured, Damaged."""
-    with Merge(settings) as merge:
+    with LookedState(settings) as merge:
         return _status(merge, Running()).body()
 
 
-def _status(merge: Merge, running: Running) -> Status:
+def _status(merge: LookedState, running: Running) -> Status:
     state = merge.state
     ledger = state.ledger
     folds = ledger.folds()
@@ -306,8 +310,12 @@ def _tuned(state: State) -> ShownScale | None:
 
 def _sources(reports: Mapping[str, SourceReport]) -> dict[str, SourceReport | None]:
     """What each kind of source says of itself; None where none of the kind runs."""
+    told: dict[str, SourceReport | None] = dict.fromkeys(REPORTING)
+    if not reports:
+        return told
+    from continual.sources import roster
+
     silent = [kind.name for kind in roster.KINDS if not kind.reports]
-    told: dict[str, SourceReport | None] = {kind.name: None for kind in roster.KINDS if kind.reports}
     for name, report in reports.items():
         if name not in silent:
             told[name] = replace(report, title=roster.title_of(name))

@@ -15,12 +15,13 @@ from pydantic import BaseModel, ValidationError
 
 from continual.config import Settings
 from continual.errors import Misconfigured
-from continual.hub.locate import Opener, Places
 from continual.records import Candidate, Event
 from continual.stores import Where
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
+
+    from continual.hub.locate import Opener, Places
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -36,6 +37,11 @@ class Sight(NamedTuple):
     key: str | None = None
     left_out: str | None = None
     waits: str | None = None
+
+
+REPORTING = ("hub",)
+"""The kinds of sources that say in the status how they are, as their rows in the roster do: a status of a state at rest
+loads no source."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,3 +56,18 @@ def test_commands_that_look_load_nothing_heavy(tmp_path: Path) -> None:
     told = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(command, loaded) for command, _, loaded in told] == [(command, []) for command in COMMANDS] * len(states)
     assert {command for command, code, _ in told if code != 0} == {"why nothing"}
+
+
+def test_a_status_at_rest_loads_neither_what_folds_nor_what_serves(tmp_path: Path) -> None:
+    state = str(shutil.copytree(STATES / "state-format-1", tmp_path / "state"))
+    heavy = ("starlette", "prometheus_client", "watchdog", "continual.engine.engine", "continual.publish.folder")
+    inner = (
+        "continual.gates",
+        "continual.tensors",
+        "continual.hub",
+        "continual.selection.round",
+        "continual.tuning.choosing",
+    )
+    asked = json.dumps([["status", "status --json"], [state], [*HEAVY, *heavy, *inner]])
+    done = subprocess.run([sys.executable, "-c", RUN, asked], capture_output=True, text=True, check=True)
+    assert [json.loads(line)[1:] for line in done.stdout.splitlines()] == [[0, []]] * 2

@@ -25,7 +25,7 @@ from continual.hub.locate import Places
 from continual.records import Event
 from continual.service.series import TABLE
 from continual.sources import roster
-from continual.sources.contract import Source, Wiring
+from continual.sources.contract import REPORTING, Source, Wiring
 from tests import loopback
 from tests.helpers.hubs import BASE, card
 from tests.loopback import Hub, faults, serving
@@ -190,6 +190,7 @@ def names(events: list[Event]) -> list[str]:
 
 def test_every_kind_is_tried_here() -> None:
     assert {kind.name for kind in roster.KINDS} == set(WORLDS)
+    assert [kind.name for kind in roster.KINDS if kind.reports] == list(REPORTING)
 
 
 def test_what_is_there_comes_oldest_first_and_then_what_is_published(scene: Scene) -> None:

@@ -13,7 +13,7 @@ import torch
 from starlette.testclient import TestClient
 
 from continual import api, gates, making
-from continual.cli import answered
+from continual.cli import recorded
 from continual.cli.status import text
 from continual.config import Settings
 from continual.records import Event
@@ -63,7 +63,7 @@ def test_what_a_fold_left_out_is_on_the_page_in_the_status_and_in_the_log(
     body = client.get("/api/status").json()
     assert [fold["left_out"] for fold in body["last_folds"]] == [said, ""]
     assert f"bob (left out: {said})" in text(body)
-    answered.records(client.get("/api/log").json())
+    recorded.many(client.get("/api/log").json())
     assert f"; left out: {said}" in capsys.readouterr().out
 
 
@@ -79,7 +79,7 @@ def test_what_gates_warned_of_is_on_the_page_in_the_status_and_in_the_log(
     assert "bob (warned: norm-base)" in text(body)
     records = client.get("/api/log").json()
     assert not any("sketch" in (record["numbers"] or {}) for record in records)
-    answered.records(records)
+    recorded.many(records)
     assert "; warned: norm-base" in capsys.readouterr().out
 
 

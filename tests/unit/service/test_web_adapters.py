@@ -11,7 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from continual import api, making
-from continual.cli import answered
+from continual.cli import recorded
 from continual.cli.status import text
 from continual.config import Settings
 from continual.service import publishing
@@ -72,7 +72,7 @@ def test_what_was_cut_off_is_said_of_each_fold_and_of_all(
     said = text(body | {"form": body["form"] | {"cut": total}})
     assert f"the fullest layer has 6; {100 * total:.1f} % of what they change was cut off" in said
     assert f"alice (cut 0.0 % when it came, {100 * alice['cut_now']:.1f} % by now)" in said
-    answered.records(client.get("/api/log").json())
+    recorded.many(client.get("/api/log").json())
     assert f"weight 1, cut {100 * bob['cut']:.1f} %" in capsys.readouterr().out
     live.merge.unfold(live.merge.look_unfold("alice"))
     assert client.get("/api/status").json()["form"]["used"] == 3, "what is gone makes room, and brings nothing back"
