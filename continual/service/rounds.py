@@ -99,6 +99,8 @@ class Rounds:
         figures = {"before": round(ended.before, 6), "loss": round(ended.loss, 6), "gap": round(ended.gap, 6)}
         cut = {"cut": few_shares(found.cut)} if found.cut else {}
         self._log.info("round", seq=found.commit.seq, **fates, **figures, **cut, seconds=round(found.seconds, 3))
+        for fold in ended.folds or ():
+            self.failures.news("folded", f"{fold.candidate.name} was folded, as record {found.commit.seq}")
         for row in ended.scores:
             if row.fate in ("refused", "expired"):
                 self.metrics.refused(row.reason)

@@ -17,6 +17,7 @@ Kind = Literal["counter", "gauge", "histogram"]
 FEATURES = {
     "always": "always",
     "fold": "once a model was folded",
+    "disk": "of a state on a disk, not on an object store",
     "folding": "while a fold or a round is under way",
     "opcm": "where the rule of the state has a λ",
     "projection": "once this process folded by a rule that projects",
@@ -109,8 +110,10 @@ TABLE: tuple[Series, ...] = (
         "Bytes that the files of the state take on its disk; looked at every minute.",
         (("what", usage.KINDS),),
     ),
-    Series("gauge", "continual_disk_free_bytes", "Bytes that are free on the disk of the state."),
-    Series("gauge", "continual_fold_needs_bytes", "Bytes that the next fold needs on the disk of the state."),
+    Series("gauge", "continual_disk_free_bytes", "Bytes that are free on the disk of the state.", there="disk"),
+    Series(
+        "gauge", "continual_fold_needs_bytes", "Bytes that the next fold needs on the disk of the state.", there="disk"
+    ),
     Series(
         "gauge",
         "continual_lambda_ratio",

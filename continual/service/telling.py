@@ -175,6 +175,7 @@ class Telling:
         if found.ok:
             self._health.works("hook", which)
         else:
+            self._metrics.error("hook")
             self._fails(which, published.view, found.message)
         call = HookCall(
             number=waiter.number,

@@ -47,8 +47,16 @@ def check(settings: Settings) -> None:
     parts = urlsplit(settings.otlp)
     if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
         raise Misconfigured("otlp has to be http:// or https://, a host and a port, without credentials or a query")
-    if find_spec("opentelemetry") is None or find_spec("opentelemetry.exporter.otlp.proto.http") is None:
+    if not _installed():
         raise Misconfigured("otlp is set and OpenTelemetry is not installed: pip install 'continual[otel]'")
+
+
+def _installed() -> bool:
+    """Whether the SDK and the exporter are there; other packages bring the interface alone."""
+    try:
+        return all(find_spec(name) for name in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"))
+    except ModuleNotFoundError:
+        return False
 
 
 class Tracing:

@@ -69,7 +69,14 @@ class Scene:
             daemon(state, room / "in", "--config", str(file), "--rescan", "1", *flags, environment=env)
         )
         self.addresses[name] = url(running, state)
+        self._tell()
         return room / "in"
+
+    def _tell(self) -> None:
+        """Tells Prometheus where the daemons are."""
+        rows = [{"targets": [address.removeprefix("http://")]} for address in self.addresses.values()]
+        (self.place / "new.json").write_text(json.dumps(rows))
+        (self.place / "new.json").rename(self.place / "targets.json")
 
     def room(self, name: str) -> Path:
         """The folder of a daemon that does not run yet."""
@@ -182,13 +189,6 @@ def asked(place: Path) -> Iterator[str]:
         yield where
 
 
-def tell(place: Path, scene: Scene) -> None:
-    """Tells Prometheus where the daemons are."""
-    rows = [{"targets": [address.removeprefix("http://")]} for address in scene.addresses.values()]
-    (place / "new.json").write_text(json.dumps(rows))
-    (place / "new.json").rename(place / "targets.json")
-
-
 def wait_for(where: str, wanted: set[str], begun: float) -> dict[str, float]:
     """When each alert fired first, by what Prometheus remembers, in seconds from `begun` (since 1970); waits a while
     until those that are wanted have."""
@@ -215,15 +215,10 @@ def main() -> int:
         where = stack.enter_context(asked(place))
         sink, server = stack.enter_context(serving_hooks()), stack.enter_context(serving())
         with small(scene):
-            tell(place, scene)
             hub(scene, server)
-            tell(place, scene)
             cut(scene)
-            tell(place, scene)
             rounds(scene)
-            tell(place, scene)
             folds(scene, count, sink)
-            tell(place, scene)
             wanted = set(alert_names()) - NOT_HERE
             wait_for(where, wanted - {"ContinualDown"}, begun)
             found = [one for panel in panels() for one in silent(where, panel)]

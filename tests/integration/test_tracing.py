@@ -92,6 +92,15 @@ def test_an_address_that_cannot_be_used_is_refused_and_not_quoted(address: str) 
     assert "s3cret" not in str(refused.value)
 
 
+def test_the_interface_without_the_exporter_is_said_to_be_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:  # as find_spec does where a package above is not there
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(tracing, "find_spec", absent)
+    with pytest.raises(Misconfigured, match=r"pip install 'continual\[otel\]'"):
+        tracing.check(Settings(otlp="http://127.0.0.1:4318"))
+
+
 @pytest.mark.slow
 def test_a_daemon_sends_spans_of_a_fold_an_export_and_a_hook(tmp_path: Path) -> None:
     base = models.base(tmp_path / "base")
