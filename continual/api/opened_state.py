@@ -25,9 +25,10 @@ from continual.engine.resources import Resources
 from continual.engine.standing import Standing
 from continual.engine.views import ReadView, check_read_at, view_of
 from continual.errors import Misconfigured, Retry
-from continual.executors.contract import Progress, silent
+from continual.executors.contract import Executor, Progress, silent
 from continual.executors.device import pick_device
 from continual.executors.local import Local
+from continual.executors.ray import OnRay, RayAsked
 from continual.hub.locate import Places
 from continual.lazily import torch
 from continual.publish import folder, lora
@@ -121,9 +122,14 @@ class OpenedState(LookedState):
         return Signer(self.settings.signing) if signing.is_asked(self.settings.signing) else None
 
     @property
-    def executor(self) -> Local:
-        """Threads of this process, within the settings `workers` and `memory`."""
-        return Local(self.settings.workers, self.settings.memory)
+    def executor(self) -> Executor:
+        """Threads of this process, within the settings `workers` and `memory`; or the cluster that the settings name.
+        Raises Misconfigured."""
+        local, asked = Local(self.settings.workers, self.settings.memory), self.settings.ray
+        if self.settings.executor == "local":
+            return local
+        wanted = RayAsked(asked.address, asked.memory, asked.gpus, asked.max_retries, self.settings.workers)
+        return OnRay(wanted, local, self.stopping)
 
     @property
     def stopping(self) -> threading.Event:

@@ -26,7 +26,8 @@ class Merged:
     """The models `chosen` of `shelf` read by `rule` with `options`. `chosen`: each one's weight by its number, in the
     order in which they are folded. Thread-safe once it is settled.
 
-    Raises Misconfigured where the rule cannot be read from blocks, or not with these weights.
+    Raises Misconfigured where the rule cannot be read from blocks, or not with these weights. `parts`: how long X is,
+    once `settle` has found that out: the matrices, and everything else.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Merged:
         self._inputs: KnownInputs = _unknown
         self._times: Mapping[int, Mapping[str, float]] = {}
         self._measured: dict[int, object] = {}
-        self._parts: tuple[float, float] | None = None
+        self.parts: tuple[float, float] | None = None
 
     def by_layer(self, weights: Mapping[int, Mapping[float, float]]) -> Merged:
         """The same, with weights of some models that differ by the depth of a layer: only of a rule that reads their
@@ -94,7 +95,7 @@ class Merged:
     @property
     def settled(self) -> bool:
         """Whether it is known how long X is."""
-        return self._parts is not None
+        return self.parts is not None
 
     def square(self, name: str) -> float:
         """‖X‖² of one layer at scale 1, by which the scale goes: coefficients of terms do not count."""
@@ -105,25 +106,25 @@ class Merged:
     def settle(self, squares: Mapping[str, float] | None = None) -> float:
         """Finds out the factor that X is multiplied by, that of the matrices where there are two. `squares`: what
         `square` says of each layer; without them it is asked here, where that is needed."""
-        if self._parts is None and (self.measures or squares is not None):
+        if self.parts is None and (self.measures or squares is not None):
             if squares is None:
                 squares = {name: self.square(name) for name in self.shelf.specs}
             matrices = math.fsum(value for name, value in squares.items() if self.is_matrix(name))
             rest = math.fsum(value for name, value in squares.items() if not self.is_matrix(name))
-            self._parts = (math.sqrt(matrices), math.sqrt(rest))
+            self.parts = (math.sqrt(matrices), math.sqrt(rest))
         return self.factors[0]
 
     @property
     def factors(self) -> tuple[float, float]:
         """The factors of the matrices and of everything else. Where `measures` says so, `settle` comes first."""
-        assert not self.measures or self._parts is not None, "settle first"
+        assert not self.measures or self.parts is not None, "settle first"
         return self.options.factors(self.totals, self.size)
 
     @property
     def size(self) -> Size:
         """How long X is, as far as that is known."""
         size = self.rule.read.size(self.totals)
-        return size if self._parts is None else Size(math.hypot(*self._parts), size.most, self._parts)
+        return size if self.parts is None else Size(math.hypot(*self.parts), size.most, self.parts)
 
     def scale(self, name: str) -> float:
         """What X of this layer is multiplied by."""

@@ -111,6 +111,8 @@ _FLAGS = (
     _flag("device", _TEXT, "auto, cpu, cuda or cuda:N."),
     _flag("workers", _WHOLE, "Tensors folded at a time; 0: one per core."),
     _flag("memory", _TEXT, "What the tensors in flight may take, as 4GB."),
+    _flag("executor", _TEXT, "Who works on tensors: local, or ray."),
+    _flag("ray", _TEXTS, "The Ray cluster, as key=value (address=auto, memory=8GB); repeatable."),
     _flag("keep", _WHOLE, "Generations kept besides tagged ones."),
     _flag("keep_bytes", _TEXT, "What they may take on the disk, as 40GB."),
     _flag("weight", _TEXT, "Weight of the models: a number, FILE.json:KEY or metadata:KEY."),
@@ -150,9 +152,9 @@ FLAGS: Mapping[str, inspect.Parameter] = {flag.name: flag for flag in _FLAGS}
 
 OPENING = ("state", "config", "json")
 """Which state is opened, and how the answer is printed."""
-MACHINE = ("base", "device", "workers", "memory")
+MACHINE = ("base", "device", "workers", "memory", "executor", "ray")
 """Where the base is, and what of the machine is used."""
-READING = ("base", "workers", "memory")
+READING = ("base", "workers", "memory", "executor", "ray")
 """The same of a command that only reads the merge."""
 GATES = ("weight", "updates", "missing", "vocab", "lineage", "tied", "max_base_ratio", "max_mean_ratio", "gates")
 """What is let in, and with which weight."""

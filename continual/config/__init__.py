@@ -1,6 +1,7 @@
 """Everything a user can set: one frozen `Settings`, and where it comes from."""
 
 from continual.config.canary import CanarySettings
+from continual.config.cluster import RaySettings
 from continual.config.given import load, settings_of
 from continual.config.notify import NotifySettings
 from continual.config.round_settings import CalibrationSettings, RoundSettings, StepSettings
@@ -20,6 +21,7 @@ __all__ = [
     "HookSettings",
     "HubSettings",
     "NotifySettings",
+    "RaySettings",
     "ReleaseSettings",
     "RoundSettings",
     "Settings",

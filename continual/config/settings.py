@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from continual.config.canary import CanarySettings
+from continual.config.cluster import RaySettings
 from continual.config.evaluating import EvaluationSettings
 from continual.config.notify import NotifySettings
 from continual.config.round_settings import RoundSettings
@@ -273,6 +274,13 @@ class Settings(BaseModel):
     workers: Annotated[int, Field(ge=0)] = Field(default=0, description="tensors folded at a time; 0: one per core")
     memory: Bytes | None = Field(
         default=None, description="bytes the tensors in flight may take; default: half of what the machine has free"
+    )
+    executor: Literal["local", "ray"] = Field(
+        default="local", description="who works on tensors: threads of this process, or a Ray cluster"
+    )
+    ray: Annotated[RaySettings, BeforeValidator(pairs)] = Field(
+        default_factory=RaySettings,
+        description="the cluster, and what an order asks of it: a table, or key=value pairs",
     )
     keep: Annotated[int, Field(ge=1)] = Field(default=3, description="generations kept besides the tagged ones")
     keep_bytes: Bytes | None = Field(

@@ -158,18 +158,18 @@ class BlockReading(Reading):
 
     def settle(self, executor: Executor, progress: Progress) -> float:
         """As of every reading."""
-        if self._factors is None:
+        if self.settled_factors is None:
             if self.merged.measures and not self.merged.settled and self.chosen:
                 self.measure(executor, progress)
             elif self.merged.measures and not self.merged.settled:
                 self.merged.settle({})
-            self._factors = self.merged.factors
-        return self._factors[0]
+            self.settled_factors = self.merged.factors
+        return self.settled_factors[0]
 
     def factor(self) -> float | None:
         """As of every reading."""
-        if self._factors is not None:
-            return self._factors[0]
+        if self.settled_factors is not None:
+            return self.settled_factors[0]
         return None if self.merged.measures else self.merged.factors[0]
 
     @property
@@ -280,16 +280,19 @@ class BlockReading(Reading):
         """‖X‖ over the whole model; `seen` is given X of each tensor."""
         tensors = [spec for spec in self.state.format.tensors if spec.kind != "carried"]
         specs = [spec for spec in tensors if seen is not None or self.columns(spec)]
-        needs = [self.need(spec) - (4 * spec.numel if seen is None and self.factored else 0) for spec in specs]
-        tasks = [
-            Task(spec.name, need, partial(self._squares_of, spec, seen))
-            for spec, need in zip(specs, needs, strict=True)
-        ]
         squares: dict[str, float] = {}
-        progress("measure", 0, len(tasks))
+        progress("measure", 0, len(specs))
+        tasks = [
+            Task(
+                spec.name,
+                self.need(spec) - (4 * spec.numel if seen is None and self.factored else 0),
+                partial(self._squares_of, spec, seen),
+            )
+            for spec in specs
+        ]
         for done, (_, found) in enumerate(executor.map(tasks), 1):
             squares |= found
-            progress("measure", done, len(tasks))
+            progress("measure", done, len(specs))
         self.merged.settle(squares)
         return math.sqrt(math.fsum(squares.values()))
 

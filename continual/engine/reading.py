@@ -11,13 +11,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 from continual import linalg
+from continual.engine.reading_orders import squares_of
 from continual.engine.spool import Spool, roomy
 from continual.engine.views import ReadView
-from continual.executors.contract import Executor, Progress, Task
+from continual.executors.contract import Executor, Progress
 from continual.executors.device import pick_device, turn
 from continual.lazily import Tensor, torch
 from continual.records import TensorSpec, Totals
@@ -47,6 +48,8 @@ class Reading:
 
     kept_by_elements = True
     """Whether the state has of each tensor something of its own shape, where the rule says so."""
+    stored = True
+    """Whether all of it is in the state."""
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class Reading:
         lengths: dict[str, Parts] | None = None,
     ) -> None:
         self.state = state
+        self.made, self.asked = rule, options
         self.commit: Commit = state.ledger.head if seq is None else state.ledger.get(seq)
         self.totals = _totals_of(state, self.commit.seq)
         self.options = options or ReadOptions.from_mapping(state.ledger.read_options(self.commit.seq))
@@ -65,7 +69,7 @@ class Reading:
             check_terms(self.rule)
         self.lengths = {} if lengths is None else lengths
         self.view = ReadView()
-        self._factors: Parts | None = None
+        self.settled_factors: Parts | None = None
         self._spool: Spool | None = None
 
     @contextmanager
@@ -74,7 +78,7 @@ class Reading:
         a name in `directory`, and not made again; where its disk has room for that and `beside` bytes more. Raises
         OSError."""
         specs = [spec for spec in self.state.format.tensors if spec.kind != "carried" and not self.elementwise(spec)]
-        measures = self._factors is None and self.kept_by_elements and self.options.needs(self.size())
+        measures = self.settled_factors is None and self.kept_by_elements and self.options.needs(self.size())
         nbytes = 4 * sum(spec.numel for spec in specs)
         if measures and self.commit.generation is not None and nbytes and roomy(directory, nbytes + beside):
             with closing(Spool(directory, {spec.name: spec.numel for spec in specs})) as self._spool:
@@ -91,16 +95,16 @@ class Reading:
         Returns s; where the matrices and the other tensors have two factors, that of the matrices. Raises Retry and
         Halt.
         """
-        if self._factors is None:
+        if self.settled_factors is None:
             if self.options.needs(self.size()) and self.commit.generation is not None:
                 self.measure(executor, progress)
-            self._factors = self.options.factors(self.totals, self.size())
-        return self._factors[0]
+            self.settled_factors = self.options.factors(self.totals, self.size())
+        return self.settled_factors[0]
 
     def factor(self) -> float | None:
         """The factor s as `settle` returns it; None if a pass over the tensors would be needed to know it."""
-        if self._factors is not None:
-            return self._factors[0]
+        if self.settled_factors is not None:
+            return self.settled_factors[0]
         return None if self.options.needs(self.size()) else self.options.factors(self.totals, self.size())[0]
 
     def size(self) -> Size:
@@ -187,8 +191,8 @@ class Reading:
 
     def factor_of(self, spec: TensorSpec) -> float:
         """What X of this tensor is multiplied by. `settle` comes first."""
-        assert self._factors is not None, "settle first"
-        return self._factors[0 if self._is_matrix(spec) else 1] * self.options.layer(spec)
+        assert self.settled_factors is not None, "settle first"
+        return self.settled_factors[0 if self._is_matrix(spec) else 1] * self.options.layer(spec)
 
     def elementwise(self, spec: TensorSpec) -> bool:
         """Whether `runs` gives this tensor."""
@@ -234,19 +238,15 @@ class Reading:
         given all of them. Raises Retry and Damaged."""
         specs = [spec for spec in self.state.format.tensors if spec.kind != "carried"]
         known = {} if seen is not None else self._known(specs)
-        tasks = [
-            Task(spec.name, self.need(spec), partial(self._square, spec, seen))
-            for spec in specs
-            if spec.name not in known
-        ]
+        left = [spec for spec in specs if spec.name not in known]
         squares: tuple[list[float], list[float]] = ([], [])
-        progress("measure", 0, len(tasks))
+        progress("measure", 0, len(left))
         kinds = {spec.name: 0 if self._is_matrix(spec) else 1 for spec in specs}
         for name, square in known.items():
             squares[kinds[name]].append(square)
-        for done, (name, square) in enumerate(executor.map(tasks), 1):
+        for done, (name, square) in enumerate(squares_of(self, left, executor, seen), 1):
             squares[kinds[name]].append(square)
-            progress("measure", done, len(tasks))
+            progress("measure", done, len(left))
         parts = (math.sqrt(math.fsum(squares[0])), math.sqrt(math.fsum(squares[1])))
         if self.commit.generation is not None:
             self.lengths[self._measured] = parts
@@ -270,7 +270,8 @@ class Reading:
                 found[spec.name] = square
         return found
 
-    def _square(self, spec: TensorSpec, seen: Seen | None) -> float:
+    def square(self, spec: TensorSpec, seen: Seen | None) -> float:
+        """‖X‖² of one tensor; `seen` is given X. Raises Retry and Damaged."""
         if self.times_at(spec.name) and self.has_terms(spec):
             found, square = self._by_terms(spec)
         else:

@@ -33,8 +33,11 @@ class Executor(Protocol):
     tests/unit/executors/test_contract.py says what else holds for every executor.
     """
 
-    workers: int
-    budget: int
+    @property
+    def workers(self) -> int: ...
+
+    @property
+    def budget(self) -> int: ...
 
     @property
     def elsewhere(self) -> str | None:

@@ -197,6 +197,7 @@ class TermsReading(Reading):
     read up to rounding, without the work of that."""
 
     kept_by_elements = False
+    stored = False
 
     def __init__(self, of: Reading, kept: KeptTerms, options: ReadOptions) -> None:
         super().__init__(of.state, of.rule, of.commit.seq, options, of.lengths)

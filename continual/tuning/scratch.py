@@ -23,6 +23,7 @@ class Scratch(Reading):
     would read, without the work of that."""
 
     kept_by_elements = False
+    stored = False
 
     def __init__(self, of: Reading, kept: Spool, options: ReadOptions) -> None:
         super().__init__(of.state, of.rule, of.commit.seq, options, of.lengths)

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from continual import api, making
 from continual.config import Settings
 from continual.errors import Retry
+from continual.executors.contract import silent
+from continual.rules import ReadOptions
 from continual.state import State
 from continual.state.attempts import SUFFIX, Attempt
 from tests.helpers import adapters, models
@@ -173,3 +175,18 @@ def test_a_file_that_is_another_on_the_other_machine_is_told(tmp_path: Path, bas
     with State.open(state, write=True) as again:
         assert again.ledger.head.seq == 0
         assert list((state / "generations").iterdir()) == []
+
+
+def test_a_merge_is_measured_by_orders(tmp_path: Path, base: Path) -> None:
+    """Its length is what one process finds, bit for bit; so with what no record names, which is measured here."""
+    state = _made(tmp_path / "state", base, "tsv-m")
+    with api.Merge(_settings(state), write=True) as merge:
+        for tune in _tunes(tmp_path, base):
+            assert merge.fold(tune).fate == "folded"
+    found, before = {}, Sent.posted.orders
+    for kind in (api.Merge, Sent):
+        with kind(_settings(state)) as merge:
+            reading = merge.reading(options=ReadOptions.from_mapping({"policy": "norm", "value": 1.0}))
+            found[kind] = reading.measure(merge.executor, silent)
+    assert found[Sent] == found[api.Merge] > 0.0
+    assert Sent.posted.orders > before

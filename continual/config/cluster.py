@@ -1,0 +1,28 @@
+"""The settings of a Ray cluster that does the work."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from continual.config.values import Bytes
+
+
+class RaySettings(BaseModel):
+    """The Ray cluster that does the work, and what each order asks of it; ops/docs/many-machines.md says more."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    address: str = Field(
+        default="auto", description="head of the cluster, as 10.0.0.1:6379; auto: that of this machine"
+    )
+    memory: Bytes | None = Field(
+        default=None, description="bytes that an order reserves, as 8GB; default: what its largest tensor takes"
+    )
+    gpus: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="GPUs that an order takes, or the share of one; 0: it computes on the CPU"
+    )
+    max_retries: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="how often an order is sent out again whose worker died"
+    )

@@ -1,0 +1,73 @@
+"""A job whose pieces leave marks in a directory: what is asked of every executor, whichever process does them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from continual.errors import Refuse
+from continual.executors.contract import Task
+from continual.executors.orders import WorkJob, WorkPiece
+
+UNTIL = 60.0
+
+
+class Mark(NamedTuple):
+    """What a piece gives back: its name, and the threads of torch where it ran."""
+
+    name: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class MarkJob(WorkJob[Mark]):
+    """Pieces named by what they do: `plain-N`, `broken-N` (fails), `together-N` (waits until as many have begun as the
+    directory says in `wanted`), `after-X` (waits for the file X)."""
+
+    directory: Path
+
+    def open(self) -> Marking:
+        (self.directory / f"opened-{time.time_ns()}").touch()
+        return Marking(self.directory)
+
+
+class Marking:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def work(self, names: Sequence[str]) -> list[Mark]:
+        return [self._one(name) for name in names]
+
+    def close(self) -> None:
+        pass
+
+    def _one(self, name: str) -> Mark:
+        (self._directory / f"begun-{name}").touch()
+        kind, _, rest = name.partition("-")
+        if kind == "broken":
+            raise Refuse("zero", f"{name} cannot be done", by=("x",))
+        if kind == "together":
+            wanted = int((self._directory / "wanted").read_text())
+            self._wait(lambda: len(list(self._directory.glob("begun-together-*"))) >= wanted)
+        if kind == "after":
+            self._wait((self._directory / rest).exists)
+        (self._directory / f"ended-{name}").touch()
+        return Mark(name, torch.get_num_threads())
+
+    @staticmethod
+    def _wait(until: object) -> None:
+        assert callable(until)
+        began = time.monotonic()
+        while not until():
+            assert time.monotonic() < began + UNTIL
+            time.sleep(0.005)
+
+
+def tasks(job: MarkJob, names: Sequence[str]) -> list[Task[Mark]]:
+    """A task for each, so large that each is an order of its own."""
+    return [Task(name, 1, WorkPiece(job, name), reads=1 << 40) for name in names]

@@ -1,0 +1,120 @@
+"""What every executor keeps to with pieces of a job, in whichever process they are done: here, through bytes, on a Ray
+cluster. Tasks that are no pieces are in `test_contract`."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from continual.errors import Abandoned, Misconfigured, Refuse
+from continual.executors.contract import Executor, Task
+from continual.executors.local import Local
+from continual.executors.orders import WorkPiece, at_hand, groups, order_of
+from continual.executors.ray import OnRay, RayAsked
+from tests.helpers import on_cluster
+from tests.helpers.marking import Mark, MarkJob, tasks
+from tests.helpers.posted import Posted
+
+MANY = 1 << 40
+Make = Callable[[int], Executor]
+
+
+def _on_ray(workers: int) -> OnRay:
+    return OnRay(RayAsked(on_cluster.address(), workers=workers), Local(workers, MANY), threading.Event())
+
+
+EXECUTORS: dict[str, Make] = {
+    "local": lambda workers: Local(workers, MANY),
+    "posted": lambda _: Posted(),
+    "ray": _on_ray,
+}
+
+
+@pytest.fixture(params=EXECUTORS)
+def make(request: pytest.FixtureRequest) -> Make:
+    return EXECUTORS[request.param]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> MarkJob:
+    return MarkJob(secrets.token_hex(8), tmp_path)
+
+
+def test_each_result_has_its_name_and_torch_one_thread(make: Make, job: MarkJob) -> None:
+    names = [f"plain-{n}" for n in range(7)]
+    found = dict(make(2).map(tasks(job, names)))
+    assert {name: mark.name for name, mark in found.items()} == {name: name for name in names}
+    assert {mark.threads for mark in found.values()} == {1}
+
+
+def test_an_error_comes_as_it_was_raised_and_nothing_runs_any_more(make: Make, job: MarkJob, tmp_path: Path) -> None:
+    names = ["broken-0", *(f"plain-{n}" for n in range(60))]
+    with pytest.raises(Refuse, match="broken-0 cannot be done") as caught:
+        list(make(2).map(tasks(job, names)))
+    assert (caught.value.reason, caught.value.by) == ("zero", ("x",))
+    begun = len(list(tmp_path.glob("begun-*")))
+    assert begun < 50
+    assert len(list(tmp_path.glob("begun-*"))) == begun
+
+
+def test_as_many_at_a_time_as_there_are_workers(make: Make, job: MarkJob, tmp_path: Path) -> None:
+    executor = make(3)
+    (tmp_path / "wanted").write_text(str(executor.workers))
+    names = [f"together-{n}" for n in range(executor.workers)]
+    assert sorted(name for name, _ in executor.map(tasks(job, names))) == names
+
+
+def test_a_result_is_there_as_soon_as_its_order_has_ended(make: Make, job: MarkJob, tmp_path: Path) -> None:
+    results = make(2).map(tasks(job, ["plain-0", "after-go"]))
+    assert next(results)[0] == "plain-0"
+    (tmp_path / "go").touch()
+    assert [name for name, _ in results] == ["after-go"]
+
+
+def test_nothing_to_do_and_used_again(make: Make, job: MarkJob) -> None:
+    executor = make(2)
+    assert list(executor.map([])) == []
+    for number in range(2):
+        assert [name for name, _ in executor.map(tasks(job, [f"plain-{number}"]))] == [f"plain-{number}"]
+
+
+def test_what_is_no_piece_is_done_here(make: Make) -> None:
+    here = threading.get_ident()
+    assert dict(make(2).map([Task("closure", 1, lambda: here)])) == {"closure": here}
+
+
+def test_what_is_open_already_is_not_opened_again(job: MarkJob, tmp_path: Path) -> None:
+    with at_hand(job, job.open()):
+        list(Local(2, MANY).map(tasks(job, [f"plain-{n}" for n in range(4)])))
+    assert len(list(tmp_path.glob("opened-*"))) == 1
+
+
+def test_orders_take_pieces_of_one_job_up_to_so_many_bytes_or_a_whole(job: MarkJob, tmp_path: Path) -> None:
+    other = MarkJob("other", tmp_path)
+    pieces = [Task(f"a{n}", 1, WorkPiece(job, f"a{n}"), reads=100) for n in range(5)]
+    pieces += [Task("b", 1, WorkPiece(other, "b"), reads=1000), Task("c", 1, WorkPiece(other, "c"))]
+    pieces += [Task(f"w{n}", 1, WorkPiece(other, f"w{n}", "file"), reads=1000) for n in range(3)]
+    found = [order for group in groups(pieces, 250) if (order := order_of(group)) is not None]
+    assert [order.names for order in found] == [("a0", "a1"), ("a2", "a3"), ("a4",), ("b",), ("c",), ("w0", "w1", "w2")]
+    closures: list[Task[Mark]] = [Task("d", 1, lambda: Mark("d", 1)), *pieces[:1]]
+    assert [order_of(group) is None for group in groups(closures, 250)] == [True, False]
+
+
+def test_a_stop_ends_orders_at_once(job: MarkJob, tmp_path: Path) -> None:
+    stopping = threading.Event()
+    executor = OnRay(RayAsked(on_cluster.address(), workers=2), Local(1, MANY), stopping)
+    results = executor.map(tasks(job, ["plain-0", "after-never"]))
+    assert next(results)[0] == "plain-0"
+    stopping.set()
+    with pytest.raises(Abandoned, match="stopping"):
+        next(results)
+    assert not (tmp_path / "ended-after-never").exists()
+
+
+def test_a_ray_client_is_refused_by_its_address() -> None:
+    with pytest.raises(Misconfigured, match="not as a Ray Client"):
+        OnRay(RayAsked("ray://127.0.0.1:10001"), Local(1, MANY), threading.Event())
