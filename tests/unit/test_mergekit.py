@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from continual.config import load, mergekit
 from continual.errors import Misconfigured
 from continual.rules import rule
 from tests.helpers import models
+from tests.helpers.pages import DOCS, blocks
 
 A, B = {"model": "org/a"}, {"model": "org/b"}
 
@@ -137,6 +139,14 @@ def test_an_adapter_on_the_base_is_the_adapter_and_a_path_is_a_path(tmp_path: Pa
     file = tmp_path / "continual.toml"
     file.write_text(found.settings())
     assert set(load({}, file=file, environ={}).weights) == {"org/lora", "it's [[]one]"}
+
+
+def test_the_page_shows_what_is_printed(tmp_path: Path) -> None:
+    page = DOCS / "recipes.md"
+    (given,) = blocks(page, "yaml")
+    assert read(tmp_path, given).settings() + "\n" in blocks(page, "toml")
+    methods = re.findall(r"^\| (`\w+`(?:, `\w+`)?) \|", page.read_text(), re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(methods))) == set(mergekit._FORMULAS)
 
 
 def test_the_merge_is_the_weighted_sum(tmp_path: Path) -> None:
