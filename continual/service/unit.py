@@ -87,7 +87,11 @@ def _outside(settings: Settings) -> Iterator[str]:
         yield "allow_remote"
     if settings.sources:
         yield "sources"
-    addresses = [hook.url for hook in settings.hooks]
+    if not isinstance(settings.state, Path):
+        yield "the store of the state"
+    if settings.notify.urls:
+        yield "notify"
+    addresses = [settings.otlp, *(hook.url for hook in settings.hooks)]
     canaries: list[CanarySettings | None] = [settings.release.canary, *(v.canary for v in settings.views.values())]
     addresses += [canary.prometheus for canary in canaries if canary is not None]
     for address in addresses:

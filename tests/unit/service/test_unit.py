@@ -54,6 +54,9 @@ def test_a_percent_sign_and_quotes_are_no_specifiers() -> None:
         ({"allow_remote": True}, "allow_remote"),
         ({"hooks": [{"kind": "http", "url": "http://10.0.0.9:30000"}]}, "10.0.0.9"),
         ({"hooks": [{"kind": "http", "url": "http://127.0.0.1:30000"}]}, None),
+        ({"otlp": "http://10.0.0.9:4318"}, "10.0.0.9"),
+        ({"otlp": "http://localhost:4318"}, None),
+        ({"notify": {"urls": ["json://10.0.0.9"]}}, "notify"),
         ({"release": {"canary": {"prometheus": "http://prom:9090"}}}, "prom"),
         ({}, None),
     ],
@@ -76,3 +79,10 @@ def test_a_base_that_the_state_names_may_be_read(tmp_path: Path) -> None:
 
     making.init(models.base(tmp_path / "base"), tmp_path / "state")
     assert f"RequiresMountsFor={tmp_path / 'base'}" in lines(state=tmp_path / "state")
+
+
+def test_a_state_on_an_object_store_needs_the_network_and_no_folder() -> None:
+    pytest.importorskip("obstore", reason="obstore is not installed (the extra s3)")
+    found = lines(state="s3://bucket/state")
+    assert "# for the store of the state" in found
+    assert not any(line.startswith("ReadWritePaths") for line in found)
