@@ -29,7 +29,9 @@ from continual.tensors.matched.matching import naming_of, sources
 
 
 def check_certifiable(state: State, rule: Rule) -> None:
-    """Raises Misconfigured where no certificate of a removal can be written: what is kept is no plain sum."""
+    """Raises Misconfigured where no certificate of a removal can be written: what is kept is no plain sum, or is no
+    files."""
+    _on_a_disk(state.path)
     why = None
     if state.format.form is not None:
         why = "a state of adapters keeps models apart, and takes one out whole"

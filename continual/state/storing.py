@@ -121,8 +121,10 @@ def _created(path: ObjectPath, data: bytes, may: Callable[[], None]) -> None:
             may()
             path.objects.create(path.key, data)
             return
-        except Halt as error:
-            raise Halt(f"{_unknown(path)} ({error})") if unknown else error from None
+        except Halt:
+            if unknown:
+                raise Halt(f"{_unknown(path)} (and its lease ran out meanwhile)") from None
+            raise
         except FileExistsError:
             trouble: OSError | None = None
         except PermissionError:

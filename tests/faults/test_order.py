@@ -330,7 +330,7 @@ def callers(names: set[str]) -> dict[str, set[str]]:
             continue
         for function in (n for n in ast.walk(module.tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)):
             called = {ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)}
-            if mine := {c for c in called if c in names or f".{c.split('.')[-1]}" in names}:
+            if mine := {c for c in called if c in names or ("." in c and f".{c.split('.')[-1]}" in names)}:
                 found[f"{name.removeprefix('continual.')}.{function.name}"] = mine
     return found
 

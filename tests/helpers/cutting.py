@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 Fault = Literal["", "cut", "half", "late", "twice", "again", "lost", "unconditional"]
 """What becomes of a request. `cut`: it is done, and nothing of the answer comes; `half`: half of it; `late`: it comes
-after a while; `twice`: it comes twice; `again`: the request is done twice, and the second answer comes; `lost`: nothing
-is done; `unconditional`: it is done without its condition."""
+after a while; `twice`: it comes twice, and then the end; `again`: the request is done twice, and the second answer
+comes; `lost`: nothing is done; `unconditional`: it is done without its condition."""
 
 
 @dataclass
@@ -87,8 +87,10 @@ def _passed(proxy: Cutting, request: bytes, client: socket.socket, server: socke
         return False
     if fault == "late":
         time.sleep(proxy.late)
-    for _ in range(2 if fault == "twice" else 1):
+    client.sendall(answer)
+    if fault == "twice":
         client.sendall(answer)
+        return False  # else it would be the answer to what is asked next, which no client can tell
     return True
 
 

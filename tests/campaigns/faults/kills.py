@@ -1,23 +1,24 @@
 """The kill campaign: SIGKILL a loop of real folds at chosen and random instants, and look at what is left each time.
 
-    python -m tests.campaigns.faults.kills --kills 200 [--adapters] [--span 4]
+    python -m tests.campaigns.faults.kills --kills 200 [--adapters] [--span 4] [--store moto|seaweedfs]
 
 A child process folds model after model and announces each step of the commit protocol through a pipe before it begins.
 The parent draws a step and kills either while the child still waits for leave to begin it, or a random moment after.
 After each kill the state must open at the last acknowledged fold, or one further if its link was done, and `verify`
 must be clean; at the end it must be bit-equal to an uninterrupted run's. `--adapters`: adapters into a state that keeps
 them as they are, and cuts them more and more. `--span`: an excerpt of the ledger is of so many records, so that kills
-fall beside it, and what is folded next goes by it.
+fall beside it, and what is folded next goes by it. `--store`: the state is on an object store, whose lease is 2
+seconds, so that whoever opens it after a kill waits for that.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -27,16 +28,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from continual.state import State, excerpts
+from continual.state.backup import Wish, backup
 from continual.state.excerpts import Sealed
 from continual.state.verify import verify
+from continual.stores import ObjectPath, Where, where
+from tests.helpers import object_stores
 
+LEASE = 2.0
 STEPS = ("begin", "chunks", "fsync-files", "fsync-dirs", "temp-commit", "link", "fsync-commits", "head", "acknowledged")
 
 
 def fold_loop(state: str, models: list[str], pipe: Connection | None, span: int) -> None:
     """The child: folds every model in order; before each step it says so and waits for leave."""
     from continual.api import Merge
-    from continual.config import Settings
+    from continual.config import settings_of
 
     excerpts.SPAN = span
 
@@ -45,7 +50,7 @@ def fold_loop(state: str, models: list[str], pipe: Connection | None, span: int)
             pipe.send((step, merge.state.ledger.head.seq))
             pipe.recv()
 
-    merge = Merge(Settings(state=Path(state), workers=2), write=True, on_step=announce)
+    merge = Merge(settings_of({"state": state, "workers": 2, "lease": LEASE}), write=True, on_step=announce)
     with merge:
         for model in models:
             merge.fold(model)
@@ -53,9 +58,11 @@ def fold_loop(state: str, models: list[str], pipe: Connection | None, span: int)
         pipe.send(("done", merge.state.ledger.head.seq))
 
 
-def campaign(work: Path, kills: int, seed: int = 0, *, kept: bool = False) -> dict[str, object]:
-    """Runs the campaign under `work`, with `kept` on a state that keeps adapters as they are; returns the histogram and
-    counts. Raises AssertionError at the first broken promise."""
+def campaign(
+    work: Path, kills: int, seed: int = 0, *, kept: bool = False, at: Where | None = None
+) -> dict[str, object]:
+    """Runs the campaign under `work`, with `kept` on a state that keeps adapters as they are, `at` a place on an object
+    store; returns the histogram and counts. Raises AssertionError at the first broken promise."""
     from continual import making
     from tests.helpers import adapters, models
 
@@ -63,9 +70,9 @@ def campaign(work: Path, kills: int, seed: int = 0, *, kept: bool = False) -> di
     base = models.base(work / "base")
     make = adapters.lora if kept else lambda directory, base, seed: models.fine_tune(base, directory, seed)
     fine_tunes = [str(make(work / f"ft-{i:03d}", base, i)) for i in range(max(8, kills))]
-    state, straight = work / "state", work / "straight"
+    state, straight = at or work / "state", work / "straight"
     making.init(base, state, making.Recipe(width=16 if kept else None))
-    shutil.copytree(state, straight)
+    backup(state, straight, Wish(copy=True), lambda _what, _done, _all: None)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["continual.api"])
     draw = random.Random(seed)
@@ -93,7 +100,7 @@ def campaign(work: Path, kills: int, seed: int = 0, *, kept: bool = False) -> di
 
 def _one_kill(
     context: multiprocessing.context.ForkServerContext,
-    state: Path,
+    state: Where,
     fine_tunes: list[str],
     target: str,
     skip: int,
@@ -131,7 +138,7 @@ def _one_kill(
     return last, acknowledged
 
 
-def _check(state: Path, last: str, acknowledged: int) -> None:
+def _check(state: Where, last: str, acknowledged: int) -> None:
     with State.open(state, write=True) as opened:
         head = opened.ledger.head.seq
         linked = STEPS.index(last) >= STEPS.index("link") if last in STEPS else False
@@ -140,28 +147,30 @@ def _check(state: Path, last: str, acknowledged: int) -> None:
         )
         findings = verify(opened)
         assert not findings, findings
+        if isinstance(state, ObjectPath):  # what nobody names goes there when nothing can come of it any more
+            return
         left = {p.name for p in (state / "generations").iterdir()}
         assert left == {c.generation for c in opened.ledger.log if c.generation} & left, "an orphan survived the open"
 
 
-def _finish(context: multiprocessing.context.ForkServerContext, state: Path, fine_tunes: list[str]) -> None:
+def _finish(context: multiprocessing.context.ForkServerContext, state: Where, fine_tunes: list[str]) -> None:
     child = context.Process(target=fold_loop, args=(str(state), fine_tunes, None, excerpts.SPAN))
     child.start()
     child.join()
     assert child.exitcode == 0, child.exitcode
 
 
-def _folded(state: Path) -> list[tuple[str | None, float]]:
+def _folded(state: Where) -> list[tuple[str | None, float]]:
     with State.open(state) as opened:
         return [(c.entry.digest, c.entry.numbers.tau_norm) for c in opened.ledger.folds()]
 
 
-def _sealed(state: Path) -> int:
+def _sealed(state: Where) -> int:
     with State.open(state) as opened:
         return sum(isinstance(commit, Sealed) for commit in opened.ledger.log)
 
 
-def _bits(state: Path) -> dict[tuple[str, str], bytes]:
+def _bits(state: Where) -> dict[tuple[str, str], bytes]:
     with State.open(state) as opened:
         return {
             (name, slot): opened.read(name, slot).tobytes()
@@ -176,11 +185,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapters", action="store_true", help="adapters into a state that keeps them as they are")
     parser.add_argument("--span", type=int, default=excerpts.SPAN, help="records that an excerpt is of")
+    parser.add_argument("--store", choices=("moto", "seaweedfs"), help="the state is on this object store")
     parser.add_argument("--dir", type=Path, help="where to work; default: a temporary directory")
     args = parser.parse_args()
     excerpts.SPAN = args.span
-    with tempfile.TemporaryDirectory() as temporary:
-        result = campaign(args.dir or Path(temporary) / "kills", args.kills, args.seed, kept=args.adapters)
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        at = None
+        if args.store:
+            address = stack.enter_context(object_stores.serving(args.store, Path(temporary)))
+            os.environ.update(object_stores.environment(address))
+            at = where(f"s3://{object_stores.BUCKET}/kills", LEASE)
+        result = campaign(args.dir or Path(temporary) / "kills", args.kills, args.seed, kept=args.adapters, at=at)
     json.dump(result, sys.stdout, indent=2)
     print()
 
