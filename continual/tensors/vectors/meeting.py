@@ -28,13 +28,12 @@ class Meeting(NamedTuple):
 
 def meeting_of(tau: Single, merged: Single) -> Meeting:
     """Of two matrices of one shape."""
-    square, length = float(np.vdot(tau, tau)), float(np.abs(tau).sum())
-    found = float(np.vdot(merged, merged))
+    square, found = float(np.vdot(tau, tau)), float(np.vdot(merged, merged))
     if not (0.0 < square < np.inf and 0.0 < found < np.inf):
         return Meeting()
-    along = tau @ _leading(merged)
-    against = float(np.abs(tau[(tau > 0) != (merged > 0)]).sum())
-    return Meeting(min(1.0, float(np.vdot(along, along)) / square), min(1.0, against / length))
+    along, lengths = tau @ _leading(merged), np.abs(tau)
+    against = float(lengths[(tau > 0) != (merged > 0)].sum()) / float(lengths.sum())
+    return Meeting(min(1.0, float(np.vdot(along, along)) / square), min(1.0, against))
 
 
 def _leading(merged: Single) -> Single:

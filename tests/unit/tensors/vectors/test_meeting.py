@@ -35,7 +35,7 @@ def test_signs() -> None:
     assert meeting_of(matrix(80), merged).conflict == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf, 3e38])
 def test_of_nothing_nothing_is_said(value: float) -> None:
     odd = np.full((96, 80), value, np.float32)
     assert meeting_of(odd, matrix(3)) == meeting_of(matrix(3), odd) == Meeting()
