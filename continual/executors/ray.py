@@ -55,6 +55,12 @@ class WorkerFigures:
     nbytes: int = 0
     seconds: float = 0.0
 
+    def add(self, group: Sequence[Task[T]], answer: WorkAnswer) -> None:
+        """Counts an order that was done."""
+        self.orders += 1
+        self.seconds += answer.seconds
+        self.nbytes += sum(task.reads for task in group)
+
 
 @dataclass
 class RayFigures:
@@ -127,6 +133,7 @@ class OnRay:
         jobs: dict[str, Any] = {}
         running: dict[Any, list[Task[T]]] = {}
         lost: dict[str, int] = {}
+        here: dict[str, WorkerFigures] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < most:
@@ -147,7 +154,12 @@ class OnRay:
                         self._again(group, lost, error)
                         waiting.appendleft(group)
                         continue
+                    mine = here.setdefault(answer.machine, WorkerFigures())
+                    mine.add(group, answer)
+                    FIGURES.workers.setdefault(answer.machine, WorkerFigures()).add(group, answer)
                     yield from _received(answer, group)
+            said = (f"{name}: {one.orders} orders, {one.seconds:.1f} s" for name, one in sorted(here.items()))
+            _log.info("done on the cluster by machine: %s", "; ".join(said))
         finally:
             _end(ray, list(running))
 
@@ -192,10 +204,6 @@ class OnRay:
 
 def _received(answer: WorkAnswer, group: Sequence[Task[T]]) -> Iterator[tuple[str, T]]:
     """The results of an order, by name. Raises its error."""
-    mine = FIGURES.workers.setdefault(answer.machine, WorkerFigures())
-    mine.orders += 1
-    mine.seconds += answer.seconds
-    mine.nbytes += sum(task.reads for task in group)
     if answer.error is not None:
         raise answer.error
     for task, result in zip(group, answer.results, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -34,7 +35,8 @@ PORTS = (
 STORE = 100_000_000
 """Bytes of the object store of a node: jobs and receipts."""
 MEMORY = 3 << 30
-UNTIL = 150.0
+UNTIL = 75.0
+TRIES = 4
 
 
 def free_port() -> int:
@@ -50,42 +52,58 @@ class RayNodes:
         self._directory = directory
         self._environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
         self._nodes: list[subprocess.Popen[bytes]] = []
-        self.address = f"127.0.0.2:{free_port()}"
+        self.address = ""
 
-    def start(self, cpus: int = 1) -> subprocess.Popen[bytes]:
-        """Starts the head, or a further node, and waits until it is up."""
+    def start(self, cpus: int = 1) -> None:
+        """Starts the head, or a further node, and waits until it is up. On a busy machine an agent of Ray may take
+        longer than the 15 seconds that it is given: then once more."""
+        for left in reversed(range(TRIES)):
+            if not self._nodes:
+                self.address = f"127.0.0.2:{free_port()}"
+            log = self._directory / f"{secrets.token_hex(4)}.log"
+            with open(log, "wb") as output:
+                node = subprocess.Popen(
+                    self._command(cpus),
+                    env=self._environment,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            began = time.monotonic()
+            while node.poll() is None and time.monotonic() < began + UNTIL:
+                if b"Ray runtime started." in log.read_bytes():
+                    self._nodes.append(node)
+                    return
+                time.sleep(0.1)
+            _end(node)
+            if not left:
+                raise RuntimeError(f"no Ray node here: {log.read_text()[-2000:]}")
+
+    def _command(self, cpus: int) -> list[str]:
         head = ["--head", "--port", self.address.partition(":")[2], "--include-dashboard=false"]
-        head += ["--no-monitor", "--temp-dir", str(self._directory), "--disable-usage-stats"]
+        head += ["--no-monitor", "--temp-dir", tempfile.mkdtemp(dir=self._directory), "--disable-usage-stats"]
         # 127.0.0.1 is taken for the address of the network card
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
         command += [f"--node-ip-address=127.0.0.{2 + len(self._nodes)}"]
         command += ["--address", self.address] if self._nodes else head
         command += [word for port in PORTS for word in (port, str(free_port()))]
         command += ["--num-cpus", str(cpus), "--num-gpus", "0", "--memory", str(MEMORY)]
-        command += ["--object-store-memory", str(STORE), "--include-log-monitor", "false"]
-        log = self._directory / f"node-{len(self._nodes)}.log"
-        with open(log, "wb") as output:
-            node = subprocess.Popen(
-                command, env=self._environment, stdout=output, stderr=output, start_new_session=True
-            )
-        self._nodes.append(node)
-        began = time.monotonic()
-        while b"Ray runtime started." not in log.read_bytes():
-            if node.poll() is not None or time.monotonic() > began + UNTIL:
-                raise RuntimeError(f"no Ray node here: {log.read_text()[-2000:]}")
-            time.sleep(0.1)
-        return node
+        return [*command, "--object-store-memory", str(STORE), "--include-log-monitor", "false"]
 
     def stop(self) -> None:
         """Ends all nodes, the head last."""
         for node in reversed(self._nodes):
-            node.terminate()
-        for node in reversed(self._nodes):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                node.wait(20)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
+            _end(node)
+
+
+def _end(node: subprocess.Popen[bytes]) -> None:
+    """Ends a node with all its processes."""
+    node.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        node.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
 
 
 @contextlib.contextmanager
