@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from continual.api import Merge
 from continual.config import Settings
@@ -66,7 +67,8 @@ class Recalling:
     def refusals(self, wanted: RowsWanted) -> RefusalList:
         """The refusals that are asked for."""
         found = self.past.wanted_refusals(wanted)
-        return RefusalList(tuple(map(showing.refusal, found.commits)), found.total, found.before)
+        rows = (replace(showing.refusal(commit), now=self._now(commit)) for commit in found.commits)
+        return RefusalList(tuple(rows), found.total, found.before)
 
     def fold(self, seq: int, part: int = 0) -> AboutFold | None:
         """All that is told of a fold; None where record `seq` brought no such one."""
@@ -223,6 +225,14 @@ class Recalling:
             merged_norm=numbers.merged_norm,
             conflict=_mean(numbers.met.conflict if numbers.met else None),
         )
+
+    def _now(self, refusal: Commit) -> str:
+        """What has become of a model that was refused, in words."""
+        settled = self.merge.state.ledger.fate(refusal.key or "")
+        if settled is None:
+            return "looked at again"
+        fate = settled.entry.fate
+        return "in the merge" if fate == "folded" else "kept out" if settled.kind == "refuse" else str(fate)
 
     def _changes(self, numbers: FoldNumbers) -> tuple[GroupChange, ...]:
         norms = _norms(numbers, len(self.groups))

@@ -104,6 +104,7 @@ def test_a_refused_model_is_accepted_with_a_reason(served: tuple[str, Path]) -> 
     assert asked["numbers"] == {"because": "<i>it is large on purpose", "by": "an operator, on the status page"}
     until(lambda: "mallory" in [fold["model"] for fold in status(address)["last_folds"]], "it is folded")
     assert "<i>" not in client.get(f"/models/{row['model_id']}").text
+    assert client.get("/api/refusals").json()["rows"][0]["now"] == "in the merge"
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class ShownFold:
 @dataclass(frozen=True, slots=True)
 class ShownRefusal:
     """A refusal: the number and time of its record, the model's name, the short reason and the sentence; `model_id`: as
-    in `ShownFold`."""
+    in `ShownFold`; `now`: what it is by now, in words, where that was asked."""
 
     seq: int
     time: str
@@ -63,6 +63,7 @@ class ShownRefusal:
     reason: str | None
     message: str | None
     model_id: str = ""
+    now: str = ""
 
 
 @dataclass(frozen=True, slots=True)

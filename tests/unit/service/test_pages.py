@@ -117,6 +117,7 @@ def test_what_became_of_each_fold_is_said(client: TestClient, seq: int, fate: st
 
 def test_a_refused_model_has_a_page_that_says_why_and_what_to_do(client: TestClient, live: Live) -> None:
     row = next(row for row in client.get("/api/refusals").json()["rows"] if row["reason"] == "zero")
+    assert row["now"] == "kept out"
     page = client.get(f"/models/{row['model_id']}").text
     assert html.escape(row["message"]) in page
     assert f"continual retry {row['seq']} --state {live.directory}" in page

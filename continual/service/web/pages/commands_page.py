@@ -63,7 +63,8 @@ def _more(form: str) -> Html:
 
 def _errand(errand: Errand, form: str) -> Html:
     kind = {"done": "good", "failed": "bad"}.get(errand.state, "")
-    asked = ", ".join(f"{key} {value}" for key, value in errand.asked.items() if key != "command")
+    asked = ", ".join(f"{key} {value}" for key, value in errand.asked.items() if key not in ("command", "dry_run"))
+    asked += " (only looked at)" if errand.asked.get("dry_run") else ""
     notes = "".join(f"<p>{escape(note)}</p>" for note in errand.notes)
     came = _came_of(errand)
     return Html(

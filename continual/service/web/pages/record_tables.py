@@ -94,7 +94,11 @@ def refusals(found: Sequence[ShownRefusal]) -> Html:
     """What was refused, and why."""
     if not found:
         return paragraph("None.", "none")
+    now = any(r.now for r in found)
     return table(
-        ("record", "when", "model", "reason", "why"),
-        ((r.seq, when(r.time), to_model(r.model_id, r.model), r.reason, r.message) for r in found),
+        ("record", "when", "model", *(("now",) if now else ()), "reason", "why"),
+        (
+            (r.seq, when(r.time), to_model(r.model_id, r.model), *((r.now,) if now else ()), r.reason, r.message)
+            for r in found
+        ),
     )
