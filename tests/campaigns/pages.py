@@ -6,10 +6,10 @@
 Makes a state with so many records (three of four are folds), runs a daemon on it, and asks each page one at a time.
 Printed are the processor milliseconds of the daemon for each (all of its threads, the mean of `--times` requests after
 one that is not counted), and with `--requests` how its resident memory went over so many requests to all of them. With
-`--browser` chromium opens each page at three widths in both themes: what loading takes of its renderer's processor
-(`TaskDuration`; of the first nothing is counted), whether it is wider than the screen, what it wrote to the console, whom it asked, and with `--axe` (a
-file of the package axe-core, which is not part of this repository) what that finds. It ends with 1 where something is
-wrong.
+`--browser` chromium opens each page at three widths in both themes, once it has opened one that is not counted: what
+loading takes of its renderer's processor (`TaskDuration`), whether it is wider than the screen, what it wrote to the
+console, whom it asked, and with `--axe` (a file of the package axe-core, which is not part of this repository) what
+that finds. It ends with 1 where something is wrong.
 """
 
 from __future__ import annotations
