@@ -18,7 +18,7 @@ _WORDS = {
     "bytes": "size",
     "digest": "digest of its tensors",
     "totals": "totals of the merge",
-    "numbers": "what was measured",
+    "numbers": "figures",
     "tau_norm": "length of its task vector",
     "base_norm": "length of the base",
     "merged_norm": "length of the merge with it",

@@ -78,6 +78,8 @@ class _Recipe:
         self._only_known()
         models = list(self._models())
         named = self._body.get("base_model") or base
+        if base is not None and named != base:
+            raise self._wrong("base_model", f"is {named}, and --base says {base}: leave --base out")
         if not isinstance(named, str):
             raise self._wrong(
                 "base_model", "is missing: mergekit's linear needs none, continual does; name it by --base"

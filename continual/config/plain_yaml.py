@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from continual.errors import Misconfigured
+from continual.outside import Irregular, read_regular
 
 LARGEST = 1 << 20
 """Bytes of the largest file that is read."""
@@ -17,15 +18,11 @@ def read(file: Path) -> dict[str, object]:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        with file.open("rb") as opened:
-            data = opened.read(LARGEST + 1)
-        if len(data) > LARGEST:
-            raise Misconfigured(f"{file}: it is larger than {LARGEST} bytes")
-        text = data.decode("utf-8")
+        text = read_regular(file, LARGEST).decode("utf-8")
         _check_once(yaml.compose(text, yaml.SafeLoader))
         body = yaml.safe_load(text)
     except OSError as error:
-        raise Misconfigured(f"{file}: {error.strerror}") from None
+        raise Misconfigured(str(error) if isinstance(error, Irregular) else f"{file}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise Misconfigured(f"{file}: no YAML that can be read ({' '.join(str(error).split())[:300]})") from None
     if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):

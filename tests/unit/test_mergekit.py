@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from continual import api, making
-from continual.config import load, mergekit
+from continual.config import load, mergekit, plain_yaml
 from continual.errors import Misconfigured
 from continual.rules import rule
 from tests.helpers import models
@@ -139,6 +140,20 @@ def test_an_adapter_on_the_base_is_the_adapter_and_a_path_is_a_path(tmp_path: Pa
     file = tmp_path / "continual.toml"
     file.write_text(found.settings())
     assert set(load({}, file=file, environ={}).weights) == {"org/lora", "it's [[]one]"}
+
+
+def test_a_file_that_is_none_and_two_bases_are_told_of(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    large = tmp_path / "large.yml"
+    large.write_text("#" * (plain_yaml.LARGEST + 1))
+    for file, said in ((tmp_path / "pipe", "no regular file"), (tmp_path / "gone", "No such file"), (large, "bytes")):
+        with pytest.raises(Misconfigured, match=said):
+            mergekit.read(file)
+    file = tmp_path / "m.yml"
+    file.write_text(json.dumps(recipe("ties", DENSE)))
+    assert mergekit.read(file, "org/base") == mergekit.read(file)
+    with pytest.raises(Misconfigured, match="base_model: is org/base, and --base says org/other"):
+        mergekit.read(file, "org/other")
 
 
 def test_the_page_shows_what_is_printed(tmp_path: Path) -> None:
