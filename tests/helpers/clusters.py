@@ -51,6 +51,11 @@ class RayNodes:
     def __init__(self, directory: Path, environment: Mapping[str, str] | None = None) -> None:
         self._directory = directory
         self._environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
+        # Ray imports jsonschema, which imports this where it is there, and it takes seconds to make its grammar
+        (directory / "without").mkdir()
+        (directory / "without" / "rfc3987_syntax.py").write_text("raise ImportError\n")
+        path = f"{directory / 'without'}{os.pathsep}{self._environment['PYTHONPATH']}"
+        self._environment["PYTHONPATH"] = path
         self._nodes: list[subprocess.Popen[bytes]] = []
         self.address = ""
 
