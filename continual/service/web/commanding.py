@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 from continual.service.control import requests
 from continual.service.control.requests import parse
 from continual.service.web.errands import Errand, Errands, Perform
+from continual.service.web.looking import in_path
 from continual.service.web.machines import AsciiJson
 from continual.service.web.openapi import Described
 from continual.service.web.pages import commands_page
@@ -57,7 +58,7 @@ class Commanding:
             Route("/sign-out", self._sign_out, methods=["POST"]),
             Route("/commands", self._form, methods=["POST"]),
             Route("/api/commands", self._program, methods=["POST"]),
-            Route("/api/commands/{number:int}", self._asked, methods=["GET"]),
+            Route("/api/commands/{number}", self._asked, methods=["GET"]),
         ]
 
     def described(self) -> list[Described]:
@@ -144,7 +145,7 @@ class Commanding:
     async def _asked(self, request: Request) -> Response:
         if (refusal := await self._unknown(request)) is not None:
             return refusal
-        errand = self.errands.get(request.path_params["number"])
+        errand = self.errands.get(in_path(request, "number"))
         return AsciiJson({"error": "there is none"}, 404) if errand is None else AsciiJson(jsonable(errand))
 
     async def _unknown(self, request: Request) -> Response | None:

@@ -58,6 +58,12 @@ def wanted(request: Request, limit: int = 50) -> RowsWanted:
     return RowsWanted(search, number(request, "before"), most)
 
 
+def in_path(request: Request, called: str) -> int:
+    """The number in the path of an address; one that no record has where it is none."""
+    text = str(request.path_params[called])
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else _LARGEST
+
+
 def number(request: Request, called: str, default: int | None = None) -> int | None:
     """A whole number of the address, not below zero. Raises AskedWrongly."""
     text = request.query_params.get(called)

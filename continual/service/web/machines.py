@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from continual.service.web import openapi
-from continual.service.web.looking import AskedWrongly, PageLook, number, wanted
+from continual.service.web.looking import AskedWrongly, PageLook, in_path, number, wanted
 from continual.service.web.openapi import Described
 from continual.service.web.recalled import (
     AboutFold,
@@ -98,9 +98,7 @@ class Machines:
 
     def routes(self) -> list[BaseRoute]:
         """The routes that read."""
-        return [
-            Route(row.described.path.replace("{seq}", "{seq:int}"), partial(_told, row.answer)) for row in self.table()
-        ]
+        return [Route(row.described.path, partial(_told, row.answer)) for row in self.table()]
 
     async def _status(self, _request: Request) -> object:
         return (await self._look.status()).body()
@@ -114,7 +112,7 @@ class Machines:
         return await self._look.aside(lambda: self._past.folds(asked))
 
     async def _fold(self, request: Request) -> object:
-        seq, part = request.path_params["seq"], number(request, "part", 0) or 0
+        seq, part = in_path(request, "seq"), number(request, "part", 0) or 0
         return await self._look.aside(lambda: self._past.fold(seq, part))
 
     async def _model(self, request: Request) -> object:

@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from continual.service.web.commanding import Commanding
-from continual.service.web.looking import AskedWrongly, PageLook, number, wanted
+from continual.service.web.looking import AskedWrongly, PageLook, in_path, number, wanted
 from continual.service.web.pages import (
     about_fold,
     about_model,
@@ -50,7 +50,7 @@ class People:
         pages: tuple[tuple[str, Show], ...] = (
             ("/", self._front),
             ("/folds", self._folds),
-            ("/folds/{seq:int}", self._fold),
+            ("/folds/{seq}", self._fold),
             ("/models/{identity}", self._model),
             ("/refusals", self._refusals),
             ("/evaluations", self._evaluations),
@@ -96,10 +96,10 @@ class People:
         return lists.folds(found, picture, asked, around)
 
     async def _fold(self, request: Request, around: Around) -> str:
-        seq, part = request.path_params["seq"], number(request, "part", 0) or 0
+        seq, part = in_path(request, "seq"), number(request, "part", 0) or 0
         about = await self._look.aside(partial(self._past.fold, seq, part))
         if about is None:
-            raise Missing(f"Record {seq} brought no such fold.")
+            raise Missing("No record brought such a fold.")
         session = self._session(request)
         return about_fold.render(about, Html() if session is None else controls.fold(about, session.form), around)
 
