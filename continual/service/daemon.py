@@ -155,7 +155,7 @@ class Daemon:
             publishing = group.create_task(self._outlets.run())
             watching = group.create_task(self._watch.run())
             notifying = group.create_task(self._notifier.run())
-            looking = group.create_task(gauging.measure(self.merge, self.live, self.metrics))
+            looking = group.create_task(gauging.measure(self.merge, self.live, self._failures))
             feeding = [group.create_task(self._feed(source)) for source in self.sources]
             await self._stopping.wait()
             await self._drain(folding)

@@ -12,9 +12,10 @@ from continual import selection, tuning
 from continual.api import Merge
 from continual.config import Settings
 from continual.executors.device import pick_device
+from continual.executors.ray import FIGURES, RayFigures
 from continual.lazily import torch
 from continual.service import showing
-from continual.service.failures import told
+from continual.service.failures import Failures, told
 from continual.service.metrics import Metrics
 from continual.service.status import Live
 from continual.state import storing, usage
@@ -36,6 +37,7 @@ def in_use(settings: Settings, selects: str) -> list[str]:
         "publish": settings.current is not None,
         "release": settings.release.repo is not None or any(view.repo for view in views),
         "notify": bool(settings.notify.urls),
+        "ray": settings.executor == "ray",
         "canary": settings.release.canary is not None or any(view.canary for view in views),
     }
     return [word for word, used in found.items() if used]
@@ -47,6 +49,9 @@ def begin(metrics: Metrics, merge: Merge) -> None:
     words = in_use(settings, merge.selects)
     metrics.uses(*words)
     metrics.hooks(dict.fromkeys(hook.kind for hook in settings.hooks))
+    if settings.executor == "local":  # a cluster is asked for nothing before there is work for it
+        executor = merge.executor
+        metrics.resources(workers=executor.workers, memory=executor.budget)
     if "canary" not in words:
         metrics.canaries(None)
 
@@ -63,7 +68,6 @@ def of_state(merge: Merge, live: Live, metrics: Metrics) -> None:
         metrics.pool(len(ledger.pool), last.of_kind(SelectEntry) if last else None)
     tuned = tuning.in_force(state)
     metrics.scale(merge.reading().factor(), tuned.of_kind(TuneEntry).folds if tuned else None)
-    metrics.resources(workers=merge.executor.workers, memory=merge.executor.budget)
 
 
 def last_times(log: Sequence[Commit]) -> tuple[float | None, float | None]:
@@ -92,8 +96,9 @@ def device_memory(device: torch.device) -> dict[str, int] | None:
     return {"used": whole - free, "free": free, "reserved": module.memory_reserved(device)}
 
 
-async def measure(merge: Merge, live: Live, metrics: Metrics) -> None:
-    """Looks again and again; ends when it is cancelled."""
+async def measure(merge: Merge, live: Live, failures: Failures) -> None:
+    """Looks again and again; ends when it is cancelled. What is raised is told of, and the next look may do better."""
+    metrics = failures.metrics
     path, files, device = str(merge.state.path), 0.0, pick_device(merge.settings.device)
     while True:
         try:
@@ -103,6 +108,8 @@ async def measure(merge: Merge, live: Live, metrics: Metrics) -> None:
                 files = time.monotonic() + _FILES
         except OSError as error:
             live.health.fails("disk", path, told(error))
+        except Exception as error:  # of a device, say: no reason to stop folding
+            failures.tell(error, what="the look at room")
         else:
             live.health.works("disk", path)
         await asyncio.sleep(_ROOM)
@@ -120,3 +127,17 @@ def _look(merge: Merge, live: Live, metrics: Metrics, device: torch.device) -> N
         metrics.full(full.used / full.width, full.cut)
     if (memory := device_memory(device)) is not None:
         metrics.device(**memory)
+    if merge.settings.executor == "ray":
+        metrics.source(of_cluster(FIGURES))
+
+
+def of_cluster(figures: RayFigures) -> dict[str, float]:
+    """What machines of a cluster did for this process, by the name of the series."""
+    machines = list(figures.workers.values())
+    return {
+        "continual_ray_machines": len(machines),
+        "continual_ray_orders_total": sum(one.orders for one in machines),
+        "continual_ray_lost_total": figures.lost,
+        "continual_ray_seconds_total": sum(one.seconds for one in machines),
+        "continual_ray_read_bytes_total": sum(one.nbytes for one in machines),
+    }

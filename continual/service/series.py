@@ -25,6 +25,8 @@ FEATURES = {
     "scale": "where the scale is known: from the first export on, or by `continual scale`",
     "tuned": "while a scale that `continual tune` chose is in force",
     "device": "where tensors are computed on an accelerator",
+    "local": "where tensors are folded in this process",
+    "ray": 'with `executor = "ray"`',
     "rounds": "with `select`",
     "round": "once a round has ended",
     "hub": "with `hub.watch`",
@@ -150,8 +152,20 @@ TABLE: tuple[Series, ...] = (
         "Folds in force when the scale was tuned: far below continual_state_folds, tune again.",
         there="tuned",
     ),
-    Series("gauge", "continual_workers", "Tensors that are folded at a time at most."),
-    Series("gauge", "continual_memory_limit_bytes", "Bytes that the tensors in flight may take."),
+    Series("gauge", "continual_workers", "Tensors that are folded at a time at most.", there="local"),
+    Series("gauge", "continual_memory_limit_bytes", "Bytes that the tensors in flight may take.", there="local"),
+    Series(
+        "gauge", "continual_ray_machines", "Machines of the cluster that have worked for this process.", there="ray"
+    ),
+    Series("counter", "continual_ray_orders_total", "Orders that they did for it.", there="ray"),
+    Series(
+        "counter",
+        "continual_ray_lost_total",
+        "Orders that were lost with a worker, and sent out again.",
+        there="ray",
+    ),
+    Series("counter", "continual_ray_seconds_total", "Seconds that the orders took, added up.", there="ray"),
+    Series("counter", "continual_ray_read_bytes_total", "Bytes that the orders read.", there="ray"),
     Series("gauge", "continual_peak_memory_bytes", "Largest resident set of the process so far (VmHWM)."),
     Series(
         "gauge",

@@ -153,6 +153,17 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         _one("Workers", "short", "continual_workers@"),
         Panel(
+            "Orders on the cluster, per minute",
+            "short",
+            (
+                Query("rate(continual_ray_orders_total@[5m]) * 60", "{{instance}} done"),
+                Query("rate(continual_ray_lost_total@[5m]) * 60", "{{instance}} lost and sent out again"),
+                Query("continual_ray_machines@", "{{instance}} machines"),
+            ),
+        ),
+        _one("Seconds of the cluster, per second", "short", "rate(continual_ray_seconds_total@[5m])"),
+        _one("Read by the cluster", "Bps", "rate(continual_ray_read_bytes_total@[5m])"),
+        Panel(
             "Memory of the device",
             "bytes",
             (

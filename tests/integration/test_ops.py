@@ -14,8 +14,9 @@ import pytest
 
 from continual import making
 from continual.engine.outcomes import FoldReport
+from continual.executors.ray import RayFigures, WorkerFigures
 from continual.records import Candidate, Lineage, Totals
-from continual.service import series
+from continual.service import gauging, series
 from continual.service.metrics import Metrics
 from continual.service.series import TABLE
 from continual.state.parts import FoldNumbers, NoteSummary
@@ -49,6 +50,8 @@ def filled() -> Metrics:
     metrics.pool(9, replace(select(), gap=0.5, loss=1.5, before=2.5))
     metrics.released(11)
     metrics.hook("http", ok=True)
+    figures = RayFigures({"10.0.0.7": WorkerFigures(3, 40, 0.5), "10.0.0.8": WorkerFigures(1, 2, 1.0)}, lost=1)
+    metrics.source(gauging.of_cluster(figures))
     metrics.published(8)
     metrics.notified(ok=True)
     metrics.under_way(0.5)
@@ -111,6 +114,11 @@ def test_every_series_says_what_was_observed() -> None:
         'continual_stored_bytes{what="ledger"} 4.0',
         "continual_device_reserved_bytes 5.0",
         "continual_memory_limit_bytes 100.0",
+        "continual_ray_machines 2.0",
+        "continual_ray_orders_total 4.0",
+        "continual_ray_lost_total 1.0",
+        "continual_ray_seconds_total 1.5",
+        "continual_ray_read_bytes_total 42.0",
         'continual_degraded{reason="disk"} 1.0',
     ):
         assert line in text
