@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 from pathlib import Path
@@ -14,7 +15,10 @@ from continual import making
 from continual.api import Merge
 from continual.config import Settings, load
 from continual.service import gauging
+from continual.service.failures import Failures
 from continual.service.metrics import Metrics
+from continual.service.queue import Queue
+from continual.service.status import Live
 from continual.sources.cursor import Cursor
 from continual.state import usage
 from continual.state.entries import SelectEntry
@@ -88,3 +92,31 @@ def test_a_file_of_several_generations_takes_its_room_once(tmp_path: Path) -> No
     os.link(tmp_path / "generations/1/a", tmp_path / "generations/2/a")
     (tmp_path / "generations/2/gone").symlink_to(tmp_path / "nowhere")
     assert usage.by_kind(tmp_path)["generations"] == before["generations"]
+
+
+def test_what_a_device_raises_is_told_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = models.base(tmp_path / "base")
+    making.init(base, tmp_path / "state")
+    looks = []
+
+    def broken(device: torch.device) -> None:
+        looks.append(device)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gauging, "device_memory", broken)
+    monkeypatch.setattr(gauging, "_ROOM", 0.0)
+
+    async def run(merge: Merge) -> Metrics:
+        live = Live(merge, Queue())
+        failures = Failures(Metrics(), live.health)
+        task = asyncio.create_task(gauging.measure(merge, live, failures))
+        while len(looks) < 3 and not task.done():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait({task})
+        return failures.metrics
+
+    with Merge(Settings(state=tmp_path / "state")) as merge:
+        metrics = asyncio.run(run(merge))
+    assert (metrics.registry.get_sample_value("continual_errors_total", {"kind": "internal"}) or 0) >= 2
+    assert (metrics.registry.get_sample_value("continual_disk_free_bytes") or 0) > 0
