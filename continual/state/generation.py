@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import zarr
 
 RECEIPTS = "receipts.json"
+EXPIRED = ".expired-"
+"""What the name of a generation begins with that is being deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,9 +280,13 @@ def zarr_group(directory: Where) -> zarr.Group:
 
 
 def stands(directory: Where) -> bool:
-    """Whether a generation is there: its directory, or on an object store its receipts, which are the last that is
-    written and the first that is deleted. Raises OSError."""
-    return directory.exists() if isinstance(directory, Path) else (directory / RECEIPTS).is_file()
+    """Whether a generation is there: its directory, or on an object store anything below it, while its receipts are not
+    those of one that expires. Raises OSError."""
+    if isinstance(directory, Path):
+        return directory.exists()
+    if (directory / RECEIPTS).is_file():
+        return True
+    return directory.is_dir() and not (directory.with_name(f"{EXPIRED}{directory.name}") / RECEIPTS).is_file()
 
 
 def _check_file(path: Where, checksum: str) -> Iterator[str]:

@@ -16,12 +16,11 @@ from typing import NamedTuple
 from continual.errors import Retry
 from continual.state import canaries, heartbeat, storing, usage
 from continual.state.durable import environment, move_away, trouble
-from continual.state.generation import RECEIPTS, stands
+from continual.state.generation import EXPIRED, RECEIPTS, stands
 from continual.state.ledger import Ledger
 from continual.stores import ObjectPath, Where
 
 _log = logging.getLogger("continual.state")
-_EXPIRED = ".expired-"
 _LEASES = 3
 """Leases after which nothing comes of what was sent before they began."""
 
@@ -36,7 +35,7 @@ def unnamed(path: Where, ledger: Ledger) -> list[str]:
     """The directories below `generations/` that no record names: orphans, and what is being deleted. Of an object store
     without those that were written a short time ago: a writer that lost its lease may still be writing them."""
     found = [name for name in _listed(path) if name not in ledger.generations]
-    return [name for name in found if name.startswith(_EXPIRED) or not _young(path, name)] if found else []
+    return [name for name in found if name.startswith(EXPIRED) or not _young(path, name)] if found else []
 
 
 def _young(path: Where, name: str) -> bool:
@@ -49,7 +48,7 @@ def _young(path: Where, name: str) -> bool:
 
 def orphans(names: Iterable[str]) -> tuple[str, ...]:
     """Those of `unnamed` that a writer left which died before its commit."""
-    return tuple(name for name in names if not name.startswith(_EXPIRED))
+    return tuple(name for name in names if not name.startswith(EXPIRED))
 
 
 class Keep(NamedTuple):
@@ -101,7 +100,7 @@ def expire(path: Where, ledger: Ledger, keep: Keep) -> list[str]:
     try:
         gone.extend(_moved(path, expired(path, ledger, keep)))
         for name in _listed(path):
-            if name.startswith(_EXPIRED):
+            if name.startswith(EXPIRED):
                 _remove(path, name)
     except OSError as error:
         _log.warning("%s: old generations stay until the next fold: %s", path, trouble(error))
@@ -111,13 +110,13 @@ def expire(path: Where, ledger: Ledger, keep: Keep) -> list[str]:
 def drop(path: Where, names: Iterable[str]) -> None:
     """Deletes generations of the copy of a state, but those that a reader has leased. Raises OSError and Halt."""
     for name in list(_moved(path, names)):
-        _remove(path, f"{_EXPIRED}{name}")
+        _remove(path, f"{EXPIRED}{name}")
 
 
 def _remove(path: Where, name: str) -> None:
     """Deletes a directory below `generations/`; on an object store, of what expires, first what it stands for."""
-    if isinstance(path, ObjectPath) and name.startswith(_EXPIRED):
-        storing.remove_tree(path / "generations" / name.removeprefix(_EXPIRED))
+    if isinstance(path, ObjectPath) and name.startswith(EXPIRED):
+        storing.remove_tree(path / "generations" / name.removeprefix(EXPIRED))
     storing.remove_tree(path / "generations" / name)
 
 
@@ -126,7 +125,7 @@ def _moved(path: Where, names: Iterable[str]) -> Iterator[str]:
     are deleted must not leave half of a generation under a name that a record knows. On an object store only the
     receipts get another name: without them it is no generation."""
     for name in names:
-        if _moved_away(path / "generations" / name, path / "generations" / f"{_EXPIRED}{name}"):
+        if _moved_away(path / "generations" / name, path / "generations" / f"{EXPIRED}{name}"):
             yield name
 
 
