@@ -150,7 +150,7 @@ class _Recipe:
                 raise self._wrong(f"{where}.{unknown[0]}", f"{method} has no equal of it here")
         if method == "linear":
             return *self._linear(models, others, base), {}, ()
-        scale = self._value("lambda", 1.0)
+        scale = self._float("parameters.lambda", self._shared.get("lambda", 1.0))
         if scale <= 0.0:
             raise self._wrong("parameters.lambda", f"{scale:g}: the scale of a merge is above 0")
         normalize = self._switch("normalize", form.normalize)
@@ -236,9 +236,6 @@ class _Recipe:
         if key == "weight" and found < 0.0:
             raise self._wrong(where, f"{found:g}: a model is not taken away by a weight below 0 here; leave it out")
         return found
-
-    def _value(self, key: str, default: float) -> float:
-        return self._float(f"parameters.{key}", self._shared.get(key, default))
 
     def _float(self, where: str, given: object) -> float:
         if isinstance(given, list):
