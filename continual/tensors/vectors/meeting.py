@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 LEADING = 4
 """Directions of the merge that count as what it has most of."""
-ELEMENTS = 1 << 18
+ELEMENTS = 1 << 17
 """Elements that are looked at."""
 _STEPS = 3
 
@@ -31,9 +31,9 @@ def meeting_of(tau: Single, merged: Single) -> Meeting:
     square, found = float(np.vdot(tau, tau)), float(np.vdot(merged, merged))
     if not (0.0 < square < np.inf and 0.0 < found < np.inf):
         return Meeting()
-    along, lengths = tau @ _leading(merged), np.abs(tau)
-    against = float(lengths[(tau > 0) != (merged > 0)].sum()) / float(lengths.sum())
-    return Meeting(min(1.0, float(np.vdot(along, along)) / square), min(1.0, against))
+    along, length = tau @ _leading(merged), float(np.abs(tau).sum())
+    agreed = float(np.vdot(tau, np.copysign(np.float32(1), merged)))  # Σ|τ| of one sign less that of the other
+    return Meeting(min(1.0, float(np.vdot(along, along)) / square), min(1.0, max(0.0, 0.5 - agreed / length / 2)))
 
 
 def _leading(merged: Single) -> Single:

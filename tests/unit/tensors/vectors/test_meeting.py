@@ -30,7 +30,7 @@ def test_what_lies_along_the_merge_and_what_does_not() -> None:
 
 def test_signs() -> None:
     merged = matrix(80)
-    assert meeting_of(merged, merged).conflict == 0.0
+    assert meeting_of(merged, merged).conflict == pytest.approx(0.0, abs=1e-6)
     assert meeting_of(-merged, merged).conflict == pytest.approx(1.0)
     assert meeting_of(matrix(80), merged).conflict == pytest.approx(0.5, abs=0.05)
 
