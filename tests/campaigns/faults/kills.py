@@ -7,7 +7,7 @@ The parent draws a step and kills either while the child still waits for leave t
 After each kill the state must open at the last acknowledged fold, or one further if its link was done, and `verify`
 must be clean; at the end it must be bit-equal to an uninterrupted run's. `--adapters`: adapters into a state that keeps
 them as they are, and cuts them more and more. `--span`: an excerpt of the ledger is of so many records, so that kills
-fall beside it, and what is folded next goes by it. `--store`: the state is on an object store, whose lease is 2
+fall beside it, and what is folded next goes by it. `--store`: the state is on an object store, whose lease is 5
 seconds, so that whoever opens it after a kill waits for that.
 """
 
@@ -34,7 +34,7 @@ from continual.state.verify import verify
 from continual.stores import ObjectPath, Where, where
 from tests.helpers import object_stores
 
-LEASE = 2.0
+LEASE = 5.0
 STEPS = ("begin", "chunks", "fsync-files", "fsync-dirs", "temp-commit", "link", "fsync-commits", "head", "acknowledged")
 
 
