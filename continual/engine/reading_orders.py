@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from continual.engine.views import ReadView
@@ -44,7 +45,9 @@ class SentReading:
         rule, commit = (reading.made.name, dict(reading.made.options)), (reading.commit.seq, reading.commit.crc)
         parts = None if reading.state.format.form is None else reading.merged.parts
         known = reading.settled_factors
-        return cls(type(reading), reading.state.path, commit, rule, reading.asked, reading.view, known, parts)
+        state = reading.state.path  # another process has another working directory
+        state = state.absolute() if isinstance(state, Path) else state
+        return cls(type(reading), state, commit, rule, reading.asked, reading.view, known, parts)
 
     def open(self) -> Any:
         """Opens the state and reads it so; whoever asked closes its `state`. Raises Misconfigured, Damaged, Retry."""

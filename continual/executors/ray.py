@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -29,6 +30,9 @@ from continual.lazily import torch
 T = TypeVar("T")
 ORDER = 256 << 20
 """Bytes that an order reads, about."""
+_REACHED = 10.0
+"""Seconds in which the head of a cluster answers."""
+_START = "start one with 'ray start --head', or join one with 'ray start --address HOST:PORT'"
 _LOOK = 0.5
 """Seconds after which it is looked whether to stop."""
 _log = logging.getLogger("continual.executors")
@@ -272,13 +276,18 @@ def _driver(address: str) -> Any:
 
 
 def _connect(ray: Any, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():  # Ray itself would wait for minutes
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _REACHED).close()
+        except OSError as error:
+            raise Misconfigured(f"ray.address = {address}: nobody listens there ({error}); {_START}") from error
     handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(address, namespace="continual", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise Misconfigured(
-            f"ray.address = {address}: no Ray cluster is there that this machine belongs to ({error}); start one with "
-            "'ray start --head', or join one with 'ray start --address HOST:PORT'"
+            f"ray.address = {address}: no Ray cluster is there that this machine belongs to ({error}); {_START}"
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():

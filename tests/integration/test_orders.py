@@ -190,3 +190,11 @@ def test_a_merge_is_measured_by_orders(tmp_path: Path, base: Path) -> None:
             found[kind] = reading.measure(merge.executor, silent)
     assert found[Sent] == found[api.Merge] > 0.0
     assert Sent.posted.orders > before
+
+
+def test_paths_may_be_relative(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _made(tmp_path / "state", base, "mean")
+    models.fine_tune(base, tmp_path / "tune", 1)
+    monkeypatch.chdir(tmp_path)
+    with Sent(_settings(Path("state")), write=True) as merge:
+        assert merge.fold(Path("tune")).fate == "folded"

@@ -160,6 +160,10 @@ class Folder:
         self.name = path.name
         self.origin = str(path.absolute())
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """For another process, whose working directory is another."""
+        return Folder, (self.path.absolute(), self.root and self.root.absolute(), self.source)
+
     @property
     def only(self) -> str | None:
         """The file's name where `path` is one."""

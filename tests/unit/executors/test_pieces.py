@@ -118,3 +118,10 @@ def test_a_stop_ends_orders_at_once(job: MarkJob, tmp_path: Path) -> None:
 def test_a_ray_client_is_refused_by_its_address() -> None:
     with pytest.raises(Misconfigured, match="not as a Ray Client"):
         OnRay(RayAsked("ray://127.0.0.1:10001"), Local(1, MANY), threading.Event())
+
+
+def test_an_address_where_nobody_listens_is_said_at_once() -> None:
+    pytest.importorskip("ray")
+    executor = OnRay(RayAsked("127.0.0.1:1"), Local(1, MANY), threading.Event())
+    with pytest.raises(Misconfigured, match="nobody listens there"):
+        _ = executor.workers
