@@ -228,7 +228,7 @@ HOSTILE: dict[str, Callable[[socket.socket], None]] = {
     "garbage": lambda sock: sock.sendall(b"\x00\xff{[[" + b"\n"),
     "deep": lambda sock: sock.sendall(b'{"command":' + b"[" * 60_000 + b"\n"),
     "unknown": lambda sock: sock.sendall(b'{"command":"explode"}\n'),
-    "another type": lambda sock: sock.sendall(b'{"command":"rollback","seq":"1"}\n'),
+    "another type": lambda sock: sock.sendall(b'{"command":"rollback","seq":[1]}\n'),
     "huge number": lambda sock: sock.sendall(b'{"command":"rollback","seq":' + b"9" * 5000 + b"}\n"),
     "endless": lambda sock: sock.sendall(b"a" * 200_000),
     "half a line": lambda sock: sock.sendall(b'{"command":"tag"'),

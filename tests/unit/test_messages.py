@@ -71,7 +71,7 @@ def commands(found: Any, *before: str) -> Iterator[tuple[str, Any]]:
 
 
 KNOWN = dict(commands(typer.main.get_command(app)))
-OTHERS = {"--enable-lora", "--safe_serialization", "--help"} | {
+OTHERS = {"--enable-lora", "--safe_serialization", "--help", "--head", "--address"} | {
     f"--{flag}" for flag in ("model", "model_args", "tasks", "limit", "log_samples", "output_path", "num_fewshot")
 }
 """Flags of other programs."""

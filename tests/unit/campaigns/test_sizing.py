@@ -9,7 +9,7 @@ import pytest
 
 from continual import making
 from continual.config import Settings
-from continual.engine.folding import state_bytes
+from continual.engine.needs import state_bytes
 from continual.rules import rule
 from continual.texts import size
 from tests.campaigns.bench import sizing
