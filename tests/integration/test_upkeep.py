@@ -83,7 +83,7 @@ def test_what_the_page_says_is_what_happens(work: Path) -> None:
     assert "Repaired, as record 3" in done.stdout
     assert run("verify").returncode == 0
     assert folded(work / "state") == ["alice", "bob"]
-    assert re.search(r"3 .* repair .*to record 2: 1 record lost", run("log").stdout)
+    assert re.search(r"3 .* repair: to record 2: 1 record lost", run("log").stdout)
     assert run("fold", "fine-tunes/carol").returncode == 0, "it is seen again"
 
 
