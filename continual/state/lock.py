@@ -152,7 +152,10 @@ def _taken(path: ObjectPath) -> WriterLease:
     now = heartbeat.now(path.parent)
     newest = max(_numbers(path), default=0)
     if newest:
-        _over(path, newest, now)
+        try:
+            _over(path, newest, now)
+        except FileNotFoundError:  # who took the next one has deleted it
+            raise _busy(path) from None
     number, token, since = newest + 1, secrets.token_hex(8), heartbeat.boottime()
     try:
         with storing.creating(_file(path, number), _lease(token, None, 0, path.objects.lease), _silent) as new:

@@ -129,6 +129,26 @@ def test_one_of_those_who_wait_for_a_dead_writer_follows_it(at: ObjectPath) -> N
         assert stores.fold(state, 1) == 1
 
 
+def test_who_waits_for_a_lease_that_another_took_is_told_of_that_one(
+    at: ObjectPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other has deleted the lease that this one looks at."""
+    short = where(str(at), 2.0)
+    assert isinstance(short, ObjectPath)
+    stores.make(short).close()
+    (last,) = storing.names(short / "lock")
+    given_back = (short / "lock" / last).read_bytes()
+    storing.replace(short / "lock" / last, given_back.replace(b'"released":true', b'"released":false'))
+
+    def sleeps(_seconds: float) -> None:
+        storing.replace(short / "lock" / "00000002.json", given_back)
+        storing.remove(short / "lock" / last)
+
+    monkeypatch.setattr("continual.state.lock.time.sleep", sleeps)
+    with pytest.raises(Busy, match="is being written by another process; wait until it is done"):
+        State.open(short, write=True)
+
+
 def test_a_writer_that_lost_its_lease_commits_nothing(at: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
     short = where(str(at), 2.0)
     with stores.make(short) as first:
