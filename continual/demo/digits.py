@@ -151,7 +151,14 @@ def save(weights: Mapping[str, Tensor], directory: Path) -> None:
         metadata={"format": "pt"},
     )
     (temporary / "config.json").write_text(
-        json.dumps({"model_type": "digits", "hidden_size": WIDTH, "num_hidden_layers": LAYERS})
+        json.dumps(
+            {
+                "model_type": "digits",
+                "hidden_size": WIDTH,
+                "num_hidden_layers": LAYERS,
+                "num_attention_heads": HEADS,
+            }
+        )
     )
     temporary.rename(directory)
 

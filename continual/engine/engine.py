@@ -245,7 +245,7 @@ class Engine:
                 return self._duplicate(report, twin)
             if self.resources.judge is not None:
                 progress("evaluate", 0, 1)
-            entry = judged(self.state, self.resources.judge, transaction, self._entry(report, before, chosen))
+            entry = judged(self.state, self.resources.judge, transaction, self._entry(report, opened, chosen))
             self.go_on(candidate.name)
             streamed = time.perf_counter()
             progress("commit", 0, 1)
@@ -268,13 +268,13 @@ class Engine:
                 report = self.stream(writing, opened, before, progress)
                 if self.state.ledger.folded_digest(report.digest):
                     return None
-                return TrialFold(self._entry(report, before, None), writing.seal())
+                return TrialFold(self._entry(report, opened, None), writing.seal())
         except Refuse:
             return None
 
-    def _entry(self, report: FoldReport, before: Totals, chosen: Relevance | None) -> FoldEntry:
+    def _entry(self, report: FoldReport, opened: OpenCandidate, chosen: Relevance | None) -> FoldEntry:
         """The record of a fold, if the gates let in what it measured. Raises Refuse."""
-        seen = numbers_of(report, self.state, SketchPlan.of(self._foldable), before)
+        seen = numbers_of(report, opened, self.state, self.base, self.state.ledger.totals)
         warned = (*report.warnings, *self.gates.at_numbers(seen)) or None
         return FoldEntry(
             candidate=report.candidate,

@@ -6,18 +6,21 @@ import math
 from collections.abc import Sequence
 from functools import cache, lru_cache, partial
 
-from continual.engine.outcomes import FoldReport
+from continual.engine.outcomes import FoldReport, OpenCandidate
+from continual.engine.paired import paired
 from continual.gates import Earlier, Numbers
 from continual.records import Totals
 from continual.state import State
 from continual.state.entries import RetryEntry
 from continual.state.ledger import Ledger
 from continual.state.parts import SketchText
+from continual.tensors import BaseModel
 from continual.tensors.vectors.sketch import Sketch, SketchPlan
 
 
-def numbers_of(report: FoldReport, state: State, plan: SketchPlan, before: Totals) -> Numbers:
+def numbers_of(report: FoldReport, opened: OpenCandidate, state: State, base: BaseModel, before: Totals) -> Numbers:
     """What the gates judge of a candidate that was folded on the totals `before` and is not committed."""
+    plan = SketchPlan.of(spec for spec in base.specs if spec.kind != "carried")
     found, squares = report.numbers, state.format.base.squares
     sums = [0.0] * plan.groups
     for name, group in plan.group.items():
@@ -35,6 +38,7 @@ def numbers_of(report: FoldReport, state: State, plan: SketchPlan, before: Total
         accepted(state.ledger, report.candidate.key),
         found.cosine,
         found.met.cosines if found.met else (),
+        cache(partial(paired, base, opened, squares, report.squares)),
     )
 
 

@@ -46,8 +46,8 @@ class OpenCandidate(NamedTuple):
 class FoldReport:
     """What one fold did, measured while its tensors streamed by. `seconds`: wall time by stage, added over workers.
     `cut`: as the gates are shown it (`Numbers`). `others`: what was cut off of the models that were there to make room,
-    as shares of the squares of their lengths; of a state of adapters. `sketch`: of the task vector. `warnings`: of
-    gates before the fold."""
+    as shares of the squares of their lengths; of a state of adapters. `sketch`: of the task vector; `squares`: ‖τ‖² of
+    each tensor that it changes. `warnings`: of gates before the fold."""
 
     candidate: Candidate
     digest: str
@@ -60,6 +60,7 @@ class FoldReport:
     cut: float = 0.0
     others: Mapping[str, float] = field(default_factory=dict)
     sketch: Sketch | None = None
+    squares: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[Warned, ...] = ()
 
     @property

@@ -72,6 +72,7 @@ def report_of(
         bytes_read=sum(fold.nbytes for fold in ordered),
         device=str(device),
         sketch=sketch,
+        squares={name: fold.sums.tau_sq for name, fold in folds.items() if fold.sums.tau_sq},
         warnings=opened.warnings,
     )
 

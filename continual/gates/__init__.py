@@ -37,6 +37,7 @@ from continual.gates.noise import NoiseGate
 from continual.gates.norms import NormsGate
 from continual.gates.own_release import OwnReleaseGate
 from continual.gates.signature import SignatureGate
+from continual.gates.unmergeable import UnmergeableGate
 from continual.gates.updates import UpdatesGate
 from continual.gates.weight import WeightGate
 from continual.records import Warned
@@ -60,6 +61,7 @@ __all__ = [
     "OwnReleaseGate",
     "SignatureGate",
     "TensorNumbers",
+    "UnmergeableGate",
     "UpdatesGate",
     "WeightGate",
     "make",
@@ -74,6 +76,7 @@ GATES: tuple[type[Gate], ...] = (
     WeightGate,
     SignatureGate,
     FiniteGate,
+    UnmergeableGate,
     NormsGate,
     NoiseGate,
     CopiesGate,

@@ -23,6 +23,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 from continual.records import Candidate, Lineage, Totals, Warned
 from continual.tensors import BaseModel, Model
+from continual.tensors.vectors.products import HeadFigures
 from continual.tensors.vectors.sketch import Sketch
 
 
@@ -79,6 +80,11 @@ def nobody() -> Sequence[Earlier]:
     return ()
 
 
+def nothing_paired() -> Sequence[HeadFigures]:
+    """Of a model of which no pair of matrices was read."""
+    return ()
+
+
 class Numbers(NamedTuple):
     """The model `name` after all its tensors streamed by.
 
@@ -89,7 +95,7 @@ class Numbers(NamedTuple):
     of noise (`Picture.stands_out`), the median of some matrices. `layer_norms`: ‖θ₀‖ of each group of layers of the
     sketch, where the base is read. `earlier` gives those that are in the merge, the oldest first. `accepted`: a person
     wants it in spite of doubts. `cosine`: with the merge before it, `layer_cosines` in each group of layers,
-    where these are known.
+    where these are known. `paired` reads the pairs of matrices that moved far, and compares their products (Retry).
     """
 
     name: str
@@ -104,6 +110,7 @@ class Numbers(NamedTuple):
     accepted: bool = False
     cosine: float | None = None
     layer_cosines: Sequence[float] = ()
+    paired: Callable[[], Sequence[HeadFigures]] = nothing_paired
 
 
 @dataclass(frozen=True)
