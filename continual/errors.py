@@ -25,7 +25,7 @@ REFUSALS = (
     *("gone", "gated", "superseded", "changed", "malformed", "irrelevant", "age", "count", "internal"),
     *("quantised", "foreign", "sharded-state", "lineage", "extra", "form", "cut", "inputs"),
     *("noise", "copy", "negated", "mixture", "evaluation", "unclear", "dropped", "signature", "interference"),
-    *("locked", "permuted"),
+    *("locked", "permuted", "requantised"),
 )
 """Every reason for which continual keeps a candidate out; operations.md says what each means. A gate of somebody else
 can have others."""

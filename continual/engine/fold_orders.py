@@ -92,7 +92,7 @@ class _Opened:
     def __init__(self, sources: SentSources, terms: SentTerms, counted: Counted) -> None:
         self.sources = sources.open()
         form, workplace = self.sources.form, AwayPlace(pick_device(terms.device))
-        self.vectors = _vectors(self.sources)
+        self.vectors = _vectors(self.sources, terms.plan)
         made = Terms(terms.name, rule_of(form.rule, form.options), terms.totals, terms.weight, terms.plan)
         self.folding = Folding(self.vectors, made, terms.gates, workplace)
         self.folding.counted = counted
@@ -154,7 +154,7 @@ class FoldOrders:
     def __init__(
         self, transaction: Transaction, sources: Sources, terms: Terms, gates: Gates, resources: Resources
     ) -> None:
-        self.vectors = _vectors(sources)
+        self.vectors = _vectors(sources, terms.plan)
         self._transaction = transaction
         self._rule = terms.rule
         self._sources = sources
@@ -236,11 +236,7 @@ class FoldOrders:
         )
 
 
-def _vectors(sources: Sources) -> TaskVectors:
-    return TaskVectors(
-        sources.base,
-        sources.model,
-        sources.lineage,
-        run=RUN,
-        shipped=sources.shipped,
-    )
+def _vectors(sources: Sources, plan: SketchPlan) -> TaskVectors:
+    found = TaskVectors(sources.base, sources.model, sources.lineage, run=RUN, shipped=sources.shipped)
+    found.looked = plan.sampled
+    return found

@@ -39,6 +39,7 @@ def numbers_of(report: FoldReport, opened: OpenCandidate, state: State, base: Ba
         found.cosine,
         found.met.cosines if found.met else (),
         cache(partial(paired, base, opened, squares, report.squares)),
+        report.grids,
     )
 
 

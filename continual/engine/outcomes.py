@@ -47,7 +47,7 @@ class FoldReport:
     """What one fold did, measured while its tensors streamed by. `seconds`: wall time by stage, added over workers.
     `cut`: as the gates are shown it (`Numbers`). `others`: what was cut off of the models that were there to make room,
     as shares of the squares of their lengths; of a state of adapters. `sketch`: of the task vector; `squares`: ‖τ‖² of
-    each tensor that it changes. `warnings`: of gates before the fold."""
+    each tensor that it changes. `grids`: as the gates are shown them. `warnings`: of gates before the fold."""
 
     candidate: Candidate
     digest: str
@@ -61,6 +61,7 @@ class FoldReport:
     others: Mapping[str, float] = field(default_factory=dict)
     sketch: Sketch | None = None
     squares: Mapping[str, float] = field(default_factory=dict)
+    grids: tuple[str, ...] = ()
     warnings: tuple[Warned, ...] = ()
 
     @property

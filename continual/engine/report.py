@@ -73,6 +73,7 @@ def report_of(
         device=str(device),
         sketch=sketch,
         squares={name: fold.sums.tau_sq for name, fold in folds.items() if fold.sums.tau_sq},
+        grids=tuple(each.grid for _, each in sorted(pictures.items()) if each.grid is not None),
         warnings=opened.warnings,
     )
 

@@ -31,6 +31,7 @@ from continual.gates.copies import CopiesGate
 from continual.gates.cut import CutGate
 from continual.gates.finite import FiniteGate
 from continual.gates.form import FormGate
+from continual.gates.grid import GridGate
 from continual.gates.interference import InterferenceGate
 from continual.gates.lineage import LineageGate
 from continual.gates.noise import NoiseGate
@@ -52,6 +53,7 @@ __all__ = [
     "FormGate",
     "Gate",
     "Gates",
+    "GridGate",
     "Headers",
     "InterferenceGate",
     "LineageGate",
@@ -77,6 +79,7 @@ GATES: tuple[type[Gate], ...] = (
     SignatureGate,
     FiniteGate,
     UnmergeableGate,
+    GridGate,
     NormsGate,
     NoiseGate,
     CopiesGate,

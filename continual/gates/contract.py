@@ -96,6 +96,7 @@ class Numbers(NamedTuple):
     sketch, where the base is read. `earlier` gives those that are in the merge, the oldest first. `accepted`: a person
     wants it in spite of doubts. `cosine`: with the merge before it, `layer_cosines` in each group of layers,
     where these are known. `paired` reads the pairs of matrices that moved far, and compares their products (Retry).
+    `grids`: of some matrices, on which grid of a quantisation their numbers lie and the base's do not, empty for none.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Numbers(NamedTuple):
     cosine: float | None = None
     layer_cosines: Sequence[float] = ()
     paired: Callable[[], Sequence[HeadFigures]] = nothing_paired
+    grids: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -107,11 +107,13 @@ class Picture(NamedTuple):
     """Of one tensor's task vector: its projection; and how far a direction stands out, the largest squared singular
     value of its first rows over that of random numbers of the same length: about 1 of noise and of rounding, 3 and more
     of what training changed. None of a tensor that is not sampled, and where these rows are zero or not finite.
-    `meeting`: how some of these rows lie to the merge before."""
+    `meeting`: how some of these rows lie to the merge before. `grid`: on which grid of a quantisation the candidate's
+    first rows lie, empty for none, None where that is not known."""
 
     projection: Floats
     stands_out: float | None
     meeting: Meeting = Meeting()
+    grid: str | None = None
 
 
 class Watched:

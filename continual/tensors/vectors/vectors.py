@@ -28,10 +28,14 @@ from continual.tensors.matched.row_order import InOrderOf, matches, tables_of, t
 from continual.tensors.names.kinds import BaseModel
 from continual.tensors.names.tied import can_untie
 from continual.tensors.vectors.added import AddedPieces, Content, hash_piece, raw
+from continual.tensors.vectors.grids import grid_of
 from continual.timing.clock import stage
 
 RUN = 1 << 18
 """Elements read at a time: the four buffers of a thread, 1 MiB in float32, stay in its cache."""
+
+_ROWS = 64
+"""Rows of a matrix in which a grid is looked for."""
 
 
 class TaskVector(NamedTuple):
@@ -46,7 +50,8 @@ class TaskVector(NamedTuple):
 class TaskVectors:
     """Reads task vectors of `model` against `base` as `lineage` maps them, at most `run` elements at a time. `shipped`
     has values beside the weights, by the same names. Thread-safe. `buffers` may be shared by models that a thread reads
-    one after the other, each to its end."""
+    one after the other, each to its end. Of the tensors that are `looked` at, `grids` has on which grid the first
+    numbers lie (`grid_of`), once they were read."""
 
     def __init__(
         self,
@@ -76,6 +81,8 @@ class TaskVectors:
         self._added = AddedPieces(base.checkpoint, model, lineage) if isinstance(model, Adapter) else None
         self._sources = matches(found, tables) if tables else found
         self._buffers = buffers or threading.local()
+        self.looked: frozenset[str] = frozenset()
+        self.grids: dict[str, str | None] = {}
         self.begin()
 
     def begin(self, names: Sequence[str] | None = None) -> None:
@@ -267,6 +274,8 @@ class TaskVectors:
         # narrower than the base: θ₀ is cast as the publisher cast θ_t, so that an untouched weight gives exactly zero
         if spec.name in self._lineage.narrowed:
             base = base.to(TORCH[self._lineage.narrowed[spec.name]])
+        if content is not None and start == 0 and spec.name in self.looked:
+            self.grids[spec.name] = _grid_of(values, base, spec.shape)
         if values.dtype == base.dtype == tau.dtype:
             torch.sub(values, base, out=tau)
         else:
@@ -291,6 +300,14 @@ def _together(source: Match) -> bool:
     """Whether what an adapter adds to a stack has to be multiplied out for all experts at once."""
     assert source.piece is not None
     return source.full is not None or bool(source.again) or source.piece.needs_base
+
+
+def _grid_of(values: torch.Tensor, base: torch.Tensor, shape: Sequence[int]) -> str | None:
+    """The grid of the first rows of a matrix, of a run of its elements from the first on."""
+    columns = math.prod(shape[1:])
+    rows = min(len(values) // columns, _ROWS) if columns else 0
+    theirs, ours = (one[: rows * columns].float().numpy().reshape(rows, columns) for one in (values, base))
+    return grid_of(theirs, ours) if rows else None
 
 
 def _check_moments(values: torch.Tensor, what: str) -> None:
