@@ -3,7 +3,8 @@
 `python -m tests.campaigns.bench.ledger` makes a small state, gives it 10, 1,000 and 10,000 records (three of four are
 folds, the others refusals) and prints, in CPU seconds and as the least of five: opening it in a process that runs,
 `continual status` and `continual log -n 20`, and folding two more models in a process that runs, the first of which
-reads what the ledger says of those in the merge; and the peak memory of that process. `--to FOLDER` keeps the states.
+reads what the ledger says of those in the merge; and the peak memory of that process. `--to FOLDER` keeps the states;
+`--gigabytes` makes the model that large, in bfloat16 (else it has 26 kB); `--rule` names another rule than iso-c.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import continual
 from continual.state import State, framing
 from tests.helpers import models
@@ -29,7 +32,7 @@ from tests.helpers import models
 SIZES = (10, 1_000, 10_000)
 TIMES = 5
 FOLD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 import continual
 state, *models = sys.argv[1:]
@@ -41,7 +44,9 @@ with continual.open(state, write=True) as merge:
         outcome = merge.fold(model)
         seconds.append(time.process_time() - before)
         assert outcome.fate == "folded", outcome
-print(json.dumps([*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+with open("/proc/self/status") as lines:  # ru_maxrss begins with what the process had that started this one
+    peak = next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+print(json.dumps([*seconds, peak]))
 """
 
 
@@ -113,11 +118,17 @@ def main() -> None:
     parser.add_argument("--to", type=Path, help="keep the states here")
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--no-fold", action="store_true", help="leave the folds out")
+    parser.add_argument("--gigabytes", type=float)
+    parser.add_argument("--rule", default="iso-c")
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         folder = wanted.to or Path(made)
         folder.mkdir(parents=True, exist_ok=True)
-        base = models.base(folder / "base")
+        if wanted.gigabytes:
+            shapes = models.big_shapes(wanted.gigabytes, layers=12)
+            base = models.base(folder / "base", shapes=shapes, dtype=torch.bfloat16)
+        else:
+            base = models.base(folder / "base")
         first, *others = (models.fine_tune(base, folder / f"fine-tune-{seed}", seed=seed) for seed in (1, 2, 3))
         print(
             "| records | open | status | log -n 20 | first fold | next fold | memory |\n|---|---|---|---|---|---|---|",
@@ -125,7 +136,7 @@ def main() -> None:
         )
         for records in wanted.sizes:
             state = folder / f"state-{records}"
-            continual.init(base, state, continual.Recipe(rule="iso-c"))
+            continual.init(base, state, continual.Recipe(rule=wanted.rule))
             with continual.open(state, write=True) as merge:
                 merge.fold(first)
             grown(state, records)
