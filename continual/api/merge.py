@@ -239,17 +239,28 @@ class Merge(OpenedState):
         model of the base: a directory, or a repo of the Hub. Raises Misconfigured, Refuse, Retry and Damaged."""
         return diffs.diff(self, a, b, progress)
 
-    def look_replay(self, models: Iterable[str | Path] = (), *, progress: Progress = silent) -> replaying.ReplayLook:
+    def look_replay(
+        self, models: Iterable[str | Path] = (), states: Iterable[str | Path] = (), *, progress: Progress = silent
+    ) -> replaying.ReplayLook:
         """Says what building the state again would take, and whether every model that it folded is still there, below
-        the directories `models` or where it came from, with the bytes that were folded. Raises Misconfigured."""
-        return replaying.look_replay(self, [Path(one) for one in models], progress)
+        the directories `models` or where it came from, with the bytes that were folded. `states`: those that were
+        combined into it, or backups of them. Raises Misconfigured."""
+        given = replaying.ReplayFrom([Path(one) for one in models], [Path(one) for one in states])
+        return replaying.look_replay(self, given, progress)
 
     def replay(
-        self, directory: str | Path, models: Iterable[str | Path] = (), *, progress: Progress = silent
+        self,
+        directory: str | Path,
+        models: Iterable[str | Path] = (),
+        states: Iterable[str | Path] = (),
+        *,
+        progress: Progress = silent,
     ) -> Replayed:
-        """Builds this state again in `directory` from its ledger and the models that it folded, and says whether it is
-        equal bit for bit. What was begun there is gone on with. Raises Misconfigured, Refuse, Retry and Halt."""
-        return replaying.replay(self, Path(directory), [Path(one) for one in models], progress)
+        """Builds this state again in `directory` from its ledger, the models that it folded and the `states` that were
+        combined into it, and says whether it is equal bit for bit. What was begun there is gone on with. Raises
+        Misconfigured, Refuse, Retry and Halt."""
+        given = replaying.ReplayFrom([Path(one) for one in models], [Path(one) for one in states])
+        return replaying.replay(self, Path(directory), given, progress)
 
     def retry(self, word: str, *, because: str | None = None, by: str | None = None) -> list[Commit]:
         """Has the settled candidates that `word` names (a name, path, key or record number) looked at again: the

@@ -63,6 +63,12 @@ def replay(
         list[Path] | None,
         typer.Option("--models", help="Directory below which the models are now; repeatable.", show_default=False),
     ] = None,
+    combined: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--with", help="A state whose models were combined in, or a backup of it; repeatable.", show_default=False
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Look for every model and read it, and build nothing.")
     ] = False,
@@ -72,9 +78,9 @@ def replay(
     """Build the state again from its ledger and the models that it folded, and prove that it is equal, bit for bit."""
     with opened.merge(flags) as merge, console.progress() as progress:
         if dry_run:
-            look = merge.look_replay(models or (), progress=progress)
+            look = merge.look_replay(models or (), combined or (), progress=progress)
         else:
-            found = merge.replay(directory, models or (), progress=progress)
+            found = merge.replay(directory, models or (), combined or (), progress=progress)
     if dry_run:
         _look_told(look, json=flags.json)
         raise typer.Exit(1 if any(one.why for one in look.models) else 0)

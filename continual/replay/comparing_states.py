@@ -45,10 +45,14 @@ def _chunks(generation: Generation, name: str) -> list[tuple[str, ...] | None]:
 
 
 def differing_values(source: State, state: State, executor: Executor, progress: Progress) -> tuple[int, list[str]]:
-    """How many tensors the newest merge has, and which have other bytes. Every byte of both is read, and checked
-    against its receipt. Raises Damaged."""
+    """How many tensors the newest merge has, and which have other bytes; none where that of the source has expired, as
+    of a state that was combined and has gone on. Every byte of both is read, and checked against its receipt. Raises
+    Damaged."""
     head = source.ledger.head
-    there, here = source.generation_of(head), state.generation_of(state.ledger.head)
+    try:
+        there, here = source.generation_of(head), state.generation_of(state.ledger.head)
+    except Misconfigured:
+        return 0, []
     names = [name for name, slots in source.format.slots.items() if slots]
     if there is None or here is None:
         return len(names), [] if there is here else [f"record {head.seq}: one of the two holds nothing"]

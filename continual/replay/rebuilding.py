@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from continual.engine import unfolding
+from continual.engine import combining, unfolding
 from continual.engine.engine import Engine
 from continual.engine.unfolding import Again, Unfolding
 from continual.errors import Misconfigured, Refuse
@@ -19,7 +19,7 @@ from continual.replay.replay_sources import FoundModel, reopened
 from continual.replay.replay_steps import NeededModel, ReplayPlan, ReplayStep, folds_again, start_of
 from continual.selection import subtract
 from continual.state import Commit, State
-from continual.state.entries import FoldEntry, SelectEntry, UnfoldEntry
+from continual.state.entries import CombineEntry, FoldEntry, SelectEntry, UnfoldEntry
 from continual.state.format import FoldCommit
 from continual.tensors import open_model
 
@@ -55,18 +55,24 @@ def begin(source: State, directory: Path) -> None:
 
 
 def rebuild(
-    source: State, target: Engine, plan: ReplayPlan, found: Mapping[str, FoundModel], progress: Progress
+    source: State,
+    target: Engine,
+    plan: ReplayPlan,
+    found: Mapping[str, FoundModel],
+    parts: Mapping[int, State],
+    progress: Progress,
 ) -> Replayed:
     """Makes the records of `plan` in the state of `target`, those that are there already (`begin`) excepted, and
-    compares. Raises Misconfigured where what is there is something else, Refuse for a model that is not what it was
-    when it was looked at, Retry and Halt; what was made stays, and is gone on with the next time."""
+    compares. `parts`: states that were built again, by the record that combines each. Raises Misconfigured where what
+    is there is something else, Refuse for a model that is not what it was when it was looked at, Retry and Halt; what
+    was made stays, and is gone on with the next time."""
     state, steps = target.state, plan.steps
     _must_be_begun(state, steps)
     differs: list[str] = []
     compared = 0
     seqs = {step.commit.seq: number for number, step in enumerate(steps, 1) if step.changes}
     starts = {seqs[at] for step in steps if step.kind == "unfold" and (at := start_of(source, step.commit)) in seqs}
-    going = Rebuilding(source, target, found, seqs, progress)
+    going = Rebuilding(source, target, found, (seqs, parts), progress)
     with contextlib.ExitStack() as leases:
         for number in sorted(starts):
             if number <= state.ledger.head.seq:
@@ -113,18 +119,20 @@ def _must_be_begun(state: State, steps: tuple[ReplayStep, ...]) -> None:
 
 
 class Rebuilding:
-    """Makes one record after the other. `seqs`: that of each record, by its number in the ledger."""
+    """Makes one record after the other. `seqs`: that of each record, by its number in the ledger; `parts`: the states
+    that are combined."""
 
     def __init__(
         self,
         source: State,
         target: Engine,
         found: Mapping[str, FoundModel],
-        seqs: Mapping[int, int],
+        made: tuple[Mapping[int, int], Mapping[int, State]],
         progress: Progress,
     ) -> None:
         self.source, self.target, self.found = source, target, found
-        self.seqs, self.progress = seqs, progress
+        self.seqs, self.parts = made
+        self.progress = progress
 
     def make(self, step: ReplayStep) -> None:
         """Makes the record of a step. Raises Refuse, Retry and Halt."""
@@ -138,6 +146,9 @@ class Rebuilding:
         elif isinstance(entry, SelectEntry):
             places = {key: one.place for key, one in self.found.items()}
             choose_again(self.target, entry, places, self.progress)
+        elif isinstance(entry, CombineEntry):
+            engine = self.target
+            combining.combine(state, self.parts[step.commit.seq], engine.rule, engine.executor, self.progress)
         else:
             state.record(entry)
 

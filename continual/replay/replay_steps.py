@@ -12,7 +12,6 @@ from continual.outside import few
 from continual.records import Candidate
 from continual.state import Commit, State
 from continual.state.entries import (
-    CombineEntry,
     FoldEntry,
     InputsEntry,
     RepairEntry,
@@ -22,7 +21,7 @@ from continual.state.entries import (
 )
 from continual.state.ledger import Ledger
 
-StepKind = Literal["fold", "unfold", "select", "read", "tag"]
+StepKind = Literal["fold", "unfold", "select", "combine", "read", "tag"]
 
 
 class ReplayStep(NamedTuple):
@@ -35,7 +34,7 @@ class ReplayStep(NamedTuple):
     @property
     def changes(self) -> bool:
         """Whether tensors are written."""
-        return self.kind in ("fold", "unfold", "select")
+        return self.kind in ("fold", "unfold", "select", "combine")
 
 
 class NeededModel(NamedTuple):
@@ -56,6 +55,11 @@ class ReplayPlan:
     steps: tuple[ReplayStep, ...]
     models: Mapping[str, NeededModel]
     left_out: tuple[str, ...]
+
+    @property
+    def brought(self) -> tuple[Commit, ...]:
+        """The records that brought the models of other states."""
+        return tuple(step.commit for step in self.steps if step.kind == "combine")
 
 
 def plan_of(state: State) -> ReplayPlan:
@@ -112,7 +116,7 @@ def _line(ledger: Ledger) -> list[Commit]:
 
 
 def _kind(commit: Commit) -> StepKind | None:
-    if commit.kind == "fold" or commit.kind == "unfold":
+    if commit.kind == "fold" or commit.kind == "unfold" or commit.kind == "combine":
         return commit.kind
     if commit.kind == "select":
         return "select" if commit.of_kind(SelectEntry).active is not None else None
@@ -121,11 +125,6 @@ def _kind(commit: Commit) -> StepKind | None:
 
 def _must_be_known(commit: Commit, state: State) -> None:
     """Raises Misconfigured for a record whose tensors nothing here can make again."""
-    if isinstance(commit.entry, CombineEntry):
-        raise Misconfigured(
-            f"record {commit.seq} brought the models of another state ({commit.entry.of}), whose ledger this one does "
-            "not have: replay that state, and combine the two again"
-        )
     if state.format.form is not None and _kind(commit) == "select":
         raise Misconfigured(
             f"record {commit.seq} is of a round that weighed the adapters: such a state cannot be built again without "

@@ -196,9 +196,46 @@ def test_a_kill_is_gone_on_from(tmp_path: Path) -> None:
         merge.replay(tmp_path / "again")
 
 
+@pytest.mark.parametrize("kind", ["mean", "adapters"])
+def test_states_that_were_combined_are_built_again_with_it(tmp_path: Path, kind: str) -> None:
+    """One of which had another combined into it; a brought model is taken out, and the other state goes on."""
+    state, model = made(tmp_path, RECIPES[kind])
+    for number, name in enumerate(("second", "third")):
+        making.init(tmp_path / "base", tmp_path / name, RECIPES[kind])
+        with opened(tmp_path / name, weights={"b1": 0.5} if kind == "mean" else {}) as other:
+            other.fold(model(f"a{number}", 10 + number))
+            other.fold(model(f"b{number}", 20 + number))
+            other.unfold(other.look_unfold(f"a{number}"))
+            other.fold(model(f"c{number}", 30 + number))
+    with opened(tmp_path / "second") as second:
+        second.combine(tmp_path / "third")
+        second.fold(model("d", 40))
+    with opened(state) as merge:
+        merge.fold(model("e", 50))
+        merge.combine(tmp_path / "second")
+        merge.unfold(merge.look_unfold("b1"))
+        merge.fold(model("f", 60))
+    with opened(tmp_path / "third", keep=1) as third:
+        third.fold(model("g", 70))
+    others = [tmp_path / "third", tmp_path / "second"]
+    with api.Merge(Settings(state=state)) as merge:
+        assert merge.look_replay(states=others).records == 4 + 6 + 4
+        found = merge.replay(tmp_path / "again", states=others)
+        assert (found.equal, found.differs, found.records) == (True, (), 14)
+        assert merge.replay(tmp_path / "again", states=others).equal, "nothing is left to be made"
+    assert names(tmp_path / "again") == names(state)
+    with State.open(tmp_path / "again") as again:
+        assert verify(again) == []
+    done = run("replay", tmp_path / "by command", "--state", state, "--with", others[0])
+    assert (done.returncode, "record 2 brought" in done.stderr) == (2, True), done.stderr
+    body = machine("replay", tmp_path / "by command", "--state", state, "--with", others[0], "--with", others[1])
+    assert (body["equal"], body["tensors"]) == (True, found.tensors)
+
+
 def test_what_cannot_be_built_again_is_refused_in_words(tmp_path: Path) -> None:
     state, model = made(tmp_path, RECIPES["mean"])
     making.init(tmp_path / "base", tmp_path / "second", RECIPES["mean"])
+    shutil.copytree(tmp_path / "second", tmp_path / "forked")
     with opened(tmp_path / "second") as second:
         second.fold(model("b", 2))
     with opened(state) as merge:
@@ -206,6 +243,19 @@ def test_what_cannot_be_built_again_is_refused_in_words(tmp_path: Path) -> None:
         merge.combine(tmp_path / "second")
         with pytest.raises(Misconfigured, match="record 2 brought the models of another state"):
             merge.replay(tmp_path / "again")
+        with pytest.raises(Misconfigured, match="are one state, or copies of one"):
+            merge.replay(tmp_path / "again", states=[tmp_path / "second", tmp_path / "second"])
+        with State.open(tmp_path / "second", write=True) as second:
+            second.rollback(0)
+        assert merge.replay(tmp_path / "again", states=[tmp_path / "second"]).equal, "it has gone on"
+        shutil.rmtree(tmp_path / "again")
+        with pytest.raises(Misconfigured, match="has records up to 0, and record 2 brought its models of record 1"):
+            merge.replay(tmp_path / "again", states=[tmp_path / "forked"])
+        with opened(tmp_path / "forked") as forked:
+            forked.fold(model("another", 3))
+        with pytest.raises(Misconfigured, match="it is not that state, but has its id"):
+            merge.replay(tmp_path / "again", states=[tmp_path / "forked"])
+        assert not (tmp_path / "again").exists()
         merge.state.rollback(1)
         assert merge.replay(tmp_path / "again").equal, "it is on no line to what is in force"
     making.init(tmp_path / "base", tmp_path / "third", RECIPES["ties"])

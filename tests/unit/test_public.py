@@ -52,8 +52,8 @@ SIGNATURES = {
     "Merge.certify": "(self, seq, file, *, at=None, progress)",
     "Merge.combine": "(self, other, *, dry_run=False, progress)",
     "Merge.diff": "(self, a, b='HEAD', *, progress)",
-    "Merge.look_replay": "(self, models=(), *, progress)",
-    "Merge.replay": "(self, directory, models=(), *, progress)",
+    "Merge.look_replay": "(self, models=(), states=(), *, progress)",
+    "Merge.replay": "(self, directory, models=(), states=(), *, progress)",
     "Merge.retry": "(self, word, *, because=None, by=None)",
     "Merge.close": "(self)",
     "Recipe": (
