@@ -25,7 +25,8 @@ REFUSALS = (
     *("gone", "gated", "superseded", "changed", "malformed", "irrelevant", "age", "count", "internal"),
     *("quantised", "foreign", "sharded-state", "lineage", "extra", "form", "cut", "inputs"),
     *("noise", "copy", "negated", "mixture", "evaluation", "unclear", "dropped", "signature", "interference"),
-    *("locked", "permuted", "requantised"),
+    *("locked", "permuted", "requantised", "card", "card-base", "card-kind", "other-config"),
+    *("too-large", "licence", "author"),
 )
 """Every reason for which continual keeps a candidate out; operations.md says what each means. A gate of somebody else
 can have others."""

@@ -15,18 +15,25 @@ LARGEST = 1 << 20
 def read(file: Path) -> dict[str, object]:
     """The table that a file holds. Raises Misconfigured for a file that cannot be read, for a key twice, and for what
     is no table with names as keys."""
+    try:
+        return parse(read_regular(file, LARGEST).decode("utf-8"))
+    except OSError as error:
+        raise Misconfigured(str(error) if isinstance(error, Irregular) else f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise Misconfigured(f"{file}: no YAML that can be read ({str(error)[:300]})") from None
+
+
+def parse(text: str) -> dict[str, object]:
+    """The table that a text holds. Raises ValueError for what `read` refuses."""
     import yaml  # type: ignore[import-untyped]
 
     try:
-        text = read_regular(file, LARGEST).decode("utf-8")
         _check_once(yaml.compose(text, yaml.SafeLoader))
         body = yaml.safe_load(text)
-    except OSError as error:
-        raise Misconfigured(str(error) if isinstance(error, Irregular) else f"{file}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Misconfigured(f"{file}: no YAML that can be read ({' '.join(str(error).split())[:300]})") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
     if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
-        raise Misconfigured(f"{file}: write a table with names as keys")
+        raise ValueError("write a table with names as keys")
     return body
 
 

@@ -161,7 +161,7 @@ class Folding:
         seconds = {"read": read - started, "rule": computed - read, "write": time.perf_counter() - computed}
         added = self._vectors.rank(spec.name)
         rank = None if inputs.rank is None or added is None else inputs.rank + added
-        notes, picture = (folded.notes,) if folded.notes else (), self._picture(spec, watched)
+        notes, picture = (folded.notes,) if folded.notes else (), watched.picture(self._vectors.grids.get(spec.name))
         return TensorFold(digest, folded.sums, notes, nbytes, seconds, rank, picture)
 
     def _by_experts(self, spec: TensorSpec) -> TensorFold:
@@ -197,7 +197,9 @@ class Folding:
         self._kept(spec, sums)
         clock.ends("write")
         notes = tuple(folded.notes for folded in found if folded.notes)
-        return TensorFold(digest, sums, notes, nbytes, clock.seconds, picture=self._picture(spec, watched))
+        return TensorFold(
+            digest, sums, notes, nbytes, clock.seconds, picture=watched.picture(self._vectors.grids.get(spec.name))
+        )
 
     def _by_runs(self, spec: TensorSpec) -> TensorFold:
         self._workplace.go_on(self._terms.name)
@@ -223,11 +225,13 @@ class Folding:
         self._kept(spec, sums := Sums.total(parts))
         clock.ends("write")
         return TensorFold(
-            content.digest(), sums, (), content.nbytes, clock.seconds, picture=self._picture(spec, watched)
+            content.digest(),
+            sums,
+            (),
+            content.nbytes,
+            clock.seconds,
+            picture=watched.picture(self._vectors.grids.get(spec.name)),
         )
-
-    def _picture(self, spec: TensorSpec, watched: Watched) -> Picture:
-        return watched.picture()._replace(grid=self._vectors.grids.get(spec.name))
 
     def _apply_in_place(
         self, accumulators: dict[str, torch.Tensor], tau: torch.Tensor, inputs: Inputs, watched: Watched

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from continual.config import Settings
 from continual.errors import Misconfigured, Refuse
 from continual.gates.assembly import AssemblyGate
+from continual.gates.computes import ConfigGate
 from continual.gates.contract import (
     AtFold,
     AtHeaders,
@@ -29,6 +30,7 @@ from continual.gates.contract import (
 )
 from continual.gates.copies import CopiesGate
 from continual.gates.cut import CutGate
+from continual.gates.declared import CardGate
 from continual.gates.finite import FiniteGate
 from continual.gates.form import FormGate
 from continual.gates.grid import GridGate
@@ -37,6 +39,7 @@ from continual.gates.lineage import LineageGate
 from continual.gates.noise import NoiseGate
 from continual.gates.norms import NormsGate
 from continual.gates.own_release import OwnReleaseGate
+from continual.gates.policy import PolicyGate
 from continual.gates.signature import SignatureGate
 from continual.gates.unmergeable import UnmergeableGate
 from continual.gates.updates import UpdatesGate
@@ -46,6 +49,8 @@ from continual.records import Warned
 __all__ = [
     "GATES",
     "AssemblyGate",
+    "CardGate",
+    "ConfigGate",
     "CopiesGate",
     "CutGate",
     "Earlier",
@@ -61,6 +66,7 @@ __all__ = [
     "NormsGate",
     "Numbers",
     "OwnReleaseGate",
+    "PolicyGate",
     "SignatureGate",
     "TensorNumbers",
     "UnmergeableGate",
@@ -71,11 +77,14 @@ __all__ = [
 
 GATES: tuple[type[Gate], ...] = (
     OwnReleaseGate,
+    PolicyGate,
     UpdatesGate,
     AssemblyGate,
     LineageGate,
     FormGate,
     WeightGate,
+    CardGate,
+    ConfigGate,
     SignatureGate,
     FiniteGate,
     UnmergeableGate,

@@ -71,7 +71,7 @@ def test_a_day_with_the_command(tmp_path: Path, place: tuple[Path, Path]) -> Non
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("size.most=1", "gates.size: no such gate; known are own-release, updates, assembly, lineage"),
+        ("size.most=1", "gates.size: no such gate; known are own-release, policy, updates, assembly, lineage"),
         ("norms.most=1", "gates.norms.most: unknown; the settings of this gate are: act"),
         ("lineage.vocab=common-rows", "gates.lineage.vocab: vocab is a setting of that name; set it there"),
     ],

@@ -24,9 +24,8 @@ _SMALL = 16
 _BLOCKS, _FIRST = 64, 4
 """Blocks of a matrix that are looked at, along its rows and along its columns each; and those that are looked at before
 the others, which is all of an honest model."""
-_ON, _OFF, _MAYBE = 0.1, 0.12, 0.13
-"""Of a step: the largest median distance of a matrix that lies on a grid, the smallest of one that does not, and that
-from which on the first blocks say that it does not."""
+_ON, _OFF = 0.1, 0.12
+"""Of a step: the largest median distance of a matrix that lies on a grid, the smallest of a base that does not."""
 _FEW = 6
 """Different numbers that a block has to have where many scales are tried: fewer are near one of them by chance."""
 
@@ -58,7 +57,7 @@ def grid_of(theirs: NDArray[np.float32], ours: NDArray[np.float32]) -> str | Non
             continue
         found = ""
         first = along.theirs[:_FIRST]
-        if not any(_median(distance(first)) <= _MAYBE for distance in _COARSE):
+        if not any(_median(distance(first)) <= limit for distance, limit in _COARSE):
             continue
         for name, distance in _GRIDS.items():
             if _median(distance(along.theirs)) <= _ON and _median(distance(along.ours)) > _OFF:
@@ -98,10 +97,10 @@ def _different(blocks: Floats) -> Floats:
     return found
 
 
-def _even(most: int, width: int = BLOCK) -> Distance:
+def _even(most: int, width: int = BLOCK, *, fitted: bool = True) -> Distance:
     """Of blocks of `width` numbers: the mean distance to evenly spaced values, in steps, of which 1 to `most` lie
-    between the smallest number and the largest. These two may be rounded too, so spacing and beginning are those that
-    fit all numbers best."""
+    between the smallest number and the largest. `fitted`: these two may be rounded too, so spacing and beginning are
+    those that fit all numbers best."""
     levels = np.arange(1.0, most + 1.0)
 
     def distance(blocks: Floats) -> Floats:
@@ -110,7 +109,11 @@ def _even(most: int, width: int = BLOCK) -> Distance:
         place = ((values - values[:, :1]) / np.where(spread > 0, spread, 1.0))[:, None, :]
         weight = _different(values)[:, None, :]
         number = weight.sum(2)
-        whole = np.rint(place * levels[:, None])
+        steps = place * levels[:, None]
+        whole = np.rint(steps)
+        if not fitted:
+            rough: Floats = (np.abs(steps - whole) * weight).sum(2).min(1) / np.maximum(number[:, 0] - 2, 1)
+            return rough
         middle = (whole * weight).sum(2, keepdims=True) / number[:, :, None]
         centre = (place * weight).sum(2, keepdims=True) / number[:, :, None]
         away = (whole - middle) * weight
@@ -175,5 +178,12 @@ _GRIDS: Mapping[str, Distance] = {
     "integers of 8 bits or fewer (int8, Q8_0)": _even(255),
 }
 """The narrower ones first: numbers on such a grid lie on wider ones as well."""
-_COARSE = (_float(3), _even(255), _table(_NF4), _table(_IQ4), _table(_FP4, _SMALL), _even(63, _SMALL))
-"""What is asked of the first blocks: nothing lies on a grid and on none of these."""
+_COARSE = (
+    (_float(3), _ON),
+    (_even(255, fitted=False), 0.15),
+    (_even(63, _SMALL, fitted=False), _ON),
+    (_table(_NF4), _ON),
+    (_table(_IQ4), _ON),
+    (_table(_FP4, _SMALL), _ON),
+)
+"""What is asked of the first blocks, and the largest distance there of a matrix that may lie on a grid."""

@@ -146,9 +146,9 @@ class Watched:
         self._before[start:stop] = part[: stop - start]
         self._seen += stop - start
 
-    def picture(self) -> Picture:
-        """Of what was added."""
-        return Picture(self._projection.values, self._stands_out(), self._meeting())
+    def picture(self, grid: str | None = None) -> Picture:
+        """Of what was added, and the `grid` on which the candidate's first numbers lie."""
+        return Picture(self._projection.values, self._stands_out(), self._meeting(), grid)
 
     def _meeting(self) -> Meeting:
         if not len(self._before) or self._seen < len(self._before):

@@ -1,5 +1,5 @@
-"""What the gates add to the CPU time of a fold, but for an evaluation: sketches, directions that stand out, how a model
-lies to the merge, and the verdicts.
+"""What the gates add to the CPU time of a fold, but for an evaluation: sketches, directions that stand out, grids, how
+a model lies to the merge, and the verdicts.
 
     python -m tests.campaigns.bench.gates [--gigabytes 0.3] [--layers 24] [--rules task-arithmetic ties tsv-m]
         [--models 3] [--repeats 5]
@@ -34,12 +34,13 @@ from continual import api, making
 from continual.config import Settings
 from continual.engine import folding
 from continual.gates import Gates
+from continual.tensors.vectors import vectors
 
 class Nothing:
     def __init__(self, spec, plan): pass
     def add(self, start, part): pass
     def wanted(self, start): return 0
-    def picture(self): return None
+    def picture(self, grid): return None
 
 counted = [0.0]
 
@@ -58,12 +59,13 @@ class Watched(folding.Watched):
     ))
 
 folding.first_of = clocked(folding.first_of)
-kept = Watched, clocked(Gates.at_tensor), clocked(Gates.at_numbers)
+kept = Watched, clocked(Gates.at_tensor), clocked(Gates.at_numbers), clocked(vectors._grid_of)
 
 def choose(bare):
     folding.Watched = Nothing if bare else kept[0]
     Gates.at_tensor = (lambda self, seen: None) if bare else kept[1]
     Gates.at_numbers = (lambda self, seen: ()) if bare else kept[2]
+    vectors._grid_of = (lambda values, base, shape: None) if bare else kept[3]
 
 repeats, rule, base, state, *tunes = sys.argv[1:]
 making.init(Path(base), Path(state), making.Recipe(rule=rule))

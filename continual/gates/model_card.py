@@ -1,0 +1,47 @@
+"""What a model's card (README.md) says of where it comes from: the YAML between two lines of dashes at its top, as the
+Hub reads it. It is what the publisher says, and nothing is proved by it."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from continual.config import plain_yaml
+from continual.errors import Refuse
+from continual.outside import shown
+from continual.tensors import Place
+
+CARD = "README.md"
+LARGEST = 1 << 18
+"""Bytes of a card in which its metadata has to end."""
+_FRONT = re.compile(r"\A\ufeff?[ \t\r\n]*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+
+
+class ModelCard(NamedTuple):
+    """`bases`: the models that it names as its base, repos or paths; `relation`: what it is of them (`finetune`,
+    `adapter`, `merge`, `quantized`), as it says, or `merge` where it names several. `licence`: in small letters."""
+
+    bases: tuple[str, ...] = ()
+    relation: str | None = None
+    licence: str | None = None
+
+
+def card_of(place: Place) -> ModelCard:
+    """The card of a model; one that says nothing where there is none, or no metadata in it. Raises Refuse (`card`) for
+    metadata that cannot be read, Retry."""
+    if not place.present(CARD):
+        return ModelCard()
+    try:
+        text = place.small(CARD)[:LARGEST].decode("utf-8", "replace")
+        front = _FRONT.match(text)
+        body = plain_yaml.parse(front[1]) if front is not None and front[1].strip() else {}
+    except ValueError as error:
+        raise Refuse(
+            "card", f"{place.file(CARD)}: its metadata cannot be read ({shown(str(error))}): correct it, or take it out"
+        ) from None
+    named = body.get("base_model")
+    listed = named if isinstance(named, list) else [named]
+    bases = tuple(str(one) for one in listed if isinstance(one, str) and one.strip())
+    relation, licence = body.get("base_model_relation"), body.get("license")
+    said = relation.strip().lower() if isinstance(relation, str) else "merge" if len(bases) > 1 else None
+    return ModelCard(bases, said, licence.strip().lower() if isinstance(licence, str) else None)

@@ -1,0 +1,73 @@
+"""Limits that a person sets, of models in folders as of those on the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from continual.config import Settings
+from continual.errors import Refuse
+from continual.gates import Headers, PolicyGate, make
+from tests.unit.gates.cases import Case, fine_tune
+
+
+def licensed(place: Path, licence: str | None) -> Headers:
+    seen = fine_tune(place)
+    if licence is not None:
+        (place / "alice" / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    return seen
+
+
+def on_hub(place: Path, licence: str | None = None) -> Headers:
+    seen = fine_tune(place)
+    return seen._replace(candidate=replace(seen.candidate, origin="hf://mallory/alice", licence=licence))
+
+
+REFUSED = {
+    "too-large": lambda place: Case(PolicyGate(max_bytes=1000), fine_tune(place)),
+    "licence": lambda place: Case(PolicyGate(licences=("mit", "apache*")), licensed(place, "cc-by-nc-4.0")),
+    "author": lambda place: Case(PolicyGate(deny_authors=("mal*",)), on_hub(place)),
+    "card": lambda place: Case(PolicyGate(licences=("mit",)), licensed(place, "[")),
+}
+
+
+@pytest.mark.parametrize(
+    ("gate", "licence"),
+    [
+        (PolicyGate(), None),
+        (PolicyGate(licences=("mit",)), "MIT"),
+        (PolicyGate(licences=("none",)), None),
+        (PolicyGate(deny_licences=("cc-*",)), "apache-2.0"),
+        (PolicyGate(max_bytes=1 << 20, max_tensors=11), None),
+        (PolicyGate(authors=("somebody",), deny_authors=("*",)), None),  # a folder has no owner
+    ],
+)
+def test_let_in(tmp_path: Path, gate: PolicyGate, licence: str | None) -> None:
+    gate.judge(licensed(tmp_path, licence))
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        (PolicyGate(max_tensors=10), "has 11 tensors"),
+        (PolicyGate(licences=("mit",)), "licence none is not in"),
+        (PolicyGate(deny_licences=("no*",)), "licence none is in"),
+    ],
+)
+def test_refused(tmp_path: Path, gate: PolicyGate, said: str) -> None:
+    with pytest.raises(Refuse, match=said):
+        gate.judge(licensed(tmp_path, None))
+
+
+def test_on_the_hub(tmp_path: Path) -> None:
+    seen = on_hub(tmp_path, "mit")
+    PolicyGate(authors=("mallory",), licences=("mit",)).judge(seen)
+    with pytest.raises(Refuse, match=r"mallory is not in gates\.policy\.authors"):
+        PolicyGate(authors=("alice",)).judge(seen)
+
+
+def test_settings_as_they_are_written() -> None:
+    found = make(Settings(gates=["policy.max_bytes=40GB", "policy.licences=mit,apache-2.0"])).the(PolicyGate)
+    assert (found.max_bytes, found.licences) == (40 * 10**9, ("mit", "apache-2.0"))
