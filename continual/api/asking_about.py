@@ -32,16 +32,9 @@ class AroundMerge:
     executor: Executor
     stopping: threading.Event
 
-    def export(self, state: State, target: Path) -> None:
-        """Writes the merge of `state`, which may be on trial, as a model directory."""
-        with self.weights() as whole:
-            folder.export(whole, self.reading_of(state), folder.Target(target), self.executor, silent)
-
-    def base(self) -> Path | None:
-        """The directory of the base; None where it is in no folder."""
-        with self.weights() as whole:
-            place = whole.checkpoint.place
-            return place.path if isinstance(place, Folder) else None
+    def of(self, state: State) -> MergeOfState:
+        """The merge of `state`, which may be on trial."""
+        return MergeOfState(self, state)
 
     def go_on(self) -> None:
         """Raises Abandoned where continual is stopping."""
@@ -49,18 +42,41 @@ class AroundMerge:
             raise Abandoned("the evaluation was given up because continual is stopping; nothing was recorded")
 
 
-def judge_of(settings: Settings, around: AroundMerge) -> Judge | None:
-    """What the settings have asked about the merge before a fold is committed; None where that is nothing. Raises
-    Misconfigured where it cannot be asked, as far as that is seen from outside."""
+@dataclass(frozen=True)
+class MergeOfState:
+    """The merge of a state, to be asked about: as a new export, the base where it lies."""
+
+    around: AroundMerge
+    state: State
+
+    def directory(self, place: Path) -> Path | None:
+        """An export in `place`; of a state without a fold the directory of the base, None where that is in no
+        folder."""
+        with self.around.weights() as whole:
+            if not self.state.ledger.folds():
+                base = whole.checkpoint.place
+                return base.path if isinstance(base, Folder) else None
+            target = folder.Target(place / "model")
+            return folder.export(whole, self.reading(), target, self.around.executor, silent)
+
+    def reading(self) -> Reading:
+        """How it is read."""
+        return self.around.reading_of(self.state)
+
+
+def asker_of(settings: Settings, around: AroundMerge) -> Asker | None:
+    """Who is asked about a merge, by the settings; None where nobody is. Raises Misconfigured where nobody can be, as
+    far as that is seen from outside."""
     wanted = settings.evaluation
-    asker: Asker
     if wanted.command:
-        asker = CommandAsker(wanted, around)
-    elif wanted.objective:
-        work = around.executor, pick_device(settings.device)
-        asker = RowsAsker(wanted, around.weights, around.reading_of, work, around.go_on)
-    elif wanted.lm_eval:
-        asker = HarnessAsker(wanted, around)
-    else:
-        return None
-    return Evaluator(wanted, asker)
+        return CommandAsker(wanted, around.stopping)
+    if wanted.objective:
+        return RowsAsker(wanted, around.weights, (around.executor, pick_device(settings.device)), around.go_on)
+    return HarnessAsker(wanted, around.stopping) if wanted.lm_eval else None
+
+
+def judge_of(settings: Settings, around: AroundMerge) -> Judge | None:
+    """What the settings have asked about the merge before a fold is committed; None where that is nothing. Raises as
+    `asker_of`."""
+    asker = asker_of(settings, around)
+    return None if asker is None else Evaluator(settings.evaluation, asker, around.of)

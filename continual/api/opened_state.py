@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from continual import selection
-from continual.api.asking_about import AroundMerge, judge_of
+from continual.api.asking_about import AroundMerge, asker_of, judge_of
 from continual.api.looked_state import LookedState
 from continual.config import Settings
 from continual.engine import explaining
@@ -25,6 +25,7 @@ from continual.engine.resources import Resources
 from continual.engine.standing import Standing
 from continual.engine.views import ReadView, check_read_at, view_of
 from continual.errors import Misconfigured, Retry
+from continual.evaluation.askers import Asker
 from continual.executors.contract import Executor, Progress, silent
 from continual.executors.device import pick_device
 from continual.executors.local import Local
@@ -102,7 +103,6 @@ class OpenedState(LookedState):
         """The same over another opening of the base: of a state of adapters that with its weights. Raises
         Misconfigured for a device that is not there."""
         device = pick_device(self.settings.device)
-        around = AroundMerge(self.weights, self.reading_of, self.executor, self.stopping)
         resources = Resources(
             self.executor,
             device,
@@ -110,9 +110,17 @@ class OpenedState(LookedState):
             stop=self.stopping,
             open_weights=self._open_values,
             reads=self.settings.reading,
-            judge=judge_of(self.settings, around),
+            judge=judge_of(self.settings, self._around()),
         )
         return Engine(self.state, base, self.rule, self.standing.gates, resources)
+
+    def asker(self) -> Asker | None:
+        """Who says what a merge is worth, as the settings in `evaluation` name them; None where they name nobody.
+        Raises Misconfigured."""
+        return asker_of(self.settings, self._around())
+
+    def _around(self) -> AroundMerge:
+        return AroundMerge(self.weights, self.reading_of, self.executor, self.stopping)
 
     @property
     def signer(self) -> Signer | None:

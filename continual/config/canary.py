@@ -32,7 +32,8 @@ class CanarySettings(BaseModel):
     prometheus: str = Field(default="http://127.0.0.1:9090", description="where Prometheus listens")
     evaluate: bool = Field(
         default=False,
-        description="ask the command of evaluation, too, about the canary and about what it is to replace",
+        description="ask the evaluation, too (command, rows or lm-eval), about the canary and about what it is to "
+        "replace",
     )
     interval: Annotated[float, Field(gt=0)] = Field(default=60.0, description="seconds between two measurements")
     count: Annotated[int, Field(ge=1)] = Field(default=5, description="so many of the newest measurements count")

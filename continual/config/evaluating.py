@@ -46,8 +46,10 @@ class EvaluationSettings(BaseModel):
     )
     chance: Annotated[float, Field(gt=0, lt=0.5)] = Field(
         default=0.05,
-        description="how often chance may stop a model that makes nothing worse, over all metrics and looks, and how "
-        "often it may hide that a metric fell by twice max_drop",
+        description="how often chance may refuse a model that makes nothing worse, over all metrics and looks",
+    )
+    miss: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        default=0.15, description="how often chance may hide that a metric fell by twice max_drop"
     )
     first_rows: Annotated[int, Field(ge=2)] = Field(
         default=100, description="rows of each task that are asked first, where the command has {rows}"

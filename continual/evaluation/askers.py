@@ -1,5 +1,5 @@
-"""Who is asked about a model directory: a command of the user's, or lm-eval. Whether what they say is good enough is
-decided elsewhere."""
+"""Who is asked about a merge: a command of the user's, or lm-eval, which get it as a model directory. Whether what they
+say is good enough is decided elsewhere."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Protocol
 
 from continual import outside
 from continual.config.evaluating import EvaluationSettings
+from continual.engine.reading import Reading
 from continual.errors import Misconfigured
 from continual.evaluation.scores import Metric, lower_of, parse
 from continual.evaluation.verdict import Answers
-from continual.state import State
 from continual.state.durable import environment
 from continual.tuning.choosing import scratch_directory
 from continual.tuning.command import MODEL, Command, CommandFailed, last_line
@@ -30,48 +30,46 @@ _SAMPLES = 1 << 30
 """Bytes of the largest file of samples that is read."""
 
 
-class Asker(Protocol):
-    """Says what the merge of a state is worth. `grows`: whether it can be asked with more rows."""
+class AskedMerge(Protocol):
+    """A merge that is asked about; without a fold it is the base."""
 
-    grows: bool
+    def directory(self, place: Path) -> Path | None:
+        """A model directory with it, below `place` where it is nowhere else; None of a base that is in no folder."""
+        ...
 
-    def __call__(self, state: State, what: str, rows: int) -> Answers | None:
-        """What is said of the merge of `state` (`what`, in messages), on so many rows of each task; of a state without
-        a fold what is said of the base, None where it cannot be asked. Raises Retry where the environment got in the
-        way, Misconfigured where nothing can be made of what is said, Abandoned."""
+    def reading(self) -> Reading:
+        """How it is read."""
         ...
 
 
-class Surroundings(Protocol):
-    """What an asker needs of the state that it is asked about."""
+class Asker(Protocol):
+    """Says what a merge is worth. `grows`: whether it can be asked with more rows."""
 
-    def export(self, state: State, target: Path) -> None:
-        """Writes the merge of a state, which may be on trial, as a model directory."""
+    grows: bool
 
-    def base(self) -> Path | None:
-        """The directory of the base; None where it is in no folder."""
-
-    @property
-    def stopping(self) -> threading.Event:
-        """Is set once continual is stopping."""
+    def __call__(self, merge: AskedMerge, what: str, rows: int) -> Answers | None:
+        """What is said of `merge` (`what`, in messages), on so many rows of each task; None where it cannot be asked.
+        Raises Retry where the environment got in the way, Misconfigured where nothing can be made of what is said,
+        CommandFailed, Abandoned."""
+        ...
 
 
 class CommandAsker:
     """Asks the command of the settings about an export."""
 
-    def __init__(self, settings: EvaluationSettings, around: Surroundings) -> None:
+    def __init__(self, settings: EvaluationSettings, stopping: threading.Event) -> None:
         """Raises Misconfigured for a command that does not name the model."""
         command_of(settings, settings.first_rows)
         self.grows = any(ROWS in part for part in settings.command)
         self._settings = settings
-        self._around = around
+        self._stopping = stopping
 
-    def __call__(self, state: State, what: str, rows: int) -> Answers | None:
-        with exported(state, self._settings, self._around) as (model, place):
+    def __call__(self, merge: AskedMerge, what: str, rows: int) -> Answers | None:
+        with _written(merge, self._settings) as (model, place):
             if model is None:
                 return None
             asked = f"evaluation.command, asked about {what}"
-            line = _run(command_of(self._settings, rows), model, place, asked, self._around)
+            line = last_line(command_of(self._settings, rows), model, place, asked, self._stopping)
             try:
                 metrics = parse(line)
             except ValueError as error:
@@ -85,15 +83,15 @@ class HarnessAsker:
 
     grows = True
 
-    def __init__(self, settings: EvaluationSettings, around: Surroundings) -> None:
+    def __init__(self, settings: EvaluationSettings, stopping: threading.Event) -> None:
         """Raises Misconfigured where lm-eval is not installed."""
         if importlib.util.find_spec("lm_eval") is None:
             raise Misconfigured("evaluation.lm_eval: pip install 'continual[lm-eval]'")
         self._settings = settings
-        self._around = around
+        self._stopping = stopping
 
-    def __call__(self, state: State, what: str, rows: int) -> Answers | None:
-        with exported(state, self._settings, self._around) as (model, place):
+    def __call__(self, merge: AskedMerge, what: str, rows: int) -> Answers | None:
+        with _written(merge, self._settings) as (model, place):
             if model is None:
                 return None
             with tempfile.TemporaryDirectory(dir=place) as found:
@@ -101,24 +99,20 @@ class HarnessAsker:
                 argv += ["--tasks", ",".join(self._settings.lm_eval), "--limit", str(rows), "--log_samples"]
                 argv += ["--output_path", found, *self._settings.lm_eval_args]
                 asked = f"evaluation.lm_eval, asked about {what}"
-                _run(Command(tuple(argv), timeout=self._settings.timeout), model, place, asked, self._around)
+                last_line(Command(tuple(argv), timeout=self._settings.timeout), model, place, asked, self._stopping)
                 metrics = samples_in(Path(found), what)
             return _answers(metrics, self._settings)
 
 
 @contextlib.contextmanager
-def exported(state: State, settings: EvaluationSettings, around: Surroundings) -> Iterator[tuple[Path | None, Path]]:
-    """The merge of `state` as a model directory while the block runs, the base itself where nothing is folded; and a
-    directory for what is written meanwhile. Raises Retry, Misconfigured."""
+def _written(merge: AskedMerge, settings: EvaluationSettings) -> Iterator[tuple[Path | None, Path]]:
+    """The model directory of a merge while the block runs, and one for what is written meanwhile. Raises Retry,
+    Misconfigured."""
     directory = settings.directory or Path(tempfile.gettempdir())
     if not directory.is_dir():
         raise Misconfigured(f"evaluation.directory = {directory}: no such directory; make it, or name another")
     with environment("cannot evaluate"), scratch_directory(directory) as place:
-        if not state.ledger.folds():
-            yield around.base(), place
-            return
-        around.export(state, place / "model")
-        yield place / "model", place
+        yield merge.directory(place), place
 
 
 def command_of(settings: EvaluationSettings, rows: int) -> Command:
@@ -132,10 +126,6 @@ def _answers(metrics: Mapping[str, Metric], settings: EvaluationSettings) -> Ans
         return Answers(metrics, lower_of(metrics, settings.lower))
     except ValueError as error:
         raise Misconfigured(str(error)) from None
-
-
-def _run(command: Command, model: Path, logs: Path, what: str, around: Surroundings) -> str:
-    return last_line(command, model, logs, what, around.stopping)
 
 
 def samples_in(directory: Path, what: str) -> dict[str, Metric]:

@@ -3,13 +3,13 @@ anything is committed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from continual.config.evaluating import EvaluationSettings
 from continual.engine.resources import Opinion
 from continual.engine.staging import without_folds
 from continual.errors import Misconfigured, Refuse
-from continual.evaluation.askers import Asker
+from continual.evaluation.askers import AskedMerge, Asker
 from continual.evaluation.scores import mean
 from continual.evaluation.verdict import Answers, Drop, Verdict, decide
 from continual.state import State
@@ -23,8 +23,9 @@ class Evaluator:
     """Asks about the merge with a candidate in it, with more rows where they do not tell. Keeps what was said of the
     merge in force and of the base, so that each is asked once in a process. Not thread-safe: one fold at a time."""
 
-    def __init__(self, settings: EvaluationSettings, asker: Asker) -> None:
+    def __init__(self, settings: EvaluationSettings, asker: Asker, merge_of: Callable[[State], AskedMerge]) -> None:
         self._settings = settings
+        self._asked = merge_of
         self._ask = asker
         self._known: dict[tuple[str, int], Answers | None] = {}
         self._looks = list(looks(settings)) if asker.grows else [settings.first_rows]
@@ -55,7 +56,7 @@ class Evaluator:
         """What is said of the merge with the candidate in it. `first`: nothing else was asked before, so that it is not
         known whose fault it is where nothing is said."""
         try:
-            found = self._ask(trial, f"the merge with {name}", rows)
+            found = self._ask(self._asked(trial), f"the merge with {name}", rows)
         except CommandFailed as error:
             if first:
                 raise
@@ -74,7 +75,8 @@ class Evaluator:
 
     def _said(self, state: State, generation: str, rows: int, what: str) -> Answers | None:
         if (generation, rows) not in self._known:
-            self._known[generation, rows] = self._ask(state, "the base" if generation == _BASE else what, rows)
+            called = "the base" if generation == _BASE else what
+            self._known[generation, rows] = self._ask(self._asked(state), called, rows)
         return self._known[generation, rows]
 
     def _forget_all_but(self, generation: str) -> None:

@@ -1,10 +1,9 @@
 """Calibration rows as what says how much a merge is worth: the model is in memory, and gets one merge after the other.
 
-Of a task with classes each row's number is the probability of the right class, with the confidence (objectives/classes)
-that fits the first merge that is asked best. It stays for all others: one fitted to each would add an error that all
-rows have in common, which no standard error over rows knows of. A task of a user's
-function says by `of_classes = True` that its losses are minus the logarithm of that. Of any other objective it is the
-loss, of which less is better.
+Of a task with classes each row's number is its share in the mean probability of the right class, with the confidence
+that fits each merge best (`shares_of_right`): a merge that is only less sure of everything has lost nothing, and the
+error of the fit, which all rows have in common, is in the shares. A task of a user's function may have `worth`, too.
+Of any other objective it is the loss, of which less is better; what such a task fits stays as it fits the first merge.
 """
 
 from __future__ import annotations
@@ -15,22 +14,19 @@ from pathlib import Path
 
 from continual.config import CalibrationSettings
 from continual.config.evaluating import EvaluationSettings
-from continual.engine.reading import Reading
+from continual.evaluation.askers import AskedMerge
 from continual.evaluation.scores import Metric
 from continual.evaluation.verdict import Answers
 from continual.executors.contract import Executor, silent
 from continual.lazily import torch
 from continual.objectives.calibration import Calibration, Dealt, Wanted, load
 from continual.objectives.parameters import Parameters, find_parameters
-from continual.state import State
 from continual.tensors import BaseModel
 from continual.tensors.layouts.in_classes import elsewhere
 from continual.tuning.scoring import fill
 
 Weights = Callable[[], AbstractContextManager[BaseModel]]
 """Opens the base with its weights for a while."""
-ReadingOf = Callable[[State], Reading]
-"""How the merge of a state is read."""
 
 
 def wanted_of(settings: EvaluationSettings) -> Wanted:
@@ -48,7 +44,6 @@ class RowsAsker:
         self,
         settings: EvaluationSettings,
         weights: Weights,
-        reading_of: ReadingOf,
         work: tuple[Executor, torch.device],
         go_on: Callable[[], None],
     ) -> None:
@@ -56,26 +51,27 @@ class RowsAsker:
         self._wanted = wanted_of(settings)
         self._wanted.check()
         self._weights = weights
-        self._reading_of = reading_of
         self._executor, self._device = work
         self._go_on = go_on
         self._fitted = False
         self._loaded: tuple[Calibration, Parameters] | None = None
 
-    def __call__(self, state: State, what: str, rows: int) -> Answers | None:  # noqa: ARG002 - errors name task and row
+    def __call__(self, merge: AskedMerge, what: str, rows: int) -> Answers:  # noqa: ARG002 - errors name task and row
         with self._weights() as base:
             calibration, held = self._opened(base)
-            reading = self._reading_of(state)
+            reading = merge.reading()
             reading.settle(self._executor, silent)
             fill(held, base, reading, self._executor)
         metrics: dict[str, Metric] = {}
         lower: set[str] = set()
         for name, dealt in zip(_names(calibration.dealt), calibration.dealt, strict=True):
             self._go_on()
-            losses = calibration.losses_of(dealt, _first(dealt, rows), fit=not self._fitted)
-            right = getattr(dealt.task, "of_classes", False) is True
-            metrics[name] = tuple(((-losses).exp() if right else losses).tolist())
-            lower |= set() if right else {name}
+            some = _first(dealt, rows)
+            found = calibration.worth_of(dealt, some)
+            if found is None:
+                found = calibration.losses_of(dealt, some, fit=not self._fitted)
+                lower.add(name)
+            metrics[name] = tuple(found.tolist())
         self._fitted = True
         return Answers(metrics, frozenset(lower))
 

@@ -1,14 +1,15 @@
 """Whether a merge with one more model is worse than others, by metrics of the same rows: pass, fail, or not to be told.
 
 The rows are compared in pairs, so that what they share does not count: of n differences the mean d, and its standard
-error s. Where rows are right or wrong (0 and 1) few of them differ, and the two that were not seen and could have been
-count as if they had: of 100 rows that are answered alike the error is 1.4 points, not 0. Where they are real numbers
-(the probability that the right answer was given, or a loss) most of them move a little, and s is a half or a third.
+error s. Where rows are right or wrong (0 and 1) few of them differ, and the three that were not seen and could have
+been count as if they had: of 100 rows that are answered alike the error is 1.7 points, not 0, so that at 1 of 20 a fall
+of 2.9 points could hide in them (exactly: 3.0, the rule of three). Where they are real numbers (the probability that
+the right answer was given, or a loss) most of them move a little, and s is a half or a third.
 
 A metric may fall by `most`. It has *failed* where d is more than that, and more than chance makes of a merge that is
 no worse: more than z·s, z being the one-sided quantile of Student's t, shared out among all metrics and looks
-(Bonferroni). It has *passed* where a fall of twice `most` would have shown: where d + z′·s is less than that, z′ of one
-metric. In between the rows do not tell.
+(Bonferroni). It has *passed* where a fall of twice `most` would have shown: where d + z′·s is less than that, z′ being
+the quantile of `miss`, of one metric. In between the rows do not tell.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def decide(
         drops += [Drop(name, _LIMIT, math.inf, 0.0, None) for name in lost]
     share = settings.chance / max(1, sum(drop.error is not None for drop in drops)) / looks
     failed = tuple(drop for drop in drops if _has_failed(drop, share))
-    unclear = tuple(drop for drop in drops if drop not in failed and not _has_passed(drop, settings.chance))
+    unclear = tuple(drop for drop in drops if drop not in failed and not _has_passed(drop, settings.miss))
     return Verdict(tuple(drops), failed, unclear)
 
 
@@ -109,10 +110,10 @@ def _has_failed(drop: Drop, chance: float) -> bool:
     return drop.drop > max(drop.most, quantile(chance, drop.rows) * drop.error)
 
 
-def _has_passed(drop: Drop, chance: float) -> bool:
+def _has_passed(drop: Drop, miss: float) -> bool:
     if drop.error is None or drop.most == 0.0:
         return drop.drop <= drop.most
-    return drop.drop + quantile(chance, drop.rows) * drop.error <= 2 * drop.most
+    return drop.drop + quantile(miss, drop.rows) * drop.error <= 2 * drop.most
 
 
 def quantile(chance: float, rows: int) -> float:
@@ -147,11 +148,11 @@ def _is_right_or_wrong(values: Sequence[float]) -> bool:
 
 
 def _error(apart: Sequence[float], *, exact: bool) -> float:
-    """The standard error of the mean of differences; of answers that are right or wrong with two rows more that
-    differ."""
+    """The standard error of the mean of differences; of answers that are right or wrong with three rows more
+    that differ."""
     count = len(apart)
     middle = math.fsum(apart) / count
     spread = math.fsum((one - middle) ** 2 for one in apart)
     if exact:
-        return math.sqrt(spread + 2.0) / count
+        return math.sqrt(spread + 3.0) / count
     return math.sqrt(spread / (count - 1) / count)

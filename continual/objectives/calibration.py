@@ -24,7 +24,7 @@ from continual.objectives import function
 from continual.objectives.builtin import OBJECTIVES, Rows
 from continual.objectives.classes import Classes, Entropy
 from continual.objectives.contract import chunks, in_order
-from continual.objectives.function import CalibrationTask, FittedTask, told_as_theirs
+from continual.objectives.function import CalibrationTask, FittedTask, ValuedTask, told_as_theirs
 from continual.objectives.loading import keep_no_activations, load_model
 from continual.objectives.rows import file_digest, must_be_readable
 from continual.objectives.taught import Taught, TellingTask
@@ -235,6 +235,14 @@ class Calibration:
         with torch.no_grad():
             found = [self._run(dealt, some, run).detach().double().cpu() for some in chunks(rows, self._batch)]
         return torch.cat(found)
+
+    def worth_of(self, dealt: Dealt, rows: list[int]) -> Tensor | None:
+        """What these rows of a task are worth (float64, 1-D, on the CPU), more being better; None of a task that has
+        losses alone. Raises as `loss` does."""
+        if not isinstance(dealt.task, ValuedTask):
+            return None
+        with torch.no_grad():
+            return self._run(dealt, rows, dealt.task.worth).detach().double().cpu()
 
     def _fit(self, task: FittedTask, dealt: Dealt, rows: list[int]) -> Tensor:
         with torch.no_grad():

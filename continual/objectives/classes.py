@@ -29,8 +29,6 @@ class Classes(Objective):
     """
 
     confidence = 1.0
-    of_classes = True
-    """Its losses are minus the logarithm of the probability of the right class."""
 
     @abstractmethod
     def logits(self, batch: Batch) -> Tensor:
@@ -50,11 +48,20 @@ class Classes(Objective):
     def fit(self, rows: Sequence[int]) -> Tensor:
         """Sets the confidence to the best one on these rows. Returns their losses under it: float64, 1-D, on the CPU,
         without a gradient."""
-        with torch.no_grad():
-            found = torch.cat([self.logits(self.together(some)).double().cpu() for some in chunks(rows, self._batch)])
-        labels = torch.tensor([self._labels[i] for i in rows])
+        found, labels = self._said(rows)
         self.confidence = fitted(found, labels)
         return torch.nn.functional.cross_entropy(self.confidence * found, labels, reduction="none")
+
+    def worth(self, rows: Sequence[int]) -> Tensor:
+        """The share of each row in the mean probability of the right class, as `shares_of_right` has it: float64, 1-D,
+        on the CPU, without a gradient."""
+        return shares_of_right(*self._said(rows))
+
+    def _said(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The logits of rows and their classes, on the CPU, without a gradient."""
+        with torch.no_grad():
+            found = torch.cat([self.logits(self.together(some)).double().cpu() for some in chunks(rows, self._batch)])
+        return found, torch.tensor([self._labels[i] for i in rows])
 
     def score(self) -> float:
         """The share of rows that are right."""
@@ -121,3 +128,25 @@ def fitted(logits: Tensor, labels: Tensor) -> float:
     while low < (middle := (low + high) / 2) < high:
         low, high = (low, middle) if rising(middle) else (middle, high)
     return math.exp(middle)
+
+
+def shares_of_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each row a number: their mean is the mean probability p of the right class under the confidence β that fits
+    these rows best (`fitted`), and they scatter as that mean does from one sample of rows to another, the fit included.
+    `logits`: float64, rows × classes; `labels`: int64, rows. Float64, rows; a number may lie beyond 0 and 1.
+
+    β is where the mean of ψ = dloss/dβ is zero. A row moves it by -ψ / mean(dψ/dβ), and that moves the mean of p by
+    its slope mean(dp/dβ) = -mean(p·ψ): the first term of a sum over rows (Hampel 1974, "The Influence Curve and Its
+    Role in Robust Estimation"). At an end of the range β does not move.
+    """
+    confidence = fitted(logits, labels)
+    own = labels[:, None]
+    less = logits - logits.gather(1, own)
+    each = torch.softmax(confidence * less, -1)
+    right = each.gather(1, own).squeeze(1)
+    slope = (each * less).sum(-1)
+    curve = ((each * less.square()).sum(-1) - slope.square()).mean()
+    inside = abs(math.log(confidence)) < WIDEST * (1 - 1e-9)
+    if not inside or not bool(less.isfinite().all()) or not float(curve) > 0:
+        return right
+    return right + (right * slope).mean() * slope / curve

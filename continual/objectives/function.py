@@ -45,6 +45,17 @@ class FittedTask(CalibrationTask, Protocol):
         ...
 
 
+@runtime_checkable
+class ValuedTask(CalibrationTask, Protocol):
+    """A task that says of each row what it is worth, more being better, where its loss says less: as a probability that
+    moves with the share of rows that are right."""
+
+    def worth(self, rows: Sequence[int]) -> Tensor:
+        """What the model's present weights are worth on each of these rows (float, 1-D); no gradient is kept.
+        `continual.objectives.shares_of_right` makes it of logits and classes."""
+        ...
+
+
 class Given(NamedTuple):
     """What a user's function returns: a model whose parameters are named as the base's tensors, and tasks that run
     it."""

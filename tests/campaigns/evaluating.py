@@ -2,13 +2,18 @@
 
     python -m tests.campaigns.evaluating --work W           # the digits of the demonstration; some minutes
 
-Merges honest fine-tunes of the digits, and makes candidates of known harm: a weak fine-tune of a new task less a part
-of one that is in the merge, and one that was trained to answer one task wrongly, each with just so much of it that the
-merge loses two points (one point, nothing) on that task over all held-out rows. Each is offered to a state several
-times, each time with other rows of each task, to the gate as it is by default (`[evaluation] objective =
-module:function`). What the same rule would have decided by other numbers of the same rows is said beside it: right or
-wrong, the loss, the probability of the right class as it is. Exits with 1 where fewer than 9 of 10 falls of two points
-are stopped, or more than 1 of 20 that do no harm.
+Merges honest fine-tunes of the digits, and makes candidates of known harm: a weak fine-tune of a new task, or one of it
+and all others, less a part of one that is in the merge, and one that was trained to answer one task wrongly, each with
+just so much of it that the merge loses two points (one point) on that task over all held-out rows. Folds that do no
+harm are whole ones, too: of fine-tunes of a new task that have rows of the others among their own, and of large parts
+of these, those that lower no task by half a point. Each is offered to a state several times, each time with other rows
+of each task, to the gate as it is by default (`[evaluation] objective = module:function`).
+
+What the same rule would have decided by other numbers of the same rows is said beside it: right or wrong, the
+probability of the right class as it is, and that with the confidence of the merge in force for both. And how many rows
+of a task it takes, by the spread of the differences over all held-out rows, until a one-sided paired test, shared out
+among the tasks, at 1 of 20 sees the fall 9 times of 10: ((z_(0.05/tasks) + z_0.1)·spread/fall)². Exits with 1 where
+fewer than 9 of 10 falls of two points are stopped, or more than 1 of 20 that do no harm.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -31,7 +37,7 @@ import continual
 from continual.config.evaluating import EvaluationSettings
 from continual.demo import digits
 from continual.evaluation.verdict import Answers, decide
-from continual.objectives.classes import fitted
+from continual.objectives.classes import fitted, shares_of_right
 from continual.objectives.function import Given
 from tests.campaigns.bench.quality import digits as suite
 from tests.campaigns.redteam import Red
@@ -55,20 +61,15 @@ class Population(NamedTuple):
 class Task:
     """Rows of a task for the gate: the objective of a user's function."""
 
-    of_classes = True
-
     def __init__(self, model: digits.Digits, images: Tensor, labels: Tensor) -> None:
         self.count, self._model, self._images, self._labels = len(labels), model, images, labels
-        self._confidence = 1.0
 
     def losses(self, rows: Sequence[int]) -> Tensor:
         found = self._model(self._images[list(rows)]).double()
-        return functional.cross_entropy(self._confidence * found, self._labels[list(rows)], reduction="none")
+        return functional.cross_entropy(found, self._labels[list(rows)], reduction="none")
 
-    def fit(self, rows: Sequence[int]) -> Tensor:
-        with torch.no_grad():
-            self._confidence = fitted(self._model(self._images[list(rows)]).double(), self._labels[list(rows)])
-            return self.losses(rows)
+    def worth(self, rows: Sequence[int]) -> Tensor:
+        return shares_of_right(self._model(self._images[list(rows)]).double(), self._labels[list(rows)])
 
 
 _asked: list[tuple[Population, Tensor]] = []
@@ -203,9 +204,13 @@ def harms(ground: Ground) -> dict[str, Callable[[float], Weights]]:
     for number, victim in enumerate(ground.tasks):
         new = tasks[len(ground.tasks) + number % (len(tasks) - len(ground.tasks))]
         less, kind = tau(red.honest(victim, 1.0, "full")), tau(red.honest(new, 1.0, "full"))
+        every = tau(rehearsed(red, new, ground.tasks))
         wrong = tau(poisoned(red, new, victim))
         found[f"{new} less {victim}"] = lambda share, less=less, kind=kind: {  # type: ignore[misc]
             key: 0.2 * kind[key] - share * less[key] for key in less
+        }
+        found[f"{new} and all less {victim}"] = lambda share, less=less, every=every: {  # type: ignore[misc]
+            key: every[key] - 2 * share * less[key] for key in less
         }
         found[f"{new} wrong on {victim}"] = lambda share, wrong=wrong: {  # type: ignore[misc]
             key: share * value for key, value in wrong.items()
@@ -229,42 +234,79 @@ def poisoned(red: Red, new: str, victim: str) -> Path:
     return target
 
 
-def honest(ground: Ground) -> list[Candidate]:
-    """Fine-tunes that lower no task by much: of tasks in the merge from other rows, and weak ones of new tasks."""
+def rehearsed(red: Red, new: str, old: Sequence[str]) -> Path:
+    """A fine-tune of a new task that has rows of all tasks of the merge among its own."""
+    target = red.work / "rehearsed" / f"{new}-{len(old)}"
+    if not target.exists():
+        images, labels, _, _ = digits.load(suite.SEED)
+        both = torch.cat([red.suite._ways[task](images) for task in (new, *old)])
+        model = digits.Digits()
+        model.load_state_dict(red.weights)
+        steps, rate, seed = suite.STEPS["full"], suite.RATES["full"], red.suite.tasks.index(new)
+        digits.train(model, both, labels.repeat(1 + len(old)), steps=steps, rate=rate, seed=seed)
+        red.save(target, {name: value.detach().clone() for name, value in model.state_dict().items()})
+    return target
+
+
+def harmless(ground: Ground) -> list[Candidate]:
+    """Fine-tunes that lower no task: of each new task one that has rows of all others, too, and parts of it."""
     red, found = ground.red, []
-    paths = [red.honest(task, 1.0, "bf16") for task in ground.tasks]
     for task in red.suite.tasks[len(ground.tasks) :]:
-        for share in (0.02, 0.1):
-            tuned = load_file(red.honest(task, 1.0, "full") / "model.safetensors")
-            weak = {key: base + share * (tuned[key] - base) for key, base in red.weights.items()}
-            paths.append(red.save(red.work / "candidates" / f"{task} x {share:g}", weak))
-    for path in paths:
-        after = ground.with_one_more(path)
-        one = Candidate(path.name, path, after, ground.falls(after))
-        if one.most <= LITTLE:
-            found.append(one)
-    return found
+        paths = [rehearsed(red, task, ground.tasks)]
+        tuned = load_file(paths[0] / "model.safetensors")
+        for share in (0.8, 0.6):
+            part = {key: base + share * (tuned[key] - base) for key, base in red.weights.items()}
+            paths.append(red.save(red.work / "candidates" / f"{task} with all x {share:g}", part))
+        for path in paths:
+            after = ground.with_one_more(path)
+            found.append(Candidate(path.name, path, after, ground.falls(after)))
+    return [one for one in found if one.most <= LITTLE]
+
+
+Numbers = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Of logits before and after (rows x classes) and the classes, a number for each row before and after."""
+
+
+def _right(before: Tensor, after: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return (before.argmax(1) == labels).double(), (after.argmax(1) == labels).double()
+
+
+def _likely(before: Tensor, after: Tensor, labels: Tensor, confidence: float = 1.0) -> tuple[Tensor, Tensor]:
+    losses = [functional.cross_entropy(confidence * some, labels, reduction="none") for some in (before, after)]
+    return (-losses[0]).exp(), (-losses[1]).exp()
+
+
+WAYS: dict[str, Numbers] = {
+    "right or wrong": _right,
+    "probability": _likely,
+    "probability, one confidence": lambda before, after, labels: _likely(before, after, labels, fitted(before, labels)),
+    "shares": lambda before, after, labels: (shares_of_right(before, labels), shares_of_right(after, labels)),
+}
 
 
 def otherwise(ground: Ground, one: Candidate, rows: Tensor) -> dict[str, str]:
-    """What the same rule says by other numbers of the same rows. A loss may rise by 0.02, which was a point here."""
-    labels = ground.population.labels[rows]
+    """What the same rule says by other numbers of the same rows."""
+    labels, found = ground.population.labels[rows], {}
+    for way, numbers in WAYS.items():
+        both = [numbers(ground.now[task][rows], one.after[task][rows], labels) for task in ground.tasks]
+        now, after = (
+            Answers({task: tuple(pair[side].tolist()) for task, pair in zip(ground.tasks, both, strict=True)})
+            for side in (0, 1)
+        )
+        found[way] = decide(after, now, None, EvaluationSettings(), looks=3).word
+    return found
 
-    def losses(logits: Tensor) -> Tensor:
-        return functional.cross_entropy(logits[rows], labels, reduction="none")
 
-    def told(how: Callable[[Tensor], Tensor], *, less: bool) -> str:
-        said = [
-            Answers({t: tuple(how(logits[t]).tolist()) for t in ground.tasks}, frozenset(ground.tasks if less else ()))
-            for logits in (one.after, ground.now)
-        ]
-        return decide(said[0], said[1], None, EvaluationSettings(max_drop=0.02 if less else 0.01)).word
-
-    return {
-        "right or wrong": told(lambda logits: (logits[rows].argmax(1) == labels).double(), less=False),
-        "loss": told(losses, less=True),
-        "probability": told(lambda logits: (-losses(logits)).exp(), less=False),
-    }
+def needed(ground: Ground, one: Candidate) -> dict[str, float]:
+    """How many rows of the task that falls most it takes to see that, by each way."""
+    task = max(one.falls, key=lambda task: one.falls[task])
+    quantiles = NormalDist().inv_cdf(1 - 0.05 / len(ground.tasks)) + NormalDist().inv_cdf(0.9)
+    found = {}
+    for way, numbers in WAYS.items():
+        before, after = numbers(ground.now[task], one.after[task], ground.population.labels)
+        fall = float((before - after).mean())
+        found[way] = (quantiles * float((before - after).std()) / fall) ** 2 if fall > 0 else float("inf")
+    return found
 
 
 def main() -> None:
@@ -277,7 +319,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     ground = Ground(Red(args.work), args.merged)
-    groups: dict[str, list[Candidate]] = {"no harm": honest(ground)}
+    groups: dict[str, list[Candidate]] = {"no harm": harmless(ground)}
     for wanted in args.falls:
         found = [made(ground, name, weights, wanted) for name, weights in harms(ground).items()]
         groups[f"{wanted:g} points"] = [one for one in found if one is not None]
@@ -297,6 +339,10 @@ def main() -> None:
         said = {way: {word: words.count(word) for word in sorted(set(words))} for way, words in ways[group].items()}
         told = {"candidates": len(candidates), "worst fall, mean": round(statistics.fmean(worst), 2), **said}
         print(json.dumps({group: told}), flush=True)
+        if group != "no harm":
+            rows_of = [needed(ground, one) for one in candidates]
+            middle = {way: round(statistics.median(each[way] for each in rows_of)) for way in WAYS}
+            print(json.dumps({f"{group}: rows that it takes, median": middle}), flush=True)
     stopped = {
         group: sum(word != "pass" for word in by["the gate"]) / len(by["the gate"]) for group, by in ways.items()
     }

@@ -10,7 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import continual
+from continual import api
+from continual.config import Settings
 from continual.errors import Misconfigured
+from continual.service import publishing
+from continual.service.canary import measuring, stages
+from continual.service.outgoing import outgoing
+from continual.state.canaries import CanaryRecord, Measurement
 from continual.state.entries import FoldEntry
 from continual.state.parts import Evaluated
 from tests.helpers import adapters, calibrated, models
@@ -57,10 +63,7 @@ def test_rows_say_what_a_plain_loop_says(tmp_path: Path, objective: str) -> None
         merge.export(tmp_path / "merged")
     assert (found.verdict, found.rows) == ("pass", calibrated.ROWS)
     for file in given.wanted.rows:
-        asked = [(found.before, given.base)]  # of classes the confidence of the first stays for all
-        if objective == "causal-lm":
-            asked.append((found.after, tmp_path / "merged"))
-        for metrics, model in asked:
+        for metrics, model in ((found.before, given.base), (found.after, tmp_path / "merged")):
             with torch.no_grad():
                 losses = calibrated.plain_losses(objective, loaded(objective, model), given.base, calibrated.read(file))
             wanted = losses if objective == "causal-lm" else (-losses).exp()
@@ -116,6 +119,62 @@ def test_a_state_of_adapters_is_asked_by_rows(tmp_path: Path) -> None:
         for file in lora.glob("*.safetensors"):
             save_file({k: v * 1e-3 for k, v in load_file(file).items()}, file)
         assert evaluated(merge, lora).verdict == "pass"
+
+
+@pytest.mark.parametrize("form", ["whole", "a view of adapters"])
+def test_rows_watch_a_canary(tmp_path: Path, form: str) -> None:
+    """Beside the base first, and then beside what was promoted."""
+    view = None if form == "whole" else "short"
+    given = made("causal-lm" if view is None else "heads", tmp_path)
+    recipe = continual.Recipe(rule="task-arithmetic", scale="1", width=None if view is None else 8)
+    continual.init(given.base, tmp_path / "state", recipe)
+
+    def settings(**evaluation: Any) -> Settings:
+        wanted = given.wanted
+        asked = {"objective": wanted.objective, "rows": wanted.rows, "heads": wanted.heads} | evaluation
+        canary = {"canary": {"evaluate": True}}
+        out = {"current": tmp_path / "current"}
+        out |= {"release": canary} if view is None else {"views": {view: out | canary | {"scale": "0.5"}}}
+        return Settings.model_validate(
+            out | {"state": tmp_path / "state", "device": "cpu", "gates": NO_GATES, "evaluation": asked}
+        )
+
+    def model(name: str, by: float) -> Path:
+        if view is None:
+            return tuned(given.base, name, by)
+        lora = adapters.lora(tmp_path / name, given.base, len(name), modules=("query", "value", "dense"))
+        for file in lora.glob("*.safetensors"):
+            save_file({k: v * by for k, v in load_file(file).items()}, file)
+        return lora
+
+    loose = settings(max_drop=1e6)
+    with api.Merge(loose, write=True) as merge:
+
+        def put_out(name: str, by: float) -> CanaryRecord:
+            merge.settings = loose
+            outcome = merge.fold(model(name, by))
+            assert outcome.fate == "folded", outcome.message
+            found = stages.step(merge, view, merge.head)
+            assert found is not None
+            publishing.put(merge, found.out, found.seq)
+            stages.done(merge, view, "publish", found.seq, "goes out")
+            merge.settings = settings(chance=0.4)  # of 24 rows little is known
+            record = merge.state.canaries.get(view)
+            assert record is not None
+            return record
+
+        def looked(record: CanaryRecord) -> Measurement:
+            return measuring.measure(merge, outgoing(merge.settings, view), record)
+
+        found = looked(put_out("hardly", 1e-4))
+        assert (found.verdict, found.said.startswith("evaluation: task-0 ")) == ("passed", True), found
+        stages.finish(merge, stages.promote(merge, view, None, "command", ""))
+        record = put_out("spoilt", 30.0)
+        found = looked(record)
+        assert (found.verdict, "is worse by" in found.said) == ("failed", True), found
+        given.wanted.rows[0].unlink()
+        found = looked(record)
+        assert (found.verdict, given.wanted.rows[0].name in found.said) == ("inconclusive", True), found
 
 
 def test_what_rows_lack_is_said_before_anything_is_folded(tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ def _wrong(canary: CanarySettings, settings: Settings) -> str | None:
         return f"min = {canary.min:g} is above max = {canary.max:g}: every value would be an alarm"
     if canary.failure_limit > canary.count:
         return f"failure_limit = {canary.failure_limit} of count = {canary.count} measurements can never be reached"
-    if canary.evaluate and not settings.evaluation.command:
-        return "evaluate = true: evaluation.command is not set"
+    if canary.evaluate and not settings.evaluation.wanted:
+        return "evaluate = true: set command, objective or lm_eval in evaluation, which say who is asked"
     if canary.query is not None and (wrong := _wrong_url(canary.prometheus)):
         return f"prometheus: {wrong}"
     return None

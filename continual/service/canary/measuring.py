@@ -1,4 +1,4 @@
-"""One look at a canary: what Prometheus says of it, and what the evaluation command does. What follows from it is
+"""One look at a canary: what Prometheus says of it, and what an evaluation says. What follows from it is
 decided in `verdicts.py`."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -18,8 +18,7 @@ from urllib.parse import urlencode
 from continual.config import CanarySettings
 from continual.errors import ContinualError
 from continual.evaluation import scores
-from continual.evaluation.askers import command_of
-from continual.evaluation.verdict import Answers, Drop, decide
+from continual.evaluation.verdict import Drop, decide
 from continual.outside import Malformed, few, parse_fields, shown
 from continual.publish import folder
 from continual.publish.plain_http import opener_for
@@ -27,13 +26,11 @@ from continual.service.canary.verdicts import moment
 from continual.service.outgoing import OutPlan, candidate_link
 from continual.state.canaries import CanaryRecord, Measurement
 from continual.tensors import Folder
-from continual.tuning.choosing import scratch_directory
-from continual.tuning.command import CommandFailed, last_line
+from continual.tuning.command import CommandFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from continual.api import Merge
+    from continual.engine.reading import Reading
 
 LARGEST = 1 << 20
 """Bytes of an answer of Prometheus that are read."""
@@ -160,26 +157,31 @@ def _asked(canary: CanarySettings) -> dict[str, object]:
 
 
 def _evaluated(merge: Merge, out: OutPlan, record: CanaryRecord) -> Answered:
-    """What the evaluation command says of the canary, beside what it is to replace (the base, where nothing was
-    promoted yet)."""
+    """What the evaluation says of the canary, beside what it is to replace (the base, where nothing was promoted
+    yet)."""
     wanted = merge.settings.evaluation
+    link = None if out.current is None else candidate_link(out.current)
+    shown_now = (out.current, record.back) if record.back is not None else (None, 0)
     try:
-        with _models(merge, out, record) as (after, before):
-            known = _run(merge, before, "what the canary is to replace")
-            try:
-                now = _run(merge, after, f"the canary, record {record.seq}")
-            except CommandFailed as error:
-                return Answered("failed", f"evaluation of {error}")
-        found = decide(Answers(now, scores.lower_of(now, wanted.lower)), Answers(known), None, wanted)
-    except ValueError as error:
-        return Answered("inconclusive", f"evaluation: {error}")
+        ask = merge.asker()
+        if ask is None:
+            return Answered("inconclusive", "evaluation: nothing is set in it any more")
+        what = "what the canary is to replace"
+        known = ask(_Shown(merge, out, *shown_now), what, wanted.max_rows)
+        try:
+            now = ask(_Shown(merge, out, link, record.seq), f"the canary, record {record.seq}", wanted.max_rows)
+        except CommandFailed as error:
+            return Answered("failed", f"evaluation: {error}")
     except (ContinualError, OSError) as error:
         return Answered("inconclusive", f"evaluation: {error}")
+    assert now is not None, "it is in a directory"
+    found = decide(now, known, None, wanted)
     if found.failed:
         return Answered("failed", f"evaluation: {_drops(found.failed)}", tuple(one.drop for one in found.failed))
     if found.unclear:
         return Answered("inconclusive", f"evaluation: {_drops(found.unclear)}, which may be chance")
-    return Answered("passed", f"evaluation: {few(f'{key} {scores.mean(value):.4g}' for key, value in now.items())}")
+    told = few(f"{key} {scores.mean(value):.4g}" for key, value in now.metrics.items())
+    return Answered("passed", f"evaluation: {told}")
 
 
 def _drops(found: Sequence[Drop]) -> str:
@@ -187,33 +189,27 @@ def _drops(found: Sequence[Drop]) -> str:
     return ", ".join(told)
 
 
-@contextmanager
-def _models(merge: Merge, out: OutPlan, record: CanaryRecord) -> Iterator[tuple[Path, Path]]:
-    """Directories with the canary and with what it is to replace, as whole models: those that are out, where whole
-    models are, else exports that go again. Raises Misconfigured, Retry and Halt."""
-    with scratch_directory(merge.settings.evaluation.directory) as place:
+@dataclass(frozen=True)
+class _Shown:
+    """The merge at a record that is out at `link`, or was to be, to be asked about; at record 0 the base."""
 
-        def model(link: Path | None, seq: int, name: str) -> Path:
-            there = {} if link is None else folder.provenance_in(link)
-            if link is not None and out.as_lora is None and there.get("seq") == seq:
-                return link.resolve()
-            return merge.export(folder.Target(place / name, at=seq), view=out.view)
+    merge: Merge
+    out: OutPlan
+    link: Path | None
+    seq: int
 
-        link = None if out.current is None else candidate_link(out.current)
-        after = model(link, record.seq, "candidate")
-        if record.back is not None:
-            yield after, model(out.current, record.back, "before")
-            return
-        with merge.weights() as whole:
-            base = whole.checkpoint.place
-            yield after, base.path if isinstance(base, Folder) else model(None, 0, "before")
+    def directory(self, place: Path) -> Path:
+        """What is out, where whole models are, else an export in `place` that goes again. Raises Misconfigured, Retry
+        and Halt."""
+        if self.seq == 0:
+            with self.merge.weights() as whole:
+                base = whole.checkpoint.place
+                return base.path if isinstance(base, Folder) else self.merge.export(folder.Target(place / "base", at=0))
+        there = {} if self.link is None else folder.provenance_in(self.link)
+        if self.link is not None and self.out.as_lora is None and there.get("seq") == self.seq:
+            return self.link.resolve()
+        return self.merge.export(folder.Target(place / "model", at=self.seq), view=self.out.view)
 
-
-def _run(merge: Merge, model: Path, what: str) -> dict[str, scores.Metric]:
-    wanted = merge.settings.evaluation
-    with scratch_directory(None) as logs:
-        line = last_line(command_of(wanted, wanted.max_rows), model, logs, what, merge.stopping)
-    try:
-        return scores.parse(line)
-    except ValueError as error:
-        raise CommandFailed(f"{what}: {error}") from None
+    def reading(self) -> Reading:
+        """How it is read. Raises Misconfigured where the record has expired."""
+        return self.merge.reading(self.seq, view=self.out.view if self.seq else None)

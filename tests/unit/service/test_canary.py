@@ -182,7 +182,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max": 1}, "max and min are limits of a query"),
     ({"query": "q", "min": 2, "max": 1}, r"min = 2 is above max = 1"),
     ({"count": 2, "failure_limit": 3}, "can never be reached"),
-    ({"evaluate": True}, "evaluation.command is not set"),
+    ({"evaluate": True}, "set command, objective or lm_eval in evaluation"),
     ({"branch": "main"}, "releases are promoted to that branch"),
     ({"branch": "a b"}, "a branch is letters"),
     ({"query": "q", "max": 1, "prometheus": "ftp://x"}, "http:// or https://"),
