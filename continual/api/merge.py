@@ -35,7 +35,7 @@ from continual.state import Commit, State
 from continual.state.entries import Entry, ReleaseEntry
 from continual.state.format import FoldCommit
 from continual.state.ledger import kept_out
-from continual.stores import Where
+from continual.stores import Where, where
 from continual.tuning import Evaluation, FoundInputs, Learning, TaskRows, Told, Tuned, Tuning, Weighing
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class Merge(OpenedState):
         """Adds the models of the state in `other` to this one. Returns their folds, and the record with what was cut
         off to make room (None of a dry run). Raises Misconfigured, Damaged, Retry and Halt; then nothing has
         changed."""
-        with State.open(Path(other)) as found:
+        with State.open(where(other)) as found:
             combining.check(self.state, found, self.rule)
             folds = found.ledger.folds()
             if dry_run:
@@ -245,7 +245,7 @@ class Merge(OpenedState):
         """Says what building the state again would take, and whether every model that it folded is still there, below
         the directories `models` or where it came from, with the bytes that were folded. `states`: those that were
         combined into it, or backups of them. Raises Misconfigured."""
-        given = replaying.ReplayFrom([Path(one) for one in models], [Path(one) for one in states])
+        given = replaying.ReplayFrom([Path(one) for one in models], [where(one) for one in states])
         return replaying.look_replay(self, given, progress)
 
     def replay(
@@ -259,8 +259,8 @@ class Merge(OpenedState):
         """Builds this state again in `directory` from its ledger, the models that it folded and the `states` that were
         combined into it, and says whether it is equal bit for bit. What was begun there is gone on with. Raises
         Misconfigured, Refuse, Retry and Halt."""
-        given = replaying.ReplayFrom([Path(one) for one in models], [Path(one) for one in states])
-        return replaying.replay(self, Path(directory), given, progress)
+        given = replaying.ReplayFrom([Path(one) for one in models], [where(one) for one in states])
+        return replaying.replay(self, where(str(directory), self.settings.lease), given, progress)
 
     def retry(self, word: str, *, because: str | None = None, by: str | None = None) -> list[Commit]:
         """Has the settled candidates that `word` names (a name, path, key or record number) looked at again: the

@@ -15,6 +15,7 @@ from continual.replay import Replayed, ReplayTree, rebuild, tree_of
 from continual.replay.rebuilding import begin
 from continual.replay.replay_sources import FoundModel, find, must_be_there
 from continual.state import State, leasing
+from continual.stores import Where
 
 if TYPE_CHECKING:
     from continual.api.opened_state import OpenedState
@@ -24,7 +25,7 @@ class ReplayFrom(NamedTuple):
     """Where what is read again may be: directories with the models, and the states that were combined (or backups)."""
 
     models: Sequence[Path] = ()
-    states: Sequence[Path] = ()
+    states: Sequence[Where] = ()
 
 
 class ReplayLook(NamedTuple):
@@ -46,7 +47,7 @@ def look_replay(merge: OpenedState, given: ReplayFrom, progress: Progress) -> Re
         return ReplayLook(tree.records(), _folds(tree), tuple(found.values()), tuple(tree.left_out()))
 
 
-def replay(merge: OpenedState, directory: Path, given: ReplayFrom, progress: Progress) -> Replayed:
+def replay(merge: OpenedState, directory: Where, given: ReplayFrom, progress: Progress) -> Replayed:
     """Builds the state of `merge` again in `directory`, each state that was combined into it beside that, and compares.
     Raises Misconfigured before anything is made where a record cannot be made again, a state that was combined is not
     given, or a model is not where it is looked for or holds something else; Refuse, Retry and Halt, after which the
@@ -84,7 +85,7 @@ def _folds(tree: ReplayTree) -> int:
 
 
 @contextlib.contextmanager
-def _known(states: Sequence[Path]) -> Iterator[dict[str, State]]:
+def _known(states: Sequence[Where]) -> Iterator[dict[str, State]]:
     """The states in these directories, by their ids. Raises Misconfigured for two of one id, and as `State.open`."""
     with contextlib.ExitStack() as stack:
         found: dict[str, State] = {}

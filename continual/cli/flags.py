@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from continual.stores import on_disk
+
 if TYPE_CHECKING:
     from continual.hub import Hub
 
@@ -164,6 +166,13 @@ ROUNDS = ("select", "objective", "rows", "heads", "rounds")
 """Whether rounds choose what is folded, and how."""
 
 
+def _must_be_here(value: object) -> None:
+    """Raises Misconfigured for a path that is an address."""
+    for one in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(one, Path):
+            on_disk(one)
+
+
 def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Has a command take these flags, in this order, in place of its parameter `flags`. Typer reads the signature that
     is composed here; a command that needs typer's context calls it `context`."""
@@ -174,6 +183,8 @@ def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         @functools.wraps(function)
         def command(context: typer.Context, **typed: object) -> None:
             given = {name: typed.pop(name) for name in names}
+            for value in typed.values():
+                _must_be_here(value)
             config, json = given.pop("config", None), given.pop("json", False)
             assert config is None or isinstance(config, Path)
             if "context" in own:

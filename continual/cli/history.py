@@ -58,13 +58,13 @@ def diff(
 @app.command()
 @takes("missing", "vocab", "gates", *MACHINE, *OPENING)
 def replay(
-    directory: Annotated[Path, typer.Argument(help="Where to build it: a new directory, or one where this was begun.")],
+    directory: Annotated[str, typer.Argument(help="Where to build it: a new directory, or one where this was begun.")],
     models: Annotated[
         list[Path] | None,
         typer.Option("--models", help="Directory below which the models are now; repeatable.", show_default=False),
     ] = None,
     combined: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             "--with", help="A state whose models were combined in, or a backup of it; repeatable.", show_default=False
         ),

@@ -41,6 +41,7 @@ from continual.cli.profiling import Profiled, profiled, spending, with_more
 from continual.cli.profiling import told as profile_told
 from continual.cli.typed import parse_options
 from continual.errors import Misconfigured
+from continual.stores import on_disk
 
 if TYPE_CHECKING:
     from continual.hub import Hub
@@ -319,6 +320,8 @@ def demo(
 
     from continual.demo import story
 
+    if directory is not None:
+        on_disk(directory)
     result = story.run(directory, json=json, seed=seed, console=Console(stderr=json, highlight=False))
     if json:
         console.emit(result)

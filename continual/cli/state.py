@@ -303,8 +303,8 @@ def _unfold(model: str, at: Path | None, flags: Flags, *, dry_run: bool, yes: bo
 @takes("keep", "keep_bytes", "workers", "memory", *OPENING)
 def combine(
     other: Annotated[
-        Path,
-        typer.Argument(help="Directory of another state of the same base; of whole tensors also of the same rule."),
+        str,
+        typer.Argument(help="Where another state of the same base is; of whole tensors also of the same rule."),
     ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be added and change nothing.")] = False,
     *,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from continual.config.values import Paths, Texts
+from continual.config.values import File, Paths, Texts
 
 _Fall = Annotated[float, Field(ge=0)]
 _ByMetric = dict[str, float]
@@ -64,7 +63,7 @@ class EvaluationSettings(BaseModel):
     )
     lower: Texts = Field(default=(), description="metrics of which less is better, as a loss; globs")
     timeout: Annotated[float, Field(gt=0)] = Field(default=3600.0, description="seconds the command may take")
-    directory: Path | None = Field(
+    directory: File | None = Field(
         default=None, description="where models are written for the command; default: the system's for temporary files"
     )
 

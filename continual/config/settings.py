@@ -18,6 +18,7 @@ from continual.config.round_settings import RoundSettings
 from continual.config.signing import SigningSettings
 from continual.config.values import (
     Bytes,
+    File,
     Home,
     LongSecret,
     Paths,
@@ -121,7 +122,7 @@ class ViewSettings(BaseModel):
         default=None, description="scale, as continual scale takes it"
     )
     lines: str | None = Field(default=None, description="layer scaling, as continual scale takes it")
-    current: Path | None = Field(
+    current: File | None = Field(
         default=None, description="a link that is kept pointing at an export of the view, as the setting current is"
     )
     as_lora: Annotated[int | Literal["own"] | None, BeforeValidator(rank)] = Field(
@@ -267,7 +268,7 @@ class Settings(BaseModel):
         default=False,
         description="also take models that lie in a model's folder, and checkpoints of a run (checkpoint-N)",
     )
-    base: Path | None = Field(default=None, description="where the base is now, if it was moved since init")
+    base: File | None = Field(default=None, description="where the base is now, if it was moved since init")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
         default="auto", description="auto, cpu, cuda or cuda:N"
     )
@@ -334,7 +335,7 @@ class Settings(BaseModel):
     allowed_hosts: Texts = Field(
         default=(), description="names by which the service may be asked, besides localhost, addresses and host"
     )
-    current: Path | None = Field(
+    current: File | None = Field(
         default=None, description="a link that is kept pointing at an export of the newest merged model"
     )
     tokenizer: str = Field(
@@ -342,7 +343,7 @@ class Settings(BaseModel):
         description="whose tokenizer and chat template an export has: base, a model in the merge, or a directory",
     )
     drain: Seconds = Field(default=30.0, description="how long a stop waits for the fold under way before giving it up")
-    log_file: Path | None = Field(
+    log_file: File | None = Field(
         default=None, description="where log lines go in place of standard error; it may be rotated"
     )
     log_json: bool | None = Field(default=None, description="JSON log lines; default: when the output is no terminal")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import BaseModel, ConfigDict, Field
 
-from continual.config.values import Paths
+from continual.config.values import File, Paths
 
 
 class SigningSettings(BaseModel):
@@ -14,8 +12,8 @@ class SigningSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    key: Path | None = Field(default=None, description="file with the private key, of an elliptic curve (PEM)")
-    certificate: Path | None = Field(default=None, description="file with the certificate of that key (PEM)")
+    key: File | None = Field(default=None, description="file with the private key, of an elliptic curve (PEM)")
+    certificate: File | None = Field(default=None, description="file with the certificate of that key (PEM)")
     chain: Paths = Field(default=(), description="files with the certificates that it leads to, the root the last")
     sigstore: bool = Field(
         default=False, description="sign by Sigstore, as whom the environment says (a workload identity)"

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, PlainSe
 
 from continual.errors import Misconfigured
 from continual.records import SCHEME
-from continual.stores import ObjectPath, where
+from continual.stores import ObjectPath, on_disk, where
 
 _LONG_ENOUGH = 16
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -23,6 +23,14 @@ def place(given: object) -> object:
         return given
     try:
         return where(given)
+    except Misconfigured as error:
+        raise ValueError(str(error)) from None
+
+
+def file(given: Path) -> Path:
+    """A file or directory on this machine. Raises ValueError for an address."""
+    try:
+        return on_disk(given)
     except Misconfigured as error:
         raise ValueError(str(error)) from None
 
@@ -105,7 +113,8 @@ Home = Annotated[InstanceOf[Path] | InstanceOf[ObjectPath], BeforeValidator(plac
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(split)]
 Repos = Annotated[tuple[str, ...], BeforeValidator(repos)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(split)]
+File = Annotated[Path, AfterValidator(file)]
+Paths = Annotated[tuple[File, ...], BeforeValidator(split)]
 Seconds = Annotated[float, Field(ge=0)]
 Secret = Annotated[SecretStr | None, BeforeValidator(unset)]
 """A word that nobody is to see; None for an empty text."""

@@ -6,7 +6,6 @@ import contextlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from continual.engine import combining, unfolding
 from continual.engine.engine import Engine
@@ -21,6 +20,7 @@ from continual.selection import subtract
 from continual.state import Commit, State
 from continual.state.entries import CombineEntry, FoldEntry, SelectEntry, UnfoldEntry
 from continual.state.format import FoldCommit
+from continual.stores import Where
 from continual.tensors import open_model
 
 
@@ -41,7 +41,7 @@ class Replayed:
     software: tuple[str, ...]
 
 
-def begin(source: State, directory: Path) -> None:
+def begin(source: State, directory: Where) -> None:
     """Makes an empty state like `source` in `directory`, under an id of its own, unless there is one: then it is gone
     on with. Raises Misconfigured where something else is there, Busy and Retry."""
     if (directory / "format.json").exists():

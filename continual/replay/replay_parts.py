@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from continual.errors import Misconfigured
 from continual.replay.replay_steps import NeededModel, ReplayPlan, plan_of
 from continual.state import Commit, State
 from continual.state.entries import CombineEntry
 from continual.state.ledger import Ledger
+from continual.stores import Where
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class ReplayTree:
     that did it."""
 
     source: State
-    directory: Path
+    directory: Where
     plan: ReplayPlan
     parts: Mapping[int, ReplayTree]
 
@@ -42,7 +42,7 @@ class ReplayTree:
         return len(self.plan.steps) + sum(part.records() for part in self.parts.values())
 
 
-def tree_of(source: State, directory: Path, known: Mapping[str, State]) -> ReplayTree:
+def tree_of(source: State, directory: Where, known: Mapping[str, State]) -> ReplayTree:
     """What building `source` again in `directory` takes. `known`: the other states that may be in it, by their ids.
     Raises Misconfigured naming the record that cannot be made again, and the state that it needs."""
     plan = plan_of(source)

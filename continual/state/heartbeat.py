@@ -17,6 +17,8 @@ from datetime import datetime
 from continual.errors import Misconfigured
 from continual.stores import ObjectPath
 
+PROBE = ".probe-"
+"""What the name of an object begins with that is made to ask a store for its time."""
 BEATS = 6
 """How often it is written in one lease."""
 _COARSE = 2.0
@@ -31,7 +33,7 @@ def boottime() -> float:
 def now(path: ObjectPath) -> datetime:
     """The time by the clock of the store that has the state in `path`. It is asked by a key of its own that is created
     twice: raises Misconfigured where the store allows it. Raises OSError."""
-    key = f"{path.key}/lock/.probe-{secrets.token_hex(8)}"
+    key = f"{path.key}/lock/{PROBE}{secrets.token_hex(8)}"
     objects = path.objects
     try:
         for data in (b"one", b"two"):

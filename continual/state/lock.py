@@ -63,6 +63,11 @@ def _read_only(path: Where, error: OSError) -> Misconfigured:
 def _locked(path: Path) -> Flock:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except IsADirectoryError:
+        raise Misconfigured(
+            f"{path} is a directory, as of a state on an object store that was copied file by file: delete it, and "
+            "copy with 'continual backup' the next time"
+        ) from None
     except OSError as error:
         if error.errno not in _FOR_GOOD:
             raise
@@ -149,6 +154,8 @@ def _lease(token: str, url: str | None, beat: int, seconds: float, released: boo
 
 def _taken(path: ObjectPath) -> WriterLease:
     """Creates the next object below `lock/`, once the newest is given back or has run out."""
+    if path.is_file():  # that of a state on a disk, which was copied here
+        path.unlink()
     now = heartbeat.now(path.parent)
     newest = max(_numbers(path), default=0)
     if newest:
@@ -164,11 +171,20 @@ def _taken(path: ObjectPath) -> WriterLease:
         raise _busy(path) from None
     held = WriterLease(path, number, token, since)
     try:
-        path.objects.delete([_file(path, n).key for n in _numbers(path) if n < number])
+        _clear(path, number, now)
     except BaseException:
         held.close()
         raise
     return held
+
+
+def _clear(path: ObjectPath, number: int, now: datetime) -> None:
+    """Deletes the leases before this one, and what killed processes left of asking for the time."""
+    older = [_file(path, n).key for n in _numbers(path) if n < number]
+    for one in path.objects.below(path.key):
+        if one.name.startswith(heartbeat.PROBE) and heartbeat.ran_out(one.modified, now, path.objects.lease):
+            older.append(f"{path.key}/{one.name}")
+    path.objects.delete(older)
 
 
 def _over(path: ObjectPath, number: int, now: datetime) -> None:

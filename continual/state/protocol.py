@@ -100,6 +100,11 @@ class Journal:
         self._on_step("acknowledged")
         return commit
 
+    def must_hold(self) -> None:
+        """Raises Halt where another process may write by now."""
+        assert self._lock is not None, "who has no lock writes nothing"
+        self._lock.must_hold()
+
     def mend(self) -> None:
         """Does what is still to be done for records that stand. Raises Retry where it cannot be done now, Halt where an
         fsync failed before."""
@@ -107,6 +112,7 @@ class Journal:
             raise self._halted
         if self._first is None:
             return
+        self._halting(self.must_hold)
         with environment("what an earlier write left undone has to be done first"):
             storing.sync(self.path / "commits")
             self._complete(self._first)
@@ -126,9 +132,8 @@ class Journal:
 
     def _make(self, new: Creating) -> None:
         """Has the record stand. Where another writer was first, and none may be, this one stops."""
-        assert self._lock is not None, "who has no lock writes nothing"
         try:
-            new.make(self._lock.must_hold)
+            new.make(self.must_hold)
         except Retry as error:
             if isinstance(self.path, Path):
                 raise

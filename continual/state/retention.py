@@ -8,7 +8,7 @@ import fcntl
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -32,18 +32,23 @@ def kept(path: Where, ledger: Ledger) -> list[str]:
 
 
 def unnamed(path: Where, ledger: Ledger) -> list[str]:
-    """The directories below `generations/` that no record names: orphans, and what is being deleted. Of an object store
-    without those that were written a short time ago: a writer that lost its lease may still be writing them."""
-    found = [name for name in _listed(path) if name not in ledger.generations]
-    return [name for name in found if name.startswith(EXPIRED) or not _young(path, name)] if found else []
+    """The directories below `generations/` that no record names: orphans, and what is being deleted."""
+    return [name for name in _listed(path) if name not in ledger.generations]
 
 
-def _young(path: Where, name: str) -> bool:
-    """Whether a generation was written to less than some leases ago."""
-    if not isinstance(path, ObjectPath):
-        return False
-    written = max((one.modified for one in path.objects.below(f"{path.key}/generations/{name}")), default=None)
-    return written is not None and not heartbeat.ran_out(written, heartbeat.now(path), _LEASES * path.objects.lease)
+def dead(path: Where, ledger: Ledger) -> list[str]:
+    """Those of `unnamed` that nobody writes any more. On an object store a writer that lost its lease may still write
+    what was written a short time ago. Raises OSError."""
+    names = unnamed(path, ledger)
+    if not isinstance(path, ObjectPath) or not names:
+        return names
+    now, long = heartbeat.now(path), _LEASES * path.objects.lease
+
+    def is_old(name: str) -> bool:
+        written = max((one.modified for one in path.objects.below(f"{path.key}/generations/{name}")), default=None)
+        return written is None or heartbeat.ran_out(written, now, long)
+
+    return [name for name in names if name.startswith(EXPIRED) or is_old(name)]
 
 
 def orphans(names: Iterable[str]) -> tuple[str, ...]:
@@ -93,12 +98,13 @@ def taken(path: Where, name: str, seen: set[int]) -> int:
     return sum(storing.sizes(at).values()) if isinstance(at, ObjectPath) else usage.taken(at, seen)
 
 
-def expire(path: Where, ledger: Ledger, keep: Keep) -> list[str]:
+def expire(path: Where, ledger: Ledger, keep: Keep, may: Callable[[], None]) -> list[str]:
     """Deletes the generations that `expired` names and returns them. What cannot be deleted now is tried again the next
-    time, and the log has a line about it. Raises Halt if an fsync failed."""
+    time, and the log has a line about it. `may` is asked before each, and raises Halt where another process may have
+    put it in force by now. Raises Halt if an fsync failed, too."""
     gone: list[str] = []
     try:
-        gone.extend(_moved(path, expired(path, ledger, keep)))
+        gone.extend(_moved(path, expired(path, ledger, keep), may))
         for name in _listed(path):
             if name.startswith(EXPIRED):
                 _remove(path, name)
@@ -109,7 +115,7 @@ def expire(path: Where, ledger: Ledger, keep: Keep) -> list[str]:
 
 def drop(path: Where, names: Iterable[str]) -> None:
     """Deletes generations of the copy of a state, but those that a reader has leased. Raises OSError and Halt."""
-    for name in list(_moved(path, names)):
+    for name in list(_moved(path, names, lambda: None)):
         _remove(path, f"{EXPIRED}{name}")
 
 
@@ -120,11 +126,12 @@ def _remove(path: Where, name: str) -> None:
     storing.remove_tree(path / "generations" / name)
 
 
-def _moved(path: Where, names: Iterable[str]) -> Iterator[str]:
+def _moved(path: Where, names: Iterable[str], may: Callable[[], None]) -> Iterator[str]:
     """Gives generations that no reader has leased another name, and yields theirs. First of all: a kill while its files
     are deleted must not leave half of a generation under a name that a record knows. On an object store only the
     receipts get another name: without them it is no generation."""
     for name in names:
+        may()
         if _moved_away(path / "generations" / name, path / "generations" / f"{EXPIRED}{name}"):
             yield name
 
@@ -233,7 +240,10 @@ def _leased(path: Where) -> Set[str]:
     if not isinstance(path, ObjectPath):
         return _leased_by_files(path / "leases")
     listed = list(path.objects.below(f"{path.key}/leases"))
-    now = heartbeat.now(path) if listed else None
+    try:
+        now = heartbeat.now(path) if listed else None
+    except PermissionError:  # who may only read looks at what would go
+        now = None
     over = [one.name for one in listed if now and heartbeat.ran_out(one.modified, now, path.objects.lease)]
     path.objects.delete([f"{path.key}/leases/{name}" for name in over])
     return {one.name.rpartition("-")[0] for one in listed if one.name not in over}

@@ -97,7 +97,7 @@ class State:
             state.acknowledged = acknowledged
             state.adopted = tuple(range(acknowledged + 1, len(ledger.log)))
             with environment(f"cannot open the state {path}"):
-                unnamed = retention.unnamed(path, ledger)
+                unnamed = (retention.dead if write else retention.unnamed)(path, ledger)
             state.orphans = retention.orphans(unnamed)
             if write:
                 state._complete(unnamed)
@@ -253,11 +253,11 @@ class State:
     def expire(self, keep: int, nbytes: int | None = None) -> list[str]:
         """Deletes generations but the newest `keep` (fewer where they take more than `nbytes`), the tagged ones and
         those that a living reader has leased; returns those it deleted. What cannot be deleted now is tried again the
-        next time, and the log has a line about it: it undoes nothing. Raises Halt if an fsync failed."""
+        next time, and the log says so. Raises Halt if an fsync failed, or another process may write by now."""
         self.must_be_writable()
         if self._journal.behind is not None:
             return []  # nothing is written before that is made up for
-        gone = retention.expire(self.path, self.ledger, retention.Keep(keep, nbytes))
+        gone = retention.expire(self.path, self.ledger, retention.Keep(keep, nbytes), self._journal.must_hold)
         for generation in gone:
             self._open.pop(generation, None)
         return gone

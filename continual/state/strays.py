@@ -25,6 +25,7 @@ CONTROL = "control.sock"
 """The socket of a running daemon."""
 
 _RECORD = re.compile(r"\d{8,}\.json")
+_LOCKS = re.compile(r"\d{8,}\.json|\.probe-[0-9a-f]{16}")
 _LEASE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}")
 _FRAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.json")
 _TEMPORARY = re.compile(r"\..+\.tmp")
@@ -68,7 +69,7 @@ def strays(path: Where, form: Format, ledger: Ledger) -> list[Stray]:
         elif _TEMPORARY.fullmatch(name):
             found.append(_stray(entry, name, _WRITING))
         elif name == "lock" and isinstance(entry, ObjectPath):
-            found += _in(entry, name, _RECORD)
+            found += _in(entry, name, _LOCKS)
         elif name not in _FILES and not (name == CONTROL and _is_socket(entry)):
             found.append(_stray(entry, name, _UNKNOWN))
     return sorted((stray for stray in found if stray.nbytes >= 0), key=lambda stray: stray.path)

@@ -3,6 +3,6 @@ kept there, and in which order it is written, is the matter of `state`.
 
 A path is on a disk or on an object store, and `Where` is either."""
 
-from continual.stores.object_path import ObjectPath, Where, here, where
+from continual.stores.object_path import ObjectPath, Where, here, on_disk, where
 
-__all__ = ["ObjectPath", "Where", "here", "where"]
+__all__ = ["ObjectPath", "Where", "here", "on_disk", "where"]

@@ -18,6 +18,9 @@ from continual.errors import Misconfigured
 from continual.stores.objects import SCHEMES, Objects
 
 _SLASHES = re.compile("/+")
+_NO_KEY = re.compile(r"[\\\x00-\x1f\x7f]")
+_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
+"""What an address begins with, also one of which `Path` has made one slash of two."""
 
 
 @functools.total_ordering
@@ -153,10 +156,23 @@ def where(text: str | Path | ObjectPath, lease: float | None = None) -> Where:
     if isinstance(text, ObjectPath):
         return text
     if not isinstance(text, str) or not text.startswith(SCHEMES):
+        if _ADDRESS.match(str(text)):
+            raise Misconfigured(
+                f"{text}: write a directory, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX"
+            )
         return Path(text)
     scheme, _, rest = text.partition("://")
     bucket, _, prefix = rest.partition("/")
-    if not bucket or not prefix.strip("/") or ".." in prefix.split("/"):
+    if not bucket or not prefix.strip("/"):
         raise Misconfigured(f"{text}: write {scheme}://BUCKET/PREFIX: a state needs a prefix of its own")
+    if {".", ".."} & set(prefix.split("/")) or _NO_KEY.search(text):
+        raise Misconfigured(f"{text!r}: use no part '.' or '..', no backslash and no control character")
     found = Objects(f"{scheme}://{bucket}")
     return ObjectPath(found if lease is None else Objects(found.url, lease), prefix)
+
+
+def on_disk(path: Path) -> Path:
+    """The path itself. Raises Misconfigured where it is an address: that is no file or directory of this machine."""
+    if _ADDRESS.match(str(path)):
+        raise Misconfigured(f"{path}: this has to be a file or a directory on this machine, and no address")
+    return path

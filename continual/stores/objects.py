@@ -12,9 +12,11 @@ import contextlib
 import errno
 import functools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
 
 from continual.errors import Misconfigured
 from continual.timing.clock import stage
@@ -28,6 +30,13 @@ LEASE = 60.0
 _NO_RANGE = "416 Range Not Satisfiable"
 _MANY = 1000
 """Keys that are deleted by one request."""
+_RETRIES = {True: (60, 6), False: (8, 3)}
+"""Seconds of a request, and how often it is repeated within them."""
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+_REFUSED = ("403 Forbidden", "401 Unauthorized", "ExpiredToken", "InvalidToken", "TokenRefreshRequired")
+"""What an answer has where the credentials will not do; Amazon says of those that ran out that the request is bad."""
+_SECRET = re.compile(r"(?<=//)[^/\s@]*@|\?[^\s)]*")
+"""What an address may have that nobody is to see: a password before the host, a signature after the path."""
 
 
 class Listed(NamedTuple):
@@ -162,7 +171,7 @@ class Objects:
             text = str(error)
             if "NoSuchBucket" in text or "ContainerNotFound" in text:
                 raise OSError(errno.EINVAL, "there is no such bucket: make it first", place) from None
-            if "403 Forbidden" in text or "401 Unauthorized" in text:
+            if any(word in text for word in _REFUSED):
                 raise _refused(place, error) from None
             raise OSError(errno.EREMOTEIO, _first(error), place) from None
 
@@ -174,7 +183,19 @@ def _refused(place: str, error: Exception) -> PermissionError:
 
 def _first(error: Exception) -> str:
     """What obstore says, without its inner life."""
-    return " ".join(str(error).partition("\nDebug source")[0].split())[:300]
+    return _SECRET.sub("", " ".join(str(error).partition("\nDebug source")[0].split()))[:300]
+
+
+def _must_be_an_address(name: str, given: str | None) -> None:
+    if not given:
+        return
+    try:
+        address = urlsplit(given)
+        good = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+    except ValueError:
+        good = False
+    if not good or re.search(r"[\s<>\"{}|\\^`]", given):
+        raise Misconfigured(f"{name}, in the environment, is no address: write https://HOST or http://HOST:PORT")
 
 
 def _opened(url: str, *, patient: bool) -> ObjectStore:
@@ -185,7 +206,9 @@ def _opened(url: str, *, patient: bool) -> ObjectStore:
         raise Misconfigured(
             f"{url} is on an object store: install what reads it with pip install 'continual[s3]'"
         ) from None
-    seconds, retries = (60, 6) if patient else (8, 3)
+    for name in _ENDPOINTS:
+        _must_be_an_address(name, os.environ.get(name))
+    seconds, retries = _RETRIES[patient]
     client: ClientConfig = {"timeout": f"{seconds}s", "connect_timeout": "5s"}
     if os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", "")).startswith("http://"):
         client["allow_http"] = True

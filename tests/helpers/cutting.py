@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["", "cut", "half", "late", "twice", "again", "lost", "unconditional"]
+Fault = Literal["", "cut", "half", "late", "twice", "again", "lost", "unconditional", "denied"]
 """What becomes of a request. `cut`: it is done, and nothing of the answer comes; `half`: half of it; `late`: it comes
 after a while; `twice`: it comes twice, and then the end; `again`: the request is done twice, and the second answer
-comes; `lost`: nothing is done; `unconditional`: it is done without its condition."""
+comes; `lost`: nothing is done; `unconditional`: it is done without its condition; `denied`: nothing is
+done, and the answer says that it may not be."""
 
 
 @dataclass
@@ -72,6 +73,9 @@ def _passed(proxy: Cutting, request: bytes, client: socket.socket, server: socke
     proxy.told[fault or "passed"] += 1
     if fault == "lost":
         return False
+    if fault == "denied":
+        client.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+        return True
     if fault == "unconditional":
         head, _, body = request.partition(b"\r\n\r\n")
         lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"if-none-match")]

@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 from continual.errors import Busy, ContinualError, Damaged, Halt, Misconfigured
-from continual.state import State, excerpts, heartbeat, lock, storing
+from continual.state import State, excerpts, heartbeat, lock, retention, storing
 from continual.state.backup import Wish, backup
 from continual.state.repair import look, repair
 from continual.state.strays import strays
@@ -167,6 +167,94 @@ def test_a_writer_that_lost_its_lease_commits_nothing(at: ObjectPath, monkeypatc
         with pytest.raises(Halt, match="the lease of this writer ran out"):
             stores.fold(first, 3)
     assert [line for line in findings(short) if "no record names" not in line] == []
+
+
+def test_a_writer_that_lost_its_lease_deletes_nothing_that_is_in_force_by_now(at: ObjectPath) -> None:
+    """The next writer may have gone back to what this one takes for old."""
+    short = where(str(at), 2.0)
+    with stores.make(short) as first:
+        for number in (1, 2, 3):
+            stores.fold(first, number)
+        assert first._lock is not None
+        first._lock._beat._stop.set()  # type: ignore[attr-defined]
+        with State.open(short, write=True) as second:
+            second.rollback(1)
+            with pytest.raises(Halt, match="the lease of this writer ran out"):
+                first.expire(1)
+            np.testing.assert_array_equal(second.read("wide", "sum"), stores.value("wide", 1))
+    assert findings(short) == []
+
+
+def test_a_writer_that_lost_its_lease_makes_up_for_nothing(at: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = where(str(at), 2.0)
+    with stores.make(short) as first:
+        stores.fold(first, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr("continual.state.protocol.write_tag", _fails)
+            first.tag("best")
+        assert first.behind is not None
+        assert first._lock is not None
+        first._lock._beat._stop.set()  # type: ignore[attr-defined]
+        with State.open(short, write=True) as second:
+            stores.fold(second, 2)
+            second.tag("best", force=True)
+            with pytest.raises(Halt, match="the lease of this writer ran out"):
+                stores.fold(first, 3)
+    assert [line for line in findings(short) if "no record names" not in line] == []
+
+
+def _fails(*_: object) -> None:
+    raise OSError(5, "input/output error", "tags")
+
+
+def test_who_may_only_read_reads_beside_a_fold(at: ObjectPath, proxy: Cutting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generation that no record names yet is there then, and somebody's lease: no time is asked for by writing."""
+    with stores.make(at) as state:
+        for number in (1, 2):
+            stores.fold(state, number)
+        with state.begin() as begun, state.lease(1):
+            begun.write("wide", "sum", stores.value("wide", 3))
+            begun._draft._several.wait()
+            proxy.decide = lambda method, _path: "" if method in ("GET", "HEAD") else "denied"
+            through = object_stores.state_at(proxy.address, at.key, monkeypatch)
+            with State.open(through) as read, read.lease():
+                np.testing.assert_array_equal(read.read("wide", "sum"), stores.value("wide", 2))
+                assert read.orphans == (begun.id,)
+                assert retention.expired(through, read.ledger, retention.Keep(1)) == []
+            assert proxy.told["denied"] > 0
+            with pytest.raises(Misconfigured, match="cannot open the state for writing"):
+                State.open(through, write=True)
+
+
+def test_a_state_that_was_copied_file_by_file_is_one(at: ObjectPath, tmp_path: Path) -> None:
+    """As by `aws s3 sync`, either way."""
+    stores.history(tmp_path / "disk")
+    for file in storing.sizes(tmp_path / "disk"):
+        storing.replace(at / file, (tmp_path / "disk" / file).read_bytes())
+    with State.open(at, write=True) as state:
+        assert stores.fold(state, 7) == len(state.ledger.log) - 1
+    assert findings(at) == []
+    for file in storing.sizes(at):
+        (tmp_path / "again" / file).parent.mkdir(parents=True, exist_ok=True)
+        storing.replace(tmp_path / "again" / file, (at / file).read_bytes())
+    with pytest.raises(Misconfigured, match="lock is a directory, as of a state on an object store"):
+        State.open(tmp_path / "again", write=True)
+    storing.remove_tree(tmp_path / "again/lock")
+    with State.open(tmp_path / "again", write=True) as state:
+        np.testing.assert_array_equal(state.read("wide", "sum"), stores.value("wide", 7))
+
+
+def test_what_a_killed_process_left_of_asking_for_the_time_goes(
+    at: ObjectPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores.make(at).close()
+    storing.replace(at / f"lock/{heartbeat.PROBE}{'0' * 16}", b"one")
+    assert findings(at) == []
+    State.open(at, write=True).close()
+    assert len(storing.names(at / "lock")) == 2  # it may be of somebody who asks now
+    monkeypatch.setattr(heartbeat, "ran_out", lambda *_: True)
+    State.open(at, write=True).close()
+    assert len(storing.names(at / "lock")) == 1
 
 
 def test_of_two_who_believe_that_they_may_write_one_commits(at: ObjectPath) -> None:

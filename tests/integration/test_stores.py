@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from continual.errors import Misconfigured, Retry
 from continual.state import chunk_files, storing
-from continual.stores import ObjectPath, Where, where
+from continual.stores import ObjectPath, Where, on_disk, where
 from tests.helpers import object_stores
 
 pytestmark = pytest.mark.slow
@@ -135,10 +136,74 @@ def test_a_chunk_is_read_in_pieces_as_it_was_written(root: Where, nbytes: int) -
         file.close()
 
 
-@pytest.mark.parametrize("text", ["s3://", "s3://bucket", "s3://bucket/", "s3:///x", "s3://b/a/../c"])
+@pytest.mark.parametrize("text", ["s3://", "s3://bucket", "s3://bucket/", "s3:///x"])
 def test_a_state_needs_a_prefix_of_its_own(text: str) -> None:
     with pytest.raises(Misconfigured, match="a state needs a prefix of its own"):
         where(text)
+
+
+@pytest.mark.parametrize("prefix", ["a/../c", "a/./c", "a\\b", "a\nb", "a\x7fb", "..", "a/."])
+def test_a_prefix_that_not_every_store_takes_as_it_is_written_is_refused(prefix: str) -> None:
+    with pytest.raises(Misconfigured, match=r"use no part '\.' or '\.\.', no backslash and no control character"):
+        where(f"s3://bucket/{prefix}")
+
+
+def test_a_prefix_may_have_other_odd_characters(root: Where) -> None:
+    for odd in ("sp ace", "ü/日本", "a%41+b", "a#b?c*d&e=f", "~x{a}[b]", "a:b'c\"d,e;f", "@x|y^z`", ".hidden"):
+        storing.made(root / odd)
+        create(root / odd / "x", odd.encode())
+        assert storing.sizes(root / odd) == {"x": len(odd.encode())}
+        assert storing.contents(root / odd / "x") == odd.encode()
+
+
+@pytest.mark.parametrize("text", ["s3a://bucket/x", "S3://bucket/x", "s3:/bucket/x", "http://127.0.0.1/x"])
+def test_no_directory_has_the_name_of_an_address(text: str) -> None:
+    for given in (text, Path(text)):
+        with pytest.raises(Misconfigured, match="write a directory, or s3://BUCKET/PREFIX"):
+            where(given)
+    with pytest.raises(Misconfigured, match="a directory on this machine, and no address"):
+        on_disk(Path(text))
+    assert where("a:/x") == on_disk(Path("a:/x"))
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:9000", "s3.example.org", "ftp://127.0.0.1", "http://", "http://a b", "h"])
+def test_what_is_no_address_is_told_of_before_it_is_asked(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = object_stores.state_at(text, "x", monkeypatch)
+    with pytest.raises(Misconfigured, match="AWS_ENDPOINT_URL, in the environment, is no address: write https://HOST"):
+        storing.names(at)
+
+
+def test_a_password_in_an_address_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("continual.stores.objects._RETRIES", {True: (1, 0), False: (1, 0)})
+    at = object_stores.state_at("http://user:password@127.0.0.1:1", "x", monkeypatch)
+    with pytest.raises(OSError, match=r"HEAD http://127.0.0.1:1/bucket/x in ") as told:
+        at.is_file()
+    assert "password" not in str(told.value)
+
+
+class _RanOut(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+        self.send_response(400)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_PUT = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_credentials_that_ran_out_are_refused_and_settle_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _RanOut) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        at = object_stores.state_at(f"http://127.0.0.1:{server.server_port}", "x", monkeypatch)
+        with pytest.raises(PermissionError, match="look at the credentials in the environment"):
+            storing.contents(at / "HEAD")
+        with pytest.raises(PermissionError, match="look at the credentials in the environment"):
+            create(at / "commits/1", b"x")
+        server.shutdown()
 
 
 def test_a_place_is_written_as_it_was_named(tmp_path: Path) -> None:

@@ -167,3 +167,12 @@ def test_watching_is_for_people(tmp_path: Path) -> None:
         done = run("status", "--watch", "--json")
     assert done.returncode == 2
     assert "--json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("export", "s3://b/x"), ("demo", "--dir", "s3://b/x"), ("unfold", "m", "--certificate", "gs://b/x")]
+)
+def test_an_address_where_a_directory_has_to_be_is_told_of(words: tuple[str, ...]) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    assert "this has to be a file or a directory on this machine, and no address" in done.stderr
