@@ -54,7 +54,8 @@ def _must_be_shown(merge: Merge, word: str, at: Path | None) -> None:
     if not plan.exact:
         raise Misconfigured(f"{plan.line()}: nothing is subtracted, so there is nothing to certify")
     fold = next(f for f in merge.state.ledger.folds() if (f.seq, f.key) == (plan.seq, plan.key))
-    removal.sources_shown(merge.engine, fold, None if at is None else merge.places.named(at))
+    with removal.sources_shown(merge.engine, fold, None if at is None else merge.places.named(at)):
+        pass
 
 
 def _taken_out(merge: Merge, word: str) -> int | None:

@@ -3,9 +3,10 @@ and of the model. What it says, and how it is checked, is in verifier.py, whose 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,33 +75,68 @@ def certified(engine: Engine, seq: int, file: Path, at: Place | None, progress: 
         before, after = state.generation_of(first), state.generation_of(last)
         assert before is not None, "it had the model"
         assert after is not None, "it was written"
-        base, model, said = sources_shown(engine, fold, at)
         earlier, later = (where / "generations" / found.directory.name for found in (before, after))
-        places = Generations(earlier, later, base, model)
         try:
-            return _written(engine, (first, last, fold), places, said, file, progress)
+            with sources_shown(engine, fold, at) as (base, model, said):
+                places = Generations(earlier, later, base, model)
+                return _written(engine, (first, last, fold), places, said, file, progress)
         except Refused as error:
             raise Damaged(f"{fold.entry.candidate.name}: what record {seq} says cannot be shown: {error}") from None
 
 
+class OpenWeights(FileWeights):
+    """The tensors of an open model whose files are elsewhere, as on the Hub: read from there by ranges."""
+
+    def __init__(self, model: Checkpoint) -> None:
+        """Raises Refused where not all of its weight files make the model: who has them all could not check it."""
+        self.where = Path(str(model.place))
+        self._model = model
+        there = {name for name in model.place.names() if name.endswith(".safetensors")}
+        left = sorted((there - {file.name for file in model.files}) | set(model.unlisted))
+        verifier.must(not left, f"{model.place}: {few(left)} lies beside it, and is no part of it")
+
+    @property
+    def names(self) -> set[str]:
+        """The tensors of numbers that can be trained."""
+        return {name for name, info in self._model.tensors.items() if info.dtype.startswith(("F", "BF"))}
+
+    def read(self, name: str) -> tuple[str, tuple[int, ...], bytes]:
+        """Dtype, shape and bytes of a tensor. Raises Refused, and Retry where it cannot be had now."""
+        verifier.must(name in self._model.tensors, f"{self.where} has no tensor {name}")
+        info = self._model.tensors[name]
+        verifier.must(info.dtype in ("F32", "F16", "BF16"), f"{self.where}: tensor {name} is {info.dtype}")
+        raw = bytearray(info.nbytes)
+        if raw:
+            self._model.read_part(info, 0, memoryview(raw))
+        return info.dtype, info.shape, bytes(raw)
+
+
+@contextlib.contextmanager
 def sources_shown(
     engine: Engine, fold: FoldCommit, at: Place | None
-) -> tuple[FileWeights, FileWeights, dict[str, dict[str, Any]]]:
-    """The files of the base and of a folded model, and what a certificate says of where each tensor comes from; only
-    headers are read. Raises Misconfigured where a certificate cannot show that, naming what is in the way."""
+) -> Iterator[tuple[FileWeights, FileWeights, dict[str, dict[str, Any]]]]:
+    """The weights of the base and of a folded model, open while the block runs, and what a certificate says of where
+    each tensor comes from; only headers are read for that. Raises Misconfigured where a certificate cannot show that,
+    naming what is in the way, Retry."""
     candidate = fold.entry.candidate
-    try:
-        with open_model(at or engine.locate(candidate)) as model:
-            folder = _folder(model.place, "the model")
+    with contextlib.ExitStack() as stack:
+        try:
+            model = open_model(at or engine.locate(candidate))
+            stack.enter_context(contextlib.closing(model))
             if isinstance(model, Adapter):
                 raise Misconfigured(f"{candidate.name} is an adapter: a certificate is of whole fine-tunes")
             said = _named(engine, model, engine.lineage(model, by_token=bool(fold.entry.numbers.tokens)))
-        base, files = (FileWeights(each) for each in (_folder(engine.base.checkpoint.place, "the base"), folder))
-        carried = {spec.name for spec in engine.state.format.tensors if not engine.state.format.slots[spec.name]}
-        verifier.check_used({"tensors": said, "extra": list(fold.entry.numbers.extra or ())}, files.names, carried)
-    except (Refused, Refuse) as error:
-        raise Misconfigured(f"{candidate.name}: a certificate does not show it: {error}") from None
-    return base, files, said
+            base, files = _weights(engine.base.checkpoint), _weights(model)
+            carried = {spec.name for spec in engine.state.format.tensors if not engine.state.format.slots[spec.name]}
+            verifier.check_used({"tensors": said, "extra": list(fold.entry.numbers.extra or ())}, files.names, carried)
+        except (Refused, Refuse) as error:
+            raise Misconfigured(f"{candidate.name}: a certificate does not show it: {error}") from None
+        yield base, files, said
+
+
+def _weights(model: Checkpoint) -> FileWeights:
+    """What is read of a model: its files where they are on this machine, each by itself, as a verifier does."""
+    return FileWeights(model.place.path) if isinstance(model.place, Folder) else OpenWeights(model)
 
 
 def _written(
@@ -194,12 +230,6 @@ def _named(engine: Engine, model: Checkpoint, lineage: Lineage) -> dict[str, dic
     ]:
         raise Misconfigured(f"{model.place}: {few(missing)}: in no file, which a certificate does not show")
     return said
-
-
-def _folder(place: Place, what: str) -> Path:
-    if not isinstance(place, Folder):
-        raise Misconfigured(f"{place}: a certificate is of files: download {what}, and name its folder (--at, --base)")
-    return place.path
 
 
 def _on_a_disk(path: Where) -> Path:

@@ -20,9 +20,10 @@ from continual.removal import verifier
 from continual.removal.verifier import Refused, encoded
 from continual.state import names
 from continual.state.entries import FoldEntry
-from tests.helpers import adapters, models
+from tests.helpers import adapters, hubs, models
 from tests.helpers.command import machine, run
 from tests.helpers.forgeries import Taken, bytes_of_the_state, digits, fields, places, records, swaps
+from tests.loopback import serving
 
 pytestmark = pytest.mark.slow
 
@@ -203,6 +204,34 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_changed(tmp_path: Pa
         done = run("unfold", "x", "--yes", "--certificate", tmp_path / "c.json", "--state", tmp_path / f"s{number}")
         assert (done.returncode, word in done.stderr) == (2, True), done.stderr
         assert not (tmp_path / "c.json").exists()
+
+
+def test_a_fine_tune_from_the_hub(tmp_path: Path) -> None:
+    """Its tensors are read from the Hub again; who checks it downloads that commit. The base may be there as well."""
+    with serving() as hub:
+        base = hubs.made(tmp_path, hub, shapes=SHAPES)
+        tunes = [models.fine_tune(base, tmp_path / f"ft-{number}", number) for number in range(3)]
+        with hubs.merge(tmp_path / "state", hub, gates=OFF) as merge:
+            for tune in tunes:
+                hubs.publish(hub, f"org/{tune.name}", tune)
+                outcome = merge.fold(f"hf://org/{tune.name}")
+                assert outcome.fate == "folded", outcome.message
+            with merge.state.lease():
+                commit = merge.unfold(merge.look_unfold("hf://org/ft-1"))
+                tunes[1].rename(tmp_path / "downloaded")  # the Hub alone has it where it was
+                certificate = merge.certify(commit.seq, tmp_path / "c.json")
+        assert certificate["model"]["revision"] is not None
+        taken = Taken(dict(certificate), tmp_path / "state", tmp_path / "downloaded", base)
+        assert taken.verify().tensors == len(SHAPES)
+        with hubs.merge(tmp_path / "state", hub, gates=OFF) as merge:
+            hubs.publish(hub, "org/two", models.fine_tune(base, tmp_path / "two", 9))
+            hub.commit("org/two", {"other.safetensors": (tunes[0] / "model.safetensors").read_bytes()})
+            outcome = merge.fold("hf://org/two")
+            assert outcome.fate == "folded", outcome.message
+            with merge.state.lease():
+                commit = merge.unfold(merge.look_unfold("hf://org/two"))
+                with pytest.raises(Misconfigured, match=r"other\.safetensors lies beside it"):
+                    merge.certify(commit.seq, tmp_path / "d.json")
 
 
 def test_the_command_and_a_model_that_is_out_already(tmp_path: Path) -> None:
