@@ -3,6 +3,7 @@ takes from clumsy hands."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import io
@@ -23,6 +24,7 @@ from continual import api, making
 from continual.cli import console
 from continual.errors import Retry
 from continual.service.control import parley
+from continual.service.control.answering import Control
 from continual.state import State
 from continual.state.verify import verify
 from tests.helpers import models
@@ -258,6 +260,31 @@ def test_nothing_that_is_sent_or_not_sent_ends_the_daemon(place: tuple[Path, Pat
         until(lambda: status(address)["folds"] == 4, "it goes on folding")
         process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT) == 0
+
+
+def test_a_daemon_that_ends_leaves_the_socket_of_its_successor(tmp_path: Path) -> None:
+    """On an object store who lost its lease may end after the next one has begun."""
+
+    async def both() -> bool:
+        ends = [asyncio.Event(), asyncio.Event()]
+        serving = []
+        for end in ends:
+            control = Control(tmp_path, _performs_nothing, lambda: None)
+            serving.append(asyncio.create_task(control.serve(end)))
+            await asyncio.sleep(0)
+            assert (tmp_path / parley.NAME).is_socket()
+        ends[0].set()
+        await serving[0]
+        left = (tmp_path / parley.NAME).is_socket()
+        ends[1].set()
+        await serving[1]
+        return left and not (tmp_path / parley.NAME).exists()
+
+    assert asyncio.run(both())
+
+
+async def _performs_nothing(*_: object) -> dict[str, object]:
+    return {}
 
 
 def test_a_state_whose_path_is_too_long_for_a_socket(tmp_path: Path) -> None:

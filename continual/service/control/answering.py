@@ -104,6 +104,7 @@ class Control:
             self._log.warning("no control socket", error=str(error), hint="commands that write need the daemon stopped")
             await stop.wait()
             return
+        ours = (self._state / parley.NAME).lstat().st_ino
         server = await asyncio.start_unix_server(self._connected, sock=sock, limit=parley.LONGEST)
         try:
             await stop.wait()
@@ -113,8 +114,9 @@ class Control:
                 await asyncio.wait(self._open, timeout=2)
             for task in self._open:
                 task.cancel()
-            with contextlib.suppress(OSError):
-                (self._state / parley.NAME).unlink()
+            with contextlib.suppress(OSError):  # who lost a lease may have a successor on this machine by now
+                if (self._state / parley.NAME).lstat().st_ino == ours:
+                    (self._state / parley.NAME).unlink()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
