@@ -1,6 +1,5 @@
 """The contract of what a state lies on: put, create, get, list, delete, and what else a state needs, for a place on a
-disk and for one on an object store. A disk has the durable writes of durable.py, hard links and flock; an object store
-has a conditional create, copies that it makes itself, and writes that are durable when they are answered.
+disk (disk.py) and for one on an object store (bucket.py). Nothing else in the code has to know which of them it is.
 
     put       replace               the old contents or the new, for every reader
     create    creating              one of those who race makes it; the others are told
@@ -13,27 +12,71 @@ What goes wrong is an OSError for either, and `Halt` where it is unknown what ca
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
-from continual.errors import Halt, Retry
-from continual.state import durable
+from continual.state.bucket import Bucket
+from continual.state.disk import Disk
 from continual.stores import ObjectPath, Where
 
 Stem: TypeAlias = str | ObjectPath
 """A path on a disk as a text, or a place on an object store: either goes on by `+`."""
 A = TypeVar("A")
 B = TypeVar("B")
-_AT_ONCE = 16
-"""Requests on their way to an object store at a time."""
-_PATIENCE = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""Seconds between looks at a store that does not answer, once it is unknown what it did."""
+
+
+class Creating(Protocol):
+    """A file that is about to be made, whose name must be free."""
+
+    def make(self, may: Callable[[], None] = ...) -> None:
+        """Has the file stand there. `may` is asked before every try, and raises Halt where it must not be made. Raises
+        Retry where another was first, OSError where it does not stand there, Halt where that is unknown."""
+
+    def sync(self) -> None:
+        """Has its name survive a power cut. Raises Halt."""
+
+
+class _Medium(Protocol):
+    """What is asked of both, as the functions below that have these names. `at_once`: requests that are worth being on
+    their way at a time."""
+
+    at_once: int
+
+    def stem(self, path: Any) -> Stem: ...
+    def below(self, root: Any, file: str) -> Stem: ...
+    def replace(self, path: Any, data: bytes) -> None: ...
+    def replace_unsynced(self, path: Any, data: bytes) -> None: ...
+    def creating(self, path: Any, data: bytes, on_step: Callable[[str], None]) -> AbstractContextManager[Creating]: ...
+    def write_new(self, path: Any, data: bytes) -> None: ...
+    def contents(self, path: Any) -> bytes: ...
+    def some(self, path: Any, start: int, stop: int) -> bytes: ...
+    def size(self, path: Any) -> int: ...
+    def clear_temporaries(self, path: Any) -> None: ...
+    def names(self, path: Any) -> list[str]: ...
+    def sizes(self, path: Any) -> dict[str, int]: ...
+    def remove_tree(self, path: Any) -> None: ...
+    def drop_tree(self, path: Any) -> None: ...
+    def made(self, path: Any) -> Sequence[Where]: ...
+    def directory(self, path: Any) -> None: ...
+    def open_directory(self, path: Any) -> None: ...
+    def take(self, source: Any, target: Any) -> None: ...
+    def rename(self, path: Any, target: Any) -> None: ...
+    def sync(self, path: Any) -> None: ...
+    def sync_all(self, paths: Sequence[Any]) -> None: ...
+    def sync_tree(self, path: Any, between: Callable[[], None] | None, /) -> None: ...
+    def free(self, path: Any) -> int | None: ...
+    def block(self, path: Any, /) -> int: ...
+
+
+_DISK: _Medium = Disk()
+_BUCKET: _Medium = Bucket()
+
+
+def _of(path: Stem | Where) -> _Medium:
+    return _BUCKET if isinstance(path, ObjectPath) else _DISK
 
 
 def place(path: str | Where) -> Where:
@@ -43,174 +86,63 @@ def place(path: str | Where) -> Where:
 
 def stem(path: Where) -> Stem:
     """What the paths of files begin with that stand below `path`, up to their names."""
-    return path if isinstance(path, ObjectPath) else f"{path}/"
+    return _of(path).stem(path)
 
 
 def below(root: Stem, file: str) -> Stem:
     """The file with this path below what `stem` gave."""
-    return root / file if isinstance(root, ObjectPath) else root + file
+    return _of(root).below(root, file)
 
 
 def replace(path: Where, data: bytes) -> None:
     """Makes `path` hold `data`; durable when it returns. Raises OSError and Halt."""
-    if isinstance(path, ObjectPath):
-        path.objects.put(path.key, data)
-    else:
-        durable.replace_bytes(path, data)
+    _of(path).replace(path, data)
 
 
 def replace_unsynced(path: Where, data: bytes) -> None:
     """The same without waiting for the disk: what a power cut leaves may be anything. Raises OSError."""
-    if isinstance(path, ObjectPath):
-        path.objects.put(path.key, data)
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        durable.write_bytes(temporary, data)
-        os.rename(temporary, path)
-    except OSError:
-        durable.discard(temporary)
-        raise
+    _of(path).replace_unsynced(path, data)
 
 
-class Creating:
-    """A file that is about to be made, whose name must be free."""
-
-    def __init__(self, path: Where, data: bytes, temporary: Path | None, directory: int) -> None:
-        self._path, self._data, self._temporary, self._directory = path, data, temporary, directory
-
-    def make(self, may: Callable[[], None] = lambda: None) -> None:
-        """Has the file stand there. `may` is asked before every try, and raises Halt where it must not be made. Raises
-        Retry where another was first, OSError where it does not stand there, Halt where that is unknown."""
-        if isinstance(self._path, ObjectPath):
-            _created(self._path, self._data, may)
-        else:
-            assert self._temporary is not None
-            durable.link_new(self._path, self._temporary)
-
-    def sync(self) -> None:
-        """Has its name survive a power cut. Raises Halt."""
-        if isinstance(self._path, Path):
-            durable.sync_open(self._directory, self._path.parent)
-
-
-@contextlib.contextmanager
-def creating(path: Where, data: bytes, on_step: Callable[[str], None]) -> Iterator[Creating]:
+def creating(path: Where, data: bytes, on_step: Callable[[str], None]) -> AbstractContextManager[Creating]:
     """Makes ready to create `path` with these contents, which are durable then; `on_step` is told of `temp-commit` and
     `link`. Raises OSError and Halt."""
-    if isinstance(path, ObjectPath):
-        on_step("temp-commit")
-        on_step("link")
-        yield Creating(path, data, None, -1)
-        return
-    with durable.opened(path.parent) as directory:
-        on_step("temp-commit")
-        temporary = durable.write_temporary(path, data)
-        on_step("link")
-        yield Creating(path, data, temporary, directory)
-
-
-def _created(path: ObjectPath, data: bytes, may: Callable[[], None]) -> None:
-    """Creates an object. An answer may be lost, or come to a request that was repeated: who is told that there is such
-    an object, or nothing, reads it back, and it is ours where it has our bytes."""
-    wait = iter(_PATIENCE)
-    unknown = False
-    while True:
-        try:
-            may()
-            path.objects.create(path.key, data)
-            return
-        except Halt:
-            if unknown:
-                raise Halt(f"{_unknown(path)} (and its lease ran out meanwhile)") from None
-            raise
-        except FileExistsError:
-            trouble: OSError | None = None
-        except PermissionError:
-            if unknown:
-                raise Halt(_unknown(path)) from None
-            raise
-        except OSError as error:
-            trouble, unknown = error, True
-        try:
-            if path.read_bytes() == data:
-                return
-            raise Retry(f"{path}: another writer was first; nothing was settled")
-        except FileNotFoundError:
-            pass  # it is not there, as far as is known: try again
-        except OSError as error:
-            trouble = error
-        try:
-            time.sleep(next(wait))
-        except StopIteration:
-            raise Halt(f"{_unknown(path)} ({trouble})") from trouble
-
-
-def _unknown(path: ObjectPath) -> str:
-    return (
-        f"{path}: the store was asked to make it, and does not say whether it did: start again once the store answers, "
-        "and what stands there counts"
-    )
+    return _of(path).creating(path, data, on_step)
 
 
 def write_new(path: Stem | Path, data: bytes) -> None:
     """A new file, which need not survive a power cut before it is synced. Raises OSError."""
-    if isinstance(path, ObjectPath):
-        path.objects.put(path.key, data)
-    else:
-        durable.write_bytes(path, data)
+    _of(path).write_new(path, data)
 
 
 def contents(path: str | Where) -> bytes:
     """All that is in a file. Raises OSError."""
-    if isinstance(path, ObjectPath):
-        return path.read_bytes()
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
+    return _of(path).contents(path)
 
 
 def some(path: Where, start: int, stop: int) -> bytes:
     """The bytes of a file from `start` to before `stop`, or fewer where it ends before. Raises OSError."""
-    if isinstance(path, ObjectPath):
-        return bytes(path.objects.get(path.key, start, stop)[0])
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read(stop - start)
+    return _of(path).some(path, start, stop)
 
 
 def size(path: Stem | Path) -> int:
     """The bytes of a file. Raises OSError."""
-    return path.objects.head(path.key).nbytes if isinstance(path, ObjectPath) else os.stat(path).st_size
+    return _of(path).size(path)
 
 
 def clear_temporaries(path: Where) -> None:
     """Deletes the files that were being written in the directory of a state, or right below. Raises OSError."""
-    if isinstance(path, Path):
-        for leftover in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")):
-            leftover.unlink(missing_ok=True)
+    _of(path).clear_temporaries(path)
 
 
 def names(path: Where) -> list[str]:
     """What stands directly below, in order; nothing where there is no such directory. Raises OSError."""
-    if isinstance(path, ObjectPath):
-        return path.objects.children(path.key)
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return sorted(os.listdir(path))
-    return []
+    return _of(path).names(path)
 
 
 def sizes(path: Where) -> dict[str, int]:
     """Every file below, by its path from there, and its bytes. Raises OSError, but for what goes meanwhile."""
-    if isinstance(path, ObjectPath):
-        return {one.name: one.nbytes for one in path.objects.below(path.key)}
-    found = {}
-    for root, _, files in os.walk(path):
-        for name in files:
-            file = os.path.join(root, name)
-            with contextlib.suppress(FileNotFoundError):
-                found[os.path.relpath(file, path)] = os.lstat(file).st_size
-    return found
+    return _of(path).sizes(path)
 
 
 def remove(path: Where) -> None:
@@ -220,94 +152,65 @@ def remove(path: Where) -> None:
 
 def remove_tree(path: Stem | Path) -> None:
     """Deletes a directory with all that is in it. Raises OSError."""
-    if isinstance(path, ObjectPath):
-        path.objects.delete([f"{path.key}/{one.name}" for one in path.objects.below(path.key)])
-    else:
-        durable.remove_tree(path)
+    _of(path).remove_tree(path)
 
 
 def drop_tree(path: Stem | Path) -> None:
     """The same, as far as it can be done."""
-    if isinstance(path, ObjectPath):
-        with contextlib.suppress(OSError):
-            remove_tree(path)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
+    _of(path).drop_tree(path)
 
 
-def made(path: Where) -> list[Where]:
+def made(path: Where) -> Sequence[Where]:
     """Makes the directory, and those it lies in where they are not there; returns all that were made, and itself. Their
     names are not synced yet. Raises OSError."""
-    if isinstance(path, ObjectPath):
-        return [path]
-    found = [p for p in (path.absolute(), *path.absolute().parents) if not p.exists()] or [path.absolute()]
-    path.mkdir(parents=True, exist_ok=True)
-    return list(found)
+    return _of(path).made(path)
 
 
 def directory(path: Stem) -> None:
     """Makes a directory, which must not be there. Raises OSError."""
-    if not isinstance(path, ObjectPath):
-        os.mkdir(path)
+    _of(path).directory(path)
 
 
 def open_directory(path: Where) -> None:
     """Makes a directory that may be there, and that others can see before anything is in it. Raises OSError."""
-    path.mkdir(exist_ok=True)
-    if isinstance(path, ObjectPath):
-        path.objects.put(f"{path.key}/.there", b"")
+    _of(path).open_directory(path)
 
 
 def take(source: Stem, target: Stem) -> None:
     """Gives a file another name besides: a hard link on a disk, a copy on an object store. Raises OSError."""
-    if isinstance(source, ObjectPath) and isinstance(target, ObjectPath):
-        source.objects.copy(source.key, target.key)
-    else:
-        assert isinstance(source, str)
-        assert isinstance(target, str)
-        os.link(source, target)
+    _of(source).take(source, target)
 
 
 def rename(path: Where, target: Where) -> None:
     """Gives a file, or a directory with all that is in it, another name; not synced. On an object store each object is
     copied, then all are deleted. Raises OSError."""
-    if isinstance(path, ObjectPath) and isinstance(target, ObjectPath):
-        files = [f"/{file}" for file in sizes(path)] + ([""] if path.is_file() else [])
-        for file in files:
-            path.objects.copy(path.key + file, target.key + file)
-        path.objects.delete([path.key + file for file in files])
-    elif isinstance(path, Path) and isinstance(target, Path):
-        os.rename(path, target)
+    _of(path).rename(path, target)
 
 
 def sync(path: Stem | Path) -> None:
     """Has a file, or the names in a directory, survive a power cut. Raises OSError, and Halt if an fsync failed."""
-    if not isinstance(path, ObjectPath):
-        durable.sync_file(path)
+    _of(path).sync(path)
 
 
 def sync_all(paths: Sequence[Stem]) -> None:
-    """The same of several. Raises as `sync`."""
-    if on_disk := [path for path in paths if isinstance(path, str)]:
-        durable.sync_all(on_disk)
+    """The same of several, which are on one medium. Raises as `sync`."""
+    if paths:
+        _of(paths[0]).sync_all(paths)
 
 
 def sync_tree(path: Where, between: Callable[[], None] | None = None) -> None:
     """The same of every file below, then of every directory; `between` is called between the two."""
-    if isinstance(path, Path):
-        durable.sync_tree(path, between)
-    elif between is not None:
-        between()
+    _of(path).sync_tree(path, between)
 
 
 def free(path: Where) -> int | None:
     """How many bytes there is room for; None where nobody says. Raises OSError."""
-    return shutil.disk_usage(path).free if isinstance(path, Path) else None
+    return _of(path).free(path)
 
 
 def block(path: Where) -> int:
     """Every file takes whole blocks of so many bytes. Raises OSError."""
-    return os.statvfs(path).f_frsize if isinstance(path, Path) else 1
+    return _of(path).block(path)
 
 
 class Several:
@@ -315,7 +218,8 @@ class Several:
     each of them waits for an answer. From any thread."""
 
     def __init__(self, at: Where) -> None:
-        self._pool = ThreadPoolExecutor(_AT_ONCE, "store") if isinstance(at, ObjectPath) else None
+        at_once = _of(at).at_once
+        self._pool = ThreadPoolExecutor(at_once, "store") if at_once > 1 else None
         self._begun: list[Future[None]] = []
 
     def do(self, work: Callable[..., None], *args: object) -> None:
@@ -338,5 +242,5 @@ class Several:
 
 def each(work: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
     """What `work` makes of each item, several at a time. Raises what it raises."""
-    with ThreadPoolExecutor(_AT_ONCE, "store") as pool:
+    with ThreadPoolExecutor(Bucket.at_once, "store") as pool:
         yield from pool.map(work, items)

@@ -321,10 +321,10 @@ def test_the_trace_finds_what_is_out_of_order(tmp_path: Path) -> None:
 
 def callers(names: set[str]) -> dict[str, set[str]]:
     """The functions of the package, as `room.module.function`, that call one of `names`, and which; durable.py and
-    storing.py, which calls it, aside. `x.rename` is a name with its object, `.rename` one of any object."""
+    disk.py and storing.py, which call it, aside. `x.rename` is a name with its object, `.rename` one of any object."""
     found: dict[str, set[str]] = {}
     for name, module in house.modules().items():
-        if name in ("continual.state.durable", "continual.state.storing"):
+        if name in [f"continual.state.{own}" for own in ("durable", "disk", "storing")]:
             continue
         if not any(n.lstrip(".") in module.text for n in names):
             continue

@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 from continual.errors import Busy, ContinualError, Damaged, Halt, Misconfigured
-from continual.state import State, excerpts, heartbeat, lock, retention, storing
+from continual.state import State, bucket, excerpts, heartbeat, lock, retention, storing
 from continual.state.backup import Wish, backup
 from continual.state.repair import look, repair
 from continual.state.strays import strays
@@ -300,7 +300,7 @@ def test_an_answer_that_is_lost_loses_and_doubles_nothing(at: ObjectPath, proxy:
 def test_where_nobody_says_whether_a_record_stands_the_writer_stops(
     at: ObjectPath, proxy: Cutting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storing, "_PATIENCE", (0.01, 0.01))
+    monkeypatch.setattr(bucket, "_PATIENCE", (0.01, 0.01))
     stores.make(at).close()
     dead = threading.Event()
 
