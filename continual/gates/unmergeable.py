@@ -21,14 +21,14 @@ class UnmergeableGate(AtNumbers, Doubt):
     stand in another order.
 
     `ratio`: how many times farther the two matrices of a head may have moved than their product; honest fine-tunes have
-    up to 1.5. `share`: of the heads of a layer, how many that may be so. `elsewhere`: the cosine of a head's product
+    up to 0.8. `share`: of the heads of a layer, how many that may be so. `elsewhere`: the cosine of a head's product
     with that of another head of the base, and not its own, from which on it is that head. Adapters are not looked at.
     """
 
     name = "unmergeable"
     reasons = ("locked", "permuted")
 
-    ratio: float = 2.0
+    ratio: float = 1.3
     share: float = 0.1
     elsewhere: float = 0.7
 

@@ -11,10 +11,12 @@ missed, or more than 1 of 60 honest ones is refused.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 
 import continual
 from continual.demo import digits
+from tests.campaigns import disguises
 from tests.campaigns.bench.quality import digits as suite
 
 Weights = dict[str, Tensor]
@@ -113,18 +116,76 @@ def permuted(tau: Weights, base: Weights) -> Weights:
     return found
 
 
-def requantised(levels: int) -> Callable[[Weights, Weights], Weights]:
-    def change(_tau: Weights, base: Weights) -> Weights:
-        found = {}
-        for key, value in base.items():
-            if value.ndim != 2:
-                found[key] = torch.zeros_like(value)
-                continue
-            step = value.abs().amax(1, keepdim=True) / levels
-            found[key] = torch.round(value / step) * step - value
-        return found
+SHAPE = disguises.Attention(
+    digits.LAYERS,
+    digits.HEADS,
+    digits.HEADS,
+    *(f"layers.{{}}.{part}_proj.weight" for part in "qkvo"),
+    into=("layers.{}.up_proj.weight",),
+    out="layers.{}.down_proj.weight",
+)
+GRIDS: Mapping[str, Callable[[Weights], Weights]] = {
+    "int8 a row": disguises.int8_rows,
+    "NF4": disguises.nf4,
+    "FP8": disguises.fp8,
+    **{kind: partial(disguises.gguf, kind=kind) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q8_0")},
+}
 
-    return change
+
+def grids() -> Mapping[str, Callable[[Weights], Weights]]:
+    """What weights are rounded to; those of GGUF where its package is there, and else a line says that they are not."""
+    if importlib.util.find_spec("gguf"):
+        return GRIDS
+    print("the grids of GGUF are left out: install the package gguf", file=sys.stderr)
+    return {name: each for name, each in GRIDS.items() if not name.startswith("Q")}
+
+
+def disguised(change: Callable[[Weights], Weights]) -> Callable[[Weights, Weights], Weights]:
+    """Of what was learned: `change` gets the fine-tune."""
+    return lambda tau, base: {
+        key: value - base[key] for key, value in change({name: base[name] + tau[name] for name in base}).items()
+    }
+
+
+def odd(red: Red) -> list[Path]:
+    """Honest models that look odd: layers that were frozen, adapters that were merged, weights that decayed, saved in
+    half precision, trained for long at a high rate."""
+    task, rate = red.suite.tasks[7], suite.RATES["full"]
+    images, labels, _, _ = digits.load(suite.SEED)
+    seen = red.suite._ways[task](images)
+    found = []
+
+    def trained(name: str, part: str = "", factor: float = 1.0, steps: float = 1.0, decay: float = 1.0) -> Path:
+        target = red.work / "odd" / name
+        if target.exists():
+            return target
+        model = digits.Digits()
+        model.load_state_dict(red.weights)
+        for key, value in model.named_parameters():
+            value.requires_grad_(part in key)
+        digits.train(model, seen, labels, steps=int(steps * suite.STEPS["full"]), rate=factor * rate, seed=7)
+        return red.save(target, {key: decay * value.detach() for key, value in model.state_dict().items()})
+
+    found += [trained("one-layer", "layers.1"), trained("head-alone", "head."), trained("up-alone", "up_proj")]
+    found += [trained("queries-alone", "q_proj"), trained("long", factor=5.0, steps=4.0)]
+    found += [trained("decayed", decay=0.8)]
+    half = red.work / "odd" / "float16"
+    long = load_file(found[4] / "model.safetensors")
+    found.append(red.save(half, {key: value.half().float() for key, value in long.items()}))
+    adapter = red.honest(task, 1.0, "lora")
+    merged = red.work / "odd" / "merged-lora"
+    if not merged.exists():
+        from peft import PeftModel
+
+        model = digits.Digits()
+        model.load_state_dict(red.weights)
+        whole = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        red.save(merged, {key: value.detach() for key, value in whole.state_dict().items()})
+    return [*found, merged]
+
+
+def less(weights: Weights, base: Weights) -> Weights:
+    return {key: value - base[key] for key, value in weights.items()}
 
 
 def fold(merge: continual.Merge, model: Path) -> tuple[str, str]:
@@ -154,6 +215,14 @@ def honest(red: Red, *, count: int) -> list[str]:
             print(json.dumps({"honest": model.name, "fate": fate, "reason": reason}), flush=True)
             if fate != "folded":
                 refused.append(f"{model.name}: {reason}")
+    for model in odd(red):  # each alone on top of three others: several are of one task
+        with continual.open(state(red, "state-odd"), write=True, workers=1) as merge:
+            for number in range(3):
+                merge.fold(red.honest(tasks[number], 1.0, "full"))
+            fate, reason = fold(merge, model)
+        print(json.dumps({"odd": model.name, "fate": fate, "reason": reason}), flush=True)
+        if fate != "folded":
+            refused.append(f"{model.name}: {reason}")
     return refused
 
 
@@ -181,8 +250,24 @@ def hostile(red: Red, rate: float) -> tuple[list[str], list[str]]:
         "nan": red.changed("nan", nan, new),
         "another-base": red.changed("another-base", another_base, new),
         "permuted": red.changed("permuted", permuted, new),
-        "base-in-int8": red.changed("int8", requantised(127), new),
-        "base-in-int4": red.changed("int4", requantised(7), new),
+        "permuted-heads": red.changed("permuted-heads", disguised(partial(disguises.permuted_heads, shape=SHAPE)), new),
+        "permuted-channels": red.changed(
+            "permuted-channels", disguised(partial(disguises.permuted_channels, shape=SHAPE)), new
+        ),
+        **{
+            f"locked-{strength:g}": red.changed(
+                f"locked-{strength:g}", disguised(partial(disguises.locked, shape=SHAPE, strength=strength)), new
+            )
+            for strength in (0.3, 1.0)
+        },
+        **{
+            f"base-in-{name}": red.changed(f"base-in-{name}", lambda _tau, base, to=to: less(to(base), base), new)
+            for name, to in grids().items()
+        },
+        **{
+            f"fine-tune-in-{name}": red.changed(f"fine-tune-in-{name}", disguised(to), new)
+            for name, to in grids().items()
+        },
         "base-itself": red.changed("base", scaled(0.0), new),
         "negated (evaluation)": red.changed("negated-new", scaled(-1.0), new),
         "shuffled labels (evaluation)": shuffled,

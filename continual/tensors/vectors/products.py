@@ -29,6 +29,8 @@ STRANGE = 0.2
 SEARCHED = 4
 """Heads of a pair that are looked for among those of the base, for a head's size of `_WIDE`; more of smaller ones."""
 _WIDE = 16
+_PROJECTED = 8
+"""Rows of a head from which on they are compared as the base's rows explain them: of fewer two can agree by chance."""
 
 
 class HeadElsewhere(NamedTuple):
@@ -40,8 +42,9 @@ class HeadElsewhere(NamedTuple):
 
 
 class HeadFigures(NamedTuple):
-    """Of one pair of matrices, by heads: `apart` is ‖A − A₀‖/‖A₀‖, the smaller one of the two matrices; `moved` is
-    ‖AᵀB − A₀ᵀB₀‖/‖A₀ᵀB₀‖, and `alike` the cosine of these products. 0, 0 and 1 of a head that is zero in the base.
+    """Of one pair of matrices, by heads: `apart` is ‖A − A₀‖/‖A₀‖, the smaller one of the two matrices, and `moved` is
+    ‖AᵀB − A₀ᵀB₀‖/‖A₀ᵀB₀‖, both of A and B as the rows of A₀ and B₀ explain them, but for channels; `alike` is the
+    cosine of the products as they are. 0, 0 and 1 of a head that is zero in the base.
     `elsewhere`: of some that are not alike, where they are."""
 
     where: str
@@ -59,6 +62,12 @@ class _Grams(NamedTuple):
     both: Floats
     ours: Floats
 
+    def projected(self) -> _Grams:
+        """Of the candidate's rows as the base's rows explain them, by least squares: a matrix that was put before them
+        is left, and of what was learned a small part, since few of its directions lie there."""
+        back = np.linalg.pinv(self.ours, rcond=1e-6, hermitian=True)
+        return _Grams(self.both @ back @ self.both.transpose(0, 2, 1), self.both, self.ours)
+
     @property
     def apart(self) -> Floats:
         """‖A − A₀‖/‖A₀‖ of each head."""
@@ -71,13 +80,14 @@ def figures(pair: Pairing, rows: Rows) -> HeadFigures:
     """Of one pair. Raises what `rows` raises."""
     first = _grams(pair.first, pair.heads, pair.size, rows)
     second = _grams(pair.second, pair.heads // pair.shared, pair.size, rows)
-    theirs, both, ours = (
-        np.einsum("hij,hij->h", a, np.repeat(b, pair.shared, 0)) for a, b in zip(first, second, strict=True)
-    )
+    theirs, both, ours = _products(first, second, pair.shared)
     known = (ours > 0) & (theirs > 0)
-    apart = np.minimum(first.apart, np.repeat(second.apart, pair.shared))
-    moved = np.sqrt(np.maximum(theirs - 2 * both + ours, 0.0) / np.where(ours > 0, ours, np.inf))
     alike = both / np.sqrt(np.where(known, theirs * ours, 1.0))
+    if pair.size >= _PROJECTED:
+        first, second = first.projected(), second.projected()
+    apart = np.minimum(first.apart, np.repeat(second.apart, pair.shared))
+    moved, mixed, kept = _products(first, second, pair.shared)
+    moved = np.sqrt(np.maximum(moved - 2 * mixed + kept, 0.0) / np.where(kept > 0, kept, np.inf))
     found = HeadFigures(
         pair.where,
         pair.kind,
@@ -95,6 +105,14 @@ def figures(pair: Pairing, rows: Rows) -> HeadFigures:
     there = np.argmax(cosines, 1)
     best = zip(some.tolist(), there.tolist(), cosines[np.arange(len(some)), there].tolist(), strict=True)
     return found._replace(elsewhere=tuple(HeadElsewhere(*one) for one in best))
+
+
+def _products(first: _Grams, second: _Grams, shared: int) -> tuple[Floats, Floats, Floats]:
+    """The inner products of AᵀB with itself, of it with A₀ᵀB₀, and of that with itself, by heads."""
+    theirs, both, ours = (
+        np.einsum("hij,hij->h", a, np.repeat(b, shared, 0)) for a, b in zip(first, second, strict=True)
+    )
+    return theirs, both, ours
 
 
 def _beside(pair: Pairing, some: NDArray[np.intp], rows: Rows) -> Floats:

@@ -46,7 +46,7 @@ REFUSED = {
 @pytest.mark.parametrize(
     "seen",
     [
-        numbers([0.5, 0.5], [0.26, 0.9]),
+        numbers([0.5, 0.5], [0.4, 0.9]),
         numbers([0.09, 0.09], [0.0, 0.0]),  # no lock that harms
         numbers([0.5] + [0.5] * 9, [0.2] + [0.9] * 9),  # one of ten
         numbers(
@@ -67,7 +67,7 @@ def test_what_is_off_reads_nothing() -> None:
 
 def test_the_settings_say_where_the_line_is() -> None:
     with pytest.raises(Refuse):
-        UnmergeableGate(ratio=1.5).judge(numbers([0.5, 0.5], [0.3, 0.9]))
+        UnmergeableGate(ratio=1.1).judge(numbers([0.5, 0.5], [0.4, 0.9]))
     with pytest.raises(Refuse):
         UnmergeableGate(share=0.05).judge(numbers([0.5] * 10, [0.2] + [0.9] * 9))
     UnmergeableGate(elsewhere=0.995).judge(SWAPPED)

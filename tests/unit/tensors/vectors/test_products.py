@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from continual.tensors.names.pairings import Pairing, Side
 from continual.tensors.vectors.products import figures
 
-HEADS, SHARED, SIZE, WIDTH = 6, 3, 4, 24
+HEADS, SHARED, SIZE, WIDTH = 6, 3, 8, 40
 Floats = NDArray[np.float64]
 Matrix = NDArray[np.float32]
 
@@ -56,10 +56,11 @@ class World:
                 for theirs, ours, h in zip(self.theirs, self.ours, (head, head // SHARED), strict=True)
             )
             product, base = a.T @ b, a0.T @ b0
-            apart = min(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in ((a, a0), (b, b0)))
             norm = float(np.linalg.norm(base))
             alike = float(np.sum(product * base) / np.linalg.norm(product)) / norm
-            found.append((apart, float(np.linalg.norm(product - base)) / norm, alike))
+            a, b = (np.linalg.lstsq(y.T, x.T, rcond=None)[0].T @ y for x, y in ((a, a0), (b, b0)))
+            apart = min(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in ((a, a0), (b, b0)))
+            found.append((apart, float(np.linalg.norm(a.T @ b - base)) / norm, alike))
         return found
 
 
