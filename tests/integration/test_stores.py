@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -195,15 +197,45 @@ class _RanOut(BaseHTTPRequestHandler):
         pass
 
 
-def test_credentials_that_ran_out_are_refused_and_settle_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _RanOut) as server:
+class _Short(_RanOut):
+    """An object of ten bytes, on a store with words of its own for a range that is not there."""
+
+    def do_GET(self) -> None:
+        self.send_response(400)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        for name, value in (("Content-Length", "10"), ("ETag", '"x"'), ("Last-Modified", formatdate(usegmt=True))):
+            self.send_header(name, value)
+        self.end_headers()
+
+
+def test_what_ends_before_a_range_is_told_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(_Short) as address:
+        at = object_stores.state_at(address, "x", monkeypatch)
+        assert storing.some(at / "x", 10, 20) == b""
+        for start in (0, 9):
+            with pytest.raises(OSError, match="400 Bad Request"):
+                storing.some(at / "x", start, 20)
+
+
+@contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        at = object_stores.state_at(f"http://127.0.0.1:{server.server_port}", "x", monkeypatch)
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_credentials_that_ran_out_are_refused_and_settle_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(_RanOut) as address:
+        at = object_stores.state_at(address, "x", monkeypatch)
         with pytest.raises(PermissionError, match="look at the credentials in the environment"):
             storing.contents(at / "HEAD")
         with pytest.raises(PermissionError, match="look at the credentials in the environment"):
             create(at / "commits/1", b"x")
-        server.shutdown()
 
 
 def test_a_place_is_written_as_it_was_named(tmp_path: Path) -> None:
