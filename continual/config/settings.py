@@ -194,7 +194,7 @@ class Settings(BaseModel):
         default=Path("state"),
         description="directory of the state, or s3://BUCKET/PREFIX, gs://… or az://… on an object store",
     )
-    lease: Annotated[float, Field(ge=2)] = Field(
+    lease: Annotated[float, Field(ge=2, le=3600)] = Field(
         default=LEASE,
         description="on an object store, for how long a writer or reader that is not heard of keeps what it holds",
     )

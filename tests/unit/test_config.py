@@ -37,6 +37,7 @@ def test_file_named_by_the_environment(tmp_path: Path) -> None:
         ('[evaluation]\nrows = ["s3://b/x"]', {}, ("evaluation.rows", "on this machine, and no address")),
         ("", {"CONTINUAL_CURRENT": "gs://b/x"}, ("CONTINUAL_CURRENT", "on this machine, and no address")),
         ("", {"CONTINUAL_STATE": "s3a://b/x"}, ("CONTINUAL_STATE", "write a directory, or s3://BUCKET/PREFIX")),
+        ("lease = inf", {}, ("lease", "less than or equal to 3600")),
         ("", {"CONTINUAL_KEPE": "3"}, ("CONTINUAL_KEPE", "environment")),
         ("", {"CONTINUAL_UPDATES": "merge"}, ("CONTINUAL_UPDATES", "merge", "refuse")),
         ("", {"CONTINUAL_MEMORY": "lots"}, ("CONTINUAL_MEMORY", "lots")),
