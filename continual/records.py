@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 Kind = Literal["matrix", "stack", "plain", "carried"]
+_COLOURS = 3
 
 SCHEME = "hf://"
 """What the origin of a model on the Hub begins with: `hf://ORG/NAME`."""
@@ -43,6 +44,11 @@ ITEMSIZE: Mapping[str, int] = {
 """
 
 
+def over_pixels(shape: Sequence[int]) -> bool:
+    """Whether a weight of this shape is a convolution with one to three channels going in."""
+    return len(shape) == 4 and 0 < shape[1] <= _COLOURS
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor of the base: `dtype` is the safetensors word (F32, BF16, …); `depth` in [0, 1] is its layer's place in
@@ -55,6 +61,11 @@ class TensorSpec:
     kind: Kind
     depth: float = 0.0
     experts: int = 0
+
+    @property
+    def pixels(self) -> bool:
+        """Whether it is a convolution over the pixels of an image, of one to three colours, which is no matrix."""
+        return self.kind == "plain" and over_pixels(self.shape)
 
     @property
     def expert(self) -> TensorSpec:

@@ -13,7 +13,7 @@ from continual.blocks.shelf import Shelf, Stacked, stacked
 from continual.errors import Misconfigured
 from continual.lazily import Tensor
 from continual.records import WEIGHT, TensorSpec, Totals, is_weight
-from continual.rules import LayerInputs, ModelTerms, ReadOptions, Rule, Size, Sums, figures_of, settle
+from continual.rules import LayerInputs, ModelTerms, ReadOptions, Rule, ScaleFactors, Size, Sums, figures_of, settle
 from continual.rules.matrices import sides
 from continual.rules.scale import layer_key
 
@@ -115,8 +115,8 @@ class Merged:
         return self.factors[0]
 
     @property
-    def factors(self) -> tuple[float, float]:
-        """The factors of the matrices and of everything else. Where `measures` says so, `settle` comes first."""
+    def factors(self) -> ScaleFactors:
+        """What X is multiplied by. Where `measures` says so, `settle` comes first."""
         assert not self.measures or self.parts is not None, "settle first"
         return self.options.factors(self.totals, self.size)
 
@@ -128,7 +128,8 @@ class Merged:
 
     def scale(self, name: str) -> float:
         """What X of this layer is multiplied by."""
-        return self.factors[0 if self.is_matrix(name) else 1] * self.options.layer(self.shelf.specs[name])
+        spec = self.shelf.specs[name]
+        return self.factors.of(spec, matrix=self.is_matrix(name)) * self.options.layer(spec)
 
     def thin(self, name: str, rank: int | None = None) -> ThinProduct:
         """The merged task vector of one layer as factors, of the `rank` largest singular values where one is given.

@@ -22,7 +22,7 @@ from continual.executors.contract import Executor, Progress
 from continual.executors.device import pick_device, turn
 from continual.lazily import Tensor, torch
 from continual.records import TensorSpec, Totals
-from continual.rules import Accumulators, ModelTerms, ReadOptions, Rule, Size, check_terms, reader
+from continual.rules import Accumulators, ModelTerms, ReadOptions, Rule, ScaleFactors, Size, check_terms, reader
 from continual.rules.matrices import sides
 from continual.rules.scale import layer_key
 from continual.rules.sums import everything
@@ -69,7 +69,7 @@ class Reading:
             check_terms(self.rule)
         self.lengths = {} if lengths is None else lengths
         self.view = ReadView()
-        self.settled_factors: Parts | None = None
+        self.settled_factors: ScaleFactors | None = None
         self._spool: Spool | None = None
 
     @contextmanager
@@ -192,7 +192,7 @@ class Reading:
     def factor_of(self, spec: TensorSpec) -> float:
         """What X of this tensor is multiplied by. `settle` comes first."""
         assert self.settled_factors is not None, "settle first"
-        return self.settled_factors[0 if self._is_matrix(spec) else 1] * self.options.layer(spec)
+        return self.settled_factors.of(spec, matrix=self._is_matrix(spec)) * self.options.layer(spec)
 
     def elementwise(self, spec: TensorSpec) -> bool:
         """Whether `runs` gives this tensor."""

@@ -16,7 +16,7 @@ from continual.errors import Retry
 from continual.executors.contract import Executor, Task
 from continual.executors.orders import WorkJob, WorkPiece
 from continual.records import TensorSpec
-from continual.rules import ReadOptions, rule_of
+from continual.rules import ReadOptions, ScaleFactors, rule_of
 from continual.state import State
 from continual.stores import Where
 
@@ -33,7 +33,7 @@ class SentReading:
     rule: tuple[str, Mapping[str, object]]
     options: ReadOptions | None
     view: ReadView
-    factors: tuple[float, float] | None
+    factors: ScaleFactors | None
     parts: tuple[float, float] | None = None
     device: str = "cpu"
 

@@ -36,7 +36,7 @@ from continual.rules.registry import (
     rule_of,
     terms_of,
 )
-from continual.rules.scale import ReadOptions, Size
+from continual.rules.scale import ReadOptions, ScaleFactors, Size
 from continual.rules.sums import figures_of, last_out, settle, together
 from continual.rules.terms import ModelTerms, TermFactors
 
@@ -63,6 +63,7 @@ __all__ = [
     "ReadOptions",
     "Rule",
     "RuleRow",
+    "ScaleFactors",
     "Size",
     "Sums",
     "TermFactors",

@@ -160,28 +160,29 @@ class ReadOptions:
         found = place < len(self.layers) and self.layers[place][0] == key
         return factor * self.layers[place][1] if found else factor
 
-    def factors(self, totals: Totals, size: Size) -> tuple[float, float]:
-        """s for the matrices and for everything else: one number, but under `spread`. `size` has to have what the
-        policy `needs`.
+    def factors(self, totals: Totals, size: Size) -> ScaleFactors:
+        """s for the matrices, everything else, and what sees pixels: one number, but under `spread`. `size` has to have
+        what the policy `needs`.
 
         `norm`: s = min(κ, t)·n̄/‖X‖ with n̄ the mean of ‖τ_1‖ … ‖τ_t‖, held at max(`size.most`, n̄/‖X‖): κ = 1 is the
         paper's law exactly; a larger κ makes the merged task vector no longer than all task vectors end to end, or than
         the plain sum where X is one.
         `spread`: c·ρ^1.5·n̄/‖X‖ over the matrices, n̄/‖X‖ of one model alone: nothing gets in its way. n̄/‖X‖, but no
-        more than what makes it the plain sum, over the rest. From `FEW` models on both lengths are means of what each
-        model has, ρ_i^1.5·‖τ_i‖ and ‖τ_i‖, `held` near the median: one odd model hardly changes them. Not where
-        `totals` do not have each model's: the records of some folds are older.
+        more than what makes it the plain sum, over the rest; of what sees pixels the mean, where that is shorter. From
+        `FEW` models on both lengths are means of what each model has, ρ_i^1.5·‖τ_i‖ and ‖τ_i‖, `held` near the median:
+        one odd model hardly changes them. Not where `totals` do not have each model's: the records of some folds are
+        older.
         """
         if self.policy == "number":
-            return self.value, self.value
+            return ScaleFactors(self.value, self.value, self.value)
         count = totals.count
         if count <= 0:
-            return 0.0, 0.0
+            return ScaleFactors(0.0, 0.0, 0.0)
         if self.policy == "norm":
             assert size.length is not None
             paper = _ratio(totals.norm_sum / count, size.length)
             found = min(min(self.value, max(1.0, count)) * paper, max(size.most, paper))
-            return found, found
+            return ScaleFactors(found, found, found)
         if totals.matrices is None:
             raise Misconfigured(
                 "scale = spread: what is folded here was folded before continual measured what it takes; "
@@ -194,7 +195,9 @@ class ReadOptions:
         else:
             long, plain = _length(totals.matrices) / count, totals.matrices.plain_norm_sum / count
         longer = self.value * long if count > 1 else totals.matrices.matrix_norm_sum
-        return _ratio(longer, matrices), min(_ratio(plain, rest), size.most)
+        others = min(_ratio(plain, rest), size.most)
+        mean = size.most / totals.weight if totals.weight > 0 else math.inf
+        return ScaleFactors(_ratio(longer, matrices), others, min(others, mean))
 
     def needs(self, size: Size) -> bool:
         """Whether `size` lacks something that this policy takes: X has to be read to know it."""
@@ -205,6 +208,18 @@ def layer_key(name: str) -> str:
     """The name under which a tensor has a coefficient: its own, but one for all experts of a layer, whether they lie in
     a stack (`NAME[3]` is of NAME) or one by one (`experts.3.` is of `experts.*.`)."""
     return _EXPERT.sub(".*.", _IN_STACK.sub("", name))
+
+
+class ScaleFactors(NamedTuple):
+    """What X is multiplied by: of the matrices, of everything else, and of what sees pixels."""
+
+    matrices: float
+    rest: float
+    pixels: float
+
+    def of(self, spec: TensorSpec, *, matrix: bool) -> float:
+        """What X of this tensor is multiplied by, which the rule takes for a `matrix` or not."""
+        return self.matrices if matrix else self.pixels if spec.pixels else self.rest
 
 
 class Size(NamedTuple):

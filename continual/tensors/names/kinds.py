@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from continual.errors import Misconfigured, Refuse
-from continual.records import Kind, TensorSpec
+from continual.records import Kind, TensorSpec, over_pixels
 from continual.tensors.checkpoints.checkpoint import FLOATS, Checkpoint
 from continual.tensors.names.tied import tied, with_tables
 
@@ -118,7 +118,7 @@ def kind_of(
     name: str, shape: Sequence[int], dtype: str, plain: Iterable[str] = (), exclude: Iterable[str] = ()
 ) -> Kind:
     """`carried`: integers, bools and what `exclude` names. `matrix`: weights of linear layers (2-D) and convolutions
-    (4-D). `plain`: the rest, stacks of matrices among it (`stack_of`)."""
+    (4-D). `plain`: the rest, stacks of matrices among it (`stack_of`), and what `sees_pixels`."""
     if _matches(name, exclude) or not dtype.startswith(("F", "BF")):
         return "carried"
     if len(shape) not in (2, 4) or 0 in shape or not _WEIGHT.search(name) or _matches(name, plain):
@@ -126,7 +126,13 @@ def kind_of(
     table = len(shape) == 2 and (
         is_vocabulary(name) or _TABLE.search(name)
     )  # an embedding in 4-D is a convolution over patches
-    return "plain" if table or _HEAD.search(name) else "matrix"
+    return "plain" if table or _HEAD.search(name) or sees_pixels(name, shape) else "matrix"
+
+
+def sees_pixels(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is the convolution by which a model sees an image: over its patches, or a stem
+    (ops/decisions/0091)."""
+    return over_pixels(shape) and _BEFORE.search(name) is not None
 
 
 def stack_of(name: str, shape: Sequence[int], config: Mapping[str, object]) -> int:
@@ -144,12 +150,16 @@ def stack_of(name: str, shape: Sequence[int], config: Mapping[str, object]) -> i
 
 def as_made(specs: Sequence[TensorSpec], made: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """The tensors of a base as the state has them that was made of it: what is a stack now was plain in the states of
-    earlier versions, and stays so there."""
+    earlier versions, and what sees pixels was a matrix; both stay so there."""
     kinds = {spec.name: spec.kind for spec in made}
-    return tuple(
-        replace(spec, kind="plain", experts=0) if spec.kind == "stack" and kinds.get(spec.name) == "plain" else spec
-        for spec in specs
-    )
+
+    def as_it_was(spec: TensorSpec) -> TensorSpec:
+        kind = kinds.get(spec.name)
+        if spec.kind == "stack" and kind == "plain":
+            return replace(spec, kind="plain", experts=0)
+        return replace(spec, kind="matrix") if spec.pixels and kind == "matrix" else spec
+
+    return tuple(as_it_was(spec) for spec in specs)
 
 
 def is_vocabulary(name: str) -> bool:

@@ -22,7 +22,8 @@ TOTALS = Totals(count=4.0, norm_sum=8.0, matrices=MatrixTotals(6.0, 2.0, 12.0))
 
 
 def factors(text: str, size: Size, totals: Totals = TOTALS) -> tuple[float, float]:
-    return ReadOptions.parse(text).factors(totals, size)
+    """Of the matrices and of the rest."""
+    return ReadOptions.parse(text).factors(totals, size)[:2]
 
 
 def test_norm_is_the_papers_law_at_one_and_is_held_beyond() -> None:
@@ -46,6 +47,21 @@ def test_spread_scales_matrices_by_how_many_directions_they_lie_in_and_the_rest_
     assert rest == pytest.approx((2.0 / 4) / 0.25)
     assert factors("spread:1.15", Size(None, 1.5, (3.0, 0.25)))[1] == 1.5, "no longer than the plain sum"
     assert factors("spread", Size(None, 4.0, (0.0, 0.0))) == (0.0, 0.0), "nothing there"
+
+
+def test_what_sees_pixels_is_the_mean_however_long_the_rest_is_made() -> None:
+    totals, spread = replace(TOTALS, weight=4.0), ReadOptions("spread")
+    patches = TensorSpec("patch_embed.proj.weight", (8, 3, 4, 4), "F32", "plain")
+    other = replace(patches, shape=(8, 4, 4, 4))
+    of_mean, of_sum = (spread.factors(totals, Size(None, most, (3.0, 0.125))) for most in (4.0, 1.0))
+    assert (of_mean.of(patches, matrix=False), of_mean.of(other, matrix=False)) == (1.0, 4.0)
+    assert (of_sum.of(patches, matrix=False), of_sum.of(other, matrix=False)) == (0.25, 1.0), "X is the sum"
+    assert of_mean.of(patches, matrix=True) == of_mean.matrices, "as a rule was told by its globs"
+    assert of_mean.of(replace(patches, kind="matrix"), matrix=True) == of_mean.matrices, "as an earlier state has it"
+    short = spread.factors(totals, Size(None, 4.0, (3.0, 2.0)))
+    assert short.of(patches, matrix=False) == short.rest == 0.25, "nor longer than the rest"
+    for text in ("norm", "number:0.5"[7:]):
+        assert len(set(ReadOptions.parse(text).factors(totals, Size(2.0, 4.0)))) == 1
 
 
 def test_one_model_alone_is_as_long_as_it_is() -> None:

@@ -252,7 +252,7 @@ class Campaign:
         is_matrix = reading.rule.read.matrix or (lambda _spec: True)
         return {
             spec.name: self.base[spec.name]
-            + unit[spec.name] * (factors[0 if is_matrix(spec) else 1] * options.layer(spec))
+            + unit[spec.name] * (factors.of(spec, matrix=is_matrix(spec)) * options.layer(spec))
             for spec in reading.state.format.tensors
             if spec.name in unit
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from continual.errors import Misconfigured, Refuse
 from continual.tensors import BaseModel, Checkpoint, describe, open_model
-from continual.tensors.names.kinds import is_vocabulary, kind_of
+from continual.tensors.names.kinds import as_made, is_vocabulary, kind_of
 from continual.tensors.names.tied import tables_apart
 
 pytestmark = pytest.mark.slow
@@ -113,8 +114,11 @@ def test_vit_patches_are_a_convolution(tmp_path: Path) -> None:
     base = made(tmp_path, transformers.ViTForImageClassification(config))
     kinds = {spec.name: spec.kind for spec in base.specs}
     patches = next(n for n in kinds if "patch_embeddings" in n and n.endswith("weight"))
-    assert kinds[patches] == "matrix"
+    assert kinds[patches] == "plain", "the mean, as embeddings of words are"
     assert kinds["classifier.weight"] == "plain"
+    earlier = [replace(spec, kind="matrix") if spec.name == patches else spec for spec in base.specs]
+    assert as_made(base.specs, earlier) == tuple(earlier), "a state that has it as a matrix goes on so"
+    assert as_made(base.specs, base.specs) == base.specs
     assert {spec.name: spec.depth for spec in base.specs}[patches] == 0.0
 
 
@@ -125,6 +129,13 @@ def test_vit_patches_are_a_convolution(tmp_path: Path) -> None:
         ("a.conv.weight", (4, 4, 3, 3), "BF16", "matrix"),
         ("attn.in_proj_weight", (12, 4), "F32", "matrix"),
         ("a.conv1d.weight", (4, 1, 4), "F32", "plain"),
+        ("a.conv.weight", (4, 1, 3, 3), "F32", "matrix"),
+        ("visual.conv1.weight", (8, 3, 4, 4), "F32", "plain"),
+        ("vision_model.embeddings.patch_embedding.weight", (8, 3, 4, 4), "F32", "plain"),
+        ("vision_tower.patch_conv.weight", (8, 3, 4, 4), "F32", "plain"),
+        ("patch_embed.proj.weight", (8, 1, 4, 4), "F32", "plain"),
+        ("patch_embed.proj.weight", (8, 16, 2, 2), "F32", "matrix"),
+        ("layer1.0.conv1.weight", (8, 8, 3, 3), "F32", "matrix"),
         ("mlp.experts.gate_up_proj", (8, 4, 4), "F32", "plain"),
         ("mixer.A_log", (4, 4), "F32", "plain"),
         ("attn.relative_position_bias_table", (9, 2), "F32", "plain"),
