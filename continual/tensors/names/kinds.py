@@ -131,7 +131,7 @@ def kind_of(
 
 def sees_pixels(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor is the convolution by which a model sees an image: over its patches, or a stem
-    (ops/decisions/0091)."""
+    (ops/decisions/0092)."""
     return over_pixels(shape) and _BEFORE.search(name) is not None
 
 
