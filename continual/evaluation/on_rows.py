@@ -19,10 +19,11 @@ from continual.evaluation.scores import Metric
 from continual.evaluation.verdict import Answers
 from continual.executors.contract import Executor, silent
 from continual.lazily import torch
-from continual.objectives.calibration import Calibration, Dealt, Wanted, load
+from continual.objectives.calibration import Calibration, Dealt, NotFinite, Wanted, load
 from continual.objectives.parameters import Parameters, find_parameters
 from continual.tensors import BaseModel
 from continual.tensors.layouts.in_classes import elsewhere
+from continual.tuning.command import CommandFailed
 from continual.tuning.scoring import fill
 
 Weights = Callable[[], AbstractContextManager[BaseModel]]
@@ -62,6 +63,12 @@ class RowsAsker:
             reading = merge.reading()
             reading.settle(self._executor, silent)
             fill(held, base, reading, self._executor)
+        try:
+            return self._answers(calibration, rows)
+        except NotFinite as error:
+            raise CommandFailed(str(error)) from None
+
+    def _answers(self, calibration: Calibration, rows: int) -> Answers:
         metrics: dict[str, Metric] = {}
         lower: set[str] = set()
         for name, dealt in zip(_names(calibration.dealt), calibration.dealt, strict=True):

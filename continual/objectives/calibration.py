@@ -131,6 +131,10 @@ class Wanted:
         return replace(found, digest=f"blake3:{blake3(text.encode()).hexdigest()}")
 
 
+class NotFinite(Misconfigured):
+    """A model says nothing finite of a row."""
+
+
 class Dealt(NamedTuple):
     """A task, what it is called, and the rows that `drive` and that `judge`, each in order of length. `unit` and
     `numbers` say what a row is called in messages: a row, or a line of a file."""
@@ -249,8 +253,8 @@ class Calibration:
             return self._run(dealt, rows, task.fit).detach().double().cpu()
 
     def _run(self, dealt: Dealt, rows: Sequence[int], run: Callable[[Sequence[int]], Tensor]) -> Tensor:
-        """The losses of rows as the task says them. Raises Misconfigured where they are no losses, or one is not
-        finite."""
+        """The losses of rows as the task says them. Raises Misconfigured where they are no losses, NotFinite where one
+        is not finite."""
         with self._as_asked():
             found: object = run(rows)
         if not isinstance(found, torch.Tensor) or tuple(found.shape) != (len(rows),) or not found.is_floating_point():
@@ -264,7 +268,7 @@ class Calibration:
             )
         if not (finite := found.detach().isfinite()).all():
             first = int((~finite).nonzero()[0, 0])
-            raise Misconfigured(
+            raise NotFinite(
                 f"{dealt.name}: the loss of {dealt.unit} {dealt.numbers[rows[first]]} is {float(found[first].detach())}"
             )
         return found

@@ -9,11 +9,12 @@ harm are whole ones, too: of fine-tunes of a new task that have rows of the othe
 of these, those that lower no task by half a point. Each is offered to a state several times, each time with other rows
 of each task, to the gate as it is by default (`[evaluation] objective = module:function`).
 
-What the same rule would have decided by other numbers of the same rows is said beside it: right or wrong, the
-probability of the right class as it is, and that with the confidence of the merge in force for both. And how many rows
-of a task it takes, by the spread of the differences over all held-out rows, until a one-sided paired test, shared out
-among the tasks, at 1 of 20 sees the fall 9 times of 10: ((z_(0.05/tasks) + z_0.1)·spread/fall)². Exits with 1 where
-fewer than 9 of 10 falls of two points are stopped, or more than 1 of 20 that do no harm.
+The rule alone is asked about more draws of rows, from what the merges say of all rows; the gate has to say the same of
+those that it is offered. What the rule would have decided by other numbers of the same rows is said beside it: right or
+wrong, the probability of the right class as it is, and that with the confidence of the merge in force for both. And how
+many rows of a task it takes, by the spread of the differences over all held-out rows, until a one-sided paired test,
+shared out among the tasks, at 1 of 20 sees the fall 9 times of 10: ((z_(0.05/tasks) + z_0.1)·spread/fall)². Exits with
+1 where fewer than 9 of 10 falls of two points are stopped, or more than 1 of 20 that do no harm.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import json
 import shutil
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -314,7 +316,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory for what is made, kept for the next time")
     parser.add_argument("--merged", type=int, default=8, help="honest models in the merge, and tasks that are asked")
     parser.add_argument("--rows", type=int, default=100, help="rows of each task; default 100")
-    parser.add_argument("--draws", type=int, default=5, help="how often each candidate is offered, with other rows")
+    parser.add_argument("--offers", type=int, default=5, help="how often each candidate is offered, with other rows")
+    parser.add_argument("--draws", type=int, default=40, help="how often the rule is asked about its rows alone")
     parser.add_argument("--falls", type=float, nargs="*", default=[2.0, 1.0], help="points that candidates cost")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -323,29 +326,30 @@ def main() -> None:
     for wanted in args.falls:
         found = [made(ground, name, weights, wanted) for name, weights in harms(ground).items()]
         groups[f"{wanted:g} points"] = [one for one in found if one is not None]
+    offers: dict[str, list[str]] = {}
     ways: dict[str, dict[str, list[str]]] = {}
     draw = torch.Generator().manual_seed(7)
     for group, candidates in groups.items():
-        for one in candidates:
-            for _ in range(args.draws):
-                rows = torch.randperm(len(ground.population.labels), generator=draw)[: args.rows]
-                found_by = {"the gate": ground.offered(one.path, rows), **otherwise(ground, one, rows)}
-                for way, word in found_by.items():
-                    ways.setdefault(group, {}).setdefault(way, []).append(word)
         if not candidates:
             print(json.dumps({group: "none was found"}), flush=True)
             continue
-        worst = [one.most for one in candidates]
-        said = {way: {word: words.count(word) for word in sorted(set(words))} for way, words in ways[group].items()}
-        told = {"candidates": len(candidates), "worst fall, mean": round(statistics.fmean(worst), 2), **said}
-        print(json.dumps({group: told}), flush=True)
+        for one in candidates:
+            for number in range(max(args.offers, args.draws)):
+                rows = torch.randperm(len(ground.population.labels), generator=draw)[: args.rows]
+                words = otherwise(ground, one, rows)
+                if number < args.offers:
+                    offers.setdefault(group, []).append(ground.offered(one.path, rows))
+                    assert offers[group][-1] == words["shares"], "the gate decides by these"
+                for way, word in words.items():
+                    ways.setdefault(group, {}).setdefault(way, []).append(word)
+        told = {"candidates": len(candidates), "worst fall, mean": statistics.fmean(one.most for one in candidates)}
+        by = {way: dict(Counter(words)) for way, words in {"the gate": offers.get(group, []), **ways[group]}.items()}
+        print(json.dumps({group: {**told, **by}}), flush=True)
         if group != "no harm":
             rows_of = [needed(ground, one) for one in candidates]
             middle = {way: round(statistics.median(each[way] for each in rows_of)) for way in WAYS}
             print(json.dumps({f"{group}: rows that it takes, median": middle}), flush=True)
-    stopped = {
-        group: sum(word != "pass" for word in by["the gate"]) / len(by["the gate"]) for group, by in ways.items()
-    }
+    stopped = {group: 1 - by["shares"].count("pass") / len(by["shares"]) for group, by in ways.items()}
     print(f"stopped: {stopped}")
     sys.exit(stopped.get("2 points", 1.0) < 0.9 or stopped.get("no harm", 0.0) > 0.05)
 

@@ -26,12 +26,15 @@ KINDS = {
     "Trouble": "try again",
     "Abandoned": "given up",
     "Misconfigured": "usage",
+    "NotFinite": "usage",
     "ValueError": "usage",
     "Damaged": "damaged",
     "Halt": "stopped",
     "Busy": "busy",
 }
 """The errors, as the page calls what they are. A ValueError with a text of ours is a part of another's."""
+_LIKE = {"Trouble": "Retry", "ValueError": "Misconfigured", "NotFinite": "Misconfigured"}
+"""Those that have the sections of another."""
 MARK = re.compile(r"<!-- messages: (.+?) -->\n(.*?)<!-- end of messages -->\n", re.DOTALL)
 _MOST = 12
 """Variants of one text that are told apart; of one with more, what makes them is `…`."""
@@ -235,7 +238,7 @@ def placed(known: list[Section]) -> Mapping[Message, Section | None]:
     words = {word: section for section in known for word in section.words}
     found: dict[Message, Section | None] = {}
     for message in messages():
-        kind = {"Trouble": "Retry", "ValueError": "Misconfigured"}.get(message.kind, message.kind)
+        kind = _LIKE.get(message.kind, message.kind)
         path = message.where.partition(":")[0].split(".")[1:]
         asked = [f"{kind}/{message.reason}"] if message.reason else []
         asked += [f"{kind}/{'.'.join(path[:n])}" for n in range(len(path), 0, -1)] + [kind]

@@ -82,6 +82,18 @@ def test_a_merge_that_answers_worse_is_refused_and_one_as_good_is_not(tmp_path: 
     assert continual.verify(tmp_path / "state").findings == ()
 
 
+@pytest.mark.parametrize("objective", ["causal-lm", "heads"])
+def test_a_merge_that_says_nothing_finite_is_refused(tmp_path: Path, objective: str) -> None:
+    """Its weights are finite, and what they make of rows is not."""
+    given = made(objective, tmp_path)
+    huge = tuned(given.base, "huge", 1e37)
+    with opened(tmp_path, given, max_drop=1e6) as merge:
+        outcome = merge.fold(huge)
+        assert (outcome.fate, outcome.reason) == ("refused", "evaluation"), outcome.message
+        assert "is nan" in outcome.message, outcome.message
+        assert merge.fold(huge).fate == "known"
+
+
 def test_more_rows_are_asked_until_they_tell(tmp_path: Path) -> None:
     """Of the first eight rows nothing is known for certain; all of them tell, or are held."""
     given = made("causal-lm", tmp_path)

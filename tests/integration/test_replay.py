@@ -197,7 +197,9 @@ def test_a_kill_is_gone_on_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mean", "adapters"])
-def test_states_that_were_combined_are_built_again_with_it(tmp_path: Path, kind: str) -> None:
+def test_states_that_were_combined_are_built_again_with_it(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One of which had another combined into it; a brought model is taken out, and the other state goes on."""
     state, model = made(tmp_path, RECIPES[kind])
     for number, name in enumerate(("second", "third")):
@@ -226,6 +228,11 @@ def test_states_that_were_combined_are_built_again_with_it(tmp_path: Path, kind:
     assert names(tmp_path / "again") == names(state)
     with State.open(tmp_path / "again") as again:
         assert verify(again) == []
+    (tmp_path / "here").mkdir()
+    with monkeypatch.context() as patch, api.Merge(Settings(state=state)) as merge:
+        patch.chdir(tmp_path / "here")
+        assert merge.replay(".", states=others).equal
+    assert {one.name for one in tmp_path.glob("here*")} == {"here", "here-2", "here-2-5"}
     done = run("replay", tmp_path / "by command", "--state", state, "--with", others[0])
     assert (done.returncode, "record 2 brought" in done.stderr) == (2, True), done.stderr
     body = machine("replay", tmp_path / "by command", "--state", state, "--with", others[0], "--with", others[1])
