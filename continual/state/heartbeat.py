@@ -64,6 +64,8 @@ class Heartbeat:
         self._at, self._body, self._lost_to = at, body, lost
         self._until = since + at.objects.lease
         self._taken = False
+        self.trouble: OSError | None = None
+        """Why it could not be written the last time."""
         self._turn = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
@@ -80,10 +82,14 @@ class Heartbeat:
             if self._stop.is_set() or self.left() <= 0:
                 return
             begun = boottime()
-            self._at.objects.put_now(self._at.key, self._body())
-            if self._lost_to():
-                self._taken = True
-            else:
+            try:
+                self._at.objects.put_now(self._at.key, self._body())
+                self._taken = self._lost_to()
+            except OSError as error:
+                self.trouble = error
+                raise
+            self.trouble = None
+            if not self._taken:
                 self._until = begun + self._at.objects.lease
 
     def end(self) -> None:

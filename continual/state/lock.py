@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 from continual.errors import Busy, Halt, Misconfigured, Retry
 from continual.state import heartbeat, storing
-from continual.state.durable import environment
+from continual.state.durable import environment, trouble
 from continual.state.framing import encode
 from continual.stores import ObjectPath, Where
 
@@ -127,10 +127,12 @@ class WriterLease:
             with contextlib.suppress(OSError):
                 self._beat.beat()
         if self._beat.left() < least:
+            why = f"the store did not answer for {self._path.objects.lease:.0f} s, or this process was stopped"
+            if self._beat.trouble is not None:
+                why = trouble(self._beat.trouble)
             raise Halt(
-                f"{self._path.parent}: the lease of this writer ran out, and another process may write by now: the "
-                f"store did not answer for {self._path.objects.lease:.0f} s, or this process was stopped; nothing was "
-                "settled; start again"
+                f"{self._path.parent}: the lease of this writer ran out, and another process may write by now: {why}; "
+                "nothing was settled; start again"
             )
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ _RETRIES = {True: (60, 6), False: (8, 3)}
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 _REFUSED = ("403 Forbidden", "401 Unauthorized", "ExpiredToken", "InvalidToken", "TokenRefreshRequired")
 """What an answer has where the credentials will not do; Amazon says of those that ran out that the request is bad."""
-_SECRET = re.compile(r"(?<=//)[^/\s@]*@|\?[^\s)]*")
+_SECRET = re.compile(r"(?<=//)[^/\s@]*@|(?<=[^\s<])\?[^\s)]*")
 """What an address may have that nobody is to see: a password before the host, a signature after the path."""
 
 
@@ -107,7 +107,7 @@ class Objects:
         except (FileNotFoundError, PermissionError):
             raise
         except OSError:  # it may end before `start`: each kind of store says that in other words
-            if not start or (nbytes := self.head(key).nbytes) > start:
+            if not ranged or (nbytes := self.head(key).nbytes) > start:
                 raise
             return memoryview(b""), nbytes
 

@@ -257,6 +257,24 @@ def test_what_a_killed_process_left_of_asking_for_the_time_goes(
     assert len(storing.names(at / "lock")) == 1
 
 
+def test_a_lease_that_the_store_does_not_let_be_written_says_so(
+    at: ObjectPath, proxy: Cutting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials ran out, say, while nothing was folded."""
+    stores.make(at).close()
+    through = where(str(object_stores.state_at(proxy.address, at.key, monkeypatch)), 2.0)
+    with State.open(through, write=True) as state:
+        lock_ = state._lock
+        assert isinstance(lock_, lock.WriterLease)
+        proxy.decide = lambda method, _path: "denied" if method == "PUT" else ""
+        with pytest.raises(OSError, match="look at the credentials"):
+            lock_._beat.beat()
+        lock_._beat._until = 0.0
+        proxy.decide = lambda _method, _path: ""
+        with pytest.raises(Halt, match=r"may write by now: s3://.+look at the credentials.+; nothing was settled"):
+            stores.fold(state, 1)
+
+
 def test_of_two_who_believe_that_they_may_write_one_commits(at: ObjectPath) -> None:
     """The record is the fence: whatever the clocks say."""
     with stores.make(at) as one:

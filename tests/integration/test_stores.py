@@ -74,6 +74,8 @@ def test_a_range_is_read_and_no_more(root: Where) -> None:
     storing.replace(root / "x", bytes(range(100)))
     assert storing.some(root / "x", 10, 20) == bytes(range(10, 20))
     assert storing.some(root / "x", 90, 200) == bytes(range(90, 100))
+    storing.replace(root / "empty", b"")
+    assert storing.some(root / "empty", 0, 10) == storing.contents(root / "empty") == b""
     assert storing.some(root / "x", 100, 200) == storing.some(root / "x", 300, 400) == b""
 
 
