@@ -109,11 +109,13 @@ def _even(most: int, width: int = BLOCK, *, fitted: bool = True) -> Distance:
         place = ((values - values[:, :1]) / np.where(spread > 0, spread, 1.0))[:, None, :]
         weight = _different(values)[:, None, :]
         number = weight.sum(2)
-        steps = place * levels[:, None]
-        whole = np.rint(steps)
         if not fitted:
-            rough: Floats = (np.abs(steps - whole) * weight).sum(2).min(1) / np.maximum(number[:, 0] - 2, 1)
+            steps = place.astype(np.float32) * levels[:, None].astype(np.float32)
+            steps -= np.rint(steps)
+            sums = np.abs(steps, out=steps) @ weight.astype(np.float32).transpose(0, 2, 1)
+            rough: Floats = sums[:, :, 0].min(1) / np.maximum(number[:, 0] - 2, 1)
             return rough
+        whole = np.rint(place * levels[:, None])
         middle = (whole * weight).sum(2, keepdims=True) / number[:, :, None]
         centre = (place * weight).sum(2, keepdims=True) / number[:, :, None]
         away = (whole - middle) * weight
