@@ -149,6 +149,15 @@ def test_nobody_gives_a_command_without_the_token(served: tuple[str, Path]) -> N
     assert logged(log)[-1]["event"] == "sign-in refused"
 
 
+@pytest.mark.parametrize("other", ['a={"b": 1}', "a=b c", "x[y]=1", "=", '"', 'a="open', "\xfc=1"])
+def test_a_cookie_of_another_service_of_this_host_does_not_hide_ours(served: tuple[str, Path], other: str) -> None:
+    address, _ = served
+    cookies = [f"{name}={value}" for name, value in signed_in(address).cookies.items()]
+    for order in ([other, *cookies], [*cookies, other]):
+        page = httpx.get(f"{address}/commands", headers={"cookie": "; ".join(order).encode("latin-1")})
+        assert "Asked for here" in page.text, order
+
+
 def test_a_session_ends(served: tuple[str, Path]) -> None:
     address, _ = served
     client = signed_in(address)

@@ -7,12 +7,14 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from http import HTTPStatus
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,7 +24,8 @@ from continual.service.web.commanding import Commanding
 from continual.service.web.events import Events
 from continual.service.web.hosts import may_ask
 from continual.service.web.looking import PageLook
-from continual.service.web.machines import Machines, description
+from continual.service.web.machines import AsciiJson, Machines, description
+from continual.service.web.pages import shell
 from continual.service.web.people import People
 from continual.service.web.seen import View
 from continual.service.web.server import Ears, Server
@@ -38,6 +41,11 @@ _HEADERS = (
     (b"referrer-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 )
+_TROUBLE = {
+    404: "There is no such page.",
+    405: "This address does not take such a request.",
+    500: "This could not be told. The log says why; the daemon goes on.",
+}
 
 
 def create_app(
@@ -62,6 +70,16 @@ def create_app(
 
         return answer
 
+    async def trouble(request: Request, error: Exception) -> Response:
+        """What cannot be answered, as programs or people read it."""
+        status, head = (error.status_code, error.headers) if isinstance(error, HTTPException) else (500, None)
+        if status == 500:  # it passes by the guards
+            head = {name.decode(): value.decode() for name, value in _HEADERS}
+        told = _TROUBLE.get(status, f"{HTTPStatus(status).phrase}.")
+        if request.url.path.startswith("/api/"):
+            return AsciiJson({"error": told}, status, head)
+        return HTMLResponse(shell.trouble(status, told, people.around), status, head)
+
     ours = [
         *people.routes(),
         *machines.routes(),
@@ -73,7 +91,9 @@ def create_app(
         Route("/readyz", probe(view.ready)),
     ]
     guards = [Middleware(_Headers), Middleware(_Names, names=names, metrics=metrics)]
-    return Starlette(routes=[*ours, *routes], middleware=guards)
+    return Starlette(
+        routes=[*ours, *routes], middleware=guards, exception_handlers={HTTPException: trouble, Exception: trouble}
+    )
 
 
 class _Names:

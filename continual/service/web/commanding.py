@@ -32,6 +32,9 @@ _PATIENTLY = 20.0
 """Seconds for which a program waits."""
 _PENALTY = 1.0
 """Seconds that a wrong token costs; one at a time."""
+ENTRY = ("/commands", "Commands")
+"""The page of commands in the navigation."""
+_AROUND = Around("", "", (ENTRY,))
 _NUMBERS = frozenset({"at", "seq", "expected"})
 _FLAGS = frozenset({"dry_run", "force"})
 _REFUSED = {401: "no admin_token", 403: "from another site", 409: "it cannot be done", 503: "not now: ask again later"}
@@ -91,7 +94,7 @@ class Commanding:
 
     async def _sign_in(self, request: Request) -> Response:
         fields = await _fields(request)
-        around = Around("", "")
+        around = _AROUND
         if not is_ours(request):
             return HTMLResponse(commands_page.sign_in(around, "This form came from another site."), 403)
         async with self._guess:
@@ -108,14 +111,14 @@ class Commanding:
     async def _sign_out(self, request: Request) -> Response:
         session, fields = self.sessions.of(request), await _fields(request)
         if session is None or not _may(request, session, fields):
-            return HTMLResponse(commands_page.sign_in(Around("", ""), "You are not signed in."), 403)
+            return HTMLResponse(commands_page.sign_in(_AROUND, "You are not signed in."), 403)
         self.sessions.end(session)
         return RedirectResponse("/", 303)
 
     async def _form(self, request: Request) -> Response:
         """A button was pressed."""
         session, fields = self.sessions.of(request), await _fields(request)
-        around = Around("", "")
+        around = _AROUND
         if session is None:
             return HTMLResponse(commands_page.sign_in(around, "Sign in first, then ask again."), 401)
         if not _may(request, session, fields):
@@ -156,7 +159,8 @@ class Commanding:
                     return None
                 self._log.warning("command refused", client=_client(request))
                 await asyncio.sleep(_PENALTY)
-        return AsciiJson({"error": "Authorization is not 'Bearer' and the admin_token"}, 401)
+        told = {"error": "Authorization is not 'Bearer' and the admin_token"}
+        return AsciiJson(told, 401, {"www-authenticate": "Bearer"})
 
 
 def _may(request: Request, session: Session, fields: Mapping[str, str]) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from http import HTTPStatus
 from urllib.parse import unquote
@@ -37,6 +37,8 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self._bodiless = False
         self._started: h11.Response | None = None
+        self.waits_since: float | None = None
+        """Since when (`time.monotonic`) the client neither sends what is asked of it nor takes what it gets."""
 
     async def head(self) -> Scope | None:
         """The request's head as ASGI has it; None where the client closed the connection. Raises RemoteProtocolError,
@@ -127,19 +129,26 @@ class Exchange:
     async def _hear(self) -> bytes:
         """What comes next; nothing at the end. Raises Gone."""
         await asyncio.sleep(0)  # reading what is there already does not let the loop turn
-        try:
+        with self._waiting():
             return await self._loop.sock_recv(self._sock, _CHUNK)
-        except OSError as error:
-            raise Gone from error
 
     async def _say(self, *events: h11.Event) -> None:
         """Sends these together. Raises Gone."""
         data = b"".join(self._http.send(event) or b"" for event in events)
         if data:
-            try:
+            with self._waiting():
                 await self._loop.sock_sendall(self._sock, data)
-            except OSError as error:
-                raise Gone from error
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """It is the client's turn. Raises Gone."""
+        self.waits_since = time.monotonic()
+        try:
+            yield
+        except OSError as error:
+            raise Gone from error
+        finally:
+            self.waits_since = None
 
 
 def _response(status: int, headers: list[tuple[bytes, bytes]]) -> h11.Response:

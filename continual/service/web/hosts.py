@@ -4,7 +4,10 @@ address of the service (DNS rebinding), and would read what is answered; the hea
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Collection
+
+_PORT = re.compile(r"(:[0-9]*)?")
 
 
 def may_ask(host: str | None, names: Collection[str]) -> bool:
@@ -17,11 +20,12 @@ def may_ask(host: str | None, names: Collection[str]) -> bool:
 
 
 def bare(host: str) -> str:
-    """A host without its port, in small letters."""
+    """A host without its port, in small letters; all of it where what follows the host is no port."""
     name = host.strip().lower()
     if name.startswith("["):
-        return name[1:].partition("]")[0]
-    if name.count(":") == 1:
+        inner, end, port = name[1:].partition("]")
+        return inner if end and _PORT.fullmatch(port) else name
+    if name.count(":") == 1 and _PORT.fullmatch(name[name.index(":") :]):
         name = name.partition(":")[0]
     return name.removesuffix(".")
 

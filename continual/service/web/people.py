@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from continual.service.web.commanding import Commanding
+from continual.service.web.commanding import ENTRY, Commanding
 from continual.service.web.looking import AskedWrongly, PageLook, in_path, number, wanted
 from continual.service.web.pages import (
     about_fold,
@@ -68,13 +68,18 @@ class People:
         asked = "" if self._commanding is None else f"-{self._commanding.errands.version}"
         return self._look.view.stamp() + asked
 
+    @property
+    def around(self) -> Around:
+        """What all pages are given."""
+        more = () if self._commanding is None else (ENTRY,)
+        return Around(self._look.view.directory, self.stamp(), more)
+
     def _session(self, request: Request) -> Session | None:
         """Who gives commands by a request; None where nobody has signed in, or nobody can."""
         return None if self._commanding is None else self._commanding.sessions.of(request)
 
     async def _answer(self, show: Show, request: Request) -> Response:
-        more = () if self._commanding is None else (("/commands", "Commands"),)
-        around = Around(self._look.view.directory, self.stamp(), more)
+        around = self.around
         try:
             return HTMLResponse(await show(request, around))
         except AskedWrongly as error:

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import resource
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -58,6 +59,7 @@ class _Client:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.exchange = Exchange(sock)
         self.asked = False
         self.task: asyncio.Task[None] | None = None
 
@@ -75,6 +77,7 @@ class Server:
         self._ears = ears
         self._head = head
         self._whole = whole
+        self._patience = head / 10
         self._clients: dict[_Client, None] = {}  # oldest first
         self._log = structlog.get_logger("continual")
 
@@ -131,14 +134,21 @@ class Server:
         client.sock.close()
 
     def _evict(self) -> bool:
-        """Ends the oldest connection that has not asked for anything yet; whether there was one."""
-        for client in self._clients:
-            if not client.asked and client.task is not None:
-                del self._clients[client]
-                client.task.cancel()
-                self._ears.dropped("full")
-                return True
-        return False
+        """Ends the oldest connection that has not asked for anything yet, or else the one that for longest has neither
+        sent what it began nor read its answer; whether there was one."""
+        client = next((one for one in self._clients if not one.asked), None) or self._silent()
+        if client is None or client.task is None:
+            return False
+        del self._clients[client]
+        client.task.cancel()
+        self._ears.dropped("full")
+        return True
+
+    def _silent(self) -> _Client | None:
+        """The client that has been waited for the longest; none where each goes on."""
+        since = {one: one.exchange.waits_since for one in self._clients}
+        waits = [(at, one) for one, at in since.items() if at is not None and time.monotonic() - at > self._patience]
+        return min(waits, key=lambda row: row[0])[1] if waits else None
 
     def _refuse(self, sock: socket.socket) -> None:
         """Says that there are too many, without waiting for anything."""
@@ -148,7 +158,7 @@ class Server:
 
     async def _serve(self, client: _Client) -> None:
         """One connection from its first byte to its end."""
-        exchange = Exchange(client.sock)
+        exchange = client.exchange
         try:
             async with asyncio.timeout(self._whole):
                 async with asyncio.timeout(self._head):

@@ -32,6 +32,7 @@ def test_addresses_and_names_that_are_known(host: str | None) -> None:
             "[]",
         ),
         *("merge.example.org.evil.example", "notbox", "127.0.0.1@evil.example", "evil.example:80:80"),
+        *("[::1]evil.example", "[::1", "localhost:evil", "localhost:1@evil.example", "[::1]:x"),
     ],
 )
 def test_all_others_are_strange(host: str) -> None:

@@ -22,12 +22,14 @@ from continual.service.web.server import Ears, Server, most_connections
 from tests.helpers import services
 
 SLOW = 0.4
+LARGE = b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 class Running:
     """A server on a thread. `dropped` are the words it said, `broke` the exceptions."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
         self.dropped: list[str] = []
         self.broke: list[Exception] = []
         self.port = 0
@@ -48,7 +50,7 @@ class Running:
             return StreamingResponse(part() for _ in range(1))
 
         def part() -> bytes:
-            return b"x" * (64 << 20)
+            return b"x" * (16 << 20)
 
         async def ok(_request: Request) -> Response:
             return PlainTextResponse("ok")
@@ -63,6 +65,7 @@ class Running:
         self.port = sock.getsockname()[1]
         ears = Ears(self.dropped.append, self.broke.append)
         server = Server(Starlette(routes=routes), sock, ears, head=SLOW, whole=3 * SLOW)
+        server.most = self._most or server.most
         self.most = server.most
         await server.run(self._ready.set, self._stop)
 
@@ -151,7 +154,7 @@ def test_a_client_that_is_silent_or_slow_with_its_head_or_body_is_cut_off(server
 def test_a_client_that_does_not_read_is_cut_off(server: Running) -> None:
     with server.opened() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.sendall(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
+        sock.sendall(LARGE)
         deadline = time.monotonic() + 10
         while not server.dropped and time.monotonic() < deadline:
             assert server.ask() == (200, b"ok")
@@ -176,6 +179,18 @@ def test_silent_connections_make_room_for_the_next(server: Running) -> None:
     assert server.dropped.count("full") > server.most
     for sock in silent:
         sock.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [b"POST /e/a HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nabc", LARGE])
+def test_who_begins_and_does_not_go_on_makes_room_too(asked: bytes) -> None:
+    with Running(most=4) as server, contextlib.ExitStack() as held:
+        for _ in range(server.most):
+            sock = held.enter_context(server.opened())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.sendall(asked)
+        services.until(lambda: server.ask() == (200, b"ok"), "one makes room")
+        assert set(server.dropped) == {"full"}, "nobody's time had to run out"
 
 
 def test_a_client_that_waits_for_leave_to_send_gets_it(server: Running) -> None:

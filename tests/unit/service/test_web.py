@@ -102,6 +102,26 @@ def test_a_strange_name_is_misdirected_and_an_allowed_one_is_not(live: Live) -> 
         assert TestClient(app, base_url=f"http://{name}").get("/healthz").status_code == 200
 
 
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nope", 404), ("POST", "/", 405), ("GET", "/", 500)])
+def test_what_cannot_be_answered_is_said_in_words_and_with_the_headers(
+    live: Live, monkeypatch: pytest.MonkeyPatch, method: str, path: str, status: int
+) -> None:
+    def gone() -> None:
+        raise OSError("the <disk> is gone")
+
+    if status == 500:
+        monkeypatch.setattr(live, "status", gone)
+    client = TestClient(create_app(live, Metrics()), base_url="http://127.0.0.1", raise_server_exceptions=False)
+    page = client.request(method, path)
+    assert (page.status_code, page.headers.get_list("x-content-type-options")) == (status, ["nosniff"])
+    assert f"<h1>{status}</h1>" in page.text
+    assert 'href="/folds"' in page.text
+    assert "<disk>" not in page.text
+    told = client.request(method, "/api/status" if path == "/" else f"/api{path}")
+    assert (told.status_code, list(told.json())) == (status, ["error"])
+    assert "default-src 'none'" in told.headers["content-security-policy"]
+
+
 def test_without_a_secret_there_is_no_webhook(client: TestClient) -> None:
     assert client.post("/webhook", json={}).status_code == 404
 
