@@ -46,9 +46,17 @@ def post(url: str, body: Mapping[str, object], deadline: float, sign: Signing = 
     """Posts JSON, with the headers that `sign` gives for its bytes; `deadline` is a time of `time.monotonic`."""
     data = json.dumps(body).encode()
     told = {"Content-Type": "application/json", "User-Agent": "continual"}
-    request = urllib.request.Request(url, data, told | sign(data))
+    return _sent(urllib.request.Request(url, data, told | sign(data)), deadline)
+
+
+def get(url: str, deadline: float) -> Posted:
+    """Asks for what lies at an address; `deadline` as of `post`."""
+    return _sent(urllib.request.Request(url, headers={"User-Agent": "continual"}), deadline)
+
+
+def _sent(request: urllib.request.Request, deadline: float) -> Posted:
     try:
-        with opener_for(url).open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
+        with opener_for(request.full_url).open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
             return Posted(response.status, _read(response, deadline))
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error

@@ -19,11 +19,11 @@ requests to it fail. `load_inplace` is not used: what was loaded with it is read
 issue 33791). The prefix cache goes by the adapter's name and path, and the path is another one each time; that of
 earlier versions goes by the name alone (42125), so that they may answer from the old one for a while.
 
-vLLM's whole weights (its development mode, VLLM_SERVER_DEV_MODE=1; read in the source, not run): `POST
-/pause?mode=wait` lets the requests under way end and forgets its caches, `POST /collective_rpc` with the method
-`reload_weights` and the path loads the weights over the old ones, `POST /resume` goes on. Where the loading itself
-failed the weights may be half of each, so that it stays paused: silence is better than such answers, and the next try
-or publication loads all.
+vLLM's whole weights (its development mode, VLLM_SERVER_DEV_MODE=1): `POST /pause?mode=wait` lets the requests under way
+end and forgets its caches, `POST /collective_rpc` with the method `reload_weights` and the path loads the weights over
+the old ones, `POST /resume` goes on. Where the loading itself failed the weights may be half of each, so that it stays
+paused: silence is better than such answers. Nor is it asked again: what a load that failed leaves behind in vLLM goes
+into the next, which may say that all is well. So one that `GET /is_paused` says is paused is left alone.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ import re
 import time
 
 from continual.config import HookSettings
-from continual.publish.posting import HookTry, Posted, fields, joined, post, said_in, tried_by
+from continual.publish.posting import HookTry, Posted, fields, get, joined, post, said_in, tried_by
 from continual.publish.published import Published
 
 TRIAL = ".trial"
 """What is put behind the name of an adapter that vLLM is to load for a trial."""
 _NO_ADAPTER = "there is no adapter directory to load: set `current`, and let the hook come after it"
+_PAUSED = "it is paused already: start it anew where a load failed, else have it go on by POST /resume"
 _NO_MODEL = "there is no model directory to load: set `current`, and let the hook come after it"
 
 
@@ -109,6 +110,8 @@ def vllm(hook: HookSettings, published: Published, deadline: float) -> HookTry:
     if published.directory is None:
         return HookTry(False, _NO_MODEL)
     base = f"{hook.url}".rstrip("/")
+    if fields(get(f"{base}/is_paused", deadline).text).get("is_paused") is True:
+        return HookTry(False, _PAUSED)
     paused = post(f"{base}/pause?mode=wait", {}, deadline)
     if paused.status == 404:
         return HookTry(
@@ -122,4 +125,5 @@ def vllm(hook: HookSettings, published: Published, deadline: float) -> HookTry:
     if loaded.ok or not loaded.again:  # what was not even accepted has changed nothing
         resumed = tried_by(post(f"{base}/resume", {}, deadline))
         return loaded if resumed.ok or not loaded.ok else resumed._replace(message=f"loaded; {resumed.message}")
-    return loaded._replace(message=f"{loaded.message}; it stays paused, since its weights may be half of each")
+    told = f"{loaded.message}; it stays paused, since its weights may be half of each: start it anew"
+    return HookTry(False, told)

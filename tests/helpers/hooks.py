@@ -24,11 +24,12 @@ STATE = "0123456789abcdef0123"
 @dataclass
 class Served:
     """A server that answers what `reply(path, body)` gives: a status and JSON or text; None drops the connection.
-    `asked` is what came, `heads` and `bodies` as they came."""
+    `asked` is what came, `heads` and `bodies` as they came; `state` is what it says where it is only looked at."""
 
     url: str
     reply: Callable[[str, Any], Answer | None] = lambda _path, _body: (200, "")
     headers: dict[str, str] = field(default_factory=dict)
+    state: dict[str, object] = field(default_factory=dict)
     asked: list[tuple[str, Any]] = field(default_factory=list)
     heads: list[dict[str, str]] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
@@ -40,6 +41,13 @@ def serving_hooks() -> Iterator[Served]:
     """A server that runs as long as the block."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            data = json.dumps(it.state).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
         def do_POST(self) -> None:
             assert self.headers["Content-Type"] == "application/json"
             raw = self.rfile.read(int(self.headers["Content-Length"]))
