@@ -82,7 +82,8 @@ def test_a_line_that_is_not_understood_is_found() -> None:
 
 @pytest.mark.slow
 def test_the_five_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = [found for b in blocks(README, "") if (found := lines(b))]
+    block, machines = [found for b in blocks(README, "") if (found := lines(b))]
+    assert [words[1] for words in machines] == ["init", "run"]  # they need a store and a cluster
     assert [words[1] for words in block] == ["init", "run", "fold", "unfold", "export"]
     monkeypatch.chdir(tmp_path)
     base = models.base(tmp_path / "base")
