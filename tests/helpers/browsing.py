@@ -33,6 +33,9 @@ FLAGS = (
 )
 LIMIT = 30.0
 KEYS = {"Tab": 9, "Enter": 13}
+REACHED = "document.activeElement === document.body ? '' : document.activeElement.outerHTML.slice(0, 300)"
+WITH = 'a[href],button,input,[tabindex="0"]'
+CAN_BE = f"[...document.querySelectorAll('{WITH}')].filter(e => e.checkVisibility()).length"
 
 
 class Browser:
@@ -155,3 +158,17 @@ def browser() -> Iterator[Browser]:
             process.wait()
             os.close(reads[1])
             os.close(writes[0])
+
+
+def walked(page: Browser) -> None:
+    """Asserts that the key Tab reaches all that can be reached, each once, and that it is seen where it is."""
+    page.say("document.activeElement.blur()")
+    seen: list[str] = []
+    for _ in range(page.say(CAN_BE)):
+        page.press("Tab")
+        seen.append(page.say(REACHED))
+        assert page.say("getComputedStyle(document.activeElement).outlineStyle") != "none", seen[-1]
+    assert "Skip to the content" in seen[0]
+    assert "" not in seen
+    page.press("Tab")
+    assert page.say(REACHED) in ("", seen[0]), "there was more"

@@ -10,14 +10,10 @@ import pytest
 
 from continual import making
 from tests.helpers import models
-from tests.helpers.browsing import CHROMIUM, MISSING, Browser, browser
+from tests.helpers.browsing import CHROMIUM, MISSING, browser, walked
 from tests.helpers.services import daemon, status, until, url
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason=MISSING)]
-
-REACHED = "document.activeElement === document.body ? '' : document.activeElement.outerHTML.slice(0, 300)"
-WITH = 'a[href],button,input,[tabindex="0"]'
-CAN_BE = f"[...document.querySelectorAll('{WITH}')].filter(e => e.checkVisibility()).length"
 
 
 def test_an_open_page_shows_a_fold_and_is_walked_by_keys(tmp_path: Path) -> None:
@@ -43,17 +39,3 @@ def test_an_open_page_shows_a_fold_and_is_walked_by_keys(tmp_path: Path) -> None
         walked(page)
         assert page.console == []
         assert {urlsplit(asked).netloc for asked in page.asked} == {urlsplit(address).netloc}
-
-
-def walked(page: Browser) -> None:
-    """Asserts that the key Tab reaches all that can be reached, each once, and that it is seen where it is."""
-    page.say("document.activeElement.blur()")
-    seen: list[str] = []
-    for _ in range(page.say(CAN_BE)):
-        page.press("Tab")
-        seen.append(page.say(REACHED))
-        assert page.say("getComputedStyle(document.activeElement).outlineStyle") != "none", seen[-1]
-    assert "Skip to the content" in seen[0]
-    assert "" not in seen
-    page.press("Tab")
-    assert page.say(REACHED) in ("", seen[0]), "there was more"
