@@ -145,6 +145,14 @@ def test_every_command_on_the_pages_is_one_that_continual_understands(client: Te
         assert done.returncode in (0, BUSY), (line, done)
 
 
+def test_a_page_without_javascript_is_not_loaded_again_while_somebody_types(client: TestClient) -> None:
+    reloads = {path: "<noscript><meta http-equiv=" in text for path, text in crawled(client).items()}
+    typed = {path for path, text in crawled(client).items() if "<form" in text}
+    assert "/folds" in typed
+    assert reloads["/storage"]
+    assert not any(reloads[path] for path in typed)
+
+
 def test_lists_are_searched_and_paged_to_the_end(client: TestClient) -> None:
     seen: list[int] = []
     before = ""

@@ -31,7 +31,7 @@ class Around:
 @dataclass(frozen=True, slots=True)
 class Frame:
     """Where a page is in the navigation, its title, and what goes below it. `live`: it is exchanged by itself when
-    something changed."""
+    something changed; without JavaScript it is loaded again now and then, unless somebody may be typing in it."""
 
     path: str
     title: str
@@ -43,7 +43,8 @@ class Frame:
 def document(frame: Frame, *content: str) -> str:
     """The whole document."""
     links = "".join(_entry(path, text, frame.path) for path, text in (*NAVIGATION, *frame.around.more))
-    reload = f'<noscript><meta http-equiv="refresh" content="{SECONDS}"></noscript>' if frame.live else ""
+    again = frame.live and not any("<form" in part for part in content)
+    reload = f'<noscript><meta http-equiv="refresh" content="{SECONDS}"></noscript>' if again else ""
     live = f' data-stamp="{escape(frame.around.stamp)}"' if frame.live else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
