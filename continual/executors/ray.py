@@ -258,11 +258,13 @@ def _end(ray: Any, running: list[Any]) -> None:
 
 
 _CONNECTING = threading.Lock()
+_CONNECTED: list[str] = []
+"""The address of the cluster of which this process is a driver, if it is one."""
 
 
 def _driver(address: str) -> Any:
-    """Ray, with this process as a driver of the cluster. Raises Misconfigured where it is not installed, or where there
-    is no cluster."""
+    """Ray, with this process as a driver of the cluster. Raises Misconfigured where it is not installed, where there is
+    no cluster, or where this process is a driver of another one."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -272,22 +274,37 @@ def _driver(address: str) -> Any:
     with _CONNECTING:
         if not ray.is_initialized():
             _connect(ray, address)
+            _CONNECTED[:] = [address]
+        elif _CONNECTED and [address] != _CONNECTED:
+            _reached(address)
+            raise Misconfigured(
+                f"ray.address = {address}: this process is a driver of the cluster at {_CONNECTED[0]} already: "
+                "start another process for another cluster"
+            )
     return ray
 
 
-def _connect(ray: Any, address: str) -> None:
+def _reached(address: str) -> None:
+    """Raises Misconfigured where nobody listens at an address of the form HOST:PORT: Ray itself would wait for
+    minutes."""
+    address = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
     host, _, port = address.rpartition(":")
-    if host and port.isdigit():  # Ray itself would wait for minutes
+    if host and port.isdigit():
         try:
             socket.create_connection((host.strip("[]"), int(port)), _REACHED).close()
         except OSError as error:
             raise Misconfigured(f"ray.address = {address}: nobody listens there ({error}); {_START}") from error
+
+
+def _connect(ray: Any, address: str) -> None:
+    _reached(address)
     handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(address, namespace="continual", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise Misconfigured(
-            f"ray.address = {address}: no Ray cluster is there that this machine belongs to ({error}); {_START}"
+            f"ray.address = {address}: no Ray cluster is there that this machine belongs to ({error}); {_START}; one "
+            "that has a token wants RAY_AUTH_MODE=token and the same token here"
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():

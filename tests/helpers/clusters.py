@@ -1,5 +1,6 @@
 """A Ray cluster on this machine: a head and further nodes, each a process of `ray start --block` that ends with the
-test. Everything listens on loopback, without a dashboard and without statistics."""
+test. Ray listens on every interface of a machine, whatever address a node has, so this cluster takes only who knows a
+token, drawn anew each time; it is without a dashboard and without statistics."""
 
 from __future__ import annotations
 
@@ -50,6 +51,8 @@ class RayNodes:
 
     def __init__(self, directory: Path, environment: Mapping[str, str] | None = None) -> None:
         self._directory = directory
+        # of this process too, which is the driver, and of those that it starts
+        os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
         self._environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
         # Ray imports jsonschema, which imports this where it is there, and it takes seconds to make its grammar
         (directory / "without").mkdir()

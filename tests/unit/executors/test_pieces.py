@@ -120,6 +120,14 @@ def test_a_ray_client_is_refused_by_its_address() -> None:
         OnRay(RayAsked("ray://127.0.0.1:10001"), Local(1, MANY), threading.Event())
 
 
+def test_a_process_is_a_driver_of_one_cluster() -> None:
+    here = on_cluster.address()
+    assert OnRay(RayAsked(here), Local(1, MANY), threading.Event()).workers == 4
+    other = OnRay(RayAsked(here.replace("127.0.0.2", "127.0.0.1")), Local(1, MANY), threading.Event())
+    with pytest.raises(Misconfigured, match="is a driver of the cluster at"):
+        _ = other.workers
+
+
 def test_an_address_where_nobody_listens_is_said_at_once() -> None:
     pytest.importorskip("ray")
     executor = OnRay(RayAsked("127.0.0.1:1"), Local(1, MANY), threading.Event())
