@@ -7,9 +7,14 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import Phase, settings
+
+if TYPE_CHECKING:
+    from continual.stores import ObjectPath
+    from tests.helpers.cutting import Cutting
 
 # No test reaches a network or a cache of the person who runs it: the Hub is a port on which nobody listens, unless a
 # test brings its own
@@ -57,6 +62,23 @@ def memory() -> Iterator[Path]:
 def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of an object store on this machine."""
     yield from _store("moto", tmp_path_factory)
+
+
+@pytest.fixture
+def at(moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectPath:
+    """Where a state can be made on that store."""
+    from tests.helpers import object_stores
+
+    return object_stores.state_at(moto, f"state/{tmp_path.name}", monkeypatch)
+
+
+@pytest.fixture
+def proxy(moto: str) -> Iterator[Cutting]:
+    """What stands before that store, and can cut its answers."""
+    from tests.helpers.cutting import cutting
+
+    with cutting(moto) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

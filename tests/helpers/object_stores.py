@@ -16,7 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from continual.stores import ObjectPath, where
+from continual.errors import ContinualError
+from continual.state import State
+from continual.state.strays import strays
+from continual.state.verify import verify
+from continual.stores import ObjectPath, Where, where
 
 BUCKET = "bucket"
 LIMIT = 60.0
@@ -99,3 +103,12 @@ def state_at(endpoint: str, prefix: str, monkeypatch: pytest.MonkeyPatch, lease:
     found = where(f"s3://{BUCKET}/{prefix}", lease)
     assert isinstance(found, ObjectPath)
     return found
+
+
+def findings(path: Where) -> list[str]:
+    """What verifying a state finds, and what lies beside it; or why it does not open."""
+    try:
+        with State.open(path) as opened:
+            return verify(opened) + [f"{one.path}: {one.what}" for one in strays(path, opened.format, opened.ledger)]
+    except ContinualError as error:
+        return [str(error)]
