@@ -178,7 +178,7 @@ class Gates:
 
 def setting(gate: Gate | type[Gate], field: str) -> str:
     """The name under which a person sets a field of a gate."""
-    return field if field in Settings.model_fields else f"gates.{gate.name}.{field}"
+    return field if field in gate.shared else f"gates.{gate.name}.{field}"
 
 
 def make(settings: Settings, kinds: Sequence[type[Gate]] = GATES) -> Gates:
@@ -193,7 +193,7 @@ def make(settings: Settings, kinds: Sequence[type[Gate]] = GATES) -> Gates:
 
 def _made(kind: type[Gate], settings: Settings) -> Gate:
     fields = {field.name for field in dataclasses.fields(kind)}
-    shared = fields & Settings.model_fields.keys()
+    shared = set(kind.shared)
     own = settings.gates.get(kind.name, {})
     for key in own:
         if key in shared:

@@ -119,12 +119,14 @@ class Numbers(NamedTuple):
 class Gate:
     """What all gates have. `name`: one word for people and settings. `reasons`: every reason with which it refuses.
 
-    A field that bears the name of a setting (`config.Settings`) has the value of that setting. Every other field is a
-    setting of this gate alone: `[gates.NAME]` in the settings file, `--gate NAME.KEY=VALUE` on the command line.
+    `shared`: the fields that have the value of the setting (`config.Settings`) of that name. Every other field is a
+    setting of this gate alone, whatever it is called: `[gates.NAME]` in the settings file, `--gate NAME.KEY=VALUE` on
+    the command line.
     """
 
     name: ClassVar[str]
     reasons: ClassVar[tuple[str, ...]]
+    shared: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class LineageGate(AtHeaders):
         "extra",
         "lineage",
     )
+    shared = ("missing", "vocab", "lineage", "tied")
 
     missing: Literal["refuse", "unchanged"] = "refuse"
     vocab: Literal["refuse", "common-rows", "by-token"] = "refuse"

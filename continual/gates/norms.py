@@ -33,6 +33,7 @@ class NormsGate(AtNumbers, Doubt):
 
     name = "norms"
     reasons = ("zero", "norm-base", "norm-mean", "norm-layer")
+    shared = ("max_base_ratio", "max_mean_ratio")
 
     max_base_ratio: float = 0.9
     max_mean_ratio: float = 8.0

@@ -15,6 +15,7 @@ class UpdatesGate(AtHeaders):
 
     name = "updates"
     reasons = ("update",)
+    shared = ("updates",)
 
     updates: Literal["refuse", "add"] = "refuse"
 

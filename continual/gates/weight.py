@@ -32,6 +32,7 @@ class WeightGate(AtFold):
 
     name = "weight"
     reasons = ("weight", "config", "no-file", "outside")
+    shared = ("weight", "weights")
 
     weight: str = "1"
     weights: Mapping[str, float] = field(default_factory=dict)

@@ -199,7 +199,7 @@ def test_the_settings_reach_the_gates() -> None:
         field.name: getattr(made.the(gate), field.name)
         for gate in GATES
         for field in dataclasses.fields(gate)
-        if field.name in Settings.model_fields
+        if field.name in gate.shared
     }
     assert found == given
 
@@ -210,14 +210,17 @@ class Small(AtNumbers):
 
     name = "small"
     reasons = ("too-large",)
+    shared = ("max_base_ratio",)
 
     max_base_ratio: float = 0.9
     most: Annotated[float, Field(gt=0)] = 1.0
     word: str = "none"
+    keep: int = 7
+    """Called as a setting is, which it has nothing to do with."""
 
     def judge(self, seen: Numbers) -> None:
         if seen.tau_norm > self.most:
-            raise Refuse("too-large", f"{seen.name}: {self.word}")
+            raise Refuse("too-large", f"{seen.name}: {self.word}", by=("max_base_ratio", "keep"))
 
 
 def small(file: Path | None = None, environ: dict[str, str] | None = None, **flags: object) -> Small:
@@ -236,11 +239,25 @@ def test_a_gates_own_settings_come_from_the_file_the_environment_and_flags(tmp_p
         gates.make(load({}, file=file, environ={}), (*GATES, Small)).at_numbers(Numbers("alice", 2.5, 1e9, Totals()))
 
 
+def test_a_field_called_like_a_setting_is_the_gates_own_unless_it_is_shared() -> None:
+    assert small(keep=2, max_base_ratio=0.3) == Small(0.3)
+    assert small(keep=2, gates=["small.keep=4"]).keep == 4
+    asked = gates.make(load({"keep": 2, "gates": ["small.keep=4"]}, environ={}), (*GATES, Small))
+    with pytest.raises(Refuse) as refused:
+        asked.at_numbers(Numbers("alice", 1.5, 1e9, Totals()))
+    assert refused.value.settings == {"max_base_ratio": 0.9, "gates.small.keep": 4}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_what_it_shares_is_a_setting_and_one_of_its_fields(gate: type[Gate]) -> None:
+    assert set(gate.shared) <= {field.name for field in dataclasses.fields(gate)} & Settings.model_fields.keys()
+
+
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
         ("tall.most=1", "gates.tall: no such gate; known are own-release, .*small"),
-        ("small.least=1", r"gates.small.least: unknown; the settings of this gate are: most, word"),
+        ("small.least=1", r"gates.small.least: unknown; the settings of this gate are: keep, most, word"),
         ("small.most=0", r"gates.small.most = '0'.*greater than 0"),
         ("small.most=many", r"gates.small.most = 'many'"),
         ("small.max_base_ratio=1", r"gates.small.max_base_ratio: max_base_ratio is a setting of that name"),
