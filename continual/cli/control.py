@@ -64,7 +64,7 @@ def drain(*, flags: Flags) -> None:
     pid = None if answer is None else answer["pid"]
     if isinstance(pid, int):
         _wait(pid)
-    elif (held := _held(lock.holder(asked.state / "lock"))) is not None:
+    elif (held := _held(lock.holder(asked.state))) is not None:
         raise Busy(
             f"{asked.state} is open in process {held}, which takes no requests of this user; stop it by a signal"
         )

@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from continual.engine.views import ReadView
@@ -45,8 +44,7 @@ class SentReading:
         rule, commit = (reading.made.name, dict(reading.made.options)), (reading.commit.seq, reading.commit.crc)
         parts = None if reading.state.format.form is None else reading.merged.parts
         known = reading.settled_factors
-        state = reading.state.path  # another process has another working directory
-        state = state.absolute() if isinstance(state, Path) else state
+        state = reading.state.path.absolute()  # another process has another working directory
         return cls(type(reading), state, commit, rule, reading.asked, reading.view, known, parts)
 
     def open(self) -> Any:

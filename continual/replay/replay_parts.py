@@ -3,10 +3,8 @@ again up to the record that was combined. Nothing is built here."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from continual.errors import Misconfigured
 from continual.replay.replay_steps import NeededModel, ReplayPlan, plan_of
@@ -48,8 +46,7 @@ def tree_of(source: State, directory: Where, known: Mapping[str, State]) -> Repl
     """What building `source` again in `directory` takes. `known`: the other states that may be in it, by their ids.
     Raises Misconfigured naming the record that cannot be made again, and the state that it needs."""
     plan = plan_of(source)
-    if isinstance(directory, Path):
-        directory = Path(os.path.abspath(directory))  # '.' has no name that another could be put beside
+    directory = directory.resolve()  # '.' has no name that another could be put beside
     parts = {}
     for commit in plan.brought:
         part = _as_it_was(commit, known)

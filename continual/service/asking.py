@@ -15,7 +15,7 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 def ask(state: Where) -> dict[str, Json] | None:
     """What the daemon on `state` answers; None if none runs or it does not answer."""
-    url = lock.holder(state / "lock").url
+    url = lock.holder(state).url
     if not isinstance(url, str) or not url.startswith("http://"):
         return None
     try:

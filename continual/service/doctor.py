@@ -101,7 +101,7 @@ def _state(settings: Settings, client: Hub | None) -> Iterator[Finding]:
     answered = asking.ask(path)
     if answered is not None:
         yield Finding("daemon", "ok", f"process {answered['pid']} at {answered['url']} says {answered['health']}")
-    elif (pid := lock.holder(path / "lock").pid) is not None and _holds(path, pid):
+    elif (pid := lock.holder(path).pid) is not None and _holds(path, pid):
         yield Finding("daemon", "warn", f"process {pid} has the state open for writing", "wait for it, or end it")
     yield from _on_store(path) if isinstance(path, ObjectPath) else _on_disk(path, need)
     ahead = (last - datetime.now(UTC)).total_seconds()
@@ -138,7 +138,7 @@ def _on_store(path: ObjectPath) -> Iterator[Finding]:
 def _holds(path: Where, pid: int) -> bool:
     """Whether the process that the lock names still has it."""
     if isinstance(path, Path):
-        return _lives(pid) and not _free(path / "lock")
+        return _lives(pid) and not _free(path)
     return True  # on whichever machine it is: it has not given it back
 
 

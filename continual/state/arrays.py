@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from continual.errors import Damaged, Misconfigured
 from continual.records import SlotSpec
-from continual.state import chunk_files, storing
-from continual.state.storing import Stem
+from continual.state import storing
+from continual.state.storing import NewChunk, OldChunk, Stem
 from continual.timing.clock import stage
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Writer:
         after = after if chunks is None else after[chunks.start : chunks.stop]
         self._paths = [stem + suffix for suffix in after]
         self._size = chunk_bytes(spec)
-        self._file: chunk_files.NewChunk | None = None
+        self._file: NewChunk | None = None
         self._at = self._crc = 0
         self._checksums: list[str] = []
 
@@ -125,7 +125,7 @@ class Writer:
         """The next values, as bytes."""
         while data:
             if self._file is None:
-                self._file = chunk_files.new(self._paths[len(self._checksums)], self._size + 4)
+                self._file = storing.new_chunk(self._paths[len(self._checksums)], self._size + 4)
             part = data[: self._size - self._at]
             self._crc = _crc(self._crc, part)
             self._file.write(part)
@@ -167,7 +167,7 @@ class Reader:
         self._size = chunk_bytes(spec)
         self._left = spec.nbytes - skip * self._size
         self._next = skip
-        self._file: chunk_files.OldChunk | None = None
+        self._file: OldChunk | None = None
         self._at = self._crc = 0
 
     def read(self, into: memoryview) -> None:
@@ -193,9 +193,9 @@ class Reader:
             self._file.close()
         self._file, self._at, self._crc = None, 0, 0
 
-    def _open(self, path: Stem) -> chunk_files.OldChunk:
+    def _open(self, path: Stem) -> OldChunk:
         try:
-            self._file = file = chunk_files.old(path)
+            self._file = file = storing.old_chunk(path)
         except FileNotFoundError:
             raise gone(path) from None
         if file.nbytes != self._size + 4:
@@ -241,7 +241,7 @@ def write_zeros(stem: Stem, spec: SlotSpec) -> list[str]:
     size, after = chunk_bytes(spec), suffixes(spec)
     checksum = _crc_of_zeros(size)
     for suffix in after:
-        with contextlib.closing(chunk_files.new(stem + suffix, size + 4)) as file:
+        with contextlib.closing(storing.new_chunk(stem + suffix, size + 4)) as file:
             file.skip(size)
             file.write(checksum.to_bytes(4, "little"))
             file.finish()

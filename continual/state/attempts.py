@@ -11,7 +11,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from continual.errors import Retry
@@ -45,8 +44,8 @@ class Handed:
 
     def __reduce__(self) -> tuple[object, ...]:
         """For another process, whose working directory is another."""
-        before = None if self.before is None else (_absolute(self.before[0]), self.before[1])
-        return Handed, (self.form, _absolute(self.directory), before)
+        before = None if self.before is None else (self.before[0].absolute(), self.before[1])
+        return Handed, (self.form, self.directory.absolute(), before)
 
     def generation(self) -> Generation | None:
         """The generation before, as this process sees it. Raises Misconfigured where it is not there, Damaged."""
@@ -55,10 +54,6 @@ class Handed:
         found = Generation(self.before[0], self.form, self.before[1])
         found.load()
         return found
-
-
-def _absolute(where: Where) -> Where:
-    return where.absolute() if isinstance(where, Path) else where
 
 
 class Attempt(Writing):

@@ -12,24 +12,23 @@ import contextlib
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from continual.errors import Busy, Damaged, Misconfigured, Retry
 from continual.state import framing, opening, protocol, retention, storing, task_inputs
 from continual.state import lock as locking
-from continual.state.copying import Taking
+from continual.state.copying import Taking, on_disks
 from continual.state.durable import environment
 from continual.state.entries import CloneEntry
 from continual.state.format import Format
-from continual.state.generation import RECEIPTS, Generation
-from continual.state.lock import Lock
+from continual.state.generation import Generation
+from continual.state.holding import Lock
+from continual.state.names import RECEIPTS
 from continual.state.opening import PARTIAL
 from continual.state.protocol import Held, Journal
 from continual.state.store import State
-from continual.state.strays import size_of
 from continual.state.transaction import room
 from continual.state.verify import loose, loose_files, verify
-from continual.stores import ObjectPath, Where
+from continual.stores import Where
 
 _COPYING = ".copying-"
 _LOOSE = ("inbox", "sources")
@@ -123,7 +122,8 @@ class _Copy:
             records=ledger.head.seq - self.have,
             generations=new,
             dropped=tuple(sorted(self.there - set(self.left) - kept)),
-            nbytes=sum(max(0, size_of(self.source.path / "generations" / name)) for name in new) + self._missing(),
+            nbytes=sum(max(0, storing.weight(self.source.path / "generations" / name)) for name in new)
+            + self._missing(),
         )
         if self.wish.dry_run:
             return report
@@ -158,7 +158,7 @@ class _Copy:
         directory = self.directory
         for made in storing.made(directory):
             storing.sync(made.parent)
-        self._lock = lock = locking.take(directory / "lock")
+        self._lock = lock = locking.take(directory)
         try:
             if _have(self.source, directory, self.wish) != self.have:
                 raise Busy(f"{directory} was written meanwhile: try again")
@@ -340,22 +340,21 @@ def _have(source: State, directory: Where, wish: Wish) -> int:
 
 def _are_links(path: Where, directory: Where) -> bool:
     """Whether any record of the copy is a hard link to the state's."""
-    if not (isinstance(path, Path) and isinstance(directory, Path)):
+    disks = on_disks(path / "commits", directory / "commits")
+    if disks is None:
         return False
-    files = [path / "commits" / name for name in _names(directory / "commits")]
-    return any(file.exists() and file.samefile(directory / "commits" / file.name) for file in files)
+    files = [disks[0] / name for name in _names(disks[1])]
+    return any(file.exists() and file.samefile(disks[1] / file.name) for file in files)
 
 
 def _on_one_disk(path: Where, directory: Where) -> bool:
-    if isinstance(path, ObjectPath) or isinstance(directory, ObjectPath):
-        return False
-    return path.stat().st_dev == directory.stat().st_dev
+    disks = on_disks(path, directory)
+    return disks is not None and disks[0].stat().st_dev == disks[1].stat().st_dev
 
 
 def _lies_in(directory: Where, path: Where) -> bool:
-    if isinstance(directory, ObjectPath) or isinstance(path, ObjectPath):
-        return isinstance(directory, ObjectPath) and directory.is_relative_to(path)
-    return directory.resolve().is_relative_to(path.resolve())
+    inner, outer = directory.resolve(), path.resolve()
+    return outer in (inner, *inner.parents)
 
 
 def _loose_files(path: Where) -> dict[str, bytes]:

@@ -1,17 +1,25 @@
 """What a state asks of an object store: a conditional create, copies that the store makes itself, and writes that are
-durable when they are answered. There are no directories. storing.py says what each is for, and what it raises."""
+durable when they are answered. There are no directories. storing.py says what each is for, and what it raises;
+bucket_holds.py has leases."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from continual.errors import Halt, Retry
 from continual.stores import ObjectPath
 
+if TYPE_CHECKING:
+    import zarr
+
 _PATIENCE = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds between looks at a store that does not answer, once it is unknown what it did."""
+_RANGE = 4 << 20
+"""Bytes that are asked for at the least: a request takes as long as about so many bytes."""
 
 
 class Bucket:
@@ -54,6 +62,22 @@ class Bucket:
     def sizes(self, path: ObjectPath) -> dict[str, int]:
         return {one.name: one.nbytes for one in path.objects.below(path.key)}
 
+    def weight(self, path: ObjectPath) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return self.size(path)
+        below = self.sizes(path)
+        return sum(below.values()) if below else -1
+
+    def taken(self, path: ObjectPath, _seen: set[int]) -> dict[str, int]:
+        found = Counter[str]()
+        for file, nbytes in self.sizes(path).items():
+            found[file.partition("/")[0]] += nbytes
+        return found
+
+    def unreadable(self, _path: ObjectPath, _names: Sequence[str]) -> Iterator[ObjectPath]:
+        """None is known: what may not be read is told as that when it is."""
+        return iter(())
+
     def remove_tree(self, path: ObjectPath) -> None:
         path.objects.delete([f"{path.key}/{one.name}" for one in path.objects.below(path.key)])
 
@@ -69,6 +93,11 @@ class Bucket:
 
     def open_directory(self, path: ObjectPath) -> None:
         path.objects.put(f"{path.key}/.there", b"")
+
+    @contextlib.contextmanager
+    def appearing(self, final: ObjectPath, _name: str) -> Iterator[ObjectPath]:
+        """There is no other name, so that whoever fills it writes what makes it whole as the last."""
+        yield final
 
     def take(self, source: ObjectPath, target: ObjectPath) -> None:
         source.objects.copy(source.key, target.key)
@@ -94,6 +123,18 @@ class Bucket:
 
     def block(self, _path: ObjectPath) -> int:
         return 1
+
+    def new_chunk(self, path: ObjectPath, nbytes: int) -> NewBucketChunk:
+        return NewBucketChunk(path, nbytes)
+
+    def old_chunk(self, path: ObjectPath) -> OldBucketChunk:
+        return OldBucketChunk(path)
+
+    def zarr_group(self, path: ObjectPath) -> zarr.Group:
+        import zarr
+        from zarr.storage import ObjectStore
+
+        return zarr.open_group(ObjectStore(path.objects.store, read_only=True), path=path.key, mode="r", zarr_format=3)
 
 
 class NewObject:
@@ -138,6 +179,60 @@ class NewObject:
 
     def sync(self) -> None:
         """What was answered is durable."""
+
+
+class NewBucketChunk:
+    """An object that is written as a whole once its last byte is known."""
+
+    def __init__(self, path: ObjectPath, nbytes: int) -> None:
+        self._path = path
+        self._data = bytearray(nbytes)
+        self._at = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._data[self._at : self._at + len(data)] = data
+        self._at += len(data)
+
+    def skip(self, count: int) -> None:
+        self._at += count
+
+    def finish(self) -> None:
+        assert self._at == len(self._data), "fewer bytes than the file has"
+        self._path.objects.put(self._path.key, self._data)
+
+    def close(self) -> None:
+        self._data = bytearray()
+
+
+class OldBucketChunk:
+    """An object that is read by ranges, of which the last is kept."""
+
+    def __init__(self, path: ObjectPath) -> None:
+        self._path = path
+        self._first = 0
+        self._kept, self.nbytes = path.objects.get(path.key, 0, _RANGE)
+
+    def read_into(self, into: memoryview, at: int) -> int:
+        if not self._first <= at < self._first + len(self._kept):
+            if at >= self.nbytes:
+                return 0
+            # what is left of the chunk behind this piece, its checksum, comes along
+            stop = min(self.nbytes, max(at + len(into) + 4, at + _RANGE))
+            self._first = at
+            self._kept, _ = self._path.objects.get(self._path.key, at, stop)
+        found = self._kept[at - self._first :][: len(into)]
+        into[: len(found)] = found
+        return len(found)
+
+    def read(self, count: int, at: int) -> bytes:
+        found = bytearray(count)
+        done = 0
+        while done < count and (more := self.read_into(memoryview(found)[done:], at + done)):
+            done += more
+        return bytes(found[:done])
+
+    def close(self) -> None:
+        self._kept = memoryview(b"")
 
 
 def _unknown(path: ObjectPath) -> str:

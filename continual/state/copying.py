@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from continual.state import storing
-from continual.state.durable import move_away, sync_tree
 from continual.stores import ObjectPath, Where
 
 _FICLONE = 0x40049409
@@ -38,10 +37,14 @@ class Taking:
 
     def file(self, source: Where, target: Where, *, apart: bool = False) -> None:
         """Takes a file; `apart`: as a copy. Not synced. Raises OSError."""
-        if not (isinstance(source, Path) and isinstance(target, Path)):
+        disks = on_disks(source, target)
+        if disks is None:
             self.copied_bytes += _carried(source, target)
             self.copied += 1
-            return
+        else:
+            self._file(*disks, apart)
+
+    def _file(self, source: Path, target: Path, apart: bool) -> None:
         if self.link and not apart and _linked(source, target):
             self.linked += 1
             return
@@ -59,27 +62,22 @@ class Taking:
         """Takes a directory with all that is in it as `final`: under the `name` beside it until all is on disk. What an
         earlier try left there is dropped. Files called `apart` are always copied; to an object store as the last, and
         there is no other name there. Raises OSError, and Halt if an fsync failed."""
-        if isinstance(final, ObjectPath):
-            self._carry(source, final, apart)
-            return
-        temporary = final.with_name(name)
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(source, ObjectPath):
-            self._carry(source, temporary, apart)
-        else:
-            self._walk(source, temporary, apart)
+        with storing.appearing(final, name) as at:
+            disks = on_disks(source, at)
+            if disks is None:
+                self._carry(source, at, apart)
+                return
+            self._walk(*disks, apart)
             for inode, path in self.same.items():
-                if path.is_relative_to(temporary):
-                    self.same[inode] = final / path.relative_to(temporary)
-        sync_tree(temporary)
-        move_away(temporary, final)
+                if path.is_relative_to(disks[1]):
+                    self.same[inode] = disks[1].with_name(final.name) / path.relative_to(disks[1])
 
     def _walk(self, source: Path, target: Path, apart: str) -> None:
         for root, _, names in os.walk(source, onerror=_raise):
             directory = target / Path(root).relative_to(source)
             directory.mkdir()
             for name in names:
-                self.file(Path(root, name), directory / name, apart=name == apart)
+                self._file(Path(root, name), directory / name, name == apart)
                 self.step()
 
     def _carry(self, source: Where, target: Where, last: str) -> None:
@@ -93,7 +91,7 @@ class Taking:
             [file for file in files if Path(file).name != last],
             [file for file in files if Path(file).name == last],
         ):
-            for nbytes in storing.each(lambda file: _carried(source / file, target / file), some):
+            for nbytes in storing.each((source, target), lambda file: _carried(source / file, target / file), some):
                 self.copied += 1
                 self.copied_bytes += nbytes
                 self.step()
@@ -101,15 +99,22 @@ class Taking:
     def know(self, source: Where, target: Where) -> None:
         """The directory `target` has been taken from `source` before: files of `source` that have several names are
         not copied again."""
-        if isinstance(source, ObjectPath) or isinstance(target, ObjectPath):
+        disks = on_disks(source, target)
+        if disks is None:
             return
-        for root, _, names in os.walk(source):
+        for root, _, names in os.walk(disks[0]):
             for name in names:
                 file = Path(root, name)
                 with contextlib.suppress(FileNotFoundError):
-                    told, twin = file.stat(), target / file.relative_to(source)
+                    told, twin = file.stat(), disks[1] / file.relative_to(disks[0])
                     if told.st_nlink > 1 and (self.link or not twin.samefile(file)):
                         self.same[told.st_dev, told.st_ino] = twin
+
+
+def on_disks(source: Where, target: Where) -> tuple[Path, Path] | None:
+    """Both as paths on a disk; None where one of them is on an object store, so that no file of the one can be a file
+    of the other."""
+    return (source, target) if isinstance(source, Path) and isinstance(target, Path) else None
 
 
 def _raise(error: OSError) -> None:

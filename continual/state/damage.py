@@ -4,9 +4,7 @@ done about it is in repair.py."""
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from continual.errors import ContinualError, Damaged, Misconfigured
 from continual.state import adoption, framing, predecessors, protocol, storing, task_inputs
@@ -18,7 +16,7 @@ from continual.state.opening import PARTIAL
 from continual.state.protocol import Head
 from continual.state.strays import ASIDE
 from continual.state.verify import OnPart, loose, tag_finding
-from continual.stores import ObjectPath, Where
+from continual.stores import Where
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,13 +280,8 @@ class _Tags:
 def _must_be_readable(path: Where) -> None:
     """Raises Misconfigured where a file may not be read: it says nothing of what is in it, and nothing is to be given
     up for it. Raises OSError."""
-    if isinstance(path, ObjectPath):  # what may not be read there is told as that when it is
-        return
-    parts = [path / name for name in ("commits", "generations", "tags")]
-    below = (Path(root, name) for part in parts for root, dirs, files in os.walk(part) for name in (*dirs, *files))
-    for file in (path / "format.json", path / "HEAD", *parts, *below):
-        if not os.access(file, os.R_OK) and file.exists():
-            raise Misconfigured(f"{file}: permission denied, so whether it is whole is not known: run as its owner")
+    for file in storing.unreadable(path, ("format.json", "HEAD", "commits", "generations", "tags")):
+        raise Misconfigured(f"{file}: permission denied, so whether it is whole is not known: run as its owner")
 
 
 def _format(path: Where) -> tuple[Format, str]:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from continual.state import arrays, framing, storing
 from continual.state.fields import body_of
 from continual.state.format import Format
-from continual.state.generation import RECEIPTS, Generation, Receipt, Receipts, ReceiptTogether
+from continual.state.generation import Generation, Receipt, Receipts, ReceiptTogether
 from continual.state.layout import Location
+from continual.state.names import RECEIPTS
 from continual.stores import Where
 
 

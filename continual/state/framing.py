@@ -80,3 +80,12 @@ def decode(path: Where | str) -> tuple[dict[str, object], str]:
     if not isinstance(body, dict):
         raise Damaged(f"{path} is no JSON object")
     return cast("dict[str, object]", body), line.decode()
+
+
+def said(data: bytes) -> dict[str, object]:
+    """The body of a file that only informs; nothing where it is half written, or no such file."""
+    try:
+        body = json.loads(data.partition(b"\n")[2])
+    except (ValueError, RecursionError):
+        return {}
+    return cast("dict[str, object]", body) if isinstance(body, dict) else {}

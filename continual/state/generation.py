@@ -7,27 +7,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from continual.errors import Damaged, Misconfigured
 from continual.records import KEY, OMITTED
-from continual.state import arrays, framing, storing
+from continual.state import arrays, framing, holding, storing
 from continual.state.arrays import Array
 from continual.state.durable import environment
 from continual.state.fields import record_of
 from continual.state.format import Format
 from continual.state.layout import Location
+from continual.state.names import RECEIPTS
 from continual.stores import Where
-
-if TYPE_CHECKING:
-    import zarr
-
-RECEIPTS = "receipts.json"
-EXPIRED = ".expired-"
-"""What the name of a generation begins with that is being deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +116,7 @@ class Generation:
 
     def _is_there(self) -> bool:
         with environment(f"cannot read {self.directory}"):
-            return stands(self.directory)
+            return holding.of(self.directory).stands(self.directory)
 
     def has(self, name: str) -> bool:
         """Whether there is anything of a tensor: where a state keeps adapters, of one that none of them changes there
@@ -265,28 +257,6 @@ def named(name: str, place: Location) -> Iterator[None]:
         if place.number is None:
             raise
         raise Damaged(f"tensor {name}: {error}") from error
-
-
-def zarr_group(directory: Where) -> zarr.Group:
-    """A generation as zarr-python opens it, read-only."""
-    import zarr
-
-    if isinstance(directory, Path):
-        return zarr.open_group(directory, mode="r", zarr_format=3)
-    from zarr.storage import ObjectStore
-
-    bucket = ObjectStore(directory.objects.store, read_only=True)
-    return zarr.open_group(bucket, path=directory.key, mode="r", zarr_format=3)
-
-
-def stands(directory: Where) -> bool:
-    """Whether a generation is there: its directory, or on an object store anything below it, while its receipts are not
-    those of one that expires. Raises OSError."""
-    if isinstance(directory, Path):
-        return directory.exists()
-    if (directory / RECEIPTS).is_file():
-        return True
-    return directory.is_dir() and not (directory.with_name(f"{EXPIRED}{directory.name}") / RECEIPTS).is_file()
 
 
 def _check_file(path: Where, checksum: str) -> Iterator[str]:

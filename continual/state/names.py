@@ -1,4 +1,5 @@
-"""Tensor names as names of Zarr nodes: percent-encoded where a path or Zarr could misread them."""
+"""Names of what lies in a state: tensor names as names of Zarr nodes, percent-encoded where a path or Zarr could
+misread them; and those that several modules go by."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ from urllib.parse import unquote
 
 from continual.errors import Refuse
 
+RECEIPTS = "receipts.json"
+EXPIRED = ".expired-"
+"""What the name of a generation begins with that is being deleted."""
 _SAFE = frozenset((string.ascii_letters + string.digits + "._-").encode())
 _LONGEST = 240
 

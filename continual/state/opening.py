@@ -14,7 +14,7 @@ from continual.state.format import Commit, Format
 from continual.state.generation import Generation
 from continual.state.ledger import Ledger
 from continual.state.protocol import Head
-from continual.stores import ObjectPath, Where
+from continual.stores import Where
 
 DIRECTORIES = ("commits", "generations", "tags", "leases")
 PARTIAL = "backup.json"
@@ -188,8 +188,7 @@ def _replayed(path: Where, head: Head, names: list[str], read: dict[str, Commit]
         return found
 
     sealed = excerpts.believed(path, head.seq, head.crc, record)
-    if isinstance(commits, ObjectPath):
-        _ahead(commits, [name for seq, name in enumerate(names) if seq not in sealed and name not in read], read)
+    _ahead(path / "commits", [name for seq, name in enumerate(names) if seq not in sealed and name not in read], read)
     try:
         return _chained(path, head, len(names), lambda seq: sealed.get(seq) or record(seq))
     except Damaged:
@@ -198,16 +197,18 @@ def _replayed(path: Where, head: Head, names: list[str], read: dict[str, Commit]
         return _chained(path, head, len(names), record)
 
 
-def _ahead(commits: ObjectPath, names: list[str], read: dict[str, Commit]) -> None:
-    """Reads records of an object store several at a time. One that cannot be read is met again, and told, in its
+def _ahead(commits: Where, names: list[str], read: dict[str, Commit]) -> None:
+    """Reads records, on an object store several at a time. One that cannot be read is met again, and told, in its
     turn."""
+    stem = storing.stem(commits)
 
     def one(name: str) -> Commit | None:
         with contextlib.suppress(ContinualError):
-            return Commit.of(*framing.decode(commits / name), commits / name)
+            file = storing.below(stem, name)
+            return Commit.of(*framing.decode(file), file)
         return None
 
-    found = list(storing.each(one, names))
+    found = list(storing.each((commits,), one, names))
     read |= {name: commit for name, commit in zip(names, found, strict=True) if commit is not None}
 
 

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import NamedTuple
 
 from continual.errors import Damaged, Halt, Retry
@@ -21,8 +20,8 @@ from continual.state.durable import environment, trouble
 from continual.state.entries import Entry, TagEntry
 from continual.state.fields import body_of, record_of
 from continual.state.format import Commit
+from continual.state.holding import Lock
 from continual.state.ledger import Ledger
-from continual.state.lock import Lock
 from continual.state.software import software
 from continual.state.storing import Creating
 from continual.stores import Where
@@ -131,12 +130,11 @@ class Journal:
             storing.clear_temporaries(self.path)
 
     def _make(self, new: Creating) -> None:
-        """Has the record stand. Where another writer was first, and none may be, this one stops."""
+        """Has the record stand. Where another writer was first, and none may be, this one stops: what it knows of the
+        ledger is old."""
         try:
             new.make(self.must_hold)
         except Retry as error:
-            if isinstance(self.path, Path):
-                raise
             raise Halt(f"{error}; another process writes to {self.path}: start again once it is done") from None
 
     def _halting(self, work: Callable[[], None]) -> None:

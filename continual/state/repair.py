@@ -36,7 +36,7 @@ def look(path: Where, progress: OnPart) -> RepairPlan:
     _check(path)
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(Misconfigured):  # a read-only state can be looked at, and nobody writes to it
-            stack.callback(lock.take(path / "lock").close)
+            stack.callback(lock.take(path).close)
         return _inspected(path, progress).plan
 
 
@@ -47,7 +47,7 @@ def repair(path: Where, plan: RepairPlan, progress: OnPart, on_step: OnStep | No
     Halt. It can be repeated after a kill.
     """
     _check(path)
-    held = lock.take(path / "lock")
+    held = lock.take(path)
     try:
         found = _inspected(path, progress)
         if found.plan != plan:

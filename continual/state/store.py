@@ -16,9 +16,9 @@ from continual.state.canaries import Canaries
 from continual.state.durable import environment, usable
 from continual.state.entries import Entry, InitEntry, RollbackEntry, TagEntry
 from continual.state.format import Commit, Format
-from continual.state.generation import Generation, zarr_group
+from continual.state.generation import Generation
+from continual.state.holding import Lock
 from continual.state.ledger import Ledger
-from continual.state.lock import Lock
 from continual.state.protocol import Held, Journal, OnStep
 from continual.state.publications import Publications
 from continual.state.transaction import Transaction, room
@@ -65,7 +65,7 @@ class State:
         data, checksum = framing.encode(form.body())
         with usable(f"cannot make a state in {path}"):
             made = storing.made(path)
-            state = cls(path, form, Ledger(), locking.take(path / "lock"), _nothing)
+            state = cls(path, form, Ledger(), locking.take(path), _nothing)
             try:
                 opening.must_be_free(path)  # another process may have made one before the lock was taken
                 opening.clear(path)
@@ -90,7 +90,7 @@ class State:
         that is not as it was written, Retry if the disk gets in the way.
         """
         form, checksum = opening.read_format(path)
-        lock = locking.take(path / "lock") if write else None
+        lock = locking.take(path) if write else None
         try:
             ledger, acknowledged = opening.load(path, form, checksum)
             state = cls(path, form, ledger, lock, on_step or _nothing)
@@ -226,7 +226,7 @@ class State:
         commit = self.ledger.head if at is None else self.ledger.get(at)
         if commit.generation is None:
             raise Misconfigured(f"record {commit.seq}: nothing is folded yet, so there is no generation to open")
-        return zarr_group(self.path / "generations" / commit.generation)
+        return storing.zarr_group(self.path / "generations" / commit.generation)
 
     def generations(self) -> list[str]:
         """The generations on disk that a record names, in order of their names."""

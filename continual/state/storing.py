@@ -16,11 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from continual.state.bucket import Bucket
 from continual.state.disk import Disk
 from continual.stores import ObjectPath, Where
+
+if TYPE_CHECKING:
+    import zarr
 
 Stem: TypeAlias = str | ObjectPath
 """A path on a disk as a text, or a place on an object store: either goes on by `+`."""
@@ -37,6 +40,39 @@ class Creating(Protocol):
 
     def sync(self) -> None:
         """Has its name survive a power cut. Raises Halt."""
+
+
+class NewChunk(Protocol):
+    """The file of a chunk being written. Not synced."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """The next bytes."""
+
+    def skip(self, count: int) -> None:
+        """So many zeros are next."""
+
+    def finish(self) -> None:
+        """All is written."""
+
+    def close(self) -> None:
+        """Writes no more."""
+
+
+class OldChunk(Protocol):
+    """The file of a chunk being read."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+
+    def read_into(self, into: memoryview, at: int) -> int:
+        """Fills `into`, or its beginning, with the bytes from `at` on; returns how many there were, 0 at the end."""
+
+    def read(self, count: int, at: int) -> bytes:
+        """So many bytes from `at` on, or fewer where it ends before."""
+
+    def close(self) -> None:
+        """Reads no more."""
 
 
 class _Medium(Protocol):
@@ -57,11 +93,15 @@ class _Medium(Protocol):
     def clear_temporaries(self, path: Any) -> None: ...
     def names(self, path: Any) -> list[str]: ...
     def sizes(self, path: Any) -> dict[str, int]: ...
+    def weight(self, path: Any) -> int: ...
+    def taken(self, path: Any, seen: set[int], /) -> dict[str, int]: ...
+    def unreadable(self, path: Any, names: Sequence[str], /) -> Iterator[Where]: ...
     def remove_tree(self, path: Any) -> None: ...
     def drop_tree(self, path: Any) -> None: ...
     def made(self, path: Any) -> Sequence[Where]: ...
     def directory(self, path: Any) -> None: ...
     def open_directory(self, path: Any) -> None: ...
+    def appearing(self, final: Any, name: str, /) -> AbstractContextManager[Where]: ...
     def take(self, source: Any, target: Any) -> None: ...
     def rename(self, path: Any, target: Any) -> None: ...
     def sync(self, path: Any) -> None: ...
@@ -69,6 +109,9 @@ class _Medium(Protocol):
     def sync_tree(self, path: Any, between: Callable[[], None] | None, /) -> None: ...
     def free(self, path: Any) -> int | None: ...
     def block(self, path: Any, /) -> int: ...
+    def new_chunk(self, path: Any, nbytes: int, /) -> NewChunk: ...
+    def old_chunk(self, path: Any) -> OldChunk: ...
+    def zarr_group(self, path: Any) -> zarr.Group: ...
 
 
 _DISK: _Medium = Disk()
@@ -145,6 +188,23 @@ def sizes(path: Where) -> dict[str, int]:
     return _of(path).sizes(path)
 
 
+def weight(path: Where) -> int:
+    """The bytes of a file, or of all files below a directory; −1 if it is not there. Raises OSError."""
+    return _of(path).weight(path)
+
+
+def taken(path: Where, seen: set[int]) -> dict[str, int]:
+    """Bytes that each file or directory directly below takes, with all that is in it: on a disk whole blocks, where
+    files whose inodes are in `seen` count as nothing, and those that are counted are added to it. Raises OSError."""
+    return _of(path).taken(path, seen)
+
+
+def unreadable(path: Where, names: Sequence[str]) -> Iterator[Where]:
+    """Of these files and directories directly below, and of all that is in them, those that may not be read, as far as
+    that is known beforehand."""
+    return _of(path).unreadable(path, names)
+
+
 def remove(path: Where) -> None:
     """Deletes a file, if it is there. Raises OSError."""
     path.unlink(missing_ok=True)
@@ -174,6 +234,12 @@ def directory(path: Stem) -> None:
 def open_directory(path: Where) -> None:
     """Makes a directory that may be there, and that others can see before anything is in it. Raises OSError."""
     _of(path).open_directory(path)
+
+
+def appearing(final: Where, name: str) -> AbstractContextManager[Where]:
+    """Where a directory is to be filled that is `final` once the block has ended: the `name` beside it, where nothing
+    is left of an earlier try; on an object store itself. Durable then. Raises OSError, and Halt if an fsync failed."""
+    return _of(final).appearing(final, name)
 
 
 def take(source: Stem, target: Stem) -> None:
@@ -213,6 +279,21 @@ def block(path: Where) -> int:
     return _of(path).block(path)
 
 
+def new_chunk(path: Stem, nbytes: int) -> NewChunk:
+    """A new file that will have so many bytes. Raises OSError."""
+    return _of(path).new_chunk(path, nbytes)
+
+
+def old_chunk(path: Stem) -> OldChunk:
+    """A file that is there. Raises OSError."""
+    return _of(path).old_chunk(path)
+
+
+def zarr_group(path: Where) -> zarr.Group:
+    """A generation as zarr-python opens it, read-only."""
+    return _of(path).zarr_group(path)
+
+
 class Several:
     """Many small pieces of work on a place: one after the other on a disk, several at a time on an object store, where
     each of them waits for an answer. From any thread."""
@@ -240,7 +321,12 @@ class Several:
             self._pool.shutdown(cancel_futures=True)
 
 
-def each(work: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
-    """What `work` makes of each item, several at a time. Raises what it raises."""
-    with ThreadPoolExecutor(Bucket.at_once, "store") as pool:
+def each(at: Sequence[Where], work: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
+    """What `work` makes of each item, as many at a time as is worth it for one of these places. Raises what it
+    raises."""
+    at_once = max(_of(place).at_once for place in at)
+    if at_once == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(at_once, "store") as pool:
         yield from pool.map(work, items)

@@ -4,20 +4,18 @@ its size. None of it is damage, and nothing is removed here."""
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import stat
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from pathlib import Path
 
 from continual.errors import Damaged, Misconfigured, Retry
 from continual.state import canaries, excerpts, paused, storing, task_inputs
 from continual.state.format import Format
-from continual.state.generation import RECEIPTS, Generation, Receipts
+from continual.state.generation import Generation, Receipts
 from continual.state.ledger import Ledger
+from continual.state.names import RECEIPTS
 from continual.state.opening import PARTIAL
-from continual.stores import ObjectPath, Where
+from continual.stores import Where
 
 ASIDE = ".repaired-"
 """What the name of a directory begins with in which a repair keeps the old files."""
@@ -29,7 +27,7 @@ _LOCKS = re.compile(r"\d{8,}\.json|\.probe-[0-9a-f]{16}")
 _LEASE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}")
 _FRAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.json")
 _TEMPORARY = re.compile(r"\..+\.tmp")
-_FILES = ("format.json", "HEAD", "lock", "FORMAT.md", PARTIAL, paused.NAME)
+_FILES = ("format.json", "HEAD", "FORMAT.md", PARTIAL, paused.NAME)
 _UNKNOWN = "no part of the format"
 _UNNAMED = "no receipt is for it: continual does not read it, and other readers of Zarr may take it for values"
 _WRITING = "being written, or left by a writer that died: it goes when the state is next opened for writing"
@@ -68,9 +66,9 @@ def strays(path: Where, form: Format, ledger: Ledger) -> list[Stray]:
             found.append(_stray(entry, name, "what a repair kept aside: delete it when nothing of it is needed"))
         elif _TEMPORARY.fullmatch(name):
             found.append(_stray(entry, name, _WRITING))
-        elif name == "lock" and isinstance(entry, ObjectPath):
+        elif name == "lock":
             found += _in(entry, name, _LOCKS)
-        elif name not in _FILES and not (name == CONTROL and _is_socket(entry)):
+        elif name not in _FILES and not (name == CONTROL and entry.is_socket()):
             found.append(_stray(entry, name, _UNKNOWN))
     return sorted((stray for stray in found if stray.nbytes >= 0), key=lambda stray: stray.path)
 
@@ -145,31 +143,6 @@ def _entries(directory: Where) -> list[Where]:
     return [directory / name for name in storing.names(directory)]
 
 
-def _is_socket(entry: Where) -> bool:
-    if isinstance(entry, ObjectPath):
-        return False
-    try:
-        return stat.S_ISSOCK(entry.lstat().st_mode)
-    except FileNotFoundError:
-        return True
-
-
 def _stray(entry: Where, name: str, what: str) -> Stray:
     """The stray at `entry`; of −1 bytes where it has gone meanwhile."""
-    return Stray(name, size_of(entry), what)
-
-
-def size_of(entry: Where) -> int:
-    """The bytes of a file, or of all files below a directory; −1 if it is not there."""
-    if isinstance(entry, ObjectPath):
-        with contextlib.suppress(FileNotFoundError):
-            return storing.size(entry)
-        below = storing.sizes(entry)
-        return sum(below.values()) if below else -1
-    try:
-        told = entry.lstat()
-    except FileNotFoundError:
-        return -1
-    if not stat.S_ISDIR(told.st_mode):
-        return told.st_size
-    return sum(max(0, size_of(Path(root, file))) for root, _, files in os.walk(entry) for file in files)
+    return Stray(name, storing.weight(entry), what)

@@ -107,6 +107,10 @@ class ObjectPath:
             return False
         return True
 
+    def is_socket(self) -> bool:
+        """No."""
+        return False
+
     def is_dir(self) -> bool:
         """Whether any object stands below. Raises OSError."""
         return next(self.objects.below(self.key), None) is not None

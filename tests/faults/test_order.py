@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from continual import api, making
-from continual.errors import Retry
+from continual.errors import Halt
 from continual.publish import folder
 from continual.publish.folder import Target
 from continual.publish.heat_map import draw
@@ -29,7 +29,7 @@ from tests.helpers.trace import Trace, power_cuts, traced, tree, write
 pytestmark = pytest.mark.slow
 
 MAKERS = {"replace_bytes", "replace_link", "link_new", "move_away", "publish_dir"}
-MAKERS |= {"storing.replace", "storing.creating"}
+MAKERS |= {"storing.replace", "storing.creating", "storing.appearing"}
 """The functions of durable.py and storing.py that make a name or take it away."""
 
 
@@ -270,7 +270,7 @@ WRITES = (
     Write(adoption, ("state.protocol.write_head",)),
     Write(push, ("state.inbox.put",)),
     Write(cursor, ("state.inbox.save_cursor",)),
-    Write(expiry, ("state.retention._moved_away",)),
+    Write(expiry, ("state.disk_holds.mark",)),
     Write(pause, ("state.paused.pause",)),
     Write(canary, ("state.canaries._write",)),
     Write(picture, ("publish.heat_map.draw",)),
@@ -320,11 +320,12 @@ def test_the_trace_finds_what_is_out_of_order(tmp_path: Path) -> None:
 
 
 def callers(names: set[str]) -> dict[str, set[str]]:
-    """The functions of the package, as `room.module.function`, that call one of `names`, and which; durable.py and
-    disk.py and storing.py, which call it, aside. `x.rename` is a name with its object, `.rename` one of any object."""
+    """The functions of the package, as `room.module.function`, that call one of `names`, and which; durable.py,
+    disk.py and storing.py, which call it, aside, and bucket_holds.py, which is for an object store alone. `x.rename` is
+    a name with its object, `.rename` one of any object."""
     found: dict[str, set[str]] = {}
     for name, module in house.modules().items():
-        if name in [f"continual.state.{own}" for own in ("durable", "disk", "storing")]:
+        if name in [f"continual.state.{own}" for own in ("durable", "disk", "storing", "bucket_holds")]:
             continue
         if not any(n.lstrip(".") in module.text for n in names):
             continue
@@ -336,14 +337,13 @@ def callers(names: set[str]) -> dict[str, set[str]]:
 
 
 def test_every_durable_write_of_the_package_is_in_the_table() -> None:
-    found = set(callers(MAKERS)) - {"state.lock._taken"}  # it creates on an object store alone
+    found = set(callers(MAKERS))
     assert found == {function for w in WRITES for function in w.through}
 
 
 def test_nobody_else_syncs_or_renames() -> None:
     calls = {".fsync", ".fdatasync", ".link", ".symlink", ".hardlink_to", ".symlink_to", ".rename"}
     assert callers(calls | {"os.replace", "shutil.move"}) == {
-        "state.retention._moved_away": {"storing.rename"},  # on an object store alone
         "state.copying._linked": {"os.link"},  # before the copy's HEAD, with all of the copy
         "state.repair._move": {"storing.rename"},  # of old files, before the record of the repair
         "demo.digits.save": {"temporary.rename"},  # a model that a publisher would write
@@ -380,6 +380,6 @@ def test_a_fold_that_cannot_sync_is_not_acknowledged(tmp_path: Path) -> None:
     with stores.make(tmp_path / "s") as state:
         stores.fold(state, 1)
         (tmp_path / "s/commits/00000002.json").write_text("taken")
-        with traced(tmp_path) as trace, pytest.raises(Retry):
+        with traced(tmp_path) as trace, pytest.raises(Halt):
             folded(state, 2)
     assert [path for path in trace.names() if path.name == "HEAD"] == []

@@ -88,7 +88,7 @@ def test_a_daemon_that_was_killed_is_followed_once_its_lease_has_run_out(
 
         def listening() -> str | None:
             assert daemon[-1].poll() is None, (tmp_path / "daemon.log").read_text()
-            held = lock.holder(at / "lock")
+            held = lock.holder(at)
             return held.url if held.pid == daemon[-1].pid else None
 
         return str(until(listening, "the daemon listens"))
@@ -108,7 +108,7 @@ def test_a_daemon_that_was_killed_is_followed_once_its_lease_has_run_out(
     until(lambda: status(address)["folds"] == 2, "bob is folded")
     daemon[-1].send_signal(signal.SIGTERM)
     assert daemon[-1].wait(60) == 0
-    assert lock.holder(at / "lock").pid is None
+    assert lock.holder(at).pid is None
     assert run("verify").returncode == 0
 
 

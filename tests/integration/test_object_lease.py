@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 
 from continual.errors import Busy, Halt, Misconfigured
 from continual.state import State, heartbeat, lock, retention, storing
+from continual.state.bucket_holds import WriterLease
 from continual.stores import ObjectPath, where
 from tests.helpers import object_stores, stores
-from tests.helpers.cutting import Cutting
+from tests.helpers.cutting import Cutting, Fault
 from tests.helpers.object_stores import findings
 
 pytestmark = pytest.mark.slow
@@ -25,9 +27,9 @@ def test_a_second_writer_is_kept_out_and_the_first_may_be_followed(at: ObjectPat
             Busy, match=r"is being written by process \d+ on .+ at http://127\.0\.0\.1:1; stop it first"
         ):
             State.open(short, write=True)
-        assert lock.holder(short / "lock").url == "http://127.0.0.1:1"
+        assert lock.holder(short).url == "http://127.0.0.1:1"
         stores.fold(state, 1)
-    assert lock.holder(short / "lock") == (None, None, None)
+    assert lock.holder(short) == (None, None, None)
     with State.open(short, write=True) as state:
         assert stores.fold(state, 2) == 2
     assert [int(name[:-5]) for name in storing.names(short / "lock")] == [2]
@@ -74,7 +76,7 @@ def test_who_waits_for_a_lease_that_another_took_is_told_of_that_one(
         storing.replace(short / "lock" / "00000002.json", given_back)
         storing.remove(short / "lock" / last)
 
-    monkeypatch.setattr("continual.state.lock.time.sleep", sleeps)
+    monkeypatch.setattr("continual.state.bucket_holds.time.sleep", sleeps)
     with pytest.raises(Busy, match="is being written by another process; wait until it is done"):
         State.open(short, write=True)
 
@@ -113,6 +115,63 @@ def test_a_writer_that_lost_its_lease_deletes_nothing_that_is_in_force_by_now(at
                 first.expire(1)
             np.testing.assert_array_equal(second.read("wide", "sum"), stores.value("wide", 1))
     assert findings(short) == []
+
+
+def test_a_reader_that_comes_while_a_generation_expires_has_it_or_is_told(
+    at: ObjectPath, proxy: Cutting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each request of the expiry another one; until two found it marked."""
+    fates: list[str] = []
+    while fates.count("is told") < 2:
+        place = f"{at.key}/{fates.count('is told')}"
+        if "is told" in fates or not fates:
+            with stores.make(object_stores.state_at(proxy.address, place, monkeypatch)) as state:
+                for number in (1, 2):
+                    stores.fold(state, number)
+        through = object_stores.state_at(proxy.address, place, monkeypatch)
+        asked: list[str] = []
+        with State.open(through) as reader, contextlib.ExitStack() as held, State.open(through, write=True) as writer:
+
+            def decide(
+                method: str,
+                path: str,
+                held: contextlib.ExitStack = held,
+                reader: State = reader,
+                asked: list[str] = asked,
+            ) -> Fault:
+                asked.append(f"{method} {path}")
+                if len(asked) == len(fates) + 1:
+                    proxy.decide = lambda _method, _path: ""
+                    try:
+                        held.enter_context(reader.lease(1))
+                        fates.append("has it")
+                    except Misconfigured:
+                        fates.append("is told")
+                return ""
+
+            proxy.decide = decide
+            gone = writer.expire(1)
+            assert bool(gone) is (fates[-1] == "is told"), asked
+            if not gone:
+                np.testing.assert_array_equal(reader.read("wide", "sum", 1), stores.value("wide", 1))
+                assert writer.expire(1) == []
+    assert fates == sorted(fates)
+    assert fates.count("has it") > 3
+
+
+def test_an_old_generation_whose_mark_was_left_is_nothing_to_go_back_to(at: ObjectPath) -> None:
+    """The expiry was killed, or the store refused what came next: it goes on later, and must not meet what is in force
+    again."""
+    with stores.make(at) as state:
+        for number in (1, 2):
+            stores.fold(state, number)
+        old = str(state.ledger.get(1).generation)
+        storing.replace(at / f"generations/.expired-{old}/receipts.json", b"")
+        with pytest.raises(Misconfigured, match="has expired"):
+            state.rollback(1)
+        assert state.generations() == [state.ledger.head.generation]
+        state.expire(2)
+        assert storing.names(at / "generations") == state.generations()
 
 
 def test_a_writer_that_lost_its_lease_makes_up_for_nothing(at: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +236,7 @@ def test_a_lease_that_the_store_does_not_let_be_written_says_so(
     through = where(str(object_stores.state_at(proxy.address, at.key, monkeypatch)), 2.0)
     with State.open(through, write=True) as state:
         lock_ = state._lock
-        assert isinstance(lock_, lock.WriterLease)
+        assert isinstance(lock_, WriterLease)
         proxy.decide = lambda method, _path: "denied" if method == "PUT" else ""
         with pytest.raises(OSError, match="look at the credentials"):
             lock_._beat.beat()

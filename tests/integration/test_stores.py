@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from continual.errors import Misconfigured, Retry
-from continual.state import chunk_files, storing
+from continual.state import storing
 from continual.stores import ObjectPath, Where, on_disk, where
 from tests.helpers import object_stores
 
@@ -121,7 +121,7 @@ def test_a_file_taken_besides_outlives_the_one_before(root: Where) -> None:
 def test_a_chunk_is_read_in_pieces_as_it_was_written(root: Where, nbytes: int) -> None:
     data = bytes(i % 251 for i in range(1 << 12)) * (nbytes // (1 << 12) + 1)
     path = storing.below(storing.stem(root), "c.0")
-    new = chunk_files.new(path, nbytes + 6)
+    new = storing.new_chunk(path, nbytes + 6)
     new.write(data[:nbytes])
     new.skip(2)
     new.write(b"tail")
@@ -129,7 +129,7 @@ def test_a_chunk_is_read_in_pieces_as_it_was_written(root: Where, nbytes: int) -
     new.close()
     whole = data[:nbytes] + b"\0\0tail"
     for step in (3 if nbytes < 100 else 1 << 20, 5 << 20):
-        file, found = chunk_files.old(path), bytearray()
+        file, found = storing.old_chunk(path), bytearray()
         assert file.nbytes == len(whole)
         while more := file.read_into(memoryview(bytearray(step))[: len(whole)], len(found)):
             piece = bytearray(step)

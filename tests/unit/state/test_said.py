@@ -34,7 +34,7 @@ def test_who_writes_is_named_with_its_address_and_what_to_do(tmp_path: Path) -> 
         with pytest.raises(Busy, match=r"at http://127\.0\.0\.1:8765; stop it first") as raised:
             State.open(tmp_path / "s", write=True)
         assert raised.value.url == "http://127.0.0.1:8765"
-        assert locking.holder(tmp_path / "s/lock") == (os.getpid(), "http://127.0.0.1:8765", None)
+        assert locking.holder(tmp_path / "s") == (os.getpid(), "http://127.0.0.1:8765", None)
 
 
 def test_a_pause_says_since_when(tmp_path: Path) -> None:
