@@ -36,6 +36,12 @@ def check_brought(
         for name, piece in model.pieces.items()
         if not (piece.optional or name in known or _is_of_another_head(name, known, family))
     )
+    if unmet and all(name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in known for name in unmet):
+        raise Refuse(
+            "adapter-target",
+            f"{where}: adds a bias to layers that have none in the base, {few(unmet)} (lora_bias): PEFT cannot merge "
+            "such an adapter either; train it without lora_bias",
+        )
     if unmet:
         raise Refuse(
             "adapter-target",

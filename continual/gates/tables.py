@@ -19,7 +19,7 @@ def check_tied(base: BaseModel, model: Adapter, spec: TensorSpec, source: Match)
     other = other_table(base.checkpoint, base.aliases, spec.name)
     if spec.name in base.untied.values() or other is None or model.tying or model.config.body.get("task_type") in _BARE:
         return
-    whole = source.full is not None and (source.twins or not model.is_trained(source.full.name))
+    whole = source.full is not None and (_is_of_both(model, source) or not model.is_trained(source.full.name))
     if source.piece is None and whole:
         return  # PEFT stores the whole table where the vocabulary was resized, and loads it into both
     changed = source.piece.names[0] if source.piece else source.full.name if source.full else spec.name
@@ -32,3 +32,9 @@ def check_tied(base: BaseModel, model: Adapter, spec: TensorSpec, source: Match)
         f"to have both changed{or_untied(base)}",
         by=("tied",),
     )
+
+
+def _is_of_both(model: Adapter, source: Match) -> bool:
+    """Whether an adapter brings a whole table under the names of both, and not twice under one."""
+    names = {twin.name for twin in (source.full, *source.twins) if twin is not None}
+    return not any(names <= {*saved} for saved in model.saved.values())

@@ -45,7 +45,9 @@ _INPUTS = (
 _MIXTURES = ("XLORA", "POLY")
 _COMPARED = 1_000_000
 """Names of modules_to_save times weights that lie beside the factors: so many comparisons take a tenth of a second."""
-_WRAPPER = re.compile(r"\.(?:modules_to_save(?:\.default)?|ln_tuning_layers(?:\.default)?|base_layer)(?=\.)")
+_WRAPPER = re.compile(
+    r"\.(?:modules_to_save(?:\.default)?|ln_tuning_layers(?:\.default)?|(?:token_adapter\.)?base_layer)(?=\.)"
+)
 _VALUE_HEAD = "v_head"
 """The head that TRL puts beside a language model: no base has it, and it stays out."""
 _INDICES = (".shira_indices", ".shira_indices.default")
@@ -237,18 +239,19 @@ def _saved(config: Fields, whole: Mapping[str, TensorInfo], pieces: Mapping[str,
     """The tensors that replace whole weights, by the names of these. Raises Refuse (`adapter-kind`) for a tensor that
     belongs nowhere, (`config`) where there are too many to be compared.
 
-    With `bias = all` PEFT saves every name that ends in `.bias`: the trained bias of a module to save twice, and the
-    base's own under it, which nothing uses.
+    PEFT saves some trained weights of modules to save twice, and the base's own under them, which nothing uses: with
+    `bias = all` every bias, and embedding and head where the vocabulary was resized.
     """
     saved: dict[str, tuple[str, ...]] = {}
     bias = config.bias
-    names = {_WRAPPER.sub("", bare, count=1) for bare in whole} if bias == "all" else set()
+    names = {_WRAPPER.sub("", bare, count=1) for bare in whole}
     for bare, info in whole.items():
         if len(config.saved) * (len(saved) + 1) > _COMPARED:
             raise Refuse("config", f"{config.place}: modules_to_save has too many names for so many whole weights")
         weight = _WRAPPER.sub("", bare, count=1)
         trained = _FROZEN.sub("", bare, count=1)
-        if trained != bare and trained in names:
+        twice = bias == "all" or is_vocabulary(trained) or _is_in_any(trained, config.saved)
+        if trained != bare and trained in names and twice:
             continue
         belongs = (
             is_vocabulary(weight)
@@ -258,7 +261,7 @@ def _saved(config: Fields, whole: Mapping[str, TensorInfo], pieces: Mapping[str,
             or (".ln_tuning_layers." in bare and config.kind == "LN_TUNING")
             or (weight.endswith(".bias") and (bias == "all" or (bias == "only" and _sibling(weight) in pieces)))
         )
-        if _TUNERS.search(bare) or not belongs or (weight in saved and bias != "all"):
+        if _TUNERS.search(bare) or not belongs or (weight in saved and not twice):
             raise Refuse(
                 "adapter-kind",
                 f"{config.place}: tensor {info.name} is no part of a {config.kind} adapter with this configuration; "

@@ -265,12 +265,7 @@ class TaskVectors:
                 content.hash.update(raw(values))
         for twin in source.twins if content is not None else ():
             if raw(self._read("twin", self._weights, twin, start, len(tau))) != raw(values):
-                apart = "; an embedding and its head are kept apart in a state made with 'continual init --tied untie'"
-                raise Refuse(
-                    "tied",
-                    f"{self._model.place}: {source.full.name} and {twin.name} are one tensor in the base, "
-                    f"and differ here{apart if can_untie(self._base.config) else ': a model of another kind'}",
-                )
+                raise _differing(self._model, self._base, source.full.name, twin.name)
         # narrower than the base: θ₀ is cast as the publisher cast θ_t, so that an untouched weight gives exactly zero
         if spec.name in self._lineage.narrowed:
             base = base.to(TORCH[self._lineage.narrowed[spec.name]])
@@ -294,6 +289,19 @@ class TaskVectors:
             buffer = torch.empty(self.run)
             setattr(self._buffers, use, buffer)
         return buffer.view(dtype)[:count]
+
+
+def _differing(model: Checkpoint | Adapter, base: Checkpoint, full: str, twin: str) -> Refuse:
+    """Why two tensors cannot both be what is in the base's place: of tied tables, or twice of one weight."""
+    if isinstance(model, Adapter) and any({full, twin} <= {*names} for names in model.saved.values()):
+        said = f"{full} and {twin} are one weight, saved twice, and differ: load the adapter with PEFT, and save it"
+        return Refuse("adapter-kind", f"{model.place}: {said} again")
+    apart = "; an embedding and its head are kept apart in a state made with 'continual init --tied untie'"
+    return Refuse(
+        "tied",
+        f"{model.place}: {full} and {twin} are one tensor in the base, "
+        f"and differ here{apart if can_untie(base.config) else ': a model of another kind'}",
+    )
 
 
 def _together(source: Match) -> bool:

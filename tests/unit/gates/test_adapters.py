@@ -100,6 +100,12 @@ def test_a_weight_that_the_layer_has_not(base: Path, tmp_path: Path) -> None:
     assert refused(base, adapter(tmp_path / "x", MLP | bias, bias="all"), "norm.bias").reason == "adapter-target"
 
 
+def test_a_bias_that_lora_adds_to_layers_without_one(base: Path, tmp_path: Path) -> None:
+    left = {"embed_out.lora_B.weight": torch.randn(8, 2), "embed_out.lora_B.bias": torch.randn(8)}
+    model = adapter(tmp_path / "x", {"embed_out.lora_A.weight": torch.randn(2, 6), **left}, lora_bias=True)
+    assert refused(base, model, "embed_out.bias", "without lora_bias").reason == "adapter-target"
+
+
 def test_trained_biases_are_folded(base: Path, tmp_path: Path) -> None:
     bias = {"gpt_neox.layers.0.mlp.base_layer.bias": torch.randn(4)}
     expected = next(iter(bias.values())) - BASE["gpt_neox.layers.0.mlp.bias"]

@@ -16,6 +16,7 @@ import transformers
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
+from continual.errors import Refuse
 from continual.records import Lineage
 from tests.helpers.adapters import Tensors, based, plain, task_vectors
 from tests.unit.tensors.adapters import test_patterns
@@ -142,6 +143,49 @@ def test_an_adapted_embedding_brings_its_own_copy(tmp_path: Path) -> None:
         adapter / "adapter_model.safetensors"
     ), "PEFT stores both"
     assert len(agrees(base, adapter, model).folded) == 2
+
+
+TABLES = ["embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("more", [{"modules_to_save": TABLES}, {"trainable_token_indices": [3, 41]}])
+def test_tokens_were_added_and_tables_trained(tmp_path: Path, tied: bool, more: dict[str, Any]) -> None:
+    """As chat formats are taught. PEFT saves each table three times then: as trained, twice, and as it was."""
+    config = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config |= {"intermediate_size": 24, "tie_word_embeddings": tied}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    llama.save_pretrained(tmp_path / "base")
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(44)
+    if tied and "modules_to_save" in more:
+        more = {"modules_to_save": TABLES[:1], "ensure_weight_tying": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = scrambled(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], **more)))
+        wrapped.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(part in name for name in saved for part in (".original_module.", ".token_adapter.base_layer."))
+    taus, lineage, _ = task_vectors(tmp_path / "base", tmp_path / "adapter", vocab="common-rows")
+    assert len(lineage.folded) == (2 if tied else 3)
+    after = wrapped.merge_and_unload().state_dict()
+    for name, tau in taus.items():
+        torch.testing.assert_close(tau, after[name][:40] - before[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_weight_saved_twice_and_otherwise_is_refused(tmp_path: Path) -> None:
+    base, adapter, _ = adapted(tmp_path, bert(), r=2, target_modules=["query"], modules_to_save=["pooler"])
+    saved = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.pooler.dense.weight"
+    for by in (0.0, 1.0):
+        twice = {name.replace("pooler", "pooler.modules_to_save"): saved[name] + by}
+        save_file(saved | twice, adapter / "adapter_model.safetensors")
+        if by:
+            with pytest.raises(Refuse, match="one weight, saved twice, and differ"):
+                task_vectors(base, adapter)
+        else:
+            task_vectors(base, adapter)
 
 
 def test_modules_to_save_and_a_head_the_base_lacks(tmp_path: Path) -> None:
