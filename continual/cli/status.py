@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from continual.cli.answered import ranges
+from continual.outside import counted
 from continual.texts import duration, paused_since, plain, scale, share, size, when
 
 
@@ -37,6 +38,7 @@ def text(body: Mapping[str, Any]) -> str:
             f"folding    {body['current']['model']}: {body['current']['stage']} "
             f"{body['current']['done']}/{body['current']['total']}"
         )
+    lines += _cluster(body.get("cluster"))
     if body.get("paused") is not None and not body["pid"]:
         lines.append(f"paused     {paused_since(body['paused'])}")
     failed = [row for row in body["queue"] if row["failures"]]
@@ -65,6 +67,49 @@ def text(body: Mapping[str, Any]) -> str:
     lines += [_view(view) for view in body.get("views", ())]
     lines += [f"refused    {when(r['time'])}  {r['seq']}  {r['model']}: {r['reason']}" for r in body["refusals"][:5]]
     return "\n".join(plain(line) for line in lines)
+
+
+def _cluster(found: Mapping[str, Any] | None) -> list[str]:
+    """The cluster that does the work: its machines, and the orders. A daemon of an earlier version does not say it."""
+    if not found:
+        return []
+    lines = [f"cluster    {found['address']}{_has(found)}"]
+    lines += [f"cluster    {found['problem']}"] if found["problem"] else []
+    under_way = f"{found['done']} of {found['total']} done, {found['out']} out; " if found["total"] else ""
+    lines.append(f"orders     {under_way}{found['work']['orders']} done by this process, {found['lost']} lost")
+    lines += [_out(one) for one in found["orders"][:5]]
+    lines += [_node(one) for one in found["nodes"] if one["alive"] or one["heard"]]
+    if found["others"]["orders"]:
+        lines.append(f"machine    others: {_work(found['others'])}")
+    return lines
+
+
+def _has(found: Mapping[str, Any]) -> str:
+    """The machines that are alive, and what they have."""
+    if not found["answered"]:
+        return ": which machines it has is asked when there is work for it"
+    has = f"{found['cores']:g} cores, {size(found['memory_bytes'])} and {found['gpus']:g} GPUs for orders"
+    return f", {counted(found['alive'], 'machine')} alive: {has}, as of {when(found['answered'])}"
+
+
+def _out(one: Mapping[str, Any]) -> str:
+    """An order that is out."""
+    more = f" and {one['tensors'] - 1} more" if one["tensors"] > 1 else ""
+    before = f", lost {counted(one['lost'], 'time')} before" if one["lost"] else ""
+    return f"out        {one['tensor']}{more}, since {when(one['since'])}{before}"
+
+
+def _node(one: Mapping[str, Any]) -> str:
+    """A machine of the cluster."""
+    alive = f"{one['cores']:g} cores" if one["alive"] else "gone"
+    if not one["heard"]:
+        return f"machine    {one['address']}, {alive}: no order yet"
+    heard = f"last heard of {when(one['heard'])} with {one['last']}"
+    return f"machine    {one['address']}, {alive}: {_work(one['work'])}; {heard}"
+
+
+def _work(work: Mapping[str, Any]) -> str:
+    return f"{counted(work['orders'], 'order')}, {size(work['read_bytes'])} read in {duration(work['seconds'])}"
 
 
 def _options(options: Mapping[str, object]) -> str:

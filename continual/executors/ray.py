@@ -8,6 +8,7 @@ when it died is sent out again, here and not by Ray, so that it is known how man
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -16,12 +17,12 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from platform import python_version
 from typing import Any, NamedTuple, TypeVar
 
 from continual.errors import Abandoned, Misconfigured, Retry
+from continual.executors.cluster_figures import FIGURES, DrivenWork, nodes_of, told
 from continual.executors.contract import Task
 from continual.executors.local import Local, give_back_large_blocks
 from continual.executors.orders import WorkJob, WorkOrder, groups, order_of, work
@@ -35,6 +36,8 @@ _REACHED = 10.0
 _START = "start one with 'ray start --head', or join one with 'ray start --address HOST:PORT'"
 _LOOK = 0.5
 """Seconds after which it is looked whether to stop."""
+_NODES = 5.0
+"""Seconds after which it is asked again which machines there are."""
 _log = logging.getLogger("continual.executors")
 
 
@@ -49,34 +52,6 @@ class RayAsked(NamedTuple):
     tries: int = 3
     workers: int = 0
     order: int = ORDER
-
-
-@dataclass
-class WorkerFigures:
-    """What a machine of the cluster did for this process: orders, bytes that they read, seconds that they took."""
-
-    orders: int = 0
-    nbytes: int = 0
-    seconds: float = 0.0
-
-    def add(self, group: Sequence[Task[T]], answer: WorkAnswer) -> None:
-        """Counts an order that was done."""
-        self.orders += 1
-        self.seconds += answer.seconds
-        self.nbytes += sum(task.reads for task in group)
-
-
-@dataclass
-class RayFigures:
-    """What this process had done on a cluster: by the address of each machine, and how many orders were lost with a
-    worker and sent out again."""
-
-    workers: dict[str, WorkerFigures] = field(default_factory=dict)
-    lost: int = 0
-
-
-FIGURES = RayFigures()
-"""Of all orders of this process."""
 
 
 class WorkAnswer(NamedTuple):
@@ -103,6 +78,10 @@ class OnRay:
         self._asked = asked
         self._local = local
         self._stopping = stopping
+        self._looked = -math.inf
+        self._largest = 0
+        self._answered = threading.Event()
+        self._asking: threading.Thread | None = None
         self.elsewhere = "cuda" if asked.gpus else "cpu"
 
     @property
@@ -132,22 +111,24 @@ class OnRay:
             yield from self._drive(waiting)
 
     def _drive(self, waiting: deque[list[Task[T]]]) -> Iterator[tuple[str, T]]:
+        with FIGURES.driving(len(waiting)) as driven:
+            yield from self._driven(waiting, driven)
+        _log.info("%s", told(driven))
+
+    def _driven(self, waiting: deque[list[Task[T]]], driven: DrivenWork) -> Iterator[tuple[str, T]]:
         ray = self._connected()
         most = self._asked.workers or 2 * self.workers
         jobs: dict[str, Any] = {}
         running: dict[Any, list[Task[T]]] = {}
-        lost: dict[str, int] = {}
-        here: dict[str, WorkerFigures] = {}
         try:
             while waiting or running:
+                self._look(ray)
                 while waiting and len(running) < most:
                     group = waiting.popleft()
                     running[self._sent(group, jobs)] = group
+                    driven.sent(group[0].name, len(group))
                 done, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK)
-                if self._stopping.is_set():
-                    raise Abandoned(
-                        "the work was given up because continual is stopping; it will be taken up at the next start"
-                    )
+                self._go_on()
                 for ref in done:
                     group = running.pop(ref)
                     try:
@@ -155,29 +136,52 @@ class OnRay:
                     except ray.exceptions.RayTaskError:
                         raise
                     except ray.exceptions.RayError as error:
-                        self._again(group, lost, error)
+                        self._again(group, driven, error)
                         waiting.appendleft(group)
                         continue
-                    mine = here.setdefault(answer.machine, WorkerFigures())
-                    mine.add(group, answer)
-                    FIGURES.workers.setdefault(answer.machine, WorkerFigures()).add(group, answer)
+                    driven.came(group[0].name, answer.machine, sum(task.reads for task in group), answer.seconds)
                     yield from _received(answer, group)
-            said = (f"{name}: {one.orders} orders, {one.seconds:.1f} s" for name, one in sorted(here.items()))
-            _log.info("done on the cluster by machine: %s", "; ".join(said))
         finally:
             _end(ray, list(running))
 
-    def _again(self, group: Sequence[Task[T]], lost: dict[str, int], error: Exception) -> None:
+    def _again(self, group: Sequence[Task[T]], driven: DrivenWork, error: Exception) -> None:
         """Counts an order that was lost with its worker. Raises Retry where that was too often."""
-        FIGURES.lost += 1
         name = group[0].name
-        lost[name] = lost.get(name, 0) + 1
+        times = driven.was_lost(name)
         why = str(error).strip().partition("\n")[0]
-        if lost[name] > self._asked.tries:
-            raise Retry(
-                f"the order that begins with {name} lost its worker {lost[name]} times ({why}); nothing was settled"
-            )
+        if times > self._asked.tries:
+            raise Retry(f"the order that begins with {name} lost its worker {times} times ({why}); nothing was settled")
         _log.warning("a worker died, and its order that begins with %s is sent out again: %s", name, why)
+
+    def _look(self, ray: Any) -> None:
+        """Has it asked again and again which machines there are, on a thread of its own: a cluster that is gone may not
+        answer. Waits for the first answer. Raises Abandoned."""
+        while True:
+            if time.monotonic() >= self._looked + _NODES and (self._asking is None or not self._asking.is_alive()):
+                self._looked = time.monotonic()
+                self._asking = threading.Thread(target=self._ask, args=(ray,), name="ray-nodes", daemon=True)
+                self._asking.start()
+            if self._answered.wait(_LOOK):
+                return
+            self._go_on()
+
+    def _ask(self, ray: Any) -> None:
+        try:
+            found = ray.nodes()
+        except Exception as error:  # the orders that are out say whether it matters
+            _log.warning("the cluster at %s does not say which machines it has: %s", self._asked.address, error)
+            return
+        alive = [node["Resources"] for node in found if node["Alive"]]
+        self._largest = int(max((has.get("memory", 0) for has in alive), default=0))
+        FIGURES.answered(self._asked.address, nodes_of(found))
+        self._answered.set()
+
+    def _go_on(self) -> None:
+        """Raises Abandoned where continual is stopping."""
+        if self._stopping.is_set():
+            raise Abandoned(
+                "the work was given up because continual is stopping; it will be taken up at the next start"
+            )
 
     def _sent(self, group: Sequence[Task[T]], jobs: dict[str, Any]) -> Any:
         """Sends an order out; `jobs` has the jobs that were."""
@@ -187,11 +191,10 @@ class OnRay:
         if order.job.id not in jobs:
             jobs[order.job.id] = ray.put(order.job)
         need = max(task.need for task in group)
-        largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
         options = {
             "num_cpus": 1,
             "num_gpus": self._asked.gpus,
-            "memory": self._asked.memory or min(need, int(largest)),
+            "memory": self._asked.memory or min(need, self._largest),
             "max_retries": 0,
             "scheduling_strategy": "SPREAD",
             "name": f"continual {group[0].name}",

@@ -11,10 +11,10 @@ from datetime import datetime
 from continual import selection, tuning
 from continual.api import Merge
 from continual.config import Settings
+from continual.executors.cluster_figures import ClusterSeen
 from continual.executors.device import pick_device
-from continual.executors.ray import FIGURES, RayFigures
 from continual.lazily import torch
-from continual.service import showing
+from continual.service import showing, showing_cluster
 from continual.service.failures import Failures, told
 from continual.service.metrics import Metrics
 from continual.service.status import Live
@@ -128,16 +128,34 @@ def _look(merge: Merge, live: Live, metrics: Metrics, device: torch.device) -> N
     if (memory := device_memory(device)) is not None:
         metrics.device(**memory)
     if merge.settings.executor == "ray":
-        metrics.source(of_cluster(FIGURES))
+        _look_at_cluster(merge.settings.ray.address, live, metrics)
 
 
-def of_cluster(figures: RayFigures) -> dict[str, float]:
-    """What machines of a cluster did for this process, by the name of the series."""
-    machines = list(figures.workers.values())
-    return {
-        "continual_ray_machines": len(machines),
-        "continual_ray_orders_total": sum(one.orders for one in machines),
-        "continual_ray_lost_total": figures.lost,
-        "continual_ray_seconds_total": sum(one.seconds for one in machines),
-        "continual_ray_read_bytes_total": sum(one.nbytes for one in machines),
-    }
+def _look_at_cluster(address: str, live: Live, metrics: Metrics) -> None:
+    """What the cluster did for this process, and whether it answers."""
+    seen = live.figures.seen()
+    cluster(seen, metrics)
+    if problem := showing_cluster.silence(seen, live.figures.clock()):
+        live.health.fails("cluster", address, problem)
+    else:
+        live.health.works("cluster", address)
+
+
+def cluster(seen: ClusterSeen, metrics: Metrics) -> None:
+    """Sets the series of a cluster: of all its machines together, and of each."""
+    alive = None if seen.answered is None else sum(node.alive for node in seen.nodes.values())
+    metrics.source(
+        {
+            "continual_ray_nodes": alive,
+            "continual_ray_answered_timestamp_seconds": seen.answered,
+            "continual_ray_orders_out": len(seen.out),
+            "continual_ray_orders_total": seen.all.orders,
+            "continual_ray_lost_total": seen.lost,
+            "continual_ray_seconds_total": seen.all.seconds,
+            "continual_ray_read_bytes_total": seen.all.nbytes,
+        }
+    )
+    for label, done in seen.labelled.items():
+        metrics.labelled("continual_ray_node_orders_total", label, done.orders)
+        metrics.labelled("continual_ray_node_seconds_total", label, done.seconds)
+        metrics.labelled("continual_ray_node_read_bytes_total", label, done.nbytes)

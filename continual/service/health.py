@@ -11,7 +11,20 @@ from continual.service.queue import Queued
 from continual.sources.contract import Source
 from continual.texts import plain, size
 
-REASONS = ("disk", "source", "token", "retrying", "internal", "round", "publish", "release", "hook", "canary", "notify")
+REASONS = (
+    "disk",
+    "source",
+    "token",
+    "retrying",
+    "internal",
+    "cluster",
+    "round",
+    "publish",
+    "release",
+    "hook",
+    "canary",
+    "notify",
+)
 """The words for what is wrong; operations.md says what each means and what to do."""
 FAILED = 3
 """So many times each waiting candidate has failed when the queue is said to do nothing but retry."""

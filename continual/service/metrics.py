@@ -170,14 +170,24 @@ class Metrics:
         """A canary that was `promoted`, or taken back: `failed`."""
         self._count("continual_canary_verdicts_total", 1, verdict)
 
-    def source(self, series: Mapping[str, float]) -> None:
-        """What a source measured, by the name of the series; a counter counts from the start of the source."""
+    def source(self, series: Mapping[str, float | None]) -> None:
+        """What a source or a cluster measured, by the name of the series; a counter counts from its start."""
         for name, value in series.items():
             if BY_NAME[name].kind == "counter":
-                self._count(name, value - self._before.get(name, 0.0))
-                self._before[name] = value
+                self._count(name, self._more(name, value or 0.0))
             else:
                 self._set(name, value)
+
+    def labelled(self, name: str, label: str, value: float) -> None:
+        """What a cluster measured by the label of a counter, from its start. Who gives the labels bounds them."""
+        made = self._metric(name)
+        assert isinstance(made, Counter)
+        made.labels(label).inc(self._more(f"{name} {label}", value))
+
+    def _more(self, what: str, value: float) -> float:
+        """How much a value is above what it was before."""
+        before, self._before[what] = self._before.get(what, 0.0), value
+        return value - before
 
     def retried(self) -> None:
         """A candidate that was put back."""

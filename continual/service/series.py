@@ -1,7 +1,7 @@
 """The table of every series that the daemon exposes: what the page about it, the dashboard and the alerts go by.
 
-No label is a model's name or any other text of strangers: the values of each are known here, and what is none of them
-is counted as `other`.
+No label is a model's name or any other text of strangers: the values of each are known here, or (machines of a cluster)
+bounded in number, and what is none of them is counted as `other`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ FEATURES = {
     "device": "where tensors are computed on an accelerator",
     "local": "where tensors are folded in this process",
     "ray": 'with `executor = "ray"`',
+    "cluster": 'with `executor = "ray"`, once there was work for the cluster',
     "rounds": "with `select`",
     "round": "once a round has ended",
     "hub": "with `hub.watch`",
@@ -49,11 +50,13 @@ OTHER = "other"
 _SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 _REFUSALS = tuple(dict.fromkeys((*REFUSALS, *(reason for gate in GATES for reason in gate.reasons))))
 _RESULTS = ("ok", "failed")
+_NODE: tuple[tuple[str, tuple[str, ...]], ...] = (("node", ()),)
+"""The address of a machine: of the first 64 (`cluster_figures.LABELS`), and `other` of all that come later."""
 
 
 class Series(NamedTuple):
-    """A row of the table. `labels`: each with the values that it may have; none where the daemon gives it one for good.
-    `there`: a word of `FEATURES`."""
+    """A row of the table. `labels`: each with the values that it may have; none where the daemon gives it one for good,
+    or the cluster. `there`: a word of `FEATURES`."""
 
     kind: Kind
     name: str
@@ -155,9 +158,19 @@ TABLE: tuple[Series, ...] = (
     Series("gauge", "continual_workers", "Tensors that are folded at a time at most.", there="local"),
     Series("gauge", "continual_memory_limit_bytes", "Bytes that the tensors in flight may take.", there="local"),
     Series(
-        "gauge", "continual_ray_machines", "Machines of the cluster that have worked for this process.", there="ray"
+        "gauge",
+        "continual_ray_nodes",
+        "Machines of the cluster that were alive when it last answered.",
+        there="cluster",
     ),
-    Series("counter", "continual_ray_orders_total", "Orders that they did for it.", there="ray"),
+    Series(
+        "gauge",
+        "continual_ray_answered_timestamp_seconds",
+        "When the cluster last said which machines it has, as seconds since 1970; asked while there is work for it.",
+        there="cluster",
+    ),
+    Series("gauge", "continual_ray_orders_out", "Orders that are out now.", there="ray"),
+    Series("counter", "continual_ray_orders_total", "Orders that machines did for this process.", there="ray"),
     Series(
         "counter",
         "continual_ray_lost_total",
@@ -166,6 +179,9 @@ TABLE: tuple[Series, ...] = (
     ),
     Series("counter", "continual_ray_seconds_total", "Seconds that the orders took, added up.", there="ray"),
     Series("counter", "continual_ray_read_bytes_total", "Bytes that the orders read.", there="ray"),
+    Series("counter", "continual_ray_node_orders_total", "The same orders by machine.", _NODE, there="ray"),
+    Series("counter", "continual_ray_node_seconds_total", "Their seconds by machine.", _NODE, there="ray"),
+    Series("counter", "continual_ray_node_read_bytes_total", "Their bytes by machine.", _NODE, there="ray"),
     Series("gauge", "continual_peak_memory_bytes", "Largest resident set of the process so far (VmHWM)."),
     Series(
         "gauge",

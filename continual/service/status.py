@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from continual import selection, texts, tuning
 from continual.api.looked_state import LookedState
 from continual.config import Settings
+from continual.executors.cluster_figures import FIGURES
 from continual.records import Event
-from continual.service import showing
+from continual.service import showing, showing_cluster
 from continual.service.health import Health, Shortfall
 from continual.service.queue import Queue, Queued
-from continual.service.web.view import ShownQueued, ShownScale, Status, UnderWay
+from continual.service.web.view import ShownCluster, ShownQueued, ShownScale, Status, UnderWay
 from continual.sources.contract import REPORTING, Source, SourceReport
 from continual.state import State, going_back, paused, storing
 from continual.state.entries import TuneEntry
@@ -31,6 +32,8 @@ _QUEUED = 50
 """Names of waiting candidates that are shown; the Hub can have thousands."""
 _STUCK = 900.0
 """Seconds without any progress in a fold after which the daemon no longer calls itself healthy."""
+_CLUSTER = 2.0
+"""Seconds after which there is something new to show of a cluster that works."""
 _SILENT = 30.0
 """Seconds without a turn of the event loop after which it does not, either."""
 
@@ -52,6 +55,7 @@ class Running:
     notes: Sequence[str] = ()
     current: UnderWay | None = None
     peak_memory_bytes: float | None = None
+    cluster: ShownCluster | None = None
 
 
 class Live:
@@ -70,6 +74,7 @@ class Live:
         self.queue = queue
         self.sources = sources
         self.health = Health(clock)
+        self.figures = FIGURES
         self.url: str | None = None
         self.scanned = False
         self.current: Event | None = None
@@ -184,11 +189,14 @@ class Live:
         return self.merge.stopping.is_set()
 
     def stamp(self) -> str:
-        """A word that is another one when there is something new to show, and once a minute."""
+        """A word that is another one when there is something new to show, and once a minute; every two seconds while
+        orders are out on a cluster."""
         head, queue = self.merge.state.ledger.head, self.queue.waiting
         tries = sum(queued.attempt for queued in list(queue.values()))
         wrong = [(shortfall.reason, shortfall.message) for shortfall in self.shortfalls()]
-        now = (head.crc, len(queue), tries, self.doing, self.paused, self.scanned, wrong, int(self._clock() / 60))
+        every = _CLUSTER if self.figures.is_driving else 60.0
+        turn = int(self._clock() / every), self.figures.is_driving
+        now = (head.crc, len(queue), tries, self.doing, self.paused, self.scanned, wrong, turn)
         return hashlib.blake2s(repr(now).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 
     def under_way(self) -> UnderWay | None:
@@ -199,6 +207,13 @@ class Live:
     def free_bytes(self) -> int | None:
         """Bytes that are free on the disk of the state; None of one on an object store."""
         return storing.free(self.merge.state.path)
+
+    def cluster(self) -> ShownCluster | None:
+        """What is known of the cluster; None where all is done on this machine. Nothing is asked of it."""
+        if self.merge.settings.executor == "local":
+            return None
+        address = self.merge.settings.ray.address
+        return showing_cluster.shown(address, self.figures.seen(), self.figures.clock())
 
     def status(self) -> Status:
         """Everything there is to show."""
@@ -229,6 +244,7 @@ class Live:
                 notes=[note for source in self.sources for note in source.notes()],
                 current=self.under_way(),
                 peak_memory_bytes=peak_memory(),
+                cluster=self.cluster(),
             ),
         )
 
@@ -288,6 +304,7 @@ def _status(merge: LookedState, running: Running) -> Status:
         shares=showing.shares(merge),
         canaries=showing.canaries(merge),
         peak_memory_bytes=running.peak_memory_bytes,
+        cluster=running.cluster,
     )
 
 

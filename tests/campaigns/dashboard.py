@@ -153,17 +153,6 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         _one("Workers", "short", "continual_workers@"),
         Panel(
-            "Orders on the cluster, per minute",
-            "short",
-            (
-                Query("rate(continual_ray_orders_total@[5m]) * 60", "{{instance}} done"),
-                Query("rate(continual_ray_lost_total@[5m]) * 60", "{{instance}} lost and sent out again"),
-                Query("continual_ray_machines@", "{{instance}} machines"),
-            ),
-        ),
-        _one("Seconds of the cluster, per second", "short", "rate(continual_ray_seconds_total@[5m])"),
-        _one("Read by the cluster", "Bps", "rate(continual_ray_read_bytes_total@[5m])"),
-        Panel(
             "Memory of the device",
             "bytes",
             (
@@ -177,6 +166,49 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "short",
             "sum by (instance, reason) (rate(continual_http_dropped_total@[1h])) * 3600",
             "{{instance}} {{reason}}",
+        ),
+    ),
+    "The cluster": (
+        Panel(
+            "Machines alive, and orders out",
+            "short",
+            (
+                Query("continual_ray_nodes@", "{{instance}} machines"),
+                Query("continual_ray_orders_out@", "{{instance}} orders out"),
+            ),
+        ),
+        Panel(
+            "Orders on the cluster, per minute",
+            "short",
+            (
+                Query("rate(continual_ray_orders_total@[5m]) * 60", "{{instance}} done"),
+                Query("rate(continual_ray_lost_total@[5m]) * 60", "{{instance}} lost and sent out again"),
+            ),
+        ),
+        _one("Since the cluster last answered", "s", "time() - continual_ray_answered_timestamp_seconds@", form="stat"),
+        _one(
+            "Orders by machine, per minute",
+            "short",
+            "sum by (instance, node) (rate(continual_ray_node_orders_total@[5m])) * 60",
+            "{{instance}} {{node}}",
+        ),
+        Panel(
+            "Orders at work, on average",
+            "short",
+            (
+                Query("rate(continual_ray_seconds_total@[5m])", "{{instance}} all"),
+                Query("sum by (instance, node) (rate(continual_ray_node_seconds_total@[5m]))", "{{instance}} {{node}}"),
+            ),
+        ),
+        Panel(
+            "Read by the cluster",
+            "Bps",
+            (
+                Query("rate(continual_ray_read_bytes_total@[5m])", "{{instance}} all"),
+                Query(
+                    "sum by (instance, node) (rate(continual_ray_node_read_bytes_total@[5m]))", "{{instance}} {{node}}"
+                ),
+            ),
         ),
     ),
     "Rounds over the pool": (

@@ -14,7 +14,7 @@ import pytest
 
 from continual import making
 from continual.engine.outcomes import FoldReport
-from continual.executors.ray import RayFigures, WorkerFigures
+from continual.executors.cluster_figures import NodeSeen, RayFigures
 from continual.records import Candidate, Lineage, Totals
 from continual.service import gauging, series
 from continual.service.metrics import Metrics
@@ -50,8 +50,17 @@ def filled() -> Metrics:
     metrics.pool(9, replace(select(), gap=0.5, loss=1.5, before=2.5))
     metrics.released(11)
     metrics.hook("http", ok=True)
-    figures = RayFigures({"10.0.0.7": WorkerFigures(3, 40, 0.5), "10.0.0.8": WorkerFigures(1, 2, 1.0)}, lost=1)
-    metrics.source(gauging.of_cluster(figures))
+    figures = RayFigures(lambda: 12.0)
+    figures.answered("10.0.0.7:6379", {"10.0.0.7": NodeSeen(alive=True), "10.0.0.8": NodeSeen(alive=True)})
+    with figures.driving(4) as driven:
+        for first, machine in (("a", "10.0.0.7"), ("b", "10.0.0.7"), ("c", "10.0.0.8"), ("d", "")):
+            driven.sent(first, 1)
+            if machine:
+                driven.came(first, machine, 14, 0.5)
+        driven.was_lost("d")
+        driven.sent("d", 1)
+        for _ in range(2):  # it is looked at again and again
+            gauging.cluster(figures.seen(), metrics)
     metrics.published(8)
     metrics.notified(ok=True)
     metrics.under_way(0.5)
@@ -114,8 +123,14 @@ def test_every_series_says_what_was_observed() -> None:
         'continual_stored_bytes{what="ledger"} 4.0',
         "continual_device_reserved_bytes 5.0",
         "continual_memory_limit_bytes 100.0",
-        "continual_ray_machines 2.0",
-        "continual_ray_orders_total 4.0",
+        "continual_ray_nodes 2.0",
+        "continual_ray_answered_timestamp_seconds 12.0",
+        "continual_ray_orders_out 1.0",
+        "continual_ray_orders_total 3.0",
+        'continual_ray_node_orders_total{node="10.0.0.7"} 2.0',
+        'continual_ray_node_seconds_total{node="10.0.0.8"} 0.5',
+        'continual_ray_node_read_bytes_total{node="10.0.0.7"} 28.0',
+        'continual_ray_node_orders_total{node="other"} 0.0',
         "continual_ray_lost_total 1.0",
         "continual_ray_seconds_total 1.5",
         "continual_ray_read_bytes_total 42.0",

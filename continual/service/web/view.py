@@ -194,6 +194,67 @@ class ShownQueued:
 
 
 @dataclass(frozen=True, slots=True)
+class ShownWork:
+    """What machines of a cluster did for this process: orders, the bytes that these read, the seconds that they
+    took."""
+
+    orders: int
+    read_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ShownNode:
+    """A machine of a cluster: its address, whether it is alive, and the cores, bytes of memory and GPUs that it has for
+    orders; its `work`, when it last gave an order back, and with which tensor that order began. None: it did none."""
+
+    address: str
+    alive: bool
+    cores: float
+    memory_bytes: int
+    gpus: float
+    work: ShownWork
+    heard: str | None
+    last: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShownOrder:
+    """An order that is out: the tensor with which it begins, how many it has, since when, and how often it was lost
+    with a worker before."""
+
+    tensor: str
+    tensors: int
+    since: str
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShownCluster:
+    """The cluster that does the work. `address`: of the setting; `answered`: when it last said which machines it has,
+    which it is asked while there is work for it (None: never); `problem`: where it does not answer. Of the machines
+    that are `alive`, all `cores`, `memory_bytes` and `gpus`; `nodes`: some of the machines; `others`: what further ones
+    did, which are not told of; `work`: what all did; `lost`: orders that were lost with a worker. Of the work under way
+    `done` of `total` orders came back and `out` are under way, the oldest of them in `orders`."""
+
+    address: str
+    answered: str | None
+    problem: str
+    alive: int
+    cores: float
+    memory_bytes: int
+    gpus: float
+    nodes: tuple[ShownNode, ...]
+    others: ShownWork
+    work: ShownWork
+    lost: int
+    done: int
+    total: int
+    out: int
+    orders: tuple[ShownOrder, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """The state and, where one runs, its daemon. Sizes in bytes, times as RFC 3339 (UTC) or in seconds.
 
@@ -203,7 +264,7 @@ class Status:
     `sources` has what each kind of source says of itself, None where none of the kind runs; `notes` is what they see
     that is no model. Lists of records begin with the newest. `paused`: since when nothing is folded (empty: not known),
     None where folding goes on. `back`: the records that can be gone back to, as the first and the last of each row of
-    them. `shares` are of what is out, at the record that each names.
+    them. `shares` are of what is out, at the record that each names. `cluster`: None where all is done on this machine.
     """
 
     version: str
@@ -247,6 +308,7 @@ class Status:
     views: tuple[ShownView, ...] = ()
     shares: tuple[ShownShares, ...] = ()
     canaries: tuple[ShownCanary, ...] = ()
+    cluster: ShownCluster | None = None
 
     def body(self) -> dict[str, Json]:
         """What `/api/status` and `continual status --json` give: each kind of source has a key of its own name."""

@@ -22,9 +22,10 @@ from pathlib import Path
 
 from continual import api, making
 from continual.config import Settings
+from continual.executors.cluster_figures import FIGURES
 from continual.executors.contract import Executor
 from continual.executors.local import Local
-from continual.executors.ray import FIGURES, OnRay, RayAsked
+from continual.executors.ray import OnRay, RayAsked
 from tests.campaigns.faults.ray_kills import contents
 from tests.helpers import models
 from tests.helpers.clusters import cluster
@@ -45,18 +46,17 @@ def turn(made: Path, state: Path, tune: Path, executor: Executor) -> tuple[float
             return executor
 
     shutil.copytree(made, state)
-    before = [(one.seconds, one.orders) for one in FIGURES.workers.values()]
+    before = FIGURES.seen().all
     with By(Settings(state=state), write=True) as merge:
         assert merge.engine.executor is executor
         began = time.perf_counter()
         outcome = merge.fold(tune)
         seconds = time.perf_counter() - began
     assert outcome.fate == "folded", outcome.message
-    after = [(one.seconds, one.orders) for one in FIGURES.workers.values()]
+    after = FIGURES.seen().all
     found = contents(state)
     shutil.rmtree(state)
-    spent = sum(s for s, _ in after) - sum(s for s, _ in before)
-    return seconds, found, spent, sum(n for _, n in after) - sum(n for _, n in before)
+    return seconds, found, after.seconds - before.seconds, after.orders - before.orders
 
 
 def main() -> None:

@@ -25,8 +25,9 @@ from pathlib import Path
 
 from continual import api, making
 from continual.config import Settings
+from continual.executors.cluster_figures import FIGURES
 from continual.executors.local import Local
-from continual.executors.ray import FIGURES, OnRay, RayAsked
+from continual.executors.ray import OnRay, RayAsked
 from continual.state import State
 from tests.helpers import models
 from tests.helpers.clusters import cluster
@@ -100,7 +101,7 @@ def worker_kills(work: Path, base: Path, address: str, mark: str, kills: int, ru
     for number in range(kills + 1):
         state = work / "state"
         shutil.copytree(made, state)
-        before, lost = sum(one.orders for one in FIGURES.workers.values()), FIGURES.lost
+        before = FIGURES.seen()
         killed: list[int] = []
         over = threading.Event()
         killer = threading.Thread(target=kill_one, args=(mark, number, killed, over))
@@ -113,8 +114,8 @@ def worker_kills(work: Path, base: Path, address: str, mark: str, kills: int, ru
         over.set()
         if number:
             killer.join()
-        done = sum(one.orders for one in FIGURES.workers.values()) - before
-        gone = FIGURES.lost - lost
+        done = FIGURES.seen().all.orders - before.all.orders
+        gone = FIGURES.seen().lost - before.lost
         orders = done if orders is None else orders
         same = outcome.fate == "folded" and contents(state) == expected
         clean = len(list((state / "generations").iterdir())) == 1

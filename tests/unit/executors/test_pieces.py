@@ -3,6 +3,7 @@ cluster. Tasks that are no pieces are in `test_contract`."""
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from continual.errors import Abandoned, Misconfigured, Refuse
+from continual.executors.cluster_figures import FIGURES
 from continual.executors.contract import Executor, Task
 from continual.executors.local import Local
 from continual.executors.orders import WorkPiece, at_hand, groups, order_of
@@ -113,6 +115,46 @@ def test_a_stop_ends_orders_at_once(job: MarkJob, tmp_path: Path) -> None:
     with pytest.raises(Abandoned, match="stopping"):
         next(results)
     assert not (tmp_path / "ended-after-never").exists()
+
+
+def test_what_a_cluster_did_is_known_while_it_does_it_and_after(
+    job: MarkJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor, before = _on_ray(2), FIGURES.seen()
+    caplog.set_level(logging.INFO, "continual.executors")
+    results = executor.map(tasks(job, ["plain-0", "after-go", "plain-1"]))
+    assert next(results)[0] == "plain-0"
+    seen = FIGURES.seen()
+    assert (seen.done, seen.total, [order.first for order in seen.out]) == (1, 3, ["after-go"])
+    assert {name: (node.alive, node.cores) for name, node in seen.nodes.items()} == {
+        "127.0.0.2": (True, 2.0),
+        "127.0.0.3": (True, 2.0),
+    }
+    assert seen.answered is not None
+    (tmp_path / "go").touch()
+    assert len(list(results)) == 2
+    after = FIGURES.seen()
+    assert (after.total, after.out, after.all.orders - before.all.orders) == (0, (), 3)
+    assert after.all.nbytes - before.all.nbytes == 3 << 40
+    assert after.work.keys() <= after.nodes.keys(), "a machine has one address"
+    assert "3 orders done on the cluster: 127.0.0." in caplog.text
+
+
+def test_a_stop_waits_for_no_answer_about_machines(job: MarkJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster whose head is gone answers never."""
+    stopping, silent = threading.Event(), threading.Event()
+    executor = OnRay(RayAsked(on_cluster.address()), Local(1, MANY), stopping)
+    assert executor.workers == 4, "the driver is connected"
+
+    def nodes() -> list[object]:
+        silent.wait()
+        return []
+
+    monkeypatch.setattr("ray.nodes", nodes)
+    threading.Timer(0.2, stopping.set).start()
+    with pytest.raises(Abandoned, match="stopping"):
+        list(executor.map(tasks(job, ["plain-0"])))
+    silent.set()
 
 
 def test_a_ray_client_is_refused_by_its_address() -> None:

@@ -28,6 +28,7 @@ def test_each_reason_has_its_sentence() -> None:
     health = Health(lambda: now[0])
     health.room("/state", 1000, 2000)
     health.broke("alice", "RecursionError: too deep")
+    health.fails("cluster", "10.0.0.1:6379", "has not answered")
     health.fails("round", "a round over the pool", "ZeroDivisionError")
     health.fails("publish", "publish", "no permission")
     health.fails("release", "release", "the Hub has trouble")
@@ -49,6 +50,7 @@ def test_each_reason_has_its_sentence() -> None:
     health.room("/state", 2000, 2000)
     for reason, which in (("round", "a round over the pool"), ("publish", "publish"), ("release", "release")):
         health.works(reason, which)
+    health.works("cluster", "10.0.0.1:6379")
     health.works("hook", "http (http://x)")
     health.works("canary", "the merge")
     health.works("notify", "Slack (number 1)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from continual.service.web.pages import out, record_tables
+from continual.service.web.pages import on_cluster, out, record_tables
 from continual.service.web.pages.markup import (
     Html,
     escape,
@@ -40,6 +40,7 @@ def render(status: Status, picture: Html, controls: Html, around: Around) -> str
         section("figures", "", _cards(status)),
         controls,
         section("queue", "Queue", under_way(status.current), _queue(status)),
+        on_cluster.cluster(status.cluster),
         *(_source(key, report) for key, report in status.sources.items() if report is not None),
         _notes(status.notes),
         _pool(status),

@@ -34,6 +34,15 @@ _NUMBERS = (
     "bytes",
     "merge norm",
     "records",
+    "tensors",
+    "lost before",
+    "cores",
+    "memory",
+    "GPUs",
+    "orders",
+    "read",
+    "time of work",
+    "last heard of",
 )
 _BARS = ("share", "change")
 """Columns of percentages that are also drawn."""
