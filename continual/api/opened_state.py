@@ -140,6 +140,12 @@ class OpenedState(LookedState):
         return OnRay(wanted, local, self.stopping)
 
     @property
+    def _exporter(self) -> Executor:
+        """What makes exports: `executor`, or this process alone where the settings say so."""
+        alone = self.settings.ray.exports == "driver"
+        return Local(self.settings.workers, self.settings.memory) if alone else self.executor
+
+    @property
     def stopping(self) -> threading.Event:
         """Set once `give_up` was called."""
         return self.places.stop
@@ -224,7 +230,7 @@ class OpenedState(LookedState):
             target = replace(target, tokenizer=self.places.tokenizer(self.settings.tokenizer, folded))
         target = replace(target, signer=self.signer, bom=self.settings.bom)
         with _held(self, target.at, view) as reading, self.weights() as base:
-            return folder.export(base, reading, target, self.executor, progress)
+            return folder.export(base, reading, target, self._exporter, progress)
 
     def export_lora(
         self, target: lora.LoraTarget, view: ReadView | None = None, progress: Progress = silent
@@ -233,7 +239,7 @@ class OpenedState(LookedState):
         Misconfigured and Halt; then nothing is left behind."""
         target = replace(target, signer=self.signer, bom=self.settings.bom)
         with _held(self, target.at, view) as reading:
-            return lora.export(self.base, reading, target, self.executor, progress)
+            return lora.export(self.base, reading, target, self._exporter, progress)
 
     def view(self, name: str) -> ReadView:
         """The view that the settings call `name`. Raises Misconfigured where they name no such view."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,4 +25,8 @@ class RaySettings(BaseModel):
     )
     max_retries: Annotated[int, Field(ge=0)] = Field(
         default=3, description="how often an order is sent out again whose worker died"
+    )
+    exports: Literal["workers", "driver"] = Field(
+        default="workers",
+        description="who writes exports: the workers, where all of them see the folder, or the driver alone",
     )

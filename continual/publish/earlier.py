@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from continual.engine.reading import Reading
 from continual.outside import open_regular
-from continual.publish.weights import write_hashed
+from continual.publish.weights import SpanWriter
 from continual.records import TensorSpec
 from continual.state.software import software
 from continual.tensors import BaseModel
@@ -69,10 +69,10 @@ class EarlierExport:
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 self._rows = _rows(json.loads((self._directory / RELEASE).read_bytes())["weights"])
 
-    def take(self, of: str, fd: int, offset: int, nbytes: int) -> str | None:
-        """Writes the bytes of the tensor that is made of the same to `offset` of an open file; returns their hash. None
-        where there is none, or it is not what it was when it was written: then what was written is to be written over.
-        Raises OSError where it cannot be written."""
+    def take(self, of: str, into: SpanWriter, nbytes: int) -> str | None:
+        """Writes the bytes of the tensor that is made of the same; returns their hash. None where there is none, or it
+        is not what it was when it was written: then what was written is to be written over. Raises OSError where it
+        cannot be written."""
         row = self._rows.get(of)
         if row is None or self._directory is None or row.nbytes != nbytes:
             return None
@@ -81,7 +81,7 @@ class EarlierExport:
         except (OSError, ValueError):  # a name that no file has
             return None
         try:
-            return row.digest if write_hashed(fd, _pieces(source, row), offset) == row.digest else None
+            return row.digest if into.write_hashed(_pieces(source, row)) == row.digest else None
         finally:
             os.close(source)
 

@@ -5,16 +5,14 @@ a temporary directory beside, and renamed into place when it is whole.
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -23,22 +21,18 @@ from continual.engine.block_reading import CutModel
 from continual.engine.explaining import shares_of
 from continual.engine.reading import Reading
 from continual.errors import Misconfigured
-from continual.executors.contract import Executor, Progress, Task
-from continual.lazily import torch
-from continual.publish.earlier import EarlierExport, Row, body_of, made_of
+from continual.executors.contract import Executor, Progress
+from continual.publish.export_orders import ExportForm, write_weights
 from continual.publish.exported_config import WORDS, set_config_dtype, untie_config
 from continual.publish.exported_tokenizer import put_tokenizer
-from continual.publish.exported_weights import DTYPES, merged, need
+from continual.publish.exported_weights import DTYPES
 from continual.publish.finishing import finish
 from continual.publish.provenance import provenance_of
-from continual.publish.weights import Placed, header, raw, write_at, write_hashed
-from continual.records import ITEMSIZE
 from continual.signing.signer import Signer
 from continual.state.durable import move_away, publish_dir, replace_link, usable
-from continual.tensors import BaseModel, Checkpoint, TensorInfo
-from continual.tensors.checkpoints.compound import MODULES, manifest_of, parts_of
+from continual.tensors import BaseModel, Checkpoint
+from continual.tensors.checkpoints.compound import parts_of
 from continual.tensors.checkpoints.place import RELEASE, Place
-from continual.tensors.checkpoints.weight_sets import index_for, stem_of
 from continual.tensors.names.tied import tables_apart
 
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")
@@ -182,7 +176,8 @@ def fill(
     with reading.spooled(directory, base.checkpoint.nbytes):
         shares = shares_of(reading, executor, all_of_it=target.explain)  # first: it finds lengths that settling needs
         factor = reading.settle(executor, progress)
-        made = _write_weights(base, reading, target, directory, executor, progress)
+        form = ExportForm(directory, target.dtype, target.shard_size, target.earlier)
+        made = write_weights(base, reading, form, executor, progress)
     body = provenance_of(reading, factor, shares) | made
     if target.mark is not None:
         body["mark"] = target.mark
@@ -303,98 +298,3 @@ def _is_small(file: Path) -> bool:
         and not file.name.endswith(_LEFT_OUT)
         and file.stat().st_size <= _SMALL
     )
-
-
-def layout(base: BaseModel, dtype: str | None, shard_size: int | None) -> dict[str, list[Placed]]:
-    """Which tensor goes where: file name to its tensors in order. Without `shard_size` the files are the base's own, as
-    are those of modules after the transformer. The files of each folder of a model in parts stay in that folder."""
-    checkpoint = base.checkpoint
-    infos = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.offset))
-    files: dict[str, list[Placed]] = {}
-    one_file = manifest_of(checkpoint.place) == MODULES
-    for part, inside in itertools.groupby(infos, checkpoint.part_of):
-        size = None if one_file and part.prefix else shard_size
-        groups = _groups(base, list(inside), dtype, size)
-        if size is None:
-            files |= groups
-            continue
-        stem = stem_of(Path(next(iter(groups))).name)
-        for i, placed in enumerate(groups.values(), 1):
-            number = "" if len(groups) == 1 else f"-{i:05d}-of-{len(groups):05d}"
-            files[part.name(f"{stem}{number}.safetensors")] = placed
-    return files
-
-
-def _groups(
-    base: BaseModel, infos: Sequence[TensorInfo], dtype: str | None, size: int | None
-) -> dict[str, list[Placed]]:
-    """The tensors of one folder in files of `size` bytes (None: in the base's), by the name of the base's file that
-    the first is in, with a number where several begin in one."""
-    files = base.checkpoint.files
-    floats = {spec.name for spec in base.specs if spec.dtype in DTYPES}
-    groups: list[tuple[str, list[Placed]]] = []
-    end = 0
-    for info in infos:
-        source = base.aliases.get(info.name, info.name)
-        word = dtype if dtype is not None and source in floats else info.dtype
-        nbytes = torch.Size(info.shape).numel() * ITEMSIZE[word]
-        file = files[info.file].name
-        if not groups or (groups[-1][0] != file if size is None else end + nbytes > size):
-            groups.append((file, []))
-            end = 0
-        name = info.name.removeprefix(base.checkpoint.part_of(info).prefix)
-        groups[-1][1].append(Placed(name, source, word, info.shape, end, end + nbytes))
-        end += nbytes
-    return dict(groups) if size is None else {f"{file}\0{i}": placed for i, (file, placed) in enumerate(groups)}
-
-
-def _write_weights(
-    base: BaseModel, reading: Reading, target: Target, directory: Path, executor: Executor, progress: Progress
-) -> dict[str, object]:
-    """Returns what `continual.json` says of them."""
-    files = layout(base, target.dtype, target.shard_size)
-    earlier = EarlierExport(target.earlier)
-    specs = {spec.name: spec for spec in base.specs}
-    _write_indexes(files, directory)
-
-    def place(p: Placed, file: str, fd: int, offset: int) -> Row:
-        spec = specs[p.made_of]
-        of = made_of(base, reading, spec, p.dtype)
-        if (found := earlier.take(of, fd, offset, p.end - p.begin)) is not None:
-            return Row(file, offset, p.end - p.begin, of, found, taken=True)
-        digest = write_hashed(fd, map(raw, merged(base, reading, spec, p.dtype)), offset)
-        return Row(file, offset, p.end - p.begin, of, digest, taken=False)
-
-    with ExitStack() as stack:
-        tasks: list[Task[Row]] = []
-        rows: list[Row] = []
-        for file, placed in files.items():
-            head = header(placed)
-            fd = os.open(directory / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            stack.callback(os.close, fd)
-            write_at(fd, memoryview(head), 0)
-            for p in placed:
-                tasks.append(
-                    Task(p.name, need(specs[p.made_of], reading), partial(place, p, file, fd, len(head) + p.begin))
-                )
-        progress("export", 0, len(tasks))
-        for done, (_, row) in enumerate(executor.map(tasks), 1):
-            rows.append(row)
-            progress("export", done, len(tasks))
-    base.checkpoint.check_unchanged()
-    return body_of(rows)
-
-
-def _write_indexes(files: Mapping[str, Sequence[Placed]], directory: Path) -> None:
-    """Writes the index of each folder that needs one."""
-    folders: dict[str, list[str]] = {}
-    for file in files:
-        folders.setdefault(file.rpartition("/")[0], []).append(file)
-    for folder, inside in folders.items():
-        names = {file: Path(file).name for file in inside}
-        if (index := index_for(names.values())) is None:
-            continue
-        weight_map = {p.name: names[file] for file in inside for p in files[file]}
-        size = sum(p.end - p.begin for file in inside for p in files[file])
-        body = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (directory / folder / index).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")

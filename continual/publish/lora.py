@@ -14,29 +14,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
 
-from continual import linalg
 from continual.engine.block_reading import BlockReading, CutModel
 from continual.engine.explaining import shares_of
 from continual.engine.reading import Reading
-from continual.errors import Halt, Misconfigured
-from continual.executors.contract import Executor, Progress, Task
-from continual.lazily import Tensor, torch
+from continual.errors import Misconfigured
+from continual.executors.contract import Executor, Progress
 from continual.publish.adaptable import Adapted, adaptable
 from continual.publish.diffusion import FILES, LoraFormat, adaptable_in, header_of
-from continual.publish.exported_weights import DTYPES
 from continual.publish.finishing import finish
 from continual.publish.folder import free, parse_dtype, written
+from continual.publish.lora_orders import FactorLayout, FactorSquares, write_factors
 from continual.publish.provenance import provenance_of
-from continual.publish.weights import Placed, header, raw, write_at
-from continual.records import ITEMSIZE, SCHEME, TensorSpec
+from continual.records import SCHEME
 from continual.signing.signer import Signer
 from continual.state.format import BaseRecord
 from continual.tensors import BaseModel
@@ -90,36 +83,6 @@ class LoraReport:
     cut: tuple[CutModel, ...] = ()
 
 
-class _Layout(NamedTuple):
-    """What a weight file is to hold: the factors of these tensors, of this rank, in this safetensors word."""
-
-    adapted: tuple[Adapted, ...]
-    rank: int
-    word: str
-    said: Mapping[str, str] = MappingProxyType({})
-
-    def placed(self) -> list[Placed]:
-        """Where each factor lies, A before B, tensor by tensor."""
-        found: list[Placed] = []
-        end = 0
-        for one in self.adapted:
-            named = [*zip(one.names(), one.shapes(self.rank), strict=True)]
-            if one.alpha is not None:
-                named.append((one.alpha, ()))
-            for name, shape in named:
-                begin = end
-                end += math.prod(shape) * ITEMSIZE[self.word]
-                found.append(Placed(name, one.spec.name, self.word, shape, begin, end))
-        return found
-
-
-class _Squares(NamedTuple):
-    """‖τ‖² of a tensor, and ‖τ − BA‖²."""
-
-    tau: float
-    rest: float
-
-
 def _check_one_part(base: BaseModel) -> None:
     """Raises Misconfigured where tensors of a model in several folders are merged that no adapter holds."""
     heads = tuple({part.prefix for part in base.checkpoint.parts} - {""})
@@ -155,12 +118,12 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
     if isinstance(reading, BlockReading):
         adapted = tuple(one for one in adapted if reading.columns(one.spec)) or adapted[:1]
     rank = _rank(reading, adapted, target.rank)
-    layout = _Layout(adapted, rank, word, header_of(base, target.form, rank))
+    layout = FactorLayout(adapted, rank, word, header_of(base, target.form, rank))
     weights = FILES[target.form]
     with written(target.path, reading) as temporary:
         shares = shares_of(reading, executor)  # first: it finds the lengths that settling asks for
         factor = reading.settle(executor, progress)
-        squares = _write_weights(base, reading, layout, temporary / weights, executor, progress)
+        squares = write_factors(reading, layout, temporary / weights, executor, progress)
         cut = reading.cut() if isinstance(reading, BlockReading) else ()
         report = _report(target.path.absolute(), layout, squares, (temporary / weights).stat().st_size, cut)
         if target.form == "peft":
@@ -208,122 +171,8 @@ def _rank(reading: Reading, adapted: Sequence[Adapted], wanted: int | None) -> i
     return largest if wanted is None else min(wanted, largest)
 
 
-def _thin_pair(reading: BlockReading, one: Adapted, rank: int, word: str) -> tuple[list[Tensor], _Squares]:
-    """A and B of a tensor from the factors that a state of adapters reads as, of this rank and in this dtype; ‖τ‖², and
-    ‖τ − BA‖² of these. The m×n tensor is not made."""
-    found = reading.thin(one.spec, rank)
-    left, right = (found.right, found.left) if one.transposed else (found.left, found.right)
-    a, b = left.new_zeros(rank, len(right)), left.new_zeros(len(left), rank)
-    a[: right.shape[1]], b[:, : left.shape[1]] = right.mT, left
-    pair = [factor.to(DTYPES[word]) for factor in (a, b)]
-    written, kept = [factor.double() for factor in pair], (left.double(), right.double())
-    rows, columns = torch.cat([kept[0], -written[1]], 1), torch.cat([kept[1], written[0].mT], 1)
-    rounded = max(0.0, float(((rows.mT @ rows) * (columns.mT @ columns)).sum()))
-    return pair, _Squares(found.square + found.cut, found.cut + rounded)
-
-
-def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A = √Σ_rV_rᵀ (rank×n) and B = U_r√Σ_r (m×rank) of an m×n matrix, both float64: the best product of this rank.
-    Beyond the matrix's own rank, the rows of A and the columns of B are zeros.
-
-    V and Σ come from the float64 Gram of the small side, and U = matrix·V/Σ. So B·A is matrix·V_rV_rᵀ whatever σ was
-    found: an error of σ only moves length from one factor to the other. A Gram tells the directions of singular values
-    below STEEP·σ₁ apart less well; if they are mistaken, that costs less than 1e-8 of ‖matrix‖².
-    """
-    m, n = matrix.shape
-    rows = linalg.tall(matrix)
-    small = rows.new_zeros(rank, min(m, n), dtype=torch.float64)
-    large = rows.new_zeros(max(m, n), rank, dtype=torch.float64)
-    if bool(matrix.any()):
-        sigma, v = linalg.right_singular(rows)
-        k = min(rank, int((sigma > 0).sum()))
-        root = sigma[:k].sqrt()
-        v = v[:, :k]
-        small[:k] = (v * root).mT
-        v = v / root
-        for block in linalg.row_blocks(*rows.shape):
-            large[block, :k] = rows[block].double() @ v
-    return (small, large) if m >= n else (large.mT, small.mT)
-
-
-def _rest_sq(matrix: Tensor, a: Tensor, b: Tensor) -> float:
-    """‖matrix − B·A‖² in float64, by blocks of rows of the long side."""
-    if matrix.shape[0] < matrix.shape[1]:
-        matrix, a, b = matrix.mT, b.mT, a.mT
-    wide = a.double()
-    blocks = linalg.row_blocks(*matrix.shape)
-    return math.fsum(float((matrix[block].double() - b[block].double() @ wide).square_().sum()) for block in blocks)
-
-
-def _write_weights(
-    base: BaseModel, reading: Reading, layout: _Layout, file: Path, executor: Executor, progress: Progress
-) -> dict[str, _Squares]:
-    """Writes the factors of a layout into `file`, tensor by tensor and each at its own offset; returns the squares of
-    every foldable tensor, by name. Raises Halt if a value overflows the dtype."""
-    placed = layout.placed()
-    head = header(placed, layout.said)
-    starts = {p.name: len(head) + p.begin for p in placed}
-
-    def adapt(one: Adapted, fd: int) -> _Squares:
-        if isinstance(reading, BlockReading) and reading.factored:
-            pair, squares = _thin_pair(reading, one, layout.rank, layout.word)
-        else:
-            tau = reading.vector(one.spec)
-            matrix = tau.mT if one.transposed else tau.flatten(1)
-            pair = [factor.to(DTYPES[layout.word]) for factor in factors(matrix, layout.rank)]
-            squares = _Squares(linalg.inner(tau, tau), _rest_sq(matrix, *pair))
-        if not all(bool(torch.isfinite(factor).all()) for factor in pair):
-            raise Halt(
-                f"tensor {one.spec.name}: its factors have values that {layout.word} cannot hold: "
-                "export with dtype float32 or bfloat16"
-            )
-        for name, factor in zip(one.names(), pair, strict=True):
-            write_at(fd, raw(factor), starts[name])
-        if one.alpha is not None:
-            write_at(fd, raw(torch.tensor(float(layout.rank), dtype=DTYPES[layout.word])), starts[one.alpha])
-        return squares
-
-    def measure(spec: TensorSpec) -> _Squares:
-        if isinstance(reading, BlockReading) and not reading.columns(spec):
-            return _Squares(0.0, 0.0)
-        tau = reading.vector(spec)
-        square = linalg.inner(tau, tau)
-        return _Squares(square, square)
-
-    by_name = {one.spec.name: one for one in layout.adapted}
-    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        write_at(fd, memoryview(head), 0)
-        tasks: list[Task[_Squares]] = []
-        for spec in base.specs:
-            if spec.kind == "carried":
-                continue
-            found = by_name.get(spec.name)
-            if found is None:
-                tasks.append(Task(spec.name, reading.need(spec), partial(measure, spec)))
-            else:
-                tasks.append(Task(spec.name, _need(found, layout.rank, reading), partial(adapt, found, fd)))
-        squares: dict[str, _Squares] = {}
-        progress("export", 0, len(tasks))
-        for done, (name, square) in enumerate(executor.map(tasks), 1):
-            squares[name] = square
-            progress("export", done, len(tasks))
-    finally:
-        os.close(fd)
-    return squares
-
-
-def _need(one: Adapted, rank: int, reading: Reading) -> int:
-    """Peak bytes of a tensor: those of reading it, or those of τ beside its decomposition and the factors (in float64,
-    as written, and one of them in float64 once more)."""
-    m, n = one.sides
-    if isinstance(reading, BlockReading) and reading.factored:
-        return 8 * 4 * (reading.columns(one.spec) + rank) * (m + n)
-    return max(reading.need(one.spec), 4 * one.spec.numel + linalg.workspace(m, n) + 20 * rank * (m + n))
-
-
 def _report(
-    directory: Path, layout: _Layout, squares: Mapping[str, _Squares], nbytes: int, cut: tuple[CutModel, ...]
+    directory: Path, layout: FactorLayout, squares: Mapping[str, FactorSquares], nbytes: int, cut: tuple[CutModel, ...]
 ) -> LoraReport:
     names = [one.spec.name for one in layout.adapted]
     errors = {name: _error([squares[name]]) for name in names}
@@ -341,14 +190,14 @@ def _report(
     )
 
 
-def _error(squares: Iterable[_Squares]) -> float:
+def _error(squares: Iterable[FactorSquares]) -> float:
     """‖τ − BA‖/‖τ‖ over some tensors; the sums are exact, so that their order does not matter."""
     found = list(squares)
     tau = math.fsum(s.tau for s in found)
     return math.sqrt(math.fsum(s.rest for s in found) / tau) if tau else 0.0
 
 
-def _config(base: BaseRecord, layout: _Layout) -> dict[str, object]:
+def _config(base: BaseRecord, layout: FactorLayout) -> dict[str, object]:
     """adapter_config.json. PEFT keeps one `fan_in_fan_out` for all layers, and corrects it where a layer is of the
     other kind."""
     return {

@@ -7,9 +7,12 @@ import atexit
 import functools
 import importlib.util
 import os
+import threading
 
 import pytest
 
+from continual.executors.local import Local
+from continual.executors.ray import ORDER, OnRay, RayAsked
 from tests.helpers.clusters import cluster
 
 WANTED = "CONTINUAL_RAY"
@@ -26,3 +29,8 @@ def address() -> str:
     nodes = running.__enter__()
     atexit.register(running.__exit__, None, None, None)
     return nodes.address
+
+
+def executor(workers: int, order: int = ORDER) -> OnRay:
+    """An executor on the cluster, whose orders read so many bytes."""
+    return OnRay(RayAsked(address(), workers=workers, order=order), Local(workers, 1 << 40), threading.Event())

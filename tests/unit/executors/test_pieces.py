@@ -25,14 +25,10 @@ MANY = 1 << 40
 Make = Callable[[int], Executor]
 
 
-def _on_ray(workers: int) -> OnRay:
-    return OnRay(RayAsked(on_cluster.address(), workers=workers), Local(workers, MANY), threading.Event())
-
-
 EXECUTORS: dict[str, Make] = {
     "local": lambda workers: Local(workers, MANY),
     "posted": lambda _: Posted(),
-    "ray": _on_ray,
+    "ray": on_cluster.executor,
 }
 
 
@@ -120,7 +116,7 @@ def test_a_stop_ends_orders_at_once(job: MarkJob, tmp_path: Path) -> None:
 def test_what_a_cluster_did_is_known_while_it_does_it_and_after(
     job: MarkJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    executor, before = _on_ray(2), FIGURES.seen()
+    executor, before = on_cluster.executor(2), FIGURES.seen()
     caplog.set_level(logging.INFO, "continual.executors")
     results = executor.map(tasks(job, ["plain-0", "after-go", "plain-1"]))
     assert next(results)[0] == "plain-0"
