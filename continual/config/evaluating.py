@@ -40,6 +40,11 @@ class EvaluationSettings(BaseModel):
     max_drop_base: _Fall | dict[str, _Fall] | None = Field(
         default=None, description="the same beside the base; what is not in the table may fall as it likes"
     )
+    max_drop_best: _Fall | dict[str, _Fall] | None = Field(
+        default=None,
+        description="how far each metric may be below the best of the merges before it, by what the records say that "
+        "each fold did; what is not in the table may fall as it likes",
+    )
     min: float | _ByMetric | None = Field(
         default=None, description="what each metric has to be at least (at most where less is better), or a table"
     )

@@ -7,10 +7,13 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
+import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +31,12 @@ ROWS = "{rows}"
 """Stands in a command for how many rows of each task are wanted."""
 _SAMPLES = 1 << 30
 """Bytes of the largest file of samples that is read."""
+
+_WRITTEN = 2
+"""So often a file changes while the command runs that is not what it asks by."""
+
+Files = tuple[tuple[str, int, int, int], ...]
+"""Of each file that is there its name, inode, size, and nanoseconds of its last change."""
 
 
 class AskedMerge(Protocol):
@@ -47,6 +56,10 @@ class Asker(Protocol):
 
     grows: bool
 
+    def asked_by(self) -> Files:
+        """The files that it asks by, as they are now."""
+        ...
+
     def __call__(self, merge: AskedMerge, what: str, rows: int) -> Answers | None:
         """What is said of `merge` (`what`, in messages), on so many rows of each task; None where it cannot be asked.
         Raises Retry where the environment got in the way, Misconfigured where nothing can be made of what is said,
@@ -62,14 +75,24 @@ class CommandAsker:
         command_of(settings, settings.first_rows)
         self.grows = any(ROWS in part for part in settings.command)
         self._settings = settings
+        self._changed: Counter[str] = Counter()
+        """How often a file changed while the command ran."""
         self._stopping = stopping
+
+    def asked_by(self) -> Files:
+        """Those that the command names, as its program or `--rows=FILE`. One that changes each time that it runs is
+        what it writes."""
+        parts = {part for word in self._settings.command for part in (word, word.partition("=")[2])}
+        return files_now(part for part in sorted(parts) if self._changed[part] < _WRITTEN)
 
     def __call__(self, merge: AskedMerge, what: str, rows: int) -> Answers | None:
         with _written(merge, self._settings) as (model, place):
             if model is None:
                 return None
             asked = f"evaluation.command, asked about {what}"
+            before = {*self.asked_by()}
             line = last_line(command_of(self._settings, rows), model, place, asked, self._stopping)
+            self._changed.update({file for file, *_ in before.symmetric_difference(self.asked_by())})
             try:
                 metrics = parse(line)
             except ValueError as error:
@@ -90,6 +113,10 @@ class HarnessAsker:
         self._settings = settings
         self._stopping = stopping
 
+    def asked_by(self) -> Files:
+        """None: which files a task reads only lm-eval knows."""
+        return ()
+
     def __call__(self, merge: AskedMerge, what: str, rows: int) -> Answers | None:
         with _written(merge, self._settings) as (model, place):
             if model is None:
@@ -102,6 +129,17 @@ class HarnessAsker:
                 last_line(Command(tuple(argv), timeout=self._settings.timeout), model, place, asked, self._stopping)
                 metrics = samples_in(Path(found), what)
             return _answers(metrics, self._settings)
+
+
+def files_now(names: Iterable[str | Path]) -> Files:
+    """Those of these names that are regular files."""
+    found = []
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):  # a word that is no path
+            seen = os.stat(name)
+            if stat.S_ISREG(seen.st_mode):
+                found.append((str(name), seen.st_ino, seen.st_size, seen.st_mtime_ns))
+    return tuple(found)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from continual.config.evaluating import EvaluationSettings
 from continual.engine.resources import Opinion
 from continual.engine.staging import without_folds
-from continual.errors import Misconfigured, Refuse
-from continual.evaluation.askers import AskedMerge, Asker
+from continual.errors import Misconfigured, Refuse, Retry
+from continual.evaluation.askers import AskedMerge, Asker, Files
 from continual.evaluation.scores import mean
 from continual.evaluation.verdict import Answers, Drop, Verdict, decide
 from continual.state import State
@@ -28,6 +28,7 @@ class Evaluator:
         self._asked = merge_of
         self._ask = asker
         self._known: dict[tuple[str, int], Answers | None] = {}
+        self._files: Files = ()
         self._looks = list(looks(settings)) if asker.grows else [settings.first_rows]
 
     def __call__(self, trial: State, now: State, name: str) -> Opinion:
@@ -36,11 +37,17 @@ class Evaluator:
         the environment got in the way, Misconfigured where the merge that is in force cannot be asked."""
         generation = _merge_of(now)
         self._forget_all_but(generation)
+        past = [one for fold in now.ledger.folds() if (one := fold.entry.numbers.evaluated) is not None]
         for rows in self._looks:
             before = self._said(now, generation, rows, "the merge in force")
             base = self._of_base(now, before, generation, rows)
             after = self._of_trial(trial, name, rows, first=before is None)
-            found = decide(after, before, base, self._settings, len(self._looks))
+            if before is not None and _counts(before) != _counts(after):  # of other rows than it was asked by once
+                del self._known[generation, rows]
+                before = self._said(now, generation, rows, "the merge in force")
+            if not {*self._files}.issuperset(self._ask.asked_by()):
+                raise Retry(f"{name}: what the evaluation asks by was changed while it was asked; it is asked again")
+            found = decide(after, before, base, self._settings, len(self._looks), past)
             if found.word != "inconclusive" or not _more(after, rows):
                 break
         if found.failed:
@@ -80,6 +87,11 @@ class Evaluator:
         return self._known[generation, rows]
 
     def _forget_all_but(self, generation: str) -> None:
+        """Forgets what was said of other merges, and all of it where it was said by other files."""
+        files = self._ask.asked_by()
+        if not {*self._files}.issuperset(files):
+            self._known = {}
+        self._files = files
         self._known = {key: value for key, value in self._known.items() if key[0] in (generation, _BASE)}
 
     def _refuse(self, reason: str, message: str) -> Refuse:
@@ -103,6 +115,11 @@ def looks(settings: EvaluationSettings) -> Sequence[int]:
     while found[-1] < settings.max_rows:
         found.append(min(2 * found[-1], settings.max_rows))
     return found
+
+
+def _counts(answers: Answers) -> Mapping[str, int | None]:
+    """How many rows each metric has."""
+    return {name: len(value) if isinstance(value, tuple) else None for name, value in answers.metrics.items()}
 
 
 def _more(after: Answers, rows: int) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from continual.config import CalibrationSettings
 from continual.config.evaluating import EvaluationSettings
-from continual.evaluation.askers import AskedMerge
+from continual.evaluation.askers import AskedMerge, Files, files_now
 from continual.evaluation.scores import Metric
 from continual.evaluation.verdict import Answers
 from continual.executors.contract import Executor, silent
@@ -55,7 +55,12 @@ class RowsAsker:
         self._executor, self._device = work
         self._go_on = go_on
         self._fitted = False
+        self._files: Files = ()
         self._loaded: tuple[Calibration, Parameters] | None = None
+
+    def asked_by(self) -> Files:
+        """The rows, and the prompts of their labels."""
+        return files_now((*self._wanted.rows, *self._wanted.heads))
 
     def __call__(self, merge: AskedMerge, what: str, rows: int) -> Answers:  # noqa: ARG002 - errors name task and row
         with self._weights() as base:
@@ -83,8 +88,10 @@ class RowsAsker:
         return Answers(metrics, frozenset(lower))
 
     def _opened(self, base: BaseModel) -> tuple[Calibration, Parameters]:
-        """The losses of the model of the base, and where it holds the base's tensors."""
-        if self._loaded is None:
+        """The losses of the model of the base, and where it holds the base's tensors: loaded anew where rows were
+        changed."""
+        if self._loaded is None or self._files != self.asked_by():
+            self._loaded, self._fitted, self._files = None, False, self.asked_by()
             calibration = load(self._wanted, base.checkpoint.directory, self._device)
             calibration.model.requires_grad_(False)
             there = [spec for spec in base.specs if spec.kind == "carried" or spec.name in base.checkpoint.tensors]

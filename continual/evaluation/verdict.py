@@ -3,7 +3,8 @@
 The rows are compared in pairs, so that what they share does not count: of n differences the mean d, and its standard
 error s. Where rows are right or wrong (0 and 1) few of them differ, and the three that were not seen and could have
 been count as if they had: of 100 rows that are answered alike the error is 1.7 points, not 0, so that at 1 of 20 a fall
-of 2.9 points could hide in them (exactly: 3.0, the rule of three). Where they are real numbers (the probability that
+of 2.9 points could hide in them (exactly: 3.0, the rule of three). Other numbers of which rows have few (percents, 0
+and 100; marks from 0 to 5) are taken so too, in units of their range. Where they are real numbers (the probability that
 the right answer was given, or a loss) most of them move a little, and s is a half or a third.
 
 A metric may fall by `most`. It has *failed* where d is more than that, and more than chance makes of a merge that is
@@ -22,13 +23,19 @@ from typing import NamedTuple
 
 from continual.config.evaluating import EvaluationSettings
 from continual.evaluation.scores import Metric, mean
+from continual.state.parts import Evaluated
 
 DROP = 0.01
 """What a metric may fall by that a table does not name."""
 
 
-_NOW, _BASE, _LIMIT = "the merge in force", "the base", "the limit"
-_SETTING = {_NOW: "evaluation.max_drop", _BASE: "evaluation.max_drop_base", _LIMIT: "evaluation.min"}
+_NOW, _BASE, _LIMIT, _BEST = "the merge in force", "the base", "the limit", "the best of the merges before"
+_SETTING = {
+    _NOW: "evaluation.max_drop",
+    _BASE: "evaluation.max_drop_base",
+    _LIMIT: "evaluation.min",
+    _BEST: "evaluation.max_drop_best",
+}
 
 
 class Answers(NamedTuple):
@@ -40,7 +47,8 @@ class Answers(NamedTuple):
 
 class Drop(NamedTuple):
     """By how much a metric is worse than that of `beside` (in the metric's unit), by how much it may be, and the
-    standard error of the difference; None where rows are not known. `rows`: how many were compared."""
+    standard error of the difference; None where rows are not known. `rows`: how many were compared. `said`: why it
+    cannot be compared, where `drop` is infinite."""
 
     name: str
     beside: str
@@ -48,10 +56,11 @@ class Drop(NamedTuple):
     most: float
     error: float | None
     rows: int = 0
+    said: str = "is missing"
 
     def __str__(self) -> str:
         if self.drop == math.inf:
-            return f"{self.name} is missing"
+            return f"{self.name} {self.said}"
         error = "" if self.error is None else f" ± {self.error:.2g} over {self.rows} rows"
         limit = f"{_SETTING[self.beside]} = {self.most:g}"
         return f"{self.name} is worse by {self.drop:.4g}{error} than {self.beside} ({limit})"
@@ -71,10 +80,16 @@ class Verdict(NamedTuple):
 
 
 def decide(
-    after: Answers, now: Answers | None, base: Answers | None, settings: EvaluationSettings, looks: int = 1
+    after: Answers,
+    now: Answers | None,
+    base: Answers | None,
+    settings: EvaluationSettings,
+    looks: int = 1,
+    past: Sequence[Evaluated] = (),
 ) -> Verdict:
     """Compares what is said of a merge with what is said of the merge in force and of the base, where they were asked,
-    and with the absolute limits. `looks`: how often more rows may be asked, this time included."""
+    and with the absolute limits. `looks`: how often more rows may be asked, this time included. `past`: what was found
+    at the folds in force, the oldest first."""
     lower = {name for known in (after, now, base) if known for name in known.lower}
     drops: list[Drop] = []
     for beside, other, limits in ((_NOW, now, settings.max_drop), (_BASE, base, None)):
@@ -82,6 +97,9 @@ def decide(
             most = allowed(settings.max_drop_base, name) if limits is None else allowed(limits, name, DROP)
             if most is not None:
                 drops.append(_paired(name, beside, before, after.metrics.get(name), most, less=name in lower))
+    for drop in [one for one in drops if one.beside == _NOW and 0.0 < one.drop < math.inf]:
+        if (most := allowed(settings.max_drop_best, drop.name)) is not None:
+            drops.append(_below_best(drop, most, past, less=drop.name in lower))
     for name, value in after.metrics.items():
         if (least := allowed(settings.min, name)) is not None:
             drops.append(_absolute(name, value, least, less=name in lower))
@@ -130,11 +148,27 @@ def _paired(name: str, beside: str, before: Metric, after: Metric | None, most: 
     if after is None:
         return Drop(name, beside, math.inf, most, None)
     sign = -1.0 if less else 1.0
-    if isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after) > 1:
+    counts = [len(one) if isinstance(one, tuple) else None for one in (before, after)]
+    if counts[0] != counts[1]:
+        theirs, ours = ("no rows" if count is None else f"{count} rows" for count in counts)
+        return Drop(name, beside, math.inf, most, None, said=f"has {ours}, and that of {beside} has {theirs}")
+    if isinstance(before, tuple) and isinstance(after, tuple) and len(before) > 1:
         apart = [sign * (one - other) for one, other in zip(before, after, strict=True)]
-        exact = _is_right_or_wrong(before) and _is_right_or_wrong(after)
-        return Drop(name, beside, math.fsum(apart) / len(apart), most, _error(apart, exact=exact), len(apart))
+        error = _error(apart, _step((*before, *after)))
+        return Drop(name, beside, math.fsum(apart) / len(apart), most, error, len(apart))
     return Drop(name, beside, sign * (mean(before) - mean(after)), most, None)
+
+
+def _below_best(drop: Drop, most: float, past: Sequence[Evaluated], *, less: bool) -> Drop:
+    """By how much a metric that falls now is below the best that it had, by what each fold did to it: a fold that was
+    let in though it failed is where somebody wanted it to be."""
+    best = level = 0.0
+    for one in past:
+        before, after = (one.before or {}).get(drop.name), one.after.get(drop.name)
+        if before is not None and after is not None:
+            level += before - after if less else after - before
+            best = level if one.verdict == "fail" else max(best, level)
+    return Drop(drop.name, _BEST, best - level + drop.drop, most, None)
 
 
 def _absolute(name: str, value: Metric, least: float, *, less: bool) -> Drop:
@@ -143,16 +177,22 @@ def _absolute(name: str, value: Metric, least: float, *, less: bool) -> Drop:
     return Drop(name, _LIMIT, (mean(value) - least) if less else (least - mean(value)), 0.0, None)
 
 
-def _is_right_or_wrong(values: Sequence[float]) -> bool:
-    return all(value in (0.0, 1.0) for value in values)
+def _step(values: Sequence[float]) -> float:
+    """By how much a row can change at once, where rows have few different numbers, so that some that change were not
+    seen: 1 of right and wrong answers, the range of others. 0 of real numbers."""
+    different = {*values}
+    if different <= {0.0, 1.0}:
+        return 1.0
+    if len(different - {0.0}) == 1:
+        return abs(max(different, key=abs))
+    return max(different) - min(different) if len(different) <= max(2, math.isqrt(len(values) // 2)) else 0.0
 
 
-def _error(apart: Sequence[float], *, exact: bool) -> float:
-    """The standard error of the mean of differences; of answers that are right or wrong with three rows more
-    that differ."""
+def _error(apart: Sequence[float], step: float) -> float:
+    """The standard error of the mean of differences; of rows that change by a `step` with three more that do."""
     count = len(apart)
     middle = math.fsum(apart) / count
     spread = math.fsum((one - middle) ** 2 for one in apart)
-    if exact:
-        return math.sqrt(spread + 3.0) / count
+    if step:
+        return math.sqrt(spread + 3.0 * step * step) / count
     return math.sqrt(spread / (count - 1) / count)

@@ -145,6 +145,62 @@ def test_rows_that_may_be_chance(tmp_path: Path, base: Path) -> None:
         assert merge.fold(tuned).fate == "folded"
 
 
+FILE = 'sys.argv[2].partition("=")[2]'
+COUNTED = f"""
+import json, pathlib, sys
+rows = pathlib.Path({FILE}).read_text().split()
+print(sys.argv[1], file=open(sys.argv[3], "a"))
+print(json.dumps(dict(a=[float(row) for row in rows])))
+"""
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_rows_that_are_changed_while_it_runs(tmp_path: Path, base: Path, named: bool) -> None:
+    """What was said of the merge in force by other rows is asked again: where the command names their file, and where
+    there are more rows now or fewer."""
+    rows = tmp_path / "rows"
+    (tmp_path / "counted.py").write_text(COUNTED if named else COUNTED.replace(FILE, repr(str(rows))))
+    rows.write_text("0.5 0.6 0.7 0.8")
+    command = [sys.executable, "-S", str(tmp_path / "counted.py"), "{model}", f"--rows={rows if named else 'x'}"]
+    with opened(tmp_path, base, command=[*command, str(tmp_path / "asked")]) as merge:
+        assert merge.fold(moved(base, "first", 0.1)).fate == "folded"
+        assert asked(tmp_path) == 2
+        rows.write_text("0.1 0.2 0.3 0.4" if named else "0.1 0.2 0.3 0.4 0.5")
+        outcome = merge.fold(moved(base, "second", 0.2))
+        assert outcome.fate == "folded", outcome.message
+        assert asked(tmp_path) == 4
+        assert merge.fold(moved(base, "third", 0.3)).fate == "folded"
+        assert asked(tmp_path) == 5
+
+
+def test_rows_that_are_changed_while_they_are_asked_settle_nothing(tmp_path: Path, base: Path) -> None:
+    program = tmp_path / "program.py"
+    edited = "open(sys.argv[0], 'a').write('#')"
+    program.write_text(f"import sys; 'base' in sys.argv[1] or {edited}; print('{{\"a\": 0.5}}')")
+    with opened(tmp_path, base, command=[sys.executable, str(program), "{model}"]) as merge:
+        with pytest.raises(Retry, match="first: what the evaluation asks by was changed"):
+            merge.fold(moved(base, "first", 0.1))
+        assert merge.head == 0
+
+
+def test_one_that_does_not_answer_a_row_is_refused(tmp_path: Path, base: Path) -> None:
+    command = printing("import sys; print('{\"a\": [1, 0, 1, 1]}' if 'base' in sys.argv[1] else '{\"a\": [1, 1, 1]}')")
+    with opened(tmp_path, base, command=command) as merge:
+        outcome = merge.fold(moved(base, "first", 0.1))
+        assert outcome.reason == "evaluation"
+        assert "a has 3 rows, and that of the merge in force has 4 rows" in outcome.message
+
+
+def test_ten_small_steps_down_are_seen_beside_the_best(tmp_path: Path, base: Path) -> None:
+    with opened(tmp_path, base, max_drop_best=0.025) as merge:
+        for step in range(3):
+            assert merge.fold(moved(base, "step" + "s" * step, -0.008)).fate == "folded"
+        outcome = merge.fold(moved(base, "one-too-many", -0.008))
+        assert (outcome.reason, "than the best of the merges before" in outcome.message) == ("evaluation", True)
+        merge.state.rollback(1)
+        assert merge.fold(moved(base, "another-step", -0.008)).fate == "folded"
+
+
 def printing(what: str) -> list[str]:
     return [sys.executable, "-S", "-c", what, "{model}"]
 

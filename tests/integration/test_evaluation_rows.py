@@ -71,6 +71,15 @@ def test_rows_say_what_a_plain_loop_says(tmp_path: Path, objective: str) -> None
     assert (found.errors or {})["task-0"] > 0
 
 
+def test_rows_that_are_edited_while_it_runs_are_read_again(tmp_path: Path) -> None:
+    given = made("causal-lm", tmp_path)
+    with opened(tmp_path, given, max_drop=1e3) as merge:
+        assert evaluated(merge, tuned(given.base, "one", 0.3)).rows == calibrated.ROWS
+        for file in given.wanted.rows:
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+        assert evaluated(merge, tuned(given.base, "another", 0.3)).rows == calibrated.ROWS - 1
+
+
 def test_a_merge_that_answers_worse_is_refused_and_one_as_good_is_not(tmp_path: Path) -> None:
     given = made("causal-lm", tmp_path)
     with opened(tmp_path, given) as merge:

@@ -10,6 +10,7 @@ import pytest
 from continual.config.evaluating import EvaluationSettings
 from continual.evaluation.scores import Metric
 from continual.evaluation.verdict import Answers, Verdict, decide, quantile
+from continual.state.parts import Evaluated
 
 ROWS = (1.0,) * 60 + (0.0,) * 40
 
@@ -49,7 +50,14 @@ def asked(before: Metric, after: Metric, *, less: bool = False, **settings: obje
         (ROWS, wrong(8), "fail"),
         (ROWS * 10, ROWS * 10, "pass"),
         (ROWS[:1], ROWS[-1:], "fail"),  # of one row nothing is known of chance
-        (ROWS, ROWS[:99], "pass"),  # other rows: their means
+        (ROWS, ROWS[:99], "fail"),  # a row that it does not answer is not left out of the mean
+        (ROWS, 0.6, "fail"),
+        (0.6, ROWS, "fail"),
+        ((100.0,) * 60 + (0.0,) * 40, (100.0,) * 60 + (0.0,) * 40, "inconclusive"),  # percents, max_drop is a 100th
+        ((100.0,) * 5, (100.0,) * 5, "inconclusive"),
+        ((0.0, 0.5, 1.0) * 3, (0.0, 0.5, 1.0) * 3, "inconclusive"),  # marks: nine rows that stay say little
+        ((0.0, 0.5, 1.0) * 40, (0.0, 0.5, 1.0) * 40, "pass"),
+        ((0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4), "pass"),
         ((0.5,) * 100, (0.5,) * 100, "pass"),  # real numbers that do not move
         (*moved(0.0, 0.03), "pass"),
         (*moved(0.02, 0.03), "fail"),
@@ -99,6 +107,40 @@ def test_a_metric_that_is_missing_has_failed() -> None:
     found = decide(Answers({"b": 1.0}), Answers({"a": 0.5}), None, EvaluationSettings())
     assert [str(drop) for drop in found.failed] == ["a is missing"]
     assert decide(Answers({"a": 0.5, "new": 0.1}), Answers({"a": 0.5}), None, EvaluationSettings()).word == "pass"
+
+
+def fold_of(before: float | None, after: float, verdict: str = "pass") -> Evaluated:
+    return Evaluated({"a": after}, None if before is None else {"a": before}, verdict=verdict)
+
+
+def test_a_fall_in_small_steps_is_seen_beside_the_best() -> None:
+    """Each step is less than a fold may lower it by."""
+    past: list[Evaluated] = [fold_of(None, 0.5), fold_of(0.5, 0.8)]
+    wanted = EvaluationSettings(max_drop_best=0.03)
+    words = []
+    for step in range(1, 6):
+        before, after = 0.8 - 0.008 * (step - 1), 0.8 - 0.008 * step
+        now, then = Answers({"a": before}), Answers({"a": after})
+        assert decide(then, now, None, EvaluationSettings(), past=past).word == "pass"
+        found = decide(then, now, None, wanted, past=past)
+        words.append(found.word)
+        past.append(fold_of(before, after))
+    assert words == ["pass", "pass", "pass", "fail", "fail"]
+    said = "a is worse by 0.04 than the best of the merges before (evaluation.max_drop_best = 0.03)"
+    assert str(found.failed[0]) == said
+    assert decide(Answers({"a": 0.79}), Answers({"a": 0.76}), None, wanted, past=past).word == "pass", "it is better"
+    past[-1] = fold_of(0.768, 0.76, "fail")  # a person accepted it
+    assert decide(Answers({"a": 0.755}), Answers({"a": 0.76}), None, wanted, past=past).word == "pass"
+    by_name = EvaluationSettings(max_drop_best={"b": 0.03})
+    assert decide(Answers({"a": 0.755}), Answers({"a": 0.76}), None, by_name, past=past[:-1]).word == "pass"
+
+
+def test_a_loss_that_grows_in_small_steps() -> None:
+    past = [Evaluated({"a": 2.0 + 0.1 * step}, {"a": 1.9 + 0.1 * step}, verdict="pass") for step in range(5)]
+    now, then = Answers({"a": 2.4}, frozenset("a")), Answers({"a": 2.45}, frozenset("a"))
+    settings = EvaluationSettings(max_drop=0.1, max_drop_best=0.3)
+    (drop,) = decide(then, now, None, settings, past=past).failed
+    assert drop.drop == pytest.approx(0.55)
 
 
 def test_more_metrics_and_looks_ask_for_more() -> None:
