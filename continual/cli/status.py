@@ -13,8 +13,9 @@ from continual.texts import duration, paused_since, plain, scale, share, size, w
 def text(body: Mapping[str, Any]) -> str:
     """A status for people."""
     sources = _sources(body)
+    says_why = body["why"] and (not body["degraded"] or body["health"] == "stopping")
     lines = [
-        f"{body['health']}{': ' + body['why'] if body['why'] and not body['degraded'] else ''}"
+        f"{body['health']}{': ' + body['why'] if says_why else ''}"
         + (f", process {body['pid']} at {body['url']}" if body["pid"] else ""),
         (
             f"state      {body['state']}, record {body['head']}, {body['folds']} folded, "

@@ -7,6 +7,8 @@ when it died is sent out again, here and not by Ray, so that it is known how man
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import math
 import os
@@ -38,6 +40,8 @@ _LOOK = 0.5
 """Seconds after which it is looked whether to stop."""
 _NODES = 5.0
 """Seconds after which it is asked again which machines there are."""
+_SIGACTION = 512
+"""Bytes that have room for a `struct sigaction` of any C library."""
 _log = logging.getLogger("continual.executors")
 
 
@@ -301,15 +305,30 @@ def _reached(address: str) -> None:
 
 def _connect(ray: Any, address: str) -> None:
     _reached(address)
-    handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
     try:
-        ray.init(address, namespace="continual", log_to_driver=False, logging_level=logging.ERROR)
+        with _signals_kept():
+            ray.init(address, namespace="continual", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise Misconfigured(
             f"ray.address = {address}: no Ray cluster is there that this machine belongs to ({error}); {_START}; one "
             "that has a token wants RAY_AUTH_MODE=token and the same token here"
         ) from error
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Has the handlers of before back at its end, in whichever thread. Ray sets its own, in Python where it can and
+    always below it: that one aborts the process three seconds after a SIGTERM, while continual drains."""
+    libc = ctypes.CDLL(None)
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
+    below = {one: ctypes.create_string_buffer(_SIGACTION) for one in handlers}
+    for one, action in below.items():
+        libc.sigaction(one.value, None, action)
+    try:
+        yield
     finally:
         if threading.current_thread() is threading.main_thread():
-            for one, handler in handlers.items():  # it would end the process where continual drains
+            for one, handler in handlers.items():
                 signal.signal(one, handler)
+        for one, action in below.items():
+            libc.sigaction(one.value, action, None)

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 
 import structlog
 
@@ -117,6 +118,7 @@ class Daemon:
         self._socket = sock
         self._log = structlog.get_logger("continual")
         self._stopping = asyncio.Event()
+        self._draining = 0
         self._worker = Worker(merge, self.live, self._failures, fresh=self._fresh, halt=self._halt)
         worker = self._worker
         self._watch = CanaryWatch(merge, self._failures, worker.turns, self._fresh, self._again)
@@ -204,8 +206,16 @@ class Daemon:
         if not isinstance(request, DrainRequest):
             return await self._performing.perform(request, hear, by)
         loop = asyncio.get_running_loop()
-        # from its turn on that thread, so that it stops before the next fold is begun
-        await self._worker.turns.ask(request.title, lambda: loop.call_soon_threadsafe(self._drained))
+        self._draining += 1
+        self.live.ending = self.live.ending or "stops when what is under way has ended, as 'continual drain' asked"
+        try:
+            # from its turn on that thread, so that it stops before the next fold is begun
+            await self._worker.turns.ask(request.title, lambda: loop.call_soon_threadsafe(self._drained))
+        except BaseException:
+            self._draining -= 1
+            if not self._draining and not self._stopping.is_set():  # who asked has gone: it goes on
+                self.live.ending = ""
+            raise
         return {"pid": os.getpid()}
 
     def _drained(self) -> None:
@@ -221,13 +231,23 @@ class Daemon:
 
     def _signalled(self, number: int) -> None:
         """Stops; a second signal gives up the fold under way at once."""
+        name, drain = signal.Signals(number).name, self.merge.settings.drain
         if self._stopping.is_set():
-            self.merge.give_up()
-        self._log.info("stopping", signal=signal.Signals(number).name, drain_seconds=self.merge.settings.drain)
+            self._give_up()
+        else:
+            until = f"{datetime.now(UTC) + timedelta(seconds=drain):%H:%M:%S}Z"
+            self.live.ending = f"stops on {name}: what is under way has until {until} to end, and is given up then"
+        self._log.info("stopping", signal=name, drain_seconds=drain)
         self._stop()
+
+    def _give_up(self) -> None:
+        """Has what is under way end now, here and on a cluster."""
+        self.live.ending = "stops: what is under way is given up, and begins again at the next start"
+        self.merge.give_up()
 
     def _halt(self, error: Halt) -> None:
         self.halted = error
+        self.live.ending = f"stops: {error}"
         self.metrics.error("halt")
         self._log.error("halted", error=str(error))
         self._failures.news("halted", f"has stopped, and a person has to look: {error}")
@@ -237,7 +257,7 @@ class Daemon:
         """Lets the fold under way finish, and gives it up where it takes longer than `drain` seconds."""
         done, _ = await asyncio.wait({folding}, timeout=self.merge.settings.drain)
         if not done:
-            self.merge.give_up()
+            self._give_up()
             await asyncio.wait({folding})
 
     async def _serve(self, stop: asyncio.Event) -> None:

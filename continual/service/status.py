@@ -81,6 +81,7 @@ class Live:
         self._rounding = False
         self._command: str | None = None
         self.paused: str | None = None
+        self.ending = ""
         self.look_paused()
         self._clock = clock
         self._begun = self._moved = self._beaten = clock()
@@ -141,7 +142,8 @@ class Live:
             return why
         if self.doing is not None:
             stage, done, total = self._stage
-            return f"{self.doing}: {stage} {done} of {total}; {len(self.queue.waiting)} wait"
+            ending = f"; {self.ending}" if self.ending else ""
+            return f"{self.doing}: {stage} {done} of {total}; {len(self.queue.waiting)} wait{ending}"
         if self.paused is not None:
             return texts.paused_since(self.paused)
         return f"waits for models; record {self.merge.head}, {len(self.queue.waiting)} wait"
@@ -196,7 +198,7 @@ class Live:
         wrong = [(shortfall.reason, shortfall.message) for shortfall in self.shortfalls()]
         every = _CLUSTER if self.figures.is_driving else 60.0
         turn = int(self._clock() / every), self.figures.is_driving
-        now = (head.crc, len(queue), tries, self.doing, self.paused, self.scanned, wrong, turn)
+        now = (head.crc, len(queue), tries, self.doing, self.paused, self.ending, self.scanned, wrong, turn)
         return hashlib.blake2s(repr(now).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 
     def under_way(self) -> UnderWay | None:
@@ -215,13 +217,21 @@ class Live:
         address = self.merge.settings.ray.address
         return showing_cluster.shown(address, self.figures.seen(), self.figures.clock())
 
+    def _word(self, *, good: bool, degraded: bool) -> str:
+        """The health in a word: what a person should know first."""
+        if not good:
+            return "stuck"
+        if self.ending:
+            return "stopping"
+        return "degraded" if degraded else "ok" if self.paused is None else "paused"
+
     def status(self) -> Status:
         """Everything there is to show."""
         from continual.service.metrics import peak_memory
 
         good, why = self.healthy()
         found = self.shortfalls()
-        if good and found:
+        if good:
             why = "; ".join(shortfall.message for shortfall in found)
         reports: dict[str, SourceReport] = {}
         for source in self.sources:
@@ -229,10 +239,8 @@ class Live:
         return _status(
             self.merge,
             Running(
-                health="stuck" if not good else "degraded" if found else "ok" if self.paused is None else "paused",
-                why="; ".join(
-                    part for part in ("" if good and not found else why, texts.paused_since(self.paused)) if part
-                ),
+                health=self._word(good=good, degraded=bool(found)),
+                why="; ".join(part for part in (self.ending, why, texts.paused_since(self.paused)) if part),
                 paused=self.paused,
                 degraded=found,
                 pid=os.getpid(),

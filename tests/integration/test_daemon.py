@@ -166,7 +166,7 @@ def test_sigterm_finishes_the_fold_or_gives_it_up_in_time_a_second_one_at_once_a
         else:
             process.send_signal(signal.SIGTERM)
         if how == "twice":
-            until(lambda: "stopping" in (tmp_path / "daemon.log").read_text(), "the first signal is heard")
+            until(lambda: status(address)["health"] == "stopping", "the first signal is heard")
             process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT) == 0
     assert ("abandoned" in (tmp_path / "daemon.log").read_text()) is (folds == 1)

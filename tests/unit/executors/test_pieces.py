@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 import secrets
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +153,28 @@ def test_a_stop_waits_for_no_answer_about_machines(job: MarkJob, monkeypatch: py
     with pytest.raises(Abandoned, match="stopping"):
         list(executor.map(tasks(job, ["plain-0"])))
     silent.set()
+
+
+ON_A_THREAD = """
+import os, signal, sys, threading
+from continual.executors.local import Local
+from continual.executors.ray import OnRay, RayAsked
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
+executor = OnRay(RayAsked(sys.argv[1]), Local(1), threading.Event())
+thread = threading.Thread(target=lambda: executor.workers)
+thread.start()
+thread.join()
+os.kill(os.getpid(), signal.SIGTERM)
+print(heard, signal.getitimer(signal.ITIMER_REAL))
+"""
+
+
+def test_a_driver_that_is_no_main_thread_leaves_sigterm_to_who_had_it() -> None:
+    """Ray's handler sets an alarm, which aborts the process after three seconds: a daemon could not drain."""
+    command = [sys.executable, "-c", ON_A_THREAD, on_cluster.address()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "['SIGTERM'] (0.0, 0.0)\n"
 
 
 def test_a_ray_client_is_refused_by_its_address() -> None:

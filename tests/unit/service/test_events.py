@@ -56,7 +56,7 @@ def test_a_page_hears_of_what_is_new_and_of_nothing_twice(live: Live, tmp_path: 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("change", ["queue", "try", "paused", "wrong", "command"])
+@pytest.mark.parametrize("change", ["queue", "try", "paused", "ending", "wrong", "command"])
 def test_the_stamp_is_another_one_after_whatever_can_be_seen(live: Live, change: str) -> None:
     source = FolderSource(Path("/in"))
     live.queue.put(Event("folder", "/in/alice"), source)
@@ -69,6 +69,8 @@ def test_the_stamp_is_another_one_after_whatever_can_be_seen(live: Live, change:
         live.queue.again(taken, 0.0)
     elif change == "paused":
         live.paused = "2026-01-01T00:00:00Z"
+    elif change == "ending":
+        live.ending = "stops on SIGTERM"
     elif change == "wrong":
         live.health.fails("hook", "http", "it does not answer")
     else:

@@ -176,6 +176,23 @@ def test_degraded_is_shown_everywhere_and_stays_ready(client: TestClient, live: 
     assert client.get("/healthz").text == "ok\n"
 
 
+@pytest.mark.parametrize("degraded", [False, True])
+def test_that_it_stops_is_shown_everywhere_whatever_else_is_wrong(
+    client: TestClient, live: Live, *, degraded: bool
+) -> None:
+    live.begin_command("tag")
+    assert "stops" not in live.line()
+    live.ending = "stops on SIGTERM: what is under way has until 12:00:00Z to end"
+    if degraded:
+        live.health.room("/state", 1, 10**6)
+    body = client.get("/api/status").json()
+    assert body["health"] == "stopping"
+    assert text(body).startswith(f"stopping: {live.ending}")
+    assert live.ending in client.get("/").text
+    assert live.line().endswith(live.ending)
+    assert client.get("/healthz").text == "ok\n"
+
+
 def test_every_waiting_candidate_shows_its_last_error_and_its_next_try(client: TestClient, live: Live) -> None:
     source = FolderSource(Path("/in"))
     for number, name in enumerate(("new", "b\x1b[2Jad", "caf\udce9")):

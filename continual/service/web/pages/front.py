@@ -66,7 +66,7 @@ def render(status: Status, picture: Html, controls: Html, around: Around) -> str
 
 def _header(status: Status) -> Html:
     tag = "good" if status.health == "ok" else "bad"
-    why = "" if status.degraded else status.why
+    why = "" if status.degraded and status.health != "stopping" else status.why
     shown = (
         f'<header><h1>continual</h1><div role="status"><span class="tag {tag}">{escape(status.health)}</span> '
         f"<span>{escape(why)}</span></div></header>"
