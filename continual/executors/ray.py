@@ -1,5 +1,6 @@
-"""Orders on the workers of a Ray cluster that is there already (https://docs.ray.io/en/latest/ray-core). This process
-is the driver: it has to run on a machine of the cluster. What is no piece of a job runs on threads of this process.
+"""Orders on the workers of a Ray cluster that is there already (https://docs.ray.io/en/latest/ray-core). A child
+of this process is the driver (`links`): it has to run on a machine of the cluster. What is no piece of a job runs on
+threads of this process.
 
 No array travels: a worker is sent a job once, and names; it gives receipts back. An order that a worker took with it
 when it died is sent out again, here and not by Ray, so that it is known how many were.
@@ -7,41 +8,37 @@ when it died is sent out again, here and not by Ray, so that it is known how man
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
-import math
-import os
-import signal
-import socket
+import pickle
+import queue
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
-from platform import python_version
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from continual.errors import Abandoned, Misconfigured, Retry
-from continual.executors.cluster_figures import FIGURES, DrivenWork, nodes_of, told
+from continual.executors.away import WorkAnswer, software
+from continual.executors.cluster_figures import FIGURES, DrivenWork, told
 from continual.executors.contract import Task
-from continual.executors.local import Local, give_back_large_blocks
-from continual.executors.orders import WorkJob, WorkOrder, groups, order_of, work
-from continual.lazily import torch
+from continual.executors.driving import Came
+from continual.executors.links import SILENT, Answers, ClusterLink, link_to
+from continual.executors.local import Local
+from continual.executors.orders import groups, order_of
+from continual.outside import counted
 
 T = TypeVar("T")
 ORDER = 256 << 20
 """Bytes that an order reads, about."""
-_REACHED = 10.0
-"""Seconds in which the head of a cluster answers."""
-_START = "start one with 'ray start --head', or join one with 'ray start --address HOST:PORT'"
-_LOOK = 0.5
+LOOK = 0.5
 """Seconds after which it is looked whether to stop."""
-_NODES = 5.0
-"""Seconds after which it is asked again which machines there are."""
-_SIGACTION = 512
-"""Bytes that have room for a `struct sigaction` of any C library."""
+QUIET = 20.0
+"""Seconds without an answer after which the log says what is waited for; then after twice as many, and so on."""
+ROOM_SAID = 5.0
+"""Seconds after which it says that no machine can do an order."""
+NO_ROOM = 600.0
+"""Seconds for which it is waited that a machine comes that can do an order at all: a cluster that grows by itself takes
+minutes."""
 _log = logging.getLogger("continual.executors")
 
 
@@ -58,16 +55,6 @@ class RayAsked(NamedTuple):
     order: int = ORDER
 
 
-class WorkAnswer(NamedTuple):
-    """What a worker gives back of an order: a result of each piece, or the error that ended it; where it runs, and the
-    seconds that it took."""
-
-    results: Sequence[object]
-    error: Exception | None
-    machine: str
-    seconds: float
-
-
 class OnRay:
     """An executor of orders on a Ray cluster."""
 
@@ -82,25 +69,22 @@ class OnRay:
         self._asked = asked
         self._local = local
         self._stopping = stopping
-        self._looked = -math.inf
-        self._largest = 0
-        self._answered = threading.Event()
-        self._asking: threading.Thread | None = None
         self.elsewhere = "cuda" if asked.gpus else "cpu"
 
     @property
     def workers(self) -> int:
         """Orders at a time at most: the setting, or one for each core of the cluster."""
-        return self._asked.workers or max(1, int(self._cluster().get("CPU", 1)))
+        return self._asked.workers or _cores(self._linked())
 
     @property
     def budget(self) -> int:
         """Bytes that orders may reserve on all machines together."""
-        return int(self._cluster().get("memory", self._local.budget))
+        return int(_total(self._linked(), "memory")) or self._local.budget
 
     def map(self, tasks: Sequence[Task[T]]) -> Iterator[tuple[str, T]]:
         """Runs the tasks, as `Executor` says; results come order by order. Raises Abandoned where continual is
-        stopping, Misconfigured where there is no cluster, Retry where workers died too often."""
+        stopping, Misconfigured where Ray is not installed, Retry where there is no cluster, where it goes away, has no
+        machine for an order, or where workers died too often."""
         waiting: deque[list[Task[T]]] = deque()
         here: list[Task[T]] = []
         for group in groups(tasks, self._asked.order):
@@ -120,65 +104,53 @@ class OnRay:
         _log.info("%s", told(driven))
 
     def _driven(self, waiting: deque[list[Task[T]]], driven: DrivenWork) -> Iterator[tuple[str, T]]:
-        ray = self._connected()
-        most = self._asked.workers or 2 * self.workers
-        jobs: dict[str, Any] = {}
-        running: dict[Any, list[Task[T]]] = {}
+        link = self._linked()
+        answers, running, jobs = Answers(), dict[int, list[Task[T]]](), set[str]()
+        patience = Patience()
         try:
             while waiting or running:
-                self._look(ray)
-                while waiting and len(running) < most:
+                while waiting and len(running) < (self._asked.workers or 2 * _cores(link)):
                     group = waiting.popleft()
-                    running[self._sent(group, jobs)] = group
+                    running[self._sent(link, group, jobs, answers)] = group
                     driven.sent(group[0].name, len(group))
-                done, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK)
+                try:
+                    came = answers.get(timeout=LOOK)
+                except queue.Empty:
+                    self._go_on()
+                    oldest = next(iter(running.values()))
+                    patience.look(link, len(running), self._options(link, oldest))
+                    continue
                 self._go_on()
-                for ref in done:
-                    group = running.pop(ref)
-                    try:
-                        answer: WorkAnswer = ray.get(ref)
-                    except ray.exceptions.RayTaskError:
-                        raise
-                    except ray.exceptions.RayError as error:
-                        self._again(group, driven, error)
-                        waiting.appendleft(group)
-                        continue
-                    driven.came(group[0].name, answer.machine, sum(task.reads for task in group), answer.seconds)
-                    yield from _received(answer, group)
+                patience.renew()
+                if came is None:
+                    running.clear()
+                    raise link.gone()
+                group = running.pop(came.number)
+                if came.answer is None:
+                    self._again(group, driven, came)
+                    waiting.appendleft(group)
+                    continue
+                answer: WorkAnswer = pickle.loads(came.answer)
+                driven.came(group[0].name, answer.machine, sum(task.reads for task in group), answer.seconds)
+                yield from _received(answer, group)
         finally:
-            _end(ray, list(running))
+            link.end(list(running), answers)
+            for job in jobs:
+                link.job(job, None)
 
-    def _again(self, group: Sequence[Task[T]], driven: DrivenWork, error: Exception) -> None:
-        """Counts an order that was lost with its worker. Raises Retry where that was too often."""
+    def _again(self, group: Sequence[Task[T]], driven: DrivenWork, came: Came) -> None:
+        """Counts an order that was lost with its worker. Raises Retry where that was too often, Misconfigured where
+        workers cannot do orders at all."""
         name = group[0].name
-        times = driven.was_lost(name)
-        why = str(error).strip().partition("\n")[0]
+        if not came.lost:
+            raise Misconfigured(
+                f"a worker of the cluster cannot do the order that begins with {name} ({came.why}): "
+                "is continual installed on every machine, in the same version?"
+            )
+        times, why = driven.was_lost(name), _died(came.why)
         if times > self._asked.tries:
             raise Retry(f"the order that begins with {name} lost its worker {times} times ({why}); nothing was settled")
         _log.warning("a worker died, and its order that begins with %s is sent out again: %s", name, why)
-
-    def _look(self, ray: Any) -> None:
-        """Has it asked again and again which machines there are, on a thread of its own: a cluster that is gone may not
-        answer. Waits for the first answer. Raises Abandoned."""
-        while True:
-            if time.monotonic() >= self._looked + _NODES and (self._asking is None or not self._asking.is_alive()):
-                self._looked = time.monotonic()
-                self._asking = threading.Thread(target=self._ask, args=(ray,), name="ray-nodes", daemon=True)
-                self._asking.start()
-            if self._answered.wait(_LOOK):
-                return
-            self._go_on()
-
-    def _ask(self, ray: Any) -> None:
-        try:
-            found = ray.nodes()
-        except Exception as error:  # the orders that are out say whether it matters
-            _log.warning("the cluster at %s does not say which machines it has: %s", self._asked.address, error)
-            return
-        alive = [node["Resources"] for node in found if node["Alive"]]
-        self._largest = int(max((has.get("memory", 0) for has in alive), default=0))
-        FIGURES.answered(self._asked.address, nodes_of(found))
-        self._answered.set()
 
     def _go_on(self) -> None:
         """Raises Abandoned where continual is stopping."""
@@ -187,30 +159,90 @@ class OnRay:
                 "the work was given up because continual is stopping; it will be taken up at the next start"
             )
 
-    def _sent(self, group: Sequence[Task[T]], jobs: dict[str, Any]) -> Any:
-        """Sends an order out; `jobs` has the jobs that were."""
-        ray = self._connected()
+    def _sent(self, link: ClusterLink, group: Sequence[Task[T]], jobs: set[str], answers: Answers) -> int:
+        """Sends an order out, and its job before the first one; `jobs` has the jobs that were. The order's number."""
         order = order_of(group)
         assert order is not None
-        if order.job.id not in jobs:
-            jobs[order.job.id] = ray.put(order.job)
+        job = order.job.id
+        if job not in jobs:
+            link.job(job, pickle.dumps(order.job))
+            jobs.add(job)
+        return link.order(job, order.names, (software(), self._options(link, group)), answers)
+
+    def _options(self, link: ClusterLink, group: Sequence[Task[T]]) -> dict[str, Any]:
+        """What Ray is told of an order."""
         need = max(task.need for task in group)
-        options = {
+        largest = max((int(node["Resources"].get("memory", 0)) for node in link.nodes), default=0)
+        return {
             "num_cpus": 1,
             "num_gpus": self._asked.gpus,
-            "memory": self._asked.memory or min(need, self._largest),
+            "memory": self._asked.memory or min(need, largest),
             "max_retries": 0,
             "scheduling_strategy": "SPREAD",
             "name": f"continual {group[0].name}",
         }
-        return ray.remote(_done).options(**options).remote(jobs[order.job.id], order.names, _versions())
 
-    def _cluster(self) -> Mapping[str, float]:
-        found: Mapping[str, float] = self._connected().cluster_resources()
-        return found
+    def _linked(self) -> ClusterLink:
+        return link_to(self._asked.address, self._go_on)
 
-    def _connected(self) -> Any:
-        return _driver(self._asked.address)
+
+class Patience:
+    """How long it was waited for an answer, and what is said about it. `clock` tells seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.renew()
+
+    def renew(self) -> None:
+        """Something came."""
+        self._since, self._next = self._clock(), QUIET
+
+    def look(self, link: ClusterLink, out: int, options: Mapping[str, Any]) -> None:
+        """Says in the log, more and more rarely, what is waited for: `out` orders, of which the oldest has these
+        options. Raises Retry where no machine can do it for a long time."""
+        waited = self._clock() - self._since
+        room = any(_fits(node["Resources"], options) for node in link.nodes)
+        if not room and waited > NO_ROOM:
+            raise Retry(f"{_no_room(link, options)}; nothing was settled")
+        if waited < self._next and (room or waited < ROOM_SAID or self._next > QUIET):
+            return
+        self._next = max(2 * waited, QUIET + 1)
+        if link.silent > SILENT:
+            said = f"the cluster at {link.address} has not answered for {link.silent:.0f} s"
+        elif not room:
+            said = _no_room(link, options)
+        else:
+            said = f"{len(link.nodes)} machines are alive; a worker that hangs can be killed, its order is done again"
+        _log.warning("%s out, none came back for %.0f s: %s", counted(out, "order"), waited, said)
+
+
+def _died(why: str) -> str:
+    """What Ray says of a worker that died, and what to do where memory was the reason."""
+    advice = "; set ray.memory higher, so that fewer orders run on a machine at a time"
+    return why + advice if "OutOfMemory" in why else why
+
+
+def _fits(has: Mapping[str, float], options: Mapping[str, Any]) -> bool:
+    asked = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], "memory": options["memory"]}
+    return all(has.get(name, 0) >= least for name, least in asked.items())
+
+
+def _no_room(link: ClusterLink, options: Mapping[str, Any]) -> str:
+    gpus = f", {options['num_gpus']:g} GPU" if options["num_gpus"] else ""
+    return (
+        f"no machine of the cluster at {link.address} has what an order reserves (1 core{gpus} and "
+        f"{options['memory'] / 1e9:.2f} GB of memory): it has {counted(len(link.nodes), 'machine')} with "
+        f"{_total(link, 'CPU'):g} cores and {_total(link, 'GPU'):g} GPUs in all; look at ray.gpus and ray.memory, or "
+        "let a machine join"
+    )
+
+
+def _total(link: ClusterLink, name: str) -> float:
+    return float(sum(node["Resources"].get(name, 0) for node in link.nodes))
+
+
+def _cores(link: ClusterLink) -> int:
+    return max(1, int(_total(link, "CPU")))
 
 
 def _received(answer: WorkAnswer, group: Sequence[Task[T]]) -> Iterator[tuple[str, T]]:
@@ -219,116 +251,3 @@ def _received(answer: WorkAnswer, group: Sequence[Task[T]]) -> Iterator[tuple[st
         raise answer.error
     for task, result in zip(group, answer.results, strict=True):
         yield task.name, result  # type: ignore[misc]
-
-
-def _done(job: WorkJob[Any], names: tuple[str, ...], versions: Mapping[str, str]) -> WorkAnswer:
-    """Does an order, on a worker."""
-    began = time.perf_counter()
-    machine = _machine()
-    torch.set_num_threads(1)
-    give_back_large_blocks()
-    try:
-        _same_software(machine, versions)
-        return WorkAnswer(work(WorkOrder(job, names)), None, machine, time.perf_counter() - began)
-    except Exception as error:
-        error.add_note(f"on the worker {machine}:\n{''.join(traceback.format_tb(error.__traceback__))}")
-        return WorkAnswer((), error, machine, time.perf_counter() - began)
-
-
-def _machine() -> str:
-    """The address of this machine in the cluster."""
-    from ray import util
-
-    return str(util.get_node_ip_address())  # type: ignore[no-untyped-call, unused-ignore]
-
-
-def _versions() -> dict[str, str]:
-    return {"python": python_version(), **{name: version(name) for name in ("continual", "torch", "numpy")}}
-
-
-def _same_software(machine: str, wanted: Mapping[str, str]) -> None:
-    """Raises Misconfigured where this machine has other versions: they may give other bits."""
-    for name, here in _versions().items():
-        if here != wanted[name]:
-            raise Misconfigured(
-                f"the worker {machine} has {name} {here}, and the driver {wanted[name]}: "
-                "install the same on every machine"
-            )
-
-
-def _end(ray: Any, running: list[Any]) -> None:
-    """Has orders end that nobody waits for any more, and waits until they have."""
-    for ref in running:
-        ray.cancel(ref, force=True)
-    if running:
-        ray.wait(running, num_returns=len(running), timeout=60.0)
-
-
-_CONNECTING = threading.Lock()
-_CONNECTED: list[str] = []
-"""The address of the cluster of which this process is a driver, if it is one."""
-
-
-def _driver(address: str) -> Any:
-    """Ray, with this process as a driver of the cluster. Raises Misconfigured where it is not installed, where there is
-    no cluster, or where this process is a driver of another one."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import ray
-    except ImportError:
-        raise Misconfigured("executor = ray needs the package ray: pip install 'continual[ray]'") from None
-    with _CONNECTING:
-        if not ray.is_initialized():
-            _connect(ray, address)
-            _CONNECTED[:] = [address]
-        elif _CONNECTED and [address] != _CONNECTED:
-            _reached(address)
-            raise Misconfigured(
-                f"ray.address = {address}: this process is a driver of the cluster at {_CONNECTED[0]} already: "
-                "start another process for another cluster"
-            )
-    return ray
-
-
-def _reached(address: str) -> None:
-    """Raises Misconfigured where nobody listens at an address of the form HOST:PORT: Ray itself would wait for
-    minutes."""
-    address = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), _REACHED).close()
-        except OSError as error:
-            raise Misconfigured(f"ray.address = {address}: nobody listens there ({error}); {_START}") from error
-
-
-def _connect(ray: Any, address: str) -> None:
-    _reached(address)
-    try:
-        with _signals_kept():
-            ray.init(address, namespace="continual", log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise Misconfigured(
-            f"ray.address = {address}: no Ray cluster is there that this machine belongs to ({error}); {_START}; one "
-            "that has a token wants RAY_AUTH_MODE=token and the same token here"
-        ) from error
-
-
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Has the handlers of before back at its end, in whichever thread. Ray sets its own, in Python where it can and
-    always below it: that one aborts the process three seconds after a SIGTERM, while continual drains."""
-    libc = ctypes.CDLL(None)
-    handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
-    below = {one: ctypes.create_string_buffer(_SIGACTION) for one in handlers}
-    for one, action in below.items():
-        libc.sigaction(one.value, None, action)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for one, handler in handlers.items():
-                signal.signal(one, handler)
-        for one, action in below.items():
-            libc.sigaction(one.value, action, None)

@@ -138,23 +138,6 @@ def test_what_a_cluster_did_is_known_while_it_does_it_and_after(
     assert "3 orders done on the cluster: 127.0.0." in caplog.text
 
 
-def test_a_stop_waits_for_no_answer_about_machines(job: MarkJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cluster whose head is gone answers never."""
-    stopping, silent = threading.Event(), threading.Event()
-    executor = OnRay(RayAsked(on_cluster.address()), Local(1, MANY), stopping)
-    assert executor.workers == 4, "the driver is connected"
-
-    def nodes() -> list[object]:
-        silent.wait()
-        return []
-
-    monkeypatch.setattr("ray.nodes", nodes)
-    threading.Timer(0.2, stopping.set).start()
-    with pytest.raises(Abandoned, match="stopping"):
-        list(executor.map(tasks(job, ["plain-0"])))
-    silent.set()
-
-
 ON_A_THREAD = """
 import os, signal, sys, threading
 from continual.executors.local import Local
@@ -170,8 +153,8 @@ print(heard, signal.getitimer(signal.ITIMER_REAL))
 """
 
 
-def test_a_driver_that_is_no_main_thread_leaves_sigterm_to_who_had_it() -> None:
-    """Ray's handler sets an alarm, which aborts the process after three seconds: a daemon could not drain."""
+def test_who_has_work_for_a_cluster_has_its_signals_for_itself() -> None:
+    """Ray's handler sets an alarm, which aborts a process after three seconds: a daemon could not drain."""
     command = [sys.executable, "-c", ON_A_THREAD, on_cluster.address()]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "['SIGTERM'] (0.0, 0.0)\n"
@@ -180,18 +163,3 @@ def test_a_driver_that_is_no_main_thread_leaves_sigterm_to_who_had_it() -> None:
 def test_a_ray_client_is_refused_by_its_address() -> None:
     with pytest.raises(Misconfigured, match="not as a Ray Client"):
         OnRay(RayAsked("ray://127.0.0.1:10001"), Local(1, MANY), threading.Event())
-
-
-def test_a_process_is_a_driver_of_one_cluster() -> None:
-    here = on_cluster.address()
-    assert OnRay(RayAsked(here), Local(1, MANY), threading.Event()).workers == 4
-    other = OnRay(RayAsked(here.replace("127.0.0.2", "127.0.0.1")), Local(1, MANY), threading.Event())
-    with pytest.raises(Misconfigured, match="is a driver of the cluster at"):
-        _ = other.workers
-
-
-def test_an_address_where_nobody_listens_is_said_at_once() -> None:
-    pytest.importorskip("ray")
-    executor = OnRay(RayAsked("127.0.0.1:1"), Local(1, MANY), threading.Event())
-    with pytest.raises(Misconfigured, match="nobody listens there"):
-        _ = executor.workers

@@ -1,0 +1,87 @@
+"""What a worker of a cluster does with an order, and what it gives back: bytes, which the processes between it and
+who sent the order pass on as they are."""
+
+from __future__ import annotations
+
+import pickle
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from platform import python_version
+from typing import NamedTuple
+
+from continual.errors import ContinualError, Misconfigured, Refuse
+from continual.executors.local import give_back_large_blocks
+from continual.executors.orders import WorkOrder, work
+from continual.lazily import torch
+
+
+class WorkAnswer(NamedTuple):
+    """What a worker gives back of an order: a result of each piece, or the error that ended it; where it runs, and the
+    seconds that it took."""
+
+    results: Sequence[object]
+    error: Exception | None
+    machine: str
+    seconds: float
+
+
+def answered(job: bytes, names: tuple[str, ...], versions: Mapping[str, str]) -> bytes:
+    """Does an order of a pickled `WorkJob`, on a worker; the `WorkAnswer`, pickled."""
+    began = time.perf_counter()
+    machine = _machine()
+    torch.set_num_threads(1)
+    give_back_large_blocks()
+    results: Sequence[object] = ()
+    raised: Exception | None = None
+    try:
+        _same_software(versions)
+        results = work(WorkOrder(pickle.loads(job), names))
+    except Exception as error:
+        raised = _of_worker(error, machine)
+    answer = WorkAnswer(results, raised, machine, time.perf_counter() - began)
+    try:
+        return pickle.dumps(answer)
+    except Exception as error:  # what others raise may hold a lock or a file
+        said = f"{type(raised or error).__name__}: {raised or error}"
+        return pickle.dumps(answer._replace(results=(), error=_of_worker(RuntimeError(said), machine)))
+
+
+def software() -> dict[str, str]:
+    """What has to be of the same version on every machine: it may give other bits where it is not."""
+    return {"python": python_version(), **{name: version(name) for name in ("continual", "torch", "numpy")}}
+
+
+def _of_worker(error: Exception, machine: str) -> Exception:
+    """The error with the machine that it came from in its message. What is said of a candidate is the same wherever it
+    is looked at. The trace of what nobody expected is a note, for who looks for a bug."""
+    where = f"on the machine {machine}"
+    if isinstance(error, Refuse):
+        return error
+    if isinstance(error, ContinualError):
+        error.args = (f"{error} ({where})", *error.args[1:])
+        return error
+    found = error
+    if isinstance(error, OSError) and error.strerror:
+        found = OSError(error.errno, f"{error.strerror} ({where})", error.filename, None, error.filename2)
+    elif isinstance(error, MemoryError):
+        found = MemoryError(where)
+    found.add_note(f"{where}:\n{''.join(traceback.format_tb(error.__traceback__))}")
+    return found
+
+
+def _machine() -> str:
+    """The address of this machine in the cluster."""
+    from ray import util
+
+    return str(util.get_node_ip_address())  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def _same_software(wanted: Mapping[str, str]) -> None:
+    """Raises Misconfigured where this machine has other versions."""
+    for name, here in software().items():
+        if here != wanted[name]:
+            raise Misconfigured(
+                f"the worker has {name} {here}, and the driver has {wanted[name]}: install the same on every machine"
+            )

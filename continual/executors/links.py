@@ -1,0 +1,241 @@
+"""Clusters that this process has work for, each through a driver of its own: a child process (`driving`). Whatever
+Ray does to the driver when the cluster goes away, this process goes on, and connects anew when there is work again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import logging
+import os
+import queue
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from continual.errors import Misconfigured, Retry
+from continual.executors.cluster_figures import FIGURES, nodes_of
+from continual.executors.driving import Came, Nodes, NotConnected, RayLoaded, SendJob, SendOrder, SendStop
+
+REACHED = 10.0
+"""Seconds in which the head of a cluster takes a connection."""
+CONNECTED = 20.0
+"""Seconds in which Ray connects, once it is loaded."""
+LOADED = 90.0
+"""Seconds in which Ray is loaded: a machine may be busy."""
+SILENT = 15.0
+"""Seconds after which a cluster that does not say which machines it has is called silent."""
+ENDED = 60.0
+"""Seconds in which orders end that nobody waits for any more."""
+_LOOK = 0.2
+_CODE = "import sys; from continual.executors.driving import main; main(int(sys.argv[1]), sys.argv[2])"
+_START = "start one with 'ray start --head', or join one with 'ray start --address HOST:PORT'"
+_TOKEN = "RAY_AUTH_MODE=token and the same token (RAY_AUTH_TOKEN, or ~/.ray/auth_token) here as on its machines"
+_log = logging.getLogger("continual.executors")
+GoOn = Callable[[], None]
+"""Raises where it is no longer wanted."""
+
+
+class ClusterLink:
+    """A driver of the cluster at `address`, while it lives. Thread-safe."""
+
+    def __init__(self, address: str, go_on: GoOn) -> None:
+        """Raises Retry where there is no cluster, Misconfigured where Ray is not installed, and what `go_on` does."""
+        if importlib.util.find_spec("ray") is None:
+            raise Misconfigured("executor = ray needs the package ray: pip install 'continual[ray]'")
+        self.address = address
+        self._reached()
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._waiting: dict[int, queue.SimpleQueue[Came | None]] = {}
+        self._said: deque[str] = deque(maxlen=20)
+        self._failed = ""
+        self._loaded, self._up, self._over = threading.Event(), threading.Event(), threading.Event()
+        self._found: list[dict[str, Any]] = []
+        self._answered = 0.0
+        mine, others = socket.socketpair()
+        with others:
+            self._driver = subprocess.Popen(
+                [sys.executable, "-c", _CODE, str(others.fileno()), address],
+                pass_fds=[others.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **os.environ},
+                start_new_session=True,  # Ctrl-C is for this process, which has the orders end
+            )
+        self._link = Connection(mine.detach())
+        self._hearing = threading.Thread(target=self._hear, name="cluster-hear", daemon=True)
+        self._hearing.start()
+        threading.Thread(target=self._listen, name="cluster-listen", daemon=True).start()
+        try:
+            self._connect(go_on)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the driver lives."""
+        return not self._over.is_set()
+
+    @property
+    def nodes(self) -> Sequence[Mapping[str, Any]]:
+        """The machines that are alive, as Ray last told of them."""
+        return [node for node in self._found if node["Alive"]]
+
+    @property
+    def silent(self) -> float:
+        """Seconds since the cluster last said which machines it has."""
+        return time.monotonic() - self._answered
+
+    def job(self, job: str, pickled: bytes | None) -> None:
+        """Sends a job, before its first order; without bytes: it is over."""
+        self._send(SendJob(job, pickled))
+
+    def order(
+        self, job: str, names: tuple[str, ...], sent: tuple[Mapping[str, str], Mapping[str, Any]], to: Answers
+    ) -> int:
+        """Sends an order out, with the versions that it wants and the options of Ray; `to` gets what came of it. Its
+        number."""
+        number = next(self._numbers)
+        with self._lock:
+            self._waiting[number] = to
+        self._send(SendOrder(number, job, names, *sent))
+        if self._over.is_set():  # it may have ended before it was known that somebody waits
+            to.put(None)
+        return number
+
+    def end(self, numbers: Sequence[int], answers: Answers) -> None:
+        """Has orders end that nobody waits for any more, and waits until they have."""
+        if not numbers:
+            return
+        self._send(SendStop(tuple(numbers)))
+        waiting, until = set(numbers), time.monotonic() + ENDED
+        while waiting and self.is_up:
+            if self.silent > SILENT or time.monotonic() > until:  # it ends them once it sees that the driver is gone
+                self.close()
+                return
+            try:
+                came = answers.get(timeout=_LOOK)
+            except queue.Empty:
+                continue
+            if came is not None:
+                waiting.discard(came.number)
+
+    def gone(self) -> Retry:
+        """The error of work for which the driver has ended."""
+        return Retry(
+            f"the Ray cluster at {self.address} went away in the middle of the work ({self._last()}): look at its head "
+            "and at the node of this machine; nothing was settled"
+        )
+
+    def close(self) -> None:
+        """Ends the driver, and with it all that the cluster does for it."""
+        self._driver.kill()
+        self._driver.wait()
+        self._hearing.join(1.0)
+        self._over.set()
+
+    def _send(self, message: object) -> None:
+        try:
+            with self._lock:
+                self._link.send(message)
+        except OSError:
+            self._over.set()
+
+    def _connect(self, go_on: GoOn) -> None:
+        until = time.monotonic() + LOADED
+        while not self._up.wait(_LOOK):
+            go_on()
+            if self._loaded.is_set() and until > (later := time.monotonic() + CONNECTED):
+                until = later
+            if any("InvalidAuthToken" in line for line in self._said):
+                raise Retry(f"ray.address = {self.address}: the Ray cluster there has another token: it wants {_TOKEN}")
+            if self._over.is_set():
+                said = self._failed or self._last()
+                raise Retry(
+                    f"ray.address = {self.address}: no Ray cluster is there that this machine belongs to ({said}); "
+                    f"{_START}; one that has a token wants {_TOKEN}"
+                )
+            if time.monotonic() > until:
+                raise Retry(
+                    f"ray.address = {self.address}: no Ray cluster answers there ({self._last()}): is its head still "
+                    "up? Ray takes localhost for the address of the network card: name the head by HOST:PORT as "
+                    f"'ray start' told it; {_START}"
+                )
+
+    def _reached(self) -> None:
+        """Raises Retry where nobody listens at an address of the form HOST:PORT."""
+        address = os.environ.get("RAY_ADDRESS", self.address) if self.address == "auto" else self.address
+        host, _, port = address.rpartition(":")
+        if host and port.isdigit():
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), REACHED).close()
+            except (OSError, OverflowError) as error:
+                raise Retry(f"ray.address = {address}: nobody listens there ({error}); {_START}") from error
+
+    def _listen(self) -> None:
+        """Takes what the driver tells, until it has ended."""
+        with self._link, contextlib.suppress(EOFError, OSError):
+            while True:
+                self._take(self._link.recv())
+        self.close()
+        with self._lock:
+            waiting, self._waiting = list(self._waiting.values()), {}
+        for one in waiting:
+            one.put(None)
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, Came):
+            with self._lock:
+                waiting = self._waiting.pop(message.number, None)
+            if waiting is not None:
+                waiting.put(message)
+        elif isinstance(message, Nodes):
+            self._found, self._answered = message.found, time.monotonic()
+            FIGURES.answered(self.address, nodes_of(message.found))
+            self._up.set()
+        elif isinstance(message, RayLoaded):
+            self._loaded.set()
+        elif isinstance(message, NotConnected):
+            self._failed = message.why
+
+    def _last(self) -> str:
+        """The last that Ray wrote: one sentence, without the time and the line of its source."""
+        said = re.sub(r"^\[.*?\] (\S+:\d+: )?", "", self._said[-1]) if self._said else "its driver ended"
+        return said.partition(". ")[0][:200]
+
+    def _hear(self) -> None:
+        """Keeps the last of what Ray writes."""
+        assert self._driver.stderr is not None
+        with self._driver.stderr as lines:
+            for line in lines:
+                text = line.decode(errors="replace").strip()
+                if text:
+                    self._said.append(text)
+                    _log.debug("the driver of Ray: %s", text)
+
+
+Answers = queue.SimpleQueue[Came | None]
+"""Where answers come in; None: the driver has ended, and none will come."""
+_LINKS: dict[str, ClusterLink] = {}
+_LINKING = threading.Lock()
+
+
+def link_to(address: str, go_on: GoOn) -> ClusterLink:
+    """The driver of the cluster at `address` that this process has; a new one where it has none that lives. Raises as
+    `ClusterLink`."""
+    with _LINKING:
+        found = _LINKS.get(address)
+        if found is None or not found.is_up:
+            found = _LINKS[address] = ClusterLink(address, go_on)
+        return found

@@ -1,0 +1,100 @@
+"""What a worker gives back where something goes wrong: in the words of this machine, and where it was."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from continual.errors import Busy, Damaged, Misconfigured, Refuse, Retry
+from continual.executors import away
+from continual.executors.away import WorkAnswer, answered, software
+from continual.executors.orders import WorkJob
+
+
+class Locked(Exception):
+    """What others raise may hold what no bytes can hold."""
+
+    def __init__(self) -> None:
+        super().__init__("it is locked")
+        self.lock = threading.Lock()
+
+
+RAISED: dict[str, Exception] = {
+    "refuse": Refuse("zero", "model: it is zero", by=("x",)),
+    "retry": Retry("file: another one", after=7.0),
+    "damaged": Damaged("chunk: its checksum is another"),
+    "busy": Busy("it is open", 12, "http://there"),
+    "disk": OSError(errno.ENOSPC, "No space left on device", "/state/c/0"),
+    "memory": MemoryError(),
+    "bug": KeyError("x"),
+    "locked": Locked(),
+}
+SAID = {
+    "refuse": "model: it is zero",
+    "retry": "file: another one (on the machine 10.0.0.3)",
+    "damaged": "chunk: its checksum is another (on the machine 10.0.0.3)",
+    "busy": "it is open (on the machine 10.0.0.3)",
+    "disk": "[Errno 28] No space left on device (on the machine 10.0.0.3): '/state/c/0'",
+    "memory": "on the machine 10.0.0.3",
+    "bug": "'x'",
+    "locked": "Locked: it is locked",
+}
+
+
+@dataclass(frozen=True)
+class Raising(WorkJob[int]):
+    def open(self) -> Raiser:
+        return Raiser()
+
+
+class Raiser:
+    def work(self, names: Sequence[str]) -> list[int]:
+        raise RAISED[names[0]]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(away, "_machine", lambda: "10.0.0.3")
+
+
+def answer(name: str, versions: dict[str, str] | None = None) -> WorkAnswer:
+    job = pickle.dumps(Raising("raising"))
+    found = pickle.loads(answered(job, (name,), versions or software()))
+    assert isinstance(found, WorkAnswer)
+    return found
+
+
+@pytest.mark.parametrize("name", RAISED)
+def test_an_error_says_the_same_and_where_it_was(name: str) -> None:
+    found = answer(name).error
+    assert str(found) == SAID[name]
+    assert isinstance(found, RuntimeError if name == "locked" else type(RAISED[name]))
+
+
+def test_a_refusal_is_that_of_any_machine() -> None:
+    found = answer("refuse").error
+    assert isinstance(found, Refuse)
+    assert (found.reason, found.by) == ("zero", ("x",))
+    assert not hasattr(found, "__notes__")
+
+
+def test_only_what_nobody_expected_has_a_trace() -> None:
+    assert not hasattr(answer("retry").error, "__notes__")
+    notes = getattr(answer("bug").error, "__notes__", [])
+    assert notes[0].startswith("on the machine 10.0.0.3:\n")
+    assert "raise RAISED" in notes[0]
+
+
+def test_other_software_is_named() -> None:
+    found = answer("bug", software() | {"torch": "1.0"}).error
+    assert isinstance(found, Misconfigured)
+    assert "torch" in str(found)
+    assert "and the driver has 1.0: install the same on every machine (on the machine 10.0.0.3)" in str(found)
