@@ -53,7 +53,7 @@ def _esm(options: WeighedOptions) -> Rule:
         left, right = weighed(given, options.power)
         return left * given.sigma.mean(), right
 
-    return tsv_m.reading("esm", options.include, tsv_m.of_several(flat), terms=True)
+    return tsv_m.reading("esm", options.include, tsv_m.of_several(flat), owners=tsv_m.owners)
 
 
 def _tsv_w(options: WeighedOptions) -> Rule:
@@ -61,7 +61,7 @@ def _tsv_w(options: WeighedOptions) -> Rule:
         left, right = weighed(given, options.power)
         return left * given.sigma, right
 
-    return tsv_m.reading("tsv-w", options.include, tsv_m.of_several(long), terms=True)
+    return tsv_m.reading("tsv-w", options.include, tsv_m.of_several(long), owners=tsv_m.owners)
 
 
 ESM = RuleRow(

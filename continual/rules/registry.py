@@ -31,6 +31,7 @@ from continual.rules.opcm import OPCM
 from continual.rules.regmean import REGMEAN
 from continual.rules.scale import ReadOptions
 from continual.rules.ties import TIES
+from continual.rules.tsv_flow import TSV_FLOW
 from continual.rules.tsv_m import TSV_M
 from continual.rules.weighted import FRANK_WOLFE, MEAN, TASK_ARITHMETIC
 
@@ -47,6 +48,7 @@ _LIST: tuple[RuleRow[Any], ...] = (
     ESM,
     DC,
     ISO_CTS,
+    TSV_FLOW,
     GRAM,
     FLOW,
     OPCM,

@@ -33,6 +33,8 @@ KEEPS = frozenset({"triplets"})
 """What a state keeps that this rule made, and the other readings of it."""
 Factors = Callable[[Triplets, Totals], tuple[Tensor, Tensor]]
 """X as two factors, m×r and n×r float64, from the triplets of all fine-tunes and the totals."""
+Owners = Callable[[Triplets, Totals], Sequence[int]]
+"""Whose each column of such factors is."""
 _MOST = (1 << 16) - 1
 """Fine-tunes that the numbers of `owner` can tell apart."""
 
@@ -141,7 +143,7 @@ def kept(given: Triplets, totals: Totals) -> Triplets:
 
 
 def owners(given: Triplets, totals: Totals) -> list[int]:
-    """Whose each of the triplets is that stay with so many fine-tunes."""
+    """Whose each of the triplets is that stay with so many fine-tunes: the columns of factors that have one each."""
     p = min(given.sides or (len(given.u), len(given.v)))
     chosen = choose(given.owner, given.sigma.tolist(), max(1, int(totals.count)), p)
     return [given.owner[column] for column in chosen]
@@ -225,10 +227,11 @@ def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals
 
 
 class Forms(NamedTuple):
-    """What a reading has besides its factors: `whole`, X at once, and `without`, X without each of the models."""
+    """What a reading has besides its factors: `whole`, X at once, and `without`, X without each of the models, where
+    there is a quicker way than reading again."""
 
     whole: Callable[[Triplets, Totals], Tensor]
-    without: Callable[[Apart], LeftOut]
+    without: Callable[[Apart], LeftOut] | None = None
 
 
 def reading(
@@ -237,12 +240,11 @@ def reading(
     factors: Factors,
     *,
     weighted: bool = True,
-    terms: bool = False,
+    owners: Owners | None = None,
     forms: Forms | None = None,
 ) -> Rule:
     """A rule that keeps the triplets and reads matrices by `factors`. Unless it is `weighted` every weight is 1.
-    `terms`: the columns of the factors are those of the triplets that stay, in their order, so that X is a sum with a
-    term of each fine-tune."""
+    `owners`: whose each column of the factors is, where X is a sum with a term of each fine-tune."""
 
     def stored(accumulators: Accumulators) -> Triplets:
         u, sigma, v, owner = (accumulators[slot] for slot in (U, SIGMA, V, OWNER))
@@ -257,15 +259,16 @@ def reading(
 
     def told_apart(accumulators: Accumulators, totals: Totals) -> ModelTerms:
         given = stored(accumulators)
+        assert owners is not None
         return ModelTerms(*factors(given, totals), owners(given, totals))
 
-    factored = Factored(triplets=factors, without=forms and forms.without, owners=owners if terms else None)
-    on = OnMatrices(fold, read, workspace, slots, factored, True, terms=told_apart if terms else None)
+    factored = Factored(triplets=factors, without=forms and forms.without, owners=owners)
+    on = OnMatrices(fold, read, workspace, slots, factored, True, terms=owners and told_apart)
     return matrices.rule(name, include, on, Laws(weighted=weighted, keeps=KEEPS))
 
 
 def _make(options: MatrixOptions) -> Rule:
-    return reading("tsv-m", options.include, factors, terms=True, forms=Forms(merged, without))
+    return reading("tsv-m", options.include, factors, owners=owners, forms=Forms(merged, without))
 
 
 TSV_M = RuleRow(

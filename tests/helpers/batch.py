@@ -7,7 +7,6 @@ merged task vector at the scale that is the rule's default when it is read.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -262,39 +261,22 @@ def gram(models: Models, matrices: set[str]) -> dict[str, Tensor]:
     return _spectral(models, matrices, _gram)
 
 
-def _flowed(taus: list[Tensor], time: float, top: float, start: str) -> Tensor:
-    """Where the gradient flow of ½Σ ‖(X − τ_i)τ_iᵀ‖²/‖τ_i‖² stands at s = time/λ̄: the flow with −XA + B is linear, so
-    one matrix exponential takes it there. Within the span of the eigenvectors of the n·top largest eigenvalues."""
-    n, total = taus[0].shape[1], torch.stack(taus).sum(0)
-    taus = [tau for tau in taus if float(tau.norm()) > 0]
-    if not taus:
-        return total
-    gram = sum((tau.mT @ tau / tau.square().sum() for tau in taus), torch.zeros(n, n, dtype=torch.float64))
-    cross = sum((tau @ tau.mT @ tau / tau.square().sum() for tau in taus), torch.zeros_like(total))
-    u, _, _ = torch.linalg.svd(gram)
-    held = u[:, : math.ceil(top * n)] @ u[:, : math.ceil(top * n)].mT
-    s = time / (len(taus) / n)  # each Gram has the trace 1
-    # d/ds [X 1] = [X 1]·[[−A, 0], [B, 0]]
-    m = len(total)
-    step = torch.zeros(n + m, n + m, dtype=torch.float64)
-    step[:n, :n], step[n:, :n] = -s * gram, s * cross
-    power = torch.linalg.matrix_exp(step)
-    found = power[n:, :n] + (total @ power[:n, :n] if start == "sum" else 0.0)
-    return found @ held
-
-
 def flow(
     models: Models, matrices: set[str], side: str = "both", time: float = 5.0, top: float = 1.0, start: str = "zero"
 ) -> dict[str, Tensor]:
     def merge(taus: list[Tensor]) -> Tensor:
         sides = {
-            "right": lambda: _flowed(taus, time, top, start),
-            "left": lambda: _flowed([tau.mT for tau in taus], time, top, start).mT,
+            "right": lambda: triplets.flowed(taus, time, top, start),
+            "left": lambda: triplets.flowed([tau.mT for tau in taus], time, top, start).mT,
         }
         found = [sides[one]() for one in sides if side in (one, "both")]
         return sum(found[1:], found[0]) / len(found)
 
     return _spectral(models, matrices, merge)
+
+
+def tsv_flow(models: Models, matrices: set[str]) -> dict[str, Tensor]:
+    return _spectral(models, matrices, triplets.flow_of_triplets)
 
 
 def opcm(models: Models, matrices: set[str]) -> dict[str, Tensor]:
@@ -314,6 +296,7 @@ BATCH: Mapping[str, Callable[[Models, set[str]], dict[str, Tensor]]] = {
     "esm": esm,
     "dc": dc,
     "iso-cts": iso_cts,
+    "tsv-flow": tsv_flow,
     "gram": gram,
     "flow": flow,
     "opcm": opcm,

@@ -26,7 +26,15 @@ SHAPES = {
 MATRICES = {"tall", "wide", "square", "conv"}
 SPECS = {n: TensorSpec(n, s, "F32", "matrix" if n in MATRICES else "plain") for n, s in SHAPES.items()}
 Model = dict[str, Tensor]
-READINGS = {"tsv-w": "tsv-m", "isotropic": "tsv-m", "esm": "tsv-m", "dc": "tsv-m", "iso-cts": "tsv-m", "flow": "gram"}
+READINGS = {
+    "tsv-w": "tsv-m",
+    "isotropic": "tsv-m",
+    "esm": "tsv-m",
+    "dc": "tsv-m",
+    "iso-cts": "tsv-m",
+    "tsv-flow": "tsv-m",
+    "flow": "gram",
+}
 """Rules that read what another keeps, and fold as it does. What is asked of a fold is asked of that one."""
 FOLDING = [name for name in RULES if name not in READINGS]
 """Rules with a fold of their own."""

@@ -3,6 +3,7 @@ full decompositions. `batch` puts whole models through it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -131,11 +132,46 @@ def flat_tsv(taus: list[Tensor]) -> Tensor:
     return taus[0] if len(taus) == 1 else iso([tsv(taus), torch.zeros_like(taus[0])])
 
 
+def flowed(taus: list[Tensor], time: float, top: float, start: str, weights: Sequence[float] = ()) -> Tensor:
+    """Where the gradient flow of ½Σ ‖(X − τ_i)τ_iᵀ‖²/‖τ_i‖² stands at s = time/λ̄: the flow with −XA + B is linear, so
+    one matrix exponential takes it there. Within the span of the eigenvectors of the n·top largest eigenvalues. A term
+    of B counts `weights` times."""
+    n, total = taus[0].shape[1], torch.stack(taus).sum(0)
+    each = [weight for weight, tau in zip(weights or [1.0] * len(taus), taus, strict=True) if float(tau.norm()) > 0]
+    taus = [tau for tau in taus if float(tau.norm()) > 0]
+    if not taus:
+        return total
+    gram = sum((tau.mT @ tau / tau.square().sum() for tau in taus), torch.zeros(n, n, dtype=torch.float64))
+    terms = (weight * tau @ tau.mT @ tau / tau.square().sum() for weight, tau in zip(each, taus, strict=True))
+    cross = sum(terms, torch.zeros_like(total))
+    u, _, _ = torch.linalg.svd(gram)
+    held = u[:, : math.ceil(top * n)] @ u[:, : math.ceil(top * n)].mT
+    s = time / (len(taus) / n)  # each Gram has the trace 1
+    # d/ds [X 1] = [X 1]·[[−A, 0], [B, 0]]
+    m = len(total)
+    step = torch.zeros(n + m, n + m, dtype=torch.float64)
+    step[:n, :n], step[n:, :n] = -s * gram, s * cross
+    power = torch.linalg.matrix_exp(step)
+    found = power[n:, :n] + (total @ power[:n, :n] if start == "sum" else 0.0)
+    return found @ held
+
+
+def flow_of_triplets(taus: list[Tensor], weights: Sequence[float] = ()) -> Tensor:
+    """The flow of what the leading triplets of each make, stopped at 5/λ̄."""
+    weights = weights or [1.0] * len(taus)
+    if len(taus) == 1:
+        return weights[0] * taus[0]
+    cut = [u @ torch.diag(sigma) @ vh for u, sigma, vh in (leading(tau, len(taus)) for tau in taus)]
+    right = flowed(cut, 5.0, 1.0, "zero", weights)
+    return (right + flowed([tau.mT for tau in cut], 5.0, 1.0, "zero", weights).mT) / 2
+
+
 WEIGHTED: Mapping[str, Callable[[list[Tensor], Sequence[float]], Tensor]] = {
     "tsv-m": tsv,
     "tsv-w": lambda taus, weights: weighed_tsv(taus, weights, own=True),
     "esm": lambda taus, weights: weighed_tsv(taus, weights, own=False),
     "dc": dc,
     "iso-cts": iso_cts,
+    "tsv-flow": flow_of_triplets,
 }
 """Rules that read triplets, with weights of the models."""

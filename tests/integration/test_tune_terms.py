@@ -167,7 +167,9 @@ def test_a_stack_of_experts_reads_by_them(tmp_path: Path) -> None:
 def test_what_has_no_terms_is_said(tmp_path: Path) -> None:
     with folded(tmp_path, "iso-c", kept=False) as merge:
         head = merge.state.ledger.head.seq
-        with pytest.raises(Misconfigured, match=r"iso-c reads no sum .* whole tensors it is tsv-m, tsv-w, esm that"):
+        with pytest.raises(
+            Misconfigured, match=r"iso-c reads no sum .* whole tensors it is tsv-m, tsv-w, esm, tsv-flow that"
+        ):
             merge.tune_layers(WANTED)
         with pytest.raises(Misconfigured, match="task-arithmetic reads no sum"):
             merge.tune_layers(replace(WANTED, rule="task-arithmetic"))
