@@ -6,10 +6,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from continual.engine.engine import Engine
 from continual.errors import Damaged, Misconfigured, Refuse
@@ -27,6 +30,7 @@ from continual.state.format import FoldCommit
 from continual.stores import Where
 from continual.tensors import Adapter, Checkpoint, Folder, Place, open_model
 from continual.tensors.matched.matching import naming_of, sources
+from continual.tensors.vectors.vectors import digest_of
 
 
 def check_certifiable(state: State, rule: Rule) -> None:
@@ -111,10 +115,33 @@ class OpenWeights(FileWeights):
         return info.dtype, info.shape, bytes(raw)
 
 
+class FoldedWeights(FileWeights):
+    """The weights of a model, and the hash of each tensor that was read, as a fold makes it: of so many `rows`, or of
+    all. Sums that do not fit because the files were exchanged say nothing of the state."""
+
+    def __init__(self, weights: FileWeights, rows: Mapping[str, int]) -> None:
+        self.where, self._weights, self._rows = weights.where, weights, rows
+        self.hashes: dict[str, bytes] = {}
+
+    @property
+    def names(self) -> set[str]:
+        """As of the weights."""
+        return self._weights.names
+
+    def read(self, name: str) -> tuple[str, tuple[int, ...], bytes]:
+        """As of the weights."""
+        dtype, shape, raw = self._weights.read(name)
+        first = (self._rows[name], *shape[1:]) if name in self._rows else shape
+        hashed = blake3(f"{dtype} {first}".encode())
+        hashed.update(memoryview(raw)[: len(raw) * math.prod(first) // max(1, math.prod(shape))])
+        self.hashes[name] = hashed.digest()
+        return dtype, shape, raw
+
+
 @contextlib.contextmanager
 def sources_shown(
     engine: Engine, fold: FoldCommit, at: Place | None
-) -> Iterator[tuple[FileWeights, FileWeights, dict[str, dict[str, Any]]]]:
+) -> Iterator[tuple[FileWeights, FoldedWeights, dict[str, dict[str, Any]]]]:
     """The weights of the base and of a folded model, open while the block runs, and what a certificate says of where
     each tensor comes from; only headers are read for that. Raises Misconfigured where a certificate cannot show that,
     naming what is in the way, Retry."""
@@ -125,8 +152,10 @@ def sources_shown(
             stack.enter_context(contextlib.closing(model))
             if isinstance(model, Adapter):
                 raise Misconfigured(f"{candidate.name} is an adapter: a certificate is of whole fine-tunes")
-            said = _named(engine, model, engine.lineage(model, by_token=bool(fold.entry.numbers.tokens)))
-            base, files = _weights(engine.base.checkpoint), _weights(model)
+            lineage = engine.lineage(model, by_token=bool(fold.entry.numbers.tokens))
+            said = _named(engine, model, lineage)
+            rows = {one["from"]: lineage.rows[name] for name, one in said.items() if name in lineage.rows}
+            base, files = _weights(engine.base.checkpoint), FoldedWeights(_weights(model), rows)
             carried = {spec.name for spec in engine.state.format.tensors if not engine.state.format.slots[spec.name]}
             verifier.check_used({"tensors": said, "extra": list(fold.entry.numbers.extra or ())}, files.names, carried)
         except (Refused, Refuse) as error:
@@ -151,6 +180,7 @@ def _written(
     made, candidate = engine.state.format, fold.entry.candidate
     weight = 1.0 if fold.entry.numbers.weight is None else fold.entry.numbers.weight
     found = _facts(engine, places, said, weight, progress)
+    _check_was_folded(fold, places.model, said)
     verdict = verifier.judged(found)
     tensors = {
         name: said[name] | {key: getattr(one, key) for key in ("before", "after", "base", "model", "bound", "off")}
@@ -196,6 +226,17 @@ def _facts(
         found[name] = one
         progress("certify", len(found), len(tasks))
     return {name: found[name] for name in said}
+
+
+def _check_was_folded(fold: FoldCommit, model: FileWeights, said: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises Misconfigured where what was read of a model is not what was folded."""
+    assert isinstance(model, FoldedWeights)
+    read = {name: model.hashes[one["from"]] for name, one in said.items() if one["from"] is not None}
+    if digest_of(read) != fold.entry.digest:
+        raise Misconfigured(
+            f"{fold.entry.candidate.name}: its files are not those any more that were folded as record {fold.seq}: no "
+            "certificate was written; if the model is somewhere else now, name the place with --at"
+        )
 
 
 def _need(spec: TensorSpec) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from continual import api, making
 from continual.config import Settings
@@ -232,6 +233,22 @@ def test_a_fine_tune_from_the_hub(tmp_path: Path) -> None:
                 commit = merge.unfold(merge.look_unfold("hf://org/two"))
                 with pytest.raises(Misconfigured, match=r"other\.safetensors lies beside it"):
                     merge.certify(commit.seq, tmp_path / "d.json")
+
+
+def test_files_that_were_exchanged_since_are_not_certified(tmp_path: Path) -> None:
+    base = models.base(tmp_path / "base", shapes=SHAPES)
+    with opened(tmp_path, base, "mean") as merge:
+        for number in range(2):
+            merge.fold(models.fine_tune(base, tmp_path / f"ft-{number}", number))
+        with merge.state.lease():
+            commit = merge.unfold(merge.look_unfold("ft-0"))
+        weights = tmp_path / "ft-0" / "model.safetensors"
+        tensors = load_file(weights)
+        tensors["lm_head.weight"].view(torch.int32)[3, 3] ^= 1
+        save_file(tensors, weights, {"format": "pt"})
+        with pytest.raises(Misconfigured, match="its files are not those any more that were folded as record 1"):
+            merge.certify(commit.seq, tmp_path / "c.json")
+        assert not (tmp_path / "c.json").exists()
 
 
 def test_the_command_and_a_model_that_is_out_already(tmp_path: Path) -> None:
