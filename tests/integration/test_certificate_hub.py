@@ -85,7 +85,7 @@ def test_bytes_that_were_exchanged_before_it_is_certified(world: World) -> None:
     with world.opened() as merge, merge.state.lease():
         commit = merge.unfold(merge.look_unfold(MODEL))
         world.exchanged()
-        with pytest.raises(ContinualError, match="ft-1.*(are not those any more|has not the hash that the Hub says)"):
+        with pytest.raises(ContinualError, match=r"ft-1.*(are not those any more|has not the hash that the Hub says)"):
             merge.certify(commit.seq, world.certificate)
         assert not world.certificate.exists()
         world.hub.faults = None
