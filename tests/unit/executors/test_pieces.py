@@ -3,11 +3,15 @@ cluster. Tasks that are no pieces are in `test_contract`."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import secrets
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +140,36 @@ def test_what_a_cluster_did_is_known_while_it_does_it_and_after(
     assert after.all.nbytes - before.all.nbytes == 3 << 40
     assert after.work.keys() <= after.nodes.keys(), "a machine has one address"
     assert "3 orders done on the cluster: 127.0.0." in caplog.text
+
+
+def head_of(address: str) -> int:
+    """The process of a cluster that knows its machines."""
+    port = f"--gcs_server_port={address.partition(':')[2]}".encode()
+    for one in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if one.name.isdecimal() and port in (one / "cmdline").read_bytes().split(b"\0"):
+                return int(one.name)
+    raise AssertionError(f"no head listens at {address}")
+
+
+def test_orders_go_on_while_the_head_of_the_cluster_is_silent(job: MarkJob, tmp_path: Path) -> None:
+    """On workers that it has: it is asked for new ones."""
+    executor = on_cluster.executor(4)
+    (tmp_path / "wanted").write_text("4")
+    list(executor.map(tasks(job, [f"together-{n}" for n in range(4)])))
+    results = executor.map(tasks(job, [f"plain-{n}" for n in range(8)]))
+    next(results)
+    head = head_of(on_cluster.address())
+    os.kill(head, signal.SIGSTOP)
+    began = time.monotonic()
+    again = threading.Timer(20.0, os.kill, (head, signal.SIGCONT))
+    again.start()
+    try:
+        assert len(list(results)) == 7
+        assert time.monotonic() < began + 15.0
+    finally:
+        again.cancel()
+        os.kill(head, signal.SIGCONT)
 
 
 ON_A_THREAD = """

@@ -45,7 +45,9 @@ def _orders(found: ShownCluster) -> Html:
     )
     rows = ((name(one.tensor), one.tensors, when(one.since), one.lost or "") for one in found.orders)
     more = found.out - len(found.orders)
-    table_ = table(("out: begins with", "tensors", "since", "lost before"), rows) if found.orders else ""
+    table_ = (
+        table(("begins with", "tensors", "since", "lost before"), rows, "Orders that are out") if found.orders else ""
+    )
     return Html(told + table_ + (paragraph(f"and {more} more") if more > 0 else ""))
 
 
@@ -70,6 +72,7 @@ def _nodes(found: ShownCluster) -> Html:
             "its last order began with",
         ),
         rows,
+        "Machines",
     )
 
 
