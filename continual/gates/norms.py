@@ -18,6 +18,10 @@ FEW = 5
 _NARROW, _WIDE = 0.625, 2.0
 """Of many the band is between these multiples of `max_mean_ratio`. Honest full fine-tunes of one recipe lie within a
 factor 2.1 of each other, adapters 2.7; two decades of learning rates make lengths up to 14 times the median."""
+_SHORTEST, _CROWD = 12.5, 6
+"""A task vector that is shorter than the band says does no harm alone, however short it is: of one beside six others
+nothing is to be seen. Six of them make the whole merge shorter, and cost 7 points (tests/campaigns/other_lengths.py).
+So one of `_CROWD` may be, up to `_SHORTEST` times `max_mean_ratio`, beyond which nothing of it is left."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,10 @@ class NormsGate(AtNumbers, Doubt):
 
     `max_base_ratio`: largest ‖τ‖/‖θ₀‖; a model that has nothing to do with the base has 1 and more. `max_mean_ratio`: a
     task vector may be so many times longer or shorter than the median of those in the merge; where these are five or
-    more, the band follows how far apart they lie, from a factor 5 to 16; where they are fewer, one may be 16 times
-    shorter, since a short one harms little and nobody knows yet how far apart lengths lie. In a group of layers it may
-    be so many times longer than the median of those that change these layers, and no longer than the base there.
+    more, the band follows how far apart they lie, from a factor 5 to 16. One of six may be up to 100 times shorter,
+    and any where fewer than five are there: nobody knows yet how far apart lengths lie, and whether the first was too
+    long. In a group of layers it may be so many times longer than the median of those that change these layers, and no
+    longer than the base there.
     """
 
     name = "norms"
@@ -64,9 +69,13 @@ class NormsGate(AtNumbers, Doubt):
         norms = [one.tau_norm for one in earlier]
         middle, norm = median(norms), seen.tau_norm
         limit = band(norms, self.max_mean_ratio)
-        shorter = _WIDE * limit if len(norms) < FEW else limit
-        if norm > limit * middle or norm < middle / shorter:
+        short = sum(one < middle / limit for one in norms)
+        crowded = len(norms) >= FEW and (short + 1) * _CROWD > len(norms) + 1
+        shortest = middle / (limit if crowded else _SHORTEST * self.max_mean_ratio)
+        if norm > limit * middle or norm < shortest:
             said = "" if limit == self.max_mean_ratio else f" ({limit:.3g} by how far apart these lie)"
+            if norm < middle and crowded and norm * _SHORTEST * self.max_mean_ratio >= middle:
+                said += f", as {short} of these are, and one of {_CROWD} may be so short"
             raise Refuse(
                 "norm-mean",
                 f"{seen.name}: the task vector's norm {norm:.4g} is {norm / middle:.3g} times the median of the "

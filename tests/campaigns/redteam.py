@@ -241,7 +241,7 @@ def hostile(red: Red, rate: float) -> tuple[list[str], list[str]]:
         red.suite.train(tasks[8], "shuffled", shuffled)
     cases = {
         "scaled-10": red.changed("scaled-10", scaled(10.0), new),
-        "scaled-0.1": red.changed("scaled-0.1", scaled(0.1), new),
+        "scaled-0.005": red.changed("scaled-0.005", scaled(0.005), new),
         "negated-one-in-the-merge": red.changed("negated", scaled(-1.0), known[2]),
         "near-copy": red.changed("near-copy", scaled(0.97), known[1]),
         "merge-of-folded-ones": red.save(red.work / "hostile" / "merge", mean),
@@ -281,6 +281,11 @@ def hostile(red: Red, rate: float) -> tuple[list[str], list[str]]:
             print(json.dumps({"hostile": name, "rate": rate, "fate": fate, "reason": reason}), flush=True)
             if fate == "folded":
                 (unseen if "(evaluation)" in name else missed).append(f"{name} at rate {rate:g}")
+        short = [red.changed(f"short-{task}", scaled(0.1), red.honest(task, rate, "full")) for task in tasks[8:14]]
+        fates = [fold(merge, model) for model in short]  # one alone does no harm, and six of them do
+        print(json.dumps({"hostile": "six a tenth as long", "rate": rate, "fates": fates}), flush=True)
+        if sum(fate == "folded" for fate, _ in fates) * 6 > len(known) + len(fates):
+            missed.append(f"six a tenth as long at rate {rate:g}")
     return missed, unseen
 
 

@@ -62,7 +62,7 @@ def test_copies_noise_and_lengths_are_kept_out(tmp_path: Path, base: Path, rule:
                 ("negated", tuned(base, 1, -2.0, "negated")),
                 ("noise", noisy(base, "noise")),
                 ("long", tuned(base, 7, 10.0, "long")),
-                ("short", tuned(base, 8, 0.05, "short")),
+                ("short", tuned(base, 8, 0.005, "short")),
             )
         }
         assert found == {

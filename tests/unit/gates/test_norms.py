@@ -41,7 +41,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("before", "norm"), [((2.0,), 0.12), ((2.0, 1.5, 30.0), 0.12), ((2.0,) * 5, 0.39)])
+@pytest.mark.parametrize(("before", "norm"), [((2.0,), 0.019), ((2.0, 1.5, 30.0), 0.019), ((2.0,) * 6, 0.019)])
 def test_one_that_is_much_too_short_is_refused(before: tuple[float, ...], norm: float) -> None:
     with pytest.raises(Refuse, match="alice") as raised:
         NormsGate().judge(numbers(norm, *before))
@@ -53,8 +53,9 @@ def test_one_that_is_much_too_short_is_refused(before: tuple[float, ...], norm: 
     [
         Numbers("alice", 8.9, 10.0, Totals()),
         numbers(15.9, 2.0, 1.9, 2.1),
-        numbers(0.13, 2.0),
-        numbers(0.41, 2.0, 2.0, 2.0, 2.0, 2.0),
+        numbers(0.021, 2.0),
+        numbers(0.021, 2.0, 2.0, 2.0, 2.0, 2.0),
+        numbers(0.021, 0.1, *(2.0,) * 10),
         layered((1.0, 7.9), (1.0, 1.0), (1.2, 1.0)),
         layered((1.0, 9.0), (1.0, 0.0)),  # nobody has changed these layers yet
         layered((90.0, 9.0), (90.0, 1.0)),  # a layer with 1 % of the whole
@@ -64,6 +65,25 @@ def test_one_that_is_much_too_short_is_refused(before: tuple[float, ...], norm: 
 )
 def test_let_in(seen: Numbers) -> None:
     NormsGate().judge(seen)
+
+
+@pytest.mark.parametrize(("short", "others"), [((0.3,), 5), ((0.3, 0.1), 14)])
+def test_one_of_six_may_be_short(short: tuple[float, ...], others: int) -> None:
+    """As many as make the whole merge shorter are kept out, whoever they come from."""
+    before = (*short, *(2.0,) * others)
+    NormsGate().judge(numbers(0.41, *before))
+    with pytest.raises(Refuse, match=f"alice: .*as {len(short)} of these are, and one of 6 may be so short"):
+        NormsGate().judge(numbers(0.39, *before))
+    NormsGate().judge(numbers(0.39, *before, *(2.0,) * 6))
+
+
+def test_a_first_one_that_is_much_too_long_keeps_nobody_out() -> None:
+    known: list[float] = [60.0]
+    for _ in range(8):
+        NormsGate().judge(numbers(2.0, *known))
+        known.append(2.0)
+    with pytest.raises(Refuse):
+        NormsGate().judge(numbers(60.0, *known))
 
 
 def test_a_layer_longer_than_the_base_there_is_refused() -> None:
@@ -77,7 +97,7 @@ def test_a_layer_longer_than_the_base_there_is_refused() -> None:
     [
         (NormsGate(max_base_ratio=0.4), Numbers("alice", 4.9, 10.0, Totals())),
         (NormsGate(max_mean_ratio=7.0), numbers(15.9, 2.0, 1.9, 2.1)),
-        (NormsGate(max_mean_ratio=7.0), numbers(0.13, 2.0)),
+        (NormsGate(max_mean_ratio=7.0), numbers(0.022, 2.0)),
         (NormsGate(max_mean_ratio=7.0), layered((1.0, 7.9), (1.0, 1.0), (1.2, 1.0))),
     ],
 )
