@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from continual.engine.base import as_recorded, kept_headers
-from continual.errors import Retry
+from continual.errors import Refuse, Retry
 from continual.records import FileStat, Lineage
 from continual.state.format import Format
 from continual.tensors import BaseModel, Checkpoint, Model, Place, open_model, open_shipped
@@ -50,6 +50,16 @@ class SentFiles(NamedTuple):
     place: Place
     files: tuple[FileStat, ...]
 
+    def open(self) -> Model:
+        """Opens it. Raises Retry where files are others, also where one that is written anew is refused; Refuse."""
+        try:
+            found = open_model(self.place)
+        except Refuse:
+            self.same(self.place.look())
+            raise
+        self.same(found.files)
+        return found
+
     def same(self, seen: Sequence[FileStat]) -> None:
         """Raises Retry naming a file that this process sees with another size or time. Inodes may differ: machines
         mount a shared folder each in its own way."""
@@ -58,7 +68,7 @@ class SentFiles(NamedTuple):
             if here.get(file.name) != (file.size, file.mtime_ns):
                 raise Retry(
                     f"{self.place.file(file.name)}: this machine sees another file than the one that the order is for: "
-                    "is it in a folder that all machines share? Nothing was settled"
+                    "it changed since, or is not in a folder that all machines share; nothing was settled"
                 )
 
 
@@ -94,8 +104,7 @@ class SentSources(NamedTuple):
     def open(self) -> Sources:
         """Opens all of it. Raises Refuse, Retry, Misconfigured, Damaged."""
         base = self.base.open(self.form)
-        model = open_model(self.model.place)
-        self.model.same(model.files)
+        model = self.model.open()
         shipped = None if self.shipped is None else open_shipped(base, model, self.lineage, self.shipped)
         weights = None if self.weights is None else self.weights.open(self.form)
         return Sources(self.form, base, model, self.lineage, shipped, weights)

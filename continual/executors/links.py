@@ -40,6 +40,7 @@ _CODE = "import sys; from continual.executors.driving import main; main(int(sys.
 _START = "start one with 'ray start --head', or join one with 'ray start --address HOST:PORT'"
 _TOKEN = "RAY_AUTH_MODE=token and the same token (RAY_AUTH_TOKEN, or ~/.ray/auth_token) here as on its machines"
 _log = logging.getLogger("continual.executors")
+_OF_RAY = re.compile(r"\[[^]]* [IWEFC] \d+ \d+\] (?:\S+:\d+: )?(.+)")
 GoOn = Callable[[], None]
 """Raises where it is no longer wanted."""
 
@@ -210,9 +211,9 @@ class ClusterLink:
             self._failed = message.why
 
     def _last(self) -> str:
-        """The last that Ray wrote: one sentence, without the time and the line of its source."""
-        said = re.sub(r"^\[.*?\] (\S+:\d+: )?", "", self._said[-1]) if self._said else "its driver ended"
-        return said.partition(". ")[0][:200]
+        """The last that Ray said of itself, without the time and the line of its source; else the last of any trace."""
+        lines = [found[1] for line in self._said if (found := _OF_RAY.match(line))] or [*self._said]
+        return lines[-1].partition(". ")[0][:200] if lines else "its driver ended"
 
     def _hear(self) -> None:
         """Keeps the last of what Ray writes."""

@@ -63,12 +63,12 @@ class Attempt(Writing):
     def __init__(self, handed: Handed, before: Generation | None) -> None:
         self.name = secrets.token_hex(8)
         super().__init__(Draft(handed.directory / self.name, handed.form, before), handed.form, before)
-        if not handed.directory.is_dir():
-            raise Retry(
-                f"{handed.directory} is not there on this machine: the fold has ended, or the state is not in a folder "
-                "that all machines share; nothing was settled"
-            )
         with environment(f"cannot write in {handed.directory}"):
+            if not handed.directory.is_dir():
+                raise Retry(
+                    f"{handed.directory} is not there on this machine: the fold has ended, or the state is not in a "
+                    "folder that all machines share; nothing was settled"
+                )
             self._draft.begin_apart()
 
     def taken(self) -> Written:

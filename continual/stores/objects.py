@@ -32,6 +32,8 @@ _MANY = 1000
 _RETRIES = {True: (60, 6), False: (8, 3)}
 """Seconds of a request, and how often it is repeated within them."""
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+_ASKED = ("/latest/api/token", "/latest/meta-data/", "/computeMetadata/", "/metadata/identity/")
+"""What is asked of the machine where the environment has no credentials: paths in AWS, in Google's cloud, in Azure."""
 _REFUSED = ("403 Forbidden", "401 Unauthorized", "ExpiredToken", "InvalidToken", "TokenRefreshRequired")
 """What an answer has where the credentials will not do; Amazon says of those that ran out that the request is bad."""
 _SECRET = re.compile(r"(?<=//)[^/\s@]*@|(?<=[^\s<])\?[^\s)]*")
@@ -172,6 +174,9 @@ class Objects:
             text = str(error)
             if "NoSuchBucket" in text or "ContainerNotFound" in text:
                 raise OSError(errno.EINVAL, "there is no such bucket: make it first", place) from None
+            if any(word in text for word in _ASKED):
+                told = f"there are no credentials for it in the environment ({_first(error)})"
+                raise PermissionError(errno.EACCES, told, place) from None
             if any(word in text for word in _REFUSED):
                 raise _refused(place, error) from None
             raise OSError(errno.EREMOTEIO, _first(error), place) from None

@@ -153,8 +153,10 @@ def test_a_stray_attempt_touches_nothing(tmp_path: Path, base: Path) -> None:
         assert again.orphans == ()
 
 
-def test_a_file_that_is_another_on_the_other_machine_is_told(tmp_path: Path, base: Path) -> None:
-    """As where a folder is not shared and something else lies at its path."""
+@pytest.mark.parametrize("size", [None, 1000])
+def test_a_file_that_is_another_on_the_other_machine_is_told(tmp_path: Path, base: Path, size: int | None) -> None:
+    """As where a folder is not shared and something else lies at its path, or where it is being written anew: what is
+    cut off then is not refused for ever."""
     state, tune = _made(tmp_path / "state", base, "mean"), models.fine_tune(base, tmp_path / "tune", 1)
 
     class Elsewhere(Sent):
@@ -166,7 +168,7 @@ def test_a_file_that_is_another_on_the_other_machine_is_told(tmp_path: Path, bas
         file = tune / "model.safetensors"
         data = file.read_bytes()
         file.unlink()
-        file.write_bytes(data)
+        file.write_bytes(data[:size])
         return seen(tasks)  # type: ignore[arg-type]
 
     Elsewhere.posted.map = changed  # type: ignore[method-assign, assignment]

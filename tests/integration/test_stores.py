@@ -240,6 +240,15 @@ def test_credentials_that_ran_out_are_refused_and_settle_nothing(monkeypatch: py
             create(at / "commits/1", b"x")
 
 
+def test_credentials_that_nobody_gave_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = object_stores.state_at("http://127.0.0.1:9", "x", monkeypatch)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(PermissionError, match="there are no credentials for it in the environment"):
+        storing.contents(at / "HEAD")
+
+
 def test_a_place_is_written_as_it_was_named(tmp_path: Path) -> None:
     assert str(where("s3://bucket/a//b/")) == "s3://bucket/a/b"
     assert where(str(tmp_path)) == tmp_path
