@@ -67,14 +67,15 @@ class ClusterSeen(NamedTuple):
     """All of it at one moment, which nobody changes any more.
 
     `address`: of the setting; `answered`: when the cluster last said which `nodes` it has, by address (seconds since
-    1970; None: never). `work`: by address, of machines that are there or not; `gone`: of further ones together;
-    `labelled`: all of it by label, for metrics; `lost`: orders that were lost with a worker. `since`: when the work
-    under way began (None: there is none), of which `done` of `total` orders came back and `out` are under way, the
-    oldest first.
+    1970; None: never); `parted`: when its driver ended, if none was there since. `work`: by address, of machines that
+    are there or not; `gone`: of further ones together; `labelled`: all of it by label, for metrics; `lost`: orders that
+    were lost with a worker. `since`: when the work under way began (None: there is none), of which `done` of `total`
+    orders came back and `out` are under way, the oldest first.
     """
 
     address: str = ""
     answered: float | None = None
+    parted: float | None = None
     nodes: Mapping[str, NodeSeen] = {}
     work: Mapping[str, NodeWork] = {}
     gone: WorkDone = WorkDone()
@@ -128,7 +129,12 @@ class RayFigures:
         """The cluster said which machines it has. Of those that are gone only who worked for this process is kept."""
         with self._lock:
             kept = {name: node for name, node in nodes.items() if node.alive or name in self._work}
-            self._seen = self._seen._replace(address=address, answered=self.clock(), nodes=kept)
+            self._seen = self._seen._replace(address=address, answered=self.clock(), nodes=kept, parted=None)
+
+    def parted(self) -> None:
+        """The driver has ended: nobody is connected with the cluster before there is work for it again."""
+        with self._lock:
+            self._seen = self._seen._replace(parted=self.clock())
 
     @contextmanager
     def driving(self, total: int) -> Iterator[DrivenWork]:

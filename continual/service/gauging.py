@@ -143,7 +143,7 @@ def _look_at_cluster(address: str, live: Live, metrics: Metrics) -> None:
 
 def cluster(seen: ClusterSeen, metrics: Metrics) -> None:
     """Sets the series of a cluster: of all its machines together, and of each."""
-    alive = None if seen.answered is None else sum(node.alive for node in seen.nodes.values())
+    alive = None if seen.answered is None else sum(node.alive for node in seen.nodes.values()) * (not seen.parted)
     metrics.source(
         {
             "continual_ray_nodes": alive,

@@ -160,7 +160,7 @@ TABLE: tuple[Series, ...] = (
     Series(
         "gauge",
         "continual_ray_nodes",
-        "Machines of the cluster that were alive when it last answered.",
+        "Machines of the cluster that were alive when it last answered; 0 while it is not connected any more.",
         there="cluster",
     ),
     Series(

@@ -44,7 +44,10 @@ def shown(address: str, seen: ClusterSeen, now: float) -> ShownCluster:
 
 
 def silence(seen: ClusterSeen, now: float) -> str:
-    """That the cluster does not answer, where there is work for it; empty where it does."""
+    """That the cluster is not connected any more, or does not answer where there is work for it; empty where neither is
+    so."""
+    if seen.parted is not None:
+        return f"is not connected since {_time(seen.parted)}: the next work connects anew"
     if seen.since is None or now - max(seen.since, seen.answered or 0.0) <= SILENT:
         return ""
     since = "has not answered yet" if seen.answered is None else f"has not answered since {_time(seen.answered)}"

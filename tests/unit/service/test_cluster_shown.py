@@ -212,6 +212,20 @@ def test_a_cluster_that_does_not_answer_is_told_of_everywhere(client: TestClient
         assert live.shortfalls() == []
 
 
+def test_a_cluster_whose_driver_has_ended_is_told_of_until_there_is_another(
+    client: TestClient, live: Live, clock: Clock
+) -> None:
+    some_work(live.figures, clock)
+    live.figures.parted()
+    assert b"continual_ray_nodes 0.0" in looked(live).text()
+    said = "is not connected since 2026-11-18T11:09:40Z: the next work connects anew"
+    assert [one.message for one in live.shortfalls()] == [f"10.0.0.1:6379: {said}"]
+    assert f"The cluster {said}." in block(client)
+    live.figures.answered("10.0.0.1:6379", {"10.0.0.2": NodeSeen(alive=True)})
+    assert b"continual_ray_nodes 1.0" in looked(live).text()
+    assert (live.shortfalls(), client.get("/api/status").json()["cluster"]["problem"]) == ([], "")
+
+
 def test_where_there_are_many_machines_some_are_shown_and_all_are_counted() -> None:
     figures = RayFigures()
     names = [f"10.0.{n}.1" for n in range(400)]
