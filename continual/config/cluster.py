@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from continual.config.values import Bytes
+
+
+def _whole_beyond_one(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError("a share of one GPU is below 1; more than one are a whole number")
+    return gpus
 
 
 class RaySettings(BaseModel):
@@ -20,7 +26,7 @@ class RaySettings(BaseModel):
     memory: Bytes | None = Field(
         default=None, description="bytes that an order reserves, as 8GB; default: what its largest tensor takes"
     )
-    gpus: Annotated[float, Field(ge=0)] = Field(
+    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_whole_beyond_one)] = Field(
         default=0.0, description="GPUs that an order takes, or the share of one; 0: it computes on the CPU"
     )
     max_retries: Annotated[int, Field(ge=0)] = Field(

@@ -147,7 +147,11 @@ def _drive(ray: Any, inbox: queue.SimpleQueue[object], tell: Any) -> None:
             for ref in [running[number] for number in message.numbers if number in running]:
                 ray.cancel(ref, force=True)
         elif isinstance(message, SendOrder):
-            ref = remote.options(**message.options).remote(jobs[message.job], message.names, message.versions)
+            try:
+                ref = remote.options(**message.options).remote(jobs[message.job], message.names, message.versions)
+            except Exception as error:  # Ray takes no order with these options
+                tell(Came(message.number, None, _line(error)))
+                continue
             running[message.number] = ref
             ref.future().add_done_callback(lambda future, number=message.number: came(number, future))
 

@@ -207,13 +207,18 @@ class Patience:
         if waited < self._next and (room or waited < ROOM_SAID or self._next > QUIET):
             return
         self._next = max(2 * waited, QUIET + 1)
+        quiet = f"{counted(out, 'order')} out, none came back for {waited:.0f} s"
         if link.silent > SILENT:
-            said = f"the cluster at {link.address} has not answered for {link.silent:.0f} s"
+            _log.warning("%s: the cluster at %s has not answered for %.0f s", quiet, link.address, link.silent)
         elif not room:
-            said = _no_room(link, options)
+            _log.warning("%s: %s", quiet, _no_room(link, options))
         else:
-            said = f"{len(link.nodes)} machines are alive; a worker that hangs can be killed, its order is done again"
-        _log.warning("%s out, none came back for %.0f s: %s", counted(out, "order"), waited, said)
+            _log.info(
+                "%s: %d machines are alive; others may have their cores. A process 'ray::%s' that hangs can be killed",
+                quiet,
+                len(link.nodes),
+                options["name"],
+            )
 
 
 def _died(why: str) -> str:
