@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 from continual.config import plain_yaml
+from continual.config.globs import SEVERAL
 from continual.errors import Refuse
 from continual.outside import shown
 from continual.tensors import Place
@@ -19,7 +20,8 @@ _FRONT = re.compile(r"\A\ufeff?[ \t\r\n]*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.
 
 class ModelCard(NamedTuple):
     """`bases`: the models that it names as its base, repos or paths; `relation`: what it is of them (`finetune`,
-    `adapter`, `merge`, `quantized`), as it says, or `merge` where it names several. `licence`: in small letters."""
+    `adapter`, `merge`, `quantized`), as it says, or `merge` where it names several. `licence`: in small letters,
+    several with `SEVERAL` between them."""
 
     bases: tuple[str, ...] = ()
     relation: str | None = None
@@ -40,8 +42,13 @@ def card_of(place: Place) -> ModelCard:
             "card", f"{place.file(CARD)}: its metadata cannot be read ({shown(str(error))}): correct it, or take it out"
         ) from None
     named = body.get("base_model")
-    listed = named if isinstance(named, list) else [named]
-    bases = tuple(str(one) for one in listed if isinstance(one, str) and one.strip())
+    bases = tuple(one for one in _listed(named) if one.strip())
     relation, licence = body.get("base_model_relation"), body.get("license")
+    licences = [one.strip().lower() for one in _listed(licence) if one.strip()]
     said = relation.strip().lower() if isinstance(relation, str) else "merge" if len(bases) > 1 else None
-    return ModelCard(bases, said, licence.strip().lower() if isinstance(licence, str) else None)
+    return ModelCard(bases, said, SEVERAL.join(licences) or None)
+
+
+def _listed(value: object) -> list[str]:
+    """The texts of a value that is one, or a list with some."""
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]

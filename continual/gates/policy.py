@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from continual.config.globs import is_in, unwanted
 from continual.config.values import Bytes, Texts
 from continual.errors import Refuse
 from continual.gates.contract import AtHeaders, Headers
@@ -21,8 +20,9 @@ class PolicyGate(AtHeaders):
     or is in `deny_licences`, or an owner on the Hub that is not in `authors` or is in `deny_authors` (globs; empty:
     any).
 
-    The licence is the one that the Hub says, or the card in a folder names; `none` where there is none. A folder has no
-    owner that anything says: `authors` is not asked of it, and signatures are for that.
+    The licence is the one that the Hub says, or the card in a folder names; `none` where there is none, and of several
+    each counts. Capital letters are read as small ones. A folder has no owner that anything says: `authors` is not
+    asked of it, and signatures are for that.
     """
 
     name = "policy"
@@ -63,14 +63,14 @@ class PolicyGate(AtHeaders):
         owner = origin.removeprefix(SCHEME).partition("/")[0] if origin.startswith(SCHEME) else None
         if owner is None:
             return
-        if self.authors and not _matches(owner, self.authors):
+        if self.authors and not is_in(owner, self.authors):
             raise Refuse("author", f"{seen.model.place}: {owner} is not in gates.policy.authors", by=("authors",))
-        if _matches(owner, self.deny_authors):
+        if is_in(owner, self.deny_authors):
             raise Refuse("author", f"{seen.model.place}: {owner} is in gates.policy.deny_authors", by=("deny_authors",))
 
     def _check_licence(self, seen: Headers) -> None:
         try:
-            licence = seen.candidate.licence or card_of(seen.model.place).licence or "none"
+            licence = seen.candidate.licence or card_of(seen.model.place).licence
         except Refuse as refusal:
             if refusal.reason != "card":
                 raise
@@ -79,19 +79,11 @@ class PolicyGate(AtHeaders):
                 f"{refusal}; gates.policy.licences and gates.policy.deny_licences ask for the licence in it",
                 by=("licences", "deny_licences"),
             ) from None
-        if self.licences and not _matches(licence, self.licences):
+        if (other := unwanted(licence, self.licences, self.deny_licences)) is not None:
+            word, setting = other
+            lacking = "not " if setting == "licences" else ""
             raise Refuse(
                 "licence",
-                f"{seen.model.place}: its licence {shown(licence)} is not in gates.policy.licences",
-                by=("licences",),
+                f"{seen.model.place}: its licence {shown(word)} is {lacking}in gates.policy.{setting}",
+                by=(setting,),
             )
-        if _matches(licence, self.deny_licences):
-            raise Refuse(
-                "licence",
-                f"{seen.model.place}: its licence {shown(licence)} is in gates.policy.deny_licences",
-                by=("deny_licences",),
-            )
-
-
-def _matches(text: str, globs: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(text, glob) for glob in globs)

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError
 
+from continual.config.globs import SEVERAL
 from continual.errors import Refuse
 from continual.hub.names import is_repo, is_sha
 from continual.hub.trouble import Trouble
@@ -54,8 +55,8 @@ class Info:
 
     @property
     def licence(self) -> str | None:
-        """The licence that the card of the repo names."""
-        return next((tag.removeprefix("license:") for tag in self.tags if tag.startswith("license:")), None)
+        """The licence that the card of the repo names, or several with `SEVERAL` between them."""
+        return SEVERAL.join(tag.removeprefix("license:") for tag in self.tags if tag.startswith("license:")) or None
 
     @property
     def weight_bytes(self) -> int:

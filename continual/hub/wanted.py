@@ -3,11 +3,11 @@ gets no record, so that it is looked at again when the settings change."""
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from datetime import UTC, datetime
 
 from continual.config import HubSettings
+from continual.config.globs import is_in, unwanted
 from continual.errors import Misconfigured
 from continual.hub.answers import Info
 from continual.hub.names import is_repo
@@ -28,18 +28,16 @@ def left_out(
     owner = info.id.partition("/")[0]
     if not related & set(info.tags) and not {info.id, called} & set(asked.repos) and owner not in asked.authors:
         return "no fine-tune of the base by its tags, and not named in repos or authors"
-    if asked.allow and not _matches(info.id, asked.allow):
+    if asked.allow and not is_in(info.id, asked.allow):
         return "not in allow"
-    if _matches(info.id, asked.deny):
+    if is_in(info.id, asked.deny):
         return "in deny"
-    licence = info.licence or "none"
-    if asked.licences and not _matches(licence, asked.licences):
-        return f"licence {licence} is not in licences"
-    if _matches(licence, asked.deny_licences):
-        return f"licence {licence} is in deny_licences"
+    if (other := unwanted(info.licence, asked.licences, asked.deny_licences)) is not None:
+        licence, setting = other
+        return f"licence {licence} is {'not ' if setting == 'licences' else ''}in {setting}"
     if lacking := sorted(set(asked.tags) - set(info.tags)):
         return f"lacks the tag {lacking[0]}"
-    if denied := next((tag for tag in info.tags if _matches(tag, asked.deny_tags)), None):
+    if denied := next((tag for tag in info.tags if is_in(tag, asked.deny_tags)), None):
         return f"has the tag {denied}"
     if info.gated and asked.gated == "refuse":
         return "gated"
@@ -74,7 +72,3 @@ def since_of(asked: HubSettings) -> datetime | None:
             f"hub.since = {asked.since}: write a date or a time, as 2026-01-31 or 2026-01-31T12:00Z"
         ) from None
     return found if found.tzinfo else found.replace(tzinfo=UTC)
-
-
-def _matches(text: str, globs: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(text, glob) for glob in globs)

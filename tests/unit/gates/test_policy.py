@@ -39,6 +39,8 @@ REFUSED = {
         (PolicyGate(), None),
         (PolicyGate(licences=("mit",)), "MIT"),
         (PolicyGate(licences=("none",)), None),
+        (PolicyGate(licences=("Apache-2.0", "MIT")), "apache-2.0"),
+        (PolicyGate(licences=("apache-*", "mit")), "[Apache-2.0, MIT]"),
         (PolicyGate(deny_licences=("cc-*",)), "apache-2.0"),
         (PolicyGate(max_bytes=1 << 20, max_tensors=11), None),
         (PolicyGate(authors=("somebody",), deny_authors=("*",)), None),  # a folder has no owner
@@ -61,9 +63,20 @@ def test_refused(tmp_path: Path, gate: PolicyGate, said: str) -> None:
         gate.judge(licensed(tmp_path, None))
 
 
+@pytest.mark.parametrize("licence", ["CC-BY-NC-4.0", "[mit, cc-by-nc-4.0]", "\n- mit\n- CC-by-NC-4.0"])
+def test_what_is_denied_is_denied_however_it_is_written(tmp_path: Path, licence: str) -> None:
+    with pytest.raises(Refuse, match=r"licence cc-by-nc-4\.0 is in"):
+        PolicyGate(deny_licences=("CC-BY-NC-*",)).judge(licensed(tmp_path, licence))
+    with pytest.raises(Refuse, match=r"licence cc-by-nc-4\.0 is not in"):
+        PolicyGate(licences=("mit",)).judge(licensed(tmp_path / "x", licence))
+
+
 def test_on_the_hub(tmp_path: Path) -> None:
     seen = on_hub(tmp_path, "mit")
     PolicyGate(authors=("mallory",), licences=("mit",)).judge(seen)
+    for denied in (PolicyGate(deny_authors=("Mallory",)), PolicyGate(deny_licences=("MIT",))):
+        with pytest.raises(Refuse):
+            denied.judge(seen)
     with pytest.raises(Refuse, match=r"mallory is not in gates\.policy\.authors"):
         PolicyGate(authors=("alice",)).judge(seen)
 
