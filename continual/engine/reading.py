@@ -9,14 +9,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from continual import linalg
 from continual.engine.reading_orders import squares_of
-from continual.engine.spool import Spool, roomy
+from continual.engine.spool import KeptTensors, kept_below, roomy
 from continual.engine.views import ReadView
 from continual.executors.contract import Executor, Progress
 from continual.executors.device import pick_device, turn
@@ -70,24 +70,24 @@ class Reading:
         self.lengths = {} if lengths is None else lengths
         self.view = ReadView()
         self.settled_factors: ScaleFactors | None = None
-        self._spool: Spool | None = None
+        self.spool: KeptTensors | None = None
 
     @contextmanager
-    def spooled(self, directory: Path, beside: int) -> Iterator[None]:
+    def spooled(self, directory: Path, beside: int, *, shared: bool) -> Iterator[None]:
         """While it lasts, what `settle` has to make of the matrices to know how long they are is kept in a file without
-        a name in `directory`, and not made again; where its disk has room for that and `beside` bytes more. Raises
-        OSError."""
+        a name in `directory`, or in a directory there if other processes make it (`shared`), and not made again; where
+        its disk has room for that and `beside` bytes more. Raises OSError."""
         specs = [spec for spec in self.state.format.tensors if spec.kind != "carried" and not self.elementwise(spec)]
         measures = self.settled_factors is None and self.kept_by_elements and self.options.needs(self.size())
         nbytes = 4 * sum(spec.numel for spec in specs)
-        if measures and self.commit.generation is not None and nbytes and roomy(directory, nbytes + beside):
-            with closing(Spool(directory, {spec.name: spec.numel for spec in specs})) as self._spool:
-                try:
-                    yield
-                finally:
-                    self._spool = None
-        else:
+        if not (measures and self.commit.generation is not None and nbytes and roomy(directory, nbytes + beside)):
             yield
+            return
+        with kept_below(directory, {spec.name: spec.numel for spec in specs}, shared=shared) as self.spool:
+            try:
+                yield
+            finally:
+                self.spool = None
 
     def settle(self, executor: Executor, progress: Progress) -> float:
         """Finds out the factor s that X is multiplied by, with a pass over all tensors where that is needed.
@@ -125,7 +125,7 @@ class Reading:
     def unit(self, spec: TensorSpec) -> torch.Tensor:
         """X of one tensor, at scale 1, each model's term times its coefficient: float32 of the tensor's shape, in new
         memory. Raises Retry and Damaged."""
-        if self._spool is not None and (kept := self._spool.get(spec.name, spec.shape)) is not None:
+        if self.spool is not None and (kept := self.spool.get(spec.name, spec.shape)) is not None:
             return kept
         if self.times_at(spec.name) and self.has_terms(spec):
             return self._by_terms(spec)[0]
@@ -277,9 +277,9 @@ class Reading:
         else:
             found = self.unit(spec)
             square = linalg.inner(found, found)
-        if self._spool is not None and not self.elementwise(spec):
+        if self.spool is not None and not self.elementwise(spec):
             with suppress(OSError):  # then it is made a second time
-                self._spool.put(spec.name, found)
+                self.spool.put(spec.name, found)
         if seen is not None:
             seen(spec, found)
         return square

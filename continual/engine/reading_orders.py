@@ -8,8 +8,9 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+from continual.engine.spool import SharedSpool
 from continual.engine.views import ReadView
 from continual.errors import Retry
 from continual.executors.contract import Executor, Task
@@ -24,7 +25,7 @@ from continual.stores import Where
 class SentReading:
     """A reading as plain data: of which kind, of the state in a directory, at the record with this number and CRC, by
     the rule and the options that it was made with; `factors` and `parts` (of a state of adapters) as far as they are
-    settled; `device`: where matrices are computed."""
+    settled; `device`: where matrices are computed; `spool`: what is kept of it that was made already."""
 
     kind: type[Any]
     state: Where
@@ -35,6 +36,7 @@ class SentReading:
     factors: ScaleFactors | None
     parts: tuple[float, float] | None = None
     device: str = "cpu"
+    spool: SharedSpool | None = None
 
     @classmethod
     def of(cls, reading: Any) -> SentReading | None:
@@ -45,7 +47,8 @@ class SentReading:
         parts = None if reading.state.format.form is None else reading.merged.parts
         known = reading.settled_factors
         state = reading.state.path.absolute()  # another process has another working directory
-        return cls(type(reading), state, commit, rule, reading.asked, reading.view, known, parts)
+        spool = reading.spool if isinstance(reading.spool, SharedSpool) else None
+        return cls(type(reading), state, commit, rule, reading.asked, reading.view, known, parts, spool=spool)
 
     def open(self) -> Any:
         """Opens the state and reads it so; whoever asked closes its `state`. Raises Misconfigured, Damaged, Retry."""
@@ -60,7 +63,7 @@ class SentReading:
         except BaseException:
             state.close()
             raise
-        found.device, found.settled_factors = self.device, self.factors
+        found.device, found.settled_factors, found.spool = self.device, self.factors, self.spool
         return found
 
     def _made(self, state: State) -> Any:
@@ -74,8 +77,15 @@ class SentReading:
         return found
 
 
+class TensorMeasured(NamedTuple):
+    """‖X‖² of a tensor, and the hash of X where it was kept in a spool."""
+
+    square: float
+    kept: str | None
+
+
 @dataclass(frozen=True)
-class MeasureJob(WorkJob[float]):
+class MeasureJob(WorkJob[TensorMeasured]):
     """How long X of tensors is."""
 
     reading: SentReading
@@ -92,9 +102,12 @@ class Measuring:
         self._reading = reading
         self._specs = {spec.name: spec for spec in reading.state.format.tensors}
 
-    def work(self, names: Sequence[str]) -> list[float]:
+    def work(self, names: Sequence[str]) -> list[TensorMeasured]:
         """As `Reading.square`."""
-        return [self._reading.square(self._specs[name], None) for name in names]
+        spool = self._reading.spool
+        squares = [self._reading.square(self._specs[name], None) for name in names]
+        kept = [None if spool is None else spool.kept.get(name) for name in names]
+        return [TensorMeasured(*one) for one in zip(squares, kept, strict=True)]
 
     def close(self) -> None:
         """Closes the state."""
@@ -106,16 +119,21 @@ def squares_of(
 ) -> Iterator[tuple[str, float]]:
     """`Reading.square` of each of these tensors, as it comes; `seen` is given X, where it is not None. Raises as
     `Reading.measure`."""
-    job = None
-    if executor.elsewhere is not None and seen is None and (sent := SentReading.of(reading)) is not None:
-        job = MeasureJob(secrets.token_hex(8), replace(sent, device=executor.elsewhere))
-    tasks: list[Task[float]] = [
-        Task(
-            spec.name,
-            reading.need(spec),
-            partial(reading.square, spec, seen) if job is None else WorkPiece(job, spec.name),
-            reads=4 * spec.numel,
-        )
-        for spec in specs
+    tasks = [
+        Task(spec.name, reading.need(spec), partial(reading.square, spec, seen), reads=4 * spec.numel) for spec in specs
     ]
-    yield from executor.map(tasks)
+    if seen is not None or (sent := sent_to(reading, executor)) is None:
+        yield from executor.map(tasks)
+        return
+    job = MeasureJob(secrets.token_hex(8), sent)
+    for name, (square, kept) in executor.map([task._replace(run=WorkPiece(job, task.name)) for task in tasks]):
+        if kept is not None:
+            reading.spool.kept[name] = kept
+        yield name, square
+
+
+def sent_to(reading: Any, executor: Executor) -> SentReading | None:
+    """A reading for the processes of an executor; None where none of them can read it."""
+    if executor.elsewhere is None or (sent := SentReading.of(reading)) is None:
+        return None
+    return replace(sent, device=executor.elsewhere)

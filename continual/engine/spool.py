@@ -1,16 +1,37 @@
 """Tensors that are dear to make, kept in a file until they are read again: an export that has to know how long the
-merged task vector is before it writes it decomposes each matrix once, and a tuning once for all that it tries."""
+merged task vector is before it writes it decomposes each matrix once, and a tuning once for all that it tries.
+
+A `Spool` is of one process. A `SharedSpool` is of all machines that see a folder: what one has made another reads, and
+what cannot be read, or is not what was kept, is made again.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Protocol
+
+from blake3 import blake3
 
 from continual.lazily import torch
+from continual.state.durable import write_all
 from continual.timing.clock import stage
+
+
+class KeptTensors(Protocol):
+    """Tensors that were made, for who needs them again."""
+
+    def put(self, name: str, values: torch.Tensor) -> None:
+        """Keeps a tensor of the CPU. Raises OSError where it cannot be kept."""
+        ...
+
+    def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """A tensor that was kept, in new memory; None where it was not. Raises OSError."""
+        ...
 
 
 class Spool:
@@ -54,6 +75,59 @@ class Spool:
         """Gives its room back."""
         self._there.clear()
         self._file.close()
+
+
+class SharedSpool:
+    """Float32 tensors, each in a file of its own in `directory`, which is there. `kept`: the BLAKE3 hash of each that
+    is kept, by its name. Threads may share it, each with tensors of its own; it can be sent to other processes."""
+
+    def __init__(self, directory: Path, kept: Mapping[str, str] | None = None) -> None:
+        self.directory = directory
+        self.kept = dict(kept or {})
+
+    def put(self, name: str, values: torch.Tensor) -> None:
+        """As `KeptTensors.put`. Another process has it once it knows the hash."""
+        data = values.contiguous().view(-1).view(torch.uint8).numpy().data
+        fd = os.open(self._file(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            write_all(fd, data)
+        finally:
+            os.close(fd)
+        self.kept[name] = blake3(data).hexdigest()
+
+    def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """As `KeptTensors.get`; None also where what is there is not what was kept, and where it is not seen."""
+        if name not in self.kept:
+            return None
+        found = torch.empty(shape)
+        data = found.view(-1).view(torch.uint8).numpy().data
+        try:
+            with stage("read", len(data)), open(self._file(name), "rb", buffering=0) as file:
+                done = 0
+                while done < len(data) and (count := file.readinto(data[done:])):
+                    done += count
+        except OSError:
+            return None
+        return found if blake3(data).hexdigest() == self.kept[name] else None
+
+    def _file(self, name: str) -> Path:
+        return self.directory / blake3(name.encode()).hexdigest(16)
+
+
+@contextmanager
+def kept_below(directory: Path, sizes: Mapping[str, int], *, shared: bool) -> Iterator[KeptTensors]:
+    """A place in `directory` for tensors of these sizes (elements), of this process or `shared` with others; it is gone
+    when the block ends. Raises OSError."""
+    if not shared:
+        with closing(Spool(directory, sizes)) as spool:
+            yield spool
+        return
+    below = directory.absolute() / ".spool"
+    below.mkdir()
+    try:
+        yield SharedSpool(below)
+    finally:
+        shutil.rmtree(below)
 
 
 def roomy(directory: Path, nbytes: int) -> bool:

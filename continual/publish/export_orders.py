@@ -9,14 +9,14 @@ import platform
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 from continual.engine.block_reading import BlockReading
 from continual.engine.reading import Reading
-from continual.engine.reading_orders import SentReading
+from continual.engine.reading_orders import SentReading, sent_to
 from continual.engine.sent import SentBase
 from continual.errors import Retry
 from continual.executors.contract import Executor, Progress, Task
@@ -156,13 +156,6 @@ def synced_files(directory: Path) -> Iterator[SpanFiles]:
     with closing(SpanFiles(directory)) as files:
         yield files
         files.sync()
-
-
-def sent_to(reading: Reading, executor: Executor) -> SentReading | None:
-    """A reading for the processes of an executor; None where none of them can read it."""
-    if executor.elsewhere is None or (sent := SentReading.of(reading)) is None:
-        return None
-    return replace(sent, device=executor.elsewhere)
 
 
 def write_weights(

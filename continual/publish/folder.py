@@ -173,7 +173,7 @@ def fill(
         put_tokenizer(target.tokenizer, base, directory)
     if tables_apart(base.checkpoint, base.aliases, base.untied):
         untie_config(directory / "config.json")
-    with reading.spooled(directory, base.checkpoint.nbytes):
+    with reading.spooled(directory, base.checkpoint.nbytes, shared=executor.elsewhere is not None):
         shares = shares_of(reading, executor, all_of_it=target.explain)  # first: it finds lengths that settling needs
         factor = reading.settle(executor, progress)
         form = ExportForm(directory, target.dtype, target.shard_size, target.earlier)

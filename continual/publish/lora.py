@@ -121,9 +121,10 @@ def export(base: BaseModel, reading: Reading, target: LoraTarget, executor: Exec
     layout = FactorLayout(adapted, rank, word, header_of(base, target.form, rank))
     weights = FILES[target.form]
     with written(target.path, reading) as temporary:
-        shares = shares_of(reading, executor)  # first: it finds the lengths that settling asks for
-        factor = reading.settle(executor, progress)
-        squares = write_factors(reading, layout, temporary / weights, executor, progress)
+        with reading.spooled(temporary, layout.nbytes, shared=executor.elsewhere is not None):
+            shares = shares_of(reading, executor)  # first: it finds the lengths that settling asks for
+            factor = reading.settle(executor, progress)
+            squares = write_factors(reading, layout, temporary / weights, executor, progress)
         cut = reading.cut() if isinstance(reading, BlockReading) else ()
         report = _report(target.path.absolute(), layout, squares, (temporary / weights).stat().st_size, cut)
         if target.form == "peft":

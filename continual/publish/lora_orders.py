@@ -18,11 +18,12 @@ from typing import NamedTuple
 from continual import linalg
 from continual.engine.block_reading import BlockReading
 from continual.engine.reading import Reading
+from continual.engine.reading_orders import sent_to
 from continual.errors import Halt
 from continual.executors.contract import Executor, Progress, Task
 from continual.lazily import Tensor, torch
 from continual.publish.adaptable import Adapted
-from continual.publish.export_orders import WritingJob, kept_of, must_see, sent_to, synced_files, written_by
+from continual.publish.export_orders import WritingJob, kept_of, must_see, synced_files, written_by
 from continual.publish.exported_weights import DTYPES
 from continual.publish.weights import FileSpan, Placed, SpanEnds, SpanFiles, new_file, raw
 from continual.records import ITEMSIZE, TensorSpec
@@ -35,6 +36,11 @@ class FactorLayout(NamedTuple):
     rank: int
     word: str
     said: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return max((one.end for one in self.placed()), default=0)
 
     def placed(self) -> list[Placed]:
         """Where each factor lies, A before B, tensor by tensor."""

@@ -45,7 +45,7 @@ def test_a_matrix_is_made_once_where_the_disk_has_room(
     unit = reading.Reading.unit
 
     def counted(self: reading.Reading, spec: TensorSpec) -> torch.Tensor:
-        there = self._spool is not None and self._spool.get(spec.name, spec.shape) is not None
+        there = self.spool is not None and self.spool.get(spec.name, spec.shape) is not None
         made[spec.name] += not there
         return unit(self, spec)
 
@@ -78,7 +78,7 @@ def test_an_export_spools_the_matrices_whose_length_it_has_to_find_out(
         asked.append(nbytes)
         return True
 
-    monkeypatch.setattr(reading, "Spool", Seen)
+    monkeypatch.setattr(spool, "Spool", Seen)
     monkeypatch.setattr(reading, "roomy", roomy)
     with folded(tmp_path, "iso-c") as merge:
         matrices = {spec.name: spec.numel for spec in merge.state.format.tensors if spec.kind == "matrix"}
@@ -107,7 +107,7 @@ def test_what_the_disk_does_not_take_is_made_again(tmp_path: Path, monkeypatch: 
 
     with folded(tmp_path, "iso-c") as merge:
         first = exported(merge, tmp_path / "first")
-    monkeypatch.setattr(reading.Spool, "put", full)
+    monkeypatch.setattr(spool.Spool, "put", full)
     with api.Merge(Settings(state=tmp_path / "state"), write=True) as merge:
         assert exported(merge, tmp_path / "second") == first
 
