@@ -11,6 +11,7 @@ import os
 import queue
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Mapping
@@ -161,4 +162,4 @@ def _line(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     shown = cause if isinstance(cause, Exception) else error
     lines = [line.strip() for line in str(shown).splitlines() if line.strip()] or [""]
-    return f"{type(shown).__name__}: {lines[0]}"
+    return textwrap.shorten(f"{type(shown).__name__}: {lines[0]}", 220, placeholder=" …")

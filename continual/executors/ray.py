@@ -214,9 +214,9 @@ class Patience:
             _log.warning("%s: %s", quiet, _no_room(link, options))
         else:
             _log.info(
-                "%s: %d machines are alive; others may have their cores. A process 'ray::%s' that hangs can be killed",
+                "%s: %s alive; others may have their cores. A process 'ray::%s' that hangs can be killed",
                 quiet,
-                len(link.nodes),
+                counted(len(link.nodes), "machine"),
                 options["name"],
             )
 

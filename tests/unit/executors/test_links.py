@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from continual.errors import Abandoned, Retry
+from continual.errors import Abandoned, Misconfigured, Retry
 from continual.executors import links
 from continual.executors.links import link_to
 from continual.executors.local import Local
@@ -35,6 +35,14 @@ def test_an_address_where_nobody_listens_is_said_at_once() -> None:
     pytest.importorskip("ray")
     with pytest.raises(Retry, match=r"127.0.0.1:1: nobody listens there .*start one with 'ray start --head'"):
         _ = on_ray("127.0.0.1:1").workers
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
+def test_the_address_of_something_else_in_the_environment(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(Misconfigured, match=f"RAY_ADDRESS = {address}, in the environment: that is for 'ray job"):
+        _ = on_ray("auto").workers
 
 
 def test_who_listens_and_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def test_orders_that_are_out_are_told_of_more_and_more_rarely(caplog: pytest.Log
     told = said(Link([machine(2, 4e9), machine(2, 4e9)]), 170, caplog)
     assert [when for when, _ in told] == [20.0, 40.0, 80.0, 160.0]
     assert told[0][1] == (
-        "3 orders out, none came back for 20 s: 2 machines are alive; others may have their cores. "
+        "3 orders out, none came back for 20 s: 2 machines alive; others may have their cores. "
         "A process 'ray::continual lm_head.weight' that hangs can be killed"
     )
 
