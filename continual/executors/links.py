@@ -175,7 +175,7 @@ class ClusterLink:
                 )
 
     def _reached(self) -> None:
-        """Raises Retry where nobody listens at an address of the form HOST:PORT, Misconfigured for one of another."""
+        """Raises Retry where nobody listens at an address of the form HOST:PORT, Misconfigured for another form."""
         address = os.environ.get("RAY_ADDRESS", self.address) if self.address == "auto" else self.address
         if "://" in address:
             raise Misconfigured(

@@ -15,6 +15,8 @@ from continual.executors.contract import Task
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
+PIECES = 1000
+"""Pieces that an order has at most: of a thousand small tensors each takes about a millisecond."""
 
 
 class Bench(Protocol[R_co]):
@@ -62,13 +64,14 @@ class WorkPiece(Generic[R]):
 
 def groups(tasks: Sequence[Task[R]], most: int) -> Iterator[list[Task[R]]]:
     """Tasks in the order given, those together that one order takes: pieces of one job that read at most `most` bytes,
-    and at least one, or all that are one whole. What is no piece comes as it is, as many together as follow each
+    PIECES at most and at least one, or all that are one whole. What is no piece comes as it is, as many together as follow each
     other."""
     group: list[Task[R]] = []
     reads = 0
     for task in tasks:
         kind = _kind(task)
-        if group and (kind != _kind(group[0]) or (kind[0] and not kind[1] and reads + task.reads > most)):
+        full = len(group) >= PIECES or reads + task.reads > most
+        if group and (kind != _kind(group[0]) or (kind[0] and not kind[1] and full)):
             yield group
             group, reads = [], 0
         group.append(task)

@@ -104,6 +104,8 @@ def test_orders_take_pieces_of_one_job_up_to_so_many_bytes_or_a_whole(job: MarkJ
     pieces += [Task(f"w{n}", 1, WorkPiece(other, f"w{n}", "file"), reads=1000) for n in range(3)]
     found = [order for group in groups(pieces, 250) if (order := order_of(group)) is not None]
     assert [order.names for order in found] == [("a0", "a1"), ("a2", "a3"), ("a4",), ("b",), ("c",), ("w0", "w1", "w2")]
+    small = [Task(f"s{n}", 1, WorkPiece(job, f"s{n}")) for n in range(2500)]
+    assert [len(group) for group in groups(small, 250)] == [1000, 1000, 500]
     closures: list[Task[Mark]] = [Task("d", 1, lambda: Mark("d", 1)), *pieces[:1]]
     assert [order_of(group) is None for group in groups(closures, 250)] == [True, False]
 
