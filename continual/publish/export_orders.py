@@ -43,8 +43,8 @@ class WithEnds(Protocol):
 
 
 class ExportForm(NamedTuple):
-    """What is written: into this directory, in this dtype (a safetensors word; None: the base's own), in files of this
-    many bytes (None: as the base's), with what an `earlier` export has of it."""
+    """What is written: into this directory (an absolute path), in this dtype (a safetensors word; None: the base's
+    own), in files of this many bytes (None: as the base's), with what an `earlier` export has of it."""
 
     directory: Path
     dtype: str | None
@@ -163,7 +163,7 @@ def write_weights(
 ) -> dict[str, object]:
     """Makes the files of an export; returns what `continual.json` says of them. `reading` is settled. Raises Halt if a
     value overflows the dtype, Misconfigured where workers cannot write them, Retry, Damaged, OSError."""
-    directory, specs = form.directory.absolute(), {spec.name: spec for spec in base.specs}
+    directory, specs = form.directory, {spec.name: spec for spec in base.specs}
     earlier = None if form.earlier is None else form.earlier.resolve()
     files = layout(base, form.dtype, form.shard_size)
     write_indexes(files, directory)

@@ -155,7 +155,7 @@ def write_factors(
 ) -> dict[str, FactorSquares]:
     """Writes the factors of a layout into the new `file`; returns the squares of every foldable tensor, by name.
     `reading` is settled. Raises Halt if a value overflows the dtype, Misconfigured where workers cannot write it."""
-    placed, directory = layout.placed(), file.parent.absolute()
+    placed, directory = layout.placed(), file.parent
     spans = dict(zip((p.name for p in placed), new_file(directory, file.name, placed, layout.said), strict=True))
     sent, job = sent_to(reading, executor), None
     if sent is not None:

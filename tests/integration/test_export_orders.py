@@ -132,7 +132,6 @@ def test_a_model_has_the_bytes_of_one_process(tmp_path: Path, tied: Path, elsewh
 
 
 def test_what_an_earlier_export_has_is_taken(tmp_path: Path, base: Path, elsewhere: Opened) -> None:
-    """By a link, that leads elsewhere when the order is done."""
     state = made_of(tmp_path, "task-arithmetic", base, scale="1.0")
     with api.Merge(settings(state), write=True) as merge:
         merge.export(tmp_path / "first")
@@ -222,7 +221,7 @@ def test_what_a_worker_cannot_write_the_driver_does(
     both(tmp_path / "lora", state, opener(Between(lost)), lambda merge, at: merge.export_lora(LoraTarget(at, 2)))
 
 
-@pytest.mark.parametrize("end", [0, -1], ids=["first", "last"])
+@pytest.mark.parametrize("end", [0, 1], ids=["first", "last"])
 def test_bytes_that_another_machine_wrote_over_are_told(tmp_path: Path, base: Path, end: int) -> None:
     """As on file systems that keep of one file what the last of two wrote."""
     made_of(tmp_path, "mean", base)
@@ -230,11 +229,28 @@ def test_bytes_that_another_machine_wrote_over_are_told(tmp_path: Path, base: Pa
     def written_over() -> None:
         (file,) = tmp_path.glob(".export.*.tmp/model.safetensors")
         whole = bytearray(file.read_bytes())
-        begin = 8 + int.from_bytes(whole[:8], "little") if end == 0 else len(whole) - 1
-        whole[begin] ^= 1
+        data = 8 + int.from_bytes(whole[:8], "little")
+        place = data + json.loads(whole[8:data])[EMBEDDING]["data_offsets"][end] - end
+        whole[place] ^= 1
         file.write_bytes(whole)
 
     failed(tmp_path, Between(list, written_over), Misconfigured, "several machines write one file")
+
+
+def test_a_file_has_its_length_before_anybody_writes_to_it(tmp_path: Path, base: Path) -> None:
+    """A client of NFS that believes that it writes the end of a file fills the page with zeros."""
+    made_of(tmp_path, "mean", base)
+    sizes: dict[str, int] = {}
+
+    def seen(tasks: Sequence[Task[Any]]) -> Sequence[Task[Any]]:
+        sizes.update({path.name: path.stat().st_size for path in tmp_path.glob(".*.tmp/*.safetensors")})
+        return tasks
+
+    with opener(Between(seen))(tmp_path / "mean") as merge:
+        merge.export(Target(tmp_path / "model", shard_size=3000))
+        merge.export_lora(LoraTarget(tmp_path / "lora", 2))
+    found = [*(tmp_path / "model").glob("*.safetensors"), *(tmp_path / "lora").glob("*.safetensors")]
+    assert sizes == {path.name: path.stat().st_size for path in found}
 
 
 def test_a_disk_that_is_full_there_is_told(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +297,54 @@ def test_a_damaged_chunk_and_another_base_are_told(tmp_path: Path, base: Path) -
     chunk = max(generation.rglob("c*"), key=lambda path: path.stat().st_size)
     chunk.write_bytes(bytes(chunk.stat().st_size))
     failed(tmp_path, Posted(1 << 12), Damaged, chunk.parent.name)
+
+
+def test_paths_may_be_relative(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_of(tmp_path, "mean", base)
+    monkeypatch.chdir(tmp_path)
+    with opener(Posted(1 << 12))(Path("mean")) as merge:
+        merge.export("first")
+        merge.export(Target("second", earlier=Path("first")))
+        merge.export_lora(LoraTarget("lora", 2))
+    assert json.loads(Path("second/continual.json").read_text())["made"]["made"] == 0
+    assert Path("first/model.safetensors").read_bytes() == Path("second/model.safetensors").read_bytes()
+
+
+def test_what_a_worker_wrote_is_on_its_disk_before_it_says_so(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine cannot sync it."""
+    state, events = made_of(tmp_path, "mean", base), []
+    write, sync = os.pwrite, os.fsync
+
+    def name(fd: int) -> str:
+        return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+
+    class Watched(Posted):
+        def map(self, tasks: Sequence[Task[Any]]) -> Iterator[tuple[str, Any]]:
+            for found in super().map(tasks):
+                events.append(("answer", ""))
+                yield found
+
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: events.append(("write", name(fd))) or write(fd, data, at))
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(("sync", name(fd))) or sync(fd))
+    with opener(Watched(1 << 12))(state) as merge:
+        merge.export(Target(tmp_path / "model", shard_size=3000))
+        merge.export_lora(LoraTarget(tmp_path / "lora", 2))
+    waiting: set[str] = set()
+    heads = {("write", path.name) for path in tmp_path.rglob("*.safetensors")}
+    answers = 0
+    for event in events:
+        if event in heads and not answers:
+            heads.discard(event)  # what the driver writes
+        elif event[0] == "write":
+            waiting |= {event[1]} if event[1].endswith(".safetensors") else set()
+        elif event[0] == "sync":
+            waiting.discard(event[1])
+        else:
+            answers += 1
+            assert waiting == set()
+    assert answers == 2 * len(SHAPES)
 
 
 class Fresh:
