@@ -175,12 +175,12 @@ class ClusterLink:
                 )
 
     def _reached(self) -> None:
-        """Raises Retry where nobody listens at an address of the form HOST:PORT, Misconfigured for another form."""
+        """Raises Retry where nobody listens at an address of the form HOST:PORT, Misconfigured for others."""
         address = os.environ.get("RAY_ADDRESS", self.address) if self.address == "auto" else self.address
         if "://" in address:
             raise Misconfigured(
-                f"RAY_ADDRESS = {address}, in the environment: that is for 'ray job submit', and a Ray Client cannot be "
-                "the driver: set ray.address to HOST:PORT of the head"
+                f"RAY_ADDRESS = {address}, in the environment: that is for 'ray job submit', or a Ray Client, which "
+                "cannot be the driver: set ray.address to HOST:PORT of the head"
             )
         host, _, port = address.rpartition(":")
         if host and port.isdigit():

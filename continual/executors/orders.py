@@ -64,8 +64,8 @@ class WorkPiece(Generic[R]):
 
 def groups(tasks: Sequence[Task[R]], most: int) -> Iterator[list[Task[R]]]:
     """Tasks in the order given, those together that one order takes: pieces of one job that read at most `most` bytes,
-    PIECES at most and at least one, or all that are one whole. What is no piece comes as it is, as many together as follow each
-    other."""
+    PIECES at most and at least one, or all that are one whole. What is no piece comes as it is, as many together as
+    follow each other."""
     group: list[Task[R]] = []
     reads = 0
     for task in tasks:
