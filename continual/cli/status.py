@@ -9,6 +9,9 @@ from continual.cli.answered import ranges
 from continual.outside import counted
 from continual.texts import duration, paused_since, plain, scale, share, size, when
 
+_MACHINES = 12
+"""Machines of a cluster that are shown."""
+
 
 def text(body: Mapping[str, Any]) -> str:
     """A status for people."""
@@ -79,9 +82,10 @@ def _cluster(found: Mapping[str, Any] | None) -> list[str]:
     under_way = f"{found['done']} of {found['total']} done, {found['out']} out; " if found["total"] else ""
     lines.append(f"orders     {under_way}{found['work']['orders']} done by this process, {found['lost']} lost")
     lines += [_out(one) for one in found["orders"][:5]]
-    lines += [_node(one) for one in found["nodes"] if one["alive"] or one["heard"]]
-    if found["others"]["orders"]:
-        lines.append(f"machine    others: {_work(found['others'])}")
+    lines += [_node(one, connected=found["connected"]) for one in found["nodes"][:_MACHINES]]
+    more = len(found["nodes"]) - _MACHINES
+    if more > 0:
+        lines.append(f"machine    and {more} more: the page shows them, and --json")
     return lines
 
 
@@ -89,6 +93,8 @@ def _has(found: Mapping[str, Any]) -> str:
     """The machines that are alive, and what they have."""
     if not found["answered"]:
         return ": which machines it has is asked when there is work for it"
+    if not found["connected"]:
+        return ""
     has = f"{found['cores']:g} cores, {size(found['memory_bytes'])} and {found['gpus']:g} GPUs for orders"
     return f", {counted(found['alive'], 'machine')} alive: {has}, as of {when(found['answered'])}"
 
@@ -100,9 +106,9 @@ def _out(one: Mapping[str, Any]) -> str:
     return f"out        {one['tensor']}{more}, since {when(one['since'])}{before}"
 
 
-def _node(one: Mapping[str, Any]) -> str:
+def _node(one: Mapping[str, Any], *, connected: bool) -> str:
     """A machine of the cluster."""
-    alive = f"{one['cores']:g} cores" if one["alive"] else "gone"
+    alive = "gone" if not one["alive"] else f"{one['cores']:g} cores" if connected else "not known whether it is alive"
     if not one["heard"]:
         return f"machine    {one['address']}, {alive}: no order yet"
     heard = f"last heard of {when(one['heard'])} with {one['last']}"

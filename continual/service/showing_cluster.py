@@ -27,6 +27,7 @@ def shown(address: str, seen: ClusterSeen, now: float) -> ShownCluster:
     return ShownCluster(
         address=address,
         answered=None if seen.answered is None else _time(seen.answered),
+        connected=seen.answered is not None and seen.parted is None,
         problem=silence(seen, now),
         alive=len(alive),
         cores=sum(node.cores for node in alive),

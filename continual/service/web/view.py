@@ -231,14 +231,15 @@ class ShownOrder:
 
 @dataclass(frozen=True, slots=True)
 class ShownCluster:
-    """The cluster that does the work. `address`: of the setting; `answered`: when it last said which machines it has,
-    which it is asked while there is work for it (None: never); `problem`: where it does not answer. Of the machines
-    that are `alive`, all `cores`, `memory_bytes` and `gpus`; `nodes`: some of the machines; `others`: what further ones
-    did, which are not told of; `work`: what all did; `lost`: orders that were lost with a worker. Of the work under way
-    `done` of `total` orders came back and `out` are under way, the oldest of them in `orders`."""
+    """The cluster that does the work. `address`: of the setting; `answered`: when it last said which machines it has
+    (None: never); `connected`: whether its driver lives; `problem`: where it does not, or has no answer. Of the
+    machines that are `alive`, all `cores`, `memory_bytes` and `gpus`; `nodes`: some of the machines; `others`: what
+    further ones did, which are not told of; `work`: what all did; `lost`: orders that were lost with a worker. Of the
+    work under way `done` of `total` orders came back and `out` are under way, the oldest of them in `orders`."""
 
     address: str
     answered: str | None
+    connected: bool
     problem: str
     alive: int
     cores: float

@@ -181,6 +181,19 @@ def test_orders_under_way_are_shown_while_they_are(client: TestClient, live: Liv
     assert "No order is out." in block(client)
 
 
+def test_an_open_page_hears_every_two_seconds_of_orders_that_are_out(live: Live, clock: Clock) -> None:
+    clock.now -= clock.now % 60.0
+    live = Live(live.merge, Queue(), clock=clock)
+    live.figures = RayFigures(clock)
+    idle = live.stamp()
+    clock.now += 4.0
+    assert live.stamp() == idle
+    with live.figures.driving(1):
+        before = live.stamp()
+        clock.now += 2.0
+        assert live.stamp() != before
+
+
 def test_an_order_that_was_lost_before_says_so(live: Live) -> None:
     with live.figures.driving(1) as driven:
         for _ in range(2):
@@ -221,13 +234,19 @@ def test_a_cluster_whose_driver_has_ended_is_told_of_until_there_is_another(
     said = "is not connected since 2026-11-18T11:09:40Z: the next work connects anew"
     assert [one.message for one in live.shortfalls()] == [f"10.0.0.1:6379: {said}"]
     assert f"The cluster {said}." in block(client)
+    assert "10.0.0.2  not known" in block(client)
+    assert "machines alive" not in block(client)
+    lines = text(client.get("/api/status").json()).splitlines()
+    assert f"cluster    {said}" in lines
+    assert "machine    10.0.0.10, not known whether it is alive: no order yet" in lines
+    assert "machine    10.0.0.3, gone: 1 order" in "\n".join(lines)
     live.figures.answered("10.0.0.1:6379", {"10.0.0.2": NodeSeen(alive=True)})
     assert b"continual_ray_nodes 1.0" in looked(live).text()
     assert (live.shortfalls(), client.get("/api/status").json()["cluster"]["problem"]) == ([], "")
 
 
-def test_where_there_are_many_machines_some_are_shown_and_all_are_counted() -> None:
-    figures = RayFigures()
+def test_where_there_are_many_machines_some_are_shown_and_all_are_counted(client: TestClient, live: Live) -> None:
+    figures = live.figures
     names = [f"10.0.{n}.1" for n in range(400)]
     with figures.driving(len(names)) as driven:
         for name in names:
@@ -238,6 +257,9 @@ def test_where_there_are_many_machines_some_are_shown_and_all_are_counted() -> N
     assert len(found.nodes) == showing_cluster.NODES
     assert {"10.0.399.1", "idle"} <= {one.address for one in found.nodes}
     assert sum(one.work.orders for one in found.nodes) + found.others.orders == found.work.orders == 400
+    assert "others  " in block(client)
+    told = [line for line in text(live.status().body()).splitlines() if line.startswith("machine")]
+    assert (len(told), told[-1]) == (13, "machine    and 38 more: the page shows them, and --json")
 
 
 def test_the_description_of_the_api_has_the_cluster(client: TestClient) -> None:

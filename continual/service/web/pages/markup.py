@@ -15,6 +15,7 @@ LONGEST = 200
 """Characters of a model's name that are shown in a list."""
 _WIDE = ("why", "what", "left out", "warned", "where", "seen", "place", "value")
 _NUMBERS = (
+    "wrong",
     "record",
     "when",
     "failed",

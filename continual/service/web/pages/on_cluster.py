@@ -24,8 +24,8 @@ def cluster(found: ShownCluster | None) -> Html:
 
 
 def _has(found: ShownCluster) -> list[tuple[str, object]]:
-    """The cards of what machines are alive; none before the cluster was asked."""
-    if not found.answered:
+    """The cards of what machines are alive; none while the cluster is not connected."""
+    if not found.connected:
         return []
     return [
         ("machines alive", found.alive),
@@ -55,7 +55,7 @@ def _nodes(found: ShownCluster) -> Html:
     """What each machine has and did."""
     if not found.nodes:
         return paragraph("Which machines it has is asked when there is work for it.", "none")
-    rows = [_node(one) for one in found.nodes]
+    rows = [_node(one, found) for one in found.nodes]
     if found.others.orders:
         rows.append(("others", "", "", "", "", *_work(found.others), "", ""))
     return table(
@@ -76,10 +76,11 @@ def _nodes(found: ShownCluster) -> Html:
     )
 
 
-def _node(one: ShownNode) -> tuple[object, ...]:
+def _node(one: ShownNode, found: ShownCluster) -> tuple[object, ...]:
     has = (f"{one.cores:g}", size(one.memory_bytes), f"{one.gpus:g}") if one.alive else ("", "", "")
     heard = (when(one.heard), name(one.last)) if one.heard else ("", "")
-    return (one.address, "alive" if one.alive else "gone", *has, *_work(one.work), *heard)
+    state = "gone" if not one.alive else "alive" if found.connected else "not known"
+    return (one.address, state, *has, *_work(one.work), *heard)
 
 
 def _work(work: ShownWork) -> tuple[object, ...]:
