@@ -95,8 +95,12 @@ def _has(found: Mapping[str, Any]) -> str:
         return ": which machines it has is asked when there is work for it"
     if not found["connected"]:
         return ""
-    has = f"{found['cores']:g} cores, {size(found['memory_bytes'])} and {found['gpus']:g} GPUs for orders"
+    has = f"{_cores(found)}, {size(found['memory_bytes'])} and {found['gpus']:g} GPUs for orders"
     return f", {counted(found['alive'], 'machine')} alive: {has}, as of {when(found['answered'])}"
+
+
+def _cores(of: Mapping[str, Any]) -> str:
+    return "1 core" if of["cores"] == 1 else f"{of['cores']:g} cores"
 
 
 def _out(one: Mapping[str, Any]) -> str:
@@ -108,7 +112,7 @@ def _out(one: Mapping[str, Any]) -> str:
 
 def _node(one: Mapping[str, Any], *, connected: bool) -> str:
     """A machine of the cluster."""
-    alive = "gone" if not one["alive"] else f"{one['cores']:g} cores" if connected else "not known whether it is alive"
+    alive = "gone" if not one["alive"] else _cores(one) if connected else "not known whether it is alive"
     if not one["heard"]:
         return f"machine    {one['address']}, {alive}: no order yet"
     heard = f"last heard of {when(one['heard'])} with {one['last']}"

@@ -252,13 +252,14 @@ def test_where_there_are_many_machines_some_are_shown_and_all_are_counted(client
         for name in names:
             driven.sent("t", 1)
             driven.came("t", name, 1, float(name.split(".")[2]))
-    figures.answered("head", {name: NodeSeen(name == "10.0.77.1") for name in names} | {"idle": NodeSeen(alive=True)})
+    figures.answered("head", {name: NodeSeen(name == "10.0.77.1") for name in names} | {"idle": NodeSeen(True, 1.0)})
     found = showing_cluster.shown("head", figures.seen(), 0.0)
     assert len(found.nodes) == showing_cluster.NODES
     assert {"10.0.399.1", "idle"} <= {one.address for one in found.nodes}
     assert sum(one.work.orders for one in found.nodes) + found.others.orders == found.work.orders == 400
     assert "others  " in block(client)
     told = [line for line in text(live.status().body()).splitlines() if line.startswith("machine")]
+    assert told[0] == "machine    idle, 1 core: no order yet"
     assert (len(told), told[-1]) == (13, "machine    and 38 more: the page shows them, and --json")
 
 
