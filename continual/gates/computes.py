@@ -28,7 +28,7 @@ _KEYS = frozenset(
 @dataclass(frozen=True)
 class ConfigGate(AtFold, Doubt):
     """Tells of a full model whose config.json says something else than the base's where both say something: another
-    number of heads, another activation, other frequencies of positions. The merge keeps the base's.
+    kind of model, number of heads, activation, other frequencies of positions. The merge keeps the base's.
 
     `act`: `warn` by default: to stretch the frequencies of positions is a common way to train for longer texts.
     `but`: keys that may say something else.
@@ -56,10 +56,15 @@ class ConfigGate(AtFold, Doubt):
             )
 
 
+def _is_compound(config: Mapping[str, object]) -> bool:
+    """Whether it is of a model with others in it, whose kind is another one than that of the text model alone."""
+    return any(key.endswith("_config") and isinstance(value, Mapping) for key, value in config.items())
+
+
 def _said(config: Mapping[str, object], before: str = "", depth: int = 2) -> Iterator[tuple[str, object]]:
     """What a configuration and those within it say of this, by their keys."""
     for key, value in config.items():
-        if key in _KEYS and value is not None:
+        if value is not None and (key in _KEYS or (key == "model_type" and not _is_compound(config))):
             yield before + key, value
         elif isinstance(value, Mapping) and depth and key.endswith("_config"):
             yield from _said(value, f"{before}{key}.", depth - 1)

@@ -17,6 +17,8 @@ LARGEST = 1 << 18
 """Bytes of a card in which its metadata has to end."""
 _FRONT = re.compile(r"\A\ufeff?[ \t\r\n]*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
+_BEGIN = re.compile(r"\A\ufeff?[ \t\r\n]*---[ \t]*\r?\n")
+
 
 class ModelCard(NamedTuple):
     """`bases`: the models that it names as its base, repos or paths; `relation`: what it is of them (`finetune`,
@@ -34,8 +36,11 @@ def card_of(place: Place) -> ModelCard:
     if not place.present(CARD):
         return ModelCard()
     try:
-        text = place.small(CARD)[:LARGEST].decode("utf-8", "replace")
+        whole = place.small(CARD)
+        text = whole[:LARGEST].decode("utf-8", "replace")
         front = _FRONT.match(text)
+        if front is None and len(whole) > LARGEST and _BEGIN.match(text):
+            raise ValueError(f"they do not end within {LARGEST} bytes")
         body = plain_yaml.parse(front[1]) if front is not None and front[1].strip() else {}
     except ValueError as error:
         raise Refuse(

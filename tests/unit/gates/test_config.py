@@ -41,6 +41,18 @@ def test_let_in(tmp_path: Path, theirs: dict[str, object]) -> None:
     ConfigGate(act="refuse").judge(configured(tmp_path, **theirs))
 
 
+def test_another_kind_of_model(tmp_path: Path) -> None:
+    """Weights of the same names and shapes; that of a model with a text model in it is another one by its nature."""
+    base = models.base(tmp_path / "base")
+    (base / "config.json").write_text(json.dumps({**models.CONFIG, "model_type": "llama"}))
+    model = models.fine_tune(base, tmp_path / "alice", 1)
+    (model / "config.json").write_text(json.dumps({**models.CONFIG, "model_type": "mistral"}))
+    with pytest.raises(Refuse, match=r"model_type = mistral \(the base: llama\)"):
+        ConfigGate().judge(headers(base, model))
+    (model / "config.json").write_text(json.dumps({**models.CONFIG, "model_type": "gemma3", "text_config": {}}))
+    ConfigGate().judge(headers(base, model))
+
+
 def test_what_is_told(tmp_path: Path) -> None:
     seen = configured(tmp_path, num_attention_heads=8, text_config={"head_dim": 4})
     with pytest.raises(Refuse, match=r"num_attention_heads = 8 \(the base: 4\), text_config.head_dim = 4"):

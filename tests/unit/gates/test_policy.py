@@ -10,6 +10,7 @@ import pytest
 from continual.config import Settings
 from continual.errors import Refuse
 from continual.gates import Headers, PolicyGate, make
+from continual.gates.model_card import LARGEST
 from tests.unit.gates.cases import Case, fine_tune
 
 
@@ -69,6 +70,16 @@ def test_what_is_denied_is_denied_however_it_is_written(tmp_path: Path, licence:
         PolicyGate(deny_licences=("CC-BY-NC-*",)).judge(licensed(tmp_path, licence))
     with pytest.raises(Refuse, match=r"licence cc-by-nc-4\.0 is not in"):
         PolicyGate(licences=("mit",)).judge(licensed(tmp_path / "x", licence))
+
+
+def test_a_licence_beyond_what_is_read_of_a_card_is_not_taken_for_none(tmp_path: Path) -> None:
+    seen = licensed(tmp_path, None)
+    (tmp_path / "alice" / "README.md").write_text("---\n" + "a: b\n" * LARGEST + "license: cc-by-nc-4.0\n---\n")
+    with pytest.raises(Refuse, match="do not end within") as refused:
+        PolicyGate(deny_licences=("cc-*",)).judge(seen)
+    assert refused.value.reason == "card"
+    (tmp_path / "alice" / "README.md").write_text("# alice\n" + "a\n" * LARGEST)
+    PolicyGate(deny_licences=("cc-*",)).judge(seen)
 
 
 def test_on_the_hub(tmp_path: Path) -> None:
