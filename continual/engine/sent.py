@@ -4,6 +4,7 @@ there, never a value of a tensor."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from continual.engine.base import as_recorded, kept_headers
@@ -50,16 +51,6 @@ class SentFiles(NamedTuple):
     place: Place
     files: tuple[FileStat, ...]
 
-    def open(self) -> Model:
-        """Opens it. Raises Retry where files are others, also where one that is written anew is refused; Refuse."""
-        try:
-            found = open_model(self.place)
-        except Refuse:
-            self.same(self.place.look())
-            raise
-        self.same(found.files)
-        return found
-
     def same(self, seen: Sequence[FileStat]) -> None:
         """Raises Retry naming a file that this process sees with another size or time. Inodes may differ: machines
         mount a shared folder each in its own way."""
@@ -102,9 +93,23 @@ class SentSources(NamedTuple):
     weights: SentBase | None
 
     def open(self) -> Sources:
-        """Opens all of it. Raises Refuse, Retry, Misconfigured, Damaged."""
-        base = self.base.open(self.form)
-        model = self.model.open()
-        shipped = None if self.shipped is None else open_shipped(base, model, self.lineage, self.shipped)
-        weights = None if self.weights is None else self.weights.open(self.form)
+        """Opens all of it. Raises Retry, Misconfigured, Damaged: whether the candidate is let in was asked where the
+        fold began, and what is refused here is what this machine sees of its files or of the base's."""
+        try:
+            return self._opened()
+        except Refuse as error:
+            raise Retry(f"{error}, as this machine sees it and the driver did not; nothing was settled") from error
+
+    def _opened(self) -> Sources:
+        with ExitStack() as failed:
+            base = self.base.open(self.form)
+            failed.callback(base.checkpoint.close)
+            model = open_model(self.model.place)
+            failed.callback(model.close)
+            self.model.same(model.files)
+            shipped = None if self.shipped is None else open_shipped(base, model, self.lineage, self.shipped)
+            if shipped is not None:
+                failed.callback(shipped.close)
+            weights = None if self.weights is None else self.weights.open(self.form)
+            failed.pop_all()
         return Sources(self.form, base, model, self.lineage, shipped, weights)

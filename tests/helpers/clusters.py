@@ -98,6 +98,12 @@ class RayNodes:
         command += ["--num-cpus", str(cpus), "--num-gpus", "0", "--memory", str(MEMORY)]
         return [*command, "--object-store-memory", str(STORE), "--include-log-monitor", "false"]
 
+    def kill_last(self) -> None:
+        """Kills the node that was started last, with all its processes, as where its machine loses power."""
+        node = self._nodes.pop()
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
     def stop(self) -> None:
         """Ends all nodes, the head last."""
         for node in reversed(self._nodes):

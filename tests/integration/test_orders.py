@@ -153,8 +153,11 @@ def test_a_stray_attempt_touches_nothing(tmp_path: Path, base: Path) -> None:
         assert again.orphans == ()
 
 
-@pytest.mark.parametrize("size", [None, 1000])
-def test_a_file_that_is_another_on_the_other_machine_is_told(tmp_path: Path, base: Path, size: int | None) -> None:
+@pytest.mark.parametrize("which", ["tune", "base"])
+@pytest.mark.parametrize(("size", "said"), [(None, "another file"), (1000, "cut off, as this machine sees it")])
+def test_a_file_that_is_another_on_the_other_machine_is_told(
+    tmp_path: Path, base: Path, which: str, size: int | None, said: str
+) -> None:
     """As where a folder is not shared and something else lies at its path, or where it is being written anew: what is
     cut off then is not refused for ever."""
     state, tune = _made(tmp_path / "state", base, "mean"), models.fine_tune(base, tmp_path / "tune", 1)
@@ -165,14 +168,14 @@ def test_a_file_that_is_another_on_the_other_machine_is_told(tmp_path: Path, bas
     seen = Elsewhere.posted.map
 
     def changed(tasks: object) -> object:
-        file = tune / "model.safetensors"
+        file = tmp_path / which / "model.safetensors"
         data = file.read_bytes()
         file.unlink()
         file.write_bytes(data[:size])
         return seen(tasks)  # type: ignore[arg-type]
 
     Elsewhere.posted.map = changed  # type: ignore[method-assign, assignment]
-    with Elsewhere(_settings(state), write=True) as merge, pytest.raises(Retry, match="another file"):
+    with Elsewhere(_settings(state), write=True) as merge, pytest.raises(Retry, match=said):
         merge.fold(tune)
     with State.open(state, write=True) as again:
         assert again.ledger.head.seq == 0

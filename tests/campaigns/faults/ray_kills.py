@@ -4,8 +4,9 @@
 
 Two nodes on loopback. In each fold one worker process that is doing an order gets SIGKILL at a random moment. The merge
 has to be bit for bit that of a process alone, every other order is done once, and nothing is left beside it. Then the
-driver is killed in the middle of a fold: the state is as before, and its orphans go at the next opening, while workers
-may still write.
+second node is killed with all its processes, and another takes its place; so it goes for the merge too. Then the driver
+is killed in the middle of a fold: the state is as before, and its orphans go at the next opening, while workers may
+still write.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from continual.executors.local import Local
 from continual.executors.ray import OnRay, RayAsked
 from continual.state import State
 from tests.helpers import models
-from tests.helpers.clusters import cluster
+from tests.helpers.clusters import RayNodes, cluster
 
 MARK = "CONTINUAL_CAMPAIGN"
 ORDER = 4 << 20
@@ -51,10 +52,9 @@ def working(mark: str) -> list[int]:
     return found
 
 
-def kill_one(mark: str, seed: int, killed: list[int], over: threading.Event) -> None:
-    """Kills one worker at work, at a random moment."""
-    chance = random.Random(seed)
-    time.sleep(chance.random() * 2)
+def kill_one(mark: str, chance: random.Random, within: float, killed: list[int], over: threading.Event) -> None:
+    """Kills one worker at work, at a random moment of the first so many seconds, or the next that there is."""
+    time.sleep(chance.random() * within)
     while not over.is_set() and not killed:
         if at_work := working(mark):
             victim = chance.choice(at_work)
@@ -97,30 +97,32 @@ def worker_kills(work: Path, base: Path, address: str, mark: str, kills: int, ru
     with api.Merge(Settings(state=work / "alone", workers=1), write=True) as merge:
         merge.fold(tune)
     expected = contents(work / "alone")
-    kind, good, orders = on_ray(address), 0, None
-    for number in range(kills + 1):
+    kind, good, orders, seconds = on_ray(address), 0, None, 0.0
+    within = 0.0
+    for number in range(-1, kills + 1):  # the first connects, the second says how long a fold takes
         state = work / "state"
         shutil.copytree(made, state)
         before = FIGURES.seen()
         killed: list[int] = []
         over = threading.Event()
-        killer = threading.Thread(target=kill_one, args=(mark, number, killed, over))
+        within = 0.3 * seconds if number < 2 else within
+        killer = threading.Thread(target=kill_one, args=(mark, random.Random(number), within, killed, over))
         began = time.perf_counter()
-        if number:
+        if number > 0:
             killer.start()
         with kind(Settings(state=state), write=True) as merge:
             outcome = merge.fold(tune)
         seconds = time.perf_counter() - began
         over.set()
-        if number:
+        if number > 0:
             killer.join()
         done = FIGURES.seen().all.orders - before.all.orders
         gone = FIGURES.seen().lost - before.lost
         orders = done if orders is None else orders
         same = outcome.fate == "folded" and contents(state) == expected
         clean = len(list((state / "generations").iterdir())) == 1
-        fine = same and clean and done == orders and gone <= len(killed)
-        good += bool(number) and fine
+        fine = same and clean and done == orders and gone <= len(killed) == (number > 0)
+        good += number > 0 and fine
         print(
             f"fold {number}: {len(killed)} killed, {gone} orders lost, {done} done of {orders}, "
             f"{'the same bits' if same else 'OTHER BITS'}, {seconds:.1f} s{'' if fine else ': WRONG'}",
@@ -129,6 +131,40 @@ def worker_kills(work: Path, base: Path, address: str, mark: str, kills: int, ru
         shutil.rmtree(state)
     print(f"{good} of {kills} kills cost the orders of the worker alone")
     assert good == kills
+
+
+def node_kills(work: Path, nodes: RayNodes, kills: int) -> None:
+    """Kills the second node with all that runs there, at a random moment of a fold; another joins afterwards."""
+    state, chance, kind = work / "state", random.Random(1), on_ray(nodes.address)
+    expected = contents(work / "alone")
+    for number in range(kills):
+        shutil.copytree(work / "made", state)
+        before = FIGURES.seen()
+
+        def kill(state: Path = state) -> None:
+            while not list((state / "generations").glob("*.attempts/*")):
+                time.sleep(0.005)
+            time.sleep(chance.random())
+            nodes.kill_last()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        began = time.perf_counter()
+        with kind(Settings(state=state), write=True) as merge:
+            outcome = merge.fold(work / "tune")
+        seconds = time.perf_counter() - began
+        killer.join()
+        seen = FIGURES.seen()
+        same = outcome.fate == "folded" and contents(state) == expected
+        print(
+            f"node {number}: {seen.lost - before.lost} orders lost, {seen.all.orders - before.all.orders} done, "
+            f"{'the same bits' if same else 'OTHER BITS'}, {seconds:.1f} s",
+            flush=True,
+        )
+        assert same
+        assert len(list((state / "generations").iterdir())) == 1
+        shutil.rmtree(state)
+        nodes.start(1)
 
 
 DRIVER = """
@@ -172,6 +208,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--drivers", type=int, default=3)
     parser.add_argument("--rule", default="tsv-m")
+    parser.add_argument("--nodes", type=int, default=3)
     args = parser.parse_args()
     mark = f"{os.getpid()}"
     os.environ[MARK] = mark
@@ -179,6 +216,7 @@ def main() -> None:
         work = Path(temporary)
         base = models.base(work / "base", shapes=models.big_shapes(0.04, layers=8))
         worker_kills(work, base, nodes.address, mark, args.kills, args.rule)
+        node_kills(work, nodes, args.nodes)
         driver_kills(work, nodes.address, args.drivers)
 
 
