@@ -105,7 +105,8 @@ class _Copy:
         self.id = secrets.token_hex(16) if wish.clone else source.id
         self.have = _have(source, directory, wish)
         self.wanted = source.generations()
-        self.there = {name for name in _names(directory / "generations") if not name.startswith(".")}
+        # without receipts, the last that is copied, it is half of one; on a store that has its name already
+        self.there = {n for n in retention.standing(directory) if (directory / "generations" / n / RECEIPTS).is_file()}
         named = {c.generation for c in source.ledger.log[: self.have + 1]}
         self.left = sorted(self.there - named - set(self.wanted))
 
@@ -127,11 +128,12 @@ class _Copy:
         )
         if self.wish.dry_run:
             return report
-        with self._begun():
+        with self._begun() as lock:
             copies = self.wish.copy or not _on_one_disk(self.source.path, self.directory)
             room(self.directory, report.nbytes if copies else 0, "the backup")
             taking = self._generations(new)
             self._records(taking)
+            lock.must_hold()  # a later backup may have gone on with it
             if self.have < 0:  # nobody sees it yet, and HEAD makes it whole
                 self._beside(loose_files)
                 self._head()
@@ -152,7 +154,7 @@ class _Copy:
         )
 
     @contextlib.contextmanager
-    def _begun(self) -> Iterator[None]:
+    def _begun(self) -> Iterator[Lock]:
         """Holds the lock of the copy, in which PARTIAL says that it is not whole; what a killed backup left there is
         removed first."""
         directory = self.directory
@@ -169,9 +171,10 @@ class _Copy:
             opening.cut(directory, self.have)
             if self.have < 0:
                 storing.remove(directory / "HEAD")
-            for name in (*self.left, *(n for n in _names(directory / "generations") if n.startswith("."))):
-                storing.remove_tree(directory / "generations" / name)
-            yield
+            for name in _names(directory / "generations"):
+                if name in self.left or name not in self.there:
+                    storing.remove_tree(directory / "generations" / name)
+            yield lock
             storing.remove(directory / PARTIAL)
             storing.sync(directory)
         finally:
@@ -210,8 +213,9 @@ class _Copy:
         below = task_inputs.DIRECTORY
         for kept in task_inputs.in_force(self.source.ledger):
             source, target = (place / below / kept.task.id for place in (self.source.path, self.directory))
-            if target.exists():
+            if (target / RECEIPTS).is_file():
                 continue
+            storing.drop_tree(storing.stem(target))
             target.parent.mkdir(exist_ok=True)
             try:
                 taking.tree(source, target, f"{_COPYING}{kept.task.id}", RECEIPTS)

@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from datetime import datetime
 
 from continual.errors import Halt, Retry
@@ -179,20 +179,28 @@ class BucketHolds:
             return False
         return (generation / RECEIPTS).is_file() or generation.is_dir()
 
-    def mark(self, path: ObjectPath, name: str) -> bool:
+    def mark(self, path: ObjectPath, name: str, may: Callable[[], None]) -> bool:
         """A mark is an object. Readers lease first and look for it then; so it is made first, and leases are looked at
-        then: of the two at least one sees the other."""
+        then: of the two at least one sees the other. So with a writer that has gone back to the generation since this
+        one was stopped."""
         mark = _mark(path / "generations" / name)
+        may()
         storing.replace(mark, b"")
-        if name in self.leased(path, [name]):
+        try:
+            may()
+            if name not in self.leased(path, [name]):
+                return True
+        except Halt:
             storing.remove(mark)
-            return False
-        return True
+            raise
+        storing.remove(mark)
+        return False
 
-    def delete(self, path: ObjectPath, name: str) -> None:
-        """The mark goes last. It may have been made by a process that died before it looked at leases."""
+    def delete(self, path: ObjectPath, name: str, needed: Container[str]) -> None:
+        """The mark goes last. It may be of a process that died before it looked at leases, or that had been stopped
+        until what it marked was in force again."""
         marked = name.removeprefix(EXPIRED)
-        if marked != name:
+        if marked != name and marked not in needed:
             if marked in self.leased(path, [marked]):
                 return
             storing.remove_tree(path / "generations" / marked)

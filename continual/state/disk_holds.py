@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
 from continual.errors import Misconfigured
@@ -78,16 +78,17 @@ class DiskHolds:
     def stands(self, generation: Path) -> bool:
         return generation.exists()
 
-    def mark(self, path: Path, name: str) -> bool:
+    def mark(self, path: Path, name: str, may: Callable[[], None]) -> bool:
         """A mark is another name. A kill while its files are deleted leaves no half of a generation under a name that a
         record knows."""
         generation = path / "generations" / name
+        may()
         with _unless_leased(generation) as free:
             if free:
                 move_away(generation, generation.with_name(f"{EXPIRED}{name}"))
         return free
 
-    def delete(self, path: Path, name: str) -> None:
+    def delete(self, path: Path, name: str, _needed: Container[str]) -> None:
         storing.remove_tree(path / "generations" / name)
 
     def unwritten(self, _path: Path, names: Sequence[str]) -> Sequence[str]:

@@ -7,7 +7,7 @@ A generation expires by being marked: from then on nobody begins to read it, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Container, Sequence, Set
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -47,11 +47,12 @@ class Holds(Protocol):
     def stands(self, generation: Any) -> bool:
         """Whether the directory of a generation is there, and not marked."""
 
-    def mark(self, path: Any, name: str) -> bool:
-        """Marks a generation as expired, for good, unless a reader has leased it; whether it did. Raises Halt."""
+    def mark(self, path: Any, name: str, may: Callable[[], None], /) -> bool:
+        """Marks a generation as expired, for good, unless a reader has leased it; whether it did. `may` is asked, and
+        raises Halt where another process may have put the generation in force by now."""
 
-    def delete(self, path: Any, name: str) -> None:
-        """Deletes a directory below `generations/`, and with a mark all that it is of."""
+    def delete(self, path: Any, name: str, needed: Container[str], /) -> None:
+        """Deletes a directory below `generations/`, and with a mark all that it is of, unless that is needed."""
 
     def unwritten(self, path: Any, names: Sequence[str], /) -> Sequence[str]:
         """Those of the directories below `generations/` that nobody writes, whatever was sent before."""

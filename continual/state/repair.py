@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 
 from continual.errors import Misconfigured
 from continual.outside import counted
@@ -56,7 +57,7 @@ def repair(path: Where, plan: RepairPlan, progress: OnPart, on_step: OnStep | No
             return None
         with environment("cannot repair the state"):
             aside = found.unfinished or _new_aside(path)
-            _move(path, aside, plan)
+            _move(path, aside, plan, held.must_hold)
             journal = Journal(path, found.ledger, on_step or _silent, held)
             commit = _record(journal, aside, found)
             State.open(path).close()
@@ -70,14 +71,16 @@ def _inspected(path: Where, progress: OnPart) -> Inspection:
         return Inspection(path, progress)
 
 
-def _move(path: Where, aside: Where, plan: RepairPlan) -> None:
-    """Moves the old files away and makes the directories of a state."""
+def _move(path: Where, aside: Where, plan: RepairPlan, may: Callable[[], None]) -> None:
+    """Moves the old files away and makes the directories of a state. `may` is asked before each, and raises Halt where
+    another process may write by now."""
     touched = {path, aside}
     for name in opening.DIRECTORIES:
         (path / name).mkdir(exist_ok=True)
     for name in plan.aside:
         source, target = path / name, aside / name
         target.parent.mkdir(exist_ok=True)
+        may()
         while target.exists():  # of an earlier try
             target = target.with_name(f"{target.name}.again")
         storing.rename(source, target)

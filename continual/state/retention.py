@@ -20,9 +20,14 @@ _log = logging.getLogger("continual.state")
 
 def kept(path: Where, ledger: Ledger) -> list[str]:
     """The generations of the state in `path` that are on disk and named by a record, in order of their names."""
+    return [name for name in standing(path) if name in ledger.generations]
+
+
+def standing(path: Where) -> list[str]:
+    """The directories below `generations/` that do not expire just now, in order of their names. Raises OSError."""
     found = _listed(path)
     marked = {name.removeprefix(EXPIRED) for name in found if name.startswith(EXPIRED)}
-    return [name for name in found if name in ledger.generations and name not in marked]
+    return [name for name in found if not name.startswith(".") and name not in marked]
 
 
 def unnamed(path: Where, ledger: Ledger) -> list[str]:
@@ -56,12 +61,17 @@ def expired(path: Where, ledger: Ledger, keep: Keep, *, then: str | None = None)
     newest = [*again, *islice((g for g in reversed(ledger.generations) if g != then), keep.most)][: keep.most]
     if keep.nbytes is not None:
         newest = _within(path, newest, keep.nbytes)
-    tagged = {ledger.get(seq).generation for seq in ledger.tags.values()}
-    tagged |= {ledger.get(seq).generation for seq in canaries.held(path) if seq <= ledger.head.seq}
-    held = {then or ledger.head.generation, *newest, *tagged}
+    held = {*newest, *_needed(path, ledger, then)}
     found = [name for name in kept(path, ledger) if name not in held]
     leased = holding.of(path).leased(path, found)
     return [name for name in found if name not in leased]
+
+
+def _needed(path: Where, ledger: Ledger, then: str | None = None) -> set[str]:
+    """The generations that have to be there: the one in force, or that will be, those with a tag and those of canaries.
+    Raises OSError."""
+    named = [*ledger.tags.values(), *(seq for seq in canaries.held(path) if seq <= ledger.head.seq)]
+    return {name for name in (then or ledger.head.generation, *(ledger.get(seq).generation for seq in named)) if name}
 
 
 def _within(path: Where, newest: list[str], nbytes: int) -> list[str]:
@@ -87,9 +97,10 @@ def expire(path: Where, ledger: Ledger, keep: Keep, may: Callable[[], None]) -> 
     gone: list[str] = []
     try:
         gone.extend(_marked(path, expired(path, ledger, keep), may))
-        for name in _listed(path):
-            if name.startswith(EXPIRED):
-                holding.of(path).delete(path, name)
+        marks = [name for name in _listed(path) if name.startswith(EXPIRED)]
+        needed = _needed(path, ledger) if marks else set()
+        for name in marks:
+            holding.of(path).delete(path, name, needed)
     except OSError as error:
         _log.warning("%s: old generations stay until the next fold: %s", path, trouble(error))
     return gone
@@ -98,22 +109,23 @@ def expire(path: Where, ledger: Ledger, keep: Keep, may: Callable[[], None]) -> 
 def drop(path: Where, names: Iterable[str]) -> None:
     """Deletes generations of the copy of a state, but those that a reader has leased. Raises OSError and Halt."""
     for name in list(_marked(path, names, lambda: None)):
-        holding.of(path).delete(path, f"{EXPIRED}{name}")
+        holding.of(path).delete(path, f"{EXPIRED}{name}", ())
 
 
 def _marked(path: Where, names: Iterable[str], may: Callable[[], None]) -> Iterator[str]:
     """Marks generations that no reader has leased as expired, and yields their names."""
     for name in names:
-        may()
-        if holding.of(path).mark(path, name):
+        if holding.of(path).mark(path, name, may):
             yield name
 
 
-def clear(path: Where, names: Iterable[str]) -> None:
+def clear(path: Where, ledger: Ledger, names: Iterable[str]) -> None:
     """Deletes what `unnamed` found. What cannot be deleted now is found again at the next open."""
-    for name in names:
-        with contextlib.suppress(OSError):
-            holding.of(path).delete(path, name)
+    with contextlib.suppress(OSError):
+        needed = _needed(path, ledger)
+        for name in names:
+            with contextlib.suppress(OSError):
+                holding.of(path).delete(path, name, needed)
 
 
 @contextlib.contextmanager

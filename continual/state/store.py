@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from continual.errors import Halt, Misconfigured, Retry
@@ -72,8 +72,7 @@ class State:
                 opening.complete(path)
                 state._journal.append(InitEntry(read=read, device=device, format=checksum), Held())
                 state._journal.mend()
-                # last: a directory without format.json is no state, so a kill before this leaves none behind
-                storing.replace(path / "format.json", data)
+                _seal(path / "format.json", data, state._journal.must_hold)
                 for directory in made:
                     storing.sync(directory.parent)
             except BaseException:
@@ -109,7 +108,7 @@ class State:
 
     def _complete(self, unnamed: list[str]) -> None:
         """Makes up for what the last writer could not do. What it left goes first: that may make room for the rest."""
-        retention.clear(self.path, unnamed)
+        retention.clear(self.path, self.ledger, unnamed)
         task_inputs.clear(self.path, self.ledger)
         with environment(f"cannot open {self.path} for writing"):
             opening.complete(self.path)
@@ -280,6 +279,14 @@ class State:
             found = Generation(self.path / "generations" / commit.generation, self.format, commit.receipts or "")
             self._open[commit.generation] = found
         return found
+
+
+def _seal(file: Where, data: bytes, may: Callable[[], None]) -> None:
+    """Makes format.json, as the last: a directory without it is no state, so a kill before this leaves none behind. Of
+    two processes that make a state there one does."""
+    with storing.creating(file, data, _nothing) as new:
+        new.make(may)
+        new.sync()
 
 
 def _may_name(ledger: Ledger, tag: str, target: Commit, *, force: bool) -> None:

@@ -106,8 +106,10 @@ class Objects:
             with self._told(key), stage("read"):
                 found = obstore.get(self.store, key, options={"range": asked} if asked else {})
                 return memoryview(found.bytes()), found.meta["size"]
-        except (FileNotFoundError, PermissionError):
+        except FileNotFoundError:
             raise
+        except PermissionError as error:
+            raise self._missing(key) or error from None
         except OSError:  # it may end before `start`: each kind of store says that in other words
             if not ranged or (nbytes := self.head(key).nbytes) > start:
                 raise
@@ -117,9 +119,24 @@ class Objects:
         """What the store says of an object. Raises OSError."""
         import obstore
 
+        try:
+            with self._told(key):
+                found = obstore.head(self._quick, key)
+                return Listed(key.rpartition("/")[2], found["size"], found["last_modified"])
+        except PermissionError as error:
+            raise self._missing(key) or error from None
+
+    def _missing(self, key: str) -> FileNotFoundError | None:
+        """What is to be raised where there is no such object. Amazon says of one that it may not be read, to who may
+        list what is below a prefix and no more: the listing says what is there. Raises OSError."""
+        import obstore
+
         with self._told(key):
-            found = obstore.head(self._quick, key)
-            return Listed(key.rpartition("/")[2], found["size"], found["last_modified"])
+            for some in obstore.list(self.store, key.rpartition("/")[0] or None, offset=key[:-1]):
+                for one in some:
+                    if one["path"] >= key:
+                        return None if one["path"] == key else _none(f"{self.url}/{key}")
+        return _none(f"{self.url}/{key}")
 
     def below(self, key: str) -> Iterator[Listed]:
         """Every object whose key goes on after `key/`, by key. Raises OSError."""
@@ -165,7 +182,7 @@ class Objects:
         try:
             yield
         except FileNotFoundError:
-            raise FileNotFoundError(errno.ENOENT, "there is no such object", place) from None
+            raise _none(place) from None
         except exceptions.AlreadyExistsError:
             raise FileExistsError(errno.EEXIST, "there is such an object", place) from None
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
@@ -180,6 +197,10 @@ class Objects:
             if any(word in text for word in _REFUSED):
                 raise _refused(place, error) from None
             raise OSError(errno.EREMOTEIO, _first(error), place) from None
+
+
+def _none(place: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "there is no such object", place)
 
 
 def _refused(place: str, error: Exception) -> PermissionError:

@@ -263,7 +263,7 @@ class Write(NamedTuple):
 
 
 WRITES = (
-    Write(initiation, ("state.store.create", "state.protocol.append", "state.protocol.write_head")),
+    Write(initiation, ("state.store._seal", "state.protocol.append", "state.protocol.write_head")),
     Write(commit, ("state.protocol.append", "state.protocol.write_head")),
     Write(commit_on_sealed, ("state.protocol.append", "state.protocol.write_head")),
     Write(tag, ("state.protocol.write_tag",)),

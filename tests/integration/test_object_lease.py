@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 
-from continual.errors import Busy, Halt, Misconfigured
-from continual.state import State, heartbeat, lock, retention, storing
+from continual.errors import Busy, Halt, Misconfigured, Retry
+from continual.state import State, heartbeat, holding, lock, retention, store, storing
 from continual.state.bucket_holds import WriterLease
-from continual.stores import ObjectPath, where
+from continual.state.repair import look, repair
+from continual.stores import ObjectPath, Where, where
 from tests.helpers import object_stores, stores
 from tests.helpers.cutting import Cutting, Fault
 from tests.helpers.object_stores import findings
@@ -172,6 +175,98 @@ def test_an_old_generation_whose_mark_was_left_is_nothing_to_go_back_to(at: Obje
         assert state.generations() == [state.ledger.head.generation]
         state.expire(2)
         assert storing.names(at / "generations") == state.generations()
+
+
+def test_a_mark_of_a_writer_that_had_been_stopped_deletes_nothing_that_is_needed_again(at: ObjectPath) -> None:
+    """It was stopped between its last look at the lease and the mark; the next writer went back meanwhile."""
+    with stores.make(at) as state:
+        for number in (1, 2):
+            stores.fold(state, number)
+        state.tag("first", 1)
+        first = str(state.ledger.get(1).generation)
+        asked = iter((None, Halt("the lease ran out")))
+
+        def may() -> None:
+            if (said := next(asked)) is not None:
+                raise said
+
+        with pytest.raises(Halt, match="ran out"):
+            holding.of(at).mark(at, first, may)
+        assert first in state.generations()
+        storing.replace(
+            at / f"generations/.expired-{first}/receipts.json", b""
+        )  # and it was killed before it took it back
+        state.expire(1)
+        assert first in state.generations()
+        storing.replace(at / f"generations/.expired-{first}/receipts.json", b"")
+    with State.open(at, write=True) as state:
+        assert first in state.generations()
+    assert findings(at) == []
+
+
+def test_of_two_who_make_a_state_in_one_place_one_does(at: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is stopped before its last step, until its lease has run out."""
+    short = where(str(at), 2.0)
+    seal, made = store._seal, []
+
+    def sealed(file: Where, data: bytes, may: Callable[[], None]) -> None:
+        if not made:
+            made.append("the first")
+            stores.make(short).close()
+            may = lambda: None  # noqa: E731  # and it was stopped just then
+        seal(file, data, may)
+
+    monkeypatch.setattr(store, "_seal", sealed)
+    monkeypatch.setattr(heartbeat, "BEATS", 0.001)
+    with pytest.raises(Retry, match=r"format\.json: another writer was first"):
+        stores.make(short)
+    with State.open(short, write=True) as state:
+        assert stores.fold(state, 1) == 1
+    assert findings(short) == []
+
+
+def test_a_repair_that_lost_its_lease_moves_nothing(at: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stores.make(at) as state:
+        for number in (1, 2):
+            stores.fold(state, number)
+        newest = at / f"generations/{state.ledger.head.generation}"
+    storing.remove(newest / "sum/wide/c.0.0")
+    quiet = lambda _done, _all: None  # noqa: E731
+    plan = look(at, quiet)
+    monkeypatch.setattr(WriterLease, "must_hold", _ran_out)
+    before = storing.sizes(newest)
+    with pytest.raises(Halt, match="ran out"):
+        repair(at, plan, quiet)
+    assert storing.sizes(newest) == before
+
+
+def _ran_out(_lock: object) -> None:
+    raise Halt("the lease of this writer ran out")
+
+
+def test_who_may_list_below_the_prefix_alone_is_told_what_is_not_there(
+    at: ObjectPath, proxy: Cutting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Amazon says of an object that is not there that it may not be read, where a policy lets one prefix be listed."""
+    stores.make(at).close()
+
+    def decide(method: str, path: str) -> Fault:
+        file = unquote(urlsplit(path).path).removeprefix(f"/{object_stores.BUCKET}/{at.key}/")
+        read = method in ("GET", "HEAD") and "list-type" not in path
+        return "denied" if read and file not in storing.sizes(at) else ""
+
+    proxy.decide = decide
+    through = object_stores.state_at(proxy.address, at.key, monkeypatch)
+    with State.open(through, write=True) as state:
+        assert stores.fold(state, 1) == 1
+        assert stores.fold(state, 2) == 2
+        assert len(state.expire(1)) == 1
+        for file in ("HEAC", "HEADS", "z", "sum/x"):
+            assert not (through / file).exists()
+            with pytest.raises(FileNotFoundError):
+                storing.contents(through / file)
+    assert proxy.told["denied"] > 8
+    assert findings(through) == []
 
 
 def test_a_writer_that_lost_its_lease_makes_up_for_nothing(at: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:

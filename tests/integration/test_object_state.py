@@ -235,6 +235,21 @@ def test_a_backup_goes_from_and_to_a_store(at: ObjectPath, tmp_path: Path) -> No
         backup(at / "s", at / "s/copy", Wish(), quiet)
 
 
+def test_what_a_killed_backup_left_half_on_a_store_is_taken_again(at: ObjectPath, tmp_path: Path) -> None:
+    """Nothing has another name there until it is whole; nobody reads what was copied, so that nobody else finds it."""
+    stores.history(tmp_path / "disk")
+    quiet = lambda _what, _done, _all: None  # noqa: E731
+    backup(tmp_path / "disk", at, Wish(check=False), quiet)
+    with State.open(tmp_path / "disk") as state:
+        for name in state.generations():
+            for file in ("sum/wide/c.0.0", "receipts.json"):
+                storing.remove(at / "generations" / name / file)
+    storing.remove(at / "HEAD")
+    storing.replace(at / "backup.json", b"x")
+    assert backup(tmp_path / "disk", at, Wish(check=False), quiet).generations
+    assert findings(at) == []
+
+
 def test_a_damaged_one_is_repaired(at: ObjectPath) -> None:
     with stores.make(at) as state:
         for number in (1, 2):
