@@ -103,15 +103,18 @@ class RayFigures:
         self.clock = clock
         self._lock = threading.Lock()
         self._seen = ClusterSeen()
+        self._clusters: dict[str, ClusterSeen] = {}
         self._work: dict[str, NodeWork] = {}
         self._labelled: dict[str, WorkDone] = {OTHERS: WorkDone()}
         self._driven: list[DrivenWork] = []
 
-    def seen(self) -> ClusterSeen:
-        """All of it as it is now."""
+    def seen(self, address: str = "") -> ClusterSeen:
+        """All of it as it is now, with the machines of the cluster at `address` (none: of no cluster)."""
         with self._lock:
-            driven = self._driven
-            return self._seen._replace(
+            driven, cluster = self._driven, self._clusters.get(address, ClusterSeen(address))
+            return cluster._replace(
+                gone=self._seen.gone,
+                lost=self._seen.lost,
                 work=dict(self._work),
                 labelled=dict(self._labelled),
                 since=min((one.since for one in driven), default=None),
@@ -126,15 +129,18 @@ class RayFigures:
         return bool(self._driven)
 
     def answered(self, address: str, nodes: Mapping[str, NodeSeen]) -> None:
-        """The cluster said which machines it has. Of those that are gone only who worked for this process is kept."""
+        """The cluster at an address said which machines it has. Of those that are gone only who worked for this process
+        is kept."""
         with self._lock:
             kept = {name: node for name, node in nodes.items() if node.alive or name in self._work}
-            self._seen = self._seen._replace(address=address, answered=self.clock(), nodes=kept, parted=None)
+            self._clusters[address] = ClusterSeen(address, self.clock(), nodes=kept)
 
-    def parted(self) -> None:
-        """The driver has ended: nobody is connected with the cluster before there is work for it again."""
+    def parted(self, address: str) -> None:
+        """The driver of the cluster at an address has ended: nobody is connected with it before there is work for it
+        again."""
         with self._lock:
-            self._seen = self._seen._replace(parted=self.clock())
+            before = self._clusters.get(address, ClusterSeen(address))
+            self._clusters[address] = before._replace(parted=self.clock())
 
     @contextmanager
     def driving(self, total: int) -> Iterator[DrivenWork]:
@@ -159,8 +165,8 @@ class RayFigures:
 
     def _forget(self) -> None:
         """Adds up the work of the machine that was not heard of for the longest, of those that are not alive first."""
-        nodes = self._seen.nodes
-        name = min(self._work, key=lambda one: (one in nodes and nodes[one].alive, self._work[one].heard))
+        alive = {name for one in self._clusters.values() for name, node in one.nodes.items() if node.alive}
+        name = min(self._work, key=lambda one: (one in alive, self._work[one].heard))
         self._seen = self._seen._replace(gone=self._seen.gone.plus(self._work.pop(name).done))
 
 

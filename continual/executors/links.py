@@ -194,7 +194,7 @@ class ClusterLink:
         with self._link, contextlib.suppress(EOFError, OSError):
             while True:
                 self._take(self._link.recv())
-        FIGURES.parted()
+        FIGURES.parted(self.address)
         self.close()
         with self._lock:
             waiting, self._waiting = list(self._waiting.values()), {}

@@ -127,18 +127,29 @@ def _look(merge: Merge, live: Live, metrics: Metrics, device: torch.device) -> N
         metrics.full(full.used / full.width, full.cut)
     if (memory := device_memory(device)) is not None:
         metrics.device(**memory)
-    if merge.settings.executor == "ray":
-        _look_at_cluster(merge.settings.ray.address, live, metrics)
+    _look_at_cluster(merge.settings, live, metrics)
 
 
-def _look_at_cluster(address: str, live: Live, metrics: Metrics) -> None:
-    """What the cluster did for this process, and whether it answers."""
-    seen = live.figures.seen()
-    cluster(seen, metrics)
-    if problem := showing_cluster.silence(seen, live.figures.clock()):
-        live.health.fails("cluster", address, problem)
+def _look_at_cluster(settings: Settings, live: Live, metrics: Metrics) -> None:
+    """What the cluster did for this process, and whether it answers. The settings can name another one by now, or
+    none."""
+    problem = ""
+    if settings.executor == "ray":
+        seen = live.figures.seen(settings.ray.address)
+        cluster(seen, metrics)
+        problem = showing_cluster.silence(seen, live.figures.clock())
     else:
-        live.health.works("cluster", address)
+        metrics.source(NO_CLUSTER)
+    if problem:
+        live.health.fails("cluster", "ray.address", f"{settings.ray.address} {problem}")
+    else:
+        live.health.works("cluster", "ray.address")
+
+
+NO_CLUSTER: dict[str, float | None] = dict.fromkeys(
+    ("continual_ray_nodes", "continual_ray_answered_timestamp_seconds", "continual_ray_orders_out")
+)
+"""The gauges of a cluster where none is used any more."""
 
 
 def cluster(seen: ClusterSeen, metrics: Metrics) -> None:

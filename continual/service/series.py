@@ -166,7 +166,7 @@ TABLE: tuple[Series, ...] = (
     Series(
         "gauge",
         "continual_ray_answered_timestamp_seconds",
-        "When the cluster last said which machines it has, as seconds since 1970; asked while there is work for it.",
+        "When the cluster last said which machines it has, as seconds since 1970; every 5 s from the first work on.",
         there="cluster",
     ),
     Series("gauge", "continual_ray_orders_out", "Orders that are out now.", there="ray"),

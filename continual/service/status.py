@@ -215,7 +215,7 @@ class Live:
         if self.merge.settings.executor == "local":
             return None
         address = self.merge.settings.ray.address
-        return showing_cluster.shown(address, self.figures.seen(), self.figures.clock())
+        return showing_cluster.shown(address, self.figures.seen(address), self.figures.clock())
 
     def _word(self, *, good: bool, degraded: bool) -> str:
         """The health in a word: what a person should know first."""

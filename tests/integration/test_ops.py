@@ -60,7 +60,7 @@ def filled() -> Metrics:
         driven.was_lost("d")
         driven.sent("d", 1)
         for _ in range(2):  # it is looked at again and again
-            gauging.cluster(figures.seen(), metrics)
+            gauging.cluster(figures.seen("10.0.0.7:6379"), metrics)
     metrics.published(8)
     metrics.notified(ok=True)
     metrics.under_way(0.5)

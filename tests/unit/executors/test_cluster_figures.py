@@ -89,11 +89,28 @@ def test_of_machines_that_are_gone_only_those_are_kept_that_worked_and_they_make
         gone = names[40]
         nodes = {name: NodeSeen(alive=name != gone) for name in names}
         figures.answered("head", nodes | {"never": NodeSeen(alive=False), "idle": NodeSeen(alive=True)})
-        assert figures.seen().nodes.keys() == {*names, "idle"}
+        assert figures.seen("head").nodes.keys() == {*names, "idle"}
         driven.sent("new", 1)
         driven.came("new", "10.1.0.1", 1, 1.0)
     assert set(names) - figures.seen().work.keys() == {gone}
     assert figures.seen().gone.orders == 1
+
+
+def test_each_cluster_has_its_machines_and_the_work_is_that_of_all() -> None:
+    figures = RayFigures(lambda: 7.0)
+    figures.answered("one", {"10.0.0.1": NodeSeen(alive=True)})
+    figures.answered("two", {"10.1.0.1": NodeSeen(alive=True)})
+    with figures.driving(1) as driven:
+        driven.sent("a", 1)
+        driven.came("a", "10.0.0.1", 1, 1.0)
+    figures.parted("one")
+    one, two, none = (figures.seen(address) for address in ("one", "two", "three"))
+    assert (one.nodes.keys(), one.parted, one.answered) == ({"10.0.0.1"}, 7.0, 7.0)
+    assert (two.nodes.keys(), two.parted) == ({"10.1.0.1"}, None)
+    assert (none.nodes, none.answered, none.parted) == ({}, None, None)
+    assert one.all.orders == two.all.orders == none.all.orders == 1
+    figures.answered("one", {})
+    assert figures.seen("one").parted is None
 
 
 def test_nodes_of_one_machine_are_told_of_together_and_what_was_there_before_counts_for_nothing() -> None:

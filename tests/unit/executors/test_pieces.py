@@ -128,7 +128,7 @@ def test_what_a_cluster_did_is_known_while_it_does_it_and_after(
     caplog.set_level(logging.INFO, "continual.executors")
     results = executor.map(tasks(job, ["plain-0", "after-go", "plain-1"]))
     assert next(results)[0] == "plain-0"
-    seen = FIGURES.seen()
+    seen = FIGURES.seen(on_cluster.address())
     assert (seen.done, seen.total, [order.first for order in seen.out]) == (1, 3, ["after-go"])
     assert {name: (node.alive, node.cores) for name, node in seen.nodes.items()} == {
         "127.0.0.2": (True, 2.0),
@@ -137,7 +137,7 @@ def test_what_a_cluster_did_is_known_while_it_does_it_and_after(
     assert seen.answered is not None
     (tmp_path / "go").touch()
     assert len(list(results)) == 2
-    after = FIGURES.seen()
+    after = FIGURES.seen(on_cluster.address())
     assert (after.total, after.out, after.all.orders - before.all.orders) == (0, (), 3)
     assert after.all.nbytes - before.all.nbytes == 3 << 40
     assert after.work.keys() <= after.nodes.keys(), "a machine has one address"

@@ -99,10 +99,11 @@ def test_a_daemon_that_works_alone_shows_no_cluster(state: Path) -> None:
     assert "cluster  " not in text({**body, "cluster": None, "pid": None})
 
 
-def looked(live: Live) -> Metrics:
+def looked(live: Live, metrics: Metrics | None = None) -> Metrics:
     """What one look at what is measured beside the folds gives."""
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     gauging.begin(metrics, live.merge)
+    metrics.source({"continual_disk_free_bytes": None})
 
     async def run() -> None:
         task = asyncio.create_task(gauging.measure(live.merge, live, Failures(metrics, live.health)))
@@ -217,7 +218,9 @@ def test_a_cluster_that_does_not_answer_is_told_of_everywhere(client: TestClient
         clock.now += 1.0
         looked(live)
         said = "has not answered since 2026-11-18T11:09:40Z, and there is work for it"
-        assert [(one.reason, one.message) for one in live.shortfalls()] == [("cluster", f"10.0.0.1:6379: {said}")]
+        assert [(one.reason, one.message) for one in live.shortfalls()] == [
+            ("cluster", f"ray.address: 10.0.0.1:6379 {said}")
+        ]
         assert f"The cluster {said}." in block(client)
         assert f"cluster    {said}" in text(client.get("/api/status").json())
         live.figures.answered("10.0.0.1:6379", {})
@@ -229,10 +232,10 @@ def test_a_cluster_whose_driver_has_ended_is_told_of_until_there_is_another(
     client: TestClient, live: Live, clock: Clock
 ) -> None:
     some_work(live.figures, clock)
-    live.figures.parted()
+    live.figures.parted("10.0.0.1:6379")
     assert b"continual_ray_nodes 0.0" in looked(live).text()
     said = "is not connected since 2026-11-18T11:09:40Z: the next work connects anew"
-    assert [one.message for one in live.shortfalls()] == [f"10.0.0.1:6379: {said}"]
+    assert [one.message for one in live.shortfalls()] == [f"ray.address: 10.0.0.1:6379 {said}"]
     assert f"The cluster {said}." in block(client)
     assert "10.0.0.2  not known" in block(client)
     assert "machines alive" not in block(client)
@@ -245,6 +248,21 @@ def test_a_cluster_whose_driver_has_ended_is_told_of_until_there_is_another(
     assert (live.shortfalls(), client.get("/api/status").json()["cluster"]["problem"]) == ([], "")
 
 
+@pytest.mark.parametrize("other", [{"ray": RaySettings(address="10.9.9.9:6379")}, {"executor": "local"}], ids=str)
+def test_settings_that_name_another_cluster_or_none_end_what_was_wrong_with_it(
+    live: Live, clock: Clock, monkeypatch: pytest.MonkeyPatch, other: dict[str, object]
+) -> None:
+    some_work(live.figures, clock)
+    live.figures.parted("10.0.0.1:6379")
+    assert [one.reason for one in live.shortfalls()] == []
+    metrics = looked(live)
+    assert b"continual_ray_nodes 0.0" in metrics.text()
+    assert [one.reason for one in live.shortfalls()] == ["cluster"]
+    monkeypatch.setattr(live.merge, "settings", live.merge.settings.model_copy(update=other))
+    assert b"continual_ray_nodes" not in looked(live, metrics).text()
+    assert live.shortfalls() == []
+
+
 def test_where_there_are_many_machines_some_are_shown_and_all_are_counted(client: TestClient, live: Live) -> None:
     figures = live.figures
     names = [f"10.0.{n}.1" for n in range(400)]
@@ -252,12 +270,14 @@ def test_where_there_are_many_machines_some_are_shown_and_all_are_counted(client
         for name in names:
             driven.sent("t", 1)
             driven.came("t", name, 1, float(name.split(".")[2]))
-    figures.answered("head", {name: NodeSeen(name == "10.0.77.1") for name in names} | {"idle": NodeSeen(True, 1.0)})
-    found = showing_cluster.shown("head", figures.seen(), 0.0)
+    nodes = {name: NodeSeen(name == "10.0.77.1") for name in names} | {"idle": NodeSeen(True, 1.0)}
+    figures.answered("head", nodes)
+    found = showing_cluster.shown("head", figures.seen("head"), 0.0)
     assert len(found.nodes) == showing_cluster.NODES
     assert {"10.0.399.1", "idle"} <= {one.address for one in found.nodes}
     assert sum(one.work.orders for one in found.nodes) + found.others.orders == found.work.orders == 400
     assert "others  " in block(client)
+    live.figures.answered("10.0.0.1:6379", nodes)
     told = [line for line in text(live.status().body()).splitlines() if line.startswith("machine")]
     assert told[0] == "machine    idle, 1 core: no order yet"
     assert (len(told), told[-1]) == (13, "machine    and 38 more: the page shows them, and --json")
