@@ -11,7 +11,7 @@ from importlib.metadata import version
 from platform import python_version
 from typing import NamedTuple
 
-from continual.errors import ContinualError, Misconfigured, Refuse
+from continual.errors import ContinualError, Misconfigured, Refuse, Retry
 from continual.executors.local import give_back_large_blocks
 from continual.executors.orders import WorkOrder, work
 from continual.lazily import torch
@@ -59,6 +59,8 @@ def _of_worker(error: Exception, machine: str) -> Exception:
     where = f"on the machine {machine}"
     if isinstance(error, Refuse):
         return error
+    if isinstance(error, Misconfigured):  # of this machine: another may do it, and this one may be mended or go
+        return Retry(f"{error} ({where}); nothing was settled")
     if isinstance(error, ContinualError):
         error.args = (f"{error} ({where})", *error.args[1:])
         return error

@@ -139,13 +139,13 @@ class OnRay:
                 link.job(job, None)
 
     def _again(self, group: Sequence[Task[T]], driven: DrivenWork, came: Came) -> None:
-        """Counts an order that was lost with its worker. Raises Retry where that was too often, Misconfigured where
-        workers cannot do orders at all."""
+        """Counts an order that was lost with its worker. Raises Retry where that was too often, or where the
+        worker cannot do orders at all."""
         name = group[0].name
         if not came.lost:
-            raise Misconfigured(
+            raise Retry(
                 f"a worker of the cluster cannot do the order that begins with {name} ({came.why}): "
-                "is continual installed on every machine, in the same version?"
+                "is continual installed on every machine, in the same version? Nothing was settled"
             )
         times, why = driven.was_lost(name), _died(came.why)
         if times > self._asked.tries:

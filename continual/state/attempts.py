@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from continual.errors import Retry
+from continual.errors import Misconfigured, Retry
 from continual.state.draft import ArrayWritten, Draft
 from continual.state.durable import environment
 from continual.state.format import Format
@@ -48,11 +48,14 @@ class Handed:
         return Handed, (self.form, self.directory.absolute(), before)
 
     def generation(self) -> Generation | None:
-        """The generation before, as this process sees it. Raises Misconfigured where it is not there, Damaged."""
+        """The generation before, as this process sees it. Raises Retry where it is not there, Damaged."""
         if self.before is None:
             return None
         found = Generation(self.before[0], self.form, self.before[1])
-        found.load()
+        try:
+            found.load()
+        except Misconfigured:
+            raise _not_there(self.before[0]) from None
         return found
 
 
@@ -65,10 +68,7 @@ class Attempt(Writing):
         super().__init__(Draft(handed.directory / self.name, handed.form, before), handed.form, before)
         with environment(f"cannot write in {handed.directory}"):
             if not handed.directory.is_dir():
-                raise Retry(
-                    f"{handed.directory} is not there on this machine: the fold has ended, or the state is not in a "
-                    "folder that all machines share; nothing was settled"
-                )
+                raise _not_there(handed.directory)
             self._draft.begin_apart()
 
     def taken(self) -> Written:
@@ -79,3 +79,10 @@ class Attempt(Writing):
         """fsync of all that was written. Raises Retry, and Halt if an fsync failed."""
         with environment(f"cannot write in {self._draft.directory}"):
             self._draft.sync_apart()
+
+
+def _not_there(directory: Where) -> Retry:
+    return Retry(
+        f"{directory} is not there on this machine: the fold has ended, or the state is not in a folder that all "
+        "machines share; nothing was settled"
+    )

@@ -182,6 +182,29 @@ def test_a_file_that_is_another_on_the_other_machine_is_told(
         assert list((state / "generations").iterdir()) == []
 
 
+def test_a_state_that_the_other_machine_does_not_see_is_told(tmp_path: Path, base: Path) -> None:
+    """Its mount is gone, say: no reason for a daemon to halt."""
+    state, tunes = _made(tmp_path / "state", base, "mean"), _tunes(tmp_path, base)
+
+    class Elsewhere(Sent):
+        posted = Posted()
+
+    with Elsewhere(_settings(state), write=True) as merge:
+        merge.fold(tunes[0])
+        generation, seen = state / "generations" / str(merge.state.ledger.head.generation), Elsewhere.posted.map
+
+        def hidden(tasks: object) -> object:
+            generation.rename(tmp_path / "hidden")
+            yield from seen(tasks)  # type: ignore[arg-type]
+
+        Elsewhere.posted.map = hidden  # type: ignore[method-assign, assignment]
+        with pytest.raises(Retry, match=f"{generation} is not there on this machine: .*nothing was settled"):
+            merge.fold(tunes[1])
+        (tmp_path / "hidden").rename(generation)
+        Elsewhere.posted.map = seen  # type: ignore[method-assign]
+        assert merge.fold(tunes[1]).fate == "folded"
+
+
 def test_a_merge_is_measured_by_orders(tmp_path: Path, base: Path) -> None:
     """Its length is what one process finds, bit for bit; so with what no record names, which is measured here."""
     state = _made(tmp_path / "state", base, "tsv-m")
