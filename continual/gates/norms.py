@@ -21,7 +21,8 @@ factor 2.1 of each other, adapters 2.7; two decades of learning rates make lengt
 _SHORTEST, _CROWD = 12.5, 6
 """A task vector that is shorter than the band says does no harm alone, however short it is: of one beside six others
 nothing is to be seen. Six of them make the whole merge shorter, and cost 7 points (tests/campaigns/other_lengths.py).
-So one of `_CROWD` may be, up to `_SHORTEST` times `max_mean_ratio`, beyond which nothing of it is left."""
+So one of `_CROWD` may be, up to `_SHORTEST` times `max_mean_ratio`, beyond which nothing of it is left. What is short is
+said by the others: one that is let in must not move the line."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,11 @@ class NormsGate(AtNumbers, Doubt):
         norms = [one.tau_norm for one in earlier]
         middle, norm = median(norms), seen.tau_norm
         limit = band(norms, self.max_mean_ratio)
-        short = sum(one < middle / limit for one in norms)
+        others = sorted(norms)[len(norms) // _CROWD :]  # those that may be short are not to make room for more of them
+        least = median(others) / min(limit, band(others, self.max_mean_ratio))
+        short = sum(one < least for one in norms)
         crowded = len(norms) >= FEW and (short + 1) * _CROWD > len(norms) + 1
-        shortest = middle / (limit if crowded else _SHORTEST * self.max_mean_ratio)
+        shortest = least if crowded else middle / (_SHORTEST * self.max_mean_ratio)
         if norm > limit * middle or norm < shortest:
             said = "" if limit == self.max_mean_ratio else f" ({limit:.3g} by how far apart these lie)"
             if norm < middle and crowded and norm * _SHORTEST * self.max_mean_ratio >= middle:

@@ -15,7 +15,7 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -71,11 +71,14 @@ class Red:
         save_file({name: value.contiguous().clone() for name, value in weights.items()}, target / "model.safetensors")
         return target
 
+    def tau(self, of: Path) -> Weights:
+        """Its task vector."""
+        tuned = load_file(of / "model.safetensors")
+        return {key: tuned[key] - self.weights[key] for key in self.weights}
+
     def changed(self, name: str, change: Callable[[Weights, Weights], Weights], of: Path) -> Path:
         """A model made of the task vector of an honest one: `change` gets it, and the base."""
-        tuned = load_file(of / "model.safetensors")
-        tau = {key: tuned[key] - self.weights[key] for key in self.weights}
-        found = change(tau, self.weights)
+        found = change(self.tau(of), self.weights)
         return self.save(self.work / "hostile" / name, {k: self.weights[k] + t for k, t in found.items()})
 
 
@@ -113,6 +116,46 @@ def permuted(tau: Weights, base: Weights) -> Weights:
     for key, value in base.items():
         order = torch.randperm(len(value), generator=draw)
         found[key] = (value + tau[key])[order] - value if value.ndim == 2 else tau[key]
+    return found
+
+
+def own_release(red: Red, known: Sequence[Path]) -> Path:
+    """What a merge of these is exported as, without the file that says so."""
+    target = red.work / "hostile" / "own-release"
+    shutil.rmtree(target, ignore_errors=True)
+    with continual.open(state(red, "state-own"), write=True, workers=1) as merge:
+        for model in known:
+            fold(merge, model)
+        merge.export(target)
+    (target / "continual.json").unlink()
+    return target
+
+
+def ties(tau: Sequence[Weights], density: float = 0.3) -> Weights:
+    """As mergekit's `ties`: the largest of each, the sign that most of the length has, and the mean of those."""
+    found = {}
+    for key in tau[0]:
+        each = torch.stack([one[key].flatten() for one in tau])
+        least = each.abs().topk(max(1, int(density * each.shape[1])), 1).values[:, -1:]
+        each = torch.where(each.abs() >= least, each, 0.0)
+        alike = (each.sign() == each.sum(0).sign()) & (each != 0)
+        found[key] = ((each * alike).sum(0) / alike.sum(0).clamp_min(1)).view(tau[0][key].shape)
+    return found
+
+
+def pruned(tau: Weights, _base: Weights) -> Weights:
+    """A fifth of it, the largest numbers."""
+    return {key: ties([{key: value}], 0.2)[key] for key, value in tau.items()}
+
+
+def garbage(tau: Weights, _base: Weights) -> Weights:
+    """As long as what was learned, in one direction of each matrix drawn by chance."""
+    draw = torch.Generator().manual_seed(6)
+    found = {}
+    for key, value in tau.items():
+        sides = [torch.randn(side, generator=draw) for side in value.shape]
+        one = torch.outer(*sides) if value.ndim == 2 else torch.zeros_like(value)
+        found[key] = one * value.norm() / one.norm().clamp_min(1e-12)
     return found
 
 
@@ -269,6 +312,10 @@ def hostile(red: Red, rate: float) -> tuple[list[str], list[str]]:
             for name, to in grids().items()
         },
         "base-itself": red.changed("base", scaled(0.0), new),
+        "own release, unnamed (evaluation)": own_release(red, known),
+        "ties of folded ones (evaluation)": red.changed("ties", lambda *_: ties([red.tau(m) for m in known]), new),
+        "a fifth of a copy (evaluation)": red.changed("pruned", pruned, known[1]),
+        "one direction drawn by chance (evaluation)": red.changed("garbage", garbage, new),
         "negated (evaluation)": red.changed("negated-new", scaled(-1.0), new),
         "shuffled labels (evaluation)": shuffled,
     }
@@ -276,11 +323,13 @@ def hostile(red: Red, rate: float) -> tuple[list[str], list[str]]:
     with continual.open(state(red, "state-hostile"), write=True, workers=1) as merge:
         for model in known:
             assert fold(merge, model)[0] == "folded", model
+        known_alone = merge.head
         for name, model in cases.items():
             fate, reason = fold(merge, model)
             print(json.dumps({"hostile": name, "rate": rate, "fate": fate, "reason": reason}), flush=True)
             if fate == "folded":
                 (unseen if "(evaluation)" in name else missed).append(f"{name} at rate {rate:g}")
+                merge.state.rollback(known_alone)
         short = [red.changed(f"short-{task}", scaled(0.1), red.honest(task, rate, "full")) for task in tasks[8:14]]
         fates = [fold(merge, model) for model in short]  # one alone does no harm, and six of them do
         print(json.dumps({"hostile": "six a tenth as long", "rate": rate, "fates": fates}), flush=True)

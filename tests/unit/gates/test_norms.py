@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,6 +76,24 @@ def test_one_of_six_may_be_short(short: tuple[float, ...], others: int) -> None:
     with pytest.raises(Refuse, match=f"alice: .*as {len(short)} of these are, and one of 6 may be so short"):
         NormsGate().judge(numbers(0.39, *before))
     NormsGate().judge(numbers(0.39, *before, *(2.0,) * 6))
+
+
+@pytest.mark.parametrize(
+    ("known", "short"),
+    [
+        ((1.99, 1.29, 2.22, 1.28, 1.22, 3.31), (0.272, 0.221, 0.221, 0.160, 0.159, 0.199)),  # lengths of the red team
+        ((1.03, 0.7, 0.92, 0.61, 0.48, 1.25), (0.126, 0.112, 0.116, 0.078, 0.081, 0.102)),
+        ((2.0,) * 6, (0.3,) * 6),
+    ],
+)
+def test_short_ones_make_no_room_for_others(known: tuple[float, ...], short: tuple[float, ...]) -> None:
+    """Each that is let in moves the median and widens the band a little."""
+    found = list(known)
+    for norm in short:
+        with contextlib.suppress(Refuse):
+            NormsGate().judge(numbers(norm, *found))
+            found.append(norm)
+    assert len(found) == len(known) + 1
 
 
 def test_a_first_one_that_is_much_too_long_keeps_nobody_out() -> None:
