@@ -21,8 +21,8 @@ factor 2.1 of each other, adapters 2.7; two decades of learning rates make lengt
 _SHORTEST, _CROWD = 12.5, 6
 """A task vector that is shorter than the band says does no harm alone, however short it is: of one beside six others
 nothing is to be seen. Six of them make the whole merge shorter, and cost 7 points (tests/campaigns/other_lengths.py).
-So one of `_CROWD` may be, up to `_SHORTEST` times `max_mean_ratio`, beyond which nothing of it is left. What is short is
-said by the others: one that is let in must not move the line."""
+So one of `_CROWD` may be, up to `_SHORTEST` times `max_mean_ratio`, beyond which nothing of it is left. What is short
+is said by the others: one that is let in must not move the line."""
 
 
 @dataclass(frozen=True)
