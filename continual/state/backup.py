@@ -81,8 +81,9 @@ def backup(path: Where, directory: Where, wish: Wish, progress: OnStage) -> Back
     Raises Misconfigured where `directory` holds something else or another history, Busy where another process writes
     there, Damaged where the state or the backup is damaged (then the backup stays as it was), Retry and Halt.
     """
-    if _lies_in(directory, path):
-        raise Misconfigured(f"{directory} lies in the state: a backup needs a directory outside of it")
+    opening.must_be_apart(directory)
+    if directory.resolve() == path.resolve():
+        raise Misconfigured(f"{directory} is the state: a backup needs a directory of its own")
     for _ in range(_TRIES):
         with environment("cannot make the backup"), contextlib.suppress(_Gone):
             # cursors first: what they have passed without a record would not be looked at again
@@ -354,11 +355,6 @@ def _are_links(path: Where, directory: Where) -> bool:
 def _on_one_disk(path: Where, directory: Where) -> bool:
     disks = on_disks(path, directory)
     return disks is not None and disks[0].stat().st_dev == disks[1].stat().st_dev
-
-
-def _lies_in(directory: Where, path: Where) -> bool:
-    inner, outer = directory.resolve(), path.resolve()
-    return outer in (inner, *inner.parents)
 
 
 def _loose_files(path: Where) -> dict[str, bytes]:

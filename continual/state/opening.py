@@ -38,6 +38,7 @@ def unfinished(path: Where) -> bool:
 
 def must_be_free(path: Where) -> None:
     """Raises Misconfigured unless a state can be made in `path`, where what a killed `create` left may lie."""
+    must_be_apart(path)
     with usable(f"cannot look into {path}"):
         if not path.exists():
             return
@@ -50,6 +51,16 @@ def must_be_free(path: Where) -> None:
             raise Misconfigured(f"{path} already is a state: open it, or name another directory")
         if found and not (path.is_dir() and found <= {*DIRECTORIES, "HEAD", "lock"} and unfinished(path)):
             raise Misconfigured(f"{path} is not empty: a state needs a directory of its own")
+
+
+def must_be_apart(path: Where) -> None:
+    """Raises Misconfigured where `path` lies in a state: what no record of that names may be deleted there. Above what
+    this user may see no state is looked for."""
+    with usable(f"cannot look into {path}"):
+        for above in path.resolve().parents:
+            with contextlib.suppress(PermissionError):
+                if (above / "format.json").exists() and (above / "commits").exists():
+                    raise Misconfigured(f"{path} lies in the state {above}: name a directory outside of it")
 
 
 def clear(path: Where) -> None:

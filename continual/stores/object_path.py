@@ -19,6 +19,9 @@ from continual.stores.objects import SCHEMES, Objects
 
 _SLASHES = re.compile("/+")
 _NO_KEY = re.compile(r"[\\\x00-\x1f\x7f]")
+_BUCKET = re.compile("[A-Za-z0-9](?:[A-Za-z0-9_-]|[.](?![.]))*[A-Za-z0-9]")
+_LONGEST = 512
+"""Bytes of a prefix: a store takes keys of 1,024, and a state needs up to 400 behind it."""
 _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
 """What an address begins with, also one of which `Path` has made one slash of two."""
 
@@ -167,10 +170,18 @@ def where(text: str | Path | ObjectPath, lease: float | None = None) -> Where:
         return Path(text)
     scheme, _, rest = text.partition("://")
     bucket, _, prefix = rest.partition("/")
+    if bucket and not _BUCKET.fullmatch(bucket):
+        told = bucket.rpartition("@")[2]  # credentials may stand before it
+        raise Misconfigured(
+            f"{scheme}://{told}/…: {told!r} is no name of a bucket, which has letters, digits, '-', '.' and '_' alone; "
+            "where the store answers, and credentials, are read from the environment (AWS_ENDPOINT_URL, …)"
+        )
     if not bucket or not prefix.strip("/"):
         raise Misconfigured(f"{text}: write {scheme}://BUCKET/PREFIX: a state needs a prefix of its own")
     if {".", ".."} & set(prefix.split("/")) or _NO_KEY.search(text):
         raise Misconfigured(f"{text!r}: use no part '.' or '..', no backslash and no control character")
+    if len(prefix.encode("utf-8", "surrogatepass")) > _LONGEST:
+        raise Misconfigured(f"{text[:60]}…: a prefix has at most {_LONGEST} bytes: a store takes no longer keys")
     found = Objects(f"{scheme}://{bucket}")
     return ObjectPath(found if lease is None else Objects(found.url, lease), prefix)
 

@@ -34,7 +34,7 @@ _RETRIES = {True: (60, 6), False: (8, 3)}
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 _ASKED = ("/latest/api/token", "/latest/meta-data/", "/computeMetadata/", "/metadata/identity/")
 """What is asked of the machine where the environment has no credentials: paths in AWS, in Google's cloud, in Azure."""
-_REFUSED = ("403 Forbidden", "401 Unauthorized", "ExpiredToken", "InvalidToken", "TokenRefreshRequired")
+_REFUSED = ("403 Forbidden", "401 Unauthorized", "AccessDenied", "ExpiredToken", "InvalidToken", "TokenRefreshRequired")
 """What an answer has where the credentials will not do; Amazon says of those that ran out that the request is bad."""
 _SECRET = re.compile(r"(?<=//)[^/\s@]*@|(?<=[^\s<])\?[^\s)]*")
 """What an address may have that nobody is to see: a password before the host, a signature after the path."""

@@ -146,6 +146,23 @@ def test_a_state_needs_a_prefix_of_its_own(text: str) -> None:
         where(text)
 
 
+@pytest.mark.parametrize(
+    "bucket",
+    ["bucket:80", "user:secret@bucket", "bucket?x", "bucket#f", "%2e%2e", "..", "a..b", "-", "bü", "a b"],
+)
+def test_what_is_no_name_of_a_bucket_is_no_second_name_of_one(bucket: str) -> None:
+    """Else `s3://bucket:80/x` would be where `s3://bucket/x` is."""
+    with pytest.raises(Misconfigured, match="is no name of a bucket, which has letters, digits") as told:
+        where(f"s3://{bucket}/x")
+    assert "secret" not in str(told.value)
+
+
+def test_a_prefix_leaves_room_for_the_names_behind_it() -> None:
+    assert where(f"s3://b-1.x_y/{'ä' * 256}")
+    with pytest.raises(Misconfigured, match="a prefix has at most 512 bytes"):
+        where(f"s3://bucket/{'ä' * 256}x")
+
+
 @pytest.mark.parametrize("prefix", ["a/../c", "a/./c", "a\\b", "a\nb", "a\x7fb", "..", "a/."])
 def test_a_prefix_that_not_every_store_takes_as_it_is_written_is_refused(prefix: str) -> None:
     with pytest.raises(Misconfigured, match=r"use no part '\.' or '\.\.', no backslash and no control character"):
@@ -197,6 +214,26 @@ class _RanOut(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+class _KeepsAll(_RanOut):
+    """Of several objects that are to be deleted one is told to be kept, in an answer that says OK."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        error = b"<Error><Key>x/a</Key><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+        body = b'<DeleteResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">' + error + b"</DeleteResult>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_what_may_not_be_deleted_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(_KeepsAll) as address:
+        at = object_stores.state_at(address, "x", monkeypatch)
+        with pytest.raises(PermissionError, match="the store refuses it"):
+            storing.remove(at / "a")
 
 
 class _Short(_RanOut):

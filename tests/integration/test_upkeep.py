@@ -166,6 +166,6 @@ def test_what_a_backup_says(tmp_path: Path) -> None:
     found = machine("backup", tmp_path / "c", "--state", state, "--copy", "--no-verify")
     assert (found["linked"], found["checked"], found["head"]) == (0, False, 6)
     done = run("backup", state, "--state", state)
-    assert (done.returncode, "lies in the state" in done.stderr) == (2, True)
+    assert (done.returncode, "is the state: a backup needs" in done.stderr) == (2, True)
     shutil.rmtree(state)
     assert run("backup", copy, "--state", state).returncode == 2

@@ -178,7 +178,7 @@ def test_what_else_is_there_is_left_alone(state: Path, tmp_path: Path) -> None:
         "photos": "is not empty, and no backup",
         "file": "is no directory",
         "state/inside": "lies in the state",
-        "state": "lies in the state",
+        "state": "is the state: a backup needs",
     }
     for name, message in said.items():
         with pytest.raises(Misconfigured, match=message):

@@ -18,6 +18,7 @@ import zarr
 from continual.errors import Busy, Damaged, Halt, Misconfigured
 from continual.records import SlotSpec, TensorSpec, Totals
 from continual.state import Format, State, arrays, framing, names
+from continual.state.backup import Wish, backup
 from continual.state.durable import link_new
 from continual.state.entries import FoldEntry
 from continual.state.format import AdaptersForm, HeaderRecord
@@ -170,6 +171,18 @@ def test_another_process_that_writes_is_named(tmp_path: Path) -> None:
         with pytest.raises(Busy):
             State.open(tmp_path / "s", write=True)
     State.open(tmp_path / "s", write=True).close()
+
+
+@pytest.mark.parametrize("inner", ["x", "generations/x", "generations/x/y"])
+def test_no_state_is_made_within_another(tmp_path: Path, inner: str) -> None:
+    """What no record of that one names it deletes."""
+    stores.make(tmp_path / "s").close()
+    (tmp_path / "link").symlink_to(tmp_path / "s")
+    for path in (tmp_path / "s" / inner, tmp_path / "link" / inner):
+        with pytest.raises(Misconfigured, match=r"lies in the state .+/s: name a directory outside of it"):
+            stores.make(path)
+        with pytest.raises(Misconfigured, match="lies in the state"):
+            backup(tmp_path / "s", path, Wish(), lambda _what, _done, _all: None)
 
 
 def test_only_one_of_two_commits_from_one_point_wins(tmp_path: Path) -> None:
