@@ -6,7 +6,6 @@ All waiting is on the event loop; the engine is synchronous, runs on a thread, a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
 import signal
@@ -152,7 +151,7 @@ class Daemon:
         async with asyncio.TaskGroup() as group:
             web = group.create_task(self._serve(served))
             control = group.create_task(self._control.serve(served))
-            group.create_task(self._heartbeat())
+            beating = group.create_task(self._heartbeat())
             folding = group.create_task(self._worker.run(self.sources, self._stopping))
             publishing = group.create_task(self._outlets.run())
             watching = group.create_task(self._watch.run())
@@ -162,7 +161,7 @@ class Daemon:
             await self._stopping.wait()
             await self._drain(folding)
             self.merge.give_up()
-            for task in (publishing, watching, *feeding, looking, notifying):
+            for task in (beating, publishing, watching, *feeding, looking, notifying):
                 task.cancel()
             served.set()
             await asyncio.wait({web, control})
@@ -278,7 +277,8 @@ class Daemon:
         self._supervisor.ready()
 
     async def _heartbeat(self) -> None:
-        while not self._stopping.is_set():
+        """Goes on while the daemon drains: a fold may take its time then."""
+        while True:
             self.live.beat()
             self._supervisor.alive(self.live.line())
             try:
@@ -290,8 +290,7 @@ class Daemon:
                 self._notifier.degraded(shortfalls)
             except Exception as error:
                 self._failures.tell(error, what="the heartbeat")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), _BEAT)
+            await asyncio.sleep(_BEAT)
 
 
 def _first(group: BaseExceptionGroup[Halt]) -> Halt:

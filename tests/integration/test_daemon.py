@@ -8,14 +8,17 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from continual import api, making
+from continual.api import Merge
+from continual.config import Settings
 from continual.state import State
 from continual.state.verify import verify
-from tests.helpers import command, models
+from tests.helpers import command, models, running
 from tests.helpers.services import LIMIT, daemon, get, status, until, url
 
 pytestmark = pytest.mark.slow
@@ -139,6 +142,34 @@ def test_a_failed_publication_is_tried_again(place: tuple[Path, Path, Path]) -> 
         link.rmdir()
         until(link.is_symlink, "it is tried again without another fold")
         until((link / "continual.json").is_file, "the release is whole")
+
+
+def test_a_daemon_that_drains_lives_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = models.base(tmp_path / "base")
+    making.init(base, tmp_path / "state")
+    models.fine_tune(base, tmp_path / "in/alice", 1)
+
+    def visit(address: str) -> None:
+        until(lambda: status(address)["current"], "a fold has begun")
+        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: status(address)["health"] == "stopping", "the signal is heard")
+        beaten = drained.live._beaten
+        until(lambda: drained.live._beaten > beaten, "it lives while it drains")
+        told = status(address)
+        assert told["why"].startswith("stops on SIGTERM: what is under way has until ")
+        assert told["current"]["model"] == "alice"
+
+    with Merge(Settings(state=tmp_path / "state", watch=[tmp_path / "in"], settle=0.2), write=True) as merge:
+        fold = merge.fold
+
+        def slow(*given: Any, **named: Any) -> Any:
+            assert merge.stopping.wait(LIMIT), "the second signal gives it up"
+            return fold(*given, **named)
+
+        monkeypatch.setattr(merge, "fold", slow)
+        drained = running.made(merge)
+        running.until(drained, visit)
+        assert merge.head == 0
 
 
 @pytest.mark.parametrize(
