@@ -84,6 +84,16 @@ def test_a_driver_that_ray_ends_costs_the_work_and_not_this_process(job: MarkJob
     assert link_to(address, lambda: None) is not before
 
 
+def test_a_signal_to_all_processes_of_a_service_ends_no_driver(job: MarkJob, tmp_path: Path) -> None:
+    """What has the work drains, and the orders that are out come back to it."""
+    address = on_cluster.address()
+    results = on_ray(address).map(tasks(job, ["plain-0", "after-go"]))
+    assert next(results)[0] == "plain-0"
+    os.kill(link_to(address, lambda: None)._driver.pid, signal.SIGTERM)
+    (tmp_path / "go").touch()
+    assert [name for name, _ in results] == ["after-go"]
+
+
 def test_work_of_two_threads_is_kept_apart(job: MarkJob, tmp_path: Path) -> None:
     executor = on_ray(on_cluster.address())
     first, second = executor.map(tasks(job, ["plain-0", "after-go"])), executor.map(tasks(job, ["plain-1", "plain-2"]))
