@@ -159,7 +159,7 @@ class ClusterLink:
             go_on()
             if self._loaded.is_set() and until > (later := time.monotonic() + CONNECTED):
                 until = later
-            if any("InvalidAuthToken" in line for line in self._said):
+            if any("InvalidAuthToken" in line for line in tuple(self._said)):
                 raise Retry(f"ray.address = {self.address}: the Ray cluster there has another token: it wants {_TOKEN}")
             if self._over.is_set():
                 said = self._failed or self._last()
@@ -218,7 +218,8 @@ class ClusterLink:
 
     def _last(self) -> str:
         """The last that Ray said of itself, without the time and the line of its source; else the last of any trace."""
-        lines = [found[1] for line in self._said if (found := _OF_RAY.match(line))] or [*self._said]
+        said = tuple(self._said)  # another thread adds to it
+        lines = [found[1] for line in said if (found := _OF_RAY.match(line))] or said
         return lines[-1].partition(". ")[0][:200] if lines else "its driver ended"
 
     def _hear(self) -> None:
