@@ -5,7 +5,6 @@ each to its own bytes of a file that is there. What a tensor of it is, exported_
 from __future__ import annotations
 
 import logging
-import platform
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -147,7 +146,7 @@ class NotSeen(Retry):
 def must_see(directory: Path) -> None:
     """Raises NotSeen where this machine does not see a directory that another one made."""
     if not directory.is_dir():
-        raise NotSeen(f"{directory} is not there on the machine {platform.node()}: no folder that all machines share")
+        raise NotSeen(f"{directory} is not there: it lies in no folder that all machines share")
 
 
 @contextmanager
