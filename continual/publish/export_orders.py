@@ -191,7 +191,7 @@ def kept_of(reading: Reading, spec: TensorSpec) -> int:
     if spec.kind == "carried":
         return 0
     if isinstance(reading, BlockReading):
-        return 4 * reading.columns(spec) * sum(sides_of(spec.layers[0].shape)) * len(spec.layers)
+        return sum(4 * reading.columns(layer) * sum(sides_of(layer.shape)) for layer in spec.layers)
     return 4 * spec.numel
 
 
