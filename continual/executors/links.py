@@ -41,6 +41,8 @@ _START = "start one with 'ray start --head', or join one with 'ray start --addre
 _TOKEN = "RAY_AUTH_MODE=token and the same token (RAY_AUTH_TOKEN, or ~/.ray/auth_token) here as on its machines"
 _log = logging.getLogger("continual.executors")
 _OF_RAY = re.compile(r"\[[^]]* [IWEFC] \d+ \d+\] (?:\S+:\d+: )?(.+)")
+_FRAME = re.compile(r"@ +0x|PC: |/\S+\(\S*\+0x")
+"""A line of a trace of C++."""
 GoOn = Callable[[], None]
 """Raises where it is no longer wanted."""
 
@@ -220,7 +222,7 @@ class ClusterLink:
         """The last that Ray said of itself, without the time and the line of its source; else the last of any trace."""
         said = tuple(self._said)  # another thread adds to it
         lines = [found[1] for line in said if (found := _OF_RAY.match(line))] or said
-        return lines[-1].partition(". ")[0][:200] if lines else "its driver ended"
+        return lines[-1].partition(". ")[0].rstrip(".")[:200] if lines else "its driver ended"
 
     def _hear(self) -> None:
         """Keeps the last of what Ray writes."""
@@ -228,7 +230,7 @@ class ClusterLink:
         with self._driver.stderr as lines:
             for line in lines:
                 text = line.decode(errors="replace").strip()
-                if text:
+                if text and not _FRAME.match(text):
                     self._said.append(text)
                     _log.debug("the driver of Ray: %s", text)
 
