@@ -32,8 +32,10 @@ from continual.tensors.vectors.thin import sides_of
 if TYPE_CHECKING:
     from continual.hub import Hub
 
-DEFAULT = "tsv-m"
-"""The rule of a state, unless the recipe names another (ops/decisions/0051 and 0061)."""
+DEFAULT = "tsv-flow"
+"""The rule of a state of whole tensors, unless the recipe names another (ops/decisions/0099)."""
+OF_ADAPTERS = "tsv-m"
+"""That of a state that keeps adapters (ops/decisions/0051 and 0099)."""
 WIDTH = 256
 """Singular triplets of a layer that a state of adapters keeps, unless the recipe says otherwise: sixteen adapters of
 rank 16, or thirty-two of rank 8, are kept whole."""
@@ -44,15 +46,15 @@ MOST_COLUMNS = 1 << 16
 class Recipe:
     """What a new state is to be.
 
-    `rule` names the fold rule; None takes `DEFAULT`. `options` are its fold-time options, by name; they become part of
-    the state and never change, as do `plain` and `exclude`: globs of tensor names. Tensors that match `plain` are
-    folded by the rule's plain form, those that match `exclude` are copied from the base untouched. `scale` says how
-    long the merged task vector is read (`norm`, `norm:KAPPA`, a number or `auto`), `lines` how the layers are scaled
-    (`ALPHA:BETA`); both can be changed later, and None takes the rule's default. `reading` names the rule that reads
-    the merge, where that is another; it can be changed later too. `untie` gives an output head that is tied to the
-    input embedding a tensor of its own: fine-tunes can then change one of the two, and an export has both. `width`: the
-    state keeps adapters as they are, at most so many singular triplets a layer, and `rule` is what is made of them when
-    they are read; None: it keeps a merge of whole tensors.
+    `rule` names the fold rule; None takes `DEFAULT` or `OF_ADAPTERS`. `options` are its fold-time options, by name;
+    they become part of the state and never change, as do `plain` and `exclude`: globs of tensor names. Tensors that
+    match `plain` are folded by the rule's plain form, those that match `exclude` are copied from the base untouched.
+    `scale` says how long the merged task vector is read (`norm`, `norm:KAPPA`, a number or `auto`), `lines` how the
+    layers are scaled (`ALPHA:BETA`); both can be changed later, and None takes the rule's default. `reading` names the
+    rule that reads the merge, where that is another; it can be changed later too. `untie` gives an output head that is
+    tied to the input embedding a tensor of its own: fine-tunes can then change one of the two, and an export has both.
+    `width`: the state keeps adapters as they are, at most so many singular triplets a layer, and `rule` is what is made
+    of them when they are read; None: it keeps a merge of whole tensors.
     """
 
     rule: str | None = None
@@ -68,7 +70,7 @@ class Recipe:
     @property
     def rule_name(self) -> str:
         """The fold rule of the state."""
-        return self.rule or DEFAULT
+        return self.rule or (DEFAULT if self.width is None else OF_ADAPTERS)
 
     def read(self) -> ReadOptions:
         """How the merge is read at first. Raises Misconfigured for what is unknown or malformed, and a rule that cannot

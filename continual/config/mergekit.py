@@ -41,7 +41,7 @@ _NONE = {
 }
 """Methods that have no equal here, and what comes near."""
 _INSTEAD = (
-    "continual has no rule like it; 'continual rules' lists what there is, and the default, tsv-m, needs no numbers"
+    "continual has no rule like it; 'continual rules' lists what there is, and the default, tsv-flow, needs no numbers"
 )
 
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+from continual import linalg
 from continual.lazily import Tensor, torch
 from continual.records import Totals
 from continual.rules import tsv_m
@@ -47,14 +48,15 @@ def cores(given: Triplets, time: float) -> tuple[Tensor, Tensor]:
     for mine in blocks:
         share[mine] /= sigma[mine].norm()
     longer = share * sigma / 2
-    right = longer[:, None] * _stopped(given.v * share, time * sides[1] / len(blocks)) * share
-    left = share[:, None] * _stopped(given.u * share, time * sides[0] / len(blocks)) * longer
+    right = longer[:, None] * _stopped(given.v, share, time * sides[1] / len(blocks)) * share
+    left = share[:, None] * _stopped(given.u, share, time * sides[0] / len(blocks)) * longer
     return right, left
 
 
-def _stopped(columns: Tensor, time: float) -> Tensor:
-    """f of the inner products of some columns, for the flow up to this time."""
-    values, vectors = torch.linalg.eigh(columns.mT @ columns)
+def _stopped(columns: Tensor, share: Tensor, time: float) -> Tensor:
+    """f of the inner products of some columns, each times its share, for the flow up to this time."""
+    gram = linalg.gram(columns.mT)
+    values, vectors = torch.linalg.eigh(gram.mul_(share).mul_(share[:, None]))
     gone = values.clamp(min=0) * time
     held = gone > 0
     rate = torch.where(held, -torch.expm1(-gone) / torch.where(held, gone, 1.0), 1.0) * time
@@ -72,20 +74,24 @@ def factors(given: Triplets, time: float) -> tuple[Tensor, Tensor]:
 def owners(given: Triplets, totals: Totals) -> Sequence[int]:
     """Whose each column of the factors is."""
     found = tsv_m.owners(given, totals)
-    return found if totals.count == 1 else found * 2
+    return found if totals.count == 1 else [*found, *found]
 
 
 def merged(given: Triplets, totals: Totals, time: float) -> Tensor:
-    """X, m×n float32. What is made of the shorter side is multiplied first; float32 will do, as nothing is inverted."""
-    found = tsv_m.kept(given, totals)
+    """X, m×n float32. What is made of the shorter side is multiplied first, and no float64 copy of the longer one is
+    made: nothing is inverted, so that float32 will do there."""
+    found = tsv_m.staying(given, totals)
     u, v = found.u, found.v
-    if totals.count == 1 or not found.owner:
-        return ((u * found.sigma) @ v.mT).float()
-    right, left = cores(found, time)
-    core = right + left
+    if not found.owner:
+        return u.new_zeros(len(u), len(v))
+    if totals.count == 1:
+        core = found.sigma.double().diag()
+    else:
+        right, left = cores(found, time)
+        core = right + left
     if len(u) >= len(v):
-        return u.float() @ (core @ v.mT).float()
-    return (u @ core).float() @ v.float().mT
+        return u @ (core @ v.double().mT).float()
+    return (u.double() @ core).float() @ v.mT
 
 
 def _make(options: TsvFlowOptions) -> Rule:

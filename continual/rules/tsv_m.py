@@ -133,20 +133,24 @@ def _put(kept: Tensor, stay: Sequence[int], new: Iterable[tuple[slice, Tensor]])
         kept[rows, end:] = 0.0
 
 
-def kept(given: Triplets, totals: Totals) -> Triplets:
-    """The triplets that stay with so many fine-tunes, float64; blocks that a later one did not touch are cut here."""
-    u, sigma, v = given.u, given.sigma, given.v
-    p = min(given.sides or (len(u), len(v)))
-    chosen = choose(given.owner, sigma.tolist(), max(1, int(totals.count)), p)
-    owner = [given.owner[column] for column in chosen]
-    return Triplets(owner, u[:, chosen].double(), sigma[chosen].double(), v[:, chosen].double(), given.sides)
-
-
-def owners(given: Triplets, totals: Totals) -> list[int]:
-    """Whose each of the triplets is that stay with so many fine-tunes: the columns of factors that have one each."""
+def staying(given: Triplets, totals: Totals) -> Triplets:
+    """The triplets that stay with so many fine-tunes; blocks that a later one did not touch are cut here."""
     p = min(given.sides or (len(given.u), len(given.v)))
     chosen = choose(given.owner, given.sigma.tolist(), max(1, int(totals.count)), p)
-    return [given.owner[column] for column in chosen]
+    places = slice(len(chosen)) if chosen == list(range(len(chosen))) else chosen
+    owner = [given.owner[column] for column in chosen]
+    return Triplets(owner, given.u[:, places], given.sigma[places], given.v[:, places], given.sides)
+
+
+def kept(given: Triplets, totals: Totals) -> Triplets:
+    """The same in float64."""
+    owner, u, sigma, v, sides = staying(given, totals)
+    return Triplets(owner, u.double(), sigma.double(), v.double(), sides)
+
+
+def owners(given: Triplets, totals: Totals) -> Sequence[int]:
+    """Whose each of the triplets is that stay with so many fine-tunes: the columns of factors that have one each."""
+    return staying(given, totals).owner
 
 
 def places(given: Triplets) -> list[slice]:
@@ -158,14 +162,11 @@ def places(given: Triplets) -> list[slice]:
 def merged(given: Triplets, totals: Totals) -> Tensor:
     """X, m×n float32: U·(UᵀU)^{-1/2}·diag(σ)·(VᵀV)^{-1/2}·Vᵀ. What lies between U and V is multiplied first: no polar
     factor of the longer one is made, and no float64 copy of it."""
-    u, v, p = given.u, given.v, min(len(given.u), len(given.v))
-    chosen = choose(given.owner, given.sigma.tolist(), max(1, int(totals.count)), p)
-    if not chosen:
+    owner, u, sigma, v, _ = staying(given, totals)
+    if not owner:
         return u.new_zeros(len(u), len(v))
-    places = slice(len(chosen)) if chosen[-1] == len(chosen) - 1 else chosen
-    u, v = u[:, places], v[:, places]
     (core, mild), (after, other_mild) = _root(u), _root(v)
-    core = core * given.sigma[chosen].double() @ after
+    core = core * sigma.double() @ after
     del after  # what follows is large itself
     rows, short, single = (u, v, mild) if len(u) >= len(v) else (v, u, other_mild)
     back = (core if rows is u else core.mT) @ short.double().mT

@@ -58,7 +58,7 @@ def test_a_bill_names_the_base_each_model_with_hash_and_weight_and_the_rule(tmp_
     assert again == bill, "the same record, the same bill"
     merged = bill["metadata"]["component"]
     assert (merged["type"], merged["name"], merged["version"]) == ("machine-learning-model", "merged", "2")
-    assert (said(merged)["state"], said(merged)["record"], said(merged)["rule"]) == (state, "2", "tsv-m")
+    assert (said(merged)["state"], said(merged)["record"], said(merged)["rule"]) == (state, "2", "tsv-flow")
     parts = {part["bom-ref"]: part for part in bill["components"]}
     assert {part["name"] for part in parts.values()} == {"base", "alice", "b\\udcffb <x>", "continual"}
     for number, fold in enumerate(folds, 1):

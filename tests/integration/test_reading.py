@@ -145,6 +145,6 @@ def test_the_scale_changes_without_folding_and_comes_back(tmp_path: Path, base: 
         first, generation = merge.read("model.layers.0.mlp.up_proj.weight"), merge.state.ledger.head.generation
         assert str(merge.rescale("paper")) == "1.0"
         assert not torch.equal(merge.read("model.layers.0.mlp.up_proj.weight"), first)
-        assert str(merge.rescale("auto")) == "spread:1.0"
+        assert str(merge.rescale("auto")) == "spread:0.85"
         assert torch.equal(merge.read("model.layers.0.mlp.up_proj.weight"), first)
         assert merge.state.ledger.head.generation == generation

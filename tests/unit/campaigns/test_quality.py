@@ -33,9 +33,9 @@ def table(tmp_path: Path) -> figures.Table:
     results.add(Key(0, "own", 5, "paper"), test={task: answers(10) for task in TASKS})
     for order in (0, 1):
         tasks = TASKS if order == 0 else TASKS[::-1]
-        for rule, score in (("tsv-m", 8), ("opcm", 6)):
+        for rule, score in ((DEFAULT, 8), ("opcm", 6)):
             for count in (2, 4, 5):
-                if order and rule == "tsv-m" and count == 5:
+                if order and rule == DEFAULT and count == 5:
                     continue
                 right = score + (count == 2)  # a point of ten is lost once more are merged
                 for read in ("paper", "default", "tuned"):
@@ -51,20 +51,20 @@ def table(tmp_path: Path) -> figures.Table:
 
 
 def test_accuracies_are_means_over_tasks_and_orders(table: figures.Table) -> None:
-    assert table.accuracy("tsv-m", 4) == (80.0, 0.0)
-    assert table.accuracy("tsv-m", 5) == (80.0, 0.0), "asked once, counted for both orders"
+    assert table.accuracy(DEFAULT, 4) == (80.0, 0.0)
+    assert table.accuracy(DEFAULT, 5) == (80.0, 0.0), "asked once, counted for both orders"
     assert table.accuracy("base", 4, "paper") == (20.0, 0.0)
     assert table.accuracy("gram", 4) is None
-    assert table.transfer("tsv-m") == pytest.approx(-5.0), "two tasks of four were first seen at 90 %, two at 80 %"
+    assert table.transfer(DEFAULT) == pytest.approx(-5.0), "two tasks of four were first seen at 90 %, two at 80 %"
 
 
 def test_differences_are_paired(table: figures.Table) -> None:
-    centre, low, high = table.difference(("tsv-m", "default"), ("opcm", "paper"), 4) or (0.0, 0.0, 0.0)
+    centre, low, high = table.difference((DEFAULT, "default"), ("opcm", "paper"), 4) or (0.0, 0.0, 0.0)
     assert centre == pytest.approx(20.0)
     assert 0.0 < low < 20.0 < high
-    same = table.difference(("tsv-m", "default"), ("tsv-m", "tuned"), 4)
+    same = table.difference((DEFAULT, "default"), (DEFAULT, "tuned"), 4)
     assert same == (0.0, 0.0, 0.0), "the same answers differ by nothing, however rows are drawn"
-    assert table.difference(("tsv-m", "default"), ("gram", "default"), 4) is None
+    assert table.difference((DEFAULT, "default"), ("gram", "default"), 4) is None
 
 
 @pytest.mark.slow
@@ -111,10 +111,10 @@ def test_orders_are_shuffles_that_do_not_change() -> None:
 
 def test_the_page_has_every_rule_and_what_decides(table: figures.Table) -> None:
     page = sections.written("", list(report.page([table])))
-    assert "**tsv-m**" in page
+    assert f"**{DEFAULT}**" in page
     assert "opcm as its paper ships it" in page
     assert "+20.0 [" in page
-    assert "| tsv-m | digits | 0.50 | 200 | 1 |" in page
+    assert f"| {DEFAULT} | digits | 0.50 | 200 | 1 |" in page
 
 
 def test_the_page_of_a_language_model_says_what_broke(tmp_path: Path) -> None:
@@ -194,14 +194,14 @@ def test_a_suite_that_was_not_tuned_is_shown_by_rule_and_way_of_reading(tmp_path
 
 def test_a_cell_says_that_it_was_asked_in_fewer_orders(table: figures.Table) -> None:
     assert report_language.head(table, 4) == "4 models (2 orders)"
-    assert table.asked("tsv-m", 5, "default") == [0]
+    assert table.asked(DEFAULT, 5, "default") == [0]
     assert report_language.orders(table, 5) == 2, "opcm's"
 
 
 def test_the_plot_is_of_the_tables_of_the_page(table: figures.Table) -> None:
     (panel,) = drawing.panels(sections.written("", list(report.page([table]))))
     assert panel.title == "digits, full fine-tunes, 5 tasks"
-    assert panel.line("tsv-m", "default") == [(4, 80.0), (5, 80.0)]
+    assert panel.line(DEFAULT, "default") == [(4, 80.0), (5, 80.0)]
     assert panel.line("base", "paper") == [(4, 20.0), (5, 20.0)]
     assert panel.line("gram", "default") == []
 

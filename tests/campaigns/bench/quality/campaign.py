@@ -25,7 +25,7 @@ import continual
 from continual.engine.reading import Reading
 from continual.engine.views import ReadView
 from continual.executors.contract import silent
-from continual.making import DEFAULT, WIDTH, Recipe
+from continual.making import DEFAULT, OF_ADAPTERS, WIDTH, Recipe
 from continual.rules import RULES, ReadOptions, read_options, readings
 from tests.campaigns.bench.quality.folding import Folding
 from tests.campaigns.bench.quality.results import Key, Results, bits, rows_of
@@ -75,8 +75,8 @@ class Campaign:
     on: results stand, a fine-tune is whole or not there, and a state is folded on from its last fold.
     """
 
-    kept = ""
-    """What the files of this kind of campaign end with."""
+    kept, default = "", DEFAULT
+    """What the files of this kind of campaign end with, and the rule that such a state has unless told otherwise."""
 
     def __init__(self, suite: Suite, form: Form, work: Path, progress: Progress, plan: Plan = PLAN) -> None:
         self.suite, self.form, self.progress, self.plan, self.work = suite, form, progress, plan, work
@@ -135,7 +135,7 @@ class Campaign:
         a merge of one model."""
         keys = (
             Key(0, "own", len(self.suite.tasks), "paper"),
-            Key(0, DEFAULT, len(self.suite.tasks), "alone"),
+            Key(0, self.default, len(self.suite.tasks), "alone"),
         )
         if self.results.known.issuperset(keys):
             return
@@ -152,8 +152,9 @@ class Campaign:
 
     def ones(self) -> Iterator[tuple[str, Two]]:
         """Of each task the weights of its fine-tune as they are, and as a merge of it alone is read by default."""
+        default = read_options(self.default)
         for task in self.suite.tasks:
-            yield task, (self.one("task-arithmetic", task, SUM), self.one(DEFAULT, task, read_options(DEFAULT)))
+            yield task, (self.one("task-arithmetic", task, SUM), self.one(self.default, task, default))
 
     def one(self, name: str, task: str, options: ReadOptions) -> dict[str, Tensor]:
         """The weights of a merge of one model."""
@@ -273,10 +274,10 @@ class Campaign:
 class Adapters(Campaign):
     """The same of a state of adapters: LoRA adapters are folded into one state, which every rule reads."""
 
-    kept = "-kept"
+    kept, default = "-kept", OF_ADAPTERS
 
     def homes(self, rules: Sequence[str]) -> dict[str, list[str]]:
-        return {DEFAULT: list(rules)}
+        return {self.default: list(rules)}
 
     def opened(self, name: str, what: str) -> Folding:
         recipe = Recipe(rule=name, width=WIDTH)
@@ -284,15 +285,15 @@ class Adapters(Campaign):
 
     def ones(self) -> Iterator[tuple[str, Two]]:
         """The same, as views of one state."""
-        with self.opened(DEFAULT, "0") as folding:
+        with self.opened(self.default, "0") as folding:
             tasks = order_of(self.suite.tasks, 0)
             for task in tasks[folding.begin(tasks, len(tasks)) :]:
                 folding.fold(self.model(task))
             merge = folding.merge()
             for task in self.suite.tasks:
-                plain, default = (ReadView(rule=rule, only=(task,)) for rule in ("task-arithmetic", DEFAULT))
+                plain, default = (ReadView(rule=rule, only=(task,)) for rule in ("task-arithmetic", self.default))
                 weights = self.weights(*self.read(merge, plain), SUM)
-                yield task, (weights, self.weights(*self.read(merge, default), read_options(DEFAULT)))
+                yield task, (weights, self.weights(*self.read(merge, default), read_options(self.default)))
 
 
 def spread_of(reading: Reading) -> list[tuple[float, float]]:

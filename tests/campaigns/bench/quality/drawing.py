@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from continual.making import DEFAULT
+from continual.making import DEFAULT, OF_ADAPTERS
 
 LINES = (
-    (DEFAULT, "default", f"{DEFAULT} (default)", "-", "C0"),
+    (DEFAULT, "default", f"{DEFAULT} (default)", "-", "C1"),
+    (OF_ADAPTERS, "default", f"{OF_ADAPTERS} (default of adapters)", "-", "C0"),
     ("gram", "default", "gram", "-", "C2"),
     ("opcm", "paper", "opcm as published", "--", "C3"),
     ("task-arithmetic", "paper", "task arithmetic × 0.3", ":", "C4"),
@@ -79,7 +80,8 @@ def draw(folder: Path) -> None:
     figure, axes = pyplot.subplots(rows, 2, figsize=(10, 3.6 * rows), squeeze=False)
     for panel, axis in zip(found, axes.flat, strict=False):
         for rule, read, label, style, colour in LINES:
-            line = panel.line(rule, read)
+            if not (line := panel.line(rule, read)):
+                continue
             marker = None if rule in ("base", "each fine-tune, own task") else "o"
             axis.plot(*zip(*line, strict=True), style, color=colour, label=label, marker=marker, markersize=4)
         counts = sorted({count for rule, read, *_ in LINES for count, _ in panel.line(rule, read)})

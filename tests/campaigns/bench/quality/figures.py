@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from continual.making import DEFAULT
+from continual.making import DEFAULT, OF_ADAPTERS
 from tests.campaigns.bench.quality.results import rows_of
 
 Answers = Mapping[str, str]
@@ -36,8 +36,8 @@ class Table:
 
     @property
     def default(self) -> str:
-        """The rule that a state has unless told otherwise."""
-        return DEFAULT
+        """The rule that such a state has unless told otherwise."""
+        return OF_ADAPTERS if self.kept else DEFAULT
 
     @property
     def most(self) -> int:

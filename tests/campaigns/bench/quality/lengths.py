@@ -1,5 +1,5 @@
-"""What the default's length costs: the merge by the default rule at its own length and at multiples, cell by cell,
-and constants that were fitted on the other suites.
+"""What the default's length costs: the merge by `tsv-m`, the default of adapters (before decision 0099 of all), at its
+own length and at multiples, cell by cell, and constants that were fitted on the other suites.
 
     # for each suite and form, beside the length by default four others
     python -m tests.campaigns.bench.quality --work W ... --rule tsv-m --counts 4 8 --read default \\
@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 
-from continual.making import DEFAULT
 from continual.rules import ReadOptions, read_options
 from continual.rules.scale import FEW, held
 from tests.campaigns.bench.quality.figures import DRAWS, Answers, Table, mean
@@ -39,6 +38,8 @@ HEADING, MERGED, LESS, NEUTRAL = (
     "default less tuned",
     "neutral perplexity",
 )
+RULE = "tsv-m"
+"""The rule that is read at other lengths."""
 POWERS, GROWTHS = (1.0, 1.25, 1.5, 1.75, 2.0), (0.0, 0.125, 0.25, 0.375, 0.5)
 CONSTANTS = tuple(2.0 ** (step / 8) for step in range(-8, 9))
 
@@ -160,10 +161,10 @@ def _rows(answers: str) -> np.ndarray:
 def cells(found: Sequence[Table]) -> Iterator[Cell]:
     """What was asked at the default's length and at others."""
     for table in found:
-        for count in table.counts(DEFAULT):
+        for count in table.counts(RULE):
             orders, asked = [], []
-            for order in table.asked(DEFAULT, count, "default"):
-                row = table.rows[order, DEFAULT, count, "default"]
+            for order in table.asked(RULE, count, "default"):
+                row = table.rows[order, RULE, count, "default"]
                 answers = _asked(table, order, count)
                 if len(answers) > 1 and row.get("each"):
                     each = [(float(rho), float(norm)) for rho, norm in row["each"][:count]]
@@ -185,16 +186,16 @@ def cells(found: Sequence[Table]) -> Iterator[Cell]:
 def _asked(table: Table, order: int, count: int) -> dict[float, Answers]:
     """The answers by multiple of the default's length."""
     return {
-        ReadOptions.parse(row["scale"]).value / read_options(DEFAULT).value: row["test"]
+        ReadOptions.parse(row["scale"]).value / read_options(RULE).value: row["test"]
         for (o, rule, c, read), row in table.rows.items()
-        if (o, rule, c) == (order, DEFAULT, count) and "scale" in row and read != "tuned"
+        if (o, rule, c) == (order, RULE, count) and "scale" in row and read != "tuned"
     }
 
 
 def _perplexities(table: Table, count: int, multiples: Iterable[float]) -> Iterator[tuple[float, str]]:
     for multiple in multiples:
-        scale = ReadOptions("spread", read_options(DEFAULT).value * multiple)
-        found = table.watched(DEFAULT, count, "default" if multiple == 1.0 else scale.scale, "perplexity")
+        scale = ReadOptions("spread", read_options(RULE).value * multiple)
+        found = table.watched(RULE, count, "default" if multiple == 1.0 else scale.scale, "perplexity")
         if found is not None:
             yield multiple, f"{found:.1f}"
 
