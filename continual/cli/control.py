@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import socket
 from typing import TYPE_CHECKING
 
 import typer
@@ -15,7 +14,7 @@ from continual.cli.flags import OPENING, Flags, takes
 from continual.texts import when
 
 if TYPE_CHECKING:
-    from continual.state.lock import Holder
+    pass
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -64,23 +63,14 @@ def drain(*, flags: Flags) -> None:
     pid = None if answer is None else answer["pid"]
     if isinstance(pid, int):
         _wait(pid)
-    elif (held := _held(lock.holder(asked.state))) is not None:
+    elif (holder := lock.held(asked.state)) is not None:
         raise Busy(
-            f"{asked.state} is open in process {held}, which takes no requests of this user; stop it by a signal"
+            f"{asked.state} is open in process {holder.said}, which takes no requests of this user; stop it by a signal"
         )
     if flags.json:
         console.emit({"drained": pid})
     else:
         console.say("No daemon runs." if pid is None else f"The daemon has ended (process {pid}); nothing is lost.")
-
-
-def _held(holder: Holder) -> str | None:
-    """The process that has the state open, as far as its lock can tell; None where it has ended."""
-    if holder.pid is None:
-        return None
-    if holder.host not in (None, socket.gethostname()):  # it gives the lock back when it ends
-        return f"{holder.pid} on {holder.host}"
-    return str(holder.pid) if os.path.exists(f"/proc/{holder.pid}") else None
 
 
 def _wait(pid: int) -> None:

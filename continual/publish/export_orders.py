@@ -167,7 +167,7 @@ def write_weights(
     files = layout(base, form.dtype, form.shard_size)
     write_indexes(files, directory)
     places = {
-        f"{file}/{p.name}": TensorPlace(p.made_of, p.dtype, span)
+        f"{file[: file.rfind('/') + 1]}{p.name}": TensorPlace(p.made_of, p.dtype, span)
         for file, placed in files.items()
         for p, span in zip(placed, new_file(directory, file, placed), strict=True)
     }

@@ -23,7 +23,7 @@ from continual.service import asking, daemon
 from continual.service.web import listen
 from continual.state import heartbeat, lock
 from continual.state.software import software
-from continual.stores import ObjectPath, Where
+from continual.stores import ObjectPath
 from continual.texts import size
 
 if TYPE_CHECKING:
@@ -101,8 +101,9 @@ def _state(settings: Settings, client: Hub | None) -> Iterator[Finding]:
     answered = asking.ask(path)
     if answered is not None:
         yield Finding("daemon", "ok", f"process {answered['pid']} at {answered['url']} says {answered['health']}")
-    elif (pid := lock.holder(path).pid) is not None and _holds(path, pid):
-        yield Finding("daemon", "warn", f"process {pid} has the state open for writing", "wait for it, or end it")
+    elif (holder := lock.held(path)) is not None:
+        told = f"process {holder.said} has the state open for writing"
+        yield Finding("daemon", "warn", told, "wait for it, or end it")
     yield from _on_store(path) if isinstance(path, ObjectPath) else _on_disk(path, need)
     ahead = (last - datetime.now(UTC)).total_seconds()
     if ahead > _SKEW:
@@ -133,13 +134,6 @@ def _on_store(path: ObjectPath) -> Iterator[Finding]:
         return
     took = (time.perf_counter() - begun) / 5 * 1000  # so many requests
     yield Finding("store", "ok", f"{path}: honours conditional writes, and answers in {took:.0f} ms")
-
-
-def _holds(path: Where, pid: int) -> bool:
-    """Whether the process that the lock names still has it."""
-    if isinstance(path, Path):
-        return _lives(pid) and not _free(path)
-    return True  # on whichever machine it is: it has not given it back
 
 
 def _room(path: Path, need: int) -> Iterator[Finding]:
@@ -283,19 +277,6 @@ def _skew(date: str | None) -> float:
         return abs((parsedate_to_datetime(date or "") - datetime.now(UTC)).total_seconds())
     except (TypeError, ValueError):
         return 0.0
-
-
-def _lives(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
-
-
-def _free(path: Path) -> bool:
-    """Whether nobody holds the lock. It is taken and given back."""
-    try:
-        lock.take(path).close()
-    except ContinualError:
-        return False
-    return True
 
 
 def _user() -> str:

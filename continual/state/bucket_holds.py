@@ -146,6 +146,10 @@ class BucketHolds:
     def said(self, path: ObjectPath) -> bytes:
         return _file(path / "lock", max(_numbers(path / "lock"), default=0)).read_bytes()
 
+    def is_locked(self, path: ObjectPath) -> bool:
+        """A killed writer has it until the next one takes it."""
+        return bool(_numbers(path / "lock"))
+
     @contextlib.contextmanager
     def lease(self, path: ObjectPath, generation: str) -> Iterator[None]:
         """Whoever may not write there reads without."""

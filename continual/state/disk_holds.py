@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class Flock:
 
     def tell(self, url: str | None) -> None:
         """It only informs: where the disk is full the file stays empty, and the lock is held all the same."""
-        data, _ = encode({"pid": os.getpid(), "url": url})
+        data, _ = encode({"pid": os.getpid(), "host": socket.gethostname(), "url": url})
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, data, 0)
@@ -60,6 +61,16 @@ class DiskHolds:
 
     def said(self, path: Path) -> bytes:
         return (path / "lock").read_bytes()
+
+    def is_locked(self, path: Path) -> bool:
+        fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:  # it is taken, or the file system has no locks
+            return True
+        finally:
+            os.close(fd)
+        return False
 
     @contextlib.contextmanager
     def lease(self, path: Path, generation: str) -> Iterator[None]:

@@ -38,6 +38,9 @@ class Holds(Protocol):
     def said(self, path: Any) -> bytes:
         """What its lock says. Raises FileNotFoundError where there is none."""
 
+    def is_locked(self, path: Any) -> bool:
+        """Whether somebody has the lock that says so. It is not taken."""
+
     def lease(self, path: Any, generation: str) -> AbstractContextManager[None]:
         """Keeps a generation from being marked while the block runs, if it is not yet; `stands` says that."""
 

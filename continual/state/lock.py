@@ -35,24 +35,29 @@ def take(path: Where) -> Lock:
 
 
 def _busy(path: Where) -> Busy:
-    pid, url, host = holder(path)
-    who = f"process {pid}{f' on {host}' if host else ''}" if pid is not None else "another process"
-    where = f" at {url}" if url else ""
+    found = holder(path)
+    who = f"process {found.said}" if found.pid is not None else "another process"
+    where = f" at {found.url}" if found.url else ""
     hint = (
         "stop it first (systemctl stop continual, or kill the process), or publish models into its watched folder"
-        if url
+        if found.url
         else "wait until it is done"
     )
-    return Busy(f"{path} is being written by {who}{where}; {hint}", pid, url)
+    return Busy(f"{path} is being written by {who}{where}; {hint}", found.pid, found.url)
 
 
 class Holder(NamedTuple):
-    """What the lock says of the process that holds it: its pid, where its daemon answers, and, on an object store, the
-    name of its machine."""
+    """What the lock says of the process that holds it: its pid, where its daemon answers, and the name of its
+    machine."""
 
     pid: int | None = None
     url: str | None = None
     host: str | None = None
+
+    @property
+    def said(self) -> str:
+        """The process as messages name it."""
+        return f"{self.pid} on {self.host}" if self.host else f"{self.pid}"
 
 
 def holder(path: Where) -> Holder:
@@ -70,3 +75,14 @@ def holder(path: Where) -> Holder:
         url if isinstance(url, str) else None,
         host if isinstance(host, str) else None,
     )
+
+
+def held(path: Where) -> Holder | None:
+    """Who has the lock of the state in `path`; None where nobody has, as far as can be told."""
+    found = holder(path)
+    if found.pid is None:
+        return None
+    try:
+        return found if holding.of(path).is_locked(path) else None
+    except OSError:
+        return found

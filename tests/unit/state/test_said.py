@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def test_who_writes_is_named_with_its_address_and_what_to_do(tmp_path: Path) -> 
     with stores.make(tmp_path / "s") as state:
         with pytest.raises(Busy) as raised:
             State.open(tmp_path / "s", write=True)
-        who = f"{tmp_path / 's'} is being written by process {os.getpid()}"
+        who = f"{tmp_path / 's'} is being written by process {os.getpid()} on {socket.gethostname()}"
         assert (str(raised.value), raised.value.pid, raised.value.url) == (
             f"{who}; wait until it is done",
             os.getpid(),
@@ -34,7 +35,28 @@ def test_who_writes_is_named_with_its_address_and_what_to_do(tmp_path: Path) -> 
         with pytest.raises(Busy, match=r"at http://127\.0\.0\.1:8765; stop it first") as raised:
             State.open(tmp_path / "s", write=True)
         assert raised.value.url == "http://127.0.0.1:8765"
-        assert locking.holder(tmp_path / "s") == (os.getpid(), "http://127.0.0.1:8765", None)
+        assert locking.holder(tmp_path / "s") == (
+            os.getpid(),
+            "http://127.0.0.1:8765",
+            socket.gethostname(),
+        )
+
+
+def test_who_holds_the_lock_is_told_from_who_held_it(tmp_path: Path) -> None:
+    """A lock on a shared disk may be another machine's, where the process cannot be looked for."""
+    place = tmp_path / "s"
+    assert locking.held(place) is None
+    with stores.make(place):
+        here = locking.held(place)
+        assert here is not None
+        assert here.said == f"{os.getpid()} on {socket.gethostname()}"
+        (place / "lock").write_bytes(framing.encode({"pid": 1 << 30, "host": "another", "url": None})[0])
+        there = locking.held(place)
+        assert there is not None
+        assert there.said == f"{1 << 30} on another"
+    assert locking.held(place) is None
+    (place / "lock").write_bytes(framing.encode({"pid": os.getpid(), "url": None})[0])  # as an earlier version has it
+    assert locking.held(place) is None
 
 
 def test_a_pause_says_since_when(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -167,7 +168,7 @@ def test_another_process_that_writes_is_named(tmp_path: Path) -> None:
             [sys.executable, "-c", code, str(tmp_path / "s")], capture_output=True, text=True, check=False
         )
         assert "Busy" in done.stderr
-        assert f"process {os.getpid()} at http://127.0.0.1:1" in done.stderr
+        assert f"process {os.getpid()} on {socket.gethostname()} at http://127.0.0.1:1" in done.stderr
         with pytest.raises(Busy):
             State.open(tmp_path / "s", write=True)
     State.open(tmp_path / "s", write=True).close()
