@@ -72,6 +72,10 @@ class BlockJob(WorkJob[_Tensor]):
     device: str
     handed: Handed | None
 
+    @property
+    def travels(self) -> bool:
+        return self.sources.travel
+
     def open(self) -> AwayBlocks:
         """Opens the adapter, and the base where it is read."""
         return AwayBlocks(self)

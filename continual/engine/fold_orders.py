@@ -55,6 +55,10 @@ class PassJob(WorkJob[Counts]):
     passes: Mapping[str, Pass]
     added: bool
 
+    @property
+    def travels(self) -> bool:
+        return self.sources.travel
+
     def open(self) -> AwayPasses:
         return AwayPasses(self)
 
@@ -67,6 +71,10 @@ class FoldJob(WorkJob[TensorFold]):
     terms: SentTerms
     counted: Counted
     handed: Handed | None
+
+    @property
+    def travels(self) -> bool:
+        return self.sources.travel
 
     def open(self) -> AwayFolding:
         return AwayFolding(self)

@@ -11,7 +11,7 @@ from continual.engine.base import as_recorded, kept_headers
 from continual.errors import Refuse, Retry
 from continual.records import FileStat, Lineage
 from continual.state.format import Format
-from continual.tensors import BaseModel, Checkpoint, Model, Place, open_model, open_shipped
+from continual.tensors import BaseModel, Checkpoint, Folder, Model, Place, open_model, open_shipped
 from continual.tensors.bases.kept import is_kept
 
 
@@ -73,6 +73,11 @@ class SentBase(NamedTuple):
         """Of an open base."""
         return cls(None if is_kept(base) else SentFiles(base.checkpoint.place, tuple(base.checkpoint.files)))
 
+    @property
+    def travels(self) -> bool:
+        """Whether another process can open it: a repo that is read from the Hub as it is needed is this process's."""
+        return self.files is None or isinstance(self.files.place, Folder)
+
     def open(self, form: Format) -> BaseModel:
         """Opens it. Raises Misconfigured, Damaged, Retry."""
         if self.files is None:
@@ -91,6 +96,12 @@ class SentSources(NamedTuple):
     lineage: Lineage
     shipped: str | None
     weights: SentBase | None
+
+    @property
+    def travel(self) -> bool:
+        """Whether another process can open all of it."""
+        bases = self.base, *([] if self.weights is None else [self.weights])
+        return isinstance(self.model.place, Folder) and all(base.travels for base in bases)
 
     def open(self) -> Sources:
         """Opens all of it. Raises Retry, Misconfigured, Damaged: whether the candidate is let in was asked where the
