@@ -156,7 +156,7 @@ def test_the_library_itself_verifies_what_is_signed_here_and_signs_what_is_verif
     verifier = verifying.Config().use_elliptic_key_verifier(public_key=keys.public["ours"])
     verifier.verify(merged, merged / "model.sig")
     altered(merged)
-    with pytest.raises(ValueError, match=r"Hash mismatch for 'model\.safetensors'"):
+    with pytest.raises(ValueError, match=r"Hash mismatch for .*model\.safetensors"):
         verifying.Config().use_elliptic_key_verifier(public_key=keys.public["ours"]).verify(
             merged, merged / "model.sig"
         )

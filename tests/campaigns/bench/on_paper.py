@@ -21,7 +21,7 @@ BY_ELEMENT = ("mean", "task-arithmetic", "iso-c", "ties")
 
 
 def table(figures: Any) -> str:
-    """The table, in Markdown, of those of `BY_ELEMENT` whose folds were measured. `figures`: what `many --json` wrote."""
+    """The table, in Markdown, of those of `BY_ELEMENT` whose folds `figures` has: what `many --json` wrote."""
     rows = {name.partition(", ")[2]: turns for name, turns in figures["rows"].items() if name.startswith("fold, ")}
     each = {
         rule: statistics.median(one["worked"] for one in turns["ray, 1"]) / figures["elements"]
