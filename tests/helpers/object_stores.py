@@ -63,7 +63,7 @@ def _command(kind: str, port: int, directory: Path) -> list[str]:
         return [sys.executable, "-c", _MOTO, str(port)]
     (directory / "seaweed").mkdir()
     ports = [f"-{name}.port={_port()}" for name in ("master", "volume", "filer")]
-    quiet = ["-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=50", "-master.volumeSizeLimitMB=64"]
+    quiet = ["-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=500", "-master.volumeSizeLimitMB=64"]
     where_ = ["-dir=seaweed", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     return [str(shutil.which("weed")), "server", "-s3", f"-s3.port={port}", *where_, *ports, *quiet]
 

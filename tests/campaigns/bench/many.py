@@ -44,7 +44,7 @@ from continual.executors.cluster_figures import FIGURES
 from continual.executors.contract import Executor
 from continual.executors.local import Local
 from continual.executors.ray import OnRay, RayAsked
-from continual.state import State
+from continual.state import State, storing
 from continual.state.verify import verify
 from continual.stores import Where, where
 from tests.campaigns.bench import on_paper
@@ -134,9 +134,8 @@ def fold(way: Way, base: Path, rule: str, tunes: tuple[Path, ...], number: str) 
 
 
 def removed(place: Where) -> None:
-    """Deletes a state on a disk; a store is dropped whole at the end."""
-    if isinstance(place, Path):
-        shutil.rmtree(place)
+    """Deletes a state."""
+    storing.remove_tree(place)
 
 
 def export(way: Way, state: Where, place: Path) -> Turn:
