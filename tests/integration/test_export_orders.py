@@ -7,27 +7,23 @@ import errno
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from blake3 import blake3
 from safetensors.torch import load_file
 
 from continual import api, making
 from continual.config import RaySettings, Settings
-from continual.engine import reading
 from continual.engine.views import ReadView
 from continual.errors import Damaged, Halt, Misconfigured, Retry
 from continual.executors.contract import Executor, Task
 from continual.executors.orders import WorkPiece
 from continual.publish.folder import Target
 from continual.publish.lora import LoraTarget
-from continual.records import TensorSpec
 from continual.state import State
 from continual.stores import ObjectPath
 from tests.helpers import adapters, models, on_cluster
@@ -345,51 +341,6 @@ def test_what_a_worker_wrote_is_on_its_disk_before_it_says_so(
             answers += 1
             assert waiting == set()
     assert answers == 2 * len(SHAPES)
-
-
-class Fresh:
-    """Where matrices are made: how often, of each tensor."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.made: Counter[str] = Counter()
-        unit = reading._unit
-
-        def counted(self_: reading.Reading, spec: TensorSpec, kept: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            self.made[spec.name] += 1
-            return unit(self_, spec, kept)
-
-        monkeypatch.setattr(reading, "_unit", counted)
-
-
-@pytest.mark.parametrize("harm", ["none", "altered", "gone", "short"])
-def test_a_matrix_is_made_once_by_whoever_measures_it(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, harm: str
-) -> None:
-    """And again where it is not what was kept."""
-    state, fresh = made_of(tmp_path, "tsv-m", base), Fresh(monkeypatch)
-    name = "model.layers.1.mlp.down_proj.weight"
-    passes = []
-
-    def between(tasks: Sequence[Task[Any]]) -> Sequence[Task[Any]]:
-        passes.append(len(tasks))
-        spooled = list(tmp_path.glob(".export*.tmp/.spool/*"))
-        if harm != "none" and len(passes) == 2:
-            file = next(path for path in spooled if path.name == blake3(name.encode()).hexdigest(16))
-            data = file.read_bytes()
-            file.unlink()
-            if harm != "gone":
-                file.write_bytes(data[:-1] + (bytes([data[-1] ^ 1]) if harm == "altered" else b""))
-        return tasks
-
-    both(tmp_path, state, opener(Between(between)), lambda merge, at: merge.export(at))
-    assert len(passes) == 2, "measured, and written"
-    assert fresh.made[name] == (2 if harm == "none" else 3), "alone, and by orders"
-    assert {path.name for path in (tmp_path / "export-1").iterdir()} == {
-        path.name for path in (tmp_path / "export-0").iterdir()
-    }
-    fresh.made.clear()
-    both(tmp_path / "lora", state, opener(Posted(1 << 12)), lambda merge, at: merge.export_lora(LoraTarget(at, 2)))
-    assert fresh.made[name] == 2
 
 
 def test_an_order_that_is_done_again_changes_nothing(tmp_path: Path, base: Path) -> None:
