@@ -42,8 +42,11 @@ def answered(job: bytes, names: tuple[str, ...], versions: Mapping[str, str]) ->
         raised = _of_worker(error, machine)
     answer = WorkAnswer(results, raised, machine, time.perf_counter() - began)
     try:
-        return pickle.dumps(answer)
-    except Exception as error:  # what others raise may hold a lock or a file
+        data = pickle.dumps(answer)
+        if raised is not None:
+            pickle.loads(data)
+        return data
+    except Exception as error:  # what others raise may hold a lock or a file, or not be made again of its words alone
         said = f"{type(raised or error).__name__}: {raised or error}"
         return pickle.dumps(answer._replace(results=(), error=_of_worker(RuntimeError(said), machine)))
 

@@ -73,6 +73,7 @@ class NotConnected(NamedTuple):
 
 def main(fd: int, address: str) -> None:
     """Drives the cluster at `address` until the other end of the socket `fd` is closed."""
+    os.set_inheritable(fd, False)  # who has this end keeps the other one from seeing that this process has ended
     link, inbox = Connection(fd), queue.SimpleQueue[object]()
     threading.Thread(target=_receive, args=(link, inbox), daemon=True).start()
     import ray

@@ -76,8 +76,11 @@ class ClusterLink:
                 start_new_session=True,  # Ctrl-C is for this process, which has the orders end
             )
         self._link = Connection(mine.detach())
+        self._to_send: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._hearing = threading.Thread(target=self._hear, name="cluster-hear", daemon=True)
         self._hearing.start()
+        self._telling = threading.Thread(target=self._tell, name="cluster-tell", daemon=True)
+        self._telling.start()
         threading.Thread(target=self._listen, name="cluster-listen", daemon=True).start()
         try:
             self._connect(go_on)
@@ -102,7 +105,7 @@ class ClusterLink:
 
     def job(self, job: str, pickled: bytes | None) -> None:
         """Sends a job, before its first order; without bytes: it is over."""
-        self._send(SendJob(job, pickled))
+        self._to_send.put(SendJob(job, pickled))
 
     def order(
         self, job: str, names: tuple[str, ...], sent: tuple[Mapping[str, str], Mapping[str, Any]], to: Answers
@@ -112,7 +115,7 @@ class ClusterLink:
         number = next(self._numbers)
         with self._lock:
             self._waiting[number] = to
-        self._send(SendOrder(number, job, names, *sent))
+        self._to_send.put(SendOrder(number, job, names, *sent))
         if self._over.is_set():  # it may have ended before it was known that somebody waits
             to.put(None)
         return number
@@ -121,7 +124,7 @@ class ClusterLink:
         """Has orders end that nobody waits for any more, and waits until they have."""
         if not numbers:
             return
-        self._send(SendStop(tuple(numbers)))
+        self._to_send.put(SendStop(tuple(numbers)))
         waiting, until = set(numbers), time.monotonic() + ENDED
         while waiting and self.is_up:
             if self.silent > SILENT or time.monotonic() > until:  # it ends them once it sees that the driver is gone
@@ -145,15 +148,9 @@ class ClusterLink:
         """Ends the driver, and with it all that the cluster does for it."""
         self._driver.kill()
         self._driver.wait()
+        self._to_send.put(None)
         self._hearing.join(1.0)
         self._over.set()
-
-    def _send(self, message: object) -> None:
-        try:
-            with self._lock:
-                self._link.send(message)
-        except OSError:
-            self._over.set()
 
     def _connect(self, go_on: GoOn) -> None:
         until = time.monotonic() + LOADED
@@ -191,13 +188,25 @@ class ClusterLink:
             except (OSError, OverflowError) as error:
                 raise Retry(f"ray.address = {address}: nobody listens there ({error}); {_START}") from error
 
+    def _tell(self) -> None:
+        """Tells the driver what to do, until it has ended. One that does not listen keeps nobody else waiting."""
+        with contextlib.suppress(OSError):
+            while (message := self._to_send.get()) is not None:
+                self._link.send(message)
+
     def _listen(self) -> None:
         """Takes what the driver tells, until it has ended."""
-        with self._link, contextlib.suppress(EOFError, OSError):
+        try:
             while True:
                 self._take(self._link.recv())
+        except (EOFError, OSError):
+            pass
+        except Exception as error:  # half of a message, or another version's: who waits must not wait for ever
+            self._said.append(f"what its driver says cannot be read: {type(error).__name__}: {error}")
         FIGURES.parted(self.address)
         self.close()
+        self._telling.join()
+        self._link.close()
         with self._lock:
             waiting, self._waiting = list(self._waiting.values()), {}
         for one in waiting:

@@ -24,6 +24,13 @@ class Locked(Exception):
         self.lock = threading.Lock()
 
 
+class Worded(Exception):
+    """What others raise may be put into bytes, and not be made of them again."""
+
+    def __init__(self, *, code: int) -> None:
+        super().__init__(f"it has the code {code}")
+
+
 RAISED: dict[str, Exception] = {
     "refuse": Refuse("zero", "model: it is zero", by=("x",)),
     "retry": Retry("file: another one", after=7.0),
@@ -34,6 +41,7 @@ RAISED: dict[str, Exception] = {
     "memory": MemoryError(),
     "bug": KeyError("x"),
     "locked": Locked(),
+    "worded": Worded(code=5),
 }
 SAID = {
     "refuse": "model: it is zero",
@@ -45,6 +53,7 @@ SAID = {
     "memory": "on the machine 10.0.0.3",
     "bug": "'x'",
     "locked": "Locked: it is locked",
+    "worded": "Worded: it has the code 5",
 }
 
 
@@ -78,7 +87,8 @@ def answer(name: str, versions: dict[str, str] | None = None) -> WorkAnswer:
 def test_an_error_says_the_same_and_where_it_was(name: str) -> None:
     found = answer(name).error
     assert str(found) == SAID[name]
-    other = {"locked": RuntimeError, "setting": Retry}  # a daemon does not halt because of one machine
+    # a daemon does not halt because of one machine
+    other = {"locked": RuntimeError, "worded": RuntimeError, "setting": Retry}
     assert isinstance(found, other.get(name, type(RAISED[name])))
 
 

@@ -7,6 +7,9 @@ import secrets
 import signal
 import socket
 import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from continual.executors.local import Local
 from continual.executors.ray import OnRay, RayAsked
 from tests.helpers import on_cluster
 from tests.helpers.marking import MarkJob, tasks
+from tests.helpers.services import until
 
 MANY = 1 << 40
 
@@ -61,6 +65,67 @@ def test_a_stop_while_it_connects() -> None:
     stopping.set()
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(Abandoned, match="stopping"):
         _ = on_ray(f"127.0.0.1:{silent.getsockname()[1]}", stopping).workers
+
+
+SAID_TO_BE_UP = """
+import os, sys, time
+from multiprocessing.connection import Connection
+from continual.executors.driving import Nodes, RayLoaded
+link = Connection(int(sys.argv[1]))
+link.send(RayLoaded())
+link.send(Nodes([{"NodeManagerAddress": "127.0.0.1", "Alive": True, "Resources": {"CPU": 1.0, "memory": 1e9}}]))
+"""
+"""A driver whose cluster has one machine."""
+
+
+@pytest.fixture
+def drivers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], OnRay]]:
+    """An executor whose drivers connect, and do what a script says then; what it is given says to stop."""
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def made(script: str, stopping: threading.Event | None = None) -> OnRay:
+            monkeypatch.setattr(links, "_CODE", SAID_TO_BE_UP + script)
+            return on_ray(f"127.0.0.1:{listening.getsockname()[1]}", stopping)
+
+        yield made
+
+
+def test_a_driver_that_does_not_listen_keeps_nobody_from_stopping(
+    drivers: Callable[..., OnRay], job: MarkJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was stopped, or has no memory: a job of many tensors fills the socket."""
+    monkeypatch.setattr(links, "SILENT", 0.1)
+    stopping = threading.Event()
+    executor = drivers("time.sleep(60)", stopping)
+    large = replace(job, directory=Path("/" + "x" * (8 << 20)))
+    threading.Timer(1.0, stopping.set).start()
+    began = time.monotonic()
+    with pytest.raises(Abandoned, match="stopping"):
+        list(executor.map(tasks(large, ["plain-0"])))
+    assert time.monotonic() < began + 20.0
+
+
+def test_an_answer_that_cannot_be_read_ends_the_driver(drivers: Callable[..., OnRay], job: MarkJob) -> None:
+    executor = drivers("link.recv(); link.recv(); link.send_bytes(b'no message'); time.sleep(60)")
+    with pytest.raises(Retry, match=r"went away in the middle .*\(what its driver says cannot be read: Unpick"):
+        list(executor.map(tasks(job, ["plain-0"])))
+
+
+def of_clusters() -> list[str]:
+    """The threads that drivers have here."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("cluster-")]
+
+
+@pytest.mark.parametrize("after", ["", "link.recv()", "link.recv(); link.recv()", "os.write(link.fileno(), b'abc')"])
+def test_a_driver_that_ends_leaves_nothing_open(drivers: Callable[..., OnRay], job: MarkJob, after: str) -> None:
+    """As soon as it is connected, or once it has its job, or its order, or in the middle of an answer."""
+    until(lambda: not of_clusters(), "the threads of its driver end")
+    open_files = os.listdir("/proc/self/fd")
+    with pytest.raises(Retry, match="went away in the middle of the work"):
+        list(drivers(after).map(tasks(job, ["plain-0"])))
+    until(lambda: not of_clusters(), "the threads of its driver end")
+    assert os.listdir("/proc/self/fd") == open_files
 
 
 def test_another_token_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
