@@ -231,7 +231,7 @@ class Reading:
             return sum(slot.nbytes for slot in self.rule.slots(spec).values()) + 4 * spec.numel
         works = (self.rule.fold.workspace(part), linalg.workspace(*sides(part))) if self._is_matrix(spec) else (0,)
         kept = sum(slot.nbytes for slot in self.rule.slots(part).values())
-        return kept + 4 * (spec.numel + part.numel) + max(works)
+        return kept + 4 * (spec.numel + part.numel) + max(works) + (terms_need(self, spec) if self.options.terms else 0)
 
     def measure(self, executor: Executor, progress: Progress, seen: Seen | None = None) -> float:
         """‖X‖ over the whole model, measured by a pass over the tensors of which the state does not say it; `seen` is
@@ -283,6 +283,15 @@ class Reading:
         if seen is not None:
             seen(spec, found)
         return square
+
+
+def terms_need(reading: Reading, spec: TensorSpec) -> int:
+    """Bytes that `terms` of a state of whole tensors takes beside what `need` says, with a product of its factors: of
+    one layer three times both in float64, and X."""
+    if reading.rule.factored is None or not reading.has_terms(spec):
+        return 0
+    part = spec.expert if spec.kind == "stack" else spec
+    return 8 * (3 * reading.rule.factored.wide * min(sides(part)) * sum(sides(part)) + part.numel)
 
 
 def _unit(reading: Reading, spec: TensorSpec, kept: Accumulators) -> torch.Tensor:

@@ -43,13 +43,14 @@ class Spool:
         self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - closed by `close`
         self._directory = directory
         self._at: dict[str, int] = {}
-        end = 0
+        self._sizes, end = dict(sizes), 0
         for name, numel in sizes.items():
             self._at[name], end = end, end + 4 * numel
         self._there: set[str] = set()
 
     def put(self, name: str, values: torch.Tensor) -> None:
         """Keeps a tensor of the CPU. Raises OSError where the disk does not take it; then it is not kept."""
+        assert values.numel() <= self._sizes[name], f"{name} would lie over the next"
         data, offset = values.contiguous().view(-1).view(torch.uint8).numpy().data, self._at[name]
         with stage("write", len(data)):
             while data:

@@ -250,7 +250,8 @@ class Factored(NamedTuple):
     without(task vectors): X without each of them, where the rule has a quicker way than reading again. whole(task
     vectors): X in their coordinates, where it has a quicker way than `cores`; None where it has none for these.
     `by_inputs`: X where the inputs of the layer are known; where they are not it is linear. owners(those of all task
-    vectors, totals): whose each column of what `triplets` gives is, where X is a sum with a term of each task vector.
+    vectors, totals): whose each column of what `triplets` gives is, where X is a sum with a term of each task vector;
+    `wide`: at most so many of these columns come of one triplet.
     """
 
     linear: Callable[[TensorSpec], bool] = _always
@@ -260,6 +261,7 @@ class Factored(NamedTuple):
     whole: Callable[[Apart], Tensor | None] | None = None
     by_inputs: ByInputs | None = None
     owners: Callable[[Triplets, Totals], Sequence[int]] | None = None
+    wide: int = 1
 
 
 def one_sum(spec: TensorSpec) -> dict[str, SlotSpec]:

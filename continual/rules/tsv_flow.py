@@ -100,7 +100,7 @@ def _make(options: TsvFlowOptions) -> Rule:
         options.include,
         tsv_m.of_several(lambda given: factors(given, options.time)),
         owners=owners,
-        forms=tsv_m.Forms(lambda given, totals: merged(given, totals, options.time)),
+        forms=tsv_m.Forms(lambda given, totals: merged(given, totals, options.time), wide=2),
     )
 
 

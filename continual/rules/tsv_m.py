@@ -229,10 +229,11 @@ def fold(accumulators: Accumulators, tau: Tensor, inputs: Inputs, totals: Totals
 
 class Forms(NamedTuple):
     """What a reading has besides its factors: `whole`, X at once, and `without`, X without each of the models, where
-    there is a quicker way than reading again."""
+    there is a quicker way than reading again; `wide`: how many columns of the factors come of one triplet."""
 
     whole: Callable[[Triplets, Totals], Tensor]
     without: Callable[[Apart], LeftOut] | None = None
+    wide: int = 1
 
 
 def reading(
@@ -263,7 +264,8 @@ def reading(
         assert owners is not None
         return ModelTerms(*factors(given, totals), owners(given, totals))
 
-    factored = Factored(triplets=factors, without=forms and forms.without, owners=owners)
+    without, wide = (forms.without, forms.wide) if forms else (None, 1)
+    factored = Factored(triplets=factors, without=without, owners=owners, wide=wide)
     on = OnMatrices(fold, read, workspace, slots, factored, True, terms=owners and told_apart)
     return matrices.rule(name, include, on, Laws(weighted=weighted, keeps=KEEPS))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from continual import linalg
 from continual.engine.block_reading import BlockReading
-from continual.engine.reading import Reading
+from continual.engine.reading import Reading, terms_need
 from continual.engine.spool import Spool
 from continual.executors.contract import Executor, Progress, Task
 from continual.lazily import Tensor, torch
@@ -140,8 +140,7 @@ class KeptTerms:
             if not of.has_terms(spec):
                 sizes[spec.name] = spec.numel
             for one in spec.layers if of.has_terms(spec) else ():
-                m, n = sides(one)
-                most = of.columns(one) if isinstance(of, BlockReading) else min(m, n)
+                (m, n), most = sides(one), columns_of(of, one)
                 sizes |= {f"{one.name} left": most * m, f"{one.name} right": most * n}
         room(work, 4 * sum(sizes.values()), "tuning")
         with environment(f"cannot write in {work}"):
@@ -155,7 +154,9 @@ class KeptTerms:
 
     def write(self, executor: Executor, progress: Progress) -> None:
         """Reads all of them. Raises Retry and Damaged."""
-        tasks = [Task(name, self._of.need(spec), partial(self._write, spec)) for name, spec in self._specs.items()]
+        of, whole = self._of, not isinstance(self._of, BlockReading)
+        needs = {name: of.need(spec) + (terms_need(of, spec) if whole else 0) for name, spec in self._specs.items()}
+        tasks = [Task(name, needs[name], partial(self._write, spec)) for name, spec in self._specs.items()]
         progress("measure", 0, len(tasks))
         for done, (_, found) in enumerate(executor.map(tasks), 1):
             self.owner |= found
@@ -221,12 +222,20 @@ class TermsReading(Reading):
         return torch.cat([part.reshape(-1) for part in parts]).view(spec.shape)
 
     def need(self, spec: TensorSpec) -> int:
-        """Peak bytes of reading one tensor."""
-        return 8 * spec.numel + 4 * max((sum(sides(one)) * min(sides(one)) for one in spec.layers), default=0)
+        """Peak bytes of reading one tensor: it, and of one layer of it both factors and what one of them becomes."""
+        columns = max((columns_of(self._of, one) * sum(sides(one)) for one in spec.layers), default=0)
+        return 8 * spec.numel + 8 * (columns if self._of.has_terms(spec) else 0)
 
     def made_from(self, spec: TensorSpec) -> object:  # noqa: ARG002 - as of every reading
         """Another word each time: nothing is taken of what is written for a trial."""
         return secrets.token_hex(8)
+
+
+def columns_of(reading: Reading, layer: TensorSpec) -> int:
+    """How many columns the factors of the terms of a matrix have at most."""
+    assert reading.rule.factored is not None, reading.rule.name
+    triplets = reading.columns(layer) if isinstance(reading, BlockReading) else min(sides(layer))
+    return reading.rule.factored.wide * triplets
 
 
 def layered(start: ReadOptions, factors: dict[str, float]) -> ReadOptions:

@@ -45,7 +45,8 @@ def even(merge: api.Merge, factor: float) -> TermFactors:
 
 
 @pytest.mark.parametrize(
-    ("rule", "kept"), [("task-arithmetic", True), ("tsv-m", True), ("tsv-m", False), ("tsv-w", False)]
+    ("rule", "kept"),
+    [("task-arithmetic", True), ("tsv-m", True), ("tsv-flow", True), ("tsv-m", False), ("tsv-flow", False)],
 )
 def test_they_are_learned_and_read_from_then_on(tmp_path: Path, rule: str, kept: bool) -> None:
     with folded(tmp_path, rule, kept=kept) as merge:
