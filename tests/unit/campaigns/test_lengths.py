@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,13 @@ def saved(folder: Path, suite: str, best: float) -> figures.Table:
     results = Results(folder / f"{suite}-full.jsonl")
     results.add(Key(0, "base", 4, "paper"), test={task: answers(2) for task in "abcd"})
     for multiple, found in right(best).items():
-        read = "default" if multiple == 1.0 else f"spread:{multiple!r}"
+        scale = f"spread:{0.85 * multiple!r}"
+        read = "default" if multiple == 1.0 else scale
         more = {"each": EACH} if read == "default" else {}
         told = dict.fromkeys("abcd", answers(found))
-        results.add(Key(0, "tsv-m", 4, read), scale=f"spread:{multiple!r}", factor=1.0, test=told, **more)
+        results.add(Key(0, "tsv-flow", 4, read), scale=scale, factor=1.0, test=told, **more)
+    published = dict.fromkeys("abcd", answers(1))
+    results.add(Key(0, "tsv-flow", 4, "paper"), scale="number:1.0", factor=1.0, test=published)
     results.close()
     return figures.load(results.file)
 
@@ -90,8 +94,11 @@ def test_what_is_fitted_has_not_seen_the_suite_that_is_left_out(tmp_path: Path) 
     assert fitted(found[:1], (1.5,), (0.0,)).c == 2.0
     assert fitted(found[1:], (1.5,), (0.0,)).c == 1.0
     said = "\n".join(laws(found))
-    assert "| digits | c | 1.00·ρ^1.5 | +0.0 | +0.0 |" in said
-    assert "| text | c | 2.00·ρ^1.5 | +25.0 | +25.0 |" in said
+    assert "| tsv-flow | digits | c | 0.85·ρ^1.5 | +0.0 | +0.0 |" in said
+    assert "| tsv-flow | text | c | 1.70·ρ^1.5 | +25.0 | +25.0 |" in said
+    apart = "\n".join(laws([found[0], replace(found[1], rule="tsv-m")]))
+    assert "| tsv-flow | none | c | 1.70·ρ^1.5 |" in apart, "each rule has a law of its own"
+    assert "| tsv-m | none | c | 1.00·ρ^1.5 |" in apart
 
 
 def test_cells_of_other_runs_are_taken_from_the_page(tmp_path: Path) -> None:

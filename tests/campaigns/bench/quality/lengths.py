@@ -1,8 +1,9 @@
-"""What the default's length costs: the merge by `tsv-m`, the default of adapters (before decision 0099 of all), at its
-own length and at multiples, cell by cell, and constants that were fitted on the other suites.
+"""What the default's length costs: the merge by the default of its kind of state, `tsv-flow` or `tsv-m`, at its own
+length and at multiples, cell by cell, and constants that were fitted on the other suites.
 
-    # for each suite and form, beside the length by default four others
-    python -m tests.campaigns.bench.quality --work W ... --rule tsv-m --counts 4 8 --read default \\
+    # for each suite of adapters in a state of adapters, beside the length by default four others; the number of
+    # tsv-flow is 0.85, so that of whole tensors they are spread:0.425, 0.6010407640085653, 1.2020815280171306 and 1.7
+    python -m tests.campaigns.bench.quality --work W ... --kept --rule tsv-m --counts 4 8 --read default \\
         --scale spread:0.5 --scale spread:0.7071067811865476 --scale spread:1.4142135623730951 --scale spread:2
     python -m tests.campaigns.bench.quality.lengths --work W
     # the tables put into the page; its cells of other runs stay, and the laws are fitted on all
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -32,14 +33,13 @@ from tests.campaigns.bench.quality.report import tables
 from tests.campaigns.bench.quality.report_language import interval, made
 from tests.campaigns.bench.quality.sections import Section, written
 
-HEADING, MERGED, LESS, NEUTRAL = (
+HEADING, MERGED, RULE, LESS, NEUTRAL = (
     "What the default's length costs",
     "merged",
+    "rule",
     "default less tuned",
     "neutral perplexity",
 )
-RULE = "tsv-m"
-"""The rule that is read at other lengths."""
 POWERS, GROWTHS = (1.0, 1.25, 1.5, 1.75, 2.0), (0.0, 0.125, 0.25, 0.375, 0.5)
 CONSTANTS = tuple(2.0 ** (step / 8) for step in range(-8, 9))
 
@@ -93,10 +93,12 @@ class Merged:
 
 @dataclass(frozen=True)
 class Cell:
-    """A suite, a form and a number of models, in the orders in which they were merged. `gap`: the default less tuned,
-    as the table says it. `perplexity`: by multiple, where the suite says it, and what is `allowed`."""
+    """A suite, a form and a number of models, in the orders in which they were merged, and the `rule` that reads them.
+    `gap`: the default less tuned, as the table says it. `perplexity`: by multiple, where the suite says it, and what is
+    `allowed`."""
 
     name: str
+    rule: str
     orders: Sequence[Merged]
     gap: str
     perplexity: Mapping[float, str]
@@ -161,10 +163,11 @@ def _rows(answers: str) -> np.ndarray:
 def cells(found: Sequence[Table]) -> Iterator[Cell]:
     """What was asked at the default's length and at others."""
     for table in found:
-        for count in table.counts(RULE):
+        rule = table.default
+        for count in table.counts(rule):
             orders, asked = [], []
-            for order in table.asked(RULE, count, "default"):
-                row = table.rows[order, RULE, count, "default"]
+            for order in table.asked(rule, count, "default"):
+                row = table.rows[order, rule, count, "default"]
                 answers = _asked(table, order, count)
                 if len(answers) > 1 and row.get("each"):
                     each = [(float(rho), float(norm)) for rho, norm in row["each"][:count]]
@@ -176,6 +179,7 @@ def cells(found: Sequence[Table]) -> Iterator[Cell]:
                 allowed = table.allowed() if table.watches else None
                 yield Cell(
                     f"{form}, {count}{times}",
+                    rule,
                     orders,
                     interval(gap(asked)),
                     dict(_perplexities(table, count, orders[0].right)),
@@ -186,16 +190,22 @@ def cells(found: Sequence[Table]) -> Iterator[Cell]:
 def _asked(table: Table, order: int, count: int) -> dict[float, Answers]:
     """The answers by multiple of the default's length."""
     return {
-        ReadOptions.parse(row["scale"]).value / read_options(RULE).value: row["test"]
+        _nearest(ReadOptions.parse(row["scale"]).value / read_options(table.default).value): row["test"]
         for (o, rule, c, read), row in table.rows.items()
-        if (o, rule, c) == (order, RULE, count) and "scale" in row and read != "tuned"
+        if (o, rule, c) == (order, table.default, count) and "scale" in row and read in ("default", row["scale"])
     }
 
 
+def _nearest(multiple: float) -> float:
+    """The power of the square root of two, or of its root, that it is rounded from."""
+    return 2.0 ** (round(4 * math.log2(multiple)) / 4)
+
+
 def _perplexities(table: Table, count: int, multiples: Iterable[float]) -> Iterator[tuple[float, str]]:
+    rule = table.default
     for multiple in multiples:
-        scale = ReadOptions("spread", read_options(RULE).value * multiple)
-        found = table.watched(RULE, count, "default" if multiple == 1.0 else scale.scale, "perplexity")
+        scale = ReadOptions("spread", read_options(rule).value * multiple)
+        found = table.watched(rule, count, "default" if multiple == 1.0 else scale.scale, "perplexity")
         if found is not None:
             yield multiple, f"{found:.1f}"
 
@@ -221,14 +231,13 @@ def told(page: str) -> Iterator[Cell]:
         count = int(name.rpartition(", ")[2])
         seen = watched.get(name, {})
         orders = [Merged([(float(row["ρ"]), 1.0)] * count, right)]
-        yield Cell(row[MERGED], orders, row[LESS], dict(_by_multiple(seen)), seen.get("allowed", ""))
+        yield Cell(row[MERGED], row[RULE], orders, row[LESS], dict(_by_multiple(seen)), seen.get("allowed", ""))
 
 
 def _by_multiple(row: Mapping[str, str]) -> Iterator[tuple[float, str]]:
-    """`× 1.41` is the power of the square root of two, or of its root, that it is rounded from."""
     for name, value in row.items():
         if name.startswith("× ") and value:
-            yield 2.0 ** (round(4 * math.log2(float(name.removeprefix("× ")))) / 4), value
+            yield _nearest(float(name.removeprefix("× "))), value
 
 
 def fitted(some: Sequence[Cell], powers: Sequence[float], growths: Sequence[float]) -> Law:
@@ -255,11 +264,11 @@ def page(some: Sequence[Cell]) -> Iterator[Iterator[str]]:
 
 def curves(some: Sequence[Cell], multiples: Sequence[float]) -> Iterator[str]:
     """Accuracy at each multiple, and what the default's costs."""
-    yield f"| {MERGED} | ρ | " + " | ".join(f"× {m:.3g}" for m in multiples) + f" | {LESS} |"
-    yield "|---" * (len(multiples) + 3) + "|"
+    yield f"| {MERGED} | {RULE} | ρ | " + " | ".join(f"× {m:.3g}" for m in multiples) + f" | {LESS} |"
+    yield "|---" * (len(multiples) + 4) + "|"
     for cell in some:
         curve = [f"{cell.under(Law(m)):.1f}" if m in cell.multiples() else "" for m in multiples]
-        yield f"| {cell.name} | {cell.rho:.2f} | " + " | ".join(curve) + f" | {cell.gap} |"
+        yield f"| {cell.name} | {cell.rule} | {cell.rho:.2f} | " + " | ".join(curve) + f" | {cell.gap} |"
 
 
 def perplexities(some: Sequence[Cell], multiples: Sequence[float]) -> Iterator[str]:
@@ -274,28 +283,33 @@ def laws(some: Sequence[Cell]) -> Iterator[str]:
     """Laws that were fitted without a suite, and what the default gains on them there."""
     names = ("c", "c and power", "c and growth", "all three")
     kinds = (((1.5,), (0.0,)), (POWERS, (0.0,)), ((1.5,), GROWTHS), (POWERS, GROWTHS))
-    yield "| left out | fitted on the others | law | default less it | by cell |"
-    yield "|---" * 5 + "|"
-    for left in (*sorted({cell.suite for cell in some}), "none"):
-        others = [cell for cell in some if cell.suite != left]
-        judged = [cell for cell in some if left in (cell.suite, "none")]
-        for name, (powers, growths) in zip(names, kinds, strict=True):
-            if others:
-                yield _law(left, name, fitted(others, powers, growths), judged)
-    for growth in GROWTHS[1:3]:
-        yield _law("none", "nothing", Law(growth=growth), some)
+    yield f"| {RULE} | left out | fitted on the others | law | default less it | by cell |"
+    yield "|---" * 6 + "|"
+    for rule in dict.fromkeys(cell.rule for cell in some):
+        mine = [cell for cell in some if cell.rule == rule]
+        for left in (*sorted({cell.suite for cell in mine}), "none"):
+            others = [cell for cell in mine if cell.suite != left]
+            judged = [cell for cell in mine if left in (cell.suite, "none")]
+            for name, (powers, growths) in zip(names, kinds, strict=True):
+                if others:
+                    yield _law(left, name, fitted(others, powers, growths), judged)
+        for growth in GROWTHS[1:3]:
+            yield _law("none", "nothing", Law(growth=growth), mine)
 
 
 def _law(left: str, fitted_on: str, law: Law, some: Sequence[Cell]) -> str:
     gaps = [cell.under(Law()) - cell.under(law) for cell in some]
     each = ", ".join(f"{round(gap, 1) + 0.0:+.1f}" for gap in gaps)
-    return f"| {left} | {fitted_on} | {law} | {round(sum(gaps) / len(gaps), 1) + 0.0:+.1f} | {each} |"
+    rule, number = some[0].rule, read_options(some[0].rule).value
+    told = replace(law, c=law.c * number)
+    return f"| {rule} | {left} | {fitted_on} | {told} | {round(sum(gaps) / len(gaps), 1) + 0.0:+.1f} | {each} |"
 
 
 def together(some: Sequence[Cell], others: Sequence[Cell]) -> list[Cell]:
     """These cells, and those of the page that they are not, by suite, form and number of models."""
-    known = {cell.key for cell in some}
-    return sorted([*some, *(cell for cell in others if cell.key not in known)], key=lambda cell: cell.place)
+    known = {(cell.key, cell.rule) for cell in some}
+    kept = (cell for cell in others if (cell.key, cell.rule) not in known)
+    return sorted([*some, *kept], key=lambda cell: (cell.rule, cell.place))
 
 
 def main() -> None:
