@@ -39,12 +39,23 @@ _LOOK = 0.2
 _CODE = "import sys; from continual.executors.driving import main; main(int(sys.argv[1]), sys.argv[2])"
 _START = "start one with 'ray start --head', or join one with 'ray start --address HOST:PORT'"
 _TOKEN = "RAY_AUTH_MODE=token and the same token (RAY_AUTH_TOKEN, or ~/.ray/auth_token) here as on its machines"
+_HEAD = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s/:\[\]]+):([0-9]{1,5})")
 _log = logging.getLogger("continual.executors")
 _OF_RAY = re.compile(r"\[[^]]* [IWEFC] \d+ \d+\] (?:\S+:\d+: )?(.+)")
 _FRAME = re.compile(r"@ +0x|PC: |/\S+\(\S*\+0x")
 """A line of a trace of C++."""
 GoOn = Callable[[], None]
 """Raises where it is no longer wanted."""
+
+
+def must_be_head(name: str, address: str) -> None:
+    """Raises Misconfigured where an address, of this name, is neither HOST:PORT nor `auto`. Ray takes `local` for a
+    cluster that is to be started."""
+    found = _HEAD.fullmatch(address)
+    if address != "auto" and (found is None or not 0 < int(found[2]) < 1 << 16):
+        raise Misconfigured(
+            f"{name} = {address!r}: write HOST:PORT of the head of a cluster that is there, or auto; none is started"
+        )
 
 
 class ClusterLink:
@@ -174,18 +185,21 @@ class ClusterLink:
                 )
 
     def _reached(self) -> None:
-        """Raises Retry where nobody listens at an address of the form HOST:PORT, Misconfigured for others."""
-        address = os.environ.get("RAY_ADDRESS", self.address) if self.address == "auto" else self.address
+        """Raises Retry where nobody listens at the address, Misconfigured where the environment has none of a head."""
+        address = self.address
+        if address == "auto":
+            address = os.environ.get("RAY_ADDRESS", "") or address
         if "://" in address:
             raise Misconfigured(
                 f"RAY_ADDRESS = {address}, in the environment: that is for 'ray job submit', or a Ray Client, which "
                 "cannot be the driver: set ray.address to HOST:PORT of the head"
             )
-        host, _, port = address.rpartition(":")
-        if host and port.isdigit():
+        must_be_head("RAY_ADDRESS, in the environment,", address)
+        if address != "auto":
+            host, _, port = address.rpartition(":")
             try:
                 socket.create_connection((host.strip("[]"), int(port)), REACHED).close()
-            except (OSError, OverflowError) as error:
+            except (OSError, UnicodeError) as error:  # what is no name of a host is told as the second
                 raise Retry(f"ray.address = {address}: nobody listens there ({error}); {_START}") from error
 
     def _tell(self) -> None:

@@ -22,7 +22,7 @@ from continual.executors.away import WorkAnswer, software
 from continual.executors.cluster_figures import FIGURES, DrivenWork, told
 from continual.executors.contract import Task
 from continual.executors.driving import Came
-from continual.executors.links import SILENT, Answers, ClusterLink, link_to
+from continual.executors.links import SILENT, Answers, ClusterLink, link_to, must_be_head
 from continual.executors.local import Local
 from continual.executors.orders import groups, order_of
 from continual.outside import counted
@@ -66,6 +66,7 @@ class OnRay:
                 f"ray.address = {asked.address}: continual is the driver and has to run on a machine of the cluster, "
                 "not as a Ray Client: write it as HOST:PORT or auto, and start it there, or with 'ray job submit'"
             )
+        must_be_head("ray.address", asked.address)
         self._asked = asked
         self._local = local
         self._stopping = stopping

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -47,6 +48,31 @@ def test_the_address_of_something_else_in_the_environment(address: str, monkeypa
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(Misconfigured, match=f"RAY_ADDRESS = {address}, in the environment: that is for 'ray job"):
         _ = on_ray("auto").workers
+
+
+NO_HEADS = ["local", "LOCAL", "127.0.0.1", ":6379", "head:", "head:0", "head:65536", "head:6379/", "a b:1", "[::1]"]
+
+
+@pytest.mark.parametrize("address", ["", *NO_HEADS])
+def test_an_address_of_no_head(address: str) -> None:
+    """Of some of these Ray makes a cluster of its own, which listens on every interface."""
+    with pytest.raises(Misconfigured, match=f"ray.address = '{re.escape(address)}': write HOST:PORT of the head"):
+        on_ray(address)
+
+
+@pytest.mark.parametrize("address", NO_HEADS)
+def test_an_address_of_no_head_in_the_environment(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(Misconfigured, match=f"RAY_ADDRESS, in the environment, = '{re.escape(address)}': write"):
+        _ = on_ray("auto").workers
+
+
+@pytest.mark.parametrize("address", ["[::1]:1", "a..b:1", "ä" * 80 + ":1"])
+def test_an_address_that_leads_nowhere(address: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(Retry, match="nobody listens there"):
+        _ = on_ray(address).workers
 
 
 def test_who_listens_and_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
