@@ -248,11 +248,15 @@ def cut_in(directory: Path) -> tuple[CutModel, ...]:
 
 def _old_exports(link: Path, before: Path | None) -> list[Path]:
     """The exports beside `link`, by its name and a record: what it pointed at before, and what processes left whole
-    that were killed in between."""
-    ours = re.compile(rf"{re.escape(link.name)}-[0-9]{{8}}(-[0-9]+)?")
+    that were killed in between. What somebody else named so, as by a date, is of another record."""
+    ours = re.compile(rf"{re.escape(link.name)}-([0-9]{{8}})(-[0-9]+)?")
     with suppress(OSError):
-        found = [path for path in link.parent.iterdir() if ours.fullmatch(path.name) and not path.is_symlink()]
-        return [path for path in found if path == before or (path / RELEASE).is_file()]
+        found = [(path, ours.fullmatch(path.name)) for path in link.parent.iterdir() if not path.is_symlink()]
+        return [
+            path
+            for path, name in found
+            if name is not None and (path == before or provenance_in(path).get("seq") == int(name[1]))
+        ]
     return []
 
 

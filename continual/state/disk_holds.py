@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from continual.state import storing
 from continual.state.durable import move_away
 from continual.state.framing import encode
 from continual.state.names import EXPIRED, RECEIPTS
+
+_LOOKS = 100
+"""How often a lock is tried that nobody has for writing."""
+_LOOKED = 0.01
+"""Seconds in which who looked at it has ended."""
 
 
 class Flock:
@@ -53,7 +59,7 @@ class DiskHolds:
                 "copy with 'continual backup' the next time"
             ) from None
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(fd)
         except OSError:
             os.close(fd)
             raise
@@ -104,6 +110,21 @@ class DiskHolds:
 
     def unwritten(self, _path: Path, names: Sequence[str]) -> Sequence[str]:
         return names  # who wrote them has ended
+
+
+def _lock(fd: int) -> None:
+    """Locks an open file for writing. Who looks whether it is locked has a lock that others may have too, for a moment.
+    Raises BlockingIOError where another writer has it."""
+    for left in reversed(range(_LOOKS)):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not left:
+                raise
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        time.sleep(_LOOKED)
 
 
 def _is_leased(generation: Path) -> bool:

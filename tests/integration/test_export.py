@@ -156,6 +156,19 @@ def test_current_link_moves_in_one_step(tmp_path: Path, merge: api.Merge) -> Non
             folder.keep_current(tmp_path / "file", 1, lambda d: d)
 
 
+def test_an_export_that_somebody_else_named_by_a_date_stays(tmp_path: Path, merge: api.Merge) -> None:
+    with merge:
+        link = tmp_path / "published" / "current"
+        link.parent.mkdir()
+        merge.export(Target(link.parent / "current-20261128"))
+        for fold in merge.state.ledger.folds():
+            folder.keep_current(link, fold.seq, lambda d, seq=fold.seq: merge.export(Target(d, at=seq)))  # type: ignore[misc]
+        merge.export(Target(link.parent / f"current-{fold.seq:08d}-7"))  # as of one that was killed
+        folder.keep_current(link, fold.seq, lambda d: d)
+        names = sorted(path.name for path in link.parent.iterdir())
+        assert names == ["current", f"current-{fold.seq:08d}", "current-20261128"]
+
+
 def test_what_a_server_was_given_stays_until_it_has_another(tmp_path: Path, merge: api.Merge) -> None:
     with merge:
         link = tmp_path / "published" / "current"
@@ -164,7 +177,12 @@ def test_what_a_server_was_given_stays_until_it_has_another(tmp_path: Path, merg
             def served(directory: Path) -> bool:
                 return directory.name == f"current-{given:08d}"
 
-            folder.keep_current(link, seq, lambda d: merge.export(Target(d)), served=served)
+            def write(directory: Path) -> Path:
+                directory.mkdir()
+                (directory / "continual.json").write_text(json.dumps({"seq": seq}))
+                return directory
+
+            folder.keep_current(link, seq, write, served=served)
             return {path.name for path in link.parent.iterdir() if path != link}
 
         def named(*seqs: int) -> set[str]:

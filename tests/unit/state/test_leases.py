@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from continual.errors import Damaged, Misconfigured, Retry
+from continual.errors import Busy, Damaged, Misconfigured, Retry
 from continual.state import State, framing, opening
 from tests.helpers import stores
 from tests.helpers.trace import at_event
@@ -80,6 +81,19 @@ def test_lease_files_of_earlier_versions_are_heeded(tmp_path: Path) -> None:
             assert writer.expire(1) == [generations[1]]
             assert (alive.exists(), dead.exists()) == (True, False)
         assert writer.expire(1) == [generations[0]]
+
+
+def test_who_looks_whether_a_state_is_locked_keeps_nobody_from_locking_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores.make(tmp_path / "s").close()
+    looking = os.open(tmp_path / "s/lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda _: os.close(looking))
+    with State.open(tmp_path / "s", write=True):
+        monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits for who has it for long"))
+        with pytest.raises(Busy):
+            State.open(tmp_path / "s", write=True)
 
 
 def test_an_expiry_between_the_lease_and_the_look_is_told(tmp_path: Path) -> None:
