@@ -161,12 +161,13 @@ def test_an_export_that_somebody_else_named_by_a_date_stays(tmp_path: Path, merg
         link = tmp_path / "published" / "current"
         link.parent.mkdir()
         merge.export(Target(link.parent / "current-20261128"))
-        for fold in merge.state.ledger.folds():
-            folder.keep_current(link, fold.seq, lambda d, seq=fold.seq: merge.export(Target(d, at=seq)))  # type: ignore[misc]
-        merge.export(Target(link.parent / f"current-{fold.seq:08d}-7"))  # as of one that was killed
-        folder.keep_current(link, fold.seq, lambda d: d)
+        first, last = (fold.seq for fold in merge.state.ledger.folds())
+        for seq in (first, last):
+            folder.keep_current(link, seq, lambda d, seq=seq: merge.export(Target(d, at=seq)))  # type: ignore[misc]
+        merge.export(Target(link.parent / f"current-{last:08d}-7"))  # as of one that was killed
+        folder.keep_current(link, last, lambda d: d)
         names = sorted(path.name for path in link.parent.iterdir())
-        assert names == ["current", f"current-{fold.seq:08d}", "current-20261128"]
+        assert names == ["current", f"current-{last:08d}", "current-20261128"]
 
 
 def test_what_a_server_was_given_stays_until_it_has_another(tmp_path: Path, merge: api.Merge) -> None:
