@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from datetime import datetime
 
 from continual.errors import Halt, Retry
@@ -22,7 +22,11 @@ from continual.stores import ObjectPath
 _LOOKS = 0.5
 """Seconds between looks at a lease that may be a dead writer's."""
 _LEASES = 3
-"""Leases after which nothing comes of what was sent before they began."""
+_LEAST = 180.0
+"""Leases, and seconds at the least, after which nothing comes of what was sent before they began: who may have been
+waiting for an answer has given up by then, however short its lease was."""
+_LONGEST = 3600.0
+"""Seconds of a lease at the most."""
 
 
 class WriterLease:
@@ -114,8 +118,7 @@ def _over(path: ObjectPath, number: int, now: datetime) -> None:
     file = _file(path, number)
     first = file.read_bytes()
     told = framing.said(first)
-    seconds = told.get("seconds")
-    lease = float(seconds) if isinstance(seconds, int | float) else path.objects.lease
+    lease = _seconds(told, path)
     if told.get("released") is True or heartbeat.ran_out(file.objects.head(file.key).modified, now, lease):
         return
     until = heartbeat.boottime() + lease
@@ -126,6 +129,22 @@ def _over(path: ObjectPath, number: int, now: datetime) -> None:
             return
         if found != first:
             raise BlockingIOError
+
+
+def _seconds(told: Mapping[str, object], path: ObjectPath) -> float:
+    """How long the lease is that says this; where it says nothing that can be, as long as those of this process."""
+    seconds = told.get("seconds")
+    return float(seconds) if isinstance(seconds, int | float) and 0 < seconds <= _LONGEST else path.objects.lease
+
+
+def _ran_out(lease: ObjectPath, written: datetime, now: datetime) -> bool:
+    """Whether a reader's lease is over that was last written then."""
+    if not heartbeat.ran_out(written, now, 0.0):
+        return False
+    try:
+        return heartbeat.ran_out(written, now, _seconds(framing.said(lease.read_bytes()), lease))
+    except FileNotFoundError:  # its reader has just ended
+        return True
 
 
 def _numbers(path: ObjectPath) -> list[int]:
@@ -154,12 +173,13 @@ class BucketHolds:
     def lease(self, path: ObjectPath, generation: str) -> Iterator[None]:
         """Whoever may not write there reads without."""
         at, since = path / "leases" / f"{generation}-{secrets.token_hex(4)}", heartbeat.boottime()
+        body = framing.encode({"seconds": path.objects.lease})[0]
         try:
-            at.objects.put_now(at.key, b"")
+            at.objects.put_now(at.key, body)
         except PermissionError:
             yield
             return
-        beat = heartbeat.Heartbeat(at, bytes, lambda: False, since)
+        beat = heartbeat.Heartbeat(at, lambda: body, lambda: False, since)
         try:
             yield
         finally:
@@ -168,13 +188,13 @@ class BucketHolds:
                 at.unlink()
 
     def leased(self, path: ObjectPath, _names: Sequence[str]) -> set[str]:
-        """Leases that have run out are deleted."""
+        """Leases that have run out are deleted, each after its own seconds: a reader may have another setting."""
         listed = list(path.objects.below(f"{path.key}/leases"))
         try:
             now = heartbeat.now(path) if listed else None
         except PermissionError:  # who may only read looks at what would go
             now = None
-        over = [one.name for one in listed if now and heartbeat.ran_out(one.modified, now, path.objects.lease)]
+        over = [one.name for one in listed if now and _ran_out(path / "leases" / one.name, one.modified, now)]
         path.objects.delete([f"{path.key}/leases/{name}" for name in over])
         return {one.name.rpartition("-")[0] for one in listed if one.name not in over}
 
@@ -214,7 +234,7 @@ class BucketHolds:
         """A writer that lost its lease may still write what was written a short time ago."""
         if not names:
             return names
-        now, long = heartbeat.now(path), _LEASES * path.objects.lease
+        now, long = heartbeat.now(path), max(_LEASES * path.objects.lease, _LEAST)
 
         def is_old(name: str) -> bool:
             written = max((one.modified for one in path.objects.below(f"{path.key}/generations/{name}")), default=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,48 @@ def test_what_a_reader_reads_does_not_expire(at: ObjectPath) -> None:
         assert state.generations() == [state.ledger.head.generation]
         assert [name for name in storing.names(short / "generations") if name.startswith(".")] == []
     assert findings(short) == []
+
+
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """The store's clock is so much further."""
+    now = heartbeat.now
+    monkeypatch.setattr(heartbeat, "now", lambda path: now(path) + timedelta(seconds=seconds))
+
+
+@pytest.mark.parametrize(("said", "over"), [(None, 62.0), (b"", 4.0), (b'x\n{"seconds":Infinity}', 4.0)])
+def test_a_reader_has_what_it_reads_for_as_long_as_it_says(
+    at: ObjectPath, monkeypatch: pytest.MonkeyPatch, said: bytes | None, over: float
+) -> None:
+    """The daemon that expires it may have another setting; of an earlier version, or of damage, it has the daemon's."""
+    with stores.make(where(str(at), 2.0)) as state:
+        stores.fold(state, 1)
+        with State.open(at) as reader, reader.lease(1):
+            if said is not None:
+                (name,) = storing.names(at / "leases")
+                storing.replace(at / "leases" / name, said)
+            stores.fold(state, 2)
+            later(monkeypatch, over - 3.0)
+            assert state.expire(1) == []
+            later(monkeypatch, 4.0)
+            assert len(state.expire(1)) == 1
+
+
+def test_what_a_dead_writer_with_a_short_lease_left_stays_until_its_requests_have_ended(
+    at: ObjectPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = where(str(at), 2.0)
+    with stores.make(short) as state:
+        transaction = state.begin()
+        transaction.write("wide", "sum", stores.value("wide", 1))
+        transaction._draft._several.wait()
+        left = transaction.id
+        transaction.committed()
+    later(monkeypatch, 170.0)
+    with State.open(short, write=True) as state:
+        assert state.orphans == ()
+    later(monkeypatch, 20.0)
+    with State.open(short, write=True) as state:
+        assert state.orphans == (left,)
 
 
 def test_what_a_dead_writer_left_goes_once_nothing_comes_of_it_any_more(
