@@ -163,8 +163,14 @@ class Objects:
         import obstore
 
         for first in range(0, len(keys), _MANY):
-            with self._told(keys[first]), contextlib.suppress(FileNotFoundError):
-                obstore.delete(self.store, list(keys[first : first + _MANY]))
+            some = list(keys[first : first + _MANY])
+            try:
+                with self._told(some[0]):
+                    obstore.delete(self.store, some)
+            except FileNotFoundError:  # some stores say so of the first that is not there, and leave what is behind it
+                for key in some if len(some) > 1 else ():
+                    with contextlib.suppress(FileNotFoundError), self._told(key):
+                        obstore.delete(self.store, key)
 
     def copy(self, key: str, to: str) -> None:
         """Copies an object within the bucket: its bytes do not travel. Raises OSError."""

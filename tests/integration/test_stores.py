@@ -229,6 +229,20 @@ class _KeepsAll(_RanOut):
         self.wfile.write(body)
 
 
+def test_what_is_not_there_keeps_nothing_else_from_being_deleted(tmp_path: Path) -> None:
+    """Of these stores the one of a disk says what is not there, as Google's does."""
+    store = pytest.importorskip("obstore.store")
+    place = where("gs://bucket/x")
+    assert isinstance(place, ObjectPath)
+    place.objects.__dict__["store"] = store.LocalStore(tmp_path)
+    names = [f"x/{number}" for number in range(40)]
+    for name in names:
+        place.objects.put(name, b"")
+    place.objects.delete([names[0], "x/none", *names[1:], "x/none"])
+    assert list(tmp_path.rglob("?/*")) == []
+    place.objects.delete(["x/none"])
+
+
 def test_what_may_not_be_deleted_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(_KeepsAll) as address:
         at = object_stores.state_at(address, "x", monkeypatch)
